@@ -1,0 +1,1 @@
+"""Distributed pretraining of Block-State Transformers."""

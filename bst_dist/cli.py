@@ -1,0 +1,73 @@
+"""`bst`: every command is a module with `add_arguments(parser)` and `run(args)`; this file only finds and runs it.
+
+`run` prints for people and returns a report for machines (a dict, units in the key names) or None. With
+``--json PATH`` the report is written there together with the versions it ran on. A report whose ``passed`` is false
+makes the exit status 1; a user's error is one message and status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from bst_dist.version import versions
+from data_pipeline.errors import UserError
+
+# Command -> (module that holds it, one line of help). Modules are imported only when their command runs.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("bst_dist.cluster.local", "train a recipe on this machine's ranks"),
+}
+GROUPS = {"data": "prepare and inspect corpora", "bench": "measure side by side with peers"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    name, rest = _command(argv)
+    if name is None:
+        return 0 if not rest or rest[0] in ("-h", "--help") else 2
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = argparse.ArgumentParser(prog=f"bst {name}", description=module.__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--json", metavar="PATH", type=Path, help="also write what is reported to PATH, as JSON")
+    module.add_arguments(parser)
+    args = parser.parse_args(rest)
+    try:
+        report = module.run(args)
+    except UserError as error:
+        print(f"bst {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    if args.json and report is not None:
+        write_report(args.json, name, report)
+    return 1 if report is not None and report.get("passed") is False else 0
+
+
+def write_report(path: Path, command: str, report: dict[str, Any]) -> None:
+    """Write a command's report with the versions it ran on; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps({"command": f"bst {command}", "versions": versions(), **report}, indent=2) + "\n")
+    partial.replace(path)
+
+
+def _command(argv: list[str]) -> tuple[str | None, list[str]]:
+    """Split the command's one or two words from its arguments; prints help or an error when there is none."""
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        if name in COMMANDS:
+            return name, argv[words:]
+    wanted = " ".join(argv[:2])
+    if argv and argv[0] not in ("-h", "--help", *GROUPS):
+        print(f"bst: no command {wanted!r}; the commands are below\n", file=sys.stderr)
+    print("usage: bst COMMAND ...   (bst COMMAND --help tells more)\n")
+    shown = {n: c for n, c in COMMANDS.items() if not argv or argv[0] not in GROUPS or n.startswith(argv[0] + " ")}
+    width = max(map(len, shown))
+    for name, (_, summary) in shown.items():
+        print(f"  {name:<{width}}  {summary}")
+    return None, argv[:1] if argv and argv[0] not in GROUPS else []

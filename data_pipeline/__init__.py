@@ -1,0 +1,1 @@
+"""From raw corpora to exactly resumable, sequence-sharded tokens; knows nothing of models."""

@@ -1,0 +1,137 @@
+"""Typed settings read from YAML, with dotted overrides and errors that name the nearest key.
+
+A settings class derives from `Config`, stands beside the class it configures, and documents each field with a
+string below it. An unknown key, a wrong type or a failed check is a `UserError` that says where it stands.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data_pipeline.errors import UserError
+
+
+class Config(BaseModel):
+    """Base of every settings class: immutable, and a key it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+C = TypeVar("C", bound=Config)
+
+
+class ConfigError(UserError):
+    """A settings file or an override that cannot be accepted."""
+
+
+def load(cls: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
+    """Read a YAML file into `cls`, after applying overrides of the form ``section.field=value``.
+
+    Values of overrides are YAML too: ``model.width=256``, ``model.layers=[sliding,bst]``.
+    Raises ConfigError naming the file, the key and, for a misspelt key, the nearest one that exists.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected settings (key: value), found a {type(data).__name__}")
+    for override in overrides:
+        _apply(data, override)
+    return parse(cls, data, where=str(path))
+
+
+def parse(cls: type[C], data: dict[str, Any], where: str = "settings") -> C:
+    """Validate `data` against `cls`; raises ConfigError listing every problem, one a line."""
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        problems = [_explain(cls, problem) for problem in error.errors()]
+    raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
+
+
+def dump(config: Config) -> str:
+    """The settings as YAML, defaults included; `load` reads it back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def fields(cls: type[Config], prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
+    """Every leaf field as (dotted name, type, default, documentation), in the order of declaration."""
+    for name, field in cls.model_fields.items():
+        nested = field.annotation
+        if isinstance(nested, type) and issubclass(nested, Config):
+            yield from fields(nested, f"{prefix}{name}.")
+        else:
+            kind = nested.__name__ if isinstance(nested, type) else str(nested).replace("typing.", "")
+            default = "required" if field.is_required() else field.get_default(call_default_factory=True)
+            yield f"{prefix}{name}", kind, default, " ".join((field.description or "").split())
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not all(key.split(".")):
+        raise ConfigError(f"override {override!r}: expected section.field=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
+    *parents, leaf = key.split(".")
+    node = data
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
+    node[leaf] = value
+
+
+def _explain(cls: type[Config], problem: dict[str, Any]) -> str:
+    """One line for one pydantic problem: where, what, what to do."""
+    location = [str(part) for part in problem["loc"]]
+    name = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {name!r}{_nearest(cls, location)}"
+    if problem["type"] == "missing":
+        return f"key {name!r} is required and missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    given = problem.get("input")
+    shown = "" if isinstance(given, (dict, Config)) else f" (got {given!r})"
+    return f"{name}: {message}{shown}" if name else message
+
+
+def _nearest(cls: type[Config], location: list[str]) -> str:
+    """A hint for an unknown key: the closest sibling, else the closest field anywhere, else what exists there."""
+    every = [name for name, *_ in fields(cls)]
+    *parents, leaf = location
+    owner = _section(cls, parents)
+    siblings = list(owner.model_fields) if owner else []
+    prefix = "".join(f"{parent}." for parent in parents)
+    close = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
+    if close:
+        return f": did you mean {prefix + close[0]!r}?"
+    elsewhere = [name for name in every if name.rpartition(".")[2] == leaf] or difflib.get_close_matches(
+        ".".join(location), every, n=1, cutoff=0.6
+    )
+    if elsewhere:
+        return f": did you mean {elsewhere[0]!r}?"
+    return f"; known there: {', '.join(siblings)}" if siblings else ""
+
+
+def _section(cls: type[Config], parents: list[str]) -> type[Config] | None:
+    for parent in parents:
+        field = cls.model_fields.get(parent)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Config)):
+            return None
+        cls = field.annotation
+    return cls
