@@ -1,0 +1,171 @@
+"""Block-local attention: the sliding window over this block and the previous one, and the cross-attention to context.
+
+Queries and keys are L2-normalised, with a learned scale per head in place of 1/sqrt(dh) (Block-Recurrent
+Transformers, arXiv 2203.07852). A query sees the W positions up to and including its own (-W < k - q <= 0).
+
+Shapes: B rows, l tokens of the slice, p <= W positions before it, H heads, dh head width, W block.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bst_dist.parallel.past import Past
+from data_pipeline.config import Config
+
+
+class AttentionConfig(Config):
+    """Self-attention inside the sliding window."""
+
+    position: Literal["t5", "rope"] = "t5"
+    """Relative position: T5's learned bias by distance, or rotary embedding, which fused kernels support."""
+    buckets: int = 32
+    """T5: learned biases a head."""
+    max_distance: int = 128
+    """T5: distance from which all tokens share the last bucket."""
+    rope_base: float = 10_000.0
+    """RoPE: base of the wavelengths."""
+    include_self: bool = True
+    """Whether a token attends to itself. meliad's mask leaves it out: the W strictly previous tokens."""
+
+
+def unit(x: Tensor) -> Tensor:
+    """L2-normalised over the last dimension, in single precision at least."""
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-12)).to(x.dtype)
+
+
+def rotate(x: Tensor, base: float, offset: int) -> Tensor:
+    """Rotary embedding of (B, l, H, dh) at positions offset, offset + 1, ... (RoFormer, arXiv 2104.09864)."""
+    half = x.shape[-1] // 2
+    rates = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    angle = torch.arange(offset, offset + x.shape[1], device=x.device).outer(rates).unsqueeze(1)  # (l, 1, dh/2)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class DistanceBias(nn.Module):
+    """T5's relative position bias: one learned number a head and bucket of distance (arXiv 1910.10683, section 2.1)."""
+
+    def __init__(self, heads: int, config: AttentionConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(heads, config.buckets))
+        self.max_distance = config.max_distance
+
+    def forward(self, distances: int) -> Tensor:
+        """Bias by distance, (H, distances)."""
+        return self.weight[:, self._bucket(torch.arange(distances, device=self.weight.device))]
+
+    def _bucket(self, distance: Tensor) -> Tensor:
+        """Exact up to half the buckets, then logarithmic up to the largest distance."""
+        buckets = self.weight.shape[1]
+        exact = buckets // 2
+        ratio = torch.log(distance.clamp(min=1) / exact) / math.log(self.max_distance / exact)
+        far = exact + (ratio * (buckets - exact)).long()
+        return torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
+
+
+class SlidingAttention(nn.Module):
+    """Causal self-attention over the W positions up to each token's own: (B, l, D) -> (B, l, D), heads concatenated."""
+
+    def __init__(self, width: int, heads: int, window: int, config: AttentionConfig):
+        super().__init__()
+        self.heads, self.window, self.config = heads, window, config
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.scale = nn.Parameter(torch.full((heads,), math.sqrt(width // heads)))
+        self.bias = DistanceBias(heads, config) if config.position == "t5" else None
+
+    def forward(self, u: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
+        """`starts` (B, l / W) marks blocks that see nothing before them."""
+        q, k, v = self.qkv(u).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, l, H, dh) each
+        q = unit(q) * self.scale.to(q.dtype).unsqueeze(-1)
+        kv = past.extend("kv", torch.stack((unit(k), v), dim=2), before=self.window)
+        k, v = kv.unbind(2)  # (B, p + l, H, dh)
+        if self.config.position == "rope":  # only differences matter, so any common origin will do
+            k, q = rotate(k, self.config.rope_base, 0), rotate(q, self.config.rope_base, k.shape[1] - q.shape[1])
+        if starts is not None:
+            q, k = separate_documents(q, k, starts)
+        bias = self.bias(self.window + 1) if self.bias is not None else None
+        return banded_attention(q, k, v, self.window, bias, self.config.include_self).flatten(-2)
+
+
+# Far below any sum of normalised scores and biases, so that exp underflows to an exact zero; finite, so that a row
+# with nothing to see gives numbers; a power of two, so that it is exact in bfloat16.
+HIDDEN = 16384.0
+
+
+def separate_documents(q: Tensor, k: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Two more channels that hide keys of another document from each query, exactly and without a mask.
+
+    A window spans two blocks, so it is enough to tell odd from even documents of the slice: the query's channel of
+    its own parity meets 0 in keys of its document, and -HIDDEN in the others. Positions before the slice belong to
+    the document that the slice begins in.
+    """
+    block = q.shape[1] // starts.shape[1]
+    odd = (starts.cumsum(1) % 2).repeat_interleave(block, dim=1)  # (B, l)
+    odd_key = F.pad(odd, (k.shape[1] - q.shape[1], 0))  # what is before the first start is even
+    own = torch.stack((1 - odd, odd), dim=-1).to(q.dtype)
+    hidden = torch.stack((odd_key, 1 - odd_key), dim=-1).to(k.dtype) * -HIDDEN
+    heads = q.shape[2]
+    q = torch.cat((q, own.unsqueeze(2).expand(-1, -1, heads, -1)), dim=-1)
+    k = torch.cat((k, hidden.unsqueeze(2).expand(-1, -1, heads, -1)), dim=-1)
+    return q, k
+
+
+def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, include_self: bool) -> Tensor:
+    """Attention of each query to the `window` keys up to its own: (B, l, H, dh), (B, p + l, H, *) -> (B, l, H, dh).
+
+    Queries are taken in tiles of t tokens against the window - 1 + t keys (to the block's grid) that any of them may
+    see. The first tiles, whose keys would begin before what exists, are computed one at a time.
+
+    Args:
+        bias: (H, distances), added by distance q - k; None for none.
+        include_self: whether distance 0 is seen.
+    """
+    length, before = q.shape[1], k.shape[1] - q.shape[1]
+    tile = query_tile(length, window)
+    whole = length // tile * tile
+    head = min(whole, -(-max(0, window - before) // tile) * tile)
+    done = []
+    for first in [*range(0, head, tile), *range(whole, length, tile)]:
+        last = min(first + tile, length)
+        begin = max(0, before + first - window)
+        part = _attend(q[:, None, first:last], k[:, None, begin : before + last], v[:, None, begin : before + last],
+                       window, bias, include_self)  # fmt: skip
+        done.append(part.squeeze(1))
+    if whole > head:
+        begin = before + head - window
+        keys = k[:, begin : before + whole].unfold(1, window + tile, tile).movedim(-1, 2)  # (B, tiles, K, H, dh)
+        values = v[:, begin : before + whole].unfold(1, window + tile, tile).movedim(-1, 2)
+        queries = q[:, head:whole].unflatten(1, (-1, tile))
+        middle = _attend(queries, keys, values, window, bias, include_self).flatten(1, 2)
+        done.insert(head // tile, middle)
+    return torch.cat(done, dim=1) if len(done) > 1 else done[0]
+
+
+def query_tile(length: int, window: int) -> int:
+    """Tokens of a query tile: a quarter of the window wastes a fifth of the scores, a whole window half of them."""
+    tile = max(window // 4, min(window, 32))
+    return tile if length >= tile and window % tile == 0 else length
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, include_self: bool) -> Tensor:
+    """Attention inside tiles: q (B, tiles, t, H, dh), k and v (B, tiles, K, H, *) -> (B, tiles, t, H, dh)."""
+    tile, keys = q.shape[2], k.shape[2]
+    q_position = torch.arange(keys - tile, keys, device=q.device)
+    distance = q_position.unsqueeze(1) - torch.arange(keys, device=q.device)  # (t, K)
+    nearest = 0 if include_self else 1
+    seen = (distance >= nearest) & (distance < window + nearest)
+    mask = q.new_zeros(1, tile, keys) if bias is None else bias.to(q.dtype)[:, distance.clamp(0, bias.shape[1] - 1)]
+    mask = mask.masked_fill(~seen, -HIDDEN)
+    scores = q.transpose(2, 3) @ k.movedim(2, -1) + mask  # (B, tiles, H, t, K)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
+    if not include_self:  # a query with no key to see attends to nothing
+        weights = weights * (scores > -HIDDEN / 2).any(-1, keepdim=True)
+    return (weights @ v.transpose(2, 3)).transpose(2, 3)

@@ -1,0 +1,98 @@
+"""The layers of the stack: a mixer over positions, then a feed-forward network, both residual.
+
+Every mixer maps (B, l, D) -> (B, l, D) given its past and the document starts; `MIXERS` names them all.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from bst_dist.model.attention import AttentionConfig, SlidingAttention
+from bst_dist.model.context import ContextConfig, CrossAttention
+from bst_dist.model.ssm.s4d import SSMConfig
+from bst_dist.parallel.past import Past
+from data_pipeline.config import Config
+
+
+class LayerConfig(Config):
+    """What all layers of a model share."""
+
+    width: int
+    """Model width D."""
+    heads: int
+    """Attention heads H; must divide the width."""
+    ffn: int
+    """Width M of the feed-forward network."""
+    block: int
+    """The attention window and the unit everything is aligned to, in tokens (W)."""
+    attention: AttentionConfig = AttentionConfig()
+    context: ContextConfig = ContextConfig()
+    ssm: SSMConfig = SSMConfig()
+
+
+class SlidingMixer(nn.Module):
+    """Sliding-window self-attention."""
+
+    def __init__(self, config: LayerConfig):
+        super().__init__()
+        self.attention = SlidingAttention(config.width, config.heads, config.block, config.attention)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+        return self.out(self.attention(u, past, starts))
+
+
+class BSTMixer(nn.Module):
+    """Block-State Transformer: sliding self-attention beside cross-attention to context states of an SSM."""
+
+    def __init__(self, config: LayerConfig):
+        super().__init__()
+        self.attention = SlidingAttention(config.width, config.heads, config.block, config.attention)
+        self.down = nn.Linear(config.width, config.context.width(config.width), bias=False)
+        self.cross = CrossAttention(config.width, config.heads, config.block, config.context, config.ssm)
+        self.out = nn.Linear(2 * config.width, config.width, bias=False)
+
+    def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+        own = self.attention(u, past.child("self"), starts)
+        cross = self.cross(u, self.down(u), past.child("context"), starts)
+        return self.out(torch.cat((own, cross), dim=-1))
+
+
+MIXERS: dict[str, type[nn.Module]] = {"bst": BSTMixer, "sliding": SlidingMixer}
+
+
+class FeedForward(nn.Module):
+    """Two linear maps around a ReLU, without biases."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.out = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.up(x)))
+
+
+class Layer(nn.Module):
+    """Pre-norm residual layer: h = x + mixer(norm(x)); h + ffn(norm(h))."""
+
+    def __init__(self, mixer: str, config: LayerConfig):
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.mixer = MIXERS[mixer](config)
+        self.ffn_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.ffn = FeedForward(config.width, config.ffn)
+
+    def forward(self, x: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
+        x = x + self.mixer(self.mixer_norm(x), past, starts)
+        return x + self.ffn(self.ffn_norm(x))
+
+    def initialize(self, depth: int) -> None:
+        """Linear maps N(0, 1/fan-in); those that write to the residual stream smaller by sqrt(2 depth)."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                gain = 1 / math.sqrt(2 * depth) if name.endswith("out") else 1.0
+                nn.init.normal_(module.weight, std=gain / math.sqrt(module.in_features))

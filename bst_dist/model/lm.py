@@ -1,0 +1,129 @@
+"""The decoder language model: embedding, a stack of layers, tied output head.
+
+Shapes throughout: B rows, l tokens of this slice, D width, V vocabulary, W block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from bst_dist.model.layers import MIXERS, Layer, LayerConfig
+from bst_dist.model.loss import linear_cross_entropy
+from bst_dist.parallel.past import EarlierCall, Past, State
+
+
+class ModelConfig(LayerConfig):
+    """A stack of layers: `mixer` at the places named, `filler` everywhere else."""
+
+    vocab_size: int | None = None
+    """Vocabulary V; None: the corpus's."""
+    depth: int
+    """Number of layers."""
+    mixer: Literal[tuple(MIXERS)]  # type: ignore[valid-type]
+    """The layer under study."""
+    placement: list[int] | Literal["all"] = "all"
+    """Where `mixer` stands, counted from 0 (the paper's small model: [1, 7, 9] of 12)."""
+    filler: Literal[tuple(MIXERS)] = "sliding"  # type: ignore[valid-type]
+    """The layer everywhere else."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.width % self.heads:
+            raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
+        if self.attention.position == "rope" and self.width // self.heads % 2:
+            raise ValueError(f"rope needs an even head width, got width/heads = {self.width // self.heads}")
+        if self.block % min(self.ssm.chunk, self.block):
+            raise ValueError(f"ssm.chunk ({self.ssm.chunk}) must divide block ({self.block})")
+        if self.placement != "all":
+            outside = [place for place in self.placement if not 0 <= place < self.depth]
+            if outside:
+                raise ValueError(f"placement {outside} is outside the {self.depth} layers (0 to {self.depth - 1})")
+        return self
+
+    def mixers(self) -> list[str]:
+        """The mixer of each layer."""
+        if self.placement == "all":
+            return [self.mixer] * self.depth
+        return [self.mixer if place in self.placement else self.filler for place in range(self.depth)]
+
+
+class Losses(NamedTuple):
+    """What a forward pass with labels returns."""
+
+    total: Tensor
+    """Sum of the negative log-likelihood over unmasked tokens, in nats, with gradient."""
+    per_token: Tensor
+    """(B, l), without gradient; zero where masked out."""
+
+
+class LanguageModel(nn.Module):
+    """Block-State Transformer or one of its baselines, as a language model."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("vocab_size is not known: take it from the corpus before building the model")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)  # N(0, 1), tied with the head
+        self.layers = nn.ModuleList(Layer(mixer, config) for mixer in config.mixers())
+        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.checkpoint: Callable[..., Tensor] | None = None
+        """Activation checkpointing: called as ``checkpoint(layer, *inputs)`` in place of ``layer(*inputs)``."""
+        for layer in self.layers:
+            layer.initialize(config.depth)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        starts: Tensor | None = None,
+        past: Past | None = None,
+    ) -> Losses | Tensor:
+        """Losses of the labels; without labels, the logits of the last token, (B, V).
+
+        Args:
+            input_ids: (B, l) int64. A slice is a whole number of blocks, or lies within one block.
+            labels: (B, l) int64, the token after each.
+            loss_mask: (B, l) bool, False where a label does not count; None: all count.
+            starts: (B, l / W) bool, blocks that begin a document and see nothing before; None: none does.
+            past: what came before the slice; None: nothing.
+        """
+        past = past or Past()
+        self._check_slice(input_ids.shape[1], past.position)
+        x = self.embedding(input_ids)  # (B, l, D)
+        for index, layer in enumerate(self.layers):
+            inputs = (x, past.child(str(index)), starts)
+            x = layer(*inputs) if self.checkpoint is None else self.checkpoint(layer, *inputs)
+        scale = 1 / math.sqrt(self.config.width)
+        if labels is None:
+            return self.norm(x[:, -1]) @ self.embedding.weight.T * scale
+        mask = torch.ones_like(labels, dtype=torch.bool) if loss_mask is None else loss_mask
+        return Losses(*linear_cross_entropy(self.norm(x), self.embedding.weight, labels, mask, scale))
+
+    def carry(self, state: State | None = None, position: int = 0) -> EarlierCall:
+        """A past that takes up what an earlier call left, and collects in ``.after`` what the next call leaves."""
+        return EarlierCall(state, position)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by how they are trained: matrices (with decay), vectors (without), and SSM dynamics."""
+        dynamics = [p for module in self.modules() if hasattr(module, "dynamics") for p in module.dynamics()]
+        apart = {id(p) for p in dynamics}
+        rest = [p for p in self.parameters() if id(p) not in apart]
+        matrices = [p for p in rest if p.dim() > 1 and p is not self.embedding.weight]
+        kept = {id(p) for p in matrices}
+        return {"matrices": matrices, "vectors": [p for p in rest if id(p) not in kept], "ssm": dynamics}
+
+    def _check_slice(self, length: int, position: int) -> None:
+        block = self.config.block
+        offset = position % block
+        if (offset or length % block) and offset + length > block:
+            raise ValueError(
+                f"a slice of {length} tokens at position {position} is neither whole blocks of {block} nor within one"
+            )

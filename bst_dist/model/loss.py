@@ -1,0 +1,72 @@
+"""Cross-entropy of a tied output head, in tiles: the logits of all tokens never exist at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TILE_LOGITS = 2**23
+"""Logits held at a time, 32 MiB in single precision."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum over tokens of -log softmax(scale * h W^T)[label]; gradients are made tile by tile in the forward pass.
+
+    The backward pass then only multiplies by the incoming scalar, and the weight is not needed again.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, scale: float) -> tuple:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        matrix = weight.to(dtype)
+        per_token = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        rows = max(1, TILE_LOGITS // len(weight))
+        with torch.autocast(device, enabled=False):
+            for tile in torch.arange(len(hidden), device="cpu").split(rows):
+                part = slice(int(tile[0]), int(tile[-1]) + 1)
+                h, target, keep = hidden[part].to(dtype), labels[part, None], mask[part, None]
+                logits = (h @ matrix.T).to(wide).mul_(scale)
+                log_z = logits.logsumexp(-1, keepdim=True)
+                per_token[part] = ((log_z - logits.gather(-1, target)) * keep).squeeze(-1)
+                if not (needs_hidden or needs_weight):
+                    continue
+                d_logits = logits.sub_(log_z).exp_()
+                d_logits.scatter_add_(-1, target, torch.full_like(log_z, -1.0))
+                d_logits = d_logits.mul_(keep * scale).to(dtype)
+                if needs_hidden:
+                    d_hidden[part] = d_logits @ matrix
+                if needs_weight:
+                    d_weight += d_logits.T @ h
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.mark_non_differentiable(per_token)
+        return per_token.sum(), per_token
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple:
+        d_hidden, d_weight = ctx.saved_tensors
+        return (
+            None if d_hidden is None else d_hidden * grad,
+            None if d_weight is None else (d_weight * grad).to(d_weight.dtype),
+            None, None, None,
+        )  # fmt: skip
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, scale: float) -> tuple:
+    """Negative log-likelihood in nats of `labels` under the logits ``scale * hidden @ weight.T``.
+
+    Args:
+        hidden: (B, l, D).
+        weight: (V, D).
+        labels: (B, l) int64.
+        mask: (B, l) bool; a token that is masked out has loss and gradient zero.
+
+    Returns:
+        Their sum, a scalar with gradient, and the loss of each token, (B, l) without.
+    """
+    total, per_token = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, labels.flatten(), mask.flatten(), scale)
+    return total, per_token.view(labels.shape)

@@ -1,0 +1,94 @@
+"""The contract for the past: what a layer may know of the tokens before its slice.
+
+Every mixing layer computes ``y = f(x, past)`` on a slice of B rows and l tokens, and asks its past two questions: the
+last positions before the slice (keys and values, MF's block-end states), and the recurrent state before the slice.
+Three sources answer them behind one interface, and a layer does not know which one it has:
+
+- `Past` itself: nothing came before;
+- `EarlierCall`: what an earlier call left behind (a document streamed over training steps, a token generated at a
+  time). It carries values, not gradients: the paper's non-differentiable sequence cache;
+- the left neighbour's rank, under sequence parallelism.
+
+What is there to be found is told by shape: `extend` returns at most as many positions as were asked for, and fewer
+(or none) when fewer exist, so no layer needs a flag or a mask for the start of a stream.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+State: TypeAlias = dict[str, Tensor]
+"""What a call leaves behind for the next one: names to tensors with the batch as first dimension, detached."""
+
+
+class Past:
+    """Nothing came before this slice; also the interface of every other source."""
+
+    position: int = 0
+    """Tokens of the stream before this slice."""
+
+    def extend(self, name: str, x: Tensor, before: int, after: int | None = None) -> Tensor:
+        """Put the last positions before the slice in front of `x`: (B, l, ...) -> (B, p + l, ...), p <= `before`.
+
+        `after` is how many positions the next slice will ask for, when that is not `before`.
+        """
+        return x
+
+    def state(self, name: str, end: Tensor, transition: Tensor) -> Tensor | None:
+        """The state before the slice (B, ...), or None when there is none.
+
+        `end` (B, ...) is the state that the slice alone leaves behind, from zero; `transition`, broadcastable to
+        it, is what the slice multiplies an incoming state with. The state after the slice is their affine map.
+        """
+        return None
+
+    def serial_state(self, name: str) -> Tensor | None:
+        """The state before the slice when it is no affine map of the one before (Block-Recurrent)."""
+        return None
+
+    def leave_serial_state(self, name: str, value: Tensor) -> None:
+        """Leave the state after the slice to whoever asks `serial_state` next."""
+
+    def child(self, name: str) -> Past:
+        """The same past for one part of the model, with names of its own."""
+        return self
+
+
+class EarlierCall(Past):
+    """What an earlier call left behind, without gradient; collects in `after` what this call leaves.
+
+    Reading and writing are apart, so that a layer run twice (recomputed in the backward pass) sees the same past.
+    """
+
+    def __init__(self, before: State | None = None, position: int = 0):
+        self.before = before or {}
+        self.after: State = {}
+        self.position = position
+        self._prefix = ""
+
+    def extend(self, name: str, x: Tensor, before: int, after: int | None = None) -> Tensor:
+        held = self.before.get(self._prefix + name)
+        x = x if held is None else torch.cat((held.to(x.dtype), x), dim=1)
+        keep = before if after is None else after
+        self.after[self._prefix + name] = x[:, max(0, x.shape[1] - keep) :].detach().clone()
+        return x if held is None else x[:, max(0, held.shape[1] - before) :]
+
+    def state(self, name: str, end: Tensor, transition: Tensor) -> Tensor | None:
+        held = self.before.get(self._prefix + name)
+        left = end if held is None else end + transition * held
+        self.after[self._prefix + name] = left.detach()
+        return held
+
+    def serial_state(self, name: str) -> Tensor | None:
+        return self.before.get(self._prefix + name)
+
+    def leave_serial_state(self, name: str, value: Tensor) -> None:
+        self.after[self._prefix + name] = value.detach()
+
+    def child(self, name: str) -> Past:
+        part = EarlierCall(self.before, self.position)
+        part.after, part._prefix = self.after, f"{self._prefix}{name}."
+        return part
