@@ -1,0 +1,51 @@
+"""The dp x sp mesh: which rows and which slice of them a rank holds.
+
+Ranks of one sequence are neighbours (rank = dp_rank * sp + sp_rank), so what crosses a slice boundary stays inside a
+node where it can. ZeRO shards over the whole world: for it, every rank is data-parallel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from data_pipeline.config import Config
+from data_pipeline.errors import UserError
+
+
+class ParallelConfig(Config):
+    """How a global batch is spread over the ranks; what sp leaves is data-parallel."""
+
+    sp: int = 1
+    """Ranks that share one sequence, each holding a slice of L / sp tokens."""
+
+
+class MeshError(UserError):
+    """A world that the recipe cannot be spread over."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place."""
+
+    world: int
+    rank: int
+    sp: int = 1
+
+    def __post_init__(self) -> None:
+        if self.world % self.sp:
+            raise MeshError(f"parallel.sp: {self.sp} does not divide the {self.world} ranks")
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel degree."""
+        return self.world // self.sp
+
+    @property
+    def dp_rank(self) -> int:
+        """Which rows."""
+        return self.rank // self.sp
+
+    @property
+    def sp_rank(self) -> int:
+        """Which slice of them."""
+        return self.rank % self.sp
