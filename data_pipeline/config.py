@@ -120,11 +120,10 @@ def _nearest(cls: type[Config], location: list[str]) -> str:
     close = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
     if close:
         return f": did you mean {prefix + close[0]!r}?"
-    elsewhere = [name for name in every if name.rpartition(".")[2] == leaf] or difflib.get_close_matches(
-        ".".join(location), every, n=1, cutoff=0.6
-    )
+    by_leaf = {name.rpartition(".")[2]: name for name in reversed(every)}
+    elsewhere = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8)
     if elsewhere:
-        return f": did you mean {elsewhere[0]!r}?"
+        return f": did you mean {by_leaf[elsewhere[0]]!r}?"
     return f"; known there: {', '.join(siblings)}" if siblings else ""
 
 

@@ -1,0 +1,103 @@
+"""Sliding attention in tiles against a literal loop over queries, in double precision."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bst_dist.model.attention import (
+    AttentionConfig,
+    DistanceBias,
+    SlidingAttention,
+    banded_attention,
+    rotate,
+)
+from bst_dist.parallel.past import Past
+
+
+def query_by_query(q, k, v, window, bias, include_self, documents=None):
+    """softmax over the keys each query may see, one query and head at a time."""
+    batch, length, heads, _ = q.shape
+    before = k.shape[1] - length
+    out = torch.zeros(batch, length, heads, v.shape[-1], dtype=q.dtype)
+    for b in range(batch):
+        for t in range(length):
+            position = before + t
+            last = position if include_self else position - 1
+            seen = [j for j in range(max(0, last - window + 1), last + 1)]
+            if documents is not None:
+                seen = [j for j in seen if documents[b][j] == documents[b][position]]
+            if not seen:
+                continue
+            for h in range(heads):
+                scores = torch.stack([q[b, t, h] @ k[b, j, h] for j in seen])
+                if bias is not None:
+                    scores = scores + bias[h, [position - j for j in seen]]
+                out[b, t, h] = torch.softmax(scores, 0) @ v[b, seen, h]
+    return out
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    length=st.integers(1, 40), before=st.integers(0, 16), window=st.sampled_from([4, 8, 16]),
+    include_self=st.booleans(), with_bias=st.booleans(),
+)  # fmt: skip
+def test_tiles_equal_query_by_query(length, before, window, include_self, with_bias):
+    torch.manual_seed(length)
+    before = min(before, window)
+    q = torch.randn(2, length, 2, 4, dtype=torch.float64)
+    k, v = torch.randn(2, 2, before + length, 2, 4, dtype=torch.float64)
+    bias = torch.randn(2, window + 1, dtype=torch.float64) if with_bias else None
+    ours = banded_attention(q, k, v, window, bias, include_self)
+    torch.testing.assert_close(ours, query_by_query(q, k, v, window, bias, include_self), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+def test_gradients_equal_query_by_query(include_self):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 24, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    bias = torch.randn(2, 9, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(1, 24, 2, 4, dtype=torch.float64)
+    ours = torch.autograd.grad((banded_attention(q, k, v, 8, bias, include_self) * weight).sum(), (q, k, v, bias))
+    theirs = torch.autograd.grad((query_by_query(q, k, v, 8, bias, include_self) * weight).sum(), (q, k, v, bias))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("position", ["t5", "rope"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_crosses_a_document_start(position, dtype):
+    torch.manual_seed(0)
+    attention = SlidingAttention(16, 2, 8, AttentionConfig(position=position))
+    u = torch.randn(1, 40, 16, requires_grad=True)
+    starts = torch.tensor([[False, True, False, True, True]])
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        out = attention(u, Past(), starts)
+        alone = attention(u[:, 8:24], Past())
+    for begin, end in ((8, 24), (24, 32), (32, 40)):
+        (gradient,) = torch.autograd.grad(out[0, begin:end].float().sum(), u, retain_graph=True)
+        assert gradient[0, :begin].count_nonzero() == 0
+        assert gradient[0, end:].count_nonzero() == 0
+    torch.testing.assert_close(out[:, 8:24], alone, rtol=0, atol=1e-6 if dtype == torch.float32 else 2e-2)
+
+
+def test_t5_buckets_are_exact_then_logarithmic():
+    """Bucket numbers written out from the definition: exact to 15, then log-spaced to 128, then the last."""
+    bias = DistanceBias(1, AttentionConfig(position="t5", buckets=32, max_distance=128))
+    with torch.no_grad():
+        bias.weight.copy_(torch.arange(32.0))
+    buckets = bias(200)[0].int().tolist()
+    assert buckets[:16] == list(range(16))
+    expected = [min(31, 16 + int(math.log(d / 16) / math.log(8) * 16)) for d in range(16, 200)]
+    assert buckets[16:] == expected
+    assert buckets[127] == buckets[199] == 31
+
+
+def test_rotation_depends_on_differences_only():
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
+    at = [(rotate(q, 1e4, 5 + s) * rotate(k, 1e4, 2 + s)).sum() for s in (0, 11, 400)]
+    torch.testing.assert_close(at[0], at[1])
+    torch.testing.assert_close(at[0], at[2])
+    assert not torch.allclose(at[0], (rotate(q, 1e4, 6) * rotate(k, 1e4, 2)).sum())

@@ -1,0 +1,54 @@
+"""The tiled loss against torch's cross-entropy."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bst_dist.model import loss
+from bst_dist.model.loss import linear_cross_entropy
+
+
+@pytest.fixture(params=[1, 3, 10_000], ids=lambda rows: f"tiles of {rows}")
+def _tiles(request, monkeypatch):
+    monkeypatch.setattr(loss, "TILE_LOGITS", 11 * request.param)
+
+
+def inputs(dtype=torch.float64):
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 5, 4, dtype=dtype, requires_grad=True)
+    weight = torch.randn(11, 4, dtype=dtype, requires_grad=True)
+    return hidden, weight, torch.randint(0, 11, (2, 5)), torch.rand(2, 5) < 0.7
+
+
+@pytest.mark.usefixtures("_tiles")
+def test_loss_and_gradients_equal_cross_entropy():
+    hidden, weight, labels, mask = inputs()
+    total, per_token = linear_cross_entropy(hidden, weight, labels, mask, 0.5)
+    expected = F.cross_entropy((0.5 * hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="none")
+    expected = expected.view(2, 5) * mask
+    torch.testing.assert_close(per_token, expected)
+    ours = torch.autograd.grad(3 * total, (hidden, weight))
+    for one, other in zip(ours, torch.autograd.grad(3 * expected.sum(), (hidden, weight)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.usefixtures("_tiles")
+def test_gradcheck():
+    hidden, weight, labels, mask = inputs()
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, labels, mask, 0.5)[0], (hidden, weight))
+
+
+def test_logits_are_single_precision_under_autocast():
+    hidden, weight, labels, mask = inputs(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, per_token = linear_cross_entropy(hidden, weight, labels, mask, 1.0)
+    assert total.dtype == per_token.dtype == torch.float32
+    exact = linear_cross_entropy(hidden, weight, labels, mask, 1.0)[0]
+    assert (total - exact).abs() / exact < 0.02
+
+
+def test_without_gradient_only_the_loss_is_computed():
+    hidden, weight, labels, mask = inputs()
+    with torch.no_grad():
+        total, _ = linear_cross_entropy(hidden, weight, labels, mask, 0.5)
+    assert not total.requires_grad
