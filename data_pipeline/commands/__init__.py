@@ -1,0 +1,1 @@
+"""The `bst data …` commands: thin, each over a function of the package."""

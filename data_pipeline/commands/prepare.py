@@ -1,0 +1,91 @@
+"""Prepare a corpus: real text to SentencePiece tokens in WebDataset shards, with an index and a manifest.
+
+  bst data prepare launch/data/stdlib.yaml
+  bst data prepare CONFIG output=/data/mine tokenizer.vocab_size=16000 workers=8
+  mpirun -n 65 bst data prepare CONFIG        # over nodes: one rank leads, the others work
+
+Interrupted work goes on where it stopped when started again; a corpus that is already there is reused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from data_pipeline.config import load
+from data_pipeline.manifest import Manifest
+from data_pipeline.parallel import open_workers
+from data_pipeline.prepare import PrepareConfig, prepare
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("config", type=Path, help="YAML file of the preparation's settings")
+    parser.add_argument("override", nargs="*", help="settings that replace the file's: key=value, section.key=value")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Prepare and report; None on MPI ranks that only work."""
+    config = load(PrepareConfig, args.config, args.override)
+    with open_workers(config.workers) as workers:
+        if workers is None:
+            return None
+        console = Console()
+        start = time.monotonic()
+        with _bars(console) as bars:
+            tasks: dict[str, Any] = {}
+
+            def progress(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(stage, total=total)
+                bars.update(tasks[stage], completed=done, total=total)
+
+            manifest, found = prepare(config, workers, progress)
+        time_s = time.monotonic() - start
+    report = {"corpus": str(config.output), **found, "time_s": round(time_s, 3), **summary(manifest)}
+    _print(console, config, manifest, report)
+    return report
+
+
+def summary(manifest: Manifest) -> dict[str, Any]:
+    """A manifest in numbers, by split."""
+    splits = {
+        split: {
+            "documents": manifest.documents(split),
+            "tokens": manifest.tokens(split),
+            "text_bytes": manifest.text_bytes(split),
+            "bytes_per_token": round(manifest.text_bytes(split) / max(manifest.tokens(split), 1), 4),
+            "shards": len(shards),
+        }
+        for split, shards in manifest.splits.items()
+    }
+    return {"manifest_sha256": manifest.sha256, "vocab_size": manifest.tokenizer.vocab_size, "splits": splits}
+
+
+def _bars(console: Console) -> Progress:
+    columns = (TextColumn("{task.description:<16}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+
+
+def _print(console: Console, config: PrepareConfig, manifest: Manifest, report: dict[str, Any]) -> None:
+    if report["reused"]:
+        console.print(f"{config.output} is already prepared with these settings: reused as it is.")
+    else:
+        there = report["shards_already_there"]
+        again = f", {there} shards were there already" if there else ""
+        console.print(f"{config.output} prepared in {report['time_s']:.1f} s{again}.")
+    for split, numbers in report["splits"].items():
+        console.print(
+            f"  {split:<10}  {numbers['documents']:>9,} documents  {numbers['tokens']:>13,} tokens  "
+            f"{numbers['text_bytes'] / 1e6:>9.1f} MB  {numbers['bytes_per_token']:.2f} bytes/token"
+        )
+    left_out, duplicates = manifest.provenance["left_out"], manifest.provenance["duplicates"]
+    if left_out:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        console.print(f"  left out: {reasons} (listed in {config.output / 'skipped.jsonl'})")
+    console.print(f"  duplicates removed: {duplicates['exact']} exact, {duplicates['near']} near")

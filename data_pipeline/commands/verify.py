@@ -1,0 +1,57 @@
+"""Verify a prepared corpus: every hash and CRC, the tokenizer, and that stock webdataset reads every document.
+
+  bst data verify corpora/stdlib
+
+Exit status 1 when anything is wrong; each line names the file, the document and the byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from data_pipeline.manifest import Manifest
+from data_pipeline.parallel import open_workers
+from data_pipeline.verify import Problem, ShardTask, verify_shard, verify_tokenizer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
+    parser.add_argument("--workers", type=int, default=None, help="processes (default: one for each CPU)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Verify and report; `passed` is false when there is a problem."""
+    manifest = Manifest.read(args.corpus)
+    shards = [shard for infos in manifest.splits.values() for shard in infos]
+    tasks = [ShardTask(args.corpus, shard, manifest.tokenizer.vocab_size, manifest.dtype) for shard in shards]
+    console = Console()
+    start = time.monotonic()
+    problems: list[Problem] = verify_tokenizer(args.corpus, manifest)
+    with open_workers(args.workers) as workers:
+        if workers is None:
+            return None
+        results = workers.run(verify_shard, tasks)
+        for found in track(results, "verify", total=len(tasks), console=console, transient=True):
+            problems += found
+    problems.sort()
+    for problem in problems:
+        console.print(f"[red]{problem.file}[/]: {problem.what}", highlight=False, soft_wrap=True)
+    size = sum(shard.bytes for shard in shards)
+    verdict = f"[red]{len(problems)} problems[/]" if problems else "[green]whole[/]"
+    console.print(f"{args.corpus}: {len(shards)} shards, {size / 1e6:.1f} MB: {verdict}")
+    return {
+        "passed": not problems,
+        "corpus": str(args.corpus),
+        "manifest_sha256": manifest.sha256,
+        "shards": len(shards),
+        "tar_bytes": size,
+        "time_s": round(time.monotonic() - start, 3),
+        "problems": [problem._asdict() for problem in problems],
+    }
