@@ -19,6 +19,8 @@ from data_pipeline.errors import UserError
 
 # Command -> (module that holds it, one line of help). Modules are imported only when their command runs.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "data prepare": ("data_pipeline.commands.prepare", "prepare a corpus: text to tokens in shards"),
+    "data verify": ("data_pipeline.commands.verify", "check every hash and CRC of a corpus"),
     "train": ("bst_dist.cluster.local", "train a recipe on this machine's ranks"),
 }
 GROUPS = {"data": "prepare and inspect corpora", "bench": "measure side by side with peers"}
