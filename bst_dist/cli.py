@@ -22,6 +22,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data prepare": ("data_pipeline.commands.prepare", "prepare a corpus: text to tokens in shards"),
     "data verify": ("data_pipeline.commands.verify", "check every hash and CRC of a corpus"),
     "train": ("bst_dist.cluster.local", "train a recipe on this machine's ranks"),
+    "eval": ("bst_dist.evaluate.perplexity", "loss, perplexity and bits per byte of a run, with standard errors"),
+    "generate": ("bst_dist.evaluate.generate", "write text with a run's model"),
+    "plot": ("bst_dist.evaluate.plot", "draw the training curves of runs"),
+    "compare": ("bst_dist.evaluate.compare", "check that two runs are equal, step by step and weight by weight"),
+    "baselines": ("bst_dist.evaluate.baselines", "what an order-2 byte model and xz -9 make of a corpus"),
+    "demo": ("bst_dist.evaluate.demo", "the whole way in minutes, from text to a trained and evaluated model"),
 }
 GROUPS = {"data": "prepare and inspect corpora", "bench": "measure side by side with peers"}
 
