@@ -68,5 +68,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, mask: T
     Returns:
         Their sum, a scalar with gradient, and the loss of each token, (B, l) without.
     """
+    if not torch.is_grad_enabled():  # inside a Function, inputs seem to need gradients whether or not anyone asks
+        hidden, weight = hidden.detach(), weight.detach()
     total, per_token = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, labels.flatten(), mask.flatten(), scale)
     return total, per_token.view(labels.shape)

@@ -26,7 +26,7 @@ def query_by_query(q, k, v, window, bias, include_self, documents=None):
         for t in range(length):
             position = before + t
             last = position if include_self else position - 1
-            seen = [j for j in range(max(0, last - window + 1), last + 1)]
+            seen = list(range(max(0, last - window + 1), last + 1))
             if documents is not None:
                 seen = [j for j in seen if documents[b][j] == documents[b][position]]
             if not seen:

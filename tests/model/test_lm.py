@@ -1,5 +1,7 @@
 """The language model: causality, slices, generation, document resets, parameter groups, bad sizes."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -78,7 +80,7 @@ def test_a_document_start_equals_a_separate_document(mixer, variant):
     starts = torch.tensor([[True, False, True, False], [False, True, True, False]])
     losses = model(ids, labels, starts=starts).per_token
     for row, begins in ((0, [0, 32, 64]), (1, [0, 16, 32, 64])):
-        for begin, end in zip(begins, begins[1:], strict=False):
+        for begin, end in pairwise(begins):
             alone = model(ids[row : row + 1, begin:end], labels[row : row + 1, begin:end]).per_token
             torch.testing.assert_close(losses[row : row + 1, begin:end], alone, rtol=1e-11, atol=1e-12)
 

@@ -1,6 +1,7 @@
 """S4D in chunks against a step recurrence and a full-length FFT, in double precision."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_a_document_start_is_a_reset():
     starts = torch.tensor([[False, True, False, False], [True, False, True, True]])  # blocks of 16
     y = ssm(z, NOTHING, starts)
     for row, begins in ((0, [0, 16, 64]), (1, [0, 32, 48, 64])):
-        for begin, end in zip(begins, begins[1:], strict=False):
+        for begin, end in pairwise(begins):
             alone = ssm(z[row : row + 1, begin:end], NOTHING)
             torch.testing.assert_close(y[row : row + 1, begin:end], alone, rtol=1e-12, atol=1e-13)
 
@@ -141,7 +142,7 @@ def test_a_length_between_chunks_is_refused():
 
 
 def test_legs_frequencies_are_those_of_the_normal_part_of_hippo():
-    """HiPPO-LegS A = -(1/2 + skew part) - rank one (arXiv 2111.00396, appendix): all of A + P P^T has real part -1/2."""
+    """HiPPO-LegS A = -(1/2 + skew part) - rank one (arXiv 2111.00396, appendix): A + P P^T has real parts -1/2."""
     n = 8
     hippo = torch.zeros(n, n, dtype=torch.float64)
     for i in range(n):
