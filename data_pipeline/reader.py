@@ -1,0 +1,124 @@
+"""Random access to a prepared corpus: any run of any document's tokens, checked against what was written.
+
+Only the lengths of the documents are held in memory from the start, so that opening ten million costs little.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.errors import UserError
+from data_pipeline.manifest import MANIFEST, Manifest
+from data_pipeline.shard_reader import ShardReader
+from data_pipeline.storage import LocalStorage, Storage
+from data_pipeline.tokenizer import Tokenizer
+
+
+class Corpus:
+    """One split of a prepared corpus; documents are numbered in the order of the manifest's shards.
+
+    Reads may be made from several threads.
+    """
+
+    def __init__(self, storage: Storage, manifest: Manifest, split: str) -> None:
+        self.storage = storage
+        self.manifest = manifest
+        self.split = split
+        self.where = f"{storage.where} ({split})"
+        self.dtype = manifest.token_dtype
+        self._shards = [ShardReader(storage, info, self.dtype) for info in manifest.shards(split)]
+        counts = [shard.info.documents for shard in self._shards]
+        self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.lengths = np.empty(self._starts[-1], np.uint32)
+        """(n,) tokens of each document, the end-of-document token included."""
+        for shard, start, stop in zip(self._shards, self._starts, self._starts[1:], strict=False):
+            self.lengths[start:stop] = shard.read_index().lengths
+        if not len(self.lengths):
+            raise UserError(f"{self.where}: the split is empty; prepare it from more text, or choose another")
+
+    @classmethod
+    def open(cls, url: str, split: str = "train") -> Corpus:
+        """Open a split of the corpus in a directory.
+
+        Raises UserError when there is no corpus, the split is missing or empty, the tokenizer is missing or another
+        one, or an index does not belong to its shard.
+        """
+        storage = LocalStorage(url)
+        try:
+            manifest = Manifest.from_bytes(storage.whole(MANIFEST), f"{url}/{MANIFEST}")
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"{url}: no prepared corpus there ({MANIFEST} is missing); make one with 'bst data prepare'"
+            ) from None
+        corpus = cls(storage, manifest, split)
+        corpus.tokenizer()
+        return corpus
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the manifest: the corpus's identity."""
+        return self.manifest.sha256
+
+    @property
+    def tokens_total(self) -> int:
+        """Tokens of the split."""
+        return int(self.lengths.sum(dtype=np.int64))
+
+    def __len__(self) -> int:
+        """Documents of the split."""
+        return len(self.lengths)
+
+    def tokenizer(self) -> Tokenizer:
+        """The corpus's tokenizer; raises UserError when it is missing or not the one the corpus was made with."""
+        info = self.manifest.tokenizer
+        where = f"{self.storage.where}/{info.file}"
+        try:
+            tokenizer = Tokenizer(self.storage.whole(info.file), where)
+        except FileNotFoundError:
+            raise UserError(f"{where}: the tokenizer is missing; copy it from where the corpus was prepared") from None
+        if tokenizer.sha256 != info.sha256:
+            raise UserError(f"{where}: not the tokenizer this corpus was made with; copy it from there")
+        return tokenizer
+
+    def token_bytes(self) -> np.ndarray:
+        """(V,) int64: bytes of text that each id stands for; 0 for begin, end and padding."""
+        return self.tokenizer().token_bytes
+
+    def require_vocabulary(self, size: int) -> None:
+        """Raise UserError unless a model of `size` ids can read every token of this corpus."""
+        own = self.manifest.tokenizer.vocab_size
+        if own > size:
+            raise UserError(
+                f"{self.where}: its tokenizer has {own} ids, the model only {size}; "
+                "raise the model's vocabulary, or prepare the corpus with the model's tokenizer (tokenizer.reuse)"
+            )
+
+    def document(self, number: int) -> np.ndarray:
+        """All tokens of a document, (n,)."""
+        return self.tokens(number, 0, int(self.lengths[number]))
+
+    def tokens(self, number: int, start: int, stop: int) -> np.ndarray:
+        """Tokens ``start..stop`` of a document, in the corpus's dtype; raises ShardError when they are damaged."""
+        if not 0 <= start <= stop <= self.lengths[number]:
+            raise IndexError(f"{self.where}: document {number} has {self.lengths[number]} tokens, not {start}..{stop}")
+        out = np.empty(stop - start, self.dtype)
+        if stop > start:
+            self.read_into(number, start, out)
+        return out
+
+    def read_into(self, number: int, start: int, out: np.ndarray) -> None:
+        """Fill `out` (k,) of the corpus's dtype, k at least 1, with a document's tokens from `start` on, unchecked."""
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        self._shards[shard].read_into(number - int(self._starts[shard]), start, out)
+
+    def document_info(self, number: int) -> dict[str, Any]:
+        """The document's JSON: id, path, source, licence and what else `prepare` recorded."""
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self._shards[shard].document_info(number - int(self._starts[shard]))
+
+    def check_shards(self) -> None:
+        """Raise ShardError for the first shard that is missing or of another size; local files only."""
+        for shard in self._shards:
+            shard.check_size()
