@@ -27,6 +27,8 @@ from data_pipeline.config import Config
 class SSMConfig(Config):
     """The state space model inside a layer."""
 
+    kernel: Literal["s4d"] = "s4d"
+    """Diagonal state space; the other kernels have sections of their own (kernels.py)."""
     state: int = 16
     """Real state size N a channel: N/2 complex modes."""
     init: Literal["lin", "inv", "legs"] = "lin"
