@@ -91,6 +91,10 @@ class Tokenizer:
         pieces = self._pieces
         return b"".join(pieces[i] for i in np.asarray(ids).tolist()).decode("utf-8", errors="replace")
 
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes of text that one id stands for; a character may be spread over several ids."""
+        return self._pieces[token]
+
     def _newline_or_space(self, line: str) -> list[int] | None:
         """Ids of the two characters that SentencePiece itself would not give back."""
         if line == _NEWLINE:
