@@ -167,6 +167,7 @@ def _document_info(row: np.void, names: dict[str, Any], source: str, tokens: int
     return {
         "id": int(row["id"]),
         "path": names["path"],
+        **({"title": names["title"]} if names["title"] else {}),
         "n_tokens": tokens,
         "n_bytes": int(row["bytes"]),
         "source": source,

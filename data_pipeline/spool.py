@@ -129,7 +129,7 @@ def _write_chunk(path: Path, task: ChunkTask) -> None:
                 _write_line(skips, {"path": found.path, "reason": found.reason})
                 continue
             document, text = found
-            _write_line(names, {"path": document.path, "licence": document.licence})
+            _write_line(names, {"path": document.path, "licence": document.licence, "title": document.title})
             texts.write(text)
             rows.append(_row(task, len(rows), offset, document, text))
             offset += len(text)

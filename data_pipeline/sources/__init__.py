@@ -7,13 +7,21 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, SerializeAsAny
 
 from data_pipeline.config import parse
+from data_pipeline.sources.arxiv import Arxiv
 from data_pipeline.sources.base import Document, Part, Skipped, Source
 from data_pipeline.sources.folder import Folder
+from data_pipeline.sources.github import Github
+from data_pipeline.sources.jsonl import JsonLines
+from data_pipeline.sources.packaged import Books, Latex, Linux, Mathematics
+from data_pipeline.sources.pg19 import Pg19
 from data_pipeline.sources.stdlib import StandardLibrary
+from data_pipeline.sources.webdataset import WebDatasetTars
 
 __all__ = ["SOURCES", "AnySource", "Document", "Part", "Skipped", "Source"]
 
-SOURCES: dict[str, type[Source]] = {cls.model_fields["kind"].default: cls for cls in (StandardLibrary, Folder)}
+_CLASSES = (StandardLibrary, Folder, JsonLines, WebDatasetTars, Pg19, Arxiv, Github, Books, Latex, Mathematics, Linux)
+
+SOURCES: dict[str, type[Source]] = {cls.model_fields["kind"].default: cls for cls in _CLASSES}
 """Every source by its `kind`."""
 
 

@@ -38,6 +38,8 @@ class Document:
     """Documents of one group (a work, a repository) never end up in different splits; empty: a group of its own."""
     split: str = ""
     """The split the source itself puts the document in; empty: decided by the preparation."""
+    title: str = ""
+    """What people call it, if the source says."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,91 @@
+"""Compressed files and archives, read as streams: nothing is ever unpacked to the places an archive names."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from backports import zstd
+
+from data_pipeline.errors import UserError
+from data_pipeline.sources.base import Skipped
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.zst")
+
+_OPENERS: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open,
+    ".tgz": gzip.open,
+    ".xz": lzma.open,
+    ".zst": zstd.open,
+}
+_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zstd.ZstdError, lzma.LZMAError, zlib.error, EOFError,
+            gzip.BadGzipFile)  # fmt: skip
+
+
+class Member(NamedTuple):
+    """A regular file in an archive."""
+
+    name: str
+    data: bytes
+
+
+@contextmanager
+def open_stream(path: Path) -> Iterator[BinaryIO]:
+    """A file's bytes, decompressed when its name ends in .gz, .tgz, .xz or .zst; UserError when they are damaged."""
+    opener = _OPENERS.get(path.suffix, Path.open)
+    with damage_explained(str(path)), opener(path, "rb") as file:
+        yield cast(BinaryIO, file)
+
+
+def tar_members(file: BinaryIO, where: str) -> Iterator[Member | Skipped]:
+    """Every regular file of a tar stream, in its order; links and names that lead out of the archive are skipped.
+
+    Raises UserError for an archive that is damaged or cut short.
+    """
+    with damage_explained(where), tarfile.open(fileobj=file, mode="r|") as tar:
+        for member in tar:
+            name = f"{where}/{member.name}"
+            if member.isdir():
+                continue
+            if not _stays_inside(member.name):
+                yield Skipped(name, "unsafe member name")
+            elif not member.isfile():
+                yield Skipped(name, f"link or special file in an archive (to {member.linkname!r})")
+            else:
+                data = tar.extractfile(member)
+                yield Member(member.name, data.read() if data else b"")
+
+
+def zip_members(path: Path) -> Iterator[Member | Skipped]:
+    """Every regular file of a zip, by name; names that lead out of the archive are skipped."""
+    with damage_explained(str(path)), zipfile.ZipFile(path) as archive:
+        for info in sorted(archive.infolist(), key=lambda info: info.filename):
+            if info.is_dir():
+                continue
+            if not _stays_inside(info.filename):
+                yield Skipped(f"{path.name}/{info.filename}", "unsafe member name")
+            elif (info.external_attr >> 28) == 0xA:
+                yield Skipped(f"{path.name}/{info.filename}", "link or special file in an archive")
+            else:
+                yield Member(info.filename, archive.read(info))
+
+
+@contextmanager
+def damage_explained(where: str) -> Iterator[None]:
+    """Turn what a decompressor says about damaged bytes into a UserError that names the file."""
+    try:
+        yield
+    except _DAMAGED as error:
+        raise UserError(f"{where}: damaged or cut short: {error}; get the file again") from None
+
+
+def _stays_inside(name: str) -> bool:
+    path = PurePosixPath(name.replace("\\", "/"))
+    return not path.is_absolute() and ".." not in path.parts

@@ -1,0 +1,98 @@
+"""arXiv: the TeX source of papers, from bulk archives or single submissions, a document a paper."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from data_pipeline.errors import UserError
+from data_pipeline.sources.archive import Member, damage_explained, open_stream, tar_members
+from data_pipeline.sources.base import Document, Part, Skipped, Source, existing_directory, join_files
+from data_pipeline.sources.tex import decode_tex, find_main_file, inline_inputs, strip_comments
+
+_TEX = (".tex", ".ltx", ".latex")
+_LARGEST_PAPER = 1 << 29  # bytes unpacked: more is no paper, and would not fit into a worker's memory
+
+
+class Arxiv(Source):
+    """Papers from `arXiv_src_*.tar` (many submissions in one archive) or single `<id>.tar.gz`, `<id>.gz`, `<id>.tex`.
+
+    A submission is a gzipped tar or one gzipped TeX file. Its main file is found, and what that inputs is put in its
+    place; a submission without a main file is all its TeX files joined. One without TeX source is skipped.
+    """
+
+    kind: Literal["arxiv"] = "arxiv"
+    """TeX sources of arXiv papers, as distributed."""
+    path: Path
+    """The directory of archives and submissions."""
+    comments: Literal["keep", "strip"] = "strip"
+    """TeX comments, text after the end of the document included: authors did not mean to publish them."""
+    licence: str = "arXiv, by paper"
+    """Licence recorded for every document."""
+
+    def parts(self) -> list[Part]:
+        root = existing_directory(self.path, "a directory of arXiv sources")
+        files = [file for file in root.rglob("*") if file.suffix in (".tar", ".gz", *_TEX) and file.is_file()]
+        if not files:
+            raise UserError(f"{root}: no .tar, .gz or .tex file there; expected arXiv_src_*.tar or submissions")
+        return sorted(Part(file.relative_to(root).as_posix(), file.stat().st_size) for file in files)
+
+    def read(self, part: str) -> Iterator[Document | Skipped]:
+        path = self.path.expanduser() / part
+        if path.suffix != ".tar":
+            yield from self._paper(part, path.read_bytes())
+            return
+        with open_stream(path) as file:
+            for member in tar_members(file, part):
+                if isinstance(member, Skipped):
+                    yield member
+                elif member.name.endswith((".gz", *_TEX)):
+                    yield from self._paper(member.name, member.data)
+                else:
+                    yield Skipped(f"{part}/{member.name}", "no TeX source")
+
+    def _paper(self, name: str, data: bytes) -> Iterator[Document | Skipped]:
+        """The one document of a submission, and what of it was skipped."""
+        number = re.sub(r"(\.tar)?\.gz$|\.tex$", "", name)
+        data = _gunzip(data, name)
+        if data is None:
+            yield Skipped(name, "larger than a paper")
+            return
+        files: dict[str, str] = {}
+        for member in _submission(data, PurePosixPath(number).name, name):
+            if isinstance(member, Skipped):
+                yield member
+            elif member.name.lower().endswith(_TEX):
+                files[member.name.removeprefix("./")] = member.data.decode("latin-1")  # as bytes: TeX's syntax is ASCII
+        if not files:
+            yield Skipped(name, "no TeX source")
+            return
+        yield Document(number, decode_tex(self._text(files).encode("latin-1")), licence=self.licence)
+
+    def _text(self, files: dict[str, str]) -> str:
+        if self.comments == "strip":
+            files = {name: strip_comments(text) for name, text in files.items()}
+        main = find_main_file(files)
+        return join_files(sorted(files.items())) if main is None else inline_inputs(main, files)
+
+
+def _gunzip(data: bytes, where: str) -> bytes | None:
+    """The bytes of a submission; None when they are more than a paper has."""
+    if data[:2] != b"\x1f\x8b":
+        return data
+    with damage_explained(where):
+        unpacked = gzip.GzipFile(fileobj=io.BytesIO(data)).read(_LARGEST_PAPER + 1)
+    return None if len(unpacked) > _LARGEST_PAPER else unpacked
+
+
+def _submission(data: bytes, stem: str, where: str) -> Iterator[Member | Skipped]:
+    """The files of a submission: those of a tar, or the single TeX file that it is."""
+    if tarfile.is_tarfile(io.BytesIO(data)):
+        yield from tar_members(io.BytesIO(data), where)
+    elif not data.startswith(b"%PDF") and b"\\" in data:
+        yield Member(f"{stem}.tex", data)
