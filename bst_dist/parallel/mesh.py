@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.distributed as dist
+
+from bst_dist.parallel.group import SequenceGroup
 from data_pipeline.config import Config
 from data_pipeline.errors import UserError
 
@@ -49,3 +52,14 @@ class Mesh:
     def sp_rank(self) -> int:
         """Which slice of them."""
         return self.rank % self.sp
+
+    def sp_group(self) -> SequenceGroup | None:
+        """The ranks that share this rank's sequence; None when it shares it with nobody.
+
+        Makes process groups, so every rank of the world calls it, once.
+        """
+        if self.sp == 1:
+            return None
+        sequences = [list(range(first, first + self.sp)) for first in range(0, self.world, self.sp)]
+        own, _ = dist.new_subgroups_by_enumeration(sequences)
+        return SequenceGroup(own)

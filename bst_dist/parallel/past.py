@@ -7,7 +7,7 @@ Three sources answer them behind one interface, and a layer does not know which 
 - `Past` itself: nothing came before;
 - `EarlierCall`: what an earlier call left behind (a document streamed over training steps, a token generated at a
   time). It carries values, not gradients: the paper's non-differentiable sequence cache;
-- the left neighbour's rank, under sequence parallelism.
+- `LeftNeighbour`: the left neighbour's rank, under sequence parallelism (`bst_dist.parallel.neighbour`).
 
 What is there to be found is told by shape: `extend` returns at most as many positions as were asked for, and fewer
 (or none) when fewer exist, so no layer needs a flag or a mask for the start of a stream.
@@ -15,6 +15,8 @@ What is there to be found is told by shape: `extend` returns at most as many pos
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
 from typing import TypeAlias
 
 import torch
@@ -40,10 +42,19 @@ class Past:
     def state(self, name: str, end: Tensor, transition: Tensor) -> Tensor | None:
         """The state before the slice (B, ...), or None when there is none.
 
-        `end` (B, ...) is the state that the slice alone leaves behind, from zero; `transition`, broadcastable to
-        it, is what the slice multiplies an incoming state with. The state after the slice is their affine map.
+        `end` (B, ...) is the state that the slice alone leaves behind, from zero; `transition` is what the slice
+        multiplies an incoming state with: (...) when it is the same for all rows and slices, else (B, ...), with as
+        many dimensions as `end`. The state after the slice is their affine map.
         """
         return None
+
+    def start_state(self, name: str, end: Tensor, transition: Tensor) -> Callable[[], Tensor | None]:
+        """Like `state`, but the state is had by calling what is returned, and may be under way until then.
+
+        A layer computes what does not need it in between.
+        """
+        state = self.state(name, end, transition)
+        return lambda: state
 
     def serial_state(self, name: str) -> Tensor | None:
         """The state before the slice when it is no affine map of the one before (Block-Recurrent)."""
@@ -69,26 +80,33 @@ class EarlierCall(Past):
         self.position = position
         self._prefix = ""
 
+    def held(self, name: str) -> Tensor | None:
+        """What the earlier call left under this name."""
+        return self.before.get(self._prefix + name)
+
+    def leave(self, name: str, value: Tensor) -> None:
+        """Leave `value` to the next call."""
+        self.after[self._prefix + name] = value.detach()
+
     def extend(self, name: str, x: Tensor, before: int, after: int | None = None) -> Tensor:
-        held = self.before.get(self._prefix + name)
+        held = self.held(name)
         x = x if held is None else torch.cat((held.to(x.dtype), x), dim=1)
         keep = before if after is None else after
-        self.after[self._prefix + name] = x[:, max(0, x.shape[1] - keep) :].detach().clone()
+        self.leave(name, x[:, max(0, x.shape[1] - keep) :].clone())
         return x if held is None else x[:, max(0, held.shape[1] - before) :]
 
     def state(self, name: str, end: Tensor, transition: Tensor) -> Tensor | None:
-        held = self.before.get(self._prefix + name)
-        left = end if held is None else end + transition * held
-        self.after[self._prefix + name] = left.detach()
+        held = self.held(name)
+        self.leave(name, end if held is None else end + transition * held)
         return held
 
     def serial_state(self, name: str) -> Tensor | None:
-        return self.before.get(self._prefix + name)
+        return self.held(name)
 
     def leave_serial_state(self, name: str, value: Tensor) -> None:
-        self.after[self._prefix + name] = value.detach()
+        self.leave(name, value)
 
-    def child(self, name: str) -> Past:
-        part = EarlierCall(self.before, self.position)
-        part.after, part._prefix = self.after, f"{self._prefix}{name}."
+    def child(self, name: str) -> EarlierCall:
+        part = copy(self)  # sharing what was left and what is being left
+        part._prefix = f"{self._prefix}{name}."
         return part

@@ -1,0 +1,73 @@
+"""The ranks that share a sequence, in the order of its slices, and the two ways they talk.
+
+Both are started and finished apart, so that a layer can compute while a message is under way. Every rank of the group
+must make the same calls in the same order. Messages travel in the tensor's own dtype; complex numbers as real pairs,
+which every backend knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bst_dist.parallel.traffic import Traffic
+
+
+class SequenceGroup:
+    """The sequence-parallel group of this rank: rank r of `size` holds slice r."""
+
+    def __init__(self, process_group: dist.ProcessGroup):
+        self.process_group = process_group
+        self.rank = dist.get_rank(process_group)
+        self.size = dist.get_world_size(process_group)
+        self.traffic = Traffic()
+
+    def gather(self, x: Tensor, kind: str) -> Callable[[], list[Tensor]]:
+        """Start an all-gather; the function returned waits for it and gives every rank's `x`, in rank order."""
+        message = _on_the_wire(x)
+        parts = [torch.empty_like(message) for _ in range(self.size)]
+        work = dist.all_gather(parts, message, group=self.process_group, async_op=True)
+        self.traffic.count(kind, message, copies=self.size - 1)
+
+        def finish() -> list[Tensor]:
+            work.wait()
+            return [torch.view_as_complex(part) for part in parts] if x.is_complex() else parts
+
+        return finish
+
+    def shift(
+        self, x: Tensor, kind: str, to_left: bool = False, around: bool = False
+    ) -> Callable[[], Tensor | None]:
+        """Start sending `x` to the right neighbour (or the left); the function returned waits and gives what came.
+
+        Slices stand in a line: the rank at its far end sends nothing, the one at its near end gets None. With
+        `around` the line is closed to a ring. `x` must have the same shape on all ranks.
+        """
+        step, first, last = (-1, self.size - 1, 0) if to_left else (1, 0, self.size - 1)
+        operations, received = [], None
+        if around or self.rank != last:
+            message = _on_the_wire(x)
+            operations.append(self._operation(dist.isend, message, step))
+            self.traffic.count(kind, message)
+        if around or self.rank != first:
+            received = torch.empty_like(x, memory_format=torch.contiguous_format)
+            operations.append(self._operation(dist.irecv, received, -step))
+        works = dist.batch_isend_irecv(operations)
+
+        def finish() -> Tensor | None:
+            for work in works:
+                work.wait()
+            return received
+
+        return finish
+
+    def _operation(self, call: Callable, message: Tensor, step: int) -> dist.P2POp:
+        return dist.P2POp(call, message, group=self.process_group, group_peer=(self.rank + step) % self.size)
+
+
+def _on_the_wire(x: Tensor) -> Tensor:
+    x = x.detach()
+    return (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).contiguous()

@@ -1,0 +1,120 @@
+"""The past that the left neighbour's rank holds: sequence parallelism by passing states.
+
+A sequence lies over the ranks of a group in slices of whole blocks. What crosses a boundary is asked for through the
+contract of `bst_dist.parallel.past` and is the same few tensors at any length: the recurrent state, one block of keys
+and values, MF's last block end.
+
+Every exchange is made by every rank, forward and backward, in the same order, whether or not the rank needs what it
+gets: a rank whose slice begins the sequence, or begins a document, answers like all others. An exchange is one
+`autograd.Function` (a state's is a pair of them that always run together) and its output is always used, so no rank
+can leave the others waiting in the backward pass. Run again under activation checkpointing, the exchanges happen
+again, on all ranks alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from bst_dist.parallel.group import SequenceGroup
+from bst_dist.parallel.past import EarlierCall, Past
+from bst_dist.parallel.scan import start_exclusive_scan
+from data_pipeline.errors import UserError
+
+
+class SequenceParallelError(UserError):
+    """Something that cannot be computed with the sequence spread over ranks."""
+
+
+class LeftNeighbour(Past):
+    """What the ranks to the left hold; on the first rank, what an earlier call left behind.
+
+    In streaming, the last rank's end is what the first rank needs in the next call. It gets there in this call: the
+    states in the all-gather that is made anyway, the rest by closing the line of ranks to a ring.
+
+    Args:
+        group: the ranks that share this sequence.
+        earlier: given, on all ranks alike, when the sequence goes on from call to call; read and left only on the
+            first rank, and empty on the others.
+    """
+
+    def __init__(self, group: SequenceGroup, earlier: EarlierCall | None = None):
+        self.group, self.earlier = group, earlier
+        # Slices are whole blocks, so where a slice lies within a block is told by where the sequence does.
+        self.position = earlier.position if earlier else 0
+
+    def extend(self, name: str, x: Tensor, before: int, after: int | None = None) -> Tensor:
+        """Raises SequenceParallelError when more is asked for than one slice holds."""
+        if before == 0 and not after:
+            return x
+        if x.shape[1] < before or after not in (None, before):
+            raise SequenceParallelError(
+                f"{name}: {before} positions before the slice are needed, {after or before} by the next, and a slice "
+                f"has {x.shape[1]}: only one neighbour is asked, so lower parallel.sp or lengthen the sequence"
+            )
+        extended, around = _Extend.apply(x, before, self.group, name, self.earlier is not None)
+        if self.earlier is None or self.group.rank > 0:
+            return extended
+        self.earlier.leave(name, around)
+        held = self.earlier.held(name)
+        return extended if held is None else torch.cat((held[:, -before:].to(x.dtype), extended), dim=1)
+
+    def start_state(self, name: str, end: Tensor, transition: Tensor) -> Callable[[], Tensor]:
+        """The state is never None: on the first rank, with nothing before, it is zero."""
+        streaming = self.earlier is not None and self.group.rank == 0
+        held = self.earlier.held(name) if streaming else None
+        if held is not None:
+            end = end + transition * held
+        finish_scan = start_exclusive_scan(end, transition, self.group, name)
+
+        def finish() -> Tensor:
+            state, last = finish_scan()
+            if streaming:
+                self.earlier.leave(name, last)
+            return state if held is None else state + held
+
+        return finish
+
+    def state(self, name: str, end: Tensor, transition: Tensor) -> Tensor:
+        return self.start_state(name, end, transition)()
+
+    def serial_state(self, name: str) -> NoReturn:
+        """Raises SequenceParallelError: each block waits for the one before, so the ranks would take turns."""
+        raise SequenceParallelError(
+            f"{name}: a Block-Recurrent state is computed block after block, so ranks that share a sequence could "
+            "only wait for each other: set parallel.sp to 1"
+        )
+
+    def child(self, name: str) -> Past:
+        return LeftNeighbour(self.group, self.earlier and self.earlier.child(name))
+
+
+class _Extend(torch.autograd.Function):
+    """The left neighbour's last `count` positions before x; backward, their gradient goes back to where they are from.
+
+    (B, l, ...) -> (B, count + l, ...), on the first rank (B, l, ...); and on the first rank of a ring the last
+    rank's positions, without gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, count: int, group: SequenceGroup, kind: str, ring: bool) -> tuple[Tensor, Tensor]:
+        ctx.count, ctx.group, ctx.kind = count, group, kind
+        came = group.shift(x[:, -count:], kind, around=ring)()
+        nothing = x.new_empty(0)
+        extended, around = (x.view_as(x), came) if group.rank == 0 else (torch.cat((came, x), dim=1), None)
+        around = nothing if around is None else around
+        ctx.mark_non_differentiable(around)
+        return extended, around
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor, _: Tensor) -> tuple:
+        front = gradient[:, : ctx.count]  # on the first rank not the neighbour's, and not sent
+        came = ctx.group.shift(front, f"{ctx.kind} gradient", to_left=True)()
+        own = gradient if ctx.group.rank == 0 else gradient[:, ctx.count :]
+        if came is not None:
+            own = own.clone()
+            own[:, -ctx.count :] += came
+        return own, None, None, None, None

@@ -1,0 +1,103 @@
+"""The scan over ranks: the recurrent state before a slice, from what each slice alone leaves behind.
+
+For an affine recurrence ``x_out = T x_in + e`` every rank knows its own (T, e) at once, so nobody waits in line: one
+all-gather of the e, and each rank folds those to its left. The gradient runs the mirrored scan, from the right, after
+one all-gather of the gradients of the x_in. What is sent is the size of a state and does not depend on the length.
+
+The idea is LASP's (Sun et al. 2024, arXiv 2404.02882) and that of Mamba-2's section 8.2 (arXiv 2405.21060).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bst_dist.parallel.group import SequenceGroup
+
+
+def start_exclusive_scan(
+    end: Tensor, transition: Tensor, group: SequenceGroup, kind: str
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Send this slice's affine map on its way; the function returned waits for those of the other slices.
+
+    It must be called on every rank, and its first result used, for gradients to find their way back.
+
+    Args:
+        end: (B, *), the state that the slice leaves behind from zero.
+        transition: (*) when all slices and rows have the same, which is then not sent; (B, *) otherwise.
+        kind: what the bytes are counted as.
+
+    Returns:
+        The state before this slice (B, *), with gradient, zero on the first rank; and the state after the last
+        slice (B, *), without.
+    """
+    pending = _Pending(group, kind, own_transition=transition.dim() == end.dim())
+    ticket = _Start.apply(pending, end, transition)
+    return lambda: _Finish.apply(pending, ticket)
+
+
+class _Pending:
+    """What is under way between the two halves of the scan, forward or backward; empty otherwise."""
+
+    def __init__(self, group: SequenceGroup, kind: str, own_transition: bool):
+        self.group, self.kind, self.own_transition = group, kind, own_transition
+        self.arrive: Callable[[], list[Tensor]] | None = None
+        self.kept: tuple[Tensor, ...] = ()
+
+    def send(self, message: Tensor, kind: str, *keep: Tensor) -> None:
+        self.arrive, self.kept = self.group.gather(message, kind), keep
+
+    def take(self) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """Wait for the messages, in rank order; returns them with what was kept."""
+        messages, kept = self.arrive(), self.kept
+        self.arrive, self.kept = None, ()
+        return messages, kept
+
+
+class _Start(torch.autograd.Function):
+    """First half forward, second half backward. Its output only ties the two halves together in the graph."""
+
+    @staticmethod
+    def forward(ctx, pending: _Pending, end: Tensor, transition: Tensor) -> Tensor:
+        ctx.pending, ctx.shape = pending, transition.shape
+        message = torch.stack((end, transition.expand_as(end))) if pending.own_transition else end
+        pending.send(message, pending.kind, transition.detach())
+        return end.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _: Tensor) -> tuple:
+        pending, rank = ctx.pending, ctx.pending.group.rank
+        gradients, (before, transitions) = pending.take()
+        after = torch.zeros_like(before)  # gradient of the state after this slice
+        for q in range(pending.group.size - 1, rank, -1):
+            t = transitions[q - rank - 1] if pending.own_transition else transitions
+            after = gradients[q] + t.conj() * after
+        return None, after, (before.conj() * after).sum_to_size(ctx.shape)
+
+
+class _Finish(torch.autograd.Function):
+    """Second half forward, first half backward."""
+
+    @staticmethod
+    def forward(ctx, pending: _Pending, ticket: Tensor) -> tuple[Tensor, Tensor]:
+        maps, (transition,) = pending.take()
+        if pending.own_transition:
+            maps, transitions = zip(*maps, strict=True)
+        else:
+            transitions = [transition] * len(maps)
+        state, before = torch.zeros_like(maps[0]), None
+        for q, (t, end) in enumerate(zip(transitions, maps, strict=True)):
+            before = state if q == pending.group.rank else before
+            state = t * state + end
+        later = transitions[pending.group.rank + 1 :]
+        ctx.pending = pending
+        ctx.save_for_backward(before, torch.stack(later) if pending.own_transition and later else transition)
+        ctx.mark_non_differentiable(state)
+        return before, state
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor, _: Tensor) -> tuple:
+        ctx.pending.send(gradient, f"{ctx.pending.kind} gradient", *ctx.saved_tensors)
+        return None, gradient.new_zeros(())
