@@ -1,0 +1,213 @@
+"""S4: a state space model with a diagonal-plus-low-rank matrix (Gu, Goel, Ré 2022, arXiv 2111.00396).
+
+Per channel, with n = N/2 complex modes that stand for themselves and their conjugates, A = diag(λ) - p p* and the
+bilinear discretisation (equation 3): ``x_t = Ā x_{t-1} + B̄ z_t``, ``y_t = 2 Re(c x_t) + d z_t``. It starts as
+HiPPO-LegS. λ has a negative real part and p p* is subtracted with one vector on both sides, so A stays stable.
+
+The kernel of a chunk of T tokens comes from its generating function at the roots of unity, by a Cauchy matrix and
+Woodbury's identity (section 3.2, appendix C). Between chunks goes the state, under the recurrence as a dense real
+N x N matrix: HiPPO-LegS is too far from normal to be diagonalised in safety, so a slice's transition is no
+elementwise map, and the state is handed from slice to slice as a serial state. This kernel is mostly an oracle for
+the diagonal one and a baseline; everything that is small is in double precision.
+
+Shapes: B rows, L tokens, m = L/T chunks, Ds channels, C output maps, F sets of dynamics (1 or C).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from bst_dist.model.ssm.convolution import causal_matrix
+from bst_dist.parallel.past import Past
+from data_pipeline.config import Config
+
+
+class DPLRConfig(Config):
+    """S4's structured kernel."""
+
+    kernel: Literal["s4-dplr"]
+    """Diagonal plus low rank, by Cauchy kernel and Woodbury's identity."""
+    state: int = Field(16, ge=2, multiple_of=2)
+    """Real state size N a channel: N/2 complex modes."""
+    dt_min: float = 1e-3
+    """Smallest initial step; steps are log-uniform per channel. 1/dt is the time scale in tokens."""
+    dt_max: float = 1e-1
+    """Largest initial step."""
+    chunk: int = 64
+    """Tokens computed as one causal matrix (T); must divide the block."""
+
+
+def hippo_legs(state: int) -> tuple[Tensor, Tensor]:
+    """HiPPO-LegS, A (N, N) and B (N,) float64 (arXiv 2111.00396, equation 2)."""
+    root = torch.sqrt(2 * torch.arange(state, dtype=torch.float64) + 1)
+    a = -torch.tril(torch.outer(root, root), -1) - torch.diag(torch.arange(1.0, state + 1, dtype=torch.float64))
+    return a, root
+
+
+def hippo_modes(state: int) -> tuple[Tensor, Tensor, Tensor]:
+    """HiPPO-LegS as λ, p, b in its normal part's basis, (n,) complex128 each; conjugates left out (appendix C.1)."""
+    a, b = hippo_legs(state)
+    p = torch.sqrt(torch.arange(state, dtype=torch.float64) + 0.5)
+    skew = a + torch.outer(p, p) + 0.5 * torch.eye(state, dtype=torch.float64)
+    frequency, basis = torch.linalg.eigh(-1j * skew)  # ascending, in pairs ±ω
+    frequency, basis = frequency[state // 2 :], basis[:, state // 2 :]
+    return torch.complex(torch.full_like(frequency, -0.5), frequency), basis.mH @ (p + 0j), basis.mH @ (b + 0j)
+
+
+class S4DPLR(nn.Module):
+    """DPLR SSM from Ds channels to C output maps each: (B, L, Ds) -> (B, L, C, Ds).
+
+    With `own_dynamics` each output map is an SSM of its own (F = C); otherwise the maps are C read-outs of one state.
+    """
+
+    def __init__(self, width: int, maps: int, config: DPLRConfig, own_dynamics: bool = False):
+        super().__init__()
+        sets, modes = maps if own_dynamics else 1, config.state // 2
+        diagonal, low_rank, into = (x.to(torch.complex64).expand(sets, width, modes) for x in hippo_modes(config.state))
+        self.chunk = config.chunk
+        self.log_dt = nn.Parameter(torch.empty(sets, width).uniform_(math.log(config.dt_min), math.log(config.dt_max)))
+        self.log_decay = nn.Parameter(torch.log(-diagonal.real))
+        self.frequency = nn.Parameter(diagonal.imag.clone())
+        # Complex parameters are real pairs, because ZeRO drops the imaginary part with no more than a warning.
+        self.low_rank = nn.Parameter(torch.view_as_real(low_rank).clone())
+        self.into = nn.Parameter(torch.view_as_real(into).clone())
+        self.read_out = nn.Parameter(torch.randn(maps, width, modes, 2) * math.sqrt(0.5))
+        self.skip = nn.Parameter(torch.randn(maps, width))
+
+    def dynamics(self) -> list[nn.Parameter]:
+        """The parameters that train at a rate of their own and without decay."""
+        return [self.log_dt, self.log_decay, self.frequency, self.low_rank, self.into]
+
+    def recurrence(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ā (F, Ds, N, N), B̄ (F, Ds, N) and the read-out (C, Ds, N) on real and imaginary parts, float64."""
+        real, imag = (torch.diag_embed(x) for x in (-torch.exp(self.log_decay.double()), self.frequency.double()))
+        diagonal = torch.cat((torch.cat((real, -imag), -1), torch.cat((imag, real), -1)), -2)
+        low_rank, into, read_out = (_parts(x) for x in (self.low_rank, self.into, self.read_out))
+        a = diagonal - 2 * low_rank.unsqueeze(-1) * low_rank.unsqueeze(-2)  # p* x + its conjugate: 2 Re(p* x)
+        sign = torch.ones_like(read_out[0, 0])
+        sign[len(sign) // 2 :] = -1
+        dt = torch.exp(self.log_dt.double())[..., None, None]
+        one = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+        both = torch.linalg.solve(one - dt / 2 * a, torch.cat((one + dt / 2 * a, dt * into.unsqueeze(-1)), -1))
+        return both[..., :-1], both[..., -1], 2 * sign * read_out
+
+    def kernel(self, length: int) -> Tensor:
+        """The convolution kernel K without the skip term, (C, Ds, length) float64."""
+        a, _, read_out = self.recurrence()
+        return self._cauchy_kernel(torch.linalg.matrix_power(a, length), read_out, length)
+
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, z: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
+        """Outputs of every token, (B, L, Ds) -> (B, L, C, Ds); for maps that share their dynamics.
+
+        `starts` (B, L / block) marks blocks that begin a document: the state before them is zero.
+        """
+        u = self._chunks(z)
+        chunk = u.shape[2]
+        a, b, read_out = self.recurrence()
+        over_chunk = torch.linalg.matrix_power(a, chunk)
+        kernel = self._cauchy_kernel(over_chunk, read_out, chunk).to(u.dtype)
+        kernel = torch.cat((kernel[..., :1] + self.skip.unsqueeze(-1), kernel[..., 1:]), dim=-1)
+        out_of_state = _krylov(a.mT, (read_out.unsqueeze(-2) @ a).squeeze(-2), chunk)  # read_out Ā^(t+1): (C, Ds, N, T)
+        incoming, _ = self._states(u, a, b, over_chunk, starts, past)
+        y = torch.einsum("bmjd,cdtj->bmtcd", u, causal_matrix(kernel))
+        y = y + torch.einsum("bmdn,cdnt->bmtcd", incoming.squeeze(2), out_of_state.to(u.dtype))
+        return y.flatten(1, 2)
+
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    def block_ends(self, z: Tensor, block: int, past: Past, starts: Tensor | None = None) -> Tensor:
+        """Outputs of each block's last token only, (B, L, Ds) -> (B, nb, C, Ds), nb blocks ending in this slice."""
+        u = self._chunks(z)
+        a, b, read_out = self.recurrence()
+        over_chunk = torch.linalg.matrix_power(a, u.shape[2])
+        incoming, ends = self._states(u, a, b, over_chunk, starts, past)
+        if (past.position + z.shape[1]) % block:
+            return z.new_empty(len(z), 0, *self.skip.shape, dtype=u.dtype)
+        span = min(block, z.shape[1])
+        last = slice(span // u.shape[2] - 1, None, span // u.shape[2])
+        after = ends[:, last] + torch.einsum("fdij,bmfdj->bmfdi", over_chunk.to(u.dtype), incoming[:, last])
+        return (after * read_out.to(u.dtype)).sum(-1) + self.skip * z[:, span - 1 :: span].to(u.dtype).unsqueeze(2)
+
+    def _chunks(self, z: Tensor) -> Tensor:
+        """(B, L, Ds) -> (B, m, T, Ds)."""
+        return z.to(self.skip.dtype).unflatten(1, (-1, math.gcd(self.chunk, z.shape[1])))
+
+    def _states(self, u: Tensor, a: Tensor, b: Tensor, over_chunk: Tensor, starts: Tensor | None, past: Past) -> tuple:
+        """The state before each chunk, and what each chunk alone leaves behind: (B, m, F, Ds, N) each."""
+        into_state = _krylov(a, b, u.shape[2]).flip(-1)  # Ā^(T-1-j) B̄: (F, Ds, N, T)
+        ends = torch.einsum("bmjd,fdnj->bmfdn", u, into_state.to(u.dtype))
+        before = past.serial_state("ssm")
+        first = torch.zeros_like(ends[:, 0]) if before is None else before.to(ends.dtype)
+        documents = None
+        if starts is not None:
+            documents = starts.cumsum(1).repeat_interleave(u.shape[1] // starts.shape[1], dim=1)  # (B, m)
+            documents = nn.functional.pad(documents, (1, 0))  # the state before belongs to the slice's first document
+        after = _dense_scan(torch.cat((first.unsqueeze(1), ends), dim=1), over_chunk, documents)
+        past.leave_serial_state("ssm", after[:, -1])
+        return _where_connected(after[:, :-1], documents, 1), ends
+
+    def _cauchy_kernel(self, over_length: Tensor, read_out: Tensor, length: int) -> Tensor:
+        """K[0 ... length) from its generating function, truncated by the read-out C (1 - Ā^length): (C, Ds, length).
+
+        At a root of unity z, C (1 - Ā z)^-1 B̄ = 2 [k_cb - k_cp (1+z) / (1 + (1+z) k_pp) k_pb], where k_xy is the sum
+        over modes of x y / ((1-z) 2/Δ - (1+z) λ): S4's formula with 1 + z multiplied through, finite at z = -1.
+        """
+        truncated = read_out - (read_out.unsqueeze(-2) @ over_length).squeeze(-2)
+        real, imag = truncated.chunk(2, dim=-1)
+        c = _with_conjugates(torch.complex(real, -imag) / 2)  # (C, Ds, N)
+        p, b = (_with_conjugates(torch.view_as_complex(x.double())) for x in (self.low_rank, self.into))  # (F, Ds, N)
+        diagonal = torch.complex(-torch.exp(self.log_decay.double()), self.frequency.double())
+        turn = -2 * math.pi / length * torch.arange(length // 2 + 1, device=c.device, dtype=torch.float64)
+        z = torch.polar(torch.ones_like(turn), turn)
+        step = 2 / torch.exp(self.log_dt.double())[..., None, None]
+        cauchy = 1 / (step * (1 - z) - (1 + z) * _with_conjugates(diagonal).unsqueeze(-1))  # (F, Ds, N, T/2 + 1)
+
+        def k(x: Tensor, y: Tensor) -> Tensor:
+            return ((x * y).unsqueeze(-2) @ cauchy).squeeze(-2)
+
+        woodbury = (1 + z) / (1 + (1 + z) * k(p.conj(), p))
+        return torch.fft.irfft(2 * (k(c, b) - k(c, p) * woodbury * k(p.conj(), b)), n=length)
+
+
+def _parts(pair: Tensor) -> Tensor:
+    """Real parts, then imaginary parts: (*, n, 2) -> (*, 2n) float64."""
+    return pair.double().mT.flatten(-2)
+
+
+def _with_conjugates(x: Tensor) -> Tensor:
+    """(*, n) -> (*, 2n)."""
+    return torch.cat((x, x.conj()), dim=-1)
+
+
+def _krylov(a: Tensor, v: Tensor, count: int) -> Tensor:
+    """v, a v, ..., a^(count-1) v by doubling: (*, N, N), (*, N) -> (*, N, count)."""
+    columns, step = v.unsqueeze(-1), a
+    while columns.shape[-1] < count:
+        columns = torch.cat((columns, step @ columns), dim=-1)
+        step = step @ step
+    return columns[..., :count]
+
+
+def _dense_scan(x: Tensor, a: Tensor, documents: Tensor | None) -> Tensor:
+    """s_i = a s_{i-1} + x_i by doubling, connected only inside a document: (B, m, F, Ds, N) -> the same."""
+    step, count = 1, x.shape[1]
+    while step < count:
+        reach = torch.einsum("fdij,bmfdj->bmfdi", a.to(x.dtype), x[:, :-step])
+        x = torch.cat((x[:, :step], x[:, step:] + _where_connected(reach, documents, step)), dim=1)
+        step, a = 2 * step, a @ a
+    return x
+
+
+def _where_connected(x: Tensor, documents: Tensor | None, step: int) -> Tensor:
+    """`x` (B, m - step, ...), zero where a document begins between an entry and the one `step` after it."""
+    if documents is None:
+        return x
+    same = documents[:, step:] == documents[:, :-step]
+    return x * same.view(*same.shape, *[1] * (x.dim() - 2))

@@ -1,0 +1,191 @@
+"""Unstructured long convolutions: a filter of a fixed trained length, as free values or as the output of a network.
+
+The filter is h[t] = values[t] · window[t], with a window exp(-α t/K) per channel; `explicit` has the K values as
+parameters, `hyena` computes them by a small network with sines over an embedding of the position (Hyena, arXiv
+2302.10866, section 3.3). There is no recurrent state behind it. Hence what it cannot do:
+
+- Beyond its trained length K it is a finite impulse response: a token sees the K last inputs, its own among them, and
+  nothing before them. A stream is carried by keeping K - 1 inputs, exactly.
+- A document boundary cannot be made by multiplying a state with zero: isolated documents are refused.
+
+Shapes: B rows, l tokens, Ds channels, C output maps (each with a filter of its own), K taps, W block, nb blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from bst_dist.model.ssm.convolution import causal_convolution
+from bst_dist.parallel.past import Past
+from data_pipeline.config import Config
+from data_pipeline.errors import UserError
+
+
+class DocumentResetError(UserError):
+    """Isolated documents with a filter that cannot be reset."""
+
+
+class FilterConfig(Config):
+    """What the unstructured kernels share."""
+
+    length: int = Field(ge=1)
+    """Trained length K in tokens: the taps of the filter. In longer sequences a token sees the K last inputs."""
+    fast_decay: float = Field(0.3, gt=0)
+    """The window of the fastest channel is down to 1/100 at this fraction of the trained length."""
+    slow_decay: float = Field(1.5, gt=0)
+    """The same of the slowest channel; the others lie between, evenly in their rates (as in Hyena)."""
+
+
+class ExplicitConfig(FilterConfig):
+    """A filter whose values are parameters."""
+
+    kernel: Literal["explicit"] = "explicit"
+    """Free values under a decaying window."""
+
+
+class HyenaConfig(FilterConfig):
+    """A filter computed from its positions by a small network."""
+
+    kernel: Literal["hyena"] = "hyena"
+    """Implicit values: a network with sines over an embedding of the position, under a decaying window."""
+    hidden: int = Field(64, ge=1)
+    """Width of the network."""
+    hidden_layers: int = Field(3, ge=1)
+    """Layers with sines before the linear one."""
+    bands: int = Field(16, ge=1)
+    """Frequencies of the position's embedding: 1 + 2 bands features."""
+    sine: float = Field(10.0, gt=0)
+    """Initial frequency of the sines: higher makes rougher filters."""
+
+
+class LongFilter(nn.Module):
+    """Causal FIR filters, C for each of Ds channels: (B, l, Ds) -> (B, l, C, Ds). Subclasses give their `values`.
+
+    `own_dynamics` changes nothing: each map has a filter of its own, and all share the windows.
+    """
+
+    def __init__(self, width: int, maps: int, config: FilterConfig, own_dynamics: bool = False):
+        super().__init__()
+        self.length = config.length
+        slow, fast = (math.log(100) / fraction for fraction in (config.slow_decay, config.fast_decay))
+        self.log_decay = nn.Parameter(torch.linspace(slow, fast, width).log())
+        self.skip = nn.Parameter(torch.randn(maps, width))
+
+    def dynamics(self) -> list[nn.Parameter]:
+        """The parameters that train at a rate of their own and without decay."""
+        return [self.log_decay]
+
+    def values(self, taps: int) -> Tensor:
+        """The first `taps` values of each filter before the window, (C, Ds, taps), of unit variance at the start."""
+        raise NotImplementedError
+
+    def kernel(self, length: int) -> Tensor:
+        """The filters without the skip term, (C, Ds, length); zero from the trained length on."""
+        taps = min(length, self.length)
+        window = _unit_window(self.log_decay, self.length, taps)
+        return nn.functional.pad(self.values(taps) * window, (0, length - taps))
+
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, z: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
+        """Outputs of every token, (B, l, Ds) -> (B, l, C, Ds). Raises DocumentResetError if `starts` is given."""
+        _refuse(starts)
+        u = past.extend("inputs", z, before=self.length - 1).to(self.skip.dtype)  # (B, p + l, Ds)
+        y = causal_convolution(u, self.kernel(min(self.length, u.shape[1])), outputs=z.shape[1])
+        return y + self.skip * z.to(u.dtype).unsqueeze(2)
+
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    def block_ends(self, z: Tensor, block: int, past: Past, starts: Tensor | None = None) -> Tensor:
+        """Outputs of each block's last token only, (B, l, Ds) -> (B, nb, C, Ds), nb blocks ending in this slice.
+
+        The output at a block's end is a sum over whole blocks of inputs, so it is a matmul for each block of lag and
+        no convolution: y_i = sum_q Z_{i-q} H_q, with H_q the taps q W ... (q+1) W - 1 in the order of the inputs.
+        Raises DocumentResetError if `starts` is given.
+        """
+        _refuse(starts)
+        u = past.extend("inputs", z, before=self.length - 1).to(self.skip.dtype)  # (B, p + l, Ds)
+        if (past.position + z.shape[1]) % block:
+            return z.new_empty(len(z), 0, *self.skip.shape, dtype=u.dtype)
+        wanted = -(-z.shape[1] // block)
+        inputs = _into_blocks(u, block)  # (Ds, blocks, B, W)
+        lags = min(-(-self.length // block), inputs.shape[1])
+        taps = _into_lags(self.kernel(lags * block), block)  # (lags, Ds, W, C)
+        first = inputs.shape[1] - wanted
+        y = 0
+        for lag, weights in enumerate(taps.unbind(0)):
+            seen = inputs[:, max(0, first - lag) : inputs.shape[1] - lag]  # (Ds, blocks, B, W)
+            part = (seen.flatten(1, 2) @ weights).unflatten(1, seen.shape[1:3])  # (Ds, blocks, B, C)
+            y = y + nn.functional.pad(part, (0, 0, 0, 0, wanted - seen.shape[1], 0))
+        ends = z[:, min(block, z.shape[1]) - 1 :: block]  # (B, nb, Ds)
+        return y.permute(2, 1, 3, 0) + self.skip * ends.to(u.dtype).unsqueeze(2)
+
+
+class ExplicitFilter(LongFilter):
+    """Free values: C Ds K parameters."""
+
+    def __init__(self, width: int, maps: int, config: ExplicitConfig, own_dynamics: bool = False):
+        super().__init__(width, maps, config)
+        self.value = nn.Parameter(torch.randn(maps, width, config.length))
+
+    def values(self, taps: int) -> Tensor:
+        return self.value[..., :taps]
+
+
+class HyenaFilter(LongFilter):
+    """Implicit values: a network of the position, whose size does not depend on the trained length."""
+
+    def __init__(self, width: int, maps: int, config: HyenaConfig, own_dynamics: bool = False):
+        super().__init__(width, maps, config)
+        self.bands = config.bands
+        sizes = [1 + 2 * config.bands, *[config.hidden] * config.hidden_layers]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.frequency = nn.Parameter(torch.full((config.hidden,), config.sine))
+        self.last = nn.Linear(config.hidden, maps * width, bias=False)
+        nn.init.normal_(self.last.weight, std=1 / math.sqrt(config.hidden))
+
+    def values(self, taps: int) -> Tensor:
+        x = self._embedding(taps)
+        for layer in self.layers:
+            x = torch.sin(self.frequency * layer(x))
+        return math.sqrt(2) * self.last(x).T.unflatten(0, self.skip.shape)  # a sine's mean square is 1/2
+
+    def _embedding(self, taps: int) -> Tensor:
+        """Position in [0, 1) and its cosines and sines at the bands' frequencies, (taps, 1 + 2 bands)."""
+        t = torch.arange(taps, device=self.skip.device, dtype=torch.float64).unsqueeze(1) / self.length
+        angle = 2 * math.pi * t * torch.arange(1, self.bands + 1, device=t.device)
+        return torch.cat((t, angle.cos(), angle.sin()), dim=1).to(self.skip.dtype)
+
+
+def _unit_window(log_decay: Tensor, length: int, taps: int) -> Tensor:
+    """exp(-α t / K) scaled to unit energy over the K taps, (Ds, taps): a filter's gain is then about 1 at any K."""
+    rate = torch.exp(log_decay.double()) / length
+    energy = torch.expm1(-2 * rate * length) / torch.expm1(-2 * rate)  # the geometric sum of the window's squares
+    t = torch.arange(taps, device=rate.device)
+    window = torch.exp(-rate.unsqueeze(1) * t) * torch.rsqrt(energy).unsqueeze(1)
+    return window.to(log_decay.dtype)
+
+
+def _into_blocks(u: Tensor, block: int) -> Tensor:
+    """Whole blocks counted from the end, zeros before the first token: (B, n, Ds) -> (Ds, blocks, B, W)."""
+    u = nn.functional.pad(u, (0, 0, -u.shape[1] % block, 0))
+    return u.unflatten(1, (-1, block)).permute(3, 1, 0, 2)
+
+
+def _into_lags(kernel: Tensor, block: int) -> Tensor:
+    """Taps by whole blocks of lag, each in the order of the inputs they meet: (C, Ds, lags W) -> (lags, Ds, W, C)."""
+    return kernel.unflatten(-1, (-1, block)).flip(-1).permute(2, 1, 3, 0)
+
+
+def _refuse(starts: Tensor | None) -> None:
+    if starts is not None:
+        raise DocumentResetError(
+            "ssm.kernel explicit and hyena keep their last inputs, not a state that could be reset between documents: "
+            "set data.documents to joined, or ssm.kernel to s4d or s4-dplr"
+        )
