@@ -1,0 +1,97 @@
+"""Loss, perplexity and bits per byte of a run's model on whole documents.
+
+Every document of the split is read from its beginning through the carried state, so each token is predicted from all
+that came before it in its document, however long (--context L makes the model forget after every L tokens). The end of
+a document is predicted too, and its cost counted. Errors are standard errors over documents, by the delta method for a
+ratio of sums. Perplexity depends on the tokenizer; bits per byte of text does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bst_dist.evaluate.scoring import Score, score
+from bst_dist.evaluate.statistics import exponential, ratio
+from bst_dist.evaluate.trained import Trained, open_run
+from data_pipeline.errors import UserError
+from data_pipeline.loader import open_corpora
+from data_pipeline.reader import Corpus
+
+
+def evaluate(trained: Trained, corpus: Corpus, context: int | None, console: Console) -> Score:
+    """Score every document of a split, with a progress bar; raises UserError for a context that is no whole blocks."""
+    recipe, block = trained.recipe, trained.recipe.model.block
+    if context is not None and (context < 1 or context % block):
+        raise UserError(f"--context {context} is not a multiple of the model's block, {block}")
+    corpus.require_vocabulary(trained.model.config.vocab_size)
+    length = recipe.train.sequence_length
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(f"{corpus.where}, {len(corpus):,} documents", total=corpus.tokens_total)
+        return score(
+            trained.model, corpus, corpus.lengths, corpus.token_bytes(),
+            begin=None if recipe.data.documents == "isolated" else corpus.manifest.tokenizer.eos_id,
+            context=context, slice_length=min(length, context or length), precision=recipe.train.precision,
+            progress=lambda tokens: bar.advance(task, tokens),
+        )  # fmt: skip
+
+
+def summary(scored: Score) -> dict[str, Any]:
+    """The figures of a scored split, with their standard errors."""
+    nats = ratio(scored.nats, scored.tokens)
+    bits = ratio(scored.nats / np.log(2), scored.bytes)
+    return {
+        "documents": len(scored.tokens),
+        "tokens": int(scored.tokens.sum()),
+        "bytes": int(scored.bytes.sum()),
+        **nats.report("loss_nats_per_token"),
+        **exponential(nats).report("perplexity_per_token"),
+        **bits.report("bits_per_byte"),
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", type=Path, help="directory of a run")
+    parser.add_argument("--split", default="validation", help="the documents to read (default: %(default)s)")
+    parser.add_argument("--checkpoint", metavar="STEP", type=int, help="weights after this step (default: the newest)")
+    parser.add_argument("--context", metavar="L", type=int,
+                        help="tokens after which the model forgets (default: whole documents)")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    console = Console()
+    trained = open_run(args.run, args.checkpoint)
+    report: dict[str, Any] = {
+        "run": str(args.run), "step": trained.step, "split": args.split, "context_tokens": args.context, "corpora": [],
+    }  # fmt: skip
+    for corpus in open_corpora(trained.recipe.data, args.split):
+        started = time.perf_counter()
+        figures = summary(evaluate(trained, corpus, args.context, console))
+        figures["time_s"] = time.perf_counter() - started
+        report["corpora"].append({"corpus": corpus.storage.where, **figures})
+        console.print(_table(args, trained, corpus.storage.where, figures))
+    return report
+
+
+def _table(args: argparse.Namespace, trained: Trained, where: str, figures: dict[str, Any]) -> Table:
+    forgets = f"context {args.context:,} tokens" if args.context else "context the whole document"
+    table = Table("", "estimate", "standard error over documents",
+                  title=f"{args.run} after {trained.step:,} steps: {args.split} of {where}",
+                  caption=f"{figures['documents']:,} documents, {figures['tokens']:,} tokens, {figures['bytes']:,} "
+                          f"bytes; {forgets}; {figures['tokens'] / figures['time_s']:,.0f} tokens/s")  # fmt: skip
+    for name, key, digits in (
+        ("loss, nats per token", "loss_nats_per_token", 4),
+        ("perplexity per token", "perplexity_per_token", 2),
+        ("bits per byte", "bits_per_byte", 4),
+    ):
+        error = figures[f"{key}_standard_error"]
+        table.add_row(name, f"{figures[key]:.{digits}f}", "" if error is None else f"{error:.{digits}f}")
+    return table

@@ -1,0 +1,139 @@
+"""Draw the training curves of one or several runs against the tokens they have seen.
+
+Bits per byte in training and in evaluation, learning rate, gradient norm and speed. The suffix of --out decides the
+format: png, pdf or svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+from rich.console import Console
+
+from bst_dist.train.metrics import FILE, read_lines
+from data_pipeline.errors import UserError
+
+# Okabe and Ito's colours, which people with any colour vision tell apart, the darker ones first.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00")
+DASHES = ("-", "--", ":", "-.")  # once the colours are used up
+STYLE = {
+    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7.5, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.axisbelow": True,
+    "axes.grid": True, "grid.linewidth": 0.4, "grid.color": "#dddddd", "lines.linewidth": 1.1,
+    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "savefig.dpi": 300, "pdf.fonttype": 42, "svg.fonttype": "none",
+}  # fmt: skip
+SMALL = {
+    "learning_rate": "learning rate",
+    "gradient_norm": "gradient norm, before clipping",
+    "tokens_per_s": "tokens per second",
+}
+FORMATS = (".png", ".pdf", ".svg")
+INCHES = (6.75, 4.4)  # the text width of a two-column paper
+
+
+def draw(runs: dict[str, list[dict[str, Any]]]) -> Figure:
+    """The figure for runs by name, each the lines of its metrics file; every run has trained at least one step.
+
+    Colour tells runs apart, the mark training from validation.
+    """
+    figure = Figure(figsize=INCHES, layout="constrained")
+    grid = figure.add_gridspec(2, 3, height_ratios=(1.8, 1))
+    loss = figure.add_subplot(grid[0, :])
+    small = {key: figure.add_subplot(grid[1, column]) for column, key in enumerate(SMALL)}
+    looks = [
+        {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
+        for number in range(len(runs))
+    ]
+    for look, lines in zip(looks, runs.values(), strict=True):
+        train = [line for line in lines if line["kind"] == "train"]
+        _smoothed(loss, *_series(train, "bits_per_byte"), look)
+        _evaluations(loss, lines, train, look["color"])
+        small["learning_rate"].plot(*_series(train, "learning_rate"), **look)
+        _smoothed(small["gradient_norm"], *_series(train, "gradient_norm"), look)
+        _smoothed(small["tokens_per_s"], *_series(train[1:] or train, "tokens_per_s"), look)  # the first warms up
+    _finish(figure, loss, small)
+    handles = [Line2D([], [], **look) for look in looks]
+    handles += [Line2D([], [], color="#777777"), Line2D([], [], color="#777777", marker="o", linestyle="")]
+    loss.legend(handles, [*runs, "training", "validation"], loc="upper right", ncols=1 + len(runs) // 5)
+    return figure
+
+
+def _series(lines: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([line["tokens"] for line in lines]), np.array([line[key] for line in lines], float)
+
+
+def _smoothed(axes: Axes, tokens: np.ndarray, values: np.ndarray, look: dict[str, str]) -> None:
+    """Each step faintly, and the mean of the steps around it over a twenty-fifth of the run."""
+    reach = len(values) // 50
+    axes.plot(tokens, values, color=look["color"], alpha=0.25, linewidth=0.5)
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    index = np.arange(len(values) - reach)
+    around = np.minimum(index, reach)  # centred: narrower at the beginning, where the curve is steep
+    axes.plot(tokens[index], (sums[index + around + 1] - sums[index - around]) / (2 * around + 1), **look)
+
+
+def _evaluations(axes: Axes, lines: list[dict[str, Any]], train: list[dict[str, Any]], colour: str) -> None:
+    """A dot for each evaluation, at the tokens trained on by then (an evaluation's own tokens are those it read)."""
+    seen = {0: 0} | {line["step"]: line["tokens"] for line in train}
+    dots = [(seen[e["step"]], e["bits_per_byte"]) for e in lines if e["kind"] == "eval" and e["step"] in seen]
+    if dots:
+        axes.plot(
+            *zip(*dots, strict=True), "o", color=colour, markersize=4, markeredgecolor="white", markeredgewidth=0.6
+        )
+
+
+def _finish(figure: Figure, loss: Axes, small: dict[str, Axes]) -> None:
+    """Labels and scales."""
+    loss.set_ylabel("bits per byte")
+    small["learning_rate"].yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
+    for key, axes in small.items():
+        axes.set_title(SMALL[key])
+        axes.set_ylim(bottom=0)
+        if key == "tokens_per_s":
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    for axes in (loss, *small.values()):
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(8 if axes is loss else 4))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.supxlabel("tokens seen", fontsize=8)
+
+
+def read_runs(directories: list[Path]) -> dict[str, list[dict[str, Any]]]:
+    """Metrics of runs by the shortest end of their path that tells them apart; raises UserError where none are."""
+    paths = list(dict.fromkeys(path.resolve() for path in directories))
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    found = {}
+    for path in paths:
+        lines = read_lines(path / FILE)
+        if not any(line["kind"] == "train" for line in lines):
+            raise UserError(f"{path}: nothing to draw: {FILE} is missing there or holds no training step")
+        found["/".join(path.parts[-depth:])] = lines
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="directory of a run")
+    parser.add_argument("--out", metavar="PATH", type=Path,
+                        help="the file to draw (default: curves.png in the first run's directory)")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    runs = read_runs(args.runs)
+    out = args.out or args.runs[0] / "curves.png"
+    if out.suffix not in FORMATS:
+        raise UserError(f"--out {out}: the suffix must be one of {', '.join(FORMATS)}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        draw(runs).savefig(out)
+    Console().print(f"drew {', '.join(runs)} to {out}", markup=False, highlight=False)
+    return {"file": str(out), "runs": {name: lines[-1]["step"] for name, lines in runs.items()}}

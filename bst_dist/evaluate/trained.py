@@ -1,0 +1,61 @@
+"""A run's model, put together from its directory alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bst_dist.config import Recipe, load_recipe
+from bst_dist.model.lm import LanguageModel
+from bst_dist.train.checkpoint import CheckpointError, committed, damage, directory, load_weights, newest_valid
+from bst_dist.train.rundir import RECIPE
+from data_pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with the weights it had after some step of its run."""
+
+    run_dir: Path
+    recipe: Recipe
+    step: int
+    model: LanguageModel
+
+
+def open_run(run_dir: Path, step: int | None = None) -> Trained:
+    """The model of a run after `step`, on the accelerator if there is one; None: of its newest valid checkpoint.
+
+    Step 0, where no checkpoint is kept, is made again from the recipe's seed. Raises UserError when the directory
+    holds no run, or the checkpoint is missing or damaged.
+    """
+    recipe = read_recipe(run_dir)
+    torch.manual_seed(recipe.seed)
+    model = LanguageModel(recipe.model)
+    if step == 0:
+        checkpoint = directory(run_dir, 0)
+    else:
+        checkpoint = newest_valid(run_dir) if step is None else _checkpoint(run_dir, step)
+        model.load_state_dict(load_weights(checkpoint))
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return Trained(run_dir, recipe, int(checkpoint.name.removeprefix("step-")), model.to(device).eval())
+
+
+def read_recipe(run_dir: Path) -> Recipe:
+    """The resolved recipe of a run; raises UserError when the directory holds none."""
+    if not (run_dir / RECIPE).is_file():
+        raise UserError(
+            f"{run_dir}: no run there ({RECIPE} is missing); runs lie in runs/ unless --run-dir said otherwise"
+        )
+    return load_recipe(run_dir / RECIPE)
+
+
+def _checkpoint(run_dir: Path, step: int) -> Path:
+    path = directory(run_dir, step)
+    if not path.is_dir():
+        there = ", ".join(str(int(found.name.removeprefix("step-"))) for found in committed(run_dir)) or "none"
+        raise CheckpointError(f"{run_dir}: no checkpoint of step {step}; there are: {there}")
+    if found := damage(path):
+        raise CheckpointError(f"{path}: {found[0]}")
+    return path
