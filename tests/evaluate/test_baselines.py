@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import lzma
 import math
 import shutil
@@ -8,7 +9,10 @@ import subprocess
 import numpy as np
 import pytest
 
+from bst_dist.cli import main
 from bst_dist.evaluate.baselines import END, Order2, order2_bits_per_byte, xz_bytes
+from bst_dist.evaluate.baselines import texts as read_texts
+from data_pipeline.reader import Corpus
 
 TRAINING = [b"abracadabra", b"", b"banana\xff\x00", b"abba"]
 
@@ -70,3 +74,17 @@ def test_xz_is_what_the_xz_program_makes():
     data = b"".join(b"line %d\n" % i for i in range(5000))
     made = subprocess.run(["xz", "-9", "-c"], input=data, capture_output=True, check=True).stdout
     assert abs(xz_bytes([data]) - len(made)) <= 16
+
+
+def test_texts_come_back_from_their_tokens_to_the_byte(corpus, texts):
+    stored = [text for split in ("train", "validation") for text in read_texts(Corpus.open(str(corpus), split))]
+    assert sorted(stored) == sorted(text.encode() for text in texts.values())
+
+
+def test_the_command_reports_both(corpus, tmp_path):
+    path = tmp_path / "report.json"
+    assert main(["baselines", str(corpus), "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    held_out = list(read_texts(Corpus.open(str(corpus), "validation")))
+    assert report["xz9_bits_per_byte"] == 8 * len(lzma.compress(b"".join(held_out), preset=9)) / report["bytes"]
+    assert 0 < report["order2_bits_per_byte"] < 8
