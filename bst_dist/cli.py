@@ -20,6 +20,9 @@ from data_pipeline.errors import UserError
 # Command -> (module that holds it, one line of help). Modules are imported only when their command runs.
 COMMANDS: dict[str, tuple[str, str]] = {
     "data prepare": ("data_pipeline.commands.prepare", "prepare a corpus: text to tokens in shards"),
+    "data sources": ("data_pipeline.commands.sources", "list the sources of text and their settings"),
+    "data stats": ("data_pipeline.commands.stats", "documents, tokens, lengths, duplicates, overlap of splits"),
+    "data show": ("data_pipeline.commands.show", "print a document back from its tokens"),
     "data verify": ("data_pipeline.commands.verify", "check every hash and CRC of a corpus"),
     "train": ("bst_dist.cluster.local", "train a recipe on this machine's ranks"),
     "eval": ("bst_dist.evaluate.perplexity", "loss, perplexity and bits per byte of a run, with standard errors"),

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 
@@ -194,6 +194,28 @@ def read_shard(file: BinaryIO, where: str) -> Iterator[tuple[tarfile.TarInfo, di
         if isinstance(error, UserError):
             raise
         raise ShardError(f"{where}: {name}: not readable: {error}") from None
+
+
+def find_document(tar_path: Path, key: str | None, path: str) -> tuple[str, dict[str, Any], np.ndarray] | None:
+    """(key, JSON, tokens) of the document with this key or, when that is None, this path; None when it is not there.
+
+    Reads the headers of the tar, not the tokens of other documents.
+    """
+    try:
+        with tarfile.open(tar_path, mode="r:") as tar:
+            for member in tar:
+                stem, _, suffix = member.name.partition(".")
+                if suffix != "json" or (key is not None and stem != key):
+                    continue
+                info = json.load(cast(IO[bytes], tar.extractfile(member)))
+                if key is not None or info["path"] == path:
+                    tokens = cast(tarfile.TarInfo, tar.next())
+                    return stem, info, _read_tokens(cast(IO[bytes], tar.extractfile(tokens)), tokens, str(tar_path))
+    except FileNotFoundError:
+        raise ShardError(f"{tar_path}: the shard is missing") from None
+    except (tarfile.TarError, EOFError) as error:
+        raise ShardError(f"{tar_path}: the tar is damaged or cut short: {error}") from None
+    return None
 
 
 def _read_tokens(payload: IO[bytes], member: tarfile.TarInfo, where: str) -> np.ndarray:

@@ -16,11 +16,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from data_pipeline.config import load
 from data_pipeline.manifest import Manifest
 from data_pipeline.parallel import open_workers
-from data_pipeline.prepare import PrepareConfig, prepare
+from data_pipeline.prepare import SKIPPED, PrepareConfig, prepare
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +68,23 @@ def summary(manifest: Manifest) -> dict[str, Any]:
     return {"manifest_sha256": manifest.sha256, "vocab_size": manifest.tokenizer.vocab_size, "splits": splits}
 
 
+def split_table(splits: dict[str, dict[str, Any]]) -> Table:
+    """The numbers of `summary` for people."""
+    table = plain_table("split", "documents", "tokens", "text MB", "bytes/token", "shards")
+    for split, n in splits.items():
+        size, ratio = f"{n['text_bytes'] / 1e6:,.1f}", f"{n['bytes_per_token']:.3f}"
+        table.add_row(split, f"{n['documents']:,}", f"{n['tokens']:,}", size, ratio, str(n["shards"]))
+    return table
+
+
+def plain_table(*columns: str) -> Table:
+    """A table without lines whose first column is words and whose others are numbers."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    return table
+
+
 def _bars(console: Console) -> Progress:
     columns = (TextColumn("{task.description:<16}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
@@ -79,13 +97,9 @@ def _print(console: Console, config: PrepareConfig, manifest: Manifest, report: 
         there = report["shards_already_there"]
         again = f", {there} shards were there already" if there else ""
         console.print(f"{config.output} prepared in {report['time_s']:.1f} s{again}.")
-    for split, numbers in report["splits"].items():
-        console.print(
-            f"  {split:<10}  {numbers['documents']:>9,} documents  {numbers['tokens']:>13,} tokens  "
-            f"{numbers['text_bytes'] / 1e6:>9.1f} MB  {numbers['bytes_per_token']:.2f} bytes/token"
-        )
+    console.print(split_table(report["splits"]))
     left_out, duplicates = manifest.provenance["left_out"], manifest.provenance["duplicates"]
     if left_out:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        console.print(f"  left out: {reasons} (listed in {config.output / 'skipped.jsonl'})")
-    console.print(f"  duplicates removed: {duplicates['exact']} exact, {duplicates['near']} near")
+        console.print(f"left out: {reasons} (listed in {config.output / SKIPPED})")
+    console.print(f"duplicates removed: {duplicates['exact']} exact, {duplicates['near']} near")

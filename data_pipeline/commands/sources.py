@@ -1,0 +1,54 @@
+"""List the sources of text that `bst data prepare` reads, and their settings.
+
+bst data sources            # all of them
+bst data sources arxiv      # one, with its settings explained
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from data_pipeline.config import fields
+from data_pipeline.errors import UserError
+from data_pipeline.sources import SOURCES, Source
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("kind", nargs="?", help="explain this one")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Print and report every source, or one."""
+    if args.kind and args.kind not in SOURCES:
+        raise UserError(f"no source {args.kind!r}; there are {', '.join(SOURCES)}")
+    chosen = [args.kind] if args.kind else list(SOURCES)
+    report = {kind: _describe(SOURCES[kind]) for kind in chosen}
+    console = Console()
+    if args.kind:
+        console.print(" ".join((SOURCES[args.kind].__doc__ or "").split()) + "\n")
+        rows = [(name, setting["default"], setting["help"]) for name, setting in report[args.kind]["settings"].items()]
+        table = Table("setting", "default", "what it is", box=None, pad_edge=False)
+    else:
+        rows = [(kind, found["summary"], ", ".join(found["settings"])) for kind, found in report.items()]
+        table = Table("source", "what it is", "settings", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    return {"sources": report}
+
+
+def _describe(source: type[Source]) -> dict[str, Any]:
+    """What a source is and its settings."""
+    settings = {
+        name: {"default": _shown(default), "help": text} for name, _, default, text in fields(source) if name != "kind"
+    }
+    return {"summary": source.model_fields["kind"].description, "settings": settings}
+
+
+def _shown(default: Any) -> str:
+    return ", ".join(default) if isinstance(default, tuple) else str(default)

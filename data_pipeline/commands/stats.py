@@ -1,0 +1,135 @@
+"""Statistics of a prepared corpus: documents, tokens, lengths, bytes per token, duplicates, overlap between splits.
+
+bst data stats corpora/stdlib
+bst data stats corpora/stdlib --png lengths.png     # also draw the histogram of lengths
+bst data stats corpora/large --quick                # only what manifest and indexes tell
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from data_pipeline.commands.prepare import plain_table, split_table, summary
+from data_pipeline.manifest import Manifest
+from data_pipeline.parallel import Workers, open_workers
+from data_pipeline.stats import (
+    NGRAM,
+    ScanTask,
+    document_lengths,
+    held_out,
+    length_histogram,
+    overlap,
+    sample_runs,
+    scan_shard,
+)
+
+_BAR = 40  # characters of the longest bar
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
+    parser.add_argument("--png", metavar="PATH", type=Path, help="draw the histogram of lengths as a picture")
+    parser.add_argument("--quick", action="store_true", help="do not read the tokens: no duplicates, no overlap")
+    parser.add_argument("--workers", type=int, default=None, help="processes (default: one for each CPU)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Measure and report."""
+    manifest = Manifest.read(args.corpus)
+    console = Console()
+    report: dict[str, Any] = {"corpus": str(args.corpus), **summary(manifest), "licences": manifest.licences}
+    report["left_out"] = manifest.provenance["left_out"]
+    report["duplicates_removed"] = manifest.provenance["duplicates"]
+    lengths = {split: document_lengths(args.corpus, shards) for split, shards in manifest.splits.items() if shards}
+    for split, values in lengths.items():
+        report["splits"][split]["document_tokens"] = _quantiles(values)
+    everything = np.concatenate(list(lengths.values()))
+    edges, counts = length_histogram(everything)
+    report["length_histogram"] = {"edges_tokens": edges.tolist(), "documents": counts.tolist()}
+    if not args.quick:
+        with open_workers(args.workers) as workers:
+            if workers is None:
+                return None
+            report |= _scan(args.corpus, manifest, workers, console)
+    _print(console, report)
+    if args.png:
+        _draw(args.png, args.corpus.name, lengths)
+        console.print(f"histogram of lengths: {args.png}")
+    return report
+
+
+def _scan(corpus: Path, manifest: Manifest, workers: Workers, console: Console) -> dict[str, Any]:
+    """What only the tokens tell: duplicates that are left, and what of the other splits is in train."""
+    outside = held_out(manifest)
+    wanted = {split: sample_runs(corpus, manifest.splits[split]) for split in outside}
+    union = np.unique(np.concatenate([*wanted.values(), np.empty(0, np.uint64)]))
+    found, documents = [np.empty(0, np.uint64)], []
+    shards = [(split, shard) for split, shards in manifest.splits.items() for shard in shards]
+    tasks = [ScanTask(corpus / s.file, union if split == "train" else union[:0]) for split, s in shards]
+    for scan in track(workers.run(scan_shard, tasks), "scan", total=len(tasks), console=console, transient=True):
+        found.append(scan.found)
+        documents.append(scan.documents)
+    hits = np.unique(np.concatenate(found))
+    hashes = np.concatenate(documents)
+    overlaps = {
+        split: overlap(corpus, manifest.splits[split], wanted[split], np.intersect1d(wanted[split], hits))._asdict()
+        for split in outside
+    }
+    return {
+        "duplicates_left": len(hashes) - len(np.unique(hashes)),
+        "overlap_with_train": {"run_tokens": NGRAM, **overlaps},
+    }
+
+
+def _quantiles(lengths: np.ndarray) -> dict[str, float]:
+    points = {"min": 0, "p10": 10, "median": 50, "p90": 90, "max": 100}
+    return {"mean": round(float(lengths.mean()), 1)} | {n: float(np.percentile(lengths, q)) for n, q in points.items()}
+
+
+def _print(console: Console, report: dict[str, Any]) -> None:
+    console.print(split_table(report["splits"]))
+    table = plain_table("tokens a document", "mean", "p10", "median", "p90", "max")
+    for split, n in report["splits"].items():
+        if lengths := n.get("document_tokens"):
+            table.add_row(split, *(f"{lengths[q]:,.0f}" for q in ("mean", "p10", "median", "p90", "max")))
+    console.print(table)
+    histogram = report["length_histogram"]
+    console.print("documents by length in tokens:")
+    most = max(histogram["documents"])
+    for edge, count in zip(histogram["edges_tokens"], histogram["documents"], strict=False):
+        bar = "█" * round(_BAR * count / most) or ("▏" if count else "")
+        console.print(f"  ≥ {edge:>11,}  {count:>9,}  {bar}", highlight=False)
+    removed = report["duplicates_removed"]
+    left = f", {report['duplicates_left']} left" if "duplicates_left" in report else ""
+    console.print(f"duplicates: {removed['exact']} exact and {removed['near']} near ones removed{left}")
+    left_out = ", ".join(f"{count} {reason}" for reason, count in report["left_out"].items())
+    console.print(f"left out: {left_out or 'nothing'}")
+    console.print("licences: " + ", ".join(f"{licence} ({count})" for licence, count in report["licences"].items()))
+    for split, n in report.get("overlap_with_train", {}).items():
+        if split != "run_tokens":
+            share = n["found"] / max(n["runs"], 1)
+            console.print(
+                f"overlap: {share:.2%} of {n['runs']:,} runs of {NGRAM} tokens from {split} are in train too; "
+                f"{n['mostly_found']} of {n['documents']} documents are mostly in train"
+            )
+
+
+def _draw(path: Path, name: str, lengths: dict[str, np.ndarray]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    edges, _ = length_histogram(np.concatenate(list(lengths.values())))
+    axes.hist(list(lengths.values()), bins=[*edges[:-1], edges[-1] * 2], stacked=True, label=list(lengths))
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="tokens in a document", ylabel="documents", title=name)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
