@@ -38,9 +38,7 @@ class SequenceGroup:
 
         return finish
 
-    def shift(
-        self, x: Tensor, kind: str, to_left: bool = False, around: bool = False
-    ) -> Callable[[], Tensor | None]:
+    def shift(self, x: Tensor, kind: str, to_left: bool = False, around: bool = False) -> Callable[[], Tensor | None]:
         """Start sending `x` to the right neighbour (or the left); the function returned waits and gives what came.
 
         Slices stand in a line: the rank at its far end sends nothing, the one at its near end gets None. With

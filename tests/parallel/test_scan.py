@@ -1,0 +1,80 @@
+"""The scan over ranks against the recurrence, slice after slice, and autograd through it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bst_dist.parallel.mesh import Mesh
+from bst_dist.parallel.scan import start_exclusive_scan
+
+
+class Recorded:
+    """A group whose messages are made up beforehand: rank `rank` of `len(maps)`, without any process."""
+
+    def __init__(self, rank: int, maps: list[torch.Tensor], gradients: list[torch.Tensor]):
+        self.rank, self.size = rank, len(maps)
+        self.messages = {"state": maps, "state gradient": gradients}
+        self.sent: dict[str, torch.Tensor] = {}
+
+    def gather(self, x: torch.Tensor, kind: str):
+        self.sent[kind] = x.detach()
+        return lambda: self.messages[kind]
+
+
+def serial(ends: torch.Tensor, transitions: torch.Tensor) -> torch.Tensor:
+    """State before each slice, one after another: (ranks, B, n)."""
+    state, before = torch.zeros_like(ends[0]), []
+    for end, transition in zip(ends, transitions, strict=True):
+        before.append(state)
+        state = transition * state + end
+    return torch.stack([*before, state])
+
+
+@settings(deadline=None, max_examples=60)
+@given(size=st.integers(2, 9), rows=st.integers(1, 3), own=st.booleans(), real=st.booleans(), seed=st.integers(0, 99))
+def test_every_rank_gets_the_state_and_the_gradients_of_the_serial_recurrence(size, rows, own, real, seed):
+    torch.manual_seed(seed)
+    dtype = torch.float64 if real else torch.complex128
+    ends = torch.randn(size, rows, 3, dtype=dtype, requires_grad=True)
+    shared = torch.randn(3, dtype=dtype, requires_grad=True)
+    keep = (torch.rand(size, rows, 1) < 0.6) if own else torch.ones(size, rows, 1)
+    transitions = shared * keep  # a row in which a document begins forgets what came before
+    gradients = torch.randn(size, rows, 3, dtype=dtype)
+    states = serial(ends, transitions)
+    wanted = torch.autograd.grad((states[:-1] * gradients.conj()).real.sum(), (ends, shared))
+    d_shared = torch.zeros_like(shared)
+    for rank in range(size):
+        maps = [torch.stack((e, t)) for e, t in zip(ends, transitions, strict=True)] if own else list(ends)
+        group = Recorded(rank, [m.detach() for m in maps], list(gradients))
+        end = ends[rank].detach().requires_grad_()
+        transition = shared.detach().requires_grad_()
+        finish = start_exclusive_scan(end, transition * keep[rank] if own else transition, group, "state")
+        state, last = finish()
+        torch.testing.assert_close(state, states[rank])
+        torch.testing.assert_close(last, states[-1])
+        assert not last.requires_grad
+        torch.testing.assert_close(group.sent["state"], maps[rank].detach())
+        state.backward(gradients[rank])
+        torch.testing.assert_close(end.grad, wanted[0][rank])
+        d_shared += transition.grad
+    torch.testing.assert_close(d_shared, wanted[1])
+
+
+@pytest.mark.ranks
+def test_a_message_may_be_under_way_while_the_rank_computes(on_ranks):
+    """Two exchanges started before either is finished, and gradients when one result is multiplied by zero."""
+
+    def check() -> tuple[float, float, float]:
+        group = Mesh(3, dist.get_rank(), sp=3).sp_group()
+        one, two = (torch.full((1, 1), value, requires_grad=True) for value in (1.0, 10.0))
+        first = start_exclusive_scan(one, torch.tensor([0.5]), group, "first")
+        second = start_exclusive_scan(two, torch.tensor([0.5]), group, "second")
+        used = second()[0] + (first()[0] if group.rank != 1 else 0 * first()[0])
+        used.sum().backward()
+        return float(used), float(one.grad), float(two.grad)
+
+    assert on_ranks(3, check) == [(0, 0.5, 1.5), (10, 1, 1), (16.5, 0, 0)]
