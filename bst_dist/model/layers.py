@@ -6,12 +6,20 @@ Every mixer maps (B, l, D) -> (B, l, D) given its past and the document starts; 
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from bst_dist.model.attention import AttentionConfig, SlidingAttention
+from bst_dist.model.baselines.block_recurrent import BlockRecurrentConfig, BlockRecurrentMixer
+from bst_dist.model.baselines.full import FullAttentionConfig, FullMixer
+from bst_dist.model.baselines.gss import GSSConfig, GSSMixer
+from bst_dist.model.baselines.pure_ssm import PureSSMMixer
+from bst_dist.model.baselines.transformer_xl import TransformerXLConfig, TransformerXLMixer
 from bst_dist.model.context import ContextConfig, CrossAttention
+from bst_dist.model.ssm.kernels import KernelConfig
 from bst_dist.model.ssm.s4d import SSMConfig
 from bst_dist.parallel.past import Past
 from data_pipeline.config import Config
@@ -30,11 +38,30 @@ class LayerConfig(Config):
     """The attention window and the unit everything is aligned to, in tokens (W)."""
     attention: AttentionConfig = AttentionConfig()
     context: ContextConfig = ContextConfig()
-    ssm: SSMConfig = SSMConfig()
+    ssm: KernelConfig = SSMConfig()
+    transformer_xl: TransformerXLConfig = TransformerXLConfig()
+    block_recurrent: BlockRecurrentConfig = BlockRecurrentConfig()
+    gss: GSSConfig = GSSConfig()
+    full: FullAttentionConfig = FullAttentionConfig()
+
+    def mixers(self) -> list[str]:
+        """The mixer of each layer; which ones is said by the model."""
+        return list(MIXERS)
+
+    @model_validator(mode="after")
+    def _sections_are_used(self) -> LayerConfig:
+        used = {section for mixer in self.mixers() for section in MIXERS[mixer].sections}
+        for section in sorted({section for mixer in MIXERS.values() for section in mixer.sections} - used):
+            if getattr(self, section) != type(self).model_fields[section].default:
+                mixers = ", ".join(sorted(set(self.mixers())))
+                raise ValueError(f"section {section} is set, and no layer uses it (mixers: {mixers}): take it out")
+        return self
 
 
 class SlidingMixer(nn.Module):
     """Sliding-window self-attention."""
+
+    sections: ClassVar = ("attention",)
 
     def __init__(self, config: LayerConfig):
         super().__init__()
@@ -47,6 +74,8 @@ class SlidingMixer(nn.Module):
 
 class BSTMixer(nn.Module):
     """Block-State Transformer: sliding self-attention beside cross-attention to context states of an SSM."""
+
+    sections: ClassVar = ("attention", "context", "ssm")
 
     def __init__(self, config: LayerConfig):
         super().__init__()
@@ -61,7 +90,25 @@ class BSTMixer(nn.Module):
         return self.out(torch.cat((own, cross), dim=-1))
 
 
-MIXERS: dict[str, type[nn.Module]] = {"bst": BSTMixer, "sliding": SlidingMixer}
+class NoCrossMixer(BSTMixer):
+    """Ablation: cross-attention put to zero. Its parameters stay, so a trained BST can be loaded and tried without."""
+
+    def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+        own = self.attention(u, past.child("self"), starts)
+        return self.out(torch.cat((own, torch.zeros_like(own)), dim=-1))
+
+
+MIXERS: dict[str, type[nn.Module]] = {
+    "bst": BSTMixer,
+    "bst-no-cross": NoCrossMixer,
+    "sliding": SlidingMixer,
+    "transformer-xl": TransformerXLMixer,
+    "block-recurrent": BlockRecurrentMixer,
+    "gss": GSSMixer,
+    "ssm": PureSSMMixer,
+    "full": FullMixer,
+}
+"""Mixers by name; the `sections` of each are the sections of the settings that it reads."""
 
 
 class FeedForward(nn.Module):

@@ -10,7 +10,7 @@ A kernel is built as ``kind(width, maps, config, own_dynamics)`` for Ds channels
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from pydantic import Discriminator, Tag
@@ -26,6 +26,7 @@ from data_pipeline.config import Config
 class NoConvolutionConfig(Config):
     """The ablation without an SSM."""
 
+    chunk: ClassVar[int] = 1  # any number of tokens can be computed at once
     kernel: Literal["none"]
     """No convolution: a token's output is its own input, scaled for each map."""
 
@@ -78,10 +79,3 @@ KERNELS: dict[type[Config], type[nn.Module]] = {
 def build_kernel(width: int, maps: int, config: KernelConfig, own_dynamics: bool = False) -> nn.Module:
     """The kernel that `config` asks for; `own_dynamics` gives each output map a state of its own, if there is any."""
     return KERNELS[type(config)](width, maps, config, own_dynamics)
-
-
-def check_block(config: KernelConfig, block: int) -> None:
-    """Raises ValueError where the kernel's chunks would not fit the block."""
-    chunk = getattr(config, "chunk", 1)
-    if block % min(chunk, block):
-        raise ValueError(f"ssm.chunk ({chunk}) must divide block ({block})")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -34,6 +34,7 @@ class DocumentResetError(UserError):
 class FilterConfig(Config):
     """What the unstructured kernels share."""
 
+    chunk: ClassVar[int] = 1  # nothing is aligned to chunks: any number of tokens can be computed at once
     length: int = Field(ge=1)
     """Trained length K in tokens: the taps of the filter. In longer sequences a token sees the K last inputs."""
     fast_decay: float = Field(0.3, gt=0)

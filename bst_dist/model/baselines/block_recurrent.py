@@ -1,0 +1,151 @@
+"""Block-Recurrent Transformer, fixed gate, skip configuration (Hutchins et al. 2022, arXiv 2203.07852, section 3).
+
+Beside its window a token attends to S state vectors, and once a block these attend to themselves and to the tokens of
+the block and of the one before. Keys and values are shared by the two directions, queries are not. "Skip" leaves out
+the state's feed-forward network, "fixed" makes the gate a learned constant:
+
+    c' = g c + (1 - g) W [self(c); cross(c, tokens)],   g = sigmoid(b)
+
+Only this state path is sequential; everything of the tokens runs once over the slice.
+
+Shapes: B rows, l tokens, nb blocks of W, S states, D width, H heads, dh head width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bst_dist.model.attention import SlidingAttention, rotate, separate_documents, sliding_attention, unit
+from bst_dist.parallel.past import Past
+from data_pipeline.config import Config
+
+if TYPE_CHECKING:
+    from bst_dist.model.layers import LayerConfig
+
+
+class BlockRecurrentConfig(Config):
+    """The state of a Block-Recurrent layer."""
+
+    states: int = Field(512, ge=1)
+    """State vectors S, each as wide as the model."""
+
+
+class Window(NamedTuple):
+    """Tokens that the state attends to after a block: the block before, where there is one, and the block."""
+
+    k: Tensor  # (B, W or 2W, H, dh)
+    v: Tensor
+    seen: Tensor | None  # (B, 1, 1, 2W)
+
+
+class TokenAttention(SlidingAttention):
+    """Sliding attention that also gives the keys and values it used, for the state to attend to."""
+
+    def forward(self, u: Tensor, past: Past, starts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Heads concatenated (B, l, D); normalised keys and values (B, p + l, H, dh) from the block before on."""
+        offset = past.position % self.window  # > 0 only inside a block, token by token
+        q, kv = self.qkv(u).unflatten(-1, (3, self.heads, -1)).split((1, 2), dim=2)
+        q = unit(q.squeeze(2), self.scale)
+        after = self.window + (offset + u.shape[1]) % self.window
+        k, v = past.extend("kv", kv, before=self.window + offset, after=after).unbind(2)
+        k = unit(k)
+        near, values = k[:, -self.window - u.shape[1] :], v[:, -self.window - u.shape[1] :]
+        if self.config.position == "rope":
+            base = self.config.rope_base
+            near, q = rotate(near, base, 0), rotate(q, base, near.shape[1] - q.shape[1])
+        if starts is not None:
+            q, near = separate_documents(q, near, starts)
+        bias = self.bias(self.window + 1) if self.bias is not None else None
+        out = sliding_attention(q, near, values, self.window, bias, self.config.include_self)
+        return out.flatten(-2), k, v
+
+
+class StateCell(nn.Module):
+    """The recurrent direction: what a block's tokens attend to in a state, and the state after the block."""
+
+    def __init__(self, width: int, heads: int, states: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.identity = nn.Parameter(torch.randn(states, width) * 0.1)
+        self.project = nn.Linear(width, 4 * width, bias=False)  # two queries, one set of keys and values
+        self.self_scale = nn.Parameter(torch.full((heads,), math.sqrt(width // heads)))
+        self.token_scale = nn.Parameter(torch.full((heads,), math.sqrt(width // heads)))
+        self.update = nn.Linear(2 * width, width, bias=False)
+        self.gate = nn.Parameter(torch.ones(width))  # b: at first 0.73 of the state stays
+
+    def forward(self, state: Tensor, tokens: Window | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values of `state` (B, S, H, dh), and the state after a block of `tokens`; as it is if None."""
+        projected = self.project(self.norm(state) + self.identity).unflatten(-1, (4, self.heads, -1))
+        q_self, q_tokens, k, v = projected.unbind(2)  # (B, S, H, dh)
+        k = unit(k)
+        if tokens is None:
+            return k, v, state
+        own = _attend(unit(q_self, self.self_scale), k, v)
+        cross = _attend(unit(q_tokens, self.token_scale), *tokens)
+        gate = torch.sigmoid(self.gate)
+        return k, v, gate * state + (1 - gate) * self.update(torch.cat((own, cross), dim=-1))
+
+
+class BlockRecurrentMixer(nn.Module):
+    """Sliding attention beside cross-attention to a state that is updated after each block."""
+
+    sections: ClassVar = ("attention", "block_recurrent")
+
+    def __init__(self, config: LayerConfig):
+        super().__init__()
+        width, heads, self.block = config.width, config.heads, config.block
+        self.attention = TokenAttention(width, heads, config.block, config.attention)
+        self.query = nn.Linear(width, width, bias=False)
+        self.scale = nn.Parameter(torch.full((heads,), math.sqrt(width // heads)))
+        self.cell = StateCell(width, heads, config.block_recurrent.states)
+        self.initial = nn.Parameter(torch.randn(config.block_recurrent.states, width) * 0.1)
+        self.out = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+        own, k, v = self.attention(u, past.child("self"), starts)
+        state = past.serial_state("state")
+        if state is None:
+            state = self.initial.expand(len(u), -1, -1)
+        keys, values = [], []
+        for index, tokens in enumerate(self._windows(k, v, u.shape[1], past.position, starts)):
+            if starts is not None:
+                state = torch.where(starts[:, index, None, None], self.initial, state)
+            key, value, state = self.cell(state, tokens)
+            keys.append(key)
+            values.append(value)
+        past.leave_serial_state("state", state)
+        k, v = (torch.stack(x, dim=1).flatten(0, 1) for x in (keys, values))  # (B nb, S, H, dh)
+        q = unit(self.query(u).unflatten(-1, (len(self.scale), -1)), self.scale)
+        cross = _attend(q.unflatten(1, (len(keys), -1)).flatten(0, 1), k, v)  # (B nb, W, D)
+        return self.out(torch.cat((own, cross.view(u.shape)), dim=-1))
+
+    def _windows(self, k: Tensor, v: Tensor, length: int, position: int, starts: Tensor | None) -> list[Window | None]:
+        """What the state attends to after each block of the slice; None for a block that this slice does not end."""
+        if (position + length) % self.block:
+            return [None]
+        blocks, width = -(-length // self.block), 2 * self.block
+        first = [] if k.shape[1] > blocks * self.block else [Window(k[:, : self.block], v[:, : self.block], None)]
+        # Unbound at once: indexing block by block would make the backward pass quadratic in the blocks.
+        if len(first) == blocks:
+            return first
+        keys, values = (x.unfold(1, width, self.block).movedim(-1, 2).unbind(1) for x in (k, v))
+        masks = [None] * len(keys) if starts is None else self._masks(starts[:, len(first) :])
+        return [*first, *map(Window, keys, values, masks)]
+
+    def _masks(self, starts: Tensor) -> list[Tensor]:
+        """Hides the block before one that begins a document: for each block (B, 1, 1, 2W)."""
+        seen = torch.stack((~starts, torch.ones_like(starts)), dim=-1).repeat_interleave(self.block, dim=-1)
+        return list(seen[:, :, None, None].unbind(1))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Unscaled attention, (B, l, H, dh), (B, K, H, dh) twice -> (B, l, D), heads concatenated."""
+    q, k, v = (x.to(q.dtype).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1).transpose(1, 2).flatten(-2)

@@ -1,0 +1,106 @@
+"""Full causal attention: each token sees all before it, at a cost that grows with the square of the length.
+
+Shapes: B rows, l tokens, p positions before them, H heads, dh head width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bst_dist.model.attention import SlidingAttention, rotate, unit
+from bst_dist.model.baselines.documents import mark_documents
+from bst_dist.model.tiles import HIDDEN, QUERY_TILE, Tile, tiled_attention
+from bst_dist.parallel.past import Past
+from data_pipeline.config import Config
+from data_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from bst_dist.model.layers import LayerConfig
+
+
+class LongerThanAllowedError(UserError):
+    """A sequence longer than full attention is configured for."""
+
+
+class FullAttentionConfig(Config):
+    """Full causal attention."""
+
+    longest: int = Field(16384, ge=1)
+    """The longest sequence or stream in tokens; a longer one is refused: time is quadratic in it, a cache linear."""
+
+
+class FullAttention(SlidingAttention):
+    """Causal self-attention over everything: (B, l, D) -> (B, l, D), heads concatenated.
+
+    With RoPE it is one fused attention call. T5's bias is learned, which fused kernels do not differentiate; there,
+    and where documents are isolated, attention runs in tiles, with memory linear in the length as well.
+    """
+
+    def forward(self, u: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
+        """Raises LongerThanAllowedError past the configured length, which is the window."""
+        if past.position + u.shape[1] > self.window:
+            raise LongerThanAllowedError(
+                f"full attention is configured for {self.window} tokens and got {past.position + u.shape[1]}: raise "
+                "model.full.longest, shorten train.sequence_length, or set train.carry to false"
+            )
+        q, kv = self.qkv(u).unflatten(-1, (3, self.heads, -1)).split((1, 2), dim=2)  # (B, l, 1 or 2, H, dh)
+        q = unit(q.squeeze(2), self.scale)
+        k, v = past.extend("kv", kv, before=self.window).unbind(2)  # (B, p + l, H, dh)
+        k = unit(k)
+        if self.bias is None:
+            k, q = rotate(k, self.config.rope_base, 0), rotate(q, self.config.rope_base, k.shape[1] - q.shape[1])
+            if starts is None and self.config.include_self:
+                return _fused(q, k, v).flatten(-2)
+        if starts is not None:
+            q, k = mark_documents(q, k, starts, kinds=starts.shape[1] + 1)
+        before = k.shape[1] - q.shape[1]
+        tiles = [
+            Tile(first, min(first + QUERY_TILE, q.shape[1]), 0, before + min(first + QUERY_TILE, q.shape[1]))
+            for first in range(0, q.shape[1], QUERY_TILE)
+        ]
+        mask = self._mask(min(QUERY_TILE, q.shape[1]))
+        return tiled_attention(q, k, v, mask, tiles, empty_rows=not self.config.include_self).flatten(-2)
+
+    def _mask(self, tile: int) -> Tensor:
+        """Causality and bias of a tile's last keys, (H or 1, t, far + t).
+
+        All keys further away than `far` share T5's last bucket, whose bias softmax lets us take from every score.
+        """
+        far = 0 if self.bias is None else self.bias.max_distance
+        distance = torch.arange(far, far + tile, device=self.scale.device).unsqueeze(1)
+        distance = distance - torch.arange(far + tile, device=self.scale.device)  # (t, far + t)
+        hidden = distance < (0 if self.config.include_self else 1)
+        if self.bias is None:
+            return torch.zeros_like(distance, dtype=torch.float32).masked_fill(hidden, -HIDDEN).unsqueeze(0)
+        bias = self.bias(far + 1)  # (H, far + 1)
+        return (bias - bias[:, -1:])[:, distance.clamp(0, far)].masked_fill(hidden, -HIDDEN)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One attention call, (B, l, H, dh) -> (B, l, H, dh)."""
+    length, keys = q.shape[1], k.shape[1]
+    seen = None
+    if keys > length:
+        seen = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v.to(q.dtype)))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, scale=1)
+    return out.transpose(1, 2)
+
+
+class FullMixer(nn.Module):
+    """Full causal self-attention."""
+
+    sections: ClassVar = ("attention", "full")
+
+    def __init__(self, config: LayerConfig):
+        super().__init__()
+        self.attention = FullAttention(config.width, config.heads, config.full.longest, config.attention)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+        return self.out(self.attention(u, past, starts))

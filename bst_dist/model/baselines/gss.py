@@ -1,0 +1,61 @@
+"""Gated state spaces, interleaved with attention layers as GSS-Hybrid (Mehta et al. 2022, arXiv 2206.13947).
+
+    mixer(u) = W_o (GELU(W_g u) ⊙ W_up ssm(GELU(W_down u)))
+
+The SSM is narrow (D/4), has one set of many modes for all channels (N = 512) and works on the whole sequence, where
+attention layers see a window each. The paper's layer has no feed-forward network of its own; here it keeps the stack's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bst_dist.model.ssm.s4d import S4D, SSMConfig
+from bst_dist.parallel.past import Past
+from data_pipeline.config import Config
+
+if TYPE_CHECKING:
+    from bst_dist.model.layers import LayerConfig
+
+
+class GSSConfig(Config):
+    """The widths of a gated state space layer; its SSM is the section `ssm` (state: 512 as published)."""
+
+    gate: int = Field(4, ge=1)
+    """The gated path is this many times as wide as the model."""
+    reduce: int = Field(4, ge=1)
+    """The SSM is this many times narrower than the model; must divide its width."""
+
+
+class SharedModes(S4D):
+    """S4D whose modes are one set for all channels; a channel has its own step and read-out (as in DSS)."""
+
+    def __init__(self, width: int, config: SSMConfig):
+        super().__init__(width, 1, config)
+        self.log_decay = nn.Parameter(self.log_decay.detach()[:, :1].clone())  # (1, 1, n)
+        self.frequency = nn.Parameter(self.frequency.detach()[:, :1].clone())
+
+
+class GSSMixer(nn.Module):
+    """Gated state space mixer: (B, l, D) -> (B, l, D)."""
+
+    sections: ClassVar = ("gss", "ssm")
+
+    def __init__(self, config: LayerConfig):
+        super().__init__()
+        if not isinstance(config.ssm, SSMConfig):
+            raise ValueError(f"gss shares the modes of a diagonal SSM: ssm.kernel must be s4d, not {config.ssm.kernel}")
+        width, wide, narrow = config.width, config.gss.gate * config.width, config.width // config.gss.reduce
+        self.gate = nn.Linear(width, wide, bias=False)
+        self.down = nn.Linear(width, narrow, bias=False)
+        self.ssm = SharedModes(narrow, config.ssm)
+        self.up = nn.Linear(narrow, wide, bias=False)
+        self.out = nn.Linear(wide, width, bias=False)
+
+    def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+        y = self.ssm(F.gelu(self.down(u)), past, starts).squeeze(2)  # (B, l, D/4)
+        return self.out(F.gelu(self.gate(u)) * self.up(y.to(u.dtype)))

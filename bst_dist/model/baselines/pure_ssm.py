@@ -1,0 +1,29 @@
+"""A layer without attention: SSM, GELU, GLU (the S4 layer, arXiv 2111.00396, with S4D's kernel, arXiv 2206.11893)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bst_dist.model.ssm.kernels import build_kernel
+from bst_dist.parallel.past import Past
+
+if TYPE_CHECKING:
+    from bst_dist.model.layers import LayerConfig
+
+
+class PureSSMMixer(nn.Module):
+    """One SSM a channel at the model's width, mixed by a gated linear unit: (B, l, D) -> (B, l, D)."""
+
+    sections: ClassVar = ("ssm",)
+
+    def __init__(self, config: LayerConfig):
+        super().__init__()
+        self.ssm = build_kernel(config.width, 1, config.ssm)
+        self.out = nn.Linear(config.width, 2 * config.width, bias=False)
+
+    def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+        y = F.gelu(self.ssm(u, past, starts).squeeze(2))
+        return F.glu(self.out(y.to(u.dtype)), dim=-1)

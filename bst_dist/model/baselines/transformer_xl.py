@@ -1,0 +1,84 @@
+"""Transformer-XL: a wide window over segments, with the segment before as a cache without gradient.
+
+As a baseline of Block-Recurrent Transformers (arXiv 2203.07852, section 4) it is a sliding window of 2048 tokens over
+segments of 2048: what a token sees is the same as in sliding attention; what it learns from ends with its segment
+(Dai et al. 2019, arXiv 1901.02860, section 3.2).
+
+Shapes: B rows, l tokens, p positions before them, H heads, dh head width, W block.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from bst_dist.model.attention import SlidingAttention, rotate, sliding_attention, unit
+from bst_dist.model.baselines.documents import mark_documents
+from bst_dist.parallel.past import Past
+from data_pipeline.config import Config
+
+if TYPE_CHECKING:
+    from bst_dist.model.layers import LayerConfig
+
+
+class TransformerXLConfig(Config):
+    """The segments of Transformer-XL."""
+
+    window: int = Field(2048, ge=1)
+    """Tokens of a segment, and keys that each token sees; a multiple of the block."""
+
+
+class SegmentAttention(SlidingAttention):
+    """Sliding attention in which no gradient crosses from one segment to the one before: (B, l, D) -> (B, l, D)."""
+
+    def forward(self, u: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
+        """`starts` (B, l / W) marks blocks that see nothing before them."""
+        q, kv = self.qkv(u).unflatten(-1, (3, self.heads, -1)).split((1, 2), dim=2)  # (B, l, 1 or 2, H, dh)
+        q = unit(q.squeeze(2), self.scale)
+        k, v = past.extend("kv", kv, before=self.window).unbind(2)  # (B, p + l, H, dh)
+        k = unit(k)
+        if self.config.position == "rope":  # only differences matter, so any common origin will do
+            k, q = rotate(k, self.config.rope_base, 0), rotate(q, self.config.rope_base, k.shape[1] - q.shape[1])
+        if starts is not None:
+            blocks = -(-self.window * starts.shape[1] // q.shape[1])
+            q, k = mark_documents(q, k, starts, kinds=blocks + 1)
+        bias = self.bias(self.window + 1) if self.bias is not None else None
+        out = [
+            sliding_attention(q[:, first:last], keys, values, self.window, bias, self.config.include_self)
+            for first, last, keys, values in self._segments(k, v, q.shape[1], past.position)
+        ]
+        return torch.cat(out, dim=1).flatten(-2)
+
+    def _segments(self, k: Tensor, v: Tensor, length: int, position: int):
+        """Each segment's tokens first ... last - 1 with the keys and values they see, cached ones without gradient."""
+        before = k.shape[1] - length
+        first = 0
+        while first < length:
+            last = min(length, first + self.window - (position + first) % self.window)
+            begin, own = max(0, before + first - self.window), before + first
+            yield (
+                first,
+                last,
+                *(torch.cat((x[:, begin:own].detach(), x[:, own : before + last]), dim=1) for x in (k, v)),
+            )
+            first = last
+
+
+class TransformerXLMixer(nn.Module):
+    """Self-attention over a segment and the cached one before it."""
+
+    sections: ClassVar = ("attention", "transformer_xl")
+
+    def __init__(self, config: LayerConfig):
+        super().__init__()
+        window = config.transformer_xl.window
+        if window % config.block:
+            raise ValueError(f"transformer_xl.window ({window}) must be a multiple of block ({config.block})")
+        self.attention = SegmentAttention(config.width, config.heads, window, config.attention)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+        return self.out(self.attention(u, past, starts))
