@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bst_dist.model.attention import unit
-from bst_dist.model.ssm.s4d import S4D, SSMConfig
+from bst_dist.model.ssm.kernels import KernelConfig, build_kernel
 from bst_dist.parallel.past import Past
 from data_pipeline.config import Config
 
@@ -52,11 +52,11 @@ class ContextConfig(Config):
 class StreamContext(nn.Module):
     """SH and MH: keys and values of a block's SSM outputs, S = W states; (B, l, Ds) -> (B, nb, S, H, dh) each."""
 
-    def __init__(self, width: int, heads: int, block: int, config: ContextConfig, ssm: SSMConfig):
+    def __init__(self, width: int, heads: int, block: int, config: ContextConfig, ssm: KernelConfig):
         super().__init__()
         channels = config.width(width)
         self.block, self.attend = block, config.attend
-        self.ssm = S4D(channels, heads if config.variant == "MH" else 1, ssm)
+        self.ssm = build_kernel(channels, heads if config.variant == "MH" else 1, ssm)
         self.key = nn.Parameter(torch.randn(heads, channels, width // heads) / math.sqrt(channels))
         self.value = nn.Parameter(torch.randn(heads, channels, width // heads) / math.sqrt(channels))
 
@@ -88,12 +88,12 @@ class StreamContext(nn.Module):
 class FilterContext(nn.Module):
     """MF: keys and values of S filters' outputs at the end of the block before; -> (B, nb, S, H, dh) each."""
 
-    def __init__(self, width: int, heads: int, block: int, config: ContextConfig, ssm: SSMConfig):
+    def __init__(self, width: int, heads: int, block: int, config: ContextConfig, ssm: KernelConfig):
         super().__init__()
         channels = config.width(width)
         self.block, self.heads = block, heads
         # Each filter has dynamics of its own: S read-outs of one N-dimensional state have rank N at most.
-        self.ssm = S4D(channels, config.states, ssm, own_dynamics=True)
+        self.ssm = build_kernel(channels, config.states, ssm, own_dynamics=True)
         self.identity = nn.Parameter(torch.randn(config.states, channels) * 0.02)
         self.initial = nn.Parameter(torch.randn(config.states, channels) * 0.02)
         self.key_value = nn.Linear(channels, 2 * width, bias=False)
@@ -113,7 +113,7 @@ class FilterContext(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of each block's tokens to its context states: (B, l, D), (B, l, Ds) -> (B, l, D)."""
 
-    def __init__(self, width: int, heads: int, block: int, config: ContextConfig, ssm: SSMConfig):
+    def __init__(self, width: int, heads: int, block: int, config: ContextConfig, ssm: KernelConfig):
         super().__init__()
         self.block, self.heads = block, heads
         self.query = nn.Linear(width, width, bias=False)
