@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bst_dist.model.tiles import HIDDEN, QUERY_TILE, sliding_tiles, tiled_attention
 from bst_dist.parallel.past import Past
 from data_pipeline.config import Config
 
@@ -34,10 +35,11 @@ class AttentionConfig(Config):
     """Whether a token attends to itself. meliad's mask leaves it out: the W strictly previous tokens."""
 
 
-def unit(x: Tensor) -> Tensor:
-    """L2-normalised over the last dimension, in single precision at least."""
-    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-12)).to(x.dtype)
+def unit(x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """(..., H, dh) L2-normalised over dh, times a scale per head (H,)."""
+    inverse = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).clamp_min(1e-6)
+    inverse = inverse.reciprocal() if scale is None else scale / inverse
+    return x * inverse.unsqueeze(-1).to(x.dtype)
 
 
 def rotate(x: Tensor, base: float, offset: int) -> Tensor:
@@ -83,21 +85,16 @@ class SlidingAttention(nn.Module):
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
         """`starts` (B, l / W) marks blocks that see nothing before them."""
-        q, k, v = self.qkv(u).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, l, H, dh) each
-        q = unit(q) * self.scale.to(q.dtype).unsqueeze(-1)
-        kv = past.extend("kv", torch.stack((unit(k), v), dim=2), before=self.window)
-        k, v = kv.unbind(2)  # (B, p + l, H, dh)
+        q, kv = self.qkv(u).unflatten(-1, (3, self.heads, -1)).split((1, 2), dim=2)  # (B, l, 1 or 2, H, dh)
+        q = unit(q.squeeze(2), self.scale)
+        k, v = past.extend("kv", kv, before=self.window).unbind(2)  # (B, p + l, H, dh)
+        k = unit(k)
         if self.config.position == "rope":  # only differences matter, so any common origin will do
             k, q = rotate(k, self.config.rope_base, 0), rotate(q, self.config.rope_base, k.shape[1] - q.shape[1])
         if starts is not None:
             q, k = separate_documents(q, k, starts)
         bias = self.bias(self.window + 1) if self.bias is not None else None
-        return banded_attention(q, k, v, self.window, bias, self.config.include_self).flatten(-2)
-
-
-# Far below any sum of normalised scores and biases, so that exp underflows to an exact zero; finite, so that a row
-# with nothing to see gives numbers; a power of two, so that it is exact in bfloat16.
-HIDDEN = 16384.0
+        return sliding_attention(q, k, v, self.window, bias, self.config.include_self).flatten(-2)
 
 
 def separate_documents(q: Tensor, k: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,54 +115,21 @@ def separate_documents(q: Tensor, k: Tensor, starts: Tensor) -> tuple[Tensor, Te
     return q, k
 
 
-def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, include_self: bool) -> Tensor:
+def sliding_attention(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, include_self: bool) -> Tensor:
     """Attention of each query to the `window` keys up to its own: (B, l, H, dh), (B, p + l, H, *) -> (B, l, H, dh).
 
-    Queries are taken in tiles of t tokens against the window - 1 + t keys (to the block's grid) that any of them may
-    see. The first tiles, whose keys would begin before what exists, are computed one at a time.
-
     Args:
-        bias: (H, distances), added by distance q - k; None for none.
-        include_self: whether distance 0 is seen.
+        bias: (H, window + 1), added by distance q - k; None for none.
+        include_self: whether distance 0 is seen; otherwise distance `window` is.
     """
-    length, before = q.shape[1], k.shape[1] - q.shape[1]
-    tile = query_tile(length, window)
-    whole = length // tile * tile
-    head = min(whole, -(-max(0, window - before) // tile) * tile)
-    done = []
-    for first in [*range(0, head, tile), *range(whole, length, tile)]:
-        last = min(first + tile, length)
-        begin = max(0, before + first - window)
-        part = _attend(q[:, None, first:last], k[:, None, begin : before + last], v[:, None, begin : before + last],
-                       window, bias, include_self)  # fmt: skip
-        done.append(part.squeeze(1))
-    if whole > head:
-        begin = before + head - window
-        keys = k[:, begin : before + whole].unfold(1, window + tile, tile).movedim(-1, 2)  # (B, tiles, K, H, dh)
-        values = v[:, begin : before + whole].unfold(1, window + tile, tile).movedim(-1, 2)
-        queries = q[:, head:whole].unflatten(1, (-1, tile))
-        middle = _attend(queries, keys, values, window, bias, include_self).flatten(1, 2)
-        done.insert(head // tile, middle)
-    return torch.cat(done, dim=1) if len(done) > 1 else done[0]
-
-
-def query_tile(length: int, window: int) -> int:
-    """Tokens of a query tile: a quarter of the window wastes a fifth of the scores, a whole window half of them."""
-    tile = max(window // 4, min(window, 32))
-    return tile if length >= tile and window % tile == 0 else length
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, include_self: bool) -> Tensor:
-    """Attention inside tiles: q (B, tiles, t, H, dh), k and v (B, tiles, K, H, *) -> (B, tiles, t, H, dh)."""
-    tile, keys = q.shape[2], k.shape[2]
-    q_position = torch.arange(keys - tile, keys, device=q.device)
-    distance = q_position.unsqueeze(1) - torch.arange(keys, device=q.device)  # (t, K)
+    tile = min(QUERY_TILE, q.shape[1])
+    distance = torch.arange(window, window + tile, device=q.device).unsqueeze(1)
+    distance = distance - torch.arange(window + tile, device=q.device)  # (t, window + t)
     nearest = 0 if include_self else 1
     seen = (distance >= nearest) & (distance < window + nearest)
-    mask = q.new_zeros(1, tile, keys) if bias is None else bias.to(q.dtype)[:, distance.clamp(0, bias.shape[1] - 1)]
+    mask = distance.new_zeros(1, *distance.shape, dtype=torch.float32)
+    if bias is not None:
+        mask = bias[:, distance.clamp(0, window)]
     mask = mask.masked_fill(~seen, -HIDDEN)
-    scores = q.transpose(2, 3) @ k.movedim(2, -1) + mask  # (B, tiles, H, t, K)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
-    if not include_self:  # a query with no key to see attends to nothing
-        weights = weights * (scores > -HIDDEN / 2).any(-1, keepdim=True)
-    return (weights @ v.transpose(2, 3)).transpose(2, 3)
+    tiles = sliding_tiles(q.shape[1], k.shape[1] - q.shape[1], window)
+    return tiled_attention(q, k, v, mask, tiles, empty_rows=not include_self)

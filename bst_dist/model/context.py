@@ -50,32 +50,38 @@ class ContextConfig(Config):
 
 
 class StreamContext(nn.Module):
-    """SH and MH: keys and values of a block's SSM outputs, S = W states; (B, l, Ds) -> (B, nb, S, H, dh) each."""
+    """SH and MH: keys and values of SSM outputs, a state a token, (B, l, Ds) -> (B, p + l, H, dh) each.
+
+    In front are the p states of the slice's first block that came before it; or, attending to the previous block,
+    the states are grouped by the block that sees them, (B, nb, W, H, dh).
+    """
 
     def __init__(self, width: int, heads: int, block: int, config: ContextConfig, ssm: KernelConfig):
         super().__init__()
         channels = config.width(width)
         self.block, self.attend = block, config.attend
         self.ssm = build_kernel(channels, heads if config.variant == "MH" else 1, ssm)
-        self.key = nn.Parameter(torch.randn(heads, channels, width // heads) / math.sqrt(channels))
-        self.value = nn.Parameter(torch.randn(heads, channels, width // heads) / math.sqrt(channels))
+        # Straight from Ds to each head: lifting to D first and projecting then is the same class of functions.
+        self.key_value = nn.Parameter(torch.randn(heads, channels, 2 * width // heads) / math.sqrt(channels))
 
     def forward(self, z: Tensor, past: Past, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         y = self.ssm(z, past, starts)  # (B, l, C, Ds): one stream, or one a head
-        y = y.to(_matmul_dtype(y)).transpose(1, 2)  # (B, C, l, Ds)
-        kv = torch.stack((unit(y @ self.key), y @ self.value), dim=2)  # (B, H, 2, l, dh)
-        kv = kv.movedim(3, 1).transpose(2, 3)  # (B, l, 2, H, dh)
+        kv = self._project(y.to(_matmul_dtype(y))).unflatten(-1, (2, -1))  # (B, l, H, 2, dh)
         offset = past.position % self.block  # > 0 only inside a block, token by token
         held = offset if self.attend == "current" else offset + self.block
         following = (offset + z.shape[1]) % self.block + held - offset
         kv = past.extend("kv", kv, before=held, after=following)
         if self.attend == "previous":
             kv = self._previous(kv, z.shape[1] + held, starts)
-        elif kv.shape[1] <= self.block:
-            kv = kv.unsqueeze(1)
-        else:
-            kv = kv.unflatten(1, (-1, self.block))
-        return kv.unbind(3)
+        k, v = kv.unbind(-2)
+        return unit(k), v
+
+    def _project(self, y: Tensor) -> Tensor:
+        """(B, l, C, Ds) -> (B, l, H, 2 dh): all heads from one stream, or each from its own."""
+        weight = self.key_value.to(y.dtype)
+        if y.shape[2] == 1:
+            return (y.squeeze(2) @ weight.transpose(0, 1).flatten(1)).unflatten(-1, (len(weight), -1))
+        return torch.einsum("blhs,hsd->blhd", y, weight)
 
     def _previous(self, kv: Tensor, needed: int, starts: Tensor | None) -> Tensor:
         """The block before each; where there is none, zeros, whose attention adds nothing."""
@@ -123,23 +129,27 @@ class CrossAttention(nn.Module):
         self.context = kind(width, heads, block, config, ssm)
 
     def forward(self, u: Tensor, z: Tensor, past: Past, starts: Tensor | None) -> Tensor:
-        q = unit(self.query(u).unflatten(-1, (self.heads, -1)))  # (B, l, H, dh)
-        q = q * self.scale.to(q.dtype).unsqueeze(-1)
-        k, v = self.context(z, past, starts)  # (B, nb, S, H, dh)
-        # A block is a batch entry of one fused attention call.
-        q = q.unflatten(1, (k.shape[1], -1)).flatten(0, 1).transpose(1, 2)  # (B nb, H, W, dh)
-        k, v = (x.to(q.dtype).flatten(0, 1).transpose(1, 2) for x in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask(q, k), is_causal=self._square(q, k), scale=1)
-        return out.transpose(1, 2).reshape(u.shape)
+        q = unit(self.query(u).unflatten(-1, (self.heads, -1)), self.scale)  # (B, l, H, dh)
+        k, v = self.context(z, past, starts)
+        return (self._causal(q, k, v) if self.causal else _whole_blocks(q, k, v)).reshape(u.shape)
 
-    def _square(self, q: Tensor, k: Tensor) -> bool:
-        return self.causal and q.shape[2] == k.shape[2]
+    def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Each token to the states of its block up to its own; k and v (B, p + l, H, dh), p within the block."""
+        k, v = k.to(q.dtype), v.to(q.dtype)
+        if q.shape[1] == k.shape[1]:  # a block is a batch entry of one fused call
+            span = min(self.block, q.shape[1])
+            q, k, v = (x.unflatten(1, (-1, span)).flatten(0, 1).transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=1.0).transpose(1, 2)
 
-    def _mask(self, q: Tensor, k: Tensor) -> Tensor | None:
-        """Inside a block, token by token: the states up to each token's own; aligned blocks need no mask tensor."""
-        if not self.causal or self._square(q, k):
-            return None
-        return q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+
+def _whole_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each block's tokens to all its states, a block a batch entry: (B, l, H, dh), (B, nb, S, H, dh) twice."""
+    queries = q.unflatten(1, (k.shape[1], -1))
+    folded = (x.to(q.dtype).flatten(0, 1).transpose(1, 2) for x in (queries, k, v))
+    return F.scaled_dot_product_attention(*folded, scale=1.0).transpose(1, 2)
 
 
 def _matmul_dtype(x: Tensor) -> torch.dtype:

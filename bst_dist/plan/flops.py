@@ -8,8 +8,8 @@ and not counted here: model and hardware utilisation (MFU, HFU) are two numbers.
 
 from __future__ import annotations
 
-from bst_dist.model.attention import query_tile
 from bst_dist.model.lm import ModelConfig
+from bst_dist.model.tiles import sliding_tiles
 
 
 def forward_flops(config: ModelConfig, sequence_length: int) -> dict[str, float]:
@@ -52,9 +52,8 @@ def _bst(config: ModelConfig, length: int) -> dict[str, float]:
 
 def _mean_keys(window: int, length: int) -> float:
     """Keys scored per query, over the tiles of a sequence: fewer in the first window, which has nothing before it."""
-    tile = query_tile(length, window)
-    tiles = -(-length // tile)
-    return sum(min((index + 1) * tile, window + tile) for index in range(tiles)) / tiles
+    tiles = sliding_tiles(length, 0, window)
+    return sum((tile.last - tile.first) * (tile.end - tile.begin) for tile in tiles) / length
 
 
 MIXER_TERMS = {"sliding": _sliding, "bst": _bst}

@@ -11,8 +11,8 @@ from bst_dist.model.attention import (
     AttentionConfig,
     DistanceBias,
     SlidingAttention,
-    banded_attention,
     rotate,
+    sliding_attention,
 )
 from bst_dist.parallel.past import Past
 
@@ -50,7 +50,7 @@ def test_tiles_equal_query_by_query(length, before, window, include_self, with_b
     q = torch.randn(2, length, 2, 4, dtype=torch.float64)
     k, v = torch.randn(2, 2, before + length, 2, 4, dtype=torch.float64)
     bias = torch.randn(2, window + 1, dtype=torch.float64) if with_bias else None
-    ours = banded_attention(q, k, v, window, bias, include_self)
+    ours = sliding_attention(q, k, v, window, bias, include_self)
     torch.testing.assert_close(ours, query_by_query(q, k, v, window, bias, include_self), rtol=1e-12, atol=1e-12)
 
 
@@ -60,7 +60,7 @@ def test_gradients_equal_query_by_query(include_self):
     q, k, v = (torch.randn(1, 24, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     bias = torch.randn(2, 9, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(1, 24, 2, 4, dtype=torch.float64)
-    ours = torch.autograd.grad((banded_attention(q, k, v, 8, bias, include_self) * weight).sum(), (q, k, v, bias))
+    ours = torch.autograd.grad((sliding_attention(q, k, v, 8, bias, include_self) * weight).sum(), (q, k, v, bias))
     theirs = torch.autograd.grad((query_by_query(q, k, v, 8, bias, include_self) * weight).sum(), (q, k, v, bias))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)

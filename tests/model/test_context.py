@@ -51,7 +51,7 @@ def keys_and_values(mixer, variant, y, head):
         weight = context.key_value.weight
         k_weight, v_weight = weight[head * dh : (head + 1) * dh], weight[WIDTH + head * dh : WIDTH + (head + 1) * dh]
         return lambda state: (normalised(k_weight @ state), v_weight @ state)
-    return lambda state: (normalised(state @ context.key[head]), state @ context.value[head])
+    return lambda state: (normalised(state @ context.key_value[head][:, :dh]), state @ context.key_value[head][:, dh:])
 
 
 def context_of(mixer, variant, attend, y, t, head):
