@@ -1,0 +1,53 @@
+# Everything runs in a virtual environment of the project's own, .venv; `make setup` makes it, the other targets call it.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# One process a core, one thread a process: many small tests on small tensors.
+UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical -m "not ranks and not cluster and not gpu"
+
+.PHONY: help setup demo test test-unit test-ranks test-cluster test-gpu lint format
+
+help:
+	@echo "make setup         install the pinned requirements and this project into $(VENV)"
+	@echo "make demo          from text to a trained and evaluated model, on two cores in minutes"
+	@echo "make test          unit tests, then those that start several ranks"
+	@echo "make test-unit     unit tests alone"
+	@echo "make test-cluster  multi-host jobs on a test cluster"
+	@echo "make test-gpu      what needs a GPU"
+	@echo "make lint          linter and formatter, changing nothing"
+	@echo "make format        format the code"
+
+setup: $(STAMP)
+
+$(STAMP): requirements.txt requirements-dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("needs Python 3.11 or later: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	$(BIN)/python -m pip install --no-deps --editable .
+	@touch $@
+
+demo: setup
+	$(BIN)/bst demo
+
+test: test-unit test-ranks
+
+test-unit: setup
+	$(UNIT)
+
+test-ranks: setup
+	$(BIN)/python -m pytest -m "ranks and not cluster and not gpu"
+
+test-cluster: setup
+	$(BIN)/python -m pytest -m cluster
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff format .
