@@ -179,6 +179,8 @@ def read_shard(file: BinaryIO, where: str) -> Iterator[tuple[tarfile.TarInfo, di
                     raise ShardError(f"{where}: {name}: not a member of a shard (byte {member.offset})")
                 if suffix == "json":
                     key, info = stem, json.load(payload)
+                    if not isinstance(info, dict) or not isinstance(info.get("id"), int):
+                        raise ShardError(f"{where}: {name}: no integer 'id' in it (byte {member.offset})")
                     continue
                 if stem != key:
                     raise ShardError(
