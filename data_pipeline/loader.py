@@ -24,6 +24,7 @@ from data_pipeline.plan import Assignment, Plan, Shuffled, Streaming
 from data_pipeline.prefetch import Prefetcher
 from data_pipeline.reader import Corpus
 from data_pipeline.shards import CRC_BLOCK, ShardError
+from data_pipeline.storage import StorageConfig
 from data_pipeline.stream import Pieces, TokenStream, extents, inputs
 
 _log = logging.getLogger(__name__)
@@ -63,6 +64,9 @@ class DataConfig(Config):
     on_bad_shard: Literal["stop", "skip"] = "stop"
     """`skip` leaves damaged or missing tokens out of the loss, and records them, where `stop` raises an error."""
 
+    storage: StorageConfig = StorageConfig()
+    """How corpora that are not on this machine's disk are read."""
+
     @model_validator(mode="after")
     def _weights_fit(self) -> DataConfig:
         count = 1 if isinstance(self.corpus, str) else len(self.corpus)
@@ -90,7 +94,7 @@ class DataConfig(Config):
 
 def open_corpora(config: DataConfig, split: str = "train") -> list[Corpus]:
     """Open every corpus of the settings; raises UserError when one is unusable or they differ in their tokenizer."""
-    corpora = [Corpus.open(url, split) for url in config.urls()]
+    corpora = [Corpus.open(url, split, config.storage) for url in config.urls()]
     for other in corpora[1:]:
         if other.manifest.tokenizer.sha256 != corpora[0].manifest.tokenizer.sha256:
             raise UserError(

@@ -5,14 +5,16 @@ Only the lengths of the documents are held in memory from the start, so that ope
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
+from data_pipeline.cache import CachedStorage
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import MANIFEST, Manifest
 from data_pipeline.shard_reader import ShardReader
-from data_pipeline.storage import LocalStorage, Storage
+from data_pipeline.storage import Storage, StorageConfig, open_storage
 from data_pipeline.tokenizer import Tokenizer
 
 
@@ -39,20 +41,24 @@ class Corpus:
             raise UserError(f"{self.where}: the split is empty; prepare it from more text, or choose another")
 
     @classmethod
-    def open(cls, url: str, split: str = "train") -> Corpus:
-        """Open a split of the corpus in a directory.
+    def open(cls, url: str, split: str = "train", storage: StorageConfig | None = None) -> Corpus:
+        """Open a split of the corpus in a directory or at an address (`storage.open_storage`).
 
         Raises UserError when there is no corpus, the split is missing or empty, the tokenizer is missing or another
-        one, or an index does not belong to its shard.
+        one, an index does not belong to its shard, or the store cannot be reached.
         """
-        storage = LocalStorage(url)
+        config = storage or StorageConfig()
+        source = open_storage(url, config)
         try:
-            manifest = Manifest.from_bytes(storage.whole(MANIFEST), f"{url}/{MANIFEST}")
+            manifest = Manifest.from_bytes(source.whole(MANIFEST), f"{url}/{MANIFEST}")
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{url}: no prepared corpus there ({MANIFEST} is missing); make one with 'bst data prepare'"
             ) from None
-        corpus = cls(storage, manifest, split)
+        files = _files(manifest, split, url)
+        if source.remote and config.cache_dir:
+            source = CachedStorage(source, config.cache_dir, files)
+        corpus = cls(source, manifest, split)
         corpus.tokenizer()
         return corpus
 
@@ -122,3 +128,17 @@ class Corpus:
         """Raise ShardError for the first shard that is missing or of another size; local files only."""
         for shard in self._shards:
             shard.check_size()
+
+
+def _files(manifest: Manifest, split: str, where: str) -> dict[str, tuple[int | None, str]]:
+    """(bytes where known, SHA-256) of the files that serving a split needs, by name."""
+    files: dict[str, tuple[int | None, str]] = {manifest.tokenizer.file: (None, manifest.tokenizer.sha256)}
+    for shard in manifest.shards(split):
+        files[shard.file] = (shard.bytes, shard.sha256)
+        files[shard.index] = (None, shard.index_sha256)
+    for name in files:
+        if PurePath(name).name != name:  # a manifest from afar must not name files outside the corpus or the cache
+            raise UserError(
+                f"{where}/{MANIFEST}: {name!r} is not a plain file name: this manifest is not to be trusted"
+            )
+    return files

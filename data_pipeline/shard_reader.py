@@ -27,6 +27,10 @@ _log = logging.getLogger(__name__)
 _TAR_BLOCK = 512  # members of a tar begin at multiples of it
 
 
+class _ChangedError(ShardError):
+    """Bytes that are not what was written."""
+
+
 @dataclass(frozen=True)
 class _Layout:
     """What reading needs of a shard's index."""
@@ -70,11 +74,12 @@ class ShardReader:
             return
         begin = first * CRC_BLOCK
         stop = min((last + 1) * CRC_BLOCK, int(layout.lengths[document]))
-        whole = np.empty(stop - begin, self._dtype)
-        data = memoryview(whole).cast("B")
-        offset = int(layout.offsets[document]) + begin * self._dtype.itemsize
-        self._storage.read_into(self.info.file, offset, data)
-        self._check(document, data, offset, layout.crc[crcs])
+        try:
+            whole = self._read_blocks(document, begin, stop, layout.crc[crcs])
+        except _ChangedError:
+            if not self._storage.renew(self.info.file):
+                raise
+            whole = self._read_blocks(document, begin, stop, layout.crc[crcs])
         layout.verified[crcs] = not self._storage.remote
         out[:] = whole[start - begin : start - begin + len(out)]
 
@@ -112,8 +117,12 @@ class ShardReader:
             raise ShardError(f"{where}: not the index this corpus was made with; copy it again")
         return index
 
-    def _check(self, document: int, data: memoryview, offset: int, crcs: np.ndarray) -> None:
-        """Compare blocks of a document, read from byte `offset` of the shard, with their CRCs."""
+    def _read_blocks(self, document: int, begin: int, stop: int, crcs: np.ndarray) -> np.ndarray:
+        """Tokens ``begin..stop`` of a document, whole blocks, compared with their CRCs."""
+        tokens = np.empty(stop - begin, self._dtype)
+        data = memoryview(tokens).cast("B")
+        offset = int(self._layout.offsets[document]) + begin * self._dtype.itemsize
+        self._storage.read_into(self.info.file, offset, data)
         step = CRC_BLOCK * self._dtype.itemsize
         for block, expected in enumerate(crcs.tolist()):
             found = data[block * step : (block + 1) * step]
@@ -126,7 +135,8 @@ class ShardReader:
             else:
                 place, written = changed
                 what = f"byte {begin + place} is 0x{found[place]:02x} where 0x{written:02x} was written"
-            raise ShardError(f"{self.where}: {self._member_name(document)}: {what}; copy the shard again")
+            raise _ChangedError(f"{self.where}: {self._member_name(document)}: {what}; copy the shard again")
+        return tokens
 
     def _member_name(self, document: int) -> str:
         """The name of the document's tokens in the tar, as far as the tar still says it."""

@@ -1,15 +1,48 @@
-"""Where a corpus's files lie and how their bytes are fetched: a local directory here."""
+"""Where a corpus's files lie, and how their bytes are fetched: a local directory, a server or object store, a cache.
+
+`open_storage` chooses by the address:
+
+- ``/data/books`` or ``file:///data/books``: a directory, read in place;
+- ``https://…``, ``s3://…``, ``gs://…`` and what else fsspec knows: ranges of the files, or whole files into a cache;
+- ``pipe:COMMAND``: a shell command that writes the file named in place of ``{}`` to its output; only into a cache.
+"""
 
 from __future__ import annotations
 
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
+from pydantic import Field
+
+from data_pipeline.config import Config
+from data_pipeline.errors import UserError
 from data_pipeline.shards import ShardError
 
 _OPEN_FILES = 256  # shards kept open; the usual limit of a process is 1024 descriptors
+
+
+class StorageError(UserError):
+    """A store that cannot be reached, or does not do what is needed of it; never skipped as a bad shard is."""
+
+
+class StorageConfig(Config):
+    """How files that are not on this machine's disk are fetched."""
+
+    cache_dir: Path | None = None
+    """Directory for verified copies of whole shards, shared by all processes of a machine; without one, ranges of the
+    shards are read from the store at every use. It may grow to the size of the corpora."""
+    attempts: int = Field(6, ge=1)
+    """How often one read is tried before it is an error."""
+    backoff_s: float = Field(0.5, ge=0)
+    """Seconds before the second attempt; doubled for each further one, up to 30."""
+    timeout_s: float = Field(30.0, gt=0)
+    """Seconds without a byte after which an attempt is given up."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the fsspec file system: an endpoint, a profile, a project."""
+    allow_pipe: bool = False
+    """Run the shell commands of `pipe:` addresses; only for recipes whose author you trust."""
 
 
 class Storage(Protocol):
@@ -18,7 +51,7 @@ class Storage(Protocol):
     where: str
     """The corpus's directory or address, for messages."""
     remote: bool
-    """Bytes come over a network: what was once read well may arrive damaged the next time."""
+    """Reads go over a network: slow each, many at a time, and good bytes may arrive damaged the next time."""
 
     def whole(self, name: str) -> bytes:
         """A file's bytes; raises FileNotFoundError when it does not exist."""
@@ -27,7 +60,28 @@ class Storage(Protocol):
         """Fill `buffer` from byte `offset` on; raises ShardError when the file is missing or too short."""
 
     def local_path(self, name: str) -> Path | None:
-        """The file on this machine's disk, where there is one."""
+        """The file's path where it belongs on this machine's disk."""
+
+    def renew(self, name: str) -> bool:
+        """Called on a file that was found damaged: true when another copy was fetched, so that reading may succeed."""
+
+
+def open_storage(url: str, config: StorageConfig) -> Storage:
+    """The storage at an address, not yet cached; raises UserError for one that may not or cannot be used."""
+    from data_pipeline.remote import PipeStorage, RemoteStorage  # fsspec takes long to import; most corpora are local
+
+    if url.startswith("pipe:"):
+        if not config.allow_pipe:
+            raise StorageError(
+                f"{url}: a pipe: address runs a shell command; set storage.allow_pipe to true if you trust it"
+            )
+        if config.cache_dir is None:
+            raise StorageError(f"{url}: a pipe: address gives whole files only; set storage.cache_dir")
+        return PipeStorage(url.removeprefix("pipe:"))
+    scheme, separator, path = url.partition("://")
+    if not separator:
+        return LocalStorage(url)
+    return LocalStorage(path) if scheme == "file" else RemoteStorage(url, config)
 
 
 class LocalStorage:
@@ -48,19 +102,27 @@ class LocalStorage:
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """See `Storage`."""
         file = self._open(name)
-        done = 0
+        done = os.preadv(file.fileno(), [buffer], offset)
         while done < len(buffer):
             got = os.preadv(file.fileno(), [buffer[done:]], offset + done)
             if not got:
                 raise ShardError(
-                    f"{self._directory / name}: cut short: no bytes from {offset + done} on, where "
-                    f"{len(buffer) - done} more are expected; copy it again"
+                    f"{self._directory / name}: cut short: it ends before byte {offset + done}, "
+                    f"where {len(buffer) - done} more are expected; copy it again"
                 )
             done += got
 
     def local_path(self, name: str) -> Path:
         """See `Storage`."""
         return self._directory / name
+
+    def renew(self, name: str) -> bool:
+        """See `Storage`: there is but this copy."""
+        return False
+
+    def forget(self) -> None:
+        """Open the files anew at their next use: one has been replaced."""
+        self._open.cache_clear()
 
     def _open_file(self, name: str) -> BinaryIO:
         path = self._directory / name

@@ -1,10 +1,13 @@
-"""Small prepared corpora made of known tokens."""
+"""Small prepared corpora made of known tokens, and a server that hands them out badly."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,3 +86,97 @@ def write_shard(
         index=idx.name,
         index_sha256=hashlib.sha256(idx.read_bytes()).hexdigest(),
     )
+
+
+class FaultyServer:
+    """A real HTTP server on the loopback that serves a directory with ranges, and misbehaves as told.
+
+    ``faults[path]`` is a list of what the next requests for a path get instead: "503", "stall" (headers, then nothing),
+    "drop" (half of the body, then the connection is closed), "flip" (a byte changed), "whole" (the range is ignored).
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.faults: dict[str, list[str]] = {}
+        self.requests: list[tuple[str, str | None]] = []  # (file name, its Range header)
+        self._release = threading.Event()
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                owner.serve(self, directory)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def serve(self, request: BaseHTTPRequestHandler, directory: Path) -> None:
+        """Answer one request."""
+        name, span = request.path.lstrip("/"), request.headers.get("Range")
+        self.requests.append((name, span))
+        fault = self.faults[name].pop(0) if self.faults.get(name) else ""
+        if fault == "503" or not (directory / name).exists():
+            request.send_error(503 if fault == "503" else 404)
+            return
+        body = bytearray((directory / name).read_bytes())
+        if span and fault != "whole":
+            first, last = (int(part) for part in span.removeprefix("bytes=").split("-"))
+            body = body[first : last + 1]
+        if fault == "flip":
+            body[len(body) // 2] ^= 0x10
+        request.send_response(206 if span and fault != "whole" else 200)
+        request.send_header("Content-Length", str(len(body)))
+        request.end_headers()
+        if fault in ("drop", "stall"):
+            request.wfile.write(body[: len(body) // 2])
+            request.close_connection = True
+            if fault == "stall":
+                self._release.wait(20)
+            return
+        request.wfile.write(body)
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._release.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Path], FaultyServer]]:
+    """`serve(directory)` starts a `FaultyServer`, stopped after the test."""
+    servers: list[FaultyServer] = []
+
+    def start(directory: Path) -> FaultyServer:
+        servers.append(FaultyServer(directory))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def s3_endpoint() -> Iterator[Callable[[], dict[str, Any]]]:
+    """`s3_endpoint()` starts an S3 server on the loopback and returns the fsspec options that reach it."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+
+    def start() -> dict[str, Any]:
+        server.start()
+        host, port = server.get_host_and_port()
+        return {
+            "endpoint_url": f"http://{host}:{port}",
+            "key": "key",
+            "secret": "secret",
+            "client_kwargs": {"region_name": "eu-west-1"},
+        }
+
+    yield start
+    server.stop()
