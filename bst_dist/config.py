@@ -3,3 +3,133 @@
 Each section is declared beside what it configures; this file only composes them and checks what concerns several
 sections at once.
 """
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from bst_dist.model.lm import ModelConfig
+from bst_dist.parallel.mesh import Mesh, ParallelConfig
+from bst_dist.train.activation import ActivationCheckpointingConfig
+from bst_dist.train.checkpoint import CheckpointConfig
+from bst_dist.train.evaluation import EvaluationConfig
+from bst_dist.train.loop import TrainConfig
+from bst_dist.train.metrics import LogConfig
+from bst_dist.train.optimizer import OptimizerConfig
+from bst_dist.train.schedule import ScheduleConfig
+from data_pipeline.config import Config, ConfigError, load
+from data_pipeline.loader import DataConfig
+from data_pipeline.reader import Corpus
+
+
+class Recipe(Config):
+    name: str = Field(pattern=r"^[\w.-]+$")
+    """What the run is called: its directory is runs/<name> unless --run-dir says otherwise."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the initial weights and of the order of the data."""
+    ranks: int | None = Field(None, ge=1)
+    """Ranks that `bst train` starts on this machine; null: one for each accelerator, or one where there is none."""
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    deepspeed: str = "ds_configs/zero1.json"
+    """The DeepSpeed strategy: a file of ds_configs/, completed from the recipe."""
+    activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        length, unit = self.train.sequence_length, self.model.block * self.parallel.sp
+        if length % unit:
+            near = max(unit, round(length / unit) * unit)
+            raise ValueError(
+                f"train.sequence_length {length} is not a multiple of model.block x parallel.sp = "
+                f"{self.model.block} x {self.parallel.sp}: the nearest is {near}"
+            )
+        if self.train.carry and self.data.mode != "streaming":
+            raise ValueError("train.carry needs data.mode streaming: only there do a row's steps follow each other")
+        return self
+
+
+# What may change from one start of a run to the next without making it another run.
+FREE = ("ranks", "log", "checkpoint")
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe with its overrides ``section.field=value``; raises ConfigError for whatever is wrong in it."""
+    return load(Recipe, path, overrides)
+
+
+def with_vocabulary(recipe: Recipe, corpora: Sequence[Corpus]) -> Recipe:
+    """The recipe with the corpus's vocabulary where it names none; raises UserError when its own is too small."""
+    if recipe.model.vocab_size is not None:
+        for corpus in corpora:
+            corpus.require_vocabulary(recipe.model.vocab_size)
+        return recipe
+    size = corpora[0].manifest.tokenizer.vocab_size
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"vocab_size": size})})
+
+
+def accumulation(recipe: Recipe, world: int) -> int:
+    """Micro-batches a rank takes one after the other in a step; raises ConfigError when the rows do not spread."""
+    dp, train = Mesh(world, 0, recipe.parallel.sp).dp, recipe.train
+    if train.sequences < dp:
+        raise ConfigError(
+            f"{dp} data-parallel ranks but only {train.sequences} sequences a step (train.sequences): "
+            f"use at most {train.sequences * recipe.parallel.sp} ranks, or more sequences"
+        )
+    if train.sequences % (dp * train.micro_sequences):
+        raise ConfigError(
+            f"train.sequences {train.sequences} is not a multiple of data-parallel ranks x train.micro_sequences = "
+            f"{dp} x {train.micro_sequences}"
+        )
+    return train.sequences // (dp * train.micro_sequences)
+
+
+def evaluation_rows(recipe: Recipe, world: int) -> int:
+    """Validation rows of a micro-batch of one rank; raises ConfigError when they do not spread over the ranks."""
+    dp, rows = Mesh(world, 0, recipe.parallel.sp).dp, recipe.evaluation.sequences
+    if rows % dp:
+        raise ConfigError(f"evaluation.sequences {rows} is not a multiple of the {dp} data-parallel ranks")
+    return math.gcd(rows // dp, recipe.train.micro_sequences)
+
+
+def deepspeed_file(recipe: Recipe) -> Path:
+    """The recipe's DeepSpeed file: as given from the working directory, else from the project's root."""
+    given = Path(recipe.deepspeed)
+    beside = Path(__file__).resolve().parent.parent / given
+    return given if given.exists() or not beside.exists() else beside
+
+
+def digest(recipe: Recipe) -> str:
+    """SHA-256 of everything in the recipe that makes the run what it is."""
+    return hashlib.sha256(json.dumps(_identity(recipe), sort_keys=True).encode()).hexdigest()
+
+
+def differing(one: Recipe, other: Recipe) -> list[str]:
+    """Dotted fields in which two recipes are different runs, as ``field: one's value, other's value``."""
+    a, b = _flat(_identity(one)), _flat(_identity(other))
+    return [f"{key}: {a.get(key)!r}, {b.get(key)!r}" for key in {**a, **b} if a.get(key) != b.get(key)]
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", exclude=set(FREE))
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,77 @@
+"""The program every rank runs.
+
+    deepspeed [--hostfile HOSTS] --module bst_dist.train RECIPE [section.field=value ...] [--run-dir DIR] [--resume]
+
+`bst train` starts it on this machine's ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+from bst_dist.train.start import Request
+from data_pipeline.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `bst train` shares with this program."""
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="the run's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that differ from it")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run writes (default: runs/<name>)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest valid checkpoint, if there is one")
+    parser.add_argument("--until", type=int, metavar="STEP", help="stop after STEP steps in all, with a checkpoint")
+
+
+def request(args: argparse.Namespace) -> Request:
+    """What the parsed arguments ask for."""
+    return Request(args.recipe, args.overrides, args.run_dir, args.resume, args.until)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of one rank; returns the exit status: 0 done, 2 the user's error, 1 any other."""
+    parser = argparse.ArgumentParser(prog="bst_dist.train", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add_arguments(parser)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; LOCAL_RANK says the same
+    args = parser.parse_intermixed_args(argv)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        from bst_dist.train.program import train
+        from bst_dist.train.ranks import Ranks
+
+        ranks = Ranks()
+        train(request(args), ranks)
+        ranks.leave()
+        return 0
+    except UserError as error:
+        _tell(str(error))
+        return 2
+    except Exception:
+        _tell(traceback.format_exc())
+        return 1
+
+
+def _tell(message: str) -> None:
+    """Print an error once: rank 0 at once, another rank only if rank 0 did not have one too.
+
+    When rank 0 has failed the launcher ends the others within a second or so, before they speak.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(5)
+        message = f"rank {rank} on {socket.gethostname()}: {message}"
+    print(f"bst train: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    # Not sys.exit: after an error the other ranks may be waiting in a collective, and tearing the group down would too.
+    os._exit(status)

@@ -1,0 +1,202 @@
+"""DeepSpeed's JSON: read from `ds_configs/`, checked, and completed from the recipe until nothing is left to a default.
+
+DeepSpeed ignores top-level keys that it does not know and changes defaults between versions (`gradient_clipping`
+became 1.0). So a file may hold only what a strategy is about, every key in it must be one the installed version knows,
+and the completed JSON names every value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import BaseModel, ValidationError
+
+from data_pipeline.errors import UserError
+
+# What a file in ds_configs/ may hold: section -> the class or keys that the installed DeepSpeed knows there.
+STRATEGY: dict[str, Any] = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "aio": get_aio_config({}),
+    "comms_logger": CommsLoggerConfig,
+    "communication_data_type": None,
+    "wall_clock_breakdown": None,
+}
+# What the recipe says instead, by DeepSpeed's key.
+OWNED = {
+    "train_batch_size": "train.sequences",
+    "train_micro_batch_size_per_gpu": "train.micro_sequences",
+    "gradient_accumulation_steps": "train.sequences and train.micro_sequences",
+    "gradient_clipping": "train.gradient_clipping",
+    "torch_autocast": "train.precision",
+    "bf16": "train.precision (bf16 here is autocast: DeepSpeed's bf16 casts every parameter, SSM dynamics included)",
+    "fp16": "train.precision (fp16 is not supported: SSM states overflow its range)",
+    "optimizer": "the section optimizer",
+    "scheduler": "the section schedule",
+    "activation_checkpointing": "activation_checkpointing",
+    "tensorboard": "log.tensorboard",
+    "steps_per_print": "log.every",
+}
+
+
+class DeepSpeedConfigError(UserError):
+    """A DeepSpeed file that cannot be used, or an engine that did not do what it was told."""
+
+
+@dataclass(frozen=True)
+class Intent:
+    """What the recipe and the number of ranks ask of the engine."""
+
+    world: int
+    micro_sequences: int
+    accumulation: int
+    gradient_clipping: float
+    precision: str
+    """bf16 or fp32"""
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The strategy in `path`, every key of it known to the installed DeepSpeed; raises DeepSpeedConfigError."""
+    try:
+        strategy = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+    except FileNotFoundError:
+        raise DeepSpeedConfigError(f"{path}: no such file; the recipe's `deepspeed` names one of ds_configs/") from None
+    except ValueError as error:
+        raise DeepSpeedConfigError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(strategy, dict):
+        raise DeepSpeedConfigError(f"{path}: expected an object, found a {type(strategy).__name__}")
+    problems = list(_unknown(strategy, {**STRATEGY, **dict.fromkeys(OWNED)}, ""))
+    if problems:
+        raise DeepSpeedConfigError("\n".join(f"{path}: {problem}" for problem in problems))
+    return strategy
+
+
+def complete(strategy: dict[str, Any], intent: Intent, where: str) -> dict[str, Any]:
+    """`strategy` with every value that decides the run's numbers written out.
+
+    Raises DeepSpeedConfigError, starting with `where`, when the strategy contradicts the recipe or has bad values.
+    """
+    try:
+        zero = DeepSpeedZeroConfig(**strategy.get("zero_optimization", {}))
+    except ValidationError as error:
+        found = (f"zero_optimization.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise DeepSpeedConfigError("\n".join(f"{where}: {problem}" for problem in found)) from None
+    owned = _owned(intent)
+    for key, source in OWNED.items():
+        if key in strategy and strategy[key] != owned.get(key):
+            raise DeepSpeedConfigError(f"{where}: {key} is set by the recipe, in {source}: remove it here")
+    rest = {key: value for key, value in strategy.items() if key != "zero_optimization"}
+    return {"wall_clock_breakdown": False, **rest, **owned, "zero_optimization": _every_key(zero)}
+
+
+def differences(completed: dict[str, Any], parsed: Any) -> list[str]:
+    """Where the engine's parsed configuration differs from the completed JSON: one line a key, wanted and got."""
+    values = {key: getattr(parsed, key) for key in completed if hasattr(parsed, key)}
+    values["torch_autocast"] = {
+        "enabled": parsed.torch_autocast_enabled,
+        "dtype": str(parsed.torch_autocast_dtype).removeprefix("torch."),
+        "lower_precision_safe_modules": parsed.torch_autocast_lower_precision_safe_modules,
+    }
+    values["bf16"] = {"enabled": parsed.bfloat16_config.enabled}
+    values["fp16"] = {"enabled": parsed.float16_config.enabled}
+    values["data_types"] = {"grad_accum_dtype": parsed.grad_accum_dtype}
+    values["communication_data_type"] = str(parsed.communication_data_type).replace("torch.float32", "fp32")
+    values["zero_optimization"] = _every_key(parsed.zero_config)
+    return [
+        f"{key}: wanted {wanted!r}, got {got!r}"
+        for key, wanted, got in _compare(completed, values, "")
+        if key.partition(".")[0] not in ("aio", "comms_logger")
+    ]
+
+
+def _owned(intent: Intent) -> dict[str, Any]:
+    """The keys that follow from the recipe. A rank of a sequence-parallel group counts as one more data-parallel
+    rank for DeepSpeed, so its global batch counts every slice of a sequence as a sequence of its own."""
+    return {
+        "train_batch_size": intent.micro_sequences * intent.accumulation * intent.world,
+        "train_micro_batch_size_per_gpu": intent.micro_sequences,
+        "gradient_accumulation_steps": intent.accumulation,
+        "gradient_clipping": intent.gradient_clipping,
+        # Parameters stay fp32 and only matrix products run in bf16. DeepSpeed would also *reduce* the gradients of the
+        # modules listed here in bf16 (Linear and Conv by default): none, so that every stage reduces in fp32.
+        "torch_autocast": {
+            "enabled": intent.precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
+        "bf16": {"enabled": False},
+        "fp16": {"enabled": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        # The loss is already divided by the valid tokens of the whole step; nothing else may scale gradients.
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "gradient_allreduce_op": "mean",
+        "managed_gradient_accumulation": True,
+        "steps_per_print": None,
+    }
+
+
+def _every_key(zero: DeepSpeedZeroConfig) -> dict[str, Any]:
+    """Every live key of the ZeRO section with its value, under the names that DeepSpeed's JSON uses."""
+    dead = {
+        name for name, field in type(zero).model_fields.items() if (field.json_schema_extra or {}).get("deprecated")
+    }
+    if "leaf_module" not in zero.model_fields_set:  # a list of other projects' mixture-of-experts classes
+        dead.add("leaf_module")
+    return zero.model_dump(mode="json", by_alias=True, exclude=dead, exclude_none=True)
+
+
+def _unknown(found: dict[str, Any], known: dict[str, Any], prefix: str) -> Iterator[str]:
+    """Keys of `found` that DeepSpeed does not know, each with the nearest one that it does."""
+    for key, value in found.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+            hint = f"did you mean {prefix + near[0]!r}?" if near else f"known there: {', '.join(sorted(known))}"
+            yield f"unknown key {prefix + key!r}: {hint}"
+        elif isinstance(value, dict) and (inner := _keys(known[key])):
+            yield from _unknown(value, inner, f"{prefix}{key}.")
+
+
+def _keys(section: Any) -> dict[str, Any]:
+    """Key -> nested section, of a pydantic class (both a field's name and its alias are accepted) or a plain dict."""
+    if isinstance(section, dict):
+        return section
+    if not (isinstance(section, type) and issubclass(section, BaseModel)):
+        return {}
+    keys: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        nested = next((t for t in _alternatives(field.annotation) if _is_model(t)), None)
+        keys |= {key: nested for key in (name, field.alias) if key}
+    return keys
+
+
+def _alternatives(annotation: Any) -> Iterable[Any]:
+    return getattr(annotation, "__args__", None) or (annotation,)
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _compare(wanted: Any, got: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(wanted, dict) and isinstance(got, dict):
+        for key, value in wanted.items():
+            yield from _compare(value, got.get(key), f"{name}.{key}" if name else key)
+    elif wanted != got:
+        yield name, wanted, got
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ValueError(f"key {twice[0]!r} stands there twice")
+    return dict(pairs)

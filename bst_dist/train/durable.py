@@ -1,0 +1,69 @@
+"""Files that are on the disk, and whose digest is known, when the call that writes them returns."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+FileRecord = dict[str, Any]  # {"bytes": int, "sha256": str}
+
+
+class _Hashing:
+    """A binary file that digests what is written to it; torch.save and safetensors write front to back."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._digest, self.bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._digest.update(view)
+        self.bytes += len(view)
+        return self._file.write(view)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def record(self) -> FileRecord:
+        return {"bytes": self.bytes, "sha256": self._digest.hexdigest()}
+
+
+class Files:
+    """The files one rank writes under a directory, with their digests by relative path."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.records: dict[str, FileRecord] = {}
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[_Hashing]:
+        """Write the file `name`, relative to the root; synced and recorded when the block ends."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            hashing = _Hashing(file)
+            yield hashing
+            file.flush()
+            os.fsync(file.fileno())
+        self.records[name] = hashing.record()
+
+
+class DurableCheckpointEngine(TorchCheckpointEngine):
+    """DeepSpeed's way to its files, through `Files`: what it saves is digested and synced, rank by rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: Files | None = None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Called by DeepSpeed for each file this rank owns."""
+        if self.files is None:
+            raise RuntimeError("no checkpoint is being written")
+        with self.files.open(str(Path(path).relative_to(self.files.root))) as file:
+            torch.save(state_dict, file)

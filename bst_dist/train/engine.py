@@ -1,0 +1,78 @@
+"""The DeepSpeed engine: built from the recipe, held to it, and asked for one update at a time.
+
+Everything that is peculiar to a ZeRO stage is in this file, in `weights` and in `snapshot`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import deepspeed
+from torch import Tensor, nn
+
+from bst_dist.train import deepspeed_json
+from bst_dist.train.optimizer import Groups, OptimizerConfig
+from bst_dist.train.optimizer import build as build_optimizer
+
+
+class Engine:
+    """A model in DeepSpeed's hands, with its optimizer and the parameter groups it must keep."""
+
+    def __init__(self, model: nn.Module, optimizer: OptimizerConfig, completed: dict[str, Any]) -> None:
+        """Hand `model` to DeepSpeed under the completed JSON.
+
+        ZeRO runs over the whole world, with no model-parallel unit: sequence-parallel ranks are ordinary data-parallel
+        ranks for it, because the loss is normalised by the tokens of the whole step. Raises DeepSpeedConfigError,
+        naming the key, when the engine's parsed configuration is not what was asked for.
+        """
+        client = build_optimizer(optimizer, model.parameter_groups())
+        self.groups = Groups(client)
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=client, config=completed)
+        if found := deepspeed_json.differences(completed, self.deepspeed._config):
+            raise deepspeed_json.DeepSpeedConfigError("\n".join(f"DeepSpeed did not take {line}" for line in found))
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage, 0 to 3."""
+        return int(self.deepspeed.zero_optimization_stage())
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself; under ZeRO-3 its parameters are empty outside of a pass."""
+        return self.deepspeed.module
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """The model's forward pass, under autocast when the precision is bf16."""
+        return self.deepspeed(*inputs, **named)
+
+    def set_rates(self, factor: float) -> dict[str, float]:
+        """Put every group's hyperparameters in place, rates scaled by `factor`; returns the rates by group."""
+        return self.groups.apply(self.deepspeed.optimizer, factor)
+
+    def accumulate(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of one micro-batch; after the `last` of a step they are reduced over ranks.
+
+        `loss` is already scaled so that the mean over ranks of the sum over micro-batches is the gradient wanted, so
+        DeepSpeed must not divide by the number of micro-batches.
+        """
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+        if not last:
+            self.deepspeed.step()  # no update here: it only counts the micro-batch
+
+    def update(self) -> float:
+        """Clip and take the optimizer's step after the last micro-batch; returns the global norm before clipping.
+
+        With a non-finite norm no weight is changed, and the norm returned is inf or nan.
+        """
+        if self.deepspeed.zero_optimization():
+            self.deepspeed.step()  # an invalid norm makes ZeRO skip the update, and say inf
+            return float(self.deepspeed.get_global_grad_norm())
+        # Stage 0 keeps no norm, and would apply a non-finite one. Its gradients are reduced, and equal on all ranks.
+        norm = float(nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))
+        if math.isfinite(norm):
+            self.deepspeed.step()
+        else:
+            self.deepspeed.zero_grad()
+            self.deepspeed.micro_steps += 1
+        return norm

@@ -1,0 +1,163 @@
+"""The training loop: one step at a time, over whatever ranks there are.
+
+The trainer knows no parallelism beyond this: sums over all ranks of tokens, nats and bytes. Which rows and slices a
+rank has is the loader's affair, what crosses between ranks inside the model is the past's, and where weights and
+gradients lie is the engine's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from bst_dist.train.guard import require_finite
+from bst_dist.train.metrics import Callback, StepReport, bits_per_byte
+from bst_dist.train.schedule import ScheduleConfig, factor
+from data_pipeline.config import Config
+
+if TYPE_CHECKING:
+    from bst_dist.train.engine import Engine
+    from bst_dist.train.ranks import Ranks
+    from data_pipeline.batch import Batch
+
+
+class TrainConfig(Config):
+    steps: int = Field(ge=1)
+    """Steps of the whole run: the schedule ends here."""
+    sequence_length: int = Field(ge=1)
+    """Tokens L of a sequence; a multiple of the block."""
+    sequences: int = Field(ge=1)
+    """Sequences of a step over all ranks (the global batch G)."""
+    micro_sequences: int = Field(1, ge=1)
+    """Sequences a rank takes at once; the rest of its share follows, accumulated into one step."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: matrix products in bfloat16 under autocast; parameters, SSM dynamics and reductions in fp32."""
+    gradient_clipping: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0: no clipping."""
+    carry: bool = False
+    """Carry the past of each row to the next step (data.mode streaming); values only, no gradient goes back."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a step's duration is judged by."""
+
+    flops_per_token: float
+    peak_flops: float
+    """Of all ranks together."""
+
+
+class Trainer:
+    """Takes steps, and knows how far it is."""
+
+    def __init__(self, config: TrainConfig, schedule: ScheduleConfig, engine: Engine, ranks: Ranks,
+                 token_bytes: Tensor, speed: Speed) -> None:  # fmt: skip
+        """`token_bytes`: (V,) bytes of text each id stands for, on the rank's device."""
+        self.config, self.schedule, self.engine, self.ranks = config, schedule, engine, ranks
+        self.token_bytes, self.speed = token_bytes, speed
+        self.tokens = 0
+        self.carried: list[dict[str, Any]] = []
+        """The past left by each micro-batch of the last step, in order; empty when nothing is carried."""
+
+    def run(self, steps: Iterable[tuple[int, Sequence[Batch]]], until: int, callbacks: Sequence[Callback]) -> None:
+        """Train on the batches of each step until `until` steps are taken in all."""
+        start = time.perf_counter()
+        for step, batches in steps:
+            report = self.step(step, batches, start)
+            for callback in callbacks:
+                callback.after_step(report, last=report.step == until)
+            if report.step == until:
+                return
+            start = time.perf_counter()
+
+    def step(self, step: int, batches: Sequence[Batch], start: float) -> StepReport:
+        """One update of the weights with the mean loss over all valid tokens of the step; `start`: when it began.
+
+        Raises DivergedError before the update when the loss or the gradient is not finite.
+        """
+        rates = self.engine.set_rates(factor(self.schedule, step, self.config.steps))
+        (tokens,) = self.ranks.sum([sum(int(batch.loss_mask.sum()) for batch in batches)])
+        nats, text_bytes = self._accumulate(batches, scale=self.ranks.world / max(1.0, tokens))
+        rate = rates["matrices"]
+        require_finite("loss", nats / max(1.0, tokens), step, rate)
+        norm = self.engine.update()
+        require_finite("gradient norm", norm, step, rate)
+        self.tokens += int(tokens)
+        seconds = time.perf_counter() - start
+        return StepReport(
+            step=step + 1,
+            tokens=self.tokens,
+            loss_nats=nats / max(1.0, tokens),
+            bits_per_byte=bits_per_byte(nats, text_bytes),
+            gradient_norm=norm,
+            learning_rate=rate,
+            ssm_learning_rate=rates.get("ssm", 0.0),
+            step_time_s=seconds,
+            tokens_per_s=tokens / seconds,
+            mfu=tokens / seconds * self.speed.flops_per_token / self.speed.peak_flops,
+        )
+
+    def _accumulate(self, batches: Sequence[Batch], scale: float) -> tuple[float, float]:
+        """Gradients of all micro-batches, times `scale`; returns nats and bytes of text over all ranks.
+
+        DeepSpeed averages over ranks: with a scale of world / tokens the gradient is that of the mean over all tokens.
+        """
+        sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        for index, batch in enumerate(batches):
+            inputs = on_device(batch, self.ranks.device)
+            past = self._past(index, batch, inputs)
+            losses = self.engine.forward(**inputs, past=past)
+            self.engine.accumulate(losses.total * scale, last=index == len(batches) - 1)
+            sums += sum_of_batch(losses, inputs, self.token_bytes)
+            if past is not None:
+                left = {"rows": batch.rows.tolist(), "position": past.position + self.config.sequence_length}
+                self.carried[index] = {**left, "state": past.after}
+        nats, text_bytes = self.ranks.sum(sums.tolist())
+        return nats, text_bytes
+
+    def _past(self, index: int, batch: Batch, inputs: dict[str, Any]) -> Any:
+        """The past of this step's micro-batch `index`: what the same rows left in the step before, or nothing.
+
+        A row that does not go on where it stopped (a new pass over the corpus) begins like a new document.
+        """
+        if not self.config.carry:
+            return None
+        if index == len(self.carried):
+            self.carried.append({"position": 0, "state": {}})
+        before = self.carried[index]
+        if before["state"] and batch.cuts.begin == 0 and not batch.continues.all():
+            inputs["starts"] = _with_starts(inputs, batch, self.engine.module.config.block)
+        state = {name: tensor.to(self.ranks.device) for name, tensor in before["state"].items()}
+        return self.engine.module.carry(state, before["position"])
+
+
+def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """What the model is called with, from one micro-batch: (b, l) ids, labels and mask, (b, l / W) starts."""
+    names = ("input_ids", "labels", "loss_mask", "starts")
+    arrays = {name: getattr(batch, name) for name in names}
+    return {
+        name: None if array is None else torch.from_numpy(array).to(device, non_blocking=True)
+        for name, array in arrays.items()
+    }
+
+
+def sum_of_batch(losses: Any, inputs: dict[str, Any], token_bytes: Tensor) -> Tensor:
+    """(2,) float64: nats of a micro-batch's valid labels, and the bytes of text they stand for."""
+    text_bytes = (token_bytes[inputs["labels"]] * inputs["loss_mask"]).sum()
+    return torch.stack((losses.total.detach().double(), text_bytes.double()))
+
+
+def _with_starts(inputs: dict[str, Any], batch: Batch, block: int) -> Tensor:
+    """(b, l / W) bool: the starts given, and the first block of every row that does not go on where it stopped."""
+    rows, length = batch.input_ids.shape
+    starts = inputs["starts"]
+    if starts is None:
+        starts = torch.zeros(rows, length // block, dtype=torch.bool, device=inputs["input_ids"].device)
+    first = torch.from_numpy(~batch.continues).to(starts.device)
+    return torch.cat((starts[:, :1] | first[:, None], starts[:, 1:]), dim=1)

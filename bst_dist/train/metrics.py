@@ -1,0 +1,202 @@
+"""What a run reports: lines on the console, `metrics.jsonl`, TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import log, nan
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pydantic import Field
+
+from data_pipeline.atomic import atomic_file
+from data_pipeline.config import Config
+
+FILE = "metrics.jsonl"
+
+
+class LogConfig(Config):
+    every: int = Field(10, ge=1)
+    """Steps between two lines on the console; every step goes to metrics.jsonl."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run directory's tensorboard/."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One training step, over all ranks."""
+
+    step: int
+    """Steps taken so far, this one included."""
+    tokens: int
+    """Valid tokens trained on so far."""
+    loss_nats: float
+    """Mean negative log-likelihood of the step's valid tokens."""
+    bits_per_byte: float
+    """The same loss by the bytes of text that the labels stand for."""
+    gradient_norm: float
+    """Global norm before clipping."""
+    learning_rate: float
+    """Rate of the matrices and vectors in this step."""
+    ssm_learning_rate: float
+    """Rate of the SSM dynamics in this step."""
+    step_time_s: float
+    tokens_per_s: float
+    mfu: float
+    """Model FLOPs utilisation: the model's own arithmetic as a share of the ranks' peak."""
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """The loss on a bounded part of a split, over all ranks."""
+
+    step: int
+    split: str
+    tokens: int
+    loss_nats: float
+    bits_per_byte: float
+    time_s: float
+
+
+Report = StepReport | EvalReport
+
+
+class Callback:
+    """A concern beside the training itself, on every rank."""
+
+    def after_step(self, report: StepReport, last: bool) -> None:
+        """Called after each step; `last` when none follows in this start."""
+
+
+class Writer:
+    """Somewhere that reports go to; rank 0 has several, the others none."""
+
+    def write(self, report: Report) -> None:
+        """Take in one report."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+class Log(Callback):
+    """Hands each step's report to the writers."""
+
+    def __init__(self, writers: Sequence[Writer]):
+        self.writers = writers
+
+    def after_step(self, report: StepReport, last: bool) -> None:
+        for writer in self.writers:
+            writer.write(report)
+
+
+class Latest(Writer):
+    """The newest report of each kind."""
+
+    def __init__(self) -> None:
+        self.step: StepReport | None = None
+        self.evaluation: EvalReport | None = None
+
+    def write(self, report: Report) -> None:
+        if isinstance(report, StepReport):
+            self.step = report
+        else:
+            self.evaluation = report
+
+
+class MetricsFile(Writer):
+    """`metrics.jsonl`: one JSON object a line, each naming its kind; always the lines of one run."""
+
+    def __init__(self, run_dir: Path, start_step: int):
+        """Go on after `start_step`: lines of later steps, from before a resume, are dropped."""
+        path = run_dir / FILE
+        kept = [line for line in read_lines(path) if line["step"] <= start_step]
+        with atomic_file(path) as file:
+            file.writelines(json.dumps(line).encode() + b"\n" for line in kept)
+        self._file = path.open("a", buffering=1, encoding="utf-8")
+
+    def write(self, report: Report) -> None:
+        kind = "train" if isinstance(report, StepReport) else "eval"
+        self._file.write(json.dumps({"kind": kind, **asdict(report)}) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a metrics file; the last may have been cut by a kill, and is then left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+class TensorBoard(Writer):
+    """Event files for TensorBoard, by step; a resumed run hides what lay beyond its checkpoint."""
+
+    def __init__(self, run_dir: Path, start_step: int):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+
+    def write(self, report: Report) -> None:
+        kind = "train" if isinstance(report, StepReport) else report.split
+        for name, value in asdict(report).items():
+            if name != "step" and not isinstance(value, str):
+                self._writer.add_scalar(f"{kind}/{name}", value, report.step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Console(Writer):
+    """A line every so many steps, with the time left; each evaluation on a line of its own."""
+
+    HEADER = f"{'step':>12} {'loss':>8} {'bits/byte':>9} {'norm':>8} {'rate':>9} {'tokens/s':>9} {'MFU':>6} {'left':>8}"
+
+    def __init__(self, every: int, steps: int):
+        self.every, self.steps = every, steps
+        self._since: list[StepReport] = []
+        self._started = True  # the first step has a line of its own: it is slower, and shows that the run moves
+
+    def write(self, report: Report) -> None:
+        if isinstance(report, EvalReport):
+            print(f"{report.step:>12} {report.loss_nats:>8.4f} {report.bits_per_byte:>9.4f}  {report.split}, "
+                  f"{report.tokens:,} tokens in {report.time_s:.1f} s", flush=True)  # fmt: skip
+            return
+        self._since.append(report)
+        if self._started or report.step % self.every == 0 or report.step == self.steps:
+            print(self._line(report), flush=True)
+            self._since.clear()
+            self._started = False
+
+    def _line(self, last: StepReport) -> str:
+        """The mean of the speeds since the last line; the loss, norm and rate of the last step."""
+        left = (self.steps - last.step) * median(report.step_time_s for report in self._since)
+        speed = _harmonic([report.tokens_per_s for report in self._since])
+        mfu = _harmonic([report.mfu for report in self._since])
+        return (
+            f"{last.step:>6}/{self.steps:<5} {last.loss_nats:>8.4f} {last.bits_per_byte:>9.4f} "
+            f"{last.gradient_norm:>8.3f} {last.learning_rate:>9.2e} {speed:>9,.0f} {mfu:>6.1%} {duration(left):>8}"
+        )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: 42s, 3m 05s, 2h 07m, 3d 04h."""
+    seconds = round(seconds)
+    for unit, below, size, part in (("d", "h", 86400, 3600), ("h", "m", 3600, 60), ("m", "s", 60, 1)):
+        if seconds >= size:
+            return f"{seconds // size}{unit} {seconds % size // part:02}{below}"
+    return f"{seconds}s"
+
+
+def _harmonic(speeds: Sequence[float]) -> float:
+    """The mean of speeds over equal amounts of work."""
+    return len(speeds) / sum(1 / speed for speed in speeds) if all(speeds) else 0.0
+
+
+def bits_per_byte(nats: float, text_bytes: float) -> float:
+    """A sum of negative log-likelihoods by the bytes of text it is about; nan when there are none."""
+    return nats / log(2) / text_bytes if text_bytes else nan

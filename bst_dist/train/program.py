@@ -1,0 +1,171 @@
+"""What every rank does: put the run together, train, leave a checkpoint."""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from bst_dist.config import digest
+from bst_dist.model.lm import LanguageModel
+from bst_dist.parallel.mesh import Mesh
+from bst_dist.plan.flops import train_flops_per_token
+from bst_dist.plan.hardware import peak_flops
+from bst_dist.train import activation, rng, rundir
+from bst_dist.train.engine import Engine
+from bst_dist.train.evaluation import Evaluate
+from bst_dist.train.loop import Speed, Trainer
+from bst_dist.train.metrics import Console, Latest, Log, MetricsFile, TensorBoard, Writer
+from bst_dist.train.ranks import Ranks
+from bst_dist.train.snapshot import Checkpoints, Snapshots
+from bst_dist.train.start import Request, Start, load, resolve
+from data_pipeline.loader import Loader
+from data_pipeline.reader import Corpus
+
+
+def train(request: Request, ranks: Ranks) -> None:
+    """Train from the newest valid checkpoint, or from the beginning, to the end asked for.
+
+    Raises UserError on every rank when the run cannot start, and when it diverges.
+    """
+    start = resolve(load(request), request, ranks.world)
+    ranks.barrier()  # all have looked at the run directory before the first one writes to it
+    engine = _engine(start)
+    snapshots = Snapshots(start.run_dir, engine.deepspeed, ranks, _identity(start, engine))
+    trainer = _trainer(start, engine, ranks)
+    rng.seed_all(start.recipe.seed, ranks.rank)
+    done = _resume(request, start, snapshots, trainer, ranks)
+    hosts = sorted(set(ranks.gather(socket.gethostname())))
+    if ranks.first:
+        about = {"ranks": ranks.world, "hosts": hosts, "from_step": done}
+        rundir.prepare(start.run_dir, start.recipe, start.completed, about)
+        print(_header(start, engine, ranks.world), flush=True)
+    if done >= start.until:
+        _say(ranks, f"nothing to do: {done} of {start.until} steps are done")
+        return
+    latest = Latest()
+    writers = _writers(start, done, latest) if ranks.first else []
+    loader = _loader(start, start.corpora, ranks, start_step=done)
+    evaluation = _loader(start, start.validation, ranks).batches(0)
+    callbacks = [
+        Log(writers),
+        Evaluate(start.recipe.evaluation, evaluation, engine, ranks, trainer.token_bytes, writers),
+        Checkpoints(start.recipe.checkpoint, snapshots, trainer, loader.state, say=lambda text: _say(ranks, text)),
+    ]
+    try:
+        trainer.run(loader, start.until, callbacks)
+    finally:
+        loader.close()
+        for writer in writers:
+            writer.close()
+    if ranks.first:
+        rundir.finish(start.run_dir, _outcome(start, latest))
+
+
+def _engine(start: Start) -> Engine:
+    """The model, equal on all ranks, in DeepSpeed's hands."""
+    torch.manual_seed(start.recipe.seed)
+    model = LanguageModel(start.recipe.model)
+    model.checkpoint = activation.policy(start.recipe.activation_checkpointing)
+    return Engine(model, start.recipe.optimizer, start.completed)
+
+
+def _identity(start: Start, engine: Engine) -> dict[str, Any]:
+    """What a checkpoint must have in common with the run that goes on from it."""
+    return {
+        "recipe": digest(start.recipe),
+        "zero_stage": engine.stage,
+        "sp": start.recipe.parallel.sp,
+        "groups": engine.groups.describe(),
+    }
+
+
+def _trainer(start: Start, engine: Engine, ranks: Ranks) -> Trainer:
+    recipe = start.recipe
+    token_bytes = torch.from_numpy(start.corpora[0].token_bytes()).to(ranks.device)
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    ranks.barrier()  # ranks that share a processor measure its peak together
+    (peak,) = ranks.sum([peak_flops(ranks.device, dtype)])
+    speed = Speed(train_flops_per_token(recipe.model, recipe.train.sequence_length), peak)
+    return Trainer(recipe.train, recipe.schedule, engine, ranks, token_bytes, speed)
+
+
+def _resume(request: Request, start: Start, snapshots: Snapshots, trainer: Trainer, ranks: Ranks) -> int:
+    """Take up the newest valid checkpoint when asked to; returns the steps already done."""
+    if not request.resume:
+        return 0
+    checkpoint, passed_over = snapshots.newest()
+    for reason in passed_over:
+        _say(ranks, f"passed over {reason}")
+    if checkpoint is None:
+        _say(ranks, f"no valid checkpoint in {start.run_dir}: starting at step 0")
+        return 0
+    position = snapshots.load(checkpoint)
+    _loader(start, start.corpora, ranks).check(position.data)
+    trainer.tokens, trainer.carried = position.tokens, position.carried
+    _say(ranks, f"resumed from {checkpoint}")
+    return position.step
+
+
+def _loader(start: Start, corpora: Sequence[Corpus], ranks: Ranks, start_step: int = 0) -> Loader:
+    """The loader of the training split; of the validation split, whose step 0 is what is evaluated on."""
+    recipe, mesh = start.recipe, Mesh(ranks.world, ranks.rank, start.recipe.parallel.sp)
+    training = corpora is start.corpora
+    return Loader(
+        recipe.data if training else recipe.data.model_copy(update={"mode": "shuffled"}),
+        corpora,
+        sequence_length=recipe.train.sequence_length,
+        block=recipe.model.block,
+        rows=recipe.train.sequences if training else recipe.evaluation.sequences,
+        micro_rows=recipe.train.micro_sequences if training else start.evaluation_rows,
+        seed=recipe.seed if training else 0,
+        dp_rank=mesh.dp_rank,
+        dp=mesh.dp,
+        sp_rank=mesh.sp_rank,
+        sp=mesh.sp,
+        start_step=start_step,
+    )
+
+
+def _writers(start: Start, done: int, latest: Latest) -> list[Writer]:
+    log = start.recipe.log
+    writers = [MetricsFile(start.run_dir, done), latest, Console(log.every, start.recipe.train.steps)]
+    return [*writers, TensorBoard(start.run_dir, done)] if log.tensorboard else writers
+
+
+def _outcome(start: Start, latest: Latest) -> dict[str, Any]:
+    step, evaluation = latest.step, latest.evaluation
+    return {
+        "finished": step.step == start.recipe.train.steps,
+        "step": step.step,
+        "tokens": step.tokens,
+        "loss_nats": step.loss_nats,
+        "bits_per_byte": step.bits_per_byte,
+        "validation_loss_nats": evaluation.loss_nats,
+        "validation_bits_per_byte": evaluation.bits_per_byte,
+    }
+
+
+def _header(start: Start, engine: Engine, world: int) -> str:
+    recipe, model = start.recipe, start.recipe.model
+    layers = ", ".join(f"{count} {mixer}" for mixer, count in Counter(model.mixers()).items())
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    tokens = recipe.train.sequences * recipe.train.sequence_length
+    mesh = f"dp {world // recipe.parallel.sp} x sp {recipe.parallel.sp}"
+    lines = {
+        "run": f"{start.run_dir}",
+        "model": f"{layers} layers, width {model.width}, block {model.block}: {parameters / 1e6:,.2f} M parameters",
+        "ranks": f"{world} ({mesh}), ZeRO-{engine.stage}, {recipe.train.precision}, "
+        f"activation checkpointing: {recipe.activation_checkpointing.policy}",
+        "step": f"{recipe.train.sequences} sequences of {recipe.train.sequence_length:,} = {tokens:,} tokens, "
+        f"{start.accumulation} micro-batches a rank",
+    }
+    return "\n".join([*(f"{name:<6} {text}" for name, text in lines.items()), Console.HEADER])
+
+
+def _say(ranks: Ranks, text: str) -> None:
+    if ranks.first:
+        print(text, flush=True)

@@ -1,0 +1,70 @@
+"""What must be right before a rank is started: checked by `bst train` on its own, and by every rank again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bst_dist.config import Recipe, accumulation, deepspeed_file, evaluation_rows, load_recipe, with_vocabulary
+from bst_dist.train import rundir
+from data_pipeline.loader import open_corpora
+from data_pipeline.reader import Corpus
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for."""
+
+    recipe: Path
+    overrides: Sequence[str]
+    run_dir: Path | None
+    resume: bool
+    until: int | None
+    """Stop after this many steps in all, with a checkpoint, as if killed politely; None: the recipe's steps."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run that may begin: everything resolved, nothing written yet."""
+
+    recipe: Recipe
+    run_dir: Path
+    corpora: Sequence[Corpus]
+    """The training split."""
+    validation: Sequence[Corpus]
+    completed: dict[str, Any]
+    """DeepSpeed's configuration."""
+    accumulation: int
+    evaluation_rows: int
+    until: int
+
+
+def load(request: Request) -> Recipe:
+    """The recipe with its overrides, valid in itself."""
+    return load_recipe(request.recipe, request.overrides)
+
+
+def resolve(recipe: Recipe, request: Request, world: int) -> Start:
+    """Check `recipe` against the ranks, the corpus, the DeepSpeed file and the run directory; raises UserError."""
+    micro_batches, rows = accumulation(recipe, world), evaluation_rows(recipe, world)
+    corpora = open_corpora(recipe.data, "train")
+    validation = open_corpora(recipe.data, "validation")
+    recipe = with_vocabulary(recipe, corpora)
+    completed = _complete(recipe, world, micro_batches)
+    run_dir = request.run_dir or Path("runs") / recipe.name
+    rundir.check(run_dir, recipe, completed, request.resume)
+    until = min(request.until or recipe.train.steps, recipe.train.steps)
+    return Start(recipe, run_dir, corpora, validation, completed, micro_batches, rows, until)
+
+
+def _complete(recipe: Recipe, world: int, micro_batches: int) -> dict[str, Any]:
+    from bst_dist.train import deepspeed_json  # imports DeepSpeed, which takes longer than all other checks together
+
+    path = deepspeed_file(recipe)
+    train = recipe.train
+    intent = deepspeed_json.Intent(
+        world, train.micro_sequences, micro_batches, train.gradient_clipping, train.precision
+    )
+    return deepspeed_json.complete(deepspeed_json.read(path), intent, where=str(path))
