@@ -1,8 +1,8 @@
-"""The ranks that share a sequence, in the order of its slices, and the two ways they talk.
+"""The ranks that share a sequence, in the order of its slices, and the ways they talk.
 
-Both are started and finished apart, so that a layer can compute while a message is under way. Every rank of the group
-must make the same calls in the same order. Messages travel in the tensor's own dtype; complex numbers as real pairs,
-which every backend knows.
+A gather and a shift are started and finished apart, so that a layer can compute while they are under way. Every rank
+of the group must make the same calls in the same order. Messages travel in the tensor's own dtype, complex numbers
+as real pairs, which every backend knows.
 """
 
 from __future__ import annotations
@@ -61,6 +61,14 @@ class SequenceGroup:
             return received
 
         return finish
+
+    def exchange(self, parts: Tensor, kind: str) -> Tensor:
+        """All-to-all of (size, ...) real: part r goes to rank r; returns what each rank sent to this one."""
+        message = _on_the_wire(parts)
+        received = torch.empty_like(message)
+        dist.all_to_all_single(received, message, group=self.process_group)
+        self.traffic.count(kind, message[0], copies=self.size - 1)
+        return received
 
     def _operation(self, call: Callable, message: Tensor, step: int) -> dist.P2POp:
         return dist.P2POp(call, message, group=self.process_group, group_peer=(self.rank + step) % self.size)

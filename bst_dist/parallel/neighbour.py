@@ -52,8 +52,9 @@ class LeftNeighbour(Past):
             return x
         if x.shape[1] < before or after not in (None, before):
             raise SequenceParallelError(
-                f"{name}: {before} positions before the slice are needed, {after or before} by the next, and a slice "
-                f"has {x.shape[1]}: only one neighbour is asked, so lower parallel.sp or lengthen the sequence"
+                f"{name}: this layer needs {before} positions before its slice of the sequence, and a slice has "
+                f"{x.shape[1]}: only the left neighbour is asked. Lower parallel.sp, lengthen train.sequence_length, "
+                "or shorten the layer's reach (a window, ssm.length)"
             )
         extended, around = _Extend.apply(x, before, self.group, name, self.earlier is not None)
         if self.earlier is None or self.group.rank > 0:
@@ -82,10 +83,11 @@ class LeftNeighbour(Past):
         return self.start_state(name, end, transition)()
 
     def serial_state(self, name: str) -> NoReturn:
-        """Raises SequenceParallelError: each block waits for the one before, so the ranks would take turns."""
+        """Raises SequenceParallelError: the ranks would have to take turns."""
         raise SequenceParallelError(
-            f"{name}: a Block-Recurrent state is computed block after block, so ranks that share a sequence could "
-            "only wait for each other: set parallel.sp to 1"
+            f"{name}: this layer's state follows from the one before by more than a factor for each of its numbers "
+            "(Block-Recurrent, ssm.kernel s4-dplr), so ranks that share a sequence would wait for each other in line: "
+            "set parallel.sp to 1"
         )
 
     def child(self, name: str) -> Past:

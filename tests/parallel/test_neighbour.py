@@ -201,10 +201,10 @@ class Alone:
 
 
 def test_more_positions_than_a_slice_holds_are_refused():
-    with pytest.raises(SequenceParallelError, match="kv: 9 positions .* a slice has 8.*lower parallel.sp"):
+    with pytest.raises(SequenceParallelError, match=r"kv: .* 9 positions .* a slice has 8: .*Lower parallel.sp"):
         LeftNeighbour(Alone()).extend("kv", torch.zeros(1, 8, 2), before=9)
 
 
 def test_a_state_computed_block_after_block_is_refused():
-    with pytest.raises(SequenceParallelError, match="Block-Recurrent.*set parallel.sp to 1"):
+    with pytest.raises(SequenceParallelError, match=r"Block-Recurrent.*set parallel.sp to 1"):
         LeftNeighbour(Alone()).child("3").serial_state("state")

@@ -1,0 +1,94 @@
+"""The same layer with its sequence redistributed by all-to-alls (DeepSpeed-Ulysses, arXiv 2309.14509): a peer.
+
+Attention sees all tokens of some heads, the SSM all tokens of some channels; what follows sees some tokens of all
+again. Weights are shared with the layer it is made from, so both forms must give the same numbers.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from bst_dist.model.attention import SlidingAttention, rotate, separate_documents, sliding_attention, unit
+from bst_dist.model.layers import Layer
+from bst_dist.model.ssm.s4d import S4D
+from bst_dist.parallel.group import SequenceGroup
+from bst_dist.parallel.past import Past
+from bst_dist.parallel.transpose import to_channels, to_tokens
+
+
+def all_to_all_form(layer: Layer, group: SequenceGroup) -> Layer:
+    """`layer` with its self-attention and its SSM computed on whole sequences; heads and channels divide by sp."""
+    form = _shallow(layer)
+    form.mixer = _shallow(layer.mixer)
+    form.mixer.attention = WholeSequenceAttention(layer.mixer.attention, group)
+    if hasattr(form.mixer, "cross"):
+        form.mixer.cross = _shallow(form.mixer.cross)
+        form.mixer.cross.context = _shallow(form.mixer.cross.context)
+        form.mixer.cross.context.ssm = WholeSequenceSSM(layer.mixer.cross.context.ssm, group)
+    return form
+
+
+class WholeSequenceAttention(nn.Module):
+    """Sliding attention of this rank's share of the heads over the whole sequence: (B, l, D) -> (B, l, D)."""
+
+    def __init__(self, inner: SlidingAttention, group: SequenceGroup):
+        super().__init__()
+        self.inner, self.group = inner, group
+
+    def forward(self, u: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
+        inner, group = self.inner, self.group
+        qkv = inner.qkv(u).unflatten(-1, (3, inner.heads, -1))  # (B, l, 3, H, dh)
+        q, k, v = to_channels(qkv, 3, group, "qkv").unbind(2)  # (B, L, H / sp, dh) each
+        share = slice(group.rank * q.shape[2], (group.rank + 1) * q.shape[2])
+        q, k = unit(q, inner.scale[share]), unit(k)
+        if inner.config.position == "rope":
+            q, k = (rotate(x, inner.config.rope_base, 0) for x in (q, k))
+        if starts is not None:
+            q, k = separate_documents(q, k, starts)
+        bias = None if inner.bias is None else inner.bias(inner.window + 1)[share]
+        out = sliding_attention(q, k, v, inner.window, bias, inner.config.include_self)
+        return to_tokens(out, 2, group, "attention").flatten(-2)
+
+
+class WholeSequenceSSM(nn.Module):
+    """An S4D of this rank's share of the channels over the whole sequence."""
+
+    def __init__(self, inner: S4D, group: SequenceGroup):
+        super().__init__()
+        self.inner, self.group = inner, group
+
+    def forward(self, z: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
+        y = self._on_share("forward", z, Past(), starts)  # (B, L, C, Ds / sp)
+        return to_tokens(y, 3, self.group, "ssm output")
+
+    def block_ends(self, z: Tensor, block: int, past: Past, starts: Tensor | None = None) -> Tensor:
+        y = self._on_share("block_ends", z, block, Past(), starts)  # (B, L / W, S, Ds / sp)
+        return to_tokens(y, 3, self.group, "ssm output")
+
+    def _on_share(self, method: str, z: Tensor, *args: object) -> Tensor:
+        group = self.group
+        z = to_channels(z, 2, group, "ssm input")
+        share = {name: p.chunk(group.size, dim=1)[group.rank] for name, p in self.inner.named_parameters()}
+        called = _Method(self.inner, method)
+        return functional_call(called, {f"inner.{name}": p for name, p in share.items()}, (z, *args))
+
+
+class _Method(nn.Module):
+    """One method of a module as a module's forward."""
+
+    def __init__(self, inner: nn.Module, method: str):
+        super().__init__()
+        self.inner, self.method = inner, method
+
+    def forward(self, *args: object) -> Tensor:
+        return getattr(self.inner, self.method)(*args)
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """A copy whose submodules may be replaced without touching the original; parameters are shared."""
+    twin = copy(module)
+    twin._modules = dict(module._modules)
+    return twin
