@@ -34,8 +34,8 @@ class GSSConfig(Config):
 class SharedModes(S4D):
     """S4D whose modes are one set for all channels; a channel has its own step and read-out (as in DSS)."""
 
-    def __init__(self, width: int, config: SSMConfig):
-        super().__init__(width, 1, config)
+    def __init__(self, width: int, config: SSMConfig, block: int):
+        super().__init__(width, 1, config.model_copy(update={"chunk": min(config.chunk, block)}))
         self.log_decay = nn.Parameter(self.log_decay.detach()[:, :1].clone())  # (1, 1, n)
         self.frequency = nn.Parameter(self.frequency.detach()[:, :1].clone())
 
@@ -52,7 +52,7 @@ class GSSMixer(nn.Module):
         width, wide, narrow = config.width, config.gss.gate * config.width, config.width // config.gss.reduce
         self.gate = nn.Linear(width, wide, bias=False)
         self.down = nn.Linear(width, narrow, bias=False)
-        self.ssm = SharedModes(narrow, config.ssm)
+        self.ssm = SharedModes(narrow, config.ssm, config.block)
         self.up = nn.Linear(narrow, wide, bias=False)
         self.out = nn.Linear(wide, width, bias=False)
 

@@ -21,7 +21,7 @@ class PureSSMMixer(nn.Module):
 
     def __init__(self, config: LayerConfig):
         super().__init__()
-        self.ssm = build_kernel(config.width, 1, config.ssm)
+        self.ssm = build_kernel(config.width, 1, config.ssm, config.block)
         self.out = nn.Linear(config.width, 2 * config.width, bias=False)
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:

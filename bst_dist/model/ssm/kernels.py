@@ -1,6 +1,6 @@
 """The kernels a layer's state space model can have, behind one interface.
 
-A kernel is built as ``kind(width, maps, config, own_dynamics)`` for Ds channels and C output maps, and offers
+A kernel is built by `build_kernel` for Ds channels and C output maps, and offers
 
 - ``forward(z, past, starts)``: outputs of every token, (B, l, Ds) -> (B, l, C, Ds);
 - ``block_ends(z, block, past, starts)``: outputs of each block's last token only, (B, l, Ds) -> (B, nb, C, Ds);
@@ -76,6 +76,13 @@ KERNELS: dict[type[Config], type[nn.Module]] = {
 }
 
 
-def build_kernel(width: int, maps: int, config: KernelConfig, own_dynamics: bool = False) -> nn.Module:
-    """The kernel that `config` asks for; `own_dynamics` gives each output map a state of its own, if there is any."""
+def build_kernel(width: int, maps: int, config: KernelConfig, block: int, own_dynamics: bool = False) -> nn.Module:
+    """The kernel that `config` asks for.
+
+    Args:
+        block: W; chunks are no longer than it, so that a block's end and a document's start lie between chunks.
+        own_dynamics: gives each output map a state of its own, if there is any.
+    """
+    if config.chunk > block:
+        config = config.model_copy(update={"chunk": block})
     return KERNELS[type(config)](width, maps, config, own_dynamics)

@@ -1,0 +1,230 @@
+"""Every baseline's mixer against a slow, literal transcription of its equations: loops over tokens, no shared code."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bst_dist.model.layers import MIXERS, LayerConfig
+from bst_dist.parallel.past import Past
+from data_pipeline.config import parse
+
+WIDTH, HEADS, BLOCK, LENGTH = 8, 2, 4, 20
+HEAD = WIDTH // HEADS
+SETTINGS = {
+    "transformer-xl": {"transformer_xl": {"window": 8}},
+    "block-recurrent": {"block_recurrent": {"states": 3}},
+    "gss": {"gss": {"gate": 2, "reduce": 2}, "ssm": {"state": 4, "chunk": 2}},
+    "ssm": {"ssm": {"state": 4, "chunk": 2}},
+    "full": {"full": {"longest": LENGTH}},
+    "bst-no-cross": {},
+}
+NO_STARTS = [[False] * (LENGTH // BLOCK)] * 2
+STARTS = [[False, True, False, True, True], [True, False, False, False, True]]
+
+
+class Layers(LayerConfig):
+    """Settings of one mixer, as the model knows which ones there are."""
+
+    name: str
+
+    def mixers(self):
+        return [self.name]
+
+
+def build(name, **attention):
+    torch.manual_seed(2)
+    settings = {"width": WIDTH, "heads": HEADS, "ffn": 1, "block": BLOCK, "name": name, **SETTINGS[name]}
+    if name not in ("gss", "ssm"):
+        settings["attention"] = {"buckets": 8, "max_distance": 9, **attention}
+    model = MIXERS[name](parse(Layers, settings)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model, torch.randn(2, LENGTH, WIDTH, dtype=torch.float64, requires_grad=True)
+
+
+def bucket(distance, buckets=8, farthest=9):
+    if distance < buckets // 2:
+        return distance
+    ratio = math.log(distance / (buckets // 2)) / math.log(farthest / (buckets // 2))
+    return min(buckets - 1, buckets // 2 + int(ratio * (buckets - buckets // 2)))
+
+
+def normal(x):
+    return x / torch.sqrt((x * x).sum())
+
+
+def turned(x, position, base=10_000.0):
+    """One head's vector rotated to its position, pair by pair."""
+    half, out = len(x) // 2, list(x)
+    for i in range(half):
+        angle = position * base ** (-i / half)
+        out[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
+        out[i + half] = x[i + half] * math.cos(angle) + x[i] * math.sin(angle)
+    return torch.stack(out)
+
+
+def softmax_read(scores, values):
+    if not scores:
+        return torch.zeros(HEAD, dtype=torch.float64)
+    weights = [torch.exp(score - max(s.item() for s in scores)) for score in scores]
+    return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+
+
+def head_of(x, h):
+    return x[h * HEAD : (h + 1) * HEAD]
+
+
+def document(starts, t):
+    return sum(starts[: t // BLOCK + 1])
+
+
+def literal_attention(attention, u, starts, sees, detached=lambda t, j: False):
+    """Self-attention of one row, token by token and head by head, over the positions j that `sees(t, j)` allows."""
+    weight = attention.qkv.weight
+    rope, rows = attention.config.position == "rope", []
+    for t in range(len(u)):
+        heads = []
+        for h in range(HEADS):
+            q = normal(head_of(weight[:WIDTH] @ u[t], h)) * attention.scale[h]
+            scores, values = [], []
+            for j in range(t + 1 if attention.config.include_self else t):
+                if not sees(t, j) or document(starts, j) != document(starts, t):
+                    continue
+                k = normal(head_of(weight[WIDTH : 2 * WIDTH] @ u[j], h))
+                v = head_of(weight[2 * WIDTH :] @ u[j], h)
+                k, v = (x.detach() if detached(t, j) else x for x in (k, v))
+                score = turned(q, t) @ turned(k, j) if rope else q @ k + attention.bias.weight[h, bucket(t - j)]
+                scores.append(score)
+                values.append(v)
+            heads.append(softmax_read(scores, values))
+        rows.append(torch.cat(heads))
+    return torch.stack(rows)
+
+
+def window(size, include_self=True):
+    return lambda t, j: t - j < size if include_self else t - j <= size
+
+
+def transformer_xl(model, u, starts):
+    seen = window(8, model.attention.config.include_self)
+    return literal_attention(model.attention, u, starts, seen, lambda t, j: j // 8 < t // 8) @ model.out.weight.T
+
+
+def full(model, u, starts):
+    return literal_attention(model.attention, u, starts, lambda t, j: True) @ model.out.weight.T
+
+
+def no_cross(model, u, starts):
+    own = literal_attention(model.attention, u, starts, window(BLOCK, model.attention.config.include_self))
+    return own @ model.out.weight[:, :WIDTH].T
+
+
+def block_recurrent(model, u, starts):
+    """Block by block: tokens attend to the state, then the state is updated from itself and 2W tokens."""
+    own = literal_attention(model.attention, u, starts, window(BLOCK, model.attention.config.include_self))
+    cell, rows, state = model.cell, [], model.initial
+    for i in range(len(u) // BLOCK):
+        if starts[i]:
+            state = model.initial
+        known = [c / torch.sqrt((c * c).mean() + 1e-6) * cell.norm.weight + e
+                 for c, e in zip(state, cell.identity, strict=True)]  # fmt: skip
+        parts = [cell.project.weight @ s for s in known]
+        keys = [p[2 * WIDTH : 3 * WIDTH] for p in parts]
+        values = [p[3 * WIDTH :] for p in parts]
+        for t in range(i * BLOCK, (i + 1) * BLOCK):
+            cross = read(model.query.weight @ u[t], model.scale, keys, values)
+            rows.append(model.out.weight @ torch.cat((own[t], cross)))
+        first = i * BLOCK if starts[i] else max(0, (i - 1) * BLOCK)
+        tokens = [model.attention.qkv.weight @ u[t] for t in range(first, (i + 1) * BLOCK)]
+        token_keys, token_values = [p[WIDTH : 2 * WIDTH] for p in tokens], [p[2 * WIDTH :] for p in tokens]
+        gate, updated = 1 / (1 + torch.exp(-cell.gate)), []
+        for c, p in zip(state, parts, strict=True):
+            a = read(p[:WIDTH], cell.self_scale, keys, values)
+            b = read(p[WIDTH : 2 * WIDTH], cell.token_scale, token_keys, token_values)
+            updated.append(gate * c + (1 - gate) * (cell.update.weight @ torch.cat((a, b))))
+        state = torch.stack(updated)
+    return torch.stack(rows)
+
+
+def read(query, scale, keys, values):
+    """One query's attention to a list of unnormalised keys, all heads."""
+    heads = []
+    for h in range(HEADS):
+        q = normal(head_of(query, h)) * scale[h]
+        heads.append(softmax_read([q @ normal(head_of(k, h)) for k in keys], [head_of(v, h) for v in values]))
+    return torch.cat(heads)
+
+
+def gelu(x):
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def literal_ssm(ssm, z, starts):
+    """x_t = Ā x_{t-1} + B̄ z_t, y_t = 2 Re(C x_t) + d z_t for each channel, from continuous parameters."""
+    modes = ssm.read_out.shape[2]
+    a = torch.complex(-torch.exp(ssm.log_decay[0]), ssm.frequency[0]).expand(z.shape[1], modes)
+    step = torch.exp(a * torch.exp(ssm.log_dt[0]).unsqueeze(1))
+    into, read_out = (step - 1) / a, torch.view_as_complex(ssm.read_out[0])
+    x, rows = torch.zeros_like(step), []
+    for t in range(len(z)):
+        if t % BLOCK == 0 and starts[t // BLOCK]:
+            x = torch.zeros_like(step)
+        x = step * x + into * z[t].unsqueeze(1)
+        rows.append(2 * (read_out * x).sum(1).real + ssm.skip[0] * z[t])
+    return torch.stack(rows)
+
+
+def gss(model, u, starts):
+    y = literal_ssm(model.ssm, gelu(u @ model.down.weight.T), starts)
+    return (gelu(u @ model.gate.weight.T) * (y @ model.up.weight.T)) @ model.out.weight.T
+
+
+def pure_ssm(model, u, starts):
+    both = gelu(literal_ssm(model.ssm, u, starts)) @ model.out.weight.T
+    return both[:, :WIDTH] / (1 + torch.exp(-both[:, WIDTH:]))
+
+
+LITERAL = {
+    "transformer-xl": transformer_xl,
+    "block-recurrent": block_recurrent,
+    "gss": gss,
+    "ssm": pure_ssm,
+    "full": full,
+    "bst-no-cross": no_cross,
+}
+CASES = [(name, {}) for name in LITERAL]
+for other in ({"position": "rope"}, {"include_self": False}, {"position": "rope", "include_self": False}):
+    CASES += [(name, other) for name in ("transformer-xl", "block-recurrent", "full")]
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    """Several tiles of queries, the last one shorter, with keys beyond the last bucket's distance."""
+    monkeypatch.setattr("bst_dist.model.baselines.full.QUERY_TILE", 3)
+
+
+@pytest.mark.parametrize("starts", [NO_STARTS, STARTS], ids=["one document", "isolated documents"])
+@pytest.mark.parametrize(("name", "attention"), CASES, ids=lambda case: str(case))
+def test_forward_and_gradients_equal_the_equations(name, attention, starts):
+    model, u = build(name, **attention)
+    weight = torch.randn(2, LENGTH, WIDTH, dtype=torch.float64)
+    expected = torch.stack([LITERAL[name](model, row, begin) for row, begin in zip(u, starts, strict=True)])
+    given = None if starts is NO_STARTS else torch.tensor(starts)
+    found = model(u, Past(), given)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    expected_gradients = gradients((expected * weight).sum(), model, u)
+    for key, gradient in gradients((found * weight).sum(), model, u).items():
+        if expected_gradients[key] is None:
+            assert gradient is None or not gradient.any(), key
+        else:
+            torch.testing.assert_close(gradient, expected_gradients[key], rtol=1e-7, atol=1e-8)
+
+
+def gradients(total, model, u):
+    named = {"u": u, **dict(model.named_parameters())}
+    found = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+    return dict(zip(named, found, strict=True))
