@@ -60,7 +60,7 @@ class StreamContext(nn.Module):
         super().__init__()
         channels = config.width(width)
         self.block, self.attend = block, config.attend
-        self.ssm = build_kernel(channels, heads if config.variant == "MH" else 1, ssm)
+        self.ssm = build_kernel(channels, heads if config.variant == "MH" else 1, ssm, block)
         # Straight from Ds to each head: lifting to D first and projecting then is the same class of functions.
         self.key_value = nn.Parameter(torch.randn(heads, channels, 2 * width // heads) / math.sqrt(channels))
 
@@ -99,7 +99,7 @@ class FilterContext(nn.Module):
         channels = config.width(width)
         self.block, self.heads = block, heads
         # Each filter has dynamics of its own: S read-outs of one N-dimensional state have rank N at most.
-        self.ssm = build_kernel(channels, config.states, ssm, own_dynamics=True)
+        self.ssm = build_kernel(channels, config.states, ssm, block, own_dynamics=True)
         self.identity = nn.Parameter(torch.randn(config.states, channels) * 0.02)
         self.initial = nn.Parameter(torch.randn(config.states, channels) * 0.02)
         self.key_value = nn.Linear(channels, 2 * width, bias=False)
