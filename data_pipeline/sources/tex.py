@@ -12,10 +12,13 @@ _ENCODINGS = {
     "latin1": "latin-1", "ansinew": "cp1252", "cp1252": "cp1252", "latin2": "iso8859-2", "latin5": "iso8859-9",
     "latin9": "iso8859-15", "applemac": "mac-roman", "cp1250": "cp1250", "cp1251": "cp1251", "koi8-r": "koi8-r",
 }  # fmt: skip
-_VERBATIM = re.compile(r"(\\begin\{(verbatim\*?|Verbatim|lstlisting|minted)\}.*?\\end\{\2\})", re.DOTALL)
-_COMMENT_ENVIRONMENT = re.compile(r"^[ \t]*\\begin\{comment\}.*?\\end\{comment\}[ \t]*\n?", re.DOTALL | re.MULTILINE)
-_COMMENT_LINE = re.compile(r"^[ \t]*%.*(?:\n|\Z)", re.MULTILINE)
-_COMMENT_TAIL = re.compile(r"((?:^|[^\\])(?:\\\\)*%).+", re.MULTILINE)
+_COMMENTS = re.compile(
+    r"(?P<verbatim>\\begin\{(?P<name>verbatim\*?|Verbatim|lstlisting|minted)\}.*?\\end\{(?P=name)\})"
+    r"|^[ \t]*\\begin\{comment\}.*?\\end\{comment\}[ \t]*\n?"
+    r"|^[ \t]*%[^\n]*(?:\n|\Z)"
+    r"|(?<!\\)(?P<sign>(?:\\\\)*%)[^\n]+",
+    re.DOTALL | re.MULTILINE,
+)
 _END = "\\end{document}"
 _USUAL_NAMES = ("main", "ms", "paper", "article", "manuscript", "root")
 
@@ -60,12 +63,8 @@ def strip_comments(text: str) -> str:
     The `%` itself stays where text stands before it, since it also swallows the line's end. Verbatim text is kept.
     """
     head, end, _ = text.partition(_END)
-    pieces = _VERBATIM.split(head)  # text, verbatim, its environment's name, text, …
-    for i in range(0, len(pieces), 3):
-        piece = _COMMENT_LINE.sub("", _COMMENT_ENVIRONMENT.sub("", pieces[i]))
-        pieces[i] = _COMMENT_TAIL.sub(r"\1", piece)
-    del pieces[2::3]
-    return "".join(pieces) + (end + "\n" if end else "")
+    head = _COMMENTS.sub(lambda match: match["verbatim"] or match["sign"] or "", head)
+    return head + (end + "\n" if end else "")
 
 
 def decode_tex(data: bytes) -> str | bytes:

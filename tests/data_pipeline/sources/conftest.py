@@ -1,0 +1,60 @@
+"""Reading a source whole."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.sources import SOURCES, Document, Skipped
+
+
+@pytest.fixture
+def read_all() -> Callable[..., tuple[list[Document], dict[str, str]]]:
+    """`read_all(kind, **settings)`: the documents of a source in order, and what it skipped with the reasons."""
+
+    def read(kind: str, **settings: Any) -> tuple[list[Document], dict[str, str]]:
+        source = SOURCES[kind](**settings)
+        found = [item for part in source.parts() for item in source.read(part.name)]
+        documents = [item for item in found if isinstance(item, Document)]
+        return documents, {item.path: item.reason for item in found if isinstance(item, Skipped)}
+
+    return read
+
+
+@pytest.fixture
+def make_tar() -> Callable[..., bytes]:
+    """`make_tar({name: bytes, name: "-> target" for a symbolic link}, mode)`: an archive's bytes."""
+
+    def make(members: dict[str, bytes | str], mode: str = "w:") -> bytes:
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode=mode) as tar:
+            for name, data in members.items():
+                info = tarfile.TarInfo(name)
+                if isinstance(data, str):
+                    info.type, info.linkname = tarfile.SYMTYPE, data.removeprefix("-> ")
+                    tar.addfile(info)
+                else:
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        return file.getvalue()
+
+    return make
+
+
+@pytest.fixture
+def put(tmp_path: Path) -> Callable[..., Path]:
+    """`put({path: content})` writes files below a directory and returns it."""
+
+    def write(files: dict[str, bytes | str], under: str = "source") -> Path:
+        for name, content in files.items():
+            path = tmp_path / under / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return tmp_path / under
+
+    return write
