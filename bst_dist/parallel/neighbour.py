@@ -94,6 +94,11 @@ class LeftNeighbour(Past):
         return LeftNeighbour(self.group, self.earlier and self.earlier.child(name))
 
 
+def past_of_slice(group: SequenceGroup | None, earlier: EarlierCall | None = None) -> Past:
+    """What came before this rank's slice: in the ranks of `group`, if it shares the sequence, and in `earlier`."""
+    return LeftNeighbour(group, earlier) if group else earlier or Past()
+
+
 class _Extend(torch.autograd.Function):
     """The left neighbour's last `count` positions before x; backward, their gradient goes back to where they are from.
 

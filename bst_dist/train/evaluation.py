@@ -10,11 +10,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from bst_dist.parallel.neighbour import past_of_slice
 from bst_dist.train.loop import on_device, sum_of_batch
 from bst_dist.train.metrics import Callback, EvalReport, StepReport, Writer, bits_per_byte
 from data_pipeline.config import Config
 
 if TYPE_CHECKING:
+    from bst_dist.parallel.group import SequenceGroup
     from bst_dist.train.engine import Engine
     from bst_dist.train.ranks import Ranks
     from data_pipeline.batch import Batch
@@ -31,10 +33,11 @@ class Evaluate(Callback):
     """Evaluates every so many steps, and after the last."""
 
     def __init__(self, config: EvaluationConfig, batches: Sequence[Batch], engine: Engine, ranks: Ranks,
-                 token_bytes: Tensor, writers: Sequence[Writer]) -> None:  # fmt: skip
-        """`batches`: this rank's share of the validation sequences."""
+                 token_bytes: Tensor, writers: Sequence[Writer],
+                 sharing: SequenceGroup | None = None) -> None:  # fmt: skip
+        """`batches`: this rank's share of the validation sequences; `sharing`: the ranks with the other slices."""
         self.config, self.batches, self.engine, self.ranks = config, batches, engine, ranks
-        self.token_bytes, self.writers = token_bytes, writers
+        self.token_bytes, self.writers, self.sharing = token_bytes, writers, sharing
 
     def after_step(self, report: StepReport, last: bool) -> None:
         if last or (self.config.every and report.step % self.config.every == 0):
@@ -51,7 +54,8 @@ class Evaluate(Callback):
         with torch.no_grad():
             for batch in self.batches:
                 inputs = on_device(batch, self.ranks.device)
-                sums += sum_of_batch(self.engine.forward(**inputs), inputs, self.token_bytes)
+                losses = self.engine.forward(**inputs, past=past_of_slice(self.sharing))
+                sums += sum_of_batch(losses, inputs, self.token_bytes)
                 tokens += int(batch.loss_mask.sum())
         self.engine.module.train()
         nats, text_bytes, tokens = self.ranks.sum([*sums.tolist(), tokens])

@@ -16,12 +16,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from bst_dist.parallel.neighbour import past_of_slice
 from bst_dist.train.guard import require_finite
 from bst_dist.train.metrics import Callback, StepReport, bits_per_byte
 from bst_dist.train.schedule import ScheduleConfig, factor
 from data_pipeline.config import Config
 
 if TYPE_CHECKING:
+    from bst_dist.parallel.group import SequenceGroup
+    from bst_dist.parallel.past import EarlierCall
     from bst_dist.train.engine import Engine
     from bst_dist.train.ranks import Ranks
     from data_pipeline.batch import Batch
@@ -57,10 +60,11 @@ class Trainer:
     """Takes steps, and knows how far it is."""
 
     def __init__(self, config: TrainConfig, schedule: ScheduleConfig, engine: Engine, ranks: Ranks,
-                 token_bytes: Tensor, speed: Speed) -> None:  # fmt: skip
-        """`token_bytes`: (V,) bytes of text each id stands for, on the rank's device."""
+                 token_bytes: Tensor, speed: Speed, sharing: SequenceGroup | None = None) -> None:  # fmt: skip
+        """`token_bytes`: (V,) bytes of text each id stands for, on the rank's device; `sharing`: the ranks that hold
+        the other slices of this rank's sequences, None when it holds whole ones."""
         self.config, self.schedule, self.engine, self.ranks = config, schedule, engine, ranks
-        self.token_bytes, self.speed = token_bytes, speed
+        self.token_bytes, self.speed, self.sharing = token_bytes, speed, sharing
         self.tokens = 0
         self.carried: list[dict[str, Any]] = []
         """The past left by each micro-batch of the last step, in order; empty when nothing is carried."""
@@ -111,18 +115,18 @@ class Trainer:
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         for index, batch in enumerate(batches):
             inputs = on_device(batch, self.ranks.device)
-            past = self._past(index, batch, inputs)
-            losses = self.engine.forward(**inputs, past=past)
+            earlier = self._earlier(index, batch, inputs)
+            losses = self.engine.forward(**inputs, past=past_of_slice(self.sharing, earlier))
             self.engine.accumulate(losses.total * scale, last=index == len(batches) - 1)
             sums += sum_of_batch(losses, inputs, self.token_bytes)
-            if past is not None:
-                left = {"rows": batch.rows.tolist(), "position": past.position + self.config.sequence_length}
-                self.carried[index] = {**left, "state": past.after}
+            if earlier is not None:
+                left = {"rows": batch.rows.tolist(), "position": earlier.position + self.config.sequence_length}
+                self.carried[index] = {**left, "state": earlier.after}
         nats, text_bytes = self.ranks.sum(sums.tolist())
         return nats, text_bytes
 
-    def _past(self, index: int, batch: Batch, inputs: dict[str, Any]) -> Any:
-        """The past of this step's micro-batch `index`: what the same rows left in the step before, or nothing.
+    def _earlier(self, index: int, batch: Batch, inputs: dict[str, Any]) -> EarlierCall | None:
+        """What the same rows as this step's micro-batch `index` left in the step before; None if nothing is carried.
 
         A row that does not go on where it stopped (a new pass over the corpus) begins like a new document.
         """
@@ -131,7 +135,7 @@ class Trainer:
         if index == len(self.carried):
             self.carried.append({"position": 0, "state": {}})
         before = self.carried[index]
-        if before["state"] and batch.cuts.begin == 0 and not batch.continues.all():
+        if before["position"] and not batch.continues.all():
             inputs["starts"] = _with_starts(inputs, batch, self.engine.module.config.block)
         state = {name: tensor.to(self.ranks.device) for name, tensor in before["state"].items()}
         return self.engine.module.carry(state, before["position"])
@@ -154,10 +158,13 @@ def sum_of_batch(losses: Any, inputs: dict[str, Any], token_bytes: Tensor) -> Te
 
 
 def _with_starts(inputs: dict[str, Any], batch: Batch, block: int) -> Tensor:
-    """(b, l / W) bool: the starts given, and the first block of every row that does not go on where it stopped."""
+    """(b, l / W) bool: the starts given, and the first block of every row that does not go on where it stopped.
+
+    All ranks that share the rows must have starts, though only the first of them holds their first blocks.
+    """
     rows, length = batch.input_ids.shape
     starts = inputs["starts"]
     if starts is None:
         starts = torch.zeros(rows, length // block, dtype=torch.bool, device=inputs["input_ids"].device)
-    first = torch.from_numpy(~batch.continues).to(starts.device)
+    first = torch.from_numpy(~batch.continues & (batch.cuts.begin == 0)).to(starts.device)
     return torch.cat((starts[:, :1] | first[:, None], starts[:, 1:]), dim=1)

@@ -11,6 +11,7 @@ import torch
 
 from bst_dist.config import digest
 from bst_dist.model.lm import LanguageModel
+from bst_dist.parallel.group import SequenceGroup
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.plan.flops import train_flops_per_token
 from bst_dist.plan.hardware import peak_flops
@@ -35,7 +36,8 @@ def train(request: Request, ranks: Ranks) -> None:
     ranks.barrier()  # all have looked at the run directory before the first one writes to it
     engine = _engine(start)
     snapshots = Snapshots(start.run_dir, engine.deepspeed, ranks, _identity(start, engine))
-    trainer = _trainer(start, engine, ranks)
+    sharing = Mesh(ranks.world, ranks.rank, start.recipe.parallel.sp).sp_group()
+    trainer = _trainer(start, engine, ranks, sharing)
     rng.seed_all(start.recipe.seed, ranks.rank)
     done = _resume(request, start, snapshots, trainer, ranks)
     hosts = sorted(set(ranks.gather(socket.gethostname())))
@@ -52,7 +54,7 @@ def train(request: Request, ranks: Ranks) -> None:
     evaluation = _loader(start, start.validation, ranks).batches(0)
     callbacks = [
         Log(writers),
-        Evaluate(start.recipe.evaluation, evaluation, engine, ranks, trainer.token_bytes, writers),
+        Evaluate(start.recipe.evaluation, evaluation, engine, ranks, trainer.token_bytes, writers, sharing),
         Checkpoints(start.recipe.checkpoint, snapshots, trainer, loader.state, say=lambda text: _say(ranks, text)),
     ]
     try:
@@ -83,14 +85,14 @@ def _identity(start: Start, engine: Engine) -> dict[str, Any]:
     }
 
 
-def _trainer(start: Start, engine: Engine, ranks: Ranks) -> Trainer:
+def _trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceGroup | None) -> Trainer:
     recipe = start.recipe
     token_bytes = torch.from_numpy(start.corpora[0].token_bytes()).to(ranks.device)
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     ranks.barrier()  # ranks that share a processor measure its peak together
     (peak,) = ranks.sum([peak_flops(ranks.device, dtype)])
     speed = Speed(train_flops_per_token(recipe.model, recipe.train.sequence_length), peak)
-    return Trainer(recipe.train, recipe.schedule, engine, ranks, token_bytes, speed)
+    return Trainer(recipe.train, recipe.schedule, engine, ranks, token_bytes, speed, sharing)
 
 
 def _resume(request: Request, start: Start, snapshots: Snapshots, trainer: Trainer, ranks: Ranks) -> int:
