@@ -49,7 +49,7 @@ _CHUNK_BYTES = 8 << 20  # source bytes extracted by one task
 _WINDOW = 1 << 16  # bytes of a document sampled together for the tokenizer
 
 Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, how much of it is done, how much there is), in bytes of source or documents."""
+"""Called with (what is being done, how much of it is done, how much there is), in a unit of the stage's own."""
 
 
 class PrepareConfig(Config):
@@ -80,7 +80,9 @@ def prepare(config: PrepareConfig, workers: Workers, progress: Progress) -> tupl
 
     Raises UserError when the directory holds a corpus made from anything else, and for anything wrong with the source.
     """
+    progress("fetch", 0, 1)
     config.source.fetch()
+    progress("fetch", 1, 1)
     parts = config.source.parts()
     identity = _identity(config, parts)
     output = config.output.expanduser()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import webdataset
 
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest, ShardInfo, sha256_file
-from data_pipeline.shards import ShardError, ShardIndex, token_crcs
+from data_pipeline.shards import CRC_BLOCK, ShardError, ShardIndex, token_crcs
 from data_pipeline.tokenizer import Tokenizer
 
 
@@ -71,20 +72,34 @@ def verify_shard(task: ShardTask) -> list[Problem]:
 
 
 def _first_bad(tar: Path, index: ShardIndex) -> str:
-    """Where a damaged tar first differs: the document, the block and the bytes, as far as the index can tell."""
+    """Where a damaged tar first differs: the member, the token block and the bytes, as far as the index can tell."""
     size = index.dtype.itemsize
     with tar.open("rb") as file:
         for i, (offset, length, start) in enumerate(zip(index.offsets, index.lengths, index.crc_starts, strict=True)):
             file.seek(int(offset))
             data = file.read(int(length) * size)
             if len(data) < int(length) * size:
-                return f": cut short in document {i}, at byte {int(offset) + len(data)}"
+                return f": cut short in {_member_at(tar, int(offset), i)}, at byte {tar.stat().st_size}"
             crcs = token_crcs(np.frombuffer(data, index.dtype))
             bad = np.flatnonzero(crcs != index.crc[start : start + len(crcs)])
             if len(bad):
-                first = int(offset) + int(bad[0]) * 8192 * size
-                return f": document {i}, token block {bad[0]}, is damaged (bytes {first} to {first + 8192 * size - 1})"
-    return ": the damage is outside the tokens (a member's header or JSON)"
+                first = int(offset) + int(bad[0]) * CRC_BLOCK * size
+                last = min(first + CRC_BLOCK * size, int(offset) + len(data)) - 1
+                name = _member_at(tar, int(offset), i)
+                return f": {name}: token block {bad[0]} is damaged (bytes {first} to {last})"
+    return ": the damage is outside the tokens, in a member's header or JSON"
+
+
+def _member_at(tar: Path, byte: int, document: int) -> str:
+    """The name of the member that holds a byte, if the tar can still be read that far."""
+    try:
+        with tarfile.open(tar, mode="r:") as members:
+            for member in members:
+                if member.offset_data <= byte < member.offset_data + member.size:
+                    return member.name
+    except (tarfile.TarError, EOFError):
+        pass
+    return f"document {document}"
 
 
 def _compare_with_webdataset(tar: Path, index: ShardIndex, task: ShardTask) -> Iterator[str]:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from data_pipeline.commands.progress import stages
 from data_pipeline.config import load
 from data_pipeline.manifest import Manifest
 from data_pipeline.parallel import open_workers
@@ -38,14 +38,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
             return None
         console = Console()
         start = time.monotonic()
-        with _bars(console) as bars:
-            tasks: dict[str, Any] = {}
-
-            def progress(stage: str, done: int, total: int) -> None:
-                if stage not in tasks:
-                    tasks[stage] = bars.add_task(stage, total=total)
-                bars.update(tasks[stage], completed=done, total=total)
-
+        with stages(console) as progress:
             manifest, found = prepare(config, workers, progress)
         time_s = time.monotonic() - start
     report = {"corpus": str(config.output), **found, "time_s": round(time_s, 3), **summary(manifest)}
@@ -83,11 +76,6 @@ def plain_table(*columns: str) -> Table:
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left")
     return table
-
-
-def _bars(console: Console) -> Progress:
-    columns = (TextColumn("{task.description:<16}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
 
 
 def _print(console: Console, config: PrepareConfig, manifest: Manifest, report: dict[str, Any]) -> None:

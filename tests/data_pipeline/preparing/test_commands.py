@@ -1,0 +1,108 @@
+"""The commands as people and machines use them: what they print, report, and exit with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bst_dist.cli import main
+
+
+@pytest.fixture
+def config(settings_of, tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.yaml"
+    path.write_text(yaml.safe_dump({**settings_of(), "workers": 1}))
+    return path
+
+
+@pytest.fixture
+def corpus(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> Path:
+    assert main(["data", "prepare", str(config)]) == 0
+    capsys.readouterr()
+    return tmp_path / "corpus"
+
+
+def report(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def test_prepare_says_what_it_made_and_then_that_it_is_there(config: Path, tmp_path: Path, capsys) -> None:
+    assert main(["data", "prepare", str(config), "--json", str(tmp_path / "r.json")]) == 0
+    said = capsys.readouterr().out
+    assert "encode           100 %" in said
+    assert "duplicates removed: 0 exact, 0 near" in said
+    made = report(tmp_path / "r.json")
+    assert made["splits"]["train"]["documents"] + made["splits"]["validation"]["documents"] == 30
+    assert made["reused"] is False
+    assert main(["data", "prepare", str(config)]) == 0
+    assert "already prepared with these settings: reused" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_override_replaces_a_setting_and_a_bad_one_is_refused(config: Path, tmp_path: Path, capsys) -> None:
+    assert main(["data", "prepare", str(config), f"output={tmp_path / 'o'}", "tokenizer.vocab_size=500"]) == 0
+    assert json.loads((tmp_path / "o/manifest.json").read_text())["tokenizer"]["vocab_size"] == 500
+    assert main(["data", "prepare", str(config), "tokenizer.vocab=500"]) == 2
+    assert "unknown key 'tokenizer.vocab': did you mean 'tokenizer.vocab_size'?" in capsys.readouterr().err
+
+
+def test_verify_passes_a_whole_corpus_and_fails_a_damaged_one(corpus: Path, tmp_path: Path, capsys) -> None:
+    out = str(tmp_path / "r.json")
+    assert main(["data", "verify", str(corpus), "--workers", "1", "--json", out]) == 0
+    assert report(tmp_path / "r.json")["passed"] is True
+    shard = corpus / "train-000001.tar"
+    data = bytearray(shard.read_bytes())
+    data[2000] ^= 1
+    shard.write_bytes(data)
+    assert main(["data", "verify", str(corpus), "--workers", "1", "--json", out]) == 1
+    assert [problem["file"] for problem in report(tmp_path / "r.json")["problems"]] == ["train-000001.tar"]
+    assert "train-000001.tar: SHA-256 differs" in capsys.readouterr().out
+
+
+def test_verify_of_nothing_says_how_to_make_something(tmp_path: Path, capsys) -> None:
+    assert main(["data", "verify", str(tmp_path)]) == 2
+    assert (
+        "no prepared corpus there (manifest.json is missing); make one with 'bst data prepare'"
+        in capsys.readouterr().err
+    )
+
+
+def test_stats_count_and_draw(corpus: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["data", "stats", str(corpus), "--workers", "1", "--json", str(tmp_path / "r.json")]
+    assert main([*arguments, "--png", str(tmp_path / "l.png")]) == 0
+    found = report(tmp_path / "r.json")
+    assert sum(found["length_histogram"]["documents"]) == 30
+    assert found["duplicates_left"] == 0
+    assert found["overlap_with_train"]["validation"]["found"] == 0
+    assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
+    assert "overlap: 0.00%" in capsys.readouterr().out
+    assert main([*arguments, "--quick"]) == 0
+    assert "overlap_with_train" not in report(tmp_path / "r.json")
+
+
+def test_show_prints_a_document_by_key_and_by_path(corpus: Path, folder: Path, capsys) -> None:
+    expected = (folder / "a/04.txt").read_bytes().decode() + "\n"
+    assert main(["data", "show", str(corpus), "a/04.txt"]) == 0
+    assert capsys.readouterr().out == expected
+    assert main(["data", "show", str(corpus), "2"]) == 0
+    assert capsys.readouterr().out == expected
+    assert main(["data", "show", str(corpus), "999"]) == 2
+    assert "no document with the key or the path '999'" in capsys.readouterr().err
+
+
+def test_show_refuses_the_wrong_tokenizer(corpus: Path, tokenizer_model: bytes, capsys) -> None:
+    (corpus / "tokenizer.model").write_bytes(tokenizer_model)
+    assert main(["data", "show", str(corpus), "2"]) == 2
+    assert "not the tokenizer of this corpus" in capsys.readouterr().err
+
+
+def test_sources_are_listed_and_explained(capsys) -> None:
+    assert main(["data", "sources"]) == 0
+    listed = capsys.readouterr().out
+    for kind in ("stdlib", "folder", "jsonl", "webdataset", "pg19", "arxiv", "github", "books", "latex", "linux"):
+        assert f"\n{kind} " in listed
+    assert main(["data", "sources", "arxiv"]) == 0
+    assert "comments" in capsys.readouterr().out
+    assert main(["data", "sources", "arxv"]) == 2
