@@ -10,7 +10,7 @@ Shapes: B rows, l tokens, Ds SSM width, C output maps, S states, H heads, W bloc
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import model_validator
@@ -55,6 +55,8 @@ class StreamContext(nn.Module):
     In front are the p states of the slice's first block that came before it; or, attending to the previous block,
     the states are grouped by the block that sees them, (B, nb, W, H, dh).
     """
+
+    matrices: ClassVar = ("key_value",)
 
     def __init__(self, width: int, heads: int, block: int, config: ContextConfig, ssm: KernelConfig):
         super().__init__()

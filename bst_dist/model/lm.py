@@ -112,13 +112,17 @@ class LanguageModel(nn.Module):
         return EarlierCall(state, position)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by how they are trained: matrices (with decay), vectors (without), and SSM dynamics."""
-        dynamics = [p for module in self.modules() if hasattr(module, "dynamics") for p in module.dynamics()]
-        apart = {id(p) for p in dynamics}
-        rest = [p for p in self.parameters() if id(p) not in apart]
-        matrices = [p for p in rest if p.dim() > 1 and p is not self.embedding.weight]
-        kept = {id(p) for p in matrices}
-        return {"matrices": matrices, "vectors": [p for p in rest if id(p) not in kept], "ssm": dynamics}
+        """Parameters by how they are trained: matrices (with weight decay), SSM dynamics (a rate of their own, no
+        decay), and all the rest, called vectors (no decay): scales, biases, tables, read-outs, the embedding."""
+        groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "ssm": []}
+        dynamics = {id(p) for module in self.modules() if hasattr(module, "dynamics") for p in module.dynamics()}
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                linear_map = name in getattr(module, "matrices", ())
+                linear_map |= isinstance(module, nn.Linear) and name == "weight"
+                group = "ssm" if id(parameter) in dynamics else "matrices" if linear_map else "vectors"
+                groups[group].append(parameter)
+        return groups
 
     def _check_slice(self, length: int, position: int) -> None:
         block = self.config.block

@@ -16,8 +16,10 @@ every_model = pytest.mark.parametrize(("mixer", "variant"), MODELS)
 def config(mixer="bst", variant="SH", **changes) -> ModelConfig:
     settings = {
         "width": 16, "heads": 2, "ffn": 32, "block": BLOCK, "depth": 2, "vocab_size": VOCABULARY, "mixer": mixer,
-        "placement": [1], "context": {"variant": variant, "states": 3}, "ssm": {"state": 4, "chunk": 8},
+        "placement": [1],
     }  # fmt: skip
+    if mixer == "bst":
+        settings |= {"context": {"variant": variant, "states": 3}, "ssm": {"state": 4, "chunk": 8}}
     return ModelConfig(**(settings | changes))
 
 
@@ -118,6 +120,10 @@ def test_every_parameter_is_in_one_group_and_gets_a_gradient():
         model(*tokens()).total.backward()
         assert all(p.grad is not None and p.grad.count_nonzero() for p in model.parameters())
         assert all(p.dim() > 1 for p in groups["matrices"])
+        undecayed = {id(p) for p in groups["vectors"]}
+        for name, p in model.named_parameters():
+            if any(part in name for part in ("embedding", "norm", "scale", "bias", "read_out", "skip", "initial")):
+                assert id(p) in undecayed, name
     names = {name.rpartition(".")[2] for name, p in model.named_parameters() if id(p) in map(id, groups["ssm"])}
     assert names == {"log_dt", "log_decay", "frequency"}
 

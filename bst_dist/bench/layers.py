@@ -1,0 +1,187 @@
+"""Time one layer of every model beside other people's: one table, measured in one run.
+
+Each layer has its feed-forward network, batch 1, random input. Times are medians over interleaved rounds with their
+range; "speed" is against our sliding-window layer, paired by round; "of peak" is the model's FLOPs against a matrix
+product of 2048 x 2048 measured in the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+
+from bst_dist.bench import peers
+from bst_dist.bench.timing import Spread, interleaved, matmul_flops_per_s, ratios
+from bst_dist.model.layers import Layer
+from bst_dist.model.lm import ModelConfig
+from bst_dist.parallel.past import Past
+from bst_dist.plan.flops import forward_flops
+from data_pipeline.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FULL_ATTENTION_LIMIT = 16_384
+"""Full attention is quadratic: longer sequences are left out."""
+
+# Ours by the name in the table: the mixer and the sections that differ from the defaults.
+OURS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sliding": ("sliding", {}),
+    "BST SH": ("bst", {"context": {"variant": "SH"}}),
+    "BST MH": ("bst", {"context": {"variant": "MH"}}),
+    "BST MF": ("bst", {"context": {"variant": "MF"}}),
+    "BST SH hyena": ("bst", {"context": {"variant": "SH"}, "ssm": {"kernel": "hyena"}}),
+    "BST MF explicit": ("bst", {"context": {"variant": "MF"}, "ssm": {"kernel": "explicit"}}),
+    "BST SH s4-dplr": ("bst", {"context": {"variant": "SH"}, "ssm": {"kernel": "s4-dplr"}}),
+    "Transformer-XL": ("transformer-xl", {}),
+    "Block-Recurrent": ("block-recurrent", {}),
+    "GSS": ("gss", {}),
+    "pure SSM": ("ssm", {}),
+    "full attention": ("full", {}),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a layer."""
+
+    width: int
+    heads: int
+    block: int
+
+
+SHAPES = {"paper": Shape(512, 8, 512), "latency": Shape(64, 4, 32)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", choices=SHAPES, default="paper", help="paper: D 512, W 512; latency: D 64, W 32")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384], metavar="L")
+    parser.add_argument("--long", action="store_true", help="also 65536 tokens")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"ours to measure, of: {', '.join(OURS)}")
+    parser.add_argument("--no-peers", action="store_true", help="leave out (and do not install) other people's layers")
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print a table a length, and return every figure."""
+    unknown = set(args.only or ()) - set(OURS)
+    if unknown:
+        raise UserError(f"no layer named {', '.join(sorted(unknown))}; there are: {', '.join(OURS)}")
+    torch.set_num_threads(args.threads)
+    if not args.no_peers:
+        peers.install()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape, console, rows = SHAPES[args.shape], Console(), []
+    console.print(f"{_machine(device)}, {args.threads} threads, {args.rounds} rounds; layer D {shape.width}, "
+                  f"{shape.heads} heads, W {shape.block}, FFN {4 * shape.width}, batch 1")  # fmt: skip
+    for dtype in args.dtypes:
+        for length in [*args.lengths, *([65536] if args.long else [])]:
+            measured = _measure(shape, length, dtype, device, args)
+            console.print(_table(measured, length, dtype))
+            rows += measured
+    return {"machine": _machine(device), "threads": args.threads, "rounds": args.rounds,
+            "shape": vars(shape), "layers": rows}  # fmt: skip
+
+
+def _layers(shape: Shape, length: int, args: argparse.Namespace) -> dict[str, tuple[nn.Module, float | None]]:
+    """Modules by name with their forward FLOPs a token (None: not counted for other people's)."""
+    layers: dict[str, tuple[nn.Module, float | None]] = {}
+    for name, (mixer, sections) in OURS.items():
+        wanted = args.only is None or name in args.only or name == "sliding"
+        if not wanted or (mixer == "full" and length > FULL_ATTENTION_LIMIT):
+            continue
+        if sections.get("ssm", {}).get("kernel") in ("hyena", "explicit"):
+            sections = sections | {"ssm": sections["ssm"] | {"length": length}}
+        config = ModelConfig(width=shape.width, heads=shape.heads, ffn=4 * shape.width, block=shape.block, depth=1,
+                             mixer=mixer, vocab_size=1, **sections)  # fmt: skip
+        layer = Layer(mixer, config)
+        layer.initialize(1)
+        terms = forward_flops(config, length)
+        layers[name] = layer, sum(terms.values()) - terms["head"]
+    if not args.no_peers:
+        layers["block-recurrent-transformer-pytorch"] = (
+            peers.BlockRecurrentPeer(shape.width, shape.heads, shape.block, length), None)  # fmt: skip
+        layers["local-attention"] = peers.LocalAttentionPeer(shape.width, shape.heads, shape.block), None
+    return layers
+
+
+def _measure(shape: Shape, length: int, dtype: str, device: torch.device, args: argparse.Namespace) -> list[dict]:
+    layers = {name: (layer.to(device), flops) for name, (layer, flops) in _layers(shape, length, args).items()}
+    x = torch.randn(1, length, shape.width, device=device, requires_grad=True)
+    cases: dict[str, Callable[[], object]] = {}
+    for name, (layer, _) in layers.items():
+        cases[f"{name}/forward"] = _forward(layer, x, DTYPES[dtype])
+        cases[f"{name}/training"] = _training(layer, x, DTYPES[dtype])
+    peaks: list[float] = []
+    cases["peak"] = lambda: peaks.append(matmul_flops_per_s(DTYPES[dtype], device))
+    with Progress(transient=True) as progress:
+        task = progress.add_task(f"{length} tokens, {dtype}", total=len(cases) * (args.rounds + 1))
+        seconds = interleaved(cases, args.rounds, lambda: progress.advance(task))
+    base = seconds["sliding/training"]
+    rows = []
+    for name, (_, flops) in layers.items():
+        forward, training = Spread.of(seconds[f"{name}/forward"]), Spread.of(seconds[f"{name}/training"])
+        reached = None if flops is None else Spread.of(
+            [3 * flops * length / s / p for s, p in zip(seconds[f"{name}/training"], peaks[1:], strict=True)])  # fmt: skip
+        rows.append({
+            "layer": name, "length_tokens": length, "dtype": dtype, "forward_s": vars(forward),
+            "training_s": vars(training), "speed_vs_sliding": vars(ratios(base, seconds[f"{name}/training"])),
+            "fraction_of_peak": None if reached is None else vars(reached),
+            "peak_gflops_per_s": Spread.of(peaks[1:]).median / 1e9,
+        })  # fmt: skip
+    return rows
+
+
+def _forward(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Callable[[], object]:
+    def run_() -> None:
+        with torch.no_grad(), torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+            _call(layer, x)
+
+    return run_
+
+
+def _training(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Callable[[], object]:
+    def run_() -> None:
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+            out = _call(layer, x)
+        out.float().sum().backward()
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+
+    return run_
+
+
+def _call(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return layer(x, Past()) if isinstance(layer, Layer) else layer(x)
+
+
+def _table(rows: list[dict], length: int, dtype: str) -> Table:
+    peak = rows[0]["peak_gflops_per_s"]
+    table = Table(title=f"{length} tokens, {dtype} (matmul peak {peak:.0f} GFLOP/s)", title_justify="left")
+    for heading in ("layer", "forward ms", "forward + backward ms", "speed vs sliding", "of peak"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)
+    for row in rows:
+        forward, training = (row[key]["median"] * 1e3 for key in ("forward_s", "training_s"))
+        low, high = row["training_s"]["low"] * 1e3, row["training_s"]["high"] * 1e3
+        reached = row["fraction_of_peak"]
+        table.add_row(row["layer"], f"{forward:.0f}", f"{training:.0f} ({low:.0f}–{high:.0f})",
+                      str(Spread(**row["speed_vs_sliding"])), "" if reached is None else f"{reached['median']:.0%}")  # fmt: skip
+    return table
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    import cpuinfo
+
+    name = cpuinfo.get_cpu_info().get("brand_raw", platform.processor())
+    return f"{name}, {torch.get_num_threads()} cores used at most"

@@ -1,0 +1,65 @@
+"""Times that can be compared: every case in turn, again and again, in one process.
+
+Machines are shared and drift. Cases are therefore interleaved (A B C, A B C, ...), figures are medians with their
+range, and ratios are taken within each round before the median.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and range of repeated measurements."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(values: list[float]) -> Spread:
+        return Spread(median(values), min(values), max(values))
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
+
+
+def interleaved(cases: dict[str, Callable[[], object]], rounds: int, tick: Callable[[], None]) -> dict[str, list[float]]:
+    """Seconds of each case in each of `rounds` rounds, after one that is not counted; `tick` after every call."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for round_ in range(rounds + 1):
+        for name, run in cases.items():
+            _synchronize()
+            begin = time.perf_counter()
+            run()
+            _synchronize()
+            if round_:
+                seconds[name].append(time.perf_counter() - begin)
+            tick()
+    return seconds
+
+
+def ratios(base: list[float], other: list[float]) -> Spread:
+    """How many times as fast as `base` the other is, paired by round."""
+    return Spread.of([a / b for a, b in zip(base, other, strict=True)])
+
+
+def matmul_flops_per_s(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
+    """What one square matrix product reaches: the peak that fractions are taken of."""
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    _synchronize()
+    begin = time.perf_counter()
+    a @ b
+    _synchronize()
+    return 2 * size**3 / (time.perf_counter() - begin)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
