@@ -8,13 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bst_dist.evaluate.decoding import Decoder, SamplingConfig, TextStream, draw, generate, portions, printable
+from bst_dist.model.layers import MIXERS
 
 
 @pytest.mark.parametrize("prompt", [1, 3, 8, 21])
 @pytest.mark.parametrize("changes", [
-    {"variant": "SH"}, {"variant": "MH"}, {"variant": "MF"}, {"variant": "SH", "mixer": "sliding"},
-    {"variant": "SH", "attention": {"position": "rope"}},
-])  # fmt: skip
+    {"variant": "SH"}, {"variant": "MH"}, {"variant": "MF"}, {"attention": {"position": "rope"}},
+    {"ssm": {"kernel": "s4-dplr", "chunk": 4, "state": 4}}, *({"mixer": mixer} for mixer in MIXERS if mixer != "bst"),
+], ids=str)  # fmt: skip
 def test_generation_equals_the_parallel_forward_token_by_token(make_model, changes, prompt):
     model = make_model(**changes)
     text = torch.randint(0, 19, (40,)).tolist()

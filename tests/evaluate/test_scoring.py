@@ -8,6 +8,7 @@ import torch
 
 from bst_dist.evaluate import scoring
 from bst_dist.evaluate.scoring import score, streams
+from bst_dist.model.layers import MIXERS
 
 END = 3
 LENGTHS = [21, 1, 70, 16, 8, 17, 33]
@@ -27,15 +28,24 @@ def literal(model, tokens, begin, context=None):
     return total
 
 
-@pytest.mark.parametrize("variant", ["SH", "MF"])
+@pytest.mark.parametrize("variant", ["SH", "MH", "MF"])
 @pytest.mark.parametrize(("begin", "context"), [(END, None), (None, None), (END, 16)])
 def test_streamed_documents_cost_what_they_cost_one_by_one(make_model, in_memory, variant, begin, context):
-    model, corpus = make_model(variant), in_memory(LENGTHS, 19)
+    model, corpus = make_model(variant=variant), in_memory(LENGTHS, 19)
     got = score(model, corpus, corpus.lengths, np.arange(19), begin=begin, context=context, slice_length=16)
     expected = [literal(model, tokens, begin, context) for tokens in corpus.documents]
     np.testing.assert_allclose(got.nats, expected, rtol=1e-9)
     np.testing.assert_array_equal(got.tokens, LENGTHS)
     np.testing.assert_array_equal(got.bytes, [tokens.sum() for tokens in corpus.documents])
+
+
+@pytest.mark.parametrize("mixer", [mixer for mixer in MIXERS if mixer != "bst"])
+def test_every_model_carries_its_state_from_slice_to_slice(make_model, in_memory, mixer):
+    model, corpus = make_model(mixer), in_memory([60], 19)
+    pieces, whole = (
+        score(model, corpus, corpus.lengths, np.ones(19, int), begin=END, slice_length=length) for length in (8, 64)
+    )
+    np.testing.assert_allclose(pieces.nats, whole.nats, rtol=1e-9)
 
 
 def test_slices_and_batches_do_not_change_the_score(make_model, in_memory, monkeypatch):
