@@ -8,8 +8,13 @@ and not counted here: model and hardware utilisation (MFU, HFU) are two numbers.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
+
+from bst_dist.model.baselines.full import causal_tiles
 from bst_dist.model.lm import ModelConfig
-from bst_dist.model.tiles import sliding_tiles
+from bst_dist.model.ssm.convolution import padded_size
+from bst_dist.model.tiles import Tile, sliding_tiles
 
 
 def forward_flops(config: ModelConfig, sequence_length: int) -> dict[str, float]:
@@ -33,27 +38,114 @@ def _sliding(config: ModelConfig, length: int) -> dict[str, float]:
 
 
 def _bst(config: ModelConfig, length: int) -> dict[str, float]:
-    d, context, ssm = config.width, config.context, config.ssm
-    channels, modes, chunk = context.width(d), ssm.state // 2, min(ssm.chunk, config.block)
+    d, context = config.width, config.context
+    channels = context.width(d)
     terms = _sliding(config, length)
     terms["projections"] += 2 * d * channels + 4 * d * d  # down; second query, wider output
     if context.variant == "MF":
         states = context.states
         terms["context"] = 4 * channels * d * states / config.block
         terms["cross"] = 4 * d * states
-        terms["ssm"] = 4 * channels * states * modes
-    else:
-        maps = config.heads if context.variant == "MH" else 1
-        terms["context"] = 4 * channels * d
-        terms["cross"] = 4 * d * config.block
-        terms["ssm"] = 2 * channels * maps * (chunk + 2 * modes) + 4 * channels * modes
+        return terms | kernel_ends_flops(config, channels, states, length)
+    terms["context"] = 4 * channels * d
+    terms["cross"] = 4 * d * config.block
+    return terms | kernel_flops(config, channels, config.heads if context.variant == "MH" else 1, length)
+
+
+def _no_cross(config: ModelConfig, length: int) -> dict[str, float]:
+    terms = _sliding(config, length)
+    terms["projections"] += 2 * config.width**2  # wider output
     return terms
+
+
+def _transformer_xl(config: ModelConfig, length: int) -> dict[str, float]:
+    d, window = config.width, config.transformer_xl.window
+    first, rest = min(window, length), length - min(window, length)
+    whole, last = divmod(rest, window)
+    scored = _scored(sliding_tiles(first, 0, window)) + whole * _scored(sliding_tiles(window, window, window))
+    scored += _scored(sliding_tiles(last, window, window))
+    return {"projections": 8 * d * d, "attention": 4 * d * scored / length}
+
+
+def _full(config: ModelConfig, length: int) -> dict[str, float]:
+    d = config.width
+    return {"projections": 8 * d * d, "attention": 4 * d * _scored(causal_tiles(length, 0)) / length}
+
+
+def _block_recurrent(config: ModelConfig, length: int) -> dict[str, float]:
+    d, states, block = config.width, config.block_recurrent.states, config.block
+    terms = _sliding(config, length)
+    terms["projections"] += 4 * d * d  # second query, wider output
+    terms["cross"] = 4 * d * states
+    token_keys = 2 * block - block * block / length  # the first block has none before it
+    terms["state"] = states / block * (12 * d * d + 4 * d * (states + token_keys))
+    return terms
+
+
+def _gss(config: ModelConfig, length: int) -> dict[str, float]:
+    d, wide, narrow = config.width, config.gss.gate * config.width, config.width // config.gss.reduce
+    return {"projections": 4 * d * wide + 2 * narrow * (d + wide)} | kernel_flops(config, narrow, 1, length)
+
+
+def _pure_ssm(config: ModelConfig, length: int) -> dict[str, float]:
+    return {"projections": 4 * config.width**2} | kernel_flops(config, config.width, 1, length)
+
+
+def kernel_flops(config: ModelConfig, channels: int, maps: int, length: int) -> dict[str, float]:
+    """Of a kernel's outputs for every token; of a filter, the FFTs of the sequence at 2.5 n log2 n each."""
+    ssm = config.ssm
+    chunk = min(ssm.chunk, config.block)
+    if ssm.kernel == "s4d":
+        return {"ssm": 2 * channels * maps * (chunk + ssm.state) + 2 * channels * ssm.state}
+    if ssm.kernel == "s4-dplr":
+        within = 2 * channels * maps * (chunk + ssm.state) + 2 * channels * ssm.state
+        return {"ssm": within + channels * _dense_scan(ssm.state, length // chunk) / length}
+    if ssm.kernel in ("explicit", "hyena"):
+        size = padded_size(length, length, ssm.length)
+        transforms = 2.5 * size * math.log2(size) * channels * (1 + maps)
+        return {"fft": (transforms + 3 * size * channels * maps) / length}
+    return {}
+
+
+def kernel_ends_flops(config: ModelConfig, channels: int, maps: int, length: int) -> dict[str, float]:
+    """Of a kernel's outputs at block ends only, each map with dynamics of its own."""
+    ssm, block = config.ssm, config.block
+    if ssm.kernel == "s4d":
+        return {"ssm": 2 * channels * maps * ssm.state}
+    if ssm.kernel == "s4-dplr":
+        between = _dense_scan(ssm.state, length // min(ssm.chunk, block)) + 2 * ssm.state**2 * length / block
+        return {"ssm": channels * maps * (2 * ssm.state + between / length)}
+    if ssm.kernel in ("explicit", "hyena"):
+        blocks = length // block
+        lags = min(-(-ssm.length // block), blocks)
+        return {"ssm": 2 * channels * maps * sum(blocks - lag for lag in range(lags)) / blocks}
+    return {}
+
+
+def _dense_scan(state: int, chunks: int) -> int:
+    """Of the scan over a sequence's chunks by doubling, for one channel."""
+    steps = (2**k for k in range(chunks.bit_length()))
+    return 2 * state**2 * sum(max(0, chunks + 1 - step) for step in steps)
 
 
 def _mean_keys(window: int, length: int) -> float:
     """Keys scored per query, over the tiles of a sequence: fewer in the first window, which has nothing before it."""
-    tiles = sliding_tiles(length, 0, window)
-    return sum((tile.last - tile.first) * (tile.end - tile.begin) for tile in tiles) / length
+    return _scored(sliding_tiles(length, 0, window)) / length
 
 
-MIXER_TERMS = {"sliding": _sliding, "bst": _bst}
+def _scored(tiles: Iterable[Tile]) -> int:
+    """Pairs of a query and a key in all tiles."""
+    return sum((tile.last - tile.first) * (tile.end - tile.begin) for tile in tiles)
+
+
+MIXER_TERMS: dict[str, Callable[[ModelConfig, int], dict[str, float]]] = {
+    "sliding": _sliding,
+    "bst": _bst,
+    "bst-no-cross": _no_cross,
+    "transformer-xl": _transformer_xl,
+    "block-recurrent": _block_recurrent,
+    "gss": _gss,
+    "ssm": _pure_ssm,
+    "full": _full,
+}
+"""FLOPs a token of each mixer's forward pass, by term."""

@@ -167,9 +167,6 @@ def test_a_bst_can_be_tried_without_its_cross_attention():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mixer": "sliding", "context": {"variant": "MF"}}, "section context is set"),
-        ({"mixer": "sliding", "ssm": {"state": 4}}, "section ssm is set"),
-        ({"mixer": "bst", "full": {"longest": 5}}, "section full is set"),
         ({"mixer": "bst", "ssm": {"kernel": "s4d", "length": 8}}, "length"),
         ({"mixer": "bst", "ssm": {"kernel": "explicit", "length": 8, "state": 4}}, "state"),
         ({"mixer": "bst", "ssm": {"kernel": "explicit"}}, "length"),
@@ -178,9 +175,22 @@ def test_a_bst_can_be_tried_without_its_cross_attention():
         ({"mixer": "transformer-xl", "transformer_xl": {"window": 12}}, "multiple of block"),
     ],
 )
-def test_settings_that_nothing_reads_or_that_do_not_fit_are_refused(settings, message):
+def test_settings_that_do_not_fit_the_kernel_or_the_mixer_are_refused(settings, message):
     with pytest.raises((ConfigError, ValueError), match=message):
         build(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "section"),
+    [
+        ({"mixer": "sliding", "context": {"variant": "MF"}}, "context"),
+        ({"mixer": "sliding", "ssm": {"state": 4}}, "ssm"),
+        ({"mixer": "bst", "full": {"longest": 5}}, "full"),
+    ],
+)
+def test_a_section_that_no_layer_reads_is_warned_of(settings, section, caplog):
+    build(settings)
+    assert f"model.{section} is set and has no effect" in caplog.text
 
 
 @pytest.mark.parametrize("name", ALL)

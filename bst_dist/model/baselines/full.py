@@ -5,6 +5,7 @@ Shapes: B rows, l tokens, p positions before them, H heads, dh head width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -58,11 +59,7 @@ class FullAttention(SlidingAttention):
                 return _fused(q, k, v).flatten(-2)
         if starts is not None:
             q, k = mark_documents(q, k, starts, kinds=starts.shape[1] + 1)
-        before = k.shape[1] - q.shape[1]
-        tiles = [
-            Tile(first, min(first + QUERY_TILE, q.shape[1]), 0, before + min(first + QUERY_TILE, q.shape[1]))
-            for first in range(0, q.shape[1], QUERY_TILE)
-        ]
+        tiles = causal_tiles(q.shape[1], k.shape[1] - q.shape[1])
         mask = self._mask(min(QUERY_TILE, q.shape[1]))
         return tiled_attention(q, k, v, mask, tiles, empty_rows=not self.config.include_self).flatten(-2)
 
@@ -79,6 +76,13 @@ class FullAttention(SlidingAttention):
             return torch.zeros_like(distance, dtype=torch.float32).masked_fill(hidden, -HIDDEN).unsqueeze(0)
         bias = self.bias(far + 1)  # (H, far + 1)
         return (bias - bias[:, -1:])[:, distance.clamp(0, far)].masked_fill(hidden, -HIDDEN)
+
+
+def causal_tiles(queries: int, before: int) -> Iterator[Tile]:
+    """Tiles that meet everything up to themselves."""
+    for first in range(0, queries, QUERY_TILE):
+        last = min(first + QUERY_TILE, queries)
+        yield Tile(first, last, 0, before + last)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

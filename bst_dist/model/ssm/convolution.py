@@ -20,8 +20,7 @@ def causal_convolution(u: Tensor, kernel: Tensor, outputs: int | None = None) ->
     """
     length, taps = u.shape[1], kernel.shape[-1]
     outputs = length if outputs is None else outputs
-    # What wraps around the circle falls on the first positions, so the unwanted ones are all the padding it needs.
-    size = _fast_size(outputs + max(length - outputs, taps - 1))
+    size = padded_size(length, outputs, taps)
     wide = torch.promote_types(u.dtype, torch.float32)
     spectrum = torch.fft.rfft(u.to(wide).transpose(1, 2), n=size).unsqueeze(1)  # (B, 1, Ds, f)
     response = torch.fft.rfft(kernel.to(wide), n=size)  # (C, Ds, f)
@@ -37,7 +36,11 @@ def causal_matrix(kernel: Tensor) -> Tensor:
     return torch.nn.functional.pad(kernel, (length, 0))[..., lag]
 
 
-def _fast_size(least: int) -> int:
-    """The smallest 2^a or 3 · 2^a that is not smaller: sizes every FFT library is fast at."""
+def padded_size(length: int, outputs: int, taps: int) -> int:
+    """Size of the FFT for the last `outputs` of `length` tokens: 2^a or 3 · 2^a, which every library is fast at.
+
+    What wraps around the circle falls on the first positions, so the unwanted ones serve as padding.
+    """
+    least = outputs + max(length - outputs, taps - 1)
     power = 1 << (least - 1).bit_length()
     return power * 3 // 4 if power >= 4 and power * 3 // 4 >= least else power

@@ -1,0 +1,62 @@
+"""FLOPs of every mixer and kernel against torch's counter, which counts every matmul of the plain attention path."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.model.tiles import QUERY_TILE
+from bst_dist.plan.flops import forward_flops
+
+LENGTH, BLOCK = 256, 64
+KERNELS = {
+    "s4d": {"state": 8, "chunk": 16},
+    "s4-dplr": {"kernel": "s4-dplr", "state": 8, "chunk": 16},
+    "explicit": {"kernel": "explicit", "length": 150},
+    "hyena": {"kernel": "hyena", "length": 256, "hidden": 8},
+    "none": {"kernel": "none"},
+}
+CASES = {
+    **{f"{v} {k}": {"mixer": "bst", "context": {"variant": v, "states": 4}, "ssm": s}
+       for v in ("SH", "MH", "MF") for k, s in KERNELS.items()},
+    **{f"ssm {k}": {"mixer": "ssm", "ssm": s} for k, s in KERNELS.items()},
+    "sliding": {"mixer": "sliding"},
+    "no cross": {"mixer": "bst-no-cross"},
+    "transformer-xl": {"mixer": "transformer-xl", "transformer_xl": {"window": 128}},
+    "transformer-xl, last segment shorter": {"mixer": "transformer-xl", "transformer_xl": {"window": 192}},
+    "block-recurrent": {"mixer": "block-recurrent", "block_recurrent": {"states": 24}},
+    "gss": {"mixer": "gss", "ssm": {"state": 32, "chunk": 16}, "gss": {"gate": 3, "reduce": 2}},
+    "full": {"mixer": "full"},
+}  # fmt: skip
+
+
+def counted(model, rows):
+    ids = torch.zeros(rows, LENGTH, dtype=torch.long)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(ids, ids)
+    return counter.get_total_flops()
+
+
+def build(settings):
+    shared = {"width": 32, "heads": 4, "ffn": 48, "block": BLOCK, "depth": 3, "placement": [0, 2], "vocab_size": 50}
+    return LanguageModel(ModelConfig(**shared, **settings)).requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_terms_equal_what_one_more_sequence_costs(name):
+    """Tables and filters are made once a batch, so the difference between two batches leaves them out; FFTs, which the
+    counter does not know, stand in a term of their own."""
+    model = build(CASES[name])
+    found = counted(model, 3) - counted(model, 2)
+    terms = forward_flops(model.config, LENGTH)
+    assert found / LENGTH == pytest.approx(sum(terms.values()) - terms.get("fft", 0), rel=1e-9)
+
+
+def test_fused_full_attention_is_counted_as_the_causal_half_in_tiles():
+    fused, tiled = (build({"mixer": "full", "attention": {"position": p}}) for p in ("rope", "t5"))
+    terms = forward_flops(fused.config, LENGTH)
+    assert terms == forward_flops(tiled.config, LENGTH)
+    more = counted(fused, 3) - counted(fused, 2) - (counted(tiled, 3) - counted(tiled, 2))
+    hidden = 2 * 4 * 32 * (LENGTH - QUERY_TILE) / 2  # of two layers: what the plain path computes beyond the tiles
+    assert more / LENGTH == pytest.approx(hidden, rel=1e-9)
