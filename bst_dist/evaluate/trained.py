@@ -9,7 +9,15 @@ import torch
 
 from bst_dist.config import Recipe, load_recipe
 from bst_dist.model.lm import LanguageModel
-from bst_dist.train.checkpoint import CheckpointError, committed, damage, directory, load_weights, newest_valid
+from bst_dist.train.checkpoint import (
+    CheckpointError,
+    committed,
+    damage,
+    directory,
+    load_weights,
+    newest_valid,
+    step_of,
+)
 from bst_dist.train.rundir import RECIPE
 from data_pipeline.errors import UserError
 
@@ -39,7 +47,7 @@ def open_run(run_dir: Path, step: int | None = None) -> Trained:
         checkpoint = newest_valid(run_dir) if step is None else _checkpoint(run_dir, step)
         model.load_state_dict(load_weights(checkpoint))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return Trained(run_dir, recipe, int(checkpoint.name.removeprefix("step-")), model.to(device).eval())
+    return Trained(run_dir, recipe, step_of(checkpoint), model.to(device).eval())
 
 
 def read_recipe(run_dir: Path) -> Recipe:
@@ -54,7 +62,7 @@ def read_recipe(run_dir: Path) -> Recipe:
 def _checkpoint(run_dir: Path, step: int) -> Path:
     path = directory(run_dir, step)
     if not path.is_dir():
-        there = ", ".join(str(int(found.name.removeprefix("step-"))) for found in committed(run_dir)) or "none"
+        there = ", ".join(str(step_of(found)) for found in committed(run_dir)) or "none"
         raise CheckpointError(f"{run_dir}: no checkpoint of step {step}; there are: {there}")
     if found := damage(path):
         raise CheckpointError(f"{path}: {found[0]}")

@@ -54,7 +54,7 @@ def rank_file(rank: int) -> str:
 def committed(run_dir: Path) -> list[Path]:
     """Checkpoints that were completed, newest first; whether they still are whole is not looked at."""
     found = (run_dir / CHECKPOINTS).glob("step-*")
-    return sorted((path for path in found if re.fullmatch(r"step-\d{8,}", path.name)), key=_step, reverse=True)
+    return sorted((path for path in found if re.fullmatch(r"step-\d{8,}", path.name)), key=step_of, reverse=True)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -114,7 +114,8 @@ def retain(run_dir: Path, keep_last: int) -> None:
             shutil.rmtree(left)
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The steps that had been taken when a checkpoint was."""
     return int(path.name.removeprefix("step-"))
 
 
