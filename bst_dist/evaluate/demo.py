@@ -22,8 +22,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bst_dist.config import Recipe, load_recipe
-from bst_dist.train.checkpoint import committed, directory
+from bst_dist.config import Recipe, differing, load_recipe
+from bst_dist.evaluate.trained import read_recipe
+from bst_dist.train.checkpoint import committed, directory, step_of
+from bst_dist.train.rundir import RECIPE as STORED_RECIPE
 from bst_dist.train.rundir import read_outcome
 from data_pipeline.errors import UserError
 
@@ -45,6 +47,18 @@ class Demo:
         self.reports = self.run_dir / "reports"
         self.half = self.recipe.train.steps // 2
 
+    def require_same_recipe(self) -> None:
+        """Raise UserError when the runs that are there already are of another recipe."""
+        for run_dir in (self.run_dir, self.twin):
+            if (run_dir / STORED_RECIPE).exists():
+                there = read_recipe(run_dir)
+                model = self.recipe.model.model_copy(update={"vocab_size": there.model.vocab_size})
+                if found := differing(there, self.recipe.model_copy(update={"model": model})):
+                    raise UserError(
+                        f"{run_dir} holds a run of another recipe than {RECIPE} ({'; '.join(found)}): "
+                        "remove it to start anew, or give your recipe another name and train it with `bst train`"
+                    )
+
     def steps(self) -> list[tuple[str, Callable[[], None]]]:
         """Title and action of each step, in order."""
         return [
@@ -63,10 +77,11 @@ class Demo:
         self._bst("data", "prepare", CORPUS)
 
     def train_half(self) -> None:
-        if committed(self.run_dir):
-            self._reuse(f"{self.run_dir} has come that far already")
+        done = step_of(committed(self.run_dir)[0]) if committed(self.run_dir) else 0
+        if done >= self.half:
+            self._reuse(f"{self.run_dir} has come to step {done}")
         else:
-            self._bst("train", RECIPE, "--until", self.half)
+            self._bst("train", RECIPE, "--until", self.half, *(["--resume"] if done else []))
 
     def resume(self) -> None:
         if self._finished(self.run_dir):
@@ -78,7 +93,7 @@ class Demo:
         if self._finished(self.twin):
             self._reuse(f"{self.twin} is finished")
         else:
-            self._bst("train", RECIPE, "--run-dir", self.twin)
+            self._bst("train", RECIPE, "checkpoint.every=0", "--run-dir", self.twin)
 
     def compare(self) -> None:
         self._bst("compare", self.run_dir, self.twin, "--json", self.reports / "compare.json", accept=(0, 1))
@@ -134,6 +149,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if not path.exists():
             raise UserError(f"{path} is not here: run the demo in the project's own directory")
     demo = Demo(load_recipe(RECIPE))
+    demo.require_same_recipe()
     steps = demo.steps()
     for number, (title, action) in enumerate(steps, 1):
         demo.console.rule(f"[bold]{number}/{len(steps)}  {title}", align="left")
