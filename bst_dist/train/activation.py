@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+import torch
+from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.config import Config
 
@@ -25,9 +26,10 @@ def policy(config: ActivationCheckpointingConfig) -> Checkpoint | None:
 def _run_again(layer: Callable[..., Any], *args: Any) -> Any:
     """Run `layer`, keeping only its inputs.
 
-    The non-reentrant form, which takes any arguments. It would stop the second run as soon as the last needed tensor
-    is there, by an exception thrown through the modules: ZeRO-3's hooks after a module, which give its gathered
-    parameters back, would not run. The random generators are left alone: no layer draws from them.
+    In the reentrant form the second run and the backward pass are a graph of their own, and ZeRO-3's hooks gather the
+    layer's weights for each. In the other form ZeRO-3 gives the weights back after the second run, and the backward
+    pass finds them empty. The random generators are left alone: no layer draws from them.
     """
-    with set_checkpoint_early_stop(False):
-        return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
+    if not torch.is_grad_enabled():
+        return layer(*args)
+    return checkpoint(layer, *args, use_reentrant=True, preserve_rng_state=False)

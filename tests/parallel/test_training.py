@@ -1,0 +1,129 @@
+"""A training step on a dp x sp mesh under every ZeRO stage against one process: loss, norm and every gradient."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.parallel.mesh import Mesh
+from bst_dist.train import activation
+from bst_dist.train.activation import ActivationCheckpointingConfig
+from bst_dist.train.loop import Speed, TrainConfig, Trainer
+from bst_dist.train.optimizer import OptimizerConfig
+from bst_dist.train.schedule import ScheduleConfig
+from data_pipeline.batch import Batch, Cuts
+
+BLOCK, LENGTH, ROWS, MICRO_ROWS, VOCABULARY = 8, 32, 8, 2, 29
+TOLERANCE = 2e-5
+"""Of single precision, in which the training sums in another order."""
+
+
+def model(variant: str) -> LanguageModel:
+    torch.manual_seed(0)
+    return LanguageModel(
+        ModelConfig(
+            width=16, heads=2, ffn=24, block=BLOCK, depth=2, mixer="bst", vocab_size=VOCABULARY,
+            context={"variant": variant, "states": 3}, ssm={"state": 4, "chunk": 4, "dt_min": 0.01},
+        )
+    )  # fmt: skip
+
+
+def batches(mesh: Mesh, isolated: bool) -> list[Batch]:
+    """The micro-batches of one rank, cut from the same global batch for every mesh; many labels do not count."""
+    generator = np.random.default_rng(0)
+    ids = generator.integers(0, VOCABULARY, (ROWS, LENGTH + 1))
+    mask = generator.random((ROWS, LENGTH)) < np.linspace(0.1, 0.9, ROWS)[:, None]
+    starts = generator.random((ROWS, LENGTH // BLOCK)) < 0.3 if isolated else None
+    length, share = LENGTH // mesh.sp, ROWS // mesh.dp
+    found = []
+    for row in range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share, MICRO_ROWS):
+        begin, rows = mesh.sp_rank * length, slice(row, row + MICRO_ROWS)
+        part, numbers = (rows, slice(begin, begin + length)), np.arange(row, row + MICRO_ROWS)
+        none = np.zeros(0, np.int64)
+        blocks = slice(begin // BLOCK, (begin + length) // BLOCK)
+        found.append(
+            Batch(
+                ids[:, :-1][part], ids[:, 1:][part], mask[part], None if starts is None else starts[rows, blocks],
+                np.ones(MICRO_ROWS, bool), numbers, 0 * numbers, 0 * numbers, Cuts(*[none] * 5, begin),
+            )
+        )  # fmt: skip
+    return found
+
+
+def step(variant: str, isolated: bool, again: bool, stage: int, sp: int) -> dict[str, Any]:
+    """One step of the trainer on all ranks there are; what it reports, and the full gradients."""
+    from bst_dist.train.deepspeed_json import Intent, complete
+    from bst_dist.train.engine import Engine
+    from bst_dist.train.ranks import Ranks
+
+    class Recorded(Engine):
+        def update(self) -> float:
+            from deepspeed.utils import safe_get_full_grad
+
+            full = (lambda p: p.grad) if self.stage == 0 else safe_get_full_grad
+            self.gradients = {name: full(p).clone() for name, p in self.module.named_parameters()}
+            return super().update()
+
+    ranks = Ranks()
+    mesh = Mesh(ranks.world, ranks.rank, sp)
+    accumulation = ROWS // mesh.dp // MICRO_ROWS
+    strategy = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+    completed = complete(strategy, Intent(ranks.world, MICRO_ROWS, accumulation, 0.0, "fp32"), "test")
+    of = model(variant)
+    of.checkpoint = activation.policy(ActivationCheckpointingConfig(policy="every-layer" if again else "none"))
+    engine = Recorded(of, OptimizerConfig(), completed)
+    config = TrainConfig(steps=1, sequence_length=LENGTH, sequences=ROWS, micro_sequences=MICRO_ROWS, precision="fp32")
+    token_bytes = torch.ones(VOCABULARY, dtype=torch.long)
+    trainer = Trainer(config, ScheduleConfig(), engine, ranks, token_bytes, Speed(1.0, 1.0), mesh.sp_group())
+    report = trainer.step(0, batches(mesh, isolated), time.perf_counter())
+    return {"loss": report.loss_nats, "norm": report.gradient_norm, "gradients": engine.gradients}
+
+
+def one_process(variant: str, isolated: bool) -> dict[str, Any]:
+    """The mean loss over all valid tokens of the global batch, without the trainer and without DeepSpeed."""
+    of, total, tokens = model(variant), 0.0, 0
+    for batch in batches(Mesh(1, 0), isolated):
+        names = ("input_ids", "labels", "loss_mask", "starts")
+        inputs = {n: torch.from_numpy(x) for n in names if (x := getattr(batch, n)) is not None}
+        total = total + of(**inputs).total
+        tokens += int(inputs["loss_mask"].sum())
+    (total / tokens).backward()
+    gradients = {name: p.grad for name, p in of.named_parameters()}
+    norm = torch.stack([g.norm() for g in gradients.values()]).norm()
+    return {"loss": float(total.detach()) / tokens, "norm": float(norm), "gradients": gradients}
+
+
+def errors(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+    """Relative errors of a step as one rank sees it; of tiny gradients, relative to the largest a thousandfold."""
+    least = 1e-3 * max(float(g.norm()) for g in expected["gradients"].values())
+    differences = {
+        name: float((found["gradients"][name] - wanted).norm() / max(wanted.norm(), least))
+        for name, wanted in expected["gradients"].items()
+    }
+    return differences | {key: abs(found[key] / expected[key] - 1) for key in ("loss", "norm")}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("world", "sp"), [(2, 1), (2, 2), (4, 2)])
+def test_a_step_on_a_mesh_is_one_process_s(on_ranks, stage, world, sp):
+    """With joined documents and all activations kept, and with isolated ones and every layer run again."""
+
+    def all_cases() -> dict[str, float]:
+        os.environ |= {"RANK": str(dist.get_rank()), "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
+        worst = {}
+        for (variant, isolated), wanted in expected.items():
+            found = step(variant, isolated, isolated, stage, sp)
+            worst |= {f"{variant} isolated={isolated} {name}": e for name, e in errors(found, wanted).items()}
+        return worst
+
+    expected = {case: one_process(*case) for case in (("SH", False), ("SH", True), ("MF", True))}
+    for found in on_ranks(world, all_cases):
+        assert {name: error for name, error in found.items() if not error <= TOLERANCE} == {}
