@@ -9,12 +9,13 @@ Shapes: B rows, l tokens of the slice, p <= W positions before it, H heads, dh h
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bst_dist.model.flex import flex_sliding_attention
 from bst_dist.model.tiles import HIDDEN, QUERY_TILE, sliding_tiles, tiled_attention
 from bst_dist.parallel.past import Past
 from data_pipeline.config import Config
@@ -85,51 +86,96 @@ class SlidingAttention(nn.Module):
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
         """`starts` (B, l / W) marks blocks that see nothing before them."""
+        q, k, v = self.project(u, past)
+        documents = None if starts is None else documents_of(starts, q.shape[1], k.shape[1], self.window)
+        return self.attend(q, k, v, documents).flatten(-2)
+
+    def project(self, u: Tensor, past: Past) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, l, H, dh), and keys and values (B, p + l, H, dh) with what the past has of the window."""
         q, kv = self.qkv(u).unflatten(-1, (3, self.heads, -1)).split((1, 2), dim=2)  # (B, l, 1 or 2, H, dh)
         q = unit(q.squeeze(2), self.scale)
-        k, v = past.extend("kv", kv, before=self.window).unbind(2)  # (B, p + l, H, dh)
+        k, v = past.extend("kv", kv, before=self.window).unbind(2)
         k = unit(k)
         if self.config.position == "rope":  # only differences matter, so any common origin will do
             k, q = rotate(k, self.config.rope_base, 0), rotate(q, self.config.rope_base, k.shape[1] - q.shape[1])
-        if starts is not None:
-            q, k = separate_documents(q, k, starts)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+        """(B, l, H, dh), (B, p + l, H, dh) twice -> (B, l, H, dh)."""
         bias = self.bias(self.window + 1) if self.bias is not None else None
-        return sliding_attention(q, k, v, self.window, bias, self.config.include_self).flatten(-2)
+        return sliding_attention(q, k, v, self.window, bias, self.config.include_self, documents)
 
 
-def separate_documents(q: Tensor, k: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-    """Two more channels that hide keys of another document from each query, exactly and without a mask.
+class Documents(NamedTuple):
+    """Which document each key belongs to."""
 
-    A window spans two blocks, so it is enough to tell odd from even documents of the slice: the query's channel of
-    its own parity meets 0 in keys of its document, and -HIDDEN in the others. Positions before the slice belong to
-    the document that the slice begins in.
+    number: Tensor
+    """(B, p + l) int, growing along a row."""
+    kinds: int
+    """Documents that can meet in one window: numbers modulo this tell them apart."""
+
+
+def documents_of(starts: Tensor, length: int, keys: int, window: int) -> Documents:
+    """The document of each of p + l keys, from the blocks of the slice that begin one, (B, l / W).
+
+    Positions before the slice belong to the document that the slice begins in, unless its first block begins one.
     """
-    block = q.shape[1] // starts.shape[1]
-    odd = (starts.cumsum(1) % 2).repeat_interleave(block, dim=1)  # (B, l)
-    odd_key = F.pad(odd, (k.shape[1] - q.shape[1], 0))  # what is before the first start is even
-    own = torch.stack((1 - odd, odd), dim=-1).to(q.dtype)
-    hidden = torch.stack((odd_key, 1 - odd_key), dim=-1).to(k.dtype) * -HIDDEN
-    heads = q.shape[2]
-    q = torch.cat((q, own.unsqueeze(2).expand(-1, -1, heads, -1)), dim=-1)
-    k = torch.cat((k, hidden.unsqueeze(2).expand(-1, -1, heads, -1)), dim=-1)
-    return q, k
+    block = length // starts.shape[1]
+    number = F.pad(starts.cumsum(1).repeat_interleave(block, dim=1), (keys - length, 0))
+    return Documents(number, min(-(-window // block), starts.shape[1]) + 1)
 
 
-def sliding_attention(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, include_self: bool) -> Tensor:
+def attention_path(device: torch.device) -> str:
+    """What computes sliding attention on this device: "flex" (FlexAttention) or "tiles"."""
+    return "flex" if device.type == "cuda" else "tiles"
+
+
+def sliding_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    bias: Tensor | None,
+    include_self: bool,
+    documents: Documents | None = None,
+) -> Tensor:
     """Attention of each query to the `window` keys up to its own: (B, l, H, dh), (B, p + l, H, *) -> (B, l, H, dh).
 
     Args:
         bias: (H, window + 1), added by distance q - k; None for none.
         include_self: whether distance 0 is seen; otherwise distance `window` is.
+        documents: which document each key belongs to; keys of another one are not seen.
     """
-    tile = min(QUERY_TILE, q.shape[1])
-    distance = torch.arange(window, window + tile, device=q.device).unsqueeze(1)
-    distance = distance - torch.arange(window + tile, device=q.device)  # (t, window + t)
-    nearest = 0 if include_self else 1
-    seen = (distance >= nearest) & (distance < window + nearest)
-    mask = distance.new_zeros(1, *distance.shape, dtype=torch.float32)
-    if bias is not None:
-        mask = bias[:, distance.clamp(0, window)]
-    mask = mask.masked_fill(~seen, -HIDDEN)
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    if attention_path(q.device) == "flex":
+        number = None if documents is None else documents.number
+        return flex_sliding_attention(q, k, v, window, bias, include_self, number)
+    if documents is not None:
+        q, k = separate_documents(q, k, documents)
+    mask = band_mask(min(QUERY_TILE, q.shape[1]), window, bias, include_self, q.device)
     tiles = sliding_tiles(q.shape[1], k.shape[1] - q.shape[1], window)
     return tiled_attention(q, k, v, mask, tiles, empty_rows=not include_self)
+
+
+def band_mask(tile: int, window: int, bias: Tensor | None, include_self: bool, device: torch.device) -> Tensor:
+    """What is added to the scores of a tile of queries against the window before it and itself, (H or 1, t, W + t)."""
+    distance = torch.arange(window, window + tile, device=device).unsqueeze(1)
+    distance = distance - torch.arange(window + tile, device=device)
+    nearest = 0 if include_self else 1
+    seen = (distance >= nearest) & (distance < window + nearest)
+    mask = torch.zeros(1, *distance.shape, device=device) if bias is None else bias[:, distance.clamp(0, window)]
+    return mask.masked_fill(~seen, -HIDDEN)
+
+
+def separate_documents(q: Tensor, k: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
+    """More channels that hide keys of another document from each query, exactly and without a mask a row.
+
+    A query's channel of its own kind meets 0 in keys of that kind, and -HIDDEN in all others.
+    """
+    kind = F.one_hot(documents.number % documents.kinds, documents.kinds)  # (B, p + l, kinds)
+    own, other = kind[:, k.shape[1] - q.shape[1] :], (1 - kind) * -int(HIDDEN)
+    return torch.cat((q, _for_heads(own, q)), dim=-1), torch.cat((k, _for_heads(other, k)), dim=-1)
+
+
+def _for_heads(channels: Tensor, like: Tensor) -> Tensor:
+    return channels.to(like.dtype).unsqueeze(2).expand(-1, -1, like.shape[2], -1)

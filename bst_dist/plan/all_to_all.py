@@ -11,7 +11,7 @@ from copy import copy
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bst_dist.model.attention import SlidingAttention, rotate, separate_documents, sliding_attention, unit
+from bst_dist.model.attention import SlidingAttention, documents_of, rotate, sliding_attention, unit
 from bst_dist.model.layers import Layer
 from bst_dist.model.ssm.s4d import S4D
 from bst_dist.parallel.group import SequenceGroup
@@ -46,10 +46,9 @@ class WholeSequenceAttention(nn.Module):
         q, k = unit(q, inner.scale[share]), unit(k)
         if inner.config.position == "rope":
             q, k = (rotate(x, inner.config.rope_base, 0) for x in (q, k))
-        if starts is not None:
-            q, k = separate_documents(q, k, starts)
+        documents = None if starts is None else documents_of(starts, q.shape[1], k.shape[1], inner.window)
         bias = None if inner.bias is None else inner.bias(inner.window + 1)[share]
-        out = sliding_attention(q, k, v, inner.window, bias, inner.config.include_self)
+        out = sliding_attention(q, k, v, inner.window, bias, inner.config.include_self, documents)
         return to_tokens(out, 2, group, "attention").flatten(-2)
 
 

@@ -11,9 +11,11 @@ from bst_dist.model.attention import (
     AttentionConfig,
     DistanceBias,
     SlidingAttention,
+    documents_of,
     rotate,
     sliding_attention,
 )
+from bst_dist.model.flex import flex_sliding_attention
 from bst_dist.parallel.past import Past
 
 
@@ -52,6 +54,37 @@ def test_tiles_equal_query_by_query(length, before, window, include_self, with_b
     bias = torch.randn(2, window + 1, dtype=torch.float64) if with_bias else None
     ours = sliding_attention(q, k, v, window, bias, include_self)
     torch.testing.assert_close(ours, query_by_query(q, k, v, window, bias, include_self), rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.booleans(), min_size=5, max_size=5), st.sampled_from([4, 8, 12]), st.booleans())
+def test_documents_are_kept_apart_also_in_windows_of_several_blocks(starts, window, past):
+    torch.manual_seed(0)
+    before = 4 if past else 0
+    q = torch.randn(1, 20, 2, 4, dtype=torch.float64)
+    k, v = torch.randn(2, 1, before + 20, 2, 4, dtype=torch.float64)
+    documents = documents_of(torch.tensor([starts]), 20, before + 20, window)
+    ours = sliding_attention(q, k, v, window, None, True, documents)
+    expected = query_by_query(q, k, v, window, None, True, documents.number.tolist())
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize("with_documents", [True, False])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_fused_path_equals_the_tiles(include_self, with_documents):
+    """FlexAttention, uncompiled: its mask and bias are what the tiles compute. It has no gradients on a CPU."""
+    torch.manual_seed(0)
+    q = torch.randn(2, 64, 2, 16)
+    k, v = torch.randn(2, 2, 16 + 64, 2, 16)
+    bias = torch.randn(2, 17)
+    starts = torch.tensor([[False, True, False, False], [True, False, False, True]])
+    documents = documents_of(starts, 64, 80, 16) if with_documents else None
+    number = documents.number if with_documents else None
+    with torch.no_grad():
+        fused = flex_sliding_attention(q, k, v, 16, bias, include_self, number)
+    tiled = sliding_attention(q, k, v, 16, bias, include_self, documents)
+    torch.testing.assert_close(fused, tiled, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("include_self", [True, False])

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_dist.model.attention import SlidingAttention, rotate, separate_documents, sliding_attention, unit
+from bst_dist.model.attention import SlidingAttention, documents_of, rotate, unit
 from bst_dist.parallel.past import Past
 from data_pipeline.config import Config
 
@@ -59,10 +59,8 @@ class TokenAttention(SlidingAttention):
         if self.config.position == "rope":
             base = self.config.rope_base
             near, q = rotate(near, base, 0), rotate(q, base, near.shape[1] - q.shape[1])
-        if starts is not None:
-            q, near = separate_documents(q, near, starts)
-        bias = self.bias(self.window + 1) if self.bias is not None else None
-        out = sliding_attention(q, near, values, self.window, bias, self.config.include_self)
+        documents = None if starts is None else documents_of(starts, q.shape[1], near.shape[1], self.window)
+        out = self.attend(q, near, values, documents)
         return out.flatten(-2), k, v
 
 

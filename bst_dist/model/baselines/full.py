@@ -13,8 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_dist.model.attention import SlidingAttention, rotate, unit
-from bst_dist.model.baselines.documents import mark_documents
+from bst_dist.model.attention import SlidingAttention, documents_of, separate_documents
 from bst_dist.model.tiles import HIDDEN, QUERY_TILE, Tile, tiled_attention
 from bst_dist.parallel.past import Past
 from data_pipeline.config import Config
@@ -49,16 +48,11 @@ class FullAttention(SlidingAttention):
                 f"full attention is configured for {self.window} tokens and got {past.position + u.shape[1]}: raise "
                 "model.full.longest, shorten train.sequence_length, or set train.carry to false"
             )
-        q, kv = self.qkv(u).unflatten(-1, (3, self.heads, -1)).split((1, 2), dim=2)  # (B, l, 1 or 2, H, dh)
-        q = unit(q.squeeze(2), self.scale)
-        k, v = past.extend("kv", kv, before=self.window).unbind(2)  # (B, p + l, H, dh)
-        k = unit(k)
-        if self.bias is None:
-            k, q = rotate(k, self.config.rope_base, 0), rotate(q, self.config.rope_base, k.shape[1] - q.shape[1])
-            if starts is None and self.config.include_self:
-                return _fused(q, k, v).flatten(-2)
+        q, k, v = self.project(u, past)
+        if self.bias is None and starts is None and self.config.include_self:
+            return _fused(q, k, v).flatten(-2)
         if starts is not None:
-            q, k = mark_documents(q, k, starts, kinds=starts.shape[1] + 1)
+            q, k = separate_documents(q, k, documents_of(starts, q.shape[1], k.shape[1], self.window))
         tiles = causal_tiles(q.shape[1], k.shape[1] - q.shape[1])
         mask = self._mask(min(QUERY_TILE, q.shape[1]))
         return tiled_attention(q, k, v, mask, tiles, empty_rows=not self.config.include_self).flatten(-2)

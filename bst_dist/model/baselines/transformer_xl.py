@@ -15,8 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from bst_dist.model.attention import SlidingAttention, rotate, sliding_attention, unit
-from bst_dist.model.baselines.documents import mark_documents
+from bst_dist.model.attention import SlidingAttention, documents_of
 from bst_dist.parallel.past import Past
 from data_pipeline.config import Config
 
@@ -36,20 +35,14 @@ class SegmentAttention(SlidingAttention):
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
         """`starts` (B, l / W) marks blocks that see nothing before them."""
-        q, kv = self.qkv(u).unflatten(-1, (3, self.heads, -1)).split((1, 2), dim=2)  # (B, l, 1 or 2, H, dh)
-        q = unit(q.squeeze(2), self.scale)
-        k, v = past.extend("kv", kv, before=self.window).unbind(2)  # (B, p + l, H, dh)
-        k = unit(k)
-        if self.config.position == "rope":  # only differences matter, so any common origin will do
-            k, q = rotate(k, self.config.rope_base, 0), rotate(q, self.config.rope_base, k.shape[1] - q.shape[1])
-        if starts is not None:
-            blocks = -(-self.window * starts.shape[1] // q.shape[1])
-            q, k = mark_documents(q, k, starts, kinds=blocks + 1)
-        bias = self.bias(self.window + 1) if self.bias is not None else None
-        out = [
-            sliding_attention(q[:, first:last], keys, values, self.window, bias, self.config.include_self)
-            for first, last, keys, values in self._segments(k, v, q.shape[1], past.position)
-        ]
+        q, k, v = self.project(u, past)
+        before, out = k.shape[1] - q.shape[1], []
+        documents = None if starts is None else documents_of(starts, q.shape[1], k.shape[1], self.window)
+        for first, last, keys, values in self._segments(k, v, q.shape[1], past.position):
+            if documents is not None:
+                end = before + last
+                seen = documents._replace(number=documents.number[:, end - keys.shape[1] : end])
+            out.append(self.attend(q[:, first:last], keys, values, None if documents is None else seen))
         return torch.cat(out, dim=1).flatten(-2)
 
     def _segments(self, k: Tensor, v: Tensor, length: int, position: int):
