@@ -26,7 +26,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     Raises UserError when the disk is full; the unfinished file is removed on any error.
     """
     partial = path.with_name(path.name + ".partial")
-    with _explained(path):
+    with full_disk_explained(path):
         try:
             with partial.open("wb") as file:
                 yield file
@@ -43,7 +43,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """As `atomic_file`, for a directory of files: yields a new empty directory that is renamed to `path` at the end."""
     partial = path.with_name(path.name + ".partial")
-    with _explained(path):
+    with full_disk_explained(path):
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -73,7 +73,8 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def full_disk_explained(path: Path) -> Iterator[None]:
+    """Turn the system's word that there is no room left into a UserError that names what was being written."""
     try:
         yield
     except OSError as error:

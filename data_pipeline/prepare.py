@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import Field
 
 from data_pipeline.assemble import ShardDone, assign, deduplicate, shard_tasks, write_shard
-from data_pipeline.atomic import atomic_file
+from data_pipeline.atomic import atomic_file, full_disk_explained
 from data_pipeline.config import Config
 from data_pipeline.dedup import DedupConfig
 from data_pipeline.errors import UserError
@@ -87,7 +87,7 @@ def prepare(config: PrepareConfig, workers: Workers, progress: Progress) -> tupl
     identity = _identity(config, parts)
     output = config.output.expanduser()
     work = output / "preparing"
-    with _exclusive(output):
+    with full_disk_explained(output), _exclusive(output):
         if (output / MANIFEST).exists():
             manifest = Manifest.read(output)
             _check_same({key: manifest.provenance.get(key) for key in identity}, identity, output)
@@ -175,7 +175,7 @@ def _plan(
     progress("deduplicate", 0, len(table))
     signatures = None
     if config.deduplicate.method == "minhash":
-        signatures = merge_signatures(work / "spool", int(table["chunk"].max()) + 1, len(table))
+        signatures = merge_signatures(work / "spool", int(table["chunk"].max()) + 1)
     kept = deduplicate(table, signatures, config.deduplicate)
     plan = assign(
         table,

@@ -12,12 +12,13 @@ import hashlib
 import json
 from collections.abc import Iterator
 from itertools import accumulate
+from math import ceil
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from data_pipeline.atomic import atomic_directory
+from data_pipeline.atomic import atomic_directory, atomic_file
 from data_pipeline.dedup import PERMUTATIONS, signature
 from data_pipeline.sources import Document, Part, Skipped, Source
 from data_pipeline.text import TextConfig, stored_text
@@ -72,17 +73,13 @@ def load_tables(spool: Path, chunks: int) -> np.ndarray:
     return np.concatenate([*tables, np.empty(0, TABLE)])
 
 
-def merge_signatures(spool: Path, chunks: int, documents: int) -> np.ndarray:
+def merge_signatures(spool: Path, chunks: int) -> np.ndarray:
     """All chunks' signatures as one file, mapped: (documents, PERMUTATIONS) uint32."""
-    merged = np.lib.format.open_memmap(
-        spool / "signatures.npy", mode="w+", dtype=np.uint32, shape=(documents, PERMUTATIONS)
-    )
-    start = 0
-    for number in range(chunks):
-        part = np.load(chunk_path(spool, number) / "signatures.npy", mmap_mode="r")
-        merged[start : start + len(part)] = part
-        start += len(part)
-    return merged
+    path = spool / "signatures"
+    with atomic_file(path) as file:
+        for number in range(chunks):
+            file.write(np.load(chunk_path(spool, number) / "signatures.npy").tobytes())
+    return np.memmap(path, np.uint32, mode="r").reshape(-1, PERMUTATIONS)
 
 
 def read_documents(spool: Path, rows: np.ndarray) -> Iterator[tuple[np.void, dict[str, Any], str]]:
@@ -98,14 +95,14 @@ def read_documents(spool: Path, rows: np.ndarray) -> Iterator[tuple[np.void, dic
 
 
 def read_windows(spool: Path, rows: np.ndarray, window: int, share: float) -> Iterator[str]:
-    """About `share` of the text of `rows`, taken evenly: every 1/share-th window of `window` bytes, documents apart."""
+    """About `share` of the text of `rows`, taken evenly: the first window of `window` bytes and every 1/share-th after."""
     position = 0
     for row in rows:
         size = int(row["bytes"])
         with (chunk_path(spool, int(row["chunk"])) / "text").open("rb") as text:
             for start in range(0, size, window):
                 position += 1
-                if int(position * share) > int((position - 1) * share):
+                if ceil(position * share) > ceil((position - 1) * share):
                     text.seek(int(row["offset"]) + start)
                     yield text.read(min(window, size - start)).decode(errors="ignore")
 

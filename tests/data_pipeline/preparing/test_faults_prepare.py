@@ -60,7 +60,7 @@ def test_a_truncated_shard_is_found(corpus: Path, keep: int) -> None:
     [(file, what)] = problems(corpus)
     assert file == tar.name
     assert f"{keep} bytes, expected" in what
-    assert re.search(r"cut short in (0000000\d\d\.tok\.npy|document 0), at byte", what)
+    assert re.search(r"cut short in (0000000\d\d\.tok\.npy|document \d), at byte", what)
 
 
 def test_a_missing_shard_and_a_missing_index_are_named(corpus: Path) -> None:
@@ -116,9 +116,9 @@ def test_a_line_of_40_mb_is_prepared_exactly(run, tmp_path: Path) -> None:
     from data_pipeline.shards import find_document
 
     (tmp_path / "long").mkdir()
-    line = "".join(f"{i} words and é of a very long line; " for i in range(1_100_000))[:40_000_000]
+    line = "x" * 20_000_001 + "é" + "x" * 20_000_000
     (tmp_path / "long/a.txt").write_text(line)
-    settings = {"vocab_size": 400, "sample_bytes": 200_000}
+    settings = {"vocab_size": 300, "sample_bytes": 1024}
     run(source={"kind": "folder", "path": str(tmp_path / "long")}, tokenizer=settings, validation_fraction=0.0,
         deduplicate={"method": "exact"})  # fmt: skip
     corpus = tmp_path / "corpus"
