@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("bst_dist.evaluate.compare", "check that two runs are equal, step by step and weight by weight"),
     "baselines": ("bst_dist.evaluate.baselines", "what an order-2 byte model and xz -9 make of a corpus"),
     "demo": ("bst_dist.evaluate.demo", "the whole way in minutes, from text to a trained and evaluated model"),
+    "models": ("bst_dist.plan.models", "list every model at a recipe's sizes: parameters, FLOPs, carried state"),
     "bench layers": ("bst_dist.bench.layers", "time a layer of every model beside other people's"),
     "bench parallel": ("bst_dist.plan.bench_parallel", "sequence parallelism against all-to-alls: bytes and time"),
 }

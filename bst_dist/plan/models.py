@@ -1,0 +1,162 @@
+"""List every model at the sizes of a recipe: parameters, FLOPs and carried state.
+
+    bst models launch/recipes/small-bst-sh.yaml
+    bst models launch/recipes/small-bst-sh.yaml model.width=512 model.heads=4
+
+The first row is the recipe's own model; the others have its width, heads, feed-forward network, block, depth,
+vocabulary and places. Nothing is trained and no weight is made: shapes are enough. Without model.vocab_size, the
+recipe's corpus must be there to give it.
+
+FLOPs are those of a forward pass for one token, averaged over the recipe's sequence length; training takes three times
+as many. The state is what one sequence carries to the next one, in the recipe's precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bst_dist.config import load_recipe, with_vocabulary
+from bst_dist.model.layers import FeedForward, Layer
+from bst_dist.model.lm import ModelConfig
+from bst_dist.model.ssm.kernels import KERNELS
+from bst_dist.parallel.past import EarlierCall
+from bst_dist.plan.flops import forward_flops
+from data_pipeline.config import parse
+from data_pipeline.loader import open_corpora
+
+SHARED = ("width", "heads", "ffn", "block", "depth", "vocab_size", "attention")
+"""Settings that every model of the list takes from the recipe."""
+KINDS = ("embedding", "attention", "ssm", "ffn", "norm")
+SHOWN = ("attention", "ssm", "ffn")
+"""Kinds with a column; the embedding and the norms are the same in all models."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the list."""
+
+    name: str
+    parameters: dict[str, int]
+    """By kind; `attention` is all of a mixer but its SSM: projections, biases, scales, a recurrent state."""
+    total_parameters: int
+    forward_flops_per_token: dict[str, float]
+    """By term."""
+    total_forward_flops_per_token: float
+    state_bytes: int
+    """Carried per sequence."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Command-line options."""
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe, YAML")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Print the list; returns every count."""
+    recipe = load_recipe(args.recipe, args.overrides)
+    if recipe.model.vocab_size is None:
+        recipe = with_vocabulary(recipe, open_corpora(recipe.data))
+    length = recipe.train.sequence_length
+    configs = {recipe.name: recipe.model, **catalogue(recipe.model, length)}
+    half = recipe.train.precision == "bf16"
+    entries = [entry(name, config, length, half) for name, config in configs.items()]
+    Console().print(_table(entries, recipe.model, length))
+    return {"recipe": recipe.name, "sequence_length_tokens": length, "models": [asdict(each) for each in entries]}
+
+
+def catalogue(config: ModelConfig, length: int) -> dict[str, ModelConfig]:
+    """Every model at the sizes of `config`, by name; filters have `length` taps."""
+    shared = config.model_dump(include=set(SHARED))
+    return {name: parse(ModelConfig, {**shared, **rest}, name) for name, rest in _models(config, length)}
+
+
+def _models(config: ModelConfig, length: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and the settings beyond the shared ones."""
+    s4d = config.ssm.model_dump() if config.ssm.kernel == "s4d" else {"kernel": "s4d"}
+    dplr = {"kernel": "s4-dplr"} | {key: s4d[key] for key in ("state", "dt_min", "dt_max", "chunk") if key in s4d}
+    filters = [{"kernel": kernel, "length": length} for kernel in ("explicit", "hyena")]
+    placed = {"placement": config.placement}
+    for variant in ("SH", "MH", "MF"):
+        context = {"variant": variant, "states": config.context.states}
+        for ssm in (s4d, dplr, *filters):
+            yield f"BST {variant} {ssm['kernel']}", {"mixer": "bst", **placed, "context": context, "ssm": ssm}
+    yield "BST SH without SSM", {"mixer": "bst", **placed, "ssm": {"kernel": "none"}}
+    yield "BST SH without cross-attention", {"mixer": "bst-no-cross", **placed, "ssm": s4d}
+    yield "sliding window", {"mixer": "sliding"}
+    window = config.transformer_xl.window
+    window = window if window % config.block == 0 else 4 * config.block
+    yield f"Transformer-XL {window}", {"mixer": "transformer-xl", "transformer_xl": {"window": window}}
+    recurrent = {"mixer": "block-recurrent", "block_recurrent": {"states": config.block}}
+    yield "Block-Recurrent", {**recurrent, "placement": [config.depth * 3 // 4]}
+    hybrid = [place for place in range(config.depth) if place % 4 != 3]
+    gss_ssm = {"state": 512, "chunk": min(128, config.block)}
+    yield "GSS hybrid", {"mixer": "gss", "placement": hybrid, "gss": config.gss.model_dump(), "ssm": gss_ssm}
+    yield "pure SSM", {"mixer": "ssm", "ssm": s4d}
+    yield "full attention", {"mixer": "full", "full": {"longest": max(length, config.full.longest)}}
+
+
+def entry(name: str, config: ModelConfig, length: int, half: bool = False) -> Entry:
+    """Counts of one model for sequences of `length` tokens; `half` for training in bf16."""
+    parameters = Counter({"embedding": config.width * (config.vocab_size or 0), "norm": config.width})
+    state = 0
+    for mixer, layers in Counter(config.mixers()).items():
+        with FakeTensorMode():  # tensors without storage: a layer of any size takes no memory and no arithmetic
+            layer = Layer(mixer, config)
+            state += layers * carried_bytes(layer, config.width, length, half)
+        parameters.update({kind: layers * count for kind, count in parameters_by_kind(layer).items()})
+    flops = forward_flops(config, length)
+    counts = {kind: parameters[kind] for kind in KINDS}
+    return Entry(name, counts, sum(counts.values()), flops, sum(flops.values()), state)
+
+
+def parameters_by_kind(layer: Layer) -> Counter[str]:
+    """Numbers of a layer's parameters."""
+    counts: Counter[str] = Counter()
+
+    def walk(module: nn.Module, kind: str) -> None:
+        kind = _kind(module) or kind
+        counts[kind] += sum(p.numel() for p in module.parameters(recurse=False))
+        for child in module.children():
+            walk(child, kind)
+
+    walk(layer, "attention")
+    return counts
+
+
+def _kind(module: nn.Module) -> str | None:
+    """What begins with this module; None: it is part of what it stands in."""
+    if isinstance(module, tuple(KERNELS.values())):
+        return "ssm"
+    return {FeedForward: "ffn", nn.RMSNorm: "norm"}.get(type(module))
+
+
+def carried_bytes(layer: Layer, width: int, length: int, half: bool) -> int:
+    """Bytes that one sequence of `length` tokens leaves in a layer for the next one."""
+    past = EarlierCall()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        layer(torch.zeros(1, length, width), past)
+    return sum(tensor.nbytes for tensor in past.after.values())
+
+
+def _table(entries: list[Entry], config: ModelConfig, length: int) -> Table:
+    sizes = f"{config.depth} layers, D {config.width}, {config.heads} heads, M {config.ffn}, W {config.block}"
+    table = Table(title=f"{sizes}, vocabulary {config.vocab_size}, sequences of {length} tokens")
+    table.add_column("model")
+    for column in ("parameters", *SHOWN, "MFLOP/token", "state KiB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for each in entries:
+        counts = [f"{each.parameters[kind] / 1e6:,.2f} M" for kind in SHOWN]
+        flops, state = each.total_forward_flops_per_token / 1e6, each.state_bytes / 1024
+        table.add_row(each.name, f"{each.total_parameters / 1e6:,.1f} M", *counts, f"{flops:,.1f}", f"{state:,.0f}")
+    return table
