@@ -95,7 +95,7 @@ def read_documents(spool: Path, rows: np.ndarray) -> Iterator[tuple[np.void, dic
 
 
 def read_windows(spool: Path, rows: np.ndarray, window: int, share: float) -> Iterator[str]:
-    """About `share` of the text of `rows`, taken evenly: the first window of `window` bytes and every 1/share-th after."""
+    """About `share` of the text of `rows`, taken evenly: the first `window` bytes and every 1/share-th window after."""
     position = 0
     for row in rows:
         size = int(row["bytes"])
