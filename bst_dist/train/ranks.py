@@ -28,13 +28,14 @@ class Ranks:
         from deepspeed import init_distributed, ops
         from deepspeed.accelerator import get_accelerator
 
-        # On a CPU DeepSpeed would compile an all-reduce that only its inference uses: minutes at the first start, and
-        # a start killed meanwhile leaves a lock that the next one waits for.
-        ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        accelerator = get_accelerator()
+        if accelerator.device_name() == "cpu":
+            # DeepSpeed would try its C++ extensions one by one, and compile an all-reduce that only its inference uses:
+            # minutes at the first start, and a start killed meanwhile leaves a lock that the next one waits for.
+            ops.__compatible_ops__ = {}
         if not any(name in os.environ for name in _LAUNCHED):
             alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
             os.environ |= {**alone, "MASTER_PORT": str(free_port())}
-        accelerator = get_accelerator()
         if accelerator.device_name() != "cpu" and "LOCAL_RANK" in os.environ:
             accelerator.set_device(int(os.environ["LOCAL_RANK"]))
         init_distributed(verbose=False)

@@ -1,0 +1,136 @@
+"""A small corpus, a small recipe, and several DeepSpeed ranks on this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bst_dist.config import Recipe
+from bst_dist.train.ranks import Ranks, choose_accelerator, free_port
+from data_pipeline.config import dump, parse
+from data_pipeline.parallel import open_workers
+from data_pipeline.prepare import PrepareConfig, prepare
+
+TIMEOUT_S = 240
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared corpus of made-up programs."""
+    folder, output = tmp_path_factory.mktemp("texts"), tmp_path_factory.mktemp("prepared") / "corpus"
+    random = np.random.default_rng(0)
+    words = ["for", "x", "=", "(", ")", "\n", "    ", "return", "naïve", "12", "+", "y", ":", "if", "else"]
+    for number in range(40):
+        (folder / f"{number:02}.txt").write_text(" ".join(random.choice(words, 100 + 20 * number)))
+    settings = {
+        "source": {"kind": "folder", "path": str(folder), "pattern": "*.txt"}, "output": str(output),
+        "tokenizer": {"vocab_size": 320}, "validation_fraction": 0.2,
+    }  # fmt: skip
+    with open_workers(1) as workers:
+        prepare(parse(PrepareConfig, settings), workers, lambda *_: None)
+    return output
+
+
+@pytest.fixture
+def settings(corpus: Path) -> dict[str, Any]:
+    """A recipe that trains in seconds, as plain data; in single precision, where equality can be asked for."""
+    return {
+        "name": "small", "seed": 3,
+        "model": {"width": 16, "heads": 2, "ffn": 32, "block": 8, "depth": 3, "mixer": "bst", "placement": [1],
+                  "ssm": {"state": 4, "chunk": 4}},
+        "data": {"corpus": str(corpus), "prefetch": 0},
+        "train": {"steps": 6, "sequence_length": 32, "sequences": 4, "precision": "fp32"},
+        "evaluation": {"every": 3, "sequences": 4},
+        "schedule": {"warmup_steps": 2},
+        "checkpoint": {"every": 2},
+        "log": {"tensorboard": False},
+        "deepspeed": "ds_configs/zero1.json",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, settings: dict[str, Any]) -> Callable[..., Path]:
+    """``recipe_file(**changes)`` writes the small recipe, with sections changed, and returns its path."""
+
+    def write(**changes: Any) -> Path:
+        changed = {key: {**settings.get(key, {}), **value} if isinstance(value, dict) else value
+                   for key, value in changes.items()}  # fmt: skip
+        path = tmp_path / f"recipe-{len(list(tmp_path.iterdir()))}.yaml"
+        path.write_text(dump(parse(Recipe, settings | changed)))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def on_ranks() -> Callable[..., list[Any]]:
+    """``on_ranks(world, function, *args)`` runs ``function(ranks, *args)`` on so many ranks; returns what each did.
+
+    Ranks are forked from this process, where DeepSpeed is imported already, so they start at once and `function` may
+    be a closure. The first failure ends all of them.
+    """
+    choose_accelerator()
+    import deepspeed  # noqa: F401
+
+    def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        context, port = multiprocessing.get_context("fork"), free_port()
+        pipes = [context.Pipe(duplex=False) for _ in range(world)]
+        processes = [
+            context.Process(target=_rank, args=(rank, world, port, sender, function, args), daemon=True)
+            for rank, (_, sender) in enumerate(pipes)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            return _collect([receiver for receiver, _ in pipes])
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+    return run
+
+
+def _collect(receivers: list[Any]) -> list[Any]:
+    """What each rank returned; raises AssertionError with the traceback of the first that failed."""
+    results: dict[int, Any] = {}
+    while len(results) < len(receivers):
+        waiting = {receiver: rank for rank, receiver in enumerate(receivers) if rank not in results}
+        ready = multiprocessing.connection.wait(list(waiting), timeout=TIMEOUT_S)
+        assert ready, f"ranks {sorted(waiting.values())} said nothing for {TIMEOUT_S} s"
+        for receiver in ready:
+            try:
+                failed, value = receiver.recv()
+            except EOFError:
+                failed, value = True, "died without a word"
+            assert not failed, f"rank {waiting[receiver]}:\n{value}"
+            results[waiting[receiver]] = value
+    return [results[rank] for rank in range(len(receivers))]
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No time is spent on measuring the machine's peak."""
+    monkeypatch.setattr("bst_dist.train.program.peak_flops", lambda *_: 1e12)
+
+
+def _rank(rank: int, world: int, port: int, sender: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}
+    try:
+        ranks = Ranks()
+        result = function(ranks, *args)
+        ranks.barrier()  # nobody leaves while another may still be talking
+        sender.send((False, result))
+    except BaseException:
+        sender.send((True, traceback.format_exc()))

@@ -1,0 +1,94 @@
+"""The gradient of a step is that of the mean loss over all its valid tokens, however the step is spread."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import deepspeed
+import numpy as np
+import pytest
+import torch
+
+from bst_dist.model.lm import LanguageModel
+from bst_dist.parallel.mesh import Mesh
+from bst_dist.train import program
+from bst_dist.train.engine import Engine
+from bst_dist.train.loop import on_device
+from bst_dist.train.metrics import StepReport
+from bst_dist.train.ranks import Ranks
+from bst_dist.train.start import Request, Start, load, resolve
+
+pytestmark = pytest.mark.ranks
+CASES = [
+    (stage, micro, policy)
+    for stage in range(4)
+    for micro, policy in ((2, "none"), (1, "none"), (1, "every-layer"))
+]
+
+
+def overrides(stage: int, micro: int, policy: str) -> list[str]:
+    return [
+        f"deepspeed=ds_configs/zero{stage}.json",
+        f"train.micro_sequences={micro}",
+        f"activation_checkpointing.policy={policy}",
+    ]
+
+
+def start_of(recipe: Path, world: int, changes: list[str]) -> Start:
+    request = Request(recipe, changes, recipe.parent / "never-written", resume=False, until=None)
+    start = resolve(load(request), request, world)
+    if start.completed["zero_optimization"]["stage"] == 3:  # or it would keep such small parameters whole
+        start.completed["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return start
+
+
+def one_process(recipe: Path) -> tuple[dict[str, np.ndarray], float]:
+    """Gradients and loss by plain torch: all rows at once, in one process, in double precision."""
+    start = start_of(recipe, 1, ["train.micro_sequences=4"])
+    torch.manual_seed(start.recipe.seed)
+    model = LanguageModel(start.recipe.model).double()
+    (batch,) = program._loader(start, start.corpora, _Alone()).batches(0)
+    inputs = on_device(batch, torch.device("cpu"))
+    loss = model(**inputs).total / inputs["loss_mask"].sum()
+    loss.backward()
+    return {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}, loss.item()
+
+
+class _Alone:
+    rank, world = 0, 1
+
+
+def one_step(ranks: Ranks, recipe: Path, changes: list[str]) -> tuple[dict[str, np.ndarray], StepReport]:
+    """Full gradients as they are before the update, and the report, of the first step on these ranks."""
+    start = start_of(recipe, ranks.world, changes)
+    engine = program._engine(start)
+    sharing = Mesh(ranks.world, ranks.rank, start.recipe.parallel.sp).sp_group()
+    trainer = program._trainer(start, engine, ranks, sharing)
+    gradients: dict[str, np.ndarray] = {}
+
+    def update() -> float:
+        for name, parameter in engine.module.named_parameters():
+            gradients[name] = deepspeed.utils.safe_get_full_grad(parameter).numpy().copy()
+        return Engine.update(engine)
+
+    engine.update = update
+    report = trainer.step(0, program._loader(start, start.corpora, ranks).batches(0), start=0.0)
+    engine.deepspeed.destroy()
+    return gradients, report
+
+
+def test_gradient_of_two_ranks_is_that_of_one_process_in_every_stage(recipe_file, on_ranks, unmeasured):
+    recipe = recipe_file(data={"documents": "isolated"})  # some tokens are masked out, unevenly over the ranks
+    expected, loss = one_process(recipe)
+    norm = np.sqrt(sum((gradient**2).sum() for gradient in expected.values()))
+
+    def steps(ranks: Ranks) -> list:
+        return [one_step(ranks, recipe, overrides(*case)) for case in CASES]
+
+    for case, (gradients, report) in zip(CASES, on_ranks(2, steps)[0], strict=True):
+        assert report.loss_nats == pytest.approx(loss, rel=1e-6), case
+        assert report.gradient_norm == pytest.approx(norm, rel=1e-5), case
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            error = np.linalg.norm(gradient - expected[name]) / np.linalg.norm(expected[name])
+            assert error < 1e-6, f"{case}: {name} is off by {error:.1e}"
