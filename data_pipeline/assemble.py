@@ -48,7 +48,7 @@ def deduplicate(table: np.ndarray, signatures: np.ndarray | None, config: DedupC
         clusters.join_equal(np.ascontiguousarray(table["digest"]).view("V16")[:, 0])
     exact = clusters.roots()
     if signatures is not None:
-        near_duplicates(signatures[order], config, clusters)
+        near_duplicates(signatures, order, config, clusters)
     near = clusters.roots()
     grouped = np.flatnonzero(table["group"])
     clusters.join_equal(table["group"][grouped], grouped)

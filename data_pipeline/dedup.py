@@ -24,6 +24,8 @@ PERMUTATIONS = 128
 
 _SHINGLE = 5  # words
 _BATCH = 1 << 15  # shingles hashed at a time: bounds memory to a few tens of MB
+_SLICE = 1 << 22  # bytes split into words at a time
+_SPACE = re.compile(rb"\s")
 _WORD = re.compile(rb"\w+|[^\w\s]+")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
@@ -70,7 +72,7 @@ class Clusters:
 
 def signature(text: bytes) -> np.ndarray:
     """The MinHash signature of a text's word 5-grams, (PERMUTATIONS,) uint32; a shorter text is one shingle."""
-    words = np.fromiter((zlib.crc32(word) for word in _WORD.findall(text.lower())), np.uint64)
+    words = np.concatenate([np.empty(0, np.uint64), *_word_hashes(text.lower())])
     width = min(_SHINGLE, max(len(words), 1))
     shingles = np.zeros(max(len(words) - width + 1, 1), np.uint64)
     for k in range(width if len(words) else 0):
@@ -83,21 +85,37 @@ def signature(text: bytes) -> np.ndarray:
     return minhash.hashvalues.astype(np.uint32)
 
 
-def near_duplicates(signatures: np.ndarray, config: DedupConfig, clusters: Clusters) -> None:
-    """Join the documents whose `signatures`, (n, PERMUTATIONS) uint32, say they are near duplicates."""
+def _word_hashes(text: bytes) -> Iterator[np.ndarray]:
+    """Hashes of the text's words, (k,) uint64 a slice; slices end between words."""
+    start = 0
+    while start < len(text):
+        end = _SPACE.search(text, start + _SLICE)
+        stop = end.start() if end else len(text)
+        yield np.fromiter(map(zlib.crc32, _WORD.findall(text, start, stop)), np.uint64)
+        start = stop
+
+
+def near_duplicates(signatures: np.ndarray, order: np.ndarray, config: DedupConfig, clusters: Clusters) -> None:
+    """Join the documents whose `signatures`, (n, PERMUTATIONS) uint32, say they are near duplicates.
+
+    `clusters` counts documents in `order`, (n,): its document i has the signature `order[i]`.
+    """
     scheme = MinHashLSH(threshold=config.similarity, num_perm=PERMUTATIONS)
     for band in range(scheme.b):
-        columns = np.ascontiguousarray(signatures[:, band * scheme.r : (band + 1) * scheme.r])
+        columns = np.ascontiguousarray(signatures[:, band * scheme.r : (band + 1) * scheme.r])[order]
         for run in _equal_runs(columns.view(f"V{columns.itemsize * scheme.r}")[:, 0]):
-            _join_similar(run, signatures, config.similarity, clusters)
+            _join_similar(run, signatures, order, config.similarity, clusters)
 
 
-def _join_similar(run: np.ndarray, signatures: np.ndarray, similarity: float, clusters: Clusters) -> None:
+def _join_similar(
+    run: np.ndarray, signatures: np.ndarray, order: np.ndarray, similarity: float, clusters: Clusters
+) -> None:
     """Join each document of a bucket to the first one before it that it resembles."""
     leaders: list[int] = []
     for i in run.tolist():
         for leader in leaders:
-            if clusters.root(i) == clusters.root(leader) or np.mean(signatures[i] == signatures[leader]) >= similarity:
+            equal = signatures[order[i]] == signatures[order[leader]]
+            if clusters.root(i) == clusters.root(leader) or np.mean(equal) >= similarity:
                 clusters.join(leader, i)
                 break
         else:

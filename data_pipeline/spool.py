@@ -1,16 +1,18 @@
 """How a source's text waits between extraction and encoding: chunks of whole documents, on disk.
 
 A chunk is a directory that one worker writes from a run of consecutive parts: `text` (the documents' UTF-8, one after
-the other), `table.npy` (a row a document: what deduplication and planning need), `names.jsonl` (a line a document: what
-only the shards need), `skipped.jsonl`, and `signatures.npy` if near duplicates are looked for. Memory is bounded by one
-document here, and by a table row a document where the tables of all chunks are put together.
+the other), `table` (a row a document: what deduplication and planning need), `names.jsonl` (a line a document: what
+only the shards need), `skipped.jsonl`, and `signatures` (MinHash, if asked for). Memory is bounded by one document
+here, and by a table row a document where the tables of all chunks are put together.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import accumulate
 from math import ceil
 from pathlib import Path
@@ -24,10 +26,11 @@ from data_pipeline.sources import Document, Part, Skipped, Source
 from data_pipeline.text import TextConfig, stored_text
 
 TABLE = np.dtype(
-    [("chunk", "<u4"), ("row", "<u4"), ("offset", "<u8"), ("bytes", "<u8"), ("digest", "<u8", 2), ("group", "<u8"),
+    [("chunk", "<u4"), ("names", "<u8"), ("offset", "<u8"), ("bytes", "<u8"), ("digest", "<u8", 2), ("group", "<u8"),
      ("id", "<u8"), ("split", "u1")]
 )  # fmt: skip
-"""A document: its place in the spool, its size, hashes of its text and of its group (0: none), its id, its split."""
+"""A document: its chunk, the bytes of the chunk's names and text where its own begin, its text's size, hashes of its
+text and of its group (0: none), its id, the split its source gives."""
 
 SPLITS = ("", "train", "validation", "test")
 """What the column `split` counts: the split that the source itself gives, or none."""
@@ -69,7 +72,7 @@ def chunk_path(spool: Path, number: int) -> Path:
 
 def load_tables(spool: Path, chunks: int) -> np.ndarray:
     """The rows of all chunks, (documents,) of TABLE, in the order of the corpus."""
-    tables = [np.load(chunk_path(spool, number) / "table.npy") for number in range(chunks)]
+    tables = [np.fromfile(chunk_path(spool, number) / "table", TABLE) for number in range(chunks)]
     return np.concatenate([*tables, np.empty(0, TABLE)])
 
 
@@ -78,7 +81,8 @@ def merge_signatures(spool: Path, chunks: int) -> np.ndarray:
     path = spool / "signatures"
     with atomic_file(path) as file:
         for number in range(chunks):
-            file.write(np.load(chunk_path(spool, number) / "signatures.npy").tobytes())
+            with (chunk_path(spool, number) / "signatures").open("rb") as part:
+                shutil.copyfileobj(part, file)
     return np.memmap(path, np.uint32, mode="r").reshape(-1, PERMUTATIONS)
 
 
@@ -87,11 +91,11 @@ def read_documents(spool: Path, rows: np.ndarray) -> Iterator[tuple[np.void, dic
     edges = np.flatnonzero(np.diff(rows["chunk"])) + 1
     for run in np.split(rows, edges) if len(rows) else []:
         path = chunk_path(spool, int(run["chunk"][0]))
-        names = (path / "names.jsonl").read_bytes().splitlines()
-        with (path / "text").open("rb") as text:
+        with (path / "names.jsonl").open("rb") as names, (path / "text").open("rb") as text:
             for row in run:
+                names.seek(int(row["names"]))
                 text.seek(int(row["offset"]))
-                yield row, json.loads(names[row["row"]]), text.read(int(row["bytes"])).decode()
+                yield row, json.loads(names.readline()), text.read(int(row["bytes"])).decode()
 
 
 def read_windows(spool: Path, rows: np.ndarray, window: int, share: float) -> Iterator[str]:
@@ -115,26 +119,19 @@ def read_skipped(spool: Path, chunks: int) -> Iterator[dict[str, str]]:
 
 
 def _write_chunk(path: Path, task: ChunkTask) -> None:
-    rows, signatures, offset = [], [], 0
-    with (
-        (path / "text").open("wb") as texts,
-        (path / "names.jsonl").open("wb") as names,
-        (path / "skipped.jsonl").open("wb") as skips,
-    ):
+    with ExitStack() as stack:
+        files = ("text", "table", "names.jsonl", "skipped.jsonl", "signatures")
+        texts, table, names, skips, signatures = (stack.enter_context((path / name).open("wb")) for name in files)
         for found in _documents(task):
             if isinstance(found, Skipped):
                 _write_line(skips, {"path": found.path, "reason": found.reason})
                 continue
             document, text = found
+            table.write(_row(task, names.tell(), texts.tell(), document, text).tobytes())
             _write_line(names, {"path": document.path, "licence": document.licence, "title": document.title})
             texts.write(text)
-            rows.append(_row(task, len(rows), offset, document, text))
-            offset += len(text)
             if task.signatures:
-                signatures.append(signature(text))
-    np.save(path / "table.npy", np.array(rows, TABLE))
-    if task.signatures:
-        np.save(path / "signatures.npy", np.array(signatures, np.uint32).reshape(-1, PERMUTATIONS))
+                signatures.write(signature(text).tobytes())
 
 
 def _documents(task: ChunkTask) -> Iterator[tuple[Document, bytes] | Skipped]:
@@ -143,19 +140,15 @@ def _documents(task: ChunkTask) -> Iterator[tuple[Document, bytes] | Skipped]:
             yield stored_text(found, task.text)
 
 
-def _row(task: ChunkTask, row: int, offset: int, document: Document, text: bytes) -> tuple[Any, ...]:
+def _row(task: ChunkTask, names: int, offset: int, document: Document, text: bytes) -> np.ndarray:
     digest = hashlib.sha256(text).digest()
-    name = f"{task.source.kind}\0{document.path}\0".encode()
-    return (
-        task.number,
-        row,
-        offset,
-        len(text),
-        np.frombuffer(digest, "<u8", count=2),
-        _hash64(document.group.encode()) if document.group else 0,
-        _hash64(name + digest),
-        SPLITS.index(document.split),
-    )
+    row = np.zeros((), TABLE)
+    row["chunk"], row["names"], row["offset"], row["bytes"] = task.number, names, offset, len(text)
+    row["digest"] = np.frombuffer(digest, "<u8", count=2)
+    row["group"] = _hash64(document.group.encode()) if document.group else 0
+    row["id"] = _hash64(f"{task.source.kind}\0{document.path}\0".encode() + digest)
+    row["split"] = SPLITS.index(document.split)
+    return row
 
 
 def _hash64(data: bytes) -> int:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline import dedup
 from data_pipeline.assemble import assign, deduplicate
 from data_pipeline.dedup import PERMUTATIONS, Clusters, DedupConfig, near_duplicates, signature
 from data_pipeline.spool import SPLITS, TABLE
@@ -27,7 +28,7 @@ def shingles(text: str) -> set[tuple[str, ...]]:
 def table(n: int, **columns: np.ndarray) -> np.ndarray:
     """A table of n documents with distinct digests, but for what `columns` says."""
     rows = np.zeros(n, TABLE)
-    rows["row"], rows["bytes"] = np.arange(n), 100
+    rows["offset"], rows["bytes"] = np.arange(n), 100
     rows["digest"] = np.arange(n, dtype=np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
     for name, values in columns.items():
         rows[name] = values
@@ -51,13 +52,20 @@ def test_case_and_spacing_do_not_matter_but_words_do() -> None:
     assert np.mean(signature(text.encode()) == signature(" ".join(words(4)).encode())) < 0.1
 
 
+def test_a_long_text_is_split_into_words_in_slices_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = " ".join(words(5)).encode()
+    whole = signature(text)
+    monkeypatch.setattr(dedup, "_SLICE", 100)
+    assert np.array_equal(signature(text), whole)
+
+
 def test_near_duplicates_are_joined_and_others_are_not() -> None:
     bases = [words(seed) for seed in range(20)]
     copies = [[*base[:-15], *words(100 + i, 15)] for i, base in enumerate(bases[:8])]  # similarity about 0.95
     halves = [[*base[:300], *words(200 + i, 300)] for i, base in enumerate(bases[8:16])]  # about 0.33
     every = [" ".join(text).encode() for text in (*bases, *copies, *halves)]
     clusters = Clusters(len(every))
-    near_duplicates(np.stack([signature(text) for text in every]), DedupConfig(), clusters)
+    near_duplicates(np.stack([signature(text) for text in every]), np.arange(len(every)), DedupConfig(), clusters)
     expected = list(range(len(every)))
     expected[20:28] = range(8)
     assert clusters.roots().tolist() == expected
@@ -135,7 +143,7 @@ def test_shards_follow_the_corpus_and_are_numbered_without_gaps(sizes: list[int]
     rows = table(len(sizes), bytes=sizes)
     kept = deduplicate(rows, None, DedupConfig(method="none"))
     plan = assign(rows, kept, validation_fraction=0.0, shard_bytes=1000, seed=0)
-    assert plan["row"].tolist() == list(range(len(sizes)))
+    assert plan["offset"].tolist() == list(range(len(sizes)))
     assert np.unique(plan["shard"]).tolist() == list(range(plan["shard"].max() + 1))
     before = np.cumsum(sizes) - sizes
     for shard in range(plan["shard"].max() + 1):

@@ -116,7 +116,7 @@ def test_a_line_of_40_mb_is_prepared_exactly(run, tmp_path: Path) -> None:
     from data_pipeline.shards import find_document
 
     (tmp_path / "long").mkdir()
-    line = "".join(f"{i} words, " for i in range(5000)) + "x" * 20_000_001 + "é" + "x" * 20_000_000
+    line = "".join(f"{i} words, " for i in range(5000)) + "words, " * 3_000_000 + "é" + "words, " * 3_000_000
     (tmp_path / "long/a.txt").write_text(line)
     settings = {"vocab_size": 300, "sample_bytes": 1024}
     run(source={"kind": "folder", "path": str(tmp_path / "long")}, tokenizer=settings, validation_fraction=0.0,
