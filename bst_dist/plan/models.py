@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -37,8 +38,8 @@ from data_pipeline.loader import open_corpora
 SHARED = ("width", "heads", "ffn", "block", "depth", "vocab_size", "attention")
 """Settings that every model of the list takes from the recipe."""
 KINDS = ("embedding", "attention", "ssm", "ffn", "norm")
-SHOWN = ("attention", "ssm", "ffn")
-"""Kinds with a column; the embedding and the norms are the same in all models."""
+SHOWN = ("attention", "ssm")
+"""Kinds with a column; the others are the same in all models."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ def _models(config: ModelConfig, length: int) -> Iterator[tuple[str, dict[str, A
         context = {"variant": variant, "states": config.context.states}
         for ssm in (s4d, dplr, *filters):
             yield f"BST {variant} {ssm['kernel']}", {"mixer": "bst", **placed, "context": context, "ssm": ssm}
-    yield "BST SH without SSM", {"mixer": "bst", **placed, "ssm": {"kernel": "none"}}
-    yield "BST SH without cross-attention", {"mixer": "bst-no-cross", **placed, "ssm": s4d}
+    yield "BST SH, no SSM", {"mixer": "bst", **placed, "ssm": {"kernel": "none"}}
+    yield "BST SH, no cross", {"mixer": "bst-no-cross", **placed, "ssm": s4d}
     yield "sliding window", {"mixer": "sliding"}
     window = config.transformer_xl.window
     window = window if window % config.block == 0 else 4 * config.block
@@ -151,12 +152,13 @@ def carried_bytes(layer: Layer, width: int, length: int, half: bool) -> int:
 
 def _table(entries: list[Entry], config: ModelConfig, length: int) -> Table:
     sizes = f"{config.depth} layers, D {config.width}, {config.heads} heads, M {config.ffn}, W {config.block}"
-    table = Table(title=f"{sizes}, vocabulary {config.vocab_size}, sequences of {length} tokens")
-    table.add_column("model")
-    for column in ("parameters", *SHOWN, "MFLOP/token", "state KiB"):
+    title = f"{sizes}, vocabulary {config.vocab_size}, L {length}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("model", no_wrap=True)
+    for column in ("parameters M", *(f"{kind} M" for kind in SHOWN), "MFLOP/token", "state KiB"):
         table.add_column(column, justify="right", no_wrap=True)
     for each in entries:
-        counts = [f"{each.parameters[kind] / 1e6:,.2f} M" for kind in SHOWN]
+        counts = [each.total_parameters, *(each.parameters[kind] for kind in SHOWN)]
         flops, state = each.total_forward_flops_per_token / 1e6, each.state_bytes / 1024
-        table.add_row(each.name, f"{each.total_parameters / 1e6:,.1f} M", *counts, f"{flops:,.1f}", f"{state:,.0f}")
+        table.add_row(each.name, *(f"{count / 1e6:,.2f}" for count in counts), f"{flops:,.1f}", f"{state:,.0f}")
     return table

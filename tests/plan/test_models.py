@@ -1,0 +1,83 @@
+"""The list of models: its counts against modules that are really built and run, and the paper's recipes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bst_dist.cli import main
+from bst_dist.config import load_recipe
+from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.plan.flops import forward_flops
+from bst_dist.plan.models import catalogue, entry
+
+LENGTH = 128
+CONFIG = ModelConfig(width=32, heads=4, ffn=48, block=32, depth=4, vocab_size=50, mixer="bst", placement=[1, 3],
+                     transformer_xl={"window": 64})  # fmt: skip
+MODELS = catalogue(CONFIG, LENGTH)
+RECIPES = sorted(Path(__file__).parents[2].glob("launch/recipes/paper/*.yaml"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_counts_equal_those_of_the_built_model(name):
+    config = MODELS[name]
+    found, model = entry(name, config, LENGTH), LanguageModel(config)
+    assert found.total_parameters == sum(p.numel() for p in model.parameters())
+    for kind, modules in {"embedding": [model.embedding], "ffn": [layer.ffn for layer in model.layers]}.items():
+        assert found.parameters[kind] == sum(p.numel() for module in modules for p in module.parameters())
+    own = [p for key, p in model.named_parameters() if ".ssm." in key]
+    assert found.parameters["ssm"] == sum(p.numel() for p in own)
+    assert found.total_forward_flops_per_token == sum(forward_flops(config, LENGTH).values())
+    past = model.carry()
+    model(torch.zeros(1, LENGTH, dtype=torch.long), past=past)
+    assert found.state_bytes == sum(x.numel() * x.element_size() for x in past.after.values())
+
+
+def test_known_sizes():
+    """From the equations: a sliding mixer has 4 D² and H scales and biases, a feed-forward network 2 D M."""
+    d, h, m, layers, vocabulary = 32, 4, 48, 4, 50
+    found = entry("sliding", MODELS["sliding window"], LENGTH)
+    assert found.parameters == {
+        "embedding": vocabulary * d, "attention": layers * (4 * d * d + h + 32 * h), "ssm": 0,
+        "ffn": layers * 2 * d * m, "norm": (2 * layers + 1) * d,
+    }  # fmt: skip
+    assert found.state_bytes == layers * 32 * 2 * d * 4  # a window of keys and values, in single precision
+    s, ds, n = 16, d // 4, 16  # two BST layers: down, second query, wider output, keys and values, scales
+    bst = entry("SH", MODELS["BST SH s4d"], LENGTH)
+    assert bst.parameters["attention"] - found.parameters["attention"] == 2 * (d * ds + 2 * d * d + 2 * ds * d + h)
+    assert bst.parameters["ssm"] == 2 * ds * (1 + s + 1 + n)  # step; decays and frequencies; skip; complex read-out
+    assert bst.state_bytes - found.state_bytes == 2 * ds * n * 4
+
+
+def test_half_precision_halves_keys_and_values_but_not_the_recurrent_state():
+    whole, half = (entry("SH", MODELS["BST SH s4d"], LENGTH, half) for half in (False, True))
+    recurrent = 2 * 8 * 16 * 4
+    assert half.state_bytes - recurrent == (whole.state_bytes - recurrent) / 2
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+def test_a_paper_recipe_is_named_as_its_file_and_says_its_size(path, caplog):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    counted = entry(recipe.name, recipe.model, recipe.train.sequence_length).total_parameters
+    assert f": {counted / 1e6:.1f} M parameters" in path.read_text()
+    assert not caplog.text  # no section without effect
+    layers = recipe.model.mixers()
+    assert len(layers) == 12
+
+
+def test_the_command_lists_the_recipe_first_and_every_model(tmp_path, capsys):
+    path = RECIPES[[path.stem for path in RECIPES].index("small-bst-sh")]
+    report = tmp_path / "models.json"
+    small = ["model.width=32", "model.heads=2", "model.ffn=32", "model.block=32", "train.sequence_length=64"]
+    assert main(["models", str(path), *small, "--json", str(report)]) == 0
+    assert "full attention" in capsys.readouterr().out
+    assert '"name": "small-bst-sh"' in report.read_text().split('"models"')[1].split("}")[0]
+
+
+def test_nothing_is_left_out_of_the_walk():
+    model = LanguageModel(MODELS["Block-Recurrent"])
+    counted = entry("", MODELS["Block-Recurrent"], LENGTH).parameters
+    norms = [m for m in model.modules() if isinstance(m, nn.RMSNorm)]
+    assert counted["norm"] == sum(m.weight.numel() for m in norms)
