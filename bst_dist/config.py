@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from bst_dist.model.lm import ModelConfig
 from bst_dist.parallel.mesh import Mesh, ParallelConfig
 from bst_dist.train.activation import ActivationCheckpointingConfig
+from bst_dist.train.branch import BranchConfig
 from bst_dist.train.checkpoint import CheckpointConfig
 from bst_dist.train.evaluation import EvaluationConfig
 from bst_dist.train.loop import TrainConfig
@@ -47,6 +48,8 @@ class Recipe(Config):
     """The DeepSpeed strategy: a file of ds_configs/, completed from the recipe."""
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    branch: BranchConfig | None = None
+    """The checkpoint of another run that this one begins at; null: random weights."""
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
@@ -60,6 +63,10 @@ class Recipe(Config):
             )
         if self.train.carry and self.data.mode != "streaming":
             raise ValueError("train.carry needs data.mode streaming: only there do a row's steps follow each other")
+        if self.branch and self.branch.step >= self.train.steps:
+            raise ValueError(
+                f"branch.step {self.branch.step} leaves none of the {self.train.steps} steps (train.steps)"
+            )
         return self
 
 

@@ -35,6 +35,8 @@ class CheckpointConfig(Config):
     """Steps between checkpoints; the last step always leaves one; 0: only that one."""
     keep_last: int = Field(2, ge=1)
     """How many to keep; older ones are removed once a newer one is committed."""
+    at: tuple[int, ...] = ()
+    """Steps that have a checkpoint whatever `every` says, kept for good: where branches leave this run."""
 
 
 class CheckpointError(UserError):
@@ -101,13 +103,15 @@ def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoint / WEIGHTS)
 
 
-def retain(run_dir: Path, keep_last: int) -> None:
-    """Remove what is left of broken-off writes, and all but the newest `keep_last` checkpoints.
+def retain(run_dir: Path, config: CheckpointConfig) -> None:
+    """Remove what is left of broken-off writes, and all but the newest checkpoints and those that are kept for good.
 
     Called when the newest has just been committed with its digests, so a valid one always stays. A checkpoint is
     renamed before it is removed: half of one never bears a checkpoint's name.
     """
-    for checkpoint in committed(run_dir)[keep_last:]:
+    for checkpoint in committed(run_dir)[config.keep_last :]:
+        if step_of(checkpoint) in config.at:
+            continue
         checkpoint.rename(checkpoint.with_name(checkpoint.name + DELETED))
     for suffix in (PARTIAL, DELETED):
         for left in (run_dir / CHECKPOINTS).glob(f"step-*{suffix}"):

@@ -24,23 +24,24 @@ if TYPE_CHECKING:
 
 class EvaluationConfig(Config):
     every: int = Field(500, ge=0)
-    """Steps between two evaluations; the last step always has one; 0: only that one."""
+    """Steps between two evaluations; the run's last step always has one; 0: only that one."""
     sequences: int = Field(64, ge=1)
     """Validation sequences, of the training length, to evaluate on: the same ones on every layout of ranks."""
 
 
 class Evaluate(Callback):
-    """Evaluates every so many steps, and after the last."""
+    """Evaluates every so many steps, and after the last of the run: where a start ends leaves no trace."""
 
     def __init__(self, config: EvaluationConfig, batches: Sequence[Batch], engine: Engine, ranks: Ranks,
                  token_bytes: Tensor, writers: Sequence[Writer],
-                 sharing: SequenceGroup | None = None) -> None:  # fmt: skip
-        """`batches`: this rank's share of the validation sequences; `sharing`: the ranks with the other slices."""
+                 steps: int, sharing: SequenceGroup | None = None) -> None:  # fmt: skip
+        """`batches`: this rank's share of the validation sequences; `steps`: of the whole run; `sharing`: the ranks
+        that have the other slices."""
         self.config, self.batches, self.engine, self.ranks = config, batches, engine, ranks
-        self.token_bytes, self.writers, self.sharing = token_bytes, writers, sharing
+        self.token_bytes, self.writers, self.steps, self.sharing = token_bytes, writers, steps, sharing
 
     def after_step(self, report: StepReport, last: bool) -> None:
-        if last or (self.config.every and report.step % self.config.every == 0):
+        if report.step == self.steps or (self.config.every and report.step % self.config.every == 0):
             found = self.evaluate(report.step)
             for writer in self.writers:
                 writer.write(found)
@@ -48,7 +49,10 @@ class Evaluate(Callback):
     def evaluate(self, step: int) -> EvalReport:
         """The loss of the model as it is; every rank must call it."""
         start = time.perf_counter()
+        block = self.engine.module.config.block
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        blocks = self.batches[0].input_ids.shape[1] // block * (self.sharing.size if self.sharing else 1)
+        by_block = torch.zeros(blocks, 2, dtype=torch.float64, device=self.ranks.device)
         tokens = 0
         self.engine.module.eval()
         with torch.no_grad():
@@ -56,14 +60,23 @@ class Evaluate(Callback):
                 inputs = on_device(batch, self.ranks.device)
                 losses = self.engine.forward(**inputs, past=past_of_slice(self.sharing))
                 sums += sum_of_batch(losses, inputs, self.token_bytes)
+                first, found = batch.cuts.begin // block, _by_block(losses.per_token, inputs["loss_mask"], block)
+                by_block[first : first + len(found)] += found
                 tokens += int(batch.loss_mask.sum())
         self.engine.module.train()
-        nats, text_bytes, tokens = self.ranks.sum([*sums.tolist(), tokens])
+        nats, text_bytes, tokens, *of_blocks = self.ranks.sum([*sums.tolist(), tokens, *by_block.flatten().tolist()])
         return EvalReport(
             step=step,
             split="validation",
             tokens=int(tokens),
             loss_nats=nats / max(1.0, tokens),
             bits_per_byte=bits_per_byte(nats, text_bytes),
+            loss_by_block=[n / max(1.0, t) for n, t in zip(of_blocks[::2], of_blocks[1::2], strict=True)],
             time_s=time.perf_counter() - start,
         )
+
+
+def _by_block(per_token: Tensor, mask: Tensor, block: int) -> Tensor:
+    """(l / W, 2) float64: nats and valid tokens of each block of a slice, (b, l) each, over its rows."""
+    both = torch.stack((per_token.double(), mask.double()), dim=-1)
+    return both.unflatten(1, (-1, block)).sum((0, 2))

@@ -58,6 +58,8 @@ class EvalReport:
     tokens: int
     loss_nats: float
     bits_per_byte: float
+    loss_by_block: Sequence[float]
+    """Nats a token by the position in the sequence, a value a block."""
     time_s: float
 
 
@@ -144,7 +146,7 @@ class TensorBoard(Writer):
     def write(self, report: Report) -> None:
         kind = "train" if isinstance(report, StepReport) else report.split
         for name, value in asdict(report).items():
-            if name != "step" and not isinstance(value, str):
+            if name != "step" and isinstance(value, (int, float)):
                 self._writer.add_scalar(f"{kind}/{name}", value, report.step)
 
     def close(self) -> None:

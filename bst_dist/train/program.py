@@ -16,12 +16,15 @@ from bst_dist.parallel.mesh import Mesh
 from bst_dist.plan.flops import train_flops_per_token
 from bst_dist.plan.hardware import peak_flops
 from bst_dist.train import activation, rng, rundir
+from bst_dist.train.branch import origin
+from bst_dist.train.checkpoint import CheckpointError, damage
 from bst_dist.train.engine import Engine
 from bst_dist.train.evaluation import Evaluate
+from bst_dist.train.guard import DivergedError
 from bst_dist.train.loop import Speed, Trainer
 from bst_dist.train.metrics import Console, Latest, Log, MetricsFile, TensorBoard, Writer
 from bst_dist.train.ranks import Ranks
-from bst_dist.train.snapshot import Checkpoints, Snapshots
+from bst_dist.train.snapshot import Checkpoints, Position, Snapshots
 from bst_dist.train.start import Request, Start, load, resolve
 from data_pipeline.loader import Loader
 from data_pipeline.reader import Corpus
@@ -54,11 +57,24 @@ def train(request: Request, ranks: Ranks) -> None:
     evaluation = _loader(start, start.validation, ranks).batches(0)
     callbacks = [
         Log(writers),
-        Evaluate(start.recipe.evaluation, evaluation, engine, ranks, trainer.token_bytes, writers, sharing),
+        Evaluate(
+            start.recipe.evaluation,
+            evaluation,
+            engine,
+            ranks,
+            trainer.token_bytes,
+            writers,
+            start.recipe.train.steps,
+            sharing,
+        ),
         Checkpoints(start.recipe.checkpoint, snapshots, trainer, loader.state, say=lambda text: _say(ranks, text)),
     ]
     try:
         trainer.run(loader, start.until, callbacks)
+    except DivergedError as error:
+        if ranks.first:
+            rundir.finish(start.run_dir, {"finished": False, "diverged": str(error)})
+        raise
     finally:
         loader.close()
         for writer in writers:
@@ -96,20 +112,32 @@ def _trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceGroup 
 
 
 def _resume(request: Request, start: Start, snapshots: Snapshots, trainer: Trainer, ranks: Ranks) -> int:
-    """Take up the newest valid checkpoint when asked to; returns the steps already done."""
-    if not request.resume:
-        return 0
-    checkpoint, passed_over = snapshots.newest()
+    """Take up the newest valid checkpoint when asked to, or the trunk's; returns the steps already done."""
+    checkpoint, passed_over = snapshots.newest() if request.resume else (None, [])
     for reason in passed_over:
         _say(ranks, f"passed over {reason}")
-    if checkpoint is None:
-        _say(ranks, f"no valid checkpoint in {start.run_dir}: starting at step 0")
+    if checkpoint is not None:
+        position = snapshots.load(checkpoint)
+    elif start.recipe.branch is not None:
+        position = _branch_off(start, snapshots, ranks)
+        checkpoint = start.recipe.branch.run
+    else:
+        if request.resume:
+            _say(ranks, f"no valid checkpoint in {start.run_dir}: starting at step 0")
         return 0
-    position = snapshots.load(checkpoint)
     _loader(start, start.corpora, ranks).check(position.data)
     trainer.tokens, trainer.carried = position.tokens, position.carried
-    _say(ranks, f"resumed from {checkpoint}")
+    _say(ranks, f"resumed from step {position.step} of {checkpoint}")
     return position.step
+
+
+def _branch_off(start: Start, snapshots: Snapshots, ranks: Ranks) -> Position:
+    """Load the trunk's checkpoint that the run begins at."""
+    begin = origin(start.run_dir, start.recipe)
+    shares = ranks.gather(damage(begin.checkpoint, ranks.rank, ranks.world))
+    if found := [line for share in shares for line in share]:
+        raise CheckpointError(f"{begin.checkpoint}: {found[0]}")
+    return snapshots.load(begin.checkpoint, recipe=digest(begin.trunk))
 
 
 def _loader(start: Start, corpora: Sequence[Corpus], ranks: Ranks, start_step: int = 0) -> Loader:
@@ -139,13 +167,18 @@ def _writers(start: Start, done: int, latest: Latest) -> list[Writer]:
 
 
 def _outcome(start: Start, latest: Latest) -> dict[str, Any]:
+    """The last step, and the last evaluation if this start made any."""
     step, evaluation = latest.step, latest.evaluation
-    return {
+    found = {
         "finished": step.step == start.recipe.train.steps,
         "step": step.step,
         "tokens": step.tokens,
         "loss_nats": step.loss_nats,
         "bits_per_byte": step.bits_per_byte,
+    }
+    if evaluation is None:
+        return found
+    return found | {
         "validation_loss_nats": evaluation.loss_nats,
         "validation_bits_per_byte": evaluation.bits_per_byte,
     }

@@ -66,7 +66,7 @@ class Snapshots:
         self.run_dir, self.engine, self.ranks, self.identity = run_dir, engine, ranks, identity
         self._durable = engine.checkpoint_engine = DurableCheckpointEngine()
 
-    def save(self, position: Position, keep_last: int) -> Path:
+    def save(self, position: Position, config: CheckpointConfig) -> Path:
         """Write the checkpoint of `position`; it exists for good, or not at all, when this returns."""
         final = directory(self.run_dir, position.step)
         partial = final.with_name(final.name + PARTIAL)
@@ -82,7 +82,7 @@ class Snapshots:
         records = self.ranks.gather(files.records)
         if self.ranks.first:
             self._commit(partial, final, position, records)
-            retain(self.run_dir, keep_last)
+            retain(self.run_dir, config)
         self.ranks.barrier()
         return final
 
@@ -96,23 +96,26 @@ class Snapshots:
             passed_over.append(f"{checkpoint.name}: {found[0]}")
         return None, passed_over
 
-    def load(self, checkpoint: Path) -> Position:
-        """Put the engine and the generators where they were; raises CheckpointError for another run's checkpoint."""
+    def load(self, checkpoint: Path, recipe: str | None = None) -> Position:
+        """Put the engine and the generators where they were; raises CheckpointError for another run's checkpoint.
+
+        `recipe`: the digest of the trunk's recipe, when the run branches off another.
+        """
         manifest = read_manifest(checkpoint)
-        self._require_same(checkpoint, manifest)
+        self._require_same(checkpoint, manifest, {"recipe": recipe} if recipe else {})
         self.engine.load_checkpoint(str(checkpoint), tag=ENGINE)
         own = torch.load(checkpoint / rank_file(self.ranks.rank), map_location="cpu", weights_only=True)
         rng.restore(own["rng"], self.ranks.device)
         return Position(manifest["step"], manifest["tokens"], manifest["data"], own["carried"])
 
-    def _require_same(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
+    def _require_same(self, checkpoint: Path, manifest: dict[str, Any], otherwise: dict[str, Any]) -> None:
         saved = manifest["run"]
         if saved["world"] != self.ranks.world:
             raise CheckpointError(
                 f"{checkpoint}: written by {saved['world']} ranks, now there are {self.ranks.world}: "
                 f"resume on {saved['world']} ranks"
             )
-        for key, wanted in json.loads(json.dumps(self.identity)).items():
+        for key, wanted in json.loads(json.dumps({**self.identity, **otherwise})).items():
             if saved.get(key) != wanted:
                 raise CheckpointError(f"{checkpoint}: of another run: {key} is {saved.get(key)!r}, here {wanted!r}")
 
@@ -165,9 +168,10 @@ class Checkpoints(Callback):
         self.data_state, self.say = data_state, say
 
     def after_step(self, report: StepReport, last: bool) -> None:
-        if not (last or (self.config.every and report.step % self.config.every == 0)):
+        due = last or report.step in self.config.at or (self.config.every and report.step % self.config.every == 0)
+        if not due:
             return
         start = time.perf_counter()
         position = Position(report.step, self.trainer.tokens, self.data_state(report.step), self.trainer.carried)
-        path = self.snapshots.save(position, self.config.keep_last)
+        path = self.snapshots.save(position, self.config)
         self.say(f"{report.step:>12} checkpoint {path} in {time.perf_counter() - start:.1f} s")

@@ -1,0 +1,72 @@
+"""Branches: runs that take their first steps from a checkpoint of another run, the trunk.
+
+Under the wsd schedule the rate is constant between warm-up and decay, so runs of several lengths share all steps before
+their decays: one trunk without a decay, and a branch for each length that decays from one of the trunk's checkpoints.
+A branch is the run its own recipe describes, to the last bit: taking the first steps from the trunk only saves them.
+
+Source: Hägele et al., arXiv 2405.18392.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from bst_dist.train.checkpoint import CheckpointError, directory
+from bst_dist.train.schedule import factor
+from data_pipeline.config import Config, load
+
+if TYPE_CHECKING:
+    from bst_dist.config import Recipe
+
+# What a branch may have otherwise than its trunk; the schedules must still agree on every step that is shared.
+OWN = ("name:", "branch", "train.steps:", "schedule.", "evaluation.")
+
+
+class BranchConfig(Config):
+    run: str
+    """The trunk's run directory, from this run's own directory: ../trunk."""
+    step: int = Field(ge=1)
+    """The trunk's step to go on from; the trunk keeps its checkpoint by checkpoint.at."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a branch begins."""
+
+    checkpoint: Path
+    trunk: Recipe
+
+
+def origin(run_dir: Path, recipe: Recipe) -> Origin:
+    """The checkpoint that `recipe` branches off; raises CheckpointError unless its steps so far are the trunk's.
+
+    Shared must be the model, the data and the seed, and the learning rate of every step before the branch.
+    """
+    from bst_dist.config import Recipe, differing  # the recipe is composed of this module's section, too
+    from bst_dist.train.rundir import RECIPE
+
+    # Not resolved by the file system: the branch's own directory may not exist yet.
+    trunk_dir, step = Path(os.path.normpath(run_dir / recipe.branch.run)), recipe.branch.step
+    checkpoint = directory(trunk_dir, step)
+    if not checkpoint.is_dir():
+        raise CheckpointError(
+            f"{run_dir}: branches off {checkpoint}, which is not there: "
+            f"train the trunk first, with checkpoint.at: [{step}]"
+        )
+    trunk = load(Recipe, trunk_dir / RECIPE)
+    if found := [line for line in differing(trunk, recipe) if not line.startswith(OWN)]:
+        raise CheckpointError("\n".join([f"{run_dir}: not a branch of {trunk_dir}; there, here:", *found[:8]]))
+    for shared in range(step):
+        there = factor(trunk.schedule, shared, trunk.train.steps)
+        if there != factor(recipe.schedule, shared, recipe.train.steps):
+            raise CheckpointError(
+                f"{run_dir}: branches off step {step} of {trunk_dir}, but their learning rates differ from step "
+                f"{shared} on: the trunk must not decay before the branch (schedule.decay_fraction 0), and the branch "
+                "must not before it leaves the trunk"
+            )
+    return Origin(checkpoint, trunk)
