@@ -57,7 +57,7 @@ def length_histogram(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     top = int(lengths.max()).bit_length()
     bottom = int(lengths.min()).bit_length() - 1
     edges = 2 ** np.arange(bottom, top + 1, dtype=np.int64)
-    return edges, np.histogram(lengths, bins=[*edges[:-1], edges[-1] * 2])[0]
+    return edges, np.histogram(lengths, bins=edges)[0]
 
 
 def run_hashes(tokens: np.ndarray, n: int = NGRAM) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import webdataset
 
+from data_pipeline.damage import locate_changed_byte
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest, ShardInfo, sha256_file
 from data_pipeline.shards import CRC_BLOCK, ShardError, ShardIndex, token_crcs
@@ -83,10 +84,14 @@ def _first_bad(tar: Path, index: ShardIndex) -> str:
             crcs = token_crcs(np.frombuffer(data, index.dtype))
             bad = np.flatnonzero(crcs != index.crc[start : start + len(crcs)])
             if len(bad):
-                first = int(offset) + int(bad[0]) * CRC_BLOCK * size
-                last = min(first + CRC_BLOCK * size, int(offset) + len(data)) - 1
-                name = _member_at(tar, int(offset), i)
-                return f": {name}: token block {bad[0]} is damaged (bytes {first} to {last})"
+                begin = int(bad[0]) * CRC_BLOCK * size
+                block = data[begin : begin + CRC_BLOCK * size]
+                where = f"bytes {int(offset) + begin} to {int(offset) + begin + len(block) - 1}"
+                changed = locate_changed_byte(block, int(index.crc[start + int(bad[0])]))
+                if changed is not None:
+                    place, was = changed
+                    where = f"byte {int(offset) + begin + place} is 0x{block[place]:02x}, was 0x{was:02x}"
+                return f": {_member_at(tar, int(offset), i)}: token block {bad[0]} is damaged ({where})"
     return ": the damage is outside the tokens, in a member's header or JSON"
 
 

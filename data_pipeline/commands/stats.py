@@ -127,7 +127,7 @@ def _draw(path: Path, name: str, lengths: dict[str, np.ndarray]) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     edges, _ = length_histogram(np.concatenate(list(lengths.values())))
-    axes.hist(list(lengths.values()), bins=[*edges[:-1], edges[-1] * 2], stacked=True, label=list(lengths))
+    axes.hist(list(lengths.values()), bins=edges, stacked=True, label=list(lengths))
     axes.set_xscale("log", base=2)
     axes.set(xlabel="tokens in a document", ylabel="documents", title=name)
     axes.legend()

@@ -14,6 +14,7 @@ import pytest
 from data_pipeline.atomic import atomic_directory, atomic_file
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import MANIFEST, Manifest
+from data_pipeline.shards import ShardIndex
 from data_pipeline.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 from data_pipeline.verify import ShardTask, verify_shard, verify_tokenizer
 
@@ -47,10 +48,19 @@ def test_a_flipped_byte_anywhere_in_a_shard_is_found_and_placed(corpus: Path) ->
         [(file, what)] = problems(corpus)
         assert file == tar.name
         assert "damage" in what
-        if "(bytes" in what:  # inside tokens: the member and the block that holds the byte are named
-            assert re.search(r"0000000\d\d\.tok\.npy: token block 0 is damaged", what)
-            first, last = (int(word) for word in what.partition("(bytes ")[2].rstrip(")").split(" to "))
-            assert first <= position <= last
+        if "outside the tokens" not in what:
+            assert re.search(rf"\d{{9}}\.tok\.npy: token block 0 is damaged \(byte {position} is", what)
+            assert f"was 0x{whole[position]:02x})" in what
+
+
+def test_several_damaged_bytes_are_placed_by_their_block(corpus: Path) -> None:
+    index = ShardIndex.read(corpus / "train-000000.idx")
+    first = int(index.offsets[1])
+    data = bytearray((corpus / "train-000000.tar").read_bytes())
+    data[first + 3 : first + 60] = bytes(57)
+    (corpus / "train-000000.tar").write_bytes(data)
+    [(_, what)] = problems(corpus)
+    assert f"token block 0 is damaged (bytes {first} to {first + 2 * int(index.lengths[1]) - 1})" in what
 
 
 @pytest.mark.parametrize("keep", [0, 512, 3000, 5120])
