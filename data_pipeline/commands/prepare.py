@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         with stages(console) as progress:
             manifest, found = prepare(config, workers, progress)
         time_s = time.monotonic() - start
-    report = {"corpus": str(config.output), **found, "time_s": round(time_s, 3), **summary(manifest)}
+    report = {"corpus": str(config.output), **found, "workers": workers.count, **summary(manifest)}
+    report |= {"time_s": round(time_s, 3), "stage_time_s": progress.seconds()}
     _print(console, config, manifest, report)
     return report
 

@@ -12,14 +12,32 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from data_pipeline.prepare import Progress as Report
 
 
+class StageTimes:
+    """Passes reports on, and keeps when each stage was first and last heard of."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._spans: dict[str, tuple[float, float]] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        start, _ = self._spans.get(stage, (now, now))
+        self._spans[stage] = (start, now)
+        self._report(stage, done, total)
+
+    def seconds(self) -> dict[str, float]:
+        """How long each stage took."""
+        return {stage: round(end - start, 3) for stage, (start, end) in self._spans.items()}
+
+
 @contextmanager
-def stages(console: Console) -> Iterator[Report]:
+def stages(console: Console) -> Iterator[StageTimes]:
     """Yield what a preparation calls to say how far it is."""
     if console.is_terminal:
         with _bars(console) as bars:
-            yield _on_bars(bars)
+            yield StageTimes(_on_bars(bars))
     else:
-        yield _on_lines(console)
+        yield StageTimes(_on_lines(console))
 
 
 def _bars(console: Console) -> Progress:
