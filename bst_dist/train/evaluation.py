@@ -51,8 +51,9 @@ class Evaluate(Callback):
         start = time.perf_counter()
         block = self.engine.module.config.block
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
-        blocks = self.batches[0].input_ids.shape[1] // block * (self.sharing.size if self.sharing else 1)
-        by_block = torch.zeros(blocks, 2, dtype=torch.float64, device=self.ranks.device)
+        slices, own = (self.sharing.size, self.sharing.rank) if self.sharing else (1, 0)
+        blocks = self.batches[0].input_ids.shape[1] // block  # of one slice
+        by_block = torch.zeros(slices, blocks, 2, dtype=torch.float64, device=self.ranks.device)
         tokens = 0
         self.engine.module.eval()
         with torch.no_grad():
@@ -60,8 +61,7 @@ class Evaluate(Callback):
                 inputs = on_device(batch, self.ranks.device)
                 losses = self.engine.forward(**inputs, past=past_of_slice(self.sharing))
                 sums += sum_of_batch(losses, inputs, self.token_bytes)
-                first, found = batch.cuts.begin // block, _by_block(losses.per_token, inputs["loss_mask"], block)
-                by_block[first : first + len(found)] += found
+                by_block[own] += _by_block(losses.per_token, inputs["loss_mask"], block)
                 tokens += int(batch.loss_mask.sum())
         self.engine.module.train()
         nats, text_bytes, tokens, *of_blocks = self.ranks.sum([*sums.tolist(), tokens, *by_block.flatten().tolist()])
