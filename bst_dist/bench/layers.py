@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import platform
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -80,7 +82,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.no_peers:
         peers.install()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape, console, rows = SHAPES[args.shape], Console(), []
+    shape, rows = SHAPES[args.shape], []
+    console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(f"{_machine(device)}, {args.threads} threads, {args.rounds} rounds; layer D {shape.width}, "
                   f"{shape.heads} heads, W {shape.block}, FFN {4 * shape.width}, batch 1")  # fmt: skip
     for dtype in args.dtypes:
@@ -101,6 +104,8 @@ def _layers(shape: Shape, length: int, args: argparse.Namespace) -> dict[str, tu
             continue
         if sections.get("ssm", {}).get("kernel") in ("hyena", "explicit"):
             sections = sections | {"ssm": sections["ssm"] | {"length": length}}
+        if mixer == "block-recurrent":  # as many states as a block has tokens, as the peer has
+            sections = {"block_recurrent": {"states": shape.block}}
         config = ModelConfig(width=shape.width, heads=shape.heads, ffn=4 * shape.width, block=shape.block, depth=1,
                              mixer=mixer, vocab_size=1, **sections)  # fmt: skip
         layer = Layer(mixer, config)
@@ -126,19 +131,22 @@ def _measure(shape: Shape, length: int, dtype: str, device: torch.device, args: 
     with Progress(transient=True) as progress:
         task = progress.add_task(f"{length} tokens, {dtype}", total=len(cases) * (args.rounds + 1))
         seconds = interleaved(cases, args.rounds, lambda: progress.advance(task))
-    base = seconds["sliding/training"]
-    rows = []
-    for name, (_, flops) in layers.items():
-        forward, training = Spread.of(seconds[f"{name}/forward"]), Spread.of(seconds[f"{name}/training"])
-        reached = None if flops is None else Spread.of(
-            [3 * flops * length / s / p for s, p in zip(seconds[f"{name}/training"], peaks[1:], strict=True)])  # fmt: skip
-        rows.append({
-            "layer": name, "length_tokens": length, "dtype": dtype, "forward_s": vars(forward),
-            "training_s": vars(training), "speed_vs_sliding": vars(ratios(base, seconds[f"{name}/training"])),
-            "fraction_of_peak": None if reached is None else vars(reached),
-            "peak_gflops_per_s": Spread.of(peaks[1:]).median / 1e9,
-        })  # fmt: skip
-    return rows
+    rows = [_row(name, flops, seconds, peaks[1:], length) for name, (_, flops) in layers.items()]
+    return [{"dtype": dtype, "length_tokens": length, **row} for row in rows]
+
+
+def _row(name: str, flops: float | None, seconds: dict[str, list[float]], peaks: list[float], length: int) -> dict:
+    """Every figure of one layer; `flops` are those of a token's forward pass."""
+    training = seconds[f"{name}/training"]
+    reached = [3 * (flops or 0) * length / s / peak for s, peak in zip(training, peaks, strict=True)]
+    return {
+        "layer": name,
+        "forward_s": vars(Spread.of(seconds[f"{name}/forward"])),
+        "training_s": vars(Spread.of(training)),
+        "speed_vs_sliding": vars(ratios(seconds["sliding/training"], training)),
+        "fraction_of_peak": vars(Spread.of(reached)) if flops else None,
+        "peak_gflops_per_s": Spread.of(peaks).median / 1e9,
+    }
 
 
 def _forward(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Callable[[], object]:
@@ -166,15 +174,19 @@ def _call(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def _table(rows: list[dict], length: int, dtype: str) -> Table:
     peak = rows[0]["peak_gflops_per_s"]
-    table = Table(title=f"{length} tokens, {dtype} (matmul peak {peak:.0f} GFLOP/s)", title_justify="left")
-    for heading in ("layer", "forward ms", "forward + backward ms", "speed vs sliding", "of peak"):
+    table = Table(title=f"{length} tokens, {dtype} (matmul peak {peak:.0f} GFLOP/s)", title_justify="left", box=SIMPLE)
+    for heading in ("layer", "fwd ms", "fwd+bwd ms", "speed vs sliding", "of peak"):
         table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)
     for row in rows:
-        forward, training = (row[key]["median"] * 1e3 for key in ("forward_s", "training_s"))
-        low, high = row["training_s"]["low"] * 1e3, row["training_s"]["high"] * 1e3
+        training = Spread(*(1e3 * row["training_s"][key] for key in ("median", "low", "high")))
         reached = row["fraction_of_peak"]
-        table.add_row(row["layer"], f"{forward:.0f}", f"{training:.0f} ({low:.0f}–{high:.0f})",
-                      str(Spread(**row["speed_vs_sliding"])), "" if reached is None else f"{reached['median']:.0%}")  # fmt: skip
+        table.add_row(
+            row["layer"],
+            f"{1e3 * row['forward_s']['median']:.0f}",
+            f"{training.median:.0f} ({training.low:.0f}–{training.high:.0f})",
+            str(Spread(**row["speed_vs_sliding"])),
+            f"{reached['median']:.0%}" if reached else "",
+        )
     return table
 
 

@@ -30,7 +30,9 @@ class Spread:
         return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
 
 
-def interleaved(cases: dict[str, Callable[[], object]], rounds: int, tick: Callable[[], None]) -> dict[str, list[float]]:
+def interleaved(
+    cases: dict[str, Callable[[], object]], rounds: int, tick: Callable[[], None]
+) -> dict[str, list[float]]:
     """Seconds of each case in each of `rounds` rounds, after one that is not counted; `tick` after every call."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for round_ in range(rounds + 1):

@@ -27,8 +27,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         rows = max(1, TILE_LOGITS // len(weight))
         with torch.autocast(device, enabled=False):
-            for tile in torch.arange(len(hidden), device="cpu").split(rows):
-                part = slice(int(tile[0]), int(tile[-1]) + 1)
+            for first in range(0, len(hidden), rows):
+                part = slice(first, first + rows)
                 h, target, keep = hidden[part].to(dtype), labels[part, None], mask[part, None]
                 logits = (h @ matrix.T).to(wide).mul_(scale)
                 log_z = logits.logsumexp(-1, keepdim=True)
@@ -56,6 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )  # fmt: skip
 
 
+@torch.compiler.disable  # a compiler would unroll the loop over tiles
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, scale: float) -> tuple:
     """Negative log-likelihood in nats of `labels` under the logits ``scale * hidden @ weight.T``.
 

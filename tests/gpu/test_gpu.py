@@ -1,0 +1,118 @@
+"""What someone with a GPU runs first (`make test-gpu`): the CPU, which the other tests hold to oracles, is the oracle.
+
+1. Every model: losses and all gradients on CUDA in fp32 equal the CPU's in fp64; in bf16 they are near.
+2. The fused attention path equals the tiles, forward and backward, with bias, past and documents.
+3. A few steps of `bst train` with ZeRO-2 on one GPU end well and lower the loss.
+
+It has not been run by its authors, who had no GPU: a failure here may be the test's fault.
+"""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bst_dist.model import attention as attention_module
+from bst_dist.model.attention import documents_of, sliding_attention
+from bst_dist.model.flex import flex_sliding_attention
+from bst_dist.model.lm import LanguageModel, ModelConfig
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+BLOCK, LENGTH, VOCABULARY = 128, 512, 64
+MODELS = {
+    "sliding T5": {"mixer": "sliding"},
+    "sliding RoPE": {"mixer": "sliding", "attention": {"position": "rope"}},
+    "SH": {"mixer": "bst", "context": {"variant": "SH"}},
+    "MH": {"mixer": "bst", "context": {"variant": "MH"}},
+    "MF": {"mixer": "bst", "context": {"variant": "MF"}},
+    "SH hyena": {"mixer": "bst", "ssm": {"kernel": "hyena", "length": LENGTH}},
+    "MF explicit": {"mixer": "bst", "context": {"variant": "MF"}, "ssm": {"kernel": "explicit", "length": LENGTH}},
+    "SH DPLR": {"mixer": "bst", "ssm": {"kernel": "s4-dplr"}},
+    "Transformer-XL": {"mixer": "transformer-xl", "transformer_xl": {"window": 256}},
+    "Block-Recurrent": {"mixer": "block-recurrent", "block_recurrent": {"states": 32}},
+    "GSS": {"mixer": "gss"},
+    "pure SSM": {"mixer": "ssm"},
+    "full attention": {"mixer": "full"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_tf32():
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def build(name: str) -> tuple[LanguageModel, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(width=128, heads=2, ffn=256, block=BLOCK, depth=2, vocab_size=VOCABULARY,
+                                      **MODELS[name]))  # fmt: skip
+    drawn = torch.randint(0, VOCABULARY, (2, LENGTH + 1))
+    return model, drawn[:, :-1], drawn[:, 1:]
+
+
+def gradients(model: LanguageModel, ids: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
+    """The loss and every gradient, in double precision on the CPU."""
+    losses = model(ids, labels)
+    losses.total.backward()
+    return [losses.total.detach().double().cpu(), *(p.grad.double().cpu() for p in model.parameters())]
+
+
+def relative_errors(found: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
+    return [float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in zip(found, exact, strict=True)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fp32_on_the_gpu_equals_fp64_on_the_cpu(name):
+    model, ids, labels = build(name)
+    exact = gradients(copy.deepcopy(model).double(), ids, labels)
+    found = gradients(model.cuda(), ids.cuda(), labels.cuda())
+    assert max(relative_errors(found, exact)) < 5e-3  # on a CPU: 2e-3 for Hyena's sines, 1e-6 for all others
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bf16_on_the_gpu_is_near(name):
+    model, ids, labels = build(name)
+    exact = gradients(copy.deepcopy(model).double(), ids, labels)
+    with torch.autocast("cuda", torch.bfloat16):
+        found = gradients(model.cuda(), ids.cuda(), labels.cuda())
+    errors = relative_errors(found, exact)
+    assert errors[0] < 0.01
+    assert sorted(errors)[len(errors) // 2] < 0.05
+
+
+@pytest.mark.parametrize("before", [0, BLOCK])
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_the_fused_path_equals_the_tiles(before, with_documents, monkeypatch):
+    torch.manual_seed(0)
+    starts = torch.tensor([[False, True, False, True], [True, False, False, False]], device="cuda")
+    documents = documents_of(starts, LENGTH, before + LENGTH, BLOCK) if with_documents else None
+    shapes = (LENGTH, before + LENGTH, before + LENGTH)
+    inputs = [torch.randn(2, n, 2, 64, device="cuda", requires_grad=True) for n in shapes]
+    bias = torch.randn(2, BLOCK + 1, device="cuda", requires_grad=True)
+    weight = torch.randn(2, LENGTH, 2, 64, device="cuda")
+    number = None if documents is None else documents.number
+    fused = flex_sliding_attention(*inputs, BLOCK, bias, True, number)
+    monkeypatch.setattr(attention_module, "attention_path", lambda device: "tiles")
+    tiled = sliding_attention(*inputs, BLOCK, bias, True, documents)
+    torch.testing.assert_close(fused, tiled, rtol=1e-4, atol=1e-4)
+    found = torch.autograd.grad((fused * weight).sum(), (*inputs, bias))
+    exact = torch.autograd.grad((tiled * weight).sum(), (*inputs, bias))
+    assert max(relative_errors([g.cpu().double() for g in found], [g.cpu().double() for g in exact])) < 1e-3
+
+
+def test_a_few_zero_steps_lower_the_loss(tmp_path):
+    def bst(*arguments: str) -> None:
+        subprocess.run([Path(sys.executable).with_name("bst"), *arguments], check=True, timeout=900)
+
+    bst("data", "prepare", "launch/data/stdlib.yaml", f"output={tmp_path / 'corpus'}")
+    bst("train", "launch/recipes/demo.yaml", f"data.corpus={tmp_path / 'corpus'}", "ranks=1", "train.steps=20",
+        "schedule.warmup_steps=5", "evaluation.every=0", "--run-dir", str(tmp_path / "run"))  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss_nats"] for line in lines if line["kind"] == "train"]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0] - 0.5
