@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what the text begins with (default: nothing)")
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="most tokens to draw (default: 200)")
     for name, symbol, kind in (("temperature", "T", float), ("top_p", "P", float), ("seed", "S", int)):
-        described = f"{fields[name].description} (default: {fields[name].default})"
+        text = fields[name].description
+        described = f"{text[0].lower()}{text[1:].rstrip('.')} (default: {fields[name].default})"
         parser.add_argument("--" + name.replace("_", "-"), type=kind, metavar=symbol, help=described)
     parser.add_argument("--checkpoint", metavar="STEP", type=int, help="weights after this step (default: the newest)")
 
@@ -40,7 +41,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name in SamplingConfig.model_fields if (value := getattr(args, name)) is not None}
     sampling = parse(SamplingConfig, given, where="bst generate")
     trained = open_run(args.run, args.checkpoint)
-    tokenizer = Corpus.open(trained.recipe.data.urls()[0]).tokenizer()
+    data = trained.recipe.data
+    tokenizer = Corpus.open(data.urls()[0], storage=data.storage).tokenizer()
     prompt = _prompt(trained, tokenizer, args.prompt)
     written = [args.prompt]
     stream = TextStream(lambda text: (written.append(text), _show(text)))
