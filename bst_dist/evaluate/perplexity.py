@@ -15,32 +15,30 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from bst_dist.evaluate.scoring import Score, score
 from bst_dist.evaluate.statistics import exponential, ratio
 from bst_dist.evaluate.trained import Trained, open_run
+from data_pipeline.commands.progress import stages
 from data_pipeline.errors import UserError
 from data_pipeline.loader import open_corpora
 from data_pipeline.reader import Corpus
 
 
 def evaluate(trained: Trained, corpus: Corpus, context: int | None, console: Console) -> Score:
-    """Score every document of a split, with a progress bar; raises UserError for a context that is no whole blocks."""
+    """Score every document of a split, saying how far it is; raises UserError for a context that is no whole blocks."""
     recipe, block = trained.recipe, trained.recipe.model.block
     if context is not None and (context < 1 or context % block):
         raise UserError(f"--context {context} is not a multiple of the model's block, {block}")
     corpus.require_vocabulary(trained.model.config.vocab_size)
     length = recipe.train.sequence_length
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(f"{corpus.where}, {len(corpus):,} documents", total=corpus.tokens_total)
+    with stages(console) as report:
         return score(
             trained.model, corpus, corpus.lengths, corpus.token_bytes(),
             begin=None if recipe.data.documents == "isolated" else corpus.manifest.tokenizer.eos_id,
             context=context, slice_length=min(length, context or length), precision=recipe.train.precision,
-            progress=lambda tokens: bar.advance(task, tokens),
+            progress=lambda tokens: report("evaluate", tokens, corpus.tokens_total),
         )  # fmt: skip
 
 

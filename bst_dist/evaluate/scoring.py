@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from bst_dist.model.lm import LanguageModel
+from bst_dist.parallel.past import EarlierCall, State
 
 TOKENS_AT_ONCE = 16_384
 """Tokens of one forward pass, over all rows of its batch."""
@@ -82,29 +83,37 @@ def score(
         context: tokens after which the model forgets, a multiple of the block; None: the whole document is seen.
         slice_length: tokens of a forward pass in one row, a multiple of the block.
         precision: fp32, or bf16 for autocast.
-        progress: told how many more tokens are done.
+        progress: told how many tokens are done.
     """
-    nats, sizes = np.zeros(len(lengths)), np.zeros(len(lengths), np.int64)
-    if begin is None:
-        nats += np.log(len(token_bytes)) * (np.asarray(lengths) > 0)
-        for document in range(len(lengths)):
-            sizes[document] += token_bytes[corpus.tokens(document, 0, 1)].sum()
-    device = next(model.parameters()).device
     model.eval()
+    nats, sizes, done = np.zeros(len(lengths)), np.zeros(len(lengths), np.int64), 0
+    if begin is None:
+        nats += np.log(len(token_bytes))
+        sizes += [token_bytes[corpus.tokens(document, 0, 1)[0]] for document in range(len(lengths))]
+        done = len(lengths)
     for batch in _batches(streams(lengths, context, int(begin is None)), slice_length, model.config.block):
-        state = None
+        state: State = {}
         for offset, ids, labels in _slices(corpus, batch, begin, slice_length, model.config.block):
-            past = model.carry(None if state is None else {k: v[: len(ids)] for k, v in state.items()}, offset)
-            mask = torch.from_numpy(labels >= 0).to(device)
-            targets = torch.from_numpy(np.maximum(labels, 0)).to(device)
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                losses = model(torch.from_numpy(ids).to(device), targets, mask, past=past)
+            past = model.carry({name: tensor[: len(ids)] for name, tensor in state.items()}, offset)
+            cost = _forward(model, ids, labels, past, precision)
             state = past.after
-            of_row = [stream.document for stream in batch[: len(ids)]]
-            np.add.at(nats, of_row, losses.per_token.double().sum(1).cpu().numpy())
-            np.add.at(sizes, of_row, np.where(labels >= 0, token_bytes[labels], 0).sum(1))
-            progress(int((labels >= 0).sum()))
+            documents = [stream.document for stream in batch[: len(ids)]]
+            np.add.at(nats, documents, cost)
+            np.add.at(sizes, documents, np.where(labels >= 0, token_bytes[labels], 0).sum(1))
+            done += int((labels >= 0).sum())
+            progress(done)
     return Score(nats, np.asarray(lengths, np.int64), sizes)
+
+
+def _forward(
+    model: LanguageModel, ids: np.ndarray, labels: np.ndarray, past: EarlierCall, precision: str
+) -> np.ndarray:
+    """Nats of each row's labels, (b,)."""
+    device = next(model.parameters()).device
+    inputs, targets = torch.from_numpy(ids).to(device), torch.from_numpy(labels).to(device)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        losses = model(inputs, targets.clamp(min=0), targets >= 0, past=past)
+    return losses.per_token.double().sum(1).cpu().numpy()
 
 
 def _batches(found: list[Stream], slice_length: int, block: int) -> Iterator[list[Stream]]:
