@@ -21,13 +21,19 @@ class Batch:
     rows: np.ndarray  # (b,) int64: global row numbers
     corpora: np.ndarray  # (b,) int64: which corpus of the mixture the row reads
     epochs: np.ndarray  # (b,) int64: which pass over that corpus
-    cuts: Cuts
+    pieces: Pieces  # where the tokens were read, the label of the last input included
+    begin: int  # the slice's first token in its row
+
+    @property
+    def cuts(self) -> Cuts:
+        """Which document lies where in the rows."""
+        return Cuts.of(self.pieces, self.input_ids.shape[1], self.begin)
 
     @property
     def documents(self) -> np.ndarray:
         """(b, l) int64: the number, in its corpus, of the document that each input belongs to; -1 for padding."""
         cuts, numbers = self.cuts, np.full(self.input_ids.shape, -1, np.int64)
-        first = cuts.row * numbers.shape[1] + cuts.place - cuts.begin
+        first = cuts.row * numbers.shape[1] + cuts.place - self.begin
         inside = np.arange(cuts.count.sum()) - np.repeat(np.cumsum(cuts.count) - cuts.count, cuts.count)
         numbers.reshape(-1)[np.repeat(first, cuts.count) + inside] = np.repeat(cuts.document, cuts.count)
         return numbers
@@ -46,14 +52,13 @@ class Cuts:
     count: np.ndarray  # (m,) int64: tokens
     document: np.ndarray  # (m,) int64: the document's number in the corpus
     offset: np.ndarray  # (m,) int64: the run's first token in the document
-    begin: int  # the slice's first token in the row
 
     @classmethod
     def of(cls, pieces: Pieces, length: int, begin: int) -> Cuts:
         """The cuts of a slice of `length` inputs; the runs also cover the label of the last."""
         pieces = pieces.select(pieces.slot < length)
-        count = np.minimum(pieces.count, length - pieces.slot)
-        return cls(pieces.row, pieces.slot + begin, count, pieces.document, pieces.offset, begin)
+        count = np.minimum(pieces.length, length - pieces.slot)
+        return cls(pieces.row, pieces.slot + begin, count, pieces.document, pieces.offset)
 
 
 def label_mask(real: np.ndarray | None, shape: tuple[int, int], pieces: Pieces, block: int | None) -> np.ndarray:

@@ -8,26 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from data_pipeline.batch import Batch, Cuts, block_starts, label_mask
+from data_pipeline.batch import Batch, block_starts, label_mask
 from data_pipeline.config import Config
 from data_pipeline.errors import UserError
 from data_pipeline.order import ORDER_VERSION
-from data_pipeline.plan import Assignment, Plan, Shuffled, Streaming
+from data_pipeline.plan import Plan, Shuffled, Streaming
 from data_pipeline.prefetch import Prefetcher
 from data_pipeline.reader import Corpus
-from data_pipeline.shards import CRC_BLOCK, ShardError
+from data_pipeline.rows import RowReader
 from data_pipeline.storage import StorageConfig
-from data_pipeline.stream import Pieces, TokenStream, extents, inputs
-
-_log = logging.getLogger(__name__)
+from data_pipeline.stream import extents, inputs
 
 
 class MixedCorpus(Config):
@@ -142,17 +138,24 @@ class Loader:
     ) -> None:
         _check_sizes(sequence_length, block, rows, micro_rows, dp, sp)
         self.config = config
-        self.bad: list[str] = []
-        """What `on_bad_shard: skip` has left out so far, a message each."""
         self._corpora = list(corpora)
         self._length, self._rows, self._micro_rows, self._seed = sequence_length, rows, micro_rows, seed
+        self._dp, self._first, self._start_step = dp, dp_rank * rows // dp, start_step
         self._block = block if config.documents == "isolated" else None
         self._slice = sequence_length // sp
         self._begin = sp_rank * self._slice
-        self._mine = range(dp_rank * rows // dp, (dp_rank + 1) * rows // dp, micro_rows)
-        self._start_step = start_step
-        self._plan = self._make_plan()
-        self._stream = lru_cache(maxsize=len(self._corpora) + 1)(self._make_stream)
+        self._reader = RowReader(
+            self._corpora,
+            self._make_plan(),
+            seed=seed,
+            block=self._block,
+            sequence_length=sequence_length,
+            begin=self._begin,
+            length=self._slice,
+            first=self._first,
+            count=rows // dp,
+            on_bad_shard=config.on_bad_shard,
+        )
         self._prefetcher: Prefetcher | None = None
 
     def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
@@ -163,7 +166,10 @@ class Loader:
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step; calls have no effect on each other."""
-        return [self._batch(step, row, row + self._micro_rows) for row in self._mine]
+        return [
+            self._batch(step, start, start + self._micro_rows)
+            for start in range(0, self._rows // self._dp, self._micro_rows)
+        ]
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps after `step` steps were trained on: under 300 bytes of JSON."""
@@ -195,6 +201,11 @@ class Loader:
             )
 
     @property
+    def bad(self) -> list[str]:
+        """What `on_bad_shard: skip` has left out so far, a message each."""
+        return self._reader.bad
+
+    @property
     def waited_s(self) -> float:
         """Seconds that the caller has waited for data since iteration began."""
         return self._prefetcher.waited_s if self._prefetcher else 0.0
@@ -219,89 +230,28 @@ class Loader:
             return Streaming(sequences, segments, self._rows)
         return Shuffled(sequences, segments, self._rows, self._seed)
 
-    def _make_stream(self, corpus: int, epoch: int) -> TokenStream:
-        return TokenStream(self._corpora[corpus].lengths, self._block, ("documents", self._seed, corpus, epoch))
-
     def _batch(self, step: int, start: int, stop: int) -> Batch:
-        assigned = self._plan.assign(step, start, stop)
-        corpora, epochs, _, continues = (np.array(column) for column in zip(*assigned, strict=True))
-        pieces = self._pieces(assigned)
-        shape = (len(assigned), self._slice)
-        tokens, real = self._read(pieces, corpora.tolist(), shape)
+        """The micro-batch of the rank's rows ``start..stop``."""
+        rows = self._reader.locate(step, start, stop)
+        tokens, real = self._reader.read(rows)
         ids = tokens.astype(np.int64)
-        mask = label_mask(real, shape, pieces, self._block)
+        shape = (stop - start, self._slice)
+        mask = label_mask(real, shape, rows.pieces, self._block)
         labels = ids[:, 1:]
-        if not mask.all():
+        if real is not None or self._block is not None:
             labels = np.where(mask, labels, self._corpora[0].manifest.tokenizer.pad_id)
         return Batch(
             input_ids=ids[:, :-1],
             labels=labels,
             loss_mask=mask,
-            starts=None if self._block is None else block_starts(shape, pieces, self._block),
-            continues=continues,
-            rows=np.arange(start, stop),
-            corpora=corpora,
-            epochs=epochs,
-            cuts=Cuts.of(pieces, self._slice, self._begin),
+            starts=None if self._block is None else block_starts(shape, rows.pieces, self._block),
+            continues=rows.continues,
+            rows=np.arange(self._first + start, self._first + stop),
+            corpora=rows.corpora,
+            epochs=rows.epochs,
+            pieces=rows.pieces,
+            begin=self._begin,
         )
-
-    def _pieces(self, assigned: list[Assignment]) -> Pieces:
-        """Where the tokens of these rows' slices lie, the label of the last input included."""
-        by_stream: dict[tuple[int, int], list[int]] = {}
-        for row, each in enumerate(assigned):
-            by_stream.setdefault(each[:2], []).append(row)
-        parts = []
-        for (corpus, epoch), rows in by_stream.items():
-            starts = np.array([assigned[row].sequence for row in rows]) * self._length + self._begin
-            parts.append((np.array(rows), self._stream(corpus, epoch).pieces(starts, self._slice + 1)))
-        pieces = Pieces.join(parts)
-        if self._block is None:
-            return pieces
-        # What begins at the last input's label is another document: no label, so not worth reading.
-        return pieces.select((pieces.slot < self._slice) | (pieces.offset > 0))
-
-    def _read(self, pieces: Pieces, corpora: list[int], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
-        """Tokens (b, l + 1), and which of them are text: (b, l + 1) bool, None when all are."""
-        manifest = self._corpora[0].manifest
-        tokens = np.empty((shape[0], shape[1] + 1), manifest.token_dtype)
-        real = None
-        if pieces.count.sum() < tokens.size:
-            tokens.fill(manifest.tokenizer.pad_id)
-            real = np.zeros(tokens.shape, bool)
-        for row, slot, count, document, offset in zip(*(c.tolist() for c in vars(pieces).values()), strict=True):
-            out = tokens[row, slot : slot + count]
-            good = self._read_run(self._corpora[corpora[row]], document, offset, out)
-            if good is not None and real is None:
-                real = np.ones(tokens.shape, bool)
-            if real is not None:
-                real[row, slot : slot + count] = True if good is None else good
-        return tokens, real
-
-    def _read_run(self, corpus: Corpus, document: int, offset: int, out: np.ndarray) -> np.ndarray | None:
-        """Read a run of tokens into `out`; what is bad and may be skipped is padding and False in the returned mask."""
-        try:
-            corpus.read_into(document, offset, out)
-            return None
-        except ShardError:
-            if self.config.on_bad_shard == "stop":
-                raise
-        good = np.ones(len(out), bool)
-        stop = offset + len(out)
-        # Block by block, so that what is left out does not depend on how the rows were cut.
-        for begin in range(offset // CRC_BLOCK * CRC_BLOCK, stop, CRC_BLOCK):
-            part = slice(max(begin - offset, 0), min(begin + CRC_BLOCK, stop) - offset)
-            try:
-                corpus.read_into(document, offset + part.start, out[part])
-            except ShardError as error:
-                out[part] = corpus.manifest.tokenizer.pad_id
-                good[part] = False
-                self._record(str(error))
-        return good
-
-    def _record(self, message: str) -> None:
-        if message not in self.bad:
-            self.bad.append(message)
-            _log.warning("left out of the loss: %s", message)
 
 
 def _check_sizes(length: int, block: int, rows: int, micro_rows: int, dp: int, sp: int) -> None:

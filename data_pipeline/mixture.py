@@ -7,7 +7,6 @@ positions: a segment begins there, with its own blocks.
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -56,31 +55,32 @@ class Mixture:
     """
 
     def __init__(self, segments: Sequence[tuple[int, Sequence[float]]], seed: int) -> None:
-        self._starts = [start for start, _ in segments]
+        self._starts = np.array([start for start, _ in segments])
         self._quotas = [np.array(require_seats(weights, BLOCK, "positions")) for _, weights in segments]
         self._seed = seed
         self._dealt = lru_cache(maxsize=16)(self._deal)
         self._before = [np.zeros_like(self._quotas[0])]  # sequences of each corpus dealt before each segment
-        for number, stop in enumerate(self._starts[1:]):
-            whole, rest = divmod(stop - self._starts[number], BLOCK)
+        for number, stop in enumerate(self._starts[1:].tolist()):
+            whole, rest = divmod(stop - int(self._starts[number]), BLOCK)
             used = self._before[-1] + whole * self._quotas[number]
             if rest:
                 used = used + np.bincount(self._dealt(number, whole)[0][:rest], minlength=len(used))
             self._before.append(used)
 
-    def locate(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """For positions ``start..stop``: the corpus of each, and the index among all sequences drawn from it."""
-        corpora, indices = [], []
-        while start < stop:
-            segment = bisect.bisect_right(self._starts, start) - 1
-            block, place = divmod(start - self._starts[segment], BLOCK)
-            end = min(stop, start - place + BLOCK, *self._starts[segment + 1 : segment + 2])
-            corpus, rank = (values[place : place + end - start] for values in self._dealt(segment, block))
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For increasing positions (n,): the corpus of each, and the index among all sequences drawn from it."""
+        segments = np.searchsorted(self._starts, positions, side="right") - 1
+        blocks, places = np.divmod(positions - self._starts[segments], BLOCK)
+        corpora, indices = np.empty_like(positions), np.empty_like(positions)
+        begin = 0
+        for end in [*(np.flatnonzero(np.diff(blocks) | np.diff(segments)) + 1).tolist(), len(positions)]:
+            segment, block, place = int(segments[begin]), int(blocks[begin]), places[begin:end]
+            corpus, rank = self._dealt(segment, block)
             base = self._before[segment] + block * self._quotas[segment]
-            corpora.append(corpus)
-            indices.append(base[corpus] + rank)
-            start = end
-        return np.concatenate(corpora), np.concatenate(indices)
+            corpora[begin:end] = corpus[place]
+            indices[begin:end] = base[corpus[place]] + rank[place]
+            begin = end
+        return corpora, indices
 
     def _deal(self, segment: int, block: int) -> tuple[np.ndarray, np.ndarray]:
         """One block's corpora (1024,) and, for each place, how many earlier places of the block have the same."""

@@ -28,20 +28,20 @@ Segments = Sequence[tuple[int, Sequence[float]]]  # (first step, weights of the 
 _BLOCK = 1024  # neighbouring positions are permuted together: one call to numpy for many
 
 
-class Assignment(NamedTuple):
-    """What one row reads in one step."""
+class Assignments(NamedTuple):
+    """What some rows of some steps read: step by step, within a step row by row."""
 
-    corpus: int
-    epoch: int
-    sequence: int  # in range(N)
-    continues: bool  # its first token follows the last one the row was fed the step before
+    corpus: np.ndarray  # (n,) int64
+    epoch: np.ndarray  # (n,) int64
+    sequence: np.ndarray  # (n,) int64, in range(N)
+    continues: np.ndarray  # (n,) bool: the first token follows the last one the row was fed the step before
 
 
 class Plan(Protocol):
     """A way to deal sequences to rows."""
 
-    def assign(self, step: int, start: int, stop: int) -> list[Assignment]:
-        """What the global rows ``start..stop`` read in a step."""
+    def assign(self, steps: range, rows: range) -> Assignments:
+        """What these global rows read in these steps, both consecutive."""
 
 
 class Shuffled:
@@ -55,33 +55,35 @@ class Shuffled:
     """
 
     def __init__(self, sequences: Sequence[int], segments: Segments, rows: int, seed: int) -> None:
-        self._sequences = sequences
+        self._sequences = np.array(sequences)
         self._rows = rows
         self._seed = seed
         self._mixture = Mixture([(step * rows, weights) for step, weights in segments], seed)
         self._block = lru_cache(maxsize=64)(self._permuted)
 
-    def assign(self, step: int, start: int, stop: int) -> list[Assignment]:
+    def assign(self, steps: range, rows: range) -> Assignments:
         """See `Plan`."""
-        corpora, indices = self._mixture.locate(step * self._rows + start, step * self._rows + stop)
-        assigned = []
-        for corpus, index in zip(corpora.tolist(), indices.tolist(), strict=True):
-            epoch, place = divmod(index, self._sequences[corpus])
-            block, inside = divmod(place, _BLOCK)
-            assigned.append(Assignment(corpus, epoch, self._block(corpus, epoch, block)[inside], False))
-        return assigned
+        positions = (np.array(steps)[:, None] * self._rows + np.array(rows)).reshape(-1)
+        corpus, index = self._mixture.locate(positions)
+        epoch, place = np.divmod(index, self._sequences[corpus])
+        block, inside = np.divmod(place, _BLOCK)
+        sequence = np.empty_like(place)
+        for key in set(zip(corpus.tolist(), epoch.tolist(), block.tolist(), strict=True)):
+            own = (corpus == key[0]) & (epoch == key[1]) & (block == key[2])
+            sequence[own] = self._block(*key)[inside[own]]
+        return Assignments(corpus, epoch, sequence, np.zeros(len(place), bool))
 
-    def _permuted(self, corpus: int, epoch: int, block: int) -> list[int]:
-        count = self._sequences[corpus]
+    def _permuted(self, corpus: int, epoch: int, block: int) -> np.ndarray:
+        count = int(self._sequences[corpus])
         permutation = Permutation(count, "sequences", self._seed, corpus, epoch)
-        return permutation(np.arange(block * _BLOCK, min((block + 1) * _BLOCK, count))).tolist()
+        return permutation(np.arange(block * _BLOCK, min((block + 1) * _BLOCK, count))).astype(np.int64)
 
 
 class Streaming:
     """Every row reads on where it stopped.
 
     Where the weights change, the rows are dealt anew: each corpus's rows divide what is left of its unfinished passes
-    before they begin a new one, so nothing is skipped or repeated; `Assignment.continues` is false at those cuts.
+    before they begin a new one, so nothing is skipped or repeated; `Assignments.continues` is false at those cuts.
 
     Args: as for `Shuffled`; nothing is permuted here, for the documents of each pass already are.
     """
@@ -99,14 +101,14 @@ class Streaming:
             if number + 1 < len(segments):
                 backlogs = [each.left_over(self._steps[number + 1] - step) for each in lanes]
 
-    def assign(self, step: int, start: int, stop: int) -> list[Assignment]:
+    def assign(self, steps: range, rows: range) -> Assignments:
         """See `Plan`."""
-        segment = bisect.bisect_right(self._steps, step) - 1
-        steps = step - self._steps[segment]
-        return [
-            Assignment(corpus, *self._lanes[segment][corpus].locate(lane, steps))
-            for corpus, lane in self._lane_of[segment][start:stop]
-        ]
+        found = []
+        for step in steps:
+            segment = bisect.bisect_right(self._steps, step) - 1
+            for corpus, lane in self._lane_of[segment][rows.start : rows.stop]:
+                found.append((corpus, *self._lanes[segment][corpus].locate(lane, step - self._steps[segment])))
+        return Assignments(*(np.array(column) for column in zip(*found, strict=True)))
 
 
 @dataclass(frozen=True)

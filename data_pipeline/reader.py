@@ -5,6 +5,8 @@ Only the lengths of the documents are held in memory from the start, so that ope
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from itertools import accumulate
 from pathlib import PurePath
 from typing import Any
 
@@ -32,7 +34,7 @@ class Corpus:
         self.dtype = manifest.token_dtype
         self._shards = [ShardReader(storage, info, self.dtype) for info in manifest.shards(split)]
         counts = [shard.info.documents for shard in self._shards]
-        self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self._starts = [0, *accumulate(counts)]  # each shard's first document
         self.lengths = np.empty(self._starts[-1], np.uint32)
         """(n,) tokens of each document, the end-of-document token included."""
         for shard, start, stop in zip(self._shards, self._starts, self._starts[1:], strict=False):
@@ -111,18 +113,21 @@ class Corpus:
             raise IndexError(f"{self.where}: document {number} has {self.lengths[number]} tokens, not {start}..{stop}")
         out = np.empty(stop - start, self.dtype)
         if stop > start:
-            self.read_into(number, start, out)
+            self.read_into(number, start, memoryview(out).cast("B"))
         return out
 
-    def read_into(self, number: int, start: int, out: np.ndarray) -> None:
-        """Fill `out` (k,) of the corpus's dtype, k at least 1, with a document's tokens from `start` on, unchecked."""
-        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-        self._shards[shard].read_into(number - int(self._starts[shard]), start, out)
+    def read_into(self, number: int, start: int, buffer: memoryview) -> None:
+        """Fill `buffer`, bytes of at least one whole token, with a document's tokens from `start` on.
+
+        The caller sees to it that the document has them; raises ShardError when they are damaged.
+        """
+        shard = bisect_right(self._starts, number) - 1
+        self._shards[shard].read_into(number - self._starts[shard], start, buffer)
 
     def document_info(self, number: int) -> dict[str, Any]:
         """The document's JSON: id, path, source, licence and what else `prepare` recorded."""
-        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return self._shards[shard].document_info(number - int(self._starts[shard]))
+        shard = bisect_right(self._starts, number) - 1
+        return self._shards[shard].document_info(number - self._starts[shard])
 
     def check_shards(self) -> None:
         """Raise ShardError for the first shard that is missing or of another size; local files only."""

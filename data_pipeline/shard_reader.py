@@ -12,7 +12,6 @@ import json
 import logging
 import tarfile
 import zlib
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -31,15 +30,15 @@ class _ChangedError(ShardError):
     """Bytes that are not what was written."""
 
 
-@dataclass(frozen=True)
 class _Layout:
-    """What reading needs of a shard's index."""
+    """What reading needs of a shard's index, as memory views: they give Python integers, at no conversion's cost."""
 
-    offsets: np.ndarray  # (documents,) byte of the first token
-    lengths: np.ndarray  # (documents,) tokens
-    crc: np.ndarray  # (blocks,)
-    crc_starts: np.ndarray  # (documents,) each document's first place in `crc`
-    verified: np.ndarray  # (blocks,) bool: found whole in this process
+    def __init__(self, index: ShardIndex) -> None:
+        self.offsets = memoryview(index.offsets.astype(np.int64))  # (documents,) byte of the first token
+        self.lengths = memoryview(index.lengths.astype(np.uint32))  # (documents,) tokens
+        self.crc = memoryview(index.crc.astype(np.uint32))  # (blocks,)
+        self.crc_starts = memoryview(index.crc_starts)  # (documents,) each document's first place in `crc`
+        self.verified = bytearray(len(index.crc))  # (blocks,) 1: found whole in this process
 
 
 class ShardReader:
@@ -50,6 +49,7 @@ class ShardReader:
         self.where = f"{storage.where}/{info.file}"
         self._storage = storage
         self._dtype = dtype
+        self._itemsize = dtype.itemsize
 
     def read_index(self) -> ShardIndex:
         """The shard's index; raises ShardError when it is damaged or belongs to another shard."""
@@ -60,28 +60,29 @@ class ShardReader:
             raise ShardError(f"{where}: the index of another shard, not of {self.info.file}; copy it again")
         return index
 
-    def read_into(self, document: int, start: int, out: np.ndarray) -> None:
-        """Fill `out` (k,), k at least 1, with tokens from `start` on of the shard's document.
+    def read_into(self, document: int, start: int, buffer: memoryview) -> None:
+        """Fill `buffer`, bytes of at least one whole token, with tokens from `start` on of the shard's document.
 
         Raises ShardError naming the shard, the member and the byte when they are missing or not what was written.
         """
-        layout = self._layout
-        first, last = start // CRC_BLOCK, (start + len(out) - 1) // CRC_BLOCK
-        crcs = slice(int(layout.crc_starts[document]) + first, int(layout.crc_starts[document]) + last + 1)
-        if layout.verified[crcs].all():
-            offset = int(layout.offsets[document]) + start * self._dtype.itemsize
-            self._storage.read_into(self.info.file, offset, memoryview(out).cast("B"))
+        layout, size = self._layout, self._itemsize
+        first, last = start // CRC_BLOCK, (start + len(buffer) // size - 1) // CRC_BLOCK
+        block = layout.crc_starts[document] + first
+        end = block + last - first + 1
+        if layout.verified.find(0, block, end) < 0:
+            self._storage.read_into(self.info.file, layout.offsets[document] + start * size, buffer)
             return
-        begin = first * CRC_BLOCK
-        stop = min((last + 1) * CRC_BLOCK, int(layout.lengths[document]))
+        begin, stop = first * CRC_BLOCK, min((last + 1) * CRC_BLOCK, layout.lengths[document])
         try:
-            whole = self._read_blocks(document, begin, stop, layout.crc[crcs])
+            data = self._read_blocks(document, begin, stop, block)
         except _ChangedError:
             if not self._storage.renew(self.info.file):
                 raise
-            whole = self._read_blocks(document, begin, stop, layout.crc[crcs])
-        layout.verified[crcs] = not self._storage.remote
-        out[:] = whole[start - begin : start - begin + len(out)]
+            data = self._read_blocks(document, begin, stop, block)
+        if not self._storage.remote:
+            layout.verified[block:end] = b"\1" * (end - block)
+        skipped = (start - begin) * size
+        buffer[:] = data[skipped : skipped + len(buffer)]
 
     def document_info(self, document: int) -> dict[str, Any]:
         """The document's JSON."""
@@ -99,9 +100,7 @@ class ShardReader:
 
     @cached_property
     def _layout(self) -> _Layout:
-        index = self.read_index()
-        offsets, lengths = index.offsets.astype(np.int64), index.lengths.astype(np.uint32)
-        return _Layout(offsets, lengths, index.crc.copy(), index.crc_starts, np.zeros(len(index.crc), bool))
+        return _Layout(self.read_index())
 
     def _index_from_file(self, where: str) -> ShardIndex:
         try:
@@ -117,26 +116,19 @@ class ShardReader:
             raise ShardError(f"{where}: not the index this corpus was made with; copy it again")
         return index
 
-    def _read_blocks(self, document: int, begin: int, stop: int, crcs: np.ndarray) -> np.ndarray:
-        """Tokens ``begin..stop`` of a document, whole blocks, compared with their CRCs."""
-        tokens = np.empty(stop - begin, self._dtype)
-        data = memoryview(tokens).cast("B")
-        offset = int(self._layout.offsets[document]) + begin * self._dtype.itemsize
+    def _read_blocks(self, document: int, begin: int, stop: int, block: int) -> memoryview:
+        """The bytes of a document's tokens ``begin..stop``, blocks from `block` on, compared with their CRCs."""
+        offset = self._layout.offsets[document] + begin * self._itemsize
+        data = memoryview(np.empty((stop - begin) * self._itemsize, np.uint8))
         self._storage.read_into(self.info.file, offset, data)
-        step = CRC_BLOCK * self._dtype.itemsize
-        for block, expected in enumerate(crcs.tolist()):
-            found = data[block * step : (block + 1) * step]
-            if zlib.crc32(found) == expected:
-                continue
-            begin = offset + block * step
-            changed = locate_changed_byte(found, expected)
-            if changed is None:
-                what = f"bytes {begin} to {begin + len(found) - 1} are not what was written"
-            else:
-                place, written = changed
-                what = f"byte {begin + place} is 0x{found[place]:02x} where 0x{written:02x} was written"
-            raise _ChangedError(f"{self.where}: {self._member_name(document)}: {what}; copy the shard again")
-        return tokens
+        step = CRC_BLOCK * self._itemsize
+        for place in range(0, len(data), step):
+            number = block + place // step
+            found, expected = data[place : place + step], self._layout.crc[number]
+            if not self._layout.verified[number] and zlib.crc32(found) != expected:
+                what = _describe(found, expected, offset + place)
+                raise _ChangedError(f"{self.where}: {self._member_name(document)}: {what}; copy the shard again")
+        return data
 
     def _member_name(self, document: int) -> str:
         """The name of the document's tokens in the tar, as far as the tar still says it."""
@@ -150,9 +142,9 @@ class ShardReader:
         layout = self._layout
         begin = 0
         if document:
-            size = int(layout.lengths[document - 1]) * self._dtype.itemsize
-            begin = -(-(int(layout.offsets[document - 1]) + size) // _TAR_BLOCK) * _TAR_BLOCK
-        region = bytearray(int(layout.offsets[document]) - begin)
+            end = layout.offsets[document - 1] + layout.lengths[document - 1] * self._itemsize
+            begin = -(-end // _TAR_BLOCK) * _TAR_BLOCK
+        region = bytearray(layout.offsets[document] - begin)
         self._storage.read_into(self.info.file, begin, memoryview(region))
         with tarfile.open(fileobj=io.BytesIO(region), mode="r|") as tar:
             header = tar.next()
@@ -160,3 +152,12 @@ class ShardReader:
             info = json.load(payload) if payload else {}
             tokens = tar.next()
         return (tokens.name if tokens else f"document {document} of the shard"), info
+
+
+def _describe(found: memoryview, expected: int, begin: int) -> str:
+    """What is wrong with the bytes of a block that begins at byte `begin` of the shard."""
+    changed = locate_changed_byte(found, expected)
+    if changed is None:
+        return f"bytes {begin} to {begin + len(found) - 1} are not what was written"
+    place, written = changed
+    return f"byte {begin + place} is 0x{found[place]:02x} where 0x{written:02x} was written"

@@ -10,7 +10,7 @@ block, so that each begins on a block's boundary and a model can reset there exa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,19 +19,18 @@ from data_pipeline.order import Permutation
 _BLOCK = 1 << 18  # documents summed at a time, so that a start on ten million needs no temporary of their number
 
 
-@dataclass(frozen=True)
-class Pieces:
+class Pieces(NamedTuple):
     """Runs of tokens of one document each that together make up some rows; m runs, ordered by row and slot."""
 
     row: np.ndarray  # (m,) which row
     slot: np.ndarray  # (m,) where in the row the run goes
-    count: np.ndarray  # (m,) tokens in it, at least 1; padding is what no run covers
+    length: np.ndarray  # (m,) tokens in it, at least 1; padding is what no run covers
     document: np.ndarray  # (m,) the document's number in the corpus
     offset: np.ndarray  # (m,) the first token's place in its document
 
     def select(self, which: np.ndarray) -> Pieces:
         """The runs that a mask (m,) or an order of indices picks."""
-        return Pieces(*(values[which] for values in vars(self).values()))
+        return Pieces(*(values[which] for values in self))
 
     @staticmethod
     def join(parts: list[tuple[np.ndarray, Pieces]]) -> Pieces:
@@ -39,8 +38,8 @@ class Pieces:
         if len(parts) == 1:
             return parts[0][1]
         rows = [numbers[pieces.row] for numbers, pieces in parts]
-        columns = [[vars(pieces)[name] for _, pieces in parts] for name in ("slot", "count", "document", "offset")]
-        joined = Pieces(np.concatenate(rows), *map(np.concatenate, columns))
+        others = zip(*(pieces[1:] for _, pieces in parts), strict=True)
+        joined = Pieces(np.concatenate(rows), *map(np.concatenate, others))
         return joined.select(np.argsort(joined.row, kind="stable"))
 
 
@@ -97,5 +96,5 @@ class TokenStream:
         low = np.maximum(starts[row], begin)
         high = np.minimum(stops[row], begin + lengths)
         pieces = Pieces(row, low - starts[row], high - low, document, low - begin)
-        real = pieces.count > 0  # all of them, but where a row begins in a document's padding or a document is empty
+        real = pieces.length > 0  # all of them, but where a row begins in a document's padding or a document is empty
         return pieces if real.all() else pieces.select(real)

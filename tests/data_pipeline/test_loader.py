@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import UserError
@@ -33,7 +33,8 @@ class Memory:
         self.begins = np.cumsum(lengths) - lengths + 1  # token 0 is padding
         self.manifest = _Manifest()
 
-    def read_into(self, number: int, start: int, out: np.ndarray) -> None:
+    def read_into(self, number: int, start: int, buffer: memoryview) -> None:
+        out = np.frombuffer(buffer, "<u4")
         assert 0 <= start < start + len(out) <= self.lengths[number]
         out[:] = self.begins[number] + start + np.arange(len(out))
 
@@ -45,8 +46,8 @@ class _Manifest:
         pad_id = 0
 
 
-def loader(corpora: Any, mode: str = "shuffled", documents: str = "joined", **settings: Any) -> Loader:
-    sizes = {"sequence_length": 32, "block": 8, "rows": 4, "micro_rows": 1, "seed": 3} | settings
+def loader(corpora: Any, mode: str = "shuffled", documents: str = "joined", **sizes_of: Any) -> Loader:
+    sizes = {"sequence_length": 32, "block": 8, "rows": 4, "micro_rows": 1, "seed": 3} | sizes_of
     weights = sizes.pop("weights", None)
     changes = sizes.pop("weight_changes", ())
     urls: Any = "memory" if weights is None else [{"corpus": "memory", "weight": weight} for weight in weights]
@@ -68,6 +69,7 @@ def whole_rows(corpora: Any, steps: range, dp: int = 1, sp: int = 1, **settings:
     return np.stack(result)
 
 
+@settings(max_examples=40)
 @given(mode=MODES, documents=DOCUMENTS, lengths=st.lists(st.integers(1, 120), min_size=6, max_size=30),
        seed=st.integers(0, 99), rows=st.integers(1, 6))  # fmt: skip
 def test_every_token_is_served_exactly_once_in_a_pass(
@@ -108,6 +110,7 @@ def rows_of_passes(served: Loader, passes: int) -> Iterator[tuple[int, Any, int]
             return
 
 
+@settings(max_examples=40)
 @given(mode=MODES, documents=DOCUMENTS, dp=st.sampled_from([1, 2, 4]), sp=st.sampled_from([1, 2, 4]),
        micro=st.sampled_from([1, 2]), start=st.integers(0, 50))  # fmt: skip
 def test_rows_are_identical_for_every_number_of_ranks(

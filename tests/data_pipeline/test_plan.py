@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -26,8 +26,23 @@ def streams(draw: st.DrawFn) -> tuple[list[int], list[tuple[int, list[float]]], 
     return sequences, [(start, draw(weights)) for start in starts], rows
 
 
-def assignments(plan: Plan, rows: int, steps: int) -> list[list[Any]]:
-    return [plan.assign(step, 0, rows) for step in range(steps)]
+class Read(NamedTuple):
+    """What one row reads in one step."""
+
+    corpus: int
+    epoch: int
+    sequence: int
+    continues: bool
+
+
+def assigned_in(plan: Plan, step: int, rows: int) -> list[Read]:
+    return assignments(plan, rows, 1, step)[0]
+
+
+def assignments(plan: Plan, rows: int, steps: int, start: int = 0) -> list[list[Read]]:
+    columns = plan.assign(range(start, start + steps), range(rows))
+    found = [Read(*each) for each in zip(*(column.tolist() for column in columns), strict=True)]
+    return [found[step * rows : (step + 1) * rows] for step in range(steps)]
 
 
 @given(streams())
@@ -59,8 +74,7 @@ def test_streaming_says_truly_whether_a_row_continues(drawn: Any) -> None:
 @given(sequences=st.integers(5, 2000), rows=st.integers(1, 5), step=st.integers(0, 10**7))
 def test_streaming_rows_stay_within_a_step_of_each_other(sequences: int, rows: int, step: int) -> None:
     """Over any number of passes, no row reads more of the corpus than another by more than a sequence."""
-    assigned = Streaming([sequences], [(0, [1.0])], rows).assign(step, 0, rows)
-    epochs = [each.epoch for each in assigned]
+    epochs = [each.epoch for each in assigned_in(Streaming([sequences], [(0, [1.0])], rows), step, rows)]
     assert max(epochs) - min(epochs) <= 1
 
 
@@ -68,7 +82,7 @@ def test_streaming_rows_stay_within_a_step_of_each_other(sequences: int, rows: i
 def test_streaming_deals_rows_by_the_weights(drawn: Any, step: int) -> None:
     sequences, segments, rows = drawn
     weights = [weights for start, weights in segments if start <= step][-1]
-    dealt = Counter(each.corpus for each in Streaming(*drawn).assign(step, 0, rows))
+    dealt = Counter(each.corpus for each in assigned_in(Streaming(*drawn), step, rows))
     assert [dealt[corpus] for corpus in range(len(sequences))] == quotas(weights, rows)
 
 
@@ -91,9 +105,11 @@ def test_a_step_runs_on_into_the_next_pass() -> None:
     ]  # fmt: skip
 
 
-def test_some_rows_of_a_step_are_those_of_all() -> None:
+def test_some_rows_of_some_steps_are_those_of_all() -> None:
     for plan in (Shuffled([50, 70], [(0, [1, 2])], 8, 1), Streaming([50, 70], [(0, [1, 2])], 8)):
-        assert plan.assign(9, 2, 5) == plan.assign(9, 0, 8)[2:5]
+        whole = plan.assign(range(40), range(8))
+        for found, expected in zip(plan.assign(range(9, 14), range(2, 5)), whole, strict=True):
+            assert found.tolist() == expected.reshape(40, 8)[9:14, 2:5].reshape(-1).tolist()
 
 
 def test_streaming_refuses_what_would_leave_rows_or_corpora_without_text() -> None:

@@ -34,7 +34,7 @@ def test_pieces_are_what_the_stream_spelled_out_holds(
     count = data.draw(st.integers(1, 60))
     pieces = stream.pieces(np.array(starts), count)
     rows: list[list[tuple[int, int] | None]] = [[None] * count for _ in starts]
-    for row, slot, run, document, offset in zip(*(c.tolist() for c in vars(pieces).values()), strict=True):
+    for row, slot, run, document, offset in zip(*(column.tolist() for column in pieces), strict=True):
         assert run >= 1
         rows[row][slot : slot + run] = [(document, offset + i) for i in range(run)]
     padded = whole + [None] * (count + 5)
@@ -64,4 +64,4 @@ def test_joined_sets_of_runs_are_in_the_order_of_rows() -> None:
     parts = [(np.array([0, 2]), streams[0].pieces([0, 5], 4)), (np.array([1]), streams[1].pieces([3], 4))]
     joined = Pieces.join(parts)
     assert joined.row.tolist() == [0, 1, 1, 2]
-    assert joined.count.tolist() == [4, 2, 2, 4]
+    assert joined.length.tolist() == [4, 2, 2, 4]

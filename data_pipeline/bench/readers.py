@@ -1,0 +1,242 @@
+"""One measurement of one reader, in a process of its own: prints a JSON line.
+
+  python -m data_pipeline.bench.readers {ours,webdataset,litdata,mosaicml} JOB DIRECTORY [--state FILE]
+
+Jobs: `make` writes the reader's own copy of the sequences; `speed` reads one pass; `resume` goes on from the middle of
+a pass; `half` reads half a pass and keeps the state; `rest` is one of several ranks that go on from it. The peers are
+imported here alone, and only in the process that measures them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import types
+import zlib
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LENGTH = 4096  # L; a sequence has one token more, the last label
+ROWS = 8  # sequences in a batch over all ranks
+SEED = 0
+
+Rows = Any  # (b, L + 1) tokens: an array or a tensor
+
+
+class Ours:
+    """This project's loader: ids, labels, masks and cuts, as a trainer is given them."""
+
+    def __init__(self, directory: Path, rank: int, world: int, state: dict[str, Any] | None) -> None:
+        from data_pipeline.loader import DataConfig, Loader, open_corpora
+
+        config = DataConfig(corpus=str(directory / "ours"), prefetch=0)
+        mine = ROWS // world
+        self._loader = Loader(
+            config, open_corpora(config), sequence_length=LENGTH, block=512, rows=ROWS, micro_rows=mine, seed=SEED,
+            dp_rank=rank, dp=world, start_step=state["step"] if state else 0,
+        )  # fmt: skip
+        if state:
+            self._loader.check(state)
+        self._step = state["step"] if state else 0
+
+    def __iter__(self) -> Iterator[Rows]:
+        for step, batches in self._loader:
+            if batches[0].epochs.any():
+                return
+            self._step = step + 1
+            yield batches[0].input_ids
+
+    def state(self) -> dict[str, Any]:
+        return self._loader.state(self._step)
+
+
+class WebDataset:
+    """Stock webdataset, shards and samples shuffled; resuming is reading again and throwing away."""
+
+    def __init__(self, directory: Path, rank: int, world: int, state: dict[str, Any] | None) -> None:
+        import webdataset as wds
+
+        tars = sorted(str(path) for path in (directory / "webdataset").glob("*.tar"))
+        dataset = wds.WebDataset(
+            tars, shardshuffle=100, detshuffle=True, seed=SEED, nodesplitter=wds.split_by_node, empty_check=False
+        )
+        batched = dataset.shuffle(100, rng=np_random()).decode().to_tuple("tok.npy").batched(ROWS // world)
+        self._batches = batched
+        self._done = state["batches"] if state else 0
+
+    def __iter__(self) -> Iterator[Rows]:
+        for (rows,) in islice(self._batches, self._done, None):
+            self._done += 1
+            yield rows
+
+    def state(self) -> dict[str, Any]:
+        return {"batches": self._done}
+
+
+class LitData:
+    """litdata's streaming data set of fixed blocks of tokens, with its own loader."""
+
+    def __init__(self, directory: Path, rank: int, world: int, state: dict[str, Any] | None) -> None:
+        from litdata import StreamingDataLoader, StreamingDataset
+        from litdata.streaming import TokensLoader
+
+        loader = TokensLoader(block_size=LENGTH + 1)
+        dataset = StreamingDataset(str(directory / "litdata"), item_loader=loader, shuffle=True, seed=SEED)
+        self._loader = StreamingDataLoader(dataset, batch_size=ROWS // world, num_workers=0)
+        if state:
+            self._loader.load_state_dict(state)
+
+    def __iter__(self) -> Iterator[Rows]:
+        yield from self._loader
+
+    def state(self) -> dict[str, Any]:
+        return self._loader.state_dict()
+
+
+class MosaicML:
+    """mosaicml-streaming with its own loader."""
+
+    def __init__(self, directory: Path, rank: int, world: int, state: dict[str, Any] | None) -> None:
+        without_vision()
+        from streaming import StreamingDataLoader, StreamingDataset
+        from streaming.base.util import clean_stale_shared_memory
+
+        if rank == 0:
+            clean_stale_shared_memory()
+        dataset = StreamingDataset(
+            local=str(directory / "mosaicml"), shuffle=True, shuffle_seed=SEED, batch_size=ROWS // world,
+            num_canonical_nodes=2,
+        )  # fmt: skip
+        self._loader = StreamingDataLoader(dataset, batch_size=ROWS // world, num_workers=0)
+        if state:
+            self._loader.load_state_dict(state)
+
+    def __iter__(self) -> Iterator[Rows]:
+        for batch in self._loader:
+            yield batch["tokens"]
+
+    def state(self) -> dict[str, Any]:
+        return self._loader.state_dict()
+
+
+READERS = {"ours": Ours, "webdataset": WebDataset, "litdata": LitData, "mosaicml": MosaicML}
+
+
+def without_vision() -> None:
+    """Leave out mosaicml's image data sets, whose torchvision does not load beside a CPU build of torch."""
+    sys.modules.setdefault("streaming.vision", types.ModuleType("streaming.vision"))
+
+
+def np_random() -> Any:
+    import random
+
+    return random.Random(SEED)
+
+
+def names(rows: Rows) -> list[int]:
+    """A number by which each sequence is known: the CRC-32 of its first 64 tokens."""
+    first = np.ascontiguousarray(np.asarray(rows)[:, :64].astype("<u2"))
+    return [zlib.crc32(row.tobytes()) for row in first]
+
+
+def speed(reader: type, directory: Path) -> dict[str, Any]:
+    """Tokens, seconds and CPU seconds of one pass, from the second batch on."""
+    batches = iter(reader(directory, 0, 1, None))
+    next(batches)
+    start, cpu, sequences = time.perf_counter(), time.process_time(), 0
+    for rows in batches:
+        sequences += len(rows)
+    return {
+        "tokens": sequences * LENGTH,
+        "time_s": time.perf_counter() - start,
+        "cpu_s": time.process_time() - cpu,
+    }
+
+
+def resume(reader: type, directory: Path, batches: int) -> dict[str, Any]:
+    """Seconds from a state to the first batch, half a pass in, and whether it is the right one."""
+    whole = reader(directory, 0, 1, None)
+    iterator = iter(whole)
+    for _ in islice(iterator, batches // 2):
+        pass
+    state = json.loads(json.dumps(whole.state()))
+    expected = names(next(iterator))
+    del iterator, whole
+    start = time.perf_counter()
+    first = next(iter(reader(directory, 0, 1, state)))
+    return {"time_s": time.perf_counter() - start, "exact": names(first) == expected}
+
+
+def half(reader: type, directory: Path, batches: int, state_file: Path) -> dict[str, Any]:
+    """Read half a pass on one rank and keep the state."""
+    one = reader(directory, 0, 1, None)
+    read = [name for rows in islice(iter(one), batches // 2) for name in names(rows)]
+    state_file.write_text(json.dumps(one.state()))
+    return {"names": read}
+
+
+def rest(reader: type, directory: Path, batches: int, state_file: Path) -> dict[str, Any]:
+    """One of WORLD_SIZE ranks: go on from the state to the end of the pass."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    one = reader(directory, rank, world, json.loads(state_file.read_text()))
+    read = [name for rows in islice(iter(one), 2 * batches) for name in names(rows)]
+    dist.barrier()
+    dist.destroy_process_group()
+    return {"names": read}
+
+
+def main() -> None:
+    """Run one job and print what it found."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("reader", choices=READERS)
+    parser.add_argument("job", choices=["make", "speed", "resume", "half", "rest"])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--sequences", type=int, required=True)
+    parser.add_argument("--state", type=Path)
+    args = parser.parse_args()
+    reader, batches = READERS[args.reader], args.sequences // ROWS
+    try:
+        if args.job == "make":
+            found: dict[str, Any] = make(args.reader, args.directory, args.sequences)
+        elif args.job == "speed":
+            found = speed(reader, args.directory)
+        elif args.job == "resume":
+            found = resume(reader, args.directory, batches)
+        else:
+            found = (half if args.job == "half" else rest)(reader, args.directory, batches, args.state)
+    except Exception as error:
+        if args.job in ("make", "speed"):
+            raise
+        found = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(found), flush=True)
+    os._exit(0)  # some peers leave threads or shared memory that would hold the process
+
+
+def make(reader: str, directory: Path, sequences: int) -> dict[str, Any]:
+    """Write one reader's copy of the sequences, unless it is there."""
+    from data_pipeline.bench import material
+
+    target = directory / reader
+    if not (target / "made").exists():
+        if reader == "mosaicml":
+            without_vision()
+        if reader == "ours":
+            material.make_ours(target, sequences, LENGTH)
+        else:
+            getattr(material, f"make_{reader}")(directory / "ours", target, LENGTH)
+        (target / "made").touch()
+    return {"bytes": sum(path.stat().st_size for path in target.iterdir())}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""One rank's rows: where the tokens of its slices lie, and their bytes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from data_pipeline.plan import Plan
+from data_pipeline.reader import Corpus
+from data_pipeline.shards import CRC_BLOCK, ShardError
+from data_pipeline.stream import Pieces, TokenStream
+
+_log = logging.getLogger(__name__)
+_WINDOW = 64  # rows located together: a search for many costs little more than a search for one
+
+
+class Rows(NamedTuple):
+    """Some consecutive rows of some steps: what they read, and where it lies."""
+
+    corpora: np.ndarray  # (rows,) int64
+    epochs: np.ndarray  # (rows,) int64
+    continues: np.ndarray  # (rows,) bool
+    pieces: Pieces
+    bounds: list[int]  # (rows + 1,): each row's first run in `pieces`
+
+    def part(self, start: int, stop: int) -> Rows:
+        """The rows ``start..stop`` of these."""
+        low, high = self.bounds[start], self.bounds[stop]
+        row, *others = (values[low:high] for values in self.pieces)
+        bounds = [bound - low for bound in self.bounds[start : stop + 1]]
+        own = (values[start:stop] for values in self[:3])
+        return Rows(*own, Pieces(row - start, *others), bounds)
+
+
+class RowReader:
+    """Locates and reads the slices of the rows ``first..first + count`` of every step.
+
+    Args:
+        corpora, plan, seed: what decides the order.
+        block: W where documents are isolated; None where they are joined.
+        sequence_length: L, tokens of a row.
+        begin, length: the slice of each row.
+        first, count: the rank's rows.
+        on_bad_shard: as in `loader.DataConfig`.
+    """
+
+    def __init__(
+        self,
+        corpora: Sequence[Corpus],
+        plan: Plan,
+        *,
+        seed: int,
+        block: int | None,
+        sequence_length: int,
+        begin: int,
+        length: int,
+        first: int,
+        count: int,
+        on_bad_shard: Literal["stop", "skip"],
+    ) -> None:
+        self.bad: list[str] = []
+        """What was left out because it is damaged or missing, a message each."""
+        self._corpora, self._plan, self._seed, self._block = corpora, plan, seed, block
+        self._sequence_length, self._begin, self._length = sequence_length, begin, length
+        self._first, self._count, self._skip = first, count, on_bad_shard == "skip"
+        self._dtype = corpora[0].manifest.token_dtype
+        self._pad_id = corpora[0].manifest.tokenizer.pad_id
+        self._window_steps = max(1, _WINDOW // count)
+        self._window = lru_cache(maxsize=2)(self._locate)
+        self._stream = lru_cache(maxsize=len(corpora) + 1)(self._make_stream)  # one more, where two passes meet
+
+    def locate(self, step: int, start: int, stop: int) -> Rows:
+        """The rank's rows ``start..stop``, counted from its first, in a step."""
+        window, inside = divmod(step, self._window_steps)
+        return self._window(window).part(inside * self._count + start, inside * self._count + stop)
+
+    def read(self, rows: Rows) -> tuple[np.ndarray, np.ndarray | None]:
+        """Tokens (b, l + 1) in the corpus's dtype, and which of them are text: (b, l + 1) bool, None when all are."""
+        tokens = np.empty((len(rows.corpora), self._length + 1), self._dtype)
+        width, size, pieces = tokens.shape[1], tokens.itemsize, rows.pieces
+        real = None
+        if pieces.length.sum() < tokens.size:
+            tokens.fill(self._pad_id)
+            real = np.zeros(tokens.shape, bool)
+        corpora, data = rows.corpora.tolist(), memoryview(tokens).cast("B")
+        for row, slot, count, document, offset in zip(*(column.tolist() for column in pieces), strict=True):
+            place = row * width + slot
+            good = self._read_run(
+                self._corpora[corpora[row]], document, offset, data[place * size : (place + count) * size]
+            )
+            if good is not None and real is None:
+                real = np.ones(tokens.shape, bool)
+            if real is not None:
+                real[row, slot : slot + count] = True if good is None else good
+        return tokens, real
+
+    def _locate(self, window: int) -> Rows:
+        """All of the rank's rows in a window of steps."""
+        steps = range(window * self._window_steps, (window + 1) * self._window_steps)
+        corpora, epochs, sequences, continues = self._plan.assign(steps, range(self._first, self._first + self._count))
+        starts = sequences * self._sequence_length + self._begin
+        parts = []
+        for corpus, epoch in sorted(set(zip(corpora.tolist(), epochs.tolist(), strict=True))):
+            rows = np.flatnonzero((corpora == corpus) & (epochs == epoch))
+            parts.append((rows, self._stream(corpus, epoch).pieces(starts[rows], self._length + 1)))
+        pieces = Pieces.join(parts)
+        if self._block is not None:
+            # What begins at the last input's label is another document: no label, so not worth reading.
+            pieces = pieces.select((pieces.slot < self._length) | (pieces.offset > 0))
+        bounds = np.searchsorted(pieces.row, np.arange(len(starts) + 1)).tolist()
+        return Rows(corpora, epochs, continues, pieces, bounds)
+
+    def _make_stream(self, corpus: int, epoch: int) -> TokenStream:
+        return TokenStream(self._corpora[corpus].lengths, self._block, ("documents", self._seed, corpus, epoch))
+
+    def _read_run(self, corpus: Corpus, document: int, offset: int, buffer: memoryview) -> np.ndarray | None:
+        """Fill `buffer` with a run of tokens; what is bad and may be skipped is padding, and False in what is returned.
+
+        Reading goes on block by block there, so what is left out does not depend on how the rows were cut.
+        """
+        try:
+            corpus.read_into(document, offset, buffer)
+            return None
+        except ShardError:
+            if not self._skip:
+                raise
+        out = np.frombuffer(buffer, self._dtype)
+        good = np.ones(len(out), bool)
+        stop = offset + len(out)
+        for begin in range(offset // CRC_BLOCK * CRC_BLOCK, stop, CRC_BLOCK):
+            part = slice(max(begin - offset, 0), min(begin + CRC_BLOCK, stop) - offset)
+            try:
+                corpus.read_into(document, offset + part.start, memoryview(out[part]).cast("B"))
+            except ShardError as error:
+                out[part] = self._pad_id
+                good[part] = False
+                self._record(str(error))
+        return good
+
+    def _record(self, message: str) -> None:
+        if message not in self.bad:
+            self.bad.append(message)
+            _log.warning("left out of the loss: %s", message)
