@@ -28,36 +28,25 @@ class SequenceGroup:
     def gather(self, x: Tensor, kind: str) -> Callable[[], list[Tensor]]:
         """Start an all-gather; the function returned waits for it and gives every rank's `x`, in rank order."""
         message = _on_the_wire(x)
-        parts = [torch.empty_like(message) for _ in range(self.size)]
-        work = dist.all_gather(parts, message, group=self.process_group, async_op=True)
         self.traffic.count(kind, message, copies=self.size - 1)
-
-        def finish() -> list[Tensor]:
-            work.wait()
-            return [torch.view_as_complex(part) for part in parts] if x.is_complex() else parts
-
-        return finish
+        arrive = self._all_gather(message)
+        return lambda: [torch.view_as_complex(part) if x.is_complex() else part for part in arrive()]
 
     def shift(self, x: Tensor, kind: str, to_left: bool = False, around: bool = False) -> Callable[[], Tensor | None]:
         """Start sending `x` to the right neighbour (or the left); the function returned waits and gives what came.
 
         Slices stand in a line: the rank at its far end sends nothing, the one at its near end gets None. With
-        `around` the line is closed to a ring. `x` must have the same shape on all ranks.
+        `around` the line is closed to a ring. `x` must be real and have the same shape on all ranks.
         """
         step, first, last = (-1, self.size - 1, 0) if to_left else (1, 0, self.size - 1)
-        operations, received = [], None
-        if around or self.rank != last:
-            message = _on_the_wire(x)
-            operations.append(self._operation(dist.isend, message, step))
+        message = _on_the_wire(x) if around or self.rank != last else None
+        received = torch.empty_like(x, memory_format=torch.contiguous_format) if around or self.rank != first else None
+        if message is not None:
             self.traffic.count(kind, message)
-        if around or self.rank != first:
-            received = torch.empty_like(x, memory_format=torch.contiguous_format)
-            operations.append(self._operation(dist.irecv, received, -step))
-        works = dist.batch_isend_irecv(operations)
+        wait = self._send_receive(message, received, step)
 
         def finish() -> Tensor | None:
-            for work in works:
-                work.wait()
+            wait()
             return received
 
         return finish
@@ -65,13 +54,40 @@ class SequenceGroup:
     def exchange(self, parts: Tensor, kind: str) -> Tensor:
         """All-to-all of (size, ...) real: part r goes to rank r; returns what each rank sent to this one."""
         message = _on_the_wire(parts)
+        self.traffic.count(kind, message[0], copies=self.size - 1)
+        return self._all_to_all(message)
+
+    def _all_gather(self, message: Tensor) -> Callable[[], list[Tensor]]:
+        parts = [torch.empty_like(message) for _ in range(self.size)]
+        work = dist.all_gather(parts, message, group=self.process_group, async_op=True)
+
+        def finish() -> list[Tensor]:
+            work.wait()
+            return parts
+
+        return finish
+
+    def _send_receive(self, message: Tensor | None, received: Tensor | None, step: int) -> Callable[[], None]:
+        """Send to the rank `step` further, receive from the one as far on the other side; None: nothing there."""
+        pairs = ((dist.isend, message, step), (dist.irecv, received, -step))
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(call, tensor, group=self.process_group, group_peer=(self.rank + distance) % self.size)
+                for call, tensor, distance in pairs
+                if tensor is not None
+            ]
+        )
+
+        def finish() -> None:
+            for work in works:
+                work.wait()
+
+        return finish
+
+    def _all_to_all(self, message: Tensor) -> Tensor:
         received = torch.empty_like(message)
         dist.all_to_all_single(received, message, group=self.process_group)
-        self.traffic.count(kind, message[0], copies=self.size - 1)
         return received
-
-    def _operation(self, call: Callable, message: Tensor, step: int) -> dist.P2POp:
-        return dist.P2POp(call, message, group=self.process_group, group_peer=(self.rank + step) % self.size)
 
 
 def _on_the_wire(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.distributed as dist
+from pydantic import Field
 
 from bst_dist.parallel.group import SequenceGroup
 from data_pipeline.config import Config
@@ -18,7 +19,7 @@ from data_pipeline.errors import UserError
 class ParallelConfig(Config):
     """How a global batch is spread over the ranks; what sp leaves is data-parallel."""
 
-    sp: int = 1
+    sp: int = Field(1, ge=1)
     """Ranks that share one sequence, each holding a slice of L / sp tokens."""
 
 

@@ -37,14 +37,14 @@ class LeftNeighbour(Past):
 
     Args:
         group: the ranks that share this sequence.
+        slice_length: tokens of a slice, the same on all ranks.
         earlier: given, on all ranks alike, when the sequence goes on from call to call; read and left only on the
             first rank, and empty on the others.
     """
 
-    def __init__(self, group: SequenceGroup, earlier: EarlierCall | None = None):
-        self.group, self.earlier = group, earlier
-        # Slices are whole blocks, so where a slice lies within a block is told by where the sequence does.
-        self.position = earlier.position if earlier else 0
+    def __init__(self, group: SequenceGroup, slice_length: int, earlier: EarlierCall | None = None):
+        self.group, self.slice_length, self.earlier = group, slice_length, earlier
+        self.position = group.rank * slice_length + (earlier.position if earlier else 0)
 
     def extend(self, name: str, x: Tensor, before: int, after: int | None = None) -> Tensor:
         """Raises SequenceParallelError when more is asked for than one slice holds."""
@@ -91,12 +91,13 @@ class LeftNeighbour(Past):
         )
 
     def child(self, name: str) -> Past:
-        return LeftNeighbour(self.group, self.earlier and self.earlier.child(name))
+        return LeftNeighbour(self.group, self.slice_length, self.earlier and self.earlier.child(name))
 
 
-def past_of_slice(group: SequenceGroup | None, earlier: EarlierCall | None = None) -> Past:
-    """What came before this rank's slice: in the ranks of `group`, if it shares the sequence, and in `earlier`."""
-    return LeftNeighbour(group, earlier) if group else earlier or Past()
+def past_of_slice(group: SequenceGroup | None, length: int, earlier: EarlierCall | None = None) -> Past:
+    """What came before this rank's slice of `length` tokens: in the ranks it shares the sequence with, if there are
+    any, and in an earlier call, if the stream goes on from one."""
+    return LeftNeighbour(group, length, earlier) if group else earlier or Past()
 
 
 class _Extend(torch.autograd.Function):

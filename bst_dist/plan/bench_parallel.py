@@ -99,8 +99,8 @@ def measure(layer: Layer, x: Tensor, group: SequenceGroup | None, repeats: int) 
     if group is not None:
         redistributed = all_to_all_form(layer, group)
         forms = {
-            "states passed": lambda u: layer(u, LeftNeighbour(group)),
-            "all-to-all": lambda u: redistributed(u, LeftNeighbour(group)),
+            "states passed": lambda u: layer(u, LeftNeighbour(group, u.shape[1])),
+            "all-to-all": lambda u: redistributed(u, LeftNeighbour(group, u.shape[1])),
         }
     values, sent = {}, {}
     traffic = Traffic() if group is None else group.traffic

@@ -59,7 +59,7 @@ class Evaluate(Callback):
         with torch.no_grad():
             for batch in self.batches:
                 inputs = on_device(batch, self.ranks.device)
-                losses = self.engine.forward(**inputs, past=past_of_slice(self.sharing))
+                losses = self.engine.forward(**inputs, past=past_of_slice(self.sharing, batch.input_ids.shape[1]))
                 sums += sum_of_batch(losses, inputs, self.token_bytes)
                 by_block[own] += _by_block(losses.per_token, inputs["loss_mask"], block)
                 tokens += int(batch.loss_mask.sum())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ from bst_dist.train.activation import ActivationCheckpointingConfig
 from bst_dist.train.loop import Speed, TrainConfig, Trainer
 from bst_dist.train.optimizer import OptimizerConfig
 from bst_dist.train.schedule import ScheduleConfig
-from data_pipeline.batch import Batch, Cuts
 
 BLOCK, LENGTH, ROWS, MICRO_ROWS, VOCABULARY = 8, 32, 8, 2, 29
 TOLERANCE = 2e-5
@@ -35,25 +35,21 @@ def model(variant: str) -> LanguageModel:
     )  # fmt: skip
 
 
-def batches(mesh: Mesh, isolated: bool) -> list[Batch]:
+def batches(mesh: Mesh, isolated: bool) -> list[SimpleNamespace]:
     """The micro-batches of one rank, cut from the same global batch for every mesh; many labels do not count."""
     generator = np.random.default_rng(0)
     ids = generator.integers(0, VOCABULARY, (ROWS, LENGTH + 1))
     mask = generator.random((ROWS, LENGTH)) < np.linspace(0.1, 0.9, ROWS)[:, None]
-    starts = generator.random((ROWS, LENGTH // BLOCK)) < 0.3 if isolated else None
+    starts = generator.random((ROWS, LENGTH // BLOCK)) < 0.3
     length, share = LENGTH // mesh.sp, ROWS // mesh.dp
+    tokens = slice(mesh.sp_rank * length, (mesh.sp_rank + 1) * length)
+    blocks = slice(tokens.start // BLOCK, tokens.stop // BLOCK)
     found = []
     for row in range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share, MICRO_ROWS):
-        begin, rows = mesh.sp_rank * length, slice(row, row + MICRO_ROWS)
-        part, numbers = (rows, slice(begin, begin + length)), np.arange(row, row + MICRO_ROWS)
-        none = np.zeros(0, np.int64)
-        blocks = slice(begin // BLOCK, (begin + length) // BLOCK)
-        found.append(
-            Batch(
-                ids[:, :-1][part], ids[:, 1:][part], mask[part], None if starts is None else starts[rows, blocks],
-                np.ones(MICRO_ROWS, bool), numbers, 0 * numbers, 0 * numbers, Cuts(*[none] * 5, begin),
-            )
-        )  # fmt: skip
+        rows = slice(row, row + MICRO_ROWS)
+        part = {"input_ids": ids[rows, :-1], "labels": ids[rows, 1:], "loss_mask": mask[rows]}
+        part = {name: values[:, tokens] for name, values in part.items()}
+        found.append(SimpleNamespace(**part, starts=starts[rows, blocks] if isolated else None))
     return found
 
 

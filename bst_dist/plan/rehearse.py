@@ -1,0 +1,55 @@
+"""Sequence parallelism before the launch: what a rank will send, and what cannot be computed with slices.
+
+The layers themselves run, on fake tensors and with nobody to talk to, so what is told here cannot differ from what
+happens later.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.parallel.neighbour import LeftNeighbour, SequenceParallelError
+from bst_dist.parallel.rehearsal import Rehearsal
+
+MOST_BLOCKS = 16
+"""Blocks of a slice that are rehearsed at first: what is sent does not depend on the length."""
+
+
+def rehearse(model: ModelConfig, sp: int, rows: int, slice_length: int, bf16: bool = False, isolated: bool = False,
+             run_again: bool = False) -> dict[str, int]:  # fmt: skip
+    """Bytes by kind that a rank with neighbours on both sides sends for one micro-batch, forward and backward.
+
+    Args:
+        rows: sequences of the micro-batch.
+        slice_length: tokens of a slice, l = L / sp.
+        isolated: whether documents are isolated, so that each row has transitions of its own.
+        run_again: whether every layer is run again in the backward pass.
+
+    Raises:
+        SequenceParallelError: a layer needs more than its left neighbour has, or a state that cannot be passed on.
+    """
+    short = min(slice_length, MOST_BLOCKS * model.block)
+    sent: Counter[str] = Counter()
+    for mixer, layers in Counter(model.mixers()).items():
+        one = model.model_copy(update={"depth": 1, "mixer": mixer, "placement": "all", "vocab_size": 1})
+        try:
+            kinds = _one_layer(one, sp, rows, short, bf16, isolated)
+        except SequenceParallelError:  # of a longer slice it may be untrue
+            kinds = _one_layer(one, sp, rows, slice_length, bf16, isolated)
+        for kind, count in kinds.items():
+            passes = 2 if run_again and not kind.endswith(" gradient") else 1
+            sent[kind] += layers * passes * count
+    return dict(sent)
+
+
+def _one_layer(model: ModelConfig, sp: int, rows: int, length: int, bf16: bool, isolated: bool) -> dict[str, int]:
+    group = Rehearsal(sp // 2, sp)
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        starts = torch.zeros(rows, length // model.block, dtype=torch.bool) if isolated else None
+        LanguageModel(model)(ids, starts=starts, past=LeftNeighbour(group, length)).sum().backward()
+    return group.traffic.take()
