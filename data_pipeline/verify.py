@@ -55,10 +55,11 @@ def verify_shard(task: ShardTask) -> list[Problem]:
     tar, index_path = task.corpus / task.shard.file, task.corpus / task.shard.index
     try:
         index = ShardIndex.read(index_path)
+        if index.tar_sha256 != task.shard.sha256:
+            what = f"the index of another shard: of {index.tar_sha256[:12]}…, expected {task.shard.sha256[:12]}…"
+            return [Problem(index_path.name, what)]
         if sha256_file(index_path) != task.shard.index_sha256:
             return [Problem(index_path.name, "not the index that the manifest names: its SHA-256 differs")]
-        if index.tar_sha256 != task.shard.sha256:
-            return [Problem(index_path.name, f"the index of another shard: it is of {index.tar_sha256[:12]}…")]
         if not tar.exists():
             return [Problem(tar.name, "the shard is missing")]
         if tar.stat().st_size != task.shard.bytes:

@@ -52,6 +52,21 @@ def test_case_and_spacing_do_not_matter_but_words_do() -> None:
     assert np.mean(signature(text.encode()) == signature(" ".join(words(4)).encode())) < 0.1
 
 
+def test_the_order_of_words_matters() -> None:
+    text = words(6)
+    assert np.mean(signature(" ".join(text).encode()) == signature(" ".join(sorted(text)).encode())) < 0.1
+
+
+@pytest.mark.parametrize(("equal", "joined"), [(102, False), (103, True)])
+def test_documents_that_share_a_band_are_joined_only_from_the_threshold_on(equal: int, joined: bool) -> None:
+    """103 of 128 entries are the first share above 0.8."""
+    pair = np.zeros((2, PERMUTATIONS), np.uint32)
+    pair[1, equal:] = 1
+    clusters = Clusters(2)
+    near_duplicates(pair, np.arange(2), DedupConfig(similarity=0.8), clusters)
+    assert (clusters.roots().tolist() == [0, 0]) == joined
+
+
 def test_a_long_text_is_split_into_words_in_slices_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     text = " ".join(words(5)).encode()
     whole = signature(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -84,6 +85,14 @@ def test_a_missing_shard_and_a_missing_index_are_named(corpus: Path) -> None:
 
 def test_the_index_of_another_shard_is_refused(corpus: Path) -> None:
     (corpus / "train-000000.idx").write_bytes((corpus / "train-000001.idx").read_bytes())
+    [(file, what)] = problems(corpus)
+    assert (file, what.partition(":")[0]) == ("train-000000.idx", "the index of another shard")
+
+
+def test_an_index_that_differs_only_in_itself_is_refused(corpus: Path) -> None:
+    path = corpus / "train-000000.idx"
+    index = ShardIndex.read(path)
+    dataclasses.replace(index, ids=index.ids[::-1]).write(path)
     assert problems(corpus) == [("train-000000.idx", "not the index that the manifest names: its SHA-256 differs")]
 
 
