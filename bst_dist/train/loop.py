@@ -116,7 +116,8 @@ class Trainer:
         for index, batch in enumerate(batches):
             inputs = on_device(batch, self.ranks.device)
             earlier = self._earlier(index, batch, inputs)
-            losses = self.engine.forward(**inputs, past=past_of_slice(self.sharing, earlier))
+            past = past_of_slice(self.sharing, batch.input_ids.shape[1], earlier)
+            losses = self.engine.forward(**inputs, past=past)
             self.engine.accumulate(losses.total * scale, last=index == len(batches) - 1)
             sums += sum_of_batch(losses, inputs, self.token_bytes)
             if earlier is not None:
@@ -166,5 +167,5 @@ def _with_starts(inputs: dict[str, Any], batch: Batch, block: int) -> Tensor:
     starts = inputs["starts"]
     if starts is None:
         starts = torch.zeros(rows, length // block, dtype=torch.bool, device=inputs["input_ids"].device)
-    first = torch.from_numpy(~batch.continues & (batch.cuts.begin == 0)).to(starts.device)
+    first = torch.from_numpy(~batch.continues & (batch.begin == 0)).to(starts.device)
     return torch.cat((starts[:, :1] | first[:, None], starts[:, 1:]), dim=1)
