@@ -46,7 +46,7 @@ class Gaps:
 
 def pair(rows: list[Row], variant: str, baseline: str, axis: Axis = "flops") -> Gaps:
     """The gaps of `variant` in the finished rows of a table; raises UserError when no pair is there."""
-    done = [row for row in rows if row.status == "done"]
+    done = [row for row in rows if row.status == "done" and row.role == "grid"]
     curves: dict[str, list[Row]] = {}
     for row in done:
         if row.architecture == baseline:

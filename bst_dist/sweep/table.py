@@ -29,11 +29,16 @@ class Row(Config):
     """Why it failed or diverged."""
     architecture: str
     arm: str
+    role: Literal["grid", "hold-out", "audit"] = "grid"
+    """grid: compared and fitted; hold-out: predicted; audit: at another learning rate."""
     size: float
     """The size asked for: training FLOPs a token / 6."""
     depth: int
     width: int
     seed: int
+    learning_rate: float = float("nan")
+    rate_factor: float = 1.0
+    """The learning rate over the rule's."""
     tokens_per_parameter: float
     """As asked for; the compute it stands for is 6 size^2 times this."""
     block: str
@@ -93,7 +98,7 @@ def read(path: Path) -> list[Row]:
 
 def points(rows: list[Row]) -> Points:
     """The finished rows as points to fit."""
-    done = [row for row in rows if row.status == "done"]
+    done = [row for row in rows if row.status == "done" and row.role == "grid"]
     if not done:
         raise TableError("no run of the sweep has finished: there is nothing to fit")
     return Points(

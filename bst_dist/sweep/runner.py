@@ -1,0 +1,201 @@
+"""Running a sweep: some workers on this host, each a training process, until nothing is left to start.
+
+What there is to do is read from the run directories before each start, and a run that is being trained is locked. So
+the command may be killed at any moment and given again, and several of them on one shared file system, a task of a
+Slurm array each or one a host, take runs from the same sweep without being told of each other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bst_dist.config import load_recipe
+from bst_dist.sweep.design import Run
+from bst_dist.sweep.state import OUT_OF_MEMORY, State
+from bst_dist.train.checkpoint import committed
+from bst_dist.train.rundir import RECIPE
+from data_pipeline.atomic import atomic_file
+from data_pipeline.config import dump
+
+POLL_S = 0.2
+MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "Cannot allocate memory")
+_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
+
+
+@dataclass
+class Worker:
+    """One training process."""
+
+    run: Run
+    process: subprocess.Popen[bytes]
+    started: float = field(default_factory=time.monotonic)
+
+
+class Runner:
+    """Takes the runs of a sweep to their ends."""
+
+    def __init__(self, runs: list[Run], state: State, workers: int, say: Callable[[str], None]) -> None:
+        self.runs, self.state, self.limit, self.say = runs, state, workers, say
+        self.workers: list[Worker] = []
+
+    def run(self, watch: Callable[[list[Worker]], None]) -> None:
+        """Start runs until none is left, calling `watch` while they train; ends them when told to stop."""
+        with _told_to_stop() as told:
+            try:
+                while not told:
+                    self._collect()
+                    self._fill()
+                    watch(self.workers)
+                    if not self.workers and not self._elsewhere():
+                        return
+                    time.sleep(POLL_S)
+            finally:
+                self._end()
+        raise KeyboardInterrupt
+
+    def _fill(self) -> None:
+        """Start what can be started, in the order of the plan, as long as workers are free."""
+        for run in self.runs:
+            if len(self.workers) == self.limit:
+                return
+            if self.state.standing(run).status == "waiting" and self.state.ready(run):
+                self._start(run)
+
+    def _start(self, run: Run) -> None:
+        lock = self.state.lock(run.name)
+        if lock is None:
+            return
+        try:
+            if self.state.standing(run).status == "done":  # finished elsewhere between the look and the lock
+                return
+            micro = self._prepare(run)
+            with self.state.path("logs", run.name).open("ab") as log:
+                process = subprocess.Popen(
+                    self._command(run, micro), env=self._environment(), stdout=log, stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL, pass_fds=(lock,), start_new_session=True, preexec_fn=_die_with_parent,
+                )  # fmt: skip
+            self.workers.append(Worker(run, process))
+        finally:
+            os.close(lock)  # the process has its own
+
+    def _prepare(self, run: Run) -> int:
+        """Write the recipe and clear away a directory that cannot be gone on with; returns the micro-batch."""
+        with atomic_file(self.state.path("recipes", run.name)) as file:
+            file.write(dump(run.recipe).encode())
+        directory = self.state.directory(run.name)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        micro = self._micro(run)
+        if directory.exists() and not committed(directory) and not self._same_micro(directory, micro):
+            shutil.rmtree(directory)  # broken off before its recipe was written, or out of memory
+        return micro
+
+    def _micro(self, run: Run) -> int:
+        """The recipe's micro-batch, halved each time memory ran out, and no larger than its trunk's."""
+        micro = run.recipe.train.micro_sequences
+        if run.trunk is not None:
+            micro = load_recipe(self.state.directory(run.trunk) / RECIPE).train.micro_sequences
+        short = [a["micro_sequences"] for a in self.state.attempts(run.name) if a["status"] == OUT_OF_MEMORY]
+        return min([micro, *(used // 2 for used in short)])
+
+    def _same_micro(self, directory: Path, micro: int) -> bool:
+        path = directory / RECIPE
+        return path.exists() and load_recipe(path).train.micro_sequences == micro
+
+    def _command(self, run: Run, micro: int) -> list[str]:
+        several = (run.recipe.ranks or 1) > 1
+        # One rank needs no launcher, and starts in a third of the time without.
+        program = [sys.executable, "-m", "bst_dist.train"]
+        if several:
+            program = [str(Path(sys.executable).with_name("bst")), "train"]
+        recipe = [str(self.state.path("recipes", run.name)), f"train.micro_sequences={micro}"]
+        return [*program, *recipe, "--run-dir", str(self.state.directory(run.name)), "--resume"]
+
+    def _environment(self) -> dict[str, str]:
+        threads = str(max(1, len(os.sched_getaffinity(0)) // self.limit))
+        return {"OMP_NUM_THREADS": threads, **os.environ}
+
+    def _collect(self) -> None:
+        """Take note of the processes that have ended."""
+        for worker in [worker for worker in self.workers if worker.process.poll() is not None]:
+            self.workers.remove(worker)
+            name, seconds = worker.run.name, time.monotonic() - worker.started
+            standing = self.state.standing(worker.run)
+            if standing.status not in ("done", "diverged"):
+                self.state.record(name, self._attempt(worker, seconds))
+                standing = self.state.standing(worker.run)
+            self.say(f"{standing.status:>9} {name} after {seconds:.0f} s {standing.reason}")
+
+    def _attempt(self, worker: Worker, seconds: float) -> dict[str, object]:
+        """How a start ended that did not finish."""
+        name, status = worker.run.name, worker.process.returncode
+        lines = _tail(self.state.path("logs", name))
+        micro = self._micro(worker.run)
+        ran_out = any(sign in line for line in lines for sign in MEMORY)
+        # With checkpoints behind it the memory did suffice, and at one sequence there is nothing to halve.
+        smaller = ran_out and micro > 1 and not committed(self.state.directory(name))
+        return {
+            "status": OUT_OF_MEMORY if smaller else "failed",
+            "reason": lines[-1].strip() if lines else f"exit status {status}",
+            "exit_status": status,
+            "micro_sequences": micro,
+            "time_s": seconds,
+        }
+
+    def _elsewhere(self) -> bool:
+        """Whether runs are still being trained by another command, or wait for one that is."""
+        return any(self.state.standing(run).status in ("running", "waiting") for run in self.runs)
+
+    def _end(self) -> None:
+        """End the processes that are left; what they had not saved is trained again at the next start."""
+        for worker in self.workers:
+            _signal(worker.process, signal.SIGTERM)
+        for worker in self.workers:
+            try:
+                worker.process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                _signal(worker.process, signal.SIGKILL)
+                worker.process.wait()
+
+
+def _tail(path: Path, most: int = 40) -> list[str]:
+    """The last lines of a log that say something."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes()[-20_000:].decode(errors="replace").splitlines()
+    return [line for line in lines if line.strip()][-most:]
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end this process when its parent is gone, however that came about (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    """To the process's whole session; it may be gone already."""
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return
+
+
+@contextmanager
+def _told_to_stop() -> Iterator[list[int]]:
+    """The signals SIGINT and SIGTERM that arrive while the block runs, in place of what they would do."""
+    told: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: told.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
