@@ -95,6 +95,7 @@ def make_run(tmp_path, corpus):
             "train": {"steps": 4, "sequence_length": 32, "sequences": 2, "precision": "fp32"},
         }  # fmt: skip
         run_dir = tmp_path / name
+        run_dir.mkdir(parents=True, exist_ok=True)
         recipe = parse(Recipe, settings)
         for step in steps:
             torch.manual_seed(seed + step)
