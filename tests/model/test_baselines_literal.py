@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bst_dist.model.layers import MIXERS, LayerConfig
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.past import EarlierCall, Past
 from data_pipeline.config import parse
 
 WIDTH, HEADS, BLOCK, LENGTH = 8, 2, 4, 20
@@ -228,3 +228,12 @@ def gradients(total, model, u):
     named = {"u": u, **dict(model.named_parameters())}
     found = torch.autograd.grad(total, list(named.values()), allow_unused=True)
     return dict(zip(named, found, strict=True))
+
+
+@pytest.mark.parametrize(("position", "first"), [(0, 8), (4, 4), (8, 8)])
+def test_segments_are_counted_from_the_beginning_of_the_stream(position, first):
+    """The 12th token of a slice learns from its own segment of 8, which begins at token `first` of the slice."""
+    model, u = build("transformer-xl")
+    (gradient,) = torch.autograd.grad(model(u, EarlierCall({}, position), None)[:, 11].sum(), u)
+    assert not gradient[:, :first].any()
+    assert gradient[:, first:12].abs().sum(-1).all()
