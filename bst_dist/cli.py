@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "baselines": ("bst_dist.evaluate.baselines", "what an order-2 byte model and xz -9 make of a corpus"),
     "demo": ("bst_dist.evaluate.demo", "the whole way in minutes, from text to a trained and evaluated model"),
     "models": ("bst_dist.plan.models", "list every model at a recipe's sizes: parameters, FLOPs, carried state"),
+    "bench data": ("data_pipeline.commands.bench", "read tokens beside webdataset, litdata and mosaicml-streaming"),
     "bench layers": ("bst_dist.bench.layers", "time a layer of every model beside other people's"),
     "bench parallel": ("bst_dist.plan.bench_parallel", "sequence parallelism against all-to-alls: bytes and time"),
 }

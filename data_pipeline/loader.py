@@ -171,6 +171,13 @@ class Loader:
             for start in range(0, self._rows // self._dp, self._micro_rows)
         ]
 
+    def tokens(self, step: int) -> list[np.ndarray]:
+        """The same micro-batches as stored: (b, l + 1) in the corpus's dtype, the label of the last input included."""
+        return [
+            self._reader.read(self._reader.locate(step, start, start + self._micro_rows))[0]
+            for start in range(0, self._rows // self._dp, self._micro_rows)
+        ]
+
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps after `step` steps were trained on: under 300 bytes of JSON."""
         config = self.config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -81,22 +81,34 @@ class RowReader:
     def read(self, rows: Rows) -> tuple[np.ndarray, np.ndarray | None]:
         """Tokens (b, l + 1) in the corpus's dtype, and which of them are text: (b, l + 1) bool, None when all are."""
         tokens = np.empty((len(rows.corpora), self._length + 1), self._dtype)
-        width, size, pieces = tokens.shape[1], tokens.itemsize, rows.pieces
-        real = None
-        if pieces.length.sum() < tokens.size:
+        whole = rows.pieces.length.sum() == tokens.size
+        if not whole:
             tokens.fill(self._pad_id)
-            real = np.zeros(tokens.shape, bool)
-        corpora, data = rows.corpora.tolist(), memoryview(tokens).cast("B")
-        for row, slot, count, document, offset in zip(*(column.tolist() for column in pieces), strict=True):
-            place = row * width + slot
-            good = self._read_run(
-                self._corpora[corpora[row]], document, offset, data[place * size : (place + count) * size]
-            )
-            if good is not None and real is None:
-                real = np.ones(tokens.shape, bool)
-            if real is not None:
-                real[row, slot : slot + count] = True if good is None else good
-        return tokens, real
+        data = memoryview(tokens).cast("B")
+        try:
+            for corpus, document, offset, begin, stop in self._runs(rows):
+                corpus.read_into(document, offset, data[begin:stop])
+        except ShardError:
+            if not self._skip:
+                raise
+            return tokens, self._read_what_is_good(rows, tokens)
+        return tokens, None if whole else self._covered(rows, tokens.shape)
+
+    def _runs(self, rows: Rows) -> Iterator[tuple[Corpus, int, int, int, int]]:
+        """(corpus, document, offset in it, first and last byte in the rows' tokens) of each run."""
+        corpora, size = [self._corpora[corpus] for corpus in rows.corpora.tolist()], self._dtype.itemsize
+        row, slot, length, document, offset = rows.pieces
+        begin = (row * (self._length + 1) + slot) * size
+        stop = begin + length * size
+        for own, *run in zip(*(column.tolist() for column in (row, document, offset, begin, stop)), strict=True):
+            yield corpora[own], *run
+
+    def _covered(self, rows: Rows, shape: tuple[int, int]) -> np.ndarray:
+        """(b, l + 1) bool: which tokens a run covers."""
+        real = np.zeros(shape, bool)
+        for row, slot, length in zip(*(column.tolist() for column in rows.pieces[:3]), strict=True):
+            real[row, slot : slot + length] = True
+        return real
 
     def _locate(self, window: int) -> Rows:
         """All of the rank's rows in a window of steps."""
@@ -117,29 +129,24 @@ class RowReader:
     def _make_stream(self, corpus: int, epoch: int) -> TokenStream:
         return TokenStream(self._corpora[corpus].lengths, self._block, ("documents", self._seed, corpus, epoch))
 
-    def _read_run(self, corpus: Corpus, document: int, offset: int, buffer: memoryview) -> np.ndarray | None:
-        """Fill `buffer` with a run of tokens; what is bad and may be skipped is padding, and False in what is returned.
+    def _read_what_is_good(self, rows: Rows, tokens: np.ndarray) -> np.ndarray:
+        """Fill `tokens` with what can be read and padding elsewhere; returns which are text, (b, l + 1) bool.
 
-        Reading goes on block by block there, so what is left out does not depend on how the rows were cut.
+        Reading goes block by block here, so what is left out does not depend on how the rows were cut.
         """
-        try:
-            corpus.read_into(document, offset, buffer)
-            return None
-        except ShardError:
-            if not self._skip:
-                raise
-        out = np.frombuffer(buffer, self._dtype)
-        good = np.ones(len(out), bool)
-        stop = offset + len(out)
-        for begin in range(offset // CRC_BLOCK * CRC_BLOCK, stop, CRC_BLOCK):
-            part = slice(max(begin - offset, 0), min(begin + CRC_BLOCK, stop) - offset)
-            try:
-                corpus.read_into(document, offset + part.start, memoryview(out[part]).cast("B"))
-            except ShardError as error:
-                out[part] = self._pad_id
-                good[part] = False
-                self._record(str(error))
-        return good
+        real = self._covered(rows, tokens.shape)
+        flat, good = tokens.reshape(-1), real.reshape(-1)
+        for corpus, document, offset, begin, stop in self._runs(rows):
+            begin, stop = begin // tokens.itemsize, stop // tokens.itemsize
+            while begin < stop:
+                end = min(stop, begin + CRC_BLOCK - offset % CRC_BLOCK)
+                try:
+                    corpus.read_into(document, offset, memoryview(flat[begin:end]).cast("B"))
+                except ShardError as error:
+                    flat[begin:end], good[begin:end] = self._pad_id, False
+                    self._record(str(error))
+                begin, offset = end, offset + end - begin
+        return real
 
     def _record(self, message: str) -> None:
         if message not in self.bad:

@@ -1,17 +1,20 @@
 """Random access to one shard: runs of a document's tokens, compared with their CRCs before they are used.
 
-Every block of 8192 tokens is checked once per process where the shard is a local file, and at every read where its
-bytes come over a network. The index is read again when the shard is first touched, and what is kept of it is small.
+Every block of 8192 tokens is checked once per process where the shard is a local file, a few neighbours together, and
+at every read where its bytes come over a network. The index is read again when the shard is first touched, and what is
+kept of it is small.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import logging
 import tarfile
 import zlib
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +27,7 @@ from data_pipeline.storage import Storage
 
 _log = logging.getLogger(__name__)
 _TAR_BLOCK = 512  # members of a tar begin at multiples of it
+_CHECKED_TOGETHER = 8  # blocks: about what the kernel reads ahead of a first read anyway
 
 
 class _ChangedError(ShardError):
@@ -69,19 +73,18 @@ class ShardReader:
         first, last = start // CRC_BLOCK, (start + len(buffer) // size - 1) // CRC_BLOCK
         block = layout.crc_starts[document] + first
         end = block + last - first + 1
+        if not self._storage.remote and layout.verified.find(0, block, end) >= 0:
+            self._check_around(document, first, last)
         if layout.verified.find(0, block, end) < 0:
             self._storage.read_into(self.info.file, layout.offsets[document] + start * size, buffer)
             return
-        begin, stop = first * CRC_BLOCK, min((last + 1) * CRC_BLOCK, layout.lengths[document])
         try:
-            data = self._read_blocks(document, begin, stop, block)
+            data = self._read_blocks(document, first, last)
         except _ChangedError:
             if not self._storage.renew(self.info.file):
                 raise
-            data = self._read_blocks(document, begin, stop, block)
-        if not self._storage.remote:
-            layout.verified[block:end] = b"\1" * (end - block)
-        skipped = (start - begin) * size
+            data = self._read_blocks(document, first, last)
+        skipped = (start - first * CRC_BLOCK) * size
         buffer[:] = data[skipped : skipped + len(buffer)]
 
     def document_info(self, document: int) -> dict[str, Any]:
@@ -116,19 +119,44 @@ class ShardReader:
             raise ShardError(f"{where}: not the index this corpus was made with; copy it again")
         return index
 
-    def _read_blocks(self, document: int, begin: int, stop: int, block: int) -> memoryview:
-        """The bytes of a document's tokens ``begin..stop``, blocks from `block` on, compared with their CRCs."""
+    def _check_around(self, document: int, first: int, last: int) -> None:
+        """Check these blocks of a document and their neighbours; the good ones need no check for the process's life.
+
+        What is bad or missing is left to be found, and named, when it is wanted.
+        """
+        first -= first % _CHECKED_TOGETHER
+        last += _CHECKED_TOGETHER - 1 - last % _CHECKED_TOGETHER
+        with contextlib.suppress(ShardError):
+            data, _ = self._fetch(document, first, last)
+            for number, found in self._numbered(document, first, data):
+                self._layout.verified[number] = zlib.crc32(found) == self._layout.crc[number]
+
+    def _read_blocks(self, document: int, first: int, last: int) -> memoryview:
+        """The bytes of these blocks of a document, compared with their CRCs."""
+        data, begin = self._fetch(document, first, last)
+        for number, found in self._numbered(document, first, data):
+            expected = self._layout.crc[number]
+            if zlib.crc32(found) != expected:
+                what = _describe(found, expected, begin)
+                raise _ChangedError(f"{self.where}: {self._member_name(document)}: {what}; copy the shard again")
+            begin += len(found)
+        return data
+
+    def _fetch(self, document: int, first: int, last: int) -> tuple[memoryview, int]:
+        """(the bytes of these blocks, as far as the document goes; the byte of the shard where they begin)."""
+        begin, stop = first * CRC_BLOCK, min((last + 1) * CRC_BLOCK, self._layout.lengths[document])
         offset = self._layout.offsets[document] + begin * self._itemsize
         data = memoryview(np.empty((stop - begin) * self._itemsize, np.uint8))
         self._storage.read_into(self.info.file, offset, data)
+        return data, offset
+
+    def _numbered(self, document: int, first: int, data: memoryview) -> Iterator[tuple[int, memoryview]]:
+        """The blocks in `data`, from a document's `first` on, each with its number in the shard."""
         step = CRC_BLOCK * self._itemsize
+        number = self._layout.crc_starts[document] + first
         for place in range(0, len(data), step):
-            number = block + place // step
-            found, expected = data[place : place + step], self._layout.crc[number]
-            if not self._layout.verified[number] and zlib.crc32(found) != expected:
-                what = _describe(found, expected, offset + place)
-                raise _ChangedError(f"{self.where}: {self._member_name(document)}: {what}; copy the shard again")
-        return data
+            yield number, data[place : place + step]
+            number += 1
 
     def _member_name(self, document: int) -> str:
         """The name of the document's tokens in the tar, as far as the tar still says it."""

@@ -1,6 +1,6 @@
 """One measurement of one reader, in a process of its own: prints a JSON line.
 
-  python -m data_pipeline.bench.readers {ours,webdataset,litdata,mosaicml} JOB DIRECTORY [--state FILE]
+  python -m data_pipeline.bench.readers READER JOB DIRECTORY --sequences N [--state FILE]
 
 Jobs: `make` writes the reader's own copy of the sequences; `speed` reads one pass; `resume` goes on from the middle of
 a pass; `half` reads half a pass and keeps the state; `rest` is one of several ranks that go on from it. The peers are
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import sys
 import time
 import types
@@ -33,7 +34,7 @@ Rows = Any  # (b, L + 1) tokens: an array or a tensor
 class Ours:
     """This project's loader: ids, labels, masks and cuts, as a trainer is given them."""
 
-    def __init__(self, directory: Path, rank: int, world: int, state: dict[str, Any] | None) -> None:
+    def __init__(self, directory: Path, sequences: int, rank: int, world: int, state: dict[str, Any] | None) -> None:
         from data_pipeline.loader import DataConfig, Loader, open_corpora
 
         config = DataConfig(corpus=str(directory / "ours"), prefetch=0)
@@ -45,11 +46,10 @@ class Ours:
         if state:
             self._loader.check(state)
         self._step = state["step"] if state else 0
+        self._sequences = sequences
 
     def __iter__(self) -> Iterator[Rows]:
-        for step, batches in self._loader:
-            if batches[0].epochs.any():
-                return
+        for step, batches in islice(self._loader, self._sequences // ROWS - self._step):
             self._step = step + 1
             yield batches[0].input_ids
 
@@ -57,18 +57,27 @@ class Ours:
         return self._loader.state(self._step)
 
 
+class OursAsStored(Ours):
+    """The same without what a trainer needs: rows of stored tokens, as the peers give them."""
+
+    def __iter__(self) -> Iterator[Rows]:
+        for step in range(self._step, self._sequences // ROWS):
+            self._step = step + 1
+            yield self._loader.tokens(step)[0]
+
+
 class WebDataset:
     """Stock webdataset, shards and samples shuffled; resuming is reading again and throwing away."""
 
-    def __init__(self, directory: Path, rank: int, world: int, state: dict[str, Any] | None) -> None:
+    def __init__(self, directory: Path, sequences: int, rank: int, world: int, state: dict[str, Any] | None) -> None:
         import webdataset as wds
 
         tars = sorted(str(path) for path in (directory / "webdataset").glob("*.tar"))
         dataset = wds.WebDataset(
             tars, shardshuffle=100, detshuffle=True, seed=SEED, nodesplitter=wds.split_by_node, empty_check=False
         )
-        batched = dataset.shuffle(100, rng=np_random()).decode().to_tuple("tok.npy").batched(ROWS // world)
-        self._batches = batched
+        samples = dataset.shuffle(100, rng=random.Random(SEED)).decode().to_tuple("tok.npy")
+        self._batches = samples.batched(ROWS // world)
         self._done = state["batches"] if state else 0
 
     def __iter__(self) -> Iterator[Rows]:
@@ -83,7 +92,7 @@ class WebDataset:
 class LitData:
     """litdata's streaming data set of fixed blocks of tokens, with its own loader."""
 
-    def __init__(self, directory: Path, rank: int, world: int, state: dict[str, Any] | None) -> None:
+    def __init__(self, directory: Path, sequences: int, rank: int, world: int, state: dict[str, Any] | None) -> None:
         from litdata import StreamingDataLoader, StreamingDataset
         from litdata.streaming import TokensLoader
 
@@ -103,7 +112,7 @@ class LitData:
 class MosaicML:
     """mosaicml-streaming with its own loader."""
 
-    def __init__(self, directory: Path, rank: int, world: int, state: dict[str, Any] | None) -> None:
+    def __init__(self, directory: Path, sequences: int, rank: int, world: int, state: dict[str, Any] | None) -> None:
         without_vision()
         from streaming import StreamingDataLoader, StreamingDataset
         from streaming.base.util import clean_stale_shared_memory
@@ -126,18 +135,18 @@ class MosaicML:
         return self._loader.state_dict()
 
 
-READERS = {"ours": Ours, "webdataset": WebDataset, "litdata": LitData, "mosaicml": MosaicML}
+READERS = {
+    "ours": Ours,
+    "ours-as-stored": OursAsStored,
+    "webdataset": WebDataset,
+    "litdata": LitData,
+    "mosaicml": MosaicML,
+}
 
 
 def without_vision() -> None:
     """Leave out mosaicml's image data sets, whose torchvision does not load beside a CPU build of torch."""
     sys.modules.setdefault("streaming.vision", types.ModuleType("streaming.vision"))
-
-
-def np_random() -> Any:
-    import random
-
-    return random.Random(SEED)
 
 
 def names(rows: Rows) -> list[int]:
@@ -146,9 +155,9 @@ def names(rows: Rows) -> list[int]:
     return [zlib.crc32(row.tobytes()) for row in first]
 
 
-def speed(reader: type, directory: Path) -> dict[str, Any]:
+def speed(reader: type, directory: Path, sequences: int) -> dict[str, Any]:
     """Tokens, seconds and CPU seconds of one pass, from the second batch on."""
-    batches = iter(reader(directory, 0, 1, None))
+    batches = iter(reader(directory, sequences, 0, 1, None))
     next(batches)
     start, cpu, sequences = time.perf_counter(), time.process_time(), 0
     for rows in batches:
@@ -160,36 +169,36 @@ def speed(reader: type, directory: Path) -> dict[str, Any]:
     }
 
 
-def resume(reader: type, directory: Path, batches: int) -> dict[str, Any]:
+def resume(reader: type, directory: Path, sequences: int) -> dict[str, Any]:
     """Seconds from a state to the first batch, half a pass in, and whether it is the right one."""
-    whole = reader(directory, 0, 1, None)
+    whole = reader(directory, sequences, 0, 1, None)
     iterator = iter(whole)
-    for _ in islice(iterator, batches // 2):
+    for _ in islice(iterator, sequences // ROWS // 2):
         pass
     state = json.loads(json.dumps(whole.state()))
     expected = names(next(iterator))
     del iterator, whole
     start = time.perf_counter()
-    first = next(iter(reader(directory, 0, 1, state)))
+    first = next(iter(reader(directory, sequences, 0, 1, state)))
     return {"time_s": time.perf_counter() - start, "exact": names(first) == expected}
 
 
-def half(reader: type, directory: Path, batches: int, state_file: Path) -> dict[str, Any]:
+def half(reader: type, directory: Path, sequences: int, state_file: Path) -> dict[str, Any]:
     """Read half a pass on one rank and keep the state."""
-    one = reader(directory, 0, 1, None)
-    read = [name for rows in islice(iter(one), batches // 2) for name in names(rows)]
+    one = reader(directory, sequences, 0, 1, None)
+    read = [name for rows in islice(iter(one), sequences // ROWS // 2) for name in names(rows)]
     state_file.write_text(json.dumps(one.state()))
     return {"names": read}
 
 
-def rest(reader: type, directory: Path, batches: int, state_file: Path) -> dict[str, Any]:
+def rest(reader: type, directory: Path, sequences: int, state_file: Path) -> dict[str, Any]:
     """One of WORLD_SIZE ranks: go on from the state to the end of the pass."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    one = reader(directory, rank, world, json.loads(state_file.read_text()))
-    read = [name for rows in islice(iter(one), 2 * batches) for name in names(rows)]
+    one = reader(directory, sequences, rank, world, json.loads(state_file.read_text()))
+    read = [name for rows in islice(iter(one), sequences) for name in names(rows)]
     dist.barrier()
     dist.destroy_process_group()
     return {"names": read}
@@ -204,16 +213,16 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, required=True)
     parser.add_argument("--state", type=Path)
     args = parser.parse_args()
-    reader, batches = READERS[args.reader], args.sequences // ROWS
+    reader = READERS[args.reader]
     try:
         if args.job == "make":
             found: dict[str, Any] = make(args.reader, args.directory, args.sequences)
         elif args.job == "speed":
-            found = speed(reader, args.directory)
+            found = speed(reader, args.directory, args.sequences)
         elif args.job == "resume":
-            found = resume(reader, args.directory, batches)
+            found = resume(reader, args.directory, args.sequences)
         else:
-            found = (half if args.job == "half" else rest)(reader, args.directory, batches, args.state)
+            found = (half if args.job == "half" else rest)(reader, args.directory, args.sequences, args.state)
     except Exception as error:
         if args.job in ("make", "speed"):
             raise
@@ -230,7 +239,7 @@ def make(reader: str, directory: Path, sequences: int) -> dict[str, Any]:
     if not (target / "made").exists():
         if reader == "mosaicml":
             without_vision()
-        if reader == "ours":
+        if reader.startswith("ours"):
             material.make_ours(target, sequences, LENGTH)
         else:
             getattr(material, f"make_{reader}")(directory / "ours", target, LENGTH)
