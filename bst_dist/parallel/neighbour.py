@@ -52,7 +52,7 @@ class LeftNeighbour(Past):
             return x
         if x.shape[1] < before or after not in (None, before):
             raise SequenceParallelError(
-                f"{name}: this layer needs {before} positions before its slice of the sequence, and a slice has "
+                f"a layer needs {before} positions ({name}) before its slice of the sequence, and a slice has "
                 f"{x.shape[1]}: only the left neighbour is asked. Lower parallel.sp, lengthen train.sequence_length, "
                 "or shorten the layer's reach (a window, ssm.length)"
             )
@@ -85,7 +85,7 @@ class LeftNeighbour(Past):
     def serial_state(self, name: str) -> NoReturn:
         """Raises SequenceParallelError: the ranks would have to take turns."""
         raise SequenceParallelError(
-            f"{name}: this layer's state follows from the one before by more than a factor for each of its numbers "
+            f"a layer's state ({name}) follows from the one before by more than a factor for each of its numbers "
             "(Block-Recurrent, ssm.kernel s4-dplr), so ranks that share a sequence would wait for each other in line: "
             "set parallel.sp to 1"
         )

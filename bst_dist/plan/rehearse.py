@@ -38,7 +38,7 @@ def rehearse(model: ModelConfig, sp: int, rows: int, slice_length: int, bf16: bo
         one = model.model_copy(update={"depth": 1, "mixer": mixer, "placement": "all", "vocab_size": 1})
         try:
             kinds = _one_layer(one, sp, rows, short, bf16, isolated)
-        except SequenceParallelError:  # of a longer slice it may be untrue
+        except SequenceParallelError:  # it may be able to with longer slices
             kinds = _one_layer(one, sp, rows, slice_length, bf16, isolated)
         for kind, count in kinds.items():
             passes = 2 if run_again and not kind.endswith(" gradient") else 1

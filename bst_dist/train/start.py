@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bst_dist.config import Recipe, accumulation, deepspeed_file, evaluation_rows, load_recipe, with_vocabulary
+from bst_dist.plan.rehearse import rehearse
 from bst_dist.train import rundir
 from data_pipeline.loader import open_corpora
 from data_pipeline.reader import Corpus
@@ -52,11 +53,20 @@ def resolve(recipe: Recipe, request: Request, world: int) -> Start:
     corpora = open_corpora(recipe.data, "train")
     validation = open_corpora(recipe.data, "validation")
     recipe = with_vocabulary(recipe, corpora)
+    _require_slices(recipe)
     completed = _complete(recipe, world, micro_batches)
     run_dir = request.run_dir or Path("runs") / recipe.name
     rundir.check(run_dir, recipe, completed, request.resume)
     until = min(request.until or recipe.train.steps, recipe.train.steps)
     return Start(recipe, run_dir, corpora, validation, completed, micro_batches, rows, until)
+
+
+def _require_slices(recipe: Recipe) -> None:
+    """Raise SequenceParallelError, with the reason, when a layer cannot be computed in slices of this length."""
+    sp, train = recipe.parallel.sp, recipe.train
+    if sp > 1:
+        isolated = recipe.data.documents == "isolated"
+        rehearse(recipe.model, sp, train.micro_sequences, train.sequence_length // sp, isolated=isolated)
 
 
 def _complete(recipe: Recipe, world: int, micro_batches: int) -> dict[str, Any]:

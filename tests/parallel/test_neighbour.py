@@ -238,7 +238,7 @@ def refusal(slice_length: int, **settings) -> str:
 def test_what_cannot_be_spread_over_ranks_is_refused_with_the_reason():
     """A filter whose reach is a slice of its own or less is fine: the left neighbour has all its inputs."""
     hyena = {"kernel": "hyena", "length": 4 * BLOCK}
-    assert "needs 31 positions before its slice of the sequence, and a slice has 24" in refusal(3 * BLOCK, ssm=hyena)
+    assert "needs 31 positions (inputs) before its slice of the sequence, and a slice has 24" in refusal(3 * BLOCK, ssm=hyena)
     assert refusal(4 * BLOCK, ssm=hyena) == ""
     far = {"kernel": "explicit", "length": 20 * BLOCK}  # more than is rehearsed at first
     assert refusal(20 * BLOCK, ssm=far) == "" and "Lower parallel.sp" in refusal(19 * BLOCK, ssm=far)
