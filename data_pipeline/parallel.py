@@ -51,6 +51,11 @@ class Workers:
                 future.cancel()
 
 
+def mpi_ranks() -> int:
+    """Ranks that `mpirun` started this program on; 1 without it."""
+    return int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1)
+
+
 @contextmanager
 def open_workers(count: int | None) -> Iterator[Workers | None]:
     """Workers for the tasks of this program; None on the MPI ranks that serve as workers, once they are done serving.
@@ -58,7 +63,7 @@ def open_workers(count: int | None) -> Iterator[Workers | None]:
     Under `mpirun -n N`, rank 0 runs the program and the other N - 1 ranks its tasks; `count` is then not used.
     Otherwise `count` processes do (None: one for each CPU this process may use; 1: no process but this one).
     """
-    ranks = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1)
+    ranks = mpi_ranks()
     if ranks > 1:
         from mpi4py import MPI  # only under mpirun: importing it initialises MPI
         from mpi4py.futures import MPICommExecutor

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from data_pipeline.parallel import mpi_ranks
 from data_pipeline.prepare import Progress as Report
 
 
@@ -33,7 +34,7 @@ class StageTimes:
 @contextmanager
 def stages(console: Console) -> Iterator[StageTimes]:
     """Yield what a preparation calls to say how far it is."""
-    if console.is_terminal:
+    if console.is_terminal and mpi_ranks() == 1:  # mpirun gives a terminal to its ranks, wherever their output goes
         with _bars(console) as bars:
             yield StageTimes(_on_bars(bars))
     else:

@@ -63,6 +63,7 @@ def test_mpi_ranks_give_the_same_bytes_and_one_report(run, settings_of, files_of
     assert done.returncode == 0, done.stderr
     assert files_of(tmp_path / "mpi") == files_of(tmp_path / "alone")
     assert done.stdout.count("prepared in") == 1
+    assert "encode           100 %" in done.stdout
 
 
 @pytest.mark.ranks
