@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -153,8 +154,9 @@ def _over_ranks(measured: tuple[dict[str, Any], ...]) -> dict[str, Any]:
 
 def _print(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     alone = {(row["layer"], row["L"]): row["time_s"] for row in rows if row["sp"] == 1}
-    table = Table(title=f"one layer, D {args.width}, {args.heads} heads, W {args.block}: forward and backward")
-    for column in ("layer", "L", "sp", "form", "sent, KiB", "median, ms", "fastest - slowest", "speed-up"):
+    title = f"one layer, D {args.width}, {args.heads} heads, W {args.block}: forward and backward"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for column in ("layer", "L", "sp", "form", "KiB sent", "ms", "from - to", "speed-up"):
         table.add_column(column, justify="left" if column in ("layer", "form") else "right", no_wrap=True)
     for row in rows:
         baseline = alone.get((row["layer"], row["L"]))
