@@ -26,7 +26,7 @@ from data_pipeline.config import Config
 from data_pipeline.errors import UserError
 
 CHECKPOINTS, MANIFEST, WEIGHTS, ENGINE = "checkpoints", "manifest.json", "weights.safetensors", "engine"
-PARTIAL, DELETED = ".partial", ".deleted"
+PARTIAL, DELETED, DAMAGED = ".partial", ".deleted", ".damaged"
 FORMAT = 1
 
 
@@ -101,6 +101,13 @@ def newest_valid(run_dir: Path) -> Path:
 def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Full single-precision weights by parameter name, whatever the ZeRO stage they were trained under."""
     return load_file(checkpoint / WEIGHTS)
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Take its name from a damaged checkpoint; what is left of it stays beside, in place of what stood there before."""
+    aside = checkpoint.with_name(checkpoint.name + DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
 
 
 def retain(run_dir: Path, config: CheckpointConfig) -> None:

@@ -26,6 +26,8 @@ from data_pipeline.errors import UserError
 
 RECIPE, DS_CONFIG, ENVIRONMENT, OUTCOME = "recipe.yaml", "ds_config.json", "environment.json", "outcome.json"
 
+FOLLOWING_RANKS = ("train_batch_size", "gradient_accumulation_steps")
+
 
 class RunDirectoryError(UserError):
     """A run directory that this run must not write to."""
@@ -89,8 +91,11 @@ def _now() -> str:
 
 
 def _changed(stored: dict[str, Any], completed: dict[str, Any]) -> list[str]:
-    """The lines in which two JSON objects differ, as of a unified diff without context."""
-    texts = [json.dumps(one, indent=1, sort_keys=True).splitlines() for one in (stored, completed)]
+    """The lines in which two DeepSpeed configurations differ, but for what follows from the number of ranks."""
+    texts = []
+    for one in (stored, completed):
+        kept = {key: value for key, value in one.items() if key not in FOLLOWING_RANKS}
+        texts.append(json.dumps(kept, indent=1, sort_keys=True).splitlines())
     lines = list(difflib.unified_diff(*texts, "there", "given", n=0, lineterm=""))[2:]
     return [f"{line[0]} {line[1:].strip()}" for line in lines if not line.startswith("@@")]
 

@@ -36,6 +36,7 @@ from bst_dist.train.checkpoint import (
     rank_file,
     read_manifest,
     retain,
+    set_aside,
 )
 from bst_dist.train.durable import DurableCheckpointEngine, FileRecord, Files
 from bst_dist.train.loop import Trainer
@@ -87,13 +88,18 @@ class Snapshots:
         return final
 
     def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that is whole, and why newer ones were passed over; the ranks share the reading."""
+        """The newest checkpoint that is whole, and why newer ones were passed over; the ranks share the reading.
+
+        Those passed over are renamed: their steps will be taken again, and no damaged one may count as one to keep.
+        """
         passed_over = []
         for checkpoint in self.ranks.from_first(committed(self.run_dir)):
             found = list(chain(*self.ranks.gather(damage(checkpoint, self.ranks.rank, self.ranks.world))))
             if not found:
                 return checkpoint, passed_over
             passed_over.append(f"{checkpoint.name}: {found[0]}")
+            if self.ranks.first:
+                set_aside(checkpoint)
         return None, passed_over
 
     def load(self, checkpoint: Path, recipe: str | None = None) -> Position:

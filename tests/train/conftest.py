@@ -91,7 +91,7 @@ def on_ranks() -> Callable[..., list[Any]]:
         for process in processes:
             process.start()
         try:
-            return _collect([receiver for receiver, _ in pipes])
+            return _collect([receiver for receiver, _ in pipes], processes)
         finally:
             for process in processes:
                 process.kill()
@@ -100,20 +100,19 @@ def on_ranks() -> Callable[..., list[Any]]:
     return run
 
 
-def _collect(receivers: list[Any]) -> list[Any]:
-    """What each rank returned; raises AssertionError with the traceback of the first that failed."""
+def _collect(receivers: list[Any], processes: list[Any]) -> list[Any]:
+    """What each rank returned; raises AssertionError for the first that failed, with its traceback, or that died."""
     results: dict[int, Any] = {}
     while len(results) < len(receivers):
-        waiting = {receiver: rank for rank, receiver in enumerate(receivers) if rank not in results}
-        ready = multiprocessing.connection.wait(list(waiting), timeout=TIMEOUT_S)
-        assert ready, f"ranks {sorted(waiting.values())} said nothing for {TIMEOUT_S} s"
-        for receiver in ready:
-            try:
-                failed, value = receiver.recv()
-            except EOFError:
-                failed, value = True, "died without a word"
-            assert not failed, f"rank {waiting[receiver]}:\n{value}"
-            results[waiting[receiver]] = value
+        waiting = [rank for rank in range(len(receivers)) if rank not in results]
+        events = [event for rank in waiting for event in (receivers[rank], processes[rank].sentinel)]
+        assert multiprocessing.connection.wait(events, TIMEOUT_S), f"ranks {waiting} said nothing for {TIMEOUT_S} s"
+        for rank in waiting:
+            if receivers[rank].poll():
+                failed, results[rank] = receivers[rank].recv()
+                assert not failed, f"rank {rank}:\n{results[rank]}"
+            else:
+                assert processes[rank].is_alive(), f"rank {rank} died without a word"
     return [results[rank] for rank in range(len(receivers))]
 
 

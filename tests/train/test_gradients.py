@@ -20,9 +20,7 @@ from bst_dist.train.start import Request, Start, load, resolve
 
 pytestmark = pytest.mark.ranks
 CASES = [
-    (stage, micro, policy)
-    for stage in range(4)
-    for micro, policy in ((2, "none"), (1, "none"), (1, "every-layer"))
+    (stage, micro, policy) for stage in range(4) for micro, policy in ((2, "none"), (1, "none"), (1, "every-layer"))
 ]
 
 

@@ -1,0 +1,152 @@
+"""A run that was stopped and resumed is the run that never was: the same losses, the same weights, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bst_dist.train import program, snapshot
+from bst_dist.train.checkpoint import committed, damage, directory, load_weights, newest_valid, read_manifest
+from bst_dist.train.metrics import FILE, read_lines
+from bst_dist.train.optimizer import HYPERPARAMETERS
+from bst_dist.train.program import train
+from bst_dist.train.ranks import Ranks
+from bst_dist.train.start import Request, load, resolve
+
+pytestmark = [pytest.mark.ranks, pytest.mark.usefixtures("unmeasured")]
+TIMED = ("step_time_s", "tokens_per_s", "mfu", "time_s")
+Go = Callable[..., None]
+
+
+@pytest.fixture
+def go(recipe_file, tmp_path, on_ranks) -> Go:
+    """``go(run, *overrides, world=…, until=…, resume=…)`` trains the small recipe in the directory `run`."""
+    recipe = recipe_file(train={"precision": "bf16", "sequences": 8, "micro_sequences": 2})
+
+    def train_(run: str, *changes: str, world: int = 1, until: int | None = None, resume: bool = False) -> None:
+        on_ranks(world, lambda ranks: train(Request(recipe, changes, tmp_path / run, resume, until), ranks))
+
+    return train_
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    lines = [[{k: v for k, v in line.items() if k not in TIMED} for line in read_lines(run / FILE)]
+             for run in (one, other)]  # fmt: skip
+    assert len(lines[0]) == 6 + 2
+    assert lines[0] == lines[1]
+    weights = [load_weights(directory(run, 6)) for run in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        assert np.array_equal(tensor.numpy(), weights[1][name].numpy()), name
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_resumed_run_equals_the_uninterrupted_one_on_two_ranks(go, tmp_path, recipe_file, on_ranks, stage):
+    changes = (f"deepspeed=ds_configs/zero{stage}.json", "data.mode=streaming", "train.carry=true")
+    go("whole", *changes, world=2)
+    go("parts", *changes, world=2, until=4)
+    go("parts", *changes, world=2, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_groups_keep_their_hyperparameters_through_a_resume_in_every_stage(recipe_file, tmp_path, on_ranks):
+    recipe = recipe_file(optimizer={"learning_rate": 2e-3, "ssm_learning_rate": 5e-4, "weight_decay": 0.3})
+    wanted = {"matrices": (2e-3, 0.3), "vectors": (2e-3, 0.0), "ssm": (5e-4, 0.0)}
+
+    def groups_of(ranks: Ranks) -> list[dict[str, Any]]:
+        found = []
+        for stage in range(4):
+            changes = [f"deepspeed=ds_configs/zero{stage}.json"]
+            request = Request(recipe, changes, tmp_path / f"run{stage}", True, 2)
+            train(request, ranks)
+            start = resolve(load(request), request, ranks.world)
+            engine = program._engine(start)
+            snapshots = snapshot.Snapshots(start.run_dir, engine.deepspeed, ranks, program._identity(start, engine))
+            snapshots.load(directory(start.run_dir, 2))
+            for group in engine.deepspeed.optimizer.param_groups:
+                group.update(weight_decay=9.0, betas=(0.0, 0.0))  # as a loading that mixes groups up might
+            engine.set_rates(1.0)
+            groups = engine.deepspeed.optimizer.param_groups
+            found.append([{key: group[key] for key in HYPERPARAMETERS} for group in groups])
+        return found
+
+    for groups in on_ranks(2, groups_of)[0]:
+        assert [(group["lr"], group["weight_decay"]) for group in groups] == list(wanted.values())
+        assert all(tuple(group["betas"]) == (0.9, 0.95) for group in groups)
+
+
+def test_newest_valid_checkpoint_is_taken_and_the_reason_told(go, tmp_path, capfd):
+    go("whole")
+    go("parts", until=4)
+    damaged = directory(tmp_path / "parts", 4) / "weights.safetensors"
+    flipped = bytearray(damaged.read_bytes())
+    flipped[-1] ^= 1
+    damaged.write_bytes(flipped)
+    assert newest_valid(tmp_path / "parts") == directory(tmp_path / "parts", 2)
+    go("parts", resume=True)
+    said = capfd.readouterr().out
+    assert "passed over step-00000004: weights.safetensors is damaged" in said
+    assert "resumed from step 2" in said
+    assert (tmp_path / "parts" / "checkpoints" / "step-00000004.damaged" / "manifest.json").exists()
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("stage", ["engine", "weights", "manifest"])
+def test_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before(go, tmp_path, monkeypatch, stage):
+    def killed(*args: Any) -> None:
+        position = [arg for arg in args if isinstance(arg, snapshot.Position)]
+        step = position[0].step if position else int(args[1].root.name[5:13])
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        originals[stage](*args)
+
+    methods = {"engine": "_write_engine", "weights": "_write_weights", "manifest": "_commit"}
+    originals = {name: getattr(snapshot.Snapshots, method) for name, method in methods.items()}
+    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="died"):
+        patch.setattr(snapshot.Snapshots, methods[stage], killed)
+        go("parts")
+    assert committed(tmp_path / "parts") == [directory(tmp_path / "parts", 2)]
+    assert not damage(directory(tmp_path / "parts", 2))
+    go("parts", resume=True)
+    go("whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert not list((tmp_path / "parts" / "checkpoints").glob("*.partial"))
+
+
+def test_resume_on_another_number_of_ranks_is_refused(go, tmp_path):
+    go("run", until=2)
+    with pytest.raises(AssertionError, match="written by 1 ranks, now there are 2"):
+        go("run", world=2, resume=True)
+
+
+def test_non_finite_loss_stops_the_run_and_spares_the_checkpoints(go, tmp_path, monkeypatch):
+    original = program.Trainer._accumulate
+
+    def poisoned(self: program.Trainer, batches: Sequence[Any], scale: float) -> tuple[float, float]:
+        nats, text_bytes = original(self, batches, scale)
+        return (float("nan"), text_bytes) if self.tokens >= 4 * 8 * 32 else (nats, text_bytes)
+
+    monkeypatch.setattr(program.Trainer, "_accumulate", poisoned)
+    with pytest.raises(AssertionError, match="DivergedError: the loss is nan in step 4"):
+        go("run")
+    assert newest_valid(tmp_path / "run") == directory(tmp_path / "run", 4)
+    assert len(read_lines(tmp_path / "run" / FILE)) == 4 + 1
+
+
+def test_manifest_names_every_file_and_what_the_run_is(go, tmp_path):
+    go("run", world=2, until=2)
+    checkpoint = newest_valid(tmp_path / "run")
+    manifest = read_manifest(checkpoint)
+    there = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    assert there == {*manifest["files"], "manifest.json"}
+    assert {record["rank"] for record in manifest["files"].values()} == {0, 1}
+    assert manifest["step"] == 2
+    assert manifest["tokens"] == 2 * 8 * 32
+    assert manifest["data"]["step"] == 2
+    assert manifest["run"]["groups"]["ssm"]["weight_decay"] == 0
