@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import torch
+
+from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.train.optimizer import Groups, OptimizerConfig, build
+
+
+def small_model() -> LanguageModel:
+    return LanguageModel(ModelConfig(vocab_size=11, width=8, heads=2, ffn=8, block=4, depth=2, mixer="bst",
+                                     ssm={"state": 4, "chunk": 4}))  # fmt: skip
+
+
+def test_every_parameter_is_in_one_group_and_only_matrices_decay():
+    model = small_model()
+    optimizer = build(OptimizerConfig(weight_decay=0.2, ssm_learning_rate=1e-4), model.parameter_groups())
+    of_group = {group["name"]: {id(p) for p in group["params"]} for group in optimizer.param_groups}
+    assert sum(map(len, of_group.values())) == len(list(model.parameters()))
+    assert set.union(*of_group.values()) == {id(p) for p in model.parameters()}
+    assert id(model.embedding.weight) in of_group["vectors"]
+    assert {group["name"]: group["weight_decay"] for group in optimizer.param_groups} == {
+        "matrices": 0.2, "vectors": 0.0, "ssm": 0.0,
+    }  # fmt: skip
+    assert optimizer.param_groups[2]["lr"] == 1e-4
+
+
+def test_exactly_torch_adamw_which_zero_accepts():
+    assert type(build(OptimizerConfig(), small_model().parameter_groups())) is torch.optim.AdamW
+
+
+def test_apply_puts_back_what_a_loading_has_mixed_up():
+    optimizer = build(OptimizerConfig(), small_model().parameter_groups())
+    groups = Groups(optimizer)
+    for group in optimizer.param_groups:
+        group.update(lr=7.0, weight_decay=7.0, betas=(0, 0), eps=1.0)
+    assert groups.apply(optimizer, 0.5) == {"matrices": 5e-4, "vectors": 5e-4, "ssm": 5e-4}
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0, 0.0]
+    assert all(group["betas"] == (0.9, 0.95) and group["eps"] == 1e-8 for group in optimizer.param_groups)
+    assert groups.apply(optimizer, 1.0)["ssm"] == 1e-3  # factors do not multiply up
