@@ -32,6 +32,7 @@ def rehearse(model: ModelConfig, sp: int, rows: int, slice_length: int, bf16: bo
     Raises:
         SequenceParallelError: a layer needs more than its left neighbour has, or a state that cannot be passed on.
     """
+    _require_segments(model, slice_length, isolated)
     short = min(slice_length, MOST_BLOCKS * model.block)
     sent: Counter[str] = Counter()
     for mixer, layers in Counter(model.mixers()).items():
@@ -44,6 +45,23 @@ def rehearse(model: ModelConfig, sp: int, rows: int, slice_length: int, bf16: bo
             passes = 2 if run_again and not kind.endswith(" gradient") else 1
             sent[kind] += layers * passes * count
     return dict(sent)
+
+
+def _require_segments(model: ModelConfig, slice_length: int, isolated: bool) -> None:
+    """Transformer-XL stops gradients between segments and sees several blocks back: slices must not cut either."""
+    segment = model.transformer_xl.window
+    if "transformer-xl" not in model.mixers() or segment == model.block:
+        return
+    if slice_length % segment:
+        raise SequenceParallelError(
+            f"a slice of {slice_length} tokens cuts a segment of {segment} (model.transformer_xl.window), across which "
+            "no gradient would go: lower parallel.sp or lengthen train.sequence_length"
+        )
+    if isolated:
+        raise SequenceParallelError(
+            f"transformer-xl sees {segment} tokens before a slice, and a rank does not know which documents begin "
+            "there: set data.documents to joined, or parallel.sp to 1"
+        )
 
 
 def _one_layer(model: ModelConfig, sp: int, rows: int, length: int, bf16: bool, isolated: bool) -> dict[str, int]:

@@ -226,10 +226,10 @@ def test_what_is_sent_is_known_beforehand(on_ranks, bf16, isolated):
     ]
 
 
-def refusal(slice_length: int, **settings) -> str:
+def refusal(slice_length: int, isolated: bool = False, **settings) -> str:
     config = ModelConfig(width=16, heads=2, ffn=24, block=BLOCK, depth=2, vocab_size=8, **({"mixer": "bst"} | settings))
     try:
-        rehearse(config, 2, 1, slice_length)
+        rehearse(config, 2, 1, slice_length, isolated=isolated)
     except SequenceParallelError as error:
         return str(error)
     return ""
@@ -238,10 +238,16 @@ def refusal(slice_length: int, **settings) -> str:
 def test_what_cannot_be_spread_over_ranks_is_refused_with_the_reason():
     """A filter whose reach is a slice of its own or less is fine: the left neighbour has all its inputs."""
     hyena = {"kernel": "hyena", "length": 4 * BLOCK}
-    assert "needs 31 positions (inputs) before its slice of the sequence, and a slice has 24" in refusal(3 * BLOCK, ssm=hyena)
+    assert "needs 31 positions (inputs) before its slice of the sequence, and a slice has 24" in refusal(
+        3 * BLOCK, ssm=hyena
+    )
     assert refusal(4 * BLOCK, ssm=hyena) == ""
     far = {"kernel": "explicit", "length": 20 * BLOCK}  # more than is rehearsed at first
     assert refusal(20 * BLOCK, ssm=far) == "" and "Lower parallel.sp" in refusal(19 * BLOCK, ssm=far)
     assert "s4-dplr" in refusal(4 * BLOCK, ssm={"kernel": "s4-dplr"})
     assert "Block-Recurrent" in refusal(4 * BLOCK, mixer="block-recurrent")
-    assert "needs 64 positions" in refusal(4 * BLOCK, mixer="full", full={"longest": 64})
+    assert "Lower parallel.sp" in refusal(4 * BLOCK, mixer="full")
+    segments = {"mixer": "transformer-xl", "transformer_xl": {"window": 2 * BLOCK}}
+    assert "cuts a segment of 16" in refusal(3 * BLOCK, **segments)
+    assert refusal(4 * BLOCK, **segments) == ""
+    assert "which documents begin there" in refusal(4 * BLOCK, isolated=True, **segments)
