@@ -96,7 +96,9 @@ class Latex(_Packaged):
         path = self.locate(part)
         if path.name.endswith((".tex", ".tex.gz")):
             with open_stream(path) as file:
-                yield Document(part.replace("//", "/"), decode_tex(file.read()), licence="by package (mostly LPPL)")
+                text = decode_tex(file.read())
+            group = "/".join(part.partition("/texlive-doc/")[2].split("/")[:2])  # a LaTeX package's examples are alike
+            yield Document(part.replace("//", "/"), text, licence="by package (mostly LPPL)", group=group)
 
 
 class Mathematics(_Packaged):
@@ -115,8 +117,13 @@ class Mathematics(_Packaged):
         return [*self.files("metamath", "usr/share/metamath/databases/*.mm"), *sorted(proofs)]
 
     def read(self, part: str) -> Iterator[Document | Skipped]:
-        licence = "CC0-1.0" if part.startswith("metamath") else "BSD-2-Clause"
-        yield Document(part.replace("//", "/"), self.locate(part).read_bytes(), licence=licence)
+        metamath = part.startswith("metamath")
+        yield Document(
+            part.replace("//", "/"),
+            self.locate(part).read_bytes(),
+            licence="CC0-1.0" if metamath else "BSD-2-Clause",
+            group="metamath" if metamath else "",  # the smaller databases repeat parts of set.mm
+        )
 
 
 class Linux(_Packaged):

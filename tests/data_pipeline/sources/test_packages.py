@@ -124,9 +124,13 @@ def test_latex_is_read_plain_and_gzipped(read_all, put) -> None:
     import gzip
 
     doc = "debian/tl-doc_1_all/usr/share/doc/texlive-doc"
-    put({f"{doc}/b.tex": "B", f"{doc}/a/a.tex.gz": gzip.compress(b"A"), f"{doc}/x.texinfo": "no"}, under="cache")
+    put(
+        {f"{doc}/plain/b.tex": "B", f"{doc}/latex/a/a.tex.gz": gzip.compress(b"A"), f"{doc}/x.texinfo": "no"},
+        under="cache",
+    )
     documents, _ = read_all("latex", packages=("tl-doc",))
     assert [d.content for d in documents] == ["A", "B"]
+    assert documents[0].group == "latex/a"
 
 
 def test_linux_gives_a_document_a_directory(read_all, put, make_tar) -> None:
