@@ -114,11 +114,14 @@ class MosaicML:
 
     def __init__(self, directory: Path, sequences: int, rank: int, world: int, state: dict[str, Any] | None) -> None:
         without_vision()
+        import torch.distributed
         from streaming import StreamingDataLoader, StreamingDataset
         from streaming.base.util import clean_stale_shared_memory
 
         if rank == 0:
             clean_stale_shared_memory()
+        if world > 1:
+            torch.distributed.barrier()
         dataset = StreamingDataset(
             local=str(directory / "mosaicml"), shuffle=True, shuffle_seed=SEED, batch_size=ROWS // world,
             num_canonical_nodes=2,

@@ -41,6 +41,7 @@ READERS = {
     "webdataset": "webdataset, a member a sequence",
     "mosaicml": "mosaicml-streaming",
 }
+_ELASTIC_LIMIT_S = 300.0  # a rank that waits for ever for its peer
 _ISOLATED = ("litdata", "mosaicml")  # measured in the peers' own environment
 _DEFAULT = Path("~/.cache/bst/bench-data")
 
@@ -104,7 +105,7 @@ class _Bench:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
             ranks = [self._start(name, "rest", *state, ranks=(rank, 2, port)) for rank in range(2)]
-            rest = [self._result(name, "rest", process) for process in ranks]
+            rest = [self._result(name, "rest", process, limit_s=_ELASTIC_LIMIT_S) for process in ranks]
         errors = [each["error"] for each in (first, *rest) if "error" in each]
         if errors:
             return {"error": errors[0]}
@@ -127,12 +128,15 @@ class _Bench:
             env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    def _result(self, name: str, job: str, process: subprocess.Popen[str]) -> dict[str, Any]:
+    def _result(
+        self, name: str, job: str, process: subprocess.Popen[str], limit_s: float | None = None
+    ) -> dict[str, Any]:
         try:
-            output, errors = process.communicate(timeout=900)
+            output, errors = process.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired:
             process.kill()
-            return {"error": "no result within 15 minutes"}
+            process.communicate()
+            return {"error": f"no end within {limit_s:.0f} s"}
         if process.returncode:
             raise UserError(f"measuring {name} ({job}) failed:\n{errors.strip()[-2000:]}")
         return json.loads(output.strip().splitlines()[-1])
