@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def markdown(rows: list[Row]) -> str:
     """The settings as a document, a table a section."""
     parts, section = [INTRODUCTION], None
-    for name, kind, default, meaning in rows:
+    for name, kind, default, meaning in sorted(rows, key=lambda row: "." in row[0]):
         own = name.partition(".")[0] if "." in name else "run"
         if own != section:
             parts.append(f"\n## {own}\n\n| setting | type | default | meaning |\n| --- | --- | --- | --- |")

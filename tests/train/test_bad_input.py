@@ -1,0 +1,115 @@
+"""What a user may get wrong: one clear message, status 2, nothing launched, nothing written or changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bst_dist.cli import main
+from bst_dist.cluster import local
+from bst_dist.train import rundir
+from bst_dist.train.checkpoint import directory
+from bst_dist.train.start import Request, load, resolve
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise AssertionError("launched")
+
+    monkeypatch.setattr(local, "launch", refuse)
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["data.corpus=nowhere"], "nowhere: no prepared corpus there"),
+        (["train.sequence_length=36"], "not a multiple of model.block x parallel.sp = 8 x 1: the nearest is 32"),
+        (["model.heads=3"], "must divide width"),
+        (["train.stepz=3"], "did you mean 'train.steps'?"),
+        (["optimiser.learning_rate=1"], "did you mean"),
+        (["deepspeed=ds_configs/zero9.json"], "ds_configs/zero9.json: no such file"),
+        (["train.micro_sequences=3"], "train.sequences 4 is not a multiple"),
+        (["train.carry=true"], "train.carry needs data.mode streaming"),
+        (["train.steps=0"], "train.steps"),
+        (["--ranks", "8"], "8 data-parallel ranks but only 4 sequences a step"),
+        (["--ranks", "3"], "not a multiple of data-parallel ranks"),
+        (["--ranks", "2", "evaluation.sequences=3"], "evaluation.sequences 3 is not a multiple"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_settings(recipe_file, tmp_path, capsys, given, said):
+    recipe, run_dir = recipe_file(), tmp_path / "run"
+    overrides = [part for part in given if "=" in part]
+    options = [part for part in given if "=" not in part]
+    assert main(["train", str(recipe), *overrides, "--run-dir", str(run_dir), *options]) == 2
+    assert said in capsys.readouterr().err
+    assert not run_dir.exists()
+
+
+def test_missing_recipe(tmp_path, capsys):
+    assert main(["train", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml: no such file" in capsys.readouterr().err
+
+
+@pytest.fixture
+def run_there(recipe_file, tmp_path) -> tuple[Path, Path]:
+    """A recipe, and the directory of a run of it that has a checkpoint."""
+    recipe, run_dir = recipe_file(), tmp_path / "run"
+    request = Request(recipe, [], run_dir, resume=False, until=None)
+    start = resolve(load(request), request, 1)
+    rundir.prepare(run_dir, start.recipe, start.completed, {"ranks": 1})
+    directory(run_dir, 4).mkdir(parents=True)
+    return recipe, run_dir
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([], "already has checkpoints, up to step-00000004: go on from there with --resume"),
+        (["train.steps=7", "--resume"], "holds another run; recipe there, recipe given:\n  train.steps: 6, 7"),
+        (["seed=9"], "seed: 3, 9"),
+        (
+            ["deepspeed=ds_configs/zero2.json", "--resume"],
+            "deepspeed: 'ds_configs/zero1.json', 'ds_configs/zero2.json'",
+        ),
+    ],
+)
+def test_a_run_directory_that_is_taken(run_there, capsys, changes, said):
+    recipe, run_dir = run_there
+    before = tree(run_dir)
+    assert main(["train", str(recipe), *changes, "--run-dir", str(run_dir)]) == 2
+    assert said in capsys.readouterr().err
+    assert tree(run_dir) == before
+
+
+def test_a_changed_deepspeed_file_is_another_run(run_there, tmp_path, capsys):
+    recipe, run_dir = run_there
+    changed = tmp_path / "zero1.json"
+    changed.write_text('{"zero_optimization": {"stage": 1, "reduce_bucket_size": 7}}')
+    there = (run_dir / "recipe.yaml").read_text().replace("ds_configs/zero1.json", str(changed))
+    (run_dir / "recipe.yaml").write_text(there)
+    given = [str(recipe), f"deepspeed={changed}", "--resume", "--run-dir", str(run_dir)]
+    assert main(["train", *given]) == 2
+    assert '+ "reduce_bucket_size": 7' in capsys.readouterr().err
+
+
+def test_what_does_not_decide_the_run_may_change(run_there):
+    recipe, run_dir = run_there
+    changes = ["log.every=3", "checkpoint.every=1", "ranks=1"]
+    request = Request(recipe, changes, run_dir, resume=True, until=None)
+    assert resolve(load(request), request, 1).recipe.log.every == 3
+
+
+def test_a_directory_of_something_else(recipe_file, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "letters.txt").write_text("dear")
+    assert main(["train", str(recipe_file()), "--run-dir", str(run_dir)]) == 2
+    assert "not empty and not a run" in capsys.readouterr().err
+    assert [file.name for file in run_dir.iterdir()] == ["letters.txt"]
