@@ -9,10 +9,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 
 from data_pipeline.errors import UserError
 
@@ -67,15 +67,28 @@ def dump(config: Config) -> str:
 
 
 def fields(cls: type[Config], prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
-    """Every leaf field as (dotted name, type, default, documentation), in the order of declaration."""
+    """Every leaf field as (dotted name, type, default, documentation), in the order of declaration.
+
+    A section that is one of several kinds gives the fields of each, their documentation headed by the kind.
+    """
     for name, field in cls.model_fields.items():
-        nested = field.annotation
-        if isinstance(nested, type) and issubclass(nested, Config):
-            yield from fields(nested, f"{prefix}{name}.")
-        else:
-            kind = nested.__name__ if isinstance(nested, type) else str(nested).replace("typing.", "")
+        kinds = _kinds(field.annotation)
+        for kind, section in kinds.items():
+            for inner, annotation, default, text in fields(section, f"{prefix}{name}."):
+                yield inner, annotation, default, f"({kind}) {text}" if kind else text
+        if not kinds:
+            nested = field.annotation
+            annotation = nested.__name__ if isinstance(nested, type) else str(nested).replace("typing.", "")
             default = "required" if field.is_required() else field.get_default(call_default_factory=True)
-            yield f"{prefix}{name}", kind, default, " ".join((field.description or "").split())
+            yield f"{prefix}{name}", annotation, default, " ".join((field.description or "").split())
+
+
+def _kinds(annotation: Any) -> dict[str, type[Config]]:
+    """The classes of a section by the tag of their kind; one without a tag when it has no kinds; none for a leaf."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return {"": annotation}
+    tagged = [get_args(member) for member in get_args(annotation) if get_origin(member) is Annotated]
+    return {tag.tag: section for section, *marks in tagged for tag in marks if isinstance(tag, Tag)}
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -97,10 +110,10 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 def _explain(cls: type[Config], problem: dict[str, Any]) -> str:
     """One line for one pydantic problem: where, what, what to do."""
-    location = [str(part) for part in problem["loc"]]
+    location, owner = _place(cls, [str(part) for part in problem["loc"]])
     name = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {name!r}{_nearest(cls, location)}"
+        return f"unknown key {name!r}{_nearest(cls, owner, location)}"
     if problem["type"] == "missing":
         return f"key {name!r} is required and missing"
     message = problem["msg"].removeprefix("Value error, ")
@@ -110,27 +123,34 @@ def _explain(cls: type[Config], problem: dict[str, Any]) -> str:
     return f"{name}: {message}{shown}" if name else message
 
 
-def _nearest(cls: type[Config], location: list[str]) -> str:
+def _nearest(cls: type[Config], owner: type[Config] | None, location: list[str]) -> str:
     """A hint for an unknown key: the closest sibling, else the closest field anywhere, else what exists there."""
-    every = [name for name, *_ in fields(cls)]
     *parents, leaf = location
-    owner = _section(cls, parents)
     siblings = list(owner.model_fields) if owner else []
     prefix = "".join(f"{parent}." for parent in parents)
     close = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
     if close:
         return f": did you mean {prefix + close[0]!r}?"
-    by_leaf = {name.rpartition(".")[2]: name for name in reversed(every)}
+    by_leaf = {name.rpartition(".")[2]: name for name in reversed([name for name, *_ in fields(cls)])}
     elsewhere = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8)
     if elsewhere:
         return f": did you mean {by_leaf[elsewhere[0]]!r}?"
     return f"; known there: {', '.join(siblings)}" if siblings else ""
 
 
-def _section(cls: type[Config], parents: list[str]) -> type[Config] | None:
-    for parent in parents:
-        field = cls.model_fields.get(parent)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Config)):
-            return None
-        cls = field.annotation
-    return cls
+def _place(cls: type[Config], location: list[str]) -> tuple[list[str], type[Config] | None]:
+    """A location as the user wrote it, without pydantic's tags of kinds, and the class that its last key is in."""
+    written: list[str] = []
+    owner: type[Config] | None = cls
+    section: type[Config] | None = cls
+    kinds: dict[str, type[Config]] = {}
+    for part in location:
+        if part in kinds:
+            section, kinds = kinds[part], {}
+            continue
+        written.append(part)
+        owner = section
+        field = owner.model_fields.get(part) if owner else None
+        kinds = _kinds(field.annotation) if field else {}
+        section = kinds.get("")
+    return written, owner

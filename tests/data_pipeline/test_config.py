@@ -1,6 +1,9 @@
 """Settings: what a user gets wrong is told with its place and the nearest key."""
 
+from typing import Annotated, Literal
+
 import pytest
+from pydantic import Discriminator, Tag
 
 from data_pipeline.config import Config, ConfigError, dump, fields, load, parse
 
@@ -10,11 +13,31 @@ class Inner(Config):
     """How fast."""
 
 
+class Circle(Config):
+    kind: Literal["circle"] = "circle"
+    radius: float = 1
+    """Half the width."""
+
+
+class Square(Config):
+    kind: Literal["square"]
+    side: float = 1
+    """The width."""
+
+
+def kind_of(section) -> str:
+    return section.get("kind", "circle") if isinstance(section, dict) else section.kind
+
+
+Shape = Annotated[Annotated[Circle, Tag("circle")] | Annotated[Square, Tag("square")], Discriminator(kind_of)]
+
+
 class Outer(Config):
     name: str
     """What it is called."""
     steps: int = 5
     inner: Inner = Inner()
+    shape: Shape = Circle()
 
 
 @pytest.fixture
@@ -42,6 +65,8 @@ def test_what_is_written_reads_back_equal(path, tmp_path):
         ("inner.rat=7", "unknown key 'inner.rat': did you mean 'inner.rate'?"),
         ("rate=7", "unknown key 'rate': did you mean 'inner.rate'?"),
         ("inner.zzz=7", "unknown key 'inner.zzz'; known there: rate"),
+        ("shape.radus=7", "unknown key 'shape.radus': did you mean 'shape.radius'?"),
+        ("shape={kind: square, radius: 2}", "unknown key 'shape.radius'"),
         ("steps=many", "steps: input should be a valid integer.*'many'"),
         ("steps", "expected section.field=value"),
         ("name.x=1", "'name' is a value, not a section"),
@@ -73,4 +98,6 @@ def test_a_file_that_is_no_settings_is_refused(tmp_path, text, message):
 def test_fields_are_documented_where_they_are_declared():
     listed = {name: (kind, default, text) for name, kind, default, text in fields(Outer)}
     assert listed["inner.rate"] == ("float", 0.1, "How fast.")
+    assert listed["shape.radius"] == ("float", 1, "(circle) Half the width.")
+    assert listed["shape.side"] == ("float", 1, "(square) The width.")
     assert listed["name"] == ("str", "required", "What it is called.")
