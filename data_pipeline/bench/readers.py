@@ -97,7 +97,9 @@ class LitData:
         from litdata.streaming import TokensLoader
 
         loader = TokensLoader(block_size=LENGTH + 1)
-        dataset = StreamingDataset(str(directory / "litdata"), item_loader=loader, shuffle=True, seed=SEED)
+        dataset = StreamingDataset(
+            str(directory / "litdata"), item_loader=loader, shuffle=True, seed=SEED, drop_last=False
+        )
         self._loader = StreamingDataLoader(dataset, batch_size=ROWS // world, num_workers=0)
         if state:
             self._loader.load_state_dict(state)
@@ -114,14 +116,10 @@ class MosaicML:
 
     def __init__(self, directory: Path, sequences: int, rank: int, world: int, state: dict[str, Any] | None) -> None:
         without_vision()
-        import torch.distributed
         from streaming import StreamingDataLoader, StreamingDataset
         from streaming.base.util import clean_stale_shared_memory
 
-        if rank == 0:
-            clean_stale_shared_memory()
-        if world > 1:
-            torch.distributed.barrier()
+        clean_stale_shared_memory()  # of processes that were stopped; every rank has to call it
         dataset = StreamingDataset(
             local=str(directory / "mosaicml"), shuffle=True, shuffle_seed=SEED, batch_size=ROWS // world,
             num_canonical_nodes=2,
