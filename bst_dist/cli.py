@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data stats": ("data_pipeline.commands.stats", "documents, tokens, lengths, duplicates, overlap of splits"),
     "data show": ("data_pipeline.commands.show", "print a document back from its tokens"),
     "data verify": ("data_pipeline.commands.verify", "check every hash and CRC of a corpus"),
+    "recipe": ("bst_dist.cluster.describe", "every setting of a recipe: type, default, meaning"),
     "train": ("bst_dist.cluster.local", "train a recipe on this machine's ranks"),
     "eval": ("bst_dist.evaluate.perplexity", "loss, perplexity and bits per byte of a run, with standard errors"),
     "generate": ("bst_dist.evaluate.generate", "write text with a run's model"),
@@ -35,8 +36,23 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench data": ("data_pipeline.commands.bench", "read tokens beside webdataset, litdata and mosaicml-streaming"),
     "bench layers": ("bst_dist.bench.layers", "time a layer of every model beside other people's"),
     "bench parallel": ("bst_dist.plan.bench_parallel", "sequence parallelism against all-to-alls: bytes and time"),
+    "sweep design": (
+        "bst_dist.sweep.commands.design",
+        "what a sweep would run and could see; refuses confounded grids",
+    ),
+    "sweep plan": ("bst_dist.sweep.commands.plan", "price a sweep and fit it into its budget"),
+    "sweep run": ("bst_dist.sweep.commands.run", "train a sweep's runs; goes on after any stop"),
+    "sweep status": ("bst_dist.sweep.commands.status", "where a sweep's runs stand"),
+    "sweep collect": ("bst_dist.sweep.commands.collect", "gather a sweep's results into one table"),
+    "sweep fit": ("bst_dist.sweep.commands.fit", "fit scaling laws to a sweep's table"),
+    "sweep compare": ("bst_dist.sweep.commands.compare", "does the advantage grow or shrink with depth and compute?"),
+    "sweep report": ("bst_dist.sweep.commands.report", "write a sweep's report, with its figures"),
 }
-GROUPS = {"data": "prepare and inspect corpora", "bench": "measure side by side with peers"}
+GROUPS = {
+    "data": "prepare and inspect corpora",
+    "bench": "measure side by side with peers",
+    "sweep": "design, run and judge scaling sweeps",
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -27,7 +27,7 @@ from bst_dist.train.rundir import RECIPE
 from data_pipeline.atomic import atomic_file
 from data_pipeline.config import dump
 
-POLL_S = 0.2
+POLL_S = 0.5
 MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "Cannot allocate memory")
 _DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
@@ -47,6 +47,7 @@ class Runner:
     def __init__(self, runs: list[Run], state: State, workers: int, say: Callable[[str], None]) -> None:
         self.runs, self.state, self.limit, self.say = runs, state, workers, say
         self.workers: list[Worker] = []
+        self.ended: set[str] = set()
 
     def run(self, watch: Callable[[list[Worker]], None]) -> None:
         """Start runs until none is left, calling `watch` while they train; ends them when told to stop."""
@@ -65,7 +66,7 @@ class Runner:
 
     def _fill(self) -> None:
         """Start what can be started, in the order of the plan, as long as workers are free."""
-        for run in self.runs:
+        for run in self._open():
             if len(self.workers) == self.limit:
                 return
             if self.state.standing(run).status == "waiting" and self.state.ready(run):
@@ -153,7 +154,16 @@ class Runner:
 
     def _elsewhere(self) -> bool:
         """Whether runs are still being trained by another command, or wait for one that is."""
-        return any(self.state.standing(run).status in ("running", "waiting") for run in self.runs)
+        return any(self.state.standing(run).status in ("running", "waiting") for run in self._open())
+
+    def _open(self) -> list[Run]:
+        """The runs that have not ended for good; those that have are not looked at again."""
+        running = {worker.run.name for worker in self.workers}
+        left = [run for run in self.runs if run.name not in self.ended]
+        for run in left:
+            if run.name not in running and self.state.standing(run).status in ("done", "failed", "diverged"):
+                self.ended.add(run.name)
+        return [run for run in left if run.name not in self.ended | running]
 
     def _end(self) -> None:
         """End the processes that are left; what they had not saved is trained again at the next start."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from bst_dist.sweep.law import Points
 from data_pipeline.atomic import atomic_file
 from data_pipeline.config import Config
 from data_pipeline.errors import UserError
 
+# Not a number until the run is done; JSON says null.
+Measured = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 Status = Literal["done", "running", "waiting", "failed", "diverged"]
 
 
@@ -36,7 +39,7 @@ class Row(Config):
     depth: int
     width: int
     seed: int
-    learning_rate: float = float("nan")
+    learning_rate: Measured = math.nan
     rate_factor: float = 1.0
     """The learning rate over the rule's."""
     tokens_per_parameter: float
@@ -56,12 +59,12 @@ class Row(Config):
     tokens: int = 0
     flops: float = 0.0
     """C, training FLOPs of all tokens, those of the shared trunk included."""
-    loss_nats: float = float("nan")
+    loss_nats: Measured = math.nan
     """On the validation sequences, after the last step."""
-    bits_per_byte: float = float("nan")
+    bits_per_byte: Measured = math.nan
     loss_by_block: tuple[float, ...] = ()
     """The same loss by the position in the sequence, a value a block of W tokens."""
-    time_s: float = float("nan")
+    time_s: Measured = math.nan
     """Time of all steps, those of the shared trunk included, without starts, checkpoints and evaluations."""
     micro_sequences: int = 0
     """As it ran; less than the recipe's where memory ran out."""

@@ -1,0 +1,66 @@
+"""Price a sweep, fit it into its budget, and fix what will be run.
+
+    bst sweep plan launch/sweeps/mini.yaml --measure 2
+
+With --measure every shape is first timed here for some seconds, and its speed kept; without, the price is by the
+budget's flops_per_s. Blocks are dropped, with all their architectures, until the budget pays for the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from bst_dist.sweep.commands.common import add_sweep, open_sweep, say
+from bst_dist.sweep.commands.design import power_report, show_power
+from bst_dist.sweep.design import Designer
+from bst_dist.sweep.plan import Plan, make_plan, read_rates, write_plan, write_rates
+from bst_dist.sweep.power import cost
+from bst_dist.sweep.speed import measure
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_sweep(parser)
+    parser.add_argument("--measure", type=float, metavar="SECONDS", help="time every shape here for so long first")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    sweep = open_sweep(args)
+    if args.measure:
+        designer = Designer(sweep)
+        runs = designer.runs(designer.cells())
+        write_rates(sweep, measure(runs, args.measure, lambda key, rate: say(f"{rate / 1e9:8.2f} GFLOP/s  {key}")))
+    plan = make_plan(sweep)
+    write_plan(plan)
+    prices = prices_of(plan)
+    console = Console()
+    table = Table("architecture", "size", "depth", "runs", plan.unit, title=f"{sweep.name}: what it costs", box=SIMPLE)
+    for price in prices:
+        table.add_row(price["architecture"], f"{price['size']:.3g}", str(price["depth"]), str(price["runs"]),
+                      f"{price['cost']:.3g}")  # fmt: skip
+    console.print(table)
+    show_power(console, plan.power)
+    for block in plan.dropped:
+        say(f"not paid for by the budget: {block}")
+    limit = "no limit" if plan.limit == float("inf") else f"a budget of {plan.limit:.4g}"
+    flops = sum(run.own_flops for run in plan.runs)
+    say(f"{len(plan.runs)} runs, {plan.spent:.4g} {plan.unit} of {limit}; {flops:.3g} FLOPs")
+    return {"runs": len(plan.runs), "unit": plan.unit, "cost": plan.spent, "dropped": plan.dropped, "prices": prices,
+            "flops": flops, **power_report(plan.power)}  # fmt: skip
+
+
+def prices_of(plan: Plan) -> list[dict[str, Any]]:
+    """Runs and cost by architecture, size and depth."""
+    spent, _, _ = cost(plan.sweep.budget, read_rates(plan.sweep))
+    found: dict[tuple[str, float, int], dict[str, Any]] = {}
+    for run in plan.runs:
+        cell = run.cell
+        key = (cell.architecture, cell.size, cell.depth)
+        entry = found.setdefault(key, {"architecture": key[0], "size": key[1], "depth": key[2], "runs": 0, "cost": 0.0})
+        entry["runs"] += 1
+        entry["cost"] += spent(run)
+    return list(found.values())

@@ -1,0 +1,219 @@
+"""The report of a sweep: the answer first, then what it rests on, down to every run."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import matplotlib
+
+from bst_dist.evaluate.plot import STYLE
+from bst_dist.sweep import verdict
+from bst_dist.sweep.analysis import audit_report, compare_report, fit_report, gaps_of
+from bst_dist.sweep.config import SweepConfig
+from bst_dist.sweep.document import Block, Heading, Items, Paragraph, Picture, Sheet
+from bst_dist.sweep.figures import gap_figure, loss_figure, place_figure
+from bst_dist.sweep.law import Law
+from bst_dist.sweep.table import Row
+from data_pipeline.errors import UserError
+
+
+def build(sweep: SweepConfig, rows: list[Row], draws: int) -> tuple[list[Block], dict[str, Any]]:
+    """The document's blocks, and all figures in it for machines; raises UserError when no run has finished."""
+    report = {
+        "flops": compare_report(rows, sweep.baseline, "flops"),
+        "time_s": compare_report(rows, sweep.baseline, "time_s"),
+        "audit": audit_report(rows),
+        "fit": _fits(rows, draws),
+    }
+    with matplotlib.rc_context(STYLE):
+        blocks = [
+            Heading(1, f"Sweep {sweep.name}"),
+            *_answer(sweep, rows, report),
+            *_advantage(sweep, rows, report),
+            *_laws(rows, report),
+            *_audit(report["audit"]),
+            *_rule(),
+            *_runs(rows),
+        ]
+    return blocks, report
+
+
+def _fits(rows: list[Row], draws: int) -> dict[str, Any]:
+    try:
+        return fit_report(rows, draws)
+    except UserError as error:
+        return {"not_fitted": str(error)}
+
+
+def _answer(sweep: SweepConfig, rows: list[Row], report: dict[str, Any]) -> Iterator[Block]:
+    counts = Counter(row.status for row in rows)
+    yield Paragraph(
+        f"{len(rows)} measurements were planned: " + ", ".join(f"{n} {status}" for status, n in counts.items())
+        + f". Baseline: {sweep.baseline}. A gap is ln L of the baseline less ln L of the variant, at equal training "
+        "FLOPs, in per cent of the loss: above 0 the variant is better."
+    )  # fmt: skip
+    lines = [_sentence(name, change) for name, found in report["flops"]["variants"].items()
+             for change in found["changes"]]  # fmt: skip
+    if "undecided" in report["flops"]:
+        lines.append(f"Undecided: {report['flops']['undecided']}.")
+    yield Items(lines or ["Undecided: no pair of runs has finished."])
+
+
+def _sentence(name: str, change: dict[str, Any]) -> str:
+    what = {"flops": "compute", "depth": "depth"}[change["factor"]]
+    span = f"from {change['from_value']:.3g} to {change['to_value']:.3g}"
+    verb = {"grows": "grows with", "shrinks": "shrinks with", "equivalent": "does not change with",
+            "undecided": "may or may not change with"}[change["answer"]]  # fmt: skip
+    more = f"; undecided, {change['more_pairs']} more pairs of runs are needed" if change["more_pairs"] else ""
+    return (f"The advantage of {name} {verb} {what}: {_percent(change['change'])} of the loss {span} "
+            f"(95 % interval {_percent(change['low'])} to {_percent(change['high'])}){more}.")  # fmt: skip
+
+
+def _advantage(sweep: SweepConfig, rows: list[Row], report: dict[str, Any]) -> Iterator[Block]:
+    yield Heading(2, "The advantage")
+    for axis, label in (("flops", "training FLOPs"), ("time_s", "time of training")):
+        if not report[axis]["variants"]:
+            continue
+        yield Heading(3, f"At equal {label}")
+        yield Sheet(
+            ("variant", "pairs", "mean gap", "95 % interval", "compute-equivalent gain" if axis == "flops" else "gain"),
+            [_mean_row(name, found) for name, found in report[axis]["variants"].items()],
+        )
+        yield Sheet(
+            ("variant", "over", "change", "95 % interval", "p robust", "p permutation", "p, Holm", "p equivalent, Holm",
+             "verdict"),
+            [_change_row(change) for found in report[axis]["variants"].values() for change in found["changes"]],
+        )  # fmt: skip
+        every = gaps_of(rows, sweep.baseline, axis)
+        where = "all rows of the last table that are done, paired by block"
+        yield Picture(f"gap-{axis.removesuffix('_s')}", gap_figure(every, sweep.baseline, axis),
+                      f"Advantage of each pair at equal {label}, with means over pairs and their standard errors; the "
+                      f"grey band is the margin of equivalence. Runs: {where}.")  # fmt: skip
+    place = place_figure(report["flops"], sweep.baseline)
+    if place is not None:
+        yield Picture("gap-by-place", place, "Mean advantage by position in the sequence, a point a block; where it "
+                      "only appears beyond the window, a longer receptive field is what it is made of.")  # fmt: skip
+
+
+def _laws(rows: list[Row], report: dict[str, Any]) -> Iterator[Block]:
+    yield Heading(2, "Scaling laws")
+    fits = report["fit"]
+    yield Picture("loss", loss_figure(rows, fits), "Validation loss of every branch against its training FLOPs; the "
+                  "branches of one trunk are joined, the chosen law of each size is dashed. Runs: all rows of the last "
+                  "table that are done.")  # fmt: skip
+    if "not_fitted" in fits:
+        yield Paragraph(f"No law is fitted: {fits['not_fitted']}.")
+        return
+    unknowns = ("E", "A", "alpha", "B", "beta", "kappa")
+    for name, laws in fits["architectures"].items():
+        yield Heading(3, name)
+        shown = {key: law for key, law in laws.items() if key.startswith(("chinchilla_", "depth_"))}
+        yield Sheet(("form, objective", *unknowns, "error of a shape left out", "error of the largest size"),
+                    [_law_row(key, law, unknowns) for key, law in shown.items()])  # fmt: skip
+        yield from _identified(name, laws, report)
+    shared = fits["shared_E"]
+    if "p_value" in shared:
+        yield Paragraph(f"One irreducible loss for all architectures: p = {shared['p_value']:.2f}.")
+
+
+def _identified(name: str, laws: dict[str, Any], report: dict[str, Any]) -> Iterator[Block]:
+    """What may be concluded from a law: an optimum where it is identified, local slopes where it is not."""
+    reasons = laws.get("not_identified")
+    if reasons is None:
+        return
+    if reasons:
+        yield Paragraph("The law is not identified and must not be extrapolated; local slopes stand in its place:")
+        slopes = [f"d ln L / d ln {axis} = {s['value']:.4f} (95 % interval {s['low']:.4f} to {s['high']:.4f})"
+                  for axis, s in laws["slopes"].items() if isinstance(s, dict)]  # fmt: skip
+        yield Items([*slopes, *(f"not identified: {reason}" for reason in reasons)])
+        return
+    chosen, found = laws[f"{laws['chosen']}_huber"], laws["intervals"]
+    law = Law(**{field: chosen[field] for field in Law.__dataclass_fields__})
+    lines = [f"{key}: {i['value']:.4g} (95 % interval {i['low']:.4g} to {i['high']:.4g})" for key, i in found.items()]
+    for flops in (1e20, 1e22):
+        parameters, tokens = law.optimum(flops)
+        lines.append(f"at {flops:.0e} FLOPs the optimum is N = {parameters:.3g}, D = {tokens:.3g}")
+    if "kappa" in found and found["kappa"]["low"] > 0:
+        ratio = found["log_aspect"]
+        lines.append(f"best width / depth: {math.exp(ratio['value']):.0f} (95 % interval {math.exp(ratio['low']):.0f} "
+                     f"to {math.exp(ratio['high']):.0f})")  # fmt: skip
+    if laws.get("isoflop_exponent") is not None:
+        lines.append(f"exponent of the optimal N in C by isoFLOP profiles: {laws['isoflop_exponent']:.3f}")
+    yield Items(lines)
+
+
+def _audit(audit: list[dict[str, Any]]) -> Iterator[Block]:
+    yield Heading(2, "Audit of the learning rate")
+    if not audit:
+        yield Paragraph("None was made: a claim about depth is confounded by the learning rate as far as one rate does "
+                        "not suit all depths.")  # fmt: skip
+        return
+    failed = [entry for entry in audit if not entry["passed"]]
+    yield Paragraph(f"{len(audit) - len(failed)} of {len(audit)} corners pass: no other rate is better than the rule's "
+                    "by more than the margin.")  # fmt: skip
+    yield Sheet(
+        ("architecture", "corner", "loss by factor", "best", "passed"),
+        [[entry["architecture"], entry["block"],
+          ", ".join(f"{factor:g}: {loss:.4f}" for factor, loss in sorted(entry["loss_nats_by_factor"].items())),
+          f"{entry['best_factor']:g}", "yes" if entry["passed"] else "no"] for entry in audit],
+    )  # fmt: skip
+
+
+def _rule() -> Iterator[Block]:
+    yield Heading(2, "The rule")
+    for text in inspect.getdoc(verdict).split("\n\n"):
+        lines = text.split("\n")
+        if lines[0][:1].isdigit():
+            items: list[str] = []
+            for line in lines:
+                items = [*items, line[3:]] if line[:1].isdigit() else [*items[:-1], f"{items[-1]} {line.strip()}"]
+            yield Items(items)
+        else:
+            yield Paragraph(" ".join(lines))
+
+
+def _runs(rows: list[Row]) -> Iterator[Block]:
+    yield Heading(2, "Every run")
+    yield Sheet(
+        ("run", "status", "role", "width", "N", "tokens", "FLOPs", "loss, nats", "bits/byte", "time, s"),
+        [[row.run, row.status, row.role, str(row.width), f"{row.parameters:,.0f}", f"{row.tokens:,}",
+          f"{row.flops:.3g}", f"{row.loss_nats:.4f}", f"{row.bits_per_byte:.4f}", f"{row.time_s:.0f}"] for row in rows],
+    )  # fmt: skip
+    lines = [f"{row.run}: {row.status}: {row.reason}" for row in rows if row.reason]
+    if lines:
+        yield Items(lines)
+    versions = {name: version for row in rows for name, version in row.versions.items()}
+    yield Paragraph("Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
+
+
+def _mean_row(name: str, found: dict[str, Any]) -> list[str]:
+    mean, gain = found["mean_gap"], found["log_gain"]["mean"]
+    half = 1.96 * gain["standard_error"]
+    return [name, str(found["pairs"]), _percent(mean["value"]), f"{_percent(mean['low'])} to {_percent(mean['high'])}",
+            f"{math.exp(gain['value']):.3f} ({math.exp(gain['value'] - half):.3f} to "
+            f"{math.exp(gain['value'] + half):.3f})"]  # fmt: skip
+
+
+def _change_row(change: dict[str, Any]) -> list[str]:
+    more = f", needs {change['more_pairs']} more pairs" if change["more_pairs"] else ""
+    return [change["variant"], change["factor"], _percent(change["change"]),
+            f"{_percent(change['low'])} to {_percent(change['high'])}", f"{change['p_robust']:.3f}",
+            f"{change['p_permutation']:.3f}", f"{change['p_difference']:.3f}", f"{change['p_equivalence']:.3f}",
+            change["answer"] + more]  # fmt: skip
+
+
+def _law_row(key: str, law: dict[str, Any], unknowns: tuple[str, ...]) -> list[str]:
+    name = key.replace("_", ", ")
+    if "not_fitted" in law:
+        return [f"{name}: {law['not_fitted']}", *[""] * (len(unknowns) + 2)]
+    left_out, largest = law.get("left_out_shape_errors") or {}, law.get("largest_size_error")
+    mean = "" if not left_out or "not_fitted" in left_out else f"{sum(left_out.values()) / len(left_out):.2%}"
+    return [name, *(f"{law[u]:.4g}" for u in unknowns), mean, f"{largest:.2%}" if isinstance(largest, float) else ""]
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:+.2f} %"
