@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
     Raises UserError when the disk is full; the unfinished file is removed on any error.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     with full_disk_explained(path):
         try:
             with partial.open("wb") as file:
@@ -41,27 +42,48 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """As `atomic_file`, for a directory of files: yields a new empty directory that is renamed to `path` at the end."""
-    partial = path.with_name(path.name + ".partial")
+    """As `atomic_file`, for a directory of files: yields a new empty directory that is renamed to `path` at the end.
+
+    When another writer was first, its directory stays and this one is removed.
+    """
+    partial = _partial(path)
     with full_disk_explained(path):
         try:
-            shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             yield partial
             for file in partial.iterdir():
                 if file.is_file():
                     _sync(file)
             sync_directory(partial)
-            partial.replace(path)
+            try:
+                partial.replace(path)
+            except OSError:
+                if not path.is_dir():
+                    raise
+                shutil.rmtree(partial)
             sync_directory(path.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
+def remove_partials(directory: Path) -> None:
+    """Remove what writers that were killed left behind below a directory; nobody else may be writing there."""
+    for partial in sorted(directory.rglob("*.partial"), reverse=True):
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)
+
+
 def sync_directory(path: Path) -> None:
     """Make renames inside `path` durable: without this a crash may lose a name whose bytes are safe."""
     _sync(path)
+
+
+def _partial(path: Path) -> Path:
+    """A name of this writer's own: one that was thought dead may still be writing the same file."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
 
 
 def _sync(path: Path) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import Field
 
 from data_pipeline.assemble import ShardDone, assign, deduplicate, shard_tasks, write_shard
-from data_pipeline.atomic import atomic_file, full_disk_explained
+from data_pipeline.atomic import atomic_file, full_disk_explained, remove_partials
 from data_pipeline.config import Config
 from data_pipeline.dedup import DedupConfig
 from data_pipeline.errors import UserError
@@ -95,6 +95,7 @@ def prepare(config: PrepareConfig, workers: Workers, progress: Progress) -> tupl
             return manifest, {"reused": True}
         work.mkdir(exist_ok=True)
         _begin(work, identity)
+        remove_partials(output)
         table, left_out = _extract(config, parts, work, workers, progress)
         plan, duplicates = _plan(config, table, work, progress)
         tokenizer = _make_tokenizer(config, plan, output, work, progress)

@@ -235,3 +235,7 @@ def test_a_directory_takes_its_name_only_when_it_is_whole(tmp_path: Path) -> Non
         (partial / "a").write_bytes(b"a")
         assert not path.exists()
     assert (path / "a").read_bytes() == b"a"
+    with atomic_directory(path) as partial:
+        (partial / "a").write_bytes(b"late")
+    assert (path / "a").read_bytes() == b"a"
+    assert list(tmp_path.iterdir()) == [path]

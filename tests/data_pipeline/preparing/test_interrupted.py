@@ -81,14 +81,14 @@ def test_unfinished_work_with_other_settings_is_refused(run, settings_of) -> Non
 
 
 def test_leftovers_of_a_killed_writer_are_never_taken_for_whole(run, settings_of, files_of, tmp_path: Path) -> None:
-    """Half-written files bear another name, and are written over."""
+    """Half-written files bear another name, and are removed."""
     run("whole")
     kill_at(settings_of("killed"), "extract", 0.0)
     corpus = tmp_path / "killed"
-    for name in ("train-000000.tar.partial", "tokenizer.model.partial", "manifest.json.partial"):
+    for name in ("train-000000.tar.0a.partial", "tokenizer.model.1b.partial", "manifest.json.2c.partial"):
         (corpus / name).write_bytes(b"half")
-    (corpus / "preparing/spool/chunk-000000.partial").mkdir(parents=True)
-    (corpus / "preparing/spool/chunk-000000.partial/text").write_bytes(b"half")
+    (corpus / "preparing/spool/chunk-000000.3d.partial").mkdir(parents=True)
+    (corpus / "preparing/spool/chunk-000000.3d.partial/text").write_bytes(b"half")
     run("killed")
     assert files_of(corpus) == files_of(tmp_path / "whole")
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,36 @@ def test_a_pool_runs_every_task_and_passes_on_the_first_error() -> None:
         assert sorted(workers.run(square, range(20))) == [x * x for x in range(20)]
         with pytest.raises(UserError, match="three is wrong"):
             list(workers.run(fail_at_three, range(20)))
+
+
+def say_and_sleep(path: str) -> None:
+    Path(path, str(os.getpid())).touch()
+    time.sleep(60)
+
+
+ORPHANS = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("test_workers", sys.argv[1])
+module = sys.modules["test_workers"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+with module.open_workers(2) as workers:
+    list(workers.run(module.say_and_sleep, [sys.argv[2]] * 2))
+"""
+
+
+@pytest.mark.ranks
+def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    """Else they would go on writing beside the work that is started again."""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    parent = subprocess.Popen([sys.executable, "-c", ORPHANS, __file__, str(tmp_path)], env=env)
+    while len(list(tmp_path.iterdir())) < 2:
+        assert parent.poll() is None
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    for child in tmp_path.iterdir():
+        while Path("/proc", child.name).exists():  # the test's time limit is the run's
+            time.sleep(0.1)
 
 
 @pytest.mark.ranks
