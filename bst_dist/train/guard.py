@@ -15,7 +15,7 @@ def require_finite(name: str, value: float, step: int, rate: float) -> None:
     """Raise DivergedError when `value` is not finite; every rank sees the same value and stops."""
     if not math.isfinite(value):
         raise DivergedError(
-            f"the {name} is {value} in step {step} (learning rate {rate:.3g}): the weights of the step before are "
-            "unchanged and nothing was saved since; lower optimizer.learning_rate or train.gradient_clipping, "
-            "lengthen schedule.warmup_steps, and go on from the last checkpoint with --resume in a new run"
+            f"the {name} is {value} in step {step} (learning rate {rate:.3g}): that step was not taken, and the last "
+            "checkpoint is from before it; start a new run with a lower optimizer.learning_rate, a longer "
+            "schedule.warmup_steps or a lower train.gradient_clipping"
         )
