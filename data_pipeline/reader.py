@@ -70,6 +70,11 @@ class Corpus:
         return self.manifest.sha256
 
     @property
+    def remote(self) -> bool:
+        """Whether tokens come over a network, so that many reads had better go out at a time."""
+        return self.storage.remote
+
+    @property
     def tokens_total(self) -> int:
         """Tokens of the split."""
         return int(self.lengths.sum(dtype=np.int64))

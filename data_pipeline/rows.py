@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -15,6 +16,7 @@ from data_pipeline.shards import CRC_BLOCK, ShardError
 from data_pipeline.stream import Pieces, TokenStream
 
 _log = logging.getLogger(__name__)
+_REQUESTS = 16  # ranges asked for at a time
 _WINDOW = 64  # rows located together: a search for many costs little more than a search for one
 
 
@@ -69,6 +71,8 @@ class RowReader:
         self._first, self._count, self._skip = first, count, on_bad_shard == "skip"
         self._dtype = corpora[0].manifest.token_dtype
         self._pad_id = corpora[0].manifest.tokenizer.pad_id
+        # Over a network the reads of a micro-batch go out together: each waits much longer than it works.
+        self._map = ThreadPoolExecutor(_REQUESTS).map if any(corpus.remote for corpus in corpora) else map
         self._window_steps = max(1, _WINDOW // count)
         self._window = lru_cache(maxsize=2)(self._locate)
         self._stream = lru_cache(maxsize=len(corpora) + 1)(self._make_stream)  # one more, where two passes meet
@@ -86,8 +90,8 @@ class RowReader:
             tokens.fill(self._pad_id)
         data = memoryview(tokens).cast("B")
         try:
-            for corpus, document, offset, begin, stop in self._runs(rows):
-                corpus.read_into(document, offset, data[begin:stop])
+            for _ in self._map(lambda run: run[0].read_into(run[1], run[2], data[run[3] : run[4]]), self._runs(rows)):
+                pass
         except ShardError:
             if not self._skip:
                 raise

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.config import parse
 from data_pipeline.errors import UserError
 from data_pipeline.loader import DataConfig, Loader, open_corpora
 from data_pipeline.reader import Corpus
@@ -26,15 +27,17 @@ DOCUMENTS = st.sampled_from(["joined", "isolated"])
 class Memory:
     """A corpus in memory: documents of given lengths, whose tokens are all different."""
 
-    where, split, sha256 = "memory", "train", "0" * 64
+    where, split, sha256, remote = "memory", "train", "0" * 64, False
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = np.array(lengths, np.uint32)
         self.begins = np.cumsum(lengths) - lengths + 1  # token 0 is padding
         self.manifest = _Manifest()
+        self.tokens_read = 0
 
     def read_into(self, number: int, start: int, buffer: memoryview) -> None:
         out = np.frombuffer(buffer, "<u4")
+        self.tokens_read += len(out)
         assert 0 <= start < start + len(out) <= self.lengths[number]
         out[:] = self.begins[number] + start + np.arange(len(out))
 
@@ -192,6 +195,53 @@ def test_iteration_from_any_step_is_the_rest_of_the_whole(mode: str) -> None:
         assert step == expected
         for found, wanted in zip(batches, whole.batches(step), strict=True):
             assert np.array_equal(found.input_ids, wanted.input_ids)
+
+
+@pytest.mark.parametrize("mode", ["shuffled", "streaming"])
+def test_resuming_reads_nothing_of_what_was_consumed(mode: str) -> None:
+    corpus = Memory([500] * 200)
+    served = loader(corpus, mode, start_step=400)
+    next(iter(served))
+    assert corpus.tokens_read <= 4 * (32 + 1)
+
+
+@given(mode=MODES, documents=DOCUMENTS, step=st.integers(0, 200), dp=st.sampled_from([1, 2, 5]))
+def test_a_mixture_draws_each_row_from_its_corpus_for_every_number_of_ranks(
+    mode: str, documents: str, step: int, dp: int
+) -> None:
+    corpora = [Memory([170] * 8), Memory([90] * 14)]
+    changes = [{"step": 40, "weights": [1, 4]}, {"step": 90, "weights": [0, 1]}]
+    settings = {"mode": mode, "documents": documents, "rows": 10, "weights": [3, 2], "weight_changes": changes}
+    served = [loader(corpora, dp=dp, dp_rank=rank, **settings) for rank in range(dp)]
+    batches = [batch for each in served for batch in each.batches(step)]
+    whole = loader(corpora, **settings).batches(step)
+    for found, expected in zip(batches, whole, strict=True):
+        assert np.array_equal(found.input_ids, expected.input_ids)
+        assert found.rows == expected.rows and found.corpora == expected.corpora
+        cuts = found.cuts
+        for place, count, document, offset in zip(cuts.place, cuts.count, cuts.document, cuts.offset, strict=True):
+            first = corpora[int(found.corpora[0])].begins[document] + offset
+            assert np.array_equal(found.input_ids[0, place : place + count], first + np.arange(count))
+    if mode == "streaming":
+        first = 6 if step < 40 else 2 if step < 90 else 0
+        assert [int(batch.corpora[0]) for batch in batches] == [0] * first + [1] * (10 - first)
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    corpora = [{"corpus": "a", "weight": 1}, {"corpus": "b", "weight": 1}]
+    for changes, message in (
+        ([{"step": 5, "weights": [1]}], "1 weights at step 5 for 2 corpora"),
+        ([{"step": 5, "weights": [0, 0]}], "one positive"),
+        ([{"step": 5, "weights": [1, 2]}, {"step": 5, "weights": [2, 1]}], "steps must increase"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse(DataConfig, {"corpus": corpora, "weight_changes": changes})
+
+
+def test_stored_tokens_are_the_inputs_and_the_last_label() -> None:
+    served = loader(Memory(LENGTHS))
+    for tokens, batch in zip(served.tokens(3), served.batches(3), strict=True):
+        assert np.array_equal(tokens[:, :-1], batch.input_ids) and np.array_equal(tokens[:, 1:], batch.labels)
 
 
 def test_state_is_small_and_a_mismatch_names_what_differs() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from data_pipeline.config import ConfigError, parse
 from data_pipeline.errors import UserError
+from data_pipeline.loader import DataConfig, Loader, open_corpora
 from data_pipeline.reader import Corpus
 from data_pipeline.shards import ShardError
 from data_pipeline.storage import StorageConfig, StorageError
@@ -234,3 +236,16 @@ def test_an_s3_store(make_corpus: Any, s3_endpoint: Callable[[], dict[str, Any]]
 def test_a_misspelt_key_of_the_storage_settings_is_named() -> None:
     with pytest.raises(ConfigError, match="did you mean 'cache_dir'"):
         parse(StorageConfig, {"cachedir": "x"})
+
+
+def test_a_loader_over_http_serves_what_one_over_the_directory_does(make_corpus: Any, serve: Any) -> None:
+    directory = make_corpus(LENGTHS)
+    server = serve(directory)
+    server.faults[TAR] = ["503", "drop"]
+    served = []
+    for url in (str(directory), server.url):
+        config = DataConfig(corpus=url, storage=StorageConfig(**FAST))
+        loader = Loader(config, open_corpora(config), sequence_length=512, block=64, rows=4, micro_rows=4, seed=1)
+        served.append([batches[0].input_ids for _, batches in islice(loader, 5)])
+        loader.close()
+    assert np.array_equal(*served)
