@@ -12,22 +12,27 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.commands.progress import stages
-from data_pipeline.config import load
+from data_pipeline.config import fields, load
 from data_pipeline.manifest import Manifest
 from data_pipeline.parallel import open_workers
 from data_pipeline.prepare import SKIPPED, PrepareConfig, prepare
 
+_INDENT = {"width": 100, "initial_indent": "      ", "subsequent_indent": "      "}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """The command's arguments; the help ends with every setting of the YAML file."""
     parser.add_argument("config", type=Path, help="YAML file of the preparation's settings")
     parser.add_argument("override", nargs="*", help="settings that replace the file's: key=value, section.key=value")
+    settings = (f"  {name} ({default})\n{fill(text, **_INDENT)}" for name, _, default, text in fields(PrepareConfig))
+    parser.epilog = "settings and their defaults:\n" + "\n".join(settings)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:

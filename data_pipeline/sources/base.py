@@ -54,7 +54,7 @@ class Source(Config):
     """Base of every source: its settings, and how it is read. Sent to worker processes as it is."""
 
     kind: str
-    """Which source it is."""
+    """Which source it is; its other settings are those of the kind (`bst data sources KIND`)."""
 
     def fetch(self) -> None:
         """Bring what is needed onto this machine; called once, before anything else."""
