@@ -72,7 +72,7 @@ class RowReader:
         self._dtype = corpora[0].manifest.token_dtype
         self._pad_id = corpora[0].manifest.tokenizer.pad_id
         # Over a network the reads of a micro-batch go out together: each waits much longer than it works.
-        self._map = ThreadPoolExecutor(_REQUESTS).map if any(corpus.remote for corpus in corpora) else map
+        self._pool = ThreadPoolExecutor(_REQUESTS) if any(corpus.remote for corpus in corpora) else None
         self._window_steps = max(1, _WINDOW // count)
         self._window = lru_cache(maxsize=2)(self._locate)
         self._stream = lru_cache(maxsize=len(corpora) + 1)(self._make_stream)  # one more, where two passes meet
@@ -89,9 +89,13 @@ class RowReader:
         if not whole:
             tokens.fill(self._pad_id)
         data = memoryview(tokens).cast("B")
+        runs = self._runs(rows)
         try:
-            for _ in self._map(lambda run: run[0].read_into(run[1], run[2], data[run[3] : run[4]]), self._runs(rows)):
-                pass
+            if self._pool is None:
+                for corpus, document, offset, begin, stop in runs:
+                    corpus.read_into(document, offset, data[begin:stop])
+            else:
+                list(self._pool.map(lambda run: run[0].read_into(*run[1:3], data[run[3] : run[4]]), runs))
         except ShardError:
             if not self._skip:
                 raise
@@ -100,12 +104,11 @@ class RowReader:
 
     def _runs(self, rows: Rows) -> Iterator[tuple[Corpus, int, int, int, int]]:
         """(corpus, document, offset in it, first and last byte in the rows' tokens) of each run."""
-        corpora, size = [self._corpora[corpus] for corpus in rows.corpora.tolist()], self._dtype.itemsize
         row, slot, length, document, offset = rows.pieces
-        begin = (row * (self._length + 1) + slot) * size
-        stop = begin + length * size
-        for own, *run in zip(*(column.tolist() for column in (row, document, offset, begin, stop)), strict=True):
-            yield corpora[own], *run
+        corpora = [self._corpora[corpus] for corpus in rows.corpora[row].tolist()]
+        begin = (row * (self._length + 1) + slot) * self._dtype.itemsize
+        stop = begin + length * self._dtype.itemsize
+        return zip(corpora, document.tolist(), offset.tolist(), begin.tolist(), stop.tolist(), strict=True)
 
     def _covered(self, rows: Rows, shape: tuple[int, int]) -> np.ndarray:
         """(b, l + 1) bool: which tokens a run covers."""
