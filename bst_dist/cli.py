@@ -40,6 +40,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "bst_dist.sweep.commands.design",
         "what a sweep would run and could see; refuses confounded grids",
     ),
+    "sweep coordinates": (
+        "bst_dist.sweep.commands.coordinates",
+        "does a learning rate hold for every width and depth?",
+    ),
     "sweep plan": ("bst_dist.sweep.commands.plan", "price a sweep and fit it into its budget"),
     "sweep run": ("bst_dist.sweep.commands.run", "train a sweep's runs; goes on after any stop"),
     "sweep status": ("bst_dist.sweep.commands.status", "where a sweep's runs stand"),

@@ -123,7 +123,7 @@ class Designer:
         return [run for cell in cells for run in self._runs_of(cell)]
 
     def _runs_of(self, cell: Cell) -> Iterator[Run]:
-        sweep, data = self.sweep, self._recipe(cell)
+        sweep, data = self.sweep, self.base_of(cell)
         length = data["train"]["sequence_length"]
         model = solve(data["model"], sweep.shape, cell.size, cell.depth, length)
         counts = count(model, length)
@@ -160,7 +160,7 @@ class Designer:
         data["checkpoint"] = {**data.get("checkpoint", {}), "keep_last": 1}
         return Run(cell, _named(f"{cell.label}-m{multiple:g}", data), counts, multiple, trunk)
 
-    def _recipe(self, cell: Cell) -> dict[str, Any]:
+    def base_of(self, cell: Cell) -> dict[str, Any]:
         """The base recipe with the cell's settings and the rules of its size."""
         sweep, smallest = self.sweep, min(self.sweep.sizes)
         data = settled(self.base, sweep.arms[cell.arm])

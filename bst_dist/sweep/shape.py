@@ -47,10 +47,7 @@ def solve(base: dict[str, Any], shape: ShapeConfig, size: float, depth: int, len
     """
 
     def at(heads: int) -> ModelConfig:
-        width = heads * shape.head_width
-        own = {"width": width, "heads": heads, "ffn": round(shape.ffn_ratio * width), "depth": depth}
-        own["placement"] = places(depth, shape.fraction)
-        return parse(ModelConfig, {**base, **own}, where="model")
+        return at_width(base, shape, heads * shape.head_width, depth)
 
     def size_of(heads: int) -> float:
         return train_flops_per_token(at(heads), length) / 6
@@ -70,6 +67,14 @@ def solve(base: dict[str, Any], shape: ShapeConfig, size: float, depth: int, len
             "shape.tolerance"
         )
     return at(best)
+
+
+def at_width(base: dict[str, Any], shape: ShapeConfig, width: int, depth: int) -> ModelConfig:
+    """The model of a width, a multiple of the head width, with everything else in proportion."""
+    if width % shape.head_width:
+        raise ConfigError(f"width {width} is not a multiple of shape.head_width {shape.head_width}")
+    own = {"width": width, "heads": width // shape.head_width, "ffn": round(shape.ffn_ratio * width), "depth": depth}
+    return parse(ModelConfig, {**base, **own, "placement": places(depth, shape.fraction)}, where="model")
 
 
 def count(model: ModelConfig, length: int) -> Counts:

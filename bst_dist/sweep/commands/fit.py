@@ -32,6 +32,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     console = Console()
     for name, laws in report["architectures"].items():
         console.print(law_table(name, laws))
+        for key, law in laws.items():
+            if isinstance(law, dict) and "not_fitted" in law:
+                say(f"  {key.replace('_', ' ')}: {law['not_fitted']}")
         for reason in laws.get("not_identified", []):
             say(f"  not identified: {reason}")
         for axis, slope in laws["slopes"].items():
@@ -51,7 +54,6 @@ def law_table(name: str, laws: dict[str, Any]) -> Table:
         if not key.startswith(("chinchilla_", "depth_")):
             continue
         if "not_fitted" in law:
-            table.add_row(key.replace("_", " "), law["not_fitted"])
             continue
         left_out, largest = law.get("left_out_shape_errors"), law.get("largest_size_error")
         values = left_out.values() if isinstance(left_out, dict) and "not_fitted" not in left_out else []

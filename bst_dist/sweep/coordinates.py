@@ -1,0 +1,127 @@
+"""The coordinate check: do activations move by as much in a wide or deep model as in a small one?
+
+A learning rate transfers across width and depth only where a few steps change every coordinate by an amount that does
+not depend on them (Yang et al., arXiv 2203.03466, appendix D.1; in depth: Dey et al., CompleteP, arXiv 2505.01618).
+Works on any LanguageModel: what is watched is found by its place in the module tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bst_dist.model.lm import LanguageModel
+from bst_dist.train.optimizer import OptimizerConfig, build
+
+SLOPE = 0.2
+"""The largest slope, in ln of the change over ln of width or depth, that counts as none: 2^0.2 is 15 % a doubling."""
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """How the change of one kind of activation, or of the SSM dynamics, depends on the width or the depth."""
+
+    watched: str
+    along: str
+    """width or depth"""
+    changes: dict[int, float]
+    """Width or depth -> root mean square of the change after the steps."""
+    slope: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the change does not depend on it."""
+        return abs(self.slope) <= SLOPE
+
+
+def check(make: Callable[[int, int], LanguageModel], widths: Sequence[int], depths: Sequence[int],
+          optimizer: OptimizerConfig, ids: Tensor, steps: int = 4,
+          seeds: Sequence[int] = (0, 1)) -> list[Coordinate]:  # fmt: skip
+    """Train models of all `widths` at the first depth, and of all `depths` at the first width, for a few steps.
+
+    Args:
+        make: the model of a width and a depth.
+        ids: (B, l + 1) int64, what every step trains on and the changes are measured on.
+        seeds: of the initial weights; changes are means over them.
+    """
+    found = []
+    for along, values in (("width", widths), ("depth", depths)):
+        shapes = [(value, depths[0]) if along == "width" else (widths[0], value) for value in values]
+        changes = [_mean_change(make, shape, optimizer, ids, steps, seeds) for shape in shapes]
+        for watched in changes[0]:
+            by_value = {value: change[watched] for value, change in zip(values, changes, strict=True)}
+            slope = float(np.polyfit(np.log(list(values)), np.log(list(by_value.values())), 1)[0])
+            found.append(Coordinate(watched, along, by_value, slope))
+    return found
+
+
+def _mean_change(make: Callable[[int, int], LanguageModel], shape: tuple[int, int], optimizer: OptimizerConfig,
+                 ids: Tensor, steps: int, seeds: Sequence[int]) -> dict[str, float]:  # fmt: skip
+    every = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        every.append(changes_of(make(*shape), optimizer, ids, steps))
+    return {watched: float(np.mean([change[watched] for change in every])) for watched in every[0]}
+
+
+def changes_of(model: LanguageModel, optimizer: OptimizerConfig, ids: Tensor, steps: int) -> dict[str, float]:
+    """Root mean square of the change of everything watched after `steps` steps on the same tokens."""
+    inputs, labels = ids[:, :-1], ids[:, 1:]
+    dynamics = model.parameter_groups()["ssm"]
+    before, parameters = _activations(model, inputs), [p.detach().clone() for p in dynamics]
+    adam = build(optimizer, model.parameter_groups())
+    for _ in range(steps):
+        adam.zero_grad()
+        (model(inputs, labels).total / labels.numel()).backward()
+        adam.step()
+    after = _activations(model, inputs)
+    found = {watched: _rms([a - b for a, b in zip(after[watched], before[watched], strict=True)]) for watched in before}
+    if dynamics:
+        found["ssm dynamics"] = _rms([p.detach() - q for p, q in zip(dynamics, parameters, strict=True)])
+    return found
+
+
+def _activations(model: LanguageModel, inputs: Tensor) -> dict[str, list[Tensor]]:
+    """Outputs by kind: the stream after each layer, mixers, feed-forward networks, SSMs, logits."""
+    seen: dict[str, list[Tensor]] = {}
+    with torch.no_grad(), _watched(model, seen):
+        seen["logits"] = [model(inputs)]
+    return seen
+
+
+@contextmanager
+def _watched(model: LanguageModel, seen: dict[str, list[Tensor]]) -> Iterator[None]:
+    handles = []
+    for name, module in model.named_modules():
+        kind = _kind(name, module)
+        if kind is not None:
+            handles.append(module.register_forward_hook(lambda _, __, out, kind=kind: _keep(seen, kind, out)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _kind(name: str, module: nn.Module) -> str | None:
+    match name.split("."):
+        case ["layers", _]:
+            return "stream"
+        case ["layers", _, ("mixer" | "ffn") as part]:
+            return part
+    return "ssm" if hasattr(module, "dynamics") else None
+
+
+def _keep(seen: dict[str, list[Tensor]], kind: str, out: object) -> None:
+    if isinstance(out, Tensor):
+        seen.setdefault(kind, []).append(out.detach().clone())
+
+
+def _rms(tensors: list[Tensor]) -> float:
+    squares = sum(float(tensor.double().square().sum()) for tensor in tensors)
+    return (squares / sum(tensor.numel() for tensor in tensors)) ** 0.5
