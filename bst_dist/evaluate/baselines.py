@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -113,9 +114,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         order2 = order2_bits_per_byte(texts(Corpus.open(args.corpus, "train")), held_out)
     with console.status("xz -9"):
         xz = Estimate(8 * xz_bytes(held_out) / size, None)
-    table = Table(
-        "", "bits per byte", title=f"{args.split} text of {args.corpus}: {len(held_out):,} documents, {size:,} bytes"
-    )
+    title = f"{args.split} text of {args.corpus}: {len(held_out):,} documents, {size:,} bytes"
+    table = Table("", "bits per byte", title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_row("order-2 byte model, trained on the training text", str(order2))
     table.add_row("xz -9, this text alone", str(xz))
     console.print(table)

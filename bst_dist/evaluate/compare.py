@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -84,11 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     report = compare(args.one, args.other)
     console = Console()
-    table = Table(
-        "",
-        "largest difference",
-        title=f"{args.one} and {args.other}: {report['steps']:,} steps, {report['evaluations']} evaluations",
-    )
+    title = f"{args.one} and {args.other}: {report['steps']:,} steps, {report['evaluations']} evaluations"
+    table = Table("", "largest difference", title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name, difference in report["largest_difference"].items():
         where = f"weights at {report['checkpoint']}" if name == "weights" else f"{name.replace('_', ' ')}, any step"
         table.add_row(where, f"{difference}")

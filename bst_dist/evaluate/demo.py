@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -187,8 +188,8 @@ def show(demo: Demo, report: dict[str, Any]) -> None:
     """The last screen: what happened, where it lies, what to try next."""
     console, validation = demo.console, report["validation"]
     console.rule(f"[bold]Done in {sum(report['time_s'].values()) / 60:.1f} minutes", align="left")
-    table = Table("", "bits per byte", title="the validation text, "
-                  f"{validation['bytes']:,} bytes in {validation['documents']} documents", title_justify="left",
+    title = f"The validation text: {validation['bytes']:,} bytes in {validation['documents']} documents"
+    table = Table("", "bits per byte", title=title, title_justify="left", box=box.SIMPLE_HEAD,
                   caption="± standard error over documents", caption_justify="left")  # fmt: skip
     for name, key in (
         ("before training: random weights", "before"),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -81,10 +82,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _table(args: argparse.Namespace, trained: Trained, where: str, figures: dict[str, Any]) -> Table:
     forgets = f"context {args.context:,} tokens" if args.context else "context the whole document"
-    table = Table("", "estimate", "standard error over documents",
-                  title=f"{args.run} after {trained.step:,} steps: {args.split} of {where}",
-                  caption=f"{figures['documents']:,} documents, {figures['tokens']:,} tokens, {figures['bytes']:,} "
-                          f"bytes; {forgets}; {figures['tokens'] / figures['time_s']:,.0f} tokens/s")  # fmt: skip
+    table = Table(
+        "", "estimate", "standard error over documents", title_justify="left", caption_justify="left",
+        title=f"{args.run} after {trained.step:,} steps: {args.split} of {where}", box=box.SIMPLE_HEAD,
+        caption=f"{figures['documents']:,} documents, {figures['tokens']:,} tokens, {figures['bytes']:,} bytes; "
+                f"{forgets}; {figures['tokens'] / figures['time_s']:,.0f} tokens/s",
+    )  # fmt: skip
     for name, key, digits in (
         ("loss, nats per token", "loss_nats_per_token", 4),
         ("perplexity per token", "perplexity_per_token", 2),
