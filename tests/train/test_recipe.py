@@ -1,0 +1,40 @@
+"""The recipe as people meet it: its documentation, its file, its identity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bst_dist.cluster.describe import markdown
+from bst_dist.config import Recipe, differing, digest, load_recipe
+from data_pipeline.config import dump, fields
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_documentation_in_the_repository_is_what_the_code_says():
+    assert (ROOT / "docs" / "recipes.md").read_text() == markdown(list(fields(Recipe))) + "\n", (
+        "settings have changed: bst recipe --markdown > docs/recipes.md"
+    )
+
+
+def test_every_setting_is_documented():
+    assert [name for name, _, _, meaning in fields(Recipe) if not meaning] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch" / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_in_the_repository_load_and_come_back_from_their_dump(path, tmp_path):
+    recipe = load_recipe(path)
+    (tmp_path / "resolved.yaml").write_text(dump(recipe))
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+
+
+def test_identity_is_all_but_logging_checkpoints_and_ranks(recipe_file):
+    path = recipe_file()
+    recipe = load_recipe(path)
+    same = load_recipe(path, ["log.every=7", "checkpoint.keep_last=5", "ranks=4"])
+    other = load_recipe(path, ["optimizer.beta2=0.9", "seed=4"])
+    assert digest(same) == digest(recipe) != digest(other)
+    assert differing(recipe, same) == []
+    assert differing(recipe, other) == ["seed: 3, 4", "optimizer.beta2: 0.95, 0.9"]
