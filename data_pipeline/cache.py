@@ -60,6 +60,10 @@ class CachedStorage:
             self.renew(name)
             self._local.read_into(self._copy(name), offset, buffer)
 
+    def view(self, name: str, offset: int, size: int) -> memoryview:
+        """See `Storage`."""
+        return self._local.view(self._copy(name), offset, size)
+
     def local_path(self, name: str) -> Path | None:
         """See `Storage`: a copy that is not there yet is not a missing file."""
         return None

@@ -45,6 +45,10 @@ class RemoteStorage:
         """See `Storage`."""
         buffer[:] = self._range(name, offset, offset + len(buffer))
 
+    def view(self, name: str, offset: int, size: int) -> memoryview:
+        """See `Storage`: never called, for these files are remote."""
+        raise NotImplementedError
+
     def chunks(self, name: str, size: int | None) -> Iterator[bytes]:
         """The bytes of a file, in order; `size` is how many, where that is known."""
         if size is None:
@@ -125,6 +129,10 @@ class PipeStorage:
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """See `Storage`: never called, for these files are always cached."""
+        raise NotImplementedError
+
+    def view(self, name: str, offset: int, size: int) -> memoryview:
+        """See `Storage`: never called, for these files are remote."""
         raise NotImplementedError
 
     def local_path(self, name: str) -> Path | None:

@@ -76,7 +76,8 @@ class ShardReader:
         if not self._storage.remote and layout.verified.find(0, block, end) >= 0:
             self._check_around(document, first, last)
         if layout.verified.find(0, block, end) < 0:
-            self._storage.read_into(self.info.file, layout.offsets[document] + start * size, buffer)
+            offset = layout.offsets[document] + start * size
+            buffer[:] = self._storage.view(self.info.file, offset, len(buffer))
             return
         try:
             data = self._read_blocks(document, first, last)
@@ -127,13 +128,15 @@ class ShardReader:
         first -= first % _CHECKED_TOGETHER
         last += _CHECKED_TOGETHER - 1 - last % _CHECKED_TOGETHER
         with contextlib.suppress(ShardError):
-            data, _ = self._fetch(document, first, last)
+            data = self._storage.view(self.info.file, *self._span(document, first, last))
             for number, found in self._numbered(document, first, data):
                 self._layout.verified[number] = zlib.crc32(found) == self._layout.crc[number]
 
     def _read_blocks(self, document: int, first: int, last: int) -> memoryview:
         """The bytes of these blocks of a document, compared with their CRCs."""
-        data, begin = self._fetch(document, first, last)
+        begin, size = self._span(document, first, last)
+        data = memoryview(np.empty(size, np.uint8))
+        self._storage.read_into(self.info.file, begin, data)
         for number, found in self._numbered(document, first, data):
             expected = self._layout.crc[number]
             if zlib.crc32(found) != expected:
@@ -142,13 +145,10 @@ class ShardReader:
             begin += len(found)
         return data
 
-    def _fetch(self, document: int, first: int, last: int) -> tuple[memoryview, int]:
-        """(the bytes of these blocks, as far as the document goes; the byte of the shard where they begin)."""
+    def _span(self, document: int, first: int, last: int) -> tuple[int, int]:
+        """(byte of the shard, bytes) of these blocks of a document, as far as it goes."""
         begin, stop = first * CRC_BLOCK, min((last + 1) * CRC_BLOCK, self._layout.lengths[document])
-        offset = self._layout.offsets[document] + begin * self._itemsize
-        data = memoryview(np.empty((stop - begin) * self._itemsize, np.uint8))
-        self._storage.read_into(self.info.file, offset, data)
-        return data, offset
+        return self._layout.offsets[document] + begin * self._itemsize, (stop - begin) * self._itemsize
 
     def _numbered(self, document: int, first: int, data: memoryview) -> Iterator[tuple[int, memoryview]]:
         """The blocks in `data`, from a document's `first` on, each with its number in the shard."""
