@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--json", metavar="PATH", type=Path, help="also write what is reported to PATH, as JSON")
     module.add_arguments(parser)
-    args = parser.parse_args(rest)
+    args = parser.parse_intermixed_args(rest)  # overrides may stand anywhere
     try:
         report = module.run(args)
     except UserError as error:

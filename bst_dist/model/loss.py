@@ -56,7 +56,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )  # fmt: skip
 
 
-@torch.compiler.disable  # a compiler would unroll the loop over tiles
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, scale: float) -> tuple:
     """Negative log-likelihood in nats of `labels` under the logits ``scale * hidden @ weight.T``.
 

@@ -39,7 +39,6 @@ def sliding_tiles(queries: int, before: int, window: int) -> Iterator[Tile]:
         yield Tile(first, last, max(0, before + first - window), before + last)
 
 
-@torch.compiler.disable  # a compiler would unroll the loop over tiles
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, tiles: Iterable[Tile], empty_rows: bool = False):
     """Softmax attention, scores not scaled: (B, l, H, dh), (B, p + l, H, dh) twice -> (B, l, H, dh).
 
