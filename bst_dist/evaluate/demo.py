@@ -194,8 +194,8 @@ def show(demo: Demo, report: dict[str, Any]) -> None:
     for name, key in (
         ("before training: random weights", "before"),
         (f"after {demo.recipe.train.steps:,} steps", "after"),
-        ("order-2 byte model, trained on the same text", "order2"),
-        ("xz -9, which sees nothing but this text", "xz9"),
+        ("order-2 byte model, trained on the training text", "order2"),
+        ("xz -9, which sees only this text", "xz9"),
     ):
         figures = report[key]
         error = figures.get("bits_per_byte_standard_error")
@@ -222,14 +222,14 @@ def _guide(demo: Demo) -> str:
     run_dir, corpus = demo.run_dir, demo.recipe.data.corpus
     return f"""
 [bold]Where it lies[/]
-  {corpus}/          the corpus: tokenizer, WebDataset shards, index
-  {run_dir}/         the run: recipe.yaml, metrics.jsonl, checkpoints/, tensorboard/, reports/
-  {run_dir}/curves.png
+  {f"{corpus}/":<24}the corpus: tokenizer, WebDataset shards, index
+  {f"{run_dir}/":<24}the run: recipe.yaml, metrics.jsonl, checkpoints/, tensorboard/, reports/
+  {f"{run_dir}/curves.png":<24}the curves
 
 [bold]What to try next[/]
-  . .venv/bin/activate            so that the commands below are found
+  . .venv/bin/activate          # so that the commands below are found
   bst generate {run_dir} --prompt "class Cache:" --temperature 0.6
   bst train {RECIPE} name=longer train.steps={4 * demo.recipe.train.steps}
   bst train {RECIPE} name=sliding model.mixer=sliding && bst plot {run_dir} runs/sliding
   tensorboard --logdir runs
-  rm -r runs && make demo         the demo anew"""
+  rm -r runs && make demo       # the demo anew"""
