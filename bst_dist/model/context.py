@@ -109,8 +109,10 @@ class FilterContext(nn.Module):
     def forward(self, z: Tensor, past: Past, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         ends = self.ssm.block_ends(z, self.block, past, starts)  # (B, nb, S, Ds)
         states = past.extend("ends", ends, before=1)
-        if states.shape[1] == ends.shape[1]:  # nothing came before the first block
-            states = torch.cat((self.initial.expand(len(z), 1, -1, -1), states), dim=1)
+        # One where nothing came before the first block, else none; in the graph on all ranks alike, so that every rank
+        # of a sequence has a gradient for it and the buckets of ZeRO agree.
+        missing = ends.shape[1] + 1 - states.shape[1]
+        states = torch.cat((self.initial.expand(len(z), missing, -1, -1), states), dim=1)
         states = states[:, : -(-z.shape[1] // self.block)]
         if starts is not None:
             states = torch.where(starts.view(*starts.shape, 1, 1), self.initial, states)

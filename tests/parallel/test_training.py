@@ -120,6 +120,6 @@ def test_a_step_on_a_mesh_is_one_process_s(on_ranks, stage, world, sp):
             worst |= {f"{variant} isolated={isolated} {name}": e for name, e in errors(found, wanted).items()}
         return worst
 
-    expected = {case: one_process(*case) for case in (("SH", False), ("SH", True), ("MF", True))}
+    expected = {case: one_process(*case) for case in (("SH", False), ("SH", True), ("MF", False), ("MF", True))}
     for found in on_ranks(world, all_cases):
         assert {name: error for name, error in found.items() if not error <= TOLERANCE} == {}

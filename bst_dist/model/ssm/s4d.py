@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from bst_dist.model.ssm.scan import incoming_states, power
+from bst_dist.model.ssm.scan import power, start_incoming_states
 from bst_dist.parallel.past import Past
 from data_pipeline.config import Config
 
@@ -103,9 +103,10 @@ class S4D(nn.Module):
         log_a, b = self.log_transition()
         powers = _powers(log_a, chunk, u.dtype)  # (1, Ds, n, T + 1)
         ends = _to_states(_into_state(powers, b) @ u, batch, m, len(log_a))  # (B, m, 1, Ds, n)
-        y = self._within_chunk(powers, b) @ u  # (Ds, C T, B m): does not wait for the past
-        incoming = incoming_states(ends, log_a * chunk, None if starts is None else _chunk_starts(starts, m), past)
-        y = torch.baddbmm(y, self._out_of_state(powers), _from_states(incoming))
+        begins = None if starts is None else _chunk_starts(starts, m)
+        incoming = start_incoming_states(ends, log_a * chunk, begins, past)
+        y = self._within_chunk(powers, b) @ u  # (Ds, C T, B m): while the past is under way
+        y = torch.baddbmm(y, self._out_of_state(powers), _from_states(incoming()))
         return y.view(width, -1, chunk, batch, m).permute(3, 4, 2, 1, 0).reshape(batch, length, -1, width)
 
     @torch.autocast("cuda", enabled=False)
@@ -122,7 +123,7 @@ class S4D(nn.Module):
         log_a, b = self.log_transition()
         ends = _to_states(_into_state(_powers(log_a, chunk, u.dtype), b) @ u, batch, m, len(log_a))  # (B, m, F, Ds, n)
         ends = _join_chunks(ends, log_a * chunk, span // chunk)  # (B, nb, F, Ds, n)
-        after = ends + power(log_a, span, ends.dtype) * incoming_states(ends, log_a * span, starts, past)
+        after = ends + power(log_a, span, ends.dtype) * start_incoming_states(ends, log_a * span, starts, past)()
         if (past.position + length) % block:
             return z.new_empty(batch, 0, *self.skip.shape, dtype=u.dtype)
         y = 2 * (torch.view_as_complex(self.read_out) * after).real.sum(-1)  # (B, nb, C, Ds)

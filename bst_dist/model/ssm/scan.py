@@ -9,6 +9,8 @@ Shapes: B rows, m chunks, * any state dimensions (complex).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,8 +25,13 @@ def power(log_a: Tensor, exponent: int | Tensor, dtype: torch.dtype) -> Tensor:
     return torch.exp(log_a * exponent).to(dtype)
 
 
-def incoming_states(ends: Tensor, log_a: Tensor, starts: Tensor | None, past: Past, name: str = "ssm") -> Tensor:
-    """The state before each chunk (B, m, *), from what each chunk alone leaves behind.
+def start_incoming_states(
+    ends: Tensor, log_a: Tensor, starts: Tensor | None, past: Past, name: str = "ssm"
+) -> Callable[[], Tensor]:
+    """Ask for the state before each chunk (B, m, *), from what each chunk alone leaves behind.
+
+    What is returned gives it. The state before the slice may be under way between ranks until then: a layer computes
+    what does not wait for it in between.
 
     Args:
         ends: (B, m, *) complex, the state each chunk leaves, started from zero.
@@ -38,18 +45,22 @@ def incoming_states(ends: Tensor, log_a: Tensor, starts: Tensor | None, past: Pa
     transition = power(log_a, m, ends.dtype)
     if documents is not None:
         transition = transition * _like(documents[:, -1] == 0, running[:, -1])
-    before = past.state(name, running[:, -1], transition)
-    first = torch.zeros_like(ends[:, :1])
-    incoming = torch.cat((first, running[:, :-1]), dim=1)
-    if starts is not None:
-        incoming = incoming * _like(~starts, incoming)
-    if before is None:
-        return incoming
-    steps = torch.arange(m, device=ends.device).view(m, *[1] * log_a.dim())
-    reach = power(log_a, steps, ends.dtype) * before.unsqueeze(1)  # (B, m, *)
-    if documents is not None:
-        reach = reach * _like(documents == 0, reach)
-    return incoming + reach
+    arrive = past.start_state(name, running[:, -1], transition)
+
+    def finish() -> Tensor:
+        before = arrive()
+        incoming = torch.cat((torch.zeros_like(ends[:, :1]), running[:, :-1]), dim=1)
+        if starts is not None:
+            incoming = incoming * _like(~starts, incoming)
+        if before is None:
+            return incoming
+        steps = torch.arange(m, device=ends.device).view(m, *[1] * log_a.dim())
+        reach = power(log_a, steps, ends.dtype) * before.unsqueeze(1)  # (B, m, *)
+        if documents is not None:
+            reach = reach * _like(documents == 0, reach)
+        return incoming + reach
+
+    return finish
 
 
 def _inclusive_scan(x: Tensor, log_a: Tensor, documents: Tensor | None) -> Tensor:
