@@ -27,7 +27,7 @@ def fit_report(rows: list[Row], draws: int = 200) -> dict[str, Any]:
     report: dict[str, Any] = {"points": len(every), "runs": len(np.unique(every.run)), "architectures": laws}
     try:
         joint = fit_shared(every)
-        p_value = shared_e_p_value(every, draws=39)
+        p_value = shared_e_p_value(every, draws=max(9, draws // 5))
         report["shared_E"] = {"laws": {name: asdict(law) for name, law in joint.laws.items()}, "p_value": p_value}
     except FitError as error:
         report["shared_E"] = {"not_fitted": str(error)}

@@ -38,11 +38,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     write_plan(plan)
     prices = prices_of(plan)
     console = Console()
-    table = Table("architecture", "size", "depth", "runs", plan.unit, title=f"{sweep.name}: what it costs", box=SIMPLE)
-    for price in prices:
-        table.add_row(price["architecture"], f"{price['size']:.3g}", str(price["depth"]), str(price["runs"]),
-                      f"{price['cost']:.3g}")  # fmt: skip
-    console.print(table)
+    for title, keys in (("by shape", ("size", "depth")), ("by architecture", ("architecture",))):
+        table = Table(*keys, "runs", plan.unit, title=f"{sweep.name}, {title}", box=SIMPLE)
+        for group in dict.fromkeys(tuple(price[key] for key in keys) for price in prices):
+            own = [price for price in prices if tuple(price[key] for key in keys) == group]
+            names = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in group]
+            table.add_row(*names, str(sum(p["runs"] for p in own)), f"{sum(p['cost'] for p in own):.3g}")
+        console.print(table)
     show_power(console, plan.power)
     for block in plan.dropped:
         say(f"not paid for by the budget: {block}")

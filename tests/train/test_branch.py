@@ -1,0 +1,71 @@
+"""Branches: a run that takes its first steps from a trunk is the run its own recipe describes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from bst_dist.config import Recipe
+from bst_dist.train.branch import origin
+from bst_dist.train.checkpoint import CheckpointConfig, CheckpointError, committed, directory, retain
+from data_pipeline.config import ConfigError, dump, parse
+
+SETTINGS = {
+    "name": "trunk",
+    "model": {"width": 32, "heads": 2, "ffn": 64, "block": 32, "depth": 2, "mixer": "bst", "vocab_size": 300},
+    "data": {"corpus": "none"},
+    "train": {"steps": 8, "sequence_length": 64, "sequences": 4, "micro_sequences": 4},
+    "schedule": {"warmup_steps": 2, "decay_fraction": 0.0},
+}
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A trunk with a checkpoint at step 8, and how to make a branch of it that differs in some sections."""
+    trunk = tmp_path / "trunk"
+    directory(trunk, 8).mkdir(parents=True)
+    (trunk / "recipe.yaml").write_text(dump(parse(Recipe, SETTINGS)))
+
+    def branch(step=8, **changes):
+        own = {"name": "b", "branch": {"run": "../trunk", "step": step}, "schedule": {"warmup_steps": 2}}
+        train = {**SETTINGS["train"], "steps": 10}
+        return parse(Recipe, {**SETTINGS, "train": train, **own, **changes})
+
+    return SimpleNamespace(trunk=trunk, branch=branch, directory=tmp_path / "b")
+
+
+def test_a_branch_of_the_same_steps_begins_at_the_checkpoint(runs):
+    assert origin(runs.directory, runs.branch()).checkpoint == directory(runs.trunk, 8)
+
+
+def test_a_smaller_micro_batch_is_still_a_branch(runs):
+    train = {**SETTINGS["train"], "steps": 10, "micro_sequences": 2}
+    assert origin(runs.directory, runs.branch(train=train)).trunk.name == "trunk"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 3}, "seed: 0, 3"),
+        ({"optimizer": {"learning_rate": 0.5}}, "optimizer.learning_rate"),
+        ({"schedule": {"warmup_steps": 2, "decay_fraction": 0.9}}, "learning rates differ from step 3 on"),
+        ({"schedule": {"warmup_steps": 3}}, "learning rates differ from step 0 on"),
+        ({"step": 7}, r"train the trunk first, with checkpoint.at: \[7\]"),
+    ],
+)
+def test_other_steps_than_the_trunks_are_refused(runs, changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        origin(runs.directory, runs.branch(**changes))
+
+
+def test_a_branch_must_have_steps_of_its_own(runs):
+    with pytest.raises(ConfigError, match="leaves none of the 10 steps"):
+        runs.branch(step=10)
+
+
+def test_checkpoints_that_branches_need_are_kept_for_good(tmp_path):
+    for step in (2, 4, 6, 8):
+        directory(tmp_path, step).mkdir(parents=True)
+    retain(tmp_path, CheckpointConfig(keep_last=1, at=(4,)))
+    assert [path.name for path in committed(tmp_path)] == ["step-00000008", "step-00000004"]
