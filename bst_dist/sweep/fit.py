@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import linprog, minimize
-from scipy.special import logsumexp
 
 from bst_dist.sweep.law import Centre, FormName, Law, Points, Vector, as_law, slopes, terms
 from data_pipeline.errors import UserError
@@ -52,9 +51,13 @@ def log_loss(matrices: list[Vector], theta: Vector) -> tuple[Vector, Vector]:
     """ln L_hat (n,) and its Jacobian (n, p) in all unknowns."""
     parts = np.split(theta, np.cumsum([matrix.shape[1] for matrix in matrices])[:-1])
     logs = np.stack([matrix @ part for matrix, part in zip(matrices, parts, strict=True)])
-    total = logsumexp(logs, axis=0)
-    shares = np.exp(logs - total)  # of each term in the loss
-    return total, np.hstack([share[:, None] * matrix for share, matrix in zip(shares, matrices, strict=True)])
+    largest = logs.max(axis=0)
+    shares = np.exp(logs - largest)
+    total = shares.sum(axis=0)
+    shares /= total  # of each term in the loss
+    return largest + np.log(total), np.hstack(
+        [share[:, None] * matrix for share, matrix in zip(shares, matrices, strict=True)]
+    )
 
 
 def objective(residuals: Vector, delta: float) -> float:

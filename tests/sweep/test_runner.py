@@ -60,7 +60,7 @@ end = {"kind": "eval", "step": steps, "loss_nats": loss, "bits_per_byte": loss /
 
 
 @pytest.fixture
-def sweep(tmp_path):
+def sweep(tmp_path, monkeypatch):
     """A plan with its state, and a runner whose training is a stand-in that is told how to end."""
     base = {
         "model": {"block": 32, "vocab_size": 300},
@@ -74,6 +74,7 @@ def sweep(tmp_path):
         "sizes": [5e4, 1e5], "depths": [2, 4], "tokens_per_parameter": [0.1, 0.2], "seeds": [0, 1],
         "shape": {"head_width": 4, "tolerance": 0.3},
     }  # fmt: skip
+    monkeypatch.setattr("bst_dist.sweep.runner.POLL_S", 0.02)
     config = parse(SweepConfig, settings)
     designer = Designer(config)
     runs, state = designer.runs(designer.cells()), State(config.root, config.retries)
@@ -160,7 +161,7 @@ def test_the_table_reads_back_and_a_wrong_column_is_named(sweep, tmp_path):
 
 
 def test_the_report_stands_alone_and_names_every_run(sweep, tmp_path):
-    rows, _ = sweep()
+    rows, _ = sweep(only="d2")
     blocks, figures = report.build(sweep.config, rows, draws=10)
     document.write(blocks, tmp_path / "report", "t")
     page, text = ((tmp_path / "report" / name).read_text() for name in ("report.html", "report.md"))
