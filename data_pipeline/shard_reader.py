@@ -13,12 +13,12 @@ import io
 import json
 import logging
 import tarfile
-import zlib
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from isal import isal_zlib
 
 from data_pipeline.damage import locate_changed_byte
 from data_pipeline.manifest import ShardInfo
@@ -130,7 +130,7 @@ class ShardReader:
         with contextlib.suppress(ShardError):
             data = self._storage.view(self.info.file, *self._span(document, first, last))
             for number, found in self._numbered(document, first, data):
-                self._layout.verified[number] = zlib.crc32(found) == self._layout.crc[number]
+                self._layout.verified[number] = isal_zlib.crc32(found) == self._layout.crc[number]
 
     def _read_blocks(self, document: int, first: int, last: int) -> memoryview:
         """The bytes of these blocks of a document, compared with their CRCs."""
@@ -139,7 +139,7 @@ class ShardReader:
         self._storage.read_into(self.info.file, begin, data)
         for number, found in self._numbered(document, first, data):
             expected = self._layout.crc[number]
-            if zlib.crc32(found) != expected:
+            if isal_zlib.crc32(found) != expected:
                 what = _describe(found, expected, begin)
                 raise _ChangedError(f"{self.where}: {self._member_name(document)}: {what}; copy the shard again")
             begin += len(found)
