@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bst_dist.config import digest
+from bst_dist.model.attention import attention_path
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.group import SequenceGroup
 from bst_dist.parallel.mesh import Mesh
@@ -47,7 +48,7 @@ def train(request: Request, ranks: Ranks) -> None:
     if ranks.first:
         about = {"ranks": ranks.world, "hosts": hosts, "from_step": done}
         rundir.prepare(start.run_dir, start.recipe, start.completed, about)
-        print(_header(start, engine, ranks.world), flush=True)
+        print(_header(start, engine, ranks), flush=True)
     if done >= start.until:
         _say(ranks, f"nothing to do: {done} of {start.until} steps are done")
         return
@@ -184,8 +185,8 @@ def _outcome(start: Start, latest: Latest) -> dict[str, Any]:
     }
 
 
-def _header(start: Start, engine: Engine, world: int) -> str:
-    recipe, model = start.recipe, start.recipe.model
+def _header(start: Start, engine: Engine, ranks: Ranks) -> str:
+    recipe, model, world = start.recipe, start.recipe.model, ranks.world
     layers = ", ".join(f"{count} {mixer}" for mixer, count in Counter(model.mixers()).items())
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     tokens = recipe.train.sequences * recipe.train.sequence_length
@@ -194,7 +195,7 @@ def _header(start: Start, engine: Engine, world: int) -> str:
         "run": f"{start.run_dir}",
         "model": f"{layers} layers, width {model.width}, block {model.block}: {parameters / 1e6:,.2f} M parameters",
         "ranks": f"{world} ({mesh}), ZeRO-{engine.stage}, {recipe.train.precision}, "
-        f"activation checkpointing: {recipe.activation_checkpointing.policy}",
+        f"activation checkpointing: {recipe.activation_checkpointing.policy}, attention: {attention_path(ranks.device)}",
         "step": f"{recipe.train.sequences} sequences of {recipe.train.sequence_length:,} = {tokens:,} tokens, "
         f"{start.accumulation} micro-batches a rank",
     }
