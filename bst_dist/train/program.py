@@ -195,7 +195,8 @@ def _header(start: Start, engine: Engine, ranks: Ranks) -> str:
         "run": f"{start.run_dir}",
         "model": f"{layers} layers, width {model.width}, block {model.block}: {parameters / 1e6:,.2f} M parameters",
         "ranks": f"{world} ({mesh}), ZeRO-{engine.stage}, {recipe.train.precision}, "
-        f"activation checkpointing: {recipe.activation_checkpointing.policy}, attention: {attention_path(ranks.device)}",
+        f"activation checkpointing: {recipe.activation_checkpointing.policy}, "
+        f"attention: {attention_path(ranks.device)}",
         "step": f"{recipe.train.sequences} sequences of {recipe.train.sequence_length:,} = {tokens:,} tokens, "
         f"{start.accumulation} micro-batches a rank",
     }
