@@ -156,3 +156,14 @@ def test_legs_frequencies_are_those_of_the_normal_part_of_hippo():
     assert torch.allclose(eigenvalues.real, torch.full((n,), -0.5, dtype=torch.float64))
     expected = eigenvalues.imag.sort().values[n // 2 :]
     torch.testing.assert_close(initial_frequencies("legs", n // 2).sort().values, expected)
+
+
+def test_parameters_at_odd_offsets_of_a_flat_buffer_work():
+    """Where ZeRO puts them: a complex view of real pairs would need an even offset."""
+    ssm = make(maps=2).float()
+    z = torch.randn(1, 16, 3)
+    expected = ssm(z, NOTHING)
+    for parameter in ssm.parameters():
+        flat = torch.cat((torch.zeros(1), parameter.detach().flatten()))
+        parameter.data = flat[1:].view(parameter.shape)
+    torch.testing.assert_close(ssm(z, NOTHING), expected, rtol=0, atol=0)

@@ -88,7 +88,7 @@ class S4D(nn.Module):
         """The convolution kernel K without the skip term, (C, Ds, length): the reference the tests compare with."""
         log_a, b = self.log_transition()
         powers = torch.exp(log_a.unsqueeze(-1) * torch.arange(length, device=log_a.device))  # (F, Ds, n, length)
-        weights = torch.view_as_complex(self.read_out.double()) * b
+        weights = as_complex(self.read_out.double()) * b
         return 2 * torch.einsum("cdn,cdnl->cdl", weights, powers.expand(len(self.read_out), -1, -1, -1)).real
 
     @torch.autocast("cuda", enabled=False)
@@ -126,7 +126,7 @@ class S4D(nn.Module):
         after = ends + power(log_a, span, ends.dtype) * start_incoming_states(ends, log_a * span, starts, past)()
         if (past.position + length) % block:
             return z.new_empty(batch, 0, *self.skip.shape, dtype=u.dtype)
-        y = 2 * (torch.view_as_complex(self.read_out) * after).real.sum(-1)  # (B, nb, C, Ds)
+        y = 2 * (as_complex(self.read_out) * after).real.sum(-1)  # (B, nb, C, Ds)
         return y + self.skip * z[:, span - 1 :: span].to(u.dtype).unsqueeze(2)
 
     def _chunks(self, z: Tensor) -> tuple[Tensor, int, int]:
@@ -141,7 +141,7 @@ class S4D(nn.Module):
 
     def _within_chunk(self, powers: Tensor, b: Tensor) -> Tensor:
         """Tokens to outputs inside a chunk, the causal matrices of K and the skip: (Ds, C T, T)."""
-        weights = torch.view_as_complex(self.read_out) * b.to(powers.dtype)  # (C, Ds, n)
+        weights = as_complex(self.read_out) * b.to(powers.dtype)  # (C, Ds, n)
         kernel = 2 * (weights.unsqueeze(-2) @ powers[..., :-1]).real.squeeze(-2)  # (C, Ds, T)
         kernel = torch.cat((kernel[..., :1] + self.skip.unsqueeze(-1), kernel[..., 1:]), dim=-1)
         chunk = kernel.shape[-1]
@@ -152,10 +152,15 @@ class S4D(nn.Module):
 
     def _out_of_state(self, powers: Tensor) -> Tensor:
         """State before a chunk to its outputs, 2 Re(C Ā^(t+1) x): (Ds, C T, 2n) on real pairs."""
-        out = 2 * torch.view_as_complex(self.read_out).unsqueeze(-1) * powers[..., 1:]  # (C, Ds, n, T)
+        out = 2 * as_complex(self.read_out).unsqueeze(-1) * powers[..., 1:]  # (C, Ds, n, T)
         out = torch.stack((out.real, -out.imag), dim=-1)  # (C, Ds, n, T, 2)
         maps, width, modes, chunk, _ = out.shape
         return out.permute(1, 0, 3, 2, 4).reshape(width, maps * chunk, 2 * modes)
+
+
+def as_complex(pairs: Tensor) -> Tensor:
+    """(..., 2) real -> (...) complex, by copy: ZeRO's flat buffers put parameters at odd offsets, where no view can."""
+    return torch.complex(pairs[..., 0], pairs[..., 1])
 
 
 def _into_state(powers: Tensor, b: Tensor) -> Tensor:
