@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -73,7 +73,8 @@ class Trainer:
         """Train on the batches of each step until `until` steps are taken in all."""
         start = time.perf_counter()
         for step, batches in steps:
-            report = self.step(step, batches, start)
+            waited = time.perf_counter() - start
+            report = replace(self.step(step, batches, start), data_wait_s=waited)
             for callback in callbacks:
                 callback.after_step(report, last=report.step == until)
             if report.step == until:

@@ -47,6 +47,8 @@ class StepReport:
     tokens_per_s: float
     mfu: float
     """Model FLOPs utilisation: the model's own arithmetic as a share of the ranks' peak."""
+    data_wait_s: float = 0.0
+    """What the first rank waited for its batches, as a part of the step's time."""
 
 
 @dataclass(frozen=True)

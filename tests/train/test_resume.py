@@ -20,7 +20,7 @@ from bst_dist.train.ranks import Ranks
 from bst_dist.train.start import Request, load, resolve
 
 pytestmark = [pytest.mark.ranks, pytest.mark.usefixtures("unmeasured")]
-TIMED = ("step_time_s", "tokens_per_s", "mfu", "time_s")
+TIMED = ("step_time_s", "data_wait_s", "tokens_per_s", "mfu", "time_s")
 Go = Callable[..., None]
 
 
