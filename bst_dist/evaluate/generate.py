@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.tokens < 1:
         raise UserError(f"--tokens {args.tokens}: draw at least one")
     given = {name: value for name in SamplingConfig.model_fields if (value := getattr(args, name)) is not None}
-    sampling = parse(SamplingConfig, given, where="bst generate")
+    sampling = parse(SamplingConfig, given, where="options")
     trained = open_run(args.run, args.checkpoint)
     data = trained.recipe.data
     tokenizer = Corpus.open(data.urls()[0], storage=data.storage).tokenizer()
