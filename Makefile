@@ -5,16 +5,15 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 # One process a core, one thread a process: many small tests on small tensors.
-UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical -m "not ranks and not cluster and not gpu"
+UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical -m "not ranks and not gpu"
 
-.PHONY: help setup demo test test-unit test-ranks test-cluster test-gpu lint format
+.PHONY: help setup demo test test-unit test-ranks test-gpu lint format
 
 help:
 	@echo "make setup         install the pinned requirements and this project into $(VENV)"
 	@echo "make demo          from text to a trained and evaluated model, on two cores in minutes"
 	@echo "make test          unit tests, then those that start several ranks"
 	@echo "make test-unit     unit tests alone"
-	@echo "make test-cluster  multi-host jobs on a test cluster"
 	@echo "make test-gpu      what needs a GPU"
 	@echo "make lint          linter and formatter, changing nothing"
 	@echo "make format        format the code"
@@ -37,10 +36,7 @@ test-unit: setup
 	$(UNIT)
 
 test-ranks: setup
-	$(BIN)/python -m pytest -m "ranks and not cluster and not gpu"
-
-test-cluster: setup
-	$(BIN)/python -m pytest -m cluster
+	$(BIN)/python -m pytest -m "ranks and not gpu"
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
