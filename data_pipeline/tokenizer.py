@@ -81,7 +81,7 @@ class Tokenizer:
         parts = [np.empty(0, self.dtype)]
         for lines in _batches(text):
             ids: list[int] = []
-            for line, line_ids in zip(lines, self._processor.encode(lines), strict=True):
+            for line, line_ids in zip(lines, self._processor.encode(lines, num_threads=1), strict=True):
                 ids += self._newline_or_space(line) or line_ids
             parts.append(np.array(ids, self.dtype))
         return np.concatenate(parts)
