@@ -57,6 +57,8 @@ class Position:
     """The loader's state: proof that a resumed run reads the same data in the same order."""
     carried: list[Any]
     """The past carried to the next step, one entry a micro-batch; empty when nothing is carried."""
+    skipped: int = 0
+    """Steps' worth of data passed over after roll-backs: step s trains on the data of step s + skipped."""
 
 
 class Snapshots:
@@ -112,7 +114,7 @@ class Snapshots:
         self.engine.load_checkpoint(str(checkpoint), tag=ENGINE)
         own = torch.load(checkpoint / rank_file(self.ranks.rank), map_location="cpu", weights_only=True)
         rng.restore(own["rng"], self.ranks.device)
-        return Position(manifest["step"], manifest["tokens"], manifest["data"], own["carried"])
+        return Position(manifest["step"], manifest["tokens"], manifest["data"], own["carried"], manifest.get("skipped", 0))
 
     def _require_same(self, checkpoint: Path, manifest: dict[str, Any], otherwise: dict[str, Any]) -> None:
         saved = manifest["run"]
@@ -149,6 +151,7 @@ class Snapshots:
             "step": position.step,
             "tokens": position.tokens,
             "data": position.data,
+            "skipped": position.skipped,
             "run": {"world": self.ranks.world, **self.identity},
             "versions": versions(),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
