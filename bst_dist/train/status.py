@@ -1,0 +1,14 @@
+"""Exit statuses of a rank, of `bst train`, and of whatever starts them again."""
+
+from __future__ import annotations
+
+DONE = 0
+"""The steps asked for are done."""
+FAILED = 1
+"""An error that is not the user's; the traceback says where."""
+USER_ERROR = 2
+"""Something given is wrong, or the run diverged: started again, it would end the same way."""
+HUNG = 70
+"""The ranks stood still and the watchdog ended them (EX_SOFTWARE of sysexits.h): start again from the checkpoint."""
+RESUBMIT = 75
+"""Stopped by a signal, with a checkpoint (EX_TEMPFAIL of sysexits.h): start again, and the run goes on."""
