@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bst_dist.model.flex import flex_sliding_attention
+from bst_dist.model.fused_tiles import fused_sliding_attention, fused_tile
 from bst_dist.model.tiles import HIDDEN, QUERY_TILE, sliding_tiles, tiled_attention
 from bst_dist.parallel.past import Past
 from data_pipeline.config import Config
@@ -103,7 +104,8 @@ class SlidingAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
         """(B, l, H, dh), (B, p + l, H, dh) twice -> (B, l, H, dh)."""
         bias = self.bias(self.window + 1) if self.bias is not None else None
-        return sliding_attention(q, k, v, self.window, bias, self.config.include_self, documents)
+        varying = min(self.config.max_distance, self.window + 1)
+        return sliding_attention(q, k, v, self.window, bias, self.config.include_self, documents, varying)
 
 
 class Documents(NamedTuple):
@@ -126,8 +128,9 @@ def documents_of(starts: Tensor, length: int, keys: int, window: int) -> Documen
 
 
 def attention_path(device: torch.device) -> str:
-    """What computes sliding attention on this device: "flex" (FlexAttention) or "tiles"."""
-    return "flex" if device.type == "cuda" else "tiles"
+    """What computes sliding attention on this device: "flex" (FlexAttention), "fused-tiles" (torch's CPU kernel; what
+    that cannot do goes in plain tiles), or "tiles"."""
+    return {"cuda": "flex", "cpu": "fused-tiles"}.get(device.type, "tiles")
 
 
 def sliding_attention(
@@ -138,6 +141,7 @@ def sliding_attention(
     bias: Tensor | None,
     include_self: bool,
     documents: Documents | None = None,
+    varying: int | None = None,
 ) -> Tensor:
     """Attention of each query to the `window` keys up to its own: (B, l, H, dh), (B, p + l, H, *) -> (B, l, H, dh).
 
@@ -145,13 +149,19 @@ def sliding_attention(
         bias: (H, window + 1), added by distance q - k; None for none.
         include_self: whether distance 0 is seen; otherwise distance `window` is.
         documents: which document each key belongs to; keys of another one are not seen.
+        varying: from which distance on the bias is the same; None: nowhere.
     """
     k, v = k.to(q.dtype), v.to(q.dtype)
-    if attention_path(q.device) == "flex":
+    path = attention_path(q.device)
+    if path == "flex":
         number = None if documents is None else documents.number
         return flex_sliding_attention(q, k, v, window, bias, include_self, number)
     if documents is not None:
         q, k = separate_documents(q, k, documents)
+    tile = fused_tile(window)
+    if path == "fused-tiles" and include_self and q.shape[1] % tile == 0:
+        mask = band_mask(tile, window, None if bias is None else bias.detach(), include_self, q.device)
+        return fused_sliding_attention(q, k, v, mask, bias, varying or window + 1)
     mask = band_mask(min(QUERY_TILE, q.shape[1]), window, bias, include_self, q.device)
     tiles = sliding_tiles(q.shape[1], k.shape[1] - q.shape[1], window)
     return tiled_attention(q, k, v, mask, tiles, empty_rows=not include_self)

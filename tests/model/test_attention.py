@@ -99,6 +99,24 @@ def test_gradients_equal_query_by_query(include_self):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("before", [0, 3, 8])
+@pytest.mark.parametrize("varying", [1, 3, 9])
+def test_a_bias_that_far_distances_share_has_the_gradient_of_their_sum(before, varying, monkeypatch):
+    """The fused tiles make it from the near distances alone; several calls, and tiles at the start of the stream."""
+    monkeypatch.setattr("bst_dist.model.fused_tiles.TILES_AT_ONCE", 2)
+    torch.manual_seed(before)
+    q = torch.randn(2, 40, 2, 4, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, before + 40, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    table = torch.randn(2, varying + 1, dtype=torch.float64, requires_grad=True)
+    places = torch.arange(9).clamp(max=varying)
+    weight = torch.randn(2, 40, 2, 4, dtype=torch.float64)
+    ours = (sliding_attention(q, k, v, 8, table[:, places], True, varying=varying) * weight).sum()
+    theirs = (query_by_query(q, k, v, 8, table[:, places], True) * weight).sum()
+    wanted = (q, k, v, table)
+    for one, other in zip(torch.autograd.grad(ours, wanted), torch.autograd.grad(theirs, wanted), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("position", ["t5", "rope"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_crosses_a_document_start(position, dtype):

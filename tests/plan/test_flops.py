@@ -8,6 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bst_dist.model.lm import LanguageModel, ModelConfig
 from bst_dist.plan.flops import forward_flops
 
+pytestmark = pytest.mark.usefixtures("plain_attention")
+
 
 def config(mixer, variant, **context):
     return ModelConfig(

@@ -9,6 +9,8 @@ from bst_dist.model.lm import LanguageModel, ModelConfig
 from bst_dist.model.tiles import QUERY_TILE
 from bst_dist.plan.flops import forward_flops
 
+pytestmark = pytest.mark.usefixtures("plain_attention")
+
 LENGTH, BLOCK = 256, 64
 KERNELS = {
     "s4d": {"state": 8, "chunk": 16},
