@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from bst_dist.parallel.group import SequenceGroup
-from bst_dist.parallel.past import EarlierCall, Past
+from bst_dist.parallel.past import EarlierCall, Past, Reached
 from bst_dist.parallel.scan import start_exclusive_scan
+from bst_dist.parallel.transpose import to_channels, to_tokens
 from data_pipeline.errors import UserError
 
 
@@ -62,6 +63,34 @@ class LeftNeighbour(Past):
         self.earlier.leave(name, around)
         held = self.earlier.held(name)
         return extended if held is None else torch.cat((held[:, -before:].to(x.dtype), extended), dim=1)
+
+    def within_reach(self, name: str, x: Tensor, positions: int) -> Reached:
+        """Where a slice is shorter than that, two all-to-alls: all tokens of a share of the channels, and back.
+
+        Raises SequenceParallelError when the channels cannot be shared out, or when the sequence is a stream.
+        """
+        if positions <= self.slice_length:
+            return super().within_reach(name, x, positions)
+        channels, size = x.shape[-1], self.group.size
+        if channels % size:
+            raise SequenceParallelError(
+                f"a layer looks {positions} positions back ({name}), further than its slice of {self.slice_length}, "
+                f"and its {channels} channels cannot be shared out evenly to {size} ranks instead: choose a "
+                "parallel.sp that divides them, or another model.context.ssm_width"
+            )
+        if self.earlier is not None:
+            raise SequenceParallelError(
+                f"a layer looks {positions} positions back ({name}), further than its slice of {self.slice_length}; so "
+                "each rank would hold the stream's last inputs for some channels only, which is not done: set "
+                "train.carry to false, lower parallel.sp, or shorten ssm.length"
+            )
+        share, first = channels // size, self.group.rank * (channels // size)
+        return Reached(
+            to_channels(x, x.dim() - 1, self.group, name),
+            Past(),
+            slice(first, first + share),
+            lambda y: to_tokens(y, y.dim() - 1, self.group, f"{name} back"),
+        )
 
     def start_state(self, name: str, end: Tensor, transition: Tensor) -> Callable[[], Tensor]:
         """The state is never None: on the first rank, with nothing before, it is zero."""

@@ -17,13 +17,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 State: TypeAlias = dict[str, Tensor]
 """What a call leaves behind for the next one: names to tensors with the batch as first dimension, detached."""
+
+
+class Reached(NamedTuple):
+    """Some channels of a slice, or of all slices of a sequence, and the past of what is there."""
+
+    x: Tensor
+    """(B, l, Ds), or (B, L, Ds / sp): all tokens of the sequence and this rank's share of the channels."""
+    past: Past
+    channels: slice
+    """Which of the Ds channels these are."""
+    back: Callable[[Tensor], Tensor]
+    """From what was computed for them, channels last, to all channels of the slice: (B, L', .., Ds / sp) ->
+    (B, l', .., Ds)."""
 
 
 class Past:
@@ -38,6 +51,13 @@ class Past:
         `after` is how many positions the next slice will ask for, when that is not `before`.
         """
         return x
+
+    def within_reach(self, name: str, x: Tensor, positions: int) -> Reached:
+        """Where `extend` can be asked for that many `positions`: here, or with (B, l, Ds) spread in another way.
+
+        For what has no state that could be passed on and looks back further than a slice: each channel by itself.
+        """
+        return Reached(x, self, slice(None), lambda y: y)
 
     def state(self, name: str, end: Tensor, transition: Tensor) -> Tensor | None:
         """The state before the slice (B, ...), or None when there is none.

@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.model.ssm.unstructured import FilterConfig
 from bst_dist.parallel.neighbour import LeftNeighbour, SequenceParallelError
 from bst_dist.parallel.rehearsal import Rehearsal
 
@@ -33,7 +34,9 @@ def rehearse(model: ModelConfig, sp: int, rows: int, slice_length: int, bf16: bo
         SequenceParallelError: a layer needs more than its left neighbour has, or a state that cannot be passed on.
     """
     _require_segments(model, slice_length, isolated)
-    short = min(slice_length, MOST_BLOCKS * model.block)
+    # A filter longer than its slice is computed by all-to-alls, whose bytes do grow with the length.
+    grows = isinstance(model.ssm, FilterConfig)
+    short = slice_length if grows else min(slice_length, MOST_BLOCKS * model.block)
     sent: Counter[str] = Counter()
     for mixer, layers in Counter(model.mixers()).items():
         one = model.model_copy(update={"depth": 1, "mixer": mixer, "placement": "all", "vocab_size": 1})

@@ -52,7 +52,7 @@ def literal_value(model, kind, c, d, t, length):
     x = torch.tensor([t / length, *map(math.cos, angles), *map(math.sin, angles)], dtype=torch.float64)
     for layer in model.layers:
         x = torch.sin(model.frequency * (layer.weight @ x + layer.bias))
-    return math.sqrt(2) * (model.last.weight[c * WIDTH + d] @ x)
+    return math.sqrt(2) * (model.last[c, d] @ x)
 
 
 @torch.no_grad()

@@ -21,13 +21,14 @@ BLOCK, ROWS, VOCABULARY = 8, 2, 29
 RELATIVE_ERROR = 1e-10
 
 
-def model(mixer: str = "bst", variant: str = "SH", position: str = "t5", attend: str = "current") -> LanguageModel:
+def model(mixer: str = "bst", variant: str = "SH", position: str = "t5", attend: str = "current",
+          ssm: dict | None = None) -> LanguageModel:  # fmt: skip
     """Two layers with a sliding one between them, in double precision, the same on every rank."""
     config = ModelConfig(
         width=16, heads=2, ffn=24, block=BLOCK, depth=3, mixer=mixer, placement=[0, 2], vocab_size=VOCABULARY,
         attention={"position": position},
         context={"variant": variant, "attend": attend, "states": 3},
-        ssm={"state": 4, "chunk": 4, "dt_min": 0.01},
+        ssm=ssm or {"state": 4, "chunk": 4, "dt_min": 0.01},
     )  # fmt: skip
     torch.manual_seed(0)
     built = LanguageModel(config).double()
@@ -123,6 +124,16 @@ MODELS = [
 ]
 
 
+# Filters that reach further than a slice, as far as several of them, and a little further than one.
+FILTERS = [
+    {"variant": "SH", "ssm": {"kernel": "hyena", "length": 8 * BLOCK}},
+    {"variant": "MH", "ssm": {"kernel": "explicit", "length": 8 * BLOCK}},
+    {"variant": "MF", "ssm": {"kernel": "explicit", "length": 8 * BLOCK}},
+    {"variant": "MF", "ssm": {"kernel": "hyena", "length": 2 * BLOCK + 3}},
+    {"variant": "SH", "ssm": {"kernel": "hyena", "length": 2 * BLOCK}},
+]
+
+
 def starts(length: int) -> torch.Tensor:
     """A document that begins where a slice does (whatever sp), one within a slice, a row that has none."""
     begins = torch.zeros(ROWS, length // BLOCK, dtype=torch.bool)
@@ -159,6 +170,26 @@ def test_loss_gradients_and_leftovers_are_one_process_s(on_ranks, sp):
 
     for found in on_ranks(sp, errors):
         assert {way: error for way, error in found.items() if not error <= RELATIVE_ERROR} == {}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("sp", [2, 4])
+def test_filters_longer_than_a_slice_see_whole_sequences_of_some_channels(on_ranks, sp):
+    built = [model(**settings).double() for settings in FILTERS if settings["variant"] != "MF" or sp == 2]
+    expected = [one_process(of, [data(2 * BLOCK * sp)], carry=False) for of in built]
+
+    def errors_and_bytes() -> tuple[list[float], list[dict[str, int]]]:
+        group, errors, sent = Mesh(sp, dist.get_rank(), sp).sp_group(), [], []
+        for of, case in zip(built, expected, strict=True):
+            errors.append(compare(group, of, case))
+            sent.append(group.traffic.take())
+        return errors, sent
+
+    ranks = on_ranks(sp, errors_and_bytes)
+    assert max(error for errors, _ in ranks for error in errors) <= RELATIVE_ERROR
+    for of, sent in zip(built, ranks[sp // 2][1], strict=True):
+        rehearsed = rehearse(of.config, sp, ROWS, 2 * BLOCK)
+        assert sent == {kind: 2 * count for kind, count in rehearsed.items()}  # twice the bytes in double precision
 
 
 @pytest.mark.ranks
@@ -238,12 +269,14 @@ def refusal(slice_length: int, isolated: bool = False, **settings) -> str:
 def test_what_cannot_be_spread_over_ranks_is_refused_with_the_reason():
     """A filter whose reach is a slice of its own or less is fine: the left neighbour has all its inputs."""
     hyena = {"kernel": "hyena", "length": 4 * BLOCK}
-    assert "needs 31 positions (inputs) before its slice of the sequence, and a slice has 24" in refusal(
-        3 * BLOCK, ssm=hyena
+    odd = {"variant": "SH", "ssm_width": 5}
+    assert "looks 31 positions back (inputs), further than its slice of 24, and its 5 channels" in refusal(
+        3 * BLOCK, ssm=hyena, context=odd
     )
-    assert refusal(4 * BLOCK, ssm=hyena) == ""
-    far = {"kernel": "explicit", "length": 20 * BLOCK}  # more than is rehearsed at first
-    assert refusal(20 * BLOCK, ssm=far) == "" and "Lower parallel.sp" in refusal(19 * BLOCK, ssm=far)
+    assert refusal(4 * BLOCK, ssm=hyena, context=odd) == ""
+    far = {"kernel": "explicit", "length": 20 * BLOCK}  # more than is rehearsed of kernels with a state
+    assert refusal(20 * BLOCK, ssm=far, context=odd) == ""
+    assert "choose a parallel.sp that divides them" in refusal(19 * BLOCK, ssm=far, context=odd)
     assert "s4-dplr" in refusal(4 * BLOCK, ssm={"kernel": "s4-dplr"})
     assert "Block-Recurrent" in refusal(4 * BLOCK, mixer="block-recurrent")
     assert "Lower parallel.sp" in refusal(4 * BLOCK, mixer="full")

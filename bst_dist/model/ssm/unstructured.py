@@ -7,6 +7,8 @@ parameters, `hyena` computes them by a small network with sines over an embeddin
 - Beyond its trained length K it is a finite impulse response: a token sees the K last inputs, its own among them, and
   nothing before them. A stream is carried by keeping K - 1 inputs, exactly.
 - A document boundary cannot be made by multiplying a state with zero: isolated documents are refused.
+- Spread over ranks in slices shorter than the filter, it needs more than the left neighbour has: all-to-alls give each
+  rank all tokens of some channels instead (`Past.within_reach`).
 
 Shapes: B rows, l tokens, Ds channels, C output maps (each with a filter of its own), K taps, W block, nb blocks.
 """
@@ -82,23 +84,26 @@ class LongFilter(nn.Module):
         """The parameters that train at a rate of their own and without decay."""
         return [self.log_decay]
 
-    def values(self, taps: int) -> Tensor:
-        """The first `taps` values of each filter before the window, (C, Ds, taps), of unit variance at the start."""
+    def values(self, taps: int, channels: slice) -> Tensor:
+        """The first `taps` values of some channels' filters before the window, (C, channels, taps), of unit variance
+        at the start."""
         raise NotImplementedError
 
-    def kernel(self, length: int) -> Tensor:
-        """The filters without the skip term, (C, Ds, length); zero from the trained length on."""
+    def kernel(self, length: int, channels: slice = slice(None)) -> Tensor:
+        """The filters without the skip term, (C, channels, length); zero from the trained length on."""
         taps = min(length, self.length)
-        window = _unit_window(self.log_decay, self.length, taps)
-        return nn.functional.pad(self.values(taps) * window, (0, length - taps))
+        window = _unit_window(self.log_decay[channels], self.length, taps)
+        return nn.functional.pad(self.values(taps, channels) * window, (0, length - taps))
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
     def forward(self, z: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
         """Outputs of every token, (B, l, Ds) -> (B, l, C, Ds). Raises DocumentResetError if `starts` is given."""
         _refuse(starts)
-        u = past.extend("inputs", z, before=self.length - 1).to(self.skip.dtype)  # (B, p + l, Ds)
-        y = causal_convolution(u, self.kernel(min(self.length, u.shape[1])), outputs=z.shape[1])
+        here = past.within_reach("inputs", z, self.length - 1)
+        u = here.past.extend("inputs", here.x, before=self.length - 1).to(self.skip.dtype)  # (B, p + l, Ds)
+        taps = self.kernel(min(self.length, u.shape[1]), here.channels)
+        y = here.back(causal_convolution(u, taps, outputs=here.x.shape[1]))
         return y + self.skip * z.to(u.dtype).unsqueeze(2)
 
     @torch.autocast("cuda", enabled=False)
@@ -111,13 +116,14 @@ class LongFilter(nn.Module):
         Raises DocumentResetError if `starts` is given.
         """
         _refuse(starts)
-        u = past.extend("inputs", z, before=self.length - 1).to(self.skip.dtype)  # (B, p + l, Ds)
+        here = past.within_reach("inputs", z, self.length - 1)
+        u = here.past.extend("inputs", here.x, before=self.length - 1).to(self.skip.dtype)  # (B, p + l, Ds)
         if (past.position + z.shape[1]) % block:
             return z.new_empty(len(z), 0, *self.skip.shape, dtype=u.dtype)
-        wanted = -(-z.shape[1] // block)
+        wanted = -(-here.x.shape[1] // block)
         inputs = _into_blocks(u, block)  # (Ds, blocks, B, W)
         lags = min(-(-self.length // block), inputs.shape[1])
-        taps = _into_lags(self.kernel(lags * block), block)  # (lags, Ds, W, C)
+        taps = _into_lags(self.kernel(lags * block, here.channels), block)  # (lags, Ds, W, C)
         first = inputs.shape[1] - wanted
         y = 0
         for lag, weights in enumerate(taps.unbind(0)):
@@ -125,7 +131,7 @@ class LongFilter(nn.Module):
             part = (seen.flatten(1, 2) @ weights).unflatten(1, seen.shape[1:3])  # (Ds, blocks, B, C)
             y = y + nn.functional.pad(part, (0, 0, 0, 0, wanted - seen.shape[1], 0))
         ends = z[:, min(block, z.shape[1]) - 1 :: block]  # (B, nb, Ds)
-        return y.permute(2, 1, 3, 0) + self.skip * ends.to(u.dtype).unsqueeze(2)
+        return here.back(y.permute(2, 1, 3, 0)) + self.skip * ends.to(u.dtype).unsqueeze(2)
 
 
 class ExplicitFilter(LongFilter):
@@ -135,12 +141,14 @@ class ExplicitFilter(LongFilter):
         super().__init__(width, maps, config)
         self.value = nn.Parameter(torch.randn(maps, width, config.length))
 
-    def values(self, taps: int) -> Tensor:
-        return self.value[..., :taps]
+    def values(self, taps: int, channels: slice) -> Tensor:
+        return self.value[:, channels, :taps]
 
 
 class HyenaFilter(LongFilter):
     """Implicit values: a network of the position, whose size does not depend on the trained length."""
+
+    matrices: ClassVar = ("last",)
 
     def __init__(self, width: int, maps: int, config: HyenaConfig, own_dynamics: bool = False):
         super().__init__(width, maps, config)
@@ -148,14 +156,13 @@ class HyenaFilter(LongFilter):
         sizes = [1 + 2 * config.bands, *[config.hidden] * config.hidden_layers]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.frequency = nn.Parameter(torch.full((config.hidden,), config.sine))
-        self.last = nn.Linear(config.hidden, maps * width, bias=False)
-        nn.init.normal_(self.last.weight, std=1 / math.sqrt(config.hidden))
+        self.last = nn.Parameter(torch.randn(maps, width, config.hidden) / math.sqrt(config.hidden))
 
-    def values(self, taps: int) -> Tensor:
+    def values(self, taps: int, channels: slice) -> Tensor:
         x = self._embedding(taps)
         for layer in self.layers:
             x = torch.sin(self.frequency * layer(x))
-        return math.sqrt(2) * self.last(x).T.unflatten(0, self.skip.shape)  # a sine's mean square is 1/2
+        return math.sqrt(2) * self.last[:, channels] @ x.T  # a sine's mean square is 1/2
 
     def _embedding(self, taps: int) -> Tensor:
         """Position in [0, 1) and its cosines and sines at the bands' frequencies, (taps, 1 + 2 bands)."""
