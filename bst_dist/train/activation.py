@@ -1,31 +1,69 @@
-"""Activation checkpointing: which layers give up their activations and are run again in the backward pass."""
+"""Activation checkpointing: which layers give up their activations, what of them is kept, and where it is kept."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from pydantic import Field
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+    set_checkpoint_early_stop,
+)
 
+from bst_dist.train.offload import HostCopies
 from data_pipeline.config import Config
-
-Checkpoint = Callable[..., Any]
 
 
 class ActivationCheckpointingConfig(Config):
-    policy: Literal["none", "every-layer"] = "none"
-    """none: keep all activations; every-layer: keep each layer's input and run the layer again in the backward pass."""
+    policy: Literal["none", "every-layer", "every-kth-layer", "selective", "offload"] = "none"
+    """none: keep all activations; every-layer: keep each layer's input and run the layer again in the backward pass;
+    every-kth-layer: do so with one layer in `every`; selective: run each layer again but for the matrix products whose
+    outputs are narrow, which are kept; offload: every-layer, with the inputs kept in the host's memory."""
+    every: int = Field(2, ge=2)
+    """every-kth-layer: one layer in this many is run again, the first being layer 0."""
+
+    def runs_again(self, index: int) -> bool:
+        """Whether layer `index`, counted from 0, is run again in the backward pass."""
+        return self.policy != "none" and (self.policy != "every-kth-layer" or index % self.every == 0)
+
+    def describe(self) -> str:
+        """The policy in words, with its number where it has one."""
+        return f"one layer in {self.every}" if self.policy == "every-kth-layer" else self.policy
 
 
-def policy(config: ActivationCheckpointingConfig) -> Checkpoint | None:
-    """What the model calls its layers through, ``checkpoint(layer, *args)``; None to keep all activations."""
-    return None if config.policy == "none" else _run_again
+class Checkpointing:
+    """What the model calls its layers through: ``checkpointing(layer, *args)`` for ``layer(*args)``."""
+
+    def __init__(self, config: ActivationCheckpointingConfig, layers: Sequence[nn.Module]) -> None:
+        self.chosen = {layer for index, layer in enumerate(layers) if config.runs_again(index)}
+        self.contexts = _keep_narrow_products if config.policy == "selective" else noop_context_fn
+        self.host = HostCopies() if config.policy == "offload" else None
+        """The inputs kept in the host's memory; None when they stay where they are."""
+
+    def __call__(self, layer: nn.Module, *args: Any) -> Tensor:
+        if layer not in self.chosen:
+            return layer(*args)
+        if self.host is None or not torch.is_grad_enabled():
+            return _run_again(layer, self.contexts, *args)
+        with saved_tensors_hooks(self.host.pack, self.host.unpack):  # they see the inputs alone: inside, others apply
+            return _run_again(layer, self.contexts, *args)
 
 
-def _run_again(layer: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Run `layer`, keeping only its inputs.
+def policy(config: ActivationCheckpointingConfig, layers: Sequence[nn.Module]) -> Checkpointing | None:
+    """What a model with these layers calls them through; None to keep all activations."""
+    return None if config.policy == "none" else Checkpointing(config, layers)
+
+
+def _run_again(layer: Callable[..., Tensor], contexts: Callable[[], tuple], *args: Any) -> Tensor:
+    """Run `layer`, keeping only its inputs, and what `contexts` keeps beside them.
 
     This is torch's non-reentrant form: the reentrant one makes a backward pass of its own out of each layer, after
     each of which ZeRO reduces what gradients it has, in many small messages. It is made safe for ZeRO-3, whose hooks
@@ -39,7 +77,9 @@ def _run_again(layer: Callable[..., Tensor], *args: Any) -> Tensor:
     The random generators are left alone: no layer draws from them.
     """
     with set_checkpoint_early_stop(False):
-        return checkpoint(_set_off_first, layer, *args, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(
+            _set_off_first, layer, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+        )
 
 
 def _set_off_first(layer: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -58,3 +98,21 @@ class _NeedsSavedTensor(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         _ = ctx.saved_tensors
         return grad
+
+
+def _kept(context: Any, operation: Any, *args: Any, **named: Any) -> CheckpointPolicy:
+    """Keep what costs much to compute again for each byte it takes."""
+    if operation is torch.ops.aten.mm.default:
+        inner, columns = args[1].shape
+        return CheckpointPolicy.MUST_SAVE if inner >= columns else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operation in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.higher_order.flex_attention,
+}
+_keep_narrow_products = partial(create_selective_checkpoint_contexts, _kept)

@@ -88,7 +88,7 @@ def _engine(start: Start) -> Engine:
     """The model, equal on all ranks, in DeepSpeed's hands."""
     torch.manual_seed(start.recipe.seed)
     model = LanguageModel(start.recipe.model)
-    model.checkpoint = activation.policy(start.recipe.activation_checkpointing)
+    model.checkpoint = activation.policy(start.recipe.activation_checkpointing, model.layers)
     return Engine(model, start.recipe.optimizer, start.completed)
 
 
@@ -195,7 +195,7 @@ def _header(start: Start, engine: Engine, ranks: Ranks) -> str:
         "run": f"{start.run_dir}",
         "model": f"{layers} layers, width {model.width}, block {model.block}: {parameters / 1e6:,.2f} M parameters",
         "ranks": f"{world} ({mesh}), ZeRO-{engine.stage}, {recipe.train.precision}, "
-        f"activation checkpointing: {recipe.activation_checkpointing.policy}, "
+        f"activation checkpointing: {recipe.activation_checkpointing.describe()}, "
         f"attention: {attention_path(ranks.device)}",
         "step": f"{recipe.train.sequences} sequences of {recipe.train.sequence_length:,} = {tokens:,} tokens, "
         f"{start.accumulation} micro-batches a rank",

@@ -73,7 +73,9 @@ def step(variant: str, isolated: bool, again: bool, stage: int, sp: int) -> dict
     strategy = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
     completed = complete(strategy, Intent(ranks.world, MICRO_ROWS, accumulation, 0.0, "fp32"), "test")
     of = model(variant)
-    of.checkpoint = activation.policy(ActivationCheckpointingConfig(policy="every-layer" if again else "none"))
+    of.checkpoint = activation.policy(
+        ActivationCheckpointingConfig(policy="every-layer" if again else "none"), of.layers
+    )
     engine = Recorded(of, OptimizerConfig(), completed)
     config = TrainConfig(steps=1, sequence_length=LENGTH, sequences=ROWS, micro_sequences=MICRO_ROWS, precision="fp32")
     token_bytes = torch.ones(VOCABULARY, dtype=torch.long)
