@@ -15,9 +15,13 @@ import time
 import traceback
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bst_dist.train.start import Request
+from bst_dist.train import signals, status
 from data_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from bst_dist.train.start import Request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,11 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def request(args: argparse.Namespace) -> Request:
     """What the parsed arguments ask for."""
+    from bst_dist.train.start import Request  # imports torch: seconds in which no signal would be heard
+
     return Request(args.recipe, args.overrides, args.run_dir, args.resume, args.until)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of one rank; returns the exit status: 0 done, 2 the user's error, 1 any other."""
+    """Entry point of one rank; returns its exit status."""
+    notice = signals.listen()
     parser = argparse.ArgumentParser(prog="bst_dist.train", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add_arguments(parser)
@@ -47,15 +54,15 @@ def main(argv: list[str] | None = None) -> int:
         from bst_dist.train.ranks import Ranks
 
         ranks = Ranks()
-        train(request(args), ranks)
+        ended = train(request(args), ranks, notice)
         ranks.leave()
-        return 0
+        return ended
     except UserError as error:
         _tell(str(error))
-        return 2
+        return status.USER_ERROR
     except Exception:
         _tell(traceback.format_exc())
-        return 1
+        return status.FAILED
 
 
 def _tell(message: str) -> None:
@@ -71,7 +78,7 @@ def _tell(message: str) -> None:
 
 
 if __name__ == "__main__":
-    status = main()
+    exit_status = main()
     sys.stdout.flush()
     # Not sys.exit: after an error the other ranks may be waiting in a collective, and tearing the group down would too.
-    os._exit(status)
+    os._exit(exit_status)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from bst_dist.parallel.group import SequenceGroup
     from bst_dist.train.engine import Engine
     from bst_dist.train.ranks import Ranks
+    from bst_dist.train.signals import Stop
     from data_pipeline.batch import Batch
 
 
@@ -33,21 +34,35 @@ class Evaluate(Callback):
     """Evaluates every so many steps, and after the last of the run: where a start ends leaves no trace."""
 
     def __init__(self, config: EvaluationConfig, batches: Sequence[Batch], engine: Engine, ranks: Ranks,
-                 token_bytes: Tensor, writers: Sequence[Writer],
-                 steps: int, sharing: SequenceGroup | None = None) -> None:  # fmt: skip
+                 token_bytes: Tensor, writers: Sequence[Writer], steps: int, stop: Stop,
+                 sharing: SequenceGroup | None = None) -> None:  # fmt: skip
         """`batches`: this rank's share of the validation sequences; `steps`: of the whole run; `sharing`: the ranks
         that have the other slices."""
         self.config, self.batches, self.engine, self.ranks = config, batches, engine, ranks
-        self.token_bytes, self.writers, self.steps, self.sharing = token_bytes, writers, steps, sharing
+        self.token_bytes, self.writers, self.steps, self.stop, self.sharing = token_bytes, writers, steps, stop, sharing
+
+    def due(self, step: int) -> bool:
+        """Whether the run is evaluated after so many steps."""
+        return step == self.steps or bool(self.config.every and step % self.config.every == 0)
+
+    def owed(self, lines: Sequence[dict[str, Any]], step: int) -> bool:
+        """Whether a signal kept an earlier start from evaluating after its last step, as its `lines` say."""
+        kinds = {line["kind"] for line in lines if line["step"] == step}
+        return self.due(step) and "train" in kinds and "eval" not in kinds
 
     def after_step(self, report: StepReport, last: bool) -> None:
-        if report.step == self.steps or (self.config.every and report.step % self.config.every == 0):
-            found = self.evaluate(report.step)
+        if self.due(report.step):
+            self.make(report.step)
+
+    def make(self, step: int) -> None:
+        """Evaluate, and write down what comes of it; given up when the ranks are told to stop."""
+        found = self.evaluate(step)
+        if found is not None:
             for writer in self.writers:
                 writer.write(found)
 
-    def evaluate(self, step: int) -> EvalReport:
-        """The loss of the model as it is; every rank must call it."""
+    def evaluate(self, step: int) -> EvalReport | None:
+        """The loss of the model as it is, or None when the ranks were told to stop; every rank must call it."""
         start = time.perf_counter()
         block = self.engine.module.config.block
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
@@ -58,12 +73,16 @@ class Evaluate(Callback):
         self.engine.module.eval()
         with torch.no_grad():
             for batch in self.batches:
+                if self.stop.poll():
+                    break
                 inputs = on_device(batch, self.ranks.device)
                 losses = self.engine.forward(**inputs, past=past_of_slice(self.sharing, batch.input_ids.shape[1]))
                 sums += sum_of_batch(losses, inputs, self.token_bytes)
                 by_block[own] += _by_block(losses.per_token, inputs["loss_mask"], block)
                 tokens += int(batch.loss_mask.sum())
         self.engine.module.train()
+        if self.stop.agreed:
+            return None
         nats, text_bytes, tokens, *of_blocks = self.ranks.sum([*sums.tolist(), tokens, *by_block.flatten().tolist()])
         return EvalReport(
             step=step,

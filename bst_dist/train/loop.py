@@ -20,6 +20,7 @@ from bst_dist.parallel.neighbour import past_of_slice
 from bst_dist.train.guard import require_finite
 from bst_dist.train.metrics import Callback, StepReport, bits_per_byte
 from bst_dist.train.schedule import ScheduleConfig, factor
+from bst_dist.train.signals import Stop
 from data_pipeline.config import Config
 
 if TYPE_CHECKING:
@@ -60,9 +61,11 @@ class Trainer:
     """Takes steps, and knows how far it is."""
 
     def __init__(self, config: TrainConfig, schedule: ScheduleConfig, engine: Engine, ranks: Ranks,
-                 token_bytes: Tensor, speed: Speed, sharing: SequenceGroup | None = None) -> None:  # fmt: skip
+                 token_bytes: Tensor, speed: Speed, sharing: SequenceGroup | None = None,
+                 stop: Stop | None = None) -> None:  # fmt: skip
         """`token_bytes`: (V,) bytes of text each id stands for, on the rank's device; `sharing`: the ranks that hold
         the other slices of this rank's sequences, None when it holds whole ones."""
+        self.stop = stop or Stop(ranks)
         self.config, self.schedule, self.engine, self.ranks = config, schedule, engine, ranks
         self.token_bytes, self.speed, self.sharing = token_bytes, speed, sharing
         self.tokens = 0
@@ -70,14 +73,17 @@ class Trainer:
         """The past left by each micro-batch of the last step, in order; empty when nothing is carried."""
 
     def run(self, steps: Iterable[tuple[int, Sequence[Batch]]], until: int, callbacks: Sequence[Callback]) -> None:
-        """Train on the batches of each step until `until` steps are taken in all."""
+        """Train on the batches of each step until `until` steps are taken in all, or the ranks are told to stop.
+
+        They may be told while a callback is at work, so each is told anew whether a step will follow.
+        """
         start = time.perf_counter()
         for step, batches in steps:
             waited = time.perf_counter() - start
             report = replace(self.step(step, batches, start), data_wait_s=waited)
             for callback in callbacks:
-                callback.after_step(report, last=report.step == until)
-            if report.step == until:
+                callback.after_step(report, last=self.stop.agreed or report.step == until)
+            if self.stop.agreed or report.step == until:
                 return
             start = time.perf_counter()
 
@@ -124,7 +130,8 @@ class Trainer:
             if earlier is not None:
                 left = {"rows": batch.rows.tolist(), "position": earlier.position + self.config.sequence_length}
                 self.carried[index] = {**left, "state": earlier.after}
-        nats, text_bytes = self.ranks.sum(sums.tolist())
+        nats, text_bytes, wishes = self.ranks.sum([*sums.tolist(), self.stop.wish])
+        self.stop.learn(wishes)
         return nats, text_bytes
 
     def _earlier(self, index: int, batch: Batch, inputs: dict[str, Any]) -> EarlierCall | None:

@@ -96,20 +96,6 @@ class Log(Callback):
             writer.write(report)
 
 
-class Latest(Writer):
-    """The newest report of each kind."""
-
-    def __init__(self) -> None:
-        self.step: StepReport | None = None
-        self.evaluation: EvalReport | None = None
-
-    def write(self, report: Report) -> None:
-        if isinstance(report, StepReport):
-            self.step = report
-        else:
-            self.evaluation = report
-
-
 class MetricsFile(Writer):
     """`metrics.jsonl`: one JSON object a line, each naming its kind; always the lines of one run."""
 

@@ -21,27 +21,34 @@ from bst_dist.train.branch import origin
 from bst_dist.train.checkpoint import CheckpointError, damage
 from bst_dist.train.engine import Engine
 from bst_dist.train.evaluation import Evaluate
+from bst_dist.train.fragments import EngineState
 from bst_dist.train.guard import DivergedError
+from bst_dist.train.layout import Layout, Rows
 from bst_dist.train.loop import Speed, Trainer
-from bst_dist.train.metrics import Console, Latest, Log, MetricsFile, TensorBoard, Writer
+from bst_dist.train.metrics import FILE, Console, Log, MetricsFile, TensorBoard, Writer, read_lines
 from bst_dist.train.ranks import Ranks
-from bst_dist.train.snapshot import Checkpoints, Position, Snapshots
+from bst_dist.train.signals import Notice, Stop
+from bst_dist.train.snapshot import Checkpoints, Evaluated, Identity, Position, Snapshots
 from bst_dist.train.start import Request, Start, load, resolve
+from bst_dist.train.status import DONE, RESUBMIT
 from data_pipeline.loader import Loader
 from data_pipeline.reader import Corpus
 
 
-def train(request: Request, ranks: Ranks) -> None:
-    """Train from the newest valid checkpoint, or from the beginning, to the end asked for.
+def train(request: Request, ranks: Ranks, notice: Notice | None = None) -> int:
+    """Train from the newest valid checkpoint, or from the beginning, to the end asked for; returns the exit status.
 
-    Raises UserError on every rank when the run cannot start, and when it diverges.
+    `notice`: what this process has been told; a signal to any rank ends the training of all with a checkpoint, and
+    the status is RESUBMIT. Raises UserError on every rank when the run cannot start, and when it diverges.
     """
     start = resolve(load(request), request, ranks.world)
     ranks.barrier()  # all have looked at the run directory before the first one writes to it
+    stop = Stop(ranks, notice)
     engine = _engine(start)
-    snapshots = Snapshots(start.run_dir, engine.deepspeed, ranks, _identity(start, engine))
+    state = EngineState(engine.deepspeed)
+    snapshots = Snapshots(start.run_dir, state, ranks, _identity(start, engine, ranks), start.recipe.checkpoint)
     sharing = Mesh(ranks.world, ranks.rank, start.recipe.parallel.sp).sp_group()
-    trainer = _trainer(start, engine, ranks, sharing)
+    trainer = _trainer(start, engine, ranks, sharing, stop)
     rng.seed_all(start.recipe.seed, ranks.rank)
     done = _resume(request, start, snapshots, trainer, ranks)
     hosts = sorted(set(ranks.gather(socket.gethostname())))
@@ -49,30 +56,26 @@ def train(request: Request, ranks: Ranks) -> None:
         about = {"ranks": ranks.world, "hosts": hosts, "from_step": done}
         rundir.prepare(start.run_dir, start.recipe, start.completed, about)
         print(_header(start, engine, ranks), flush=True)
-    if done >= start.until:
-        _say(ranks, f"nothing to do: {done} of {start.until} steps are done")
-        return
-    latest = Latest()
-    writers = _writers(start, done, latest) if ranks.first else []
+    evaluated = Evaluated()
+    writers = [*_writers(start, done), evaluated] if ranks.first else []
     loader = _loader(start, start.corpora, ranks, start_step=done)
-    evaluation = _loader(start, start.validation, ranks).batches(0)
+    evaluate = _evaluation(start, trainer, writers)
     callbacks = [
         Log(writers),
-        Evaluate(
-            start.recipe.evaluation,
-            evaluation,
-            engine,
-            ranks,
-            trainer.token_bytes,
-            writers,
-            start.recipe.train.steps,
-            sharing,
+        evaluate,
+        Checkpoints(
+            start.recipe.checkpoint, snapshots, trainer, evaluated, loader.state, say=lambda text: _say(ranks, text)
         ),
-        Checkpoints(start.recipe.checkpoint, snapshots, trainer, loader.state, say=lambda text: _say(ranks, text)),
     ]
     try:
-        trainer.run(loader, start.until, callbacks)
+        if ranks.from_first(ranks.first and evaluate.owed(_lines(start), done)):
+            evaluate.make(done)
+        if done >= start.until:
+            _say(ranks, f"nothing to do: {done} of {start.until} steps are done")
+        elif not stop.poll():
+            trainer.run(loader, start.until, callbacks)
     except DivergedError as error:
+        snapshots.finish()  # what was under way is from before
         if ranks.first:
             rundir.finish(start.run_dir, {"finished": False, "diverged": str(error)})
         raise
@@ -80,8 +83,22 @@ def train(request: Request, ranks: Ranks) -> None:
         loader.close()
         for writer in writers:
             writer.close()
+    return _end(start, ranks, stop)
+
+
+def _end(start: Start, ranks: Ranks, stop: Stop) -> int:
+    """Write down how this start ended; returns the exit status, which all ranks have in common."""
+    outcome = _outcome(_lines(start), start.recipe.train.steps) if ranks.first else None
+    outcome = ranks.from_first(outcome)
+    told = [signal for signal in ranks.gather(stop.notice.signal) if signal is not None]
+    stopped = stop.agreed and not outcome["finished"]
+    if stopped:
+        outcome |= {"stopped": told[0].name}
+        _say(ranks, f"stopped by {told[0].name} after step {outcome['step']}: --resume goes on from there")
     if ranks.first:
-        rundir.finish(start.run_dir, _outcome(start, latest))
+        rundir.finish(start.run_dir, outcome)
+    ranks.barrier()  # when the first rank is gone its launcher may end the others
+    return RESUBMIT if stopped else DONE
 
 
 def _engine(start: Start) -> Engine:
@@ -92,24 +109,28 @@ def _engine(start: Start) -> Engine:
     return Engine(model, start.recipe.optimizer, start.completed)
 
 
-def _identity(start: Start, engine: Engine) -> dict[str, Any]:
-    """What a checkpoint must have in common with the run that goes on from it."""
-    return {
-        "recipe": digest(start.recipe),
-        "zero_stage": engine.stage,
-        "sp": start.recipe.parallel.sp,
-        "groups": engine.groups.describe(),
-    }
+def _identity(start: Start, engine: Engine, ranks: Ranks) -> Identity:
+    """What a checkpoint must have in common with the run that goes on from it, and the layout, which may be another."""
+    recipe = start.recipe
+    return Identity(
+        recipe=digest(recipe),
+        groups=engine.groups.describe(),
+        seed=recipe.seed,
+        layout=Layout(ranks.world, recipe.parallel.sp, engine.stage),
+        rows=Rows(
+            recipe.train.sequences, recipe.train.micro_sequences, Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
+        ),
+    )
 
 
-def _trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceGroup | None) -> Trainer:
+def _trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceGroup | None, stop: Stop) -> Trainer:
     recipe = start.recipe
     token_bytes = torch.from_numpy(start.corpora[0].token_bytes()).to(ranks.device)
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     ranks.barrier()  # ranks that share a processor measure its peak together
     (peak,) = ranks.sum([peak_flops(ranks.device, dtype)])
     speed = Speed(train_flops_per_token(recipe.model, recipe.train.sequence_length), peak)
-    return Trainer(recipe.train, recipe.schedule, engine, ranks, token_bytes, speed, sharing)
+    return Trainer(recipe.train, recipe.schedule, engine, ranks, token_bytes, speed, sharing, stop)
 
 
 def _resume(request: Request, start: Start, snapshots: Snapshots, trainer: Trainer, ranks: Ranks) -> int:
@@ -121,7 +142,7 @@ def _resume(request: Request, start: Start, snapshots: Snapshots, trainer: Train
         position = snapshots.load(checkpoint)
     elif start.recipe.branch is not None:
         position = _branch_off(start, snapshots, ranks)
-        checkpoint = start.recipe.branch.run
+        checkpoint = origin(start.run_dir, start.recipe).checkpoint
     else:
         if request.resume:
             _say(ranks, f"no valid checkpoint in {start.run_dir}: starting at step 0")
@@ -129,6 +150,8 @@ def _resume(request: Request, start: Start, snapshots: Snapshots, trainer: Train
     _loader(start, start.corpora, ranks).check(position.data)
     trainer.tokens, trainer.carried = position.tokens, position.carried
     _say(ranks, f"resumed from step {position.step} of {checkpoint}")
+    if change := snapshots.change(checkpoint):
+        _say(ranks, f"went {change}")
     return position.step
 
 
@@ -161,28 +184,34 @@ def _loader(start: Start, corpora: Sequence[Corpus], ranks: Ranks, start_step: i
     )
 
 
-def _writers(start: Start, done: int, latest: Latest) -> list[Writer]:
+def _evaluation(start: Start, trainer: Trainer, writers: Sequence[Writer]) -> Evaluate:
+    """What evaluates the trainer's model, on the first sequences of the validation split."""
+    recipe, ranks = start.recipe, trainer.ranks
+    batches = _loader(start, start.validation, ranks).batches(0)
+    return Evaluate(recipe.evaluation, batches, trainer.engine, ranks, trainer.token_bytes, writers,
+                    recipe.train.steps, trainer.stop, trainer.sharing)  # fmt: skip
+
+
+def _writers(start: Start, done: int) -> list[Writer]:
     log = start.recipe.log
-    writers = [MetricsFile(start.run_dir, done), latest, Console(log.every, start.recipe.train.steps)]
+    writers = [MetricsFile(start.run_dir, done), Console(log.every, start.recipe.train.steps)]
     return [*writers, TensorBoard(start.run_dir, done)] if log.tensorboard else writers
 
 
-def _outcome(start: Start, latest: Latest) -> dict[str, Any]:
-    """The last step, and the last evaluation if this start made any."""
-    step, evaluation = latest.step, latest.evaluation
-    found = {
-        "finished": step.step == start.recipe.train.steps,
-        "step": step.step,
-        "tokens": step.tokens,
-        "loss_nats": step.loss_nats,
-        "bits_per_byte": step.bits_per_byte,
-    }
-    if evaluation is None:
-        return found
-    return found | {
-        "validation_loss_nats": evaluation.loss_nats,
-        "validation_bits_per_byte": evaluation.bits_per_byte,
-    }
+def _lines(start: Start) -> list[dict[str, Any]]:
+    """What the run has reported so far."""
+    return read_lines(start.run_dir / FILE)
+
+
+def _outcome(lines: Sequence[dict[str, Any]], steps: int) -> dict[str, Any]:
+    """How far a run of `steps` steps has come: its last step, and the evaluation after that if there was one."""
+    trained = [line for line in lines if line["kind"] == "train"]
+    last = trained[-1] if trained else {"step": 0}
+    found = {key: last[key] for key in ("step", "tokens", "loss_nats", "bits_per_byte") if key in last}
+    evaluated = [line for line in lines if line["kind"] == "eval" and line["step"] == last["step"]]
+    for line in evaluated[-1:]:
+        found |= {f"validation_{key}": line[key] for key in ("loss_nats", "bits_per_byte")}
+    return {"finished": bool(evaluated) and last["step"] == steps, **found}
 
 
 def _header(start: Start, engine: Engine, ranks: Ranks) -> str:
