@@ -2,7 +2,7 @@
 
 `run` prints for people and returns a report for machines (a dict, units in the key names) or None. With
 ``--json PATH`` the report is written there together with the versions it ran on. A report whose ``passed`` is false
-makes the exit status 1; a user's error is one message and status 2.
+makes the exit status 1, or its ``exit_status``; a user's error is one message and status 2.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data verify": ("data_pipeline.commands.verify", "check every hash and CRC of a corpus"),
     "recipe": ("bst_dist.cluster.describe", "every setting of a recipe: type, default, meaning"),
     "train": ("bst_dist.cluster.local", "train a recipe on this machine's ranks"),
+    "launch": ("bst_dist.cluster.launch", "train a recipe on many hosts: preflight, start, watch, restart"),
     "eval": ("bst_dist.evaluate.perplexity", "loss, perplexity and bits per byte of a run, with standard errors"),
     "generate": ("bst_dist.evaluate.generate", "write text with a run's model"),
     "plot": ("bst_dist.evaluate.plot", "draw the training curves of runs"),
     "compare": ("bst_dist.evaluate.compare", "check that two runs are equal, step by step and weight by weight"),
     "baselines": ("bst_dist.evaluate.baselines", "what an order-2 byte model and xz -9 make of a corpus"),
     "demo": ("bst_dist.evaluate.demo", "the whole way in minutes, from text to a trained and evaluated model"),
+    "verify": ("bst_dist.verify.command", "check that a recipe's gradients are one process's, however spread"),
     "models": ("bst_dist.plan.models", "list every model at a recipe's sizes: parameters, FLOPs, carried state"),
     "bench data": ("data_pipeline.commands.bench", "read tokens beside webdataset, litdata and mosaicml-streaming"),
     "bench layers": ("bst_dist.bench.layers", "time a layer of every model beside other people's"),
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     if args.json and report is not None:
         write_report(args.json, name, report)
-    return 1 if report is not None and report.get("passed") is False else 0
+    return int(report.get("exit_status", 1)) if report is not None and report.get("passed") is False else 0
 
 
 def write_report(path: Path, command: str, report: dict[str, Any]) -> None:

@@ -1,0 +1,66 @@
+"""The command lines that start one agent on each host, through whatever starts processes there."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bst_dist.cluster.hosts import Host
+from data_pipeline.errors import UserError
+
+SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
+
+
+def pdsh(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> list[str]:
+    """Over ssh, all hosts at once."""
+    names = ",".join(host.name for host in hosts)
+    remote = f"cd {shlex.quote(str(directory))} && exec {shlex.join(agent)} --host %h"
+    return ["pdsh", "-R", "ssh", "-S", "-N", "-f", str(len(hosts)), "-w", names, remote]
+
+
+def openmpi(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> list[str]:
+    """Open MPI's daemons, over ssh or a scheduler that they know; the agents are no MPI programs."""
+    command = ["mpirun", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
+    parts = [["--host", host.name, "-n", "1", "--wdir", str(directory), *agent, "--host", host.name] for host in hosts]
+    return command + _joined(parts)
+
+
+def mpich(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> list[str]:
+    """MPICH's process manager, Hydra, over ssh."""
+    parts = [["-host", host.name, "-n", "1", "-wdir", str(directory), *agent, "--host", host.name] for host in hosts]
+    return ["mpiexec.hydra", "-launcher", "ssh", *_joined(parts)]
+
+
+def slurm(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> list[str]:
+    """A step of the allocation; its tasks know their node's name."""
+    names = ",".join(host.name for host in hosts)
+    nodes = [f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1", f"--nodelist={names}"]
+    return ["srun", *nodes, "--overlap", "--no-kill", "--kill-on-bad-exit=0", f"--chdir={directory}", *agent]
+
+
+LAUNCHERS: dict[str, Callable[[Sequence[Host], Path, Sequence[str]], list[str]]] = {
+    "pdsh": pdsh,
+    "openmpi": openmpi,
+    "mpich": mpich,
+    "slurm": slurm,
+}
+OVER_SSH = ("pdsh", "openmpi", "mpich")
+_PACKAGE = {"pdsh": "pdsh", "openmpi": "openmpi-bin", "mpich": "mpich", "slurm": "slurm-client"}
+
+
+def command(launcher: str, hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> list[str]:
+    """The whole command; raises UserError when the launcher is not installed."""
+    line = LAUNCHERS[launcher](hosts, directory, agent)
+    program = shutil.which(line[0])
+    if program is None:
+        raise UserError(f"--launcher {launcher}: {line[0]} is not on the PATH; Debian has it in {_PACKAGE[launcher]}")
+    # Open MPI looks for its daemon on the other hosts beside an mpirun that is named by its whole path.
+    return [program, *line[1:]]
+
+
+def _joined(parts: Sequence[list[str]]) -> list[str]:
+    """Programs of one MPI job, a colon between them."""
+    return [word for part in parts for word in (*part, ":")][:-1]

@@ -1,0 +1,105 @@
+"""What a host tells about itself before a job starts on it."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import socket
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bst_dist.version import PACKAGES
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def probe(job: str, files: Sequence[str], run_dir: str, write: bool) -> dict[str, Any]:
+    """Look at this host: versions, digests of the code and of `files`, the run directory, old ranks.
+
+    `write`: put a mark into the run directory, else read the one that another host has put there. What cannot be
+    found out is None; nothing raises.
+    """
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "code": _code(),
+        "files": {path: _digest(Path(path)) for path in files},
+        "nonce": _nonce(Path(run_dir), job, write),
+        "free_bytes": _free(Path(run_dir)),
+        "ranks": old_ranks(run_dir),
+    }
+
+
+def unmark(job: str, run_dir: str) -> None:
+    """Take the mark away again."""
+    _mark(Path(run_dir), job).unlink(missing_ok=True)
+
+
+def old_ranks(run_dir: str) -> list[int]:
+    """Process ids on this host that train in `run_dir`: of an earlier start, when no rank has been started yet."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        command = process.info["cmdline"] or []
+        if "bst_dist.train" in command and run_dir in command and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process.pid)
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _code() -> str:
+    """A digest of this project's Python files: equal commits with unequal changes differ."""
+    total = hashlib.sha256()
+    for package in ("bst_dist", "data_pipeline"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            total.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+def _mark(run_dir: Path, job: str) -> Path:
+    """The file by which hosts find out whether they see the same run directory: beside it, as it may not exist yet."""
+    return run_dir.with_name(f".{run_dir.name}.preflight-{job}")
+
+
+def _nonce(run_dir: Path, job: str, write: bool) -> str | None:
+    path = _mark(run_dir, job)
+    try:
+        if write:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(job)
+        return path.read_text()
+    except OSError:
+        return None
+
+
+def _free(directory: Path) -> int | None:
+    """Bytes that may still be written there."""
+    while not directory.exists() and directory != directory.parent:
+        directory = directory.parent
+    try:
+        return shutil.disk_usage(directory).free
+    except OSError:
+        return None
+
+
+def free_port() -> int:
+    """A TCP port on which nobody listens on any address of this host."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])

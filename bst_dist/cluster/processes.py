@@ -1,0 +1,126 @@
+"""The ranks of a job on one host: started with their rendezvous, watched, and ended together.
+
+`bst train` runs them itself; on a cluster an agent on every host does. DeepSpeed's own `launch` is not between: it
+turns every signal into status 1 and gives one rank after the other 30 seconds, where a checkpoint needs all at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
+
+
+@dataclass(frozen=True)
+class Share:
+    """One host's part of a job's ranks, and where they all meet."""
+
+    first: int
+    """Lowest rank on the host; the others follow it."""
+    count: int
+    world: int
+    address: str
+    """Of rank 0's host."""
+    port: int
+
+    def environment(self, rank: int) -> dict[str, str]:
+        """What `torch.distributed` and DeepSpeed read: the one place where it is set."""
+        return {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank - self.first),
+            "WORLD_SIZE": str(self.world),
+            "LOCAL_WORLD_SIZE": str(self.count),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(self.port),
+        }
+
+
+class LocalRanks:
+    """The processes of a share: each leads a session of its own and dies with the process that made this object."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        share: Share,
+        environment: Mapping[str, str],
+        directory: Path | None = None,
+        piped: bool = False,
+    ) -> None:
+        """Start them; `piped`: what they print is for the caller to read."""
+        threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // share.count)), "PYTHONUNBUFFERED": "1"}
+        pipe = subprocess.PIPE if piped else None
+        self._kill_at: float | None = None
+        self._killed = False
+        self._statuses: dict[int, int] = {}
+        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        for rank in range(share.first, share.first + share.count):
+            self.processes[rank] = subprocess.Popen(
+                command, env={**threads, **environment, **share.environment(rank)}, cwd=directory,
+                stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True, preexec_fn=die_with_parent,
+            )  # fmt: skip
+
+    def poll(self) -> dict[int, int]:
+        """Ranks that have ended by themselves, with their status (-N: by signal N); ends those out of grace."""
+        if self._kill_at is not None and time.monotonic() > self._kill_at:
+            self.kill()
+        for rank, process in self.processes.items():
+            if not self._killed and rank not in self._statuses and process.poll() is not None:
+                self._statuses[rank] = process.returncode
+                self._signal(rank, signal.SIGKILL)  # what the rank itself has left behind
+        return self._statuses
+
+    @property
+    def running(self) -> bool:
+        """Whether any has not ended yet."""
+        return any(process.poll() is None for process in self.processes.values())
+
+    def terminate(self, grace_s: float) -> None:
+        """Ask all to stop; `poll` kills those that have not after `grace_s`. Asking again changes nothing."""
+        if self._kill_at is None:
+            self._kill_at = time.monotonic() + grace_s
+            for rank in self.processes.keys() - self.poll().keys():
+                self._signal(rank, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End all at once, and wait until they have ended."""
+        self._killed = True
+        for rank in self.processes.keys() - self._statuses.keys():
+            self._signal(rank, signal.SIGKILL)
+            self.processes[rank].wait()
+
+    def _signal(self, rank: int, number: int) -> None:
+        try:
+            os.killpg(self.processes[rank].pid, number)
+        except ProcessLookupError:
+            return
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent is gone, however that came about (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+
+
+@contextmanager
+def told_to_stop() -> Iterator[list[int]]:
+    """The stop signals that arrive while the block runs, in place of what they would do.
+
+    SIGUSR1 is among them: it is what Slurm is asked to send ahead of the time limit.
+    """
+    told: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, lambda n, _: told.append(n)) for number in numbers}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,307 @@
+"""Several hosts on one machine: network namespaces on one bridge, an sshd in each, and a launching machine beside them.
+
+What a namespace shares with the others is the file system and the processors; network, sshd and, as far as a test
+wants it, the clock are its own. Everything made here is named for this process and removed at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from bst_dist.config import Recipe
+from data_pipeline.config import dump, parse
+from data_pipeline.parallel import open_workers
+from data_pipeline.prepare import PrepareConfig, prepare
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = {"pdsh": "pdsh", "/usr/sbin/sshd": "openssh-server", "ssh-keygen": "openssh-client", "ip": "iproute2"}
+HOSTS = 3
+SSHD = """
+Port 22
+ListenAddress {address}
+HostKey {directory}/host_key
+AuthorizedKeysFile {directory}/key.pub
+StrictModes no
+UsePAM no
+PermitRootLogin prohibit-password
+MaxStartups 100
+PidFile none
+"""
+CLIENT = """
+Host *
+  IdentityFile {directory}/key
+  IdentitiesOnly yes
+  StrictHostKeyChecking no
+  UserKnownHostsFile /dev/null
+  LogLevel ERROR
+"""
+
+
+class Network:
+    """The hosts; a host is called by its address."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.prefix = directory, f"b{os.getpid()}"
+        self.subnet = _free_subnet()
+        self.hosts = [f"{self.subnet}.{number}" for number in range(1, HOSTS + 1)]
+        self._sshd: dict[str, subprocess.Popen[bytes]] = {}
+
+    def make(self) -> None:
+        """Make bridge, namespaces and keys, and start every sshd."""
+        Path("/run/sshd").mkdir(exist_ok=True)
+        for name in ("key", "host_key"):
+            _do("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.directory / name))
+        (self.directory / "ssh_config").write_text(CLIENT.format(directory=self.directory))
+        wrapper = self.directory / "bin" / "ssh"
+        wrapper.parent.mkdir()
+        wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {self.directory}/ssh_config "$@"\n')
+        wrapper.chmod(0o755)
+        _do("ip", "link", "add", self.bridge, "type", "bridge")
+        _do("ip", "address", "add", f"{self.subnet}.254/24", "dev", self.bridge)
+        _do("ip", "link", "set", self.bridge, "up")
+        for host in self.hosts:
+            self._make_host(host)
+
+    @property
+    def bridge(self) -> str:
+        """Name of the bridge, which is the launching machine's interface too."""
+        return f"{self.prefix}br"
+
+    def _make_host(self, host: str) -> None:
+        space, cable = self.space(host), self.cable(host)
+        _do("ip", "netns", "add", space)
+        _do("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", space)
+        _do("ip", "link", "set", cable, "master", self.bridge, "up")
+        for words in (["address", "add", f"{host}/24", "dev", "eth0"], ["link", "set", "eth0", "up"],
+                      ["link", "set", "lo", "up"]):  # fmt: skip
+            _do("ip", "-n", space, *words)
+        self.boot(host)
+
+    def space(self, host: str) -> str:
+        """The host's namespace."""
+        return f"{self.prefix}n{host.rpartition('.')[2]}"
+
+    def cable(self, host: str) -> str:
+        """The end of the host's cable at the bridge."""
+        return f"{self.prefix}c{host.rpartition('.')[2]}"
+
+    def boot(self, host: str, clock_ahead_s: int = 0) -> None:
+        """Start sshd; with `clock_ahead_s` everything that comes in by ssh sees a clock that is wrong by so much."""
+        config = self.directory / f"sshd-{host}"
+        text = SSHD.format(address=host, directory=self.directory)
+        if clock_ahead_s:
+            (library,) = Path("/usr/lib").glob("*/faketime/libfaketime.so.1")
+            text += f"SetEnv LD_PRELOAD={library} FAKETIME=+{clock_ahead_s} FAKETIME_DONT_FAKE_MONOTONIC=1\n"
+        config.write_text(text)
+        with (self.directory / f"sshd-{host}.log").open("ab") as log:
+            self._sshd[host] = subprocess.Popen([*self.inside(host), "/usr/sbin/sshd", "-D", "-e", "-f", str(config)],
+                                                stdout=log, stderr=log)  # fmt: skip
+        _until(lambda: subprocess.run([str(self.directory / "bin/ssh"), host, "true"]).returncode == 0, 10)
+
+    def inside(self, host: str) -> list[str]:
+        """In front of a command: run it on the host."""
+        return ["nsenter", f"--net=/run/netns/{self.space(host)}"]
+
+    def processes(self, host: str) -> list[psutil.Process]:
+        """What runs on the host."""
+        found = subprocess.run(["ip", "netns", "pids", self.space(host)], capture_output=True, text=True)
+        return [psutil.Process(int(pid)) for pid in found.stdout.split() if psutil.pid_exists(int(pid))]
+
+    def ranks(self, host: str) -> list[psutil.Process]:
+        """The host's training processes."""
+        return [process for process in self.processes(host) if "bst_dist.train" in _command(process)]
+
+    def cut(self, host: str) -> None:
+        """Pull out the host's cable."""
+        _do("ip", "link", "set", self.cable(host), "down")
+
+    def mend(self, host: str) -> None:
+        """Put it in again."""
+        _do("ip", "link", "set", self.cable(host), "up")
+
+    def power_off(self, host: str) -> None:
+        """End everything on the host at once; nobody is told."""
+        self.cut(host)
+        self.kill(self.processes(host))
+        self._sshd[host].wait()
+
+    def power_on(self, host: str, clock_ahead_s: int = 0) -> None:
+        """Bring a host back."""
+        self.mend(host)
+        self.boot(host, clock_ahead_s)
+
+    def kill(self, processes: Sequence[psutil.Process]) -> None:
+        """SIGKILL."""
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def remove(self) -> None:
+        """Leave nothing behind."""
+        for host in self.hosts:
+            self.kill(self.processes(host))
+            subprocess.run(["ip", "netns", "delete", self.space(host)], stderr=subprocess.DEVNULL)
+        for process in self._sshd.values():
+            process.wait()
+        subprocess.run(["ip", "link", "delete", self.bridge], stderr=subprocess.DEVNULL)
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _do(*command: str) -> str:
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def _until(true: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, f"did not come to pass within {timeout_s} s"
+        time.sleep(0.1)
+
+
+def _free_subnet() -> str:
+    """The first three numbers of a network that this machine does not know yet."""
+    taken = _do("ip", "-o", "route")
+    while True:
+        subnet = f"10.{random.randrange(64, 250)}.{random.randrange(1, 250)}"
+        if f"{subnet}." not in taken:
+            return subnet
+
+
+@pytest.fixture(scope="session")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
+    """Three hosts."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: hosts are network namespaces")
+    if subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
+        pytest.skip("needs network namespaces, which this system refuses")
+    require_programs(PACKAGES)
+    made = Network(tmp_path_factory.mktemp("network"))
+    try:
+        made.make()
+        yield made
+    finally:
+        made.remove()
+
+
+def require_programs(packages: dict[str, str]) -> None:
+    """Install the Debian packages of the programs that are missing."""
+    missing = sorted({package for program, package in packages.items() if not _there(program)})
+    if not missing:
+        return
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["apt-get", "update", "-qq"],
+                    ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing]):  # fmt: skip
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"cannot install {' '.join(missing)}: {done.stderr[-2000:]}"
+
+
+def _there(program: str) -> bool:
+    return bool(list(Path("/").glob(program[1:])) if program.startswith("/") else shutil.which(program))
+
+
+class Launched:
+    """A `bst launch` under way."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+        self.log = log
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=file)
+
+    @property
+    def said(self) -> str:
+        """Everything it has printed so far."""
+        return self.log.read_text(errors="replace")
+
+    def until(self, text: str, timeout_s: float = 120) -> None:
+        """Wait until it has printed `text`."""
+        _until(lambda: text in self.said or self.process.poll() is not None, timeout_s)
+        assert text in self.said, self.said
+
+    def status(self, timeout_s: float = 180) -> int:
+        """Its exit status."""
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError(f"still running:\n{self.said}") from None
+
+
+@pytest.fixture
+def launch(network: Network, tmp_path: Path) -> Iterator[Callable[..., Launched]]:
+    """``launch(*arguments, hosts=[...])`` starts `bst launch` on the launching machine; what is left is ended."""
+    started: list[Launched] = []
+
+    def start(*arguments: str, hosts: Sequence[str] = (), slots: int = 1) -> Launched:
+        hostfile = tmp_path / f"hosts-{len(started)}"
+        hostfile.write_text("".join(f"{host} slots={slots}\n" for host in hosts or network.hosts))
+        command = [str(Path(sys.executable).with_name("bst")), "launch", *arguments, "--hostfile", str(hostfile)]
+        path = f"{network.directory}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        started.append(Launched(command, environment, tmp_path / f"launch-{len(started)}.log"))
+        return started[-1]
+
+    yield start
+    for one in started:
+        if one.process.poll() is None:
+            one.process.send_signal(signal.SIGKILL)
+            one.process.wait()
+    _until(lambda: not any(network.ranks(host) for host in network.hosts), 60)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared corpus of made-up lines."""
+    folder, output = tmp_path_factory.mktemp("texts"), tmp_path_factory.mktemp("prepared") / "corpus"
+    numbers = np.random.default_rng(0)
+    words = ["for", "x", "=", "(", ")", "\n", "    ", "return", "naïve", "12", "+", "y", ":", "if", "else"]
+    for number in range(20):
+        (folder / f"{number:02}.txt").write_text(" ".join(numbers.choice(words, 600)))
+    settings = {
+        "source": {"kind": "folder", "path": str(folder), "pattern": "*.txt"}, "output": str(output),
+        "tokenizer": {"vocab_size": 300}, "validation_fraction": 0.2,
+    }  # fmt: skip
+    with open_workers(1) as workers:
+        prepare(parse(PrepareConfig, settings), workers, lambda *_: None)
+    return output
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, corpus: Path) -> Callable[..., Path]:
+    """``recipe(steps)`` writes a recipe of small steps whose batch six ranks can share, and two, and three."""
+
+    def write(steps: int, **sections: Any) -> Path:
+        settings = {
+            "name": "small", "seed": 3,
+            "model": {"width": 16, "heads": 2, "ffn": 16, "block": 8, "depth": 2, "mixer": "bst", "placement": [1],
+                      "ssm": {"state": 4, "chunk": 4}},
+            "data": {"corpus": str(corpus), "prefetch": 0},
+            "train": {"steps": steps, "sequence_length": 32, "sequences": 6, "precision": "fp32"},
+            "evaluation": {"every": 0, "sequences": 6}, "schedule": {"warmup_steps": 2},
+            "checkpoint": {"every": 5}, "log": {"every": 1, "tensorboard": False}, "deepspeed": "ds_configs/zero1.json",
+            **sections,
+        }  # fmt: skip
+        path = tmp_path / f"recipe-{steps}.yaml"
+        path.write_text(dump(parse(Recipe, settings)))
+        return path
+
+    return write

@@ -1,0 +1,108 @@
+"""The ranks of one host: their statuses are the truth, and nothing they started outlives them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bst_dist.cluster import local
+from bst_dist.cluster.processes import Share
+
+# A rank that writes down its process id and that of a child of its own; what it does then is up to the test.
+RANK = """
+import os, signal, subprocess, sys, time
+rank = int(os.environ["RANK"])
+{first}
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+with open(f"{{sys.argv[1]}}/{{rank}}.new", "w") as file:
+    file.write(f"{{os.getpid()}} {{child.pid}}")
+os.rename(file.name, f"{{sys.argv[1]}}/{{rank}}")
+while len([name for name in os.listdir(sys.argv[1]) if name.isdigit()]) < 2:
+    time.sleep(0.01)
+{then}
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_settling(monkeypatch):
+    """Nobody has anything to say after a failure."""
+    monkeypatch.setattr(local, "SETTLE_S", 0.3)
+
+
+def run(tmp_path: Path, then: str, first: str = "") -> local.Ended:
+    """How two such ranks ended, once none of their processes is left."""
+    command = [sys.executable, "-c", RANK.format(first=first, then=then), str(tmp_path)]
+    ended = local.launch(command, Share(0, 2, 2, "127.0.0.1", 1))
+    pids = [int(pid) for rank in range(2) for pid in (tmp_path / str(rank)).read_text().split()]
+    deadline = time.monotonic() + 5
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "something outlived the launch"
+        time.sleep(0.05)
+    return ended
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize(
+    ("then", "status", "culprit"),
+    [
+        ("sys.exit(0)", 0, None),
+        ("sys.exit(3 if rank else 0)", 3, 1),
+        ("time.sleep(60) if rank else os.kill(os.getpid(), signal.SIGKILL)", 137, 0),
+        (
+            "sys.exit(1) if rank == 0 else os.kill(os.getpid(), signal.SIGSEGV)",
+            139,
+            1,
+        ),
+        ("time.sleep(60) if rank else sys.exit(2)", 2, 0),
+    ],
+)
+def test_status_is_that_of_the_rank_to_blame(tmp_path, then, status, culprit):
+    ended = run(tmp_path, then)
+    assert (ended.status, ended.culprit) == (status, culprit)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(("on_sigterm", "status"), [("lambda *_: sys.exit(75)", 75), ("signal.SIG_DFL", None)])
+def test_a_signal_stops_the_ranks_and_what_they_made_of_it_is_the_status(tmp_path, number, on_sigterm, status):
+    def send() -> None:
+        while not all((tmp_path / str(rank)).exists() for rank in range(2)):
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send, daemon=True).start()
+    ended = run(tmp_path, "time.sleep(60)", f"signal.signal(signal.SIGTERM, {on_sigterm})")
+    assert ended.status == (status or 128 + signal.SIGTERM)
+    assert not ended.worth_a_restart
+
+
+def test_ranks_that_do_not_stop_are_killed_when_the_grace_is_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "GRACE_S", 0.5)
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    ended = run(tmp_path, "time.sleep(60)", "signal.signal(signal.SIGTERM, signal.SIG_IGN)")
+    assert ended.status == 128 + signal.SIGTERM
+    assert "grace" in ended.explain({})
+
+
+def test_ranks_die_with_the_process_that_started_them(tmp_path):
+    program = (
+        "import sys; from bst_dist.cluster.processes import LocalRanks, Share; import os, time;"
+        "ranks = LocalRanks([sys.executable, '-c', 'import time; time.sleep(60)'], Share(0, 1, 1, '', 1), os.environ);"
+        "print(ranks.processes[0].pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    pid = int(subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE).stdout)
+    deadline = time.monotonic() + 5
+    while alive(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
