@@ -70,8 +70,17 @@ class Recipe(Config):
         return self
 
 
-# What may change from one start of a run to the next without making it another run.
-FREE = ("ranks", "log", "checkpoint")
+# What may change from one start of a run to the next without making it another run: what is written, and how the run
+# lies over its ranks. The global batches, and so the loss but for rounding, do not depend on it.
+FREE = (
+    "ranks",
+    "log",
+    "checkpoint",
+    "parallel",
+    "deepspeed",
+    "activation_checkpointing",
+    "train.micro_sequences",
+)
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -132,7 +141,12 @@ def differing(one: Recipe, other: Recipe) -> list[str]:
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
-    return recipe.model_dump(mode="json", exclude=set(FREE))
+    """What makes the run: the recipe without its free sections and fields."""
+    data = recipe.model_dump(mode="json")
+    for field in FREE:
+        section, _, name = field.rpartition(".")
+        (data[section] if section else data).pop(name)
+    return data
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

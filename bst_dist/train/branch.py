@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bst_dist.config import Recipe
 
 # What a branch may have otherwise than its trunk; the schedules must still agree on every step that is shared.
-OWN = ("name:", "branch", "train.steps:", "train.micro_sequences:", "schedule.", "evaluation.")
+OWN = ("name:", "branch", "train.steps:", "schedule.", "evaluation.")
 
 
 class BranchConfig(Config):

@@ -1,12 +1,16 @@
 """Checkpoints on disk: which exist, which are whole, and what they hold.
 
-    checkpoints/step-00000100/manifest.json        written last; names every file with its size and digest
-                             /weights.safetensors  full single-precision weights, for evaluation and export
-                             /engine/              DeepSpeed's files: weights and optimizer, sharded over ranks
-                             /rank-00000.pt        what one rank alone knows: random generators, the carried past
+    checkpoints/step-00000100/manifest.json               written last; names every file with its size and digest
+                             /weights-00000.safetensors   single-precision weights, a file a rank
+                             /optimizer-00000.safetensors both moments of Adam, a file a rank
+                             /rank-00000.pt               what one rank alone knows: generators, the carried past
+                             /pinned                      there when the checkpoint is to be kept for good
 
 A checkpoint is written under the name ``step-00000100.partial`` and renamed when it is whole, so a directory without
-that suffix was complete once; its digests tell whether it still is. Writing and loading it is `snapshot`'s part.
+that suffix was complete once; its digests tell whether it still is. A checkpoint of the weights alone has no optimizer
+files: it can be evaluated and exported, but nothing goes on from it.
+
+Writing is `saving`'s part, going on from one `snapshot`'s, what is kept `retention`'s.
 """
 
 from __future__ import annotations
@@ -14,27 +18,37 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
-from safetensors.torch import load_file
+from torch import Tensor
 
+from bst_dist.train.shards import Shards
 from data_pipeline.config import Config
 from data_pipeline.errors import UserError
 
-CHECKPOINTS, MANIFEST, WEIGHTS, ENGINE = "checkpoints", "manifest.json", "weights.safetensors", "engine"
+CHECKPOINTS, MANIFEST, PINNED = "checkpoints", "manifest.json", "pinned"
+WEIGHTS, OPTIMIZER = "weights", "optimizer"
 PARTIAL, DELETED, DAMAGED = ".partial", ".deleted", ".damaged"
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointConfig(Config):
     every: int = Field(500, ge=0)
     """Steps between checkpoints; the last step always leaves one; 0: only that one."""
+    background: bool = True
+    """Write while training goes on, from a copy in the host's memory: 12 bytes a parameter, shared out over the ranks.
+    false: training waits until all is written."""
     keep_last: int = Field(2, ge=1)
-    """How many to keep; older ones are removed once a newer one is committed."""
+    """How many of the newest to keep; older ones are removed once a newer one is committed, but for those below."""
+    keep_best: int = Field(1, ge=0)
+    """How many to keep of those with the lowest validation loss, evaluated at their own step."""
+    keep_every: int = Field(0, ge=0)
+    """Those whose step is a multiple of this are kept for good; 0: none."""
+    weights_every: int = Field(0, ge=0)
+    """Steps between checkpoints of the weights alone, kept for good: a third of the size, to evaluate and export, but
+    nothing goes on from them; 0: none. A full one taken at such a step keeps its weights when it would be removed."""
     at: tuple[int, ...] = ()
     """Steps that have a checkpoint whatever `every` says, kept for good: where branches leave this run."""
 
@@ -48,6 +62,11 @@ def directory(run_dir: Path, step: int) -> Path:
     return run_dir / CHECKPOINTS / f"step-{step:08d}"
 
 
+def shard_file(kind: str, rank: int) -> str:
+    """Name, inside a checkpoint, of a rank's shard of the WEIGHTS or of the OPTIMIZER's states."""
+    return f"{kind}-{rank:05d}.safetensors"
+
+
 def rank_file(rank: int) -> str:
     """Name, inside a checkpoint, of what one rank alone knows."""
     return f"rank-{rank:05d}.pt"
@@ -57,6 +76,11 @@ def committed(run_dir: Path) -> list[Path]:
     """Checkpoints that were completed, newest first; whether they still are whole is not looked at."""
     found = (run_dir / CHECKPOINTS).glob("step-*")
     return sorted((path for path in found if re.fullmatch(r"step-\d{8,}", path.name)), key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The steps that had been taken when a checkpoint was."""
+    return int(path.name.removeprefix("step-"))
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -70,6 +94,16 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
+def is_full(manifest: dict[str, Any]) -> bool:
+    """Whether a run can go on from the checkpoint: it has more than the weights."""
+    return any(name.startswith(f"{OPTIMIZER}-") for name in manifest["files"])
+
+
+def size(manifest: dict[str, Any]) -> int:
+    """Bytes of a checkpoint's files."""
+    return sum(record["bytes"] for record in manifest["files"].values())
+
+
 def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
     """What is wrong with a checkpoint's files, empty when nothing; of `parts` readers, this is number `part`."""
     try:
@@ -81,8 +115,8 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
         path, record = checkpoint / name, files[name]
         if not path.is_file():
             found.append(f"{name} is missing")
-        elif (size := path.stat().st_size) != record["bytes"]:
-            found.append(f"{name} has {size} bytes instead of {record['bytes']}")
+        elif (bytes_ := path.stat().st_size) != record["bytes"]:
+            found.append(f"{name} has {bytes_} bytes instead of {record['bytes']}")
         elif _sha256(path) != record["sha256"]:
             found.append(f"{name} is damaged: its digest differs")
     return found
@@ -98,36 +132,18 @@ def newest_valid(run_dir: Path) -> Path:
     raise CheckpointError("\n".join([f"{run_dir}: no valid checkpoint", *passed_over]))
 
 
-def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Full single-precision weights by parameter name, whatever the ZeRO stage they were trained under."""
-    return load_file(checkpoint / WEIGHTS)
+def open_shards(checkpoint: Path, kind: str) -> Shards:
+    """All ranks' shards of the WEIGHTS or of the OPTIMIZER's states; raises CheckpointError when there are none."""
+    names = [name for name in read_manifest(checkpoint)["files"] if name.startswith(f"{kind}-")]
+    if not names:
+        raise CheckpointError(f"{checkpoint}: of the weights alone, without {kind} files")
+    return Shards(checkpoint / name for name in sorted(names))
 
 
-def set_aside(checkpoint: Path) -> None:
-    """Take its name from a damaged checkpoint; what is left of it stays beside, in place of what stood there before."""
-    aside = checkpoint.with_name(checkpoint.name + DAMAGED)
-    shutil.rmtree(aside, ignore_errors=True)
-    checkpoint.rename(aside)
-
-
-def retain(run_dir: Path, config: CheckpointConfig) -> None:
-    """Remove what is left of broken-off writes, and all but the newest checkpoints and those that are kept for good.
-
-    Called when the newest has just been committed with its digests, so a valid one always stays. A checkpoint is
-    renamed before it is removed: half of one never bears a checkpoint's name.
-    """
-    for checkpoint in committed(run_dir)[config.keep_last :]:
-        if step_of(checkpoint) in config.at:
-            continue
-        checkpoint.rename(checkpoint.with_name(checkpoint.name + DELETED))
-    for suffix in (PARTIAL, DELETED):
-        for left in (run_dir / CHECKPOINTS).glob(f"step-*{suffix}"):
-            shutil.rmtree(left)
-
-
-def step_of(path: Path) -> int:
-    """The steps that had been taken when a checkpoint was."""
-    return int(path.name.removeprefix("step-"))
+def load_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Full single-precision weights by parameter name, whatever the layout they were trained under."""
+    weights = open_shards(checkpoint, WEIGHTS)
+    return {name: weights.whole(name) for name in weights.shapes}
 
 
 def _sha256(path: Path) -> str:

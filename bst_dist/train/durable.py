@@ -9,9 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-
 FileRecord = dict[str, Any]  # {"bytes": int, "sha256": str}
 
 
@@ -35,7 +32,7 @@ class _Hashing:
 
 
 class Files:
-    """The files one rank writes under a directory, with their digests by relative path."""
+    """The files one rank writes under a directory, with their digests by name."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -43,27 +40,10 @@ class Files:
 
     @contextmanager
     def open(self, name: str) -> Iterator[_Hashing]:
-        """Write the file `name`, relative to the root; synced and recorded when the block ends."""
-        path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
+        """Write the file `name`; synced and recorded when the block ends."""
+        with (self.root / name).open("wb") as file:
             hashing = _Hashing(file)
             yield hashing
             file.flush()
             os.fsync(file.fileno())
         self.records[name] = hashing.record()
-
-
-class DurableCheckpointEngine(TorchCheckpointEngine):
-    """DeepSpeed's way to its files, through `Files`: what it saves is digested and synced, rank by rank."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.files: Files | None = None
-
-    def save(self, state_dict: Any, path: str) -> None:
-        """Called by DeepSpeed for each file this rank owns."""
-        if self.files is None:
-            raise RuntimeError("no checkpoint is being written")
-        with self.files.open(str(Path(path).relative_to(self.files.root))) as file:
-            torch.save(state_dict, file)

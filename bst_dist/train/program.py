@@ -21,12 +21,14 @@ from bst_dist.train.branch import origin
 from bst_dist.train.checkpoint import CheckpointError, damage
 from bst_dist.train.engine import Engine
 from bst_dist.train.evaluation import Evaluate
+from bst_dist.train.fragments import EngineState
 from bst_dist.train.guard import DivergedError
+from bst_dist.train.layout import Layout, Rows
 from bst_dist.train.loop import Speed, Trainer
 from bst_dist.train.metrics import FILE, Console, Log, MetricsFile, TensorBoard, Writer, read_lines
 from bst_dist.train.ranks import Ranks
 from bst_dist.train.signals import Notice, Stop
-from bst_dist.train.snapshot import Checkpoints, Position, Snapshots
+from bst_dist.train.snapshot import Checkpoints, Evaluated, Identity, Position, Snapshots
 from bst_dist.train.start import Request, Start, load, resolve
 from bst_dist.train.status import DONE, RESUBMIT
 from data_pipeline.loader import Loader
@@ -43,7 +45,8 @@ def train(request: Request, ranks: Ranks, notice: Notice | None = None) -> int:
     ranks.barrier()  # all have looked at the run directory before the first one writes to it
     stop = Stop(ranks, notice)
     engine = _engine(start)
-    snapshots = Snapshots(start.run_dir, engine.deepspeed, ranks, _identity(start, engine))
+    state = EngineState(engine.deepspeed)
+    snapshots = Snapshots(start.run_dir, state, ranks, _identity(start, engine, ranks), start.recipe.checkpoint)
     sharing = Mesh(ranks.world, ranks.rank, start.recipe.parallel.sp).sp_group()
     trainer = _trainer(start, engine, ranks, sharing, stop)
     rng.seed_all(start.recipe.seed, ranks.rank)
@@ -53,13 +56,16 @@ def train(request: Request, ranks: Ranks, notice: Notice | None = None) -> int:
         about = {"ranks": ranks.world, "hosts": hosts, "from_step": done}
         rundir.prepare(start.run_dir, start.recipe, start.completed, about)
         print(_header(start, engine, ranks), flush=True)
-    writers = _writers(start, done) if ranks.first else []
+    evaluated = Evaluated()
+    writers = [*_writers(start, done), evaluated] if ranks.first else []
     loader = _loader(start, start.corpora, ranks, start_step=done)
     evaluate = _evaluation(start, trainer, writers)
     callbacks = [
         Log(writers),
         evaluate,
-        Checkpoints(start.recipe.checkpoint, snapshots, trainer, loader.state, say=lambda text: _say(ranks, text)),
+        Checkpoints(
+            start.recipe.checkpoint, snapshots, trainer, evaluated, loader.state, say=lambda text: _say(ranks, text)
+        ),
     ]
     try:
         if ranks.from_first(ranks.first and evaluate.owed(_lines(start), done)):
@@ -69,6 +75,7 @@ def train(request: Request, ranks: Ranks, notice: Notice | None = None) -> int:
         elif not stop.poll():
             trainer.run(loader, start.until, callbacks)
     except DivergedError as error:
+        snapshots.finish()  # what was under way is from before
         if ranks.first:
             rundir.finish(start.run_dir, {"finished": False, "diverged": str(error)})
         raise
@@ -102,14 +109,18 @@ def _engine(start: Start) -> Engine:
     return Engine(model, start.recipe.optimizer, start.completed)
 
 
-def _identity(start: Start, engine: Engine) -> dict[str, Any]:
-    """What a checkpoint must have in common with the run that goes on from it."""
-    return {
-        "recipe": digest(start.recipe),
-        "zero_stage": engine.stage,
-        "sp": start.recipe.parallel.sp,
-        "groups": engine.groups.describe(),
-    }
+def _identity(start: Start, engine: Engine, ranks: Ranks) -> Identity:
+    """What a checkpoint must have in common with the run that goes on from it, and the layout, which may be another."""
+    recipe = start.recipe
+    return Identity(
+        recipe=digest(recipe),
+        groups=engine.groups.describe(),
+        seed=recipe.seed,
+        layout=Layout(ranks.world, recipe.parallel.sp, engine.stage),
+        rows=Rows(
+            recipe.train.sequences, recipe.train.micro_sequences, Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
+        ),
+    )
 
 
 def _trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceGroup | None, stop: Stop) -> Trainer:
@@ -131,7 +142,7 @@ def _resume(request: Request, start: Start, snapshots: Snapshots, trainer: Train
         position = snapshots.load(checkpoint)
     elif start.recipe.branch is not None:
         position = _branch_off(start, snapshots, ranks)
-        checkpoint = start.recipe.branch.run
+        checkpoint = origin(start.run_dir, start.recipe).checkpoint
     else:
         if request.resume:
             _say(ranks, f"no valid checkpoint in {start.run_dir}: starting at step 0")
@@ -139,6 +150,8 @@ def _resume(request: Request, start: Start, snapshots: Snapshots, trainer: Train
     _loader(start, start.corpora, ranks).check(position.data)
     trainer.tokens, trainer.carried = position.tokens, position.carried
     _say(ranks, f"resumed from step {position.step} of {checkpoint}")
+    if change := snapshots.change(checkpoint):
+        _say(ranks, f"went {change}")
     return position.step
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 
-def seed_all(seed: int, rank: int) -> None:
-    """Seed every generator of this process; ranks differ, so that what they draw is independent."""
-    words = np.random.SeedSequence([seed, rank]).generate_state(3, np.uint64)
+def seed_all(seed: int, rank: int, step: int = 0) -> None:
+    """Seed every generator of this process; ranks and steps differ, so that what they draw is independent."""
+    words = np.random.SeedSequence([seed, rank, step]).generate_state(3, np.uint64)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]) % 2**32)
     torch.manual_seed(int(words[2]) % 2**63)

@@ -11,7 +11,6 @@ outcome.json      how the last start ended; absent while it runs or when it was 
 
 from __future__ import annotations
 
-import difflib
 import json
 import time
 from pathlib import Path
@@ -26,7 +25,18 @@ from data_pipeline.errors import UserError
 
 RECIPE, DS_CONFIG, ENVIRONMENT, OUTCOME = "recipe.yaml", "ds_config.json", "environment.json", "outcome.json"
 
-FOLLOWING_RANKS = ("train_batch_size", "gradient_accumulation_steps")
+# Of the DeepSpeed configuration, what may change from one start to the next: what follows from the ranks, and where
+# ZeRO keeps and sends things, but not what it rounds on the way.
+FREE = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "zero_optimization",
+    "aio",
+    "comms_logger",
+    "wall_clock_breakdown",
+)
+ROUNDING = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 
 
 class RunDirectoryError(UserError):
@@ -36,8 +46,8 @@ class RunDirectoryError(UserError):
 def check(run_dir: Path, recipe: Recipe, completed: dict[str, Any], resume: bool) -> None:
     """Raise RunDirectoryError unless the run may start, or go on, in `run_dir`; nothing is written.
 
-    Refused are another recipe or DeepSpeed configuration, checkpoints without `resume`, and a directory that holds
-    something else than a run.
+    Refused are another recipe, a DeepSpeed configuration that computes something else, checkpoints without `resume`,
+    and a directory that holds something else than a run. The layout may be another.
     """
     if not run_dir.exists() or not any(run_dir.iterdir()):
         return
@@ -91,13 +101,17 @@ def _now() -> str:
 
 
 def _changed(stored: dict[str, Any], completed: dict[str, Any]) -> list[str]:
-    """The lines in which two DeepSpeed configurations differ, but for what follows from the number of ranks."""
-    texts = []
-    for one in (stored, completed):
-        kept = {key: value for key, value in one.items() if key not in FOLLOWING_RANKS}
-        texts.append(json.dumps(kept, indent=1, sort_keys=True).splitlines())
-    lines = list(difflib.unified_diff(*texts, "there", "given", n=0, lineterm=""))[2:]
-    return [f"{line[0]} {line[1:].strip()}" for line in lines if not line.startswith("@@")]
+    """What two DeepSpeed configurations make otherwise of the same run, as ``key: there, given``."""
+    there, given = _arithmetic(stored), _arithmetic(completed)
+    return [f"{key}: {there.get(key)!r}, {given.get(key)!r}" for key in {**there, **given}
+            if there.get(key) != given.get(key)]  # fmt: skip
+
+
+def _arithmetic(completed: dict[str, Any]) -> dict[str, Any]:
+    """What of a DeepSpeed configuration decides the run's numbers."""
+    zero = completed.get("zero_optimization", {})
+    rounding = {f"zero_optimization.{key}": zero.get(key, False) for key in ROUNDING}
+    return {key: value for key, value in completed.items() if key not in FREE} | rounding
 
 
 def _listed(head: str, lines: list[str], most: int = 8) -> str:

@@ -1,49 +1,39 @@
-"""Writing a checkpoint from all ranks, and going on from one.
-
-Two phases: every rank writes, syncs and digests its own files in a directory whose name says it is not done; when all
-have, rank 0 writes the manifest and renames the directory. A process killed at any moment leaves the previous
-checkpoint as it was. DeepSpeed's own ``latest`` file is not used: it appears before the other ranks' shards do.
-
-Loading DeepSpeed's files runs what is pickled in them: go on only from checkpoints you trust.
-"""
+"""Taking checkpoints of a run, and going on from one: exactly under the same layout, but for rounding under another."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from bst_dist.train import rng, weights
+from bst_dist.train import rng, saving
 from bst_dist.train.checkpoint import (
-    ENGINE,
     FORMAT,
-    MANIFEST,
-    PARTIAL,
+    OPTIMIZER,
     WEIGHTS,
     CheckpointConfig,
     CheckpointError,
     committed,
     damage,
-    directory,
+    is_full,
+    open_shards,
     rank_file,
     read_manifest,
-    retain,
-    set_aside,
 )
-from bst_dist.train.durable import DurableCheckpointEngine, FileRecord, Files
+from bst_dist.train.fragments import MOMENTS, WEIGHT, Fragment
+from bst_dist.train.layout import Carried, Layout, Rows, redistribute
 from bst_dist.train.loop import Trainer
-from bst_dist.train.metrics import Callback, StepReport
+from bst_dist.train.metrics import Callback, EvalReport, Report, StepReport, Writer
 from bst_dist.train.ranks import Ranks
+from bst_dist.train.retention import retain, set_aside
+from bst_dist.train.saving import Failed, Saved, Saver, stored_name
 from bst_dist.version import versions
-from data_pipeline.atomic import sync_directory
 
 
 @dataclass(frozen=True)
@@ -61,126 +51,197 @@ class Position:
     """Steps' worth of data passed over after roll-backs: step s trains on the data of step s + skipped."""
 
 
+@dataclass(frozen=True)
+class Identity:
+    """What a run is, and how it lies over its ranks now."""
+
+    recipe: str
+    """Digest of what makes the recipe this run."""
+    groups: dict[str, Any]
+    """Hyperparameters of the parameter groups, by name."""
+    seed: int
+    layout: Layout
+    rows: Rows
+
+
+class State(saving.State, Protocol):
+    """The engine's memory (`fragments.EngineState`)."""
+
+    def held(self) -> list[Fragment]:
+        """All that lies on this rank, to be filled."""
+
+    def updates(self) -> int:
+        """Updates that the optimizer has made."""
+
+    def filled(self, step: int, updates: int) -> None:
+        """Let the engine go on from what was filled in."""
+
+
 class Snapshots:
-    """Checkpoints of one run, written and read by all ranks together."""
+    """Checkpoints of one run, written and read by all ranks together: every rank makes every call."""
 
-    def __init__(self, run_dir: Path, engine: Any, ranks: Ranks, identity: dict[str, Any]) -> None:
-        """`identity` goes into every manifest: the recipe's digest, the mesh, the groups' hyperparameters."""
-        self.run_dir, self.engine, self.ranks, self.identity = run_dir, engine, ranks, identity
-        self._durable = engine.checkpoint_engine = DurableCheckpointEngine()
+    def __init__(self, run_dir: Path, state: State, ranks: Ranks, identity: Identity, config: CheckpointConfig) -> None:
+        self.run_dir, self.state, self.ranks = run_dir, state, ranks
+        self.identity, self.config = identity, config
+        self._saver = Saver(run_dir, state, ranks, config.background)
 
-    def save(self, position: Position, config: CheckpointConfig) -> Path:
-        """Write the checkpoint of `position`; it exists for good, or not at all, when this returns."""
-        final = directory(self.run_dir, position.step)
-        partial = final.with_name(final.name + PARTIAL)
-        if self.ranks.first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self.ranks.barrier()
-        files = Files(partial)
-        self._write_engine(files)
-        with files.open(rank_file(self.ranks.rank)) as file:
-            torch.save({"rng": rng.capture(self.ranks.device), "carried": position.carried}, file)
-        self._write_weights(files, position.step)
-        records = self.ranks.gather(files.records)
-        if self.ranks.first:
-            self._commit(partial, final, position, records)
-            retain(self.run_dir, config)
-        self.ranks.barrier()
-        return final
+    def start(self, position: Position, validation_loss: float | None = None, full: bool = True) -> Failed | None:
+        """Begin the checkpoint of `position`, which `poll` or `finish` commits; None when it is under way.
+
+        `validation_loss`: in nats, when the weights have just been evaluated; `full`: not of the weights alone.
+        """
+        manifest = {
+            "format": FORMAT,
+            "step": position.step,
+            "tokens": position.tokens,
+            "validation_loss_nats": validation_loss,
+            "data": position.data,
+            "skipped": position.skipped,
+            "updates": self.state.updates(),
+            "recipe": self.identity.recipe,
+            "groups": self.identity.groups,
+            "layout": vars(self.identity.layout),
+            "versions": versions(),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        own = {"rng": rng.capture(self.ranks.device), "carried": _on_host(position.carried)}
+        return self._saver.start(manifest, own, (WEIGHTS, OPTIMIZER) if full else (WEIGHTS,))
+
+    def poll(self) -> Saved | Failed | None:
+        """What became of the checkpoint under way, once all ranks are through with it; None until then."""
+        return self._retain(self._saver.poll())
+
+    def finish(self) -> Saved | Failed | None:
+        """What became of the checkpoint under way, waiting for it; None when there is none."""
+        return self._retain(self._saver.finish())
 
     def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that is whole, and why newer ones were passed over; the ranks share the reading.
+        """The newest checkpoint to go on from that is whole, and why newer ones were passed over.
 
-        Those passed over are renamed: their steps will be taken again, and no damaged one may count as one to keep.
+        The ranks share the reading. Those passed over are renamed: their steps will be taken again, and no damaged one
+        may count as one to keep.
         """
+        self.finish()
         passed_over = []
         for checkpoint in self.ranks.from_first(committed(self.run_dir)):
             found = list(chain(*self.ranks.gather(damage(checkpoint, self.ranks.rank, self.ranks.world))))
-            if not found:
+            if not found and is_full(read_manifest(checkpoint)):
                 return checkpoint, passed_over
-            passed_over.append(f"{checkpoint.name}: {found[0]}")
-            if self.ranks.first:
-                set_aside(checkpoint)
+            if found:
+                passed_over.append(f"{checkpoint.name}: {found[0]}")
+                if self.ranks.first:
+                    set_aside(checkpoint)
         return None, passed_over
 
     def load(self, checkpoint: Path, recipe: str | None = None) -> Position:
         """Put the engine and the generators where they were; raises CheckpointError for another run's checkpoint.
 
+        Under another layout than it was written, generators start anew: what they draw could not be the same.
         `recipe`: the digest of the trunk's recipe, when the run branches off another.
         """
         manifest = read_manifest(checkpoint)
-        self._require_same(checkpoint, manifest, {"recipe": recipe} if recipe else {})
-        self.engine.load_checkpoint(str(checkpoint), tag=ENGINE)
-        own = torch.load(checkpoint / rank_file(self.ranks.rank), map_location="cpu", weights_only=True)
-        rng.restore(own["rng"], self.ranks.device)
-        return Position(manifest["step"], manifest["tokens"], manifest["data"], own["carried"], manifest.get("skipped", 0))
+        self._require_same(checkpoint, manifest, recipe or self.identity.recipe)
+        self._fill(checkpoint)
+        self.state.filled(manifest["step"], manifest["updates"])
+        saved, rank = Layout(**manifest["layout"]), self.ranks.rank
+        if self._same_ranks(saved):
+            rng.restore(_own(checkpoint, rank)["rng"], self.ranks.device)
+        else:
+            rng.seed_all(self.identity.seed, rank, manifest["step"])
+        carried = redistribute(self.identity.rows, saved, lambda other: _own(checkpoint, other)["carried"])
+        return Position(manifest["step"], manifest["tokens"], manifest["data"], carried, manifest["skipped"])
 
-    def _require_same(self, checkpoint: Path, manifest: dict[str, Any], otherwise: dict[str, Any]) -> None:
-        saved = manifest["run"]
-        if saved["world"] != self.ranks.world:
-            raise CheckpointError(
-                f"{checkpoint}: written by {saved['world']} ranks, now there are {self.ranks.world}: "
-                f"resume on {saved['world']} ranks"
-            )
-        for key, wanted in json.loads(json.dumps({**self.identity, **otherwise})).items():
-            if saved.get(key) != wanted:
-                raise CheckpointError(f"{checkpoint}: of another run: {key} is {saved.get(key)!r}, here {wanted!r}")
+    def change(self, checkpoint: Path) -> str | None:
+        """How the layout differs from the one that the checkpoint was written under; None when it does not."""
+        saved, own = Layout(**read_manifest(checkpoint)["layout"]), self.identity.layout
+        if saved == own:
+            return None
+        return f"from {saved} to {own}" + ("" if self._same_ranks(saved) else ", random generators seeded anew")
 
-    def _write_engine(self, files: Files) -> None:
-        self._durable.files = files
-        try:
-            self.engine.save_checkpoint(str(files.root), tag=ENGINE, save_latest=False)
-        finally:
-            self._durable.files = None
+    def _same_ranks(self, saved: Layout) -> bool:
+        own = self.identity.layout
+        return (saved.ranks, saved.sp) == (own.ranks, own.sp)
 
-    def _write_weights(self, files: Files, step: int) -> None:
-        metadata = {"format": "pt", "step": str(step)}
-        if not self.ranks.first:
-            weights.write(self.engine.module, None, metadata)
-            return
-        with files.open(WEIGHTS) as file:
-            weights.write(self.engine.module, file, metadata)
+    def _require_same(self, checkpoint: Path, manifest: dict[str, Any], recipe: str) -> None:
+        wanted = {"recipe": recipe, "groups": json.loads(json.dumps(self.identity.groups))}
+        for key, value in wanted.items():
+            if manifest[key] != value:
+                raise CheckpointError(f"{checkpoint}: of another run: {key} is {manifest[key]!r}, here {value!r}")
 
-    def _commit(self, partial: Path, final: Path, position: Position, records: list[dict[str, FileRecord]]) -> None:
-        for script in partial.glob("zero_to_*.py"):
-            script.unlink()  # DeepSpeed's converters to full weights, which are there already
-        files = {name: {**record, "rank": rank} for rank, own in enumerate(records) for name, record in own.items()}
-        manifest = {
-            "format": FORMAT,
-            "step": position.step,
-            "tokens": position.tokens,
-            "data": position.data,
-            "skipped": position.skipped,
-            "run": {"world": self.ranks.world, **self.identity},
-            "versions": versions(),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "files": dict(sorted(files.items())),
-        }
-        with (partial / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        for path in {partial, *((partial / name).parent for name in files)}:
-            sync_directory(path)
-        partial.rename(final)
-        sync_directory(final.parent)
+    def _fill(self, checkpoint: Path) -> None:
+        """Read what this rank holds, a parameter at a time, from whichever ranks had written it."""
+        for kind, tensors in ((WEIGHTS, (WEIGHT,)), (OPTIMIZER, MOMENTS)):
+            shards = open_shards(checkpoint, kind)
+            for fragment in self.state.held():
+                for tensor in tensors:
+                    name = stored_name(fragment.piece.name, tensor)
+                    shards.read(name, fragment.piece.begin, fragment.values[tensor])
+
+    def _retain(self, outcome: Saved | Failed | None) -> Saved | Failed | None:
+        if isinstance(outcome, Saved) and self.ranks.first:
+            retain(self.run_dir, self.config)
+            self._saver.clear_away()
+        return outcome
+
+
+class Evaluated(Writer):
+    """Remembers the last evaluation; only rank 0's is told of any."""
+
+    def __init__(self) -> None:
+        self._last: EvalReport | None = None
+
+    def write(self, report: Report) -> None:
+        if isinstance(report, EvalReport):
+            self._last = report
+
+    def loss(self, step: int) -> float | None:
+        """Validation loss in nats of the weights after `step` steps, if they were evaluated."""
+        return self._last.loss_nats if self._last and self._last.step == step else None
 
 
 class Checkpoints(Callback):
     """Takes a checkpoint every so many steps, and after the last."""
 
-    def __init__(self, config: CheckpointConfig, snapshots: Snapshots, trainer: Trainer,
+    def __init__(self, config: CheckpointConfig, snapshots: Snapshots, trainer: Trainer, evaluated: Evaluated,
                  data_state: Callable[[int], dict[str, Any]], say: Callable[[str], None]) -> None:  # fmt: skip
-        """`data_state`: the loader's state after a number of steps; `say`: how people are told."""
-        self.config, self.snapshots, self.trainer = config, snapshots, trainer
+        """`evaluated`: what the weights are worth; `data_state`: the loader's state after a number of steps; `say`: how
+        people are told."""
+        self.config, self.snapshots, self.trainer, self.evaluated = config, snapshots, trainer, evaluated
         self.data_state, self.say = data_state, say
 
     def after_step(self, report: StepReport, last: bool) -> None:
-        due = last or report.step in self.config.at or (self.config.every and report.step % self.config.every == 0)
-        if not due:
-            return
-        start = time.perf_counter()
-        position = Position(report.step, self.trainer.tokens, self.data_state(report.step), self.trainer.carried)
-        path = self.snapshots.save(position, self.config)
-        self.say(f"{report.step:>12} checkpoint {path} in {time.perf_counter() - start:.1f} s")
+        """Commit what was under way, begin what is due; after the last step, wait for it.
+
+        A checkpoint that cannot be written is told of and the run goes on, with the one before it as it was. Only the
+        last one must be: raises CheckpointError.
+        """
+        self._tell(self.snapshots.poll())
+        full = last or report.step in self.config.at or _due(report.step, self.config.every)
+        if full or _due(report.step, self.config.weights_every):
+            self._tell(self.snapshots.finish())
+            position = Position(report.step, self.trainer.tokens, self.data_state(report.step), self.trainer.carried)
+            self._tell(self.snapshots.start(position, self.evaluated.loss(report.step), full), last)
+            if last or not self.config.background:
+                self._tell(self.snapshots.finish(), last)
+
+    def _tell(self, outcome: Saved | Failed | None, last: bool = False) -> None:
+        if isinstance(outcome, Failed):
+            message = f"no checkpoint of step {outcome.step}: {outcome.why}"
+            if last:
+                raise CheckpointError(message)
+            self.say(f"{message}\n{'':>12} the run goes on; its checkpoints so far are as they were")
+        elif outcome:
+            self.say(f"{'':>12} checkpoint {outcome.path}: {outcome.bytes / 1e6:,.1f} MB in {outcome.seconds:.1f} s")
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def _on_host(carried: Carried) -> Carried:
+    return [{**entry, "state": {name: tensor.cpu() for name, tensor in entry["state"].items()}} for entry in carried]
+
+
+def _own(checkpoint: Path, rank: int) -> dict[str, Any]:
+    """What a rank alone knew."""
+    return torch.load(checkpoint / rank_file(rank), map_location="cpu", weights_only=True, mmap=True)

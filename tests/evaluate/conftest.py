@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from bst_dist.config import Recipe
 from bst_dist.model.layers import MIXERS
 from bst_dist.model.lm import LanguageModel, ModelConfig
-from bst_dist.train.checkpoint import FORMAT, MANIFEST, WEIGHTS, directory
+from bst_dist.train.checkpoint import FORMAT, MANIFEST, WEIGHTS, directory, shard_file
 from bst_dist.train.metrics import FILE
 from bst_dist.train.rundir import RECIPE
 from data_pipeline.config import dump, parse
@@ -114,7 +114,7 @@ def make_run(tmp_path, corpus):
 
 def write_checkpoint(path: Path, model: LanguageModel) -> None:
     path.mkdir(parents=True)
-    save_file(model.state_dict(), path / WEIGHTS)
-    data = (path / WEIGHTS).read_bytes()
-    files = {WEIGHTS: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "rank": 0}}
+    save_file(model.state_dict(), path / shard_file(WEIGHTS, 0))
+    data = (path / shard_file(WEIGHTS, 0)).read_bytes()
+    files = {shard_file(WEIGHTS, 0): {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "rank": 0}}
     (path / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}))

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from bst_dist.cli import main
 from bst_dist.evaluate.compare import compare
-from bst_dist.train.checkpoint import MANIFEST, WEIGHTS, directory
+from bst_dist.train.checkpoint import MANIFEST, WEIGHTS, directory, shard_file
 from bst_dist.train.metrics import FILE
 from data_pipeline.errors import UserError
 
@@ -29,7 +29,7 @@ def test_equal_runs_pass_with_differences_of_zero(make_run, capsys, tmp_path):
 
 def test_one_bit_of_one_weight_is_seen(make_run, capsys):
     one, other = make_run("one"), make_run("other")
-    path = directory(other, 4) / WEIGHTS
+    path = directory(other, 4) / shard_file(WEIGHTS, 0)
     weights = load_file(path)
     weights["norm.weight"][3] = torch.nextafter(weights["norm.weight"][3], torch.tensor(2.0))
     save_file(weights, path)

@@ -5,7 +5,7 @@ import torch
 
 from bst_dist.evaluate.trained import open_run
 from bst_dist.model.lm import LanguageModel
-from bst_dist.train.checkpoint import WEIGHTS, directory
+from bst_dist.train.checkpoint import WEIGHTS, directory, shard_file
 from data_pipeline.errors import UserError
 
 
@@ -25,7 +25,7 @@ def test_step_zero_is_the_model_that_the_seed_makes(make_run):
 
 def test_a_damaged_newest_checkpoint_is_passed_over(make_run):
     run_dir = make_run(steps=(2, 4))
-    path = directory(run_dir, 4) / WEIGHTS
+    path = directory(run_dir, 4) / shard_file(WEIGHTS, 0)
     path.write_bytes(path.read_bytes()[:-1])
     assert open_run(run_dir).step == 2
     with pytest.raises(UserError, match="bytes instead of"):

@@ -8,7 +8,7 @@ import pytest
 
 from bst_dist.config import Recipe
 from bst_dist.train.branch import origin
-from bst_dist.train.checkpoint import CheckpointConfig, CheckpointError, committed, directory, retain
+from bst_dist.train.checkpoint import CheckpointError, directory
 from data_pipeline.config import ConfigError, dump, parse
 
 SETTINGS = {
@@ -62,10 +62,3 @@ def test_other_steps_than_the_trunks_are_refused(runs, changes, message):
 def test_a_branch_must_have_steps_of_its_own(runs):
     with pytest.raises(ConfigError, match="leaves none of the 10 steps"):
         runs.branch(step=10)
-
-
-def test_checkpoints_that_branches_need_are_kept_for_good(tmp_path):
-    for step in (2, 4, 6, 8):
-        directory(tmp_path, step).mkdir(parents=True)
-    retain(tmp_path, CheckpointConfig(keep_last=1, at=(4,)))
-    assert [path.name for path in committed(tmp_path)] == ["step-00000008", "step-00000004"]
