@@ -128,18 +128,19 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm residual layer: h = x + mixer(norm(x)); h + ffn(norm(h))."""
+    """Pre-norm residual layer: h = x + b mixer(norm(x)); h + b ffn(norm(h)), with a multiplier b of its branches."""
 
-    def __init__(self, mixer: str, config: LayerConfig):
+    def __init__(self, mixer: str, config: LayerConfig, branch: float = 1.0):
         super().__init__()
+        self.branch = branch
         self.mixer_norm = nn.RMSNorm(config.width, eps=1e-6)
         self.mixer = MIXERS[mixer](config)
         self.ffn_norm = nn.RMSNorm(config.width, eps=1e-6)
         self.ffn = FeedForward(config.width, config.ffn)
 
     def forward(self, x: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x), past, starts)
-        return x + self.ffn(self.ffn_norm(x))
+        x = torch.add(x, self.mixer(self.mixer_norm(x), past, starts), alpha=self.branch)
+        return torch.add(x, self.ffn(self.ffn_norm(x)), alpha=self.branch)
 
     def initialize(self, depth: int) -> None:
         """Linear maps N(0, 1/fan-in); those that write to the residual stream smaller by sqrt(2 depth)."""

@@ -5,7 +5,6 @@ Shapes throughout: B rows, l tokens of this slice, D width, V vocabulary, W bloc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from bst_dist.model.layers import MIXERS, Layer, LayerConfig
 from bst_dist.model.loss import linear_cross_entropy
+from bst_dist.model.parametrisation import ParametrisationConfig, Scale, StandardConfig
 from bst_dist.parallel.past import EarlierCall, Past, State
 
 
@@ -31,6 +31,7 @@ class ModelConfig(LayerConfig):
     """Where `mixer` stands, counted from 0 (the paper's small model: [1, 7, 9] of 12)."""
     filler: Literal[tuple(MIXERS)] = "sliding"  # type: ignore[valid-type]
     """The layer everywhere else."""
+    parametrisation: ParametrisationConfig = StandardConfig()
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -44,6 +45,8 @@ class ModelConfig(LayerConfig):
             outside = [place for place in self.placement if not 0 <= place < self.depth]
             if outside:
                 raise ValueError(f"placement {outside} is outside the {self.depth} layers (0 to {self.depth - 1})")
+        if self.parametrisation.kind == "completep" and self.context.ssm_width is not None:
+            raise ValueError("under completep context.ssm_width must stay in proportion to the width: leave it out")
         return self
 
     def mixers(self) -> list[str]:
@@ -71,12 +74,13 @@ class LanguageModel(nn.Module):
             raise ValueError("vocab_size is not known: take it from the corpus before building the model")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)  # N(0, 1), tied with the head
-        self.layers = nn.ModuleList(Layer(mixer, config) for mixer in config.mixers())
+        branch = config.parametrisation.branch(config.depth)
+        self.layers = nn.ModuleList(Layer(mixer, config, branch) for mixer in config.mixers())
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.checkpoint: Callable[..., Tensor] | None = None
         """Activation checkpointing: called as ``checkpoint(layer, *inputs)`` in place of ``layer(*inputs)``."""
         for layer in self.layers:
-            layer.initialize(config.depth)
+            layer.initialize(config.parametrisation.initial_depth(config.depth))
 
     def forward(
         self,
@@ -101,7 +105,7 @@ class LanguageModel(nn.Module):
         for index, layer in enumerate(self.layers):
             inputs = (x, past.child(str(index)), starts)
             x = layer(*inputs) if self.checkpoint is None else self.checkpoint(layer, *inputs)
-        scale = 1 / math.sqrt(self.config.width)
+        scale = self.config.parametrisation.logit_scale(self.config.width)
         if labels is None:
             return self.norm(x[:, -1]) @ self.embedding.weight.T * scale
         mask = torch.ones_like(labels, dtype=torch.bool) if loss_mask is None else loss_mask
@@ -113,16 +117,31 @@ class LanguageModel(nn.Module):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by how they are trained: matrices (with weight decay), SSM dynamics (a rate of their own, no
-        decay), and all the rest, called vectors (no decay): scales, biases, tables, read-outs, the embedding."""
+        decay), and all the rest, called vectors (no decay): scales, biases, tables, read-outs, the embedding.
+
+        CompleteP tells two more apart: filters, the matrices of a kernel, whose fan-in does not grow with the width,
+        and embedding, the parameters outside of the layers."""
         groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "ssm": []}
-        dynamics = {id(p) for module in self.modules() if hasattr(module, "dynamics") for p in module.dynamics()}
+        kernels = [module for module in self.modules() if hasattr(module, "dynamics")]
+        dynamics = {id(p) for kernel in kernels for p in kernel.dynamics()}
+        in_kernel = {id(p) for kernel in kernels for p in kernel.parameters()}
+        in_layers = {id(p) for p in self.layers.parameters()}
         for module in self.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 linear_map = name in getattr(module, "matrices", ())
                 linear_map |= isinstance(module, nn.Linear) and name == "weight"
-                group = "ssm" if id(parameter) in dynamics else "matrices" if linear_map else "vectors"
-                groups[group].append(parameter)
+                if id(parameter) in dynamics:
+                    kind = "ssm"
+                elif linear_map:
+                    kind = "filters" if id(parameter) in in_kernel else "matrices"
+                else:
+                    kind = "vectors" if id(parameter) in in_layers else "embedding"
+                groups.setdefault(self.config.parametrisation.group(kind), []).append(parameter)
         return groups
+
+    def group_scales(self) -> dict[str, Scale]:
+        """What the optimizer's hyperparameters are multiplied by, by group; all others are as the recipe says."""
+        return self.config.parametrisation.scales(self.config.width, self.config.depth)
 
     def _check_slice(self, length: int, position: int) -> None:
         block = self.config.block

@@ -29,8 +29,9 @@ class ShapeConfig(Config):
 class RulesConfig(Config):
     """Hyperparameters as functions of the size N alone, so that no depth is favoured; N0 is the smallest size."""
 
-    parametrisation: Literal["standard"] = "standard"
-    """standard: one learning rate for all matrices, whatever the width and depth."""
+    parametrisation: Literal["standard", "completep"] | None = None
+    """completep: the recipe's rates hold at the baseline's shape of the smallest size and depth, and are carried to all
+    others by CompleteP; standard: one rate for all; null: what the recipe says (model.parametrisation)."""
     rate_exponent: float = Field(0.0, ge=0)
     """The learning rate is the base recipe's times (N / N0) to the minus this."""
     batch_exponent: float = Field(0.0, ge=0)
@@ -39,6 +40,12 @@ class RulesConfig(Config):
     """Warm-up as a share of the shortest branch."""
     decay_fraction: float = Field(0.2, gt=0, lt=1)
     """Share of its steps that each branch decays over."""
+
+    @model_validator(mode="after")
+    def _one_rule_for_the_rate(self) -> RulesConfig:
+        if self.parametrisation == "completep" and self.rate_exponent:
+            raise ValueError("under completep one rate holds for all sizes: leave out rate_exponent")
+        return self
 
 
 class BudgetConfig(Config):

@@ -41,18 +41,19 @@ class Coordinate:
 
 def check(make: Callable[[int, int], LanguageModel], widths: Sequence[int], depths: Sequence[int],
           optimizer: OptimizerConfig, ids: Tensor, steps: int = 4,
-          seeds: Sequence[int] = (0, 1)) -> list[Coordinate]:  # fmt: skip
+          seeds: Sequence[int] = range(6)) -> list[Coordinate]:  # fmt: skip
     """Train models of all `widths` at the first depth, and of all `depths` at the first width, for a few steps.
 
     Args:
         make: the model of a width and a depth.
+        widths: multiples of the first.
         ids: (B, l + 1) int64, what every step trains on and the changes are measured on.
-        seeds: of the initial weights; changes are means over them.
+        seeds: of the initial weights; changes are root mean squares over them, too.
     """
     found = []
     for along, values in (("width", widths), ("depth", depths)):
         shapes = [(value, depths[0]) if along == "width" else (widths[0], value) for value in values]
-        changes = [_mean_change(make, shape, optimizer, ids, steps, seeds) for shape in shapes]
+        changes = [_mean_change(make, shape, widths[0], optimizer, ids, steps, seeds) for shape in shapes]
         for watched in changes[0]:
             by_value = {value: change[watched] for value, change in zip(values, changes, strict=True)}
             slope = float(np.polyfit(np.log(list(values)), np.log(list(by_value.values())), 1)[0])
@@ -60,45 +61,71 @@ def check(make: Callable[[int, int], LanguageModel], widths: Sequence[int], dept
     return found
 
 
-def _mean_change(make: Callable[[int, int], LanguageModel], shape: tuple[int, int], optimizer: OptimizerConfig,
-                 ids: Tensor, steps: int, seeds: Sequence[int]) -> dict[str, float]:  # fmt: skip
+def _mean_change(make: Callable[[int, int], LanguageModel], shape: tuple[int, int], narrow: int,
+                 optimizer: OptimizerConfig, ids: Tensor, steps: int,
+                 seeds: Sequence[int]) -> dict[str, float]:  # fmt: skip
     every = []
     for seed in seeds:
         torch.manual_seed(seed)
-        every.append(changes_of(make(*shape), optimizer, ids, steps))
-    return {watched: float(np.mean([change[watched] for change in every])) for watched in every[0]}
+        model = make(*shape)
+        if shape[0] != narrow:
+            torch.manual_seed(seed)
+            repeat_kernels(model, make(narrow, shape[1]))
+        every.append(changes_of(model, optimizer, ids, steps))
+    return {watched: float(np.sqrt(np.mean([change[watched] ** 2 for change in every]))) for watched in every[0]}
+
+
+def repeat_kernels(wide: LanguageModel, narrow: LanguageModel) -> None:
+    """Give the channels of the wide model's kernels the initial values of the narrow one's, over and over.
+
+    The gains of channels differ so widely that a few draws say little: a root mean square over the eight channels of
+    one model and the sixty-four of another would differ by more than what is looked for.
+    """
+    kernels = ([module for module in model.modules() if hasattr(module, "dynamics")] for model in (wide, narrow))
+    with torch.no_grad():
+        for many, few in zip(*kernels, strict=True):
+            for p, q in zip(many.parameters(), few.parameters(), strict=True):
+                p.copy_(q.repeat(*(a // b for a, b in zip(p.shape, q.shape, strict=True))))
 
 
 def changes_of(model: LanguageModel, optimizer: OptimizerConfig, ids: Tensor, steps: int) -> dict[str, float]:
     """Root mean square of the change of everything watched after `steps` steps on the same tokens."""
     inputs, labels = ids[:, :-1], ids[:, 1:]
     dynamics = model.parameter_groups()["ssm"]
-    before, parameters = _activations(model, inputs), [p.detach().clone() for p in dynamics]
-    adam = build(optimizer, model.parameter_groups())
+    before, parameters = _activations(model, inputs, labels), [p.detach().clone() for p in dynamics]
+    adam = build(optimizer, model.parameter_groups(), model.group_scales())
     for _ in range(steps):
         adam.zero_grad()
         (model(inputs, labels).total / labels.numel()).backward()
         adam.step()
-    after = _activations(model, inputs)
+    after = _activations(model, inputs, labels)
     found = {watched: _rms([a - b for a, b in zip(after[watched], before[watched], strict=True)]) for watched in before}
     if dynamics:
         found["ssm dynamics"] = _rms([p.detach() - q for p, q in zip(dynamics, parameters, strict=True)])
     return found
 
 
-def _activations(model: LanguageModel, inputs: Tensor) -> dict[str, list[Tensor]]:
-    """Outputs by kind: the stream after each layer, mixers, feed-forward networks, SSMs, logits."""
+def _activations(model: LanguageModel, inputs: Tensor, labels: Tensor) -> dict[str, list[Tensor]]:
+    """Outputs by kind: mixers, feed-forward networks, SSMs, the stream after the last layer, the labels' mean logit.
+
+    The labels' logits are what the gradient moves all one way. Of each single logit a part is by chance, at first and
+    in its change, and falls with the width wherever the sum of all does not grow with it: the mean leaves it out.
+    """
     seen: dict[str, list[Tensor]] = {}
     with torch.no_grad(), _watched(model, seen):
-        seen["logits"] = [model(inputs)]
+        model(inputs, labels)
+        scale = model.config.parametrisation.logit_scale(model.config.width)
+        last = model.norm(seen["stream"][0])
+        seen["logits"] = [scale * (last * model.embedding(labels)).sum(-1).mean()]
     return seen
 
 
 @contextmanager
 def _watched(model: LanguageModel, seen: dict[str, list[Tensor]]) -> Iterator[None]:
     handles = []
+    last = str(len(model.layers) - 1)
     for name, module in model.named_modules():
-        kind = _kind(name, module)
+        kind = _kind(name, module, last)
         if kind is not None:
             handles.append(module.register_forward_hook(lambda _, __, out, kind=kind: _keep(seen, kind, out)))
     try:
@@ -108,10 +135,10 @@ def _watched(model: LanguageModel, seen: dict[str, list[Tensor]]) -> Iterator[No
             handle.remove()
 
 
-def _kind(name: str, module: nn.Module) -> str | None:
+def _kind(name: str, module: nn.Module, last: str) -> str | None:
     match name.split("."):
-        case ["layers", _]:
-            return "stream"
+        case ["layers", place]:
+            return "stream" if place == last else None
         case ["layers", _, ("mixer" | "ffn") as part]:
             return part
     return "ssm" if hasattr(module, "dynamics") else None

@@ -97,6 +97,8 @@ class Designer:
             corpus = open_corpora(parse(DataConfig, self.base["data"], where=f"{sweep.recipe}: data"), "train")[0]
             self.base.setdefault("model", {})["vocab_size"] = corpus.manifest.tokenizer.vocab_size
         self.architectures = dict(_with_kernels(sweep))
+        if sweep.rules.parametrisation is not None:
+            self.base["model"]["parametrisation"] = self._parametrisation()
 
     def cells(self) -> list[Cell]:
         """The whole grid, largest first, then the audit of the learning rate in its corners."""
@@ -121,6 +123,16 @@ class Designer:
     def runs(self, cells: list[Cell]) -> list[Run]:
         """The runs of these cells: a trunk before its branches; an audit takes the shortest length only."""
         return [run for cell in cells for run in self._runs_of(cell)]
+
+    def _parametrisation(self) -> dict[str, Any]:
+        """The recipe's section by the rule; a CompleteP's base is the baseline in its smallest shape."""
+        sweep = self.sweep
+        if sweep.rules.parametrisation == "standard":
+            return {"kind": "standard"}
+        size, depth = min(sweep.sizes), min(sweep.depths)
+        data = settled(settled(self.base, next(iter(sweep.arms.values()))), sweep.architectures[sweep.baseline])
+        shape = solve(data["model"], sweep.shape, size, depth, data["train"]["sequence_length"])
+        return {"kind": "completep", "base_width": shape.width, "base_depth": depth}
 
     def _runs_of(self, cell: Cell) -> Iterator[Run]:
         sweep, data = self.sweep, self.base_of(cell)

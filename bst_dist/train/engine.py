@@ -26,7 +26,7 @@ class Engine:
         ranks for it, because the loss is normalised by the tokens of the whole step. Raises DeepSpeedConfigError,
         naming the key, when the engine's parsed configuration is not what was asked for.
         """
-        client = build_optimizer(optimizer, model.parameter_groups())
+        client = build_optimizer(optimizer, model.parameter_groups(), model.group_scales())
         self.groups = Groups(client)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=client, config=completed)
         if found := deepspeed_json.differences(completed, self.deepspeed._config):

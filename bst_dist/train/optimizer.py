@@ -1,4 +1,5 @@
-"""AdamW with three parameter groups: matrices, vectors, and the dynamics of the state space models.
+"""AdamW over the model's parameter groups: matrices, vectors, the dynamics of the state space models, and by CompleteP
+two more (bst_dist/model/parametrisation.py), whose hyperparameters depend on the width and the depth.
 
 Weight decay acts on matrices only. The dynamics (log_dt, A) have a rate of their own and no decay, which is the
 practice of the S4 family (Gu et al., arXiv 2206.11893): decay would pull every channel towards one time scale.
@@ -13,15 +14,17 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from bst_dist.model.parametrisation import Scale
 from data_pipeline.config import Config
 
 # What a group's update depends on beside its gradients. The learning rate is among them only through `peak_rate`.
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
+DECAYED = ("matrices", "filters")
 
 
 class OptimizerConfig(Config):
     learning_rate: float = Field(1e-3, gt=0)
-    """Peak rate of matrices and vectors."""
+    """Peak rate of matrices and vectors; under CompleteP that of the base shape, and wide matrices have less."""
     ssm_learning_rate: float = Field(1e-3, gt=0, le=1e-3)
     """Peak rate of the SSM dynamics, which are trained at 1e-3 or less whatever the rest uses."""
     weight_decay: float = Field(0.1, ge=0)
@@ -34,18 +37,21 @@ class OptimizerConfig(Config):
     """Added to the root of the second moment."""
 
 
-def build(config: OptimizerConfig, groups: Mapping[str, Sequence[nn.Parameter]]) -> torch.optim.AdamW:
-    """AdamW over the model's groups ``{"matrices", "vectors", "ssm"}``; empty groups are left out.
+def build(config: OptimizerConfig, groups: Mapping[str, Sequence[nn.Parameter]],
+          scales: Mapping[str, Scale] | None = None) -> torch.optim.AdamW:  # fmt: skip
+    """AdamW over the model's groups ``{"matrices", "vectors", "ssm", ...}``; empty groups are left out.
 
-    torch's own AdamW and not a subclass: ZeRO accepts it untested-flag free and nothing is compiled at start.
+    `scales`: what a group's rate, decay and eps are multiplied by, where it is not 1. torch's own AdamW and not a
+    subclass: ZeRO accepts it untested-flag free and nothing is compiled at start.
     """
-    peak = {"matrices": config.learning_rate, "vectors": config.learning_rate, "ssm": config.ssm_learning_rate}
-    decay = {"matrices": config.weight_decay, "vectors": 0.0, "ssm": 0.0}
-    described = [
-        {"name": name, "params": list(groups[name]), "lr": peak[name], "weight_decay": decay[name]}
-        for name in peak
-        if groups.get(name)
-    ]
+    described = []
+    for name, parameters in groups.items():
+        scale = (scales or {}).get(name, Scale())
+        rate = config.ssm_learning_rate if name == "ssm" else config.learning_rate
+        decay = config.weight_decay if name in DECAYED else 0.0
+        if parameters:
+            described.append({"name": name, "params": list(parameters), "lr": rate * scale.rate,
+                              "weight_decay": decay * scale.decay, "eps": config.eps * scale.eps})  # fmt: skip
     return torch.optim.AdamW(described, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 

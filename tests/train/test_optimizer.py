@@ -24,6 +24,23 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay():
     assert optimizer.param_groups[2]["lr"] == 1e-4
 
 
+def test_completep_scales_rates_decay_and_eps_of_each_group_and_they_are_put_back():
+    base = {"kind": "completep", "base_width": 8, "base_depth": 2}
+    larger = {"width": 32, "depth": 6, "parametrisation": base}
+    model = LanguageModel(ModelConfig(**(small_model().config.model_dump() | larger)))
+    settings = OptimizerConfig(learning_rate=1e-2, ssm_learning_rate=1e-3, weight_decay=0.2, eps=1e-8)
+    optimizer = build(settings, model.parameter_groups(), model.group_scales())
+    groups = Groups(optimizer)
+    for group in optimizer.param_groups:
+        group.update(lr=7.0, weight_decay=7.0, eps=1.0)
+    groups.apply(optimizer, 1.0)
+    found = {g["name"]: (g["lr"], g["weight_decay"], g["eps"]) for g in optimizer.param_groups}
+    assert found == {
+        "matrices": (1e-2 / 4, 0.2 * 4, 1e-8 * (1 / 12)), "vectors": (1e-2, 0.0, 1e-8 * (1 / 12)),
+        "ssm": (1e-3, 0.0, 1e-8 * (1 / 12)), "embedding": (1e-2, 0.0, 1e-8 / 4),
+    }  # fmt: skip
+
+
 def test_exactly_torch_adamw_which_zero_accepts():
     assert type(build(OptimizerConfig(), small_model().parameter_groups())) is torch.optim.AdamW
 

@@ -12,7 +12,7 @@ from bst_dist.sweep.plan import Plan, make_plan
 from bst_dist.sweep.state import State
 from bst_dist.sweep.table import Row, read
 
-TABLE = "table.json"
+TABLE, COORDINATES = "table.json", "coordinates.json"
 
 
 def add_sweep(parser: argparse.ArgumentParser) -> None:

@@ -2,13 +2,15 @@
 
     bst sweep coordinates launch/sweeps/mini.yaml --widths 32 64 128 --depths 2 4 8
 
-A learning rate may be used at every width and depth where no change depends on them (slope within ±0.2). Under the
-standard parametrisation changes do depend on the width; the check says by how much.
+A learning rate may be used at every width and depth where no change depends on them (slope within ±0.2): then the check
+passes. Under the standard parametrisation changes do depend on the width and the check fails, by how much it says:
+rules.parametrisation=standard shows it. What it finds is kept for the sweep's report.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import asdict
 from typing import Any
 
@@ -18,10 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bst_dist.model.lm import LanguageModel
-from bst_dist.sweep.commands.common import add_sweep, open_sweep
-from bst_dist.sweep.coordinates import check
-from bst_dist.sweep.design import Designer
+from bst_dist.sweep.commands.common import COORDINATES, add_sweep, open_sweep, say
+from bst_dist.sweep.config import SweepConfig
+from bst_dist.sweep.coordinates import Coordinate, check
+from bst_dist.sweep.design import Cell, Designer
 from bst_dist.sweep.shape import at_width
+from data_pipeline.atomic import atomic_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,24 +37,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     sweep = open_sweep(args)
-    designer, console, report = Designer(sweep), Console(), {}
+    designer, console = Designer(sweep), Console()
     first = {cell.architecture: cell for cell in reversed(designer.cells()) if cell.role == "grid"}
+    architectures, kind = {}, ""
     for name in designer.architectures:
-        recipe = designer.runs([first[name]])[0].recipe
-        base = designer.base_of(first[name])
+        found, kind = _check(sweep, designer, first[name], args)
+        console.print(_table(name, found, max(len(args.widths), len(args.depths))))
+        architectures[name] = [{**asdict(one), "passed": one.passed} for one in found]
+    failed = {name for name, found in architectures.items() if not all(one["passed"] for one in found)}
+    report = {"passed": not failed, "parametrisation": kind, "widths": args.widths, "depths": args.depths,
+              "steps": args.steps, "architectures": architectures}  # fmt: skip
+    sweep.root.mkdir(parents=True, exist_ok=True)
+    with atomic_file(sweep.root / COORDINATES) as file:
+        file.write(json.dumps(report, indent=2).encode() + b"\n")
+    say(f"{kind}: " + (f"changes depend on the shape in {', '.join(sorted(failed))}" if failed
+                       else "no change depends on the width or the depth: one rate may be used for all"))  # fmt: skip
+    return report
 
-        def make(width: int, depth: int, base: dict[str, Any] = base) -> LanguageModel:
-            return LanguageModel(at_width(base["model"], sweep.shape, width, depth))
 
-        length = recipe.train.sequence_length
-        ids = torch.randint(recipe.model.vocab_size, (2, length + 1), generator=torch.Generator().manual_seed(0))
-        found = check(make, args.widths, args.depths, recipe.optimizer, ids, args.steps)
-        table = Table("change of", "along", *map(str, range(1, 1 + max(len(args.widths), len(args.depths)))), "slope",
-                      "", title=name, box=SIMPLE)  # fmt: skip
-        for one in found:
-            values = [f"{change:.3g}" for change in one.changes.values()]
-            values += [""] * (max(len(args.widths), len(args.depths)) - len(values))
-            table.add_row(one.watched, one.along, *values, f"{one.slope:+.2f}", "" if one.passed else "depends")
-        console.print(table)
-        report[name] = [{**asdict(one), "passed": one.passed} for one in found]
-    return {"architectures": report}
+def _check(sweep: SweepConfig, designer: Designer, cell: Cell,
+           args: argparse.Namespace) -> tuple[list[Coordinate], str]:  # fmt: skip
+    """The coordinates of one architecture at the rates of a cell, and its parametrisation."""
+    recipe, base = designer.runs([cell])[0].recipe, designer.base_of(cell)["model"]
+
+    def make(width: int, depth: int) -> LanguageModel:
+        return LanguageModel(at_width(base, sweep.shape, width, depth))
+
+    length = recipe.train.sequence_length
+    ids = torch.randint(recipe.model.vocab_size, (2, length + 1), generator=torch.Generator().manual_seed(0))
+    found = check(make, args.widths, args.depths, recipe.optimizer, ids, args.steps)
+    return found, recipe.model.parametrisation.kind
+
+
+def _table(name: str, found: list[Coordinate], shapes: int) -> Table:
+    table = Table("change of", "along", *map(str, range(1, 1 + shapes)), "slope", "", title=name, box=SIMPLE)
+    for one in found:
+        values = [f"{change:.3g}" for change in one.changes.values()]
+        values += [""] * (shapes - len(values))
+        table.add_row(one.watched, one.along, *values, f"{one.slope:+.2f}", "" if one.passed else "depends")
+    return table

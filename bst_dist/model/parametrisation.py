@@ -1,0 +1,111 @@
+"""How initial values, rates and multipliers depend on a model's width and depth: in the standard way, or by CompleteP.
+
+Under CompleteP (Dey et al. 2025, arXiv 2505.01618, table 1 with α = 1; in width it is μP, Yang et al., arXiv
+2203.03466) a few steps change every activation by an amount that depends neither on the width nor on the depth, so a
+learning rate found on a small model holds for a large one. With m_width = width / base_width and m_depth = depth /
+base_depth, and standard deviations for the initial values:
+
+|                                             | standard         | CompleteP                                 |
+| ------------------------------------------- | ---------------- | ----------------------------------------- |
+| what a branch adds to the stream            | x + f(x)         | x + f(x) / m_depth                        |
+| matrices at first                           | 1 / √fan-in      | 1 / √fan-in                               |
+| those that write to the stream, further     | / √(2 depth)     | / √(2 base_depth)                         |
+| logits                                      | h·w / √width     | h·w / (√base_width m_width)               |
+| matrices: rate, decay, eps                  | η, λ, ε          | η/m_width, λ m_width, ε/(m_width m_depth) |
+| filters, matrices with a fixed fan-in       | η, λ, ε          | η, λ, ε/(m_width m_depth)                 |
+| vectors and SSM dynamics inside the layers  | η or η_ssm, 0, ε | η or η_ssm, 0, ε/(m_width m_depth)        |
+| the tied embedding and the last norm        | η, 0, ε          | η, 0, ε/m_width                           |
+
+At the base shape the two are the same model, to the last bit. A state space model works on each channel by itself: its
+dynamics, read-outs and skips meet no sum over the width and count as vectors, and the matrices of a filter network have
+a fan-in that is fixed. Heads must keep their width: a wider model has more of them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+
+from pydantic import Discriminator, Field, Tag
+
+from data_pipeline.config import Config
+
+
+class Scale(NamedTuple):
+    """What the hyperparameters of a parameter group are multiplied by."""
+
+    rate: float = 1.0
+    decay: float = 1.0
+    eps: float = 1.0
+
+
+class StandardConfig(Config):
+    """The usual parametrisation."""
+
+    kind: Literal["standard"] = "standard"
+    """One learning rate for all shapes: the best one falls with the width and the depth."""
+
+    def branch(self, depth: int) -> float:
+        """What the output of a residual branch is multiplied by."""
+        return 1.0
+
+    def initial_depth(self, depth: int) -> int:
+        """The depth by which maps into the residual stream begin smaller."""
+        return depth
+
+    def logit_scale(self, width: int) -> float:
+        """What the product of last activation and embedding is multiplied by."""
+        return 1 / math.sqrt(width)
+
+    def group(self, kind: str) -> str:
+        """The parameter group of a kind of parameters; filters train like matrices, the embedding like vectors."""
+        return {"filters": "matrices", "embedding": "vectors"}.get(kind, kind)
+
+    def scales(self, width: int, depth: int) -> dict[str, Scale]:
+        """Of the groups that train otherwise than the recipe's optimizer section says."""
+        return {}
+
+
+class CompletePConfig(Config):
+    """CompleteP: what is tuned at the base shape holds at every width and depth."""
+
+    kind: Literal["completep"]
+    """The learning rate is that of the base shape, whatever the width and depth."""
+    base_width: int = Field(ge=1)
+    """Width at which the rates, the decay and eps hold as they are given."""
+    base_depth: int = Field(ge=1)
+    """Number of layers at which they do."""
+
+    def branch(self, depth: int) -> float:
+        return self.base_depth / depth
+
+    def initial_depth(self, depth: int) -> int:
+        return self.base_depth
+
+    def logit_scale(self, width: int) -> float:
+        return 1 / math.sqrt(self.base_width) / (width / self.base_width)
+
+    def group(self, kind: str) -> str:
+        return kind
+
+    def scales(self, width: int, depth: int) -> dict[str, Scale]:
+        wide, deep = width / self.base_width, depth / self.base_depth
+        inside = Scale(eps=1 / (wide * deep))
+        return {
+            "matrices": Scale(1 / wide, wide, 1 / (wide * deep)),
+            "filters": inside,
+            "vectors": inside,
+            "ssm": inside,
+            "embedding": Scale(eps=1 / wide),
+        }
+
+
+def _kind(section: Any) -> str:
+    return section.get("kind", "standard") if isinstance(section, dict) else getattr(section, "kind", "standard")
+
+
+ParametrisationConfig: TypeAlias = Annotated[
+    Annotated[StandardConfig, Tag("standard")] | Annotated[CompletePConfig, Tag("completep")],
+    Discriminator(_kind),
+]
+"""The section of one parametrisation, told by its `kind`."""
