@@ -120,11 +120,26 @@ class Documents(NamedTuple):
 def documents_of(starts: Tensor, length: int, keys: int, window: int) -> Documents:
     """The document of each of p + l keys, from the blocks of the slice that begin one, (B, l / W).
 
-    Positions before the slice belong to the document that the slice begins in, unless its first block begins one.
+    For windows of one block: all positions before the slice belong to the document that the slice begins in, unless its
+    first block begins one.
     """
     block = length // starts.shape[1]
     number = F.pad(starts.cumsum(1).repeat_interleave(block, dim=1), (keys - length, 0))
     return Documents(number, min(-(-window // block), starts.shape[1]) + 1)
+
+
+def documents_further_back(starts: Tensor, past: Past, length: int, keys: int, window: int) -> Documents:
+    """`documents_of` for windows of several blocks, in which documents may also meet before the slice.
+
+    Where each document begins in the stream is left to the next call beside the keys.
+    """
+    block = length // starts.shape[1]
+    places = past.position + block * torch.arange(starts.shape[1], device=starts.device)
+    begin = torch.where(starts, places, -1).repeat_interleave(block, dim=1)  # -1: where the block before it does
+    begin = past.extend("documents", begin, before=window)
+    begin = F.pad(begin, (keys - begin.shape[1], 0), value=-1).cummax(dim=1).values
+    number = F.pad(begin.diff(dim=1) > 0, (1, 0)).cumsum(1)
+    return Documents(number, -(-window // block) + 1)
 
 
 def attention_path(device: torch.device) -> str:

@@ -111,6 +111,20 @@ def test_a_document_reset_equals_separate_documents(name):
     torch.testing.assert_close(together, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", RESETTABLE)
+@torch.no_grad()
+def test_a_stream_of_documents_may_be_cut_into_calls_anywhere(name):
+    """Windows of several blocks meet documents that began, and ended, in an earlier call."""
+    model, ids = build(RESETTABLE[name]), tokens()
+    starts = torch.tensor([[False, True, False, False, True], [True, False, True, True, False]])
+    state, position, parts = None, 0, []
+    for part, begins in zip(ids.split(2 * BLOCK, dim=1), starts.split(2, dim=1), strict=True):
+        past = model.carry(state, position)
+        parts.append(losses(model, part, starts=begins, past=past))
+        state, position = past.after, position + part.shape[1]
+    torch.testing.assert_close(torch.cat(parts, 1), losses(model, ids, starts=starts), rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", FILTERS)
 def test_a_filter_refuses_isolated_documents(name):
     starts = torch.zeros(2, LENGTH // BLOCK, dtype=torch.bool)

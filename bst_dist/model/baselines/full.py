@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_dist.model.attention import SlidingAttention, documents_of, separate_documents
+from bst_dist.model.attention import SlidingAttention, documents_further_back, separate_documents
 from bst_dist.model.tiles import HIDDEN, QUERY_TILE, Tile, tiled_attention
 from bst_dist.parallel.past import Past
 from data_pipeline.config import Config
@@ -52,7 +52,8 @@ class FullAttention(SlidingAttention):
         if self.bias is None and starts is None and self.config.include_self:
             return _fused(q, k, v).flatten(-2)
         if starts is not None:
-            q, k = separate_documents(q, k, documents_of(starts, q.shape[1], k.shape[1], self.window))
+            documents = documents_further_back(starts, past, q.shape[1], k.shape[1], k.shape[1])
+            q, k = separate_documents(q, k, documents)
         tiles = causal_tiles(q.shape[1], k.shape[1] - q.shape[1])
         mask = self._mask(min(QUERY_TILE, q.shape[1]))
         return tiled_attention(q, k, v, mask, tiles, empty_rows=not self.config.include_self).flatten(-2)

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from bst_dist.model.attention import SlidingAttention, documents_of
+from bst_dist.model.attention import SlidingAttention, documents_further_back
 from bst_dist.parallel.past import Past
 from data_pipeline.config import Config
 
@@ -37,7 +37,9 @@ class SegmentAttention(SlidingAttention):
         """`starts` (B, l / W) marks blocks that see nothing before them."""
         q, k, v = self.project(u, past)
         before, out = k.shape[1] - q.shape[1], []
-        documents = None if starts is None else documents_of(starts, q.shape[1], k.shape[1], self.window)
+        documents = None
+        if starts is not None:
+            documents = documents_further_back(starts, past, q.shape[1], k.shape[1], self.window)
         for first, last, keys, values in self._segments(k, v, q.shape[1], past.position):
             if documents is not None:
                 end = before + last
