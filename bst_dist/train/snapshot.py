@@ -25,6 +25,7 @@ from bst_dist.train.checkpoint import (
     open_shards,
     rank_file,
     read_manifest,
+    step_of,
 )
 from bst_dist.train.fragments import MOMENTS, WEIGHT, Fragment
 from bst_dist.train.layout import Carried, Layout, Rows, redistribute
@@ -115,8 +116,10 @@ class Snapshots:
         """What became of the checkpoint under way, waiting for it; None when there is none."""
         return self._retain(self._saver.finish())
 
-    def newest(self) -> tuple[Path | None, list[str]]:
+    def newest(self, scheduled: bool = False) -> tuple[Path | None, list[str]]:
         """The newest checkpoint to go on from that is whole, and why newer ones were passed over.
+
+        `scheduled`: of those alone that are taken in every course of the run, however often it was stopped.
 
         The ranks share the reading. Those passed over are renamed: their steps will be taken again, and no damaged one
         may count as one to keep.
@@ -124,6 +127,8 @@ class Snapshots:
         self.finish()
         passed_over = []
         for checkpoint in self.ranks.from_first(committed(self.run_dir)):
+            if scheduled and not self.config.scheduled(step_of(checkpoint)):
+                continue
             found = list(chain(*self.ranks.gather(damage(checkpoint, self.ranks.rank, self.ranks.world))))
             if not found and is_full(read_manifest(checkpoint)):
                 return checkpoint, passed_over
@@ -172,10 +177,17 @@ class Snapshots:
         """Read what this rank holds, a parameter at a time, from whichever ranks had written it."""
         for kind, tensors in ((WEIGHTS, (WEIGHT,)), (OPTIMIZER, MOMENTS)):
             shards = open_shards(checkpoint, kind)
+            shapes = shards.shapes
             for fragment in self.state.held():
                 for tensor in tensors:
                     name = stored_name(fragment.piece.name, tensor)
+                    self._require_shape(checkpoint, name, fragment.piece.shape, shapes.get(name))
                     shards.read(name, fragment.piece.begin, fragment.values[tensor])
+
+    @staticmethod
+    def _require_shape(checkpoint: Path, name: str, own: tuple[int, ...], saved: tuple[int, ...] | None) -> None:
+        if own != saved:
+            raise CheckpointError(f"{checkpoint}: of another model: {name} has {saved} values, here {own}")
 
     def _retain(self, outcome: Saved | Failed | None) -> Saved | Failed | None:
         if isinstance(outcome, Saved) and self.ranks.first:
@@ -216,10 +228,11 @@ class Checkpoints(Callback):
         last one must be: raises CheckpointError.
         """
         self._tell(self.snapshots.poll())
-        full = last or report.step in self.config.at or _due(report.step, self.config.every)
+        full = last or self.config.scheduled(report.step)
         if full or _due(report.step, self.config.weights_every):
             self._tell(self.snapshots.finish())
-            position = Position(report.step, self.trainer.tokens, self.data_state(report.step), self.trainer.carried)
+            position = Position(report.step, self.trainer.tokens, self.data_state(report.step), self.trainer.carried,
+                                self.trainer.skipped)  # fmt: skip
             self._tell(self.snapshots.start(position, self.evaluated.loss(report.step), full), last)
             if last or not self.config.background:
                 self._tell(self.snapshots.finish(), last)
