@@ -40,9 +40,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, for_s: float = 0.3) -> float:
     """The best of several products of square matrices, in FLOP/s; takes about `for_s` seconds."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
-    best, end = float("inf"), time.perf_counter() + for_s
     (a @ b).sum().item()  # the first product also sets up the library
-    while time.perf_counter() < end:
+    best, end = float("inf"), time.perf_counter() + for_s
+    while best == float("inf") or time.perf_counter() < end:  # once at least, however busy the machine
         start = time.perf_counter()
         (a @ b)[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - start)
