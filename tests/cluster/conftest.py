@@ -256,7 +256,8 @@ def launch(network: Network, tmp_path: Path) -> Iterator[Callable[..., Launched]
         hostfile.write_text("".join(f"{host} slots={slots}\n" for host in hosts or network.hosts))
         command = [str(Path(sys.executable).with_name("bst")), "launch", *arguments, "--hostfile", str(hostfile)]
         path = f"{network.directory}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+                       "TORCH_CPP_LOG_LEVEL": "ERROR"}  # fmt: skip
         started.append(Launched(command, environment, tmp_path / f"launch-{len(started)}.log"))
         return started[-1]
 
@@ -285,9 +286,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.fixture
-def recipe(tmp_path: Path, corpus: Path) -> Callable[..., Path]:
-    """``recipe(steps)`` writes a recipe of small steps whose batch six ranks can share, and two, and three."""
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Callable[..., Path]:
+    """``recipe(steps)`` writes a recipe of small steps whose batch one rank, two, three and six can share."""
 
     def write(steps: int, **sections: Any) -> Path:
         settings = {
@@ -297,10 +298,11 @@ def recipe(tmp_path: Path, corpus: Path) -> Callable[..., Path]:
             "data": {"corpus": str(corpus), "prefetch": 0},
             "train": {"steps": steps, "sequence_length": 32, "sequences": 6, "precision": "fp32"},
             "evaluation": {"every": 0, "sequences": 6}, "schedule": {"warmup_steps": 2},
-            "checkpoint": {"every": 5}, "log": {"every": 1, "tensorboard": False}, "deepspeed": "ds_configs/zero1.json",
+            "checkpoint": {"every": 10}, "log": {"every": 10, "tensorboard": False},
+            "deepspeed": "ds_configs/zero1.json",
             **sections,
         }  # fmt: skip
-        path = tmp_path / f"recipe-{steps}.yaml"
+        path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
         path.write_text(dump(parse(Recipe, settings)))
         return path
 

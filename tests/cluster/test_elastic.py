@@ -1,0 +1,53 @@
+"""How a recipe's batch is spread over the hosts that are left."""
+
+from __future__ import annotations
+
+import pytest
+
+from bst_dist.cluster.elastic import Spread, choose, shares
+from bst_dist.cluster.hosts import Host
+from bst_dist.config import Recipe
+from data_pipeline.config import parse
+from data_pipeline.errors import UserError
+
+
+def recipe(sequences: int, sp: int = 1, micro: int = 1, rows: int = 0) -> Recipe:
+    settings = {
+        "name": "small", "data": {"corpus": "none"},
+        "model": {"width": 16, "heads": 2, "ffn": 16, "block": 8, "depth": 1, "mixer": "bst", "ssm": {"chunk": 4}},
+        "train": {"steps": 1, "sequence_length": 96, "sequences": sequences, "micro_sequences": micro},
+        "evaluation": {"sequences": rows or sequences}, "parallel": {"sp": sp},
+    }  # fmt: skip
+    return parse(Recipe, settings)
+
+
+@pytest.mark.parametrize(
+    ("made", "most", "found"),
+    [
+        (recipe(64), 16, Spread(16, 1)),
+        (recipe(64), 15, Spread(8, 1)),  # 64 sequences are shared by 8 ranks, not by 9 to 15
+        (recipe(6), 2, Spread(2, 1)),
+        (recipe(64, sp=4), 16, Spread(16, 4)),
+        (recipe(64, sp=4), 12, Spread(8, 4)),  # dp 3 does not divide 64
+        (recipe(64, sp=4), 3, Spread(2, 2)),  # fewer ranks than share a sequence: a divisor of sp
+        (recipe(64, sp=4), 1, Spread(1, 1)),
+        (recipe(8, micro=4), 8, Spread(2, 1)),  # a rank takes four at once
+        (recipe(8, rows=4), 8, Spread(4, 1)),  # the validation rows must be shared too
+    ],
+)
+def test_the_most_ranks_that_share_the_batch_evenly(made, most, found):
+    assert choose(made, most) == found
+
+
+def test_a_batch_that_nobody_can_take_is_refused():
+    with pytest.raises(UserError, match="no number of ranks up to 4"):
+        choose(recipe(6, micro=4), 4)
+
+
+def test_hosts_are_filled_in_order_and_what_is_too_much_stays_idle():
+    placed = shares([Host("a", 4), Host("b", 4), Host("c", 4)], 6, "address", 1)
+    assert {host: (share.first, share.count) for host, share in placed.items()} == {"a": (0, 4), "b": (4, 2)}
+    assert placed["b"].environment(5) == {
+        "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "address", "MASTER_PORT": "1",
+    }  # fmt: skip

@@ -1,0 +1,135 @@
+"""What becomes of a run when something breaks: each fault happens, and the run must be what it would have been.
+
+The run that nothing happens to is trained on one machine, without any of the machinery tested here.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bst_dist.evaluate.compare import compare
+from bst_dist.train.metrics import FILE, read_lines
+from bst_dist.train.rundir import read_outcome
+from bst_dist.train.status import RESUBMIT
+
+pytestmark = pytest.mark.cluster
+
+STEPS = 120
+MIDWAY = "step-00000030:"
+SOON = ("--lost-after", "5", "--grace", "20")
+
+
+@pytest.fixture(scope="module")
+def small(recipe) -> str:
+    """The recipe of all these runs."""
+    return str(recipe(STEPS))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small, tmp_path_factory) -> Path:
+    """A run of three ranks that nothing happened to."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    bst = Path(sys.executable).with_name("bst")
+    subprocess.run([bst, "train", small, "--ranks", "3", "--run-dir", run_dir], check=True)
+    return run_dir
+
+
+def require_same_run(run_dir: Path, undisturbed: Path) -> None:
+    """Equal to the last bit: what the same number of ranks must reach."""
+    found = compare(run_dir, undisturbed)
+    assert found["passed"], found
+    assert read_outcome(run_dir)["step"] == STEPS
+
+
+def require_same_data(run_dir: Path, undisturbed: Path) -> None:
+    """The same tokens and bytes at every step; another number of ranks only adds up in another order."""
+    found, wanted = ([line for line in read_lines(path / FILE) if line["kind"] == "train"]
+                     for path in (run_dir, undisturbed))  # fmt: skip
+    assert [line["step"] for line in found] == list(range(1, STEPS + 1))
+    for one, other in zip(found, wanted, strict=True):
+        assert one["tokens"] == other["tokens"]
+        # Nats a token over bits a byte: the text bytes of the step, which no other step's data have in common.
+        assert bytes_of(one) == pytest.approx(bytes_of(other), rel=1e-9)
+        assert one["loss_nats"] == pytest.approx(other["loss_nats"], rel=1e-3)
+
+
+def bytes_of(line: dict[str, float]) -> float:
+    return line["loss_nats"] / line["bits_per_byte"]
+
+
+def test_a_host_that_loses_its_power_is_missed_and_the_run_ends_on_the_others(
+    launch, small, network, tmp_path, undisturbed
+):
+    victim = network.hosts[0]  # rank 0's, where all meet
+    started = launch(small, "--run-dir", str(tmp_path / "run"), "--max-restarts", "1", *SOON)
+    started.until(MIDWAY)
+    network.power_off(victim)
+    try:
+        assert started.status() == 0, started.said
+    finally:
+        network.power_on(victim)
+    assert f"lost {victim}: silent for" in started.said
+    assert f"2 ranks (dp 2 x sp 1) on {', '.join(network.hosts[1:])}" in started.said
+    require_same_data(tmp_path / "run", undisturbed)
+
+
+def test_a_network_cut_for_good_ends_the_ranks_on_both_sides(launch, small, network, tmp_path):
+    victim = network.hosts[2]
+    started = launch(small, "--run-dir", str(tmp_path / "run"), *SOON)
+    started.until(MIDWAY)
+    network.cut(victim)
+    try:
+        assert started.status() == 1, started.said
+        assert not network.ranks(victim)  # not alone in a run directory that successors may write to
+    finally:
+        network.mend(victim)
+    assert f"lost {victim}: silent for" in started.said
+
+
+def test_a_network_cut_for_a_moment_goes_unnoticed(launch, small, network, tmp_path, undisturbed):
+    started = launch(small, "--run-dir", str(tmp_path / "run"), *SOON)
+    started.until(MIDWAY)
+    network.cut(network.hosts[1])
+    time.sleep(2)
+    network.mend(network.hosts[1])
+    assert started.status() == 0, started.said
+    assert "lost" not in started.said
+    require_same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_killed_rank_is_named_and_the_run_goes_on_as_if_nothing_had_been(
+    launch, small, network, tmp_path, undisturbed
+):
+    started = launch(small, "--run-dir", str(tmp_path / "run"), "--max-restarts", "1", *SOON)
+    started.until(MIDWAY)
+    network.kill(network.ranks(network.hosts[1]))
+    assert started.status() == 0, started.said
+    assert f"rank 1 on {network.hosts[1]} was killed by SIGKILL" in started.said
+    require_same_run(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_launcher_that_is_ended_leaves_a_checkpoint_and_no_rank(
+    launch, small, network, tmp_path, undisturbed, number
+):
+    run_dir = tmp_path / "run"
+    started = launch(small, "--run-dir", str(run_dir), *SOON)
+    started.until(MIDWAY)
+    started.process.send_signal(number)
+    assert started.status() == (RESUBMIT if number == signal.SIGTERM else -signal.SIGKILL), started.said
+    deadline = time.monotonic() + 20
+    while any(network.ranks(host) for host in network.hosts):
+        assert time.monotonic() < deadline, "ranks were left behind"
+        time.sleep(0.1)
+    reached = read_outcome(run_dir)["step"]
+    assert 30 <= reached < STEPS
+    resumed = launch(small, "--run-dir", str(run_dir), "--resume", *SOON)
+    assert resumed.status() == 0, resumed.said
+    assert f"resumed from step {reached} " in resumed.said
+    require_same_run(run_dir, undisturbed)

@@ -1,0 +1,98 @@
+"""What is found wrong with which host."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+
+from bst_dist.cluster.hosts import Host
+from bst_dist.cluster.preflight import Checked, PreflightError, judge, require, show
+from bst_dist.cluster.probe import old_ranks, probe, unmark
+
+SOUND: dict[str, Any] = {
+    "versions": {"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8"}, "code": "c" * 64, "nonce": "job",
+    "files": {"/shared/recipe.yaml": "a" * 64, "/shared/corpus/manifest.json": "b" * 64}, "free_bytes": 10**12,
+    "ranks": [],
+}  # fmt: skip
+
+
+def judged(*changes: dict[str, Any], clocks: tuple[float, ...] = (0.0, 0.0, 0.0)) -> list[list[str]]:
+    """The problems of three hosts that are sound but for the changes."""
+    answers = []
+    for change in (*changes, {}, {}, {})[:3]:
+        answer = copy.deepcopy(SOUND)
+        for key, value in change.items():
+            answer[key] = {**answer[key], **value} if isinstance(value, dict) else value
+        answers.append(answer)
+    checked = [Checked(Host(f"n{i}", 8), answer=answer, clock_offset_s=clock)
+               for i, (answer, clock) in enumerate(zip(answers, clocks, strict=True))]  # fmt: skip
+    judge(checked, "job", 10**9)
+    return [one.problems for one in checked]
+
+
+def test_nothing_is_wrong_with_sound_hosts():
+    assert judged() == [[], [], []]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"versions": {"torch": "2.12.0"}}, "torch is 2.12.0, the other hosts have 2.13.0"),
+        ({"versions": {"deepspeed": None}}, "deepspeed is missing"),
+        ({"code": "d" * 64}, "this project's code differs from the other hosts'"),
+        ({"files": {"/shared/recipe.yaml": "d" * 64}}, "recipe.yaml differs from the other hosts'"),
+        ({"files": {"/shared/corpus/manifest.json": None}}, "/shared/corpus/manifest.json is missing"),
+        ({"nonce": None}, "is it shared?"),
+        ({"nonce": "another"}, "is it shared?"),
+        ({"free_bytes": 10**8}, "0.1 GB free for the run directory, its checkpoints take 1.0 GB"),
+        ({"ranks": [4711]}, "ranks of an earlier start still train in this run directory (processes 4711)"),
+    ],
+)
+def test_the_odd_host_is_the_culprit_even_when_it_is_the_first(change, said):
+    first, *others = judged(change)
+    assert len(first) == 1
+    assert said in first[0]
+    assert others == [[], []]
+
+
+@pytest.mark.parametrize(("clock", "said"), [(300.0, "300.0 s ahead"), (-3.0, "3.0 s behind")])
+def test_a_clock_that_is_wrong_is_reported(clock, said):
+    found = judged(clocks=(0.01, clock, -0.01))
+    assert found[0] == found[2] == []
+    assert said in found[1][0]
+
+
+def test_a_host_that_gives_no_answer_is_unfit():
+    checked = [Checked(Host("n0", 1), answer=copy.deepcopy(SOUND), clock_offset_s=0.0), Checked(Host("n1", 1))]
+    judge(checked, "job", 0)
+    assert checked[0].problems == []
+    assert checked[1].problems
+    assert math.isnan(checked[1].clock_offset_s)
+    with pytest.raises(PreflightError, match="not started: n1 must be mended"):
+        require(checked)
+
+
+def test_every_host_has_its_line(capsys):
+    show([Checked(Host("n0", 8), answer=SOUND, clock_offset_s=0.001), Checked(Host("n1", 1), ["it [burns]"])])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == ("n0  8 slots  python 3.11.7, torch 2.13.0, deepspeed 0.19.8, clock +0.001 s, 1,000.0 GB free")
+    assert said[1] == "n1  1 slot  it [burns]"
+
+
+def test_a_probe_sees_the_mark_of_another_and_takes_nothing_for_granted(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: small")
+    run_dir = tmp_path / "runs" / "first"
+    question = {"job": "job", "files": [str(recipe), str(tmp_path / "none")], "run_dir": str(run_dir)}
+    assert probe(**question, write=False)["nonce"] is None
+    written, read = probe(**question, write=True), probe(**question, write=False)
+    assert written == read | {"free_bytes": written["free_bytes"]}
+    assert read["nonce"] == "job"
+    assert read["files"][str(tmp_path / "none")] is None
+    assert len(read["files"][str(recipe)]) == 64
+    unmark("job", str(run_dir))
+    assert list(run_dir.parent.iterdir()) == []  # and no run directory, which would have to be empty
+    assert old_ranks(str(run_dir)) == []

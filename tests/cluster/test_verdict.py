@@ -1,0 +1,52 @@
+"""Which status a job has, whom it blames, and whether it is started again."""
+
+from __future__ import annotations
+
+import pytest
+
+from bst_dist.cluster.verdict import Ended
+from bst_dist.train.status import DONE, FAILED, HUNG, RESUBMIT, USER_ERROR
+
+
+@pytest.mark.parametrize(
+    ("statuses", "status", "culprit", "again"),
+    [
+        ({0: 0, 1: 0, 2: 0}, DONE, None, False),
+        ({0: 75, 1: 75, 2: 75}, RESUBMIT, None, False),
+        ({0: 0, 1: 75, 2: 0}, RESUBMIT, None, False),
+        ({0: 1, 1: -9, 2: 1}, 128 + 9, 1, True),  # the others fail because one was killed
+        ({0: 70, 1: 1}, FAILED, 1, True),
+        ({0: 70, 1: 70, 2: 70}, HUNG, 0, True),
+        ({0: 1, 2: 2}, USER_ERROR, 2, False),  # it would end the same way
+        ({0: 0, 1: 3}, 3, 1, True),
+    ],
+)
+def test_status_culprit_and_restart(statuses, status, culprit, again):
+    ended = Ended(3, statuses)
+    assert (ended.status, ended.culprit, ended.worth_a_restart) == (status, culprit, again)
+
+
+def test_a_lost_host_is_to_blame_whatever_the_ranks_say():
+    ended = Ended(3, {0: 1, 1: 1}, lost={"node-03": "silent for 30 s"})
+    assert (ended.status, ended.worth_a_restart) == (FAILED, True)
+    assert ended.explain({}) == "lost node-03: silent for 30 s"
+
+
+def test_nothing_is_started_again_that_was_told_to_stop():
+    assert not Ended(2, {0: -9}, told=15).worth_a_restart
+    unfinished = Ended(2, {0: 75}, told=15)
+    assert (unfinished.status, unfinished.worth_a_restart) == (128 + 15, False)
+    assert Ended(2, {0: 75, 1: 75}, told=15).status == RESUBMIT
+
+
+@pytest.mark.parametrize(
+    ("statuses", "said"),
+    [
+        ({1: -9}, "rank 1 on node-02 was killed by SIGKILL (out of memory?)"),
+        ({1: -11}, "rank 1 on node-02 was killed by SIGSEGV"),
+        ({1: 70}, "rank 1 on node-02 hung"),
+        ({0: 1}, "rank 0 on node-01 ended with status 1"),
+    ],
+)
+def test_the_culprit_is_named_with_its_host(statuses, said):
+    assert Ended(2, statuses).explain({0: "node-01", 1: "node-02"}) == said
