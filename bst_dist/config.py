@@ -21,6 +21,7 @@ from bst_dist.train.activation import ActivationCheckpointingConfig
 from bst_dist.train.branch import BranchConfig
 from bst_dist.train.checkpoint import CheckpointConfig
 from bst_dist.train.evaluation import EvaluationConfig
+from bst_dist.train.guard import GuardConfig
 from bst_dist.train.loop import TrainConfig
 from bst_dist.train.metrics import LogConfig
 from bst_dist.train.optimizer import OptimizerConfig
@@ -50,6 +51,7 @@ class Recipe(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     branch: BranchConfig | None = None
     """The checkpoint of another run that this one begins at; null: random weights."""
+    guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
@@ -75,6 +77,7 @@ class Recipe(Config):
 FREE = (
     "ranks",
     "log",
+    "guard",
     "checkpoint",
     "parallel",
     "deepspeed",

@@ -52,6 +52,10 @@ class CheckpointConfig(Config):
     at: tuple[int, ...] = ()
     """Steps that have a checkpoint whatever `every` says, kept for good: where branches leave this run."""
 
+    def scheduled(self, step: int) -> bool:
+        """Whether every start of the run takes a checkpoint after so many steps, wherever it ends."""
+        return step in self.at or bool(self.every and step % self.every == 0)
+
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or of another run."""

@@ -48,7 +48,7 @@ class Evaluate(Callback):
     def owed(self, lines: Sequence[dict[str, Any]], step: int) -> bool:
         """Whether a signal kept an earlier start from evaluating after its last step, as its `lines` say."""
         kinds = {line["kind"] for line in lines if line["step"] == step}
-        return self.due(step) and "train" in kinds and "eval" not in kinds
+        return self.due(step) and bool(kinds & {"train", "skipped"}) and "eval" not in kinds
 
     def after_step(self, report: StepReport, last: bool) -> None:
         if self.due(report.step):

@@ -7,6 +7,7 @@ gradients lie is the engine's.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +18,9 @@ from pydantic import Field
 from torch import Tensor
 
 from bst_dist.parallel.neighbour import past_of_slice
-from bst_dist.train.guard import require_finite
-from bst_dist.train.metrics import Callback, StepReport, bits_per_byte
+from bst_dist.train.guard import Guard, GuardConfig, RollBack
+from bst_dist.train.ledger import Entry, Ledger
+from bst_dist.train.metrics import Callback, SkippedReport, StepReport, bits_per_byte
 from bst_dist.train.schedule import ScheduleConfig, factor
 from bst_dist.train.signals import Stop
 from data_pipeline.config import Config
@@ -62,25 +64,28 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, schedule: ScheduleConfig, engine: Engine, ranks: Ranks,
                  token_bytes: Tensor, speed: Speed, sharing: SequenceGroup | None = None,
-                 stop: Stop | None = None) -> None:  # fmt: skip
+                 stop: Stop | None = None, guard: Guard | None = None) -> None:  # fmt: skip
         """`token_bytes`: (V,) bytes of text each id stands for, on the rank's device; `sharing`: the ranks that hold
         the other slices of this rank's sequences, None when it holds whole ones."""
-        self.stop = stop or Stop(ranks)
         self.config, self.schedule, self.engine, self.ranks = config, schedule, engine, ranks
         self.token_bytes, self.speed, self.sharing = token_bytes, speed, sharing
+        self.stop = stop or Stop(ranks)
+        self.guard = guard or Guard(GuardConfig(), Ledger())
         self.tokens = 0
+        self.skipped = 0
+        """Steps' worth of data passed over by roll-backs: step s has the data of step s + skipped."""
         self.carried: list[dict[str, Any]] = []
         """The past left by each micro-batch of the last step, in order; empty when nothing is carried."""
 
     def run(self, steps: Iterable[tuple[int, Sequence[Batch]]], until: int, callbacks: Sequence[Callback]) -> None:
-        """Train on the batches of each step until `until` steps are taken in all, or the ranks are told to stop.
+        """Train on the batches of each step's data until `until` steps are done in all, or the ranks are told to stop.
 
-        They may be told while a callback is at work, so each is told anew whether a step will follow.
+        They may be told while a callback is at work, so each callback is told anew whether a step will follow.
         """
         start = time.perf_counter()
-        for step, batches in steps:
+        for data_step, batches in steps:
             waited = time.perf_counter() - start
-            report = replace(self.step(step, batches, start), data_wait_s=waited)
+            report = replace(self.step(data_step - self.skipped, batches, start), data_wait_s=waited)
             for callback in callbacks:
                 callback.after_step(report, last=self.stop.agreed or report.step == until)
             if self.stop.agreed or report.step == until:
@@ -90,22 +95,28 @@ class Trainer:
     def step(self, step: int, batches: Sequence[Batch], start: float) -> StepReport:
         """One update of the weights with the mean loss over all valid tokens of the step; `start`: when it began.
 
-        Raises DivergedError before the update when the loss or the gradient is not finite.
+        The guard may hold it back: then the report is a SkippedReport. Raises RollBack, or DivergedError, when the run
+        cannot go on from here; no weight has changed then.
         """
         rates = self.engine.set_rates(factor(self.schedule, step, self.config.steps))
-        (tokens,) = self.ranks.sum([sum(int(batch.loss_mask.sum()) for batch in batches)])
-        nats, text_bytes = self._accumulate(batches, scale=self.ranks.world / max(1.0, tokens))
         rate = rates["matrices"]
-        require_finite("loss", nats / max(1.0, tokens), step, rate)
+        (tokens,) = self.ranks.sum([sum(int(batch.loss_mask.sum()) for batch in batches)])
+        loss, text_bytes, held = self._accumulate(step, batches, max(1.0, tokens), rate)
         norm = self.engine.update()
-        require_finite("gradient norm", norm, step, rate)
-        self.tokens += int(tokens)
+        held = held or self.guard.gradient(norm, step, self.skipped, rate)
+        if held is None:
+            self.tokens += int(tokens)
+            self.guard.taken(loss)
+        elif held.action == "roll-back":
+            raise RollBack(held)
+        else:
+            self.carried.clear()  # as bad as the step: the rows begin anew
         seconds = time.perf_counter() - start
-        return StepReport(
+        return (SkippedReport if held else StepReport)(
             step=step + 1,
             tokens=self.tokens,
-            loss_nats=nats / max(1.0, tokens),
-            bits_per_byte=bits_per_byte(nats, text_bytes),
+            loss_nats=loss,
+            bits_per_byte=bits_per_byte(loss * max(1.0, tokens), text_bytes),
             gradient_norm=norm,
             learning_rate=rate,
             ssm_learning_rate=rates.get("ssm", 0.0),
@@ -114,25 +125,34 @@ class Trainer:
             mfu=tokens / seconds * self.speed.flops_per_token / self.speed.peak_flops,
         )
 
-    def _accumulate(self, batches: Sequence[Batch], scale: float) -> tuple[float, float]:
-        """Gradients of all micro-batches, times `scale`; returns nats and bytes of text over all ranks.
+    def _accumulate(
+        self, step: int, batches: Sequence[Batch], tokens: float, rate: float
+    ) -> tuple[float, float, Entry | None]:
+        """Gradients of all micro-batches; the loss in nats a token, the bytes of text, and why the step is held back.
 
-        DeepSpeed averages over ranks: with a scale of world / tokens the gradient is that of the mean over all tokens.
+        DeepSpeed averages over ranks: with a factor of world / tokens the gradient is that of the mean over all tokens.
+        A step that is held back goes backward as infinite: what DeepSpeed does with an infinite gradient in any stage,
+        with whatever it has accumulated, is to drop it.
         """
+        scale = self.ranks.world / tokens
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         for index, batch in enumerate(batches):
             inputs = on_device(batch, self.ranks.device)
             earlier = self._earlier(index, batch, inputs)
             past = past_of_slice(self.sharing, batch.input_ids.shape[1], earlier)
             losses = self.engine.forward(**inputs, past=past)
-            self.engine.accumulate(losses.total * scale, last=index == len(batches) - 1)
             sums += sum_of_batch(losses, inputs, self.token_bytes)
+            last = index == len(batches) - 1
+            if last:
+                nats, text_bytes, wishes = self.ranks.sum([*sums.tolist(), self.stop.wish])
+                self.stop.learn(wishes)
+                held = self.guard.loss(nats / tokens, step, self.skipped, rate)
+                scale = math.inf if held else scale
+            self.engine.accumulate(losses.total * scale, last)
             if earlier is not None:
                 left = {"rows": batch.rows.tolist(), "position": earlier.position + self.config.sequence_length}
                 self.carried[index] = {**left, "state": earlier.after}
-        nats, text_bytes, wishes = self.ranks.sum([*sums.tolist(), self.stop.wish])
-        self.stop.learn(wishes)
-        return nats, text_bytes
+        return nats / tokens, text_bytes, held
 
     def _earlier(self, index: int, batch: Batch, inputs: dict[str, Any]) -> EarlierCall | None:
         """What the same rows as this step's micro-batch `index` left in the step before; None if nothing is carried.

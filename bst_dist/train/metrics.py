@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from math import log, nan
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -28,6 +28,8 @@ class LogConfig(Config):
 @dataclass(frozen=True)
 class StepReport:
     """One training step, over all ranks."""
+
+    kind: ClassVar[str] = "train"
 
     step: int
     """Steps taken so far, this one included."""
@@ -52,8 +54,17 @@ class StepReport:
 
 
 @dataclass(frozen=True)
+class SkippedReport(StepReport):
+    """A step that the guard held back: no weight has changed, and nothing was trained on."""
+
+    kind: ClassVar[str] = "skipped"
+
+
+@dataclass(frozen=True)
 class EvalReport:
     """The loss on a bounded part of a split, over all ranks."""
+
+    kind: ClassVar[str] = "eval"
 
     step: int
     split: str
@@ -108,8 +119,7 @@ class MetricsFile(Writer):
         self._file = path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, report: Report) -> None:
-        kind = "train" if isinstance(report, StepReport) else "eval"
-        self._file.write(json.dumps({"kind": kind, **asdict(report)}) + "\n")
+        self._file.write(json.dumps({"kind": report.kind, **asdict(report)}) + "\n")
 
     def close(self) -> None:
         self._file.close()
@@ -132,6 +142,8 @@ class TensorBoard(Writer):
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
 
     def write(self, report: Report) -> None:
+        if isinstance(report, SkippedReport):
+            return
         kind = "train" if isinstance(report, StepReport) else report.split
         for name, value in asdict(report).items():
             if name != "step" and isinstance(value, (int, float)):
@@ -155,6 +167,10 @@ class Console(Writer):
         if isinstance(report, EvalReport):
             print(f"{report.step:>12} {report.loss_nats:>8.4f} {report.bits_per_byte:>9.4f}  {report.split}, "
                   f"{report.tokens:,} tokens in {report.time_s:.1f} s", flush=True)  # fmt: skip
+            return
+        if isinstance(report, SkippedReport):
+            print(f"{report.step:>6}/{self.steps:<5} {report.loss_nats:>8.4f} {report.bits_per_byte:>9.4f} "
+                  f"{report.gradient_norm:>8.3f}  not taken: see ledger.jsonl", flush=True)  # fmt: skip
             return
         self._since.append(report)
         if self._started or report.step % self.every == 0 or report.step == self.steps:

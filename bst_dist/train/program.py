@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,17 +18,18 @@ from bst_dist.parallel.group import SequenceGroup
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.plan.flops import train_flops_per_token
 from bst_dist.plan.hardware import peak_flops
-from bst_dist.train import activation, rng, rundir
+from bst_dist.train import activation, ledger, rng, rundir
 from bst_dist.train.branch import origin
 from bst_dist.train.checkpoint import CheckpointError, damage
 from bst_dist.train.engine import Engine
 from bst_dist.train.evaluation import Evaluate
 from bst_dist.train.fragments import EngineState
-from bst_dist.train.guard import DivergedError
+from bst_dist.train.guard import DivergedError, Guard, RollBack
 from bst_dist.train.layout import Layout, Rows
 from bst_dist.train.loop import Speed, Trainer
 from bst_dist.train.metrics import FILE, Console, Log, MetricsFile, TensorBoard, Writer, read_lines
 from bst_dist.train.ranks import Ranks
+from bst_dist.train.retention import abandon
 from bst_dist.train.signals import Notice, Stop
 from bst_dist.train.snapshot import Checkpoints, Evaluated, Identity, Position, Snapshots
 from bst_dist.train.start import Request, Start, load, resolve
@@ -50,40 +53,81 @@ def train(request: Request, ranks: Ranks, notice: Notice | None = None) -> int:
     sharing = Mesh(ranks.world, ranks.rank, start.recipe.parallel.sp).sp_group()
     trainer = _trainer(start, engine, ranks, sharing, stop)
     rng.seed_all(start.recipe.seed, ranks.rank)
-    done = _resume(request, start, snapshots, trainer, ranks)
+    position = _resume(request, start, snapshots, trainer)
     hosts = sorted(set(ranks.gather(socket.gethostname())))
     if ranks.first:
-        about = {"ranks": ranks.world, "hosts": hosts, "from_step": done}
+        about = {"ranks": ranks.world, "hosts": hosts, "from_step": position.step}
         rundir.prepare(start.run_dir, start.recipe, start.completed, about)
         print(_header(start, engine, ranks), flush=True)
-    evaluated = Evaluated()
-    writers = [*_writers(start, done), evaluated] if ranks.first else []
-    loader = _loader(start, start.corpora, ranks, start_step=done)
-    evaluate = _evaluation(start, trainer, writers)
-    callbacks = [
-        Log(writers),
-        evaluate,
-        Checkpoints(
-            start.recipe.checkpoint, snapshots, trainer, evaluated, loader.state, say=lambda text: _say(ranks, text)
-        ),
-    ]
     try:
-        if ranks.from_first(ranks.first and evaluate.owed(_lines(start), done)):
-            evaluate.make(done)
-        if done >= start.until:
-            _say(ranks, f"nothing to do: {done} of {start.until} steps are done")
-        elif not stop.poll():
-            trainer.run(loader, start.until, callbacks)
+        while position is not None:
+            position = _go_on(start, snapshots, trainer, position)
     except DivergedError as error:
         snapshots.finish()  # what was under way is from before
         if ranks.first:
             rundir.finish(start.run_dir, {"finished": False, "diverged": str(error)})
         raise
+    return _end(start, ranks, stop)
+
+
+def _go_on(start: Start, snapshots: Snapshots, trainer: Trainer, position: Position) -> Position | None:
+    """Take steps from `position` to the end; returns where to go on from when the run was rolled back, else None."""
+    ranks, recipe = trainer.ranks, start.recipe
+    trainer.tokens, trainer.carried, trainer.skipped = position.tokens, position.carried, position.skipped
+    evaluated = Evaluated()
+    writers = [*_writers(start, position.step), evaluated] if ranks.first else []
+    trainer.guard = _guard(start, ranks, position)
+    loader = _loader(start, start.corpora, ranks, position.step + position.skipped)
+    evaluate = _evaluation(start, trainer, writers)
+    say = partial(_say, ranks)
+
+    def data_state(step: int) -> dict[str, Any]:
+        return loader.state(step + position.skipped)
+
+    callbacks = [
+        Log(writers),
+        evaluate,
+        Checkpoints(recipe.checkpoint, snapshots, trainer, evaluated, data_state, say),
+    ]
+    try:
+        if ranks.from_first(ranks.first and evaluate.owed(_lines(start), position.step)):
+            evaluate.make(position.step)
+        if position.step >= start.until:
+            say(f"nothing to do: {position.step} of {start.until} steps are done")
+        elif not trainer.stop.poll():
+            trainer.run(loader, start.until, callbacks)
+        return None
+    except RollBack as back:
+        return _roll_back(start, snapshots, trainer, back.entry)
     finally:
         loader.close()
         for writer in writers:
             writer.close()
-    return _end(start, ranks, stop)
+
+
+def _guard(start: Start, ranks: Ranks, position: Position) -> Guard:
+    """The guard of a run that goes on from `position`: what it has seen is in the files that tell the run."""
+    seen = None
+    if ranks.first:
+        losses = [line["loss_nats"] for line in _lines(start) if line["kind"] == "train"]
+        seen = ledger.read(start.run_dir, position.step, position.skipped), losses[-start.recipe.guard.spike_window :]
+    entries, losses = ranks.from_first(seen)
+    path = start.run_dir / ledger.FILE if ranks.first else None
+    return Guard(start.recipe.guard, ledger.Ledger(entries, path), losses)
+
+
+def _roll_back(start: Start, snapshots: Snapshots, trainer: Trainer, entry: ledger.Entry) -> Position:
+    """Load the last checkpoint, to go on from there with the data that follows the step in question."""
+    _say(trainer.ranks, f"{entry.cause}: back to the last checkpoint, and on with the data after that step's")
+    before = _newest(start, snapshots, trainer.ranks, scheduled=True)
+    if before is None:
+        trainer.guard.ledger.add(replace(entry, action="stop"))
+        raise DivergedError(f"{entry.cause}, and there is no checkpoint yet to roll back to: that step was not taken")
+    trainer.guard.ledger.add(replace(entry, back_to=before.step))
+    if trainer.ranks.first:
+        abandon(start.run_dir, before.step)
+    # The past of the rows is of data that does not come before what they read now.
+    return replace(before, skipped=entry.data_step - before.step, carried=[])
 
 
 def _end(start: Start, ranks: Ranks, stop: Stop) -> int:
@@ -133,9 +177,22 @@ def _trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceGroup 
     return Trainer(recipe.train, recipe.schedule, engine, ranks, token_bytes, speed, sharing, stop)
 
 
-def _resume(request: Request, start: Start, snapshots: Snapshots, trainer: Trainer, ranks: Ranks) -> int:
-    """Take up the newest valid checkpoint when asked to, or the trunk's; returns the steps already done."""
-    checkpoint, passed_over = snapshots.newest() if request.resume else (None, [])
+def _resume(request: Request, start: Start, snapshots: Snapshots, trainer: Trainer) -> Position:
+    """Take up the newest valid checkpoint when asked to, or the trunk's; else the beginning."""
+    position = _newest(start, snapshots, trainer.ranks, own=request.resume)
+    if position is not None:
+        _loader(start, start.corpora, trainer.ranks).check(position.data)
+        return position
+    if request.resume:
+        _say(trainer.ranks, f"no valid checkpoint in {start.run_dir}: starting at step 0")
+    return Position(step=0, tokens=0, data={}, carried=[])
+
+
+def _newest(
+    start: Start, snapshots: Snapshots, ranks: Ranks, own: bool = True, scheduled: bool = False
+) -> Position | None:
+    """Load the run's own newest valid checkpoint, or else the one that it branches off, or else nothing."""
+    checkpoint, passed_over = snapshots.newest(scheduled) if own else (None, [])
     for reason in passed_over:
         _say(ranks, f"passed over {reason}")
     if checkpoint is not None:
@@ -144,15 +201,11 @@ def _resume(request: Request, start: Start, snapshots: Snapshots, trainer: Train
         position = _branch_off(start, snapshots, ranks)
         checkpoint = origin(start.run_dir, start.recipe).checkpoint
     else:
-        if request.resume:
-            _say(ranks, f"no valid checkpoint in {start.run_dir}: starting at step 0")
-        return 0
-    _loader(start, start.corpora, ranks).check(position.data)
-    trainer.tokens, trainer.carried = position.tokens, position.carried
+        return None
     _say(ranks, f"resumed from step {position.step} of {checkpoint}")
     if change := snapshots.change(checkpoint):
         _say(ranks, f"went {change}")
-    return position.step
+    return position
 
 
 def _branch_off(start: Start, snapshots: Snapshots, ranks: Ranks) -> Position:

@@ -75,7 +75,10 @@ def reasons(held: Sequence[Held], config: CheckpointConfig) -> dict[int, list[st
 
     "weights" alone means that the optimizer's states may go.
     """
-    newest = [one.step for one in held if one.full][: config.keep_last]
+    full = [one.step for one in held if one.full]
+    newest = full[: config.keep_last]
+    # Where the guard would roll the run back to, which must not depend on where it was stopped.
+    newest += [step for step in full if config.scheduled(step)][:1]
     evaluated = [one for one in held if one.full and one.validation_loss is not None]
     best = [one.step for one in sorted(evaluated, key=lambda one: one.validation_loss)[: config.keep_best]]
     return {
@@ -125,6 +128,13 @@ def remove_leavings(run_dir: Path, suffixes: Sequence[str] = (PARTIAL, DELETED))
     """Remove them; nobody may be writing a checkpoint."""
     for path in leavings(run_dir, suffixes):
         shutil.rmtree(path)
+
+
+def abandon(run_dir: Path, step: int) -> None:
+    """Take their names from the checkpoints of more than `step` steps: the run takes those steps again, otherwise."""
+    for path in committed(run_dir):
+        if step_of(path) > step:
+            path.rename(path.with_name(path.name + DELETED))
 
 
 def set_aside(checkpoint: Path) -> None:
