@@ -35,9 +35,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("bst_dist.evaluate.demo", "the whole way in minutes, from text to a trained and evaluated model"),
     "verify": ("bst_dist.verify.command", "check that a recipe's gradients are one process's, however spread"),
     "models": ("bst_dist.plan.models", "list every model at a recipe's sizes: parameters, FLOPs, carried state"),
+    "plan": ("bst_dist.plan.command", "memory, traffic, time and the best layout on a cluster, before a launch"),
     "bench data": ("data_pipeline.commands.bench", "read tokens beside webdataset, litdata and mosaicml-streaming"),
     "bench layers": ("bst_dist.bench.layers", "time a layer of every model beside other people's"),
     "bench parallel": ("bst_dist.plan.bench_parallel", "sequence parallelism against all-to-alls: bytes and time"),
+    "bench plan": ("bst_dist.plan.measure", "plans against measured memory and traffic"),
     "sweep design": (
         "bst_dist.sweep.commands.design",
         "what a sweep would run and could see; refuses confounded grids",

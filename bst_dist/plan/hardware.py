@@ -10,30 +10,15 @@ import time
 
 import torch
 
-# Dense peak in FLOP/s by a part of the device's name, the most special first: (bf16, fp32 outside tensor cores).
-# Vendors' data sheets: NVIDIA H100/H200 (2023), B200 (2024), A100 (2021), L40S (2023), L4 (2023), A10 (2021);
-# AMD MI300X (2023), MI250X (2021; one of its two dies, which is what torch shows as a device).
-PEAKS: dict[str, tuple[float, float]] = {
-    "B200": (2250e12, 75e12),
-    "H200": (989e12, 67e12),
-    "H100 PCIe": (756e12, 51e12),
-    "H100": (989e12, 67e12),
-    "A100": (312e12, 19.5e12),
-    "L40S": (362e12, 91.6e12),
-    "L4": (121e12, 30.3e12),
-    "A10": (125e12, 31.2e12),
-    "MI300X": (1307e12, 163.4e12),
-    "MI250X": (191.5e12, 23.9e12),
-}
+from bst_dist.plan.accelerators import of_device
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Peak FLOP/s of one rank's device in matrix products of `dtype` (bfloat16 or float32)."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for part, (bf16, fp32) in PEAKS.items():
-            if part in name:
-                return bf16 if dtype == torch.bfloat16 else fp32
+        known = of_device(torch.cuda.get_device_name(device))
+        if known:
+            return 1e12 * (known.bf16_tflops if dtype == torch.bfloat16 else known.fp32_tflops)
     return measured_flops(device, dtype)
 
 

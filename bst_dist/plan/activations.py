@@ -1,0 +1,225 @@
+"""Bytes of activations, layer by layer, from the layers themselves.
+
+One layer of each kind runs forward and backward on fake tensors, called the way the training program calls it (its
+activation checkpointing, its autocast, its exchanges with a neighbour), while live tensors are counted. A stack is the
+sum of its layers, so a model of any depth and length is known from a few of them, and no formula drifts from the code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bst_dist.model import attention
+from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.parallel.neighbour import LeftNeighbour
+from bst_dist.parallel.past import Past
+from bst_dist.parallel.rehearsal import Rehearsal
+from bst_dist.plan.live import LiveBytes
+from bst_dist.train.activation import ActivationCheckpointingConfig, policy
+from bst_dist.train.ranks import choose_accelerator
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes of one part of the model, a layer or what stands around the layers, for one micro-batch."""
+
+    kept: int
+    """Between the passes, its input included and its output not."""
+    casts: int
+    """Copies of weights in the autocast's type beyond those, kept to the end of the forward pass."""
+    forward: int
+    """Most at once in the forward pass, of this part alone, its input and output included."""
+    backward: int
+    """Most at once in the backward pass, beyond `kept`; gradients of parameters leave as soon as they are whole."""
+    host: int = 0
+    """Of `kept`, in the host's memory."""
+
+    def __add__(self, other: Part) -> Part:
+        return self._with(other, lambda a, b: a + b)
+
+    def scaled(self, factor: int) -> Part:
+        """Every figure times `factor`."""
+        return self._with(self, lambda a, _: factor * a)
+
+    def _with(self, other: Part, combine: Callable[[int, int], int]) -> Part:
+        return Part(**{name: combine(value, getattr(other, name)) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What one rank computes at once."""
+
+    rows: int
+    length: int
+    """Tokens of a slice, l = L / sp."""
+    sp: int = 1
+
+
+class Activations:
+    """The parts of one model, each rehearsed once.
+
+    Args:
+        model: with its vocabulary.
+        fused: sliding attention by a fused kernel, as on a GPU; otherwise as this machine computes it.
+    """
+
+    def __init__(self, model: ModelConfig, bf16: bool, isolated: bool = False, fused: bool = True) -> None:
+        self.model, self.bf16, self.isolated, self.fused = model, bf16, isolated, fused
+        self._known: dict[Any, Part] = {}
+
+    def layer(self, mixer: str, checkpointing: ActivationCheckpointingConfig, slice_: Slice, zero3: bool) -> Part:
+        """One layer; all policies of the checkpointing that rerun it alike are rehearsed once. Memory is affine in the
+        rows, so larger micro-batches follow from those of one and two."""
+        if slice_.rows > 2:
+            one, two = (self.layer(mixer, checkpointing, self._of(slice_, rows), zero3) for rows in (1, 2))
+            return two.scaled(slice_.rows - 1) + one.scaled(-(slice_.rows - 2))
+        alike = checkpointing.policy.replace("every-kth-layer", "every-layer")
+        return self._once((mixer, alike, slice_, zero3), lambda: self._layer(mixer, checkpointing, slice_, zero3))
+
+    def whole(self, slice_: Slice) -> int:
+        """Bytes of one micro-batch that all layers make for the backward pass, when nothing is run again."""
+        nothing = ActivationCheckpointingConfig()
+        return sum(self.layer(mixer, nothing, slice_, zero3=False).kept for mixer in self.model.mixers())
+
+    def head(self, slice_: Slice) -> Part:
+        """Everything but the layers: the final norm, the head and the loss."""
+        return self._once(("head", slice_), lambda: self._head(slice_))
+
+    @staticmethod
+    def _of(slice_: Slice, rows: int) -> Slice:
+        return Slice(rows, slice_.length, slice_.sp)
+
+    def _once(self, key: Any, rehearse: Callable[[], Part]) -> Part:
+        if key not in self._known:
+            self._known[key] = rehearse()
+        return self._known[key]
+
+    def _layer(self, mixer: str, checkpointing: ActivationCheckpointingConfig, slice_: Slice, zero3: bool) -> Part:
+        one = {"depth": 1, "mixer": mixer, "placement": "all", "vocab_size": 1}
+        with self._stage(zero3) as live:
+            layer = LanguageModel(self.model.model_copy(update=one)).layers[0]
+            starts = torch.zeros(slice_.rows, slice_.length // self.model.block, dtype=torch.bool)
+            inputs = (past_of(slice_), starts if self.isolated else None)
+            checkpoint = policy(checkpointing, [layer])
+            call = (lambda x: layer(x, *inputs)) if checkpoint is None else (lambda x: checkpoint(layer, x, *inputs))
+            host = getattr(checkpoint, "host", None)
+            shape = (slice_.rows, slice_.length, self.model.width)
+            return _run(live, layer, shape, call, lambda: host.bytes if host else 0, self._autocast)
+
+    def _head(self, slice_: Slice) -> Part:
+        with self._stage(zero3=False) as live:
+            one = {"depth": 1, "mixer": "sliding", "placement": "all"}
+            model = LanguageModel(self.model.model_copy(update=one))
+            model.layers[0] = stand_in = _StandIn()
+            ids = torch.zeros(slice_.rows, slice_.length, dtype=torch.long)
+            shape = (slice_.rows, slice_.length, self.model.width)
+
+            def call(x: Tensor) -> Tensor:
+                stand_in.output = x
+                return model(ids, ids).total
+
+            return _run(live, model, shape, call, lambda: 0, self._autocast)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+
+    @contextmanager
+    def _stage(self, zero3: bool) -> Iterator[LiveBytes]:
+        live = LiveBytes()
+        with ExitStack() as stack:
+            if self.fused:
+                stack.enter_context(patch.object(attention, "sliding_attention", _fused_attention))
+            if zero3:  # DeepSpeed puts this in the place of torch's, for the whole process
+                choose_accelerator()
+                from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+                stack.enter_context(patch.object(nn.functional, "linear", zero3_linear_wrap))
+            stack.enter_context(FakeTensorMode())
+            stack.enter_context(live)
+            yield live
+
+
+def past_of(slice_: Slice) -> Past:
+    """The past of a slice with neighbours on both sides, if it has any."""
+    return LeftNeighbour(Rehearsal(slice_.sp // 2, slice_.sp), slice_.length) if slice_.sp > 1 else Past()
+
+
+def _run(live: LiveBytes, module: nn.Module, shape: tuple[int, ...], call: Callable[[Tensor], Tensor],
+         host: Callable[[], int], autocast: Callable[[], Any]) -> Part:  # fmt: skip
+    """`call` forward and backward. Nobody but autograd holds its input, its output and their gradients."""
+    for parameter in module.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    anchor = torch.zeros(1, requires_grad=True)
+    before = live.mark()
+    with autocast():
+        end = _Sink.apply(call(_Source.apply(anchor, shape)))
+        inside = live.now
+    forward, kept, away = live.peak, live.now, host()
+    live.mark()
+    end.backward()
+    return Part(
+        kept=kept - before, casts=inside - kept, forward=forward - before, backward=live.peak - kept, host=away
+    )  # fmt: skip
+
+
+class _Source(torch.autograd.Function):
+    """A layer's input, out of nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return anchor.new_empty(shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        return gradient.new_zeros(1), None
+
+
+class _Sink(torch.autograd.Function):
+    """The end of a layer's output, and the beginning of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.of = (x.shape, x.dtype)
+        return x.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        shape, dtype = ctx.of
+        return gradient.new_empty(shape, dtype=dtype)
+
+
+class _StandIn(nn.Module):
+    """In the place of all layers: gives what it was told to."""
+
+    output: Tensor
+
+    def forward(self, *_: Any) -> Tensor:
+        output, self.output = self.output, None
+        return output
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What a fused kernel keeps and makes: inputs, output and a sum a query; gradients of the three inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32), bias)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        q, k, v, _, _, bias = ctx.saved_tensors
+        return *(torch.empty_like(x) for x in (q, k, v)), None if bias is None else torch.empty_like(bias)
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, *_: Any) -> Tensor:
+    return _FusedAttention.apply(q, k.to(q.dtype), v.to(q.dtype), bias)

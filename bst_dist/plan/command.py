@@ -1,0 +1,95 @@
+"""Plan a recipe on a cluster: what fits, what is best, how long it takes and what goes over which link.
+
+    bst plan launch/recipes/paper/small-bst-sh.yaml --nodes 1 --gpus-per-node 8 --gpu h100-80gb
+    bst plan launch/recipes/bst-7b.yaml --nodes 1 8 64 --lengths 4096 65536 1048576
+
+Nothing is launched and no weight is made: layers run on tensors without storage. With several numbers of nodes, or
+with --lengths, a table of the best plan for each; a step keeps its number of tokens, so it has fewer sequences where
+they are longer. Seconds are a model's, and have been measured on no GPU; docs/plan.md says what they rest on.
+
+`--accelerators FILE` adds devices of your own, in the form of bst_dist/plan/accelerators.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bst_dist.config import Recipe, load_recipe, with_vocabulary
+from bst_dist.plan.accelerators import accelerator
+from bst_dist.plan.activations import Activations
+from bst_dist.plan.report import describe, show, show_table
+from bst_dist.plan.search import Candidate, PlanError, Planner
+from bst_dist.plan.speed import Cluster
+from data_pipeline.config import ConfigError, parse
+from data_pipeline.errors import UserError
+from data_pipeline.loader import open_corpora
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Command-line options."""
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe, YAML")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1], metavar="N", help="nodes (default 1)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="accelerators of a node (default 8)")
+    parser.add_argument("--gpu", default="h100-80gb", metavar="NAME", help="what they are (default h100-80gb)")
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="L", help="sequence lengths in tokens, for a table")
+    parser.add_argument("--accelerators", type=Path, metavar="FILE", help="accelerators of your own, YAML")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Print the plan, or the table of plans; fails when a single plan does not fit."""
+    recipe = load_recipe(args.recipe, args.overrides)
+    if recipe.model.vocab_size is None:
+        recipe = with_vocabulary(recipe, open_corpora(recipe.data))
+    device = accelerator(args.gpu, args.accelerators)
+    if min(*args.nodes, args.gpus_per_node) < 1:
+        raise PlanError("--nodes and --gpus-per-node: at least 1 of each")
+    clusters = [Cluster(nodes, args.gpus_per_node, device) for nodes in args.nodes]
+    if len(clusters) == 1 and not args.lengths:
+        planner = Planner(recipe, clusters[0])
+        best = planner.best()
+        show(Console(), args, planner, best)
+        return {"passed": best.fits, "fits": best.fits, "recipe": recipe.name, **describe(planner, best)}
+    rows = list(_table(recipe, clusters, args.lengths or [recipe.train.sequence_length]))
+    show_table(Console(), recipe, device, rows)
+    return {"recipe": recipe.name, "plans": [_entry(*row) for row in rows]}
+
+
+Row = tuple[Cluster, Recipe, Planner | None, Candidate | str]
+
+
+def _table(recipe: Recipe, clusters: list[Cluster], lengths: list[int]) -> list[Row]:
+    """The best plan of each cluster and length, or why there is none."""
+    rows: list[Row] = []
+    activations: Activations | None = None
+    for length in lengths:
+        longer = _of_length(recipe, length)
+        for cluster in clusters:
+            planner = Planner(longer, cluster, activations)
+            activations = planner.activations
+            try:
+                rows.append((cluster, longer, planner, planner.best()))
+            except UserError as error:
+                rows.append((cluster, longer, None, str(error)))
+    return rows
+
+
+def _of_length(recipe: Recipe, length: int) -> Recipe:
+    """The recipe with sequences of that length and as many tokens a step, or one sequence if that is more."""
+    tokens = recipe.train.sequences * recipe.train.sequence_length
+    data = recipe.model_dump()
+    data["train"] |= {"sequence_length": length, "sequences": max(1, round(tokens / length)), "micro_sequences": 1}
+    data["parallel"] = {"sp": 1}
+    if length % recipe.model.block:
+        near = max(1, round(length / recipe.model.block)) * recipe.model.block
+        raise ConfigError(f"--lengths {length}: not a multiple of model.block {recipe.model.block}: nearest is {near}")
+    return parse(Recipe, data, f"length {length}")
+
+
+def _entry(cluster: Cluster, recipe: Recipe, planner: Planner | None, best: Candidate | str) -> dict[str, Any]:
+    key = {"nodes": cluster.nodes, "gpus": cluster.world, "sequence_length_tokens": recipe.train.sequence_length}
+    return key | ({"impossible": best} if isinstance(best, str) else describe(planner, best))

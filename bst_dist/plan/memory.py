@@ -1,0 +1,156 @@
+"""The memory of one rank: the most of all phases of a step, by class.
+
+Phases follow the step: forward through every layer, the head and its loss, backward through every layer, the embedding,
+the reduction of the gradients, the update. The last micro-batch of a step has most, for it finds the gradients of those
+before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bst_dist.plan.activations import Activations, Part, Slice
+from bst_dist.plan.gathering import Gathered, gather
+from bst_dist.plan.zero import WORD, Sizes, States, Strategy, states
+from bst_dist.train.activation import ActivationCheckpointingConfig
+
+INPUT_BYTES = 17
+"""Of a token: its id and its label in 64 bits, and its mask."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rank does in a step, and under which strategy."""
+
+    strategy: Strategy
+    world: int
+    slice: Slice
+    accumulation: int
+    """Micro-batches of a step."""
+    checkpointing: ActivationCheckpointingConfig
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a step."""
+
+    phase: str
+    """Where the peak is."""
+    weights: int
+    optimizer: int
+    gradients: int
+    activations: int
+    """Kept between the passes, and what the layer at work has beside that; copies of weights for it included."""
+    loss: int
+    """The head's part: tiles of logits, and the gradients made of them."""
+    buffers: int
+    """ZeRO's: buckets, copies in them, gathered weights."""
+    host: int = 0
+    """In the host's memory, beside all that."""
+
+    @property
+    def total(self) -> int:
+        """On the device."""
+        return sum(self.classes().values())
+
+    def classes(self) -> dict[str, int]:
+        """Bytes on the device by class."""
+        names = ("weights", "optimizer", "gradients", "activations", "loss", "buffers")
+        return {name: getattr(self, name) for name in names}
+
+
+def memory(sizes: Sizes, mixers: list[str], activations: Activations, work: Work) -> Memory:
+    """The peak of a step with these layers."""
+    return max(_Step(sizes, mixers, activations, work).phases(), key=lambda phase: phase.total)
+
+
+class _Step:
+    """One micro-batch, the last one of a step, phase by phase."""
+
+    def __init__(self, sizes: Sizes, mixers: list[str], activations: Activations, work: Work) -> None:
+        self.sizes, self.work = sizes, work
+        self.state: States = states(sizes, work.strategy, work.world, work.accumulation)
+        rerun = [work.checkpointing.runs_again(index) for index in range(len(mixers))]
+        self.layers = [_layer(activations, mixer, again, work) for mixer, again in zip(mixers, rerun, strict=True)]
+        self.head = activations.head(work.slice)
+        none = (0,) * len(mixers)
+        self.gathered = Gathered(none, none, 0, 0)
+        if work.strategy.stage == 3 and work.world > 1:
+            self.gathered = gather(sizes, work.strategy, rerun)
+        tokens = work.slice.rows * work.slice.length
+        self.inputs = INPUT_BYTES * tokens
+        self.residual = WORD * tokens * activations.model.width
+        self.tied = WORD * sizes.embedding
+
+    def phases(self) -> Iterator[Memory]:
+        yield from self._forward()
+        yield from self._backward()
+        reducing = self.state.buckets + self.state.reducing
+        yield self._phase("gradient reduction", self._gradients(self.sizes.total), 0, buffers=reducing)
+        stage = self.work.strategy.stage
+        gradients = self.state.gradients if stage in (0, 3) else 0  # in stages 1 and 2 `updating` has them
+        buffers = (self.state.buckets if stage == 3 else 0) + self.state.updating
+        yield self._phase("update", gradients, 0, buffers=buffers)
+
+    def _forward(self) -> Iterator[Memory]:
+        earlier, bucket = self._earlier()
+        before = casts = 0
+        for index, (part, whole) in enumerate(zip(self.layers, self.gathered.forward, strict=True)):
+            activations = before + casts + part.forward
+            yield self._phase(f"forward of layer {index}", earlier, activations, buffers=bucket + whole)
+            before, casts = before + part.kept, casts + part.casts
+        whole = bucket + self.gathered.between
+        yield self._phase("loss", earlier, before + casts, self.head.forward, whole)
+        yield self._phase("backward of the loss", earlier, before, self.head.kept + self.head.backward, whole)
+
+    def _backward(self) -> Iterator[Memory]:
+        produced, kept = self.sizes.rest, sum(part.kept for part in self.layers)
+        for index in reversed(range(len(self.layers))):
+            part = self.layers[index]
+            produced += sum(self.sizes.layers[index])
+            buffers = self.state.buckets + self._flush(produced) + self.gathered.backward[index]
+            gradients = self._gradients(produced) + self.tied
+            yield self._phase(f"backward of layer {index}", gradients, kept + part.backward, buffers=buffers)
+            kept -= part.kept
+        gradients = self._gradients(produced) + 2 * self.tied
+        yield self._phase("embedding", gradients, self.residual, buffers=self.state.buckets + self._flush(produced))
+
+    def _earlier(self) -> tuple[int, int]:
+        """Gradients and buckets that the forward pass of the last micro-batch finds."""
+        stage, more = self.work.strategy.stage, self.work.accumulation > 1
+        if stage == 3:
+            return self.state.gradients, self.state.buckets
+        if stage == 2:
+            return (self.state.gradients // 2 if more else 0), 0
+        return (self.state.gradients, self.state.buckets) if more else (0, 0)
+
+    def _gradients(self, produced: int) -> int:
+        """Bytes of gradients in the last backward pass, when so many elements have theirs."""
+        stage, earlier = self.work.strategy.stage, self._earlier()[0]
+        if stage == 3:
+            return earlier
+        if stage == 2:
+            return self.state.gradients if produced > self.work.strategy.reduce_bucket_size else earlier
+        return earlier or WORD * produced
+
+    def _flush(self, produced: int) -> int:
+        """The copy that is made of a full bucket, once one was full."""
+        eager = self.work.strategy.stage >= 2 and produced > self.work.strategy.reduce_bucket_size
+        return self.state.reducing if eager else 0
+
+    def _phase(self, name: str, gradients: int, activations: int, loss: int = 0, buffers: int = 0) -> Memory:
+        host = sum(part.host for part in self.layers)
+        return Memory(
+            phase=name, weights=self.state.weights, optimizer=self.state.master + self.state.moments,
+            gradients=gradients, activations=activations + self.inputs, loss=loss, buffers=buffers, host=host,
+        )  # fmt: skip
+
+
+def _layer(activations: Activations, mixer: str, again: bool, work: Work) -> Part:
+    checkpointing = work.checkpointing if again else ActivationCheckpointingConfig()
+    part = activations.layer(mixer, checkpointing, work.slice, zero3=work.strategy.stage == 3)
+    if not (activations.fused and part.host):
+        return part
+    # On an accelerator what lies in the host's memory is not on the device; the one needed next is on its way back.
+    return Part(part.kept - part.host, part.casts, part.forward, part.backward + part.host, part.host)

@@ -1,0 +1,188 @@
+"""The best way to spread a recipe over a cluster: ZeRO stage, sp, micro-batch and activation checkpointing.
+
+Best is the shortest step among what fits. Checkpointing policies are tried from the one that computes least again; a
+sequence is spread over more ranks only where fewer do not do, and ZeRO-3 taken only where no lower stage fits: both add
+messages, many of them small, which the model of time takes too lightly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from bst_dist.config import Recipe, deepspeed_file
+from bst_dist.parallel.neighbour import SequenceParallelError
+from bst_dist.plan.activations import Activations, Slice
+from bst_dist.plan.fakes import sizes_of
+from bst_dist.plan.memory import Memory, Work, memory
+from bst_dist.plan.speed import Cluster, Moved, Speed, share_rerun, speed
+from bst_dist.plan.traffic import sequence_traffic, zero_traffic
+from bst_dist.plan.zero import Strategy
+from data_pipeline.errors import UserError
+
+RESERVED_BYTES = 3e9
+"""Of a device's memory, for the driver's context, the communication library and the matrix library's workspace."""
+FRAGMENTATION = 0.08
+"""Of activations and buffers, what the caching allocator loses in holes."""
+POLICIES = ("none", "selective", "every-kth-layer", "every-layer", "offload")
+MOST_ROWS = 16
+"""Sequences of a micro-batch that are tried at most: beyond, nothing is gained."""
+STAGES = (0, 1, 2, 3)
+
+
+class PlanError(UserError):
+    """A recipe that cannot be spread over so many ranks in any way."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way, with what it takes."""
+
+    work: Work
+    memory: Memory
+    traffic: dict[str, float]
+    """Bytes of gradients and weights that a rank sends in a step, by kind."""
+    between: dict[str, int]
+    """The same between the ranks of a sequence, by what is sent."""
+    speed: Speed
+    limit: float
+    """Bytes that a device has."""
+
+    @property
+    def needed(self) -> float:
+        """Bytes of a device that it takes, what is lost to the allocator and to libraries included."""
+        moving = self.memory.activations + self.memory.loss + self.memory.buffers
+        return self.memory.total + FRAGMENTATION * moving + RESERVED_BYTES
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device has as much."""
+        return self.needed <= self.limit
+
+
+class Planner:
+    """Ways to spread one recipe over one cluster.
+
+    Args:
+        activations: those of another planner for the same model and precision, to rehearse nothing twice.
+    """
+
+    def __init__(self, recipe: Recipe, cluster: Cluster, activations: Activations | None = None) -> None:
+        self.recipe, self.cluster, self.model = recipe, cluster, recipe.model
+        self.bf16, self.isolated = recipe.train.precision == "bf16", recipe.data.documents == "isolated"
+        self.activations = activations or Activations(self.model, self.bf16, self.isolated)
+        self.strategies = _strategies(recipe)
+        self._between: dict[tuple, dict[str, int]] = {}
+
+    @cached_property
+    def sizes(self):
+        """Of the model's parameters."""
+        return sizes_of(self.model)
+
+    def degrees(self) -> list[int]:
+        """Every sp that divides the ranks, the sequence and the step's sequences; raises PlanError if there is none."""
+        train, world, block = self.recipe.train, self.cluster.world, self.model.block
+        found = [
+            sp for sp in range(1, world + 1)
+            if world % sp == 0 and train.sequence_length % (block * sp) == 0 and train.sequences % (world // sp) == 0
+        ]  # fmt: skip
+        if found:
+            return found
+        blocks = train.sequences * train.sequence_length // block
+        if blocks < world:
+            raise PlanError(
+                f"{world} ranks, and a step has {blocks} blocks of {block} tokens (train.sequences {train.sequences} x "
+                f"train.sequence_length {train.sequence_length}): a rank needs one at least. Use at most {blocks} "
+                f"ranks, or {-(-world * block // train.sequence_length)} sequences or more"
+            )
+        raise PlanError(
+            f"no sp divides {world} ranks, {train.sequence_length // block} blocks of a sequence and leaves dp that "
+            f"divides {train.sequences} sequences a step (train.sequences): a power of two for each always works"
+        )
+
+    def micro_batches(self, sp: int) -> list[int]:
+        """Sequences that a rank may take at once, from few to many."""
+        rows = self.recipe.train.sequences * sp // self.cluster.world
+        return [rows_at_once for rows_at_once in range(1, min(rows, MOST_ROWS) + 1) if rows % rows_at_once == 0]
+
+    def candidate(self, stage: int, sp: int, rows: int, policy: str) -> Candidate:
+        """One way; raises SequenceParallelError if a layer cannot be spread over sp ranks."""
+        train, cluster = self.recipe.train, self.cluster
+        checkpointing = self.recipe.activation_checkpointing.model_copy(update={"policy": policy})
+        accumulation = train.sequences * sp // (cluster.world * rows)
+        part = Slice(rows, train.sequence_length // sp, sp)
+        work = Work(self.strategies[stage], cluster.world, part, accumulation, checkpointing)
+        again = [checkpointing.runs_again(index) for index in range(self.model.depth)]
+        between = self._sequence(work)
+        traffic = zero_traffic(self.sizes, work, again)
+        needs = memory(self.sizes, self.model.mixers(), self.activations, work)
+        touched = self.activations.whole(part)
+        updated = self.sizes.total / (cluster.world if stage else 1)
+        seconds = speed(self.model, work, Moved(touched, needs.host, updated), traffic, between, cluster, self.bf16)
+        return Candidate(work, needs, traffic, between, seconds, 1e9 * cluster.accelerator.memory_gb)
+
+    def best(self) -> Candidate:
+        """The fastest way that fits; if none does, the one that is least too large."""
+        best: Candidate | None = None
+        closest: Candidate | None = None
+        for policy in POLICIES:
+            if best is not None and self._settled(best, policy):
+                break
+            for sp in self.degrees():
+                try:
+                    found = list(self._with(sp, policy))
+                except SequenceParallelError:
+                    if best is None and closest is None and sp == self.degrees()[-1]:
+                        raise
+                    continue
+                fitting = [way for way in found if way.fits]
+                closest = min([*found, *([closest] if closest else [])], key=lambda way: way.needed)
+                if fitting:
+                    best = min([*fitting, *([best] if best else [])], key=_preference)
+                    break
+        return best or closest
+
+    def _with(self, sp: int, policy: str) -> Iterator[Candidate]:
+        """Every micro-batch and stage; ZeRO-3 only for the smallest micro-batch, and if nothing else fits."""
+        fits = False
+        for rows in self.micro_batches(sp):
+            ways = [self.candidate(stage, sp, rows, policy) for stage in STAGES[:3]]
+            fits |= any(way.fits for way in ways)
+            yield from ways
+            if not any(way.fits for way in ways):
+                break
+        if not fits and self.cluster.world > 1:
+            yield from (self.candidate(3, sp, rows, policy) for rows in self.micro_batches(sp))
+
+    def _settled(self, best: Candidate, policy: str) -> bool:
+        """Whether no way under `policy`, or one that runs more again, can be faster."""
+        if best.work.strategy.stage < 3 and best.work.slice.sp == self.degrees()[0]:
+            return True
+        checkpointing = best.work.checkpointing.model_copy(update={"policy": policy})
+        again = share_rerun(checkpointing, self.model.depth) * best.speed.compute / 3
+        return best.speed.compute + 0.9 * again >= best.speed.total  # a ninth or less of the forward pass is the head
+
+    def _sequence(self, work: Work) -> dict[str, int]:
+        key = (work.slice, work.accumulation, work.checkpointing.policy)
+        if key not in self._between:
+            self._between[key] = sequence_traffic(self.model, work, self.bf16, self.isolated)
+        return self._between[key]
+
+
+def _preference(way: Candidate) -> tuple[float, int, int]:
+    """Time first, to a hundredth; then the larger micro-batch, for the kernels; then the lower stage."""
+    return (float(f"{way.speed.total:.2g}"), -way.work.slice.rows, way.work.strategy.stage)
+
+
+def _strategies(recipe: Recipe) -> dict[int, Strategy]:
+    """One a stage: the recipe's own file for its stage, the shipped ones for the others."""
+    found = {}
+    for stage in STAGES:
+        name = f"ds_configs/zero{stage}.json"
+        path = deepspeed_file(recipe.model_copy(update={"deepspeed": name}))
+        found[stage] = Strategy.read(path, name)
+    own = Strategy.read(deepspeed_file(recipe), recipe.deepspeed)
+    if own.offloads:
+        raise PlanError(f"{recipe.deepspeed}: offloading parameters or the optimizer is not planned for")
+    return found | {own.stage: own}

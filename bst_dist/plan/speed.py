@@ -1,0 +1,161 @@
+"""How long a step takes: a roofline with stated efficiencies. Nothing of it has been measured on a GPU.
+
+Matrix products run at a fraction of their peak, the SSM in single precision at a fraction of its own, and all that is
+kept between the passes goes to memory and back a few times. What DeepSpeed reduces or gathers while the backward pass
+runs costs only what outlasts that pass; everything else that is sent is waited for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bst_dist.model.lm import ModelConfig
+from bst_dist.plan.accelerators import Accelerator
+from bst_dist.plan.flops import forward_flops
+from bst_dist.plan.memory import Work
+from bst_dist.plan.traffic import GATHER
+from bst_dist.train.activation import ActivationCheckpointingConfig
+
+MATMUL_EFFICIENCY = 0.5
+"""Of the dense peak, that the matrix products of a well-sized layer reach."""
+SINGLE_EFFICIENCY = 0.3
+"""Of the single-precision peak, that the SSM's small batched products reach."""
+MEMORY_EFFICIENCY = 0.8
+LINK_EFFICIENCY = 0.8
+"""Of a link's rate, that large messages reach."""
+ACTIVATION_PASSES = 4
+"""Times that a byte made for the backward pass is written or read: made, read once more forward, twice backward."""
+UPDATE_BYTES = 44
+"""Of a parameter of a rank's share in the update: gradient, moments, copy and weight, read and written."""
+HOST_GBS = 25.0
+"""To the host's memory and back, 10^9 bytes a second: PCIe 4 x16 or better."""
+SELECTIVE_RERUN = 0.5
+"""Of a layer's forward pass, what the selective policy computes again: the wide products of its feed-forward network
+and what is not a product."""
+LATENCY_S = 20e-6
+"""Of one message between ranks of a sequence."""
+SINGLE_PRECISION = ("ssm", "fft")
+"""Terms that are not computed in bfloat16."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Equal nodes of equal devices."""
+
+    nodes: int
+    per_node: int
+    accelerator: Accelerator
+
+    @property
+    def world(self) -> int:
+        """Ranks."""
+        return self.nodes * self.per_node
+
+    def split(self, sent: float) -> tuple[float, float]:
+        """What a rank sends in collectives of all ranks: inside its node, and to another one. Rings go through every
+        device of a node before they leave it, each by another device's network port."""
+        if self.nodes == 1:
+            return sent, 0.0
+        return sent * (self.per_node - 1) / self.per_node, sent / self.per_node
+
+    def seconds(self, inside: float, between: float) -> float:
+        """For bytes that go over both kinds of link at once."""
+        rates = (self.accelerator.in_node_gbs, self.accelerator.between_nodes_gbs)
+        return max(sent / (rate * 1e9 * LINK_EFFICIENCY) for sent, rate in zip((inside, between), rates, strict=True))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of one step, by what they go to."""
+
+    compute: float
+    rerun: float
+    """Running layers again, under activation checkpointing."""
+    memory: float
+    """Beyond the arithmetic: activations to memory and back, and the update."""
+    exposed: float
+    """Waiting for gradients and weights that did not hide behind the backward pass."""
+    sequence: float
+    """Waiting for messages between the ranks of a sequence."""
+    offload: float
+    """Waiting for activations from the host's memory."""
+    flops: float
+    """Of the model, of all ranks in a step: forward and backward, without rerunning."""
+
+    @property
+    def total(self) -> float:
+        """Of the step."""
+        return self.compute + self.rerun + self.memory + self.exposed + self.sequence + self.offload
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What a rank moves to and from memory."""
+
+    activations: int
+    """Bytes that one micro-batch makes for its backward pass, were nothing run again."""
+    host: int
+    """Bytes of one micro-batch that go to the host's memory and back."""
+    updated: float
+    """Parameters that the rank updates."""
+
+
+def speed(model: ModelConfig, work: Work, moved: Moved, traffic: dict[str, float], between: dict[str, int],
+          cluster: Cluster, bf16: bool) -> Speed:  # fmt: skip
+    """Of one step.
+
+    Args:
+        traffic: bytes of gradients and weights that a rank sends in a step.
+        between: the same for messages between the ranks of a sequence.
+    """
+    device, part = cluster.accelerator, work.slice
+    tokens = part.rows * part.length * work.accumulation
+    forward, layers_only = _forward_seconds(model, part.length * part.sp, tokens, device, bf16)
+    rerun = layers_only * share_rerun(work.checkpointing, model.depth)
+    passes = ACTIVATION_PASSES + share_rerun(work.checkpointing, model.depth)
+    to_memory = passes * moved.activations * work.accumulation + UPDATE_BYTES * moved.updated
+    hidden = 2 * forward + rerun if work.strategy.overlap_comm else 0.0
+    waits = {kind: cluster.seconds(*cluster.split(sent)) for kind, sent in traffic.items()}
+    late = sum(waits.values())
+    if work.strategy.overlap_comm:
+        hideable = late if work.strategy.stage == 3 else late - waits.get(GATHER, 0.0)
+        late = max(hideable - hidden, 0.0) + late - hideable
+    return Speed(
+        compute=3 * forward,
+        rerun=rerun,
+        memory=to_memory / (device.memory_gbs * 1e9 * MEMORY_EFFICIENCY),
+        exposed=late,
+        sequence=_sequence_seconds(between, work, cluster, model.depth),
+        offload=max(0.0, 2 * moved.host * work.accumulation / (HOST_GBS * 1e9) - 2 * forward - rerun),
+        flops=3 * sum(forward_flops(model, part.length * part.sp).values()) * tokens * cluster.world,
+    )
+
+
+def share_rerun(checkpointing: ActivationCheckpointingConfig, depth: int) -> float:
+    """Of the layers' forward pass, what is computed again in the backward pass."""
+    again = sum(checkpointing.runs_again(index) for index in range(depth)) / depth
+    return again * (SELECTIVE_RERUN if checkpointing.policy == "selective" else 1.0)
+
+
+def _forward_seconds(
+    model: ModelConfig, length: int, tokens: int, device: Accelerator, bf16: bool
+) -> tuple[float, float]:
+    """Of one rank's forward passes in a step; and of the layers alone."""
+    fast = 1e12 * (device.bf16_tflops if bf16 else device.fp32_tflops) * MATMUL_EFFICIENCY
+    slow = 1e12 * device.fp32_tflops * SINGLE_EFFICIENCY
+    seconds = {
+        term: tokens * flops / (slow if term in SINGLE_PRECISION else fast)
+        for term, flops in forward_flops(model, length).items()
+    }
+    return sum(seconds.values()), sum(seconds.values()) - seconds["head"]
+
+
+def _sequence_seconds(between: dict[str, int], work: Work, cluster: Cluster, depth: int) -> float:
+    """The rank that waits longest has its neighbour on another node, when a sequence lies on several."""
+    if not between:
+        return 0.0
+    spans = work.slice.sp > cluster.per_node
+    device = cluster.accelerator
+    rate = (device.between_nodes_gbs if spans else device.in_node_gbs) * 1e9 * LINK_EFFICIENCY
+    messages = len(between) * depth * work.accumulation
+    return sum(between.values()) / rate + messages * LATENCY_S

@@ -1,0 +1,60 @@
+"""What one rank sends in a step, by kind.
+
+A ring is assumed for the collectives of all ranks, as backends do it for large messages: an all-reduce passes every
+byte on twice, a gather and a reduce-scatter once. `sent` says so for a call, planned or observed, so both are counted
+alike.
+"""
+
+from __future__ import annotations
+
+from bst_dist.model.lm import ModelConfig
+from bst_dist.plan.gathering import gather
+from bst_dist.plan.memory import Work
+from bst_dist.plan.rehearse import rehearse
+from bst_dist.plan.zero import ALIGNMENT, WORD, Sizes
+
+REDUCE, GATHER, SCATTER = "gradients: all-reduce", "weights: all-gather", "gradients: reduce-scatter"
+
+
+def sent(kind: str, whole: float, ranks: int) -> float:
+    """Bytes that one of `ranks` sends in a collective over `whole` bytes: all that is reduced, or gathered."""
+    rounds = {REDUCE: 2, GATHER: 1, SCATTER: 1}[kind]
+    return rounds * whole * (ranks - 1) / ranks
+
+
+def zero_traffic(sizes: Sizes, work: Work, rerun: list[bool]) -> dict[str, float]:
+    """Of one step, for gradients and weights; norms and flags, a few bytes a step, are left out."""
+    stage, world, micro_batches = work.strategy.stage, work.world, work.accumulation
+    if world == 1:
+        return {}
+    if stage < 3:
+        times = micro_batches if stage == 2 else 1
+        found = {REDUCE: sent(REDUCE, times * WORD * sizes.total, world)}
+        flat = sum(-(-sum(group) // (ALIGNMENT * world)) * ALIGNMENT * world for group in sizes.groups)
+        return found | ({GATHER: sent(GATHER, WORD * flat, world)} if stage else {})
+    threshold = work.strategy.param_persistence_threshold
+    whole = sum(p for group in sizes.groups for p in group if p <= threshold)
+    gathered = micro_batches * gather(sizes, work.strategy, rerun).received_elements + whole
+    return {
+        SCATTER: sent(SCATTER, micro_batches * WORD * sizes.total, world),
+        GATHER: sent(GATHER, WORD * gathered, world),
+    }
+
+
+def sequence_traffic(model: ModelConfig, work: Work, bf16: bool, isolated: bool) -> dict[str, int]:
+    """Of one step, between the ranks of a sequence, for a rank with neighbours on both sides, by what is sent.
+
+    Raises SequenceParallelError when a layer cannot be computed in slices of this length.
+    """
+    part = work.slice
+    if part.sp == 1:
+        return {}
+    total: dict[str, int] = {}
+    mixers = model.mixers()
+    for mixer in dict.fromkeys(mixers):
+        one = model.model_copy(update={"depth": 1, "mixer": mixer, "placement": "all"})
+        again = [work.checkpointing.runs_again(index) for index, name in enumerate(mixers) if name == mixer]
+        for kind, count in rehearse(one, part.sp, part.rows, part.length, bf16, isolated).items():
+            passes = len(again) + (0 if kind.endswith(" gradient") else sum(again))
+            total[kind] = total.get(kind, 0) + passes * count * work.accumulation
+    return total

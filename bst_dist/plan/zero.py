@@ -1,0 +1,182 @@
+"""What DeepSpeed's ZeRO holds on a rank and sends, by stage, as version 0.19 does it.
+
+Everything is in single precision here: parameters, the optimizer's copy of its share, moments, gradients. Read from
+`deepspeed/runtime/zero/stage_1_and_2.py`, `stage3.py` and `partitioned_param_coordinator.py`, and held against what
+those allocate and send in practice by `bst bench plan`. Three things are not as the papers say: stages 1 and 2 reduce
+gradients by all-reduces of buckets rather than by reduce-scatters, stages 1 to 3 keep a second copy of a rank's share
+of the weights, and stage 3 keeps gathered weights that are used again soon.
+
+Shapes: N parameters, W ranks, P = N / W the share of one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bst_dist.model.lm import LanguageModel
+
+WORD = 4
+"""Bytes of a number in single precision."""
+ALIGNMENT = 2
+"""Elements that every rank's share of a flat group of parameters is a multiple of (stages 1 and 2)."""
+PLAIN_BUCKET = 500_000_000
+"""Elements that are reduced at once without ZeRO."""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """The part of a DeepSpeed file that decides memory and traffic; defaults are DeepSpeed's."""
+
+    name: str
+    stage: int
+    reduce_bucket_size: int = 500_000_000
+    overlap_comm: bool = False
+    prefetch_bucket_size: int = 50_000_000
+    param_persistence_threshold: int = 100_000
+    max_reuse_distance: int = 1_000_000_000
+    offloads: bool = False
+    """Whether something is kept in the host's memory, which is not planned for."""
+
+    @staticmethod
+    def read(path: Path, name: str) -> Strategy:
+        """The strategy in a file of ds_configs/, called `name` in recipes."""
+        zero = json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {})
+        return Strategy.of(zero, name)
+
+    @staticmethod
+    def of(zero: Mapping, name: str) -> Strategy:
+        """The strategy in a `zero_optimization` section."""
+        stage = int(zero.get("stage", 0))
+        given = {key.removeprefix("stage3_"): value for key, value in zero.items()}
+        sizes = ("reduce_bucket_size", "prefetch_bucket_size", "param_persistence_threshold", "max_reuse_distance")
+        found = {key: int(given[key]) for key in sizes if key in given}
+        offloads = any(given.get(f"offload_{what}") for what in ("optimizer", "param"))
+        overlap = bool(given.get("overlap_comm", stage == 3))
+        return Strategy(name, stage, overlap_comm=overlap, offloads=offloads, **found)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of a model's parameters."""
+
+    groups: tuple[tuple[int, ...], ...]
+    """By optimizer group, in the order in which DeepSpeed makes them flat."""
+    layers: tuple[tuple[int, ...], ...]
+    """By layer, in the order of the forward pass."""
+    embedding: int
+    """The embedding, which is the head as well."""
+    rest: int
+    """Parameters outside of both: the final norm."""
+
+    @staticmethod
+    def of(model: LanguageModel) -> Sizes:
+        """Of a model whose tensors may be fake."""
+        groups = (tuple(p.numel() for p in group) for group in model.parameter_groups().values() if group)
+        layers = (tuple(p.numel() for p in layer.parameters()) for layer in model.layers)
+        return Sizes(tuple(groups), tuple(layers), model.embedding.weight.numel(), model.norm.weight.numel())
+
+    @property
+    def total(self) -> int:
+        """N."""
+        return sum(map(sum, self.groups))
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest parameter."""
+        return max(map(max, self.groups))
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes of the model's state on the rank that has most."""
+
+    weights: int
+    """Parameters, or a rank's share of them, and under stage 3 those that are never spread."""
+    master: int
+    """The optimizer's own copy of the rank's share."""
+    moments: int
+    gradients: int
+    """Gradients that stay from one micro-batch to the next, and to the update."""
+    buckets: int
+    """Buffers that are there during the backward pass."""
+    reducing: int
+    """Copies while gradients are reduced."""
+    updating: int
+    """Copies during the optimizer's step."""
+
+
+def states(sizes: Sizes, strategy: Strategy, world: int, accumulation: int) -> States:
+    """The model's state under one strategy on `world` ranks."""
+    by_stage = {0: _replicated, 1: _flat, 2: _flat, 3: _partitioned}
+    return by_stage[strategy.stage](sizes, strategy, world, accumulation)
+
+
+def _replicated(sizes: Sizes, strategy: Strategy, world: int, accumulation: int) -> States:
+    whole = WORD * sizes.total
+    copy = WORD * min(sizes.total, PLAIN_BUCKET + sizes.largest)
+    return States(whole, 0, 2 * whole, whole, 0, copy, 0)
+
+
+def _flat(sizes: Sizes, strategy: Strategy, world: int, accumulation: int) -> States:
+    """Parameters of a group lie in one flat tensor, of which every rank updates one part."""
+    flat = [_aligned(sum(group), ALIGNMENT * world) for group in sizes.groups]
+    share = [elements // world for elements in flat]
+    owned, fragment = _owned(sizes.groups, share, world)
+    bucket = strategy.reduce_bucket_size * (2 if strategy.overlap_comm else 1)
+    copied = max(min(strategy.reduce_bucket_size, sizes.total), sizes.largest)
+    if strategy.stage == 1:
+        gradients = sizes.total
+        reducing = copied + max(0, owned - min(strategy.reduce_bucket_size, sizes.total))
+    else:
+        gradients = owned * min(2, accumulation)
+        reducing = copied
+    # The gradients of a share are made flat, group by group, while their parts are all there; norms are in float64.
+    updating = max(max(share), 2 * fragment)
+    return States(
+        weights=WORD * sum(flat),
+        master=WORD * sum(share),
+        moments=2 * WORD * sum(share),
+        gradients=WORD * gradients,
+        buckets=WORD * bucket,
+        reducing=WORD * reducing,
+        updating=WORD * (owned + updating),
+    )
+
+
+def _partitioned(sizes: Sizes, strategy: Strategy, world: int, accumulation: int) -> States:
+    """Every parameter is cut into equal parts; small ones are kept whole beside that."""
+    parameters = [p for group in sizes.groups for p in group]
+    share = sum(-(-p // world) for p in parameters)
+    whole = sum(p for p in parameters if p <= strategy.param_persistence_threshold)
+    largest_group = max(sum(-(-p // world) for p in group) for group in sizes.groups)
+    return States(
+        weights=WORD * (share + whole),
+        master=WORD * share,
+        moments=2 * WORD * share,
+        gradients=WORD * share,
+        buckets=WORD * strategy.reduce_bucket_size,
+        reducing=WORD * max(min(strategy.reduce_bucket_size, sizes.total), sizes.largest),
+        updating=WORD * max(largest_group, share + share // WORD),  # the search for infinities takes |g| and a mask
+    )
+
+
+def _aligned(elements: int, unit: int) -> int:
+    return -(-elements // unit) * unit
+
+
+def _owned(groups: Sequence[Sequence[int]], share: Sequence[int], world: int) -> tuple[int, int]:
+    """Elements of the parameters that lie in a rank's share, whole or in part, on the rank that has most; and the
+    largest parameter's part in anybody's share."""
+    owned, fragment = [0] * world, 0
+    for group, size in zip(groups, share, strict=True):
+        begin = 0
+        for parameter in group:
+            end = begin + parameter
+            for rank in range(begin // size, min(world, -(-end // size))):
+                owned[rank] += parameter
+            fragment = max(fragment, min(parameter, size))
+            begin = end
+    return max(owned), fragment
