@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-    set_checkpoint_early_stop,
-)
+from torch.utils.checkpoint import checkpoint, noop_context_fn, set_checkpoint_early_stop
 
+from bst_dist.train import selective
 from bst_dist.train.offload import HostCopies
 from data_pipeline.config import Config
 
@@ -25,8 +19,8 @@ from data_pipeline.config import Config
 class ActivationCheckpointingConfig(Config):
     policy: Literal["none", "every-layer", "every-kth-layer", "selective", "offload"] = "none"
     """none: keep all activations; every-layer: keep each layer's input and run the layer again in the backward pass;
-    every-kth-layer: do so with one layer in `every`; selective: run each layer again but for the matrix products whose
-    outputs are narrow, which are kept; offload: every-layer, with the inputs kept in the host's memory."""
+    every-kth-layer: do so with one layer in `every`; selective: run each layer again but for attention and the
+    matrix products at least as deep as wide, which are kept; offload: every-layer, the inputs in the host's memory."""
     every: int = Field(2, ge=2)
     """every-kth-layer: one layer in this many is run again, the first being layer 0."""
 
@@ -44,7 +38,7 @@ class Checkpointing:
 
     def __init__(self, config: ActivationCheckpointingConfig, layers: Sequence[nn.Module]) -> None:
         self.chosen = {layer for index, layer in enumerate(layers) if config.runs_again(index)}
-        self.contexts = _keep_narrow_products if config.policy == "selective" else noop_context_fn
+        self.contexts = selective.contexts if config.policy == "selective" else noop_context_fn
         self.host = HostCopies() if config.policy == "offload" else None
         """The inputs kept in the host's memory; None when they stay where they are."""
 
@@ -98,21 +92,3 @@ class _NeedsSavedTensor(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         _ = ctx.saved_tensors
         return grad
-
-
-def _kept(context: Any, operation: Any, *args: Any, **named: Any) -> CheckpointPolicy:
-    """Keep what costs much to compute again for each byte it takes."""
-    if operation is torch.ops.aten.mm.default:
-        inner, columns = args[1].shape
-        return CheckpointPolicy.MUST_SAVE if inner >= columns else CheckpointPolicy.PREFER_RECOMPUTE
-    return CheckpointPolicy.MUST_SAVE if operation in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.higher_order.flex_attention,
-}
-_keep_narrow_products = partial(create_selective_checkpoint_contexts, _kept)

@@ -1,0 +1,67 @@
+"""What most likely went wrong, from what the wrong gradients have in common."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from bst_dist.verify.grid import Combination
+from bst_dist.verify.judge import Finding
+
+NEAR = 0.03
+"""Two factors this near to each other, relatively, are the same."""
+
+
+def likely_cause(combination: Combination, world: int, finding: Finding, ranks_agree: bool) -> str:
+    """One sentence for the person who has to find it."""
+    if finding.error != finding.error or finding.loss_error != finding.loss_error:
+        return "not a number: an overflow, or memory read before it was written"
+    if not ranks_agree:
+        return "ranks disagree about the gradient: it is not reduced over all of them, or before all is there"
+    if finding.rest <= max(finding.allowed_whole, NEAR):
+        factors = list(_factors(combination, world, finding.scale))
+        return f"every gradient is {finding.scale:.4g} times what it should be{_explained(factors)}"
+    if not finding.wrong:
+        return "the gradients are right, so the loss or the norm is summed wrongly over ranks when it is reported"
+    if len(finding.wrong) == 1:
+        return f"only {finding.wrong[0]} is wrong: look at what is done with it between ranks"
+    shared = _common_module(finding.wrong)
+    where = f", all in {shared}" if shared else ""
+    what = f"{len(finding.wrong)} gradients are wrong{where}"
+    if combination.sp > 1:
+        return f"{what}: with sp {combination.sp}, look at the exchanges of these layers and their backward passes"
+    return f"{what}: look at what these layers have in common"
+
+
+def _common_module(names: tuple[str, ...]) -> str:
+    """The innermost module that has all these parameters."""
+    split = [name.split(".") for name in names]
+    levels = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*split, strict=False))
+    return ".".join(parts[0] for parts in levels)
+
+
+def _factors(combination: Combination, world: int, scale: float) -> Iterator[tuple[str, float]]:
+    """The quantities that the scale, or its inverse, is."""
+    known = {"sp": combination.sp, "dp": world // combination.sp, "ranks": world,
+             "micro-batches": combination.accumulation}  # fmt: skip
+    for name, value in known.items():
+        for form, factor in ((name, value), (f"1/{name}", 1 / value)):
+            if value > 1 and abs(scale / factor - 1) < NEAR:
+                yield form, factor
+
+
+def _explained(factors: list[tuple[str, float]]) -> str:
+    names = [name for name, _ in factors]
+    if not names:
+        return ": a factor that is no number of ranks or micro-batches"
+    meanings = {
+        "sp": "summed over the ranks of a sequence (is a sequence-parallel unit given to DeepSpeed?)",
+        "1/sp": "averaged over the ranks of a sequence, whose losses add up",
+        "dp": "summed over data-parallel ranks, where a mean of losses already scaled is meant",
+        "1/dp": "averaged twice over data-parallel ranks",
+        "ranks": "summed over ranks, where a mean of losses already scaled is meant",
+        "1/ranks": "averaged twice over ranks",
+        "micro-batches": "multiplied by the micro-batches, whose losses already add up",
+        "1/micro-batches": "divided by the micro-batches, whose losses already add up to the mean",
+    }
+    return f" = {' = '.join(names)}: {'; or '.join(meanings[name] for name in names)}"

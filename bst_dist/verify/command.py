@@ -1,0 +1,87 @@
+"""Verify that a recipe's step has the gradients of one process, however it is spread.
+
+    bst verify launch/recipes/demo.yaml
+    bst verify launch/recipes/demo.yaml --sp 1 2 --zero 2 3 --precision fp32 data.documents=isolated
+    bst verify launch/recipes/demo.yaml --zero 0 1 2 3 --sp 1 2 4 --checkpointing none every-layer \\
+        --variants SH MH MF --precision fp32 bf16
+
+A small copy of the recipe takes one step on made-up tokens, so no corpus is needed, on this machine's ranks as
+`bst train` starts them. Its loss, its global gradient norm and every parameter's gradient are compared with those of
+one process of plain torch in double precision. What is allowed is four times the error of one process in the same
+precision, and never a quarter. Recipes that carry a past take two steps, and the second is compared.
+
+Exit status: 0 all combinations pass; 1 one does not; 2 something given is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from bst_dist.cluster.local import launch
+from bst_dist.cluster.processes import Share
+from bst_dist.config import load_recipe
+from bst_dist.train.ranks import choose_accelerator, free_port
+from bst_dist.verify import grid
+from data_pipeline.errors import UserError
+
+FILE = "verified.json"
+"""The certificate in a run directory."""
+PROGRAM = (sys.executable, "-m", "bst_dist.verify")
+"""What every rank runs."""
+
+
+class VerifyError(UserError):
+    """The ranks ended without a verdict."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `bst verify`."""
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="the run's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that differ from it")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help=f"keep the certificate there, as {FILE}")
+    grid.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Start the ranks, which print the table; the report is the certificate."""
+    choose_accelerator()
+    world = grid_of(args).world  # whatever cannot be is found out here, once
+    with tempfile.TemporaryDirectory() as folder:
+        job, found = Path(folder) / "job.json", Path(folder) / "found.json"
+        given = {name: value for name, value in vars(args).items() if name not in ("json", "run_dir")}
+        job.write_text(json.dumps(given | {"ranks": world}, default=str))
+        ended = launch([*PROGRAM, str(job), str(found)], Share(0, world, world, "127.0.0.1", free_port()))
+        if not found.exists():
+            raise VerifyError(f"no verdict: {ended.explain({})}")
+        report = json.loads(found.read_text())
+    _tell(report)
+    if args.run_dir:
+        from bst_dist.cli import write_report
+
+        write_report(args.run_dir / FILE, "verify", report)
+    return report
+
+
+def grid_of(args: argparse.Namespace) -> grid.Grid:
+    """What the arguments ask for; raises UserError."""
+    return grid.build(load_recipe(args.recipe, args.overrides), args)
+
+
+def _tell(report: dict[str, Any]) -> None:
+    lines = report["combinations"]
+    counts = Counter(line["passed"] for line in lines)
+    worst = max(lines, key=lambda line: line["error"] / line["allowed"])
+    verdict = "PASS" if report["passed"] else "FAIL"
+    print(
+        f"\n{verdict}: {counts[True]} of {len(lines)} combinations on {report['ranks']} ranks in "
+        f"{report['seconds']:.0f} s. Nearest to its limit: {worst['parameter']}, {worst['error']:.1e} of "
+        f"{worst['allowed']:.1e} allowed"
+    )
+    if not report["passed"]:
+        print(f"\nbst verify: {report['explanation']}", file=sys.stderr)

@@ -1,0 +1,143 @@
+"""The combinations to verify: everything that may change how a step is computed and must not change what it is."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from bst_dist.cluster.local import default_ranks
+from bst_dist.config import Recipe, deepspeed_file
+from bst_dist.model.context import ContextConfig
+from bst_dist.parallel.mesh import Mesh
+from bst_dist.plan.rehearse import rehearse
+from bst_dist.train.activation import ActivationCheckpointingConfig
+from bst_dist.verify.shrink import shrink
+from data_pipeline.config import ConfigError, parse
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One way to compute a step."""
+
+    model: str
+    """The context variant, SH, MH or MF; of other models the mixer."""
+    precision: str
+    deepspeed: str
+    """The strategy's file."""
+    sp: int
+    checkpointing: str
+    accumulation: int
+    """Micro-batches of a rank."""
+
+    def apply(self, small: Recipe, world: int) -> Recipe:
+        """The small recipe, computed this way on `world` ranks."""
+        data = small.model_dump(mode="json")
+        if self.model in _variants():
+            data["model"]["context"]["variant"] = self.model
+        data["train"]["precision"] = self.precision
+        data["train"]["micro_sequences"] = small.train.sequences * self.sp // (world * self.accumulation)
+        data["parallel"]["sp"] = self.sp
+        data["deepspeed"] = self.deepspeed
+        data["activation_checkpointing"]["policy"] = self.checkpointing
+        return parse(Recipe, data)
+
+    def describe(self) -> dict[str, Any]:
+        """Its values by axis."""
+        return {**asdict(self), "deepspeed": self.strategy}
+
+    @property
+    def strategy(self) -> str:
+        """The strategy's name."""
+        return Path(self.deepspeed).stem
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A small recipe, the ranks, and the ways to compute its step on them."""
+
+    small: Recipe
+    world: int
+    combinations: Sequence[Combination]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that open an axis of the grid; without them it is the recipe's own value."""
+    policies = get_args(ActivationCheckpointingConfig.model_fields["policy"].annotation)
+    axes = parser.add_argument_group("axes", "several values each; the default is the recipe's own")
+    axes.add_argument("--variants", nargs="+", choices=_variants(), help="context states of the Block-State layers")
+    axes.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), help="of the step")
+    axes.add_argument("--zero", nargs="+", type=int, choices=range(4), metavar="{0,1,2,3}",
+                      help="ZeRO stages, as in ds_configs/")  # fmt: skip
+    axes.add_argument("--sp", nargs="+", type=int, metavar="N", help="sequence-parallel degrees")
+    axes.add_argument("--checkpointing", nargs="+", choices=policies, metavar="POLICY", help=", ".join(policies))
+    axes.add_argument("--accumulation", nargs="+", type=int, metavar="N", help="micro-batches of a rank")
+    parser.add_argument("--ranks", type=int, metavar="N", help="processes to start (default: the recipe's, at least 2, "
+                        "and as many as the degrees need)")  # fmt: skip
+
+
+def build(recipe: Recipe, args: argparse.Namespace) -> Grid:
+    """The grid that the arguments ask for; raises UserError, before anything is started, for what cannot be."""
+    degrees = _once(args.sp or [recipe.parallel.sp])
+    world = args.ranks or max(2, default_ranks(recipe), math.lcm(*degrees))
+    for sp in degrees:
+        _ = Mesh(world, 0, sp)
+    accumulations = _once(args.accumulation or [_accumulation(recipe)])
+    if min(degrees + accumulations) < 1:
+        raise ConfigError("--sp and --accumulation: 1 or more")
+    small = shrink(recipe, degrees, rows=2 * world * math.lcm(*accumulations))
+    strategies = [f"ds_configs/zero{stage}.json" for stage in _once(args.zero)] if args.zero else [recipe.deepspeed]
+    axes = (
+        _models(recipe, args.variants),
+        _once(args.precision or [recipe.train.precision]),
+        [str(deepspeed_file(recipe.model_copy(update={"deepspeed": name}))) for name in strategies],
+        degrees,
+        _once(args.checkpointing or [recipe.activation_checkpointing.policy]),
+        accumulations,
+    )
+    grid = Grid(small, world, [Combination(*values) for values in itertools.product(*axes)])
+    for combination in grid.combinations:
+        _require_slices(combination.apply(small, world))
+    return grid
+
+
+def _models(recipe: Recipe, variants: Sequence[str] | None) -> list[str]:
+    if not recipe.model.mixer.startswith("bst"):
+        if variants:
+            raise ConfigError(f"--variants: model.mixer {recipe.model.mixer} has none; leave it out")
+        return [recipe.model.mixer]
+    return _once(variants or [recipe.model.context.variant])
+
+
+def _accumulation(recipe: Recipe) -> int:
+    """1, or 2 for whatever is more: from the second micro-batch on all are alike."""
+    world = default_ranks(recipe)
+    dp = world // math.gcd(world, recipe.parallel.sp)
+    return min(2, max(1, recipe.train.sequences // (dp * recipe.train.micro_sequences)))
+
+
+def _require_slices(recipe: Recipe) -> None:
+    sp, train = recipe.parallel.sp, recipe.train
+    if sp > 1:
+        isolated = recipe.data.documents == "isolated"
+        rehearse(recipe.model, sp, train.micro_sequences, train.sequence_length // sp, isolated=isolated)
+
+
+def _variants() -> tuple[str, ...]:
+    return get_args(ContextConfig.model_fields["variant"].annotation)
+
+
+def _once(values: Sequence[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+def axes_in_common(failed: Sequence[Combination], passed: Sequence[Combination]) -> Iterator[tuple[str, Any]]:
+    """(axis, value) pairs that all failures share and no pass has: what the failures most likely come from."""
+    for axis in Combination.__dataclass_fields__:
+        values = {combination.describe()[axis] for combination in failed}
+        if len(values) == 1 and not values & {combination.describe()[axis] for combination in passed}:
+            yield axis, values.pop()

@@ -1,0 +1,66 @@
+"""One process, plain torch, no DeepSpeed: what a step of the recipe is, in double precision or in any other."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bst_dist.config import Recipe
+from bst_dist.model.lm import LanguageModel
+from bst_dist.parallel.mesh import Mesh
+from bst_dist.parallel.past import Past
+from bst_dist.train.loop import on_device
+from bst_dist.verify.batches import batches
+from data_pipeline.batch import Batch
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step found."""
+
+    loss: float
+    """Mean over the step's valid tokens, in nats."""
+    norm: float
+    """Global norm of the gradient."""
+    gradients: dict[str, Tensor]
+    """Every parameter's whole gradient of that mean, in double precision."""
+
+
+def seeded_model(recipe: Recipe) -> LanguageModel:
+    """The model with the recipe's initial weights."""
+    torch.manual_seed(recipe.seed)
+    return LanguageModel(recipe.model)
+
+
+def one_process(recipe: Recipe, precision: str, micro_rows: int) -> Step:
+    """The step in one process, `micro_rows` rows at a time; `precision`: fp64, fp32 or bf16 (autocast, as in training).
+
+    When the recipe carries a past, it is the step after one whose weights did not change.
+    """
+    model = seeded_model(recipe)
+    model = model.double() if precision == "fp64" else model
+    before = batches(recipe, 0, Mesh(1, 0), micro_rows)
+    steps = batches(recipe, 1, Mesh(1, 0), micro_rows) if recipe.train.carry else before
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    for earlier, batch in zip(before, steps, strict=True):
+        with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
+            losses = model(**on_device(batch, torch.device("cpu")), past=_past(model, recipe, earlier))
+        total = total + losses.total.double()
+        tokens += int(batch.loss_mask.sum())
+    (total / tokens).backward()
+    found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    gradients = {name: gradient.double() for name, gradient in found.items()}
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    return Step(float(total.detach()) / tokens, float(norm), gradients)
+
+
+def _past(model: LanguageModel, recipe: Recipe, earlier: Batch) -> Past | None:
+    if not recipe.train.carry:
+        return None
+    left = model.carry()
+    with torch.no_grad():
+        model(**on_device(earlier, torch.device("cpu")), past=left)
+    return model.carry(left.after, recipe.train.sequence_length)

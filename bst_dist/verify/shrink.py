@@ -1,0 +1,91 @@
+"""A small copy of a recipe: the same architecture, kernel, placement and documents, in shapes that run in a moment.
+
+What the copy keeps is what gradients could go wrong by: which layers there are and in what order, how many blocks a
+slice has, whether segments and filters fit into it. What it gives up is size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from bst_dist.config import Recipe
+from bst_dist.model.layers import MIXERS
+from bst_dist.model.lm import ModelConfig
+from bst_dist.model.ssm.kernels import KernelConfig
+from data_pipeline.config import parse
+
+WIDTH, HEADS, BLOCK, MOST_LAYERS, MOST_BLOCKS = 32, 2, 8, 4, 16
+VOCABULARY, STATES, SSM_STATE = 61, 4, 4
+
+
+def shrink(recipe: Recipe, degrees: Sequence[int], rows: int) -> Recipe:
+    """The small copy, with sequences that divide among `degrees` sequence-parallel ranks, and `rows` of them a step.
+
+    Lengths in tokens keep their ratio to the block, up to 16 blocks; layers their places, up to 4 of them.
+    """
+    data = recipe.model_dump(mode="json")
+    data["model"] |= _model(recipe.model)
+    unit = math.lcm(*degrees)
+    blocks = min(max(recipe.train.sequence_length // recipe.model.block, unit), max(MOST_BLOCKS, unit))
+    data["train"] |= {"sequence_length": -(-blocks // unit) * unit * BLOCK, "sequences": rows, "micro_sequences": 1}
+    data["parallel"] |= {"sp": 1}
+    return parse(Recipe, data)
+
+
+def small_buckets(strategy: dict[str, Any]) -> dict[str, Any]:
+    """A DeepSpeed strategy in which the small model fills several buckets, and ZeRO-3 spreads its small parameters."""
+    sizes = {"reduce_bucket_size": 8192, "allgather_bucket_size": 8192, "stage3_prefetch_bucket_size": 4096,
+             "stage3_param_persistence_threshold": 0}  # fmt: skip
+    return {**strategy, "zero_optimization": {**strategy.get("zero_optimization", {}), **sizes}}
+
+
+def _model(model: ModelConfig) -> dict[str, Any]:
+    depth = min(model.depth, MOST_LAYERS)
+    context = model.context.model_dump(mode="json") | {"states": min(model.context.states, STATES)}
+    if model.context.ssm_width is not None:
+        context["ssm_width"] = max(1, model.context.ssm_width * WIDTH // model.width)
+    return {
+        "width": WIDTH,
+        "heads": min(model.heads, HEADS),
+        "ffn": max(1, model.ffn * WIDTH // model.width),
+        "block": BLOCK,
+        "depth": depth,
+        "placement": _placement(model, depth),
+        "vocab_size": VOCABULARY,
+        "context": context,
+        "ssm": _kernel(model.ssm, model.block),
+        **_baselines(model),
+    }
+
+
+def _baselines(model: ModelConfig) -> dict[str, Any]:
+    """The sections that a layer of the model reads; to set another would be told as having no effect."""
+    sizes = {
+        "transformer_xl": {"window": max(1, model.transformer_xl.window // model.block) * BLOCK},
+        "block_recurrent": {"states": max(1, model.block_recurrent.states * BLOCK // model.block)},
+    }
+    used = {section for mixer in model.mixers() for section in MIXERS[mixer].sections}
+    return {section: size for section, size in sizes.items() if section in used}
+
+
+def _placement(model: ModelConfig, depth: int) -> list[int] | str:
+    """The places at the same fractions of the depth, with a layer of the other kind left if there was one."""
+    if model.placement == "all":
+        return "all"
+    places = sorted({place * depth // model.depth for place in model.placement})
+    return places[1:] if len(places) == depth > len(set(model.placement)) * depth / model.depth else places
+
+
+def _kernel(ssm: KernelConfig, block: int) -> dict[str, Any]:
+    data = ssm.model_dump(mode="json")
+    if "state" in data:
+        data["state"] = min(data["state"], SSM_STATE)
+    if "chunk" in data:  # a power of two, so that it divides the block, and more than a token
+        data["chunk"] = 2 ** max(1, int(math.log2(min(BLOCK, max(1, data["chunk"] * BLOCK // block)))))
+    for step in {"dt_min", "dt_max"} & data.keys():  # time scales in blocks, so that what is carried on matters
+        data[step] = min(1.0, data[step] * block / BLOCK)
+    if "length" in data:
+        data["length"] = max(1, data["length"] * BLOCK // block)
+    return data

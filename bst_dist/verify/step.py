@@ -1,0 +1,64 @@
+"""A step of the trainer on all ranks, with the gradients as they are before the update."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from bst_dist.config import Recipe, deepspeed_file
+from bst_dist.parallel.group import SequenceGroup
+from bst_dist.parallel.mesh import Mesh
+from bst_dist.train import activation, deepspeed_json
+from bst_dist.train.engine import Engine
+from bst_dist.train.loop import Speed, Trainer
+from bst_dist.train.optimizer import OptimizerConfig
+from bst_dist.train.ranks import Ranks
+from bst_dist.verify.batches import batches
+from bst_dist.verify.reference import Step, seeded_model
+from bst_dist.verify.shrink import small_buckets
+
+STILL = OptimizerConfig(learning_rate=1e-30, ssm_learning_rate=1e-30, weight_decay=0)
+"""Rates at which no weight moves, so that the step after one that left a past behind starts from the same weights."""
+
+
+class Recorded(Engine):
+    """The engine of training, which also keeps the whole gradients of its last step."""
+
+    gradients: dict[str, torch.Tensor]
+
+    def update(self) -> float:
+        from deepspeed.utils import safe_get_full_grad
+
+        self.gradients = {}
+        for name, parameter in self.module.named_parameters():
+            gradient = safe_get_full_grad(parameter)
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            self.gradients[name] = (torch.zeros(shape) if gradient is None else gradient).detach().cpu().double()
+        return super().update()
+
+
+def distributed_step(recipe: Recipe, ranks: Ranks, group: SequenceGroup | None) -> Step:
+    """The recipe's step on these ranks, by the trainer and the engine of `bst train`; `group`: of the mesh's ranks."""
+    mesh = Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
+    engine = _engine(recipe, mesh)
+    token_bytes = torch.ones(recipe.model.vocab_size, dtype=torch.long, device=ranks.device)
+    trainer = Trainer(recipe.train, recipe.schedule, engine, ranks, token_bytes, Speed(1.0, 1.0), group)
+    for step in range(2 if recipe.train.carry else 1):
+        own = batches(recipe, step, mesh, recipe.train.micro_sequences)
+        report = trainer.step(step, own, time.perf_counter())
+    engine.deepspeed.destroy()
+    return Step(report.loss_nats, report.gradient_norm, engine.gradients)
+
+
+def _engine(recipe: Recipe, mesh: Mesh) -> Recorded:
+    path, train = deepspeed_file(recipe), recipe.train
+    accumulation = train.sequences // (mesh.dp * train.micro_sequences)
+    intent = deepspeed_json.Intent(
+        mesh.world, train.micro_sequences, accumulation, train.gradient_clipping, train.precision
+    )
+    strategy: dict[str, Any] = small_buckets(deepspeed_json.read(path))
+    model = seeded_model(recipe)
+    model.checkpoint = activation.policy(recipe.activation_checkpointing, model.layers)
+    return Recorded(model, STILL, deepspeed_json.complete(strategy, intent, str(path)))
