@@ -27,6 +27,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "recipe": ("bst_dist.cluster.describe", "every setting of a recipe: type, default, meaning"),
     "train": ("bst_dist.cluster.local", "train a recipe on this machine's ranks"),
     "launch": ("bst_dist.cluster.launch", "train a recipe on many hosts: preflight, start, watch, restart"),
+    "ckpt ls": ("bst_dist.train.commands.ls", "list a run's checkpoints: worth, size, state, why each is kept"),
+    "ckpt show": ("bst_dist.train.commands.show", "print what a checkpoint's manifest says"),
+    "ckpt verify": ("bst_dist.train.commands.verify", "read every file and compare it with its digest"),
+    "ckpt pin": ("bst_dist.train.commands.pin", "keep a checkpoint for good, or no longer"),
+    "ckpt gc": ("bst_dist.train.commands.gc", "remove what a run's settings do not keep; says what, first"),
+    "ckpt convert": ("bst_dist.train.commands.convert", "write weights as safetensors for other programs"),
     "eval": ("bst_dist.evaluate.perplexity", "loss, perplexity and bits per byte of a run, with standard errors"),
     "generate": ("bst_dist.evaluate.generate", "write text with a run's model"),
     "plot": ("bst_dist.evaluate.plot", "draw the training curves of runs"),
@@ -58,6 +64,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 GROUPS = {
     "data": "prepare and inspect corpora",
+    "ckpt": "look after the checkpoints of a run",
     "bench": "measure side by side with peers",
     "sweep": "design, run and judge scaling sweeps",
 }

@@ -51,6 +51,7 @@ class Saved:
     """A checkpoint that was committed."""
 
     path: Path
+    full: bool
     bytes: int
     seconds: float
     """From the copy to the commit."""
@@ -175,7 +176,8 @@ class Saver:
         if why is None:
             written = sum(record["bytes"] for records, _ in everyone for record in records.values())
             final = directory(self.run_dir, pending.manifest["step"])
-            return Saved(final, written, time.perf_counter() - pending.started)
+            full = any(name.startswith(OPTIMIZER) for name in records)
+            return Saved(final, full, written, time.perf_counter() - pending.started)
         if self.ranks.first:
             shutil.rmtree(pending.partial, ignore_errors=True)
         return Failed(pending.manifest["step"], why)

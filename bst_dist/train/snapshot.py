@@ -244,7 +244,8 @@ class Checkpoints(Callback):
                 raise CheckpointError(message)
             self.say(f"{message}\n{'':>12} the run goes on; its checkpoints so far are as they were")
         elif outcome:
-            self.say(f"{'':>12} checkpoint {outcome.path}: {outcome.bytes / 1e6:,.1f} MB in {outcome.seconds:.1f} s")
+            kind = "checkpoint" if outcome.full else "weights"
+            self.say(f"{'':>12} {kind} {outcome.path}: {outcome.bytes / 1e6:,.1f} MB in {outcome.seconds:.1f} s")
 
 
 def _due(step: int, every: int) -> bool:
