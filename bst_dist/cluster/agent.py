@@ -21,8 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-import psutil
-
 from bst_dist.cluster.channel import Channel, Closed, Message
 from bst_dist.cluster.probe import free_port, probe, unmark
 from bst_dist.cluster.processes import LocalRanks, Share, told_to_stop
@@ -83,7 +81,7 @@ class Agent:
 
     def _on_start(self, job: Message) -> None:
         share = Share(**job["share"])
-        environment = {**os.environ, **self._interface(), **job["environment"]}
+        environment = {**os.environ, **job["environment"]}
         self.reported.clear()
         self.ranks = LocalRanks(job["command"], share, environment, Path(job["directory"]), piped=True)
         for rank, process in self.ranks.processes.items():
@@ -101,16 +99,6 @@ class Agent:
 
     def _on_leave(self, _: Message) -> None:
         self.released = True
-
-    def _interface(self) -> dict[str, str]:
-        """The name of the interface that leads to the other hosts, for gloo.
-
-        Left to itself gloo looks up this host's name, which many systems resolve to 127.0.0.1; and the name of the
-        interface need not be the same on every host.
-        """
-        own = self.channel.local_address
-        names = [name for name, found in psutil.net_if_addrs().items() if any(one.address == own for one in found)]
-        return {"GLOO_SOCKET_IFNAME": names[0]} if names and "GLOO_SOCKET_IFNAME" not in os.environ else {}
 
     def _relay(self, pipe: IO[bytes], rank: int, name: str, pending: list[bytes]) -> None:
         """Pass on whole lines; at the end also what has none."""

@@ -37,11 +37,6 @@ class Channel:
         return self._socket.fileno()
 
     @property
-    def local_address(self) -> str:
-        """This side's address."""
-        return str(self._socket.getsockname()[0])
-
-    @property
     def remote_address(self) -> str:
         """The other side's address."""
         return str(self._socket.getpeername()[0])

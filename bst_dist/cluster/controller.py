@@ -6,6 +6,7 @@ for a while, a heartbeat included; then, as when a rank fails, the ranks of all 
 
 from __future__ import annotations
 
+import os
 import secrets
 import selectors
 import signal
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,8 @@ import psutil
 from bst_dist.cluster.agent import BEAT_S
 from bst_dist.cluster.channel import Channel, Closed, Message
 from bst_dist.cluster.hosts import Host
-from bst_dist.cluster.launchers import command
-from bst_dist.cluster.processes import Share, die_with_parent
+from bst_dist.cluster.launchers import PDSH_ENVIRONMENT, command
+from bst_dist.cluster.processes import Share, die_with_parent, route_to
 from bst_dist.cluster.verdict import SETTLE_S, Ended
 
 TICK_S = 0.1
@@ -59,8 +61,10 @@ class Controller:
 
     def __enter__(self) -> Controller:
         self._said = tempfile.TemporaryFile()
-        self._launcher = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=self._said, stderr=self._said,
-                                          start_new_session=True, preexec_fn=die_with_parent)  # fmt: skip
+        self._launcher = subprocess.Popen(
+            self.command, env={**os.environ, **PDSH_ENVIRONMENT}, stdin=subprocess.DEVNULL, stdout=self._said,
+            stderr=self._said, start_new_session=True, preexec_fn=die_with_parent,
+        )  # fmt: skip
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -228,17 +232,16 @@ class Controller:
         return f": {about[-1]}" if about else ""
 
     def _end_launcher(self) -> None:
-        """The agents have ended by themselves, or cannot be reached."""
-        try:
-            self._launcher.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                self._launcher.send_signal(number)
-                try:
-                    self._launcher.wait(timeout=2)
-                    return
-                except subprocess.TimeoutExpired:
-                    continue
+        """The agents have ended by themselves, or cannot be reached; neither need pdsh's ssh be waited for."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                self._launcher.wait(timeout=5)
+                break
+            except subprocess.TimeoutExpired:
+                os.killpg(self._launcher.pid, number)
+        self._launcher.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(self._launcher.pid, signal.SIGKILL)
 
 
 def agent_command(controller: str, job: str, lost_after_s: float, grace_s: float) -> list[str]:
@@ -248,18 +251,11 @@ def agent_command(controller: str, job: str, lost_after_s: float, grace_s: float
 
 
 def _own_addresses(hosts: Sequence[Host]) -> list[str]:
-    """This machine's addresses, those on the way to the hosts first; no packet is sent to find them.
+    """This machine's addresses, those on the way to the hosts first.
 
     A name of this machine itself may lead to a loopback address, which is of use only when there is no other.
     """
-    found: dict[str, None] = {}
-    for host in hosts:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.connect((host.name, 9))
-                found[str(probe.getsockname()[0])] = None
-            except OSError:
-                continue
+    found = dict.fromkeys(own for host in hosts if (own := route_to(host.name)))
     for addresses in psutil.net_if_addrs().values():
-        found |= {one.address: None for one in addresses if one.family == socket.AF_INET}
+        found |= dict.fromkeys(one.address for one in addresses if one.family == socket.AF_INET)
     return [one for one in found if not one.startswith("127.")] or ["127.0.0.1"]

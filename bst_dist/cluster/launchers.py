@@ -11,7 +11,8 @@ from pathlib import Path
 from bst_dist.cluster.hosts import Host
 from data_pipeline.errors import UserError
 
-SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
+SSH = ("ssh", *("-o", "BatchMode=yes"), *("-o", "ConnectTimeout=10"), *("-o", "ServerAliveInterval=15"))
+PDSH_ENVIRONMENT = {"PDSH_SSH_ARGS_APPEND": " ".join([*SSH[1:], os.environ.get("PDSH_SSH_ARGS_APPEND", "")])}
 
 
 def pdsh(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> list[str]:

@@ -3,9 +3,11 @@
     bst train launch/recipes/demo.yaml
     bst train launch/recipes/demo.yaml train.steps=200 optimizer.learning_rate=3e-4 --run-dir runs/shorter
     bst train launch/recipes/demo.yaml --resume
+    bst train my-recipe.yaml --ranks 8 --nodes 4 --node 2 --master node-00:29500
 
 The recipe is checked first, against the corpus, the DeepSpeed file, the run directory and the number of ranks; then
-one process is started for each rank. For several hosts there is `bst launch`.
+one process is started for each rank. Several hosts are driven by `bst launch`; where nothing can start a process on
+another host, as in Kubernetes, each runs this command with its own --node.
 
 Exit status: 0 the steps asked for are done; 2 something given is wrong; 75 stopped by a signal, with a checkpoint:
 start it again with --resume; 70 the ranks hung; otherwise the failed rank's own, 128 + N after signal N.
@@ -30,9 +32,9 @@ from bst_dist.train.__main__ import add_arguments as add_program_arguments
 from bst_dist.train.__main__ import request
 from bst_dist.train.ranks import choose_accelerator, free_port
 from bst_dist.train.start import Request, load, resolve
+from data_pipeline.errors import UserError
 
 GRACE_S = 30.0
-"""How long ranks may take to write a checkpoint and end when they are told to."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_program_arguments(parser)
     parser.add_argument("--ranks", type=int, metavar="N", help="processes to start (default: the recipe's, or one for "
                         "each accelerator, or one)")  # fmt: skip
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="hosts that run this command (default: 1)")
+    parser.add_argument("--node", type=int, default=0, metavar="I", help="which of them this is, from 0 (default: 0)")
+    parser.add_argument("--master", metavar="ADDRESS:PORT", help="where node 0 is, when there are several")
+    parser.add_argument("--grace", type=float, default=GRACE_S, metavar="SECONDS", help="for the checkpoint after a "
+                        "signal; the ranks are killed then (default: 30)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -47,15 +54,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     choose_accelerator()
     asked = request(args)
     recipe = load(asked)
-    world = args.ranks or default_ranks(recipe)
-    start = resolve(recipe, asked, world)
-    (start.run_dir / rundir.OUTCOME).unlink(missing_ok=True)
-    ended = launch(program(asked), Share(0, world, world, "127.0.0.1", free_port()))
+    share = share_of(args, recipe)
+    start = resolve(recipe, asked, share.world)
+    if share.first == 0:
+        (start.run_dir / rundir.OUTCOME).unlink(missing_ok=True)
+    ended = launch(program(asked), share, args.grace)
     if why := ended.explain({}):
         print(f"bst train: {why}; what was reached is in {start.run_dir}", file=sys.stderr)
     outcome = rundir.read_outcome(start.run_dir) or {}
-    report = {"passed": ended.status == 0, "exit_status": ended.status, "run_dir": str(start.run_dir), "ranks": world}
-    return {**report, **outcome}
+    report = {"passed": ended.status == 0, "exit_status": ended.status, "run_dir": str(start.run_dir)}
+    return {**report, "ranks": share.world, **outcome}
+
+
+def share_of(args: argparse.Namespace, recipe: Recipe) -> Share:
+    """This machine's ranks among all; raises UserError when the arguments name no place among the nodes."""
+    count = args.ranks or default_ranks(recipe)
+    if args.nodes == 1 and args.master is None:
+        return Share(0, count, count, "127.0.0.1", free_port())
+    address, _, port = (args.master or "").rpartition(":")
+    if not address or not port.isdigit() or not 0 <= args.node < args.nodes:
+        raise UserError(f"--node {args.node} of --nodes {args.nodes}: nodes count from 0, and --master ADDRESS:PORT "
+                        "says where node 0 is")  # fmt: skip
+    return Share(args.node * count, count, args.nodes * count, address, int(port))
 
 
 def default_ranks(recipe: Recipe) -> int:
@@ -73,10 +93,10 @@ def program(asked: Request) -> list[str]:
     return command + (["--until", str(asked.until)] if asked.until else [])
 
 
-def launch(command: Sequence[str], share: Share) -> Ended:
+def launch(command: Sequence[str], share: Share, grace_s: float = GRACE_S) -> Ended:
     """Run `command` as all ranks of one host, to their end; no process of theirs is left then.
 
-    A signal makes them stop, with `GRACE_S` for a checkpoint; when one fails the others are ended.
+    A signal makes them stop, with `grace_s` for a checkpoint; when one fails the others are ended.
     """
     ended, give_up = Ended(share.world), float("inf")
     with told_to_stop() as told:
@@ -85,7 +105,7 @@ def launch(command: Sequence[str], share: Share) -> Ended:
             time.sleep(0.1)
             if told and ended.told is None:
                 ended.told = told[0]
-                ranks.terminate(GRACE_S)
+                ranks.terminate(grace_s)
             ended.statuses = ranks.poll()
             if ended.failed:
                 give_up = min(give_up, time.monotonic() + SETTLE_S)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 _DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
@@ -56,7 +59,8 @@ class LocalRanks:
         piped: bool = False,
     ) -> None:
         """Start them; `piped`: what they print is for the caller to read."""
-        threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // share.count)), "PYTHONUNBUFFERED": "1"}
+        threads = str(max(1, len(os.sched_getaffinity(0)) // share.count))
+        defaults = {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **_interface(share.address)}
         pipe = subprocess.PIPE if piped else None
         self._kill_at: float | None = None
         self._killed = False
@@ -64,7 +68,7 @@ class LocalRanks:
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         for rank in range(share.first, share.first + share.count):
             self.processes[rank] = subprocess.Popen(
-                command, env={**threads, **environment, **share.environment(rank)}, cwd=directory,
+                command, env={**defaults, **environment, **share.environment(rank)}, cwd=directory,
                 stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
 
@@ -102,6 +106,27 @@ class LocalRanks:
             os.killpg(self.processes[rank].pid, number)
         except ProcessLookupError:
             return
+
+
+def route_to(address: str) -> str | None:
+    """The own address that packets to `address` have as their sender; no packet is sent. None: there is no way."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return None
+
+
+def _interface(address: str) -> dict[str, str]:
+    """The name of the interface that leads to where the ranks meet, for gloo.
+
+    Left to itself gloo looks up this host's name, which many systems resolve to 127.0.0.1; and the name of the
+    interface need not be the same on every host.
+    """
+    own = route_to(address)
+    names = [name for name, found in psutil.net_if_addrs().items() if any(one.address == own for one in found)]
+    return {"GLOO_SOCKET_IFNAME": names[0]} if names else {}
 
 
 def die_with_parent() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,10 @@ from data_pipeline.parallel import open_workers
 from data_pipeline.prepare import PrepareConfig, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = {"pdsh": "pdsh", "/usr/sbin/sshd": "openssh-server", "ssh-keygen": "openssh-client", "ip": "iproute2"}
+PACKAGES = {
+    "pdsh": "pdsh", "/usr/sbin/sshd": "openssh-server", "ssh-keygen": "openssh-client", "ip": "iproute2",
+    "mpiexec.hydra": "mpich", "/usr/lib/*/faketime/libfaketime.so.1": "libfaketime",
+}  # fmt: skip
 HOSTS = 3
 SSHD = """
 Port 22
@@ -62,6 +66,7 @@ class Network:
 
     def make(self) -> None:
         """Make bridge, namespaces and keys, and start every sshd."""
+        _remove_leftovers()
         Path("/run/sshd").mkdir(exist_ok=True)
         for name in ("key", "host_key"):
             _do("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.directory / name))
@@ -150,6 +155,18 @@ class Network:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 
+    @staticmethod
+    def require(packages: dict[str, str]) -> None:
+        """Install the Debian packages of the programs that are missing."""
+        missing = sorted({package for program, package in packages.items() if not _there(program)})
+        if not missing:
+            return
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        for command in (["apt-get", "update", "-qq"],
+                        ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing]):  # fmt: skip
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, f"cannot install {' '.join(missing)}: {done.stderr[-2000:]}"
+
     def remove(self) -> None:
         """Leave nothing behind."""
         for host in self.hosts:
@@ -178,6 +195,15 @@ def _until(true: Callable[[], bool], timeout_s: float) -> None:
         time.sleep(0.1)
 
 
+def _remove_leftovers() -> None:
+    """Remove what test runs have left behind that were killed."""
+    for kind, words in (("netns", ["netns", "list"]), ("link", ["-br", "link", "show", "type", "bridge"])):
+        for line in _do("ip", *words).splitlines():
+            found = re.match(r"(b(\d+)(?:n\d+|br))\b", line)
+            if found and not psutil.pid_exists(int(found[2])):
+                _do("ip", kind, "delete", found[1])
+
+
 def _free_subnet() -> str:
     """The first three numbers of a network that this machine does not know yet."""
     taken = _do("ip", "-o", "route")
@@ -194,7 +220,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
         pytest.skip("needs root: hosts are network namespaces")
     if subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
         pytest.skip("needs network namespaces, which this system refuses")
-    require_programs(PACKAGES)
+    Network.require(PACKAGES)
     made = Network(tmp_path_factory.mktemp("network"))
     try:
         made.make()
@@ -203,24 +229,12 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
         made.remove()
 
 
-def require_programs(packages: dict[str, str]) -> None:
-    """Install the Debian packages of the programs that are missing."""
-    missing = sorted({package for program, package in packages.items() if not _there(program)})
-    if not missing:
-        return
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["apt-get", "update", "-qq"],
-                    ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing]):  # fmt: skip
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"cannot install {' '.join(missing)}: {done.stderr[-2000:]}"
-
-
 def _there(program: str) -> bool:
     return bool(list(Path("/").glob(program[1:])) if program.startswith("/") else shutil.which(program))
 
 
 class Launched:
-    """A `bst launch` under way."""
+    """A command under way."""
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
         self.log = log
@@ -248,17 +262,20 @@ class Launched:
 
 @pytest.fixture
 def launch(network: Network, tmp_path: Path) -> Iterator[Callable[..., Launched]]:
-    """``launch(*arguments, hosts=[...])`` starts `bst launch` on the launching machine; what is left is ended."""
-    started: list[Launched] = []
+    """``launch(*arguments)`` starts `bst launch` on the launching machine, for all hosts; what is left is ended.
 
-    def start(*arguments: str, hosts: Sequence[str] = (), slots: int = 1) -> Launched:
-        hostfile = tmp_path / f"hosts-{len(started)}"
-        hostfile.write_text("".join(f"{host} slots={slots}\n" for host in hosts or network.hosts))
-        command = [str(Path(sys.executable).with_name("bst")), "launch", *arguments, "--hostfile", str(hostfile)]
+    `command` is started instead when it is given; each HOSTFILE in it is replaced by the hosts'.
+    """
+    started: list[Launched] = []
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("".join(f"{host} slots=1\n" for host in network.hosts))
+
+    def start(*arguments: str, command: Sequence[str] = ("bst", "launch", "--hostfile", "HOSTFILE")) -> Launched:
+        words = [str(hostfile) if word == "HOSTFILE" else word for word in (*command, *arguments)]
         path = f"{network.directory}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-                       "TORCH_CPP_LOG_LEVEL": "ERROR"}  # fmt: skip
-        started.append(Launched(command, environment, tmp_path / f"launch-{len(started)}.log"))
+                       "TORCH_CPP_LOG_LEVEL": "ERROR", "BST_BIN": str(Path(sys.executable).parent)}  # fmt: skip
+        started.append(Launched(words, environment, tmp_path / f"launch-{len(started)}.log"))
         return started[-1]
 
     yield start

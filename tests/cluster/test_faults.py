@@ -63,11 +63,13 @@ def bytes_of(line: dict[str, float]) -> float:
     return line["loss_nats"] / line["bits_per_byte"]
 
 
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "mpich"])
 def test_a_host_that_loses_its_power_is_missed_and_the_run_ends_on_the_others(
-    launch, small, network, tmp_path, undisturbed
+    launch, small, network, tmp_path, undisturbed, launcher
 ):
     victim = network.hosts[0]  # rank 0's, where all meet
-    started = launch(small, "--run-dir", str(tmp_path / "run"), "--max-restarts", "1", *SOON)
+    script = [f"launch/cluster/{launcher}.sh", small, "HOSTFILE", str(tmp_path / "run")]
+    started = launch(*SOON, command=script)
     started.until(MIDWAY)
     network.power_off(victim)
     try:

@@ -37,10 +37,10 @@ def no_settling(monkeypatch):
     monkeypatch.setattr(local, "SETTLE_S", 0.3)
 
 
-def run(tmp_path: Path, then: str, first: str = "") -> local.Ended:
+def run(tmp_path: Path, then: str, first: str = "", grace_s: float = 30.0) -> local.Ended:
     """How two such ranks ended, once none of their processes is left."""
     command = [sys.executable, "-c", RANK.format(first=first, then=then), str(tmp_path)]
-    ended = local.launch(command, Share(0, 2, 2, "127.0.0.1", 1))
+    ended = local.launch(command, Share(0, 2, 2, "127.0.0.1", 1), grace_s)
     pids = [int(pid) for rank in range(2) for pid in (tmp_path / str(rank)).read_text().split()]
     deadline = time.monotonic() + 5
     while any(alive(pid) for pid in pids):
@@ -86,11 +86,10 @@ def test_a_signal_stops_the_ranks_and_what_they_made_of_it_is_the_status(tmp_pat
     assert not ended.worth_a_restart
 
 
-def test_ranks_that_do_not_stop_are_killed_when_the_grace_is_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "GRACE_S", 0.5)
+def test_ranks_that_do_not_stop_are_killed_when_the_grace_is_over(tmp_path):
     timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
-    ended = run(tmp_path, "time.sleep(60)", "signal.signal(signal.SIGTERM, signal.SIG_IGN)")
+    ended = run(tmp_path, "time.sleep(60)", "signal.signal(signal.SIGTERM, signal.SIG_IGN)", 0.5)
     assert ended.status == 128 + signal.SIGTERM
     assert "grace" in ended.explain({})
 

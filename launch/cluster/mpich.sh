@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Train on the hosts of a hostfile, which MPICH's Hydra reaches over ssh.
+#
+#   launch/cluster/mpich.sh RECIPE HOSTFILE RUN_DIR [section.field=value ...]
+#
+# Needs mpiexec.hydra on the PATH of every host. Give the same command again after
+# any stop: it goes on from the newest checkpoint.
+set -euo pipefail
+recipe=$(realpath "$1") hosts=$(realpath "$2") run_dir=$(realpath -m "$3")
+shift 3
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+exec bst launch "$recipe" "$@" --launcher mpich --hostfile "$hosts" --run-dir "$run_dir" --resume --max-restarts 3

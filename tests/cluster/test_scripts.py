@@ -1,0 +1,73 @@
+"""The scripts of launch/cluster that need no ssh, and those that only a cluster's own software can run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from bst_dist.cluster import local
+from bst_dist.train.rundir import read_outcome
+from bst_dist.train.status import RESUBMIT
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted((ROOT / "launch/cluster").glob("*.s*"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_bash(script):
+    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_kubernetes_manifest_is_valid():
+    documents = list(yaml.safe_load_all((ROOT / "launch/cluster/kubernetes.yaml").read_text()))
+    assert [document["kind"] for document in documents] == ["Service", "Job"]
+    for document in documents:
+        kubernetes_validate.validate(document, "1.31", strict=True)
+
+
+def test_the_kubernetes_pods_agree_on_how_many_they_are():
+    job = list(yaml.safe_load_all((ROOT / "launch/cluster/kubernetes.yaml").read_text()))[1]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    parser = argparse.ArgumentParser()
+    local.add_arguments(parser)
+    command = [*container["command"][2:], *container["args"]]
+    args = parser.parse_args([word.replace("$(JOB_COMPLETION_INDEX)", "3") for word in command])
+    share = local.share_of(args, recipe=None)
+    assert args.nodes == job["completions"] == job["parallelism"]
+    assert args.ranks == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert (share.first, share.world) == (24, 32)
+    assert args.grace < job["template"]["spec"]["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.cluster
+def test_torchrun_trains_on_two_hosts_without_ssh(launch, recipe, network, tmp_path):
+    small, run_dir = recipe(6), tmp_path / "run"
+    common = ["env", f"MASTER_ADDR={network.hosts[0]}", "NODES=2", "RANKS=1", "GLOO_SOCKET_IFNAME=eth0"]
+    script = ["launch/cluster/torchrun.sh", str(small), str(run_dir)]
+    started = [launch(command=[*network.inside(host), *common, f"NODE={number}", *script])
+               for number, host in enumerate(network.hosts[:2])]  # fmt: skip
+    for one in started:
+        assert one.status() == 0, one.said
+    assert read_outcome(run_dir)["step"] == 6
+
+
+@pytest.mark.cluster
+def test_hosts_that_each_start_their_own_ranks_stop_together(launch, recipe, network, tmp_path):
+    small, run_dir, bst = recipe(500), tmp_path / "run", str(Path(sys.executable).with_name("bst"))
+    command = [bst, "train", str(small), "--run-dir", str(run_dir), "--nodes", "2", "--ranks", "1",
+               "--master", f"{network.hosts[0]}:29500"]  # fmt: skip
+    started = [launch(command=[*network.inside(host), *command, "--node", str(number)])
+               for number, host in enumerate(network.hosts[:2])]  # fmt: skip
+    started[0].until("step-00000010:")
+    os.kill(started[1].process.pid, signal.SIGTERM)
+    assert [one.status() for one in started] == [RESUBMIT, RESUBMIT], started[0].said
+    assert 10 <= read_outcome(run_dir)["step"] < 500
