@@ -12,6 +12,7 @@ from bst_dist.sweep.fit import Fit, FitError, fit
 from bst_dist.sweep.gap import Axis, Gaps, pair
 from bst_dist.sweep.joint import fit_shared, shared_e_p_value
 from bst_dist.sweep.law import Points
+from bst_dist.sweep.reach import compare_reach
 from bst_dist.sweep.regression import RegressionError
 from bst_dist.sweep.table import Row, points
 from bst_dist.sweep.verdict import MARGIN, crossing_flops, gain_slope, judge, mean_gap
@@ -20,18 +21,29 @@ from data_pipeline.errors import UserError
 OBJECTIVES = {"huber": 1e-3, "lad": 0.0}
 
 
-def fit_report(rows: list[Row], draws: int = 200) -> dict[str, Any]:
-    """Laws of every architecture, their uncertainty and their cross-checks."""
+def fit_report(rows: list[Row], baseline: str, draws: int = 200) -> dict[str, Any]:
+    """Laws of every architecture, their uncertainty and their cross-checks; one E for those that see equally far."""
     every = points(rows)
     laws = {str(name): _laws_of(every.take(every.group == name), rows, draws) for name in np.unique(every.group)}
     report: dict[str, Any] = {"points": len(every), "runs": len(np.unique(every.run)), "architectures": laws}
-    try:
-        joint = fit_shared(every)
-        p_value = shared_e_p_value(every, draws=max(9, draws // 5))
-        report["shared_E"] = {"laws": {name: asdict(law) for name, law in joint.laws.items()}, "p_value": p_value}
-    except FitError as error:
-        report["shared_E"] = {"not_fitted": str(error)}
+    reaches = [compare_reach(rows, name, baseline) for name in laws if name != baseline]
+    tested = [reach for reach in reaches if reach is not None]
+    report["reach"] = {reach.architecture: {**asdict(reach), "equal": reach.equal} for reach in tested}
+    report["shared_E"] = _shared(every, [baseline, *(reach.architecture for reach in tested if reach.equal)], draws)
     return report
+
+
+def _shared(every: Points, names: list[str], draws: int) -> dict[str, Any]:
+    """One irreducible loss for the baseline and the architectures found to see as far as it does."""
+    if len(names) < 2:
+        return {"not_fitted": "no architecture was found to see as far as the baseline does, and no further"}
+    own = every.take(np.isin(every.group, names))
+    try:
+        joint = fit_shared(own)
+        p_value = shared_e_p_value(own, draws=max(9, draws // 5))
+    except FitError as error:
+        return {"not_fitted": str(error)}
+    return {"laws": {name: asdict(law) for name, law in joint.laws.items()}, "p_value": p_value}
 
 
 def compare_report(rows: list[Row], baseline: str, axis: Axis, draws: int = 999) -> dict[str, Any]:
@@ -60,6 +72,7 @@ def compare_report(rows: list[Row], baseline: str, axis: Axis, draws: int = 999)
                          for key, pair_ in gain_slope(gaps).items()},
             "crossing_flops": next((crossing_flops(gaps, c) for c in own if c.factor == "flops"), None),
             "by_place": _by_place(rows, gaps.variant, baseline),
+            "by_document": _by_document(rows, gaps.variant, baseline),
             "left_out": list(gaps.left_out),
         }  # fmt: skip
     return report
@@ -81,9 +94,10 @@ def audit_report(rows: list[Row]) -> list[dict[str, Any]]:
         }
         if len(tried) > 1 and 1.0 in tried:
             best = min(tried, key=tried.__getitem__)
+            lost = float(np.log(tried[1.0] / tried[best]))
             found.append({
                 "architecture": row.architecture, "block": row.block, "loss_nats_by_factor": tried,
-                "best_factor": best, "passed": bool(np.log(tried[1.0] / tried[best]) <= MARGIN),
+                "best_factor": best, "lost": lost, "passed": lost <= MARGIN,
             })  # fmt: skip
     return found
 
@@ -133,18 +147,35 @@ def _trusted(chosen: Fit, own: Points, rows: list[Row], draws: int) -> dict[str,
 
 
 def _by_place(rows: list[Row], variant: str, baseline: str) -> list[float]:
-    """Mean gap by block of the sequence, over pairs of the same length asked for; empty when arms differ in blocks."""
-    base = {(r.block, r.tokens_per_parameter): r for r in rows if r.architecture == baseline and _measured(r)}
-    gaps = [
-        np.log(np.divide(base[key].loss_by_block, row.loss_by_block))
-        for row in rows
-        if row.architecture == variant and _measured(row) and (key := (row.block, row.tokens_per_parameter)) in base
-    ]
+    """Mean gap by block of the sequence; empty when arms differ in blocks."""
+    gaps = _gaps_by(rows, variant, baseline, "loss_by_block")
     return [] if len({len(gap) for gap in gaps}) != 1 else np.mean(gaps, axis=0).tolist()
 
 
-def _measured(row: Row) -> bool:
-    return row.status == "done" and row.role == "grid" and len(row.loss_by_block) > 0
+def _by_document(rows: list[Row], variant: str, baseline: str) -> dict[str, float]:
+    """The mean gap over documents, each counted once, its standard error over them, and how many are above 0."""
+    gaps = _gaps_by(rows, variant, baseline, "loss_by_document")
+    if not gaps or len({len(gap) for gap in gaps}) != 1 or len(gaps[0]) < 2:
+        return {}
+    each = np.mean(gaps, axis=0)
+    error = float(each.std(ddof=1) / np.sqrt(len(each)))
+    return {
+        "documents": len(each),
+        "mean": float(each.mean()),
+        "standard_error": error,
+        "better": int((each > 0).sum()),
+    }
+
+
+def _gaps_by(rows: list[Row], variant: str, baseline: str, column: str) -> list[np.ndarray]:
+    """Gaps by the parts of a column, a pair of runs of the same block and length asked for an entry."""
+    done = [row for row in rows if row.status == "done" and row.role == "grid" and getattr(row, column)]
+    base = {(row.block, row.tokens_per_parameter): row for row in done if row.architecture == baseline}
+    return [
+        np.log(np.divide(getattr(base[key], column), getattr(row, column)))
+        for row in done
+        if row.architecture == variant and (key := (row.block, row.tokens_per_parameter)) in base
+    ]
 
 
 def _try(make: Any) -> Any:

@@ -8,18 +8,22 @@ from typing import Any
 
 from bst_dist.config import load_recipe
 from bst_dist.sweep.design import Run
+from bst_dist.sweep.documents import losses_by_document
 from bst_dist.sweep.state import State
 from bst_dist.sweep.table import Row
 from bst_dist.train.metrics import FILE, read_lines
 from bst_dist.train.rundir import ENVIRONMENT, RECIPE
 
 
-def collect(runs: list[Run], state: State) -> list[Row]:
-    """Rows of the measurements among `runs`, in the order of the plan."""
-    return [_row(run, state) for run in runs if run.multiple is not None]
+def collect(runs: list[Run], state: State, documents: int = 0) -> list[Row]:
+    """Rows of the measurements among `runs`, in the order of the plan.
+
+    `documents`: score finished runs on so many tokens of each validation document as well; 0: do not.
+    """
+    return [_row(run, state, documents) for run in runs if run.multiple is not None]
 
 
-def _row(run: Run, state: State) -> Row:
+def _row(run: Run, state: State, documents: int) -> Row:
     standing, counts, cell = state.standing(run), run.counts, run.cell
     known = {
         "run": run.name,
@@ -44,7 +48,10 @@ def _row(run: Run, state: State) -> Row:
         "parameters_kernel": counts.kernel,
         "flops_per_token": counts.flops_per_token,
     }
-    return Row(**known, **(_measured(run, state) if standing.status == "done" else {}))
+    if standing.status != "done":
+        return Row(**known)
+    by_document = losses_by_document(run, state, documents) if documents else ()
+    return Row(**known, **_measured(run, state), loss_by_document=by_document)
 
 
 def _measured(run: Run, state: State) -> dict[str, Any]:

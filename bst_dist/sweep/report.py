@@ -14,6 +14,7 @@ from bst_dist.evaluate.plot import STYLE
 from bst_dist.sweep import verdict
 from bst_dist.sweep.analysis import audit_report, compare_report, fit_report, gaps_of
 from bst_dist.sweep.config import SweepConfig
+from bst_dist.sweep.coordinates import SLOPE
 from bst_dist.sweep.document import Block, Heading, Items, Paragraph, Picture, Sheet
 from bst_dist.sweep.figures import gap_figure, loss_figure, place_figure
 from bst_dist.sweep.law import Law
@@ -21,30 +22,35 @@ from bst_dist.sweep.table import Row
 from data_pipeline.errors import UserError
 
 
-def build(sweep: SweepConfig, rows: list[Row], draws: int) -> tuple[list[Block], dict[str, Any]]:
-    """The document's blocks, and all figures in it for machines; raises UserError when no run has finished."""
+def build(sweep: SweepConfig, rows: list[Row], draws: int,
+          coordinates: dict[str, Any] | None = None) -> tuple[list[Block], dict[str, Any]]:  # fmt: skip
+    """The document's blocks, and all figures in it for machines; raises UserError when no run has finished.
+
+    `coordinates`: what `bst sweep coordinates` found, if it was run.
+    """
     report = {
         "flops": compare_report(rows, sweep.baseline, "flops"),
         "time_s": compare_report(rows, sweep.baseline, "time_s"),
         "audit": audit_report(rows),
-        "fit": _fits(rows, draws),
+        "coordinates": coordinates,
+        "fit": _fits(rows, sweep.baseline, draws),
     }
     with matplotlib.rc_context(STYLE):
         blocks = [
             Heading(1, f"Sweep {sweep.name}"),
             *_answer(sweep, rows, report),
             *_advantage(sweep, rows, report),
-            *_laws(rows, report),
-            *_audit(report["audit"]),
+            *_laws(sweep, rows, report),
+            *_transfer(coordinates, report["audit"]),
             *_rule(),
             *_runs(rows),
         ]
     return blocks, report
 
 
-def _fits(rows: list[Row], draws: int) -> dict[str, Any]:
+def _fits(rows: list[Row], baseline: str, draws: int) -> dict[str, Any]:
     try:
-        return fit_report(rows, draws)
+        return fit_report(rows, baseline, draws)
     except UserError as error:
         return {"not_fitted": str(error)}
 
@@ -93,13 +99,18 @@ def _advantage(sweep: SweepConfig, rows: list[Row], report: dict[str, Any]) -> I
         yield Picture(f"gap-{axis.removesuffix('_s')}", gap_figure(every, sweep.baseline, axis),
                       f"Advantage of each pair at equal {label}, with means over pairs and their standard errors; the "
                       f"grey band is the margin of equivalence. Runs: {where}.")  # fmt: skip
+    for name, found in report["flops"]["variants"].items():
+        if by := found["by_document"]:
+            yield Paragraph(f"By document, each counted once, the advantage of {name} is {_percent(by['mean'])} ± "
+                            f"{by['standard_error']:.2%} over {by['documents']} validation documents; it is above 0 on "
+                            f"{by['better']} of them.")  # fmt: skip
     place = place_figure(report["flops"], sweep.baseline)
     if place is not None:
         yield Picture("gap-by-place", place, "Mean advantage by position in the sequence, a point a block; where it "
                       "only appears beyond the window, a longer receptive field is what it is made of.")  # fmt: skip
 
 
-def _laws(rows: list[Row], report: dict[str, Any]) -> Iterator[Block]:
+def _laws(sweep: SweepConfig, rows: list[Row], report: dict[str, Any]) -> Iterator[Block]:
     yield Heading(2, "Scaling laws")
     fits = report["fit"]
     yield Picture("loss", loss_figure(rows, fits), "Validation loss of every branch against its training FLOPs; the "
@@ -115,9 +126,18 @@ def _laws(rows: list[Row], report: dict[str, Any]) -> Iterator[Block]:
         yield Sheet(("form, objective", *unknowns, "error of a shape left out", "error of the largest size"),
                     [_law_row(key, law, unknowns) for key, law in shown.items()])  # fmt: skip
         yield from _identified(name, laws, report)
+    yield Heading(3, "One irreducible loss")
+    for name, reach in fits["reach"].items():
+        verdict_ = "Nothing speaks against equal reach" if reach["equal"] else "They do not see equally far"
+        yield Paragraph(f"{verdict_}: from the first block of a sequence to the last the advantage of {name} over "
+                        f"{sweep.baseline} changes by {_percent(reach['difference'])} ± {reach['standard_error']:.2%} "
+                        f"(p = {reach['p_value']:.3f}).")  # fmt: skip
     shared = fits["shared_E"]
     if "p_value" in shared:
-        yield Paragraph(f"One irreducible loss for all architectures: p = {shared['p_value']:.2f}.")
+        yield Paragraph(f"One irreducible loss for {' and '.join(shared['laws'])}: p = {shared['p_value']:.2f} of the "
+                        "data speaking so much against it.")  # fmt: skip
+    else:
+        yield Paragraph(f"No law with one irreducible loss is fitted: {shared['not_fitted']}.")
 
 
 def _identified(name: str, laws: dict[str, Any], report: dict[str, Any]) -> Iterator[Block]:
@@ -146,20 +166,45 @@ def _identified(name: str, laws: dict[str, Any], report: dict[str, Any]) -> Iter
     yield Items(lines)
 
 
-def _audit(audit: list[dict[str, Any]]) -> Iterator[Block]:
-    yield Heading(2, "Audit of the learning rate")
+def _transfer(coordinates: dict[str, Any] | None, audit: list[dict[str, Any]]) -> Iterator[Block]:
+    """Whether one learning rate suits all shapes: by how far activations move, and by trying other rates."""
+    yield Heading(2, "Does one learning rate hold for all shapes?")
+    yield from _coordinates(coordinates)
+    yield Heading(3, "Audit of the learning rate")
     if not audit:
         yield Paragraph("None was made: a claim about depth is confounded by the learning rate as far as one rate does "
                         "not suit all depths.")  # fmt: skip
         return
     failed = [entry for entry in audit if not entry["passed"]]
-    yield Paragraph(f"{len(audit) - len(failed)} of {len(audit)} corners pass: no other rate is better than the rule's "
-                    "by more than the margin.")  # fmt: skip
+    verdict_ = "passed" if not failed else "not passed: a claim about depth or size is confounded by the rate there"
+    yield Paragraph(f"{verdict_.capitalize()}. In {len(audit) - len(failed)} of {len(audit)} corners no other rate "
+                    f"tried is better than the rule's by more than {verdict.MARGIN:.1%} of the loss.")  # fmt: skip
     yield Sheet(
-        ("architecture", "corner", "loss by factor", "best", "passed"),
+        ("architecture", "corner", "loss by factor", "best", "lost by the rule's", "passed"),
         [[entry["architecture"], entry["block"],
           ", ".join(f"{factor:g}: {loss:.4f}" for factor, loss in sorted(entry["loss_nats_by_factor"].items())),
-          f"{entry['best_factor']:g}", "yes" if entry["passed"] else "no"] for entry in audit],
+          f"{entry['best_factor']:g}", f"{entry['lost']:.2%}", "yes" if entry["passed"] else "no"] for entry in audit],
+    )  # fmt: skip
+
+
+def _coordinates(found: dict[str, Any] | None) -> Iterator[Block]:
+    yield Heading(3, "Coordinate check")
+    if found is None:
+        yield Paragraph("None was made: `bst sweep coordinates` makes it.")
+        return
+    failed = [one for every in found["architectures"].values() for one in every if not one["passed"]]
+    count = sum(map(len, found["architectures"].values()))
+    widths, depths = (", ".join(map(str, found[key])) for key in ("widths", "depths"))
+    yield Paragraph(
+        f"{'Passed' if found['passed'] else 'Not passed'}, parametrisation {found['parametrisation']}: after "
+        f"{found['steps']} steps {count - len(failed)} of {count} changes depend neither on the width ({widths}) nor "
+        f"on the depth ({depths}): slopes in logarithms within ±{SLOPE}."
+    )
+    yield Sheet(
+        ("architecture", "change of", "along", "by value", "slope", "passed"),
+        [[name, one["watched"], one["along"], ", ".join(f"{key}: {v:.3g}" for key, v in one["changes"].items()),
+          f"{one['slope']:+.2f}", "yes" if one["passed"] else "no"]
+         for name, every in found["architectures"].items() for one in every],
     )  # fmt: skip
 
 

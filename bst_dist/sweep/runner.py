@@ -19,13 +19,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from bst_dist.config import load_recipe
 from bst_dist.sweep.design import Run
 from bst_dist.sweep.state import OUT_OF_MEMORY, State
 from bst_dist.train.checkpoint import committed
 from bst_dist.train.rundir import RECIPE
+from bst_dist.train.status import RESUBMIT
 from data_pipeline.atomic import atomic_file
 from data_pipeline.config import dump
+from data_pipeline.errors import UserError
 
 POLL_S = 0.5
 MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "Cannot allocate memory")
@@ -38,6 +42,8 @@ class Worker:
 
     run: Run
     process: subprocess.Popen[bytes]
+    place: int
+    """Which of the runner's workers it is, from 0: it has a share of the host's accelerators of its own."""
     started: float = field(default_factory=time.monotonic)
 
 
@@ -80,12 +86,13 @@ class Runner:
             if self.state.standing(run).status == "done":  # finished elsewhere between the look and the lock
                 return
             micro = self._prepare(run)
+            place = min(set(range(self.limit)) - {worker.place for worker in self.workers})
             with self.state.path("logs", run.name).open("ab") as log:
                 process = subprocess.Popen(
-                    self._command(run, micro), env=self._environment(), stdout=log, stderr=subprocess.STDOUT,
+                    self._command(run, micro), env=self._environment(run, place), stdout=log, stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL, pass_fds=(lock,), start_new_session=True, preexec_fn=_die_with_parent,
                 )  # fmt: skip
-            self.workers.append(Worker(run, process))
+            self.workers.append(Worker(run, process, place))
         finally:
             os.close(lock)  # the process has its own
 
@@ -121,9 +128,20 @@ class Runner:
         recipe = [str(self.state.path("recipes", run.name)), f"train.micro_sequences={micro}"]
         return [*program, *recipe, "--run-dir", str(self.state.directory(run.name)), "--resume"]
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, run: Run, place: int) -> dict[str, str]:
+        """This process's, with a share of the cores, and of the accelerators where there are several workers."""
         threads = str(max(1, len(os.sched_getaffinity(0)) // self.limit))
-        return {"OMP_NUM_THREADS": threads, **os.environ}
+        found = {"OMP_NUM_THREADS": threads, **os.environ}
+        devices = torch.cuda.device_count()
+        if self.limit > 1 and devices:
+            ranks = run.recipe.ranks or 1
+            if self.limit * ranks > devices:
+                raise UserError(
+                    f"{self.limit} workers of {ranks} ranks need {self.limit * ranks} GPUs, here are {devices}"
+                )
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
+            found["CUDA_VISIBLE_DEVICES"] = ",".join(visible[place * ranks : (place + 1) * ranks])
+        return found
 
     def _collect(self) -> None:
         """Take note of the processes that have ended."""
@@ -131,7 +149,8 @@ class Runner:
             self.workers.remove(worker)
             name, seconds = worker.run.name, time.monotonic() - worker.started
             standing = self.state.standing(worker.run)
-            if standing.status not in ("done", "diverged"):
+            stopped = worker.process.returncode == RESUBMIT  # by a signal from elsewhere, with a checkpoint
+            if standing.status not in ("done", "diverged") and not stopped:
                 self.state.record(name, self._attempt(worker, seconds))
                 standing = self.state.standing(worker.run)
             self.say(f"{standing.status:>9} {name} after {seconds:.0f} s {standing.reason}")
@@ -201,9 +220,10 @@ def _signal(process: subprocess.Popen[bytes], number: int) -> None:
 
 @contextmanager
 def _told_to_stop() -> Iterator[list[int]]:
-    """The signals SIGINT and SIGTERM that arrive while the block runs, in place of what they would do."""
+    """The signals to end that arrive while the block runs, in place of what they would do; a lost terminal is one."""
     told: list[int] = []
-    before = {n: signal.signal(n, lambda number, _: told.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {n: signal.signal(n, lambda number, _: told.append(number)) for n in ends}
     try:
         yield told
     finally:

@@ -5,6 +5,7 @@
 <root>/runs/<run>/          the run directory
 <root>/attempts/<run>.jsonl how each start ended that did not finish: one JSON object a line
 <root>/logs/<run>.log       what the run printed
+<root>/documents/<run>.json its losses by document, once they were asked for
 <root>/locks/<run>          held by the process that is running it, on whatever host
 """
 
@@ -45,8 +46,8 @@ class State:
         return self.root / RUNS / name
 
     def path(self, kind: str, name: str) -> Path:
-        """A file about a run: recipes, attempts, logs, locks."""
-        suffix = {"recipes": ".yaml", "attempts": ".jsonl", "logs": ".log", "locks": ""}[kind]
+        """A file about a run: recipes, attempts, logs, documents, locks."""
+        suffix = {"recipes": ".yaml", "attempts": ".jsonl", "logs": ".log", "documents": ".json", "locks": ""}[kind]
         path = self.root / kind / f"{name}{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path

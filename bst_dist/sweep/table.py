@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 from pathlib import Path
@@ -64,6 +66,8 @@ class Row(Config):
     bits_per_byte: Measured = math.nan
     loss_by_block: tuple[float, ...] = ()
     """The same loss by the position in the sequence, a value a block of W tokens."""
+    loss_by_document: tuple[float, ...] = ()
+    """By validation document, of its first tokens, in nats a token; empty unless `bst sweep collect --documents`."""
     time_s: Measured = math.nan
     """Time of all steps, those of the shared trunk included, without starts, checkpoints and evaluations."""
     micro_sequences: int = 0
@@ -84,6 +88,18 @@ def write(rows: list[Row], path: Path) -> None:
     lines = ",\n".join(row.model_dump_json() for row in rows)
     with atomic_file(path) as file:
         file.write(f"[\n{lines}\n]\n".encode())
+
+
+def write_csv(rows: list[Row], path: Path) -> None:
+    """The same table for a spreadsheet, without the columns that hold several values."""
+    nested = ("flops_per_token", "loss_by_block", "loss_by_document", "versions")
+    data = [row.model_dump(mode="json", exclude=set(nested)) for row in rows]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [name for name in Row.model_fields if name not in nested], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(data)
+    with atomic_file(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def read(path: Path) -> list[Row]:

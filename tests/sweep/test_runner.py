@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from bst_dist.sweep.design import Designer
 from bst_dist.sweep.runner import Runner
 from bst_dist.sweep.state import State
 from data_pipeline.config import parse
+from data_pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,6 +32,9 @@ run, micro = pathlib.Path(run_dir), int(override.partition("=")[2])
 recipe = yaml.safe_load(pathlib.Path(recipe_file).read_text())
 recipe["train"]["micro_sequences"] = micro
 told = json.loads(pathlib.Path(%r).read_text())
+def whole(path, text):  # at once, as training writes it: the runner reads at any moment
+    path.with_suffix(".part").write_text(text)
+    path.with_suffix(".part").rename(path)
 for part, what in told.items():
     if part in run.name:
         if what == "oom" and micro > 1:
@@ -37,6 +42,11 @@ for part, what in told.items():
             sys.exit("torch.OutOfMemoryError: out of memory")
         if what == "fail":
             sys.exit("Segmentation fault somewhere")
+        if what.startswith("stop"):
+            marks = list(run.parent.glob(run.name + ".stop*"))
+            if len(marks) < int(what[4:]):
+                (run.parent / f"{run.name}.stop{len(marks)}").touch()
+                sys.exit(75)
         if what == "once":
             mark = run.parent / (run.name + ".mark")
             if not mark.exists():
@@ -46,7 +56,7 @@ run.mkdir(exist_ok=True)
 (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 (run / "environment.json").write_text(json.dumps({"starts": [{"versions": {"torch": "x"}}]}))
 if any(part in run.name and what == "diverge" for part, what in told.items()):
-    (run / "outcome.json").write_text(json.dumps({"finished": False, "diverged": "the loss is nan in step 3"}))
+    whole(run / "outcome.json", json.dumps({"finished": False, "diverged": "the loss is nan in step 3"}))
     sys.exit(2)
 steps, branch = recipe["train"]["steps"], recipe["branch"]
 train, first = recipe["train"], branch["step"] if branch else 0
@@ -55,7 +65,7 @@ lines = [{"kind": "train", "step": s + 1, "tokens": tokens * (s + 1), "step_time
 loss = 3 * (tokens * steps) ** -0.05 - 0.01 * (recipe["model"]["mixer"] == "bst") + 0.001 * recipe["seed"]
 end = {"kind": "eval", "step": steps, "loss_nats": loss, "bits_per_byte": loss / 2, "loss_by_block": [loss, loss]}
 (run / "metrics.jsonl").write_text("".join(json.dumps(line) + chr(10) for line in [*lines, end]))
-(run / "outcome.json").write_text(json.dumps({"finished": True}))
+whole(run / "outcome.json", json.dumps({"finished": True}))
 """
 
 
@@ -129,6 +139,26 @@ def test_failed_runs_are_started_again_as_often_as_said_and_recorded(sweep):
     assert [row.status for row in rows] == ["failed", "done"]
     assert rows[0].reason == "Segmentation fault somewhere"
     assert sum("m0.1" in line for line in said) == 2
+
+
+def test_a_run_that_was_stopped_by_a_signal_has_not_failed(sweep):
+    """Three times, where one failure would be allowed."""
+    rows, said = sweep({f"sliding-all-{ONE}-m0.1": "stop3"}, f"sliding-all-{ONE}")
+    assert {row.status for row in rows} == {"done"}
+    assert sum("waiting" in line for line in said) == 3
+
+
+def test_workers_have_accelerators_of_their_own(sweep, monkeypatch):
+    run = next(run for run in sweep.runs if run.trunk is None)
+    run = replace(run, recipe=run.recipe.model_copy(update={"ranks": 2}))
+    runner = Runner([], sweep.state, 2, print)
+    assert "CUDA_VISIBLE_DEVICES" not in runner._environment(run, 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert [runner._environment(run, place)["CUDA_VISIBLE_DEVICES"] for place in (0, 1)] == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3,1")
+    assert runner._environment(run, 1)["CUDA_VISIBLE_DEVICES"] == "3,1"
+    with pytest.raises(UserError, match="3 workers of 2 ranks need 6 GPUs, here are 4"):
+        Runner([], sweep.state, 3, print)._environment(run, 0)
 
 
 def test_out_of_memory_halves_the_micro_batch_and_branches_begin_with_it(sweep):

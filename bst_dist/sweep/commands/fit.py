@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    _, rows = open_table(args)
-    report = fit_report(rows, args.draws)
+    sweep, rows = open_table(args)
+    report = fit_report(rows, sweep.baseline, args.draws)
     console = Console()
     for name, laws in report["architectures"].items():
         console.print(law_table(name, laws))
@@ -40,9 +40,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for axis, slope in laws["slopes"].items():
             if isinstance(slope, dict):
                 say(f"  d ln L / d ln {axis}: {slope['value']:.4f} ± {slope['standard_error']:.4f}")
+    for name, reach in report["reach"].items():
+        verb = "sees as far as" if reach["equal"] else "sees another distance than"
+        say(
+            f"{name} {verb} {sweep.baseline}: late in a sequence its advantage differs "
+            f"by {reach['difference']:+.2%} ± {reach['standard_error']:.2%} (p = {reach['p_value']:.3f})"
+        )
     shared = report["shared_E"]
+    if "not_fitted" in shared:
+        say(f"one E for all architectures: {shared['not_fitted']}")
     if "p_value" in shared:
-        say(f"one E for all architectures: p = {shared['p_value']:.2f} of the data speaking so much against it")
+        say(
+            f"one E for those that see equally far: p = {shared['p_value']:.2f} of the data speaking so much against it"
+        )
     return report
 
 

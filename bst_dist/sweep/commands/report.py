@@ -8,11 +8,12 @@ Reads the table that `bst sweep collect` wrote; figures are PNG and PDF.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 from bst_dist.sweep import document, report
-from bst_dist.sweep.commands.common import add_sweep, open_table, say
+from bst_dist.sweep.commands.common import COORDINATES, add_sweep, open_table, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     sweep, rows = open_table(args)
-    blocks, figures = report.build(sweep, rows, args.draws)
+    checked = sweep.root / COORDINATES
+    coordinates = json.loads(checked.read_text(encoding="utf-8")) if checked.exists() else None
+    blocks, figures = report.build(sweep, rows, args.draws, coordinates)
     files = document.write(blocks, args.out or sweep.root, title=f"Sweep {sweep.name}")
     for path in files[:2]:
         say(f"wrote {path}")
