@@ -79,7 +79,7 @@ def on_ranks() -> Callable[..., list[Any]]:
     be a closure. The first failure ends all of them.
     """
     choose_accelerator()
-    import deepspeed  # noqa: F401
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401 (else every forked rank imports it: seconds)
 
     def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         context, port = multiprocessing.get_context("fork"), free_port()

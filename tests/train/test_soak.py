@@ -1,0 +1,18 @@
+"""The soak test (`soak.py`), small; its real size is in docs/checkpoints.md."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.ranks
+def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(tmp_path):
+    path = Path(__file__).with_name("soak.py")
+    spec = importlib.util.spec_from_file_location("soak", path)
+    soak = sys.modules["soak"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(soak)
+    soak.endure(soak.Soak(tmp_path, ranks=2, steps=40, kills=5, lifetime_s=5.0))
