@@ -26,6 +26,7 @@ from bst_dist.train.loop import TrainConfig
 from bst_dist.train.metrics import LogConfig
 from bst_dist.train.optimizer import OptimizerConfig
 from bst_dist.train.schedule import ScheduleConfig
+from bst_dist.train.watchdog import WatchdogConfig
 from data_pipeline.config import Config, ConfigError, load
 from data_pipeline.loader import DataConfig
 from data_pipeline.reader import Corpus
@@ -52,6 +53,7 @@ class Recipe(Config):
     branch: BranchConfig | None = None
     """The checkpoint of another run that this one begins at; null: random weights."""
     guard: GuardConfig = GuardConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
@@ -78,6 +80,7 @@ FREE = (
     "ranks",
     "log",
     "guard",
+    "watchdog",
     "checkpoint",
     "parallel",
     "deepspeed",

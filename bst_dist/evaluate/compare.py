@@ -48,7 +48,7 @@ def compare(one: Path, other: Path) -> dict[str, Any]:
         "passed": not recipe and weights == 0 and not any(metrics.values()),
         "recipe_differences": recipe,
         "steps": sum(kind == "train" for kind, _ in common),
-        "evaluations": sum(kind != "train" for kind, _ in common),
+        "evaluations": sum(kind.startswith("eval") for kind, _ in common),
         "checkpoint": checkpoints[0].name,
         "largest_difference": {**metrics, "weights": weights},
     }

@@ -33,6 +33,8 @@ class EvaluationConfig(Config):
 class Evaluate(Callback):
     """Evaluates every so many steps, and after the last of the run: where a start ends leaves no trace."""
 
+    phase = "evaluate"
+
     def __init__(self, config: EvaluationConfig, batches: Sequence[Batch], engine: Engine, ranks: Ranks,
                  token_bytes: Tensor, writers: Sequence[Writer], steps: int, stop: Stop,
                  sharing: SequenceGroup | None = None) -> None:  # fmt: skip
@@ -73,6 +75,7 @@ class Evaluate(Callback):
         self.engine.module.eval()
         with torch.no_grad():
             for batch in self.batches:
+                self.ranks.phases.enter(self.phase, step)  # the watchdog sees that it moves
                 if self.stop.poll():
                     break
                 inputs = on_device(batch, self.ranks.device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -23,6 +23,7 @@ from bst_dist.train.ledger import Entry, Ledger
 from bst_dist.train.metrics import Callback, SkippedReport, StepReport, bits_per_byte
 from bst_dist.train.schedule import ScheduleConfig, factor
 from bst_dist.train.signals import Stop
+from bst_dist.train.utilisation import Speed
 from data_pipeline.config import Config
 
 if TYPE_CHECKING:
@@ -50,15 +51,6 @@ class TrainConfig(Config):
     """Carry the past of each row to the next step (data.mode streaming); values only, no gradient goes back."""
 
 
-@dataclass(frozen=True)
-class Speed:
-    """What a step's duration is judged by."""
-
-    flops_per_token: float
-    peak_flops: float
-    """Of all ranks together."""
-
-
 class Trainer:
     """Takes steps, and knows how far it is."""
 
@@ -82,15 +74,19 @@ class Trainer:
 
         They may be told while a callback is at work, so each callback is told anew whether a step will follow.
         """
+        phases = self.ranks.phases
         start = time.perf_counter()
+        phases.enter("data")
         for data_step, batches in steps:
             waited = time.perf_counter() - start
             report = replace(self.step(data_step - self.skipped, batches, start), data_wait_s=waited)
             for callback in callbacks:
+                phases.enter(callback.phase)
                 callback.after_step(report, last=self.stop.agreed or report.step == until)
             if self.stop.agreed or report.step == until:
                 return
             start = time.perf_counter()
+            phases.enter("data", report.step + 1)
 
     def step(self, step: int, batches: Sequence[Batch], start: float) -> StepReport:
         """One update of the weights with the mean loss over all valid tokens of the step; `start`: when it began.
@@ -102,6 +98,7 @@ class Trainer:
         rate = rates["matrices"]
         (tokens,) = self.ranks.sum([sum(int(batch.loss_mask.sum()) for batch in batches)])
         loss, text_bytes, held = self._accumulate(step, batches, max(1.0, tokens), rate)
+        self.ranks.phases.enter("optimizer")
         norm = self.engine.update()
         held = held or self.guard.gradient(norm, step, self.skipped, rate)
         if held is None:
@@ -122,7 +119,8 @@ class Trainer:
             ssm_learning_rate=rates.get("ssm", 0.0),
             step_time_s=seconds,
             tokens_per_s=tokens / seconds,
-            mfu=tokens / seconds * self.speed.flops_per_token / self.speed.peak_flops,
+            mfu=self.speed.mfu(tokens / seconds),
+            hfu=self.speed.hfu(tokens / seconds),
         )
 
     def _accumulate(
@@ -137,6 +135,7 @@ class Trainer:
         scale = self.ranks.world / tokens
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         for index, batch in enumerate(batches):
+            self.ranks.phases.enter("forward", step + 1)
             inputs = on_device(batch, self.ranks.device)
             earlier = self._earlier(index, batch, inputs)
             past = past_of_slice(self.sharing, batch.input_ids.shape[1], earlier)
@@ -148,6 +147,7 @@ class Trainer:
                 self.stop.learn(wishes)
                 held = self.guard.loss(nats / tokens, step, self.skipped, rate)
                 scale = math.inf if held else scale
+            self.ranks.phases.enter("backward")
             self.engine.accumulate(losses.total * scale, last)
             if earlier is not None:
                 left = {"rows": batch.rows.tolist(), "position": earlier.position + self.config.sequence_length}

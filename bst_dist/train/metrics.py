@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import log, nan
@@ -10,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from data_pipeline.atomic import atomic_file
 from data_pipeline.config import Config
@@ -23,6 +24,17 @@ class LogConfig(Config):
     """Steps between two lines on the console; every step goes to metrics.jsonl."""
     tensorboard: bool = True
     """Write TensorBoard events into the run directory's tensorboard/."""
+    straggler: float = Field(1.2, gt=1)
+    """Warn when the slowest rank's own work in a step takes this many times the median rank's."""
+    profile: tuple[int, int] | None = None
+    """First and last step, counted from 1, to trace with torch's profiler into the run directory's profile/."""
+
+    @field_validator("profile")
+    @classmethod
+    def _window_is_one(cls, window: tuple[int, int] | None) -> tuple[int, int] | None:
+        if window and not 1 <= window[0] <= window[1]:
+            raise ValueError("the first step of the window must be at least 1, and the last not before it")
+        return window
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,8 @@ class StepReport:
     tokens_per_s: float
     mfu: float
     """Model FLOPs utilisation: the model's own arithmetic as a share of the ranks' peak."""
+    hfu: float = 0.0
+    """Hardware FLOPs utilisation: what is computed again in the backward pass included."""
     data_wait_s: float = 0.0
     """What the first rank waited for its batches, as a part of the step's time."""
 
@@ -76,11 +90,36 @@ class EvalReport:
     time_s: float
 
 
-Report = StepReport | EvalReport
+@dataclass(frozen=True)
+class PerformanceReport:
+    """Where the time of a step goes, over all ranks, since the report before."""
+
+    kind: ClassVar[str] = "performance"
+
+    step: int
+    seconds: dict[str, float]
+    """Of a step by phase, the mean over the ranks; evaluations and checkpoints spread over the steps between."""
+    sent_bytes: dict[str, float]
+    """In a step by kind of exchange, by the rank that sends most of it."""
+    memory_bytes: int
+    """The most that any rank has held so far: on its accelerator, or in all where there is none."""
+    memory_rank: int
+    work_s: float
+    """The median rank's own work in a step, without waiting for others."""
+    slowest_rank: int
+    slowest_host: str
+    slowest_ratio: float
+    """The slowest rank's own work by the median rank's."""
+
+
+Report = StepReport | EvalReport | PerformanceReport
 
 
 class Callback:
     """A concern beside the training itself, on every rank."""
+
+    phase: ClassVar[str] = "report"
+    """What its time goes down as."""
 
     def after_step(self, report: StepReport, last: bool) -> None:
         """Called after each step; `last` when none follows in this start."""
@@ -144,8 +183,8 @@ class TensorBoard(Writer):
     def write(self, report: Report) -> None:
         if isinstance(report, SkippedReport):
             return
-        kind = "train" if isinstance(report, StepReport) else report.split
-        for name, value in asdict(report).items():
+        kind = report.split if isinstance(report, EvalReport) else report.kind
+        for name, value in _flat(asdict(report)).items():
             if name != "step" and isinstance(value, (int, float)):
                 self._writer.add_scalar(f"{kind}/{name}", value, report.step)
 
@@ -158,9 +197,10 @@ class Console(Writer):
 
     HEADER = f"{'step':>12} {'loss':>8} {'bits/byte':>9} {'norm':>8} {'rate':>9} {'tokens/s':>9} {'MFU':>6} {'left':>8}"
 
-    def __init__(self, every: int, steps: int):
-        self.every, self.steps = every, steps
+    def __init__(self, every: int, steps: int, straggler: float = math.inf):
+        self.every, self.steps, self.straggler = every, steps, straggler
         self._since: list[StepReport] = []
+        self._slow: int | None = None
         self._started = True  # the first step has a line of its own: it is slower, and shows that the run moves
 
     def write(self, report: Report) -> None:
@@ -172,11 +212,25 @@ class Console(Writer):
             print(f"{report.step:>6}/{self.steps:<5} {report.loss_nats:>8.4f} {report.bits_per_byte:>9.4f} "
                   f"{report.gradient_norm:>8.3f}  not taken: see ledger.jsonl", flush=True)  # fmt: skip
             return
+        if isinstance(report, PerformanceReport):
+            self._performance(report)
+            return
         self._since.append(report)
         if self._started or report.step % self.every == 0 or report.step == self.steps:
             print(self._line(report), flush=True)
             self._since.clear()
             self._started = False
+
+    def _performance(self, report: PerformanceReport) -> None:
+        """Where the time goes, once it has settled and at the end; a rank that is slow in two reports running."""
+        if report.step in (2 * self.every, self.steps):
+            print(f"{'':>12} {_performance(report)}", flush=True)
+        slow = report.slowest_rank if report.slowest_ratio > self.straggler else None
+        if slow is not None and slow == self._slow:
+            who = f"rank {report.slowest_rank} on {report.slowest_host}"
+            print(f"{'':>12} {who} holds the others up: its own work in a step takes {report.slowest_ratio:.2f} times "
+                  f"the median rank's {report.work_s:.3g} s", flush=True)  # fmt: skip
+        self._slow = slow
 
     def _line(self, last: StepReport) -> str:
         """The mean of the speeds since the last line; the loss, norm and rate of the last step."""
@@ -187,6 +241,23 @@ class Console(Writer):
             f"{last.step:>6}/{self.steps:<5} {last.loss_nats:>8.4f} {last.bits_per_byte:>9.4f} "
             f"{last.gradient_norm:>8.3f} {last.learning_rate:>9.2e} {speed:>9,.0f} {mfu:>6.1%} {duration(left):>8}"
         )
+
+
+def _performance(report: PerformanceReport) -> str:
+    """Shares of the time, bytes and memory, in a line for people."""
+    total = sum(report.seconds.values()) or 1.0
+    spent = sorted(report.seconds.items(), key=lambda item: -item[1])
+    shares = ", ".join(f"{phase} {seconds / total:.0%}" for phase, seconds in spent if seconds / total >= 0.005)
+    sent = sum(report.sent_bytes.values())
+    return f"{shares}; {sent / 1e6:,.1f} MB sent a step; {report.memory_bytes / 2**30:,.2f} GiB of memory"
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a report, those of a section under the section's name."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= {f"{name}/{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def duration(seconds: float) -> str:

@@ -21,19 +21,24 @@ from bst_dist.plan.hardware import peak_flops
 from bst_dist.train import activation, ledger, rng, rundir
 from bst_dist.train.branch import origin
 from bst_dist.train.checkpoint import CheckpointError, damage
+from bst_dist.train.communication import WatchedGroup
 from bst_dist.train.engine import Engine
 from bst_dist.train.evaluation import Evaluate
 from bst_dist.train.fragments import EngineState
 from bst_dist.train.guard import DivergedError, Guard, RollBack
 from bst_dist.train.layout import Layout, Rows
-from bst_dist.train.loop import Speed, Trainer
+from bst_dist.train.loop import Trainer
 from bst_dist.train.metrics import FILE, Console, Log, MetricsFile, TensorBoard, Writer, read_lines
+from bst_dist.train.performance import Performance
+from bst_dist.train.profiling import Profile
 from bst_dist.train.ranks import Ranks
 from bst_dist.train.retention import abandon
 from bst_dist.train.signals import Notice, Stop
 from bst_dist.train.snapshot import Checkpoints, Evaluated, Identity, Position, Snapshots
 from bst_dist.train.start import Request, Start, load, resolve
 from bst_dist.train.status import DONE, RESUBMIT
+from bst_dist.train.utilisation import Speed, recomputed_flops_per_token
+from bst_dist.train.watchdog import Watchdog
 from data_pipeline.loader import Loader
 from data_pipeline.reader import Corpus
 
@@ -46,11 +51,17 @@ def train(request: Request, ranks: Ranks, notice: Notice | None = None) -> int:
     """
     start = resolve(load(request), request, ranks.world)
     ranks.barrier()  # all have looked at the run directory before the first one writes to it
-    stop = Stop(ranks, notice)
+    with Watchdog(start.recipe.watchdog, start.run_dir, ranks.rank, ranks.world, ranks.phases):
+        return _train(start, request, ranks, Stop(ranks, notice))
+
+
+def _train(start: Start, request: Request, ranks: Ranks, stop: Stop) -> int:
+    """Put the run together, and train."""
     engine = _engine(start)
     state = EngineState(engine.deepspeed)
     snapshots = Snapshots(start.run_dir, state, ranks, _identity(start, engine, ranks), start.recipe.checkpoint)
     sharing = Mesh(ranks.world, ranks.rank, start.recipe.parallel.sp).sp_group()
+    sharing = sharing and WatchedGroup(sharing.process_group, ranks.phases)
     trainer = _trainer(start, engine, ranks, sharing, stop)
     rng.seed_all(start.recipe.seed, ranks.rank)
     position = _resume(request, start, snapshots, trainer)
@@ -66,6 +77,7 @@ def train(request: Request, ranks: Ranks, notice: Notice | None = None) -> int:
         snapshots.finish()  # what was under way is from before
         if ranks.first:
             rundir.finish(start.run_dir, {"finished": False, "diverged": str(error)})
+        ranks.barrier()  # all diverge alike, and when the first is gone the others may be ended
         raise
     return _end(start, ranks, stop)
 
@@ -88,7 +100,10 @@ def _go_on(start: Start, snapshots: Snapshots, trainer: Trainer, position: Posit
         Log(writers),
         evaluate,
         Checkpoints(recipe.checkpoint, snapshots, trainer, evaluated, data_state, say),
+        Performance(recipe.log.every, ranks, writers),
     ]
+    if recipe.log.profile:
+        callbacks.append(Profile(recipe.log.profile, start.run_dir, ranks.rank, position.step, say))
     try:
         if ranks.from_first(ranks.first and evaluate.owed(_lines(start), position.step)):
             evaluate.make(position.step)
@@ -168,12 +183,18 @@ def _identity(start: Start, engine: Engine, ranks: Ranks) -> Identity:
 
 
 def _trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceGroup | None, stop: Stop) -> Trainer:
-    recipe = start.recipe
+    recipe, length = start.recipe, start.recipe.train.sequence_length
     token_bytes = torch.from_numpy(start.corpora[0].token_bytes()).to(ranks.device)
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     ranks.barrier()  # ranks that share a processor measure its peak together
     (peak,) = ranks.sum([peak_flops(ranks.device, dtype)])
-    speed = Speed(train_flops_per_token(recipe.model, recipe.train.sequence_length), peak)
+    speed = Speed(
+        train_flops_per_token(recipe.model, length),
+        peak,
+        recomputed_flops_per_token(
+            recipe.model, length, recipe.activation_checkpointing, engine.module.layers, attention_path(ranks.device)
+        ),
+    )
     return Trainer(recipe.train, recipe.schedule, engine, ranks, token_bytes, speed, sharing, stop)
 
 
@@ -247,7 +268,7 @@ def _evaluation(start: Start, trainer: Trainer, writers: Sequence[Writer]) -> Ev
 
 def _writers(start: Start, done: int) -> list[Writer]:
     log = start.recipe.log
-    writers = [MetricsFile(start.run_dir, done), Console(log.every, start.recipe.train.steps)]
+    writers = [MetricsFile(start.run_dir, done), Console(log.every, start.recipe.train.steps, log.straggler)]
     return [*writers, TensorBoard(start.run_dir, done)] if log.tensorboard else writers
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+
+from bst_dist.train.communication import watch_deepspeed
+from bst_dist.train.phases import Phases
 
 T = TypeVar("T")
 
@@ -42,6 +46,11 @@ class Ranks:
         self.rank = distributed.get_rank()
         self.world = distributed.get_world_size()
         self.device = torch.device(accelerator.current_device_name())
+        on_cpu = accelerator.device_name() == "cpu"
+        self._allocated = None if on_cpu else accelerator.max_memory_allocated
+        self.phases = Phases(None if on_cpu else accelerator.synchronize)
+        """Where this rank is, what its time goes to and what it sends."""
+        watch_deepspeed(self.phases)
 
     @property
     def first(self) -> bool:
@@ -51,24 +60,34 @@ class Ranks:
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums over all ranks, in float64: counts of tokens and bytes stay exact."""
         totals = torch.tensor(values, dtype=torch.float64, device=self.device)
-        distributed.all_reduce(totals)
-        return totals.tolist()
+        with self.phases.exchanging("sum of numbers"):
+            distributed.all_reduce(totals)
+            return totals.tolist()
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, by rank, on every rank."""
         values: list[Any] = [None] * self.world
-        distributed.all_gather_object(values, value)
+        with self.phases.exchanging("gather of objects"):
+            distributed.all_gather_object(values, value)
         return values
 
     def from_first(self, value: T) -> T:
         """Rank 0's value."""
         values = [value]
-        distributed.broadcast_object_list(values, src=0)
+        with self.phases.exchanging("broadcast of an object"):
+            distributed.broadcast_object_list(values, src=0)
         return values[0]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        distributed.barrier()
+        with self.phases.exchanging("barrier"):
+            distributed.barrier()
+
+    def memory_high_water(self) -> int:
+        """Most bytes that this rank has held: on its accelerator, or of the machine's memory where there is none."""
+        if self._allocated is not None:
+            return self._allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def leave(self) -> None:
         """Leave the process group; without this the exit of one rank may look like a fault to the others."""

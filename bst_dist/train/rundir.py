@@ -5,7 +5,10 @@ ds_config.json    the completed DeepSpeed configuration
 environment.json  versions, hosts and ranks, one entry a start
 metrics.jsonl     one JSON object a line
 tensorboard/      the same, as events
+ledger.jsonl      steps that the guard has not taken
+profile/, stacks/ traces of steps, and where the ranks stood when they hung
 checkpoints/      step-00000100/ and so on
+heartbeats/       where each rank is, for the watchdogs of the others
 outcome.json      how the last start ended; absent while it runs or when it was cut short
 """
 
@@ -18,6 +21,7 @@ from typing import Any
 
 from bst_dist.config import Recipe, differing
 from bst_dist.train.checkpoint import CHECKPOINTS, committed
+from bst_dist.train.watchdog import HEARTBEATS, STACKS
 from bst_dist.version import versions
 from data_pipeline.atomic import atomic_file
 from data_pipeline.config import dump, load
@@ -49,8 +53,8 @@ def check(run_dir: Path, recipe: Recipe, completed: dict[str, Any], resume: bool
     Refused are another recipe, a DeepSpeed configuration that computes something else, checkpoints without `resume`,
     and a directory that holds something else than a run. The layout may be another.
     """
-    if not run_dir.exists() or not any(run_dir.iterdir()):
-        return
+    if not run_dir.exists() or all(path.name in (HEARTBEATS, STACKS) for path in run_dir.iterdir()):
+        return  # a start that broke off early leaves no more than its watchdogs' files
     if not (run_dir / RECIPE).exists():
         raise RunDirectoryError(f"{run_dir}: not empty and not a run (no {RECIPE}): choose another with --run-dir")
     if found := differing(load(Recipe, run_dir / RECIPE), recipe):

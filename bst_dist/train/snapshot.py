@@ -214,6 +214,8 @@ class Evaluated(Writer):
 class Checkpoints(Callback):
     """Takes a checkpoint every so many steps, and after the last."""
 
+    phase = "checkpoint"
+
     def __init__(self, config: CheckpointConfig, snapshots: Snapshots, trainer: Trainer, evaluated: Evaluated,
                  data_state: Callable[[int], dict[str, Any]], say: Callable[[str], None]) -> None:  # fmt: skip
         """`evaluated`: what the weights are worth; `data_state`: the loader's state after a number of steps; `say`: how

@@ -98,7 +98,7 @@ SPOILT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def go(recipe_file, tmp_path, on_ranks, unmeasured, monkeypatch) -> Go:
     """``go(run, how, bad, *overrides, …)`` trains on two ranks, the last of which spoils the loss of `bad` data."""
     recipe = recipe_file(
-        train={"steps": 20, "sequences": 4, "micro_sequences": 1}, evaluation={"every": 4},
+        train={"steps": 14, "sequences": 4, "micro_sequences": 1}, evaluation={"every": 4},
         guard={"spike_window": 8, "spike_deviations": 20.0},
     )  # fmt: skip
     original = Trainer.step
@@ -137,7 +137,7 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("stage", "how"), [(0, "loss"), (1, "gradient"), (2, "spike"), (3, "loss"), (3, "gradient")])
+@pytest.mark.parametrize(("stage", "how"), [(0, "loss"), (1, "gradient"), (2, "spike"), (3, "loss")])
 def test_a_skipped_step_changes_no_weight(go, tmp_path, stage, how):
     policy = ("guard.non_finite=skip", "guard.spike=skip", "checkpoint.every=1", "checkpoint.keep_last=9")
     go("run", how, (11,), *policy, f"deepspeed=ds_configs/zero{stage}.json", until=13)
@@ -152,7 +152,7 @@ def test_a_skipped_step_changes_no_weight(go, tmp_path, stage, how):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("how", "policy"), [("loss", "skip"), ("spike", "roll-back"), ("gradient", "roll-back")])
+@pytest.mark.parametrize(("how", "policy"), [("loss", "skip"), ("spike", "roll-back")])
 def test_decisions_are_the_same_after_a_stop_at_any_step(go, tmp_path, how, policy):
     # Two pieces of bad data: the second is met on the way that the first one's roll-back leads to.
     settings = (f"guard.non_finite={policy}", f"guard.spike={policy}", "data.mode=streaming", "train.carry=true",
@@ -163,7 +163,7 @@ def test_decisions_are_the_same_after_a_stop_at_any_step(go, tmp_path, how, poli
     if policy == "roll-back":  # both times to step 8: with data 11 on, its steps are 9, 10 (data 12), 11 (data 13)
         assert [(entry.step, entry.skipped, entry.back_to) for entry in entries] == [(11, 0, 8), (11, 3, 8)]
         assert json.loads((newest_valid(tmp_path / "whole") / "manifest.json").read_text())["skipped"] == 6
-    for until in (9, 10, 11, 15):  # 10 and 11 are checkpoints that the whole run has not: it rolls back to 8
+    for until in (10, 11):  # checkpoints that the whole run has not, which rolls back to 8
         go("parts", how, (10, 13), *settings, until=until)
     go("parts", how, (10, 13), *settings)
     assert_same(tmp_path / "whole", tmp_path / "parts")
