@@ -197,8 +197,8 @@ def _coordinates(found: dict[str, Any] | None) -> Iterator[Block]:
     widths, depths = (", ".join(map(str, found[key])) for key in ("widths", "depths"))
     yield Paragraph(
         f"{'Passed' if found['passed'] else 'Not passed'}, parametrisation {found['parametrisation']}: after "
-        f"{found['steps']} steps {count - len(failed)} of {count} changes depend neither on the width ({widths}) nor "
-        f"on the depth ({depths}): slopes in logarithms within ±{SLOPE}."
+        f"{found['steps']} steps at {found['rate']:g} of the peak rate {count - len(failed)} of {count} changes depend "
+        f"neither on the width ({widths}) nor on the depth ({depths}): slopes in logarithms within ±{SLOPE}."
     )
     yield Sheet(
         ("architecture", "change of", "along", "by value", "slope", "passed"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -36,6 +37,11 @@ def open_table(args: argparse.Namespace) -> tuple[SweepConfig, list[Row]]:
     """The sweep with the table that `collect` wrote."""
     sweep = open_sweep(args)
     return sweep, read(sweep.root / TABLE)
+
+
+def open_console() -> Console:
+    """Where tables go: as wide as the terminal, and in a file or a pipe wide enough to cut no number short."""
+    return Console() if sys.stdout.isatty() else Console(width=140)
 
 
 def say(text: str) -> None:

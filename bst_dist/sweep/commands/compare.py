@@ -13,11 +13,10 @@ import math
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
 from bst_dist.sweep.analysis import compare_report
-from bst_dist.sweep.commands.common import add_sweep, open_table, percent, say
+from bst_dist.sweep.commands.common import add_sweep, open_console, open_table, percent, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     sweep, rows = open_table(args)
     report = compare_report(rows, sweep.baseline, args.at)
-    console = Console()
+    console = open_console()
     for name, found in report["variants"].items():
         mean = found["mean_gap"]
         say(f"{name} over {sweep.baseline} at equal {args.at}: {percent(mean['value'])} ± "

@@ -3,8 +3,9 @@
     bst sweep coordinates launch/sweeps/mini.yaml --widths 32 64 128 --depths 2 4 8
 
 A learning rate may be used at every width and depth where no change depends on them (slope within ±0.2): then the check
-passes. Under the standard parametrisation changes do depend on the width and the check fails, by how much it says:
-rules.parametrisation=standard shows it. What it finds is kept for the sweep's report.
+passes. It is made at a tenth of the peak rate, as in a warm-up: activations that have changed altogether cannot show
+what they depend on. Under the standard parametrisation changes do depend on the width and the check fails:
+rules.parametrisation=standard shows by how much. What it finds is kept for the sweep's report.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
 from bst_dist.model.lm import LanguageModel
-from bst_dist.sweep.commands.common import COORDINATES, add_sweep, open_sweep, say
+from bst_dist.sweep.commands.common import COORDINATES, add_sweep, open_console, open_sweep, say
 from bst_dist.sweep.config import SweepConfig
 from bst_dist.sweep.coordinates import Coordinate, check
 from bst_dist.sweep.design import Cell, Designer
@@ -32,12 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sweep(parser)
     parser.add_argument("--widths", type=int, nargs="+", required=True, metavar="D", help="multiples of the head width")
     parser.add_argument("--depths", type=int, nargs="+", required=True, metavar="N")
+    parser.add_argument("--rate", type=float, default=0.1, metavar="X",
+                        help="share of the peak rate to train at (default: %(default)s)")  # fmt: skip
     parser.add_argument("--steps", type=int, default=4, metavar="K", help="steps to train (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     sweep = open_sweep(args)
-    designer, console = Designer(sweep), Console()
+    designer, console = Designer(sweep), open_console()
     first = {cell.architecture: cell for cell in reversed(designer.cells()) if cell.role == "grid"}
     architectures, kind = {}, ""
     for name in designer.architectures:
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         architectures[name] = [{**asdict(one), "passed": one.passed} for one in found]
     failed = {name for name, found in architectures.items() if not all(one["passed"] for one in found)}
     report = {"passed": not failed, "parametrisation": kind, "widths": args.widths, "depths": args.depths,
-              "steps": args.steps, "architectures": architectures}  # fmt: skip
+              "steps": args.steps, "rate": args.rate, "architectures": architectures}  # fmt: skip
     sweep.root.mkdir(parents=True, exist_ok=True)
     with atomic_file(sweep.root / COORDINATES) as file:
         file.write(json.dumps(report, indent=2).encode() + b"\n")
@@ -65,7 +67,9 @@ def _check(sweep: SweepConfig, designer: Designer, cell: Cell,
 
     length = recipe.train.sequence_length
     ids = torch.randint(recipe.model.vocab_size, (2, length + 1), generator=torch.Generator().manual_seed(0))
-    found = check(make, args.widths, args.depths, recipe.optimizer, ids, args.steps)
+    peak = recipe.optimizer
+    rates = {name: args.rate * getattr(peak, name) for name in ("learning_rate", "ssm_learning_rate")}
+    found = check(make, args.widths, args.depths, peak.model_copy(update=rates), ids, args.steps)
     return found, recipe.model.parametrisation.kind
 
 

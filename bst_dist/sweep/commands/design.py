@@ -15,7 +15,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from bst_dist.sweep.commands.common import add_sweep, open_plan
+from bst_dist.sweep.commands.common import add_sweep, open_console, open_plan
 from bst_dist.sweep.plan import Plan
 from bst_dist.sweep.power import Power, shape_key
 from bst_dist.sweep.verdict import MARGIN
@@ -25,7 +25,7 @@ add_arguments = add_sweep
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     plan, _ = open_plan(args)
-    console, shapes = Console(), shapes_of(plan)
+    console, shapes = open_console(), shapes_of(plan)
     title = f"{plan.sweep.name}: {len(plan.runs)} runs, {len(plan.measured)} of them measurements"
     names = ("architecture", "size", "depth", "width", "heads", "under study", "parameters", "N = FLOPs/6", "off by")
     table = Table(*names, title=title, box=SIMPLE)

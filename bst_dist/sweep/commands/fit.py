@@ -12,11 +12,10 @@ import argparse
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
 from bst_dist.sweep.analysis import fit_report
-from bst_dist.sweep.commands.common import add_sweep, open_table, say
+from bst_dist.sweep.commands.common import add_sweep, open_console, open_table, say
 
 CAPTION = "errors in predicting shapes left out, and the largest size from smaller ones"
 
@@ -29,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     sweep, rows = open_table(args)
     report = fit_report(rows, sweep.baseline, args.draws)
-    console = Console()
+    console = open_console()
     for name, laws in report["architectures"].items():
         console.print(law_table(name, laws))
         for key, law in laws.items():

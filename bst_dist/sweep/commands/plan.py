@@ -12,10 +12,9 @@ import argparse
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
-from bst_dist.sweep.commands.common import add_sweep, open_sweep, say
+from bst_dist.sweep.commands.common import add_sweep, open_console, open_sweep, say
 from bst_dist.sweep.commands.design import power_report, show_power
 from bst_dist.sweep.design import Designer
 from bst_dist.sweep.plan import Plan, make_plan, read_rates, write_plan, write_rates
@@ -37,7 +36,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     plan = make_plan(sweep)
     write_plan(plan)
     prices = prices_of(plan)
-    console = Console()
+    console = open_console()
     for title, keys in (("by shape", ("size", "depth")), ("by architecture", ("architecture",))):
         table = Table(*keys, "runs", plan.unit, title=f"{sweep.name}, {title}", box=SIMPLE)
         for group in dict.fromkeys(tuple(price[key] for key in keys) for price in prices):

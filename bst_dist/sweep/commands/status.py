@@ -12,10 +12,9 @@ from collections import Counter
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
-from bst_dist.sweep.commands.common import add_sweep, open_plan, say
+from bst_dist.sweep.commands.common import add_sweep, open_console, open_plan, say
 
 add_arguments = add_sweep
 STATUSES = ("done", "running", "waiting", "failed", "diverged")
@@ -28,7 +27,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name in dict.fromkeys(run.cell.architecture for run in plan.runs):
         counts = Counter(standing.status for run, standing in standings if run.cell.architecture == name)
         table.add_row(name, *(str(counts[status]) for status in STATUSES))
-    Console().print(table)
+    open_console().print(table)
     for run, standing in standings:
         if standing.status == "running":
             line = state.progress(run.name)
