@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 from bst_dist.verify.grid import Combination
@@ -18,26 +17,19 @@ def likely_cause(combination: Combination, world: int, finding: Finding, ranks_a
         return "not a number: an overflow, or memory read before it was written"
     if not ranks_agree:
         return "ranks disagree about the gradient: it is not reduced over all of them, or before all is there"
+    if not finding.wrong:
+        return "the gradients are right, so the loss or the norm is summed wrongly over ranks when it is reported"
     if finding.rest <= max(finding.allowed_whole, NEAR):
         factors = list(_factors(combination, world, finding.scale))
         return f"every gradient is {finding.scale:.4g} times what it should be{_explained(factors)}"
-    if not finding.wrong:
-        return "the gradients are right, so the loss or the norm is summed wrongly over ranks when it is reported"
     if len(finding.wrong) == 1:
         return f"only {finding.wrong[0]} is wrong: look at what is done with it between ranks"
-    shared = _common_module(finding.wrong)
-    where = f", all in {shared}" if shared else ""
-    what = f"{len(finding.wrong)} gradients are wrong{where}"
+    what = (
+        f"{len(finding.wrong)} gradients are wrong; nearest to the loss {finding.wrong[-1]}, whose error others inherit"
+    )
     if combination.sp > 1:
-        return f"{what}: with sp {combination.sp}, look at the exchanges of these layers and their backward passes"
-    return f"{what}: look at what these layers have in common"
-
-
-def _common_module(names: tuple[str, ...]) -> str:
-    """The innermost module that has all these parameters."""
-    split = [name.split(".") for name in names]
-    levels = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*split, strict=False))
-    return ".".join(parts[0] for parts in levels)
+        return f"{what}. With sp {combination.sp}, look at the exchanges there and their backward passes"
+    return f"{what}. Look there first"
 
 
 def _factors(combination: Combination, world: int, scale: float) -> Iterator[tuple[str, float]]:

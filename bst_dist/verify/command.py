@@ -1,7 +1,7 @@
 """Verify that a recipe's step has the gradients of one process, however it is spread.
 
     bst verify launch/recipes/demo.yaml
-    bst verify launch/recipes/demo.yaml --sp 1 2 --zero 2 3 --precision fp32 data.documents=isolated
+    bst verify launch/recipes/demo.yaml data.documents=isolated --sp 1 2 --zero 2 3 --precision fp32
     bst verify launch/recipes/demo.yaml --zero 0 1 2 3 --sp 1 2 4 --checkpointing none every-layer \\
         --variants SH MH MF --precision fp32 bf16
 

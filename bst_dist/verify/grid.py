@@ -15,6 +15,7 @@ from bst_dist.config import Recipe, deepspeed_file
 from bst_dist.model.context import ContextConfig
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.plan.rehearse import rehearse
+from bst_dist.train import deepspeed_json
 from bst_dist.train.activation import ActivationCheckpointingConfig
 from bst_dist.verify.shrink import shrink
 from data_pipeline.config import ConfigError, parse
@@ -68,7 +69,9 @@ class Grid:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that open an axis of the grid; without them it is the recipe's own value."""
     policies = get_args(ActivationCheckpointingConfig.model_fields["policy"].annotation)
-    axes = parser.add_argument_group("axes", "several values each; the default is the recipe's own")
+    axes = parser.add_argument_group(
+        "axes", "one or more values each; default: the recipe's own; overrides come before"
+    )
     axes.add_argument("--variants", nargs="+", choices=_variants(), help="context states of the Block-State layers")
     axes.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), help="of the step")
     axes.add_argument("--zero", nargs="+", type=int, choices=range(4), metavar="{0,1,2,3}",
@@ -99,6 +102,8 @@ def build(recipe: Recipe, args: argparse.Namespace) -> Grid:
         _once(args.checkpointing or [recipe.activation_checkpointing.policy]),
         accumulations,
     )
+    for path in axes[2]:
+        deepspeed_json.read(Path(path))
     grid = Grid(small, world, [Combination(*values) for values in itertools.product(*axes)])
     for combination in grid.combinations:
         _require_slices(combination.apply(small, world))

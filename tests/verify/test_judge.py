@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bst_dist.verify.cause import likely_cause
+from bst_dist.verify.grid import Combination, axes_in_common
+from bst_dist.verify.judge import Yardstick, judge
+from bst_dist.verify.reference import Step
+
+GENERATOR = torch.Generator().manual_seed(0)
+NAMES = ("layers.0.mixer.qkv", "layers.0.mixer.out", "layers.1.ffn.up")
+EXACT = {name: torch.randn(20, generator=GENERATOR, dtype=torch.float64) for name in NAMES}
+HOW = Combination("SH", "fp32", "ds_configs/zero2.json", sp=2, checkpointing="none", accumulation=8)
+
+
+def step(gradients: dict[str, torch.Tensor], loss: float = 3.0) -> Step:
+    return Step(loss, float(torch.cat(list(gradients.values())).norm()), gradients)
+
+
+def noisy(size: float) -> Step:
+    return step({name: g + size * g.norm() / 20**0.5 * torch.randn(20, generator=GENERATOR, dtype=torch.float64)
+                 for name, g in EXACT.items()})  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e-2, 1e-1])
+def test_rounding_like_one_process_s_passes_at_any_precision(size):
+    yardstick = Yardstick.of(step(EXACT), [noisy(size), noisy(size)])
+    assert judge(noisy(size), yardstick).passed
+    assert not judge(noisy(8 * size), yardstick).passed
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8, 1 / 2, 1 / 4])
+def test_a_factor_fails_however_coarse_the_precision(factor):
+    yardstick = Yardstick.of(step(EXACT), [noisy(0.3)])
+    found = judge(step({name: g * factor for name, g in noisy(0.05).gradients.items()}), yardstick)
+    assert not found.passed
+    assert set(found.wrong) == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("factor", "said"),
+    [
+        (2, "= sp: summed over the ranks of a sequence"),
+        (4, "= dp: summed over data-parallel ranks"),
+        (1 / 2, "= 1/sp: averaged over the ranks of a sequence"),
+        (1 / 8, "= 1/ranks = 1/micro-batches: "),
+        (1.5, "no number of ranks or micro-batches"),
+    ],
+)
+def test_the_factor_is_explained(factor, said):
+    yardstick = Yardstick.of(step(EXACT), [noisy(1e-7)])
+    found = judge(step({name: g * factor for name, g in EXACT.items()}), yardstick)
+    assert said in likely_cause(HOW, 8, found, ranks_agree=True)
+
+
+def test_of_several_wrong_parameters_the_one_nearest_to_the_loss_is_named():
+    yardstick = Yardstick.of(step(EXACT), [noisy(1e-7)])
+    found = judge(step({n: g * (0.9 if "mixer" in n else 1) for n, g in EXACT.items()}), yardstick)
+    assert found.wrong == NAMES[:2]
+    assert found.parameter in NAMES[:2]
+    said = likely_cause(HOW, 8, found, ranks_agree=True)
+    assert "2 gradients are wrong; nearest to the loss layers.0.mixer.out" in said
+    assert "With sp 2, look at the exchanges" in said
+
+
+def test_what_is_not_a_number_fails():
+    yardstick = Yardstick.of(step(EXACT), [noisy(1e-7)])
+    found = judge(step({**EXACT, NAMES[1]: EXACT[NAMES[1]] * float("nan")}), yardstick)
+    assert not found.passed
+    assert found.parameter == NAMES[1]
+    assert "not a number" in likely_cause(HOW, 8, found, ranks_agree=True)
+
+
+def test_a_wrong_loss_or_norm_fails_though_the_gradients_are_right():
+    yardstick = Yardstick.of(step(EXACT), [noisy(1e-7)])
+    for wrong in (step(EXACT, loss=3.1), replace(step(EXACT), norm=1.0)):
+        found = judge(wrong, yardstick)
+        assert not found.passed
+        assert "loss or the norm" in likely_cause(HOW, 8, found, ranks_agree=True)
+
+
+def test_a_gradient_that_is_zero_but_for_rounding_may_be_so_otherwise():
+    exact = step({**EXACT, "unused": torch.zeros(3, dtype=torch.float64)})
+    yardstick = Yardstick.of(exact, [step({**noisy(1e-7).gradients, "unused": torch.full((3,), 1e-14)})])
+    assert judge(step({**noisy(1e-7).gradients, "unused": torch.full((3,), -1e-14)}), yardstick).passed
+    assert not judge(step({**noisy(1e-7).gradients, "unused": torch.full((3,), 1e-3)}), yardstick).passed
+
+
+def test_what_failures_share_and_no_pass_has_is_told():
+    failed = [HOW, replace(HOW, precision="bf16")]
+    passed = [replace(HOW, sp=1), replace(HOW, deepspeed="ds_configs/zero1.json", sp=1)]
+    assert list(axes_in_common(failed, passed)) == [("sp", 2)]

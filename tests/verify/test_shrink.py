@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bst_dist.cli import main
+from bst_dist.config import load_recipe
+from bst_dist.verify.shrink import BLOCK, shrink
+
+RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").rglob("*.yaml"))
+
+DEMO = next(path for path in RECIPES if path.stem == "demo")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_copy_keeps_what_gradients_could_go_wrong_by(path):
+    recipe = load_recipe(path)
+    small = shrink(recipe, [1, 2, 4], rows=8)
+    assert set(small.model.mixers()) == set(recipe.model.mixers())
+    assert small.model.context.variant == recipe.model.context.variant
+    assert small.model.ssm.kernel == recipe.model.ssm.kernel
+    assert small.data == recipe.data
+    assert small.train.sequence_length % (4 * BLOCK) == 0
+    assert small.model.depth <= 4
+    assert small.model.width <= 32
+
+
+def test_layers_keep_their_places_and_lengths_their_ratio_to_the_block(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("""
+name: deep
+model: {width: 512, heads: 8, ffn: 2048, block: 128, depth: 12, mixer: bst, placement: [1, 7, 9],
+        ssm: {kernel: hyena, length: 512}, vocab_size: 1000}
+data: {corpus: nowhere}
+train: {steps: 10, sequence_length: 1024, sequences: 8}
+""")
+    small = shrink(load_recipe(path), [1, 2], rows=8)
+    assert small.model.mixers() == ["bst", "sliding", "bst", "bst"]
+    assert small.train.sequence_length == 8 * BLOCK
+    assert small.model.ssm.length == 4 * BLOCK
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["model.mixer=block-recurrent", "--sp", "2"], "set parallel.sp to 1"),
+        (["--ranks", "3", "--sp", "2"], "2 does not divide the 3 ranks"),
+        (["model.mixer=sliding", "--variants", "SH"], "sliding has none"),
+        (["--accumulation", "0"], "1 or more"),
+        (["deepspeed=ds_configs/zero9.json"], "zero9.json: no such file"),
+    ],
+)
+def test_what_cannot_be_verified_is_refused_before_anything_starts(options, said, capsys, monkeypatch):
+    monkeypatch.setattr("bst_dist.verify.command.launch", lambda *_: pytest.fail("launched"))
+    assert main(["verify", str(DEMO), *options]) == 2
+    assert said in capsys.readouterr().err
