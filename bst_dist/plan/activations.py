@@ -8,9 +8,10 @@ sum of its layers, so a model of any depth and length is known from a few of the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -19,12 +20,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bst_dist.model import attention
 from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.model.loss import TILE_LOGITS
 from bst_dist.parallel.neighbour import LeftNeighbour
 from bst_dist.parallel.past import Past
 from bst_dist.parallel.rehearsal import Rehearsal
 from bst_dist.plan.live import LiveBytes
+from bst_dist.plan.rehearse import rehearse
+from bst_dist.plan.zero import Sizes
 from bst_dist.train.activation import ActivationCheckpointingConfig, policy
 from bst_dist.train.ranks import choose_accelerator
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class Activations:
 
     def __init__(self, model: ModelConfig, bf16: bool, isolated: bool = False, fused: bool = True) -> None:
         self.model, self.bf16, self.isolated, self.fused = model, bf16, isolated, fused
-        self._known: dict[Any, Part] = {}
+        self._known: dict[Any, Any] = {}
 
     def layer(self, mixer: str, checkpointing: ActivationCheckpointingConfig, slice_: Slice, zero3: bool) -> Part:
         """One layer; all policies of the checkpointing that rerun it alike are rehearsed once. Memory is affine in the
@@ -89,17 +95,40 @@ class Activations:
         nothing = ActivationCheckpointingConfig()
         return sum(self.layer(mixer, nothing, slice_, zero3=False).kept for mixer in self.model.mixers())
 
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Of the model's parameters."""
+        with FakeTensorMode():
+            return Sizes.of(LanguageModel(self.model))
+
+    def messages(self, slice_: Slice) -> dict[str, dict[str, int]]:
+        """By mixer, bytes that one layer sends to the ranks that share its sequence, by kind, forward and backward.
+
+        Raises SequenceParallelError when a layer cannot be computed in such slices.
+        """
+        if slice_.sp == 1:
+            return {}
+        found = {}
+        for mixer in dict.fromkeys(self.model.mixers()):
+            found[mixer] = self._once(("messages", mixer, slice_), lambda mixer=mixer: self._messages(mixer, slice_))
+        return found
+
     def head(self, slice_: Slice) -> Part:
-        """Everything but the layers: the final norm, the head and the loss."""
-        return self._once(("head", slice_), lambda: self._head(slice_))
+        """Everything but the layers: the final norm, the head and the loss. Tiles of logits are of one size, so what many
+        tokens need follows from two and three tiles."""
+        tile, tokens = max(1, TILE_LOGITS // self.model.vocab_size), slice_.rows * slice_.length
+        if tokens <= 4 * tile:
+            return self._once(("head", tokens), lambda: self._head(tokens))
+        two, three = (self._once(("head", tiles * tile), lambda t=tiles * tile: self._head(t)) for tiles in (2, 3))
+        return two._with(three, lambda a, b: a + (b - a) * (tokens - 2 * tile) // tile)
 
     @staticmethod
     def _of(slice_: Slice, rows: int) -> Slice:
         return Slice(rows, slice_.length, slice_.sp)
 
-    def _once(self, key: Any, rehearse: Callable[[], Part]) -> Part:
+    def _once(self, key: Any, find: Callable[[], T]) -> T:
         if key not in self._known:
-            self._known[key] = rehearse()
+            self._known[key] = find()
         return self._known[key]
 
     def _layer(self, mixer: str, checkpointing: ActivationCheckpointingConfig, slice_: Slice, zero3: bool) -> Part:
@@ -114,13 +143,19 @@ class Activations:
             shape = (slice_.rows, slice_.length, self.model.width)
             return _run(live, layer, shape, call, lambda: host.bytes if host else 0, self._autocast)
 
-    def _head(self, slice_: Slice) -> Part:
+    def _messages(self, mixer: str, slice_: Slice) -> dict[str, int]:
+        one = self.model.model_copy(update={"depth": 1, "mixer": mixer, "placement": "all"})
+        with self._fused():
+            return rehearse(one, slice_.sp, slice_.rows, slice_.length, self.bf16, self.isolated)
+
+    def _head(self, tokens: int) -> Part:
         with self._stage(zero3=False) as live:
             one = {"depth": 1, "mixer": "sliding", "placement": "all"}
             model = LanguageModel(self.model.model_copy(update=one))
             model.layers[0] = stand_in = _StandIn()
-            ids = torch.zeros(slice_.rows, slice_.length, dtype=torch.long)
-            shape = (slice_.rows, slice_.length, self.model.width)
+            model._check_slice = lambda *_: None  # any number of tokens will do where there are no layers
+            ids = torch.zeros(1, tokens, dtype=torch.long)
+            shape = (1, tokens, self.model.width)
 
             def call(x: Tensor) -> Tensor:
                 stand_in.output = x
@@ -131,12 +166,15 @@ class Activations:
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
 
+    def _fused(self) -> AbstractContextManager:
+        replaced = patch.object(attention, "sliding_attention", _fused_attention)
+        return replaced if self.fused else nullcontext()
+
     @contextmanager
     def _stage(self, zero3: bool) -> Iterator[LiveBytes]:
         live = LiveBytes()
         with ExitStack() as stack:
-            if self.fused:
-                stack.enter_context(patch.object(attention, "sliding_attention", _fused_attention))
+            stack.enter_context(self._fused())
             if zero3:  # DeepSpeed puts this in the place of torch's, for the whole process
                 choose_accelerator()
                 from deepspeed.runtime.zero.linear import zero3_linear_wrap

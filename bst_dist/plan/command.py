@@ -1,7 +1,7 @@
 """Plan a recipe on a cluster: what fits, what is best, how long it takes and what goes over which link.
 
     bst plan launch/recipes/paper/small-bst-sh.yaml --nodes 1 --gpus-per-node 8 --gpu h100-80gb
-    bst plan launch/recipes/bst-7b.yaml --nodes 1 8 64 --lengths 4096 65536 1048576
+    bst plan launch/recipes/bst-7b.yaml --nodes 1,8,64 --lengths 4096,65536,1048576
 
 Nothing is launched and no weight is made: layers run on tensors without storage. With several numbers of nodes, or
 with --lengths, a table of the best plan for each; a step keeps its number of tokens, so it has fewer sequences where
@@ -21,7 +21,8 @@ from rich.console import Console
 from bst_dist.config import Recipe, load_recipe, with_vocabulary
 from bst_dist.plan.accelerators import accelerator
 from bst_dist.plan.activations import Activations
-from bst_dist.plan.report import describe, show, show_table
+from bst_dist.plan.figures import describe
+from bst_dist.plan.report import show, show_table
 from bst_dist.plan.search import Candidate, PlanError, Planner
 from bst_dist.plan.speed import Cluster
 from data_pipeline.config import ConfigError, parse
@@ -33,11 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Command-line options."""
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe, YAML")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")
-    parser.add_argument("--nodes", type=int, nargs="+", default=[1], metavar="N", help="nodes (default 1)")
+    parser.add_argument("--nodes", type=_numbers, default=[1], metavar="N,...", help="nodes (default 1)")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="accelerators of a node (default 8)")
     parser.add_argument("--gpu", default="h100-80gb", metavar="NAME", help="what they are (default h100-80gb)")
-    parser.add_argument("--lengths", type=int, nargs="+", metavar="L", help="sequence lengths in tokens, for a table")
+    parser.add_argument("--lengths", type=_numbers, metavar="L,...", help="sequence lengths in tokens, for a table")
     parser.add_argument("--accelerators", type=Path, metavar="FILE", help="accelerators of your own, YAML")
+
+
+def _numbers(text: str) -> list[int]:
+    """Positive whole numbers between commas."""
+    numbers = [int(part) for part in text.split(",")]
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected positive numbers")
+    return numbers
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -46,8 +55,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if recipe.model.vocab_size is None:
         recipe = with_vocabulary(recipe, open_corpora(recipe.data))
     device = accelerator(args.gpu, args.accelerators)
-    if min(*args.nodes, args.gpus_per_node) < 1:
-        raise PlanError("--nodes and --gpus-per-node: at least 1 of each")
+    if args.gpus_per_node < 1:
+        raise PlanError(f"--gpus-per-node {args.gpus_per_node}: at least 1")
     clusters = [Cluster(nodes, args.gpus_per_node, device) for nodes in args.nodes]
     if len(clusters) == 1 and not args.lengths:
         planner = Planner(recipe, clusters[0])

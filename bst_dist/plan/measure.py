@@ -34,7 +34,6 @@ from bst_dist.model.lm import LanguageModel, ModelConfig
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.parallel.neighbour import past_of_slice
 from bst_dist.plan.activations import Activations, Slice
-from bst_dist.plan.fakes import sizes_of
 from bst_dist.plan.memory import Memory, Work, memory
 from bst_dist.plan.traffic import GATHER, REDUCE, SCATTER, sent, sequence_traffic, zero_traffic
 from bst_dist.plan.zero import Strategy
@@ -71,9 +70,10 @@ class Case:
 
     def model(self) -> ModelConfig:
         """Small enough for a CPU, with more in activations than in states."""
+        context = {"context": {"variant": self.variant, "states": 8}, "ssm": {"state": 8, "chunk": 16}}
         return ModelConfig(
             width=256, heads=4, ffn=1024, block=64, depth=4, vocab_size=self.VOCABULARY, mixer=self.mixer,
-            placement=[1, 3], context={"variant": self.variant, "states": 8}, ssm={"state": 8, "chunk": 16},
+            placement=[1, 3], **(context if self.mixer == "bst" else {}),
         )  # fmt: skip
 
     def section(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class Case:
         return Work(
             strategy=Strategy.of(self.section(), self.name), world=self.world,
             slice=Slice(self.rows, self.LENGTH // self.sp, self.sp), accumulation=self.micro_batches,
-            checkpointing=ActivationCheckpointingConfig(policy=self.policy),
+            checkpointing=ActivationCheckpointingConfig(policy=self.policy), depth=self.model().depth,
         )  # fmt: skip
 
 
@@ -145,12 +145,12 @@ def compare(case: Case) -> dict[str, Any]:
 def plan(case: Case) -> tuple[Memory, dict[str, float]]:
     """Memory at the peak, and bytes sent by kind."""
     model, work = case.model(), case.work()
-    sizes, bf16 = sizes_of(model), case.precision == "bf16"
-    activations = Activations(model, bf16, fused=False)
-    rerun = [work.checkpointing.runs_again(index) for index in range(model.depth)]
-    traffic = zero_traffic(sizes, work, rerun)
-    between = sum(sequence_traffic(model, work, bf16, isolated=False).values())
-    return memory(sizes, model.mixers(), activations, work), traffic | ({"sequence": between} if between else {})
+    activations = Activations(model, case.precision == "bf16", fused=False)
+    traffic = zero_traffic(activations.sizes, work)
+    messages = activations.messages(Slice(1, work.slice.length, case.sp))
+    between = sum(sequence_traffic(model, work, messages).values())
+    needs = memory(activations.sizes, model.mixers(), activations, work)
+    return needs, traffic | ({"sequence": between} if between else {})
 
 
 def measure(case: Case) -> list[dict[str, Any]]:

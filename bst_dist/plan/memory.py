@@ -29,6 +29,12 @@ class Work:
     accumulation: int
     """Micro-batches of a step."""
     checkpointing: ActivationCheckpointingConfig
+    depth: int
+    """Layers of the model."""
+
+    def rerun(self) -> list[bool]:
+        """Of each layer, whether it is run again in the backward pass."""
+        return [self.checkpointing.runs_again(index) for index in range(self.depth)]
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class _Step:
     def __init__(self, sizes: Sizes, mixers: list[str], activations: Activations, work: Work) -> None:
         self.sizes, self.work = sizes, work
         self.state: States = states(sizes, work.strategy, work.world, work.accumulation)
-        rerun = [work.checkpointing.runs_again(index) for index in range(len(mixers))]
+        rerun = work.rerun()
         self.layers = [_layer(activations, mixer, again, work) for mixer, again in zip(mixers, rerun, strict=True)]
         self.head = activations.head(work.slice)
         none = (0,) * len(mixers)

@@ -7,6 +7,7 @@ messages, many of them small, which the model of time takes too lightly.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,17 +15,19 @@ from functools import cached_property
 from bst_dist.config import Recipe, deepspeed_file
 from bst_dist.parallel.neighbour import SequenceParallelError
 from bst_dist.plan.activations import Activations, Slice
-from bst_dist.plan.fakes import sizes_of
+from bst_dist.plan.flops import forward_flops
 from bst_dist.plan.memory import Memory, Work, memory
 from bst_dist.plan.speed import Cluster, Moved, Speed, share_rerun, speed
 from bst_dist.plan.traffic import sequence_traffic, zero_traffic
-from bst_dist.plan.zero import Strategy
+from bst_dist.plan.zero import Sizes, Strategy
 from data_pipeline.errors import UserError
 
 RESERVED_BYTES = 3e9
 """Of a device's memory, for the driver's context, the communication library and the matrix library's workspace."""
 FRAGMENTATION = 0.08
 """Of activations and buffers, what the caching allocator loses in holes."""
+HEADROOM = 0.05
+"""Of a device's memory, left free because the plan itself may be off."""
 POLICIES = ("none", "selective", "every-kth-layer", "every-layer", "offload")
 MOST_ROWS = 16
 """Sequences of a micro-batch that are tried at most: beyond, nothing is gained."""
@@ -58,7 +61,12 @@ class Candidate:
     @property
     def fits(self) -> bool:
         """Whether a device has as much."""
-        return self.needed <= self.limit
+        return self.needed <= (1 - HEADROOM) * self.limit
+
+    @property
+    def excess(self) -> float:
+        """Bytes by which it does not fit."""
+        return self.needed - (1 - HEADROOM) * self.limit
 
 
 class Planner:
@@ -73,12 +81,16 @@ class Planner:
         self.bf16, self.isolated = recipe.train.precision == "bf16", recipe.data.documents == "isolated"
         self.activations = activations or Activations(self.model, self.bf16, self.isolated)
         self.strategies = _strategies(recipe)
-        self._between: dict[tuple, dict[str, int]] = {}
 
     @cached_property
-    def sizes(self):
+    def flops(self) -> dict[str, float]:
+        """Of a token's forward pass, by term."""
+        return forward_flops(self.model, self.recipe.train.sequence_length)
+
+    @cached_property
+    def sizes(self) -> Sizes:
         """Of the model's parameters."""
-        return sizes_of(self.model)
+        return self.activations.sizes
 
     def degrees(self) -> list[int]:
         """Every sp that divides the ranks, the sequence and the step's sequences; raises PlanError if there is none."""
@@ -112,36 +124,51 @@ class Planner:
         checkpointing = self.recipe.activation_checkpointing.model_copy(update={"policy": policy})
         accumulation = train.sequences * sp // (cluster.world * rows)
         part = Slice(rows, train.sequence_length // sp, sp)
-        work = Work(self.strategies[stage], cluster.world, part, accumulation, checkpointing)
-        again = [checkpointing.runs_again(index) for index in range(self.model.depth)]
-        between = self._sequence(work)
-        traffic = zero_traffic(self.sizes, work, again)
+        work = Work(self.strategies[stage], cluster.world, part, accumulation, checkpointing, self.model.depth)
+        between = sequence_traffic(self.model, work, self.messages(sp))
+        traffic = zero_traffic(self.sizes, work)
         needs = memory(self.sizes, self.model.mixers(), self.activations, work)
         touched = self.activations.whole(part)
         updated = self.sizes.total / (cluster.world if stage else 1)
-        seconds = speed(self.model, work, Moved(touched, needs.host, updated), traffic, between, cluster, self.bf16)
+        seconds = speed(self.flops, work, Moved(touched, needs.host, updated), traffic, between, cluster, self.bf16)
         return Candidate(work, needs, traffic, between, seconds, 1e9 * cluster.accelerator.memory_gb)
 
     def best(self) -> Candidate:
         """The fastest way that fits; if none does, the one that is least too large."""
         best: Candidate | None = None
-        closest: Candidate | None = None
         for policy in POLICIES:
             if best is not None and self._settled(best, policy):
                 break
-            for sp in self.degrees():
-                try:
-                    found = list(self._with(sp, policy))
-                except SequenceParallelError:
-                    if best is None and closest is None and sp == self.degrees()[-1]:
-                        raise
-                    continue
-                fitting = [way for way in found if way.fits]
-                closest = min([*found, *([closest] if closest else [])], key=lambda way: way.needed)
-                if fitting:
-                    best = min([*fitting, *([best] if best else [])], key=_preference)
-                    break
-        return best or closest
+            sp = self._fewest(policy)
+            fitting = [way for way in self._with(sp, policy) if way.fits] if sp else []
+            best = min([*fitting, *([best] if best else [])], key=_preference, default=None)
+        return best or self.closest()
+
+    def closest(self) -> Candidate:
+        """The way that takes least memory."""
+        sp, stages = self.supported()[-1], STAGES if self.cluster.world > 1 else STAGES[:1]
+        return min(
+            (self.candidate(stage, sp, 1, policy) for policy in POLICIES for stage in stages),
+            key=lambda way: way.needed,
+        )
+
+    def supported(self) -> list[int]:
+        """The degrees that the layers can be spread over; raises SequenceParallelError if there is none."""
+        degrees = self.degrees()
+        while True:
+            try:
+                self.messages(degrees[-1])
+                return degrees
+            except SequenceParallelError:  # slices become too short for a layer's reach
+                if len(degrees) == 1:
+                    raise
+                degrees = degrees[:-1]
+
+    def _fewest(self, policy: str) -> int | None:
+        """The smallest degree with which something fits; memory only falls with the degree."""
+        degrees = self.supported()
+        at = bisect_left(degrees, True, key=lambda sp: any(way.fits for way in self._with(sp, policy)))
+        return degrees[at] if at < len(degrees) else None
 
     def _with(self, sp: int, policy: str) -> Iterator[Candidate]:
         """Every micro-batch and stage; ZeRO-3 only for the smallest micro-batch, and if nothing else fits."""
@@ -157,17 +184,15 @@ class Planner:
 
     def _settled(self, best: Candidate, policy: str) -> bool:
         """Whether no way under `policy`, or one that runs more again, can be faster."""
-        if best.work.strategy.stage < 3 and best.work.slice.sp == self.degrees()[0]:
+        if best.work.strategy.stage < 3 and best.work.slice.sp == self.supported()[0]:
             return True
         checkpointing = best.work.checkpointing.model_copy(update={"policy": policy})
         again = share_rerun(checkpointing, self.model.depth) * best.speed.compute / 3
         return best.speed.compute + 0.9 * again >= best.speed.total  # a ninth or less of the forward pass is the head
 
-    def _sequence(self, work: Work) -> dict[str, int]:
-        key = (work.slice, work.accumulation, work.checkpointing.policy)
-        if key not in self._between:
-            self._between[key] = sequence_traffic(self.model, work, self.bf16, self.isolated)
-        return self._between[key]
+    def messages(self, sp: int) -> dict[str, dict[str, int]]:
+        """By mixer, what one layer sends to the ranks that share a sequence, for one row; by kind."""
+        return self.activations.messages(Slice(1, self.recipe.train.sequence_length // sp, sp))
 
 
 def _preference(way: Candidate) -> tuple[float, int, int]:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bst_dist.model.lm import ModelConfig
 from bst_dist.plan.accelerators import Accelerator
-from bst_dist.plan.flops import forward_flops
 from bst_dist.plan.memory import Work
 from bst_dist.plan.traffic import GATHER
 from bst_dist.train.activation import ActivationCheckpointingConfig
@@ -85,7 +83,11 @@ class Speed:
     @property
     def total(self) -> float:
         """Of the step."""
-        return self.compute + self.rerun + self.memory + self.exposed + self.sequence + self.offload
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        """Seconds by name."""
+        return {name: value for name, value in vars(self).items() if name != "flops"}
 
 
 @dataclass(frozen=True)
@@ -100,19 +102,20 @@ class Moved:
     """Parameters that the rank updates."""
 
 
-def speed(model: ModelConfig, work: Work, moved: Moved, traffic: dict[str, float], between: dict[str, int],
+def speed(flops: dict[str, float], work: Work, moved: Moved, traffic: dict[str, float], between: dict[str, int],
           cluster: Cluster, bf16: bool) -> Speed:  # fmt: skip
     """Of one step.
 
     Args:
+        flops: of a token's forward pass, by term.
         traffic: bytes of gradients and weights that a rank sends in a step.
         between: the same for messages between the ranks of a sequence.
     """
     device, part = cluster.accelerator, work.slice
     tokens = part.rows * part.length * work.accumulation
-    forward, layers_only = _forward_seconds(model, part.length * part.sp, tokens, device, bf16)
-    rerun = layers_only * share_rerun(work.checkpointing, model.depth)
-    passes = ACTIVATION_PASSES + share_rerun(work.checkpointing, model.depth)
+    forward, layers_only = _forward_seconds(flops, tokens, device, bf16)
+    rerun = layers_only * share_rerun(work.checkpointing, work.depth)
+    passes = ACTIVATION_PASSES + share_rerun(work.checkpointing, work.depth)
     to_memory = passes * moved.activations * work.accumulation + UPDATE_BYTES * moved.updated
     hidden = 2 * forward + rerun if work.strategy.overlap_comm else 0.0
     waits = {kind: cluster.seconds(*cluster.split(sent)) for kind, sent in traffic.items()}
@@ -125,9 +128,9 @@ def speed(model: ModelConfig, work: Work, moved: Moved, traffic: dict[str, float
         rerun=rerun,
         memory=to_memory / (device.memory_gbs * 1e9 * MEMORY_EFFICIENCY),
         exposed=late,
-        sequence=_sequence_seconds(between, work, cluster, model.depth),
+        sequence=_sequence_seconds(between, work, cluster),
         offload=max(0.0, 2 * moved.host * work.accumulation / (HOST_GBS * 1e9) - 2 * forward - rerun),
-        flops=3 * sum(forward_flops(model, part.length * part.sp).values()) * tokens * cluster.world,
+        flops=3 * sum(flops.values()) * tokens * cluster.world,
     )
 
 
@@ -137,25 +140,20 @@ def share_rerun(checkpointing: ActivationCheckpointingConfig, depth: int) -> flo
     return again * (SELECTIVE_RERUN if checkpointing.policy == "selective" else 1.0)
 
 
-def _forward_seconds(
-    model: ModelConfig, length: int, tokens: int, device: Accelerator, bf16: bool
-) -> tuple[float, float]:
+def _forward_seconds(flops: dict[str, float], tokens: int, device: Accelerator, bf16: bool) -> tuple[float, float]:
     """Of one rank's forward passes in a step; and of the layers alone."""
     fast = 1e12 * (device.bf16_tflops if bf16 else device.fp32_tflops) * MATMUL_EFFICIENCY
     slow = 1e12 * device.fp32_tflops * SINGLE_EFFICIENCY
-    seconds = {
-        term: tokens * flops / (slow if term in SINGLE_PRECISION else fast)
-        for term, flops in forward_flops(model, length).items()
-    }
+    seconds = {term: tokens * count / (slow if term in SINGLE_PRECISION else fast) for term, count in flops.items()}
     return sum(seconds.values()), sum(seconds.values()) - seconds["head"]
 
 
-def _sequence_seconds(between: dict[str, int], work: Work, cluster: Cluster, depth: int) -> float:
+def _sequence_seconds(between: dict[str, int], work: Work, cluster: Cluster) -> float:
     """The rank that waits longest has its neighbour on another node, when a sequence lies on several."""
     if not between:
         return 0.0
     spans = work.slice.sp > cluster.per_node
     device = cluster.accelerator
     rate = (device.between_nodes_gbs if spans else device.in_node_gbs) * 1e9 * LINK_EFFICIENCY
-    messages = len(between) * depth * work.accumulation
+    messages = len(between) * work.depth * work.accumulation
     return sum(between.values()) / rate + messages * LATENCY_S

@@ -7,10 +7,11 @@ alike.
 
 from __future__ import annotations
 
+from collections import Counter
+
 from bst_dist.model.lm import ModelConfig
 from bst_dist.plan.gathering import gather
 from bst_dist.plan.memory import Work
-from bst_dist.plan.rehearse import rehearse
 from bst_dist.plan.zero import ALIGNMENT, WORD, Sizes
 
 REDUCE, GATHER, SCATTER = "gradients: all-reduce", "weights: all-gather", "gradients: reduce-scatter"
@@ -22,7 +23,7 @@ def sent(kind: str, whole: float, ranks: int) -> float:
     return rounds * whole * (ranks - 1) / ranks
 
 
-def zero_traffic(sizes: Sizes, work: Work, rerun: list[bool]) -> dict[str, float]:
+def zero_traffic(sizes: Sizes, work: Work) -> dict[str, float]:
     """Of one step, for gradients and weights; norms and flags, a few bytes a step, are left out."""
     stage, world, micro_batches = work.strategy.stage, work.world, work.accumulation
     if world == 1:
@@ -34,27 +35,21 @@ def zero_traffic(sizes: Sizes, work: Work, rerun: list[bool]) -> dict[str, float
         return found | ({GATHER: sent(GATHER, WORD * flat, world)} if stage else {})
     threshold = work.strategy.param_persistence_threshold
     whole = sum(p for group in sizes.groups for p in group if p <= threshold)
-    gathered = micro_batches * gather(sizes, work.strategy, rerun).received_elements + whole
+    gathered = micro_batches * gather(sizes, work.strategy, work.rerun()).received_elements + whole
     return {
         SCATTER: sent(SCATTER, micro_batches * WORD * sizes.total, world),
         GATHER: sent(GATHER, WORD * gathered, world),
     }
 
 
-def sequence_traffic(model: ModelConfig, work: Work, bf16: bool, isolated: bool) -> dict[str, int]:
+def sequence_traffic(model: ModelConfig, work: Work, messages: dict[str, dict[str, int]]) -> dict[str, int]:
     """Of one step, between the ranks of a sequence, for a rank with neighbours on both sides, by what is sent.
 
-    Raises SequenceParallelError when a layer cannot be computed in slices of this length.
+    `messages` has, by mixer, what a layer sends for one row; a layer that is run again sends all but gradients twice.
     """
-    part = work.slice
-    if part.sp == 1:
-        return {}
-    total: dict[str, int] = {}
-    mixers = model.mixers()
-    for mixer in dict.fromkeys(mixers):
-        one = model.model_copy(update={"depth": 1, "mixer": mixer, "placement": "all"})
-        again = [work.checkpointing.runs_again(index) for index, name in enumerate(mixers) if name == mixer]
-        for kind, count in rehearse(one, part.sp, part.rows, part.length, bf16, isolated).items():
-            passes = len(again) + (0 if kind.endswith(" gradient") else sum(again))
-            total[kind] = total.get(kind, 0) + passes * count * work.accumulation
-    return total
+    total: Counter[str] = Counter()
+    for mixer, again in zip(model.mixers(), work.rerun(), strict=True):
+        for kind, count in messages.get(mixer, {}).items():
+            passes = 2 if again and not kind.endswith(" gradient") else 1
+            total[kind] += passes * count * work.slice.rows * work.accumulation
+    return dict(total)
