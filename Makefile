@@ -5,15 +5,16 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 # One process a core, one thread a process: many small tests on small tensors.
-UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical -m "not ranks and not gpu"
+UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical -m "not ranks and not gpu and not cluster"
 
-.PHONY: help setup demo test test-unit test-ranks test-gpu lint format
+.PHONY: help setup demo test test-unit test-ranks test-cluster test-gpu lint format
 
 help:
 	@echo "make setup         install the pinned requirements and this project into $(VENV)"
 	@echo "make demo          from text to a trained and evaluated model, on two cores in minutes"
-	@echo "make test          unit tests, then those that start several ranks"
+	@echo "make test          unit tests, then those that start several ranks, then (as root) several hosts"
 	@echo "make test-unit     unit tests alone"
+	@echo "make test-cluster  jobs on several hosts, made of network namespaces: installs Debian packages, needs root"
 	@echo "make test-gpu      what needs a GPU"
 	@echo "make lint          linter and formatter, changing nothing"
 	@echo "make format        format the code"
@@ -31,12 +32,16 @@ demo: setup
 	$(BIN)/bst demo
 
 test: test-unit test-ranks
+	@if test "$$(id -u)" = 0; then $(MAKE) test-cluster; else echo "left out: make test-cluster, which needs root"; fi
 
 test-unit: setup
 	$(UNIT)
 
 test-ranks: setup
 	$(BIN)/python -m pytest -m "ranks and not gpu"
+
+test-cluster: setup
+	$(BIN)/python -m pytest -m cluster tests/cluster
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

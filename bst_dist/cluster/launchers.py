@@ -31,8 +31,9 @@ def openmpi(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> lis
 
 def mpich(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> list[str]:
     """MPICH's process manager, Hydra, over ssh."""
-    parts = [["-host", host.name, "-n", "1", "-wdir", str(directory), *agent, "--host", host.name] for host in hosts]
-    return ["mpiexec.hydra", "-launcher", "ssh", *_joined(parts)]
+    names = ",".join(host.name for host in hosts)
+    parts = [["-n", "1", *agent, "--host", host.name] for host in hosts]  # one after the other, as the names are
+    return ["mpiexec.hydra", "-launcher", "ssh", "-hosts", names, "-ppn", "1", "-wdir", str(directory), *_joined(parts)]
 
 
 def slurm(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> list[str]:

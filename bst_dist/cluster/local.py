@@ -31,6 +31,7 @@ from bst_dist.train import rundir
 from bst_dist.train.__main__ import add_arguments as add_program_arguments
 from bst_dist.train.__main__ import request
 from bst_dist.train.ranks import choose_accelerator, free_port
+from bst_dist.train.signals import SAME_NOTICE_S
 from bst_dist.train.start import Request, load, resolve
 from data_pipeline.errors import UserError
 
@@ -96,16 +97,21 @@ def program(asked: Request) -> list[str]:
 def launch(command: Sequence[str], share: Share, grace_s: float = GRACE_S) -> Ended:
     """Run `command` as all ranks of one host, to their end; no process of theirs is left then.
 
-    A signal makes them stop, with `grace_s` for a checkpoint; when one fails the others are ended.
+    A signal makes them stop, with `grace_s` for a checkpoint, and one that comes again later ends them at once; when
+    one fails the others are ended.
     """
-    ended, give_up = Ended(share.world), float("inf")
+    ended, give_up, meant_from = Ended(share.world), float("inf"), 0.0
     with told_to_stop() as told:
         ranks = LocalRanks(command, share, os.environ)
         while ranks.running and time.monotonic() < give_up:
             time.sleep(0.1)
             if told and ended.told is None:
-                ended.told = told[0]
+                ended.told, meant_from = told[0], time.monotonic() + SAME_NOTICE_S
                 ranks.terminate(grace_s)
+            elif time.monotonic() < meant_from:
+                del told[1:]  # copies of the first
+            elif len(told) > 1:
+                ranks.kill()
             ended.statuses = ranks.poll()
             if ended.failed:
                 give_up = min(give_up, time.monotonic() + SETTLE_S)

@@ -20,8 +20,8 @@ from bst_dist.train.status import RESUBMIT
 
 pytestmark = pytest.mark.cluster
 
-STEPS = 120
-MIDWAY = "step-00000030:"
+STEPS = 60
+MIDWAY = "step-00000020:"
 SOON = ("--lost-after", "5", "--grace", "20")
 
 
@@ -130,7 +130,7 @@ def test_a_launcher_that_is_ended_leaves_a_checkpoint_and_no_rank(
         assert time.monotonic() < deadline, "ranks were left behind"
         time.sleep(0.1)
     reached = read_outcome(run_dir)["step"]
-    assert 30 <= reached < STEPS
+    assert 20 <= reached < STEPS
     resumed = launch(small, "--run-dir", str(run_dir), "--resume", *SOON)
     assert resumed.status() == 0, resumed.said
     assert f"resumed from step {reached} " in resumed.said

@@ -22,6 +22,7 @@ from bst_dist.train.rundir import read_outcome
 pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).resolve().parents[2]
+BST = Path(sys.executable).with_name("bst")
 PACKAGES = {"/usr/sbin/slurmctld": "slurmctld", "/usr/sbin/slurmd": "slurmd", "sbatch": "slurm-client",
             "/usr/sbin/munged": "munge"}  # fmt: skip
 CONTROLLERS = ("freezer", "cpuset", "memory", "devices")
@@ -44,7 +45,7 @@ TaskPlugin=task/none
 SelectType=select/linear
 MpiDefault=none
 ReturnToService=2
-KillWait=20
+KillWait=5
 MailProg=/bin/true
 {nodes}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE
@@ -72,7 +73,7 @@ class Slurm:
         for number, host in enumerate(self.network.hosts, 1):
             daemon = f"{groups} && exec /usr/sbin/slurmd -D -N n{number}"
             self._run(f"slurmd-{number}", *self.network.inside(host), "unshare", "-m", "sh", "-c", daemon)
-        self._until(lambda: self.ask("sinfo", "-h", "-o", "%t %D").split() == ["idle", "3"], 30)
+        self.until(lambda: self.ask("sinfo", "-h", "-o", "%t %D").split() == ["idle", "3"], 30)
 
     def _configure(self) -> None:
         cores = os.cpu_count()
@@ -94,7 +95,7 @@ class Slurm:
         # --force: the directory of a test is not as guarded as munged would like.
         self._run("munged", "/usr/sbin/munged", "-F", "--force", f"--key-file={key}", *files,
                   f"--seed-file={self.directory}/munge.seed")  # fmt: skip
-        self._until((self.directory / "munge.socket").exists, 10)
+        self.until((self.directory / "munge.socket").exists, 10)
 
     def _run(self, name: str, *command: str) -> None:
         with (self.directory / f"{name}.out").open("wb") as log:
@@ -102,16 +103,16 @@ class Slurm:
                                                  start_new_session=True))  # fmt: skip
 
     def ask(self, *command: str) -> str:
-        """What a Slurm command prints."""
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, cwd=ROOT).stdout
+        """What a Slurm command prints, its errors too."""
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.run(command, env=self.environment, cwd=ROOT, **output).stdout.strip()
 
-    def submit(self, *words: str, log: Path) -> str:
-        """Submit launch/cluster/slurm.sbatch for all hosts; returns the job's number."""
-        options = ["--nodes=3", "--ntasks-per-node=1", "--gpus-per-node=0", f"--output={log}",
-                   f"--export=ALL,RUNS={log.parent}", *words[:-1]]  # fmt: skip
-        said = self.ask("sbatch", "--parsable", *options, "launch/cluster/slurm.sbatch", words[-1])
-        assert said.strip(), "sbatch refused the job"
-        return said.strip()
+    def submit(self, *script: str, log: Path) -> str:
+        """Submit a script with its arguments for all hosts, a task on each; returns the job's number."""
+        options = ["--nodes=3", "--ntasks-per-node=1", "--gpus-per-node=0", "--no-kill", f"--output={log}"]
+        said = self.ask("sbatch", "--parsable", *options, f"--export=ALL,RUNS={log.parent}", *script)
+        assert said.isdigit(), said
+        return said
 
     def wait(self, job: str, log: Path, timeout_s: float = 240) -> str:
         """Wait for a job's end; returns its state and exit code, as 0:0."""
@@ -120,10 +121,11 @@ class Slurm:
             return dict(re.findall(r"(JobState|ExitCode)=(\S+)", self.ask("scontrol", "show", "job", job)))
 
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        self._until(lambda: state().get("JobState") in ended, timeout_s, log)
+        self.until(lambda: state().get("JobState") in ended, timeout_s, log)
         return f"{state()['JobState']} {state()['ExitCode']}"
 
-    def _until(self, true: Callable[[], bool], timeout_s: float, log: Path | None = None) -> None:
+    def until(self, true: Callable[[], bool], timeout_s: float, log: Path | None = None) -> None:
+        """Wait for `true`; what the logs say is the error when it does not come."""
         deadline = time.monotonic() + timeout_s
         while not true():
             if time.monotonic() > deadline:
@@ -158,8 +160,34 @@ def slurm(network, tmp_path_factory) -> Iterator[Slurm]:
         made.stop()
 
 
-def test_a_job_ends_with_status_0_through_the_script(slurm, recipe, tmp_path):
+SCRIPT = "launch/cluster/slurm.sbatch"
+
+
+def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on_to_its_end(slurm, recipe, tmp_path):
     log = tmp_path / "log"
-    job = slurm.submit(str(recipe(6)), log=log)
+    job = slurm.submit(SCRIPT, str(recipe(60)), log=log)
+    slurm.until(lambda: log.exists() and "step-00000020:" in log.read_text(), 120, log)
+    slurm.ask("scancel", "--signal=USR1", job)  # what --signal=USR1@120 sends ahead of the time limit
+    slurm.until(lambda: "JobState=PENDING" in slurm.ask("scontrol", "show", "job", job), 60, log)
+    slurm.ask("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm lets two minutes pass
     assert slurm.wait(job, log) == "COMPLETED 0:0", log.read_text()
-    assert read_outcome(tmp_path / "recipe")["step"] == 6
+    assert "Restarts=1" in slurm.ask("scontrol", "show", "job", job)
+    (stopped,) = re.findall(r"stopped by SIG\w+ after step (\d+)", log.read_text())
+    assert f"resumed from step {stopped} " in log.read_text()
+    assert read_outcome(tmp_path / "recipe")["step"] == 60
+
+
+def test_a_node_that_loses_its_power_is_left_out(slurm, recipe, network, tmp_path):
+    log, script = tmp_path / "log", tmp_path / "job.sh"
+    words = f"--launcher slurm --max-restarts 1 --lost-after 5 --run-dir {tmp_path}/run"
+    script.write_text(f"#!/bin/sh\ncd {ROOT}\nexec {BST} launch {recipe(60)} {words}\n")
+    job = slurm.submit(str(script), log=log)
+    slurm.until(lambda: log.exists() and "step-00000020:" in log.read_text(), 120, log)
+    network.power_off(network.hosts[2])
+    try:
+        assert slurm.wait(job, log) == "COMPLETED 0:0", log.read_text()
+    finally:
+        network.power_on(network.hosts[2])
+    assert "lost n3: silent for" in log.read_text()
+    assert "2 ranks (dp 2 x sp 1) on n1, n2" in log.read_text()
+    assert read_outcome(tmp_path / "run")["step"] == 60
