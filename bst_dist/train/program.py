@@ -278,14 +278,16 @@ def _lines(start: Start) -> list[dict[str, Any]]:
 
 
 def _outcome(lines: Sequence[dict[str, Any]], steps: int) -> dict[str, Any]:
-    """How far a run of `steps` steps has come: its last step, and the evaluation after that if there was one."""
+    """How far a run of `steps` steps has come: the last that was taken, and the evaluation after the last if any."""
+    done = max((line["step"] for line in lines if line["kind"] in ("train", "skipped")), default=0)
     trained = [line for line in lines if line["kind"] == "train"]
-    last = trained[-1] if trained else {"step": 0}
-    found = {key: last[key] for key in ("step", "tokens", "loss_nats", "bits_per_byte") if key in last}
-    evaluated = [line for line in lines if line["kind"] == "eval" and line["step"] == last["step"]]
+    evaluated = [line for line in lines if line["kind"] == "eval" and line["step"] == done]
+    found = {"finished": bool(evaluated) and done == steps, "step": done}
+    for line in trained[-1:]:
+        found |= {key: line[key] for key in ("tokens", "loss_nats", "bits_per_byte")}
     for line in evaluated[-1:]:
         found |= {f"validation_{key}": line[key] for key in ("loss_nats", "bits_per_byte")}
-    return {"finished": bool(evaluated) and last["step"] == steps, **found}
+    return found
 
 
 def _header(start: Start, engine: Engine, ranks: Ranks) -> str:

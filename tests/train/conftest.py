@@ -15,6 +15,9 @@ import pytest
 import torch
 
 from bst_dist.config import Recipe
+from bst_dist.train import ledger
+from bst_dist.train.checkpoint import load_weights, newest_valid, step_of
+from bst_dist.train.metrics import FILE, read_lines
 from bst_dist.train.ranks import Ranks, choose_accelerator, free_port
 from data_pipeline.config import dump, parse
 from data_pipeline.parallel import open_workers
@@ -114,6 +117,26 @@ def _collect(receivers: list[Any], processes: list[Any]) -> list[Any]:
             else:
                 assert processes[rank].is_alive(), f"rank {rank} died without a word"
     return [results[rank] for rank in range(len(receivers))]
+
+
+@pytest.fixture
+def assert_same_run() -> Callable[[Path, Path], None]:
+    """``assert_same_run(run, other)``: all that was computed is the same to the last bit: losses, ledger, weights."""
+    clocked = ("step_time_s", "data_wait_s", "tokens_per_s", "mfu", "hfu", "time_s")
+
+    def contents(run: Path) -> tuple[list[dict[str, str]], list[ledger.Entry], dict[str, bytes]]:
+        lines = [line for line in read_lines(run / FILE) if line["kind"] != "performance"]
+        lines = [{key: repr(value) for key, value in line.items() if key not in clocked} for line in lines]
+        newest = newest_valid(run)
+        weights = {name: tensor.numpy().tobytes() for name, tensor in load_weights(newest).items()}
+        assert sum(line["kind"] != "'eval'" for line in lines) == step_of(newest)
+        return lines, ledger.read(run, 10**9, 10**9), weights
+
+    def check(run: Path, other: Path) -> None:
+        for found, expected in zip(contents(run), contents(other), strict=True):
+            assert found == expected
+
+    return check
 
 
 @pytest.fixture

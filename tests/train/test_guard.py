@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from bst_dist.train import ledger, program
+from bst_dist.train import ledger
 from bst_dist.train.checkpoint import load_weights, newest_valid
 from bst_dist.train.guard import DivergedError, Guard, GuardConfig
 from bst_dist.train.ledger import Entry, Ledger
@@ -23,7 +21,6 @@ from bst_dist.train.rundir import read_outcome
 from bst_dist.train.start import Request
 
 Go = Callable[..., None]
-TIMED = ("step_time_s", "data_wait_s", "tokens_per_s", "mfu", "time_s")
 
 
 def guard(losses: list[float] = (), **settings: Any) -> Guard:
@@ -122,28 +119,14 @@ def go(recipe_file, tmp_path, on_ranks, unmeasured, monkeypatch) -> Go:
     return train_
 
 
-def contents(run: Path) -> tuple[list[dict[str, Any]], list[Entry], dict[str, np.ndarray]]:
-    lines = [{k: repr(v) for k, v in line.items() if k not in TIMED} for line in read_lines(run / FILE)]
-    weights = load_weights(newest_valid(run))
-    return lines, ledger.read(run, 99, 99), {name: tensor.numpy() for name, tensor in weights.items()}
-
-
-def assert_same(one: Path, other: Path) -> None:
-    (lines, entries, weights), (lines_other, entries_other, weights_other) = contents(one), contents(other)
-    assert lines == lines_other
-    assert entries == entries_other
-    assert all(np.array_equal(weights[name], tensor) for name, tensor in weights_other.items())
-    assert all(np.isfinite(tensor).all() for tensor in weights.values())
-
-
 @pytest.mark.ranks
 @pytest.mark.parametrize(("stage", "how"), [(0, "loss"), (1, "gradient"), (2, "spike"), (3, "loss")])
 def test_a_skipped_step_changes_no_weight(go, tmp_path, stage, how):
     policy = ("guard.non_finite=skip", "guard.spike=skip", "checkpoint.every=1", "checkpoint.keep_last=9")
     go("run", how, (11,), *policy, f"deepspeed=ds_configs/zero{stage}.json", until=13)
-    lines, entries, _ = contents(tmp_path / "run")
+    lines, entries = read_lines(tmp_path / "run" / FILE), ledger.read(tmp_path / "run", 99, 99)
     assert [(entry.step, entry.action) for entry in entries] == [(12, "skip")]
-    steps = [(int(line["step"]), line["kind"].strip("'")) for line in lines if line["kind"] != "'eval'"]
+    steps = [(line["step"], line["kind"]) for line in lines if line["kind"] in ("train", "skipped")]
     assert steps == [(n, "skipped" if n == 12 else "train") for n in range(1, 14)]
     before, held, after = (load_weights(tmp_path / "run" / "checkpoints" / f"step-{n:08d}") for n in (11, 12, 13))
     assert all(torch.equal(before[name], held[name]) for name in before)
@@ -153,7 +136,7 @@ def test_a_skipped_step_changes_no_weight(go, tmp_path, stage, how):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(("how", "policy"), [("loss", "skip"), ("spike", "roll-back")])
-def test_decisions_are_the_same_after_a_stop_at_any_step(go, tmp_path, how, policy):
+def test_decisions_are_the_same_after_a_stop_at_any_step(go, tmp_path, assert_same_run, how, policy):
     # Two pieces of bad data: the second is met on the way that the first one's roll-back leads to.
     settings = (f"guard.non_finite={policy}", f"guard.spike={policy}", "data.mode=streaming", "train.carry=true",
                 "checkpoint.every=4")  # fmt: skip
@@ -166,8 +149,17 @@ def test_decisions_are_the_same_after_a_stop_at_any_step(go, tmp_path, how, poli
     for until in (10, 11):  # checkpoints that the whole run has not, which rolls back to 8
         go("parts", how, (10, 13), *settings, until=until)
     go("parts", how, (10, 13), *settings)
-    assert_same(tmp_path / "whole", tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
     assert read_outcome(tmp_path / "parts")["finished"]
+
+
+@pytest.mark.ranks
+def test_by_default_the_run_stops_and_its_checkpoints_are_spared(go, tmp_path):
+    with pytest.raises(AssertionError, match="DivergedError: the loss is nan in step 4"):
+        go("run", "loss", (4,))
+    assert newest_valid(tmp_path / "run").name == "step-00000004"
+    assert [line["step"] for line in read_lines(tmp_path / "run" / FILE) if line["kind"] == "train"] == [1, 2, 3, 4]
+    assert "the loss is nan" in read_outcome(tmp_path / "run")["diverged"]
 
 
 @pytest.mark.ranks
@@ -178,4 +170,3 @@ def test_without_a_checkpoint_there_is_nothing_to_roll_back_to(go, tmp_path):
         go("run", "loss", (1,), "guard.non_finite=roll-back")
     assert "no checkpoint yet" in read_outcome(tmp_path / "run")["diverged"]
     assert [entry.action for entry in ledger.read(tmp_path / "run", 99, 99)] == ["stop"]
-    assert program.DivergedError is DivergedError

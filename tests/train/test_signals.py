@@ -12,18 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from bst_dist.train import evaluation, program, signals, status
-from bst_dist.train.checkpoint import load_weights, newest_valid
-from bst_dist.train.metrics import FILE, read_lines
+from bst_dist.train.checkpoint import newest_valid
 from bst_dist.train.program import train
 from bst_dist.train.ranks import Ranks
 from bst_dist.train.rundir import read_outcome
 from bst_dist.train.start import Request
 
-TIMED = ("step_time_s", "data_wait_s", "tokens_per_s", "mfu", "time_s")
 Go = Callable[..., list[int]]
 
 
@@ -38,11 +35,6 @@ def go(recipe_file, tmp_path, on_ranks, unmeasured) -> Go:
     return lambda run, resume=False: on_ranks(2, on_rank, run, resume)
 
 
-def contents(run: Path) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    lines = [{k: v for k, v in line.items() if k not in TIMED} for line in read_lines(run / FILE)]
-    return lines, {name: tensor.numpy() for name, tensor in load_weights(newest_valid(run)).items()}
-
-
 def tell(rank: int) -> None:
     """Send this process the signal when it is that rank, and wait until it has heard."""
     if int(os.environ["RANK"]) == rank:
@@ -51,7 +43,9 @@ def tell(rank: int) -> None:
 
 
 @pytest.mark.ranks
-def test_a_run_stopped_again_and_again_by_signals_to_one_rank_equals_the_uninterrupted_one(go, tmp_path, monkeypatch):
+def test_a_run_stopped_again_and_again_by_signals_to_one_rank_equals_the_uninterrupted_one(
+    go, tmp_path, monkeypatch, assert_same_run
+):
     run = tmp_path / "parts"
     originals = {"setting up": program.peak_flops, "training": program.Trainer._accumulate}
     originals["evaluating"] = evaluation._by_block
@@ -91,9 +85,7 @@ def test_a_run_stopped_again_and_again_by_signals_to_one_rank_equals_the_uninter
     assert go("parts", resume=True) == [status.DONE] * 2
     assert read_outcome(run)["finished"]
     assert go("whole") == [status.DONE] * 2
-    (lines, weights), (lines_whole, weights_whole) = contents(run), contents(tmp_path / "whole")
-    assert lines == lines_whole
-    assert all(np.array_equal(weights[name], whole) for name, whole in weights_whole.items())
+    assert_same_run(run, tmp_path / "whole")
 
 
 def test_a_second_signal_ends_the_process_at_once_unless_it_is_another_copy_of_the_first():
