@@ -48,8 +48,8 @@ class Soak:
     ranks: int
     steps: int
     kills: int
-    lifetime_s: float
-    """The longest that a start may live before it is killed, or that it may train."""
+    most_steps: int = 6
+    """The most that a start may take before it is killed."""
     seed: int = 0
 
     @property
@@ -128,17 +128,16 @@ def wait_for(pids: Sequence[int], seconds: float) -> list[int | None]:
     return [found.get(pid) for pid in pids]
 
 
-def wait_for_a_step(run_dir: Path) -> None:
-    """Return when the run has taken another step, or after a while."""
-    before, deadline = _written(run_dir), time.monotonic() + PATIENCE_S
-    while _written(run_dir) <= before and time.monotonic() < deadline:
-        before = min(before, _written(run_dir))  # a start drops the lines beyond its checkpoint
+def wait_for_steps(run_dir: Path, steps: int) -> None:
+    """Return when the run has taken so many more steps than the checkpoint it goes on from."""
+    wanted = newest_step(run_dir) + steps
+    deadline = time.monotonic() + PATIENCE_S
+    begun = time.time()
+    while time.monotonic() < deadline:
+        path = run_dir / FILE
+        if path.exists() and path.stat().st_mtime > begun and len(read_lines(path)) >= wanted:
+            return
         time.sleep(0.02)
-
-
-def _written(run_dir: Path) -> int:
-    path = run_dir / FILE
-    return path.stat().st_size if path.exists() else 0
 
 
 def kill(pids: Sequence[int], chance: random.Random) -> None:
@@ -168,8 +167,11 @@ def disturb(soak: Soak, say: Any) -> Counter[str]:
     for number in range(soak.kills):
         pids = start(soak, "disturbed")
         if chance.random() < 0.75:
-            wait_for_a_step(run_dir)
-        statuses = wait_for(pids, chance.uniform(0, soak.lifetime_s))
+            wait_for_steps(run_dir, chance.randint(1, soak.most_steps))
+            moment = chance.uniform(0, 0.5)
+        else:
+            moment = chance.uniform(0, 3)
+        statuses = wait_for(pids, moment)
         assert all(status is None for status in statuses), f"ended by itself before kill {number + 1}: {statuses}"
         partial = any((run_dir / "checkpoints").glob("*.partial"))
         kill(pids, chance)
@@ -228,14 +230,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--lifetime", type=float, default=3.0, metavar="SECONDS",
-                        help="longest that a start trains")  # fmt: skip
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--directory", type=Path, required=True)
     args = parser.parse_args()
     endure(
-        Soak(args.directory, args.ranks, args.steps, args.kills, args.lifetime, args.seed),
+        Soak(args.directory, args.ranks, args.steps, args.kills, seed=args.seed),
         lambda text: print(text, flush=True),
     )
 
