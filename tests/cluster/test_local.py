@@ -94,6 +94,26 @@ def test_ranks_that_do_not_stop_are_killed_when_the_grace_is_over(tmp_path):
     assert "grace" in ended.explain({})
 
 
+def test_a_second_signal_ends_the_ranks_at_once_unless_it_is_a_copy_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "SAME_NOTICE_S", 1.0)
+
+    def send() -> None:
+        while not all((tmp_path / str(rank)).exists() for rank in range(2)):
+            time.sleep(0.02)
+        for wait_s in (0, 0.3, 3.0):
+            time.sleep(wait_s)
+            sent.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    sent: list[float] = []
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    ended = run(tmp_path, "time.sleep(60)", "signal.signal(signal.SIGTERM, signal.SIG_IGN)", 3600.0)
+    assert len(sent) == 3
+    assert ended.status == 128 + signal.SIGTERM
+    thread.join()
+
+
 def test_ranks_die_with_the_process_that_started_them(tmp_path):
     program = (
         "import sys; from bst_dist.cluster.processes import LocalRanks, Share; import os, time;"
