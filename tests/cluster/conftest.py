@@ -104,17 +104,21 @@ class Network:
         """The end of the host's cable at the bridge."""
         return f"{self.prefix}c{host.rpartition('.')[2]}"
 
-    def boot(self, host: str, clock_ahead_s: int = 0) -> None:
-        """Start sshd; with `clock_ahead_s` everything that comes in by ssh sees a clock that is wrong by so much."""
+    def boot(self, host: str, clock_ahead_s: int = 0, private: Path | None = None) -> None:
+        """Start sshd, and with it what the host has of its own for all that comes in by ssh.
+
+        `clock_ahead_s`: its clock is wrong by so much; `private`: a directory that it does not share with the others.
+        """
         config = self.directory / f"sshd-{host}"
         text = SSHD.format(address=host, directory=self.directory)
         if clock_ahead_s:
             (library,) = Path("/usr/lib").glob("*/faketime/libfaketime.so.1")
             text += f"SetEnv LD_PRELOAD={library} FAKETIME=+{clock_ahead_s} FAKETIME_DONT_FAKE_MONOTONIC=1\n"
         config.write_text(text)
+        daemon = f"exec /usr/sbin/sshd -D -e -f {config}"
+        command = ["sh", "-c", f"mount -t tmpfs none {private} && {daemon}" if private else daemon]
         with (self.directory / f"sshd-{host}.log").open("ab") as log:
-            self._sshd[host] = subprocess.Popen([*self.inside(host), "/usr/sbin/sshd", "-D", "-e", "-f", str(config)],
-                                                stdout=log, stderr=log)  # fmt: skip
+            self._sshd[host] = subprocess.Popen([*self.inside(host), "unshare", "-m", *command], stdout=log, stderr=log)
         _until(lambda: subprocess.run([str(self.directory / "bin/ssh"), host, "true"]).returncode == 0, 10)
 
     def inside(self, host: str) -> list[str]:
@@ -144,10 +148,10 @@ class Network:
         self.kill(self.processes(host))
         self._sshd[host].wait()
 
-    def power_on(self, host: str, clock_ahead_s: int = 0) -> None:
-        """Bring a host back."""
+    def power_on(self, host: str, **own: Any) -> None:
+        """Bring a host back, with what it is to have of its own (see `boot`)."""
         self.mend(host)
-        self.boot(host, clock_ahead_s)
+        self.boot(host, **own)
 
     def kill(self, processes: Sequence[psutil.Process]) -> None:
         """SIGKILL."""

@@ -1,19 +1,85 @@
-"""`bst launch` on several hosts, as a user starts it."""
+"""`bst launch` on several hosts, as a user starts it: what is found out before a rank is started, and the plain run."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from bst_dist.cli import main
 from bst_dist.train.rundir import read_outcome
+from bst_dist.train.status import USER_ERROR
 
-pytestmark = pytest.mark.cluster
+
+def test_a_dry_run_says_what_would_be_run_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
+    (tmp_path / "hosts").write_text("node-01 slots=2\nnode-02 slots=4\n")
+    (tmp_path / "pdsh").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    command = ["launch", str(recipe(6)), "train.steps=7", "--hostfile", str(tmp_path / "hosts"), "--dry-run"]
+    assert main([*command, "--run-dir", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "node-02      ranks 2 to 5 of 6" in said
+    assert f"{tmp_path}/pdsh -R ssh" in said
+    assert "bst_dist.train" in said
+    assert "train.steps=7" in said
+    assert "NCCL_DEBUG=WARN" in said
+    assert f"writes       {tmp_path}/run" in said
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_run_over_three_hosts_ends_with_status_0(launch, recipe, tmp_path, network):
-    started = launch(str(recipe(6)), "--run-dir", str(tmp_path / "run"))
+def test_a_launcher_that_is_not_installed_is_an_error_of_the_user(recipe, tmp_path, capsys, monkeypatch):
+    (tmp_path / "hosts").write_text("node-01 slots=2\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["launch", str(recipe(6)), "--hostfile", str(tmp_path / "hosts"), "--dry-run"]) == USER_ERROR
+    assert "pdsh is not on the PATH" in capsys.readouterr().err
+
+
+@pytest.mark.cluster
+def test_hosts_that_cannot_be_reached_are_all_named(launch, recipe, network, tmp_path):
+    down = network.hosts[1:]
+    for host in down:
+        network.power_off(host)
+    try:
+        started = launch(str(recipe(6)), "--run-dir", str(tmp_path / "run"))
+        assert started.status() == USER_ERROR, started.said
+    finally:
+        for host in down:
+            network.power_on(host)
+    assert f"not started: {', '.join(down)} must be mended" in started.said
+    for host in down:
+        assert f"ssh: connect to host {host}" in started.said
+    assert f"{network.hosts[0]}  1 slot  reached" in started.said
+
+
+@pytest.mark.cluster
+def test_a_wrong_clock_and_a_run_directory_that_is_not_shared_are_found(launch, recipe, network, tmp_path):
+    odd, shared = network.hosts[1], tmp_path / "shared"
+    shared.mkdir()
+    network.power_off(odd)
+    network.power_on(odd, clock_ahead_s=300, private=shared)
+    try:
+        started = launch(str(recipe(6)), "--run-dir", str(shared / "run"))
+        assert started.status() == USER_ERROR, started.said
+    finally:
+        network.power_off(odd)
+        network.power_on(odd)
+    (line,) = [line for line in started.said.splitlines() if line.startswith(odd)]
+    assert "its clock is 300.0 s ahead" in line
+    assert "is it shared?" in line
+    assert f"not started: {odd} must be mended" in started.said
+    assert list(shared.iterdir()) == []
+
+
+@pytest.mark.cluster
+def test_a_run_over_three_hosts_leaves_a_run_directory_and_nothing_else(launch, recipe, network, tmp_path):
+    run_dir: Path = tmp_path / "run"
+    started = launch(str(recipe(6)), "--run-dir", str(run_dir), "--json", str(tmp_path / "report.json"))
     assert started.status() == 0, started.said
-    print(started.said)
-    assert read_outcome(tmp_path / "run")["step"] == 6
+    assert read_outcome(run_dir)["step"] == 6
+    assert '"restarts": 0' in (tmp_path / "report.json").read_text()
+    assert "3 ranks (dp 3 x sp 1)" in started.said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hosts", "launch-0.log", "report.json", "run"]
     for host in network.hosts:
-        assert f"{host}  1 slot" in started.said
+        assert f"{host}  1 slot  python" in started.said
         assert not network.ranks(host)
