@@ -30,8 +30,10 @@ class Coordinate:
     along: str
     """width or depth"""
     changes: dict[int, float]
-    """Width or depth -> root mean square of the change after the steps."""
+    """Width or depth -> root mean square of the change after the steps, geometric mean over seeds."""
     slope: float
+    standard_error: float
+    """Of the slope, over seeds."""
 
     @property
     def passed(self) -> bool:
@@ -48,22 +50,26 @@ def check(make: Callable[[int, int], LanguageModel], widths: Sequence[int], dept
         make: the model of a width and a depth.
         widths: multiples of the first.
         ids: (B, l + 1) int64, what every step trains on and the changes are measured on.
-        seeds: of the initial weights; changes are root mean squares over them, too.
+        seeds: of the initial weights. A seed's slopes are of its own models, whose kernels are the same, and the
+            slopes are averaged: a few channels of high gain make the change of one seed many times that of another.
     """
     found = []
     for along, values in (("width", widths), ("depth", depths)):
         shapes = [(value, depths[0]) if along == "width" else (widths[0], value) for value in values]
-        changes = [_mean_change(make, shape, widths[0], optimizer, ids, steps, seeds) for shape in shapes]
+        changes = [_changes(make, shape, widths[0], optimizer, ids, steps, seeds) for shape in shapes]
         for watched in changes[0]:
-            by_value = {value: change[watched] for value, change in zip(values, changes, strict=True)}
-            slope = float(np.polyfit(np.log(list(values)), np.log(list(by_value.values())), 1)[0])
-            found.append(Coordinate(watched, along, by_value, slope))
+            logs = np.log([change[watched] for change in changes])  # (values, seeds)
+            slopes = np.polyfit(np.log(list(values)), logs, 1)[0]
+            error = float(slopes.std(ddof=1) / np.sqrt(len(slopes))) if len(slopes) > 1 else float("nan")
+            by_value = dict(zip(values, np.exp(logs.mean(1)).tolist(), strict=True))
+            found.append(Coordinate(watched, along, by_value, float(slopes.mean()), error))
     return found
 
 
-def _mean_change(make: Callable[[int, int], LanguageModel], shape: tuple[int, int], narrow: int,
-                 optimizer: OptimizerConfig, ids: Tensor, steps: int,
-                 seeds: Sequence[int]) -> dict[str, float]:  # fmt: skip
+def _changes(make: Callable[[int, int], LanguageModel], shape: tuple[int, int], narrow: int,
+             optimizer: OptimizerConfig, ids: Tensor, steps: int,
+             seeds: Sequence[int]) -> dict[str, list[float]]:  # fmt: skip
+    """Root mean squares of the changes of everything watched in one shape, one a seed."""
     every = []
     for seed in seeds:
         torch.manual_seed(seed)
@@ -72,7 +78,7 @@ def _mean_change(make: Callable[[int, int], LanguageModel], shape: tuple[int, in
             torch.manual_seed(seed)
             repeat_kernels(model, make(narrow, shape[1]))
         every.append(changes_of(model, optimizer, ids, steps))
-    return {watched: float(np.sqrt(np.mean([change[watched] ** 2 for change in every]))) for watched in every[0]}
+    return {watched: [change[watched] for change in every] for watched in every[0]}
 
 
 def repeat_kernels(wide: LanguageModel, narrow: LanguageModel) -> None:

@@ -203,7 +203,7 @@ def _coordinates(found: dict[str, Any] | None) -> Iterator[Block]:
     yield Sheet(
         ("architecture", "change of", "along", "by value", "slope", "passed"),
         [[name, one["watched"], one["along"], ", ".join(f"{key}: {v:.3g}" for key, v in one["changes"].items()),
-          f"{one['slope']:+.2f}", "yes" if one["passed"] else "no"]
+          f"{one['slope']:+.2f} ± {one['standard_error']:.2f}", "yes" if one["passed"] else "no"]
          for name, every in found["architectures"].items() for one in every],
     )  # fmt: skip
 

@@ -33,7 +33,7 @@ def test_one_rate_for_all_widths_moves_wide_models_further_but_not_their_dynamic
 
 def test_under_completep_no_change_depends_on_the_width_or_the_depth_dynamics_included():
     settings = OptimizerConfig(learning_rate=4e-3)
-    found = check(completep, (32, 64, 128), (2, 4, 8), settings, IDS, seeds=range(4))
+    found = check(completep, (32, 64, 128), (2, 4, 8), settings, IDS, seeds=range(8))
     assert {(one.watched, one.along) for one in found} >= {("ssm dynamics", "width"), ("ssm dynamics", "depth")}
     assert [(one.watched, one.along, one.changes) for one in found if not one.passed] == []
 
@@ -51,5 +51,5 @@ def test_changes_grow_with_the_rate_and_vanish_without_one():
 
 
 def test_a_flat_line_passes_and_a_steep_one_does_not():
-    assert Coordinate("x", "width", {}, 0.1).passed
-    assert not Coordinate("x", "width", {}, -0.3).passed
+    assert Coordinate("x", "width", {}, 0.1, 0.0).passed
+    assert not Coordinate("x", "width", {}, -0.3, 0.0).passed

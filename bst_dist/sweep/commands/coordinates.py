@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depths", type=int, nargs="+", required=True, metavar="N")
     parser.add_argument("--rate", type=float, default=0.1, metavar="X",
                         help="share of the peak rate to train at (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=6, metavar="K", help="of weights (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4, metavar="K", help="steps to train (default: %(default)s)")
 
 
@@ -69,7 +70,8 @@ def _check(sweep: SweepConfig, designer: Designer, cell: Cell,
     ids = torch.randint(recipe.model.vocab_size, (2, length + 1), generator=torch.Generator().manual_seed(0))
     peak = recipe.optimizer
     rates = {name: args.rate * getattr(peak, name) for name in ("learning_rate", "ssm_learning_rate")}
-    found = check(make, args.widths, args.depths, peak.model_copy(update=rates), ids, args.steps)
+    found = check(make, args.widths, args.depths, peak.model_copy(update=rates), ids, args.steps,
+                  range(args.seeds))  # fmt: skip
     return found, recipe.model.parametrisation.kind
 
 
@@ -78,5 +80,11 @@ def _table(name: str, found: list[Coordinate], shapes: int) -> Table:
     for one in found:
         values = [f"{change:.3g}" for change in one.changes.values()]
         values += [""] * (shapes - len(values))
-        table.add_row(one.watched, one.along, *values, f"{one.slope:+.2f}", "" if one.passed else "depends")
+        table.add_row(
+            one.watched,
+            one.along,
+            *values,
+            f"{one.slope:+.2f} ± {one.standard_error:.2f}",
+            "" if one.passed else "depends",
+        )
     return table
