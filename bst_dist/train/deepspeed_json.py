@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,21 @@ def complete(strategy: dict[str, Any], intent: Intent, where: str) -> dict[str, 
         if key in strategy and strategy[key] != owned.get(key):
             raise DeepSpeedConfigError(f"{where}: {key} is set by the recipe, in {source}: remove it here")
     rest = {key: value for key, value in strategy.items() if key != "zero_optimization"}
-    return {"wall_clock_breakdown": False, **rest, **owned, "zero_optimization": _every_key(zero)}
+    # DeepSpeed would have an offloaded optimizer be its own, compiled at the start. torch's fused AdamW, which every
+    # other stage uses, is as vectorised on a CPU.
+    client = {"zero_force_ds_cpu_optimizer": False} if zero.offload_optimizer is not None else {}
+    return {"wall_clock_breakdown": False, **rest, **owned, **client, "zero_optimization": _every_key(zero)}
+
+
+def require_nvme(completed: dict[str, Any]) -> None:
+    """Raise DeepSpeedConfigError, naming the host, when a directory to offload to is not there; for every rank."""
+    for section in ("offload_optimizer", "offload_param"):
+        offload = completed["zero_optimization"].get(section) or {}
+        if offload.get("device") == "nvme" and not Path(offload["nvme_path"] or "").is_dir():
+            raise DeepSpeedConfigError(
+                f"zero_optimization.{section}.nvme_path: {socket.gethostname()} has no directory "
+                f"{offload['nvme_path']}: name one on every host's own NVMe drive, in a copy of the strategy's file"
+            )
 
 
 def differences(completed: dict[str, Any], parsed: Any) -> list[str]:

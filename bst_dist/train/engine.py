@@ -26,6 +26,8 @@ class Engine:
         ranks for it, because the loss is normalised by the tokens of the whole step. Raises DeepSpeedConfigError,
         naming the key, when the engine's parsed configuration is not what was asked for.
         """
+        deepspeed_json.require_nvme(completed)
+        _require_real(model)
         client = build_optimizer(optimizer, model.parameter_groups(), model.group_scales())
         self.groups = Groups(client)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=client, config=completed)
@@ -76,3 +78,13 @@ class Engine:
             self.deepspeed.zero_grad()
             self.deepspeed.micro_steps += 1
         return norm
+
+
+def _require_real(model: nn.Module) -> None:
+    """ZeRO flattens parameters into real buffers, and drops imaginary parts with no more than a warning."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex():
+            raise deepspeed_json.DeepSpeedConfigError(
+                f"parameter {name} is complex, and ZeRO would drop its imaginary part: store real pairs (..., 2), and "
+                "take the complex number from them where it is used"
+            )
