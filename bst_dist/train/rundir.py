@@ -29,16 +29,18 @@ from data_pipeline.errors import UserError
 
 RECIPE, DS_CONFIG, ENVIRONMENT, OUTCOME = "recipe.yaml", "ds_config.json", "environment.json", "outcome.json"
 
-# Of the DeepSpeed configuration, what may change from one start to the next: what follows from the ranks, and where
-# ZeRO keeps and sends things, but not what it rounds on the way.
-FREE = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "zero_optimization",
-    "aio",
-    "comms_logger",
-    "wall_clock_breakdown",
+# What of the DeepSpeed configuration decides the run's numbers: how it computes, and what ZeRO rounds on the way. The
+# rest follows from the ranks, or says where ZeRO keeps and sends things, and may change from one start to the next.
+COMPUTING = (
+    "gradient_clipping",
+    "torch_autocast",
+    "bf16",
+    "fp16",
+    "data_types",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "gradient_allreduce_op",
 )
 ROUNDING = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 
@@ -115,7 +117,7 @@ def _arithmetic(completed: dict[str, Any]) -> dict[str, Any]:
     """What of a DeepSpeed configuration decides the run's numbers."""
     zero = completed.get("zero_optimization", {})
     rounding = {f"zero_optimization.{key}": zero.get(key, False) for key in ROUNDING}
-    return {key: value for key, value in completed.items() if key not in FREE} | rounding
+    return {key: completed.get(key) for key in COMPUTING} | rounding
 
 
 def _listed(head: str, lines: list[str], most: int = 8) -> str:
