@@ -137,6 +137,8 @@ class Controller:
                 self.ended.told = self.told[0]
                 self._tell("stop")
                 give_up = time.monotonic() + self.grace_s + SETTLE_S
+            elif len(self.told) > 1:
+                return
             if self.ended.failed and not self.ended.told and give_up is None:
                 give_up = time.monotonic() + SETTLE_S
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bst_dist.cluster.hosts import Host
+from bst_dist.cluster.processes import route_to
 from data_pipeline.errors import UserError
 
 SSH = ("ssh", *("-o", "BatchMode=yes"), *("-o", "ConnectTimeout=10"), *("-o", "ServerAliveInterval=15"))
@@ -33,7 +34,10 @@ def mpich(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> list[
     """MPICH's process manager, Hydra, over ssh."""
     names = ",".join(host.name for host in hosts)
     parts = [["-n", "1", *agent, "--host", host.name] for host in hosts]  # one after the other, as the names are
-    return ["mpiexec.hydra", "-launcher", "ssh", "-hosts", names, "-ppn", "1", "-wdir", str(directory), *_joined(parts)]
+    # Hydra's daemons call back by this machine's name, which other hosts need not know.
+    here = ["-localhost", address] if (address := route_to(hosts[0].name)) else []
+    common = ["-launcher", "ssh", *here, "-hosts", names, "-ppn", "1", "-wdir", str(directory)]
+    return ["mpiexec.hydra", *common, *_joined(parts)]
 
 
 def slurm(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> list[str]:

@@ -31,7 +31,6 @@ from bst_dist.train import rundir
 from bst_dist.train.__main__ import add_arguments as add_program_arguments
 from bst_dist.train.__main__ import request
 from bst_dist.train.ranks import choose_accelerator, free_port
-from bst_dist.train.signals import SAME_NOTICE_S
 from bst_dist.train.start import Request, load, resolve
 from data_pipeline.errors import UserError
 
@@ -100,16 +99,14 @@ def launch(command: Sequence[str], share: Share, grace_s: float = GRACE_S) -> En
     A signal makes them stop, with `grace_s` for a checkpoint, and one that comes again later ends them at once; when
     one fails the others are ended.
     """
-    ended, give_up, meant_from = Ended(share.world), float("inf"), 0.0
+    ended, give_up = Ended(share.count), float("inf")
     with told_to_stop() as told:
         ranks = LocalRanks(command, share, os.environ)
         while ranks.running and time.monotonic() < give_up:
             time.sleep(0.1)
             if told and ended.told is None:
-                ended.told, meant_from = told[0], time.monotonic() + SAME_NOTICE_S
+                ended.told = told[0]
                 ranks.terminate(grace_s)
-            elif time.monotonic() < meant_from:
-                del told[1:]  # copies of the first
             elif len(told) > 1:
                 ranks.kill()
             ended.statuses = ranks.poll()

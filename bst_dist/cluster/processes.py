@@ -20,6 +20,8 @@ from pathlib import Path
 
 import psutil
 
+from bst_dist.train.signals import SAME_NOTICE_S, STOPPING
+
 _DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
 
@@ -139,11 +141,19 @@ def die_with_parent() -> None:
 def told_to_stop() -> Iterator[list[int]]:
     """The stop signals that arrive while the block runs, in place of what they would do.
 
-    SIGUSR1 is among them: it is what Slurm is asked to send ahead of the time limit.
+    SIGUSR1 is among them: it is what Slurm is asked to send ahead of the time limit. Copies of the first that come
+    within a moment do not count; a second one is meant.
     """
     told: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, lambda n, _: told.append(n)) for number in numbers}
+    first_at = [0.0]
+
+    def hear(number: int, _: object) -> None:
+        if not told:
+            first_at[0] = time.monotonic()
+        if not told or time.monotonic() - first_at[0] > SAME_NOTICE_S:
+            told.append(number)
+
+    before = {number: signal.signal(number, hear) for number in STOPPING}
     try:
         yield told
     finally:

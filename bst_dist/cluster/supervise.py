@@ -97,7 +97,7 @@ class Supervisor:
 
     def _again(self, ended: Ended) -> Ended:
         """Go on from the newest checkpoint on the hosts that are fit; `ended` says how it ended before."""
-        fit = self._without(self.hosts, self._unreachable(ended))
+        fit = self._left(ended)
         while fit and not self.told:
             with self._controller(fit) as controller:
                 checked = preflight.examine(controller, self.needs)
@@ -108,12 +108,12 @@ class Supervisor:
         say("no host is left to go on with")
         return ended
 
-    def _unreachable(self, ended: Ended) -> Mapping[str, str]:
-        """Hosts not to go on with: only over ssh can it be told whether one that was lost has come back."""
+    def _left(self, ended: Ended) -> list[Host]:
+        """The hosts to try again: only over ssh can it be told whether one that was lost has come back."""
         if self.means.launcher in OVER_SSH:
-            return preflight.unreachable(self.hosts)
+            return self._without(self.hosts, preflight.unreachable(self.hosts))
         self.hosts = self._without(self.hosts, ended.lost)
-        return {}
+        return self.hosts
 
     def _without(self, hosts: Sequence[Host], reasons: Mapping[str, str]) -> list[Host]:
         for name, reason in reasons.items():

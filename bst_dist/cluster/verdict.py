@@ -18,7 +18,8 @@ ORDERLY = (DONE, RESUBMIT)
 class Ended:
     """What is known of a job that is over, or about to be."""
 
-    world: int
+    count: int
+    """Ranks that are watched: all of them, or those of one host."""
     statuses: dict[int, int] = field(default_factory=dict)
     """Of the ranks that ended by themselves; -N: by signal N. Those that were ended with the job are not in it."""
     lost: dict[str, str] = field(default_factory=dict)
@@ -34,7 +35,7 @@ class Ended:
     @property
     def over(self) -> bool:
         """Whether no rank is left."""
-        return len(self.statuses) == self.world
+        return len(self.statuses) == self.count
 
     @property
     def culprit(self) -> int | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bst_dist.cluster import local
+from bst_dist.cluster import local, processes
 from bst_dist.cluster.processes import Share
 
 # A rank that writes down its process id and that of a child of its own; what it does then is up to the test.
@@ -95,7 +95,7 @@ def test_ranks_that_do_not_stop_are_killed_when_the_grace_is_over(tmp_path):
 
 
 def test_a_second_signal_ends_the_ranks_at_once_unless_it_is_a_copy_of_the_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "SAME_NOTICE_S", 1.0)
+    monkeypatch.setattr(processes, "SAME_NOTICE_S", 1.0)
 
     def send() -> None:
         while not all((tmp_path / str(rank)).exists() for rank in range(2)):
