@@ -100,7 +100,7 @@ class PerformanceReport:
     seconds: dict[str, float]
     """Of a step by phase, the mean over the ranks; evaluations and checkpoints spread over the steps between."""
     sent_bytes: dict[str, float]
-    """In a step by kind of exchange, by the rank that sends most of it."""
+    """In a step by kind of exchange, by the rank that sends most of it; evaluations are spread over the steps."""
     memory_bytes: int
     """The most that any rank has held so far: on its accelerator, or in all where there is none."""
     memory_rank: int

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bst_dist.train.metrics import Callback, PerformanceReport, StepReport, Writer
 
 if TYPE_CHECKING:
+    from bst_dist.parallel.group import SequenceGroup
     from bst_dist.train.ranks import Ranks
 
 OWN_WORK = ("data", "forward", "backward", "optimizer")
@@ -23,12 +24,15 @@ OWN_WORK = ("data", "forward", "backward", "optimizer")
 class Performance(Callback):
     """Reports the ranks' performance at intervals."""
 
-    def __init__(self, every: int, ranks: Ranks, writers: Sequence[Writer]) -> None:
-        self.every, self.ranks, self.writers = every, ranks, writers
+    def __init__(self, every: int, ranks: Ranks, writers: Sequence[Writer], sharing: SequenceGroup | None) -> None:
+        """`sharing`: the ranks that hold the other slices of this rank's sequences, None when it holds whole ones."""
+        self.every, self.ranks, self.writers, self.sharing = every, ranks, writers, sharing
         self._host = socket.gethostname()
         self._steps = 0
         """Measured since the last report."""
         ranks.phases.take()
+        if sharing:
+            sharing.traffic.take()
         ranks.phases.measure(every == 1)
 
     def after_step(self, report: StepReport, last: bool) -> None:
@@ -36,6 +40,7 @@ class Performance(Callback):
         self._steps += phases.measuring
         if report.step % self.every == 0:
             seconds, sent = phases.take()
+            sent |= self.sharing.traffic.take() if self.sharing else {}
             self._report(report, seconds, {kind: count / self.every for kind, count in sent.items()})
             self._steps = 0
         phases.measure((report.step + 1) % self.every == 0)

@@ -100,7 +100,7 @@ def _go_on(start: Start, snapshots: Snapshots, trainer: Trainer, position: Posit
         Log(writers),
         evaluate,
         Checkpoints(recipe.checkpoint, snapshots, trainer, evaluated, data_state, say),
-        Performance(recipe.log.every, ranks, writers),
+        Performance(recipe.log.every, ranks, writers, trainer.sharing),
     ]
     if recipe.log.profile:
         callbacks.append(Profile(recipe.log.profile, start.run_dir, ranks.rank, position.step, say))

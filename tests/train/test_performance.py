@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bst_dist.config import load_recipe
 from bst_dist.model.lm import LanguageModel, ModelConfig
 from bst_dist.plan.flops import MIXER_TERMS, forward_flops
+from bst_dist.plan.rehearse import rehearse
 from bst_dist.train import activation
 from bst_dist.train.activation import ActivationCheckpointingConfig
 from bst_dist.train.metrics import FILE, Console, PerformanceReport, StepReport, read_lines
@@ -127,7 +129,9 @@ def test_flops_done_again_are_what_torch_counts_beyond_a_run_that_keeps_all(poli
 
 @pytest.mark.ranks
 def test_a_run_reports_bytes_that_are_known_and_traces_a_window(recipe_file, tmp_path, on_ranks, unmeasured):
-    recipe = recipe_file(log={"every": 2, "profile": [2, 3]}, train={"steps": 4}, evaluation={"every": 0})
+    recipe = recipe_file(
+        log={"every": 2, "profile": [2, 3]}, train={"steps": 4}, evaluation={"every": 0}, parallel={"sp": 2}
+    )
     run = tmp_path / "run"
 
     def on_rank(ranks: Any) -> int:
@@ -137,14 +141,13 @@ def test_a_run_reports_bytes_that_are_known_and_traces_a_window(recipe_file, tmp
     on_ranks(2, on_rank)
     reports = [line for line in read_lines(run / FILE) if line["kind"] == "performance"]
     assert [line["step"] for line in reports] == [2, 4]
-    config = json.loads((run / "environment.json").read_text())
-    assert config["starts"][0]["ranks"] == 2
-    from bst_dist.config import load_recipe
-
-    parameters = sum(p.numel() for p in LanguageModel(load_recipe(run / "recipe.yaml").model).parameters())
-    sent = reports[1]["sent_bytes"]  # ZeRO-1 on two ranks: gradients once around, and half of the weights
+    model = load_recipe(run / "recipe.yaml").model
+    parameters = sum(p.numel() for p in LanguageModel(model).parameters())
+    sent = reports[0]["sent_bytes"]  # ZeRO-1 on two ranks: gradients once around, and half of the weights
     assert sent["all-reduce"] == pytest.approx(4 * parameters, rel=0.01)
     assert sent["all-gather"] == pytest.approx(4 * parameters / 2, rel=0.05)
+    between = rehearse(model, sp=2, rows=1, slice_length=16)
+    assert {kind: sent[kind] for kind in between} == {kind: 4 * count for kind, count in between.items()}
     assert {"forward", "backward", "optimizer", "data", "communication"} <= reports[1]["seconds"].keys()
     assert reports[1]["memory_bytes"] > 2**20
     for rank in (0, 1):
