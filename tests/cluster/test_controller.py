@@ -1,0 +1,170 @@
+"""The launching process and its agents, all on this machine: who is told what, and what is left when one is gone."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bst_dist.cluster import controller, launchers
+from bst_dist.cluster.controller import Controller
+from bst_dist.cluster.elastic import shares
+from bst_dist.cluster.hosts import Host
+from bst_dist.cluster.verdict import Ended
+
+HOSTS = [Host("a", 1), Host("b", 2)]
+LOST_S = 2.0
+
+
+@pytest.fixture(autouse=True)
+def local_launcher(monkeypatch):
+    """A launcher that starts all agents here."""
+
+    def start(hosts, directory, agent):
+        lines = [f"{shlex.join(agent)} --host {host.name} &" for host in hosts]
+        return ["sh", "-c", f"cd {directory}; {' '.join(lines)} wait"]
+
+    monkeypatch.setitem(launchers.LAUNCHERS, "here", start)
+    monkeypatch.setattr(controller, "SETTLE_S", 0.5)
+
+
+class Job:
+    """A job of three ranks, each of which runs a line of Python after it has written down its process id."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.told = directory, []
+        self.controller = Controller(HOSTS, "here", Path.cwd(), LOST_S, 5.0, self.told)
+
+    def run(self, line: str) -> Ended:
+        """How it ended."""
+        program = (
+            f"import os, signal, sys, time; rank = int(os.environ['RANK']); open(f'{self.directory}/{{rank}}', 'w')"
+        )
+        program += f".write(str(os.getpid())); {line}"
+        with self.controller:
+            assert self.controller.call() == {}
+            placed = shares(HOSTS, 3, self.controller.address("a"), self.controller.free_port("a"))
+            return self.controller.run([sys.executable, "-c", program], {}, placed)
+
+    def meanwhile(self, act) -> None:
+        """Have `act` happen once all ranks have started."""
+        pump, self.done = self.controller._pump, False
+
+        def watched() -> None:
+            pump()
+            if not self.done and len(self.ranks()) == 3:
+                self.done = True
+                act()
+
+        self.controller._pump = watched
+
+    def ranks(self) -> list[int]:
+        """Process ids."""
+        return [int(path.read_text()) for path in self.directory.glob("[0-9]") if path.read_text()]
+
+    def agent(self, host: str) -> psutil.Process:
+        """The agent of a host."""
+        return next(one for one in psutil.process_iter() if self.controller.job in (line := words(one))
+                    and line[:2] == [sys.executable, "-m"] and line[-1] == host)  # fmt: skip
+
+    def require_nothing_left(self) -> None:
+        """All ranks end within a moment."""
+        deadline = time.monotonic() + 5
+        while any(alive(pid) for pid in self.ranks()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def job(tmp_path) -> Job:
+    return Job(tmp_path)
+
+
+def words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_what_ranks_say_arrives_and_so_do_their_statuses(job, capfd):
+    ended = job.run("print('rank', rank, 'é'); print('last', end='', file=sys.stderr)")
+    assert (ended.statuses, ended.status) == ({0: 0, 1: 0, 2: 0}, 0)
+    said = capfd.readouterr()
+    assert sorted(said.out.splitlines()) == ["rank 0 é", "rank 1 é", "rank 2 é"]
+    assert said.err.splitlines() == ["last"] * 3
+
+
+def test_a_rank_that_fails_takes_the_others_along(job):
+    ended = job.run("time.sleep(60) if rank != 1 else sys.exit(3)")
+    assert (ended.statuses, ended.status) == ({1: 3}, 3)
+    job.require_nothing_left()
+
+
+def test_a_stop_is_passed_on_and_what_the_ranks_make_of_it_comes_back(job):
+    job.meanwhile(lambda: job.told.append(signal.SIGUSR1))
+    ended = job.run("signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); time.sleep(60)")
+    assert (ended.status, ended.told) == (75, signal.SIGUSR1)
+
+
+def test_a_second_stop_waits_for_nobody(job):
+    job.meanwhile(lambda: job.told.extend([15, 15]))
+    ended = job.run("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)")
+    assert ended.status == 128 + signal.SIGTERM
+    job.require_nothing_left()
+
+
+def test_a_host_whose_agent_is_killed_is_lost_and_so_are_its_ranks(job):
+    job.meanwhile(lambda: job.agent("b").kill())
+    ended = job.run("time.sleep(60)")
+    assert list(ended.lost) == ["b"]
+    assert "its agent is gone" in ended.lost["b"]
+    job.require_nothing_left()
+
+
+def test_a_silent_host_is_given_up_and_nothing_is_started_before_its_lease_is_over(job):
+    stopped: list[psutil.Process] = []
+
+    def freeze() -> None:
+        stopped.append(job.agent("b"))
+        stopped[0].suspend()
+        stopped.append(time.monotonic())
+
+    job.meanwhile(freeze)
+    ended = job.run("time.sleep(60)")
+    agent, frozen_at = stopped
+    assert ended.lost["b"].startswith("silent for")
+    assert time.monotonic() - frozen_at > 2 * LOST_S
+    agent.resume()  # what is left of it ends by itself
+    job.require_nothing_left()
+
+
+def test_strangers_are_sent_away(job):
+    port = job.controller._listener.getsockname()[1]
+    strangers = []
+    for text in (b"GET / HTTP/1.1\r\n\r\n", b'{"kind": "hello", "job": "another", "host": "a"}\n', b""):
+        strangers.append(socket.create_connection(("127.0.0.1", port)))
+        strangers[-1].sendall(text)
+    strangers.pop().close()
+    assert job.run("pass").status == 0
+    for one in strangers:
+        one.settimeout(5)
+        assert one.recv(1) == b""
+        one.close()
+
+
+def test_hosts_that_do_not_call_back_are_named_with_what_the_launcher_said(monkeypatch):
+    monkeypatch.setitem(launchers.LAUNCHERS, "here", lambda *_: ["sh", "-c", "echo b: no route to it >&2; exit 1"])
+    with Controller(HOSTS, "here", Path.cwd(), LOST_S, 5.0) as called:
+        missing = called.call()
+    assert missing["b"] == "no agent called back: b: no route to it"
