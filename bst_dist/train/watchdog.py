@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -142,22 +143,20 @@ class Watchdog:
     def _judge(self, still_s: float) -> None:
         """End this rank if no rank moves; the first that is not silent says why, for all."""
         stacks = self.run_dir / STACKS / f"rank-{self.rank:05d}.txt"
-        with stacks.open("w", encoding="utf-8") as file:
+        with suppress(OSError), stacks.open("w", encoding="utf-8") as file:
             file.write(f"rank {self.rank} on {socket.gethostname()}, {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         before, until = self._read(), time.monotonic() + self.silence_s
-        while time.monotonic() < until:
-            self._closed.wait(self.beat_s)
+        while time.monotonic() < until and not self._closed.wait(self.beat_s):
             self._beat()
-        after = self._read()
-        verdict = judge(before, after)
+        verdict = judge(before, self._read())
         if verdict is None or self._closed.is_set():
             return
         speaker, lines = verdict
         text = "\n  ".join([f"bst train: no rank has moved for {still_s:.0f} s (watchdog.limit_s)", *lines,
                             f"stacks of all ranks that could write them: {stacks.parent}"])  # fmt: skip
-        with stacks.open("a", encoding="utf-8") as file:
+        with suppress(OSError), stacks.open("a", encoding="utf-8") as file:
             file.write(f"\n{text}\n")
         if speaker == self.rank:
             print(text, file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -34,7 +35,8 @@ def test_one_bit_of_one_weight_is_seen(make_run, capsys):
     weights["norm.weight"][3] = torch.nextafter(weights["norm.weight"][3], torch.tensor(2.0))
     save_file(weights, path)
     manifest = json.loads((path.parent / MANIFEST).read_text())
-    (path.parent / MANIFEST).write_text(json.dumps({**manifest, "files": {}}))
+    manifest["files"][path.name] |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    (path.parent / MANIFEST).write_text(json.dumps(manifest))
     report = compare(one, other)
     assert not report["passed"]
     assert report["largest_difference"]["weights"] == pytest.approx(2**-23)
