@@ -114,8 +114,8 @@ class Activations:
         return found
 
     def head(self, slice_: Slice) -> Part:
-        """Everything but the layers: the final norm, the head and the loss. Tiles of logits are of one size, so what many
-        tokens need follows from two and three tiles."""
+        """Everything but the layers: the final norm, the head and the loss. Tiles of logits are of one size, so what
+        many tokens need follows from two and three of them."""
         tile, tokens = max(1, TILE_LOGITS // self.model.vocab_size), slice_.rows * slice_.length
         if tokens <= 4 * tile:
             return self._once(("head", tokens), lambda: self._head(tokens))
@@ -199,8 +199,8 @@ def _run(live: LiveBytes, module: nn.Module, shape: tuple[int, ...], call: Calla
     before = live.mark()
     with autocast():
         end = _Sink.apply(call(_Source.apply(anchor, shape)))
-        inside = live.now
-    forward, kept, away = live.peak, live.now, host()
+        inside = live.now - end.nbytes
+    forward, kept, away = live.peak, live.now - end.nbytes, host()
     live.mark()
     end.backward()
     return Part(

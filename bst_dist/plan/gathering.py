@@ -1,13 +1,15 @@
 """ZeRO-3's gathered weights: how many are whole at once, and how often each is gathered.
 
-A module's parameters are gathered before it runs and given up after, unless they are used again within
-`max_reuse_distance` elements of other parameters; some are gathered ahead. So those of the top layers stay from the
-forward to the backward pass, and all others are gathered once more there.
+Modules are gone through in the order of a micro-batch's passes, by the rules of DeepSpeed's coordinator: what a module
+needs is gathered, and what comes next up to `prefetch_bucket_size` with it; what it had is given up, unless it is
+needed again within `max_reuse_distance` elements, or was passed over by the prefetch because it was still there. The
+embedding is the head as well and stays. DeepSpeed first records the order of one step; this is a step after that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bst_dist.plan.zero import WORD, Sizes, Strategy
@@ -18,7 +20,7 @@ class Gathered:
     """Of one micro-batch."""
 
     forward: tuple[int, ...]
-    """Bytes of whole weights while each layer runs forward."""
+    """Most bytes of whole weights while each layer runs forward."""
     backward: tuple[int, ...]
     """The same in the backward pass."""
     between: int
@@ -29,33 +31,85 @@ class Gathered:
 
 def gather(sizes: Sizes, strategy: Strategy, rerun: Sequence[bool]) -> Gathered:
     """Gathered weights of every layer; `rerun` says which layers run again in the backward pass."""
-    spread = [[p for p in layer if p > strategy.param_persistence_threshold] for layer in sizes.layers]
-    kept, times = _kept_and_times(spread, strategy.max_reuse_distance, rerun)
-    ahead = [min(strategy.prefetch_bucket_size, sum(map(sum, spread[i + 1 :]))) for i in range(len(spread))]
-    behind = [min(strategy.prefetch_bucket_size, sum(map(sum, spread[:i])) - sum(kept[:i])) for i in range(len(spread))]
-    always = sizes.embedding if sizes.embedding > strategy.param_persistence_threshold else 0
-    own = [sum(layer) for layer in spread]
-    forward = [always + sum(kept[:i]) + own[i] + ahead[i] for i in range(len(own))]
-    backward = [always + sum(kept[:i]) + own[i] + behind[i] for i in range(len(own))]
-    return Gathered(
-        tuple(WORD * elements for elements in forward),
-        tuple(WORD * elements for elements in backward),
-        WORD * (always + sum(kept)),
-        always + times,
-    )
+    depth, threshold = len(sizes.layers), strategy.param_persistence_threshold
+    always = sizes.embedding if sizes.embedding > threshold else 0
+    most = {"forward": [0] * depth, "backward": [0] * depth}
+    coordinator = _Coordinator(sizes, strategy, list(_order(sizes, rerun)))
+    between = 0
+    for way, layer, whole in coordinator.steps():
+        between = whole if way == "forward" else between
+        most[way][layer] = max(most[way][layer], WORD * (always + whole))
+    received = always + coordinator.received
+    return Gathered(tuple(most["forward"]), tuple(most["backward"]), WORD * (always + between), received)
 
 
-def _kept_and_times(spread: list[list[int]], distance: int, rerun: Sequence[bool]) -> tuple[list[int], int]:
-    """By layer, the elements that stay until the backward pass; and the elements gathered, all times counted."""
-    kept, times, above = [0] * len(spread), 0, 0
-    for index in reversed(range(len(spread))):
-        uses = 3 if rerun[index] else 2  # of each parameter that runs between a pass forward and the one back
-        inside = 0
-        for parameter in reversed(spread[index]):
-            stays = uses * (above + inside) < distance
-            kept[index] += parameter if stays else 0
-            times += parameter * (1 if stays else 2)
-            times += parameter if rerun[index] and 2 * inside >= distance else 0
-            inside += parameter
-        above += inside
-    return kept, times
+Parameter = tuple[int, int]
+"""Layer, and place in it."""
+
+
+def _order(sizes: Sizes, rerun: Sequence[bool]) -> Iterator[tuple[str, Parameter]]:
+    """Uses of parameters, each as a module of its own: forward, then backward with what runs again before it."""
+    places = [[(layer, place) for place in range(len(own))] for layer, own in enumerate(sizes.layers)]
+    yield from (("forward", use) for own in places for use in own)
+    for own, again in zip(reversed(places), reversed(rerun), strict=True):
+        yield from (("backward", use) for use in (own if again else []))
+        yield from (("backward", use) for use in reversed(own))
+
+
+class _Coordinator:
+    """The rules, over one micro-batch."""
+
+    def __init__(self, sizes: Sizes, strategy: Strategy, order: list[tuple[str, Parameter]]) -> None:
+        self.order, self.strategy = order, strategy
+        self.elements = {(i, j): p for i, own in enumerate(sizes.layers) for j, p in enumerate(own)}
+        self.persistent = {use for use, p in self.elements.items() if p <= strategy.param_persistence_threshold}
+        self.whole: set[Parameter] = set(self.persistent)
+        self.received = self.available = 0
+        self.queue = deque(enumerate(use for _, use in order))
+        self.fetched_for = dict.fromkeys(self.elements, -1)
+        """The latest use that each has been fetched for."""
+        self.uses: dict[Parameter, list[int]] = {}
+        for step, (_, use) in enumerate(order):
+            self.uses.setdefault(use, []).append(step)
+        self.passed = [0]  # elements of all uses before each
+        for _, use in order:
+            self.passed.append(self.passed[-1] + self.elements[use])
+
+    def steps(self) -> Iterator[tuple[str, int, int]]:
+        """Pass, layer and elements that are whole, for each use."""
+        for step, (way, use) in enumerate(self.order):
+            self._fetch(use)
+            if self.fetched_for[use] < step:
+                at, first = self.queue.popleft()
+                self.fetched_for[first] = at
+            flat = self._prefetch()
+            yield way, use[0], self.available + flat
+            self._release(use, step + 1)
+
+    def _fetch(self, use: Parameter) -> None:
+        if use not in self.whole:
+            self.whole.add(use)
+            self.available += self.elements[use]
+            self.received += self.elements[use]
+
+    def _prefetch(self) -> int:
+        """Gather what comes next; several are gathered in one flat tensor, which is there beside them for a moment."""
+        ahead: list[Parameter] = []
+        elements = 0
+        while self.queue and elements < self.strategy.prefetch_bucket_size:
+            at, use = self.queue.popleft()
+            self.fetched_for[use] = max(self.fetched_for[use], at)
+            if use not in self.whole and use not in ahead:
+                ahead.append(use)
+                elements += self.elements[use]
+        for use in ahead:
+            self._fetch(use)
+        return elements if len(ahead) > 1 else 0
+
+    def _release(self, use: Parameter, step: int) -> None:
+        if use in self.persistent or use not in self.whole or self.fetched_for[use] >= step:
+            return
+        following = next((later for later in self.uses[use] if later >= step), None)
+        if following is None or self.passed[following] - self.passed[step] >= self.strategy.max_reuse_distance:
+            self.whole.discard(use)
+            self.available -= self.elements[use]

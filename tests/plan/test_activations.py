@@ -1,0 +1,75 @@
+"""Activations of a layer on fake tensors, against what autograd really saves in a real one."""
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.parallel.past import Past
+from bst_dist.plan.activations import Activations, Slice
+from bst_dist.train.activation import ActivationCheckpointingConfig
+
+ROWS, LENGTH, WIDTH = 2, 64, 32
+
+
+def model(variant: str = "SH") -> ModelConfig:
+    return ModelConfig(
+        width=WIDTH, heads=4, ffn=128, block=16, depth=4, vocab_size=50, mixer="bst", placement=[1, 3],
+        context={"variant": variant, "states": 4}, ssm={"state": 8, "chunk": 8},
+    )  # fmt: skip
+
+
+def keeping(policy: str) -> ActivationCheckpointingConfig:
+    return ActivationCheckpointingConfig(policy=policy)
+
+
+@pytest.mark.parametrize("variant", ["SH", "MH", "MF"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_kept_is_what_autograd_saves_in_a_real_layer(variant, bf16):
+    config = model(variant).model_copy(update={"depth": 1, "placement": "all"})
+    layer = LanguageModel(config).layers[0]
+    x = torch.randn(ROWS, LENGTH, WIDTH, requires_grad=True)
+    saved: dict[int, tuple[torch.UntypedStorage, int]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage._cdata] = (storage, storage.nbytes())
+        return tensor
+
+    own = {p.untyped_storage()._cdata for p in layer.parameters()}
+    with saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        y = layer(x, Past())
+    kept = sum(size for key, (_, size) in saved.items() if key not in own)
+    assert y.requires_grad
+    part = Activations(model(variant), bf16, fused=False).layer(
+        "bst", keeping("none"), Slice(ROWS, LENGTH), zero3=False
+    )
+    assert part.kept == pytest.approx(kept, rel=0.02)  # functions of our own also keep scalars and masks by other means
+
+
+def test_a_layer_that_is_run_again_keeps_its_input_only():
+    activations = Activations(model(), bf16=True)
+    part = activations.layer("bst", keeping("every-layer"), Slice(ROWS, LENGTH), zero3=False)
+    assert part.kept == 4 * ROWS * LENGTH * WIDTH
+    whole = activations.layer("bst", keeping("none"), Slice(ROWS, LENGTH), zero3=False)
+    assert part.backward > whole.backward  # what it does not keep it makes again
+
+
+def test_offloaded_inputs_lie_in_the_host_s_memory():
+    part = Activations(model(), bf16=True).layer("sliding", keeping("offload"), Slice(ROWS, LENGTH), zero3=False)
+    assert part.host == 4 * ROWS * LENGTH * WIDTH
+
+
+def test_many_rows_and_many_tokens_follow_from_few(monkeypatch):
+    monkeypatch.setattr("bst_dist.plan.activations.TILE_LOGITS", 50 * 16)  # sixteen tokens a tile
+    monkeypatch.setattr("bst_dist.model.loss.TILE_LOGITS", 50 * 16)
+    activations = Activations(model(), bf16=True)
+    direct = activations._layer("bst", keeping("selective"), Slice(5, LENGTH), zero3=False)
+    assert activations.layer("bst", keeping("selective"), Slice(5, LENGTH), zero3=False) == direct
+    assert activations.head(Slice(5, LENGTH)) == activations._head(5 * LENGTH)
+
+
+def test_a_slice_sends_what_does_not_depend_on_its_length():
+    activations = Activations(model(), bf16=True)
+    assert activations.messages(Slice(1, 32, 2)) == activations.messages(Slice(1, 64, 2))
+    assert activations.messages(Slice(1, 64)) == {}

@@ -1,0 +1,104 @@
+"""The plan a user gets: what fits, what is refused and why."""
+
+import json
+
+import pytest
+
+from bst_dist.cli import main
+from bst_dist.config import Recipe
+from bst_dist.plan.accelerators import accelerator
+from bst_dist.plan.search import HEADROOM, Planner
+from bst_dist.plan.speed import Cluster
+from data_pipeline.config import dump, parse
+
+SETTINGS = {
+    "name": "small",
+    "model": {"width": 64, "heads": 4, "ffn": 256, "block": 32, "depth": 4, "vocab_size": 100, "mixer": "bst",
+              "placement": [1, 3], "ssm": {"state": 8, "chunk": 16}},
+    "data": {"corpus": "none"},
+    "train": {"steps": 100, "sequence_length": 256, "sequences": 16},
+}  # fmt: skip
+
+
+def device(memory_gb: float):
+    return accelerator("h100-80gb").model_copy(update={"memory_gb": memory_gb})
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(dump(parse(Recipe, SETTINGS)))
+    return str(path)
+
+
+def test_with_memory_to_spare_nothing_is_run_again_and_no_sequence_is_shared():
+    best = Planner(parse(Recipe, SETTINGS), Cluster(1, 4, device(80))).best()
+    assert (best.work.checkpointing.policy, best.work.slice.sp, best.fits) == ("none", 1, True)
+    assert best.work.slice.rows * best.work.accumulation * 4 == 16
+
+
+def test_with_less_memory_the_plan_gives_up_speed_and_still_fits(monkeypatch):
+    monkeypatch.setattr("bst_dist.plan.search.RESERVED_BYTES", 0)
+    planner = Planner(parse(Recipe, SETTINGS), Cluster(1, 1, device(80)))
+    roomy, tight = (planner.candidate(0, 1, 1, policy) for policy in ("none", "every-layer"))
+    between = (roomy.needed + tight.needed) / 2 / (1 - HEADROOM) / 1e9
+    best = Planner(planner.recipe, Cluster(1, 1, device(between)), planner.activations).best()
+    assert best.fits
+    assert best.work.checkpointing.policy != "none"
+    assert best.speed.total > roomy.speed.total
+
+
+def test_more_ranks_than_sequences_share_them():
+    best = Planner(parse(Recipe, SETTINGS), Cluster(4, 8, device(80))).best()
+    assert best.work.slice.sp == 2
+    assert sum(best.between.values()) > 0
+
+
+def test_the_command_prints_a_command_that_the_trainer_takes(recipe_file, capsys, tmp_path):
+    assert main(["plan", recipe_file, "--gpus-per-node", "2", "--json", str(tmp_path / "plan.json")]) == 0
+    report = json.loads((tmp_path / "plan.json").read_text())
+    assert report["fits"]
+    assert " ".join(report["overrides"]) in capsys.readouterr().out
+    assert "sp: 1" in dump(parse(Recipe, SETTINGS | {"parallel": {"sp": report["sp"]}}))
+
+
+def test_a_table_keeps_the_tokens_of_a_step(recipe_file, tmp_path):
+    command = ["plan", recipe_file, "--nodes", "1,2", "--lengths", "256,1024", "--json", str(tmp_path / "plan.json")]
+    assert main([*command, "--gpus-per-node", "2"]) == 0
+    plans = json.loads((tmp_path / "plan.json").read_text())["plans"]
+    assert [(plan["gpus"], plan["sequence_length_tokens"]) for plan in plans] == [
+        (2, 256),
+        (4, 256),
+        (2, 1024),
+        (4, 1024),
+    ]
+    assert [plan["micro_sequences"] * plan["micro_batches"] * plan["dp"] for plan in plans] == [16, 16, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpu", "h100"], "did you mean h100-80gb?"),
+        (["--nodes", "1000"], "a rank needs one at least. Use at most 128 ranks"),
+        (["--gpus-per-node", "3"], "no sp divides 3 ranks"),
+        (["--lengths", "100"], "nearest is 96"),
+        (["--accelerators", "missing.yaml"], "missing.yaml: no such file"),
+    ],
+)
+def test_what_cannot_be_is_one_message(recipe_file, capsys, arguments, said):
+    assert main(["plan", recipe_file, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+
+
+def test_users_add_devices_of_their_own(recipe_file, tmp_path, capsys):
+    fields = {"title": "Ours", "memory_gb": 96, "bf16_tflops": 500, "fp32_tflops": 50, "memory_gbs": 2000,
+              "in_node_gbs": 100, "between_nodes_gbs": 25, "source": "measured"}  # fmt: skip
+    own = tmp_path / "own.yaml"
+    own.write_text(json.dumps({"ours": fields}))
+    assert main(["plan", recipe_file, "--gpu", "ours", "--accelerators", str(own)]) == 0
+    assert "Ours" in capsys.readouterr().out
+    own.write_text(json.dumps({"ours": fields | {"memory_gb": -1}}))
+    assert main(["plan", recipe_file, "--gpu", "ours", "--accelerators", str(own)]) == 2
+    assert "memory_gb" in capsys.readouterr().err

@@ -1,0 +1,53 @@
+"""ZeRO's states and traffic, against the arithmetic of arXiv 1910.02054 in single precision."""
+
+import pytest
+
+from bst_dist.plan.activations import Slice
+from bst_dist.plan.gathering import gather
+from bst_dist.plan.memory import Work
+from bst_dist.plan.traffic import GATHER, REDUCE, SCATTER, zero_traffic
+from bst_dist.plan.zero import Sizes, Strategy, states
+from bst_dist.train.activation import ActivationCheckpointingConfig
+
+WORLD = 8
+SIZES = Sizes(groups=((64_000,) * 10, (320_000,)), layers=((64_000,) * 5, (64_000,) * 5), embedding=320_000, rest=0)
+N = 960_000
+
+
+def work(stage: int, accumulation: int = 1, **zero: int) -> Work:
+    strategy = Strategy.of({"stage": stage, "stage3_param_persistence_threshold": 0, **zero}, "test")
+    return Work(strategy, WORLD, Slice(1, 512), accumulation, ActivationCheckpointingConfig(), depth=2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "master", "moments"),
+    [(0, 1, 0, 2), (1, 1, 1 / 8, 2 / 8), (2, 1, 1 / 8, 2 / 8), (3, 1 / 8, 1 / 8, 2 / 8)],
+)
+def test_states_are_spread_by_stage(stage, weights, master, moments):
+    found = states(SIZES, work(stage).strategy, WORLD, accumulation=1)
+    assert (found.weights, found.master, found.moments) == (4 * N * weights, 4 * N * master, 4 * N * moments)
+
+
+def test_every_rank_s_share_of_a_group_is_whole():
+    sizes = Sizes(groups=((101,),), layers=((101,),), embedding=0, rest=0)
+    found = states(sizes, work(1).strategy, WORLD, accumulation=1)
+    assert found.weights == 4 * 112  # of 8 ranks an even number each
+
+
+def test_traffic_of_each_stage():
+    once = 4 * N * (WORLD - 1) / WORLD
+    assert zero_traffic(SIZES, work(0, accumulation=4)) == {REDUCE: 2 * once}
+    assert zero_traffic(SIZES, work(1, accumulation=4)) == {REDUCE: 2 * once, GATHER: once}
+    assert zero_traffic(SIZES, work(2, accumulation=4)) == {REDUCE: 8 * once, GATHER: once}
+    nothing_kept = zero_traffic(SIZES, work(3, stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0))
+    embedding = 4 * 320_000 * (WORLD - 1) / WORLD  # gathered once: it is the head as well
+    assert nothing_kept == {SCATTER: once, GATHER: 2 * once - embedding}
+    assert zero_traffic(SIZES, work(3)) == {SCATTER: once, GATHER: once}
+
+
+def test_layers_near_the_top_stay_gathered():
+    strategy = work(3, stage3_max_reuse_distance=300_000, stage3_prefetch_bucket_size=0).strategy
+    found = gather(SIZES, strategy, rerun=[False, False])
+    assert found.between == 4 * (320_000 + 3 * 64_000)  # of the fourth, 2 x 3 x 64,000 elements lie between its uses
+    assert found.received_elements == 320_000 + 2 * 640_000 - 3 * 64_000
+    assert found.forward[0] == found.backward[0] == 4 * (320_000 + 64_000)
