@@ -71,3 +71,15 @@ def test_hosts_that_each_start_their_own_ranks_stop_together(launch, recipe, net
     os.kill(started[1].process.pid, signal.SIGTERM)
     assert [one.status() for one in started] == [RESUBMIT, RESUBMIT], started[0].said
     assert 10 <= read_outcome(run_dir)["step"] < 500
+
+
+@pytest.mark.cluster
+def test_ranks_that_mpirun_starts_find_each_other_through_mpi4py(launch, recipe, network, tmp_path):
+    names = ("GLOO_SOCKET_IFNAME=eth0", "DS_ACCELERATOR=cpu", "OMP_NUM_THREADS=1")
+    command = [str(Path(sys.executable).with_name("mpirun")), "--allow-run-as-root", "--wdir", str(ROOT), "-n", "2",
+               "--host", ",".join(network.hosts[:2]), *(word for name in names for word in ("-x", name))]  # fmt: skip
+    program = [sys.executable, "-m", "bst_dist.train", str(recipe(6)), "--run-dir", str(tmp_path / "run")]
+    started = launch(command=[*command, *program])
+    assert started.status() == 0, started.said
+    assert "2 (dp 2 x sp 1)" in started.said
+    assert read_outcome(tmp_path / "run")["step"] == 6
