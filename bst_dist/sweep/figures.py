@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 
 from bst_dist.evaluate.plot import COLOURS, INCHES
 from bst_dist.sweep.gap import Gaps
@@ -33,12 +34,11 @@ def loss_figure(rows: list[Row], report: dict[str, Any]) -> Figure:
                     [row.flops for row in line], [row.loss_nats for row in line], "-", **look, markersize=2.5, alpha=0.8
                 )
             _law_lines(axes, own, report.get("architectures", {}).get(name, {}), look["color"])
-        axes.set_xscale("log")
+        _flops_along(axes)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:.2f}")
         axes.yaxis.set_minor_formatter("{x:.2f}")
         axes.set_title(f"{depth} layers")
-        axes.set_xlabel("training FLOPs")
     panels[0].set_ylabel("validation loss, nats a token")
     _legend(figure, done)
     return figure
@@ -57,11 +57,12 @@ def gap_figure(every: Sequence[Gaps], baseline: str, axis: str) -> Figure:
                 values * spread, 100 * gaps.gap, MARKS[number % len(MARKS)], color=colour, alpha=0.35, markersize=3
             )
             _means(axes, values, gaps, spread, colour)
-    for axes, label in zip(panels, ("training FLOPs", "layers"), strict=True):
+    for axes in panels:
         axes.axhline(0, color="#000000", linewidth=0.6)
         axes.axhspan(-0.5, 0.5, color="#000000", alpha=0.06, linewidth=0)
-        axes.set_xscale("log")
-        axes.set_xlabel(label)
+    _flops_along(panels[0])
+    panels[1].set_xscale("log")
+    panels[1].set_xlabel("layers")
     depths = sorted({int(depth) for gaps in every for depth in gaps.depth})
     panels[1].set_xticks(depths, [str(depth) for depth in depths])
     panels[1].minorticks_off()
@@ -87,6 +88,15 @@ def place_figure(report: dict[str, Any], baseline: str) -> Figure | None:
     axes.set_ylabel(f"advantage over {baseline},\n% of the loss")
     axes.legend()
     return figure
+
+
+def _flops_along(axes: Axes) -> None:
+    """Compute along the axis: ticks at 1, 2 and 5 of each power of ten, so that less than a decade has some."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:.0e}")
+    axes.xaxis.set_minor_formatter("")
+    axes.set_xlabel("training FLOPs")
 
 
 def _means(axes: Axes, values: np.ndarray, gaps: Gaps, spread: float, colour: str) -> None:
