@@ -15,7 +15,7 @@ from bst_dist.verify.reference import one_process
 from bst_dist.verify.step import distributed_step
 
 HEADER = (
-    f"{'model':<6} {'prec.':<5} {'strategy':<14} {'dp x sp':<7} {'checkpointing':<15} {'micro':>5}  {'loss':>7}  "
+    f"{'model':<6} {'prec.':<5} {'strategy':<18} {'dp x sp':<7} {'checkpointing':<15} {'micro':>5}  {'loss':>7}  "
     f"{'norm':>7}  {'error':>7} {'allowed':>7}  {'verdict':<7}  worst parameter"
 )
 
@@ -36,7 +36,7 @@ class Line:
         how, found = self.combination, self.finding
         mesh = f"{self.world // how.sp} x {how.sp}"
         return (
-            f"{how.model:<6} {how.precision:<5} {how.strategy:<14} {mesh:<7} {how.checkpointing:<15} "
+            f"{how.model:<6} {how.precision:<5} {how.strategy:<18} {mesh:<7} {how.checkpointing:<15} "
             f"{how.accumulation:>5}  {found.loss_error:>7.1e}  {found.norm_error:>7.1e}  {found.error:>7.1e} "
             f"{found.allowed:>7.1e}  {'PASS' if found.passed else 'FAIL':<7}  {found.parameter}"
         )

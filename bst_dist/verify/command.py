@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Start the ranks, which print the table; the report is the certificate."""
     choose_accelerator()
-    world = grid_of(args).world  # whatever cannot be is found out here, once
+    asked = grid_of(args)
+    grid.require_slices(asked)
+    world = asked.world
     with tempfile.TemporaryDirectory() as folder:
         job, found = Path(folder) / "job.json", Path(folder) / "found.json"
         given = {name: value for name, value in vars(args).items() if name not in ("json", "run_dir")}

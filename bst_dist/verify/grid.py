@@ -15,7 +15,6 @@ from bst_dist.config import Recipe, deepspeed_file
 from bst_dist.model.context import ContextConfig
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.plan.rehearse import rehearse
-from bst_dist.train import deepspeed_json
 from bst_dist.train.activation import ActivationCheckpointingConfig
 from bst_dist.verify.shrink import shrink
 from data_pipeline.config import ConfigError, parse
@@ -85,6 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def build(recipe: Recipe, args: argparse.Namespace) -> Grid:
     """The grid that the arguments ask for; raises UserError, before anything is started, for what cannot be."""
+    from bst_dist.train import deepspeed_json  # imports DeepSpeed, which looks for an accelerator at once
+
     degrees = _once(args.sp or [recipe.parallel.sp])
     world = args.ranks or max(2, default_ranks(recipe), math.lcm(*degrees))
     for sp in degrees:
@@ -104,10 +105,17 @@ def build(recipe: Recipe, args: argparse.Namespace) -> Grid:
     )
     for path in axes[2]:
         deepspeed_json.read(Path(path))
-    grid = Grid(small, world, [Combination(*values) for values in itertools.product(*axes)])
-    for combination in grid.combinations:
-        _require_slices(combination.apply(small, world))
-    return grid
+    return Grid(small, world, [Combination(*values) for values in itertools.product(*axes)])
+
+
+def require_slices(grid: Grid) -> None:
+    """Raise SequenceParallelError, with the reason, when a layer cannot be computed in slices."""
+    isolated = grid.small.data.documents == "isolated"
+    for combination in {(how.model, how.sp): how for how in grid.combinations}.values():
+        if combination.sp > 1:
+            recipe = combination.apply(grid.small, grid.world)
+            slice_ = recipe.train.sequence_length // combination.sp
+            rehearse(recipe.model, combination.sp, recipe.train.micro_sequences, slice_, isolated=isolated)
 
 
 def _models(recipe: Recipe, variants: Sequence[str] | None) -> list[str]:
@@ -123,13 +131,6 @@ def _accumulation(recipe: Recipe) -> int:
     world = default_ranks(recipe)
     dp = world // math.gcd(world, recipe.parallel.sp)
     return min(2, max(1, recipe.train.sequences // (dp * recipe.train.micro_sequences)))
-
-
-def _require_slices(recipe: Recipe) -> None:
-    sp, train = recipe.parallel.sp, recipe.train
-    if sp > 1:
-        isolated = recipe.data.documents == "isolated"
-        rehearse(recipe.model, sp, train.micro_sequences, train.sequence_length // sp, isolated=isolated)
 
 
 def _variants() -> tuple[str, ...]:
