@@ -44,6 +44,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("bst_dist.plan.command", "memory, traffic, time and the best layout on a cluster, before a launch"),
     "bench data": ("data_pipeline.commands.bench", "read tokens beside webdataset, litdata and mosaicml-streaming"),
     "bench layers": ("bst_dist.bench.layers", "time a layer of every model beside other people's"),
+    "bench checkpointing": ("bst_dist.bench.checkpointing", "what each policy keeps between the passes, and costs"),
     "bench parallel": ("bst_dist.plan.bench_parallel", "sequence parallelism against all-to-alls: bytes and time"),
     "bench plan": ("bst_dist.plan.measure", "plans against measured memory and traffic"),
     "sweep design": (
