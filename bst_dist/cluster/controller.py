@@ -25,7 +25,7 @@ import psutil
 
 from bst_dist.cluster.agent import BEAT_S
 from bst_dist.cluster.channel import Channel, Closed, Message
-from bst_dist.cluster.hosts import Host
+from bst_dist.cluster.hosts import Host, HostError
 from bst_dist.cluster.launchers import PDSH_ENVIRONMENT, command
 from bst_dist.cluster.processes import Share, die_with_parent, route_to
 from bst_dist.cluster.verdict import SETTLE_S, Ended
@@ -107,8 +107,11 @@ class Controller:
         return min(found)[1] if found else float("nan")
 
     def free_port(self, host: str) -> int:
-        """A port of the host that nobody listens on."""
-        return int(self.ask("port", {host: {}})[host]["number"])
+        """A port of the host that nobody listens on; raises HostError when it gives no answer."""
+        answer = self.ask("port", {host: {}})
+        if host not in answer:
+            raise HostError(f"{host} was lost before its ranks could be started")
+        return int(answer[host]["number"])
 
     def address(self, host: str) -> str:
         """The host's address on the network that connects it with this one."""
@@ -118,8 +121,9 @@ class Controller:
         """Run `program` on all ranks to its end, or to where they stop when told to."""
         self.ended = Ended(next(iter(shares.values())).world)
         now = time.monotonic()
+        for channel in self.channels.values():
+            channel.heard = now
         for host, share in shares.items():
-            self.channels[host].heard = now
             self._send(host, "start", command=list(program), directory=str(self.directory),
                        environment=dict(environment), share=vars(share))  # fmt: skip
         self._watch(shares)

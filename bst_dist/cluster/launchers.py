@@ -12,7 +12,7 @@ from bst_dist.cluster.hosts import Host
 from bst_dist.cluster.processes import route_to
 from data_pipeline.errors import UserError
 
-SSH = ("ssh", *("-o", "BatchMode=yes"), *("-o", "ConnectTimeout=10"), *("-o", "ServerAliveInterval=15"))
+SSH = ("ssh", *("-o", "BatchMode=yes"), *("-o", "ConnectTimeout=8"), *("-o", "ServerAliveInterval=15"))
 PDSH_ENVIRONMENT = {"PDSH_SSH_ARGS_APPEND": " ".join([*SSH[1:], os.environ.get("PDSH_SSH_ARGS_APPEND", "")])}
 
 

@@ -126,7 +126,8 @@ class Supervisor:
 
     def _shares(self, controller: Controller, world: int) -> dict[str, Share]:
         first = controller.hosts[0].name
-        return shares(controller.hosts, world, controller.address(first), controller.free_port(first))
+        port = controller.free_port(first)
+        return shares(controller.hosts, world, controller.address(first), port)
 
 
 def say(text: str) -> None:

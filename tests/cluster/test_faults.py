@@ -63,7 +63,7 @@ def bytes_of(line: dict[str, float]) -> float:
     return line["loss_nats"] / line["bits_per_byte"]
 
 
-@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "mpich"])
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi"])
 def test_a_host_that_loses_its_power_is_missed_and_the_run_ends_on_the_others(
     launch, small, network, tmp_path, undisturbed, launcher
 ):

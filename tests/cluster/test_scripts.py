@@ -49,6 +49,13 @@ def test_the_kubernetes_pods_agree_on_how_many_they_are():
 
 
 @pytest.mark.cluster
+def test_mpich_trains_on_three_hosts(launch, recipe, tmp_path):
+    started = launch(command=["launch/cluster/mpich.sh", str(recipe(6)), "HOSTFILE", str(tmp_path / "run")])
+    assert started.status() == 0, started.said
+    assert read_outcome(tmp_path / "run")["step"] == 6
+
+
+@pytest.mark.cluster
 def test_torchrun_trains_on_two_hosts_without_ssh(launch, recipe, network, tmp_path):
     small, run_dir = recipe(6), tmp_path / "run"
     common = ["env", f"MASTER_ADDR={network.hosts[0]}", "NODES=2", "RANKS=1", "GLOO_SOCKET_IFNAME=eth0"]
