@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from bst_dist.train import evaluation, program, signals, status
+from bst_dist.train import evaluation, program, signals, snapshot, status
 from bst_dist.train.checkpoint import newest_valid
 from bst_dist.train.program import train
 from bst_dist.train.ranks import Ranks
@@ -48,7 +48,7 @@ def test_a_run_stopped_again_and_again_by_signals_to_one_rank_equals_the_uninter
 ):
     run = tmp_path / "parts"
     originals = {"setting up": program.peak_flops, "training": program.Trainer._accumulate}
-    originals["evaluating"] = evaluation._by_block
+    originals |= {"evaluating": evaluation._by_block, "saving": snapshot.Snapshots.start}
 
     def setting_up(*args: Any) -> float:
         tell(1)
@@ -58,6 +58,11 @@ def test_a_run_stopped_again_and_again_by_signals_to_one_rank_equals_the_uninter
         if self.tokens == 1 * 4 * 32:
             tell(1)
         return originals["training"](self, *args, **named)
+
+    def saving(self: snapshot.Snapshots, position: snapshot.Position, *args: Any) -> Any:
+        if position.step == 4:
+            tell(1)
+        return originals["saving"](self, position, *args)
 
     def evaluating(told_in: int) -> Callable[..., Any]:
         def by_block(*args: Any) -> Any:
@@ -73,7 +78,8 @@ def test_a_run_stopped_again_and_again_by_signals_to_one_rank_equals_the_uninter
         (program, "peak_flops", setting_up, 0),
         (program.Trainer, "_accumulate", training, 2),
         (evaluation, "_by_block", evaluating(2), 3),
-        (evaluation, "_by_block", evaluating(4 + 2), 6),  # after making up for the evaluation that was given up
+        (snapshot.Snapshots, "start", saving, 5),
+        (evaluation, "_by_block", evaluating(2), 6),  # the last: there is nothing left to do but that
     ):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, patched)
