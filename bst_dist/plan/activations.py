@@ -21,11 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bst_dist.model import attention
 from bst_dist.model.lm import LanguageModel, ModelConfig
 from bst_dist.model.loss import TILE_LOGITS
+from bst_dist.model.ssm.unstructured import FilterConfig
 from bst_dist.parallel.neighbour import LeftNeighbour
 from bst_dist.parallel.past import Past
 from bst_dist.parallel.rehearsal import Rehearsal
 from bst_dist.plan.live import LiveBytes
-from bst_dist.plan.rehearse import rehearse
+from bst_dist.plan.rehearse import MOST_BLOCKS, rehearse
 from bst_dist.plan.zero import Sizes
 from bst_dist.train.activation import ActivationCheckpointingConfig, policy
 from bst_dist.train.ranks import choose_accelerator
@@ -83,10 +84,12 @@ class Activations:
 
     def layer(self, mixer: str, checkpointing: ActivationCheckpointingConfig, slice_: Slice, zero3: bool) -> Part:
         """One layer; all policies of the checkpointing that rerun it alike are rehearsed once. Memory is affine in the
-        rows, so larger micro-batches follow from those of one and two."""
+        rows, so larger micro-batches follow from those of one and two; and two ranks stand for all that share a
+        sequence, for what more of them send is a state each."""
         if slice_.rows > 2:
             one, two = (self.layer(mixer, checkpointing, self._of(slice_, rows), zero3) for rows in (1, 2))
             return two.scaled(slice_.rows - 1) + one.scaled(-(slice_.rows - 2))
+        slice_ = Slice(slice_.rows, slice_.length, min(slice_.sp, 2))
         alike = checkpointing.policy.replace("every-kth-layer", "every-layer")
         return self._once((mixer, alike, slice_, zero3), lambda: self._layer(mixer, checkpointing, slice_, zero3))
 
@@ -108,6 +111,9 @@ class Activations:
         """
         if slice_.sp == 1:
             return {}
+        if not isinstance(self.model.ssm, FilterConfig) and "transformer-xl" not in self.model.mixers():
+            # What is sent does not depend on the length, nor does whether it can be.
+            slice_ = Slice(slice_.rows, min(slice_.length, MOST_BLOCKS * self.model.block), slice_.sp)
         found = {}
         for mixer in dict.fromkeys(self.model.mixers()):
             found[mixer] = self._once(("messages", mixer, slice_), lambda mixer=mixer: self._messages(mixer, slice_))

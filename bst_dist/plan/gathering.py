@@ -43,48 +43,60 @@ def gather(sizes: Sizes, strategy: Strategy, rerun: Sequence[bool]) -> Gathered:
     return Gathered(tuple(most["forward"]), tuple(most["backward"]), WORD * (always + between), received)
 
 
-Parameter = tuple[int, int]
-"""Layer, and place in it."""
+Parameter = tuple[int, int, int]
+"""Layer, module and place in it."""
+Module = list[Parameter]
 
 
-def _order(sizes: Sizes, rerun: Sequence[bool]) -> Iterator[tuple[str, Parameter]]:
-    """Uses of parameters, each as a module of its own: forward, then backward with what runs again before it."""
-    places = [[(layer, place) for place in range(len(own))] for layer, own in enumerate(sizes.layers)]
-    yield from (("forward", use) for own in places for use in own)
-    for own, again in zip(reversed(places), reversed(rerun), strict=True):
-        yield from (("backward", use) for use in (own if again else []))
-        yield from (("backward", use) for use in reversed(own))
+def _order(sizes: Sizes, rerun: Sequence[bool]) -> Iterator[tuple[str, int, Module]]:
+    """Pass, layer and parameters of every module in turn: forward, then backward with what runs again before it."""
+    layers = [
+        [[(layer, module, place) for place in range(len(own))] for module, own in enumerate(modules)]
+        for layer, modules in enumerate(sizes.layers)
+    ]
+    yield from (("forward", layer, module) for layer, modules in enumerate(layers) for module in modules)
+    for layer in reversed(range(len(layers))):
+        again = layers[layer] if rerun[layer] else []
+        yield from (("backward", layer, module) for module in (*again, *reversed(layers[layer])))
 
 
 class _Coordinator:
     """The rules, over one micro-batch."""
 
-    def __init__(self, sizes: Sizes, strategy: Strategy, order: list[tuple[str, Parameter]]) -> None:
+    def __init__(self, sizes: Sizes, strategy: Strategy, order: list[tuple[str, int, Module]]) -> None:
         self.order, self.strategy = order, strategy
-        self.elements = {(i, j): p for i, own in enumerate(sizes.layers) for j, p in enumerate(own)}
+        self.elements = {
+            (i, j, k): elements
+            for i, modules in enumerate(sizes.layers)
+            for j, own in enumerate(modules)
+            for k, elements in enumerate(own)
+        }
         self.persistent = {use for use, p in self.elements.items() if p <= strategy.param_persistence_threshold}
         self.whole: set[Parameter] = set(self.persistent)
         self.received = self.available = 0
-        self.queue = deque(enumerate(use for _, use in order))
+        self.queue = deque((step, use) for step, (_, _, module) in enumerate(order) for use in module)
         self.fetched_for = dict.fromkeys(self.elements, -1)
-        """The latest use that each has been fetched for."""
+        """The latest step that each has been fetched for."""
         self.uses: dict[Parameter, list[int]] = {}
-        for step, (_, use) in enumerate(order):
-            self.uses.setdefault(use, []).append(step)
-        self.passed = [0]  # elements of all uses before each
-        for _, use in order:
-            self.passed.append(self.passed[-1] + self.elements[use])
+        self.passed = [0]
+        """Elements of all modules before each step."""
+        for step, (_, _, module) in enumerate(order):
+            self.passed.append(self.passed[-1] + sum(self.elements[use] for use in module))
+            for use in module:
+                self.uses.setdefault(use, []).append(step)
 
     def steps(self) -> Iterator[tuple[str, int, int]]:
-        """Pass, layer and elements that are whole, for each use."""
-        for step, (way, use) in enumerate(self.order):
-            self._fetch(use)
-            if self.fetched_for[use] < step:
+        """Pass, layer and elements that are whole, for each module."""
+        for step, (way, layer, module) in enumerate(self.order):
+            for use in module:
+                self._fetch(use)
+            for _ in [use for use in module if self.fetched_for[use] < step]:
                 at, first = self.queue.popleft()
                 self.fetched_for[first] = at
             flat = self._prefetch()
-            yield way, use[0], self.available + flat
-            self._release(use, step + 1)
+            yield way, layer, self.available + flat
+            for use in module:
+                self._release(use, step + 1)
 
     def _fetch(self, use: Parameter) -> None:
         if use not in self.whole:

@@ -114,7 +114,7 @@ class _Step:
         produced, kept = self.sizes.rest, sum(part.kept for part in self.layers)
         for index in reversed(range(len(self.layers))):
             part = self.layers[index]
-            produced += sum(self.sizes.layers[index])
+            produced += self.sizes.of_layer(index)
             buffers = self.state.buckets + self._flush(produced) + self.gathered.backward[index]
             gradients = self._gradients(produced) + self.tied
             yield self._phase(f"backward of layer {index}", gradients, kept + part.backward, buffers=buffers)

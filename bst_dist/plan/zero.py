@@ -64,8 +64,8 @@ class Sizes:
 
     groups: tuple[tuple[int, ...], ...]
     """By optimizer group, in the order in which DeepSpeed makes them flat."""
-    layers: tuple[tuple[int, ...], ...]
-    """By layer, in the order of the forward pass."""
+    layers: tuple[tuple[tuple[int, ...], ...], ...]
+    """By layer and by module, in the order of the forward pass; a module that only holds others has none."""
     embedding: int
     """The embedding, which is the head as well."""
     rest: int
@@ -75,8 +75,15 @@ class Sizes:
     def of(model: LanguageModel) -> Sizes:
         """Of a model whose tensors may be fake."""
         groups = (tuple(p.numel() for p in group) for group in model.parameter_groups().values() if group)
-        layers = (tuple(p.numel() for p in layer.parameters()) for layer in model.layers)
+        layers = (
+            tuple(tuple(p.numel() for p in module.parameters(recurse=False)) for module in layer.modules())
+            for layer in model.layers
+        )
         return Sizes(tuple(groups), tuple(layers), model.embedding.weight.numel(), model.norm.weight.numel())
+
+    def of_layer(self, index: int) -> int:
+        """Elements of one layer."""
+        return sum(map(sum, self.layers[index]))
 
     @property
     def total(self) -> int:

@@ -10,7 +10,7 @@ from bst_dist.plan.zero import Sizes, Strategy, states
 from bst_dist.train.activation import ActivationCheckpointingConfig
 
 WORLD = 8
-SIZES = Sizes(groups=((64_000,) * 10, (320_000,)), layers=((64_000,) * 5, (64_000,) * 5), embedding=320_000, rest=0)
+SIZES = Sizes(groups=((64_000,) * 10, (320_000,)), layers=(((64_000,),) * 5,) * 2, embedding=320_000, rest=0)
 N = 960_000
 
 
@@ -29,7 +29,7 @@ def test_states_are_spread_by_stage(stage, weights, master, moments):
 
 
 def test_every_rank_s_share_of_a_group_is_whole():
-    sizes = Sizes(groups=((101,),), layers=((101,),), embedding=0, rest=0)
+    sizes = Sizes(groups=((101,),), layers=(((101,),),), embedding=0, rest=0)
     found = states(sizes, work(1).strategy, WORLD, accumulation=1)
     assert found.weights == 4 * 112  # of 8 ranks an even number each
 
