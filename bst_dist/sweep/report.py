@@ -67,6 +67,19 @@ def _answer(sweep: SweepConfig, rows: list[Row], report: dict[str, Any]) -> Iter
     if "undecided" in report["flops"]:
         lines.append(f"Undecided: {report['flops']['undecided']}.")
     yield Items(lines or ["Undecided: no pair of runs has finished."])
+    yield from _reservations(counts, report)
+
+
+def _reservations(counts: Counter[str], report: dict[str, Any]) -> Iterator[Block]:
+    """What the reader of a verdict must know with it."""
+    if unfinished := counts["waiting"] + counts["running"]:
+        yield Paragraph(f"{unfinished} measurements have not finished: a verdict that is read before the end is wrong "
+                        "more often than its p value says.")  # fmt: skip
+    if any(not entry["passed"] for entry in report["audit"]):
+        yield Paragraph("The audit of the learning rate does not pass, so a change with depth or compute may be one of "
+                        "how well the rate suits.")  # fmt: skip
+    elif not report["audit"]:
+        yield Paragraph("No learning rate but the rule's was tried.")
 
 
 def _sentence(name: str, change: dict[str, Any]) -> str:
