@@ -58,9 +58,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _model(recipe: Recipe, policy: str, depth: int) -> LanguageModel:
-    """`depth` layers of the kinds and in the proportions of the recipe's."""
+    """The smaller depth's layers have the recipe's kinds at the same fractions of the depth; deeper, they repeat."""
     own = recipe.model
-    places = [place for place in range(depth) if own.mixers()[place * own.depth // depth] == own.mixer]
+    pattern = [own.mixers()[place * own.depth // DEPTHS[0]] for place in range(DEPTHS[0])]
+    places = [place for place in range(depth) if pattern[place % DEPTHS[0]] == own.mixer]
     config = own.model_copy(update={"depth": depth, "placement": places, "vocab_size": own.vocab_size or 256})
     torch.manual_seed(recipe.seed)
     model = LanguageModel(config)

@@ -16,17 +16,26 @@ from bst_dist.train.engine import Engine
 from bst_dist.train.loop import on_device
 from bst_dist.train.metrics import StepReport
 from bst_dist.train.ranks import Ranks
+from bst_dist.train.signals import Stop
 from bst_dist.train.start import Request, Start, load, resolve
 
 pytestmark = pytest.mark.ranks
+PARTIAL = ("every-kth-layer", "selective", "offload")
 CASES = [
-    (stage, micro, policy) for stage in range(4) for micro, policy in ((2, "none"), (1, "none"), (1, "every-layer"))
+    *((f"zero{stage}", micro, policy) for stage in range(4) for micro, policy in ((2, "none"), (1, "every-layer"))),
+    *(
+        (f"zero{stage}", 1, policy)
+        for stage in (2, 3)
+        for policy in ("none", "every-kth-layer", "selective", "offload")
+    ),
+    ("zero3_cpu_offload", 1, "none"),
+    ("zero3_hierarchical", 1, "selective"),
 ]
 
 
-def overrides(stage: int, micro: int, policy: str) -> list[str]:
+def overrides(strategy: str, micro: int, policy: str) -> list[str]:
     return [
-        f"deepspeed=ds_configs/zero{stage}.json",
+        f"deepspeed=ds_configs/{strategy}.json",
         f"train.micro_sequences={micro}",
         f"activation_checkpointing.policy={policy}",
     ]
@@ -61,7 +70,7 @@ def one_step(ranks: Ranks, recipe: Path, changes: list[str]) -> tuple[dict[str, 
     start = start_of(recipe, ranks.world, changes)
     engine = program._engine(start)
     sharing = Mesh(ranks.world, ranks.rank, start.recipe.parallel.sp).sp_group()
-    trainer = program._trainer(start, engine, ranks, sharing)
+    trainer = program._trainer(start, engine, ranks, sharing, Stop(ranks))
     gradients: dict[str, np.ndarray] = {}
 
     def update() -> float:
@@ -89,4 +98,4 @@ def test_gradient_of_two_ranks_is_that_of_one_process_in_every_stage(recipe_file
         assert gradients.keys() == expected.keys()
         for name, gradient in gradients.items():
             error = np.linalg.norm(gradient - expected[name]) / np.linalg.norm(expected[name])
-            assert error < 1e-6, f"{case}: {name} is off by {error:.1e}"
+            assert error < 3e-6, f"{case}: {name} is off by {error:.1e}"
