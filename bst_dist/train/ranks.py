@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import socket
+import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -92,6 +93,9 @@ class Ranks:
     def leave(self) -> None:
         """Leave the process group; without this the exit of one rank may look like a fault to the others."""
         distributed.destroy_process_group()
+        # DeepSpeed has found the ranks by MPI, and mpirun takes an exit without this for a fault.
+        if "mpi4py.MPI" in sys.modules:
+            sys.modules["mpi4py.MPI"].Finalize()
 
 
 def choose_accelerator() -> None:

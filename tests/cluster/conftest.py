@@ -104,10 +104,11 @@ class Network:
         """The end of the host's cable at the bridge."""
         return f"{self.prefix}c{host.rpartition('.')[2]}"
 
-    def boot(self, host: str, clock_ahead_s: int = 0, private: Path | None = None) -> None:
+    def boot(self, host: str, clock_ahead_s: int = 0, private: Path | None = None, name: str = "") -> None:
         """Start sshd, and with it what the host has of its own for all that comes in by ssh.
 
-        `clock_ahead_s`: its clock is wrong by so much; `private`: a directory that it does not share with the others.
+        `clock_ahead_s`: its clock is wrong by so much; `private`: a directory that it does not share with the others;
+        `name`: what it calls itself, where that is not as this machine does.
         """
         config = self.directory / f"sshd-{host}"
         text = SSHD.format(address=host, directory=self.directory)
@@ -116,9 +117,10 @@ class Network:
             text += f"SetEnv LD_PRELOAD={library} FAKETIME=+{clock_ahead_s} FAKETIME_DONT_FAKE_MONOTONIC=1\n"
         config.write_text(text)
         daemon = f"exec /usr/sbin/sshd -D -e -f {config}"
-        command = ["sh", "-c", f"mount -t tmpfs none {private} && {daemon}" if private else daemon]
+        own = (f"mount -t tmpfs none {private} && " if private else "") + (f"hostname {name} && " if name else "")
         with (self.directory / f"sshd-{host}.log").open("ab") as log:
-            self._sshd[host] = subprocess.Popen([*self.inside(host), "unshare", "-m", *command], stdout=log, stderr=log)
+            self._sshd[host] = subprocess.Popen([*self.inside(host), "unshare", "-m", "-u", "sh", "-c", own + daemon],
+                                                stdout=log, stderr=log)  # fmt: skip
         _until(lambda: subprocess.run([str(self.directory / "bin/ssh"), host, "true"]).returncode == 0, 10)
 
     def inside(self, host: str) -> list[str]:
