@@ -104,7 +104,7 @@ CASES = (
     Case("zero2, one in two", stage=2, policy="every-kth-layer", rows=4),
     Case("zero3", stage=3),
     Case("zero3, partly kept", stage=3, policy="every-layer", zero={"stage3_max_reuse_distance": 2_000_000}),
-    Case("zero3, sp2, accumulated", stage=3, sp=2, micro_batches=2, variant="MF", policy="selective"),
+    Case("zero3, sp2, accumulated", stage=3, sp=2, micro_batches=2, variant="MF"),
     Case("zero1, offload", stage=1, policy="offload", mixer="sliding"),
 )
 

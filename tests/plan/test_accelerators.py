@@ -1,0 +1,26 @@
+"""Devices by the names that drivers give them."""
+
+import pytest
+
+from bst_dist.plan.accelerators import accelerators, of_device
+
+
+@pytest.mark.parametrize(
+    ("driver", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-80gb"),
+        ("NVIDIA H100 PCIe", "h100-pcie-80gb"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A10", "a10-24gb"),
+        ("NVIDIA L40S", "l40s-48gb"),
+        ("NVIDIA L4", "l4-24gb"),
+        ("AMD Instinct MI300X", "mi300x-192gb"),
+    ],
+)
+def test_a_device_is_found_by_its_driver_s_name(driver, name):
+    assert of_device(driver) == accelerators()[name]
+
+
+def test_a_device_that_nobody_knows_is_none():
+    assert of_device("Quadro 600") is None
