@@ -208,5 +208,5 @@ def _cells(best: Candidate, cluster: Cluster) -> list[str]:
     return [
         str(work.strategy.stage), str(cluster.world // sp), str(sp), str(work.slice.rows),
         work.checkpointing.describe(), f"{best.needed / GB:,.1f}", *rates,
-        "" if best.fits else f"{best.excess / GB:,.1f} GB too much",
+        "" if best.fits else f"{best.excess / GB:,.1f} GB over",
     ]  # fmt: skip
