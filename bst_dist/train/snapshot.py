@@ -84,6 +84,7 @@ class Snapshots:
     def __init__(self, run_dir: Path, state: State, ranks: Ranks, identity: Identity, config: CheckpointConfig) -> None:
         self.run_dir, self.state, self.ranks = run_dir, state, ranks
         self.identity, self.config = identity, config
+        self._versions = versions() if ranks.first else {}  # asks git, which a save should not wait for
         self._saver = Saver(run_dir, state, ranks, config.background)
 
     def start(self, position: Position, validation_loss: float | None = None, full: bool = True) -> Failed | None:
@@ -102,7 +103,7 @@ class Snapshots:
             "recipe": self.identity.recipe,
             "groups": self.identity.groups,
             "layout": vars(self.identity.layout),
-            "versions": versions(),
+            "versions": self._versions,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         own = {"rng": rng.capture(self.ranks.device), "carried": _on_host(position.carried)}
