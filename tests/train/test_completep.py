@@ -1,0 +1,43 @@
+"""The rates, decays and epsilons of CompleteP's groups, kept by every ZeRO stage and through a resume."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bst_dist.train import program
+from bst_dist.train.program import train
+from bst_dist.train.ranks import Ranks
+from bst_dist.train.start import Request, load, resolve
+
+pytestmark = [pytest.mark.ranks, pytest.mark.usefixtures("unmeasured")]
+
+
+def test_every_stage_trains_the_same_way_by_group_and_goes_on_after_a_stop(recipe_file, tmp_path, on_ranks):
+    base = {"kind": "completep", "base_width": 4, "base_depth": 1}
+    recipe = recipe_file(optimizer={"learning_rate": 2e-3, "ssm_learning_rate": 5e-4, "weight_decay": 0.3})
+
+    def groups_of(ranks: Ranks) -> list[dict[str, Any]]:
+        found = []
+        for stage in range(4):
+            changes = [f"deepspeed=ds_configs/zero{stage}.json", f"model.parametrisation={base}"]
+            for until in (2, 4):
+                request = Request(recipe, changes, tmp_path / f"run{stage}", True, until)
+                train(request, ranks)
+            engine = program._engine(resolve(load(request), request, ranks.world))
+            for group in engine.deepspeed.optimizer.param_groups:
+                group.update(lr=9.0, weight_decay=9.0, eps=9.0)  # as a loading that mixes groups up might
+            engine.set_rates(1.0)
+            keys = ("lr", "weight_decay", "eps")
+            own = zip(engine.groups.names, engine.deepspeed.optimizer.param_groups, strict=True)
+            found.append({name: tuple(group[key] for key in keys) for name, group in own})
+        return found
+
+    for groups in on_ranks(2, groups_of)[0]:
+        wide = groups["vectors"][0] / groups["matrices"][0]
+        assert wide > 1
+        assert groups["matrices"][1] == pytest.approx(0.3 * wide)
+        assert groups["ssm"][:2] == (5e-4, 0.0)
+        assert groups["embedding"] == pytest.approx((2e-3, 0.0, 1e-8 / wide))
+        assert groups["matrices"][2] == groups["ssm"][2] < groups["embedding"][2]
