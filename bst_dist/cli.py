@@ -47,6 +47,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench checkpointing": ("bst_dist.bench.checkpointing", "what each policy keeps between the passes, and costs"),
     "bench parallel": ("bst_dist.plan.bench_parallel", "sequence parallelism against all-to-alls: bytes and time"),
     "bench plan": ("bst_dist.plan.measure", "plans against measured memory and traffic"),
+    "bench saving": ("bst_dist.bench.saving", "what a checkpoint costs the training, beside plain DeepSpeed"),
     "sweep design": (
         "bst_dist.sweep.commands.design",
         "what a sweep would run and could see; refuses confounded grids",
