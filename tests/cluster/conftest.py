@@ -207,6 +207,8 @@ def _remove_leftovers() -> None:
         for line in _do("ip", *words).splitlines():
             found = re.match(r"(b(\d+)(?:n\d+|br))\b", line)
             if found and not psutil.pid_exists(int(found[2])):
+                for pid in _do("ip", "netns", "pids", found[1]).split() if kind == "netns" else ():
+                    os.kill(int(pid), signal.SIGKILL)
                 _do("ip", kind, "delete", found[1])
 
 
