@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
 
 from bst_dist.model.attention import (
     AttentionConfig,
@@ -15,7 +16,7 @@ from bst_dist.model.attention import (
     rotate,
     sliding_attention,
 )
-from bst_dist.model.flex import flex_sliding_attention
+from bst_dist.model.flex import Band, block_mask, flex_sliding_attention
 from bst_dist.parallel.past import Past
 
 
@@ -85,6 +86,20 @@ def test_the_fused_path_equals_the_tiles(include_self, with_documents):
         fused = flex_sliding_attention(q, k, v, 16, bias, include_self, number)
     tiled = sliding_attention(q, k, v, 16, bias, include_self, documents)
     torch.testing.assert_close(fused, tiled, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize(
+    ("length", "before", "window"), [(512, 0, 256), (384, 128, 200), (300, 7, 129), (128, 512, 512)]
+)
+def test_the_tiles_that_flexattention_visits_are_those_torch_finds_from_the_whole_mask(
+    length, before, window, include_self
+):
+    band = Band(length, before + length, window, include_self)
+    ours, torchs = block_mask(band, "cpu"), create_block_mask(band.mask(), None, None, length, before + length, "cpu")
+    assert torch.equal(ours.to_dense(), torchs.to_dense())
+    assert torch.equal(ours.full_kv_num_blocks, torchs.full_kv_num_blocks)
+    assert ours.seq_lengths == torchs.seq_lengths
 
 
 @pytest.mark.parametrize("include_self", [True, False])
