@@ -61,6 +61,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or of another run."""
 
 
+class OlderFormatError(CheckpointError):
+    """A whole checkpoint, as an older version of this program wrote them."""
+
+
 def directory(run_dir: Path, step: int) -> Path:
     """Where the checkpoint taken after `step` steps lies."""
     return run_dir / CHECKPOINTS / f"step-{step:08d}"
@@ -93,6 +97,11 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint}: {MANIFEST} cannot be read: {error}") from None
+    if isinstance(manifest, dict) and manifest.get("format") in range(1, FORMAT):
+        raise OlderFormatError(
+            f"{checkpoint}: written by an older version of this program, in format {manifest['format']}; this one reads "
+            f"format {FORMAT}: go on with the version that wrote it, or start anew in another --run-dir"
+        )
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{checkpoint}: not a checkpoint that this program reads (format {FORMAT})")
     return manifest
@@ -111,10 +120,13 @@ def size(manifest: dict[str, Any]) -> int:
 def damage(checkpoint: Path, part: int = 0, parts: int = 1, digests: bool = True) -> list[str]:
     """What is wrong with a checkpoint's files, empty when nothing; of `parts` readers, this is number `part`.
 
-    Without `digests` nothing is read: what is missing or cut off is found, what was changed is not.
+    Without `digests` nothing is read: what is missing or cut off is found, what was changed is not. Raises
+    OlderFormatError: such a checkpoint is no reason to take its steps again.
     """
     try:
         files = read_manifest(checkpoint)["files"]
+    except OlderFormatError:
+        raise
     except CheckpointError as error:
         return [str(error)]
     found = []

@@ -11,6 +11,7 @@ from bst_dist.train.checkpoint import (
     FORMAT,
     MANIFEST,
     CheckpointError,
+    OlderFormatError,
     damage,
     directory,
     newest_valid,
@@ -58,6 +59,15 @@ def test_newest_valid_passes_over_a_damaged_one(tmp_path, hurt, said):
     hurt(older)
     with pytest.raises(CheckpointError, match="no valid checkpoint"):
         newest_valid(tmp_path)
+
+
+def test_a_checkpoint_of_an_older_format_is_refused_and_not_passed_over(tmp_path):
+    """Starting anew beside it would take a whole run's steps again."""
+    path = write(tmp_path, 1)
+    (path / MANIFEST).write_text(json.dumps({"format": FORMAT - 1}))
+    with pytest.raises(OlderFormatError, match="go on with the version that wrote it"):
+        newest_valid(tmp_path)
+    assert path.exists()
 
 
 def test_readers_who_share_a_checkpoint_find_all_that_one_finds(tmp_path):
