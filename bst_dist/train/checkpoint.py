@@ -99,8 +99,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{checkpoint}: {MANIFEST} cannot be read: {error}") from None
     if isinstance(manifest, dict) and manifest.get("format") in range(1, FORMAT):
         raise OlderFormatError(
-            f"{checkpoint}: written by an older version of this program, in format {manifest['format']}; this one reads "
-            f"format {FORMAT}: go on with the version that wrote it, or start anew in another --run-dir"
+            f"{checkpoint}: written by an older version of this program, in format {manifest['format']}; this one "
+            f"reads format {FORMAT}: go on with the version that wrote it, or start anew in another --run-dir"
         )
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{checkpoint}: not a checkpoint that this program reads (format {FORMAT})")
