@@ -32,6 +32,8 @@ from bst_dist.train.activation import ActivationCheckpointingConfig, policy
 from bst_dist.train.ranks import choose_accelerator
 
 T = TypeVar("T")
+REHEARSED_TILES = 64
+"""Tiles of logits that are rehearsed one by one; more follow from these."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ class Activations:
 
     def layer(self, mixer: str, checkpointing: ActivationCheckpointingConfig, slice_: Slice, zero3: bool) -> Part:
         """One layer; all policies of the checkpointing that rerun it alike are rehearsed once. Memory is affine in the
-        rows, so larger micro-batches follow from those of one and two; and two ranks stand for all that share a
+        rows (its peak nearly: few rows may have it at another moment), so larger micro-batches follow from those of
+        one and two; and two ranks stand for all that share a
         sequence, for what more of them send is a state each."""
         if slice_.rows > 2:
             one, two = (self.layer(mixer, checkpointing, self._of(slice_, rows), zero3) for rows in (1, 2))
@@ -121,12 +124,13 @@ class Activations:
 
     def head(self, slice_: Slice) -> Part:
         """Everything but the layers: the final norm, the head and the loss. Tiles of logits are of one size, so what
-        many tokens need follows from two and three of them."""
+        many tokens need follows from fewer of them: not from so few that the embedding's gradient decides the peak."""
         tile, tokens = max(1, TILE_LOGITS // self.model.vocab_size), slice_.rows * slice_.length
-        if tokens <= 4 * tile:
+        if tokens <= REHEARSED_TILES * tile:
             return self._once(("head", tokens), lambda: self._head(tokens))
-        two, three = (self._once(("head", tiles * tile), lambda t=tiles * tile: self._head(t)) for tiles in (2, 3))
-        return two._with(three, lambda a, b: a + (b - a) * (tokens - 2 * tile) // tile)
+        few, many = (tile * REHEARSED_TILES // part for part in (2, 1))
+        less, more = (self._once(("head", count), lambda count=count: self._head(count)) for count in (few, many))
+        return less._with(more, lambda a, b: a + (b - a) * (tokens - few) // (many - few))
 
     @staticmethod
     def _of(slice_: Slice, rows: int) -> Slice:
