@@ -95,8 +95,16 @@ def test_what_cannot_be_read_counts_as_none_and_is_left_alone(tmp_path):
 def test_reasons_are_told(tmp_path):
     hold(tmp_path, 10, loss=1.0)
     hold(tmp_path, 20, loss=2.0)
-    config = CheckpointConfig(keep_last=1, keep_every=20, at=(10,))
+    config = CheckpointConfig(every=10, keep_last=1, keep_every=20, at=(10,))
     assert reasons(readable(tmp_path), config) == {20: ["newest", "every"], 10: ["best", "at"]}
+
+
+def test_where_the_guard_would_roll_back_to_is_among_the_newest(tmp_path):
+    """It goes back to scheduled checkpoints alone, and one that a signal has caused may be newer."""
+    hold(tmp_path, 20, loss=2.0)
+    hold(tmp_path, 25, loss=2.0)
+    kept = reasons(readable(tmp_path), CheckpointConfig(every=20, keep_last=1, keep_best=0))
+    assert kept == {25: ["newest"], 20: ["newest"]}
 
 
 def test_leavings_are_found_and_removed(tmp_path):
