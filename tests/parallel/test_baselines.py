@@ -16,13 +16,17 @@ PASSED_ON = {
     "SH hyena": {"mixer": "bst", "ssm": {"kernel": "hyena", "length": 20, "hidden": 8}},
     "MH explicit": {"mixer": "bst", "context": {"variant": "MH"}, "ssm": {"kernel": "explicit", "length": 33}},
     "MF explicit": {"mixer": "bst", "context": {"variant": "MF"}, "ssm": {"kernel": "explicit", "length": 20}},
+    "filter longer than a slice": {"mixer": "ssm", "ssm": {"kernel": "explicit", "length": 40}},
     "no SSM": {"mixer": "bst", "ssm": {"kernel": "none"}},
 }
 REFUSED = {
     "block-recurrent": ({"mixer": "block-recurrent", "block_recurrent": {"states": 4}}, "parallel.sp to 1"),
     "s4-dplr": ({"mixer": "bst", "ssm": {"kernel": "s4-dplr", "state": 4}}, "parallel.sp to 1"),
     "full": ({"mixer": "full"}, "Lower parallel.sp"),
-    "filter longer than a slice": ({"mixer": "ssm", "ssm": {"kernel": "explicit", "length": 40}}, "Lower parallel.sp"),
+    "filter longer than a slice, of channels that do not divide": (
+        {"mixer": "bst", "context": {"ssm_width": 3}, "ssm": {"kernel": "explicit", "length": 40}},
+        "choose a parallel.sp that divides them",
+    ),
 }
 
 
