@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -128,16 +129,22 @@ def wait_for(pids: Sequence[int], seconds: float) -> list[int | None]:
     return [found.get(pid) for pid in pids]
 
 
-def wait_for_steps(run_dir: Path, steps: int) -> None:
-    """Return when the run has taken so many more steps than the checkpoint it goes on from."""
+def wait_for_steps(run_dir: Path, steps: int, seconds: float = PATIENCE_S) -> None:
+    """Return when the run has taken so many more steps than the checkpoint it goes on from, or after so long."""
     wanted = newest_step(run_dir) + steps
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + seconds
     begun = time.time()
     while time.monotonic() < deadline:
         path = run_dir / FILE
         if path.exists() and path.stat().st_mtime > begun and len(read_lines(path)) >= wanted:
             return
         time.sleep(0.02)
+
+
+def step_seconds(run_dir: Path) -> float:
+    """What a step takes on this machine, so that no start gets far between two looks at it."""
+    lines = read_lines(run_dir / FILE)
+    return median(line["step_time_s"] for line in lines if "step_time_s" in line) if lines else 0.0
 
 
 def kill(pids: Sequence[int], chance: random.Random) -> None:
@@ -168,10 +175,9 @@ def disturb(soak: Soak, say: Any) -> Counter[str]:
         pids = start(soak, "disturbed")
         if chance.random() < 0.75:
             wait_for_steps(run_dir, chance.randint(1, soak.most_steps))
-            moment = chance.uniform(0, 0.5)
         else:
-            moment = chance.uniform(0, 3)
-        statuses = wait_for(pids, moment)
+            wait_for_steps(run_dir, soak.most_steps, seconds=chance.uniform(0, 3))
+        statuses = wait_for(pids, chance.uniform(0, 2) * step_seconds(run_dir))
         assert all(status is None for status in statuses), f"ended by itself before kill {number + 1}: {statuses}"
         partial = any((run_dir / "checkpoints").glob("*.partial"))
         kill(pids, chance)

@@ -15,4 +15,4 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(tmp_path
     spec = importlib.util.spec_from_file_location("soak", path)
     soak = sys.modules["soak"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(soak)
-    soak.endure(soak.Soak(tmp_path, ranks=2, steps=40, kills=5))
+    soak.endure(soak.Soak(tmp_path, ranks=2, steps=90, kills=5))
