@@ -170,6 +170,8 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on_to_its_end(slurm
     slurm.ask("scancel", "--signal=USR1", job)  # what --signal=USR1@120 sends ahead of the time limit
     slurm.until(lambda: "JobState=PENDING" in slurm.ask("scontrol", "show", "job", job), 60, log)
     slurm.ask("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm lets two minutes pass
+    # Until then the first start may still be called completing, with an exit code of its own.
+    slurm.until(lambda: "resumed from step" in log.read_text(), 240, log)
     assert slurm.wait(job, log) == "0:0", log.read_text()
     assert "Restarts=1" in slurm.ask("scontrol", "show", "job", job)
     (stopped,) = re.findall(r"stopped by SIG\w+ after step (\d+)", log.read_text())
