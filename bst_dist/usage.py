@@ -1,0 +1,64 @@
+"""What `bst` says about itself: the commands in the order one uses them, a group of them, the nearest to a slip."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import textwrap
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+
+Command = tuple[str, str]
+"""The module that holds a command, and one line of help."""
+
+WIDTH = 120
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps a command's text as it is written, and says the default of every option whose help does not."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help, action.default
+        if text is None or "default" in text or not action.option_strings or default in (None, False, [], "", ()):
+            return text
+        said = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+        return f"{text} (default: {said.replace('%', '%%')})"
+
+
+def overview(sections: Mapping[str, Mapping[str, Command]], groups: Mapping[str, str]) -> str:
+    """All sections; a group of commands has one line, with the names of its members."""
+    lines = ["usage: bst COMMAND ...", "       bst COMMAND --help     what a command does, and its options",
+             "       bst GROUP              the commands of a group", "       bst --version"]  # fmt: skip
+    for title, commands in sections.items():
+        lines += ["", title]
+        for first, members in groupby(commands, key=lambda name: name.partition(" ")[0]):
+            names = list(members)
+            if first in groups:
+                names = [name.partition(" ")[2] for name in names]
+                lines += _line(first, f"{groups[first]}: {', '.join(names)}")
+            else:
+                lines += _line(first, commands[first][1])
+    return "\n".join(lines)
+
+
+def listing(commands: Mapping[str, Command], group: str, about: str) -> str:
+    """The commands of a group, a line each."""
+    members = {name.partition(" ")[2]: text for name, (_, text) in commands.items() if name.startswith(f"{group} ")}
+    head = [f"usage: bst {group} COMMAND ...   (--help tells what one does, and its options)", "", about]
+    return "\n".join([*head, *(line for name, text in members.items() for line in _line(name, text))])
+
+
+def nearest(typed: list[str], commands: Iterable[str], groups: Iterable[str]) -> str | None:
+    """The command or group that was most likely meant by the first words of a command line, or None."""
+    names = [*commands, *groups]
+    last_words = {name.rpartition(" ")[2]: name for name in reversed(names)}
+    for words in (typed[:2], typed[:1]):
+        found = difflib.get_close_matches(" ".join(words), names, n=1, cutoff=0.75)
+        if found:
+            return found[0]
+    found = difflib.get_close_matches(typed[0], last_words, n=1, cutoff=0.75)  # `bst prepare` is `bst data prepare`
+    return last_words[found[0]] if found else None
+
+
+def _line(name: str, text: str) -> list[str]:
+    return textwrap.wrap(f"{name:<11} {text}", WIDTH, initial_indent="  ", subsequent_indent=" " * 14)
