@@ -160,7 +160,7 @@ class Designer:
         data["train"]["steps"] = max(leaves.values())
         data["schedule"]["decay_fraction"] = 0.0
         data["checkpoint"] = {**data.get("checkpoint", {}), "at": sorted(set(leaves.values())), "keep_last": 1}
-        return Run(cell, _named(f"{cell.label}-trunk", data), counts, None)
+        return Run(cell, named(f"{cell.label}-trunk", data), counts, None)
 
     def _finished(self, cell: Cell, data: dict[str, Any], counts: Counts, steps: int, multiple: float,
                   trunk: str | None) -> Run:  # fmt: skip
@@ -170,7 +170,7 @@ class Designer:
         left = steps - data["branch"]["step"] if trunk else max(1, round(self.sweep.rules.decay_fraction * steps))
         data["schedule"]["decay_fraction"] = left / steps
         data["checkpoint"] = {**data.get("checkpoint", {}), "keep_last": 1}
-        return Run(cell, _named(f"{cell.label}-m{multiple:g}", data), counts, multiple, trunk)
+        return Run(cell, named(f"{cell.label}-m{multiple:g}", data), counts, multiple, trunk)
 
     def base_of(self, cell: Cell) -> dict[str, Any]:
         """The base recipe with the cell's settings and the rules of its size."""
@@ -188,13 +188,18 @@ class Designer:
 
 
 def settled(data: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """A copy of `data` with dotted settings put in; a section given as a mapping is merged."""
+    """A copy of `data` with dotted settings put in; a section given as a mapping is merged.
+
+    Raises ConfigError when a key goes through what is a value and no section.
+    """
     data = copy.deepcopy(data)
     for key, value in settings.items():
         *parents, leaf = key.split(".")
         node = data
         for parent in parents:
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"setting {key!r}: {parent!r} is a value, not a section")
         both = isinstance(value, dict) and isinstance(node.get(leaf), dict)
         node[leaf] = {**node[leaf], **value} if both else copy.deepcopy(value)
     return data
@@ -213,8 +218,8 @@ def _with_kernels(sweep: SweepConfig) -> Iterator[tuple[str, Settings]]:
             yield f"{name}+{kernel}", {**settings, **own}
 
 
-def _named(label: str, data: dict[str, Any]) -> Recipe:
-    """The recipe under its label and the hash of everything else in it."""
+def named(label: str, data: dict[str, Any]) -> Recipe:
+    """The recipe under its label and the hash of everything else in it; raises ConfigError for what is wrong in it."""
     recipe = parse(Recipe, {**data, "name": "unnamed"}, where=label)
     text = json.dumps(recipe.model_dump(mode="json", exclude={"name", "ranks", "log"}), sort_keys=True)
     return recipe.model_copy(update={"name": f"{label}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"})

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +22,7 @@ from pathlib import Path
 import torch
 
 from bst_dist.config import load_recipe
-from bst_dist.sweep.design import Run
-from bst_dist.sweep.state import OUT_OF_MEMORY, State
+from bst_dist.sweep.state import OUT_OF_MEMORY, Job, State
 from bst_dist.train.checkpoint import committed
 from bst_dist.train.rundir import RECIPE
 from bst_dist.train.status import RESUBMIT
@@ -40,7 +39,7 @@ _DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 class Worker:
     """One training process."""
 
-    run: Run
+    run: Job
     process: subprocess.Popen[bytes]
     place: int
     """Which of the runner's workers it is, from 0: it has a share of the host's accelerators of its own."""
@@ -50,7 +49,7 @@ class Worker:
 class Runner:
     """Takes the runs of a sweep to their ends."""
 
-    def __init__(self, runs: list[Run], state: State, workers: int, say: Callable[[str], None]) -> None:
+    def __init__(self, runs: Sequence[Job], state: State, workers: int, say: Callable[[str], None]) -> None:
         self.runs, self.state, self.limit, self.say = runs, state, workers, say
         self.workers: list[Worker] = []
         self.ended: set[str] = set()
@@ -78,7 +77,7 @@ class Runner:
             if self.state.standing(run).status == "waiting" and self.state.ready(run):
                 self._start(run)
 
-    def _start(self, run: Run) -> None:
+    def _start(self, run: Job) -> None:
         lock = self.state.lock(run.name)
         if lock is None:
             return
@@ -96,7 +95,7 @@ class Runner:
         finally:
             os.close(lock)  # the process has its own
 
-    def _prepare(self, run: Run) -> int:
+    def _prepare(self, run: Job) -> int:
         """Write the recipe and clear away a directory that cannot be gone on with; returns the micro-batch."""
         with atomic_file(self.state.path("recipes", run.name)) as file:
             file.write(dump(run.recipe).encode())
@@ -107,7 +106,7 @@ class Runner:
             shutil.rmtree(directory)  # broken off before its recipe was written, or out of memory
         return micro
 
-    def _micro(self, run: Run) -> int:
+    def _micro(self, run: Job) -> int:
         """The recipe's micro-batch, halved each time memory ran out, and no larger than its trunk's."""
         micro = run.recipe.train.micro_sequences
         if run.trunk is not None:
@@ -119,7 +118,7 @@ class Runner:
         path = directory / RECIPE
         return path.exists() and load_recipe(path).train.micro_sequences == micro
 
-    def _command(self, run: Run, micro: int) -> list[str]:
+    def _command(self, run: Job, micro: int) -> list[str]:
         several = (run.recipe.ranks or 1) > 1
         # One rank needs no launcher, and starts in a third of the time without.
         program = [sys.executable, "-m", "bst_dist.train"]
@@ -128,7 +127,7 @@ class Runner:
         recipe = [str(self.state.path("recipes", run.name)), f"train.micro_sequences={micro}"]
         return [*program, *recipe, "--run-dir", str(self.state.directory(run.name)), "--resume"]
 
-    def _environment(self, run: Run, place: int) -> dict[str, str]:
+    def _environment(self, run: Job, place: int) -> dict[str, str]:
         """This process's, with a share of the cores, and of the accelerators where there are several workers."""
         threads = str(max(1, len(os.sched_getaffinity(0)) // self.limit))
         found = {"OMP_NUM_THREADS": threads, **os.environ}
@@ -175,7 +174,7 @@ class Runner:
         """Whether runs are still being trained by another command, or wait for one that is."""
         return any(self.state.standing(run).status in ("running", "waiting") for run in self._open())
 
-    def _open(self) -> list[Run]:
+    def _open(self) -> list[Job]:
         """The runs that have not ended for good; those that have are not looked at again."""
         running = {worker.run.name for worker in self.workers}
         left = [run for run in self.runs if run.name not in self.ended]

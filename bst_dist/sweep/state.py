@@ -17,14 +17,31 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from bst_dist.sweep.design import RUNS, Run
+from bst_dist.config import Recipe
+from bst_dist.sweep.design import RUNS
 from bst_dist.sweep.table import Status
 from bst_dist.train.metrics import FILE, read_lines
 from bst_dist.train.rundir import read_outcome
 
 OUT_OF_MEMORY = "out of memory"
+
+
+class Job(Protocol):
+    """What is trained: a run of a sweep, or one of an experiment."""
+
+    @property
+    def name(self) -> str:
+        """Its directory under runs/."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is trained."""
+
+    @property
+    def trunk(self) -> str | None:
+        """The run it branches off, which must be done before; None: it starts by itself."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +69,7 @@ class State:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def standing(self, run: Run) -> Standing:
+    def standing(self, run: Job) -> Standing:
         """Where the run stands; a branch whose trunk cannot be had stands where the trunk does."""
         own = self._own(run.name)
         if own.status == "waiting" and run.trunk is not None:
@@ -61,7 +78,7 @@ class State:
                 return Standing(trunk.status, f"its trunk: {trunk.reason}")
         return own
 
-    def ready(self, run: Run) -> bool:
+    def ready(self, run: Job) -> bool:
         """Whether what the run branches off is there."""
         return run.trunk is None or self._own(run.trunk).status == "done"
 
