@@ -7,6 +7,7 @@ and is left alone. A checkpoint is renamed before it is removed: half of one nev
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from bst_dist.train.checkpoint import (
     step_of,
 )
 from data_pipeline.atomic import atomic_file
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,15 @@ def reasons(held: Sequence[Held], config: CheckpointConfig) -> dict[int, list[st
         ]
         for one in held
     }
+
+
+def tidy(run_dir: Path, config: CheckpointConfig) -> None:
+    """Remove the checkpoints of a run that are not kept. What cannot be removed is told of, and tried again later."""
+    try:
+        retain(run_dir, config)
+        remove_leavings(run_dir, (DELETED,))
+    except OSError as error:
+        _log.warning("%s: an old checkpoint could not be removed: %s", error.filename, error.strerror)
 
 
 def retain(run_dir: Path, config: CheckpointConfig) -> None:

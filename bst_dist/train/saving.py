@@ -2,8 +2,9 @@
 
 Training waits for a copy of the weights and the optimizer's states in the host's memory, and no longer. A thread of
 each rank writes, syncs and digests that rank's files, in a directory whose name says it is not done. When all threads
-are through, which the ranks ask each other between two steps, rank 0 writes the manifest and renames the directory. A
-process killed at any moment leaves the previous checkpoint as it was. Only the thread that trains talks to other ranks.
+are through, which the ranks ask each other between two steps, rank 0's thread writes the manifest and renames the
+directory; then it removes what is no longer kept. A process killed at any moment leaves the previous checkpoint as it
+was. Only the thread that trains talks to other ranks.
 """
 
 from __future__ import annotations
@@ -73,18 +74,28 @@ class _Pending:
     manifest: dict[str, Any]
     started: float
     written: Future[dict[str, FileRecord]]
+    """This rank's files."""
+    contents: dict[str, FileRecord] | None = None
+    """The files of all ranks, once all have tried to write theirs."""
+    settled: Future[str | None] | None = None
+    """Then: rank 0's commit, and why there is none."""
+
+    def through(self) -> bool:
+        """Whether this rank has done what it was last given."""
+        return (self.settled or self.written).done()
 
 
 class Saver:
     """Writes the checkpoints of one run, one at a time; all ranks make every call."""
 
-    def __init__(self, run_dir: Path, state: State, ranks: Ranks, background: bool) -> None:
-        """`background`: copy first and write in a thread; else `start` returns when all is written."""
-        self.run_dir, self.state, self.ranks, self.background = run_dir, state, ranks, background
+    def __init__(self, run_dir: Path, state: State, ranks: Ranks, background: bool, tidy: Callable[[], None]) -> None:
+        """`background`: copy first and write in a thread; else `start` returns when all is written. `tidy`: what rank
+        0's thread does after each commit."""
+        self.run_dir, self.state, self.ranks, self.background, self.tidy = run_dir, state, ranks, background, tidy
         self._copy = _HostCopy(ranks.device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
-        self._clearing: Future[None] | None = None
+        self._tidying: Future[None] | None = None
 
     def start(self, manifest: dict[str, Any], own: dict[str, Any], kinds: Sequence[str]) -> Failed | None:
         """Begin the checkpoint of step manifest["step"]; None when it is under way. None may be pending.
@@ -108,19 +119,27 @@ class Saver:
         return None
 
     def poll(self) -> Saved | Failed | None:
-        """Commit the pending checkpoint if all ranks have written theirs."""
+        """What became of the pending checkpoint, once rank 0 has committed what all have written; None until then."""
         if self._pending is None:
             return None
-        (through,) = self.ranks.sum([self._pending.written.done()])
-        return self._conclude() if through == self.ranks.world else None
+        (through,) = self.ranks.sum([self._pending.through()])
+        if through < self.ranks.world:
+            return None
+        if self._pending.settled:
+            return self._conclude(self._pending)
+        self._settle(self._pending)
+        return None
 
     def finish(self) -> Saved | Failed | None:
-        """Wait until all have, and commit it."""
-        return self._conclude() if self._pending else None
-
-    def clear_away(self) -> None:
-        """Remove, in the thread, the checkpoints that are not kept; rank 0 only."""
-        self._clearing = self._thread.submit(remove_leavings, self.run_dir, (DELETED,))
+        """What became of it, waiting for all that threads have yet to do."""
+        outcome = None
+        if pending := self._pending:
+            if not pending.settled:
+                self._settle(pending)
+            outcome = self._conclude(pending)
+        if self._tidying:
+            wait([self._tidying])
+        return outcome
 
     def _needed(self, fragments: list[Fragment], kinds: Sequence[str]) -> int:
         """Bytes that all ranks are going to write."""
@@ -132,8 +151,8 @@ class Saver:
 
     def _prepare(self, partial: Path, needed: int) -> str | None:
         """Make an empty directory to write to; returns why that cannot be done."""
-        if self._clearing:
-            wait([self._clearing])  # what is being removed may be the room that is needed
+        if self._tidying:
+            wait([self._tidying])  # what is being removed may be the room that is needed
         try:
             remove_leavings(self.run_dir, (PARTIAL,))
             partial.mkdir(parents=True)
@@ -164,23 +183,34 @@ class Saver:
                 file.write(memory.getbuffer())
         return files.records
 
-    def _conclude(self) -> Saved | Failed:
-        """Commit the pending checkpoint, or give it up when any rank could not write its files."""
-        pending, self._pending = self._pending, None
-        records, why = _outcome(pending.written)
-        everyone = self.ranks.gather((records, why))
+    def _settle(self, pending: _Pending) -> None:
+        """Let rank 0's thread commit the checkpoint, or give it up when any rank could not write its files."""
+        everyone = self.ranks.gather(_outcome(pending.written))
         why = next((f"rank {rank}: {said}" for rank, (_, said) in enumerate(everyone) if said), None)
-        if why is None and self.ranks.first:
-            why = _tried(lambda: _commit(pending, [records for records, _ in everyone]))
-        why = self.ranks.from_first(why)
-        if why is None:
-            written = sum(record["bytes"] for records, _ in everyone for record in records.values())
-            final = directory(self.run_dir, pending.manifest["step"])
-            full = any(name.startswith(OPTIMIZER) for name in records)
-            return Saved(final, full, written, time.perf_counter() - pending.started)
+        pending.contents = {
+            name: {**record, "rank": rank} for rank, (own, _) in enumerate(everyone) for name, record in own.items()
+        }
+
+        def settle() -> str | None:
+            failed = why or _tried(lambda: _commit(pending))
+            if failed:
+                shutil.rmtree(pending.partial, ignore_errors=True)
+            return failed
+
+        pending.settled = self._thread.submit(settle if self.ranks.first else lambda: None)
+
+    def _conclude(self, pending: _Pending) -> Saved | Failed:
+        """Tell all ranks what became of it."""
+        self._pending = None
+        why = self.ranks.from_first(pending.settled.result())
+        if why is not None:
+            return Failed(pending.manifest["step"], why)
         if self.ranks.first:
-            shutil.rmtree(pending.partial, ignore_errors=True)
-        return Failed(pending.manifest["step"], why)
+            self._tidying = self._thread.submit(self.tidy)
+        written = sum(record["bytes"] for record in pending.contents.values())
+        full = any(name.startswith(OPTIMIZER) for name in pending.contents)
+        final = directory(self.run_dir, pending.manifest["step"])
+        return Saved(final, full, written, time.perf_counter() - pending.started)
 
 
 _TENSORS = {WEIGHTS: (WEIGHT,), OPTIMIZER: MOMENTS}
@@ -238,10 +268,9 @@ def _tried(work: Callable[[], object]) -> str | None:
     return None
 
 
-def _commit(pending: _Pending, records: list[dict[str, FileRecord]]) -> None:
-    files = {name: {**record, "rank": rank} for rank, own in enumerate(records) for name, record in own.items()}
+def _commit(pending: _Pending) -> None:
     with (pending.partial / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump({**pending.manifest, "files": dict(sorted(files.items()))}, file, indent=1)
+        json.dump({**pending.manifest, "files": dict(sorted(pending.contents.items()))}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     sync_directory(pending.partial)

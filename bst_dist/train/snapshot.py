@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +33,7 @@ from bst_dist.train.layout import Carried, Layout, Rows, redistribute
 from bst_dist.train.loop import Trainer
 from bst_dist.train.metrics import Callback, EvalReport, Report, StepReport, Writer
 from bst_dist.train.ranks import Ranks
-from bst_dist.train.retention import retain, set_aside
+from bst_dist.train.retention import set_aside, tidy
 from bst_dist.train.saving import Failed, Saved, Saver, stored_name
 from bst_dist.version import versions
 
@@ -85,7 +86,7 @@ class Snapshots:
         self.run_dir, self.state, self.ranks = run_dir, state, ranks
         self.identity, self.config = identity, config
         self._versions = versions() if ranks.first else {}  # asks git, which a save should not wait for
-        self._saver = Saver(run_dir, state, ranks, config.background)
+        self._saver = Saver(run_dir, state, ranks, config.background, partial(tidy, run_dir, config))
 
     def start(self, position: Position, validation_loss: float | None = None, full: bool = True) -> Failed | None:
         """Begin the checkpoint of `position`, which `poll` or `finish` commits; None when it is under way.
@@ -111,11 +112,11 @@ class Snapshots:
 
     def poll(self) -> Saved | Failed | None:
         """What became of the checkpoint under way, once all ranks are through with it; None until then."""
-        return self._retain(self._saver.poll())
+        return self._saver.poll()
 
     def finish(self) -> Saved | Failed | None:
-        """What became of the checkpoint under way, waiting for it; None when there is none."""
-        return self._retain(self._saver.finish())
+        """What became of the checkpoint under way, waiting for it and for removals; None when there is none."""
+        return self._saver.finish()
 
     def newest(self, scheduled: bool = False) -> tuple[Path | None, list[str]]:
         """The newest checkpoint to go on from that is whole, and why newer ones were passed over.
@@ -189,12 +190,6 @@ class Snapshots:
     def _require_shape(checkpoint: Path, name: str, own: tuple[int, ...], saved: tuple[int, ...] | None) -> None:
         if own != saved:
             raise CheckpointError(f"{checkpoint}: of another model: {name} has {saved} values, here {own}")
-
-    def _retain(self, outcome: Saved | Failed | None) -> Saved | Failed | None:
-        if isinstance(outcome, Saved) and self.ranks.first:
-            retain(self.run_dir, self.config)
-            self._saver.clear_away()
-        return outcome
 
 
 class Evaluated(Writer):

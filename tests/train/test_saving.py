@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bst_dist.parallel.mesh import Mesh
-from bst_dist.train import durable, saving
+from bst_dist.train import durable, retention, saving
 from bst_dist.train.checkpoint import (
     MANIFEST,
     CheckpointConfig,
@@ -148,6 +152,50 @@ def test_nothing_is_committed_before_all_is_written(tmp_path, monkeypatch):
     held_up.append(True)
     assert run.finish().path == directory(tmp_path, 1)
     assert run.poll() is None
+
+
+def test_training_does_not_wait_for_the_commit(tmp_path, monkeypatch):
+    state, go_on = Tensors(), threading.Event()
+    run = snapshots(tmp_path, state)
+    original = saving._commit
+
+    def wait(*args: Any) -> None:
+        go_on.wait()
+        original(*args)
+
+    monkeypatch.setattr(saving, "_commit", wait)
+    assert run.start(position(1)) is None
+    futures.wait([run._saver._pending.written])
+    assert run.poll() is None  # all is written, the commit begins
+    assert run.poll() is None
+    assert committed(tmp_path) == []
+    go_on.set()
+    assert run.finish().path == directory(tmp_path, 1)
+
+
+def test_a_run_that_ends_has_removed_what_is_not_kept(tmp_path, monkeypatch):
+    state, original = Tensors(), retention.remove_leavings
+    run = snapshots(tmp_path, state, keep_last=1)
+
+    def slowly(*args: Any) -> None:
+        time.sleep(0.2)
+        original(*args)
+
+    monkeypatch.setattr(retention, "remove_leavings", slowly)
+    for step in (1, 2):
+        save(run, state, step)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_told_of(tmp_path, monkeypatch, caplog):
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(retention.shutil, "rmtree", refuse)
+    state = Tensors()
+    run = snapshots(tmp_path, state, keep_last=1)
+    assert [save(run, state, step).path for step in (1, 2)] == [directory(tmp_path, step) for step in (1, 2)]
+    assert "step-00000001.deleted: an old checkpoint could not be removed: Permission denied" in caplog.text
 
 
 def test_one_of_the_weights_alone_is_a_third_and_is_passed_over(tmp_path):
