@@ -67,7 +67,8 @@ def _train(start: Start, request: Request, ranks: Ranks, stop: Stop) -> int:
     position = _resume(request, start, snapshots, trainer)
     hosts = sorted(set(ranks.gather(socket.gethostname())))
     if ranks.first:
-        about = {"ranks": ranks.world, "hosts": hosts, "from_step": position.step}
+        tokenizer = start.corpora[0].manifest.tokenizer.sha256
+        about = {"ranks": ranks.world, "hosts": hosts, "from_step": position.step, "tokenizer_sha256": tokenizer}
         rundir.prepare(start.run_dir, start.recipe, start.completed, about)
         print(_header(start, engine, ranks), flush=True)
     try:
