@@ -49,10 +49,13 @@ SECTIONS: dict[str, dict[str, Command]] = {
     },
     "Look at runs": {
         "plot": ("bst_dist.evaluate.plot", "draw the training curves of runs"),
-        "compare": ("bst_dist.evaluate.compare", "check that two runs are equal, step by step and weight by weight"),
+        "compare": (
+            "bst_dist.evaluate.compare",
+            "what differs between runs: recipes, losses on the same text, speed; or are they --equal?",
+        ),
     },
     "Evaluate": {
-        "eval": ("bst_dist.evaluate.perplexity", "loss, perplexity and bits per byte of a run, with standard errors"),
+        "eval": ("bst_dist.evaluate.command", "loss, perplexity, bits per byte, by length; tasks; with standard errors"),
         "baselines": ("bst_dist.evaluate.baselines", "what an order-2 byte model and xz -9 make of a corpus"),
         "generate": ("bst_dist.evaluate.generate", "write text with a run's model"),
     },

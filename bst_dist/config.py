@@ -142,7 +142,7 @@ def digest(recipe: Recipe) -> str:
 
 def differing(one: Recipe, other: Recipe) -> list[str]:
     """Dotted fields in which two recipes are different runs, as ``field: one's value, other's value``."""
-    a, b = _flat(_identity(one)), _flat(_identity(other))
+    a, b = flat(_identity(one)), flat(_identity(other))
     return [f"{key}: {a.get(key)!r}, {b.get(key)!r}" for key in {**a, **b} if a.get(key) != b.get(key)]
 
 
@@ -155,8 +155,9 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
     return data
 
 
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested settings by their dotted names."""
+    found: dict[str, Any] = {}
     for key, value in data.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found

@@ -97,7 +97,7 @@ class Demo:
             self._bst("train", RECIPE, "checkpoint.every=0", "--run-dir", self.twin)
 
     def compare(self) -> None:
-        self._bst("compare", self.run_dir, self.twin, "--json", self.reports / "compare.json", accept=(0, 1))
+        self._bst("compare", self.run_dir, self.twin, "--equal", "--json", self.reports / "compare.json", accept=(0, 1))
 
     def baselines(self) -> None:
         self._report("baselines", "baselines", self.recipe.data.corpus)

@@ -7,6 +7,7 @@ format: png, pdf or svg.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,41 +49,48 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     grid = figure.add_gridspec(2, 3, height_ratios=(1.8, 1))
     loss = figure.add_subplot(grid[0, :])
     small = {key: figure.add_subplot(grid[1, column]) for column, key in enumerate(SMALL)}
-    looks = [
-        {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
-        for number in range(len(runs))
-    ]
-    for look, lines in zip(looks, runs.values(), strict=True):
+    for look, lines in zip(looks(len(runs)), runs.values(), strict=True):
         train = [line for line in lines if line["kind"] == "train"]
-        _smoothed(loss, *_series(train, "bits_per_byte"), look)
-        _evaluations(loss, lines, train, look["color"])
+        smoothed(loss, *_series(train, "bits_per_byte"), look)
+        evaluations(loss, lines, {line["step"]: line["tokens"] for line in train}, look["color"])
         small["learning_rate"].plot(*_series(train, "learning_rate"), **look)
-        _smoothed(small["gradient_norm"], *_series(train, "gradient_norm"), look)
-        _smoothed(small["tokens_per_s"], *_series(train[1:] or train, "tokens_per_s"), look)  # the first warms up
+        smoothed(small["gradient_norm"], *_series(train, "gradient_norm"), look)
+        smoothed(small["tokens_per_s"], *_series(train[1:] or train, "tokens_per_s"), look)  # the first warms up
     _finish(figure, loss, small)
-    handles = [Line2D([], [], **look) for look in looks]
-    handles += [Line2D([], [], color="#777777"), Line2D([], [], color="#777777", marker="o", linestyle="")]
-    loss.legend(handles, [*runs, "training", "validation"], loc="upper right", ncols=1 + len(runs) // 5)
+    legend(loss, runs)
     return figure
+
+
+def looks(count: int) -> list[dict[str, str]]:
+    """Colour and dashes of so many runs, no two alike."""
+    return [{"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
+            for number in range(count)]  # fmt: skip
+
+
+def legend(axes: Axes, names: Collection[str]) -> None:
+    """Whose the curves are, and that dots are evaluations."""
+    handles = [Line2D([], [], **look) for look in looks(len(names))]
+    handles += [Line2D([], [], color="#777777"), Line2D([], [], color="#777777", marker="o", linestyle="")]
+    axes.legend(handles, [*names, "training", "validation"], loc="upper right", ncols=1 + len(names) // 5)
 
 
 def _series(lines: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([line["tokens"] for line in lines]), np.array([line[key] for line in lines], float)
 
 
-def _smoothed(axes: Axes, tokens: np.ndarray, values: np.ndarray, look: dict[str, str]) -> None:
+def smoothed(axes: Axes, where: np.ndarray, values: np.ndarray, look: dict[str, str]) -> None:
     """Each step faintly, and the mean of the steps around it over a twenty-fifth of the run."""
     reach = len(values) // 50
-    axes.plot(tokens, values, color=look["color"], alpha=0.25, linewidth=0.5)
+    axes.plot(where, values, color=look["color"], alpha=0.25, linewidth=0.5)
     sums = np.concatenate(([0.0], np.cumsum(values)))
     index = np.arange(len(values) - reach)
     around = np.minimum(index, reach)  # centred: narrower at the beginning, where the curve is steep
-    axes.plot(tokens[index], (sums[index + around + 1] - sums[index - around]) / (2 * around + 1), **look)
+    axes.plot(where[index], (sums[index + around + 1] - sums[index - around]) / (2 * around + 1), **look)
 
 
-def _evaluations(axes: Axes, lines: list[dict[str, Any]], train: list[dict[str, Any]], colour: str) -> None:
-    """A dot for each evaluation, at the tokens trained on by then (an evaluation's own tokens are those it read)."""
-    seen = {0: 0} | {line["step"]: line["tokens"] for line in train}
+def evaluations(axes: Axes, lines: list[dict[str, Any]], where: Mapping[int, float], colour: str) -> None:
+    """A dot for each evaluation, `where` its step stands (an evaluation's own tokens are those it read)."""
+    seen = {0: 0.0, **where}
     dots = [(seen[e["step"]], e["bits_per_byte"]) for e in lines if e["kind"] == "eval" and e["step"] in seen]
     if dots:
         axes.plot(
@@ -107,18 +115,31 @@ def _finish(figure: Figure, loss: Axes, small: dict[str, Axes]) -> None:
 
 
 def read_runs(directories: list[Path]) -> dict[str, list[dict[str, Any]]]:
-    """Metrics of runs by the shortest end of their path that tells them apart; raises UserError where none are."""
-    paths = list(dict.fromkeys(path.resolve() for path in directories))
+    """Metrics of runs by name; raises UserError where there are none."""
+    found = {}
+    for name, path in named(directories).items():
+        found[name] = read_lines(path / FILE)
+        if not any(line["kind"] == "train" for line in found[name]):
+            raise UserError(f"{path}: nothing to draw: {FILE} is missing there or holds no training step")
+    return found
+
+
+def named(directories: Sequence[Path]) -> dict[str, Path]:
+    """Directories, each once, by the shortest end of their path that tells them apart."""
+    paths = {path.resolve(): path for path in reversed(directories)}
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
-    found = {}
-    for path in paths:
-        lines = read_lines(path / FILE)
-        if not any(line["kind"] == "train" for line in lines):
-            raise UserError(f"{path}: nothing to draw: {FILE} is missing there or holds no training step")
-        found["/".join(path.parts[-depth:])] = lines
-    return found
+    return {"/".join(whole.parts[-depth:]): path for whole, path in reversed(paths.items())}
+
+
+def save(draw: Callable[[], Figure], out: Path) -> None:
+    """Draw in the style of papers and write the file; raises UserError for a suffix that is no picture's."""
+    if out.suffix not in FORMATS:
+        raise UserError(f"{out}: the suffix must be one of {', '.join(FORMATS)}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        draw().savefig(out)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,10 +151,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     runs = read_runs(args.runs)
     out = args.out or args.runs[0] / "curves.png"
-    if out.suffix not in FORMATS:
-        raise UserError(f"--out {out}: the suffix must be one of {', '.join(FORMATS)}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(STYLE):
-        draw(runs).savefig(out)
+    save(lambda: draw(runs), out)
     Console().print(f"drew {', '.join(runs)} to {out}", markup=False, highlight=False)
     return {"file": str(out), "runs": {name: lines[-1]["step"] for name, lines in runs.items()}}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bst_dist.evaluate.compare import compare
+from bst_dist.evaluate.equality import equality
 from bst_dist.train.metrics import FILE, read_lines
 from bst_dist.train.rundir import read_outcome
 from bst_dist.train.status import RESUBMIT
@@ -42,7 +42,7 @@ def undisturbed(small, tmp_path_factory) -> Path:
 
 def require_same_run(run_dir: Path, undisturbed: Path) -> None:
     """Equal to the last bit: what the same number of ranks must reach."""
-    found = compare(run_dir, undisturbed)
+    found = equality(run_dir, undisturbed)
     assert found["passed"], found
     assert read_outcome(run_dir)["step"] == STEPS
 
