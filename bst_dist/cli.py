@@ -22,6 +22,7 @@ from data_pipeline.errors import UserError
 # Modules are imported only when their command runs.
 SECTIONS: dict[str, dict[str, Command]] = {
     "Begin": {
+        "doctor": ("bst_dist.doctor.command", "what this machine has for training, what is missing, how to get it"),
         "demo": ("bst_dist.evaluate.demo", "the whole way in minutes, from text to a trained and evaluated model"),
     },
     "Data": {
@@ -55,11 +56,17 @@ SECTIONS: dict[str, dict[str, Command]] = {
         ),
     },
     "Evaluate": {
-        "eval": ("bst_dist.evaluate.command", "loss, perplexity, bits per byte, by length; tasks; with standard errors"),
+        "eval": ("bst_dist.evaluate.command", "loss, perplexity, bits per byte, of documents or by length; tasks"),
+        "ablate": ("bst_dist.evaluate.ablate", "what each part of a model carries: what cutting or changing it costs"),
         "baselines": ("bst_dist.evaluate.baselines", "what an order-2 byte model and xz -9 make of a corpus"),
         "generate": ("bst_dist.evaluate.generate", "write text with a run's model"),
     },
     "Study": {
+        "experiment run": (
+            "bst_dist.experiment.commands.run",
+            "train, evaluate and compare the arms of a small experiment; goes on after any stop",
+        ),
+        "experiment report": ("bst_dist.experiment.commands.report", "an experiment's table and figure, from its runs"),
         "sweep design": (
             "bst_dist.sweep.commands.design",
             "what a sweep would run and could see; refuses confounded grids",
@@ -92,6 +99,7 @@ COMMANDS: dict[str, Command] = {name: command for section in SECTIONS.values() f
 GROUPS = {
     "data": "prepare and inspect corpora",
     "ckpt": "look after the checkpoints of a run",
+    "experiment": "small controlled comparisons, a file and a table each",
     "sweep": "design, run and judge scaling sweeps",
     "bench": "measure side by side with peers",
 }

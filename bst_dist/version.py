@@ -13,7 +13,8 @@ PACKAGES = ("torch", "deepspeed", "webdataset", "sentencepiece", "numpy")
 def versions() -> dict[str, str]:
     """Versions of Python, of the packages that decide a run's numbers, and of this code."""
     found = {"bst_dist": metadata.version("bst-dist"), "python": platform.python_version()}
-    found |= {name: metadata.version(name) for name in PACKAGES}
+    installed = {distribution.name for distribution in metadata.distributions()}
+    found |= {name: metadata.version(name) for name in PACKAGES if name in installed}
     commit = _commit()
     return found | ({"commit": commit} if commit else {})
 
