@@ -49,6 +49,14 @@ class ContextConfig(Config):
         return self.ssm_width or model_width // (8 if self.variant == "MF" else 4)
 
 
+class Passage(nn.Module):
+    """Where context states pass on their way to the attention, unchanged: a hook here can read or replace them."""
+
+    def forward(self, states: Tensor, past: Past) -> Tensor:
+        """SH and MH: a state a token, (B, l, C, Ds); MF: what each block sees, (B, nb, S, Ds)."""
+        return states
+
+
 class StreamContext(nn.Module):
     """SH and MH: keys and values of SSM outputs, a state a token, (B, l, Ds) -> (B, p + l, H, dh) each.
 
@@ -63,11 +71,12 @@ class StreamContext(nn.Module):
         channels = config.width(width)
         self.block, self.attend = block, config.attend
         self.ssm = build_kernel(channels, heads if config.variant == "MH" else 1, ssm, block)
+        self.passage = Passage()
         # Straight from Ds to each head: lifting to D first and projecting then is the same class of functions.
         self.key_value = nn.Parameter(torch.randn(heads, channels, 2 * width // heads) / math.sqrt(channels))
 
     def forward(self, z: Tensor, past: Past, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-        y = self.ssm(z, past, starts)  # (B, l, C, Ds): one stream, or one a head
+        y = self.passage(self.ssm(z, past, starts), past)  # (B, l, C, Ds): one stream, or one a head
         kv = self._project(y.to(_matmul_dtype(y))).unflatten(-1, (2, -1))  # (B, l, H, 2, dh)
         offset = past.position % self.block  # > 0 only inside a block, token by token
         held = offset if self.attend == "current" else offset + self.block
@@ -102,6 +111,7 @@ class FilterContext(nn.Module):
         self.block, self.heads = block, heads
         # Each filter has dynamics of its own: S read-outs of one N-dimensional state have rank N at most.
         self.ssm = build_kernel(channels, config.states, ssm, block, own_dynamics=True)
+        self.passage = Passage()
         self.identity = nn.Parameter(torch.randn(config.states, channels) * 0.02)
         self.initial = nn.Parameter(torch.randn(config.states, channels) * 0.02)
         self.key_value = nn.Linear(channels, 2 * width, bias=False)
@@ -116,7 +126,8 @@ class FilterContext(nn.Module):
         states = states[:, : -(-z.shape[1] // self.block)]
         if starts is not None:
             states = torch.where(starts.view(*starts.shape, 1, 1), self.initial, states)
-        k, v = self.key_value(states + self.identity).unflatten(-1, (2, self.heads, -1)).unbind(3)
+        states = self.passage(states, past) + self.identity
+        k, v = self.key_value(states).unflatten(-1, (2, self.heads, -1)).unbind(3)
         return unit(k), v
 
 

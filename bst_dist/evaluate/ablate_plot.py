@@ -1,0 +1,86 @@
+"""The figure of `bst ablate`: what each intervention costs, and where in the document and in the block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from bst_dist.evaluate.ablation import Increase
+from bst_dist.evaluate.plot import COLOURS, DASHES
+from bst_dist.evaluate.statistics import Estimate
+
+WIDTH_INCHES = 6.75  # the text width of a two-column paper
+
+
+def draw(found: Sequence[Increase], figures: dict[str, Any], trained_length: int) -> Figure:
+    """Left a row an intervention, a mark for each layer and for all; right, by place, in all layers they apply to."""
+    names = list(dict.fromkeys(str(increase.intervention) for increase in found))
+    figure = Figure(figsize=(WIDTH_INCHES, max(4.2, 1.2 + 0.3 * len(names))), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.15))
+    cost, document, block = (
+        figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1]),
+    )  # fmt: skip
+    _costs(cost, found, names)
+    widest = {str(increase.intervention): increase for increase in reversed(found)}  # all layers stand first
+    for number, name in enumerate(names):
+        look = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
+        _by_place(document, figures["places_in_document"], widest[name].in_document, look, name)
+        _by_place(block, figures["places_in_block"], widest[name].in_block, look, name)
+    _finish(document, block, trained_length, figures)
+    figure.legend(*block.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    return figure
+
+
+def _costs(axes: Axes, found: Sequence[Increase], names: list[str]) -> None:
+    """Increase with twice its standard error, by intervention (down) and layers (marks)."""
+    groups = ["all", *sorted({increase.layers[0] for increase in found if len(increase.layers) == 1})]
+    for number, group in enumerate(groups):
+        chosen = [i for i in found if (len(i.layers) > 1 if group == "all" else tuple(i.layers) == (group,))]
+        if not chosen:
+            continue
+        shift = (number - (len(groups) - 1) / 2) * 0.7 / len(groups)
+        axes.errorbar(
+            [increase.loss.value for increase in chosen],
+            [names.index(str(increase.intervention)) + shift for increase in chosen],
+            xerr=[2 * (increase.loss.standard_error or 0.0) for increase in chosen],
+            fmt="o", markersize=4 if group == "all" else 3, linewidth=0.8,
+            color="#000000" if group == "all" else COLOURS[(number - 1) % len(COLOURS)],
+            label="all at once" if group == "all" else f"layer {group}",
+        )  # fmt: skip
+    axes.axvline(0, color="#777777", linewidth=0.6)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xscale("symlog", linthresh=0.01)
+    axes.set_xlabel("nats per token more")
+    axes.set_title("increase of the loss, ± 2 standard errors")
+    axes.legend(loc="best", frameon=True, framealpha=0.8, edgecolor="none")
+
+
+def _by_place(axes: Axes, edges: list[int], values: list[Estimate], look: dict[str, Any], name: str) -> None:
+    """A step a bin."""
+    heights = [value.value for value in values]
+    axes.stairs(heights, edges, baseline=None, label=name, linewidth=1.1, **look)
+
+
+def _finish(document: Axes, block: Axes, trained_length: int, figures: dict[str, Any]) -> None:
+    edges = figures["places_in_document"]
+    document.set_xscale("symlog", base=2, linthresh=edges[1])
+    document.set_xticks(edges[1:])
+    document.xaxis.set_major_formatter(EngFormatter(sep=""))
+    document.minorticks_off()
+    document.set_title("by the token's place in its document")
+    if edges[0] < trained_length < edges[-1]:
+        document.axvline(trained_length, color="#777777", linewidth=0.8, linestyle=":")
+        document.annotate(" length trained on", (trained_length, 1), xycoords=("data", "axes fraction"), va="top",
+                          fontsize=6.5, color="#555555")  # fmt: skip
+    block.set_title("by the token's place in its block")
+    block.set_xlabel("tokens")
+    for axes in (document, block):
+        axes.set_yscale("symlog", linthresh=0.01)
+        axes.axhline(0, color="#777777", linewidth=0.6)
+        axes.set_xlim(0, None)
+        axes.set_ylabel("nats per token more")
