@@ -104,17 +104,19 @@ class Network:
         """The end of the host's cable at the bridge."""
         return f"{self.prefix}c{host.rpartition('.')[2]}"
 
-    def boot(self, host: str, clock_ahead_s: int = 0, private: Path | None = None, name: str = "") -> None:
+    def boot(self, host: str, clock_ahead_s: int | None = None, private: Path | None = None, name: str = "") -> None:
         """Start sshd, and with it what the host has of its own for all that comes in by ssh.
 
-        `clock_ahead_s`: its clock is wrong by so much; `private`: a directory that it does not share with the others;
-        `name`: what it calls itself, where that is not as this machine does.
+        `clock_ahead_s`: it has a clock, ahead by so much (see `set_clock`); `private`: a directory that it does not
+        share with the others; `name`: what it calls itself, where that is not as this machine does.
         """
         config = self.directory / f"sshd-{host}"
         text = SSHD.format(address=host, directory=self.directory)
-        if clock_ahead_s:
+        if clock_ahead_s is not None:
             (library,) = Path("/usr/lib").glob("*/faketime/libfaketime.so.1")
-            text += f"SetEnv LD_PRELOAD={library} FAKETIME=+{clock_ahead_s} FAKETIME_DONT_FAKE_MONOTONIC=1\n"
+            self.set_clock(host, clock_ahead_s)
+            text += (f"SetEnv LD_PRELOAD={library} FAKETIME_TIMESTAMP_FILE={self.clock(host)} FAKETIME_NO_CACHE=1 "
+                     "FAKETIME_DONT_FAKE_MONOTONIC=1 NO_FAKE_STAT=1\n")  # fmt: skip
         config.write_text(text)
         daemon = f"exec /usr/sbin/sshd -D -e -f {config}"
         own = (f"mount -t tmpfs none {private} && " if private else "") + (f"hostname {name} && " if name else "")
@@ -122,6 +124,20 @@ class Network:
             self._sshd[host] = subprocess.Popen([*self.inside(host), "unshare", "-m", "-u", "sh", "-c", own + daemon],
                                                 stdout=log, stderr=log)  # fmt: skip
         _until(lambda: subprocess.run([str(self.directory / "bin/ssh"), host, "true"]).returncode == 0, 10)
+
+    def clock(self, host: str) -> Path:
+        """Says how far the host's clock is ahead."""
+        return self.directory / f"clock-{host}"
+
+    def set_clock(self, host: str, ahead_s: int) -> None:
+        """Let the clock of a host that has its own jump."""
+        partial = self.clock(host).with_suffix(".partial")
+        partial.write_text(f"{ahead_s:+d}\n")
+        partial.replace(self.clock(host))
+
+    def seconds_ahead(self, host: str) -> float:
+        """What a program on the host sees of that."""
+        return float(_do(str(self.directory / "bin/ssh"), host, "date", "+%s")) - time.time()
 
     def inside(self, host: str) -> list[str]:
         """In front of a command: run it on the host."""

@@ -105,6 +105,24 @@ def test_a_network_cut_for_a_moment_goes_unnoticed(launch, small, network, tmp_p
     require_same_run(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.parametrize("jump_s", [7200, -7200])
+def test_a_clock_that_jumps_goes_unnoticed(launch, small, network, tmp_path, undisturbed, jump_s):
+    host = network.hosts[1]
+    network.power_off(host)
+    network.power_on(host, clock_ahead_s=0)
+    try:
+        started = launch(small, "--run-dir", str(tmp_path / "run"), *SOON)
+        started.until(MIDWAY)
+        network.set_clock(host, jump_s)
+        assert network.seconds_ahead(host) == pytest.approx(jump_s, abs=60)
+        assert started.status() == 0, started.said
+    finally:
+        network.power_off(host)
+        network.power_on(host)
+    assert "lost" not in started.said
+    require_same_run(tmp_path / "run", undisturbed)
+
+
 def test_a_killed_rank_is_named_and_the_run_goes_on_as_if_nothing_had_been(
     launch, small, network, tmp_path, undisturbed
 ):
