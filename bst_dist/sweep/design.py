@@ -218,9 +218,12 @@ def _with_kernels(sweep: SweepConfig) -> Iterator[tuple[str, Settings]]:
             yield f"{name}+{kernel}", {**settings, **own}
 
 
-def named(label: str, data: dict[str, Any]) -> Recipe:
-    """The recipe under its label and the hash of everything else in it; raises ConfigError for what is wrong in it."""
-    recipe = parse(Recipe, {**data, "name": "unnamed"}, where=label)
+def named(label: str, data: dict[str, Any], where: str | None = None) -> Recipe:
+    """The recipe under its label and the hash of everything else in it.
+
+    Raises ConfigError for what is wrong in it, beginning with `where` (by default the label).
+    """
+    recipe = parse(Recipe, {**data, "name": "unnamed"}, where=where or label)
     text = json.dumps(recipe.model_dump(mode="json", exclude={"name", "ranks", "log"}), sort_keys=True)
     return recipe.model_copy(update={"name": f"{label}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"})
 
