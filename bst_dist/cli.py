@@ -86,6 +86,9 @@ SECTIONS: dict[str, dict[str, Command]] = {
         ),
         "sweep report": ("bst_dist.sweep.commands.report", "write a sweep's report, with its figures"),
     },
+    "Long Range Arena": {
+        "lra prepare": ("bst_dist.lra.commands.prepare", "draw a task's examples, or read its published files"),
+    },
     "Measure": {
         "bench data": ("data_pipeline.commands.bench", "read tokens beside webdataset, litdata and mosaicml-streaming"),
         "bench layers": ("bst_dist.bench.layers", "time a layer of every model beside other people's"),
@@ -101,6 +104,7 @@ GROUPS = {
     "ckpt": "look after the checkpoints of a run",
     "experiment": "small controlled comparisons, a file and a table each",
     "sweep": "design, run and judge scaling sweeps",
+    "lra": "classification tasks of long sequences",
     "bench": "measure side by side with peers",
 }
 

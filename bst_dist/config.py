@@ -11,10 +11,12 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
+from bst_dist.lra.config import LongRangeConfig
+from bst_dist.lra.tasks import TASKS
 from bst_dist.model.lm import ModelConfig
 from bst_dist.parallel.mesh import Mesh, ParallelConfig
 from bst_dist.train.activation import ActivationCheckpointingConfig
@@ -32,6 +34,11 @@ from data_pipeline.loader import DataConfig
 from data_pipeline.reader import Corpus
 
 
+def _data_kind(section: Any) -> str:
+    task = "task" in section if isinstance(section, dict) else isinstance(section, LongRangeConfig)
+    return "task" if task else "text"
+
+
 class Recipe(Config):
     name: str = Field(pattern=r"^[\w.-]+$")
     """What the run is called: its directory is runs/<name> unless --run-dir says otherwise."""
@@ -40,7 +47,10 @@ class Recipe(Config):
     ranks: int | None = Field(None, ge=1)
     """Ranks that `bst train` starts on this machine; null: one for each accelerator, or one where there is none."""
     model: ModelConfig
-    data: DataConfig
+    data: Annotated[
+        Annotated[DataConfig, Tag("text")] | Annotated[LongRangeConfig, Tag("task")], Discriminator(_data_kind)
+    ]
+    """What is learnt: the text of a corpus, or with `task` the classes of a task's examples (bst_dist/lra)."""
     train: TrainConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -67,11 +77,20 @@ class Recipe(Config):
             )
         if self.train.carry and self.data.mode != "streaming":
             raise ValueError("train.carry needs data.mode streaming: only there do a row's steps follow each other")
+        if isinstance(self.data, LongRangeConfig):
+            self._fits_task(self.data)
         if self.branch and self.branch.step >= self.train.steps:
             raise ValueError(
                 f"branch.step {self.branch.step} leaves none of the {self.train.steps} steps (train.steps)"
             )
         return self
+
+    def _fits_task(self, data: LongRangeConfig) -> None:
+        ids = TASKS[data.task].vocab_size
+        if self.model.vocab_size != ids:
+            raise ValueError(f"model.vocab_size must be {ids} for the task {data.task}: its symbols, and padding")
+        if self.parallel.sp > 1:
+            raise ValueError("parallel.sp must be 1 for a task: a sequence is pooled on one rank")
 
 
 # What may change from one start of a run to the next without making it another run: what is written, and how the run

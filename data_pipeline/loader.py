@@ -198,14 +198,7 @@ class Loader:
 
     def check(self, state: dict[str, Any]) -> None:
         """Raise UserError, naming what differs, unless `state` is of the same order as this loader's."""
-        own = self.state(state.get("step", 0))
-        differing = [name for name in own | state if own.get(name) != state.get(name)]
-        if differing:
-            listed = "; ".join(f"{name}: {state.get(name)} then, {own.get(name)} now" for name in differing)
-            raise UserError(
-                f"the checkpoint's data position belongs to another order ({listed}): "
-                "resume with the settings and the corpus it was made with, or start a new run"
-            )
+        check_state(self.state(state.get("step", 0)), state)
 
     @property
     def bad(self) -> list[str]:
@@ -258,6 +251,17 @@ class Loader:
             epochs=rows.epochs,
             pieces=rows.pieces,
             begin=self._begin,
+        )
+
+
+def check_state(own: dict[str, Any], state: dict[str, Any]) -> None:
+    """Raise UserError, naming what differs, unless a checkpoint's `state` of a loader is this one's `own`."""
+    differing = [name for name in own | state if own.get(name) != state.get(name)]
+    if differing:
+        listed = "; ".join(f"{name}: {state.get(name)} then, {own.get(name)} now" for name in differing)
+        raise UserError(
+            f"the checkpoint's data position belongs to another order ({listed}): "
+            "resume with the settings and the corpus it was made with, or start a new run"
         )
 
 

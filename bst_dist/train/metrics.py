@@ -89,6 +89,10 @@ class EvalReport:
     """Nats a token by the position in the sequence, a value a block."""
     time_s: float
 
+    def about(self) -> str:
+        """What was evaluated, for people."""
+        return f"{self.split}, {self.tokens:,} tokens"
+
 
 @dataclass(frozen=True)
 class PerformanceReport:
@@ -195,21 +199,25 @@ class TensorBoard(Writer):
 class Console(Writer):
     """A line every so many steps, with the time left; each evaluation on a line of its own."""
 
-    HEADER = f"{'step':>12} {'loss':>8} {'bits/byte':>9} {'norm':>8} {'rate':>9} {'tokens/s':>9} {'MFU':>6} {'left':>8}"
-
     def __init__(self, every: int, steps: int, straggler: float = math.inf):
         self.every, self.steps, self.straggler = every, steps, straggler
         self._since: list[StepReport] = []
         self._slow: int | None = None
         self._started = True  # the first step has a line of its own: it is slower, and shows that the run moves
 
+    @staticmethod
+    def header(labels: str = "tokens") -> str:
+        """The heads of the columns; `labels`: what is counted."""
+        return (f"{'step':>12} {'loss':>8} {'bits/byte':>9} {'norm':>8} {'rate':>9} {labels + '/s':>9} {'MFU':>6} "
+                f"{'left':>8}")  # fmt: skip
+
     def write(self, report: Report) -> None:
         if isinstance(report, EvalReport):
-            print(f"{report.step:>12} {report.loss_nats:>8.4f} {report.bits_per_byte:>9.4f}  {report.split}, "
-                  f"{report.tokens:,} tokens in {report.time_s:.1f} s", flush=True)  # fmt: skip
+            print(f"{report.step:>12} {report.loss_nats:>8.4f} {_bits(report)}  {report.about()} in "
+                  f"{report.time_s:.1f} s", flush=True)  # fmt: skip
             return
         if isinstance(report, SkippedReport):
-            print(f"{report.step:>6}/{self.steps:<5} {report.loss_nats:>8.4f} {report.bits_per_byte:>9.4f} "
+            print(f"{report.step:>6}/{self.steps:<5} {report.loss_nats:>8.4f} {_bits(report)} "
                   f"{report.gradient_norm:>8.3f}  not taken: see ledger.jsonl", flush=True)  # fmt: skip
             return
         if isinstance(report, PerformanceReport):
@@ -238,9 +246,14 @@ class Console(Writer):
         speed = _harmonic([report.tokens_per_s for report in self._since])
         mfu = _harmonic([report.mfu for report in self._since])
         return (
-            f"{last.step:>6}/{self.steps:<5} {last.loss_nats:>8.4f} {last.bits_per_byte:>9.4f} "
+            f"{last.step:>6}/{self.steps:<5} {last.loss_nats:>8.4f} {_bits(last)} "
             f"{last.gradient_norm:>8.3f} {last.learning_rate:>9.2e} {speed:>9,.0f} {mfu:>6.1%} {duration(left):>8}"
         )
+
+
+def _bits(report: StepReport | EvalReport) -> str:
+    """Bits per byte for people, blank where labels are no text."""
+    return " " * 9 if math.isnan(report.bits_per_byte) else f"{report.bits_per_byte:>9.4f}"
 
 
 def _performance(report: PerformanceReport) -> str:

@@ -13,7 +13,6 @@ import torch
 
 from bst_dist.config import digest
 from bst_dist.model.attention import attention_path
-from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.group import SequenceGroup
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.plan.flops import train_flops_per_token
@@ -23,7 +22,6 @@ from bst_dist.train.branch import origin
 from bst_dist.train.checkpoint import CheckpointError, damage
 from bst_dist.train.communication import WatchedGroup
 from bst_dist.train.engine import Engine
-from bst_dist.train.evaluation import Evaluate
 from bst_dist.train.fragments import EngineState
 from bst_dist.train.guard import DivergedError, Guard, RollBack
 from bst_dist.train.layout import Layout, Rows
@@ -39,8 +37,6 @@ from bst_dist.train.start import Request, Start, load, resolve
 from bst_dist.train.status import DONE, RESUBMIT
 from bst_dist.train.utilisation import Speed, recomputed_flops_per_token
 from bst_dist.train.watchdog import Watchdog
-from data_pipeline.loader import Loader
-from data_pipeline.reader import Corpus
 
 
 def train(request: Request, ranks: Ranks, notice: Notice | None = None) -> int:
@@ -60,15 +56,14 @@ def _train(start: Start, request: Request, ranks: Ranks, stop: Stop) -> int:
     engine = _engine(start)
     state = EngineState(engine.deepspeed)
     snapshots = Snapshots(start.run_dir, state, ranks, _identity(start, engine, ranks), start.recipe.checkpoint)
-    sharing = Mesh(ranks.world, ranks.rank, start.recipe.parallel.sp).sp_group()
+    sharing = _mesh(start, ranks).sp_group()
     sharing = sharing and WatchedGroup(sharing.process_group, ranks.phases)
     trainer = _trainer(start, engine, ranks, sharing, stop)
     rng.seed_all(start.recipe.seed, ranks.rank)
     position = _resume(request, start, snapshots, trainer)
     hosts = sorted(set(ranks.gather(socket.gethostname())))
     if ranks.first:
-        tokenizer = start.corpora[0].manifest.tokenizer.sha256
-        about = {"ranks": ranks.world, "hosts": hosts, "from_step": position.step, "tokenizer_sha256": tokenizer}
+        about = {"ranks": ranks.world, "hosts": hosts, "from_step": position.step, **start.objective.about()}
         rundir.prepare(start.run_dir, start.recipe, start.completed, about)
         print(_header(start, engine, ranks), flush=True)
     try:
@@ -90,8 +85,8 @@ def _go_on(start: Start, snapshots: Snapshots, trainer: Trainer, position: Posit
     evaluated = Evaluated()
     writers = [*_writers(start, position.step), evaluated] if ranks.first else []
     trainer.guard = _guard(start, ranks, position)
-    loader = _loader(start, start.corpora, ranks, position.step + position.skipped)
-    evaluate = _evaluation(start, trainer, writers)
+    loader = start.objective.loader(_mesh(start, ranks), position.step + position.skipped)
+    evaluate = start.objective.evaluation(trainer, writers)
     say = partial(_say, ranks)
 
     def data_state(step: int) -> dict[str, Any]:
@@ -164,7 +159,7 @@ def _end(start: Start, ranks: Ranks, stop: Stop) -> int:
 def _engine(start: Start) -> Engine:
     """The model, equal on all ranks, in DeepSpeed's hands."""
     torch.manual_seed(start.recipe.seed)
-    model = LanguageModel(start.recipe.model)
+    model = start.objective.model()
     model.checkpoint = activation.policy(start.recipe.activation_checkpointing, model.layers)
     return Engine(model, start.recipe.optimizer, start.completed)
 
@@ -177,22 +172,21 @@ def _identity(start: Start, engine: Engine, ranks: Ranks) -> Identity:
         groups=engine.groups.describe(),
         seed=recipe.seed,
         layout=Layout(ranks.world, recipe.parallel.sp, engine.stage),
-        rows=Rows(
-            recipe.train.sequences, recipe.train.micro_sequences, Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
-        ),
+        rows=Rows(recipe.train.sequences, recipe.train.micro_sequences, _mesh(start, ranks)),
     )
 
 
 def _trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceGroup | None, stop: Stop) -> Trainer:
     recipe, length = start.recipe, start.recipe.train.sequence_length
-    token_bytes = torch.from_numpy(start.corpora[0].token_bytes()).to(ranks.device)
+    token_bytes, tokens = start.objective.token_bytes().to(ranks.device), start.objective.tokens_per_label
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     ranks.barrier()  # ranks that share a processor measure its peak together
     (peak,) = ranks.sum([peak_flops(ranks.device, dtype)])
     speed = Speed(
-        train_flops_per_token(recipe.model, length),
+        tokens * train_flops_per_token(recipe.model, length),
         peak,
-        recomputed_flops_per_token(
+        tokens
+        * recomputed_flops_per_token(
             recipe.model, length, recipe.activation_checkpointing, engine.module.layers, attention_path(ranks.device)
         ),
     )
@@ -203,7 +197,7 @@ def _resume(request: Request, start: Start, snapshots: Snapshots, trainer: Train
     """Take up the newest valid checkpoint when asked to, or the trunk's; else the beginning."""
     position = _newest(start, snapshots, trainer.ranks, own=request.resume)
     if position is not None:
-        _loader(start, start.corpora, trainer.ranks).check(position.data)
+        start.objective.loader(_mesh(start, trainer.ranks)).check(position.data)
         return position
     if request.resume:
         _say(trainer.ranks, f"no valid checkpoint in {start.run_dir}: starting at step 0")
@@ -239,32 +233,8 @@ def _branch_off(start: Start, snapshots: Snapshots, ranks: Ranks) -> Position:
     return snapshots.load(begin.checkpoint, recipe=digest(begin.trunk))
 
 
-def _loader(start: Start, corpora: Sequence[Corpus], ranks: Ranks, start_step: int = 0) -> Loader:
-    """The loader of the training split; of the validation split, whose step 0 is what is evaluated on."""
-    recipe, mesh = start.recipe, Mesh(ranks.world, ranks.rank, start.recipe.parallel.sp)
-    training = corpora is start.corpora
-    return Loader(
-        recipe.data if training else recipe.data.model_copy(update={"mode": "shuffled"}),
-        corpora,
-        sequence_length=recipe.train.sequence_length,
-        block=recipe.model.block,
-        rows=recipe.train.sequences if training else recipe.evaluation.sequences,
-        micro_rows=recipe.train.micro_sequences if training else start.evaluation_rows,
-        seed=recipe.seed if training else 0,
-        dp_rank=mesh.dp_rank,
-        dp=mesh.dp,
-        sp_rank=mesh.sp_rank,
-        sp=mesh.sp,
-        start_step=start_step,
-    )
-
-
-def _evaluation(start: Start, trainer: Trainer, writers: Sequence[Writer]) -> Evaluate:
-    """What evaluates the trainer's model, on the first sequences of the validation split."""
-    recipe, ranks = start.recipe, trainer.ranks
-    batches = _loader(start, start.validation, ranks).batches(0)
-    return Evaluate(recipe.evaluation, batches, trainer.engine, ranks, trainer.token_bytes, writers,
-                    recipe.train.steps, trainer.stop, trainer.sharing)  # fmt: skip
+def _mesh(start: Start, ranks: Ranks) -> Mesh:
+    return Mesh(ranks.world, ranks.rank, start.recipe.parallel.sp)
 
 
 def _writers(start: Start, done: int) -> list[Writer]:
@@ -287,7 +257,7 @@ def _outcome(lines: Sequence[dict[str, Any]], steps: int) -> dict[str, Any]:
     for line in trained[-1:]:
         found |= {key: line[key] for key in ("tokens", "loss_nats", "bits_per_byte")}
     for line in evaluated[-1:]:
-        found |= {f"validation_{key}": line[key] for key in ("loss_nats", "bits_per_byte")}
+        found |= {f"validation_{key}": line[key] for key in ("loss_nats", "bits_per_byte", "accuracy") if key in line}
     return found
 
 
@@ -296,6 +266,7 @@ def _header(start: Start, engine: Engine, ranks: Ranks) -> str:
     layers = ", ".join(f"{count} {mixer}" for mixer, count in Counter(model.mixers()).items())
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     tokens = recipe.train.sequences * recipe.train.sequence_length
+    micro = f"{start.accumulation} micro-batch{'es' if start.accumulation > 1 else ''}"
     mesh = f"dp {world // recipe.parallel.sp} x sp {recipe.parallel.sp}"
     lines = {
         "run": f"{start.run_dir}",
@@ -304,9 +275,9 @@ def _header(start: Start, engine: Engine, ranks: Ranks) -> str:
         f"activation checkpointing: {recipe.activation_checkpointing.describe()}, "
         f"attention: {attention_path(ranks.device)}",
         "step": f"{recipe.train.sequences} sequences of {recipe.train.sequence_length:,} = {tokens:,} tokens, "
-        f"{start.accumulation} micro-batches a rank",
+        f"{micro} a rank",
     }
-    return "\n".join([*(f"{name:<6} {text}" for name, text in lines.items()), Console.HEADER])
+    return "\n".join([*(f"{name:<6} {text}" for name, text in lines.items()), Console.header(start.objective.labels)])
 
 
 def _say(ranks: Ranks, text: str) -> None:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bst_dist.config import Recipe, accumulation, deepspeed_file, evaluation_rows, load_recipe, with_vocabulary
+from bst_dist.config import Recipe, accumulation, deepspeed_file, evaluation_rows, load_recipe
+from bst_dist.lra.config import LongRangeConfig
+from bst_dist.lra.objective import Classification
 from bst_dist.plan.rehearse import rehearse
 from bst_dist.train import rundir
-from data_pipeline.loader import open_corpora
-from data_pipeline.reader import Corpus
+from bst_dist.train.objective import LanguageModelling, Objective
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,10 @@ class Start:
 
     recipe: Recipe
     run_dir: Path
-    corpora: Sequence[Corpus]
-    """The training split."""
-    validation: Sequence[Corpus]
+    objective: Objective
     completed: dict[str, Any]
     """DeepSpeed's configuration."""
     accumulation: int
-    evaluation_rows: int
     until: int
 
 
@@ -49,16 +47,16 @@ def load(request: Request) -> Recipe:
 
 def resolve(recipe: Recipe, request: Request, world: int) -> Start:
     """Check `recipe` against the ranks, the corpus, the DeepSpeed file and the run directory; raises UserError."""
-    micro_batches, rows = accumulation(recipe, world), evaluation_rows(recipe, world)
-    corpora = open_corpora(recipe.data, "train")
-    validation = open_corpora(recipe.data, "validation")
-    recipe = with_vocabulary(recipe, corpora)
+    micro_batches = accumulation(recipe, world)
+    evaluation_rows(recipe, world)
+    objective = (Classification if isinstance(recipe.data, LongRangeConfig) else LanguageModelling).of(recipe)
+    recipe = objective.recipe
     _require_slices(recipe)
     completed = _complete(recipe, world, micro_batches)
     run_dir = request.run_dir or Path("runs") / recipe.name
     rundir.check(run_dir, recipe, completed, request.resume)
     until = min(request.until or recipe.train.steps, recipe.train.steps)
-    return Start(recipe, run_dir, corpora, validation, completed, micro_batches, rows, until)
+    return Start(recipe, run_dir, objective, completed, micro_batches, until)
 
 
 def _require_slices(recipe: Recipe) -> None:

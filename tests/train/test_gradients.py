@@ -54,15 +54,11 @@ def one_process(recipe: Path) -> tuple[dict[str, np.ndarray], float]:
     start = start_of(recipe, 1, ["train.micro_sequences=4"])
     torch.manual_seed(start.recipe.seed)
     model = LanguageModel(start.recipe.model).double()
-    (batch,) = program._loader(start, start.corpora, _Alone()).batches(0)
+    (batch,) = start.objective.loader(Mesh(1, 0)).batches(0)
     inputs = on_device(batch, torch.device("cpu"))
     loss = model(**inputs).total / inputs["loss_mask"].sum()
     loss.backward()
     return {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}, loss.item()
-
-
-class _Alone:
-    rank, world = 0, 1
 
 
 def one_step(ranks: Ranks, recipe: Path, changes: list[str]) -> tuple[dict[str, np.ndarray], StepReport]:
@@ -79,7 +75,7 @@ def one_step(ranks: Ranks, recipe: Path, changes: list[str]) -> tuple[dict[str, 
         return Engine.update(engine)
 
     engine.update = update
-    report = trainer.step(0, program._loader(start, start.corpora, ranks).batches(0), start=0.0)
+    report = trainer.step(0, start.objective.loader(program._mesh(start, ranks)).batches(0), start=0.0)
     engine.deepspeed.destroy()
     return gradients, report
 

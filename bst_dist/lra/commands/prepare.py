@@ -1,0 +1,79 @@
+"""Prepare a task of the Long Range Arena: draw its examples, or read the published files.
+
+    bst lra prepare listops
+    bst lra prepare listops train=20000 min_length=100 max_length=400 max_depth=6 --to corpora/lra/listops-short
+    bst lra prepare pathfinder size=128 --to corpora/lra/pathfinder-x
+    bst lra prepare text source=downloads/aclImdb
+    bst lra prepare retrieval source=downloads/lra_release/tsv_data
+    bst lra prepare image source=downloads/cifar-10-batches-py
+
+ListOps and Pathfinder are drawn, by their published definitions and in the published numbers; the same settings always
+give the same examples. The others are read from files that you have downloaded. `bst lra prepare TASK --settings`
+lists a task's settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from bst_dist.lra.prepare import SETTINGS, TaskConfig, prepare
+from bst_dist.lra.tasks import TASKS
+from data_pipeline.commands.prepare import plain_table
+from data_pipeline.commands.progress import stages
+from data_pipeline.config import ConfigError, fields, parse
+from data_pipeline.parallel import open_workers
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `bst lra prepare`."""
+    parser.add_argument("task", metavar="TASK", help=", ".join(SETTINGS))
+    parser.add_argument("overrides", nargs="*", metavar="setting=value", help="settings that differ from the defaults")
+    parser.add_argument("--to", type=Path, metavar="DIR", help="where the examples go (default: corpora/lra/TASK)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that draw (default: one for each CPU)")
+    parser.add_argument("--settings", action="store_true", help="list the task's settings, and do nothing")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Prepare; the report is the manifest."""
+    console = Console()
+    if args.task not in SETTINGS:
+        raise ConfigError(f"unknown task {args.task!r}; the tasks are {', '.join(SETTINGS)}")
+    if args.settings:
+        for name, _, default, meaning in fields(SETTINGS[args.task]):
+            if name != "task":
+                console.print(f"{name} = {default}", f"  {meaning}", sep="\n", markup=False, highlight=False)
+        return None
+    config = settings(args.task, args.overrides)
+    directory = args.to or Path("corpora/lra") / args.task
+    with open_workers(args.workers) as workers, stages(console) as told:
+        if workers is None:
+            return None
+        manifest = prepare(config, directory, workers, told)
+    _show(console, directory, manifest)
+    return {"directory": str(directory), **manifest}
+
+
+def settings(task: str, overrides: list[str]) -> TaskConfig:
+    """The settings of a task, with overrides ``setting=value``; raises ConfigError."""
+    data: dict[str, Any] = {}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise ConfigError(f"override {override!r}: expected setting=value")
+        data[key] = yaml.safe_load(text)
+    return parse(SETTINGS[task], data, where=f"bst lra prepare {task}")
+
+
+def _show(console: Console, directory: Path, manifest: dict[str, Any]) -> None:
+    table = plain_table("split", "examples", "mean length", "longest", "largest class")
+    for split, part in manifest["splits"].items():
+        count, largest = part["examples"], max(part["class_counts"])
+        mean = f"{part['symbols'] / (count * TASKS[manifest['task']].sequences):,.0f}"
+        table.add_row(split, f"{count:,}", mean, f"{part['longest']:,}", f"{largest / count:.1%}")
+    console.print(f"{directory}: {manifest['task']}")
+    console.print(table)

@@ -1,0 +1,112 @@
+"""ListOps: nested operations on lists of digits, whose value is one of ten classes.
+
+Nangia and Bowman 2018 (arXiv 1804.06028), in the Long Range Arena's version: operators MIN, MAX, MED (the median,
+rounded down) and SM (the sum modulo 10) of 2 to `max_args` arguments; a node is an operator with probability 1/4 and
+else a digit, at `max_depth` always a digit; expressions of other lengths than asked for are drawn again.
+
+    [MAX 4 3 [MIN 2 3 ] 1 0 [MED 1 5 8 9 2 ] ]   is 5
+
+An example is a pure function of the settings, the split, its index and the attempt.
+"""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from data_pipeline.config import Config
+from data_pipeline.errors import UserError
+
+DIGITS = range(10)
+OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
+SYMBOLS = (*map(str, DIGITS), *OPERATORS, "]")
+"""What a position holds, by number: a digit is its own."""
+OPERATOR_SHARE = 0.25
+MIN, MAX, MED, SM, CLOSE = range(len(DIGITS), len(SYMBOLS))
+DRAWS = 1_000_000
+"""Expressions drawn for one example before the settings are given up."""
+
+
+class ListOpsConfig(Config):
+    """Expressions to draw; the defaults are those of the Long Range Arena."""
+
+    task: Literal["listops"] = "listops"
+    train: int = Field(96_000, ge=1)
+    """Examples of the training split."""
+    validation: int = Field(2_000, ge=1)
+    """Examples of the validation split."""
+    test: int = Field(2_000, ge=1)
+    """Examples of the test split."""
+    max_depth: int = Field(10, ge=2)
+    """Levels of a tree, a lone digit being one."""
+    max_args: int = Field(10, ge=2)
+    """Most arguments of an operator."""
+    min_length: int = Field(501, ge=1)
+    """Fewest symbols of an expression (the original asks for more than 500)."""
+    max_length: int = Field(1_999, ge=4)
+    """Most symbols of an expression (the original asks for less than 2000)."""
+    seed: int = 0
+    """Other seeds give other examples."""
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> ListOpsConfig:
+        if self.min_length > self.max_length:
+            raise ValueError(f"min_length {self.min_length} is more than max_length {self.max_length}")
+        return self
+
+
+def example(config: ListOpsConfig, split: str, index: int, attempt: int = 0) -> tuple[list[np.ndarray], int]:
+    """One example: its only sequence, symbols (n,) uint8, and its class.
+
+    Raises UserError when no expression of such a length comes up.
+    """
+    random = Random(f"listops/{config.seed}/{split}/{index}/{attempt}")
+    for _ in range(DRAWS):
+        symbols: list[int] = []
+        value = _draw(random, config, 1, symbols)
+        if value is not None and len(symbols) >= config.min_length:
+            return [np.array(symbols, np.uint8)], value
+    raise UserError(
+        f"listops: of {DRAWS:,} expressions of at most {config.max_depth} levels and {config.max_args} arguments none "
+        f"has {config.min_length} to {config.max_length} symbols: widen that, or let trees be larger"
+    )
+
+
+def _draw(random: Random, config: ListOpsConfig, depth: int, symbols: list[int]) -> int | None:
+    """Append a random tree to `symbols`; returns its value, or None as soon as it is too long."""
+    if len(symbols) >= config.max_length:
+        return None
+    if depth == config.max_depth or random.random() >= OPERATOR_SHARE:
+        digit = int(random.random() * len(DIGITS))
+        symbols.append(digit)
+        return digit
+    operator = MIN + int(random.random() * len(OPERATORS))
+    symbols.append(operator)
+    arguments = []
+    for _ in range(2 + int(random.random() * (config.max_args - 1))):
+        value = _draw(random, config, depth + 1, symbols)
+        if value is None:
+            return None
+        arguments.append(value)
+    symbols.append(CLOSE)
+    return None if len(symbols) > config.max_length else apply(operator, arguments)
+
+
+def apply(operator: int, arguments: list[int]) -> int:
+    """The value of an operator, given by its symbol, for the values of its arguments."""
+    if operator == MIN:
+        return min(arguments)
+    if operator == MAX:
+        return max(arguments)
+    if operator == SM:
+        return sum(arguments) % 10
+    ordered, half = sorted(arguments), len(arguments) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) // 2
+
+
+def text(symbols: np.ndarray) -> str:
+    """An expression as people write it."""
+    return " ".join(SYMBOLS[symbol] for symbol in symbols)

@@ -1,0 +1,113 @@
+"""Classification of a task's examples, as what a run learns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import nan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bst_dist.config import Recipe, evaluation_rows
+from bst_dist.lra.examples import Examples, open_split
+from bst_dist.lra.loader import LabelledLoader
+from bst_dist.lra.model import Classifier
+from bst_dist.lra.tasks import TASKS
+from bst_dist.parallel.mesh import Mesh
+from bst_dist.train.evaluation import Evaluate
+from bst_dist.train.loop import on_device
+from bst_dist.train.metrics import EvalReport
+
+if TYPE_CHECKING:
+    from bst_dist.train.loop import Trainer
+    from bst_dist.train.metrics import Writer
+
+
+@dataclass(frozen=True)
+class AccuracyReport(EvalReport):
+    """An evaluation of a classifier: `tokens` are examples, and there is no text whose bytes could be counted."""
+
+    accuracy: float
+
+    def about(self) -> str:
+        return f"{self.split} accuracy {self.accuracy:.4f}, {self.tokens:,} examples"
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Telling the class of each example from its symbols."""
+
+    labels: ClassVar[str] = "labels"
+
+    recipe: Recipe
+    training: Examples
+    validation: Examples
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Classification:
+        """Open the examples; raises UserError when they cannot be used, or are too long for the recipe."""
+        task, directory = TASKS[recipe.data.task], Path(recipe.data.examples)
+        found = cls(recipe, *(open_split(directory, split, task) for split in ("train", "validation")))
+        for examples in (found.training, found.validation):
+            found._loader(examples, Mesh(1, 0), recipe.train.sequences, 1, None)  # checks the lengths
+        return found
+
+    @property
+    def tokens_per_label(self) -> int:
+        return self.recipe.train.sequence_length * self.training.task.sequences
+
+    def model(self) -> Classifier:
+        return Classifier(self.recipe.model, self.recipe.data)
+
+    def token_bytes(self) -> Tensor:
+        return torch.zeros(self.training.task.classes, dtype=torch.int64)
+
+    def about(self) -> dict[str, Any]:
+        return {"examples_sha256": self.training.sha256}
+
+    def loader(self, mesh: Mesh, start_step: int = 0) -> LabelledLoader:
+        train = self.recipe.train
+        return self._loader(self.training, mesh, train.sequences, train.micro_sequences, self.recipe.seed, start_step)
+
+    def evaluation(self, trainer: Trainer, writers: Sequence[Writer]) -> EvaluateAccuracy:
+        """On the first examples of the validation split."""
+        recipe, ranks = self.recipe, trainer.ranks
+        rows, micro_rows = recipe.evaluation.sequences, evaluation_rows(recipe, ranks.world)
+        batches = self._loader(self.validation, Mesh(ranks.world, ranks.rank), rows, micro_rows, None).batches(0)
+        return EvaluateAccuracy(recipe.evaluation, batches, trainer.engine, ranks, trainer.token_bytes, writers,
+                                recipe.train.steps, trainer.stop)  # fmt: skip
+
+    def _loader(self, examples: Examples, mesh: Mesh, rows: int, micro_rows: int, seed: int | None,
+                start_step: int = 0) -> LabelledLoader:  # fmt: skip
+        length = self.recipe.train.sequence_length
+        return LabelledLoader(examples, length=length, rows=rows, micro_rows=micro_rows, seed=seed, mesh=mesh,
+                              start_step=start_step)  # fmt: skip
+
+
+class EvaluateAccuracy(Evaluate):
+    """Evaluates loss and accuracy every so many steps, and after the last of the run."""
+
+    def evaluate(self, step: int) -> AccuracyReport | None:
+        """The loss and accuracy of the model as it is, or None when the ranks were told to stop."""
+        start = time.perf_counter()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
+        self.engine.module.eval()
+        with torch.no_grad():
+            for batch in self.batches:
+                self.ranks.phases.enter(self.phase, step)
+                if self.stop.poll():
+                    break
+                found = self.engine.forward(**on_device(batch, self.ranks.device))
+                counts = found.correct.sum(), torch.tensor(int(batch.loss_mask.sum()))
+                sums += torch.stack([one.double() for one in (found.total, *counts)]).to(sums.device)
+        self.engine.module.train()
+        if self.stop.agreed:
+            return None
+        nats, correct, examples = self.ranks.sum(sums.tolist())
+        count = max(1.0, examples)
+        return AccuracyReport(step, "validation", int(examples), nats / count, nan, [], time.perf_counter() - start,
+                              accuracy=correct / count)  # fmt: skip

@@ -1,0 +1,110 @@
+"""Prepare a task: draw its examples, or read the published files, and write them for training.
+
+Drawn examples are a pure function of (settings, split, index), so workers draw runs of them in any order. No sequence
+occurs twice: an example that has been drawn before, in any split, is drawn again with another attempt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from bst_dist.lra import listops, pathfinder
+from bst_dist.lra.examples import write
+from bst_dist.lra.files import READERS, Example, ImageConfig, RetrievalConfig, TextConfig
+from bst_dist.lra.listops import ListOpsConfig
+from bst_dist.lra.pathfinder import PathfinderConfig
+from bst_dist.lra.tasks import SPLITS, TASKS
+from data_pipeline.errors import UserError
+from data_pipeline.parallel import Workers
+
+Drawn: TypeAlias = ListOpsConfig | PathfinderConfig
+TaskConfig: TypeAlias = Drawn | TextConfig | RetrievalConfig | ImageConfig
+
+SETTINGS: dict[str, type[TaskConfig]] = {
+    "listops": ListOpsConfig,
+    "text": TextConfig,
+    "retrieval": RetrievalConfig,
+    "image": ImageConfig,
+    "pathfinder": PathfinderConfig,
+}
+"""What each task is prepared from."""
+
+GENERATORS: dict[str, Callable[..., Example]] = {"listops": listops.example, "pathfinder": pathfinder.example}
+RUN = 64
+"""Examples that a worker draws at a time."""
+ATTEMPTS = 200
+"""How often an example is drawn that has always been there before."""
+
+
+class Run(NamedTuple):
+    """Neighbouring examples, for a worker to draw."""
+
+    config: Drawn
+    split: str
+    first: int
+    stop: int
+
+
+def prepare(
+    config: TaskConfig, directory: Path, workers: Workers, progress: Callable[[str, int, int], None]
+) -> dict[str, Any]:
+    """Write all splits of a task into `directory`; returns the manifest.
+
+    `progress` is told a split, the examples done and the examples in all (0 where that is not known before). Raises
+    UserError when files are missing or damaged, the settings allow too few examples, or the directory exists.
+    """
+    if config.task in GENERATORS:
+        seen: set[bytes] = set()
+        splits = {split: _unique(config, split, workers, seen) for split in SPLITS}
+        totals = {split: getattr(config, split) for split in SPLITS}
+    else:
+        splits = {split: iter(READERS[config.task](config, split)) for split in SPLITS}
+        totals = dict.fromkeys(SPLITS, 0)
+    told = {split: _telling(splits[split], partial(progress, split), totals[split]) for split in SPLITS}
+    return write(directory, TASKS[config.task], config.model_dump(mode="json"), told)
+
+
+def _unique(config: Drawn, split: str, workers: Workers, seen: set[bytes]) -> Iterator[Example]:
+    """The split's examples by index, none of which is among those `seen`."""
+    for index, (sequences, label) in enumerate(_in_order(config, split, workers)):
+        attempt = 0
+        while (digest := blake2b(sequences[0].tobytes(), digest_size=16).digest()) in seen:
+            attempt += 1
+            if attempt > ATTEMPTS:
+                raise UserError(
+                    f"{config.task}: after {len(seen):,} examples, {ATTEMPTS} in a row have been there before: ask for "
+                    "fewer, or let them be longer"
+                )
+            sequences, label = GENERATORS[config.task](config, split, index, attempt)
+        seen.add(digest)
+        yield sequences, label
+
+
+def _in_order(config: Drawn, split: str, workers: Workers) -> Iterator[Example]:
+    """The split's examples by index, however the workers come to finish them."""
+    total = getattr(config, split)
+    runs = (Run(config, split, first, min(first + RUN, total)) for first in range(0, total, RUN))
+    waiting: dict[int, list[Example]] = {}
+    following = 0
+    for first, examples in workers.run(_draw, runs):
+        waiting[first] = examples
+        while following in waiting:
+            examples = waiting.pop(following)
+            following += len(examples)
+            yield from examples
+
+
+def _draw(run: Run) -> tuple[int, list[Example]]:
+    generate = GENERATORS[run.config.task]
+    return run.first, [generate(run.config, run.split, index) for index in range(run.first, run.stop)]
+
+
+def _telling(examples: Iterator[Example], told: Callable[[int, int], None], total: int) -> Iterator[Example]:
+    for done, example in enumerate(examples, 1):
+        yield example
+        if done % 1000 == 0 or done == total:
+            told(done, total)

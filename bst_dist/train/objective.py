@@ -1,0 +1,125 @@
+"""What a run learns: its model, its batches, and how its progress is judged.
+
+The program, the trainer and the checkpoints are the same for every objective: an optimizer's step on the mean of the
+negative log-likelihood over the labels of a batch. Language modelling is here, classification in `bst_dist.lra`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from bst_dist.config import Recipe, evaluation_rows, with_vocabulary
+from bst_dist.model.lm import LanguageModel
+from bst_dist.parallel.mesh import Mesh
+from bst_dist.train.evaluation import Evaluate
+from data_pipeline.loader import Loader, open_corpora
+from data_pipeline.reader import Corpus
+
+if TYPE_CHECKING:
+    from bst_dist.train.loop import Trainer
+    from bst_dist.train.metrics import Writer
+
+
+class Batches(Protocol):
+    """Serves one rank its micro-batches, as a pure function of the step."""
+
+    def __iter__(self) -> Iterator[tuple[int, Sequence[Any]]]:
+        """(step, this rank's micro-batches in order), without end."""
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint keeps after `step` steps were trained on."""
+
+    def check(self, state: dict[str, Any]) -> None:
+        """Raise UserError unless `state` is of the same order."""
+
+    def close(self) -> None:
+        """Nothing more is wanted."""
+
+
+class Objective(Protocol):
+    """What the program asks of what a run learns."""
+
+    recipe: Recipe
+    """With everything filled in that follows from the data."""
+    labels: str
+    """What is learnt and counted, for people; `tokens` in the metrics are these."""
+    tokens_per_label: int
+    """Tokens that go through the model for one of them."""
+
+    def model(self) -> LanguageModel:
+        """The model, with random weights."""
+
+    def token_bytes(self) -> Tensor:
+        """(V,) bytes of text that each label stands for; zeros where labels are no text."""
+
+    def loader(self, mesh: Mesh, start_step: int = 0) -> Batches:
+        """The training batches of a rank."""
+
+    def evaluation(self, trainer: Trainer, writers: Sequence[Writer]) -> Evaluate:
+        """What evaluates the trainer's model on a fixed part of the validation split."""
+
+    def about(self) -> dict[str, Any]:
+        """What is written down at each start of the run."""
+
+
+@dataclass(frozen=True)
+class LanguageModelling:
+    """Predicting each token of a corpus from those before it."""
+
+    labels: ClassVar[str] = "tokens"
+    tokens_per_label: ClassVar[int] = 1
+
+    recipe: Recipe
+    corpora: Sequence[Corpus]
+    """The training split."""
+    validation: Sequence[Corpus]
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> LanguageModelling:
+        """Open the corpora; raises UserError when they cannot be used."""
+        corpora, validation = (open_corpora(recipe.data, split) for split in ("train", "validation"))
+        return cls(with_vocabulary(recipe, corpora), corpora, validation)
+
+    def model(self) -> LanguageModel:
+        return LanguageModel(self.recipe.model)
+
+    def token_bytes(self) -> Tensor:
+        return torch.from_numpy(self.corpora[0].token_bytes())
+
+    def about(self) -> dict[str, Any]:
+        return {"tokenizer_sha256": self.corpora[0].manifest.tokenizer.sha256}
+
+    def loader(self, mesh: Mesh, start_step: int = 0) -> Loader:
+        train = self.recipe.train
+        return self._loader(self.corpora, mesh, train.sequences, train.micro_sequences, start_step=start_step)
+
+    def evaluation(self, trainer: Trainer, writers: Sequence[Writer]) -> Evaluate:
+        """On the first sequences of the validation split: step 0 of its loader."""
+        recipe, ranks = self.recipe, trainer.ranks
+        mesh = Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
+        rows, micro_rows = recipe.evaluation.sequences, evaluation_rows(recipe, ranks.world)
+        batches = self._loader(self.validation, mesh, rows, micro_rows).batches(0)
+        return Evaluate(recipe.evaluation, batches, trainer.engine, ranks, trainer.token_bytes, writers,
+                        recipe.train.steps, trainer.stop, trainer.sharing)  # fmt: skip
+
+    def _loader(self, corpora: Sequence[Corpus], mesh: Mesh, rows: int, micro_rows: int, start_step: int = 0) -> Loader:
+        recipe, training = self.recipe, corpora is self.corpora
+        return Loader(
+            recipe.data if training else recipe.data.model_copy(update={"mode": "shuffled"}),
+            corpora,
+            sequence_length=recipe.train.sequence_length,
+            block=recipe.model.block,
+            rows=rows,
+            micro_rows=micro_rows,
+            seed=recipe.seed if training else 0,
+            dp_rank=mesh.dp_rank,
+            dp=mesh.dp,
+            sp_rank=mesh.sp_rank,
+            sp=mesh.sp,
+            start_step=start_step,
+        )
