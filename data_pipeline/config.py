@@ -47,9 +47,14 @@ def load(cls: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
         data = {}
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected settings (key: value), found a {type(data).__name__}")
+    return parse(cls, overridden(data, overrides), where=str(path))
+
+
+def overridden(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`data` with overrides ``section.field=value`` applied in place; raises ConfigError for what is none."""
     for override in overrides:
         _apply(data, override)
-    return parse(cls, data, where=str(path))
+    return data
 
 
 def parse(cls: type[C], data: dict[str, Any], where: str = "settings") -> C:

@@ -95,6 +95,10 @@ class Tokenizer:
         """The bytes of text that one id stands for; a character may be spread over several ids."""
         return self._pieces[token]
 
+    def piece(self, token: int) -> str:
+        """The name of an id in the SentencePiece model; no other id has it."""
+        return self._processor.id_to_piece(token)
+
     def _newline_or_space(self, line: str) -> list[int] | None:
         """Ids of the two characters that SentencePiece itself would not give back."""
         if line == _NEWLINE:

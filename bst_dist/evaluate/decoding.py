@@ -1,4 +1,4 @@
-"""Text from a model's carried state, one token at a time.
+"""Tokens from a model's carried state, one at a time for each of several rows.
 
 What a token costs does not depend on how many came before it: the state is one window of keys and values and the
 SSM's state for each layer.
@@ -6,31 +6,15 @@ SSM's state for each layer.
 
 from __future__ import annotations
 
-import codecs
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from bst_dist.evaluate.rows import Rows
+from bst_dist.evaluate.sampling import SamplingConfig, draw, draws_of
 from bst_dist.model.lm import LanguageModel
-from bst_dist.parallel.past import State
-from data_pipeline.config import Config
-
-BLOCKS_AT_ONCE = 16
-"""Blocks of a prompt in one forward pass, so that a long prompt needs no more memory than that."""
-
-
-class SamplingConfig(Config):
-    """How the next token is drawn."""
-
-    temperature: float = Field(0.8, ge=0, allow_inf_nan=False)
-    """Divides the logits; 0 takes the likeliest token."""
-    top_p: float = Field(0.95, gt=0, le=1)
-    """Only the likeliest tokens whose probabilities together reach this are drawn from (nucleus sampling, Holtzman et
-    al. 2020, arXiv 1904.09751); 1: all."""
-    seed: int = 0
-    """Seed of the draws."""
 
 
 class Decoder:
@@ -38,96 +22,130 @@ class Decoder:
 
     def __init__(self, model: LanguageModel):
         self.model = model.eval()
-        self.position = 0
-        self._state: State | None = None
+        self._rows = Rows(1)
+
+    @property
+    def position(self) -> int:
+        """Tokens read so far."""
+        return self._rows.positions[0]
+
+    @property
+    def state_bytes(self) -> int:
+        """What is carried from one token to the next."""
+        return self._rows.state_bytes
 
     @torch.no_grad()
     def read(self, ids: Sequence[int]) -> Tensor:
         """Take in `ids` after all that was read before; the logits of the token that follows, (V,)."""
         if not ids:
             raise ValueError("nothing to read: the logits are those after a token")
-        device = self.model.embedding.weight.device
-        at = 0
-        for length in portions(self.position, len(ids), self.model.config.block, self.model.config.ssm.chunk):
-            past = self.model.carry(self._state, self.position)
-            logits = self.model(torch.tensor([ids[at : at + length]], device=device), past=past)
-            self._state = past.after
-            self.position += length
-            at += length
-        return logits[0]
+        (hidden,) = self._rows.read(self.model, [torch.tensor(ids)])
+        return self.model.logits(hidden)
 
 
-def portions(position: int, count: int, block: int, chunk: int) -> Iterator[int]:
-    """Lengths of the slices in which `count` tokens from `position` on can be given to a model.
+@dataclass
+class _Row:
+    """One sample of one prompt."""
 
-    A slice is whole blocks from a block's boundary, or lies within one block; there it is a multiple of the SSM's
-    chunk or shorter than one.
+    prompt: int
+    sample: int
+    draws: torch.Generator
+    unread: list[int]
+    """What is left of the prompt, or the token drawn last."""
+
+
+class Generation:
+    """Several samples of several prompts, continued together until `end` is called for each.
+
+    Whole blocks of each prompt are read at once. The rest, less than a block and a token, is read by all rows together:
+    one that has come to the end of its prompt goes on with what it draws, while others still read theirs. So all rows
+    stand at the same place in their blocks, and a step is one forward pass; rows still in their first block, whose
+    states are shorter, are another one.
     """
-    chunk = min(chunk, block)
-    while count:
-        left = block - position % block
-        if left == block and count >= block:
-            length = min(count // block, BLOCKS_AT_ONCE) * block
-        else:
-            length = min(count, left)
-            length -= length % chunk if length > chunk else 0
-        yield length
-        position += length
-        count -= length
 
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompts: Mapping[int, Sequence[int]],
+        samples: Sequence[tuple[int, int]],
+        sampling: SamplingConfig,
+        never: Tensor | None = None,
+    ) -> None:
+        """
+        Args:
+            prompts: by their numbers, each at least one token.
+            samples: what is continued, (number of the prompt, number of the sample) each. What is drawn depends on
+                these and the seed, and not on what else is.
+            sampling: how tokens are drawn.
+            never: (V,) bool, ids that are not to be drawn.
+        """
+        if not all(prompts.values()):
+            raise ValueError("nothing to read: the logits are those after a token")
+        self.model, self.sampling, self._never = model.eval(), sampling, never
+        self._running = [
+            _Row(prompt, sample, draws_of(sampling.seed, prompt, sample), list(prompts[prompt]))
+            for prompt, sample in samples
+        ]
+        self._seen = None
+        if sampling.repetition_penalty != 1:
+            self._seen = torch.zeros(len(self._running), model.config.vocab_size, dtype=torch.bool)
+        self._rows = self._read_whole_blocks(prompts)
 
-def generate(
-    decoder: Decoder, prompt: Sequence[int], sampling: SamplingConfig, never: Tensor | None = None
-) -> Iterator[int]:
-    """Tokens that follow the prompt, without end.
+    @property
+    def running(self) -> bool:
+        """Whether any row is still being continued."""
+        return bool(self._running)
 
-    Args:
-        decoder: what it has read already comes before the prompt.
-        prompt: at least one token.
-        sampling: how tokens are drawn; the same seed draws the same tokens.
-        never: (V,) bool, ids that are not to be drawn.
-    """
-    draws = torch.Generator().manual_seed(sampling.seed)
-    logits = decoder.read(prompt)
-    while True:
-        logits = logits.float().cpu()
-        token = draw(logits if never is None else logits.masked_fill(never, -torch.inf), sampling, draws)
-        yield token
-        logits = decoder.read([token])
+    @property
+    def state_bytes(self) -> int:
+        """What all rows carry from one token to the next."""
+        return self._rows.state_bytes
 
+    def step(self) -> list[tuple[int, int, int]]:
+        """Read on, and draw a token for every row whose prompt is read: (prompt, sample, token) each.
 
-def draw(logits: Tensor, sampling: SamplingConfig, draws: torch.Generator) -> int:
-    """One id from (V,) logits."""
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    probabilities, ids = torch.softmax(logits / sampling.temperature, dim=-1).sort(descending=True, stable=True)
-    before = probabilities.cumsum(0) - probabilities  # the likeliest is always kept
-    kept = probabilities * (before < sampling.top_p)
-    return int(ids[torch.multinomial(kept, 1, generator=draws)])
+        Empty while none has come to the end of its prompt.
+        """
+        count = min(len(row.unread) for row in self._running)
+        logits = self._read([row.unread[:count] for row in self._running])
+        for row in self._running:
+            del row.unread[:count]
+        drawing = [place for place, row in enumerate(self._running) if not row.unread]
+        seen = None if self._seen is None else self._seen[drawing]
+        rows = [self._running[place] for place in drawing]
+        tokens = draw(logits[drawing], self.sampling, [row.draws for row in rows], seen).tolist() if rows else []
+        for row, token in zip(rows, tokens, strict=True):
+            row.unread = [token]
+        return [(row.prompt, row.sample, token) for row, token in zip(rows, tokens, strict=True)]
 
+    def end(self, prompt: int, sample: int) -> None:
+        """Continue this row no further."""
+        kept = [place for place, row in enumerate(self._running) if (row.prompt, row.sample) != (prompt, sample)]
+        self._running = [self._running[place] for place in kept]
+        self._rows.select(kept)
+        if self._seen is not None:
+            self._seen = self._seen[kept]
 
-class TextStream:
-    """Text as its bytes arrive: a character whose bytes are spread over several tokens appears once it is whole."""
+    @torch.no_grad()
+    def _read_whole_blocks(self, prompts: Mapping[int, Sequence[int]]) -> Rows:
+        """All whole blocks that leave each prompt a token at least, once for all samples of it."""
+        block, order = self.model.config.block, list(prompts)
+        heads = [list(prompts[number][: (len(prompts[number]) - 1) // block * block]) for number in order]
+        rows = Rows(len(order))
+        rows.read(self.model, [torch.tensor(head, dtype=torch.long) for head in heads])
+        origins = [order.index(row.prompt) for row in self._running]
+        rows.select(origins)
+        for place, (row, origin) in enumerate(zip(self._running, origins, strict=True)):
+            del row.unread[: len(heads[origin])]
+            if self._seen is not None:
+                self._seen[place, heads[origin]] = True
+        return rows
 
-    def __init__(self, write: Callable[[str], object]):
-        self._write = write
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def add(self, piece: bytes) -> None:
-        """Write what `piece` completes."""
-        if text := self._decoder.decode(piece):
-            self._write(text)
-
-    def close(self) -> None:
-        """Write U+FFFD for a character that was left unfinished."""
-        if text := self._decoder.decode(b"", final=True):
-            self._write(text)
-
-
-def printable(text: str) -> str:
-    """The text with control characters shown as symbols, so that a model cannot command the terminal."""
-    return text.translate(_VISIBLE)
-
-
-_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-_VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+    @torch.no_grad()
+    def _read(self, tokens: list[list[int]]) -> Tensor:
+        """Equally many tokens of each row; the logits of those that follow, (B, V) in the host's memory."""
+        ids = torch.tensor(tokens)
+        if self._seen is not None:
+            self._seen.scatter_(1, ids, True)
+        logits = self.model.logits(torch.stack(self._rows.read(self.model, list(ids)))).float().cpu()
+        return logits if self._never is None else logits.masked_fill(self._never, -torch.inf)

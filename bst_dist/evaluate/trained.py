@@ -20,6 +20,11 @@ from bst_dist.train.checkpoint import (
 )
 from bst_dist.train.rundir import RECIPE
 from data_pipeline.errors import UserError
+from data_pipeline.reader import Corpus
+from data_pipeline.tokenizer import Tokenizer
+
+TOKENIZER = "tokenizer.model"
+"""In the directory of an imported run: its tokenizer, so that it can write text where its corpus is not."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,12 @@ def open_run(run_dir: Path, step: int | None = None) -> Trained:
         model.load_state_dict(load_weights(checkpoint))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return Trained(run_dir, recipe, step_of(checkpoint), model.to(device).eval())
+
+
+def tokenizer_of(run_dir: Path, recipe: Recipe) -> Tokenizer:
+    """What makes a run's tokens of text: its own tokenizer, or else its corpus's; raises UserError without either."""
+    own, data = run_dir / TOKENIZER, recipe.data
+    return Tokenizer.read(own) if own.is_file() else Corpus.open(data.urls()[0], storage=data.storage).tokenizer()
 
 
 def read_recipe(run_dir: Path) -> Recipe:

@@ -99,17 +99,27 @@ class LanguageModel(nn.Module):
             starts: (B, l / W) bool, blocks that begin a document and see nothing before; None: none does.
             past: what came before the slice; None: nothing.
         """
+        x = self.hidden(input_ids, starts, past)
+        if labels is None:
+            return self.logits(x[:, -1])
+        mask = torch.ones_like(labels, dtype=torch.bool) if loss_mask is None else loss_mask
+        scale = self.config.parametrisation.logit_scale(self.config.width)
+        return Losses(*linear_cross_entropy(self.norm(x), self.embedding.weight, labels, mask, scale))
+
+    def hidden(self, input_ids: Tensor, starts: Tensor | None = None, past: Past | None = None) -> Tensor:
+        """The residual stream after the last layer, (B, l) -> (B, l, D); arguments as of `forward`."""
         past = past or Past()
         self._check_slice(input_ids.shape[1], past.position)
         x = self.embedding(input_ids)  # (B, l, D)
         for index, layer in enumerate(self.layers):
             inputs = (x, past.child(str(index)), starts)
             x = layer(*inputs) if self.checkpoint is None else self.checkpoint(layer, *inputs)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of the token after each, (..., D) -> (..., V); for few positions at a time, losses need none."""
         scale = self.config.parametrisation.logit_scale(self.config.width)
-        if labels is None:
-            return self.norm(x[:, -1]) @ self.embedding.weight.T * scale
-        mask = torch.ones_like(labels, dtype=torch.bool) if loss_mask is None else loss_mask
-        return Losses(*linear_cross_entropy(self.norm(x), self.embedding.weight, labels, mask, scale))
+        return self.norm(hidden) @ self.embedding.weight.T * scale
 
     def carry(self, state: State | None = None, position: int = 0) -> EarlierCall:
         """A past that takes up what an earlier call left, and collects in ``.after`` what the next call leaves."""

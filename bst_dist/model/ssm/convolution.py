@@ -20,8 +20,12 @@ def causal_convolution(u: Tensor, kernel: Tensor, outputs: int | None = None) ->
     """
     length, taps = u.shape[1], kernel.shape[-1]
     outputs = length if outputs is None else outputs
-    size = padded_size(length, outputs, taps)
     wide = torch.promote_types(u.dtype, torch.float32)
+    if outputs == 1:  # a token at a time: one sum, where an FFT would compute all other outputs too
+        seen = min(length, taps)
+        y = torch.einsum("btd,cdt->bcd", u[:, length - seen :].to(wide), kernel[..., :seen].to(wide).flip(-1))
+        return y.unsqueeze(1)
+    size = padded_size(length, outputs, taps)
     spectrum = torch.fft.rfft(u.to(wide).transpose(1, 2), n=size).unsqueeze(1)  # (B, 1, Ds, f)
     response = torch.fft.rfft(kernel.to(wide), n=size)  # (C, Ds, f)
     y = torch.fft.irfft(spectrum * response, n=size)[..., length - outputs : length]  # (B, C, Ds, l)
