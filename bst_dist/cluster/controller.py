@@ -28,7 +28,7 @@ from bst_dist.cluster.channel import Channel, Closed, Message
 from bst_dist.cluster.hosts import Host, HostError
 from bst_dist.cluster.launchers import PDSH_ENVIRONMENT, command
 from bst_dist.cluster.processes import Share, die_with_parent, route_to
-from bst_dist.cluster.verdict import SETTLE_S, Ended
+from bst_dist.cluster.verdict import SETTLE_S, STOP, Ended
 
 TICK_S = 0.1
 CALL_S = 60.0
@@ -86,12 +86,17 @@ class Controller:
         return {name: f"no agent called back{self._launcher_said(name)}" for name in missing}
 
     def ask(self, kind: str, fields: Mapping[str, Mapping[str, Any]]) -> dict[str, Message]:
-        """Send each of the hosts named its question at once; returns the answers, by host, that came in time."""
+        """Send each of the hosts named its question at once; returns the answers, by host, that came in time.
+
+        Told twice to stop, no answer is waited for but that the ranks have been killed.
+        """
         self._answers.clear()
         for host, question in fields.items():
             self._send(host, kind, **question)
         deadline = time.monotonic() + CALL_S
         while time.monotonic() < deadline and not fields.keys() - self.gone.keys() <= self._answers.keys():
+            if kind != "kill" and len(self.told) > 1:
+                break
             self._pump()
         return dict(self._answers)
 
@@ -139,6 +144,7 @@ class Controller:
             self._look_for_the_lost(shares)
             if self.told and self.ended.told is None:
                 self.ended.told = self.told[0]
+                print(f"bst launch: {STOP.format(signal.Signals(self.told[0]).name)}", file=sys.stderr, flush=True)
                 self._tell("stop")
                 give_up = time.monotonic() + self.grace_s + SETTLE_S
             elif len(self.told) > 1:
@@ -158,7 +164,8 @@ class Controller:
         """End what is left, and return only when nothing of the job can still write.
 
         A host that was cut off ends its ranks by itself when it has heard nothing for as long as it takes here to miss
-        it, which it may have done that much later: so its lease is twice that time.
+        it, which it may have done that much later: so its lease is twice that time. After a second signal it is not
+        waited for: nothing will be started.
         """
         silent = [self.channels[host].heard for host in self.ended.lost if host in self.channels]
         reachable = shares.keys() - self.ended.lost.keys()
@@ -166,7 +173,7 @@ class Controller:
         for host in self.ended.lost:
             self._drop(host, "given up")
         lease = max(silent, default=0.0) + 2 * self.lost_after_s + BEAT_S
-        while silent and time.monotonic() < lease:
+        while silent and time.monotonic() < lease and len(self.told) < 2:
             self._pump()
 
     def _pump(self) -> None:

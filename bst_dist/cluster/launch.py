@@ -8,7 +8,10 @@
 Start it where the recipe, the corpus and the run directory are to be seen, as on the hosts; this directory and its
 Python must be at the same path everywhere. All hosts are looked at before a rank is started. Then one agent on each
 starts its ranks and watches them: when a rank fails or a host is lost, all ranks are ended, and with --max-restarts
-the run goes on from its newest checkpoint on the hosts that are left. A signal makes all ranks write a checkpoint.
+the run goes on from its newest checkpoint on the hosts that are left.
+
+A signal (Ctrl-C, SIGTERM, SIGUSR1, a closed terminal) makes all ranks write a checkpoint and stop; one more ends them
+at once, and what was trained since the last checkpoint is lost.
 
 Variables whose name begins like those of NCCL, gloo, torch, DeepSpeed or OpenMP are handed on to the ranks, and so are
 those in a file .deepspeed_env, here or in the home directory.
@@ -35,7 +38,7 @@ from bst_dist.cluster.controller import agent_command
 from bst_dist.cluster.elastic import shares
 from bst_dist.cluster.hosts import Host, HostError, read_hostfile, slurm_hosts
 from bst_dist.cluster.launchers import LAUNCHERS, command
-from bst_dist.cluster.local import program
+from bst_dist.cluster.local import add_grace, program
 from bst_dist.cluster.preflight import Needs, PreflightError
 from bst_dist.cluster.processes import told_to_stop
 from bst_dist.cluster.supervise import Means, Supervisor, say
@@ -44,6 +47,7 @@ from bst_dist.model.lm import LanguageModel
 from bst_dist.train import rundir
 from bst_dist.train.__main__ import add_arguments as add_program_arguments
 from bst_dist.train.__main__ import request
+from bst_dist.train.output import lasting_output
 from bst_dist.train.ranks import choose_accelerator
 from bst_dist.train.start import Request, load, resolve
 from data_pipeline.manifest import MANIFEST
@@ -65,12 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="look at all hosts, and stop")
     parser.add_argument("--max-restarts", type=int, default=0, metavar="N", help="go on so many times after a "
                         "failure, on the hosts that are left (default: 0)")  # fmt: skip
-    parser.add_argument("--grace", type=float, default=25.0, metavar="SECONDS", help="for the checkpoint after a "
-                        "signal; the ranks are killed then (default: 25)")  # fmt: skip
+    add_grace(parser)
     parser.add_argument("--lost-after", type=float, default=30.0, metavar="SECONDS", help="a host that is not heard of "
                         "for so long is lost (default: 30)")  # fmt: skip
 
 
+@lasting_output()
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Check, launch, watch, restart; the report is the run's outcome, `passed` false unless all ranks were done."""
     choose_accelerator()

@@ -9,6 +9,9 @@ The recipe is checked first, against the corpus, the DeepSpeed file, the run dir
 one process is started for each rank. Several hosts are driven by `bst launch`; where nothing can start a process on
 another host, as in Kubernetes, each runs this command with its own --node.
 
+A signal (Ctrl-C, SIGTERM, SIGUSR1, a closed terminal) makes all ranks write a checkpoint and stop; one more ends them
+at once, and what was trained since the last checkpoint is lost.
+
 Exit status: 0 the steps asked for are done; 2 something given is wrong; 75 stopped by a signal, with a checkpoint:
 start it again with --resume; 70 the ranks hung; otherwise the failed rank's own, 128 + N after signal N.
 """
@@ -16,7 +19,9 @@ start it again with --resume; 70 the ranks hung; otherwise the failed rank's own
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -25,16 +30,22 @@ from typing import Any
 import torch
 
 from bst_dist.cluster.processes import LocalRanks, Share, told_to_stop
-from bst_dist.cluster.verdict import SETTLE_S, Ended
+from bst_dist.cluster.verdict import SETTLE_S, STOP, Ended
 from bst_dist.config import Recipe
 from bst_dist.train import rundir
 from bst_dist.train.__main__ import add_arguments as add_program_arguments
 from bst_dist.train.__main__ import request
+from bst_dist.train.output import lasting_output
 from bst_dist.train.ranks import choose_accelerator, free_port
 from bst_dist.train.start import Request, load, resolve
 from data_pipeline.errors import UserError
 
-GRACE_S = 30.0
+
+def add_grace(parser: argparse.ArgumentParser) -> None:
+    """How long a stop may take; whoever sends the signal has a limit of his own, and may tell it."""
+    parser.add_argument("--grace", type=float, default=math.inf, metavar="SECONDS", help="after a signal, kill the "
+                        "ranks when their checkpoint has taken so long (default: as long as it takes; a second signal "
+                        "ends them at once)")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,10 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="hosts that run this command (default: 1)")
     parser.add_argument("--node", type=int, default=0, metavar="I", help="which of them this is, from 0 (default: 0)")
     parser.add_argument("--master", metavar="ADDRESS:PORT", help="where node 0 is, when there are several")
-    parser.add_argument("--grace", type=float, default=GRACE_S, metavar="SECONDS", help="for the checkpoint after a "
-                        "signal; the ranks are killed then (default: 30)")  # fmt: skip
+    add_grace(parser)
 
 
+@lasting_output()
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Check, start, wait; the report is the run's outcome, with `passed` false unless all ranks were done."""
     choose_accelerator()
@@ -93,7 +104,7 @@ def program(asked: Request) -> list[str]:
     return command + (["--until", str(asked.until)] if asked.until else [])
 
 
-def launch(command: Sequence[str], share: Share, grace_s: float = GRACE_S) -> Ended:
+def launch(command: Sequence[str], share: Share, grace_s: float = math.inf) -> Ended:
     """Run `command` as all ranks of one host, to their end; no process of theirs is left then.
 
     A signal makes them stop, with `grace_s` for a checkpoint, and one that comes again later ends them at once; when
@@ -106,6 +117,7 @@ def launch(command: Sequence[str], share: Share, grace_s: float = GRACE_S) -> En
             time.sleep(0.1)
             if told and ended.told is None:
                 ended.told = told[0]
+                print(f"bst train: {STOP.format(signal.Signals(told[0]).name)}", file=sys.stderr, flush=True)
                 ranks.terminate(grace_s)
             elif len(told) > 1:
                 ranks.kill()

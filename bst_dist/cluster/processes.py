@@ -14,14 +14,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from bst_dist.train.signals import SAME_NOTICE_S, STOPPING
+from bst_dist.train.signals import SAME_NOTICE_S, stopping
 
+SAME_KEY_S = 0.5
+"""A further SIGINT within this time is from the same stroke of Ctrl-C."""
 _DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
 
@@ -81,7 +83,7 @@ class LocalRanks:
         for rank, process in self.processes.items():
             if not self._killed and rank not in self._statuses and process.poll() is not None:
                 self._statuses[rank] = process.returncode
-                self._signal(rank, signal.SIGKILL)  # what the rank itself has left behind
+                signal_session(process, signal.SIGKILL)  # what the rank itself has left behind
         return self._statuses
 
     @property
@@ -94,20 +96,20 @@ class LocalRanks:
         if self._kill_at is None:
             self._kill_at = time.monotonic() + grace_s
             for rank in self.processes.keys() - self.poll().keys():
-                self._signal(rank, signal.SIGTERM)
+                signal_session(self.processes[rank], signal.SIGTERM)
 
     def kill(self) -> None:
         """End all at once, and wait until they have ended."""
         self._killed = True
         for rank in self.processes.keys() - self._statuses.keys():
-            self._signal(rank, signal.SIGKILL)
+            signal_session(self.processes[rank], signal.SIGKILL)
             self.processes[rank].wait()
 
-    def _signal(self, rank: int, number: int) -> None:
-        try:
-            os.killpg(self.processes[rank].pid, number)
-        except ProcessLookupError:
-            return
+
+def signal_session(process: subprocess.Popen[bytes], number: int) -> None:
+    """Send a signal to the session that a process leads, which may be gone already."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def route_to(address: str) -> str | None:
@@ -131,18 +133,19 @@ def _interface(address: str) -> dict[str, str]:
     return {"GLOO_SOCKET_IFNAME": names[0]} if names else {}
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent is gone, however that came about (Linux)."""
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent is gone, however that came about (Linux)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, number)
 
 
 @contextmanager
 def told_to_stop() -> Iterator[list[int]]:
     """The stop signals that arrive while the block runs, in place of what they would do.
 
-    SIGUSR1 is among them: it is what Slurm is asked to send ahead of the time limit. Copies of the first that come
-    within a moment do not count; a second one is meant.
+    SIGUSR1 is among them: it is what Slurm is asked to send ahead of the time limit; and SIGHUP, of a terminal that is
+    closed, unless it is ignored, as under nohup. Copies of the first that come within a moment do not count; a second
+    one is meant. From a keyboard there are no copies: there the moment is short.
     """
     told: list[int] = []
     first_at = [0.0]
@@ -150,10 +153,11 @@ def told_to_stop() -> Iterator[list[int]]:
     def hear(number: int, _: object) -> None:
         if not told:
             first_at[0] = time.monotonic()
-        if not told or time.monotonic() - first_at[0] > SAME_NOTICE_S:
+        moment = SAME_KEY_S if number == signal.SIGINT else SAME_NOTICE_S
+        if not told or time.monotonic() - first_at[0] > moment:
             told.append(number)
 
-    before = {number: signal.signal(number, hear) for number in STOPPING}
+    before = {number: signal.signal(number, hear) for number in stopping()}
     try:
         yield told
     finally:

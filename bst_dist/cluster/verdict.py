@@ -10,6 +10,8 @@ from bst_dist.train.status import DONE, FAILED, HUNG, RESUBMIT, USER_ERROR
 
 SETTLE_S = 6.0
 """After a rank has failed: how long the others may take to say that they have too, and why."""
+STOP = "told to stop ({}): the ranks write a checkpoint; one more signal ends them at once"
+"""What the user is told when a signal has come."""
 ORDERLY = (DONE, RESUBMIT)
 """Statuses of ranks that nothing went wrong with."""
 

@@ -84,7 +84,7 @@ def command(args: argparse.Namespace, best: Candidate, cluster: Cluster) -> str:
     settings = " ".join([args.recipe, *args.overrides, *overrides(best)])
     if cluster.nodes == 1:
         return f"bst train {settings} --ranks {cluster.world}"
-    return f"deepspeed --hostfile HOSTS --module bst_dist.train {settings}"
+    return f"bst launch {settings} --hostfile HOSTS"
 
 
 def _cluster(cluster: Cluster) -> str:

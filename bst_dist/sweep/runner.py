@@ -7,20 +7,20 @@ Slurm array each or one a host, take runs from the same sweep without being told
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from bst_dist.cluster.processes import die_with_parent, signal_session, told_to_stop
 from bst_dist.config import load_recipe
 from bst_dist.sweep.state import OUT_OF_MEMORY, Job, State
 from bst_dist.train.checkpoint import committed
@@ -32,7 +32,6 @@ from data_pipeline.errors import UserError
 
 POLL_S = 0.5
 MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "Cannot allocate memory")
-_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
 
 @dataclass
@@ -56,7 +55,7 @@ class Runner:
 
     def run(self, watch: Callable[[list[Worker]], None]) -> None:
         """Start runs until none is left, calling `watch` while they train; ends them when told to stop."""
-        with _told_to_stop() as told:
+        with told_to_stop() as told:
             try:
                 while not told:
                     self._collect()
@@ -89,7 +88,8 @@ class Runner:
             with self.state.path("logs", run.name).open("ab") as log:
                 process = subprocess.Popen(
                     self._command(run, micro), env=self._environment(run, place), stdout=log, stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL, pass_fds=(lock,), start_new_session=True, preexec_fn=_die_with_parent,
+                    stdin=subprocess.DEVNULL, pass_fds=(lock,), start_new_session=True,
+                    preexec_fn=partial(die_with_parent, signal.SIGTERM),
                 )  # fmt: skip
             self.workers.append(Worker(run, process, place))
         finally:
@@ -186,12 +186,12 @@ class Runner:
     def _end(self) -> None:
         """End the processes that are left; what they had not saved is trained again at the next start."""
         for worker in self.workers:
-            _signal(worker.process, signal.SIGTERM)
+            signal_session(worker.process, signal.SIGTERM)
         for worker in self.workers:
             try:
                 worker.process.wait(timeout=30)
             except subprocess.TimeoutExpired:
-                _signal(worker.process, signal.SIGKILL)
+                signal_session(worker.process, signal.SIGKILL)
                 worker.process.wait()
 
 
@@ -201,30 +201,3 @@ def _tail(path: Path, most: int = 40) -> list[str]:
         return []
     lines = path.read_bytes()[-20_000:].decode(errors="replace").splitlines()
     return [line for line in lines if line.strip()][-most:]
-
-
-def _die_with_parent() -> None:
-    """Have the kernel end this process when its parent is gone, however that came about (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
-
-
-def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    """To the process's whole session; it may be gone already."""
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
-        return
-
-
-@contextmanager
-def _told_to_stop() -> Iterator[list[int]]:
-    """The signals to end that arrive while the block runs, in place of what they would do; a lost terminal is one."""
-    told: list[int] = []
-    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {n: signal.signal(n, lambda number, _: told.append(number)) for n in ends}
-    try:
-        yield told
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bst_dist.train import signals, status
+from bst_dist.train.output import Lasting
 from data_pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def request(args: argparse.Namespace) -> Request:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of one rank; returns its exit status."""
     notice = signals.listen()
+    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)  # a closed terminal must not cost the checkpoint
     parser = argparse.ArgumentParser(prog="bst_dist.train", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add_arguments(parser)

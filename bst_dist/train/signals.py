@@ -1,10 +1,10 @@
 """Being told to stop: a signal to any rank ends the training of all of them, after a checkpoint.
 
 Schedulers announce the end of a job's time, or its preemption, with a signal some time ahead: SIGTERM mostly, SIGUSR1
-where Slurm is asked to (``--signal``). A rank takes note of it at once, in a thread, whatever its main thread is doing;
-the ranks learn of each other's in the sums that a step makes anyway. The same notice often comes twice, from the
-scheduler and from a launcher that passes it on. So a signal ends the process on the spot only when it comes again
-after a while: whoever sends it then means it.
+where Slurm is asked to (``--signal``); a terminal that is closed sends SIGHUP. A rank takes note of it at once, in a
+thread, whatever its main thread is doing; the ranks learn of each other's in the sums that a step makes anyway. The
+same notice often comes twice, from the scheduler and from a launcher that passes it on. So a signal ends the process on
+the spot only when it comes again after a while: whoever sends it then means it.
 
 The standard library alone is imported here: a signal must be heard while torch is still being imported.
 """
@@ -23,10 +23,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bst_dist.train.ranks import Ranks
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAME_NOTICE_S = 3.0
 """A further signal within this time is another copy of the first."""
 _DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
+
+
+def stopping() -> list[signal.Signals]:
+    """Those that mean it for this process: who was started under nohup is not to hear of its terminal's end."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in STOPPING if not (number is signal.SIGHUP and ignored)]
 
 
 class Notice:
@@ -52,17 +58,17 @@ def listen() -> Notice:
     The handler proper does nothing: Python runs it only between two of its own instructions, and a rank that waits in
     a collective has none. The byte that the interpreter writes when the signal arrives is read by a thread.
     """
-    notice = Notice()
+    notice, ends = Notice(), stopping()
     heard, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    for number in STOPPING:
+    for number in ends:
         signal.signal(number, lambda *_: None)
 
     def hear() -> None:
         while True:
             for number in os.read(heard, 64):
-                if number in STOPPING:
+                if number in ends:
                     notice.take(number)
 
     threading.Thread(target=hear, name="signals", daemon=True).start()

@@ -126,6 +126,14 @@ def test_a_second_stop_waits_for_nobody(job):
     job.require_nothing_left()
 
 
+def test_told_twice_it_waits_for_no_answer(job):
+    with job.controller as called:
+        assert called.call() == {}
+        job.told.extend([2, 2])
+        called.channels["a"].send = lambda *_, **__: None  # the question is lost, and would be waited for
+        assert called.ask("clock", {"a": {}}) == {}
+
+
 def test_a_host_whose_agent_is_killed_is_lost_and_so_are_its_ranks(job):
     job.meanwhile(lambda: job.agent("b").kill())
     ended = job.run("time.sleep(60)")

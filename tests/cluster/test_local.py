@@ -72,7 +72,7 @@ def test_status_is_that_of_the_rank_to_blame(tmp_path, then, status, culprit):
     assert (ended.status, ended.culprit) == (status, culprit)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 @pytest.mark.parametrize(("on_sigterm", "status"), [("lambda *_: sys.exit(75)", 75), ("signal.SIG_DFL", None)])
 def test_a_signal_stops_the_ranks_and_what_they_made_of_it_is_the_status(tmp_path, number, on_sigterm, status):
     def send() -> None:
@@ -94,8 +94,10 @@ def test_ranks_that_do_not_stop_are_killed_when_the_grace_is_over(tmp_path):
     assert "grace" in ended.explain({})
 
 
-def test_a_second_signal_ends_the_ranks_at_once_unless_it_is_a_copy_of_the_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "SAME_NOTICE_S", 1.0)
+@pytest.mark.parametrize(("number", "moment"), [(signal.SIGTERM, "SAME_NOTICE_S"), (signal.SIGINT, "SAME_KEY_S")])
+def test_a_second_signal_ends_the_ranks_at_once_unless_it_is_a_copy_of_the_first(tmp_path, monkeypatch, number, moment):
+    monkeypatch.setattr(processes, "SAME_NOTICE_S", 3600.0)
+    monkeypatch.setattr(processes, moment, 1.0)
 
     def send() -> None:
         while not all((tmp_path / str(rank)).exists() for rank in range(2)):
@@ -103,15 +105,26 @@ def test_a_second_signal_ends_the_ranks_at_once_unless_it_is_a_copy_of_the_first
         for wait_s in (0, 0.3, 3.0):
             time.sleep(wait_s)
             sent.append(time.monotonic())
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     sent: list[float] = []
     thread = threading.Thread(target=send, daemon=True)
     thread.start()
     ended = run(tmp_path, "time.sleep(60)", "signal.signal(signal.SIGTERM, signal.SIG_IGN)", 3600.0)
     assert len(sent) == 3
-    assert ended.status == 128 + signal.SIGTERM
+    assert ended.status == 128 + number
     thread.join()
+
+
+def test_who_ignores_the_end_of_a_terminal_goes_on_ignoring_it():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with processes.told_to_stop() as told:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.05)
+        assert told == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_ranks_die_with_the_process_that_started_them(tmp_path):
