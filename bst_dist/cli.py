@@ -60,6 +60,8 @@ SECTIONS: dict[str, dict[str, Command]] = {
         "ablate": ("bst_dist.evaluate.ablate", "what each part of a model carries: what cutting or changing it costs"),
         "baselines": ("bst_dist.evaluate.baselines", "what an order-2 byte model and xz -9 make of a corpus"),
         "generate": ("bst_dist.evaluate.generate", "write text with a run's model"),
+        "export": ("bst_dist.hub.export", "write a run as a Hugging Face model, with its tokenizer and a model card"),
+        "import": ("bst_dist.hub.importing", "make a run of an exported model, to evaluate or to train from"),
     },
     "Study": {
         "experiment run": (
@@ -88,6 +90,8 @@ SECTIONS: dict[str, dict[str, Command]] = {
     },
     "Long Range Arena": {
         "lra prepare": ("bst_dist.lra.commands.prepare", "draw a task's examples, or read its published files"),
+        "lra eval": ("bst_dist.lra.commands.eval", "a run's accuracy on the test split, with its uncertainty"),
+        "lra table": ("bst_dist.lra.commands.table", "runs of one task side by side, and means over seeds"),
     },
     "Measure": {
         "bench data": ("data_pipeline.commands.bench", "read tokens beside webdataset, litdata and mosaicml-streaming"),
@@ -115,9 +119,9 @@ def main(argv: list[str] | None = None) -> int:
     name = next((name for name in (" ".join(argv[:2]), argv[0] if argv else "") if name in COMMANDS), None)
     if name is None:
         return _without_command(argv)
-    module = importlib.import_module(COMMANDS[name][0])
-    args = parser_of(name).parse_intermixed_args(argv[len(name.split()) :])  # overrides may stand anywhere
     try:
+        module = importlib.import_module(COMMANDS[name][0])  # may want an extra that is not installed
+        args = parser_of(name).parse_intermixed_args(argv[len(name.split()) :])  # overrides may stand anywhere
         report = module.run(args)
     except UserError as error:
         print(f"bst {name}: {error}", file=sys.stderr)

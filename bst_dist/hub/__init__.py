@@ -1,0 +1,25 @@
+"""Models outside of this project: runs as Hugging Face models, and back.
+
+Importing this package makes the `Auto` classes of transformers know exported models, without `trust_remote_code`.
+"""
+
+from __future__ import annotations
+
+from data_pipeline.errors import UserError
+
+try:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+except ModuleNotFoundError as error:
+    raise UserError(
+        f"{error.name} is not installed: pip install --editable '.[hub]', in the directory of this project"
+    ) from None
+
+from bst_dist.hub.configuration import BSTConfig
+from bst_dist.hub.modeling import BSTCache, BSTForCausalLM
+from bst_dist.hub.tokenization import BSTTokenizer
+
+__all__ = ["BSTCache", "BSTConfig", "BSTForCausalLM", "BSTTokenizer"]
+
+AutoConfig.register(BSTConfig.model_type, BSTConfig)
+AutoModelForCausalLM.register(BSTConfig, BSTForCausalLM)
+AutoTokenizer.register(BSTConfig, tokenizer_class=BSTTokenizer)

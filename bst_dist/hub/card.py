@@ -1,0 +1,145 @@
+"""The model card: what a reader wants to know of a model before using it, from what the run has written down."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from bst_dist.config import Recipe
+from bst_dist.train.metrics import FILE, read_lines
+from bst_dist.train.retention import Held
+from data_pipeline.config import dump
+from data_pipeline.errors import UserError
+
+_TEMPLATE = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [block-state-transformer, long-context, pretrained]
+---
+
+# {name}
+
+{summary}
+
+```python
+import bst_dist.hub  # or trust_remote_code=True
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
+tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
+inputs = tokenizer("The", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))
+```
+
+{carried} {begin}
+
+## Training
+
+{training}
+
+## Evaluation
+
+{evaluation}
+
+## Made with
+
+{versions}
+
+<details><summary>The recipe</summary>
+
+```yaml
+{recipe}```
+
+</details>
+"""
+
+_CARRIED = {
+    False: "What a generated token costs does not depend on how many came before: each layer carries a window of keys "
+    "and values, or a state, and no more.",
+    True: "Layers of full attention carry the keys and values of all tokens before.",
+}
+_FIGURES = ("loss_nats_per_token", "bits_per_byte")
+_BEGIN = {
+    "joined": "Documents were joined in training, so a text begins after the end of another one: the tokenizer puts "
+    "that token in front.",
+    "isolated": "Documents were isolated in training: a text begins with its own first token, and nothing stands in "
+    "front of it.",
+}
+
+
+def model_card(
+    run_dir: Path, one: Held, recipe: Recipe, shapes: dict[str, tuple[int, ...]], evaluation: Path | None
+) -> str:
+    """The card of a checkpoint, Markdown; `evaluation` is a report of `bst eval`. Raises UserError if it is none."""
+    versions = one.manifest.get("versions", {})
+    return _TEMPLATE.format(
+        name=recipe.name,
+        summary=_summary(recipe, shapes),
+        carried=_CARRIED["full" in recipe.model.mixers()],
+        begin=_BEGIN[recipe.data.documents],
+        training=_training(one, recipe),
+        evaluation=_table(_reported(run_dir, one.step) if evaluation is None else _measured(evaluation, one.step)),
+        versions=", ".join(f"{name} {version}" for name, version in versions.items()) or "Not recorded.",
+        recipe=dump(recipe),
+    )
+
+
+def _summary(recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> str:
+    model, parameters = recipe.model, sum(map(math.prod, shapes.values()))
+    layers = ", ".join(f"{count} {mixer}" for mixer, count in Counter(model.mixers()).items())
+    kind = f" Context states: {model.context.variant}." if any(m.startswith("bst") for m in model.mixers()) else ""
+    return (
+        f"A language model of {parameters / 1e6:,.1f} M parameters: {layers} layers of width {model.width}, blocks of "
+        f"{model.block} tokens.{kind} Vocabulary: {model.vocab_size:,}."
+    )
+
+
+def _training(one: Held, recipe: Recipe) -> str:
+    train, tokens = recipe.train, one.manifest.get("tokens")
+    read = "" if tokens is None else f" on {tokens:,} tokens"
+    names = ", ".join(Path(url).name for url in recipe.data.urls())
+    return (
+        f"{one.step:,} of {train.steps:,} steps{read} of {names}, {train.sequences} sequences of "
+        f"{train.sequence_length:,} tokens a step, {recipe.data.documents} documents, {train.precision}."
+    )
+
+
+def _reported(run_dir: Path, step: int) -> dict[str, dict[str, Any]]:
+    """What the run itself has reported of this step: a fixed part of the validation split, in training's sequences."""
+    figures = {}
+    for line in read_lines(run_dir / FILE):
+        if line["kind"] == "eval" and line["step"] == step:
+            on = f"{line['split']}, {line['tokens']:,} tokens in sequences as in training"
+            figures[on] = {"loss_nats_per_token": line["loss_nats"], "bits_per_byte": line["bits_per_byte"]}
+    return figures
+
+
+def _measured(path: Path, step: int) -> dict[str, dict[str, Any]]:
+    """What `bst eval` has measured: whole documents, with standard errors."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        corpora, split, found = report["corpora"], report["split"], report["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--evaluation {path}: not a report of `bst eval --json`") from None
+    if found != step:
+        raise UserError(f"--evaluation {path}: is of step {found}, the checkpoint of step {step}: evaluate that one")
+    return {f"{split} of {Path(of['corpus']).name}, {of['documents']:,} whole documents": of for of in corpora}
+
+
+def _table(evaluations: dict[str, dict[str, Any]]) -> str:
+    if not evaluations:
+        return "None at this step."
+    lines = ["| on | loss, nats a token | bits a byte |", "| --- | --- | --- |"]
+    for on, figures in evaluations.items():
+        cells = [_figure(figures, key) for key in _FIGURES]
+        lines.append(f"| {on} | {' | '.join(cells)} |")
+    known = any(f"{key}_standard_error" in figures for figures in evaluations.values() for key in _FIGURES)
+    return "\n".join([*lines, *(["", "± one standard error over documents."] if known else [])])
+
+
+def _figure(figures: dict[str, Any], key: str) -> str:
+    error = figures.get(f"{key}_standard_error")
+    return f"{figures[key]:.4f}" + (f" ± {error:.4f}" if error is not None else "")

@@ -1,0 +1,102 @@
+"""Write a run as a Hugging Face model: weights, configuration, tokenizer, model card.
+
+    bst eval runs/demo --json eval.json
+    bst export runs/demo demo-model --evaluation eval.json
+
+transformers loads the directory after `import bst_dist.hub`, or with trust_remote_code=True where bst_dist is
+installed. `bst import` makes a run of it again. SHA256SUMS lists the digests of all files. How this machine read the
+corpus (data.storage) is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from bst_dist.config import Recipe
+from bst_dist.evaluate.prompts import begin_token, without_text
+from bst_dist.evaluate.trained import tokenizer_of
+from bst_dist.hub.card import model_card
+from bst_dist.hub.configuration import BSTConfig
+from bst_dist.hub.modeling import BSTForCausalLM
+from bst_dist.hub.tokenization import FILE, BSTTokenizer
+from bst_dist.train.checkpoint import WEIGHTS, CheckpointError, damage, open_shards
+from bst_dist.train.commands.common import add_run, read_recipe, readable_size, select
+from bst_dist.train.commands.convert import add_export
+from bst_dist.train.exporting import DTYPES, stored_dtypes, write_weights
+from bst_dist.train.retention import Held
+from data_pipeline.atomic import atomic_directory
+from data_pipeline.errors import UserError
+from data_pipeline.storage import StorageConfig
+from data_pipeline.tokenizer import Tokenizer
+
+DIGESTS, CARD = "SHA256SUMS", "README.md"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `bst export`."""
+    add_run(parser)
+    add_export(parser)
+    parser.add_argument("--evaluation", type=Path, metavar="JSON",
+                        help="a report of `bst eval --json` on this run, for the model card")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    if args.output.exists():
+        raise UserError(f"{args.output}: is there already: choose another directory")
+    one, recipe = select(args.run, args.step), read_recipe(args.run)
+    if found := damage(one.path):
+        raise CheckpointError(f"{one.path}: {found[0]}")
+    tokenizer = tokenizer_of(args.run, recipe)
+    data = recipe.data.model_copy(update={"storage": StorageConfig()})  # may hold secrets; is this machine's anyway
+    recipe = recipe.model_copy(update={"data": data})
+    weights = open_shards(one.path, WEIGHTS)
+    dtypes = stored_dtypes(weights, recipe.model, DTYPES[args.dtype])
+    with atomic_directory(args.output) as folder:
+        write_weights(
+            folder, weights, dtypes, args.file_size, {"step": str(one.step)}, f"{BSTForCausalLM.base_model_prefix}."
+        )
+        _write_configuration(folder, one, recipe, tokenizer)
+        card = model_card(args.run, one, recipe, weights.shapes, args.evaluation)
+        (folder / CARD).write_text(card, encoding="utf-8")
+        _write_digests(folder)
+    written = sum(path.stat().st_size for path in args.output.iterdir())
+    print(
+        f"{args.output}: step {one.step:,} of {args.run}, {len(dtypes)} tensors, {readable_size(written)}, {args.dtype}"
+    )
+    return {"output": str(args.output), "step": one.step, "bytes": written, "dtype": args.dtype,
+            "files": sorted(path.name for path in args.output.iterdir())}  # fmt: skip
+
+
+def _write_configuration(folder: Path, one: Held, recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """config.json, generation_config.json, the tokenizer's files."""
+    begin = begin_token(recipe, tokenizer)
+    named = {"bos_token_id": begin[0] if begin else None, "eos_token_id": tokenizer.eos_id,
+             "pad_token_id": tokenizer.pad_id}  # fmt: skip
+    config = BSTConfig(
+        recipe=recipe.model_dump(mode="json"),
+        checkpoint={key: value for key, value in one.manifest.items() if key != "files"},
+        architectures=[BSTForCausalLM.__name__],
+        dtype=torch.float32,
+        **named,
+    )
+    config.save_pretrained(folder)
+    never = without_text(recipe.model.vocab_size, tokenizer).nonzero().flatten().tolist()
+    GenerationConfig(suppress_tokens=never, **named).save_pretrained(folder)
+    (folder / FILE).write_bytes(tokenizer.model)
+    begins = {"bos_token": tokenizer.piece(begin[0])} if begin else {}
+    BSTTokenizer(str(folder / FILE), **begins).save_pretrained(folder)
+
+
+def _write_digests(folder: Path) -> None:
+    """The digests of all files, in the form that `sha256sum --check` reads."""
+    lines = []
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+    (folder / DIGESTS).write_text("".join(lines))

@@ -1,0 +1,157 @@
+"""Make a run directory of an exported model: to evaluate, to generate from, to train others from its weights.
+
+    bst import demo-model runs/imported
+    bst import demo-model runs/imported data.corpus=/data/stdlib
+
+Also reads what transformers' save_pretrained has written of such a model, after fine-tuning there. The recipe is the
+exported one with the overrides; an optimizer's states are not exported, so the run itself cannot be resumed: another
+one begins at its weights with `initial_weights.run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from bst_dist.config import Recipe, digest
+from bst_dist.evaluate.trained import TOKENIZER
+from bst_dist.hub.configuration import BSTConfig
+from bst_dist.hub.export import DIGESTS
+from bst_dist.hub.modeling import BSTForCausalLM
+from bst_dist.hub.tokenization import FILE
+from bst_dist.model.lm import LanguageModel
+from bst_dist.train.checkpoint import FORMAT, MANIFEST, WEIGHTS, directory, shard_file
+from bst_dist.train.durable import Files
+from bst_dist.train.exporting import INDEX, SINGLE
+from bst_dist.train.rundir import RECIPE
+from bst_dist.train.shards import Piece, write_header, write_values
+from bst_dist.version import versions
+from data_pipeline.atomic import atomic_directory
+from data_pipeline.config import dump, overridden, parse
+from data_pipeline.errors import UserError
+from data_pipeline.tokenizer import Tokenizer
+
+CONFIG = "config.json"
+
+
+class ExportError(UserError):
+    """An exported model that is damaged, or none."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `bst import`."""
+    parser.add_argument("model", type=Path, metavar="DIR", help="directory of an exported model")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory to write; must not exist")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes of its recipe")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    if args.run.exists():
+        raise UserError(f"{args.run}: is there already: choose another directory")
+    _require_digests(args.model)
+    recipe, about = _configuration(args.model, args.overrides)
+    tokenizer = Tokenizer.read(args.model / FILE)
+    tensors = _Tensors(args.model, recipe)
+    step = int(about.get("step") or recipe.train.steps)
+    with atomic_directory(args.run) as folder:
+        (folder / RECIPE).write_text(dump(recipe), encoding="utf-8")
+        (folder / TOKENIZER).write_bytes(tokenizer.model)
+        _write_checkpoint(directory(folder, step), tensors, about | {"step": step, "recipe": digest(recipe)})
+    print(f"{args.run}: the weights of step {step:,} of {recipe.name}, {len(tensors.shapes)} tensors")
+    return {"run": str(args.run), "step": step, "tensors": len(tensors.shapes)}
+
+
+def _require_digests(model: Path) -> None:
+    """Raise ExportError unless all files are as they were exported; what was saved otherwise has no digests."""
+    if not (model / DIGESTS).is_file():
+        return
+    for line in (model / DIGESTS).read_text().splitlines():
+        expected, _, name = line.partition("  ")
+        if not (model / name).is_file():
+            raise ExportError(f"{model}: {name} is missing: copy the model again")
+        with (model / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                raise ExportError(
+                    f"{model / name}: is not as it was exported: copy the model again, or, if the change is meant, "
+                    f"remove {DIGESTS}"
+                )
+
+
+def _configuration(model: Path, overrides: list[str]) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe with its overrides, and what the checkpoint said of itself."""
+    path = model / CONFIG
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path}: cannot be read: {error}") from None
+    kind = found.get("model_type") if isinstance(found, dict) else None
+    if kind != BSTConfig.model_type or not isinstance(found.get("recipe"), dict):
+        raise ExportError(f"{path}: not of a model that `bst export` wrote (model_type {kind!r})")
+    if unknown := sorted(found.keys() - BSTConfig().to_dict().keys() - {"auto_map"}):
+        raise ExportError(f"{path}: unknown key {unknown[0]!r}")
+    return parse(Recipe, overridden(found["recipe"], overrides), where=f"{path}: recipe"), found.get("checkpoint") or {}
+
+
+class _Tensors:
+    """The weights in an export, checked against the recipe's model; read one at a time."""
+
+    def __init__(self, model: Path, recipe: Recipe) -> None:
+        with torch.device("meta"):
+            wanted = {name: tuple(p.shape) for name, p in LanguageModel(recipe.model).named_parameters()}
+        self._files = {}
+        self.shapes = wanted
+        for path in _weight_files(model):
+            try:
+                file = safe_open(path, framework="pt")
+                self._files |= dict.fromkeys(file.keys(), file)
+            except (OSError, SafetensorError) as error:
+                raise ExportError(f"{path}: damaged: {error}: copy the model again") from None
+        self._prefix = f"{BSTForCausalLM.base_model_prefix}."
+        there = {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
+        self._require(model, {self._prefix + name: shape for name, shape in wanted.items()}, there)
+
+    def read(self, name: str) -> torch.Tensor:
+        """In single precision."""
+        return self._files[self._prefix + name].get_tensor(self._prefix + name).float()
+
+    @staticmethod
+    def _require(model: Path, wanted: dict[str, tuple[int, ...]], there: dict[str, tuple[int, ...]]) -> None:
+        for name in sorted(wanted.keys() | there.keys()):
+            if wanted.get(name) != there.get(name):
+                raise ExportError(
+                    f"{model}: {name} is {there.get(name, 'missing')}, the model of its config.json wants "
+                    f"{wanted.get(name, 'no such tensor')}: export the run again"
+                )
+
+
+def _weight_files(model: Path) -> list[Path]:
+    if not (model / INDEX).is_file():
+        return [model / SINGLE]
+    try:
+        names = json.loads((model / INDEX).read_text())["weight_map"].values()
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ExportError(f"{model / INDEX}: cannot be read: {error}") from None
+    return [model / name for name in sorted(set(names))]
+
+
+def _write_checkpoint(path: Path, tensors: _Tensors, about: dict[str, Any]) -> None:
+    """A checkpoint of the weights alone, as a run of one rank writes it."""
+    path.mkdir(parents=True)
+    files = Files(path)
+    pieces = [Piece(name, shape, 0, torch.Size(shape).numel()) for name, shape in tensors.shapes.items()]
+    with files.open(shard_file(WEIGHTS, 0)) as file:
+        write_header(file, pieces, [torch.float32] * len(pieces), {"format": "pt"})
+        for piece in pieces:
+            write_values(file, tensors.read(piece.name))
+    unknown = {"tokens": 0, "validation_loss_nats": None, "data": {}, "skipped": 0, "updates": 0, "groups": {},
+               "layout": {"ranks": 1, "sp": 1, "zero_stage": 0}, "versions": versions(),
+               "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}  # fmt: skip
+    records = {name: {**record, "rank": 0} for name, record in files.records.items()}
+    (path / MANIFEST).write_text(json.dumps({**unknown, **about, "format": FORMAT, "files": records}, indent=1))

@@ -1,0 +1,180 @@
+"""The language model as a Hugging Face model: logits of every token, generation from the carried state.
+
+A row of a batch begins where its attention mask does. Padding is never read, on whichever side it lies: rows of unequal
+lengths are read as if each were alone.
+
+Shapes: B rows, T columns of this call, n tokens of a row in it, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from bst_dist.evaluate.rows import Rows
+from bst_dist.hub.configuration import BSTConfig
+from bst_dist.model.lm import LanguageModel
+from data_pipeline.errors import UserError
+
+
+class BSTCache:
+    """What each row has left behind: a window of keys and values and the SSM's state for each layer."""
+
+    is_compileable = False
+
+    def __init__(self, rows: int) -> None:
+        """Of `rows` rows that have read nothing."""
+        self.rows = Rows(rows)
+        self.columns = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of the input read so far, padding included."""
+        return self.columns
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i goes on from where row beam_idx[i] stood."""
+        self.rows.select(beam_idx.tolist())
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        self.rows.select([row for row in range(len(self.rows.positions)) for _ in range(repeats)])
+
+
+class BSTForCausalLM(PreTrainedModel, GenerationMixin):
+    """A trained language model of this project, whichever its mixers.
+
+    Parameters are single precision whatever `dtype` says, as in training: SSM dynamics do not survive less. Under
+    ``dtype=torch.bfloat16`` matrix products are computed in it, by autocast, as a run of train.precision bf16 does.
+    """
+
+    config_class = BSTConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _is_stateful = True
+    _no_split_modules = ["Layer"]  # noqa: RUF012 (transformers' own form)
+    _keep_in_fp32_modules_strict = {"model"}  # noqa: RUF012
+
+    def __init__(self, config: BSTConfig) -> None:
+        super().__init__(config)
+        self.model = LanguageModel(config.settings())
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As transformers does, but raises UserError for weights that are missing, unknown, or of another shape."""
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = super().from_pretrained(*args, **kwargs)
+        for wrong, keys in (("missing", "missing_keys"), ("of another shape", "mismatched_keys"),
+                            ("not of this model", "unexpected_keys")):  # fmt: skip
+            if found := sorted(key if isinstance(key, str) else key[0] for key in info[keys]):
+                raise UserError(f"{args[0]}: {len(found)} weights are {wrong}, {found[0]} the first: export it again")
+        return (model, info) if output_loading_info else model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The language model has initialised itself."""
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embedding
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: BSTCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the token after each, (B, T, V), and the mean loss of the labels, if there are any.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, at least T), zero for padding before or after a row's tokens; columns of earlier calls
+                come first.
+            past_key_values: what an earlier call with `use_cache` returned; it is read on from, and changed.
+            labels: (B, T), the inputs themselves; -100 where they do not count.
+            logits_to_keep: logits of so many last columns only, or of these columns; 0: of all. In a column of padding
+                they are those of the nearest token of the row.
+        """
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        runs = _Runs(input_ids, attention_mask)
+        with self._precision():
+            if use_cache or past_key_values is not None:
+                past_key_values = past_key_values or BSTCache(len(input_ids))
+                last = labels is None and isinstance(logits_to_keep, int) and logits_to_keep == 1
+                hidden = self._read(runs, past_key_values, last)
+            else:
+                hidden = self._at_once(runs)
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.model.logits(hidden[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+
+    def _precision(self) -> Any:
+        low = self.config.dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(self.device.type, self.config.dtype) if low else nullcontext()
+
+    def _read(self, runs: _Runs, cache: BSTCache, last: bool) -> Tensor:
+        """Read on from where each row stands; hidden states of every column (B, T, D), or of the last one (B, 1, D)."""
+        cache.columns += runs.columns
+        tokens = runs.tokens()
+        hidden = cache.rows.read(self.model, tokens, every=not last)
+        if last:
+            return torch.stack(hidden).unsqueeze(1)
+        longest = max(len(states) for states in hidden)
+        return runs.spread(torch.stack([nn.functional.pad(x, (0, 0, 0, longest - len(x))) for x in hidden]))
+
+    def _at_once(self, runs: _Runs) -> Tensor:
+        """All rows in one pass from their beginnings, padded behind to whole blocks: (B, T, D)."""
+        tokens = runs.tokens()
+        length = max(len(row) for row in tokens)
+        length += -length % self.model.config.block
+        ids = torch.stack([nn.functional.pad(row, (0, length - len(row))) for row in tokens])
+        return runs.spread(self.model.hidden(ids))
+
+
+class _Runs:
+    """Which columns each row's tokens are in."""
+
+    def __init__(self, ids: Tensor, mask: Tensor | None) -> None:
+        self.ids, self.columns = ids, ids.shape[1]
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(f"attention_mask must be (rows, columns), not {tuple(mask.shape)}")
+        seen = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, -self.columns :].bool()
+        self.first = seen.int().argmax(dim=1)
+        self.counts = seen.sum(dim=1)
+        if mask is not None:
+            column = torch.arange(self.columns, device=ids.device)
+            whole = (column >= self.first[:, None]) & (column < (self.first + self.counts)[:, None])
+            if not torch.equal(seen, whole):
+                raise ValueError(
+                    "attention_mask hides tokens between others: only padding at a row's ends can be hidden"
+                )
+
+    def tokens(self) -> list[Tensor]:
+        """Each row's own, (n,)."""
+        places = zip(self.ids, self.first.tolist(), self.counts.tolist(), strict=True)
+        return [row[first : first + count] for row, first, count in places]
+
+    def spread(self, hidden: Tensor) -> Tensor:
+        """(B, l, D) of each row's tokens from the front -> (B, T, D) in its columns, padding like the nearest token."""
+        column = torch.arange(self.columns, device=hidden.device) - self.first[:, None]
+        place = torch.minimum(column.clamp(min=0), self.counts[:, None] - 1)  # (B, T)
+        return hidden.gather(1, place.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))

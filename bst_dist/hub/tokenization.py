@@ -1,0 +1,78 @@
+"""The corpus's tokenizer as a Hugging Face tokenizer: the same ids for every text, and the same text for them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizer
+
+from bst_dist.hub.configuration import REMOTE_CODE
+from data_pipeline.tokenizer import Tokenizer
+
+FILE = "tokenizer.model"
+
+
+class BSTTokenizer(PreTrainedTokenizer):
+    """SentencePiece with the corpus's canonical form.
+
+    Text never becomes a special token, however it is spelt. In front of a text stands the begin token, if there is one:
+    for models of joined documents the end of the document before.
+    """
+
+    vocab_files_names = {"vocab_file": FILE}  # noqa: RUF012 (transformers' own form)
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
+
+    def __init__(self, vocab_file: str, **kwargs: Any) -> None:
+        self.vocab_file = vocab_file
+        self._text = Tokenizer.read(vocab_file)
+        self._ids = {self._text.piece(token): token for token in range(self._text.vocab_size)}
+        named = {"eos_token": self._text.eos_id, "pad_token": self._text.pad_id}
+        kwargs |= {name: self._text.piece(token) for name, token in named.items()}
+        kwargs |= {"split_special_tokens": True, "padding_side": kwargs.get("padding_side", "left")}
+        kwargs["special_tokens_pattern"] = "bos" if kwargs.get("bos_token") else "none"
+        super().__init__(**kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._text.vocab_size
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(self._ids)
+
+    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        """The pieces of a text, as names of ids."""
+        return [self._text.piece(token) for token in self._text.encode(text).tolist()]
+
+    def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
+        return self._text.decode([self._ids[token] for token in tokens])
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self._ids[token]
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self._text.piece(index)
+
+    def _decode(self, token_ids: int | Sequence[int], skip_special_tokens: bool = False, **kwargs: Any) -> str:
+        """The text of the ids, with the names of special ones in it unless they are skipped."""
+        ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        if skip_special_tokens:
+            return self._text.decode(ids)
+        special = set(self.all_special_ids)
+        runs = ((named, list(run)) for named, run in groupby(ids, key=special.__contains__))
+        return "".join("".join(map(self._text.piece, run)) if named else self._text.decode(run) for named, run in runs)
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        path = Path(save_directory) / (f"{filename_prefix}-{FILE}" if filename_prefix else FILE)
+        path.write_bytes(self._text.model)
+        return (str(path),)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> tuple[str, ...]:
+        """As transformers does, with the file that `auto_map` names."""
+        self.init_kwargs["auto_map"] = {"AutoTokenizer": ["bst.BSTTokenizer", None]}
+        saved = super().save_pretrained(save_directory, **kwargs)
+        shutil.copyfile(Path(__file__).with_name("remote_code.py"), Path(save_directory) / REMOTE_CODE)
+        return saved
