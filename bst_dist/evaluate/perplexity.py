@@ -1,16 +1,9 @@
-"""Loss, perplexity and bits per byte of a run's model on whole documents.
-
-Every document of the split is read from its beginning through the carried state, so each token is predicted from all
-that came before it in its document, however long (--context L makes the model forget after every L tokens). The end of
-a document is predicted too, and its cost counted. Errors are standard errors over documents, by the delta method for a
-ratio of sums. Perplexity depends on the tokenizer; bits per byte of text does not.
-"""
+"""`bst eval` without another form: loss, perplexity and bits per byte of a run's model on whole documents."""
 
 from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +11,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bst_dist.evaluate.corpora import open_text
 from bst_dist.evaluate.scoring import Score, score
 from bst_dist.evaluate.statistics import exponential, ratio
 from bst_dist.evaluate.trained import Trained, open_run
 from data_pipeline.commands.progress import stages
 from data_pipeline.errors import UserError
-from data_pipeline.loader import open_corpora
 from data_pipeline.reader import Corpus
 
 
@@ -32,7 +25,6 @@ def evaluate(trained: Trained, corpus: Corpus, context: int | None, console: Con
     recipe, block = trained.recipe, trained.recipe.model.block
     if context is not None and (context < 1 or context % block):
         raise UserError(f"--context {context} is not a multiple of the model's block, {block}")
-    corpus.require_vocabulary(trained.model.config.vocab_size)
     length = recipe.train.sequence_length
     with stages(console) as report:
         return score(
@@ -57,21 +49,13 @@ def summary(scored: Score) -> dict[str, Any]:
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", type=Path, help="directory of a run")
-    parser.add_argument("--split", default="validation", help="the documents to read (default: %(default)s)")
-    parser.add_argument("--checkpoint", metavar="STEP", type=int, help="weights after this step (default: the newest)")
-    parser.add_argument("--context", metavar="L", type=int,
-                        help="tokens after which the model forgets (default: whole documents)")  # fmt: skip
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     console = Console()
     trained = open_run(args.run, args.checkpoint)
     report: dict[str, Any] = {
         "run": str(args.run), "step": trained.step, "split": args.split, "context_tokens": args.context, "corpora": [],
     }  # fmt: skip
-    for corpus in open_corpora(trained.recipe.data, args.split):
+    for corpus in open_text(trained, args.split, args.corpus):
         started = time.perf_counter()
         figures = summary(evaluate(trained, corpus, args.context, console))
         figures["time_s"] = time.perf_counter() - started

@@ -38,6 +38,19 @@ class Stream(NamedTuple):
         return self.stop - self.start
 
 
+class ScoredSlice(NamedTuple):
+    """What one forward pass has found: b streams that run in step, l tokens of each from `offset` on."""
+
+    streams: list[Stream]
+    """(b,)"""
+    offset: int
+    """Tokens of each stream before the slice."""
+    labels: np.ndarray
+    """(b, l) int64, the tokens predicted; -1 where a stream has come to its end."""
+    nats: np.ndarray
+    """(b, l) float64, what each cost; 0 there."""
+
+
 @dataclass(frozen=True)
 class Score:
     """What each document costs under a model; all (n,)."""
@@ -91,29 +104,43 @@ def score(
         nats += np.log(len(token_bytes))
         sizes += [token_bytes[corpus.tokens(document, 0, 1)[0]] for document in range(len(lengths))]
         done = len(lengths)
-    for batch in _batches(streams(lengths, context, int(begin is None)), slice_length, model.config.block):
-        state: State = {}
-        for offset, ids, labels in _slices(corpus, batch, begin, slice_length, model.config.block):
-            past = model.carry({name: tensor[: len(ids)] for name, tensor in state.items()}, offset)
-            cost = _forward(model, ids, labels, past, precision)
-            state = past.after
-            documents = [stream.document for stream in batch[: len(ids)]]
-            np.add.at(nats, documents, cost)
-            np.add.at(sizes, documents, np.where(labels >= 0, token_bytes[labels], 0).sum(1))
-            done += int((labels >= 0).sum())
-            progress(done)
+    found = streams(lengths, context, int(begin is None))
+    for part in score_slices(model, corpus, found, begin=begin, slice_length=slice_length, precision=precision):
+        documents = [stream.document for stream in part.streams]
+        np.add.at(nats, documents, part.nats.sum(1))
+        np.add.at(sizes, documents, np.where(part.labels >= 0, token_bytes[part.labels], 0).sum(1))
+        done += int((part.labels >= 0).sum())
+        progress(done)
     return Score(nats, np.asarray(lengths, np.int64), sizes)
+
+
+def score_slices(
+    model: LanguageModel, corpus: Documents, found: list[Stream], *, begin: int | None, slice_length: int,
+    precision: str = "fp32",
+) -> Iterator[ScoredSlice]:  # fmt: skip
+    """Every token of the streams once, slice by slice; arguments as for `score`.
+
+    What is held at a time is a slice of TOKENS_AT_ONCE tokens and what the model carries from one slice to the next.
+    """
+    block = model.config.block
+    for batch in _batches(found, slice_length, block):
+        state: State = {}
+        for offset, ids, labels in _slices(corpus, batch, begin, slice_length, block):
+            past = model.carry({name: tensor[: len(ids)] for name, tensor in state.items()}, offset)
+            nats = _forward(model, ids, labels, past, precision)
+            state = past.after
+            yield ScoredSlice(batch[: len(ids)], offset, labels, nats)
 
 
 def _forward(
     model: LanguageModel, ids: np.ndarray, labels: np.ndarray, past: EarlierCall, precision: str
 ) -> np.ndarray:
-    """Nats of each row's labels, (b,)."""
+    """Nats of each label, (b, l)."""
     device = next(model.parameters()).device
     inputs, targets = torch.from_numpy(ids).to(device), torch.from_numpy(labels).to(device)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         losses = model(inputs, targets.clamp(min=0), targets >= 0, past=past)
-    return losses.per_token.double().sum(1).cpu().numpy()
+    return losses.per_token.double().cpu().numpy()
 
 
 def _batches(found: list[Stream], slice_length: int, block: int) -> Iterator[list[Stream]]:

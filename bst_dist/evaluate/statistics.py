@@ -23,10 +23,13 @@ class Estimate(NamedTuple):
         """As entries of a machine-readable report: `name` and `name`_standard_error."""
         return {name: self.value, f"{name}_standard_error": self.standard_error}
 
+    def text(self, digits: int, sign: bool = False) -> str:
+        """The value with so many decimals, and with `sign` a plus where it is positive, and its error."""
+        value = f"{self.value:{'+' if sign else ''}.{digits}f}"
+        return value if self.standard_error is None else f"{value} ± {self.standard_error:.{digits}f}"
+
     def __str__(self) -> str:
-        if self.standard_error is None:
-            return f"{self.value:.4f}"
-        return f"{self.value:.4f} ± {self.standard_error:.4f}"
+        return self.text(4)
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
