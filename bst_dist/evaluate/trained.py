@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from bst_dist.config import Recipe, load_recipe
+from bst_dist.lra.config import LongRangeConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.train.checkpoint import (
     CheckpointError,
@@ -41,18 +43,28 @@ def open_run(run_dir: Path, step: int | None = None) -> Trained:
     """The model of a run after `step`, on the accelerator if there is one; None: of its newest valid checkpoint.
 
     Step 0, where no checkpoint is kept, is made again from the recipe's seed. Raises UserError when the directory
-    holds no run, or the checkpoint is missing or damaged.
+    holds no run of a language model, or the checkpoint is missing or damaged.
     """
     recipe = read_recipe(run_dir)
+    if isinstance(recipe.data, LongRangeConfig):
+        raise UserError(f"{run_dir}: no language model, but a classifier of the task {recipe.data.task}: bst lra eval")
     torch.manual_seed(recipe.seed)
     model = LanguageModel(recipe.model)
+    return Trained(run_dir, recipe, restore(model, run_dir, step), model)
+
+
+def restore(model: nn.Module, run_dir: Path, step: int | None = None) -> int:
+    """Load a run's weights after `step` into its model, ready for evaluation on the accelerator; returns the step.
+
+    None: of its newest valid checkpoint; 0: the model keeps the weights it has. Raises CheckpointError.
+    """
     if step == 0:
         checkpoint = directory(run_dir, 0)
     else:
         checkpoint = newest_valid(run_dir) if step is None else _checkpoint(run_dir, step)
         model.load_state_dict(load_weights(checkpoint))
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return Trained(run_dir, recipe, step_of(checkpoint), model.to(device).eval())
+    model.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).eval()
+    return step_of(checkpoint)
 
 
 def tokenizer_of(run_dir: Path, recipe: Recipe) -> Tokenizer:

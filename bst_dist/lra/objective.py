@@ -66,6 +66,9 @@ class Classification:
     def token_bytes(self) -> Tensor:
         return torch.zeros(self.training.task.classes, dtype=torch.int64)
 
+    def tokenizer(self) -> None:
+        return None
+
     def about(self) -> dict[str, Any]:
         return {"examples_sha256": self.training.sha256}
 

@@ -1,0 +1,41 @@
+"""The accuracy of a Long Range Arena run on its test split, with its uncertainty.
+
+    bst lra eval runs/lra-listops
+    bst lra eval runs/lra-listops --split validation --step 4000
+
+The result is also kept in the run directory, for `bst lra table`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bst_dist.lra.evaluate import evaluate, keep, open_classifier
+from bst_dist.lra.tasks import SPLITS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `bst lra eval`."""
+    parser.add_argument("run", metavar="RUN", type=Path, help="directory of a run")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="what to evaluate on (default: test)")
+    parser.add_argument("--step", type=int, metavar="N", help="the checkpoint after N steps (default: the newest)")
+    parser.add_argument("--rows", type=int, default=64, metavar="N", help="examples at a time (default: 64)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate, print a line, keep the report."""
+    report = evaluate(open_classifier(args.run, args.step), args.split, args.rows)
+    keep(args.run, report)
+    accuracy = f"{report['accuracy']:.2%} ± {report['accuracy_standard_error']:.2%}"
+    Console().print(
+        f"{args.run} after {report['step']:,} steps: {accuracy} "
+        f"of {report['examples']:,} examples of {report['task']} ({args.split})\n"
+        f"95 % interval {report['accuracy_low_95']:.2%} to {report['accuracy_high_95']:.2%}; "
+        f"always the most frequent class: {report['majority_accuracy']:.2%}",
+        highlight=False,
+    )
+    return {"run": str(args.run), **report}

@@ -1,0 +1,99 @@
+"""What a trained classifier is worth: its accuracy on a whole split, kept in the run directory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bst_dist.config import Recipe
+from bst_dist.evaluate.trained import read_recipe, restore
+from bst_dist.lra.accuracy import Accuracy
+from bst_dist.lra.config import LongRangeConfig
+from bst_dist.lra.examples import Examples, open_split
+from bst_dist.lra.loader import LabelledLoader
+from bst_dist.lra.model import Classifier
+from bst_dist.lra.tasks import TASKS
+from bst_dist.parallel.mesh import Mesh
+from bst_dist.train.loop import on_device
+from data_pipeline.atomic import atomic_file
+from data_pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainedClassifier:
+    """A classifier with the weights it had after some step of its run."""
+
+    run_dir: Path
+    recipe: Recipe
+    step: int
+    model: Classifier
+
+
+def open_classifier(run_dir: Path, step: int | None = None) -> TrainedClassifier:
+    """The classifier of a run after `step`, on the accelerator if there is one; None: of its newest valid checkpoint.
+
+    Raises UserError when the directory holds no run of a task, or the checkpoint is missing or damaged.
+    """
+    recipe = read_recipe(run_dir)
+    if not isinstance(recipe.data, LongRangeConfig):
+        raise UserError(f"{run_dir}: a language model's run, not one of a Long Range Arena task; use bst eval")
+    torch.manual_seed(recipe.seed)
+    model = Classifier(recipe.model, recipe.data)
+    return TrainedClassifier(run_dir, recipe, restore(model, run_dir, step), model)
+
+
+def evaluate(trained: TrainedClassifier, split: str, rows: int = 64) -> dict[str, Any]:
+    """Accuracy over all examples of a split, `rows` at a time, beside the most frequent class of the training split."""
+    data, task = trained.recipe.data, TASKS[trained.recipe.data.task]
+    examples = open_split(Path(data.examples), split, task)
+    counts = np.bincount(open_split(Path(data.examples), "train", task).classes, minlength=task.classes)
+    majority = int(counts.argmax())
+    return {
+        "task": task.name,
+        "split": split,
+        "step": trained.step,
+        "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
+        **measure(trained.model, examples, trained.recipe, rows).report(),
+        "majority_class": majority,
+        "majority_accuracy": float((examples.classes == majority).mean()),
+        "examples_sha256": examples.sha256,
+    }
+
+
+def measure(model: Classifier, examples: Examples, recipe: Recipe, rows: int) -> Accuracy:
+    """How many of all examples the model gets right."""
+    batches = LabelledLoader(examples, length=recipe.train.sequence_length, rows=rows, micro_rows=rows, seed=None,
+                             mesh=Mesh(1, 0))  # fmt: skip
+    device = next(model.parameters()).device
+    correct = 0
+    for step in range(-(-len(examples) // rows)):
+        (batch,) = batches.batches(step)
+        half = recipe.train.precision == "bf16"
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
+            correct += int(model(**on_device(batch, device)).correct.sum())
+    return Accuracy(correct, len(examples))
+
+
+def kept_in(run_dir: Path, split: str) -> Path:
+    """Where a run's accuracy on a split is kept."""
+    return run_dir / f"accuracy-{split}.json"
+
+
+def keep(run_dir: Path, report: dict[str, Any]) -> None:
+    """Write a report of `evaluate` into the run directory."""
+    with atomic_file(kept_in(run_dir, report["split"])) as file:
+        file.write(json.dumps(report, indent=2).encode() + b"\n")
+
+
+def read_kept(run_dir: Path, split: str) -> dict[str, Any]:
+    """The report that was kept; raises UserError when there is none."""
+    path = kept_in(run_dir, split)
+    if not path.is_file():
+        read_recipe(run_dir)  # no run there at all is another message
+        raise UserError(f"{run_dir}: not evaluated on the {split} split yet: bst lra eval {run_dir} --split {split}")
+    return json.loads(path.read_text())

@@ -1,0 +1,71 @@
+"""Runs of one task side by side: accuracies, and means over the seeds of a recipe."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from bst_dist.config import FREE, Recipe
+from bst_dist.evaluate.trained import read_recipe
+from bst_dist.lra.evaluate import read_kept
+from data_pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run."""
+
+    run: str
+    model: str
+    seed: int
+    report: dict[str, Any]
+    recipe: str
+    """What runs have in common that differ in their seed alone."""
+
+
+def rows(run_dirs: Sequence[Path], split: str) -> list[Row]:
+    """The kept accuracies of runs; raises UserError when one is missing, or they are of different examples."""
+    found = [_row(run_dir, split) for run_dir in run_dirs]
+    for other in found[1:]:
+        if other.report["examples_sha256"] != found[0].report["examples_sha256"]:
+            raise UserError(
+                f"{found[0].run} and {other.run}: of different examples, so their accuracies do not compare"
+            )
+    return found
+
+
+def _row(run_dir: Path, split: str) -> Row:
+    recipe = read_recipe(run_dir)
+    return Row(str(run_dir), describe(recipe), recipe.seed, read_kept(run_dir, split), _without_seed(recipe))
+
+
+def describe(recipe: Recipe) -> str:
+    """A model in a few words."""
+    model = recipe.model
+    found = dict.fromkeys(f"{name}-{model.context.variant}" if name == "bst" else name for name in model.mixers())
+    return f"{' + '.join(found)}, {model.depth} x {model.width}"
+
+
+def _without_seed(recipe: Recipe) -> str:
+    data = recipe.model_dump(mode="json", exclude={"name", "seed", *(field for field in FREE if "." not in field)})
+    return json.dumps(data, sort_keys=True)
+
+
+def means(found: Sequence[Row]) -> list[dict[str, Any]]:
+    """Of each recipe: the mean accuracy over its seeds, and the standard error of that mean over seeds."""
+    groups: dict[str, list[Row]] = {}
+    for row in found:
+        groups.setdefault(row.recipe, []).append(row)
+    return [_mean(group) for group in groups.values()]
+
+
+def _mean(group: Sequence[Row]) -> dict[str, Any]:
+    accuracies = [row.report["accuracy"] for row in group]
+    error = stdev(accuracies) / math.sqrt(len(group)) if len(group) > 1 else None
+    return {"model": group[0].model, "parameters": group[0].report["parameters"], "seeds": len(group),
+            "accuracy_mean": mean(accuracies), "accuracy_mean_standard_error": error}  # fmt: skip
