@@ -164,9 +164,9 @@ class _Runs:
             column = torch.arange(self.columns, device=ids.device)
             whole = (column >= self.first[:, None]) & (column < (self.first + self.counts)[:, None])
             if not torch.equal(seen, whole):
-                raise ValueError(
-                    "attention_mask hides tokens between others: only padding at a row's ends can be hidden"
-                )
+                raise ValueError("attention_mask hides tokens between others: only a row's ends can be padding")
+            if not self.counts.all():
+                raise ValueError("attention_mask hides all tokens of a row: each needs one to begin with")
 
     def tokens(self) -> list[Tensor]:
         """Each row's own, (n,)."""

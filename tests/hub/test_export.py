@@ -1,0 +1,174 @@
+"""`bst export` and `bst import`, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import bst_dist.hub
+from bst_dist.cli import main
+from bst_dist.config import load_recipe
+from bst_dist.evaluate.trained import open_run, tokenizer_of
+from data_pipeline.errors import UserError
+
+
+def equal(one, other):
+    """Whether two runs have the same weights."""
+    a, b = open_run(one).model.state_dict(), open_run(other).model.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_what_is_exported_comes_back_by_import(exported, tmp_path):
+    run_dir, folder = exported()
+    assert main(["import", str(folder), str(tmp_path / "back"), "data.corpus=elsewhere"]) == 0
+    assert equal(run_dir, tmp_path / "back")
+    there, back = (load_recipe(path / "recipe.yaml") for path in (run_dir, tmp_path / "back"))
+    assert (back.model, back.train, back.data.corpus) == (there.model, there.train, "elsewhere")
+    assert open_run(tmp_path / "back").step == 7
+    assert tokenizer_of(tmp_path / "back", back).model == tokenizer_of(run_dir, there).model
+    for command in ("ls", "show", "verify"):
+        assert main(["ckpt", command, str(tmp_path / "back")]) == 0
+
+
+def test_what_transformers_has_saved_is_imported_too(exported, tmp_path):
+    run_dir, folder = exported()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    bst_dist.hub.BSTTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
+    assert main(["import", str(tmp_path / "saved"), str(tmp_path / "back")]) == 0
+    assert equal(run_dir, tmp_path / "back")
+
+
+def test_several_files_of_half_precision_are_one_model(exported, tmp_path):
+    run_dir, folder = exported("--dtype", "bf16", "--file-size", "20000")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    for name, weight in open_run(run_dir).model.state_dict().items():
+        got = model.model.state_dict()[name]
+        kept = name.rpartition(".")[2] in ("log_dt", "log_decay", "frequency")
+        assert torch.equal(got, weight if kept else weight.bfloat16().float()), name
+    assert main(["import", str(folder), str(tmp_path / "back")]) == 0
+
+
+def test_the_card_says_what_the_run_knows_and_no_secret(exported):
+    _, folder = exported()
+    card = (folder / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+    assert "| validation, 99 tokens in sequences as in training | 2.5000 | 3.5000 |" in card
+    assert "7 of 9 steps on 448 tokens" in card
+    assert not [path for path in folder.iterdir() if b"secret" in path.read_bytes()]
+
+
+def test_the_card_has_measured_figures_with_their_errors(make_run, tmp_path, capsys):
+    figures = {"loss_nats_per_token": 2.0, "loss_nats_per_token_standard_error": 0.25, "bits_per_byte": 3.0,
+               "bits_per_byte_standard_error": None, "corpus": "/data/prose", "documents": 12}  # fmt: skip
+    report, run_dir = tmp_path / "eval.json", make_run()
+
+    def export(step):
+        report.write_text(json.dumps({"step": step, "split": "validation", "corpora": [figures]}))
+        return main(["export", str(run_dir), str(tmp_path / "out"), "--evaluation", str(report)])
+
+    assert export(6) == 2
+    assert "is of step 6, the checkpoint of step 7" in capsys.readouterr().err
+    assert export(7) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| validation of prose, 12 whole documents | 2.0000 ± 0.2500 | 3.0000 |" in card
+
+
+def test_digests_are_what_sha256sum_reads(exported):
+    _, folder = exported()
+    assert subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, check=False).returncode == 0
+    assert len((folder / "SHA256SUMS").read_text().splitlines()) == len(list(folder.iterdir())) - 1
+
+
+def flip(folder):
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def drop(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: t for name, t in tensors.items() if name != "model.norm.weight"}, folder / "model.safetensors")
+
+
+def cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def change(**changes):
+    def edit(folder):
+        config = json.loads((folder / "config.json").read_text())
+        for key, value in changes.items():
+            *parents, leaf = key.split("__")
+            node = config
+            for parent in parents:
+                node = node[parent]
+            node[leaf] = value
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return edit
+
+
+@pytest.mark.parametrize(("damage", "said", "loading"), [
+    (cut, "damaged: .*copy the model again", None),
+    (drop, "model.norm.weight is missing, .* wants \\(16,\\)", "1 weights are missing, model.norm.weight"),
+    (change(recipe__model__ffn=32), "ffn.out.weight is \\(16, 24\\), .* wants \\(16, 32\\)", "of another shape"),
+    (change(recipe__model__depth=2, recipe__model__placement=[1]), "wants no such tensor", "not of this model"),
+    (change(recipe__model__widht=16), "unknown key 'model.widht': did you mean 'model.width'", "unknown key 'widht'"),
+    (change(frobnicate=1), "unknown key 'frobnicate'", None),
+    (change(model_type="gpt2"), "not of a model that `bst export` wrote", None),
+    (lambda folder: (folder / "tokenizer.model").unlink(), "tokenizer is missing", None),
+    (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors", None),
+])  # fmt: skip
+def test_a_damaged_export_is_refused_in_one_message(exported, tmp_path, capsys, damage, said, loading):
+    _, folder = exported()
+    (folder / "SHA256SUMS").unlink()
+    damage(folder)
+    capsys.readouterr()
+    assert main(["import", str(folder), str(tmp_path / "back")]) == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / "back").exists()
+    if loading:
+        with pytest.raises(UserError, match=loading):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("damage", "said"), [
+    (flip, "is not as it was exported"), (lambda folder: (folder / "bst.py").unlink(), "bst.py is missing"),
+])  # fmt: skip
+def test_a_file_that_is_not_as_exported_is_named(exported, tmp_path, capsys, damage, said):
+    _, folder = exported()
+    damage(folder)
+    assert main(["import", str(folder), str(tmp_path / "back")]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_existing_directories_and_runs_without_a_checkpoint_are_refused(exported, make_run, tmp_path, capsys):
+    run_dir, folder = exported()
+    assert main(["export", str(run_dir), str(folder)]) == 2
+    assert main(["import", str(folder), str(run_dir)]) == 2
+    shutil.rmtree(run_dir / "checkpoints")
+    capsys.readouterr()
+    assert main(["export", str(run_dir), str(tmp_path / "other")]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+
+
+def test_without_transformers_the_message_says_how_to_install_it():
+    code = "import sys; sys.modules['transformers'] = None; from bst_dist.cli import main; sys.exit(main(['export']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "bst export: transformers is not installed: pip install" in done.stderr

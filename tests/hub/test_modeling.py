@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import bst_dist.hub  # noqa: F401 (registers the model with transformers)
+from bst_dist.cli import main
+from bst_dist.evaluate.trained import open_run
+from bst_dist.hub import BSTCache
+
+KINDS = [
+    {}, {"context": {"variant": "MH"}}, {"context": {"variant": "MF", "states": 3}},
+    {"context": {"attend": "previous"}}, {"attention": {"position": "rope", "include_self": False}},
+    {"ssm": {"kernel": "explicit", "length": 20}},
+    {"ssm": {"kernel": "hyena", "length": 20}, "context": {"variant": "MF", "states": 3}},
+    {"ssm": {"kernel": "s4-dplr", "chunk": 4}}, {"ssm": {"chunk": 4, "init": "legs"}, "mixer": "gss"},
+    {"parametrisation": {"kind": "completep", "base_width": 8, "base_depth": 2}}, {"documents": "isolated"},
+    *({"mixer": mixer} for mixer in ("sliding", "block-recurrent", "ssm", "full")),
+    {"mixer": "transformer-xl", "transformer_xl": {"window": 16}},
+]  # fmt: skip
+MIXED = [{}, {"context": {"variant": "MF", "states": 3}}, {"mixer": "block-recurrent"}]
+PROMPTS = ["x", "for x = 12\nreturn naïve 😀 " * 3, "class café"]
+
+
+def padded(tokenizer, side="left"):
+    return tokenizer(PROMPTS, return_tensors="pt", padding=True, padding_side=side)
+
+
+def reference(model, ids):
+    """Our logits of every token, in one parallel pass."""
+    block = model.config.block
+    return model.logits(model.hidden(torch.tensor([[*ids, *[0] * (-len(ids) % block)]])))[0, : len(ids)]
+
+
+@pytest.fixture
+def loaded(exported):
+    def load(**changes):
+        run_dir, folder = exported(**changes)
+        return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), run_dir
+
+    return load
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@torch.no_grad()
+def test_logits_are_ours_and_generated_tokens_too(loaded, kind, tmp_path):
+    model, tokenizer, run_dir = loaded(**kind)
+    ours = open_run(run_dir).model
+    for prompt in PROMPTS[:2]:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        expected = reference(ours, inputs.input_ids[0].tolist())
+        for use_cache in (True, False):
+            got = model(**inputs, use_cache=use_cache).logits[0]
+            torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
+        written = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs.input_ids.shape[1] :]
+        options = ["--prompt", prompt, "--temperature", "0", "--tokens", "20", "--json", str(tmp_path / "r.json")]
+        assert main(["generate", str(run_dir), *options]) == 0
+        (text,) = json.loads((tmp_path / "r.json").read_text())["texts"]
+        assert tokenizer.decode(written, skip_special_tokens=True) == text["continuation"]
+        assert len(written) == text["tokens"]
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"context": {"variant": "MF", "states": 3}}, {"mixer": "block-recurrent"}], ids=str
+)
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_rows_of_unequal_prompts_are_read_as_if_alone(loaded, kind, side):
+    model, tokenizer, _ = loaded(**kind)
+    together = padded(tokenizer, side)
+    written = model.generate(**together, max_new_tokens=12, do_sample=False)[:, together.input_ids.shape[1] :]
+    for use_cache in (True, False):
+        logits = model(**together, use_cache=use_cache).logits
+        for row, prompt in enumerate(PROMPTS):
+            alone = tokenizer(prompt, return_tensors="pt")
+            own = logits[row][together.attention_mask[row].bool()]
+            torch.testing.assert_close(own, model(**alone).logits[0], rtol=2e-5, atol=2e-5)
+            drawn = model.generate(**alone, max_new_tokens=12, do_sample=False)[0, alone.input_ids.shape[1] :]
+            assert drawn.tolist() == written[row, : len(drawn)].tolist()
+
+
+@torch.no_grad()
+def test_beams_are_those_of_reading_everything_again(loaded):
+    model, tokenizer, _ = loaded()
+    options = {"max_new_tokens": 12, "num_beams": 3, "num_return_sequences": 2}
+    carried, again = (model.generate(**padded(tokenizer), **options, use_cache=cache) for cache in (True, False))
+    assert torch.equal(carried, again)
+
+
+@torch.no_grad()
+def test_a_token_is_generated_from_the_state_alone_and_the_state_does_not_grow(loaded):
+    model, tokenizer, _ = loaded()
+    read, inputs = [], tokenizer(PROMPTS[1], return_tensors="pt")
+    model.model.layers[0].register_forward_pre_hook(lambda _, given: read.append(given[0].shape[1]))
+    model.generate(**inputs, min_new_tokens=20, max_new_tokens=20)
+    assert sum(read) == inputs.input_ids.shape[1] + 19
+    cache, sizes = BSTCache(1), []
+    for _ in range(6):
+        model(torch.ones(1, 8, dtype=torch.long), past_key_values=cache)
+        sizes.append(cache.rows.state_bytes)
+    assert len(set(sizes)) == 1
+    assert cache.get_seq_length() == 48
+
+
+@torch.no_grad()
+def test_reading_goes_on_from_a_cache(loaded):
+    model, tokenizer, _ = loaded()
+    ids = tokenizer(PROMPTS[1], return_tensors="pt").input_ids
+    first = model(ids[:, :11])
+    rest = model(ids[:, 11:], past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(torch.cat((first.logits, rest), 1), model(ids).logits, rtol=2e-5, atol=2e-5)
+
+
+def test_loss_and_gradients_are_ours(loaded):
+    model, tokenizer, run_dir = loaded()
+    ours, inputs = open_run(run_dir).model, padded(tokenizer, "right")
+    model.train()
+    labels = inputs.input_ids.masked_fill(inputs.attention_mask == 0, -100)
+    loss = model(**inputs, labels=labels).loss
+    loss.backward()
+    ids = torch.nn.functional.pad(inputs.input_ids, (0, -inputs.input_ids.shape[1] % 8))
+    mask = torch.nn.functional.pad(inputs.attention_mask, (0, ids.shape[1] - inputs.attention_mask.shape[1])).bool()
+    mask = torch.nn.functional.pad(mask[:, 1:], (0, 1))
+    total = ours(ids, torch.nn.functional.pad(ids[:, 1:], (0, 1)), mask).total / mask.sum()
+    total.backward()
+    torch.testing.assert_close(loss, total, rtol=1e-5, atol=1e-5)
+    for (name, got), expected in zip(model.model.named_parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@torch.no_grad()
+def test_half_precision_is_that_of_training(exported):
+    run_dir, folder = exported()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    ids = list(range(4, 20))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = reference(open_run(run_dir).model, ids)
+    assert torch.equal(model(torch.tensor([ids]), use_cache=False).logits[0], expected)
+
+
+@pytest.mark.parametrize("mask", [[[1, 0, 1, 1]], [[0, 0, 0, 0]]])
+def test_a_mask_that_is_no_padding_is_refused(loaded, mask):
+    with pytest.raises(ValueError, match="attention_mask hides"):
+        loaded()[0](torch.ones(1, 4, dtype=torch.long), attention_mask=torch.tensor(mask))
+
+
+def test_the_directory_is_enough_under_trust_remote_code(exported, tmp_path):
+    _, folder = exported()
+    code = f"""
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({str(folder)!r}, trust_remote_code=True)
+print(model.generate(**tokenizer("for x", return_tensors="pt"), max_new_tokens=3).shape[1])
+"""
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 3
