@@ -19,7 +19,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text, default = action.help, action.default
-        if text is None or "default" in text or not action.option_strings or default in (None, False, [], "", ()):
+        unsaid = (None, False, "", [], (), argparse.SUPPRESS)
+        if text is None or "default" in text or not action.option_strings or default in unsaid:
             return text
         said = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
         return f"{text} (default: {said.replace('%', '%%')})"
@@ -53,7 +54,7 @@ def nearest(typed: list[str], commands: Iterable[str], groups: Iterable[str]) ->
     names = [*commands, *groups]
     last_words = {name.rpartition(" ")[2]: name for name in reversed(names)}
     for words in (typed[:2], typed[:1]):
-        found = difflib.get_close_matches(" ".join(words), names, n=1, cutoff=0.75)
+        found = difflib.get_close_matches(" ".join(words), names, n=1, cutoff=0.8)
         if found:
             return found[0]
     found = difflib.get_close_matches(typed[0], last_words, n=1, cutoff=0.75)  # `bst prepare` is `bst data prepare`

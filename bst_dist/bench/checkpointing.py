@@ -1,5 +1,7 @@
 """What each policy of activation checkpointing keeps between the passes, and what it costs in time.
 
+    bst bench checkpointing launch/recipes/demo.yaml --rounds 3
+
 One process, synthetic tokens, the recipe's own layers without its depth: what a layer adds is the difference between
 two depths, so the embedding and the loss do not count. Memory is counted from the tensors themselves. On a CPU,
 offload's inputs lie in the same memory as everything else, and the second column tells them apart.
@@ -33,7 +35,7 @@ POLICIES: tuple[str, ...] = get_args(ActivationCheckpointingConfig.model_fields[
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="whose layers, lengths and precision")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that differ from it")
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds of every policy in turn")
+    parser.add_argument("--rounds", metavar="N", type=int, default=5, help="counted rounds of every policy in turn")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

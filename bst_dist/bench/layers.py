@@ -1,5 +1,8 @@
 """Time one layer of every model beside other people's: one table, measured in one run.
 
+    bst bench layers --lengths 4096 --dtypes fp32 --rounds 3 --only "BST SH"
+    bst bench layers --no-peers
+
 Each layer has its feed-forward network, batch 1, random input. Times are medians over interleaved rounds with their
 range; "speed" is against our sliding-window layer, paired by round; "of peak" is the model's FLOPs against a matrix
 product of 2048 x 2048 measured in the same rounds.
@@ -64,13 +67,14 @@ SHAPES = {"paper": Shape(512, 8, 512), "latency": Shape(64, 4, 32)}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="paper", help="paper: D 512, W 512; latency: D 64, W 32")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384], metavar="L")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384], metavar="L",
+                        help="tokens of a sequence")  # fmt: skip
     parser.add_argument("--long", action="store_true", help="also 65536 tokens")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="precisions")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"ours to measure, of: {', '.join(OURS)}")
     parser.add_argument("--no-peers", action="store_true", help="leave out (and do not install) other people's layers")
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", metavar="N", type=int, default=5, help="counted rounds")
+    parser.add_argument("--threads", metavar="N", type=int, default=torch.get_num_threads(), help="of torch")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Every setting of a recipe: its name, type, default and meaning; or those of one section.
 
-bst recipe
-bst recipe schedule
-bst recipe --markdown > docs/recipes.md
+    bst recipe
+    bst recipe schedule
+    bst recipe --markdown > docs/recipes.md
+
+Any of them may be given on the command line of `bst train` as section.field=value.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ follows, and `bst recipe --markdown` printed this file."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `bst recipe`."""
-    parser.add_argument("section", nargs="?", default="", help="only the settings whose name begins with this")
+    parser.add_argument(
+        "section", nargs="?", default="", metavar="SECTION", help="only the settings whose name begins with this"
+    )
     parser.add_argument("--markdown", action="store_true", help="print a document rather than a table")
 
 

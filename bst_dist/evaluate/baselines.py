@@ -1,5 +1,7 @@
 """What a model is to beat on the same text: an order-2 byte model and xz -9.
 
+    bst baselines corpora/stdlib
+
 The byte model is trained on the corpus's training text and codes the validation text document by document, the end of
 each included, just as a language model does: their bits per byte are comparable. xz sees only the validation text, all
 of it as one stream, so it has nothing learnt beforehand but may look back over everything that came before.

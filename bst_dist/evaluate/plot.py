@@ -1,7 +1,10 @@
 """Draw the training curves of one or several runs against the tokens they have seen.
 
+    bst plot runs/demo
+    bst plot runs/demo runs/sliding --out curves.pdf
+
 Bits per byte in training and in evaluation, learning rate, gradient norm and speed. The suffix of --out decides the
-format: png, pdf or svg.
+format: png, pdf or svg. `bst compare --plot` draws them over time as well, and the differences.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Sequence parallelism by passing states against the same layer with all-to-alls: bytes and time.
 
+    bst bench parallel --layers SH sliding --lengths 4096 --sp 1 2 --width 256
+
 One layer, forward and backward, its sequence over `sp` ranks of this machine (gloo on CPUs with one thread a rank,
 NCCL on GPUs). Counted are the bytes that the rank which sends most sends in one pass; timed is the slowest rank, as the
 median of the repeats with the fastest and the slowest; "CPU ms" is the processor time of the busiest rank, which other
@@ -40,8 +42,8 @@ TOLERANCE = 1e-4
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Command-line options."""
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384], metavar="L", help="tokens a sequence")
-    parser.add_argument("--sp", type=int, nargs="+", default=[1, 2], help="ranks that share a sequence")
-    parser.add_argument("--layers", nargs="+", default=LAYERS, choices=LAYERS)
+    parser.add_argument("--sp", type=int, nargs="+", default=[1, 2], metavar="N", help="ranks that share a sequence")
+    parser.add_argument("--layers", nargs="+", default=LAYERS, choices=LAYERS, help="kinds of layers")
     parser.add_argument("--width", type=int, default=512, help="model width D (default 512); the FFN has 4 D")
     parser.add_argument("--heads", type=int, default=8, help="attention heads H (default 8); sp must divide them")
     parser.add_argument("--block", type=int, default=512, help="block W (default 512)")

@@ -1,7 +1,7 @@
 """List every model at the sizes of a recipe: parameters, FLOPs and carried state.
 
-    bst models launch/recipes/small-bst-sh.yaml
-    bst models launch/recipes/small-bst-sh.yaml model.width=512 model.heads=4
+    bst models launch/recipes/paper/small-bst-sh.yaml
+    bst models launch/recipes/paper/small-bst-sh.yaml model.width=512 model.heads=4
 
 The first row is the recipe's own model; the others have its width, heads, feed-forward network, block, depth,
 vocabulary and places. Nothing is trained and no weight is made: shapes are enough. Without model.vocab_size, the

@@ -1,7 +1,7 @@
 """Measure our reader and its peers side by side, on the same sequences, on this machine.
 
-  bst bench data                       # ours, webdataset, litdata, mosaicml-streaming; 131 M tokens
-  bst bench data --readers ours webdataset --sequences 4000
+    bst bench data                       # ours, webdataset, litdata, mosaicml-streaming; 131 M tokens
+    bst bench data --readers ours webdataset --sequences 4000
 
 The peers are installed at their first use into an environment of their own, below --directory; the library never
 imports them. Every measurement is a process of its own; repeats of all readers take turns, so that a busy moment of the
@@ -49,9 +49,13 @@ _DEFAULT = Path("~/.cache/bst/bench-data")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS), help="what to measure")
-    parser.add_argument("--sequences", type=int, default=32_000, help="sequences of 4097 tokens in a pass")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each; the median is reported")
-    parser.add_argument("--directory", type=Path, default=_DEFAULT, help="where the sequences and the peers lie")
+    parser.add_argument("--sequences", metavar="N", type=int, default=32_000, help="sequences of 4097 tokens in a pass")
+    parser.add_argument(
+        "--repeats", metavar="N", type=int, default=5, help="measurements of each; the median is reported"
+    )
+    parser.add_argument(
+        "--directory", metavar="DIR", type=Path, default=_DEFAULT, help="where the sequences and the peers lie"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Prepare a corpus: real text to SentencePiece tokens in WebDataset shards, with an index and a manifest.
 
-  bst data prepare launch/data/stdlib.yaml
-  bst data prepare CONFIG output=/data/mine tokenizer.vocab_size=16000 workers=8
-  mpirun -n 65 bst data prepare CONFIG        # over nodes: one rank leads, the others work
+    bst data prepare launch/data/stdlib.yaml
+    bst data prepare CONFIG output=/data/mine tokenizer.vocab_size=16000 workers=8
+    mpirun -n 65 bst data prepare CONFIG        # over nodes: one rank leads, the others work
 
 Interrupted work goes on where it stopped when started again; a corpus that is already there is reused.
 """
@@ -29,8 +29,8 @@ _INDENT = {"width": 100, "initial_indent": "      ", "subsequent_indent": "     
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments; the help ends with every setting of the YAML file."""
-    parser.add_argument("config", type=Path, help="YAML file of the preparation's settings")
-    parser.add_argument("override", nargs="*", help="settings that replace the file's: key=value, section.key=value")
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="the corpus's YAML file")
+    parser.add_argument("override", nargs="*", metavar="section.field=value", help="settings that differ from it")
     settings = (f"  {name} ({default})\n{fill(text, **_INDENT)}" for name, _, default, text in fields(PrepareConfig))
     parser.epilog = "settings and their defaults:\n" + "\n".join(settings)
 

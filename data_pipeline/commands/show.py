@@ -1,7 +1,9 @@
 """Print a document of a prepared corpus, decoded from its tokens.
 
-bst data show corpora/stdlib 000000012      # by key
-bst data show corpora/stdlib json           # by its path in the source
+    bst data show corpora/stdlib 000000012      # by key
+    bst data show corpora/stdlib json           # by its path in the source
+
+What is printed is the text that was prepared, to the byte, without the end-of-document token.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """List the sources of text that `bst data prepare` reads, and their settings.
 
-bst data sources            # all of them
-bst data sources arxiv      # one, with its settings explained
+    bst data sources            # all of them
+    bst data sources arxiv      # one, with its settings explained
+
+Settings go into the `source:` section of a corpus's YAML file; launch/data/ has one for each kind of source.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from data_pipeline.sources import SOURCES, Source
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("kind", nargs="?", help="explain this one")
+    parser.add_argument("kind", nargs="?", metavar="KIND", help="explain this one (default: list all)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

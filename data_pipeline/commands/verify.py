@@ -1,6 +1,6 @@
 """Verify a prepared corpus: every hash and CRC, the tokenizer, and that stock webdataset reads every document.
 
-  bst data verify corpora/stdlib
+    bst data verify corpora/stdlib
 
 Exit status 1 when anything is wrong; each line names the file, the document and the byte.
 """
@@ -23,7 +23,7 @@ from data_pipeline.verify import Problem, ShardTask, verify_shard, verify_tokeni
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
-    parser.add_argument("--workers", type=int, default=None, help="processes (default: one for each CPU)")
+    parser.add_argument("--workers", metavar="N", type=int, help="processes (default: one for each CPU)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:

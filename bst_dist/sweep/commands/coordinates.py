@@ -31,7 +31,7 @@ from data_pipeline.atomic import atomic_file
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sweep(parser)
     parser.add_argument("--widths", type=int, nargs="+", required=True, metavar="D", help="multiples of the head width")
-    parser.add_argument("--depths", type=int, nargs="+", required=True, metavar="N")
+    parser.add_argument("--depths", type=int, nargs="+", required=True, metavar="N", help="numbers of layers")
     parser.add_argument("--rate", type=float, default=0.1, metavar="X",
                         help="share of the peak rate to train at (default: %(default)s)")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=6, metavar="K", help="of weights (default: %(default)s)")
