@@ -75,7 +75,7 @@ class Classifier(LanguageModel):
         if labels is None:
             return logits
         mask = torch.ones_like(labels, dtype=torch.bool) if loss_mask is None else loss_mask
-        per_example = F.cross_entropy(logits.float(), labels, reduction="none") * mask
+        per_example = F.cross_entropy(_wide(logits), labels, reduction="none") * mask
         return Classified(per_example.sum(), per_example.detach(), (logits.argmax(-1) == labels) & mask)
 
     def _pool(self, x: Tensor, valid: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Classifier(LanguageModel):
         count = valid.sum(1, keepdim=True).clamp(min=1)
         if self.pooling == "last":
             return x.gather(1, (count - 1).unsqueeze(-1).expand(-1, -1, x.shape[-1])).squeeze(1)
-        return torch.where(valid.unsqueeze(-1), x.float(), 0.0).sum(1) / count
+        return torch.where(valid.unsqueeze(-1), _wide(x), 0.0).sum(1) / count
 
     def _combine(self, pooled: Tensor) -> Tensor:
         """(B, s, D) -> (B, D), or (B, 4 D) where two sequences are compared."""
@@ -91,3 +91,8 @@ class Classifier(LanguageModel):
             return pooled.squeeze(1)
         one, other = pooled.unbind(1)
         return torch.cat((one, other, one * other, one - other), dim=-1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least single precision, whatever the autocast."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

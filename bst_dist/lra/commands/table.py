@@ -31,7 +31,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print the tables."""
     found = rows(args.runs, args.split)
     grouped, first = means(found), found[0].report
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # a file has room for long names of runs
     console.print(f"{first['task']}, {args.split} split: {first['examples']:,} examples")
     console.print(f"always the most frequent class: {first['majority_accuracy']:.2%}\n")
     console.print(_of_runs(found))

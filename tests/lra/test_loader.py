@@ -1,0 +1,85 @@
+"""The order of examples: every pass a permutation, the same global batch however many ranks share it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bst_dist.lra.examples import Examples, open_split
+from bst_dist.lra.loader import LabelledLoader, LengthError
+from bst_dist.lra.tasks import TASKS
+from bst_dist.parallel.mesh import Mesh
+from data_pipeline.errors import UserError
+
+
+def loader(examples: Examples, **changes) -> LabelledLoader:
+    given = {"length": 32, "rows": 8, "micro_rows": 2, "seed": 1, "mesh": Mesh(1, 0)}
+    return LabelledLoader(examples, **{**given, **changes})
+
+
+@pytest.fixture
+def examples(listops) -> Examples:
+    return open_split(listops, "train", TASKS["listops"])
+
+
+def rows(batches) -> list[tuple[bytes, int]]:
+    return [(ids.tobytes(), int(label)) for batch in batches
+            for ids, label in zip(batch.input_ids, batch.labels, strict=True)]  # fmt: skip
+
+
+def test_every_pass_has_each_example_once_and_another_order(examples):
+    served = [row for step in range(15) for row in rows(loader(examples).batches(step))]  # 120 rows: two passes of 60
+    assert len(set(served)) == 60
+    assert sorted(served[:60]) == sorted(served[60:])
+    assert served[:60] != served[60:]
+    assert served != [row for step in range(15) for row in rows(loader(examples, seed=2).batches(step))]
+
+
+def test_rows_are_the_examples_with_padding_behind(examples):
+    (batch, *_) = loader(examples, seed=None).batches(0)
+    for row in range(2):
+        (symbols,) = examples.sequences(row)
+        assert batch.input_ids[row].tolist() == [int(s) + 1 for s in symbols] + [0] * (32 - len(symbols))
+        assert batch.labels[row] == examples.classes[row]
+    assert batch.loss_mask.all()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_the_global_batch_in_order(examples, world):
+    for step in (0, 9):
+        whole = rows(loader(examples).batches(step))
+        shared = [rows(loader(examples, mesh=Mesh(world, rank)).batches(step)) for rank in range(world)]
+        assert [row for part in shared for row in part] == whole
+
+
+def test_iteration_begins_where_it_is_told(examples):
+    served = iter(loader(examples, start_step=5))
+    for expected in (5, 6):
+        step, batches = next(served)
+        assert step == expected
+        assert rows(batches) == rows(loader(examples).batches(expected))
+
+
+def test_one_pass_ends_in_rows_that_do_not_count(examples):
+    (batch,) = loader(examples, rows=64, micro_rows=64, seed=None).batches(0)
+    assert batch.loss_mask.tolist() == [True] * 60 + [False] * 4
+    assert (batch.input_ids[60:] == 0).all()
+
+
+def test_examples_that_do_not_fit_are_an_error_where_they_are_not_cropped(examples):
+    with pytest.raises(LengthError, match=r"symbols and train.sequence_length holds 16: raise it, or prepare shorter"):
+        loader(examples, length=16)
+
+
+def test_long_texts_lose_their_end():
+    symbols = np.arange(40, dtype=np.uint8)
+    texts = Examples(TASKS["text"], "texts", symbols, np.array([[30], [40]]), np.array([0, 1], np.uint8), "")
+    (batch,) = loader(texts, length=16, rows=2, micro_rows=2, seed=None).batches(0)
+    assert batch.input_ids.tolist() == [list(range(1, 17)), [*range(31, 41), 0, 0, 0, 0, 0, 0]]
+
+
+def test_checkpoint_of_another_order_is_refused(examples):
+    state = loader(examples).state(4)
+    loader(examples).check(state)
+    with pytest.raises(UserError, match=r"another order .*seed: 1 then, 2 now"):
+        loader(examples, seed=2).check(state)

@@ -1,0 +1,64 @@
+"""Accuracies with their uncertainty, by an independent computation, and the table over seeds."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from scipy import optimize, stats
+
+from bst_dist.cli import main
+from bst_dist.config import Recipe
+from bst_dist.lra.accuracy import Accuracy
+from bst_dist.lra.evaluate import keep
+from data_pipeline.config import dump, parse
+
+
+@pytest.mark.parametrize(("correct", "examples"), [(0, 50), (3, 50), (1234, 4000), (50, 50)])
+def test_interval_is_where_the_score_test_no_longer_rejects(correct, examples):
+    found, share = Accuracy(correct, examples), correct / examples
+    low, high = found.interval()
+
+    def rejected(p: float) -> float:
+        return abs(share - p) / np.sqrt(p * (1 - p) / examples) - stats.norm.ppf(0.975)
+
+    tiny = 1e-9
+    assert low == pytest.approx(optimize.brentq(rejected, tiny, share - tiny) if correct else 0, abs=1e-6)
+    assert high == pytest.approx(
+        optimize.brentq(rejected, share + tiny, 1 - tiny) if correct < examples else 1, abs=1e-6
+    )
+
+
+def test_standard_error_is_the_spread_of_repeated_samples():
+    drawn = np.random.default_rng(0).binomial(400, 0.3, 20_000) / 400
+    assert Accuracy(120, 400).standard_error == pytest.approx(drawn.std(), rel=0.03)
+
+
+def run_directory(path, settings, seed, correct, **changes):
+    path.mkdir()
+    (path / "recipe.yaml").write_text(dump(parse(Recipe, settings | {"seed": seed, "name": path.name} | changes)))
+    keep(path, {"task": "listops", "split": "test", "step": 6, "parameters": 1000, "majority_accuracy": 0.12,
+                "examples_sha256": "a", **Accuracy(correct, 1000).report()})  # fmt: skip
+    return str(path)
+
+
+def test_table_takes_means_over_seeds_of_the_same_recipe(tmp_path, settings, capsys):
+    full = {"model": {**settings["model"], "mixer": "full"}}
+    runs = [run_directory(tmp_path / "one", settings, 1, 400), run_directory(tmp_path / "two", settings, 2, 500),
+            run_directory(tmp_path / "full", settings, 1, 300, **full)]  # fmt: skip
+    report = tmp_path / "report.json"
+    assert main(["lra", "table", *runs, "--json", str(report)]) == 0
+    printed = capsys.readouterr().out
+    assert "always the most frequent class: 12.00%" in printed
+    assert "40.00% ± 1.55%" in printed
+    bst, other = json.loads(report.read_text())["means"]
+    assert (bst["model"], bst["seeds"], bst["accuracy_mean"]) == ("bst-SH, 2 x 16", 2, 0.45)
+    assert bst["accuracy_mean_standard_error"] == pytest.approx(0.05)  # of 0.4 and 0.5
+    assert (other["model"], other["accuracy_mean_standard_error"]) == ("full, 2 x 16", None)
+
+
+def test_run_that_was_not_evaluated_says_how(tmp_path, settings, capsys):
+    run = run_directory(tmp_path / "one", settings, 1, 400)
+    assert main(["lra", "table", run, "--split", "validation"]) == 2
+    assert f"bst lra eval {run} --split validation" in capsys.readouterr().err
