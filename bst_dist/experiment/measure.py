@@ -70,7 +70,7 @@ class Measured:
 
 
 def measure_run(run_dir: Path, asked: MeasureConfig, kept: Path, say: Callable[[str], None]) -> Measured:
-    """All readings of a finished run; `kept`: the file in which its evaluation lies, or will lie."""
+    """All readings of a finished run; `kept`: the directory of evaluations that were made, for this one and others."""
     recipe = read_recipe(run_dir)
     found = Measured(count(recipe.model, recipe.train.sequence_length).total)
     lines = read_lines(run_dir / FILE)
@@ -138,15 +138,14 @@ def _lengths(
             found.notes[_at(length)] = f"refused: {error}"
     if not possible:
         return
-    ask = {"lengths": possible, "tokens": asked.tokens}
-    known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-    if known.get("asked") != ask:
+    path = kept / f"{run_dir.name}-at-{'-'.join(map(str, possible))}-of-{asked.tokens or 'all'}.json"
+    if not path.exists():
         say(f"evaluating {run_dir.name} at {', '.join(f'{length:,}' for length in possible)}")
-        known = {"asked": ask, "results": _evaluate(run_dir, possible, asked.tokens)}
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(kept) as file:
-            file.write(json.dumps(known).encode() + b"\n")
-    for length, result in zip(possible, known["results"], strict=True):
+        kept.mkdir(parents=True, exist_ok=True)
+        results = _evaluate(run_dir, possible, asked.tokens)
+        with atomic_file(path) as file:
+            file.write(json.dumps(results).encode() + b"\n")
+    for length, result in zip(possible, json.loads(path.read_text(encoding="utf-8")), strict=True):
         documents = ByDocument(np.array(result["bits"]), np.array(result["bytes"]))
         found.readings[_at(length)] = Reading(float(documents.cost.sum() / documents.size.sum()), documents)
         if result["how"] == "fir":

@@ -58,12 +58,13 @@ def made(tmp_path):
 
         def evaluated(self, trial, bits, sizes, lengths=(16, 32)):
             """What its evaluation gave by length and document, as it is kept."""
-            kept = self.experiment.results / "lengths" / f"{trial.name}.json"
+            ask = f"at-{'-'.join(map(str, lengths))}-of-all"
+            kept = self.experiment.directory / "lengths" / f"{trial.name}-{ask}.json"
             kept.parent.mkdir(parents=True, exist_ok=True)
             beyond = "fir" if trial.arm == "fir" else "carried"
             results = [{"length": n, "how": beyond if n > 16 else "carried", "bits": b, "bytes": sizes}
                        for n, b in zip(lengths, bits, strict=True)]  # fmt: skip
-            kept.write_text(json.dumps({"asked": {"lengths": list(lengths), "tokens": None}, "results": results}))
+            kept.write_text(json.dumps(results))
 
         def report(self):
             return report(self.experiment, self.trials)

@@ -37,7 +37,7 @@ def report(experiment: ExperimentConfig, found: list[Trial]) -> dict[str, Any]:
     for trial in found:
         standing = state.standing(trial)
         done = standing.status == "done"
-        kept = experiment.results / "lengths" / f"{trial.name}.json"
+        kept = experiment.directory / "lengths"
         own = measure_run(state.directory(trial.name), experiment.measure, kept, say) if done else None
         measured.append((trial, standing, own))
     table = gather(experiment, measured)

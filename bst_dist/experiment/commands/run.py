@@ -2,8 +2,18 @@
 
     bst experiment run launch/recipes/ablations/ssm.yaml
 
+An experiment is a file: a base recipe beside it, arms by name with their settings, and what is measured:
+
+    name: window
+    question: Is a window of 64 better than one of 32?
+    recipe: base.yaml
+    arms: {narrow: {model.block: 32}, wide: {model.block: 64}}
+    reference: narrow
+    seeds: [0, 1, 2]
+    measure: {lengths: [256, 4096], tokens: 131072}
+
 May be stopped or killed at any moment and given again: it goes on from what the run directories say. Runs that several
-experiments have in common are trained once.
+experiments have in common are trained once. Every field of the file is documented in bst_dist/experiment/config.py.
 """
 
 from __future__ import annotations
