@@ -24,6 +24,7 @@ from bst_dist.train.branch import BranchConfig
 from bst_dist.train.checkpoint import CheckpointConfig
 from bst_dist.train.evaluation import EvaluationConfig
 from bst_dist.train.guard import GuardConfig
+from bst_dist.train.initial import InitialWeightsConfig
 from bst_dist.train.loop import TrainConfig
 from bst_dist.train.metrics import LogConfig
 from bst_dist.train.optimizer import OptimizerConfig
@@ -61,7 +62,9 @@ class Recipe(Config):
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     branch: BranchConfig | None = None
-    """The checkpoint of another run that this one begins at; null: random weights."""
+    """The checkpoint of another run that this one goes on from as if it were its own; null: none."""
+    initial_weights: InitialWeightsConfig | None = None
+    """Another run's weights to begin with, for fine-tuning; null: random ones."""
     guard: GuardConfig = GuardConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     log: LogConfig = LogConfig()
@@ -83,6 +86,8 @@ class Recipe(Config):
             raise ValueError(
                 f"branch.step {self.branch.step} leaves none of the {self.train.steps} steps (train.steps)"
             )
+        if self.branch and self.initial_weights:
+            raise ValueError("branch and initial_weights: a run begins at one of them, not at both")
         return self
 
     def _fits_task(self, data: LongRangeConfig) -> None:
@@ -171,6 +176,8 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
     for field in FREE:
         section, _, name = field.rpartition(".")
         (data[section] if section else data).pop(name)
+    if recipe.initial_weights is None:
+        data.pop("initial_weights")  # recipes from before there were any have no such key in their digests
     return data
 
 

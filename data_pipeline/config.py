@@ -107,7 +107,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
     *parents, leaf = key.split(".")
     node = data
     for parent in parents:
-        node = node.setdefault(parent, {})
+        if node.get(parent) is None:  # a section that is not there, or there as null
+            node[parent] = {}
+        node = node[parent]
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
     node[leaf] = value

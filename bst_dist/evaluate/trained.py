@@ -20,13 +20,11 @@ from bst_dist.train.checkpoint import (
     newest_valid,
     step_of,
 )
-from bst_dist.train.rundir import RECIPE
+from bst_dist.train.initial import load_initial
+from bst_dist.train.rundir import RECIPE, TOKENIZER
 from data_pipeline.errors import UserError
 from data_pipeline.reader import Corpus
 from data_pipeline.tokenizer import Tokenizer
-
-TOKENIZER = "tokenizer.model"
-"""In the directory of an imported run: its tokenizer, so that it can write text where its corpus is not."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +40,16 @@ class Trained:
 def open_run(run_dir: Path, step: int | None = None) -> Trained:
     """The model of a run after `step`, on the accelerator if there is one; None: of its newest valid checkpoint.
 
-    Step 0, where no checkpoint is kept, is made again from the recipe's seed. Raises UserError when the directory
-    holds no run of a language model, or the checkpoint is missing or damaged.
+    Step 0, where no checkpoint is kept, is made again from the recipe's seed or initial weights. Raises UserError when
+    the directory holds no run of a language model, or the checkpoint is missing or damaged.
     """
     recipe = read_recipe(run_dir)
     if isinstance(recipe.data, LongRangeConfig):
         raise UserError(f"{run_dir}: no language model, but a classifier of the task {recipe.data.task}: bst lra eval")
     torch.manual_seed(recipe.seed)
     model = LanguageModel(recipe.model)
+    if step == 0 and recipe.initial_weights:
+        load_initial(model, recipe.initial_weights)
     return Trained(run_dir, recipe, restore(model, run_dir, step), model)
 
 

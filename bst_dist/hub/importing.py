@@ -21,7 +21,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from bst_dist.config import Recipe, digest
-from bst_dist.evaluate.trained import TOKENIZER
 from bst_dist.hub.configuration import BSTConfig
 from bst_dist.hub.export import DIGESTS
 from bst_dist.hub.modeling import BSTForCausalLM
@@ -30,7 +29,7 @@ from bst_dist.model.lm import LanguageModel
 from bst_dist.train.checkpoint import FORMAT, MANIFEST, WEIGHTS, directory, shard_file
 from bst_dist.train.durable import Files
 from bst_dist.train.exporting import INDEX, SINGLE
-from bst_dist.train.rundir import RECIPE
+from bst_dist.train.rundir import RECIPE, TOKENIZER
 from bst_dist.train.shards import Piece, write_header, write_values
 from bst_dist.version import versions
 from data_pipeline.atomic import atomic_directory

@@ -19,11 +19,12 @@ from bst_dist.plan.flops import train_flops_per_token
 from bst_dist.plan.hardware import peak_flops
 from bst_dist.train import activation, ledger, rng, rundir
 from bst_dist.train.branch import origin
-from bst_dist.train.checkpoint import CheckpointError, damage
+from bst_dist.train.checkpoint import CheckpointError, committed, damage
 from bst_dist.train.communication import WatchedGroup
 from bst_dist.train.engine import Engine
 from bst_dist.train.fragments import EngineState
 from bst_dist.train.guard import DivergedError, Guard, RollBack
+from bst_dist.train.initial import load_initial
 from bst_dist.train.layout import Layout, Rows
 from bst_dist.train.loop import Trainer
 from bst_dist.train.metrics import FILE, Console, Log, MetricsFile, TensorBoard, Writer, read_lines
@@ -160,6 +161,8 @@ def _engine(start: Start) -> Engine:
     """The model, equal on all ranks, in DeepSpeed's hands."""
     torch.manual_seed(start.recipe.seed)
     model = start.objective.model()
+    if start.recipe.initial_weights and not committed(start.run_dir):
+        load_initial(model, start.recipe.initial_weights, start.objective.about().get("tokenizer_sha256"))
     model.checkpoint = activation.policy(start.recipe.activation_checkpointing, model.layers)
     return Engine(model, start.recipe.optimizer, start.completed)
 
@@ -199,6 +202,8 @@ def _resume(request: Request, start: Start, snapshots: Snapshots, trainer: Train
     if position is not None:
         start.objective.loader(_mesh(start, trainer.ranks)).check(position.data)
         return position
+    if start.recipe.initial_weights and committed(start.run_dir):
+        raise CheckpointError(f"{start.run_dir}: no valid checkpoint to go on from: start anew in another --run-dir")
     if request.resume:
         _say(trainer.ranks, f"no valid checkpoint in {start.run_dir}: starting at step 0")
     return Position(step=0, tokens=0, data={}, carried=[])

@@ -10,10 +10,12 @@ profile/, stacks/ traces of steps, and where the ranks stood when they hung
 checkpoints/      step-00000100/ and so on
 heartbeats/       where each rank is, for the watchdogs of the others
 outcome.json      how the last start ended; absent while it runs or when it was cut short
+tokenizer.model   of an imported run, so that it can write text where its corpus is not
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -28,6 +30,7 @@ from data_pipeline.config import dump, load
 from data_pipeline.errors import UserError
 
 RECIPE, DS_CONFIG, ENVIRONMENT, OUTCOME = "recipe.yaml", "ds_config.json", "environment.json", "outcome.json"
+TOKENIZER = "tokenizer.model"
 
 # What of the DeepSpeed configuration decides the run's numbers: how it computes, and what ZeRO rounds on the way. The
 # rest follows from the ranks, or says where ZeRO keeps and sends things, and may change from one start to the next.
@@ -95,6 +98,15 @@ def read_outcome(run_dir: Path) -> dict[str, Any] | None:
     """What `finish` wrote, or None when the last start did not come to its end."""
     path = run_dir / OUTCOME
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def tokenizer_of(run_dir: Path) -> str | None:
+    """SHA-256 of the tokenizer that a run's text was made into tokens with; None when it has not written that down."""
+    if (run_dir / TOKENIZER).is_file():
+        return hashlib.sha256((run_dir / TOKENIZER).read_bytes()).hexdigest()
+    environment = run_dir / ENVIRONMENT
+    starts = json.loads(environment.read_text())["starts"] if environment.exists() else []
+    return starts[-1].get("tokenizer_sha256") if starts else None
 
 
 def _write(path: Path, text: str) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Discriminator, Tag
 
-from data_pipeline.config import Config, ConfigError, dump, fields, load, parse
+from data_pipeline.config import Config, ConfigError, dump, fields, load, overridden, parse
 
 
 class Inner(Config):
@@ -50,6 +50,11 @@ def path(tmp_path):
 def test_overrides_are_yaml_and_win(path):
     read = load(Outer, path, ["steps=7", "inner.rate=2e-4"])
     assert (read.name, read.steps, read.inner.rate) == ("a", 7, 2e-4)
+
+
+def test_an_override_makes_the_section_that_it_is_in():
+    for before in ({}, {"inner": None}, {"inner": {"rate": 1}}):
+        assert overridden(before, ["inner.rate=2"]) == {"inner": {"rate": 2}}
 
 
 def test_what_is_written_reads_back_equal(path, tmp_path):

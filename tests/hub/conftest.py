@@ -11,11 +11,10 @@ from safetensors.torch import save_file
 
 from bst_dist.cli import main
 from bst_dist.config import Recipe
-from bst_dist.evaluate.trained import TOKENIZER
 from bst_dist.model.lm import LanguageModel
 from bst_dist.train.checkpoint import FORMAT, MANIFEST, WEIGHTS, directory, shard_file
 from bst_dist.train.metrics import FILE
-from bst_dist.train.rundir import RECIPE
+from bst_dist.train.rundir import RECIPE, TOKENIZER
 from data_pipeline.config import dump, parse
 from data_pipeline.tokenizer import TokenizerConfig, train_tokenizer
 

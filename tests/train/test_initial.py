@@ -1,0 +1,95 @@
+"""Runs that begin with another run's weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bst_dist.config import Recipe, _identity, digest
+from bst_dist.model.lm import LanguageModel
+from bst_dist.train import program
+from bst_dist.train.checkpoint import CheckpointError, load_weights, newest_valid
+from bst_dist.train.initial import InitialWeightsConfig, load_initial
+from bst_dist.train.start import Request
+from data_pipeline.config import ConfigError, parse
+
+
+def weights(run_dir):
+    return load_weights(newest_valid(run_dir))
+
+
+@pytest.fixture
+def trained(settings, monkeypatch, tmp_path):
+    """A run as far as its initial weights are concerned: a checkpoint of step 5."""
+    recipe = parse(Recipe, settings | {"model": settings["model"] | {"vocab_size": 320}})
+    model = LanguageModel(recipe.model)
+    monkeypatch.setattr("bst_dist.train.initial.committed", lambda _: [tmp_path / "checkpoints" / "step-00000005"])
+    monkeypatch.setattr("bst_dist.train.initial.damage", lambda _: [])
+    monkeypatch.setattr("bst_dist.train.initial.load_weights", lambda _: model.state_dict())
+    return SimpleNamespace(config=InitialWeightsConfig(run=tmp_path, step=5), model=model, settings=recipe.model)
+
+
+def test_the_weights_are_the_other_runs(trained):
+    torch.manual_seed(9)
+    model = LanguageModel(trained.settings)
+    load_initial(model, trained.config)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.model.parameters(), strict=True))
+
+
+def test_a_model_of_another_shape_is_refused(trained):
+    for change, message in (
+        ({"ffn": 48}, "ffn.out.weight is (16, 32), here (16, 48)"),
+        ({"depth": 4}, "missing"),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            load_initial(LanguageModel(trained.settings.model_copy(update=change)), trained.config)
+
+
+def test_text_of_another_tokenizer_is_refused(trained, tmp_path):
+    load_initial(trained.model, trained.config, "abc")  # that run has not written its own down
+    (tmp_path / "environment.json").write_text(json.dumps({"starts": [{"tokenizer_sha256": "abc"}]}))
+    load_initial(trained.model, trained.config, "abc")
+    with pytest.raises(CheckpointError, match="had another tokenizer"):
+        load_initial(trained.model, trained.config, "def")
+
+
+def test_a_step_without_a_checkpoint_is_refused_with_those_there_are(trained, tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint of step 6; there are: 5"):
+        load_initial(trained.model, InitialWeightsConfig(run=tmp_path, step=6))
+
+
+def test_the_identity_of_a_run_without_them_is_what_it_was_before_there_were_any(settings):
+    plain = parse(Recipe, settings)
+    other = parse(Recipe, settings | {"initial_weights": {"run": "elsewhere", "step": 5}})
+    assert "initial_weights" not in _identity(plain)
+    assert digest(plain) != digest(other)
+
+
+def test_a_run_cannot_begin_at_a_branch_and_at_other_weights(settings):
+    both = {"initial_weights": {"run": "a", "step": 1}, "branch": {"run": "b", "step": 1}}
+    with pytest.raises(ConfigError, match="branch and initial_weights"):
+        parse(Recipe, settings | both)
+
+
+@pytest.mark.ranks
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("stage", [1, 3])
+def test_training_begins_with_them_and_goes_on_without_them(recipe_file, on_ranks, tmp_path, stage):
+    def go(run, *changes, resume=False, until=None):
+        request = Request(recipe_file(), changes, tmp_path / run, resume, until)
+        on_ranks(2, lambda ranks: program.train(request, ranks))
+
+    go("first", "train.steps=2")
+    changes = [f"deepspeed=ds_configs/zero{stage}.json", f"initial_weights.run={tmp_path / 'first'}",
+               "initial_weights.step=2", "optimizer.learning_rate=1e-9", "optimizer.ssm_learning_rate=1e-9",
+               "optimizer.weight_decay=0", "seed=8"]  # fmt: skip
+    go("tuned", *changes, until=2)
+    shutil.move(tmp_path / "first", tmp_path / "away")
+    go("tuned", *changes, resume=True, until=4)
+    for name, weight in weights(tmp_path / "away").items():
+        torch.testing.assert_close(weights(tmp_path / "tuned")[name], weight, rtol=0, atol=1e-7)
