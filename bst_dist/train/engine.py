@@ -6,6 +6,8 @@ Everything that is peculiar to a ZeRO stage is in this file, in `weights` and in
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -47,6 +49,12 @@ class Engine:
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The model's forward pass, under autocast when the precision is bf16."""
         return self.deepspeed(*inputs, **named)
+
+    @contextmanager
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """While it is entered, these parameters are whole on every rank, under ZeRO-3 too; every rank must enter it."""
+        with deepspeed.zero.GatheredParameters(parameters):
+            yield
 
     def set_rates(self, factor: float) -> dict[str, float]:
         """Put every group's hyperparameters in place, rates scaled by `factor`; returns the rates by group."""

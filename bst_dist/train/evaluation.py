@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from data_pipeline.config import Config
 if TYPE_CHECKING:
     from bst_dist.parallel.group import SequenceGroup
     from bst_dist.train.engine import Engine
+    from bst_dist.train.probes import Probes
     from bst_dist.train.ranks import Ranks
     from bst_dist.train.signals import Stop
     from data_pipeline.batch import Batch
@@ -42,6 +44,8 @@ class Evaluate(Callback):
         that have the other slices."""
         self.config, self.batches, self.engine, self.ranks = config, batches, engine, ranks
         self.token_bytes, self.writers, self.steps, self.stop, self.sharing = token_bytes, writers, steps, stop, sharing
+        self.probes: Probes | None = None
+        """What looks into the model while it is evaluated."""
 
     def due(self, step: int) -> bool:
         """Whether the run is evaluated after so many steps."""
@@ -58,10 +62,14 @@ class Evaluate(Callback):
 
     def make(self, step: int) -> None:
         """Evaluate, and write down what comes of it; given up when the ranks are told to stop."""
-        found = self.evaluate(step)
-        if found is not None:
-            for writer in self.writers:
-                writer.write(found)
+        with self.probes.watching() if self.probes else nullcontext():
+            found = self.evaluate(step)
+        if found is None:
+            return
+        for writer in self.writers:
+            writer.write(found)
+        if self.probes:
+            self.probes.look(step)
 
     def evaluate(self, step: int) -> EvalReport | None:
         """The loss of the model as it is, or None when the ranks were told to stop; every rank must call it."""

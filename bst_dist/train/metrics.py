@@ -1,4 +1,4 @@
-"""What a run reports: lines on the console, `metrics.jsonl`, TensorBoard events."""
+"""What a run reports: lines on the console and in `metrics.jsonl`; for TensorBoard see `tensorboard.py`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from dataclasses import asdict, dataclass
 from math import log, nan
 from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, field_validator
 
 from data_pipeline.atomic import atomic_file
 from data_pipeline.config import Config
+
+if TYPE_CHECKING:
+    from bst_dist.train.probes import Seen
 
 FILE = "metrics.jsonl"
 
@@ -24,6 +27,11 @@ class LogConfig(Config):
     """Steps between two lines on the console; every step goes to metrics.jsonl."""
     tensorboard: bool = True
     """Write TensorBoard events into the run directory's tensorboard/."""
+    probes: bool = True
+    """For TensorBoard, at evaluations: what context states say by layer, and the time scales of the SSMs."""
+    sample_tokens: int = Field(64, ge=0)
+    """For TensorBoard, at evaluations: tokens that the model writes after a beginning of the validation text; 0: no
+    sample. Not under ZeRO-3."""
     straggler: float = Field(1.2, gt=1)
     """Warn when the slowest rank's own work in a step takes this many times the median rank's."""
     profile: tuple[int, int] | None = None
@@ -135,6 +143,9 @@ class Writer:
     def write(self, report: Report) -> None:
         """Take in one report."""
 
+    def see(self, seen: Seen) -> None:
+        """Take in what probes saw; most have no place for it."""
+
     def close(self) -> None:
         """Nothing more will come."""
 
@@ -174,26 +185,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
-
-
-class TensorBoard(Writer):
-    """Event files for TensorBoard, by step; a resumed run hides what lay beyond its checkpoint."""
-
-    def __init__(self, run_dir: Path, start_step: int):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
-
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
-
-    def write(self, report: Report) -> None:
-        if isinstance(report, SkippedReport):
-            return
-        kind = report.split if isinstance(report, EvalReport) else report.kind
-        for name, value in _flat(asdict(report)).items():
-            if name != "step" and isinstance(value, (int, float)):
-                self._writer.add_scalar(f"{kind}/{name}", value, report.step)
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 class Console(Writer):
@@ -263,14 +254,6 @@ def _performance(report: PerformanceReport) -> str:
     shares = ", ".join(f"{phase} {seconds / total:.0%}" for phase, seconds in spent if seconds / total >= 0.005)
     sent = sum(report.sent_bytes.values())
     return f"{shares}; {sent / 1e6:,.1f} MB sent a step; {report.memory_bytes / 2**30:,.2f} GiB of memory"
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """The values of a report, those of a section under the section's name."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= {f"{name}/{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
 
 
 def duration(seconds: float) -> str:

@@ -19,6 +19,7 @@ from bst_dist.parallel.mesh import Mesh
 from bst_dist.train.evaluation import Evaluate
 from data_pipeline.loader import Loader, open_corpora
 from data_pipeline.reader import Corpus
+from data_pipeline.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from bst_dist.train.loop import Trainer
@@ -57,6 +58,9 @@ class Objective(Protocol):
     def token_bytes(self) -> Tensor:
         """(V,) bytes of text that each label stands for; zeros where labels are no text."""
 
+    def tokenizer(self) -> Tokenizer | None:
+        """What turns tokens into text; None where they are none."""
+
     def loader(self, mesh: Mesh, start_step: int = 0) -> Batches:
         """The training batches of a rank."""
 
@@ -90,6 +94,9 @@ class LanguageModelling:
 
     def token_bytes(self) -> Tensor:
         return torch.from_numpy(self.corpora[0].token_bytes())
+
+    def tokenizer(self) -> Tokenizer:
+        return self.corpora[0].tokenizer()
 
     def about(self) -> dict[str, Any]:
         return {"tokenizer_sha256": self.corpora[0].manifest.tokenizer.sha256}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,13 +22,15 @@ from bst_dist.train.branch import origin
 from bst_dist.train.checkpoint import CheckpointError, committed, damage
 from bst_dist.train.communication import WatchedGroup
 from bst_dist.train.engine import Engine
+from bst_dist.train.evaluation import Evaluate
 from bst_dist.train.fragments import EngineState
 from bst_dist.train.guard import DivergedError, Guard, RollBack
 from bst_dist.train.initial import load_initial
 from bst_dist.train.layout import Layout, Rows
 from bst_dist.train.loop import Trainer
-from bst_dist.train.metrics import FILE, Console, Log, MetricsFile, TensorBoard, Writer, read_lines
+from bst_dist.train.metrics import FILE, Console, Log, MetricsFile, Writer, read_lines
 from bst_dist.train.performance import Performance
+from bst_dist.train.probes import Probes
 from bst_dist.train.profiling import Profile
 from bst_dist.train.ranks import Ranks
 from bst_dist.train.retention import abandon
@@ -36,6 +38,7 @@ from bst_dist.train.signals import Notice, Stop
 from bst_dist.train.snapshot import Checkpoints, Evaluated, Identity, Position, Snapshots
 from bst_dist.train.start import Request, Start, load, resolve
 from bst_dist.train.status import DONE, RESUBMIT
+from bst_dist.train.tensorboard import TensorBoard, hparams
 from bst_dist.train.utilisation import Speed, recomputed_flops_per_token
 from bst_dist.train.watchdog import Watchdog
 
@@ -84,11 +87,13 @@ def _go_on(start: Start, snapshots: Snapshots, trainer: Trainer, position: Posit
     ranks, recipe = trainer.ranks, start.recipe
     trainer.tokens, trainer.carried, trainer.skipped = position.tokens, position.carried, position.skipped
     evaluated = Evaluated()
-    writers = [*_writers(start, position.step), evaluated] if ranks.first else []
+    writers = [*_writers(start, trainer.engine, ranks, position.step), evaluated] if ranks.first else []
     trainer.guard = _guard(start, ranks, position)
     loader = start.objective.loader(_mesh(start, ranks), position.step + position.skipped)
     evaluate = start.objective.evaluation(trainer, writers)
     say = partial(_say, ranks)
+    if recipe.log.tensorboard:
+        evaluate.probes = _probes(start, trainer, evaluate, say)
 
     def data_state(step: int) -> dict[str, Any]:
         return loader.state(step + position.skipped)
@@ -242,10 +247,20 @@ def _mesh(start: Start, ranks: Ranks) -> Mesh:
     return Mesh(ranks.world, ranks.rank, start.recipe.parallel.sp)
 
 
-def _writers(start: Start, done: int) -> list[Writer]:
+def _writers(start: Start, engine: Engine, ranks: Ranks, done: int) -> list[Writer]:
     log = start.recipe.log
     writers = [MetricsFile(start.run_dir, done), Console(log.every, start.recipe.train.steps, log.straggler)]
-    return [*writers, TensorBoard(start.run_dir, done)] if log.tensorboard else writers
+    if not log.tensorboard:
+        return writers
+    about = hparams(start.recipe, parameters=_parameters(engine), ranks=ranks.world)
+    return [*writers, TensorBoard(start.run_dir, done, about)]
+
+
+def _probes(start: Start, trainer: Trainer, evaluate: Evaluate, say: Callable[[str], None]) -> Probes:
+    """What looks into the model at evaluations; samples of text go on from the first validation sequence."""
+    tokenizer = start.objective.tokenizer()
+    prompt = () if tokenizer is None else evaluate.batches[0].input_ids[0].tolist()
+    return Probes(start.recipe.log, trainer.engine, trainer.ranks, evaluate.writers, tokenizer, prompt, say)
 
 
 def _lines(start: Start) -> list[dict[str, Any]]:
@@ -269,13 +284,13 @@ def _outcome(lines: Sequence[dict[str, Any]], steps: int) -> dict[str, Any]:
 def _header(start: Start, engine: Engine, ranks: Ranks) -> str:
     recipe, model, world = start.recipe, start.recipe.model, ranks.world
     layers = ", ".join(f"{count} {mixer}" for mixer, count in Counter(model.mixers()).items())
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     tokens = recipe.train.sequences * recipe.train.sequence_length
+    size = f"{_parameters(engine) / 1e6:,.2f} M parameters"
     micro = f"{start.accumulation} micro-batch{'es' if start.accumulation > 1 else ''}"
     mesh = f"dp {world // recipe.parallel.sp} x sp {recipe.parallel.sp}"
     lines = {
         "run": f"{start.run_dir}",
-        "model": f"{layers} layers, width {model.width}, block {model.block}: {parameters / 1e6:,.2f} M parameters",
+        "model": f"{layers} layers, width {model.width}, block {model.block}: {size}",
         "ranks": f"{world} ({mesh}), ZeRO-{engine.stage}, {recipe.train.precision}, "
         f"activation checkpointing: {recipe.activation_checkpointing.describe()}, "
         f"attention: {attention_path(ranks.device)}",
@@ -283,6 +298,11 @@ def _header(start: Start, engine: Engine, ranks: Ranks) -> str:
         f"{micro} a rank",
     }
     return "\n".join([*(f"{name:<6} {text}" for name, text in lines.items()), Console.header(start.objective.labels)])
+
+
+def _parameters(engine: Engine) -> int:
+    """Of the model, also where ZeRO-3 has spread them."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
 
 
 def _say(ranks: Ranks, text: str) -> None:

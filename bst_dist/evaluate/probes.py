@@ -1,0 +1,146 @@
+"""Looks inside a model: the time scales of its SSMs, and what its layers make of their context states.
+
+Only the model is known here, so training can look too (`bst_dist.train.probes`).
+
+Shapes: B rows, l tokens, H heads, dh head width, nb blocks of n context states, W block.
+"""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from bst_dist.evaluate.cuts import kernel_of
+from bst_dist.model.attention import unit
+from bst_dist.model.baselines.block_recurrent import BlockRecurrentMixer
+from bst_dist.model.context import CrossAttention
+from bst_dist.model.layers import BSTMixer, NoCrossMixer
+from bst_dist.model.lm import LanguageModel
+from bst_dist.model.ssm.dplr import S4DPLR
+from bst_dist.model.ssm.s4d import S4D
+from bst_dist.model.ssm.unstructured import LongFilter
+
+BLOCKS_LOOKED_AT = 4
+"""The entropy is that of one row's last so many blocks: scores are never held for more."""
+
+
+def kernels(model: LanguageModel) -> dict[int, nn.Module]:
+    """The SSMs of a model that remember anything, by layer."""
+    found = {index: kernel_of(layer.mixer) for index, layer in enumerate(model.layers)}
+    return {index: kernel for index, kernel in found.items() if kernel is not None}
+
+
+@singledispatch
+def time_scales(kernel: nn.Module) -> Tensor:
+    """Tokens after which what a mode of the SSM remembers is down to 1/e, flat; raises TypeError for other modules."""
+    raise TypeError(f"no time scales are known of a {type(kernel).__name__}")
+
+
+@time_scales.register
+def _(kernel: S4D) -> Tensor:
+    """1 / (dt |Re A|)."""
+    log_a, _ = kernel.log_transition()
+    return (-1 / log_a.real).detach().flatten()
+
+
+@time_scales.register
+def _(kernel: S4DPLR) -> Tensor:
+    """Of the eigenvalues of the discrete recurrence: the low-rank part mixes the modes."""
+    transition, _, _ = kernel.recurrence()
+    return (-1 / torch.linalg.eigvals(transition.detach()).abs().log()).flatten()
+
+
+@time_scales.register
+def _(kernel: LongFilter) -> Tensor:
+    """Of the windows exp(-α t / K) of the channels' filters: K / α."""
+    return (kernel.length / kernel.log_decay.double().exp()).detach().flatten()
+
+
+class ContextProbe:
+    """While it is entered, looks at the first forward pass: how much the context states say in each layer.
+
+    Afterwards `sums` has for each layer with context states (4,) float64, to be added up over ranks: the squares of
+    what self-attention and of what cross-attention contribute to the mixer's output, and the entropies of
+    cross-attention (0: all on one state; 1: all alike) with how many they are.
+    """
+
+    def __init__(self, model: LanguageModel):
+        kinds = BSTMixer, BlockRecurrentMixer
+        self._mixers = {
+            index: layer.mixer
+            for index, layer in enumerate(model.layers)
+            if isinstance(layer.mixer, kinds) and not isinstance(layer.mixer, NoCrossMixer)
+        }
+        device = model.embedding.weight.device
+        self.sums = {index: torch.zeros(4, dtype=torch.float64, device=device) for index in self._mixers}
+        self._looked: set[tuple[int, str]] = set()
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> ContextProbe:
+        for index, mixer in self._mixers.items():
+            self._handles.append(mixer.out.register_forward_pre_hook(self._shares(index)))
+            if isinstance(mixer, BSTMixer):
+                self._handles += self._watch_attention(index, mixer.cross)
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, where: TracebackType | None) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _first(self, index: int, what: str) -> bool:
+        """Whether this has not been looked at before."""
+        new = (index, what) not in self._looked
+        self._looked.add((index, what))
+        return new
+
+    def _shares(self, index: int):
+        @torch.no_grad()
+        def look(out: nn.Linear, args: tuple) -> None:
+            if self._first(index, "share"):  # the weight is there: under ZeRO-3 it has been gathered by now
+                halves = zip(args[0].chunk(2, dim=-1), out.weight.chunk(2, dim=1), strict=True)
+                self.sums[index][:2] = torch.stack([F.linear(x, w).double().square().sum() for x, w in halves])
+
+        return look
+
+    def _watch_attention(self, index: int, cross: CrossAttention) -> list[RemovableHandle]:
+        queries: list[Tensor] = []
+
+        def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+            queries[:] = [output[:1].detach()]
+
+        @torch.no_grad()
+        def look(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> None:
+            if self._first(index, "entropy"):
+                q = unit(queries.pop().unflatten(-1, (cross.heads, -1)), cross.scale)
+                self.sums[index][2:] = relative_entropy(q, output[0][:1].detach(), cross.block)
+            queries.clear()
+
+        return [cross.query.register_forward_hook(keep), cross.context.register_forward_hook(look)]
+
+
+def relative_entropy(q: Tensor, k: Tensor, block: int) -> Tensor:
+    """Sum over tokens and heads of the entropies of attention to context by those of even attention, and their number.
+
+    Args:
+        q: (1, l, H, dh), whole blocks, or less than one.
+        k: (1, l, H, dh), a state a token, seen causally within a block; or (1, nb, n, H, dh), all seen by their block.
+
+    Tokens that see one state alone have no entropy and do not count. (2,) float64.
+    """
+    causal, span = k.dim() == 4, min(block, q.shape[1])
+    q = q[0].unflatten(0, (-1, span))[-BLOCKS_LOOKED_AT:].float()  # (nb, W, H, dh)
+    k = (k[0].unflatten(0, (-1, span)) if causal else k[0])[-BLOCKS_LOOKED_AT:].float()  # (nb, n, H, dh)
+    scores = torch.einsum("bthd,bnhd->bhtn", q, k)
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+    seen = seen.tril() if causal else seen
+    log_p = scores.masked_fill(~seen, -torch.inf).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p.masked_fill(~seen, 0)).sum(-1).double()  # (nb, H, W)
+    states = seen.sum(-1)  # (W,)
+    counted = states > 1
+    relative = entropy[..., counted] / states[counted].double().log()
+    return torch.stack((relative.sum(), relative.new_tensor(relative.numel())))
