@@ -41,8 +41,8 @@ def caption(table: Table) -> list[str]:
     lines = [f"Each run trained on {tokens} tokens. Standard errors are {table.over}."]
     if table.comparisons:
         lines.append(
-            f"* : the 95 % interval of a difference (Student's t) leaves out zero; of {table.comparisons} comparisons "
-            f"about {max(1, round(table.comparisons / 20))} would by chance."
+            "* : the 95 % interval of a difference (Student's t) leaves out zero; so does one in twenty by chance, and "
+            f"there are {table.comparisons}."
         )
     return [*lines, *(f"† {note}" for note in table.notes), *table.unfinished]
 

@@ -62,9 +62,8 @@ class Table:
     def over(self) -> str:
         """What the errors of this table are over, in words."""
         kinds = {figure.over for row in self.rows for figure in row.levels.values()} - {None}
-        seeds = len(self.experiment.seeds)
         said = {
-            "seeds": f"over {seeds} seeds, differences paired by seed",
+            "seeds": "over seeds, as many as there are runs; differences are paired by seed",
             "documents": "over validation documents (one seed: what another seed would change is not in them)",
         }
         return (
@@ -93,10 +92,13 @@ class Table:
 
     @property
     def unfinished(self) -> list[str]:
-        """The runs that are not done, and why."""
-        places = [(row, seed, standing) for row in self.rows for seed, standing in row.standings.items()]
-        return [f"{row.label}, seed {seed}: {standing.status} {standing.reason}".rstrip()
-                for row, seed, standing in places if standing.status != "done"]  # fmt: skip
+        """The runs that are not done, and why: a line an arm."""
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            for seed, standing in row.standings.items():
+                if standing.status != "done":
+                    found.setdefault(f"{row.label}: {standing.status} {standing.reason}".rstrip(), []).append(str(seed))
+        return [f"{text} (seed {', '.join(seeds)})" for text, seeds in found.items()]
 
     def report(self) -> dict[str, Any]:
         """For machines: every level and difference with its error, and what each seed gave."""
