@@ -44,8 +44,7 @@ def open_run(run_dir: Path, step: int | None = None) -> Trained:
     the directory holds no run of a language model, or the checkpoint is missing or damaged.
     """
     recipe = read_recipe(run_dir)
-    if isinstance(recipe.data, LongRangeConfig):
-        raise UserError(f"{run_dir}: no language model, but a classifier of the task {recipe.data.task}: bst lra eval")
+    require_language_model(run_dir, recipe)
     torch.manual_seed(recipe.seed)
     model = LanguageModel(recipe.model)
     if step == 0 and recipe.initial_weights:
@@ -65,6 +64,12 @@ def restore(model: nn.Module, run_dir: Path, step: int | None = None) -> int:
         model.load_state_dict(load_weights(checkpoint))
     model.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).eval()
     return step_of(checkpoint)
+
+
+def require_language_model(run_dir: Path, recipe: Recipe) -> None:
+    """Raise UserError for a run that learns something else."""
+    if isinstance(recipe.data, LongRangeConfig):
+        raise UserError(f"{run_dir}: no language model, but a classifier of the task {recipe.data.task}: bst lra eval")
 
 
 def tokenizer_of(run_dir: Path, recipe: Recipe) -> Tokenizer:

@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 
 from bst_dist.config import Recipe
 from bst_dist.evaluate.prompts import begin_token, without_text
-from bst_dist.evaluate.trained import tokenizer_of
+from bst_dist.evaluate.trained import require_language_model, tokenizer_of
 from bst_dist.hub.card import model_card
 from bst_dist.hub.configuration import BSTConfig
 from bst_dist.hub.modeling import BSTForCausalLM
@@ -47,30 +47,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if args.output.exists():
-        raise UserError(f"{args.output}: is there already: choose another directory")
-    one, recipe = select(args.run, args.step), read_recipe(args.run)
-    if found := damage(one.path):
-        raise CheckpointError(f"{one.path}: {found[0]}")
+    one, recipe = _source(args)
     tokenizer = tokenizer_of(args.run, recipe)
     data = recipe.data.model_copy(update={"storage": StorageConfig()})  # may hold secrets; is this machine's anyway
     recipe = recipe.model_copy(update={"data": data})
     weights = open_shards(one.path, WEIGHTS)
     dtypes = stored_dtypes(weights, recipe.model, DTYPES[args.dtype])
     with atomic_directory(args.output) as folder:
-        write_weights(
-            folder, weights, dtypes, args.file_size, {"step": str(one.step)}, f"{BSTForCausalLM.base_model_prefix}."
-        )
+        prefix = f"{BSTForCausalLM.base_model_prefix}."
+        write_weights(folder, weights, dtypes, args.file_size, {"step": str(one.step)}, prefix)
         _write_configuration(folder, one, recipe, tokenizer)
         card = model_card(args.run, one, recipe, weights.shapes, args.evaluation)
         (folder / CARD).write_text(card, encoding="utf-8")
         _write_digests(folder)
-    written = sum(path.stat().st_size for path in args.output.iterdir())
-    print(
-        f"{args.output}: step {one.step:,} of {args.run}, {len(dtypes)} tensors, {readable_size(written)}, {args.dtype}"
-    )
-    return {"output": str(args.output), "step": one.step, "bytes": written, "dtype": args.dtype,
-            "files": sorted(path.name for path in args.output.iterdir())}  # fmt: skip
+    files = {path.name: path.stat().st_size for path in sorted(args.output.iterdir())}
+    size = readable_size(sum(files.values()))
+    print(f"{args.output}: step {one.step:,} of {args.run}, {len(dtypes)} tensors, {size}, {args.dtype}")
+    return {"output": str(args.output), "step": one.step, "dtype": args.dtype, "bytes": files}
+
+
+def _source(args: argparse.Namespace) -> tuple[Held, Recipe]:
+    """The checkpoint to export, whole, and its recipe."""
+    if args.output.exists():
+        raise UserError(f"{args.output}: is there already: choose another directory")
+    recipe, one = read_recipe(args.run), select(args.run, args.step)
+    require_language_model(args.run, recipe)
+    if found := damage(one.path):
+        raise CheckpointError(f"{one.path}: {found[0]}")
+    return one, recipe
 
 
 def _write_configuration(folder: Path, one: Held, recipe: Recipe, tokenizer: Tokenizer) -> None:
