@@ -7,6 +7,9 @@ the delta method for a ratio of sums. Perplexity depends on the tokenizer; bits 
 
 --lengths L,L measures the same text in sequences of each length, beside the trained one: joined as in training, or the
 documents that are that long where the model was trained on isolated ones.
+
+--harness TASK,TASK asks the model what tasks of EleutherAI's lm-evaluation-harness ask; that is a package of its own:
+pip install "bst-dist[harness]".
 """
 
 from __future__ import annotations
@@ -18,9 +21,12 @@ from typing import Any
 from bst_dist.evaluate import perplexity
 from data_pipeline.errors import UserError
 
-FORMS = {"lengths": ("tokens", "plot")}
-"""The option that asks for a form of evaluation other than whole documents, and those that belong to it alone."""
-WHOLE_DOCUMENTS = ("context",)
+DOCUMENTS, LENGTHS, HARNESS = "whole documents", "--lengths", "--harness"
+OPTIONS = {
+    "context": (DOCUMENTS,), "corpus": (DOCUMENTS, LENGTHS), "tokens": (LENGTHS,), "plot": (LENGTHS,),
+    "harness_tasks": (HARNESS,), "limit": (HARNESS,), "fewshot": (HARNESS,),
+}  # fmt: skip
+"""Which evaluations an option belongs to."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,29 +42,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lengths.add_argument("--tokens", metavar="N", type=int, help="read at most N tokens (default: the whole split)")
     lengths.add_argument("--plot", metavar="PATH", type=Path,
                          help="draw the loss by position and by length: png, pdf or svg")  # fmt: skip
+    harness = parser.add_argument_group("lm-evaluation-harness")
+    harness.add_argument("--harness", metavar="TASK,TASK", type=lambda names: names.split(","), help="tasks by name")
+    harness.add_argument("--harness-tasks", metavar="DIR", type=Path, help="tasks of your own: YAML files in DIR")
+    harness.add_argument("--limit", metavar="N", type=int, help="only the first N examples of each task")
+    harness.add_argument("--fewshot", metavar="N", type=int, help="examples before each (default: as the task says)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     form = _form(args)
-    if form == "lengths":
+    if form == LENGTHS:
         from bst_dist.evaluate import lengths_report  # brings matplotlib
 
         return lengths_report.run(args)
+    if form == HARNESS:
+        from bst_dist.evaluate import harness
+
+        return harness.run(args)
     return perplexity.run(args)
 
 
-def _form(args: argparse.Namespace) -> str | None:
-    """What is asked for; raises UserError for two things at once, or an option of something else."""
-    asked = [form for form in FORMS if getattr(args, form) is not None]
-    if len(asked) > 1:
-        raise UserError(f"--{' and --'.join(asked)} are two evaluations: ask for one at a time")
-    own = FORMS[asked[0]] if asked else WHOLE_DOCUMENTS
-    for form, options in (*FORMS.items(), ("whole documents", WHOLE_DOCUMENTS)):
-        for option in options:
-            if option not in own and getattr(args, option) is not None:
-                needs = f"needs --{form}" if form in FORMS else f"does not go with --{asked[0]}"
-                raise UserError(f"--{option.replace('_', '-')} {needs}")
-    return asked[0] if asked else None
+def _form(args: argparse.Namespace) -> str:
+    """Which evaluation is asked for; raises UserError for two at once, or an option of another one."""
+    if args.lengths and args.harness:
+        raise UserError("--lengths and --harness are two evaluations: ask for one at a time")
+    form = LENGTHS if args.lengths else HARNESS if args.harness else DOCUMENTS
+    for option, forms in OPTIONS.items():
+        if getattr(args, option) is not None and form not in forms:
+            raise UserError(
+                f"--{option.replace('_', '-')} does not belong to this evaluation but to {' and '.join(forms)}"
+            )
+    return form
 
 
 def _lengths(text: str) -> list[int]:

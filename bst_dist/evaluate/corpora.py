@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
-from bst_dist.evaluate.trained import Trained
+from bst_dist.evaluate.trained import Trained, tokenizer_of
 from bst_dist.train.rundir import ENVIRONMENT
 from data_pipeline.errors import UserError
 from data_pipeline.loader import open_corpora
@@ -24,12 +25,10 @@ def open_text(trained: Trained, split: str, corpus: str | None = None) -> list[C
     if corpus is not None:
         data = data.model_copy(update={"corpus": corpus, "weight_changes": ()})
     opened = open_corpora(data, split)
-    own = recorded_tokenizer(trained)
-    if own is None and corpus is not None:  # a run of an older version: its corpus must tell
-        own = open_corpora(trained.recipe.data)[0].manifest.tokenizer.sha256
+    own = _recorded_tokenizer(trained.run_dir) or tokenizer_of(trained.run_dir, trained.recipe).sha256
     for each in opened:
         each.require_vocabulary(trained.model.config.vocab_size)
-        if own is not None and each.manifest.tokenizer.sha256 != own:
+        if each.manifest.tokenizer.sha256 != own:
             raise OtherTokenizerError(
                 f"{each.where}: its tokenizer ({each.manifest.tokenizer.sha256[:12]}...) is not the one that "
                 f"{trained.run_dir} was trained with ({own[:12]}...), so its ids mean something else to this model: "
@@ -38,8 +37,8 @@ def open_text(trained: Trained, split: str, corpus: str | None = None) -> list[C
     return opened
 
 
-def recorded_tokenizer(trained: Trained) -> str | None:
+def _recorded_tokenizer(run_dir: Path) -> str | None:
     """SHA-256 of the tokenizer that a run was trained with, as its last start wrote it down; None if none did."""
-    path = trained.run_dir / ENVIRONMENT
+    path = run_dir / ENVIRONMENT
     starts = json.loads(path.read_text())["starts"] if path.exists() else []
     return starts[-1].get("tokenizer_sha256") if starts else None

@@ -10,7 +10,7 @@ exceptions are said in `LengthResult.how`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,6 +47,8 @@ class Position:
     """... to this many."""
     tokens: int
     nats_per_token: Estimate
+    versus_trained: Estimate | None
+    """Nats a token more than the same tokens cost at the trained length; None when that was not measured."""
 
 
 @dataclass(frozen=True)
@@ -108,21 +110,19 @@ def measure(
 
     Raises LengthError for a length that the model cannot do, TooShortError for one that the corpus has no text for.
     """
-    recipe = trained.recipe
-    hows = [how(recipe.model, length) for length in lengths]
+    recipe, own = trained.recipe, trained.recipe.train.sequence_length
+    hows = {length: how(recipe.model, length) for length in lengths}
     text = open_stretches(corpus, max(lengths), recipe.data.documents == "isolated", tokens)
-    total = text.count * text.length
-    tallies, peaks = [], []
-    for number, length in enumerate(lengths):
+    costs = np.zeros((text.count, text.length), np.float32) if own in hows else None
+    tallies, peaks, total = {}, {}, text.count * text.length
+    reference_first = sorted(hows, key=lambda length: length != own)
+    for number, length in enumerate(reference_first):
         memory = PeakMemory(next(trained.model.parameters()).device)
-        tallies.append(
-            _read(trained, text, length, lambda done, n=number: progress(n * total + done, len(lengths) * total))
-        )
-        peaks.append(memory.bytes())
-    reference = dict(zip(lengths, tallies, strict=True)).get(recipe.train.sequence_length)
-    return [
-        _result(*each, text, reference) for each in zip(lengths, hows, tallies, peaks, strict=True)
-    ]  # fmt: skip
+        tallies[length] = Tally(text, length, costs, is_reference=length == own)
+        for done in _read(trained, text, length, tallies[length]):
+            progress(number * total + done, len(hows) * total)
+        peaks[length] = memory.bytes()
+    return [_result(length, hows[length], tallies[length], peaks[length], text, tallies.get(own)) for length in lengths]
 
 
 def how(model: ModelConfig, length: int) -> How:
@@ -145,47 +145,57 @@ def how(model: ModelConfig, length: int) -> How:
 class Tally:
     """Sums over tokens by document and by position, as slices come in."""
 
-    def __init__(self, text: Stretches, length: int, token_bytes: np.ndarray):
+    def __init__(self, text: Stretches, length: int, costs: np.ndarray | None = None, is_reference: bool = False):
+        """`costs`: (count, text.length) nats of each token at the trained length, which the reference itself writes."""
         documents = len(text.numbers)
-        self.first = position_bins(length)
-        """(bins,) the first position of each bin."""
-        self.nats = np.zeros((documents, len(self.first)))
-        self.tokens = np.zeros((documents, len(self.first)), np.int64)
+        self.last = position_bins(length)
+        """(bins,) the last position of each bin."""
+        self.nats = np.zeros((documents, len(self.last)))
+        self.more = np.zeros((documents, len(self.last)))
+        """Nats more than at the trained length."""
+        self.tokens = np.zeros((documents, len(self.last)), np.int64)
         self.bytes = np.zeros(documents, np.int64)
-        self._text, self._token_bytes = text, token_bytes
+        self._text, self._token_bytes = text, text.corpus.token_bytes()
+        self._costs, self._is_reference = costs, is_reference
 
     def add(self, stretch: int, start: int, position: int, labels: np.ndarray, nats: np.ndarray) -> None:
         """Tokens `labels` (l,) of a stretch, from `start` on, at `position` in their sequence, and their cost (l,)."""
         document = self._text.documents(stretch, start, start + len(labels))
-        bins = np.searchsorted(self.first, np.arange(position, position + len(labels)), side="right") - 1
+        bins = np.searchsorted(self.last, np.arange(position, position + len(labels)))
         np.add.at(self.nats, (document, bins), nats)
         np.add.at(self.tokens, (document, bins), 1)
         np.add.at(self.bytes, document, self._token_bytes[labels])
+        if self._costs is not None:
+            there = self._costs[stretch, start - 1 : start - 1 + len(labels)]
+            if self._is_reference:
+                there[:] = nats
+            else:
+                np.add.at(self.more, (document, bins), nats - there)
 
     def score(self) -> Score:
         """The sums of each document."""
         return Score(self.nats.sum(1), self.tokens.sum(1), self.bytes)
 
-    def positions(self, length: int) -> list[Position]:
+    def positions(self) -> list[Position]:
         """The loss by position; a document that has no token there is no sample of it."""
-        last = [*(self.first[1:] - 1).tolist(), length]
         found = []
-        for index, (begin, end) in enumerate(zip(self.first.tolist(), last, strict=True)):
+        for index, last in enumerate(self.last.tolist()):
             there = self.tokens[:, index] > 0
-            nats, tokens = self.nats[there, index], self.tokens[there, index]
-            found.append(Position(begin, end, int(tokens.sum()), ratio(nats, tokens)))
+            nats, more, tokens = (x[there, index] for x in (self.nats, self.more, self.tokens))
+            versus = None if self._costs is None else ratio(more, tokens)
+            first = int(self.last[index - 1]) + 1 if index else 1
+            found.append(Position(first, last, int(tokens.sum()), ratio(nats, tokens), versus))
         return found
 
 
 def position_bins(length: int) -> np.ndarray:
-    """First positions of bins that grow by sqrt(2), from 1 up to `length`: 1, 2, 3, 4, 6, 8, 11, 16 ..."""
-    firsts = np.unique(np.rint(np.sqrt(2) ** np.arange(2 * int(length).bit_length())).astype(np.int64))
-    return firsts[firsts <= length]
+    """Last positions of bins that grow by sqrt(2) up to `length`: 1, 2, 3, 4, 6, 8, 11, 16, ..., length."""
+    lasts = np.unique(np.rint(np.sqrt(2) ** np.arange(2 * int(length).bit_length())).astype(np.int64))
+    return np.append(lasts[lasts < length], length)
 
 
-def _read(trained: Trained, text: Stretches, length: int, progress: Callable[[int], None]) -> Tally:
-    """Read the whole text in sequences of `length`."""
-    tally = Tally(text, length, text.corpus.token_bytes())
+def _read(trained: Trained, text: Stretches, length: int, tally: Tally) -> Iterator[int]:
+    """Read the whole text in sequences of `length`; yields how many tokens are done."""
     recipe, done = trained.recipe, 0
     pieces = streams(
         np.full(text.count, text.length + 1), length, first=1
@@ -198,8 +208,7 @@ def _read(trained: Trained, text: Stretches, length: int, progress: Callable[[in
             count = int((labels >= 0).sum())
             tally.add(stream.document, stream.start + part.offset, 1 + part.offset, labels[:count], nats[:count])
             done += count
-        progress(done)
-    return tally
+        yield done
 
 
 def _result(
@@ -215,7 +224,7 @@ def _result(
         numbers=text.numbers,
         that_long=int((text.corpus.lengths[text.numbers] >= length).sum()),
         sequences=text.count * -(-text.length // length),
-        positions=tally.positions(length),
+        positions=tally.positions(),
         versus_trained=versus,
         peak_bytes=peak,
     )

@@ -2,69 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from bst_dist.evaluate.lengths import LengthResult
+from bst_dist.evaluate.lengths import LengthResult, Position
 from bst_dist.evaluate.plot import INCHES, looks
 from bst_dist.evaluate.statistics import Estimate
 
+_Point = TypeVar("_Point", LengthResult, Position)
+
 
 def draw(found: Mapping[str, Sequence[LengthResult]], trained_length: int) -> Figure:
-    """A row of axes for each corpus by its name: left the loss by position, right by length and over that at the
-    trained length. Bands and bars are standard errors over documents."""
-    figure = Figure(figsize=(INCHES[0], 3.4 * len(found)), layout="constrained")
+    """Four axes for each corpus by its name: the loss by position in a sequence and by its length, and both as the
+    difference to what the same tokens cost at the trained length. Bands and bars are standard errors over documents."""
+    figure = Figure(figsize=(INCHES[0], INCHES[1] * len(found)), layout="constrained")
     parts = figure.subfigures(len(found), 1, squeeze=False)[:, 0]
     for part, (name, results) in zip(parts, found.items(), strict=True):
         if len(found) > 1:
             part.suptitle(name, fontsize=8)
-        grid = part.add_gridspec(2, 2, width_ratios=(1.7, 1))
-        _by_position(part.add_subplot(grid[:, 0]), results, trained_length)
-        loss, versus = part.add_subplot(grid[0, 1]), part.add_subplot(grid[1, 1])
-        _by_length(loss, results, [each.nats_per_token for each in results], trained_length)
-        loss.set_ylabel("nats per token")
-        compared = [each for each in results if each.versus_trained is not None]
-        _by_length(versus, compared, [each.versus_trained for each in compared], trained_length)
-        versus.axhline(0, color="#777777", linewidth=0.6)
-        versus.set_ylabel(f"more than at {trained_length:,}")
-        versus.set_xlabel("length, tokens")
+        grid = part.subplots(2, 2, width_ratios=(1.8, 1), sharex="col")
+        for row, of in zip(grid, (_loss, _versus), strict=True):
+            _by_position(row[0], results, of)
+            _by_length(row[1], results, of)
+            for axes in row:
+                axes.axvline(trained_length, color="#777777", linestyle=":", linewidth=0.8)
+        for axes in grid[1]:
+            axes.axhline(0, color="#777777", linewidth=0.6, zorder=1)
+        grid[0, 0].legend(title="length", ncols=2)
+        grid[0, 0].set_ylabel("nats per token")
+        grid[1, 0].set_ylabel(f"more than at {trained_length:,}")
+        grid[1, 0].set_xlabel("tokens read before the one predicted")
+        grid[1, 1].set_xlabel("length, tokens")
     return figure
 
 
-def _by_position(axes: Axes, results: Sequence[LengthResult], trained_length: int) -> None:
+def _loss(of: LengthResult | Position) -> Estimate | None:
+    return of.nats_per_token
+
+
+def _versus(of: LengthResult | Position) -> Estimate | None:
+    return of.versus_trained
+
+
+def _by_position(axes: Axes, results: Sequence[LengthResult], of: Callable[[Position], Estimate | None]) -> None:
     for look, each in zip(looks(len(results)), results, strict=True):
-        where = np.array([np.sqrt(at.first * at.last) for at in each.positions])
-        values, errors = _columns([at.nats_per_token for at in each.positions])
+        where, values, errors = _columns(each.positions, of, lambda at: math.sqrt(at.first * at.last))
         axes.plot(where, values, label=f"{each.length:,}", **look)
         axes.fill_between(where, values - errors, values + errors, color=look["color"], alpha=0.15, linewidth=0)
-    axes.legend(title="length")
-    axes.set_xlabel("tokens read before the one predicted")
-    axes.set_ylabel("nats per token")
-    _scale(axes, trained_length, max(each.length for each in results), 4)
+    _scale(axes)
 
 
-def _by_length(axes: Axes, results: Sequence[LengthResult], estimates: Sequence[Estimate], trained_length: int) -> None:
-    values, errors = _columns(estimates)
-    for look, each, value, error in zip(looks(len(results)), results, values, errors, strict=True):
-        axes.errorbar(each.length, value, error, fmt="o", color=look["color"], markersize=4, capsize=2, linewidth=1.1)
-    axes.plot([each.length for each in results], values, color="#777777", linewidth=0.6, zorder=1)
-    _scale(axes, trained_length, max(each.length for each in results), 2)
+def _by_length(axes: Axes, results: Sequence[LengthResult], of: Callable[[LengthResult], Estimate | None]) -> None:
+    where, values, errors = _columns(results, of, lambda each: each.length)
+    axes.plot(where, values, color="#777777", linewidth=0.6, zorder=1)
+    for look, *point in zip(looks(len(results)), where, values, errors, strict=False):
+        axes.errorbar(*point, fmt="o", color=look["color"], markersize=4, capsize=2, linewidth=1.1)
+    _scale(axes)
+    axes.set_xticks([each.length for each in results])
     axes.margins(x=0.1)
 
 
-def _scale(axes: Axes, trained_length: int, longest: int, step: int) -> None:
-    """Powers of two, thinned out; the trained length as a dotted line."""
+def _scale(axes: Axes) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x < 1024 else f"{x / 1024:,.0f}k"))
-    axes.axvline(trained_length, color="#777777", linestyle=":", linewidth=0.8)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if x < 1024 else f"{x / 1024:g}k"))
 
 
-def _columns(estimates: Sequence[Estimate]) -> tuple[np.ndarray, np.ndarray]:
-    """Values and standard errors; one that is not known is drawn as none."""
-    values = np.array([each.value for each in estimates], float)
-    return values, np.array([each.standard_error or 0 for each in estimates], float)
+def _columns(
+    points: Sequence[_Point], of: Callable[[_Point], Estimate | None], where: Callable[[_Point], float]
+) -> tuple[np.ndarray, ...]:
+    """Where the points stand that have an estimate, its value, and its standard error; one not known is drawn as 0."""
+    known = [(where(point), estimate) for point in points if (estimate := of(point)) is not None]
+    columns = [(x, estimate.value, estimate.standard_error or 0.0) for x, estimate in known]
+    return tuple(np.array(columns, float).reshape(-1, 3).T)

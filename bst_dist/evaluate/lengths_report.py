@@ -14,6 +14,7 @@ from bst_dist.evaluate.corpora import open_text
 from bst_dist.evaluate.lengths import How, LengthResult, how, measure
 from bst_dist.evaluate.lengths_text import longest
 from bst_dist.evaluate.plot import FORMATS, save
+from bst_dist.evaluate.statistics import Estimate
 from bst_dist.evaluate.trained import Trained, open_run
 from data_pipeline.commands.progress import stages
 from data_pipeline.errors import UserError
@@ -60,21 +61,23 @@ def with_trained(trained: Trained, corpus: Corpus, lengths: list[int]) -> list[i
 
 
 def _table(args: argparse.Namespace, trained: Trained, corpus: Corpus, found: list[LengthResult]) -> Table:
-    own = trained.recipe.train.sequence_length
+    own, kinds = trained.recipe.train.sequence_length, {each.how for each in found}
     table = Table(
-        *("length", "perplexity", "nats per token", f"more than at {own:,}", "bits per byte"),
-        *("sequences", "documents that long", "memory", "how"),
-        title=f"{args.run} after {trained.step:,} steps, trained on sequences of {own:,}: {corpus.where}",
-        caption=_caption(trained, corpus, found), box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left",
+        "length", "per-\nplexity", "nats per token", f"more than\nat {own:,}", "bits per\nbyte", "documents\nthat long",
+        "memory\nMiB", *(["past"] if kinds != {"carried"} else []), title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
+        title=f"{args.run} after {trained.step:,} steps, trained on sequences of {own:,}:\n{corpus.where}",
+        caption=_caption(trained, corpus, found),
     )  # fmt: skip
-    for column in table.columns[:-1]:
+    for column in table.columns:
         column.justify = "right"
     for each in found:
+        compared = each.versus_trained is not None and each.length != own
         table.add_row(
-            f"{each.length:,}", each.perplexity.text(2), str(each.nats_per_token),
-            "" if each.versus_trained is None or each.length == own else each.versus_trained.text(4, sign=True),
-            str(each.bits_per_byte), f"{each.sequences:,}", f"{each.that_long:,}",
-            "" if each.peak_bytes is None else f"{each.peak_bytes / 2**20:,.0f} MiB", each.how,
+            f"{each.length:,}", f"{each.perplexity.value:.2f}", str(each.nats_per_token),
+            each.versus_trained.text(4, sign=True) if compared else "",
+            f"{each.bits_per_byte.value:.4f}", f"{each.that_long:,}",
+            "" if each.peak_bytes is None else f"{each.peak_bytes / 2**20:,.0f}",
+            *([each.how] if kinds != {"carried"} else []),
         )  # fmt: skip
     return table
 
@@ -106,7 +109,6 @@ def _report(corpus: Corpus, found: list[LengthResult]) -> dict[str, Any]:
 
 
 def _length(each: LengthResult) -> dict[str, Any]:
-    versus = {} if each.versus_trained is None else each.versus_trained.report("loss_over_trained_nats_per_token")
     return {
         "length_tokens": each.length,
         "how": each.how,
@@ -115,10 +117,15 @@ def _length(each: LengthResult) -> dict[str, Any]:
         **each.nats_per_token.report("loss_nats_per_token"),
         **each.perplexity.report("perplexity_per_token"),
         **each.bits_per_byte.report("bits_per_byte"),
-        **versus,
+        **_versus(each.versus_trained),
         "peak_memory_bytes": each.peak_bytes,
         "positions": [
-            {"first": at.first, "last": at.last, "tokens": at.tokens, **at.nats_per_token.report("loss_nats_per_token")}
+            {"first": at.first, "last": at.last, "tokens": at.tokens,
+             **at.nats_per_token.report("loss_nats_per_token"), **_versus(at.versus_trained)}
             for at in each.positions
         ],
-    }
+    }  # fmt: skip
+
+
+def _versus(difference: Estimate | None) -> dict[str, float | None]:
+    return {} if difference is None else difference.report("loss_over_trained_nats_per_token")

@@ -103,21 +103,34 @@ def test_lengths_are_compared_in_pairs(make_trained, make_text):
         assert result.versus_trained == ratio(result.score.nats - own.score.nats, own.score.tokens)
         assert result.versus_trained.standard_error < own.nats_per_token.standard_error
     assert own.versus_trained == (0, 0)
+    assert {at.versus_trained for at in own.positions} == {(0, 0)}
     assert measure(trained, text, [8])[0].versus_trained is None
 
 
+def test_positions_are_compared_with_the_same_tokens_at_the_trained_length(make_trained, make_text):
+    trained, text = make_trained(), make_text([70, 3, 150, 90, 65, 20, 129])
+    trained.model.float()  # what the reference costs is kept in single precision
+    _, long = measure(trained, text, [TRAINED, 64])
+    _, position, nats = literal(trained, text, 64, 64)
+    reference = literal(trained, text, TRAINED, 64)[2]
+    for at in long.positions:
+        there = (position >= at.first) & (position <= at.last)
+        expected = nats[there].mean() - reference[there].mean()
+        assert at.versus_trained.value == pytest.approx(expected, abs=1e-5)
+        assert (at.versus_trained.standard_error > 0) == (at.last > TRAINED)
+
+
 @pytest.mark.parametrize("name", STREAMING)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-5)])
-def test_thousands_of_tokens_streamed_cost_what_they_cost_at_once(make_trained, make_text, name, dtype, tolerance):
+def test_thousands_of_tokens_streamed_cost_what_they_cost_at_once(make_trained, make_text, name):
     mixer, variant, changes = STREAMING[name]
-    trained, text = make_trained(mixer, variant, **changes), make_text([900, 1200, 800, 1300])
-    trained.model.to(dtype)
-    (result,) = measure(trained, text, [4096])
-    assert result.tokens == 4096
-    nats = at_once(trained.model, open_stretches(text, 4096, isolated=False).tokens(0, 0, 4097))
-    assert result.nats_per_token.value == pytest.approx(nats.mean(), rel=tolerance)
-    last = result.positions[-1]
-    assert last.nats_per_token.value == pytest.approx(nats[last.first - 1 :].mean(), rel=10 * tolerance)
+    trained, text = make_trained(mixer, variant, **changes), make_text([900, 800, 1300])
+    for dtype, length, tolerance in ((torch.float64, 2048, 1e-9), (torch.float32, 1024, 2e-5)):
+        trained.model.to(dtype)
+        (result,) = measure(trained, text, [length], tokens=length)
+        nats = at_once(trained.model, open_stretches(text, length, isolated=False).tokens(0, 0, length + 1))
+        assert result.nats_per_token.value == pytest.approx(nats.mean(), rel=tolerance)
+        last = result.positions[-1]
+        assert last.nats_per_token.value == pytest.approx(nats[last.first - 1 :].mean(), rel=10 * tolerance)
 
 
 @pytest.mark.parametrize("name", STREAMING)
@@ -126,9 +139,9 @@ def test_memory_does_not_grow_with_the_length(make_trained, make_text, name, mon
     trained, text = make_trained(mixer, variant, **changes), make_text([700, 900])
     monkeypatch.setattr(scoring, "TOKENS_AT_ONCE", TRAINED)  # a row at a time at every length
     peaks = []
-    for length in (8 * TRAINED, 64 * TRAINED):
+    for length in (4 * TRAINED, 16 * TRAINED):
         with LiveBytes() as memory:
-            measure(trained, text, [length], tokens=1024)
+            measure(trained, text, [length], tokens=16 * TRAINED)
         peaks.append(memory.peak)
     assert peaks[0] == peaks[1] > 0
     assert text.longest_read <= TRAINED + 1
@@ -156,9 +169,10 @@ def test_full_attention_keeps_its_cache(make_trained, make_text):
     assert (result.how, result.nats_per_token.value) == ("cache", pytest.approx(nats.mean()))
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 64, 65536])
-def test_position_bins_grow_by_the_root_of_two_and_end_within_the_length(length):
-    first = position_bins(length)
-    assert first[0] == 1 and first[-1] <= length
-    assert list(first[:8]) == [b for b in (1, 2, 3, 4, 6, 8, 11, 16) if b <= length]
-    assert length < 2 * first[-1]
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [(1, [1]), (2, [1, 2]), (7, [1, 2, 3, 4, 6, 7]), (40, [1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 40]),
+     (64, [1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64])],
+)  # fmt: skip
+def test_position_bins_grow_by_the_root_of_two_and_end_with_the_length(length, expected):
+    assert position_bins(length).tolist() == expected
