@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from bst_dist.evaluate.plot import COLOURS, INCHES
+from bst_dist.evaluate.plot import COLOURS, INCHES, STYLE
 from bst_dist.experiment.measure import Column
 from bst_dist.experiment.table import Row, Table
 from bst_dist.sweep.figures import MARKS
@@ -18,6 +19,11 @@ HEIGHT = 2.6
 
 def draw(table: Table) -> Drawing | None:
     """The figure, or None as long as nothing is measured."""
+    with matplotlib.rc_context(STYLE):
+        return _draw(table)
+
+
+def _draw(table: Table) -> Drawing | None:
     rows = [row for row in table.rows if row.levels]
     families: dict[str, list[Column]] = {}
     for column in table.columns:
@@ -73,17 +79,27 @@ def _by_condition(axes: Axes, column: Column, rows: Sequence[Row], conditions: l
 
 
 def _by_arm(axes: Axes, column: Column, rows: Sequence[Row], table: Table) -> None:
-    """An arm below the other: each seed faintly, the mean with its error."""
+    """An arm below the other: the mean with its error, and the runs of each seed, which are pairs, joined faintly."""
     shown = [row for row in rows if column.key in row.levels]
+    for seed in table.experiment.seeds:
+        runs = [(row.values[column.key][seed], place) for place, row in enumerate(shown)
+                if seed in row.values[column.key]]  # fmt: skip
+        axes.plot(
+            [x for x, _ in runs],
+            [place for _, place in runs],
+            "o-",
+            color="#777777",
+            alpha=0.4,
+            markersize=2.5,
+            linewidth=0.6,
+        )
     for place, row in enumerate(shown):
         figure, colour = row.levels[column.key], _colour(table, row.arm)
-        seeds = list(row.values[column.key].values())
-        axes.plot(seeds, [place] * len(seeds), "o", color=colour, alpha=0.3, markersize=3)
         axes.errorbar(figure.value, place, xerr=figure.standard_error or 0, fmt="D", color=colour, markersize=4,
                       capsize=2)  # fmt: skip
     axes.set_yticks(range(len(shown)), [row.arm for row in shown])
     axes.invert_yaxis()
-    axes.set_xlabel(column.family)
+    axes.set_xlabel(column.title)
 
 
 def _line(axes: Axes, points: list, arm: str, table: Table) -> None:
