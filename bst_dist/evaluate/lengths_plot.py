@@ -15,6 +15,9 @@ from bst_dist.evaluate.lengths import LengthResult, Position
 from bst_dist.evaluate.plot import INCHES, looks
 from bst_dist.evaluate.statistics import Estimate
 
+LINEAR = 0.01
+"""Differences by position, in nats, up to which the scale is linear: they are large only at a sequence's begin."""
+
 _Point = TypeVar("_Point", LengthResult, Position)
 
 
@@ -34,9 +37,10 @@ def draw(found: Mapping[str, Sequence[LengthResult]], trained_length: int) -> Fi
                 axes.axvline(trained_length, color="#777777", linestyle=":", linewidth=0.8)
         for axes in grid[1]:
             axes.axhline(0, color="#777777", linewidth=0.6, zorder=1)
+        grid[1, 0].set_yscale("symlog", linthresh=LINEAR)
         grid[0, 0].legend(title="length", ncols=2)
         grid[0, 0].set_ylabel("nats per token")
-        grid[1, 0].set_ylabel(f"more than at {trained_length:,}")
+        grid[1, 0].set_ylabel(f"nats more than at {trained_length:,}")
         grid[1, 0].set_xlabel("tokens read before the one predicted")
         grid[1, 1].set_xlabel("length, tokens")
     return figure

@@ -60,6 +60,11 @@ def restore(model: nn.Module, run_dir: Path, step: int | None = None) -> int:
     if step == 0:
         checkpoint = directory(run_dir, 0)
     else:
+        if step is None and not committed(run_dir):
+            raise CheckpointError(
+                f"{run_dir}: no checkpoint: the run has not come to its first one; --checkpoint 0 takes the weights it "
+                "began with"
+            )
         checkpoint = newest_valid(run_dir) if step is None else _checkpoint(run_dir, step)
         model.load_state_dict(load_weights(checkpoint))
     model.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).eval()
