@@ -185,13 +185,12 @@ def summary(trained: Trained, untouched: Losses, found: Sequence[Increase]) -> d
 def _table(args: argparse.Namespace, trained: Trained, where: str, figures: dict[str, Any]) -> Table:
     last = figures["places_in_document"][-2]
     table = Table(
-        "intervention", "layers", "nats per token", "bits per byte", "first\nblock", f"from\n{last:,}",
+        "", "layer", "nats per token", "bits per byte", "first\nblock", f"from\n{last:,}",
         title=f"{args.run} after {trained.step:,} steps: {args.split} of {where}\nuntouched: "
-              f"{figures['loss_nats_per_token']:.4f} nats per token, {figures['bits_per_byte']:.4f} bits per byte; "
-              "more with an intervention:",
-        caption=f"{figures['documents']:,} documents, {figures['tokens']:,} tokens; ± standard error of the difference "
-                f"over documents;\nlast columns: nats per token in a document's first block, and from token {last:,} "
-                f"on; {figures['time_s']:.0f} s",
+              f"{figures['loss_nats_per_token']:.4f} nats per token, {figures['bits_per_byte']:.4f} bits per byte\n"
+              "more of it with an intervention:",
+        caption=f"{figures['documents']:,} documents, {figures['tokens']:,} tokens, {figures['time_s']:.0f} s; ± standard error "
+                f"over documents;\nlast: nats per token in a document's first block, and from token {last:,} on",
         title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD,
     )  # fmt: skip
     before = None
