@@ -189,8 +189,9 @@ def _table(args: argparse.Namespace, trained: Trained, where: str, figures: dict
         title=f"{args.run} after {trained.step:,} steps: {args.split} of {where}\nuntouched: "
               f"{figures['loss_nats_per_token']:.4f} nats per token, {figures['bits_per_byte']:.4f} bits per byte\n"
               "more of it with an intervention:",
-        caption=f"{figures['documents']:,} documents, {figures['tokens']:,} tokens, {figures['time_s']:.0f} s; ± standard error "
-                f"over documents;\nlast: nats per token in a document's first block, and from token {last:,} on",
+        caption=f"{figures['documents']:,} documents, {figures['tokens']:,} tokens, {figures['time_s']:.0f} s; ± "
+                f"standard error over documents;\nlast: nats per token in a document's first block, and from "
+                f"token {last:,} on",
         title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD,
     )  # fmt: skip
     before = None
