@@ -94,8 +94,8 @@ def _parameters(run_dir: Path) -> int | None:
         return sum(parameter.numel() for parameter in LanguageModel(recipe.model).parameters())
 
 
-def _scored(run_dir: Path, step: int) -> dict[str, Any] | None:
-    """The report of `bst eval` on the validation documents after the run's last step, the newest if there are several.
+def eval_report(run_dir: Path, step: int) -> dict[str, Any] | None:
+    """The report of `bst eval` on the validation documents after `step` steps, the newest if there are several.
 
     Reports are looked for in the run directory and in its reports/.
     """
@@ -107,12 +107,17 @@ def _scored(run_dir: Path, step: int) -> dict[str, Any] | None:
             continue
         asked = {"command": "bst eval", "step": step, "split": "validation", "context_tokens": None}
         if isinstance(report, dict) and asked.items() <= report.items() and report.get("corpora"):
-            found.append((path.stat().st_mtime, report["corpora"][0]))
-    if not found:
+            found.append((path.stat().st_mtime, report))
+    return max(found, key=lambda one: one[0])[1] if found else None
+
+
+def _scored(run_dir: Path, step: int) -> dict[str, Any] | None:
+    """What of that report stands beside other runs'."""
+    report = eval_report(run_dir, step)
+    if report is None:
         return None
-    corpus = max(found, key=lambda one: one[0])[1]
     keys = ("documents", "bits_per_byte", "bits_per_byte_standard_error")
-    return {f"scored_{key}": corpus.get(key) for key in keys}
+    return {f"scored_{key}": report["corpora"][0].get(key) for key in keys}
 
 
 def _mean(lines: list[dict[str, Any]], key: str) -> float | None:

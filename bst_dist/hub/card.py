@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from bst_dist.config import Recipe
+from bst_dist.evaluate.outline import eval_report
 from bst_dist.train.metrics import FILE, read_lines
 from bst_dist.train.retention import Held
 from data_pipeline.config import dump
-from data_pipeline.errors import UserError
 
 _TEMPLATE = """---
 library_name: transformers
@@ -70,10 +69,8 @@ _BEGIN = {
 }
 
 
-def model_card(
-    run_dir: Path, one: Held, recipe: Recipe, shapes: dict[str, tuple[int, ...]], evaluation: Path | None
-) -> str:
-    """The card of a checkpoint, Markdown; `evaluation` is a report of `bst eval`. Raises UserError if it is none."""
+def model_card(run_dir: Path, one: Held, recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> str:
+    """The card of a checkpoint with tensors of these shapes, Markdown."""
     versions = one.manifest.get("versions", {})
     return _TEMPLATE.format(
         name=recipe.name,
@@ -81,7 +78,7 @@ def model_card(
         carried=_CARRIED["full" in recipe.model.mixers()],
         begin=_BEGIN[recipe.data.documents],
         training=_training(one, recipe),
-        evaluation=_table(_reported(run_dir, one.step) if evaluation is None else _measured(evaluation, one.step)),
+        evaluation=_table(_evaluations(run_dir, one.step)),
         versions=", ".join(f"{name} {version}" for name, version in versions.items()) or "Not recorded.",
         recipe=dump(recipe),
     )
@@ -107,26 +104,17 @@ def _training(one: Held, recipe: Recipe) -> str:
     )
 
 
-def _reported(run_dir: Path, step: int) -> dict[str, dict[str, Any]]:
-    """What the run itself has reported of this step: a fixed part of the validation split, in training's sequences."""
+def _evaluations(run_dir: Path, step: int) -> dict[str, dict[str, Any]]:
+    """What `bst eval` has measured on whole documents; else what the run itself reports of a part of them."""
+    if report := eval_report(run_dir, step):
+        split = report["split"]
+        return {f"{split} of {Path(of['corpus']).name}, {of['documents']:,} documents": of for of in report["corpora"]}
     figures = {}
     for line in read_lines(run_dir / FILE):
         if line["kind"] == "eval" and line["step"] == step:
             on = f"{line['split']}, {line['tokens']:,} tokens in sequences as in training"
             figures[on] = {"loss_nats_per_token": line["loss_nats"], "bits_per_byte": line["bits_per_byte"]}
     return figures
-
-
-def _measured(path: Path, step: int) -> dict[str, dict[str, Any]]:
-    """What `bst eval` has measured: whole documents, with standard errors."""
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        corpora, split, found = report["corpora"], report["split"], report["step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--evaluation {path}: not a report of `bst eval --json`") from None
-    if found != step:
-        raise UserError(f"--evaluation {path}: is of step {found}, the checkpoint of step {step}: evaluate that one")
-    return {f"{split} of {Path(of['corpus']).name}, {of['documents']:,} whole documents": of for of in corpora}
 
 
 def _table(evaluations: dict[str, dict[str, Any]]) -> str:

@@ -1,11 +1,12 @@
 """Write a run as a Hugging Face model: weights, configuration, tokenizer, model card.
 
-    bst eval runs/demo --json eval.json
-    bst export runs/demo demo-model --evaluation eval.json
+    bst eval runs/demo --json runs/demo/reports/eval.json
+    bst export runs/demo demo-model
 
 transformers loads the directory after `import bst_dist.hub`, or with trust_remote_code=True where bst_dist is
-installed. `bst import` makes a run of it again. SHA256SUMS lists the digests of all files. How this machine read the
-corpus (data.storage) is left out.
+installed. The model card has the figures of `bst eval`, when its report is there, with their standard errors.
+`bst import` makes a run of it again. SHA256SUMS lists the digests of all files. How this machine read the corpus
+(data.storage) is left out.
 """
 
 from __future__ import annotations
@@ -42,8 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `bst export`."""
     add_run(parser)
     add_export(parser)
-    parser.add_argument("--evaluation", type=Path, metavar="JSON",
-                        help="a report of `bst eval --json` on this run, for the model card")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -57,7 +56,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         prefix = f"{BSTForCausalLM.base_model_prefix}."
         write_weights(folder, weights, dtypes, args.file_size, {"step": str(one.step)}, prefix)
         _write_configuration(folder, one, recipe, tokenizer)
-        card = model_card(args.run, one, recipe, weights.shapes, args.evaluation)
+        card = model_card(args.run, one, recipe, weights.shapes)
         (folder / CARD).write_text(card, encoding="utf-8")
         _write_digests(folder)
     files = {path.name: path.stat().st_size for path in sorted(args.output.iterdir())}

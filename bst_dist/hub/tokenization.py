@@ -32,7 +32,7 @@ class BSTTokenizer(PreTrainedTokenizer):
         self._ids = {self._text.piece(token): token for token in range(self._text.vocab_size)}
         named = {"eos_token": self._text.eos_id, "pad_token": self._text.pad_id}
         kwargs |= {name: self._text.piece(token) for name, token in named.items()}
-        kwargs |= {"split_special_tokens": True, "padding_side": kwargs.get("padding_side", "left")}
+        kwargs.setdefault("padding_side", "left")
         kwargs["special_tokens_pattern"] = "bos" if kwargs.get("bos_token") else "none"
         super().__init__(**kwargs)
 

@@ -70,20 +70,17 @@ def test_the_card_says_what_the_run_knows_and_no_secret(exported):
     assert not [path for path in folder.iterdir() if b"secret" in path.read_bytes()]
 
 
-def test_the_card_has_measured_figures_with_their_errors(make_run, tmp_path, capsys):
+def test_the_card_has_measured_figures_with_their_errors(make_run, tmp_path):
     figures = {"loss_nats_per_token": 2.0, "loss_nats_per_token_standard_error": 0.25, "bits_per_byte": 3.0,
                "bits_per_byte_standard_error": None, "corpus": "/data/prose", "documents": 12}  # fmt: skip
-    report, run_dir = tmp_path / "eval.json", make_run()
-
-    def export(step):
-        report.write_text(json.dumps({"step": step, "split": "validation", "corpora": [figures]}))
-        return main(["export", str(run_dir), str(tmp_path / "out"), "--evaluation", str(report)])
-
-    assert export(6) == 2
-    assert "is of step 6, the checkpoint of step 7" in capsys.readouterr().err
-    assert export(7) == 0
+    report, run_dir = {"command": "bst eval", "split": "validation", "context_tokens": None}, make_run()
+    (run_dir / "reports").mkdir()
+    for step, loss in ((6, 9.0), (7, 2.0)):
+        whole = report | {"step": step, "corpora": [figures | {"loss_nats_per_token": loss}]}
+        (run_dir / "reports" / f"{step}.json").write_text(json.dumps(whole))
+    assert main(["export", str(run_dir), str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| validation of prose, 12 whole documents | 2.0000 ± 0.2500 | 3.0000 |" in card
+    assert "| validation of prose, 12 documents | 2.0000 ± 0.2500 | 3.0000 |" in card
 
 
 def test_digests_are_what_sha256sum_reads(exported):
