@@ -3,8 +3,9 @@
     bst plot runs/demo
     bst plot runs/demo runs/sliding --out curves.pdf
 
-Bits per byte in training and in evaluation, learning rate, gradient norm and speed. The suffix of --out decides the
-format: png, pdf or svg. `bst compare --plot` draws them over time as well, and the differences.
+Bits per byte in training and in evaluation (nats a label of classifiers), learning rate, gradient norm and speed. The
+suffix of --out decides the format: png, pdf or svg. `bst compare --plot` draws them over time as well, and the
+differences.
 """
 
 from __future__ import annotations
@@ -52,14 +53,20 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     grid = figure.add_gridspec(2, 3, height_ratios=(1.8, 1))
     loss = figure.add_subplot(grid[0, :])
     small = {key: figure.add_subplot(grid[1, column]) for column, key in enumerate(SMALL)}
+    text = any(
+        np.isfinite(line["bits_per_byte"]) for lines in runs.values() for line in lines if line["kind"] == "train"
+    )
+    quantity = "bits_per_byte" if text else "loss_nats"
     for look, lines in zip(looks(len(runs)), runs.values(), strict=True):
         train = [line for line in lines if line["kind"] == "train"]
-        smoothed(loss, *_series(train, "bits_per_byte"), look)
-        evaluations(loss, lines, {line["step"]: line["tokens"] for line in train}, look["color"])
+        smoothed(loss, *_series(train, quantity), look)
+        evaluations(loss, lines, {line["step"]: line["tokens"] for line in train}, look["color"], quantity)
         small["learning_rate"].plot(*_series(train, "learning_rate"), **look)
         smoothed(small["gradient_norm"], *_series(train, "gradient_norm"), look)
         smoothed(small["tokens_per_s"], *_series(train[1:] or train, "tokens_per_s"), look)  # the first warms up
-    _finish(figure, loss, small)
+    _finish(loss, small)
+    loss.set_ylabel("bits per byte" if text else "nats a label")
+    figure.supxlabel("tokens seen" if text else "labels seen", fontsize=8)
     legend(loss, runs)
     return figure
 
@@ -91,19 +98,19 @@ def smoothed(axes: Axes, where: np.ndarray, values: np.ndarray, look: dict[str, 
     axes.plot(where[index], (sums[index + around + 1] - sums[index - around]) / (2 * around + 1), **look)
 
 
-def evaluations(axes: Axes, lines: list[dict[str, Any]], where: Mapping[int, float], colour: str) -> None:
+def evaluations(axes: Axes, lines: list[dict[str, Any]], where: Mapping[int, float], colour: str,
+                quantity: str = "bits_per_byte") -> None:  # fmt: skip
     """A dot for each evaluation, `where` its step stands (an evaluation's own tokens are those it read)."""
     seen = {0: 0.0, **where}
-    dots = [(seen[e["step"]], e["bits_per_byte"]) for e in lines if e["kind"] == "eval" and e["step"] in seen]
+    dots = [(seen[e["step"]], e[quantity]) for e in lines if e["kind"] == "eval" and e["step"] in seen]
     if dots:
         axes.plot(
             *zip(*dots, strict=True), "o", color=colour, markersize=4, markeredgecolor="white", markeredgewidth=0.6
         )
 
 
-def _finish(figure: Figure, loss: Axes, small: dict[str, Axes]) -> None:
-    """Labels and scales."""
-    loss.set_ylabel("bits per byte")
+def _finish(loss: Axes, small: dict[str, Axes]) -> None:
+    """Titles and scales."""
     small["learning_rate"].yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
     for key, axes in small.items():
         axes.set_title(SMALL[key])
@@ -114,7 +121,6 @@ def _finish(figure: Figure, loss: Axes, small: dict[str, Axes]) -> None:
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(8 if axes is loss else 4))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    figure.supxlabel("tokens seen", fontsize=8)
 
 
 def read_runs(directories: list[Path]) -> dict[str, list[dict[str, Any]]]:
