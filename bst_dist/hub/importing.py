@@ -5,7 +5,7 @@
 
 Also reads what transformers' save_pretrained has written of such a model, after fine-tuning there. The recipe is the
 exported one with the overrides; an optimizer's states are not exported, so the run itself cannot be resumed: another
-one begins at its weights with `initial_weights.run`.
+one begins at its weights with `initial_weights`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         (folder / RECIPE).write_text(dump(recipe), encoding="utf-8")
         (folder / TOKENIZER).write_bytes(tokenizer.model)
         _write_checkpoint(directory(folder, step), tensors, about | {"step": step, "recipe": digest(recipe)})
-    print(f"{args.run}: the weights of step {step:,} of {recipe.name}, {len(tensors.shapes)} tensors")
+    print(f"{args.run}: the weights of step {step:,} of {recipe.name}, {len(tensors.shapes)} tensors\n"
+          f"another run begins at them with initial_weights.run={args.run} initial_weights.step={step}")  # fmt: skip
     return {"run": str(args.run), "step": step, "tensors": len(tensors.shapes)}
 
 

@@ -207,8 +207,10 @@ def _resume(request: Request, start: Start, snapshots: Snapshots, trainer: Train
     if position is not None:
         start.objective.loader(_mesh(start, trainer.ranks)).check(position.data)
         return position
-    if start.recipe.initial_weights and committed(start.run_dir):
-        raise CheckpointError(f"{start.run_dir}: no valid checkpoint to go on from: start anew in another --run-dir")
+    if initial := start.recipe.initial_weights:
+        if committed(start.run_dir):
+            raise CheckpointError(f"{start.run_dir}: no valid checkpoint to go on from: start anew with --run-dir")
+        _say(trainer.ranks, f"begins with the weights of step {initial.step} of {initial.run}")
     if request.resume:
         _say(trainer.ranks, f"no valid checkpoint in {start.run_dir}: starting at step 0")
     return Position(step=0, tokens=0, data={}, carried=[])
