@@ -11,6 +11,7 @@ from torch import nn
 from bst_dist.config import Recipe, load_recipe
 from bst_dist.lra.config import LongRangeConfig
 from bst_dist.model.lm import LanguageModel
+from bst_dist.train import rundir
 from bst_dist.train.checkpoint import (
     CheckpointError,
     committed,
@@ -25,6 +26,10 @@ from bst_dist.train.rundir import RECIPE, TOKENIZER
 from data_pipeline.errors import UserError
 from data_pipeline.reader import Corpus
 from data_pipeline.tokenizer import Tokenizer
+
+
+class OtherTokenizerError(UserError):
+    """A corpus whose ids are not those that a run was trained on."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,8 @@ def restore(model: nn.Module, run_dir: Path, step: int | None = None) -> int:
     else:
         if step is None and not committed(run_dir):
             raise CheckpointError(
-                f"{run_dir}: no checkpoint: the run has not come to its first one; --checkpoint 0 takes the weights it "
-                "began with"
+                f"{run_dir}: no valid checkpoint: the run has not come to its first one; --checkpoint 0 takes the "
+                "weights it began with"
             )
         checkpoint = newest_valid(run_dir) if step is None else _checkpoint(run_dir, step)
         model.load_state_dict(load_weights(checkpoint))
@@ -78,9 +83,25 @@ def require_language_model(run_dir: Path, recipe: Recipe) -> None:
 
 
 def tokenizer_of(run_dir: Path, recipe: Recipe) -> Tokenizer:
-    """What makes a run's tokens of text: its own tokenizer, or else its corpus's; raises UserError without either."""
+    """What makes a run's tokens of text: its own tokenizer, or else its corpus's; raises UserError without either, and
+    OtherTokenizerError when the corpus has another one by now."""
     own, data = run_dir / TOKENIZER, recipe.data
-    return Tokenizer.read(own) if own.is_file() else Corpus.open(data.urls()[0], storage=data.storage).tokenizer()
+    if own.is_file():
+        return Tokenizer.read(own)
+    corpus = Corpus.open(data.urls()[0], storage=data.storage)
+    require_tokenizer(run_dir, corpus, rundir.tokenizer_of(run_dir))
+    return corpus.tokenizer()
+
+
+def require_tokenizer(run_dir: Path, corpus: Corpus, sha256: str | None) -> None:
+    """Raise OtherTokenizerError unless a corpus has the run's tokenizer, of that `sha256`; None: that is not known."""
+    found = corpus.manifest.tokenizer.sha256
+    if sha256 not in (None, found):
+        raise OtherTokenizerError(
+            f"{corpus.where}: its tokenizer ({found[:12]}...) is not the one that {run_dir} was trained with "
+            f"({sha256[:12]}...), so its ids mean something else to this model: prepare the text with the run's "
+            "tokenizer (tokenizer.reuse)"
+        )
 
 
 def read_recipe(run_dir: Path) -> Recipe:

@@ -50,12 +50,14 @@ def compare(model: LanguageModel, corpus: Corpus) -> tuple[float, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus")
-    corpus = Corpus.open(parser.parse_args().corpus, "validation")
+    parser.add_argument("models", nargs="*", help=f"of {', '.join(MODELS)} (default: all)")
+    args = parser.parse_args()
+    corpus = Corpus.open(args.corpus, "validation")
     vocabulary = f"model.vocab_size={corpus.manifest.tokenizer.vocab_size}"
     print(f"{'model':<16} {'streamed':>10} {'at once':>10} {'largest':>9} {'MiB streamed':>13} {'MiB at once':>12}")
-    for name, overrides in MODELS.items():
+    for name in args.models or MODELS:
         torch.manual_seed(0)
-        model = LanguageModel(load_recipe("launch/recipes/demo.yaml", [vocabulary, *overrides]).model).eval()
+        model = LanguageModel(load_recipe("launch/recipes/demo.yaml", [vocabulary, *MODELS[name]]).model).eval()
         streamed, at_once, largest, small, large = compare(model, corpus)
         print(f"{name:<16} {streamed:10.6f} {at_once:10.6f} {largest:9.1e} {small:13,.0f} {large:12,.0f}", flush=True)
         assert abs(streamed - at_once) < 1e-5 * at_once and largest < 1e-2

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from bst_dist.evaluate.corpora import OtherTokenizerError, open_text
-from bst_dist.evaluate.trained import open_run
+from bst_dist.evaluate.corpora import open_text
+from bst_dist.evaluate.trained import OtherTokenizerError, open_run, tokenizer_of
 from bst_dist.train.rundir import ENVIRONMENT
 from data_pipeline.config import parse
 from data_pipeline.parallel import open_workers
@@ -59,3 +59,5 @@ def test_a_corpus_that_was_prepared_again_since_is_noticed(make_run, corpus):
     record(run_dir, "0" * 64)
     with pytest.raises(OtherTokenizerError, match=r"is not the one that .* was trained with \(000000000000"):
         open_text(open_run(run_dir), "validation")
+    with pytest.raises(OtherTokenizerError):
+        tokenizer_of(run_dir, open_run(run_dir).recipe)
