@@ -107,6 +107,8 @@ def test_command_prepares_pairs_of_sequences(tmp_path, capsys):
         (["listops", "max_dept=3"], "unknown key 'max_dept': did you mean 'max_depth'?"),
         (["listops", "min_length=9", "max_length=5"], "min_length 9 is more than max_length 5"),
         (["text"], "key 'source' is required and missing"),
+        (["text", "source=[x"], "override 'source=[x': the value is not YAML"),
+        (["text", "source"], "override 'source': expected setting=value"),
     ],
 )
 def test_wrong_arguments_are_one_message(arguments, message, capsys):

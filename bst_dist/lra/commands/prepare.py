@@ -65,7 +65,10 @@ def settings(task: str, overrides: list[str]) -> TaskConfig:
         key, separator, text = override.partition("=")
         if not separator:
             raise ConfigError(f"override {override!r}: expected setting=value")
-        data[key] = yaml.safe_load(text)
+        try:
+            data[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
     return parse(SETTINGS[task], data, where=f"bst lra prepare {task}")
 
 
