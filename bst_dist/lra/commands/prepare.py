@@ -1,7 +1,7 @@
 """Prepare a task of the Long Range Arena: draw its examples, or read the published files.
 
     bst lra prepare listops
-    bst lra prepare listops train=20000 min_length=100 max_length=400 max_depth=6 --to corpora/lra/listops-short
+    bst lra prepare listops train=20000 max_depth=6 min_length=100 max_length=400 --to corpora/lra/listops-400
     bst lra prepare pathfinder size=128 --to corpora/lra/pathfinder-x
     bst lra prepare text source=downloads/aclImdb
     bst lra prepare retrieval source=downloads/lra_release/tsv_data
