@@ -44,10 +44,7 @@ def trials(experiment: ExperimentConfig) -> list[Trial]:
     Raises ConfigError for settings that make no recipe, arms that are one and the same, and arms of a condition that
     would train on different numbers of tokens; UserError when there is no such corpus.
     """
-    base = yaml.safe_load(Path(experiment.recipe).read_text(encoding="utf-8"))
-    if not isinstance(base, dict):
-        raise ConfigError(f"{experiment.recipe}: expected settings (key: value)")
-    base = settled(base, experiment.settings)
+    base = settled(_base(Path(experiment.recipe)), experiment.settings)
     found = [
         _trial(base, experiment, condition, arm, seed)
         for seed in experiment.seeds
@@ -65,6 +62,17 @@ def require_corpora(found: list[Trial]) -> None:
     for data in {trial.recipe.data.model_dump_json(): trial.recipe.data for trial in found}.values():
         for split in ("train", "validation"):
             open_corpora(data, split)
+
+
+def _base(path: Path) -> dict[str, Any]:
+    """The base recipe as it is written; it may leave open what the arms say."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected settings (key: value), found a {type(data).__name__}")
+    return data
 
 
 def _trial(base: dict[str, Any], experiment: ExperimentConfig, condition: str, arm: str, seed: int) -> Trial:

@@ -84,15 +84,8 @@ def _by_arm(axes: Axes, column: Column, rows: Sequence[Row], table: Table) -> No
     for seed in table.experiment.seeds:
         runs = [(row.values[column.key][seed], place) for place, row in enumerate(shown)
                 if seed in row.values[column.key]]  # fmt: skip
-        axes.plot(
-            [x for x, _ in runs],
-            [place for _, place in runs],
-            "o-",
-            color="#777777",
-            alpha=0.4,
-            markersize=2.5,
-            linewidth=0.6,
-        )
+        axes.plot([x for x, _ in runs], [place for _, place in runs], "o-", color="#777777", alpha=0.4,
+                  markersize=2.5, linewidth=0.6)  # fmt: skip
     for place, row in enumerate(shown):
         figure, colour = row.levels[column.key], _colour(table, row.arm)
         axes.errorbar(figure.value, place, xerr=figure.standard_error or 0, fmt="D", color=colour, markersize=4,

@@ -36,6 +36,8 @@ class Column(NamedTuple):
     """After the point."""
     family: str
     """Columns of one family have one unit, and share a panel."""
+    relative: bool = False
+    """Whether a difference is shown as a share of the reference's value."""
 
 
 def columns(measure: MeasureConfig) -> list[Column]:
@@ -43,19 +45,25 @@ def columns(measure: MeasureConfig) -> list[Column]:
     found = []
     if measure.validation:
         found.append(Column("bits_per_byte", "validation, bits/byte", 4, "bits/byte"))
-    found += [Column(_at(n), f"bits/byte at {n:,}", 4, "length") for n in measure.lengths]
+    for length in measure.lengths:
+        title = f"bits/byte at {length:,}"
+        found.append(Column(_at(length), title, 4, "length" if len(measure.lengths) > 1 else title))
     if measure.speed:
         found += [
-            Column("tokens_per_s", "tokens/s", 0, "tokens/s, median step"),
-            Column("tokens_per_s_fastest", "tokens/s, fastest tenth", 0, "tokens/s, fastest tenth"),
-            Column("memory_mib", "peak memory, MiB", 0, "peak memory, MiB"),
+            _relative("tokens_per_s", "tokens/s"),
+            _relative("tokens_per_s_fastest", "tokens/s, fastest tenth"),
+            _relative("memory_mib", "peak memory, MiB"),
         ]
     if measure.time_to is not None:
         found += [
-            Column("tokens_to_loss", f"tokens to {measure.time_to:g}", 0, f"tokens to {measure.time_to:g} bits/byte"),
-            Column("seconds_to_loss", f"s to {measure.time_to:g}", 1, f"seconds to {measure.time_to:g} bits/byte"),
+            _relative("tokens_to_loss", f"tokens to {measure.time_to:g} bits/byte"),
+            _relative("seconds_to_loss", f"s to {measure.time_to:g} bits/byte", 1),
         ]
     return found
+
+
+def _relative(key: str, title: str, digits: int = 0) -> Column:
+    return Column(key, title, digits, family=title, relative=True)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def sheet(table: Table) -> Sheet:
     for row in table.rows:
         if row.differences:
             place = [row.condition] if named else []
-            cells = [_difference(row.differences.get(column.key), column) for column in table.columns]
+            cells = [_difference(row, column) for column in table.columns]
             lines.append([*place, f"{row.arm} − {table.experiment.reference}", "", "", *cells])
     return Sheet(head, lines)
 
@@ -83,11 +83,15 @@ def _cell(figure: Figure | None, column: Column, row: Row) -> str:
     return f"{_number(figure.value, column)}{error}{mark}"
 
 
-def _difference(figure: Figure | None, column: Column) -> str:
+def _difference(row: Row, column: Column) -> str:
+    figure = row.differences.get(column.key)
     if figure is None:
         return ""
-    error = "" if figure.standard_error is None else f" ± {_number(figure.standard_error, column)}"
-    return f"{figure.value:+,.{column.digits}f}{error}{' *' if figure.apart else ''}"
+    form, unit = f",.{column.digits}f", 1.0
+    if column.relative:  # the reference's own value is what is left without the difference
+        form, unit = ".0%", row.levels[column.key].value - figure.value
+    error = "" if figure.standard_error is None else f" ± {figure.standard_error / unit:{form}}"
+    return f"{figure.value / unit:+{form}}{error}{' *' if figure.apart else ''}"
 
 
 def _number(value: float, column: Column) -> str:

@@ -66,9 +66,7 @@ class Table:
             "seeds": "over seeds, as many as there are runs; differences are paired by seed",
             "documents": "over validation documents (one seed: what another seed would change is not in them)",
         }
-        return (
-            "; ".join(said[kind] for kind in ("seeds", "documents") if kind in kinds) or "not known from one run each"
-        )
+        return "; ".join(said[kind] for kind in said if kind in kinds) or "not known from one run each"
 
     @property
     def comparisons(self) -> int:

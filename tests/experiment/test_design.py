@@ -80,6 +80,14 @@ def test_a_bad_file_is_refused_with_what_is_wrong(make, changes, message):
         make(**changes)
 
 
+@pytest.mark.parametrize(("text", "message"), [("- a list", "expected settings"), ("a: [", "not readable as YAML")])
+def test_a_base_that_is_no_recipe_is_refused(make, tmp_path, text, message):
+    make()
+    (tmp_path / "base.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"base.yaml: {message}"):
+        trials(load_experiment(tmp_path / "experiment.yaml", []))
+
+
 def test_a_corpus_that_is_not_there_is_told_before_anything_is_trained(make, tmp_path, capsys):
     _, found = make()
     with pytest.raises(UserError, match="none"):
