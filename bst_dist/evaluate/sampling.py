@@ -77,8 +77,9 @@ def filtered(logits: Tensor, sampling: SamplingConfig, seen: Tensor | None = Non
 
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:
-    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-    probabilities = torch.softmax(ordered, dim=-1)
-    before = probabilities.cumsum(-1) - probabilities  # 0 for the likeliest, which is always kept
-    ordered = ordered.masked_fill(before >= top_p, -torch.inf)
-    return torch.empty_like(logits).scatter_(-1, ids, ordered)
+    """Ties with the least likely token that is kept are kept, too."""
+    probabilities = torch.softmax(logits, dim=-1)
+    ordered = torch.from_numpy(np.sort(probabilities.numpy(), axis=-1)).flip(-1)  # many times as fast as torch's sort
+    before = ordered.cumsum(-1) - ordered  # 0 for the likeliest, which is always kept
+    last = (before < top_p).sum(-1, keepdim=True) - 1
+    return logits.masked_fill(probabilities < ordered.gather(-1, last), -torch.inf)
