@@ -5,6 +5,7 @@ Below, how much each differs from the first in training on the same batches, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -23,7 +24,7 @@ INCHES = (6.75, 4.8)
 def draw(runs: Mapping[str, Outline]) -> Figure:
     """The figure for runs by name; raises UserError when one has no training step with bits per byte."""
     for one in runs.values():
-        if not any("bits_per_byte" in line for line in one.train):
+        if not any(math.isfinite(line.get("bits_per_byte", math.nan)) for line in one.train):
             raise UserError(f"{one.run_dir}: nothing to draw: no training step with bits per byte has been reported")
     figure = Figure(figsize=INCHES, layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=(1.5, 1))

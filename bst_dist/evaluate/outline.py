@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -15,6 +17,7 @@ from bst_dist.config import flat
 from bst_dist.evaluate.standing import Standing, standing
 from bst_dist.evaluate.trained import read_recipe
 from bst_dist.model.lm import LanguageModel
+from bst_dist.train.checkpoint import WEIGHTS, committed, open_shards
 from bst_dist.train.metrics import FILE, read_lines
 from bst_dist.train.rundir import ENVIRONMENT, RECIPE
 from data_pipeline.errors import UserError
@@ -62,7 +65,8 @@ class Outline:
             found |= {f"validation_{key}": line.get(key) for key in ("step", "loss_nats", "bits_per_byte", "accuracy")}
         found["peak_memory_bytes"] = max(memory, default=None)
         found["time_s"] = sum(line.get("step_time_s", line.get("time_s", 0.0)) for line in self.lines) or None
-        return {key: value for key, value in found.items() if value is not None} | (self.scored or {})
+        told = {key: value for key, value in found.items() if value is not None and value == value}  # nan is no figure
+        return told | (self.scored or {})
 
     @property
     def _step(self) -> int:
@@ -85,7 +89,10 @@ def outline(run_dir: Path) -> Outline:
 
 
 def _parameters(run_dir: Path) -> int | None:
-    """Counted on tensors without storage; None for a recipe that is not a language model's."""
+    """Those of the newest checkpoint; before there is one, of a language model's recipe, on tensors without storage."""
+    for checkpoint in committed(run_dir):
+        with suppress(UserError):
+            return sum(map(math.prod, open_shards(checkpoint, WEIGHTS).shapes.values()))
     try:
         recipe = read_recipe(run_dir)
     except UserError:

@@ -297,6 +297,7 @@ def project(tmp_path_factory):
         larger = ["output=corpora/stdlib-512", "tokenizer.vocab_size=512"]
         assert cli.main(["data", "prepare", "launch/data/stdlib.yaml", *larger]) == 0
         assert cli.main(["train", RECIPE]) == 0
+        assert cli.main(["export", "runs/demo", "demo-model"]) == 0
     for corpus in ("corpora/large", "data/stdlib"):
         shutil.copytree(here / "corpora/stdlib", here / corpus)
     for name in ("other", "sliding", "longer", "demo-uninterrupted"):
@@ -324,7 +325,8 @@ def test_a_documented_command_runs(line, project, monkeypatch, tmp_path):
         words.append("--dry-run")
     if words[0] == "train" and words[1:] != [RECIPE, "--resume"]:
         words += ["train.steps=4", "--run-dir", str(tmp_path / "run")]
-    for output in ("exported", "out", "runs/imported"):  # must not be there, and another example has written it
+    outputs = {"exported", "out", "runs/imported", *(["demo-model"] if words[0] == "export" else [])}
+    for output in outputs:  # must not be there, and another example has written it
         if output in words:
             shutil.rmtree(project / output, ignore_errors=True)
     assert cli.main(words) == 0
