@@ -82,9 +82,9 @@ class Probes:
         totals = self.ranks.sum(torch.cat([self._context.sums[layer] for layer in layers]).tolist())
         for place, layer in enumerate(layers):
             own, cross, entropy, tokens = totals[4 * place : 4 * place + 4]
-            found[f"context, share of the output/{_name(layer)}"] = sqrt(cross) / max(sqrt(own) + sqrt(cross), 1e-30)
+            found[f"context share/{_name(layer)}"] = sqrt(cross) / max(sqrt(own) + sqrt(cross), 1e-30)
             if tokens:
-                found[f"context, entropy of attention/{_name(layer)}"] = entropy / tokens
+                found[f"context entropy/{_name(layer)}"] = entropy / tokens
         return found
 
     def _time_scales(self) -> dict[str, Tensor]:
@@ -92,7 +92,7 @@ class Probes:
         found = {}
         for layer, kernel in kernels(self.engine.module).items():
             with self.engine.gathered(list(kernel.parameters())):
-                found[f"time scales, log10 of tokens/{_name(layer)}"] = time_scales(kernel).log10().float().cpu()
+                found[f"log10 time scales/{_name(layer)}"] = time_scales(kernel).log10().float().cpu()
         return found
 
     def _sample(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ HPARAMS = (
     "deepspeed",
 )  # fmt: skip
 """Fields of the recipe that the HParams page has a column for; the same ones in every run, so that runs compare."""
+SHOWN = ("model.mixer", "model.context.variant", "model.ssm.kernel", "optimizer.learning_rate", "parameters")
+"""Those that the page shows before any is ticked: of more than five TensorBoard hides the rest, by alphabet."""
 RESULTS = ("validation/bits_per_byte", "validation/loss_nats", "train/loss_nats", "train/tokens", "train/tokens_per_s")
 """Curves whose last value stands beside them."""
 BINS = np.linspace(-1, 8, 181)
@@ -37,6 +40,7 @@ class TensorBoard(Writer):
 
         self._writer = SummaryWriter(str(run_dir / FOLDER), purge_step=start_step + 1 if start_step else None)
         experiment, begin, self._end = summaries(hparams, dict.fromkeys(RESULTS))
+        _show_first(experiment, SHOWN)
         for summary in (experiment, begin):
             self._writer.file_writer.add_summary(summary)
 
@@ -69,4 +73,16 @@ def hparams(recipe: Recipe, **more: str | float) -> dict[str, str | float]:
     for section in ("context", "ssm"):
         if section not in read:
             values |= {name: "-" for name in values if name.startswith(f"model.{section}.")}
+    values["deepspeed"] = Path(recipe.deepspeed).stem
     return {name: values.get(name, "-") for name in HPARAMS} | more
+
+
+def _show_first(experiment: Any, names: Sequence[str]) -> None:
+    """Mark some columns as those in which runs differ, which TensorBoard takes for the ones to show."""
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    plugin = experiment.value[0].metadata.plugin_data
+    data = HParamsPluginData.FromString(plugin.content)
+    for info in data.experiment.hparam_infos:
+        info.differs = info.name in names
+    plugin.content = data.SerializeToString()

@@ -20,7 +20,7 @@ from bst_dist.train.metrics import SkippedReport, StepReport
 from bst_dist.train.probes import Probes, Seen
 from bst_dist.train.program import train
 from bst_dist.train.start import Request
-from bst_dist.train.tensorboard import FOLDER, HPARAMS, RESULTS, TensorBoard, hparams
+from bst_dist.train.tensorboard import FOLDER, HPARAMS, RESULTS, SHOWN, TensorBoard, hparams
 from data_pipeline.config import parse
 
 Go = Callable[..., None]
@@ -75,6 +75,7 @@ def test_every_run_has_the_same_columns_for_the_hparams_page(settings, tmp_path)
     plugin = events(tmp_path).summary_metadata
     data = {tag: HParamsPluginData.FromString(m.plugin_data.content) for tag, m in plugin.items()}
     experiment = data["_hparams_/experiment"].experiment
+    assert {info.name for info in experiment.hparam_infos if info.differs} == set(SHOWN)
     assert [metric.name.tag for metric in experiment.metric_infos] == list(RESULTS)
     start = data["_hparams_/session_start_info"].session_start_info
     assert start.hparams["parameters"].number_value == 7
@@ -142,7 +143,7 @@ def test_what_is_seen_does_not_depend_on_how_a_sequence_is_spread(go, tmp_path):
     go("two", *changes, "parallel.sp=2", world=2)
     one, two = events(tmp_path / "one"), events(tmp_path / "two")
     assert "sample/text_summary" not in one.Tags()["tensors"]
-    (name,) = (name for name in one.Tags()["scalars"] if name.startswith("context, share"))
+    (name,) = (name for name in one.Tags()["scalars"] if name.startswith("context share"))
     assert one.Scalars(name)[0].value == pytest.approx(two.Scalars(name)[0].value, rel=1e-5)
 
 
