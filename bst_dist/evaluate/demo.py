@@ -230,6 +230,11 @@ def _guide(demo: Demo) -> str:
   . .venv/bin/activate          # so that the commands below are found
   bst generate {run_dir} --prompt "class Cache:" --temperature 0.6
   bst train {RECIPE} name=longer train.steps={4 * demo.recipe.train.steps}
-  bst train {RECIPE} name=sliding model.mixer=sliding && bst plot {run_dir} runs/sliding
+  bst train {RECIPE} name=sliding model.mixer=sliding && bst compare {run_dir} runs/sliding --plot compared.png
+  bst eval {run_dir} --lengths 512,4096,16384      # how far back does it look, and how far can it?
+  bst ablate {run_dir}          # what do its context states carry?
+  bst plan {RECIPE} --nodes 2   # and on 16 GPUs?
   tensorboard --logdir runs
-  rm -r runs && make demo       # the demo anew"""
+  rm -r runs && make demo       # the demo anew
+
+What there is to read, in order: docs/README.md"""
