@@ -23,8 +23,8 @@ def causal_convolution(u: Tensor, kernel: Tensor, outputs: int | None = None) ->
     wide = torch.promote_types(u.dtype, torch.float32)
     if outputs == 1:  # a token at a time: one sum, where an FFT would compute all other outputs too
         seen = min(length, taps)
-        y = torch.einsum("btd,cdt->bcd", u[:, length - seen :].to(wide), kernel[..., :seen].to(wide).flip(-1))
-        return y.unsqueeze(1)
+        latest_first = u[:, length - seen :].to(wide).flip(1)
+        return torch.einsum("btd,cdt->bcd", latest_first, kernel[..., :seen].to(wide)).unsqueeze(1)
     size = padded_size(length, outputs, taps)
     spectrum = torch.fft.rfft(u.to(wide).transpose(1, 2), n=size).unsqueeze(1)  # (B, 1, Ds, f)
     response = torch.fft.rfft(kernel.to(wide), n=size)  # (C, Ds, f)
