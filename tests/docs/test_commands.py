@@ -242,6 +242,7 @@ LEFT_OUT = {
     r"bst launch .*--launcher slurm": "needs an allocation of Slurm: tests/cluster/test_slurm.py",
     r"bst train .*--(nodes|ranks [48])": "needs more hosts or cores: tests/cluster, tests/train/test_elastic.py",
     r"bst bench ": "measures, for minutes to hours",
+    r"bst train .*initial_weights": "of the demo's own last step: tests/train/test_initial.py",
     r"bst data prepare (/|.*/data/(books|latex|linux|mathematics)|.*output=/)": "fetches packages, writes elsewhere",
     r"bst verify .*--": "minutes on many ranks: tests/verify",
     r"bst sweep (run|collect|fit|compare|report|coordinates|plan.*--measure)": "trains a sweep: tests/sweep",
