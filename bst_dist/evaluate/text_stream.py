@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 class TextStream:
     """Text from bytes as they arrive; a character spread over several tokens is written once it is whole.
 
-    The text ends before the first of the `stops` that occurs in it; what may be the beginning of one is held back.
+    The text ends before the first of the `stops` that is complete; what may be the beginning of one is held back.
     """
 
     def __init__(self, write: Callable[[str], object], stops: Sequence[str] = ()):
@@ -31,9 +31,9 @@ class TextStream:
         if self.stopped:
             return
         self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self._release(self._held[: min(found)])
+            self._release(self._held[: min(found)[1]])
             self.stopped, self._held = True, ""
         else:
             self._release(self._held[: len(self._held) - self._beginning()])

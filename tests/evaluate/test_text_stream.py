@@ -27,8 +27,9 @@ def test_text_appears_whole_however_its_bytes_are_cut(text, cuts):
 
 @given(text=st.text("ab\n", max_size=30), cuts=st.lists(st.integers(0, 30)),
        stops=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))  # fmt: skip
-def test_text_ends_before_the_first_stop_however_it_arrives(text, cuts, stops):
-    first = min((text.find(stop) for stop in stops if stop in text), default=len(text))
+def test_text_ends_before_the_first_complete_stop_however_it_arrives(text, cuts, stops):
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    first = min(ends)[1] if ends else len(text)
     assert "".join(streamed(text.encode(), cuts, stops)) == text[:first]
 
 
