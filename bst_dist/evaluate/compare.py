@@ -5,9 +5,9 @@
     bst compare runs/demo runs/demo-uninterrupted --equal
 
 Differences are to the first run. Where both read the same text they are paired: over the last training steps that both
-took (± the standard error over these steps), and over the blocks of the sequences that both were evaluated on (± over
-the blocks). Bits per byte of whole documents, with the standard error over documents, are those of a report of
-`bst eval RUN --json RUN/reports/eval.json`, when there is one on the run's last step.
+took (± the standard error over these steps), over the blocks of the sequences that both were evaluated on (± over the
+blocks), and over whole documents (± over documents), where `bst eval RUN --json RUN/reports/eval.json` has scored them
+after each run's last step.
 
 --equal checks that two runs are equal to the last bit, at every step and in every weight: a run that was stopped and
 resumed must equal one that never stopped. Exit status: 1 when they are not.
@@ -126,7 +126,8 @@ def _notes(runs: Sequence[dict[str, Any]]) -> str:
         "± standard error over them",
         "validation_difference_nats": "³ nats a token on the same sequences, after the last step at which both were "
         f"evaluated, ± over the {' or '.join(map(str, blocks))} blocks of a sequence",
-        "scored_bits_per_byte": f"⁴ `bst eval` of {' or '.join(map(str, documents))} documents, ± over documents",
+        "scored_bits_per_byte": f"⁴ `bst eval` of {' or '.join(map(str, documents))} whole documents, ± over documents",
+        "scored_difference_bits_per_byte": "⁵ bits per byte on the same documents, ± over documents",
     }
     return "\n".join(text for key, text in notes.items() if any(key in one for one in runs))
 
@@ -177,6 +178,7 @@ ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("  above the first run ³", lambda one: _difference(one, "validation_difference_nats",
                                                         one.get("validation_difference_step"))),
     ("documents, bits per byte ⁴", lambda one: _estimate(one, "scored_bits_per_byte")),
+    ("  above the first run ⁵", lambda one: _difference(one, "scored_difference_bits_per_byte", one["step"])),
     ("tokens/s, median", lambda one: _number(one, "tokens_per_s", "{:,.0f}")),
     ("peak memory of a rank", _memory),
     ("time in steps, evaluations", lambda one: duration(one["time_s"]) if "time_s" in one else ""),

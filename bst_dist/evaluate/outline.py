@@ -39,8 +39,8 @@ class Outline:
     parameters: int | None
     start: dict[str, Any]
     """Its last start: ranks, hosts, versions."""
-    scored: dict[str, Any] | None
-    """What `bst eval` made of whole documents of its newest weights, when its report lies in the run directory."""
+    scored: dict[str, Any]
+    """What `bst eval` made of whole documents of its newest weights; empty when no report lies in the run directory."""
 
     @property
     def train(self) -> list[dict[str, Any]]:
@@ -66,7 +66,8 @@ class Outline:
         found["peak_memory_bytes"] = max(memory, default=None)
         found["time_s"] = sum(line.get("step_time_s", line.get("time_s", 0.0)) for line in self.lines) or None
         told = {key: value for key, value in found.items() if value is not None and value == value}  # nan is no figure
-        return told | (self.scored or {})
+        keys = ("documents", "bits_per_byte", "bits_per_byte_standard_error")
+        return told | {f"scored_{key}": self.scored[key] for key in keys if key in self.scored}
 
     @property
     def _step(self) -> int:
@@ -85,7 +86,9 @@ def outline(run_dir: Path) -> Outline:
     step = max((line["step"] for line in lines if line["kind"] in ("train", "skipped")), default=0)
     starts = json.loads((run_dir / ENVIRONMENT).read_text())["starts"] if (run_dir / ENVIRONMENT).exists() else [{}]
     where = standing(run_dir, step, fields.get("train.steps"))
-    return Outline(run_dir, fields, lines, where, _parameters(run_dir), starts[-1], _scored(run_dir, step))
+    report = eval_report(run_dir, step)
+    scored = report["corpora"][0] if report else {}
+    return Outline(run_dir, fields, lines, where, _parameters(run_dir), starts[-1], scored)
 
 
 def _parameters(run_dir: Path) -> int | None:
@@ -116,15 +119,6 @@ def eval_report(run_dir: Path, step: int) -> dict[str, Any] | None:
         if isinstance(report, dict) and asked.items() <= report.items() and report.get("corpora"):
             found.append((path.stat().st_mtime, report))
     return max(found, key=lambda one: one[0])[1] if found else None
-
-
-def _scored(run_dir: Path, step: int) -> dict[str, Any] | None:
-    """What of that report stands beside other runs'."""
-    report = eval_report(run_dir, step)
-    if report is None:
-        return None
-    keys = ("documents", "bits_per_byte", "bits_per_byte_standard_error")
-    return {f"scored_{key}": report["corpora"][0].get(key) for key in keys}
 
 
 def _mean(lines: list[dict[str, Any]], key: str) -> float | None:

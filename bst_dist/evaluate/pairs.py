@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
+
 from bst_dist.evaluate.outline import LAST_STEPS, Outline
-from bst_dist.evaluate.statistics import Estimate
+from bst_dist.evaluate.statistics import Estimate, ratio
 
 
 def by_step(first: Outline, other: Outline) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -30,7 +32,8 @@ def differences(first: Outline, other: Outline) -> dict[str, Any]:
     """How much `other`'s loss is above the first's on the same text, in nats a token, with what the error is over.
 
     Training: over the last steps that both took; validation: over the blocks of a sequence, at the last step after
-    which both were evaluated. Only what can be paired is there.
+    which both were evaluated; documents that `bst eval` has scored: in bits per byte, over documents. Only what can be
+    paired is there.
     """
     found: dict[str, Any] = {}
     if steps := by_step(first, other)[-LAST_STEPS:]:
@@ -49,7 +52,16 @@ def differences(first: Outline, other: Outline) -> dict[str, Any]:
                 found |= {"validation_difference_blocks": len(blocks[0]),
                           "validation_difference_nats_standard_error": spread}  # fmt: skip
             break
-    return found
+    return found | _by_document(first.scored, other.scored)
+
+
+def _by_document(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The difference on the same documents, whatever their tokens are: bits per byte are of the text."""
+    nats = [np.array(scored.get("document_nats", ())) for scored in (one, other)]
+    bytes_ = [scored.get("document_bytes") for scored in (one, other)]
+    if not bytes_[0] or bytes_[0] != bytes_[1]:
+        return {}
+    return ratio((nats[1] - nats[0]) / math.log(2), np.array(bytes_[0])).report("scored_difference_bits_per_byte")
 
 
 def same_text(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -57,8 +57,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     for corpus in open_text(trained, args.split, args.corpus):
         started = time.perf_counter()
-        figures = summary(evaluate(trained, corpus, args.context, console))
-        figures["time_s"] = time.perf_counter() - started
+        scored = evaluate(trained, corpus, args.context, console)
+        figures = summary(scored) | {"time_s": time.perf_counter() - started}
+        # For `bst compare`, which pairs runs by document.
+        figures |= {"document_nats": scored.nats.tolist(), "document_bytes": scored.bytes.tolist()}
         report["corpora"].append({"corpus": corpus.storage.where, **figures})
         console.print(_table(args, trained, corpus.storage.where, figures))
     return report

@@ -5,6 +5,7 @@ import math
 import os
 import time
 
+import numpy as np
 import pytest
 import yaml
 
@@ -102,6 +103,23 @@ def test_the_report_of_eval_on_the_last_step_is_found(pair):
     first, second = compared(*pair)["runs"]
     assert (first["scored_documents"], first["scored_bits_per_byte_standard_error"]) == (7, 0.125)
     assert "scored_documents" not in second
+
+
+def test_documents_are_paired_when_they_are_the_same(pair):
+    report = {"command": "bst eval", "split": "validation", "context_tokens": None}
+    nats, bytes_ = np.array([[3.0, 8.0, 5.0], [2.5, 7.5, 5.5]]), [10, 20, 30]
+    for run_dir, step, scored in zip(pair, (4, 6), nats.tolist(), strict=True):
+        corpus = {"documents": 3, "document_nats": scored, "document_bytes": bytes_, "bits_per_byte": 1.0}
+        (run_dir / "eval.json").write_text(json.dumps(report | {"step": step, "corpora": [corpus]}))
+    _, second = compared(*pair)["runs"]
+    difference = (nats[1] - nats[0]) / math.log(2)
+    value = difference.sum() / 60
+    error = math.sqrt(3 / 2 * ((difference - value * np.array(bytes_)) ** 2).sum()) / 60
+    assert second["scored_difference_bits_per_byte"] == pytest.approx(value)
+    assert second["scored_difference_bits_per_byte_standard_error"] == pytest.approx(error)
+    corpus["document_bytes"] = [10, 21, 30]
+    (pair[1] / "eval.json").write_text(json.dumps(report | {"step": 6, "corpora": [corpus]}))
+    assert "scored_difference_bits_per_byte" not in compared(*pair)["runs"][1]
 
 
 @pytest.mark.parametrize(
