@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bst_dist.config import Recipe, differing
-from bst_dist.train.checkpoint import CHECKPOINTS, committed
+from bst_dist.train.checkpoint import CHECKPOINTS, committed, step_of
 from bst_dist.train.watchdog import HEARTBEATS, STACKS
 from bst_dist.version import versions
 from data_pipeline.atomic import atomic_file
@@ -67,7 +67,13 @@ def check(run_dir: Path, recipe: Recipe, completed: dict[str, Any], resume: bool
     stored = run_dir / DS_CONFIG
     if stored.exists() and (found := _changed(json.loads(stored.read_text()), completed)):
         raise RunDirectoryError(_listed(f"{run_dir}: holds a run with another DeepSpeed configuration:", found))
-    if not resume and (held := committed(run_dir)):
+    held = committed(run_dir)
+    if held and not (run_dir / ENVIRONMENT).exists():
+        raise RunDirectoryError(
+            f"{run_dir}: imported, and nothing goes on from weights alone: begin another run at them, in another "
+            f"--run-dir, with initial_weights.run={run_dir} initial_weights.step={step_of(held[0])}"
+        )
+    if not resume and held:
         raise RunDirectoryError(
             f"{run_dir}: already has checkpoints, up to {held[0].name}: "
             "go on from there with --resume, or start anew in another --run-dir"

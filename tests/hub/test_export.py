@@ -18,6 +18,7 @@ import bst_dist.hub
 from bst_dist.cli import main
 from bst_dist.config import load_recipe
 from bst_dist.evaluate.trained import open_run, tokenizer_of
+from bst_dist.train import rundir
 from data_pipeline.errors import UserError
 
 
@@ -37,6 +38,15 @@ def test_what_is_exported_comes_back_by_import(exported, tmp_path):
     assert tokenizer_of(tmp_path / "back", back).model == tokenizer_of(run_dir, there).model
     for command in ("ls", "show", "verify"):
         assert main(["ckpt", command, str(tmp_path / "back")]) == 0
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_an_imported_run_is_not_trained_on_in_its_own_directory(exported, tmp_path, resume):
+    _, folder = exported()
+    assert main(["import", str(folder), str(tmp_path / "back")]) == 0
+    recipe = load_recipe(tmp_path / "back" / "recipe.yaml")
+    with pytest.raises(UserError, match=r"initial_weights\.step=7"):
+        rundir.check(tmp_path / "back", recipe, {}, resume)
 
 
 def test_what_transformers_has_saved_is_imported_too(exported, tmp_path):
