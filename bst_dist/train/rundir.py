@@ -4,7 +4,7 @@ recipe.yaml       the resolved recipe
 ds_config.json    the completed DeepSpeed configuration
 environment.json  versions, hosts and ranks, one entry a start
 metrics.jsonl     one JSON object a line
-tensorboard/      the same, as events
+tensorboard/      the same as events, and what was seen inside the model
 ledger.jsonl      steps that the guard has not taken
 profile/, stacks/ traces of steps, and where the ranks stood when they hung
 checkpoints/      step-00000100/ and so on
