@@ -60,8 +60,6 @@ SECTIONS: dict[str, dict[str, Command]] = {
         "ablate": ("bst_dist.evaluate.ablate", "what each part of a model carries: what cutting or changing it costs"),
         "baselines": ("bst_dist.evaluate.baselines", "what an order-2 byte model and xz -9 make of a corpus"),
         "generate": ("bst_dist.evaluate.generate", "write text with a run's model"),
-        "export": ("bst_dist.hub.export", "write a run as a Hugging Face model, with its tokenizer and a model card"),
-        "import": ("bst_dist.hub.importing", "make a run of an exported model, to evaluate or to train from"),
     },
     "Study": {
         "experiment run": (
@@ -92,6 +90,10 @@ SECTIONS: dict[str, dict[str, Command]] = {
         "lra prepare": ("bst_dist.lra.commands.prepare", "draw a task's examples, or read its published files"),
         "lra eval": ("bst_dist.lra.commands.eval", "a run's accuracy on the test split, with its uncertainty"),
         "lra table": ("bst_dist.lra.commands.table", "runs of one task side by side, and means over seeds"),
+    },
+    "Share": {
+        "export": ("bst_dist.hub.export", "write a run as a Hugging Face model, with its tokenizer and a model card"),
+        "import": ("bst_dist.hub.importing", "make a run of an exported model, to evaluate or to train from"),
     },
     "Measure": {
         "bench data": ("data_pipeline.commands.bench", "read tokens beside webdataset, litdata and mosaicml-streaming"),
