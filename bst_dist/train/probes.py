@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bst_dist.evaluate.decoding import Generation
 from bst_dist.evaluate.probes import ContextProbe, kernels, time_scales
+from bst_dist.evaluate.prompts import without_text
 from bst_dist.evaluate.sampling import SamplingConfig
 
 if TYPE_CHECKING:
@@ -101,9 +102,7 @@ class Probes:
         training, checkpoint = model.training, model.checkpoint
         model.checkpoint = None  # nothing is run again: there is no backward pass
         try:
-            never = torch.ones(model.config.vocab_size, dtype=torch.bool)
-            never[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.token_bytes == 0)
-            never[tokenizer.eos_id] = False
+            never = without_text(model.config.vocab_size, tokenizer)
             generation = Generation(model, {0: self.prompt}, [(0, 0)], SamplingConfig(), never)
             drawn: list[int] = []
             while len(drawn) < self.config.sample_tokens and tokenizer.eos_id not in drawn:
