@@ -118,7 +118,7 @@ def measure(
     reference_first = sorted(hows, key=lambda length: length != own)
     for number, length in enumerate(reference_first):
         memory = PeakMemory(next(trained.model.parameters()).device)
-        tallies[length] = Tally(text, length, costs, is_reference=length == own)
+        tallies[length] = Tally(text, position_bins(length, own), costs, is_reference=length == own)
         for done in _read(trained, text, length, tallies[length]):
             progress(number * total + done, len(hows) * total)
         peaks[length] = memory.bytes()
@@ -145,11 +145,13 @@ def how(model: ModelConfig, length: int) -> How:
 class Tally:
     """Sums over tokens by document and by position, as slices come in."""
 
-    def __init__(self, text: Stretches, length: int, costs: np.ndarray | None = None, is_reference: bool = False):
-        """`costs`: (count, text.length) nats of each token at the trained length, which the reference itself writes."""
-        documents = len(text.numbers)
-        self.last = position_bins(length)
-        """(bins,) the last position of each bin."""
+    def __init__(self, text: Stretches, last: np.ndarray, costs: np.ndarray | None = None, is_reference: bool = False):
+        """
+        Args:
+            last: (bins,) the last position of each bin.
+            costs: (count, text.length) nats of each token at the trained length, which the reference itself writes.
+        """
+        documents, self.last = len(text.numbers), last
         self.nats = np.zeros((documents, len(self.last)))
         self.more = np.zeros((documents, len(self.last)))
         """Nats more than at the trained length."""
@@ -188,10 +190,13 @@ class Tally:
         return found
 
 
-def position_bins(length: int) -> np.ndarray:
-    """Last positions of bins that grow by sqrt(2) up to `length`: 1, 2, 3, 4, 6, 8, 11, 16, ..., length."""
-    lasts = np.unique(np.rint(np.sqrt(2) ** np.arange(2 * int(length).bit_length())).astype(np.int64))
-    return np.append(lasts[lasts < length], length)
+def position_bins(length: int, trained: int) -> np.ndarray:
+    """Last positions of bins up to `length`: by sqrt(2) up to the trained length, 1, 2, 3, 4, 6, 8, 11, 16, ..., and
+    then by 2, so that a bin holds the begins and the ends of the sequences that it is compared with alike."""
+    lasts = np.rint(np.sqrt(2) ** np.arange(2 * int(trained).bit_length())).astype(np.int64)
+    beyond = trained * 2 ** np.arange(int(length).bit_length())
+    lasts = np.concatenate((lasts[lasts < trained], beyond))
+    return np.append(np.unique(lasts[lasts < length]), length)
 
 
 def _read(trained: Trained, text: Stretches, length: int, tally: Tally) -> Iterator[int]:

@@ -63,8 +63,8 @@ def with_trained(trained: Trained, corpus: Corpus, lengths: list[int]) -> list[i
 def _table(args: argparse.Namespace, trained: Trained, corpus: Corpus, found: list[LengthResult]) -> Table:
     own, kinds = trained.recipe.train.sequence_length, {each.how for each in found}
     table = Table(
-        "length", "per-\nplexity", "nats per token", f"more than\nat {own:,}", "bits per\nbyte",
-        "documents\nthat long", "memory\nMiB", *(["past"] if kinds != {"carried"} else []),
+        "length", "per-\nplexity", "nats per token", f"more than\nat {own:,}", "bits/\nbyte",
+        "docs\nas long", "memory\nMiB", *(["past"] if kinds != {"carried"} else []),
         title=f"{args.run} after {trained.step:,} steps, trained on sequences of {own:,}:\n{corpus.where}",
         caption=_caption(trained, corpus, found), title_justify="left", caption_justify="left",
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),

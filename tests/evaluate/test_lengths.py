@@ -170,9 +170,10 @@ def test_full_attention_keeps_its_cache(make_trained, make_text):
 
 
 @pytest.mark.parametrize(
-    ("length", "expected"),
-    [(1, [1]), (2, [1, 2]), (7, [1, 2, 3, 4, 6, 7]), (40, [1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 40]),
-     (64, [1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64])],
+    ("length", "trained", "expected"),
+    [(1, 16, [1]), (7, 16, [1, 2, 3, 4, 6, 7]), (16, 16, [1, 2, 3, 4, 6, 8, 11, 16]),
+     (128, 16, [1, 2, 3, 4, 6, 8, 11, 16, 32, 64, 128]), (56, 16, [1, 2, 3, 4, 6, 8, 11, 16, 32, 56]),
+     (48, 24, [1, 2, 3, 4, 6, 8, 11, 16, 23, 24, 48])],
 )  # fmt: skip
-def test_position_bins_grow_by_the_root_of_two_and_end_with_the_length(length, expected):
-    assert position_bins(length).tolist() == expected
+def test_position_bins_grow_to_the_trained_length_and_beyond_by_whole_sequences_of_it(length, trained, expected):
+    assert position_bins(length, trained).tolist() == expected
