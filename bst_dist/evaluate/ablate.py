@@ -104,7 +104,7 @@ def plan(trained: Trained, asked: Sequence[str] | None, where: Sequence[str] | N
                 reason = "the same as zero"
             if reason is None:
                 reached.append(index)
-            elif layers is None or index in layers:
+            elif layers is None or layers & {"all", index}:
                 reasons.setdefault((intervention.kind, f"{mixers[index]}: {reason}"), []).append(index)
         if len(reached) > 1 and (layers is None or "all" in layers):
             planned.append((intervention, tuple(reached)))

@@ -49,11 +49,11 @@ def test_what_does_not_apply_is_left_out_with_the_reason(make_run, make_model):
     trained = open_run(make_run())
     settings = dict(trained.recipe.model)
 
-    def planned(mixer, **changes):
+    def planned(mixer, layers=None, **changes):
         model = make_model(mixer, **changes)
         recipe = trained.recipe.model_copy(update={"model": trained.recipe.model.model_copy(update={
             "mixer": mixer, "depth": 3, "placement": [1, 2]})})  # fmt: skip
-        found, left_out = plan(Trained(trained.run_dir, recipe, 4, model), None, None)
+        found, left_out = plan(Trained(trained.run_dir, recipe, 4, model), None, layers)
         return {str(intervention) for intervention, _ in found}, left_out
 
     assert settings["mixer"] == "bst"
@@ -65,6 +65,8 @@ def test_what_does_not_apply_is_left_out_with_the_reason(make_run, make_model):
     assert (
         left_out[0] == "zero, shuffle, delay, noise, replace, no-cross in layers 0, 1, 2 (sliding: no context states)"
     )
+    kinds, left_out = planned("sliding", layers=["all"])
+    assert kinds == {"own-block", "no-self"} and left_out
     kinds, _ = planned("bst", variant="MF")
     assert "no-cross" in kinds
 
