@@ -261,7 +261,10 @@ def _writers(start: Start, engine: Engine, ranks: Ranks, done: int) -> list[Writ
 def _probes(start: Start, trainer: Trainer, evaluate: Evaluate, say: Callable[[str], None]) -> Probes:
     """What looks into the model at evaluations; samples of text go on from the first validation sequence."""
     tokenizer = start.objective.tokenizer()
-    prompt = () if tokenizer is None else evaluate.batches[0].input_ids[0].tolist()
+    prompt: list[int] = []
+    if tokenizer is not None:
+        ids, counts = evaluate.batches[0].input_ids[0], evaluate.batches[0].loss_mask[0]
+        prompt = ids[: max(1, int(counts.cumprod().sum()))].tolist()  # where documents are isolated, of the first alone
     return Probes(start.recipe.log, trainer.engine, trainer.ranks, evaluate.writers, tokenizer, prompt, say)
 
 

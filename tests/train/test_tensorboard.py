@@ -22,6 +22,7 @@ from bst_dist.train.program import train
 from bst_dist.train.start import Request
 from bst_dist.train.tensorboard import FOLDER, HPARAMS, RESULTS, SHOWN, TensorBoard, hparams
 from data_pipeline.config import parse
+from data_pipeline.reader import Corpus
 
 Go = Callable[..., None]
 
@@ -177,3 +178,16 @@ def test_probes_draw_from_no_generator_and_leave_the_model_as_it_was(go, tmp_pat
     monkeypatch.setattr(Probes, "look", checked)
     go("run", *WATCHED)
     assert (tmp_path / "looked-3").exists() and (tmp_path / "looked-6").exists()
+
+
+@pytest.mark.ranks
+@pytest.mark.usefixtures("unmeasured")
+def test_a_sample_goes_on_from_one_document_alone(go, tmp_path):
+    go("run", *WATCHED, "data.documents=isolated", "train.steps=1", "evaluation.sequences=2")
+    run_dir = tmp_path / "run"
+    corpus = Corpus.open(open_run(run_dir).recipe.data.corpus, "validation")
+    documents = [corpus.tokenizer().decode(corpus.document(i)) for i in range(len(corpus))]
+    ((step, sample),) = texts(events(run_dir))
+    read = sample.split("\n\n")[1].replace("\n    ", "\n")[4:]
+    assert step == 1
+    assert any(read in document for document in documents)
