@@ -251,6 +251,7 @@ LEFT_OUT = {
     r"bst experiment ": "trains an experiment: tests/experiment",
     r"bst (lra |train .*/lra/)": "draws and trains a task in full: tests/lra",
     r"bst doctor": "tests/doctor",
+    r"bst eval .*--harness": "asks tasks of the reader's own: tests/evaluate",
 }
 
 
@@ -301,7 +302,7 @@ def project(tmp_path_factory):
         assert cli.main(["export", "runs/demo", "demo-model"]) == 0
     for corpus in ("corpora/large", "data/stdlib"):
         shutil.copytree(here / "corpora/stdlib", here / corpus)
-    for name in ("other", "sliding", "longer", "demo-uninterrupted"):
+    for name in ("other", "bst", "sliding", "longer", "demo-uninterrupted"):
         shutil.copytree(here / "runs/demo", here / "runs" / name)
     return here
 
@@ -310,8 +311,8 @@ def shrunk(settings: dict[str, Any]) -> dict[str, Any]:
     """A recipe that trains in seconds, of the same kind of model."""
     model, train = settings["model"], settings["train"]
     model |= {"width": 16, "heads": 2, "ffn": 32, "block": 16, "ssm": {"state": 4, "chunk": 16}}
-    train |= {"steps": 400, "sequence_length": 64, "sequences": 2, "micro_sequences": 2, "precision": "fp32"}
-    sections = {"evaluation": {"every": 200, "sequences": 2}, "checkpoint": {"every": 200}, "schedule": {},
+    train |= {"sequence_length": 64, "sequences": 1, "micro_sequences": 1, "precision": "fp32"}
+    sections = {"evaluation": {"every": 80, "sequences": 1}, "checkpoint": {"every": 80}, "schedule": {},
                 "data": {"corpus": "corpora/stdlib"}, "ranks": 1, "watchdog": {}}  # fmt: skip
     return {**settings, **sections}
 
@@ -326,6 +327,9 @@ def test_a_documented_command_runs(line, project, monkeypatch, tmp_path):
         words.append("--dry-run")
     if words[0] == "train" and words[1:] != [RECIPE, "--resume"]:
         words += ["train.steps=4", "--run-dir", str(tmp_path / "run")]
+    if "--lengths" in words and words[0] == "eval":  # the corpus and the block are small
+        lengths = words[words.index("--lengths") + 1]
+        words[words.index(lengths)] = ",".join(str(max(16, int(length) // 16)) for length in lengths.split(","))
     outputs = {"exported", "out", "runs/imported", *(["demo-model"] if words[0] == "export" else [])}
     for output in outputs:  # must not be there, and another example has written it
         if output in words:

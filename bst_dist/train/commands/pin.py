@@ -1,7 +1,7 @@
 """Keep a checkpoint for good, whatever the run's settings say; or leave it to them again.
 
-    bst ckpt pin runs/demo --step 400
-    bst ckpt pin runs/demo --step 400 --remove
+    bst ckpt pin runs/demo --step 240
+    bst ckpt pin runs/demo --step 240 --remove
 
 `bst ckpt ls` says which are pinned.
 """

@@ -1,7 +1,7 @@
 """Print what a checkpoint's manifest says.
 
     bst ckpt show runs/demo
-    bst ckpt show runs/demo --step 400
+    bst ckpt show runs/demo --step 240
 
 Step, tokens, losses, how many ranks wrote it under which ZeRO stage, and every file with its size and digest.
 """

@@ -1,7 +1,7 @@
 """Read every file of a run's checkpoints, and compare its size and digest with the manifest's.
 
     bst ckpt verify runs/demo
-    bst ckpt verify runs/demo --step 400
+    bst ckpt verify runs/demo --step 240
 
 Exit status: 1 when any file is damaged or missing; all of them are named.
 """

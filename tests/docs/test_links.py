@@ -1,0 +1,34 @@
+"""Links between the pages lead somewhere, and every page can be reached from the index."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def links(page: Path) -> list[tuple[Path, str]]:
+    """Files that a page links to, with the part of them."""
+    found = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    parts = [link.partition("#") for link in found if "://" not in link]
+    return [((page.parent / path).resolve() if path else page, part) for path, _, part in parts]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target, part in links(page):
+        assert target.exists(), f"{page}: there is no {target}"
+        if part:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert part in anchors, f"{page}: {target} has no heading #{part}"
+
+
+def test_every_page_can_be_reached_from_the_index():
+    reached = {target for target, _ in links(ROOT / "docs/README.md")}
+    made = {ROOT / "docs/README.md", ROOT / "docs/study/report.md"}  # the report is the study's own
+    assert not set(PAGES) - reached - made
