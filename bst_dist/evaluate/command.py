@@ -9,7 +9,7 @@ the delta method for a ratio of sums. Perplexity depends on the tokenizer; bits 
 documents that are that long where the model was trained on isolated ones.
 
 --harness TASK,TASK asks the model what tasks of EleutherAI's lm-evaluation-harness ask; that is a package of its own:
-pip install "bst-dist[harness]".
+pip install --editable '.[harness]', in the directory of this project.
 """
 
 from __future__ import annotations

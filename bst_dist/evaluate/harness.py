@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     console = Console()
     if importlib.util.find_spec("lm_eval") is None:
         raise HarnessError(
-            '--harness needs the package lm-eval: pip install "bst-dist[harness]", or pip install lm-eval'
+            "lm_eval is not installed: pip install --editable '.[harness]', in the directory of this project"
         )
     trained = open_run(args.run, args.checkpoint)
     tokenizer = tokenizer_of(args.run, trained.recipe)
@@ -113,7 +113,8 @@ def _tasks(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _table(report: dict[str, Any]) -> Table:
     table = Table(
-        "task", "few-shot", "examples", "metric", "value", "standard error", box=box.SIMPLE_HEAD, title_justify="left",
+        "task", "shots", "examples", "metric", "value", "standard error", box=box.SIMPLE_HEAD, title_justify="left",
+        padding=(0, 1, 0, 0),
         title=f"{report['run']} after {report['step']:,} steps; lm-evaluation-harness {report['harness']}",
     )  # fmt: skip
     for task in report["tasks"]:
@@ -121,6 +122,10 @@ def _table(report: dict[str, Any]) -> Table:
         for metric, value in task["metrics"].items():
             if not metric.endswith("_standard_error"):
                 error = task["metrics"][f"{metric}_standard_error"]
-                table.add_row(*about, metric, f"{value:,.4f}", "" if error is None else f"{error:.4f}")
+                table.add_row(*about, metric, _number(value), "" if error is None else _number(error))
                 about = ["", "", ""]
     return table
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3e}"

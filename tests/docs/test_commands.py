@@ -251,7 +251,7 @@ LEFT_OUT = {
     r"bst experiment ": "trains an experiment: tests/experiment",
     r"bst (lra |train .*/lra/)": "draws and trains a task in full: tests/lra",
     r"bst doctor": "tests/doctor",
-    r"bst eval .*--harness": "asks tasks of the reader's own: tests/evaluate",
+    r"bst eval .*--(harness|lengths .*65536)": "asks tasks of the reader's own, reads much text: tests/evaluate",
 }
 
 
