@@ -1,5 +1,9 @@
 """Evaluate a run's model: on whole documents, at several lengths, or on tasks of the lm-evaluation-harness.
 
+    bst eval runs/demo
+    bst eval runs/demo --lengths 512,4096,16384 --plot lengths.png
+    bst eval runs/demo --harness lambada_openai --limit 100
+
 Without options, every document of the split is read from its beginning through the carried state, so each token is
 predicted from all that came before it in its document, however long (--context L makes the model forget after every L
 tokens). The end of a document is predicted too, and its cost counted. Errors are standard errors over documents, by
