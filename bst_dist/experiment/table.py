@@ -64,14 +64,14 @@ class Table:
         kinds = {figure.over for row in self.rows for figure in row.levels.values()} - {None}
         said = {
             "seeds": "over seeds, as many as there are runs; differences are paired by seed",
-            "documents": "over validation documents (one seed: what another seed would change is not in them)",
+            "documents": "over validation documents: with one seed they tell two models apart, and not the arms",
         }
         return "; ".join(said[kind] for kind in said if kind in kinds) or "not known from one run each"
 
     @property
     def comparisons(self) -> int:
-        """Differences with an interval: about one in twenty leaves out zero by chance."""
-        return sum(figure.interval is not None for row in self.rows for figure in row.differences.values())
+        """Differences with an interval over seeds: about one in twenty leaves out zero by chance."""
+        return sum(figure.over == "seeds" for row in self.rows for figure in row.differences.values())
 
     @property
     def statuses(self) -> Counter[str]:

@@ -57,6 +57,7 @@ def test_a_difference_is_paired_by_document():
     assert found.value == pytest.approx(0.1)
     assert found.standard_error == pytest.approx(0, abs=1e-12)
     assert level(arm).standard_error > 0.1
+    assert not found.apart  # of one seed each, the two models differ for certain, and the arms need not
 
 
 def test_documents_that_are_not_the_same_are_not_paired():
