@@ -50,7 +50,7 @@ def test_every_hidden_state_is_what_the_last_was_at_its_time(make_model):
 def test_rows_whose_states_have_the_same_shape_share_a_forward_pass(make_model):
     model = make_model()
     rows = Rows(3)
-    rows.read(model, [torch.zeros(16, dtype=torch.long), torch.zeros(48, dtype=torch.long), torch.zeros(3, dtype=torch.long)])
+    rows.read(model, [torch.zeros(count, dtype=torch.long) for count in (16, 48, 3)])
     batches = counted(model)
     rows.read(model, [torch.tensor([1])] * 3)
     assert sorted(batches) == [1, 2]
