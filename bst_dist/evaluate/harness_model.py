@@ -37,6 +37,8 @@ from data_pipeline.tokenizer import Tokenizer
 
 ROWS = 32
 """Texts written together."""
+LOGITS_AT_ONCE = 1024
+"""Tokens of a continuation whose logits are held together."""
 OF_GENERATION = ("until", "max_gen_toks", "do_sample")
 """Settings of a task's generation beside those of the sampling."""
 
@@ -124,15 +126,17 @@ class HarnessModel(TemplateLM):
 
     def _of_continuation(self, request: Request, states: Tensor) -> tuple[float, bool]:
         """From the hidden states (width, D) of a request's tail."""
-        targets = torch.tensor(request.continuation, device=states.device)
+        targets = torch.tensor(request.continuation, dtype=torch.long, device=states.device)
         guessed = request.first < 0 and len(targets) > 0
         if guessed:
             targets = targets[1:]
         first = max(0, request.first)
-        logits = self.model.logits(states[first : first + len(targets)].float()).float()  # (n, V)
-        value = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).double().sum()
-        greedy = bool((logits.argmax(-1) == targets).all()) and not guessed
-        return float(value) - guessed * math.log(self.text.vocab_size), greedy
+        value, greedy = -guessed * math.log(self.text.vocab_size), not guessed
+        for part, wanted in zip(states[first:].split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=False):
+            logits = self.model.logits(part[: len(wanted)].float()).float()  # (n, V)
+            value += float(logits.log_softmax(-1).gather(-1, wanted.unsqueeze(-1)).double().sum())
+            greedy &= bool((logits.argmax(-1) == wanted).all())
+        return value, greedy
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """What the model writes after each context, greedily unless the task says otherwise."""

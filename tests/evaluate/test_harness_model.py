@@ -60,7 +60,14 @@ WORDS = "naïve café for x = ( ) return é 😀 12 "
 
 
 @pytest.mark.parametrize("documents", ["joined", "isolated"])
-def test_continuations_are_as_likely_as_token_by_token(make_harness, documents):
+def test_a_continuation_of_no_tokens_is_certain(make_harness, documents):
+    assert make_harness(documents)._loglikelihood_tokens([(("x", ""), [5, 6], [])]) == [(0, True)]
+
+
+@pytest.mark.parametrize("at_once", [1024, 3])
+@pytest.mark.parametrize("documents", ["joined", "isolated"])
+def test_continuations_are_as_likely_as_token_by_token(make_harness, monkeypatch, documents, at_once):
+    monkeypatch.setattr(harness_model, "LOGITS_AT_ONCE", at_once)
     harness = make_harness(documents)
     asked = [("", "for x"), ("for", " x"), (WORDS * 3, "return"), (WORDS * 3, "x = " * 8), (WORDS, "(x"), ("x ", "y")]
     found = harness.loglikelihood(instances(*asked), disable_tqdm=True)
