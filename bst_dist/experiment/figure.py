@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from bst_dist.evaluate.plot import COLOURS, INCHES, STYLE
 from bst_dist.experiment.measure import Column
+from bst_dist.experiment.statistics import Figure
 from bst_dist.experiment.table import Row, Table
 from bst_dist.sweep.figures import MARKS
 
@@ -88,7 +89,7 @@ def _by_arm(axes: Axes, column: Column, rows: Sequence[Row], table: Table) -> No
                   markersize=2.5, linewidth=0.6)  # fmt: skip
     for place, row in enumerate(shown):
         figure, colour = row.levels[column.key], _colour(table, row.arm)
-        axes.errorbar(figure.value, place, xerr=figure.standard_error or 0, fmt="D", color=colour, markersize=4,
+        axes.errorbar(figure.value, place, xerr=_bar(figure), fmt="D", color=colour, markersize=4,
                       capsize=2)  # fmt: skip
     axes.set_yticks(range(len(shown)), [row.arm for row in shown])
     axes.invert_yaxis()
@@ -100,9 +101,14 @@ def _line(axes: Axes, points: list, arm: str, table: Table) -> None:
         number = list(table.experiment.arms).index(arm)
         axes.errorbar(
             [x for x, _ in points], [figure.value for _, figure in points],
-            yerr=[figure.standard_error or 0 for _, figure in points], fmt=MARKS[number % len(MARKS)] + "-",
+            yerr=[_bar(figure) for _, figure in points], fmt=MARKS[number % len(MARKS)] + "-",
             color=_colour(table, arm), markersize=4, capsize=2,
         )  # fmt: skip
+
+
+def _bar(figure: Figure) -> float:
+    """What is drawn around a value: an error over seeds. What documents differ by, all arms have in common."""
+    return figure.standard_error if figure.over == "seeds" else 0.0
 
 
 def _colour(table: Table, arm: str) -> str:

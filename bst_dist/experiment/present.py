@@ -68,8 +68,8 @@ def write_report(table: Table, directory: Path) -> list[Path]:
     """Write report.md, report.html and the figure (where there is something to draw); returns the files."""
     blocks: list[Block] = [Heading(1, table.experiment.question), sheet(table), Items(caption(table))]
     if (figure := draw(table)) is not None:
-        over = f"Bars are standard errors: {table.over}."
-        blocks.append(Picture(table.experiment.name, figure, over))
+        bars = "Bars are standard errors over seeds; with one seed there are none."
+        blocks.append(Picture(table.experiment.name, figure, bars))
     else:
         blocks.append(Paragraph("No run is done yet: there is nothing to draw."))
     return document.write(blocks, directory, title=table.experiment.question)
