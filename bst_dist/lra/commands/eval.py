@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     report = evaluate(open_classifier(args.run, args.step), args.split, args.rows)
     keep(args.run, report)
     accuracy = f"{report['accuracy']:.2%} ± {report['accuracy_standard_error']:.2%}"
-    Console().print(
+    Console(soft_wrap=True).print(
         f"{args.run} after {report['step']:,} steps: {accuracy} "
         f"of {report['examples']:,} examples of {report['task']} ({args.split})\n"
         f"95 % interval {report['accuracy_low_95']:.2%} to {report['accuracy_high_95']:.2%}; "
