@@ -148,6 +148,7 @@ class Controller:
                 self._tell("stop")
                 give_up = time.monotonic() + self.grace_s + SETTLE_S
             elif len(self.told) > 1:
+                self.ended.at_once = True
                 return
             if self.ended.failed and not self.ended.told and give_up is None:
                 give_up = time.monotonic() + SETTLE_S

@@ -120,6 +120,7 @@ def launch(command: Sequence[str], share: Share, grace_s: float = math.inf) -> E
                 print(f"bst train: {STOP.format(signal.Signals(told[0]).name)}", file=sys.stderr, flush=True)
                 ranks.terminate(grace_s)
             elif len(told) > 1:
+                ended.at_once = True
                 ranks.kill()
             ended.statuses = ranks.poll()
             if ended.failed:

@@ -28,6 +28,8 @@ class Ended:
     """Hosts that were not heard of any more, and how that showed."""
     told: int | None = None
     """The signal that the launching process was stopped by."""
+    at_once: bool = False
+    """Whether it was told again, and so did not wait for the checkpoint."""
 
     @property
     def failed(self) -> bool:
@@ -67,7 +69,8 @@ class Ended:
         if self.lost:
             return "; ".join(f"lost {host}: {reason}" for host, reason in self.lost.items())
         if self.culprit is None:
-            return "" if self.over else "not all ranks stopped within the grace: killed"
+            killed = "told again: killed" if self.at_once else "not all ranks stopped within the grace: killed"
+            return "" if self.over else killed
         status = self.statuses[self.culprit]
         how = {HUNG: "hung", USER_ERROR: "refused"}.get(status, f"ended with status {status}")
         if status < 0:

@@ -28,7 +28,7 @@ from rich.table import Table
 from bst_dist.evaluate import pairs
 from bst_dist.evaluate.compare_plot import draw
 from bst_dist.evaluate.equality import equality
-from bst_dist.evaluate.outline import Outline, outline
+from bst_dist.evaluate.outline import LAST_STEPS, Outline, outline
 from bst_dist.evaluate.plot import named, save
 from bst_dist.evaluate.statistics import Estimate
 from bst_dist.train.metrics import duration
@@ -117,13 +117,12 @@ def _show_figures(runs: Sequence[dict[str, Any]], console: Console) -> None:
 
 def _notes(runs: Sequence[dict[str, Any]]) -> str:
     """What the figures are of, and what their errors are over."""
-    steps = max((one.get("train_mean_of_last_steps", 0) for one in runs), default=0)
     blocks, documents = (sorted({one[key] for one in runs if key in one})
                          for key in ("validation_difference_blocks", "scored_documents"))  # fmt: skip
     notes = {
-        "train_loss_nats": f"¹ mean of the last {steps} steps",
-        "train_difference_nats": f"² nats a token on the same batches, the last {steps} steps that both took, "
-        "± standard error over them",
+        "train_loss_nats": f"¹ mean of the last steps, at most {LAST_STEPS}",
+        "train_difference_nats": "² nats a token on the same batches, the last steps that both took, at most "
+        f"{LAST_STEPS}, ± standard error over them",
         "validation_difference_nats": "³ nats a token on the same sequences, after the last step at which both were "
         f"evaluated, ± over the {' or '.join(map(str, blocks))} blocks of a sequence",
         "scored_bits_per_byte": f"⁴ `bst eval` of {' or '.join(map(str, documents))} whole documents, ± over documents",

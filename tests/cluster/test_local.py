@@ -113,6 +113,7 @@ def test_a_second_signal_ends_the_ranks_at_once_unless_it_is_a_copy_of_the_first
     ended = run(tmp_path, "time.sleep(60)", "signal.signal(signal.SIGTERM, signal.SIG_IGN)", 3600.0)
     assert len(sent) == 3
     assert ended.status == 128 + number
+    assert ended.explain({}) == "told again: killed"
     thread.join()
 
 
