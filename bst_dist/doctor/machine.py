@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from bst_dist.doctor.finding import Finding, ask, ask_python, broken, good, lacking
+from bst_dist.doctor.finding import Finding, ask, ask_python, good, lacking
 
 GIB = 2**30
 OPEN_FILES = 4096
@@ -115,7 +115,7 @@ def disk() -> Iterator[Finding]:
     free = shutil.disk_usage(where).free
     said = f"{free / GIB:,.1f} GiB free in {where.resolve()}"
     if not os.access(where, os.W_OK):
-        yield broken(f"{where.resolve()} cannot be written to", "start in a directory of yours")
+        yield lacking(f"{where.resolve()} cannot be written to", "--run-dir elsewhere")
     elif free < ROOM:
         yield lacking(f"{said}: a checkpoint has 12 bytes a parameter, and two are kept", "--run-dir elsewhere")
     else:
