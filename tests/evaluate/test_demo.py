@@ -63,6 +63,12 @@ def test_finished_runs_and_their_reports_are_used_again(demo):
     assert len(demo.typed) == 1
 
 
+def test_the_twins_are_held_to_the_last_bit(demo):
+    demo.compare()
+    report = "runs/small/reports/compare.json"
+    assert demo.typed == [f"compare runs/small runs/small-uninterrupted --equal --json {report}"]
+
+
 def test_runs_of_another_recipe_are_not_taken_for_this_one(demo):
     demo.leave("small", 4)
     demo.require_same_recipe()
