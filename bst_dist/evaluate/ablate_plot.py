@@ -85,11 +85,12 @@ def _finish(document: Axes, block: Axes, edges: list[int], trained_length: int) 
     document.set_xticks(edges[1:])
     document.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     document.minorticks_off()
+    document.tick_params(axis="x", labelsize=7)
     document.set_title("by the token's place in its document")
     if edges[0] < trained_length < edges[-1]:
         document.axvline(trained_length, color="#777777", linewidth=0.8, linestyle=":")
-        document.annotate("length trained on ", (trained_length, 0), xycoords=("data", "axes fraction"), ha="right",
-                          va="bottom", fontsize=6.5, color="#555555")  # fmt: skip
+        document.annotate("trained on", (trained_length, 0.94), xycoords=("data", "axes fraction"), ha="right",
+                          va="top", rotation=90, fontsize=6.5, color="#555555")  # fmt: skip
     block.set_title("by the token's place in its block")
     block.set_xlabel("tokens before")
     for axes in (document, block):
