@@ -134,7 +134,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_as_if_nothing_had_been(
     require_same_run(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_launcher_that_is_ended_leaves_a_checkpoint_and_no_rank(
     launch, small, network, tmp_path, undisturbed, number
 ):
@@ -142,7 +142,7 @@ def test_a_launcher_that_is_ended_leaves_a_checkpoint_and_no_rank(
     started = launch(small, "--run-dir", str(run_dir), *SOON)
     started.until(MIDWAY)
     started.process.send_signal(number)
-    assert started.status() == (RESUBMIT if number == signal.SIGTERM else -signal.SIGKILL), started.said
+    assert started.status() == (-signal.SIGKILL if number == signal.SIGKILL else RESUBMIT), started.said
     deadline = time.monotonic() + 20
     while any(network.ranks(host) for host in network.hosts):
         assert time.monotonic() < deadline, "ranks were left behind"
