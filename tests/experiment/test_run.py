@@ -59,7 +59,7 @@ def test_killed_and_given_again_an_experiment_ends_with_the_same_table(experimen
     whole, cut = ((tmp_path / name / "t/table.json").read_text() for name in ("whole", "cut"))
     assert _untimed(json.loads(whole)) == _untimed(json.loads(cut))
     row = json.loads(cut)["rows"][1]
-    assert (row["difference"]["bits_per_byte_at_128"]["over"], row["seeds"]) == ("documents", {"0": "done"})
+    assert ("bits_per_byte_at_128" in row["difference"], row["seeds"]) == (True, {"0": "done"})
 
 
 def _untimed(table):
