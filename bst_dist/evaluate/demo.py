@@ -24,10 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bst_dist.config import Recipe, differing, load_recipe
-from bst_dist.evaluate.trained import read_recipe
 from bst_dist.train.checkpoint import committed, directory, step_of
 from bst_dist.train.rundir import RECIPE as STORED_RECIPE
-from bst_dist.train.rundir import read_outcome
+from bst_dist.train.rundir import read_outcome, read_recipe
 from data_pipeline.errors import UserError
 
 CORPUS, RECIPE = Path("launch/data/stdlib.yaml"), Path("launch/recipes/demo.yaml")

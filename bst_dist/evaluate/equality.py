@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from bst_dist.config import differing
-from bst_dist.evaluate.trained import read_recipe
 from bst_dist.train.checkpoint import load_weights, newest_valid
 from bst_dist.train.metrics import FILE, read_lines
+from bst_dist.train.rundir import read_recipe
 from data_pipeline.errors import UserError
 
 # What is computed from the weights and the data, and so must be equal; times are not.

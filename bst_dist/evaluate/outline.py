@@ -15,11 +15,10 @@ import yaml
 
 from bst_dist.config import flat
 from bst_dist.evaluate.standing import Standing, standing
-from bst_dist.evaluate.trained import read_recipe
 from bst_dist.model.lm import LanguageModel
 from bst_dist.train.checkpoint import WEIGHTS, committed, open_shards
 from bst_dist.train.metrics import FILE, read_lines
-from bst_dist.train.rundir import ENVIRONMENT, RECIPE
+from bst_dist.train.rundir import ENVIRONMENT, RECIPE, read_recipe
 from data_pipeline.errors import UserError
 
 LAST_STEPS = 20

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bst_dist.config import Recipe, load_recipe
+from bst_dist.config import Recipe
 from bst_dist.lra.config import LongRangeConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.train import rundir
@@ -22,7 +22,7 @@ from bst_dist.train.checkpoint import (
     step_of,
 )
 from bst_dist.train.initial import load_initial
-from bst_dist.train.rundir import RECIPE, TOKENIZER
+from bst_dist.train.rundir import TOKENIZER, read_recipe
 from data_pipeline.errors import UserError
 from data_pipeline.reader import Corpus
 from data_pipeline.tokenizer import Tokenizer
@@ -102,15 +102,6 @@ def require_tokenizer(run_dir: Path, corpus: Corpus, sha256: str | None) -> None
             f"({sha256[:12]}...), so its ids mean something else to this model: prepare the text with the run's "
             "tokenizer (tokenizer.reuse)"
         )
-
-
-def read_recipe(run_dir: Path) -> Recipe:
-    """The resolved recipe of a run; raises UserError when the directory holds none."""
-    if not (run_dir / RECIPE).is_file():
-        raise UserError(
-            f"{run_dir}: no run there ({RECIPE} is missing); runs lie in runs/ unless --run-dir said otherwise"
-        )
-    return load_recipe(run_dir / RECIPE)
 
 
 def _checkpoint(run_dir: Path, step: int) -> Path:

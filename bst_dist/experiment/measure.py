@@ -16,11 +16,12 @@ import numpy as np
 
 from bst_dist.config import Recipe
 from bst_dist.evaluate.lengths import LengthError, how, measure
-from bst_dist.evaluate.trained import open_run, read_recipe
+from bst_dist.evaluate.trained import open_run
 from bst_dist.experiment.config import MeasureConfig
 from bst_dist.experiment.statistics import ByDocument, Reading
 from bst_dist.sweep.shape import count
 from bst_dist.train.metrics import FILE, read_lines
+from bst_dist.train.rundir import read_recipe
 from data_pipeline.atomic import atomic_file
 from data_pipeline.loader import open_corpora
 

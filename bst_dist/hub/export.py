@@ -27,10 +27,11 @@ from bst_dist.hub.configuration import BSTConfig
 from bst_dist.hub.modeling import BSTForCausalLM
 from bst_dist.hub.tokenization import FILE, BSTTokenizer
 from bst_dist.train.checkpoint import WEIGHTS, CheckpointError, damage, open_shards
-from bst_dist.train.commands.common import add_run, read_recipe, readable_size, select
+from bst_dist.train.commands.common import add_run, readable_size, select
 from bst_dist.train.commands.convert import add_export
 from bst_dist.train.exporting import DTYPES, stored_dtypes, write_weights
 from bst_dist.train.retention import Held
+from bst_dist.train.rundir import read_recipe
 from data_pipeline.atomic import atomic_directory
 from data_pipeline.errors import UserError
 from data_pipeline.storage import StorageConfig

@@ -11,8 +11,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from bst_dist.config import FREE, Recipe
-from bst_dist.evaluate.trained import read_recipe
 from bst_dist.lra.evaluate import read_kept
+from bst_dist.train.rundir import read_recipe
 from data_pipeline.errors import UserError
 
 

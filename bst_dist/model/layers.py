@@ -5,12 +5,10 @@ Every mixer maps (B, l, D) -> (B, l, D) given its past and the document starts; 
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import ClassVar
 
 import torch
-from pydantic import model_validator
 from torch import Tensor, nn
 
 from bst_dist.model.attention import AttentionConfig, SlidingAttention
@@ -24,8 +22,6 @@ from bst_dist.model.ssm.kernels import KernelConfig
 from bst_dist.model.ssm.s4d import SSMConfig
 from bst_dist.parallel.past import Past
 from data_pipeline.config import Config
-
-_log = logging.getLogger(__name__)
 
 
 class LayerConfig(Config):
@@ -51,15 +47,15 @@ class LayerConfig(Config):
         """The mixer of each layer; which ones is said by the model."""
         return list(MIXERS)
 
-    @model_validator(mode="after")
-    def _warn_of_unused_sections(self) -> LayerConfig:
-        """No error, so that one recipe compares mixers by an override of `mixer` alone."""
+    def unused_sections(self) -> list[str]:
+        """Sections that are set and that no layer reads.
+
+        No error, so that one recipe compares mixers by an override of `mixer` alone; a run says so at its start.
+        """
         used = {section for mixer in self.mixers() for section in MIXERS[mixer].sections}
-        for section in sorted({section for mixer in MIXERS.values() for section in mixer.sections} - used):
-            if getattr(self, section) != type(self).model_fields[section].default:
-                mixers = ", ".join(sorted(set(self.mixers())))
-                _log.warning("model.%s is set and has no effect: no layer reads it (%s)", section, mixers)
-        return self
+        known = {section for mixer in MIXERS.values() for section in mixer.sections}
+        fields = type(self).model_fields
+        return [name for name in sorted(known - used) if getattr(self, name) != fields[name].default]
 
 
 class SlidingMixer(nn.Module):

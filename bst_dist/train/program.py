@@ -302,6 +302,8 @@ def _header(start: Start, engine: Engine, ranks: Ranks) -> str:
         "step": f"{recipe.train.sequences} sequences of {recipe.train.sequence_length:,} = {tokens:,} tokens, "
         f"{micro} a rank",
     }
+    if unused := model.unused_sections():
+        lines["unused"] = f"no layer reads {', '.join(f'model.{section}' for section in unused)}, which is set"
     return "\n".join([*(f"{name:<6} {text}" for name, text in lines.items()), Console.header(start.objective.labels)])
 
 

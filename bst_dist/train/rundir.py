@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bst_dist.config import Recipe, differing
+from bst_dist.config import Recipe, differing, load_recipe
 from bst_dist.train.checkpoint import CHECKPOINTS, committed, step_of
 from bst_dist.train.watchdog import HEARTBEATS, STACKS
 from bst_dist.version import versions
@@ -50,6 +50,15 @@ ROUNDING = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "ze
 
 class RunDirectoryError(UserError):
     """A run directory that this run must not write to."""
+
+
+def read_recipe(run_dir: Path) -> Recipe:
+    """The resolved recipe of a run; raises UserError when the directory holds none."""
+    if not (run_dir / RECIPE).is_file():
+        raise UserError(
+            f"{run_dir}: no run there ({RECIPE} is missing); runs lie in runs/ unless --run-dir said otherwise"
+        )
+    return load_recipe(run_dir / RECIPE)
 
 
 def check(run_dir: Path, recipe: Recipe, completed: dict[str, Any], resume: bool) -> None:

@@ -76,7 +76,7 @@ def test_figures_are_those_of_the_metrics(pair):
 
 
 def _model(run_dir):
-    from bst_dist.evaluate.trained import read_recipe
+    from bst_dist.train.rundir import read_recipe
 
     return read_recipe(run_dir).model
 

@@ -202,9 +202,8 @@ def test_settings_that_do_not_fit_the_kernel_or_the_mixer_are_refused(settings, 
         ({"mixer": "bst", "full": {"longest": 5}}, "full"),
     ],
 )
-def test_a_section_that_no_layer_reads_is_warned_of(settings, section, caplog):
-    build(settings)
-    assert f"model.{section} is set and has no effect" in caplog.text
+def test_a_section_that_no_layer_reads_is_told(settings, section):
+    assert build(settings).config.unused_sections() == [section]
 
 
 @pytest.mark.parametrize("name", ALL)

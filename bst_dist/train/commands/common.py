@@ -5,11 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bst_dist.config import Recipe, load_recipe
 from bst_dist.train.checkpoint import CheckpointError, committed, directory, read_manifest, step_of
 from bst_dist.train.retention import Held
-from bst_dist.train.rundir import RECIPE
-from data_pipeline.errors import UserError
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -22,13 +19,6 @@ def add_step(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--step", type=int, metavar="N", help=f"the checkpoint taken after N steps (default: {default})"
     )
-
-
-def read_recipe(run_dir: Path) -> Recipe:
-    """The recipe of a run; raises UserError when the directory holds none."""
-    if not (run_dir / RECIPE).is_file():
-        raise UserError(f"{run_dir}: no run there ({RECIPE} is missing)")
-    return load_recipe(run_dir / RECIPE)
 
 
 def select(run_dir: Path, step: int | None) -> Held:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from bst_dist.train.checkpoint import WEIGHTS, CheckpointError, damage, open_shards
-from bst_dist.train.commands.common import add_run, add_step, read_recipe, readable_size, select
+from bst_dist.train.commands.common import add_run, add_step, readable_size, select
 from bst_dist.train.exporting import DTYPES, stored_dtypes, write_weights
-from bst_dist.train.rundir import RECIPE
+from bst_dist.train.rundir import RECIPE, read_recipe
 from data_pipeline.atomic import atomic_directory
 from data_pipeline.errors import UserError
 

@@ -19,9 +19,9 @@ from typing import Any
 
 from bst_dist.config import load_recipe
 from bst_dist.train.checkpoint import DAMAGED, DELETED, PARTIAL, WEIGHTS, CheckpointConfig, committed, damage
-from bst_dist.train.commands.common import add_run, read_recipe, readable_size
+from bst_dist.train.commands.common import add_run, readable_size
 from bst_dist.train.retention import Held, leavings, readable, reasons, thin
-from bst_dist.train.rundir import RECIPE
+from bst_dist.train.rundir import RECIPE, read_recipe
 
 RECENT_S = 3600.0
 """A directory that was written to within this time may still be."""

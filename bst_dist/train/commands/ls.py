@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bst_dist.train.checkpoint import DAMAGED, DELETED, PARTIAL, committed, damage, size, step_of
-from bst_dist.train.commands.common import add_run, read_recipe, readable_size
+from bst_dist.train.commands.common import add_run, readable_size
 from bst_dist.train.retention import Held, leavings, readable, reasons
+from bst_dist.train.rundir import read_recipe
 
 add_arguments = add_run
 COLUMNS = ("step", "tokens", "loss", "size", "kind", "kept as", "dp x sp", "ZeRO")
