@@ -51,15 +51,18 @@ SECTIONS: dict[str, dict[str, Command]] = {
     "Look at runs": {
         "plot": ("bst_dist.evaluate.plot", "draw the training curves of runs"),
         "compare": (
-            "bst_dist.evaluate.compare",
+            "bst_dist.evaluate.comparison.command",
             "what differs between runs: recipes, losses on the same text, speed; or are they --equal?",
         ),
     },
     "Evaluate": {
         "eval": ("bst_dist.evaluate.command", "loss, perplexity, bits per byte, of documents or by length; tasks"),
-        "ablate": ("bst_dist.evaluate.ablate", "what each part of a model carries: what cutting or changing it costs"),
+        "ablate": (
+            "bst_dist.evaluate.ablation.command",
+            "what each part of a model carries: what cutting or changing it costs",
+        ),
         "baselines": ("bst_dist.evaluate.baselines", "what an order-2 byte model and xz -9 make of a corpus"),
-        "generate": ("bst_dist.evaluate.generate", "write text with a run's model"),
+        "generate": ("bst_dist.evaluate.generation.command", "write text with a run's model"),
     },
     "Study": {
         "experiment run": (

@@ -56,11 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     form = _form(args)
     if form == LENGTHS:
-        from bst_dist.evaluate import lengths_report  # brings matplotlib
+        from bst_dist.evaluate.lengths import report as lengths_report
 
         return lengths_report.run(args)
     if form == HARNESS:
-        from bst_dist.evaluate import harness
+        from bst_dist.evaluate.harness import command as harness
 
         return harness.run(args)
     return perplexity.run(args)

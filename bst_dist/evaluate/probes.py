@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from bst_dist.evaluate.cuts import kernel_of
+from bst_dist.evaluate.ablation.cuts import kernel_of
 from bst_dist.model.attention import unit
 from bst_dist.model.baselines.block_recurrent import BlockRecurrentMixer
 from bst_dist.model.context import CrossAttention

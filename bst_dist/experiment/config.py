@@ -17,7 +17,7 @@ class MeasureConfig(Config):
     """Bits per byte of the run's own last evaluation: sequences of the training length."""
     lengths: list[int] = Field(default_factory=list)
     """Bits per byte by evaluation length: the model forgets after so many tokens, a multiple of the block. All lengths
-    predict the same tokens of the validation documents (`bst_dist.evaluate.lengths`)."""
+    predict the same tokens of the validation documents (`bst_dist.evaluate.lengths.measure`)."""
     tokens: int | None = Field(None, ge=1)
     """How many tokens `lengths` reads at most; null: all of the validation documents."""
     speed: bool = False

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bst_dist.config import Recipe
-from bst_dist.evaluate.lengths import LengthError, how, measure
+from bst_dist.evaluate.lengths.measure import LengthError, how, measure
 from bst_dist.evaluate.trained import open_run
 from bst_dist.experiment.config import MeasureConfig
 from bst_dist.experiment.statistics import ByDocument, Reading

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bst_dist.config import Recipe
-from bst_dist.evaluate.outline import eval_report
+from bst_dist.evaluate.comparison.outline import eval_report
 from bst_dist.train.metrics import FILE, read_lines
 from bst_dist.train.retention import Held
 from data_pipeline.config import dump

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bst_dist.evaluate.decoding import Generation
+from bst_dist.evaluate.generation.decoding import Generation
+from bst_dist.evaluate.generation.prompts import without_text
+from bst_dist.evaluate.generation.sampling import SamplingConfig
 from bst_dist.evaluate.probes import ContextProbe, kernels, time_scales
-from bst_dist.evaluate.prompts import without_text
-from bst_dist.evaluate.sampling import SamplingConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable

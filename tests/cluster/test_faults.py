@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bst_dist.evaluate.equality import equality
+from bst_dist.evaluate.comparison.equality import equality
 from bst_dist.train.metrics import FILE, read_lines
 from bst_dist.train.rundir import read_outcome
 from bst_dist.train.status import RESUBMIT

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import psutil
 
-from bst_dist.evaluate.decoding import Generation
-from bst_dist.evaluate.prompts import Prompt, encode, without_text
-from bst_dist.evaluate.sampling import SamplingConfig
+from bst_dist.evaluate.generation.decoding import Generation
+from bst_dist.evaluate.generation.prompts import Prompt, encode, without_text
+from bst_dist.evaluate.generation.sampling import SamplingConfig
 from bst_dist.evaluate.trained import open_run, tokenizer_of
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from bst_dist.config import load_recipe
-from bst_dist.evaluate.lengths_text import open_stretches
+from bst_dist.evaluate.lengths.text import open_stretches
 from bst_dist.evaluate.memory import PeakMemory
 from bst_dist.evaluate.scoring import score_slices, streams
 from bst_dist.model.lm import LanguageModel

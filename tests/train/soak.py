@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from bst_dist.config import Recipe
-from bst_dist.evaluate.equality import COMPUTED
+from bst_dist.evaluate.comparison.equality import COMPUTED
 from bst_dist.train.checkpoint import committed, damage, directory, load_weights, step_of
 from bst_dist.train.metrics import FILE, read_lines
 from bst_dist.train.ranks import Ranks, choose_accelerator, free_port

@@ -1,0 +1,151 @@
+"""Tokens from a model's carried state, one at a time for each of several rows.
+
+What a token costs does not depend on how many came before it: the state is one window of keys and values and the
+SSM's state for each layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bst_dist.evaluate.generation.rows import Rows
+from bst_dist.evaluate.generation.sampling import SamplingConfig, draw, draws_of
+from bst_dist.model.lm import LanguageModel
+
+
+class Decoder:
+    """A model reading tokens in any portions, for one row; knows the logits of the next token after each."""
+
+    def __init__(self, model: LanguageModel):
+        self.model = model.eval()
+        self._rows = Rows(1)
+
+    @property
+    def position(self) -> int:
+        """Tokens read so far."""
+        return self._rows.positions[0]
+
+    @property
+    def state_bytes(self) -> int:
+        """What is carried from one token to the next."""
+        return self._rows.state_bytes
+
+    @torch.no_grad()
+    def read(self, ids: Sequence[int]) -> Tensor:
+        """Take in `ids` after all that was read before; the logits of the token that follows, (V,)."""
+        if not ids:
+            raise ValueError("nothing to read: the logits are those after a token")
+        (hidden,) = self._rows.read(self.model, [torch.tensor(ids)])
+        return self.model.logits(hidden)
+
+
+@dataclass
+class _Row:
+    """One sample of one prompt."""
+
+    prompt: int
+    sample: int
+    draws: torch.Generator
+    unread: list[int]
+    """What is left of the prompt, or the token drawn last."""
+
+
+class Generation:
+    """Several samples of several prompts, continued together until `end` is called for each.
+
+    Whole blocks of each prompt are read at once. The rest, less than a block and a token, is read by all rows together:
+    one that has come to the end of its prompt goes on with what it draws, while others still read theirs. So all rows
+    stand at the same place in their blocks, and a step is one forward pass; rows still in their first block, whose
+    states are shorter, are another one.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompts: Mapping[int, Sequence[int]],
+        samples: Sequence[tuple[int, int]],
+        sampling: SamplingConfig,
+        never: Tensor | None = None,
+    ) -> None:
+        """
+        Args:
+            prompts: by their numbers, each at least one token.
+            samples: what is continued, (number of the prompt, number of the sample) each. What is drawn depends on
+                these and the seed, and not on what else is.
+            sampling: how tokens are drawn.
+            never: (V,) bool, ids that are not to be drawn.
+        """
+        if not all(prompts.values()):
+            raise ValueError("nothing to read: the logits are those after a token")
+        self.model, self.sampling, self._never = model.eval(), sampling, never
+        self._running = [
+            _Row(prompt, sample, draws_of(sampling.seed, prompt, sample), list(prompts[prompt]))
+            for prompt, sample in samples
+        ]
+        self._seen = None
+        if sampling.repetition_penalty != 1:
+            self._seen = torch.zeros(len(self._running), model.config.vocab_size, dtype=torch.bool)
+        self._rows = self._read_whole_blocks(prompts)
+
+    @property
+    def running(self) -> bool:
+        """Whether any row is still being continued."""
+        return bool(self._running)
+
+    @property
+    def state_bytes(self) -> int:
+        """What all rows carry from one token to the next."""
+        return self._rows.state_bytes
+
+    def step(self) -> list[tuple[int, int, int]]:
+        """Read on, and draw a token for every row whose prompt is read: (prompt, sample, token) each.
+
+        Empty while none has come to the end of its prompt.
+        """
+        count = min(len(row.unread) for row in self._running)
+        logits = self._read([row.unread[:count] for row in self._running])
+        for row in self._running:
+            del row.unread[:count]
+        drawing = [place for place, row in enumerate(self._running) if not row.unread]
+        seen = None if self._seen is None else self._seen[drawing]
+        rows = [self._running[place] for place in drawing]
+        tokens = draw(logits[drawing], self.sampling, [row.draws for row in rows], seen).tolist() if rows else []
+        for row, token in zip(rows, tokens, strict=True):
+            row.unread = [token]
+        return [(row.prompt, row.sample, token) for row, token in zip(rows, tokens, strict=True)]
+
+    def end(self, prompt: int, sample: int) -> None:
+        """Continue this row no further."""
+        kept = [place for place, row in enumerate(self._running) if (row.prompt, row.sample) != (prompt, sample)]
+        self._running = [self._running[place] for place in kept]
+        self._rows.select(kept)
+        if self._seen is not None:
+            self._seen = self._seen[kept]
+
+    @torch.no_grad()
+    def _read_whole_blocks(self, prompts: Mapping[int, Sequence[int]]) -> Rows:
+        """All whole blocks that leave each prompt a token at least, once for all samples of it."""
+        block, order = self.model.config.block, list(prompts)
+        heads = [list(prompts[number][: (len(prompts[number]) - 1) // block * block]) for number in order]
+        rows = Rows(len(order))
+        rows.read(self.model, [torch.tensor(head, dtype=torch.long) for head in heads])
+        origins = [order.index(row.prompt) for row in self._running]
+        rows.select(origins)
+        for place, (row, origin) in enumerate(zip(self._running, origins, strict=True)):
+            del row.unread[: len(heads[origin])]
+            if self._seen is not None:
+                self._seen[place, heads[origin]] = True
+        return rows
+
+    @torch.no_grad()
+    def _read(self, tokens: list[list[int]]) -> Tensor:
+        """Equally many tokens of each row; the logits of those that follow, (B, V) in the host's memory."""
+        ids = torch.tensor(tokens)
+        if self._seen is not None:
+            self._seen.scatter_(1, ids, True)
+        logits = self.model.logits(torch.stack(self._rows.read(self.model, list(ids)))).float().cpu()
+        return logits if self._never is None else logits.masked_fill(self._never, -torch.inf)

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bst_dist.cli import main
+from bst_dist.evaluate.generation.text_stream import printable
+
+
+def generate(run_dir, *arguments):
+    return main(["generate", str(run_dir), "--tokens", "30", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("documents", ["joined", "isolated"])
+def test_text_begins_with_the_prompt_and_is_what_the_report_says(make_run, documents, capsys, tmp_path):
+    path = tmp_path / "report.json"
+    assert generate(make_run(documents=documents), "--prompt", "naïve 😀", "--json", path) == 0
+    out, err = capsys.readouterr()
+    (text,) = json.loads(path.read_text())["texts"]
+    assert text["continuation"]
+    assert printable("naïve 😀" + text["continuation"]) + "\n" == out
+    assert f"{text['tokens']} tokens" in err
+
+
+def test_the_seed_decides_the_text(make_run, capsys):
+    run_dir, texts = make_run(), []
+    for seed in ("1", "1", "2"):
+        assert generate(run_dir, "--seed", seed) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(("name", "lines"), [
+    ("p.txt", ["for x", "", "return 12"]),
+    ("p.jsonl", ['"for x"', '{"prompt": "return 12", "id": 7}']),
+])  # fmt: skip
+def test_many_prompts_give_a_line_of_json_a_sample_however_they_are_batched(make_run, name, lines, capsys, tmp_path):
+    run_dir, path, found = make_run(), tmp_path / name, []
+    path.write_text("\n".join(lines))
+    for batch in (1, 3, 32):
+        assert generate(run_dir, "--prompts", path, "--samples", 2, "--batch", batch) == 0
+        found.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    assert found[0] == found[1] == found[2]
+    assert [(text["prompt"], text["sample"]) for text in found[0]] == [
+        ("for x", 0), ("for x", 1), ("return 12", 0), ("return 12", 1)]  # fmt: skip
+    generate(run_dir, "--prompt", "for x")  # the first sample of the first prompt
+    assert capsys.readouterr().out == printable("for x" + found[0][0]["continuation"]) + "\n"
+
+
+def test_text_ends_at_a_stop_text_or_a_stop_token(make_run, tmp_path):
+    run_dir, path = make_run(), tmp_path / "report.json"
+
+    def written(*arguments):
+        assert generate(run_dir, "--prompt", "x", "--json", path, *arguments) == 0
+        return json.loads(path.read_text())["texts"][0]
+
+    whole = written()
+    assert whole["ended_by"] == "number of tokens"
+    stop = whole["continuation"][5:8]
+    stopped = written("--stop", "never there", "--stop", stop)
+    assert stopped["ended_by"] == "stop text"
+    assert stopped["continuation"] == whole["continuation"][: whole["continuation"].find(stop)]
+    every = [argument for token in range(320) for argument in ("--stop-token", token)]
+    assert written(*every)["tokens"] == 1
+
+
+def test_a_model_of_isolated_documents_asks_for_a_prompt(make_run, capsys):
+    assert generate(make_run(documents="isolated")) == 2
+    assert "--prompt is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("--temperature", "-1"), ("--top-p", "0"), ("--tokens", "0"), ("--samples", "0"), ("--min-p", "2")],
+)
+def test_settings_out_of_range_are_named(make_run, argument, value, capsys):
+    assert generate(make_run(), argument, value) == 2
+    assert argument.strip("-").replace("-", "_") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "holds no prompt"), (b"{}", "line 1: expected a string"), (b'"a"\n[', "line 2: not JSON"),
+    (b"\xff", "cannot be read"),
+])  # fmt: skip
+def test_a_file_of_prompts_that_cannot_be_used_is_refused(make_run, content, message, tmp_path, capsys):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(content)
+    assert generate(make_run(), "--prompts", path) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_no_text_is_refused(make_run, capsys):
+    assert generate(make_run(), "--prompt", "ab\udcff") == 2
+    assert "--prompt is not Unicode text (character 2 is '\\udcff')" in capsys.readouterr().err
+
+
+def test_a_run_without_a_checkpoint_is_refused(make_run, capsys):
+    assert generate(make_run(steps=())) == 2
+    assert "no valid checkpoint" in capsys.readouterr().err
