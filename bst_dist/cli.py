@@ -62,7 +62,7 @@ SECTIONS: dict[str, dict[str, Command]] = {
             "what each part of a model carries: what cutting or changing it costs",
         ),
         "baselines": ("bst_dist.evaluate.baselines", "what an order-2 byte model and xz -9 make of a corpus"),
-        "generate": ("bst_dist.evaluate.generation.command", "write text with a run's model"),
+        "generate": ("bst_dist.evaluate.generate", "write text with a run's model"),
     },
     "Study": {
         "experiment run": (

@@ -20,8 +20,9 @@ import torch
 from transformers import GenerationConfig
 
 from bst_dist.config import Recipe
-from bst_dist.evaluate.generation.prompts import begin_token, without_text
+from bst_dist.evaluate.prompts import begin_token
 from bst_dist.evaluate.trained import require_language_model, tokenizer_of
+from bst_dist.generation.sampling import without_text
 from bst_dist.hub.card import model_card
 from bst_dist.hub.configuration import BSTConfig
 from bst_dist.hub.modeling import BSTForCausalLM

@@ -17,7 +17,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from bst_dist.evaluate.generation.rows import Rows
+from bst_dist.generation.rows import Rows
 from bst_dist.hub.configuration import BSTConfig
 from bst_dist.model.lm import LanguageModel
 from data_pipeline.errors import UserError

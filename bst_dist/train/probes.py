@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bst_dist.evaluate.generation.decoding import Generation
-from bst_dist.evaluate.generation.prompts import without_text
-from bst_dist.evaluate.generation.sampling import SamplingConfig
-from bst_dist.evaluate.probes import ContextProbe, kernels, time_scales
+from bst_dist.generation.decoding import Generation
+from bst_dist.generation.sampling import SamplingConfig, without_text
+from bst_dist.model.probes import ContextProbe, kernels, time_scales
 
 if TYPE_CHECKING:
     from collections.abc import Callable

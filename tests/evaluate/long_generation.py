@@ -15,10 +15,10 @@ from pathlib import Path
 
 import psutil
 
-from bst_dist.evaluate.generation.decoding import Generation
-from bst_dist.evaluate.generation.prompts import Prompt, encode, without_text
-from bst_dist.evaluate.generation.sampling import SamplingConfig
+from bst_dist.evaluate.prompts import Prompt, encode
 from bst_dist.evaluate.trained import open_run, tokenizer_of
+from bst_dist.generation.decoding import Generation
+from bst_dist.generation.sampling import SamplingConfig, without_text
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from bst_dist.config import Recipe
-from bst_dist.evaluate.probes import kernels, time_scales
 from bst_dist.evaluate.trained import open_run
+from bst_dist.model.probes import kernels, time_scales
 from bst_dist.train import rng
 from bst_dist.train.metrics import SkippedReport, StepReport
 from bst_dist.train.probes import Probes, Seen

@@ -47,12 +47,6 @@ def own_block(attention: nn.Module, block: int) -> Undo:
     return attention.register_forward_pre_hook(all_begin).remove
 
 
-def kernel_of(mixer: nn.Module) -> nn.Module | None:
-    """A layer's SSM, if it has one that remembers anything."""
-    kernels = (module for module in mixer.modules() if hasattr(module, "dynamics"))
-    return next((kernel for kernel in kernels if kernel.dynamics()), None)
-
-
 def forget(ssm: nn.Module, block: int) -> Undo:
     """The SSM begins anew at each block, each being a row of its own."""
     forward, block_ends = ssm.forward, ssm.block_ends

@@ -23,6 +23,7 @@ from bst_dist.model.baselines.block_recurrent import BlockRecurrentMixer
 from bst_dist.model.context import StreamContext
 from bst_dist.model.layers import BSTMixer, NoCrossMixer
 from bst_dist.model.lm import LanguageModel
+from bst_dist.model.probes import kernel_of
 from data_pipeline.errors import UserError
 
 
@@ -95,7 +96,7 @@ def obstacle(mixer: nn.Module, kind: str) -> str | None:
     if part == "self":
         return None if hasattr(mixer, "attention") else "no self-attention"
     if part == "memory":
-        return None if not isinstance(mixer, NoCrossMixer) and cuts.kernel_of(mixer) else "no SSM"
+        return None if not isinstance(mixer, NoCrossMixer) and kernel_of(mixer) else "no SSM"
     if not has_context:
         return "no context states"
     if kind in ("shuffle", "delay") and isinstance(mixer, BlockRecurrentMixer):
@@ -128,7 +129,7 @@ def _install(model: LanguageModel, intervention: Intervention, index: int, seed:
     mixer, block = model.layers[index].mixer, model.config.block
     match intervention.kind:
         case "forget":
-            return cuts.forget(cuts.kernel_of(mixer), block)
+            return cuts.forget(kernel_of(mixer), block)
         case "no-cross":
             return cuts.without_cross(mixer)
         case "own-block":

@@ -24,13 +24,13 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 from tqdm import tqdm
 
-from bst_dist.evaluate.generation.decoding import Generation
-from bst_dist.evaluate.generation.prompts import begin_token, without_text
-from bst_dist.evaluate.generation.rows import BLOCKS_AT_ONCE, Rows
-from bst_dist.evaluate.generation.sampling import SamplingConfig
-from bst_dist.evaluate.generation.text_stream import TextStream
+from bst_dist.evaluate.prompts import begin_token
 from bst_dist.evaluate.scoring import TOKENS_AT_ONCE, score
 from bst_dist.evaluate.trained import Trained
+from bst_dist.generation.decoding import Generation
+from bst_dist.generation.rows import BLOCKS_AT_ONCE, Rows
+from bst_dist.generation.sampling import SamplingConfig, without_text
+from bst_dist.generation.text_stream import TextStream
 from data_pipeline.config import parse
 from data_pipeline.errors import UserError
 from data_pipeline.tokenizer import Tokenizer

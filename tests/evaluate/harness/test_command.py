@@ -10,9 +10,9 @@ from bst_dist.cli import main
 from bst_dist.evaluate.trained import open_run, tokenizer_of
 
 pytest.importorskip("lm_eval")
-from bst_dist.evaluate.generation.decoding import Decoder
 from bst_dist.evaluate.harness.command import HarnessError, require_known
 from bst_dist.evaluate.harness.model import HarnessModel
+from bst_dist.generation.decoding import Decoder
 
 CHOICES = [
     {"context": f"naïve café {i} for x", "choices": [" = (", " return", " 😀"], "answer": i % 3} for i in range(7)

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from data_pipeline.config import Config
+from data_pipeline.tokenizer import Tokenizer
 
 
 class SamplingConfig(Config):
@@ -83,3 +84,11 @@ def _nucleus(logits: Tensor, top_p: float) -> Tensor:
     before = ordered.cumsum(-1) - ordered  # 0 for the likeliest, which is always kept
     last = (before < top_p).sum(-1, keepdim=True) - 1
     return logits.masked_fill(probabilities < ordered.gather(-1, last), -torch.inf)
+
+
+def without_text(vocab_size: int, tokenizer: Tokenizer) -> Tensor:
+    """(V,) bool, ids that stand for nothing in a document: all without text, but its end."""
+    never = torch.ones(vocab_size, dtype=torch.bool)
+    never[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.token_bytes == 0)
+    never[tokenizer.eos_id] = False
+    return never

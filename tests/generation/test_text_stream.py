@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bst_dist.evaluate.generation.text_stream import TextStream, printable
+from bst_dist.generation.text_stream import TextStream, printable
 
 
 def streamed(data: bytes, cuts: list[int], stops: list[str] = ()) -> list[str]:

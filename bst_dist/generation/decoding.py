@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bst_dist.evaluate.generation.rows import Rows
-from bst_dist.evaluate.generation.sampling import SamplingConfig, draw, draws_of
+from bst_dist.generation.rows import Rows
+from bst_dist.generation.sampling import SamplingConfig, draw, draws_of
 from bst_dist.model.lm import LanguageModel
 
 

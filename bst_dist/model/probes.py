@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from bst_dist.evaluate.ablation.cuts import kernel_of
 from bst_dist.model.attention import unit
 from bst_dist.model.baselines.block_recurrent import BlockRecurrentMixer
 from bst_dist.model.context import CrossAttention
@@ -27,6 +26,12 @@ from bst_dist.model.ssm.unstructured import LongFilter
 
 BLOCKS_LOOKED_AT = 4
 """The entropy is that of one row's last so many blocks: scores are never held for more."""
+
+
+def kernel_of(mixer: nn.Module) -> nn.Module | None:
+    """A layer's SSM, if it has one that remembers anything."""
+    kernels = (module for module in mixer.modules() if hasattr(module, "dynamics"))
+    return next((kernel for kernel in kernels if kernel.dynamics()), None)
 
 
 def kernels(model: LanguageModel) -> dict[int, nn.Module]:

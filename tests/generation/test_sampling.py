@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as processors
 
-from bst_dist.evaluate.generation.sampling import SamplingConfig, draw, draws_of, filtered
+from bst_dist.generation.sampling import SamplingConfig, draw, draws_of, filtered
 
 ALL = SamplingConfig(temperature=1, top_p=1)
 

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bst_dist.evaluate.generation.decoding import Generation
-from bst_dist.evaluate.generation.prompts import Prompt, encode, read_prompts, without_text
-from bst_dist.evaluate.generation.sampling import SamplingConfig
-from bst_dist.evaluate.generation.text_stream import TextStream, printable
+from bst_dist.evaluate.prompts import Prompt, encode, read_prompts
 from bst_dist.evaluate.trained import Trained, open_run, tokenizer_of
+from bst_dist.generation.decoding import Generation
+from bst_dist.generation.sampling import SamplingConfig, without_text
+from bst_dist.generation.text_stream import TextStream, printable
 from data_pipeline.config import parse
 from data_pipeline.errors import UserError
 from data_pipeline.tokenizer import Tokenizer

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bst_dist.config import Recipe
 from data_pipeline.errors import UserError
 from data_pipeline.tokenizer import Tokenizer
@@ -59,14 +57,6 @@ def encode(recipe: Recipe, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
             "write it in UTF-8"
         ) from None
     return begin + tokenizer.encode(prompt.text).tolist()
-
-
-def without_text(vocab_size: int, tokenizer: Tokenizer) -> torch.Tensor:
-    """(V,) bool, ids that stand for nothing in a document: all without text, but its end."""
-    never = torch.ones(vocab_size, dtype=torch.bool)
-    never[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.token_bytes == 0)
-    never[tokenizer.eos_id] = False
-    return never
 
 
 def _from_json(line: str, where: str) -> str:

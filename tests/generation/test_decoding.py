@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bst_dist.evaluate.generation.decoding import Decoder, Generation
-from bst_dist.evaluate.generation.sampling import SamplingConfig
+from bst_dist.generation.decoding import Decoder, Generation
+from bst_dist.generation.sampling import SamplingConfig
 from bst_dist.model.layers import MIXERS
 
 GREEDY = SamplingConfig(temperature=0)

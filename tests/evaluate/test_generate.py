@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bst_dist.cli import main
-from bst_dist.evaluate.generation.text_stream import printable
+from bst_dist.generation.text_stream import printable
 
 
 def generate(run_dir, *arguments):
