@@ -191,7 +191,7 @@ def test_the_table_reads_back_and_a_wrong_column_is_named(sweep, tmp_path):
 
 
 def test_the_report_stands_alone_and_names_every_run(sweep, tmp_path):
-    rows, _ = sweep(only="d2")
+    rows, _ = sweep(only="-d2-")
     blocks, figures = report.build(sweep.config, rows, draws=10)
     document.write(blocks, tmp_path / "report", "t")
     page, text = ((tmp_path / "report" / name).read_text() for name in ("report.html", "report.md"))
