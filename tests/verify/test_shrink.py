@@ -8,7 +8,9 @@ from bst_dist.cli import main
 from bst_dist.config import load_recipe
 from bst_dist.verify.shrink import BLOCK, shrink
 
-RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").rglob("*.yaml"))
+ROOT = Path(__file__).parents[2] / "launch" / "recipes"
+# Those of language models: what is in lra/ are classifiers, and in ablations/ experiments, with one recipe for all.
+RECIPES = [*sorted(ROOT.glob("*.yaml")), *sorted(ROOT.glob("paper/*.yaml")), ROOT / "ablations" / "base.yaml"]
 
 DEMO = next(path for path in RECIPES if path.stem == "demo")
 
