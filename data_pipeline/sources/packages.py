@@ -50,6 +50,8 @@ def fetch_npm(package: str) -> Path:
         archive = next(Path(folder).glob("*.tgz"))
         target = cache_directory() / "npm" / archive.stem
         with atomic_directory(target) as partial, tarfile.open(archive) as tar:
+            if not hasattr(tarfile, "data_filter"):
+                raise UserError("unpacking npm packages needs Python 3.11.4 or later: older ones cannot do it safely")
             tar.extractall(partial, filter="data")
     return target
 
