@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import sys
+import tarfile
 import zlib
 from pathlib import Path
 
