@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from bst_dist.sweep.config import Settings
-from data_pipeline.config import Config, ConfigError, load
+from bst_dist.sweep.config import Settings, with_recipe
+from data_pipeline.config import Config, load
 
 
 class MeasureConfig(Config):
@@ -75,8 +75,4 @@ class ExperimentConfig(Config):
 
 def load_experiment(path: Path, overrides: list[str]) -> ExperimentConfig:
     """Read an experiment; its base recipe is found from its own directory. Raises ConfigError for whatever is wrong."""
-    experiment = load(ExperimentConfig, path, overrides)
-    recipe = path.parent / experiment.recipe
-    if not recipe.is_file():
-        raise ConfigError(f"{path}: recipe {experiment.recipe}: no such file beside the experiment")
-    return experiment.model_copy(update={"recipe": str(recipe)})
+    return with_recipe(load(ExperimentConfig, path, overrides), path)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
 from data_pipeline.config import Config, ConfigError, load
 
+T = TypeVar("T", bound=Config)
 Settings = dict[str, Any]
 """Dotted settings of the recipe: {model.mixer: bst, model.context: {variant: SH}}."""
 
@@ -140,8 +141,12 @@ class SweepConfig(Config):
 
 def load_sweep(path: Path, overrides: list[str]) -> SweepConfig:
     """Read a sweep; its base recipe is found from its own directory. Raises ConfigError for whatever is wrong."""
-    sweep = load(SweepConfig, path, overrides)
-    recipe = path.parent / sweep.recipe
-    if not recipe.exists():
-        raise ConfigError(f"{path}: recipe {sweep.recipe}: no such file beside the sweep")
-    return sweep.model_copy(update={"recipe": str(recipe)})
+    return with_recipe(load(SweepConfig, path, overrides), path)
+
+
+def with_recipe(config: T, path: Path) -> T:
+    """The settings of `path`, their base recipe found from its directory; raises ConfigError when it is not there."""
+    recipe = path.parent / config.recipe
+    if not recipe.is_file():
+        raise ConfigError(f"{path}: recipe {config.recipe}: no such file beside it")
+    return config.model_copy(update={"recipe": str(recipe)})

@@ -17,7 +17,7 @@ from data_pipeline.atomic import atomic_file
 from data_pipeline.config import Config
 
 if TYPE_CHECKING:
-    from bst_dist.train.probes import Seen
+    from torch import Tensor
 
 FILE = "metrics.jsonl"
 
@@ -122,6 +122,18 @@ class PerformanceReport:
     slowest_host: str
     slowest_ratio: float
     """The slowest rank's own work by the median rank's."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the probes saw after a step."""
+
+    step: int
+    scalars: dict[str, float]
+    powers_of_ten: dict[str, Tensor]
+    """Many values each, as their decimal logarithms."""
+    sample: str | None
+    """Markdown."""
 
 
 Report = StepReport | EvalReport | PerformanceReport

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from math import sqrt
 from typing import TYPE_CHECKING
 
@@ -19,29 +18,17 @@ from torch import Tensor
 from bst_dist.generation.decoding import Generation
 from bst_dist.generation.sampling import SamplingConfig, without_text
 from bst_dist.model.probes import ContextProbe, kernels, time_scales
+from bst_dist.train.metrics import LogConfig, Seen, Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from bst_dist.train.engine import Engine
-    from bst_dist.train.metrics import LogConfig, Writer
     from bst_dist.train.ranks import Ranks
     from data_pipeline.tokenizer import Tokenizer
 
 PROMPT = 32
 """Tokens of the validation text that a sample goes on from."""
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What the probes saw after a step."""
-
-    step: int
-    scalars: dict[str, float]
-    powers_of_ten: dict[str, Tensor]
-    """Many values each, as their decimal logarithms."""
-    sample: str | None
-    """Markdown."""
 
 
 class Probes:

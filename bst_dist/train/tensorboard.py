@@ -12,8 +12,7 @@ import numpy as np
 
 from bst_dist.config import Recipe, flat
 from bst_dist.model.layers import MIXERS
-from bst_dist.train.metrics import EvalReport, Report, SkippedReport, Writer
-from bst_dist.train.probes import Seen
+from bst_dist.train.metrics import EvalReport, Report, Seen, SkippedReport, Writer
 
 FOLDER = "tensorboard"
 HPARAMS = (

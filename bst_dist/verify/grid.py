@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from bst_dist.cluster.local import default_ranks
 from bst_dist.config import Recipe, deepspeed_file
+from bst_dist.lra.config import LongRangeConfig
 from bst_dist.model.context import ContextConfig
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.plan.rehearse import rehearse
@@ -86,6 +87,8 @@ def build(recipe: Recipe, args: argparse.Namespace) -> Grid:
     """The grid that the arguments ask for; raises UserError, before anything is started, for what cannot be."""
     from bst_dist.train import deepspeed_json  # imports DeepSpeed, which looks for an accelerator at once
 
+    if isinstance(recipe.data, LongRangeConfig):
+        raise ConfigError(f"{recipe.name} learns the task {recipe.data.task}: only language models can be verified")
     degrees = _once(args.sp or [recipe.parallel.sp])
     world = args.ranks or max(2, default_ranks(recipe), math.lcm(*degrees))
     for sp in degrees:

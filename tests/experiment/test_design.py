@@ -64,7 +64,7 @@ def test_the_same_arm_of_another_experiment_is_the_same_run(make):
         ({"seed": [1]}, "unknown key 'seed': did you mean 'seeds'"),
         ({"seeds": [1, 1]}, "seeds holds a value twice"),
         ({"seeds": []}, "seeds: "),
-        ({"recipe": "nowhere.yaml"}, "recipe nowhere.yaml: no such file beside the experiment"),
+        ({"recipe": "nowhere.yaml"}, "recipe nowhere.yaml: no such file beside it"),
         ({"arms": {"sliding": {}, "twin": {}}}, "arms sliding and twin are the same recipe"),
         ({"arms": {"sliding": {}, "long": {"train.steps": 8}}}, r"numbers of tokens \(sliding 128, long 256\)"),
         ({"arms": {"sliding": {"train.sequence_length": 12}}}, "arm sliding: .*not a multiple of model.block"),

@@ -16,8 +16,8 @@ from bst_dist.config import Recipe
 from bst_dist.evaluate.trained import open_run
 from bst_dist.model.probes import kernels, time_scales
 from bst_dist.train import rng
-from bst_dist.train.metrics import SkippedReport, StepReport
-from bst_dist.train.probes import Probes, Seen
+from bst_dist.train.metrics import Seen, SkippedReport, StepReport
+from bst_dist.train.probes import Probes
 from bst_dist.train.program import train
 from bst_dist.train.start import Request
 from bst_dist.train.tensorboard import FOLDER, HPARAMS, RESULTS, SHOWN, TensorBoard, hparams

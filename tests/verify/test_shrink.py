@@ -57,3 +57,8 @@ def test_what_cannot_be_verified_is_refused_before_anything_starts(options, said
     monkeypatch.setattr("bst_dist.verify.command.launch", lambda *_: pytest.fail("launched"))
     assert main(["verify", str(DEMO), *options]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_classifier_is_refused_before_anything_is_started(capsys):
+    assert main(["verify", str(ROOT / "lra" / "listops.yaml")]) == 2
+    assert "learns the task listops: only language models can be verified" in capsys.readouterr().err
