@@ -14,16 +14,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bst_base.errors import UserError
 from bst_dist.usage import Command, HelpFormatter, listing, nearest, overview
 from bst_dist.version import versions
-from data_pipeline.errors import UserError
 
 # Section of the help -> command -> (module that holds it, one line of help), in the order in which one uses them.
 # Modules are imported only when their command runs.
 SECTIONS: dict[str, dict[str, Command]] = {
     "Begin": {
-        "doctor": ("bst_dist.doctor.command", "what this machine has for training, what is missing, how to get it"),
-        "demo": ("bst_dist.evaluate.demo", "the whole way in minutes, from text to a trained and evaluated model"),
+        "doctor": (
+            "bst_dist.tools.doctor.command",
+            "what this machine has for training, what is missing, how to get it",
+        ),
+        "demo": ("bst_dist.tools.demo", "the whole way in minutes, from text to a trained and evaluated model"),
     },
     "Data": {
         "data sources": ("data_pipeline.commands.sources", "list the sources of text and their settings"),
@@ -33,7 +36,7 @@ SECTIONS: dict[str, dict[str, Command]] = {
         "data verify": ("data_pipeline.commands.verify", "check every hash and CRC of a corpus"),
     },
     "Before a run": {
-        "recipe": ("bst_dist.cluster.describe", "every setting of a recipe: type, default, meaning"),
+        "recipe": ("bst_dist.describe", "every setting of a recipe: type, default, meaning"),
         "models": ("bst_dist.plan.models", "every model at a recipe's sizes: parameters, FLOPs, carried state"),
         "plan": ("bst_dist.plan.command", "memory, traffic, time and the best layout on a cluster, before a launch"),
         "verify": ("bst_dist.verify.command", "check that a recipe's gradients are one process's, however spread"),
@@ -41,53 +44,62 @@ SECTIONS: dict[str, dict[str, Command]] = {
     "Train": {
         "train": ("bst_dist.cluster.local", "train a recipe on this machine's ranks"),
         "launch": ("bst_dist.cluster.launch", "train a recipe on many hosts: preflight, start, watch, restart"),
-        "ckpt ls": ("bst_dist.train.commands.ls", "list a run's checkpoints: worth, size, state, why each is kept"),
-        "ckpt show": ("bst_dist.train.commands.show", "print what a checkpoint's manifest says"),
-        "ckpt verify": ("bst_dist.train.commands.verify", "read every file and compare it with its digest"),
-        "ckpt pin": ("bst_dist.train.commands.pin", "keep a checkpoint for good, or no longer"),
-        "ckpt gc": ("bst_dist.train.commands.gc", "remove what a run's settings do not keep; says what, first"),
-        "ckpt convert": ("bst_dist.train.commands.convert", "write weights as safetensors for other programs"),
+        "ckpt ls": (
+            "bst_dist.checkpoint.commands.ls",
+            "list a run's checkpoints: worth, size, state, why each is kept",
+        ),
+        "ckpt show": ("bst_dist.checkpoint.commands.show", "print what a checkpoint's manifest says"),
+        "ckpt verify": ("bst_dist.checkpoint.commands.verify", "read every file and compare it with its digest"),
+        "ckpt pin": ("bst_dist.checkpoint.commands.pin", "keep a checkpoint for good, or no longer"),
+        "ckpt gc": ("bst_dist.checkpoint.commands.gc", "remove what a run's settings do not keep; says what, first"),
+        "ckpt convert": ("bst_dist.checkpoint.commands.convert", "write weights as safetensors for other programs"),
     },
     "Look at runs": {
-        "plot": ("bst_dist.evaluate.plot", "draw the training curves of runs"),
+        "plot": ("bst_dist.study.report.plot", "draw the training curves of runs"),
         "compare": (
-            "bst_dist.evaluate.comparison.command",
+            "bst_dist.study.comparison.command",
             "what differs between runs: recipes, losses on the same text, speed; or are they --equal?",
         ),
     },
     "Evaluate": {
-        "eval": ("bst_dist.evaluate.command", "loss, perplexity, bits per byte, of documents or by length; tasks"),
+        "eval": (
+            "bst_dist.study.evaluation.command",
+            "loss, perplexity, bits per byte, of documents or by length; tasks",
+        ),
         "ablate": (
-            "bst_dist.evaluate.ablation.command",
+            "bst_dist.study.ablation.command",
             "what each part of a model carries: what cutting or changing it costs",
         ),
-        "baselines": ("bst_dist.evaluate.baselines", "what an order-2 byte model and xz -9 make of a corpus"),
-        "generate": ("bst_dist.evaluate.generate", "write text with a run's model"),
+        "baselines": ("bst_dist.study.evaluation.baselines", "what an order-2 byte model and xz -9 make of a corpus"),
+        "generate": ("bst_dist.study.evaluation.generate", "write text with a run's model"),
     },
     "Study": {
         "experiment run": (
-            "bst_dist.experiment.commands.run",
+            "bst_dist.study.experiment.commands.run",
             "train, evaluate and compare the arms of a small experiment; goes on after any stop",
         ),
-        "experiment report": ("bst_dist.experiment.commands.report", "an experiment's table and figure, from its runs"),
+        "experiment report": (
+            "bst_dist.study.experiment.commands.report",
+            "an experiment's table and figure, from its runs",
+        ),
         "sweep design": (
-            "bst_dist.sweep.commands.design",
+            "bst_dist.study.sweep.commands.design",
             "what a sweep would run and could see; refuses confounded grids",
         ),
         "sweep coordinates": (
-            "bst_dist.sweep.commands.coordinates",
+            "bst_dist.study.sweep.commands.coordinates",
             "does a learning rate hold for every width and depth?",
         ),
-        "sweep plan": ("bst_dist.sweep.commands.plan", "price a sweep and fit it into its budget"),
-        "sweep run": ("bst_dist.sweep.commands.run", "train a sweep's runs; goes on after any stop"),
-        "sweep status": ("bst_dist.sweep.commands.status", "where a sweep's runs stand"),
-        "sweep collect": ("bst_dist.sweep.commands.collect", "gather a sweep's results into one table"),
-        "sweep fit": ("bst_dist.sweep.commands.fit", "fit scaling laws to a sweep's table"),
+        "sweep plan": ("bst_dist.study.sweep.commands.plan", "price a sweep and fit it into its budget"),
+        "sweep run": ("bst_dist.study.sweep.commands.run", "train a sweep's runs; goes on after any stop"),
+        "sweep status": ("bst_dist.study.sweep.commands.status", "where a sweep's runs stand"),
+        "sweep collect": ("bst_dist.study.sweep.commands.collect", "gather a sweep's results into one table"),
+        "sweep fit": ("bst_dist.study.sweep.commands.fit", "fit scaling laws to a sweep's table"),
         "sweep compare": (
-            "bst_dist.sweep.commands.compare",
+            "bst_dist.study.sweep.commands.compare",
             "does the advantage grow or shrink with depth and compute?",
         ),
-        "sweep report": ("bst_dist.sweep.commands.report", "write a sweep's report, with its figures"),
+        "sweep report": ("bst_dist.study.sweep.commands.report", "write a sweep's report, with its figures"),
     },
     "Long Range Arena": {
         "lra prepare": ("bst_dist.lra.commands.prepare", "draw a task's examples, or read its published files"),
@@ -100,11 +112,14 @@ SECTIONS: dict[str, dict[str, Command]] = {
     },
     "Measure": {
         "bench data": ("data_pipeline.commands.bench", "read tokens beside webdataset, litdata and mosaicml-streaming"),
-        "bench layers": ("bst_dist.bench.layers", "time a layer of every model beside other people's"),
-        "bench checkpointing": ("bst_dist.bench.checkpointing", "what each policy keeps between the passes, and costs"),
-        "bench parallel": ("bst_dist.plan.bench_parallel", "sequence parallelism against all-to-alls: bytes and time"),
-        "bench plan": ("bst_dist.plan.measure", "plans against measured memory and traffic"),
-        "bench saving": ("bst_dist.bench.saving", "what a checkpoint costs the training, beside plain DeepSpeed"),
+        "bench layers": ("bst_dist.tools.bench.layers", "time a layer of every model beside other people's"),
+        "bench checkpointing": (
+            "bst_dist.tools.bench.checkpointing",
+            "what each policy keeps between the passes, and costs",
+        ),
+        "bench parallel": ("bst_dist.tools.bench.parallel", "sequence parallelism against all-to-alls: bytes and time"),
+        "bench plan": ("bst_dist.tools.bench.plan", "plans against measured memory and traffic"),
+        "bench saving": ("bst_dist.tools.bench.saving", "what a checkpoint costs the training, beside plain DeepSpeed"),
     },
 }
 COMMANDS: dict[str, Command] = {name: command for section in SECTIONS.values() for name, command in section.items()}

@@ -15,24 +15,24 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from bst_base.settings import Config, ConfigError, load
+from bst_dist.activation.policy import ActivationCheckpointingConfig
+from bst_dist.checkpoint.directory import CheckpointConfig
+from bst_dist.faults.guard import GuardConfig
+from bst_dist.faults.watchdog import WatchdogConfig
 from bst_dist.lra.config import LongRangeConfig
 from bst_dist.lra.tasks import TASKS
 from bst_dist.model.lm import ModelConfig
 from bst_dist.parallel.mesh import Mesh, ParallelConfig
-from bst_dist.train.activation import ActivationCheckpointingConfig
+from bst_dist.report.metrics import LogConfig
 from bst_dist.train.branch import BranchConfig
-from bst_dist.train.checkpoint import CheckpointConfig
 from bst_dist.train.evaluation import EvaluationConfig
-from bst_dist.train.guard import GuardConfig
 from bst_dist.train.initial import InitialWeightsConfig
 from bst_dist.train.loop import TrainConfig
-from bst_dist.train.metrics import LogConfig
 from bst_dist.train.optimizer import OptimizerConfig
 from bst_dist.train.schedule import ScheduleConfig
-from bst_dist.train.watchdog import WatchdogConfig
-from data_pipeline.config import Config, ConfigError, load
-from data_pipeline.loader import DataConfig
-from data_pipeline.reader import Corpus
+from data_pipeline.serve.loader import DataConfig
+from data_pipeline.serve.reader import Corpus
 
 
 def _data_kind(section: Any) -> str:

@@ -1,12 +1,44 @@
-"""What tests of several packages share."""
+"""What tests of several packages share: a small model, a small corpus and recipe, several DeepSpeed ranks."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from bst_base.settings import dump, parse
+from bst_dist.checkpoint.directory import (
+    FORMAT,
+    MANIFEST,
+    WEIGHTS,
+    directory,
+    load_weights,
+    newest_valid,
+    shard_file,
+    step_of,
+)
+from bst_dist.config import Recipe
+from bst_dist.faults import ledger
 from bst_dist.model.layers import MIXERS
 from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.parallel.ranks import Ranks, choose_accelerator, free_port
+from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.train.rundir import RECIPE
+from data_pipeline.prepare.corpus import PrepareConfig, prepare
+from data_pipeline.prepare.parallel import open_workers
+
+TIMEOUT_S = 240
 
 
 @pytest.fixture
@@ -27,3 +59,172 @@ def make_model():
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared corpus of made-up programs."""
+    folder, output = tmp_path_factory.mktemp("texts"), tmp_path_factory.mktemp("prepared") / "corpus"
+    random = np.random.default_rng(0)
+    words = ["for", "x", "=", "(", ")", "\n", "    ", "return", "naïve", "12", "+", "y", ":", "if", "else"]
+    for number in range(40):
+        (folder / f"{number:02}.txt").write_text(" ".join(random.choice(words, 100 + 20 * number)))
+    settings = {
+        "source": {"kind": "folder", "path": str(folder), "pattern": "*.txt"}, "output": str(output),
+        "tokenizer": {"vocab_size": 320}, "validation_fraction": 0.2,
+    }  # fmt: skip
+    with open_workers(1) as workers:
+        prepare(parse(PrepareConfig, settings), workers, lambda *_: None)
+    return output
+
+
+@pytest.fixture
+def settings(corpus: Path) -> dict[str, Any]:
+    """A recipe that trains in seconds, as plain data; in single precision, where equality can be asked for."""
+    return {
+        "name": "small", "seed": 3,
+        "model": {"width": 16, "heads": 2, "ffn": 32, "block": 8, "depth": 3, "mixer": "bst", "placement": [1],
+                  "ssm": {"state": 4, "chunk": 4}},
+        "data": {"corpus": str(corpus), "prefetch": 0},
+        "train": {"steps": 6, "sequence_length": 32, "sequences": 4, "precision": "fp32"},
+        "evaluation": {"every": 3, "sequences": 4},
+        "schedule": {"warmup_steps": 2},
+        "checkpoint": {"every": 2},
+        "log": {"tensorboard": False},
+        "deepspeed": "ds_configs/zero1.json",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, settings: dict[str, Any]) -> Callable[..., Path]:
+    """``recipe_file(**changes)`` writes the small recipe, with sections changed, and returns its path."""
+
+    def write(**changes: Any) -> Path:
+        changed = {key: {**settings.get(key, {}), **value} if isinstance(value, dict) else value
+                   for key, value in changes.items()}  # fmt: skip
+        path = tmp_path / f"recipe-{len(list(tmp_path.iterdir()))}.yaml"
+        path.write_text(dump(parse(Recipe, settings | changed)))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def on_ranks() -> Callable[..., list[Any]]:
+    """``on_ranks(world, function, *args)`` runs ``function(ranks, *args)`` on so many ranks; returns what each did.
+
+    Ranks are forked from this process, where DeepSpeed is imported already, so they start at once and `function` may
+    be a closure. The first failure ends all of them.
+    """
+    choose_accelerator()
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401 (else every forked rank imports it: seconds)
+
+    def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        context, port = multiprocessing.get_context("fork"), free_port()
+        pipes = [context.Pipe(duplex=False) for _ in range(world)]
+        processes = [
+            context.Process(target=_rank, args=(rank, world, port, sender, function, args), daemon=True)
+            for rank, (_, sender) in enumerate(pipes)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            return _collect([receiver for receiver, _ in pipes], processes)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+    return run
+
+
+def _collect(receivers: list[Any], processes: list[Any]) -> list[Any]:
+    """What each rank returned; raises AssertionError for the first that failed, with its traceback, or that died."""
+    results: dict[int, Any] = {}
+    while len(results) < len(receivers):
+        waiting = [rank for rank in range(len(receivers)) if rank not in results]
+        events = [event for rank in waiting for event in (receivers[rank], processes[rank].sentinel)]
+        assert multiprocessing.connection.wait(events, TIMEOUT_S), f"ranks {waiting} said nothing for {TIMEOUT_S} s"
+        for rank in waiting:
+            if receivers[rank].poll():
+                failed, results[rank] = receivers[rank].recv()
+                assert not failed, f"rank {rank}:\n{results[rank]}"
+            else:
+                assert processes[rank].is_alive(), f"rank {rank} died without a word"
+    return [results[rank] for rank in range(len(receivers))]
+
+
+@pytest.fixture
+def assert_same_run() -> Callable[[Path, Path], None]:
+    """``assert_same_run(run, other)``: all that was computed is the same to the last bit: losses, ledger, weights."""
+    clocked = ("step_time_s", "data_wait_s", "tokens_per_s", "mfu", "hfu", "time_s")
+
+    def contents(run: Path) -> tuple[list[dict[str, str]], list[ledger.Entry], dict[str, bytes]]:
+        lines = [line for line in read_lines(run / FILE) if line["kind"] != "performance"]
+        lines = [{key: repr(value) for key, value in line.items() if key not in clocked} for line in lines]
+        newest = newest_valid(run)
+        weights = {name: tensor.numpy().tobytes() for name, tensor in load_weights(newest).items()}
+        assert sum(line["kind"] != "'eval'" for line in lines) == step_of(newest)
+        return lines, ledger.read(run, 10**9, 10**9), weights
+
+    def check(run: Path, other: Path) -> None:
+        for found, expected in zip(contents(run), contents(other), strict=True):
+            assert found == expected
+
+    return check
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No time is spent on measuring the machine's peak."""
+    monkeypatch.setattr("bst_dist.train.program.peak_flops", lambda *_: 1e12)
+
+
+def _rank(rank: int, world: int, port: int, sender: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}
+    try:
+        ranks = Ranks()
+        result = function(ranks, *args)
+        ranks.barrier()  # nobody leaves while another may still be talking
+        sender.send((False, result))
+    except BaseException:
+        sender.send((True, traceback.format_exc()))
+
+
+@pytest.fixture
+def make_run(tmp_path, corpus):
+    """A run directory as training leaves it: recipe, metrics and checkpoints with random weights."""
+
+    def make(name: str = "run", steps: tuple[int, ...] = (4,), seed: int = 0, documents: str = "joined") -> Path:
+        settings = {
+            "name": "small", "seed": 0, "data": {"corpus": str(corpus), "documents": documents},
+            "model": {"vocab_size": 320, "width": 16, "heads": 2, "ffn": 16, "block": 8, "depth": 2, "mixer": "bst",
+                      "ssm": {"chunk": 4}},
+            "train": {"steps": 4, "sequence_length": 32, "sequences": 2, "precision": "fp32"},
+        }  # fmt: skip
+        run_dir = tmp_path / name
+        run_dir.mkdir(parents=True, exist_ok=True)
+        recipe = parse(Recipe, settings)
+        for step in steps:
+            torch.manual_seed(seed + step)
+            write_checkpoint(directory(run_dir, step), LanguageModel(recipe.model))
+        (run_dir / RECIPE).write_text(dump(recipe))
+        keys = ("loss_nats", "bits_per_byte", "gradient_norm", "learning_rate", "tokens_per_s")
+        lines = [{"kind": "train", "step": i, "tokens": 64 * i, **dict.fromkeys(keys, 1 / i)} for i in range(1, 5)]
+        lines.append(
+            {"kind": "eval", "split": "validation", "step": 4, "tokens": 9, "loss_nats": 2, "bits_per_byte": 3}
+        )
+        (run_dir / FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return run_dir
+
+    return make
+
+
+def write_checkpoint(path: Path, model: LanguageModel) -> None:
+    path.mkdir(parents=True)
+    save_file(model.state_dict(), path / shard_file(WEIGHTS, 0))
+    data = (path / shard_file(WEIGHTS, 0)).read_bytes()
+    files = {shard_file(WEIGHTS, 0): {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "rank": 0}}
+    (path / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}))

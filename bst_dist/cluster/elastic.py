@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bst_base.errors import UserError
 from bst_dist.cluster.hosts import Host
 from bst_dist.cluster.processes import Share
 from bst_dist.config import Recipe, accumulation, evaluation_rows
-from data_pipeline.errors import UserError
 
 
 @dataclass(frozen=True)

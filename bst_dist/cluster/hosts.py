@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.errors import UserError
+from bst_base.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -43,14 +43,14 @@ from bst_dist.cluster.preflight import Needs, PreflightError
 from bst_dist.cluster.processes import told_to_stop
 from bst_dist.cluster.supervise import Means, Supervisor, say
 from bst_dist.config import Recipe, deepspeed_file
+from bst_dist.faults.output import lasting_output
 from bst_dist.model.lm import LanguageModel
+from bst_dist.parallel.ranks import choose_accelerator
 from bst_dist.train import rundir
 from bst_dist.train.__main__ import add_arguments as add_program_arguments
 from bst_dist.train.__main__ import request
-from bst_dist.train.output import lasting_output
-from bst_dist.train.ranks import choose_accelerator
 from bst_dist.train.start import Request, load, resolve
-from data_pipeline.manifest import MANIFEST
+from data_pipeline.format.manifest import MANIFEST
 
 HANDED_ON = ("NCCL_", "GLOO_", "TORCH", "DS_", "DEEPSPEED_", "OMP_", "MKL_", "UCX_", "FI_", "PYTHON")
 ENVIRONMENT_FILE = ".deepspeed_env"

@@ -8,9 +8,9 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bst_base.errors import UserError
 from bst_dist.cluster.hosts import Host
 from bst_dist.cluster.processes import route_to
-from data_pipeline.errors import UserError
 
 SSH = ("ssh", *("-o", "BatchMode=yes"), *("-o", "ConnectTimeout=8"), *("-o", "ServerAliveInterval=15"))
 PDSH_ENVIRONMENT = {"PDSH_SSH_ARGS_APPEND": " ".join([*SSH[1:], os.environ.get("PDSH_SSH_ARGS_APPEND", "")])}

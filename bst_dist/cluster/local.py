@@ -29,16 +29,16 @@ from typing import Any
 
 import torch
 
+from bst_base.errors import UserError
 from bst_dist.cluster.processes import LocalRanks, Share, told_to_stop
 from bst_dist.cluster.verdict import SETTLE_S, STOP, Ended
 from bst_dist.config import Recipe
+from bst_dist.faults.output import lasting_output
+from bst_dist.parallel.ranks import choose_accelerator, free_port
 from bst_dist.train import rundir
 from bst_dist.train.__main__ import add_arguments as add_program_arguments
 from bst_dist.train.__main__ import request
-from bst_dist.train.output import lasting_output
-from bst_dist.train.ranks import choose_accelerator, free_port
 from bst_dist.train.start import Request, load, resolve
-from data_pipeline.errors import UserError
 
 
 def add_grace(parser: argparse.ArgumentParser) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from bst_base.errors import UserError
 from bst_dist.cluster.controller import Controller
 from bst_dist.cluster.hosts import Host
 from bst_dist.cluster.launchers import SSH
-from data_pipeline.errors import UserError
 
 CLOCK_S = 2.0
 """How far a clock may be off: the times of logs, files and checkpoints are compared by people and programs."""

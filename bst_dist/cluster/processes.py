@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from bst_dist.train.signals import SAME_NOTICE_S, stopping
+from bst_dist.faults.signals import SAME_NOTICE_S, stopping
 
 SAME_KEY_S = 0.5
 """A further SIGINT within this time is from the same stroke of Ctrl-C."""

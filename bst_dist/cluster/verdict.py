@@ -6,7 +6,7 @@ import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from bst_dist.train.status import DONE, FAILED, HUNG, RESUBMIT, USER_ERROR
+from bst_dist.faults.status import DONE, FAILED, HUNG, RESUBMIT, USER_ERROR
 
 SETTLE_S = 6.0
 """After a rank has failed: how long the others may take to say that they have too, and why."""

@@ -13,8 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from data_pipeline.config import Config
-from data_pipeline.tokenizer import Tokenizer
+from bst_base.settings import Config
+from data_pipeline.format.tokenizer import Tokenizer
 
 
 class SamplingConfig(Config):

@@ -5,7 +5,7 @@ Importing this package makes the `Auto` classes of transformers know exported mo
 
 from __future__ import annotations
 
-from data_pipeline.errors import UserError
+from bst_base.errors import UserError
 
 try:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer

@@ -7,11 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from bst_base.settings import dump
+from bst_dist.checkpoint.retention import Held
 from bst_dist.config import Recipe
-from bst_dist.evaluate.comparison.outline import eval_report
-from bst_dist.train.metrics import FILE, read_lines
-from bst_dist.train.retention import Held
-from data_pipeline.config import dump
+from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.study.comparison.outline import eval_report
 
 _TEMPLATE = """---
 library_name: transformers

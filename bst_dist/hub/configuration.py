@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from bst_base.settings import parse
 from bst_dist.model.lm import ModelConfig
-from data_pipeline.config import parse
 
 REMOTE_CODE = "bst.py"
 """The file beside a model that transformers takes its classes from under `trust_remote_code`."""

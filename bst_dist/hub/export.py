@@ -19,24 +19,24 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from bst_base.errors import UserError
+from bst_base.files import atomic_directory
+from bst_dist.checkpoint.commands.common import add_run, readable_size, select
+from bst_dist.checkpoint.commands.convert import add_export
+from bst_dist.checkpoint.directory import WEIGHTS, CheckpointError, damage, open_shards
+from bst_dist.checkpoint.exporting import DTYPES, stored_dtypes, write_weights
+from bst_dist.checkpoint.retention import Held
 from bst_dist.config import Recipe
-from bst_dist.evaluate.prompts import begin_token
-from bst_dist.evaluate.trained import require_language_model, tokenizer_of
 from bst_dist.generation.sampling import without_text
 from bst_dist.hub.card import model_card
 from bst_dist.hub.configuration import BSTConfig
 from bst_dist.hub.modeling import BSTForCausalLM
 from bst_dist.hub.tokenization import FILE, BSTTokenizer
-from bst_dist.train.checkpoint import WEIGHTS, CheckpointError, damage, open_shards
-from bst_dist.train.commands.common import add_run, readable_size, select
-from bst_dist.train.commands.convert import add_export
-from bst_dist.train.exporting import DTYPES, stored_dtypes, write_weights
-from bst_dist.train.retention import Held
+from bst_dist.study.evaluation.prompts import begin_token
+from bst_dist.study.evaluation.trained import require_language_model, tokenizer_of
 from bst_dist.train.rundir import read_recipe
-from data_pipeline.atomic import atomic_directory
-from data_pipeline.errors import UserError
-from data_pipeline.storage import StorageConfig
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.format.tokenizer import Tokenizer
+from data_pipeline.store.storage import StorageConfig
 
 DIGESTS, CARD = "SHA256SUMS", "README.md"
 

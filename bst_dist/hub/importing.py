@@ -20,22 +20,22 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from bst_base.errors import UserError
+from bst_base.files import atomic_directory
+from bst_base.settings import dump, overridden, parse
+from bst_dist.checkpoint.directory import FORMAT, MANIFEST, WEIGHTS, directory, shard_file
+from bst_dist.checkpoint.durable import Files
+from bst_dist.checkpoint.exporting import INDEX, SINGLE
+from bst_dist.checkpoint.shards import Piece, write_header, write_values
 from bst_dist.config import Recipe, digest
 from bst_dist.hub.configuration import BSTConfig
 from bst_dist.hub.export import DIGESTS
 from bst_dist.hub.modeling import BSTForCausalLM
 from bst_dist.hub.tokenization import FILE
 from bst_dist.model.lm import LanguageModel
-from bst_dist.train.checkpoint import FORMAT, MANIFEST, WEIGHTS, directory, shard_file
-from bst_dist.train.durable import Files
-from bst_dist.train.exporting import INDEX, SINGLE
 from bst_dist.train.rundir import RECIPE, TOKENIZER
-from bst_dist.train.shards import Piece, write_header, write_values
 from bst_dist.version import versions
-from data_pipeline.atomic import atomic_directory
-from data_pipeline.config import dump, overridden, parse
-from data_pipeline.errors import UserError
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.format.tokenizer import Tokenizer
 
 CONFIG = "config.json"
 

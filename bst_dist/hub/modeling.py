@@ -17,10 +17,10 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from bst_base.errors import UserError
 from bst_dist.generation.rows import Rows
 from bst_dist.hub.configuration import BSTConfig
 from bst_dist.model.lm import LanguageModel
-from data_pipeline.errors import UserError
 
 
 class BSTCache:

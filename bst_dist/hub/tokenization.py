@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizer
 
 from bst_dist.hub.configuration import REMOTE_CODE
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.format.tokenizer import Tokenizer
 
 FILE = "tokenizer.model"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from bst_base.settings import Config
 from bst_dist.lra.tasks import TASKS
-from data_pipeline.config import Config
 
 
 class LongRangeConfig(Config):

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from bst_base.errors import UserError
+from bst_base.files import atomic_file
 from bst_dist.config import Recipe
-from bst_dist.evaluate.trained import restore
 from bst_dist.lra.accuracy import Accuracy
 from bst_dist.lra.config import LongRangeConfig
 from bst_dist.lra.examples import Examples, open_split
@@ -19,10 +20,9 @@ from bst_dist.lra.loader import LabelledLoader
 from bst_dist.lra.model import Classifier
 from bst_dist.lra.tasks import TASKS
 from bst_dist.parallel.mesh import Mesh
+from bst_dist.study.evaluation.trained import restore
 from bst_dist.train.loop import on_device
 from bst_dist.train.rundir import read_recipe
-from data_pipeline.atomic import atomic_file
-from data_pipeline.errors import UserError
 
 
 @dataclass(frozen=True)

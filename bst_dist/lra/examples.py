@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from bst_base.errors import UserError
+from bst_base.files import atomic_directory
 from bst_dist.lra.files import Example
 from bst_dist.lra.tasks import Task
-from data_pipeline.atomic import atomic_directory
-from data_pipeline.errors import UserError
-from data_pipeline.manifest import MANIFEST
+from data_pipeline.format.manifest import MANIFEST
 
 FORMAT = "long-range-arena-1"
 

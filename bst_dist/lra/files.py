@@ -14,9 +14,9 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from data_pipeline.config import Config
-from data_pipeline.errors import UserError
-from data_pipeline.order import Permutation
+from bst_base.errors import UserError
+from bst_base.settings import Config
+from data_pipeline.serve.order import Permutation
 
 Example: TypeAlias = tuple[list[np.ndarray], int]
 

@@ -17,8 +17,8 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from data_pipeline.config import Config
-from data_pipeline.errors import UserError
+from bst_base.errors import UserError
+from bst_base.settings import Config
 
 DIGITS = range(10)
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from bst_base.errors import UserError
 from bst_dist.lra.examples import Examples
 from bst_dist.parallel.mesh import Mesh
-from data_pipeline.errors import UserError
-from data_pipeline.loader import check_state
-from data_pipeline.order import ORDER_VERSION, Permutation
+from data_pipeline.serve.loader import check_state
+from data_pipeline.serve.order import ORDER_VERSION, Permutation
 
 
 class LengthError(UserError):

@@ -18,13 +18,13 @@ from bst_dist.lra.loader import LabelledLoader
 from bst_dist.lra.model import Classifier
 from bst_dist.lra.tasks import TASKS
 from bst_dist.parallel.mesh import Mesh
+from bst_dist.report.metrics import EvalReport
 from bst_dist.train.evaluation import Evaluate
 from bst_dist.train.loop import on_device
-from bst_dist.train.metrics import EvalReport
 
 if TYPE_CHECKING:
+    from bst_dist.report.metrics import Writer
     from bst_dist.train.loop import Trainer
-    from bst_dist.train.metrics import Writer
 
 
 @dataclass(frozen=True)

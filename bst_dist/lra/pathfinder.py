@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from data_pipeline.config import Config
+from bst_base.settings import Config
 
 LONG = 14
 """Dashes of a long path, in the hardest of the published sets."""

@@ -12,14 +12,14 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+from bst_base.errors import UserError
 from bst_dist.lra import listops, pathfinder
 from bst_dist.lra.examples import write
 from bst_dist.lra.files import READERS, Example, ImageConfig, RetrievalConfig, TextConfig
 from bst_dist.lra.listops import ListOpsConfig
 from bst_dist.lra.pathfinder import PathfinderConfig
 from bst_dist.lra.tasks import SPLITS, TASKS
-from data_pipeline.errors import UserError
-from data_pipeline.parallel import Workers
+from data_pipeline.prepare.parallel import Workers
 
 Drawn: TypeAlias = ListOpsConfig | PathfinderConfig
 TaskConfig: TypeAlias = Drawn | TextConfig | RetrievalConfig | ImageConfig

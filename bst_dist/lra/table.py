@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from bst_base.errors import UserError
 from bst_dist.config import FREE, Recipe
 from bst_dist.lra.evaluate import read_kept
 from bst_dist.train.rundir import read_recipe
-from data_pipeline.errors import UserError
 
 
 @dataclass(frozen=True)

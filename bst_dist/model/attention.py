@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bst_base.settings import Config
 from bst_dist.model.flex import flex_sliding_attention
 from bst_dist.model.fused_tiles import fused_sliding_attention, fused_tile
 from bst_dist.model.tiles import HIDDEN, QUERY_TILE, sliding_tiles, tiled_attention
 from bst_dist.parallel.past import Past
-from data_pipeline.config import Config
 
 
 class AttentionConfig(Config):

@@ -17,10 +17,10 @@ from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bst_base.settings import Config
 from bst_dist.model.attention import unit
 from bst_dist.model.ssm.kernels import KernelConfig, build_kernel
 from bst_dist.parallel.past import Past
-from data_pipeline.config import Config
 
 
 class ContextConfig(Config):

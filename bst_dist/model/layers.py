@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from bst_base.settings import Config
 from bst_dist.model.attention import AttentionConfig, SlidingAttention
 from bst_dist.model.baselines.block_recurrent import BlockRecurrentConfig, BlockRecurrentMixer
 from bst_dist.model.baselines.full import FullAttentionConfig, FullMixer
@@ -21,7 +22,6 @@ from bst_dist.model.context import ContextConfig, CrossAttention
 from bst_dist.model.ssm.kernels import KernelConfig
 from bst_dist.model.ssm.s4d import SSMConfig
 from bst_dist.parallel.past import Past
-from data_pipeline.config import Config
 
 
 class LayerConfig(Config):

@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import Discriminator, Field, Tag
 
-from data_pipeline.config import Config
+from bst_base.settings import Config
 
 
 class Scale(NamedTuple):

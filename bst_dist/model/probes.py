@@ -1,6 +1,6 @@
 """Looks inside a model: the time scales of its SSMs, and what its layers make of their context states.
 
-Only the model is known here, so training can look too (`bst_dist.train.probes`).
+Only the model is known here, so training can look too (`bst_dist.report.probes`).
 
 Shapes: B rows, l tokens, H heads, dh head width, nb blocks of n context states, W block.
 """

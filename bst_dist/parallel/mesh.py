@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from pydantic import Field
 
+from bst_base.errors import UserError
+from bst_base.settings import Config
 from bst_dist.parallel.group import SequenceGroup
-from data_pipeline.config import Config
-from data_pipeline.errors import UserError
 
 
 class ParallelConfig(Config):

@@ -19,11 +19,11 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from bst_base.errors import UserError
 from bst_dist.parallel.group import SequenceGroup
 from bst_dist.parallel.past import EarlierCall, Past, Reached
 from bst_dist.parallel.scan import start_exclusive_scan
 from bst_dist.parallel.transpose import to_channels, to_tokens
-from data_pipeline.errors import UserError
 
 
 class SequenceParallelError(UserError):

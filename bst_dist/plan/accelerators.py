@@ -9,8 +9,8 @@ from pathlib import Path
 import yaml
 from pydantic import Field
 
-from data_pipeline.config import Config, ConfigError, parse
-from data_pipeline.errors import UserError
+from bst_base.errors import UserError
+from bst_base.settings import Config, ConfigError, parse
 
 FILE = Path(__file__).with_name("accelerators.yaml")
 

@@ -18,18 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bst_dist.activation.policy import ActivationCheckpointingConfig, policy
 from bst_dist.model import attention
 from bst_dist.model.lm import LanguageModel, ModelConfig
 from bst_dist.model.loss import TILE_LOGITS
 from bst_dist.model.ssm.unstructured import FilterConfig
 from bst_dist.parallel.neighbour import LeftNeighbour
 from bst_dist.parallel.past import Past
+from bst_dist.parallel.ranks import choose_accelerator
 from bst_dist.parallel.rehearsal import Rehearsal
 from bst_dist.plan.live import LiveBytes
 from bst_dist.plan.rehearse import MOST_BLOCKS, rehearse
 from bst_dist.plan.zero import Sizes
-from bst_dist.train.activation import ActivationCheckpointingConfig, policy
-from bst_dist.train.ranks import choose_accelerator
 
 T = TypeVar("T")
 REHEARSED_TILES = 64

@@ -18,6 +18,8 @@ from typing import Any
 
 from rich.console import Console
 
+from bst_base.errors import UserError
+from bst_base.settings import ConfigError, parse
 from bst_dist.config import Recipe, load_recipe, with_vocabulary
 from bst_dist.plan.accelerators import accelerator
 from bst_dist.plan.activations import Activations
@@ -25,9 +27,7 @@ from bst_dist.plan.figures import describe
 from bst_dist.plan.report import show, show_table
 from bst_dist.plan.search import Candidate, PlanError, Planner
 from bst_dist.plan.speed import Cluster
-from data_pipeline.config import ConfigError, parse
-from data_pipeline.errors import UserError
-from data_pipeline.loader import open_corpora
+from data_pipeline.serve.loader import open_corpora
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,14 +26,14 @@ from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bst_base.settings import parse
 from bst_dist.config import load_recipe, with_vocabulary
 from bst_dist.model.layers import FeedForward, Layer
 from bst_dist.model.lm import ModelConfig
 from bst_dist.model.ssm.kernels import KERNELS
 from bst_dist.parallel.past import EarlierCall
 from bst_dist.plan.flops import forward_flops
-from data_pipeline.config import parse
-from data_pipeline.loader import open_corpora
+from data_pipeline.serve.loader import open_corpora
 
 SHARED = ("width", "heads", "ffn", "block", "depth", "vocab_size", "attention")
 """Settings that every model of the list takes from the recipe."""

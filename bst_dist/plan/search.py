@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from bst_base.errors import UserError
 from bst_dist.config import Recipe, deepspeed_file
 from bst_dist.parallel.neighbour import SequenceParallelError
 from bst_dist.plan.activations import Activations, Slice
@@ -20,7 +21,6 @@ from bst_dist.plan.memory import Memory, Work, memory
 from bst_dist.plan.speed import Cluster, Moved, Speed, share_rerun, speed
 from bst_dist.plan.traffic import sequence_traffic, zero_traffic
 from bst_dist.plan.zero import Sizes, Strategy
-from data_pipeline.errors import UserError
 
 RESERVED_BYTES = 3e9
 """Of a device's memory, for the driver's context, the communication library and the matrix library's workspace."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bst_dist.activation.policy import ActivationCheckpointingConfig
 from bst_dist.plan.accelerators import Accelerator
 from bst_dist.plan.memory import Work
 from bst_dist.plan.traffic import GATHER
-from bst_dist.train.activation import ActivationCheckpointingConfig
 
 MATMUL_EFFICIENCY = 0.5
 """Of the dense peak, that the matrix products of a well-sized layer reach."""

@@ -17,9 +17,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bst_dist.train import signals, status
-from bst_dist.train.output import Lasting
-from data_pipeline.errors import UserError
+from bst_base.errors import UserError
+from bst_dist.faults import signals, status
+from bst_dist.faults.output import Lasting
 
 if TYPE_CHECKING:
     from bst_dist.train.start import Request
@@ -52,8 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
+        from bst_dist.parallel.ranks import Ranks
         from bst_dist.train.program import train
-        from bst_dist.train.ranks import Ranks
 
         ranks = Ranks()
         ended = train(request(args), ranks, notice)

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from bst_dist.train.checkpoint import CheckpointError, directory
+from bst_base.settings import Config, load
+from bst_dist.checkpoint.directory import CheckpointError, directory
 from bst_dist.train.schedule import factor
-from data_pipeline.config import Config, load
 
 if TYPE_CHECKING:
     from bst_dist.config import Recipe

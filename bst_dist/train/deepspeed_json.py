@@ -20,7 +20,7 @@ from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
 
-from data_pipeline.errors import UserError
+from bst_base.errors import UserError
 
 # What a file in ds_configs/ may hold: section -> the class or keys that the installed DeepSpeed knows there.
 STRATEGY: dict[str, Any] = {

@@ -11,18 +11,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from bst_base.settings import Config
 from bst_dist.parallel.neighbour import past_of_slice
+from bst_dist.report.metrics import Callback, EvalReport, StepReport, Writer, bits_per_byte
 from bst_dist.train.loop import on_device, sum_of_batch
-from bst_dist.train.metrics import Callback, EvalReport, StepReport, Writer, bits_per_byte
-from data_pipeline.config import Config
 
 if TYPE_CHECKING:
+    from bst_dist.faults.signals import Stop
     from bst_dist.parallel.group import SequenceGroup
+    from bst_dist.parallel.ranks import Ranks
+    from bst_dist.report.probes import Probes
     from bst_dist.train.engine import Engine
-    from bst_dist.train.probes import Probes
-    from bst_dist.train.ranks import Ranks
-    from bst_dist.train.signals import Stop
-    from data_pipeline.batch import Batch
+    from data_pipeline.serve.batch import Batch
 
 
 class EvaluationConfig(Config):

@@ -11,8 +11,8 @@ from pathlib import Path
 from pydantic import Field
 from torch import nn
 
-from bst_dist.train.checkpoint import CheckpointError, committed, damage, directory, load_weights, step_of
-from data_pipeline.config import Config
+from bst_base.settings import Config
+from bst_dist.checkpoint.directory import CheckpointError, committed, damage, directory, load_weights, step_of
 
 
 class InitialWeightsConfig(Config):

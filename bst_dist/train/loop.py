@@ -17,21 +17,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from bst_base.settings import Config
+from bst_dist.faults.guard import Guard, GuardConfig, RollBack
+from bst_dist.faults.ledger import Entry, Ledger
+from bst_dist.faults.signals import Stop
 from bst_dist.parallel.neighbour import past_of_slice
-from bst_dist.train.guard import Guard, GuardConfig, RollBack
-from bst_dist.train.ledger import Entry, Ledger
-from bst_dist.train.metrics import Callback, SkippedReport, StepReport, bits_per_byte
+from bst_dist.report.metrics import Callback, SkippedReport, StepReport, bits_per_byte
+from bst_dist.report.utilisation import Speed
 from bst_dist.train.schedule import ScheduleConfig, factor
-from bst_dist.train.signals import Stop
-from bst_dist.train.utilisation import Speed
-from data_pipeline.config import Config
 
 if TYPE_CHECKING:
     from bst_dist.parallel.group import SequenceGroup
     from bst_dist.parallel.past import EarlierCall
+    from bst_dist.parallel.ranks import Ranks
     from bst_dist.train.engine import Engine
-    from bst_dist.train.ranks import Ranks
-    from data_pipeline.batch import Batch
+    from data_pipeline.serve.batch import Batch
 
 
 class TrainConfig(Config):

@@ -17,13 +17,13 @@ from bst_dist.config import Recipe, evaluation_rows, with_vocabulary
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.train.evaluation import Evaluate
-from data_pipeline.loader import Loader, open_corpora
-from data_pipeline.reader import Corpus
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.format.tokenizer import Tokenizer
+from data_pipeline.serve.loader import Loader, open_corpora
+from data_pipeline.serve.reader import Corpus
 
 if TYPE_CHECKING:
+    from bst_dist.report.metrics import Writer
     from bst_dist.train.loop import Trainer
-    from bst_dist.train.metrics import Writer
 
 
 class Batches(Protocol):

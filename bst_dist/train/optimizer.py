@@ -14,8 +14,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from bst_base.settings import Config
 from bst_dist.model.parametrisation import Scale
-from data_pipeline.config import Config
 
 # What a group's update depends on beside its gradients. The learning rate is among them only through `peak_rate`.
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")

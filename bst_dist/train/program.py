@@ -11,36 +11,39 @@ from typing import Any
 
 import torch
 
+from bst_dist.activation import policy as activation
+from bst_dist.checkpoint import rng
+from bst_dist.checkpoint.directory import CheckpointError, committed, damage
+from bst_dist.checkpoint.fragments import EngineState
+from bst_dist.checkpoint.layout import Layout, Rows
+from bst_dist.checkpoint.retention import abandon
+from bst_dist.checkpoint.snapshot import Checkpoints, Evaluated, Identity, Position, Snapshots
 from bst_dist.config import digest
+from bst_dist.faults import ledger
+from bst_dist.faults.guard import DivergedError, Guard, RollBack
+from bst_dist.faults.signals import Notice, Stop
+from bst_dist.faults.status import DONE, RESUBMIT
+from bst_dist.faults.watchdog import Watchdog
 from bst_dist.model.attention import attention_path
+from bst_dist.parallel.communication import WatchedGroup
 from bst_dist.parallel.group import SequenceGroup
 from bst_dist.parallel.mesh import Mesh
+from bst_dist.parallel.ranks import Ranks
 from bst_dist.plan.flops import train_flops_per_token
 from bst_dist.plan.hardware import peak_flops
-from bst_dist.train import activation, ledger, rng, rundir
+from bst_dist.report.metrics import FILE, Console, Log, MetricsFile, Writer, read_lines
+from bst_dist.report.performance import Performance
+from bst_dist.report.probes import Probes
+from bst_dist.report.profiling import Profile
+from bst_dist.report.tensorboard import TensorBoard, hparams
+from bst_dist.report.utilisation import Speed, recomputed_flops_per_token
+from bst_dist.train import rundir
 from bst_dist.train.branch import origin
-from bst_dist.train.checkpoint import CheckpointError, committed, damage
-from bst_dist.train.communication import WatchedGroup
 from bst_dist.train.engine import Engine
 from bst_dist.train.evaluation import Evaluate
-from bst_dist.train.fragments import EngineState
-from bst_dist.train.guard import DivergedError, Guard, RollBack
 from bst_dist.train.initial import load_initial
-from bst_dist.train.layout import Layout, Rows
 from bst_dist.train.loop import Trainer
-from bst_dist.train.metrics import FILE, Console, Log, MetricsFile, Writer, read_lines
-from bst_dist.train.performance import Performance
-from bst_dist.train.probes import Probes
-from bst_dist.train.profiling import Profile
-from bst_dist.train.ranks import Ranks
-from bst_dist.train.retention import abandon
-from bst_dist.train.signals import Notice, Stop
-from bst_dist.train.snapshot import Checkpoints, Evaluated, Identity, Position, Snapshots
 from bst_dist.train.start import Request, Start, load, resolve
-from bst_dist.train.status import DONE, RESUBMIT
-from bst_dist.train.tensorboard import TensorBoard, hparams
-from bst_dist.train.utilisation import Speed, recomputed_flops_per_token
-from bst_dist.train.watchdog import Watchdog
 
 
 def train(request: Request, ranks: Ranks, notice: Notice | None = None) -> int:

@@ -21,13 +21,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bst_base.errors import UserError
+from bst_base.files import atomic_file
+from bst_base.settings import dump, load
+from bst_dist.checkpoint.directory import CHECKPOINTS, committed, step_of
 from bst_dist.config import Recipe, differing, load_recipe
-from bst_dist.train.checkpoint import CHECKPOINTS, committed, step_of
-from bst_dist.train.watchdog import HEARTBEATS, STACKS
+from bst_dist.faults.watchdog import HEARTBEATS, STACKS
 from bst_dist.version import versions
-from data_pipeline.atomic import atomic_file
-from data_pipeline.config import dump, load
-from data_pipeline.errors import UserError
 
 RECIPE, DS_CONFIG, ENVIRONMENT, OUTCOME = "recipe.yaml", "ds_config.json", "environment.json", "outcome.json"
 TOKENIZER = "tokenizer.model"

@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from data_pipeline.config import Config
+from bst_base.settings import Config
 
 
 class ScheduleConfig(Config):

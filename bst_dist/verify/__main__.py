@@ -16,7 +16,7 @@ def main(job: Path, found: Path) -> int:
     """Verify what `job` asks for; rank 0 prints the table and writes the certificate to `found`."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     began = time.perf_counter()
-    from bst_dist.train.ranks import Ranks
+    from bst_dist.parallel.ranks import Ranks
 
     ranks = Ranks()
     from bst_dist.verify.certificate import HEADER, certify, explain

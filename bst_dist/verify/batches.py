@@ -9,8 +9,8 @@ import numpy as np
 
 from bst_dist.config import Recipe
 from bst_dist.parallel.mesh import Mesh
-from data_pipeline.batch import Batch
-from data_pipeline.stream import Pieces
+from data_pipeline.serve.batch import Batch
+from data_pipeline.serve.stream import Pieces
 
 
 def batches(recipe: Recipe, step: int, mesh: Mesh, micro_rows: int) -> list[Batch]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bst_dist.parallel.mesh import Mesh
-from bst_dist.train.ranks import Ranks
+from bst_dist.parallel.ranks import Ranks
 from bst_dist.verify.cause import likely_cause
 from bst_dist.verify.grid import Combination, Grid, axes_in_common
 from bst_dist.verify.judge import Finding, Yardstick, judge

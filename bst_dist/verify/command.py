@@ -23,12 +23,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from bst_base.errors import UserError
 from bst_dist.cluster.local import launch
 from bst_dist.cluster.processes import Share
 from bst_dist.config import load_recipe
-from bst_dist.train.ranks import choose_accelerator, free_port
+from bst_dist.parallel.ranks import choose_accelerator, free_port
 from bst_dist.verify import grid
-from data_pipeline.errors import UserError
 
 FILE = "verified.json"
 """The certificate in a run directory."""

@@ -14,7 +14,7 @@ from bst_dist.parallel.mesh import Mesh
 from bst_dist.parallel.past import Past
 from bst_dist.train.loop import on_device
 from bst_dist.verify.batches import batches
-from data_pipeline.batch import Batch
+from data_pipeline.serve.batch import Batch
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from bst_base.settings import parse
 from bst_dist.config import Recipe
 from bst_dist.model.layers import MIXERS
 from bst_dist.model.lm import ModelConfig
 from bst_dist.model.ssm.kernels import KernelConfig
-from data_pipeline.config import parse
 
 WIDTH, HEADS, BLOCK, MOST_LAYERS, MOST_BLOCKS = 32, 2, 8, 4, 16
 VOCABULARY, STATES, SSM_STATE = 61, 4, 4

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
+from bst_dist.activation import policy as activation
 from bst_dist.config import Recipe, deepspeed_file
 from bst_dist.parallel.group import SequenceGroup
 from bst_dist.parallel.mesh import Mesh
-from bst_dist.train import activation, deepspeed_json
+from bst_dist.parallel.ranks import Ranks
+from bst_dist.train import deepspeed_json
 from bst_dist.train.engine import Engine
 from bst_dist.train.loop import Speed, Trainer
 from bst_dist.train.optimizer import OptimizerConfig
-from bst_dist.train.ranks import Ranks
 from bst_dist.verify.batches import batches
 from bst_dist.verify.reference import Step, seeded_model
 from bst_dist.verify.shrink import small_buckets

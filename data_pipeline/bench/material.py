@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.atomic import atomic_directory
-from data_pipeline.manifest import Manifest, ShardInfo, TokenizerInfo
-from data_pipeline.reader import Corpus
-from data_pipeline.shards import ShardIndex, ShardWriter
-from data_pipeline.stream import TokenStream
-from data_pipeline.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from bst_base.files import atomic_directory
+from data_pipeline.format.manifest import Manifest, ShardInfo, TokenizerInfo
+from data_pipeline.format.shards import ShardIndex, ShardWriter
+from data_pipeline.format.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from data_pipeline.serve.reader import Corpus
+from data_pipeline.serve.stream import TokenStream
 
 MEAN_DOCUMENT = 65_536  # tokens: a source file tree or a long article; books are longer
 SHARD_TOKENS = 32 << 20

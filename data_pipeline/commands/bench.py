@@ -31,7 +31,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline.errors import UserError
+from bst_base.errors import UserError
 
 PEERS = ("litdata==0.2.76", "mosaicml-streaming==0.13.0")
 READERS = {

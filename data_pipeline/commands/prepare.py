@@ -18,11 +18,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bst_base.settings import fields, load
 from data_pipeline.commands.progress import stages
-from data_pipeline.config import fields, load
-from data_pipeline.manifest import Manifest
-from data_pipeline.parallel import open_workers
-from data_pipeline.prepare import SKIPPED, PrepareConfig, prepare
+from data_pipeline.format.manifest import Manifest
+from data_pipeline.prepare.corpus import SKIPPED, PrepareConfig, prepare
+from data_pipeline.prepare.parallel import open_workers
 
 _INDENT = {"width": 100, "initial_indent": "      ", "subsequent_indent": "      "}
 

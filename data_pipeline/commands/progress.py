@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from data_pipeline.parallel import mpi_ranks
-from data_pipeline.prepare import Progress as Report
+from data_pipeline.prepare.corpus import Progress as Report
+from data_pipeline.prepare.parallel import mpi_ranks
 
 
 class StageTimes:

@@ -15,10 +15,10 @@ from typing import Any
 
 from rich.console import Console
 
-from data_pipeline.errors import UserError
-from data_pipeline.manifest import Manifest
-from data_pipeline.shards import find_document
-from data_pipeline.tokenizer import Tokenizer
+from bst_base.errors import UserError
+from data_pipeline.format.manifest import Manifest
+from data_pipeline.format.shards import find_document
+from data_pipeline.format.tokenizer import Tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

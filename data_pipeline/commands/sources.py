@@ -14,8 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline.config import fields
-from data_pipeline.errors import UserError
+from bst_base.errors import UserError
+from bst_base.settings import fields
 from data_pipeline.sources import SOURCES, Source
 
 

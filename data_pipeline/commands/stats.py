@@ -18,9 +18,8 @@ from rich.console import Console
 from rich.progress import track
 
 from data_pipeline.commands.prepare import plain_table, split_table, summary
-from data_pipeline.manifest import Manifest
-from data_pipeline.parallel import Workers, open_workers
-from data_pipeline.stats import (
+from data_pipeline.format.manifest import Manifest
+from data_pipeline.format.stats import (
     NGRAM,
     ScanTask,
     document_lengths,
@@ -30,6 +29,7 @@ from data_pipeline.stats import (
     sample_runs,
     scan_shard,
 )
+from data_pipeline.prepare.parallel import Workers, open_workers
 
 _BAR = 40  # characters of the longest bar
 

@@ -15,9 +15,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from data_pipeline.manifest import Manifest
-from data_pipeline.parallel import open_workers
-from data_pipeline.verify import Problem, ShardTask, verify_shard, verify_tokenizer
+from data_pipeline.format.manifest import Manifest
+from data_pipeline.format.verify import Problem, ShardTask, verify_shard, verify_tokenizer
+from data_pipeline.prepare.parallel import open_workers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, SerializeAsAny
 
-from data_pipeline.config import parse
+from bst_base.settings import parse
 from data_pipeline.sources.arxiv import Arxiv
 from data_pipeline.sources.base import Document, Part, Skipped, Source
 from data_pipeline.sources.folder import Folder

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from data_pipeline.errors import UserError
+from bst_base.errors import UserError
 from data_pipeline.sources.archive import Member, damage_explained, open_stream, tar_members
 from data_pipeline.sources.base import Document, Part, Skipped, Source, existing_directory, join_files
 from data_pipeline.sources.tex import decode_tex, find_main_file, inline_inputs, strip_comments

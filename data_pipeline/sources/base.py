@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline.config import Config
-from data_pipeline.errors import UserError
+from bst_base.errors import UserError
+from bst_base.settings import Config
 
 
 class Part(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.errors import UserError
+from bst_base.errors import UserError
 from data_pipeline.sources.archive import TAR_SUFFIXES, Skipped, open_stream, tar_members, zip_members
 from data_pipeline.sources.base import Document, Part, Source, existing_directory
 from data_pipeline.sources.code import repository_licence, repository_text, tree_files

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from data_pipeline.atomic import atomic_directory
-from data_pipeline.errors import UserError
+from bst_base.errors import UserError
+from bst_base.files import atomic_directory
 from data_pipeline.sources.archive import Member, open_stream, tar_members
 from data_pipeline.sources.base import Document, Part, Skipped, Source, join_files
 from data_pipeline.sources.code import source_text

@@ -14,8 +14,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from data_pipeline.atomic import atomic_directory
-from data_pipeline.errors import UserError
+from bst_base.errors import UserError
+from bst_base.files import atomic_directory
 
 
 def cache_directory() -> Path:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.errors import UserError
+from bst_base.errors import UserError
 from data_pipeline.sources.base import Document, Part, Skipped, Source, existing_directory
 
 _SPLITS = ("train", "validation", "test")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from data_pipeline.errors import UserError
+from bst_base.errors import UserError
 from data_pipeline.sources.base import Document, Part, Skipped, Source, existing_directory, join_files
 
 _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "lib-dynload"}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.errors import UserError
+from bst_base.errors import UserError
 from data_pipeline.sources.archive import TAR_SUFFIXES, open_stream, tar_members
 from data_pipeline.sources.base import Document, Part, Skipped, Source, existing_directory
 

@@ -23,10 +23,10 @@ import numpy as np
 import psutil
 import pytest
 
+from bst_base.settings import dump, parse
 from bst_dist.config import Recipe
-from data_pipeline.config import dump, parse
-from data_pipeline.parallel import open_workers
-from data_pipeline.prepare import PrepareConfig, prepare
+from data_pipeline.prepare.corpus import PrepareConfig, prepare
+from data_pipeline.prepare.parallel import open_workers
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {

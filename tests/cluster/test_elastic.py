@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from bst_base.errors import UserError
+from bst_base.settings import parse
 from bst_dist.cluster.elastic import Spread, choose, shares
 from bst_dist.cluster.hosts import Host
 from bst_dist.config import Recipe
-from data_pipeline.config import parse
-from data_pipeline.errors import UserError
 
 
 def recipe(sequences: int, sp: int = 1, micro: int = 1, rows: int = 0) -> Recipe:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from bst_dist.evaluate.comparison.equality import equality
-from bst_dist.train.metrics import FILE, read_lines
+from bst_dist.faults.status import RESUBMIT
+from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.study.comparison.equality import equality
 from bst_dist.train.rundir import read_outcome
-from bst_dist.train.status import RESUBMIT
 
 pytestmark = pytest.mark.cluster
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bst_dist.cli import main
+from bst_dist.faults.status import USER_ERROR
 from bst_dist.train.rundir import read_outcome
-from bst_dist.train.status import USER_ERROR
 
 
 def test_a_dry_run_says_what_would_be_run_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch):

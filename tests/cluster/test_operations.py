@@ -9,7 +9,7 @@ import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
 TABLE = (TESTS.parent / "docs" / "operations.md").read_text().partition("## Faults")[2]
-NAMED = re.findall(r"`((?:cluster|train)/\w+\.py)(?:::(\w+))?", TABLE)
+NAMED = re.findall(r"`((?:cluster|train|checkpoint|faults|report)/\w+\.py)(?:::(\w+))?", TABLE)
 
 
 @pytest.mark.parametrize(("file", "name"), NAMED, ids=lambda value: value[-40:])

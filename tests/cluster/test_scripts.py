@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from bst_dist.cluster import local
+from bst_dist.faults.status import RESUBMIT
 from bst_dist.train.rundir import read_outcome
-from bst_dist.train.status import RESUBMIT
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "launch/cluster").glob("*.s*"))

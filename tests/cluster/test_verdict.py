@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bst_dist.cluster.verdict import Ended
-from bst_dist.train.status import DONE, FAILED, HUNG, RESUBMIT, USER_ERROR
+from bst_dist.faults.status import DONE, FAILED, HUNG, RESUBMIT, USER_ERROR
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from data_pipeline.manifest import Manifest, ShardInfo, TokenizerInfo
-from data_pipeline.shards import ShardIndex, ShardWriter
-from data_pipeline.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from data_pipeline.format.manifest import Manifest, ShardInfo, TokenizerInfo
+from data_pipeline.format.shards import ShardIndex, ShardWriter
+from data_pipeline.format.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
 settings.register_profile("any_machine", deadline=None)  # time says nothing about what is right
 settings.load_profile("any_machine")

@@ -21,15 +21,15 @@ from typing import Any
 import pytest
 import yaml
 
+from bst_base.errors import UserError
+from bst_base.settings import load
 from bst_dist import cli
 from bst_dist.config import deepspeed_file, load_recipe
-from bst_dist.experiment.config import load_experiment
 from bst_dist.lra.commands.prepare import SETTINGS, settings
-from bst_dist.sweep.config import load_sweep
+from bst_dist.study.experiment.config import load_experiment
+from bst_dist.study.sweep.config import load_sweep
 from bst_dist.train.__main__ import add_arguments as add_program_arguments
-from data_pipeline.config import load
-from data_pipeline.errors import UserError
-from data_pipeline.prepare import PrepareConfig
+from data_pipeline.prepare.corpus import PrepareConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -240,7 +240,7 @@ LEFT_OUT = {
     r"make ": "installs, or takes minutes: CI does it",
     r"deepspeed ": "needs the hosts of a cluster: tests/train/test_launch.py",
     r"bst launch .*--launcher slurm": "needs an allocation of Slurm: tests/cluster/test_slurm.py",
-    r"bst train .*--(nodes|ranks [48])": "needs more hosts or cores: tests/cluster, tests/train/test_elastic.py",
+    r"bst train .*--(nodes|ranks [48])": "needs more hosts or cores: tests/cluster, tests/checkpoint/test_elastic.py",
     r"bst bench ": "measures, for minutes to hours",
     r"bst train .*initial_weights": "of the demo's own last step: tests/train/test_initial.py",
     r"bst data prepare (/|.*/data/(books|latex|linux|mathematics)|.*output=/)": "fetches packages, writes elsewhere",

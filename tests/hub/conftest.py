@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bst_base.settings import dump, parse
+from bst_dist.checkpoint.directory import FORMAT, MANIFEST, WEIGHTS, directory, shard_file
 from bst_dist.cli import main
 from bst_dist.config import Recipe
 from bst_dist.model.lm import LanguageModel
-from bst_dist.train.checkpoint import FORMAT, MANIFEST, WEIGHTS, directory, shard_file
-from bst_dist.train.metrics import FILE
+from bst_dist.report.metrics import FILE
 from bst_dist.train.rundir import RECIPE, TOKENIZER
-from data_pipeline.config import dump, parse
-from data_pipeline.tokenizer import TokenizerConfig, train_tokenizer
+from data_pipeline.format.tokenizer import TokenizerConfig, train_tokenizer
 
 WORDS = ["naïve", "café", "for", "x", "=", "(", ")", "\n", "    ", "return", "é", "😀", "12", "class"]
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import bst_dist.hub
+from bst_base.errors import UserError
 from bst_dist.cli import main
 from bst_dist.config import load_recipe
-from bst_dist.evaluate.trained import open_run, tokenizer_of
+from bst_dist.study.evaluation.trained import open_run, tokenizer_of
 from bst_dist.train import rundir
-from data_pipeline.errors import UserError
 
 
 def equal(one, other):

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bst_dist.hub  # noqa: F401 (registers the model with transformers)
 from bst_dist.cli import main
-from bst_dist.evaluate.trained import open_run
 from bst_dist.hub import BSTCache
+from bst_dist.study.evaluation.trained import open_run
 
 KINDS = [
     {}, {"context": {"variant": "MH"}}, {"context": {"variant": "MF", "states": 3}},

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import bst_dist.hub
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.format.tokenizer import Tokenizer
 
 TEXT = st.lists(
     st.one_of(

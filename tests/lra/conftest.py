@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from bst_base.settings import dump, parse
 from bst_dist.config import Recipe
 from bst_dist.lra.listops import ListOpsConfig
 from bst_dist.lra.prepare import prepare
-from data_pipeline.config import dump, parse
-from data_pipeline.parallel import open_workers
+from data_pipeline.prepare.parallel import open_workers
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ from statistics import median
 import numpy as np
 import pytest
 
+from bst_base.errors import UserError
 from bst_dist.lra.listops import OPERATORS, SYMBOLS, ListOpsConfig, example, text
-from data_pipeline.errors import UserError
 
 SMALL = ListOpsConfig(max_depth=6, max_args=6, min_length=20, max_length=150)
 FUNCTIONS = {"[MIN": min, "[MAX": max, "[SM": lambda values: sum(values) % 10,

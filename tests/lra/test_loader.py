@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from bst_base.errors import UserError
 from bst_dist.lra.examples import Examples, open_split
 from bst_dist.lra.loader import LabelledLoader, LengthError
 from bst_dist.lra.tasks import TASKS
 from bst_dist.parallel.mesh import Mesh
-from data_pipeline.errors import UserError
 
 
 def loader(examples: Examples, **changes) -> LabelledLoader:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bst_base.settings import ConfigError, parse
 from bst_dist.config import Recipe
 from bst_dist.lra.config import LongRangeConfig
 from bst_dist.lra.model import Classifier
 from bst_dist.model.lm import ModelConfig
-from data_pipeline.config import ConfigError, parse
 
 
 def classifier(task: str = "listops", pooling: str = "mean", **changes) -> Classifier:

@@ -7,13 +7,13 @@ import json
 import numpy as np
 import pytest
 
+from bst_base.errors import UserError
 from bst_dist.cli import main
 from bst_dist.lra.examples import ExamplesError, open_split, read_manifest
 from bst_dist.lra.listops import ListOpsConfig, example
 from bst_dist.lra.prepare import prepare
 from bst_dist.lra.tasks import SPLITS, TASKS
-from data_pipeline.errors import UserError
-from data_pipeline.parallel import open_workers
+from data_pipeline.prepare.parallel import open_workers
 
 # Short expressions, of which there are few: some come up twice.
 FEW = ListOpsConfig(train=200, validation=40, test=40, max_depth=2, max_args=2, min_length=4, max_length=4)

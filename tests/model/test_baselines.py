@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bst_base.settings import ConfigError, parse
 from bst_dist.model.baselines.full import LongerThanAllowedError
 from bst_dist.model.lm import LanguageModel, ModelConfig
 from bst_dist.model.ssm.unstructured import DocumentResetError
-from data_pipeline.config import ConfigError, parse
 
 BLOCK, VOCAB = 8, 23
 LENGTH = 5 * BLOCK

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
+from bst_base.settings import parse
 from bst_dist.model.layers import MIXERS, LayerConfig
 from bst_dist.parallel.past import EarlierCall, Past
-from data_pipeline.config import parse
 
 WIDTH, HEADS, BLOCK, LENGTH = 8, 2, 4, 20
 HEAD = WIDTH // HEADS

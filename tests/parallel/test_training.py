@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from bst_dist.activation import policy as activation
+from bst_dist.activation.policy import ActivationCheckpointingConfig
 from bst_dist.model.lm import LanguageModel, ModelConfig
 from bst_dist.parallel.mesh import Mesh
-from bst_dist.train import activation
-from bst_dist.train.activation import ActivationCheckpointingConfig
 from bst_dist.train.loop import Speed, TrainConfig, Trainer
 from bst_dist.train.optimizer import OptimizerConfig
 from bst_dist.train.schedule import ScheduleConfig
@@ -55,9 +55,9 @@ def batches(mesh: Mesh, isolated: bool) -> list[SimpleNamespace]:
 
 def step(variant: str, isolated: bool, again: bool, stage: int, sp: int) -> dict[str, Any]:
     """One step of the trainer on all ranks there are; what it reports, and the full gradients."""
+    from bst_dist.parallel.ranks import Ranks
     from bst_dist.train.deepspeed_json import Intent, complete
     from bst_dist.train.engine import Engine
-    from bst_dist.train.ranks import Ranks
 
     class Recorded(Engine):
         def update(self) -> float:

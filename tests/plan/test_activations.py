@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from bst_dist.activation.policy import ActivationCheckpointingConfig
 from bst_dist.model.lm import LanguageModel, ModelConfig
 from bst_dist.parallel.past import Past
 from bst_dist.plan.activations import Activations, Slice
-from bst_dist.train.activation import ActivationCheckpointingConfig
 
 ROWS, LENGTH, WIDTH = 2, 64, 32
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
+from bst_base.settings import dump, parse
 from bst_dist.cli import main
 from bst_dist.config import Recipe
 from bst_dist.plan.accelerators import accelerator
 from bst_dist.plan.search import HEADROOM, Planner
 from bst_dist.plan.speed import Cluster
-from data_pipeline.config import dump, parse
 
 SETTINGS = {
     "name": "small",

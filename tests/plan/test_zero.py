@@ -2,12 +2,12 @@
 
 import pytest
 
+from bst_dist.activation.policy import ActivationCheckpointingConfig
 from bst_dist.plan.activations import Slice
 from bst_dist.plan.gathering import gather
 from bst_dist.plan.memory import Work
 from bst_dist.plan.traffic import GATHER, REDUCE, SCATTER, zero_traffic
 from bst_dist.plan.zero import Sizes, Strategy, states
-from bst_dist.train.activation import ActivationCheckpointingConfig
 
 WORLD = 8
 SIZES = Sizes(groups=((64_000,) * 10, (320_000,)), layers=(((64_000,),) * 5,) * 2, embedding=320_000, rest=0)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from bst_dist.checkpoint.directory import directory
 from bst_dist.cli import main
 from bst_dist.cluster import local
 from bst_dist.train import rundir
-from bst_dist.train.checkpoint import directory
 from bst_dist.train.start import Request, load, resolve
 
 

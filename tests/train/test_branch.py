@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from bst_base.settings import ConfigError, dump, parse
+from bst_dist.checkpoint.directory import CheckpointError, directory
 from bst_dist.config import Recipe
 from bst_dist.train.branch import origin
-from bst_dist.train.checkpoint import CheckpointError, directory
-from data_pipeline.config import ConfigError, dump, parse
 
 SETTINGS = {
     "name": "trunk",

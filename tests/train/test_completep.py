@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from bst_dist.parallel.ranks import Ranks
 from bst_dist.train import program
 from bst_dist.train.program import train
-from bst_dist.train.ranks import Ranks
 from bst_dist.train.start import Request, load, resolve
 
 pytestmark = [pytest.mark.ranks, pytest.mark.usefixtures("unmeasured")]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bst_dist.train.ranks import choose_accelerator
+from bst_dist.parallel.ranks import choose_accelerator
 
 choose_accelerator()  # before DeepSpeed is imported
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from bst_dist.faults.signals import Stop
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
+from bst_dist.parallel.ranks import Ranks
+from bst_dist.report.metrics import StepReport
 from bst_dist.train import program
 from bst_dist.train.engine import Engine
 from bst_dist.train.loop import on_device
-from bst_dist.train.metrics import StepReport
-from bst_dist.train.ranks import Ranks
-from bst_dist.train.signals import Stop
 from bst_dist.train.start import Request, Start, load, resolve
 
 pytestmark = pytest.mark.ranks

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bst_base.settings import ConfigError, parse
+from bst_dist.checkpoint.directory import CheckpointError, load_weights, newest_valid
 from bst_dist.config import Recipe, _identity, digest
 from bst_dist.model.lm import LanguageModel
 from bst_dist.train import program
-from bst_dist.train.checkpoint import CheckpointError, load_weights, newest_valid
 from bst_dist.train.initial import InitialWeightsConfig, load_initial
 from bst_dist.train.start import Request
-from data_pipeline.config import ConfigError, parse
 
 
 def weights(run_dir):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from bst_dist.checkpoint.directory import load_weights, newest_valid
 from bst_dist.cli import main
-from bst_dist.train.checkpoint import load_weights, newest_valid
 from bst_dist.train.rundir import read_outcome
 
 

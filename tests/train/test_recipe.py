@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bst_dist.cluster.describe import markdown
+from bst_base.settings import dump, fields
 from bst_dist.config import Recipe, differing, digest, load_recipe
-from data_pipeline.config import dump, fields
+from bst_dist.describe import markdown
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +23,7 @@ def test_every_setting_is_documented():
     assert [name for name, _, _, meaning in fields(Recipe) if not meaning] == []
 
 
-# The others in ablations/ are experiments with that one (tests/experiment/test_design.py).
+# The others in ablations/ are experiments with that one (tests/study/experiment/test_design.py).
 EXPERIMENTS = set((ROOT / "launch/recipes/ablations").glob("*.yaml")) - {ROOT / "launch/recipes/ablations/base.yaml"}
 RECIPES = sorted(set((ROOT / "launch/recipes").rglob("*.yaml")) - EXPERIMENTS)
 

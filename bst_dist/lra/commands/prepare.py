@@ -21,12 +21,12 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from bst_base.settings import ConfigError, fields, parse
 from bst_dist.lra.prepare import SETTINGS, TaskConfig, prepare
 from bst_dist.lra.tasks import TASKS
 from data_pipeline.commands.prepare import plain_table
 from data_pipeline.commands.progress import stages
-from data_pipeline.config import ConfigError, fields, parse
-from data_pipeline.parallel import open_workers
+from data_pipeline.prepare.parallel import open_workers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

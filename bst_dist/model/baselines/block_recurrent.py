@@ -21,9 +21,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bst_base.settings import Config
 from bst_dist.model.attention import SlidingAttention, documents_of, rotate, unit
 from bst_dist.parallel.past import Past
-from data_pipeline.config import Config
 
 if TYPE_CHECKING:
     from bst_dist.model.layers import LayerConfig

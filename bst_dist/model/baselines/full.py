@@ -13,11 +13,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bst_base.errors import UserError
+from bst_base.settings import Config
 from bst_dist.model.attention import SlidingAttention, documents_further_back, separate_documents
 from bst_dist.model.tiles import HIDDEN, QUERY_TILE, Tile, tiled_attention
 from bst_dist.parallel.past import Past
-from data_pipeline.config import Config
-from data_pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from bst_dist.model.layers import LayerConfig

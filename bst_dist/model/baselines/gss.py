@@ -14,9 +14,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bst_base.settings import Config
 from bst_dist.model.ssm.s4d import S4D, SSMConfig
 from bst_dist.parallel.past import Past
-from data_pipeline.config import Config
 
 if TYPE_CHECKING:
     from bst_dist.model.layers import LayerConfig

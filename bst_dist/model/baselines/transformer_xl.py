@@ -15,9 +15,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from bst_base.settings import Config
 from bst_dist.model.attention import SlidingAttention, documents_further_back
 from bst_dist.parallel.past import Past
-from data_pipeline.config import Config
 
 if TYPE_CHECKING:
     from bst_dist.model.layers import LayerConfig

@@ -22,9 +22,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from bst_base.settings import Config
 from bst_dist.model.ssm.convolution import causal_matrix
 from bst_dist.parallel.past import Past
-from data_pipeline.config import Config
 
 
 class DPLRConfig(Config):

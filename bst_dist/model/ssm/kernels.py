@@ -16,11 +16,11 @@ import torch
 from pydantic import Discriminator, Tag
 from torch import Tensor, nn
 
+from bst_base.settings import Config
 from bst_dist.model.ssm.dplr import S4DPLR, DPLRConfig
 from bst_dist.model.ssm.s4d import S4D, SSMConfig
 from bst_dist.model.ssm.unstructured import ExplicitConfig, ExplicitFilter, HyenaConfig, HyenaFilter
 from bst_dist.parallel.past import Past
-from data_pipeline.config import Config
 
 
 class NoConvolutionConfig(Config):

@@ -19,9 +19,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from bst_base.settings import Config
 from bst_dist.model.ssm.scan import power, start_incoming_states
 from bst_dist.parallel.past import Past
-from data_pipeline.config import Config
 
 
 class SSMConfig(Config):

@@ -23,10 +23,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from bst_base.errors import UserError
+from bst_base.settings import Config
 from bst_dist.model.ssm.convolution import causal_convolution
 from bst_dist.parallel.past import Past
-from data_pipeline.config import Config
-from data_pipeline.errors import UserError
 
 
 class DocumentResetError(UserError):

@@ -6,7 +6,7 @@ import gzip
 
 import pytest
 
-from data_pipeline.errors import UserError
+from bst_base.errors import UserError
 from data_pipeline.sources.tex import decode_tex, find_main_file, inline_inputs, strip_comments
 
 MAIN = "\\documentclass{article}\n\\begin{document}\n\\input{sec/intro}\n\\include{end.tex}\n\\end{document}\n"

@@ -8,7 +8,7 @@ import zipfile
 import pytest
 from backports import zstd
 
-from data_pipeline.errors import UserError
+from bst_base.errors import UserError
 from data_pipeline.sources.base import Skipped
 from data_pipeline.sources.code import source_text
 

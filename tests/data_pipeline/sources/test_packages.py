@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.errors import UserError
+from bst_base.errors import UserError
 from data_pipeline.sources import SOURCES
 from data_pipeline.sources.packaged import r_character_vectors
 from data_pipeline.sources.packages import cache_directory, fetch_debian, fetch_npm

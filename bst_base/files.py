@@ -1,0 +1,106 @@
+"""Files and directories that appear whole or not at all: written beside their name, synced, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from bst_base.errors import UserError
+
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is too big",
+}
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary neighbour of `path` for writing bytes; it takes the name `path` only when the block succeeds.
+
+    Raises UserError when the disk is full; the unfinished file is removed on any error.
+    """
+    partial = _partial(path)
+    with full_disk_explained(path):
+        try:
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            sync_directory(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """As `atomic_file`, for a directory of files: yields a new empty directory that is renamed to `path` at the end.
+
+    When another writer was first, its directory stays and this one is removed.
+    """
+    partial = _partial(path)
+    with full_disk_explained(path):
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            for file in partial.iterdir():
+                if file.is_file():
+                    _sync(file)
+            sync_directory(partial)
+            try:
+                partial.replace(path)
+            except OSError:
+                if not path.is_dir():
+                    raise
+                shutil.rmtree(partial)
+            sync_directory(path.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def remove_partials(directory: Path) -> None:
+    """Remove what writers that were killed left behind below a directory; nobody else may be writing there."""
+    for partial in sorted(directory.rglob("*.partial"), reverse=True):
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside `path` durable: without this a crash may lose a name whose bytes are safe."""
+    _sync(path)
+
+
+def _partial(path: Path) -> Path:
+    """A name of this writer's own: one that was thought dead may still be writing the same file."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def full_disk_explained(path: Path) -> Iterator[None]:
+    """Turn the system's word that there is no room left into a UserError that names what was being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        message = f"{path}: {_FULL[error.errno]}; nothing half-written was kept: make room, then start again to go on"
+        raise UserError(message) from error

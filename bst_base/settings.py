@@ -1,0 +1,163 @@
+"""Typed settings read from YAML, with dotted overrides and errors that name the nearest key.
+
+A settings class derives from `Config`, stands beside the class it configures, and documents each field with a
+string below it. An unknown key, a wrong type or a failed check is a `UserError` that says where it stands.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Tag, ValidationError
+
+from bst_base.errors import UserError
+
+
+class Config(BaseModel):
+    """Base of every settings class: immutable, and a key it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+C = TypeVar("C", bound=Config)
+
+
+class ConfigError(UserError):
+    """A settings file or an override that cannot be accepted."""
+
+
+def load(cls: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
+    """Read a YAML file into `cls`, after applying overrides of the form ``section.field=value``.
+
+    Values of overrides are YAML too: ``model.width=256``, ``model.layers=[sliding,bst]``.
+    Raises ConfigError naming the file, the key and, for a misspelt key, the nearest one that exists.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected settings (key: value), found a {type(data).__name__}")
+    return parse(cls, overridden(data, overrides), where=str(path))
+
+
+def overridden(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`data` with overrides ``section.field=value`` applied in place; raises ConfigError for what is none."""
+    for override in overrides:
+        _apply(data, override)
+    return data
+
+
+def parse(cls: type[C], data: dict[str, Any], where: str = "settings") -> C:
+    """Validate `data` against `cls`; raises ConfigError listing every problem, one a line."""
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        problems = [_explain(cls, problem) for problem in error.errors()]
+    raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
+
+
+def dump(config: Config) -> str:
+    """The settings as YAML, defaults included; `load` reads it back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def fields(cls: type[Config], prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
+    """Every leaf field as (dotted name, type, default, documentation), in the order of declaration.
+
+    A section that is one of several kinds gives the fields of each, their documentation headed by the kind.
+    """
+    for name, field in cls.model_fields.items():
+        kinds = _kinds(field.annotation)
+        for kind, section in kinds.items():
+            for inner, annotation, default, text in fields(section, f"{prefix}{name}."):
+                yield inner, annotation, default, f"({kind}) {text}" if kind else text
+        if not kinds:
+            nested = field.annotation
+            annotation = nested.__name__ if isinstance(nested, type) else str(nested).replace("typing.", "")
+            default = "required" if field.is_required() else field.get_default(call_default_factory=True)
+            yield f"{prefix}{name}", annotation, default, " ".join((field.description or "").split())
+
+
+def _kinds(annotation: Any) -> dict[str, type[Config]]:
+    """The classes of a section by the tag of their kind; one without a tag when it has no kinds; none for a leaf."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return {"": annotation}
+    tagged = [get_args(member) for member in get_args(annotation) if get_origin(member) is Annotated]
+    return {tag.tag: section for section, *marks in tagged for tag in marks if isinstance(tag, Tag)}
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not all(key.split(".")):
+        raise ConfigError(f"override {override!r}: expected section.field=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
+    *parents, leaf = key.split(".")
+    node = data
+    for parent in parents:
+        if node.get(parent) is None:  # a section that is not there, or there as null
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
+    node[leaf] = value
+
+
+def _explain(cls: type[Config], problem: dict[str, Any]) -> str:
+    """One line for one pydantic problem: where, what, what to do."""
+    location, owner = _place(cls, [str(part) for part in problem["loc"]])
+    name = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {name!r}{_nearest(cls, owner, location)}"
+    if problem["type"] == "missing":
+        return f"key {name!r} is required and missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    given = problem.get("input")
+    shown = "" if isinstance(given, (dict, Config)) else f" (got {given!r})"
+    return f"{name}: {message}{shown}" if name else message
+
+
+def _nearest(cls: type[Config], owner: type[Config] | None, location: list[str]) -> str:
+    """A hint for an unknown key: the closest sibling, else the closest field anywhere, else what exists there."""
+    *parents, leaf = location
+    siblings = list(owner.model_fields) if owner else []
+    prefix = "".join(f"{parent}." for parent in parents)
+    close = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
+    if close:
+        return f": did you mean {prefix + close[0]!r}?"
+    by_leaf = {name.rpartition(".")[2]: name for name in reversed([name for name, *_ in fields(cls)])}
+    elsewhere = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8)
+    if elsewhere:
+        return f": did you mean {by_leaf[elsewhere[0]]!r}?"
+    return f"; known there: {', '.join(siblings)}" if siblings else ""
+
+
+def _place(cls: type[Config], location: list[str]) -> tuple[list[str], type[Config] | None]:
+    """A location as the user wrote it, without pydantic's tags of kinds, and the class that its last key is in."""
+    written: list[str] = []
+    owner: type[Config] | None = cls
+    section: type[Config] | None = cls
+    kinds: dict[str, type[Config]] = {}
+    for part in location:
+        if part in kinds:
+            section, kinds = kinds[part], {}
+            continue
+        written.append(part)
+        owner = section
+        field = owner.model_fields.get(part) if owner else None
+        kinds = _kinds(field.annotation) if field else {}
+        section = kinds.get("")
+    return written, owner

@@ -1,0 +1,41 @@
+"""What the commands about checkpoints have in common."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bst_dist.checkpoint.directory import CheckpointError, committed, directory, read_manifest, step_of
+from bst_dist.checkpoint.retention import Held
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """The run whose checkpoints are meant."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+
+
+def add_step(parser: argparse.ArgumentParser, default: str) -> None:
+    """One checkpoint of it."""
+    parser.add_argument(
+        "--step", type=int, metavar="N", help=f"the checkpoint taken after N steps (default: {default})"
+    )
+
+
+def select(run_dir: Path, step: int | None) -> Held:
+    """The checkpoint of a step, or the newest; raises CheckpointError, naming those there are, when there is none."""
+    there = committed(run_dir)
+    path = directory(run_dir, step) if step is not None else next(iter(there), None)
+    if path not in there:
+        steps = ", ".join(str(step_of(found)) for found in there) or "none"
+        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}; there are: {steps}"
+        raise CheckpointError(f"{run_dir}: {wanted}")
+    return Held(path, read_manifest(path))
+
+
+def readable_size(count: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

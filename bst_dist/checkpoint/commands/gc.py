@@ -1,0 +1,97 @@
+"""Remove the checkpoints that a run's settings do not keep, and what was left behind by writes that were broken off.
+
+    bst ckpt gc runs/demo                                    # says what would go
+    bst ckpt gc runs/demo checkpoint.keep_last=1 --delete
+
+Every file is read first: a damaged checkpoint does not count as one that is kept, and as long as a run has no valid
+checkpoint to go on from, nothing of it is removed. What a run may be writing at this moment is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bst_dist.checkpoint.commands.common import add_run, readable_size
+from bst_dist.checkpoint.directory import DAMAGED, DELETED, PARTIAL, WEIGHTS, CheckpointConfig, committed, damage
+from bst_dist.checkpoint.retention import Held, leavings, readable, reasons, thin
+from bst_dist.config import load_recipe
+from bst_dist.train.rundir import RECIPE, read_recipe
+
+RECENT_S = 3600.0
+"""A directory that was written to within this time may still be."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Something that may go."""
+
+    path: Path
+    why: str
+    bytes: int
+    thinned: Held | None = None
+    """The checkpoint, when its weights stay."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `bst ckpt gc`."""
+    add_run(parser)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="checkpoint.field=value", help="settings that differ from its own"
+    )
+    parser.add_argument("--delete", action="store_true", help="remove it, instead of saying what would be")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    read_recipe(args.run)
+    config = load_recipe(args.run / RECIPE, args.overrides).checkpoint
+    removals = list(plan(args.run, config))
+    for removal in removals:
+        print(f"{removal.path.name:<28} {readable_size(removal.bytes):>9}  {removal.why}", flush=True)
+        if args.delete:
+            _remove(removal)
+    freed = sum(removal.bytes for removal in removals)
+    if not removals:
+        print("nothing to remove")
+    else:
+        print(f"{readable_size(freed)} {'freed' if args.delete else 'would be freed: remove it with --delete'}")
+    return {"deleted": args.delete, "bytes": freed, "removals": {r.path.name: r.why for r in removals}}
+
+
+def plan(run_dir: Path, config: CheckpointConfig) -> Iterator[Removal]:
+    """What may go."""
+    valid = [one for one in readable(run_dir) if not damage(one.path)]
+    if any(one.full for one in valid):
+        kept = reasons(valid, config)
+        for one in valid:
+            if not kept[one.step]:
+                yield Removal(one.path, "not kept by the run's settings", _bytes(one.path))
+            elif kept[one.step] == ["weights"] and one.full:
+                yield Removal(one.path, "only its weights are kept", _bytes(one.path, but=WEIGHTS), thinned=one)
+        for path in sorted(set(committed(run_dir)) - {one.path for one in valid}):
+            yield Removal(path, f"damaged: {damage(path)[0]}", _bytes(path))
+        for path in leavings(run_dir, (DAMAGED,)):
+            yield Removal(path, "damaged, found so at a resume", _bytes(path))
+    for path in leavings(run_dir, (PARTIAL, DELETED)):
+        if time.time() - max(file.stat().st_mtime for file in (path, *path.iterdir())) > RECENT_S:
+            yield Removal(path, "left behind by a write or a removal that was broken off", _bytes(path))
+
+
+def _remove(removal: Removal) -> None:
+    if removal.thinned:
+        thin(removal.thinned)
+        return
+    path = removal.path
+    if not path.name.endswith((DAMAGED, DELETED, PARTIAL)):
+        path = path.rename(path.with_name(path.name + DELETED))
+    shutil.rmtree(path)
+
+
+def _bytes(path: Path, but: str | None = None) -> int:
+    kept = f"{but}-" if but else None
+    return sum(file.stat().st_size for file in path.iterdir() if not (kept and file.name.startswith(kept)))

@@ -1,0 +1,82 @@
+"""List a run's checkpoints, newest first: what each is worth, how it was written, and why it is kept.
+
+    bst ckpt ls runs/demo
+
+The loss is that of an evaluation at the checkpoint's step, in nats a token. Nothing is read but the manifests:
+`bst ckpt verify` reads the files too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from bst_dist.checkpoint.commands.common import add_run, readable_size
+from bst_dist.checkpoint.directory import DAMAGED, DELETED, PARTIAL, committed, damage, size, step_of
+from bst_dist.checkpoint.retention import Held, leavings, readable, reasons
+from bst_dist.train.rundir import read_recipe
+
+add_arguments = add_run
+COLUMNS = ("step", "tokens", "loss", "size", "kind", "kept as", "dp x sp", "ZeRO")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    recipe = read_recipe(args.run)
+    held = {one.path: one for one in readable(args.run)}
+    sound = [one for one in held.values() if not damage(one.path, digests=False)]
+    kept = reasons(sound, recipe.checkpoint)
+    rows = [_row(path, held.get(path), kept) for path in committed(args.run)]
+    left = leavings(args.run, (PARTIAL, DELETED, DAMAGED))
+    _print(args.run, rows, left)
+    return {"run": str(args.run), "checkpoints": rows, "leavings": [path.name for path in left]}
+
+
+def _row(path: Path, one: Held | None, kept: dict[int, list[str]]) -> dict[str, Any]:
+    row = {"step": step_of(path), "damage": damage(path, digests=False)}
+    if one is None:
+        return row
+    manifest = one.manifest
+    return row | {
+        "tokens": manifest["tokens"],
+        "validation_loss_nats": one.validation_loss,
+        "bytes": size(manifest),
+        "full": one.full,
+        "pinned": one.pinned,
+        "kept_as": kept.get(one.step, []),
+        "layout": manifest["layout"],
+        "time": manifest["time"],
+    }
+
+
+def _print(run_dir: Path, rows: list[dict[str, Any]], left: list[Path]) -> None:
+    table = Table(*COLUMNS, box=SIMPLE, padding=(0, 1), title=f"{run_dir}: {len(rows)} checkpoints")
+    for row in rows:
+        table.add_row(*_cells(row))
+    console = Console(highlight=False)
+    console.print(table)
+    for row in rows:
+        for line in row["damage"]:
+            console.print(f"[red]step {row['step']}: {line}[/red]", soft_wrap=True)
+    if left:
+        console.print(f"left behind: {', '.join(path.name for path in left)} (bst ckpt gc)", soft_wrap=True)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    if "tokens" not in row:
+        return [str(row["step"])]
+    loss, layout = row["validation_loss_nats"], row["layout"]
+    return [
+        str(row["step"]),
+        f"{row['tokens']:,}",
+        "" if loss is None else f"{loss:.4f}",
+        readable_size(row["bytes"]),
+        "full" if row["full"] else "weights",
+        "damaged" if row["damage"] else ", ".join(row["kept_as"]) or "-",
+        f"{layout['ranks'] // layout['sp']} x {layout['sp']}",
+        str(layout["zero_stage"]),
+    ]

@@ -1,0 +1,35 @@
+"""Read every file of a run's checkpoints, and compare its size and digest with the manifest's.
+
+    bst ckpt verify runs/demo
+    bst ckpt verify runs/demo --step 240
+
+Exit status: 1 when any file is damaged or missing; all of them are named.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from bst_dist.checkpoint.commands.common import add_run, add_step, select
+from bst_dist.checkpoint.directory import CheckpointError, committed, damage, directory
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `bst ckpt verify`."""
+    add_run(parser)
+    add_step(parser, "all of them")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    paths = committed(args.run) if args.step is None else [directory(args.run, args.step)]
+    if not paths or not paths[0].is_dir():
+        select(args.run, args.step)  # says that there is none
+        raise CheckpointError(f"{args.run}: no checkpoint")
+    found = {}
+    for path in paths:
+        found[path.name] = damage(path)
+        print(f"{path.name}  {'valid' if not found[path.name] else 'DAMAGED'}", flush=True)
+        for line in found[path.name]:
+            print(f"    {line}")
+    return {"passed": not any(found.values()), "damage": found}

@@ -1,0 +1,76 @@
+"""A checkpoint's weights as safetensors files for other programs, one or several, a tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from bst_dist.checkpoint.shards import Piece, Shards, write_header, write_values
+from bst_dist.model.lm import LanguageModel, ModelConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def stored_dtypes(weights: Shards, config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """How each tensor is stored in `dtype`: the dynamics of the SSMs stay in single precision, as they must."""
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    own = {id(parameter) for parameter in model.parameter_groups()["ssm"]}
+    dynamics = {name for name, parameter in model.named_parameters() if id(parameter) in own}
+    return {name: torch.float32 if name in dynamics else dtype for name in weights.shapes}
+
+
+def write_weights(
+    folder: Path,
+    weights: Shards,
+    dtypes: dict[str, torch.dtype],
+    file_size: float,
+    metadata: dict[str, str],
+    prefix: str = "",
+) -> list[str]:
+    """Write all tensors, and the index that Hugging Face's tools read when they are several files; their names.
+
+    Args:
+        dtypes: of each tensor.
+        file_size: bytes from which another file is begun.
+        metadata: of the files, beside their format.
+        prefix: what their names begin with in the files.
+    """
+    shapes = weights.shapes
+    files = list(_files(shapes, dtypes, file_size))
+    names = [_file_name(number, len(files)) for number in range(1, len(files) + 1)]
+    for name, members in zip(names, files, strict=True):
+        pieces = [Piece(prefix + member, shapes[member], 0, math.prod(shapes[member])) for member in members]
+        with (folder / name).open("wb") as file:
+            write_header(file, pieces, [dtypes[member] for member in members], {"format": "pt", **metadata})
+            for member in members:
+                write_values(file, weights.whole(member).to(dtypes[member]))
+    if len(files) > 1:
+        placed = {prefix + member: name for name, members in zip(names, files, strict=True) for member in members}
+        total = sum(math.prod(shapes[name]) * dtypes[name].itemsize for name in dtypes)
+        index = {"metadata": {"total_size": total}, "weight_map": placed}
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    return names
+
+
+def _files(shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype], limit: float) -> Iterator[list[str]]:
+    """The tensors of each file, in their order, no file larger than `limit` unless one tensor is."""
+    members: list[str] = []
+    held = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * dtypes[name].itemsize
+        if members and held + size > limit:
+            yield members
+            members, held = [], 0
+        members.append(name)
+        held += size
+    yield members
+
+
+def _file_name(number: int, files: int) -> str:
+    return SINGLE if files == 1 else f"model-{number:05d}-of-{files:05d}.safetensors"

@@ -1,0 +1,156 @@
+"""Where the weights and the optimizer's states of an engine lie, parameter by parameter, whatever the ZeRO stage.
+
+Stage 0 keeps everything on every rank. Stages 1 and 2 lay the parameters of a group end to end and give each rank an
+equal part, in single precision, which its optimizer updates and all others are sent. Stage 3 gives each rank an equal
+part of every parameter. In each case what a rank holds of a parameter is one run of its elements, so all stages can
+be written, and read, in the same way: by parameter name and element.
+
+This file alone reaches into DeepSpeed's ZeRO optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from bst_dist.checkpoint.directory import CheckpointError
+from bst_dist.checkpoint.shards import Piece
+
+WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """What this rank holds of one parameter."""
+
+    piece: Piece
+    values: dict[str, Tensor]
+    """WEIGHT and MOMENTS -> (count,) views of the memory that the optimizer updates."""
+
+    def part(self, index: int, parts: int) -> Fragment:
+        """One of `parts` nearly equal parts of it."""
+        first, last = (self.piece.count * i // parts for i in (index, index + 1))
+        piece = Piece(self.piece.name, self.piece.shape, self.piece.begin + first, last - first)
+        return Fragment(piece, {kind: tensor[first:last] for kind, tensor in self.values.items()})
+
+
+class EngineState:
+    """The weights and optimizer states of a DeepSpeed engine."""
+
+    def __init__(self, engine: Any) -> None:
+        """Raises CheckpointError when the states are not in any memory (ZeRO-Infinity's NVMe)."""
+        self.engine, self.stage = engine, int(engine.zero_optimization_stage())
+        self._names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+        if engine.zero_nvme_offload_optimizer():
+            raise CheckpointError(
+                "optimizer states on NVMe cannot be saved: "
+                "set zero_optimization.offload_optimizer.device to cpu or leave it out"
+            )
+        if kept := set(engine.module.state_dict()) & set(dict(engine.module.named_buffers())):
+            raise RuntimeError(f"buffers that are state are not written to checkpoints: {sorted(kept)}")
+
+    def held(self) -> list[Fragment]:
+        """All that lies on this rank; writing to the values changes the engine once `filled` is called."""
+        return list((self._replicated, self._flat, self._flat, self._spread)[self.stage]())
+
+    def owned(self) -> list[Fragment]:
+        """What this rank is to write, so that all ranks together write everything once."""
+        if self.stage > 0:
+            return self.held()
+        rank, world = distributed.get_rank(), distributed.get_world_size()
+        parts = (fragment.part(rank, world) for fragment in self.held())
+        return [part for part in parts if part.piece.count]
+
+    def elements(self) -> int:
+        """Elements of all parameters, over all ranks."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
+
+    def updates(self) -> int:
+        """Updates that the optimizer has made: what its bias correction counts."""
+        (count,) = {int(_state(optimizer, tensor)["step"]) for optimizer, tensor in self._updated()}
+        return count
+
+    def filled(self, step: int, updates: int) -> None:
+        """Let the engine go on from the values just written to `held`, after `step` steps. All ranks call it."""
+        for optimizer, tensor in self._updated():
+            _state(optimizer, tensor)["step"] = _count(optimizer, tensor, updates)
+        engine, zero = self.engine, self.engine.optimizer
+        if self.stage in (1, 2):
+            zero.update_lp_params()
+        elif self.stage == 3:
+            zero.checkpoint_event_prologue()  # parameters that small ones keep whole are let go
+            for group in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+            zero.checkpoint_event_epilogue()  # and gathered again, with their new values
+        engine.global_steps, engine.skipped_steps = step, 0
+        engine.global_samples = step * engine.train_batch_size()
+        engine.micro_steps = step * engine.gradient_accumulation_steps()
+
+    def _updated(self) -> Iterator[tuple[Any, Tensor]]:
+        """Each tensor that an optimizer updates, with the optimizer."""
+        zero = self.engine.optimizer
+        if self.stage == 0:
+            yield from ((zero, parameter) for parameter in self.engine.module.parameters())
+        elif self.stage < 3:
+            yield from ((zero.optimizer, flat) for flat in zero.single_partition_of_fp32_groups)
+        else:
+            yield from (
+                (self._optimizer_of(group), flat) for group, flat in enumerate(zero.fp32_partitioned_groups_flat)
+            )
+
+    def _optimizer_of(self, group: int) -> Any:
+        """Stage 3 with a part of the states offloaded has a second optimizer for the part that is not."""
+        zero = self.engine.optimizer
+        stays = zero.offload_optimizer and zero.subgroup_to_device[group] != "cpu"
+        return zero.backup_optimizer if stays else zero.optimizer
+
+    def _replicated(self) -> Iterator[Fragment]:
+        for parameter in self.engine.module.parameters():
+            piece = Piece(self._names[id(parameter)], tuple(parameter.shape), 0, parameter.numel())
+            yield _fragment(piece, self.engine.optimizer, parameter, 0)
+
+    def _flat(self) -> Iterator[Fragment]:
+        zero = self.engine.optimizer
+        for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+            for parameter in group:
+                if (mapping := parameter._hp_mapping) is not None:  # None: all of it lies on other ranks
+                    begin, count = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+                    piece = Piece(self._names[id(parameter)], tuple(parameter.shape), begin, count)
+                    yield _fragment(piece, zero.optimizer, flat, mapping.hp_fragment_address.start)
+
+    def _spread(self) -> Iterator[Fragment]:
+        zero = self.engine.optimizer
+        for parameter in (parameter for group in zero.fp16_groups for parameter in group):
+            group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+            begin = size * zero._get_param_partition_rank(parameter)
+            count = min(size, parameter.ds_numel - begin)  # the rest is padding
+            if count > 0:
+                piece = Piece(self._names[id(parameter)], tuple(parameter.ds_shape), begin, count)
+                flat = zero.fp32_partitioned_groups_flat[group]
+                yield _fragment(piece, self._optimizer_of(group), flat, offset)
+
+
+def _fragment(piece: Piece, optimizer: Any, tensor: Tensor, offset: int) -> Fragment:
+    """The run `piece` that begins at element `offset` of `tensor`, with its moments."""
+    state = _state(optimizer, tensor)
+    tensors = {WEIGHT: tensor, **{kind: state[kind] for kind in MOMENTS}}
+    return Fragment(piece, {kind: t.detach().view(-1)[offset : offset + piece.count] for kind, t in tensors.items()})
+
+
+def _state(optimizer: Any, tensor: Tensor) -> dict[str, Any]:
+    """Adam's state of `tensor`; made here, as Adam would, when it has not updated it yet."""
+    state = optimizer.state[tensor]
+    if not state:
+        state["step"] = _count(optimizer, tensor, 0)
+        state |= {kind: torch.zeros_like(tensor, memory_format=torch.preserve_format) for kind in MOMENTS}
+    return state
+
+
+def _count(optimizer: Any, tensor: Tensor, updates: int) -> Any:
+    """`updates` as the optimizer counts them: torch's in a tensor beside the parameter, DeepSpeed's own in an int."""
+    counted_in_tensor = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+    return torch.tensor(float(updates), device=tensor.device) if counted_in_tensor else updates

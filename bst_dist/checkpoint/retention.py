@@ -1,0 +1,156 @@
+"""Which checkpoints of a run stay, and the removal of the others.
+
+Only one that a run can go on from counts as one of the newest, and one whose manifest cannot be read counts as none
+and is left alone. A checkpoint is renamed before it is removed: half of one never bears a checkpoint's name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bst_base.files import atomic_file
+from bst_dist.checkpoint.directory import (
+    CHECKPOINTS,
+    DAMAGED,
+    DELETED,
+    MANIFEST,
+    PARTIAL,
+    PINNED,
+    WEIGHTS,
+    CheckpointConfig,
+    CheckpointError,
+    committed,
+    is_full,
+    read_manifest,
+    step_of,
+)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Held:
+    """One checkpoint of a run, as its manifest describes it."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps that had been taken."""
+        return step_of(self.path)
+
+    @property
+    def full(self) -> bool:
+        """Whether a run can go on from it."""
+        return is_full(self.manifest)
+
+    @property
+    def validation_loss(self) -> float | None:
+        """In nats a token, when there was an evaluation at its step."""
+        return self.manifest.get("validation_loss_nats")
+
+    @property
+    def pinned(self) -> bool:
+        """Whether someone has said that it is to stay."""
+        return (self.path / PINNED).exists()
+
+
+def readable(run_dir: Path) -> list[Held]:
+    """The checkpoints of a run whose manifests can be read, newest first."""
+    found = []
+    for path in committed(run_dir):
+        try:
+            found.append(Held(path, read_manifest(path)))
+        except CheckpointError:
+            continue
+    return found
+
+
+def reasons(held: Sequence[Held], config: CheckpointConfig) -> dict[int, list[str]]:
+    """Why each checkpoint is kept, by its step; those with no reason may go. `held`: newest first, all of them valid.
+
+    "weights" alone means that the optimizer's states may go.
+    """
+    full = [one.step for one in held if one.full]
+    newest = full[: config.keep_last]
+    # Where the guard would roll the run back to, which must not depend on where it was stopped.
+    newest += [step for step in full if config.scheduled(step)][:1]
+    evaluated = [one for one in held if one.full and one.validation_loss is not None]
+    best = [one.step for one in sorted(evaluated, key=lambda one: one.validation_loss)[: config.keep_best]]
+    return {
+        one.step: [
+            *(["newest"] if one.step in newest else []),
+            *(["best"] if one.step in best else []),
+            *(["pinned"] if one.pinned else []),
+            *(["at"] if one.step in config.at else []),
+            *(["every"] if config.keep_every and one.step % config.keep_every == 0 else []),
+            *(["weights"] if config.weights_every and one.step % config.weights_every == 0 else []),
+        ]
+        for one in held
+    }
+
+
+def tidy(run_dir: Path, config: CheckpointConfig) -> None:
+    """Remove the checkpoints of a run that are not kept. What cannot be removed is told of, and tried again later."""
+    try:
+        retain(run_dir, config)
+        remove_leavings(run_dir, (DELETED,))
+    except OSError as error:
+        _log.warning("%s: an old checkpoint could not be removed: %s", error.filename, error.strerror)
+
+
+def retain(run_dir: Path, config: CheckpointConfig) -> None:
+    """Take their names from the checkpoints that are not kept; `remove_leavings` then removes them.
+
+    Called when the newest has just been committed with its digests, so a valid one always stays.
+    """
+    held = readable(run_dir)
+    kept = reasons(held, config)
+    for one in held:
+        if not kept[one.step]:
+            one.path.rename(one.path.with_name(one.path.name + DELETED))
+        elif kept[one.step] == ["weights"]:
+            thin(one)
+
+
+def thin(held: Held) -> None:
+    """Leave nothing but the weights of a checkpoint; killed midway, it is valid as the one thing or the other."""
+    kept = {name: record for name, record in held.manifest["files"].items() if name.startswith(f"{WEIGHTS}-")}
+    if held.full:
+        with atomic_file(held.path / MANIFEST) as file:
+            file.write(json.dumps({**held.manifest, "files": kept}, indent=1).encode())
+    for path in held.path.iterdir():
+        if path.name not in (*kept, MANIFEST, PINNED):
+            path.unlink()
+
+
+def leavings(run_dir: Path, suffixes: Sequence[str] = (PARTIAL, DELETED)) -> list[Path]:
+    """What writes and removals that were broken off have left behind."""
+    return sorted(path for suffix in suffixes for path in (run_dir / CHECKPOINTS).glob(f"step-*{suffix}"))
+
+
+def remove_leavings(run_dir: Path, suffixes: Sequence[str] = (PARTIAL, DELETED)) -> None:
+    """Remove them; nobody may be writing a checkpoint."""
+    for path in leavings(run_dir, suffixes):
+        shutil.rmtree(path)
+
+
+def abandon(run_dir: Path, step: int) -> None:
+    """Take their names from the checkpoints of more than `step` steps: the run takes those steps again, otherwise."""
+    for path in committed(run_dir):
+        if step_of(path) > step:
+            path.rename(path.with_name(path.name + DELETED))
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Take its name from a damaged checkpoint; what is left of it stays beside, in place of what stood there before."""
+    aside = checkpoint.with_name(checkpoint.name + DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)

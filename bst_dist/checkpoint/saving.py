@@ -1,0 +1,294 @@
+"""Writing checkpoints from all ranks together, while training goes on.
+
+Training waits for a copy of the weights and the optimizer's states in the host's memory, and no longer. A thread of
+each rank writes, syncs and digests that rank's files, in a directory whose name says it is not done. When all threads
+are through, which the ranks ask each other between two steps, rank 0's thread writes the manifest and renames the
+directory; then it removes what is no longer kept. A process killed at any moment leaves the previous checkpoint as it
+was. Only the thread that trains talks to other ranks.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bst_base.files import sync_directory
+from bst_dist.checkpoint.directory import (
+    DELETED,
+    MANIFEST,
+    OPTIMIZER,
+    PARTIAL,
+    WEIGHTS,
+    directory,
+    rank_file,
+    shard_file,
+)
+from bst_dist.checkpoint.durable import FileRecord, Files
+from bst_dist.checkpoint.fragments import MOMENTS, WEIGHT, Fragment
+from bst_dist.checkpoint.retention import remove_leavings
+from bst_dist.checkpoint.shards import Piece, write
+from bst_dist.parallel.ranks import Ranks
+
+SPARE_BYTES = 1 << 20
+"""Room for what is small: the manifest, headers, generators."""
+
+
+class State(Protocol):
+    """What is written: `fragments.EngineState`, or anything else that lies over ranks in the same way."""
+
+    def owned(self) -> list[Fragment]:
+        """What this rank is to write."""
+
+    def elements(self) -> int:
+        """Elements of all parameters, over all ranks."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was committed."""
+
+    path: Path
+    full: bool
+    bytes: int
+    seconds: float
+    """From the copy to the commit."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A checkpoint that could not be written; the one before it is as it was."""
+
+    step: int
+    why: str
+
+
+@dataclass
+class _Pending:
+    """A checkpoint that is being written."""
+
+    partial: Path
+    manifest: dict[str, Any]
+    started: float
+    written: Future[dict[str, FileRecord]]
+    """This rank's files."""
+    contents: dict[str, FileRecord] | None = None
+    """The files of all ranks, once all have tried to write theirs."""
+    settled: Future[str | None] | None = None
+    """Then: rank 0's commit, and why there is none."""
+
+    def through(self) -> bool:
+        """Whether this rank has done what it was last given."""
+        return (self.settled or self.written).done()
+
+
+class Saver:
+    """Writes the checkpoints of one run, one at a time; all ranks make every call."""
+
+    def __init__(self, run_dir: Path, state: State, ranks: Ranks, background: bool, tidy: Callable[[], None]) -> None:
+        """`background`: copy first and write in a thread; else `start` returns when all is written. `tidy`: what rank
+        0's thread does after each commit."""
+        self.run_dir, self.state, self.ranks, self.background, self.tidy = run_dir, state, ranks, background, tidy
+        self._copy = _HostCopy(ranks.device)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: _Pending | None = None
+        self._tidying: Future[None] | None = None
+
+    def start(self, manifest: dict[str, Any], own: dict[str, Any], kinds: Sequence[str]) -> Failed | None:
+        """Begin the checkpoint of step manifest["step"]; None when it is under way. None may be pending.
+
+        `own`: what this rank alone knows; `kinds`: which of WEIGHTS and OPTIMIZER. Training may go on at once.
+        """
+        started = time.perf_counter()
+        final = directory(self.run_dir, manifest["step"])
+        partial = final.with_name(final.name + PARTIAL)
+        fragments = self.state.owned()
+        needed = self._needed(fragments, kinds)
+        why = self.ranks.from_first(self._prepare(partial, needed) if self.ranks.first else None)
+        if why:
+            return Failed(manifest["step"], why)
+        if self.background:
+            fragments = self._copy.of(fragments, kinds)
+        written = self._thread.submit(self._write, partial, fragments, own, kinds)
+        if not self.background:
+            wait([written])
+        self._pending = _Pending(partial, manifest, started, written)
+        return None
+
+    def poll(self) -> Saved | Failed | None:
+        """What became of the pending checkpoint, once rank 0 has committed what all have written; None until then."""
+        if self._pending is None:
+            return None
+        (through,) = self.ranks.sum([self._pending.through()])
+        if through < self.ranks.world:
+            return None
+        if self._pending.settled:
+            return self._conclude(self._pending)
+        self._settle(self._pending)
+        return None
+
+    def finish(self) -> Saved | Failed | None:
+        """What became of it, waiting for all that threads have yet to do."""
+        outcome = None
+        if pending := self._pending:
+            if not pending.settled:
+                self._settle(pending)
+            outcome = self._conclude(pending)
+        if self._tidying:
+            wait([self._tidying])
+        return outcome
+
+    def _needed(self, fragments: list[Fragment], kinds: Sequence[str]) -> int:
+        """Bytes that all ranks are going to write."""
+        (elements,) = self.ranks.sum([sum(fragment.piece.count for fragment in fragments)])
+        if elements != self.state.elements():
+            raise RuntimeError(f"the ranks hold {elements} of the {self.state.elements()} elements of the parameters")
+        tensors = sum(len(_TENSORS[kind]) for kind in kinds)
+        return int(elements) * tensors * torch.float32.itemsize + SPARE_BYTES
+
+    def _prepare(self, partial: Path, needed: int) -> str | None:
+        """Make an empty directory to write to; returns why that cannot be done."""
+        if self._tidying:
+            wait([self._tidying])  # what is being removed may be the room that is needed
+        try:
+            remove_leavings(self.run_dir, (PARTIAL,))
+            partial.mkdir(parents=True)
+            free = shutil.disk_usage(partial).free
+        except OSError as error:
+            return f"{partial}: {error.strerror}"
+        if free < needed:
+            partial.rmdir()
+            return (
+                f"it needs {_gb(needed)} and {partial.parent} has {_gb(free)} left: make room, "
+                "or keep fewer checkpoints (bst ckpt gc, checkpoint.keep_last)"
+            )
+        return None
+
+    def _write(
+        self, partial: Path, fragments: list[Fragment], own: dict[str, Any], kinds: Sequence[str]
+    ) -> dict[str, FileRecord]:
+        files, rank = Files(partial), self.ranks.rank
+        for kind in kinds:
+            named = [(f.piece, name, f.values[name]) for name in _TENSORS[kind] for f in fragments]
+            pieces = [_stored_as(piece, name) for piece, name, _ in named]
+            with files.open(shard_file(kind, rank)) as file:
+                write(file, pieces, [values for *_, values in named], {"format": "pt"})
+        if OPTIMIZER in kinds:
+            memory = io.BytesIO()  # torch hides a full disk behind errors of its own
+            torch.save(own, memory)
+            with files.open(rank_file(rank)) as file:
+                file.write(memory.getbuffer())
+        return files.records
+
+    def _settle(self, pending: _Pending) -> None:
+        """Let rank 0's thread commit the checkpoint, or give it up when any rank could not write its files."""
+        everyone = self.ranks.gather(_outcome(pending.written))
+        why = next((f"rank {rank}: {said}" for rank, (_, said) in enumerate(everyone) if said), None)
+        pending.contents = {
+            name: {**record, "rank": rank} for rank, (own, _) in enumerate(everyone) for name, record in own.items()
+        }
+
+        def settle() -> str | None:
+            failed = why or _tried(lambda: _commit(pending))
+            if failed:
+                shutil.rmtree(pending.partial, ignore_errors=True)
+            return failed
+
+        pending.settled = self._thread.submit(settle if self.ranks.first else lambda: None)
+
+    def _conclude(self, pending: _Pending) -> Saved | Failed:
+        """Tell all ranks what became of it."""
+        self._pending = None
+        why = self.ranks.from_first(pending.settled.result())
+        if why is not None:
+            return Failed(pending.manifest["step"], why)
+        if self.ranks.first:
+            self._tidying = self._thread.submit(self.tidy)
+        written = sum(record["bytes"] for record in pending.contents.values())
+        full = any(name.startswith(OPTIMIZER) for name in pending.contents)
+        final = directory(self.run_dir, pending.manifest["step"])
+        return Saved(final, full, written, time.perf_counter() - pending.started)
+
+
+_TENSORS = {WEIGHTS: (WEIGHT,), OPTIMIZER: MOMENTS}
+
+
+def stored_name(parameter: str, tensor: str) -> str:
+    """A parameter's name in a shard; its moments have their own beside it."""
+    return parameter if tensor == WEIGHT else f"{tensor}/{parameter}"
+
+
+def _stored_as(piece: Piece, tensor: str) -> Piece:
+    return Piece(stored_name(piece.name, tensor), piece.shape, piece.begin, piece.count)
+
+
+class _HostCopy:
+    """A copy of fragments in the host's memory, in the same place each time: fresh pages cost more than the copy."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._memory = device, torch.empty(0)
+
+    def of(self, fragments: list[Fragment], kinds: Sequence[str]) -> list[Fragment]:
+        """The fragments with values that stay as they are now, until the next call."""
+        names = list(chain.from_iterable(_TENSORS[kind] for kind in kinds))
+        count = len(names) * sum(fragment.piece.count for fragment in fragments)
+        if count > self._memory.numel():
+            self._memory = torch.empty(count, pin_memory=self._device.type != "cpu")
+        copies, begin = [], 0
+        for fragment in fragments:
+            values: dict[str, Tensor] = {}
+            for name in names:
+                values[name] = self._memory[begin : begin + fragment.piece.count]
+                values[name].copy_(fragment.values[name], non_blocking=True)
+                begin += fragment.piece.count
+            copies.append(Fragment(fragment.piece, values))
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize()
+        return copies
+
+
+def _outcome(written: Future[dict[str, FileRecord]]) -> tuple[dict[str, FileRecord], str | None]:
+    """What a thread has written, and why it could not write all."""
+    records: dict[str, FileRecord] = {}
+    why = _tried(lambda: records.update(written.result()))
+    return records, why
+
+
+def _tried(work: Callable[[], object]) -> str | None:
+    """Why `work` did not succeed: the system's word, or the whole traceback of what nobody reckoned with."""
+    try:
+        work()
+    except OSError as error:
+        return f"{error.filename or 'writing'}: {error.strerror}"
+    except Exception:
+        return traceback.format_exc()
+    return None
+
+
+def _commit(pending: _Pending) -> None:
+    with (pending.partial / MANIFEST).open("w", encoding="utf-8") as file:
+        json.dump({**pending.manifest, "files": dict(sorted(pending.contents.items()))}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_directory(pending.partial)
+    final = pending.partial.with_name(pending.partial.name.removesuffix(PARTIAL))
+    if final.exists():  # of the weights alone, or from before a roll-back
+        final.rename(final.with_name(final.name + DELETED))
+    pending.partial.rename(final)
+    sync_directory(final.parent)
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"

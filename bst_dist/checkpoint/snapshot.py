@@ -1,0 +1,259 @@
+"""Taking checkpoints of a run, and going on from one: exactly under the same layout, but for rounding under another."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from bst_dist.checkpoint import rng, saving
+from bst_dist.checkpoint.directory import (
+    FORMAT,
+    OPTIMIZER,
+    WEIGHTS,
+    CheckpointConfig,
+    CheckpointError,
+    committed,
+    damage,
+    is_full,
+    open_shards,
+    rank_file,
+    read_manifest,
+    step_of,
+)
+from bst_dist.checkpoint.fragments import MOMENTS, WEIGHT, Fragment
+from bst_dist.checkpoint.layout import Carried, Layout, Rows, redistribute
+from bst_dist.checkpoint.retention import set_aside, tidy
+from bst_dist.checkpoint.saving import Failed, Saved, Saver, stored_name
+from bst_dist.parallel.ranks import Ranks
+from bst_dist.report.metrics import Callback, EvalReport, Report, StepReport, Writer
+from bst_dist.train.loop import Trainer
+from bst_dist.version import versions
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands after a number of steps, on one rank."""
+
+    step: int
+    tokens: int
+    """Valid tokens trained on so far, over all ranks."""
+    data: dict[str, Any]
+    """The loader's state: proof that a resumed run reads the same data in the same order."""
+    carried: list[Any]
+    """The past carried to the next step, one entry a micro-batch; empty when nothing is carried."""
+    skipped: int = 0
+    """Steps' worth of data passed over after roll-backs: step s trains on the data of step s + skipped."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run is, and how it lies over its ranks now."""
+
+    recipe: str
+    """Digest of what makes the recipe this run."""
+    groups: dict[str, Any]
+    """Hyperparameters of the parameter groups, by name."""
+    seed: int
+    layout: Layout
+    rows: Rows
+
+
+class State(saving.State, Protocol):
+    """The engine's memory (`fragments.EngineState`)."""
+
+    def held(self) -> list[Fragment]:
+        """All that lies on this rank, to be filled."""
+
+    def updates(self) -> int:
+        """Updates that the optimizer has made."""
+
+    def filled(self, step: int, updates: int) -> None:
+        """Let the engine go on from what was filled in."""
+
+
+class Snapshots:
+    """Checkpoints of one run, written and read by all ranks together: every rank makes every call."""
+
+    def __init__(self, run_dir: Path, state: State, ranks: Ranks, identity: Identity, config: CheckpointConfig) -> None:
+        self.run_dir, self.state, self.ranks = run_dir, state, ranks
+        self.identity, self.config = identity, config
+        self._versions = versions() if ranks.first else {}  # asks git, which a save should not wait for
+        self._saver = Saver(run_dir, state, ranks, config.background, partial(tidy, run_dir, config))
+
+    def start(self, position: Position, validation_loss: float | None = None, full: bool = True) -> Failed | None:
+        """Begin the checkpoint of `position`, which `poll` or `finish` commits; None when it is under way.
+
+        `validation_loss`: in nats, when the weights have just been evaluated; `full`: not of the weights alone.
+        """
+        manifest = {
+            "format": FORMAT,
+            "step": position.step,
+            "tokens": position.tokens,
+            "validation_loss_nats": validation_loss,
+            "data": position.data,
+            "skipped": position.skipped,
+            "updates": self.state.updates(),
+            "recipe": self.identity.recipe,
+            "groups": self.identity.groups,
+            "layout": vars(self.identity.layout),
+            "versions": self._versions,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        own = {"rng": rng.capture(self.ranks.device), "carried": _on_host(position.carried)}
+        return self._saver.start(manifest, own, (WEIGHTS, OPTIMIZER) if full else (WEIGHTS,))
+
+    def poll(self) -> Saved | Failed | None:
+        """What became of the checkpoint under way, once all ranks are through with it; None until then."""
+        return self._saver.poll()
+
+    def finish(self) -> Saved | Failed | None:
+        """What became of the checkpoint under way, waiting for it and for removals; None when there is none."""
+        return self._saver.finish()
+
+    def newest(self, scheduled: bool = False) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint to go on from that is whole, and why newer ones were passed over.
+
+        `scheduled`: of those alone that are taken in every course of the run, however often it was stopped.
+
+        The ranks share the reading. Those passed over are renamed: their steps will be taken again, and no damaged one
+        may count as one to keep.
+        """
+        self.finish()
+        passed_over = []
+        for checkpoint in self.ranks.from_first(committed(self.run_dir)):
+            if scheduled and not self.config.scheduled(step_of(checkpoint)):
+                continue
+            found = list(chain(*self.ranks.gather(damage(checkpoint, self.ranks.rank, self.ranks.world))))
+            if not found and is_full(read_manifest(checkpoint)):
+                return checkpoint, passed_over
+            if found:
+                passed_over.append(f"{checkpoint.name}: {found[0]}")
+                if self.ranks.first:
+                    set_aside(checkpoint)
+        return None, passed_over
+
+    def load(self, checkpoint: Path, recipe: str | None = None) -> Position:
+        """Put the engine and the generators where they were; raises CheckpointError for another run's checkpoint.
+
+        Under another layout than it was written, generators start anew: what they draw could not be the same.
+        `recipe`: the digest of the trunk's recipe, when the run branches off another.
+        """
+        manifest = read_manifest(checkpoint)
+        self._require_same(checkpoint, manifest, recipe or self.identity.recipe)
+        self._fill(checkpoint)
+        self.state.filled(manifest["step"], manifest["updates"])
+        saved, rank = Layout(**manifest["layout"]), self.ranks.rank
+        if self._same_ranks(saved):
+            rng.restore(_own(checkpoint, rank)["rng"], self.ranks.device)
+        else:
+            rng.seed_all(self.identity.seed, rank, manifest["step"])
+        carried = redistribute(self.identity.rows, saved, lambda other: _own(checkpoint, other)["carried"])
+        return Position(manifest["step"], manifest["tokens"], manifest["data"], carried, manifest["skipped"])
+
+    def change(self, checkpoint: Path) -> str | None:
+        """How the layout differs from the one that the checkpoint was written under; None when it does not."""
+        saved, own = Layout(**read_manifest(checkpoint)["layout"]), self.identity.layout
+        if saved == own:
+            return None
+        return f"from {saved} to {own}" + ("" if self._same_ranks(saved) else ", random generators seeded anew")
+
+    def _same_ranks(self, saved: Layout) -> bool:
+        own = self.identity.layout
+        return (saved.ranks, saved.sp) == (own.ranks, own.sp)
+
+    def _require_same(self, checkpoint: Path, manifest: dict[str, Any], recipe: str) -> None:
+        wanted = {"recipe": recipe, "groups": json.loads(json.dumps(self.identity.groups))}
+        for key, value in wanted.items():
+            if manifest[key] != value:
+                raise CheckpointError(f"{checkpoint}: of another run: {key} is {manifest[key]!r}, here {value!r}")
+
+    def _fill(self, checkpoint: Path) -> None:
+        """Read what this rank holds, a parameter at a time, from whichever ranks had written it."""
+        for kind, tensors in ((WEIGHTS, (WEIGHT,)), (OPTIMIZER, MOMENTS)):
+            shards = open_shards(checkpoint, kind)
+            shapes = shards.shapes
+            for fragment in self.state.held():
+                for tensor in tensors:
+                    name = stored_name(fragment.piece.name, tensor)
+                    self._require_shape(checkpoint, name, fragment.piece.shape, shapes.get(name))
+                    shards.read(name, fragment.piece.begin, fragment.values[tensor])
+
+    @staticmethod
+    def _require_shape(checkpoint: Path, name: str, own: tuple[int, ...], saved: tuple[int, ...] | None) -> None:
+        if own != saved:
+            raise CheckpointError(f"{checkpoint}: of another model: {name} has {saved} values, here {own}")
+
+
+class Evaluated(Writer):
+    """Remembers the last evaluation; only rank 0's is told of any."""
+
+    def __init__(self) -> None:
+        self._last: EvalReport | None = None
+
+    def write(self, report: Report) -> None:
+        if isinstance(report, EvalReport):
+            self._last = report
+
+    def loss(self, step: int) -> float | None:
+        """Validation loss in nats of the weights after `step` steps, if they were evaluated."""
+        return self._last.loss_nats if self._last and self._last.step == step else None
+
+
+class Checkpoints(Callback):
+    """Takes a checkpoint every so many steps, and after the last."""
+
+    phase = "checkpoint"
+
+    def __init__(self, config: CheckpointConfig, snapshots: Snapshots, trainer: Trainer, evaluated: Evaluated,
+                 data_state: Callable[[int], dict[str, Any]], say: Callable[[str], None]) -> None:  # fmt: skip
+        """`evaluated`: what the weights are worth; `data_state`: the loader's state after a number of steps; `say`: how
+        people are told."""
+        self.config, self.snapshots, self.trainer, self.evaluated = config, snapshots, trainer, evaluated
+        self.data_state, self.say = data_state, say
+
+    def after_step(self, report: StepReport, last: bool) -> None:
+        """Commit what was under way, begin what is due; after the last step, wait for it.
+
+        A checkpoint that cannot be written is told of and the run goes on, with the one before it as it was. Only the
+        last one must be: raises CheckpointError.
+        """
+        self._tell(self.snapshots.poll())
+        full = last or self.config.scheduled(report.step)
+        if full or _due(report.step, self.config.weights_every):
+            self._tell(self.snapshots.finish())
+            position = Position(report.step, self.trainer.tokens, self.data_state(report.step), self.trainer.carried,
+                                self.trainer.skipped)  # fmt: skip
+            self._tell(self.snapshots.start(position, self.evaluated.loss(report.step), full), last)
+            if last or not self.config.background:
+                self._tell(self.snapshots.finish(), last)
+
+    def _tell(self, outcome: Saved | Failed | None, last: bool = False) -> None:
+        if isinstance(outcome, Failed):
+            message = f"no checkpoint of step {outcome.step}: {outcome.why}"
+            if last:
+                raise CheckpointError(message)
+            self.say(f"{message}\n{'':>12} the run goes on; its checkpoints so far are as they were")
+        elif outcome:
+            kind = "checkpoint" if outcome.full else "weights"
+            self.say(f"{'':>12} {kind} {outcome.path}: {outcome.bytes / 1e6:,.1f} MB in {outcome.seconds:.1f} s")
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def _on_host(carried: Carried) -> Carried:
+    return [{**entry, "state": {name: tensor.cpu() for name, tensor in entry["state"].items()}} for entry in carried]
+
+
+def _own(checkpoint: Path, rank: int) -> dict[str, Any]:
+    """What a rank alone knew."""
+    return torch.load(checkpoint / rank_file(rank), map_location="cpu", weights_only=True, mmap=True)

@@ -1,0 +1,89 @@
+"""Every setting of a recipe: its name, type, default and meaning; or those of one section.
+
+    bst recipe
+    bst recipe schedule
+    bst recipe --markdown > docs/recipes.md
+
+Any of them may be given on the command line of `bst train` as section.field=value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+
+from bst_base.errors import UserError
+from bst_base.settings import fields
+from bst_dist.config import Recipe
+
+Row = tuple[str, str, Any, str]  # dotted name, type, default, meaning
+
+INTRODUCTION = """# Recipes
+
+One YAML file says everything about one run. A setting is changed on the command line by its dotted name, and an unknown
+name is an error that names the nearest one:
+
+    bst train launch/recipes/demo.yaml train.steps=200 model.context.variant=MF
+
+The recipe as it was resolved lies in the run directory as `recipe.yaml`. `bst recipe SECTION` prints a part of what
+follows, and `bst recipe --markdown` printed this file."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `bst recipe`."""
+    parser.add_argument(
+        "section", nargs="?", default="", metavar="SECTION", help="only the settings whose name begins with this"
+    )
+    parser.add_argument("--markdown", action="store_true", help="print a document rather than a table")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Print the settings; the report lists them."""
+    found: list[Row] = [
+        row for row in fields(Recipe) if f"{row[0]}.".startswith(f"{args.section}." if args.section else "")
+    ]
+    if not found:
+        known = ", ".join(dict.fromkeys(name.partition(".")[0] for name, *_ in fields(Recipe)))
+        raise UserError(f"no setting begins with {args.section!r}; there are: {known}")
+    if args.markdown:
+        print(markdown(found))
+    else:
+        _print(found)
+    return {
+        "settings": [dict(zip(("name", "type", "default", "meaning"), map(str, row), strict=True)) for row in found]
+    }
+
+
+def markdown(rows: list[Row]) -> str:
+    """The settings as a document, a table a section."""
+    parts, section = [INTRODUCTION], None
+    for name, kind, default, meaning in sorted(rows, key=lambda row: "." in row[0]):
+        own = name.partition(".")[0] if "." in name else "run"
+        if own != section:
+            parts.append(f"\n## {own}\n\n| setting | type | default | meaning |\n| --- | --- | --- | --- |")
+            section = own
+        cells = (f"`{name}`", _type(kind), f"`{default}`", meaning)
+        parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(parts)
+
+
+def _type(kind: str) -> str:
+    """A type as people say it: Literal['wsd', 'cosine'] is wsd | cosine."""
+    said = re.sub(r"Literal\[(.*?)\]", lambda found: found[1].replace("'", "").replace(", ", " | "), kind)
+    return said.replace("data_pipeline.serve.loader.", "")
+
+
+def _print(rows: list[Row]) -> None:
+    console = Console(highlight=False)
+    for name, kind, default, meaning in rows:
+        console.print(f"[bold]{escape(name)}[/]  {escape(_type(kind))}, {escape(_default(default))}")
+        console.print(Padding(escape(meaning), (0, 0, 0, 4)))
+
+
+def _default(default: Any) -> str:
+    return "required" if default == "required" else f"default {default}"

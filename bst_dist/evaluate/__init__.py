@@ -1,7 +1,0 @@
-"""What follows training: evaluation, generation, plots, comparisons, baselines, the demo."""
-
-import os
-
-# Evaluation often runs beside training, on the same cores. OpenMP's threads spin while they wait for work, which then
-# takes the cores from those that have some (measured: 50 times slower); it must be told before torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

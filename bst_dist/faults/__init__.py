@@ -1,0 +1,1 @@
+"""What a run does when something breaks: signals, watchdog, guard against bad steps, exit codes."""

@@ -1,0 +1,116 @@
+"""What becomes of a step whose loss is no number, whose gradient is none, or whose loss jumps.
+
+Every decision is a function of what all ranks know alike (the losses of the steps so far, and the ledger), so all ranks
+decide the same, and so does a run that was stopped in between. A step may be *skipped*: no weight changes, and the
+next step has the next data. Or the run is *rolled back*: it goes on from its last checkpoint, with the data that comes
+after the step in question; all data from that checkpoint to there is passed over (as Chowdhery et al., arXiv
+2204.02311, section 5.1, did by hand). Either is done so often and no more: then the run stops.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from statistics import median
+from typing import Literal
+
+from pydantic import Field
+
+from bst_base.errors import UserError
+from bst_base.settings import Config
+from bst_dist.faults.ledger import Entry, Ledger
+
+NORMAL = 1.4826
+"""Standard deviations of a normal distribution in one median absolute deviation."""
+LEAST = 1e-3
+"""A deviation smaller than this share of the median counts as this: a loss that barely moves has no spikes."""
+
+
+class GuardConfig(Config):
+    non_finite: Literal["stop", "skip", "roll-back"] = "stop"
+    """When the loss or the gradient is infinite or not a number: end the run; skip the step, with its data; or go on
+    from the last checkpoint and pass over the data from there to this step."""
+    spike: Literal["ignore", "stop", "skip", "roll-back"] = "ignore"
+    """When the loss jumps; as above."""
+    spike_deviations: float = Field(10.0, gt=0)
+    """How far above the median of the steps before a loss is a spike, in standard deviations of theirs (estimated from
+    the median absolute deviation)."""
+    spike_window: int = Field(128, ge=8)
+    """Steps before, that this median is taken over; until there are so many, no spike is seen."""
+    most: int = Field(3, ge=0)
+    """How many steps may be skipped or rolled back from, within..."""
+    within: int = Field(1000, ge=1)
+    """... so many steps' worth of data; the next one ends the run."""
+
+
+class DivergedError(UserError):
+    """The loss or the gradient became infinite or not a number, or jumped, and the guard's policy is to stop."""
+
+
+class RollBack(Exception):
+    """The run goes on from its last checkpoint; `entry` is for the ledger, once it is known which that is."""
+
+    def __init__(self, entry: Entry) -> None:
+        super().__init__(entry.cause)
+        self.entry = entry
+
+
+class Guard:
+    """Judges each step by its loss before the gradient is complete, and by its gradient before the update."""
+
+    def __init__(self, config: GuardConfig, ledger: Ledger, losses: Iterable[float] = ()) -> None:
+        """`losses`: of the steps taken so far, in nats; the last of them are what the next one is compared with."""
+        self.config, self.ledger = config, ledger
+        self._losses = deque(losses, maxlen=config.spike_window)
+
+    def loss(self, value: float, step: int, skipped: int, rate: float) -> Entry | None:
+        """Why the step with this loss, in nats, is not taken, and what is done; None when it is taken.
+
+        `step` counts the steps before; `skipped` the steps' worth of data passed over; `rate` is for the message.
+        Raises DivergedError when the run is to stop.
+        """
+        if not math.isfinite(value):
+            return self._act(self.config.non_finite, f"the loss is {value}", step, skipped, rate)
+        limit = self._limit()
+        if value > limit and self.config.spike != "ignore":
+            return self._act(
+                self.config.spike, f"the loss jumps to {value:.4f}, above {limit:.4f}", step, skipped, rate
+            )
+        return None
+
+    def gradient(self, norm: float, step: int, skipped: int, rate: float) -> Entry | None:
+        """The same by the global gradient norm."""
+        if math.isfinite(norm):
+            return None
+        return self._act(self.config.non_finite, f"the gradient norm is {norm}", step, skipped, rate)
+
+    def taken(self, loss: float) -> None:
+        """A step was taken, with this loss."""
+        self._losses.append(loss)
+
+    def _limit(self) -> float:
+        """The highest loss that is no spike."""
+        if len(self._losses) < self.config.spike_window:
+            return math.inf
+        middle = median(self._losses)
+        deviation = max(NORMAL * median(abs(loss - middle) for loss in self._losses), LEAST * abs(middle))
+        return middle + self.config.spike_deviations * deviation
+
+    def _act(self, policy: str, cause: str, step: int, skipped: int, rate: float) -> Entry:
+        """Enter what is done in the ledger; a roll-back's entry follows when it is known where to."""
+        before = self.ledger.lately(step + 1 + skipped, self.config.within)
+        exhausted = policy != "stop" and before >= self.config.most
+        entry = Entry(step + 1, skipped, f"{cause} in step {step}", "stop" if exhausted else policy)
+        if entry.action != "roll-back":
+            self.ledger.add(entry)
+        if entry.action != "stop":
+            return entry
+        limit = (
+            f", and {before} such steps within {self.config.within} were passed over (guard.most)" if exhausted else ""
+        )
+        raise DivergedError(
+            f"{entry.cause} (learning rate {rate:.3g}){limit}: that step was not taken, and the last checkpoint is "
+            "from before it; start a new run with a lower optimizer.learning_rate, a longer schedule.warmup_steps or a "
+            "lower train.gradient_clipping, or go on from the checkpoint with another guard policy"
+        )

@@ -1,0 +1,116 @@
+"""Being told to stop: a signal to any rank ends the training of all of them, after a checkpoint.
+
+Schedulers announce the end of a job's time, or its preemption, with a signal some time ahead: SIGTERM mostly, SIGUSR1
+where Slurm is asked to (``--signal``); a terminal that is closed sends SIGHUP. A rank takes note of it at once, in a
+thread, whatever its main thread is doing; the ranks learn of each other's in the sums that a step makes anyway. The
+same notice often comes twice, from the scheduler and from a launcher that passes it on. So a signal ends the process on
+the spot only when it comes again after a while: whoever sends it then means it.
+
+The standard library alone is imported here: a signal must be heard while torch is still being imported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bst_dist.parallel.ranks import Ranks
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+SAME_NOTICE_S = 3.0
+"""A further signal within this time is another copy of the first."""
+_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
+
+
+def stopping() -> list[signal.Signals]:
+    """Those that mean it for this process: who was started under nohup is not to hear of its terminal's end."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in STOPPING if not (number is signal.SIGHUP and ignored)]
+
+
+class Notice:
+    """What this process has been told."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        """The first signal that came; None while none has."""
+        self._heard_at = 0.0
+
+    def take(self, number: int) -> None:
+        """Take note of a signal; ends the process when it has been told before."""
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._heard_at = signal.Signals(number), now
+        elif now - self._heard_at > SAME_NOTICE_S:
+            os._exit(128 + number)
+
+
+def listen() -> Notice:
+    """From now on take the signals as a wish to stop; called once, by the main thread.
+
+    The handler proper does nothing: Python runs it only between two of its own instructions, and a rank that waits in
+    a collective has none. The byte that the interpreter writes when the signal arrives is read by a thread.
+    """
+    notice, ends = Notice(), stopping()
+    heard, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    for number in ends:
+        signal.signal(number, lambda *_: None)
+
+    def hear() -> None:
+        while True:
+            for number in os.read(heard, 64):
+                if number in ends:
+                    notice.take(number)
+
+    threading.Thread(target=hear, name="signals", daemon=True).start()
+    _die_with_launcher()
+    return notice
+
+
+class Stop:
+    """What the ranks know in common: whether this start ends before its steps are done."""
+
+    def __init__(self, ranks: Ranks, notice: Notice | None = None) -> None:
+        self.ranks, self.notice = ranks, notice or Notice()
+        self.agreed = False
+        """Equal on all ranks at all times: it changes only by sums over all of them."""
+
+    @property
+    def wish(self) -> float:
+        """This rank's part of a sum over all ranks: 1 when it has been told to stop, else 0."""
+        return float(self.notice.signal is not None)
+
+    def learn(self, wishes: float) -> None:
+        """Take in the sum of all ranks' wishes."""
+        self.agreed = self.agreed or wishes > 0
+
+    def poll(self) -> bool:
+        """Ask all ranks, which must all call this: for places that make no sum of their own."""
+        if not self.agreed:
+            self.learn(*self.ranks.sum([self.wish]))
+        return self.agreed
+
+
+def _die_with_launcher() -> None:
+    """When DeepSpeed's launcher started this rank, have the kernel end it with the launcher, however that ends (Linux).
+
+    A launcher that is killed outright cannot end its ranks, and nobody else would.
+    """
+    parent = os.getppid()
+    try:
+        command = Path(f"/proc/{parent}/cmdline").read_bytes()
+    except OSError:
+        return
+    if sys.platform == "linux" and b"deepspeed.launcher.launch" in command:
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before the kernel knew
+            os._exit(128 + signal.SIGKILL)

@@ -1,0 +1,114 @@
+"""What goes between ranks, noted where it goes: which exchange is under way, how long it takes, how much is sent.
+
+Two roads lead from a rank to the others while it trains: DeepSpeed's communication backend, for gradients and weights,
+and the sequence-parallel group. Each gets a cover that looks like it. What a rank *sends* is counted as a ring of the
+ranks sends it: an all-reduce passes every byte on twice, a gather and a reduce-scatter once, less the own share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch import distributed as dist
+
+from bst_dist.parallel.group import SequenceGroup
+from bst_dist.parallel.phases import Phases
+
+
+class WatchedGroup(SequenceGroup):
+    """A sequence-parallel group whose exchanges are noted."""
+
+    def __init__(self, process_group: dist.ProcessGroup, phases: Phases) -> None:
+        super().__init__(process_group)
+        self.phases = phases
+
+    def gather(self, x: Tensor, kind: str) -> Callable[[], list[Tensor]]:
+        with self.phases.exchanging(kind):
+            return self._watched(kind, super().gather(x, kind))
+
+    def shift(self, x: Tensor, kind: str, to_left: bool = False, around: bool = False) -> Callable[[], Tensor | None]:
+        with self.phases.exchanging(kind):
+            return self._watched(kind, super().shift(x, kind, to_left, around))
+
+    def exchange(self, parts: Tensor, kind: str) -> Tensor:
+        with self.phases.exchanging(kind):
+            return super().exchange(parts, kind)
+
+    def _watched(self, kind: str, finish: Callable[[], Any]) -> Callable[[], Any]:
+        def wait() -> Any:
+            with self.phases.exchanging(kind):
+                return finish()
+
+        return wait
+
+
+class WatchedBackend:
+    """DeepSpeed's communication backend, with its collectives noted; everything else is the backend's own."""
+
+    def __init__(self, backend: Any, phases: Phases) -> None:
+        self._backend, self._phases = backend, phases
+
+    def __getattr__(self, name: str) -> Any:
+        own = getattr(self._backend, name)
+        if name not in SENT:
+            return own
+        kind, sent = SENT[name]
+
+        def watched(*args: Any, **named: Any) -> Any:
+            with self._phases.exchanging(kind, sent(args, named)):
+                work = own(*args, **named)
+            return None if work is None else _Work(work, kind, self._phases)
+
+        self.__dict__[name] = watched  # found there the next time
+        return watched
+
+
+class _Work:
+    """A collective under way, whose wait is noted."""
+
+    def __init__(self, work: Any, kind: str, phases: Phases) -> None:
+        self._work, self._kind, self._phases = work, kind, phases
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+    def wait(self, *args: Any) -> Any:
+        with self._phases.exchanging(self._kind):
+            return self._work.wait(*args)
+
+
+def watch_deepspeed(phases: Phases) -> None:
+    """Have all that DeepSpeed sends from now on noted in `phases`; called after the process group is there."""
+    from deepspeed.comm import comm
+
+    comm.cdb = WatchedBackend(getattr(comm.cdb, "_backend", comm.cdb), phases)
+
+
+def _counted(name: str, position: int, rounds: float) -> Callable[..., float]:
+    """Bytes sent by a collective over the tensor, or tensors, that is the argument `name`, or stands at `position`."""
+
+    def sent(args: Sequence[Any], named: dict[str, Any]) -> float:
+        tensors = named[name] if name in named else args[position]
+        whole = sum(t.numel() * t.element_size() for t in ([tensors] if isinstance(tensors, Tensor) else tensors))
+        group = named["group"] if "group" in named else args[2] if len(args) > 2 else None
+        ranks = dist.get_world_size(group)
+        return rounds * whole * (ranks - 1) / ranks
+
+    return sent
+
+
+SENT: dict[str, tuple[str, Callable[..., float]]] = {
+    "all_reduce": ("all-reduce", _counted("tensor", 0, 2)),
+    "all_reduce_coalesced": ("all-reduce", _counted("tensors", 0, 2)),
+    "reduce": ("reduce", _counted("tensor", 0, 1)),
+    "broadcast": ("broadcast", _counted("tensor", 0, 1)),
+    "all_gather": ("all-gather", _counted("tensor_list", 0, 1)),
+    "all_gather_into_tensor": ("all-gather", _counted("output_tensor", 0, 1)),
+    "all_gather_coalesced": ("all-gather", _counted("output_tensors", 0, 1)),
+    "reduce_scatter": ("reduce-scatter", _counted("input_list", 1, 1)),
+    "reduce_scatter_tensor": ("reduce-scatter", _counted("input_tensor", 1, 1)),
+    "all_to_all_single": ("all-to-all", _counted("output", 0, 1)),
+}
+"""Of each collective of the backend: what it is called in reports, and the bytes that one rank sends."""

@@ -1,0 +1,111 @@
+"""This process among all: its rank, its device, and the few small collectives that are not the model's or ZeRO's."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+
+from bst_dist.parallel.communication import watch_deepspeed
+from bst_dist.parallel.phases import Phases
+
+T = TypeVar("T")
+
+# Any of these says that a launcher started this process as one of several.
+_LAUNCHED = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+
+
+class Ranks:
+    """The process group of all ranks, joined by whichever launcher started this process.
+
+    Started by none, the process is a group of its own.
+    """
+
+    def __init__(self) -> None:
+        # The accelerator must be known before DeepSpeed is imported: it looks for one at import.
+        choose_accelerator()
+        from deepspeed import init_distributed, ops
+        from deepspeed.accelerator import get_accelerator
+
+        accelerator = get_accelerator()
+        if accelerator.device_name() == "cpu":
+            # DeepSpeed would try its C++ extensions one by one, and compile an all-reduce that only its inference uses:
+            # minutes at the first start, and a start killed meanwhile leaves a lock that the next one waits for.
+            ops.__compatible_ops__ = {}
+        if not any(name in os.environ for name in _LAUNCHED):
+            alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+            os.environ |= {**alone, "MASTER_PORT": str(free_port())}
+        if accelerator.device_name() != "cpu" and "LOCAL_RANK" in os.environ:
+            accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        init_distributed(verbose=False)
+        self.rank = distributed.get_rank()
+        self.world = distributed.get_world_size()
+        self.device = torch.device(accelerator.current_device_name())
+        on_cpu = accelerator.device_name() == "cpu"
+        self._allocated = None if on_cpu else accelerator.max_memory_allocated
+        self.phases = Phases(None if on_cpu else accelerator.synchronize)
+        """Where this rank is, what its time goes to and what it sends."""
+        watch_deepspeed(self.phases)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which prints and writes for all."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over all ranks, in float64: counts of tokens and bytes stay exact."""
+        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
+        with self.phases.exchanging("sum of numbers"):
+            distributed.all_reduce(totals)
+            return totals.tolist()
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank, on every rank."""
+        values: list[Any] = [None] * self.world
+        with self.phases.exchanging("gather of objects"):
+            distributed.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: T) -> T:
+        """Rank 0's value."""
+        values = [value]
+        with self.phases.exchanging("broadcast of an object"):
+            distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        with self.phases.exchanging("barrier"):
+            distributed.barrier()
+
+    def memory_high_water(self) -> int:
+        """Most bytes that this rank has held: on its accelerator, or of the machine's memory where there is none."""
+        if self._allocated is not None:
+            return self._allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def leave(self) -> None:
+        """Leave the process group; without this the exit of one rank may look like a fault to the others."""
+        distributed.destroy_process_group()
+        # DeepSpeed has found the ranks by MPI, and mpirun takes an exit without this for a fault.
+        if "mpi4py.MPI" in sys.modules:
+            sys.modules["mpi4py.MPI"].Finalize()
+
+
+def choose_accelerator() -> None:
+    """Make DeepSpeed use the CPU on a machine without an accelerator, unless the environment says otherwise."""
+    if torch.accelerator.current_accelerator(check_available=True) is None:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,1 @@
+"""What a run reports: metrics, performance, TensorBoard, profiles, looks into the model."""

@@ -1,0 +1,41 @@
+"""A trace of some steps, for chrome://tracing or Perfetto."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile, supported_activities
+
+from bst_dist.report.metrics import Callback, StepReport
+
+DIRECTORY = "profile"
+
+
+class Profile(Callback):
+    """Traces the steps from the first to the last of a window; each rank writes a file of its own."""
+
+    def __init__(
+        self, window: tuple[int, int], run_dir: Path, rank: int, done: int, say: Callable[[str], None]
+    ) -> None:
+        """`window`: its first and last step, counted from 1; `done`: the steps taken before this start."""
+        self.first, self.last = window
+        self.path = run_dir / DIRECTORY / f"steps-{self.first}-{self.last}-rank-{rank:05d}.json.gz"
+        self.say = say
+        self._profiler: Any = None
+        self._start_if_due(done)
+
+    def after_step(self, report: StepReport, last: bool) -> None:
+        if self._profiler is not None and (last or report.step == self.last):
+            self._profiler.__exit__(None, None, None)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._profiler.export_chrome_trace(str(self.path))
+            self._profiler = None
+            self.say(f"{report.step:>12} trace {self.path}")
+        self._start_if_due(report.step)
+
+    def _start_if_due(self, done: int) -> None:
+        if done + 1 == self.first:
+            activities = supported_activities() & {ProfilerActivity.CPU, ProfilerActivity.CUDA}
+            self._profiler = profile(activities=activities, record_shapes=True, with_stack=False).__enter__()

@@ -1,0 +1,87 @@
+"""Event files for TensorBoard: curves, what probes see in the model, and the run's place among others (HParams)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bst_dist.config import Recipe, flat
+from bst_dist.model.layers import MIXERS
+from bst_dist.report.metrics import EvalReport, Report, Seen, SkippedReport, Writer
+
+FOLDER = "tensorboard"
+HPARAMS = (
+    "model.mixer", "model.context.variant", "model.ssm.kernel", "model.width", "model.depth", "model.heads",
+    "model.ffn", "model.block", "train.sequence_length", "train.sequences", "train.steps", "train.precision",
+    "optimizer.learning_rate", "optimizer.ssm_learning_rate", "optimizer.weight_decay", "seed", "parallel.sp",
+    "deepspeed",
+)  # fmt: skip
+"""Fields of the recipe that the HParams page has a column for; the same ones in every run, so that runs compare."""
+SHOWN = ("model.mixer", "model.context.variant", "model.ssm.kernel", "optimizer.learning_rate", "parameters")
+"""Those that the page shows before any is ticked: of more than five TensorBoard hides the rest, by alphabet."""
+RESULTS = ("validation/bits_per_byte", "validation/loss_nats", "train/loss_nats", "train/tokens", "train/tokens_per_s")
+"""Curves whose last value stands beside them."""
+BINS = np.linspace(-1, 8, 181)
+"""Of all histograms, whose values are powers of ten: with the same bins, those of several steps compare."""
+
+
+class TensorBoard(Writer):
+    """A run's events, by step; a resumed run hides what lay beyond its checkpoint."""
+
+    def __init__(self, run_dir: Path, start_step: int, hparams: dict[str, str | float]):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+        from torch.utils.tensorboard.summary import hparams as summaries
+
+        self._writer = SummaryWriter(str(run_dir / FOLDER), purge_step=start_step + 1 if start_step else None)
+        experiment, begin, self._end = summaries(hparams, dict.fromkeys(RESULTS))
+        _show_first(experiment, SHOWN)
+        for summary in (experiment, begin):
+            self._writer.file_writer.add_summary(summary)
+
+    def write(self, report: Report) -> None:
+        if isinstance(report, SkippedReport):
+            return
+        kind = report.split if isinstance(report, EvalReport) else report.kind
+        for name, value in flat(asdict(report)).items():
+            if name != "step" and isinstance(value, (int, float)) and not math.isnan(value):
+                self._writer.add_scalar(f"{kind}/{name.replace('.', '/')}", value, report.step)
+
+    def see(self, seen: Seen) -> None:
+        for name, value in seen.scalars.items():
+            self._writer.add_scalar(name, value, seen.step)
+        for name, values in seen.powers_of_ten.items():
+            self._writer.add_histogram(name, values, seen.step, bins=BINS)
+        if seen.sample is not None:
+            self._writer.add_text("sample", seen.sample, seen.step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.file_writer.add_summary(self._end)
+        self._writer.close()
+
+
+def hparams(recipe: Recipe, **more: str | float) -> dict[str, str | float]:
+    """What the HParams page says of a run: fields of its recipe, and `more`; "-" where no layer reads the field."""
+    values: dict[str, Any] = flat(recipe.model_dump(mode="json"))
+    read = {section for mixer in recipe.model.mixers() for section in MIXERS[mixer].sections}
+    for section in ("context", "ssm"):
+        if section not in read:
+            values |= {name: "-" for name in values if name.startswith(f"model.{section}.")}
+    values["deepspeed"] = Path(recipe.deepspeed).stem
+    return {name: values.get(name, "-") for name in HPARAMS} | more
+
+
+def _show_first(experiment: Any, names: Sequence[str]) -> None:
+    """Mark some columns as those in which runs differ, which TensorBoard takes for the ones to show."""
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    plugin = experiment.value[0].metadata.plugin_data
+    data = HParamsPluginData.FromString(plugin.content)
+    for info in data.experiment.hparam_infos:
+        info.differs = info.name in names
+    plugin.content = data.SerializeToString()

@@ -1,0 +1,215 @@
+"""What each part of a trained model carries: the loss when that part is cut or its contents are changed.
+
+    bst ablate runs/demo
+    bst ablate runs/demo --interventions zero noise:0.1 delay:2 --layers 3 --documents 16
+
+Every intervention is made in each layer by itself and in all layers at once, and is read over the same beginnings of
+documents of the validation split as the untouched model, streamed as in `bst eval`. So the increase of the loss is
+paired: its standard error, over documents, is far below those of the two losses. It is told by the place in the
+document and in the block too. A figure --out (default: ablations.png in the run's directory) shows all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bst_base.errors import UserError
+from bst_dist.study.ablation.interventions import KINDS, Intervention, defaults, obstacle, parse, same_as_zero
+from bst_dist.study.ablation.measure import Increase, Losses, Text, ablate, block_bins, by_place, document_bins
+from bst_dist.study.ablation.plot import draw
+from bst_dist.study.evaluation.corpora import open_text
+from bst_dist.study.evaluation.trained import Trained, open_run
+from bst_dist.study.report.plot import FORMATS, STYLE
+from data_pipeline.commands.progress import stages
+from data_pipeline.serve.reader import Corpus
+
+Plan = list[tuple[Intervention, tuple[int, ...]]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = "; ".join(f"{name}{':STRENGTH' if kind.strengths else ''} ({kind.text})" for name, kind in KINDS.items())
+    parser.add_argument("run", metavar="RUN", type=Path, help="directory of a run")
+    parser.add_argument("--interventions", metavar="KIND[:STRENGTH]", nargs="+",
+                        help=f"default: all that apply, at several strengths. {kinds}")  # fmt: skip
+    parser.add_argument("--layers", metavar="LAYER", nargs="+",
+                        help="numbers from 0 on, or all for all at once (default: each, and all)")  # fmt: skip
+    parser.add_argument("--documents", metavar="N", type=int, default=64,
+                        help="read so many documents, evenly spread over the split (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--tokens", metavar="T", type=int,
+                        help="read so many tokens of each from its beginning (default: 8 sequences)")  # fmt: skip
+    parser.add_argument("--split", default="validation", help="the documents to read (default: %(default)s)")
+    parser.add_argument("--checkpoint", metavar="STEP", type=int, help="weights after this step (default: the newest)")
+    parser.add_argument("--seed", type=int, default=0, help="of noise and shuffling (default: %(default)s)")
+    parser.add_argument("--out", metavar="PATH", type=Path, help="the figure to draw: .png, .pdf or .svg")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    console = Console()
+    out = args.out or args.run / "ablations.png"
+    if out.suffix not in FORMATS:
+        raise UserError(f"--out {out}: the suffix must be one of {', '.join(FORMATS)}")
+    for name in ("documents", "tokens"):
+        if (given := getattr(args, name)) is not None and given < 1:
+            raise UserError(f"--{name} {given}: read at least one")
+    trained = open_run(args.run, args.checkpoint)
+    planned, left_out = plan(trained, args.interventions, args.layers)
+    report: dict[str, Any] = {
+        "run": str(args.run), "step": trained.step, "split": args.split, "seed": args.seed, "left_out": left_out,
+        "corpora": [],
+    }  # fmt: skip
+    opened = open_text(trained, args.split)
+    for number, corpus in enumerate(opened):
+        started = time.perf_counter()
+        text = beginnings(trained, corpus, args.documents, args.tokens)
+        untouched, found = measure(trained, text, planned, args.seed, console)
+        figures = summary(trained, untouched, found)
+        figures["time_s"] = time.perf_counter() - started
+        console.print(_table(args, trained, corpus.storage.where, figures))
+        path = out if len(opened) == 1 else out.with_stem(f"{out.stem}-{number}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with matplotlib.rc_context(STYLE):
+            draw(found, figures, trained.recipe.train.sequence_length).savefig(path)
+        report["corpora"].append({"corpus": corpus.storage.where, **figures, "figure": str(path)})
+        console.print(f"drew {path}", markup=False, highlight=False)
+    for line in left_out:
+        console.print(f"left out: {line}", markup=False, highlight=False)
+    return report
+
+
+def plan(trained: Trained, asked: Sequence[str] | None, where: Sequence[str] | None) -> tuple[Plan, list[str]]:
+    """Every intervention with the layers it is made in; and what does not apply where, in words.
+
+    Raises UserError for what is not known or not there, and when nothing that was asked for applies.
+    """
+    layers = _layers(trained, where)
+    mixers = trained.recipe.model.mixers()
+    wanted = [one for text in asked for one in parse(text)] if asked else defaults()
+    planned: Plan = []
+    reasons: dict[tuple[str, str], list[int]] = {}
+    for intervention in wanted:
+        reached = []
+        for index, layer in enumerate(trained.model.layers):
+            reason = obstacle(layer.mixer, intervention.kind)
+            if reason is None and not asked and intervention.kind == "no-cross" and same_as_zero(layer.mixer):
+                reason = "the same as zero"
+            if reason is None:
+                reached.append(index)
+            elif layers is None or layers & {"all", index}:
+                reasons.setdefault((intervention.kind, f"{mixers[index]}: {reason}"), []).append(index)
+        if len(reached) > 1 and (layers is None or "all" in layers):
+            planned.append((intervention, tuple(reached)))
+        planned += [(intervention, (index,)) for index in reached if layers is None or index in layers]
+    left_out = _left_out(reasons)
+    if not planned:
+        raise UserError("none of the interventions applies to the layers asked for:\n  " + "\n  ".join(left_out))
+    return planned, left_out
+
+
+def _layers(trained: Trained, where: Sequence[str] | None) -> set[int | str] | None:
+    depth = len(trained.model.layers)
+    for text in where or ():
+        if text != "all" and not (text.isdecimal() and int(text) < depth):
+            raise UserError(f"--layers {text}: the model has {depth} layers, 0 to {depth - 1}; or all, for all at once")
+    return {text if text == "all" else int(text) for text in where} if where else None
+
+
+def _left_out(reasons: dict[tuple[str, str], list[int]]) -> list[str]:
+    """A line for all interventions that do not apply to the same layers for the same reason."""
+    grouped: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for (kind, reason), indices in reasons.items():
+        kinds = grouped.setdefault((reason, tuple(dict.fromkeys(indices))), [])
+        kinds += [kind] if kind not in kinds else []
+    return [f"{', '.join(kinds)} in {_named(indices)} ({reason})" for (reason, indices), kinds in grouped.items()]
+
+
+def _named(layers: Sequence[int]) -> str:
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+
+
+def beginnings(trained: Trained, corpus: Corpus, documents: int, tokens: int | None) -> Text:
+    """The documents to read, evenly spread over the split, and how far."""
+    isolated = trained.recipe.data.documents == "isolated"
+    chosen = np.unique(np.linspace(0, len(corpus) - 1, min(documents, len(corpus))).round().astype(int))
+    lengths = np.zeros(len(corpus), np.int64)
+    lengths[chosen] = np.minimum(corpus.lengths[chosen], tokens or 8 * trained.recipe.train.sequence_length)
+    text = Text(corpus, lengths, corpus.token_bytes(), None if isolated else corpus.manifest.tokenizer.eos_id)
+    if not text.tokens:
+        raise UserError(f"{corpus.where}: the documents chosen have no token to predict: raise --documents or --tokens")
+    return text
+
+
+def measure(trained: Trained, text: Text, planned: Plan, seed: int, console: Console) -> tuple[Losses, list[Increase]]:
+    """Read the text untouched and with every intervention, saying how far it is."""
+    recipe = trained.recipe
+    with stages(console) as report:
+        return ablate(
+            trained.model, text, planned, slice_length=recipe.train.sequence_length, precision=recipe.train.precision,
+            seed=seed, progress=lambda done: report("ablate", done, (1 + len(planned)) * text.tokens),
+        )  # fmt: skip
+
+
+def summary(trained: Trained, untouched: Losses, found: Sequence[Increase]) -> dict[str, Any]:
+    """The figures of all interventions, with the places they are told for."""
+    block = trained.recipe.model.block
+    longest = int(untouched.tokens.sum(1).max())
+    tokens = untouched.tokens.sum(1)
+    (loss,) = by_place(untouched.nats.sum(1, keepdims=True), tokens[:, None])
+    (bits,) = by_place(untouched.nats.sum(1, keepdims=True) / np.log(2), untouched.bytes[:, None])
+    return {
+        "documents": int((tokens > 0).sum()),
+        "tokens": int(tokens.sum()),
+        "bytes": int(untouched.bytes.sum()),
+        **loss.report("loss_nats_per_token"),
+        **bits.report("bits_per_byte"),
+        "places_in_document": document_bins(longest, block).tolist(),
+        "tokens_in_document": untouched.tokens.sum(0).tolist(),
+        "loss_in_document": [e.report("loss_nats_per_token") for e in by_place(untouched.nats, untouched.tokens)],
+        "places_in_block": block_bins(block).tolist(),
+        "loss_in_block": [
+            e.report("loss_nats_per_token") for e in by_place(untouched.nats_in_block, untouched.tokens_in_block)
+        ],
+        "interventions": [increase.report() for increase in found],
+    }
+
+
+def _table(args: argparse.Namespace, trained: Trained, where: str, figures: dict[str, Any]) -> Table:
+    last = figures["places_in_document"][-2]
+    table = Table(
+        "", "layer", "nats per token", "bits per byte", "first\nblock", f"from\n{last:,}",
+        title=f"{args.run} after {trained.step:,} steps: {args.split} of {where}\nuntouched: "
+              f"{figures['loss_nats_per_token']:.4f} nats per token, {figures['bits_per_byte']:.4f} bits per byte\n"
+              "more of it with an intervention:",
+        caption=f"{figures['documents']:,} documents, {figures['tokens']:,} tokens, {figures['time_s']:.0f} s; ± "
+                f"standard error over documents;\nlast: nats per token in a document's first block, and from "
+                f"token {last:,} on",
+        title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD,
+    )  # fmt: skip
+    before = None
+    for line in figures["interventions"]:
+        name, places = line["intervention"], line["by_place_in_document"]
+        table.add_row(
+            name if name != before else "",
+            str(line["layers"][0]) if len(line["layers"]) == 1 else "all",
+            _with_error(line, "loss_increase_nats_per_token"),
+            _with_error(line, "bits_per_byte_increase"),
+            *(f"{places[at]['loss_increase_nats_per_token']:+.4f}" for at in (0, -1)),
+        )
+        before = name
+    for column in table.columns:
+        column.no_wrap = True
+    return table
+
+
+def _with_error(line: dict[str, Any], key: str) -> str:
+    error = line[f"{key}_standard_error"]
+    return f"{line[key]:+.4f}" + ("" if error is None else f" ± {error:.4f}")

@@ -1,0 +1,143 @@
+"""Interventions in a trained model: a part of it is cut or its contents are changed, from outside, by hooks.
+
+The model's code knows nothing of them, and outside of `intervened` it is what it was to the last bit. Each intervention
+is causal: whatever stands in the place of a block's context states is made of that block's and of earlier ones. None
+depends on how a document is cut into slices or batches: what an earlier slice had is asked of the past, as the layers
+themselves do, and random draws are keyed by their place in the document.
+
+Shapes: B rows, nb blocks of a slice, n states a block (W with SH and MH, S with MF), W tokens a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+from torch import nn
+
+from bst_base.errors import UserError
+from bst_dist.model.baselines.block_recurrent import BlockRecurrentMixer
+from bst_dist.model.context import StreamContext
+from bst_dist.model.layers import BSTMixer, NoCrossMixer
+from bst_dist.model.lm import LanguageModel
+from bst_dist.model.probes import kernel_of
+from bst_dist.study.ablation import cuts, states
+
+
+class Kind(NamedTuple):
+    """A kind of intervention."""
+
+    part: str
+    """What it touches: context states, the SSM's memory, cross-attention's output, or self-attention."""
+    text: str
+    strengths: tuple[float, ...] = ()
+    """The strengths tried unless others are asked for; none where it has no strength."""
+    whole: bool = False
+    """Whether a strength is a number of blocks."""
+
+
+KINDS: dict[str, Kind] = {
+    "zero": Kind("context", "context states are zero"),
+    "shuffle": Kind("context", "a block sees the states of one of the so many blocks before it, drawn at random",
+                    (16,), whole=True),
+    "delay": Kind("context", "a block sees the states of so many blocks earlier", (1, 4), whole=True),
+    "noise": Kind("context", "noise is added, so many times the root mean square of each state", (0.3, 1)),
+    "replace": Kind("context", "noise of so many times that size stands in the states' place", (1,)),
+    "forget": Kind("memory", "the SSM begins anew at each block"),
+    "no-cross": Kind("cross", "cross-attention gives zero"),
+    "own-block": Kind("self", "self-attention sees its own block only"),
+    "no-self": Kind("self", "self-attention gives zero"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """A kind, with its strength where it has one."""
+
+    kind: str
+    strength: float | None = None
+
+    def __str__(self) -> str:
+        return self.kind if self.strength is None else f"{self.kind}:{self.strength:g}"
+
+
+def defaults() -> list[Intervention]:
+    """Every kind at the strengths it is tried at by default."""
+    return [Intervention(name, strength) for name, kind in KINDS.items() for strength in kind.strengths or (None,)]
+
+
+def parse(text: str) -> list[Intervention]:
+    """What is meant by ``zero``, ``noise:0.5``, or ``noise`` at its default strengths; raises UserError."""
+    name, colon, given = text.partition(":")
+    if name not in KINDS:
+        raise UserError(f"no intervention {name!r}; there are: {', '.join(KINDS)}")
+    kind = KINDS[name]
+    if not colon:
+        return [Intervention(name, strength) for strength in kind.strengths or (None,)]
+    if not kind.strengths:
+        raise UserError(f"{text}: {name} has no strength: {kind.text}")
+    wanted = "a number of blocks, 1 or more" if kind.whole else "a number above 0"
+    try:
+        strength = int(given) if kind.whole else float(given)
+    except ValueError:
+        strength = 0
+    if not 0 < strength < float("inf"):
+        raise UserError(f"{text}: the strength of {name} is {wanted}: {kind.text}")
+    return [Intervention(name, strength)]
+
+
+def obstacle(mixer: nn.Module, kind: str) -> str | None:
+    """Why a kind of intervention does not apply to a layer's mixer; None when it does."""
+    part = KINDS[kind].part
+    has_context = isinstance(mixer, (BSTMixer, BlockRecurrentMixer)) and not isinstance(mixer, NoCrossMixer)
+    if part == "self":
+        return None if hasattr(mixer, "attention") else "no self-attention"
+    if part == "memory":
+        return None if not isinstance(mixer, NoCrossMixer) and kernel_of(mixer) else "no SSM"
+    if not has_context:
+        return "no context states"
+    if kind in ("shuffle", "delay") and isinstance(mixer, BlockRecurrentMixer):
+        return "a recurrent state, made from the one before it"
+    return None
+
+
+def same_as_zero(mixer: nn.Module) -> bool:
+    """Whether cross-attention to zero states gives zero: SH and MH; elsewhere an identity is added to each state."""
+    return isinstance(mixer, BSTMixer) and isinstance(mixer.cross.context, StreamContext)
+
+
+@contextmanager
+def intervened(
+    model: LanguageModel, intervention: Intervention, layers: Sequence[int], seed: int = 0
+) -> Iterator[LanguageModel]:
+    """The model with an intervention in some layers, to which it must apply; undone at the end.
+
+    It must be given whole blocks, from a document's beginning on; one who takes its states from slice to slice by
+    `LanguageModel.carry` takes along what the intervention remembers. Not for use under autograd.
+    """
+    with ExitStack() as stack:
+        for index in layers:
+            stack.callback(_install(model, intervention, index, seed))
+        yield model
+
+
+def _install(model: LanguageModel, intervention: Intervention, index: int, seed: int) -> Callable[[], None]:
+    """Change one layer; returns what undoes it."""
+    mixer, block = model.layers[index].mixer, model.config.block
+    match intervention.kind:
+        case "forget":
+            return cuts.forget(kernel_of(mixer), block)
+        case "no-cross":
+            return cuts.without_cross(mixer)
+        case "own-block":
+            return cuts.own_block(mixer.attention, block)
+        case "no-self":
+            return cuts.without_output(mixer.attention)
+    change = partial(states.CHANGES[intervention.kind], strength=intervention.strength)
+    draws = states.Draws(seed, index)
+    if isinstance(mixer, BlockRecurrentMixer):
+        return states.change_recurrent(mixer, block, draws, change)
+    return states.change_context(mixer.cross.context, block, draws, change)

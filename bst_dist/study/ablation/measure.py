@@ -1,0 +1,179 @@
+"""What an intervention costs: losses with it and without it on the same documents, by place.
+
+Shapes: n documents, P bins by the place in the document, Q bins by the place in the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bst_dist.model.lm import LanguageModel
+from bst_dist.study.ablation.interventions import Intervention, intervened
+from bst_dist.study.evaluation.scoring import Documents, score_slices, streams
+from bst_dist.study.statistics import Estimate, ratio
+
+IN_BLOCK = 16
+"""Bins of the place in a block, or one a token where a block has fewer."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Beginnings of documents to predict."""
+
+    corpus: Documents
+    lengths: np.ndarray
+    """(n,) tokens to read of each of the corpus's documents, from its beginning; 0 to leave it out."""
+    token_bytes: np.ndarray
+    """(V,)"""
+    begin: int | None
+    """The token before a document's first; None when the first is not predicted (isolated documents)."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to predict."""
+        return int(np.maximum(self.lengths.astype(np.int64) - (self.begin is None), 0).sum())
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Sums over tokens."""
+
+    nats: np.ndarray
+    """(n, P)"""
+    nats_in_block: np.ndarray
+    """(n, Q)"""
+    tokens: np.ndarray
+    """(n, P)"""
+    tokens_in_block: np.ndarray
+    """(n, Q)"""
+    bytes: np.ndarray
+    """(n,)"""
+
+
+@dataclass(frozen=True)
+class Increase:
+    """What an intervention in some layers costs: nats a token more than untouched, but for `bits_per_byte`."""
+
+    intervention: Intervention
+    layers: Sequence[int]
+    loss: Estimate
+    bits_per_byte: Estimate
+    in_document: list[Estimate]
+    """(P,)"""
+    in_block: list[Estimate]
+    """(Q,)"""
+
+    def report(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "intervention": str(self.intervention),
+            "layers": list(self.layers),
+            **self.loss.report("loss_increase_nats_per_token"),
+            **self.bits_per_byte.report("bits_per_byte_increase"),
+            "by_place_in_document": [place.report("loss_increase_nats_per_token") for place in self.in_document],
+            "by_place_in_block": [place.report("loss_increase_nats_per_token") for place in self.in_block],
+        }
+
+
+def document_bins(longest: int, block: int) -> np.ndarray:
+    """(P + 1,) tokens at which bins of the place in a document begin, and the end: block 0, 1, 2-3, 4-7, ..."""
+    edges = [0, block]
+    while edges[-1] < longest:
+        edges.append(2 * edges[-1])
+    return np.array(edges)
+
+
+def block_bins(block: int) -> np.ndarray:
+    """(Q + 1,) the same within a block."""
+    bins = min(IN_BLOCK, block)
+    return np.arange(bins + 1) * block // bins
+
+
+def losses(
+    model: LanguageModel, text: Text, slice_length: int, precision: str, progress: Callable[[int], None]
+) -> Losses:
+    """Read all of a text with the model as it is; `progress` is told how many tokens are done."""
+    block, done = model.config.block, 0
+    edges, edges_in_block = document_bins(int(text.lengths.max()), block), block_bins(block)
+    shapes = (len(text.lengths), len(edges) - 1), (len(text.lengths), len(edges_in_block) - 1)
+    found = Losses(
+        *map(np.zeros, shapes), *(np.zeros(shape, np.int64) for shape in shapes), np.zeros(len(text.lengths), np.int64)
+    )
+    pieces = streams(text.lengths, None, first=int(text.begin is None))
+    for part in score_slices(
+        model, text.corpus, pieces, begin=text.begin, slice_length=slice_length, precision=precision
+    ):
+        documents = [stream.document for stream in part.streams]
+        there = part.labels >= 0
+        at = part.offset + np.arange(part.labels.shape[1])  # tokens read before, but for the one at hand
+        for place, bins, nats, tokens in (
+            (at, edges, found.nats, found.tokens),
+            (at % block, edges_in_block, found.nats_in_block, found.tokens_in_block),
+        ):
+            membership = _membership(place, bins)
+            np.add.at(nats, documents, part.nats @ membership)
+            np.add.at(tokens, documents, there @ membership)
+        np.add.at(found.bytes, documents, np.where(there, text.token_bytes[part.labels], 0).sum(1))
+        done += int(there.sum())
+        progress(done)
+    return found
+
+
+def _membership(place: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """(l, bins) one where a token lies in a bin."""
+    bins = np.searchsorted(edges, place, side="right") - 1
+    return (bins[:, None] == np.arange(len(edges) - 1)).astype(np.int64)
+
+
+def increase(intervention: Intervention, layers: Sequence[int], with_it: Losses, without: Losses) -> Increase:
+    """The cost of an intervention from the losses with it and without it, paired document by document."""
+    read = without.tokens.sum(1) > 0
+    more, tokens = (with_it.nats - without.nats).sum(1)[read], without.tokens.sum(1)[read]
+    return Increase(
+        intervention,
+        layers,
+        ratio(more, tokens),
+        ratio(more / np.log(2), without.bytes[read]),
+        by_place(with_it.nats - without.nats, without.tokens),
+        by_place(with_it.nats_in_block - without.nats_in_block, without.tokens_in_block),
+    )
+
+
+def by_place(nats: np.ndarray, tokens: np.ndarray) -> list[Estimate]:
+    """Nats a token in each bin, (n, bins) both; a document without a token there is no sample of it."""
+    there = tokens > 0
+    return [ratio(nats[there[:, i], i], tokens[there[:, i], i]) for i in range(tokens.shape[1])]
+
+
+def ablate(
+    model: LanguageModel,
+    text: Text,
+    planned: Sequence[tuple[Intervention, Sequence[int]]],
+    *,
+    slice_length: int,
+    precision: str = "fp32",
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> tuple[Losses, list[Increase]]:
+    """The untouched losses, and what each intervention in its layers adds.
+
+    Args:
+        model: on the device where it is to run.
+        planned: interventions, each with the layers it is made in.
+        slice_length: tokens of a forward pass in one row, a multiple of the block.
+        seed: of the noise and the shuffling.
+        progress: told how many tokens are done, over all passes.
+    """
+    model.eval()
+    untouched = losses(model, text, slice_length, precision, progress)
+    found = []
+    for number, (intervention, layers) in enumerate(planned, start=1):
+        with intervened(model, intervention, layers, seed):
+            before = number * text.tokens
+            changed = losses(model, text, slice_length, precision, lambda done, before=before: progress(before + done))
+        found.append(increase(intervention, layers, changed, untouched))
+    return untouched, found

@@ -1,0 +1,73 @@
+"""Whether two runs are the same: equal losses at every step and equal weights at the end, to the last bit.
+
+A run that was stopped and resumed, once or often, must equal one that never stopped.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bst_base.errors import UserError
+from bst_dist.checkpoint.directory import load_weights, newest_valid
+from bst_dist.config import differing
+from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.train.rundir import read_recipe
+
+# What is computed from the weights and the data, and so must be equal; times are not.
+COMPUTED = ("tokens", "loss_nats", "bits_per_byte", "gradient_norm", "learning_rate")
+
+
+def equality(one: Path, other: Path) -> dict[str, Any]:
+    """Largest differences between two runs: of each reported quantity over all steps, and of the final weights.
+
+    Raises UserError when they have not taken the same steps, or have not ended in the same model.
+    """
+    recipe = differing(read_recipe(one), read_recipe(other))
+    metrics: dict[str, float] = {}
+    first, second = _lines(one), _lines(other)
+    if odd := sorted(step for kind, step in first.keys() ^ second.keys() if kind == "train"):
+        raise UserError(f"{one} and {other} have not taken the same steps: only one of them has step {odd[0]}")
+    common = first.keys() & second.keys()  # where a run was stopped there may be one evaluation more
+    for key in sorted(common):
+        for name in COMPUTED:
+            if name in first[key]:
+                metrics[name] = max(metrics.get(name, 0.0), _distance(first[key][name], second[key][name]))
+    checkpoints = [newest_valid(run_dir) for run_dir in (one, other)]
+    if checkpoints[0].name != checkpoints[1].name:
+        raise UserError(f"{checkpoints[0]} and {checkpoints[1]}: the runs have not come equally far")
+    weights = _weights(*map(load_weights, checkpoints))
+    return {
+        "runs": [str(one), str(other)],
+        "passed": not recipe and weights == 0 and not any(metrics.values()),
+        "recipe_differences": recipe,
+        "steps": sum(kind == "train" for kind, _ in common),
+        "evaluations": sum(kind.startswith("eval") for kind, _ in common),
+        "checkpoint": checkpoints[0].name,
+        "largest_difference": {**metrics, "weights": weights},
+    }
+
+
+def _lines(run_dir: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """Reports of a run by their kind (and split) and step."""
+    lines = read_lines(run_dir / FILE)
+    if not lines:
+        raise UserError(f"{run_dir}: no {FILE}, or nothing in it; has the run taken a step?")
+    return {(f"{line['kind']} {line.get('split', '')}".strip(), line["step"]): line for line in lines}
+
+
+def _weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Largest difference of any weight; infinite when they are not of the same model."""
+    shapes = [{name: tensor.shape for name, tensor in weights.items()} for weights in (one, other)]
+    if shapes[0] != shapes[1]:
+        return float("inf")
+    return max(_distance(one[name], other[name]) for name in one)
+
+
+def _distance(a: Any, b: Any) -> float:
+    """Largest absolute difference; infinite where only one is a number, zero where both are the same non-number."""
+    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
+    same = (a == b) | (a.isnan() & b.isnan())
+    return float(torch.where(same, 0.0, (a - b).abs().nan_to_num(nan=torch.inf)).max())

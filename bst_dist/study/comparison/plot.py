@@ -1,0 +1,82 @@
+"""The figure of `bst compare --plot`: runs over the tokens they have seen and over the time they took.
+
+Below, how much each differs from the first in training on the same batches, and how fast it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from bst_base.errors import UserError
+from bst_dist.study.comparison.outline import Outline
+from bst_dist.study.comparison.pairs import by_step
+from bst_dist.study.report.plot import evaluations, legend, looks, smoothed
+
+INCHES = (6.75, 4.8)
+
+
+def draw(runs: Mapping[str, Outline]) -> Figure:
+    """The figure for runs by name; raises UserError when one has no training step with bits per byte."""
+    for one in runs.values():
+        if not any(math.isfinite(line.get("bits_per_byte", math.nan)) for line in one.train):
+            raise UserError(f"{one.run_dir}: nothing to draw: no training step with bits per byte has been reported")
+    figure = Figure(figsize=INCHES, layout="constrained")
+    grid = figure.add_gridspec(2, 2, height_ratios=(1.5, 1))
+    tokens, time = (figure.add_subplot(grid[0, column]) for column in range(2))
+    difference, speed = (figure.add_subplot(grid[1, column]) for column in range(2))
+    unit, seconds = _unit(runs)
+    first = next(iter(runs.values()))
+    for look, one in zip(looks(len(runs)), runs.values(), strict=True):
+        _loss(tokens, one, np.array([line["tokens"] for line in one.train]), look)
+        _loss(time, one, np.cumsum([line["step_time_s"] for line in one.train]) / seconds, look)
+        late = one.train[1:] or one.train  # the first step warms up
+        smoothed(speed, *_points(late, "tokens_per_s"), look)
+        if one is not first and (steps := by_step(first, one)):
+            values = np.array([two["bits_per_byte"] - before["bits_per_byte"] for before, two in steps])
+            smoothed(difference, np.array([two["tokens"] for _, two in steps]), values, look)
+    _finish(tokens, time, difference, speed, unit)
+    legend(tokens, list(runs))
+    return figure
+
+
+def _loss(axes: Axes, one: Outline, where: np.ndarray, look: dict[str, str]) -> None:
+    smoothed(axes, where, np.array([line["bits_per_byte"] for line in one.train]), look)
+    steps = {line["step"]: float(place) for line, place in zip(one.train, where, strict=True)}
+    evaluations(axes, [line for line in one.lines if "bits_per_byte" in line], steps, look["color"])
+
+
+def _points(lines: list[dict[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([line["tokens"] for line in lines]), np.array([line[key] for line in lines])
+
+
+def _unit(runs: Mapping[str, Outline]) -> tuple[str, float]:
+    """What the longest run's time is best told in."""
+    longest = max(sum(line["step_time_s"] for line in one.train) for one in runs.values())
+    return next((name, size) for name, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("s", 1.0))
+                if longest > 2 * size or size == 1.0)  # fmt: skip
+
+
+def _finish(tokens: Axes, time: Axes, difference: Axes, speed: Axes, unit: str) -> None:
+    """Labels and scales."""
+    tokens.set_ylabel("bits per byte")
+    time.sharey(tokens)
+    time.set_xlabel(f"time in training steps, {unit}")
+    difference.set_title("bits per byte above the first run, same batches")
+    difference.axhline(0.0, color="#777777", linewidth=0.6)
+    speed.set_title("tokens per second")
+    speed.set_ylim(bottom=0)
+    speed.yaxis.set_major_formatter(EngFormatter(sep=""))
+    if len(difference.lines) == 1:
+        difference.text(0.5, 0.6, "no two runs read the same batches", ha="center", transform=difference.transAxes)
+    for axes in (tokens, difference, speed):
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlabel("tokens seen")
+    for axes in (tokens, time, difference, speed):
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5))

@@ -1,0 +1,1 @@
+"""Questions to one trained run: its loss on documents, text from its model."""

@@ -1,0 +1,86 @@
+"""Evaluate a run's model: on whole documents, at several lengths, or on tasks of the lm-evaluation-harness.
+
+    bst eval runs/demo
+    bst eval runs/demo --lengths 512,4096,16384 --plot lengths.png
+    bst eval runs/demo --harness lambada_openai --limit 100
+
+Without options, every document of the split is read from its beginning through the carried state, so each token is
+predicted from all that came before it in its document, however long (--context L makes the model forget after every L
+tokens). The end of a document is predicted too, and its cost counted. Errors are standard errors over documents, by
+the delta method for a ratio of sums. Perplexity depends on the tokenizer; bits per byte of text does not.
+
+--lengths L,L measures the same text in sequences of each length, beside the trained one: joined as in training, or the
+documents that are that long where the model was trained on isolated ones.
+
+--harness TASK,TASK asks the model what tasks of EleutherAI's lm-evaluation-harness ask; that is a package of its own:
+pip install --editable '.[harness]', in the directory of this project.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from bst_base.errors import UserError
+from bst_dist.study.evaluation import perplexity
+
+DOCUMENTS, LENGTHS, HARNESS = "whole documents", "--lengths", "--harness"
+OPTIONS = {
+    "context": (DOCUMENTS,), "corpus": (DOCUMENTS, LENGTHS), "tokens": (LENGTHS,), "plot": (LENGTHS,),
+    "harness_tasks": (HARNESS,), "limit": (HARNESS,), "fewshot": (HARNESS,),
+}  # fmt: skip
+"""Which evaluations an option belongs to."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", type=Path, help="directory of a run")
+    parser.add_argument("--split", default="validation", help="the documents to read (default: %(default)s)")
+    parser.add_argument("--corpus", metavar="CORPUS",
+                        help="another prepared corpus of the same tokenizer (default: its recipe's)")  # fmt: skip
+    parser.add_argument("--checkpoint", metavar="STEP", type=int, help="weights after this step (default: the newest)")
+    parser.add_argument("--context", metavar="L", type=int,
+                        help="tokens after which the model forgets (default: whole documents)")  # fmt: skip
+    lengths = parser.add_argument_group("length generalisation")
+    lengths.add_argument("--lengths", metavar="L,L", type=_lengths, help="lengths in tokens, multiples of the block")
+    lengths.add_argument("--tokens", metavar="N", type=int, help="read at most N tokens (default: the whole split)")
+    lengths.add_argument("--plot", metavar="PATH", type=Path,
+                         help="draw the loss by position and by length: png, pdf or svg")  # fmt: skip
+    harness = parser.add_argument_group("lm-evaluation-harness")
+    harness.add_argument("--harness", metavar="TASK,TASK", type=lambda names: names.split(","), help="tasks by name")
+    harness.add_argument("--harness-tasks", metavar="DIR", type=Path, help="tasks of your own: YAML files in DIR")
+    harness.add_argument("--limit", metavar="N", type=int, help="only the first N examples of each task")
+    harness.add_argument("--fewshot", metavar="N", type=int, help="examples before each (default: as the task says)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    form = _form(args)
+    if form == LENGTHS:
+        from bst_dist.study.lengths import report as lengths_report
+
+        return lengths_report.run(args)
+    if form == HARNESS:
+        from bst_dist.study.harness import command as harness
+
+        return harness.run(args)
+    return perplexity.run(args)
+
+
+def _form(args: argparse.Namespace) -> str:
+    """Which evaluation is asked for; raises UserError for two at once, or an option of another one."""
+    if args.lengths and args.harness:
+        raise UserError("--lengths and --harness are two evaluations: ask for one at a time")
+    form = LENGTHS if args.lengths else HARNESS if args.harness else DOCUMENTS
+    for option, forms in OPTIONS.items():
+        if getattr(args, option) is not None and form not in forms:
+            raise UserError(
+                f"--{option.replace('_', '-')} does not belong to this evaluation but to {' and '.join(forms)}"
+            )
+    return form
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of lengths like 512,4096") from None

@@ -1,0 +1,24 @@
+"""The text that a run is evaluated on: the corpora of its recipe or another one, in the tokens it was trained on."""
+
+from __future__ import annotations
+
+from bst_dist.study.evaluation.trained import Trained, require_tokenizer, tokenizer_of
+from bst_dist.train import rundir
+from data_pipeline.serve.loader import open_corpora
+from data_pipeline.serve.reader import Corpus
+
+
+def open_text(trained: Trained, split: str, corpus: str | None = None) -> list[Corpus]:
+    """A split of the corpus given, or of those that the run was trained on.
+
+    Raises OtherTokenizerError when their tokens are not the run's, UserError when they cannot be read.
+    """
+    data = trained.recipe.data
+    if corpus is not None:
+        data = data.model_copy(update={"corpus": corpus, "weight_changes": ()})
+    opened = open_corpora(data, split)
+    own = rundir.tokenizer_of(trained.run_dir) or tokenizer_of(trained.run_dir, trained.recipe).sha256
+    for each in opened:
+        require_tokenizer(trained.run_dir, each, own)
+        each.require_vocabulary(trained.model.config.vocab_size)
+    return opened

@@ -1,0 +1,84 @@
+"""`bst eval` without another form: loss, perplexity and bits per byte of a run's model on whole documents."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bst_base.errors import UserError
+from bst_dist.study.evaluation.corpora import open_text
+from bst_dist.study.evaluation.scoring import Score, score
+from bst_dist.study.evaluation.trained import Trained, open_run
+from bst_dist.study.statistics import exponential, ratio
+from data_pipeline.commands.progress import stages
+from data_pipeline.serve.reader import Corpus
+
+
+def evaluate(trained: Trained, corpus: Corpus, context: int | None, console: Console) -> Score:
+    """Score every document of a split, saying how far it is; raises UserError for a context that is no whole blocks."""
+    recipe, block = trained.recipe, trained.recipe.model.block
+    if context is not None and (context < 1 or context % block):
+        raise UserError(f"--context {context} is not a multiple of the model's block, {block}")
+    length = recipe.train.sequence_length
+    with stages(console) as report:
+        return score(
+            trained.model, corpus, corpus.lengths, corpus.token_bytes(),
+            begin=None if recipe.data.documents == "isolated" else corpus.manifest.tokenizer.eos_id,
+            context=context, slice_length=min(length, context or length), precision=recipe.train.precision,
+            progress=lambda tokens: report("evaluate", tokens, corpus.tokens_total),
+        )  # fmt: skip
+
+
+def summary(scored: Score) -> dict[str, Any]:
+    """The figures of a scored split, with their standard errors."""
+    nats = ratio(scored.nats, scored.tokens)
+    bits = ratio(scored.nats / np.log(2), scored.bytes)
+    return {
+        "documents": len(scored.tokens),
+        "tokens": int(scored.tokens.sum()),
+        "bytes": int(scored.bytes.sum()),
+        **nats.report("loss_nats_per_token"),
+        **exponential(nats).report("perplexity_per_token"),
+        **bits.report("bits_per_byte"),
+    }
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    console = Console()
+    trained = open_run(args.run, args.checkpoint)
+    report: dict[str, Any] = {
+        "run": str(args.run), "step": trained.step, "split": args.split, "context_tokens": args.context, "corpora": [],
+    }  # fmt: skip
+    for corpus in open_text(trained, args.split, args.corpus):
+        started = time.perf_counter()
+        scored = evaluate(trained, corpus, args.context, console)
+        figures = summary(scored) | {"time_s": time.perf_counter() - started}
+        # For `bst compare`, which pairs runs by document.
+        figures |= {"document_nats": scored.nats.tolist(), "document_bytes": scored.bytes.tolist()}
+        report["corpora"].append({"corpus": corpus.storage.where, **figures})
+        console.print(_table(args, trained, corpus.storage.where, figures))
+    return report
+
+
+def _table(args: argparse.Namespace, trained: Trained, where: str, figures: dict[str, Any]) -> Table:
+    forgets = f"context {args.context:,} tokens" if args.context else "context the whole document"
+    table = Table(
+        "", "estimate", "standard error over documents", title_justify="left", caption_justify="left",
+        title=f"{args.run} after {trained.step:,} steps: {args.split} of {where}", box=box.SIMPLE_HEAD,
+        caption=f"{figures['documents']:,} documents, {figures['tokens']:,} tokens, {figures['bytes']:,} bytes; "
+                f"{forgets}; {figures['tokens'] / figures['time_s']:,.0f} tokens/s",
+    )  # fmt: skip
+    for name, key, digits in (
+        ("loss, nats per token", "loss_nats_per_token", 4),
+        ("perplexity per token", "perplexity_per_token", 2),
+        ("bits per byte", "bits_per_byte", 4),
+    ):
+        error = figures[f"{key}_standard_error"]
+        table.add_row(name, f"{figures[key]:.{digits}f}", "" if error is None else f"{error:.{digits}f}")
+    return table

@@ -1,0 +1,70 @@
+"""Prompts as a model is given them: from a file, and as tokens."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bst_base.errors import UserError
+from bst_dist.config import Recipe
+from data_pipeline.format.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and where it came from."""
+
+    text: str
+    where: str
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a file: in .jsonl a JSON string, or an object with a "prompt", a line; else a line is a prompt.
+
+    Raises UserError for a file that cannot be read, a line that is neither, and a file without prompts.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path}: cannot be read: {error}") from None
+    found = [
+        (f"{path}, line {number}", line.removesuffix("\r")) for number, line in enumerate(lines, 1) if line.strip()
+    ]
+    if not found:
+        raise UserError(f"--prompts {path}: holds no prompt: write one a line")
+    if path.suffix != ".jsonl":
+        return [Prompt(line, where) for where, line in found]
+    return [Prompt(_from_json(line, where), where) for where, line in found]
+
+
+def begin_token(recipe: Recipe, tokenizer: Tokenizer) -> list[int]:
+    """What stands before a document's first token: the end of another one, unless documents were isolated."""
+    return [] if recipe.data.documents == "isolated" else [tokenizer.eos_id]
+
+
+def encode(recipe: Recipe, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """The tokens of a document that begins with the prompt; raises UserError when there are none."""
+    begin = begin_token(recipe, tokenizer)
+    if not prompt.text and not begin:
+        raise UserError(f"{prompt.where} is empty: this model was trained on isolated documents and needs a beginning")
+    try:
+        prompt.text.encode()
+    except UnicodeEncodeError as error:  # bytes of the command line that are not UTF-8 arrive as lone surrogates
+        raise UserError(
+            f"{prompt.where} is not Unicode text (character {error.start} is {prompt.text[error.start]!r}): "
+            "write it in UTF-8"
+        ) from None
+    return begin + tokenizer.encode(prompt.text).tolist()
+
+
+def _from_json(line: str, where: str) -> str:
+    try:
+        found: Any = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON: {error}") from None
+    text = found.get("prompt") if isinstance(found, dict) else found
+    if not isinstance(text, str):
+        raise UserError(f'{where}: expected a string, or an object with a string "prompt"')
+    return text

@@ -1,0 +1,114 @@
+"""A run's model, put together from its directory alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bst_base.errors import UserError
+from bst_dist.checkpoint.directory import (
+    CheckpointError,
+    committed,
+    damage,
+    directory,
+    load_weights,
+    newest_valid,
+    step_of,
+)
+from bst_dist.config import Recipe
+from bst_dist.lra.config import LongRangeConfig
+from bst_dist.model.lm import LanguageModel
+from bst_dist.train import rundir
+from bst_dist.train.initial import load_initial
+from bst_dist.train.rundir import TOKENIZER, read_recipe
+from data_pipeline.format.tokenizer import Tokenizer
+from data_pipeline.serve.reader import Corpus
+
+
+class OtherTokenizerError(UserError):
+    """A corpus whose ids are not those that a run was trained on."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with the weights it had after some step of its run."""
+
+    run_dir: Path
+    recipe: Recipe
+    step: int
+    model: LanguageModel
+
+
+def open_run(run_dir: Path, step: int | None = None) -> Trained:
+    """The model of a run after `step`, on the accelerator if there is one; None: of its newest valid checkpoint.
+
+    Step 0, where no checkpoint is kept, is made again from the recipe's seed or initial weights. Raises UserError when
+    the directory holds no run of a language model, or the checkpoint is missing or damaged.
+    """
+    recipe = read_recipe(run_dir)
+    require_language_model(run_dir, recipe)
+    torch.manual_seed(recipe.seed)
+    model = LanguageModel(recipe.model)
+    if step == 0 and recipe.initial_weights:
+        load_initial(model, recipe.initial_weights)
+    return Trained(run_dir, recipe, restore(model, run_dir, step), model)
+
+
+def restore(model: nn.Module, run_dir: Path, step: int | None = None) -> int:
+    """Load a run's weights after `step` into its model, ready for evaluation on the accelerator; returns the step.
+
+    None: of its newest valid checkpoint; 0: the model keeps the weights it has. Raises CheckpointError.
+    """
+    if step == 0:
+        checkpoint = directory(run_dir, 0)
+    else:
+        if step is None and not committed(run_dir):
+            raise CheckpointError(
+                f"{run_dir}: no valid checkpoint: the run has not come to its first one; --checkpoint 0 takes the "
+                "weights it began with"
+            )
+        checkpoint = newest_valid(run_dir) if step is None else _checkpoint(run_dir, step)
+        model.load_state_dict(load_weights(checkpoint))
+    model.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).eval()
+    return step_of(checkpoint)
+
+
+def require_language_model(run_dir: Path, recipe: Recipe) -> None:
+    """Raise UserError for a run that learns something else."""
+    if isinstance(recipe.data, LongRangeConfig):
+        raise UserError(f"{run_dir}: no language model, but a classifier of the task {recipe.data.task}: bst lra eval")
+
+
+def tokenizer_of(run_dir: Path, recipe: Recipe) -> Tokenizer:
+    """What makes a run's tokens of text: its own tokenizer, or else its corpus's; raises UserError without either, and
+    OtherTokenizerError when the corpus has another one by now."""
+    own, data = run_dir / TOKENIZER, recipe.data
+    if own.is_file():
+        return Tokenizer.read(own)
+    corpus = Corpus.open(data.urls()[0], storage=data.storage)
+    require_tokenizer(run_dir, corpus, rundir.tokenizer_of(run_dir))
+    return corpus.tokenizer()
+
+
+def require_tokenizer(run_dir: Path, corpus: Corpus, sha256: str | None) -> None:
+    """Raise OtherTokenizerError unless a corpus has the run's tokenizer, of that `sha256`; None: that is not known."""
+    found = corpus.manifest.tokenizer.sha256
+    if sha256 not in (None, found):
+        raise OtherTokenizerError(
+            f"{corpus.where}: its tokenizer ({found[:12]}...) is not the one that {run_dir} was trained with "
+            f"({sha256[:12]}...), so its ids mean something else to this model: prepare the text with the run's "
+            "tokenizer (tokenizer.reuse)"
+        )
+
+
+def _checkpoint(run_dir: Path, step: int) -> Path:
+    path = directory(run_dir, step)
+    if not path.is_dir():
+        there = ", ".join(str(step_of(found)) for found in committed(run_dir)) or "none"
+        raise CheckpointError(f"{run_dir}: no checkpoint of step {step}; there are: {there}")
+    if found := damage(path):
+        raise CheckpointError(f"{path}: {found[0]}")
+    return path

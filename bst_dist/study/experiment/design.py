@@ -1,0 +1,119 @@
+"""From an experiment to its runs: every arm under every condition with every seed, each a complete recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bst_base.settings import ConfigError
+from bst_dist.config import Recipe
+from bst_dist.study.experiment.config import ExperimentConfig
+from bst_dist.study.sweep.design import named, settled
+from data_pipeline.serve.loader import open_corpora
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of an experiment."""
+
+    condition: str
+    arm: str
+    seed: int
+    recipe: Recipe
+    trunk: None = None
+    """No run branches off another."""
+
+    @property
+    def name(self) -> str:
+        """Its directory: arm, seed, and the hash of its recipe."""
+        return self.recipe.name
+
+    @property
+    def tokens(self) -> int:
+        """What it trains on."""
+        train = self.recipe.train
+        return train.steps * train.sequences * train.sequence_length
+
+
+def trials(experiment: ExperimentConfig) -> list[Trial]:
+    """All runs, a seed after the other, so that what slows the machine for a while slows all arms alike.
+
+    Raises ConfigError for settings that make no recipe, arms that are one and the same, and arms of a condition that
+    would train on different numbers of tokens; UserError when there is no such corpus.
+    """
+    base = settled(_base(Path(experiment.recipe)), experiment.settings)
+    found = [
+        _trial(base, experiment, condition, arm, seed)
+        for seed in experiment.seeds
+        for condition in experiment.conditions
+        for arm in experiment.arms
+    ]
+    for condition in experiment.conditions:
+        _require_comparable([trial for trial in found if trial.condition == condition], experiment)
+    _require_measurable(found, experiment)
+    return found
+
+
+def require_corpora(found: list[Trial]) -> None:
+    """Raise UserError when a corpus of the runs cannot be read."""
+    for data in {trial.recipe.data.model_dump_json(): trial.recipe.data for trial in found}.values():
+        for split in ("train", "validation"):
+            open_corpora(data, split)
+
+
+def _base(path: Path) -> dict[str, Any]:
+    """The base recipe as it is written; it may leave open what the arms say."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected settings (key: value), found a {type(data).__name__}")
+    return data
+
+
+def _trial(base: dict[str, Any], experiment: ExperimentConfig, condition: str, arm: str, seed: int) -> Trial:
+    where = f"{experiment.name}, arm {arm}" + (f" under {condition}" if condition else "")
+    try:
+        data = settled(settled(base, experiment.conditions[condition]), experiment.arms[arm])
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    data["seed"] = seed
+    label = "".join(c if c.isalnum() or c in "._-" else "-" for c in arm)
+    return Trial(condition, arm, seed, named(f"{label}-s{seed}", data, where))
+
+
+def _require_comparable(found: list[Trial], experiment: ExperimentConfig) -> None:
+    """Raise ConfigError unless the arms differ, and train on the same number of tokens."""
+    tokens = {trial.arm: trial.tokens for trial in found}
+    if len(set(tokens.values())) > 1:
+        listed = ", ".join(f"{arm} {number:,}" for arm, number in tokens.items())
+        raise ConfigError(
+            f"{experiment.name}: the arms train on different numbers of tokens ({listed}): change train.steps or "
+            "train.sequences until they agree"
+        )
+    recipes: dict[str, str] = {}
+    for trial in found:
+        if trial.seed == experiment.seeds[0]:
+            text = trial.recipe.model_dump_json(exclude={"name"})
+            if text in recipes:
+                raise ConfigError(f"{experiment.name}: arms {recipes[text]} and {trial.arm} are the same recipe")
+            recipes[text] = trial.arm
+
+
+def _require_measurable(found: list[Trial], experiment: ExperimentConfig) -> None:
+    """Raise ConfigError for measurements that the runs could not give."""
+    measure = experiment.measure
+    for trial in found:
+        block, recipe = trial.recipe.model.block, trial.recipe
+        if bad := [length for length in measure.lengths if length % block]:
+            raise ConfigError(f"{experiment.name}: measure.lengths {bad[0]} is not a multiple of the block, {block}")
+        if measure.time_to is not None and not 0 < recipe.evaluation.every < recipe.train.steps:
+            raise ConfigError(f"{experiment.name}: measure.time_to needs evaluations on the way (evaluation.every)")
+        if measure.speed and recipe.log.every > recipe.train.steps:
+            raise ConfigError(
+                f"{experiment.name}: measure.speed needs log.every of at most train.steps, {recipe.train.steps}"
+            )

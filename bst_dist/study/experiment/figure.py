@@ -1,0 +1,115 @@
+"""The figure of an experiment: against the evaluation length where there are several, a panel for every other unit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from bst_dist.study.experiment.measure import Column
+from bst_dist.study.experiment.statistics import Figure
+from bst_dist.study.experiment.table import Row, Table
+from bst_dist.study.report.figures import MARKS
+from bst_dist.study.report.plot import COLOURS, INCHES, STYLE
+
+HEIGHT = 2.6
+
+
+def draw(table: Table) -> Drawing | None:
+    """The figure, or None as long as nothing is measured."""
+    with matplotlib.rc_context(STYLE):
+        return _draw(table)
+
+
+def _draw(table: Table) -> Drawing | None:
+    rows = [row for row in table.rows if row.levels]
+    families: dict[str, list[Column]] = {}
+    for column in table.columns:
+        if any(column.key in row.levels for row in rows):
+            families.setdefault(column.family, []).append(column)
+    if not families:
+        return None
+    conditions = list(dict.fromkeys(row.condition for row in rows))
+    panels = [(family, members, one) for family, members in families.items()
+              for one in (conditions if family == "length" else [None])]  # fmt: skip
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    drawing = Drawing(figsize=(INCHES[0], HEIGHT * down + 0.3), layout="constrained")
+    grid = drawing.subplots(down, across, squeeze=False).flatten()
+    for axes, (family, members, condition) in zip(grid, panels, strict=False):
+        if family == "length":
+            _by_length(axes, members, [row for row in rows if row.condition == condition], table)
+            axes.set_title(condition or "")
+        elif len(conditions) > 1:
+            _by_condition(axes, members[0], rows, conditions, table)
+        else:
+            _by_arm(axes, members[0], rows, table)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    if len(conditions) > 1 or "length" in families:
+        handles = [grid[0].plot([], [], MARKS[n % len(MARKS)] + "-", color=_colour(table, arm), markersize=4)[0]
+                   for n, arm in enumerate(table.experiment.arms)]  # fmt: skip
+        drawing.legend(handles, list(table.experiment.arms), loc="outside upper center", ncols=5)
+    return drawing
+
+
+def _by_length(axes: Axes, members: Sequence[Column], rows: Sequence[Row], table: Table) -> None:
+    lengths = {column.key: int(column.key.rpartition("_")[2]) for column in members}
+    for row in rows:
+        points = [(lengths[key], figure) for key, figure in row.levels.items() if key in lengths]
+        _line(axes, points, row.arm, table)
+    axes.set_xscale("log", base=2)
+    ticks = sorted(lengths.values())
+    axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("evaluation length, tokens")
+    axes.set_ylabel("bits per byte")
+
+
+def _by_condition(axes: Axes, column: Column, rows: Sequence[Row], conditions: list[str], table: Table) -> None:
+    for arm in table.experiment.arms:
+        points = [(conditions.index(row.condition), row.levels[column.key]) for row in rows
+                  if row.arm == arm and column.key in row.levels]  # fmt: skip
+        _line(axes, points, arm, table)
+    axes.set_xticks(range(len(conditions)), conditions)
+    axes.set_title(column.family)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"))
+
+
+def _by_arm(axes: Axes, column: Column, rows: Sequence[Row], table: Table) -> None:
+    """An arm below the other: the mean with its error, and the runs of each seed, which are pairs, joined faintly."""
+    shown = [row for row in rows if column.key in row.levels]
+    for seed in table.experiment.seeds:
+        runs = [(row.values[column.key][seed], place) for place, row in enumerate(shown)
+                if seed in row.values[column.key]]  # fmt: skip
+        axes.plot([x for x, _ in runs], [place for _, place in runs], "o-", color="#777777", alpha=0.4,
+                  markersize=2.5, linewidth=0.6)  # fmt: skip
+    for place, row in enumerate(shown):
+        figure, colour = row.levels[column.key], _colour(table, row.arm)
+        axes.errorbar(figure.value, place, xerr=_bar(figure), fmt="D", color=colour, markersize=4,
+                      capsize=2)  # fmt: skip
+    axes.set_yticks(range(len(shown)), [row.arm for row in shown])
+    axes.invert_yaxis()
+    axes.set_xlabel(column.title)
+
+
+def _line(axes: Axes, points: list, arm: str, table: Table) -> None:
+    if points:
+        number = list(table.experiment.arms).index(arm)
+        axes.errorbar(
+            [x for x, _ in points], [figure.value for _, figure in points],
+            yerr=[_bar(figure) for _, figure in points], fmt=MARKS[number % len(MARKS)] + "-",
+            color=_colour(table, arm), markersize=4, capsize=2,
+        )  # fmt: skip
+
+
+def _bar(figure: Figure) -> float:
+    """What is drawn around a value: an error over seeds. What documents differ by, all arms have in common."""
+    return figure.standard_error if figure.over == "seeds" else 0.0
+
+
+def _colour(table: Table, arm: str) -> str:
+    return COLOURS[list(table.experiment.arms).index(arm) % len(COLOURS)]

@@ -1,0 +1,181 @@
+"""What one finished run gives for each column of the table.
+
+What its metrics say is read anew each time; what takes an evaluation is kept beside the runs and made once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bst_base.files import atomic_file
+from bst_dist.config import Recipe
+from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.study.evaluation.trained import open_run
+from bst_dist.study.experiment.config import MeasureConfig
+from bst_dist.study.experiment.statistics import ByDocument, Reading
+from bst_dist.study.lengths.measure import LengthError, how, measure
+from bst_dist.study.sweep.shape import count
+from bst_dist.train.rundir import read_recipe
+from data_pipeline.serve.loader import open_corpora
+
+MIB = 2**20
+
+
+class Column(NamedTuple):
+    """A column of the table."""
+
+    key: str
+    title: str
+    digits: int
+    """After the point."""
+    family: str
+    """Columns of one family have one unit, and share a panel."""
+    relative: bool = False
+    """Whether a difference is shown as a share of the reference's value."""
+
+
+def columns(measure: MeasureConfig) -> list[Column]:
+    """The columns that an experiment asks for, in the order they are shown."""
+    found = []
+    if measure.validation:
+        found.append(Column("bits_per_byte", "validation, bits/byte", 4, "bits/byte"))
+    for length in measure.lengths:
+        title = f"bits/byte at {length:,}"
+        found.append(Column(_at(length), title, 4, "length" if len(measure.lengths) > 1 else title))
+    if measure.speed:
+        found += [
+            _relative("tokens_per_s", "tokens/s"),
+            _relative("tokens_per_s_fastest", "tokens/s, fastest tenth"),
+            _relative("memory_mib", "peak memory, MiB"),
+        ]
+    if measure.time_to is not None:
+        found += [
+            _relative("tokens_to_loss", f"tokens to {measure.time_to:g} bits/byte"),
+            _relative("seconds_to_loss", f"s to {measure.time_to:g} bits/byte", 1),
+        ]
+    return found
+
+
+def _relative(key: str, title: str, digits: int = 0) -> Column:
+    return Column(key, title, digits, family=title, relative=True)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one run gave."""
+
+    parameters: int
+    readings: dict[str, Reading] = field(default_factory=dict)
+    """By the column's key."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """Why there is no reading, or what it is a reading of."""
+
+
+def measure_run(run_dir: Path, asked: MeasureConfig, kept: Path, say: Callable[[str], None]) -> Measured:
+    """All readings of a finished run; `kept`: the directory of evaluations that were made, for this one and others."""
+    recipe = read_recipe(run_dir)
+    found = Measured(count(recipe.model, recipe.train.sequence_length).total)
+    lines = read_lines(run_dir / FILE)
+    if asked.validation:
+        last = next(line for line in reversed(lines) if line["kind"] == "eval")
+        found.readings["bits_per_byte"] = Reading(last["bits_per_byte"])
+    if asked.speed:
+        found.readings.update(_speed(lines))
+    if asked.time_to is not None:
+        _time_to(asked.time_to, lines, found)
+    if asked.lengths:
+        _lengths(run_dir, recipe, asked, kept, found, say)
+    return found
+
+
+def _speed(lines: list[dict[str, Any]]) -> dict[str, Reading]:
+    """Speed without the first step, which warms up; of the fastest steps too, since other work can only slow a step."""
+    train = [line for line in lines if line["kind"] == "train"]
+    speeds = [line["tokens_per_s"] for line in train[1:] or train]
+    memory = [line["memory_bytes"] for line in lines if line["kind"] == "performance"]
+    return {
+        "tokens_per_s": Reading(median(speeds)),
+        "tokens_per_s_fastest": Reading(float(np.quantile(speeds, 0.9))),
+        "memory_mib": Reading(max(memory) / MIB),
+    }
+
+
+def _time_to(target: float, lines: list[dict[str, Any]], found: Measured) -> None:
+    """Tokens and time until the evaluations reach the target, interpolated between two of them.
+
+    The time is that of as many median steps: evaluations and checkpoints take no part in it.
+    """
+    train = [line for line in lines if line["kind"] == "train"]
+    evaluations = [(line["step"], line["bits_per_byte"]) for line in lines if line["kind"] == "eval"]
+    step = reached(target, evaluations)
+    if step is None:
+        best = min(loss for _, loss in evaluations)
+        found.notes.update(dict.fromkeys(("tokens_to_loss", "seconds_to_loss"), f"not reached: at best {best:.3f}"))
+        return
+    found.readings["tokens_to_loss"] = Reading(step * train[-1]["tokens"] / train[-1]["step"])
+    found.readings["seconds_to_loss"] = Reading(step * median(line["step_time_s"] for line in train[1:] or train))
+
+
+def reached(target: float, evaluations: list[tuple[int, float]]) -> float | None:
+    """The step at which a loss is first at or below the target, linear between evaluations; None: at none of them."""
+    for index, (step, loss) in enumerate(evaluations):
+        if loss <= target:
+            if index == 0:
+                return float(step)
+            before, above = evaluations[index - 1]
+            return before + (step - before) * (above - target) / (above - loss)
+    return None
+
+
+def _lengths(
+    run_dir: Path, recipe: Recipe, asked: MeasureConfig, kept: Path, found: Measured, say: Callable[[str], None]
+) -> None:
+    """The loss at each length that the model can do; of the others why not."""
+    possible = []
+    for length in asked.lengths:
+        try:
+            how(recipe.model, length)
+            possible.append(length)
+        except LengthError as error:
+            found.notes[_at(length)] = f"refused: {error}"
+    if not possible:
+        return
+    path = kept / f"{run_dir.name}-at-{'-'.join(map(str, possible))}-of-{asked.tokens or 'all'}.json"
+    if not path.exists():
+        say(f"evaluating {run_dir.name} at {', '.join(f'{length:,}' for length in possible)}")
+        kept.mkdir(parents=True, exist_ok=True)
+        results = _evaluate(run_dir, possible, asked.tokens)
+        with atomic_file(path) as file:
+            file.write(json.dumps(results).encode() + b"\n")
+    for length, result in zip(possible, json.loads(path.read_text(encoding="utf-8")), strict=True):
+        documents = ByDocument(np.array(result["bits"]), np.array(result["bytes"]))
+        found.readings[_at(length)] = Reading(float(documents.cost.sum() / documents.size.sum()), documents)
+        if result["how"] == "fir":
+            found.notes[_at(length)] = f"as a FIR of the trained length, {recipe.model.ssm.length:,} tokens"
+
+
+def _evaluate(run_dir: Path, lengths: list[int], tokens: int | None) -> list[dict[str, Any]]:
+    """By length: how it was done, and bits and bytes of each document, over all corpora of the validation split."""
+    trained = open_run(run_dir)
+    found = [measure(trained, corpus, lengths, tokens=tokens)
+             for corpus in open_corpora(trained.recipe.data, "validation")]  # fmt: skip
+    return [
+        {
+            "length": of_length[0].length,
+            "how": of_length[0].how,
+            "bits": [bits for result in of_length for bits in (result.score.nats / np.log(2)).tolist()],
+            "bytes": [size for result in of_length for size in result.score.bytes.tolist()],
+        }
+        for of_length in zip(*found, strict=True)
+    ]
+
+
+def _at(length: int) -> str:
+    return f"bits_per_byte_at_{length}"

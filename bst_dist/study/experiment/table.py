@@ -1,0 +1,194 @@
+"""The table of an experiment: a row for each arm under each condition, a column for each measurement."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bst_base.files import atomic_file
+from bst_dist.study.experiment.config import ExperimentConfig
+from bst_dist.study.experiment.design import Trial
+from bst_dist.study.experiment.measure import Column, Measured, columns
+from bst_dist.study.experiment.statistics import Figure, difference, level
+from bst_dist.study.runs.state import Standing
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm under one condition, over the seeds that are done."""
+
+    condition: str
+    arm: str
+    standings: dict[int, Standing]
+    """Where the run of each seed stands."""
+    parameters: int | None
+    """None until a run is done."""
+    tokens: int
+    """That each run trains on."""
+    levels: dict[str, Figure] = field(default_factory=dict)
+    """By the column's key; none where nothing could be measured."""
+    differences: dict[str, Figure] = field(default_factory=dict)
+    """From the reference arm under the same condition, paired; of the reference none."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """Why there is no value in a column, or what it is a value of."""
+    values: dict[str, dict[int, float]] = field(default_factory=dict)
+    """What each seed gave, by column."""
+
+    @property
+    def label(self) -> str:
+        """The arm with its condition."""
+        return f"{self.condition}: {self.arm}" if self.condition else self.arm
+
+    @property
+    def done(self) -> int:
+        """Seeds whose run has come to its end."""
+        return sum(standing.status == "done" for standing in self.standings.values())
+
+
+@dataclass(frozen=True)
+class Table:
+    """What an experiment has found so far."""
+
+    experiment: ExperimentConfig
+    columns: list[Column]
+    rows: list[Row]
+
+    @property
+    def over(self) -> str:
+        """What the errors of this table are over, in words."""
+        kinds = {figure.over for row in self.rows for figure in row.levels.values()} - {None}
+        said = {
+            "seeds": "over seeds, as many as there are runs; differences are paired by seed",
+            "documents": "over validation documents: with one seed they tell two models apart, and not the arms",
+        }
+        return "; ".join(said[kind] for kind in said if kind in kinds) or "not known from one run each"
+
+    @property
+    def comparisons(self) -> int:
+        """Differences with an interval over seeds: about one in twenty leaves out zero by chance."""
+        return sum(figure.over == "seeds" for row in self.rows for figure in row.differences.values())
+
+    @property
+    def statuses(self) -> Counter[str]:
+        """How many runs stand where."""
+        return Counter(standing.status for row in self.rows for standing in row.standings.values())
+
+    @property
+    def notes(self) -> list[str]:
+        """What must be said of single cells, each once."""
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            for column in self.columns:
+                if column.key in row.notes:
+                    found.setdefault(f"{row.label}, {row.notes[column.key]}", []).append(column.title)
+        return [f"{text} ({', '.join(where)})" for text, where in found.items()]
+
+    @property
+    def unfinished(self) -> list[str]:
+        """The runs that are not done, and why: a line an arm."""
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            for seed, standing in row.standings.items():
+                if standing.status != "done":
+                    found.setdefault(f"{row.label}: {standing.status} {standing.reason}".rstrip(), []).append(str(seed))
+        return [f"{text} (seed {', '.join(seeds)})" for text, seeds in found.items()]
+
+    def report(self) -> dict[str, Any]:
+        """For machines: every level and difference with its error, and what each seed gave."""
+        return {
+            "experiment": self.experiment.name,
+            "question": self.experiment.question,
+            "reference": self.experiment.reference,
+            "standard_errors": self.over,
+            "comparisons": self.comparisons,
+            "runs": dict(self.statuses),
+            "columns": {column.key: column.title for column in self.columns},
+            "rows": [_row_report(row) for row in self.rows],
+            "notes": self.notes,
+            "unfinished": self.unfinished,
+        }
+
+
+def gather(experiment: ExperimentConfig, measured: list[tuple[Trial, Standing, Measured | None]]) -> Table:
+    """The table of what the runs gave; a run that is not done has a standing and no measurements."""
+    every = columns(experiment.measure)
+    rows = []
+    for condition in experiment.conditions:
+        of = {arm: [m for m in measured if (m[0].condition, m[0].arm) == (condition, arm)] for arm in experiment.arms}
+        rows += [_row(condition, arm, of[arm], of[experiment.reference], every) for arm in experiment.arms]
+    return Table(experiment, every, rows)
+
+
+Found = list[tuple[Trial, Standing, Measured | None]]
+
+
+def _row(condition: str, arm: str, own: Found, reference: Found, every: list[Column]) -> Row:
+    known = [measured for _, _, measured in own if measured is not None]
+    row = Row(
+        condition, arm, {trial.seed: standing for trial, standing, _ in own},
+        known[0].parameters if known else None, own[0][0].tokens,
+    )  # fmt: skip
+    for key in (column.key for column in every):
+        readings = {t.seed: m.readings[key] for t, _, m in own if m is not None and key in m.readings}
+        if readings:
+            row.levels[key] = level(readings)
+            row.values[key] = {seed: reading.value for seed, reading in readings.items()}
+        others = {t.seed: m.readings[key] for t, _, m in reference if m is not None and key in m.readings}
+        if own is not reference and (found := difference(readings, others)) is not None:
+            row.differences[key] = found
+        said = Counter(measured.notes[key] for measured in known if key in measured.notes)
+        if said:
+            of = len(known)
+            row.notes[key] = "; ".join(t if n == of else f"{n} of {of} seeds: {t}" for t, n in said.items())
+    return row
+
+
+def write(table: Table, directory: Path) -> list[Path]:
+    """Write table.json and table.csv (a line a cell); each appears whole or not at all."""
+    paths = [directory / "table.json", directory / "table.csv"]
+    directory.mkdir(parents=True, exist_ok=True)
+    for path, text in zip(paths, (json.dumps(table.report(), indent=1) + "\n", _csv(table)), strict=True):
+        with atomic_file(path) as file:
+            file.write(text.encode())
+    return paths
+
+
+def _row_report(row: Row) -> dict[str, Any]:
+    return {
+        "condition": row.condition,
+        "arm": row.arm,
+        "seeds": {str(seed): standing.status for seed, standing in row.standings.items()},
+        "parameters": row.parameters,
+        "tokens": row.tokens,
+        "measured": {key: _figure_report(figure) | {"by_seed": {str(seed): v for seed, v in row.values[key].items()}}
+                     for key, figure in row.levels.items()},
+        "difference": {key: _figure_report(figure) | {"interval_95": figure.interval, "apart": figure.apart}
+                       for key, figure in row.differences.items()},
+        "notes": row.notes,
+    }  # fmt: skip
+
+
+def _figure_report(figure: Figure) -> dict[str, Any]:
+    return {"value": figure.value, "standard_error": figure.standard_error, "over": figure.over, "n": figure.n}
+
+
+def _csv(table: Table) -> str:
+    names = ["condition", "arm", "column", "value", "standard_error", "over", "n", "difference",
+             "difference_standard_error", "difference_interval_95", "apart", "note"]  # fmt: skip
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    for row in table.rows:
+        for column in table.columns:
+            own, other = row.levels.get(column.key), row.differences.get(column.key)
+            writer.writerow([
+                row.condition, row.arm, column.key, *(own or ("",) * 4),
+                *((other.value, other.standard_error, other.interval, other.apart) if other else ("",) * 4),
+                row.notes.get(column.key, ""),
+            ])  # fmt: skip
+    return text.getvalue()

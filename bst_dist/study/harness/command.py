@@ -1,0 +1,131 @@
+"""`bst eval --harness`: tasks of EleutherAI's lm-evaluation-harness on a run's model.
+
+The model is asked directly (`harness_model`), with the run's own tokenizer. The harness is optional: it brings some
+thirty packages along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.util
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bst_base.errors import UserError
+from bst_dist.study.evaluation.trained import open_run, tokenizer_of
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+
+class HarnessError(UserError):
+    """The harness is missing, or cannot do what is asked of it."""
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    console = Console()
+    if importlib.util.find_spec("lm_eval") is None:
+        raise HarnessError(
+            "lm_eval is not installed: pip install --editable '.[harness]', in the directory of this project"
+        )
+    trained = open_run(args.run, args.checkpoint)
+    tokenizer = tokenizer_of(args.run, trained.recipe)
+    import lm_eval  # what it brings along takes a second to import
+
+    from bst_dist.study.harness.model import HarnessModel
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells each metric of each task that has its defaults
+    started = time.perf_counter()
+    manager = _manager(args.harness_tasks, args.harness)
+    require_known(manager.all_tasks, args.harness)
+    try:
+        found = lm_eval.simple_evaluate(
+            model=HarnessModel(trained, tokenizer), tasks=args.harness, task_manager=manager, limit=args.limit,
+            num_fewshot=args.fewshot, log_samples=False,
+        )  # fmt: skip
+    except UserError:
+        raise
+    except Exception as error:  # of any kind: a task's data, its template, its own code
+        raise HarnessError(f"the harness could not do {', '.join(args.harness)}: {_first_line(error)}") from error
+    report = {
+        "run": str(args.run), "step": trained.step, "harness": lm_eval.__version__,
+        "tasks": _tasks(found), "time_s": time.perf_counter() - started,
+    }  # fmt: skip
+    console.print(_table(report))
+    return report
+
+
+def _manager(own_tasks: Path | None, names: list[str]) -> TaskManager:
+    """What knows the tasks of a directory and, unless these are all that is asked for, every task of the harness."""
+    from lm_eval.tasks import TaskManager
+
+    if own_tasks is None:
+        return TaskManager()
+    if not any(own_tasks.rglob("*.yaml")):
+        raise HarnessError(f"--harness-tasks {own_tasks}: no task there, that is no .yaml file")
+    own = TaskManager(include_path=str(own_tasks), include_defaults=False)
+    if set(names) <= set(own.all_subtasks):
+        return own
+    return TaskManager(include_path=str(own_tasks))  # reads thousands of files
+
+
+def require_known(known: Sequence[str], names: Sequence[str]) -> None:
+    """Raise HarnessError for the first name that is no task's."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise HarnessError(
+                f"--harness {name}: no task of that name. {hint}Tasks of your own are YAML files in a directory: "
+                "--harness-tasks DIR; those of the harness are listed by: lm_eval ls tasks"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
+
+
+def _tasks(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each task's and group's metrics, with their standard errors where the harness knows them."""
+    tasks = []
+    for name, values in found["results"].items():
+        metrics = {}
+        for key, value in values.items():
+            metric, comma, of_filter = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            error = values.get(f"{metric}_stderr,{of_filter}")
+            shown = metric if of_filter == "none" else f"{metric} ({of_filter})"
+            metrics[shown] = float(value)
+            metrics[f"{shown}_standard_error"] = float(error) if isinstance(error, (int, float)) else None
+        count = found["n-samples"].get(name, {}).get("effective")
+        tasks.append({"task": name, "fewshot": found["n-shot"].get(name), "examples": count, "metrics": metrics})
+    return tasks
+
+
+def _table(report: dict[str, Any]) -> Table:
+    table = Table(
+        "task", "shots", "examples", "metric", "value", "standard error", box=box.SIMPLE_HEAD, title_justify="left",
+        padding=(0, 1, 0, 0),
+        title=f"{report['run']} after {report['step']:,} steps; lm-evaluation-harness {report['harness']}",
+    )  # fmt: skip
+    for task in report["tasks"]:
+        about = [task["task"], *("" if task[key] is None else str(task[key]) for key in ("fewshot", "examples"))]
+        for metric, value in task["metrics"].items():
+            if not metric.endswith("_standard_error"):
+                error = task["metrics"][f"{metric}_standard_error"]
+                table.add_row(*about, metric, _number(value), "" if error is None else _number(error))
+                about = ["", "", ""]
+    return table
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3e}"

@@ -1,0 +1,187 @@
+"""Fitting a scaling law: variable projection over a grid of exponents, then one polish.
+
+Given the exponents a law is linear in what is left, so the best start is found without a random search: exponents on a
+grid, the rest by non-negative least squares, and the polish begins in the right basin. The polish minimises
+
+    (1 / delta) sum Huber_delta(ln L - ln L_hat),
+
+summed and not averaged, and divided by delta: otherwise the objective is so small that default tolerances stop the
+search early. Its limit for delta -> 0 is least absolute deviation, which is finished by a sequence of linear programs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import linprog, minimize
+
+from bst_base.errors import UserError
+from bst_dist.study.laws.law import Centre, FormName, Law, Points, Vector, as_law, slopes, terms
+
+EXPONENTS = np.linspace(0.05, 1.25, 25)
+BENDS = [(linear, curved) for linear in (-0.2, 0.0, 0.2) for curved in (-0.05, 0.0, 0.1, 0.3)]
+FLOOR = 1e-6
+"""The least a term may be, as a share of the least loss: a logarithm cannot be that of zero."""
+
+
+class FitError(UserError):
+    """Points that no law can be fitted to."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted law with what a refit on other points of the same sweep needs."""
+
+    form: FormName
+    law: Law
+    value: float
+    """The objective: the sum of Huber losses of the log residuals, or of their absolute values."""
+    delta: float
+    theta: Vector
+    centre: Centre
+
+    def predict(self, points: Points) -> Vector:
+        """Predicted loss of each point in nats."""
+        return np.exp(log_loss(terms(self.form, points, self.centre), self.theta)[0])
+
+
+def log_loss(matrices: list[Vector], theta: Vector) -> tuple[Vector, Vector]:
+    """ln L_hat (n,) and its Jacobian (n, p) in all unknowns."""
+    parts = np.split(theta, np.cumsum([matrix.shape[1] for matrix in matrices])[:-1])
+    logs = np.stack([matrix @ part for matrix, part in zip(matrices, parts, strict=True)])
+    largest = logs.max(axis=0)
+    shares = np.exp(logs - largest)
+    total = shares.sum(axis=0)
+    shares /= total  # of each term in the loss
+    return largest + np.log(total), np.hstack(
+        [share[:, None] * matrix for share, matrix in zip(shares, matrices, strict=True)]
+    )
+
+
+def objective(residuals: Vector, delta: float) -> float:
+    """Sum of Huber losses; of absolute values for delta 0."""
+    size = np.abs(residuals)
+    if not delta:
+        return float(size.sum())
+    return float(np.where(size <= delta, 0.5 * size**2, delta * (size - 0.5 * delta)).sum())
+
+
+def fit(points: Points, form: FormName = "chinchilla", delta: float = 1e-3, start: Fit | None = None) -> Fit:
+    """Fit `form` to `points`; `delta` is Huber's threshold on log losses, 0 for least absolute deviation.
+
+    With `start`, a fit to points of the same sweep, its centre is kept and the search begins there: for resamples.
+    Raises FitError when there are fewer points than unknowns.
+    """
+    _require_enough(points, unknowns=5 if form == "chinchilla" else 7)
+    centre = start.centre if start else Centre.of(points)
+    target, matrices = np.log(points.loss), terms(form, points, centre)
+    begin = start.theta if start else _best_start(points, form, centre, delta)
+    theta = polish(matrices, target, begin, delta, bounds_of(form, target), rounds=1 if start else 2)
+    value = objective(target - log_loss(matrices, theta)[0], delta)
+    return Fit(form, as_law(form, theta, centre), value, delta, theta, centre)
+
+
+def polish(matrices: list[Vector], target: Vector, theta: Vector, delta: float, bounds: Vector,
+           rounds: int = 2) -> Vector:  # fmt: skip
+    """The local optimum near `theta` within `bounds` (p, 2); a further round begins with the curvature forgotten."""
+    width = delta or 1e-5  # least absolute deviation: near enough for the linear programs to take over
+
+    def scaled(unknowns: Vector) -> tuple[float, Vector]:
+        predicted, jacobian = log_loss(matrices, unknowns)
+        residuals = target - predicted
+        return objective(residuals, width) / width, -jacobian.T @ np.clip(residuals / width, -1, 1)
+
+    theta = np.clip(theta, bounds[:, 0], bounds[:, 1])
+    options = {"ftol": 1e-14 if rounds > 1 else 1e-9, "gtol": 1e-9, "maxcor": 30, "maxiter": 2000, "maxfun": 4000}
+    for _ in range(rounds):
+        theta = minimize(scaled, theta, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
+    return theta if delta else _linear_programs(matrices, target, theta, bounds)
+
+
+def _linear_programs(matrices: list[Vector], target: Vector, theta: Vector, bounds: Vector) -> Vector:
+    """Least absolute deviation by linearisation in a shrinking box: min sum |r - J step|, as u - v with u, v >= 0."""
+    radius = 0.05
+    predicted, jacobian = log_loss(matrices, theta)
+    best = float(np.abs(target - predicted).sum())
+    for _ in range(60):
+        n, p = jacobian.shape
+        box = np.clip(bounds - theta[:, None], -radius, radius)
+        program = linprog(
+            np.concatenate((np.zeros(p), np.ones(2 * n))),
+            A_eq=np.hstack((jacobian, np.eye(n), -np.eye(n))),
+            b_eq=target - predicted,
+            bounds=np.vstack((box, np.tile((0, np.inf), (2 * n, 1)))),
+            method="highs",
+        )
+        trial = theta + program.x[:p]
+        after, after_jacobian = log_loss(matrices, trial)
+        value = float(np.abs(target - after).sum())
+        if value < best:
+            gained, theta, predicted, jacobian, best = best - value, trial, after, after_jacobian, value
+            if gained < 1e-13 * best:
+                break
+        else:
+            radius /= 8
+            if radius < 1e-9:
+                break
+    return theta
+
+
+def _best_start(points: Points, form: FormName, centre: Centre, delta: float) -> Vector:
+    """The grid's best by the objective itself, among its twenty best by relative least squares."""
+    by_parameters, by_tokens = slopes(form, points, centre)
+    bends = BENDS if form == "depth" else [()]
+    exponents = np.array([(alpha, *bend) for alpha in EXPONENTS for bend in bends])  # (g, 1 or 3)
+    weight = 1 / points.loss
+    first = np.exp(exponents @ by_parameters.T) * weight  # (g, n)
+    second = np.exp(EXPONENTS[:, None] @ by_tokens.T) * weight  # (h, n)
+    scales, misfit = _nonnegative(weight, first, second)
+    matrices, target = terms(form, points, centre), np.log(points.loss)
+    floor = np.log(points.loss.min() * 1e-3)
+    starts = []
+    for place in np.argsort(misfit, axis=None)[:20]:
+        g, h = np.unravel_index(place, misfit.shape)
+        e, a, b = np.maximum(np.log(np.maximum(scales[g, h], 1e-300)), floor)
+        starts.append(np.concatenate(([e, a], exponents[g], [b, EXPONENTS[h]])))
+    return min(starts, key=lambda theta: objective(target - log_loss(matrices, theta)[0], delta))
+
+
+def _nonnegative(constant: Vector, first: Vector, second: Vector) -> tuple[Vector, Vector]:
+    """Non-negative least squares of 1 on three columns, for all pairs of the grid at once.
+
+    With three columns the active set is found by trying all seven. Takes (n,), (g, n), (h, n); returns the
+    coefficients (g, h, 3) and the squared misfit (g, h).
+    """
+    g, h = len(first), len(second)
+    gram, moment = np.empty((g, h, 3, 3)), np.empty((g, h, 3))
+    gram[..., 0, 0], gram[..., 1, 2] = constant @ constant, first @ second.T
+    gram[..., 0, 1], gram[..., 0, 2] = (first @ constant)[:, None], second @ constant
+    gram[..., 1, 1], gram[..., 2, 2] = (first**2).sum(1)[:, None], (second**2).sum(1)
+    for i, j in ((1, 0), (2, 0), (2, 1)):
+        gram[..., i, j] = gram[..., j, i]
+    moment[..., 0], moment[..., 1], moment[..., 2] = constant.sum(), first.sum(1)[:, None], second.sum(1)
+    best, scales = np.full((g, h), np.inf), np.zeros((g, h, 3))
+    for active in itertools.chain.from_iterable(itertools.combinations(range(3), k) for k in (1, 2, 3)):
+        picked = list(active)
+        block = gram[..., picked, :][..., picked] + 1e-12 * np.eye(len(picked))
+        found = np.linalg.solve(block, moment[..., picked, None])[..., 0]
+        misfit = len(constant) - (found * moment[..., picked]).sum(-1)
+        better = (found >= 0).all(-1) & (misfit < best)
+        best[better] = misfit[better]
+        scales[better] = 0.0
+        scales[better[..., None] & np.isin(np.arange(3), picked)] = found[better].ravel()
+    return scales, best
+
+
+def bounds_of(form: FormName, target: Vector) -> Vector:
+    """Terms between a millionth of the least loss and well above the largest; exponents positive."""
+    low, high = target.min() + np.log(FLOOR), target.max() + 5
+    bend = [(-3.0, 3.0), (-3.0, 3.0)] if form == "depth" else []
+    return np.array([(low, target.max()), (low, high), (1e-3, 3.0), *bend, (low, high), (1e-3, 3.0)])
+
+
+def _require_enough(points: Points, unknowns: int) -> None:
+    if len(points) < unknowns:
+        raise FitError(f"{len(points)} points cannot settle {unknowns} unknowns: finish more runs of the sweep")

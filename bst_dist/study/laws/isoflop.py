@@ -1,0 +1,70 @@
+"""The optimal size by isoFLOP profiles: a cross-check of the fitted law that knows nothing of its form.
+
+At one budget of compute the loss is a valley in the size; a parabola in ln N finds its floor (Hoffmann et al.,
+arXiv 2203.15556, section 3.2). Budgets lie inside the range of each size's own curve, so nothing is extrapolated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bst_dist.study.laws.law import Points, Vector
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The valley at one budget."""
+
+    flops: float
+    parameters: Vector
+    loss: Vector
+    optimum: float | None
+    """N at the floor; None where the parabola opens downwards or its floor is outside of the sizes."""
+
+
+def profiles(points: Points, budgets: int = 5) -> list[Profile]:
+    """Profiles at budgets spread over those that three sizes share; C = 6 N D. Empty when no three sizes overlap."""
+    curves = _curves(points)
+    if len(curves) < 3:
+        return []
+    starts, ends = sorted(c[0][0] for c in curves.values()), sorted(c[0][-1] for c in curves.values())
+    low, high = starts[2], ends[-3]  # three sizes have begun, three have not ended
+    if low >= high:
+        return []
+    return [p for c in np.linspace(low, high, budgets) if (p := _profile(curves, c)) is not None]
+
+
+def exponent(found: list[Profile]) -> float | None:
+    """d ln N_opt / d ln C over the profiles with a floor; to be compared with beta / (alpha + beta)."""
+    floors = [(np.log(p.flops), np.log(p.optimum)) for p in found if p.optimum is not None]
+    if len(floors) < 3:
+        return None
+    return float(np.polyfit(*np.transpose(floors), 1)[0])
+
+
+def _curves(points: Points) -> dict[float, tuple[Vector, Vector]]:
+    """Size -> ln C (ascending) and mean ln L there; sizes of two points or more."""
+    curves = {}
+    size = np.round(np.log(points.parameters), 2)
+    for value in np.unique(size):
+        own = size == value
+        log_c = np.round(np.log(6 * points.parameters[own] * points.tokens[own]), 2)
+        budgets = np.unique(log_c)
+        if len(budgets) > 1:
+            curves[float(np.exp(value))] = (
+                budgets, np.array([np.log(points.loss[own][log_c == c]).mean() for c in budgets])
+            )  # fmt: skip
+    return curves
+
+
+def _profile(curves: dict[float, tuple[Vector, Vector]], log_c: float) -> Profile | None:
+    inside = {n: np.interp(log_c, *curve) for n, curve in curves.items() if curve[0][0] <= log_c <= curve[0][-1]}
+    if len(inside) < 3:
+        return None
+    sizes, losses = np.array(list(inside)), np.array(list(inside.values()))
+    curved, linear, _ = np.polyfit(np.log(sizes), losses, 2)
+    floor = np.exp(-linear / (2 * curved)) if curved > 0 else np.nan
+    optimum = float(floor) if sizes.min() <= floor <= sizes.max() else None
+    return Profile(float(np.exp(log_c)), sizes, np.exp(losses), optimum)

@@ -1,0 +1,121 @@
+"""A document of headings, paragraphs, tables and figures, written as Markdown and as one self-contained HTML file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from bst_base.files import atomic_file
+from bst_dist.study.report.plot import STYLE
+
+CSS = """
+body { font: 16px/1.5 Georgia, serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #111; }
+h1, h2, h3 { line-height: 1.2; } table { border-collapse: collapse; font: 13px/1.4 monospace; margin: 1rem 0; }
+th, td { padding: .15rem .6rem; text-align: left; border-bottom: 1px solid #ddd; }
+th { border-bottom: 1px solid #111; } figure { margin: 1.5rem 0; } img { max-width: 100%; }
+figcaption { font-size: 14px; color: #333; } .wide { overflow-x: auto; }
+"""
+
+
+@dataclass(frozen=True)
+class Heading:
+    level: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    text: str
+
+
+@dataclass(frozen=True)
+class Items:
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure; `name` is its file's, without a suffix."""
+
+    name: str
+    figure: Figure
+    caption: str
+
+
+Block = Heading | Paragraph | Items | Sheet | Picture
+
+
+def write(blocks: Sequence[Block], directory: Path, title: str) -> list[Path]:
+    """Write report.md, report.html and figures/*.png and *.pdf; returns the files, the report's first."""
+    (directory / "figures").mkdir(parents=True, exist_ok=True)
+    images: dict[str, bytes] = {}
+    files = [directory / "report.md", directory / "report.html"]
+    with matplotlib.rc_context(STYLE):
+        for block in blocks:
+            if isinstance(block, Picture):
+                for kind in ("png", "pdf"):
+                    # Without its date and producer the same data give the same file.
+                    metadata = {"CreationDate": None} if kind == "pdf" else {"Software": None}
+                    buffer = io.BytesIO()
+                    block.figure.savefig(buffer, format=kind, metadata=metadata)
+                    files.append(directory / "figures" / f"{block.name}.{kind}")
+                    _write(files[-1], buffer.getvalue())
+                    images.setdefault(block.name, buffer.getvalue())
+    _write(files[0], "\n\n".join(_markdown(block) for block in blocks).encode() + b"\n")
+    body = "\n".join(_html(block, images) for block in blocks)
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{CSS}</style>'
+    _write(files[1], f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'.encode())
+    return files
+
+
+def _markdown(block: Block) -> str:
+    match block:
+        case Heading(level, text):
+            return f"{'#' * level} {text}"
+        case Paragraph(text):
+            return text
+        case Items(lines):
+            return "\n".join(f"- {line}" for line in lines)
+        case Sheet(columns, rows):
+            escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+            return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *escaped])
+        case Picture(name, _, caption):
+            return f"![{name}](figures/{name}.png)\n\n*{caption}*"
+
+
+def _html(block: Block, images: dict[str, bytes]) -> str:
+    match block:
+        case Heading(level, text):
+            return f"<h{level}>{html.escape(text)}</h{level}>"
+        case Paragraph(text):
+            return f"<p>{html.escape(text)}</p>"
+        case Items(lines):
+            return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+        case Sheet(columns, rows):
+            head = "".join(f"<th>{html.escape(cell)}</th>" for cell in columns)
+            body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+            return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+        case Picture(name, _, caption):
+            data = base64.b64encode(images[name]).decode()
+            return (f'<figure><img alt="{name}" src="data:image/png;base64,{data}">'
+                    f"<figcaption>{html.escape(caption)}</figcaption></figure>")  # fmt: skip
+
+
+def _write(path: Path, content: bytes) -> None:
+    with atomic_file(path) as file:
+        file.write(content)

@@ -1,0 +1,165 @@
+"""Draw the training curves of one or several runs against the tokens they have seen.
+
+    bst plot runs/demo
+    bst plot runs/demo runs/sliding --out curves.pdf
+
+Bits per byte in training and in evaluation (nats a label of classifiers), learning rate, gradient norm and speed. The
+suffix of --out decides the format: png, pdf or svg. `bst compare --plot` draws them over time as well, and the
+differences.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+from rich.console import Console
+
+from bst_base.errors import UserError
+from bst_dist.report.metrics import FILE, read_lines
+
+# Okabe and Ito's colours, which people with any colour vision tell apart, the darker ones first.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00")
+DASHES = ("-", "--", ":", "-.")  # once the colours are used up
+STYLE = {
+    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7.5, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.axisbelow": True,
+    "axes.grid": True, "grid.linewidth": 0.4, "grid.color": "#dddddd", "lines.linewidth": 1.1,
+    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "savefig.dpi": 300, "pdf.fonttype": 42, "svg.fonttype": "none",
+}  # fmt: skip
+SMALL = {
+    "learning_rate": "learning rate",
+    "gradient_norm": "gradient norm, before clipping",
+    "tokens_per_s": "tokens per second",
+}
+FORMATS = (".png", ".pdf", ".svg")
+INCHES = (6.75, 4.4)  # the text width of a two-column paper
+
+
+def draw(runs: dict[str, list[dict[str, Any]]]) -> Figure:
+    """The figure for runs by name, each the lines of its metrics file; every run has trained at least one step.
+
+    Colour tells runs apart, the mark training from validation.
+    """
+    figure = Figure(figsize=INCHES, layout="constrained")
+    grid = figure.add_gridspec(2, 3, height_ratios=(1.8, 1))
+    loss = figure.add_subplot(grid[0, :])
+    small = {key: figure.add_subplot(grid[1, column]) for column, key in enumerate(SMALL)}
+    text = any(
+        np.isfinite(line["bits_per_byte"]) for lines in runs.values() for line in lines if line["kind"] == "train"
+    )
+    quantity = "bits_per_byte" if text else "loss_nats"
+    for look, lines in zip(looks(len(runs)), runs.values(), strict=True):
+        train = [line for line in lines if line["kind"] == "train"]
+        smoothed(loss, *_series(train, quantity), look)
+        evaluations(loss, lines, {line["step"]: line["tokens"] for line in train}, look["color"], quantity)
+        small["learning_rate"].plot(*_series(train, "learning_rate"), **look)
+        smoothed(small["gradient_norm"], *_series(train, "gradient_norm"), look)
+        smoothed(small["tokens_per_s"], *_series(train[1:] or train, "tokens_per_s"), look)  # the first warms up
+    _finish(loss, small)
+    loss.set_ylabel("bits per byte" if text else "nats a label")
+    figure.supxlabel("tokens seen" if text else "labels seen", fontsize=8)
+    legend(loss, runs)
+    return figure
+
+
+def looks(count: int) -> list[dict[str, str]]:
+    """Colour and dashes of so many runs, no two alike."""
+    return [{"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
+            for number in range(count)]  # fmt: skip
+
+
+def legend(axes: Axes, names: Collection[str]) -> None:
+    """Whose the curves are, and that dots are evaluations."""
+    handles = [Line2D([], [], **look) for look in looks(len(names))]
+    handles += [Line2D([], [], color="#777777"), Line2D([], [], color="#777777", marker="o", linestyle="")]
+    axes.legend(handles, [*names, "training", "validation"], loc="upper right", ncols=1 + len(names) // 5)
+
+
+def _series(lines: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([line["tokens"] for line in lines]), np.array([line[key] for line in lines], float)
+
+
+def smoothed(axes: Axes, where: np.ndarray, values: np.ndarray, look: dict[str, str]) -> None:
+    """Each step faintly, and the mean of the steps around it over a twenty-fifth of the run."""
+    reach = len(values) // 50
+    axes.plot(where, values, color=look["color"], alpha=0.25, linewidth=0.5)
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    index = np.arange(len(values) - reach)
+    around = np.minimum(index, reach)  # centred: narrower at the beginning, where the curve is steep
+    axes.plot(where[index], (sums[index + around + 1] - sums[index - around]) / (2 * around + 1), **look)
+
+
+def evaluations(axes: Axes, lines: list[dict[str, Any]], where: Mapping[int, float], colour: str,
+                quantity: str = "bits_per_byte") -> None:  # fmt: skip
+    """A dot for each evaluation, `where` its step stands (an evaluation's own tokens are those it read)."""
+    seen = {0: 0.0, **where}
+    dots = [(seen[e["step"]], e[quantity]) for e in lines if e["kind"] == "eval" and e["step"] in seen]
+    if dots:
+        axes.plot(
+            *zip(*dots, strict=True), "o", color=colour, markersize=4, markeredgecolor="white", markeredgewidth=0.6
+        )
+
+
+def _finish(loss: Axes, small: dict[str, Axes]) -> None:
+    """Titles and scales."""
+    small["learning_rate"].yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
+    for key, axes in small.items():
+        axes.set_title(SMALL[key])
+        axes.set_ylim(bottom=0)
+        if key == "tokens_per_s":
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    for axes in (loss, *small.values()):
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(8 if axes is loss else 4))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def read_runs(directories: list[Path]) -> dict[str, list[dict[str, Any]]]:
+    """Metrics of runs by name; raises UserError where there are none."""
+    found = {}
+    for name, path in named(directories).items():
+        found[name] = read_lines(path / FILE)
+        if not any(line["kind"] == "train" for line in found[name]):
+            raise UserError(f"{path}: nothing to draw: {FILE} is missing there or holds no training step")
+    return found
+
+
+def named(directories: Sequence[Path]) -> dict[str, Path]:
+    """Directories, each once, by the shortest end of their path that tells them apart."""
+    paths = {path.resolve(): path for path in reversed(directories)}
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return {"/".join(whole.parts[-depth:]): path for whole, path in reversed(paths.items())}
+
+
+def save(draw: Callable[[], Figure], out: Path) -> None:
+    """Draw in the style of papers and write the file; raises UserError for a suffix that is no picture's."""
+    if out.suffix not in FORMATS:
+        raise UserError(f"{out}: the suffix must be one of {', '.join(FORMATS)}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        draw().savefig(out)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="directory of a run")
+    parser.add_argument("--out", metavar="PATH", type=Path,
+                        help="the file to draw (default: curves.png in the first run's directory)")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    runs = read_runs(args.runs)
+    out = args.out or args.runs[0] / "curves.png"
+    save(lambda: draw(runs), out)
+    Console().print(f"drew {', '.join(runs)} to {out}", markup=False, highlight=False)
+    return {"file": str(out), "runs": {name: lines[-1]["step"] for name, lines in runs.items()}}

@@ -1,0 +1,113 @@
+"""Where the runs of a sweep are trained: the same `bst sweep run` on each host, or in each task of a Slurm array.
+
+The commands share the runs by their locks, so nothing is divided beforehand: a fast host takes more of them, those of
+a host that is lost are taken up by the others, and a task more or less only changes how long it takes.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from bst_dist.cluster.hosts import Host
+from bst_dist.cluster.launchers import SSH
+from bst_base.files import atomic_file
+from bst_base.errors import UserError
+
+NOTICE_S = 120
+"""Seconds between Slurm's signal and the end of a task: for a checkpoint."""
+
+
+class PlacementError(UserError):
+    """Hosts or a scheduler that a sweep cannot be given to."""
+
+
+def workers_on(host: Host, ranks: int) -> int:
+    """Runs that a host trains at a time; raises PlacementError when not even one fits."""
+    if host.slots < ranks:
+        raise PlacementError(f"{host.name} has {host.slots} slots and a run needs {ranks} (ranks of the base recipe)")
+    return host.slots // ranks
+
+
+def on_host(host: Host, ranks: int, directory: Path, words: Sequence[str]) -> list[str]:
+    """The command that runs `bst sweep run` with some words on a host, in `directory`, until its ssh is gone.
+
+    With a terminal, though nobody sees it: when the connection ends, by a kill on this side or by the network, the
+    command over there gets a SIGHUP, ends its runs and gives their locks back.
+    """
+    remote = [*_bst(words), "--workers", str(workers_on(host, ranks))]
+    return [*SSH, "-tt", host.name, f"cd {shlex.quote(str(directory))} && exec {shlex.join(remote)}"]
+
+
+def run_on_hosts(commands: Mapping[str, list[str]], say: Callable[[str], None]) -> dict[str, int]:
+    """Run a command for each host at the same time, its lines told under the host's name; returns their statuses."""
+    running = {
+        name: subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for name, command in commands.items()
+    }
+    readers = [threading.Thread(target=_tell, args=(name, process, say)) for name, process in running.items()]
+    try:
+        for thread in readers:
+            thread.start()
+        return {name: process.wait() for name, process in running.items()}
+    finally:
+        for process in running.values():
+            process.terminate()
+        for thread in readers:
+            thread.join()
+
+
+def slurm_script(name: str, root: Path, tasks: int, directory: Path, words: Sequence[str],
+                 options: Sequence[str]) -> str:  # fmt: skip
+    """A batch script of an array of `tasks`, each of which trains runs until none is left.
+
+    Before its time is over a task is told to stop, its run takes a checkpoint, and the task is queued again.
+    """
+    lines = [
+        f"#SBATCH --job-name={name}", f"#SBATCH --array=0-{tasks - 1}", "#SBATCH --nodes=1",
+        f"#SBATCH --chdir={directory}", f"#SBATCH --output={root}/slurm/%A_%a.log", "#SBATCH --open-mode=append",
+        f"#SBATCH --signal=B:TERM@{NOTICE_S}", "#SBATCH --requeue", *(f"#SBATCH {option}" for option in options),
+    ]  # fmt: skip
+    body = f"""
+{shlex.join(_bst(words))} &
+sweep=$!
+trap 'stopped=yes; kill -TERM $sweep' TERM
+wait $sweep
+status=$?
+if [ -n "$stopped" ]; then
+    wait $sweep  # the first one was cut short by the signal
+    exec scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
+fi
+exit $status
+"""
+    return "\n".join(["#!/bin/bash", *lines]) + "\n" + body
+
+
+def submit(script: str, root: Path) -> str:
+    """Write the script into the sweep's directory and give it to Slurm; returns what sbatch says."""
+    path = root / "slurm.sh"
+    (root / "slurm").mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write(script.encode())
+    try:
+        done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise PlacementError(f"sbatch is not on the PATH; the script is {path}: submit it where Slurm is") from None
+    if done.returncode:
+        raise PlacementError(f"sbatch {path}: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+def _bst(words: Sequence[str]) -> list[str]:
+    return [str(Path(sys.executable).with_name("bst")), "sweep", "run", *words]
+
+
+def _tell(name: str, process: subprocess.Popen[bytes], say: Callable[[str], None]) -> None:
+    for line in process.stdout or ():
+        text = line.decode(errors="replace").rstrip()
+        if text:
+            say(f"{name}: {text}")

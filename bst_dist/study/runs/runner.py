@@ -1,0 +1,203 @@
+"""Running a sweep: some workers on this host, each a training process, until nothing is left to start.
+
+What there is to do is read from the run directories before each start, and a run that is being trained is locked. So
+the command may be killed at any moment and given again, and several of them on one shared file system, a task of a
+Slurm array each or one a host, take runs from the same sweep without being told of each other.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bst_dist.cluster.processes import die_with_parent, signal_session, told_to_stop
+from bst_dist.config import load_recipe
+from bst_dist.study.runs.state import OUT_OF_MEMORY, Job, State
+from bst_dist.checkpoint.directory import committed
+from bst_dist.train.rundir import RECIPE
+from bst_dist.faults.status import RESUBMIT
+from bst_base.files import atomic_file
+from bst_base.settings import dump
+from bst_base.errors import UserError
+
+POLL_S = 0.5
+MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "Cannot allocate memory")
+
+
+@dataclass
+class Worker:
+    """One training process."""
+
+    run: Job
+    process: subprocess.Popen[bytes]
+    place: int
+    """Which of the runner's workers it is, from 0: it has a share of the host's accelerators of its own."""
+    started: float = field(default_factory=time.monotonic)
+
+
+class Runner:
+    """Takes the runs of a sweep to their ends."""
+
+    def __init__(self, runs: Sequence[Job], state: State, workers: int, say: Callable[[str], None]) -> None:
+        self.runs, self.state, self.limit, self.say = runs, state, workers, say
+        self.workers: list[Worker] = []
+        self.ended: set[str] = set()
+
+    def run(self, watch: Callable[[list[Worker]], None]) -> None:
+        """Start runs until none is left, calling `watch` while they train; ends them when told to stop."""
+        with told_to_stop() as told:
+            try:
+                while not told:
+                    self._collect()
+                    self._fill()
+                    watch(self.workers)
+                    if not self.workers and not self._elsewhere():
+                        return
+                    time.sleep(POLL_S)
+            finally:
+                self._end()
+        raise KeyboardInterrupt
+
+    def _fill(self) -> None:
+        """Start what can be started, in the order of the plan, as long as workers are free."""
+        for run in self._open():
+            if len(self.workers) == self.limit:
+                return
+            if self.state.standing(run).status == "waiting" and self.state.ready(run):
+                self._start(run)
+
+    def _start(self, run: Job) -> None:
+        lock = self.state.lock(run.name)
+        if lock is None:
+            return
+        try:
+            if self.state.standing(run).status == "done":  # finished elsewhere between the look and the lock
+                return
+            micro = self._prepare(run)
+            place = min(set(range(self.limit)) - {worker.place for worker in self.workers})
+            with self.state.path("logs", run.name).open("ab") as log:
+                process = subprocess.Popen(
+                    self._command(run, micro), env=self._environment(run, place), stdout=log, stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL, pass_fds=(lock,), start_new_session=True,
+                    preexec_fn=partial(die_with_parent, signal.SIGTERM),
+                )  # fmt: skip
+            self.workers.append(Worker(run, process, place))
+        finally:
+            os.close(lock)  # the process has its own
+
+    def _prepare(self, run: Job) -> int:
+        """Write the recipe and clear away a directory that cannot be gone on with; returns the micro-batch."""
+        with atomic_file(self.state.path("recipes", run.name)) as file:
+            file.write(dump(run.recipe).encode())
+        directory = self.state.directory(run.name)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        micro = self._micro(run)
+        if directory.exists() and not committed(directory) and not self._same_micro(directory, micro):
+            shutil.rmtree(directory)  # broken off before its recipe was written, or out of memory
+        return micro
+
+    def _micro(self, run: Job) -> int:
+        """The recipe's micro-batch, halved each time memory ran out, and no larger than its trunk's."""
+        micro = run.recipe.train.micro_sequences
+        if run.trunk is not None:
+            micro = load_recipe(self.state.directory(run.trunk) / RECIPE).train.micro_sequences
+        short = [a["micro_sequences"] for a in self.state.attempts(run.name) if a["status"] == OUT_OF_MEMORY]
+        return min([micro, *(used // 2 for used in short)])
+
+    def _same_micro(self, directory: Path, micro: int) -> bool:
+        path = directory / RECIPE
+        return path.exists() and load_recipe(path).train.micro_sequences == micro
+
+    def _command(self, run: Job, micro: int) -> list[str]:
+        several = (run.recipe.ranks or 1) > 1
+        # One rank needs no launcher, and starts in a third of the time without.
+        program = [sys.executable, "-m", "bst_dist.train"]
+        if several:
+            program = [str(Path(sys.executable).with_name("bst")), "train"]
+        recipe = [str(self.state.path("recipes", run.name)), f"train.micro_sequences={micro}"]
+        return [*program, *recipe, "--run-dir", str(self.state.directory(run.name)), "--resume"]
+
+    def _environment(self, run: Job, place: int) -> dict[str, str]:
+        """This process's, with a share of the cores, and of the accelerators where there are several workers."""
+        threads = str(max(1, len(os.sched_getaffinity(0)) // self.limit))
+        found = {"OMP_NUM_THREADS": threads, **os.environ}
+        devices = torch.cuda.device_count()
+        if self.limit > 1 and devices:
+            ranks = run.recipe.ranks or 1
+            if self.limit * ranks > devices:
+                raise UserError(
+                    f"{self.limit} workers of {ranks} ranks need {self.limit * ranks} GPUs, here are {devices}"
+                )
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
+            found["CUDA_VISIBLE_DEVICES"] = ",".join(visible[place * ranks : (place + 1) * ranks])
+        return found
+
+    def _collect(self) -> None:
+        """Take note of the processes that have ended."""
+        for worker in [worker for worker in self.workers if worker.process.poll() is not None]:
+            self.workers.remove(worker)
+            name, seconds = worker.run.name, time.monotonic() - worker.started
+            standing = self.state.standing(worker.run)
+            stopped = worker.process.returncode == RESUBMIT  # by a signal from elsewhere, with a checkpoint
+            if standing.status not in ("done", "diverged") and not stopped:
+                self.state.record(name, self._attempt(worker, seconds))
+                standing = self.state.standing(worker.run)
+            self.say(f"{standing.status:>9} {name} after {seconds:.0f} s {standing.reason}")
+
+    def _attempt(self, worker: Worker, seconds: float) -> dict[str, object]:
+        """How a start ended that did not finish."""
+        name, status = worker.run.name, worker.process.returncode
+        lines = _tail(self.state.path("logs", name))
+        micro = self._micro(worker.run)
+        ran_out = any(sign in line for line in lines for sign in MEMORY)
+        # With checkpoints behind it the memory did suffice, and at one sequence there is nothing to halve.
+        smaller = ran_out and micro > 1 and not committed(self.state.directory(name))
+        return {
+            "status": OUT_OF_MEMORY if smaller else "failed",
+            "reason": lines[-1].strip() if lines else f"exit status {status}",
+            "exit_status": status,
+            "micro_sequences": micro,
+            "time_s": seconds,
+        }
+
+    def _elsewhere(self) -> bool:
+        """Whether runs are still being trained by another command, or wait for one that is."""
+        return any(self.state.standing(run).status in ("running", "waiting") for run in self._open())
+
+    def _open(self) -> list[Job]:
+        """The runs that have not ended for good; those that have are not looked at again."""
+        running = {worker.run.name for worker in self.workers}
+        left = [run for run in self.runs if run.name not in self.ended]
+        for run in left:
+            if run.name not in running and self.state.standing(run).status in ("done", "failed", "diverged"):
+                self.ended.add(run.name)
+        return [run for run in left if run.name not in self.ended | running]
+
+    def _end(self) -> None:
+        """End the processes that are left; what they had not saved is trained again at the next start."""
+        for worker in self.workers:
+            signal_session(worker.process, signal.SIGTERM)
+        for worker in self.workers:
+            try:
+                worker.process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                signal_session(worker.process, signal.SIGKILL)
+                worker.process.wait()
+
+
+def _tail(path: Path, most: int = 40) -> list[str]:
+    """The last lines of a log that say something."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes()[-20_000:].decode(errors="replace").splitlines()
+    return [line for line in lines if line.strip()][-most:]

@@ -1,0 +1,126 @@
+"""Where each run of a sweep stands, as its directory says; nothing else is kept.
+
+<root>/plan.json            what the budget has dropped
+<root>/recipes/<run>.yaml   the recipe a run is started with
+<root>/runs/<run>/          the run directory
+<root>/attempts/<run>.jsonl how each start ended that did not finish: one JSON object a line
+<root>/logs/<run>.log       what the run printed
+<root>/documents/<run>.json its losses by document, once they were asked for
+<root>/locks/<run>          held by the process that is running it, on whatever host
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from bst_dist.config import Recipe
+from bst_dist.study.sweep.design import RUNS
+from bst_dist.study.laws.table import Status
+from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.train.rundir import read_outcome
+
+OUT_OF_MEMORY = "out of memory"
+
+
+class Job(Protocol):
+    """What is trained: a run of a sweep, or one of an experiment."""
+
+    @property
+    def name(self) -> str:
+        """Its directory under runs/."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is trained."""
+
+    @property
+    def trunk(self) -> str | None:
+        """The run it branches off, which must be done before; None: it starts by itself."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where one run stands."""
+
+    status: Status
+    reason: str = ""
+
+
+class State:
+    """The directory of a sweep."""
+
+    def __init__(self, root: Path, retries: int) -> None:
+        self.root, self.retries = root, retries
+
+    def directory(self, name: str) -> Path:
+        """The run's directory."""
+        return self.root / RUNS / name
+
+    def path(self, kind: str, name: str) -> Path:
+        """A file about a run: recipes, attempts, logs, documents, locks."""
+        suffix = {"recipes": ".yaml", "attempts": ".jsonl", "logs": ".log", "documents": ".json", "locks": ""}[kind]
+        path = self.root / kind / f"{name}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def standing(self, run: Job) -> Standing:
+        """Where the run stands; a branch whose trunk cannot be had stands where the trunk does."""
+        own = self._own(run.name)
+        if own.status == "waiting" and run.trunk is not None:
+            trunk = self._own(run.trunk)
+            if trunk.status in ("failed", "diverged"):
+                return Standing(trunk.status, f"its trunk: {trunk.reason}")
+        return own
+
+    def ready(self, run: Job) -> bool:
+        """Whether what the run branches off is there."""
+        return run.trunk is None or self._own(run.trunk).status == "done"
+
+    def attempts(self, name: str) -> list[dict[str, Any]]:
+        """How starts ended that did not finish, oldest first."""
+        return read_lines(self.path("attempts", name))
+
+    def record(self, name: str, attempt: dict[str, Any]) -> None:
+        """Add how a start ended."""
+        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **attempt})
+        with self.path("attempts", name).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def lock(self, name: str) -> int | None:
+        """The run's lock as a file descriptor, or None when another process holds it.
+
+        Held until every process that has the descriptor is gone, so a run outlives no sweep unseen.
+        """
+        handle = os.open(self.path("locks", name), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        return handle
+
+    def progress(self, name: str) -> dict[str, Any] | None:
+        """The last training step a run has reported."""
+        lines = [line for line in read_lines(self.directory(name) / FILE) if line["kind"] == "train"]
+        return lines[-1] if lines else None
+
+    def _own(self, name: str) -> Standing:
+        outcome = read_outcome(self.directory(name))
+        if outcome and outcome["finished"]:
+            return Standing("done")
+        if outcome and outcome.get("diverged"):
+            return Standing("diverged", outcome["diverged"])
+        handle = self.lock(name)
+        if handle is None:
+            return Standing("running")
+        os.close(handle)
+        failed = [attempt for attempt in self.attempts(name) if attempt["status"] == "failed"]
+        if len(failed) > self.retries:
+            return Standing("failed", failed[-1]["reason"])
+        return Standing("waiting")

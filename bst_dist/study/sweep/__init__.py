@@ -1,0 +1,1 @@
+"""The scaling study: its design, its table, its report."""

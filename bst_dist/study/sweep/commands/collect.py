@@ -1,0 +1,34 @@
+"""Gather the results of a sweep into one table, from its run directories.
+
+    bst sweep collect launch/sweeps/mini.yaml
+
+Writes table.json and table.csv into the sweep's directory: a row a measurement, those that wait, failed or diverged
+included. With --documents TOKENS every finished run is also scored on so many tokens of each validation document.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from typing import Any
+
+from bst_dist.study.laws import table
+from bst_dist.study.sweep.collect import collect
+from bst_dist.study.sweep.commands.common import TABLE, add_sweep, open_plan, say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_sweep(parser)
+    parser.add_argument("--documents", type=int, default=0, metavar="TOKENS",
+                        help="also score the first TOKENS of each validation document")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    plan, state = open_plan(args)
+    rows = collect(plan.runs, state, args.documents)
+    path = plan.sweep.root / TABLE
+    table.write(rows, path)
+    table.write_csv(rows, path.with_suffix(".csv"))
+    counts = Counter(row.status for row in rows)
+    say(f"{path}: {len(rows)} rows, " + ", ".join(f"{number} {status}" for status, number in counts.items()))
+    return {"table": str(path), "rows": dict(counts)}

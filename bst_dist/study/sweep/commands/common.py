@@ -1,0 +1,54 @@
+"""What the commands about a sweep have in common."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from bst_dist.study.laws.table import Row, read
+from bst_dist.study.runs.state import State
+from bst_dist.study.sweep.config import SweepConfig, load_sweep
+from bst_dist.study.sweep.plan import Plan, make_plan
+
+TABLE, COORDINATES = "table.json", "coordinates.json"
+
+
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+    """The sweep's file and settings that differ from it."""
+    parser.add_argument("sweep", type=Path, metavar="SWEEP", help="the sweep's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that differ from it")
+
+
+def open_sweep(args: argparse.Namespace) -> SweepConfig:
+    """The sweep that the arguments name."""
+    return load_sweep(args.sweep, args.overrides)
+
+
+def open_plan(args: argparse.Namespace) -> tuple[Plan, State]:
+    """Its plan, and where its runs stand."""
+    sweep = open_sweep(args)
+    return make_plan(sweep), State(sweep.root, sweep.retries)
+
+
+def open_table(args: argparse.Namespace) -> tuple[SweepConfig, list[Row]]:
+    """The sweep with the table that `collect` wrote."""
+    sweep = open_sweep(args)
+    return sweep, read(sweep.root / TABLE)
+
+
+def open_console() -> Console:
+    """Where tables go: as wide as the terminal, and in a file or a pipe wide enough to cut no number short."""
+    return Console() if sys.stdout.isatty() else Console(width=140)
+
+
+def say(text: str) -> None:
+    """A line for people, as it is."""
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def percent(value: float, digits: int = 2) -> str:
+    """A difference of logarithms, as per cent of the loss."""
+    return f"{100 * value:+.{digits}f} %"

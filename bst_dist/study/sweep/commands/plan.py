@@ -1,0 +1,67 @@
+"""Price a sweep, fit it into its budget, and fix what will be run.
+
+    bst sweep plan launch/sweeps/mini.yaml --measure 2
+
+With --measure every shape is first timed here for some seconds, and its speed kept; without, the price is by the
+budget's flops_per_s. Blocks are dropped, with all their architectures, until the budget pays for the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from bst_dist.study.sweep.commands.common import add_sweep, open_console, open_sweep, say
+from bst_dist.study.sweep.commands.design import power_report, show_power
+from bst_dist.study.sweep.design import Designer
+from bst_dist.study.sweep.plan import Plan, make_plan, read_rates, write_plan, write_rates
+from bst_dist.study.sweep.power import cost
+from bst_dist.study.sweep.speed import measure
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_sweep(parser)
+    parser.add_argument("--measure", type=float, metavar="SECONDS", help="time every shape here for so long first")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    sweep = open_sweep(args)
+    if args.measure:
+        designer = Designer(sweep)
+        runs = designer.runs(designer.cells())
+        write_rates(sweep, measure(runs, args.measure, lambda key, rate: say(f"{rate / 1e9:8.2f} GFLOP/s  {key}")))
+    plan = make_plan(sweep)
+    write_plan(plan)
+    prices = prices_of(plan)
+    console = open_console()
+    for title, keys in (("by shape", ("size", "depth")), ("by architecture", ("architecture",))):
+        table = Table(*keys, "runs", plan.unit, title=f"{sweep.name}, {title}", box=SIMPLE)
+        for group in dict.fromkeys(tuple(price[key] for key in keys) for price in prices):
+            own = [price for price in prices if tuple(price[key] for key in keys) == group]
+            names = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in group]
+            table.add_row(*names, str(sum(p["runs"] for p in own)), f"{sum(p['cost'] for p in own):.3g}")
+        console.print(table)
+    show_power(console, plan.power)
+    for block in plan.dropped:
+        say(f"not paid for by the budget: {block}")
+    limit = "no limit" if plan.limit == float("inf") else f"a budget of {plan.limit:.4g}"
+    flops = sum(run.own_flops for run in plan.runs)
+    say(f"{len(plan.runs)} runs, {plan.spent:.4g} {plan.unit} of {limit}; {flops:.3g} FLOPs")
+    return {"runs": len(plan.runs), "unit": plan.unit, "cost": plan.spent, "dropped": plan.dropped, "prices": prices,
+            "flops": flops, **power_report(plan.power)}  # fmt: skip
+
+
+def prices_of(plan: Plan) -> list[dict[str, Any]]:
+    """Runs and cost by architecture, size and depth."""
+    spent, _, _ = cost(plan.sweep.budget, read_rates(plan.sweep))
+    found: dict[tuple[str, float, int], dict[str, Any]] = {}
+    for run in plan.runs:
+        cell = run.cell
+        key = (cell.architecture, cell.size, cell.depth)
+        entry = found.setdefault(key, {"architecture": key[0], "size": key[1], "depth": key[2], "runs": 0, "cost": 0.0})
+        entry["runs"] += 1
+        entry["cost"] += spent(run)
+    return list(found.values())

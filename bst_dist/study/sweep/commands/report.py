@@ -1,0 +1,34 @@
+"""Write the report of a sweep: the answer, the figures and every run, as one HTML file and as Markdown.
+
+    bst sweep report launch/sweeps/mini.yaml --out docs/study
+
+Reads the table that `bst sweep collect` wrote; figures are PNG and PDF.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from bst_dist.study.report import document
+from bst_dist.study.sweep import report
+from bst_dist.study.sweep.commands.common import COORDINATES, add_sweep, open_table, say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_sweep(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the sweep's directory)")
+    parser.add_argument("--draws", type=int, default=200, metavar="N", help="resamples (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    sweep, rows = open_table(args)
+    checked = sweep.root / COORDINATES
+    coordinates = json.loads(checked.read_text(encoding="utf-8")) if checked.exists() else None
+    blocks, figures = report.build(sweep, rows, args.draws, coordinates)
+    files = document.write(blocks, args.out or sweep.root, title=f"Sweep {sweep.name}")
+    for path in files[:2]:
+        say(f"wrote {path}")
+    return {"files": [str(path) for path in files], **figures}

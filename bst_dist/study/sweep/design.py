@@ -1,0 +1,239 @@
+"""From a sweep to its runs: each a complete recipe, in a directory whose name ends in the recipe's hash.
+
+Every architecture is run on every block (arm, size, depth, seed), with the same order of the data, for the same
+compute C = 6 N^2 m at each length m: fewer tokens where a token costs more. A block's lengths share one trunk at a
+constant learning rate, from which a branch decays for each.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from bst_base.settings import ConfigError, parse
+from bst_dist.config import Recipe
+from bst_dist.model.layers import MIXERS
+from bst_dist.study.sweep.config import Settings, SweepConfig
+from bst_dist.study.sweep.shape import Counts, count, solve
+from data_pipeline.serve.loader import DataConfig, open_corpora
+
+RUNS = "runs"
+Role = Literal["grid", "hold-out", "audit"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of the grid: what a trunk and its branches have in common."""
+
+    architecture: str
+    arm: str
+    size: float
+    depth: int
+    seed: int
+    role: Role = "grid"
+    rate_factor: float = 1.0
+
+    @property
+    def block(self) -> str:
+        """What a pair shares: everything but the architecture."""
+        return f"{self.arm}-n{self.size:.3g}-d{self.depth}-s{self.seed}"
+
+    @property
+    def label(self) -> str:
+        """The beginning of its runs' names."""
+        audit = f"-lr{self.rate_factor:g}" if self.role == "audit" else ""
+        return f"{self.architecture}-{self.block}{audit}".replace("+", "")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the sweep."""
+
+    cell: Cell
+    recipe: Recipe
+    counts: Counts
+    multiple: float | None
+    """Tokens per parameter asked for; None for a trunk, which is no measurement."""
+    trunk: str | None = None
+    """The run it branches off."""
+
+    @property
+    def name(self) -> str:
+        """Its directory: what it is, and the hash of its recipe."""
+        return self.recipe.name
+
+    @property
+    def flops(self) -> float:
+        """C: training FLOPs of all its steps, the trunk's included."""
+        return self._flops(self.recipe.train.steps)
+
+    @property
+    def own_flops(self) -> float:
+        """Training FLOPs of the steps it takes itself."""
+        branch = self.recipe.branch
+        return self._flops(self.recipe.train.steps - (branch.step if branch else 0))
+
+    def _flops(self, steps: int) -> float:
+        train = self.recipe.train
+        return 6 * self.counts.parameters * steps * train.sequences * train.sequence_length
+
+
+class Designer:
+    """Makes the runs of a sweep."""
+
+    def __init__(self, sweep: SweepConfig) -> None:
+        """Reads the base recipe and the vocabulary of its corpus; raises UserError when either is wrong."""
+        self.sweep = sweep
+        self.base: dict[str, Any] = yaml.safe_load(Path(sweep.recipe).read_text(encoding="utf-8"))
+        self.base = settled(self.base, sweep.settings)
+        if self.base.get("model", {}).get("vocab_size") is None:
+            corpus = open_corpora(parse(DataConfig, self.base["data"], where=f"{sweep.recipe}: data"), "train")[0]
+            self.base.setdefault("model", {})["vocab_size"] = corpus.manifest.tokenizer.vocab_size
+        self.architectures = dict(_with_kernels(sweep))
+        if sweep.rules.parametrisation is not None:
+            self.base["model"]["parametrisation"] = self._parametrisation()
+
+    def cells(self) -> list[Cell]:
+        """The whole grid, largest first, then the audit of the learning rate in its corners."""
+        sweep = self.sweep
+        pairs = sweep.only or [(size, depth) for size in (*sweep.sizes, *sweep.hold_out) for depth in sweep.depths]
+        cells = [
+            Cell(name, arm, size, depth, seed, "hold-out" if size in sweep.hold_out else "grid")
+            for size, depth in sorted(set(map(tuple, pairs)), reverse=True)
+            for arm in sweep.arms
+            for seed in sweep.seeds
+            for name in self.architectures
+        ]
+        return cells + [
+            replace(cell, role="audit", rate_factor=factor)
+            for cell in cells
+            for factor in sweep.audit.factors
+            if cell.size in (min(sweep.sizes), max(sweep.sizes))
+            and cell.depth in (min(sweep.depths), max(sweep.depths))
+            and cell.seed == sweep.seeds[0]
+        ]
+
+    def runs(self, cells: list[Cell]) -> list[Run]:
+        """The runs of these cells: a trunk before its branches; an audit takes the shortest length only."""
+        return [run for cell in cells for run in self._runs_of(cell)]
+
+    def _parametrisation(self) -> dict[str, Any]:
+        """The recipe's section by the rule; a CompleteP's base is the baseline in its smallest shape."""
+        sweep = self.sweep
+        if sweep.rules.parametrisation == "standard":
+            return {"kind": "standard"}
+        size, depth = min(sweep.sizes), min(sweep.depths)
+        data = settled(settled(self.base, next(iter(sweep.arms.values()))), sweep.architectures[sweep.baseline])
+        shape = solve(data["model"], sweep.shape, size, depth, data["train"]["sequence_length"])
+        return {"kind": "completep", "base_width": shape.width, "base_depth": depth}
+
+    def _runs_of(self, cell: Cell) -> Iterator[Run]:
+        sweep, data = self.sweep, self.base_of(cell)
+        length = data["train"]["sequence_length"]
+        model = solve(data["model"], sweep.shape, cell.size, cell.depth, length)
+        counts = count(model, length)
+        data["model"] = model.model_dump(mode="json", exclude_unset=True)
+        step_flops = 6 * counts.parameters * data["train"]["sequences"] * length
+        multiples = sorted(sweep.tokens_per_parameter)[: 1 if cell.role == "audit" else None]
+        steps = {m: max(2, round(6 * cell.size**2 * m / step_flops)) for m in multiples}
+        leaves = {m: s - max(1, round(sweep.rules.decay_fraction * s)) for m, s in steps.items()}
+        warmup = max(1, round(sweep.rules.warmup_fraction * steps[multiples[0]]))
+        data["schedule"] = {**data.get("schedule", {}), "kind": "wsd", "warmup_steps": warmup}
+        if len(multiples) == 1:
+            yield self._finished(cell, data, counts, steps[multiples[0]], multiples[0], None)
+            return
+        trunk = self._trunk(cell, data, counts, leaves)
+        yield trunk
+        for multiple in multiples:
+            branch = {"run": f"../{trunk.name}", "step": leaves[multiple]}
+            yield self._finished(cell, {**data, "branch": branch}, counts, steps[multiple], multiple, trunk.name)
+
+    def _trunk(self, cell: Cell, data: dict[str, Any], counts: Counts, leaves: dict[float, int]) -> Run:
+        data = copy.deepcopy(data)
+        data["train"]["steps"] = max(leaves.values())
+        data["schedule"]["decay_fraction"] = 0.0
+        data["checkpoint"] = {**data.get("checkpoint", {}), "at": sorted(set(leaves.values())), "keep_last": 1}
+        return Run(cell, named(f"{cell.label}-trunk", data), counts, None)
+
+    def _finished(self, cell: Cell, data: dict[str, Any], counts: Counts, steps: int, multiple: float,
+                  trunk: str | None) -> Run:  # fmt: skip
+        data = copy.deepcopy(data)
+        data["train"]["steps"] = steps
+        # Exactly the steps after the branch, whatever rounding a fraction would bring.
+        left = steps - data["branch"]["step"] if trunk else max(1, round(self.sweep.rules.decay_fraction * steps))
+        data["schedule"]["decay_fraction"] = left / steps
+        data["checkpoint"] = {**data.get("checkpoint", {}), "keep_last": 1}
+        return Run(cell, named(f"{cell.label}-m{multiple:g}", data), counts, multiple, trunk)
+
+    def base_of(self, cell: Cell) -> dict[str, Any]:
+        """The base recipe with the cell's settings and the rules of its size."""
+        sweep, smallest = self.sweep, min(self.sweep.sizes)
+        data = settled(self.base, sweep.arms[cell.arm])
+        data = settled(data, self.architectures[cell.architecture])
+        data["seed"] = cell.seed
+        growth = cell.size / smallest
+        train, optimizer = data["train"], data.setdefault("optimizer", {})
+        train["sequences"] = max(1, round(train["sequences"] * growth**sweep.rules.batch_exponent))
+        train["micro_sequences"] = _divisor(train["sequences"], train.get("micro_sequences", train["sequences"]))
+        rate = parse(Recipe, _complete(data), where=sweep.recipe).optimizer.learning_rate
+        optimizer["learning_rate"] = rate * cell.rate_factor * growth**-sweep.rules.rate_exponent
+        return data
+
+
+def settled(data: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """A copy of `data` with dotted settings put in; a section given as a mapping is merged.
+
+    Raises ConfigError when a key goes through what is a value and no section.
+    """
+    data = copy.deepcopy(data)
+    for key, value in settings.items():
+        *parents, leaf = key.split(".")
+        node = data
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"setting {key!r}: {parent!r} is a value, not a section")
+        both = isinstance(value, dict) and isinstance(node.get(leaf), dict)
+        node[leaf] = {**node[leaf], **value} if both else copy.deepcopy(value)
+    return data
+
+
+def _with_kernels(sweep: SweepConfig) -> Iterator[tuple[str, Settings]]:
+    """Architectures, those with a state space model once for each kernel."""
+    for name, settings in sweep.architectures.items():
+        mixer = settings.get("model.mixer")
+        if mixer not in MIXERS:
+            raise ConfigError(f"architectures.{name}: model.mixer must be one of {', '.join(MIXERS)}, got {mixer!r}")
+        if not sweep.kernels or "ssm" not in MIXERS[mixer].sections:
+            yield name, settings
+            continue
+        for kernel, own in sweep.kernels.items():
+            yield f"{name}+{kernel}", {**settings, **own}
+
+
+def named(label: str, data: dict[str, Any], where: str | None = None) -> Recipe:
+    """The recipe under its label and the hash of everything else in it.
+
+    Raises ConfigError for what is wrong in it, beginning with `where` (by default the label).
+    """
+    recipe = parse(Recipe, {**data, "name": "unnamed"}, where=where or label)
+    text = json.dumps(recipe.model_dump(mode="json", exclude={"name", "ranks", "log"}), sort_keys=True)
+    return recipe.model_copy(update={"name": f"{label}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"})
+
+
+def _complete(data: dict[str, Any]) -> dict[str, Any]:
+    """`data` with a stand-in for what the design decides, so that the rest can be checked."""
+    model = {"width": 64, "heads": 1, "ffn": 64, "depth": 1, **data["model"], "placement": "all"}
+    return {**data, "name": "unnamed", "model": model, "train": {**data["train"], "steps": 1}}
+
+
+def _divisor(number: int, at_most: int) -> int:
+    """The largest divisor of `number` that is at most `at_most`."""
+    return max(k for k in range(1, min(number, at_most) + 1) if number % k == 0)

@@ -1,0 +1,90 @@
+"""The runs of a sweep, decided once: the grid, what its budget pays for, what was measured of its speed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from bst_base.files import atomic_file
+from bst_dist.study.sweep.config import SweepConfig
+from bst_dist.study.sweep.confounding import require_sound
+from bst_dist.study.sweep.design import Designer, Run
+from bst_dist.study.sweep.power import Power, cost, fit_budget, predict
+
+PLAN, RATES = "plan.json", "speed.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be run, and what it will cost and show."""
+
+    sweep: SweepConfig
+    runs: list[Run]
+    """Largest cells first, each trunk before its branches."""
+    dropped: list[str]
+    """Blocks the budget does not pay for."""
+    spent: float
+    limit: float
+    unit: str
+    power: Power
+
+    @property
+    def measured(self) -> list[Run]:
+        """The runs that are measurements: all but the trunks."""
+        return [run for run in self.runs if run.multiple is not None]
+
+
+def make_plan(sweep: SweepConfig) -> Plan:
+    """Design the grid, refuse it when it is confounded, and fit it into the budget.
+
+    Once written, what was dropped stays: a speed measured later does not change a sweep that has begun.
+    """
+    designer = Designer(sweep)
+    runs = designer.runs(designer.cells())
+    require_sound(runs)
+    spent, limit, unit = cost(sweep.budget, read_rates(sweep))
+    held = _read(sweep)
+    if held is None:
+        fitted = fit_budget(runs, spent, limit, sweep.noise)
+        runs, dropped, total = fitted.runs, fitted.dropped, fitted.spent
+    else:
+        dropped = held["dropped"]
+        runs = [run for run in runs if run.cell.block not in dropped]
+        total = sum(map(spent, runs))
+    return Plan(sweep, runs, dropped, total, limit, unit, predict(runs, sweep.noise))
+
+
+def write_plan(plan: Plan) -> None:
+    """Fix what was dropped, for as long as the sweep's settings stay the same."""
+    _write(plan.sweep, PLAN, {"settings": _identity(plan.sweep), "dropped": plan.dropped})
+
+
+def read_rates(sweep: SweepConfig) -> dict[str, float]:
+    """Measured training FLOP/s by shape; empty when nothing was measured."""
+    path = sweep.root / RATES
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def write_rates(sweep: SweepConfig, rates: dict[str, float]) -> None:
+    """Keep measured speeds for this and later plans."""
+    _write(sweep, RATES, rates)
+
+
+def _read(sweep: SweepConfig) -> dict[str, Any] | None:
+    path = sweep.root / PLAN
+    if not path.exists():
+        return None
+    held = json.loads(path.read_text(encoding="utf-8"))
+    return held if held["settings"] == _identity(sweep) else None
+
+
+def _write(sweep: SweepConfig, name: str, content: dict[str, Any]) -> None:
+    sweep.root.mkdir(parents=True, exist_ok=True)
+    with atomic_file(sweep.root / name) as file:
+        file.write(json.dumps(content, indent=2).encode() + b"\n")
+
+
+def _identity(sweep: SweepConfig) -> str:
+    return hashlib.sha256(sweep.model_dump_json(exclude={"directory", "retries"}).encode()).hexdigest()

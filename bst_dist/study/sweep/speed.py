@@ -1,0 +1,46 @@
+"""How fast each shape trains here: a few steps of every distinct model, in this process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import torch
+
+from bst_dist.model.lm import LanguageModel
+from bst_dist.study.sweep.design import Run
+from bst_dist.study.sweep.power import shape_key
+
+
+def measure(runs: Sequence[Run], for_s: float, say: Callable[[str, float], None]) -> dict[str, float]:
+    """Training FLOP/s of every shape among `runs` by its key, as the median of steps over `for_s` seconds each.
+
+    A step is a micro-batch forward and backward; the optimizer's part is not in it. Threads are those of this process.
+    """
+    rates: dict[str, float] = {}
+    for run in runs:
+        key = shape_key(run.cell)
+        if key not in rates:
+            rates[key] = _rate(run, for_s)
+            say(key, rates[key])
+    return rates
+
+
+def _rate(run: Run, for_s: float) -> float:
+    recipe = run.recipe
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    model = LanguageModel(recipe.model).to(device)
+    rows, length = recipe.train.micro_sequences, recipe.train.sequence_length
+    ids = torch.randint(recipe.model.vocab_size, (rows, length), device=device)
+    bf16 = recipe.train.precision == "bf16"
+    times: list[float] = []
+    end = time.perf_counter() + for_s
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            losses = model(ids, ids)
+        losses.total.backward()
+        losses.total.item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return 6 * run.counts.parameters * rows * length / median(times[1:])

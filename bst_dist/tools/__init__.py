@@ -1,0 +1,1 @@
+"""Around the core: benchmarks, `bst doctor` and `bst demo`."""

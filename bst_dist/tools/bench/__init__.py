@@ -1,0 +1,1 @@
+"""Benchmarks, each against a peer or an exact count."""

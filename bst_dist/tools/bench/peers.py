@@ -1,0 +1,76 @@
+"""Other people's layers, to measure beside ours: an optional extra that nothing else imports.
+
+They are installed on first use into a directory of their own, without their dependencies (which would bring another
+torch), so that the project's environment stays as its requirements say.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from bst_base.errors import UserError
+
+PACKAGES = [
+    "block-recurrent-transformer-pytorch==0.4.4", "local-attention==1.11.2", "hyper-connections==0.4.11",
+    "beartype==0.23.1", "memory-efficient-attention-pytorch==0.1.6",
+]  # fmt: skip
+
+
+class PeerError(UserError):
+    """The peers could not be installed."""
+
+
+def install(directory: Path | None = None) -> None:
+    """Make the peers importable, installing what is missing."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    directory = directory or cache / "bst-dist" / "peers"
+    stamp = directory / "installed.txt"
+    if not stamp.is_file() or stamp.read_text() != "\n".join(PACKAGES):
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--no-deps", "--target",
+                   str(directory), *PACKAGES]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise PeerError(f"pip could not install the peers ({' '.join(PACKAGES)}); use --no-peers:\n{done.stderr}")
+        stamp.write_text("\n".join(PACKAGES))
+    if str(directory) not in sys.path:
+        sys.path.append(str(directory))
+
+
+class BlockRecurrentPeer(nn.Module):
+    """One recurrent layer of block-recurrent-transformer-pytorch with SDPA; its 16-token head costs next to nothing."""
+
+    def __init__(self, width: int, heads: int, block: int, length: int):
+        super().__init__()
+        from block_recurrent_transformer_pytorch import BlockRecurrentTransformer
+
+        self.model = BlockRecurrentTransformer(
+            num_tokens=16, dim=width, depth=1, dim_head=width // heads, heads=heads, max_seq_len=length,
+            block_width=block, num_state_vectors=block, recurrent_layers=(1,), use_flash_attn=True,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = x.detach()[..., 0].abs().mul(8).long() % 16
+        return self.model(ids)[0]
+
+
+class LocalAttentionPeer(nn.Module):
+    """One layer of local-attention: windows that look back one window, and its own feed-forward network."""
+
+    def __init__(self, width: int, heads: int, block: int):
+        super().__init__()
+        from local_attention.transformer import FeedForward, LocalMHA
+
+        self.attention = LocalMHA(
+            dim=width, window_size=block, dim_head=width // heads, heads=heads, causal=True, prenorm=True,
+            qk_rmsnorm=True, use_rotary_pos_emb=True,
+        )  # fmt: skip
+        self.ffn = FeedForward(width, mult=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return x + self.ffn(x)

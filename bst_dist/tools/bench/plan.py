@@ -1,0 +1,290 @@
+"""Hold the plan against real training steps: bytes of memory and bytes sent, on ranks of this machine.
+
+    bst bench plan
+    bst bench plan --only sp2
+
+Every configuration trains a few steps with the real engine, on gloo ranks on the CPU. Memory is the high-water mark of
+the last step, of everything since the model was made, from the events of torch's own allocator. Bytes sent are counted
+at torch.distributed, below DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from bst_dist.activation.policy import ActivationCheckpointingConfig, policy
+from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.parallel.mesh import Mesh
+from bst_dist.parallel.neighbour import past_of_slice
+from bst_dist.plan.activations import Activations, Slice
+from bst_dist.plan.memory import Memory, Work, memory
+from bst_dist.plan.traffic import GATHER, REDUCE, SCATTER, sent, sequence_traffic, zero_traffic
+from bst_dist.plan.zero import Strategy
+
+MEMORY_TOLERANCE, TRAFFIC_TOLERANCE = 0.10, 0.02
+"""Relative errors up to which a plan holds."""
+STEPS = 4
+"""The last one is measured: by then moments exist, and ZeRO-3 has learnt the order of the modules."""
+SETTLING_S = 0.01
+"""Gloo's thread lets go of a collective's tensors a moment after it is done. Were it the last to do so, the profiler,
+which sees the thread it was started in, would not see them go; so collectives are waited for, and a moment longer."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration."""
+
+    name: str
+    stage: int = 1
+    world: int = 2
+    sp: int = 1
+    rows: int = 2
+    """Sequences of a micro-batch."""
+    micro_batches: int = 1
+    mixer: str = "bst"
+    variant: str = "SH"
+    policy: str = "none"
+    precision: str = "bf16"
+    zero: dict[str, int] = field(default_factory=dict)
+    """Settings of the strategy beyond small buckets."""
+
+    LENGTH, VOCABULARY = 512, 2000
+
+    def model(self) -> ModelConfig:
+        """Small enough for a CPU, with more in activations than in states."""
+        context = {"context": {"variant": self.variant, "states": 8}, "ssm": {"state": 8, "chunk": 16}}
+        return ModelConfig(
+            width=256, heads=4, ffn=1024, block=64, depth=4, vocab_size=self.VOCABULARY, mixer=self.mixer,
+            placement=[1, 3], **(context if self.mixer == "bst" else {}),
+        )  # fmt: skip
+
+    def section(self) -> dict[str, Any]:
+        """DeepSpeed's `zero_optimization`; buckets small, for a large one would hide every error."""
+        sizes = {"reduce_bucket_size": 500_000, "stage3_prefetch_bucket_size": 200_000}
+        return {"stage": self.stage, **sizes, "stage3_param_persistence_threshold": 1000, **self.zero}
+
+    def work(self) -> Work:
+        """The same as the plan has it."""
+        return Work(
+            strategy=Strategy.of(self.section(), self.name), world=self.world,
+            slice=Slice(self.rows, self.LENGTH // self.sp, self.sp), accumulation=self.micro_batches,
+            checkpointing=ActivationCheckpointingConfig(policy=self.policy), depth=self.model().depth,
+        )  # fmt: skip
+
+
+CASES = (
+    Case("one rank", stage=0, world=1, mixer="sliding"),
+    Case("zero0", stage=0),
+    Case("zero0, accumulated", stage=0, micro_batches=2, variant="MF"),
+    Case("zero1", stage=1, variant="MH"),
+    Case("zero1, accumulated", stage=1, micro_batches=2, policy="every-layer"),
+    Case("zero1, sp2", stage=1, sp=2, rows=4),
+    Case("zero1, fp32", stage=1, precision="fp32", variant="MF"),
+    Case("zero2", stage=2, variant="MF"),
+    Case("zero2, four ranks", stage=2, world=4, micro_batches=2, rows=1, policy="selective"),
+    Case("zero2, sp2 of four", stage=2, world=4, sp=2, rows=2, variant="MF", zero={"overlap_comm": True}),
+    Case("zero2, one in two", stage=2, policy="every-kth-layer", rows=4),
+    Case("zero3", stage=3),
+    Case("zero3, partly kept", stage=3, policy="every-layer", zero={"stage3_max_reuse_distance": 2_000_000}),
+    Case("zero3, sp2, accumulated", stage=3, sp=2, micro_batches=2, variant="MF"),
+    Case("zero1, offload", stage=1, policy="offload", mixer="sliding"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Command-line options."""
+    parser.add_argument("--only", metavar="WORD", default="", help="only configurations whose name has this in it")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Plan and measure every configuration; fails when a plan is off by more than it may be."""
+    rows = [compare(case) for case in CASES if args.only in case.name]
+    _print(rows)
+    passed = all(
+        abs(row["memory_error"]) <= MEMORY_TOLERANCE and abs(row["traffic_error"]) <= TRAFFIC_TOLERANCE for row in rows
+    )
+    return {"passed": passed, "rows": rows}
+
+
+def compare(case: Case) -> dict[str, Any]:
+    """Planned and measured, of the rank that has or sends most."""
+    planned, planned_traffic = plan(case)
+    ranks = measure(case)
+    highest = max(rank["memory_bytes"] for rank in ranks)
+    busiest = max((rank["sent_bytes"] for rank in ranks), key=lambda kinds: sum(kinds.values()))
+    return {
+        "case": asdict(case),
+        "planned_memory_bytes": planned.total,
+        "planned_peak": planned.phase,
+        "measured_memory_bytes": highest,
+        "memory_error": planned.total / highest - 1,
+        "planned_sent_bytes": planned_traffic,
+        "measured_sent_bytes": busiest,
+        "traffic_error": _error(sum(planned_traffic.values()), sum(busiest.values())),
+    }
+
+
+def plan(case: Case) -> tuple[Memory, dict[str, float]]:
+    """Memory at the peak, and bytes sent by kind."""
+    model, work = case.model(), case.work()
+    activations = Activations(model, case.precision == "bf16", fused=False)
+    traffic = zero_traffic(activations.sizes, work)
+    messages = activations.messages(Slice(1, work.slice.length, case.sp))
+    between = sum(sequence_traffic(model, work, messages).values())
+    needs = memory(activations.sizes, model.mixers(), activations, work)
+    return needs, traffic | ({"sequence": between} if between else {})
+
+
+def measure(case: Case) -> list[dict[str, Any]]:
+    """What every rank of a real run found."""
+    from bst_dist.parallel.ranks import choose_accelerator, free_port
+
+    choose_accelerator()
+    import deepspeed  # noqa: F401  # ranks are forked from here, and start at once
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = (case, free_port(), Path(directory))
+        mp.start_processes(_rank, args=arguments, nprocs=case.world, start_method="fork")
+        return [json.loads(Path(directory, f"{rank}.json").read_text()) for rank in range(case.world)]
+
+
+def _rank(rank: int, case: Case, port: int, directory: Path) -> None:
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.world, "MASTER_PORT": port}
+    os.environ |= {name: str(number) for name, number in numbers.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1"}
+    from bst_dist.parallel.ranks import Ranks
+
+    ranks = Ranks()
+    wire = Wire(case.world)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step = _trainer(case, Mesh(case.world, rank, case.sp))
+        for number in range(STEPS):
+            wire.take()
+            with record_function(f"step {number}"), wire:
+                step()
+    found = {"memory_bytes": high_water(profiled, f"step {STEPS - 1}"), "sent_bytes": wire.take()}
+    Path(directory, f"{rank}.json").write_text(json.dumps(found))
+    ranks.barrier()
+    os._exit(0)  # the profiler's and the backend's threads would race each other to the end
+
+
+def _trainer(case: Case, mesh: Mesh) -> Callable[[], None]:
+    """A model in DeepSpeed's hands, and one step of it on random tokens."""
+    from bst_dist.train.deepspeed_json import Intent, complete
+    from bst_dist.train.engine import Engine
+    from bst_dist.train.optimizer import OptimizerConfig
+
+    model = LanguageModel(case.model())
+    model.checkpoint = policy(ActivationCheckpointingConfig(policy=case.policy), model.layers)
+    intent = Intent(case.world, case.rows, case.micro_batches, 1.0, case.precision)
+    engine = Engine(model, OptimizerConfig(), complete({"zero_optimization": case.section()}, intent, case.name))
+    group, length = mesh.sp_group(), case.LENGTH // case.sp
+    ids = torch.randint(case.VOCABULARY, (case.rows, length))
+
+    def step() -> None:
+        engine.set_rates(1.0)
+        for index in range(case.micro_batches):
+            losses = engine.forward(ids, ids, past=past_of_slice(group, length))
+            engine.accumulate(losses.total / ids.numel(), last=index == case.micro_batches - 1)
+            del losses
+        engine.update()
+
+    return step
+
+
+class Wire(TorchDispatchMode):
+    """Counts what is handed to torch.distributed, by whomever, as bytes that this rank sends."""
+
+    def __init__(self, world: int) -> None:
+        super().__init__()
+        self.world = world
+        self.sent: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace == "c10d":
+            for kind, count in self._count(func.__name__.partition(".")[0], args):
+                self.sent[kind] += count
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "c10d" and isinstance(out, tuple):  # and not a message to a neighbour
+            out[-1].wait()
+            time.sleep(SETTLING_S)
+        return out
+
+    def take(self) -> dict[str, float]:
+        """Bytes by kind since the last call."""
+        taken, self.sent = dict(self.sent), Counter()
+        return taken
+
+    def _count(self, name: str, args: tuple) -> Iterator[tuple[str, float]]:
+        first, second = (_nbytes(arg) for arg in (*args, None, None)[:2])
+        if name == "allreduce_" and first > 16:  # norms and flags are not planned
+            yield REDUCE, sent(REDUCE, first, self.world)
+        elif name == "_allgather_base_":
+            yield GATHER, sent(GATHER, first, self.world)
+        elif name == "_reduce_scatter_base_":
+            yield SCATTER, sent(SCATTER, second, self.world)
+        elif name == "allgather_":  # one process's ranks that share a sequence
+            yield "sequence", first - second
+        elif name == "send":
+            yield "sequence", first
+
+
+def _nbytes(value: Any) -> int:
+    return sum(x.nbytes for x in tree_iter(value) if isinstance(x, torch.Tensor))
+
+
+def high_water(profiled: profile, during: str) -> int:
+    """Most bytes that the allocator had given out at once during a recorded part, since the profile began."""
+    events = profiled.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    (part,) = (event for event in events if event.name() == during)
+    now = highest = 0
+    for at, change in changes:
+        now += change
+        if part.start_ns() <= at <= part.start_ns() + part.duration_ns():
+            highest = max(highest, now)
+    return highest
+
+
+def _error(planned: float, measured: float) -> float:
+    return planned / measured - 1 if measured else float(planned > 0)
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, title="one rank's memory and what it sends in a step, planned and measured")
+    for column in ("configuration", "ranks", "ZeRO", "sp", "layers", "checkpointing", "micro", "planned MiB",
+                   "measured", "error", "planned KiB", "measured", "error"):  # fmt: skip
+        left = column in ("configuration", "layers", "checkpointing")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    for row in rows:
+        case = Case(**row["case"])
+        layers = case.mixer if case.mixer != "bst" else case.variant
+        wire = (sum(row["planned_sent_bytes"].values()), sum(row["measured_sent_bytes"].values()))
+        table.add_row(
+            case.name, str(case.world), str(case.stage), str(case.sp), layers, case.policy,
+            f"{case.micro_batches} x {case.rows}",
+            *(f"{row[key] / 2**20:,.1f}" for key in ("planned_memory_bytes", "measured_memory_bytes")),
+            f"{row['memory_error']:+.1%}", *(f"{count / 2**10:,.0f}" for count in wire), f"{row['traffic_error']:+.1%}",
+        )  # fmt: skip
+    console = Console()
+    console.width = max(console.width, 150)
+    console.print(table)

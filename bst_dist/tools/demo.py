@@ -1,0 +1,239 @@
+"""The whole way on this machine, from text to a trained and evaluated model, in minutes.
+
+Prepares Python's own standard library as a corpus; trains a small Block-State Transformer on two ranks, stops half-way
+and resumes; trains its twin without a stop and checks that both are equal to the last bit; evaluates before and after
+training beside an order-2 byte model and xz; writes a sample and draws the curves. Each step is a command shown as you
+would type it. What is there already is used again: remove runs/ to start anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bst_base.errors import UserError
+from bst_dist.checkpoint.directory import committed, directory, step_of
+from bst_dist.config import Recipe, differing, load_recipe
+from bst_dist.train.rundir import RECIPE as STORED_RECIPE
+from bst_dist.train.rundir import read_outcome, read_recipe
+
+CORPUS, RECIPE = Path("launch/data/stdlib.yaml"), Path("launch/recipes/demo.yaml")
+PROMPT = "def read_"
+
+
+@dataclass
+class Demo:
+    """The steps of the demo, each a command of its own, and how long each took."""
+
+    recipe: Recipe
+    console: Console = field(default_factory=Console)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.run_dir = Path("runs") / self.recipe.name
+        self.twin = Path("runs") / f"{self.recipe.name}-uninterrupted"
+        self.reports = self.run_dir / "reports"
+        self.half = self.recipe.train.steps // 2
+
+    def require_same_recipe(self) -> None:
+        """Raise UserError when the runs that are there already are of another recipe."""
+        for run_dir in (self.run_dir, self.twin):
+            if (run_dir / STORED_RECIPE).exists():
+                there = read_recipe(run_dir)
+                model = self.recipe.model.model_copy(update={"vocab_size": there.model.vocab_size})
+                if found := differing(there, self.recipe.model_copy(update={"model": model})):
+                    raise UserError(
+                        f"{run_dir} holds a run of another recipe than {RECIPE} ({'; '.join(found)}): "
+                        "remove it to start anew, or give your recipe another name and train it with `bst train`"
+                    )
+
+    def steps(self) -> list[tuple[str, Callable[[], None]]]:
+        """Title and action of each step, in order."""
+        return [
+            ("Prepare a corpus from Python's standard library", self.prepare),
+            (f"Train on {self.recipe.ranks} ranks, and stop after {self.half} of {self._steps} steps", self.train_half),
+            ("Resume, to the end", self.resume),
+            ("Train its twin without a stop", self.train_twin),
+            ("Are the two runs equal?", self.compare),
+            ("What there is to beat on the same validation text", self.baselines),
+            ("Evaluate before training (random weights) and after", self.evaluate),
+            ("Write a sample", self.sample),
+            ("Draw the curves", self.plot),
+        ]
+
+    def prepare(self) -> None:
+        self._bst("data", "prepare", CORPUS)
+
+    def train_half(self) -> None:
+        done = step_of(committed(self.run_dir)[0]) if committed(self.run_dir) else 0
+        if done >= self.half:
+            self._reuse(f"{self.run_dir} has come to step {done}")
+        else:
+            self._bst("train", RECIPE, "--until", self.half, *(["--resume"] if done else []))
+
+    def resume(self) -> None:
+        if self._finished(self.run_dir):
+            self._reuse(f"{self.run_dir} is finished")
+        else:
+            self._bst("train", RECIPE, "--resume")
+
+    def train_twin(self) -> None:
+        if self._finished(self.twin):
+            self._reuse(f"{self.twin} is finished")
+        else:
+            self._bst("train", RECIPE, "checkpoint.every=0", "--run-dir", self.twin)
+
+    def compare(self) -> None:
+        self._bst("compare", self.run_dir, self.twin, "--equal", "--json", self.reports / "compare.json", accept=(0, 1))
+
+    def baselines(self) -> None:
+        self._report("baselines", "baselines", self.recipe.data.corpus)
+
+    def evaluate(self) -> None:
+        self._report("before", "eval", self.run_dir, "--checkpoint", 0)
+        self._report("after", "eval", self.run_dir)
+
+    def sample(self) -> None:
+        self._report("sample", "generate", self.run_dir, "--prompt", PROMPT, "--tokens", 160)
+
+    def plot(self) -> None:
+        self._bst("plot", self.run_dir)
+
+    @property
+    def _steps(self) -> int:
+        return self.recipe.train.steps
+
+    def _finished(self, run_dir: Path) -> bool:
+        outcome = read_outcome(run_dir)
+        return bool(outcome and outcome["finished"]) and directory(run_dir, self._steps).is_dir()
+
+    def _report(self, name: str, *command: Any) -> None:
+        """Run a command that reports, unless its report is there and newer than the models it is about."""
+        path = self.reports / f"{name}.json"
+        made = [directory(run_dir, self._steps).stat().st_mtime for run_dir in (self.run_dir, self.twin)]
+        if path.exists() and path.stat().st_mtime > max(made):
+            self._reuse(f"{path} is newer than the runs")
+        else:
+            self._bst(*command, "--json", path)
+
+    def _reuse(self, why: str) -> None:
+        self.console.print(f"used again: {why}", markup=False, highlight=False)
+
+    def _bst(self, *command: Any, accept: tuple[int, ...] = (0,)) -> None:
+        """Run one command, shown as it would be typed; raises UserError for an exit status that is not accepted."""
+        words = [str(word) for word in command]
+        self.console.print(f"$ bst {shlex.join(words)}", style="bold", markup=False, highlight=False, soft_wrap=True)
+        done = subprocess.run([Path(sys.executable).with_name("bst"), *words], check=False)
+        if done.returncode not in accept:
+            raise UserError(f"stopped: `bst {shlex.join(words)}` ended with status {done.returncode}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    for path in (CORPUS, RECIPE):
+        if not path.exists():
+            raise UserError(f"{path} is not here: run the demo in the project's own directory")
+    demo = Demo(load_recipe(RECIPE))
+    demo.require_same_recipe()
+    steps = demo.steps()
+    for number, (title, action) in enumerate(steps, 1):
+        demo.console.rule(f"[bold]{number}/{len(steps)}  {title}", align="left")
+        started = time.perf_counter()
+        action()
+        demo.seconds[title] = time.perf_counter() - started
+    report = collect(demo)
+    show(demo, report)
+    return report
+
+
+def collect(demo: Demo) -> dict[str, Any]:
+    """What the commands have reported, in one place."""
+    found = {name: _read(demo, name) for name in ("before", "after", "baselines", "compare", "sample")}
+    before, after = (found[name]["corpora"][0] for name in ("before", "after"))
+    keys = ("bits_per_byte", "bits_per_byte_standard_error")
+    return {
+        "passed": found["compare"]["passed"],
+        "steps": {"stopped": demo.half, "all": demo.recipe.train.steps},
+        "before": {key: before[key] for key in keys},
+        "after": {key: after[key] for key in keys},
+        "order2": {key: found["baselines"][f"order2_{key}"] for key in keys},
+        "xz9": {"bits_per_byte": found["baselines"]["xz9_bits_per_byte"]},
+        "validation": {key: after[key] for key in ("documents", "tokens", "bytes")},
+        "resume_largest_difference": found["compare"]["largest_difference"],
+        "time_s": demo.seconds,
+    }
+
+
+def _read(demo: Demo, name: str) -> dict[str, Any]:
+    return json.loads((demo.reports / f"{name}.json").read_text())
+
+
+def show(demo: Demo, report: dict[str, Any]) -> None:
+    """The last screen: what happened, where it lies, what to try next."""
+    console, validation = demo.console, report["validation"]
+    console.rule(f"[bold]Done in {sum(report['time_s'].values()) / 60:.1f} minutes", align="left")
+    title = f"The validation text: {validation['bytes']:,} bytes in {validation['documents']} documents"
+    table = Table("", "bits per byte", title=title, title_justify="left", box=box.SIMPLE_HEAD,
+                  caption="± standard error over documents", caption_justify="left")  # fmt: skip
+    for name, key in (
+        ("before training: random weights", "before"),
+        (f"after {demo.recipe.train.steps:,} steps", "after"),
+        ("order-2 byte model, trained on the training text", "order2"),
+        ("xz -9, which sees only this text", "xz9"),
+    ):
+        figures = report[key]
+        error = figures.get("bits_per_byte_standard_error")
+        table.add_row(name, f"{figures['bits_per_byte']:.4f}" + ("" if error is None else f" ± {error:.4f}"))
+    console.print(table)
+    console.print(_verdict(report), highlight=False)
+    equal = "[green]resumed run equals uninterrupted run" if report["passed"] else "[red]resumed run DIFFERS"
+    largest = report["resume_largest_difference"]
+    rest = max(difference for name, difference in largest.items() if name != "weights")
+    console.print(f"{equal}[/]: stopped after {demo.half} of {demo.recipe.train.steps} steps; largest difference "
+                  f"{rest} at any step, {largest['weights']} in the final weights", highlight=False)  # fmt: skip
+    console.print(_guide(demo), highlight=False, soft_wrap=True)
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    """Who needs the fewest bits, whoever it is."""
+    names = {"after": "the trained model", "order2": "the order-2 byte model", "xz9": "xz -9"}
+    ranking = sorted(names, key=lambda key: report[key]["bits_per_byte"])
+    first, second, third = (f"{names[key]} ({report[key]['bits_per_byte']:.2f})" for key in ranking)
+    return f"fewest bits: {first}, then {second}, then {third}"
+
+
+def _guide(demo: Demo) -> str:
+    run_dir, corpus = demo.run_dir, demo.recipe.data.corpus
+    return f"""
+[bold]Where it lies[/]
+  {f"{corpus}/":<24}the corpus: tokenizer, WebDataset shards, index
+  {f"{run_dir}/":<24}the run: recipe.yaml, metrics.jsonl, checkpoints/, tensorboard/, reports/
+  {f"{run_dir}/curves.png":<24}the curves
+
+[bold]What to try next[/]
+  . .venv/bin/activate          # so that the commands below are found
+  bst generate {run_dir} --prompt "class Cache:" --temperature 0.6
+  bst train {RECIPE} name=longer train.steps={4 * demo.recipe.train.steps}
+  bst train {RECIPE} name=sliding model.mixer=sliding && bst compare {run_dir} runs/sliding --plot compared.png
+  bst eval {run_dir} --lengths 512,4096,16384      # how far back does it look, and how far can it?
+  bst ablate {run_dir}          # what do its context states carry?
+  bst plan {RECIPE} --nodes 2   # and on 16 GPUs?
+  tensorboard --logdir runs
+  rm -r runs && make demo       # the demo anew
+
+What there is to read, in order: docs/README.md"""

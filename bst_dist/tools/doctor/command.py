@@ -1,0 +1,87 @@
+"""Look at this machine: what it has for training, what is missing, and how to get it.
+
+    bst doctor
+    bst doctor --json doctor.json
+
+A line each: ✓ is there; ! some runs would miss it, or it is odd; ✗ every run needs it. Hosts of a cluster are compared
+with each other by `bst launch --check`.
+
+Exit status: 1 when something that every run needs is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from bst_dist.tools.doctor import machine, ranks, software
+from bst_dist.tools.doctor.finding import BROKEN, GOOD, LACKING, Finding, lacking
+
+Check = Callable[[], Iterator[Finding]]
+
+CHECKS: dict[str, Check] = {
+    "python": software.python,
+    "packages": software.packages,
+    "project": software.project,
+    "extras": software.extras,
+    "accelerators": machine.accelerators,
+    "machine": machine.processors,
+    "shared memory": machine.shared_memory,
+    "limits": machine.limits,
+    "clock": machine.clock,
+    "disk": machine.disk,
+    "compilers": software.compilers,
+    "kernels": software.operators,
+    "launchers": machine.launchers,
+    "MPI": machine.mpi,
+    "ranks": ranks.collective,
+}
+LIMIT_S = 180.0
+"""For all checks together, which run at the same time; each has shorter ones of its own for what it waits for."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """It has none of its own."""
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Make all checks at the same time, and print each when those before it are through."""
+    waiting = {name: _Waiting(name, check) for name, check in CHECKS.items()}
+    deadline, found = time.monotonic() + LIMIT_S, {}
+    for name, check in waiting.items():
+        found[name] = check.findings(deadline)
+        for finding in found[name]:
+            print(f"{finding.mark} {name:<14} {finding.text}", flush=True)
+            if finding.remedy:
+                print(f"{'':<17}→ {finding.remedy}", flush=True)
+    marks = [finding.mark for findings in found.values() for finding in findings]
+    counted = f"{marks.count(GOOD)} {GOOD}, {marks.count(LACKING)} {LACKING}, {marks.count(BROKEN)} {BROKEN}"
+    ready = "this machine can train" if BROKEN not in marks else "this machine cannot train yet"
+    print(f"{ready} ({counted})")
+    listed = [{"check": name, **vars(finding)} for name, findings in found.items() for finding in findings]
+    return {"passed": BROKEN not in marks, "findings": listed}
+
+
+class _Waiting:
+    """One check under way, in a thread of its own: a system call may never come back, if a file system is gone."""
+
+    def __init__(self, name: str, check: Check) -> None:
+        self._check, self._found = check, []
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def findings(self, deadline: float) -> list[Finding]:
+        """What has been found when it is through, or at the deadline."""
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        late = [lacking("did not come to its end: given up")] if self._thread.is_alive() else []
+        return [*self._found, *late]
+
+    def _run(self) -> None:
+        try:
+            for finding in self._check():
+                self._found.append(finding)
+        except Exception as error:  # a machine may be odd in ways that nobody has thought of
+            self._found.append(lacking(f"could not be looked at: {type(error).__name__}: {error}"))

@@ -1,0 +1,53 @@
+"""Whether ranks of this machine can talk: a sum over two of them, as in the preflight of `bst launch`."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+
+from bst_dist.tools.doctor.finding import Finding, ask_python, broken, good
+
+LIMIT_S = 75.0
+RANKS = 2
+_COUNT = "import torch; print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)"
+_HIDDEN = dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"), "")
+
+
+def collective() -> Iterator[Finding]:
+    """Over gloo on the CPU, and over the accelerators where there are any."""
+    yield _sum(RANKS, "on the CPU", _HIDDEN)
+    if devices := ask_python(_COUNT):
+        yield _sum(min(RANKS, devices), "on the accelerators", {})
+
+
+def _sum(count: int, where: str, environment: dict[str, str]) -> Finding:
+    from bst_dist.cluster.processes import LocalRanks, Share
+
+    share, started = Share(0, count, count, "127.0.0.1", _free_port()), time.monotonic()
+    command = [sys.executable, "-m", "bst_dist.cluster.collective"]
+    ranks = LocalRanks(command, share, {**os.environ, **environment}, piped=True)
+    try:
+        while ranks.running and time.monotonic() - started < LIMIT_S:
+            time.sleep(0.05)
+        statuses = ranks.poll()
+    finally:
+        ranks.kill()
+    seconds = time.monotonic() - started
+    if len(statuses) == count and not any(statuses.values()):
+        return good(f"a sum over {count} ranks {where}, in {seconds:.1f} s with their start")
+    if len(statuses) < count:
+        text = f"a sum over {count} ranks {where} did not come to its end within {LIMIT_S:.0f} s"
+        return broken(text, "does a firewall block the loopback? NCCL_DEBUG=INFO and GLOO_SOCKET_IFNAME=lo tell more")
+    said = [pipe.read().decode(errors="replace").strip() for process in ranks.processes.values()
+            for pipe in (process.stderr, process.stdout)]  # fmt: skip
+    why = next((text.splitlines()[-1] for text in said if text), f"statuses {statuses}")
+    return broken(f"a sum over {count} ranks {where} failed: {why}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,132 @@
+"""Python, the packages, this project, what DeepSpeed could compile."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from bst_dist.tools.doctor.finding import Finding, ask, ask_python, broken, good, lacking
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+OLDEST_PYTHON = (3, 11)
+# What no run can do without; the others are for some corpora, launchers and reports.
+NEEDED = ("torch", "deepspeed", "numpy", "pydantic", "pyyaml", "rich", "safetensors", "sentencepiece", "fsspec",
+          "webdataset", "tensorboard", "psutil", "isal")  # fmt: skip
+NAMED = ("torch", "deepspeed", "webdataset", "sentencepiece", "mpi4py")
+
+_OPERATORS = """
+import json, os
+import torch
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+from deepspeed.ops.op_builder.all_ops import ALL_OPS
+found = {}
+for name, builder in ALL_OPS.items():
+    try:
+        found[name] = bool(builder.is_compatible(verbose=False))
+    except Exception:
+        found[name] = False
+print(json.dumps(found))
+"""
+
+
+def python() -> Iterator[Finding]:
+    """The interpreter."""
+    text = f"{platform.python_version()} in {sys.prefix}"
+    if sys.version_info < OLDEST_PYTHON:
+        oldest = ".".join(map(str, OLDEST_PYTHON))
+        yield broken(f"{text}: {oldest} or later is needed", "make setup PYTHON=python3.11")
+    else:
+        yield good(text)
+
+
+def packages() -> Iterator[Finding]:
+    """The pinned packages: which are missing, which are of another version."""
+    pinned, found = requirements(), {}
+    for name in pinned:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            kind = broken if name in NEEDED else lacking
+            yield kind(f"{name} is missing", f"pip install {name}=={pinned[name]}")
+    other = {name: version for name, version in found.items() if version.partition("+")[0] != pinned[name]}
+    for name, version in other.items():
+        yield lacking(f"{name} {version}, tested is {pinned[name]}", f"pip install {name}=={pinned[name]}")
+    named = ", ".join(f"{name} {found[name]}" for name in NAMED if name in found)
+    if len(found) > len(other):
+        yield good(f"{named}; {len(found) - len(other)} of {len(pinned)} as pinned in requirements.txt")
+
+
+def extras() -> Iterator[Finding]:
+    """What some commands need beyond that, by the name of the extra that brings it."""
+    path = ROOT / "pyproject.toml"
+    project = tomllib.loads(path.read_text())["project"] if path.exists() else {}
+    for extra, wanted in project.get("optional-dependencies", {}).items():
+        for name in (_split(requirement)[0] for requirement in wanted):
+            try:
+                yield good(f"{name} {metadata.version(name)} ({extra})")
+            except metadata.PackageNotFoundError:
+                yield lacking(f"{name} is not there ({extra})", f"pip install -e '{ROOT}[{extra}]'")
+
+
+def project() -> Iterator[Finding]:
+    """This code, and whether the files that recipes name are beside it."""
+    from bst_dist.version import versions
+
+    found = versions()
+    text = f"bst_dist {found['bst_dist']}" + (f", commit {found['commit']}" if "commit" in found else "")
+    if (ROOT / "ds_configs").is_dir():
+        yield good(f"{text}, in {ROOT}")
+    else:
+        yield lacking(f"{text}: no ds_configs/ beside it", "recipes then have to name DeepSpeed files of your own")
+
+
+def compilers() -> Iterator[Finding]:
+    """What compiles kernels: DeepSpeed's when one is first used, torch's where it compiles attention for a GPU."""
+    tools = {"g++": ("g++", "--version"), "ninja": ("ninja", "--version"), "nvcc": ("nvcc", "--version")}
+    said = {name: ask(command).said for name, command in tools.items() if shutil.which(name)}
+    there = [f"{name} {_release(text)}" for name, text in said.items()]
+    if "g++" in said:
+        yield good(", ".join(there) + ("" if "nvcc" in said else "; no nvcc, which no strategy here needs"))
+    else:
+        yield lacking("no g++: training on a GPU (torch compiles attention) and offloading to NVMe need it",
+                      "apt-get install g++")  # fmt: skip
+    if "ninja" not in said:
+        yield lacking("no ninja: DeepSpeed compiles with it", "pip install ninja")
+
+
+def operators() -> Iterator[Finding]:
+    """DeepSpeed's own kernels, of which the strategies of ds_configs/ use one: reading from NVMe."""
+    compatible = ask_python(_OPERATORS)
+    names = ", ".join(name for name, well in compatible.items() if well and name != "deepspeed_not_implemented")
+    if compatible.get("async_io"):
+        yield good(f"DeepSpeed could compile {names}")
+    else:
+        text = f"DeepSpeed could compile {names or 'nothing'}; not async_io, for zero3_nvme_offload.json alone"
+        yield lacking(text, "apt-get install libaio-dev")
+
+
+def requirements() -> dict[str, str]:
+    """Versions by package, as pinned; from the installed metadata where there is no checkout."""
+    path = ROOT / "requirements.txt"
+    lines = path.read_text().splitlines() if path.exists() else metadata.requires("bst-dist") or []
+    pairs = [_split(line.partition("#")[0]) for line in lines]
+    return {name: version for name, version in pairs if version}
+
+
+def _split(requirement: str) -> tuple[str, str]:
+    """Name and pinned version of one requirement; the version is empty when it is not pinned."""
+    name, _, version = requirement.partition(";")[0].partition("==")
+    return re.split(r"[\[<>~!= ]", name.strip())[0], version.strip()
+
+
+def _release(text: str) -> str:
+    """The version in what a compiler says about itself: nvcc names its release in a later line than its copyright."""
+    found = re.search(r"release (\d+\.\d+)", text) or re.search(r"(\d+(?:\.\d+)+)", text)
+    return found[1] if found else ""

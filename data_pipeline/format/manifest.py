@@ -1,0 +1,143 @@
+"""`manifest.json`: what a prepared corpus is made of, and the hashes that prove it is still that.
+
+The manifest is written last, so a directory that has one is complete. Its own SHA-256 names the corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from bst_base.errors import UserError
+from bst_base.files import atomic_file
+from bst_base.settings import Config, parse
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+
+class TokenizerInfo(Config):
+    """The corpus's SentencePiece model and the ids a trainer needs to know."""
+
+    file: str
+    """Name of the model inside the corpus directory."""
+    sha256: str
+    """SHA-256 of the model file."""
+    vocab_size: int
+    """Number of ids."""
+    bos_id: int
+    """Begins a text; not stored in shards."""
+    eos_id: int
+    """Ends every stored document."""
+    pad_id: int
+    """Fills up what holds no text; not stored in shards."""
+
+
+class ShardInfo(Config):
+    """One tar of documents and its index."""
+
+    file: str
+    """Name of the tar inside the corpus directory."""
+    bytes: int
+    """Size of the tar."""
+    sha256: str
+    """SHA-256 of the tar."""
+    documents: int
+    """Documents in it."""
+    tokens: int
+    """Tokens in it, the end-of-document tokens included."""
+    text_bytes: int
+    """UTF-8 bytes of text its tokens stand for."""
+    index: str
+    """Name of the index file inside the corpus directory."""
+    index_sha256: str
+    """SHA-256 of the index file."""
+
+
+class Manifest(Config):
+    """A prepared corpus: its tokenizer, its shards by split, and where it came from."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    """Layout of the directory; a reader refuses one that it does not know."""
+    tokenizer: TokenizerInfo
+    """The tokenizer every shard was encoded with."""
+    dtype: Literal["uint16", "uint32"]
+    """Type of the stored tokens, little-endian."""
+    splits: dict[str, tuple[ShardInfo, ...]]
+    """Shards in order, by split; `train` and `validation` are always there, an empty split has no shards."""
+    provenance: dict[str, Any]
+    """Settings and versions the corpus was made with, and what was left out."""
+    licences: dict[str, int]
+    """Documents by licence, over all splits."""
+
+    @property
+    def token_dtype(self) -> np.dtype:
+        """The numpy type of the stored tokens."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    def shards(self, split: str) -> tuple[ShardInfo, ...]:
+        """The shards of a split; raises UserError for a split that the corpus does not have."""
+        if split not in self.splits:
+            raise UserError(f"the corpus has no split {split!r}, only {', '.join(self.splits)}")
+        return self.splits[split]
+
+    def documents(self, split: str) -> int:
+        """Documents in a split."""
+        return sum(shard.documents for shard in self.shards(split))
+
+    def tokens(self, split: str) -> int:
+        """Tokens in a split."""
+        return sum(shard.tokens for shard in self.shards(split))
+
+    def text_bytes(self, split: str) -> int:
+        """UTF-8 bytes of text in a split."""
+        return sum(shard.text_bytes for shard in self.shards(split))
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the manifest file: the identity of the whole corpus, since it holds the hashes of all the rest."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """The one canonical form of the file."""
+        text = json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False)
+        return text.encode() + b"\n"
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> Manifest:
+        """Parse a manifest that came from `where`; raises UserError saying what is wrong with it."""
+        try:
+            raw = json.loads(data)
+        except ValueError as error:
+            raise UserError(f"{where}: not a manifest: {error}; prepare the corpus again") from None
+        if not isinstance(raw, dict) or raw.get("format_version") != FORMAT_VERSION:
+            found = raw.get("format_version") if isinstance(raw, dict) else None
+            raise UserError(f"{where}: format version {found!r}, this program reads {FORMAT_VERSION}")
+        return parse(cls, raw, where=where)
+
+    @classmethod
+    def read(cls, corpus: str | Path) -> Manifest:
+        """The manifest of a corpus directory; raises UserError when there is none."""
+        path = Path(corpus) / MANIFEST
+        try:
+            data = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"{corpus}: no prepared corpus there ({MANIFEST} is missing); make one with 'bst data prepare'"
+            ) from None
+        return cls.from_bytes(data, str(path))
+
+    def write(self, corpus: Path) -> None:
+        """Write the file into a corpus directory, whole or not at all."""
+        with atomic_file(corpus / MANIFEST) as file:
+            file.write(self.to_bytes())
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

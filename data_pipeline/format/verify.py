@@ -1,0 +1,129 @@
+"""Check a prepared corpus against its manifest: every hash, every CRC, every document."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import webdataset
+
+from bst_base.errors import UserError
+from data_pipeline.format.damage import locate_changed_byte
+from data_pipeline.format.manifest import Manifest, ShardInfo, sha256_file
+from data_pipeline.format.shards import CRC_BLOCK, ShardError, ShardIndex, token_crcs
+from data_pipeline.format.tokenizer import Tokenizer
+
+
+class Problem(NamedTuple):
+    """Something that is not as the manifest says."""
+
+    file: str
+    what: str
+
+
+class ShardTask(NamedTuple):
+    """What a worker needs to verify one shard."""
+
+    corpus: Path
+    shard: ShardInfo
+    vocab_size: int
+    dtype: str
+
+
+def verify_tokenizer(corpus: Path, manifest: Manifest) -> list[Problem]:
+    """Problems of the corpus's tokenizer: missing, another one, or with other symbols than the manifest says."""
+    info = manifest.tokenizer
+    try:
+        tokenizer = Tokenizer.read(corpus / info.file)
+    except UserError as error:
+        return [Problem(info.file, str(error))]
+    if tokenizer.sha256 != info.sha256:
+        return [Problem(info.file, f"wrong tokenizer: SHA-256 {tokenizer.sha256[:12]}…, expected {info.sha256[:12]}…")]
+    return [
+        Problem(info.file, f"{name} is {getattr(tokenizer, name)}, the manifest says {getattr(info, name)}")
+        for name in ("vocab_size", "bos_id", "eos_id", "pad_id")
+        if getattr(tokenizer, name) != getattr(info, name)
+    ]
+
+
+def verify_shard(task: ShardTask) -> list[Problem]:
+    """Problems of one shard; empty when tar, index, manifest and stock webdataset agree on every document."""
+    tar, index_path = task.corpus / task.shard.file, task.corpus / task.shard.index
+    try:
+        index = ShardIndex.read(index_path)
+        if index.tar_sha256 != task.shard.sha256:
+            what = f"the index of another shard: of {index.tar_sha256[:12]}…, expected {task.shard.sha256[:12]}…"
+            return [Problem(index_path.name, what)]
+        if sha256_file(index_path) != task.shard.index_sha256:
+            return [Problem(index_path.name, "not the index that the manifest names: its SHA-256 differs")]
+        if not tar.exists():
+            return [Problem(tar.name, "the shard is missing")]
+        if tar.stat().st_size != task.shard.bytes:
+            return [
+                Problem(tar.name, f"{tar.stat().st_size} bytes, expected {task.shard.bytes}{_first_bad(tar, index)}")
+            ]
+        if sha256_file(tar) != task.shard.sha256:
+            return [Problem(tar.name, f"SHA-256 differs from the manifest's{_first_bad(tar, index)}")]
+        return [Problem(tar.name, what) for what in _compare_with_webdataset(tar, index, task)]
+    except ShardError as error:
+        return [Problem(tar.name, str(error))]
+
+
+def _first_bad(tar: Path, index: ShardIndex) -> str:
+    """Where a damaged tar first differs: the member, the token block and the bytes, as far as the index can tell."""
+    size = index.dtype.itemsize
+    with tar.open("rb") as file:
+        for i, (offset, length, start) in enumerate(zip(index.offsets, index.lengths, index.crc_starts, strict=True)):
+            file.seek(int(offset))
+            data = file.read(int(length) * size)
+            if len(data) < int(length) * size:
+                return f": cut short in {_member_at(tar, int(offset), i)}, at byte {tar.stat().st_size}"
+            crcs = token_crcs(np.frombuffer(data, index.dtype))
+            bad = np.flatnonzero(crcs != index.crc[start : start + len(crcs)])
+            if len(bad):
+                begin = int(bad[0]) * CRC_BLOCK * size
+                block = data[begin : begin + CRC_BLOCK * size]
+                where = f"bytes {int(offset) + begin} to {int(offset) + begin + len(block) - 1}"
+                changed = locate_changed_byte(block, int(index.crc[start + int(bad[0])]))
+                if changed is not None:
+                    place, was = changed
+                    where = f"byte {int(offset) + begin + place} is 0x{block[place]:02x}, was 0x{was:02x}"
+                return f": {_member_at(tar, int(offset), i)}: token block {bad[0]} is damaged ({where})"
+    return ": the damage is outside the tokens, in a member's header or JSON"
+
+
+def _member_at(tar: Path, byte: int, document: int) -> str:
+    """The name of the member that holds a byte, if the tar can still be read that far."""
+    try:
+        with tarfile.open(tar, mode="r:") as members:
+            for member in members:
+                if member.offset_data <= byte < member.offset_data + member.size:
+                    return member.name
+    except (tarfile.TarError, EOFError):
+        pass
+    return f"document {document}"
+
+
+def _compare_with_webdataset(tar: Path, index: ShardIndex, task: ShardTask) -> Iterator[str]:
+    samples = webdataset.WebDataset(str(tar), shardshuffle=False, empty_check=False).decode()
+    count = tokens = 0
+    for i, sample in enumerate(samples):
+        array, info = sample["tok.npy"], sample["json"]
+        count, tokens = count + 1, tokens + len(array)
+        if i >= len(index.lengths) or len(array) != index.lengths[i] or info["id"] != index.ids[i]:
+            yield f"{sample['__key__']}: the tar and the index disagree on document {i}"
+            return
+        start = index.crc_starts[i]
+        crcs = token_crcs(array)
+        if not np.array_equal(crcs, index.crc[start : start + len(crcs)]):
+            yield f"{sample['__key__']}: its tokens do not have the index's CRCs"
+        if len(array) and int(array.max()) >= task.vocab_size:
+            yield f"{sample['__key__']}: token {int(array.max())} is outside the vocabulary of {task.vocab_size}"
+        if array.dtype != np.dtype(task.dtype) or info["n_tokens"] != len(array):
+            yield f"{sample['__key__']}: {len(array)} tokens of {array.dtype}, its JSON says {json.dumps(info)}"
+    if count != task.shard.documents or tokens != task.shard.tokens:
+        yield f"{count} documents, {tokens} tokens; expected {task.shard.documents}, {task.shard.tokens}"

@@ -1,0 +1,1 @@
+"""From documents to a corpus: text, near-duplicates, tokens, shards."""

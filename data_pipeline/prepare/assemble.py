@@ -1,0 +1,195 @@
+"""From the spool to shards: which document is kept, in which split and in which shard, and the writing of a shard.
+
+Everything is decided from the table before any token exists, so each shard is a task of its own whose bytes depend on
+the settings alone; a shard that is finished stays finished when the work is interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bst_base.files import atomic_file
+from data_pipeline.format.manifest import ShardInfo, sha256_file
+from data_pipeline.format.shards import ShardIndex, ShardWriter
+from data_pipeline.format.tokenizer import Tokenizer
+from data_pipeline.prepare.dedup import Clusters, DedupConfig, near_duplicates
+from data_pipeline.prepare.spool import SPLITS, TABLE, read_documents
+
+PLAN = np.dtype([*((name, TABLE[name]) for name in TABLE.names), ("key", "<u8"), ("cluster", "<u8"), ("shard", "<u4")])
+"""A kept document: its row of the table, its key in the corpus, its cluster, and its shard within its split."""
+
+
+class Kept(NamedTuple):
+    """What deduplication decided for each document of the table."""
+
+    keep: np.ndarray  # (documents,) bool
+    cluster: np.ndarray  # (documents,) uint64: a name that stays the same when documents are added
+    exact_duplicates: int
+    near_duplicates: int
+
+
+def deduplicate(table: np.ndarray, signatures: np.ndarray | None, config: DedupConfig) -> Kept:
+    """Find the duplicates of `table`, (documents,) of TABLE; `signatures` are None unless the method is minhash.
+
+    Of a cluster of duplicates the first document stays, one that its source put in test or validation before others,
+    so that nothing of those splits is repeated in train. Documents of one group share a cluster, but all stay.
+    """
+    order = np.argsort(-table["split"].astype(np.int8), kind="stable")  # test, validation, train, undecided
+    table = table[order]
+    clusters = Clusters(len(table))
+    if config.method != "none":
+        clusters.join_equal(np.ascontiguousarray(table["digest"]).view("V16")[:, 0])
+    exact = clusters.roots()
+    if signatures is not None:
+        near_duplicates(signatures, order, config, clusters)
+    near = clusters.roots()
+    grouped = np.flatnonzero(table["group"])
+    clusters.join_equal(table["group"][grouped], grouped)
+    places = np.arange(len(table))
+    keep, cluster = np.empty(len(table), bool), np.empty(len(table), np.uint64)
+    keep[order] = near == places
+    cluster[order] = _cluster_names(clusters.roots(), table["digest"][:, 0])
+    removed_exact = int(np.count_nonzero(exact != places))
+    return Kept(keep, cluster, removed_exact, int(np.count_nonzero(near != places)) - removed_exact)
+
+
+def _cluster_names(roots: np.ndarray, digests: np.ndarray) -> np.ndarray:
+    """A cluster is called by the smallest hash of its texts: no other document changes that, short of joining it."""
+    smallest = np.full(len(roots), np.iinfo(np.uint64).max, np.uint64)
+    np.minimum.at(smallest, roots, digests)
+    return smallest[roots]
+
+
+def assign(table: np.ndarray, kept: Kept, *, validation_fraction: float, shard_bytes: int, seed: int) -> np.ndarray:
+    """The plan, (kept documents,) of PLAN, sorted by split and then in the order of the corpus.
+
+    A document without a split of its source's goes where the hash of its cluster says. When that leaves validation
+    empty, the cluster with the smallest hash goes there, so that small corpora have one too.
+    """
+    plan = np.zeros(int(kept.keep.sum()), PLAN)
+    for name in TABLE.names:
+        plan[name] = table[name][kept.keep]
+    plan["cluster"] = kept.cluster[kept.keep]
+    plan["key"] = np.arange(len(plan))
+    undecided = plan["split"] == 0
+    names, inverse = np.unique(plan["cluster"][undecided], return_inverse=True)
+    uniform = np.array([_uniform(seed, int(name)) for name in names])
+    chosen = uniform < validation_fraction
+    if validation_fraction > 0 and len(names) > 1 and not chosen.any() and not (plan["split"] == 2).any():
+        chosen[np.argmin(uniform)] = True
+    plan["split"][undecided] = np.where(chosen, SPLITS.index("validation"), SPLITS.index("train"))[inverse]
+    plan = plan[np.argsort(plan["split"], kind="stable")]
+    for split in np.unique(plan["split"]):
+        rows = plan["split"] == split
+        before = np.cumsum(plan["bytes"][rows]) - plan["bytes"][rows]
+        plan["shard"][rows] = np.unique(before // np.uint64(shard_bytes), return_inverse=True)[1]
+    return plan
+
+
+def _uniform(seed: int, cluster: int) -> float:
+    return int.from_bytes(hashlib.sha256(f"split {seed} {cluster}".encode()).digest()[:8], "little") / 2**64
+
+
+class ShardTask(NamedTuple):
+    """What a worker needs to write one shard."""
+
+    output: Path
+    work: Path
+    split: str
+    number: int
+    start: int  # rows of work/plan.npy
+    stop: int
+    source: str
+
+
+class ShardDone(NamedTuple):
+    """A finished shard: its line in the manifest, and its documents by licence."""
+
+    split: str
+    number: int
+    info: ShardInfo
+    licences: dict[str, int]
+    was_there: bool
+
+
+def shard_tasks(plan: np.ndarray, output: Path, work: Path, source: str) -> list[ShardTask]:
+    """One task a shard, in the order of the plan."""
+    edges = np.flatnonzero((np.diff(plan["split"]) != 0) | (np.diff(plan["shard"]) != 0)) + 1
+    starts, stops = [0, *edges.tolist()], [*edges.tolist(), len(plan)]
+    return [
+        ShardTask(output, work, SPLITS[plan["split"][start]], int(plan["shard"][start]), start, stop, source)
+        for start, stop in zip(starts, stops, strict=True)
+    ]
+
+
+def write_shard(task: ShardTask) -> ShardDone:
+    """Write one shard, its index, and last the record that it is done; a recorded shard is only checked."""
+    record = task.work / f"{task.split}-{task.number:06d}.json"
+    if done := _finished(record, task):
+        return done
+    tokenizer = _tokenizer(task.output / "tokenizer.model")
+    rows = np.load(task.work / "plan.npy", mmap_mode="r")[task.start : task.stop]
+    tar = task.output / f"{task.split}-{task.number:06d}.tar"
+    licences: Counter[str] = Counter()
+    with atomic_file(tar) as file:
+        writer = ShardWriter(file)
+        for row, names, text in read_documents(task.work / "spool", rows):
+            tokens = np.append(tokenizer.encode(text), tokenizer.dtype.type(tokenizer.eos_id))
+            writer.add(f"{row['key']:09d}", _document_info(row, names, task.source, len(tokens)), tokens)
+            licences[names["licence"]] += 1
+        writer.close()
+    index = ShardIndex.build(tar)
+    index.write(tar.with_suffix(".idx"))
+    info = ShardInfo(
+        file=tar.name,
+        bytes=index.tar_bytes,
+        sha256=index.tar_sha256,
+        documents=len(index.lengths),
+        tokens=int(index.lengths.sum()),
+        text_bytes=int(rows["bytes"].sum()),
+        index=tar.with_suffix(".idx").name,
+        index_sha256=sha256_file(tar.with_suffix(".idx")),
+    )
+    done = ShardDone(task.split, task.number, info, dict(sorted(licences.items())), was_there=False)
+    with atomic_file(record) as file:
+        file.write(json.dumps({"info": info.model_dump(), "licences": done.licences}).encode())
+    return done
+
+
+def _document_info(row: np.void, names: dict[str, Any], source: str, tokens: int) -> dict[str, Any]:
+    return {
+        "id": int(row["id"]),
+        "path": names["path"],
+        **({"title": names["title"]} if names["title"] else {}),
+        "n_tokens": tokens,
+        "n_bytes": int(row["bytes"]),
+        "source": source,
+        "licence": names["licence"],
+        "dedup_cluster": f"{row['cluster']:016x}",
+    }
+
+
+def _finished(record: Path, task: ShardTask) -> ShardDone | None:
+    """The shard that an earlier run finished, if its files are still what that run wrote."""
+    if not record.exists():
+        return None
+    found = json.loads(record.read_bytes())
+    info = ShardInfo(**found["info"])
+    tar, index = task.output / info.file, task.output / info.index
+    if not (tar.exists() and index.exists()):
+        return None
+    if sha256_file(tar) != info.sha256 or sha256_file(index) != info.index_sha256:
+        return None
+    return ShardDone(task.split, task.number, info, found["licences"], was_there=True)
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(path: Path) -> Tokenizer:
+    return Tokenizer.read(path)

@@ -1,0 +1,94 @@
+"""Independent tasks in this process, in a pool of processes, or over the ranks of `mpirun`: one interface for all."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from bst_base.errors import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Workers:
+    """Where tasks run: `count` of them at a time."""
+
+    def __init__(self, executor: Executor | None, count: int) -> None:
+        self._executor = executor
+        self.count = count
+
+    def run(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
+        """Yield the results as they come, in any order; tasks are drawn as there is room for them.
+
+        The first error ends it. Raises UserError when a worker process was killed.
+        """
+        if self._executor is None:
+            yield from map(function, tasks)
+            return
+        pending: set[Future[Any]] = set()
+        try:
+            for task in tasks:
+                pending.add(self._executor.submit(function, task))
+                if len(pending) >= 2 * self.count:  # one running and one waiting for each worker
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        except BrokenProcessPool:
+            message = (
+                "a worker process was killed, perhaps for want of memory; start again, with fewer workers, to go on"
+            )
+            raise UserError(message) from None
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def mpi_ranks() -> int:
+    """Ranks that `mpirun` started this program on; 1 without it."""
+    return int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1)
+
+
+@contextmanager
+def open_workers(count: int | None) -> Iterator[Workers | None]:
+    """Workers for the tasks of this program; None on the MPI ranks that serve as workers, once they are done serving.
+
+    Under `mpirun -n N`, rank 0 runs the program and the other N - 1 ranks its tasks; `count` is then not used.
+    Otherwise `count` processes do (None: one for each CPU this process may use; 1: no process but this one).
+    """
+    ranks = mpi_ranks()
+    if ranks > 1:
+        from mpi4py import MPI  # only under mpirun: importing it initialises MPI
+        from mpi4py.futures import MPICommExecutor
+
+        with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
+            yield None if executor is None else Workers(executor, ranks - 1)
+        return
+    count = count or len(os.sched_getaffinity(0))
+    if count == 1:
+        yield Workers(None, 1)
+        return
+    # spawn: forking a process whose libraries have started threads can deadlock the child
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_end_with, initargs=(os.getpid(),)) as executor:
+        yield Workers(executor, count)
+
+
+def _end_with(parent: int) -> None:
+    """Let this worker end soon after its parent: a pool whose parent was killed would wait for work for ever."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,159 @@
+"""How a source's text waits between extraction and encoding: chunks of whole documents, on disk.
+
+A chunk is a directory that one worker writes from a run of consecutive parts: `text` (the documents' UTF-8, one after
+the other), `table` (a row a document: what deduplication and planning need), `names.jsonl` (a line a document: what
+only the shards need), `skipped.jsonl`, and `signatures` (MinHash, if asked for). Memory is bounded by one document
+here, and by a table row a document where the tables of all chunks are put together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import accumulate
+from math import ceil
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from bst_base.files import atomic_directory, atomic_file
+from data_pipeline.prepare.dedup import PERMUTATIONS, signature
+from data_pipeline.prepare.text import TextConfig, stored_text
+from data_pipeline.sources import Document, Part, Skipped, Source
+
+TABLE = np.dtype(
+    [("chunk", "<u4"), ("names", "<u8"), ("offset", "<u8"), ("bytes", "<u8"), ("digest", "<u8", 2), ("group", "<u8"),
+     ("id", "<u8"), ("split", "u1")]
+)  # fmt: skip
+"""A document: its chunk, the bytes of the chunk's names and text where its own begin, its text's size, hashes of its
+text and of its group (0: none), its id, the split its source gives."""
+
+SPLITS = ("", "train", "validation", "test")
+"""What the column `split` counts: the split that the source itself gives, or none."""
+
+
+class ChunkTask(NamedTuple):
+    """What a worker needs to extract one chunk."""
+
+    spool: Path
+    number: int
+    source: Source
+    parts: tuple[Part, ...]
+    text: TextConfig
+    signatures: bool
+
+
+def group_parts(parts: list[Part], size: int) -> list[tuple[Part, ...]]:
+    """Consecutive parts together, about `size` bytes each: the same chunks whatever the number of workers."""
+    before = accumulate((part.size for part in parts[:-1]), initial=0)
+    groups: dict[int, list[Part]] = {}
+    for part, start in zip(parts, before, strict=True):
+        groups.setdefault(start // size, []).append(part)
+    return [tuple(group) for group in groups.values()]
+
+
+def extract_chunk(task: ChunkTask) -> int:
+    """Read the parts of one chunk into the spool, unless it is there already; returns the bytes of the parts."""
+    path = chunk_path(task.spool, task.number)
+    if not path.is_dir():
+        with atomic_directory(path) as partial:
+            _write_chunk(partial, task)
+    return sum(part.size for part in task.parts)
+
+
+def chunk_path(spool: Path, number: int) -> Path:
+    """The directory of a chunk."""
+    return spool / f"chunk-{number:06d}"
+
+
+def load_tables(spool: Path, chunks: int) -> np.ndarray:
+    """The rows of all chunks, (documents,) of TABLE, in the order of the corpus."""
+    tables = [np.fromfile(chunk_path(spool, number) / "table", TABLE) for number in range(chunks)]
+    return np.concatenate([*tables, np.empty(0, TABLE)])
+
+
+def merge_signatures(spool: Path, chunks: int) -> np.ndarray:
+    """All chunks' signatures as one file, mapped: (documents, PERMUTATIONS) uint32."""
+    path = spool / "signatures"
+    with atomic_file(path) as file:
+        for number in range(chunks):
+            with (chunk_path(spool, number) / "signatures").open("rb") as part:
+                shutil.copyfileobj(part, file)
+    return np.memmap(path, np.uint32, mode="r").reshape(-1, PERMUTATIONS)
+
+
+def read_documents(spool: Path, rows: np.ndarray) -> Iterator[tuple[np.void, dict[str, Any], str]]:
+    """(row, names, text) of each of `rows`, (n,) with TABLE's columns, a chunk's rows together."""
+    edges = np.flatnonzero(np.diff(rows["chunk"])) + 1
+    for run in np.split(rows, edges) if len(rows) else []:
+        path = chunk_path(spool, int(run["chunk"][0]))
+        with (path / "names.jsonl").open("rb") as names, (path / "text").open("rb") as text:
+            for row in run:
+                names.seek(int(row["names"]))
+                text.seek(int(row["offset"]))
+                yield row, json.loads(names.readline()), text.read(int(row["bytes"])).decode()
+
+
+def read_windows(spool: Path, rows: np.ndarray, window: int, share: float) -> Iterator[str]:
+    """About `share` of the text of `rows`, taken evenly: the first `window` bytes and every 1/share-th window after."""
+    position = 0
+    for row in rows:
+        size = int(row["bytes"])
+        with (chunk_path(spool, int(row["chunk"])) / "text").open("rb") as text:
+            for start in range(0, size, window):
+                position += 1
+                if ceil(position * share) > ceil((position - 1) * share):
+                    text.seek(int(row["offset"]) + start)
+                    yield text.read(min(window, size - start)).decode(errors="ignore")
+
+
+def read_skipped(spool: Path, chunks: int) -> Iterator[dict[str, str]]:
+    """Everything that was left out, as {path, reason}, in the order of the corpus."""
+    for number in range(chunks):
+        for line in (chunk_path(spool, number) / "skipped.jsonl").read_bytes().splitlines():
+            yield json.loads(line)
+
+
+def _write_chunk(path: Path, task: ChunkTask) -> None:
+    with ExitStack() as stack:
+        files = ("text", "table", "names.jsonl", "skipped.jsonl", "signatures")
+        texts, table, names, skips, signatures = (stack.enter_context((path / name).open("wb")) for name in files)
+        for found in _documents(task):
+            if isinstance(found, Skipped):
+                _write_line(skips, {"path": found.path, "reason": found.reason})
+                continue
+            document, text = found
+            table.write(_row(task, names.tell(), texts.tell(), document, text).tobytes())
+            _write_line(names, {"path": document.path, "licence": document.licence, "title": document.title})
+            texts.write(text)
+            if task.signatures:
+                signatures.write(signature(text).tobytes())
+
+
+def _documents(task: ChunkTask) -> Iterator[tuple[Document, bytes] | Skipped]:
+    for part in task.parts:
+        for found in task.source.read(part.name):
+            yield stored_text(found, task.text)
+
+
+def _row(task: ChunkTask, names: int, offset: int, document: Document, text: bytes) -> np.ndarray:
+    digest = hashlib.sha256(text).digest()
+    row = np.zeros((), TABLE)
+    row["chunk"], row["names"], row["offset"], row["bytes"] = task.number, names, offset, len(text)
+    row["digest"] = np.frombuffer(digest, "<u8", count=2)
+    row["group"] = _hash64(document.group.encode()) if document.group else 0
+    row["id"] = _hash64(f"{task.source.kind}\0{document.path}\0".encode() + digest)
+    row["split"] = SPLITS.index(document.split)
+    return row
+
+
+def _hash64(data: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
+
+
+def _write_line(file: IO[bytes], record: dict[str, str]) -> None:
+    file.write(json.dumps(record, ensure_ascii=False, sort_keys=True).encode() + b"\n")

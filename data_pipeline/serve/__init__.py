@@ -1,0 +1,1 @@
+"""From a corpus to batches: the order, the rows, the loader."""

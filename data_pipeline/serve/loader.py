@@ -1,0 +1,279 @@
+"""The loader: the batch of any step, as a pure function of the corpora, the settings and the step.
+
+What a rank is given follows by arithmetic from (corpora, settings, seed, step, rank), without history. So a run resumes
+at any step without reading anything that came before, and the global batch is the same for every dp x sp.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from bst_base.errors import UserError
+from bst_base.settings import Config
+from data_pipeline.serve.batch import Batch, block_starts, label_mask
+from data_pipeline.serve.order import ORDER_VERSION
+from data_pipeline.serve.plan import Plan, Shuffled, Streaming
+from data_pipeline.serve.prefetch import Prefetcher
+from data_pipeline.serve.reader import Corpus
+from data_pipeline.serve.rows import RowReader
+from data_pipeline.serve.stream import extents, inputs
+from data_pipeline.store.storage import StorageConfig
+
+
+class MixedCorpus(Config):
+    """One corpus of a mixture."""
+
+    corpus: str
+    """Directory or address of a prepared corpus."""
+    weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """Its share of the sequences, relative to the other weights; 0 leaves it out until the weights change."""
+
+
+class WeightChange(Config):
+    """New weights from a step on."""
+
+    step: int = Field(gt=0)
+    """First step with these weights."""
+    weights: tuple[float, ...]
+    """One for each corpus, in their order."""
+
+
+class DataConfig(Config):
+    """What is served, and how."""
+
+    corpus: str | tuple[MixedCorpus, ...]
+    """Directory or address of a prepared corpus; or a list of them with weights."""
+    weight_changes: tuple[WeightChange, ...] = ()
+    """Where the weights of a mixture change, in increasing steps."""
+    mode: Literal["shuffled", "streaming"] = "shuffled"
+    """`shuffled`: sequences in random order; `streaming`: each row reads on where it stopped the step before."""
+    documents: Literal["joined", "isolated"] = "joined"
+    """`joined`: one stream, as in the paper; `isolated`: padded to the block, with exact resets between documents."""
+    prefetch: int = Field(2, ge=0)
+    """Steps read ahead by a thread; 0 reads in the caller's thread."""
+    on_bad_shard: Literal["stop", "skip"] = "stop"
+    """`skip` leaves damaged or missing tokens out of the loss, and records them, where `stop` raises an error."""
+
+    storage: StorageConfig = StorageConfig()
+    """How corpora that are not on this machine's disk are read."""
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> DataConfig:
+        count = 1 if isinstance(self.corpus, str) else len(self.corpus)
+        if not count:
+            raise ValueError("corpus: a mixture needs at least one corpus")
+        steps = [change.step for change in self.weight_changes]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"weight_changes: their steps must increase, found {steps}")
+        for step, weights in self.segments():
+            if len(weights) != count:
+                raise ValueError(f"weight_changes: {len(weights)} weights at step {step} for {count} corpora")
+            if min(weights) < 0 or not 0 < sum(weights) < float("inf"):
+                raise ValueError(f"weights {list(weights)}: they must be finite, none negative, and one positive")
+        return self
+
+    def urls(self) -> list[str]:
+        """Where the corpora lie, in the order of their weights."""
+        return [self.corpus] if isinstance(self.corpus, str) else [each.corpus for each in self.corpus]
+
+    def segments(self) -> list[tuple[int, tuple[float, ...]]]:
+        """(first step, weights) pairs, from step 0 on."""
+        first = (1.0,) if isinstance(self.corpus, str) else tuple(each.weight for each in self.corpus)
+        return [(0, first), *((change.step, change.weights) for change in self.weight_changes)]
+
+
+def open_corpora(config: DataConfig, split: str = "train") -> list[Corpus]:
+    """Open every corpus of the settings; raises UserError when one is unusable or they differ in their tokenizer."""
+    corpora = [Corpus.open(url, split, config.storage) for url in config.urls()]
+    for other in corpora[1:]:
+        if other.manifest.tokenizer.sha256 != corpora[0].manifest.tokenizer.sha256:
+            raise UserError(
+                f"{other.where} has another tokenizer than {corpora[0].where}: a mixture needs one; "
+                "prepare the second with tokenizer.reuse set to the first"
+            )
+    if config.on_bad_shard == "stop":
+        for corpus in corpora:
+            corpus.check_shards()
+    return corpora
+
+
+class Loader:
+    """Serves one rank its slices, step after step.
+
+    Args:
+        config: what is served.
+        corpora: as `open_corpora` gives them.
+        sequence_length: L, tokens of a row.
+        block: W; a slice of L / sp tokens is a multiple of it, and so is the begin of an isolated document.
+        rows: G, sequences in a step over all ranks.
+        micro_rows: rows in a micro-batch of one rank; G is a multiple of dp * micro_rows.
+        seed: keys the order.
+        dp_rank, dp, sp_rank, sp: which rows, and which slice of them.
+        start_step: where iteration begins; what a checkpoint's state gives.
+
+    Raises UserError for sizes that do not fit each other or the corpora.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        corpora: Sequence[Corpus],
+        *,
+        sequence_length: int,
+        block: int,
+        rows: int,
+        micro_rows: int,
+        seed: int,
+        dp_rank: int = 0,
+        dp: int = 1,
+        sp_rank: int = 0,
+        sp: int = 1,
+        start_step: int = 0,
+    ) -> None:
+        _check_sizes(sequence_length, block, rows, micro_rows, dp, sp)
+        self.config = config
+        self._corpora = list(corpora)
+        self._length, self._rows, self._micro_rows, self._seed = sequence_length, rows, micro_rows, seed
+        self._dp, self._first, self._start_step = dp, dp_rank * rows // dp, start_step
+        self._block = block if config.documents == "isolated" else None
+        self._slice = sequence_length // sp
+        self._begin = sp_rank * self._slice
+        self._reader = RowReader(
+            self._corpora,
+            self._make_plan(),
+            seed=seed,
+            block=self._block,
+            sequence_length=sequence_length,
+            begin=self._begin,
+            length=self._slice,
+            first=self._first,
+            count=rows // dp,
+            on_bad_shard=config.on_bad_shard,
+        )
+        self._prefetcher: Prefetcher | None = None
+
+    def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
+        """(step, this rank's micro-batches in order), from `start_step` on and without end."""
+        self.close()
+        self._prefetcher = Prefetcher(self.batches, self._start_step, self.config.prefetch)
+        return iter(self._prefetcher)
+
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step; calls have no effect on each other."""
+        return [
+            self._batch(step, start, start + self._micro_rows)
+            for start in range(0, self._rows // self._dp, self._micro_rows)
+        ]
+
+    def tokens(self, step: int) -> list[np.ndarray]:
+        """The same micro-batches as stored: (b, l + 1) in the corpus's dtype, the label of the last input included."""
+        return [
+            self._reader.read(self._reader.locate(step, start, start + self._micro_rows))[0]
+            for start in range(0, self._rows // self._dp, self._micro_rows)
+        ]
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint keeps after `step` steps were trained on: under 300 bytes of JSON."""
+        config = self.config
+        hashes = "".join(corpus.sha256 for corpus in self._corpora)
+        weights = json.dumps(config.segments())
+        return {
+            "order": ORDER_VERSION,
+            "corpus": hashlib.sha256(hashes.encode()).hexdigest(),
+            "split": self._corpora[0].split,
+            "weights": hashlib.sha256(weights.encode()).hexdigest()[:16],
+            "mode": config.mode,
+            "block": self._block or 0,
+            "length": self._length,
+            "rows": self._rows,
+            "seed": self._seed,
+            "step": step,
+        }
+
+    def check(self, state: dict[str, Any]) -> None:
+        """Raise UserError, naming what differs, unless `state` is of the same order as this loader's."""
+        check_state(self.state(state.get("step", 0)), state)
+
+    @property
+    def bad(self) -> list[str]:
+        """What `on_bad_shard: skip` has left out so far, a message each."""
+        return self._reader.bad
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that the caller has waited for data since iteration began."""
+        return self._prefetcher.waited_s if self._prefetcher else 0.0
+
+    def close(self) -> None:
+        """Stop the prefetch thread; a second call does nothing."""
+        if self._prefetcher:
+            self._prefetcher.close()
+
+    def _make_plan(self) -> Plan:
+        sequences = []
+        for corpus in self._corpora:
+            total = int(extents(corpus.lengths, self._block).sum(dtype=np.int64))
+            if inputs(total, self._block) < self._length:
+                raise UserError(
+                    f"{corpus.where}: {total} tokens do not fill one sequence of {self._length}; "
+                    "prepare more text, or shorten the sequence"
+                )
+            sequences.append(-(-inputs(total, self._block) // self._length))
+        segments = self.config.segments()
+        if self.config.mode == "streaming":
+            return Streaming(sequences, segments, self._rows)
+        return Shuffled(sequences, segments, self._rows, self._seed)
+
+    def _batch(self, step: int, start: int, stop: int) -> Batch:
+        """The micro-batch of the rank's rows ``start..stop``."""
+        rows = self._reader.locate(step, start, stop)
+        tokens, real = self._reader.read(rows)
+        ids = tokens.astype(np.int64)
+        shape = (stop - start, self._slice)
+        mask = label_mask(real, shape, rows.pieces, self._block)
+        labels = ids[:, 1:]
+        if real is not None or self._block is not None:
+            labels = np.where(mask, labels, self._corpora[0].manifest.tokenizer.pad_id)
+        return Batch(
+            input_ids=ids[:, :-1],
+            labels=labels,
+            loss_mask=mask,
+            starts=None if self._block is None else block_starts(shape, rows.pieces, self._block),
+            continues=rows.continues,
+            rows=np.arange(self._first + start, self._first + stop),
+            corpora=rows.corpora,
+            epochs=rows.epochs,
+            pieces=rows.pieces,
+            begin=self._begin,
+        )
+
+
+def check_state(own: dict[str, Any], state: dict[str, Any]) -> None:
+    """Raise UserError, naming what differs, unless a checkpoint's `state` of a loader is this one's `own`."""
+    differing = [name for name in own | state if own.get(name) != state.get(name)]
+    if differing:
+        listed = "; ".join(f"{name}: {state.get(name)} then, {own.get(name)} now" for name in differing)
+        raise UserError(
+            f"the checkpoint's data position belongs to another order ({listed}): "
+            "resume with the settings and the corpus it was made with, or start a new run"
+        )
+
+
+def _check_sizes(length: int, block: int, rows: int, micro_rows: int, dp: int, sp: int) -> None:
+    if length % (block * sp):
+        raise UserError(
+            f"sequence length {length} is not a multiple of block x sp = {block} x {sp} = {block * sp}: "
+            "a rank's slice must be whole blocks"
+        )
+    if rows < dp:
+        raise UserError(f"{rows} rows a step for {dp} data-parallel ranks: every rank needs at least one row")
+    if rows % (dp * micro_rows):
+        raise UserError(
+            f"{rows} rows a step is not a multiple of dp x micro-batch rows = {dp} x {micro_rows} = {dp * micro_rows}"
+        )

@@ -1,0 +1,161 @@
+"""One rank's rows: where the tokens of its slices lie, and their bytes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from data_pipeline.format.shards import CRC_BLOCK, ShardError
+from data_pipeline.serve.plan import Plan
+from data_pipeline.serve.reader import Corpus
+from data_pipeline.serve.stream import Pieces, TokenStream
+
+_log = logging.getLogger(__name__)
+_REQUESTS = 16  # ranges asked for at a time
+_WINDOW = 64  # rows located together: a search for many costs little more than a search for one
+
+
+class Rows(NamedTuple):
+    """Some consecutive rows of some steps: what they read, and where it lies."""
+
+    corpora: np.ndarray  # (rows,) int64
+    epochs: np.ndarray  # (rows,) int64
+    continues: np.ndarray  # (rows,) bool
+    pieces: Pieces
+    bounds: list[int]  # (rows + 1,): each row's first run in `pieces`
+
+    def part(self, start: int, stop: int) -> Rows:
+        """The rows ``start..stop`` of these."""
+        low, high = self.bounds[start], self.bounds[stop]
+        row, *others = (values[low:high] for values in self.pieces)
+        bounds = [bound - low for bound in self.bounds[start : stop + 1]]
+        own = (values[start:stop] for values in self[:3])
+        return Rows(*own, Pieces(row - start, *others), bounds)
+
+
+class RowReader:
+    """Locates and reads the slices of the rows ``first..first + count`` of every step.
+
+    Args:
+        corpora, plan, seed: what decides the order.
+        block: W where documents are isolated; None where they are joined.
+        sequence_length: L, tokens of a row.
+        begin, length: the slice of each row.
+        first, count: the rank's rows.
+        on_bad_shard: as in `loader.DataConfig`.
+    """
+
+    def __init__(
+        self,
+        corpora: Sequence[Corpus],
+        plan: Plan,
+        *,
+        seed: int,
+        block: int | None,
+        sequence_length: int,
+        begin: int,
+        length: int,
+        first: int,
+        count: int,
+        on_bad_shard: Literal["stop", "skip"],
+    ) -> None:
+        self.bad: list[str] = []
+        """What was left out because it is damaged or missing, a message each."""
+        self._corpora, self._plan, self._seed, self._block = corpora, plan, seed, block
+        self._sequence_length, self._begin, self._length = sequence_length, begin, length
+        self._first, self._count, self._skip = first, count, on_bad_shard == "skip"
+        self._dtype = corpora[0].manifest.token_dtype
+        self._pad_id = corpora[0].manifest.tokenizer.pad_id
+        # Over a network the reads of a micro-batch go out together: each waits much longer than it works.
+        self._pool = ThreadPoolExecutor(_REQUESTS) if any(corpus.remote for corpus in corpora) else None
+        self._window_steps = max(1, _WINDOW // count)
+        self._window = lru_cache(maxsize=2)(self._locate)
+        self._stream = lru_cache(maxsize=len(corpora) + 1)(self._make_stream)  # one more, where two passes meet
+
+    def locate(self, step: int, start: int, stop: int) -> Rows:
+        """The rank's rows ``start..stop``, counted from its first, in a step."""
+        window, inside = divmod(step, self._window_steps)
+        return self._window(window).part(inside * self._count + start, inside * self._count + stop)
+
+    def read(self, rows: Rows) -> tuple[np.ndarray, np.ndarray | None]:
+        """Tokens (b, l + 1) in the corpus's dtype, and which of them are text: (b, l + 1) bool, None when all are."""
+        tokens = np.empty((len(rows.corpora), self._length + 1), self._dtype)
+        whole = rows.pieces.length.sum() == tokens.size
+        if not whole:
+            tokens.fill(self._pad_id)
+        data = memoryview(tokens).cast("B")
+        runs = self._runs(rows)
+        try:
+            if self._pool is None:
+                for corpus, document, offset, begin, stop in runs:
+                    corpus.read_into(document, offset, data[begin:stop])
+            else:
+                list(self._pool.map(lambda run: run[0].read_into(*run[1:3], data[run[3] : run[4]]), runs))
+        except ShardError:
+            if not self._skip:
+                raise
+            return tokens, self._read_what_is_good(rows, tokens)
+        return tokens, None if whole else self._covered(rows, tokens.shape)
+
+    def _runs(self, rows: Rows) -> Iterator[tuple[Corpus, int, int, int, int]]:
+        """(corpus, document, offset in it, first and last byte in the rows' tokens) of each run."""
+        row, slot, length, document, offset = rows.pieces
+        corpora = [self._corpora[corpus] for corpus in rows.corpora[row].tolist()]
+        begin = (row * (self._length + 1) + slot) * self._dtype.itemsize
+        stop = begin + length * self._dtype.itemsize
+        return zip(corpora, document.tolist(), offset.tolist(), begin.tolist(), stop.tolist(), strict=True)
+
+    def _covered(self, rows: Rows, shape: tuple[int, int]) -> np.ndarray:
+        """(b, l + 1) bool: which tokens a run covers."""
+        real = np.zeros(shape, bool)
+        for row, slot, length in zip(*(column.tolist() for column in rows.pieces[:3]), strict=True):
+            real[row, slot : slot + length] = True
+        return real
+
+    def _locate(self, window: int) -> Rows:
+        """All of the rank's rows in a window of steps."""
+        steps = range(window * self._window_steps, (window + 1) * self._window_steps)
+        corpora, epochs, sequences, continues = self._plan.assign(steps, range(self._first, self._first + self._count))
+        starts = sequences * self._sequence_length + self._begin
+        parts = []
+        for corpus, epoch in sorted(set(zip(corpora.tolist(), epochs.tolist(), strict=True))):
+            rows = np.flatnonzero((corpora == corpus) & (epochs == epoch))
+            parts.append((rows, self._stream(corpus, epoch).pieces(starts[rows], self._length + 1)))
+        pieces = Pieces.join(parts)
+        if self._block is not None:
+            # What begins at the last input's label is another document: no label, so not worth reading.
+            pieces = pieces.select((pieces.slot < self._length) | (pieces.offset > 0))
+        bounds = np.searchsorted(pieces.row, np.arange(len(starts) + 1)).tolist()
+        return Rows(corpora, epochs, continues, pieces, bounds)
+
+    def _make_stream(self, corpus: int, epoch: int) -> TokenStream:
+        return TokenStream(self._corpora[corpus].lengths, self._block, ("documents", self._seed, corpus, epoch))
+
+    def _read_what_is_good(self, rows: Rows, tokens: np.ndarray) -> np.ndarray:
+        """Fill `tokens` with what can be read and padding elsewhere; returns which are text, (b, l + 1) bool.
+
+        Reading goes block by block here, so what is left out does not depend on how the rows were cut.
+        """
+        real = self._covered(rows, tokens.shape)
+        flat, good = tokens.reshape(-1), real.reshape(-1)
+        for corpus, document, offset, begin, stop in self._runs(rows):
+            begin, stop = begin // tokens.itemsize, stop // tokens.itemsize
+            while begin < stop:
+                end = min(stop, begin + CRC_BLOCK - offset % CRC_BLOCK)
+                try:
+                    corpus.read_into(document, offset, memoryview(flat[begin:end]).cast("B"))
+                except ShardError as error:
+                    flat[begin:end], good[begin:end] = self._pad_id, False
+                    self._record(str(error))
+                begin, offset = end, offset + end - begin
+        return real
+
+    def _record(self, message: str) -> None:
+        if message not in self.bad:
+            self.bad.append(message)
+            _log.warning("left out of the loss: %s", message)

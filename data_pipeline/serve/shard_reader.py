@@ -1,0 +1,191 @@
+"""Random access to one shard: runs of a document's tokens, compared with their CRCs before they are used.
+
+Every block of 8192 tokens is checked once per process where the shard is a local file, a few neighbours together, and
+at every read where its bytes come over a network. The index is read again when the shard is first touched, and what is
+kept of it is small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import tarfile
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from isal import isal_zlib
+
+from data_pipeline.format.damage import locate_changed_byte
+from data_pipeline.format.manifest import ShardInfo
+from data_pipeline.format.shards import CRC_BLOCK, ShardError, ShardIndex
+from data_pipeline.store.storage import Storage
+
+_log = logging.getLogger(__name__)
+_TAR_BLOCK = 512  # members of a tar begin at multiples of it
+_CHECKED_TOGETHER = 8  # blocks: about what the kernel reads ahead of a first read anyway
+
+
+class _ChangedError(ShardError):
+    """Bytes that are not what was written."""
+
+
+class _Layout:
+    """What reading needs of a shard's index, as memory views: they give Python integers, at no conversion's cost."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        self.offsets = memoryview(index.offsets.astype(np.int64))  # (documents,) byte of the first token
+        self.lengths = memoryview(index.lengths.astype(np.uint32))  # (documents,) tokens
+        self.crc = memoryview(index.crc.astype(np.uint32))  # (blocks,)
+        self.crc_starts = memoryview(index.crc_starts)  # (documents,) each document's first place in `crc`
+        self.verified = bytearray(len(index.crc))  # (blocks,) 1: found whole in this process
+
+
+class ShardReader:
+    """One shard and its index, in a storage."""
+
+    def __init__(self, storage: Storage, info: ShardInfo, dtype: np.dtype) -> None:
+        self.info = info
+        self.where = f"{storage.where}/{info.file}"
+        self._storage = storage
+        self._dtype = dtype
+        self._itemsize = dtype.itemsize
+
+    def read_index(self) -> ShardIndex:
+        """The shard's index; raises ShardError when it is damaged or belongs to another shard."""
+        where = f"{self._storage.where}/{self.info.index}"
+        index = self._index_from_file(where)
+        of_this_shard = index.tar_sha256 == self.info.sha256 and index.tar_bytes == self.info.bytes
+        if not of_this_shard or len(index.lengths) != self.info.documents or index.dtype != self._dtype:
+            raise ShardError(f"{where}: the index of another shard, not of {self.info.file}; copy it again")
+        return index
+
+    def read_into(self, document: int, start: int, buffer: memoryview) -> None:
+        """Fill `buffer`, bytes of at least one whole token, with tokens from `start` on of the shard's document.
+
+        Raises ShardError naming the shard, the member and the byte when they are missing or not what was written.
+        """
+        layout, size = self._layout, self._itemsize
+        first, last = start // CRC_BLOCK, (start + len(buffer) // size - 1) // CRC_BLOCK
+        block = layout.crc_starts[document] + first
+        end = block + last - first + 1
+        if not self._storage.remote and layout.verified.find(0, block, end) >= 0:
+            self._check_around(document, first, last)
+        if layout.verified.find(0, block, end) < 0:
+            offset = layout.offsets[document] + start * size
+            buffer[:] = self._storage.view(self.info.file, offset, len(buffer))
+            return
+        try:
+            data = self._read_blocks(document, first, last)
+        except _ChangedError:
+            if not self._storage.renew(self.info.file):
+                raise
+            data = self._read_blocks(document, first, last)
+        skipped = (start - first * CRC_BLOCK) * size
+        buffer[:] = data[skipped : skipped + len(buffer)]
+
+    def document_info(self, document: int) -> dict[str, Any]:
+        """The document's JSON."""
+        return self._members(document)[1]
+
+    def check_size(self) -> None:
+        """Raise ShardError when the shard is a local file that is missing or of another size than it was."""
+        path = self._storage.local_path(self.info.file)
+        if path is None:
+            return
+        if not path.exists():
+            raise ShardError(f"{path}: the shard is missing; copy it again, or prepare the corpus again")
+        if (size := path.stat().st_size) != self.info.bytes:
+            raise ShardError(f"{path}: {size} bytes, expected {self.info.bytes}: cut short or replaced; copy it again")
+
+    @cached_property
+    def _layout(self) -> _Layout:
+        return _Layout(self.read_index())
+
+    def _index_from_file(self, where: str) -> ShardIndex:
+        try:
+            data = self._storage.whole(self.info.index)
+        except FileNotFoundError:
+            path = self._storage.local_path(self.info.file)
+            if path is None:
+                raise ShardError(f"{where}: the index is missing; copy it again") from None
+            _log.warning("%s: the index is missing; reading all of %s to make it", where, self.info.file)
+            return ShardIndex.build(path)
+        index = ShardIndex.from_bytes(data, where)
+        if hashlib.sha256(data).hexdigest() != self.info.index_sha256:
+            raise ShardError(f"{where}: not the index this corpus was made with; copy it again")
+        return index
+
+    def _check_around(self, document: int, first: int, last: int) -> None:
+        """Check these blocks of a document and their neighbours; the good ones need no check for the process's life.
+
+        What is bad or missing is left to be found, and named, when it is wanted.
+        """
+        first -= first % _CHECKED_TOGETHER
+        last += _CHECKED_TOGETHER - 1 - last % _CHECKED_TOGETHER
+        with contextlib.suppress(ShardError):
+            data = self._storage.view(self.info.file, *self._span(document, first, last))
+            for number, found in self._numbered(document, first, data):
+                self._layout.verified[number] = isal_zlib.crc32(found) == self._layout.crc[number]
+
+    def _read_blocks(self, document: int, first: int, last: int) -> memoryview:
+        """The bytes of these blocks of a document, compared with their CRCs."""
+        begin, size = self._span(document, first, last)
+        data = memoryview(np.empty(size, np.uint8))
+        self._storage.read_into(self.info.file, begin, data)
+        for number, found in self._numbered(document, first, data):
+            expected = self._layout.crc[number]
+            if isal_zlib.crc32(found) != expected:
+                what = _describe(found, expected, begin)
+                raise _ChangedError(f"{self.where}: {self._member_name(document)}: {what}; copy the shard again")
+            begin += len(found)
+        return data
+
+    def _span(self, document: int, first: int, last: int) -> tuple[int, int]:
+        """(byte of the shard, bytes) of these blocks of a document, as far as it goes."""
+        begin, stop = first * CRC_BLOCK, min((last + 1) * CRC_BLOCK, self._layout.lengths[document])
+        return self._layout.offsets[document] + begin * self._itemsize, (stop - begin) * self._itemsize
+
+    def _numbered(self, document: int, first: int, data: memoryview) -> Iterator[tuple[int, memoryview]]:
+        """The blocks in `data`, from a document's `first` on, each with its number in the shard."""
+        step = CRC_BLOCK * self._itemsize
+        number = self._layout.crc_starts[document] + first
+        for place in range(0, len(data), step):
+            yield number, data[place : place + step]
+            number += 1
+
+    def _member_name(self, document: int) -> str:
+        """The name of the document's tokens in the tar, as far as the tar still says it."""
+        try:
+            return self._members(document)[0]
+        except (ShardError, tarfile.TarError, ValueError, OSError):
+            return f"document {document} of the shard"
+
+    def _members(self, document: int) -> tuple[str, dict[str, Any]]:
+        """(name of the tokens' member, the JSON that stands before it): read from the end of the document before."""
+        layout = self._layout
+        begin = 0
+        if document:
+            end = layout.offsets[document - 1] + layout.lengths[document - 1] * self._itemsize
+            begin = -(-end // _TAR_BLOCK) * _TAR_BLOCK
+        region = bytearray(layout.offsets[document] - begin)
+        self._storage.read_into(self.info.file, begin, memoryview(region))
+        with tarfile.open(fileobj=io.BytesIO(region), mode="r|") as tar:
+            header = tar.next()
+            payload = tar.extractfile(header) if header else None
+            info = json.load(payload) if payload else {}
+            tokens = tar.next()
+        return (tokens.name if tokens else f"document {document} of the shard"), info
+
+
+def _describe(found: memoryview, expected: int, begin: int) -> str:
+    """What is wrong with the bytes of a block that begins at byte `begin` of the shard."""
+    changed = locate_changed_byte(found, expected)
+    if changed is None:
+        return f"bytes {begin} to {begin + len(found) - 1} are not what was written"
+    place, written = changed
+    return f"byte {begin + place} is 0x{found[place]:02x} where 0x{written:02x} was written"

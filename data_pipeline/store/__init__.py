@@ -1,0 +1,1 @@
+"""Where shards lie: local files, HTTP, object stores, and a cache of them."""

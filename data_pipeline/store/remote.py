@@ -1,0 +1,158 @@
+"""Files on a server, in an object store, or behind a command: fetched whole or in ranges, and tried again."""
+
+from __future__ import annotations
+
+import logging
+import random
+import shlex
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+
+from data_pipeline.format.shards import ShardError
+from data_pipeline.store.storage import StorageConfig, StorageError
+
+_log = logging.getLogger(__name__)
+_CHUNK = 8 << 20  # bytes of a whole file fetched in one request: what a dropped connection costs
+_LONGEST_WAIT_S = 30.0
+
+T = TypeVar("T")
+
+
+class RemoteStorage:
+    """The files under an fsspec address; see `storage.Storage`."""
+
+    remote = True
+
+    def __init__(self, url: str, config: StorageConfig) -> None:
+        self.where = url.rstrip("/")
+        self._config = config
+        scheme = url.partition("://")[0]
+        try:
+            self._fs, self._root = fsspec.url_to_fs(self.where, **_options(scheme, config))
+        except (ImportError, ValueError, TypeError) as error:
+            raise StorageError(f"{url}: cannot be opened: {error}") from None
+
+    def whole(self, name: str) -> bytes:
+        """See `Storage`."""
+        return self._try(name, lambda: self._fs.cat_file(f"{self._root}/{name}"))
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """See `Storage`."""
+        buffer[:] = self._range(name, offset, offset + len(buffer))
+
+    def view(self, name: str, offset: int, size: int) -> memoryview:
+        """See `Storage`: never called, for these files are remote."""
+        raise NotImplementedError
+
+    def chunks(self, name: str, size: int | None) -> Iterator[bytes]:
+        """The bytes of a file, in order; `size` is how many, where that is known."""
+        if size is None:
+            yield self.whole(name)
+            return
+        for start in range(0, size, _CHUNK):
+            yield self._range(name, start, min(start + _CHUNK, size))
+
+    def local_path(self, name: str) -> Path | None:
+        """See `Storage`."""
+        return None
+
+    def renew(self, name: str) -> bool:
+        """See `Storage`: every read fetches anew, so one more may arrive whole."""
+        return True
+
+    def _range(self, name: str, start: int, stop: int) -> bytes:
+        def fetch() -> bytes:
+            data = self._fs.cat_file(f"{self._root}/{name}", start=start, end=stop)
+            if len(data) > stop - start:
+                raise StorageError(
+                    f"{self.where}: the server sends whole files where a range is asked for; "
+                    "set storage.cache_dir, or use a server that honours Range"
+                )
+            if len(data) < stop - start:
+                raise EOFError(f"{len(data)} bytes came of the {stop - start} from {start} on")
+            return data
+
+        try:
+            return self._try(name, fetch)
+        except FileNotFoundError:
+            raise ShardError(f"{self.where}/{name}: missing; copy it there again") from None
+
+    def _try(self, name: str, fetch: Callable[[], T]) -> T:
+        """Call `fetch` until it succeeds; FileNotFoundError passes, and the last failure is a StorageError.
+
+        A file that stays too short is damage (ShardError) rather than a store out of order.
+        """
+        for attempt in range(1, self._config.attempts + 1):
+            try:
+                return fetch()
+            except (FileNotFoundError, StorageError):
+                raise
+            except PermissionError as error:
+                raise StorageError(f"{self.where}/{name}: not allowed: {error}; check the credentials") from None
+            except Exception as error:  # every file system has its own: timeouts, resets, 5xx, half an answer
+                reason = f"{type(error).__name__}: {error}".rstrip(": ")
+                if attempt == self._config.attempts:
+                    kind = ShardError if isinstance(error, EOFError) else StorageError
+                    raise kind(f"{self.where}/{name}: not read in {attempt} attempts; the last: {reason}") from error
+                wait = min(self._config.backoff_s * 2 ** (attempt - 1), _LONGEST_WAIT_S) * random.uniform(0.5, 1.0)
+                _log.warning("%s/%s: %s; trying again in %.1f s", self.where, name, reason, wait)
+                time.sleep(wait)
+        raise AssertionError("unreachable")
+
+
+class PipeStorage:
+    """Files that a shell command writes to its output, its ``{}`` replaced by their name; retries are the command's."""
+
+    remote = True
+
+    def __init__(self, command: str) -> None:
+        self.where = f"pipe:{command}"
+        self._command = command if "{}" in command else f"{command}/{{}}"
+
+    def whole(self, name: str) -> bytes:
+        """See `Storage`."""
+        return b"".join(self.chunks(name, None))
+
+    def chunks(self, name: str, size: int | None) -> Iterator[bytes]:
+        """The bytes of a file, in order."""
+        command = self._command.replace("{}", shlex.quote(name))
+        with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
+            while data := process.stdout.read(_CHUNK):
+                yield data
+        if process.returncode:
+            raise StorageError(f"pipe:{command}: exit status {process.returncode}")
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """See `Storage`: never called, for these files are always cached."""
+        raise NotImplementedError
+
+    def view(self, name: str, offset: int, size: int) -> memoryview:
+        """See `Storage`: never called, for these files are remote."""
+        raise NotImplementedError
+
+    def local_path(self, name: str) -> Path | None:
+        """See `Storage`."""
+        return None
+
+    def renew(self, name: str) -> bool:
+        """See `Storage`."""
+        return True
+
+
+def _options(scheme: str, config: StorageConfig) -> dict[str, Any]:
+    """The file system's options with this project's timeouts; retries are made here, visibly, not in the libraries."""
+    options = dict(config.options)
+    if scheme in ("http", "https"):
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=config.timeout_s, sock_read=config.timeout_s)
+        options["client_kwargs"] = {"timeout": timeout} | options.get("client_kwargs", {})
+    if scheme in ("s3", "s3a"):
+        timeouts = {"connect_timeout": config.timeout_s, "read_timeout": config.timeout_s}
+        options["config_kwargs"] = timeouts | {"retries": {"max_attempts": 0}} | options.get("config_kwargs", {})
+    return options

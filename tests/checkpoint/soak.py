@@ -1,0 +1,250 @@
+"""Kill a run again and again at random moments, and see that it ends as the run that was never disturbed.
+
+    python tests/checkpoint/soak.py --kills 200 --ranks 2 --directory /tmp/soak
+
+Ranks are forked from this process, which has imported everything and prepared a small corpus, so that a start takes
+a second and not ten. They are killed by SIGKILL at a random moment: one time in four while they meet and load, else
+once they train, copy, write, commit and remove. One time in two all at once, as when a machine is lost; else one of
+them first, and the others a moment later. After each kill the newest checkpoint must be whole and no older than the
+one before. In the end every loss and every weight must be, bit for bit, those of the undisturbed run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from bst_base.settings import dump, parse
+from bst_dist.checkpoint.directory import committed, damage, directory, load_weights, step_of
+from bst_dist.config import Recipe
+from bst_dist.parallel.ranks import Ranks, choose_accelerator, free_port
+from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.study.comparison.equality import COMPUTED
+from bst_dist.train.start import Request
+from data_pipeline.prepare.corpus import PrepareConfig, prepare
+from data_pipeline.prepare.parallel import open_workers
+
+PATIENCE_S = 600.0
+
+
+@dataclass(frozen=True)
+class Soak:
+    """What is to be endured."""
+
+    folder: Path
+    ranks: int
+    steps: int
+    kills: int
+    most_steps: int = 6
+    """The most that a start may take before it is killed."""
+    seed: int = 0
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe of both runs."""
+        return self.folder / "recipe.yaml"
+
+
+def prepare_recipe(soak: Soak) -> None:
+    """A corpus of made-up programs, and a recipe that streams them, carries the past, and saves every third step."""
+    texts, corpus = soak.folder / "texts", soak.folder / "corpus"
+    texts.mkdir(parents=True, exist_ok=True)
+    words = ["for", "x", "=", "(", ")", "\n", "    ", "return", "naïve", "12", "+", "y", ":", "if", "else"]
+    generator = np.random.default_rng(0)
+    for number in range(40):
+        (texts / f"{number:02}.txt").write_text(" ".join(generator.choice(words, 100 + 20 * number)))
+    settings = {
+        "source": {"kind": "folder", "path": str(texts), "pattern": "*.txt"}, "output": str(corpus),
+        "tokenizer": {"vocab_size": 320}, "validation_fraction": 0.2,
+    }  # fmt: skip
+    with open_workers(1) as workers:
+        prepare(parse(PrepareConfig, settings), workers, lambda *_: None)
+    recipe = {
+        "name": "soak", "seed": 3,
+        "model": {"width": 16, "heads": 2, "ffn": 32, "block": 8, "depth": 2, "mixer": "bst",
+                  "ssm": {"state": 4, "chunk": 4}},
+        "data": {"corpus": str(corpus), "prefetch": 0, "mode": "streaming"},
+        "train": {"steps": soak.steps, "sequence_length": 32, "sequences": 4, "precision": "fp32", "carry": True},
+        "evaluation": {"every": 0, "sequences": 4},
+        "checkpoint": {"every": 3, "weights_every": 60},
+        "log": {"tensorboard": False, "every": 50},
+        "deepspeed": "ds_configs/zero2.json",
+    }  # fmt: skip
+    soak.recipe.write_text(dump(parse(Recipe, recipe)))
+
+
+def start(soak: Soak, run: str) -> list[int]:
+    """Fork the ranks of one start of a run, which goes on where it can; returns their process ids."""
+    port = free_port()
+    return [_fork(soak, soak.folder / run, rank, port) for rank in range(soak.ranks)]
+
+
+def _fork(soak: Soak, run_dir: Path, rank: int, port: int) -> int:
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        log = os.open(f"{run_dir}.log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": soak.ranks, "MASTER_PORT": port}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}
+        torch.set_num_threads(1)
+        from bst_dist.train import program
+
+        ranks = Ranks()
+        status = program.train(Request(soak.recipe, [], run_dir, True, None), ranks)
+        ranks.barrier()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def wait_for(pids: Sequence[int], seconds: float) -> list[int | None]:
+    """The statuses of processes, None for those that still run after so many seconds."""
+    found: dict[int, int] = {}
+    deadline = time.monotonic() + seconds
+    while len(found) < len(pids) and time.monotonic() < deadline:
+        for pid in set(pids) - set(found):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                found[pid] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    return [found.get(pid) for pid in pids]
+
+
+def wait_for_steps(run_dir: Path, steps: int, seconds: float = PATIENCE_S) -> None:
+    """Return when the run has taken so many more steps than the checkpoint it goes on from, or after so long."""
+    wanted = newest_step(run_dir) + steps
+    deadline = time.monotonic() + seconds
+    begun = time.time()
+    while time.monotonic() < deadline:
+        path = run_dir / FILE
+        if path.exists() and path.stat().st_mtime > begun and len(read_lines(path)) >= wanted:
+            return
+        time.sleep(0.02)
+
+
+def step_seconds(run_dir: Path) -> float:
+    """What a step takes on this machine, so that no start gets far between two looks at it."""
+    lines = read_lines(run_dir / FILE)
+    return median(line["step_time_s"] for line in lines if "step_time_s" in line) if lines else 0.0
+
+
+def kill(pids: Sequence[int], chance: random.Random) -> None:
+    """Kill all ranks: at once, or one of them first."""
+    order = list(pids)
+    chance.shuffle(order)
+    together = chance.random() < 0.5
+    for pid in order:
+        os.kill(pid, signal.SIGKILL)
+        if not together:
+            time.sleep(chance.uniform(0, 0.2))
+    for pid in order:
+        os.waitpid(pid, 0)
+
+
+def newest_step(run_dir: Path) -> int:
+    """The step of the newest checkpoint, which must be whole; 0 when there is none yet."""
+    newest = next(iter(committed(run_dir)), None)
+    assert newest is None or not damage(newest), damage(newest)
+    return step_of(newest) if newest else 0
+
+
+def disturb(soak: Soak, say: Any) -> Counter[str]:
+    """Train with so many kills, and then to the end; returns what each start had come to when it was killed."""
+    chance, reached, found = random.Random(soak.seed), 0, Counter()
+    run_dir = soak.folder / "disturbed"
+    for number in range(soak.kills):
+        pids = start(soak, "disturbed")
+        if chance.random() < 0.75:
+            wait_for_steps(run_dir, chance.randint(1, soak.most_steps))
+        else:
+            wait_for_steps(run_dir, soak.most_steps, seconds=chance.uniform(0, 3))
+        statuses = wait_for(pids, chance.uniform(0, 2) * step_seconds(run_dir))
+        assert all(status is None for status in statuses), f"ended by itself before kill {number + 1}: {statuses}"
+        partial = any((run_dir / "checkpoints").glob("*.partial"))
+        kill(pids, chance)
+        now = newest_step(run_dir)
+        assert now >= reached, f"kill {number + 1} cost the checkpoint of step {reached}: there is {now}"
+        found["while a checkpoint was being written" if partial else "otherwise"] += 1
+        found["starts that left a newer checkpoint"] += now > reached
+        reached = now
+        if (number + 1) % 10 == 0:
+            say(f"{number + 1:>4} kills, at step {reached}")
+    train_to_the_end(soak, "disturbed")
+    return found
+
+
+def train_to_the_end(soak: Soak, run: str) -> None:
+    """One start that nobody kills."""
+    pids = start(soak, run)
+    statuses = wait_for(pids, PATIENCE_S)
+    for pid in [pid for pid, status in zip(pids, statuses, strict=True) if status is None]:
+        os.kill(pid, signal.SIGKILL)
+    assert statuses == [0] * soak.ranks, f"{statuses}: see {soak.folder / run}.log"
+
+
+def compare(soak: Soak) -> int:
+    """Assert that both runs are equal to the last bit; returns how many losses there were."""
+    runs = [soak.folder / name for name in ("whole", "disturbed")]
+    keys = ("kind", "step", *COMPUTED)
+    lines = [[{key: line.get(key) for key in keys} for line in read_lines(run / FILE)] for run in runs]
+    assert lines[0] == lines[1]
+    weights = [load_weights(directory(run, soak.steps)) for run in runs]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        assert np.array_equal(tensor.numpy(), weights[1][name].numpy()), name
+    return len(lines[0])
+
+
+def endure(soak: Soak, say: Any = print) -> None:
+    """The whole of it; raises AssertionError when anything is not as it must be."""
+    choose_accelerator()
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401 (else imported by every engine: seconds)
+
+    from bst_dist.train import program
+
+    program.peak_flops = lambda *_: 1e12  # not measured anew at every start
+    prepare_recipe(soak)
+    begun = time.monotonic()
+    train_to_the_end(soak, "whole")
+    say(f"undisturbed: {soak.steps} steps in {time.monotonic() - begun:.0f} s")
+    begun = time.monotonic()
+    found = disturb(soak, say)
+    say(f"disturbed: {soak.kills} kills in {time.monotonic() - begun:.0f} s: {dict(found)}")
+    say(f"equal to the last bit: {compare(soak)} reports and all weights")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--directory", type=Path, required=True)
+    args = parser.parse_args()
+    endure(
+        Soak(args.directory, args.ranks, args.steps, args.kills, seed=args.seed),
+        lambda text: print(text, flush=True),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bst_dist.checkpoint.directory import (
+    FORMAT,
+    MANIFEST,
+    CheckpointError,
+    OlderFormatError,
+    damage,
+    directory,
+    newest_valid,
+)
+from bst_dist.checkpoint.durable import Files
+
+
+def write(run_dir: Path, step: int) -> Path:
+    path = directory(run_dir, step)
+    path.mkdir(parents=True)
+    files = Files(path)
+    for name in ("a.pt", "b.pt"):
+        with files.open(name) as file:
+            torch.save({"step": torch.tensor(step)}, file)
+    (path / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files.records}))
+    return path
+
+
+def test_files_record_what_lies_on_the_disk(tmp_path):
+    path = write(tmp_path, 1)
+    records = json.loads((path / MANIFEST).read_text())["files"]
+    for name, record in records.items():
+        data = (path / name).read_bytes()
+        assert record == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert torch.load(path / "b.pt")["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("hurt", "said"),
+    [
+        (lambda path: (path / "b.pt").unlink(), "b.pt is missing"),
+        (lambda path: (path / "b.pt").write_bytes(b""), "b.pt has 0 bytes instead of"),
+        (lambda path: flip(path / "a.pt"), "a.pt is damaged"),
+        (lambda path: (path / MANIFEST).unlink(), "manifest.json cannot be read"),
+        (lambda path: (path / MANIFEST).write_text("{"), "manifest.json cannot be read"),
+    ],
+    ids=["missing", "cut", "flipped", "no manifest", "broken manifest"],
+)
+def test_newest_valid_passes_over_a_damaged_one(tmp_path, hurt, said):
+    older, newer = write(tmp_path, 10), write(tmp_path, 20)
+    assert newest_valid(tmp_path) == newer
+    hurt(newer)
+    assert said in damage(newer)[0]
+    assert newest_valid(tmp_path) == older
+    hurt(older)
+    with pytest.raises(CheckpointError, match="no valid checkpoint"):
+        newest_valid(tmp_path)
+
+
+def test_a_checkpoint_of_an_older_format_is_refused_and_not_passed_over(tmp_path):
+    """Starting anew beside it would take a whole run's steps again."""
+    path = write(tmp_path, 1)
+    (path / MANIFEST).write_text(json.dumps({"format": FORMAT - 1}))
+    with pytest.raises(OlderFormatError, match="go on with the version that wrote it"):
+        newest_valid(tmp_path)
+    assert path.exists()
+
+
+def test_readers_who_share_a_checkpoint_find_all_that_one_finds(tmp_path):
+    path = write(tmp_path, 1)
+    flip(path / "b.pt")
+    flip(path / "a.pt")
+    assert sorted(damage(path, 0, 2) + damage(path, 1, 2)) == sorted(damage(path))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)

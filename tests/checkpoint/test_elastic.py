@@ -1,0 +1,109 @@
+"""A run that goes on under another layout is the same run: its state to the last bit, its losses but for rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bst_dist.checkpoint.directory import OPTIMIZER, directory, load_weights, open_shards
+from bst_dist.checkpoint.fragments import MOMENTS
+from bst_dist.checkpoint.saving import stored_name
+from bst_dist.checkpoint.snapshot import Position, Snapshots
+from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.train.program import train
+from bst_dist.train.start import Request
+
+pytestmark = [pytest.mark.ranks, pytest.mark.usefixtures("unmeasured")]
+Go = Callable[..., None]
+
+# Ranks, sp and ZeRO stage of one start after the other: every stage is left and entered, alone and beside others.
+HOPS = [(1, 1, 0), (2, 2, 1), (4, 2, 3), (2, 1, 2), (1, 1, 3), (2, 2, 0), (4, 4, 2), (1, 1, 1)]
+
+
+@pytest.fixture
+def go(recipe_file, tmp_path, on_ranks) -> Go:
+    """``go(run, layout, until, *overrides)`` goes on with the small recipe in the directory `run`."""
+    recipe = recipe_file(
+        train={"steps": len(HOPS), "sequences": 8}, checkpoint={"every": 0, "keep_last": 20}, evaluation={"every": 0}
+    )
+
+    def train_(run: str, layout: tuple[int, int, int], until: int, *changes: str) -> None:
+        world, sp, stage = layout
+        overrides = [f"parallel.sp={sp}", f"deepspeed=ds_configs/zero{stage}.json", *changes]
+        on_ranks(world, lambda ranks: train(Request(recipe, overrides, tmp_path / run, True, until), ranks))
+
+    return train_
+
+
+def state_of(engine: Any) -> dict[str, Tensor]:
+    """Weights and moments by name, as DeepSpeed's own functions put them together; steps taken, by parameter."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    zero, found = engine.optimizer, {}
+    if engine.zero_optimization_stage() in (1, 2):
+        zero._lazy_init_hp_params_optimizer_state()
+    for name, parameter in engine.module.named_parameters():
+        for moment in MOMENTS:
+            if engine.zero_optimization_stage() == 0:
+                found[stored_name(name, moment)] = zero.state[parameter][moment]
+            else:
+                found[stored_name(name, moment)] = safe_get_full_optimizer_state(parameter, moment)
+        found[name] = safe_get_full_fp32_param(parameter) if engine.zero_optimization_stage() else parameter.detach()
+    return found
+
+
+def adam_steps(engine: Any) -> set[int]:
+    zero = engine.optimizer
+    states = (zero if engine.zero_optimization_stage() == 0 else zero.optimizer).state.values()
+    return {int(state["step"]) for state in states}
+
+
+def losses(run: Path) -> Tensor:
+    return torch.tensor([line["loss_nats"] for line in read_lines(run / FILE) if line["kind"] == "train"])
+
+
+@pytest.fixture
+def loads_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right after every load, the engine's state is compared with what the checkpoint holds."""
+    original = Snapshots.load
+
+    def load(self: Snapshots, checkpoint: Path, recipe: str | None = None) -> Position:
+        position = original(self, checkpoint, recipe)
+        engine = self.state.engine
+        moments = open_shards(checkpoint, OPTIMIZER)
+        stored = {**load_weights(checkpoint), **{name: moments.whole(name) for name in moments.shapes}}
+        found = state_of(engine)
+        assert found.keys() == stored.keys()
+        for name, tensor in found.items():
+            assert torch.equal(tensor.view(-1), stored[name].view(-1)), name
+        assert all(stored[name].any() for name in stored if name.startswith("exp_avg_sq"))
+        assert adam_steps(engine) == {position.step}
+        assert [group["weight_decay"] for group in engine.optimizer.param_groups] == [0.1, 0.0, 0.0]
+        return position
+
+    monkeypatch.setattr(Snapshots, "load", load)
+
+
+def test_a_run_goes_on_under_any_layout(go, tmp_path, loads_are_exact, capfd):
+    go("whole", (1, 1, 1), len(HOPS))
+    for done, layout in enumerate(HOPS):
+        go("hops", layout, done + 1)
+    assert torch.allclose(losses(tmp_path / "hops"), losses(tmp_path / "whole"), rtol=2e-6)
+    whole, hops = (load_weights(directory(tmp_path / run, len(HOPS))) for run in ("whole", "hops"))
+    for name, tensor in whole.items():
+        assert torch.allclose(tensor, hops[name], rtol=1e-3, atol=2e-5), name
+    said = capfd.readouterr().out
+    assert "went from 1 rank (dp 1 x sp 1, ZeRO-0) to 2 ranks (dp 1 x sp 2, ZeRO-1), random generators seeded" in said
+
+
+def test_rows_take_what_they_carry_to_other_ranks(go, tmp_path):
+    streaming = ("data.mode=streaming", "train.carry=true")
+    go("whole", (1, 1, 1), 8, *streaming, "train.micro_sequences=2")
+    for done, (layout, micro) in enumerate([((1, 1, 1), 4), ((2, 2, 2), 2), ((2, 1, 3), 4), ((1, 1, 1), 2)]):
+        go("hops", layout, 2 * (done + 1), *streaming, f"train.micro_sequences={micro}")
+    assert torch.allclose(losses(tmp_path / "hops"), losses(tmp_path / "whole"), rtol=2e-6)

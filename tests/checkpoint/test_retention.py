@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bst_dist.checkpoint.directory import FORMAT, MANIFEST, PINNED, CheckpointConfig, committed, directory, step_of
+from bst_dist.checkpoint.retention import Held, leavings, readable, reasons, remove_leavings, retain
+
+
+def hold(run_dir: Path, step: int, loss: float | None = None, full: bool = True) -> Path:
+    path = directory(run_dir, step)
+    path.mkdir(parents=True)
+    names = ["weights-00000.safetensors", *(["optimizer-00000.safetensors", "rank-00000.pt"] if full else [])]
+    for name in names:
+        (path / name).write_bytes(b"x")
+    manifest = {"format": FORMAT, "validation_loss_nats": loss, "files": {name: {"bytes": 1} for name in names}}
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    return path
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [step_of(path) for path in committed(run_dir)]
+
+
+def held(run_dir: Path, step: int) -> Held:
+    return next(one for one in readable(run_dir) if one.step == step)
+
+
+@pytest.mark.parametrize(
+    ("settings", "stay"),
+    [
+        ({}, [80, 70, 30]),  # the two newest and the best
+        ({"keep_best": 0, "keep_last": 1}, [80]),
+        ({"keep_best": 2}, [80, 70, 40, 30]),
+        ({"keep_best": 0, "keep_every": 20}, [80, 70, 60, 40, 20]),
+        ({"keep_best": 0, "at": (10,)}, [80, 70, 10]),
+    ],
+    ids=["default", "one", "best", "every", "at"],
+)
+def test_what_stays(tmp_path, settings, stay):
+    losses = {20: 3.0, 30: 1.0, 40: 2.0, 60: 2.5}
+    for step in range(10, 90, 10):
+        hold(tmp_path, step, losses.get(step))
+    retain(tmp_path, CheckpointConfig(**settings))
+    assert steps(tmp_path) == stay
+    remove_leavings(tmp_path)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == len(stay)
+
+
+def test_a_pinned_one_stays(tmp_path):
+    for step in (10, 20, 30):
+        path = hold(tmp_path, step)
+        if step == 10:
+            (path / PINNED).touch()
+    retain(tmp_path, CheckpointConfig(keep_last=1))
+    assert steps(tmp_path) == [30, 10]
+
+
+def test_one_of_the_weights_alone_is_none_of_the_newest(tmp_path):
+    for step in (10, 20):
+        hold(tmp_path, step)
+    hold(tmp_path, 30, full=False)
+    retain(tmp_path, CheckpointConfig(keep_last=2, weights_every=30))
+    assert steps(tmp_path) == [30, 20, 10]
+
+
+def test_a_full_one_at_a_step_of_weights_keeps_only_those(tmp_path):
+    for step in (10, 20, 30):
+        hold(tmp_path, step)
+    retain(tmp_path, CheckpointConfig(keep_last=1, weights_every=10))
+    assert [one.full for one in readable(tmp_path)] == [True, False, False]
+    assert {path.name for path in directory(tmp_path, 10).iterdir()} == {MANIFEST, "weights-00000.safetensors"}
+
+
+def test_thinning_that_was_broken_off_is_completed(tmp_path):
+    for step in (10, 20):
+        hold(tmp_path, step)
+    (directory(tmp_path, 10) / MANIFEST).write_text(
+        json.dumps({"format": FORMAT, "files": {"weights-00000.safetensors": {"bytes": 1}}})
+    )
+    retain(tmp_path, CheckpointConfig(keep_last=1, weights_every=10))
+    assert {path.name for path in directory(tmp_path, 10).iterdir()} == {MANIFEST, "weights-00000.safetensors"}
+
+
+def test_what_cannot_be_read_counts_as_none_and_is_left_alone(tmp_path):
+    for step in (10, 20, 30):
+        hold(tmp_path, step)
+    (directory(tmp_path, 30) / MANIFEST).write_text("{")
+    retain(tmp_path, CheckpointConfig(keep_last=1))
+    assert steps(tmp_path) == [30, 20]
+
+
+def test_reasons_are_told(tmp_path):
+    hold(tmp_path, 10, loss=1.0)
+    hold(tmp_path, 20, loss=2.0)
+    config = CheckpointConfig(every=10, keep_last=1, keep_every=20, at=(10,))
+    assert reasons(readable(tmp_path), config) == {20: ["newest", "every"], 10: ["best", "at"]}
+
+
+def test_where_the_guard_would_roll_back_to_is_among_the_newest(tmp_path):
+    """It goes back to scheduled checkpoints alone, and one that a signal has caused may be newer."""
+    hold(tmp_path, 20, loss=2.0)
+    hold(tmp_path, 25, loss=2.0)
+    kept = reasons(readable(tmp_path), CheckpointConfig(every=20, keep_last=1, keep_best=0))
+    assert kept == {25: ["newest"], 20: ["newest"]}
+
+
+def test_leavings_are_found_and_removed(tmp_path):
+    hold(tmp_path, 10)
+    for name in ("step-00000020.partial", "step-00000005.deleted"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    assert [path.name for path in leavings(tmp_path)] == ["step-00000005.deleted", "step-00000020.partial"]
+    remove_leavings(tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]

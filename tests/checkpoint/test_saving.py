@@ -1,0 +1,385 @@
+"""Checkpoints written in the background, killed, out of room; of a state without a model, on one rank."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent import futures
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bst_dist.checkpoint import durable, retention, saving
+from bst_dist.checkpoint.directory import (
+    MANIFEST,
+    CheckpointConfig,
+    CheckpointError,
+    committed,
+    damage,
+    directory,
+    newest_valid,
+    read_manifest,
+    step_of,
+)
+from bst_dist.checkpoint.fragments import MOMENTS, WEIGHT, Fragment
+from bst_dist.checkpoint.layout import Layout, Rows
+from bst_dist.checkpoint.saving import Failed, Saved
+from bst_dist.checkpoint.shards import Piece
+from bst_dist.checkpoint.snapshot import Checkpoints, Evaluated, Identity, Position, Snapshots
+from bst_dist.parallel.mesh import Mesh
+
+
+class Alone:
+    """`Ranks` of one process."""
+
+    rank, world, first, device = 0, 1, True, torch.device("cpu")
+
+    def sum(self, values: list[float]) -> list[float]:
+        return [float(value) for value in values]
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def from_first(self, value: Any) -> Any:
+        return value
+
+
+class Tensors:
+    """A state of a few tensors, all a function of the step."""
+
+    def __init__(self, numel: int = 100) -> None:
+        self.step = 0
+        self.values = {name: {kind: torch.zeros(numel) for kind in (WEIGHT, *MOMENTS)} for name in ("a", "b")}
+
+    def take_step(self, step: int) -> None:
+        self.step = step
+        for values in self.values.values():
+            for kind, tensor in values.items():
+                tensor.copy_(content(step, kind, tensor.numel()))
+
+    def is_right(self) -> bool:
+        return all(torch.equal(tensor, content(self.step, kind, tensor.numel()))
+                   for values in self.values.values() for kind, tensor in values.items())  # fmt: skip
+
+    def held(self) -> list[Fragment]:
+        return [Fragment(Piece(name, (values[WEIGHT].numel(),), 0, values[WEIGHT].numel()), values)
+                for name, values in self.values.items()]  # fmt: skip
+
+    owned = held
+
+    def elements(self) -> int:
+        return sum(values[WEIGHT].numel() for values in self.values.values())
+
+    def updates(self) -> int:
+        return self.step
+
+    def filled(self, step: int, updates: int) -> None:
+        assert step == updates
+        self.step = step
+
+
+def content(step: int, kind: str, numel: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step * 10 + len(kind))
+    return torch.randn(numel, generator=generator)
+
+
+def snapshots(run_dir: Path, state: Tensors, **settings: Any) -> Snapshots:
+    identity = Identity("recipe", {}, 0, Layout(1, 1, 0), Rows(1, 1, Mesh(1, 0)))
+    return Snapshots(run_dir, state, Alone(), identity, CheckpointConfig(**settings))
+
+
+def position(step: int) -> Position:
+    return Position(step, 10 * step, {"step": step}, [], skipped=step % 3)
+
+
+def save(run: Snapshots, state: Tensors, step: int, **given: Any) -> Saved | Failed:
+    state.take_step(step)
+    failed = run.start(position(step), **given)
+    state.take_step(step + 1)  # training goes on at once
+    return failed or run.finish()
+
+
+def resume(run_dir: Path, numel: int = 100, **settings: Any) -> int:
+    """Take up the newest checkpoint, and see that all in it is of its step; returns the step."""
+    state = Tensors(numel)
+    run = snapshots(run_dir, state, **settings)
+    checkpoint, _ = run.newest()
+    if checkpoint is None:
+        return 0
+    assert run.load(checkpoint) == position(step_of(checkpoint))
+    assert state.step == step_of(checkpoint)
+    assert state.is_right()
+    return state.step
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path, background):
+    state = Tensors()
+    run = snapshots(tmp_path, state, background=background)
+    for step in (3, 5):
+        saved = save(run, state, step, validation_loss=step / 2)
+        assert saved.path == directory(tmp_path, step)
+        assert saved.bytes == sum(path.stat().st_size for path in saved.path.iterdir() if path.name != MANIFEST)
+        assert read_manifest(saved.path)["validation_loss_nats"] == step / 2
+        assert not damage(saved.path)
+    assert resume(tmp_path) == 5
+
+
+def test_nothing_is_committed_before_all_is_written(tmp_path, monkeypatch):
+    state, held_up = Tensors(), []
+    run = snapshots(tmp_path, state)
+    original = saving.write
+
+    def wait(*args: Any) -> None:
+        while not held_up:
+            pass
+        original(*args)
+
+    monkeypatch.setattr(saving, "write", wait)
+    assert run.start(position(1)) is None
+    assert run.poll() is None
+    assert committed(tmp_path) == []
+    held_up.append(True)
+    assert run.finish().path == directory(tmp_path, 1)
+    assert run.poll() is None
+
+
+def test_training_does_not_wait_for_the_commit(tmp_path, monkeypatch):
+    state, go_on = Tensors(), threading.Event()
+    run = snapshots(tmp_path, state)
+    original = saving._commit
+
+    def wait(*args: Any) -> None:
+        go_on.wait()
+        original(*args)
+
+    monkeypatch.setattr(saving, "_commit", wait)
+    assert run.start(position(1)) is None
+    futures.wait([run._saver._pending.written])
+    assert run.poll() is None  # all is written, the commit begins
+    assert run.poll() is None
+    assert committed(tmp_path) == []
+    go_on.set()
+    assert run.finish().path == directory(tmp_path, 1)
+
+
+def test_a_run_that_ends_has_removed_what_is_not_kept(tmp_path, monkeypatch):
+    state, original = Tensors(), retention.remove_leavings
+    run = snapshots(tmp_path, state, keep_last=1)
+
+    def slowly(*args: Any) -> None:
+        time.sleep(0.2)
+        original(*args)
+
+    monkeypatch.setattr(retention, "remove_leavings", slowly)
+    for step in (1, 2):
+        save(run, state, step)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_told_of(tmp_path, monkeypatch, caplog):
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(retention.shutil, "rmtree", refuse)
+    state = Tensors()
+    run = snapshots(tmp_path, state, keep_last=1)
+    assert [save(run, state, step).path for step in (1, 2)] == [directory(tmp_path, step) for step in (1, 2)]
+    assert "step-00000001.deleted: an old checkpoint could not be removed: Permission denied" in caplog.text
+
+
+def test_one_of_the_weights_alone_is_a_third_and_is_passed_over(tmp_path):
+    state = Tensors(numel=100_000)
+    run = snapshots(tmp_path, state, weights_every=1)
+    full = save(run, state, 1)
+    thin = save(run, state, 2, full=False)
+    assert 2.9 < full.bytes / thin.bytes < 3.1
+    assert newest_valid(tmp_path) == thin.path
+    assert resume(tmp_path, 100_000) == 1
+    with pytest.raises(CheckpointError, match="of the weights alone"):
+        run.load(thin.path)
+
+
+def test_a_checkpoint_of_a_step_takes_the_place_of_one_of_its_weights(tmp_path):
+    state = Tensors()
+    run = snapshots(tmp_path, state, weights_every=1)
+    save(run, state, 1, full=False)
+    save(run, state, 1)
+    assert resume(tmp_path) == 1
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    save(snapshots(tmp_path, Tensors()), Tensors(), 1)
+    with pytest.raises(CheckpointError, match=r"a has \(100,\) values, here \(50,\)"):
+        snapshots(tmp_path, Tensors(numel=50)).load(directory(tmp_path, 1))
+
+
+def test_newest_waits_for_what_is_under_way(tmp_path):
+    state = Tensors()
+    run = snapshots(tmp_path, state)
+    assert run.start(position(1)) is None
+    assert run.newest() == (directory(tmp_path, 1), [])
+
+
+# Killed before every single change to the disk, and in the middle of every write
+
+
+EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+
+
+def die_at(count: int, root: Path) -> None:
+    """Make this process end without a word at its `count`-th change to files below `root`."""
+    done = [0]
+
+    def change() -> bool:
+        done[0] += 1
+        return done[0] == count
+
+    def audit(event: str, args: tuple[Any, ...]) -> None:
+        reads = event == "open" and args[1] in ("r", "rb")
+        if event in EVENTS and not reads and str(root) in str(args[0]) and change():
+            os._exit(9)
+
+    def write(self: Any, data: Any, original: Callable[..., int] = durable._Hashing.write) -> int:
+        if change():
+            original(self, memoryview(data).cast("B")[: len(memoryview(data).cast("B")) // 2])
+            self.flush()
+            os._exit(9)
+        return original(self, data)
+
+    def fsync(descriptor: int, original: Callable[[int], None] = os.fsync) -> None:
+        if change():
+            os._exit(9)
+        original(descriptor)
+
+    sys.addaudithook(audit)
+    durable._Hashing.write, os.fsync = write, fsync
+
+
+def go_on(run_dir: Path, count: int, said: int) -> None:
+    """In a process of its own: resume, save two steps with retention, tell of each; die at the `count`-th change."""
+    settings = {"keep_last": 1, "weights_every": 3}
+    done = resume(run_dir, **settings)
+    die_at(count, run_dir)
+    state = Tensors()
+    run = snapshots(run_dir, state, **settings)
+    for step in (done + 1, done + 2):
+        assert save(run, state, step).path == directory(run_dir, step)
+        os.write(said, step.to_bytes(4, "little"))
+    run._saver._thread.shutdown()
+
+
+def test_killed_at_any_change_to_the_disk_it_resumes_right(tmp_path):
+    count, survived, told = 0, 0, 0
+    while survived < 2:  # no more changes than that, whatever stands there at the start
+        count += 1
+        receiver, sender = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                go_on(tmp_path, count, sender)
+                os._exit(0)
+            except BaseException as error:
+                print(repr(error), file=sys.__stderr__)
+                os._exit(1)
+        os.close(sender)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        steps = os.read(receiver, 100)
+        os.close(receiver)
+        assert status in (0, 9)
+        told = max([told, *(int.from_bytes(steps[i : i + 4], "little") for i in range(0, len(steps), 4))])
+        done = resume(tmp_path, keep_last=1, weights_every=3)
+        assert done in (told, told + 1)  # killed after the commit, before it could tell
+        assert not list((tmp_path / "checkpoints").glob("*.damaged"))
+        survived += status == 0
+        told = done
+    assert count > 50
+
+
+# No room
+
+
+def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    state = Tensors()
+    run = snapshots(tmp_path, state)
+    save(run, state, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    failed = run.start(position(2))
+    assert "it needs 0.00 GB and" in failed.why
+    assert "make room" in failed.why
+    assert run.finish() is None
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of two megabytes."""
+    if os.getuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("this machine does not let root mount")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.ranks
+def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoint_before(small_disk, monkeypatch):
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))  # others write there too
+    state = Tensors(numel=50_000)  # 1.2 MB
+    run = snapshots(small_disk, state)
+    assert isinstance(save(run, state, 1), Saved)
+    failed = save(run, state, 2)
+    assert "No space left on device" in failed.why
+    assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["step-00000001"]
+    assert resume(small_disk, 50_000) == 1
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    assert isinstance(save(run, state, 2), Saved)
+    assert resume(small_disk, 50_000) == 2
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Every write fails from now on."""
+
+    def write(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "there")
+
+    monkeypatch.setattr(saving, "write", write)
+
+
+def after_steps(run_dir: Path, until: int, said: list[str], **settings: Any) -> None:
+    trainer = SimpleNamespace(tokens=0, carried=[], skipped=0)
+    run = snapshots(run_dir, Tensors(), **settings)
+    callback = Checkpoints(run.config, run, trainer, Evaluated(), lambda step: {"step": step}, said.append)
+    for step in range(1, until + 1):
+        callback.after_step(SimpleNamespace(step=step), last=step == until)
+
+
+def test_a_run_goes_on_without_a_checkpoint_but_does_not_end_without_one(tmp_path, full_disk):
+    said: list[str] = []
+    with pytest.raises(CheckpointError, match="no checkpoint of step 5: rank 0: there: No space left on device"):
+        after_steps(tmp_path, 5, said, every=2)
+    assert [line.splitlines()[0] for line in said] == [
+        f"no checkpoint of step {step}: rank 0: there: No space left on device" for step in (2, 4)
+    ]
+    assert "the run goes on" in said[0]
+
+
+def test_checkpoints_are_taken_when_due(tmp_path):
+    after_steps(tmp_path, 7, [], every=3, at=(2,), weights_every=5, keep_last=9)
+    full = {step_of(path): (path / "optimizer-00000.safetensors").exists() for path in committed(tmp_path)}
+    assert full == {7: True, 6: True, 5: False, 3: True, 2: True}

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bst_dist.checkpoint.shards import Piece, ShardError, Shards, write
+
+TENSORS = {"a": (3, 5), "b": (7,), "c.d": (2, 2, 2)}
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) for name, shape in TENSORS.items()}
+
+
+def write_spread(folder, world: int) -> list:
+    """The tensors, cut at places that differ from tensor to tensor, in one file a rank."""
+    paths = []
+    for rank in range(world):
+        pieces, values = [], []
+        for offset, (name, tensor) in enumerate(tensors().items()):
+            numel = tensor.numel()
+            cuts = [0, *((numel * (i + 1) + offset) // (world + 1) for i in range(world - 1)), numel]
+            if cuts[rank] < cuts[rank + 1]:
+                pieces.append(Piece(name, tuple(tensor.shape), cuts[rank], cuts[rank + 1] - cuts[rank]))
+                values.append(tensor.flatten()[cuts[rank] : cuts[rank + 1]])
+        paths.append(folder / f"{rank}.safetensors")
+        with paths[-1].open("wb") as file:
+            write(file, pieces, values, {"format": "pt"})
+    return paths
+
+
+def test_what_one_rank_wrote_is_an_ordinary_safetensors_file(tmp_path):
+    (path,) = write_spread(tmp_path, 1)
+    found = load_file(path)
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == TENSORS
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors().items())
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_any_run_of_elements_is_read_back_from_any_division(tmp_path, world):
+    shards = Shards(write_spread(tmp_path, world))
+    assert shards.shapes == TENSORS
+    for name, tensor in tensors().items():
+        assert torch.equal(shards.whole(name), tensor)
+        for begin in range(tensor.numel()):
+            for end in range(begin, tensor.numel() + 1):
+                into = torch.full((end - begin,), math.nan)
+                shards.read(name, begin, into)
+                assert torch.equal(into, tensor.flatten()[begin:end])
+
+
+def test_a_missing_shard_is_noticed(tmp_path):
+    shards = Shards(write_spread(tmp_path, 3)[:2])
+    with pytest.raises(ShardError, match="a: 7 of its elements 0 to 15 are in the shards"):
+        shards.whole("a")
+    with pytest.raises(ShardError, match="nothing"):
+        shards.read("nothing", 0, torch.empty(1))
+
+
+@pytest.mark.parametrize("content", [b"", b"12345678", b"\xff" * 100], ids=["empty", "no header", "noise"])
+def test_a_file_that_is_no_shard(tmp_path, content):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ShardError, match="x: not a shard"):
+        Shards([tmp_path / "x"])
+
+
+def test_a_shard_that_was_cut_off(tmp_path):
+    (path,) = write_spread(tmp_path, 1)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ShardError, match=r"ends in the middle of c\.d"):
+        Shards([path]).whole("c.d")

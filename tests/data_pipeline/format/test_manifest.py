@@ -1,0 +1,48 @@
+"""The manifest names a corpus, and is refused when it is missing, foreign or damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bst_base.errors import UserError
+from data_pipeline.format.manifest import MANIFEST, Manifest, sha256_file
+
+
+def test_it_reads_back_equal_and_its_hash_is_the_files(make_corpus) -> None:
+    corpus = make_corpus([5, 9, 3])
+    manifest = Manifest.read(corpus)
+    assert Manifest.from_bytes(manifest.to_bytes(), "x") == manifest
+    assert manifest.sha256 == sha256_file(corpus / MANIFEST)
+    assert (manifest.documents("train"), manifest.tokens("train"), manifest.documents("validation")) == (3, 17, 0)
+
+
+def test_every_change_changes_the_hash(make_corpus) -> None:
+    manifest = Manifest.read(make_corpus([5, 9, 3]))
+    first, *others = manifest.splits["train"]
+    changed = manifest.model_copy(update={"splits": {"train": (first.model_copy(update={"tokens": 1}), *others)}})
+    assert changed.sha256 != manifest.sha256
+
+
+def test_an_unknown_split_is_named_with_those_there(make_corpus) -> None:
+    with pytest.raises(UserError, match=r"no split 'dev', only train, validation"):
+        Manifest.read(make_corpus([4, 4])).shards("dev")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no prepared corpus there"),
+        (b"", "not a manifest"),
+        (b"[]", "format version None"),
+        (b'{"format_version": 2}', "format version 2, this program reads 1"),
+        (json.dumps({"format_version": 1, "shard": []}).encode(), "unknown key 'shard'"),
+    ],
+)
+def test_what_is_no_manifest_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / MANIFEST).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        Manifest.read(tmp_path)

@@ -1,0 +1,114 @@
+"""Encoding line by line gives every text back, whatever it holds and however it is cut."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bst_base.errors import UserError
+from data_pipeline.format.tokenizer import MAX_LINE, Tokenizer, TokenizerConfig, train_tokenizer
+
+# What SentencePiece treats specially: its space, newlines of all kinds, NUL, its own symbols spelt out.
+AWKWARD = [
+    "\u2581", "\n", "\r\n", "\u2028", "\x85", "\x00", " ", "  ", "\t", "<s>", "</s>", "<unk>", "<0x0A>", "\ufffd",
+    "e\u0301", "\u00e9", "\U0001f600", "\ufeff", "word1 = other2",
+]  # fmt: skip
+texts = st.lists(st.one_of(st.sampled_from(AWKWARD), st.text(max_size=20)), max_size=30).map("".join)
+encodable = texts.filter(lambda text: not any(0xD800 <= ord(c) < 0xE000 for c in text))
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    words = "".join(f"word{i} = other{i * 7 % 97} + {i}\n    return x{i}\n" for i in range(400))
+    return Tokenizer(train_tokenizer([words], TokenizerConfig(vocab_size=400, model_type=request.param)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=encodable)
+def test_every_text_comes_back_exactly(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(first=encodable, second=encodable)
+def test_the_ids_of_a_line_do_not_depend_on_its_neighbours(tokenizer: Tokenizer, first: str, second: str) -> None:
+    apart = [*tokenizer.encode(first), tokenizer.newline_id, *tokenizer.encode(second)]
+    assert tokenizer.encode(f"{first}\n{second}").tolist() == apart
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=encodable)
+def test_token_bytes_count_the_text(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.token_bytes[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+def test_a_plain_line_has_the_ids_that_sentencepiece_itself_gives(tokenizer: Tokenizer) -> None:
+    peer = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    for line in ("word3 = other21 + 3", "    return x7  ", "naïve\ttab", "日本語"):
+        assert tokenizer.encode(line).tolist() == peer.encode(line)
+        assert tokenizer.decode(peer.encode(line)) == peer.decode(peer.encode(line)) == line
+
+
+def test_a_cut_inside_a_character_decodes_to_a_replacement(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a\U0001f600")
+    assert tokenizer.decode(ids[:-1]) == "a\ufffd"
+
+
+@pytest.mark.parametrize("length", [MAX_LINE - 1, MAX_LINE, MAX_LINE + 1, 3 * MAX_LINE + 7])
+def test_a_long_line_is_encoded_in_pieces_of_fixed_length(tokenizer: Tokenizer, length: int) -> None:
+    line = ("word1 é " * (length // 8 + 1))[:length]
+    pieces = [tokenizer.encode(line[i : i + MAX_LINE]) for i in range(0, length, MAX_LINE)]
+    assert np.array_equal(tokenizer.encode(line), np.concatenate(pieces))
+    assert tokenizer.decode(tokenizer.encode(line)) == line
+
+
+def test_control_symbols_stand_for_no_text(tokenizer: Tokenizer) -> None:
+    symbols = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
+    assert len(set(symbols)) == 3
+    assert tokenizer.token_bytes[symbols].tolist() == [0, 0, 0]
+    assert tokenizer.decode(symbols) == ""
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_training_twice_gives_the_same_bytes(model_type: str) -> None:
+    config = TokenizerConfig(vocab_size=350, model_type=model_type)
+    lines = [f"some text number {i * i} of many\n" for i in range(300)]
+    assert train_tokenizer(lines, config) == train_tokenizer(iter(lines), config)
+
+
+def test_a_vocabulary_too_large_for_the_text_is_the_users_error() -> None:
+    with pytest.raises(UserError, match=r"vocab_size=8000.*too high"):
+        train_tokenizer(["a few words\n"], TokenizerConfig(vocab_size=8000))
+
+
+def test_a_large_vocabulary_takes_four_bytes_a_token(tokenizer: Tokenizer) -> None:
+    assert tokenizer.dtype == np.dtype("<u2")
+    assert tokenizer.encode("").dtype == np.dtype("<u2")
+
+
+@pytest.mark.parametrize("change", [{"byte_fallback": False}, {"add_dummy_prefix": True}, {"user_defined_symbols": []}])
+def test_a_model_that_loses_text_is_refused(change: dict) -> None:
+    model = io.BytesIO()
+    options = {
+        "vocab_size": 350, "byte_fallback": True, "add_dummy_prefix": False, "remove_extra_whitespaces": False,
+        "normalization_rule_name": "identity", "user_defined_symbols": ["\n"], "pad_id": 3, "minloglevel": 2,
+        "hard_vocab_limit": False, "model_type": "bpe",
+    }  # fmt: skip
+    lines = iter([f"some text number {i * i} of many" for i in range(300)])
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **{**options, **change})
+    with pytest.raises(UserError, match="does not give text back exactly"):
+        Tokenizer(model.getvalue(), "other.model")
+
+
+def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.model").write_bytes(b"not a model")
+    with pytest.raises(UserError, match=r"x\.model: not a SentencePiece model"):
+        Tokenizer.read(tmp_path / "x.model")
+    with pytest.raises(UserError, match=r"y\.model: the tokenizer is missing"):
+        Tokenizer.read(tmp_path / "y.model")

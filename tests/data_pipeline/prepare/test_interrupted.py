@@ -1,0 +1,106 @@
+"""Work that was killed goes on where it stopped, and ends with the bytes that uninterrupted work gives."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bst_base.errors import UserError
+from data_pipeline.format.manifest import MANIFEST
+
+KILLED_AT = """
+import json, os, signal, sys
+from bst_base.settings import parse
+from data_pipeline.prepare.parallel import Workers
+from data_pipeline.prepare.corpus import PrepareConfig, prepare
+
+settings, stage, share = json.loads(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+
+def progress(name, done, total):
+    if name == stage and done >= share * total:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+prepare(parse(PrepareConfig, settings), Workers(None, 1), progress)
+"""
+
+
+def kill_at(settings: dict, stage: str, share: float) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED_AT, json.dumps(settings), stage, str(share)], check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("stage", "share"),
+    [
+        ("extract", 0.0),
+        ("extract", 1.0),
+        ("deduplicate", 1.0),
+        ("train tokenizer", 1.0),
+        ("encode", 0.4),
+        ("encode", 1.0),
+    ],
+)
+def test_killed_work_goes_on_to_the_same_bytes(
+    run, settings_of, files_of, tmp_path: Path, stage: str, share: float
+) -> None:
+    run("whole")
+    kill_at(settings_of("killed"), stage, share)
+    corpus = tmp_path / "killed"
+    assert not (corpus / MANIFEST).exists()
+    finished = {f: f.stat().st_mtime_ns for f in corpus.glob("*.tar")}
+    assert bool(finished) == (stage == "encode")
+    _, found = run("killed")
+    assert found["shards_already_there"] == len(finished)
+    assert {f: f.stat().st_mtime_ns for f in finished} == finished
+    assert files_of(corpus) == files_of(tmp_path / "whole")
+    assert not (corpus / "preparing").exists()
+
+
+def test_a_finished_shard_that_was_damaged_meanwhile_is_written_again(
+    run, settings_of, files_of, tmp_path: Path
+) -> None:
+    run("whole")
+    kill_at(settings_of("killed"), "encode", 0.4)
+    first = tmp_path / "killed" / "train-000000.tar"
+    data = bytearray(first.read_bytes())
+    data[700] ^= 1
+    first.write_bytes(data)
+    run("killed")
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+
+
+def test_unfinished_work_with_other_settings_is_refused(run, settings_of) -> None:
+    kill_at(settings_of(), "encode", 0.4)
+    with pytest.raises(UserError, match=r"settings\.seed: 0 there, 1 now"):
+        run(seed=1)
+
+
+def test_leftovers_of_a_killed_writer_are_never_taken_for_whole(run, settings_of, files_of, tmp_path: Path) -> None:
+    """Half-written files bear another name, and are removed."""
+    run("whole")
+    kill_at(settings_of("killed"), "extract", 0.0)
+    corpus = tmp_path / "killed"
+    for name in ("train-000000.tar.0a.partial", "tokenizer.model.1b.partial", "manifest.json.2c.partial"):
+        (corpus / name).write_bytes(b"half")
+    (corpus / "preparing/spool/chunk-000000.3d.partial").mkdir(parents=True)
+    (corpus / "preparing/spool/chunk-000000.3d.partial/text").write_bytes(b"half")
+    run("killed")
+    assert files_of(corpus) == files_of(tmp_path / "whole")
+
+
+def test_two_preparations_of_one_directory_do_not_mix(run, settings_of) -> None:
+    problems = []
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "encode" and not problems:
+            with pytest.raises(UserError, match="another preparation is writing there") as error:
+                run()
+            problems.append(error)
+
+    run(progress=progress)
+    assert problems

@@ -1,0 +1,212 @@
+"""A prepared corpus holds every text exactly, in shards that stock tools read, and says how it was made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from bst_base.errors import UserError
+from bst_base.settings import ConfigError, load
+from data_pipeline.format.manifest import Manifest, sha256_file
+from data_pipeline.format.shards import ShardIndex
+from data_pipeline.format.tokenizer import Tokenizer
+from data_pipeline.prepare.corpus import PrepareConfig
+
+
+def stored(corpus: Path, split: str) -> dict[str, str]:
+    """Path and text of every document of a split, as stock webdataset and the tokenizer give them back."""
+    manifest, tokenizer = Manifest.read(corpus), Tokenizer.read(corpus / "tokenizer.model")
+    urls = [str(corpus / shard.file) for shard in manifest.splits[split]]
+    texts = {}
+    for sample in webdataset.WebDataset(urls, shardshuffle=False).decode():
+        tokens, info = sample["tok.npy"], sample["json"]
+        assert tokens[-1] == tokenizer.eos_id
+        assert info["n_tokens"] == len(tokens)
+        texts[info["path"]] = tokenizer.decode(tokens[:-1])
+        assert info["n_bytes"] == len(texts[info["path"]].encode())
+    return texts
+
+
+def test_every_text_comes_back_from_the_shards(run, folder: Path, tmp_path: Path) -> None:
+    run()
+    train, validation = stored(tmp_path / "corpus", "train"), stored(tmp_path / "corpus", "validation")
+    assert validation
+    assert not train.keys() & validation.keys()
+    expected = {f.relative_to(folder).as_posix(): f.read_bytes().decode() for f in folder.rglob("*.txt")}
+    assert train | validation == expected
+    assert list(train) == sorted(train)
+
+
+def test_the_manifest_counts_what_is_there(run, tmp_path: Path) -> None:
+    manifest, _ = run()
+    corpus = tmp_path / "corpus"
+    keys = []
+    for split in ("train", "validation"):
+        texts = stored(corpus, split)
+        assert manifest.documents(split) == len(texts)
+        assert manifest.text_bytes(split) == sum(len(text.encode()) for text in texts.values())
+        for shard in manifest.splits[split]:
+            index = ShardIndex.read(corpus / shard.index)
+            assert (shard.documents, shard.tokens) == (len(index.lengths), index.lengths.sum())
+            assert sha256_file(corpus / shard.file) == shard.sha256 == index.tar_sha256
+            assert sha256_file(corpus / shard.index) == shard.index_sha256
+            keys += [s["__key__"] for s in webdataset.WebDataset(str(corpus / shard.file), shardshuffle=False)]
+    assert len(manifest.splits["train"]) > 1
+    assert len(set(keys)) == len(keys) == 30
+    assert manifest.tokenizer.sha256 == sha256_file(corpus / "tokenizer.model")
+    assert manifest.licences == {"unknown": 30}
+
+
+def test_two_preparations_are_byte_identical_and_name_no_directory(run, files_of, tmp_path: Path) -> None:
+    run("one")
+    run("two")
+    one = files_of(tmp_path / "one")
+    assert one == files_of(tmp_path / "two")
+    assert not any(str(tmp_path).encode() in data for data in one.values())
+
+
+def test_the_same_settings_again_reuse_what_is_there(run, files_of, tmp_path: Path) -> None:
+    first, _ = run()
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "corpus").iterdir() if f.name != ".lock"}
+    again, found = run()
+    assert found["reused"]
+    assert again == first
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "corpus").iterdir() if f.name != ".lock"} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "settings.seed: 0 there, 1 now"),
+        ({"tokenizer": {"vocab_size": 700}}, "vocab_size: 600 there, 700 now"),
+        ({"text": {"normalise": ["nfc"]}}, "settings.text.normalise"),
+    ],
+)
+def test_other_settings_in_the_same_directory_are_refused(
+    run, files_of, tmp_path: Path, change: dict, named: str
+) -> None:
+    run()
+    before = files_of(tmp_path / "corpus")
+    with pytest.raises(UserError, match=named):
+        run(**change)
+    assert files_of(tmp_path / "corpus") == before
+
+
+def test_a_source_that_changed_since_is_refused(run, folder: Path) -> None:
+    run()
+    (folder / "new.txt").write_text("more")
+    with pytest.raises(UserError, match=r"source\.parts: 30 there, 31 now"):
+        run()
+
+
+def test_adding_documents_moves_none_between_splits(run, folder: Path, tmp_path: Path) -> None:
+    run("before")
+    for i in range(20):
+        (folder / f"0{i}.txt").write_text(f"an additional text {i} " * 20)
+    run("after")
+    for split in ("train", "validation"):
+        assert stored(tmp_path / "before", split).items() <= stored(tmp_path / "after", split).items()
+
+
+def test_duplicates_are_removed_and_counted(run, folder: Path, tmp_path: Path) -> None:
+    """`a/00.txt` is copied; `b/01.txt` gets another last word; the first of each stays."""
+    (folder / "z1.txt").write_bytes((folder / "a/00.txt").read_bytes())
+    (folder / "z2.txt").write_bytes((folder / "b/01.txt").read_bytes() + b" changed")
+    manifest, _ = run("both")
+    assert manifest.provenance["duplicates"] == {"exact": 1, "near": 1}
+    assert (
+        not {"z1.txt", "z2.txt"} & (stored(tmp_path / "both", "train") | stored(tmp_path / "both", "validation")).keys()
+    )
+    manifest, _ = run("exact", deduplicate={"method": "exact"})
+    assert manifest.provenance["duplicates"] == {"exact": 1, "near": 0}
+    manifest, _ = run("none", deduplicate={"method": "none"})
+    assert sum(manifest.documents(split) for split in manifest.splits) == 32
+
+
+def test_another_corpus_tokenizer_can_be_reused(run, tmp_path: Path) -> None:
+    first, _ = run("first")
+    second, _ = run("second", tokenizer={"reuse": str(tmp_path / "first")}, seed=5)
+    assert second.tokenizer == first.tokenizer
+    assert stored(tmp_path / "second", "train")
+
+
+def test_a_source_that_gives_splits_keeps_them(run, tmp_path: Path) -> None:
+    for split, books in {"train": 4, "validation": 2, "test": 1}.items():
+        (tmp_path / "pg19" / split).mkdir(parents=True)
+        for i in range(books):
+            (tmp_path / "pg19" / split / f"{len(split)}{i}.txt").write_text(
+                "\n".join(f"{split} {i} word{j * j}" for j in range(99))
+            )
+    (tmp_path / "pg19" / "train" / "999.txt").write_bytes((tmp_path / "pg19/test/40.txt").read_bytes())
+    manifest, _ = run(source={"kind": "pg19", "path": str(tmp_path / "pg19")}, tokenizer={"vocab_size": 300},
+                      deduplicate={"method": "exact"})  # fmt: skip
+    assert {split: manifest.documents(split) for split in manifest.splits} == {"train": 4, "validation": 2, "test": 1}
+    assert list(stored(tmp_path / "corpus", "test")) == ["test/40.txt"]
+
+
+def test_normalising_is_done_only_when_asked(run, folder: Path, tmp_path: Path) -> None:
+    (folder / "n.txt").write_bytes("a\r\nb\rc e\u0301".encode())
+    run("plain", validation_fraction=0.0)
+    assert stored(tmp_path / "plain", "train")["n.txt"] == "a\r\nb\rc e\u0301"
+    run("mended", validation_fraction=0.0, text={"normalise": ["newlines", "nfc"]})
+    assert stored(tmp_path / "mended", "train")["n.txt"] == "a\nb\nc \u00e9"
+
+
+def test_the_sample_for_the_tokenizer_is_bounded_and_taken_evenly(tmp_path: Path) -> None:
+    """A third of the windows of a spool, in order, from every part of it."""
+    from data_pipeline.prepare.spool import ChunkTask, extract_chunk, load_tables, read_windows
+    from data_pipeline.prepare.text import TextConfig
+    from data_pipeline.sources import SOURCES
+
+    (tmp_path / "text").mkdir()
+    for name in "abc":
+        (tmp_path / "text" / f"{name}.txt").write_text("".join(f"{name}{i:03d}" for i in range(100)))
+    source = SOURCES["folder"](path=tmp_path / "text")
+    extract_chunk(ChunkTask(tmp_path, 0, source, tuple(source.parts()), TextConfig(), signatures=False))
+    windows = list(read_windows(tmp_path, load_tables(tmp_path, 1), window=8, share=1 / 3))
+    assert len(windows) == 50
+    assert windows[:2] == ["a000a001", "a006a007"]
+    assert {window[0] for window in windows} == set("abc")
+
+
+def test_a_config_file_with_a_misspelt_source_setting_names_the_right_one(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("source: {kind: folder, path: x, patern: y}\noutput: y\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml: source: folder: unknown key 'patern': did you mean 'pattern'\?"):
+        load(PrepareConfig, tmp_path / "c.yaml")
+    (tmp_path / "d.yaml").write_text("source: {kind: foldr}\noutput: y\n")
+    with pytest.raises(ConfigError, match=r"d\.yaml: source: kind must be one of stdlib, folder, "):
+        load(PrepareConfig, tmp_path / "d.yaml")
+
+
+@pytest.mark.parametrize("config", sorted(Path(__file__).parents[3].glob("launch/data/*.yaml")), ids=lambda p: p.stem)
+def test_the_configs_that_come_with_the_project_are_valid(config: Path) -> None:
+    assert load(PrepareConfig, config).source.kind == config.stem
+
+
+def test_what_was_left_out_is_listed(run, folder: Path, tmp_path: Path) -> None:
+    (folder / "empty.txt").write_bytes(b"")
+    (folder / "bad.txt").write_bytes(b"fine \xff not")
+    manifest, _ = run(text={"undecodable": "skip"})
+    listed = [json.loads(line) for line in (tmp_path / "corpus/skipped.jsonl").read_text().splitlines()]
+    assert listed == [
+        {"path": "bad.txt", "reason": "not UTF-8 (byte 5 is 0xff)"},
+        {"path": "empty.txt", "reason": "empty"},
+    ]
+    assert manifest.provenance["left_out"] == {"empty": 1, "not UTF-8": 1}
+
+
+def test_document_ids_and_clusters_are_stable_names(run, tmp_path: Path) -> None:
+    run("one", seed=0)
+    run("two", seed=7, shard_bytes=1000000)
+
+    def names(corpus: Path) -> dict[str, tuple]:
+        shards = [s.file for infos in Manifest.read(corpus).splits.values() for s in infos]
+        samples = webdataset.WebDataset([str(corpus / s) for s in shards], shardshuffle=False).decode()
+        return {s["json"]["path"]: (s["json"]["id"], s["json"]["dedup_cluster"]) for s in samples}
+
+    assert names(tmp_path / "one") == names(tmp_path / "two")
+    assert len(np.unique([name[0] for name in names(tmp_path / "one").values()])) == 30

@@ -1,0 +1,73 @@
+"""Statistics agree with counting by hand; overlap between splits is found where it was planted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.format import stats
+from data_pipeline.format.stats import length_histogram, overlap, run_hashes, sample_runs, scan_shard
+
+
+@given(
+    tokens=st.lists(st.integers(0, 3), max_size=60).map(lambda x: np.array(x, "<u2")),
+    n=st.sampled_from([1, 2, 4, 8]),
+)
+def test_runs_have_equal_hashes_exactly_when_they_are_equal(tokens: np.ndarray, n: int) -> None:
+    hashes = run_hashes(tokens, n).tolist()
+    runs = [tuple(tokens[i : i + n].tolist()) for i in range(len(tokens) - n + 1)]
+    assert len(hashes) == len(runs)
+    assert len(set(hashes)) == len(set(runs))
+    assert len(set(zip(hashes, runs, strict=True))) == len(set(runs))
+
+
+@given(lengths=st.lists(st.integers(1, 10**6), min_size=1, max_size=50).map(np.array))
+def test_the_histogram_counts_every_document_in_its_power_of_two(lengths: np.ndarray) -> None:
+    edges, counts = length_histogram(lengths)
+    assert counts.sum() == len(lengths)
+    for edge, count in zip(edges.tolist(), counts.tolist(), strict=False):
+        assert count == sum(edge <= length < 2 * edge for length in lengths.tolist())
+
+
+@pytest.fixture
+def planted(run, folder: Path, tmp_path: Path) -> Path:
+    """A corpus of thirty texts, of which validation holds one that train repeats whole inside a longer one."""
+    _, _ = run("first")
+    from data_pipeline.format.manifest import Manifest
+    from data_pipeline.format.shards import read_shard
+
+    shard = Manifest.read(tmp_path / "first").splits["validation"][0]
+    with (tmp_path / "first" / shard.file).open("rb") as file:
+        path = next(read_shard(file, "x"))[1]["path"]
+    copied = (folder / path).read_text()
+    more = "".join(f"and {i * i} more words\n" for i in range(300))
+    (folder / "copy.txt").write_text(f"{more}\n{copied}\n{more}")
+    run("second", validation_fraction=0.2)
+    return tmp_path / "second"
+
+
+def test_a_text_repeated_in_train_is_found(planted: Path) -> None:
+    from data_pipeline.format.manifest import Manifest
+
+    manifest = Manifest.read(planted)
+    outside = manifest.splits["validation"]
+    wanted = sample_runs(planted, outside)
+    tars = [planted / shard.file for shard in manifest.splits["train"]]
+    found = np.unique(np.concatenate([scan_shard(stats.ScanTask(tar, wanted)).found for tar in tars]))
+    result = overlap(planted, outside, wanted, found)
+    assert result.mostly_found == 1
+    assert result.documents == manifest.documents("validation")
+    assert 0 < result.found < result.runs
+
+
+def test_a_sample_of_runs_is_the_same_part_of_train_and_validation(planted: Path, monkeypatch) -> None:
+    from data_pipeline.format.manifest import Manifest
+
+    outside = Manifest.read(planted).splits["validation"]
+    everything = sample_runs(planted, outside)
+    monkeypatch.setattr(stats, "_SAMPLE", 50)
+    assert sample_runs(planted, outside).tolist() == everything[:50].tolist()

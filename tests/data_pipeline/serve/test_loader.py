@@ -1,0 +1,300 @@
+"""What is served: exactly once, in one order for every number of ranks, from any step on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bst_base.errors import UserError
+from bst_base.settings import parse
+from data_pipeline.serve.loader import DataConfig, Loader, open_corpora
+from data_pipeline.serve.reader import Corpus
+
+LENGTHS = [37, 1, 5, 150, 64, 2, 90, 33, 16, 71, 3, 48]
+MODES = st.sampled_from(["shuffled", "streaming"])
+DOCUMENTS = st.sampled_from(["joined", "isolated"])
+
+
+class Memory:
+    """A corpus in memory: documents of given lengths, whose tokens are all different."""
+
+    where, split, sha256, remote = "memory", "train", "0" * 64, False
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = np.array(lengths, np.uint32)
+        self.begins = np.cumsum(lengths) - lengths + 1  # token 0 is padding
+        self.manifest = _Manifest()
+        self.tokens_read = 0
+
+    def read_into(self, number: int, start: int, buffer: memoryview) -> None:
+        out = np.frombuffer(buffer, "<u4")
+        self.tokens_read += len(out)
+        assert 0 <= start < start + len(out) <= self.lengths[number]
+        out[:] = self.begins[number] + start + np.arange(len(out))
+
+
+class _Manifest:
+    token_dtype = np.dtype("<u4")
+
+    class tokenizer:
+        pad_id = 0
+
+
+def loader(corpora: Any, mode: str = "shuffled", documents: str = "joined", **sizes_of: Any) -> Loader:
+    sizes = {"sequence_length": 32, "block": 8, "rows": 4, "micro_rows": 1, "seed": 3} | sizes_of
+    weights = sizes.pop("weights", None)
+    changes = sizes.pop("weight_changes", ())
+    urls: Any = "memory" if weights is None else [{"corpus": "memory", "weight": weight} for weight in weights]
+    config = DataConfig(corpus=urls, mode=mode, documents=documents, weight_changes=changes, prefetch=0)
+    return Loader(config, corpora if isinstance(corpora, list) else [corpora], **sizes)
+
+
+def whole_rows(corpora: Any, steps: range, dp: int = 1, sp: int = 1, **settings: Any) -> np.ndarray:
+    """(steps, G, 4, L): input, label, mask and document of every position, put together from all ranks."""
+    ranks = [[loader(corpora, dp=dp, dp_rank=d, sp=sp, sp_rank=s, **settings) for s in range(sp)] for d in range(dp)]
+    result = []
+    for step in steps:
+        rows = []
+        for group in ranks:
+            for slices in zip(*(each.batches(step) for each in group), strict=True):
+                parts = [np.stack([b.input_ids, b.labels, b.loss_mask, b.documents], axis=1) for b in slices]
+                rows.append(np.concatenate(parts, axis=-1))
+        result.append(np.concatenate(rows))
+    return np.stack(result)
+
+
+@settings(max_examples=40)
+@given(mode=MODES, documents=DOCUMENTS, lengths=st.lists(st.integers(1, 120), min_size=6, max_size=30),
+       seed=st.integers(0, 99), rows=st.integers(1, 6))  # fmt: skip
+def test_every_token_is_served_exactly_once_in_a_pass(
+    mode: str, documents: str, lengths: list[int], seed: int, rows: int
+) -> None:
+    corpus = Memory([*lengths, 200])
+    served = loader(corpus, mode, documents, rows=rows, seed=seed)
+    labels, contexts = Counter(), Counter()
+    for epoch, batch, row in rows_of_passes(served, passes=2):
+        mask = batch.loss_mask[row]
+        labels.update((epoch, token) for token in batch.labels[row][mask].tolist())
+        contexts.update((epoch, token) for token in batch.input_ids[row][batch.documents[row] >= 0].tolist())
+    total = int(corpus.lengths.sum())
+    firsts = set(corpus.begins.tolist())
+    for epoch in range(2):
+        own = {token: count for (e, token), count in labels.items() if e == epoch}
+        assert set(own.values()) == {1}
+        missing = set(range(1, total + 1)) - set(own)
+        if documents == "isolated":
+            assert missing == firsts  # a document's first token is context only
+        else:
+            assert len(missing) == 1 and missing <= firsts  # so is the first of the pass
+        seen = {token: count for (e, token), count in contexts.items() if e == epoch}
+        assert set(seen.values()) == {1}
+        # The last token of a joined pass may be a label only.
+        assert total - len(seen) in ((0,) if documents == "isolated" else (0, 1))
+
+
+def rows_of_passes(served: Loader, passes: int) -> Iterator[tuple[int, Any, int]]:
+    """(epoch, batch, row of it) until every row is beyond the first `passes` passes."""
+    for step in range(10_000):
+        batches = served.batches(step)
+        for batch in batches:
+            for row, epoch in enumerate(batch.epochs.tolist()):
+                if epoch < passes:
+                    yield epoch, batch, row
+        if min(batch.epochs.min() for batch in batches) > passes:
+            return
+
+
+@settings(max_examples=40)
+@given(mode=MODES, documents=DOCUMENTS, dp=st.sampled_from([1, 2, 4]), sp=st.sampled_from([1, 2, 4]),
+       micro=st.sampled_from([1, 2]), start=st.integers(0, 50))  # fmt: skip
+def test_rows_are_identical_for_every_number_of_ranks(
+    mode: str, documents: str, dp: int, sp: int, micro: int, start: int
+) -> None:
+    corpus, steps = Memory(LENGTHS), range(start, start + 3)
+    settings = {"mode": mode, "documents": documents, "rows": 8}
+    expected = whole_rows(corpus, steps, **settings)
+    found = whole_rows(corpus, steps, dp=dp, sp=sp, micro_rows=min(micro, 8 // dp), **settings)
+    assert np.array_equal(found, expected)
+
+
+@given(mode=MODES, start=st.integers(0, 30))
+def test_labels_are_the_stream_shifted_by_one(mode: str, start: int) -> None:
+    """Joined: within a slice, over slices of one row, and (streaming) over the steps of a row."""
+    rows = whole_rows(Memory(LENGTHS), range(start, start + 8), sp=2, mode=mode)
+    inputs, labels, mask = rows[:, :, 0], rows[:, :, 1], rows[:, :, 2].astype(bool)
+    assert np.array_equal(labels[:, :, :-1][mask[:, :, :-1]], inputs[:, :, 1:][mask[:, :, :-1]])
+
+
+def test_streaming_rows_continue_their_documents() -> None:
+    served = loader(Memory(LENGTHS), "streaming")
+    before: dict[int, Any] = {}
+    continued = 0
+    for step in range(60):
+        for batch in served.batches(step):
+            row = int(batch.rows[0])
+            if batch.continues[0]:
+                assert before[row].labels[0, -1] == batch.input_ids[0, 0]
+                assert before[row].epochs == batch.epochs
+                continued += 1
+            before[row] = batch
+    assert continued > 100  # of 240; the passes are short here
+
+
+def test_shuffled_rows_never_continue() -> None:
+    assert not any(batch.continues.any() for batch in loader(Memory(LENGTHS)).batches(3))
+
+
+@given(mode=MODES, lengths=st.lists(st.integers(1, 60), min_size=10, max_size=20), step=st.integers(0, 20))
+def test_isolated_documents_begin_at_blocks_and_are_marked(mode: str, lengths: list[int], step: int) -> None:
+    corpus = Memory([*lengths, 100])
+    for batch in loader(corpus, mode, "isolated").batches(step):
+        firsts = np.isin(batch.input_ids, corpus.begins)
+        assert not firsts.reshape(-1, 8)[:, 1:].any()
+        assert np.array_equal(firsts[:, ::8], batch.starts)
+        documents, mask = batch.documents, batch.loss_mask
+        assert np.array_equal(batch.input_ids == 0, documents < 0)
+        last = np.isin(batch.input_ids, corpus.begins + corpus.lengths - 1)
+        assert np.array_equal(mask, (documents >= 0) & ~last)
+        assert np.array_equal(batch.labels, np.where(mask, batch.input_ids + 1, 0))
+
+
+def test_joined_batches_have_no_starts() -> None:
+    assert loader(Memory(LENGTHS)).batches(0)[0].starts is None
+
+
+@given(mode=MODES, documents=DOCUMENTS, sp=st.sampled_from([1, 2, 4]), step=st.integers(0, 40))
+def test_cuts_say_where_each_token_comes_from(mode: str, documents: str, sp: int, step: int) -> None:
+    corpus = Memory(LENGTHS)
+    for rank in range(sp):
+        begin = rank * 32 // sp
+        for batch in loader(corpus, mode, documents, sp=sp, sp_rank=rank).batches(step):
+            cuts, covered = batch.cuts, 0
+            for row, place, count, document, offset in zip(
+                cuts.row, cuts.place, cuts.count, cuts.document, cuts.offset, strict=True
+            ):
+                tokens = batch.input_ids[row, place - begin : place - begin + count]
+                assert np.array_equal(tokens, corpus.begins[document] + offset + np.arange(count))
+                covered += count
+            assert covered == (batch.input_ids != 0).sum()
+
+
+@pytest.mark.parametrize("mode", ["shuffled", "streaming"])
+def test_iteration_from_any_step_is_the_rest_of_the_whole(mode: str) -> None:
+    whole = loader(Memory(LENGTHS), mode)
+    rest = loader(Memory(LENGTHS), mode, start_step=7)
+    for (step, batches), expected in zip(rest, range(7, 12), strict=False):
+        assert step == expected
+        for found, wanted in zip(batches, whole.batches(step), strict=True):
+            assert np.array_equal(found.input_ids, wanted.input_ids)
+
+
+@pytest.mark.parametrize("mode", ["shuffled", "streaming"])
+def test_resuming_reads_nothing_of_what_was_consumed(mode: str) -> None:
+    corpus = Memory([500] * 200)
+    served = loader(corpus, mode, start_step=400)
+    next(iter(served))
+    assert corpus.tokens_read <= 4 * (32 + 1)
+
+
+@given(mode=MODES, documents=DOCUMENTS, step=st.integers(0, 200), dp=st.sampled_from([1, 2, 5]))
+def test_a_mixture_draws_each_row_from_its_corpus_for_every_number_of_ranks(
+    mode: str, documents: str, step: int, dp: int
+) -> None:
+    corpora = [Memory([170] * 8), Memory([90] * 14)]
+    changes = [{"step": 40, "weights": [1, 4]}, {"step": 90, "weights": [0, 1]}]
+    settings = {"mode": mode, "documents": documents, "rows": 10, "weights": [3, 2], "weight_changes": changes}
+    served = [loader(corpora, dp=dp, dp_rank=rank, **settings) for rank in range(dp)]
+    batches = [batch for each in served for batch in each.batches(step)]
+    whole = loader(corpora, **settings).batches(step)
+    for found, expected in zip(batches, whole, strict=True):
+        assert np.array_equal(found.input_ids, expected.input_ids)
+        assert found.rows == expected.rows and found.corpora == expected.corpora
+        cuts = found.cuts
+        for place, count, document, offset in zip(cuts.place, cuts.count, cuts.document, cuts.offset, strict=True):
+            first = corpora[int(found.corpora[0])].begins[document] + offset
+            assert np.array_equal(found.input_ids[0, place : place + count], first + np.arange(count))
+    if mode == "streaming":
+        first = 6 if step < 40 else 2 if step < 90 else 0
+        assert [int(batch.corpora[0]) for batch in batches] == [0] * first + [1] * (10 - first)
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    corpora = [{"corpus": "a", "weight": 1}, {"corpus": "b", "weight": 1}]
+    for changes, message in (
+        ([{"step": 5, "weights": [1]}], "1 weights at step 5 for 2 corpora"),
+        ([{"step": 5, "weights": [0, 0]}], "one positive"),
+        ([{"step": 5, "weights": [1, 2]}, {"step": 5, "weights": [2, 1]}], "steps must increase"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse(DataConfig, {"corpus": corpora, "weight_changes": changes})
+
+
+def test_stored_tokens_are_the_inputs_and_the_last_label() -> None:
+    served = loader(Memory(LENGTHS))
+    for tokens, batch in zip(served.tokens(3), served.batches(3), strict=True):
+        assert np.array_equal(tokens[:, :-1], batch.input_ids) and np.array_equal(tokens[:, 1:], batch.labels)
+
+
+def test_state_is_small_and_a_mismatch_names_what_differs() -> None:
+    served = loader(Memory(LENGTHS))
+    state = json.loads(json.dumps(served.state(10**9)))
+    assert len(json.dumps(state)) < 300
+    served.check(state)
+    with pytest.raises(UserError, match="seed: 3 then, 4 now"):
+        loader(Memory(LENGTHS), seed=4).check(state)
+    with pytest.raises(UserError, match="order: 0 then, 1 now"):
+        served.check(state | {"order": 0})
+    with pytest.raises(UserError, match="mode: shuffled then, streaming now"):
+        loader(Memory(LENGTHS), "streaming").check(state)
+
+
+@pytest.mark.parametrize("dp, sp", [(1, 1), (2, 2), (4, 1)])
+def test_state_does_not_depend_on_the_number_of_ranks(dp: int, sp: int) -> None:
+    assert loader(Memory(LENGTHS), dp=dp, sp=sp).state(5) == loader(Memory(LENGTHS)).state(5)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"sequence_length": 36}, "36 is not a multiple of block x sp = 8 x 1"),
+        ({"sp": 3}, "32 is not a multiple of block x sp = 8 x 3"),
+        ({"dp": 8}, "4 rows a step for 8 data-parallel ranks"),
+        ({"dp": 3}, "not a multiple of dp x micro-batch rows = 3 x 1"),
+        ({"sequence_length": 4096}, "do not fill one sequence of 4096"),
+        ({"mode": "streaming", "rows": 64}, "64 rows would divide"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_one_clear_message(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        loader(Memory(LENGTHS), **settings)
+
+
+def test_a_prepared_corpus_is_served_as_it_was_written(make_corpus: Any) -> None:
+    from_disk = Corpus.open(str(make_corpus([30_000, 12, 700, 9_000])))
+    served = loader(from_disk, sequence_length=512, block=64)
+    for step in range(3):
+        for batch in served.batches(step):
+            cuts = batch.cuts
+            for place, count, document, offset in zip(cuts.place, cuts.count, cuts.document, cuts.offset, strict=True):
+                expected = from_disk.document(document)[offset : offset + count]
+                assert np.array_equal(batch.input_ids[0, place : place + count], expected)
+
+
+def test_corpora_of_different_tokenizers_do_not_mix(make_corpus: Any, tmp_path: Path) -> None:
+    first, second = make_corpus([90], "first"), make_corpus([90], "second")
+    manifest = second / "manifest.json"
+    sha = json.loads(manifest.read_text())["tokenizer"]["sha256"]
+    model = (second / "tokenizer.model").read_bytes() + b"\x52\x00"
+    (second / "tokenizer.model").write_bytes(model)
+    manifest.write_text(manifest.read_text().replace(sha, hashlib.sha256(model).hexdigest()))
+    with pytest.raises(UserError, match="another tokenizer"):
+        open_corpora(DataConfig(corpus=[{"corpus": str(first)}, {"corpus": str(second)}]))

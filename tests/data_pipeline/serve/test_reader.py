@@ -1,0 +1,221 @@
+"""Random access to a corpus on disk, whole and damaged."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bst_base.errors import UserError
+from data_pipeline.format.damage import locate_changed_byte
+from data_pipeline.format.shards import ShardError
+from data_pipeline.serve.loader import DataConfig, Loader, open_corpora
+from data_pipeline.serve.reader import Corpus
+
+LENGTHS = [20_000, 12, 700, 9_000, 5_000, 1]
+TAR = "train-000000.tar"
+
+
+def payload(directory: Path, name: str, member: str) -> int:
+    """The byte of a tar where a member's tokens begin, as tarfile sees it."""
+    with tarfile.open(directory / name) as tar:
+        return tar.getmember(member).offset_data + 128  # the header of a .npy of version 1
+
+
+def flip(path: Path, byte: int) -> int:
+    """Change one bit; the byte as it was."""
+    data = bytearray(path.read_bytes())
+    old = data[byte]
+    data[byte] ^= 0x20
+    path.write_bytes(data)
+    return old
+
+
+def test_any_run_of_tokens_is_that_of_the_document(make_corpus: Any) -> None:
+    corpus = Corpus.open(str(make_corpus(LENGTHS)))
+    for number, length in enumerate(LENGTHS):
+        whole = (10 + (31 * number + np.arange(length)) % 380).astype("<u2")
+        whole[-1] = corpus.manifest.tokenizer.eos_id
+        assert np.array_equal(corpus.document(number), whole)
+        for start, stop in ((0, 0), (0, 1), (length // 2, length), (length // 3, length // 3 + length // 2)):
+            assert np.array_equal(corpus.tokens(number, start, stop), whole[start:stop])
+    assert corpus.lengths.tolist() == LENGTHS
+    assert len(corpus) == len(LENGTHS)
+    assert corpus.tokens_total == sum(LENGTHS)
+    with pytest.raises(IndexError):
+        corpus.tokens(1, 0, 13)
+
+
+def test_document_info_is_the_json_beside_the_tokens(make_corpus: Any) -> None:
+    corpus = Corpus.open(str(make_corpus(LENGTHS, shards=3)))
+    assert [corpus.document_info(i)["path"] for i in range(len(LENGTHS))] == [f"d{i}" for i in range(len(LENGTHS))]
+
+
+@pytest.mark.parametrize("place", [0, 1, 16_383, 16_384, 39_999])
+def test_a_flipped_byte_is_named_by_shard_member_and_byte(make_corpus: Any, place: int) -> None:
+    directory = make_corpus(LENGTHS)
+    byte = payload(directory, TAR, "00000000.tok.npy") + place
+    old = flip(directory / TAR, byte)
+    with pytest.raises(ShardError) as caught:
+        Corpus.open(str(directory)).document(0)
+    message = f"{TAR}: 00000000.tok.npy: byte {byte} is 0x{old ^ 0x20:02x} where 0x{old:02x} was written"
+    assert message in str(caught.value)
+
+
+def test_larger_damage_is_named_by_its_block(make_corpus: Any) -> None:
+    directory = make_corpus(LENGTHS)
+    begin = payload(directory, TAR, "00000000.tok.npy")
+    for byte in range(begin + 20_000, begin + 20_100):
+        flip(directory / TAR, byte)
+    with pytest.raises(ShardError, match=rf"00000000.tok.npy: bytes {begin + 16_384} to {begin + 32_767} are not"):
+        Corpus.open(str(directory)).document(0)
+
+
+def test_whole_blocks_of_a_damaged_document_are_still_read(make_corpus: Any) -> None:
+    directory = make_corpus(LENGTHS)
+    expected = Corpus.open(str(directory)).document(0)
+    flip(directory / TAR, payload(directory, TAR, "00000000.tok.npy") + 20_000)
+    corpus = Corpus.open(str(directory))
+    assert np.array_equal(corpus.tokens(0, 0, 8192), expected[:8192])
+    with pytest.raises(ShardError):
+        corpus.tokens(0, 8191, 8193)
+
+
+@given(data=st.binary(min_size=1, max_size=300), place=st.integers(0, 299), change=st.integers(1, 255))
+def test_one_changed_byte_is_found_from_the_crc(data: bytes, place: int, change: int) -> None:
+    place %= len(data)
+    damaged = bytearray(data)
+    damaged[place] ^= change
+    assert locate_changed_byte(damaged, zlib.crc32(data)) == (place, data[place])
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda d: (d / TAR).unlink(), f"{TAR}: the shard is missing"),
+        (lambda d: os.truncate(d / TAR, 30_000), f"{TAR}: 30000 bytes, expected 51200: cut short or replaced"),
+        (lambda d: shutil.copy(d / "train-000001.idx", d / "train-000000.idx"), "not the index this corpus was made"),
+        (lambda d: os.truncate(d / "train-000000.idx", 100), "train-000000.idx: .*cut short"),
+        (lambda d: (d / "tokenizer.model").unlink(), "the tokenizer is missing"),
+        (lambda d: (d / "tokenizer.model").write_bytes(b"x"), "not a SentencePiece model"),
+        (lambda d: (d / "manifest.json").unlink(), "no prepared corpus there"),
+        (lambda d: (d / "manifest.json").write_text("{"), "not a manifest"),
+    ],
+)
+def test_what_is_missing_or_foreign_is_named_at_the_start(make_corpus: Any, damage: Any, message: str) -> None:
+    directory = make_corpus(LENGTHS)
+    damage(directory)
+    with pytest.raises(UserError, match=message):
+        open_corpora(DataConfig(corpus=str(directory)))
+
+
+def test_the_index_and_shard_of_another_corpus_do_not_pass_for_this_one(make_corpus: Any) -> None:
+    directory, other = make_corpus(LENGTHS), make_corpus(LENGTHS, name="other", start=5)
+    shutil.copy(other / TAR, directory / TAR)  # of the same size
+    with pytest.raises(ShardError, match="are not what was written"):
+        Corpus.open(str(directory)).document(0)
+    shutil.copy(other / "train-000000.idx", directory / "train-000000.idx")
+    with pytest.raises(ShardError, match="not the index this corpus was made with"):
+        Corpus.open(str(directory))
+
+
+def test_a_tar_cut_while_it_is_read_is_an_error_not_a_crash(make_corpus: Any) -> None:
+    directory = make_corpus(LENGTHS)
+    corpus = Corpus.open(str(directory))
+    corpus.tokens(0, 0, 10)
+    os.truncate(directory / TAR, 30_000)
+    with pytest.raises(ShardError, match=f"{TAR}: cut short: it ends before byte 30000"):
+        corpus.document(0)
+
+
+def test_a_missing_index_is_made_from_the_tar(make_corpus: Any) -> None:
+    directory = make_corpus(LENGTHS)
+    expected = Corpus.open(str(directory)).document(2)
+    (directory / "train-000000.idx").unlink()
+    assert np.array_equal(Corpus.open(str(directory)).document(2), expected)
+    assert not (directory / "train-000000.idx").exists()  # reading a corpus writes nothing into it
+    os.truncate(directory / TAR, 30_000)
+    with pytest.raises(ShardError, match="cut short"):
+        Corpus.open(str(directory))
+
+
+def test_another_tokenizer_is_refused(make_corpus: Any) -> None:
+    directory = make_corpus(LENGTHS)
+    with (directory / "tokenizer.model").open("ab") as file:
+        file.write(b"\x52\x00")  # an unknown field: still a model, of another hash
+    with pytest.raises(UserError, match="not the tokenizer this corpus was made with"):
+        Corpus.open(str(directory))
+
+
+def test_a_split_that_is_empty_or_unknown_is_refused(make_corpus: Any) -> None:
+    directory = str(make_corpus(LENGTHS))
+    with pytest.raises(UserError, match="the split is empty"):
+        Corpus.open(directory, "validation")
+    with pytest.raises(UserError, match="no split 'test', only train, validation"):
+        Corpus.open(directory, "test")
+
+
+def test_a_model_of_too_few_ids_is_refused(make_corpus: Any) -> None:
+    corpus = Corpus.open(str(make_corpus(LENGTHS)))
+    corpus.require_vocabulary(400)
+    with pytest.raises(UserError, match="its tokenizer has 400 ids, the model only 399"):
+        corpus.require_vocabulary(399)
+    assert corpus.token_bytes().shape == (400,)
+
+
+def whole_batch(directory: Path, policy: str, sp: int, damaged: Any) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """(inputs, masks, messages) of the steps of a pass, put together from sp slices."""
+    config = DataConfig(corpus=str(directory), on_bad_shard=policy, prefetch=0)
+    corpora = [Corpus.open(str(directory))]
+    damaged()
+    parts, messages = [], []
+    for rank in range(sp):
+        loader = Loader(
+            config, corpora, sequence_length=512, block=64, rows=2, micro_rows=2, seed=1, sp_rank=rank, sp=sp
+        )
+        batches = [loader.batches(step)[0] for step in range(34)]
+        parts.append([np.stack([b.input_ids, b.loss_mask]) for b in batches])
+        messages += loader.bad
+    inputs, masks = np.concatenate([np.stack(part) for part in parts], axis=-1).swapaxes(0, 1)
+    return inputs, masks.astype(bool), messages
+
+
+def test_skipping_leaves_just_the_damaged_block_out_of_the_loss_and_records_it(make_corpus: Any) -> None:
+    directory = make_corpus(LENGTHS)
+    byte = payload(directory, TAR, "00000000.tok.npy") + 20_000
+    good, good_mask, _ = whole_batch(directory, "stop", 1, lambda: None)
+    found, mask, messages = whole_batch(directory, "skip", 1, lambda: flip(directory / TAR, byte))
+    lost = found != good
+    # Every token of the block is an input once or twice a pass and a bit; each is masked, as is the one before it.
+    assert lost.sum() > 8000
+    assert not mask[lost].any()
+    assert (good_mask & ~mask).sum() <= lost.sum() + 20
+    assert len(messages) == 1 and f"byte {byte}" in messages[0]
+    again = whole_batch(directory, "skip", 4, lambda: None)
+    assert np.array_equal(again[0], found) and np.array_equal(again[1], mask)
+
+
+def test_skipping_a_missing_shard_serves_the_others(make_corpus: Any) -> None:
+    directory = make_corpus(LENGTHS)
+    _, mask, messages = whole_batch(directory, "skip", 1, (directory / TAR).unlink)
+    assert mask.any() and not mask.all()
+    assert messages == [f"{directory / TAR}: the shard is missing; copy it again, or prepare the corpus again"]
+
+
+def test_stopping_raises_in_the_loop_what_the_prefetch_thread_met(make_corpus: Any) -> None:
+    directory = make_corpus(LENGTHS)
+    config = DataConfig(corpus=str(directory))
+    loader = Loader(config, open_corpora(config), sequence_length=512, block=64, rows=2, micro_rows=2, seed=1)
+    flip(directory / TAR, payload(directory, TAR, "00000000.tok.npy") + 20_000)
+    with pytest.raises(ShardError, match=r"00000000\.tok\.npy"):
+        for step, _ in loader:
+            assert step < 40
+    loader.close()

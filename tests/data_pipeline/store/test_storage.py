@@ -1,0 +1,251 @@
+"""Reading from servers, object stores, commands and the cache, when they work and when they do not."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+
+from bst_base.errors import UserError
+from bst_base.settings import ConfigError, parse
+from data_pipeline.format.shards import ShardError
+from data_pipeline.serve.loader import DataConfig, Loader, open_corpora
+from data_pipeline.serve.reader import Corpus
+from data_pipeline.store.storage import StorageConfig, StorageError
+
+LENGTHS = [20_000, 12, 700, 9_000, 5_000]
+FAST = {"backoff_s": 0.01, "timeout_s": 0.3, "attempts": 4}
+TAR = "train-000000.tar"
+
+
+def assert_same_documents(found: Corpus, directory: Path) -> None:
+    expected = Corpus.open(str(directory))
+    assert len(found) == len(expected)
+    for number in range(len(expected)):
+        assert np.array_equal(found.document(number), expected.document(number))
+        assert found.document_info(number) == expected.document_info(number)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_http_gives_what_the_directory_holds(make_corpus: Any, serve: Any, tmp_path: Path, cached: bool) -> None:
+    directory = make_corpus(LENGTHS)
+    config = StorageConfig(**FAST, cache_dir=tmp_path / "cache" if cached else None)
+    assert_same_documents(Corpus.open(serve(directory).url, "train", config), directory)
+
+
+def test_a_range_is_all_that_is_read(make_corpus: Any, serve: Any) -> None:
+    server = serve(make_corpus(LENGTHS))
+    corpus = Corpus.open(server.url, "train", StorageConfig(**FAST))
+    server.requests.clear()
+    corpus.tokens(0, 9_000, 9_100)
+    (_, index_range), (name, span) = server.requests
+    first, last = map(int, span.removeprefix("bytes=").split("-"))
+    assert index_range is None and name == TAR
+    assert last + 1 - first == 8192 * 2  # the block of 8192 tokens that the CRC is of
+
+
+@pytest.mark.parametrize("fault", ["503", "stall", "drop"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_faults_that_pass_are_overcome(make_corpus: Any, serve: Any, tmp_path: Path, fault: str, cached: bool) -> None:
+    directory = make_corpus(LENGTHS)
+    server = serve(directory)
+    for file in ("manifest.json", "train-000000.idx", TAR):
+        server.faults[file] = [fault, fault]
+    config = StorageConfig(**FAST, cache_dir=tmp_path / "cache" if cached else None)
+    assert_same_documents(Corpus.open(server.url, "train", config), directory)
+    assert not any(server.faults.values())
+
+
+def test_a_byte_changed_on_the_way_is_read_again(make_corpus: Any, serve: Any) -> None:
+    directory = make_corpus(LENGTHS)
+    server = serve(directory)
+    corpus = Corpus.open(server.url, "train", StorageConfig(**FAST))
+    server.faults[TAR] = ["flip"]
+    assert np.array_equal(corpus.document(0), Corpus.open(str(directory)).document(0))
+
+
+@pytest.mark.parametrize("fault", ["503", "stall", "drop"])
+def test_a_fault_that_stays_is_an_error_that_names_the_file(make_corpus: Any, serve: Any, fault: str) -> None:
+    server = serve(make_corpus(LENGTHS))
+    corpus = Corpus.open(server.url, "train", StorageConfig(**FAST))
+    server.faults[TAR] = [fault] * 4
+    with pytest.raises(StorageError, match=f"{TAR}: not read in 4 attempts"):
+        corpus.document(0)
+
+
+def test_a_byte_that_stays_changed_is_named(make_corpus: Any, serve: Any) -> None:
+    server = serve(make_corpus(LENGTHS))
+    corpus = Corpus.open(server.url, "train", StorageConfig(**FAST))
+    server.faults[TAR] = ["flip", "", "flip"]  # between the two attempts, the member's name is read
+    with pytest.raises(ShardError, match=rf"{TAR}: 00000000.tok.npy: byte \d+ is 0x.. where 0x.. was written"):
+        corpus.tokens(0, 0, 10)
+
+
+def test_a_shard_missing_on_the_server_is_not_asked_for_again(make_corpus: Any, serve: Any) -> None:
+    directory = make_corpus(LENGTHS)
+    server = serve(directory)
+    corpus = Corpus.open(server.url, "train", StorageConfig(**FAST))
+    (directory / TAR).unlink()
+    with pytest.raises(ShardError, match=f"{TAR}: missing"):
+        corpus.document(0)
+    assert sum(name == TAR for name, _ in server.requests) == 1
+
+
+def test_a_server_without_ranges_is_told_apart(make_corpus: Any, serve: Any) -> None:
+    server = serve(make_corpus(LENGTHS))
+    corpus = Corpus.open(server.url, "train", StorageConfig(**FAST))
+    server.faults[TAR] = ["whole"]
+    with pytest.raises(StorageError, match=r"sends whole files.*storage\.cache_dir"):
+        corpus.tokens(0, 0, 10)
+
+
+def test_no_corpus_and_no_server_are_one_clear_message(tmp_path: Path, serve: Any) -> None:
+    with pytest.raises(UserError, match="no prepared corpus there"):
+        Corpus.open(serve(tmp_path).url, "train", StorageConfig(**FAST))
+    with pytest.raises(StorageError, match=r"manifest\.json: not read in 4 attempts"):
+        Corpus.open("http://127.0.0.1:9", "train", StorageConfig(**FAST))
+    with pytest.raises(StorageError, match="nosuch://x: cannot be opened"):
+        Corpus.open("nosuch://x")
+
+
+def test_the_cache_fetches_once_and_only_what_is_used(make_corpus: Any, serve: Any, tmp_path: Path) -> None:
+    server = serve(make_corpus(LENGTHS))
+    config = StorageConfig(**FAST, cache_dir=tmp_path / "cache")
+    for _ in range(2):
+        corpus = Corpus.open(server.url, "train", config)
+        corpus.document(0), corpus.document(1)
+    fetched = [name for name, _ in server.requests if name != "manifest.json"]
+    assert fetched.count(TAR) == 1
+    assert "train-000001.tar" not in fetched
+    assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+@pytest.mark.parametrize("fault", ["flip", "drop"])
+def test_the_cache_never_keeps_what_is_not_whole(make_corpus: Any, serve: Any, tmp_path: Path, fault: str) -> None:
+    server = serve(make_corpus(LENGTHS))
+    config = StorageConfig(**FAST, cache_dir=tmp_path / "cache")
+    corpus = Corpus.open(server.url, "train", config)
+    server.faults[TAR] = [fault] * 4
+    with pytest.raises(UserError, match=TAR):
+        corpus.document(0)
+    assert not list((tmp_path / "cache").glob("*train-000000.tar"))
+    server.faults.clear()
+    assert len(corpus.document(0)) == LENGTHS[0]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_a_cached_copy_that_goes_bad_is_fetched_again(
+    make_corpus: Any, serve: Any, tmp_path: Path, damage: str
+) -> None:
+    directory = make_corpus(LENGTHS)
+    config = StorageConfig(**FAST, cache_dir=tmp_path / "cache")
+    server = serve(directory)
+    Corpus.open(server.url, "train", config).document(0)
+    (copy,) = (tmp_path / "cache").glob(f"*{TAR}")
+    if damage == "flip":
+        data = bytearray(copy.read_bytes())
+        data[5000] ^= 1
+        copy.write_bytes(data)
+    else:
+        os.truncate(copy, 3000)
+    assert_same_documents(Corpus.open(server.url, "train", config), directory)
+
+
+def test_processes_and_threads_fetch_a_file_once(make_corpus: Any, serve: Any, tmp_path: Path) -> None:
+    server = serve(make_corpus(LENGTHS))
+    config = StorageConfig(**FAST, cache_dir=tmp_path / "cache")
+    corpora = [Corpus.open(server.url, "train", config) for _ in range(4)]
+    threads = [threading.Thread(target=corpus.document, args=(0,)) for corpus in corpora]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [name for name, _ in server.requests].count(TAR) == 1
+
+
+def test_a_full_disk_while_caching_is_named_and_leaves_nothing(
+    make_corpus: Any, serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/dev/full stands in for the unfinished copy, so that writing it fails as on a full disk."""
+    server = serve(make_corpus(LENGTHS))
+    config = StorageConfig(**FAST, cache_dir=tmp_path / "cache")
+    corpus = Corpus.open(server.url, "train", config)
+    real_open = Path.open
+
+    def full(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        return real_open(Path("/dev/full") if self.name.endswith(".partial") else self, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        corpus.document(0)
+    assert not list((tmp_path / "cache").glob("*train-000000.tar"))
+
+
+def test_pipe_addresses_are_refused_unless_allowed(make_corpus: Any, tmp_path: Path) -> None:
+    directory = make_corpus(LENGTHS)
+    mark = tmp_path / "ran"
+    url = f"pipe:touch {mark}; cat {directory}/{{}}"
+    with pytest.raises(StorageError, match=r"storage\.allow_pipe"):
+        Corpus.open(url)
+    with pytest.raises(StorageError, match=r"storage\.cache_dir"):
+        Corpus.open(url, "train", StorageConfig(allow_pipe=True))
+    assert not mark.exists()
+    config = StorageConfig(allow_pipe=True, cache_dir=tmp_path / "cache")
+    assert_same_documents(Corpus.open(url, "train", config), directory)
+    with pytest.raises(StorageError, match="exit status 3"):
+        Corpus.open("pipe:exit 3; {}", "train", config)
+
+
+def test_a_manifest_may_not_name_files_elsewhere(make_corpus: Any) -> None:
+    directory = make_corpus(LENGTHS)
+    manifest = directory / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(f'"{TAR}"', '"../../etc/passwd"'))
+    with pytest.raises(UserError, match="not a plain file name"):
+        Corpus.open(str(directory))
+
+
+def test_an_fsspec_store_without_a_network(make_corpus: Any) -> None:
+    directory = make_corpus(LENGTHS)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(directory), "/books", recursive=True)
+    try:
+        assert_same_documents(Corpus.open("memory://books", "train", StorageConfig(**FAST)), directory)
+    finally:
+        memory.rm("/books", recursive=True)
+
+
+def test_an_s3_store(make_corpus: Any, s3_endpoint: Callable[[], dict[str, Any]]) -> None:
+    directory = make_corpus(LENGTHS)
+    options = s3_endpoint()
+    store = fsspec.filesystem("s3", **options)
+    store.mkdir("bucket")
+    store.put(str(directory), "bucket/books", recursive=True)
+    config = StorageConfig(**FAST | {"timeout_s": 10}, options=options)
+    assert_same_documents(Corpus.open("s3://bucket/books", "train", config), directory)
+    with pytest.raises(UserError, match="no prepared corpus there"):
+        Corpus.open("s3://bucket/none", "train", config)
+
+
+def test_a_misspelt_key_of_the_storage_settings_is_named() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'cache_dir'"):
+        parse(StorageConfig, {"cachedir": "x"})
+
+
+def test_a_loader_over_http_serves_what_one_over_the_directory_does(make_corpus: Any, serve: Any) -> None:
+    directory = make_corpus(LENGTHS)
+    server = serve(directory)
+    server.faults[TAR] = ["503", "drop"]
+    served = []
+    for url in (str(directory), server.url):
+        config = DataConfig(corpus=url, storage=StorageConfig(**FAST))
+        loader = Loader(config, open_corpora(config), sequence_length=512, block=64, rows=4, micro_rows=4, seed=1)
+        served.append([batches[0].input_ids for _, batches in islice(loader, 5)])
+        loader.close()
+    assert np.array_equal(*served)

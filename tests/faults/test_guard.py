@@ -1,0 +1,172 @@
+"""Steps that must not be taken: the same decisions on all ranks, in every stage, and in a run that was stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from bst_dist.checkpoint.directory import load_weights, newest_valid
+from bst_dist.faults import ledger
+from bst_dist.faults.guard import DivergedError, Guard, GuardConfig
+from bst_dist.faults.ledger import Entry, Ledger
+from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.train.loop import Trainer
+from bst_dist.train.program import train
+from bst_dist.train.rundir import read_outcome
+from bst_dist.train.start import Request
+
+Go = Callable[..., None]
+
+
+def guard(losses: list[float] = (), **settings: Any) -> Guard:
+    return Guard(GuardConfig(spike_window=8, **settings), Ledger(), losses)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_number_stops_by_default_and_is_entered_in_the_ledger(value):
+    judge = guard()
+    with pytest.raises(DivergedError, match=r"the loss is -?(nan|inf) in step 4"):
+        judge.loss(value, step=4, skipped=0, rate=1e-3)
+    with pytest.raises(DivergedError, match="the gradient norm is"):
+        judge.gradient(value, step=5, skipped=0, rate=1e-3)
+    assert [(entry.step, entry.action) for entry in judge.ledger.entries] == [(5, "stop"), (6, "stop")]
+
+
+def test_a_spike_is_a_loss_far_above_the_median_of_the_window():
+    losses = [3.0, 3.1, 2.9, 3.0, 3.2, 2.8, 3.0, 3.1]  # median 3.0, absolute deviations' median 0.1
+    judge = guard([9.0, *losses], spike="skip", spike_deviations=5.0)
+    limit = 3.0 + 5 * 1.4826 * 0.1
+    assert judge.loss(limit - 1e-3, 9, 0, 1.0) is None
+    assert judge.loss(limit + 1e-3, 9, 0, 1.0).action == "skip"
+    assert guard(losses[1:], spike="skip").loss(1e9, 8, 0, 1.0) is None  # the window is not full yet
+    judge.taken(30.0)  # a spike that was taken changes the median by one rank only
+    assert judge.loss(limit + 0.1, 10, 0, 1.0).action == "skip"
+    assert guard(losses).loss(1e9, 9, 0, 1.0) is None  # ignored unless asked for
+    assert guard([3.0] * 8, spike="skip").loss(3.0 + 1e-3, 9, 0, 1.0) is None  # and nothing deviates
+
+
+def test_only_so_many_steps_within_so_much_data_are_passed_over():
+    judge = guard(non_finite="skip", most=2, within=10)
+    for step in (0, 5, 11):  # the first is too long ago when the third comes
+        assert judge.loss(math.nan, step, 0, 1.0).action == "skip"
+    with pytest.raises(DivergedError, match="2 such steps within 10"):
+        judge.loss(math.nan, 12, 0, 1.0)
+    assert judge.ledger.entries[-1].action == "stop"
+    assert guard(non_finite="roll-back").loss(math.nan, 3, 0, 1.0) == Entry(
+        4, 0, "the loss is nan in step 3", "roll-back"
+    )
+
+
+def test_a_ledger_keeps_what_is_behind_a_checkpoint_and_drops_what_is_beyond(tmp_path):
+    entries = [Entry(2, 0, "a", "skip"), Entry(6, 0, "b", "roll-back", 4), Entry(5, 2, "c", "skip")]
+    (tmp_path / ledger.FILE).touch()
+    Ledger(entries, tmp_path / ledger.FILE)
+    assert ledger.read(tmp_path, step=4, skipped=0) == entries[:1]  # the roll-back is yet to come
+    assert ledger.read(tmp_path, step=4, skipped=2) == entries[:2]  # it has been
+    assert ledger.read(tmp_path, step=5, skipped=2) == entries
+    again = Ledger(entries[:2], tmp_path / ledger.FILE)
+    again.add(Entry(7, 2, "d", "skip"))
+    assert ledger.read(tmp_path, step=9, skipped=2) == [*entries[:2], Entry(7, 2, "d", "skip")]
+
+
+class _InfiniteGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * math.inf
+
+
+SPOILT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "loss": lambda total: total * math.nan,
+    "gradient": _InfiniteGradient.apply,
+    "spike": lambda total: total * 4,
+}
+
+
+@pytest.fixture
+def go(recipe_file, tmp_path, on_ranks, unmeasured, monkeypatch) -> Go:
+    """``go(run, how, bad, *overrides, …)`` trains on two ranks, the last of which spoils the loss of `bad` data."""
+    recipe = recipe_file(
+        train={"steps": 14, "sequences": 4, "micro_sequences": 1}, evaluation={"every": 4},
+        guard={"spike_window": 8, "spike_deviations": 20.0},
+    )  # fmt: skip
+    original = Trainer.step
+
+    def train_(run: str, how: str, bad: tuple[int, ...], *overrides: str, until: int | None = None) -> None:
+        def step(self: Trainer, step: int, *args: Any) -> Any:
+            def forward(*args: Any, **named: Any) -> Any:
+                losses = honest(*args, **named)
+                spoilt = self.ranks.rank == 1 and step + self.skipped in bad
+                return losses._replace(total=SPOILT[how](losses.total)) if spoilt else losses
+
+            honest, self.engine.forward = self.engine.forward, forward
+            try:
+                return original(self, step, *args)
+            finally:
+                self.engine.forward = honest
+
+        monkeypatch.setattr(Trainer, "step", step)
+        on_ranks(2, lambda ranks: train(Request(recipe, overrides, tmp_path / run, True, until), ranks))
+
+    return train_
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("stage", "how"), [(0, "loss"), (1, "gradient"), (2, "spike"), (3, "loss")])
+def test_a_skipped_step_changes_no_weight(go, tmp_path, stage, how):
+    policy = ("guard.non_finite=skip", "guard.spike=skip", "checkpoint.every=1", "checkpoint.keep_last=9")
+    go("run", how, (11,), *policy, f"deepspeed=ds_configs/zero{stage}.json", until=13)
+    lines, entries = read_lines(tmp_path / "run" / FILE), ledger.read(tmp_path / "run", 99, 99)
+    assert [(entry.step, entry.action) for entry in entries] == [(12, "skip")]
+    steps = [(line["step"], line["kind"]) for line in lines if line["kind"] in ("train", "skipped")]
+    assert steps == [(n, "skipped" if n == 12 else "train") for n in range(1, 14)]
+    before, held, after = (load_weights(tmp_path / "run" / "checkpoints" / f"step-{n:08d}") for n in (11, 12, 13))
+    assert all(torch.equal(before[name], held[name]) for name in before)
+    assert all(torch.isfinite(after[name]).all() for name in after)
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("how", "policy"), [("loss", "skip"), ("spike", "roll-back")])
+def test_decisions_are_the_same_after_a_stop_at_any_step(go, tmp_path, assert_same_run, how, policy):
+    # Two pieces of bad data: the second is met on the way that the first one's roll-back leads to.
+    settings = (f"guard.non_finite={policy}", f"guard.spike={policy}", "data.mode=streaming", "train.carry=true",
+                "checkpoint.every=4")  # fmt: skip
+    go("whole", how, (10, 13), *settings)
+    entries = ledger.read(tmp_path / "whole", 99, 99)
+    assert [entry.data_step for entry in entries] == [11, 14]
+    if policy == "roll-back":  # both times to step 8: with data 11 on, its steps are 9, 10 (data 12), 11 (data 13)
+        assert [(entry.step, entry.skipped, entry.back_to) for entry in entries] == [(11, 0, 8), (11, 3, 8)]
+        assert json.loads((newest_valid(tmp_path / "whole") / "manifest.json").read_text())["skipped"] == 6
+    for until in (10, 11):  # checkpoints that the whole run has not, which rolls back to 8
+        go("parts", how, (10, 13), *settings, until=until)
+    go("parts", how, (10, 13), *settings)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert read_outcome(tmp_path / "parts")["finished"]
+
+
+@pytest.mark.ranks
+def test_by_default_the_run_stops_and_its_checkpoints_are_spared(go, tmp_path):
+    with pytest.raises(AssertionError, match="DivergedError: the loss is nan in step 4"):
+        go("run", "loss", (4,))
+    assert newest_valid(tmp_path / "run").name == "step-00000004"
+    assert [line["step"] for line in read_lines(tmp_path / "run" / FILE) if line["kind"] == "train"] == [1, 2, 3, 4]
+    assert "the loss is nan" in read_outcome(tmp_path / "run")["diverged"]
+
+
+@pytest.mark.ranks
+def test_without_a_checkpoint_there_is_nothing_to_roll_back_to(go, tmp_path):
+    with pytest.raises(
+        AssertionError, match="DivergedError: the loss is nan in step 1, and there is no checkpoint yet"
+    ):
+        go("run", "loss", (1,), "guard.non_finite=roll-back")
+    assert "no checkpoint yet" in read_outcome(tmp_path / "run")["diverged"]
+    assert [entry.action for entry in ledger.read(tmp_path / "run", 99, 99)] == ["stop"]

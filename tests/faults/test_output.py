@@ -1,0 +1,62 @@
+"""A run outlives what it prints to."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bst_dist.faults.output import Lasting, lasting_output
+from bst_dist.faults.status import RESUBMIT
+from bst_dist.train.rundir import read_outcome
+
+
+def test_what_leads_nowhere_is_no_error_and_all_else_is_as_it_was():
+    reading, writing = os.pipe()
+    stream = Lasting(os.fdopen(writing, "w"))
+    print("heard", file=stream, flush=True)
+    assert os.read(reading, 100) == b"heard\n"
+    os.close(reading)
+    print("not heard", file=stream, flush=True)
+    assert (stream.isatty(), stream.encoding.lower()) == (False, "utf-8")
+
+
+def test_output_lasts_only_while_the_block_runs(capsys):
+    before = sys.stdout
+    with lasting_output():
+        print("said")
+        assert sys.stdout is not before
+    assert sys.stdout is before
+    assert capsys.readouterr().out == "said\n"
+
+
+@pytest.mark.ranks
+def test_a_closed_terminal_leaves_a_checkpoint(recipe_file, tmp_path):
+    """`bst train` in a terminal of its own, which is closed while it trains."""
+    recipe, run_dir, status = recipe_file(train={"steps": 10_000}), tmp_path / "run", tmp_path / "status"
+    bst = Path(sys.executable).with_name("bst")
+    script = f"{bst} train {recipe} log.every=1 --run-dir {run_dir} --ranks 2; echo $? > {status}"
+    # The shell holds the terminal, and outlives it to write down the status.
+    command = [sys.executable, "-c", "import fcntl, subprocess, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+               "subprocess.run(['bash', '-c', 'trap : HUP; ' + sys.argv[1]])", script]  # fmt: skip
+    master, slave = pty.openpty()
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+    os.close(slave)
+    said = b""
+    while b"\n     3/" not in said.replace(b"\r", b""):
+        said += os.read(master, 4096)
+    os.close(master)
+    deadline = time.monotonic() + 60
+    while not (status.exists() and status.read_text()):
+        assert time.monotonic() < deadline, said.decode()
+        time.sleep(0.1)
+    process.wait()
+    assert int(status.read_text()) == RESUBMIT
+    outcome = read_outcome(run_dir)
+    assert outcome["stopped"] == "SIGTERM"  # what `bst train` makes of it for its ranks
+    assert (run_dir / "checkpoints" / f"step-{outcome['step']:08d}").is_dir()

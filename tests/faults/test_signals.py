@@ -1,0 +1,137 @@
+"""A signal to one rank: all of them leave a checkpoint and stop, wherever they are, and the run goes on as if nothing
+had been."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bst_dist.checkpoint import snapshot
+from bst_dist.checkpoint.directory import newest_valid
+from bst_dist.faults import signals, status
+from bst_dist.parallel.ranks import Ranks
+from bst_dist.train import evaluation, program
+from bst_dist.train.program import train
+from bst_dist.train.rundir import read_outcome
+from bst_dist.train.start import Request
+
+Go = Callable[..., list[int]]
+
+
+@pytest.fixture
+def go(recipe_file, tmp_path, on_ranks, unmeasured) -> Go:
+    """``go(run, resume=…)`` trains the small recipe on two ranks that listen to signals; their exit statuses."""
+    recipe = recipe_file(train={"sequences": 4, "micro_sequences": 1}, evaluation={"every": 3, "sequences": 8})
+
+    def on_rank(ranks: Ranks, run: str, resume: bool) -> int:
+        return train(Request(recipe, [], tmp_path / run, resume, None), ranks, signals.listen())
+
+    return lambda run, resume=False: on_ranks(2, on_rank, run, resume)
+
+
+def tell(rank: int) -> None:
+    """Send this process the signal when it is that rank, and wait until it has heard."""
+    if int(os.environ["RANK"]) == rank:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.2)
+
+
+@pytest.mark.ranks
+def test_a_run_stopped_again_and_again_by_signals_to_one_rank_equals_the_uninterrupted_one(
+    go, tmp_path, monkeypatch, assert_same_run
+):
+    run = tmp_path / "parts"
+    originals = {"setting up": program.peak_flops, "training": program.Trainer._accumulate}
+    originals |= {"evaluating": evaluation._by_block, "saving": snapshot.Snapshots.start}
+
+    def setting_up(*args: Any) -> float:
+        tell(1)
+        return originals["setting up"](*args)
+
+    def training(self: program.Trainer, *args: Any, **named: Any) -> Any:
+        if self.tokens == 1 * 4 * 32:
+            tell(1)
+        return originals["training"](self, *args, **named)
+
+    def saving(self: snapshot.Snapshots, position: snapshot.Position, *args: Any) -> Any:
+        if position.step == 4:
+            tell(1)
+        return originals["saving"](self, position, *args)
+
+    def evaluating(told_in: int) -> Callable[..., Any]:
+        def by_block(*args: Any) -> Any:
+            batches.append(0)
+            if len(batches) == told_in:
+                tell(0)
+            return originals["evaluating"](*args)
+
+        batches: list[int] = []
+        return by_block
+
+    for target, name, patched, stopped_after in (
+        (program, "peak_flops", setting_up, 0),
+        (program.Trainer, "_accumulate", training, 2),
+        (evaluation, "_by_block", evaluating(2), 3),
+        (snapshot.Snapshots, "start", saving, 5),
+        (evaluation, "_by_block", evaluating(2), 6),  # the last: there is nothing left to do but that
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, patched)
+            assert go("parts", resume=True) == [status.RESUBMIT] * 2
+        outcome = read_outcome(run)
+        assert (outcome["stopped"], outcome["step"], outcome["finished"]) == ("SIGUSR1", stopped_after, False)
+        if stopped_after:
+            assert newest_valid(run).name == f"step-{stopped_after:08d}"
+    assert go("parts", resume=True) == [status.DONE] * 2
+    assert read_outcome(run)["finished"]
+    assert go("whole") == [status.DONE] * 2
+    assert_same_run(run, tmp_path / "whole")
+
+
+def test_a_second_signal_ends_the_process_at_once_unless_it_is_another_copy_of_the_first():
+    program = (
+        "import hashlib, sys, time\n"
+        "from bst_dist.faults import signals\n"
+        "signals.SAME_NOTICE_S = 0.5\n"
+        "notice = signals.listen()\n"
+        "print('listening', flush=True)\n"
+        "while notice.signal is None: time.sleep(0.01)\n"
+        "print(notice.signal.name, flush=True)\n"
+        "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"  # minutes without an instruction of the interpreter's
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "listening\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "SIGTERM\n"
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.7)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(20) == 128 + signal.SIGUSR1
+
+
+def test_a_rank_ends_with_the_launcher_of_deepspeed_that_started_it(tmp_path):
+    rank = "from bst_dist.faults import signals; import time; signals.listen(); print(1, flush=True); time.sleep(60)"
+    launcher = (
+        "import subprocess, sys\n"
+        f"rank = subprocess.Popen([sys.executable, '-c', {rank!r}], stdout=subprocess.PIPE)\n"
+        "rank.stdout.readline(); print(rank.pid, flush=True); rank.wait()\n"
+    )
+    # What the rank looks at is the name in its parent's command line.
+    command = [sys.executable, "-c", launcher, "deepspeed.launcher.launch"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    pid = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline, "the rank outlives its launcher"
+        time.sleep(0.02)

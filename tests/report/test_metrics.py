@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bst_dist.report.metrics import FILE, Console, MetricsFile, StepReport, bits_per_byte, duration, read_lines
+
+
+def report(step: int, seconds: float = 2.0) -> StepReport:
+    return StepReport(step=step, tokens=100 * step, loss_nats=1.0, bits_per_byte=0.5, gradient_norm=1.0,
+                      learning_rate=1e-3, ssm_learning_rate=1e-3, step_time_s=seconds, tokens_per_s=100 / seconds,
+                      mfu=0.5)  # fmt: skip
+
+
+def test_lines_beyond_the_checkpoint_and_a_cut_line_are_dropped_on_resume(tmp_path):
+    first = MetricsFile(tmp_path, 0)
+    for step in (1, 2, 3):
+        first.write(report(step))
+    first.close()
+    with (tmp_path / FILE).open("a") as file:
+        file.write('{"kind": "train", "st')
+    second = MetricsFile(tmp_path, 2)
+    second.write(report(3, seconds=4.0))
+    second.close()
+    lines = read_lines(tmp_path / FILE)
+    assert [(line["kind"], line["step"], line["step_time_s"]) for line in lines] == [
+        ("train", 1, 2.0), ("train", 2, 2.0), ("train", 3, 4.0),
+    ]  # fmt: skip
+    assert all(json.loads(line) for line in (tmp_path / FILE).read_text().splitlines())
+
+
+def test_console_tells_the_first_step_every_so_many_and_the_last(capsys):
+    console = Console(every=4, steps=10)
+    for step in range(1, 11):
+        console.write(report(step, seconds=30.0 if step == 1 else 2.0))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("/")[0].strip() for line in lines] == ["1", "4", "8", "10"]
+    assert [line.split()[-1] for line in lines[1:]] == ["12s", "4s", "0s"]
+    assert "50.0%" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0, "0s"), (59.6, "1m 00s"), (185, "3m 05s"), (7620, "2h 07m"), (273600, "3d 04h")]
+)
+def test_durations_read_as_people_say_them(seconds, said):
+    assert duration(seconds) == said
+
+
+def test_bits_per_byte():
+    assert bits_per_byte(0.6931471805599453 * 8, 4) == pytest.approx(2.0)
+    assert bits_per_byte(1.0, 0) != bits_per_byte(1.0, 0)  # nothing to divide by

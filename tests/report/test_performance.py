@@ -1,0 +1,155 @@
+"""What is measured of the ranks: times that add up, bytes that are known in closed form, the slowest rank."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bst_dist.activation import policy as activation
+from bst_dist.activation.policy import ActivationCheckpointingConfig
+from bst_dist.config import load_recipe
+from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.parallel.phases import Phases
+from bst_dist.plan.flops import MIXER_TERMS, forward_flops
+from bst_dist.plan.rehearse import rehearse
+from bst_dist.report.metrics import FILE, Console, PerformanceReport, StepReport, read_lines
+from bst_dist.report.performance import summarise
+from bst_dist.report.profiling import DIRECTORY
+from bst_dist.report.utilisation import Speed, recomputed_flops_per_token
+from bst_dist.train.program import train
+from bst_dist.train.start import Request
+
+STEP = StepReport(10, 100, 1.0, 0.5, 1.0, 1e-3, 1e-3, 2.0, 50.0, 0.5)
+CONFIG = ModelConfig(width=32, heads=2, ffn=64, block=16, depth=4, vocab_size=50, mixer="bst", placement=[1, 3],
+                     ssm={"state": 4, "chunk": 8})  # fmt: skip
+
+
+class Clock:
+    """In place of time.perf_counter: moves when told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+
+def test_time_goes_to_the_phase_it_was_spent_in_and_waiting_to_communication(monkeypatch):
+    clock = Clock(monkeypatch)
+    phases = Phases()
+    phases.enter("forward", step=3)
+    clock.now = 1.0
+    with phases.exchanging("all-gather", sent_bytes=10):
+        clock.now = 5.0
+    clock.now = 7.0
+    phases.enter("backward")
+    clock.now = 8.0
+    with phases.exchanging("all-gather", sent_bytes=5):
+        pass
+    assert phases.take() == ({"start": 0.0, "forward": 3.0, "communication": 4.0, "backward": 1.0}, {"all-gather": 15})
+    assert phases.take() == ({"backward": 0.0}, {})
+    assert (phases.step, phases.name, phases.exchange, phases.exchanges) == (3, "backward", "all-gather", 2)
+
+
+def test_an_accelerator_is_waited_for_only_in_measured_steps(monkeypatch):
+    clock, waits = Clock(monkeypatch), []
+    phases = Phases(lambda: waits.append(clock.now))
+    phases.enter("forward", 1)
+    clock.now = 5.0
+    assert (phases.take(), waits) == (({}, {}), [])
+    phases.measure(True)
+    clock.now = 6.0
+    phases.enter("backward")
+    phases.measure(False)
+    clock.now = 9.0
+    phases.enter("data")
+    assert phases.take()[0] == {"forward": 1.0}
+    assert waits == [5.0, 6.0]
+
+
+def test_the_slowest_rank_is_judged_by_its_own_work():
+    def rank(host: str, memory: int, **seconds: float) -> dict[str, Any]:
+        return {"host": host, "seconds": seconds, "sent": {"all-reduce": memory}, "memory": memory}
+
+    found = summarise(STEP, [rank("a", 5, forward=1.0, communication=3.0), rank("b", 9, forward=3.0, backward=1.0),
+                             rank("c", 7, forward=1.0, communication=9.0)])  # fmt: skip
+    assert (found.slowest_rank, found.slowest_host, found.slowest_ratio, found.work_s) == (1, "b", 4.0, 1.0)
+    assert found.seconds == pytest.approx({"forward": 5 / 3, "communication": 4.0, "backward": 1 / 3})
+    assert (found.memory_bytes, found.memory_rank, found.sent_bytes) == (9, 1, {"all-reduce": 9})
+
+
+def test_console_warns_of_a_rank_that_is_slow_twice_running(capsys):
+    console = Console(every=5, steps=100, straggler=1.5)
+    for step, rank, ratio in ((5, 1, 2.0), (10, 2, 2.0), (15, 2, 1.8), (20, 2, 1.2)):
+        console.write(PerformanceReport(step, {"forward": 3.0, "data": 1.0}, {"all-reduce": 2e6}, 2**30, 0, 0.5, rank,
+                                        "node-7", ratio))  # fmt: skip
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.strip() == "forward 75%, data 25%; 2.0 MB sent a step; 1.00 GiB of memory"
+    assert "rank 2 on node-7 holds the others up" in second
+    assert "1.80 times" in second
+
+
+@pytest.mark.parametrize(
+    ("policy", "layers"), [("none", 0), ("every-layer", 4), ("every-kth-layer", 2), ("offload", 4)]
+)
+def test_flops_done_again_are_those_of_the_layers_that_run_again(policy, layers):
+    settings = ActivationCheckpointingConfig(policy=policy)
+    model = LanguageModel(CONFIG)
+    again = recomputed_flops_per_token(CONFIG, 64, settings, model.layers, "tiles")
+    terms = forward_flops(CONFIG, 64)
+    assert again == pytest.approx({0: 0, 4: sum(terms.values()) - terms["head"]}.get(layers, again))
+    speed = Speed(3e9, 1e12, again)
+    assert speed.hfu(10.0) == pytest.approx(speed.mfu(10.0) + again * 10 / 1e12)
+
+
+@pytest.mark.parametrize("policy", ["every-layer", "every-kth-layer", "selective"])
+def test_flops_done_again_are_what_torch_counts_beyond_a_run_that_keeps_all(policy):
+    def counted(settings: ActivationCheckpointingConfig) -> int:
+        torch.manual_seed(0)
+        model = LanguageModel(CONFIG)
+        model.checkpoint = activation.policy(settings, model.layers)
+        ids = torch.randint(50, (2, 64))
+        with FlopCounterMode(display=False) as counter:
+            model(ids, ids, torch.ones_like(ids, dtype=torch.bool)).total.backward()
+        return counter.get_total_flops()
+
+    settings = ActivationCheckpointingConfig(policy=policy)
+    more = counted(settings) - counted(ActivationCheckpointingConfig())
+    again = recomputed_flops_per_token(CONFIG, 64, settings, LanguageModel(CONFIG).layers, "fused-tiles")
+    if policy != "selective":  # which keeps attention; and torch counts nothing of its fused kernel for CPUs
+        for index in filter(settings.runs_again, range(CONFIG.depth)):
+            terms = MIXER_TERMS[CONFIG.mixers()[index]](CONFIG, 64)
+            again -= terms["attention"] + terms.get("cross", 0)
+    assert more / 128 == pytest.approx(again, rel=0.02)
+
+
+@pytest.mark.ranks
+def test_a_run_reports_bytes_that_are_known_and_traces_a_window(recipe_file, tmp_path, on_ranks, unmeasured):
+    recipe = recipe_file(
+        log={"every": 2, "profile": [2, 3]}, train={"steps": 4}, evaluation={"every": 0}, parallel={"sp": 2}
+    )
+    run = tmp_path / "run"
+
+    def on_rank(ranks: Any) -> int:
+        train(Request(recipe, [], run, False, None), ranks)
+        return 0
+
+    on_ranks(2, on_rank)
+    reports = [line for line in read_lines(run / FILE) if line["kind"] == "performance"]
+    assert [line["step"] for line in reports] == [2, 4]
+    model = load_recipe(run / "recipe.yaml").model
+    parameters = sum(p.numel() for p in LanguageModel(model).parameters())
+    sent = reports[0]["sent_bytes"]  # ZeRO-1 on two ranks: gradients once around, and half of the weights
+    assert sent["all-reduce"] == pytest.approx(4 * parameters, rel=0.01)
+    assert sent["all-gather"] == pytest.approx(4 * parameters / 2, rel=0.05)
+    between = rehearse(model, sp=2, rows=1, slice_length=16)
+    assert {kind: sent[kind] for kind in between} == {kind: 4 * count for kind, count in between.items()}
+    assert {"forward", "backward", "optimizer", "data", "communication"} <= reports[1]["seconds"].keys()
+    assert reports[1]["memory_bytes"] > 2**20
+    for rank in (0, 1):
+        trace = json.loads(gzip.decompress((run / DIRECTORY / f"steps-2-3-rank-{rank:05d}.json.gz").read_bytes()))
+        assert len(trace["traceEvents"]) > 100

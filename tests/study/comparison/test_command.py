@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+from bst_dist.cli import main
+from bst_dist.faults.watchdog import HEARTBEATS
+from bst_dist.model.lm import LanguageModel
+from bst_dist.report.metrics import FILE
+from bst_dist.study.comparison.command import compare
+from bst_dist.study.comparison.outline import outline
+from bst_dist.train.rundir import OUTCOME, RECIPE
+
+
+def write(run_dir, lines):
+    (run_dir / FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def train(step, loss, text_bytes=20.0, seconds=2.0):
+    return {"kind": "train", "step": step, "tokens": 10 * step, "loss_nats": loss, "step_time_s": seconds,
+            "bits_per_byte": loss * 10 / math.log(2) / text_bytes, "tokens_per_s": 10 / seconds}  # fmt: skip
+
+
+def evaluation(step, blocks, text_bytes=50.0):
+    loss = sum(blocks) / len(blocks)
+    return {"kind": "eval", "split": "validation", "step": step, "tokens": 30, "loss_nats": loss, "time_s": 1.0,
+            "bits_per_byte": loss * 30 / math.log(2) / text_bytes, "loss_by_block": blocks}  # fmt: skip
+
+
+@pytest.fixture
+def pair(make_run):
+    """Two runs on the same text; the second is 0.5 nats better in training, and longer."""
+    one, other = make_run("one"), make_run("other")
+    text_bytes = [20.0, 17.0, 23.0, 19.0, 31.0, 13.0]
+    losses = [5.0, 4.5, 4.75, 4.0, 3.5, 3.0]
+    write(one, [*(train(s + 1, losses[s], text_bytes[s]) for s in range(4)), evaluation(4, [4.0, 3.0, 2.0])])
+    write(other, [*(train(s + 1, losses[s] - 0.5 - 0.25 * (s == 3), text_bytes[s]) for s in range(6)),
+                  evaluation(4, [3.5, 2.5, 1.0]), evaluation(6, [3.0, 2.0, 1.0])])  # fmt: skip
+    return one, other
+
+
+def compared(*runs):
+    return compare({str(number): outline(run_dir) for number, run_dir in enumerate(runs)})
+
+
+def test_differences_are_paired_by_step_and_by_block_where_the_text_is_the_same(pair):
+    first, second = compared(*pair)["runs"]
+    assert "train_difference_nats" not in first
+    assert second["train_difference_steps"] == [1, 4]
+    assert second["train_difference_nats"] == pytest.approx(-(0.5 * 3 + 0.75) / 4)
+    assert second["train_difference_nats_standard_error"] == pytest.approx(0.125 / 2)  # sd of (0, 0, 0, 1/4), over √4
+    assert second["validation_difference_step"] == 4
+    assert second["validation_difference_nats"] == pytest.approx(-2 / 3)
+    assert second["validation_difference_nats_standard_error"] == pytest.approx(1 / 6)  # of -1/2, -1/2, -1
+
+
+def test_other_text_is_never_paired_even_where_a_step_has_as_many_bytes_by_chance(pair, make_run):
+    odd = make_run("odd")
+    write(odd, [train(1, 4.0, 20.0), train(2, 4.0, 30.0), train(3, 4.0, 40.0), evaluation(4, [1.0, 1.0, 1.0], 51.0)])
+    assert not [key for key in compared(pair[0], odd)["runs"][1] if "difference" in key]
+
+
+def test_figures_are_those_of_the_metrics(pair):
+    _, second = compared(*pair)["runs"]
+    assert (second["step"], second["tokens"]) == (6, 60)
+    assert second["train_loss_nats"] == pytest.approx(sum([4.5, 4.0, 4.25, 3.25, 3.0, 2.5]) / 6)
+    assert second["validation_loss_nats"] == 2.0
+    assert second["time_s"] == 6 * 2.0 + 2 * 1.0
+    assert second["parameters"] == sum(p.numel() for p in LanguageModel(_model(pair[1])).parameters())
+
+
+def _model(run_dir):
+    from bst_dist.train.rundir import read_recipe
+
+    return read_recipe(run_dir).model
+
+
+def test_only_fields_that_differ_are_shown_with_all_values(pair, make_run):
+    third = make_run("third")
+    recipe = yaml.safe_load((third / RECIPE).read_text())
+    recipe["name"] = "another"
+    recipe["model"]["width"] = 32
+    recipe["task"] = {"name": "listops"}  # a run of another kind has fields that others do not
+    (third / RECIPE).write_text(yaml.safe_dump(recipe))
+    assert compared(*pair, third)["recipe_differences"] == {
+        "model.width": [16, 16, 32], "task.name": [None, None, "listops"],
+    }  # fmt: skip
+
+
+def test_the_report_of_eval_on_the_last_step_is_found(pair):
+    corpora = [{"documents": 7, "bits_per_byte": 2.25, "bits_per_byte_standard_error": 0.125}]
+    report = {"command": "bst eval", "step": 4, "split": "validation", "context_tokens": None, "corpora": corpora}
+    (pair[0] / "reports").mkdir()
+    (pair[0] / "reports" / "after.json").write_text(json.dumps(report))
+    (pair[0] / "reports" / "before.json").write_text(json.dumps(report | {"step": 0, "corpora": [{}]}))
+    (pair[0] / "reports" / "broken.json").write_text("{")
+    first, second = compared(*pair)["runs"]
+    assert (first["scored_documents"], first["scored_bits_per_byte_standard_error"]) == (7, 0.125)
+    assert "scored_documents" not in second
+
+
+def test_documents_are_paired_when_they_are_the_same(pair):
+    report = {"command": "bst eval", "split": "validation", "context_tokens": None}
+    nats, bytes_ = np.array([[3.0, 8.0, 5.0], [2.5, 7.5, 5.5]]), [10, 20, 30]
+    for run_dir, step, scored in zip(pair, (4, 6), nats.tolist(), strict=True):
+        corpus = {"documents": 3, "document_nats": scored, "document_bytes": bytes_, "bits_per_byte": 1.0}
+        (run_dir / "eval.json").write_text(json.dumps(report | {"step": step, "corpora": [corpus]}))
+    _, second = compared(*pair)["runs"]
+    difference = (nats[1] - nats[0]) / math.log(2)
+    value = difference.sum() / 60
+    error = math.sqrt(3 / 2 * ((difference - value * np.array(bytes_)) ** 2).sum()) / 60
+    assert second["scored_difference_bits_per_byte"] == pytest.approx(value)
+    assert second["scored_difference_bits_per_byte_standard_error"] == pytest.approx(error)
+    corpus["document_bytes"] = [10, 21, 30]
+    (pair[1] / "eval.json").write_text(json.dumps(report | {"step": 6, "corpora": [corpus]}))
+    assert "scored_difference_bits_per_byte" not in compared(*pair)["runs"][1]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "beat_age_s", "status"),
+    [
+        ({"finished": True}, None, "finished"),
+        ({"finished": False, "stopped": "SIGTERM"}, None, "stopped"),
+        ({"finished": False}, None, "stopped"),
+        ({"finished": False, "diverged": "the loss is nan"}, None, "diverged"),
+        (None, 1.0, "running"),
+        (None, 600.0, "broken off"),
+        (None, None, "broken off"),
+    ],
+)
+def test_where_a_run_stands(pair, outcome, beat_age_s, status):
+    run_dir = pair[0]
+    if outcome:
+        (run_dir / OUTCOME).write_text(json.dumps(outcome))
+    if beat_age_s:
+        (run_dir / HEARTBEATS).mkdir()
+        (run_dir / HEARTBEATS / "rank-00000.json").write_text("{}")
+        os.utime(run_dir / HEARTBEATS / "rank-00000.json", (time.time() - beat_age_s,) * 2)
+    assert outline(run_dir).standing.status == status
+
+
+def test_runs_of_any_kind_and_length_are_shown_without_a_traceback(pair, make_run, tmp_path, capsys):
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    (odd / RECIPE).write_text("task: listops\nwidth: 3\n")
+    write(odd, [{"kind": "train", "step": 1, "accuracy": 0.5}, {"kind": "eval", "step": 1, "accuracy": 0.25}])
+    empty = make_run("empty")
+    write(empty, [])
+    assert main(["compare", *map(str, (*pair, odd, empty, make_run("more"), make_run("most")))]) == 0
+    out = capsys.readouterr().out
+    assert "0.2500" in out
+    assert "no step taken yet" in out
+
+
+def test_the_curves_are_drawn_over_tokens_and_time(pair, tmp_path, capsys):
+    assert main(["compare", *map(str, pair), "--plot", str(tmp_path / "deep/compared.png")]) == 0
+    assert (tmp_path / "deep/compared.png").read_bytes()[:4] == b"\x89PNG"
+    assert main(["compare", *map(str, pair), "--plot", str(tmp_path / "compared.docx")]) == 2
+    assert "must be one of .png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("extra", [[], ["--plot", "x.png"]])
+def test_a_directory_without_a_run_is_one_message(pair, tmp_path, capsys, extra):
+    assert main(["compare", str(pair[0]), str(tmp_path), *extra]) == 2
+    assert f"{tmp_path}: no run there" in capsys.readouterr().err
+
+
+def test_one_run_is_too_few(pair, capsys):
+    assert main(["compare", str(pair[0]), str(pair[0])]) == 2
+    assert main(["compare", str(pair[0]), "--equal"]) == 2
+    assert "two runs" in capsys.readouterr().err

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bst_base.errors import UserError
+from bst_dist.checkpoint.directory import MANIFEST, WEIGHTS, directory, shard_file
+from bst_dist.cli import main
+from bst_dist.report.metrics import FILE
+from bst_dist.study.comparison.equality import equality
+
+
+def edit_metrics(run_dir, edit):
+    lines = [json.loads(line) for line in (run_dir / FILE).read_text().splitlines()]
+    (run_dir / FILE).write_text("".join(json.dumps(line) + "\n" for line in edit(lines)))
+
+
+def test_equal_runs_pass_with_differences_of_zero(make_run, capsys, tmp_path):
+    one, other = make_run("one"), make_run("other")
+    assert main(["compare", "--equal", str(one), str(other), "--json", str(tmp_path / "report.json")]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["steps"], report["evaluations"]) == (4, 1)
+    assert set(report["largest_difference"].values()) == {0.0}
+    assert "equal to the last bit" in capsys.readouterr().out
+
+
+def test_one_bit_of_one_weight_is_seen(make_run, capsys):
+    one, other = make_run("one"), make_run("other")
+    path = directory(other, 4) / shard_file(WEIGHTS, 0)
+    weights = load_file(path)
+    weights["norm.weight"][3] = torch.nextafter(weights["norm.weight"][3], torch.tensor(2.0))
+    save_file(weights, path)
+    manifest = json.loads((path.parent / MANIFEST).read_text())
+    manifest["files"][path.name] |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    (path.parent / MANIFEST).write_text(json.dumps(manifest))
+    report = equality(one, other)
+    assert not report["passed"]
+    assert report["largest_difference"]["weights"] == pytest.approx(2**-23)
+    assert main(["compare", "--equal", str(one), str(other)]) == 1
+    assert "NOT equal" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [1.0000001, float("nan")])
+def test_a_loss_that_differs_at_any_step_fails(make_run, value):
+    one, other = make_run("one"), make_run("other")
+    edit_metrics(other, lambda lines: [lines[0] | {"loss_nats": value}, *lines[1:]])
+    report = equality(one, other)
+    assert not report["passed"] and report["largest_difference"]["loss_nats"] > 0
+
+
+def test_an_evaluation_more_where_a_run_was_stopped_is_no_difference(make_run):
+    one, other = make_run("one"), make_run("other")
+    edit_metrics(other, lambda lines: [*lines, lines[-1] | {"step": 2}])
+    assert equality(one, other)["passed"]
+
+
+def test_speed_is_not_compared(make_run):
+    one, other = make_run("one"), make_run("other")
+    edit_metrics(other, lambda lines: [line | {"tokens_per_s": 7} for line in lines])
+    assert equality(one, other)["passed"]
+
+
+def test_runs_of_unequal_length_are_refused(make_run):
+    one, other = make_run("one"), make_run("other")
+    edit_metrics(other, lambda lines: lines[:3])
+    with pytest.raises(UserError, match="only one of them has step 4"):
+        equality(one, other)
+
+
+def test_runs_that_ended_elsewhere_are_refused(make_run):
+    with pytest.raises(UserError, match="not come equally far"):
+        equality(make_run("one"), make_run("other", steps=(3,)))
+
+
+def test_models_of_other_seeds_differ(make_run):
+    assert not equality(make_run("one"), make_run("other", seed=1))["passed"]

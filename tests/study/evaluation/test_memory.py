@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bst_dist.study.evaluation import memory
+from bst_dist.study.evaluation.memory import PeakMemory
+
+MIB = 2**20
+
+
+def test_the_peak_is_of_what_came_after_and_is_forgotten_by_the_next():
+    cpu = torch.device("cpu")
+    before = PeakMemory(cpu).bytes()
+    first = PeakMemory(cpu)
+    if before is None:
+        pytest.skip("the system does not tell")
+    held = torch.ones(64 * MIB // 4)
+    del held
+    assert first.bytes() - before == pytest.approx(64 * MIB, rel=0.2)
+    assert PeakMemory(cpu).bytes() - before < 32 * MIB
+
+
+def test_a_system_that_does_not_tell_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_CLEAR", tmp_path / "none" / "clear_refs")
+    assert PeakMemory(torch.device("cpu")).bytes() is None

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bst_base.errors import UserError
+from bst_dist.checkpoint.directory import WEIGHTS, directory, shard_file
+from bst_dist.model.lm import LanguageModel
+from bst_dist.study.evaluation.trained import open_run
+
+
+def test_the_newest_checkpoint_is_opened_and_an_older_one_on_request(make_run):
+    run_dir = make_run(steps=(2, 4))
+    assert [open_run(run_dir).step, open_run(run_dir, 2).step] == [4, 2]
+    assert not torch.equal(open_run(run_dir).model.embedding.weight, open_run(run_dir, 2).model.embedding.weight)
+
+
+def test_step_zero_is_the_model_that_the_seed_makes(make_run):
+    trained = open_run(make_run(), 0)
+    torch.manual_seed(trained.recipe.seed)
+    expected = LanguageModel(trained.recipe.model)
+    for name, parameter in trained.model.state_dict().items():
+        assert torch.equal(parameter, expected.state_dict()[name]), name
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(make_run):
+    run_dir = make_run(steps=(2, 4))
+    path = directory(run_dir, 4) / shard_file(WEIGHTS, 0)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert open_run(run_dir).step == 2
+    with pytest.raises(UserError, match="bytes instead of"):
+        open_run(run_dir, 4)
+
+
+def test_a_missing_checkpoint_is_refused_with_those_that_exist(make_run):
+    with pytest.raises(UserError, match="no checkpoint of step 3; there are: 4, 2"):
+        open_run(make_run(steps=(2, 4)), 3)
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no run there"):
+        open_run(tmp_path)

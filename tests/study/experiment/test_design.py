@@ -1,0 +1,106 @@
+"""From a file to its runs; files that cannot answer are refused with one message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bst_base.errors import UserError
+from bst_dist.cli import main
+from bst_dist.study.experiment.config import load_experiment
+from bst_dist.study.experiment.design import require_corpora, trials
+
+ROOT = Path(__file__).resolve().parents[3]
+SHIPPED = sorted(path for path in (ROOT / "launch/recipes/ablations").glob("*.yaml") if path.name != "base.yaml")
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Writes an experiment with some entries changed, and returns its runs."""
+    base = {
+        "model": {"width": 16, "heads": 2, "ffn": 32, "block": 8, "depth": 2, "mixer": "bst", "vocab_size": 300},
+        "data": {"corpus": "none"},
+        "train": {"steps": 4, "sequence_length": 16, "sequences": 2},
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+
+    def _make(**changes):
+        data = {"name": "t", "question": "Does it?", "recipe": "base.yaml", "reference": "sliding", "seeds": [0, 1],
+                "arms": {"sliding": {"model.mixer": "sliding"}, "bst": {}}, **changes}  # fmt: skip
+        path = tmp_path / "experiment.yaml"
+        data = {key: value for key, value in data.items() if value is not None}
+        path.write_text(yaml.safe_dump(data, sort_keys=False))
+        experiment = load_experiment(path, [])
+        return experiment, trials(experiment)
+
+    return _make
+
+
+def test_every_arm_is_run_under_every_condition_with_every_seed(make):
+    _, found = make(conditions={"short": {}, "long": {"train": {"sequence_length": 32, "sequences": 1}}})
+    assert [(t.seed, t.condition, t.arm) for t in found] == [
+        (seed, condition, arm) for seed in (0, 1) for condition in ("short", "long") for arm in ("sliding", "bst")
+    ]
+    long = found[2].recipe
+    assert (long.seed, long.model.mixer, long.train.sequence_length, long.train.steps) == (0, "sliding", 32, 4)
+    assert len({trial.name for trial in found}) == 8
+
+
+def test_the_same_arm_of_another_experiment_is_the_same_run(make):
+    _, one = make()
+    _, other = make(name="other", question="And does that?", arms={"sliding": {"model.mixer": "sliding"}})
+    assert other[0].name == one[0].name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": {"sliding": {"model.mixr": "sliding"}}}, "arm sliding: unknown key 'model.mixr'.*'model.mixer'"),
+        ({"arms": {"sliding": {"model.mixer.kind": "x"}}}, "arm sliding: setting 'model.mixer.kind': 'mixer' is a val"),
+        ({"reference": "full"}, "reference 'full' is not among the arms: sliding, bst"),
+        ({"question": None}, "key 'question' is required"),
+        ({"seed": [1]}, "unknown key 'seed': did you mean 'seeds'"),
+        ({"seeds": [1, 1]}, "seeds holds a value twice"),
+        ({"seeds": []}, "seeds: "),
+        ({"recipe": "nowhere.yaml"}, "recipe nowhere.yaml: no such file beside it"),
+        ({"arms": {"sliding": {}, "twin": {}}}, "arms sliding and twin are the same recipe"),
+        ({"arms": {"sliding": {}, "long": {"train.steps": 8}}}, r"numbers of tokens \(sliding 128, long 256\)"),
+        ({"arms": {"sliding": {"train.sequence_length": 12}}}, "arm sliding: .*not a multiple of model.block"),
+        ({"measure": {"lengths": [16, 20]}}, r"measure.lengths 20 is not a multiple of the block, 8"),
+        ({"measure": {"lengths": [16, 16]}}, "lengths holds a value twice"),
+        ({"measure": {"time_to": 3.0}}, "measure.time_to needs evaluations on the way"),
+        ({"measure": {"speed": True}}, "measure.speed needs log.every of at most train.steps, 4"),
+        ({"measure": {"validation": False}}, "nothing is measured"),
+    ],
+)  # fmt: skip
+def test_a_bad_file_is_refused_with_what_is_wrong(make, changes, message):
+    with pytest.raises(UserError, match=message):
+        make(**changes)
+
+
+@pytest.mark.parametrize(("text", "message"), [("- a list", "expected settings"), ("a: [", "not readable as YAML")])
+def test_a_base_that_is_no_recipe_is_refused(make, tmp_path, text, message):
+    make()
+    (tmp_path / "base.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"base.yaml: {message}"):
+        trials(load_experiment(tmp_path / "experiment.yaml", []))
+
+
+def test_a_corpus_that_is_not_there_is_told_before_anything_is_trained(make, tmp_path, capsys):
+    _, found = make()
+    with pytest.raises(UserError, match="none"):
+        require_corpora(found)
+    status = main(["experiment", "run", str(tmp_path / "experiment.yaml"), f"directory={tmp_path / 'out'}"])
+    assert status == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_experiments_that_come_with_the_project_are_sound(path):
+    experiment = load_experiment(path, [])
+    found = trials(experiment)
+    assert len(found) == len(experiment.conditions) * len(experiment.arms) * len(experiment.seeds)
+    assert len({trial.tokens for trial in found}) == 1

@@ -1,0 +1,185 @@
+"""From run directories to the table, against what was put into them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+
+import pytest
+import yaml
+
+from bst_base.settings import dump
+from bst_dist.study.experiment.commands.report import report
+from bst_dist.study.experiment.config import load_experiment
+from bst_dist.study.experiment.design import trials
+from bst_dist.study.experiment.measure import reached
+from bst_dist.study.runs.state import State
+
+
+@pytest.fixture
+def made(tmp_path):
+    """An experiment of two arms whose run directories are written by hand."""
+    base = {
+        "model": {"width": 16, "heads": 2, "ffn": 32, "block": 8, "depth": 2, "mixer": "bst", "vocab_size": 300},
+        "data": {"corpus": "none"},
+        "train": {"steps": 4, "sequence_length": 16, "sequences": 2},
+        "evaluation": {"every": 1},
+        "log": {"every": 2},
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    data = {"name": "t", "question": "Does it?", "recipe": "base.yaml", "reference": "sliding", "seeds": [0, 1],
+            "arms": {"sliding": {"model.mixer": "sliding"}, "fir": {"model.ssm": {"kernel": "explicit", "length": 16}}},
+            "directory": str(tmp_path / "out"), "measure": {"speed": True, "time_to": 3.0}}  # fmt: skip
+
+    class Made:
+        def __init__(self, **changes):
+            path = tmp_path / "experiment.yaml"
+            path.write_text(yaml.safe_dump({**data, **changes}, sort_keys=False))
+            self.experiment = load_experiment(path, [])
+            self.trials = trials(self.experiment)
+            self.state = State(self.experiment.directory, 1)
+
+        def finish(self, trial, losses, step_times=(9.0, 0.5, 0.25, 1.0), outcome=None):
+            """A run that ended with these evaluations, a step each."""
+            run = self.state.directory(trial.name)
+            run.mkdir(parents=True)
+            (run / "recipe.yaml").write_text(dump(trial.recipe))
+            lines = []
+            for step, (loss, seconds) in enumerate(zip(losses, step_times, strict=True), 1):
+                lines += [
+                    {"kind": "train", "step": step, "tokens": 32 * step, "step_time_s": seconds,
+                     "tokens_per_s": 32 / seconds, "bits_per_byte": loss + 1},
+                    {"kind": "eval", "step": step, "loss_nats": 2 * loss, "bits_per_byte": loss},
+                    {"kind": "performance", "step": step, "memory_bytes": step * 2**20},
+                ]  # fmt: skip
+            (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            (run / "outcome.json").write_text(json.dumps(outcome or {"finished": True}))
+
+        def evaluated(self, trial, bits, sizes, lengths=(16, 32)):
+            """What its evaluation gave by length and document, as it is kept."""
+            ask = f"at-{'-'.join(map(str, lengths))}-of-all"
+            kept = self.experiment.directory / "lengths" / f"{trial.name}-{ask}.json"
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            beyond = "fir" if trial.arm == "fir" else "carried"
+            results = [{"length": n, "how": beyond if n > 16 else "carried", "bits": b, "bytes": sizes}
+                       for n, b in zip(lengths, bits, strict=True)]  # fmt: skip
+            kept.write_text(json.dumps(results))
+
+        def report(self):
+            return report(self.experiment, self.trials)
+
+    return Made
+
+
+def _rows(table):
+    return {row["arm"]: row for row in table["rows"]}
+
+
+def test_the_table_says_what_the_runs_gave(made, capsys):
+    m = made()
+    for trial in m.trials:
+        fir = trial.arm == "fir"
+        times = (9, 1, 0.5, 2) if fir else (9, 0.5, 0.25, 1)
+        m.finish(trial, [6.0, 4.0, 2.5, 2.0 + fir * (0.1 + 0.01 * trial.seed)], times)
+    table = m.report()
+    rows = _rows(table)
+    loss = rows["sliding"]["measured"]["bits_per_byte"]
+    assert (loss["value"], loss["standard_error"], loss["over"], loss["n"]) == (2.0, 0.0, "seeds", 2)
+    loss = rows["fir"]["measured"]["bits_per_byte"]
+    assert loss["by_seed"] == {"0": pytest.approx(2.1), "1": pytest.approx(2.11)}
+    gap = rows["fir"]["difference"]["bits_per_byte"]
+    assert gap["value"] == pytest.approx(0.105)
+    assert gap["standard_error"] == pytest.approx(0.005)
+    assert gap["interval_95"] == pytest.approx(12.7062 * 0.005, rel=1e-4)  # Student's t with one degree of freedom
+    assert gap["apart"]
+    assert "difference" not in rows["sliding"] or not rows["sliding"]["difference"]
+    assert rows["sliding"]["measured"]["tokens_per_s"]["value"] == 64  # of 64, 128 and 32: the first step is left out
+    assert rows["sliding"]["measured"]["memory_mib"]["value"] == 4
+    # 3.0 lies between 4.0 after step 2 and 2.5 after step 3, two thirds of the way; the median step takes 0.5 s.
+    assert rows["sliding"]["measured"]["tokens_to_loss"]["value"] == pytest.approx(32 * (2 + 2 / 3))
+    assert rows["sliding"]["measured"]["seconds_to_loss"]["value"] == pytest.approx(0.5 * (2 + 2 / 3))
+    shown = capsys.readouterr().out
+    assert "+0.1050 ± 0.0050 *" in shown
+    assert "-50% ± 0%" in shown  # tokens/s, as a share of the reference's
+    assert "differences are paired by seed" in shown
+
+
+def test_files_hold_the_same_table(made):
+    m = made()
+    for trial in m.trials:
+        m.finish(trial, [6.0, 4.0, 2.5, 2.0 + trial.seed])
+    table, out = m.report(), m.experiment.results
+    assert json.loads((out / "table.json").read_text()) == table
+    with (out / "table.csv").open() as file:
+        cells = {(row["arm"], row["column"]): row for row in csv.DictReader(file)}
+    assert float(cells["fir", "bits_per_byte"]["value"]) == 2.5
+    assert float(cells["fir", "bits_per_byte"]["difference"]) == 0
+    assert "| sliding | 2 of 2 |" in (out / "report.md").read_text()
+    assert (out / "figures" / "t.png").stat().st_size > 1000
+
+
+def test_one_seed_has_errors_over_documents_paired_with_the_reference(made):
+    m = made(seeds=[3], measure={"lengths": [16, 32], "validation": False})
+    sliding, fir = m.trials
+    for trial in m.trials:
+        m.finish(trial, [6.0, 4.0, 2.5, 2.0])
+    m.evaluated(sliding, [[8.0, 30.0, 21.0], [8.0, 30.0, 20.0]], [4, 10, 6])
+    m.evaluated(fir, [[8.0, 30.0, 22.0], [9.0, 32.0, 21.0]], [4, 10, 6])
+    table = m.report()
+    gap = _rows(table)["fir"]["difference"]["bits_per_byte_at_32"]
+    residuals = [d - 4 / 20 * size for d, size in zip([1.0, 2.0, 1.0], [4, 10, 6], strict=True)]
+    assert gap["value"] == pytest.approx(4 / 20)
+    assert gap["standard_error"] == pytest.approx(math.sqrt(3 / 2 * sum(r * r for r in residuals)) / 20)
+    assert (gap["over"], gap["n"]) == ("documents", 3)
+    assert "one seed" in table["standard_errors"]
+    assert "FIR of the trained length, 16 tokens" in " ".join(table["notes"])
+
+
+def test_a_length_that_a_model_refuses_is_said_and_the_others_are_measured(made):
+    m = made(seeds=[3], arms={"sliding": {"model.mixer": "sliding"}, "full": {
+        "model.mixer": "full", "model.full": {"longest": 16}}},
+        measure={"lengths": [16, 32]})  # fmt: skip
+    for trial in m.trials:
+        m.finish(trial, [6.0, 4.0, 2.5, 2.0])
+    m.evaluated(m.trials[0], [[8.0, 30.0], [8.0, 30.0]], [4, 10])
+    m.evaluated(m.trials[1], [[8.0, 30.0]], [4, 10], lengths=(16,))
+    row = _rows(m.report())["full"]
+    assert "bits_per_byte_at_16" in row["measured"]
+    assert "bits_per_byte_at_32" not in row["measured"]
+    assert "refused: length 32" in row["notes"]["bits_per_byte_at_32"]
+
+
+def test_runs_that_diverged_or_wait_are_in_the_table(made, capsys):
+    m = made()
+    (first, second, third, _) = m.trials
+    m.finish(first, [6.0, 4.0, 2.5, 2.0])
+    m.finish(second, [6.0, 4.0, 2.5, 2.1])
+    m.finish(third, [9.0] * 4, outcome={"finished": False, "diverged": "the loss is nan in step 3"})
+    table = m.report()
+    assert table["runs"] == {"done": 2, "diverged": 1, "waiting": 1}
+    assert _rows(table)["sliding"]["seeds"] == {"0": "done", "1": "diverged"}
+    assert _rows(table)["fir"]["difference"]["bits_per_byte"]["n"] == 1
+    shown = capsys.readouterr().out
+    assert "sliding: diverged the loss is nan in step 3 (seed 1)" in shown
+    assert "1 of 2" in shown
+
+
+def test_a_loss_that_is_not_reached_is_said(made):
+    m = made(measure={"time_to": 1.0})
+    for trial in m.trials:
+        m.finish(trial, [6.0, 4.0, 2.5, 0.5 if trial.seed else 2.0])
+    row = _rows(m.report())["fir"]
+    assert row["measured"]["tokens_to_loss"]["n"] == 1
+    assert row["notes"]["tokens_to_loss"] == "1 of 2 seeds: not reached: at best 2.000"
+
+
+def test_before_anything_is_trained_there_is_a_table_of_nothing(made):
+    table = made().report()
+    assert table["runs"] == {"waiting": 4}
+    assert all(not row["measured"] for row in table["rows"])
+
+
+@pytest.mark.parametrize(("target", "step"), [(7.0, 10.0), (5.0, 15.0), (4.0, 20.0), (3.5, 38.0), (3.0, None)])
+def test_the_step_that_reaches_a_loss_lies_between_evaluations(target, step):
+    assert reached(target, [(10, 6.0), (20, 4.0), (30, 4.5), (40, 3.25)]) == (step and pytest.approx(step))

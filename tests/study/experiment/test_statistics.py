@@ -1,0 +1,74 @@
+"""The table's statistics against hand computation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from bst_dist.study.experiment.statistics import ByDocument, Reading, difference, level
+
+
+def test_over_seeds_the_error_is_that_of_a_mean():
+    found = level({0: Reading(2.0), 1: Reading(2.2), 2: Reading(2.7)})
+    assert found.value == pytest.approx(2.3)
+    # Deviations -0.3, -0.1, 0.4: variance 0.26 / 2 = 0.13, by three seeds.
+    assert found.standard_error == pytest.approx(math.sqrt(0.13 / 3))
+    assert (found.over, found.n) == ("seeds", 3)
+
+
+def test_a_difference_is_paired_by_seed():
+    """What the seeds have in common cancels: the arms spread by tenths, their differences by thousandths."""
+    arm = {0: Reading(2.001), 1: Reading(2.202), 2: Reading(2.703)}
+    reference = {2: Reading(2.7), 0: Reading(2.0), 1: Reading(2.2)}
+    found = difference(arm, reference)
+    assert found.value == pytest.approx(0.002)
+    assert found.standard_error == pytest.approx(0.001 / math.sqrt(3))
+    ours = stats.ttest_rel([2.001, 2.202, 2.703], [2.0, 2.2, 2.7])
+    assert found.interval == pytest.approx(0.002 - ours.confidence_interval(0.95).low)
+    assert found.apart == (ours.pvalue < 0.05)
+
+
+def test_only_seeds_that_both_have_are_paired():
+    arm = {0: Reading(2.0), 1: Reading(3.0), 2: Reading(9.0)}
+    found = difference(arm, {0: Reading(1.0), 1: Reading(2.5)})
+    assert (found.value, found.n) == (pytest.approx(0.75), 2)
+    assert difference(arm, {7: Reading(1.0)}) is None
+
+
+def test_with_one_seed_the_error_is_over_documents():
+    bits, sizes = np.array([8.0, 30.0, 21.0]), np.array([4, 10, 6])
+    found = level({5: Reading(59 / 20, ByDocument(bits, sizes))})
+    residuals = bits - 59 / 20 * sizes
+    assert found.value == pytest.approx(59 / 20)
+    assert found.standard_error == pytest.approx(math.sqrt(3 / 2 * (residuals**2).sum()) / 20)
+    assert (found.over, found.n) == ("documents", 3)
+
+
+def test_a_difference_is_paired_by_document():
+    """The same documents are hard for both: the error of the difference is that of the costs' differences."""
+    sizes = np.array([4, 10, 6])
+    hard = np.array([8.0, 30.0, 21.0])
+    arm = {0: Reading(0.0, ByDocument(hard + 0.1 * sizes, sizes))}
+    reference = {0: Reading(0.0, ByDocument(hard, sizes))}
+    found = difference(arm, reference)
+    assert found.value == pytest.approx(0.1)
+    assert found.standard_error == pytest.approx(0, abs=1e-12)
+    assert level(arm).standard_error > 0.1
+    assert not found.apart  # of one seed each, the two models differ for certain, and the arms need not
+
+
+def test_documents_that_are_not_the_same_are_not_paired():
+    arm = {0: Reading(2.5, ByDocument(np.array([10.0, 10.0]), np.array([4, 4])))}
+    reference = {0: Reading(2.0, ByDocument(np.array([10.0]), np.array([5])))}
+    found = difference(arm, reference)
+    assert (found.value, found.standard_error, found.over) == (pytest.approx(0.5), None, None)
+
+
+def test_one_run_alone_has_no_error_and_nothing_is_apart():
+    found = level({0: Reading(3.0)})
+    assert found == (3.0, None, None, 1)
+    assert found.interval is None
+    assert not found.apart

@@ -1,0 +1,94 @@
+"""Intervals, forms and joint fits over repeated synthetic sweeps of known laws."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bst_dist.study.laws import isoflop, uncertainty
+from bst_dist.study.laws.fit import fit
+from bst_dist.study.laws.joint import fit_shared, shared_e_p_value
+from bst_dist.study.laws.law import Law, Points
+
+PUBLISHED = Law(E=1.82, A=480.0, alpha=0.347, B=2100.0, beta=0.366)
+BENT = Law(E=1.8, A=400.0, alpha=0.34, B=1200.0, beta=0.36, kappa=0.06, log_aspect=np.log(40.0))
+
+
+def joined(*parts):
+    return Points(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in Points.__dataclass_fields__})
+
+
+def test_bootstrap_intervals_cover_the_truth_about_as_often_as_they_say(sweep):
+    hits, tried = {"alpha": 0, "beta": 0}, 20
+    for seed in range(tried):
+        points = sweep(PUBLISHED, noise=0.004, seed=seed)
+        fitted = fit(points)
+        found = uncertainty.intervals(fitted, uncertainty.bootstrap(fitted, points, draws=40, seed=seed))
+        for name in hits:
+            hits[name] += found[name].low <= getattr(PUBLISHED, name) <= found[name].high
+    assert all(0.75 * tried <= hit for hit in hits.values()), hits
+
+
+def test_resampling_points_in_place_of_runs_understates_the_error(sweep):
+    points = sweep(PUBLISHED, noise=0.01, seed=2)
+    fitted = fit(points)
+    by_run = uncertainty.intervals(fitted, uncertainty.bootstrap(fitted, points, 100))
+    every = Points(**{**points.__dict__, "run": np.arange(len(points))})
+    by_point = uncertainty.intervals(fitted, uncertainty.bootstrap(fitted, every, 100))
+    assert by_run["alpha"].standard_error > 1.2 * by_point["alpha"].standard_error
+
+
+def test_a_known_depth_term_is_recovered_within_its_interval_and_predicts_a_shape_left_out_better(sweep):
+    points = sweep(BENT, noise=0.002, seed=1)
+    bent, plain = fit(points, "depth"), fit(points)
+    found = uncertainty.intervals(bent, uncertainty.bootstrap(bent, points, 80))
+    assert found["kappa"].low <= BENT.kappa <= found["kappa"].high
+    assert found["kappa"].low > 0
+    errors = [np.mean(list(uncertainty.leave_one_shape_out(points, fitted).values())) for fitted in (bent, plain)]
+    assert errors[0] < errors[1]
+
+
+def test_a_wide_sweep_is_identified_and_a_miniature_is_not(sweep):
+    wide = sweep(PUBLISHED, noise=0.001)
+    fitted = fit(wide)
+    assert uncertainty.unidentified(uncertainty.intervals(fitted, uncertainty.bootstrap(fitted, wide, 40)), wide) == []
+    small = sweep(Law(1.0, 30.0, 0.3, 30.0, 0.3), noise=0.01, sizes=(1e5, 2e5, 3e5))
+    fitted = fit(small)
+    reasons = uncertainty.unidentified(uncertainty.intervals(fitted, uncertainty.bootstrap(fitted, small, 40)), small)
+    assert any("parameters take 3 values over a factor of 3.0" in reason for reason in reasons)
+
+
+def test_largest_size_is_predicted_from_smaller_ones_of_the_same_law(sweep):
+    points = sweep(PUBLISHED, noise=0.001)
+    assert uncertainty.hold_out_largest(points, fit(points)) < 0.02
+
+
+def test_local_slopes_are_those_of_a_pure_power(sweep):
+    law = Law(E=1e-9, A=40.0, alpha=0.2, B=1e-9, beta=0.2)
+    slope = uncertainty.local_slopes(sweep(law, noise=0.001))
+    assert slope["parameters"].low <= -0.2 <= slope["parameters"].high
+    assert slope["tokens"].value == pytest.approx(0.0, abs=2e-3)
+
+
+def test_shared_e_is_recovered_and_a_different_one_is_noticed(sweep):
+    other = Law(1.82, 300.0, 0.36, 1900.0, 0.36)
+    same = joined(sweep(PUBLISHED, 0.001, 1, "sliding"), sweep(other, 0.001, 2, "bst"))
+    found = fit_shared(same)
+    assert found.laws["bst"].E == found.laws["sliding"].E == pytest.approx(1.82, abs=0.04)
+    assert found.laws["bst"].alpha == pytest.approx(0.36, abs=0.03)
+    assert found.value >= found.separate * (1 - 1e-6)
+    apart = joined(sweep(PUBLISHED, 0.001, 1, "sliding"), sweep(Law(2.2, 300, 0.36, 1900, 0.36), 0.001, 2, "bst"))
+    assert shared_e_p_value(apart, draws=12) < 0.1 < shared_e_p_value(same, draws=12)
+
+
+def test_isoflop_floors_agree_with_the_law():
+    law = Law(E=1.8, A=400.0, alpha=0.34, B=410.0, beta=0.28)
+    generator = np.random.default_rng(0)
+    n, c = (x.ravel() for x in np.meshgrid(np.geomspace(1e7, 1e10, 7), np.geomspace(1e18, 1e20, 5)))
+    loss = law.loss(n, c / 6 / n) * np.exp(generator.normal(0, 0.001, n.shape))
+    label = np.full(n.shape, "a")
+    found = isoflop.profiles(Points(loss, n, c / 6 / n, np.ones_like(n), np.arange(len(n)), label, label))
+    assert len(found) == 5
+    assert isoflop.exponent(found) == pytest.approx(law.beta / (law.alpha + law.beta), abs=0.06)
+    for profile in found:
+        assert profile.optimum == pytest.approx(law.optimum(profile.flops)[0], rel=0.4)

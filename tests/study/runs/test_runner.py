@@ -1,0 +1,248 @@
+"""Running and collecting: with a stand-in for training that fails as told, and once for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bst_dist.study.report import document
+from bst_dist.study.sweep import report
+from bst_dist.study.laws import table
+from bst_dist.study.sweep.collect import collect
+from bst_dist.study.sweep.config import SweepConfig
+from bst_dist.study.sweep.design import Designer
+from bst_dist.study.runs.runner import Runner
+from bst_dist.study.runs.state import State
+from bst_base.settings import parse
+from bst_base.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[3]
+
+STAND_IN = """
+import json, pathlib, sys, yaml
+recipe_file, override, _, run_dir, _ = sys.argv[1:]
+run, micro = pathlib.Path(run_dir), int(override.partition("=")[2])
+recipe = yaml.safe_load(pathlib.Path(recipe_file).read_text())
+recipe["train"]["micro_sequences"] = micro
+told = json.loads(pathlib.Path(%r).read_text())
+def whole(path, text):  # at once, as training writes it: the runner reads at any moment
+    path.with_suffix(".part").write_text(text)
+    path.with_suffix(".part").rename(path)
+for part, what in told.items():
+    if part in run.name:
+        if what == "oom" and micro > 1:
+            run.mkdir(exist_ok=True)
+            sys.exit("torch.OutOfMemoryError: out of memory")
+        if what == "fail":
+            sys.exit("Segmentation fault somewhere")
+        if what.startswith("stop"):
+            marks = list(run.parent.glob(run.name + ".stop*"))
+            if len(marks) < int(what[4:]):
+                (run.parent / f"{run.name}.stop{len(marks)}").touch()
+                sys.exit(75)
+        if what == "once":
+            mark = run.parent / (run.name + ".mark")
+            if not mark.exists():
+                mark.touch()
+                sys.exit("a node was lost")
+run.mkdir(exist_ok=True)
+(run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+(run / "environment.json").write_text(json.dumps({"starts": [{"versions": {"torch": "x"}}]}))
+if any(part in run.name and what == "diverge" for part, what in told.items()):
+    whole(run / "outcome.json", json.dumps({"finished": False, "diverged": "the loss is nan in step 3"}))
+    sys.exit(2)
+steps, branch = recipe["train"]["steps"], recipe["branch"]
+train, first = recipe["train"], branch["step"] if branch else 0
+tokens = train["sequences"] * train["sequence_length"]
+lines = [{"kind": "train", "step": s + 1, "tokens": tokens * (s + 1), "step_time_s": 1.0} for s in range(first, steps)]
+loss = 3 * (tokens * steps) ** -0.05 - 0.01 * (recipe["model"]["mixer"] == "bst") + 0.001 * recipe["seed"]
+end = {"kind": "eval", "step": steps, "loss_nats": loss, "bits_per_byte": loss / 2, "loss_by_block": [loss, loss]}
+(run / "metrics.jsonl").write_text("".join(json.dumps(line) + chr(10) for line in [*lines, end]))
+whole(run / "outcome.json", json.dumps({"finished": True}))
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """A plan with its state, and a runner whose training is a stand-in that is told how to end."""
+    base = {
+        "model": {"block": 32, "vocab_size": 300},
+        "data": {"corpus": "none"},
+        "train": {"sequence_length": 64, "sequences": 4, "micro_sequences": 4, "precision": "fp32"},
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    settings = {
+        "name": "t", "recipe": str(tmp_path / "base.yaml"), "directory": str(tmp_path / "out"),
+        "architectures": {"sliding": {"model.mixer": "sliding"}, "bst": {"model.mixer": "bst"}}, "baseline": "sliding",
+        "sizes": [5e4, 1e5], "depths": [2, 4], "tokens_per_parameter": [0.1, 0.2], "seeds": [0, 1],
+        "shape": {"head_width": 4, "tolerance": 0.3},
+    }  # fmt: skip
+    monkeypatch.setattr("bst_dist.study.runs.runner.POLL_S", 0.02)
+    config = parse(SweepConfig, settings)
+    designer = Designer(config)
+    runs, state = designer.runs(designer.cells()), State(config.root, config.retries)
+    (tmp_path / "stand_in.py").write_text(STAND_IN % str(tmp_path / "told.json"))
+
+    class StandIn(Runner):
+        def _command(self, run, micro):
+            command = super()._command(run, micro)
+            return [sys.executable, str(tmp_path / "stand_in.py"), *command[command.index("bst_dist.train") + 1 :]]
+
+    def go(told=None, only=None):
+        (tmp_path / "told.json").write_text(json.dumps(told or {}))
+        chosen = [run for run in runs if only is None or only in run.name]
+        said = []
+        StandIn(chosen, state, 2, said.append).run(lambda workers: None)
+        return collect(chosen, state), said
+
+    go.config, go.state, go.runs = config, state, runs
+    return go
+
+
+ONE = "n5e04-d2-s0"
+
+
+def test_a_sweep_runs_to_its_end_and_a_second_command_has_nothing_to_do(sweep):
+    rows, said = sweep(only=ONE)
+    assert {row.status for row in rows} == {"done"}
+    assert len(said) == 6
+    again, said = sweep(only=ONE)
+    assert (again, said) == (rows, [])
+
+
+def test_rows_count_the_steps_shared_with_the_trunk(sweep):
+    rows, _ = sweep(only=f"sliding-all-{ONE}")
+    runs = {run.name: run for run in sweep.runs}
+    for row in rows:
+        run = runs[row.run]
+        assert row.time_s == run.recipe.train.steps  # a second a step, on the trunk or after it
+        assert row.tokens == run.recipe.train.steps * 4 * 64
+        assert row.flops == pytest.approx(run.flops)
+
+
+def test_diverged_runs_are_recorded_with_their_branches_and_not_started_again(sweep):
+    rows, _ = sweep({f"sliding-all-{ONE}-trunk": "diverge"}, only=f"sliding-all-{ONE}")
+    assert [row.status for row in rows] == ["diverged"] * 2
+    assert "its trunk: the loss is nan" in rows[0].reason
+    assert sweep(only=f"sliding-all-{ONE}")[1] == []
+
+
+def test_failed_runs_are_started_again_as_often_as_said_and_recorded(sweep):
+    rows, said = sweep({f"sliding-all-{ONE}-m0.1": "fail", f"sliding-all-{ONE}-m0.2": "once"}, f"sliding-all-{ONE}")
+    assert [row.status for row in rows] == ["failed", "done"]
+    assert rows[0].reason == "Segmentation fault somewhere"
+    assert sum("m0.1" in line for line in said) == 2
+
+
+def test_a_run_that_was_stopped_by_a_signal_has_not_failed(sweep):
+    """Three times, where one failure would be allowed."""
+    rows, said = sweep({f"sliding-all-{ONE}-m0.1": "stop3"}, f"sliding-all-{ONE}")
+    assert {row.status for row in rows} == {"done"}
+    assert sum("waiting" in line for line in said) == 3
+
+
+def test_workers_have_accelerators_of_their_own(sweep, monkeypatch):
+    run = next(run for run in sweep.runs if run.trunk is None)
+    run = replace(run, recipe=run.recipe.model_copy(update={"ranks": 2}))
+    runner = Runner([], sweep.state, 2, print)
+    assert "CUDA_VISIBLE_DEVICES" not in runner._environment(run, 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert [runner._environment(run, place)["CUDA_VISIBLE_DEVICES"] for place in (0, 1)] == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3,1")
+    assert runner._environment(run, 1)["CUDA_VISIBLE_DEVICES"] == "3,1"
+    with pytest.raises(UserError, match="3 workers of 2 ranks need 6 GPUs, here are 4"):
+        Runner([], sweep.state, 3, print)._environment(run, 0)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_branches_begin_with_it(sweep):
+    rows, _ = sweep({f"bst-all-{ONE}": "oom"}, f"bst-all-{ONE}")
+    assert [(row.status, row.micro_sequences) for row in rows] == [("done", 1)] * 2
+    trunk = next(run for run in sweep.runs if run.name == rows[0].trunk)
+    assert [attempt["micro_sequences"] for attempt in sweep.state.attempts(trunk.name)] == [4, 2]
+
+
+def test_a_locked_run_is_left_to_whoever_holds_it(sweep):
+    run = sweep.runs[0]
+    held = sweep.state.lock(run.name)
+    assert sweep.state.standing(run).status == "running"
+    assert sweep.state.lock(run.name) is None
+    os.close(held)
+    assert sweep.state.standing(run).status == "waiting"
+
+
+def test_the_table_reads_back_and_a_wrong_column_is_named(sweep, tmp_path):
+    rows, _ = sweep(only=f"sliding-all-{ONE}")
+    waiting = collect(sweep.runs, sweep.state)
+    path = tmp_path / "table.json"
+    table.write(waiting, path)
+    assert [row.model_dump_json() for row in table.read(path)] == [row.model_dump_json() for row in waiting]
+    data = [json.loads(row.model_dump_json()) for row in rows]
+    data[1]["depth"] = "deep"
+    path.write_text(json.dumps(data))
+    with pytest.raises(table.TableError, match="row 1, column depth"):
+        table.read(path)
+
+
+def test_the_report_stands_alone_and_names_every_run(sweep, tmp_path):
+    rows, _ = sweep(only="-d2-")
+    blocks, figures = report.build(sweep.config, rows, draws=10)
+    document.write(blocks, tmp_path / "report", "t")
+    page, text = ((tmp_path / "report" / name).read_text() for name in ("report.html", "report.md"))
+    assert 'src="data:image/png;base64,' in page
+    assert "http" not in page
+    for row in rows:
+        assert row.run in page
+        assert row.run in text
+    assert figures["flops"]["variants"]["bst"]["mean_gap"]["value"] > 0
+    for line in text.splitlines():
+        if line.startswith("!["):
+            assert (tmp_path / "report" / line.rpartition("(")[2].rstrip(")")).exists()
+
+
+@pytest.mark.ranks
+def test_killed_at_any_moment_a_sweep_ends_with_the_same_table(tmp_path):
+    """Real training: once undisturbed, once with the command killed again and again."""
+    books = tmp_path / "text"
+    books.mkdir()
+    for number in range(8):
+        (books / f"{number}.txt").write_text(
+            "".join(f"line {number * k} of a small text, {k % 7}\n" for k in range(400))
+        )
+    prepared = {"source": {"kind": "folder", "path": str(books)}, "output": str(tmp_path / "corpus"),
+                "tokenizer": {"vocab_size": 300}, "validation_fraction": 0.3}  # fmt: skip
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(prepared))
+    _bst("data", "prepare", tmp_path / "data.yaml").wait()
+
+    def command(name):
+        return [ROOT / "launch/sweeps/smoke.yaml", f"settings.data={{corpus: {tmp_path / 'corpus'}}}",
+                 "only=[[40.0e+3, 2]]", "depths=[2]", "sizes=[40.0e+3]", f"directory={tmp_path / name}"]  # fmt: skip
+
+    whole = _bst("sweep", "run", *command("whole"), "--workers", "2")
+    assert whole.wait() == 0
+    for seconds in (4, 9, 12):
+        process = _bst("sweep", "run", *command("cut"), "--workers", "2")
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert _bst("sweep", "run", *command("cut"), "--workers", "2").wait() == 0
+    found, timed = [], ("time_s", "versions")
+    for name in ("whole", "cut"):
+        assert _bst("sweep", "collect", *command(name)).wait() == 0
+        rows = json.loads((tmp_path / name / "table.json").read_text())
+        found.append([{key: value for key, value in row.items() if key not in timed} for row in rows])
+    assert len(found[0]) == 4
+    assert found[0] == found[1]
+
+
+def _bst(*words):
+    bst = Path(sys.executable).with_name("bst")
+    return subprocess.Popen([bst, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL)

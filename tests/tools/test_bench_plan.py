@@ -1,0 +1,15 @@
+"""Plans against real training steps on ranks of this machine: memory and bytes sent."""
+
+import pytest
+
+from bst_dist.tools.bench.plan import CASES, MEMORY_TOLERANCE, TRAFFIC_TOLERANCE, compare
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", ["zero1, sp2", "zero2, one in two", "zero3, partly kept"])
+def test_a_plan_is_what_is_measured(name):
+    (case,) = (case for case in CASES if case.name == name)
+    row = compare(case)
+    assert abs(row["memory_error"]) <= MEMORY_TOLERANCE
+    assert abs(row["traffic_error"]) <= TRAFFIC_TOLERANCE
+    assert row["planned_sent_bytes"].keys() == row["measured_sent_bytes"].keys()
