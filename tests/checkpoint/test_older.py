@@ -1,0 +1,50 @@
+"""A run begun by an older version of this program goes on under this one.
+
+`data/format-2` was made by commit 75eb99c: a corpus, a run of two ranks that was stopped after step 4 of 6 (ZeRO-1,
+streaming, the past carried), and what the same run without a stop reported. Its recipe names every setting of that
+time, and its checkpoint the digest of them; settings added since must not make it another run.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bst_dist.checkpoint.directory import directory, load_weights
+from bst_dist.report.metrics import FILE, read_lines
+
+DATA = Path(__file__).parent / "data" / "format-2"
+
+
+@pytest.fixture
+def older(tmp_path: Path) -> Path:
+    shutil.copytree(DATA, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "run"
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("ranks", [2, 1])
+def test_a_run_of_an_older_version_goes_on(bst, older, ranks):
+    done = bst("train", "run/recipe.yaml", "--resume", "--ranks", ranks, "--run-dir", "run")
+    assert done.returncode == 0, done.stdout
+    assert "resumed from step 4" in done.stdout
+    expected = [json.loads(line) for line in (DATA / "expected.jsonl").read_text().splitlines()]
+    found = {(line["kind"], line["step"]): line for line in read_lines(older / FILE)}
+    for line in expected:
+        one = found[line["kind"], line["step"]]
+        assert one["tokens"] == line["tokens"]
+        assert one["loss_nats"] == pytest.approx(line["loss_nats"], rel=1e-4)
+
+
+def test_weights_of_an_older_checkpoint_are_read(older):
+    weights = load_weights(directory(older, 4))
+    stored = [load_file(path) for path in directory(older, 4).glob("weights-*")]
+    assert len(stored) == 2
+    for name, tensor in weights.items():
+        there = torch.cat([shard[name].flatten() for shard in stored if name in shard])
+        assert torch.equal(tensor.flatten().sort().values, there.sort().values)
