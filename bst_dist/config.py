@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -144,12 +143,14 @@ def accumulation(recipe: Recipe, world: int) -> int:
     return train.sequences // (dp * train.micro_sequences)
 
 
-def evaluation_rows(recipe: Recipe, world: int) -> int:
-    """Validation rows of a micro-batch of one rank; raises ConfigError when they do not spread over the ranks."""
-    dp, rows = Mesh(world, 0, recipe.parallel.sp).dp, recipe.evaluation.sequences
-    if rows % dp:
-        raise ConfigError(f"evaluation.sequences {rows} is not a multiple of the {dp} data-parallel ranks")
-    return math.gcd(rows // dp, recipe.train.micro_sequences)
+def evaluation_rows(sequences: int, dp: int, micro_sequences: int) -> tuple[int, int]:
+    """Rows of an evaluation over all ranks, and of one rank's micro-batch, for at least so many `sequences`.
+
+    Every rank takes the same number of micro-batches, so the rows beyond the sequences are padding: they count nothing.
+    """
+    of_rank = -(-sequences // dp)
+    micro_rows = min(micro_sequences, of_rank)
+    return dp * micro_rows * -(-of_rank // micro_rows), micro_rows
 
 
 def deepspeed_file(recipe: Recipe) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bst_base.errors import UserError
 from bst_dist.cluster.hosts import Host
 from bst_dist.cluster.processes import Share
-from bst_dist.config import Recipe, accumulation, evaluation_rows
+from bst_dist.config import Recipe, accumulation
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,6 @@ def _legal(recipe: Recipe, world: int, sp: int) -> bool:
     changed = recipe.model_copy(update={"parallel": parallel})
     try:
         accumulation(changed, world)
-        evaluation_rows(changed, world)
     except UserError:
         return False
     return True

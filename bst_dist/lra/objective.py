@@ -79,7 +79,8 @@ class Classification:
     def evaluation(self, trainer: Trainer, writers: Sequence[Writer]) -> EvaluateAccuracy:
         """On the first examples of the validation split."""
         recipe, ranks = self.recipe, trainer.ranks
-        rows, micro_rows = recipe.evaluation.sequences, evaluation_rows(recipe, ranks.world)
+        asked = min(recipe.evaluation.sequences, len(self.validation))
+        rows, micro_rows = evaluation_rows(asked, ranks.world, recipe.train.micro_sequences)
         batches = self._loader(self.validation, Mesh(ranks.world, ranks.rank), rows, micro_rows, None).batches(0)
         return EvaluateAccuracy(recipe.evaluation, batches, trainer.engine, ranks, trainer.token_bytes, writers,
                                 recipe.train.steps, trainer.stop)  # fmt: skip

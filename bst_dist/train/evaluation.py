@@ -29,7 +29,7 @@ class EvaluationConfig(Config):
     every: int = Field(500, ge=0)
     """Steps between two evaluations; the run's last step always has one; 0: only that one."""
     sequences: int = Field(64, ge=1)
-    """Validation sequences, of the training length, to evaluate on: the same ones on every layout of ranks."""
+    """Validation sequences, of the training length, to evaluate on: each once, the same ones on any number of ranks."""
 
 
 class Evaluate(Callback):

@@ -7,7 +7,7 @@ negative log-likelihood over the labels of a batch. Language modelling is here, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.train.evaluation import Evaluate
 from data_pipeline.format.tokenizer import Tokenizer
+from data_pipeline.serve.batch import Batch
 from data_pipeline.serve.loader import Loader, open_corpora
 from data_pipeline.serve.reader import Corpus
 
@@ -106,11 +107,15 @@ class LanguageModelling:
         return self._loader(self.corpora, mesh, train.sequences, train.micro_sequences, start_step=start_step)
 
     def evaluation(self, trainer: Trainer, writers: Sequence[Writer]) -> Evaluate:
-        """On the first sequences of the validation split: step 0 of its loader."""
+        """On the first sequences of the validation split, each once: step 0 of its loader."""
         recipe, ranks = self.recipe, trainer.ranks
-        mesh = Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
-        rows, micro_rows = recipe.evaluation.sequences, evaluation_rows(recipe, ranks.world)
-        batches = self._loader(self.validation, mesh, rows, micro_rows).batches(0)
+        asked, mesh = recipe.evaluation.sequences, Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
+        held = sum(self._loader(self.validation, Mesh(1, 0), 1, 1).sequences)
+        if held < asked and ranks.first:
+            print(f"evaluation: the validation split holds {held:,} sequences; evaluation.sequences asks for {asked:,}")
+        asked = min(asked, held)
+        loader = self._loader(self.validation, mesh, *evaluation_rows(asked, mesh.dp, recipe.train.micro_sequences))
+        batches = [_counted_once(batch, asked) for batch in loader.batches(0)]
         return Evaluate(recipe.evaluation, batches, trainer.engine, ranks, trainer.token_bytes, writers,
                         recipe.train.steps, trainer.stop, trainer.sharing)  # fmt: skip
 
@@ -130,3 +135,9 @@ class LanguageModelling:
             sp=mesh.sp,
             start_step=start_step,
         )
+
+
+def _counted_once(batch: Batch, sequences: int) -> Batch:
+    """The batch without labels in its padding rows, and in rows that read a part of the split for a second time."""
+    counted = (batch.rows < sequences) & (batch.epochs == 0)
+    return replace(batch, loss_mask=batch.loss_mask & counted[:, None])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bst_dist.config import Recipe, accumulation, deepspeed_file, evaluation_rows, load_recipe
+from bst_dist.config import Recipe, accumulation, deepspeed_file, load_recipe
 from bst_dist.lra.config import LongRangeConfig
 from bst_dist.lra.objective import Classification
 from bst_dist.plan.rehearse import rehearse
@@ -48,7 +48,6 @@ def load(request: Request) -> Recipe:
 def resolve(recipe: Recipe, request: Request, world: int) -> Start:
     """Check `recipe` against the ranks, the corpus, the DeepSpeed file and the run directory; raises UserError."""
     micro_batches = accumulation(recipe, world)
-    evaluation_rows(recipe, world)
     objective = (Classification if isinstance(recipe.data, LongRangeConfig) else LanguageModelling).of(recipe)
     recipe = objective.recipe
     _require_slices(recipe)

@@ -144,6 +144,8 @@ class Loader:
         self._block = block if config.documents == "isolated" else None
         self._slice = sequence_length // sp
         self._begin = sp_rank * self._slice
+        self.sequences = self._sequences_of_a_pass()
+        """Sequences in one pass over each corpus; the last one may be padded."""
         self._reader = RowReader(
             self._corpora,
             self._make_plan(),
@@ -215,7 +217,7 @@ class Loader:
         if self._prefetcher:
             self._prefetcher.close()
 
-    def _make_plan(self) -> Plan:
+    def _sequences_of_a_pass(self) -> list[int]:
         sequences = []
         for corpus in self._corpora:
             total = int(extents(corpus.lengths, self._block).sum(dtype=np.int64))
@@ -225,10 +227,13 @@ class Loader:
                     "prepare more text, or shorten the sequence"
                 )
             sequences.append(-(-inputs(total, self._block) // self._length))
+        return sequences
+
+    def _make_plan(self) -> Plan:
         segments = self.config.segments()
         if self.config.mode == "streaming":
-            return Streaming(sequences, segments, self._rows)
-        return Shuffled(sequences, segments, self._rows, self._seed)
+            return Streaming(self.sequences, segments, self._rows)
+        return Shuffled(self.sequences, segments, self._rows, self._seed)
 
     def _batch(self, step: int, start: int, stop: int) -> Batch:
         """The micro-batch of the rank's rows ``start..stop``."""

@@ -1,0 +1,81 @@
+"""The validation loss of a run, held to plain torch on the same sequences, one row at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from bst_dist.config import evaluation_rows
+from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.train.program import train
+from bst_dist.train.start import Request, Start, load, resolve
+from data_pipeline.serve.loader import Loader
+
+
+def test_rows_are_padded_so_that_every_rank_has_as_many():
+    assert evaluation_rows(64, 512, 4) == (512, 1)
+    assert evaluation_rows(64, 8, 4) == (64, 4)
+    assert evaluation_rows(65, 8, 4) == (96, 4)
+    assert evaluation_rows(1, 1, 8) == (1, 1)
+
+
+def untrained(recipe: Path) -> Start:
+    request = Request(recipe, [], recipe.parent / "none", False, None)
+    return resolve(load(request), request, 1)
+
+
+def literal(start: Start, sequences: int) -> tuple[int, float, list[float]]:
+    """Tokens, loss and loss by block of the untrained model on the first sequences, in double precision."""
+    recipe = start.recipe
+    torch.manual_seed(recipe.seed)
+    model, block = start.objective.model().double().eval(), recipe.model.block
+    loader = Loader(
+        recipe.data, start.objective.validation, sequence_length=32, block=block, rows=1, micro_rows=1, seed=0
+    )
+    nats = np.zeros((sequences, 32))
+    for row in range(sequences):
+        (batch,) = loader.batches(row)  # one row a step: sequence after sequence of the split's first pass
+        with torch.no_grad():
+            hidden = model.norm(model.hidden(torch.from_numpy(batch.input_ids)))
+            logits = model.logits(hidden.float().double())[0]
+        nats[row] = cross_entropy(logits, torch.from_numpy(batch.labels)[0], reduction="none").numpy()
+        assert batch.loss_mask.all()
+    return nats.size, nats.mean(), nats.reshape(sequences, -1, block).mean((0, 2)).tolist()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("world", "sp"), [(1, 1), (2, 1), (2, 2)])
+def test_the_validation_loss_is_that_of_plain_torch_over_all_micro_batches(
+    recipe_file, tmp_path, on_ranks, unmeasured, world, sp
+):
+    recipe = recipe_file(evaluation={"every": 1, "sequences": 7}, optimizer={"learning_rate": 1e-12})
+    changes = ["train.micro_sequences=2", f"parallel.sp={sp}"]
+    on_ranks(world, lambda ranks: train(Request(recipe, changes, tmp_path / "run", False, 1), ranks))
+    (line,) = [line for line in read_lines(tmp_path / "run" / FILE) if line["kind"] == "eval"]
+    start = untrained(recipe)
+    tokens, loss, by_block = literal(start, 7)
+    assert line["tokens"] == tokens == 7 * 32
+    assert line["loss_nats"] == pytest.approx(loss, rel=1e-5)
+    assert line["loss_by_block"] == pytest.approx(by_block, rel=1e-5)
+
+
+@pytest.mark.ranks
+def test_no_token_is_counted_twice_when_more_is_asked_for_than_the_split_holds(
+    recipe_file, tmp_path, on_ranks, unmeasured, capfd
+):
+    recipe = recipe_file(evaluation={"every": 1, "sequences": 5000})
+    on_ranks(2, lambda ranks: train(Request(recipe, [], tmp_path / "run", False, 1), ranks))
+    (line,) = [line for line in read_lines(tmp_path / "run" / FILE) if line["kind"] == "eval"]
+    start = untrained(recipe)
+    (corpus,) = start.objective.validation
+    held = int(corpus.lengths.sum()) - 1  # each token but the first has one before it to be predicted from
+    assert line["tokens"] == held
+    sequences = -(-held // 32)
+    assert (
+        f"the validation split holds {sequences:,} sequences; evaluation.sequences asks for 5,000"
+        in capfd.readouterr().out
+    )
