@@ -32,7 +32,7 @@ def recipe(sequences: int, sp: int = 1, micro: int = 1, rows: int = 0) -> Recipe
         (recipe(64, sp=4), 3, Spread(2, 2)),  # fewer ranks than share a sequence: a divisor of sp
         (recipe(64, sp=4), 1, Spread(1, 1)),
         (recipe(8, micro=4), 8, Spread(2, 1)),  # a rank takes four at once
-        (recipe(8, rows=4), 8, Spread(4, 1)),  # the validation rows must be shared too
+        (recipe(8, rows=3), 8, Spread(8, 1)),  # the validation rows are padded where they do not fill the ranks
     ],
 )
 def test_the_most_ranks_that_share_the_batch_evenly(made, most, found):
