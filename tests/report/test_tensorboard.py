@@ -57,8 +57,9 @@ def test_what_is_written_is_what_tensorboard_reads(tmp_path):
     assert texts(found) == [(1, "# not a title")]
 
 
-def test_a_resumed_run_hides_what_lay_beyond_its_checkpoint(tmp_path):
-    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+@pytest.mark.parametrize("starts", [((0, (1, 2, 3)), (2, (3, 4))), ((0, (1, 2, 3)), (0, (1, 2, 3, 4)))])
+def test_a_restarted_run_hides_what_lay_beyond_its_checkpoint_or_the_beginning(tmp_path, starts):
+    for start, steps in starts:
         board = TensorBoard(tmp_path, start, {})
         for step in steps:
             board.write(report(step))

@@ -70,6 +70,35 @@ class HarnessModel(TemplateLM):
         """The tokens of a text that begins a document, or with `add_special_tokens` false of one that goes on."""
         return ([] if add_special_tokens is False else self._begin) + self.text.encode(string).tolist()
 
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-likelihood, whether greedy decoding would write it) of each continuation of a context.
+
+        A continuation may change the tokens at the end of its context: "for" + "est" may be one token, "forest". What
+        is scored is then ``ln p(tokens of both) - ln p(tokens of the context)``, given the tokens that both share, so
+        choices are ranked as their whole texts are. The harness's own cut would leave such a continuation fewer tokens
+        than it has, or none, and no tokens are certain.
+        """
+        scored: list[tuple[tuple[str, str], list[int], list[int]]] = []
+        of_context: dict[int, int] = {}  # request -> the score of its context's tokens that the continuation changes
+        for number, (context, continuation) in enumerate(request.args for request in requests):
+            kept = context.rstrip()
+            alone, both = self.tok_encode(kept) if context else self._begin, self.tok_encode(context + continuation)
+            shared = _common_length(alone, both)
+            scored.append(((context, continuation), both[:shared], both[shared:]))
+            if shared < len(alone):
+                of_context[number] = len(requests) + len(of_context)
+        for number in of_context:
+            (context, _), shared, _ = scored[number]
+            scored.append((("", context), shared, self.tok_encode(context.rstrip())[len(shared) :]))
+        found = self._loglikelihood_tokens(scored)
+        values = [
+            (value - found[of_context[number]][0] if number in of_context else value, greedy)
+            for number, (value, greedy) in enumerate(found[: len(requests)])
+        ]
+        for request, value in zip(requests, values, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request.args, value)
+        return values
+
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts, each token predicted from all before it in its text."""
         texts = _Texts([self.text.encode(request.args[0]) for request in requests])
@@ -92,20 +121,17 @@ class HarnessModel(TemplateLM):
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """(log-likelihood, whether it is what greedy decoding would write) of each continuation."""
-        cut = [self._cut(number, *request) for number, request in enumerate(requests)]
+        cut = [self._cut(number, *tokens) for number, (_, *tokens) in enumerate(requests)]
         found: dict[int, tuple[float, bool]] = {}
         cut.sort(key=lambda request: (len(request.head), request.head, len(request.tail)))
         with tqdm(total=len(cut), desc="Scoring continuations") as bar:
             for batch in _batches(cut, self.model.config.block):
                 for request, value in zip(batch, self._score(batch), strict=True):
                     found[request.number] = value
-                    self.cache_hook.add_partial("loglikelihood", requests[request.number][0], value)
                 bar.update(len(batch))
         return [found[number] for number in range(len(requests))]
 
-    def _cut(self, number: int, strings: tuple[str, str], context: list[int], continuation: list[int]) -> Request:
-        if not strings[0]:
-            context = self._begin
+    def _cut(self, number: int, context: list[int], continuation: list[int]) -> Request:
         inputs, block = (context + continuation)[:-1], self.model.config.block
         head = max(0, len(context) - 1) // block * block
         return Request(number, tuple(inputs[:head]), inputs[head:], len(context) - 1 - head, continuation)
@@ -187,6 +213,11 @@ class _Texts:
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         return self._texts[document][start:stop]
+
+
+def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _batches(requests: Sequence[Request], block: int) -> Iterator[list[Request]]:

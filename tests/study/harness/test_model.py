@@ -80,6 +80,33 @@ def test_continuations_are_as_likely_as_token_by_token(make_harness, monkeypatch
         assert got == (pytest.approx(value, rel=1e-5), greedy)
 
 
+@pytest.mark.parametrize("documents", ["joined", "isolated"])
+def test_a_continuation_that_merges_into_its_context_is_not_certain(make_harness, documents):
+    harness = make_harness(documents)
+    context, choices = merging_choices(harness)
+    found = [value for value, _ in harness.loglikelihood(instances(*[(context, choice) for choice in choices]))]
+    assert 0 not in found
+    begin = [] if documents == "isolated" else [harness.text.eos_id]
+    texts = [expected(harness, begin, harness.text.encode(context + choice).tolist())[0] for choice in choices]
+    # Choices of one context are ranked as their whole texts are: the context's own likelihood is common to all.
+    assert np.diff(found) == pytest.approx(np.diff(texts), rel=1e-4, abs=1e-5)
+
+
+def merging_choices(harness) -> tuple[str, list[str]]:
+    """A context, one continuation that becomes part of its last token, and one that does not."""
+    encode = harness.text.encode
+    for token in range(harness.text.vocab_size):
+        piece = harness.text.bytes_of(token).decode(errors="ignore")
+        context = f"x {piece[:-1]}".rstrip()
+        if (
+            len(piece) > 2
+            and context.endswith(piece[:-1].strip())
+            and len(encode(context + piece[-1])) <= len(encode(context))
+        ):
+            return context, [piece[-1], "="]
+    raise AssertionError("no token of this vocabulary begins with another")
+
+
 def test_what_greedy_decoding_would_write_is_said_to_be(make_harness):
     harness = make_harness()
     context = [harness.text.eos_id, *harness.text.encode(WORDS * 2).tolist()]
