@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from bst_base.errors import UserError
+from bst_dist.report.saved import write_report
 from bst_dist.usage import Command, HelpFormatter, listing, nearest, overview
 from bst_dist.version import versions
 
@@ -102,9 +101,9 @@ SECTIONS: dict[str, dict[str, Command]] = {
         "sweep report": ("bst_dist.study.sweep.commands.report", "write a sweep's report, with its figures"),
     },
     "Long Range Arena": {
-        "lra prepare": ("bst_dist.lra.commands.prepare", "draw a task's examples, or read its published files"),
-        "lra eval": ("bst_dist.lra.commands.eval", "a run's accuracy on the test split, with its uncertainty"),
-        "lra table": ("bst_dist.lra.commands.table", "runs of one task side by side, and means over seeds"),
+        "lra prepare": ("bst_dist.study.lra.commands.prepare", "draw a task's examples, or read its published files"),
+        "lra eval": ("bst_dist.study.lra.commands.eval", "a run's accuracy on the test split, with its uncertainty"),
+        "lra table": ("bst_dist.study.lra.commands.table", "runs of one task side by side, and means over seeds"),
     },
     "Share": {
         "export": ("bst_dist.hub.export", "write a run as a Hugging Face model, with its tokenizer and a model card"),
@@ -160,14 +159,6 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     module.add_arguments(parser)
     parser.add_argument("--json", metavar="PATH", type=Path, help="also write what is reported to PATH, as JSON")
     return parser
-
-
-def write_report(path: Path, command: str, report: dict[str, Any]) -> None:
-    """Write a command's report with the versions it ran on; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({"command": f"bst {command}", "versions": versions(), **report}, indent=2) + "\n")
-    partial.replace(path)
 
 
 def _without_command(argv: list[str]) -> int:

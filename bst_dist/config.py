@@ -1,7 +1,7 @@
 """The recipe: one YAML file that says everything about one run.
 
-Each section is declared beside what it configures; this file only composes them and checks what concerns several
-sections at once.
+Each room declares its sections in its own config.py, which imports settings alone; this file composes them and checks
+what concerns several sections at once. Reading a recipe imports neither torch nor what the sections configure.
 """
 
 from __future__ import annotations
@@ -10,28 +10,38 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from bst_base.settings import Config, ConfigError, load
-from bst_dist.activation.policy import ActivationCheckpointingConfig
-from bst_dist.checkpoint.directory import CheckpointConfig
-from bst_dist.faults.guard import GuardConfig
-from bst_dist.faults.watchdog import WatchdogConfig
-from bst_dist.lra.config import LongRangeConfig
-from bst_dist.lra.tasks import TASKS
-from bst_dist.model.lm import ModelConfig
-from bst_dist.parallel.mesh import Mesh, ParallelConfig
-from bst_dist.report.metrics import LogConfig
-from bst_dist.train.branch import BranchConfig
-from bst_dist.train.evaluation import EvaluationConfig
-from bst_dist.train.initial import InitialWeightsConfig
-from bst_dist.train.loop import TrainConfig
-from bst_dist.train.optimizer import OptimizerConfig
-from bst_dist.train.schedule import ScheduleConfig
-from data_pipeline.serve.loader import DataConfig
-from data_pipeline.serve.reader import Corpus
+from bst_dist.activation.config import ActivationCheckpointingConfig
+from bst_dist.checkpoint.config import CheckpointConfig
+from bst_dist.faults.config import GuardConfig, WatchdogConfig
+from bst_dist.model.config import ModelConfig
+from bst_dist.parallel.config import ParallelConfig, data_parallel
+from bst_dist.report.config import LogConfig
+from bst_dist.study.lra.config import LongRangeConfig
+from bst_dist.train.config import (
+    BranchConfig,
+    EvaluationConfig,
+    InitialWeightsConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from data_pipeline.serve.config import DataConfig
+
+if TYPE_CHECKING:
+    from data_pipeline.serve.reader import Corpus
+
+
+OBJECTIVES: dict[type[Config], str] = {
+    DataConfig: "bst_dist.train.objective:LanguageModelling",
+    LongRangeConfig: "bst_dist.study.lra.objective:Classification",
+}
+"""What a run learns from each kind of data section: the class of its objective (see train/objective.py), by name, so
+that training imports only the one it needs and knows none of them."""
 
 
 def _data_kind(section: Any) -> str:
@@ -50,7 +60,7 @@ class Recipe(Config):
     data: Annotated[
         Annotated[DataConfig, Tag("text")] | Annotated[LongRangeConfig, Tag("task")], Discriminator(_data_kind)
     ]
-    """What is learnt: the text of a corpus, or with `task` the classes of a task's examples (bst_dist/lra)."""
+    """What is learnt: the text of a corpus, or with `task` the classes of a task's examples (bst_dist/study/lra)."""
     train: TrainConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -80,7 +90,7 @@ class Recipe(Config):
         if self.train.carry and self.data.mode != "streaming":
             raise ValueError("train.carry needs data.mode streaming: only there do a row's steps follow each other")
         if isinstance(self.data, LongRangeConfig):
-            self._fits_task(self.data)
+            self.data.require_fit(self.model, self.parallel)
         if self.branch and self.branch.step >= self.train.steps:
             raise ValueError(
                 f"branch.step {self.branch.step} leaves none of the {self.train.steps} steps (train.steps)"
@@ -88,13 +98,6 @@ class Recipe(Config):
         if self.branch and self.initial_weights:
             raise ValueError("branch and initial_weights: a run begins at one of them, not at both")
         return self
-
-    def _fits_task(self, data: LongRangeConfig) -> None:
-        ids = TASKS[data.task].vocab_size
-        if self.model.vocab_size != ids:
-            raise ValueError(f"model.vocab_size must be {ids} for the task {data.task}: its symbols, and padding")
-        if self.parallel.sp > 1:
-            raise ValueError("parallel.sp must be 1 for a task: a sequence is pooled on one rank")
 
 
 # What may change from one start of a run to the next without making it another run: what is written, and how the run
@@ -129,7 +132,7 @@ def with_vocabulary(recipe: Recipe, corpora: Sequence[Corpus]) -> Recipe:
 
 def accumulation(recipe: Recipe, world: int) -> int:
     """Micro-batches a rank takes one after the other in a step; raises ConfigError when the rows do not spread."""
-    dp, train = Mesh(world, 0, recipe.parallel.sp).dp, recipe.train
+    dp, train = data_parallel(world, recipe.parallel.sp), recipe.train
     if train.sequences < dp:
         raise ConfigError(
             f"{dp} data-parallel ranks but only {train.sequences} sequences a step (train.sequences): "

@@ -75,7 +75,7 @@ def markdown(rows: list[Row]) -> str:
 def _type(kind: str) -> str:
     """A type as people say it: Literal['wsd', 'cosine'] is wsd | cosine."""
     said = re.sub(r"Literal\[(.*?)\]", lambda found: found[1].replace("'", "").replace(", ", " | "), kind)
-    return said.replace("data_pipeline.serve.loader.", "")
+    return re.sub(r"\b(?:\w+\.)+(?=[A-Z])", "", said)
 
 
 def _print(rows: list[Row]) -> None:

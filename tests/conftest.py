@@ -30,8 +30,8 @@ from bst_dist.checkpoint.directory import (
 )
 from bst_dist.config import Recipe
 from bst_dist.faults import ledger
-from bst_dist.model.layers import MIXERS
-from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.model.config import MIXER_SECTIONS, ModelConfig
+from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.ranks import Ranks, choose_accelerator, free_port
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.train.rundir import RECIPE
@@ -50,7 +50,7 @@ def make_model():
         sections = {"context": {"variant": variant, "states": 3}, "ssm": {"state": 4, "chunk": 4}} | changes
         settings = {
             "vocab_size": 19, "width": 16, "heads": 2, "ffn": 24, "block": 8, "depth": 3, "mixer": mixer,
-            "placement": [1, 2], **{name: sections[name] for name in MIXERS[mixer].sections if name in sections},
+            "placement": [1, 2], **{name: sections[name] for name in MIXER_SECTIONS[mixer] if name in sections},
         }  # fmt: skip
         model = LanguageModel(ModelConfig(**settings)).double().eval()
         with torch.no_grad():

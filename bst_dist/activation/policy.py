@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, noop_context_fn, set_checkpoint_early_stop
 
-from bst_base.settings import Config
 from bst_dist.activation import selective
+from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.activation.offload import HostCopies
-
-
-class ActivationCheckpointingConfig(Config):
-    policy: Literal["none", "every-layer", "every-kth-layer", "selective", "offload"] = "none"
-    """none: keep all activations; every-layer: keep each layer's input and run the layer again in the backward pass;
-    every-kth-layer: do so with one layer in `every`; selective: run each layer again but for attention and the
-    matrix products at least as deep as wide, which are kept; offload: every-layer, the inputs in the host's memory."""
-    every: int = Field(2, ge=2)
-    """every-kth-layer: one layer in this many is run again, the first being layer 0."""
-
-    def runs_again(self, index: int) -> bool:
-        """Whether layer `index`, counted from 0, is run again in the backward pass."""
-        return self.policy != "none" and (self.policy != "every-kth-layer" or index % self.every == 0)
-
-    def describe(self) -> str:
-        """The policy in words, with its number where it has one."""
-        return f"one layer in {self.every}" if self.policy == "every-kth-layer" else self.policy
 
 
 class Checkpointing:

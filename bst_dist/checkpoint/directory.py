@@ -21,40 +21,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
 from torch import Tensor
 
 from bst_base.errors import UserError
-from bst_base.settings import Config
 from bst_dist.checkpoint.shards import Shards
 
 CHECKPOINTS, MANIFEST, PINNED = "checkpoints", "manifest.json", "pinned"
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 PARTIAL, DELETED, DAMAGED = ".partial", ".deleted", ".damaged"
 FORMAT = 2
-
-
-class CheckpointConfig(Config):
-    every: int = Field(500, ge=0)
-    """Steps between checkpoints; the last step always leaves one; 0: only that one."""
-    background: bool = True
-    """Write while training goes on, from a copy in the host's memory: 12 bytes a parameter, shared out over the ranks.
-    false: training waits until all is written."""
-    keep_last: int = Field(2, ge=1)
-    """How many of the newest to keep; older ones are removed once a newer one is committed, but for those below."""
-    keep_best: int = Field(1, ge=0)
-    """How many to keep of those with the lowest validation loss, evaluated at their own step."""
-    keep_every: int = Field(0, ge=0)
-    """Those whose step is a multiple of this are kept for good; 0: none."""
-    weights_every: int = Field(0, ge=0)
-    """Steps between checkpoints of the weights alone, kept for good: a third of the size, to evaluate and export, but
-    nothing goes on from them; 0: none. A full one taken at such a step keeps its weights when it would be removed."""
-    at: tuple[int, ...] = ()
-    """Steps that have a checkpoint whatever `every` says, kept for good: where branches leave this run."""
-
-    def scheduled(self, step: int) -> bool:
-        """Whether every start of the run takes a checkpoint after so many steps, wherever it ends."""
-        return step in self.at or bool(self.every and step % self.every == 0)
 
 
 class CheckpointError(UserError):

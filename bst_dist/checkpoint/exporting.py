@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from bst_dist.checkpoint.shards import Piece, Shards, write_header, write_values
-from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.model.config import ModelConfig
+from bst_dist.model.lm import LanguageModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

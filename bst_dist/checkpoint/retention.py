@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bst_base.files import atomic_file
+from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import (
     CHECKPOINTS,
     DAMAGED,
@@ -23,7 +24,6 @@ from bst_dist.checkpoint.directory import (
     PARTIAL,
     PINNED,
     WEIGHTS,
-    CheckpointConfig,
     CheckpointError,
     committed,
     is_full,

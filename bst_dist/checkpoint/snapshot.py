@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import torch
 
 from bst_dist.checkpoint import rng, saving
+from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import (
     FORMAT,
     OPTIMIZER,
     WEIGHTS,
-    CheckpointConfig,
     CheckpointError,
     committed,
     damage,
@@ -34,7 +34,6 @@ from bst_dist.checkpoint.retention import set_aside, tidy
 from bst_dist.checkpoint.saving import Failed, Saved, Saver, stored_name
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.report.metrics import Callback, EvalReport, Report, StepReport, Writer
-from bst_dist.train.loop import Trainer
 from bst_dist.version import versions
 
 
@@ -207,12 +206,23 @@ class Evaluated(Writer):
         return self._last.loss_nats if self._last and self._last.step == step else None
 
 
+class Progress(Protocol):
+    """How far the run is (`train.loop.Trainer`)."""
+
+    tokens: int
+    """Valid tokens trained on so far, over all ranks."""
+    carried: list[Any]
+    """The past carried to the next step, one entry a micro-batch."""
+    skipped: int
+    """Steps' worth of data passed over after roll-backs."""
+
+
 class Checkpoints(Callback):
     """Takes a checkpoint every so many steps, and after the last."""
 
     phase = "checkpoint"
 
-    def __init__(self, config: CheckpointConfig, snapshots: Snapshots, trainer: Trainer, evaluated: Evaluated,
+    def __init__(self, config: CheckpointConfig, snapshots: Snapshots, trainer: Progress, evaluated: Evaluated,
                  data_state: Callable[[int], dict[str, Any]], say: Callable[[str], None]) -> None:  # fmt: skip
         """`evaluated`: what the weights are worth; `data_state`: the loader's state after a number of steps; `say`: how
         people are told."""

@@ -13,35 +13,15 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from statistics import median
-from typing import Literal
-
-from pydantic import Field
 
 from bst_base.errors import UserError
-from bst_base.settings import Config
+from bst_dist.faults.config import GuardConfig
 from bst_dist.faults.ledger import Entry, Ledger
 
 NORMAL = 1.4826
 """Standard deviations of a normal distribution in one median absolute deviation."""
 LEAST = 1e-3
 """A deviation smaller than this share of the median counts as this: a loss that barely moves has no spikes."""
-
-
-class GuardConfig(Config):
-    non_finite: Literal["stop", "skip", "roll-back"] = "stop"
-    """When the loss or the gradient is infinite or not a number: end the run; skip the step, with its data; or go on
-    from the last checkpoint and pass over the data from there to this step."""
-    spike: Literal["ignore", "stop", "skip", "roll-back"] = "ignore"
-    """When the loss jumps; as above."""
-    spike_deviations: float = Field(10.0, gt=0)
-    """How far above the median of the steps before a loss is a spike, in standard deviations of theirs (estimated from
-    the median absolute deviation)."""
-    spike_window: int = Field(128, ge=8)
-    """Steps before, that this median is taken over; until there are so many, no spike is seen."""
-    most: int = Field(3, ge=0)
-    """How many steps may be skipped or rolled back from, within..."""
-    within: int = Field(1000, ge=1)
-    """... so many steps' worth of data; the next one ends the run."""
 
 
 class DivergedError(UserError):

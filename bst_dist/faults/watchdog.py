@@ -25,9 +25,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pydantic import Field
-
-from bst_base.settings import Config
+from bst_dist.faults.config import WatchdogConfig
 from bst_dist.faults.status import HUNG
 from bst_dist.parallel.phases import Phases
 
@@ -36,13 +34,6 @@ _GONE = "its process or its host is frozen or gone"
 BEAT_S = 2.0
 LONGEST_SILENCE_S = 60.0
 """How long a file may stay the same before its rank is silent; network file systems show changes late."""
-
-
-class WatchdogConfig(Config):
-    limit_s: float = Field(900.0, ge=0)
-    """Seconds that a rank may stay in one phase of a step without talking to the others: the first step compiles, and a
-    checkpoint that is not written in the background is one phase. Beyond, the job is ended with status 70 and the rank
-    that holds it up is named; 0: no watchdog."""
 
 
 @dataclass(frozen=True)

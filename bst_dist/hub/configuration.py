@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from bst_base.settings import parse
-from bst_dist.model.lm import ModelConfig
+from bst_dist.model.config import ModelConfig
 
 REMOTE_CODE = "bst.py"
 """The file beside a model that transformers takes its classes from under `trust_remote_code`."""

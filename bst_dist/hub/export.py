@@ -36,7 +36,7 @@ from bst_dist.study.evaluation.prompts import begin_token
 from bst_dist.study.evaluation.trained import require_language_model, tokenizer_of
 from bst_dist.train.rundir import read_recipe
 from data_pipeline.format.tokenizer import Tokenizer
-from data_pipeline.store.storage import StorageConfig
+from data_pipeline.store.base import StorageConfig
 
 DIGESTS, CARD = "SHA256SUMS", "README.md"
 

@@ -9,32 +9,17 @@ Shapes: B rows, l tokens of the slice, p <= W positions before it, H heads, dh h
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_base.settings import Config
+from bst_dist.model.config import AttentionConfig
 from bst_dist.model.flex import flex_sliding_attention
 from bst_dist.model.fused_tiles import fused_sliding_attention, fused_tile
 from bst_dist.model.tiles import HIDDEN, QUERY_TILE, sliding_tiles, tiled_attention
 from bst_dist.parallel.past import Past
-
-
-class AttentionConfig(Config):
-    """Self-attention inside the sliding window."""
-
-    position: Literal["t5", "rope"] = "t5"
-    """Relative position: T5's learned bias by distance, or rotary embedding, which fused kernels support."""
-    buckets: int = 32
-    """T5: learned biases a head."""
-    max_distance: int = 128
-    """T5: distance from which all tokens share the last bucket."""
-    rope_base: float = 10_000.0
-    """RoPE: base of the wavelengths."""
-    include_self: bool = True
-    """Whether a token attends to itself. meliad's mask leaves it out: the W strictly previous tokens."""
 
 
 def unit(x: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -10,43 +10,16 @@ Shapes: B rows, l tokens, Ds SSM width, C output maps, S states, H heads, W bloc
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_base.settings import Config
 from bst_dist.model.attention import unit
-from bst_dist.model.ssm.kernels import KernelConfig, build_kernel
+from bst_dist.model.config import ContextConfig, KernelConfig
+from bst_dist.model.ssm.kernels import build_kernel
 from bst_dist.parallel.past import Past
-
-
-class ContextConfig(Config):
-    """How SSM outputs become context states."""
-
-    variant: Literal["SH", "MH", "MF"] = "SH"
-    """Single-head, multi-head or multi-filter."""
-    states: int = 32
-    """MF: number of filters S, hence of context states a block."""
-    ssm_width: int | None = None
-    """Channels of the SSM, Ds; None: a quarter of the model's width, an eighth for MF."""
-    attend: Literal["current", "previous"] = "current"
-    """SH and MH: the states of the current block, causally, or all of the previous block's (the other reading of the
-    paper's text)."""
-
-    @model_validator(mode="after")
-    def _check(self) -> ContextConfig:
-        if self.variant == "MF" and self.attend == "previous":
-            raise ValueError(
-                "attend: MF states are the end of the previous block as they are; 'previous' is for SH, MH"
-            )
-        return self
-
-    def width(self, model_width: int) -> int:
-        """Ds for a model of width D."""
-        return self.ssm_width or model_width // (8 if self.variant == "MF" else 4)
 
 
 class Passage(nn.Module):

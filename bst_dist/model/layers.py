@@ -6,62 +6,25 @@ Every mixer maps (B, l, D) -> (B, l, D) given its past and the document starts; 
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from bst_base.settings import Config
-from bst_dist.model.attention import AttentionConfig, SlidingAttention
-from bst_dist.model.baselines.block_recurrent import BlockRecurrentConfig, BlockRecurrentMixer
-from bst_dist.model.baselines.full import FullAttentionConfig, FullMixer
-from bst_dist.model.baselines.gss import GSSConfig, GSSMixer
+from bst_dist.model.attention import SlidingAttention
+from bst_dist.model.baselines.block_recurrent import BlockRecurrentMixer
+from bst_dist.model.baselines.full import FullMixer
+from bst_dist.model.baselines.gss import GSSMixer
 from bst_dist.model.baselines.pure_ssm import PureSSMMixer
-from bst_dist.model.baselines.transformer_xl import TransformerXLConfig, TransformerXLMixer
-from bst_dist.model.context import ContextConfig, CrossAttention
-from bst_dist.model.ssm.kernels import KernelConfig
-from bst_dist.model.ssm.s4d import SSMConfig
+from bst_dist.model.baselines.transformer_xl import TransformerXLMixer
+from bst_dist.model.config import (
+    LayerConfig,
+)
+from bst_dist.model.context import CrossAttention
 from bst_dist.parallel.past import Past
-
-
-class LayerConfig(Config):
-    """What all layers of a model share."""
-
-    width: int
-    """Model width D."""
-    heads: int
-    """Attention heads H; must divide the width."""
-    ffn: int
-    """Width M of the feed-forward network."""
-    block: int
-    """The attention window and the unit everything is aligned to, in tokens (W)."""
-    attention: AttentionConfig = AttentionConfig()
-    context: ContextConfig = ContextConfig()
-    ssm: KernelConfig = SSMConfig()
-    transformer_xl: TransformerXLConfig = TransformerXLConfig()
-    block_recurrent: BlockRecurrentConfig = BlockRecurrentConfig()
-    gss: GSSConfig = GSSConfig()
-    full: FullAttentionConfig = FullAttentionConfig()
-
-    def mixers(self) -> list[str]:
-        """The mixer of each layer; which ones is said by the model."""
-        return list(MIXERS)
-
-    def unused_sections(self) -> list[str]:
-        """Sections that are set and that no layer reads.
-
-        No error, so that one recipe compares mixers by an override of `mixer` alone; a run says so at its start.
-        """
-        used = {section for mixer in self.mixers() for section in MIXERS[mixer].sections}
-        known = {section for mixer in MIXERS.values() for section in mixer.sections}
-        fields = type(self).model_fields
-        return [name for name in sorted(known - used) if getattr(self, name) != fields[name].default]
 
 
 class SlidingMixer(nn.Module):
     """Sliding-window self-attention."""
-
-    sections: ClassVar = ("attention",)
 
     def __init__(self, config: LayerConfig):
         super().__init__()
@@ -74,8 +37,6 @@ class SlidingMixer(nn.Module):
 
 class BSTMixer(nn.Module):
     """Block-State Transformer: sliding self-attention beside cross-attention to context states of an SSM."""
-
-    sections: ClassVar = ("attention", "context", "ssm")
 
     def __init__(self, config: LayerConfig):
         super().__init__()
@@ -108,7 +69,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "ssm": PureSSMMixer,
     "full": FullMixer,
 }
-"""Mixers by name; the `sections` of each are the sections of the settings that it reads."""
+"""The class of each mixer; which sections of the settings it reads, `config.MIXER_SECTIONS` says."""
 
 
 class FeedForward(nn.Module):

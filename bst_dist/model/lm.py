@@ -6,54 +6,16 @@ Shapes throughout: B rows, l tokens of this slice, D width, V vocabulary, W bloc
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pydantic import model_validator
 from torch import Tensor, nn
 
-from bst_dist.model.layers import MIXERS, Layer, LayerConfig
+from bst_dist.model.config import ModelConfig
+from bst_dist.model.layers import Layer
 from bst_dist.model.loss import linear_cross_entropy
-from bst_dist.model.parametrisation import ParametrisationConfig, Scale, StandardConfig
+from bst_dist.model.parametrisation import Scale
 from bst_dist.parallel.past import EarlierCall, Past, State
-
-
-class ModelConfig(LayerConfig):
-    """A stack of layers: `mixer` at the places named, `filler` everywhere else."""
-
-    vocab_size: int | None = None
-    """Vocabulary V; None: the corpus's."""
-    depth: int
-    """Number of layers."""
-    mixer: Literal[tuple(MIXERS)]  # type: ignore[valid-type]
-    """The layer under study."""
-    placement: list[int] | Literal["all"] = "all"
-    """Where `mixer` stands, counted from 0 (the paper's small model: [1, 7, 9] of 12)."""
-    filler: Literal[tuple(MIXERS)] = "sliding"  # type: ignore[valid-type]
-    """The layer everywhere else."""
-    parametrisation: ParametrisationConfig = StandardConfig()
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
-        if self.width % self.heads:
-            raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
-        if self.attention.position == "rope" and self.width // self.heads % 2:
-            raise ValueError(f"rope needs an even head width, got width/heads = {self.width // self.heads}")
-        if self.block % min(self.ssm.chunk, self.block):
-            raise ValueError(f"ssm.chunk ({self.ssm.chunk}) must divide block ({self.block})")
-        if self.placement != "all":
-            outside = [place for place in self.placement if not 0 <= place < self.depth]
-            if outside:
-                raise ValueError(f"placement {outside} is outside the {self.depth} layers (0 to {self.depth - 1})")
-        if self.parametrisation.kind == "completep" and self.context.ssm_width is not None:
-            raise ValueError("under completep context.ssm_width must stay in proportion to the width: leave it out")
-        return self
-
-    def mixers(self) -> list[str]:
-        """The mixer of each layer."""
-        if self.placement == "all":
-            return [self.mixer] * self.depth
-        return [self.mixer if place in self.placement else self.filler for place in range(self.depth)]
 
 
 class Losses(NamedTuple):

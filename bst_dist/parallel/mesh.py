@@ -9,22 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from pydantic import Field
 
-from bst_base.errors import UserError
-from bst_base.settings import Config
+from bst_dist.parallel.config import data_parallel
 from bst_dist.parallel.group import SequenceGroup
-
-
-class ParallelConfig(Config):
-    """How a global batch is spread over the ranks; what sp leaves is data-parallel."""
-
-    sp: int = Field(1, ge=1)
-    """Ranks that share one sequence, each holding a slice of L / sp tokens."""
-
-
-class MeshError(UserError):
-    """A world that the recipe cannot be spread over."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +23,12 @@ class Mesh:
     sp: int = 1
 
     def __post_init__(self) -> None:
-        if self.world % self.sp:
-            raise MeshError(f"parallel.sp: {self.sp} does not divide the {self.world} ranks")
+        data_parallel(self.world, self.sp)
 
     @property
     def dp(self) -> int:
         """Data-parallel degree."""
-        return self.world // self.sp
+        return data_parallel(self.world, self.sp)
 
     @property
     def dp_rank(self) -> int:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bst_dist.activation.policy import ActivationCheckpointingConfig, policy
+from bst_dist.activation.config import ActivationCheckpointingConfig
+from bst_dist.activation.policy import policy
 from bst_dist.model import attention
-from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.model.config import FilterConfig, ModelConfig
+from bst_dist.model.lm import LanguageModel
 from bst_dist.model.loss import TILE_LOGITS
-from bst_dist.model.ssm.unstructured import FilterConfig
 from bst_dist.parallel.neighbour import LeftNeighbour
 from bst_dist.parallel.past import Past
 from bst_dist.parallel.ranks import choose_accelerator

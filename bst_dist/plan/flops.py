@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable
 
 from bst_dist.model.baselines.full import causal_tiles
-from bst_dist.model.lm import ModelConfig
+from bst_dist.model.config import ModelConfig
 from bst_dist.model.ssm.convolution import padded_size
 from bst_dist.model.tiles import Tile, sliding_tiles
 

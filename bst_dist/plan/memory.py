@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bst_dist.activation.policy import ActivationCheckpointingConfig
+from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.plan.activations import Activations, Part, Slice
 from bst_dist.plan.gathering import Gathered, gather
 from bst_dist.plan.zero import WORD, Sizes, States, Strategy, states

@@ -28,8 +28,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bst_base.settings import parse
 from bst_dist.config import load_recipe, with_vocabulary
+from bst_dist.model.config import ModelConfig
 from bst_dist.model.layers import FeedForward, Layer
-from bst_dist.model.lm import ModelConfig
 from bst_dist.model.ssm.kernels import KERNELS
 from bst_dist.parallel.past import EarlierCall
 from bst_dist.plan.flops import forward_flops

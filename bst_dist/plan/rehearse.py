@@ -11,8 +11,8 @@ from collections import Counter
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bst_dist.model.lm import LanguageModel, ModelConfig
-from bst_dist.model.ssm.unstructured import FilterConfig
+from bst_dist.model.config import FilterConfig, ModelConfig
+from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.neighbour import LeftNeighbour, SequenceParallelError
 from bst_dist.parallel.rehearsal import Rehearsal
 

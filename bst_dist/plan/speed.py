@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bst_dist.activation.policy import ActivationCheckpointingConfig
+from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.plan.accelerators import Accelerator
 from bst_dist.plan.memory import Work
 from bst_dist.plan.traffic import GATHER

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from bst_dist.model.lm import ModelConfig
+from bst_dist.model.config import ModelConfig
 from bst_dist.plan.gathering import gather
 from bst_dist.plan.memory import Work
 from bst_dist.plan.zero import ALIGNMENT, WORD, Sizes

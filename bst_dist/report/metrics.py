@@ -11,38 +11,12 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field, field_validator
-
 from bst_base.files import atomic_file
-from bst_base.settings import Config
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FILE = "metrics.jsonl"
-
-
-class LogConfig(Config):
-    every: int = Field(10, ge=1)
-    """Steps between two lines on the console; every step goes to metrics.jsonl."""
-    tensorboard: bool = True
-    """Write TensorBoard events into the run directory's tensorboard/."""
-    probes: bool = True
-    """For TensorBoard, at evaluations: what context states say by layer, and the time scales of the SSMs."""
-    sample_tokens: int = Field(64, ge=0)
-    """For TensorBoard, at evaluations: tokens that the model writes after a beginning of the validation text; 0: no
-    sample. Not under ZeRO-3."""
-    straggler: float = Field(1.2, gt=1)
-    """Warn when the slowest rank's own work in a step takes this many times the median rank's."""
-    profile: tuple[int, int] | None = None
-    """First and last step, counted from 1, to trace with torch's profiler into the run directory's profile/."""
-
-    @field_validator("profile")
-    @classmethod
-    def _window_is_one(cls, window: tuple[int, int] | None) -> tuple[int, int] | None:
-        if window and not 1 <= window[0] <= window[1]:
-            raise ValueError("the first step of the window must be at least 1, and the last not before it")
-        return window
 
 
 @dataclass(frozen=True)

@@ -8,33 +8,44 @@ sequence parallelism each has a part of what is looked at, and under ZeRO-3 a pa
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import sqrt
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bst_dist.generation.decoding import Generation
 from bst_dist.generation.sampling import SamplingConfig, without_text
 from bst_dist.model.probes import ContextProbe, kernels, time_scales
-from bst_dist.report.metrics import LogConfig, Seen, Writer
+from bst_dist.report.config import LogConfig
+from bst_dist.report.metrics import Seen, Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from bst_dist.parallel.ranks import Ranks
-    from bst_dist.train.engine import Engine
     from data_pipeline.format.tokenizer import Tokenizer
 
 PROMPT = 32
 """Tokens of the validation text that a sample goes on from."""
 
 
+class Inspected(Protocol):
+    """The engine, as far as it is looked into (`train.engine.Engine`)."""
+
+    module: nn.Module
+    stage: int
+    """ZeRO's."""
+
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """While it is entered, these parameters are whole on every rank."""
+
+
 class Probes:
     """Looks at the model while it is evaluated, and after."""
 
-    def __init__(self, config: LogConfig, engine: Engine, ranks: Ranks, writers: Sequence[Writer],
+    def __init__(self, config: LogConfig, engine: Inspected, ranks: Ranks, writers: Sequence[Writer],
                  tokenizer: Tokenizer | None, prompt: Sequence[int], say: Callable[[str], None]) -> None:  # fmt: skip
         """`tokenizer` and `prompt`: of the samples; without a tokenizer there are none."""
         self.config, self.engine, self.ranks, self.writers = config, engine, ranks, writers

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bst_dist.config import Recipe, flat
-from bst_dist.model.layers import MIXERS
+from bst_dist.model.config import MIXER_SECTIONS
 from bst_dist.report.metrics import EvalReport, Report, Seen, SkippedReport, Writer
 
 FOLDER = "tensorboard"
@@ -68,7 +68,7 @@ class TensorBoard(Writer):
 def hparams(recipe: Recipe, **more: str | float) -> dict[str, str | float]:
     """What the HParams page says of a run: fields of its recipe, and `more`; "-" where no layer reads the field."""
     values: dict[str, Any] = flat(recipe.model_dump(mode="json"))
-    read = {section for mixer in recipe.model.mixers() for section in MIXERS[mixer].sections}
+    read = {section for mixer in recipe.model.mixers() for section in MIXER_SECTIONS[mixer]}
     for section in ("context", "ssm"):
         if section not in read:
             values |= {name: "-" for name in values if name.startswith(f"model.{section}.")}

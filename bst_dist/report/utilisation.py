@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from bst_dist.activation.policy import ActivationCheckpointingConfig
-from bst_dist.model.lm import ModelConfig
+from bst_dist.activation.config import ActivationCheckpointingConfig
+from bst_dist.model.config import ModelConfig
 from bst_dist.plan.flops import MIXER_TERMS
 
 FUSED = "fused-tiles"

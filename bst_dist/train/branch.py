@@ -12,26 +12,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pydantic import Field
-
-from bst_base.settings import Config, load
+from bst_base.settings import load
 from bst_dist.checkpoint.directory import CheckpointError, directory
+from bst_dist.config import Recipe, differing
+from bst_dist.train.rundir import RECIPE
 from bst_dist.train.schedule import factor
-
-if TYPE_CHECKING:
-    from bst_dist.config import Recipe
 
 # What a branch may have otherwise than its trunk; the schedules must still agree on every step that is shared.
 OWN = ("name:", "branch", "train.steps:", "schedule.", "evaluation.")
-
-
-class BranchConfig(Config):
-    run: str
-    """The trunk's run directory, from this run's own directory: ../trunk."""
-    step: int = Field(ge=1)
-    """The trunk's step to go on from; the trunk keeps its checkpoint by checkpoint.at."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +36,6 @@ def origin(run_dir: Path, recipe: Recipe) -> Origin:
 
     Shared must be the model, the data and the seed, and the learning rate of every step before the branch.
     """
-    from bst_dist.config import Recipe, differing  # the recipe is composed of this module's section, too
-    from bst_dist.train.rundir import RECIPE
-
     # Not resolved by the file system: the branch's own directory may not exist yet.
     trunk_dir, step = Path(os.path.normpath(run_dir / recipe.branch.run)), recipe.branch.step
     checkpoint = directory(trunk_dir, step)

@@ -14,7 +14,8 @@ import deepspeed
 from torch import Tensor, nn
 
 from bst_dist.train import deepspeed_json
-from bst_dist.train.optimizer import Groups, OptimizerConfig
+from bst_dist.train.config import OptimizerConfig
+from bst_dist.train.optimizer import Groups
 from bst_dist.train.optimizer import build as build_optimizer
 
 

@@ -8,12 +8,11 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from bst_base.settings import Config
 from bst_dist.parallel.neighbour import past_of_slice
 from bst_dist.report.metrics import Callback, EvalReport, StepReport, Writer, bits_per_byte
+from bst_dist.train.config import EvaluationConfig
 from bst_dist.train.loop import on_device, sum_of_batch
 
 if TYPE_CHECKING:
@@ -23,13 +22,6 @@ if TYPE_CHECKING:
     from bst_dist.report.probes import Probes
     from bst_dist.train.engine import Engine
     from data_pipeline.serve.batch import Batch
-
-
-class EvaluationConfig(Config):
-    every: int = Field(500, ge=0)
-    """Steps between two evaluations; the run's last step always has one; 0: only that one."""
-    sequences: int = Field(64, ge=1)
-    """Validation sequences, of the training length, to evaluate on: each once, the same ones on any number of ranks."""
 
 
 class Evaluate(Callback):

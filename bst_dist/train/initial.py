@@ -8,18 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
 from torch import nn
 
-from bst_base.settings import Config
 from bst_dist.checkpoint.directory import CheckpointError, committed, damage, directory, load_weights, step_of
-
-
-class InitialWeightsConfig(Config):
-    run: Path
-    """The other run's directory, from the working directory; `bst import` makes one of an exported model."""
-    step: int = Field(ge=1)
-    """Its weights after this step."""
+from bst_dist.train.config import InitialWeightsConfig
+from bst_dist.train.rundir import tokenizer_of
 
 
 def load_initial(model: nn.Module, config: InitialWeightsConfig, tokenizer_sha256: str | None = None) -> None:
@@ -28,8 +21,6 @@ def load_initial(model: nn.Module, config: InitialWeightsConfig, tokenizer_sha25
     `tokenizer_sha256`: of the text that this run reads. Raises CheckpointError when there are no such weights, when
     they are of a model of another shape, and when their run is known to have had another tokenizer.
     """
-    from bst_dist.train.rundir import tokenizer_of  # its recipes are composed of this module's section, too
-
     checkpoint = _checkpoint(config)
     if tokenizer_sha256 and tokenizer_of(config.run) not in (None, tokenizer_sha256):
         raise CheckpointError(

@@ -11,20 +11,20 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from bst_base.settings import Config
-from bst_dist.faults.guard import Guard, GuardConfig, RollBack
+from bst_dist.faults.config import GuardConfig
+from bst_dist.faults.guard import Guard, RollBack
 from bst_dist.faults.ledger import Entry, Ledger
 from bst_dist.faults.signals import Stop
 from bst_dist.parallel.neighbour import past_of_slice
 from bst_dist.report.metrics import Callback, SkippedReport, StepReport, bits_per_byte
 from bst_dist.report.utilisation import Speed
-from bst_dist.train.schedule import ScheduleConfig, factor
+from bst_dist.train.config import ScheduleConfig, TrainConfig
+from bst_dist.train.schedule import factor
 
 if TYPE_CHECKING:
     from bst_dist.parallel.group import SequenceGroup
@@ -32,23 +32,6 @@ if TYPE_CHECKING:
     from bst_dist.parallel.ranks import Ranks
     from bst_dist.train.engine import Engine
     from data_pipeline.serve.batch import Batch
-
-
-class TrainConfig(Config):
-    steps: int = Field(ge=1)
-    """Steps of the whole run: the schedule ends here."""
-    sequence_length: int = Field(ge=1)
-    """Tokens L of a sequence; a multiple of the block."""
-    sequences: int = Field(ge=1)
-    """Sequences of a step over all ranks (the global batch G)."""
-    micro_sequences: int = Field(1, ge=1)
-    """Sequences a rank takes at once; the rest of its share follows, accumulated into one step."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16: matrix products in bfloat16 under autocast; parameters, SSM dynamics and reductions in fp32."""
-    gradient_clipping: float = Field(1.0, ge=0)
-    """Largest global gradient norm; 0: no clipping."""
-    carry: bool = False
-    """Carry the past of each row to the next step (data.mode streaming); values only, no gradient goes back."""
 
 
 class Trainer:

@@ -1,11 +1,13 @@
 """What a run learns: its model, its batches, and how its progress is judged.
 
 The program, the trainer and the checkpoints are the same for every objective: an optimizer's step on the mean of the
-negative log-likelihood over the labels of a batch. Language modelling is here, classification in `bst_dist.lra`.
+negative log-likelihood over the labels of a batch. Which objective a run has, its data section says
+(`config.OBJECTIVES`): language modelling, here, or one of the study's tasks.
 """
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from bst_dist.config import Recipe, evaluation_rows, with_vocabulary
+from bst_dist.config import OBJECTIVES, Recipe, evaluation_rows, with_vocabulary
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.train.evaluation import Evaluate
@@ -70,6 +72,11 @@ class Objective(Protocol):
 
     def about(self) -> dict[str, Any]:
         """What is written down at each start of the run."""
+
+
+def open_objective(recipe: Recipe) -> Objective:
+    """What the recipe's data section lets a run learn, its data opened; raises UserError when it cannot be used."""
+    return pkgutil.resolve_name(OBJECTIVES[type(recipe.data)]).of(recipe)
 
 
 @dataclass(frozen=True)

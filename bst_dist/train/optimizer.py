@@ -11,30 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import nn
 
-from bst_base.settings import Config
 from bst_dist.model.parametrisation import Scale
+from bst_dist.train.config import OptimizerConfig
 
 # What a group's update depends on beside its gradients. The learning rate is among them only through `peak_rate`.
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
 DECAYED = ("matrices", "filters")
-
-
-class OptimizerConfig(Config):
-    learning_rate: float = Field(1e-3, gt=0)
-    """Peak rate of matrices and vectors; under CompleteP that of the base shape, and wide matrices have less."""
-    ssm_learning_rate: float = Field(1e-3, gt=0, le=1e-3)
-    """Peak rate of the SSM dynamics, which are trained at 1e-3 or less whatever the rest uses."""
-    weight_decay: float = Field(0.1, ge=0)
-    """Decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101), on matrices only."""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    """Decay of the first moment."""
-    beta2: float = Field(0.95, ge=0, lt=1)
-    """Decay of the second moment."""
-    eps: float = Field(1e-8, gt=0)
-    """Added to the root of the second moment."""
 
 
 def build(config: OptimizerConfig, groups: Mapping[str, Sequence[nn.Parameter]],

@@ -10,25 +10,8 @@ arXiv 2405.18392; cosine: Loshchilov and Hutter, arXiv 1608.03983, eq. 5, withou
 from __future__ import annotations
 
 import math
-from typing import Literal
 
-from pydantic import Field
-
-from bst_base.settings import Config
-
-
-class ScheduleConfig(Config):
-    kind: Literal["wsd", "cosine"] = "wsd"
-    """wsd: constant after the warm-up, then a decay over the last steps, so that runs of several lengths can branch off
-    one constant part; cosine: half a period from the end of the warm-up to the last step."""
-    warmup_steps: int = Field(100, ge=0)
-    """Steps over which the rate rises linearly from 0; step 0 already moves."""
-    decay_fraction: float = Field(0.2, ge=0, le=1)
-    """Share of all steps that wsd's decay takes."""
-    decay_shape: Literal["1-sqrt", "linear"] = "1-sqrt"
-    """How wsd's decay falls."""
-    final_fraction: float = Field(0.0, ge=0, le=1)
-    """Rate at the last step as a fraction of the peak."""
+from bst_dist.train.config import ScheduleConfig
 
 
 def factor(schedule: ScheduleConfig, step: int, steps: int) -> float:

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bst_dist.config import Recipe, accumulation, deepspeed_file, load_recipe
-from bst_dist.lra.config import LongRangeConfig
-from bst_dist.lra.objective import Classification
 from bst_dist.plan.rehearse import rehearse
 from bst_dist.train import rundir
-from bst_dist.train.objective import LanguageModelling, Objective
+from bst_dist.train.objective import Objective, open_objective
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ def load(request: Request) -> Recipe:
 def resolve(recipe: Recipe, request: Request, world: int) -> Start:
     """Check `recipe` against the ranks, the corpus, the DeepSpeed file and the run directory; raises UserError."""
     micro_batches = accumulation(recipe, world)
-    objective = (Classification if isinstance(recipe.data, LongRangeConfig) else LanguageModelling).of(recipe)
+    objective = open_objective(recipe)
     recipe = objective.recipe
     _require_slices(recipe)
     completed = _complete(recipe, world, micro_batches)

@@ -28,6 +28,7 @@ from bst_dist.cluster.local import launch
 from bst_dist.cluster.processes import Share
 from bst_dist.config import load_recipe
 from bst_dist.parallel.ranks import choose_accelerator, free_port
+from bst_dist.report.saved import write_report
 from bst_dist.verify import grid
 
 FILE = "verified.json"
@@ -64,8 +65,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         report = json.loads(found.read_text())
     _tell(report)
     if args.run_dir:
-        from bst_dist.cli import write_report
-
         write_report(args.run_dir / FILE, "verify", report)
     return report
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from bst_base.settings import ConfigError, parse
-from bst_dist.activation.policy import ActivationCheckpointingConfig
+from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.cluster.local import default_ranks
 from bst_dist.config import Recipe, deepspeed_file
-from bst_dist.lra.config import LongRangeConfig
-from bst_dist.model.context import ContextConfig
+from bst_dist.model.config import ContextConfig
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.plan.rehearse import rehearse
+from bst_dist.study.lra.config import LongRangeConfig
 from bst_dist.verify.shrink import shrink
 
 

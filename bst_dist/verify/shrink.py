@@ -12,9 +12,7 @@ from typing import Any
 
 from bst_base.settings import parse
 from bst_dist.config import Recipe
-from bst_dist.model.layers import MIXERS
-from bst_dist.model.lm import ModelConfig
-from bst_dist.model.ssm.kernels import KernelConfig
+from bst_dist.model.config import MIXER_SECTIONS, KernelConfig, ModelConfig
 
 WIDTH, HEADS, BLOCK, MOST_LAYERS, MOST_BLOCKS = 32, 2, 8, 4, 16
 VOCABULARY, STATES, SSM_STATE = 61, 4, 4
@@ -66,7 +64,7 @@ def _baselines(model: ModelConfig) -> dict[str, Any]:
         "transformer_xl": {"window": max(1, model.transformer_xl.window // model.block) * BLOCK},
         "block_recurrent": {"states": max(1, model.block_recurrent.states * BLOCK // model.block)},
     }
-    used = {section for mixer in model.mixers() for section in MIXERS[mixer].sections}
+    used = {section for mixer in model.mixers() for section in MIXER_SECTIONS[mixer]}
     return {section: size for section, size in sizes.items() if section in used}
 
 

@@ -35,7 +35,8 @@ class Ours:
     """This project's loader: ids, labels, masks and cuts, as a trainer is given them."""
 
     def __init__(self, directory: Path, sequences: int, rank: int, world: int, state: dict[str, Any] | None) -> None:
-        from data_pipeline.serve.loader import DataConfig, Loader, open_corpora
+        from data_pipeline.serve.config import DataConfig
+        from data_pipeline.serve.loader import Loader, open_corpora
 
         config = DataConfig(corpus=str(directory / "ours"), prefetch=0)
         mine = ROWS // world

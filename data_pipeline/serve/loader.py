@@ -9,83 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field, model_validator
 
 from bst_base.errors import UserError
-from bst_base.settings import Config
 from data_pipeline.serve.batch import Batch, block_starts, label_mask
+from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.order import ORDER_VERSION
 from data_pipeline.serve.plan import Plan, Shuffled, Streaming
 from data_pipeline.serve.prefetch import Prefetcher
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.serve.rows import RowReader
 from data_pipeline.serve.stream import extents, inputs
-from data_pipeline.store.storage import StorageConfig
-
-
-class MixedCorpus(Config):
-    """One corpus of a mixture."""
-
-    corpus: str
-    """Directory or address of a prepared corpus."""
-    weight: float = Field(1.0, ge=0, allow_inf_nan=False)
-    """Its share of the sequences, relative to the other weights; 0 leaves it out until the weights change."""
-
-
-class WeightChange(Config):
-    """New weights from a step on."""
-
-    step: int = Field(gt=0)
-    """First step with these weights."""
-    weights: tuple[float, ...]
-    """One for each corpus, in their order."""
-
-
-class DataConfig(Config):
-    """What is served, and how."""
-
-    corpus: str | tuple[MixedCorpus, ...]
-    """Directory or address of a prepared corpus; or a list of them with weights."""
-    weight_changes: tuple[WeightChange, ...] = ()
-    """Where the weights of a mixture change, in increasing steps."""
-    mode: Literal["shuffled", "streaming"] = "shuffled"
-    """`shuffled`: sequences in random order; `streaming`: each row reads on where it stopped the step before."""
-    documents: Literal["joined", "isolated"] = "joined"
-    """`joined`: one stream, as in the paper; `isolated`: padded to the block, with exact resets between documents."""
-    prefetch: int = Field(2, ge=0)
-    """Steps read ahead by a thread; 0 reads in the caller's thread."""
-    on_bad_shard: Literal["stop", "skip"] = "stop"
-    """`skip` leaves damaged or missing tokens out of the loss, and records them, where `stop` raises an error."""
-
-    storage: StorageConfig = StorageConfig()
-    """How corpora that are not on this machine's disk are read."""
-
-    @model_validator(mode="after")
-    def _weights_fit(self) -> DataConfig:
-        count = 1 if isinstance(self.corpus, str) else len(self.corpus)
-        if not count:
-            raise ValueError("corpus: a mixture needs at least one corpus")
-        steps = [change.step for change in self.weight_changes]
-        if steps != sorted(set(steps)):
-            raise ValueError(f"weight_changes: their steps must increase, found {steps}")
-        for step, weights in self.segments():
-            if len(weights) != count:
-                raise ValueError(f"weight_changes: {len(weights)} weights at step {step} for {count} corpora")
-            if min(weights) < 0 or not 0 < sum(weights) < float("inf"):
-                raise ValueError(f"weights {list(weights)}: they must be finite, none negative, and one positive")
-        return self
-
-    def urls(self) -> list[str]:
-        """Where the corpora lie, in the order of their weights."""
-        return [self.corpus] if isinstance(self.corpus, str) else [each.corpus for each in self.corpus]
-
-    def segments(self) -> list[tuple[int, tuple[float, ...]]]:
-        """(first step, weights) pairs, from step 0 on."""
-        first = (1.0,) if isinstance(self.corpus, str) else tuple(each.weight for each in self.corpus)
-        return [(0, first), *((change.step, change.weights) for change in self.weight_changes)]
 
 
 def open_corpora(config: DataConfig, split: str = "train") -> list[Corpus]:

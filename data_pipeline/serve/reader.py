@@ -16,8 +16,9 @@ from bst_base.errors import UserError
 from data_pipeline.format.manifest import MANIFEST, Manifest
 from data_pipeline.format.tokenizer import Tokenizer
 from data_pipeline.serve.shard_reader import ShardReader
+from data_pipeline.store.base import Storage, StorageConfig
 from data_pipeline.store.cache import CachedStorage
-from data_pipeline.store.storage import Storage, StorageConfig, open_storage
+from data_pipeline.store.storage import open_storage
 
 
 class Corpus:

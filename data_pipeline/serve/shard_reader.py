@@ -23,7 +23,7 @@ from isal import isal_zlib
 from data_pipeline.format.damage import locate_changed_byte
 from data_pipeline.format.manifest import ShardInfo
 from data_pipeline.format.shards import CRC_BLOCK, ShardError, ShardIndex
-from data_pipeline.store.storage import Storage
+from data_pipeline.store.base import Storage
 
 _log = logging.getLogger(__name__)
 _TAR_BLOCK = 512  # members of a tar begin at multiples of it

@@ -11,7 +11,8 @@ from typing import Protocol
 
 from bst_base.files import atomic_file
 from data_pipeline.format.shards import ShardError
-from data_pipeline.store.storage import LocalStorage, Storage
+from data_pipeline.store.base import Storage
+from data_pipeline.store.storage import LocalStorage
 
 
 class Source(Storage, Protocol):

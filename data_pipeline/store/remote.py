@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from data_pipeline.format.shards import ShardError
-from data_pipeline.store.storage import StorageConfig, StorageError
+from data_pipeline.store.base import StorageConfig, StorageError
 
 _log = logging.getLogger(__name__)
 _CHUNK = 8 << 20  # bytes of a whole file fetched in one request: what a dropped connection costs

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from bst_dist.activation import policy as activation
 from bst_dist.activation import selective
-from bst_dist.activation.policy import ActivationCheckpointingConfig
-from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.activation.config import ActivationCheckpointingConfig
+from bst_dist.model.config import ModelConfig
+from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.past import EarlierCall
 from bst_dist.plan.live import LiveBytes
 

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from bst_base.settings import dump, parse
-from bst_dist.checkpoint.directory import CheckpointConfig, committed, directory, load_weights, step_of
+from bst_dist.checkpoint.config import CheckpointConfig
+from bst_dist.checkpoint.directory import committed, directory, load_weights, step_of
 from bst_dist.checkpoint.fragments import MOMENTS, WEIGHT, Fragment
 from bst_dist.checkpoint.layout import Layout, Rows
 from bst_dist.checkpoint.shards import Piece

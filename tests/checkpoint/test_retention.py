@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bst_dist.checkpoint.directory import FORMAT, MANIFEST, PINNED, CheckpointConfig, committed, directory, step_of
+from bst_dist.checkpoint.config import CheckpointConfig
+from bst_dist.checkpoint.directory import FORMAT, MANIFEST, PINNED, committed, directory, step_of
 from bst_dist.checkpoint.retention import Held, leavings, readable, reasons, remove_leavings, retain
 
 

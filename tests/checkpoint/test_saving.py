@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from bst_dist.checkpoint import durable, retention, saving
+from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import (
     MANIFEST,
-    CheckpointConfig,
     CheckpointError,
     committed,
     damage,

@@ -25,8 +25,8 @@ from bst_base.errors import UserError
 from bst_base.settings import load
 from bst_dist import cli
 from bst_dist.config import deepspeed_file, load_recipe
-from bst_dist.lra.commands.prepare import SETTINGS, settings
 from bst_dist.study.experiment.config import load_experiment
+from bst_dist.study.lra.commands.prepare import SETTINGS, settings
 from bst_dist.study.sweep.config import load_sweep
 from bst_dist.train.__main__ import add_arguments as add_program_arguments
 from data_pipeline.prepare.corpus import PrepareConfig
@@ -249,7 +249,7 @@ LEFT_OUT = {
     r"bst sweep .*/cluster.yaml": "counts hundreds of large shapes: tests/sweep",
     r"bst plan .*--nodes 1,8,64": "plans nine clusters: tests/plan",
     r"bst experiment ": "trains an experiment: tests/experiment",
-    r"bst (lra |train .*/lra/)": "draws and trains a task in full: tests/lra",
+    r"bst (lra |train .*/lra/)": "draws and trains a task in full: tests/study/lra",
     r"bst doctor": "tests/doctor",
     r"bst eval .*--(harness|lengths .*65536)": "asks tasks of the reader's own, reads much text: tests/evaluate",
 }

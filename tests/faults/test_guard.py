@@ -12,7 +12,8 @@ import torch
 
 from bst_dist.checkpoint.directory import load_weights, newest_valid
 from bst_dist.faults import ledger
-from bst_dist.faults.guard import DivergedError, Guard, GuardConfig
+from bst_dist.faults.config import GuardConfig
+from bst_dist.faults.guard import DivergedError, Guard
 from bst_dist.faults.ledger import Entry, Ledger
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.train.loop import Trainer

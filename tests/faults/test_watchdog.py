@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from bst_dist.faults.config import WatchdogConfig
 from bst_dist.faults.status import HUNG
-from bst_dist.faults.watchdog import STACKS, Heartbeat, Watchdog, WatchdogConfig, judge
+from bst_dist.faults.watchdog import STACKS, Heartbeat, Watchdog, judge
 from bst_dist.parallel.phases import Phases
 from bst_dist.train.loop import Trainer
 from bst_dist.train.program import train

@@ -18,8 +18,9 @@ import torch
 
 from bst_dist.model import attention as attention_module
 from bst_dist.model.attention import documents_of, sliding_attention
+from bst_dist.model.config import ModelConfig
 from bst_dist.model.flex import flex_sliding_attention
-from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.model.lm import LanguageModel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

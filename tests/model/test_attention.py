@@ -8,14 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
-from bst_dist.model.attention import (
-    AttentionConfig,
-    DistanceBias,
-    SlidingAttention,
-    documents_of,
-    rotate,
-    sliding_attention,
-)
+from bst_dist.model.attention import DistanceBias, SlidingAttention, documents_of, rotate, sliding_attention
+from bst_dist.model.config import AttentionConfig
 from bst_dist.model.flex import Band, block_mask, flex_sliding_attention
 from bst_dist.parallel.past import Past
 

@@ -7,7 +7,8 @@ import torch
 
 from bst_base.settings import ConfigError, parse
 from bst_dist.model.baselines.full import LongerThanAllowedError
-from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.model.config import ModelConfig
+from bst_dist.model.lm import LanguageModel
 from bst_dist.model.ssm.unstructured import DocumentResetError
 
 BLOCK, VOCAB = 8, 23

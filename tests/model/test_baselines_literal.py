@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bst_base.settings import parse
-from bst_dist.model.layers import MIXERS, LayerConfig
+from bst_dist.model.config import LayerConfig
+from bst_dist.model.layers import MIXERS
 from bst_dist.parallel.past import EarlierCall, Past
 
 WIDTH, HEADS, BLOCK, LENGTH = 8, 2, 4, 20

@@ -4,8 +4,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from bst_dist.model.context import ContextConfig
-from bst_dist.model.layers import BSTMixer, LayerConfig
+from bst_dist.model.config import ContextConfig, LayerConfig
+from bst_dist.model.layers import BSTMixer
 from bst_dist.parallel.past import Past
 
 WIDTH, HEADS, BLOCK, LENGTH = 16, 2, 8, 24

@@ -6,7 +6,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.model.config import ModelConfig
+from bst_dist.model.lm import LanguageModel
 
 BLOCK, LENGTH, VOCABULARY = 16, 64, 40
 MODELS = [("sliding", "SH"), ("bst", "SH"), ("bst", "MH"), ("bst", "MF")]

@@ -8,9 +8,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from bst_dist.model.config import ModelConfig
 from bst_dist.model.layers import MIXERS
-from bst_dist.model.lm import LanguageModel, ModelConfig
-from bst_dist.train.optimizer import OptimizerConfig, build
+from bst_dist.model.lm import LanguageModel
+from bst_dist.train.config import OptimizerConfig
+from bst_dist.train.optimizer import build
 
 VOCABULARY, BLOCK = 30, 8
 BASE = {"kind": "completep", "base_width": 16, "base_depth": 2}

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bst_dist.model.ssm.s4d import S4D, SSMConfig, initial_frequencies
+from bst_dist.model.config import SSMConfig
+from bst_dist.model.ssm.s4d import S4D, initial_frequencies
 from bst_dist.parallel.past import EarlierCall, Past
 
 NOTHING = Past()

@@ -7,13 +7,8 @@ import math
 import pytest
 import torch
 
-from bst_dist.model.ssm.unstructured import (
-    DocumentResetError,
-    ExplicitConfig,
-    ExplicitFilter,
-    HyenaConfig,
-    HyenaFilter,
-)
+from bst_dist.model.config import ExplicitConfig, HyenaConfig
+from bst_dist.model.ssm.unstructured import DocumentResetError, ExplicitFilter, HyenaFilter
 from bst_dist.parallel.past import EarlierCall, Past
 
 BLOCK, WIDTH, MAPS = 8, 3, 4

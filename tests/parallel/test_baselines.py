@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.model.config import ModelConfig
+from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.parallel.neighbour import LeftNeighbour, SequenceParallelError
 

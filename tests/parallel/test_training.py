@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 
 from bst_dist.activation import policy as activation
-from bst_dist.activation.policy import ActivationCheckpointingConfig
-from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.activation.config import ActivationCheckpointingConfig
+from bst_dist.model.config import ModelConfig
+from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
-from bst_dist.train.loop import Speed, TrainConfig, Trainer
-from bst_dist.train.optimizer import OptimizerConfig
-from bst_dist.train.schedule import ScheduleConfig
+from bst_dist.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from bst_dist.train.loop import Speed, Trainer
 
 BLOCK, LENGTH, ROWS, MICRO_ROWS, VOCABULARY = 8, 32, 8, 2, 29
 TOLERANCE = 2e-5

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from bst_dist.activation.policy import ActivationCheckpointingConfig
-from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.activation.config import ActivationCheckpointingConfig
+from bst_dist.model.config import ModelConfig
+from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.past import Past
 from bst_dist.plan.activations import Activations, Slice
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from bst_dist.cli import main
 from bst_dist.config import load_recipe
-from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.model.config import ModelConfig
+from bst_dist.model.lm import LanguageModel
 from bst_dist.plan.flops import forward_flops
 from bst_dist.plan.models import catalogue, entry
 

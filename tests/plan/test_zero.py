@@ -2,7 +2,7 @@
 
 import pytest
 
-from bst_dist.activation.policy import ActivationCheckpointingConfig
+from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.plan.activations import Slice
 from bst_dist.plan.gathering import gather
 from bst_dist.plan.memory import Work

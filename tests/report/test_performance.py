@@ -12,9 +12,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bst_dist.activation import policy as activation
-from bst_dist.activation.policy import ActivationCheckpointingConfig
+from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.config import load_recipe
-from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.model.config import ModelConfig
+from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.phases import Phases
 from bst_dist.plan.flops import MIXER_TERMS, forward_flops
 from bst_dist.plan.rehearse import rehearse

@@ -15,7 +15,8 @@ from bst_dist.checkpoint.directory import CheckpointError, load_weights, newest_
 from bst_dist.config import Recipe, _identity, digest
 from bst_dist.model.lm import LanguageModel
 from bst_dist.train import program
-from bst_dist.train.initial import InitialWeightsConfig, load_initial
+from bst_dist.train.config import InitialWeightsConfig
+from bst_dist.train.initial import load_initial
 from bst_dist.train.start import Request
 
 

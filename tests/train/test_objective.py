@@ -13,9 +13,9 @@ import torch
 from bst_base.errors import UserError
 from bst_dist.checkpoint.directory import load_weights, newest_valid
 from bst_dist.cli import main
-from bst_dist.lra.listops import ListOpsConfig
-from bst_dist.lra.prepare import prepare
 from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.study.lra.listops import ListOpsConfig
+from bst_dist.study.lra.prepare import prepare
 from bst_dist.train.program import train
 from bst_dist.train.start import Request, load, resolve
 from data_pipeline.prepare.parallel import open_workers

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import torch
 
-from bst_dist.model.lm import LanguageModel, ModelConfig
-from bst_dist.train.optimizer import Groups, OptimizerConfig, build
+from bst_dist.model.config import ModelConfig
+from bst_dist.model.lm import LanguageModel
+from bst_dist.train.config import OptimizerConfig
+from bst_dist.train.optimizer import Groups, build
 
 
 def small_model() -> LanguageModel:

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bst_dist.train.schedule import ScheduleConfig, factor
+from bst_dist.train.config import ScheduleConfig
+from bst_dist.train.schedule import factor
 
 schedules = st.builds(
     ScheduleConfig,

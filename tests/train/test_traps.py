@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from bst_dist.model.config import ModelConfig
 from bst_dist.model.layers import MIXERS
-from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.model.lm import LanguageModel
 from bst_dist.model.ssm.s4d import S4D
 from bst_dist.parallel.neighbour import LeftNeighbour
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.parallel.rehearsal import Rehearsal
 from bst_dist.train import program
+from bst_dist.train.config import OptimizerConfig
 from bst_dist.train.deepspeed_json import DeepSpeedConfigError, Intent, complete, read
 from bst_dist.train.engine import Engine
-from bst_dist.train.optimizer import OptimizerConfig
 from bst_dist.train.start import Request, load, resolve
 
 KERNELS: list[dict[str, Any]] = [

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from bst_dist.checkpoint.commands.common import add_run, readable_size
-from bst_dist.checkpoint.directory import DAMAGED, DELETED, PARTIAL, WEIGHTS, CheckpointConfig, committed, damage
+from bst_dist.checkpoint.config import CheckpointConfig
+from bst_dist.checkpoint.directory import DAMAGED, DELETED, PARTIAL, WEIGHTS, committed, damage
 from bst_dist.checkpoint.retention import Held, leavings, readable, reasons, thin
 from bst_dist.config import load_recipe
 from bst_dist.train.rundir import RECIPE, read_recipe

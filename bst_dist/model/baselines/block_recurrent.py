@@ -14,26 +14,15 @@ Shapes: B rows, l tokens, nb blocks of W, S states, D width, H heads, dh head wi
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_base.settings import Config
 from bst_dist.model.attention import SlidingAttention, documents_of, rotate, unit
+from bst_dist.model.config import LayerConfig
 from bst_dist.parallel.past import Past
-
-if TYPE_CHECKING:
-    from bst_dist.model.layers import LayerConfig
-
-
-class BlockRecurrentConfig(Config):
-    """The state of a Block-Recurrent layer."""
-
-    states: int = Field(512, ge=1)
-    """State vectors S, each as wide as the model."""
 
 
 class Window(NamedTuple):
@@ -93,8 +82,6 @@ class StateCell(nn.Module):
 
 class BlockRecurrentMixer(nn.Module):
     """Sliding attention beside cross-attention to a state that is updated after each block."""
-
-    sections: ClassVar = ("attention", "block_recurrent")
 
     def __init__(self, config: LayerConfig):
         super().__init__()

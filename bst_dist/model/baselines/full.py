@@ -6,32 +6,20 @@ Shapes: B rows, l tokens, p positions before them, H heads, dh head width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bst_base.errors import UserError
-from bst_base.settings import Config
 from bst_dist.model.attention import SlidingAttention, documents_further_back, separate_documents
+from bst_dist.model.config import LayerConfig
 from bst_dist.model.tiles import HIDDEN, QUERY_TILE, Tile, tiled_attention
 from bst_dist.parallel.past import Past
-
-if TYPE_CHECKING:
-    from bst_dist.model.layers import LayerConfig
 
 
 class LongerThanAllowedError(UserError):
     """A sequence longer than full attention is configured for."""
-
-
-class FullAttentionConfig(Config):
-    """Full causal attention."""
-
-    longest: int = Field(16384, ge=1)
-    """The longest sequence or stream in tokens; a longer one is refused: time is quadratic in it, a cache linear."""
 
 
 class FullAttention(SlidingAttention):
@@ -93,8 +81,6 @@ def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 class FullMixer(nn.Module):
     """Full causal self-attention."""
-
-    sections: ClassVar = ("attention", "full")
 
     def __init__(self, config: LayerConfig):
         super().__init__()

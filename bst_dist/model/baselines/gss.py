@@ -8,27 +8,12 @@ attention layers see a window each. The paper's layer has no feed-forward networ
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
-
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_base.settings import Config
-from bst_dist.model.ssm.s4d import S4D, SSMConfig
+from bst_dist.model.config import LayerConfig, SSMConfig
+from bst_dist.model.ssm.s4d import S4D
 from bst_dist.parallel.past import Past
-
-if TYPE_CHECKING:
-    from bst_dist.model.layers import LayerConfig
-
-
-class GSSConfig(Config):
-    """The widths of a gated state space layer; its SSM is the section `ssm` (state: 512 as published)."""
-
-    gate: int = Field(4, ge=1)
-    """The gated path is this many times as wide as the model."""
-    reduce: int = Field(4, ge=1)
-    """The SSM is this many times narrower than the model; must divide its width."""
 
 
 class SharedModes(S4D):
@@ -42,8 +27,6 @@ class SharedModes(S4D):
 
 class GSSMixer(nn.Module):
     """Gated state space mixer: (B, l, D) -> (B, l, D)."""
-
-    sections: ClassVar = ("gss", "ssm")
 
     def __init__(self, config: LayerConfig):
         super().__init__()

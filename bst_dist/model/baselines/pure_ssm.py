@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bst_dist.model.config import LayerConfig
 from bst_dist.model.ssm.kernels import build_kernel
 from bst_dist.parallel.past import Past
-
-if TYPE_CHECKING:
-    from bst_dist.model.layers import LayerConfig
 
 
 class PureSSMMixer(nn.Module):
     """One SSM a channel at the model's width, mixed by a gated linear unit: (B, l, D) -> (B, l, D)."""
-
-    sections: ClassVar = ("ssm",)
 
     def __init__(self, config: LayerConfig):
         super().__init__()

@@ -9,25 +9,12 @@ Shapes: B rows, l tokens, p positions before them, H heads, dh head width, W blo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
-
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from bst_base.settings import Config
 from bst_dist.model.attention import SlidingAttention, documents_further_back
+from bst_dist.model.config import LayerConfig
 from bst_dist.parallel.past import Past
-
-if TYPE_CHECKING:
-    from bst_dist.model.layers import LayerConfig
-
-
-class TransformerXLConfig(Config):
-    """The segments of Transformer-XL."""
-
-    window: int = Field(2048, ge=1)
-    """Tokens of a segment, and keys that each token sees; a multiple of the block."""
 
 
 class SegmentAttention(SlidingAttention):
@@ -64,8 +51,6 @@ class SegmentAttention(SlidingAttention):
 
 class TransformerXLMixer(nn.Module):
     """Self-attention over a segment and the cached one before it."""
-
-    sections: ClassVar = ("attention", "transformer_xl")
 
     def __init__(self, config: LayerConfig):
         super().__init__()

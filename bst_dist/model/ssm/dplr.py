@@ -16,30 +16,13 @@ Shapes: B rows, L tokens, m = L/T chunks, Ds channels, C output maps, F sets of 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from bst_base.settings import Config
+from bst_dist.model.config import DPLRConfig
 from bst_dist.model.ssm.convolution import causal_matrix
 from bst_dist.parallel.past import Past
-
-
-class DPLRConfig(Config):
-    """S4's structured kernel."""
-
-    kernel: Literal["s4-dplr"]
-    """Diagonal plus low rank, by Cauchy kernel and Woodbury's identity."""
-    state: int = Field(16, ge=2, multiple_of=2)
-    """Real state size N a channel: N/2 complex modes."""
-    dt_min: float = 1e-3
-    """Smallest initial step; steps are log-uniform per channel. 1/dt is the time scale in tokens."""
-    dt_max: float = 1e-1
-    """Largest initial step."""
-    chunk: int = 64
-    """Tokens computed as one causal matrix (T); must divide the block."""
 
 
 def hippo_legs(state: int) -> tuple[Tensor, Tensor]:

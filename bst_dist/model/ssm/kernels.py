@@ -10,25 +10,15 @@ A kernel is built by `build_kernel` for Ds channels and C output maps, and offer
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
-
 import torch
-from pydantic import Discriminator, Tag
 from torch import Tensor, nn
 
 from bst_base.settings import Config
-from bst_dist.model.ssm.dplr import S4DPLR, DPLRConfig
-from bst_dist.model.ssm.s4d import S4D, SSMConfig
-from bst_dist.model.ssm.unstructured import ExplicitConfig, ExplicitFilter, HyenaConfig, HyenaFilter
+from bst_dist.model.config import DPLRConfig, ExplicitConfig, HyenaConfig, KernelConfig, NoConvolutionConfig, SSMConfig
+from bst_dist.model.ssm.dplr import S4DPLR
+from bst_dist.model.ssm.s4d import S4D
+from bst_dist.model.ssm.unstructured import ExplicitFilter, HyenaFilter
 from bst_dist.parallel.past import Past
-
-
-class NoConvolutionConfig(Config):
-    """The ablation without an SSM."""
-
-    chunk: ClassVar[int] = 1  # any number of tokens can be computed at once
-    kernel: Literal["none"]
-    """No convolution: a token's output is its own input, scaled for each map."""
 
 
 class NoConvolution(nn.Module):
@@ -50,21 +40,6 @@ class NoConvolution(nn.Module):
     def block_ends(self, z: Tensor, block: int, past: Past, starts: Tensor | None = None) -> Tensor:
         ends = z[:, min(block, z.shape[1]) - 1 :: block]
         return self(ends[:, : (past.position % block + z.shape[1]) // block], past)
-
-
-def _kernel_name(section: Any) -> str:
-    return section.get("kernel", "s4d") if isinstance(section, dict) else getattr(section, "kernel", "s4d")
-
-
-KernelConfig: TypeAlias = Annotated[
-    Annotated[SSMConfig, Tag("s4d")]
-    | Annotated[DPLRConfig, Tag("s4-dplr")]
-    | Annotated[ExplicitConfig, Tag("explicit")]
-    | Annotated[HyenaConfig, Tag("hyena")]
-    | Annotated[NoConvolutionConfig, Tag("none")],
-    Discriminator(_kernel_name),
-]
-"""The section of one kernel, told by its `kernel`; a field of another kernel is an error."""
 
 
 KERNELS: dict[type[Config], type[nn.Module]] = {

@@ -14,31 +14,13 @@ Shapes: B rows, L tokens, m = L/T chunks, Ds channels, n modes, C output maps, F
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from bst_base.settings import Config
+from bst_dist.model.config import SSMConfig
 from bst_dist.model.ssm.scan import power, start_incoming_states
 from bst_dist.parallel.past import Past
-
-
-class SSMConfig(Config):
-    """The state space model inside a layer."""
-
-    kernel: Literal["s4d"] = "s4d"
-    """Diagonal state space; the other kernels have sections of their own (kernels.py)."""
-    state: int = 16
-    """Real state size N a channel: N/2 complex modes."""
-    init: Literal["lin", "inv", "legs"] = "lin"
-    """Initial frequencies Im A (arXiv 2206.11893, section 4): S4D-Lin, S4D-Inv, or the normal part of HiPPO-LegS."""
-    dt_min: float = 1e-3
-    """Smallest initial step; steps are log-uniform per channel. 1/dt is the time scale in tokens."""
-    dt_max: float = 1e-1
-    """Largest initial step."""
-    chunk: int = 64
-    """Tokens computed as one causal matrix (T); must divide the block."""
 
 
 def initial_frequencies(init: str, modes: int) -> Tensor:

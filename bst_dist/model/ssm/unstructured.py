@@ -17,54 +17,19 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from bst_base.errors import UserError
-from bst_base.settings import Config
+from bst_dist.model.config import ExplicitConfig, FilterConfig, HyenaConfig
 from bst_dist.model.ssm.convolution import causal_convolution
 from bst_dist.parallel.past import Past
 
 
 class DocumentResetError(UserError):
     """Isolated documents with a filter that cannot be reset."""
-
-
-class FilterConfig(Config):
-    """What the unstructured kernels share."""
-
-    chunk: ClassVar[int] = 1  # nothing is aligned to chunks: any number of tokens can be computed at once
-    length: int = Field(ge=1)
-    """Trained length K in tokens: the taps of the filter. In longer sequences a token sees the K last inputs."""
-    fast_decay: float = Field(0.3, gt=0)
-    """The window of the fastest channel is down to 1/100 at this fraction of the trained length."""
-    slow_decay: float = Field(1.5, gt=0)
-    """The same of the slowest channel; the others lie between, evenly in their rates (as in Hyena)."""
-
-
-class ExplicitConfig(FilterConfig):
-    """A filter whose values are parameters."""
-
-    kernel: Literal["explicit"] = "explicit"
-    """Free values under a decaying window."""
-
-
-class HyenaConfig(FilterConfig):
-    """A filter computed from its positions by a small network."""
-
-    kernel: Literal["hyena"] = "hyena"
-    """Implicit values: a network with sines over an embedding of the position, under a decaying window."""
-    hidden: int = Field(64, ge=1)
-    """Width of the network."""
-    hidden_layers: int = Field(3, ge=1)
-    """Layers with sines before the linear one."""
-    bands: int = Field(16, ge=1)
-    """Frequencies of the position's embedding: 1 + 2 bands features."""
-    sine: float = Field(10.0, gt=0)
-    """Initial frequency of the sines: higher makes rougher filters."""
 
 
 class LongFilter(nn.Module):

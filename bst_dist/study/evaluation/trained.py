@@ -19,8 +19,8 @@ from bst_dist.checkpoint.directory import (
     step_of,
 )
 from bst_dist.config import Recipe
-from bst_dist.lra.config import LongRangeConfig
 from bst_dist.model.lm import LanguageModel
+from bst_dist.study.lra.config import LongRangeConfig
 from bst_dist.train import rundir
 from bst_dist.train.initial import load_initial
 from bst_dist.train.rundir import TOKENIZER, read_recipe

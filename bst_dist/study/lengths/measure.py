@@ -17,9 +17,7 @@ from typing import Literal
 import numpy as np
 
 from bst_base.errors import UserError
-from bst_dist.model.layers import MIXERS
-from bst_dist.model.lm import ModelConfig
-from bst_dist.model.ssm.unstructured import FilterConfig
+from bst_dist.model.config import MIXER_SECTIONS, FilterConfig, ModelConfig
 from bst_dist.study.evaluation.memory import PeakMemory
 from bst_dist.study.evaluation.scoring import Score, score_slices, streams
 from bst_dist.study.evaluation.trained import Trained
@@ -138,7 +136,7 @@ def how(model: ModelConfig, length: int) -> How:
                 "tokens (model.full.longest of its recipe): ask for shorter lengths"
             )
         return "cache"
-    filters = isinstance(model.ssm, FilterConfig) and any("ssm" in MIXERS[mixer].sections for mixer in mixers)
+    filters = isinstance(model.ssm, FilterConfig) and any("ssm" in MIXER_SECTIONS[mixer] for mixer in mixers)
     return "fir" if filters and length > model.ssm.length else "carried"
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from bst_dist.model.lm import LanguageModel
-from bst_dist.train.optimizer import OptimizerConfig, build
+from bst_dist.train.config import OptimizerConfig
+from bst_dist.train.optimizer import build
 
 SLOPE = 0.2
 """The largest slope, in ln of the change over ln of width or depth, that counts as none: 2^0.2 is 15 % a doubling."""

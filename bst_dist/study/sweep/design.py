@@ -19,10 +19,12 @@ import yaml
 
 from bst_base.settings import ConfigError, parse
 from bst_dist.config import Recipe
+from bst_dist.model.config import MIXER_SECTIONS
 from bst_dist.model.layers import MIXERS
 from bst_dist.study.sweep.config import Settings, SweepConfig
 from bst_dist.study.sweep.shape import Counts, count, solve
-from data_pipeline.serve.loader import DataConfig, open_corpora
+from data_pipeline.serve.config import DataConfig
+from data_pipeline.serve.loader import open_corpora
 
 RUNS = "runs"
 Role = Literal["grid", "hold-out", "audit"]
@@ -211,7 +213,7 @@ def _with_kernels(sweep: SweepConfig) -> Iterator[tuple[str, Settings]]:
         mixer = settings.get("model.mixer")
         if mixer not in MIXERS:
             raise ConfigError(f"architectures.{name}: model.mixer must be one of {', '.join(MIXERS)}, got {mixer!r}")
-        if not sweep.kernels or "ssm" not in MIXERS[mixer].sections:
+        if not sweep.kernels or "ssm" not in MIXER_SECTIONS[mixer]:
             yield name, settings
             continue
         for kernel, own in sweep.kernels.items():

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from bst_base.settings import ConfigError, parse
-from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.model.config import ModelConfig
+from bst_dist.model.lm import LanguageModel
 from bst_dist.plan.flops import forward_flops, train_flops_per_token
 from bst_dist.study.sweep.config import ShapeConfig
 

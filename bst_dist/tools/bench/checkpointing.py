@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bst_dist.activation import policy as activation
-from bst_dist.activation.policy import ActivationCheckpointingConfig
+from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.config import Recipe, load_recipe
 from bst_dist.model.lm import LanguageModel
 from bst_dist.plan.live import LiveBytes

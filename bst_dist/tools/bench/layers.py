@@ -25,8 +25,8 @@ from rich.table import Table
 from torch import nn
 
 from bst_base.errors import UserError
+from bst_dist.model.config import ModelConfig
 from bst_dist.model.layers import Layer
-from bst_dist.model.lm import ModelConfig
 from bst_dist.parallel.past import Past
 from bst_dist.plan.flops import forward_flops
 from bst_dist.tools.bench import peers

@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bst_dist.model.layers import Layer, LayerConfig
+from bst_dist.model.config import LayerConfig
+from bst_dist.model.layers import Layer
 from bst_dist.parallel.group import SequenceGroup
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.parallel.neighbour import LeftNeighbour

@@ -30,8 +30,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from bst_dist.activation.policy import ActivationCheckpointingConfig, policy
-from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.activation.config import ActivationCheckpointingConfig
+from bst_dist.activation.policy import policy
+from bst_dist.model.config import ModelConfig
+from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.parallel.neighbour import past_of_slice
 from bst_dist.plan.activations import Activations, Slice
@@ -189,9 +191,9 @@ def _rank(rank: int, case: Case, port: int, directory: Path) -> None:
 
 def _trainer(case: Case, mesh: Mesh) -> Callable[[], None]:
     """A model in DeepSpeed's hands, and one step of it on random tokens."""
+    from bst_dist.train.config import OptimizerConfig
     from bst_dist.train.deepspeed_json import Intent, complete
     from bst_dist.train.engine import Engine
-    from bst_dist.train.optimizer import OptimizerConfig
 
     model = LanguageModel(case.model())
     model.checkpoint = policy(ActivationCheckpointingConfig(policy=case.policy), model.layers)

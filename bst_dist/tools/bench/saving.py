@@ -29,10 +29,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bst_base.errors import UserError
-from bst_dist.checkpoint.directory import CheckpointConfig, committed
+from bst_dist.checkpoint.config import CheckpointConfig
+from bst_dist.checkpoint.directory import committed
 from bst_dist.checkpoint.layout import Layout, Rows
 from bst_dist.checkpoint.snapshot import Identity, Position, Snapshots
-from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.model.config import ModelConfig
+from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.parallel.ranks import Ranks, choose_accelerator, free_port
 from bst_dist.tools.bench.timing import Spread
@@ -91,8 +93,8 @@ class Bench:
 
     def __init__(self, ranks: Ranks, folder: Path, args: argparse.Namespace) -> None:
         from bst_dist.checkpoint.fragments import EngineState
+        from bst_dist.train.config import OptimizerConfig
         from bst_dist.train.engine import Engine
-        from bst_dist.train.optimizer import OptimizerConfig
 
         self.ranks, self.folder, self.args = ranks, folder, args
         torch.manual_seed(0)

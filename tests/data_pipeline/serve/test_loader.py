@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from bst_base.errors import UserError
 from bst_base.settings import parse
-from data_pipeline.serve.loader import DataConfig, Loader, open_corpora
+from data_pipeline.serve.config import DataConfig
+from data_pipeline.serve.loader import Loader, open_corpora
 from data_pipeline.serve.reader import Corpus
 
 LENGTHS = [37, 1, 5, 150, 64, 2, 90, 33, 16, 71, 3, 48]

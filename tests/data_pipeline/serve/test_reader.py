@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from bst_base.errors import UserError
 from data_pipeline.format.damage import locate_changed_byte
 from data_pipeline.format.shards import ShardError
-from data_pipeline.serve.loader import DataConfig, Loader, open_corpora
+from data_pipeline.serve.config import DataConfig
+from data_pipeline.serve.loader import Loader, open_corpora
 from data_pipeline.serve.reader import Corpus
 
 LENGTHS = [20_000, 12, 700, 9_000, 5_000, 1]

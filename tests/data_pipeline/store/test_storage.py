@@ -16,9 +16,10 @@ import pytest
 from bst_base.errors import UserError
 from bst_base.settings import ConfigError, parse
 from data_pipeline.format.shards import ShardError
-from data_pipeline.serve.loader import DataConfig, Loader, open_corpora
+from data_pipeline.serve.config import DataConfig
+from data_pipeline.serve.loader import Loader, open_corpora
 from data_pipeline.serve.reader import Corpus
-from data_pipeline.store.storage import StorageConfig, StorageError
+from data_pipeline.store.base import StorageConfig, StorageError
 
 LENGTHS = [20_000, 12, 700, 9_000, 5_000]
 FAST = {"backoff_s": 0.01, "timeout_s": 0.3, "attempts": 4}

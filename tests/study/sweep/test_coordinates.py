@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.model.config import ModelConfig
+from bst_dist.model.lm import LanguageModel
 from bst_dist.study.sweep.coordinates import Coordinate, changes_of, check, repeat_kernels
-from bst_dist.train.optimizer import OptimizerConfig
+from bst_dist.train.config import OptimizerConfig
 
 
 def model(width, depth, **changes):

@@ -16,8 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bst_dist.lra.table import Row, means, rows
-from bst_dist.lra.tasks import SPLITS
+from bst_dist.study.lra.table import Row, means, rows
+from bst_dist.study.lra.tasks import SPLITS
 from data_pipeline.commands.prepare import plain_table
 
 

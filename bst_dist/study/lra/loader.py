@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from bst_base.errors import UserError
-from bst_dist.lra.examples import Examples
 from bst_dist.parallel.mesh import Mesh
+from bst_dist.study.lra.examples import Examples
 from data_pipeline.serve.loader import check_state
 from data_pipeline.serve.order import ORDER_VERSION, Permutation
 

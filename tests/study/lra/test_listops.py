@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bst_base.errors import UserError
-from bst_dist.lra.listops import OPERATORS, SYMBOLS, ListOpsConfig, example, text
+from bst_dist.study.lra.listops import OPERATORS, SYMBOLS, ListOpsConfig, example, text
 
 SMALL = ListOpsConfig(max_depth=6, max_args=6, min_length=20, max_length=150)
 FUNCTIONS = {"[MIN": min, "[MAX": max, "[SM": lambda values: sum(values) % 10,
@@ -85,6 +85,6 @@ def test_example_is_a_function_of_seed_split_index_and_attempt():
 
 
 def test_lengths_that_no_tree_has_are_refused(monkeypatch):
-    monkeypatch.setattr("bst_dist.lra.listops.DRAWS", 100)
+    monkeypatch.setattr("bst_dist.study.lra.listops.DRAWS", 100)
     with pytest.raises(UserError, match="of 100 expressions"):
         example(ListOpsConfig(max_depth=2, max_args=2, min_length=50), "train", 0)

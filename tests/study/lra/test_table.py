@@ -11,8 +11,8 @@ from scipy import optimize, stats
 from bst_base.settings import dump, parse
 from bst_dist.cli import main
 from bst_dist.config import Recipe
-from bst_dist.lra.accuracy import Accuracy
-from bst_dist.lra.evaluate import keep
+from bst_dist.study.lra.accuracy import Accuracy
+from bst_dist.study.lra.evaluate import keep
 
 
 @pytest.mark.parametrize(("correct", "examples"), [(0, 50), (3, 50), (1234, 4000), (50, 50)])

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from bst_base.errors import UserError
-from bst_dist.lra.examples import Examples, open_split
-from bst_dist.lra.loader import LabelledLoader, LengthError
-from bst_dist.lra.tasks import TASKS
 from bst_dist.parallel.mesh import Mesh
+from bst_dist.study.lra.examples import Examples, open_split
+from bst_dist.study.lra.loader import LabelledLoader, LengthError
+from bst_dist.study.lra.tasks import TASKS
 
 
 def loader(examples: Examples, **changes) -> LabelledLoader:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bst_dist.lra.files import FileProblem, ImageConfig, RetrievalConfig, TextConfig, image, retrieval, text
+from bst_dist.study.lra.files import FileProblem, ImageConfig, RetrievalConfig, TextConfig, image, retrieval, text
 
 
 @pytest.fixture

@@ -13,14 +13,14 @@ import torch
 from bst_base.errors import UserError
 from bst_base.files import atomic_file
 from bst_dist.config import Recipe
-from bst_dist.lra.accuracy import Accuracy
-from bst_dist.lra.config import LongRangeConfig
-from bst_dist.lra.examples import Examples, open_split
-from bst_dist.lra.loader import LabelledLoader
-from bst_dist.lra.model import Classifier
-from bst_dist.lra.tasks import TASKS
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.study.evaluation.trained import restore
+from bst_dist.study.lra.accuracy import Accuracy
+from bst_dist.study.lra.config import LongRangeConfig
+from bst_dist.study.lra.examples import Examples, open_split
+from bst_dist.study.lra.loader import LabelledLoader
+from bst_dist.study.lra.model import Classifier
+from bst_dist.study.lra.tasks import TASKS
 from bst_dist.train.loop import on_device
 from bst_dist.train.rundir import read_recipe
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from bst_base.errors import UserError
 from bst_dist.config import FREE, Recipe
-from bst_dist.lra.evaluate import read_kept
+from bst_dist.study.lra.evaluate import read_kept
 from bst_dist.train.rundir import read_recipe
 
 

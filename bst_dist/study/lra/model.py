@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_dist.lra.config import LongRangeConfig
-from bst_dist.lra.tasks import TASKS
-from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.model.config import ModelConfig
+from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.past import Past
+from bst_dist.study.lra.config import LongRangeConfig
+from bst_dist.study.lra.tasks import TASKS
 
 PADDING = 0
 

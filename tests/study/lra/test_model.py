@@ -7,9 +7,9 @@ import torch
 
 from bst_base.settings import ConfigError, parse
 from bst_dist.config import Recipe
-from bst_dist.lra.config import LongRangeConfig
-from bst_dist.lra.model import Classifier
-from bst_dist.model.lm import ModelConfig
+from bst_dist.model.config import ModelConfig
+from bst_dist.study.lra.config import LongRangeConfig
+from bst_dist.study.lra.model import Classifier
 
 
 def classifier(task: str = "listops", pooling: str = "mean", **changes) -> Classifier:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from bst_dist.lra.pathfinder import GEOMETRY, LONG, TURN, PathfinderConfig, draw, example, render
+from bst_dist.study.lra.pathfinder import GEOMETRY, LONG, TURN, PathfinderConfig, draw, example, render
 
 
 def raster(points: np.ndarray, size: int, radius: float, fine: int) -> np.ndarray:

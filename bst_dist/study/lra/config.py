@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from bst_base.settings import Config
-from bst_dist.lra.tasks import TASKS
+from bst_dist.model.config import ModelConfig
+from bst_dist.parallel.config import ParallelConfig
+from bst_dist.study.lra.tasks import TASKS
 
 
 class LongRangeConfig(Config):
@@ -20,6 +22,14 @@ class LongRangeConfig(Config):
     """Directory of the task's examples, made by `bst lra prepare`."""
     pooling: Literal["mean", "last"] = "mean"
     """What the class is read from: the mean over the positions of a sequence, or its last position."""
+
+    def require_fit(self, model: ModelConfig, parallel: ParallelConfig) -> None:
+        """Raise ValueError unless a recipe's other sections are such that this task can be learnt with them."""
+        ids = TASKS[self.task].vocab_size
+        if model.vocab_size != ids:
+            raise ValueError(f"model.vocab_size must be {ids} for the task {self.task}: its symbols, and padding")
+        if parallel.sp > 1:
+            raise ValueError("parallel.sp must be 1 for a task: a sequence is pooled on one rank")
 
     def urls(self) -> list[str]:
         """Where the data lies."""

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from bst_dist.config import Recipe, evaluation_rows
-from bst_dist.lra.examples import Examples, open_split
-from bst_dist.lra.loader import LabelledLoader
-from bst_dist.lra.model import Classifier
-from bst_dist.lra.tasks import TASKS
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.report.metrics import EvalReport
+from bst_dist.study.lra.examples import Examples, open_split
+from bst_dist.study.lra.loader import LabelledLoader
+from bst_dist.study.lra.model import Classifier
+from bst_dist.study.lra.tasks import TASKS
 from bst_dist.train.evaluation import Evaluate
 from bst_dist.train.loop import on_device
 

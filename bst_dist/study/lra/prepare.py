@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from bst_base.errors import UserError
-from bst_dist.lra import listops, pathfinder
-from bst_dist.lra.examples import write
-from bst_dist.lra.files import READERS, Example, ImageConfig, RetrievalConfig, TextConfig
-from bst_dist.lra.listops import ListOpsConfig
-from bst_dist.lra.pathfinder import PathfinderConfig
-from bst_dist.lra.tasks import SPLITS, TASKS
+from bst_dist.study.lra import listops, pathfinder
+from bst_dist.study.lra.examples import write
+from bst_dist.study.lra.files import READERS, Example, ImageConfig, RetrievalConfig, TextConfig
+from bst_dist.study.lra.listops import ListOpsConfig
+from bst_dist.study.lra.pathfinder import PathfinderConfig
+from bst_dist.study.lra.tasks import SPLITS, TASKS
 from data_pipeline.prepare.parallel import Workers
 
 Drawn: TypeAlias = ListOpsConfig | PathfinderConfig

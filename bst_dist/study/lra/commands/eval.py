@@ -14,8 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
-from bst_dist.lra.evaluate import evaluate, keep, open_classifier
-from bst_dist.lra.tasks import SPLITS
+from bst_dist.study.lra.evaluate import evaluate, keep, open_classifier
+from bst_dist.study.lra.tasks import SPLITS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

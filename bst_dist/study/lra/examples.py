@@ -19,8 +19,8 @@ import numpy as np
 
 from bst_base.errors import UserError
 from bst_base.files import atomic_directory
-from bst_dist.lra.files import Example
-from bst_dist.lra.tasks import Task
+from bst_dist.study.lra.files import Example
+from bst_dist.study.lra.tasks import Task
 from data_pipeline.format.manifest import MANIFEST
 
 FORMAT = "long-range-arena-1"

@@ -22,8 +22,8 @@ import yaml
 from rich.console import Console
 
 from bst_base.settings import ConfigError, fields, parse
-from bst_dist.lra.prepare import SETTINGS, TaskConfig, prepare
-from bst_dist.lra.tasks import TASKS
+from bst_dist.study.lra.prepare import SETTINGS, TaskConfig, prepare
+from bst_dist.study.lra.tasks import TASKS
 from data_pipeline.commands.prepare import plain_table
 from data_pipeline.commands.progress import stages
 from data_pipeline.prepare.parallel import open_workers

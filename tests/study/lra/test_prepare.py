@@ -9,10 +9,10 @@ import pytest
 
 from bst_base.errors import UserError
 from bst_dist.cli import main
-from bst_dist.lra.examples import ExamplesError, open_split, read_manifest
-from bst_dist.lra.listops import ListOpsConfig, example
-from bst_dist.lra.prepare import prepare
-from bst_dist.lra.tasks import SPLITS, TASKS
+from bst_dist.study.lra.examples import ExamplesError, open_split, read_manifest
+from bst_dist.study.lra.listops import ListOpsConfig, example
+from bst_dist.study.lra.prepare import prepare
+from bst_dist.study.lra.tasks import SPLITS, TASKS
 from data_pipeline.prepare.parallel import open_workers
 
 # Short expressions, of which there are few: some come up twice.

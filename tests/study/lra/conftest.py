@@ -10,8 +10,8 @@ import pytest
 
 from bst_base.settings import dump, parse
 from bst_dist.config import Recipe
-from bst_dist.lra.listops import ListOpsConfig
-from bst_dist.lra.prepare import prepare
+from bst_dist.study.lra.listops import ListOpsConfig
+from bst_dist.study.lra.prepare import prepare
 from data_pipeline.prepare.parallel import open_workers
 
 

@@ -1,0 +1,259 @@
+"""The model's settings: the section `model` of a recipe.
+
+Settings alone, without the layers they configure: whatever reads a recipe needs no torch for it. Which class a mixer
+or a kernel is, `layers.MIXERS` and `ssm.kernels.KERNELS` say.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from bst_base.settings import Config
+from bst_dist.model.parametrisation import ParametrisationConfig, StandardConfig
+
+
+class AttentionConfig(Config):
+    """Self-attention inside the sliding window."""
+
+    position: Literal["t5", "rope"] = "t5"
+    """Relative position: T5's learned bias by distance, or rotary embedding, which fused kernels support."""
+    buckets: int = 32
+    """T5: learned biases a head."""
+    max_distance: int = 128
+    """T5: distance from which all tokens share the last bucket."""
+    rope_base: float = 10_000.0
+    """RoPE: base of the wavelengths."""
+    include_self: bool = True
+    """Whether a token attends to itself. meliad's mask leaves it out: the W strictly previous tokens."""
+
+
+class ContextConfig(Config):
+    """How SSM outputs become context states."""
+
+    variant: Literal["SH", "MH", "MF"] = "SH"
+    """Single-head, multi-head or multi-filter."""
+    states: int = 32
+    """MF: number of filters S, hence of context states a block."""
+    ssm_width: int | None = None
+    """Channels of the SSM, Ds; None: a quarter of the model's width, an eighth for MF."""
+    attend: Literal["current", "previous"] = "current"
+    """SH and MH: the states of the current block, causally, or all of the previous block's (the other reading of the
+    paper's text)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ContextConfig:
+        if self.variant == "MF" and self.attend == "previous":
+            raise ValueError(
+                "attend: MF states are the end of the previous block as they are; 'previous' is for SH, MH"
+            )
+        return self
+
+    def width(self, model_width: int) -> int:
+        """Ds for a model of width D."""
+        return self.ssm_width or model_width // (8 if self.variant == "MF" else 4)
+
+
+class SSMConfig(Config):
+    """The state space model inside a layer."""
+
+    kernel: Literal["s4d"] = "s4d"
+    """Diagonal state space; the other kernels have sections of their own (kernels.py)."""
+    state: int = 16
+    """Real state size N a channel: N/2 complex modes."""
+    init: Literal["lin", "inv", "legs"] = "lin"
+    """Initial frequencies Im A (arXiv 2206.11893, section 4): S4D-Lin, S4D-Inv, or the normal part of HiPPO-LegS."""
+    dt_min: float = 1e-3
+    """Smallest initial step; steps are log-uniform per channel. 1/dt is the time scale in tokens."""
+    dt_max: float = 1e-1
+    """Largest initial step."""
+    chunk: int = 64
+    """Tokens computed as one causal matrix (T); must divide the block."""
+
+
+class DPLRConfig(Config):
+    """S4's structured kernel."""
+
+    kernel: Literal["s4-dplr"]
+    """Diagonal plus low rank, by Cauchy kernel and Woodbury's identity."""
+    state: int = Field(16, ge=2, multiple_of=2)
+    """Real state size N a channel: N/2 complex modes."""
+    dt_min: float = 1e-3
+    """Smallest initial step; steps are log-uniform per channel. 1/dt is the time scale in tokens."""
+    dt_max: float = 1e-1
+    """Largest initial step."""
+    chunk: int = 64
+    """Tokens computed as one causal matrix (T); must divide the block."""
+
+
+class FilterConfig(Config):
+    """What the unstructured kernels share."""
+
+    chunk: ClassVar[int] = 1  # nothing is aligned to chunks: any number of tokens can be computed at once
+    length: int = Field(ge=1)
+    """Trained length K in tokens: the taps of the filter. In longer sequences a token sees the K last inputs."""
+    fast_decay: float = Field(0.3, gt=0)
+    """The window of the fastest channel is down to 1/100 at this fraction of the trained length."""
+    slow_decay: float = Field(1.5, gt=0)
+    """The same of the slowest channel; the others lie between, evenly in their rates (as in Hyena)."""
+
+
+class ExplicitConfig(FilterConfig):
+    """A filter whose values are parameters."""
+
+    kernel: Literal["explicit"] = "explicit"
+    """Free values under a decaying window."""
+
+
+class HyenaConfig(FilterConfig):
+    """A filter computed from its positions by a small network."""
+
+    kernel: Literal["hyena"] = "hyena"
+    """Implicit values: a network with sines over an embedding of the position, under a decaying window."""
+    hidden: int = Field(64, ge=1)
+    """Width of the network."""
+    hidden_layers: int = Field(3, ge=1)
+    """Layers with sines before the linear one."""
+    bands: int = Field(16, ge=1)
+    """Frequencies of the position's embedding: 1 + 2 bands features."""
+    sine: float = Field(10.0, gt=0)
+    """Initial frequency of the sines: higher makes rougher filters."""
+
+
+class NoConvolutionConfig(Config):
+    """The ablation without an SSM."""
+
+    chunk: ClassVar[int] = 1  # any number of tokens can be computed at once
+    kernel: Literal["none"]
+    """No convolution: a token's output is its own input, scaled for each map."""
+
+
+def _kernel_name(section: Any) -> str:
+    return section.get("kernel", "s4d") if isinstance(section, dict) else getattr(section, "kernel", "s4d")
+
+
+KernelConfig: TypeAlias = Annotated[
+    Annotated[SSMConfig, Tag("s4d")]
+    | Annotated[DPLRConfig, Tag("s4-dplr")]
+    | Annotated[ExplicitConfig, Tag("explicit")]
+    | Annotated[HyenaConfig, Tag("hyena")]
+    | Annotated[NoConvolutionConfig, Tag("none")],
+    Discriminator(_kernel_name),
+]
+"""The section of one kernel, told by its `kernel`; a field of another kernel is an error."""
+
+
+class TransformerXLConfig(Config):
+    """The segments of Transformer-XL."""
+
+    window: int = Field(2048, ge=1)
+    """Tokens of a segment, and keys that each token sees; a multiple of the block."""
+
+
+class BlockRecurrentConfig(Config):
+    """The state of a Block-Recurrent layer."""
+
+    states: int = Field(512, ge=1)
+    """State vectors S, each as wide as the model."""
+
+
+class GSSConfig(Config):
+    """The widths of a gated state space layer; its SSM is the section `ssm` (state: 512 as published)."""
+
+    gate: int = Field(4, ge=1)
+    """The gated path is this many times as wide as the model."""
+    reduce: int = Field(4, ge=1)
+    """The SSM is this many times narrower than the model; must divide its width."""
+
+
+class FullAttentionConfig(Config):
+    """Full causal attention."""
+
+    longest: int = Field(16384, ge=1)
+    """The longest sequence or stream in tokens; a longer one is refused: time is quadratic in it, a cache linear."""
+
+
+MIXER_SECTIONS: dict[str, tuple[str, ...]] = {
+    "bst": ("attention", "context", "ssm"),
+    "bst-no-cross": ("attention", "context", "ssm"),
+    "sliding": ("attention",),
+    "transformer-xl": ("attention", "transformer_xl"),
+    "block-recurrent": ("attention", "block_recurrent"),
+    "gss": ("gss", "ssm"),
+    "ssm": ("ssm",),
+    "full": ("attention", "full"),
+}
+"""The sections of the settings that each mixer reads; `layers.MIXERS` has their classes, under the same names."""
+
+
+class LayerConfig(Config):
+    """What all layers of a model share."""
+
+    width: int
+    """Model width D."""
+    heads: int
+    """Attention heads H; must divide the width."""
+    ffn: int
+    """Width M of the feed-forward network."""
+    block: int
+    """The attention window and the unit everything is aligned to, in tokens (W)."""
+    attention: AttentionConfig = AttentionConfig()
+    context: ContextConfig = ContextConfig()
+    ssm: KernelConfig = SSMConfig()
+    transformer_xl: TransformerXLConfig = TransformerXLConfig()
+    block_recurrent: BlockRecurrentConfig = BlockRecurrentConfig()
+    gss: GSSConfig = GSSConfig()
+    full: FullAttentionConfig = FullAttentionConfig()
+
+    def mixers(self) -> list[str]:
+        """The mixer of each layer; which ones is said by the model."""
+        return list(MIXER_SECTIONS)
+
+    def unused_sections(self) -> list[str]:
+        """Sections that are set and that no layer reads.
+
+        No error, so that one recipe compares mixers by an override of `mixer` alone; a run says so at its start.
+        """
+        used = {section for mixer in self.mixers() for section in MIXER_SECTIONS[mixer]}
+        known = {section for read in MIXER_SECTIONS.values() for section in read}
+        fields = type(self).model_fields
+        return [name for name in sorted(known - used) if getattr(self, name) != fields[name].default]
+
+
+class ModelConfig(LayerConfig):
+    """A stack of layers: `mixer` at the places named, `filler` everywhere else."""
+
+    vocab_size: int | None = None
+    """Vocabulary V; None: the corpus's."""
+    depth: int
+    """Number of layers."""
+    mixer: Literal[tuple(MIXER_SECTIONS)]  # type: ignore[valid-type]
+    """The layer under study."""
+    placement: list[int] | Literal["all"] = "all"
+    """Where `mixer` stands, counted from 0 (the paper's small model: [1, 7, 9] of 12)."""
+    filler: Literal[tuple(MIXER_SECTIONS)] = "sliding"  # type: ignore[valid-type]
+    """The layer everywhere else."""
+    parametrisation: ParametrisationConfig = StandardConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.width % self.heads:
+            raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
+        if self.attention.position == "rope" and self.width // self.heads % 2:
+            raise ValueError(f"rope needs an even head width, got width/heads = {self.width // self.heads}")
+        if self.block % min(self.ssm.chunk, self.block):
+            raise ValueError(f"ssm.chunk ({self.ssm.chunk}) must divide block ({self.block})")
+        if self.placement != "all":
+            outside = [place for place in self.placement if not 0 <= place < self.depth]
+            if outside:
+                raise ValueError(f"placement {outside} is outside the {self.depth} layers (0 to {self.depth - 1})")
+        if self.parametrisation.kind == "completep" and self.context.ssm_width is not None:
+            raise ValueError("under completep context.ssm_width must stay in proportion to the width: leave it out")
+        return self
+
+    def mixers(self) -> list[str]:
+        """The mixer of each layer."""
+        if self.placement == "all":
+            return [self.mixer] * self.depth
+        return [self.mixer if place in self.placement else self.filler for place in range(self.depth)]

@@ -1,0 +1,77 @@
+"""The sections of a recipe that describe its steps: train, evaluation, optimizer, schedule, branch, initial_weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from bst_base.settings import Config
+
+
+class TrainConfig(Config):
+    steps: int = Field(ge=1)
+    """Steps of the whole run: the schedule ends here."""
+    sequence_length: int = Field(ge=1)
+    """Tokens L of a sequence; a multiple of the block."""
+    sequences: int = Field(ge=1)
+    """Sequences of a step over all ranks (the global batch G)."""
+    micro_sequences: int = Field(1, ge=1)
+    """Sequences a rank takes at once; the rest of its share follows, accumulated into one step."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: matrix products in bfloat16 under autocast; parameters, SSM dynamics and reductions in fp32."""
+    gradient_clipping: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0: no clipping."""
+    carry: bool = False
+    """Carry the past of each row to the next step (data.mode streaming); values only, no gradient goes back."""
+
+
+class EvaluationConfig(Config):
+    every: int = Field(500, ge=0)
+    """Steps between two evaluations; the run's last step always has one; 0: only that one."""
+    sequences: int = Field(64, ge=1)
+    """Validation sequences, of the training length, to evaluate on: each once, the same ones on any number of ranks."""
+
+
+class OptimizerConfig(Config):
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak rate of matrices and vectors; under CompleteP that of the base shape, and wide matrices have less."""
+    ssm_learning_rate: float = Field(1e-3, gt=0, le=1e-3)
+    """Peak rate of the SSM dynamics, which are trained at 1e-3 or less whatever the rest uses."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101), on matrices only."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+
+
+class ScheduleConfig(Config):
+    kind: Literal["wsd", "cosine"] = "wsd"
+    """wsd: constant after the warm-up, then a decay over the last steps, so that runs of several lengths can branch off
+    one constant part; cosine: half a period from the end of the warm-up to the last step."""
+    warmup_steps: int = Field(100, ge=0)
+    """Steps over which the rate rises linearly from 0; step 0 already moves."""
+    decay_fraction: float = Field(0.2, ge=0, le=1)
+    """Share of all steps that wsd's decay takes."""
+    decay_shape: Literal["1-sqrt", "linear"] = "1-sqrt"
+    """How wsd's decay falls."""
+    final_fraction: float = Field(0.0, ge=0, le=1)
+    """Rate at the last step as a fraction of the peak."""
+
+
+class BranchConfig(Config):
+    run: str
+    """The trunk's run directory, from this run's own directory: ../trunk."""
+    step: int = Field(ge=1)
+    """The trunk's step to go on from; the trunk keeps its checkpoint by checkpoint.at."""
+
+
+class InitialWeightsConfig(Config):
+    run: Path
+    """The other run's directory, from the working directory; `bst import` makes one of an exported model."""
+    step: int = Field(ge=1)
+    """Its weights after this step."""

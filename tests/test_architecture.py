@@ -1,0 +1,150 @@
+"""The rooms of the code: imports go downwards, in no circle, and what is heavy is imported only where it is needed."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("bst_base", "bst_dist", "data_pipeline")
+
+# From the top down: a module imports from its own line and from lines below. A line names modules or packages, and the
+# longest name that fits a module is its own.
+LAYERS = (
+    "bst_dist.cli bst_dist.usage",
+    "bst_dist.tools",
+    "bst_dist.verify bst_dist.hub",
+    "bst_dist.study",
+    "bst_dist.cluster bst_dist.checkpoint.commands",
+    "bst_dist.train",
+    "bst_dist.checkpoint bst_dist.faults",
+    "bst_dist.report",
+    "bst_dist.plan",
+    "bst_dist.generation bst_dist.activation bst_dist.describe bst_dist.config",
+    "bst_dist.model",
+    "bst_dist.parallel bst_dist.version",
+    "data_pipeline",
+    "bst_base",
+)
+LEVELS = {name: level for level, line in enumerate(LAYERS) for name in line.split()}
+SETTINGS = "bst_dist.config"
+"""The recipe: composed of the settings of all rooms, which are no part of their rooms' behaviour (`is_settings`)."""
+
+
+def modules() -> dict[str, Path]:
+    """All modules of the project by name."""
+    files = (file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
+    return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+
+
+def imports(file: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of the project that a file imports, inside functions and for type checkers too."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {found for name in names for found in [nearest(name, known)] if found}
+
+
+def nearest(name: str, known: dict[str, Path]) -> str | None:
+    """The module that `name` is, or is a part of."""
+    while name and name not in known:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def is_settings(module: str) -> bool:
+    """Whether a module holds nothing but a room's sections of the recipe."""
+    return module.endswith(".config") and module != SETTINGS and module.startswith("bst_dist.")
+
+
+def level(module: str) -> int:
+    """The line of LAYERS that a module belongs to."""
+    name = module
+    while name not in LEVELS:
+        name = name.rpartition(".")[0]
+        assert name, f"{module} is in no room: add it to LAYERS"
+    return LEVELS[name]
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    known = modules()
+    return {name: imports(file, known) - {name} for name, file in known.items()}
+
+
+def arrows(graph: dict[str, set[str]]) -> Iterator[tuple[str, str]]:
+    return ((one, other) for one, others in graph.items() for other in others)
+
+
+def test_no_import_goes_in_a_circle(graph):
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, with the circle
+
+
+def test_imports_go_downwards(graph):
+    rooms = {name for name in graph if name not in PACKAGES}
+    upward = [(one, other) for one, other in arrows(graph)
+              if {one, other} <= rooms and not is_settings(other) and level(other) < level(one)]  # fmt: skip
+    assert not upward
+
+
+def test_settings_import_settings_alone(graph):
+    recipe = {SETTINGS, *graph[SETTINGS]}
+    sections = {name for name in recipe if is_settings(name)}
+    assert len(sections) >= 8
+    plain = {"bst_dist.model.parametrisation", "bst_dist.study.lra.tasks"}  # formulas and a table, on plain numbers
+    foreign = [(one, other) for one, other in arrows(graph) if one in sections
+               and not (is_settings(other) or other in plain or other.startswith("bst_base"))]  # fmt: skip
+    assert not foreign
+
+
+def test_the_data_pipeline_knows_nothing_of_what_uses_it(graph):
+    assert not [arrow for arrow in arrows(graph) if arrow[0].startswith("data_pipeline") and "bst_dist" in arrow[1]]
+
+
+def test_who_may_name_deepspeed():
+    """The runtime alone: models, settings, reports and what judges runs know nothing of it."""
+    named = {name for name, file in modules().items()
+             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+             if isinstance(node, (ast.Import, ast.ImportFrom))
+             and "deepspeed" in (getattr(node, "module", None) or node.names[0].name).split(".")}  # fmt: skip
+    assert {name.split(".")[1] for name in named} == {"parallel", "plan", "tools", "train", "verify"}
+
+
+WITHOUT = """
+import sys
+for name in ("deepspeed", "mpi4py"):
+    sys.modules[name] = None
+import importlib
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+heavy = {"torch", "fsspec", "scipy", "matplotlib", "transformers"} & sys.modules.keys()
+print(*sorted(heavy))
+"""
+
+
+def imported_by(*names: str) -> set[str]:
+    """Heavy packages that importing `names` brings, where neither DeepSpeed nor mpi4py is installed."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT, *names], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_reading_a_recipe_takes_no_torch():
+    assert imported_by("bst_dist.config", "bst_dist.cli", "bst_dist.usage") == set()
+
+
+def test_evaluating_takes_neither_deepspeed_nor_mpi():
+    """Nor does anything else that reads what runs have left: the program's commands but those that start ranks."""
+    from bst_dist.cli import COMMANDS
+
+    starting = ("doctor", "bench", "verify")
+    imported_by(*sorted({module for name, (module, _) in COMMANDS.items() if not name.startswith(starting)}))
