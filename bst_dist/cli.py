@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
         report = module.run(args)
     except UserError as error:
         print(f"bst {name}: {error}", file=sys.stderr)
-        return 2
+        return error.exit_status
     except KeyboardInterrupt:
         return 130
     if args.json and report is not None:

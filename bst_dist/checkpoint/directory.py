@@ -17,19 +17,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from bst_base.errors import UserError
+from bst_base.errors import StorageError, UserError
 from bst_dist.checkpoint.shards import Shards
 
 CHECKPOINTS, MANIFEST, PINNED = "checkpoints", "manifest.json", "pinned"
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 PARTIAL, DELETED, DAMAGED = ".partial", ".deleted", ".damaged"
 FORMAT = 2
+MISSING = "missing:"
 
 
 class CheckpointError(UserError):
@@ -56,9 +60,22 @@ def rank_file(rank: int) -> str:
 
 
 def committed(run_dir: Path) -> list[Path]:
-    """Checkpoints that were completed, newest first; whether they still are whole is not looked at."""
-    found = (run_dir / CHECKPOINTS).glob("step-*")
-    return sorted((path for path in found if re.fullmatch(r"step-\d{8,}", path.name)), key=step_of, reverse=True)
+    """Checkpoints that were completed, newest first; whether they still are whole is not looked at.
+
+    Raises StorageError when this host cannot tell.
+    """
+    names = (name for name in entries(run_dir) if re.fullmatch(r"step-\d{8,}", name))
+    return sorted((run_dir / CHECKPOINTS / name for name in names), key=step_of, reverse=True)
+
+
+def entries(run_dir: Path) -> list[str]:
+    """Names of all that lies beside the checkpoints of a run; raises StorageError when this host cannot tell."""
+    try:
+        return [path.name for path in (run_dir / CHECKPOINTS).iterdir()]  # glob takes what may not be read for empty
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StorageError.of(error, run_dir / CHECKPOINTS) from None
 
 
 def step_of(path: Path) -> int:
@@ -67,11 +84,19 @@ def step_of(path: Path) -> int:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; raises CheckpointError when there is none that can be read."""
+    """The manifest of a checkpoint.
+
+    Raises CheckpointError when there is none, or it is none that this program reads, and StorageError when this host
+    cannot tell.
+    """
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint}: {MANIFEST} cannot be read: {error}") from None
+        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{checkpoint}: {MANIFEST} is missing") from None
+    except OSError as error:
+        raise StorageError.of(error, checkpoint / MANIFEST) from None
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint}: {MANIFEST} is not JSON: {error}") from None
     if isinstance(manifest, dict) and manifest.get("format") in range(1, FORMAT):
         raise OlderFormatError(
             f"{checkpoint}: written by an older version of this program, in format {manifest['format']}; this one "
@@ -92,38 +117,76 @@ def size(manifest: dict[str, Any]) -> int:
     return sum(record["bytes"] for record in manifest["files"].values())
 
 
-def damage(checkpoint: Path, part: int = 0, parts: int = 1, digests: bool = True) -> list[str]:
-    """What is wrong with a checkpoint's files, empty when nothing; of `parts` readers, this is number `part`.
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong with one file of a checkpoint."""
 
-    Without `digests` nothing is read: what is missing or cut off is found, what was changed is not. Raises
-    OlderFormatError: such a checkpoint is no reason to take its steps again.
+    file: str
+    what: str
+    """As it stands before the file's name: `checksum mismatch in`."""
+    rank: int | None = None
+    """Who wrote the file, and on which host, where the manifest says so."""
+    host: str | None = None
+
+    def __str__(self) -> str:
+        whose = f"rank {self.rank}'s file " if self.rank is not None else ""
+        return f"{self.what} {whose}{self.file}" + (f" (host {self.host})" if self.host else "")
+
+
+def examine(checkpoint: Path, part: int = 0, parts: int = 1, digests: bool = True,
+            only: Sequence[str] | None = None) -> list[Finding]:  # fmt: skip
+    """What is wrong with a checkpoint's files, as this host sees them; of `parts` readers, this is number `part`.
+
+    `only`: of these files alone. Without `digests` nothing is read: what is missing or cut off is found, what was
+    changed is not. Raises OlderFormatError, as such a checkpoint is no reason to take its steps again; and StorageError
+    when a file cannot be read, which says nothing about what is in it.
     """
     try:
         files = read_manifest(checkpoint)["files"]
     except OlderFormatError:
         raise
     except CheckpointError as error:
-        return [str(error)]
-    found = []
-    for name in sorted(files)[part::parts]:
-        path, record = checkpoint / name, files[name]
-        if not path.is_file():
-            found.append(f"{name} is missing")
-        elif (bytes_ := path.stat().st_size) != record["bytes"]:
-            found.append(f"{name} has {bytes_} bytes instead of {record['bytes']}")
-        elif digests and _sha256(path) != record["sha256"]:
-            found.append(f"{name} is damaged: its digest differs")
-    return found
+        return [Finding(MANIFEST, f"{str(error).removeprefix(f'{checkpoint}: {MANIFEST} is ')}:")]
+    names = [name for name in sorted(files) if only is None or name in only]
+    return list(_wrong(checkpoint, {name: files[name] for name in names[part::parts]}, digests))
+
+
+def _wrong(checkpoint: Path, files: dict[str, Any], digests: bool) -> Iterator[Finding]:
+    for name, record in files.items():
+        try:
+            what = _compare(checkpoint / name, record, digests)
+        except OSError as error:
+            raise StorageError.of(error, checkpoint / name) from None
+        if what:
+            yield Finding(name, what, record.get("rank"), record.get("host"))
+
+
+def _compare(path: Path, record: dict[str, Any], digests: bool) -> str | None:
+    """How a file differs from what the manifest says of it."""
+    try:
+        with path.open("rb") as file:
+            if (there := os.fstat(file.fileno()).st_size) != record["bytes"]:
+                return f"size mismatch ({there} bytes instead of {record['bytes']}) in"
+            if digests and hashlib.file_digest(file, "sha256").hexdigest() != record["sha256"]:
+                return "checksum mismatch in"
+    except FileNotFoundError:
+        return MISSING
+    return None
+
+
+def damage(checkpoint: Path, digests: bool = True) -> list[str]:
+    """What `examine` finds, in words; empty when nothing is wrong."""
+    return [str(finding) for finding in examine(checkpoint, digests=digests)]
 
 
 def newest_valid(run_dir: Path) -> Path:
     """The newest checkpoint whose files are all as they were written; raises CheckpointError when there is none."""
-    passed_over = []
+    bad = []
     for checkpoint in committed(run_dir):
         if not (found := damage(checkpoint)):
             return checkpoint
-        passed_over.append(f"  {checkpoint.name}: {found[0]}")
-    raise CheckpointError("\n".join([f"{run_dir}: no valid checkpoint", *passed_over]))
+        bad.append(f"  checkpoint {step_of(checkpoint)}: {found[0]}")
+    raise CheckpointError("\n".join([f"{run_dir}: no valid checkpoint", *bad]))
 
 
 def open_shards(checkpoint: Path, kind: str) -> Shards:
@@ -138,8 +201,3 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     """Full single-precision weights by parameter name, whatever the layout they were trained under."""
     weights = open_shards(checkpoint, WEIGHTS)
     return {name: weights.whole(name) for name in weights.shapes}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,9 +11,11 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from bst_base.errors import StorageError
 from bst_base.files import atomic_file
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import (
@@ -26,6 +28,7 @@ from bst_dist.checkpoint.directory import (
     WEIGHTS,
     CheckpointError,
     committed,
+    entries,
     is_full,
     read_manifest,
     step_of,
@@ -63,7 +66,7 @@ class Held:
 
 
 def readable(run_dir: Path) -> list[Held]:
-    """The checkpoints of a run whose manifests can be read, newest first."""
+    """The checkpoints of a run that have a manifest, newest first; raises StorageError where that cannot be told."""
     found = []
     for path in committed(run_dir):
         try:
@@ -104,6 +107,8 @@ def tidy(run_dir: Path, config: CheckpointConfig) -> None:
         remove_leavings(run_dir, (DELETED,))
     except OSError as error:
         _log.warning("%s: an old checkpoint could not be removed: %s", error.filename, error.strerror)
+    except StorageError as error:
+        _log.warning("old checkpoints could not be looked at: %s", error)
 
 
 def retain(run_dir: Path, config: CheckpointConfig) -> None:
@@ -133,7 +138,8 @@ def thin(held: Held) -> None:
 
 def leavings(run_dir: Path, suffixes: Sequence[str] = (PARTIAL, DELETED)) -> list[Path]:
     """What writes and removals that were broken off have left behind."""
-    return sorted(path for suffix in suffixes for path in (run_dir / CHECKPOINTS).glob(f"step-*{suffix}"))
+    names = (name for name in entries(run_dir) if name.startswith("step-"))
+    return sorted(run_dir / CHECKPOINTS / name for name in names if name.endswith(tuple(suffixes)))
 
 
 def remove_leavings(run_dir: Path, suffixes: Sequence[str] = (PARTIAL, DELETED)) -> None:
@@ -150,7 +156,7 @@ def abandon(run_dir: Path, step: int) -> None:
 
 
 def set_aside(checkpoint: Path) -> None:
-    """Take its name from a damaged checkpoint; what is left of it stays beside, in place of what stood there before."""
-    aside = checkpoint.with_name(checkpoint.name + DAMAGED)
-    shutil.rmtree(aside, ignore_errors=True)
-    checkpoint.rename(aside)
+    """Take its name from a damaged checkpoint; what is left of it stays beside."""
+    names = chain([""], (f".{number}" for number in count(2)))
+    asides = (checkpoint.with_name(f"{checkpoint.name}{name}{DAMAGED}") for name in names)
+    checkpoint.rename(next(aside for aside in asides if not aside.exists()))

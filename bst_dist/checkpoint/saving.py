@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from bst_base.errors import StorageError
 from bst_base.files import sync_directory
 from bst_dist.checkpoint.directory import (
     DELETED,
@@ -167,7 +168,9 @@ class Saver:
             partial.mkdir(parents=True)
             free = shutil.disk_usage(partial).free
         except OSError as error:
-            return f"{partial}: {error.strerror}"
+            return str(StorageError.of(error, doing="write"))
+        except StorageError as error:
+            return str(error)
         if free < needed:
             partial.rmdir()
             return (
@@ -271,7 +274,7 @@ def _tried(work: Callable[[], object]) -> str | None:
     try:
         work()
     except OSError as error:
-        return f"{error.filename or 'writing'}: {error.strerror}"
+        return str(StorageError.of(error, doing="write"))
     except Exception:
         return traceback.format_exc()
     return None

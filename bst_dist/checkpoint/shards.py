@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bst_base.errors import UserError
+from bst_base.errors import StorageError, UserError
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 PIECES = "pieces"
@@ -90,7 +90,8 @@ class Shards:
     """The single-precision tensors in a set of shards, as if all were in one file."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        """Read the headers of `paths`; raises ShardError for a file that is no shard."""
+        """Read the headers of `paths`; raises ShardError for a file that is no shard, StorageError where none can be
+        read."""
         self._stored: dict[str, list[_Stored]] = {}
         for path in paths:
             for stored in _read_header(path):
@@ -136,7 +137,9 @@ def _read_header(path: Path) -> list[_Stored]:
             header = json.loads(file.read(length))
         places = json.loads(header.pop("__metadata__", {}).get(PIECES, "{}"))
         return [_stored(path, 8 + length, name, entry, places.get(name)) for name, entry in header.items()]
-    except (OSError, ValueError, KeyError, struct.error) as error:
+    except OSError as error:
+        raise StorageError.of(error, path) from None
+    except (ValueError, KeyError, struct.error) as error:
         raise ShardError(f"{path}: not a shard of a checkpoint: {error}") from None
 
 
@@ -151,9 +154,12 @@ def _stored(path: Path, start: int, name: str, entry: dict[str, Any], place: dic
 
 def _read_values(stored: _Stored, skip: int, into: Tensor) -> None:
     view = memoryview(into.numpy()).cast("B")
-    with stored.path.open("rb", buffering=0) as file:
-        file.seek(stored.offset + skip * into.element_size())
-        while view:
-            if not (count := file.readinto(view)):
-                raise ShardError(f"{stored.path}: ends in the middle of {stored.piece.name}")
-            view = view[count:]
+    try:
+        with stored.path.open("rb", buffering=0) as file:
+            file.seek(stored.offset + skip * into.element_size())
+            while view:
+                if not (count := file.readinto(view)):
+                    raise ShardError(f"{stored.path}: ends in the middle of {stored.piece.name}")
+                view = view[count:]
+    except OSError as error:
+        raise StorageError.of(error, stored.path) from None

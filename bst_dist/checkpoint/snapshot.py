@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,15 +19,13 @@ from bst_dist.checkpoint.directory import (
     OPTIMIZER,
     WEIGHTS,
     CheckpointError,
-    committed,
-    damage,
     is_full,
     open_shards,
     rank_file,
-    read_manifest,
     step_of,
 )
 from bst_dist.checkpoint.fragments import MOMENTS, WEIGHT, Fragment
+from bst_dist.checkpoint.judging import agreed_committed, judged, manifest_of
 from bst_dist.checkpoint.layout import Carried, Layout, Rows, redistribute
 from bst_dist.checkpoint.retention import set_aside, tidy
 from bst_dist.checkpoint.saving import Failed, Saved, Saver, stored_name
@@ -118,26 +115,31 @@ class Snapshots:
         return self._saver.finish()
 
     def newest(self, scheduled: bool = False) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint to go on from that is whole, and why newer ones were passed over.
+        """The newest checkpoint to go on from that is whole, and what is wrong with newer ones.
 
         `scheduled`: of those alone that are taken in every course of the run, however often it was stopped.
 
-        The ranks share the reading. Those passed over are renamed: their steps will be taken again, and no damaged one
-        may count as one to keep.
+        The ranks share the reading, and a second rank confirms what is damaged. Damaged ones are renamed: their steps
+        will be taken again, and no damaged one may count as one to keep. Raises StorageError on all ranks when one
+        cannot read, or they see different files: nothing is renamed then.
         """
         self.finish()
-        passed_over = []
-        for checkpoint in self.ranks.from_first(committed(self.run_dir)):
+        damaged = []
+        for checkpoint in agreed_committed(self.ranks, self.run_dir):
             if scheduled and not self.config.scheduled(step_of(checkpoint)):
                 continue
-            found = list(chain(*self.ranks.gather(damage(checkpoint, self.ranks.rank, self.ranks.world))))
-            if not found and is_full(read_manifest(checkpoint)):
-                return checkpoint, passed_over
-            if found:
-                passed_over.append(f"{checkpoint.name}: {found[0]}")
+            if found := judged(self.ranks, checkpoint):
+                damaged.append(f"checkpoint {step_of(checkpoint)}: {found[0]}")
                 if self.ranks.first:
                     set_aside(checkpoint)
-        return None, passed_over
+            elif is_full(manifest_of(self.ranks, checkpoint)):
+                return checkpoint, damaged
+        return None, damaged
+
+    def require_whole(self, checkpoint: Path) -> None:
+        """Raise CheckpointError when a checkpoint, of whatever run, is damaged; it stays as it is."""
+        if found := judged(self.ranks, checkpoint):
+            raise CheckpointError(f"{checkpoint}: {found[0]}")
 
     def load(self, checkpoint: Path, recipe: str | None = None) -> Position:
         """Put the engine and the generators where they were; raises CheckpointError for another run's checkpoint.
@@ -145,7 +147,7 @@ class Snapshots:
         Under another layout than it was written, generators start anew: what they draw could not be the same.
         `recipe`: the digest of the trunk's recipe, when the run branches off another.
         """
-        manifest = read_manifest(checkpoint)
+        manifest = manifest_of(self.ranks, checkpoint)
         self._require_same(checkpoint, manifest, recipe or self.identity.recipe)
         self._fill(checkpoint)
         self.state.filled(manifest["step"], manifest["updates"])
@@ -159,7 +161,7 @@ class Snapshots:
 
     def change(self, checkpoint: Path) -> str | None:
         """How the layout differs from the one that the checkpoint was written under; None when it does not."""
-        saved, own = Layout(**read_manifest(checkpoint)["layout"]), self.identity.layout
+        saved, own = Layout(**manifest_of(self.ranks, checkpoint)["layout"]), self.identity.layout
         if saved == own:
             return None
         return f"from {saved} to {own}" + ("" if self._same_ranks(saved) else ", random generators seeded anew")

@@ -13,7 +13,8 @@ A signal (Ctrl-C, SIGTERM, SIGUSR1, a closed terminal) makes all ranks write a c
 at once, and what was trained since the last checkpoint is lost.
 
 Exit status: 0 the steps asked for are done; 2 something given is wrong; 75 stopped by a signal, with a checkpoint:
-start it again with --resume; 70 the ranks hung; otherwise the failed rank's own, 128 + N after signal N.
+start it again with --resume; 74 a host could not read or write a file: likewise; 70 the ranks hung; otherwise the
+failed rank's own, 128 + N after signal N.
 """
 
 from __future__ import annotations
@@ -67,12 +68,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     recipe = load(asked)
     share = share_of(args, recipe)
     start = resolve(recipe, asked, share.world)
-    if share.first == 0:
-        (start.run_dir / rundir.OUTCOME).unlink(missing_ok=True)
+    before = rundir.read_outcome(start.run_dir)  # of the start before: it stays when the ranks refuse to begin
     ended = launch(program(asked), share, args.grace)
     if why := ended.explain({}):
         print(f"bst train: {why}; what was reached is in {start.run_dir}", file=sys.stderr)
-    outcome = rundir.read_outcome(start.run_dir) or {}
+    outcome = rundir.read_outcome(start.run_dir)
+    outcome = {} if outcome is None or outcome == before else outcome
     report = {"passed": ended.status == 0, "exit_status": ended.status, "run_dir": str(start.run_dir)}
     return {**report, "ranks": share.world, **outcome}
 
@@ -101,6 +102,7 @@ def program(asked: Request) -> list[str]:
     command = [sys.executable, "-m", "bst_dist.train", str(asked.recipe), *asked.overrides]
     command += ["--run-dir", str(asked.run_dir)] if asked.run_dir else []
     command += ["--resume"] if asked.resume else []
+    command += ["--from-zero"] if asked.from_zero else []
     return command + (["--until", str(asked.until)] if asked.until else [])
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from bst_base.files import atomic_file
-from bst_dist.report.metrics import read_lines
+from bst_dist.report.metrics import keep_dropped, read_lines
 
 FILE = "ledger.jsonl"
 
@@ -46,10 +46,12 @@ class Ledger:
     """The entries of a run, in order; the same on all ranks, and one of them writes them down."""
 
     def __init__(self, entries: Iterable[Entry] = (), path: Path | None = None) -> None:
-        """`entries`: of the run so far; `path`: the file, on the rank that writes; what it held is replaced."""
+        """`entries`: of the run so far; `path`: the file, on the rank that writes; other entries in it
+        go to ledger.dropped.jsonl."""
         self.entries = list(entries)
         self._path = path
         if path is not None and path.exists():
+            keep_dropped(path, [line for line in read_lines(path) if Entry(**line) not in self.entries])
             with atomic_file(path) as file:
                 file.writelines(_line(entry) for entry in self.entries)
 

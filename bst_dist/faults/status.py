@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bst_base.errors import StorageError
+
 DONE = 0
 """The steps asked for are done."""
 FAILED = 1
@@ -10,5 +12,7 @@ USER_ERROR = 2
 """Something given is wrong, or the run diverged: started again, it would end the same way."""
 HUNG = 70
 """The ranks stood still and the watchdog ended them (EX_SOFTWARE of sysexits.h): start again from the checkpoint."""
+UNREADABLE = StorageError.exit_status
+"""A host could not read or write a file (EX_IOERR of sysexits.h): nothing was given up for it, start again."""
 RESUBMIT = 75
 """Stopped by a signal, with a checkpoint (EX_TEMPFAIL of sysexits.h): start again, and the run goes on."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import log, nan
@@ -151,9 +153,11 @@ class MetricsFile(Writer):
     """`metrics.jsonl`: one JSON object a line, each naming its kind; always the lines of one run."""
 
     def __init__(self, run_dir: Path, start_step: int):
-        """Go on after `start_step`: lines of later steps, from before a resume, are dropped."""
+        """Go on after `start_step`: lines of later steps, from before a resume, go to metrics.dropped.jsonl."""
         path = run_dir / FILE
-        kept = [line for line in read_lines(path) if line["step"] <= start_step]
+        lines = read_lines(path)
+        kept = [line for line in lines if line["step"] <= start_step]
+        keep_dropped(path, [line for line in lines if line["step"] > start_step])
         with atomic_file(path) as file:
             file.writelines(json.dumps(line).encode() + b"\n" for line in kept)
         self._file = path.open("a", buffering=1, encoding="utf-8")
@@ -171,6 +175,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+def keep_dropped(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Append lines that are about to leave `path`, a file of JSON Lines, to its neighbour for such lines."""
+    if not lines:
+        return
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    with path.with_suffix(f".dropped{path.suffix}").open("ab") as file:
+        file.writelines(json.dumps({**line, "dropped": when}).encode() + b"\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class Console(Writer):

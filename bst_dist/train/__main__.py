@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bst_base.errors import UserError
+from bst_base.errors import StorageError, UserError
 from bst_dist.faults import signals, status
 from bst_dist.faults.output import Lasting
 
@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that differ from it")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run writes (default: runs/<name>)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest valid checkpoint, if there is one")
+    parser.add_argument("--from-zero", action="store_true", help="begin at step 0 although the run directory shows "
+                        "steps and no checkpoint; what it had reported stays in metrics.dropped.jsonl")  # fmt: skip
     parser.add_argument("--until", type=int, metavar="STEP", help="stop after STEP steps in all, with a checkpoint")
 
 
@@ -38,7 +40,7 @@ def request(args: argparse.Namespace) -> Request:
     """What the parsed arguments ask for."""
     from bst_dist.train.start import Request  # imports torch: seconds in which no signal would be heard
 
-    return Request(args.recipe, args.overrides, args.run_dir, args.resume, args.until)
+    return Request(args.recipe, args.overrides, args.run_dir, args.resume, args.until, args.from_zero)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,7 +63,13 @@ def main(argv: list[str] | None = None) -> int:
         return ended
     except UserError as error:
         _tell(str(error))
-        return status.USER_ERROR
+        return error.exit_status
+    except OSError as error:
+        if error.filename is None:  # not a file: a socket, a process
+            _tell(traceback.format_exc())
+            return status.FAILED
+        _tell(str(StorageError.of(error, doing="read or write")))
+        return status.UNREADABLE
     except Exception:
         _tell(traceback.format_exc())
         return status.FAILED

@@ -13,7 +13,7 @@ import torch
 
 from bst_dist.activation import policy as activation
 from bst_dist.checkpoint import rng
-from bst_dist.checkpoint.directory import CheckpointError, committed, damage
+from bst_dist.checkpoint.directory import CheckpointError, committed, step_of
 from bst_dist.checkpoint.fragments import EngineState
 from bst_dist.checkpoint.layout import Layout, Rows
 from bst_dist.checkpoint.retention import abandon
@@ -214,8 +214,14 @@ def _resume(request: Request, start: Start, snapshots: Snapshots, trainer: Train
         if committed(start.run_dir):
             raise CheckpointError(f"{start.run_dir}: no valid checkpoint to go on from: start anew with --run-dir")
         _say(trainer.ranks, f"begins with the weights of step {initial.step} of {initial.run}")
+    shown = trainer.ranks.from_first(rundir.shown_steps(start.run_dir) if trainer.ranks.first else None)
+    if shown and not request.from_zero:
+        raise CheckpointError(
+            f"{start.run_dir}: {shown}, and none of its checkpoints is whole; bring one back, or begin at step 0 with "
+            f"{rundir.FROM_ZERO}"
+        )
     if request.resume:
-        _say(trainer.ranks, f"no valid checkpoint in {start.run_dir}: starting at step 0")
+        _say(trainer.ranks, f"no checkpoint in {start.run_dir} yet: starting at step 0")
     return Position(step=0, tokens=0, data={}, carried=[])
 
 
@@ -223,13 +229,13 @@ def _newest(
     start: Start, snapshots: Snapshots, ranks: Ranks, own: bool = True, scheduled: bool = False
 ) -> Position | None:
     """Load the run's own newest valid checkpoint, or else the one that it branches off, or else nothing."""
-    checkpoint, passed_over = snapshots.newest(scheduled) if own else (None, [])
-    for reason in passed_over:
-        _say(ranks, f"passed over {reason}")
+    checkpoint, damaged = snapshots.newest(scheduled) if own else (None, [])
+    for reason in damaged:
+        _say(ranks, f"{reason}; {f'resuming from {step_of(checkpoint)}' if checkpoint else 'no older one is whole'}")
     if checkpoint is not None:
         position = snapshots.load(checkpoint)
     elif start.recipe.branch is not None:
-        position = _branch_off(start, snapshots, ranks)
+        position = _branch_off(start, snapshots)
         checkpoint = origin(start.run_dir, start.recipe).checkpoint
     else:
         return None
@@ -239,12 +245,10 @@ def _newest(
     return position
 
 
-def _branch_off(start: Start, snapshots: Snapshots, ranks: Ranks) -> Position:
+def _branch_off(start: Start, snapshots: Snapshots) -> Position:
     """Load the trunk's checkpoint that the run begins at."""
     begin = origin(start.run_dir, start.recipe)
-    shares = ranks.gather(damage(begin.checkpoint, ranks.rank, ranks.world))
-    if found := [line for share in shares for line in share]:
-        raise CheckpointError(f"{begin.checkpoint}: {found[0]}")
+    snapshots.require_whole(begin.checkpoint)
     return snapshots.load(begin.checkpoint, recipe=digest(begin.trunk))
 
 

@@ -3,7 +3,7 @@
 recipe.yaml       the resolved recipe
 ds_config.json    the completed DeepSpeed configuration
 environment.json  versions, hosts and ranks, one entry a start
-metrics.jsonl     one JSON object a line
+metrics.jsonl     one JSON object a line; metrics.dropped.jsonl: those of steps that were taken again after a resume
 tensorboard/      the same as events, and what was seen inside the model
 ledger.jsonl      steps that the guard has not taken
 profile/, stacks/ traces of steps, and where the ranks stood when they hung
@@ -17,20 +17,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
-from bst_base.errors import UserError
+from bst_base.errors import StorageError, UserError
 from bst_base.files import atomic_file
 from bst_base.settings import dump, load
-from bst_dist.checkpoint.directory import CHECKPOINTS, committed, step_of
+from bst_dist.checkpoint.directory import CHECKPOINTS, PARTIAL, committed, entries, step_of
 from bst_dist.config import Recipe, differing, load_recipe
 from bst_dist.faults.watchdog import HEARTBEATS, STACKS
+from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.version import versions
 
 RECIPE, DS_CONFIG, ENVIRONMENT, OUTCOME = "recipe.yaml", "ds_config.json", "environment.json", "outcome.json"
 TOKENIZER = "tokenizer.model"
+EARLY = (CHECKPOINTS, HEARTBEATS, STACKS)
+"""What a start makes before it writes the recipe."""
+BESIDE = (".out", ".err", ".log", ".partial")
+"""Ends of names of what may lie in a new run's directory: a scheduler's logs, a file whose write was broken off."""
+FROM_ZERO = "--from-zero (what it had reported is kept in metrics.dropped.jsonl)"
 
 # What of the DeepSpeed configuration decides the run's numbers: how it computes, and what ZeRO rounds on the way. The
 # rest follows from the ranks, or says where ZeRO keeps and sends things, and may change from one start to the next.
@@ -61,16 +68,16 @@ def read_recipe(run_dir: Path) -> Recipe:
     return load_recipe(run_dir / RECIPE)
 
 
-def check(run_dir: Path, recipe: Recipe, completed: dict[str, Any], resume: bool) -> None:
+def check(run_dir: Path, recipe: Recipe, completed: dict[str, Any], resume: bool, from_zero: bool = False) -> None:
     """Raise RunDirectoryError unless the run may start, or go on, in `run_dir`; nothing is written.
 
     Refused are another recipe, a DeepSpeed configuration that computes something else, checkpoints without `resume`,
-    and a directory that holds something else than a run. The layout may be another.
+    and a directory that holds something else than a run. The layout may be another. Raises StorageError when the
+    directory shows steps but this host sees no checkpoint of them, unless `from_zero` says to begin anew.
     """
-    if not run_dir.exists() or all(path.name in (HEARTBEATS, STACKS) for path in run_dir.iterdir()):
-        return  # a start that broke off early leaves no more than its watchdogs' files
     if not (run_dir / RECIPE).exists():
-        raise RunDirectoryError(f"{run_dir}: not empty and not a run (no {RECIPE}): choose another with --run-dir")
+        _require_free(run_dir)
+        return
     if found := differing(load(Recipe, run_dir / RECIPE), recipe):
         raise RunDirectoryError(_listed(f"{run_dir}: holds another run; recipe there, recipe given:", found))
     stored = run_dir / DS_CONFIG
@@ -87,6 +94,50 @@ def check(run_dir: Path, recipe: Recipe, completed: dict[str, Any], resume: bool
             f"{run_dir}: already has checkpoints, up to {held[0].name}: "
             "go on from there with --resume, or start anew in another --run-dir"
         )
+    if not held and not from_zero and (shown := shown_steps(run_dir)):
+        beside = ", ".join(entries(run_dir)) or "nothing"
+        raise StorageError(
+            f"{run_dir}: {shown}, but {socket.gethostname()} sees no checkpoint in {run_dir / CHECKPOINTS} ({beside} "
+            f"there): is its file system mounted? To begin at step 0 all the same: {FROM_ZERO}"
+        )
+
+
+def _require_free(run_dir: Path) -> None:
+    """Raise RunDirectoryError when a directory without a recipe holds more than logs, and what a start that broke off
+    early leaves."""
+    if held := committed(run_dir):
+        raise RunDirectoryError(
+            f"{run_dir}: has checkpoints, up to {held[0].name}, but no {RECIPE} to say of what run: bring it back, or "
+            "choose another --run-dir"
+        )
+    there = run_dir.iterdir() if run_dir.exists() else ()
+    strange = [path.name for path in there if path.name not in EARLY and not path.name.endswith(BESIDE)]
+    if strange:
+        raise RunDirectoryError(
+            f"{run_dir}: not a run (no {RECIPE}) and not empty ({', '.join(sorted(strange)[:4])}): choose another "
+            "with --run-dir"
+        )
+
+
+def shown_steps(run_dir: Path) -> str | None:
+    """What in a run directory says that there was a checkpoint once; None when nothing does.
+
+    A run that was cut short before its first checkpoint was due has left none.
+    """
+    if not (run_dir / RECIPE).exists():
+        return None
+    environment, outcome = run_dir / ENVIRONMENT, read_outcome(run_dir) or {}
+    starts = json.loads(environment.read_text())["starts"] if environment.exists() else []
+    if begun := max((start.get("from_step", 0) for start in starts), default=0):
+        return f"{ENVIRONMENT} has a start that went on from step {begun}"
+    if reached := outcome.get("step", 0):
+        return f"{OUTCOME} says that step {reached} was reached"
+    done = max((line["step"] for line in read_lines(run_dir / FILE) if line["kind"] == "train"), default=0)
+    config = load_recipe(run_dir / RECIPE).checkpoint
+    if any(name.endswith(PARTIAL) for name in entries(run_dir)):
+        return None  # cut short while it wrote its first one
+    due = next((step for step in range(1, done) if config.scheduled(step)), None)
+    return f"{FILE} has {done} steps and a checkpoint was due at step {due}" if due else None
 
 
 def prepare(run_dir: Path, recipe: Recipe, completed: dict[str, Any], start: dict[str, Any]) -> None:

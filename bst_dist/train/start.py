@@ -23,6 +23,8 @@ class Request:
     resume: bool
     until: int | None
     """Stop after this many steps in all, with a checkpoint, as if killed politely; None: the recipe's steps."""
+    from_zero: bool = False
+    """Begin at step 0 although the run directory shows steps and no checkpoint is there."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def resolve(recipe: Recipe, request: Request, world: int) -> Start:
     _require_slices(recipe)
     completed = _complete(recipe, world, micro_batches)
     run_dir = request.run_dir or Path("runs") / recipe.name
-    rundir.check(run_dir, recipe, completed, request.resume)
+    rundir.check(run_dir, recipe, completed, request.resume, request.from_zero)
     until = min(request.until or recipe.train.steps, recipe.train.steps)
     return Start(recipe, run_dir, objective, completed, micro_batches, until)
 

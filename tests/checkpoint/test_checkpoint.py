@@ -14,6 +14,7 @@ from bst_dist.checkpoint.directory import (
     OlderFormatError,
     damage,
     directory,
+    examine,
     newest_valid,
 )
 from bst_dist.checkpoint.durable import Files
@@ -42,11 +43,11 @@ def test_files_record_what_lies_on_the_disk(tmp_path):
 @pytest.mark.parametrize(
     ("hurt", "said"),
     [
-        (lambda path: (path / "b.pt").unlink(), "b.pt is missing"),
-        (lambda path: (path / "b.pt").write_bytes(b""), "b.pt has 0 bytes instead of"),
-        (lambda path: flip(path / "a.pt"), "a.pt is damaged"),
-        (lambda path: (path / MANIFEST).unlink(), "manifest.json cannot be read"),
-        (lambda path: (path / MANIFEST).write_text("{"), "manifest.json cannot be read"),
+        (lambda path: (path / "b.pt").unlink(), "missing: b.pt"),
+        (lambda path: (path / "b.pt").write_bytes(b""), "size mismatch (0 bytes instead of"),
+        (lambda path: flip(path / "a.pt"), "checksum mismatch in a.pt"),
+        (lambda path: (path / MANIFEST).unlink(), "missing: manifest.json"),
+        (lambda path: (path / MANIFEST).write_text("{"), "not JSON"),
     ],
     ids=["missing", "cut", "flipped", "no manifest", "broken manifest"],
 )
@@ -74,7 +75,7 @@ def test_readers_who_share_a_checkpoint_find_all_that_one_finds(tmp_path):
     path = write(tmp_path, 1)
     flip(path / "b.pt")
     flip(path / "a.pt")
-    assert sorted(damage(path, 0, 2) + damage(path, 1, 2)) == sorted(damage(path))
+    assert [str(one) for part in (0, 1) for one in examine(path, part, 2)] == damage(path)
 
 
 def flip(path: Path) -> None:

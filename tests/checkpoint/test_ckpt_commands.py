@@ -86,7 +86,7 @@ def test_ls(run_dir, tmp_path, capsys):
     assert list(rows) == [40, 30, 20, 10]
     assert [rows[step]["full"] for step in rows] == [False, True, True, True]
     assert rows[30]["kept_as"] == ["newest"]
-    assert rows[20]["damage"] == ["optimizer-00000.safetensors is missing"]
+    assert rows[20]["damage"] == ["missing: rank 0's file optimizer-00000.safetensors"]
     assert rows[10]["validation_loss_nats"] == 10.0
     assert rows[10]["layout"] == {"ranks": 1, "sp": 1, "zero_stage": 2}
     assert report["leavings"] == ["step-00000050.partial"]
@@ -107,7 +107,7 @@ def test_verify_names_the_file(run_dir, capsys):
     assert ckpt("verify", run_dir)[0] == 0
     flip(directory(run_dir, 20) / "optimizer-00000.safetensors")
     assert ckpt("verify", run_dir)[0] == 1
-    assert "optimizer-00000.safetensors is damaged" in capsys.readouterr().out
+    assert "checksum mismatch in rank 0's file optimizer-00000.safetensors" in capsys.readouterr().out
     assert ckpt("verify", run_dir, "--step", 30)[0] == 0
 
 
@@ -177,5 +177,5 @@ def test_converted_weights_are_the_models(run_dir, tmp_path, limit):
 def test_a_damaged_checkpoint_is_not_converted(run_dir, tmp_path, capsys):
     flip(directory(run_dir, 30) / "weights-00000.safetensors")
     assert ckpt("convert", run_dir, tmp_path / "out", "--step", 30)[0] == 2
-    assert "weights-00000.safetensors is damaged" in capsys.readouterr().err
+    assert "checksum mismatch in rank 0's file weights-00000.safetensors" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -8,7 +8,6 @@ time, and its checkpoint the digest of them; settings added since must not make 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,6 @@ from bst_dist.checkpoint.directory import directory, load_weights
 from bst_dist.report.metrics import FILE, read_lines
 
 DATA = Path(__file__).parent / "data" / "format-2"
-
-
-@pytest.fixture
-def older(tmp_path: Path) -> Path:
-    shutil.copytree(DATA, tmp_path, dirs_exist_ok=True)
-    return tmp_path / "run"
 
 
 @pytest.mark.ranks

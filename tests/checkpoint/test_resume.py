@@ -82,7 +82,7 @@ def test_newest_valid_checkpoint_is_taken_and_the_reason_told(go, assert_same_ru
     assert newest_valid(tmp_path / "parts") == directory(tmp_path / "parts", 2)
     go("parts", resume=True)
     said = capfd.readouterr().out
-    assert "passed over step-00000004: weights-00000.safetensors is damaged" in said
+    assert "checkpoint 4: checksum mismatch in rank 0's file weights-00000.safetensors; resuming from 2" in said
     assert "resumed from step 2" in said
     assert (tmp_path / "parts" / "checkpoints" / "step-00000004.damaged" / "manifest.json").exists()
     assert_same_run(tmp_path / "whole", tmp_path / "parts")

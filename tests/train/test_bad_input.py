@@ -104,5 +104,5 @@ def test_a_directory_of_something_else(recipe_file, tmp_path, capsys):
     run_dir.mkdir()
     (run_dir / "letters.txt").write_text("dear")
     assert main(["train", str(recipe_file()), "--run-dir", str(run_dir)]) == 2
-    assert "not empty and not a run" in capsys.readouterr().err
+    assert "and not empty (letters.txt)" in capsys.readouterr().err
     assert [file.name for file in run_dir.iterdir()] == ["letters.txt"]

@@ -4,7 +4,9 @@
     bst ckpt gc runs/demo checkpoint.keep_last=1 --delete
 
 Every file is read first: a damaged checkpoint does not count as one that is kept, and as long as a run has no valid
-checkpoint to go on from, nothing of it is removed. What a run may be writing at this moment is left alone.
+checkpoint to go on from, nothing of it is removed. Damaged ones go only when their bytes were read and are wrong: one
+with a file missing may be whole as another host sees it, and is left. When something cannot be read, nothing is
+removed. What a run may be writing at this moment is left alone.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 
 from bst_dist.checkpoint.commands.common import add_run, readable_size
 from bst_dist.checkpoint.config import CheckpointConfig
-from bst_dist.checkpoint.directory import DAMAGED, DELETED, PARTIAL, WEIGHTS, committed, damage
+from bst_dist.checkpoint.directory import DAMAGED, DELETED, MISSING, PARTIAL, WEIGHTS, committed, examine
 from bst_dist.checkpoint.retention import Held, leavings, readable, reasons, thin
 from bst_dist.config import load_recipe
 from bst_dist.train.rundir import RECIPE, read_recipe
@@ -65,8 +67,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def plan(run_dir: Path, config: CheckpointConfig) -> Iterator[Removal]:
-    """What may go."""
-    valid = [one for one in readable(run_dir) if not damage(one.path)]
+    """What may go; raises StorageError when this host cannot read all of it."""
+    found = {path: examine(path) for path in committed(run_dir)}
+    valid = [one for one in readable(run_dir) if not found[one.path]]
     if any(one.full for one in valid):
         kept = reasons(valid, config)
         for one in valid:
@@ -74,10 +77,11 @@ def plan(run_dir: Path, config: CheckpointConfig) -> Iterator[Removal]:
                 yield Removal(one.path, "not kept by the run's settings", _bytes(one.path))
             elif kept[one.step] == ["weights"] and one.full:
                 yield Removal(one.path, "only its weights are kept", _bytes(one.path, but=WEIGHTS), thinned=one)
-        for path in sorted(set(committed(run_dir)) - {one.path for one in valid}):
-            yield Removal(path, f"damaged: {damage(path)[0]}", _bytes(path))
+        for path, findings in sorted(found.items()):
+            if findings and not any(finding.what == MISSING for finding in findings):
+                yield Removal(path, str(findings[0]), _bytes(path))
         for path in leavings(run_dir, (DAMAGED,)):
-            yield Removal(path, "damaged, found so at a resume", _bytes(path))
+            yield Removal(path, "found damaged when the run was resumed", _bytes(path))
     for path in leavings(run_dir, (PARTIAL, DELETED)):
         if time.time() - max(file.stat().st_mtime for file in (path, *path.iterdir())) > RECENT_S:
             yield Removal(path, "left behind by a write or a removal that was broken off", _bytes(path))

@@ -3,7 +3,7 @@
     bst ckpt verify runs/demo
     bst ckpt verify runs/demo --step 240
 
-Exit status: 1 when any file is damaged or missing; all of them are named.
+Exit status: 1 when any file is damaged or missing; all of them are named. 74 when one cannot be read.
 """
 
 from __future__ import annotations

@@ -1,0 +1,94 @@
+"""Whether a checkpoint is whole, as all ranks together see it.
+
+A file that one host sees otherwise than the manifest says may be bad, or the host may not see right: a mount that is
+missing, a cache that is stale, a controller that lies. So a file is bad when a second rank, on another host where there
+is one, finds it bad too; when the two disagree, or a host cannot read, the start ends and nothing is changed.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bst_base.errors import StorageError
+from bst_dist.checkpoint.directory import Finding, committed, examine, read_manifest, step_of
+from bst_dist.parallel.ranks import Ranks
+
+UNCHANGED = "nothing was changed; start again when all hosts see the same files"
+
+
+def agreed_committed(ranks: Ranks, run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, newest first; raises StorageError on all ranks unless all see the same ones."""
+    seen = gathered(ranks, lambda: committed(run_dir))
+    hosts = ranks.gather(socket.gethostname())
+    most = max(seen, key=len)
+    for rank, paths in enumerate(seen):
+        if paths != most:
+            other = seen.index(most)
+            raise StorageError(
+                f"{run_dir}: rank {rank} on {hosts[rank]} sees {_listed(paths)}, where rank {other} on {hosts[other]} "
+                f"sees {_listed(most)}: is the file system mounted on {hosts[rank]}? {UNCHANGED}"
+            )
+    return most
+
+
+def judged(ranks: Ranks, checkpoint: Path) -> list[Finding]:
+    """What is wrong with a checkpoint's files, each finding confirmed by a second rank; the ranks share the reading.
+
+    Raises StorageError on all ranks when one cannot read, or two that read the same file disagree.
+    """
+    first = gathered(ranks, lambda: examine(checkpoint, ranks.rank, ranks.world))
+    if not any(first):
+        return []
+    hosts = ranks.gather(socket.gethostname())
+    again = _again(first, hosts)
+    own = [name for name, by in again if by == ranks.rank]
+    second = gathered(ranks, lambda: examine(checkpoint, only=own) if own else [])
+    confirmed = {finding.file for found in second for finding in found}
+    for rank, found in enumerate(first):
+        for finding in found:
+            if finding.file not in confirmed:
+                by = next(by for name, by in again if name == finding.file)
+                raise StorageError(
+                    f"checkpoint {step_of(checkpoint)}: rank {rank} on {hosts[rank]} finds: {finding}; rank {by} on "
+                    f"{hosts[by]} finds {checkpoint / finding.file} as it was written: {hosts[rank]} does not see "
+                    f"right; {UNCHANGED}"
+                )
+    return list(dict.fromkeys(finding for found in first for finding in found))
+
+
+def manifest_of(ranks: Ranks, checkpoint: Path) -> dict[str, Any]:
+    """The manifest, read by one rank for all."""
+    return gathered(ranks, lambda: read_manifest(checkpoint) if ranks.first else {})[0]
+
+
+def gathered(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
+    """What `work` returns on each rank; raises on all ranks what it raises on one."""
+    value, error = None, None
+    try:
+        value = work()
+    except Exception as raised:
+        error = raised
+    everyone = ranks.gather((value, error))
+    for _, raised in everyone:
+        if raised is not None:
+            raise raised
+    return [value for value, _ in everyone]
+
+
+def _again(first: Sequence[Sequence[Finding]], hosts: Sequence[str]) -> list[tuple[str, int]]:
+    """Which rank is to read each file again: the next one on another host, else the next one."""
+    order = []
+    for rank, found in enumerate(first):
+        others = [(rank + step) % len(hosts) for step in range(1, len(hosts) + 1)]
+        by = next((other for other in others if hosts[other] != hosts[rank]), others[0])
+        order += [(finding.file, by) for finding in found]
+    return list(dict(order).items())
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    if not paths:
+        return "no checkpoint"
+    return f"{len(paths)} checkpoint{'s' * (len(paths) > 1)}, the newest of step {step_of(paths[0])}"
