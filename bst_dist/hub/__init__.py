@@ -14,12 +14,13 @@ except ModuleNotFoundError as error:
         f"{error.name} is not installed: pip install --editable '.[hub]', in the directory of this project"
     ) from None
 
-from bst_dist.hub.configuration import BSTConfig
-from bst_dist.hub.modeling import BSTCache, BSTForCausalLM
+from bst_dist.hub.bundle import write_code
+from bst_dist.hub.modeling import BSTCache, BSTConfig, BSTForCausalLM
 from bst_dist.hub.tokenization import BSTTokenizer
 
 __all__ = ["BSTCache", "BSTConfig", "BSTForCausalLM", "BSTTokenizer"]
 
+BSTConfig.write_code = staticmethod(write_code)
 AutoConfig.register(BSTConfig.model_type, BSTConfig)
 AutoModelForCausalLM.register(BSTConfig, BSTForCausalLM)
 AutoTokenizer.register(BSTConfig, tokenizer_class=BSTTokenizer)

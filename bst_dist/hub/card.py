@@ -24,11 +24,10 @@ tags: [block-state-transformer, long-context, pretrained]
 {summary}
 
 ```python
-import bst_dist.hub  # or trust_remote_code=True
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
-tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
+model = AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(DIRECTORY, trust_remote_code=True)
 inputs = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))
 ```
@@ -120,7 +119,7 @@ def _evaluations(run_dir: Path, step: int) -> dict[str, dict[str, Any]]:
 def _table(evaluations: dict[str, dict[str, Any]]) -> str:
     if not evaluations:
         return "None at this step."
-    lines = ["| on | loss, nats a token | bits a byte |", "| --- | --- | --- |"]
+    lines = ["| on | loss, nats per token | bits per byte |", "| --- | --- | --- |"]
     for on, figures in evaluations.items():
         cells = [_figure(figures, key) for key in _FIGURES]
         lines.append(f"| {on} | {' | '.join(cells)} |")

@@ -3,10 +3,9 @@
     bst eval runs/demo --json runs/demo/reports/eval.json
     bst export runs/demo demo-model
 
-transformers loads the directory after `import bst_dist.hub`, or with trust_remote_code=True where bst_dist is
-installed. The model card has the figures of `bst eval`, when its report is there, with their standard errors.
-`bst import` makes a run of it again. SHA256SUMS lists the digests of all files. How this machine read the corpus
-(data.storage) is left out.
+transformers loads the directory with trust_remote_code=True, whether or not bst_dist is installed. The model card has
+the figures of `bst eval` with their standard errors, when its report is in the run directory. `bst import` makes a run
+of the export again. SHA256SUMS lists the digests of all files. data.storage, which may hold keys, is left out.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from bst_dist.checkpoint.retention import Held
 from bst_dist.config import Recipe
 from bst_dist.generation.sampling import without_text
 from bst_dist.hub.card import model_card
-from bst_dist.hub.configuration import BSTConfig
-from bst_dist.hub.modeling import BSTForCausalLM
+from bst_dist.hub.fast_tokenizer import fast_tokenizer, is_bpe
+from bst_dist.hub.modeling import BSTConfig, BSTForCausalLM
 from bst_dist.hub.tokenization import FILE, BSTTokenizer
 from bst_dist.study.evaluation.prompts import begin_token
 from bst_dist.study.evaluation.trained import require_language_model, tokenizer_of
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _source(args: argparse.Namespace) -> tuple[Held, Recipe]:
     """The checkpoint to export, whole, and its recipe."""
     if args.output.exists():
-        raise UserError(f"{args.output}: is there already: choose another directory")
+        raise UserError(f"{args.output}: exists already; choose another directory")
     recipe, one = read_recipe(args.run), select(args.run, args.step)
     require_language_model(args.run, recipe)
     if found := damage(one.path):
@@ -94,8 +93,11 @@ def _write_configuration(folder: Path, one: Held, recipe: Recipe, tokenizer: Tok
     never = without_text(recipe.model.vocab_size, tokenizer).nonzero().flatten().tolist()
     GenerationConfig(suppress_tokens=never, **named).save_pretrained(folder)
     (folder / FILE).write_bytes(tokenizer.model)
-    begins = {"bos_token": tokenizer.piece(begin[0])} if begin else {}
-    BSTTokenizer(str(folder / FILE), **begins).save_pretrained(folder)
+    if is_bpe(tokenizer):
+        fast_tokenizer(tokenizer, begin[0] if begin else None).save_pretrained(folder)
+    else:
+        begins = {"bos_token": tokenizer.piece(begin[0])} if begin else {}
+        BSTTokenizer(str(folder / FILE), **begins).save_pretrained(folder)
 
 
 def _write_digests(folder: Path) -> None:

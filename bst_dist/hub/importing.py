@@ -28,9 +28,8 @@ from bst_dist.checkpoint.durable import Files
 from bst_dist.checkpoint.exporting import INDEX, SINGLE
 from bst_dist.checkpoint.shards import Piece, write_header, write_values
 from bst_dist.config import Recipe, digest
-from bst_dist.hub.configuration import BSTConfig
 from bst_dist.hub.export import DIGESTS
-from bst_dist.hub.modeling import BSTForCausalLM
+from bst_dist.hub.modeling import BSTConfig, BSTForCausalLM
 from bst_dist.hub.tokenization import FILE
 from bst_dist.model.lm import LanguageModel
 from bst_dist.train.rundir import RECIPE, TOKENIZER
@@ -53,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.run.exists():
-        raise UserError(f"{args.run}: is there already: choose another directory")
+        raise UserError(f"{args.run}: exists already; choose another directory")
     _require_digests(args.model)
     recipe, about = _configuration(args.model, args.overrides)
     tokenizer = Tokenizer.read(args.model / FILE)

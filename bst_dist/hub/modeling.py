@@ -8,19 +8,71 @@ Shapes: B rows, T columns of this call, n tokens of a row in it, D width, V voca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from bst_base.errors import UserError
+from bst_base.settings import parse
 from bst_dist.generation.rows import Rows
-from bst_dist.hub.configuration import BSTConfig
+from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
+
+
+class BSTConfig(PreTrainedConfig):
+    """config.json: the whole recipe of a run, and what its checkpoint says of itself."""
+
+    model_type = "bst"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers' own form)
+
+    write_code: ClassVar[Callable[[Path], dict[str, str]] | None] = None
+    """Writes the model's code beside a configuration, and returns its `auto_map`; None where the code itself is such a
+    copy, which transformers copies on."""
+
+    recipe: dict[str, Any] | None = None
+    """The resolved recipe, as in a run directory."""
+    checkpoint: dict[str, Any] | None = None
+    """The manifest of the checkpoint, but for its files: step, tokens, validation loss, versions."""
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    def settings(self) -> ModelConfig:
+        """The recipe's model section; raises ConfigError for what is wrong in it."""
+        section = (self.recipe or {}).get("model", {})
+        return parse(ModelConfig, section, where="config.json: recipe.model")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.settings().vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.settings().width
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.settings().depth
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.settings().heads
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """As transformers does, with the code that loads the model where nothing of this project is installed."""
+        if write_code := type(self).write_code:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            self.auto_map = write_code(Path(save_directory))
+        super().save_pretrained(save_directory, **kwargs)
 
 
 class BSTCache:

@@ -1,8 +1,12 @@
-"""The corpus's tokenizer as a Hugging Face tokenizer: the same ids for every text, and the same text for them."""
+"""A unigram tokenizer as a Hugging Face tokenizer, which transformers finds after `import bst_dist.hub`.
+
+It is SentencePiece itself, for `tokenizers` breaks ties between segmentations of a unigram model differently.
+
+BPE, the default, is exported for the `tokenizers` library (`fast_tokenizer.py`).
+"""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -10,7 +14,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizer
 
-from bst_dist.hub.configuration import REMOTE_CODE
 from data_pipeline.format.tokenizer import Tokenizer
 
 FILE = "tokenizer.model"
@@ -69,10 +72,3 @@ class BSTTokenizer(PreTrainedTokenizer):
         path = Path(save_directory) / (f"{filename_prefix}-{FILE}" if filename_prefix else FILE)
         path.write_bytes(self._text.model)
         return (str(path),)
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> tuple[str, ...]:
-        """As transformers does, with the file that `auto_map` names."""
-        self.init_kwargs["auto_map"] = {"AutoTokenizer": ["bst.BSTTokenizer", None]}
-        saved = super().save_pretrained(save_directory, **kwargs)
-        shutil.copyfile(Path(__file__).with_name("remote_code.py"), Path(save_directory) / REMOTE_CODE)
-        return saved

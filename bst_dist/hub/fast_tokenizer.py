@@ -1,0 +1,61 @@
+"""The corpus's BPE tokenizer for the `tokenizers` library: the same ids for every text, with nothing of ours installed.
+
+SentencePiece writes a space as U+2581; here pieces hold the space itself, so a U+2581 of the text stays one and falls
+to its three bytes, as in the corpus. Merges are every split of a piece into two pieces, in the order of the pieces'
+scores, which is how SentencePiece applies them.
+"""
+
+from __future__ import annotations
+
+from sentencepiece import sentencepiece_model_pb2 as proto
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
+from transformers import PreTrainedTokenizerFast
+
+from data_pipeline.format.tokenizer import MAX_LINE, Tokenizer
+
+NORMAL, BPE = 1, 2
+"""In SentencePiece's own numbering: a piece that is text, and the algorithm."""
+
+
+def is_bpe(tokenizer: Tokenizer) -> bool:
+    """Whether the ids of `fast_tokenizer` are ours: unigram models break ties between segmentations differently."""
+    return proto.ModelProto.FromString(tokenizer.model).trainer_spec.model_type == BPE
+
+
+def fast_tokenizer(tokenizer: Tokenizer, begin: int | None) -> PreTrainedTokenizerFast:
+    """As transformers loads it; `begin`: the id that stands in front of every text, None for none."""
+    backend = Backend(_bpe(proto.ModelProto.FromString(tokenizer.model)))
+    lines = pre_tokenizers.Split(Regex(rf"\n|[^\n]{{1,{MAX_LINE}}}"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([lines, pre_tokenizers.Split("\u2581", "isolated")])
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    named = {"eos_token": tokenizer.piece(tokenizer.eos_id), "pad_token": tokenizer.piece(tokenizer.pad_id)}
+    if begin is not None:
+        named["bos_token"] = tokenizer.piece(begin)
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{named['bos_token']} $A", pair=f"{named['bos_token']} $A $B",
+            special_tokens=[(named["bos_token"], begin)],
+        )  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+        split_special_tokens=True,  # text never becomes a special token, however it is spelt
+        clean_up_tokenization_spaces=False,
+        **named,
+    )
+
+
+def _bpe(model: proto.ModelProto) -> models.BPE:
+    """The pieces with their ids, and the merges that make each from two others."""
+    text = {id_ for id_, piece in enumerate(model.pieces) if piece.type == NORMAL}
+    names = [p.piece.replace("\u2581", " ") if i in text else p.piece for i, p in enumerate(model.pieces)]
+    parts = {names[id_] for id_ in text}
+    merges = [
+        (name[:cut], name[cut:])
+        for name in (names[id_] for id_ in sorted(text, key=lambda id_: -model.pieces[id_].score))
+        for cut in range(1, len(name))
+        if name[:cut] in parts and name[cut:] in parts
+    ]
+    vocabulary = {name: id_ for id_, name in enumerate(names)}
+    return models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token=names[model.trainer_spec.unk_id])

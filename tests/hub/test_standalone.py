@@ -1,0 +1,142 @@
+"""An export loads with transformers alone: nothing of this project, nor of what only it needs, can be imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from transformers import AutoModelForCausalLM
+
+from bst_dist.hub.fast_tokenizer import fast_tokenizer, is_bpe
+from bst_dist.model.layers import MIXERS
+from data_pipeline.format.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+
+ALONE = """
+import sys
+import json, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+inputs = tokenizer(["for x", "naïve café </s> return"], padding=True, return_tensors="pt")
+with torch.no_grad():
+    logits = model(**inputs).logits[:, -1]
+written = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+model.save_pretrained(sys.argv[2])
+tokenizer.save_pretrained(sys.argv[2])
+again = AutoModelForCausalLM.from_pretrained(sys.argv[2], trust_remote_code=True).eval()
+with torch.no_grad():
+    torch.testing.assert_close(again(**inputs).logits[:, -1], logits)
+print(json.dumps([inputs.input_ids.tolist(), logits.tolist(), written.tolist()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def only_transformers(tmp_path_factory):
+    """A directory of packages that holds transformers, torch and what these two require, and nothing else."""
+    folder, waiting, done = tmp_path_factory.mktemp("packages"), ["transformers", "torch"], set()
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name in done:
+            continue
+        done.add(name)
+        try:
+            package = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # what is of another platform
+        for entry in {path.parts[0] for path in package.files} - {"..", "__pycache__"}:
+            (folder / entry).exists() or (folder / entry).symlink_to(package.locate_file(entry))
+        needed = map(Requirement, package.requires or ())
+        waiting += [one.name for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
+    assert not done & {"sentencepiece", "deepspeed", "mpi4py", "bst-dist"}
+    return folder
+
+
+def alone(folder, tmp_path, packages):
+    """What a process with nothing of the project computes from an export."""
+    base = Path(sys.base_prefix) / "bin" / Path(sys.executable).name  # not that of the virtual environment
+    command = [str(base), "-s", "-c", ALONE, str(folder), str(tmp_path / "saved-again")]
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HF_HOME": str(tmp_path / "hf"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(packages),
+    }
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def same_as_ours(folder, tmp_path, packages):
+    ids, logits, written = alone(folder, tmp_path, packages)
+    inputs = torch.tensor(ids)
+    ours = AutoModelForCausalLM.from_pretrained(folder).eval()
+    mask = (inputs != 0).long()
+    with torch.no_grad():
+        expected = ours(input_ids=inputs, attention_mask=mask).logits[:, -1]
+    torch.testing.assert_close(torch.tensor(logits), expected)
+    text = ours.generate(input_ids=inputs, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    assert text.tolist() == written
+
+
+def test_an_export_stands_alone_and_can_be_saved_again(exported, tmp_path, only_transformers):
+    _, folder = exported()
+    same_as_ours(folder, tmp_path, only_transformers)
+
+
+@pytest.mark.ranks  # seconds each: a process that imports torch and transformers
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
+def test_every_mixer_stands_alone(exported, tmp_path, only_transformers, mixer):
+    _, folder = exported(mixer=mixer)
+    same_as_ours(folder, tmp_path, only_transformers)
+
+
+@pytest.fixture(scope="module")
+def both(sentencepiece_model):
+    ours = Tokenizer(sentencepiece_model)
+    return fast_tokenizer(ours, ours.eos_id), ours
+
+
+TEXT = st.lists(
+    st.one_of(
+        st.text(), st.sampled_from(["</s>", "<pad>", "<unk>", "<0x41>", " ", "  ", "\n", "\x00", "▁", "for", "\r\n"])
+    ),
+    max_size=8,
+).map("".join)
+
+
+@settings(deadline=None)
+@given(text=TEXT)
+def test_every_text_has_our_ids_and_comes_back_from_them(both, text):
+    theirs, ours = both
+    ids = ours.encode(text).tolist()
+    assert theirs.encode(text, add_special_tokens=False) == ids
+    assert theirs(text).input_ids == [ours.eos_id, *ids]
+    assert theirs.decode(theirs(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_long_lines_are_cut_as_ours_are(both):
+    theirs, ours = both
+    for text in ("café for x " * 4000, "a" * 40_000 + "▁" + "for" * 9000):
+        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text).tolist()
+
+
+def test_offsets_are_those_of_the_text(both):
+    theirs, _ = both
+    found = theirs("naïve for x", return_offsets_mapping=True, add_special_tokens=False).offset_mapping
+    assert "".join("naïve for x"[a:b] for a, b in found) == "naïve for x"
+
+
+def test_unigram_models_are_told_from_bpe(sentencepiece_model):
+    texts = [f"a few words of text {i * 7919}, and a few more words: naïve, café, return" for i in range(400)]
+    unigram = train_tokenizer(texts, TokenizerConfig(vocab_size=300, model_type="unigram"))
+    assert is_bpe(Tokenizer(sentencepiece_model))
+    assert not is_bpe(Tokenizer(unigram))
