@@ -31,6 +31,7 @@ from bst_dist.train.config import (
     TrainConfig,
 )
 from data_pipeline.serve.config import DataConfig
+from data_pipeline.synthetic.config import SyntheticConfig
 
 if TYPE_CHECKING:
     from data_pipeline.serve.reader import Corpus
@@ -39,14 +40,16 @@ if TYPE_CHECKING:
 OBJECTIVES: dict[type[Config], str] = {
     DataConfig: "bst_dist.train.objective:LanguageModelling",
     LongRangeConfig: "bst_dist.study.lra.objective:Classification",
+    SyntheticConfig: "bst_dist.train.synthetic:SyntheticTask",
 }
 """What a run learns from each kind of data section: the class of its objective (see train/objective.py), by name, so
 that training imports only the one it needs and knows none of them."""
 
 
 def _data_kind(section: Any) -> str:
-    task = "task" in section if isinstance(section, dict) else isinstance(section, LongRangeConfig)
-    return "task" if task else "text"
+    if not isinstance(section, dict):
+        return {LongRangeConfig: "task", SyntheticConfig: "synthetic"}.get(type(section), "text")
+    return next((kind for kind in ("task", "synthetic") if kind in section), "text")
 
 
 class Recipe(Config):
@@ -58,9 +61,13 @@ class Recipe(Config):
     """Ranks that `bst train` starts on this machine; null: one for each accelerator, or one where there is none."""
     model: ModelConfig
     data: Annotated[
-        Annotated[DataConfig, Tag("text")] | Annotated[LongRangeConfig, Tag("task")], Discriminator(_data_kind)
+        Annotated[DataConfig, Tag("text")]
+        | Annotated[LongRangeConfig, Tag("task")]
+        | Annotated[SyntheticConfig, Tag("synthetic")],
+        Discriminator(_data_kind),
     ]
-    """What is learnt: the text of a corpus, or with `task` the classes of a task's examples (bst_dist/study/lra)."""
+    """What is learnt: the text of a corpus; with `synthetic` sequences that are computed (data_pipeline/synthetic); or
+    with `task` the classes of a task's examples (bst_dist/study/lra)."""
     train: TrainConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -98,6 +105,23 @@ class Recipe(Config):
         if self.branch and self.initial_weights:
             raise ValueError("branch and initial_weights: a run begins at one of them, not at both")
         return self
+
+    @model_validator(mode="after")
+    def _fits_synthetic(self) -> Recipe:
+        """The recipe with its task's vocabulary where it names none; raises ValueError for what cannot be drawn."""
+        if not isinstance(self.data, SyntheticConfig):
+            return self
+        task = self.data.synthetic
+        if problem := task.problem(self.train.sequence_length):
+            raise ValueError(f"data.synthetic: {problem}")
+        size = self.model.vocab_size
+        if size is not None and size < task.vocabulary:
+            raise ValueError(
+                f"model.vocab_size {size}: the task {task.task} has {task.vocabulary} tokens; leave it out"
+            )
+        if size is not None:
+            return self
+        return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": task.vocabulary})})
 
 
 # What may change from one start of a run to the next without making it another run: what is written, and how the run

@@ -25,6 +25,8 @@ class Losses(NamedTuple):
     """Sum of the negative log-likelihood over unmasked tokens, in nats, with gradient."""
     per_token: Tensor
     """(B, l), without gradient; zero where masked out."""
+    correct: Tensor | None = None
+    """(B, l) bool: the label counts and has the highest logit; None where a gradient is wanted."""
 
 
 class LanguageModel(nn.Module):

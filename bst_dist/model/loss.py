@@ -25,6 +25,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        correct = None if needs_hidden or needs_weight else torch.zeros_like(mask)  # training does not ask for it
         rows = max(1, TILE_LOGITS // len(weight))
         with torch.autocast(device, enabled=False):
             for first in range(0, len(hidden), rows):
@@ -33,7 +34,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = (h @ matrix.T).to(wide).mul_(scale)
                 log_z = logits.logsumexp(-1, keepdim=True)
                 per_token[part] = ((log_z - logits.gather(-1, target)) * keep).squeeze(-1)
-                if not (needs_hidden or needs_weight):
+                if correct is not None:
+                    correct[part] = (logits.argmax(-1, keepdim=True) == target).squeeze(-1) & mask[part]
                     continue
                 d_logits = logits.sub_(log_z).exp_()
                 d_logits.scatter_add_(-1, target, torch.full_like(log_z, -1.0))
@@ -44,10 +46,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     d_weight += d_logits.T @ h
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.mark_non_differentiable(per_token)
-        return per_token.sum(), per_token
+        return per_token.sum(), per_token, correct
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor) -> tuple:
+    def backward(ctx, grad: Tensor, *_: Tensor | None) -> tuple:
         d_hidden, d_weight = ctx.saved_tensors
         return (
             None if d_hidden is None else d_hidden * grad,
@@ -66,9 +68,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, mask: T
         mask: (B, l) bool; a token that is masked out has loss and gradient zero.
 
     Returns:
-        Their sum, a scalar with gradient, and the loss of each token, (B, l) without.
+        Their sum, a scalar with gradient; the loss of each token, (B, l) without; and (B, l) bool, whether each label
+        that counts has the highest logit, None where a gradient is wanted.
     """
     if not torch.is_grad_enabled():  # inside a Function, inputs seem to need gradients whether or not anyone asks
         hidden, weight = hidden.detach(), weight.detach()
-    total, per_token = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, labels.flatten(), mask.flatten(), scale)
-    return total, per_token.view(labels.shape)
+    flat = hidden.flatten(0, 1), weight, labels.flatten(), mask.flatten()
+    total, per_token, correct = _LinearCrossEntropy.apply(*flat, scale)
+    return total, per_token.view(labels.shape), None if correct is None else correct.view(labels.shape)

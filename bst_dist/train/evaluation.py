@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,22 @@ class Evaluate(Callback):
         if self.probes:
             self.probes.look(step)
 
+    def forward(self, step: int) -> Iterator[tuple[Any, dict[str, Any], Any]]:
+        """(batch, its inputs on the device, what the model makes of them) of each batch, without gradients.
+
+        Fewer when the ranks were told to stop (`stop.agreed`).
+        """
+        self.engine.module.eval()
+        for batch in self.batches:
+            self.ranks.phases.enter(self.phase, step)  # the watchdog sees that it moves
+            if self.stop.poll():
+                break
+            inputs = on_device(batch, self.ranks.device)
+            with torch.no_grad():
+                found = self.engine.forward(**inputs, past=past_of_slice(self.sharing, batch.input_ids.shape[1]))
+            yield batch, inputs, found
+        self.engine.module.train()
+
     def evaluate(self, step: int) -> EvalReport | None:
         """The loss of the model as it is, or None when the ranks were told to stop; every rank must call it."""
         start = time.perf_counter()
@@ -72,18 +88,10 @@ class Evaluate(Callback):
         blocks = self.batches[0].input_ids.shape[1] // block  # of one slice
         by_block = torch.zeros(slices, blocks, 2, dtype=torch.float64, device=self.ranks.device)
         tokens = 0
-        self.engine.module.eval()
-        with torch.no_grad():
-            for batch in self.batches:
-                self.ranks.phases.enter(self.phase, step)  # the watchdog sees that it moves
-                if self.stop.poll():
-                    break
-                inputs = on_device(batch, self.ranks.device)
-                losses = self.engine.forward(**inputs, past=past_of_slice(self.sharing, batch.input_ids.shape[1]))
-                sums += sum_of_batch(losses, inputs, self.token_bytes)
-                by_block[own] += _by_block(losses.per_token, inputs["loss_mask"], block)
-                tokens += int(batch.loss_mask.sum())
-        self.engine.module.train()
+        for batch, inputs, losses in self.forward(step):
+            sums += sum_of_batch(losses, inputs, self.token_bytes)
+            by_block[own] += _by_block(losses.per_token, inputs["loss_mask"], block)
+            tokens += int(batch.loss_mask.sum())
         if self.stop.agreed:
             return None
         nats, text_bytes, tokens, *of_blocks = self.ranks.sum([*sums.tolist(), tokens, *by_block.flatten().tolist()])

@@ -299,6 +299,7 @@ def project(tmp_path_factory):
         larger = ["output=corpora/stdlib-512", "tokenizer.vocab_size=512"]
         assert cli.main(["data", "prepare", "launch/data/stdlib.yaml", *larger]) == 0
         assert cli.main(["train", RECIPE]) == 0
+        assert cli.main(["train", "launch/recipes/diagnostics/base.yaml", "train.steps=1"]) == 0
         assert cli.main(["export", "runs/demo", "demo-model"]) == 0
     for corpus in ("corpora/large", "data/stdlib"):
         shutil.copytree(here / "corpora/stdlib", here / corpus)

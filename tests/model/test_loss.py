@@ -23,7 +23,7 @@ def inputs(dtype=torch.float64):
 @pytest.mark.usefixtures("_tiles")
 def test_loss_and_gradients_equal_cross_entropy():
     hidden, weight, labels, mask = inputs()
-    total, per_token = linear_cross_entropy(hidden, weight, labels, mask, 0.5)
+    total, per_token, _ = linear_cross_entropy(hidden, weight, labels, mask, 0.5)
     expected = F.cross_entropy((0.5 * hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="none")
     expected = expected.view(2, 5) * mask
     torch.testing.assert_close(per_token, expected)
@@ -41,7 +41,7 @@ def test_gradcheck():
 def test_logits_are_single_precision_under_autocast():
     hidden, weight, labels, mask = inputs(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        total, per_token = linear_cross_entropy(hidden, weight, labels, mask, 1.0)
+        total, per_token, _ = linear_cross_entropy(hidden, weight, labels, mask, 1.0)
     assert total.dtype == per_token.dtype == torch.float32
     exact = linear_cross_entropy(hidden, weight, labels, mask, 1.0)[0]
     assert (total - exact).abs() / exact < 0.02
@@ -50,5 +50,17 @@ def test_logits_are_single_precision_under_autocast():
 def test_without_gradient_only_the_loss_is_computed():
     hidden, weight, labels, mask = inputs()
     with torch.no_grad():
-        total, _ = linear_cross_entropy(hidden, weight, labels, mask, 0.5)
+        total, *_ = linear_cross_entropy(hidden, weight, labels, mask, 0.5)
     assert not total.requires_grad
+
+
+@pytest.mark.usefixtures("_tiles")
+def test_correct_labels_have_the_highest_logit_and_count():
+    hidden, weight, labels, mask = inputs()
+    best = (hidden @ weight.T).argmax(-1)
+    labels = torch.where(torch.rand(2, 5) < 0.5, best, labels)
+    with torch.no_grad():
+        correct = linear_cross_entropy(hidden, weight, labels, mask, 0.5)[2]
+    assert correct.tolist() == ((best == labels) & mask).tolist()
+    assert correct.any()
+    assert linear_cross_entropy(hidden, weight, labels, mask, 0.5)[2] is None  # in training nobody asks

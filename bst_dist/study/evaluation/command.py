@@ -12,6 +12,9 @@ the delta method for a ratio of sums. Perplexity depends on the tokenizer; bits 
 --lengths L,L measures the same text in sequences of each length, beside the trained one: joined as in training, or the
 documents that are that long where the model was trained on isolated ones.
 
+A run that learns a synthetic task (data.synthetic) reads rows that it has not seen: accuracy and loss by how far back
+the answer stands, with the best loss that is possible; errors are over rows. --length L takes rows of another length.
+
 --harness TASK,TASK asks the model what tasks of EleutherAI's lm-evaluation-harness ask; that is a package of its own:
 pip install --editable '.[harness]', in the directory of this project.
 """
@@ -23,12 +26,15 @@ from pathlib import Path
 from typing import Any
 
 from bst_base.errors import UserError
-from bst_dist.study.evaluation import perplexity
+from bst_dist.study.evaluation import perplexity, synthetic
+from bst_dist.train.rundir import read_recipe
+from data_pipeline.synthetic.config import SyntheticConfig
 
-DOCUMENTS, LENGTHS, HARNESS = "whole documents", "--lengths", "--harness"
+DOCUMENTS, LENGTHS, HARNESS, SYNTHETIC = "whole documents", "--lengths", "--harness", "synthetic tasks"
 OPTIONS = {
     "context": (DOCUMENTS,), "corpus": (DOCUMENTS, LENGTHS), "tokens": (LENGTHS,), "plot": (LENGTHS,),
     "harness_tasks": (HARNESS,), "limit": (HARNESS,), "fewshot": (HARNESS,),
+    "rows": (SYNTHETIC,), "length": (SYNTHETIC,),
 }  # fmt: skip
 """Which evaluations an option belongs to."""
 
@@ -46,6 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lengths.add_argument("--tokens", metavar="N", type=int, help="read at most N tokens (default: the whole split)")
     lengths.add_argument("--plot", metavar="PATH", type=Path,
                          help="draw the loss by position and by length: png, pdf or svg")  # fmt: skip
+    tasks = parser.add_argument_group("runs that learn a synthetic task")
+    tasks.add_argument("--rows", metavar="N", type=int, help=f"rows to read (default: {synthetic.ROWS})")
+    tasks.add_argument("--length", metavar="L", type=int,
+                       help="tokens of a row, a multiple of the block (default: as trained)")  # fmt: skip
     harness = parser.add_argument_group("lm-evaluation-harness")
     harness.add_argument("--harness", metavar="TASK,TASK", type=lambda names: names.split(","), help="tasks by name")
     harness.add_argument("--harness-tasks", metavar="DIR", type=Path, help="tasks of your own: YAML files in DIR")
@@ -63,6 +73,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         from bst_dist.study.harness import command as harness
 
         return harness.run(args)
+    if form == SYNTHETIC:
+        return synthetic.run(args)
     return perplexity.run(args)
 
 
@@ -71,6 +83,8 @@ def _form(args: argparse.Namespace) -> str:
     if args.lengths and args.harness:
         raise UserError("--lengths and --harness are two evaluations: ask for one at a time")
     form = LENGTHS if args.lengths else HARNESS if args.harness else DOCUMENTS
+    if form == DOCUMENTS and isinstance(read_recipe(args.run).data, SyntheticConfig):
+        form = SYNTHETIC
     for option, forms in OPTIONS.items():
         if getattr(args, option) is not None and form not in forms:
             raise UserError(

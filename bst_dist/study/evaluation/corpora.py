@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bst_dist.study.evaluation.trained import Trained, require_tokenizer, tokenizer_of
+from bst_dist.study.evaluation.trained import Trained, require_text, require_tokenizer, tokenizer_of
 from bst_dist.train import rundir
 from data_pipeline.serve.loader import open_corpora
 from data_pipeline.serve.reader import Corpus
@@ -13,6 +13,7 @@ def open_text(trained: Trained, split: str, corpus: str | None = None) -> list[C
 
     Raises OtherTokenizerError when their tokens are not the run's, UserError when they cannot be read.
     """
+    require_text(trained.run_dir, trained.recipe)
     data = trained.recipe.data
     if corpus is not None:
         data = data.model_copy(update={"corpus": corpus, "weight_changes": ()})

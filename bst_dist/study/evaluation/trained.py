@@ -26,6 +26,7 @@ from bst_dist.train.initial import load_initial
 from bst_dist.train.rundir import TOKENIZER, read_recipe
 from data_pipeline.format.tokenizer import Tokenizer
 from data_pipeline.serve.reader import Corpus
+from data_pipeline.synthetic.config import SyntheticConfig
 
 
 class OtherTokenizerError(UserError):
@@ -82,9 +83,19 @@ def require_language_model(run_dir: Path, recipe: Recipe) -> None:
         raise UserError(f"{run_dir}: no language model, but a classifier of the task {recipe.data.task}: bst lra eval")
 
 
+def require_text(run_dir: Path, recipe: Recipe) -> None:
+    """Raise UserError for a run whose tokens are no text."""
+    if isinstance(recipe.data, SyntheticConfig):
+        raise UserError(
+            f"{run_dir}: it learns the synthetic task {recipe.data.synthetic.task}, so its tokens are no text and it "
+            "has no corpus; `bst eval` without further options measures it"
+        )
+
+
 def tokenizer_of(run_dir: Path, recipe: Recipe) -> Tokenizer:
     """What makes a run's tokens of text: its own tokenizer, or else its corpus's; raises UserError without either, and
     OtherTokenizerError when the corpus has another one by now."""
+    require_text(run_dir, recipe)
     own, data = run_dir / TOKENIZER, recipe.data
     if own.is_file():
         return Tokenizer.read(own)

@@ -1,0 +1,131 @@
+"""`bst eval` of a run that learns a synthetic task: accuracy and loss on rows it has not seen, by distance."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bst_base.errors import UserError
+from bst_dist.model.lm import LanguageModel
+from bst_dist.parallel.past import State
+from bst_dist.study.evaluation.scoring import TOKENS_AT_ONCE
+from bst_dist.study.evaluation.trained import Trained, open_run
+from bst_dist.study.statistics import Estimate, ratio
+from bst_dist.train.synthetic import octave, octave_name
+from data_pipeline.synthetic.loader import SyntheticBatch, SyntheticLoader
+from data_pipeline.synthetic.task import TaskConfig
+
+ROWS = 256
+"""Rows that are read unless --rows says otherwise."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model makes of n rows, by octaves of the distance; all (n, octaves)."""
+
+    labels: np.ndarray
+    """Labels that count."""
+    correct: np.ndarray
+    """Of them, those with the highest logit."""
+    nats: np.ndarray
+    """What they cost."""
+
+    def among(self, kinds: slice) -> tuple[int, Estimate, Estimate]:
+        """Labels, accuracy and nats a label in some octaves, their errors over rows."""
+        labels, correct, nats = (values[:, kinds].sum(1) for values in (self.labels, self.correct, self.nats))
+        return int(labels.sum()), ratio(correct, labels), ratio(nats, labels)
+
+
+def answers(model: LanguageModel, batches: list[SyntheticBatch], slice_length: int, precision: str) -> Answers:
+    """Read rows slice by slice through the model's carried state, so that memory does not grow with their length."""
+    found = []
+    for batch in batches:
+        octaves = octave(torch.from_numpy(batch.distance)).numpy()
+        correct, nats = (np.concatenate(parts, 1) for parts in zip(*_slices(model, batch, slice_length, precision),
+                                                                   strict=True))  # fmt: skip
+        counts = np.zeros((3, len(octaves), batch.input_ids.shape[1].bit_length()))
+        rows = np.broadcast_to(np.arange(len(octaves))[:, None], octaves.shape)[batch.loss_mask]
+        for place, values in enumerate((batch.loss_mask, correct, nats)):
+            np.add.at(counts[place], (rows, octaves[batch.loss_mask]), values[batch.loss_mask])
+        found.append(counts)
+    return Answers(*np.concatenate(found, axis=1))
+
+
+def _slices(
+    model: LanguageModel, batch: SyntheticBatch, slice_length: int, precision: str
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(correct, nats) of each slice of a batch, (b, l) each."""
+    device, state = next(model.parameters()).device, State()
+    for begin in range(0, batch.input_ids.shape[1], slice_length):
+        part = slice(begin, begin + slice_length)
+        ids, labels, counts = (torch.from_numpy(array[:, part]).to(device)
+                               for array in (batch.input_ids, batch.labels, batch.loss_mask))  # fmt: skip
+        past = model.carry(state, begin)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            losses = model(ids, labels, counts, past=past)
+        state = past.after
+        yield losses.correct.cpu().numpy(), losses.per_token.double().cpu().numpy()
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    trained = open_run(args.run, args.checkpoint)
+    recipe, task = trained.recipe, trained.recipe.data.synthetic
+    length, rows = args.length or recipe.train.sequence_length, args.rows or ROWS
+    if length < 1 or length % recipe.model.block:
+        raise UserError(f"--length {length} is not a multiple of the model's block, {recipe.model.block}")
+    if rows < 1:
+        raise UserError(f"--rows {rows}: at least 1")
+    if problem := task.problem(length):
+        raise UserError(f"--length {length}: {problem}")
+    at_once = max(1, min(rows, TOKENS_AT_ONCE // length))
+    loader = SyntheticLoader(recipe.data, args.split, length=length, rows=-(-rows // at_once) * at_once,
+                             micro_rows=at_once, seed=0)  # fmt: skip
+    slice_length = min(length, recipe.train.sequence_length)
+    found = answers(trained.model, loader.batches(0), slice_length, recipe.train.precision)
+    found = Answers(found.labels[:rows], found.correct[:rows], found.nats[:rows])
+    report = {"run": str(args.run), "step": trained.step, "split": args.split, "rows": rows, "length_tokens": length,
+              "task": task.model_dump(mode="json"), "chance_loss_nats": task.chance_loss}  # fmt: skip
+    Console().print(_table(args, trained, found, report))
+    return report | summary(task, found, length)
+
+
+def summary(task: TaskConfig, found: Answers, length: int) -> dict[str, Any]:
+    """The figures of all labels and of each octave of distances, with their standard errors over rows."""
+    lines = []
+    for place in np.flatnonzero(found.labels.sum(0)).tolist():
+        first, last = 1 << place, min((2 << place) - 1, length)
+        labels, accuracy, nats = found.among(slice(place, place + 1))
+        lines.append({"from": first, "to": last, "labels": labels, **accuracy.report("accuracy"),
+                      **nats.report("loss_nats"), "best_loss_nats": task.best_loss(first, last)})  # fmt: skip
+    labels, accuracy, nats = found.among(slice(None))
+    best = sum(line["labels"] * line["best_loss_nats"] for line in lines) / labels
+    return {"labels": labels, **accuracy.report("accuracy"), **nats.report("loss_nats"), "best_loss_nats": best,
+            "by_distance": lines}  # fmt: skip
+
+
+def _table(args: argparse.Namespace, trained: Trained, found: Answers, report: dict[str, Any]) -> Table:
+    task, length = trained.recipe.data.synthetic, report["length_tokens"]
+    figures = summary(task, found, length)
+    table = Table(
+        *("distance", "labels", "accuracy", "loss, nats a label", "best possible"), title_justify="left",
+        caption_justify="left", title=f"{args.run} after {trained.step:,} steps: {task.task}", box=box.SIMPLE_HEAD,
+        caption=f"{report['rows']:,} rows of {length:,} tokens ({args.split}); ± standard error over rows; a guess "
+                f"costs {task.chance_loss:.4f} and is right {1 / task.choices:.2%} of the time",
+    )  # fmt: skip
+    for line in (*figures["by_distance"], figures):
+        octave = octave_name(line["from"], line["to"]) if "from" in line else "all"
+        table.add_row(octave, f"{line['labels']:,}", _text(line, "accuracy"), _text(line, "loss_nats"),
+                      f"{line['best_loss_nats']:.4f}")  # fmt: skip
+    return table
+
+
+def _text(line: dict[str, Any], name: str) -> str:
+    return Estimate(line[name], line[f"{name}_standard_error"]).text(4)

@@ -1,0 +1,162 @@
+"""A synthetic task as what a run learns: next tokens, of which only those that can be told count."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import nan
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bst_dist.config import Recipe, evaluation_rows
+from bst_dist.model.lm import LanguageModel
+from bst_dist.parallel.mesh import Mesh
+from bst_dist.report.metrics import EvalReport
+from bst_dist.train.evaluation import Evaluate
+from data_pipeline.synthetic.loader import SyntheticLoader
+from data_pipeline.synthetic.task import TaskConfig
+
+if TYPE_CHECKING:
+    from bst_dist.report.metrics import Writer
+    from bst_dist.train.loop import Trainer
+
+
+@dataclass(frozen=True)
+class DistanceReport(EvalReport):
+    """An evaluation of a synthetic task: `tokens` are the labels that count, and there is no text."""
+
+    accuracy: float
+    """Share of them that have the highest logit."""
+    best_loss_nats: float
+    """The least loss that any model could have on these labels, in the mean over all rows that could be drawn."""
+    labels_by_distance: dict[str, int]
+    """Labels that count, by how far back their answer stands: "64-127"."""
+    accuracy_by_distance: dict[str, float]
+    loss_by_distance: dict[str, float]
+
+    def about(self) -> str:
+        return f"{self.split} accuracy {self.accuracy:.4f}, {self.tokens:,} labels, best loss {self.best_loss_nats:.4f}"
+
+
+class ByDistance:
+    """Labels, correct ones and nats by octaves of distance: the bin k holds distances 2^k to 2^(k + 1) - 1."""
+
+    def __init__(self, longest: int, device: torch.device | None = None):
+        self.sums = torch.zeros(longest.bit_length(), 3, dtype=torch.float64, device=device)
+
+    def add(self, distance: Tensor, counts: Tensor, correct: Tensor, nats: Tensor) -> None:
+        """Take in labels (b, l): their distances, which of them count, which are correct, and what they cost."""
+        place = octave(distance[counts])
+        found = torch.stack((torch.ones_like(place), correct[counts], nats[counts]), dim=-1)
+        self.sums.index_add_(0, place, found.double())
+
+    def report(self, task: TaskConfig, longest: int, sums: Sequence[float]) -> dict[str, Any]:
+        """Fields of a `DistanceReport` from all ranks' sums, in the order of `self.sums`."""
+        bins = [Bin(1 << k, min((2 << k) - 1, longest), *sums[3 * k : 3 * k + 3]) for k in range(len(sums) // 3)]
+        found = [each for each in bins if each.labels]
+        labels = max(1.0, sum(each.labels for each in found))
+        return {
+            "tokens": int(sum(each.labels for each in found)),
+            "loss_nats": sum(each.nats for each in found) / labels,
+            "accuracy": sum(each.correct for each in found) / labels,
+            "best_loss_nats": sum(each.labels * task.best_loss(each.first, each.last) for each in found) / labels,
+            "labels_by_distance": {each.name: int(each.labels) for each in found},
+            "accuracy_by_distance": {each.name: each.correct / each.labels for each in found},
+            "loss_by_distance": {each.name: each.nats / each.labels for each in found},
+        }
+
+
+class Bin(NamedTuple):
+    """What was found of the labels with distances `first` to `last`."""
+
+    first: int
+    last: int
+    labels: float
+    correct: float
+    nats: float
+
+    @property
+    def name(self) -> str:
+        return octave_name(self.first, self.last)
+
+
+def octave(distance: Tensor) -> Tensor:
+    """k for distances 2^k to 2^(k + 1) - 1, int64; -1 for 0."""
+    return torch.frexp(distance.double()).exponent.long() - 1
+
+
+def octave_name(first: int, last: int) -> str:
+    """What an octave of distances is called."""
+    return f"{first}-{last}"
+
+
+@dataclass(frozen=True)
+class SyntheticTask:
+    """Learning a task whose rows are computed."""
+
+    labels: ClassVar[str] = "labels"
+    tokens_per_label: ClassVar[int] = 1
+
+    recipe: Recipe
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> SyntheticTask:
+        return cls(recipe)
+
+    def model(self) -> LanguageModel:
+        return LanguageModel(self.recipe.model)
+
+    def token_bytes(self) -> Tensor:
+        return torch.zeros(self.recipe.model.vocab_size, dtype=torch.int64)
+
+    def tokenizer(self) -> None:
+        return None
+
+    def about(self) -> dict[str, Any]:
+        return {"chance_loss_nats": self.recipe.data.synthetic.chance_loss}
+
+    def loader(self, mesh: Mesh, start_step: int = 0) -> SyntheticLoader:
+        train = self.recipe.train
+        return self._loader("train", mesh, train.sequences, train.micro_sequences, self.recipe.seed, start_step)
+
+    def evaluation(self, trainer: Trainer, writers: Sequence[Writer]) -> EvaluateByDistance:
+        """On the first rows of the validation split, the same for every seed."""
+        recipe, ranks = self.recipe, trainer.ranks
+        asked, mesh = recipe.evaluation.sequences, Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
+        rows = evaluation_rows(asked, mesh.dp, recipe.train.micro_sequences)
+        batches = [replace(batch, loss_mask=batch.loss_mask & (batch.rows < asked)[:, None])
+                   for batch in self._loader("validation", mesh, *rows, seed=0).batches(0)]  # fmt: skip
+        return EvaluateByDistance(recipe.evaluation, batches, trainer.engine, ranks, trainer.token_bytes, writers,
+                                  recipe.train.steps, trainer.stop, trainer.sharing,
+                                  task=recipe.data.synthetic, longest=recipe.train.sequence_length)  # fmt: skip
+
+    def _loader(self, split: str, mesh: Mesh, rows: int, micro_rows: int, seed: int,
+                start_step: int = 0) -> SyntheticLoader:  # fmt: skip
+        return SyntheticLoader(
+            self.recipe.data, split, length=self.recipe.train.sequence_length, rows=rows, micro_rows=micro_rows,
+            seed=seed, dp_rank=mesh.dp_rank, dp=mesh.dp, sp_rank=mesh.sp_rank, sp=mesh.sp, start_step=start_step,
+        )  # fmt: skip
+
+
+class EvaluateByDistance(Evaluate):
+    """Evaluates loss and accuracy, also by distance, every so many steps and after the last of the run."""
+
+    def __init__(self, *args: Any, task: TaskConfig, longest: int):
+        super().__init__(*args)
+        self.task, self.longest = task, longest
+
+    def evaluate(self, step: int) -> DistanceReport | None:
+        start = time.perf_counter()
+        found = ByDistance(self.longest, self.ranks.device)
+        for batch, inputs, losses in self.forward(step):
+            distance = torch.from_numpy(batch.distance).to(self.ranks.device)
+            found.add(distance, inputs["loss_mask"], losses.correct, losses.per_token)
+        if self.stop.agreed:
+            return None
+        sums = self.ranks.sum(found.sums.flatten().tolist())
+        report = found.report(self.task, self.longest, sums)
+        return DistanceReport(step=step, split="validation", bits_per_byte=nan, loss_by_block=[],
+                              time_s=time.perf_counter() - start, **report)  # fmt: skip

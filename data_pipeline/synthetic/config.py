@@ -1,0 +1,43 @@
+"""The data section of a recipe that learns a synthetic task."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, TypeAlias
+
+from pydantic import Discriminator, Field, Tag
+
+from bst_base.settings import Config
+from data_pipeline.synthetic.copying import Copy, SelectiveCopy
+from data_pipeline.synthetic.recall import AssociativeRecall, Induction, Needle
+from data_pipeline.synthetic.unigram import LatentUnigram
+
+
+def _task(section: Any) -> Any:
+    return section.get("task") if isinstance(section, dict) else getattr(section, "task", None)
+
+
+Task: TypeAlias = Annotated[
+    Annotated[LatentUnigram, Tag("latent-unigram")]
+    | Annotated[Copy, Tag("copy")]
+    | Annotated[SelectiveCopy, Tag("selective-copy")]
+    | Annotated[Induction, Tag("induction")]
+    | Annotated[AssociativeRecall, Tag("associative-recall")]
+    | Annotated[Needle, Tag("needle")],
+    Discriminator(_task),
+]
+
+
+class SyntheticConfig(Config):
+    """A task whose sequences are computed, in place of a corpus."""
+
+    documents: ClassVar[str] = "joined"  # a row holds one sequence, or episodes that have nothing to do with each other
+    mode: ClassVar[str] = "shuffled"
+
+    synthetic: Task
+    """What is drawn, and how hard it is."""
+    prefetch: int = Field(2, ge=0)
+    """Steps computed ahead by a thread; 0 computes in the caller's thread."""
+
+    def urls(self) -> list[str]:
+        """Where the data lies: nowhere."""
+        return []

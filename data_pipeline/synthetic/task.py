@@ -1,0 +1,94 @@
+"""What every synthetic task offers: rows of tokens, and which of them can be told from what came before."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from bst_base.settings import Config
+from data_pipeline.synthetic.draws import Draws
+
+TASK_VERSION = 1
+"""Of what the tasks draw: any change of a row needs a new version, and checkpoints of another one are refused."""
+
+
+class Row(NamedTuple):
+    """One sequence of L inputs and their labels."""
+
+    tokens: np.ndarray
+    """(L + 1,) int64: the inputs are all but the last, the labels all but the first."""
+    distance: np.ndarray
+    """(L + 1,) int64: for a token that counts as a label, how far back its answer stands; 0 for all others."""
+
+
+class TaskConfig(Config):
+    """Base of the settings of a task, which also draw its rows."""
+
+    @property
+    @abstractmethod
+    def vocabulary(self) -> int:
+        """Different tokens."""
+
+    @property
+    @abstractmethod
+    def choices(self) -> int:
+        """Answers that are possible a priori: guessing costs the logarithm of it."""
+
+    @abstractmethod
+    def row(self, draws: Draws, length: int) -> Row:
+        """A row of `length` inputs."""
+
+    def problem(self, length: int) -> str | None:
+        """Why no row of `length` inputs can be drawn; None when one can."""
+        return None
+
+    def best_loss(self, first: int, last: int) -> float:
+        """The least mean loss, in nats, that any model can reach on labels of distances `first` to `last`.
+
+        0 where the answer stands in the sequence.
+        """
+        return 0.0
+
+    @property
+    def chance_loss(self) -> float:
+        """The loss of a uniform guess among the possible answers, in nats."""
+        return math.log(self.choices)
+
+
+class EpisodicConfig(TaskConfig):
+    """A task whose row is a series of independent episodes of equal length."""
+
+    span: int | None = None
+    """Tokens of an episode; null: one episode fills the row. What is left at the end of a row does not count."""
+
+    @property
+    @abstractmethod
+    def shortest(self) -> int:
+        """Tokens that an episode needs at least."""
+
+    @abstractmethod
+    def episode(self, draws: Draws, tokens: np.ndarray, distance: np.ndarray) -> None:
+        """Fill one episode: (span,) tokens that are all 0, and as many distances that are all 0."""
+
+    def row(self, draws: Draws, length: int) -> Row:
+        row = Row(np.zeros(length + 1, np.int64), np.zeros(length + 1, np.int64))
+        for part in self._episodes(length):
+            self.episode(draws, row.tokens[part], row.distance[part])
+        return row
+
+    def problem(self, length: int) -> str | None:
+        span = self.span or length + 1
+        if span < self.shortest:
+            return f"an episode needs {self.shortest} tokens and has {span} (span, or the sequence length and one)"
+        if span > length + 1:
+            return f"span {span} does not fit into a row of {length} inputs and the last label"
+        return None
+
+    def _episodes(self, length: int) -> Iterator[slice]:
+        span = self.span or length + 1
+        for begin in range(0, length + 2 - span, span):
+            yield slice(begin, begin + span)

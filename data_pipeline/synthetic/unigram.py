@@ -1,0 +1,67 @@
+"""Latent unigram: each sequence has a distribution of its own, to be learnt from the sequence."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from data_pipeline.synthetic.draws import Draws
+from data_pipeline.synthetic.task import Row, TaskConfig
+
+
+class LatentUnigram(TaskConfig):
+    """Tokens drawn independently from a distribution that is itself drawn from a symmetric Dirichlet, a row each.
+
+    The best prediction after n tokens, of which k were the next one, is (k + a) / (n + a V), with a the concentration
+    and V the symbols: what a model needs is a count of the whole past. Every token counts, and its distance is the
+    number of tokens before it.
+    """
+
+    task: Literal["latent-unigram"]
+    """Learn the distribution of each sequence from the sequence."""
+    symbols: int = Field(64, ge=2, le=2**16)
+    """Different tokens, V."""
+    concentration: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Of the Dirichlet, for each symbol: the smaller, the fewer symbols a sequence uses."""
+
+    @property
+    def vocabulary(self) -> int:
+        return self.symbols
+
+    @property
+    def choices(self) -> int:
+        return self.symbols
+
+    def row(self, draws: Draws, length: int) -> Row:
+        """By Pólya's urn (Blackwell and MacQueen 1973): a token is new with probability a V / (a V + n), otherwise
+        the same as one of the n before it, each equally likely. Only comparisons of exact products are needed."""
+        before = np.arange(length + 1)
+        mass = self.concentration * self.symbols
+        new = draws.uniforms(length + 1) * (mass + before) < mass
+        source = np.where(new, before, draws.below(np.maximum(before, 1), length + 1))
+        while (source[source] != source).any():  # a token's source has a source: follow them all at once
+            source = source[source]
+        return Row(draws.below(self.symbols, length + 1)[source], before)
+
+    def best_loss(self, first: int, last: int) -> float:
+        return (self._code_length(last + 1) - self._code_length(first)) / (last + 1 - first)
+
+    def _code_length(self, tokens: int) -> float:
+        """Expected nats of the first `tokens` tokens under the best predictions, by the chain rule.
+
+        Their probability is prod_v (a)_{n_v} / (a V)_n with rising factorials, and a symbol's count n_v is
+        beta-binomial with parameters a and a (V - 1).
+        """
+        a, counts = self.concentration, np.arange(tokens + 1)
+        mine, others, all_ = (_log_rising(x, tokens) for x in (a, a * (self.symbols - 1), a * self.symbols))
+        factorial = _log_rising(1.0, tokens)
+        ways = factorial[tokens] - factorial[counts] - factorial[tokens - counts]
+        probability = np.exp(ways + mine[counts] + others[tokens - counts] - all_[tokens])
+        return float(all_[tokens] - self.symbols * (probability * mine[counts]).sum())
+
+
+def _log_rising(x: float, count: int) -> np.ndarray:
+    """(count + 1,) ln of x (x + 1) ... (x + n - 1) for n = 0, ..., count."""
+    return np.concatenate(([0.0], np.cumsum(np.log(x + np.arange(count)))))

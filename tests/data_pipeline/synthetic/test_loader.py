@@ -1,0 +1,77 @@
+"""The batches of a synthetic task: a pure function of the step, the same over any ranks and slices."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bst_base.errors import UserError
+from bst_base.settings import parse
+from data_pipeline.synthetic.config import SyntheticConfig
+from data_pipeline.synthetic.loader import SyntheticLoader
+
+
+def loader(**changes) -> SyntheticLoader:
+    task = {"task": "associative-recall", "pairs": 3, "keys": 8, "symbols": 8, "span": 20} | changes.pop("task", {})
+    config = parse(SyntheticConfig, {"synthetic": task, "prefetch": changes.pop("prefetch", 0)})
+    given = {"split": "train", "length": 64, "rows": 8, "micro_rows": 2, "seed": 1}
+    return SyntheticLoader(config, **{**given, **changes})
+
+
+def joined(batches, name: str) -> np.ndarray:
+    return np.concatenate([getattr(batch, name) for batch in batches])
+
+
+@pytest.mark.parametrize(("dp", "sp"), [(2, 1), (1, 2), (2, 4)])
+def test_ranks_and_slices_make_up_the_same_global_batch(dp, sp):
+    for name in ("input_ids", "labels", "loss_mask", "distance"):
+        whole = joined(loader().batches(7), name)
+        parts = [
+            np.concatenate([joined(loader(dp_rank=d, dp=dp, sp_rank=s, sp=sp).batches(7), name) for d in range(dp)])
+            for s in range(sp)
+        ]
+        assert (np.concatenate(parts, axis=1) == whole).all()
+
+
+def test_labels_are_the_tokens_after_the_inputs_and_count_where_they_have_a_distance():
+    for batch in loader().batches(0):
+        assert (batch.labels[:, :-1] == batch.input_ids[:, 1:]).all()
+        assert (batch.loss_mask == (batch.distance > 0)).all()
+        assert batch.loss_mask.any()
+
+
+def test_iteration_from_a_step_on_serves_what_a_whole_one_serves_there():
+    every = loader(prefetch=2)
+    late = loader(start_step=3)
+    try:
+        whole = [batches for _, batches in zip(range(5), every, strict=False)]
+        for (step, batches), (at, expected) in zip(late, whole[3:], strict=False):
+            assert step == at
+            assert (joined(batches, "input_ids") == joined(expected, "input_ids")).all()
+            if step == 4:
+                break
+    finally:
+        every.close()
+        late.close()
+
+
+def test_no_row_comes_twice_and_seeds_and_splits_have_rows_of_their_own():
+    rows = [row.tobytes() for which in ({}, {"seed": 2}, {"split": "validation"}) for step in range(20)
+            for row in joined(loader(**which).batches(step), "input_ids")]  # fmt: skip
+    assert len(set(rows)) == len(rows) == 480
+
+
+def test_micro_batches_do_not_change_the_rows():
+    one, two = (joined(loader(micro_rows=size).batches(3), "input_ids") for size in (1, 4))
+    assert (one == two).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"seed": 2}, "seed: 1 then, 2 now"), ({"task": {"pairs": 2}}, "task: "), ({"length": 32}, "length: 64 then, 32")],
+)
+def test_checkpoint_of_another_series_is_refused(changes, message):
+    state = loader().state(4)
+    loader().check(state)
+    with pytest.raises(UserError, match=message):
+        loader(**changes).check(state)

@@ -1,0 +1,160 @@
+"""A run that learns a synthetic task: the same over any layout, resumed to the bit, judged by distance."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bst_base.errors import UserError
+from bst_dist.checkpoint.directory import load_weights, newest_valid
+from bst_dist.cli import main
+from bst_dist.config import load_recipe
+from bst_dist.model.lm import LanguageModel
+from bst_dist.parallel.mesh import Mesh
+from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.train.program import train
+from bst_dist.train.start import Request, load, resolve
+from bst_dist.train.synthetic import SyntheticTask, octave
+
+TASK = "{synthetic: {task: associative-recall, pairs: 3, keys: 6, symbols: 6, span: 16}, prefetch: 0}"
+
+
+@pytest.fixture
+def task(recipe_file) -> Path:
+    """The small recipe with a task in place of its corpus."""
+    recipe = recipe_file()
+    text = recipe.read_text()
+    before, after = text.index("data:"), text.index("train:")
+    recipe.write_text(text[:before] + f"data: {TASK}\n" + text[after:])
+    return recipe
+
+
+@pytest.fixture
+def go(task, tmp_path, on_ranks, unmeasured) -> Callable[..., Path]:
+    """``go(run, *overrides, world=…, until=…, resume=…)`` trains in the directory `run`, and returns it."""
+
+    def train_(run: str, *changes: str, world: int = 1, until: int | None = None, resume: bool = False) -> Path:
+        on_ranks(world, lambda ranks: train(Request(task, changes, tmp_path / run, resume, until), ranks))
+        return tmp_path / run
+
+    return train_
+
+
+def evaluations(run: Path) -> list[dict]:
+    return [line for line in read_lines(run / FILE) if line["kind"] == "eval"]
+
+
+@pytest.mark.ranks
+def test_rows_and_slices_over_two_ranks_take_the_steps_of_one(go):
+    one, dp, sp = go("one"), go("dp", world=2), go("sp", "parallel.sp=2", world=2)
+    for other in (dp, sp):
+        found = [[line for line in read_lines(run / FILE) if line["kind"] != "performance"] for run in (one, other)]
+        assert [line["step"] for line in found[0]] == [1, 2, 3, 3, 4, 5, 6, 6]
+        for alone, together in zip(*found, strict=True):
+            assert alone["tokens"] == together["tokens"]
+            assert alone["loss_nats"] == pytest.approx(together["loss_nats"], rel=1e-4)
+            if alone["kind"] == "eval":
+                assert alone["labels_by_distance"] == together["labels_by_distance"]
+                assert alone["loss_by_distance"] == pytest.approx(together["loss_by_distance"], rel=1e-4)
+
+
+@pytest.mark.ranks
+def test_resumed_run_equals_the_uninterrupted_one_also_under_another_layout(go, assert_same_run):
+    whole = go("whole")
+    go("parts", until=4)
+    assert_same_run(whole, go("parts", resume=True))
+    go("elastic", until=4)
+    elastic = go("elastic", "parallel.sp=2", world=2, resume=True)
+    weights = [load_weights(newest_valid(run)) for run in (whole, elastic)]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.ranks
+def test_metrics_by_distance_are_those_of_the_rows_one_by_one(go, capsys):
+    """Beside plain torch on single rows; and `bst eval` finds the same on the same rows."""
+    run = go("run", "evaluation.sequences=5", "log.tensorboard=true")
+    line = evaluations(run)[-1]
+    recipe = load_recipe(run / "recipe.yaml")
+    model = LanguageModel(recipe.model)
+    model.load_state_dict(load_weights(newest_valid(run)))
+    (batches,) = [SyntheticTask(recipe)._loader("validation", Mesh(1, 0), 5, 5, seed=0).batches(0)]
+    found: dict[str, list[tuple[float, float]]] = {}
+    for ids, labels, distances in zip(batches[0].input_ids, batches[0].labels, batches[0].distance, strict=True):
+        logits = model.logits(model.hidden(torch.from_numpy(ids)[None])[0]).detach()
+        for place in np.flatnonzero(distances):
+            nats = F.cross_entropy(logits[place], torch.tensor(labels[place])).item()
+            name = next(f"{2**k}-{min(2 * 2**k - 1, 32)}" for k in range(6) if distances[place] < 2 * 2**k)
+            found.setdefault(name, []).append((float(logits[place].argmax() == labels[place]), nats))
+    assert line["tokens"] == sum(map(len, found.values()))
+    assert line["labels_by_distance"] == {name: len(of) for name, of in found.items()}
+    assert line["accuracy_by_distance"] == pytest.approx({n: np.mean([a for a, _ in of]) for n, of in found.items()})
+    assert line["loss_by_distance"] == pytest.approx({n: np.mean([b for _, b in of]) for n, of in found.items()}, 1e-4)
+    assert (line["best_loss_nats"], math.isnan(line["bits_per_byte"])) == (0, True)
+    assert "validation/accuracy_by_distance/8-15" in _tags(run)
+    assert json.loads((run / "outcome.json").read_text())["validation_accuracy"] == line["accuracy"]
+
+    capsys.readouterr()
+    assert main(["eval", str(run), "--rows", "5", "--json", str(run / "eval.json")]) == 0
+    report = json.loads((run / "eval.json").read_text())
+    assert {f"{part['from']}-{part['to']}": part["labels"] for part in report["by_distance"]} == line[
+        "labels_by_distance"
+    ]
+    assert report["loss_nats"] == pytest.approx(line["loss_nats"], rel=1e-4)
+    assert report["accuracy"] == pytest.approx(line["accuracy"])
+    assert "associative-recall" in capsys.readouterr().out
+
+
+def _tags(run: Path) -> list[str]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(run / "tensorboard")).Reload().Tags()["scalars"]
+
+
+def test_octaves_of_distances():
+    assert octave(torch.tensor([0, 1, 2, 3, 4, 7, 8, 1023, 1024])).tolist() == [-1, 0, 1, 1, 2, 2, 3, 9, 10]
+
+
+def test_vocabulary_is_the_tasks(task):
+    assert load_recipe(task).model.vocab_size == 13
+    assert load_recipe(task, ["model.vocab_size=20"]).model.vocab_size == 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["model.vocab_size=9"], "model.vocab_size 9: the task associative-recall has 13 tokens; leave it out"),
+        (["data.synthetic.span=40"], "data.synthetic: span 40 does not fit into a row of 32 inputs"),
+        (["data.synthetic.task=recall"], "data.synthetic: .*'recall'.*'associative-recall'"),
+        (["train.carry=true"], "train.carry needs data.mode streaming"),
+    ],
+)
+def test_recipes_that_cannot_be_drawn_are_refused_before_anything_is_written(task, tmp_path, changes, message):
+    request = Request(task, changes, tmp_path / "run", resume=False, until=None)
+    with pytest.raises(UserError, match=message):
+        resolve(load(request), request, world=1)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.ranks
+def test_commands_for_text_say_that_there_is_none(go, capsys, tmp_path):
+    run = go("run")
+    for command in (
+        ["generate", run, "--prompt", "x"],
+        ["export", run, tmp_path / "out"],
+        ["eval", run, "--lengths", "8"],
+        ["ablate", run],
+    ):
+        assert main([str(word) for word in command]) == 2
+        assert "learns the synthetic task associative-recall, so its tokens are no text" in capsys.readouterr().err
+    assert main(["eval", str(run), "--length", "12"]) == 2
+    assert "--length 12 is not a multiple of the model's block, 8" in capsys.readouterr().err
+    assert main(["eval", str(run), "--context", "8"]) == 2
+    assert "--context does not belong to this evaluation" in capsys.readouterr().err
