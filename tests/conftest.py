@@ -7,8 +7,11 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
+import subprocess
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,8 @@ from data_pipeline.prepare.corpus import PrepareConfig, prepare
 from data_pipeline.prepare.parallel import open_workers
 
 TIMEOUT_S = 240
+BST = Path(sys.executable).with_name("bst")
+OLDER = Path(__file__).parent / "checkpoint" / "data" / "format-2"
 
 
 @pytest.fixture
@@ -228,3 +233,27 @@ def write_checkpoint(path: Path, model: LanguageModel) -> None:
     data = (path / shard_file(WEIGHTS, 0)).read_bytes()
     files = {shard_file(WEIGHTS, 0): {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "rank": 0}}
     (path / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}))
+
+
+@pytest.fixture
+def bst(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``bst(*arguments, under=…, **environment)`` runs the command in `tmp_path`, all output in `stdout`.
+
+    `under`: a command that runs it in turn, like `unshare --mount`.
+    """
+
+    def run(*arguments: object, under: Sequence[str] = (), **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*under, str(BST), *map(str, arguments)],
+            cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT_S,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def older(tmp_path: Path) -> Path:
+    """A run of two ranks that was stopped after step 4 of 6, with its corpus (checkpoint/test_older)."""
+    shutil.copytree(OLDER, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "run"

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bst_base.errors import StorageError
+from bst_base.errors import StorageError, UserError
 from bst_base.files import sync_directory
 from bst_dist.checkpoint.directory import (
     DELETED,
@@ -41,6 +41,7 @@ from bst_dist.checkpoint.durable import FileRecord, Files
 from bst_dist.checkpoint.fragments import MOMENTS, WEIGHT, Fragment
 from bst_dist.checkpoint.retention import remove_leavings
 from bst_dist.checkpoint.shards import Piece, write
+from bst_dist.faults.lease import NO_LEASE, SharedLease
 from bst_dist.parallel.ranks import Ranks
 
 SPARE_BYTES = 1 << 20
@@ -98,9 +99,11 @@ class _Pending:
 class Saver:
     """Writes the checkpoints of one run, one at a time; all ranks make every call."""
 
-    def __init__(self, run_dir: Path, state: State, ranks: Ranks, background: bool, tidy: Callable[[], None]) -> None:
+    def __init__(self, run_dir: Path, state: State, ranks: Ranks, background: bool, tidy: Callable[[], None],
+                 lease: SharedLease = NO_LEASE) -> None:  # fmt: skip
         """`background`: copy first and write in a thread; else `start` returns when all is written. `tidy`: what rank
-        0's thread does after each commit."""
+        0's thread does after each commit; `lease`: what must be held for one."""
+        self.lease = lease
         self.run_dir, self.state, self.ranks, self.background, self.tidy = run_dir, state, ranks, background, tidy
         self._copy = _HostCopy(ranks.device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -114,7 +117,7 @@ class Saver:
         """
         started = time.perf_counter()
         final = directory(self.run_dir, manifest["step"])
-        partial = final.with_name(final.name + PARTIAL)
+        partial = final.with_name(f"{final.name}.{self.lease.epoch}{PARTIAL}")
         fragments = self.state.owned()
         needed = self._needed(fragments, kinds)
         why = self.ranks.from_first(self._prepare(partial, needed) if self.ranks.first else None)
@@ -164,12 +167,13 @@ class Saver:
         if self._tidying:
             wait([self._tidying])  # what is being removed may be the room that is needed
         try:
+            self.lease.require()  # then all that is partial is of starts that are over
             remove_leavings(self.run_dir, (PARTIAL,))
             partial.mkdir(parents=True)
             free = shutil.disk_usage(partial).free
         except OSError as error:
             return str(StorageError.of(error, doing="write"))
-        except StorageError as error:
+        except UserError as error:
             return str(error)
         if free < needed:
             partial.rmdir()
@@ -204,12 +208,16 @@ class Saver:
         }
 
         def settle() -> str | None:
-            failed = why or _tried(lambda: _commit(pending))
+            failed = why or _tried(lambda: self._commit_if_held(pending))
             if failed:
                 shutil.rmtree(pending.partial, ignore_errors=True)
             return failed
 
         pending.settled = self._thread.submit(settle if self.ranks.first else lambda: None)
+
+    def _commit_if_held(self, pending: _Pending) -> None:
+        self.lease.require()
+        _commit(pending, directory(self.run_dir, pending.manifest["step"]))
 
     def _conclude(self, pending: _Pending) -> Saved | Failed:
         """Tell all ranks what became of it."""
@@ -275,18 +283,19 @@ def _tried(work: Callable[[], object]) -> str | None:
         work()
     except OSError as error:
         return str(StorageError.of(error, doing="write"))
+    except UserError as error:
+        return str(error)
     except Exception:
         return traceback.format_exc()
     return None
 
 
-def _commit(pending: _Pending) -> None:
+def _commit(pending: _Pending, final: Path) -> None:
     with (pending.partial / MANIFEST).open("w", encoding="utf-8") as file:
         json.dump({**pending.manifest, "files": dict(sorted(pending.contents.items()))}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     sync_directory(pending.partial)
-    final = pending.partial.with_name(pending.partial.name.removesuffix(PARTIAL))
     if final.exists():  # of the weights alone, or from before a roll-back
         final.rename(final.with_name(final.name + DELETED))
     pending.partial.rename(final)

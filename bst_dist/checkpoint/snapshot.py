@@ -29,6 +29,7 @@ from bst_dist.checkpoint.judging import agreed_committed, judged, manifest_of
 from bst_dist.checkpoint.layout import Carried, Layout, Rows, redistribute
 from bst_dist.checkpoint.retention import set_aside, tidy
 from bst_dist.checkpoint.saving import Failed, Saved, Saver, stored_name
+from bst_dist.faults.lease import NO_LEASE, SharedLease
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.report.metrics import Callback, EvalReport, Report, StepReport, Writer
 from bst_dist.version import versions
@@ -78,11 +79,12 @@ class State(saving.State, Protocol):
 class Snapshots:
     """Checkpoints of one run, written and read by all ranks together: every rank makes every call."""
 
-    def __init__(self, run_dir: Path, state: State, ranks: Ranks, identity: Identity, config: CheckpointConfig) -> None:
+    def __init__(self, run_dir: Path, state: State, ranks: Ranks, identity: Identity, config: CheckpointConfig,
+                 lease: SharedLease = NO_LEASE) -> None:  # fmt: skip
         self.run_dir, self.state, self.ranks = run_dir, state, ranks
         self.identity, self.config = identity, config
         self._versions = versions() if ranks.first else {}  # asks git, which a save should not wait for
-        self._saver = Saver(run_dir, state, ranks, config.background, partial(tidy, run_dir, config))
+        self._saver = Saver(run_dir, state, ranks, config.background, partial(tidy, run_dir, config), lease)
 
     def start(self, position: Position, validation_loss: float | None = None, full: bool = True) -> Failed | None:
         """Begin the checkpoint of `position`, which `poll` or `finish` commits; None when it is under way.

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
+from bst_base.launched import require_alone
 from bst_dist.parallel.communication import watch_deepspeed
 from bst_dist.parallel.phases import Phases
 
@@ -19,6 +20,13 @@ T = TypeVar("T")
 
 # Any of these says that a launcher started this process as one of several.
 _LAUNCHED = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+
+
+RANKS_OF_ITS_OWN = (
+    "use `bst launch --launcher slurm`, `bst launch --launcher openmpi`, or give each process RANK, WORLD_SIZE, "
+    "LOCAL_RANK, MASTER_ADDR and MASTER_PORT (under srun: RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS "
+    "LOCAL_RANK=$SLURM_LOCALID)"
+)
 
 
 class Ranks:
@@ -39,6 +47,7 @@ class Ranks:
             # minutes at the first start, and a start killed meanwhile leaves a lock that the next one waits for.
             ops.__compatible_ops__ = {}
         if not any(name in os.environ for name in _LAUNCHED):
+            require_alone("train all of the run", RANKS_OF_ITS_OWN)
             alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
             os.environ |= {**alone, "MASTER_PORT": str(free_port())}
         if accelerator.device_name() != "cpu" and "LOCAL_RANK" in os.environ:

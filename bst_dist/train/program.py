@@ -21,6 +21,7 @@ from bst_dist.checkpoint.snapshot import Checkpoints, Evaluated, Identity, Posit
 from bst_dist.config import digest
 from bst_dist.faults import ledger
 from bst_dist.faults.guard import DivergedError, Guard, RollBack
+from bst_dist.faults.lease import SharedLease, shared_lease
 from bst_dist.faults.signals import Notice, Stop
 from bst_dist.faults.status import DONE, RESUBMIT
 from bst_dist.faults.watchdog import Watchdog
@@ -54,15 +55,19 @@ def train(request: Request, ranks: Ranks, notice: Notice | None = None) -> int:
     """
     start = resolve(load(request), request, ranks.world)
     ranks.barrier()  # all have looked at the run directory before the first one writes to it
-    with Watchdog(start.recipe.watchdog, start.run_dir, ranks.rank, ranks.world, ranks.phases):
-        return _train(start, request, ranks, Stop(ranks, notice))
+    with (
+        shared_lease(ranks, start.run_dir) as lease,
+        Watchdog(start.recipe.watchdog, start.run_dir, ranks.rank, ranks.world, ranks.phases),
+    ):
+        return _train(start, request, ranks, Stop(ranks, notice), lease)
 
 
-def _train(start: Start, request: Request, ranks: Ranks, stop: Stop) -> int:
+def _train(start: Start, request: Request, ranks: Ranks, stop: Stop, lease: SharedLease) -> int:
     """Put the run together, and train."""
     engine = _engine(start)
     state = EngineState(engine.deepspeed)
-    snapshots = Snapshots(start.run_dir, state, ranks, _identity(start, engine, ranks), start.recipe.checkpoint)
+    identity = _identity(start, engine, ranks)
+    snapshots = Snapshots(start.run_dir, state, ranks, identity, start.recipe.checkpoint, lease)
     sharing = _mesh(start, ranks).sp_group()
     sharing = sharing and WatchedGroup(sharing.process_group, ranks.phases)
     trainer = _trainer(start, engine, ranks, sharing, stop)

@@ -8,6 +8,7 @@ tensorboard/      the same as events, and what was seen inside the model
 ledger.jsonl      steps that the guard has not taken
 profile/, stacks/ traces of steps, and where the ranks stood when they hung
 checkpoints/      step-00000100/ and so on
+lease/            which start trains there now
 heartbeats/       where each rank is, for the watchdogs of the others
 outcome.json      how the last start ended; absent while it runs or when it was cut short
 tokenizer.model   of an imported run, so that it can write text where its corpus is not
@@ -27,13 +28,14 @@ from bst_base.files import atomic_file
 from bst_base.settings import dump, load
 from bst_dist.checkpoint.directory import CHECKPOINTS, PARTIAL, committed, entries, step_of
 from bst_dist.config import Recipe, differing, load_recipe
+from bst_dist.faults.lease import LEASE
 from bst_dist.faults.watchdog import HEARTBEATS, STACKS
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.version import versions
 
 RECIPE, DS_CONFIG, ENVIRONMENT, OUTCOME = "recipe.yaml", "ds_config.json", "environment.json", "outcome.json"
 TOKENIZER = "tokenizer.model"
-EARLY = (CHECKPOINTS, HEARTBEATS, STACKS)
+EARLY = (CHECKPOINTS, HEARTBEATS, LEASE, STACKS)
 """What a start makes before it writes the recipe."""
 BESIDE = (".out", ".err", ".log", ".partial")
 """Ends of names of what may lie in a new run's directory: a scheduler's logs, a file whose write was broken off."""

@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from bst_base.errors import UserError
+from bst_base.launched import require_alone
 
 T = TypeVar("T")
 R = TypeVar("R")
+BY_MPI = "start it once, or with the mpirun of mpi4py's MPI"
 
 
 class Workers:
@@ -70,9 +72,12 @@ def open_workers(count: int | None) -> Iterator[Workers | None]:
         from mpi4py import MPI  # only under mpirun: importing it initialises MPI
         from mpi4py.futures import MPICommExecutor
 
+        if MPI.COMM_WORLD.Get_size() == 1:  # the launcher speaks to another MPI than mpi4py's
+            require_alone("prepare all of the corpus", BY_MPI)
         with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
             yield None if executor is None else Workers(executor, ranks - 1)
         return
+    require_alone("prepare all of the corpus", BY_MPI)
     count = count or len(os.sched_getaffinity(0))
     if count == 1:
         yield Workers(None, 1)

@@ -1,0 +1,34 @@
+"""Whether a launcher has started this command several times, where each copy would do all of the work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from bst_base.errors import UserError
+
+COUNTS = {
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpiexec",
+    "MV2_COMM_WORLD_SIZE": "mpirun",
+}
+"""Where launchers say how many processes they started. SLURM_NTASKS is not among them: a batch script has it too, which
+runs once."""
+
+
+def copies(environ: Mapping[str, str] = os.environ) -> tuple[int, str]:
+    """How many processes a launcher has started of this command, and the variable and launcher that say so."""
+    for name, launcher in COUNTS.items():
+        if (count := environ.get(name, "")).isdigit() and int(count) > 1:
+            return int(count), f"{launcher} has started {count} processes ({name}={count})"
+    if environ.get("PMIX_RANK", "0") not in ("", "0"):
+        return int(environ["PMIX_RANK"]) + 1, f"a launcher has started several (PMIX_RANK={environ['PMIX_RANK']})"
+    return 1, ""
+
+
+def require_alone(what: str, instead: str, environ: Mapping[str, str] = os.environ) -> None:
+    """Raise UserError when there are several copies of this process, each of which would do all of `what`."""
+    count, said = copies(environ)
+    if count > 1:
+        raise UserError(f"{said}, and each would {what}: {instead}")

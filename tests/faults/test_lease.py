@@ -1,0 +1,116 @@
+"""One start at a time trains in a run directory, and the next one has it when that is dead."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bst_dist.checkpoint.directory import committed, step_of
+from bst_dist.faults import lease
+from bst_dist.faults.lease import LEASE, LeaseError, acquire
+from bst_dist.faults.status import DONE, USER_ERROR
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_S", 0.05)
+
+
+def held_elsewhere(run_dir: Path, epoch: int = 4, **about: Any) -> Path:
+    """The lease of a start on another machine."""
+    path = run_dir / LEASE / f"epoch-{epoch:08d}.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"host": "node-03", "pid": 7, "job": "Slurm job 4711", "machine": "other",
+                                "started": "1", "time": "2026-01-01T00:00:00Z", "beats": 1, **about}))  # fmt: skip
+    return path
+
+
+def test_a_second_start_is_refused_and_told_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    first = acquire(tmp_path)
+    with pytest.raises(LeaseError, match=rf"process {os.getpid()} on .* \(Slurm job 4711, since .*epoch 1"):
+        acquire(tmp_path)
+    first.release()
+    assert acquire(tmp_path).epoch == 2
+
+
+def test_a_dead_process_of_this_machine_is_succeeded_at_once(tmp_path):
+    code = "import sys; from bst_dist.faults.lease import *; from pathlib import Path; acquire(Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", f"{code}; os._exit(9)", str(tmp_path)], check=False)
+    said: list[str] = []
+    assert acquire(tmp_path, silence_s=1e9, say=said.append).epoch == 2
+    assert "is dead: this start takes the directory over (epoch 2)" in said[0]
+
+
+def test_a_start_elsewhere_is_dead_when_its_counter_stands_still(tmp_path):
+    held_elsewhere(tmp_path)
+    said: list[str] = []
+    assert acquire(tmp_path, silence_s=0.2, say=said.append).epoch == 5
+    assert "process 7 on node-03 (Slurm job 4711" in said[0]
+    assert len(list((tmp_path / LEASE).glob("*.json"))) == 1
+
+
+def test_a_start_elsewhere_whose_counter_moves_is_left_alone(tmp_path, monkeypatch):
+    path = held_elsewhere(tmp_path)
+    monkeypatch.setattr(lease.time, "sleep", lambda _: path.write_text(path.read_text().replace("1}", "2}")))
+    with pytest.raises(LeaseError, match="node-03"):
+        acquire(tmp_path, silence_s=1e9)
+
+
+def test_of_two_that_succeed_a_dead_one_only_one_does(tmp_path, monkeypatch):
+    held_elsewhere(tmp_path)
+    winners = []
+
+    def lives(*_: Any) -> bool:
+        if not winners:
+            winners.append(None)
+            winners[0] = acquire(tmp_path)
+        return False
+
+    monkeypatch.setattr(lease, "_lives", lives)
+    with pytest.raises(LeaseError, match=f"process {os.getpid()}"):
+        acquire(tmp_path)
+    assert winners[0].epoch == 5
+
+
+def test_a_start_that_was_thought_dead_learns_of_its_successor(tmp_path):
+    lost: list[str] = []
+    old = acquire(tmp_path, lost.append)
+    held_elsewhere(tmp_path / "other", epoch=2).rename(tmp_path / LEASE / "epoch-00000002.json")
+    with pytest.raises(LeaseError, match=re.escape("taken over by process 7 on node-03")):
+        old.require()
+    old._thread.join(10)
+    assert "epoch 2, this start has 1" in lost[0]
+    old.release()  # which must not touch the other's
+    assert "released" not in (tmp_path / LEASE / "epoch-00000002.json").read_text()
+
+
+@pytest.mark.ranks
+def test_two_trainers_on_one_directory(bst, older):
+    """The first is stopped in the middle of its run, so that the second finds it alive."""
+    command = [Path(sys.executable).with_name("bst"), "train", "run/recipe.yaml", "--resume", "--run-dir", "run"]
+    first = subprocess.Popen(command, cwd=older.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (files := list((older / LEASE).glob("epoch-*.json"))) or not files[0].read_text().endswith("}"):
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.02)
+    rank = json.loads(files[0].read_text())["pid"]
+    os.kill(rank, signal.SIGSTOP)
+    try:
+        done = bst("train", "run/recipe.yaml", "--resume", "--run-dir", "run")
+        assert done.returncode == USER_ERROR, done.stdout
+        assert f"bst train: run: process {rank} on " in done.stdout
+        assert "trains there (epoch 1)" in done.stdout
+    finally:
+        os.kill(rank, signal.SIGCONT)
+    said, _ = first.communicate(timeout=200)
+    assert first.returncode == DONE, said
+    assert [step_of(path) for path in committed(older)] == [6, 4]
