@@ -4,7 +4,7 @@
     bst ablate runs/demo --interventions zero noise:0.1 delay:2 --layers 3 --documents 16
 
 Every intervention is made in each layer by itself and in all layers at once, and is read over the same beginnings of
-documents of the validation split as the untouched model, streamed as in `bst eval`. So the increase of the loss is
+documents of the validation split as the unchanged model, streamed as in `bst eval`. So the increase of the loss is
 paired: its standard error, over documents, is far below those of the two losses. It is told by the place in the
 document and in the block too. A figure --out (default: ablations.png in the run's directory) shows all.
 """
@@ -149,7 +149,7 @@ def beginnings(trained: Trained, corpus: Corpus, documents: int, tokens: int | N
 
 
 def measure(trained: Trained, text: Text, planned: Plan, seed: int, console: Console) -> tuple[Losses, list[Increase]]:
-    """Read the text untouched and with every intervention, saying how far it is."""
+    """Score the text with the unchanged model and with every intervention, showing progress."""
     recipe = trained.recipe
     with stages(console) as report:
         return ablate(
@@ -159,7 +159,7 @@ def measure(trained: Trained, text: Text, planned: Plan, seed: int, console: Con
 
 
 def summary(trained: Trained, untouched: Losses, found: Sequence[Increase]) -> dict[str, Any]:
-    """The figures of all interventions, with the places they are told for."""
+    """The figures of all interventions, and by position."""
     block = trained.recipe.model.block
     longest = int(untouched.tokens.sum(1).max())
     tokens = untouched.tokens.sum(1)
@@ -186,9 +186,9 @@ def _table(args: argparse.Namespace, trained: Trained, where: str, figures: dict
     last = figures["places_in_document"][-2]
     table = Table(
         "", "layer", "nats per token", "bits per byte", "first\nblock", f"from\n{last:,}",
-        title=f"{args.run} after {trained.step:,} steps: {args.split} of {where}\nuntouched: "
+        title=f"{args.run} after {trained.step:,} steps: {args.split} of {where}\nunchanged model: "
               f"{figures['loss_nats_per_token']:.4f} nats per token, {figures['bits_per_byte']:.4f} bits per byte\n"
-              "more of it with an intervention:",
+              "increase of the loss with each intervention:",
         caption=f"{figures['documents']:,} documents, {figures['tokens']:,} tokens, {figures['time_s']:.0f} s; ± "
                 f"standard error over documents;\nlast: nats per token in a document's first block, and from "
                 f"token {last:,} on",

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bst_base.errors import UserError
+from bst_dist.model.config import ModelConfig
 from bst_dist.study.evaluation.corpora import open_text
-from bst_dist.study.evaluation.scoring import Score, score
+from bst_dist.study.evaluation.scoring import Score, filter_length, score
 from bst_dist.study.evaluation.trained import Trained, open_run
 from bst_dist.study.statistics import exponential, ratio
 from data_pipeline.commands.progress import stages
@@ -66,13 +67,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def _context(model: ModelConfig, tokens: int | None) -> str:
+    """What each token is predicted from: `tokens` at most, None for all before it in its document."""
+    seen = f"context {tokens:,} tokens" if tokens else "context the whole document"
+    filtered = filter_length(model)
+    if filtered and (tokens is None or tokens > filtered):
+        return f"{seen}, of which each filter sees the last {filtered:,} inputs"
+    return seen
+
+
 def _table(args: argparse.Namespace, trained: Trained, where: str, figures: dict[str, Any]) -> Table:
-    forgets = f"context {args.context:,} tokens" if args.context else "context the whole document"
+    seen = _context(trained.recipe.model, args.context)
     table = Table(
         "", "estimate", "standard error over documents", title_justify="left", caption_justify="left",
         title=f"{args.run} after {trained.step:,} steps: {args.split} of {where}", box=box.SIMPLE_HEAD,
         caption=f"{figures['documents']:,} documents, {figures['tokens']:,} tokens, {figures['bytes']:,} bytes; "
-                f"{forgets}; {figures['tokens'] / figures['time_s']:,.0f} tokens/s",
+                f"{seen}; {figures['tokens'] / figures['time_s']:,.0f} tokens/s",
     )  # fmt: skip
     for name, key, digits in (
         ("loss, nats per token", "loss_nats_per_token", 4),

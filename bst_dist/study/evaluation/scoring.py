@@ -13,11 +13,18 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from bst_dist.model.config import MIXER_SECTIONS, FilterConfig, ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.past import EarlierCall, State
 
 TOKENS_AT_ONCE = 16_384
 """Tokens of one forward pass, over all rows of its batch."""
+
+
+def filter_length(model: ModelConfig) -> int | None:
+    """Inputs that an unstructured kernel of the model sees at most; None where no layer has one, so nothing is cut."""
+    reads_ssm = any("ssm" in MIXER_SECTIONS[mixer] for mixer in model.mixers())
+    return model.ssm.length if reads_ssm and isinstance(model.ssm, FilterConfig) else None
 
 
 class Documents(Protocol):

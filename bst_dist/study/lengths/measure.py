@@ -17,9 +17,9 @@ from typing import Literal
 import numpy as np
 
 from bst_base.errors import UserError
-from bst_dist.model.config import MIXER_SECTIONS, FilterConfig, ModelConfig
+from bst_dist.model.config import ModelConfig
 from bst_dist.study.evaluation.memory import PeakMemory
-from bst_dist.study.evaluation.scoring import Score, score_slices, streams
+from bst_dist.study.evaluation.scoring import Score, filter_length, score_slices, streams
 from bst_dist.study.evaluation.trained import Trained
 from bst_dist.study.lengths.text import Stretches, open_stretches
 from bst_dist.study.statistics import Estimate, exponential, ratio
@@ -128,16 +128,15 @@ def how(model: ModelConfig, length: int) -> How:
     if length < 1 or length % model.block:
         near = max(1, round(length / model.block)) * model.block
         raise LengthError(f"length {length:,} is not a multiple of the model's block, {model.block}: try {near:,}")
-    mixers = model.mixers()
-    if "full" in mixers:
+    if "full" in model.mixers():
         if length > model.full.longest:
             raise LengthError(
                 f"length {length:,}: this model's full attention was configured for at most {model.full.longest:,} "
                 "tokens (model.full.longest of its recipe): ask for shorter lengths"
             )
         return "cache"
-    filters = isinstance(model.ssm, FilterConfig) and any("ssm" in MIXER_SECTIONS[mixer] for mixer in mixers)
-    return "fir" if filters and length > model.ssm.length else "carried"
+    filtered = filter_length(model)
+    return "fir" if filtered and length > filtered else "carried"
 
 
 class Tally:

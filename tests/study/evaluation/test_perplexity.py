@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from bst_dist.cli import main
 from bst_dist.study.evaluation.trained import open_run
@@ -72,3 +73,17 @@ def test_less_context_makes_another_figure(make_run, tmp_path):
     assert (short["context_tokens"], long["context_tokens"]) == (8, 32)
     assert short["corpora"][0]["tokens"] == long["corpora"][0]["tokens"]
     assert short["corpora"][0]["loss_nats_per_token"] != long["corpora"][0]["loss_nats_per_token"]
+
+
+def test_what_a_filter_sees_of_a_document_is_said(make_run, capsys):
+    run_dir = make_run()
+    assert main(["eval", str(run_dir)]) == 0
+    assert "context the whole document; " in " ".join(capsys.readouterr().out.split())
+    recipe = run_dir / "recipe.yaml"
+    changed = yaml.safe_load(recipe.read_text())
+    changed["model"]["ssm"] = {"kernel": "explicit", "length": 20}
+    recipe.write_text(yaml.safe_dump(changed))
+    assert main(["eval", str(run_dir), "--checkpoint", "0"]) == 0
+    assert "the whole document, of which each filter sees the last 20 inputs" in " ".join(
+        capsys.readouterr().out.split()
+    )
