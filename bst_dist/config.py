@@ -94,6 +94,10 @@ class Recipe(Config):
                 f"train.sequence_length {length} is not a multiple of model.block x parallel.sp = "
                 f"{self.model.block} x {self.parallel.sp}: the nearest is {near}"
             )
+        if self.train.slice_tokens is not None:
+            self._slices_fit(self.train.slice_tokens)
+        elif self.train.edges != "device":
+            raise ValueError(f"train.edges {self.train.edges}: only slices leave edges; set train.slice_tokens too")
         if self.train.carry and self.data.mode != "streaming":
             raise ValueError("train.carry needs data.mode streaming: only there do a row's steps follow each other")
         if isinstance(self.data, LongRangeConfig):
@@ -123,6 +127,30 @@ class Recipe(Config):
             return self
         return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": task.vocabulary})})
 
+    def _slices_fit(self, tokens: int) -> None:
+        length, unit = self.train.sequence_length, self.model.block * self.parallel.sp
+        if tokens % unit or length % tokens:
+            fitting = [size for size in range(unit, length + 1, unit) if length % size == 0]
+            near = min(fitting, key=lambda size: abs(size - tokens))
+            raise ValueError(
+                f"train.slice_tokens {tokens} must be a multiple of model.block x parallel.sp = {self.model.block} x "
+                f"{self.parallel.sp} and divide train.sequence_length {length}: the nearest that does is {near}"
+            )
+        if isinstance(self.data, LongRangeConfig):
+            raise ValueError("train.slice_tokens: the examples of a task are pooled as a whole and have no slices")
+        if "full" in self.model.mixers():
+            raise ValueError(
+                "train.slice_tokens: full attention sees all keys before a slice, so its edges would grow with the "
+                "length and memory with its square; choose another model.mixer, or share the sequence among more ranks"
+            )
+        segment = self.model.transformer_xl.window
+        if "transformer-xl" in self.model.mixers() and (tokens // self.parallel.sp) % segment:
+            raise ValueError(
+                f"train.slice_tokens {tokens} cuts a segment of Transformer-XL, {segment} tokens "
+                "(model.transformer_xl.window), inside of which gradients flow: make it a multiple of "
+                f"{segment * self.parallel.sp}"
+            )
+
 
 # What may change from one start of a run to the next without making it another run: what is written, and how the run
 # lies over its ranks. The global batches, and so the loss but for rounding, do not depend on it.
@@ -136,6 +164,8 @@ FREE = (
     "deepspeed",
     "activation_checkpointing",
     "train.micro_sequences",
+    "train.slice_tokens",
+    "train.edges",
 )
 
 

@@ -34,7 +34,8 @@ class LeftNeighbour(Past):
     """What the ranks to the left hold; on the first rank, what an earlier call left behind.
 
     In streaming, the last rank's end is what the first rank needs in the next call. It gets there in this call: the
-    states in the all-gather that is made anyway, the rest by closing the line of ranks to a ring.
+    states in the all-gather that is made anyway, the rest by closing the line of ranks to a ring. Where the next call
+    sends a gradient back (`bst_dist.parallel.slices`), it goes the same way to the last rank.
 
     Args:
         group: the ranks that share this sequence.
@@ -57,7 +58,8 @@ class LeftNeighbour(Past):
                 f"{x.shape[1]}: only the left neighbour is asked. Lower parallel.sp, lengthen train.sequence_length, "
                 "or shorten the layer's reach (a window, ssm.length)"
             )
-        extended, around = _Extend.apply(x, before, self.group, name, self.earlier is not None)
+        ring = self.earlier is not None
+        extended, around = _Extend.apply(x, before, self.group, name, ring, ring and self.earlier.differentiable)
         if self.earlier is None or self.group.rank > 0:
             return extended
         self.earlier.leave(name, around)
@@ -82,7 +84,7 @@ class LeftNeighbour(Past):
             raise SequenceParallelError(
                 f"a layer looks {positions} positions back ({name}), further than its slice of {self.slice_length}; so "
                 "each rank would hold the stream's last inputs for some channels only, which is not done: set "
-                "train.carry to false, lower parallel.sp, or shorten ssm.length"
+                "train.carry to false and train.slice_tokens to null, lower parallel.sp, or shorten ssm.length"
             )
         share, first = channels // size, self.group.rank * (channels // size)
         return Reached(
@@ -133,25 +135,29 @@ class _Extend(torch.autograd.Function):
     """The left neighbour's last `count` positions before x; backward, their gradient goes back to where they are from.
 
     (B, l, ...) -> (B, count + l, ...), on the first rank (B, l, ...); and on the first rank of a ring the last
-    rank's positions, without gradient.
+    rank's positions, with gradient if the ring is `returning`.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, count: int, group: SequenceGroup, kind: str, ring: bool) -> tuple[Tensor, Tensor]:
-        ctx.count, ctx.group, ctx.kind = count, group, kind
+    def forward(ctx, x: Tensor, count: int, group: SequenceGroup, kind: str, ring: bool,
+                returning: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx.count, ctx.group, ctx.kind, ctx.returning = count, group, kind, returning
         came = group.shift(x[:, -count:], kind, around=ring)()
         nothing = x.new_empty(0)
         extended, around = (x.view_as(x), came) if group.rank == 0 else (torch.cat((came, x), dim=1), None)
         around = nothing if around is None else around
-        ctx.mark_non_differentiable(around)
+        if not returning:
+            ctx.mark_non_differentiable(around)
         return extended, around
 
     @staticmethod
-    def backward(ctx, gradient: Tensor, _: Tensor) -> tuple:
-        front = gradient[:, : ctx.count]  # on the first rank not the neighbour's, and not sent
-        came = ctx.group.shift(front, f"{ctx.kind} gradient", to_left=True)()
-        own = gradient if ctx.group.rank == 0 else gradient[:, ctx.count :]
+    def backward(ctx, gradient: Tensor, of_around: Tensor) -> tuple:
+        first = ctx.group.rank == 0
+        # To the left goes the gradient of what came from there; from the first rank of a line nothing goes.
+        front = of_around if first and ctx.returning else gradient[:, : ctx.count]
+        came = ctx.group.shift(front, f"{ctx.kind} gradient", to_left=True, around=ctx.returning)()
+        own = gradient if first else gradient[:, ctx.count :]
         if came is not None:
             own = own.clone()
             own[:, -ctx.count :] += came
-        return own, None, None, None, None
+        return own, None, None, None, None, None

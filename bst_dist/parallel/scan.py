@@ -30,8 +30,8 @@ def start_exclusive_scan(
         kind: what the bytes are counted as.
 
     Returns:
-        The state before this slice (B, *), with gradient, zero on the first rank; and the state after the last
-        slice (B, *), without.
+        The state before this slice (B, *), zero on the first rank; and the state after the last slice (B, *), whose
+        gradient is taken from the first rank alone: it is the one that hands it on. Both with gradient.
     """
     pending = _Pending(group, kind, own_transition=transition.dim() == end.dim())
     ticket = _Start.apply(pending, end, transition)
@@ -70,7 +70,7 @@ class _Start(torch.autograd.Function):
     def backward(ctx, _: Tensor) -> tuple:
         pending, rank = ctx.pending, ctx.pending.group.rank
         gradients, (before, transitions) = pending.take()
-        after = torch.zeros_like(before)  # gradient of the state after this slice
+        after = gradients[0]  # of the state after the last slice; then of the state after this one
         for q in range(pending.group.size - 1, rank, -1):
             t = transitions[q - rank - 1] if pending.own_transition else transitions
             after = gradients[q] + t.conj() * after
@@ -94,10 +94,11 @@ class _Finish(torch.autograd.Function):
         later = transitions[pending.group.rank + 1 :]
         ctx.pending = pending
         ctx.save_for_backward(before, torch.stack(later) if pending.own_transition and later else transition)
-        ctx.mark_non_differentiable(state)
         return before, state
 
     @staticmethod
-    def backward(ctx, gradient: Tensor, _: Tensor) -> tuple:
-        ctx.pending.send(gradient, f"{ctx.pending.kind} gradient", *ctx.saved_tensors)
+    def backward(ctx, gradient: Tensor, of_last: Tensor) -> tuple:
+        # Nobody asks for the gradient of the zero before the first slice: its place takes that of the last state.
+        message = of_last if ctx.pending.group.rank == 0 else gradient
+        ctx.pending.send(message, f"{ctx.pending.kind} gradient", *ctx.saved_tensors)
         return None, gradient.new_zeros(())

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bst_dist.model.config import FilterConfig, ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.neighbour import LeftNeighbour, SequenceParallelError
+from bst_dist.parallel.past import EarlierCall
 from bst_dist.parallel.rehearsal import Rehearsal
 
 MOST_BLOCKS = 16
@@ -21,7 +22,7 @@ MOST_BLOCKS = 16
 
 
 def rehearse(model: ModelConfig, sp: int, rows: int, slice_length: int, bf16: bool = False, isolated: bool = False,
-             run_again: bool = False) -> dict[str, int]:  # fmt: skip
+             run_again: bool = False, stream: bool = False) -> dict[str, int]:  # fmt: skip
     """Bytes by kind that a rank with neighbours on both sides sends for one micro-batch, forward and backward.
 
     Args:
@@ -29,6 +30,7 @@ def rehearse(model: ModelConfig, sp: int, rows: int, slice_length: int, bf16: bo
         slice_length: tokens of a slice, l = L / sp.
         isolated: whether documents are isolated, so that each row has transitions of its own.
         run_again: whether every layer is run again in the backward pass.
+        stream: whether the sequence goes on from what came before: in an earlier step, or in an earlier slice.
 
     Raises:
         SequenceParallelError: a layer needs more than its left neighbour has, or a state that cannot be passed on.
@@ -41,9 +43,9 @@ def rehearse(model: ModelConfig, sp: int, rows: int, slice_length: int, bf16: bo
     for mixer, layers in Counter(model.mixers()).items():
         one = model.model_copy(update={"depth": 1, "mixer": mixer, "placement": "all", "vocab_size": 1})
         try:
-            kinds = _one_layer(one, sp, rows, short, bf16, isolated)
+            kinds = _one_layer(one, sp, rows, short, bf16, isolated, stream)
         except SequenceParallelError:  # it may be able to with longer slices
-            kinds = _one_layer(one, sp, rows, slice_length, bf16, isolated)
+            kinds = _one_layer(one, sp, rows, slice_length, bf16, isolated, stream)
         for kind, count in kinds.items():
             passes = 2 if run_again and not kind.endswith(" gradient") else 1
             sent[kind] += layers * passes * count
@@ -67,10 +69,12 @@ def _require_segments(model: ModelConfig, slice_length: int, isolated: bool) -> 
         )
 
 
-def _one_layer(model: ModelConfig, sp: int, rows: int, length: int, bf16: bool, isolated: bool) -> dict[str, int]:
+def _one_layer(model: ModelConfig, sp: int, rows: int, length: int, bf16: bool, isolated: bool,
+               stream: bool) -> dict[str, int]:  # fmt: skip
     group = Rehearsal(sp // 2, sp)
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         ids = torch.zeros(rows, length, dtype=torch.long)
         starts = torch.zeros(rows, length // model.block, dtype=torch.bool) if isolated else None
-        LanguageModel(model)(ids, starts=starts, past=LeftNeighbour(group, length)).sum().backward()
+        past = LeftNeighbour(group, length, EarlierCall() if stream else None)
+        LanguageModel(model)(ids, starts=starts, past=past).sum().backward()
     return group.traffic.take()

@@ -25,6 +25,17 @@ class TrainConfig(Config):
     """Largest global gradient norm; 0: no clipping."""
     carry: bool = False
     """Carry the past of each row to the next step (data.mode streaming); values only, no gradient goes back."""
+    slice_tokens: int | None = Field(None, ge=1)
+    """Tokens of a slice, a multiple of model.block x parallel.sp that divides the sequence: forward and backward go
+    slice by slice, with the gradients of the whole sequence, in the memory of one slice. None: a sequence at once."""
+    edges: Literal["device", "host", "disk"] = "device"
+    """Where what each slice leaves waits for the backward pass: device; host: in host memory; disk: in a file in the
+    folder for temporary files (TMPDIR), so that memory does not grow with the length."""
+
+    @property
+    def slices(self) -> int:
+        """Slices of a sequence."""
+        return self.sequence_length // (self.slice_tokens or self.sequence_length)
 
 
 class EvaluationConfig(Config):

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from bst_dist.parallel.neighbour import past_of_slice
+from bst_dist.parallel.past import EarlierCall, Past
 from bst_dist.report.metrics import Callback, EvalReport, StepReport, Writer, bits_per_byte
 from bst_dist.train.config import EvaluationConfig
 from bst_dist.train.loop import on_device, sum_of_batch
+from data_pipeline.serve.slices import slices_of
 
 if TYPE_CHECKING:
     from bst_dist.faults.signals import Stop
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from bst_dist.report.probes import Probes
     from bst_dist.train.engine import Engine
     from data_pipeline.serve.batch import Batch
+    from data_pipeline.serve.slices import MicroBatch
 
 
 class Evaluate(Callback):
@@ -29,7 +32,7 @@ class Evaluate(Callback):
 
     phase = "evaluate"
 
-    def __init__(self, config: EvaluationConfig, batches: Sequence[Batch], engine: Engine, ranks: Ranks,
+    def __init__(self, config: EvaluationConfig, batches: Sequence[MicroBatch], engine: Engine, ranks: Ranks,
                  token_bytes: Tensor, writers: Sequence[Writer], steps: int, stop: Stop,
                  sharing: SequenceGroup | None = None) -> None:  # fmt: skip
         """`batches`: this rank's share of the validation sequences; `steps`: of the whole run; `sharing`: the ranks
@@ -66,16 +69,17 @@ class Evaluate(Callback):
     def forward(self, step: int) -> Iterator[tuple[Any, dict[str, Any], Any]]:
         """(batch, its inputs on the device, what the model makes of them) of each batch, without gradients.
 
-        Fewer when the ranks were told to stop (`stop.agreed`).
+        Sequences in slices are gone through slice by slice: each takes up what the one before has left. Fewer when the
+        ranks were told to stop (`stop.agreed`).
         """
         self.engine.module.eval()
-        for batch in self.batches:
+        for batch, past in self._slices():
             self.ranks.phases.enter(self.phase, step)  # the watchdog sees that it moves
             if self.stop.poll():
                 break
             inputs = on_device(batch, self.ranks.device)
             with torch.no_grad():
-                found = self.engine.forward(**inputs, past=past_of_slice(self.sharing, batch.input_ids.shape[1]))
+                found = self.engine.forward(**inputs, past=past)
             yield batch, inputs, found
         self.engine.module.train()
 
@@ -84,14 +88,16 @@ class Evaluate(Callback):
         start = time.perf_counter()
         block = self.engine.module.config.block
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
-        slices, own = (self.sharing.size, self.sharing.rank) if self.sharing else (1, 0)
-        blocks = self.batches[0].input_ids.shape[1] // block  # of one slice
-        by_block = torch.zeros(slices, blocks, 2, dtype=torch.float64, device=self.ranks.device)
+        shares, own = (self.sharing.size, self.sharing.rank) if self.sharing else (1, 0)
+        slices = slices_of(self.batches[0])
+        blocks = slices[0].input_ids.shape[1] // block  # of a rank's share of one slice
+        by_block = torch.zeros(len(slices), shares, blocks, 2, dtype=torch.float64, device=self.ranks.device)
         tokens = 0
-        for batch, inputs, losses in self.forward(step):
+        for part, inputs, losses in self.forward(step):
             sums += sum_of_batch(losses, inputs, self.token_bytes)
-            by_block[own] += _by_block(losses.per_token, inputs["loss_mask"], block)
-            tokens += int(batch.loss_mask.sum())
+            at = part.begin // (shares * blocks * block)
+            by_block[at, own] += _by_block(losses.per_token, inputs["loss_mask"], block)
+            tokens += int(part.loss_mask.sum())
         if self.stop.agreed:
             return None
         nats, text_bytes, tokens, *of_blocks = self.ranks.sum([*sums.tolist(), tokens, *by_block.flatten().tolist()])
@@ -104,6 +110,17 @@ class Evaluate(Callback):
             loss_by_block=[n / max(1.0, t) for n, t in zip(of_blocks[::2], of_blocks[1::2], strict=True)],
             time_s=time.perf_counter() - start,
         )
+
+    def _slices(self) -> Iterator[tuple[Batch, Past]]:
+        """Every slice of every micro-batch, with its past."""
+        for micro_batch in self.batches:
+            slices, position, state = slices_of(micro_batch), 0, {}
+            for part in slices:
+                length = part.input_ids.shape[1]
+                earlier = EarlierCall(state, position) if len(slices) > 1 else None
+                yield part, past_of_slice(self.sharing, length, earlier)
+                if earlier is not None:
+                    state, position = earlier.after, position + length * (self.sharing.size if self.sharing else 1)
 
 
 def _by_block(per_token: Tensor, mask: Tensor, block: int) -> Tensor:

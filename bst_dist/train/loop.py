@@ -21,10 +21,13 @@ from bst_dist.faults.guard import Guard, RollBack
 from bst_dist.faults.ledger import Entry, Ledger
 from bst_dist.faults.signals import Stop
 from bst_dist.parallel.neighbour import past_of_slice
+from bst_dist.parallel.slices import go_backward
 from bst_dist.report.metrics import Callback, SkippedReport, StepReport, bits_per_byte
 from bst_dist.report.utilisation import Speed
 from bst_dist.train.config import ScheduleConfig, TrainConfig
+from bst_dist.train.edges import edges_in
 from bst_dist.train.schedule import factor
+from data_pipeline.serve.slices import slices_of
 
 if TYPE_CHECKING:
     from bst_dist.parallel.group import SequenceGroup
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from bst_dist.parallel.ranks import Ranks
     from bst_dist.train.engine import Engine
     from data_pipeline.serve.batch import Batch
+    from data_pipeline.serve.slices import MicroBatch
 
 
 class Trainer:
@@ -49,10 +53,11 @@ class Trainer:
         self.tokens = 0
         self.skipped = 0
         """Steps' worth of data passed over by roll-backs: step s has the data of step s + skipped."""
+        self.edges = edges_in(config.edges)
         self.carried: list[dict[str, Any]] = []
         """The past left by each micro-batch of the last step, in order; empty when nothing is carried."""
 
-    def run(self, steps: Iterable[tuple[int, Sequence[Batch]]], until: int, callbacks: Sequence[Callback]) -> None:
+    def run(self, steps: Iterable[tuple[int, Sequence[MicroBatch]]], until: int, callbacks: Sequence[Callback]) -> None:
         """Train on the batches of each step's data until `until` steps are done in all, or the ranks are told to stop.
 
         They may be told while a callback is at work, so each callback is told anew whether a step will follow.
@@ -71,7 +76,7 @@ class Trainer:
             start = time.perf_counter()
             phases.enter("data", report.step + 1)
 
-    def step(self, step: int, batches: Sequence[Batch], start: float) -> StepReport:
+    def step(self, step: int, batches: Sequence[MicroBatch], start: float) -> StepReport:
         """One update of the weights with the mean loss over all valid tokens of the step; `start`: when it began.
 
         The guard may hold it back: then the report is a SkippedReport. Raises RollBack, or DivergedError, when the run
@@ -79,7 +84,7 @@ class Trainer:
         """
         rates = self.engine.set_rates(factor(self.schedule, step, self.config.steps))
         rate = rates["matrices"]
-        (tokens,) = self.ranks.sum([sum(int(batch.loss_mask.sum()) for batch in batches)])
+        (tokens,) = self.ranks.sum([sum(int(part.loss_mask.sum()) for batch in batches for part in slices_of(batch))])
         loss, text_bytes, held = self._accumulate(step, batches, max(1.0, tokens), rate)
         self.ranks.phases.enter("optimizer")
         norm = self.engine.update()
@@ -107,50 +112,115 @@ class Trainer:
         )
 
     def _accumulate(
-        self, step: int, batches: Sequence[Batch], tokens: float, rate: float
+        self, step: int, batches: Sequence[MicroBatch], tokens: float, rate: float
     ) -> tuple[float, float, Entry | None]:
-        """Gradients of all micro-batches; the loss in nats a token, the bytes of text, and why the step is held back.
-
-        DeepSpeed averages over ranks: with a factor of world / tokens the gradient is that of the mean over all tokens.
-        A step that is held back goes backward as infinite: what DeepSpeed does with an infinite gradient in any stage,
-        with whatever it has accumulated, is to drop it.
-        """
-        scale = self.ranks.world / tokens
-        sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        """Gradients of all micro-batches; the loss in nats a token, the bytes of text, why the step is held back."""
+        gradients = _Gradients(self, step, tokens, rate)
         for index, batch in enumerate(batches):
-            self.ranks.phases.enter("forward", step + 1)
-            inputs = on_device(batch, self.ranks.device)
-            earlier = self._earlier(index, batch, inputs)
-            past = past_of_slice(self.sharing, batch.input_ids.shape[1], earlier)
-            losses = self.engine.forward(**inputs, past=past)
-            sums += sum_of_batch(losses, inputs, self.token_bytes)
-            last = index == len(batches) - 1
-            if last:
-                nats, text_bytes, wishes = self.ranks.sum([*sums.tolist(), self.stop.wish])
-                self.stop.learn(wishes)
-                held = self.guard.loss(nats / tokens, step, self.skipped, rate)
-                scale = math.inf if held else scale
-            self.ranks.phases.enter("backward")
-            self.engine.accumulate(losses.total * scale, last)
+            slices = slices_of(batch)
+            earlier = self._earlier(index)
+            run = _MicroBatch(gradients, slices, last=index == len(batches) - 1)
+            left = go_backward(run, self.edges, earlier)
             if earlier is not None:
-                left = {"rows": batch.rows.tolist(), "position": earlier.position + self.config.sequence_length}
-                self.carried[index] = {**left, "state": earlier.after}
-        return nats / tokens, text_bytes, held
+                position = earlier.position + self.config.sequence_length
+                self.carried[index] = {"rows": slices[0].rows.tolist(), "position": position, "state": left}
+        return gradients.nats / tokens, gradients.text_bytes, gradients.held
 
-    def _earlier(self, index: int, batch: Batch, inputs: dict[str, Any]) -> EarlierCall | None:
-        """What the same rows as this step's micro-batch `index` left in the step before; None if nothing is carried.
-
-        A row that does not go on where it stopped (a new pass over the corpus) begins like a new document.
-        """
+    def _earlier(self, index: int) -> EarlierCall | None:
+        """What the same rows as this step's micro-batch `index` left in the step before; None if nothing is carried."""
         if not self.config.carry:
             return None
         if index == len(self.carried):
             self.carried.append({"position": 0, "state": {}})
         before = self.carried[index]
-        if before["position"] and not batch.continues.all():
-            inputs["starts"] = _with_starts(inputs, batch, self.engine.module.config.block)
         state = {name: tensor.to(self.ranks.device) for name, tensor in before["state"].items()}
         return self.engine.module.carry(state, before["position"])
+
+
+class _Gradients:
+    """The gradients of one step as they come together, slice by slice and micro-batch by micro-batch.
+
+    DeepSpeed averages over ranks: with a factor of world / tokens the gradient is that of the mean over all tokens.
+    A step that is held back goes backward as infinite: what DeepSpeed does with an infinite gradient in any stage,
+    with whatever it has accumulated, is to drop it.
+    """
+
+    def __init__(self, trainer: Trainer, step: int, tokens: float, rate: float) -> None:
+        self.trainer, self.step, self.tokens, self.rate = trainer, step, tokens, rate
+        self.scale = trainer.ranks.world / tokens
+        self.sums = torch.zeros(2, dtype=torch.float64, device=trainer.ranks.device)
+        self.nats = self.text_bytes = 0.0
+        self.held: Entry | None = None
+        """Why the step is held back."""
+
+    def judge(self) -> None:
+        """All losses of the step are there: sum them over ranks, and ask the guard."""
+        trainer = self.trainer
+        self.nats, self.text_bytes, wishes = trainer.ranks.sum([*self.sums.tolist(), trainer.stop.wish])
+        trainer.stop.learn(wishes)
+        self.held = trainer.guard.loss(self.nats / self.tokens, self.step, trainer.skipped, self.rate)
+        if self.held:
+            self.scale = math.inf
+
+
+class _MicroBatch:
+    """One micro-batch of a step, run slice by slice by the engine."""
+
+    def __init__(self, gradients: _Gradients, slices: Sequence[Batch], last: bool) -> None:
+        """`last`: of the step."""
+        self.gradients, self.trainer = gradients, gradients.trainer
+        self.slices, self.last = slices, last
+        sharing = self.trainer.sharing
+        self.lengths = [part.input_ids.shape[1] * (sharing.size if sharing else 1) for part in slices]
+        self._fresh = self._begin_documents()
+
+    def fresh(self, s: int) -> bool:
+        return self._fresh[s]
+
+    def leave(self, s: int, past: EarlierCall) -> None:
+        inputs = self._inputs(s, past)
+        self.trainer.engine.forward(inputs["input_ids"], starts=inputs["starts"], past=inputs["past"])
+
+    def loss(self, s: int, past: EarlierCall | None) -> Tensor:
+        inputs = self._inputs(s, past)
+        losses = self.trainer.engine.forward(**inputs)
+        self.gradients.sums += sum_of_batch(losses, inputs, self.trainer.token_bytes)
+        if self.last and s == 0:
+            self.gradients.judge()
+        return losses.total * self.gradients.scale
+
+    def backward(self, s: int, loss: Tensor) -> None:
+        self.trainer.ranks.phases.enter("backward")
+        self.trainer.engine.accumulate(loss, self.last and s == 0)
+
+    def _inputs(self, s: int, past: EarlierCall | None) -> dict[str, Any]:
+        """What the model is called with; each slice is a sign of life to the watchdog.
+
+        A row that does not go on where it stopped the step before (a new pass over the corpus) begins like a new
+        document.
+        """
+        trainer, part = self.trainer, self.slices[s]
+        trainer.ranks.phases.enter("forward", self.gradients.step + 1)
+        inputs = on_device(part, trainer.ranks.device)
+        if s == 0 and past is not None and past.position and not part.continues.all():
+            inputs["starts"] = _with_starts(inputs, part, trainer.engine.module.config.block)
+        return {**inputs, "past": past_of_slice(trainer.sharing, part.input_ids.shape[1], past)}
+
+    def _begin_documents(self) -> list[bool]:
+        """Of each slice, whether all rows begin a document there: what comes before it need not be run for its edge.
+
+        Where ranks exchange something in that pass (sp, ZeRO-3), they must agree.
+        """
+        trainer = self.trainer
+        if len(self.slices) == 1 or self.slices[0].starts is None:
+            return [False] * len(self.slices)
+        own = [
+            part.begin % length or part.starts[:, 0].all()  # of ranks of one sequence the first alone can tell
+            for part, length in zip(self.slices, self.lengths, strict=True)
+        ]
+        if trainer.sharing or trainer.engine.stage == 3:
+            return [not count for count in trainer.ranks.sum([float(not begins) for begins in own])]
+        return [bool(begins) for begins in own]
 
 
 def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:

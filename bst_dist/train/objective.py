@@ -10,6 +10,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -23,6 +24,7 @@ from data_pipeline.format.tokenizer import Tokenizer
 from data_pipeline.serve.batch import Batch
 from data_pipeline.serve.loader import Loader, open_corpora
 from data_pipeline.serve.reader import Corpus
+from data_pipeline.serve.slices import changed
 
 if TYPE_CHECKING:
     from bst_dist.report.metrics import Writer
@@ -122,7 +124,8 @@ class LanguageModelling:
             print(f"evaluation: the validation split holds {held:,} sequences; evaluation.sequences asks for {asked:,}")
         asked = min(asked, held)
         loader = self._loader(self.validation, mesh, *evaluation_rows(asked, mesh.dp, recipe.train.micro_sequences))
-        batches = [_counted_once(batch, asked) for batch in loader.batches(0)]
+        once = partial(_counted_once, sequences=asked)
+        batches = [changed(batch, once) for batch in loader.batches(0)]
         return Evaluate(recipe.evaluation, batches, trainer.engine, ranks, trainer.token_bytes, writers,
                         recipe.train.steps, trainer.stop, trainer.sharing)  # fmt: skip
 
@@ -140,6 +143,7 @@ class LanguageModelling:
             dp=mesh.dp,
             sp_rank=mesh.sp_rank,
             sp=mesh.sp,
+            slice_tokens=recipe.train.slice_tokens,
             start_step=start_step,
         )
 

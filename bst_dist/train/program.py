@@ -45,6 +45,7 @@ from bst_dist.train.evaluation import Evaluate
 from bst_dist.train.initial import load_initial
 from bst_dist.train.loop import Trainer
 from bst_dist.train.start import Request, Start, load, resolve
+from data_pipeline.serve.slices import slices_of
 
 
 def train(request: Request, ranks: Ranks, notice: Notice | None = None) -> int:
@@ -275,7 +276,8 @@ def _probes(start: Start, trainer: Trainer, evaluate: Evaluate, say: Callable[[s
     tokenizer = start.objective.tokenizer()
     prompt: list[int] = []
     if tokenizer is not None:
-        ids, counts = evaluate.batches[0].input_ids[0], evaluate.batches[0].loss_mask[0]
+        first = slices_of(evaluate.batches[0])[0]
+        ids, counts = first.input_ids[0], first.loss_mask[0]
         prompt = ids[: max(1, int(counts.cumprod().sum()))].tolist()  # where documents are isolated, of the first alone
     return Probes(start.recipe.log, trainer.engine, trainer.ranks, evaluate.writers, tokenizer, prompt, say)
 
@@ -314,6 +316,9 @@ def _header(start: Start, engine: Engine, ranks: Ranks) -> str:
         "step": f"{recipe.train.sequences} sequences of {recipe.train.sequence_length:,} = {tokens:,} tokens, "
         f"{micro} a rank",
     }
+    if recipe.train.slice_tokens:
+        slices = recipe.train.sequence_length // recipe.train.slice_tokens
+        lines["slices"] = f"{slices:,} of {recipe.train.slice_tokens:,} tokens a sequence, edges: {recipe.train.edges}"
     if unused := model.unused_sections():
         lines["unused"] = f"no layer reads {', '.join(f'model.{section}' for section in unused)}, which is set"
     return "\n".join([*(f"{name:<6} {text}" for name, text in lines.items()), Console.header(start.objective.labels)])

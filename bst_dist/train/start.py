@@ -63,7 +63,8 @@ def _require_slices(recipe: Recipe) -> None:
     sp, train = recipe.parallel.sp, recipe.train
     if sp > 1:
         isolated = recipe.data.documents == "isolated"
-        rehearse(recipe.model, sp, train.micro_sequences, train.sequence_length // sp, isolated=isolated)
+        share = (train.slice_tokens or train.sequence_length) // sp
+        rehearse(recipe.model, sp, train.micro_sequences, share, isolated=isolated, stream=train.slices > 1)
 
 
 def _complete(recipe: Recipe, world: int, micro_batches: int) -> dict[str, Any]:
@@ -71,7 +72,8 @@ def _complete(recipe: Recipe, world: int, micro_batches: int) -> dict[str, Any]:
 
     path = deepspeed_file(recipe)
     train = recipe.train
+    backward_passes = micro_batches * train.slices  # DeepSpeed knows of no slices: each is a micro-batch to it
     intent = deepspeed_json.Intent(
-        world, train.micro_sequences, micro_batches, train.gradient_clipping, train.precision
+        world, train.micro_sequences, backward_passes, train.gradient_clipping, train.precision
     )
     return deepspeed_json.complete(deepspeed_json.read(path), intent, where=str(path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import nan
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -16,7 +17,8 @@ from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.report.metrics import EvalReport
 from bst_dist.train.evaluation import Evaluate
-from data_pipeline.synthetic.loader import SyntheticLoader
+from data_pipeline.serve.slices import changed
+from data_pipeline.synthetic.loader import SyntheticBatch, SyntheticLoader
 from data_pipeline.synthetic.task import TaskConfig
 
 if TYPE_CHECKING:
@@ -127,8 +129,8 @@ class SyntheticTask:
         recipe, ranks = self.recipe, trainer.ranks
         asked, mesh = recipe.evaluation.sequences, Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
         rows = evaluation_rows(asked, mesh.dp, recipe.train.micro_sequences)
-        batches = [replace(batch, loss_mask=batch.loss_mask & (batch.rows < asked)[:, None])
-                   for batch in self._loader("validation", mesh, *rows, seed=0).batches(0)]  # fmt: skip
+        loader = self._loader("validation", mesh, *rows, seed=0)
+        batches = [changed(batch, partial(_of_rows, below=asked)) for batch in loader.batches(0)]
         return EvaluateByDistance(recipe.evaluation, batches, trainer.engine, ranks, trainer.token_bytes, writers,
                                   recipe.train.steps, trainer.stop, trainer.sharing,
                                   task=recipe.data.synthetic, longest=recipe.train.sequence_length)  # fmt: skip
@@ -137,8 +139,14 @@ class SyntheticTask:
                 start_step: int = 0) -> SyntheticLoader:  # fmt: skip
         return SyntheticLoader(
             self.recipe.data, split, length=self.recipe.train.sequence_length, rows=rows, micro_rows=micro_rows,
-            seed=seed, dp_rank=mesh.dp_rank, dp=mesh.dp, sp_rank=mesh.sp_rank, sp=mesh.sp, start_step=start_step,
+            seed=seed, dp_rank=mesh.dp_rank, dp=mesh.dp, sp_rank=mesh.sp_rank, sp=mesh.sp,
+            slice_tokens=self.recipe.train.slice_tokens, start_step=start_step,
         )  # fmt: skip
+
+
+def _of_rows(batch: SyntheticBatch, below: int) -> SyntheticBatch:
+    """The batch without labels in its padding rows."""
+    return replace(batch, loss_mask=batch.loss_mask & (batch.rows < below)[:, None])
 
 
 class EvaluateByDistance(Evaluate):

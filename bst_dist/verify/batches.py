@@ -10,34 +10,44 @@ import numpy as np
 from bst_dist.config import Recipe
 from bst_dist.parallel.mesh import Mesh
 from data_pipeline.serve.batch import Batch
+from data_pipeline.serve.slices import MicroBatch
 from data_pipeline.serve.stream import Pieces
 
 
-def batches(recipe: Recipe, step: int, mesh: Mesh, micro_rows: int) -> list[Batch]:
+def batches(recipe: Recipe, step: int, mesh: Mesh, micro_rows: int) -> list[MicroBatch]:
     """The micro-batches of one rank of `mesh` in step 0, 1, ..., as a loader would give them."""
     length, rows, block = recipe.train.sequence_length, recipe.train.sequences, recipe.model.block
     generator = np.random.default_rng((recipe.seed, step))
     ids = generator.integers(0, recipe.model.vocab_size, (rows, length + 1))
     mask = generator.random((rows, length)) < np.linspace(0.1, 0.9, rows)[:, None]
     starts = generator.random((rows, length // block)) < 0.3
-    share, slice_ = rows // mesh.dp, length // mesh.sp
-    begin = mesh.sp_rank * slice_
-    tokens, blocks = slice(begin, begin + slice_), slice(begin // block, (begin + slice_) // block)
+    starts = starts if recipe.data.documents == "isolated" else None
+    span, dp_share = recipe.train.slice_tokens or length, rows // mesh.dp
+    share = span // mesh.sp
     found = []
-    for first in range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share, micro_rows):
-        own = slice(first, first + micro_rows)
-        found.append(
-            Batch(
-                input_ids=ids[own, :-1][:, tokens],
-                labels=ids[own, 1:][:, tokens],
-                loss_mask=mask[own, tokens],
-                starts=starts[own, blocks] if recipe.data.documents == "isolated" else None,
-                continues=np.ones(micro_rows, bool),
-                rows=np.arange(first, first + micro_rows),
-                corpora=np.zeros(micro_rows, np.int64),
-                epochs=np.zeros(micro_rows, np.int64),
-                pieces=Pieces(*(np.zeros(0, np.int64) for _ in Pieces._fields)),
-                begin=begin,
-            )
-        )
+    for first in range(mesh.dp_rank * dp_share, (mesh.dp_rank + 1) * dp_share, micro_rows):
+        slices = [
+            _batch(ids, mask, starts, range(first, first + micro_rows), range(begin, begin + share), block)
+            for begin in range(mesh.sp_rank * share, length, span)
+        ]
+        found.append(slices if recipe.train.slice_tokens else slices[0])
     return found
+
+
+def _batch(ids: np.ndarray, mask: np.ndarray, starts: np.ndarray | None, rows: range, tokens: range,
+           block: int) -> Batch:  # fmt: skip
+    """Some rows and tokens of the global batch."""
+    own, count = slice(rows.start, rows.stop), len(rows)
+    at, blocks = slice(tokens.start, tokens.stop), slice(tokens.start // block, tokens.stop // block)
+    return Batch(
+        input_ids=ids[own, :-1][:, at],
+        labels=ids[own, 1:][:, at],
+        loss_mask=mask[own, at],
+        starts=None if starts is None else starts[own, blocks],
+        continues=np.ones(count, bool),
+        rows=np.arange(rows.start, rows.stop),
+        corpora=np.zeros(count, np.int64),
+        epochs=np.zeros(count, np.int64),
+        pieces=Pieces(*(np.zeros(0, np.int64) for _ in Pieces._fields)),
+        begin=tokens.start,
+    )

@@ -35,7 +35,7 @@ def likely_cause(combination: Combination, world: int, finding: Finding, ranks_a
 def _factors(combination: Combination, world: int, scale: float) -> Iterator[tuple[str, float]]:
     """The quantities that the scale, or its inverse, is."""
     known = {"sp": combination.sp, "dp": world // combination.sp, "ranks": world,
-             "micro-batches": combination.accumulation}  # fmt: skip
+             "micro-batches": combination.accumulation, "slices": combination.slices}  # fmt: skip
     for name, value in known.items():
         for form, factor in ((name, value), (f"1/{name}", 1 / value)):
             if value > 1 and abs(scale / factor - 1) < NEAR:
@@ -54,6 +54,8 @@ def _explained(factors: list[tuple[str, float]]) -> str:
         "ranks": "summed over ranks, where a mean of losses already scaled is meant",
         "1/ranks": "averaged twice over ranks",
         "micro-batches": "multiplied by the micro-batches, whose losses already add up",
+        "slices": "multiplied by the slices, whose losses already add up",
+        "1/slices": "divided by the slices, whose losses already add up to the mean",
         "1/micro-batches": "divided by the micro-batches, whose losses already add up to the mean",
     }
     return f" = {' = '.join(names)}: {'; or '.join(meanings[name] for name in names)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bst_dist.parallel.mesh import Mesh
@@ -15,8 +15,8 @@ from bst_dist.verify.reference import one_process
 from bst_dist.verify.step import distributed_step
 
 HEADER = (
-    f"{'model':<6} {'prec.':<5} {'strategy':<18} {'dp x sp':<7} {'checkpointing':<15} {'micro':>5}  {'loss':>7}  "
-    f"{'norm':>7}  {'error':>7} {'allowed':>7}  {'verdict':<7}  worst parameter"
+    f"{'model':<6} {'prec.':<5} {'strategy':<18} {'dp x sp':<7} {'checkpointing':<15} {'micro':>5} {'slices':>6}  "
+    f"{'loss':>7}  {'norm':>7}  {'error':>7} {'allowed':>7}  {'verdict':<7}  worst parameter"
 )
 
 
@@ -37,8 +37,8 @@ class Line:
         mesh = f"{self.world // how.sp} x {how.sp}"
         return (
             f"{how.model:<6} {how.precision:<5} {how.strategy:<18} {mesh:<7} {how.checkpointing:<15} "
-            f"{how.accumulation:>5}  {found.loss_error:>7.1e}  {found.norm_error:>7.1e}  {found.error:>7.1e} "
-            f"{found.allowed:>7.1e}  {'PASS' if found.passed else 'FAIL':<7}  {found.parameter}"
+            f"{how.accumulation:>5} {how.slices:>6}  {found.loss_error:>7.1e}  {found.norm_error:>7.1e}  "
+            f"{found.error:>7.1e} {found.allowed:>7.1e}  {'PASS' if found.passed else 'FAIL':<7}  {found.parameter}"
         )
 
     def report(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def explain(lines: Sequence[Line]) -> str:
     told = [
         f"{len(failed)} of {len(lines)} combinations compute another gradient than one process does.",
         f"first: {how.model}, {how.precision}, {how.strategy}, dp {first.world // how.sp} x sp {how.sp}, checkpointing "
-        f"{how.checkpointing}, {how.accumulation} micro-batches, on rank {first.rank}",
+        f"{how.checkpointing}, {how.accumulation} micro-batches, {how.slices} slices, on rank {first.rank}",
         f"parameter: {found.parameter} is off by {found.error:.2g}, allowed {found.allowed:.2g} "
         f"({len(found.wrong)} parameters are)",
         f"likely cause: {first.cause}",
@@ -85,7 +85,7 @@ def explain(lines: Sequence[Line]) -> str:
 
 
 def _yardstick(grid: Grid, combination: Combination) -> Yardstick:
-    recipe = combination.apply(grid.small, grid.world)
+    recipe = replace(combination, slices=1).apply(grid.small, grid.world)
     rows = recipe.train.sequences
     rounded = [one_process(recipe, combination.precision, micro_rows) for micro_rows in (1, rows)]
     return Yardstick.of(one_process(recipe, "fp64", rows), rounded)

@@ -20,6 +20,9 @@ from bst_dist.plan.rehearse import rehearse
 from bst_dist.study.lra.config import LongRangeConfig
 from bst_dist.verify.shrink import shrink
 
+MOST_SLICES = 4
+"""Slices of the small copy where the recipe has as many or more."""
+
 
 @dataclass(frozen=True)
 class Combination:
@@ -34,6 +37,10 @@ class Combination:
     checkpointing: str
     accumulation: int
     """Micro-batches of a rank."""
+    slices: int = 1
+    """Slices of a sequence."""
+    edges: str = "device"
+    """Where they wait, if there are several."""
 
     def apply(self, small: Recipe, world: int) -> Recipe:
         """The small recipe, computed this way on `world` ranks."""
@@ -42,6 +49,8 @@ class Combination:
             data["model"]["context"]["variant"] = self.model
         data["train"]["precision"] = self.precision
         data["train"]["micro_sequences"] = small.train.sequences * self.sp // (world * self.accumulation)
+        if self.slices > 1:
+            data["train"] |= {"slice_tokens": small.train.sequence_length // self.slices, "edges": self.edges}
         data["parallel"]["sp"] = self.sp
         data["deepspeed"] = self.deepspeed
         data["activation_checkpointing"]["policy"] = self.checkpointing
@@ -79,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     axes.add_argument("--sp", nargs="+", type=int, metavar="N", help="sequence-parallel degrees")
     axes.add_argument("--checkpointing", nargs="+", choices=policies, metavar="POLICY", help=", ".join(policies))
     axes.add_argument("--accumulation", nargs="+", type=int, metavar="N", help="micro-batches of a rank")
+    axes.add_argument("--slices", nargs="+", type=int, metavar="N", help="slices of a sequence (train.slice_tokens)")
     parser.add_argument("--ranks", type=int, metavar="N", help="processes to start (default: the recipe's, at least 2, "
                         "and as many as the degrees need)")  # fmt: skip
 
@@ -94,9 +104,11 @@ def build(recipe: Recipe, args: argparse.Namespace) -> Grid:
     for sp in degrees:
         _ = Mesh(world, 0, sp)
     accumulations = _once(args.accumulation or [_accumulation(recipe)])
-    if min(degrees + accumulations) < 1:
-        raise ConfigError("--sp and --accumulation: 1 or more")
-    small = shrink(recipe, degrees, rows=2 * world * math.lcm(*accumulations))
+    slices = _once(args.slices or [min(recipe.train.slices, MOST_SLICES)])
+    if min(degrees + accumulations + slices) < 1:
+        raise ConfigError("--sp, --accumulation and --slices: 1 or more")
+    unit = math.lcm(*degrees) * math.lcm(*slices)
+    small = shrink(recipe, unit, rows=2 * world * math.lcm(*accumulations))
     strategies = [f"ds_configs/zero{stage}.json" for stage in _once(args.zero)] if args.zero else [recipe.deepspeed]
     axes = (
         _models(recipe, args.variants),
@@ -105,6 +117,8 @@ def build(recipe: Recipe, args: argparse.Namespace) -> Grid:
         degrees,
         _once(args.checkpointing or [recipe.activation_checkpointing.policy]),
         accumulations,
+        slices,
+        [recipe.train.edges],
     )
     for path in axes[2]:
         deepspeed_json.read(Path(path))
@@ -114,11 +128,12 @@ def build(recipe: Recipe, args: argparse.Namespace) -> Grid:
 def require_slices(grid: Grid) -> None:
     """Raise SequenceParallelError, with the reason, when a layer cannot be computed in slices."""
     isolated = grid.small.data.documents == "isolated"
-    for combination in {(how.model, how.sp): how for how in grid.combinations}.values():
+    for combination in {(how.model, how.sp, how.slices): how for how in grid.combinations}.values():
         if combination.sp > 1:
             recipe = combination.apply(grid.small, grid.world)
-            slice_ = recipe.train.sequence_length // combination.sp
-            rehearse(recipe.model, combination.sp, recipe.train.micro_sequences, slice_, isolated=isolated)
+            share = recipe.train.sequence_length // (combination.slices * combination.sp)
+            rehearse(recipe.model, combination.sp, recipe.train.micro_sequences, share, isolated=isolated,
+                     stream=combination.slices > 1)  # fmt: skip
 
 
 def _models(recipe: Recipe, variants: Sequence[str] | None) -> list[str]:

@@ -7,7 +7,6 @@ slice has, whether segments and filters fit into it. What it gives up is size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from bst_base.settings import parse
@@ -18,16 +17,17 @@ WIDTH, HEADS, BLOCK, MOST_LAYERS, MOST_BLOCKS = 32, 2, 8, 4, 16
 VOCABULARY, STATES, SSM_STATE = 61, 4, 4
 
 
-def shrink(recipe: Recipe, degrees: Sequence[int], rows: int) -> Recipe:
-    """The small copy, with sequences that divide among `degrees` sequence-parallel ranks, and `rows` of them a step.
+def shrink(recipe: Recipe, unit: int, rows: int) -> Recipe:
+    """The small copy, with `rows` sequences a step whose blocks divide into `unit` equal parts: one for every
+    sequence-parallel rank and slice.
 
     Lengths in tokens keep their ratio to the block, up to 16 blocks; layers their places, up to 4 of them.
     """
     data = recipe.model_dump(mode="json")
     data["model"] |= _model(recipe.model)
-    unit = math.lcm(*degrees)
     blocks = min(max(recipe.train.sequence_length // recipe.model.block, unit), max(MOST_BLOCKS, unit))
     data["train"] |= {"sequence_length": -(-blocks // unit) * unit * BLOCK, "sequences": rows, "micro_sequences": 1}
+    data["train"] |= {"slice_tokens": None, "edges": "device"}
     data["parallel"] |= {"sp": 1}
     return parse(Recipe, data)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,8 @@ from data_pipeline.serve.order import ORDER_VERSION
 from data_pipeline.serve.plan import Plan, Shuffled, Streaming
 from data_pipeline.serve.prefetch import Prefetcher
 from data_pipeline.serve.reader import Corpus
-from data_pipeline.serve.rows import RowReader
+from data_pipeline.serve.rows import RowReader, Rows
+from data_pipeline.serve.slices import MicroBatch, Slices
 from data_pipeline.serve.stream import extents, inputs
 
 
@@ -46,11 +47,12 @@ class Loader:
         config: what is served.
         corpora: as `open_corpora` gives them.
         sequence_length: L, tokens of a row.
-        block: W; a slice of L / sp tokens is a multiple of it, and so is the begin of an isolated document.
+        block: W; a rank's share of a slice is a multiple of it, and so is the begin of an isolated document.
         rows: G, sequences in a step over all ranks.
         micro_rows: rows in a micro-batch of one rank; G is a multiple of dp * micro_rows.
         seed: keys the order.
-        dp_rank, dp, sp_rank, sp: which rows, and which slice of them.
+        dp_rank, dp, sp_rank, sp: which rows, and which share of each slice.
+        slice_tokens: tokens of a slice, over all ranks that share it; None: a sequence is one slice.
         start_step: where iteration begins; what a checkpoint's state gives.
 
     Raises UserError for sizes that do not fit each other or the corpora.
@@ -70,16 +72,18 @@ class Loader:
         dp: int = 1,
         sp_rank: int = 0,
         sp: int = 1,
+        slice_tokens: int | None = None,
         start_step: int = 0,
     ) -> None:
-        _check_sizes(sequence_length, block, rows, micro_rows, dp, sp)
+        _check_sizes(sequence_length, block, rows, micro_rows, dp, sp, slice_tokens)
         self.config = config
         self._corpora = list(corpora)
         self._length, self._rows, self._micro_rows, self._seed = sequence_length, rows, micro_rows, seed
-        self._dp, self._first, self._start_step = dp, dp_rank * rows // dp, start_step
+        self._dp, self._sp, self._first, self._start_step = dp, sp, dp_rank * rows // dp, start_step
         self._block = block if config.documents == "isolated" else None
-        self._slice = sequence_length // sp
-        self._begin = sp_rank * self._slice
+        self._sliced, span = slice_tokens is not None, slice_tokens or sequence_length
+        self._share = span // sp
+        self._begins = range(sp_rank * self._share, sequence_length, span)
         self.sequences = self._sequences_of_a_pass()
         """Sequences in one pass over each corpus; the last one may be padded."""
         self._reader = RowReader(
@@ -88,33 +92,33 @@ class Loader:
             seed=seed,
             block=self._block,
             sequence_length=sequence_length,
-            begin=self._begin,
-            length=self._slice,
+            begins=self._begins,
+            length=self._share,
             first=self._first,
             count=rows // dp,
             on_bad_shard=config.on_bad_shard,
         )
         self._prefetcher: Prefetcher | None = None
 
-    def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
+    def __iter__(self) -> Iterator[tuple[int, list[MicroBatch]]]:
         """(step, this rank's micro-batches in order), from `start_step` on and without end."""
         self.close()
         self._prefetcher = Prefetcher(self.batches, self._start_step, self.config.prefetch)
         return iter(self._prefetcher)
 
-    def batches(self, step: int) -> list[Batch]:
+    def batches(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step; calls have no effect on each other."""
-        return [
-            self._batch(step, start, start + self._micro_rows)
-            for start in range(0, self._rows // self._dp, self._micro_rows)
-        ]
+        found = []
+        for start in range(0, self._rows // self._dp, self._micro_rows):
+            stored = [self._read(step, start, part) for part in range(len(self._begins))]
+            found.append(Slices(stored, self._batch) if self._sliced else self._batch(stored[0]))
+        return found
 
     def tokens(self, step: int) -> list[np.ndarray]:
-        """The same micro-batches as stored: (b, l + 1) in the corpus's dtype, the label of the last input included."""
-        return [
-            self._reader.read(self._reader.locate(step, start, start + self._micro_rows))[0]
-            for start in range(0, self._rows // self._dp, self._micro_rows)
-        ]
+        """The same micro-batches as stored: (b, l + 1) in the corpus's dtype, the label of the last input included;
+        slice after slice."""
+        starts = range(0, self._rows // self._dp, self._micro_rows)
+        return [self._read(step, start, part).tokens for start in starts for part in range(len(self._begins))]
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps after `step` steps were trained on: under 300 bytes of JSON."""
@@ -171,12 +175,16 @@ class Loader:
             return Streaming(self.sequences, segments, self._rows)
         return Shuffled(self.sequences, segments, self._rows, self._seed)
 
-    def _batch(self, step: int, start: int, stop: int) -> Batch:
-        """The micro-batch of the rank's rows ``start..stop``."""
-        rows = self._reader.locate(step, start, stop)
-        tokens, real = self._reader.read(rows)
+    def _read(self, step: int, start: int, part: int) -> Stored:
+        """One slice of the micro-batch that begins at the rank's row `start`."""
+        rows = self._reader.locate(step, start, start + self._micro_rows, part)
+        return Stored(self._first + start, self._begins[part], rows, *self._reader.read(rows))
+
+    def _batch(self, stored: Stored) -> Batch:
+        """What was read, laid out for a trainer."""
+        first, begin, rows, tokens, real = stored
         ids = tokens.astype(np.int64)
-        shape = (stop - start, self._slice)
+        shape = ids[:, :-1].shape
         mask = label_mask(real, shape, rows.pieces, self._block)
         labels = ids[:, 1:]
         if real is not None or self._block is not None:
@@ -186,13 +194,27 @@ class Loader:
             labels=labels,
             loss_mask=mask,
             starts=None if self._block is None else block_starts(shape, rows.pieces, self._block),
-            continues=rows.continues,
-            rows=np.arange(self._first + start, self._first + stop),
+            continues=rows.continues if begin < self._share * self._sp else np.ones_like(rows.continues),
+            rows=np.arange(first, first + len(ids)),
             corpora=rows.corpora,
             epochs=rows.epochs,
             pieces=rows.pieces,
-            begin=self._begin,
+            begin=begin,
         )
+
+
+class Stored(NamedTuple):
+    """One slice of a micro-batch as it lies in the corpus."""
+
+    first: int
+    """Its first row's global number."""
+    begin: int
+    """Its first token in its row."""
+    rows: Rows
+    tokens: np.ndarray
+    """(b, l + 1) in the corpus's dtype, the label of the last input included."""
+    real: np.ndarray | None
+    """(b, l + 1) bool: which of them are text; None when all are."""
 
 
 def check_state(own: dict[str, Any], state: dict[str, Any]) -> None:
@@ -206,11 +228,18 @@ def check_state(own: dict[str, Any], state: dict[str, Any]) -> None:
         )
 
 
-def _check_sizes(length: int, block: int, rows: int, micro_rows: int, dp: int, sp: int) -> None:
+def _check_sizes(
+    length: int, block: int, rows: int, micro_rows: int, dp: int, sp: int, slice_tokens: int | None
+) -> None:
     if length % (block * sp):
         raise UserError(
             f"sequence length {length} is not a multiple of block x sp = {block} x {sp} = {block * sp}: "
             "a rank's slice must be whole blocks"
+        )
+    if slice_tokens is not None and (slice_tokens % (block * sp) or length % slice_tokens):
+        raise UserError(
+            f"slices of {slice_tokens} tokens: they must divide the sequence length {length} and be a multiple of "
+            f"block x sp = {block} x {sp} = {block * sp}"
         )
     if rows < dp:
         raise UserError(f"{rows} rows a step for {dp} data-parallel ranks: every rank needs at least one row")

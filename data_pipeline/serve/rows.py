@@ -45,7 +45,7 @@ class RowReader:
         corpora, plan, seed: what decides the order.
         block: W where documents are isolated; None where they are joined.
         sequence_length: L, tokens of a row.
-        begin, length: the slice of each row.
+        begins, length: the parts of each row: where each begins in its row, and the tokens of one.
         first, count: the rank's rows.
         on_bad_shard: as in `loader.DataConfig`.
     """
@@ -58,7 +58,7 @@ class RowReader:
         seed: int,
         block: int | None,
         sequence_length: int,
-        begin: int,
+        begins: Sequence[int],
         length: int,
         first: int,
         count: int,
@@ -67,20 +67,20 @@ class RowReader:
         self.bad: list[str] = []
         """What was left out because it is damaged or missing, a message each."""
         self._corpora, self._plan, self._seed, self._block = corpora, plan, seed, block
-        self._sequence_length, self._begin, self._length = sequence_length, begin, length
+        self._sequence_length, self._begins, self._length = sequence_length, begins, length
         self._first, self._count, self._skip = first, count, on_bad_shard == "skip"
         self._dtype = corpora[0].manifest.token_dtype
         self._pad_id = corpora[0].manifest.tokenizer.pad_id
         # Over a network the reads of a micro-batch go out together: each waits much longer than it works.
         self._pool = ThreadPoolExecutor(_REQUESTS) if any(corpus.remote for corpus in corpora) else None
         self._window_steps = max(1, _WINDOW // count)
-        self._window = lru_cache(maxsize=2)(self._locate)
+        self._window = lru_cache(maxsize=2 * len(begins))(self._locate)
         self._stream = lru_cache(maxsize=len(corpora) + 1)(self._make_stream)  # one more, where two passes meet
 
-    def locate(self, step: int, start: int, stop: int) -> Rows:
-        """The rank's rows ``start..stop``, counted from its first, in a step."""
+    def locate(self, step: int, start: int, stop: int, part: int = 0) -> Rows:
+        """One part of the rank's rows ``start..stop``, counted from its first, in a step."""
         window, inside = divmod(step, self._window_steps)
-        return self._window(window).part(inside * self._count + start, inside * self._count + stop)
+        return self._window(window, part).part(inside * self._count + start, inside * self._count + stop)
 
     def read(self, rows: Rows) -> tuple[np.ndarray, np.ndarray | None]:
         """Tokens (b, l + 1) in the corpus's dtype, and which of them are text: (b, l + 1) bool, None when all are."""
@@ -117,11 +117,11 @@ class RowReader:
             real[row, slot : slot + length] = True
         return real
 
-    def _locate(self, window: int) -> Rows:
-        """All of the rank's rows in a window of steps."""
+    def _locate(self, window: int, part: int) -> Rows:
+        """One part of all of the rank's rows in a window of steps."""
         steps = range(window * self._window_steps, (window + 1) * self._window_steps)
         corpora, epochs, sequences, continues = self._plan.assign(steps, range(self._first, self._first + self._count))
-        starts = sequences * self._sequence_length + self._begin
+        starts = sequences * self._sequence_length + self._begins[part]
         parts = []
         for corpus, epoch in sorted(set(zip(corpora.tolist(), epochs.tolist(), strict=True))):
             rows = np.flatnonzero((corpora == corpus) & (epochs == epoch))

@@ -15,6 +15,7 @@ import numpy as np
 
 from data_pipeline.serve.loader import check_state
 from data_pipeline.serve.prefetch import Prefetcher
+from data_pipeline.serve.slices import Slices
 from data_pipeline.synthetic.config import SyntheticConfig
 from data_pipeline.synthetic.draws import Draws
 from data_pipeline.synthetic.task import TASK_VERSION, Row, TaskConfig
@@ -43,7 +44,8 @@ class SyntheticLoader:
         rows: G, rows of a step over all ranks.
         micro_rows: rows of a micro-batch of one rank; G is a multiple of dp * micro_rows.
         seed: keys the rows.
-        dp_rank, dp, sp_rank, sp: which rows, and which slice of them.
+        dp_rank, dp, sp_rank, sp: which rows, and which share of each slice.
+        slice_tokens: tokens of a slice, over all ranks that share it; None: a row is one slice.
         start_step: where iteration begins.
     """
 
@@ -60,22 +62,24 @@ class SyntheticLoader:
         dp: int = 1,
         sp_rank: int = 0,
         sp: int = 1,
+        slice_tokens: int | None = None,
         start_step: int = 0,
     ) -> None:
         self.config, self._split, self._seed = config, split, seed
         self._length, self._rows, self._micro_rows, self._start_step = length, rows, micro_rows, start_step
         self._own = range(dp_rank * rows // dp, (dp_rank + 1) * rows // dp)
-        self._slice = length // sp
-        self._begin = sp_rank * self._slice
+        self._sliced, span = slice_tokens is not None, slice_tokens or length
+        self._share = span // sp
+        self._begins = range(sp_rank * self._share, length, span)
         self._prefetcher: Prefetcher | None = None
 
-    def __iter__(self) -> Iterator[tuple[int, list[SyntheticBatch]]]:
+    def __iter__(self) -> Iterator[tuple[int, list[SyntheticBatch | Slices]]]:
         """(step, this rank's micro-batches in order), from `start_step` on and without end."""
         self.close()
         self._prefetcher = Prefetcher(self.batches, self._start_step, self.config.prefetch)
         return iter(self._prefetcher)
 
-    def batches(self, step: int) -> list[SyntheticBatch]:
+    def batches(self, step: int) -> list[SyntheticBatch | Slices]:
         """This rank's micro-batches of a step; calls have no effect on each other."""
         starts = range(self._own.start, self._own.stop, self._micro_rows)
         return [self._batch(step, np.arange(start, start + self._micro_rows)) for start in starts]
@@ -95,14 +99,17 @@ class SyntheticLoader:
         if self._prefetcher:
             self._prefetcher.close()
 
-    def _batch(self, step: int, rows: np.ndarray) -> SyntheticBatch:
+    def _batch(self, step: int, rows: np.ndarray) -> SyntheticBatch | Slices:
         numbers = (step * self._rows + rows).tolist()
         drawn = [draw(self.config.synthetic, self._split, self._seed, number, self._length) for number in numbers]
         tokens, distance = (np.stack(parts) for parts in zip(*drawn, strict=True))
-        part = slice(self._begin, self._begin + self._slice)
-        behind = slice(part.start + 1, part.stop + 1)
-        distance = distance[:, behind]
-        return SyntheticBatch(tokens[:, part], tokens[:, behind], distance > 0, distance, rows, self._begin)
+
+        def part(begin: int) -> SyntheticBatch:
+            own, behind = slice(begin, begin + self._share), slice(begin + 1, begin + self._share + 1)
+            back = distance[:, behind]
+            return SyntheticBatch(tokens[:, own], tokens[:, behind], back > 0, back, rows, begin)
+
+        return Slices(self._begins, part) if self._sliced else part(self._begins[0])
 
 
 def draw(task: TaskConfig, split: str, seed: int, number: int, length: int) -> Row:

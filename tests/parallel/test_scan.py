@@ -43,9 +43,11 @@ def test_every_rank_gets_the_state_and_the_gradients_of_the_serial_recurrence(si
     shared = torch.randn(3, dtype=dtype, requires_grad=True)
     keep = (torch.rand(size, rows, 1) < 0.6) if own else torch.ones(size, rows, 1)
     transitions = shared * keep  # a row in which a document begins forgets what came before
+    # Of the state before each slice; of the zero before the first, of the state after the last, in the same place.
     gradients = torch.randn(size, rows, 3, dtype=dtype)
     states = serial(ends, transitions)
-    wanted = torch.autograd.grad((states[:-1] * gradients.conj()).real.sum(), (ends, shared))
+    asked = torch.cat((states[-1:], states[1:-1]))
+    wanted = torch.autograd.grad((asked * gradients.conj()).real.sum(), (ends, shared))
     d_shared = torch.zeros_like(shared)
     for rank in range(size):
         maps = [torch.stack((e, t)) for e, t in zip(ends, transitions, strict=True)] if own else list(ends)
@@ -56,9 +58,9 @@ def test_every_rank_gets_the_state_and_the_gradients_of_the_serial_recurrence(si
         state, last = finish()
         torch.testing.assert_close(state, states[rank])
         torch.testing.assert_close(last, states[-1])
-        assert not last.requires_grad
         torch.testing.assert_close(group.sent["state"], maps[rank].detach())
-        state.backward(gradients[rank])
+        torch.autograd.backward((state, last), (gradients[rank], gradients[0] if rank == 0 else 0 * gradients[0]))
+        torch.testing.assert_close(group.sent["state gradient"], gradients[rank])
         torch.testing.assert_close(end.grad, wanted[0][rank])
         d_shared += transition.grad
     torch.testing.assert_close(d_shared, wanted[1])

@@ -18,7 +18,7 @@ DEMO = next(path for path in RECIPES if path.stem == "demo")
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_copy_keeps_what_gradients_could_go_wrong_by(path):
     recipe = load_recipe(path)
-    small = shrink(recipe, [1, 2, 4], rows=8)
+    small = shrink(recipe, 4, rows=8)
     assert set(small.model.mixers()) == set(recipe.model.mixers())
     assert small.model.context.variant == recipe.model.context.variant
     assert small.model.ssm.kernel == recipe.model.ssm.kernel
@@ -37,7 +37,7 @@ model: {width: 512, heads: 8, ffn: 2048, block: 128, depth: 12, mixer: bst, plac
 data: {corpus: nowhere}
 train: {steps: 10, sequence_length: 1024, sequences: 8}
 """)
-    small = shrink(load_recipe(path), [1, 2], rows=8)
+    small = shrink(load_recipe(path), 2, rows=8)
     assert small.model.mixers() == ["bst", "sliding", "bst", "bst"]
     assert small.train.sequence_length == 8 * BLOCK
     assert small.model.ssm.length == 4 * BLOCK

@@ -299,3 +299,34 @@ def test_corpora_of_different_tokenizers_do_not_mix(make_corpus: Any, tmp_path: 
     manifest.write_text(manifest.read_text().replace(sha, hashlib.sha256(model).hexdigest()))
     with pytest.raises(UserError, match="another tokenizer"):
         open_corpora(DataConfig(corpus=[{"corpus": str(first)}, {"corpus": str(second)}]))
+
+
+@pytest.mark.parametrize("documents", ["joined", "isolated"])
+@pytest.mark.parametrize("sp", [1, 2])
+def test_slices_side_by_side_are_the_sequence(documents, sp):
+    """Every rank's share of every slice, put in order, is what one rank is given of whole sequences."""
+    sizes = {"documents": documents, "micro_rows": 2}
+    whole = loader(Memory(LENGTHS), **sizes).batches(3)
+    ranks = [loader(Memory(LENGTHS), slice_tokens=16, sp=sp, sp_rank=rank, **sizes).batches(3) for rank in range(sp)]
+    for index, micro_batch in enumerate(whole):
+        parts = [rank[index][s] for s in range(2) for rank in ranks]
+        assert [part.begin for part in parts] == list(range(0, 32, 16 // sp))
+        for name in ("input_ids", "labels", "loss_mask", "starts"):
+            wanted = getattr(micro_batch, name)
+            if wanted is None:
+                assert all(getattr(part, name) is None for part in parts)
+            else:
+                assert np.array_equal(np.concatenate([getattr(part, name) for part in parts], axis=1), wanted)
+
+
+def test_tokens_of_slices_are_held_once_as_they_are_stored():
+    (slices,) = loader(Memory([5000]), sequence_length=4096, rows=1, slice_tokens=64).batches(0)
+    held = sum(stored.tokens.nbytes for stored in slices._stored)
+    assert held == 4 * (4096 + 64)  # four bytes a token here; the label after each slice is the next one's first token
+    assert slices[0] is not slices[0]  # laid out anew whenever it is asked for
+
+
+def test_slices_that_do_not_fit_are_refused():
+    for tokens, sp in ((24, 1), (4, 1), (8, 2)):
+        with pytest.raises(UserError, match=f"slices of {tokens} tokens"):
+            loader(Memory(LENGTHS), slice_tokens=tokens, sp=sp)

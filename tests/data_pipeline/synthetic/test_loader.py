@@ -75,3 +75,15 @@ def test_checkpoint_of_another_series_is_refused(changes, message):
     loader().check(state)
     with pytest.raises(UserError, match=message):
         loader(**changes).check(state)
+
+
+@pytest.mark.parametrize("sp", [1, 2])
+def test_slices_side_by_side_are_the_row(sp):
+    whole = loader().batches(7)
+    ranks = [loader(slice_tokens=16, sp_rank=rank, sp=sp).batches(7) for rank in range(sp)]
+    for index, batch in enumerate(whole):
+        parts = [rank[index][s] for s in range(4) for rank in ranks]
+        assert [part.begin for part in parts] == list(range(0, 64, 16 // sp))
+        for name in ("input_ids", "labels", "loss_mask", "distance"):
+            found = np.concatenate([getattr(part, name) for part in parts], axis=1)
+            assert (found == getattr(batch, name)).all()

@@ -1,0 +1,174 @@
+"""Sequences without end: exact gradients slice by slice, in the memory of one slice.
+
+A sequence is a run of slices. All that a slice needs of the tokens before it is its *edge*: what the contract for the
+past carries, for each layer the state of its SSM, one window of keys and values, MF's last block ends. An edge is
+small and does not grow with the sequence, so a sequence of any length trains in the memory of one slice and the edges:
+
+    forward    for s = 0 ... n-2, without a graph:
+                   edge[s+1] = what slice s leaves, given edge[s]
+    backward   for s = n-1 ... 0:
+                   e = edge[s], as leaves that want gradients
+                   loss, left = slice s, run again on e, with a graph
+                   go backward from the loss, and from left with the gradient g[s+1] that slice s+1 found for it
+                   g[s] = e.grad
+
+The chain rule, cut at the edges: parameters collect from every slice what one pass over the whole sequence would give
+them, and no more than one slice has a graph at any time. The price is a second forward pass, as with a checkpoint
+after every layer.
+
+Shapes: B rows, n slices of any lengths l_s; an edge holds tensors with the batch as first dimension (`past.State`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bst_dist.parallel.past import EarlierCall, State
+
+
+class Edge(EarlierCall):
+    """The past of a slice whose gradient goes on to the slice before: what is held are leaves, what is left keeps its
+    graph.
+
+    Args:
+        before: what the slice before left.
+        position: tokens of the stream before this slice.
+        wanted: whether anybody wants the gradient of `before`; nobody does of what an earlier step left.
+    """
+
+    differentiable = True
+
+    def __init__(self, before: State, position: int, wanted: bool = True):
+        # Integers (where documents begin) are handed on, and have no gradient.
+        leaves = {
+            name: x.detach().requires_grad_(wanted and (x.is_floating_point() or x.is_complex()))
+            for name, x in before.items()
+        }
+        super().__init__(leaves, position)
+        self.after: _Left = _Left()
+
+    def leave(self, name: str, value: Tensor) -> None:
+        self.after[self._prefix + name] = value
+
+    def take(self) -> State:
+        """What the slice has left, with its graph. From now on nothing is left any more: layers that activation
+        checkpointing runs again in the backward pass would leave a second graph that nobody frees."""
+        left = dict(self.after)
+        self.after.clear()
+        self.after.sealed = True
+        return left
+
+    def gradients(self) -> State:
+        """After the backward pass, of everything that was held and used."""
+        return {name: x.grad for name, x in self.before.items() if x.grad is not None}
+
+
+class _Left(dict):
+    """What a slice leaves, shared by the pasts of all its layers."""
+
+    sealed = False
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        if not self.sealed:
+            super().__setitem__(name, value)
+
+
+class Edges(Protocol):
+    """Where edges wait between the passes. They come back in the opposite order: a stack."""
+
+    def push(self, edge: State) -> None:
+        """Keep an edge."""
+
+    def pop(self) -> State:
+        """The edge that was kept last, on the device it came from."""
+
+
+class EdgesHere(list[State]):
+    """Edges that stay on the device."""
+
+    push = list.append
+
+
+class SlicedSequence(Protocol):
+    """The sequences of one micro-batch, as their slices are run; `s` counts them from 0."""
+
+    lengths: Sequence[int]
+    """Tokens of each slice, over all ranks that share it."""
+
+    def fresh(self, s: int) -> bool:
+        """Whether every row of slice `s` begins a document that sees nothing before it, so that no edge is needed."""
+
+    def leave(self, s: int, past: EarlierCall) -> None:
+        """Run the layers on slice `s` for what it leaves in `past.after`; no gradient is asked for."""
+
+    def loss(self, s: int, past: EarlierCall | None) -> Tensor:
+        """The loss of slice `s`, a scalar with its graph; `past` is None where nothing is before it or after it."""
+
+    def backward(self, s: int, loss: Tensor) -> None:
+        """Go backward from `loss`, adding to the gradients of the parameters."""
+
+
+def go_backward(sequence: SlicedSequence, edges: Edges, carried: EarlierCall | None = None) -> State:
+    """Add the gradients of the summed loss of all slices, as one pass over the whole sequence would.
+
+    Args:
+        sequence: runs the slices.
+        edges: keeps the edges between the passes; empty, and empty again afterwards.
+        carried: what came before the sequence in an earlier step: values, to which no gradient goes.
+
+    Returns:
+        What the last slice leaves for a later step, without gradient; nothing where nothing is carried.
+    """
+    count = len(sequence.lengths)
+    if count == 1:
+        sequence.backward(0, sequence.loss(0, carried))
+        return carried.after if carried else {}
+    positions = list(accumulate(sequence.lengths, initial=carried.position if carried else 0))
+    edge = _run_forward(sequence, positions, edges, carried.before if carried else {})
+    gradients: State = {}
+    last: State = {}
+    for s in reversed(range(count)):
+        past = Edge(edge if s == count - 1 else edges.pop(), positions[s], wanted=s > 0)
+        loss, left = sequence.loss(s, past), past.take()
+        if carried and s == count - 1:
+            last = {name: x.detach() for name, x in left.items()}
+        asked = [name for name in gradients if name in left]
+        received = [gradients[name] for name in asked]
+        sequence.backward(s, _Received.apply(loss, received, *(left[name] for name in asked)))
+        gradients = past.gradients()
+    return last
+
+
+def _run_forward(sequence: SlicedSequence, positions: Sequence[int], edges: Edges, edge: State) -> State:
+    """Run all slices but the last without a graph; `edges` keeps the edge before each, and that of the last is
+    returned, which is needed at once."""
+    for s in range(len(sequence.lengths) - 1):
+        edges.push(edge)
+        past = EarlierCall(edge, positions[s])
+        if not sequence.fresh(s + 1):
+            with torch.no_grad():
+                sequence.leave(s, past)
+        edge = past.after
+    return edge
+
+
+class _Received(torch.autograd.Function):
+    """`loss` as it is; backward, what the slice left gets the gradient that the next slice has `received` for it.
+
+    A scalar, because an engine goes backward from one. Whatever factor it puts before the loss (a loss scale) is in
+    the received gradients already.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, received: list[Tensor], *left: Tensor) -> Tensor:
+        ctx.received = received
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        return gradient, None, *ctx.received

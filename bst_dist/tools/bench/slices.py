@@ -1,0 +1,187 @@
+"""One long sequence forward and backward, slice by slice and at once: time, memory and the bytes of edges.
+
+    bst bench slices
+    bst bench slices --lengths 1048576 --slice-tokens 4096 --edges disk
+
+Each case is a process of its own, with made-up tokens and without an optimizer: what is measured is one gradient of
+one sequence. Memory is the most that the process has held resident, torch and its libraries included; on a GPU, the
+most that torch has allocated there. Progress, a line every few slices, goes to the standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bst_dist.activation import policy as activation
+from bst_dist.activation.policy import ActivationCheckpointingConfig
+from bst_dist.model.lm import LanguageModel, ModelConfig
+from bst_dist.parallel.past import EarlierCall
+from bst_dist.parallel.slices import go_backward
+from bst_dist.train.edges import Place, edges_in
+
+LENGTHS = (16384, 65536, 262144, 1048576)
+SLICES = (2048, 4096, 16384)
+AT_ONCE = 65536
+"""The longest sequence that is also taken at once, by default."""
+REPORTS = 32
+"""Lines of progress in each pass."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Command-line options."""
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="L", help="tokens of the sequence")
+    parser.add_argument("--slice-tokens", nargs="+", type=int, default=SLICES, metavar="N", help="tokens of a slice")
+    parser.add_argument("--edges", nargs="+", choices=get_args(Place), default=["device"], help="where edges wait")
+    parser.add_argument("--at-once", type=int, default=AT_ONCE, metavar="L",
+                        help=f"also take sequences up to this length at once (default {AT_ONCE}; 0: none)")  # fmt: skip
+    parser.add_argument("--checkpointing", default="every-layer", metavar="POLICY",
+                        help="activation checkpointing of what is taken at once; in slices there is none")  # fmt: skip
+    parser.add_argument("--mixer", default="bst", help="model.mixer (default bst)")
+    parser.add_argument("--variant", default="SH", help="model.context.variant of bst (default SH)")
+    sizes = {"width": 256, "heads": 4, "depth": 12, "block": 512, "vocabulary": 4096}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"of the model ({default})")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure every case in turn, and print the table."""
+    settings = {name: getattr(args, name) for name in ("mixer", "variant", "width", "heads", "depth", "block")}
+    settings["vocabulary"] = args.vocabulary
+    cases = []
+    for length in args.lengths:
+        if length <= args.at_once:
+            cases.append({"length": length, "slice": length, "edges": "device", "checkpointing": args.checkpointing})
+        for size in args.slice_tokens:
+            if size < length:
+                cases += [{"length": length, "slice": size, "edges": place, "checkpointing": "none"}
+                          for place in args.edges]  # fmt: skip
+    rows = [_measured(settings | case) for case in cases]
+    _print(settings, rows)
+    return {"model": settings, "threads": torch.get_num_threads(), "cases": rows}
+
+
+def _measured(case: dict[str, Any]) -> dict[str, Any]:
+    """One case in a process of its own, whose memory nothing else has touched."""
+    found = subprocess.run(
+        [sys.executable, "-m", "bst_dist.tools.bench.slices", json.dumps(case)],
+        check=False, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    lines = found.stdout.splitlines()
+    return case | (json.loads(lines[-1]) if found.returncode == 0 and lines else {"failed": found.returncode})
+
+
+class _Sequence:
+    """The slices of one sequence of made-up tokens, with a word about how far it is."""
+
+    def __init__(self, model: LanguageModel, ids: Tensor, size: int, device: torch.device) -> None:
+        self.model, self.ids, self.size, self.device = model, ids, size, device
+        self.lengths = [size] * (-(-(ids.shape[1] - 1) // size))
+        self.start = time.perf_counter()
+        self.edge_bytes = 0
+        """Of one edge."""
+
+    def fresh(self, s: int) -> bool:
+        return False
+
+    def leave(self, s: int, past: EarlierCall) -> None:
+        self.model(self._tokens(s)[0], past=past)
+        self.edge_bytes = sum(x.nbytes for x in past.after.values())
+        self._tell("forward", s)
+
+    def loss(self, s: int, past: EarlierCall | None) -> Tensor:
+        return self.model(*self._tokens(s), past=past).total
+
+    def backward(self, s: int, loss: Tensor) -> None:
+        (loss / (self.ids.shape[1] - 1)).backward()
+        self._tell("backward", len(self.lengths) - 1 - s)
+
+    def _tokens(self, s: int) -> tuple[Tensor, Tensor]:
+        part = self.ids[:, s * self.size : (s + 1) * self.size + 1].to(self.device)
+        return part[:, :-1], part[:, 1:]
+
+    def _tell(self, way: str, done: int) -> None:
+        if (done + 1) % max(1, len(self.lengths) // REPORTS) == 0 or done + 1 == len(self.lengths):
+            seconds, peak = time.perf_counter() - self.start, _peak(self.device) / 2**30
+            print(
+                f"{len(self.lengths) * self.size:,} tokens, {way}: {done + 1} of {len(self.lengths)} slices, "
+                f"{seconds:,.0f} s, {time.process_time():,.0f} s of processor, peak {peak:.2f} GiB",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+
+
+def _one_case(case: dict[str, Any]) -> dict[str, Any]:
+    """A gradient of one sequence; what it took."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    model = _model(case).to(device)
+    checkpointing = ActivationCheckpointingConfig(policy=case["checkpointing"])
+    model.checkpoint = activation.policy(checkpointing, model.layers)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(case["vocabulary"], (1, case["length"] + 1), generator=generator)
+    before = _peak(device)
+    sequence = _Sequence(model, ids, case["slice"], device)
+    begin, processor = time.perf_counter(), time.process_time()
+    go_backward(sequence, edges_in(case["edges"]))
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    return {
+        "s": time.perf_counter() - begin,
+        "processor_s": time.process_time() - processor,
+        "peak_bytes": _peak(device),
+        "before_bytes": before,
+        "edge_bytes": sequence.edge_bytes,
+        "edges_bytes": sequence.edge_bytes * (len(sequence.lengths) - 1),
+        "gradient_norm": float(norm),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _model(case: dict[str, Any]) -> LanguageModel:
+    context = {"context": {"variant": case["variant"]}} if case["mixer"] == "bst" else {}
+    return LanguageModel(ModelConfig(
+        width=case["width"], heads=case["heads"], ffn=4 * case["width"], block=case["block"], depth=case["depth"],
+        vocab_size=case["vocabulary"], mixer=case["mixer"], **context,
+    ))  # fmt: skip
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Not getrusage's: there a process begins with its parent's figure.
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
+def _print(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    title = ", ".join(f"{name} {value}" for name, value in settings.items())
+    table = Table(box=SIMPLE, title=f"one sequence forward and backward: {title}")
+    columns = ("tokens", "a slice", "edges", "s", "processor s", "ms a token", "peak GiB", "one edge MiB", "edges MiB")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "edges" else "right")
+    for row in rows:
+        size = "at once" if row["slice"] == row["length"] else f"{row['slice']:,}"
+        head = (f"{row['length']:,}", size, row["edges"])
+        if "failed" in row:
+            table.add_row(*head, f"failed ({row['failed']})")
+            continue
+        per_token = 1000 * row["processor_s"] / row["length"]
+        table.add_row(*head, f"{row['s']:,.0f}", f"{row['processor_s']:,.0f}", f"{per_token:.2f}",
+                      f"{row['peak_bytes'] / 2**30:.2f}", f"{row['edge_bytes'] / 2**20:.2f}",
+                      f"{row['edges_bytes'] / 2**20:,.1f}")  # fmt: skip
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    print(json.dumps(_one_case(json.loads(sys.argv[1]))))

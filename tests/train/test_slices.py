@@ -1,0 +1,137 @@
+"""Training in slices, as a user starts it: the run that takes sequences at once, in less memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+import pytest
+import torch
+
+from bst_base.settings import ConfigError, parse
+from bst_dist.checkpoint.directory import load_weights
+from bst_dist.config import Recipe, digest
+from bst_dist.parallel.phases import Phases
+from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.train import loop
+from bst_dist.train.program import train
+from bst_dist.train.start import Request
+
+pytestmark = pytest.mark.usefixtures("unmeasured")
+Go = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture
+def go(recipe_file, tmp_path, on_ranks) -> Go:
+    """``go(run, *overrides, world=…, until=…, resume=…)`` trains the small recipe; returns what the run reports."""
+    recipe = recipe_file(train={"sequence_length": 64, "sequences": 4})
+
+    def train_(run: str, *changes: str, world: int = 1, until: int | None = None, resume: bool = False) -> list:
+        on_ranks(world, lambda ranks: train(Request(recipe, changes, tmp_path / run, resume, until), ranks))
+        return [line for line in read_lines(tmp_path / run / FILE) if line["kind"] in ("train", "eval")]
+
+    return train_
+
+
+def differences(run: list[dict[str, Any]], other: list[dict[str, Any]]) -> list[Any]:
+    """Where two runs tell something else, but for the rounding of single precision."""
+    assert [line["kind"] for line in run] == [line["kind"] for line in other]
+    names = ("loss_nats", "bits_per_byte", "gradient_norm", "loss_by_block")
+    pairs = [(a[n], b[n]) for a, b in zip(run, other, strict=True) for n in names if n in a]
+    return [(a, b) for a, b in pairs if a != pytest.approx(b, rel=2e-4)]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("changes", [
+    ("train.edges=host",),
+    ("data.documents=isolated", "train.edges=disk"),
+    ("data.mode=streaming", "train.carry=true"),
+    ("model.mixer=block-recurrent", "model.block_recurrent.states=4"),
+])  # fmt: skip
+def test_a_run_in_slices_is_the_run_at_once(go, changes):
+    """The same losses, norms and evaluations, step after step; with documents, and with a past from before."""
+    at_once = [change for change in changes if "edges" not in change]
+    assert differences(go("slices", "train.slice_tokens=16", *changes), go("whole", *at_once)) == []
+
+
+@pytest.mark.ranks
+def test_a_run_in_slices_on_a_mesh_is_the_run_of_one_rank(go):
+    """Two ranks to a sequence and two sequences side by side, ZeRO-3, layers that run again, isolated documents."""
+    spread = ("parallel.sp=2", "deepspeed=ds_configs/zero3.json", "activation_checkpointing.policy=every-layer")
+    documents = "data.documents=isolated"
+    assert differences(go("mesh", "train.slice_tokens=16", documents, *spread, world=4), go("one", documents)) == []
+
+
+@pytest.mark.ranks
+def test_a_stopped_run_goes_on_to_the_bit_and_may_go_on_at_once(go, tmp_path, assert_same_run):
+    carried = ("data.mode=streaming", "train.carry=true", "train.slice_tokens=16")
+    go("whole", *carried)
+    go("parts", *carried, until=3)
+    go("parts", *carried, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    whole = go("other", *carried)
+    go("changed", *carried, until=4)
+    assert differences(go("changed", *carried[:2], resume=True), whole) == []
+
+
+@pytest.mark.ranks
+def test_every_slice_is_a_sign_of_life(recipe_file, tmp_path, on_ranks, monkeypatch):
+    """The watchdog reads how many phases were entered: a step of minutes must not look like one that hangs."""
+    entered: Counter[tuple[str, int]] = Counter()
+    honest = Phases.enter
+
+    def enter(self: Phases, name: str, step: int | None = None) -> None:
+        honest(self, name, step)
+        entered[self.name, self.step] += 1
+
+    def count(ranks: Any) -> Counter:
+        train(Request(recipe, ("train.slice_tokens=8",), tmp_path / "run", False, 2), ranks)
+        return entered
+
+    monkeypatch.setattr(Phases, "enter", enter)
+    recipe = recipe_file()
+    (found,) = on_ranks(1, count)  # four sequences of four slices
+    assert (found["forward", 2], found["backward", 2]) == (4 * (3 + 4), 4 * 4)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_step_in_slices_that_is_held_back_changes_no_weight(go, tmp_path, monkeypatch, stage):
+    """The guard judges when the losses of all slices are there, while most of them have gone backward already."""
+    honest, calls = loop.sum_of_batch, count()
+
+    def spoilt(*args: Any) -> torch.Tensor:
+        third_step = 4 * 4 * 2 <= next(calls) < 4 * 4 * 3
+        return honest(*args) * (torch.nan if third_step else 1)
+
+    monkeypatch.setattr(loop, "sum_of_batch", spoilt)
+    keep = ("guard.non_finite=skip", "checkpoint.every=1", "checkpoint.keep_last=9", "evaluation.every=0")
+    lines = go("run", "train.slice_tokens=16", f"deepspeed=ds_configs/zero{stage}.json", *keep, until=4)
+    assert [line["step"] for line in lines] == [1, 2, 4]
+    before, held, after = (load_weights(tmp_path / "run" / "checkpoints" / f"step-{n:08d}") for n in (2, 3, 4))
+    assert all(torch.equal(before[name], held[name]) for name in before)
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.isfinite(value).all() for value in after.values())
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"train": {"slice_tokens": 12}}, "the nearest that does is 8"),
+    ({"train": {"slice_tokens": 24}}, "must be a multiple of model.block x parallel.sp = 8 x 1 and divide"),
+    ({"train": {"slice_tokens": 8}, "parallel": {"sp": 2}}, "the nearest that does is 16"),
+    ({"train": {"edges": "disk"}}, "only slices leave edges"),
+    ({"train": {"slice_tokens": 8}, "model": {"mixer": "full"}}, "full attention sees all keys before a slice"),
+    ({"train": {"slice_tokens": 8}, "model": {"mixer": "transformer-xl", "transformer_xl": {"window": 16}}},
+     "make it a multiple of 16"),
+])  # fmt: skip
+def test_what_has_no_slices_is_refused_with_the_reason(settings, changes, message):
+    changed = {section: {**settings.get(section, {}), **values} for section, values in changes.items()}
+    with pytest.raises(ConfigError, match=message):
+        parse(Recipe, settings | changed)
+
+
+def test_slices_and_the_place_of_edges_are_not_what_a_run_is(settings):
+    """So a run may go on with others, and recipes from before there were any keep their digests."""
+    sliced = settings | {"train": settings["train"] | {"slice_tokens": 8, "edges": "disk"}}
+    assert digest(parse(Recipe, sliced)) == digest(parse(Recipe, settings))
