@@ -140,7 +140,7 @@ def _nearest(cls: type[Config], owner: type[Config] | None, location: list[str])
         return f": did you mean {prefix + close[0]!r}?"
     by_leaf = {name.rpartition(".")[2]: name for name in reversed([name for name, *_ in fields(cls)])}
     elsewhere = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8)
-    if elsewhere:
+    if elsewhere and by_leaf[elsewhere[0]] != ".".join(location):  # else another kind of the section has it
         return f": did you mean {by_leaf[elsewhere[0]]!r}?"
     return f"; known there: {', '.join(siblings)}" if siblings else ""
 

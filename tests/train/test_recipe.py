@@ -23,8 +23,9 @@ def test_every_setting_is_documented():
     assert [name for name, _, _, meaning in fields(Recipe) if not meaning] == []
 
 
-# The others in ablations/ are experiments with that one (tests/study/experiment/test_design.py).
-EXPERIMENTS = set((ROOT / "launch/recipes/ablations").glob("*.yaml")) - {ROOT / "launch/recipes/ablations/base.yaml"}
+# The others of these folders are experiments with their base.yaml (tests/study/experiment/test_design.py).
+FOLDERS = [ROOT / "launch/recipes" / name for name in ("ablations", "diagnostics")]
+EXPERIMENTS = {path for folder in FOLDERS for path in folder.glob("*.yaml") if path.name != "base.yaml"}
 RECIPES = sorted(set((ROOT / "launch/recipes").rglob("*.yaml")) - EXPERIMENTS)
 
 

@@ -15,6 +15,8 @@ class MeasureConfig(Config):
 
     validation: bool = True
     """Bits per byte of the run's own last evaluation: sequences of the training length."""
+    task: bool = False
+    """Accuracy, and nats a label, of the run's own last evaluation of a synthetic task; set `validation` to false."""
     lengths: list[int] = Field(default_factory=list)
     """Bits per byte by evaluation length: the model forgets after so many tokens, a multiple of the block. All lengths
     predict the same tokens of the validation documents (`bst_dist.study.lengths.measure`)."""
@@ -31,8 +33,8 @@ class MeasureConfig(Config):
             raise ValueError("lengths holds a value twice")
         if any(length < 1 for length in self.lengths):
             raise ValueError("lengths must be positive")
-        if not (self.validation or self.lengths or self.speed or self.time_to):
-            raise ValueError("nothing is measured: set validation, lengths, speed or time_to")
+        if not (self.validation or self.task or self.lengths or self.speed or self.time_to):
+            raise ValueError("nothing is measured: set validation, task, lengths, speed or time_to")
         return self
 
 

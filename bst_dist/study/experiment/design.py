@@ -13,6 +13,7 @@ from bst_dist.config import Recipe
 from bst_dist.study.experiment.config import ExperimentConfig
 from bst_dist.study.sweep.design import named, settled
 from data_pipeline.serve.loader import open_corpora
+from data_pipeline.synthetic.config import SyntheticConfig
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Trial:
 
 
 def trials(experiment: ExperimentConfig) -> list[Trial]:
-    """All runs, a seed after the other, so that what slows the machine for a while slows all arms alike.
+    """All runs, a condition after the other, so that what is done first is whole; in it a seed after the other, so that
+    what slows the machine for a while slows all arms alike.
 
     Raises ConfigError for settings that make no recipe, arms that are one and the same, and arms of a condition that
     would train on different numbers of tokens; UserError when there is no such corpus.
@@ -47,8 +49,8 @@ def trials(experiment: ExperimentConfig) -> list[Trial]:
     base = settled(_base(Path(experiment.recipe)), experiment.settings)
     found = [
         _trial(base, experiment, condition, arm, seed)
-        for seed in experiment.seeds
         for condition in experiment.conditions
+        for seed in experiment.seeds
         for arm in experiment.arms
     ]
     for condition in experiment.conditions:
@@ -58,9 +60,9 @@ def trials(experiment: ExperimentConfig) -> list[Trial]:
 
 
 def require_corpora(found: list[Trial]) -> None:
-    """Raise UserError when a corpus of the runs cannot be read."""
+    """Raise UserError when a corpus of the runs cannot be read; synthetic tasks have none."""
     for data in {trial.recipe.data.model_dump_json(): trial.recipe.data for trial in found}.values():
-        for split in ("train", "validation"):
+        for split in ("train", "validation") if data.urls() else ():
             open_corpora(data, split)
 
 
@@ -109,6 +111,13 @@ def _require_measurable(found: list[Trial], experiment: ExperimentConfig) -> Non
     measure = experiment.measure
     for trial in found:
         block, recipe = trial.recipe.model.block, trial.recipe
+        synthetic = isinstance(recipe.data, SyntheticConfig)
+        if synthetic and (measure.validation or measure.lengths or measure.time_to is not None):
+            raise ConfigError(
+                f"{experiment.name}: a synthetic task has no text: set measure.task, not validation, lengths or time_to"
+            )
+        if measure.task and not synthetic:
+            raise ConfigError(f"{experiment.name}: measure.task is for synthetic tasks (data.synthetic)")
         if bad := [length for length in measure.lengths if length % block]:
             raise ConfigError(f"{experiment.name}: measure.lengths {bad[0]} is not a multiple of the block, {block}")
         if measure.time_to is not None and not 0 < recipe.evaluation.every < recipe.train.steps:

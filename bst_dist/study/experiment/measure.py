@@ -46,6 +46,11 @@ def columns(measure: MeasureConfig) -> list[Column]:
     found = []
     if measure.validation:
         found.append(Column("bits_per_byte", "validation, bits/byte", 4, "bits/byte"))
+    if measure.task:
+        found += [
+            Column("accuracy", "accuracy", 4, "accuracy"),
+            Column("loss_nats", "loss, nats/label", 4, "nats/label"),
+        ]
     for length in measure.lengths:
         title = f"bits/byte at {length:,}"
         found.append(Column(_at(length), title, 4, "length" if len(measure.lengths) > 1 else title))
@@ -86,6 +91,9 @@ def measure_run(run_dir: Path, asked: MeasureConfig, kept: Path, say: Callable[[
     if asked.validation:
         last = next(line for line in reversed(lines) if line["kind"] == "eval")
         found.readings["bits_per_byte"] = Reading(last["bits_per_byte"])
+    if asked.task:
+        last = next(line for line in reversed(lines) if line["kind"] == "eval")
+        found.readings |= {key: Reading(last[key]) for key in ("accuracy", "loss_nats")}
     if asked.speed:
         found.readings.update(_speed(lines))
     if asked.time_to is not None:

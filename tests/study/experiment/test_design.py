@@ -5,15 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from bst_base.errors import UserError
 from bst_dist.cli import main
+from bst_dist.model.lm import LanguageModel
 from bst_dist.study.experiment.config import load_experiment
 from bst_dist.study.experiment.design import require_corpora, trials
 
 ROOT = Path(__file__).resolve().parents[3]
-SHIPPED = sorted(path for path in (ROOT / "launch/recipes/ablations").glob("*.yaml") if path.name != "base.yaml")
+FOLDERS = [ROOT / "launch/recipes" / name for name in ("ablations", "diagnostics")]
+SHIPPED = sorted(path for folder in FOLDERS for path in folder.glob("*.yaml") if path.name != "base.yaml")
+DIAGNOSTICS = [path for path in SHIPPED if path.parent.name == "diagnostics"]
 
 
 @pytest.fixture
@@ -41,9 +45,9 @@ def make(tmp_path):
 def test_every_arm_is_run_under_every_condition_with_every_seed(make):
     _, found = make(conditions={"short": {}, "long": {"train": {"sequence_length": 32, "sequences": 1}}})
     assert [(t.seed, t.condition, t.arm) for t in found] == [
-        (seed, condition, arm) for seed in (0, 1) for condition in ("short", "long") for arm in ("sliding", "bst")
+        (seed, condition, arm) for condition in ("short", "long") for seed in (0, 1) for arm in ("sliding", "bst")
     ]
-    long = found[2].recipe
+    long = found[4].recipe
     assert (long.seed, long.model.mixer, long.train.sequence_length, long.train.steps) == (0, "sliding", 32, 4)
     assert len({trial.name for trial in found}) == 8
 
@@ -104,3 +108,23 @@ def test_the_experiments_that_come_with_the_project_are_sound(path):
     found = trials(experiment)
     assert len(found) == len(experiment.conditions) * len(experiment.arms) * len(experiment.seeds)
     assert len({trial.tokens for trial in found}) == 1
+
+
+@pytest.mark.parametrize("path", DIAGNOSTICS, ids=lambda path: path.stem)
+def test_arms_of_the_diagnostics_have_equal_parameters(path):
+    sizes: dict[str, dict[str, int]] = {}
+    for trial in trials(load_experiment(path, ["seeds=[0]"])):
+        if trial.arm != "block-recurrent":  # the ids of its states are more than a feed-forward network can make up for
+            with torch.device("meta"):
+                parameters = sum(p.numel() for p in LanguageModel(trial.recipe.model).parameters())
+            sizes.setdefault(trial.condition, {})[trial.arm] = parameters
+    assert all(max(found.values()) / min(found.values()) < 1.005 for found in sizes.values()), sizes
+
+
+def test_what_a_synthetic_task_cannot_be_measured_by_is_refused(make):
+    experiment = load_experiment(DIAGNOSTICS[0], ["measure={validation: true, task: true}"])
+    with pytest.raises(UserError, match=r"a synthetic task has no text: set measure\.task"):
+        trials(experiment)
+    require_corpora(trials(load_experiment(DIAGNOSTICS[0], [])))  # there are none to be missing
+    with pytest.raises(UserError, match=r"measure\.task is for synthetic tasks \(data\.synthetic\)"):
+        make(measure={"task": True})
