@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -23,6 +24,7 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    flex_attention,
 }
 
 
@@ -40,10 +42,22 @@ def contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
     return _Keep(outputs), _Give(outputs)
 
 
-class _Keep(TorchDispatchMode):
+class _Mode(TorchDispatchMode):
+    """Sees FlexAttention, an operator of operators, and does not keep the compiler from what runs inside it."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
     def __init__(self, outputs: deque[tuple[Any, Any]]) -> None:
         super().__init__()
         self.outputs = outputs
+
+
+class _Keep(_Mode):
+    """The first run: lets everything happen, and keeps what is to be kept."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -52,10 +66,8 @@ class _Keep(TorchDispatchMode):
         return result
 
 
-class _Give(TorchDispatchMode):
-    def __init__(self, outputs: deque[tuple[Any, Any]]) -> None:
-        super().__init__()
-        self.outputs = outputs
+class _Give(_Mode):
+    """The second run: gives what was kept instead of computing it again."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not keeps(func, args):

@@ -101,6 +101,11 @@ class Documents(NamedTuple):
     kinds: int
     """Documents that can meet in one window: numbers modulo this tell them apart."""
 
+    def begin(self, length: int) -> Tensor:
+        """The first key of the document of each of the last `length` keys, (B, l) int32."""
+        number = self.number.contiguous()
+        return torch.searchsorted(number, number[:, number.shape[1] - length :].contiguous(), out_int32=True)
+
 
 def documents_of(starts: Tensor, length: int, keys: int, window: int) -> Documents:
     """The document of each of p + l keys, from the blocks of the slice that begin one, (B, l / W).
@@ -154,8 +159,8 @@ def sliding_attention(
     k, v = k.to(q.dtype), v.to(q.dtype)
     path = attention_path(q.device)
     if path == "flex":
-        number = None if documents is None else documents.number
-        return flex_sliding_attention(q, k, v, window, bias, include_self, number)
+        begin = None if documents is None else documents.begin(q.shape[1])
+        return flex_sliding_attention(q, k, v, window, bias, include_self, begin, varying)
     if documents is not None:
         q, k = separate_documents(q, k, documents)
     tile = fused_tile(window)

@@ -1,48 +1,134 @@
 """Sliding attention on a GPU: FlexAttention, compiled to one fused kernel with its mask and bias (arXiv 2412.05496).
 
-It skips whole tiles outside the band, keeps no scores, and differentiates the bias. It has no backward pass on a CPU.
+It skips whole tiles outside the band and keeps no scores. The learned bias enters the kernel as a constant: a kernel
+that differentiates it adds to one small table from all scores by atomics, in no fixed order. Its gradient comes from
+the near diagonals alone (`bias_gradient`), in plain torch and in a fixed order, so the whole is deterministic.
+
+What is compiled, and how often: inside a compiled layer, flex is part of that graph. Else training has one graph for
+its one shape, and everything without gradients shares graphs whose batch, queries and keys are dynamic. Slices that are
+no whole tiles (a token at a time, the rest of a prompt) compile nothing. More than GRAPHS graphs are an error: torch
+would go on with an uncompiled form that holds all scores.
+
+Shapes: B rows, l queries, p positions before them, H heads, dh head width, W window, t queries or keys of a tile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
 TILE = 128
 """Queries, and keys, of a tile: FlexAttention's own default."""
 
+SHORT = 1024
+"""Slices up to this long that are no whole tiles, or one tile, go without FlexAttention: their scores are few."""
+
+GRAPHS = 8
+"""Graphs of one kind, training or without gradients, after which one more is an error."""
+
+BACKEND = "inductor"
+"""What compiles FlexAttention; tests on a CPU put another in its place."""
+
 
 def flex_sliding_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, include_self: bool, documents: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    bias: Tensor | None,
+    include_self: bool,
+    begin: Tensor | None = None,
+    varying: int | None = None,
 ) -> Tensor:
-    """As `attention.sliding_attention`, with documents (B, p + l) int: which document each position belongs to."""
-    length, keys = q.shape[1], k.shape[1]
-    before = keys - length
-    band = Band(length, keys, window, include_self)
-    seen = band.mask()
+    """As `attention.sliding_attention`, with documents as `begin` (B, l) int32: the first key each query may see."""
+    length = q.shape[1]
+    if length < 2 * TILE or (length % TILE and length <= SHORT):
+        return short_attention(q, k, v, window, bias, include_self, begin)
+    settings = Settings(window, include_self, min(varying or window + 1, window + 1))
+    if torch.compiler.is_compiling():
+        return _attend(q, k, v, bias, begin, settings)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias)):
+        return _limited(_compiled(_attend, BACKEND, dynamic=False), q, k, v, bias, begin, settings)
+    return _without_gradients(q, k, v, bias, begin, settings)
 
-    def same_document(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return seen(b, h, query, key) & (documents[b, query + before] == documents[b, key])
+
+class Settings(NamedTuple):
+    """What one layer's attention is, whatever the slice."""
+
+    window: int
+    include_self: bool
+    varying: int
+    """From which distance on the bias is the same."""
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, begin: Tensor | None, settings: Settings,
+            tiles: tuple[Tensor, ...] | None = None) -> Tensor:  # fmt: skip
+    """One FlexAttention call, and the bias's gradient beside it; `tiles` as of `visited_tiles`, None: made here."""
+    band = Band(q.shape[1], k.shape[1], settings.window, settings.include_self)
+    constant = None if bias is None else bias.detach()
 
     def add_bias(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return score + bias[h, (query + before - key).clamp(0, window)]
+        return score + constant[h, (query + band.before - key).clamp(0, settings.window)]
 
-    blocks = block_mask(band, str(q.device), None if documents is None else same_document)
-    attend = _compiled() if q.is_cuda else flex_attention
+    mask = block_mask(band, begin, visited_tiles(band, q.device, begin) if tiles is None else tiles)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = attend(q, k, v, score_mod=None if bias is None else add_bias, block_mask=blocks, scale=1.0)
+    out, aux = flex_attention(
+        q, k, v, None if bias is None else add_bias, mask, scale=1.0, return_aux=AuxRequest(lse=True)
+    )
+    if bias is not None and bias.requires_grad:
+        lse = aux.lse.detach()
+        out = _BiasGradient.apply(out, bias, q.detach(), k.detach(), v.detach(), lse, begin, settings)
     return out.transpose(1, 2)
+
+
+def _without_gradients(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, begin: Tensor | None, settings: Settings):
+    """The same in graphs that serve every batch and length.
+
+    A stream that has just begun gets hidden keys in front, so that it differs from a later slice in numbers alone:
+    torch compiles equal and unequal lengths of queries and keys apart, as it does one row and several.
+    """
+    missing = max(0, min(settings.window, TILE) - (k.shape[1] - q.shape[1]))
+    q, k, v = (F.pad(x, (0, 0, 0, 0, more, 0)).contiguous() for x, more in ((q, 0), (k, missing), (v, missing)))
+    begin = q.new_zeros(1, q.shape[1], dtype=torch.int32) if begin is None else begin
+    begin = (begin + missing).expand(len(q), -1).contiguous()
+    band = Band(q.shape[1], k.shape[1], settings.window, settings.include_self)
+    tiles = visited_tiles(band, q.device, begin)
+    for x in (q, k, v, begin, *tiles):
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        torch._dynamo.maybe_mark_dynamic(x, 1)
+    for x in tiles:
+        for dimension in range(2, x.dim()):
+            torch._dynamo.maybe_mark_dynamic(x, dimension)
+    with torch.no_grad():
+        bias = None if bias is None else bias.detach()
+        return _limited(_compiled(_attend, BACKEND, dynamic=None), q, k, v, bias, begin, settings, tiles)
+
+
+@cache
+def _compiled(function: Callable[..., Tensor], backend: object, dynamic: bool | None) -> Callable[..., Tensor]:
+    def attend(*arguments: object) -> Tensor:  # a code object of its own: torch counts graphs by code
+        return function(*arguments)
+
+    return torch.compile(attend, fullgraph=True, dynamic=dynamic, backend=backend)
+
+
+def _limited(compiled: Callable[..., Tensor], *arguments: object) -> Tensor:
+    with torch._dynamo.config.patch(recompile_limit=GRAPHS):
+        return compiled(*arguments)
 
 
 @dataclass(frozen=True)
 class Band:
-    """Which keys each query sees: the last ones up to its own, in whichever document."""
+    """Which keys each query sees: the last ones up to its own."""
 
     length: int
     """Queries l."""
@@ -51,58 +137,203 @@ class Band:
     window: int
     include_self: bool
 
-    def mask(self) -> Mask:
-        """The same in FlexAttention's form, which must be a plain function."""
-        before, nearest, window = self.keys - self.length, self.nearest, self.window
-
-        def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            distance = query + before - key
-            return (distance >= nearest) & (distance < window + nearest)
-
-        return seen
+    @property
+    def before(self) -> int:
+        """Positions before the first query, p."""
+        return self.keys - self.length
 
     @property
     def nearest(self) -> int:
         """The smallest distance seen."""
         return 0 if self.include_self else 1
 
+    def mask(self, begin: Tensor | None = None) -> Mask:
+        """The same in FlexAttention's form, which must be a plain function."""
+        before, nearest, window = self.before, self.nearest, self.window
 
-def block_mask(band: Band, device: str, finer: Mask | None = None) -> BlockMask:
-    """Which tiles FlexAttention visits, from the band's arithmetic; `finer` is a mask that hides more of them.
+        def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            distance = query + before - key
+            return (distance >= nearest) & (distance < window + nearest)
 
-    torch's `create_block_mask` would make the whole (l, p + l) mask first: 16 GB for a slice of 128k tokens.
+        def seen_in_document(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return seen(b, h, query, key) & (key >= begin[b, query])
+
+        return seen if begin is None else seen_in_document
+
+
+def block_mask(band: Band, begin: Tensor | None, tiles: tuple[Tensor, ...]) -> BlockMask:
+    """Band and documents as FlexAttention takes them, with the tiles to visit."""
+    return BlockMask((band.length, band.keys), *tiles, BLOCK_SIZE=(TILE, TILE), mask_mod=band.mask(begin))
+
+
+def visited_tiles(band: Band, device: torch.device | str, begin: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Which tiles FlexAttention visits, from arithmetic alone: those that a row of tiles visits are one run.
+
+    torch's `create_block_mask` would make the whole (l, p + l) mask first: 16 GB for a slice of 128k tokens; and its
+    constructors sort, which is no fused kernel.
+
+    Args:
+        begin: (B, l) int32, growing along a row: the first key each query may see.
     """
-    touched, inside = _tiles_of(band, device)
-    if finer is not None:
-        return _of_tiles(touched, None, finer, band)
-    return _of_tiles(touched & ~inside, inside, band.mask(), band)
+    by_query = _in_runs(*_keys_of_query_tiles(band, device, begin), -(-band.keys // TILE))
+    by_key = _in_runs(*_queries_of_key_tiles(band, device, begin), -(-band.length // TILE))
+    return *by_query, *by_key
 
 
-@lru_cache(maxsize=8)
-def _tiles_of(band: Band, device: str) -> tuple[Tensor, Tensor]:
-    """Tiles of which some pair is seen, and those of which all pairs are, (tiles of queries, tiles of keys) bool."""
-    first_query = torch.arange(0, band.length, TILE, device=device).unsqueeze(1) + band.keys - band.length
-    first_key = torch.arange(0, band.keys, TILE, device=device)
-    last_query = (first_query + TILE - 1).clamp(max=band.keys - 1)
-    last_key = (first_key + TILE - 1).clamp(max=band.keys - 1)
-    nearest, furthest = first_query - last_key, last_query - first_key
-    touched = (furthest >= band.nearest) & (nearest < band.window + band.nearest)
-    inside = (nearest >= band.nearest) & (furthest < band.window + band.nearest)
-    whole = (last_query - first_query == TILE - 1) & (last_key - first_key == TILE - 1)
-    return touched, inside & whole
+def _keys_of_query_tiles(band: Band, device: torch.device | str, begin: Tensor | None) -> tuple[Tensor, ...]:
+    """Runs of tiles of keys for each tile of queries, (1 or B, tiles): visited first and last, seen whole ones."""
+    row = torch.arange(-(-band.length // TILE), device=device, dtype=torch.int32)
+    first = row * TILE + band.before
+    last = (first + TILE - 1).clamp(max=band.keys - 1)
+    low = (first - band.window - band.nearest + 1).clamp(min=0).unsqueeze(0)
+    high = (last - band.window - band.nearest + 1).clamp(min=0).unsqueeze(0)  # what the last query sees first
+    if begin is not None:
+        low = torch.maximum(low, begin.index_select(1, row * TILE))
+        high = torch.maximum(high, begin.index_select(1, last - band.before))
+    visited = _down(low), _down((last - band.nearest).unsqueeze(0))
+    whole = _up(high), _down((first - band.nearest + 1).unsqueeze(0)) - 1
+    return *visited, whole[0], torch.where((row + 1) * TILE <= band.length, whole[1], -1)
 
 
-def _of_tiles(partial: Tensor, full: Tensor | None, mask: Mask, band: Band) -> BlockMask:
-    visited = [*_in_order(partial), *((None, None) if full is None else _in_order(full))]
-    return BlockMask.from_kv_blocks(*visited, BLOCK_SIZE=TILE, mask_mod=mask, seq_lengths=(band.length, band.keys))
+def _queries_of_key_tiles(band: Band, device: torch.device | str, begin: Tensor | None) -> tuple[Tensor, ...]:
+    """Runs of tiles of queries for each tile of keys, as above; what the backward pass goes by."""
+    column = torch.arange(-(-band.keys // TILE), device=device, dtype=torch.int32)
+    first = column * TILE
+    last = (first + TILE - 1).clamp(max=band.keys - 1)
+    end = (last + band.window + band.nearest - 1 - band.before).clamp(max=band.length - 1).unsqueeze(0)
+    inner = (first + band.window + band.nearest - 1 - band.before).unsqueeze(0)  # what still sees the first key
+    if begin is not None:  # queries whose document begins at a key or before it
+        keys = torch.stack((last, first)).expand(len(begin), -1, -1)  # (B, 2, tiles)
+        ends = torch.searchsorted(begin.contiguous(), keys.flatten(1).contiguous(), right=True, out_int32=True) - 1
+        end = torch.minimum(end, ends[:, : len(column)])
+        inner = torch.minimum(inner, ends[:, len(column) :])
+    visited = _down((first + band.nearest - band.before).clamp(min=0).unsqueeze(0)), _down(end)
+    whole = _up((last + band.nearest - band.before).clamp(min=0).unsqueeze(0)), _down(inner + 1) - 1
+    complete = torch.minimum(whole[1], torch.full_like(whole[1], band.length // TILE - 1))
+    return *visited, whole[0], torch.where(last - first == TILE - 1, complete, -1)
 
 
-def _in_order(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """How many tiles of keys each tile of queries visits, (1, 1, rows), and all of them, those first."""
-    order = tiles.int().argsort(dim=1, descending=True, stable=True).int()
-    return tiles.sum(1, dtype=torch.int32)[None, None], order[None, None].contiguous()
+def _down(position: Tensor) -> Tensor:
+    return torch.div(position, TILE, rounding_mode="floor")
 
 
-@cache
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+def _up(position: Tensor) -> Tensor:
+    return _down(position + TILE - 1)
+
+
+def _in_runs(first: Tensor, last: Tensor, whole_first: Tensor, whole_last: Tensor, columns: int) -> tuple[Tensor, ...]:
+    """FlexAttention's form of runs: how many tiles need the mask and which, how many are whole and which.
+
+    Of the visited run, the whole tiles are a run in its middle; (1 or B, rows) each -> (B, 1, rows[, columns]).
+    """
+    visited = (last - first + 1).clamp(min=0)
+    whole = torch.minimum((whole_last - whole_first + 1).clamp(min=0), visited)
+    left = torch.where(whole > 0, whole_first - first, visited).unsqueeze(-1)  # tiles before the whole ones
+    place = torch.arange(columns, device=first.device, dtype=torch.int32)
+    partly = first.unsqueeze(-1) + place + torch.where(place < left, 0, whole.unsqueeze(-1))
+    wholly = whole_first.unsqueeze(-1) + place
+    counts = (visited - whole, partly), (whole, wholly)
+    return tuple(
+        x.expand(len(visited), *x.shape[1:]).to(torch.int32).unsqueeze(1).contiguous()
+        for number, tiles in counts
+        for x in (number, tiles.clamp(0, columns - 1))
+    )
+
+
+class _BiasGradient(torch.autograd.Function):
+    """The identity on the attention's output, whose backward pass gives the bias its gradient."""
+
+    @staticmethod
+    def forward(ctx, out, bias, q, k, v, lse, begin, settings):
+        ctx.save_for_backward(out, bias, q, k, v, lse, begin)
+        ctx.settings = settings
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        out, bias, q, k, v, lse, begin = ctx.saved_tensors
+        d_bias = bias_gradient(d_out, out, bias, q, k, v, lse, begin, ctx.settings)
+        return d_out, d_bias, None, None, None, None, None, None
+
+
+def bias_gradient(
+    d_out: Tensor, out: Tensor, bias: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, begin: Tensor | None,
+    settings: Settings,
+) -> Tensor:  # fmt: skip
+    """(H, W + 1): the gradient of the scores, summed over all pairs of a distance, near ones one by one.
+
+    From `varying` on all distances share one bias, and a softmax gives back a gradient that sums to zero over the keys
+    of a query, so the far ones together have minus what the near ones have. Products are in the dtype of the inputs,
+    sums in single precision at least; diagonals are summed by a reshape, with no atomics.
+
+    Shapes: q, out (B, H, l, dh), k, v (B, H, p + l, dh), lse (B, H, l).
+    """
+    wide = torch.promote_types(lse.dtype, torch.float32)
+    near, length, before = settings.varying, q.shape[2], k.shape[2] - q.shape[2]
+    more = -length % TILE
+    inner = (d_out.to(wide) * out).sum(-1)
+    q, d_out = (_tiles(F.pad(x, (0, 0, 0, more))) for x in (q, d_out))  # (B, H, n, t, dh)
+    inner, lse = (F.pad(x.to(wide), (0, more)).unflatten(2, (-1, TILE)).unsqueeze(-1) for x in (inner, lse))
+    begin = None if begin is None else F.pad(begin, (0, more)).view(len(begin), 1, -1, TILE, 1)
+    place = torch.arange(TILE, device=q.device)
+    query = (before + torch.arange(length + more, device=q.device)).view(-1, TILE, 1)  # among the keys
+    d_near = bias.new_zeros(len(bias), 0, dtype=wide)
+    for shift in range(-(-near // TILE) + 1):
+        first = before - shift * TILE  # the tile of keys that meets the first tile of queries
+        keys, values = (_tiles(_shifted(x, first, length + more)) for x in (k, v))
+        distance = shift * TILE + place.unsqueeze(1) - place
+        key = query - distance
+        seen = (distance >= (0 if settings.include_self else 1)) & (distance < near)
+        seen = seen & (distance < settings.window + (0 if settings.include_self else 1))
+        seen = seen & (key >= (0 if begin is None else begin)) & (query < before + length)
+        scores = (q @ keys.mT).to(wide) + bias.to(wide)[:, distance.clamp(0, settings.window)].unsqueeze(1)
+        weights = torch.where(seen, torch.exp(scores - lse), 0.0)
+        d_scores = ((d_out @ values.mT).to(wide) - inner) * weights
+        sums = _by_distance(d_scores.sum((0, 2)))  # (H, 2 t - 1): distances shift t - (t - 1) and on
+        d_near = sums[:, TILE - 1 :] if shift == 0 else _add_overlapping(d_near, sums)
+    d_near = d_near[:, :near]
+    if near < bias.shape[1]:
+        far = -d_near.sum(1, keepdim=True)
+        d_near = F.pad(torch.cat((d_near, far), dim=1), (0, bias.shape[1] - near - 1))
+    return d_near.to(bias.dtype)
+
+
+def _tiles(x: Tensor) -> Tensor:
+    """(B, H, n t, dh) -> (B, H, n, t, dh)."""
+    return x.unflatten(2, (-1, TILE))
+
+
+def _shifted(x: Tensor, first: int, length: int) -> Tensor:
+    """Positions first ... first + length - 1 of (B, H, keys, dh), zeros where there are none."""
+    return F.pad(x, (0, 0, -first, first + length - x.shape[2]))
+
+
+def _by_distance(x: Tensor) -> Tensor:
+    """Sums of a tile's diagonals, by query - key from 1 - t to t - 1: (H, t, t) -> (H, 2 t - 1)."""
+    side = x.shape[1]
+    skewed = F.pad(x.flip(2), (0, side)).flatten(1)[:, : side * (2 * side - 1)]  # a row moves by one place
+    return skewed.view(len(x), side, 2 * side - 1).sum(1)
+
+
+def _add_overlapping(sums: Tensor, following: Tensor) -> Tensor:
+    """Sums by distance of one more tile back, whose first t - 1 distances the tile before it had as well."""
+    shared = following.shape[1] // 2
+    return torch.cat((sums[:, :-shared], sums[:, -shared:] + following[:, :shared], following[:, shared:]), dim=1)
+
+
+def short_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, include_self: bool, begin: Tensor | None
+) -> Tensor:
+    """The same for few queries, with their scores: (B, l, H, dh), (B, p + l, H, dh) twice -> (B, l, H, dh)."""
+    band = Band(q.shape[1], k.shape[1], window, include_self)
+    query = torch.arange(band.length, device=q.device).unsqueeze(1)
+    key = torch.arange(band.keys, device=q.device)
+    seen = band.mask()(None, None, query, key)
+    if begin is not None:
+        seen = seen & (key >= begin.view(len(begin), 1, -1, 1))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
+    if bias is not None:
+        scores = scores + bias[:, (query + band.before - key).clamp(0, window)]
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    return ((torch.softmax(scores, dim=-1) * seen).to(v.dtype) @ v).transpose(1, 2)

@@ -96,8 +96,8 @@ def test_the_fused_path_equals_the_tiles(before, with_documents, monkeypatch):
     inputs = [torch.randn(2, n, 2, 64, device="cuda", requires_grad=True) for n in shapes]
     bias = torch.randn(2, BLOCK + 1, device="cuda", requires_grad=True)
     weight = torch.randn(2, LENGTH, 2, 64, device="cuda")
-    number = None if documents is None else documents.number
-    fused = flex_sliding_attention(*inputs, BLOCK, bias, True, number)
+    begin = None if documents is None else documents.begin(LENGTH)
+    fused = flex_sliding_attention(*inputs, BLOCK, bias, True, begin)
     monkeypatch.setattr(attention_module, "attention_path", lambda device: "tiles")
     tiled = sliding_attention(*inputs, BLOCK, bias, True, documents)
     torch.testing.assert_close(fused, tiled, rtol=1e-4, atol=1e-4)

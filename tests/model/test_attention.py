@@ -6,11 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import create_block_mask
 
 from bst_dist.model.attention import DistanceBias, SlidingAttention, documents_of, rotate, sliding_attention
 from bst_dist.model.config import AttentionConfig
-from bst_dist.model.flex import Band, block_mask, flex_sliding_attention
 from bst_dist.parallel.past import Past
 
 
@@ -62,38 +60,6 @@ def test_documents_are_kept_apart_also_in_windows_of_several_blocks(starts, wind
     ours = sliding_attention(q, k, v, window, None, True, documents)
     expected = query_by_query(q, k, v, window, None, True, documents.number.tolist())
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("include_self", [True, False])
-@pytest.mark.parametrize("with_documents", [True, False])
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_the_fused_path_equals_the_tiles(include_self, with_documents):
-    """FlexAttention, uncompiled: its mask and bias are what the tiles compute. It has no gradients on a CPU."""
-    torch.manual_seed(0)
-    q = torch.randn(2, 64, 2, 16)
-    k, v = torch.randn(2, 2, 16 + 64, 2, 16)
-    bias = torch.randn(2, 17)
-    starts = torch.tensor([[False, True, False, False], [True, False, False, True]])
-    documents = documents_of(starts, 64, 80, 16) if with_documents else None
-    number = documents.number if with_documents else None
-    with torch.no_grad():
-        fused = flex_sliding_attention(q, k, v, 16, bias, include_self, number)
-    tiled = sliding_attention(q, k, v, 16, bias, include_self, documents)
-    torch.testing.assert_close(fused, tiled, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("include_self", [True, False])
-@pytest.mark.parametrize(
-    ("length", "before", "window"), [(512, 0, 256), (384, 128, 200), (300, 7, 129), (128, 512, 512)]
-)
-def test_the_tiles_that_flexattention_visits_are_those_torch_finds_from_the_whole_mask(
-    length, before, window, include_self
-):
-    band = Band(length, before + length, window, include_self)
-    ours, torchs = block_mask(band, "cpu"), create_block_mask(band.mask(), None, None, length, before + length, "cpu")
-    assert torch.equal(ours.to_dense(), torchs.to_dense())
-    assert torch.equal(ours.full_kv_num_blocks, torchs.full_kv_num_blocks)
-    assert ours.seq_lengths == torchs.seq_lengths
 
 
 @pytest.mark.parametrize("include_self", [True, False])

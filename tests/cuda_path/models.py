@@ -1,0 +1,50 @@
+"""Every model of the project, small, in blocks of whole tiles."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bst_dist.model.lm import LanguageModel, ModelConfig
+
+BLOCK, LENGTH, VOCABULARY = 128, 256, 29
+
+MODELS = {
+    "sliding T5": {"mixer": "sliding"},
+    "sliding RoPE": {"mixer": "sliding", "attention": {"position": "rope"}},
+    "without self": {"mixer": "sliding", "attention": {"include_self": False}},
+    "SH": {"mixer": "bst", "context": {"variant": "SH"}},
+    "SH RoPE": {"mixer": "bst", "context": {"variant": "SH"}, "attention": {"position": "rope"}},
+    "SH previous": {"mixer": "bst", "context": {"variant": "SH", "attend": "previous"}},
+    "MH": {"mixer": "bst", "context": {"variant": "MH"}},
+    "MF": {"mixer": "bst", "context": {"variant": "MF", "states": 3}},
+    "without cross": {"mixer": "bst-no-cross"},
+    "SH hyena": {"mixer": "bst", "ssm": {"kernel": "hyena", "length": LENGTH}},
+    "MF explicit": {"mixer": "bst", "context": {"variant": "MF", "states": 3},
+                    "ssm": {"kernel": "explicit", "length": LENGTH}},
+    "SH DPLR": {"mixer": "bst", "ssm": {"kernel": "s4-dplr"}},
+    "Transformer-XL": {"mixer": "transformer-xl", "transformer_xl": {"window": 256}},
+    "Block-Recurrent": {"mixer": "block-recurrent", "block_recurrent": {"states": 8}},
+    "GSS": {"mixer": "gss"},
+    "pure SSM": {"mixer": "ssm"},
+    "full T5": {"mixer": "full", "full": {"longest": 1024}},
+    "full RoPE": {"mixer": "full", "full": {"longest": 1024}, "attention": {"position": "rope"}},
+}  # fmt: skip
+
+
+def build(name: str, **changes: object) -> LanguageModel:
+    """Two layers, the first of them sliding, the second the model's own."""
+    torch.manual_seed(0)
+    settings = {"width": 32, "heads": 2, "ffn": 64, "block": BLOCK, "depth": 2, "placement": [1],
+                "vocab_size": VOCABULARY}  # fmt: skip
+    model = LanguageModel(ModelConfig(**settings | MODELS[name] | changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def tokens(length: int = LENGTH, rows: int = 2) -> tuple[Tensor, Tensor]:
+    """Input ids and labels."""
+    drawn = torch.randint(0, VOCABULARY, (rows, length + 1), generator=torch.Generator().manual_seed(1))
+    return drawn[:, :-1], drawn[:, 1:]

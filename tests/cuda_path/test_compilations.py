@@ -1,0 +1,46 @@
+"""How many graphs a run compiles."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from bst_dist.generation.decoding import Decoder
+from bst_dist.model import flex
+from bst_dist.study.evaluation.scoring import score
+from tests.cuda_path.models import BLOCK, VOCABULARY, build, tokens
+
+
+class Documents:
+    """Made-up documents of many lengths."""
+
+    def __init__(self, count: int):
+        random = np.random.default_rng(0)
+        self.ids = [random.integers(0, VOCABULARY, n) for n in random.integers(20, 2000, count)]
+        self.lengths = np.array([len(ids) for ids in self.ids])
+
+    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+        return self.ids[document][start:stop]
+
+
+@pytest.mark.parametrize("name", ["SH", "Transformer-XL", "full T5"])
+def test_training_evaluation_a_sample_and_generation_compile_four_graphs(name, monkeypatch):
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(flex, "BACKEND", counter)
+    model = build(name, placement="all", full={"longest": 4096})  # one kind of attention
+    for _ in range(2):  # training, but for its backward pass, which is made with the forward pass
+        model(*tokens(4 * BLOCK))
+    with torch.no_grad():  # training's own evaluation, of other rows
+        model(*tokens(4 * BLOCK, rows=3))
+    decoder = Decoder(model)  # a sample, then a longer text: a prompt of blocks and some, then token by token
+    for prompt in (10, 3 * BLOCK + 70):
+        decoder = Decoder(model)
+        decoder.read([1] * prompt)
+        for token in range(5):
+            decoder.read([token])
+    found = Documents(12)
+    monkeypatch.setattr("bst_dist.study.evaluation.scoring.TOKENS_AT_ONCE", 2048)
+    score(model, found, found.lengths, np.ones(VOCABULARY, np.int64), begin=0, slice_length=512)
+    assert counter.frame_count <= 4

@@ -1,0 +1,116 @@
+"""FlexAttention with its mask, bias and gradients against the tiles that other tests hold to a literal loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+
+from bst_dist.model import attention, flex
+from bst_dist.model.attention import documents_of, sliding_attention
+
+ROWS, LENGTH, HEADS, WIDTH, WINDOW = 2, 256, 2, 16, 128
+STARTS = torch.tensor([[False, True], [True, False]])
+
+
+def inputs(before: int, dtype: torch.dtype = torch.float32, window: int = WINDOW, length: int = LENGTH):
+    torch.manual_seed(0)
+    shapes = (length, before + length, before + length)
+    q, k, v = (torch.randn(ROWS, n, HEADS, WIDTH, dtype=dtype, requires_grad=True) for n in shapes)
+    bias = torch.randn(HEADS, window + 1, requires_grad=True)
+    return q, k, v, bias
+
+
+def shared_from(bias: torch.Tensor, distance: int) -> torch.Tensor:
+    """The bias with one value from `distance` on, in the graph."""
+    return bias[:, torch.arange(bias.shape[1]).clamp(max=distance)]
+
+
+def errors(found, exact) -> list[float]:
+    return [float(((a - b).norm() / b.norm()).detach()) for a, b in zip(found, exact, strict=True)]
+
+
+@pytest.mark.parametrize("varying", [None, 40, 128])
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize(("before", "documents"), [(0, False), (128, True)])
+def test_outputs_and_gradients_equal_the_tiles(before, documents, include_self, varying, monkeypatch):
+    q, k, v, bias = inputs(before)
+    weight = torch.randn(ROWS, LENGTH, HEADS, WIDTH)
+    known = documents_of(STARTS, LENGTH, before + LENGTH, WINDOW) if documents else None
+
+    def run():
+        table = bias if varying is None else shared_from(bias, varying)
+        out = sliding_attention(q, k, v, WINDOW, table, include_self, known, varying)
+        return out, *torch.autograd.grad((out * weight).sum(), (q, k, v, bias))
+
+    found = run()
+    monkeypatch.setattr(attention, "attention_path", lambda device: "tiles")
+    assert max(errors(found, run())) < 2e-6
+
+
+def test_a_window_of_no_whole_tiles(monkeypatch):
+    q, k, v, bias = inputs(96, window=96, length=1056)
+    weight = torch.randn(ROWS, 1056, HEADS, WIDTH)
+    documents = documents_of(torch.randn(ROWS, 11).gt(0.5), 1056, 1152, 96)
+
+    def run():
+        out = sliding_attention(q, k, v, 96, bias, True, documents)
+        return out, *torch.autograd.grad((out * weight).sum(), (q, k, v, bias))
+
+    found = run()
+    monkeypatch.setattr(attention, "attention_path", lambda device: "tiles")
+    assert max(errors(found, run())) < 2e-6
+
+
+def test_the_bias_gradient_in_bfloat16_is_near_that_in_single_precision():
+    q, k, v, bias = inputs(128)
+    weight = torch.randn(ROWS, LENGTH, HEADS, WIDTH)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        table = shared_from(bias, 100)
+        out = sliding_attention(*(x.to(dtype) for x in (q, k, v)), WINDOW, table, True, None, 100)
+        found.append(torch.autograd.grad((out * weight).sum(), bias)[0])
+    assert errors(found[1:], found[:1])[0] < 0.03
+
+
+@pytest.mark.parametrize("length", [1, 7, 256, 300])
+@pytest.mark.parametrize("include_self", [True, False])
+def test_slices_without_gradients_equal_the_tiles(length, include_self, monkeypatch):
+    """A token, part of a block, and whole tiles, at the start of a stream and later."""
+    for before in (0, 128):
+        q, k, v, bias = (x.detach() for x in inputs(before, length=length))
+        found = sliding_attention(q, k, v, WINDOW, bias, include_self)
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "attention_path", lambda device: "tiles")
+            torch.testing.assert_close(found, sliding_attention(q, k, v, WINDOW, bias, include_self))
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize(("before", "window", "length"), [(0, 128, 512), (128, 200, 384), (96, 96, 480), (7, 129, 300)])
+def test_the_visited_tiles_are_those_that_torch_finds_from_the_whole_mask(before, window, length, include_self):
+    torch.manual_seed(0)
+    begins = torch.rand(3, before + length).lt(0.02).cumsum(1)
+    begins[1] = 0
+    documents = attention.Documents(begins, 2)
+    band = flex.Band(length, before + length, window, include_self)
+    for begin in (None, documents.begin(length)):
+        rows = None if begin is None else len(begin)
+        ours = flex.block_mask(band, begin, flex.visited_tiles(band, "cpu", begin))
+        torchs = create_block_mask(band.mask(begin), rows, None, length, before + length, "cpu")
+        assert torch.equal(ours.to_dense(), torchs.to_dense())
+        assert torch.equal(ours.full_kv_num_blocks, torchs.full_kv_num_blocks)
+        for kind in ("q", "full_q"):  # what the backward pass goes by
+            counts = getattr(ours, f"{kind}_num_blocks")
+            assert torch.equal(counts, getattr(torchs, f"{kind}_num_blocks"))
+            for place in counts.nonzero().tolist():
+                used = slice(0, int(counts[tuple(place)]))
+                found, known = (getattr(mask, f"{kind}_indices")[tuple(place)][used] for mask in (ours, torchs))
+                assert torch.equal(found, known.sort().values)
+
+
+def test_one_graph_more_than_allowed_is_an_error(monkeypatch):
+    monkeypatch.setattr(flex, "GRAPHS", 2)
+    for length in (256, 384):
+        sliding_attention(*inputs(0, length=length)[:3], WINDOW, None, True)
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        sliding_attention(*inputs(0, length=512)[:3], WINDOW, None, True)
