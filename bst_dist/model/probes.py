@@ -49,7 +49,7 @@ def time_scales(kernel: nn.Module) -> Tensor:
 @time_scales.register
 def _(kernel: S4D) -> Tensor:
     """1 / (dt |Re A|)."""
-    log_a, _ = kernel.log_transition()
+    log_a, _ = kernel.log_transition()  # a pair
     return (-1 / log_a.real).detach().flatten()
 
 

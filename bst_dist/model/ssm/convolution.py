@@ -33,11 +33,15 @@ def causal_convolution(u: Tensor, kernel: Tensor, outputs: int | None = None) ->
 
 
 def causal_matrix(kernel: Tensor) -> Tensor:
-    """The causal convolution over T tokens as a matrix, K[t - j] at (t, j): (C, Ds, T) -> (C, Ds, T, T)."""
+    """The causal convolution over T tokens as a matrix, K[t - j] at (t, j): (C, Ds, T) -> (C, Ds, T, T).
+
+    By shapes alone: rows of 2 T numbers read in rows of 2 T - 1 move by one place each. Indices would do as well, but
+    their gradient is a sum by atomics on a GPU, in no fixed order.
+    """
     length = kernel.shape[-1]
-    t = torch.arange(length, device=kernel.device)
-    lag = length + t.unsqueeze(1) - t  # into the kernel with T zeros before it
-    return torch.nn.functional.pad(kernel, (length, 0))[..., lag]
+    rows = torch.nn.functional.pad(kernel, (0, length)).unsqueeze(-2).expand(*kernel.shape[:-1], length, 2 * length)
+    moved = rows.flatten(-2)[..., : length * (2 * length - 1)].unflatten(-1, (length, 2 * length - 1))
+    return moved[..., :length].mT
 
 
 def padded_size(length: int, outputs: int, taps: int) -> int:

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from bst_dist.model.config import SSMConfig
-from bst_dist.model.ssm.scan import power, start_incoming_states
+from bst_dist.model.ssm.convolution import causal_matrix
+from bst_dist.model.ssm.pairs import Pair
+from bst_dist.model.ssm.scan import start_incoming_states
 from bst_dist.parallel.past import Past
 
 
@@ -60,17 +62,22 @@ class S4D(nn.Module):
         """The parameters that train at a rate of their own and without decay."""
         return [self.log_dt, self.log_decay, self.frequency]
 
-    def log_transition(self) -> tuple[Tensor, Tensor]:
-        """``log Ā`` (F, Ds, n) complex128, and B̄ (F, Ds, n) complex128."""
-        a = torch.complex(-torch.exp(self.log_decay.double()), self.frequency.double())
-        log_a = torch.exp(self.log_dt.double()).unsqueeze(-1) * a
-        return log_a, torch.expm1(log_a) / a
+    def log_transition(self) -> tuple[Pair, Pair]:
+        """``log Ā`` and B̄, (F, Ds, n) float64 pairs."""
+        step = torch.exp(self.log_dt.double()).unsqueeze(-1)
+        a = Pair(-torch.exp(self.log_decay.double()), self.frequency.double())
+        log_a = a.scaled(step)
+        # exp(log Ā) - 1 without cancellation: e^x cos y - 1 = (e^x - 1) cos y - 2 sin²(y/2)
+        half, turn = torch.sin(log_a.imag / 2), torch.cos(log_a.imag)
+        grown = Pair(torch.expm1(log_a.real) * turn - 2 * half * half, torch.exp(log_a.real) * torch.sin(log_a.imag))
+        inverse = Pair(a.real, -a.imag).scaled(1 / (a.real * a.real + a.imag * a.imag))
+        return log_a, grown.times(inverse)
 
     def kernel(self, length: int) -> Tensor:
         """The convolution kernel K without the skip term, (C, Ds, length): the reference the tests compare with."""
-        log_a, b = self.log_transition()
+        log_a, b = (x.joined() for x in self.log_transition())
         powers = torch.exp(log_a.unsqueeze(-1) * torch.arange(length, device=log_a.device))  # (F, Ds, n, length)
-        weights = as_complex(self.read_out.double()) * b
+        weights = torch.complex(*self.read_out.double().unbind(-1)) * b
         return 2 * torch.einsum("cdn,cdnl->cdl", weights, powers.expand(len(self.read_out), -1, -1, -1)).real
 
     @torch.autocast("cuda", enabled=False)
@@ -84,9 +91,9 @@ class S4D(nn.Module):
         u, chunk, m = self._chunks(z)
         log_a, b = self.log_transition()
         powers = _powers(log_a, chunk, u.dtype)  # (1, Ds, n, T + 1)
-        ends = _to_states(_into_state(powers, b) @ u, batch, m, len(log_a))  # (B, m, 1, Ds, n)
+        ends = _to_states(_into_state(powers, b) @ u, batch, m, len(log_a.real))  # (B, m, 1, Ds, n)
         begins = None if starts is None else _chunk_starts(starts, m)
-        incoming = start_incoming_states(ends, log_a * chunk, begins, past)
+        incoming = start_incoming_states(ends, log_a.scaled(chunk), begins, past)
         y = self._within_chunk(powers, b) @ u  # (Ds, C T, B m): while the past is under way
         y = torch.baddbmm(y, self._out_of_state(powers), _from_states(incoming()))
         return y.view(width, -1, chunk, batch, m).permute(3, 4, 2, 1, 0).reshape(batch, length, -1, width)
@@ -103,12 +110,15 @@ class S4D(nn.Module):
         u, chunk, m = self._chunks(z)
         span = min(block, length)
         log_a, b = self.log_transition()
-        ends = _to_states(_into_state(_powers(log_a, chunk, u.dtype), b) @ u, batch, m, len(log_a))  # (B, m, F, Ds, n)
-        ends = _join_chunks(ends, log_a * chunk, span // chunk)  # (B, nb, F, Ds, n)
-        after = ends + power(log_a, span, ends.dtype) * start_incoming_states(ends, log_a * span, starts, past)()
+        into_state = _into_state(_powers(log_a, chunk, u.dtype), b)
+        ends = _to_states(into_state @ u, batch, m, len(log_a.real))  # (B, m, F, Ds, n)
+        ends = _join_chunks(ends, log_a.scaled(chunk), span // chunk)  # (B, nb, F, Ds, n)
+        incoming = start_incoming_states(ends, log_a.scaled(span), starts, past)()
+        after = ends.plus(log_a.power(span, u.dtype).times(incoming))
         if (past.position + length) % block:
             return z.new_empty(batch, 0, *self.skip.shape, dtype=u.dtype)
-        y = 2 * (as_complex(self.read_out) * after).real.sum(-1)  # (B, nb, C, Ds)
+        real, imag = self.read_out.unbind(-1)
+        y = 2 * (real * after.real - imag * after.imag).sum(-1)  # (B, nb, C, Ds)
         return y + self.skip * z[:, span - 1 :: span].to(u.dtype).unsqueeze(2)
 
     def _chunks(self, z: Tensor) -> tuple[Tensor, int, int]:
@@ -121,64 +131,62 @@ class S4D(nn.Module):
         u = z.to(self.skip.dtype).view(batch, m, chunk, width).permute(3, 2, 0, 1)
         return u.reshape(width, chunk, batch * m), chunk, m
 
-    def _within_chunk(self, powers: Tensor, b: Tensor) -> Tensor:
+    def _within_chunk(self, powers: Pair, b: Pair) -> Tensor:
         """Tokens to outputs inside a chunk, the causal matrices of K and the skip: (Ds, C T, T)."""
-        weights = as_complex(self.read_out) * b.to(powers.dtype)  # (C, Ds, n)
-        kernel = 2 * (weights.unsqueeze(-2) @ powers[..., :-1]).real.squeeze(-2)  # (C, Ds, T)
+        weights = Pair(*self.read_out.unbind(-1)).times(_narrow(b, powers))  # (C, Ds, n)
+        terms = powers.each(lambda x: x[..., :-1])
+        kernel = weights.real.unsqueeze(-2) @ terms.real - weights.imag.unsqueeze(-2) @ terms.imag
+        kernel = 2 * kernel.squeeze(-2)  # (C, Ds, T)
         kernel = torch.cat((kernel[..., :1] + self.skip.unsqueeze(-1), kernel[..., 1:]), dim=-1)
-        chunk = kernel.shape[-1]
-        t = torch.arange(chunk, device=kernel.device)
-        lag = chunk + t.unsqueeze(1) - t.unsqueeze(0)  # into the kernel with T zeros before it
-        matrix = nn.functional.pad(kernel, (chunk, 0))[..., lag]  # (C, Ds, T, T)
-        return matrix.transpose(0, 1).reshape(kernel.shape[1], -1, chunk)
+        return causal_matrix(kernel).transpose(0, 1).reshape(kernel.shape[1], -1, kernel.shape[-1])
 
-    def _out_of_state(self, powers: Tensor) -> Tensor:
-        """State before a chunk to its outputs, 2 Re(C Ā^(t+1) x): (Ds, C T, 2n) on real pairs."""
-        out = 2 * as_complex(self.read_out).unsqueeze(-1) * powers[..., 1:]  # (C, Ds, n, T)
-        out = torch.stack((out.real, -out.imag), dim=-1)  # (C, Ds, n, T, 2)
-        maps, width, modes, chunk, _ = out.shape
-        return out.permute(1, 0, 3, 2, 4).reshape(width, maps * chunk, 2 * modes)
+    def _out_of_state(self, powers: Pair) -> Tensor:
+        """State before a chunk to its outputs, 2 Re(C Ā^(t+1) x): (Ds, C T, 2n) on real and imaginary parts."""
+        later = powers.each(lambda x: x[..., 1:])
+        out = Pair(*(2 * self.read_out).unbind(-1)).each(lambda x: x.unsqueeze(-1)).times(later)  # (C, Ds, n, T)
+        both = torch.cat((out.real, -out.imag), dim=2)  # (C, Ds, 2n, T)
+        return both.permute(1, 0, 3, 2).reshape(both.shape[1], -1, both.shape[2])
 
 
-def as_complex(pairs: Tensor) -> Tensor:
-    """(..., 2) real -> (...) complex, by copy: ZeRO's flat buffers put parameters at odd offsets, where no view can."""
-    return torch.complex(pairs[..., 0], pairs[..., 1])
+def _narrow(x: Pair, like: Pair) -> Pair:
+    return x.each(lambda part: part.to(like.real.dtype))
 
 
-def _into_state(powers: Tensor, b: Tensor) -> Tensor:
-    """Tokens to the state at the chunk's end, B̄ Ā^(T-1-j): (Ds, 2 F n, T) on real pairs."""
-    into = b.to(powers.dtype).unsqueeze(-1) * powers[..., :-1].flip(-1)  # (F, Ds, n, T)
-    into = torch.view_as_real(into)
-    sets, width, modes, chunk, _ = into.shape
-    return into.permute(1, 0, 2, 4, 3).reshape(width, sets * modes * 2, chunk)
+def _into_state(powers: Pair, b: Pair) -> Tensor:
+    """Tokens to the state at the chunk's end, B̄ Ā^(T-1-j): (Ds, 2 F n, T), all real parts before the imaginary."""
+    backwards = powers.each(lambda x: x[..., :-1].flip(-1))
+    into = _narrow(b, powers).each(lambda x: x.unsqueeze(-1)).times(backwards)  # (F, Ds, n, T)
+    both = torch.stack(into)  # (2, F, Ds, n, T)
+    return both.permute(2, 0, 1, 3, 4).reshape(both.shape[2], -1, both.shape[-1])
 
 
-def _join_chunks(ends: Tensor, log_a: Tensor, count: int) -> Tensor:
+def _join_chunks(ends: Pair, log_a: Pair, count: int) -> Pair:
     """End states of runs of `count` chunks from those of single ones: (B, m, *) -> (B, m / count, *)."""
     if count == 1:
         return ends
-    remaining = torch.arange(count - 1, -1, -1, device=ends.device).view(count, *[1] * log_a.dim())
-    return (ends.unflatten(1, (-1, count)) * power(log_a, remaining, ends.dtype)).sum(2)
+    remaining = torch.arange(count - 1, -1, -1, device=ends.real.device).view(count, *[1] * log_a.real.dim())
+    reach = ends.each(lambda x: x.unflatten(1, (-1, count))).times(log_a.power(remaining, ends.real.dtype))
+    return reach.each(lambda x: x.sum(2))
 
 
-def _powers(log_a: Tensor, chunk: int, real: torch.dtype) -> Tensor:
+def _powers(log_a: Pair, chunk: int, dtype: torch.dtype) -> Pair:
     """Ā^l for l = 0 ... T, (*, T + 1), by two short tables: l = 16 q + r. Exponentials would dominate the layer."""
-    dtype = torch.complex64 if real == torch.float32 else torch.complex128
-    log_a = log_a.unsqueeze(-1)
-    low = power(log_a, torch.arange(16, device=log_a.device), dtype)
-    high = power(log_a, torch.arange(0, chunk + 1, 16, device=log_a.device), dtype)
-    return (high.unsqueeze(-1) * low.unsqueeze(-2)).flatten(-2)[..., : chunk + 1]
+    log_a = log_a.each(lambda x: x.unsqueeze(-1))
+    low = log_a.power(torch.arange(16, device=log_a.real.device), dtype)
+    high = log_a.power(torch.arange(0, chunk + 1, 16, device=log_a.real.device), dtype)
+    table = high.each(lambda x: x.unsqueeze(-1)).times(low.each(lambda x: x.unsqueeze(-2)))
+    return table.each(lambda x: x.flatten(-2)[..., : chunk + 1])
 
 
-def _to_states(x: Tensor, batch: int, m: int, sets: int) -> Tensor:
-    """(Ds, 2 F n, B m) real -> (B, m, F, Ds, n) complex."""
-    return torch.view_as_complex(x.view(len(x), sets, -1, 2, batch, m).permute(4, 5, 1, 0, 2, 3).contiguous())
+def _to_states(x: Tensor, batch: int, m: int, sets: int) -> Pair:
+    """(Ds, 2 F n, B m) -> (B, m, F, Ds, n)."""
+    return Pair(*x.view(len(x), 2, sets, -1, batch, m).permute(1, 4, 5, 2, 0, 3).contiguous())
 
 
-def _from_states(x: Tensor) -> Tensor:
-    """(B, m, F, Ds, n) complex -> (Ds, 2 F n, B m) real."""
-    batch, m, _, width, _ = x.shape
-    return torch.view_as_real(x).permute(3, 2, 4, 5, 0, 1).reshape(width, -1, batch * m)
+def _from_states(x: Pair) -> Tensor:
+    """(B, m, F, Ds, n) -> (Ds, 2 F n, B m)."""
+    both = torch.stack(x)  # (2, B, m, F, Ds, n)
+    return both.permute(4, 0, 3, 5, 1, 2).reshape(both.shape[4], -1, both.shape[1] * both.shape[2])
 
 
 def _chunk_starts(starts: Tensor, chunks: int) -> Tensor:

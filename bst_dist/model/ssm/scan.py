@@ -4,7 +4,7 @@ Between two chunks only the state crosses, multiplied by the chunk's transition;
 log2(chunks) steps, each over all chunks at once. A document start multiplies the state by zero: two chunks are
 connected only when no start lies between them, which is an equality of running counts of starts.
 
-Shapes: B rows, m chunks, * any state dimensions (complex).
+Shapes: B rows, m chunks, * any state dimensions.
 """
 
 from __future__ import annotations
@@ -14,63 +14,56 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bst_dist.model.ssm.pairs import Pair, pair_of
 from bst_dist.parallel.past import Past
 
 
-def power(log_a: Tensor, exponent: int | Tensor, dtype: torch.dtype) -> Tensor:
-    """``a ** exponent`` from ``log a`` in double precision, cast to `dtype`.
-
-    The phase reaches 1e5 radians over long sequences, where single precision has lost it.
-    """
-    return torch.exp(log_a * exponent).to(dtype)
-
-
 def start_incoming_states(
-    ends: Tensor, log_a: Tensor, starts: Tensor | None, past: Past, name: str = "ssm"
-) -> Callable[[], Tensor]:
+    ends: Pair, log_a: Pair, starts: Tensor | None, past: Past, name: str = "ssm"
+) -> Callable[[], Pair]:
     """Ask for the state before each chunk (B, m, *), from what each chunk alone leaves behind.
 
     What is returned gives it. The state before the slice may be under way between ranks until then: a layer computes
     what does not wait for it in between.
 
     Args:
-        ends: (B, m, *) complex, the state each chunk leaves, started from zero.
-        log_a: (*) complex128, log of the transition over one chunk.
+        ends: (B, m, *), the state each chunk leaves, started from zero.
+        log_a: (*) float64, log of the transition over one chunk.
         starts: (B, m) bool, chunk begins a document; None when no chunk does.
         past: asked for the state before the first chunk.
     """
-    m = ends.shape[1]
+    m, dtype = ends.real.shape[1], ends.real.dtype
     documents = None if starts is None else starts.cumsum(1)  # (B, m): which document of the slice a chunk is in
     running = _inclusive_scan(ends, log_a, documents)
-    transition = power(log_a, m, ends.dtype)
+    transition, last = log_a.power(m, dtype), running.each(lambda x: x[:, -1])
     if documents is not None:
-        transition = transition * _like(documents[:, -1] == 0, running[:, -1])
-    arrive = past.start_state(name, running[:, -1], transition)
+        transition = transition.scaled(_like(documents[:, -1] == 0, last.real))
+    arrive = past.start_state(name, last.joined(), transition.joined())
 
-    def finish() -> Tensor:
+    def finish() -> Pair:
         before = arrive()
-        incoming = torch.cat((torch.zeros_like(ends[:, :1]), running[:, :-1]), dim=1)
+        incoming = running.each(lambda x: torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1))
         if starts is not None:
-            incoming = incoming * _like(~starts, incoming)
+            incoming = incoming.scaled(_like(~starts, incoming.real))
         if before is None:
             return incoming
-        steps = torch.arange(m, device=ends.device).view(m, *[1] * log_a.dim())
-        reach = power(log_a, steps, ends.dtype) * before.unsqueeze(1)  # (B, m, *)
+        steps = torch.arange(m, device=last.real.device).view(m, *[1] * log_a.real.dim())
+        reach = log_a.power(steps, dtype).times(pair_of(before.unsqueeze(1)))  # (B, m, *)
         if documents is not None:
-            reach = reach * _like(documents == 0, reach)
-        return incoming + reach
+            reach = reach.scaled(_like(documents == 0, reach.real))
+        return incoming.plus(reach)
 
     return finish
 
 
-def _inclusive_scan(x: Tensor, log_a: Tensor, documents: Tensor | None) -> Tensor:
+def _inclusive_scan(x: Pair, log_a: Pair, documents: Tensor | None) -> Pair:
     """State after each chunk, started from zero before the first: (B, m, *) -> (B, m, *)."""
-    step, m = 1, x.shape[1]
+    step, m = 1, x.real.shape[1]
     while step < m:
-        reach = x[:, :-step] * power(log_a, step, x.dtype)
+        reach = x.each(lambda y: y[:, :-step]).times(log_a.power(step, x.real.dtype))  # noqa: B023
         if documents is not None:
-            reach = reach * _like(documents[:, step:] == documents[:, :-step], reach)
-        x = torch.cat((x[:, :step], x[:, step:] + reach), dim=1)
+            reach = reach.scaled(_like(documents[:, step:] == documents[:, :-step], reach.real))
+        x = Pair(*(torch.cat((y[:, :step], y[:, step:] + z), dim=1) for y, z in zip(x, reach, strict=True)))
         step *= 2
     return x
 
