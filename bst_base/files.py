@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ _FULL = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file is too big",
 }
+
+_OWN_PARTIAL = re.compile(r"\.[0-9a-f]{8}\.partial$")
 
 
 @contextmanager
@@ -68,8 +71,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def remove_partials(directory: Path) -> None:
-    """Remove what writers that were killed left behind below a directory; nobody else may be writing there."""
-    for partial in sorted(directory.rglob("*.partial"), reverse=True):
+    """Remove what writers of this module that were killed left behind below a directory, and no other file.
+
+    Nobody else may be writing there.
+    """
+    found = (path for path in directory.rglob("*.partial") if _OWN_PARTIAL.search(path.name))
+    for partial in sorted(found, reverse=True):
         if partial.is_dir():
             shutil.rmtree(partial)
         else:

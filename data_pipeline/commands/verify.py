@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from data_pipeline.format.manifest import Manifest
-from data_pipeline.format.verify import Problem, ShardTask, verify_shard, verify_tokenizer
+from data_pipeline.format.verify import Problem, VerifyTask, verify_shard, verify_tokenizer
 from data_pipeline.prepare.parallel import open_workers
 
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """Verify and report; `passed` is false when there is a problem."""
     manifest = Manifest.read(args.corpus)
     shards = [shard for infos in manifest.splits.values() for shard in infos]
-    tasks = [ShardTask(args.corpus, shard, manifest.tokenizer.vocab_size, manifest.dtype) for shard in shards]
+    tasks = [VerifyTask(args.corpus, shard, manifest.tokenizer.vocab_size, manifest.dtype) for shard in shards]
     console = Console()
     start = time.monotonic()
     problems: list[Problem] = verify_tokenizer(args.corpus, manifest)

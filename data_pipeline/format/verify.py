@@ -25,7 +25,7 @@ class Problem(NamedTuple):
     what: str
 
 
-class ShardTask(NamedTuple):
+class VerifyTask(NamedTuple):
     """What a worker needs to verify one shard."""
 
     corpus: Path
@@ -50,7 +50,7 @@ def verify_tokenizer(corpus: Path, manifest: Manifest) -> list[Problem]:
     ]
 
 
-def verify_shard(task: ShardTask) -> list[Problem]:
+def verify_shard(task: VerifyTask) -> list[Problem]:
     """Problems of one shard; empty when tar, index, manifest and stock webdataset agree on every document."""
     tar, index_path = task.corpus / task.shard.file, task.corpus / task.shard.index
     try:
@@ -108,7 +108,7 @@ def _member_at(tar: Path, byte: int, document: int) -> str:
     return f"document {document}"
 
 
-def _compare_with_webdataset(tar: Path, index: ShardIndex, task: ShardTask) -> Iterator[str]:
+def _compare_with_webdataset(tar: Path, index: ShardIndex, task: VerifyTask) -> Iterator[str]:
     samples = webdataset.WebDataset(str(tar), shardshuffle=False, empty_check=False).decode()
     count = tokens = 0
     for i, sample in enumerate(samples):

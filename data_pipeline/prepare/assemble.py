@@ -97,7 +97,7 @@ def _uniform(seed: int, cluster: int) -> float:
     return int.from_bytes(hashlib.sha256(f"split {seed} {cluster}".encode()).digest()[:8], "little") / 2**64
 
 
-class ShardTask(NamedTuple):
+class EncodeTask(NamedTuple):
     """What a worker needs to write one shard."""
 
     output: Path
@@ -119,22 +119,22 @@ class ShardDone(NamedTuple):
     was_there: bool
 
 
-def shard_tasks(plan: np.ndarray, output: Path, work: Path, source: str) -> list[ShardTask]:
+def shard_tasks(plan: np.ndarray, output: Path, work: Path, source: str) -> list[EncodeTask]:
     """One task a shard, in the order of the plan."""
     edges = np.flatnonzero((np.diff(plan["split"]) != 0) | (np.diff(plan["shard"]) != 0)) + 1
     starts, stops = [0, *edges.tolist()], [*edges.tolist(), len(plan)]
     return [
-        ShardTask(output, work, SPLITS[plan["split"][start]], int(plan["shard"][start]), start, stop, source)
+        EncodeTask(output, work, SPLITS[plan["split"][start]], int(plan["shard"][start]), start, stop, source)
         for start, stop in zip(starts, stops, strict=True)
     ]
 
 
-def write_shard(task: ShardTask) -> ShardDone:
+def write_shard(task: EncodeTask) -> ShardDone:
     """Write one shard, its index, and last the record that it is done; a recorded shard is only checked."""
     record = task.work / f"{task.split}-{task.number:06d}.json"
     if done := _finished(record, task):
         return done
-    tokenizer = _tokenizer(task.output / "tokenizer.model")
+    tokenizer = _tokenizer(task.work / "tokenizer.model")
     rows = np.load(task.work / "plan.npy", mmap_mode="r")[task.start : task.stop]
     tar = task.output / f"{task.split}-{task.number:06d}.tar"
     licences: Counter[str] = Counter()
@@ -172,11 +172,12 @@ def _document_info(row: np.void, names: dict[str, Any], source: str, tokens: int
         "n_bytes": int(row["bytes"]),
         "source": source,
         "licence": names["licence"],
+        **({"meta": names["meta"]} if "meta" in names else {}),
         "dedup_cluster": f"{row['cluster']:016x}",
     }
 
 
-def _finished(record: Path, task: ShardTask) -> ShardDone | None:
+def _finished(record: Path, task: EncodeTask) -> ShardDone | None:
     """The shard that an earlier run finished, if its files are still what that run wrote."""
     if not record.exists():
         return None

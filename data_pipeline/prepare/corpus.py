@@ -8,15 +8,14 @@ last, and a directory with a manifest is complete.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -28,6 +27,7 @@ from data_pipeline.format.manifest import MANIFEST, Manifest, TokenizerInfo
 from data_pipeline.format.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 from data_pipeline.prepare.assemble import ShardDone, assign, deduplicate, shard_tasks, write_shard
 from data_pipeline.prepare.dedup import DedupConfig
+from data_pipeline.prepare.identity import check_same, identity, name_of, reused_tokenizer
 from data_pipeline.prepare.parallel import Workers
 from data_pipeline.prepare.spool import (
     SPLITS,
@@ -38,14 +38,20 @@ from data_pipeline.prepare.spool import (
     merge_signatures,
     read_skipped,
     read_windows,
+    refusal,
+    skipped_record,
 )
 from data_pipeline.prepare.text import TextConfig
-from data_pipeline.sources import AnySource, Part
+from data_pipeline.sources import AnySource, Part, Skipped
+from data_pipeline.sources.base import LocalPath
 
 TOKENIZER = "tokenizer.model"
 SKIPPED = "skipped.jsonl"
+WORK = "preparing"
+"""Directory of unfinished work, below the output: a directory for each set of settings that was begun."""
 
 _CHUNK_BYTES = 8 << 20  # source bytes extracted by one task
+_SHARD_NAME = re.compile(r"(train|validation|test)-\d{6}\.(tar|idx)")
 _WINDOW = 1 << 16  # bytes of a document sampled together for the tokenizer
 
 Progress = Callable[[str, int, int], None]
@@ -57,7 +63,7 @@ class PrepareConfig(Config):
 
     source: AnySource
     """Where the text comes from: `kind` and the settings of that kind (see `bst data sources`)."""
-    output: Path
+    output: LocalPath
     """Directory of the prepared corpus."""
     text: TextConfig = TextConfig()
     """What is done to the text first."""
@@ -71,6 +77,11 @@ class PrepareConfig(Config):
     """Bytes of text in a shard: the unit of parallel work, and of what is done again after an interruption."""
     seed: int = 0
     """Decides which clusters go to validation."""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """A record, file or directory that cannot be read, or is not what it should be: stop at the first, or leave it out
+    and list it in skipped.jsonl."""
+    bad_record_limit: int = Field(1000, ge=0)
+    """How many may be left out before the preparation stops after all."""
     workers: int | None = Field(None, ge=1)
     """Processes; by default one for each CPU. Under `mpirun -n N`: N - 1 ranks work, whatever is said here."""
 
@@ -83,90 +94,91 @@ def prepare(config: PrepareConfig, workers: Workers, progress: Progress) -> tupl
     progress("fetch", 0, 1)
     config.source.fetch()
     progress("fetch", 1, 1)
-    parts = config.source.parts()
-    identity = _identity(config, parts)
     output = config.output.expanduser()
-    work = output / "preparing"
     with full_disk_explained(output), _exclusive(output):
+        listing = config.source.listing()
+        groups = group_parts(listing.parts, _CHUNK_BYTES)
+        wanted = identity(config, groups, workers, progress)
         if (output / MANIFEST).exists():
             manifest = Manifest.read(output)
-            _check_same({key: manifest.provenance.get(key) for key in identity}, identity, output)
-            shutil.rmtree(work, ignore_errors=True)
+            check_same({key: manifest.provenance.get(key) for key in wanted}, wanted, output)
+            shutil.rmtree(output / WORK, ignore_errors=True)
             return manifest, {"reused": True}
-        work.mkdir(exist_ok=True)
-        _begin(work, identity)
+        work = output / WORK / name_of(wanted)
+        work.mkdir(parents=True, exist_ok=True)
         remove_partials(output)
-        table, left_out = _extract(config, parts, work, workers, progress)
+        table, left_out = _extract(config, groups, listing.skipped, work, workers, progress)
         plan, duplicates = _plan(config, table, work, progress)
-        tokenizer = _make_tokenizer(config, plan, output, work, progress)
+        tokenizer = _make_tokenizer(config, plan, work, progress)
         shards = _write_shards(config, plan, output, work, workers, progress)
-        manifest = _manifest(shards, tokenizer, {**identity, "left_out": left_out, "duplicates": duplicates})
-        shutil.move(work / SKIPPED, output / SKIPPED)
-        manifest.write(output)
-        shutil.rmtree(work)
+        manifest = _manifest(shards, tokenizer, {**wanted, "left_out": left_out, "duplicates": duplicates})
+        _finish(manifest, output, work)
     return manifest, {"reused": False, "shards_already_there": sum(shard.was_there for shard in shards)}
 
 
-def _identity(config: PrepareConfig, parts: list[Part]) -> dict[str, Any]:
-    """What decides the bytes of the corpus, without anything that names a machine or its directories."""
-    settings = config.model_dump(mode="json", exclude={"output": True, "workers": True, "source": {"path"}})
-    if config.tokenizer.reuse is not None:
-        settings["tokenizer"] = {"reuse": _reused(config.tokenizer.reuse).sha256}
-    listing = hashlib.sha256("".join(f"{part.size} {part.name}\n" for part in parts).encode()).hexdigest()
-    source = {**config.source.provenance(), "parts": len(parts), "listing_sha256": listing}
-    return {"settings": settings, "source": source, "sentencepiece": version("sentencepiece")}
-
-
-def _begin(work: Path, identity: dict[str, Any]) -> None:
-    """Mark the working directory with what is being made, or check that it is the same as what is there."""
-    mark = work / "identity.json"
-    if mark.exists():
-        _check_same(json.loads(mark.read_bytes()), identity, work.parent)
-        return
-    with atomic_file(mark) as file:
-        file.write(json.dumps(identity).encode())
-
-
-def _check_same(found: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
-    differences = [f"{name}: {old!r} there, {new!r} now" for name, old, new in _differences(found, wanted)]
-    if differences:
-        raise UserError(
-            f"{output} holds a corpus made otherwise ({'; '.join(differences)}): choose another output, or delete it"
-        )
-
-
-def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in sorted({*found, *wanted}):
-            yield from _differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
-    elif found != wanted:
-        yield name, found, wanted
+def _finish(manifest: Manifest, output: Path, work: Path) -> None:
+    """Put everything in its place, the manifest last, and remove what else a preparation has made there."""
+    shutil.copyfile(work / TOKENIZER, work / f"{TOKENIZER}.copy")
+    (work / f"{TOKENIZER}.copy").replace(output / TOKENIZER)
+    shutil.move(work / SKIPPED, output / SKIPPED)
+    own = {name for infos in manifest.splits.values() for info in infos for name in (info.file, info.index)}
+    for path in output.iterdir():
+        if _SHARD_NAME.fullmatch(path.name) and path.name not in own:  # of an attempt with other settings
+            path.unlink()
+    manifest.write(output)
+    shutil.rmtree(output / WORK)
 
 
 def _extract(
-    config: PrepareConfig, parts: list[Part], work: Path, workers: Workers, progress: Progress
+    config: PrepareConfig,
+    groups: list[tuple[Part, ...]],
+    beside: list[Skipped],
+    work: Path,
+    workers: Workers,
+    progress: Progress,
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """All documents into the spool: their table, and how many were left out for which reason."""
+    """All documents into the spool: their table, and how many were left out for which reason.
+
+    `beside` is what the source lists without reading it.
+    """
     spool = work / "spool"
     spool.mkdir(exist_ok=True)
-    groups = group_parts(parts, _CHUNK_BYTES)
+    bad = _check_listed(beside, config)
     signatures = config.deduplicate.method == "minhash"
-    tasks = (ChunkTask(spool, i, config.source, group, config.text, signatures) for i, group in enumerate(groups))
-    done, total = 0, sum(part.size for part in parts)
+    settings = (config.text, signatures, config.on_bad_record)
+    tasks = (ChunkTask(spool, number, config.source, group, *settings) for number, group in enumerate(groups))
+    done, total = 0, sum(part.size for group in groups for part in group)
     progress("extract", 0, total)
-    for size in workers.run(extract_chunk, tasks):
-        done += size
+    for chunk in workers.run(extract_chunk, tasks):
+        done, bad = done + chunk.size, bad + chunk.bad
+        _check_limit(bad, spool, config)
         progress("extract", done, total)
     table = load_tables(spool, len(groups))
     left_out: Counter[str] = Counter()
     with atomic_file(work / SKIPPED) as file:
-        for skipped in read_skipped(spool, len(groups)):
-            left_out[skipped["reason"].partition(" (")[0]] += 1
+        for skipped in (*map(skipped_record, beside), *read_skipped(spool, len(groups))):
+            left_out[skipped["reason"].partition(" (")[0]] += skipped.get("count", 1)
             file.write(json.dumps(skipped, ensure_ascii=False).encode() + b"\n")
     if not len(table):
-        found = f"{sum(left_out.values())} left out: {dict(left_out)}" if left_out else "nothing was found"
+        found = f"{left_out.total()} left out: {dict(left_out)}" if left_out else "nothing was found"
         raise UserError(f"the source {config.source.kind} holds no text ({found}); see {work / SKIPPED}")
     return table, dict(sorted(left_out.items()))
+
+
+def _check_listed(beside: list[Skipped], config: PrepareConfig) -> int:
+    """How many of what the source lists is bad; raises UserError for the first where the policy is to stop."""
+    bad = [skipped for skipped in beside if skipped.bad]
+    if bad and config.on_bad_record == "stop":
+        raise refusal(bad[0])
+    return len(bad)
+
+
+def _check_limit(bad: int, spool: Path, config: PrepareConfig) -> None:
+    if bad > config.bad_record_limit:
+        raise UserError(
+            f"{bad:,} bad records so far, more than bad_record_limit ({config.bad_record_limit:,}) allows: "
+            f"is the source what you think it is? They are listed in {spool}/*/skipped.jsonl"
+        )
 
 
 def _plan(
@@ -193,12 +205,13 @@ def _plan(
     return plan, {"exact": kept.exact_duplicates, "near": kept.near_duplicates}
 
 
-def _make_tokenizer(config: PrepareConfig, plan: np.ndarray, output: Path, work: Path, progress: Progress) -> Tokenizer:
-    path = output / TOKENIZER
+def _make_tokenizer(config: PrepareConfig, plan: np.ndarray, work: Path, progress: Progress) -> Tokenizer:
+    """The tokenizer, in the working directory: one that lies in the output may be of other settings."""
+    path = work / TOKENIZER
     if path.exists():
         return Tokenizer.read(path)
     if config.tokenizer.reuse is not None:
-        model = _reused(config.tokenizer.reuse).model
+        model = reused_tokenizer(config.tokenizer.reuse).model
     else:
         train = plan[plan["split"] == SPLITS.index("train")]
         available = int(train["bytes"].sum())
@@ -210,11 +223,6 @@ def _make_tokenizer(config: PrepareConfig, plan: np.ndarray, output: Path, work:
     with atomic_file(path) as file:
         file.write(model)
     return tokenizer
-
-
-def _reused(path: Path) -> Tokenizer:
-    path = path.expanduser()
-    return Tokenizer.read(path / Manifest.read(path).tokenizer.file if path.is_dir() else path)
 
 
 def _write_shards(
@@ -256,8 +264,12 @@ def _manifest(shards: list[ShardDone], tokenizer: Tokenizer, provenance: dict[st
 @contextmanager
 def _exclusive(output: Path) -> Iterator[None]:
     """One preparation of a directory at a time."""
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / ".lock").open("w") as lock:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = (output / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error.strerror}; choose another output") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

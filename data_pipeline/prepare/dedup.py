@@ -2,20 +2,23 @@
 
 Near duplicates are found by MinHash (Broder 1997) with banding: documents whose signatures agree in any whole band are
 compared, and count as the same when the share of equal signature entries, an unbiased estimate of the Jaccard
-similarity of their sets of word 5-grams, reaches the threshold. The hash family and the choice of bands are
-datasketch's; the bands are compared one at a time over a file of signatures, so memory is a few numbers a document.
+similarity of their sets of 5-grams, reaches the threshold. The 5-grams are of words; in scripts that write no spaces
+between words (Chinese, Japanese, Thai and their like) of characters. Signatures are made by rensa; the bands are
+compared one at a time over a file of signatures, so memory is a few numbers a document.
 """
 
 from __future__ import annotations
 
 import re
 import zlib
+from collections import deque
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from datasketch import MinHash, MinHashLSH
 from pydantic import Field
+from rensa import RMinHash
 
 from bst_base.settings import Config
 
@@ -23,10 +26,15 @@ PERMUTATIONS = 128
 """Entries of a signature: a standard error of at most 0.044 on the similarity."""
 
 _SHINGLE = 5  # words
-_BATCH = 1 << 15  # shingles hashed at a time: bounds memory to a few tens of MB
+_SEED = 1  # of the permutations
 _SLICE = 1 << 22  # bytes split into words at a time
+_LEADERS = 64  # documents of a bucket that another one is compared with: the last ones that resemble none before them
 _SPACE = re.compile(rb"\s")
-_WORD = re.compile(rb"\w+|[^\w\s]+")
+_ASCII_WORD = re.compile(rb"\w+|[^\w\s]+")
+_UNSPACED = (  # Thai to Tibetan, Myanmar, Khmer, kana, CJK ideographs and their extensions
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s{_UNSPACED}]+")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -71,27 +79,29 @@ class Clusters:
 
 
 def signature(text: bytes) -> np.ndarray:
-    """The MinHash signature of a text's word 5-grams, (PERMUTATIONS,) uint32; a shorter text is one shingle."""
-    words = np.concatenate([np.empty(0, np.uint64), *_word_hashes(text.lower())])
+    """The MinHash signature of a text's 5-grams, (PERMUTATIONS,) uint32; a shorter text is one shingle."""
+    words = np.concatenate([np.empty(0, np.uint64), *_word_hashes(text)])
     width = min(_SHINGLE, max(len(words), 1))
     shingles = np.zeros(max(len(words) - width + 1, 1), np.uint64)
     for k in range(width if len(words) else 0):
         shingles = (shingles ^ words[k : k + len(shingles)]) * _MULTIPLIER
         shingles ^= shingles >> np.uint64(29)
-    shingles = np.unique(shingles >> np.uint64(32))
-    minhash = MinHash(num_perm=PERMUTATIONS, hashfunc=int)
-    for start in range(0, len(shingles), _BATCH):
-        minhash.update_batch(shingles[start : start + _BATCH])
-    return minhash.hashvalues.astype(np.uint32)
+    digest = RMinHash.digest_matrix_from_flat_token_hashes(shingles, [0, len(shingles)], PERMUTATIONS, _SEED)
+    return np.array(digest.to_rows()[0], np.uint32)
 
 
 def _word_hashes(text: bytes) -> Iterator[np.ndarray]:
-    """Hashes of the text's words, (k,) uint64 a slice; slices end between words."""
+    """Hashes of the text's words, without their case, (k,) uint64 a slice; slices end between words."""
     start = 0
     while start < len(text):
         end = _SPACE.search(text, start + _SLICE)
         stop = end.start() if end else len(text)
-        yield np.fromiter(map(zlib.crc32, _WORD.findall(text, start, stop)), np.uint64)
+        part = text[start:stop]
+        if part.isascii():  # the same words as below, in half the time
+            yield np.fromiter(map(zlib.crc32, _ASCII_WORD.findall(part.lower())), np.uint64)
+        else:
+            found = _WORD.findall(part.decode().lower())
+            yield np.fromiter((zlib.crc32(word.encode()) for word in found), np.uint64, len(found))
         start = stop
 
 
@@ -100,26 +110,57 @@ def near_duplicates(signatures: np.ndarray, order: np.ndarray, config: DedupConf
 
     `clusters` counts documents in `order`, (n,): its document i has the signature `order[i]`.
     """
-    scheme = MinHashLSH(threshold=config.similarity, num_perm=PERMUTATIONS)
-    for band in range(scheme.b):
-        columns = np.ascontiguousarray(signatures[:, band * scheme.r : (band + 1) * scheme.r])[order]
-        for run in _equal_runs(columns.view(f"V{columns.itemsize * scheme.r}")[:, 0]):
+    bands, rows = banding(config.similarity)
+    for band in range(bands):
+        columns = np.ascontiguousarray(signatures[:, band * rows : (band + 1) * rows])[order]
+        for run in _equal_runs(columns.view(f"V{columns.itemsize * rows}")[:, 0]):
             _join_similar(run, signatures, order, config.similarity, clusters)
+
+
+@lru_cache
+def banding(similarity: float) -> tuple[int, int]:
+    """(bands, rows of each) of a signature that best tell pairs above `similarity` from those below.
+
+    A pair of similarity s shares one of b bands of r rows with probability 1 - (1 - s^r)^b; the mean of it below the
+    threshold (compared in vain) and of its complement above (never compared) is the least possible.
+    """
+    s = np.linspace(0, 1, 2001)
+    costs = {}
+    for bands in range(1, PERMUTATIONS + 1):
+        for rows in range(1, PERMUTATIONS // bands + 1):
+            missed = (1 - s**rows) ** bands
+            costs[bands, rows] = float(np.where(s < similarity, 1 - missed, missed).sum())
+    return min(costs, key=lambda scheme: costs[scheme])
 
 
 def _join_similar(
     run: np.ndarray, signatures: np.ndarray, order: np.ndarray, similarity: float, clusters: Clusters
 ) -> None:
-    """Join each document of a bucket to the first one before it that it resembles."""
-    leaders: list[int] = []
+    """Join each document of a bucket to the first of its leaders that it resembles.
+
+    Leaders are those that resemble none before them. Only the last `_LEADERS` are compared with: a bucket of a million
+    pages made from one template would need as many comparisons as it has pairs. A pair that is missed here for that has
+    its other bands to meet in.
+    """
+    leaders: deque[int] = deque(maxlen=_LEADERS)
+    rows = np.empty((_LEADERS, PERMUTATIONS), np.uint32)  # their signatures, the oldest replaced by the next
+    count = 0
     for i in run.tolist():
-        for leader in leaders:
-            equal = signatures[order[i]] == signatures[order[leader]]
-            if clusters.root(i) == clusters.root(leader) or np.mean(equal) >= similarity:
-                clusters.join(leader, i)
-                break
+        own = signatures[order[i]]
+        alike = _alike(own, rows[: len(leaders)], similarity)
+        places = [(count - len(leaders) + k) % _LEADERS for k in range(len(leaders))] if alike.any() else []
+        same = next((leader for leader, place in zip(leaders, places, strict=False) if alike[place]), None)
+        if same is not None:
+            clusters.join(same, i)
         else:
+            rows[count % _LEADERS] = own
             leaders.append(i)
+            count += 1
+
+
+def _alike(own: np.ndarray, others: np.ndarray, similarity: float) -> np.ndarray:
+    """(k,) bool: which of `others`, (k, PERMUTATIONS), a signature resembles."""
+    return (others == own).mean(axis=1) >= similarity
 
 
 def _equal_runs(values: np.ndarray) -> Iterator[np.ndarray]:

@@ -16,14 +16,16 @@ from contextlib import ExitStack
 from itertools import accumulate
 from math import ceil
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 
+from bst_base.errors import UserError
 from bst_base.files import atomic_directory, atomic_file
 from data_pipeline.prepare.dedup import PERMUTATIONS, signature
 from data_pipeline.prepare.text import TextConfig, stored_text
 from data_pipeline.sources import Document, Part, Skipped, Source
+from data_pipeline.sources.base import printable
 
 TABLE = np.dtype(
     [("chunk", "<u4"), ("names", "<u8"), ("offset", "<u8"), ("bytes", "<u8"), ("digest", "<u8", 2), ("group", "<u8"),
@@ -45,6 +47,16 @@ class ChunkTask(NamedTuple):
     parts: tuple[Part, ...]
     text: TextConfig
     signatures: bool
+    on_bad_record: Literal["stop", "skip"]
+
+
+class ChunkDone(NamedTuple):
+    """An extracted chunk."""
+
+    size: int
+    """Bytes of its parts."""
+    bad: int
+    """Records of it that were left out because something is wrong with them."""
 
 
 def group_parts(parts: list[Part], size: int) -> list[tuple[Part, ...]]:
@@ -56,13 +68,17 @@ def group_parts(parts: list[Part], size: int) -> list[tuple[Part, ...]]:
     return [tuple(group) for group in groups.values()]
 
 
-def extract_chunk(task: ChunkTask) -> int:
-    """Read the parts of one chunk into the spool, unless it is there already; returns the bytes of the parts."""
+def extract_chunk(task: ChunkTask) -> ChunkDone:
+    """Read the parts of one chunk into the spool, unless it is there already.
+
+    Raises UserError for the first bad record where the policy is to stop.
+    """
     path = chunk_path(task.spool, task.number)
     if not path.is_dir():
         with atomic_directory(path) as partial:
             _write_chunk(partial, task)
-    return sum(part.size for part in task.parts)
+    bad = sum(skipped.get("bad", False) for skipped in _skipped_in(path))
+    return ChunkDone(sum(part.size for part in task.parts), bad)
 
 
 def chunk_path(spool: Path, number: int) -> Path:
@@ -111,11 +127,32 @@ def read_windows(spool: Path, rows: np.ndarray, window: int, share: float) -> It
                     yield text.read(min(window, size - start)).decode(errors="ignore")
 
 
-def read_skipped(spool: Path, chunks: int) -> Iterator[dict[str, str]]:
-    """Everything that was left out, as {path, reason}, in the order of the corpus."""
+def read_skipped(spool: Path, chunks: int) -> Iterator[dict[str, Any]]:
+    """Everything that was left out, as `skipped_record` gives it, in the order of the corpus."""
     for number in range(chunks):
-        for line in (chunk_path(spool, number) / "skipped.jsonl").read_bytes().splitlines():
-            yield json.loads(line)
+        yield from _skipped_in(chunk_path(spool, number))
+
+
+def skipped_record(skipped: Skipped) -> dict[str, Any]:
+    """A line of `skipped.jsonl`: {path, reason}, with {bad: true} and {count} where they say something."""
+    record: dict[str, Any] = {"path": printable(skipped.path), "reason": skipped.reason}
+    if skipped.bad:
+        record["bad"] = True
+    return record if skipped.count == 1 else {**record, "count": skipped.count}
+
+
+def refusal(skipped: Skipped) -> UserError:
+    """What a bad record is called where the policy is to stop."""
+    remedy = skipped.remedy or "mend it"
+    return UserError(
+        f"{printable(skipped.path)}: {skipped.reason}; {remedy}, or set on_bad_record to skip to list and leave out "
+        "what is bad"
+    )
+
+
+def _skipped_in(chunk: Path) -> Iterator[dict[str, Any]]:
+    for line in (chunk / "skipped.jsonl").read_bytes().splitlines():
+        yield json.loads(line)
 
 
 def _write_chunk(path: Path, task: ChunkTask) -> None:
@@ -124,11 +161,11 @@ def _write_chunk(path: Path, task: ChunkTask) -> None:
         texts, table, names, skips, signatures = (stack.enter_context((path / name).open("wb")) for name in files)
         for found in _documents(task):
             if isinstance(found, Skipped):
-                _write_line(skips, {"path": found.path, "reason": found.reason})
+                _write_line(skips, skipped_record(found))
                 continue
             document, text = found
             table.write(_row(task, names.tell(), texts.tell(), document, text).tobytes())
-            _write_line(names, {"path": document.path, "licence": document.licence, "title": document.title})
+            _write_line(names, _names(document))
             texts.write(text)
             if task.signatures:
                 signatures.write(signature(text).tobytes())
@@ -136,8 +173,28 @@ def _write_chunk(path: Path, task: ChunkTask) -> None:
 
 def _documents(task: ChunkTask) -> Iterator[tuple[Document, bytes] | Skipped]:
     for part in task.parts:
-        for found in task.source.read(part.name):
-            yield stored_text(found, task.text)
+        for found in _read(task, part):
+            stored = stored_text(found, task.text)
+            if isinstance(stored, Skipped) and stored.bad and task.on_bad_record == "stop":
+                raise refusal(stored)
+            yield stored
+
+
+def _read(task: ChunkTask, part: Part) -> Iterator[Document | Skipped]:
+    """The documents of a part; what keeps the rest of it from being read counts as one bad record."""
+    try:
+        yield from task.source.read(part)
+    except OSError as error:
+        yield Skipped(part.name, f"cannot be read: {error.strerror or error}", bad=True)
+    except UserError as error:
+        if task.on_bad_record == "stop":
+            raise
+        yield Skipped(part.name, f"not read to its end ({error})", bad=True)
+
+
+def _names(document: Document) -> dict[str, Any]:
+    record = {"path": printable(document.path), "licence": document.licence, "title": document.title}
+    return {**record, "meta": document.meta} if document.meta else record
 
 
 def _row(task: ChunkTask, names: int, offset: int, document: Document, text: bytes) -> np.ndarray:
@@ -146,7 +203,7 @@ def _row(task: ChunkTask, names: int, offset: int, document: Document, text: byt
     row["chunk"], row["names"], row["offset"], row["bytes"] = task.number, names, offset, len(text)
     row["digest"] = np.frombuffer(digest, "<u8", count=2)
     row["group"] = _hash64(document.group.encode()) if document.group else 0
-    row["id"] = _hash64(f"{task.source.kind}\0{document.path}\0".encode() + digest)
+    row["id"] = _hash64(f"{task.source.kind}\0{printable(document.path)}\0".encode() + digest)
     row["split"] = SPLITS.index(document.split)
     return row
 
@@ -155,5 +212,5 @@ def _hash64(data: bytes) -> int:
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
 
 
-def _write_line(file: IO[bytes], record: dict[str, str]) -> None:
+def _write_line(file: IO[bytes], record: dict[str, Any]) -> None:
     file.write(json.dumps(record, ensure_ascii=False, sort_keys=True).encode() + b"\n")

@@ -6,23 +6,30 @@ import dataclasses
 import unicodedata
 from typing import Literal
 
-from bst_base.errors import UserError
 from bst_base.settings import Config
 from data_pipeline.sources.base import Document, Skipped
+
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+    b"PAR1": "Parquet",
+}
 
 
 class TextConfig(Config):
     """What is done to a document's text before it is stored; by default nothing."""
 
     undecodable: Literal["stop", "skip", "replace", "latin-1"] = "stop"
-    """A document that is not UTF-8: stop with its name and the byte, skip and record it, put U+FFFD for each bad byte,
-    or read it as Latin-1."""
+    """A document that is not UTF-8: do as `on_bad_record` says, skip and record it, put U+FFFD for each bad byte, or
+    read it as Latin-1."""
     normalise: tuple[Literal["newlines", "nfc"], ...] = ()
     """Steps, in order: `newlines` writes CR LF and CR as LF, `nfc` composes Unicode characters."""
 
 
 def stored_text(found: Document | Skipped, config: TextConfig) -> tuple[Document, bytes] | Skipped:
-    """The document and its final text as UTF-8, or why it is skipped; raises UserError for text that is not UTF-8."""
+    """The document and its final text as UTF-8, or why it is skipped."""
     if isinstance(found, Skipped):
         return found
     text = found.content
@@ -54,4 +61,7 @@ def _decode(data: bytes, path: str, config: TextConfig) -> str | Skipped:
         problem = f"not UTF-8 (byte {error.start} is 0x{data[error.start]:02x})"
         if config.undecodable == "skip":
             return Skipped(path, problem)
-    raise UserError(f"{path}: {problem}; mend the file, or set text.undecodable to skip, replace or latin-1")
+        packed = next((name for magic, name in _PACKED.items() if data.startswith(magic)), None)
+        if packed:
+            return Skipped(path, f"{packed} data, not text", bad=True, remedy=f"give its name the ending of {packed}")
+    return Skipped(path, problem, bad=True, remedy="set text.undecodable to skip, replace or latin-1")

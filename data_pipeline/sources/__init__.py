@@ -8,16 +8,19 @@ from pydantic import BeforeValidator, SerializeAsAny
 
 from bst_base.settings import parse
 from data_pipeline.sources.arxiv import Arxiv
-from data_pipeline.sources.base import Document, Part, Skipped, Source
+from data_pipeline.sources.base import Document, Listing, Part, Skipped, Source
 from data_pipeline.sources.folder import Folder
 from data_pipeline.sources.github import Github
 from data_pipeline.sources.jsonl import JsonLines
-from data_pipeline.sources.packaged import Books, Latex, Linux, Mathematics
+from data_pipeline.sources.packaged.books import Books
+from data_pipeline.sources.packaged.latex import Latex
+from data_pipeline.sources.packaged.linux import Linux
+from data_pipeline.sources.packaged.mathematics import Mathematics
 from data_pipeline.sources.pg19 import Pg19
 from data_pipeline.sources.stdlib import StandardLibrary
 from data_pipeline.sources.webdataset import WebDatasetTars
 
-__all__ = ["SOURCES", "AnySource", "Document", "Part", "Skipped", "Source"]
+__all__ = ["SOURCES", "AnySource", "Document", "Listing", "Part", "Skipped", "Source"]
 
 _CLASSES = (StandardLibrary, Folder, JsonLines, WebDatasetTars, Pg19, Arxiv, Github, Books, Latex, Mathematics, Linux)
 

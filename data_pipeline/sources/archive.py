@@ -9,10 +9,12 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from backports import zstd
+from backports.zstd import DecompressionParameter
 
 from bst_base.errors import UserError
 from data_pipeline.sources.base import Skipped
@@ -23,7 +25,7 @@ _OPENERS: dict[str, Callable[..., Any]] = {
     ".gz": gzip.open,
     ".tgz": gzip.open,
     ".xz": lzma.open,
-    ".zst": zstd.open,
+    ".zst": partial(zstd.open, options={DecompressionParameter.window_log_max: 31}),  # `zstd --long=31`
 }
 _DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zstd.ZstdError, lzma.LZMAError, zlib.error, EOFError,
             gzip.BadGzipFile)  # fmt: skip
@@ -83,7 +85,7 @@ def damage_explained(where: str) -> Iterator[None]:
     try:
         yield
     except _DAMAGED as error:
-        raise UserError(f"{where}: damaged or cut short: {error}; get the file again") from None
+        raise UserError(f"{where}: damaged or cut short ({error}); get the file again") from None
 
 
 def _stays_inside(name: str) -> bool:

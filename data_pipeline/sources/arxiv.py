@@ -7,19 +7,20 @@ import io
 import re
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Literal
 
 from bst_base.errors import UserError
 from data_pipeline.sources.archive import Member, damage_explained, open_stream, tar_members
-from data_pipeline.sources.base import Document, Part, Skipped, Source, existing_directory, join_files
-from data_pipeline.sources.tex import decode_tex, find_main_file, inline_inputs, strip_comments
+from data_pipeline.sources.base import Document, Endings, Part, Skipped, join_files
+from data_pipeline.sources.tex import decode_tex, find_main_file, paper_text, strip_comments
+from data_pipeline.sources.tree import FileSource
 
 _TEX = (".tex", ".ltx", ".latex")
 _LARGEST_PAPER = 1 << 29  # bytes unpacked: more is no paper, and would not fit into a worker's memory
 
 
-class Arxiv(Source):
+class Arxiv(FileSource):
     """Papers from `arXiv_src_*.tar` (many submissions in one archive) or single `<id>.tar.gz`, `<id>.gz`, `<id>.tex`.
 
     A submission is a gzipped tar or one gzipped TeX file. Its main file is found, and what that inputs is put in its
@@ -28,35 +29,39 @@ class Arxiv(Source):
 
     kind: Literal["arxiv"] = "arxiv"
     """TeX sources of arXiv papers, as distributed."""
-    path: Path
-    """The directory of archives and submissions."""
     comments: Literal["keep", "strip"] = "strip"
     """TeX comments, text after the end of the document included: authors did not mean to publish them."""
     licence: str = "arXiv, by paper"
     """Licence recorded for every document."""
 
-    def parts(self) -> list[Part]:
-        root = existing_directory(self.path, "a directory of arXiv sources")
-        files = [file for file in root.rglob("*") if file.suffix in (".tar", ".gz", *_TEX) and file.is_file()]
-        if not files:
-            raise UserError(f"{root}: no .tar, .gz or .tex file there; expected arXiv_src_*.tar or submissions")
-        return sorted(Part(file.relative_to(root).as_posix(), file.stat().st_size) for file in files)
+    def wanted(self, name: str) -> bool:
+        return name.endswith((".tar", ".gz", *_TEX))
 
-    def read(self, part: str) -> Iterator[Document | Skipped]:
-        path = self.path.expanduser() / part
+    def expected(self) -> str:
+        return "arXiv_src_*.tar, a submission (.tar.gz, .gz, .tex), or a directory of them"
+
+    def read(self, part: Part) -> Iterator[Document | Skipped]:
+        path, split = self.root / part.name, self.split_of(part)
         if path.suffix != ".tar":
-            yield from self._paper(part, path.read_bytes())
+            yield from self._paper(part.name, path.read_bytes(), split)
             return
         with open_stream(path) as file:
-            for member in tar_members(file, part):
+            for member in tar_members(file, part.name):
                 if isinstance(member, Skipped):
                     yield member
                 elif member.name.endswith((".gz", *_TEX)):
-                    yield from self._paper(member.name, member.data)
+                    yield from self._member(part, member, split)
                 else:
-                    yield Skipped(f"{part}/{member.name}", "no TeX source")
+                    yield Skipped(f"{part.name}/{member.name}", "no TeX source")
 
-    def _paper(self, name: str, data: bytes) -> Iterator[Document | Skipped]:
+    def _member(self, part: Part, member: Member, split: str) -> Iterator[Document | Skipped]:
+        """A submission inside a bulk archive: what is wrong with it does not concern the others."""
+        try:
+            yield from self._paper(member.name, member.data, split)
+        except UserError as error:
+            yield Skipped(f"{part.name}/{member.name}", str(error).removeprefix(f"{member.name}: "), bad=True)
+
+    def _paper(self, name: str, data: bytes, split: str) -> Iterator[Document | Skipped]:
         """The one document of a submission, and what of it was skipped."""
         number = re.sub(r"(\.tar)?\.gz$|\.tex$", "", name)
         data = _gunzip(data, name)
@@ -64,21 +69,27 @@ class Arxiv(Source):
             yield Skipped(name, "larger than a paper")
             return
         files: dict[str, str] = {}
+        endings = Endings()
         for member in _submission(data, PurePosixPath(number).name, name):
             if isinstance(member, Skipped):
                 yield member
             elif member.name.lower().endswith(_TEX):
                 files[member.name.removeprefix("./")] = member.data.decode("latin-1")  # as bytes: TeX's syntax is ASCII
+            else:
+                endings.leave_out(member.name)
+        yield from endings.skipped(name)
         if not files:
             yield Skipped(name, "no TeX source")
             return
-        yield Document(number, decode_tex(self._text(files).encode("latin-1")), licence=self.licence)
+        yield Document(number, decode_tex(self._text(files).encode("latin-1")), licence=self.licence, split=split)
 
     def _text(self, files: dict[str, str]) -> str:
+        main = find_main_file(files)
+        if main is not None:
+            return paper_text(main, files, self.comments)
         if self.comments == "strip":
             files = {name: strip_comments(text) for name, text in files.items()}
-        main = find_main_file(files)
-        return join_files(sorted(files.items())) if main is None else inline_inputs(main, files)
+        return join_files(sorted(files.items()))
 
 
 def _gunzip(data: bytes, where: str) -> bytes | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from data_pipeline.sources.base import Skipped, join_files
+from data_pipeline.sources.tree import walk
 
 LARGEST_FILE = 1_000_000
 """Bytes above which a source file is taken for data or generated."""
@@ -91,11 +91,27 @@ def repository_licence(files: Iterable[tuple[str, bytes]]) -> str:
     return "unknown"
 
 
-def tree_files(root: Path) -> Iterator[tuple[str, bytes]]:
-    """(path, bytes) of every regular file under a directory that could be source; links are not followed."""
-    for directory, names, files in os.walk(root):
-        names[:] = sorted(name for name in names if name not in _VENDORED and not _HIDDEN.search(f"{name}/"))
-        for name in sorted(files):
-            path = Path(directory, name)
-            if path.is_file() and not path.is_symlink() and path.stat().st_size <= LARGEST_FILE:
-                yield path.relative_to(root).as_posix(), path.read_bytes()
+def source_paths(root: Path) -> Iterator[tuple[str, Path] | Skipped]:
+    """(path, file) of every regular file under a directory that could be source, and what else is there."""
+    for found in walk(
+        root, enter=lambda name: not (_VENDORED & {PurePosixPath(name).name} or _HIDDEN.search(f"{name}/"))
+    ):
+        if not isinstance(found, Skipped) and found[1].is_symlink():
+            yield Skipped(found[0], "link")
+        elif not isinstance(found, Skipped) and found[1].stat().st_size > LARGEST_FILE:
+            yield Skipped(found[0], "large file")
+        else:
+            yield found
+
+
+def tree_files(root: Path) -> Iterator[tuple[str, bytes] | Skipped]:
+    """(path, bytes) of every regular file under a directory that could be source; and what else is there."""
+    for found in source_paths(root):
+        if isinstance(found, Skipped):
+            yield found
+            continue
+        name, path = found
+        try:
+            yield name, path.read_bytes()
+        except OSError as error:
+            yield Skipped(name, f"cannot be read: {error.strerror}", bad=True)

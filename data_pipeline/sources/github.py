@@ -2,47 +2,76 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from bst_base.errors import UserError
-from data_pipeline.sources.archive import TAR_SUFFIXES, Skipped, open_stream, tar_members, zip_members
-from data_pipeline.sources.base import Document, Part, Source, existing_directory
-from data_pipeline.sources.code import repository_licence, repository_text, tree_files
+from data_pipeline.sources.archive import TAR_SUFFIXES, open_stream, tar_members, zip_members
+from data_pipeline.sources.base import Document, Endings, Listing, LocalPath, Part, Skipped, Source
+from data_pipeline.sources.code import repository_licence, repository_text, source_paths, tree_files
+
+_ARCHIVES = (*TAR_SUFFIXES, ".zip")
 
 
 class Github(Source):
-    """A directory whose entries are repositories; vendored, generated and binary files are left out.
+    """A directory whose entries are repositories, or one repository; vendored, generated and binary files are left out.
 
     The files of a repository are joined in the order of their paths, each under a line with its path.
     """
 
     kind: Literal["github"] = "github"
     """Repositories: a checkout, a tarball or a zip each."""
-    path: Path
-    """The directory of the repositories."""
+    path: LocalPath
+    """The directory of the repositories; or one checkout (it has a `.git`), tarball or zip."""
 
-    def parts(self) -> list[Part]:
-        root = existing_directory(self.path, "a directory of repositories")
-        found = [entry for entry in root.iterdir() if entry.is_dir() or entry.name.endswith((*TAR_SUFFIXES, ".zip"))]
-        if not found:
-            raise UserError(f"{root}: no repository there; expected checkouts, or {', '.join(TAR_SUFFIXES)}, .zip")
-        return sorted(Part(entry.name, _size(entry)) for entry in found)
+    def listing(self) -> Listing:
+        path = self.path.expanduser()
+        expected = f"a directory of repositories (checkouts, or {', '.join(_ARCHIVES)}), or one repository"
+        if not path.exists():
+            raise UserError(f"{path}: no such directory; source.path must be {expected}")
+        if not path.is_dir() or (path / ".git").exists():
+            return Listing([Part(path.resolve().name, _size(path))], [])
+        parts, skipped, endings = [], [], Endings()
+        for entry in path.iterdir():
+            if entry.is_symlink() and not entry.exists():
+                skipped.append(Skipped(entry.name, "broken link"))
+            elif entry.is_dir() or entry.name.endswith(_ARCHIVES):
+                parts.append(Part(entry.name, _size(entry)))
+            else:
+                endings.leave_out(entry.name)
+        if not parts:
+            raise UserError(f"{path}: no repository there; source.path must be {expected}")
+        beside = [
+            dataclasses.replace(each, reason=f"beside the repositories, {each.reason}") for each in endings.skipped("")
+        ]
+        return Listing(sorted(parts), sorted(skipped, key=lambda each: each.path) + beside)
 
-    def read(self, part: str) -> Iterator[Document | Skipped]:
-        path = self.path.expanduser() / part
+    def files(self, part: Part) -> list[Path]:
+        path = self._locate(part)
+        return [found[1] for found in source_paths(path) if not isinstance(found, Skipped)] if path.is_dir() else [path]
+
+    def read(self, part: Part) -> Iterator[Document | Skipped]:
+        path = self._locate(part)
         files = []
         for member in tree_files(path) if path.is_dir() else _archive_files(path):
-            if isinstance(member, Skipped):
-                yield member
-            else:
+            if not isinstance(member, Skipped):
                 files.append(member)
-        for text in repository_text(files, part):
+            elif path.is_dir():
+                yield dataclasses.replace(member, path=f"{part.name}/{member.path}")
+            else:
+                yield member
+        for text in repository_text(files, part.name):
             if isinstance(text, Skipped):
                 yield text
             else:
-                yield Document(part, text, licence=repository_licence(files), group=_repository(part))
+                yield Document(part.name, text, licence=repository_licence(files), group=_repository(part.name))
+
+    def _locate(self, part: Part) -> Path:
+        """A repository of the directory, or the one that `path` itself is."""
+        path = self.path.expanduser()
+        return path if not path.is_dir() or (path / ".git").exists() else path / part.name
 
 
 def _archive_files(path: Path) -> Iterator[tuple[str, bytes] | Skipped]:
@@ -64,8 +93,10 @@ def _archive_files(path: Path) -> Iterator[tuple[str, bytes] | Skipped]:
 
 def _repository(name: str) -> str:
     """The repository's name without the archive's suffix: its checkout and its tarball are one."""
-    return next((name.removesuffix(suffix) for suffix in (*TAR_SUFFIXES, ".zip") if name.endswith(suffix)), name)
+    return next((name.removesuffix(suffix) for suffix in _ARCHIVES if name.endswith(suffix)), name)
 
 
 def _size(entry: Path) -> int:
-    return sum(f.stat().st_size for f in entry.rglob("*") if f.is_file()) if entry.is_dir() else entry.stat().st_size
+    if not entry.is_dir():
+        return entry.stat().st_size
+    return sum(found[1].stat().st_size for found in source_paths(entry) if not isinstance(found, Skipped))

@@ -1,59 +1,67 @@
-"""JSON Lines, plain or compressed with gzip or zstd: a document a line."""
+"""JSON Lines, plain or compressed with gzip, xz or zstd: a document a line."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
-from bst_base.errors import UserError
 from data_pipeline.sources.archive import open_stream
-from data_pipeline.sources.base import Document, Part, Skipped, Source, existing_directory
+from data_pipeline.sources.base import Document, Part, Skipped
+from data_pipeline.sources.records import RecordSource
 
-_SUFFIXES = tuple(f".{name}{packed}" for name in ("jsonl", "json", "ndjson") for packed in ("", ".gz", ".zst"))
+_SUFFIXES = tuple(f".{name}{packed}" for name in ("jsonl", "json", "ndjson") for packed in ("", ".gz", ".xz", ".zst"))
+_RANGE = 32 << 20
+"""Bytes of a plain file that are one part: a large file is the work of many workers. Part of the order of documents'
+names: lines of a file with several parts are named by their first byte, not by their number."""
 
 
-class JsonLines(Source):
-    """Every `.jsonl` (also `.json`, `.ndjson`; also with `.gz`, `.zst`) file under a directory, sorted by path."""
+class JsonLines(RecordSource):
+    """Every `.jsonl`, `.json` or `.ndjson` file under a directory (or one such file), sorted by path; also compressed
+    as `.gz`, `.xz`, `.zst`. Large files are read by many workers if they are not compressed."""
 
     kind: Literal["jsonl"] = "jsonl"
-    """JSON Lines, also .gz and .zst."""
-    path: Path
-    """The directory of the files."""
-    text_field: str = "text"
-    """Which field of a line's object holds the text."""
-    licence_field: str = ""
-    """Which field holds the licence, if any does."""
-    group_field: str = ""
-    """Which field names what must not be split between train and validation (a work, a repository), if any does."""
+    """JSON Lines, also .gz, .xz and .zst."""
 
-    def parts(self) -> list[Part]:
-        root = existing_directory(self.path, "a directory of JSON Lines files")
-        files = [file for file in root.rglob("*") if file.name.endswith(_SUFFIXES) and file.is_file()]
-        if not files:
-            raise UserError(f"{root}: no {', '.join(_SUFFIXES[:3])} file there")
-        return sorted(Part(file.relative_to(root).as_posix(), file.stat().st_size) for file in files)
+    def wanted(self, name: str) -> bool:
+        return name.endswith(_SUFFIXES)
 
-    def read(self, part: str) -> Iterator[Document | Skipped]:
-        path = self.path.expanduser() / part
-        with open_stream(path) as file:
-            for number, line in enumerate(file, start=1):
+    def expected(self) -> str:
+        return "a JSON Lines file, or a directory of them: .jsonl, .json, .ndjson, also with .gz, .xz, .zst"
+
+    def parts_of(self, name: str, path: Path) -> list[Part]:
+        size = path.stat().st_size
+        if size <= _RANGE or name.endswith((".gz", ".xz", ".zst")):
+            return [Part(name, size)]
+        return [Part(name, min(_RANGE, size - start), start) for start in range(0, size, _RANGE)]
+
+    def read(self, part: Part) -> Iterator[Document | Skipped]:
+        split = self.split_of(part)
+        with open_stream(self.root / part.name) as file:
+            lines = enumerate(file, start=1) if part.start < 0 else _lines_in(file, part.start, part.start + part.size)
+            mark = "" if part.start < 0 else "byte "
+            for place, line in lines:
                 if line.strip():
-                    yield self._document(line, f"{part}:{number}")
+                    yield self._document(line, f"{part.name}:{mark}{place}", split)
 
-    def _document(self, line: bytes, where: str) -> Document:
+    def _document(self, line: bytes, where: str, split: str) -> Document | Skipped:
         try:
-            record = json.loads(line)
-            text = record[self.text_field]
+            return self.document(json.loads(line), where, split)
         except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 (byte {error.start} of the line)") from None
-        except ValueError as error:
-            raise UserError(f"{where}: not JSON: {error}") from None
-        except (KeyError, TypeError):
-            raise UserError(f"{where}: no field {self.text_field!r}; set source.text_field") from None
-        if not isinstance(text, str):
-            raise UserError(f"{where}: field {self.text_field!r} is a {type(text).__name__}, not text")
-        group = str(record.get(self.group_field, "")) if self.group_field else ""
-        licence = str(record.get(self.licence_field) or "unknown") if self.licence_field else "unknown"
-        return Document(where, text, licence=licence, group=group)
+            return Skipped(where, f"not UTF-8 (byte {error.start} of the line)", bad=True)
+        except (ValueError, RecursionError) as error:
+            return Skipped(where, f"not JSON ({error})", bad=True)
+
+
+def _lines_in(file: BinaryIO, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+    """(first byte, line) of the lines that begin in ``start..stop``."""
+    if start:
+        file.seek(start - 1)
+        start += len(file.readline()) - 1  # the rest of a line that belongs to the part before
+    while start < stop:
+        line = file.readline()
+        if not line:
+            return
+        yield start, line
+        start += len(line)

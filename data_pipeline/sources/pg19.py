@@ -8,36 +8,35 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from bst_base.errors import UserError
-from data_pipeline.sources.base import Document, Part, Skipped, Source, existing_directory
+from data_pipeline.sources.base import Document, Listing, Part, Skipped
+from data_pipeline.sources.tree import FileSource, glob_pattern
 
 _SPLITS = ("train", "validation", "test")
+_BOOK = glob_pattern("*/*.txt")
 
 
-class Pg19(Source):
+class Pg19(FileSource):
     """A book a file, `<split>/<id>.txt`, with `metadata.csv` (id, title, year, address); its own splits are kept."""
 
     kind: Literal["pg19"] = "pg19"
     """PG-19 as released: train/, validation/, test/ and metadata.csv."""
-    path: Path
-    """The directory of the release."""
+    own_splits: Literal[True] = True
+    """Always: the release has its splits."""
 
-    def parts(self) -> list[Part]:
-        root = existing_directory(self.path, "the directory that holds train/, validation/ and test/")
-        parts = [
-            Part(file.relative_to(root).as_posix(), file.stat().st_size)
-            for split in _SPLITS
-            for file in sorted((root / split).glob("*.txt"))
-        ]
-        if not parts:
-            raise UserError(f"{root}: no book there; expected train/*.txt, validation/*.txt and test/*.txt")
-        return parts
+    def wanted(self, name: str) -> bool:
+        return name.partition("/")[0] in _SPLITS and _BOOK.fullmatch(name) is not None
 
-    def read(self, part: str) -> Iterator[Document | Skipped]:
-        root = self.path.expanduser()
-        split, _, name = part.partition("/")
-        title = _titles(root / "metadata.csv").get(name.removesuffix(".txt"), "")
-        yield Document(part, (root / part).read_bytes(), licence="public domain (US)", split=split, title=title)
+    def expected(self) -> str:
+        return "the directory that holds train/*.txt, validation/*.txt and test/*.txt"
+
+    def listing(self) -> Listing:
+        parts, skipped = super().listing()
+        return Listing(sorted(parts, key=lambda part: (_SPLITS.index(self.split_of(part)), part.name)), skipped)
+
+    def read(self, part: Part) -> Iterator[Document | Skipped]:
+        title = _titles(self.root / "metadata.csv").get(Path(part.name).stem, "")
+        text = (self.root / part.name).read_bytes()
+        yield Document(part.name, text, licence="public domain (US)", split=self.split_of(part), title=title)
 
 
 @lru_cache(maxsize=1)

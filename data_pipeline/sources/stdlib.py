@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,17 @@ from typing import Any, Literal
 from pydantic import Field
 
 from bst_base.errors import UserError
-from data_pipeline.sources.base import Document, Part, Skipped, Source, existing_directory, join_files
+from data_pipeline.sources.base import (
+    Document,
+    Listing,
+    LocalPath,
+    Part,
+    Skipped,
+    Source,
+    existing_directory,
+    join_files,
+)
+from data_pipeline.sources.tree import walk
 
 _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "lib-dynload"}
 
@@ -25,47 +36,56 @@ class StandardLibrary(Source):
 
     kind: Literal["stdlib"] = "stdlib"
     """Python's standard library."""
-    path: Path = Field(default_factory=lambda: Path(sysconfig.get_path("stdlib")))
+    path: LocalPath = Field(default_factory=lambda: Path(sysconfig.get_path("stdlib")))
     """The library's directory; by default the running interpreter's (in a virtual environment: its base's)."""
 
-    def parts(self) -> list[Part]:
+    def listing(self) -> Listing:
         root = existing_directory(self.path, "a Python standard library")
-        found = [*_modules(root), *_modules(root / "test")]
-        parts = [Part(path.relative_to(root).as_posix(), sum(f.stat().st_size for f in _files(path))) for path in found]
-        if not parts:
+        sizes: Counter[str] = Counter()
+        skipped = []
+        for found in _modules(root):
+            if isinstance(found, Skipped):
+                skipped.append(found)
+            else:
+                sizes[_module_of(found[0])] += found[1].stat().st_size
+        if not sizes:
             raise UserError(f"{root}: no Python modules there; source.path must be a Python standard library")
-        return sorted(parts)
+        return Listing(sorted(Part(name, size) for name, size in sizes.items()), skipped)
 
-    def read(self, part: str) -> Iterator[Document | Skipped]:
-        root = self.path
+    def files(self, part: Part) -> list[Path]:
+        path = self.path / part.name
+        return [path] if path.is_file() else [file for _, file in _python_files(path)]
+
+    def read(self, part: Part) -> Iterator[Document | Skipped]:
         texts = []
-        for file in _files(root / part):
-            name = file.relative_to(root).as_posix()
+        for file in self.files(part):
+            name = file.relative_to(self.path).as_posix()
             try:
                 texts.append((name, file.read_bytes().decode("utf-8")))
             except UnicodeDecodeError as error:  # test data in other encodings
                 yield Skipped(name, f"not UTF-8 (byte {error.start})")
-        text = texts[0][1] if part.endswith(".py") and texts else join_files(texts)
-        yield Document(part, text, licence="PSF-2.0")
+        text = texts[0][1] if part.name.endswith(".py") and texts else join_files(texts)
+        yield Document(part.name, text, licence="PSF-2.0")
 
     def provenance(self) -> dict[str, Any]:
         return {"python": ".".join(map(str, sys.version_info[:3]))}
 
 
-def _modules(directory: Path) -> Iterator[Path]:
-    """The modules and packages directly in a directory."""
-    if not directory.is_dir():
-        return
-    for path in directory.iterdir():
-        if path.name == "test" or path.name in _LEFT_OUT or path.is_symlink():
-            continue
-        if path.suffix == ".py" or (path.is_dir() and any(_files(path))):
-            yield path
+def _modules(root: Path) -> Iterator[tuple[str, Path] | Skipped]:
+    """Every module's file below a directory; only what cannot be read is reported besides."""
+    for found in walk(root, enter=lambda name: not _LEFT_OUT.intersection(name.split("/"))):
+        if isinstance(found, Skipped):
+            if found.bad:
+                yield found
+        elif found[0].endswith(".py") and not found[1].is_symlink():
+            yield found
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    return sorted(
-        f for f in path.rglob("*.py") if f.is_file() and not _LEFT_OUT.intersection(f.parts[len(path.parts) :])
-    )
+def _module_of(name: str) -> str:
+    """The top-level module or package of a file; inside `test`, the one below it."""
+    parts = name.split("/")
+    return "/".join(parts[: 2 if parts[0] == "test" else 1])
+
+
+def _python_files(path: Path) -> list[tuple[str, Path]]:
+    return sorted(found for found in _modules(path) if not isinstance(found, Skipped))

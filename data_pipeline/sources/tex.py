@@ -1,26 +1,102 @@
-"""What must be understood of TeX to read a paper: its main file, what it inputs, its comments, its encoding."""
+"""What must be understood of TeX to read a paper: its main file, what it inputs, its comments, its encoding.
+
+A file is cut into tokens in one pass, and everything else works on those: whether a `%`, an `\\input` or an
+`\\end{document}` means something depends on what stands before it (a comment, verbatim text, an address). Cutting is
+linear in the text, whatever it holds. pylatexenc parses more than is wanted here (arguments, modes), in pure Python a
+character at a time, and takes a `%` in the address of a `\\url` for a comment.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
+from typing import Literal, NamedTuple
 
-_CLASS = re.compile(r"^[^%\n]*\\document(class|style)\b", re.MULTILINE)
-_INPUT = re.compile(r"\\(?:input|include)\s*(?:\{([^{}]+)\}|([^\s{}\\%]+))")
 _ENCODING = re.compile(r"\\(?:usepackage\s*\[([^\]]*)\]\s*\{inputenc\}|inputencoding\s*\{([^}]*)\})")
 _ENCODINGS = {
     "latin1": "latin-1", "ansinew": "cp1252", "cp1252": "cp1252", "latin2": "iso8859-2", "latin5": "iso8859-9",
     "latin9": "iso8859-15", "applemac": "mac-roman", "cp1250": "cp1250", "cp1251": "cp1251", "koi8-r": "koi8-r",
 }  # fmt: skip
-_COMMENTS = re.compile(
-    r"(?P<verbatim>\\begin\{(?P<name>verbatim\*?|Verbatim|lstlisting|minted)\}.*?\\end\{(?P=name)\})"
-    r"|^[ \t]*\\begin\{comment\}.*?\\end\{comment\}[ \t]*\n?"
-    r"|^[ \t]*%[^\n]*(?:\n|\Z)"
-    r"|(?<!\\)(?P<sign>(?:\\\\)*%)[^\n]+",
-    re.DOTALL | re.MULTILINE,
+_VERBATIM = r"verbatim\*?|[BL]?Verbatim\*?|lstlisting|minted|alltt|filecontents\*?"
+_SIGN = re.compile(
+    rf"""
+      (?P<line>(?m:^)[ \t]*%[^\n]*(?:\n|\Z))                 # a line that is nothing but a comment
+    | (?P<comment>%[^\n]*)
+    | (?P<note>(?m:^)[ \t]*\\begin\s*\{{comment\}}|\\begin\s*\{{comment\}})
+    | \\begin\s*\{{(?P<verbatim>{_VERBATIM})\}}
+    | \\(?:verb\*?|lstinline(?:\[[^\]\n]*\])?|mintinline\{{\w*\}}|url|path|nolinkurl)[ ]*(?P<mark>[^\w\s*{{}}\\%\[])
+    | \\(?:url|path|nolinkurl|href|lstinline(?:\[[^\]\n]*\])?|mintinline\{{\w*\}})\s*(?P<braces>\{{)
+    | \\(?P<input>input|include|subfile)(?![A-Za-z@])\s*(?:\{{(?P<braced>[^{{}}%\n]+)\}}|(?P<bare>[^\s{{}}\\%]+))
+    | \\(?P<class>document(?:class|style))\b
+    | \\end\s*\{{(?P<end>document)\}}
+    | \\[^A-Za-z\n]                                           # one character: \% and \\ among them
+    """,
+    re.VERBOSE | re.DOTALL,
 )
-_END = "\\end{document}"
 _USUAL_NAMES = ("main", "ms", "paper", "article", "manuscript", "root")
+
+
+class Token(NamedTuple):
+    """A piece of a file."""
+
+    kind: Literal["text", "line", "comment", "class", "input", "end"]
+    """`line`: a line of nothing but comment, or a comment environment; `comment`: from a `%` to the line's end."""
+    text: str
+    target: str = ""
+    """What an input names."""
+
+
+def tokens(text: str) -> Iterator[Token]:
+    """The file in pieces that together are all of it; verbatim text and addresses are text."""
+    start = place = 0
+    missing: set[str] = set()
+    while match := _SIGN.search(text, place):
+        kind, place = match.lastgroup, match.end()
+        if kind in ("verbatim", "note", "mark", "braces"):
+            end = _end_of_raw(text, match, missing)
+            if kind != "note" or end == place:  # one that does not end is text up to here
+                place = end
+                continue
+            place, kind = end, "line"
+        if kind is None:
+            continue
+        yield Token("text", text[start : match.start()])
+        named = match["braced"] or match["bare"] or ""
+        yield Token("input" if named else kind, text[match.start() : place], named)
+        start = place
+    yield Token("text", text[start:])
+
+
+def _end_of_raw(text: str, match: re.Match[str], missing: set[str]) -> int:
+    """Where text that TeX does not read as TeX ends; the end of `match` when it does not end."""
+    begin = match.end()
+    if match["mark"] or match["braces"]:
+        line_end = text.find("\n", begin)
+        stop = len(text) if line_end < 0 else line_end
+        end = text.find(match["mark"], begin, stop) + 1 if match["mark"] else _closing_brace(text, begin, stop)
+        return end or begin
+    close = f"\\end{{{match['verbatim'] or 'comment'}}}"
+    end = -1 if close in missing else text.find(close, begin)
+    if end < 0:
+        missing.add(close)  # looked for once: a file of a thousand unclosed ones is still read in one pass
+        return begin
+    end += len(close)
+    if match["note"]:  # the rest of its line goes with it when there is nothing else on it
+        rest = re.compile(r"[ \t]*\n").match(text, end)
+        end = rest.end() if rest else end
+    return end
+
+
+def _closing_brace(text: str, begin: int, stop: int) -> int:
+    """The place after the brace that closes the one before `begin`; 0 when it is not closed on its line."""
+    depth, place = 1, begin
+    while place < stop:
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        place += 2 if text[place] == "\\" else 1
+        if depth == 0:
+            return place
+    return 0
 
 
 def find_main_file(files: dict[str, str]) -> str | None:
@@ -29,8 +105,11 @@ def find_main_file(files: dict[str, str]) -> str | None:
     Of several that do, one that no other inputs; then one with a usual name; then the nearest to the top; then the
     longest.
     """
-    candidates = [name for name, text in files.items() if _CLASS.search(text)]
-    inputs = {target for name, text in files.items() for target in _targets(name, text, files)}
+    cut = {name: list(tokens(text)) for name, text in files.items()}
+    candidates = [name for name, pieces in cut.items() if any(piece.kind == "class" for piece in pieces)]
+    inputs = {
+        _resolve(piece.target, name, files) for name, pieces in cut.items() for piece in pieces if piece.kind == "input"
+    }
     return min(
         candidates,
         key=lambda name: (
@@ -44,17 +123,27 @@ def find_main_file(files: dict[str, str]) -> str | None:
     )
 
 
-def inline_inputs(main: str, files: dict[str, str]) -> str:
-    """The main file with every \\input and \\include of a file that is there replaced by that file, in depth."""
+def paper_text(main: str, files: dict[str, str], comments: Literal["keep", "strip"]) -> str:
+    """The main file with what it inputs in its place, in depth.
 
-    def inline(name: str, above: tuple[str, ...]) -> str:
-        def replace(match: re.Match[str]) -> str:
-            target = _resolve(match[1] or match[2], main, files)
-            return match[0] if target is None or target in above else inline(target, (*above, target))
-
-        return _INPUT.sub(replace, files[name])
-
-    return inline(main, (main,))
+    A file is put in at its first \\input and later ones stay as they are written: its text is in the paper once, so the
+    paper is never longer than its files, however they name each other.
+    """
+    found: list[str] = []
+    used = {main}
+    pending = [_pieces(files[main], comments)]
+    while pending:
+        piece = next(pending[-1], None)
+        if piece is None:
+            pending.pop()
+            continue
+        target = _resolve(piece.target, main, files) if piece.kind == "input" else None
+        if target is None or target in used:
+            found.append(piece.text)
+        else:
+            used.add(target)
+            pending.append(_pieces(files[target], comments))
+    return "".join(found)
 
 
 def strip_comments(text: str) -> str:
@@ -62,9 +151,22 @@ def strip_comments(text: str) -> str:
 
     The `%` itself stays where text stands before it, since it also swallows the line's end. Verbatim text is kept.
     """
-    head, end, _ = text.partition(_END)
-    head = _COMMENTS.sub(lambda match: match["verbatim"] or match["sign"] or "", head)
-    return head + (end + "\n" if end else "")
+    return "".join(piece.text for piece in _without_comments(tokens(text)))
+
+
+def _pieces(text: str, comments: Literal["keep", "strip"]) -> Iterator[Token]:
+    return tokens(text) if comments == "keep" else _without_comments(tokens(text))
+
+
+def _without_comments(pieces: Iterable[Token]) -> Iterator[Token]:
+    for piece in pieces:
+        if piece.kind == "end":
+            yield Token("end", piece.text + "\n")
+            return
+        if piece.kind == "comment":
+            yield Token("comment", "%")
+        elif piece.kind != "line":
+            yield piece
 
 
 def decode_tex(data: bytes) -> str | bytes:
@@ -76,11 +178,6 @@ def decode_tex(data: bytes) -> str | bytes:
             if codec := _ENCODINGS.get((match[1] or match[2]).strip().lower()):
                 return data.decode(codec, errors="replace")
         return data
-
-
-def _targets(name: str, text: str, files: dict[str, str]) -> set[str]:
-    found = (_resolve(match[1] or match[2], name, files) for match in _INPUT.finditer(text))
-    return {target for target in found if target is not None}
 
 
 def _resolve(argument: str, main: str, files: dict[str, str]) -> str | None:

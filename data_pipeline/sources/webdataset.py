@@ -2,53 +2,64 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import lzma
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
-from bst_base.errors import UserError
-from data_pipeline.sources.archive import TAR_SUFFIXES, open_stream, tar_members
-from data_pipeline.sources.base import Document, Part, Skipped, Source, existing_directory
+from backports import zstd
+
+from data_pipeline.sources.archive import TAR_SUFFIXES, damage_explained, open_stream, tar_members
+from data_pipeline.sources.base import Document, Endings, Part, Skipped
+from data_pipeline.sources.tree import FileSource
+
+_UNPACK = {".gz": gzip.decompress, ".xz": lzma.decompress, ".zst": zstd.decompress}
 
 
-class WebDatasetTars(Source):
-    """Every tar (also .tar.gz, .tgz, .tar.xz, .tar.zst) under a directory, sorted by path."""
+class WebDatasetTars(FileSource):
+    """Every tar (also .tar.gz, .tgz, .tar.xz, .tar.zst) under a directory, or one tar, sorted by path."""
 
     kind: Literal["webdataset"] = "webdataset"
     """An existing WebDataset of text."""
-    path: Path
-    """The directory of the tars."""
     member: str = "txt"
-    """Which member of a sample holds the text: its name from the first dot on."""
+    """Which members hold text, by the ending of their names; members with `.gz`, `.xz` or `.zst` after it are
+    decompressed."""
     text_field: str = "text"
     """Which field holds the text when the member is JSON."""
     licence: str = "unknown"
     """Licence recorded for every document."""
 
-    def parts(self) -> list[Part]:
-        root = existing_directory(self.path, "a directory of WebDataset tars")
-        files = [file for file in root.rglob("*") if file.name.endswith(TAR_SUFFIXES) and file.is_file()]
-        if not files:
-            raise UserError(f"{root}: no tar there")
-        return sorted(Part(file.relative_to(root).as_posix(), file.stat().st_size) for file in files)
+    def wanted(self, name: str) -> bool:
+        return name.endswith(TAR_SUFFIXES)
 
-    def read(self, part: str) -> Iterator[Document | Skipped]:
-        with open_stream(self.path.expanduser() / part) as file:
-            for member in tar_members(file, part):
+    def expected(self) -> str:
+        return f"a WebDataset tar, or a directory of them: {', '.join(TAR_SUFFIXES)}"
+
+    def read(self, part: Part) -> Iterator[Document | Skipped]:
+        split, endings = self.split_of(part), Endings()
+        with open_stream(self.root / part.name) as file:
+            for member in tar_members(file, part.name):
                 if isinstance(member, Skipped):
                     yield member
-                elif member.name.rpartition("/")[2].partition(".")[2] == self.member:
-                    where = f"{part}/{member.name}"
-                    yield Document(where, self._text(member.data, where), licence=self.licence)
+                    continue
+                packed = next((suffix for suffix in _UNPACK if member.name.endswith(suffix)), "")
+                if not member.name.removesuffix(packed).endswith(f".{self.member}"):
+                    endings.leave_out(member.name)
+                    continue
+                where = f"{part.name}/{member.name}"
+                with damage_explained(where):
+                    yield self._document(_UNPACK[packed](member.data) if packed else member.data, where, split)
+        yield from endings.skipped(part.name)
 
-    def _text(self, data: bytes, where: str) -> str | bytes:
-        if self.member.rpartition(".")[2] != "json":
-            return data
-        try:
-            text = json.loads(data)[self.text_field]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{where}: no text in field {self.text_field!r}: {error}") from None
-        if not isinstance(text, str):
-            raise UserError(f"{where}: field {self.text_field!r} is a {type(text).__name__}, not text")
-        return text
+    def _document(self, data: bytes, where: str, split: str) -> Document | Skipped:
+        text: str | bytes = data
+        if self.member.rpartition(".")[2] == "json":
+            try:
+                text = json.loads(data)[self.text_field]
+            except (ValueError, KeyError, TypeError) as error:
+                what = f"no text in field {self.text_field!r} ({error})"
+                return Skipped(where, what, bad=True, remedy="set source.text_field")
+            if not isinstance(text, str):
+                return Skipped(where, f"field {self.text_field!r} is a {type(text).__name__}, not text", bad=True)
+        return Document(where, text, licence=self.licence, split=split)

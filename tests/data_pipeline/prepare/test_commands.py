@@ -37,7 +37,7 @@ def test_prepare_says_what_it_made_and_then_that_it_is_there(config: Path, tmp_p
     made = report(tmp_path / "r.json")
     assert made["splits"]["train"]["documents"] + made["splits"]["validation"]["documents"] == 30
     assert made["reused"] is False
-    assert list(made["stage_time_s"]) == ["fetch", "extract", "deduplicate", "train tokenizer", "encode"]
+    assert list(made["stage_time_s"]) == ["fetch", "hash source", "extract", "deduplicate", "train tokenizer", "encode"]
     assert sum(made["stage_time_s"].values()) <= made["time_s"]
     assert main(["data", "prepare", str(config)]) == 0
     assert "already prepared with these settings: reused" in " ".join(capsys.readouterr().out.split())

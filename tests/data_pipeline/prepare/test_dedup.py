@@ -86,6 +86,63 @@ def test_near_duplicates_are_joined_and_others_are_not() -> None:
     assert clusters.roots().tolist() == expected
 
 
+@pytest.mark.parametrize("first", [0x4E00, 0x0E01, 0x3041, 0xAC00], ids=["Chinese", "Thai", "Japanese", "Korean"])
+def test_texts_that_differ_in_a_character_are_alike_in_every_script(first: int) -> None:
+    """In scripts without spaces between words by 5-grams of characters, whose exact similarity is computed here."""
+    rng = random.Random(first)
+    drawn = [chr(first + rng.randrange(40)) for _ in range(400)]
+    text = "".join(drawn) if first != 0xAC00 else "".join(c + " " * (i % 3 == 2) for i, c in enumerate(drawn))
+    other = text[:200] + chr(first + 45) + text[201:]
+    unrelated = "".join(chr(first + rng.randrange(40)) for _ in range(400))
+    if first != 0xAC00:
+        sets = [{t[i : i + 5] for i in range(len(t) - 4)} for t in (text, other)]
+        exact = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+        estimate = np.mean(signature(text.encode()) == signature(other.encode()))
+        assert abs(estimate - exact) <= 4 * np.sqrt(exact * (1 - exact) / PERMUTATIONS)
+    found = [signature(t.encode()) for t in (text, other, unrelated)]
+    assert np.mean(found[0] == found[1]) > 0.8
+    assert np.mean(found[0] == found[2]) < 0.2
+
+
+def test_a_text_in_latin_letters_has_the_same_words_whether_all_of_it_is_ascii_or_not() -> None:
+    text = " ".join(words(7))
+    assert np.mean(signature(text.encode()) == signature(f"{text} é".encode())) > 0.95
+
+
+def test_pages_of_one_template_are_compared_with_a_bounded_number_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All share their first bands and no two are alike: the pairs would be half a million."""
+    n, compared = 1000, []
+    rng = np.random.default_rng(0)
+    signatures = rng.integers(0, 2**32, (n, PERMUTATIONS), dtype=np.uint32)
+    signatures[:, : PERMUTATIONS // 2] = 7
+    alike = dedup._alike
+    monkeypatch.setattr(dedup, "_alike", lambda own, rows, least: compared.append(len(rows)) or alike(own, rows, least))
+    clusters = Clusters(n)
+    near_duplicates(signatures, np.arange(n), DedupConfig(), clusters)
+    assert clusters.roots().tolist() == list(range(n))
+    bands = dedup.banding(0.8)[0]
+    assert sum(compared) <= bands * n * dedup._LEADERS
+    assert len(compared) >= 3 * n  # the template's bands were looked at
+
+
+def test_of_many_leaders_the_last_ones_are_compared_with_and_named_rightly() -> None:
+    signatures = np.arange(200, dtype=np.uint32)[:, None] + np.zeros(PERMUTATIONS, np.uint32)
+    signatures[:, : PERMUTATIONS // 2] = 7
+    signatures = np.concatenate([signatures, signatures[[199, 150]], signatures[[3]]])
+    clusters = Clusters(len(signatures))
+    near_duplicates(signatures, np.arange(len(signatures)), DedupConfig(), clusters)
+    assert clusters.roots()[200:].tolist() == [199, 150, 3]  # 3 meets its like in another band
+
+
+@pytest.mark.parametrize("similarity", [0.5, 0.8, 0.95])
+def test_the_bands_find_pairs_above_the_threshold_and_few_below(similarity: float) -> None:
+    bands, rows = dedup.banding(similarity)
+    assert bands * rows <= PERMUTATIONS
+    above, below = (1 - (1 - s**rows) ** bands for s in ((1 + similarity) / 2, similarity / 2))
+    assert above > 0.7
+    assert below < 0.1
+
+
 @given(values=st.lists(st.integers(0, 5), max_size=30))
 def test_equal_values_share_the_root_of_the_first(values: list[int]) -> None:
     clusters = Clusters(len(values))

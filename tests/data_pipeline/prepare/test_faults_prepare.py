@@ -17,13 +17,13 @@ from bst_base.files import atomic_directory, atomic_file
 from data_pipeline.format.manifest import MANIFEST, Manifest
 from data_pipeline.format.shards import ShardIndex
 from data_pipeline.format.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
-from data_pipeline.format.verify import ShardTask, verify_shard, verify_tokenizer
+from data_pipeline.format.verify import VerifyTask, verify_shard, verify_tokenizer
 
 
 def problems(corpus: Path) -> list[tuple[str, str]]:
     """Everything that verification finds, as (file, what)."""
     manifest = Manifest.read(corpus)
-    tasks = [ShardTask(corpus, s, manifest.tokenizer.vocab_size, manifest.dtype)
+    tasks = [VerifyTask(corpus, s, manifest.tokenizer.vocab_size, manifest.dtype)
              for infos in manifest.splits.values() for s in infos]  # fmt: skip
     found = verify_tokenizer(corpus, manifest) + [problem for task in tasks for problem in verify_shard(task)]
     return [(problem.file, problem.what) for problem in found]

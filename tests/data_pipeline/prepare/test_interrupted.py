@@ -74,10 +74,30 @@ def test_a_finished_shard_that_was_damaged_meanwhile_is_written_again(
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
-def test_unfinished_work_with_other_settings_is_refused(run, settings_of) -> None:
-    kill_at(settings_of(), "encode", 0.4)
-    with pytest.raises(UserError, match=r"settings\.seed: 0 there, 1 now"):
-        run(seed=1)
+def test_unfinished_work_with_other_settings_is_neither_used_nor_in_the_way(
+    run, settings_of, files_of, tmp_path: Path
+) -> None:
+    run("whole", seed=1, shard_bytes=20000)
+    kill_at(settings_of("corpus"), "encode", 0.4)
+    _, found = run("corpus", seed=1, shard_bytes=20000)
+    assert found["shards_already_there"] == 0
+    assert files_of(tmp_path / "corpus") == files_of(tmp_path / "whole")
+
+
+def test_a_failed_first_attempt_does_not_block_the_next(run, folder: Path) -> None:
+    (folder / "bad.txt").write_bytes(b"fine \xff not")
+    with pytest.raises(UserError, match=r"bad\.txt: not UTF-8"):
+        run()
+    manifest, _ = run(text={"undecodable": "latin-1"})
+    assert sum(manifest.documents(split) for split in manifest.splits) == 31
+
+
+def test_nothing_of_a_corpus_without_its_manifest_is_taken_over(run, files_of, tmp_path: Path) -> None:
+    run("whole", tokenizer={"vocab_size": 700})
+    run("corpus")
+    (tmp_path / "corpus" / MANIFEST).unlink()
+    run("corpus", tokenizer={"vocab_size": 700})
+    assert files_of(tmp_path / "corpus") == files_of(tmp_path / "whole")
 
 
 def test_leftovers_of_a_killed_writer_are_never_taken_for_whole(run, settings_of, files_of, tmp_path: Path) -> None:
@@ -85,12 +105,13 @@ def test_leftovers_of_a_killed_writer_are_never_taken_for_whole(run, settings_of
     run("whole")
     kill_at(settings_of("killed"), "extract", 0.0)
     corpus = tmp_path / "killed"
-    for name in ("train-000000.tar.0a.partial", "tokenizer.model.1b.partial", "manifest.json.2c.partial"):
+    for name in ("train-000000.tar.0123abcd.partial", "tokenizer.model.1123abcd.partial"):
         (corpus / name).write_bytes(b"half")
-    (corpus / "preparing/spool/chunk-000000.3d.partial").mkdir(parents=True)
-    (corpus / "preparing/spool/chunk-000000.3d.partial/text").write_bytes(b"half")
+    (corpus / "preparing/spool/chunk-000000.0123abcd.partial").mkdir(parents=True)
+    (corpus / "preparing/spool/chunk-000000.0123abcd.partial/text").write_bytes(b"half")
+    (corpus / "download.partial").write_bytes(b"of another program")
     run("killed")
-    assert files_of(corpus) == files_of(tmp_path / "whole")
+    assert files_of(corpus) == files_of(tmp_path / "whole") | {"download.partial": b"of another program"}
 
 
 def test_two_preparations_of_one_directory_do_not_mix(run, settings_of) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import webdataset
 
 from bst_base.errors import UserError
-from bst_base.settings import ConfigError, load
+from bst_base.settings import ConfigError, load, parse
 from data_pipeline.format.manifest import Manifest, sha256_file
 from data_pipeline.format.shards import ShardIndex
 from data_pipeline.format.tokenizer import Tokenizer
@@ -81,9 +83,9 @@ def test_the_same_settings_again_reuse_what_is_there(run, files_of, tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"seed": 1}, "settings.seed: 0 there, 1 now"),
+        ({"seed": 1}, "seed: 0 there, 1 now"),
         ({"tokenizer": {"vocab_size": 700}}, "vocab_size: 600 there, 700 now"),
-        ({"text": {"normalise": ["nfc"]}}, "settings.text.normalise"),
+        ({"text": {"normalise": ["nfc"]}}, r"text\.normalise"),
     ],
 )
 def test_other_settings_in_the_same_directory_are_refused(
@@ -101,6 +103,83 @@ def test_a_source_that_changed_since_is_refused(run, folder: Path) -> None:
     (folder / "new.txt").write_text("more")
     with pytest.raises(UserError, match=r"source\.parts: 30 there, 31 now"):
         run()
+
+
+def test_a_source_edited_to_the_same_size_is_another_source(run, folder: Path) -> None:
+    run()
+    file = folder / "a/00.txt"
+    stat, data = file.stat(), file.read_bytes()
+    file.write_bytes(data.replace(b"w", b"v"))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(UserError, match="the source's files are not those it was made from"):
+        run()
+    file.write_bytes(data)
+    assert run()[1]["reused"]
+
+
+def test_an_address_is_no_output(settings_of) -> None:
+    with pytest.raises(ConfigError, match="output: must be a path on this machine's file systems; copy s3"):
+        parse(PrepareConfig, settings_of() | {"output": "s3://bucket/corpus"})
+
+
+def test_bad_records_are_left_out_and_listed_up_to_a_limit(run, tmp_path: Path) -> None:
+    (tmp_path / "json").mkdir()
+    rows = [json.dumps({"text": f"line {i} " + "x y z " * i}) for i in range(60)]
+    (tmp_path / "json/a.jsonl").write_text("\n".join([*rows, "{bad", '{"t": 1}', '{"text": 3}']))
+    (tmp_path / "json/b.jsonl.gz").write_bytes(b"not gzip")
+    settings = {"source": {"kind": "jsonl", "path": str(tmp_path / "json")}, "tokenizer": {"vocab_size": 300}}
+    with pytest.raises(UserError, match=r"a\.jsonl:61: not JSON .*; mend it, or set on_bad_record to skip"):
+        run(**settings)
+    manifest, _ = run(**settings, on_bad_record="skip")
+    assert manifest.provenance["left_out"] == {
+        "field 'text' is a int, not text": 1, "no field 'text'": 1, "not JSON": 1, "not read to its end": 1,
+    }  # fmt: skip
+    listed = [json.loads(line) for line in (tmp_path / "corpus/skipped.jsonl").read_text().splitlines()]
+    assert [each["path"] for each in listed] == ["a.jsonl:61", "a.jsonl:62", "a.jsonl:63", "b.jsonl.gz"]
+    with pytest.raises(UserError, match=r"4 bad records so far, more than bad_record_limit \(3\) allows"):
+        run("other", **settings, on_bad_record="skip", bad_record_limit=3)
+
+
+def test_what_cannot_be_read_or_written_is_one_message(run, folder: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="file/corpus: cannot be written: Not a directory; choose another output"):
+        run("file/corpus")
+    real = Path.open
+
+    def refuse(self: Path, *args, **kwargs):
+        if self.name == "00.txt":
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)  # root may read everything
+    with pytest.raises(UserError, match=r"a/00\.txt: cannot be read: Permission denied; .*on_bad_record to skip"):
+        run()
+    manifest, _ = run(on_bad_record="skip")
+    assert manifest.provenance["left_out"] == {"cannot be read: Permission denied": 1}
+
+
+def test_a_file_name_that_is_not_unicode_is_prepared(run, folder: Path, tmp_path: Path) -> None:
+    (folder / "n\udcff.txt").write_text("a text of its own")
+    run(validation_fraction=0.0)
+    assert "n\\xff.txt" in stored(tmp_path / "corpus", "train")
+
+
+def test_packed_data_under_another_name_is_called_that(run, folder: Path) -> None:
+    (folder / "z.txt").write_bytes(gzip.compress(b"text"))
+    with pytest.raises(UserError, match=r"z\.txt: gzip data, not text; give its name the ending of gzip"):
+        run()
+
+
+def test_kept_metadata_stands_beside_the_tokens(run, tmp_path: Path) -> None:
+    (tmp_path / "json").mkdir()
+    rows = [json.dumps({"text": f"line {i} " + "x y z " * i, "meta": {"url": f"u{i}"}}) for i in range(60)]
+    (tmp_path / "json/a.jsonl").write_text("\n".join(rows))
+    source = {"kind": "jsonl", "path": str(tmp_path / "json/a.jsonl"), "keep": ["meta.url"]}
+    manifest, _ = run(source=source, tokenizer={"vocab_size": 300})
+    shards = [str(tmp_path / "corpus" / shard.file) for shard in manifest.splits["train"]]
+    for sample in webdataset.WebDataset(shards, shardshuffle=False).decode():
+        number = int(sample["json"]["path"].rpartition(":")[2]) - 1
+        assert sample["json"]["meta"] == {"meta.url": f"u{number}"}
 
 
 def test_adding_documents_moves_none_between_splits(run, folder: Path, tmp_path: Path) -> None:
@@ -166,7 +245,7 @@ def test_the_sample_for_the_tokenizer_is_bounded_and_taken_evenly(tmp_path: Path
     for name in "abc":
         (tmp_path / "text" / f"{name}.txt").write_text("".join(f"{name}{i:03d}" for i in range(100)))
     source = SOURCES["folder"](path=tmp_path / "text")
-    extract_chunk(ChunkTask(tmp_path, 0, source, tuple(source.parts()), TextConfig(), signatures=False))
+    extract_chunk(ChunkTask(tmp_path, 0, source, tuple(source.listing().parts), TextConfig(), False, "stop"))
     windows = list(read_windows(tmp_path, load_tables(tmp_path, 1), window=8, share=1 / 3))
     assert len(windows) == 50
     assert windows[:2] == ["a000a001", "a006a007"]

@@ -10,16 +10,23 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.prepare.spool import refusal
 from data_pipeline.sources import SOURCES, Document, Skipped
 
 
 @pytest.fixture
 def read_all() -> Callable[..., tuple[list[Document], dict[str, str]]]:
-    """`read_all(kind, **settings)`: the documents of a source in order, and what it skipped with the reasons."""
+    """`read_all(kind, **settings)`: the documents of a source in order, and what it skipped with the reasons.
+
+    Raises UserError for what is bad, as a preparation with `on_bad_record: stop` does.
+    """
 
     def read(kind: str, **settings: Any) -> tuple[list[Document], dict[str, str]]:
         source = SOURCES[kind](**settings)
-        found = [item for part in source.parts() for item in source.read(part.name)]
+        listing = source.listing()
+        found = [*listing.skipped, *(item for part in listing.parts for item in source.read(part))]
+        if bad := [item for item in found if isinstance(item, Skipped) and item.bad]:
+            raise refusal(bad[0])
         documents = [item for item in found if isinstance(item, Document)]
         return documents, {item.path: item.reason for item in found if isinstance(item, Skipped)}
 

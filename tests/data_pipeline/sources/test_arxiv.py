@@ -5,9 +5,12 @@ from __future__ import annotations
 import gzip
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bst_base.errors import UserError
-from data_pipeline.sources.tex import decode_tex, find_main_file, inline_inputs, strip_comments
+from data_pipeline.sources.arxiv import Arxiv
+from data_pipeline.sources.tex import decode_tex, find_main_file, paper_text, strip_comments, tokens
 
 MAIN = "\\documentclass{article}\n\\begin{document}\n\\input{sec/intro}\n\\include{end.tex}\n\\end{document}\n"
 PAPER = {"paper.tex": MAIN.encode(), "sec/intro.tex": b"Intro % secret\n", "end.tex": b"End.", "fig.png": b"\x89PNG"}
@@ -26,7 +29,9 @@ def test_a_bulk_archive_gives_a_document_a_paper(read_all, put, make_tar) -> Non
         ("0704/0704.0002", "\\documentstyle{article} one file"),
     ]
     assert skipped == {
+        "0704/0704.0001.gz/*.png": "ending .png",
         "arXiv_src_0704_001.tar/0704/0704.0003.pdf": "no TeX source",
+        "0704/hep-th9901001.gz/*.ps": "ending .ps",
         "0704/hep-th9901001.gz": "no TeX source",
     }
 
@@ -82,7 +87,27 @@ def test_inputs_are_put_in_place_in_depth_and_circles_end() -> None:
         "d/a.tex": "A\\input{b}",
         "d/b.tex": "B\\input{a}",
     }
-    assert inline_inputs("d/m.tex", files) == "AB\\input{a} and BA\\input{b} \\input{missing}"
+    assert paper_text("d/m.tex", files, "strip") == "AB\\input{a} and \\input{./b} \\input{missing}"
+
+
+def test_a_paper_is_never_longer_than_its_files_however_they_input_each_other() -> None:
+    files = {f"{i}.tex": f"<{i}>\\input{{{i + 1}}}\\input{{{i + 1}}}" for i in range(2000)} | {"2000.tex": "end"}
+    text = paper_text("0.tex", files, "strip")
+    assert all(text.count(f"<{i}>") == 1 for i in range(2000))
+    assert len(text) <= sum(map(len, files.values()))
+
+
+@pytest.mark.parametrize("comments", ["keep", "strip"])
+def test_what_is_commented_or_verbatim_is_no_command(comments: str) -> None:
+    files = {
+        "m.tex": "a\n% \\input{x}\n\\verb|\\input{x}|\n% \\end{document}\n"
+        "\\verb|\\end{document}| b \\includegraphics{x}",
+        "graphics.tex": "G", "x.tex": "X",
+    }  # fmt: skip
+    text = paper_text("m.tex", files, comments)
+    assert "X" not in text and "G" not in text
+    assert text.endswith("b \\includegraphics{x}")
+    assert ("% \\input{x}" in text) == (comments == "keep")
 
 
 @pytest.mark.parametrize(
@@ -96,6 +121,19 @@ def test_inputs_are_put_in_place_in_depth_and_circles_end() -> None:
         ("\\begin{verbatim}\n% kept\n\\end{verbatim} % gone", "\\begin{verbatim}\n% kept\n\\end{verbatim} %"),
         ("a\n\\begin{comment}\nx\n\\end{comment}\nb", "a\nb"),
         ("x\\end{document}\nnotes to self", "x\\end{document}\n"),
+        ("a\n% \\end{document}\nb \\end{document} c", "a\nb \\end{document}\n"),
+        ("\\verb|\\end{document}| tail", "\\verb|\\end{document}| tail"),
+        ("\\url{http://x/a%20b} tail % c", "\\url{http://x/a%20b} tail %"),
+        ("\\url|a%20b| and \\href{a%{x}b}{c} tail", "\\url|a%20b| and \\href{a%{x}b}{c} tail"),
+        ("\\verb*+50% off+ tail % c", "\\verb*+50% off+ tail %"),
+        ("\\lstinline[language=C]{a % b} tail", "\\lstinline[language=C]{a % b} tail"),
+        ("\\verb|not closed % c\nb", "\\verb|not closed %\nb"),
+        ("\\begin{verbatim} 50% \\end{verbatim*}\nb", "\\begin{verbatim} 50%\nb"),
+        (
+            "\\begin{lstlisting}\n\\end{document} % k\n\\end{lstlisting}x",
+            "\\begin{lstlisting}\n\\end{document} % k\n\\end{lstlisting}x",
+        ),
+        ("\\\\%c\n\\\\\\% kept", "\\\\%\n\\\\\\% kept"),
     ],
 )
 def test_comments_are_stripped_and_nothing_else(text: str, stripped: str) -> None:
@@ -107,3 +145,22 @@ def test_a_declared_encoding_is_used_when_the_bytes_are_not_utf8() -> None:
     assert decode_tex(head + b"\xe9") == head.decode() + "é"
     assert decode_tex(head + "é".encode()) == head.decode() + "é"
     assert decode_tex(b"\xe9") == b"\xe9"
+
+
+SIGNS = ["\\verb|", "|", "%", "\n", "a ", "\\url{", "}", "{", "\\\\", "\\", "\\begin{verbatim}", "\\end{verbatim}",
+         "\\begin{comment}", "\\end{comment}", "\\input{x}", "\\input x ", "\\end{document}"]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(SIGNS)))
+def test_the_tokens_of_any_text_are_all_of_it(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    assert "".join(token.text for token in tokens(text)) == text
+
+
+def test_one_bad_paper_in_a_bulk_archive_is_named_and_the_others_are_read(put, make_tar) -> None:
+    papers = {f"07/{i}.gz": gzip.compress(b"\\documentclass{x} %d" % i) for i in range(3)}
+    papers["07/1.gz"] = papers["07/1.gz"][:-6]
+    source = Arxiv(path=put({"a.tar": make_tar(papers)}))
+    found = [item for part in source.listing().parts for item in source.read(part)]
+    assert [getattr(item, "content", None) for item in found] == ["\\documentclass{x} 0", None, "\\documentclass{x} 2"]
+    assert found[1].bad and "07/1.gz" in found[1].path

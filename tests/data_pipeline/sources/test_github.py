@@ -69,7 +69,36 @@ def test_links_in_a_checkout_are_not_followed(read_all, put, tmp_path) -> None:
     (tmp_path / "outside.py").write_text("secret")
     (root / "r/link.py").symlink_to(tmp_path / "outside.py")
     (root / "r/loop").symlink_to(root / "r")
-    assert read_all("github", path=root)[0][0].content == "==> a.py <==\na"
+    documents, skipped = read_all("github", path=root)
+    assert documents[0].content == "==> a.py <==\na"
+    assert skipped == {"r/link.py": "link that leads out of the folder", "r/loop": "link to a directory"}
+
+
+def test_what_a_checkout_does_not_give_is_listed(read_all, put) -> None:
+    root = put(
+        {"r/a.py": "a", "r/vendor/v.c": "v", "r/big.csv": "1,2\n" * 300_000, "notes.md": "beside", "r/.tox/x": ""}
+    )
+    (root / "r/broken.py").symlink_to("nothing")
+    (root / "gone").symlink_to("nothing")
+    _, skipped = read_all("github", path=root)
+    assert skipped == {
+        "r/vendor/": "vendored", "r/.tox/": "vendored", "r/big.csv": "large file", "r/broken.py": "broken link",
+        "gone": "broken link", "*.md": "beside the repositories, ending .md",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("git", ["directory", "file"])
+def test_one_checkout_is_one_document(read_all, put, git: str) -> None:
+    root = put({"a.py": "a", "src/b.py": "b", ".git/config" if git == "directory" else ".git": ""}, under="project")
+    documents, _ = read_all("github", path=root)
+    assert [(d.path, d.content) for d in documents] == [("project", "==> a.py <==\na\n==> src/b.py <==\nb")]
+
+
+def test_a_name_that_is_not_unicode_costs_no_repository(read_all, put, make_tar) -> None:
+    root = put({"r/a.py": "a", "s.tar": make_tar({"s/b\udcff.py": b"b"})})
+    (root / "r/b\udcff.py").write_text("b")
+    contents = [d.content.encode() for d in read_all("github", path=root)[0]]
+    assert contents == [b"==> a.py <==\na\n==> b\\xff.py <==\nb", b"==> b\\xff.py <==\nb"]
 
 
 def test_a_damaged_archive_is_named(read_all, put, make_tar) -> None:

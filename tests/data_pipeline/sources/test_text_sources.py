@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
+import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -12,22 +14,82 @@ import pytest
 from backports import zstd
 
 from bst_base.errors import UserError
-from data_pipeline.sources import SOURCES
+from bst_base.settings import ConfigError, parse
+from data_pipeline.sources import SOURCES, jsonl
 
 
 def test_a_folder_gives_its_files_sorted_by_path(read_all, put) -> None:
     root = put({"b.txt": "B", "a/z.txt": "Z", "a/y.md": "no", "a.txt": b"\xff"})
-    documents, _ = read_all("folder", path=root, licence="CC0-1.0")
+    documents, skipped = read_all("folder", path=root, licence="CC0-1.0")
     assert [(d.path, d.content) for d in documents] == [("a.txt", b"\xff"), ("a/z.txt", b"Z"), ("b.txt", b"B")]
     assert documents[0].licence == "CC0-1.0"
+    assert skipped == {"*.md": "ending .md"}
+
+
+def test_compressed_files_of_a_folder_are_read(read_all, put) -> None:
+    root = put({"a.txt.gz": gzip.compress(b"A"), "b.txt.zst": zstd.compress(b"B"), "c.txt.xz": lzma.compress(b"C")})
+    assert [d.content for d in read_all("folder", path=root, pattern="*.txt.*")[0]] == [b"A", b"B", b"C"]
+    assert [d.content for d in read_all("folder", path=root / "a.txt.gz")[0]] == [b"A"]
+
+
+def test_links_that_lead_out_of_a_folder_are_listed_and_not_followed(read_all, put, tmp_path: Path) -> None:
+    root = put({"a.txt": "A", "d/b.txt": "B"})
+    (tmp_path / "secret.txt").write_text("secret")
+    (root / "leak.txt").symlink_to(tmp_path / "secret.txt")
+    (root / "gone.txt").symlink_to(tmp_path / "nothing")
+    (root / "out").symlink_to(tmp_path)
+    (root / "loop").symlink_to(root)
+    (root / "inside.txt").symlink_to(root / "d/b.txt")
+    os.mkfifo(root / "pipe.txt")
+    documents, skipped = read_all("folder", path=root)
+    assert [d.path for d in documents] == ["a.txt", "d/b.txt", "inside.txt"]
+    assert skipped == {
+        "gone.txt": "broken link", "leak.txt": "link that leads out of the folder", "loop": "link to a directory",
+        "out": "link that leads out of the folder", "pipe.txt": "not a regular file",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["folder", "jsonl", "webdataset", "arxiv", "github", "stdlib", "pg19"])
+def test_a_directory_that_cannot_be_read_is_not_passed_in_silence(kind, read_all, put, make_tar, monkeypatch) -> None:
+    files = {"train/a.txt": "A", "a.jsonl": '{"text": "x"}', "a.tar": make_tar({"0.txt": b"0"}), "a.tex": "\\TeX",
+             "repository/x.py": "x", "abc.py": "x"}  # fmt: skip
+    root = put(files | {"repository/closed/y": "y"})
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # root may read everything
+    with pytest.raises(UserError, match=r"repository/closed/: directory cannot be read: Permission denied; .*skip"):
+        read_all(kind, path=root)
+
+
+def test_own_splits_are_kept(read_all, put) -> None:
+    root = put({"train/a.txt": "A", "dev/b.txt": "B", "test/c.txt": "C"})
+    found = {d.path: d.split for d in read_all("folder", path=root, own_splits=True)[0]}
+    assert found == {"train/a.txt": "train", "dev/b.txt": "validation", "test/c.txt": "test"}
+    assert {d.split for d in read_all("folder", path=root)[0]} == {""}
+    files = {"train-00000-of-00002.jsonl": "T", "valid.jsonl": "V"}
+    root = put({name: lines({"text": text}) for name, text in files.items()}, under="json")
+    assert [d.split for d in read_all("jsonl", path=root, own_splits=True)[0]] == ["train", "validation"]
+    with pytest.raises(UserError, match=r"x\.txt: own_splits is set, but neither"):
+        read_all("folder", path=put({"x.txt": "x"}, under="other"), own_splits=True)
 
 
 @pytest.mark.parametrize("kind", ["folder", "jsonl", "webdataset", "pg19", "arxiv", "github"])
 def test_a_source_that_is_missing_or_empty_says_what_it_expected(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere: no such directory; source\.path must be"):
-        SOURCES[kind](path=tmp_path / "nowhere").parts()
-    with pytest.raises(UserError, match=r"no .* there|no file matches"):
-        SOURCES[kind](path=tmp_path).parts()
+    with pytest.raises(UserError, match=r"nowhere: no such .*directory; source\.path must be"):
+        SOURCES[kind](path=tmp_path / "nowhere").listing()
+    with pytest.raises(UserError, match=r"no .* there.*source\.path must be"):
+        SOURCES[kind](path=tmp_path).listing()
+
+
+@pytest.mark.parametrize("kind", ["folder", "jsonl", "webdataset", "pg19", "arxiv", "github", "stdlib"])
+def test_an_address_is_refused_where_a_path_is_meant(kind: str) -> None:
+    with pytest.raises(ConfigError, match="path: must be a path on this machine's file systems; copy s3:// data first"):
+        parse(SOURCES[kind], {"path": "s3://bucket/text"})
 
 
 def lines(*records: dict) -> bytes:
@@ -41,11 +103,14 @@ def test_json_lines_are_read_plain_and_compressed(read_all, put) -> None:
             "a.jsonl": data,
             "b.json.gz": gzip.compress(data, mtime=0),
             "c.jsonl.zst": zstd.compress(data) * 2,
+            "d.jsonl.xz": lzma.compress(data),
             "d.txt": "no",
         }
     )
-    documents, _ = read_all("jsonl", path=root, licence_field="l")
-    assert [d.content for d in documents] == ["one\n\u2028", "two"] * 4
+    documents, skipped = read_all("jsonl", path=root, licence_field="l")
+    assert [d.content for d in documents] == ["one\n\u2028", "two"] * 5
+    assert skipped == {"*.txt": "ending .txt"}
+    assert [d.content for d in read_all("jsonl", path=root / "b.json.gz")[0]] == ["one\n\u2028", "two"]
     assert [d.path for d in documents][:3] == ["a.jsonl:1", "a.jsonl:2", "b.json.gz:1"]
     assert [d.licence for d in documents][:2] == ["MIT", "unknown"]
 
@@ -62,7 +127,7 @@ def test_a_json_line_of_40_mb_is_one_document(read_all, put) -> None:
     ("name", "data", "message"),
     [
         ("a.jsonl", lines({"text": "x"}) + b"{bad\n", r"a\.jsonl:2: not JSON"),
-        ("a.jsonl", lines({"t": "x"}), r"a\.jsonl:1: no field 'text'; set source\.text_field"),
+        ("a.jsonl", lines({"t": "x"}), r"a\.jsonl:1: no field 'text' \(there: t\); set source\.text_field"),
         ("a.jsonl", b"[1]\n", r"a\.jsonl:1: no field 'text'"),
         ("a.jsonl", lines({"text": 3}), r"a\.jsonl:1: field 'text' is a int, not text"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1: not UTF-8"),
@@ -78,6 +143,7 @@ def test_damaged_json_lines_are_named(read_all, put, name: str, data: bytes, mes
 
 def test_a_webdataset_gives_the_text_member_of_every_sample(read_all, put, make_tar) -> None:
     samples = {
+        "s/0.v1.txt": b"dots",
         "s/0.jpg": b"\xff",
         "s/0.txt": b"zero",
         "s/1.txt": b"one",
@@ -87,16 +153,27 @@ def test_a_webdataset_gives_the_text_member_of_every_sample(read_all, put, make_
     root = put({"b.tar": make_tar(samples), "a.tar.gz": make_tar({"9.txt": b"nine"}, "w:gz")})
     documents, skipped = read_all("webdataset", path=root)
     assert [(d.path, d.content) for d in documents] == [
-        ("a.tar.gz/9.txt", b"nine"), ("b.tar/s/0.txt", b"zero"), ("b.tar/s/1.txt", b"one"),
+        ("a.tar.gz/9.txt", b"nine"), ("b.tar/s/0.v1.txt", b"dots"), ("b.tar/s/0.txt", b"zero"),
+        ("b.tar/s/1.txt", b"one"),
     ]  # fmt: skip
-    assert skipped == {"b.tar/link.txt": "link or special file in an archive (to '/etc/passwd')"}
+    assert skipped == {
+        "b.tar/link.txt": "link or special file in an archive (to '/etc/passwd')",
+        "b.tar/*.jpg": "ending .jpg",
+        "b.tar/*.old": "ending .old",
+    }
+
+
+def test_text_members_of_a_webdataset_may_be_compressed(read_all, put, make_tar) -> None:
+    members = {"0.txt.gz": gzip.compress(b"zero"), "1.txt.zst": zstd.compress(b"one"), "2.txt": b"two"}
+    documents, _ = read_all("webdataset", path=put({"a.tar": make_tar(members)}) / "a.tar")
+    assert [d.content for d in documents] == [b"zero", b"one", b"two"]
 
 
 def test_a_webdataset_of_json_gives_a_field(read_all, put, make_tar) -> None:
     root = put({"a.tar": make_tar({"0.json": b'{"body": "text"}'})})
     documents, _ = read_all("webdataset", path=root, member="json", text_field="body")
     assert documents[0].content == "text"
-    with pytest.raises(UserError, match=r"a\.tar/0\.json: no text in field 'text'"):
+    with pytest.raises(UserError, match=r"a\.tar/0\.json: no text in field 'text'.*set source.text_field"):
         read_all("webdataset", path=root, member="json")
 
 
@@ -121,7 +198,7 @@ def test_a_standard_library_gives_modules_and_packages(read_all, put) -> None:
         "test/test_abc.py": "t", "test/data/bad.py": b"\xe9", "test/data/good.py": "g", "site-packages/p.py": "no",
         "encodings/table.txt": "no",
     })  # fmt: skip
-    documents, skipped = read_all("stdlib", path=root)
+    documents, skipped = read_all("stdlib", path=root)  # what is no module is not counted here
     assert [(d.path, d.content) for d in documents] == [
         ("abc.py", "abc"),
         ("json", "==> json/__init__.py <==\ninit\n==> json/tool.py <==\ntool"),
@@ -135,8 +212,45 @@ def test_this_interpreters_library_is_several_megabytes_of_documents(read_all) -
     """By default the base interpreter's, also in a virtual environment."""
     source = SOURCES["stdlib"]()
     assert source.path == Path(sysconfig.get_path("stdlib"))
-    parts = source.parts()
+    parts = source.listing().parts
     assert sum(part.size for part in parts) > 4e6
     assert len(parts) > 200
     assert not any("site-packages" in part.name for part in parts)
     assert source.provenance()["python"] == sys.version.split()[0].rstrip("+")
+
+
+def test_records_have_nested_and_joined_fields_filters_and_metadata(read_all, put) -> None:
+    rows = [
+        {"title": "A", "body": {"text": "one"}, "meta": {"lang": "en", "url": "u"}, "split": "train"},
+        {"title": None, "body": {"text": "two"}, "meta": {"lang": "de"}, "split": "dev"},
+        {"title": "C", "body": {"text": "three"}, "meta": {"lang": "fr"}, "split": "train"},
+    ]
+    root = put({"a.jsonl": lines(*rows)})
+    documents, skipped = read_all(
+        "jsonl", path=root, text_field=("title", "body.text"), where={"meta.lang": ("en", "de")}, split_field="split",
+        keep=("meta.url", "meta.lang"), title_field="title",
+    )  # fmt: skip
+    assert [(d.content, d.split, d.title) for d in documents] == [("A\n\none", "train", "A"), ("two", "validation", "")]
+    assert [d.meta for d in documents] == [{"meta.url": "u", "meta.lang": "en"}, {"meta.lang": "de"}]
+    assert skipped == {"a.jsonl:3": "filter meta.lang"}
+
+
+def test_a_large_json_file_is_many_parts_whose_lines_are_read_once(put, monkeypatch) -> None:
+    monkeypatch.setattr(jsonl, "_RANGE", 50)
+    for ending in (b"\n", b""):
+        rows = [{"text": "x" * (i % 90)} for i in range(200)]
+        root = put({"a.jsonl": lines(*rows).removesuffix(b"\n") + ending})
+        source = SOURCES["jsonl"](path=root)
+        parts = source.listing().parts
+        found = [document for part in parts for document in source.read(part)]
+        assert len(parts) > 100
+        assert [d.content for d in found] == [row["text"] for row in rows]
+        assert len({d.path for d in found}) == 200
+
+
+def test_zstd_with_a_long_window_is_read(read_all, put) -> None:
+    """A frame as `zstd --long=31` begins one: its header asks for a window of 2 GiB (RFC 8878, section 3.1.1)."""
+    text = lines({"text": "x"})
+    window, raw_block = bytes([(31 - 10) << 3]), (1 | len(text) << 3).to_bytes(3, "little")
+    packed = b"\x28\xb5\x2f\xfd" + b"\0" + window + raw_block + text
+    assert [d.content for d in read_all("jsonl", path=put({"a.jsonl.zst": packed}))[0]] == ["x"]

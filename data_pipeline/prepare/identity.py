@@ -1,0 +1,114 @@
+"""What decides the bytes of a corpus: its settings, the content of its source, the versions of what makes it.
+
+Nothing is reused, neither a finished corpus nor unfinished work, unless all of this is the same. Names and sizes are
+not enough: a file that was edited to the same size is another source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bst_base.errors import UserError
+from data_pipeline.format.manifest import Manifest, sha256_file
+from data_pipeline.format.tokenizer import Tokenizer
+from data_pipeline.prepare.parallel import Workers
+from data_pipeline.sources import Part, Source
+
+if TYPE_CHECKING:
+    from data_pipeline.prepare.corpus import PrepareConfig
+
+# Settings that do not change a corpus's bytes.
+_MACHINE = {"output": True, "workers": True, "bad_record_limit": True, "source": {"path"}}
+
+
+class HashTask(NamedTuple):
+    """What a worker needs to hash some of a source's files."""
+
+    source: Source
+    parts: tuple[Part, ...]
+
+
+def identity(
+    config: PrepareConfig, groups: list[tuple[Part, ...]], workers: Workers, progress: Callable[[str, int, int], None]
+) -> dict[str, Any]:
+    """What decides the corpus, without anything that names a machine or its directories. Reads all of the source."""
+    settings = config.model_dump(mode="json", exclude=_MACHINE)
+    if config.tokenizer.reuse is not None:
+        settings["tokenizer"] = {"reuse": reused_tokenizer(config.tokenizer.reuse).sha256}
+    done, total = 0, sum(part.size for group in groups for part in group)
+    progress("hash source", 0, total)
+    hashes: dict[str, str] = {}
+    for found in workers.run(_hash_parts, (HashTask(config.source, group) for group in groups)):
+        hashes |= found.hashes
+        done += found.size
+        progress("hash source", done, total)
+    content = hashlib.sha256("".join(f"{name}\0{hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
+    source = {**config.source.provenance(), "parts": sum(map(len, groups)), "content_sha256": content}
+    tools = ["sentencepiece", *(["rensa"] if config.deduplicate.method == "minhash" else [])]
+    return {"settings": settings, "source": source, **{tool: version(tool) for tool in tools}}
+
+
+class _Hashed(NamedTuple):
+    hashes: dict[str, str]  # by part
+    size: int
+
+
+def _hash_parts(task: HashTask) -> _Hashed:
+    """A hash of the files of each part; a file that is cut into several parts counts with the first."""
+    hashes = {}
+    for part in task.parts:
+        if part.start <= 0:
+            files = "".join(_hash(path) for path in task.source.files(part))
+            hashes[part.name.encode("utf-8", "surrogateescape").hex()] = hashlib.sha256(files.encode()).hexdigest()
+    return _Hashed(hashes, sum(part.size for part in task.parts))
+
+
+def _hash(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:  # reading it will say so, and the policy for bad records what to do
+        return f"unreadable {error.errno}"
+
+
+def reused_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of `tokenizer.reuse`: a file, or the one of a prepared corpus."""
+    path = path.expanduser()
+    return Tokenizer.read(path / Manifest.read(path).tokenizer.file if path.is_dir() else path)
+
+
+def name_of(identity: dict[str, Any]) -> str:
+    """A short name for unfinished work: that of other settings or of another source has another one."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_same(found: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
+    """Raise UserError, saying what differs, unless a finished corpus is the one that is wanted."""
+    differences = [_told(*difference) for difference in _differences(found, wanted)]
+    if differences:
+        raise UserError(
+            f"{output} holds another corpus ({'; '.join(differences)}): choose another output, or delete it first"
+        )
+
+
+def _told(name: str, old: Any, new: Any) -> str:
+    if name == "source.content_sha256":
+        return (
+            "the source's files are not those it was made from"
+            if old
+            else "its source was not hashed, by an old version"
+        )
+    return f"{name.removeprefix('settings.')}: {old!r} there, {new!r} now"
+
+
+def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted({*found, *wanted}):
+            if (name, key) != ("source", "listing_sha256"):  # names and sizes, kept by versions that hashed no content
+                yield from _differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+    elif found != wanted:
+        yield name, found, wanted

@@ -1,0 +1,101 @@
+"""Records with fields (a line of JSON, a row of a table) as documents: which field is what, what is kept, what is left
+out."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+
+from data_pipeline.sources.base import Document, Skipped
+from data_pipeline.sources.tree import SPLIT_NAMES, FileSource
+
+_MISSING = object()
+
+
+class RecordSource(FileSource):
+    """Base of sources whose files hold records. Fields may be nested: `meta.language` is `language` inside `meta`."""
+
+    text_field: str | tuple[str, ...] = "text"
+    """Which field holds the text; of several, those that a record has are joined with a blank line between them."""
+    licence_field: str = ""
+    """Which field holds the licence, if any does."""
+    group_field: str = ""
+    """Which field names what must not be split between train and validation (a work, a repository), if any does."""
+    split_field: str = ""
+    """Which field says train, validation (valid, val, dev) or test, if any does."""
+    title_field: str = ""
+    """Which field holds what people call the document, if any does."""
+    keep: tuple[str, ...] = ()
+    """Fields that are stored with the document, as `meta`."""
+    where: dict[str, str | int | float | bool | tuple[str | int | float | bool, ...]] = Field(default_factory=dict)
+    """Take only records whose field equals the value, or one of several: `{meta.language: [en, de], quality: good}`."""
+
+    def document(self, record: Any, where: str, split: str) -> Document | Skipped:
+        """The document of a record, or why there is none. `split` is what the record's file says."""
+        for name, wanted in self.where.items():
+            if field_of(record, name) not in (wanted if isinstance(wanted, tuple) else (wanted,)):
+                return Skipped(where, f"filter {name}")
+        names = (self.text_field,) if isinstance(self.text_field, str) else self.text_field
+        values = {
+            name: value for name in names if (value := field_of(record, name)) is not _MISSING and value is not None
+        }
+        if not values:
+            return self._without_text(record, where, names)
+        for name, value in values.items():
+            if not isinstance(value, str):
+                return Skipped(where, f"field {name!r} is a {type(value).__name__}, not text", bad=True)
+        if self.split_field:
+            split = SPLIT_NAMES.get(str(field_of(record, self.split_field)).lower(), "")
+            if not split:
+                return Skipped(where, f"field {self.split_field!r} is not train, validation or test", bad=True)
+        return Document(
+            where,
+            "\n\n".join(values.values()),
+            licence=_text(record, self.licence_field) or "unknown",
+            group=_text(record, self.group_field),
+            split=split,
+            title=_text(record, self.title_field),
+            meta={name: _plain(value) for name in self.keep if (value := field_of(record, name)) is not _MISSING},
+        )
+
+    @staticmethod
+    def _without_text(record: Any, where: str, names: tuple[str, ...]) -> Skipped:
+        asked = " or ".join(map(repr, names))
+        if isinstance(record, Mapping) and any(name in record for name in names):
+            return Skipped(where, "empty")
+        there = (
+            ", ".join(sorted(record)[:20])
+            if isinstance(record, Mapping)
+            else f"the record is a {type(record).__name__}"
+        )
+        return Skipped(where, f"no field {asked} (there: {there})", bad=True, remedy="set source.text_field")
+
+
+def field_of(record: Any, name: str) -> Any:
+    """The value of a field, inside others where its name has dots; `_MISSING` when it is not there."""
+    if isinstance(record, Mapping) and name in record:
+        return record[name]
+    for part in name.split("."):
+        if not isinstance(record, Mapping) or part not in record:
+            return _MISSING
+        record = record[part]
+    return record
+
+
+def _text(record: Any, name: str) -> str:
+    value = field_of(record, name) if name else None
+    return "" if value is None or value is _MISSING else str(value)
+
+
+def _plain(value: Any) -> Any:
+    """A value in JSON's types: tables also hold times and bytes."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)

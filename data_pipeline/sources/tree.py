@@ -1,0 +1,152 @@
+"""Walking directories: every file is found or reported, nothing vanishes.
+
+`Path.glob` and `os.walk` say nothing of directories that cannot be read, and files are opened through links to wherever
+they lead: a corpus made so can be smaller, or larger, than anyone knows.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bst_base.errors import UserError
+from data_pipeline.sources.base import Endings, Listing, LocalPath, Part, Skipped, Source
+
+SPLIT_NAMES = {
+    "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
+    "dev": "validation", "test": "test",
+}  # fmt: skip
+"""How published data sets call their splits."""
+
+_WILD = r"(\*\*/|\*\*|\*|\?|\[!?[^\]]+\])"
+_WILD_MEANING = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+
+
+def walk(root: Path, enter: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Path] | Skipped]:
+    """(path below `root`, file) of every regular file, sorted within each directory; and what is not one.
+
+    Links to files inside `root` count as files. A directory that `enter` refuses, by its path, is reported as one.
+    """
+    real_root = root.resolve()
+    pending = [root]
+    while pending:
+        directory = pending.pop()
+        try:
+            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+        except OSError as error:
+            yield Skipped(f"{_below(root, directory)}/", f"directory cannot be read: {error.strerror}", bad=True)
+            continue
+        inner = []
+        for entry in entries:
+            path = Path(entry.path)
+            name = _below(root, path)
+            try:
+                if entry.is_dir(follow_symlinks=False):
+                    if enter(name):
+                        inner.append(path)
+                    else:
+                        yield Skipped(f"{name}/", "vendored")
+                elif reason := _not_taken(entry, path, real_root):
+                    yield Skipped(name, reason)
+                else:
+                    yield name, path
+            except OSError as error:
+                yield Skipped(name, f"cannot be read: {error.strerror}", bad=True)
+        pending += reversed(inner)
+
+
+def _below(root: Path, path: Path) -> str:
+    return path.relative_to(root).as_posix()
+
+
+def _not_taken(entry: os.DirEntry[str], path: Path, root: Path) -> str:
+    """Why a directory's entry is not read as a file; empty when it is."""
+    if entry.is_symlink():
+        if not path.exists():
+            return "broken link"
+        if not path.resolve().is_relative_to(root):
+            return "link that leads out of the folder"
+        if path.is_dir():
+            return "link to a directory"
+    return "" if entry.is_file() else "not a regular file"
+
+
+def glob_pattern(pattern: str) -> re.Pattern[str]:
+    """A glob as a regular expression for whole paths: ``**/`` is any directories, ``*`` and ``?`` stay within one."""
+    return re.compile("".join(map(_translated, re.split(_WILD, pattern))), re.DOTALL)
+
+
+def _translated(piece: str) -> str:
+    if piece in _WILD_MEANING:
+        return _WILD_MEANING[piece]
+    if re.fullmatch(_WILD, piece):  # [a-z], or [!a-z]
+        return f"[^{piece[2:]}" if piece[1] == "!" else piece
+    return re.escape(piece)
+
+
+class FileSource(Source):
+    """Base of sources that are a directory of files, or one file, each read on its own."""
+
+    path: LocalPath
+    """The directory of the files, or one file."""
+    own_splits: bool = False
+    """Keep the splits that the data comes with: the top directory or the begin of the file's name is train, validation
+    (valid, val, dev) or test."""
+
+    def wanted(self, name: str) -> bool:
+        """Whether a file, by its path below the root, is read."""
+        raise NotImplementedError
+
+    def expected(self) -> str:
+        """What files there should be, for the message when there are none."""
+        raise NotImplementedError
+
+    @property
+    def root(self) -> Path:
+        """The directory that parts are named from."""
+        path = self.path.expanduser()
+        return path if path.is_dir() else path.parent
+
+    def listing(self) -> Listing:
+        """See `Source`; files that are not wanted are counted by their ending."""
+        path = self.path.expanduser()
+        if not path.exists():
+            raise UserError(f"{path}: no such file or directory; source.path must be {self.expected()}")
+        if not path.is_dir():
+            return Listing(self.parts_of(path.name, path), [])
+        parts, skipped, endings = [], [], Endings()
+        for found in walk(path):
+            if isinstance(found, Skipped):
+                skipped.append(found)
+            elif self.wanted(found[0]):
+                parts += self.parts_of(*found)
+            else:
+                endings.leave_out(found[0])
+        if not parts:
+            seen = ", ".join(f"{s.count} {s.reason}" for s in [*skipped, *endings.skipped("")])
+            raise UserError(
+                f"{path}: no file to read there ({seen or 'it is empty'}); source.path must be {self.expected()}"
+            )
+        return Listing(sorted(parts, key=lambda part: (part.name, part.start)), skipped + endings.skipped(""))
+
+    def parts_of(self, name: str, path: Path) -> list[Part]:
+        """A file as parts: one, unless the source can read it from several places."""
+        return [Part(name, path.stat().st_size)]
+
+    def files(self, part: Part) -> list[Path]:
+        """See `Source`."""
+        return [self.root / part.name]
+
+    def split_of(self, part: Part) -> str:
+        """The split that a part's path names; empty unless `own_splits`. Raises UserError when it names none."""
+        if not self.own_splits:
+            return ""
+        top, _, rest = part.name.partition("/")
+        name = re.match(r"[a-z]*", top.lower())[0] if not rest else top.lower()
+        if name not in SPLIT_NAMES:
+            raise UserError(
+                f"{part.name}: own_splits is set, but neither its directory nor its name says train, validation or test"
+            )
+        return SPLIT_NAMES[name]
