@@ -99,6 +99,8 @@ def _go_on(start: Start, snapshots: Snapshots, trainer: Trainer, position: Posit
     writers = [*_writers(start, trainer.engine, ranks, position.step), evaluated] if ranks.first else []
     trainer.guard = _guard(start, ranks, position)
     loader = start.objective.loader(_mesh(start, ranks), position.step + position.skipped)
+    if position.data:
+        loader.check(position.data)  # and goes on in the version of the order that the run began with
     evaluate = start.objective.evaluation(trainer, writers)
     say = partial(_say, ranks)
     if recipe.log.tensorboard:

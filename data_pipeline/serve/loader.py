@@ -16,8 +16,9 @@ import numpy as np
 from bst_base.errors import UserError
 from data_pipeline.serve.batch import Batch, block_starts, label_mask
 from data_pipeline.serve.config import DataConfig
-from data_pipeline.serve.order import ORDER_VERSION
-from data_pipeline.serve.plan import Plan, Shuffled, Streaming
+from data_pipeline.serve.mixture import whole_weights
+from data_pipeline.serve.orders import ORDER_VERSIONS, make_plan
+from data_pipeline.serve.plan import ORDER_VERSION
 from data_pipeline.serve.prefetch import Prefetcher
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.serve.rows import RowReader, Rows
@@ -86,19 +87,8 @@ class Loader:
         self._begins = range(sp_rank * self._share, sequence_length, span)
         self.sequences = self._sequences_of_a_pass()
         """Sequences in one pass over each corpus; the last one may be padded."""
-        self._reader = RowReader(
-            self._corpora,
-            self._make_plan(),
-            seed=seed,
-            block=self._block,
-            sequence_length=sequence_length,
-            begins=self._begins,
-            length=self._share,
-            first=self._first,
-            count=rows // dp,
-            on_bad_shard=config.on_bad_shard,
-        )
         self._prefetcher: Prefetcher | None = None
+        self._use_order(ORDER_VERSION)
 
     def __iter__(self) -> Iterator[tuple[int, list[MicroBatch]]]:
         """(step, this rank's micro-batches in order), from `start_step` on and without end."""
@@ -122,15 +112,13 @@ class Loader:
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps after `step` steps were trained on: under 300 bytes of JSON."""
-        config = self.config
-        hashes = "".join(corpus.sha256 for corpus in self._corpora)
-        weights = json.dumps(config.segments())
+        corpora, weights = self._mixed_until(step)
         return {
-            "order": ORDER_VERSION,
-            "corpus": hashlib.sha256(hashes.encode()).hexdigest(),
+            "order": self._order,
+            "corpus": hashlib.sha256(corpora.encode()).hexdigest(),
             "split": self._corpora[0].split,
             "weights": hashlib.sha256(weights.encode()).hexdigest()[:16],
-            "mode": config.mode,
+            "mode": self.config.mode,
             "block": self._block or 0,
             "length": self._length,
             "rows": self._rows,
@@ -139,8 +127,22 @@ class Loader:
         }
 
     def check(self, state: dict[str, Any]) -> None:
-        """Raise UserError, naming what differs, unless `state` is of the same order as this loader's."""
+        """Go on as the run that `state` is of: in the version of the order that it began with.
+
+        Raises UserError, naming what differs, when its corpora or settings are not this loader's. Weights from its step
+        on may differ, and so may corpora that had no weight before it.
+        """
+        if state.get("order") in ORDER_VERSIONS and state["order"] != self._order:
+            self._use_order(state["order"])
         check_state(self.state(state.get("step", 0)), state)
+
+    def consumed(self, step: int) -> np.ndarray:
+        """(corpora,) int64: sequences of each corpus that all ranks together have read before a step."""
+        return self._plan.consumed(step)
+
+    def passes(self, step: int) -> list[float]:
+        """Passes over each corpus that are made before a step."""
+        return [int(read) / count for read, count in zip(self.consumed(step), self.sequences, strict=True)]
 
     @property
     def bad(self) -> list[str]:
@@ -169,11 +171,32 @@ class Loader:
             sequences.append(-(-inputs(total, self._block) // self._length))
         return sequences
 
-    def _make_plan(self) -> Plan:
+    def _use_order(self, version: int) -> None:
+        self.close()
+        self._order = version
+        self._plan = make_plan(version, self.config, self.sequences, self._rows, self._seed)
+        self._reader = RowReader(
+            self._corpora,
+            self._plan,
+            seed=self._seed,
+            block=self._block,
+            sequence_length=self._length,
+            begins=self._begins,
+            length=self._share,
+            first=self._first,
+            count=self._rows // self._dp,
+            on_bad_shard=self.config.on_bad_shard,
+        )
+
+    def _mixed_until(self, step: int) -> tuple[str, str]:
+        """What says which corpora were read, and with which weights, before a step."""
         segments = self.config.segments()
-        if self.config.mode == "streaming":
-            return Streaming(self.sequences, segments, self._rows)
-        return Shuffled(self.sequences, segments, self._rows, self._seed)
+        if self._order == 1:  # where all corpora and weights counted, the later ones too
+            return "".join(corpus.sha256 for corpus in self._corpora), json.dumps(segments)
+        used = [(start, whole_weights(weights)) for start, weights in segments if start < max(step, 1)]
+        read = [number for number in range(len(self._corpora)) if any(weights[number] for _, weights in used)]
+        shares = [(start, [weights[number] for number in read]) for start, weights in used]
+        return "".join(f"{number}:{self._corpora[number].sha256}" for number in read), json.dumps(shares)
 
     def _read(self, step: int, start: int, part: int) -> Stored:
         """One slice of the micro-batch that begins at the rank's row `start`."""

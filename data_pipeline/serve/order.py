@@ -4,8 +4,7 @@
 nothing is replayed when a run resumes. It is an alternating Feistel network (Luby and Rackoff 1988) over the smallest
 power of two that holds n, restricted to ``range(n)`` by cycle walking (Black and Rogaway 2002).
 
-Every constant here is part of the order a run has promised: a change of any of them needs a new ORDER_VERSION, and
-checkpoints of another version are refused.
+Every constant here is part of every order that a run has been promised (`plan.ORDER_VERSION`) and may not change.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ import hashlib
 
 import numpy as np
 
-ORDER_VERSION = 1
+KEY_VERSION = 1
+"""Part of every key, so that other permutations could one day stand beside these."""
 
 ROUNDS = 6  # three rounds leave visible stripes when neighbouring positions are plotted
 _MIN_BITS = 6  # a few spare bits keep the permutations of tiny ranges from being nearly linear
@@ -24,11 +24,11 @@ _HIGH = np.uint64(32)
 
 
 def key_words(purpose: str, *numbers: int, count: int) -> np.ndarray:
-    """`count` uint64 words that are a pure function of the order's version, a purpose and integers.
+    """`count` uint64 words that are a pure function of the version of keys, a purpose and integers.
 
     The same on every machine, Python and numpy; different purposes give unrelated words.
     """
-    name = "/".join([f"order{ORDER_VERSION}", purpose, *map(str, numbers)])
+    name = "/".join([f"order{KEY_VERSION}", purpose, *map(str, numbers)])
     digest = hashlib.shake_256(name.encode()).digest(8 * count)
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 

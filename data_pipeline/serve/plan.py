@@ -7,12 +7,14 @@ it holds. Rows are global, 0 to G-1: how many ranks share them is of no concern 
 corpora; the i-th one of a corpus reads sequence ``i mod N``, permuted, of pass ``i div N``. A step may straddle passes.
 
 *Streaming*: a row goes through neighbouring sequences step after step, so what a model carried over from the last
-sequence is the true past of the next. Rows are dealt to corpora; the rows of one corpus divide each pass evenly.
+sequence is the true past of the next. It does so for a *stretch* of steps; then the rows are dealt to the corpora anew,
+which keeps the shares of a mixture that no division of G rows could keep.
 """
 
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,11 +23,15 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from bst_base.errors import UserError
-from data_pipeline.serve.mixture import Mixture, require_seats
+from data_pipeline.serve.mixture import Dealer, Mixture, whole_weights
 from data_pipeline.serve.order import Permutation
+
+ORDER_VERSION = 2
+"""The order that new runs get; a run keeps the one it began with (`first_order` holds version 1)."""
 
 Segments = Sequence[tuple[int, Sequence[float]]]  # (first step, weights of the corpora from there on)
 _BLOCK = 1024  # neighbouring positions are permuted together: one call to numpy for many
+_STRETCH = 256  # steps that a row stays with its corpus: the carried state is dropped once in so many
 
 
 class Assignments(NamedTuple):
@@ -43,22 +49,35 @@ class Plan(Protocol):
     def assign(self, steps: range, rows: range) -> Assignments:
         """What these global rows read in these steps, both consecutive."""
 
+    def consumed(self, step: int) -> np.ndarray:
+        """(corpora,) int64: sequences of each corpus that are read before a step."""
+
+
+class Positions(Protocol):
+    """A mixture: what deals the positions of the shuffled order to corpora."""
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For increasing positions (n,): the corpus of each, and the index among all sequences drawn from it."""
+
+    def counts(self, position: int) -> np.ndarray:
+        """(corpora,) int64: sequences drawn from each corpus before a position."""
+
 
 class Shuffled:
     """Every sequence of a pass once, in permuted order.
 
     Args:
         sequences: N of each corpus.
-        segments: weights of the corpora, and the steps where they change.
+        mixture: deals positions to corpora.
         rows: G, sequences in a step.
-        seed: keys the permutations and the mixture.
+        seed: keys the permutations.
     """
 
-    def __init__(self, sequences: Sequence[int], segments: Segments, rows: int, seed: int) -> None:
+    def __init__(self, sequences: Sequence[int], mixture: Positions, rows: int, seed: int) -> None:
         self._sequences = np.array(sequences)
         self._rows = rows
         self._seed = seed
-        self._mixture = Mixture([(step * rows, weights) for step, weights in segments], seed)
+        self._mixture = mixture
         self._block = lru_cache(maxsize=64)(self._permuted)
 
     def assign(self, steps: range, rows: range) -> Assignments:
@@ -73,137 +92,100 @@ class Shuffled:
             sequence[own] = self._block(*key)[inside[own]]
         return Assignments(corpus, epoch, sequence, np.zeros(len(place), bool))
 
+    def consumed(self, step: int) -> np.ndarray:
+        """See `Plan`."""
+        return self._mixture.counts(step * self._rows)
+
     def _permuted(self, corpus: int, epoch: int, block: int) -> np.ndarray:
         count = int(self._sequences[corpus])
         permutation = Permutation(count, "sequences", self._seed, corpus, epoch)
         return permutation(np.arange(block * _BLOCK, min((block + 1) * _BLOCK, count))).astype(np.int64)
 
 
+@dataclass(frozen=True)
+class _Segment:
+    """Steps between two changes of the weights: whole stretches of `stretch` steps."""
+
+    start: int  # first step
+    stretch: int
+    dealer: Dealer  # of the rows of the stretches, one after the other
+    before: np.ndarray  # (corpora,) sequences read of each corpus before the segment
+
+    def end(self, asked: int) -> int:
+        """The first end of a stretch that is not before a step."""
+        return self.start + -(-(asked - self.start) // self.stretch) * self.stretch
+
+    def consumed(self, steps: int, rows: int) -> np.ndarray:
+        """(corpora,) sequences read before `steps` steps of the segment were taken."""
+        whole, rest = divmod(steps, self.stretch)
+        first, last = (self.dealer.counts((whole + more) * rows) for more in (0, 1))
+        return self.before + first * self.stretch + (last - first) * rest
+
+
 class Streaming:
-    """Every row reads on where it stopped.
+    """Every row reads on where it stopped, for a stretch of steps at a time.
 
-    Where the weights change, the rows are dealt anew: each corpus's rows divide what is left of its unfinished passes
-    before they begin a new one, so nothing is skipped or repeated; `Assignments.continues` is false at those cuts.
+    In a stretch of T steps a row reads T neighbouring sequences of one corpus, its *run*. The runs of a corpus follow
+    each other without a gap, through the end of a pass into the next one, so nothing is skipped or repeated. Weights
+    change at the end of the stretch that their step lies in.
 
-    Args: as for `Shuffled`; nothing is permuted here, for the documents of each pass already are.
+    Args:
+        sequences, rows: as for `Shuffled`.
+        segments: weights of the corpora, and the steps where they change.
+        seed: keys the dealing of rows to corpora; nothing is permuted here, for the documents of each pass already are.
     """
 
-    def __init__(self, sequences: Sequence[int], segments: Segments, rows: int) -> None:
-        self._steps = [step for step, _ in segments]
-        self._lanes: list[list[Lanes]] = []  # by segment, by corpus
-        self._lane_of: list[list[tuple[int, int]]] = []  # by segment, by row: (corpus, lane)
-        backlogs = [Backlog.none() for _ in sequences]
-        for number, (step, weights) in enumerate(segments):
-            shares = require_seats(weights, rows, "rows of a streaming step")
-            lanes = [Lanes(*each) for each in zip(shares, sequences, backlogs, strict=True)]
-            self._lanes.append(lanes)
-            self._lane_of.append([(c, lane) for c, share in enumerate(shares) for lane in range(share)])
-            if number + 1 < len(segments):
-                backlogs = [each.left_over(self._steps[number + 1] - step) for each in lanes]
+    def __init__(self, sequences: Sequence[int], segments: Segments, rows: int, seed: int) -> None:
+        self._sequences, self._rows = np.array(sequences), rows
+        self._segments: list[_Segment] = []
+        start, before = 0, np.zeros(len(sequences), np.int64)
+        for number, (asked, weights) in enumerate(segments):
+            if number:
+                last = self._segments[-1]
+                start = last.end(asked)
+                before = last.consumed(start - last.start, rows)
+            dealer = Dealer(weights, "streaming2", seed, number)
+            self._segments.append(_Segment(start, _stretch(sequences, weights, rows), dealer, before))
+        self._starts = [segment.start for segment in self._segments]
 
     def assign(self, steps: range, rows: range) -> Assignments:
         """See `Plan`."""
-        found = []
-        for step in steps:
-            segment = bisect.bisect_right(self._steps, step) - 1
-            for corpus, lane in self._lane_of[segment][rows.start : rows.stop]:
-                found.append((corpus, *self._lanes[segment][corpus].locate(lane, step - self._steps[segment])))
-        return Assignments(*(np.array(column) for column in zip(*found, strict=True)))
+        found = [self._assign(step, np.array(rows, np.int64)) for step in steps]
+        return Assignments(*(np.concatenate(column) for column in zip(*found, strict=True)))
+
+    def consumed(self, step: int) -> np.ndarray:
+        """See `Plan`."""
+        segment = self._segment(step)
+        return segment.consumed(step - segment.start, self._rows)
+
+    def _segment(self, step: int) -> _Segment:
+        return self._segments[bisect.bisect_right(self._starts, step) - 1]
+
+    def _assign(self, step: int, rows: np.ndarray) -> Assignments:
+        segment = self._segment(step)
+        number, inside = divmod(step - segment.start, segment.stretch)
+        corpus, run = segment.dealer.locate(number * self._rows + rows)
+        index = segment.before[corpus] + run * segment.stretch + inside
+        epoch, sequence = np.divmod(index, self._sequences[corpus])
+        return Assignments(corpus, epoch, sequence, (sequence > 0) & (inside > 0))
 
 
-@dataclass(frozen=True)
-class Backlog:
-    """What earlier segments have left of a corpus: runs of sequences of begun passes, and the next pass to begin."""
-
-    epoch: np.ndarray  # (k,) of each run
-    first: np.ndarray  # (k,) its first sequence
-    count: np.ndarray  # (k,) its sequences, at least 1
-    next_epoch: int
-
-    @classmethod
-    def none(cls) -> Backlog:
-        """Nothing read yet."""
-        empty = np.empty(0, np.int64)
-        return cls(empty, empty, empty, 0)
-
-
-class Lanes:
-    """The rows that read one corpus during one segment: first their shares of a backlog, then pass after pass.
-
-    Lane j of R reads sequences ``[(j+e) N div R - d, (j+e+1) N div R - d)`` of the e-th pass, d being ``e N div R``:
-    an even division that shifts from pass to pass, so that lanes never get more than a step apart.
-    """
-
-    def __init__(self, lanes: int, sequences: int, backlog: Backlog) -> None:
-        if lanes > sequences:
+def _stretch(sequences: Sequence[int], weights: Sequence[float], rows: int) -> int:
+    """Steps of a stretch: `_STRETCH`, or so many that the rows of no corpus read more than a pass of it in one."""
+    whole = whole_weights(weights)
+    longest = [_STRETCH]
+    for count, units in zip(sequences, whole, strict=True):
+        own = math.ceil(rows * units / sum(whole))
+        if own > count:
             raise UserError(
-                f"streaming mode: {lanes} rows would divide {sequences} sequences: every row needs one of its own; "
+                f"streaming mode: {own} rows would divide {count} sequences: every row needs one of its own; "
                 "take fewer rows or shorter sequences, prepare more text, or use shuffled mode"
             )
-        self._count = lanes
-        self._sequences = sequences
-        self._backlog = backlog
-        self._ends = np.cumsum(backlog.count)
-        total = int(backlog.count.sum())
-        self._shares = [lane * total // lanes for lane in range(lanes + 1)] if lanes else [0]
-
-    def locate(self, lane: int, steps: int) -> tuple[int, int, bool]:
-        """(epoch, sequence, whether it continues the lane's last) for a lane, `steps` after the segment's begin."""
-        begin, stop = self._shares[lane : lane + 2]
-        if steps < stop - begin:
-            run = int(np.searchsorted(self._ends, begin + steps, side="right"))
-            inside = int(begin + steps - self._ends[run] + self._backlog.count[run])
-            epoch, first = int(self._backlog.epoch[run]), int(self._backlog.first[run])
-            return epoch, first + inside, steps > 0 and inside > 0
-        passes, first, inside, _ = self._in_pass(lane, steps - (stop - begin))
-        return self._backlog.next_epoch + passes, first + inside, inside > 0
-
-    def left_over(self, steps: int) -> Backlog:
-        """What is unread of all begun passes after `steps`."""
-        if not self._count:
-            return self._backlog
-        runs: list[tuple[int, int, int]] = []
-        unread: dict[int, list[tuple[int, int]]] = {}  # by pass: (first sequence, count)
-        fresh = [max(0, steps - (self._shares[lane + 1] - self._shares[lane])) for lane in range(self._count)]
-        begun = max(self._in_pass(lane, own - 1)[0] + 1 if own else 0 for lane, own in enumerate(fresh))
-        for lane, own in enumerate(fresh):
-            begin, stop = self._shares[lane : lane + 2]
-            runs += self._backlog_between(min(begin + steps, stop), stop)
-            while (at := self._in_pass(lane, own))[0] < begun:
-                passes, first, inside, size = at
-                unread.setdefault(passes, []).append((first + inside, size - inside))
-                own += size - inside
-        for passes, parts in sorted(unread.items()):
-            runs += [(self._backlog.next_epoch + passes, first, count) for first, count in parts]
-        columns = np.array(_merged(runs), np.int64).reshape(-1, 3).T
-        return Backlog(*columns, next_epoch=self._backlog.next_epoch + begun)
-
-    def _in_pass(self, lane: int, steps: int) -> tuple[int, int, int, int]:
-        """Where a lane is `steps` into its fresh passes: (pass, its first sequence there, steps inside, sequences)."""
-        n, lanes = self._sequences, self._count
-        place = lane * n // lanes + steps
-        part = ((place + 1) * lanes - 1) // n  # the last whose begin, part n div lanes, is not after `place`
-        passes, begin = part - lane, part * n // lanes
-        return passes, begin - passes * n // lanes, place - begin, (part + 1) * n // lanes - begin
-
-    def _backlog_between(self, begin: int, stop: int) -> list[tuple[int, int, int]]:
-        """The runs of the backlog's places ``begin..stop``, as (epoch, first sequence, count)."""
-        runs = []
-        while begin < stop:
-            run = int(np.searchsorted(self._ends, begin, side="right"))
-            count = min(stop, int(self._ends[run])) - begin
-            inside = begin - int(self._ends[run] - self._backlog.count[run])
-            runs.append((int(self._backlog.epoch[run]), int(self._backlog.first[run]) + inside, count))
-            begin += count
-        return runs
+        if units:
+            longest.append(count // own)
+    return min(longest)
 
 
-def _merged(runs: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """The same sequences in the same order, with runs that continue each other made one."""
-    merged: list[tuple[int, int, int]] = []
-    for epoch, first, count in runs:
-        if merged and merged[-1][0] == epoch and sum(merged[-1][1:]) == first:
-            merged[-1] = (epoch, merged[-1][1], merged[-1][2] + count)
-        else:
-            merged.append((epoch, first, count))
-    return merged
+def shuffled(sequences: Sequence[int], segments: Segments, rows: int, seed: int) -> Shuffled:
+    """The shuffled order of version 2."""
+    return Shuffled(sequences, Mixture([(step * rows, weights) for step, weights in segments], seed), rows, seed)

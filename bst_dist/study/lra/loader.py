@@ -16,7 +16,7 @@ from bst_base.errors import UserError
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.study.lra.examples import Examples
 from data_pipeline.serve.loader import check_state
-from data_pipeline.serve.order import ORDER_VERSION, Permutation
+from data_pipeline.serve.order import KEY_VERSION, Permutation
 
 
 class LengthError(UserError):
@@ -74,7 +74,7 @@ class LabelledLoader:
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps after `step` steps were trained on."""
-        return {"order": ORDER_VERSION, "examples": self.examples.sha256, "length": self._length, "rows": self._rows,
+        return {"order": KEY_VERSION, "examples": self.examples.sha256, "length": self._length, "rows": self._rows,
                 "seed": self._seed, "step": step}  # fmt: skip
 
     def check(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Mixtures: exact shares, weights that change, an order that needs no history."""
+"""Mixtures: shares kept at any position, weights that change, an order that needs no history."""
 
 from __future__ import annotations
 
@@ -11,33 +11,47 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bst_base.errors import UserError
-from data_pipeline.serve.mixture import BLOCK, Mixture, quotas
+from data_pipeline.serve.mixture import Dealer, Mixture, whole_weights
 
-WEIGHTS = st.lists(st.integers(1, 50).map(lambda w: w / 10), min_size=1, max_size=5)
-
-
-@given(weights=WEIGHTS, seats=st.integers(1, 5000))
-def test_quotas_are_the_shares_rounded_by_largest_remainder(weights: list[float], seats: int) -> None:
-    found = quotas(weights, seats)
-    exact = [Fraction(repr(w)) * seats / sum(Fraction(repr(v)) for v in weights) for w in weights]
-    assert sum(found) == seats
-    assert all(share - 1 < quota < share + 1 for quota, share in zip(found, exact, strict=True))
-    up = [share - int(share) for quota, share in zip(found, exact, strict=True) if quota > share]
-    down = [share - int(share) for quota, share in zip(found, exact, strict=True) if quota <= share and share % 1]
-    assert not up or not down or min(up) >= max(down)
+WEIGHTS = st.lists(
+    st.one_of(st.sampled_from([0.0, 0.0001, 0.0015, 0.05, 0.3, 0.7]), st.floats(1e-3, 5)), min_size=1, max_size=6
+).filter(any)
 
 
-def test_a_half_and_two_quarters_are_exact() -> None:
-    assert quotas([0.5, 0.25, 0.25], BLOCK) == [512, 256, 256]
-    assert quotas([0.7, 0.2, 0.1], 10) == [7, 2, 1]
-    assert quotas([1, 1, 1], 1024) == [342, 341, 341]
+@given(weights=WEIGHTS, seed=st.integers(0, 9), positions=st.integers(0, 10**12))
+def test_shares_are_kept_at_every_position_for_ever(weights: list[float], seed: int, positions: int) -> None:
+    """Against exact fractions: never further away than the depth of the tree of divisions."""
+    exact = [
+        Fraction(w) * positions / sum(Fraction(each) for each in whole_weights(weights)) for w in whole_weights(weights)
+    ]
+    counts = Dealer(weights, "test", seed).counts(positions)
+    assert counts.sum() == positions
+    assert all(abs(int(count) - share) <= 3 for count, share in zip(counts, exact, strict=True))
 
 
-@given(weights=WEIGHTS, seed=st.integers(0, 9), block=st.integers(0, 10**9))
-def test_every_block_holds_exactly_its_quotas(weights: list[float], seed: int, block: int) -> None:
-    mixture = Mixture([(0, weights)], seed)
-    corpora, _ = mixture.locate(np.arange(block * BLOCK, (block + 1) * BLOCK))
-    assert np.bincount(corpora, minlength=len(weights)).tolist() == quotas(weights, BLOCK)
+def test_a_small_weight_gets_its_share() -> None:
+    counts = Dealer([0.9985, 0.0015], "test", 0).counts(10_000_000)
+    assert abs(counts[1] - 15_000) <= 1
+    counts = Dealer([1.0, 0.0000001], "test", 0).counts(10**9)
+    assert abs(counts[1] - 100) <= 1
+
+
+def test_only_the_proportion_of_weights_matters() -> None:
+    assert whole_weights([7, 3]) == whole_weights([0.7, 0.3]) == whole_weights([70.0, 30.0]) == [7, 3]
+    assert whole_weights([0.85, 0.1, 0.05]) == [17, 2, 1]
+    assert whole_weights([0.0, 2.0]) == [0, 1]
+    fine = whole_weights([0.12345678901234, 0.9])
+    assert sum(fine) <= 1 << 30 and fine[0] / sum(fine) == pytest.approx(0.12345678901234 / 1.02345678901234, rel=1e-7)
+
+
+@given(weights=WEIGHTS, seed=st.integers(0, 9), begin=st.integers(0, 10**9))
+def test_where_a_position_goes_is_what_the_counts_say(weights: list[float], seed: int, begin: int) -> None:
+    dealer = Dealer(weights, "test", seed)
+    corpora, indices = dealer.locate(np.arange(begin, begin + 50))
+    for place, (corpus, index) in enumerate(zip(corpora.tolist(), indices.tolist(), strict=True), start=begin):
+        before, after = dealer.counts(place), dealer.counts(place + 1)
+        assert before[corpus] == index
+        assert (after - before).tolist() == [int(other == corpus) for other in range(len(weights))]
 
 
 @given(data=st.data(), seed=st.integers(0, 9))
@@ -51,6 +65,7 @@ def test_each_corpus_is_drawn_from_in_order_without_gaps_through_every_change(da
     for corpus, index in zip(corpora.tolist(), indices.tolist(), strict=True):
         assert index == drawn[corpus]
         drawn[corpus] += 1
+    assert mixture.counts(5000).tolist() == [drawn[corpus] for corpus in range(count)]
 
 
 @given(begin=st.integers(0, 6000), count=st.integers(1, 3000))
@@ -62,19 +77,21 @@ def test_any_stretch_is_that_part_of_the_whole(begin: int, count: int) -> None:
         assert np.array_equal(found, expected[begin : begin + count])
 
 
-def test_blocks_differ_in_their_order() -> None:
-    mixture = Mixture([(0, [1, 1])], seed=0)
-    first, second = (mixture.locate(np.arange(block * BLOCK, (block + 1) * BLOCK))[0] for block in (0, 1))
-    assert 400 < (first == second).sum() < 624  # half of 1024, give or take seven standard deviations
+def test_a_corpus_of_weight_0_changes_nothing() -> None:
+    with_it, without = (Mixture([(0, weights)], seed=3) for weights in ([0.6, 0.3, 0.1, 0.0], [0.6, 0.3, 0.1]))
+    for found, expected in zip(with_it.locate(np.arange(500)), without.locate(np.arange(500)), strict=True):
+        assert np.array_equal(found, expected)
 
 
-def test_order_version_1_is_pinned() -> None:
-    """Runs have been promised this order: if this fails, ORDER_VERSION must be raised."""
-    corpora, indices = Mixture([(0, [5, 3, 2]), (2000, [1, 0, 1])], seed=11).locate(np.arange(1994, 2006))
-    assert corpora.tolist() == [0, 2, 0, 0, 1, 0, 2, 2, 2, 2, 0, 2]
-    assert indices.tolist() == [1002, 398, 1003, 1004, 594, 1005, 399, 400, 401, 402, 1006, 403]
+def test_order_version_2_is_pinned() -> None:
+    """Runs have been promised this order: if this fails, plan.ORDER_VERSION must be raised."""
+    corpora, indices = Mixture([(0, [5, 3, 2]), (2000, [1, 0, 1])], seed=11).locate(np.arange(1990, 2006))
+    assert corpora.tolist() == [0, 1, 0, 2, 0, 1, 0, 2, 0, 1, 0, 2, 0, 2, 0, 2]
+    assert indices.tolist() == [
+        995, 597, 996, 398, 997, 598, 998, 399, 999, 599, 1000, 400, 1001, 401, 1002, 402,
+    ]  # fmt: skip
 
 
-def test_a_weight_too_small_for_a_single_place_is_refused() -> None:
-    with pytest.raises(UserError, match=r"corpus 1 .* comes to none of 1024 positions"):
-        Mixture([(0, [1.0, 0.0001])], seed=0)
+def test_a_weight_too_small_to_be_counted_is_refused() -> None:
+    with pytest.raises(UserError, match=r"corpus 1 .* less than a billionth"):
+        Mixture([(0, [1.0, 1e-10])], seed=0)

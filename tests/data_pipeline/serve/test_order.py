@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.serve.order import ORDER_VERSION, Permutation, key_words
+from data_pipeline.serve.order import KEY_VERSION, Permutation, key_words
 
 
 @given(n=st.integers(1, 5000), seed=st.integers(0, 2**63), epoch=st.integers(0, 1000))
@@ -51,9 +51,9 @@ def test_the_arithmetic_is_that_of_plain_integers(n: int, data: st.DataObject, s
     assert int(Permutation(n, "documents", seed)(np.array([position]))[0]) == feistel_in_python(n, position, keys)
 
 
-def test_order_version_1_is_pinned() -> None:
-    """Runs have been promised this order: if this fails, ORDER_VERSION must be raised."""
-    assert ORDER_VERSION == 1
+def test_the_permutations_are_pinned() -> None:
+    """Every order that runs have been promised rests on them."""
+    assert KEY_VERSION == 1
     assert key_words("documents", 1, 2, count=2).tolist() == [5092798414525274126, 3445206045729722407]
     assert Permutation(20, "documents", 0, 0, 0).all().tolist() == [
         3,

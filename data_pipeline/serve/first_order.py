@@ -1,0 +1,243 @@
+"""Version 1 of the order, for runs that were begun with it: which corpus a position or a row draws from.
+
+Positions are dealt in blocks of 1024 and the rows of streaming mode once and for all, both by largest remainder
+(Hamilton's method). The same rounding in every block makes small shares wrong for ever (0.0015 becomes 0.00195), which
+is why there is a version 2. Nothing here may change: it is what those runs were promised.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+import numpy as np
+
+from bst_base.errors import UserError
+from data_pipeline.serve.order import key_words
+from data_pipeline.serve.plan import Assignments, Segments
+
+BLOCK = 1024  # positions in which the quotas are exact
+
+
+def quotas(weights: Sequence[float], seats: int) -> list[int]:
+    """`seats` divided in proportion to `weights` by largest remainder, ties to the earlier; sums to `seats`.
+
+    Weights count as the decimal numbers they are written as, so the division is exact on every machine.
+    """
+    shares = [Fraction(repr(weight)) for weight in weights]
+    total = sum(shares)
+    exact = [share * seats / total for share in shares]
+    seated = [int(value) for value in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (seated[i] - exact[i], i))
+    for i in by_remainder[: seats - sum(seated)]:
+        seated[i] += 1
+    return seated
+
+
+def require_seats(weights: Sequence[float], seats: int, what: str) -> list[int]:
+    """`quotas`, refusing weights of which one is positive and yet gets nothing."""
+    seated = quotas(weights, seats)
+    for number, (weight, seat) in enumerate(zip(weights, seated, strict=True)):
+        if weight > 0 and seat == 0:
+            raise UserError(
+                f"mixture weights {list(weights)}: the weight of corpus {number} ({weight:g}) comes to none of "
+                f"{seats} {what}; raise it, or set it to 0"
+            )
+    return seated
+
+
+class QuotaMixture:
+    """Positions 0, 1, 2, … of an order dealt to corpora.
+
+    Args:
+        segments: (first position, weights) pairs; the first begins at 0 and the starts increase.
+        seed: keys the order inside the blocks.
+    """
+
+    def __init__(self, segments: Sequence[tuple[int, Sequence[float]]], seed: int) -> None:
+        self._starts = np.array([start for start, _ in segments])
+        self._quotas = [np.array(require_seats(weights, BLOCK, "positions")) for _, weights in segments]
+        self._seed = seed
+        self._dealt = lru_cache(maxsize=16)(self._deal)
+        self._before = [np.zeros_like(self._quotas[0])]  # sequences of each corpus dealt before each segment
+        for number, stop in enumerate(self._starts[1:].tolist()):
+            whole, rest = divmod(stop - int(self._starts[number]), BLOCK)
+            used = self._before[-1] + whole * self._quotas[number]
+            if rest:
+                used = used + np.bincount(self._dealt(number, whole)[0][:rest], minlength=len(used))
+            self._before.append(used)
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For increasing positions (n,): the corpus of each, and the index among all sequences drawn from it."""
+        segments = np.searchsorted(self._starts, positions, side="right") - 1
+        blocks, places = np.divmod(positions - self._starts[segments], BLOCK)
+        corpora, indices = np.empty_like(positions), np.empty_like(positions)
+        begin = 0
+        for end in [*(np.flatnonzero(np.diff(blocks) | np.diff(segments)) + 1).tolist(), len(positions)]:
+            segment, block, place = int(segments[begin]), int(blocks[begin]), places[begin:end]
+            corpus, rank = self._dealt(segment, block)
+            base = self._before[segment] + block * self._quotas[segment]
+            corpora[begin:end] = corpus[place]
+            indices[begin:end] = base[corpus[place]] + rank[place]
+            begin = end
+        return corpora, indices
+
+    def counts(self, position: int) -> np.ndarray:
+        """(corpora,) int64: sequences drawn from each corpus before a position."""
+        segment = int(np.searchsorted(self._starts, position, side="right")) - 1
+        whole, rest = divmod(position - int(self._starts[segment]), BLOCK)
+        used = self._before[segment] + whole * self._quotas[segment]
+        return used + np.bincount(self._dealt(segment, whole)[0][:rest], minlength=len(used))
+
+    def _deal(self, segment: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """One block's corpora (1024,) and, for each place, how many earlier places of the block have the same."""
+        quota = self._quotas[segment]
+        # Raw Philox words are fixed for ever; Generator.permutation may change between numpy versions.
+        words = np.random.Philox(key=key_words("mixture", self._seed, segment, count=2), counter=[0, block, 0, 0])
+        corpora = np.repeat(np.arange(len(quota)), quota)[np.argsort(words.random_raw(BLOCK), kind="stable")]
+        ranks = np.empty(BLOCK, np.int64)
+        ranks[np.argsort(corpora, kind="stable")] = np.arange(BLOCK) - np.repeat(np.cumsum(quota) - quota, quota)
+        return corpora, ranks
+
+
+class LaneStreaming:
+    """Every row reads on where it stopped.
+
+    Where the weights change, the rows are dealt anew: each corpus's rows divide what is left of its unfinished passes
+    before they begin a new one, so nothing is skipped or repeated; `Assignments.continues` is false at those cuts.
+
+    Args: as for `plan.Shuffled`; nothing is permuted here, for the documents of each pass already are.
+    """
+
+    def __init__(self, sequences: Sequence[int], segments: Segments, rows: int) -> None:
+        self._steps = [step for step, _ in segments]
+        self._shares: list[list[int]] = []
+        self._lanes: list[list[Lanes]] = []  # by segment, by corpus
+        self._lane_of: list[list[tuple[int, int]]] = []  # by segment, by row: (corpus, lane)
+        backlogs = [Backlog.none() for _ in sequences]
+        for number, (step, weights) in enumerate(segments):
+            shares = require_seats(weights, rows, "rows of a streaming step")
+            self._shares.append(shares)
+            lanes = [Lanes(*each) for each in zip(shares, sequences, backlogs, strict=True)]
+            self._lanes.append(lanes)
+            self._lane_of.append([(c, lane) for c, share in enumerate(shares) for lane in range(share)])
+            if number + 1 < len(segments):
+                backlogs = [each.left_over(self._steps[number + 1] - step) for each in lanes]
+
+    def assign(self, steps: range, rows: range) -> Assignments:
+        """See `Plan`."""
+        found = []
+        for step in steps:
+            segment = bisect.bisect_right(self._steps, step) - 1
+            for corpus, lane in self._lane_of[segment][rows.start : rows.stop]:
+                found.append((corpus, *self._lanes[segment][corpus].locate(lane, step - self._steps[segment])))
+        return Assignments(*(np.array(column) for column in zip(*found, strict=True)))
+
+    def consumed(self, step: int) -> np.ndarray:
+        """See `Plan`."""
+        read = np.zeros(len(self._shares[0]), np.int64)
+        for number, (start, shares) in enumerate(zip(self._steps, self._shares, strict=True)):
+            end = self._steps[number + 1] if number + 1 < len(self._steps) else step
+            read += max(0, min(end, step) - start) * np.array(shares)
+        return read
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """What earlier segments have left of a corpus: runs of sequences of begun passes, and the next pass to begin."""
+
+    epoch: np.ndarray  # (k,) of each run
+    first: np.ndarray  # (k,) its first sequence
+    count: np.ndarray  # (k,) its sequences, at least 1
+    next_epoch: int
+
+    @classmethod
+    def none(cls) -> Backlog:
+        """Nothing read yet."""
+        empty = np.empty(0, np.int64)
+        return cls(empty, empty, empty, 0)
+
+
+class Lanes:
+    """The rows that read one corpus during one segment: first their shares of a backlog, then pass after pass.
+
+    Lane j of R reads sequences ``[(j+e) N div R - d, (j+e+1) N div R - d)`` of the e-th pass, d being ``e N div R``:
+    an even division that shifts from pass to pass, so that lanes never get more than a step apart.
+    """
+
+    def __init__(self, lanes: int, sequences: int, backlog: Backlog) -> None:
+        if lanes > sequences:
+            raise UserError(
+                f"streaming mode: {lanes} rows would divide {sequences} sequences: every row needs one of its own; "
+                "take fewer rows or shorter sequences, prepare more text, or use shuffled mode"
+            )
+        self._count = lanes
+        self._sequences = sequences
+        self._backlog = backlog
+        self._ends = np.cumsum(backlog.count)
+        total = int(backlog.count.sum())
+        self._shares = [lane * total // lanes for lane in range(lanes + 1)] if lanes else [0]
+
+    def locate(self, lane: int, steps: int) -> tuple[int, int, bool]:
+        """(epoch, sequence, whether it continues the lane's last) for a lane, `steps` after the segment's begin."""
+        begin, stop = self._shares[lane : lane + 2]
+        if steps < stop - begin:
+            run = int(np.searchsorted(self._ends, begin + steps, side="right"))
+            inside = int(begin + steps - self._ends[run] + self._backlog.count[run])
+            epoch, first = int(self._backlog.epoch[run]), int(self._backlog.first[run])
+            return epoch, first + inside, steps > 0 and inside > 0
+        passes, first, inside, _ = self._in_pass(lane, steps - (stop - begin))
+        return self._backlog.next_epoch + passes, first + inside, inside > 0
+
+    def left_over(self, steps: int) -> Backlog:
+        """What is unread of all begun passes after `steps`."""
+        if not self._count:
+            return self._backlog
+        runs: list[tuple[int, int, int]] = []
+        unread: dict[int, list[tuple[int, int]]] = {}  # by pass: (first sequence, count)
+        fresh = [max(0, steps - (self._shares[lane + 1] - self._shares[lane])) for lane in range(self._count)]
+        begun = max(self._in_pass(lane, own - 1)[0] + 1 if own else 0 for lane, own in enumerate(fresh))
+        for lane, own in enumerate(fresh):
+            begin, stop = self._shares[lane : lane + 2]
+            runs += self._backlog_between(min(begin + steps, stop), stop)
+            while (at := self._in_pass(lane, own))[0] < begun:
+                passes, first, inside, size = at
+                unread.setdefault(passes, []).append((first + inside, size - inside))
+                own += size - inside
+        for passes, parts in sorted(unread.items()):
+            runs += [(self._backlog.next_epoch + passes, first, count) for first, count in parts]
+        columns = np.array(_merged(runs), np.int64).reshape(-1, 3).T
+        return Backlog(*columns, next_epoch=self._backlog.next_epoch + begun)
+
+    def _in_pass(self, lane: int, steps: int) -> tuple[int, int, int, int]:
+        """Where a lane is `steps` into its fresh passes: (pass, its first sequence there, steps inside, sequences)."""
+        n, lanes = self._sequences, self._count
+        place = lane * n // lanes + steps
+        part = ((place + 1) * lanes - 1) // n  # the last whose begin, part n div lanes, is not after `place`
+        passes, begin = part - lane, part * n // lanes
+        return passes, begin - passes * n // lanes, place - begin, (part + 1) * n // lanes - begin
+
+    def _backlog_between(self, begin: int, stop: int) -> list[tuple[int, int, int]]:
+        """The runs of the backlog's places ``begin..stop``, as (epoch, first sequence, count)."""
+        runs = []
+        while begin < stop:
+            run = int(np.searchsorted(self._ends, begin, side="right"))
+            count = min(stop, int(self._ends[run])) - begin
+            inside = begin - int(self._ends[run] - self._backlog.count[run])
+            runs.append((int(self._backlog.epoch[run]), int(self._backlog.first[run]) + inside, count))
+            begin += count
+        return runs
+
+
+def _merged(runs: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """The same sequences in the same order, with runs that continue each other made one."""
+    merged: list[tuple[int, int, int]] = []
+    for epoch, first, count in runs:
+        if merged and merged[-1][0] == epoch and sum(merged[-1][1:]) == first:
+            merged[-1] = (epoch, merged[-1][1], merged[-1][2] + count)
+        else:
+            merged.append((epoch, first, count))
+    return merged
