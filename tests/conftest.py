@@ -38,7 +38,8 @@ from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.ranks import Ranks, choose_accelerator, free_port
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.train.rundir import RECIPE
-from data_pipeline.prepare.corpus import PrepareConfig, prepare
+from data_pipeline.prepare.config import PrepareConfig
+from data_pipeline.prepare.corpus import prepare
 from data_pipeline.prepare.parallel import open_workers
 
 TIMEOUT_S = 240

@@ -21,7 +21,8 @@ from rich.table import Table
 from bst_base.settings import fields, load
 from data_pipeline.commands.progress import stages
 from data_pipeline.format.manifest import Manifest
-from data_pipeline.prepare.corpus import SKIPPED, PrepareConfig, prepare
+from data_pipeline.prepare.config import PrepareConfig
+from data_pipeline.prepare.corpus import SKIPPED, prepare
 from data_pipeline.prepare.parallel import open_workers
 
 _INDENT = {"width": 100, "initial_indent": "      ", "subsequent_indent": "      "}

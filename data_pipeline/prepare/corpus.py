@@ -15,18 +15,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from bst_base.errors import UserError
 from bst_base.files import atomic_file, full_disk_explained, remove_partials
-from bst_base.settings import Config
 from data_pipeline.format.manifest import MANIFEST, Manifest, TokenizerInfo
-from data_pipeline.format.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from data_pipeline.format.tokenizer import Tokenizer, train_tokenizer
 from data_pipeline.prepare.assemble import ShardDone, assign, deduplicate, shard_tasks, write_shard
-from data_pipeline.prepare.dedup import DedupConfig
+from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.identity import check_same, identity, name_of, reused_tokenizer
 from data_pipeline.prepare.parallel import Workers
 from data_pipeline.prepare.spool import (
@@ -41,9 +39,7 @@ from data_pipeline.prepare.spool import (
     refusal,
     skipped_record,
 )
-from data_pipeline.prepare.text import TextConfig
-from data_pipeline.sources import AnySource, Part, Skipped
-from data_pipeline.sources.base import LocalPath
+from data_pipeline.sources import Part, Skipped
 
 TOKENIZER = "tokenizer.model"
 SKIPPED = "skipped.jsonl"
@@ -56,34 +52,6 @@ _WINDOW = 1 << 16  # bytes of a document sampled together for the tokenizer
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, how much of it is done, how much there is), in a unit of the stage's own."""
-
-
-class PrepareConfig(Config):
-    """One corpus: what it is made from, and how. One YAML file is one of these."""
-
-    source: AnySource
-    """Where the text comes from: `kind` and the settings of that kind (see `bst data sources`)."""
-    output: LocalPath
-    """Directory of the prepared corpus."""
-    text: TextConfig = TextConfig()
-    """What is done to the text first."""
-    deduplicate: DedupConfig = DedupConfig()
-    """What counts as a duplicate."""
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    """How the tokenizer is made."""
-    validation_fraction: float = Field(0.05, ge=0.0, lt=1.0)
-    """Share of the clusters of documents that go to validation, unless the source says which do."""
-    shard_bytes: int = Field(64 << 20, ge=1)
-    """Bytes of text in a shard: the unit of parallel work, and of what is done again after an interruption."""
-    seed: int = 0
-    """Decides which clusters go to validation."""
-    on_bad_record: Literal["stop", "skip"] = "stop"
-    """A record, file or directory that cannot be read, or is not what it should be: stop at the first, or leave it out
-    and list it in skipped.jsonl."""
-    bad_record_limit: int = Field(1000, ge=0)
-    """How many may be left out before the preparation stops after all."""
-    workers: int | None = Field(None, ge=1)
-    """Processes; by default one for each CPU. Under `mpirun -n N`: N - 1 ranks work, whatever is said here."""
 
 
 def prepare(config: PrepareConfig, workers: Workers, progress: Progress) -> tuple[Manifest, dict[str, Any]]:

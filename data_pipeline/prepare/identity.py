@@ -11,16 +11,14 @@ import json
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from bst_base.errors import UserError
 from data_pipeline.format.manifest import Manifest, sha256_file
 from data_pipeline.format.tokenizer import Tokenizer
+from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.parallel import Workers
 from data_pipeline.sources import Part, Source
-
-if TYPE_CHECKING:
-    from data_pipeline.prepare.corpus import PrepareConfig
 
 # Settings that do not change a corpus's bytes.
 _MACHINE = {"output": True, "workers": True, "bad_record_limit": True, "source": {"path"}}

@@ -35,7 +35,8 @@ from bst_dist.parallel.ranks import Ranks, choose_accelerator, free_port
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.study.comparison.equality import COMPUTED
 from bst_dist.train.start import Request
-from data_pipeline.prepare.corpus import PrepareConfig, prepare
+from data_pipeline.prepare.config import PrepareConfig
+from data_pipeline.prepare.corpus import prepare
 from data_pipeline.prepare.parallel import open_workers
 
 PATIENCE_S = 600.0

@@ -25,7 +25,8 @@ import pytest
 
 from bst_base.settings import dump, parse
 from bst_dist.config import Recipe
-from data_pipeline.prepare.corpus import PrepareConfig, prepare
+from data_pipeline.prepare.config import PrepareConfig
+from data_pipeline.prepare.corpus import prepare
 from data_pipeline.prepare.parallel import open_workers
 
 ROOT = Path(__file__).resolve().parents[2]

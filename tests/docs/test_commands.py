@@ -29,7 +29,7 @@ from bst_dist.study.experiment.config import load_experiment
 from bst_dist.study.lra.commands.prepare import SETTINGS, settings
 from bst_dist.study.sweep.config import load_sweep
 from bst_dist.train.__main__ import add_arguments as add_program_arguments
-from data_pipeline.prepare.corpus import PrepareConfig
+from data_pipeline.prepare.config import PrepareConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from bst_base.settings import parse
-from data_pipeline.prepare.corpus import PrepareConfig, prepare
+from data_pipeline.prepare.config import PrepareConfig
+from data_pipeline.prepare.corpus import prepare
 from data_pipeline.prepare.parallel import open_workers
 
 

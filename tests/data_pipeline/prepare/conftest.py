@@ -11,7 +11,8 @@ import pytest
 
 from bst_base.settings import parse
 from data_pipeline.format.manifest import Manifest
-from data_pipeline.prepare.corpus import PrepareConfig, prepare
+from data_pipeline.prepare.config import PrepareConfig
+from data_pipeline.prepare.corpus import prepare
 from data_pipeline.prepare.parallel import Workers
 
 

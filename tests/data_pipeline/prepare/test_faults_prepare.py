@@ -157,7 +157,8 @@ import json, resource, signal, sys
 from bst_base.settings import parse
 from bst_base.errors import UserError
 from data_pipeline.prepare.parallel import Workers
-from data_pipeline.prepare.corpus import PrepareConfig, prepare
+from data_pipeline.prepare.config import PrepareConfig
+from data_pipeline.prepare.corpus import prepare
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 config = parse(PrepareConfig, json.loads(sys.argv[1]))

@@ -17,7 +17,8 @@ KILLED_AT = """
 import json, os, signal, sys
 from bst_base.settings import parse
 from data_pipeline.prepare.parallel import Workers
-from data_pipeline.prepare.corpus import PrepareConfig, prepare
+from data_pipeline.prepare.config import PrepareConfig
+from data_pipeline.prepare.corpus import prepare
 
 settings, stage, share = json.loads(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 

@@ -16,7 +16,7 @@ from bst_base.settings import ConfigError, load, parse
 from data_pipeline.format.manifest import Manifest, sha256_file
 from data_pipeline.format.shards import ShardIndex
 from data_pipeline.format.tokenizer import Tokenizer
-from data_pipeline.prepare.corpus import PrepareConfig
+from data_pipeline.prepare.config import PrepareConfig
 
 
 def stored(corpus: Path, split: str) -> dict[str, str]:

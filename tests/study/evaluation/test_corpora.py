@@ -8,7 +8,8 @@ from bst_base.settings import parse
 from bst_dist.study.evaluation.corpora import open_text
 from bst_dist.study.evaluation.trained import OtherTokenizerError, open_run, tokenizer_of
 from bst_dist.train.rundir import ENVIRONMENT
-from data_pipeline.prepare.corpus import PrepareConfig, prepare
+from data_pipeline.prepare.config import PrepareConfig
+from data_pipeline.prepare.corpus import prepare
 from data_pipeline.prepare.parallel import open_workers
 from data_pipeline.serve.reader import Corpus
 

@@ -1,0 +1,42 @@
+"""The settings of a preparation: one YAML file of these is one corpus."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from bst_base.settings import Config
+from data_pipeline.format.tokenizer import TokenizerConfig
+from data_pipeline.prepare.dedup import DedupConfig
+from data_pipeline.prepare.text import TextConfig
+from data_pipeline.sources import AnySource
+from data_pipeline.sources.base import LocalPath
+
+
+class PrepareConfig(Config):
+    """One corpus: what it is made from, and how. One YAML file is one of these."""
+
+    source: AnySource
+    """Where the text comes from: `kind` and the settings of that kind (see `bst data sources`)."""
+    output: LocalPath
+    """Directory of the prepared corpus."""
+    text: TextConfig = TextConfig()
+    """What is done to the text first."""
+    deduplicate: DedupConfig = DedupConfig()
+    """What counts as a duplicate."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """How the tokenizer is made."""
+    validation_fraction: float = Field(0.05, ge=0.0, lt=1.0)
+    """Share of the clusters of documents that go to validation, unless the source says which do."""
+    shard_bytes: int = Field(64 << 20, ge=1)
+    """Bytes of text in a shard: the unit of parallel work, and of what is done again after an interruption."""
+    seed: int = 0
+    """Decides which clusters go to validation."""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """A record, file or directory that cannot be read, or is not what it should be: stop at the first, or leave it out
+    and list it in skipped.jsonl."""
+    bad_record_limit: int = Field(1000, ge=0)
+    """How many may be left out before the preparation stops after all."""
+    workers: int | None = Field(None, ge=1)
+    """Processes; by default one for each CPU. Under `mpirun -n N`: N - 1 ranks work, whatever is said here."""
