@@ -1,6 +1,6 @@
 """Write a run as a Hugging Face model: weights, configuration, tokenizer, model card.
 
-    bst eval runs/demo --json runs/demo/reports/eval.json
+    bst eval runs/demo
     bst export runs/demo demo-model
 
 transformers loads the directory with trust_remote_code=True, whether or not bst_dist is installed. The model card has

@@ -8,6 +8,9 @@ from typing import Any
 
 from bst_dist.version import versions
 
+REPORTS = "reports"
+"""Where a run directory keeps what commands have reported of it."""
+
 
 def write_report(path: Path, command: str, report: dict[str, Any]) -> None:
     """Write a command's report with the versions it ran on; the file appears whole or not at all."""

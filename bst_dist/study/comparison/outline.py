@@ -18,6 +18,7 @@ from bst_dist.checkpoint.directory import WEIGHTS, committed, open_shards
 from bst_dist.config import flat
 from bst_dist.model.lm import LanguageModel
 from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.report.saved import REPORTS
 from bst_dist.study.comparison.standing import Standing, standing
 from bst_dist.train.rundir import ENVIRONMENT, RECIPE, read_recipe
 
@@ -109,7 +110,7 @@ def eval_report(run_dir: Path, step: int) -> dict[str, Any] | None:
     Reports are looked for in the run directory and in its reports/.
     """
     found: list[tuple[float, dict[str, Any]]] = []
-    for path in (*run_dir.glob("*.json"), *(run_dir / "reports").glob("*.json")):
+    for path in (*run_dir.glob("*.json"), *(run_dir / REPORTS).glob("*.json")):
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -15,6 +15,8 @@ documents that are that long where the model was trained on isolated ones.
 A run that learns a synthetic task (data.synthetic) reads rows that it has not seen: accuracy and loss by how far back
 the answer stands, with the best loss that is possible; errors are over rows. --length L takes rows of another length.
 
+The report is kept in the run's reports/, where `bst compare` and `bst export` find it; --json PATH writes it there too.
+
 --harness TASK,TASK asks the model what tasks of EleutherAI's lm-evaluation-harness ask; that is a package of its own:
 pip install --editable '.[harness]', in the directory of this project.
 """
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from bst_base.errors import UserError
+from bst_dist.report.saved import REPORTS, write_report
 from bst_dist.study.evaluation import perplexity, synthetic
 from bst_dist.train.rundir import read_recipe
 from data_pipeline.synthetic.config import SyntheticConfig
@@ -37,6 +40,8 @@ OPTIONS = {
     "rows": (SYNTHETIC,), "length": (SYNTHETIC,),
 }  # fmt: skip
 """Which evaluations an option belongs to."""
+FILES = {DOCUMENTS: "documents", LENGTHS: "lengths", HARNESS: "harness", SYNTHETIC: "synthetic"}
+"""What the report of each is called in the run directory."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +70,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     form = _form(args)
+    report = _evaluate(args, form)
+    path = args.run / REPORTS / _file_name(args, form, report["step"])
+    try:
+        write_report(path, "eval", report)
+    except OSError as error:
+        print(f"bst eval: the report was not kept in {path}: {error.strerror}; --json writes it elsewhere")
+    return report
+
+
+def _file_name(args: argparse.Namespace, form: str, step: int) -> str:
+    """One name for one question: asked again, it replaces its report; another one does not."""
+    asked = [
+        args.split,
+        FILES[form],
+        args.corpus and Path(args.corpus).name,
+        args.context and f"context-{args.context}",
+    ]
+    return "-".join(["eval", str(step), *filter(None, asked)]) + ".json"
+
+
+def _evaluate(args: argparse.Namespace, form: str) -> dict[str, Any]:
     if form == LENGTHS:
         from bst_dist.study.lengths import report as lengths_report
 

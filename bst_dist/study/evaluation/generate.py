@@ -2,10 +2,13 @@
 
     bst generate runs/demo --prompt "class Cache:"
     bst generate runs/demo --prompts prompts.jsonl --samples 4 > written.jsonl
+    echo "import os" | bst generate runs/demo --prompts -
+    bst generate runs/demo --interactive
 
-A prompt is read as the beginning of a document. One sample of one prompt appears as it is drawn, control characters
-shown as symbols. Several are written as JSON, a line each, in order: they are drawn together, a batch at a time. A text
-ends after --tokens tokens, at the end of the document, or before a --stop. The same seed gives the same text.
+A prompt is read as the beginning of a document. One sample of one prompt is printed while it is generated, control
+characters shown as symbols. Several are printed as lines of JSON, in order; they are generated in batches. A text ends
+after --tokens tokens, at the end of the document, or before a --stop. The same seed gives the same text.
+--interactive loads the model once and continues every line that you type; an empty line or Ctrl-D ends it.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--prompt", default="", metavar="TEXT", help="what the text begins with (default: nothing)")
     given.add_argument("--prompts", type=Path, metavar="FILE",
-                       help='many prompts, one a line; in .jsonl JSON strings, or objects with a "prompt"')  # fmt: skip
+                       help="many prompts, one per line (-: from standard input); in .jsonl a JSON string or an object "
+                            'with a "prompt" per line')  # fmt: skip
+    given.add_argument("--interactive", action="store_true", help="load the model once, and continue each line typed")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="continuations of each prompt (default: 1)")
     parser.add_argument("--batch", type=int, default=32, metavar="ROWS", help="most rows drawn together (default: 32)")
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="most tokens to draw (default: 200)")
@@ -58,18 +63,40 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     prompts = read_prompts(args.prompts) if args.prompts else [Prompt(args.prompt, "--prompt")]
     trained = open_run(args.run, args.checkpoint)
     tokenizer = tokenizer_of(args.run, trained.recipe)
-    ids = [encode(trained.recipe, tokenizer, prompt) for prompt in prompts]
-    writer = _Writer(trained, tokenizer, sampling, prompts, ids, args)
-    started = time.perf_counter()
-    texts = _stream(writer) if args.prompts is None and args.samples == 1 else _lines(writer)
-    seconds = time.perf_counter() - started
+    batches = ([prompt] for prompt in _typed()) if args.interactive else [prompts]
+    texts, seconds = [], 0.0
+    for batch in batches:
+        ids = [encode(trained.recipe, tokenizer, prompt) for prompt in batch]
+        writer = _Writer(trained, tokenizer, sampling, batch, ids, args)
+        started = time.perf_counter()
+        written = _stream(writer) if args.prompts is None and args.samples == 1 else _lines(writer)
+        took = time.perf_counter() - started
+        _say_how(written, took)
+        texts, seconds = texts + written, seconds + took
+    drawn = sum(text.tokens for text in texts)
+    return {
+        "run": str(args.run), "step": trained.step, "sampling": sampling.model_dump(), "tokens": drawn,
+        "tokens_per_s": drawn / seconds if seconds else None, "texts": [text.report() for text in texts],
+    }  # fmt: skip
+
+
+def _typed() -> Iterator[Prompt]:
+    """The lines that a person types, up to an empty one or the end of the input."""
+    while True:
+        try:
+            line = input("prompt> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not line:
+            return
+        yield Prompt(line, "the line typed")
+
+
+def _say_how(texts: Sequence[_Text], seconds: float) -> None:
+    """How many tokens were generated, what ended the text, and the speed, where it disturbs no output."""
     drawn = sum(text.tokens for text in texts)
     how = f"ended by: {texts[0].ended_by}" if len(texts) == 1 else f"{len(texts)} texts"
     print(f"[{drawn} tokens; {how}; {drawn / seconds:,.0f} tokens/s]", file=sys.stderr)
-    return {
-        "run": str(args.run), "step": trained.step, "sampling": sampling.model_dump(), "tokens": drawn,
-        "tokens_per_s": drawn / seconds, "texts": [text.report() for text in texts],
-    }  # fmt: skip
 
 
 @dataclass

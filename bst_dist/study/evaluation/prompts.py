@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,18 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file: in .jsonl a JSON string, or an object with a "prompt", a line; else a line is a prompt.
+    """The prompts of a file (-: of standard input), one per line; in .jsonl a JSON string or an object with a "prompt".
 
     Raises UserError for a file that cannot be read, a line that is neither, and a file without prompts.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path}: cannot be read: {error}") from None
     found = [
-        (f"{path}, line {number}", line.removesuffix("\r")) for number, line in enumerate(lines, 1) if line.strip()
+        (f"{path}, line {number}", line.removesuffix("\r"))
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
     ]
     if not found:
         raise UserError(f"--prompts {path}: holds no prompt: write one a line")

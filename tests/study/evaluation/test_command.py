@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from bst_dist.cli import main
+from bst_dist.study.comparison.outline import eval_report
 
 
 @pytest.mark.parametrize(
@@ -24,3 +27,14 @@ def test_what_is_no_list_of_lengths_is_refused(make_run, capsys):
     with pytest.raises(SystemExit):
         main(["eval", str(make_run()), "--lengths", "8,x"])
     assert "'8,x' is not a list of lengths like 512,4096" in capsys.readouterr().err
+
+
+def test_reports_are_kept_in_the_run_directory_and_one_question_does_not_replace_another(make_run, corpus):
+    run_dir = make_run()
+    for options in ([], [], ["--context", "8"], ["--lengths", "8,16"], ["--corpus", str(corpus)]):
+        assert main(["eval", str(run_dir), *options]) == 0
+    kept = {path.name: json.loads(path.read_text()) for path in (run_dir / "reports").iterdir()}
+    names = ["documents", "documents-context-8", f"documents-{corpus.name}", "lengths"]
+    assert kept.keys() == {f"eval-4-validation-{name}.json" for name in names}
+    assert eval_report(run_dir, 4)["corpora"] == kept[f"eval-4-validation-documents-{corpus.name}.json"]["corpora"]
+    assert kept["eval-4-validation-documents-context-8.json"]["context_tokens"] == 8

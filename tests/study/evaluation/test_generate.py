@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 
 from bst_dist.cli import main
 from bst_dist.generation.text_stream import printable
+from bst_dist.study.evaluation import generate as command
+from bst_dist.study.evaluation.trained import open_run
 
 
 def generate(run_dir, *arguments):
@@ -98,3 +101,25 @@ def test_a_prompt_that_is_no_text_is_refused(make_run, capsys):
 def test_a_run_without_a_checkpoint_is_refused(make_run, capsys):
     assert generate(make_run(steps=())) == 2
     assert "no valid checkpoint" in capsys.readouterr().err
+
+
+def test_prompts_are_read_from_standard_input(make_run, capsys, monkeypatch, tmp_path):
+    run_dir, path = make_run(), tmp_path / "p.txt"
+    path.write_text("for x\nreturn 12\n")
+    assert generate(run_dir, "--prompts", path) == 0
+    expected = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("for x\nreturn 12\n"))
+    assert generate(run_dir, "--prompts", "-") == 0
+    assert capsys.readouterr().out == expected
+
+
+def test_an_interactive_session_continues_each_line_and_loads_the_model_once(make_run, capsys, monkeypatch):
+    run_dir, opened = make_run(), []
+    for prompt in ("for x", "return 12"):
+        assert generate(run_dir, "--prompt", prompt) == 0
+    expected = capsys.readouterr().out
+    monkeypatch.setattr(command, "open_run", lambda *args: opened.append(args) or open_run(*args))
+    monkeypatch.setattr("sys.stdin", io.StringIO("for x\nreturn 12\n\nnot read\n"))
+    assert generate(run_dir, "--interactive") == 0
+    assert capsys.readouterr().out == expected
+    assert len(opened) == 1
