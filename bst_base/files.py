@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import secrets
@@ -12,9 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from bst_base.errors import UserError
+from bst_base.errors import StorageError
 
-_FULL = {
+_refusing: set[int] = set()
+"""File systems that do not sync directories, once that was told."""
+_log = logging.getLogger(__name__)
+
+FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file is too big",
@@ -27,7 +32,7 @@ _OWN_PARTIAL = re.compile(r"\.[0-9a-f]{8}\.partial$")
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a temporary neighbour of `path` for writing bytes; it takes the name `path` only when the block succeeds.
 
-    Raises UserError when the disk is full; the unfinished file is removed on any error.
+    Raises StorageError when the disk is full; the unfinished file is removed on any error.
     """
     partial = _partial(path)
     with full_disk_explained(path):
@@ -84,8 +89,19 @@ def remove_partials(directory: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames inside `path` durable: without this a crash may lose a name whose bytes are safe."""
-    _sync(path)
+    """Make renames inside `path` durable: without this a crash may lose a name whose bytes are safe.
+
+    Some mounts (FUSE, SMB, object stores) refuse to sync a directory. That is told of once and not an error: the names
+    are then as durable as the mount makes them.
+    """
+    try:
+        _sync(path)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+        if (device := path.stat().st_dev) not in _refusing:
+            _refusing.add(device)
+            _log.warning("%s: this mount does not sync directories: a name written there may be lost in a crash", path)
 
 
 def _partial(path: Path) -> Path:
@@ -103,11 +119,11 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def full_disk_explained(path: Path) -> Iterator[None]:
-    """Turn the system's word that there is no room left into a UserError that names what was being written."""
+    """Turn the system's word that there is no room left into a StorageError that names what was being written."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in FULL:
             raise
-        message = f"{path}: {_FULL[error.errno]}; nothing half-written was kept: make room, then start again to go on"
-        raise UserError(message) from error
+        message = f"{path}: {FULL[error.errno]}; nothing half-written was kept: make room, then start again to go on"
+        raise StorageError(message) from error

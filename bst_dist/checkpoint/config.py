@@ -13,6 +13,8 @@ class CheckpointConfig(Config):
     background: bool = True
     """Write while training goes on, from a copy in the host's memory: 12 bytes a parameter, shared out over the ranks.
     false: training waits until all is written."""
+    failures: int = Field(3, ge=1)
+    """How many checkpoints in a row may fail to be written; then the run stops, with status 74."""
     keep_last: int = Field(2, ge=1)
     """How many of the newest to keep; older ones are removed once a newer one is committed, but for those below."""
     keep_best: int = Field(1, ge=0)

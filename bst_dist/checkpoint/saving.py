@@ -13,12 +13,13 @@ import io
 import json
 import os
 import shutil
+import socket
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ from torch import Tensor
 from bst_base.errors import StorageError, UserError
 from bst_base.files import sync_directory
 from bst_dist.checkpoint.directory import (
+    CHECKPOINTS,
     DELETED,
     MANIFEST,
     OPTIMIZER,
@@ -124,12 +126,35 @@ class Saver:
         if why:
             return Failed(manifest["step"], why)
         if self.background:
-            fragments = self._copy.of(fragments, kinds)
-        written = self._thread.submit(self._write, partial, fragments, own, kinds)
+            copied = self._copy.of(fragments, kinds)
+        else:
+            copied = [_Copied(f.piece, name, [f.values[name]]) for kind in kinds for name in _TENSORS[kind]
+                      for f in fragments]  # fmt: skip
+        written = self._thread.submit(self._write, partial, copied, own, kinds)
         if not self.background:
             wait([written])
         self._pending = _Pending(partial, manifest, started, written)
         return None
+
+    def rehearse(self) -> None:
+        """Before the first step: have the memory for the copy, and see that every rank can write and read back.
+
+        Raises StorageError on all ranks when one cannot, or when there is no room for a checkpoint.
+        """
+        fragments, kinds = self.state.owned(), (WEIGHTS, OPTIMIZER)
+        needed = self._needed(fragments, kinds)
+        partial = self.run_dir / CHECKPOINTS / f"step-rehearsal.{self.lease.epoch}{PARTIAL}"
+        why = self.ranks.from_first(self._prepare(partial, needed) if self.ranks.first else None)
+        if why:
+            raise StorageError(f"no checkpoint could be written: {why}")
+        if self.background:
+            self._copy.reserve(3 * sum(fragment.piece.count for fragment in fragments))
+        said = self.ranks.gather(_tried(lambda: _write_and_read(partial / str(self.ranks.rank))))
+        if self.ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
+        for rank, why in enumerate(said):
+            if why:
+                raise StorageError(f"no checkpoint could be written: rank {rank}: {why}")
 
     def poll(self) -> Saved | Failed | None:
         """What became of the pending checkpoint, once rank 0 has committed what all have written; None until then."""
@@ -184,14 +209,13 @@ class Saver:
         return None
 
     def _write(
-        self, partial: Path, fragments: list[Fragment], own: dict[str, Any], kinds: Sequence[str]
+        self, partial: Path, copied: list[_Copied], own: dict[str, Any], kinds: Sequence[str]
     ) -> dict[str, FileRecord]:
         files, rank = Files(partial), self.ranks.rank
         for kind in kinds:
-            named = [(f.piece, name, f.values[name]) for name in _TENSORS[kind] for f in fragments]
-            pieces = [_stored_as(piece, name) for piece, name, _ in named]
+            ours = [one for one in copied if one.tensor in _TENSORS[kind]]
             with files.open(shard_file(kind, rank)) as file:
-                write(file, pieces, [values for *_, values in named], {"format": "pt"})
+                write(file, [_stored_as(one.piece, one.tensor) for one in ours], [one.runs for one in ours])
         if OPTIMIZER in kinds:
             memory = io.BytesIO()  # torch hides a full disk behind errors of its own
             torch.save(own, memory)
@@ -245,29 +269,77 @@ def _stored_as(piece: Piece, tensor: str) -> Piece:
     return Piece(stored_name(piece.name, tensor), piece.shape, piece.begin, piece.count)
 
 
+@dataclass(frozen=True)
+class _Copied:
+    """A tensor's piece that is to be written."""
+
+    piece: Piece
+    tensor: str
+    """WEIGHT or one of MOMENTS."""
+    runs: list[Tensor]
+    """Its values, one after the other."""
+
+
 class _HostCopy:
     """A copy of fragments in the host's memory, in the same place each time: fresh pages cost more than the copy."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._memory = device, torch.empty(0)
+        self._device = device
+        self._memory: list[Tensor] = []
 
-    def of(self, fragments: list[Fragment], kinds: Sequence[str]) -> list[Fragment]:
-        """The fragments with values that stay as they are now, until the next call."""
-        names = list(chain.from_iterable(_TENSORS[kind] for kind in kinds))
-        count = len(names) * sum(fragment.piece.count for fragment in fragments)
-        if count > self._memory.numel():
-            self._memory = torch.empty(count, pin_memory=self._device.type != "cpu")
-        copies, begin = [], 0
-        for fragment in fragments:
-            values: dict[str, Tensor] = {}
-            for name in names:
-                values[name] = self._memory[begin : begin + fragment.piece.count]
-                values[name].copy_(fragment.values[name], non_blocking=True)
-                begin += fragment.piece.count
-            copies.append(Fragment(fragment.piece, values))
+    def reserve(self, count: int) -> None:
+        """Have room for `count` elements."""
+        missing = count - sum(memory.numel() for memory in self._memory)
+        pinned = self._device.type != "cpu"
+        self._memory += [torch.empty(size, pin_memory=pinned) for size in block_sizes(missing)]
+
+    def of(self, fragments: list[Fragment], kinds: Sequence[str]) -> list[_Copied]:
+        """What is to be written of the fragments, as it is now, until the next call."""
+        named = [(f.piece, name, f.values[name]) for kind in kinds for name in _TENSORS[kind] for f in fragments]
+        self.reserve(sum(values.numel() for *_, values in named))
+        room, copies = deque(self._memory), []
+        for piece, name, values in named:
+            runs, begin = [], 0
+            while begin < values.numel():
+                block = room.popleft()
+                count = min(block.numel(), values.numel() - begin)
+                runs.append(block[:count].copy_(values[begin : begin + count], non_blocking=True))
+                begin += count
+                if count < block.numel():
+                    room.appendleft(block[count:])
+            copies.append(_Copied(piece, name, runs))
         if self._device.type != "cpu":
             torch.accelerator.synchronize()
         return copies
+
+
+BLOCK = 1 << 28
+"""Elements of the largest block of host memory: 1 GiB."""
+SMALLEST = 1 << 18
+
+
+def block_sizes(count: int) -> list[int]:
+    """Powers of two, none above BLOCK, that hold `count` elements and few more.
+
+    torch rounds a block of pinned memory up to a power of two: one of 84 GB would take 137.
+    """
+    sizes = []
+    while count > 0:
+        size = min(BLOCK, max(SMALLEST, 1 << (count.bit_length() - 1)))
+        sizes.append(size)
+        count -= size
+    return sizes
+
+
+def _write_and_read(path: Path) -> None:
+    """Raise OSError or StorageError unless a file that is written can be read back."""
+    content = os.urandom(4096)
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.read_bytes() != content:
+        raise StorageError(f"{socket.gethostname()} reads something else from {path} than it has just written")
 
 
 def _outcome(written: Future[dict[str, FileRecord]]) -> tuple[dict[str, FileRecord], str | None]:

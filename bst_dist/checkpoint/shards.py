@@ -15,6 +15,7 @@ import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,11 @@ def write_values(file: Any, values: Tensor) -> None:
     file.write(values.detach().contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def write(file: Any, pieces: Sequence[Piece], values: Sequence[Tensor], metadata: dict[str, str]) -> None:
-    """Write a whole shard: `values` (count,) of each piece."""
-    write_header(file, pieces, [tensor.dtype for tensor in values], metadata)
-    for tensor in values:
-        write_values(file, tensor)
+def write(file: Any, pieces: Sequence[Piece], values: Sequence[Sequence[Tensor]]) -> None:
+    """Write a whole shard: of each piece its values, single precision, in one run or several."""
+    write_header(file, pieces, [torch.float32] * len(pieces), {"format": "pt"})
+    for run in chain.from_iterable(values):
+        write_values(file, run)
 
 
 @dataclass(frozen=True)

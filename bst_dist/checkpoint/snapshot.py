@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from bst_base.errors import StorageError
 from bst_dist.checkpoint import rng, saving
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import (
@@ -115,6 +116,10 @@ class Snapshots:
     def finish(self) -> Saved | Failed | None:
         """What became of the checkpoint under way, waiting for it and for removals; None when there is none."""
         return self._saver.finish()
+
+    def rehearse(self) -> None:
+        """Before the first step: raise StorageError on all ranks unless each can write a checkpoint."""
+        self._saver.rehearse()
 
     def newest(self, scheduled: bool = False) -> tuple[Path | None, list[str]]:
         """The newest checkpoint to go on from that is whole, and what is wrong with newer ones.
@@ -232,12 +237,14 @@ class Checkpoints(Callback):
         people are told."""
         self.config, self.snapshots, self.trainer, self.evaluated = config, snapshots, trainer, evaluated
         self.data_state, self.say = data_state, say
+        self.failed = 0
+        """Checkpoints in a row that could not be written."""
 
     def after_step(self, report: StepReport, last: bool) -> None:
         """Commit what was under way, begin what is due; after the last step, wait for it.
 
-        A checkpoint that cannot be written is told of and the run goes on, with the one before it as it was. Only the
-        last one must be: raises CheckpointError.
+        A checkpoint that cannot be written is told of and the run goes on, with the one before it as it was; but not
+        without the last one, nor after `checkpoint.failures` in a row: raises StorageError on all ranks.
         """
         self._tell(self.snapshots.poll())
         full = last or self.config.scheduled(report.step)
@@ -251,11 +258,15 @@ class Checkpoints(Callback):
 
     def _tell(self, outcome: Saved | Failed | None, last: bool = False) -> None:
         if isinstance(outcome, Failed):
+            self.failed += 1
             message = f"no checkpoint of step {outcome.step}: {outcome.why}"
             if last:
-                raise CheckpointError(message)
+                raise StorageError(message)
+            if self.failed >= self.config.failures:
+                raise StorageError(f"{message}\nthe run stops: {self.failed} in a row (checkpoint.failures)")
             self.say(f"{message}\n{'':>12} the run goes on; its checkpoints so far are as they were")
         elif outcome:
+            self.failed = 0
             kind = "checkpoint" if outcome.full else "weights"
             self.say(f"{'':>12} {kind} {outcome.path}: {outcome.bytes / 1e6:,.1f} MB in {outcome.seconds:.1f} s")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from bst_base.errors import StorageError
 from bst_base.files import atomic_file
 
 if TYPE_CHECKING:
@@ -128,6 +129,9 @@ class Callback:
 class Writer:
     """Somewhere that reports go to; rank 0 has several, the others none."""
 
+    path = Path("standard output")
+    """Where that is."""
+
     def write(self, report: Report) -> None:
         """Take in one report."""
 
@@ -139,14 +143,17 @@ class Writer:
 
 
 class Log(Callback):
-    """Hands each step's report to the writers."""
+    """Hands each step's report to the writers; raises StorageError when one cannot write."""
 
     def __init__(self, writers: Sequence[Writer]):
         self.writers = writers
 
     def after_step(self, report: StepReport, last: bool) -> None:
         for writer in self.writers:
-            writer.write(report)
+            try:
+                writer.write(report)
+            except OSError as error:
+                raise StorageError.of(error, writer.path, doing="write") from None
 
 
 class MetricsFile(Writer):
@@ -154,7 +161,7 @@ class MetricsFile(Writer):
 
     def __init__(self, run_dir: Path, start_step: int):
         """Go on after `start_step`: lines of later steps, from before a resume, go to metrics.dropped.jsonl."""
-        path = run_dir / FILE
+        self.path = path = run_dir / FILE
         lines = read_lines(path)
         kept = [line for line in lines if line["step"] <= start_step]
         keep_dropped(path, [line for line in lines if line["step"] > start_step])

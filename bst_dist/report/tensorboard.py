@@ -37,7 +37,8 @@ class TensorBoard(Writer):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
         from torch.utils.tensorboard.summary import hparams as summaries
 
-        self._writer = SummaryWriter(str(run_dir / FOLDER), purge_step=start_step + 1)
+        self.path = run_dir / FOLDER
+        self._writer = SummaryWriter(str(self.path), purge_step=start_step + 1)
         experiment, begin, self._end = summaries(hparams, dict.fromkeys(RESULTS))
         _show_first(experiment, SHOWN)
         for summary in (experiment, begin):

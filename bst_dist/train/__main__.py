@@ -11,6 +11,7 @@ import argparse
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bst_base.errors import StorageError, UserError
+from bst_base.files import FULL
 from bst_dist.faults import signals, status
 from bst_dist.faults.output import Lasting
 
@@ -53,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; LOCAL_RANK says the same
     args = parser.parse_intermixed_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    threading.excepthook = _tell_of_thread
     try:
         from bst_dist.parallel.ranks import Ranks
         from bst_dist.train.program import train
@@ -65,14 +68,20 @@ def main(argv: list[str] | None = None) -> int:
         _tell(str(error))
         return error.exit_status
     except OSError as error:
-        if error.filename is None:  # not a file: a socket, a process
+        if error.filename is None and error.errno not in FULL:  # not a file: a socket, a process
             _tell(traceback.format_exc())
             return status.FAILED
-        _tell(str(StorageError.of(error, doing="read or write")))
+        _tell(str(StorageError.of(error, error.filename or "a file of the run", doing="read or write")))
         return status.UNREADABLE
     except Exception:
         _tell(traceback.format_exc())
         return status.FAILED
+
+
+def _tell_of_thread(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread: what the file system says there the main thread says in a line."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
 
 
 def _tell(message: str) -> None:

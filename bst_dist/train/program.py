@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -74,6 +75,7 @@ def _train(start: Start, request: Request, ranks: Ranks, stop: Stop, lease: Shar
     trainer = _trainer(start, engine, ranks, sharing, stop)
     rng.seed_all(start.recipe.seed, ranks.rank)
     position = _resume(request, start, snapshots, trainer)
+    snapshots.rehearse()
     hosts = sorted(set(ranks.gather(socket.gethostname())))
     if ranks.first:
         about = {"ranks": ranks.world, "hosts": hosts, "from_step": position.step, **start.objective.about()}
@@ -129,8 +131,9 @@ def _go_on(start: Start, snapshots: Snapshots, trainer: Trainer, position: Posit
         return _roll_back(start, snapshots, trainer, back.entry)
     finally:
         loader.close()
-        for writer in writers:
-            writer.close()
+        with suppress(OSError):  # when the disk is full that was said before
+            for writer in writers:
+                writer.close()
 
 
 def _guard(start: Start, ranks: Ranks, position: Position) -> Guard:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bst_base.errors import StorageError
 from bst_dist.checkpoint import durable, retention, saving
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import (
@@ -372,12 +373,67 @@ def after_steps(run_dir: Path, until: int, said: list[str], **settings: Any) -> 
 
 def test_a_run_goes_on_without_a_checkpoint_but_does_not_end_without_one(tmp_path, full_disk):
     said: list[str] = []
-    with pytest.raises(CheckpointError, match=r"no checkpoint of step 5: rank 0: .* cannot write there: No space"):
+    with pytest.raises(StorageError, match=r"no checkpoint of step 5: rank 0: .* cannot write there: No space"):
         after_steps(tmp_path, 5, said, every=2)
     assert [re.sub(r"rank 0: \S+ cannot", "rank 0: HOST cannot", line.splitlines()[0]) for line in said] == [
         f"no checkpoint of step {step}: rank 0: HOST cannot write there: No space left on device" for step in (2, 4)
     ]
     assert "the run goes on" in said[0]
+
+
+def test_a_run_stops_after_so_many_checkpoints_in_a_row_that_could_not_be_written(tmp_path, full_disk):
+    said: list[str] = []
+    with pytest.raises(StorageError, match=r"(?s)no checkpoint of step 4: .*2 in a row \(checkpoint.failures\)"):
+        after_steps(tmp_path, 9, said, every=2, failures=2)
+    assert len(said) == 1
+
+
+def test_a_checkpoint_that_is_written_ends_the_row(tmp_path, monkeypatch):
+    original, done = saving.write, []
+
+    def write(*args: Any) -> None:
+        done.append(None)
+        if len(done) in (1, 4, 7):  # the first of the two files of the checkpoints of steps 2, 6 and 10
+            raise OSError(errno.EIO, "Input/output error", "there")
+        original(*args)
+
+    monkeypatch.setattr(saving, "write", write)
+    said: list[str] = []
+    after_steps(tmp_path, 12, said, every=2, failures=2, background=False)
+    assert [line.split(":")[0] for line in said if "no checkpoint" in line] == [
+        f"no checkpoint of step {step}" for step in (2, 6, 10)
+    ]
+
+
+def test_the_copys_memory_is_little_more_than_what_is_copied():
+    for count in (1, 1 << 18, 7_000_000, 3 * (1 << 28) + 5, 21_000_000_000):
+        sizes = saving.block_sizes(count)
+        assert count <= sum(sizes) < count + (1 << 18)
+        assert all(size & (size - 1) == 0 and size <= 1 << 28 for size in sizes)
+    assert saving.block_sizes(-3) == []
+
+
+def test_a_copy_over_several_blocks_is_written_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "block_sizes", lambda count: [64] * -(-count // 64))
+    state = Tensors(numel=150)
+    assert isinstance(save(snapshots(tmp_path, state), state, 1), Saved)
+    assert resume(tmp_path, 150) == 1
+
+
+def test_a_rank_that_cannot_write_is_found_before_the_first_step(tmp_path, monkeypatch):
+    run = snapshots(tmp_path, Tensors())
+    run.rehearse()
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path)[:-1])
+    with pytest.raises(StorageError, match=r"rank 0: .* reads something else from"):
+        run.rehearse()
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_found_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(StorageError, match=r"it needs 0.00 GB and .* has 0.00 GB left"):
+        snapshots(tmp_path, Tensors()).rehearse()
 
 
 def test_checkpoints_are_taken_when_due(tmp_path):

@@ -1,0 +1,200 @@
+"""What is on the disk after a crash of the machine, by the order of writes, syncs and renames.
+
+A process saves checkpoints, with everything recorded that it asks of the file system. A crash may lose what was not
+synced: the content of a file since its last fsync, a name since the last fsync of its directory; a rename that was not
+synced may survive all the same. So at every rename to a name that counts the content must be safe before, and the name
+must be safe before anything older is removed, and before anybody is told.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bst_base import files
+from bst_base.files import atomic_directory, atomic_file, sync_directory
+from bst_dist.checkpoint.directory import MANIFEST
+from bst_dist.checkpoint.fragments import MOMENTS, WEIGHT, Fragment
+from bst_dist.checkpoint.layout import Layout, Rows
+from bst_dist.checkpoint.shards import Piece
+from bst_dist.checkpoint.snapshot import CheckpointConfig, Identity, Position, Snapshots
+from bst_dist.parallel.mesh import Mesh
+
+Event = tuple[str, str, Any]
+
+
+class Alone:
+    rank, world, first, device = 0, 1, True, torch.device("cpu")
+
+    def sum(self, values: list[float]) -> list[float]:
+        return [float(value) for value in values]
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def from_first(self, value: Any) -> Any:
+        return value
+
+
+class Tensors:
+    def owned(self) -> list[Fragment]:
+        return [Fragment(Piece("a", (100,), 0, 100), {kind: torch.arange(100.0) for kind in (WEIGHT, *MOMENTS)})]
+
+    def elements(self) -> int:
+        return 100
+
+    def updates(self) -> int:
+        return 1
+
+
+def save(root: Path, tell: Callable[[], None]) -> None:
+    identity = Identity("recipe", {}, 0, Layout(1, 1, 0), Rows(1, 1, Mesh(1, 0)))
+    run = Snapshots(root, Tensors(), Alone(), identity, CheckpointConfig(keep_last=1, weights_every=2))
+    for step in (1, 2, 3):
+        run.start(Position(step, step, {}, []))
+        run.finish()
+        tell()
+
+
+def write_file(root: Path, tell: Callable[[], None]) -> None:
+    for content in (b"one", b"two"):
+        with atomic_file(root / "file") as file:
+            file.write(content)
+        tell()
+
+
+def write_directory(root: Path, tell: Callable[[], None]) -> None:
+    with atomic_directory(root / "folder") as folder:
+        (folder / "a").write_bytes(b"a")
+    tell()
+
+
+def recorded(work: Callable[..., None], root: Path) -> list[Event]:
+    """What a process that does `work` asks of the file system below `root`, in order."""
+    log = root.parent / f"{root.name}.events"
+    if (pid := os.fork()) == 0:
+        try:
+            events: list[Event] = []
+            _record(events, str(root))
+            work(root, lambda: events.append(("told", "", None)))
+            os.write(os.open(log, os.O_CREAT | os.O_WRONLY), json.dumps(events).encode())
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.__stderr__)
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+    return [tuple(event) for event in json.loads(log.read_text())]
+
+
+def _record(events: list[Event], root: str) -> None:
+    def audit(event: str, args: tuple[Any, ...]) -> None:
+        if event not in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+            return
+        path = str(args[0])
+        if not path.startswith(root) or (event == "open" and not args[2] & os.O_CREAT):
+            return
+        if event in ("open", "os.mkdir"):
+            events.append(("create", path, None))
+        elif event == "os.rename":
+            events.append(("rename", path, [str(args[1]), _sizes(Path(path))]))
+        else:
+            events.append(("remove", path, None))
+
+    def fsync(descriptor: int, original: Callable[[int], None] = os.fsync) -> None:
+        original(descriptor)
+        if (path := str(opened(descriptor))).startswith(root):
+            events.append(("fsync", path, os.fstat(descriptor).st_size))
+
+    os.fsync = fsync
+    sys.addaudithook(audit)
+
+
+def opened(descriptor: int) -> Path:
+    return Path(f"/proc/self/fd/{descriptor}").readlink()
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """Bytes of a file, or of the files of a directory."""
+    return {str(file): file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path])}
+
+
+def counts(path: str) -> bool:
+    """Whether a reader takes what bears this name for whole."""
+    return not path.endswith((".partial", ".deleted", "checkpoints")) and ".partial/" not in path
+
+
+def violations(events: list[Event]) -> list[str]:
+    """What a crash at some moment would have broken."""
+    synced: dict[str, int] = {}
+    unsafe: set[str] = set()  # names that a crash may lose
+    found = []
+    for kind, path, more in events:
+        if kind == "create":
+            synced.pop(path, None)
+            unsafe.add(path)
+        elif kind == "fsync":
+            synced[path] = more
+            unsafe -= {name for name in unsafe if str(Path(name).parent) == path}
+        elif kind == "rename" and counts(target := more[0]):
+            sizes = more[1]
+            found += [f"{target}: {name} is not synced" for name, size in sizes.items() if synced.get(name) != size]
+            found += [f"{target}: the name of {name} is not synced" for name in sizes if name in unsafe - {path}]
+            unsafe = unsafe - {path} | {target}
+        if kind == "told" or (kind in ("remove", "rename") and path.endswith(".deleted")):
+            found += [f"{name}: may be gone after a crash" for name in unsafe if counts(name)]
+    return found
+
+
+WORKS = {"checkpoints": save, "a file": write_file, "a directory": write_directory}
+
+
+@pytest.mark.parametrize("work", WORKS.values(), ids=WORKS)
+def test_nothing_can_be_lost_in_a_crash_and_every_sync_is_needed_for_that(tmp_path, work):
+    (tmp_path / "root").mkdir()
+    events = recorded(work, tmp_path / "root")
+    assert violations(events) == []
+    syncs = [place for place, (kind, *_) in enumerate(events) if kind == "fsync"]
+    assert len(syncs) >= 3
+    for place in syncs:
+        assert violations(events[:place] + events[place + 1 :]), f"nothing needs the sync of {events[place][1]}"
+
+
+def test_every_kind_of_file_of_a_checkpoint_is_synced(tmp_path):
+    (tmp_path / "root").mkdir()
+    events = recorded(save, tmp_path / "root")
+    synced = {Path(path).name for kind, path, _ in events if kind == "fsync"}
+    for name in ("weights-00000.safetensors", "optimizer-00000.safetensors", "rank-00000.pt", MANIFEST, "checkpoints"):
+        assert name in synced
+    assert any(name.endswith(".partial") for name in synced)
+
+
+@pytest.mark.parametrize("refusal", [errno.EINVAL, errno.ENOTSUP])
+def test_a_mount_that_does_not_sync_directories_is_told_of_once(tmp_path, monkeypatch, caplog, refusal):
+    def fsync(descriptor: int) -> None:
+        if opened(descriptor).is_dir():
+            raise OSError(refusal, os.strerror(refusal))
+
+    files._refusing.clear()
+    monkeypatch.setattr(os, "fsync", fsync)
+    for _ in range(2):
+        with atomic_file(tmp_path / "file") as file:
+            file.write(b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
+    assert caplog.text.count("this mount does not sync directories") == 1
+
+
+def test_a_directory_that_cannot_be_synced_for_another_reason_is_an_error(tmp_path, monkeypatch):
+    def fsync(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error"):
+        sync_directory(tmp_path)
