@@ -14,7 +14,7 @@ class ActivationCheckpointingConfig(Config):
     """none: keep all activations; every-layer: keep each layer's input and run the layer again in the backward pass;
     every-kth-layer: do so with one layer in `every`; selective: run each layer again but for attention and the
     matrix products at least as deep as wide, which are kept; offload: every-layer, the inputs in the host's memory."""
-    every: int = Field(2, ge=2)
+    every: int = Field(2, ge=2, le=10_000)
     """every-kth-layer: one layer in this many is run again, the first being layer 0."""
 
     def runs_again(self, index: int) -> bool:

@@ -151,7 +151,8 @@ def sliding_attention(
     """Attention of each query to the `window` keys up to its own: (B, l, H, dh), (B, p + l, H, *) -> (B, l, H, dh).
 
     Args:
-        bias: (H, window + 1), added by distance q - k; None for none.
+        bias: (H, window + 1), added by distance q - k; None for none. FlexAttention takes fewer columns as well: larger
+            distances have the last one.
         include_self: whether distance 0 is seen; otherwise distance `window` is.
         documents: which document each key belongs to; keys of another one are not seen.
         varying: from which distance on the bias is the same; None: nowhere.

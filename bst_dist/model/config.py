@@ -19,14 +19,23 @@ class AttentionConfig(Config):
 
     position: Literal["t5", "rope"] = "t5"
     """Relative position: T5's learned bias by distance, or rotary embedding, which fused kernels support."""
-    buckets: int = 32
+    buckets: int = Field(32, ge=2, le=4096)
     """T5: learned biases a head."""
-    max_distance: int = 128
+    max_distance: int = Field(128, ge=2, le=2**20)
     """T5: distance from which all tokens share the last bucket."""
-    rope_base: float = 10_000.0
+    rope_base: float = Field(10_000.0, gt=1, le=1e12, allow_inf_nan=False)
     """RoPE: base of the wavelengths."""
     include_self: bool = True
     """Whether a token attends to itself. meliad's mask leaves it out: the W strictly previous tokens."""
+
+    @model_validator(mode="after")
+    def _check(self) -> AttentionConfig:
+        if self.max_distance <= self.buckets // 2:
+            raise ValueError(
+                f"max_distance ({self.max_distance}) must be more than half the buckets ({self.buckets}): that half is "
+                "one distance a bucket, the other half reaches from there to max_distance"
+            )
+        return self
 
 
 class ContextConfig(Config):
@@ -34,9 +43,9 @@ class ContextConfig(Config):
 
     variant: Literal["SH", "MH", "MF"] = "SH"
     """Single-head, multi-head or multi-filter."""
-    states: int = 32
+    states: int = Field(32, ge=1, le=65536)
     """MF: number of filters S, hence of context states a block."""
-    ssm_width: int | None = None
+    ssm_width: int | None = Field(None, ge=1, le=2**20)
     """Channels of the SSM, Ds; None: a quarter of the model's width, an eighth for MF."""
     attend: Literal["current", "previous"] = "current"
     """SH and MH: the states of the current block, causally, or all of the previous block's (the other reading of the
@@ -60,16 +69,22 @@ class SSMConfig(Config):
 
     kernel: Literal["s4d"] = "s4d"
     """Diagonal state space; the other kernels have sections of their own (kernels.py)."""
-    state: int = 16
+    state: int = Field(16, ge=2, le=65536, multiple_of=2)
     """Real state size N a channel: N/2 complex modes."""
     init: Literal["lin", "inv", "legs"] = "lin"
     """Initial frequencies Im A (arXiv 2206.11893, section 4): S4D-Lin, S4D-Inv, or the normal part of HiPPO-LegS."""
-    dt_min: float = 1e-3
+    dt_min: float = Field(1e-3, gt=0, le=1e3, allow_inf_nan=False)
     """Smallest initial step; steps are log-uniform per channel. 1/dt is the time scale in tokens."""
-    dt_max: float = 1e-1
+    dt_max: float = Field(1e-1, gt=0, le=1e3, allow_inf_nan=False)
     """Largest initial step."""
-    chunk: int = 64
+    chunk: int = Field(64, ge=1, le=65536)
     """Tokens computed as one causal matrix (T); must divide the block."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SSMConfig:
+        if self.dt_min > self.dt_max:
+            raise ValueError(f"dt_min ({self.dt_min}) must be at most dt_max ({self.dt_max})")
+        return self
 
 
 class DPLRConfig(Config):
@@ -77,25 +92,31 @@ class DPLRConfig(Config):
 
     kernel: Literal["s4-dplr"]
     """Diagonal plus low rank, by Cauchy kernel and Woodbury's identity."""
-    state: int = Field(16, ge=2, multiple_of=2)
+    state: int = Field(16, ge=2, le=4096, multiple_of=2)
     """Real state size N a channel: N/2 complex modes."""
-    dt_min: float = 1e-3
+    dt_min: float = Field(1e-3, gt=0, le=1e3, allow_inf_nan=False)
     """Smallest initial step; steps are log-uniform per channel. 1/dt is the time scale in tokens."""
-    dt_max: float = 1e-1
+    dt_max: float = Field(1e-1, gt=0, le=1e3, allow_inf_nan=False)
     """Largest initial step."""
-    chunk: int = 64
+    chunk: int = Field(64, ge=1, le=65536)
     """Tokens computed as one causal matrix (T); must divide the block."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DPLRConfig:
+        if self.dt_min > self.dt_max:
+            raise ValueError(f"dt_min ({self.dt_min}) must be at most dt_max ({self.dt_max})")
+        return self
 
 
 class FilterConfig(Config):
     """What the unstructured kernels share."""
 
     chunk: ClassVar[int] = 1  # nothing is aligned to chunks: any number of tokens can be computed at once
-    length: int = Field(ge=1)
+    length: int = Field(ge=1, le=2**30)
     """Trained length K in tokens: the taps of the filter. In longer sequences a token sees the K last inputs."""
-    fast_decay: float = Field(0.3, gt=0)
+    fast_decay: float = Field(0.3, gt=0, le=1e6, allow_inf_nan=False)
     """The window of the fastest channel is down to 1/100 at this fraction of the trained length."""
-    slow_decay: float = Field(1.5, gt=0)
+    slow_decay: float = Field(1.5, gt=0, le=1e6, allow_inf_nan=False)
     """The same of the slowest channel; the others lie between, evenly in their rates (as in Hyena)."""
 
 
@@ -111,13 +132,13 @@ class HyenaConfig(FilterConfig):
 
     kernel: Literal["hyena"] = "hyena"
     """Implicit values: a network with sines over an embedding of the position, under a decaying window."""
-    hidden: int = Field(64, ge=1)
+    hidden: int = Field(64, ge=1, le=65536)
     """Width of the network."""
-    hidden_layers: int = Field(3, ge=1)
+    hidden_layers: int = Field(3, ge=1, le=100)
     """Layers with sines before the linear one."""
-    bands: int = Field(16, ge=1)
+    bands: int = Field(16, ge=1, le=65536)
     """Frequencies of the position's embedding: 1 + 2 bands features."""
-    sine: float = Field(10.0, gt=0)
+    sine: float = Field(10.0, gt=0, le=1e6, allow_inf_nan=False)
     """Initial frequency of the sines: higher makes rougher filters."""
 
 
@@ -147,30 +168,30 @@ KernelConfig: TypeAlias = Annotated[
 class TransformerXLConfig(Config):
     """The segments of Transformer-XL."""
 
-    window: int = Field(2048, ge=1)
+    window: int = Field(2048, ge=1, le=2**24)
     """Tokens of a segment, and keys that each token sees; a multiple of the block."""
 
 
 class BlockRecurrentConfig(Config):
     """The state of a Block-Recurrent layer."""
 
-    states: int = Field(512, ge=1)
+    states: int = Field(512, ge=1, le=65536)
     """State vectors S, each as wide as the model."""
 
 
 class GSSConfig(Config):
     """The widths of a gated state space layer; its SSM is the section `ssm` (state: 512 as published)."""
 
-    gate: int = Field(4, ge=1)
+    gate: int = Field(4, ge=1, le=1024)
     """The gated path is this many times as wide as the model."""
-    reduce: int = Field(4, ge=1)
+    reduce: int = Field(4, ge=1, le=1024)
     """The SSM is this many times narrower than the model; must divide its width."""
 
 
 class FullAttentionConfig(Config):
     """Full causal attention."""
 
-    longest: int = Field(16384, ge=1)
+    longest: int = Field(16384, ge=1, le=2**30)
     """The longest sequence or stream in tokens; a longer one is refused: time is quadratic in it, a cache linear."""
 
 
@@ -190,13 +211,13 @@ MIXER_SECTIONS: dict[str, tuple[str, ...]] = {
 class LayerConfig(Config):
     """What all layers of a model share."""
 
-    width: int
+    width: int = Field(ge=1, le=2**20)
     """Model width D."""
-    heads: int
+    heads: int = Field(ge=1, le=2**16)
     """Attention heads H; must divide the width."""
-    ffn: int
+    ffn: int = Field(ge=1, le=2**22)
     """Width M of the feed-forward network."""
-    block: int
+    block: int = Field(ge=1, le=2**20)
     """The attention window and the unit everything is aligned to, in tokens (W)."""
     attention: AttentionConfig = AttentionConfig()
     context: ContextConfig = ContextConfig()
@@ -224,9 +245,9 @@ class LayerConfig(Config):
 class ModelConfig(LayerConfig):
     """A stack of layers: `mixer` at the places named, `filler` everywhere else."""
 
-    vocab_size: int | None = None
+    vocab_size: int | None = Field(None, ge=2, le=2**24)
     """Vocabulary V; None: the corpus's."""
-    depth: int
+    depth: int = Field(ge=1, le=10_000)
     """Number of layers."""
     mixer: Literal[tuple(MIXER_SECTIONS)]  # type: ignore[valid-type]
     """The layer under study."""
@@ -245,6 +266,8 @@ class ModelConfig(LayerConfig):
         if self.block % min(self.ssm.chunk, self.block):
             raise ValueError(f"ssm.chunk ({self.ssm.chunk}) must divide block ({self.block})")
         if self.placement != "all":
+            if len(set(self.placement)) < len(self.placement):
+                raise ValueError(f"placement {self.placement} names a layer twice")
             outside = [place for place in self.placement if not 0 <= place < self.depth]
             if outside:
                 raise ValueError(f"placement {outside} is outside the {self.depth} layers (0 to {self.depth - 1})")

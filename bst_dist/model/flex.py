@@ -53,7 +53,7 @@ def flex_sliding_attention(
     length = q.shape[1]
     if length < 2 * TILE or (length % TILE and length <= SHORT):
         return short_attention(q, k, v, window, bias, include_self, begin)
-    settings = Settings(window, include_self, min(varying or window + 1, window + 1))
+    settings = Settings(window, include_self, min(varying or window + 1, window + 1 if bias is None else bias.shape[1]))
     if torch.compiler.is_compiling():
         return _attend(q, k, v, bias, begin, settings)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias)):
@@ -77,7 +77,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, begin: Tensor 
     constant = None if bias is None else bias.detach()
 
     def add_bias(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return score + constant[h, (query + band.before - key).clamp(0, settings.window)]
+        return score + constant[h, (query + band.before - key).clamp(0, constant.shape[1] - 1)]
 
     mask = block_mask(band, begin, visited_tiles(band, q.device, begin) if tiles is None else tiles)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -260,7 +260,7 @@ def bias_gradient(
     d_out: Tensor, out: Tensor, bias: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, begin: Tensor | None,
     settings: Settings,
 ) -> Tensor:  # fmt: skip
-    """(H, W + 1): the gradient of the scores, summed over all pairs of a distance, near ones one by one.
+    """(H, distances): the gradient of the scores, summed over all pairs of a distance, near ones one by one.
 
     From `varying` on all distances share one bias, and a softmax gives back a gradient that sums to zero over the keys
     of a query, so the far ones together have minus what the near ones have. Products are in the dtype of the inputs,
@@ -286,7 +286,7 @@ def bias_gradient(
         seen = (distance >= (0 if settings.include_self else 1)) & (distance < near)
         seen = seen & (distance < settings.window + (0 if settings.include_self else 1))
         seen = seen & (key >= (0 if begin is None else begin)) & (query < before + length)
-        scores = (q @ keys.mT).to(wide) + bias.to(wide)[:, distance.clamp(0, settings.window)].unsqueeze(1)
+        scores = (q @ keys.mT).to(wide) + bias.to(wide)[:, distance.clamp(0, bias.shape[1] - 1)].unsqueeze(1)
         weights = torch.where(seen, torch.exp(scores - lse), 0.0)
         d_scores = ((d_out @ values.mT).to(wide) - inner) * weights
         sums = _by_distance(d_scores.sum((0, 2)))  # (H, 2 t - 1): distances shift t - (t - 1) and on
@@ -334,6 +334,6 @@ def short_attention(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
     if bias is not None:
-        scores = scores + bias[:, (query + band.before - key).clamp(0, window)]
+        scores = scores + bias[:, (query + band.before - key).clamp(0, bias.shape[1] - 1)]
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     return ((torch.softmax(scores, dim=-1) * seen).to(v.dtype) @ v).transpose(1, 2)

@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 TILE_LOGITS = 2**23
-"""Logits held at a time, 32 MiB in single precision."""
+"""Logits held at a time on a CPU, 32 MiB in single precision: about what its caches hold."""
+
+GPU_TILE_LOGITS = 2**27
+"""The same on a GPU, 512 MiB: in tiles of a CPU's size 32k tokens of 32k ids are 126 tiles and 2,500 kernels, and the
+gradient of the embedding is read and written with each."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -26,7 +30,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         correct = None if needs_hidden or needs_weight else torch.zeros_like(mask)  # training does not ask for it
-        rows = max(1, TILE_LOGITS // len(weight))
+        rows = max(1, (TILE_LOGITS if device == "cpu" else GPU_TILE_LOGITS) // len(weight))
         with torch.autocast(device, enabled=False):
             for first in range(0, len(hidden), rows):
                 part = slice(first, first + rows)

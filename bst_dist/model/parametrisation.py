@@ -71,9 +71,9 @@ class CompletePConfig(Config):
 
     kind: Literal["completep"]
     """The learning rate is that of the base shape, whatever the width and depth."""
-    base_width: int = Field(ge=1)
+    base_width: int = Field(ge=1, le=2**20)
     """Width at which the rates, the decay and eps hold as they are given."""
-    base_depth: int = Field(ge=1)
+    base_depth: int = Field(ge=1, le=10_000)
     """Number of layers at which they do."""
 
     def branch(self, depth: int) -> float:

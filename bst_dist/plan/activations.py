@@ -8,7 +8,7 @@ sum of its layers, so a model of any depth and length is known from a few of the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.activation.policy import policy
-from bst_dist.model import attention
+from bst_dist.model import attention, loss
 from bst_dist.model.config import FilterConfig, ModelConfig
 from bst_dist.model.lm import LanguageModel
-from bst_dist.model.loss import TILE_LOGITS
+from bst_dist.model.loss import GPU_TILE_LOGITS, TILE_LOGITS
 from bst_dist.parallel.neighbour import LeftNeighbour
 from bst_dist.parallel.past import Past
 from bst_dist.parallel.ranks import choose_accelerator
@@ -126,7 +126,8 @@ class Activations:
     def head(self, slice_: Slice) -> Part:
         """Everything but the layers: the final norm, the head and the loss. Tiles of logits are of one size, so what
         many tokens need follows from fewer of them: not from so few that the embedding's gradient decides the peak."""
-        tile, tokens = max(1, TILE_LOGITS // self.model.vocab_size), slice_.rows * slice_.length
+        logits = GPU_TILE_LOGITS if self.fused else TILE_LOGITS
+        tile, tokens = max(1, logits // self.model.vocab_size), slice_.rows * slice_.length
         if tokens <= REHEARSED_TILES * tile:
             return self._once(("head", tokens), lambda: self._head(tokens))
         few, many = (tile * REHEARSED_TILES // part for part in (2, 1))
@@ -178,8 +179,11 @@ class Activations:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
 
     def _fused(self) -> AbstractContextManager:
-        replaced = patch.object(attention, "sliding_attention", _fused_attention)
-        return replaced if self.fused else nullcontext()
+        stack = ExitStack()
+        if self.fused:
+            stack.enter_context(patch.object(attention, "sliding_attention", _fused_attention))
+            stack.enter_context(patch.object(loss, "TILE_LOGITS", GPU_TILE_LOGITS))
+        return stack
 
     @contextmanager
     def _stage(self, zero3: bool) -> Iterator[LiveBytes]:

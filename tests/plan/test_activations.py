@@ -64,8 +64,7 @@ def test_offloaded_inputs_lie_in_the_host_s_memory():
 
 
 def test_many_rows_and_many_tokens_follow_from_few(monkeypatch):
-    monkeypatch.setattr("bst_dist.plan.activations.TILE_LOGITS", 50 * 16)  # sixteen tokens a tile
-    monkeypatch.setattr("bst_dist.model.loss.TILE_LOGITS", 50 * 16)
+    monkeypatch.setattr("bst_dist.plan.activations.GPU_TILE_LOGITS", 50 * 16)  # sixteen tokens a tile
     activations = Activations(model(), bf16=True)
     direct = activations._layer("bst", keeping("selective"), Slice(5, LENGTH), zero3=False)
     follows = activations.layer("bst", keeping("selective"), Slice(5, LENGTH), zero3=False)

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bst_base.errors import UserError
-from bst_dist.model.attention import SlidingAttention, documents_further_back, separate_documents
+from bst_dist.model import attention
+from bst_dist.model.attention import (
+    SlidingAttention,
+    documents_further_back,
+    separate_documents,
+    sliding_attention,
+)
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.tiles import HIDDEN, QUERY_TILE, Tile, tiled_attention
 from bst_dist.parallel.past import Past
@@ -25,8 +31,9 @@ class LongerThanAllowedError(UserError):
 class FullAttention(SlidingAttention):
     """Causal self-attention over everything: (B, l, D) -> (B, l, D), heads concatenated.
 
-    With RoPE it is one fused attention call. T5's bias is learned, which fused kernels do not differentiate; there,
-    and where documents are isolated, attention runs in tiles, with memory linear in the length as well.
+    On CUDA it is the kernel of sliding attention, with a window as wide as the longest sequence. Elsewhere, with RoPE,
+    it is one fused attention call. T5's bias is learned, which that does not differentiate; there, and where documents
+    are isolated, attention runs in tiles, with memory linear in the length as well.
     """
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
@@ -37,10 +44,17 @@ class FullAttention(SlidingAttention):
                 "model.full.longest, shorten train.sequence_length, or set train.carry to false"
             )
         q, k, v = self.project(u, past)
-        if self.bias is None and starts is None and self.config.include_self:
+        on_flex = attention.attention_path(q.device) == "flex"
+        if self.bias is None and starts is None and self.config.include_self and not on_flex:
             return _fused(q, k, v).flatten(-2)
+        documents = None
         if starts is not None:
             documents = documents_further_back(starts, past, q.shape[1], k.shape[1], k.shape[1])
+        if on_flex:
+            bias = None if self.bias is None else self.bias(self.bias.max_distance + 1)
+            varying, include_self = self.config.max_distance, self.config.include_self
+            return sliding_attention(q, k, v, self.window, bias, include_self, documents, varying).flatten(-2)
+        if documents is not None:
             q, k = separate_documents(q, k, documents)
         tiles = causal_tiles(q.shape[1], k.shape[1] - q.shape[1])
         mask = self._mask(min(QUERY_TILE, q.shape[1]))
