@@ -3,10 +3,10 @@
 Schedulers announce the end of a job's time, or its preemption, with a signal some time ahead: SIGTERM mostly, SIGUSR1
 where Slurm is asked to (``--signal``); a terminal that is closed sends SIGHUP. A rank takes note of it at once, in a
 thread, whatever its main thread is doing; the ranks learn of each other's in the sums that a step makes anyway. The
-same notice often comes twice, from the scheduler and from a launcher that passes it on. So a signal ends the process on
-the spot only when it comes again after a while: whoever sends it then means it.
+same notice often comes twice or more: Slurm and a launcher both send it, and Slurm sends SIGTERM again before it kills.
+So only a further Ctrl-C (SIGINT), after a while, ends the process on the spot: a person sends it and means it.
 
-The standard library alone is imported here: a signal must be heard while torch is still being imported.
+Nothing large is imported here: a signal must be heard while torch is still being imported.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from bst_dist.faults.status import RESUBMIT
 
 if TYPE_CHECKING:
     from bst_dist.parallel.ranks import Ranks
@@ -42,14 +46,33 @@ class Notice:
         self.signal: signal.Signals | None = None
         """The first signal that came; None while none has."""
         self._heard_at = 0.0
+        self._at_once = False
 
     def take(self, number: int) -> None:
-        """Take note of a signal; ends the process when it has been told before."""
+        """Take note of a signal; ends the process at a second Ctrl-C, or while there is nothing to save."""
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._heard_at = signal.Signals(number), now
-        elif now - self._heard_at > SAME_NOTICE_S:
+        elif number == signal.SIGINT and now - self._heard_at > SAME_NOTICE_S:
             os._exit(128 + number)
+        self._end_if_at_once()
+
+    @contextmanager
+    def ending_at_once(self) -> Iterator[None]:
+        """While the block runs, a signal ends the process on the spot with RESUBMIT: it only waits for other ranks,
+        and holds nothing yet that a checkpoint could save."""
+        self._at_once = True
+        self._end_if_at_once()
+        try:
+            yield
+        finally:
+            self._at_once = False
+
+    def _end_if_at_once(self) -> None:
+        if self._at_once and self.signal is not None:
+            print(f"bst train: stopped by {self.signal.name} before all ranks had come together", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(RESUBMIT)
 
 
 def listen() -> Notice:

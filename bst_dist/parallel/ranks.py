@@ -12,8 +12,11 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
+from bst_base.errors import UserError
 from bst_base.launched import require_alone
 from bst_dist.parallel.communication import watch_deepspeed
+from bst_dist.parallel.devices import cpu_refusal, local_rank
+from bst_dist.parallel.gathering import gathered, spans
 from bst_dist.parallel.phases import Phases
 
 T = TypeVar("T")
@@ -36,6 +39,7 @@ class Ranks:
     """
 
     def __init__(self) -> None:
+        require_accelerator()
         # The accelerator must be known before DeepSpeed is imported: it looks for one at import.
         choose_accelerator()
         from deepspeed import init_distributed, ops
@@ -50,9 +54,12 @@ class Ranks:
             require_alone("train all of the run", RANKS_OF_ITS_OWN)
             alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
             os.environ |= {**alone, "MASTER_PORT": str(free_port())}
-        if accelerator.device_name() != "cpu" and "LOCAL_RANK" in os.environ:
-            accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-        init_distributed(verbose=False)
+        # Before DeepSpeed joins the ranks: under mpirun it learns LOCAL_RANK only from MPI, when every process would
+        # have taken the first device already.
+        if accelerator.device_name() != "cpu":
+            accelerator.set_device(own_device(accelerator.device_count()))
+        with gathered():
+            init_distributed(verbose=False)
         self.rank = distributed.get_rank()
         self.world = distributed.get_world_size()
         self.device = torch.device(accelerator.current_device_name())
@@ -66,6 +73,16 @@ class Ranks:
     def first(self) -> bool:
         """Whether this is rank 0, which prints and writes for all."""
         return self.rank == 0
+
+    @property
+    def cores(self) -> str:
+        """The processor cores that this process may use, as the launcher or scheduler has bound it."""
+        return spans(sorted(os.sched_getaffinity(0)))
+
+    @property
+    def threads(self) -> int:
+        """That torch computes with on them."""
+        return torch.get_num_threads()
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums over all ranks, in float64: counts of tokens and bytes stay exact."""
@@ -105,6 +122,26 @@ class Ranks:
         # DeepSpeed has found the ranks by MPI, and mpirun takes an exit without this for a fault.
         if "mpi4py.MPI" in sys.modules:
             sys.modules["mpi4py.MPI"].Finalize()
+
+
+def own_device(count: int) -> int:
+    """The device of this process among the `count` that it sees; raises UserError when there are too few.
+
+    Where a launcher shows each process one device of its own (Slurm's --gpus-per-task=1), that is device 0.
+    """
+    number = local_rank(os.environ) or 0
+    if count == 1 and number > 0:
+        return 0
+    if number >= count:
+        raise UserError(f"process {number} of this host has no accelerator of its own: {count} are visible to it")
+    return number
+
+
+def require_accelerator() -> None:
+    """Raise UserError where torch finds no accelerator though this host has some, and nobody asked for the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None and (refusal := cpu_refusal(os.environ)) is not None:
+        raise UserError(f"{socket.gethostname()}: {refusal}")
 
 
 def choose_accelerator() -> None:

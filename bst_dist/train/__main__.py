@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bst_base.arguments import at_least
 from bst_base.errors import StorageError, UserError
 from bst_base.files import FULL
 from bst_dist.faults import signals, status
@@ -35,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest valid checkpoint, if there is one")
     parser.add_argument("--from-zero", action="store_true", help="begin at step 0 although the run directory shows "
                         "steps and no checkpoint; what it had reported stays in metrics.dropped.jsonl")  # fmt: skip
-    parser.add_argument("--until", type=int, metavar="STEP", help="stop after STEP steps in all, with a checkpoint")
+    parser.add_argument(
+        "--until", type=at_least(1), metavar="STEP", help="stop after STEP steps in all, with a checkpoint"
+    )
 
 
 def request(args: argparse.Namespace) -> Request:
@@ -57,10 +60,16 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     threading.excepthook = _tell_of_thread
     try:
+        from bst_dist.parallel.gathering import GatheringError
         from bst_dist.parallel.ranks import Ranks
         from bst_dist.train.program import train
 
-        ranks = Ranks()
+        try:
+            with notice.ending_at_once():
+                ranks = Ranks()
+        except GatheringError as error:
+            _tell(str(error))
+            return status.FAILED
         ended = train(request(args), ranks, notice)
         ranks.leave()
         return ended

@@ -318,6 +318,7 @@ def _header(start: Start, engine: Engine, ranks: Ranks) -> str:
         "ranks": f"{world} ({mesh}), ZeRO-{engine.stage}, {recipe.train.precision}, "
         f"activation checkpointing: {recipe.activation_checkpointing.describe()}, "
         f"attention: {attention_path(ranks.device)}",
+        "placed": f"rank 0 on {ranks.device}, {ranks.threads} threads, cores {ranks.cores} of {socket.gethostname()}",
         "step": f"{recipe.train.sequences} sequences of {recipe.train.sequence_length:,} = {tokens:,} tokens, "
         f"{micro} a rank",
     }

@@ -1,0 +1,98 @@
+"""Ranks that wait for each other say for whom, obey a signal, and give up in time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from bst_dist.faults.status import RESUBMIT
+from bst_dist.parallel.gathering import spans
+from bst_dist.parallel.ranks import free_port
+
+PROGRAM = """
+import sys, time
+from bst_dist.faults import signals
+notice = signals.listen()
+from bst_dist.parallel import gathering
+gathering.FIRST_WORD_S = 0.2
+try:
+    with notice.ending_at_once(), gathering.gathered(limit_s={limit_s}):
+        print("together", flush=True)
+        time.sleep({stay_s})  # rank 0 holds what the others look at
+except gathering.GatheringError as error:
+    print(error, flush=True)
+    sys.exit(3)
+"""
+
+
+@pytest.fixture
+def start() -> Iterator:
+    """``start(rank, world, limit_s)`` starts a process that gathers with the others."""
+    started, port = [], free_port()
+
+    def one(rank: int, world: int, limit_s: float = 60.0) -> subprocess.Popen:
+        names = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, **{name: str(value) for name, value in names.items()}}
+        environment["PYTHONUNBUFFERED"] = "1"
+        program = PROGRAM.format(limit_s=limit_s, stay_s=0 if rank else 3)
+        started.append(subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT, text=True))  # fmt: skip
+        return started[-1]
+
+    yield one
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def heard(process: subprocess.Popen, text: str) -> str:
+    """The line that holds `text`."""
+    for line in process.stdout:
+        if text in line:
+            return line
+    raise AssertionError(f"ended with {process.wait()} without saying {text!r}")
+
+
+def test_the_missing_are_named_and_a_signal_is_obeyed_while_they_are_awaited(start):
+    first = start(0, 4)
+    line = heard(first, "waiting for")
+    assert "waiting for 3 ranks at 127.0.0.1:" in line
+    assert line.rstrip().endswith(": 1 to 3")
+    first.send_signal(signal.SIGTERM)
+    assert heard(first, "stopped by SIGTERM before all ranks had come together")
+    assert first.wait(10) == RESUBMIT
+
+
+def test_a_rank_that_finds_nobody_says_so_and_obeys(start):
+    second = start(1, 2)
+    assert "waiting for rank 0 at 127.0.0.1:" in heard(second, "rank 1 on")
+    second.send_signal(signal.SIGUSR1)
+    assert second.wait(10) == RESUBMIT
+
+
+def test_all_go_on_together_and_not_before(start):
+    first, second = start(0, 3), start(2, 3)
+    assert heard(first, "waiting for 1 rank at").rstrip().endswith(": 1")
+    third = start(1, 3)
+    for process in (first, second, third):
+        heard(process, "together")
+        assert process.wait(20) == 0
+
+
+def test_who_does_not_come_is_given_up(start):
+    begun = time.monotonic()
+    first, second = start(0, 3, limit_s=4.0), start(1, 3, limit_s=4.0)
+    assert "gave up waiting for 1 rank at" in heard(first, "gave up")
+    assert [first.wait(20), second.wait(20)] == [3, 3]
+    assert time.monotonic() - begun < 60
+
+
+@pytest.mark.parametrize(("numbers", "text"), [([1], "1"), ([1, 2, 3, 7, 9, 10], "1 to 3, 7, 9 to 10"), ([], "")])
+def test_spans(numbers, text):
+    assert spans(numbers) == text
