@@ -27,7 +27,6 @@ STRATEGY: dict[str, Any] = {
     "zero_optimization": DeepSpeedZeroConfig,
     "aio": get_aio_config({}),
     "comms_logger": CommsLoggerConfig,
-    "communication_data_type": None,
     "wall_clock_breakdown": None,
 }
 # What the recipe says instead, by DeepSpeed's key.
@@ -45,6 +44,9 @@ OWNED = {
     "tensorboard": "log.tensorboard",
     "steps_per_print": "log.every",
 }
+
+# What has one value here, whatever a file says.
+FIXED = {"communication_data_type": ("fp32", "gradients are reduced in fp32 in every stage")}
 
 
 class DeepSpeedConfigError(UserError):
@@ -73,7 +75,7 @@ def read(path: Path) -> dict[str, Any]:
         raise DeepSpeedConfigError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(strategy, dict):
         raise DeepSpeedConfigError(f"{path}: expected an object, found a {type(strategy).__name__}")
-    problems = list(_unknown(strategy, {**STRATEGY, **dict.fromkeys(OWNED)}, ""))
+    problems = list(_unknown(strategy, {**STRATEGY, **dict.fromkeys((*OWNED, *FIXED))}, ""))
     if problems:
         raise DeepSpeedConfigError("\n".join(f"{path}: {problem}" for problem in problems))
     return strategy
@@ -93,6 +95,9 @@ def complete(strategy: dict[str, Any], intent: Intent, where: str) -> dict[str, 
     for key, source in OWNED.items():
         if key in strategy and strategy[key] != owned.get(key):
             raise DeepSpeedConfigError(f"{where}: {key} is set by the recipe, in {source}: remove it here")
+    for key, (value, reason) in FIXED.items():
+        if strategy.get(key, value) != value:
+            raise DeepSpeedConfigError(f"{where}: {key} can only be {value!r}: {reason}; remove it here")
     rest = {key: value for key, value in strategy.items() if key != "zero_optimization"}
     # DeepSpeed would have an offloaded optimizer be its own, compiled at the start. torch's fused AdamW, which every
     # other stage uses, is as vectorised on a CPU.
@@ -149,7 +154,7 @@ def _owned(intent: Intent) -> dict[str, Any]:
         "bf16": {"enabled": False},
         "fp16": {"enabled": False},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
+        **{key: value for key, (value, _) in FIXED.items()},
         # The loss is already divided by the valid tokens of the whole step; nothing else may scale gradients.
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,

@@ -38,6 +38,7 @@ def test_every_strategy_is_taken_by_deepspeed_as_it_is_completed(path):
         ('{"gradient_cliping": 1.0}', "did you mean 'gradient_clipping'"),
         ('{"gradient_clipping": 1.0}', "set by the recipe, in train.gradient_clipping"),
         ('{"train_batch_size": 7}', "set by the recipe, in train.sequences"),
+        ('{"communication_data_type": "bf16"}', "can only be 'fp32': gradients are reduced in fp32"),
         ('{"fp16": {"enabled": true}}', "fp16 is not supported"),
         ('{"bf16": {"enabled": true}}', "casts every parameter"),
         ('{"optimizer": {"type": "Adam"}}', "the section optimizer"),
