@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,25 @@ SCRIPTS = sorted((ROOT / "launch/cluster").glob("*.s*"))
 def test_scripts_are_bash(script):
     done = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_image_s_recipe_is_sound():
+    """Linted; nothing here can build an image."""
+    done = subprocess.run([Path(sys.executable).with_name("hadolint"), ROOT / "launch/cluster/Dockerfile"],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_image_is_the_one_that_kubernetes_starts():
+    job = list(yaml.safe_load_all((ROOT / "launch/cluster/kubernetes.yaml").read_text()))[1]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    text = (ROOT / "launch/cluster/Dockerfile").read_text()
+    assert f"--tag {container['image']} ." in text
+    assert f"WORKDIR {container['workingDir']}\n" in text
+    for copied in re.findall(r"^COPY (\S+) ", text, re.MULTILINE):
+        assert (ROOT / copied).exists(), copied
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+    assert packages <= set(re.findall(r"^COPY (\S+) ", text, re.MULTILINE))
 
 
 def test_the_kubernetes_manifest_is_valid():
@@ -95,7 +115,7 @@ def named(network):
 
 @pytest.mark.cluster
 def test_ranks_that_mpirun_starts_find_each_other_through_mpi4py(launch, recipe, named, tmp_path):
-    names = ("GLOO_SOCKET_IFNAME=eth0", "DS_ACCELERATOR=cpu", "OMP_NUM_THREADS=1")
+    names = ("GLOO_SOCKET_IFNAME=eth0", "OMP_NUM_THREADS=1")
     command = [str(Path(sys.executable).with_name("mpirun")), "--allow-run-as-root", "--wdir", str(ROOT), "-n", "2",
                "--host", ",".join(named), *(word for name in names for word in ("-x", name))]  # fmt: skip
     program = [sys.executable, "-m", "bst_dist.train", str(recipe(6)), "--run-dir", str(tmp_path / "run")]
