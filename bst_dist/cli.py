@@ -118,6 +118,10 @@ SECTIONS: dict[str, dict[str, Command]] = {
         ),
         "bench parallel": ("bst_dist.tools.bench.parallel", "sequence parallelism against all-to-alls: bytes and time"),
         "bench plan": ("bst_dist.tools.bench.plan", "plans against measured memory and traffic"),
+        "bench recovery": (
+            "bst_dist.tools.bench.recovery",
+            "from a killed rank to the next step, by phase; the share of time that trains",
+        ),
         "bench slices": ("bst_dist.tools.bench.slices", "one long sequence slice by slice: time and memory"),
         "bench saving": ("bst_dist.tools.bench.saving", "what a checkpoint costs the training, beside plain DeepSpeed"),
     },

@@ -1,0 +1,238 @@
+"""Kill a rank of a training run again and again, and time each phase until the run takes a step that is new.
+
+    bst bench recovery
+    bst bench recovery --kills 10 --ranks 2 --json recovery.json
+
+A small model trains under `bst launch --launcher local`, with restarts; each time it has made some steps beyond its
+last checkpoint, one of its ranks is killed. What the launching process prints, and when, gives the phases:
+
+    detect      from the kill to the line that names the rank: its agent has seen it end, the others were let speak
+    restart     to the line that says on which ranks the run goes on: old agents and ranks gone, hosts looked at anew
+    start       to the line that says where the run goes on from: Python, imports, ranks together, checkpoint loaded
+    first step  to the first step after that
+    catch up    to the first step that had not been taken before
+
+Then the share of time that trains (goodput) by a model, for mean times between failures that others report; its
+assumptions are printed with it. Times are those of this machine and of whatever else runs on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from bst_base.arguments import at_least, seconds
+from bst_base.errors import UserError
+from bst_dist.tools.bench.goodput import ANCHORS, MEAN_TIMES, best_interval_s, goodput
+from bst_dist.tools.bench.timing import Spread
+
+PATIENCE_S = 600.0
+REPORTED = r"^ *(\d+)/\d+ "
+"""How the console's line of a step begins."""
+EVERY, BEYOND = 5, 3
+"""Steps between checkpoints, and how many beyond one a rank is killed."""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Seconds of one recovery, by phase, and the steps that it cost."""
+
+    detect_s: float
+    restart_s: float
+    start_s: float
+    first_step_s: float
+    catch_up_s: float
+    steps_lost: int
+
+    @property
+    def to_step_s(self) -> float:
+        """From the kill to the next step."""
+        return self.detect_s + self.restart_s + self.start_s + self.first_step_s
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `bst bench recovery`."""
+    parser.add_argument("--kills", type=at_least(1), default=5, metavar="N", help="recoveries to time (default: 5)")
+    parser.add_argument("--ranks", type=at_least(1), default=2, metavar="N", help="of the run (default: 2)")
+    parser.add_argument("--cost", type=seconds, default=1.0, metavar="SECONDS", help="the model's: how long training "
+                        "waits for a checkpoint (default: 1; `bst bench saving` measures it)")  # fmt: skip
+    parser.add_argument("--interval", type=seconds, metavar="SECONDS", help="the model's: between two checkpoints "
+                        "(default: the best for its cost)")  # fmt: skip
+    parser.add_argument("--recovery", type=seconds, metavar="SECONDS", help="the model's: from a failure to the next "
+                        "step (default: the median measured here)")  # fmt: skip
+    parser.add_argument("--directory", type=Path, metavar="DIR", help="where to write (default: a temporary directory)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    folder = Path(tempfile.mkdtemp(prefix="recovery-", dir=args.directory))
+    try:
+        recipe = _recipe(folder, args.kills)
+        with Launched(recipe, folder / "run", args.ranks, args.kills) as launched:
+            found = [recover(launched, random.Random(number)) for number in range(args.kills)]
+    finally:
+        shutil.rmtree(folder)
+    _print_phases(args, found)
+    recovery_s = args.recovery or Spread.of([one.to_step_s for one in found]).median
+    modelled = [_modelled(one, recovery_s, args) for one in MEAN_TIMES]
+    _print_model(modelled, recovery_s, args.cost)
+    return {"ranks": args.ranks, "recoveries": [asdict(one) for one in found], "model": modelled}
+
+
+class Launched:
+    """A run under `bst launch`; a context, at whose end nothing of it is left."""
+
+    def __init__(self, recipe: Path, run_dir: Path, ranks: int, restarts: int) -> None:
+        self.run_dir = run_dir
+        self.lines: list[tuple[float, str]] = []
+        """What it has printed, and when."""
+        command = [sys.executable, "-c", "import sys; from bst_dist.cli import main; sys.exit(main())", "launch"]
+        words = [str(recipe), f"ranks={ranks}", "--run-dir", str(run_dir), "--launcher", "local"]
+        self.process = subprocess.Popen([*command, *words, "--max-restarts", str(restarts)], stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT, text=True)  # fmt: skip
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def __enter__(self) -> Launched:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()  # the kernel ends its agent with it, and that one's ranks
+            self.process.wait()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.lines.append((time.monotonic(), line.rstrip()))
+
+    def until(self, pattern: str, since: float) -> tuple[float, re.Match[str]]:
+        """When a line came after `since` that holds `pattern`, and what it held; raises UserError when none comes."""
+        deadline, looked = time.monotonic() + PATIENCE_S, 0
+        while time.monotonic() < deadline:
+            for when, line in self.lines[looked:]:
+                looked += 1
+                if when > since and (found := re.search(pattern, line)):
+                    return when, found
+            if self.process.poll() is not None and looked == len(self.lines):
+                break
+            time.sleep(0.005)
+        said = "\n".join(line for _, line in self.lines[-20:])
+        raise UserError(f"the run never said {pattern!r}; its last lines:\n{said}")
+
+    def steps(self, step: int, since: float) -> tuple[float, int]:
+        """When the first step from `step` on was reported after `since`, and which it was."""
+        while True:
+            when, found = self.until(REPORTED, since)
+            if int(found[1]) >= step:
+                return when, int(found[1])
+            since = when
+
+    def ranks(self) -> list[psutil.Process]:
+        """Its training processes."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [one for one in children if "bst_dist.train" in one.cmdline()]
+
+
+def recover(launched: Launched, chance: random.Random) -> Recovery:
+    """Kill one rank some steps after a checkpoint, and time what follows."""
+    _, step = launched.steps(1, launched.lines[-1][0] if launched.lines else 0.0)
+    goal = (step // EVERY + 2) * EVERY + BEYOND
+    launched.steps(goal, 0.0)
+    victim = chance.choice(launched.ranks())
+    killed = time.monotonic()
+    victim.kill()
+    detected, _ = launched.until(r"rank \d+ on \S+ was killed by SIGKILL", killed)
+    placed, _ = launched.until(r"\d+ ranks \(dp", detected)
+    loaded, resumed = launched.until(r"resumed from step (\d+)", placed)
+    reached = max(_step(line) for when, line in launched.lines if when < detected)
+    first, _ = launched.steps(int(resumed[1]) + 1, loaded)
+    new, _ = launched.steps(reached + 1, loaded)
+    return Recovery(detected - killed, placed - detected, loaded - placed, first - loaded, new - first,
+                    reached - int(resumed[1]))  # fmt: skip
+
+
+def _step(line: str) -> int:
+    found = re.search(REPORTED, line)
+    return int(found[1]) if found else 0
+
+
+def _recipe(folder: Path, kills: int) -> Path:
+    """A small model on made-up text, which reports every step."""
+    from bst_base.settings import dump, parse
+    from bst_dist.config import Recipe
+    from data_pipeline.prepare.corpus import PrepareConfig, prepare
+    from data_pipeline.prepare.parallel import open_workers
+
+    texts = folder / "texts"
+    texts.mkdir()
+    words, chance = [f"w{number}" for number in range(200)], random.Random(0)
+    for number in range(40):
+        (texts / f"{number:02}.txt").write_text(" ".join(chance.choices(words, k=800)))
+    settings = {"source": {"kind": "folder", "path": str(texts), "pattern": "*.txt"},
+                "output": str(folder / "corpus"), "tokenizer": {"vocab_size": 320},
+                "validation_fraction": 0.2}  # fmt: skip
+    with open_workers(1) as workers:
+        prepare(parse(PrepareConfig, settings), workers, lambda *_: None)
+    model = {"width": 32, "heads": 2, "ffn": 64, "block": 8, "depth": 2, "mixer": "bst",
+             "ssm": {"state": 4, "chunk": 4}}  # fmt: skip
+    recipe = {
+        "name": "recovery", "model": model, "data": {"corpus": str(folder / "corpus"), "prefetch": 0},
+        "train": {"steps": 1_000_000, "sequence_length": 32, "sequences": 16, "precision": "fp32"},
+        "evaluation": {"every": 0, "sequences": 16}, "checkpoint": {"every": EVERY, "background": False},
+        "log": {"every": 1, "tensorboard": False},
+    }  # fmt: skip
+    path = folder / "recipe.yaml"
+    path.write_text(dump(parse(Recipe, recipe)))
+    return path
+
+
+def _modelled(mean: Any, recovery_s: float, args: argparse.Namespace) -> dict[str, Any]:
+    mean_s = mean.hours * 3600
+    interval_s = args.interval or best_interval_s(mean_s, args.cost)
+    share = goodput(mean_s, recovery_s, interval_s, args.cost)
+    return {**asdict(mean), "interval_s": interval_s, "goodput": share}
+
+
+def _print_phases(args: argparse.Namespace, found: list[Recovery]) -> None:
+    names = {"detect": "detect_s", "restart": "restart_s", "start": "start_s", "first step": "first_step_s",
+             "kill to step": "to_step_s", "catch up": "catch_up_s", "steps lost": "steps_lost"}  # fmt: skip
+    title = f"{len(found)} kills of one of {args.ranks} ranks, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    table = Table("phase", "seconds, median (range)", box=SIMPLE, padding=(0, 1), title=title)
+    for name, field in names.items():
+        table.add_row(name, str(Spread.of([float(getattr(one, field)) for one in found])))
+    Console().print(table)
+
+
+def _print_model(modelled: list[dict[str, Any]], recovery_s: float, cost_s: float) -> None:
+    table = Table("accelerators", "hours between failures", "seconds between checkpoints", "goodput", box=SIMPLE,
+                  padding=(0, 1), title="share of time that trains, by a model")  # fmt: skip
+    for one in modelled:
+        table.add_row(
+            f"{one['accelerators']:,}", f"{one['hours']}", f"{one['interval_s']:.0f}", f"{one['goodput']:.1%}"
+        )
+    Console().print(table)
+    print(
+        f"assumed: failures at random; {recovery_s:.1f} s from a failure to the next step, whatever the number of "
+        f"ranks; training waits {cost_s:g} s for a checkpoint; spare hosts are at hand; none fails in a recovery."
+    )
+    for source in dict.fromkeys(one["source"] for one in modelled):
+        print(f"hours between failures: {source}")
+    print("\n".join(f"others: {anchor}" for anchor in ANCHORS))
