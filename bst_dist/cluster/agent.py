@@ -1,11 +1,11 @@
 """One process on each host of a job: answers the preflight, runs the host's ranks, and says how each of them ended.
 
 The launching process starts it through pdsh, Open MPI, MPICH or Slurm and is called back; nothing else goes through
-those launchers, so what they make of signals, statuses and output does not matter. Neither side outlives the other:
+those launchers but the secret by which the two know each other. Neither side outlives the other:
 
 - the launching process has ended: the ranks are asked to stop, and write their checkpoint within the grace;
-- it has not been heard of for `--lost-after` seconds: the network is cut, the ranks are killed at once, so that they do
-  not write where their successors already do;
+- it has not been heard of for `--lost-after` seconds: it was stopped, or the network is cut. The ranks are asked to
+  stop too, and killed after as long again: successors of theirs may want to start by then (`verdict.lease_s`);
 - this process is killed: the kernel kills the ranks with it.
 """
 
@@ -13,75 +13,105 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import selectors
 import signal
+import socket
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO
 
-from bst_dist.cluster.channel import Channel, Closed, Message
+from bst_dist.cluster.channel import Channel, Closed, Message, proof, proved
 from bst_dist.cluster.probe import free_port, probe, unmark
 from bst_dist.cluster.processes import LocalRanks, Share, told_to_stop
 
 TICK_S = 0.1
 BEAT_S = 1.0
+WELCOME_S = 60.0
+"""How long the launching process may take to answer: it is called by all hosts at once."""
+LAST_WORDS_S = 5.0
+"""How long it may take to take in what this process still has to say."""
 
 
 class Agent:
     """Serves one launching process until that lets it go."""
 
-    def __init__(self, channel: Channel, lost_after_s: float, grace_s: float) -> None:
+    def __init__(self, channel: Channel, lost_after_s: float, grace_s: float, first: Sequence[Message] = ()) -> None:
+        """`first`: messages that have come with the welcome."""
+        self.first = first
         self.channel, self.lost_after_s, self.grace_s = channel, lost_after_s, grace_s
         self.ranks: LocalRanks | None = None
         self.reported: set[int] = set()
         self.released = False
+        self.alone = False
         self.beaten = 0.0
+        self.said_dropped = 0
         self.selector = selectors.DefaultSelector()
         self.selector.register(channel, selectors.EVENT_READ, self._listen)
+        self.duties: dict[str, Callable[[Message], None]] = {
+            "beat": lambda _: None,  # having been heard is all there is to it
+            "clock": lambda _: self.channel.send("clock", seconds=time.time()),
+            "probe": lambda wanted: self.channel.send("probe", **probe(**wanted)),
+            "unmark": self._unmark,
+            "port": lambda _: self.channel.send("port", number=free_port()),
+            "start": self._start,
+            "stop": lambda _: self._stop_ranks(self.grace_s),
+            "kill": self._on_kill,
+            "leave": self._leave,
+        }
 
     def serve(self) -> None:
         """Do what is asked; returns when let go, or when all is ended that must not go on alone."""
         with told_to_stop() as told:
             try:
-                while not self.released:
+                self._do(self.first)
+                while not self.released and not (self.alone and not self._running()):
                     for key, _ in self.selector.select(TICK_S):
                         key.data()
+                    self.channel.flush()
                     self._report_ended()
                     self._beat()
-                    if told and self.ranks is not None:
-                        self.ranks.terminate(self.grace_s)
-                    if time.monotonic() - self.channel.heard > self.lost_after_s:
-                        return
+                    if told:
+                        self._stop_ranks(self.grace_s)
+                    self._look_for_the_launching_process()
+                self._report_ended()
+                self.channel.drain(LAST_WORDS_S)
             except Closed:
                 self._finish_alone()
             finally:
                 self._kill()
 
+    def _look_for_the_launching_process(self) -> None:
+        """Have the ranks stop when it has been silent for too long; it may be heard of again, but too late."""
+        silent = time.monotonic() - self.channel.heard
+        if silent > self.lost_after_s and not self.alone:
+            self.alone = True
+            self.channel.send("alone", silent_s=silent)
+            self._stop_ranks(min(self.grace_s, self.lost_after_s))
+
     def _listen(self) -> None:
-        for message in self.channel.receive():
-            getattr(self, f"_on_{message.pop('kind')}")(message)
+        self._do(self.channel.receive())
 
-    def _on_beat(self, _: Message) -> None:
-        """Having been heard is all there is to it."""
+    def _do(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            kind = message.pop("kind")
+            try:
+                self.duties[kind](message)
+            except Closed:
+                raise
+            except Exception as error:  # whatever it is, the user must see it, not "connection closed"
+                self.channel.send("failed", duty=kind, why=f"{type(error).__name__}: {error}")
 
-    def _on_clock(self, _: Message) -> None:
-        self.channel.send("clock", seconds=time.time())
-
-    def _on_probe(self, wanted: Message) -> None:
-        self.channel.send("probe", **probe(**wanted))
-
-    def _on_unmark(self, where: Message) -> None:
+    def _unmark(self, where: Message) -> None:
         unmark(**where)
         self.channel.send("unmarked")
 
-    def _on_port(self, _: Message) -> None:
-        self.channel.send("port", number=free_port())
-
-    def _on_start(self, job: Message) -> None:
+    def _start(self, job: Message) -> None:
         share = Share(**job["share"])
-        environment = {**os.environ, **job["environment"]}
+        environment = {**without_own_task(os.environ), **job["environment"]}
         self.reported.clear()
         self.ranks = LocalRanks(job["command"], share, environment, Path(job["directory"]), piped=True)
         for rank, process in self.ranks.processes.items():
@@ -89,19 +119,20 @@ class Agent:
                 os.set_blocking(pipe.fileno(), False)
                 self.selector.register(pipe, selectors.EVENT_READ, partial(self._relay, pipe, rank, name, [b""]))
 
-    def _on_stop(self, _: Message) -> None:
+    def _stop_ranks(self, grace_s: float) -> None:
         if self.ranks is not None:
-            self.ranks.terminate(self.grace_s)
+            self.ranks.terminate(grace_s)
 
     def _on_kill(self, _: Message) -> None:
         self._kill()
         self.channel.send("killed")
 
-    def _on_leave(self, _: Message) -> None:
+    def _leave(self, _: Message) -> None:
         self.released = True
 
     def _relay(self, pipe: IO[bytes], rank: int, name: str, pending: list[bytes]) -> None:
-        """Pass on whole lines; at the end also what has none."""
+        """Pass on whole lines; at the end also what has none. Ranks never wait for a launching process that is slow:
+        what it does not take is lost, and that is said."""
         data = pipe.read(1 << 16)
         *lines, pending[0] = (pending[0] + (data or b"")).split(b"\n")
         if not data:
@@ -109,7 +140,7 @@ class Agent:
             lines, pending[0] = [*lines, *filter(None, pending)], b""
         if lines:
             text = b"\n".join(lines).decode(errors="replace")
-            self.channel.send("said", rank=rank, stream=name, text=text)
+            self.channel.send("said", may_be_dropped=True, rank=rank, stream=name, text=text)
 
     def _report_ended(self) -> None:
         ended = self.ranks.poll() if self.ranks is not None else {}
@@ -118,12 +149,21 @@ class Agent:
             if any(pipe in self.selector.get_map() for pipe in (process.stdout, process.stderr)):
                 continue  # what it said comes first
             self.reported.add(rank)
-            self.channel.send("ended", rank=rank, status=ended[rank])
+            ago_s = time.monotonic() - self.ranks.ended_at[rank]
+            self.channel.send("ended", rank=rank, status=ended[rank], ago_s=ago_s)
+
+    def _running(self) -> bool:
+        return self.ranks is not None and (self.ranks.running or len(self.reported) < len(self.ranks.poll()))
 
     def _beat(self) -> None:
-        if time.monotonic() - self.beaten > BEAT_S:
-            self.beaten = time.monotonic()
-            self.channel.send("beat")
+        if time.monotonic() - self.beaten < BEAT_S:
+            return
+        self.beaten = time.monotonic()
+        self.channel.send("beat")
+        if (missed := self.channel.dropped - self.said_dropped) and not self.channel.waiting:
+            self.said_dropped = self.channel.dropped
+            text = f"[{missed} pieces of output of {socket.gethostname()} were lost: nobody took them]"
+            self.channel.send("said", rank=None, stream="err", text=text)
 
     def _finish_alone(self) -> None:
         """Without a launching process: let the ranks stop in order, and drop what they still say."""
@@ -143,6 +183,14 @@ class Agent:
             self.ranks.kill()
 
 
+def without_own_task(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what the launcher has told this process of its own task: no rank is that task, and some
+    library in it might take it for one."""
+    own = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_LOCAL", "HYDRA_", "SLURM_STEP_", "SLURM_TASK")
+    names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NODEID", "SLURM_GTIDS")
+    return {name: value for name, value in environment.items() if not name.startswith(own) and name not in names}
+
+
 def main() -> int:
     """Entry point: call the launching process, and serve it."""
     parser = argparse.ArgumentParser(prog="bst_dist.cluster.agent", description=__doc__,
@@ -150,22 +198,47 @@ def main() -> int:
     parser.add_argument("--controller", required=True, metavar="ADDRESS,...:PORT",
                         help="the launching process, by any of its addresses")  # fmt: skip
     parser.add_argument("--job", required=True, help="the launch that this is a part of")
-    parser.add_argument("--host", default=os.environ.get("SLURMD_NODENAME"), help="this host's name in the job")
+    parser.add_argument("--key", default=os.environ.get("SLURMD_NODENAME", ""), help="which of its agents this is")
     parser.add_argument("--lost-after", type=float, required=True, metavar="SECONDS")
     parser.add_argument("--grace", type=float, required=True, metavar="SECONDS")
     args = parser.parse_args()
+    secret = secrets.token_hex(32)
+    sys.stdout.write(f"bst-agent {args.key} {secret}\n")  # at once, or other agents' lines get in between
+    sys.stdout.flush()
     try:
-        channel = _call(args.controller)
-        channel.send("hello", job=args.job, host=args.host)
+        channel, first = call(args.controller, args.key, secret)
     except (OSError, Closed) as error:
-        print(f"{args.host}: cannot reach the launching process at {args.controller}: {error}", file=sys.stderr)
+        where = f"{socket.gethostname()} cannot reach the launching process at {args.controller}"
+        print(f"bst-agent {args.key} failed: {where}: {error}; is a firewall between them? --port and --address say "
+              "which way to take", flush=True)  # fmt: skip
         return 1
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the launcher's connection may break; the channel is what counts
-    Agent(channel, args.lost_after, args.grace).serve()
+    Agent(channel, args.lost_after, args.grace, first).serve()
     return 0
 
 
-def _call(controller: str) -> Channel:
+def call(controller: str, key: str, secret: str) -> tuple[Channel, Sequence[Message]]:
+    """A channel to the launching process, and what has come through it already; each side has proved to the other that
+    it knows the agent's secret.
+
+    Raises the last address's OSError when none answers, Closed when the one that answers is somebody else.
+    """
+    channel = _connect(controller)
+    salt = secrets.token_hex(16)
+    channel.send("hello", key=key, salt=salt, proof=proof(secret, "hello", key, salt))
+    with selectors.DefaultSelector() as selector:
+        selector.register(channel, selectors.EVENT_READ)
+        deadline, answers = time.monotonic() + WELCOME_S, []
+        while not answers and time.monotonic() < deadline:
+            if selector.select(TICK_S):
+                answers = channel.receive()
+    if not answers or not proved(answers[0].get("proof"), secret, "welcome", key, salt):
+        raise Closed("what answers there is not the launching process")
+    channel.trust()
+    return channel, answers[1:]
+
+
+def _connect(controller: str) -> Channel:
     """A connection to the first address that answers; raises the last one's OSError."""
     addresses, _, port = controller.rpartition(":")
     *others, last = addresses.split(",")

@@ -12,7 +12,8 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(seconds=300)
+"""Hundreds of ranks import torch from one file system that none of them has read yet: that takes minutes."""
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The launching process's side: calls an agent to every host, asks them, has them run a job, and watches them.
+"""The launching process's side: asks the agents on all hosts, has them run a job, and watches them.
 
 What is true about a job is what its agents say. A host is lost when its connection ends or nothing has come from it
 for a while, a heartbeat included; then, as when a rank fails, the ranks of all hosts are ended.
@@ -6,81 +6,91 @@ for a while, a heartbeat included; then, as when a rank fails, the ranks of all 
 
 from __future__ import annotations
 
-import os
-import secrets
+import math
 import selectors
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from bst_dist.cluster import launchers
 from bst_dist.cluster.agent import BEAT_S
+from bst_dist.cluster.calling import Call, own_addresses
 from bst_dist.cluster.channel import Channel, Closed, Message
 from bst_dist.cluster.hosts import Host, HostError
-from bst_dist.cluster.launchers import PDSH_ENVIRONMENT, command
-from bst_dist.cluster.processes import Share, die_with_parent, route_to
-from bst_dist.cluster.verdict import SETTLE_S, STOP, Ended
+from bst_dist.cluster.processes import Share
+from bst_dist.cluster.verdict import SETTLE_S, STOP, Ended, lease_s
 
 TICK_S = 0.1
 CALL_S = 60.0
 """How long a host may take to call back, or to answer a question."""
+STALLED_S = 5.0
+"""When this process has not looked for so long, it was stopped itself, and no host is to blame for its silence."""
+
+
+@dataclass(frozen=True)
+class Means:
+    """By what means the hosts are driven."""
+
+    launcher: str
+    directory: Path
+    """Where agents and ranks are started, on every host."""
+    lost_after_s: float = 30.0
+    grace_s: float = math.inf
+    port: int = 0
+    """That the agents call on this machine; 0: any that is free."""
+    address: str | None = None
+    """That they call it by; None: whichever of its addresses answers them."""
+    ssh_port: int | None = None
+    master_port: int = 0
+    """Where the ranks meet on rank 0's host; 0: any that is free there."""
 
 
 class Controller:
-    """Agents on `hosts`, called through `launcher`; a context, at whose end no agent is left."""
+    """Agents on `hosts`; a context, at whose end no agent is left."""
 
-    def __init__(
-        self, hosts: Sequence[Host], launcher: str, directory: Path, lost_after_s: float, grace_s: float,
-        told: Sequence[int] = (),
-    ) -> None:  # fmt: skip
+    def __init__(self, hosts: Sequence[Host], means: Means, told: Sequence[int] = ()) -> None:
         """`told`: a list in which signal numbers appear that mean that the job is to stop."""
-        self.hosts, self.directory, self.job = list(hosts), directory, secrets.token_hex(8)
-        self.told = told
-        self.lost_after_s, self.grace_s = lost_after_s, grace_s
+        self.hosts, self.means, self.told = list(hosts), means, told
         self.channels: dict[str, Channel] = {}
         self.gone: dict[str, str] = {}
         """Hosts whose connection has ended, and why."""
         self.ended = Ended(0)
         self._answers: dict[str, Message] = {}
-        self._beaten = 0.0
-        self._listener = socket.create_server(("", 0), backlog=len(hosts))
+        self._beaten, self._looked = 0.0, time.monotonic()
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
-        called = f"{','.join(_own_addresses(hosts))}:{self._listener.getsockname()[1]}"
-        agent = agent_command(called, self.job, lost_after_s, grace_s)
-        self.command = command(launcher, hosts, directory, agent)
+        self._call = Call(self._selector, launchers.keys(means.launcher, hosts), self._welcome, means.port)
+        called = means.address or ",".join(own_addresses([host.address for host in hosts]))
+        agent = agent_command(f"{called}:{self._call.port}", self.job, means)
+        self.command = launchers.command(means.launcher, hosts, means.directory, agent)
+
+    @property
+    def job(self) -> str:
+        """A name for this launch."""
+        return self._call.job
 
     def __enter__(self) -> Controller:
-        self._said = tempfile.TemporaryFile()
-        self._launcher = subprocess.Popen(
-            self.command, env={**os.environ, **PDSH_ENVIRONMENT}, stdin=subprocess.DEVNULL, stdout=self._said,
-            stderr=self._said, start_new_session=True, preexec_fn=die_with_parent,
-        )  # fmt: skip
+        self._call.start(self.command, launchers.environment(self.means.launcher, self.means.ssh_port))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._tell("leave")
         for channel in self.channels.values():
             channel.close()
-        self._listener.close()
-        self._end_launcher()
-        self._said.close()
+        self._call.close()
+        self._selector.close()
 
     def call(self) -> dict[str, str]:
         """Wait for the agents to call back; returns the hosts that did not, and what is known about why."""
         deadline = time.monotonic() + CALL_S
-        while len(self.channels) < len(self.hosts) and time.monotonic() < deadline:
+        while len(self.channels) + len(self._call.refused) < len(self.hosts) and time.monotonic() < deadline:
             self._pump()
-            if self.told or self._launcher.poll() is not None:
+            if self.told or self._call.launcher_ended:
+                self._pump()  # its last words
                 break
         missing = [host.name for host in self.hosts if host.name not in self.channels]
         return {name: f"no agent called back{self._launcher_said(name)}" for name in missing}
@@ -100,19 +110,20 @@ class Controller:
             self._pump()
         return dict(self._answers)
 
-    def clock_offset_s(self, host: str) -> float:
-        """How far the host's clock is ahead of this one: the best of three, within half the time an answer takes."""
-        found = []
+    def clock_offsets_s(self) -> dict[str, float]:
+        """How far the hosts' clocks are ahead of this one: by the quickest of three answers, to half of its time."""
+        found: dict[str, list[tuple[float, float]]] = {}
         for _ in range(3):
             asked = time.time()
-            answer = self.ask("clock", {host: {}})
-            waited = time.time() - asked
-            if host in answer:
-                found.append((waited, answer[host]["seconds"] - asked - waited / 2))
-        return min(found)[1] if found else float("nan")
+            for host, answer in self.ask("clock", {host: {} for host in self.channels}).items():
+                waited = answer["arrived"] - asked
+                found.setdefault(host, []).append((waited, float(answer["seconds"]) - asked - waited / 2))
+        return {host: min(offsets)[1] for host, offsets in found.items()}
 
     def free_port(self, host: str) -> int:
         """A port of the host that nobody listens on; raises HostError when it gives no answer."""
+        if self.means.master_port:
+            return self.means.master_port
         answer = self.ask("port", {host: {}})
         if host not in answer:
             raise HostError(f"{host} was lost before its ranks could be started")
@@ -120,6 +131,8 @@ class Controller:
 
     def address(self, host: str) -> str:
         """The host's address on the network that connects it with this one."""
+        if host not in self.channels:
+            raise HostError(f"{host} was lost before its ranks could be started")
         return self.channels[host].remote_address
 
     def run(self, program: Sequence[str], environment: Mapping[str, str], shares: Mapping[str, Share]) -> Ended:
@@ -128,9 +141,10 @@ class Controller:
         now = time.monotonic()
         for channel in self.channels.values():
             channel.heard = now
+        devices = {host.name: {"CUDA_VISIBLE_DEVICES": host.devices} for host in self.hosts if host.devices}
         for host, share in shares.items():
-            self._send(host, "start", command=list(program), directory=str(self.directory),
-                       environment=dict(environment), share=vars(share))  # fmt: skip
+            self._send(host, "start", command=list(program), directory=str(self.means.directory),
+                       environment={**environment, **devices.get(host, {})}, share=vars(share))  # fmt: skip
         self._watch(shares)
         if not self.ended.over:
             self._end_ranks(shares)
@@ -146,84 +160,97 @@ class Controller:
                 self.ended.told = self.told[0]
                 print(f"bst launch: {STOP.format(signal.Signals(self.told[0]).name)}", file=sys.stderr, flush=True)
                 self._tell("stop")
-                give_up = time.monotonic() + self.grace_s + SETTLE_S
+                give_up = time.monotonic() + self.means.grace_s + SETTLE_S
             elif len(self.told) > 1:
                 self.ended.at_once = True
                 return
             if self.ended.failed and not self.ended.told and give_up is None:
-                give_up = time.monotonic() + SETTLE_S
+                give_up = time.monotonic() + self.ended.settle_s
 
     def _look_for_the_lost(self, shares: Mapping[str, Share]) -> None:
         for host in shares.keys() - self.ended.lost.keys():
             silent = time.monotonic() - self.channels[host].heard if host in self.channels else 0.0
-            if host in self.gone:
+            if host in self.gone and not self._has_ended(shares[host]):
                 self.ended.lost[host] = self.gone[host]
-            elif silent > self.lost_after_s:
+            elif silent > self.means.lost_after_s:
                 self.ended.lost[host] = f"silent for {silent:.0f} s"
+
+    def _has_ended(self, share: Share) -> bool:
+        """Whether all ranks of a host have, so that nothing is lost with it."""
+        return all(rank in self.ended.statuses for rank in range(share.first, share.first + share.count))
 
     def _end_ranks(self, shares: Mapping[str, Share]) -> None:
         """End what is left, and return only when nothing of the job can still write.
 
-        A host that was cut off ends its ranks by itself when it has heard nothing for as long as it takes here to miss
-        it, which it may have done that much later: so its lease is twice that time. After a second signal it is not
-        waited for: nothing will be started.
+        A host that was cut off ends its ranks by itself, and is waited for as long as that may take; after a second
+        signal it is not: nothing will be started.
         """
         silent = [self.channels[host].heard for host in self.ended.lost if host in self.channels]
         reachable = shares.keys() - self.ended.lost.keys()
         self.ask("kill", {host: {} for host in reachable})
         for host in self.ended.lost:
             self._drop(host, "given up")
-        lease = max(silent, default=0.0) + 2 * self.lost_after_s + BEAT_S
-        while silent and time.monotonic() < lease and len(self.told) < 2:
+        free = max(silent, default=0.0) + lease_s(self.means.lost_after_s, self.means.grace_s) + BEAT_S
+        while silent and time.monotonic() < free and len(self.told) < 2:
             self._pump()
 
     def _pump(self) -> None:
         """Take in what has arrived, and let the agents hear that this process lives."""
         for key, _ in self._selector.select(TICK_S):
             key.data()
+        self._forgive_own_absence()
+        for host, channel in list(self.channels.items()):
+            if channel.waiting:
+                self._attempt(host, channel.flush)
+        self._call.dismiss_strangers()
         if time.monotonic() - self._beaten > BEAT_S:
             self._beaten = time.monotonic()
             self._tell("beat")
 
-    def _accept(self) -> None:
-        channel = Channel(self._listener.accept()[0])
-        self._selector.register(channel, selectors.EVENT_READ, partial(self._greet, channel))
+    def _forgive_own_absence(self) -> None:
+        """After this process was stopped (Ctrl-Z, a laptop asleep) let the hosts be heard before judging them."""
+        now = time.monotonic()
+        absent, self._looked = now - self._looked, now
+        if absent > STALLED_S:
+            for channel in self.channels.values():
+                channel.heard = max(channel.heard, now - BEAT_S)
 
-    def _greet(self, channel: Channel) -> None:
-        """The first message must name this job and one of its hosts; others are sent away."""
-        self._selector.unregister(channel)
-        try:
-            hello, *_ = channel.receive() or [{}]
-        except Closed:
-            hello = {}
-        host = hello.get("host")
-        if hello.get("job") != self.job or host in self.channels or host not in {one.name for one in self.hosts}:
-            channel.close()
-            return
+    def _welcome(self, host: str, channel: Channel) -> None:
         self.channels[host] = channel
         self._selector.register(channel, selectors.EVENT_READ, partial(self._listen, host))
 
     def _listen(self, host: str) -> None:
         try:
-            for message in self.channels[host].receive():
-                self._take(host, message)
+            messages = self.channels[host].receive()
         except Closed as error:
             self._drop(host, f"its agent is gone ({error})")
+            return
+        for message in messages:
+            try:
+                self._take(host, message.pop("kind"), message)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                self._drop(host, f"its agent said what this program does not understand ({error!r})")
+                return
 
-    def _take(self, host: str, message: Message) -> None:
-        kind = message.pop("kind")
+    def _take(self, host: str, kind: str, message: Message) -> None:
         if kind == "said":
             print(message["text"], file=sys.stdout if message["stream"] == "out" else sys.stderr, flush=True)
         elif kind == "ended":
-            self.ended.statuses[message["rank"]] = message["status"]
+            self.ended.end(int(message["rank"]), int(message["status"]), time.monotonic() - float(message["ago_s"]))
+        elif kind == "alone":
+            self.ended.left_alone[host] = float(message["silent_s"])
+        elif kind == "failed":
+            self._drop(host, f"its agent could not do what it was asked ({message['duty']}): {message['why']}")
         elif kind != "beat":
-            self._answers[host] = message
+            self._answers[host] = {**message, "arrived": time.time()}
 
     def _send(self, host: str, kind: str, **fields: Any) -> None:
-        if host not in self.channels:
-            return
+        if host in self.channels:
+            self._attempt(host, partial(self.channels[host].send, kind, **fields))
+
+    def _attempt(self, host: str, act: Any) -> None:
         try:
-            self.channels[host].send(kind, **fields)
+            act()
         except Closed as error:
             self._drop(host, f"its agent is gone ({error})")
 
@@ -239,37 +266,11 @@ class Controller:
             channel.close()
 
     def _launcher_said(self, host: str) -> str:
-        """What pdsh, mpirun or srun printed about a host, or at all."""
-        self._said.seek(0)
-        lines = [line.strip() for line in self._said.read().decode(errors="replace").splitlines() if line.strip()]
-        about = [line for line in lines if host in line] or lines
-        return f": {about[-1]}" if about else ""
-
-    def _end_launcher(self) -> None:
-        """The agents have ended by themselves, or cannot be reached; neither need pdsh's ssh be waited for."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                self._launcher.wait(timeout=5)
-                break
-            except subprocess.TimeoutExpired:
-                os.killpg(self._launcher.pid, number)
-        self._launcher.wait()
-        with suppress(ProcessLookupError):
-            os.killpg(self._launcher.pid, signal.SIGKILL)
+        said = self._call.said(host)
+        return f": {said}" if said else ""
 
 
-def agent_command(controller: str, job: str, lost_after_s: float, grace_s: float) -> list[str]:
-    """The command line of an agent that calls ``ADDRESS,...:PORT``, but for the name of its host."""
+def agent_command(controller: str, job: str, means: Means) -> list[str]:
+    """The command line of an agent that calls ``ADDRESS,...:PORT``, but for its key."""
     return [sys.executable, "-m", "bst_dist.cluster.agent", "--controller", controller, "--job", job,
-            "--lost-after", f"{lost_after_s:g}", "--grace", f"{grace_s:g}"]  # fmt: skip
-
-
-def _own_addresses(hosts: Sequence[Host]) -> list[str]:
-    """This machine's addresses, those on the way to the hosts first.
-
-    A name of this machine itself may lead to a loopback address, which is of use only when there is no other.
-    """
-    found = dict.fromkeys(own for host in hosts if (own := route_to(host.name)))
-    for addresses in psutil.net_if_addrs().values():
-        found |= dict.fromkeys(one.address for one in addresses if one.family == socket.AF_INET)
-    return [one for one in found if not one.startswith("127.")] or ["127.0.0.1"]
+            "--lost-after", f"{means.lost_after_s:g}", "--grace", f"{means.grace_s:g}"]  # fmt: skip

@@ -19,6 +19,25 @@ class Host:
     name: str
     slots: int
     """Ranks it may run: its accelerators, or as many as its cores are shared by."""
+    devices: str | None = None
+    """Those of its accelerators that the ranks see, as CUDA_VISIBLE_DEVICES names them; None: all."""
+
+    @property
+    def address(self) -> str:
+        """What the network knows it by: the name without a user."""
+        return self.name.rpartition("@")[2]
+
+    @property
+    def node(self) -> str:
+        """What Slurm knows it by: the name without user and domain."""
+        return self.address if _IS_ADDRESS.fullmatch(self.address) else self.address.partition(".")[0]
+
+
+_IS_ADDRESS = re.compile(r"[\d.]+|.*:.*")
+_LINE = re.compile(
+    r"(?P<name>[^\s=]+)(?:\s+slots\s*=\s*(?P<slots>[1-9]\d*))?"
+    r"(?:\s+max[-_]slots\s*=\s*(?P<most>[1-9]\d*))?(?:\s+devices\s*=\s*(?P<devices>[\w,:/-]+))?"
+)
 
 
 class HostError(UserError):
@@ -28,39 +47,64 @@ class HostError(UserError):
 def read_hostfile(path: Path) -> list[Host]:
     """Hosts of a file of lines ``name slots=N``, as DeepSpeed and Open MPI read it; # begins a comment.
 
-    Raises HostError for a line that is something else, a host named twice, or no host at all.
+    ``max-slots=N`` alone counts as slots, beside slots it bounds them. A bare name is one slot, and one more each time
+    it stands there again (as schedulers write their lists). ``devices=0,1`` after the slots chooses accelerators.
+    Raises HostError for a line that is something else, a host named twice with slots, or no host at all.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise HostError(f"{path}: cannot be read: {error.strerror}") from None
     hosts: dict[str, Host] = {}
+    bare: set[str] = set()
     for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        found = re.fullmatch(r"(\S+)\s+slots\s*=\s*([1-9]\d*)", text)
-        if found is None:
-            raise HostError(f"{path}:{number}: {text!r} is not a host: write `name slots=RANKS`")
-        if found[1] in hosts:
-            raise HostError(f"{path}:{number}: {found[1]} stands there twice: give it one line with all its slots")
-        hosts[found[1]] = Host(found[1], int(found[2]))
+        host, counts = _host(text, f"{path}:{number}")
+        if host.name in hosts and not (counts and host.name in bare):
+            raise HostError(f"{path}:{number}: {host.name} stands there twice: give it one line with all its slots")
+        before = hosts[host.name].slots if host.name in hosts else 0
+        hosts[host.name] = Host(host.name, host.slots + before, host.devices)
+        bare |= {host.name} if counts else set()
     if not hosts:
         raise HostError(f"{path}: names no host: write a line `name slots=RANKS` for each")
     return list(hosts.values())
 
 
+def _host(text: str, where: str) -> tuple[Host, bool]:
+    """The host of one line, and whether it is a bare name; raises HostError, starting with `where`."""
+    found = _LINE.fullmatch(text)
+    if found is None:
+        raise HostError(f"{where}: {text!r} is not a host: write `name slots=RANKS`, after it devices=0,1 if need be")
+    limits = [int(found[part]) for part in ("slots", "most") if found[part]]
+    devices = found["devices"]
+    slots = min(limits, default=len(devices.split(",")) if devices else 1)
+    if devices and slots > len(devices.split(",")):
+        raise HostError(f"{where}: {slots} slots, but {len(devices.split(','))} devices ({devices}): one for each rank")
+    return Host(found["name"], slots, devices), not limits and not devices
+
+
 def slurm_hosts(environment: Mapping[str, str] = os.environ) -> list[Host]:
     """The hosts of the Slurm allocation that this process runs in, with a slot for each task that it asked for.
 
-    Raises HostError outside an allocation.
+    One task a node and several accelerators means a slot for each of these: one task is what jobs ask for that start
+    their processes themselves. Raises HostError outside an allocation.
     """
     if "SLURM_JOB_NODELIST" not in environment:
         raise HostError("not inside a Slurm allocation (no SLURM_JOB_NODELIST): use sbatch, or give --hostfile")
     command = ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]]
     names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     slots = _slurm_slots(environment.get("SLURM_TASKS_PER_NODE", "1"), len(names))
-    return [Host(name, count) for name, count in zip(names, slots, strict=True)]
+    accelerators = _slurm_accelerators(environment)
+    return [Host(name, accelerators if count == 1 else count) for name, count in zip(names, slots, strict=True)]
+
+
+def _slurm_accelerators(environment: Mapping[str, str]) -> int:
+    """Accelerators of each node; 1 when none were asked for, or Slurm gives no number for all nodes."""
+    asked_for = environment.get("SLURM_GPUS_PER_NODE") or environment.get("SLURM_GPUS_ON_NODE") or ""
+    found = re.fullmatch(r"(?:\w+:)*(\d+)", asked_for)  # 8, or h100:8
+    return max(1, int(found[1])) if found else 1
 
 
 def _slurm_slots(tasks: str, nodes: int) -> Sequence[int]:

@@ -9,8 +9,8 @@ The recipe is checked first, against the corpus, the DeepSpeed file, the run dir
 one process is started for each rank. Several hosts are driven by `bst launch`; where nothing can start a process on
 another host, as in Kubernetes, each runs this command with its own --node.
 
-A signal (Ctrl-C, SIGTERM, SIGUSR1, a closed terminal) makes all ranks write a checkpoint and stop; one more ends them
-at once, and what was trained since the last checkpoint is lost.
+A signal (Ctrl-C, SIGTERM, SIGUSR1, a closed terminal) makes all ranks write a checkpoint and stop. A further Ctrl-C
+ends them at once, and what was trained since the last checkpoint is lost; other signals may come as often as they like.
 
 Exit status: 0 the steps asked for are done; 2 something given is wrong; 75 stopped by a signal, with a checkpoint:
 start it again with --resume; 74 a host could not read or write a file: likewise; 70 the ranks hung; otherwise the
@@ -30,12 +30,13 @@ from typing import Any
 
 import torch
 
+from bst_base.arguments import at_least, seconds
 from bst_base.errors import UserError
 from bst_dist.cluster.processes import LocalRanks, Share, told_to_stop
-from bst_dist.cluster.verdict import SETTLE_S, STOP, Ended
+from bst_dist.cluster.verdict import STOP, Ended
 from bst_dist.config import Recipe
 from bst_dist.faults.output import lasting_output
-from bst_dist.parallel.ranks import choose_accelerator, free_port
+from bst_dist.parallel.ranks import choose_accelerator, free_port, require_accelerator
 from bst_dist.train import rundir
 from bst_dist.train.__main__ import add_arguments as add_program_arguments
 from bst_dist.train.__main__ import request
@@ -44,18 +45,22 @@ from bst_dist.train.start import Request, load, resolve
 
 def add_grace(parser: argparse.ArgumentParser) -> None:
     """How long a stop may take; whoever sends the signal has a limit of his own, and may tell it."""
-    parser.add_argument("--grace", type=float, default=math.inf, metavar="SECONDS", help="after a signal, kill the "
-                        "ranks when their checkpoint has taken so long (default: as long as it takes; a second signal "
+    parser.add_argument("--grace", type=seconds, default=math.inf, metavar="SECONDS", help="after a signal, kill the "
+                        "ranks when their checkpoint has taken so long (default: as long as it takes; Ctrl-C again "
                         "ends them at once)")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `bst train`."""
     add_program_arguments(parser)
-    parser.add_argument("--ranks", type=int, metavar="N", help="processes to start (default: the recipe's, or one for "
-                        "each accelerator, or one)")  # fmt: skip
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="hosts that run this command (default: 1)")
-    parser.add_argument("--node", type=int, default=0, metavar="I", help="which of them this is, from 0 (default: 0)")
+    parser.add_argument("--ranks", type=at_least(1), metavar="N", help="processes to start (default: the recipe's, or "
+                        "one for each accelerator, or one)")  # fmt: skip
+    parser.add_argument(
+        "--nodes", type=at_least(1), default=1, metavar="N", help="hosts that run this command (default: 1)"
+    )
+    parser.add_argument(
+        "--node", type=at_least(0), default=0, metavar="I", help="which of them this is, from 0 (default: 0)"
+    )
     parser.add_argument("--master", metavar="ADDRESS:PORT", help="where node 0 is, when there are several")
     add_grace(parser)
 
@@ -63,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @lasting_output()
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Check, start, wait; the report is the run's outcome, with `passed` false unless all ranks were done."""
+    require_accelerator()
     choose_accelerator()
     asked = request(args)
     recipe = load(asked)
@@ -124,9 +130,9 @@ def launch(command: Sequence[str], share: Share, grace_s: float = math.inf) -> E
             elif len(told) > 1:
                 ended.at_once = True
                 ranks.kill()
-            ended.statuses = ranks.poll()
+            ended.statuses, ended.when = ranks.poll(), ranks.ended_at
             if ended.failed:
-                give_up = min(give_up, time.monotonic() + SETTLE_S)
-        ended.statuses = ranks.poll()
+                give_up = min(give_up, time.monotonic() + ended.settle_s)
+        ended.statuses, ended.when = ranks.poll(), ranks.ended_at
         ranks.kill()
     return ended

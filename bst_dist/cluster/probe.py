@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 import shutil
 import socket
+import subprocess
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -13,8 +15,11 @@ from typing import Any
 
 import psutil
 
+from bst_dist.parallel.devices import device_files
 from bst_dist.version import PACKAGES
 
+NVIDIA_S = 20.0
+"""How long nvidia-smi may take; it wakes the driver where nothing else has."""
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -31,6 +36,8 @@ def probe(job: str, files: Sequence[str], run_dir: str, write: bool) -> dict[str
         "nonce": _nonce(Path(run_dir), job, write),
         "free_bytes": _free(Path(run_dir)),
         "ranks": old_ranks(run_dir),
+        "devices": device_files(),
+        "memory_errors": memory_errors(),
     }
 
 
@@ -49,6 +56,20 @@ def old_ranks(run_dir: str) -> list[int]:
     return found
 
 
+def memory_errors() -> dict[str, int]:
+    """Errors of each NVIDIA device's memory since the driver started that could not be corrected, where there are any.
+
+    Empty where nvidia-smi is not there, does not answer, or the device does not count them.
+    """
+    query = ["nvidia-smi", "--query-gpu=index,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_S).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    found = re.findall(r"^(\d+), (\d+)$", said, re.MULTILINE)
+    return {index: int(count) for index, count in found if int(count)}
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -59,7 +80,7 @@ def _version(package: str) -> str | None:
 def _code() -> str:
     """A digest of this project's Python files: equal commits with unequal changes differ."""
     total = hashlib.sha256()
-    for package in ("bst_dist", "data_pipeline"):
+    for package in ("bst_base", "bst_dist", "data_pipeline"):
         for path in sorted((ROOT / package).rglob("*.py")):
             total.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return total.hexdigest()
@@ -100,6 +121,6 @@ def _free(directory: Path) -> int | None:
 
 def free_port() -> int:
     """A TCP port on which nobody listens on any address of this host."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    with socket.create_server(("", 0), family=family, dualstack_ipv6=socket.has_dualstack_ipv6()) as listener:
         return int(listener.getsockname()[1])

@@ -20,10 +20,12 @@ from pathlib import Path
 
 import psutil
 
-from bst_dist.faults.signals import SAME_NOTICE_S, stopping
+from bst_dist.faults.signals import stopping
 
 SAME_KEY_S = 0.5
-"""A further SIGINT within this time is from the same stroke of Ctrl-C."""
+"""A further SIGINT within this time is from the same stroke of Ctrl-C, or another copy of the first notice."""
+KILLED_S = 10.0
+"""How long the kernel may take to end what was killed."""
 _DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
 
@@ -69,6 +71,8 @@ class LocalRanks:
         self._kill_at: float | None = None
         self._killed = False
         self._statuses: dict[int, int] = {}
+        self.ended_at: dict[int, float] = {}
+        """When each was first seen to have ended by itself, by the monotonic clock: who was first is to blame."""
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         for rank in range(share.first, share.first + share.count):
             self.processes[rank] = subprocess.Popen(
@@ -83,6 +87,7 @@ class LocalRanks:
         for rank, process in self.processes.items():
             if not self._killed and rank not in self._statuses and process.poll() is not None:
                 self._statuses[rank] = process.returncode
+                self.ended_at[rank] = time.monotonic()
                 signal_session(process, signal.SIGKILL)  # what the rank itself has left behind
         return self._statuses
 
@@ -99,11 +104,19 @@ class LocalRanks:
                 signal_session(self.processes[rank], signal.SIGTERM)
 
     def kill(self) -> None:
-        """End all at once, and wait until they have ended."""
+        """End all at once, and wait until they have ended.
+
+        One that hangs in the kernel, as in a read of a file system that is gone, ends when that lets it go, without
+        doing anything more: it is not waited for.
+        """
         self._killed = True
-        for rank in self.processes.keys() - self._statuses.keys():
-            signal_session(self.processes[rank], signal.SIGKILL)
-            self.processes[rank].wait()
+        left = [self.processes[rank] for rank in self.processes.keys() - self._statuses.keys()]
+        for process in left:
+            signal_session(process, signal.SIGKILL)
+        deadline = time.monotonic() + KILLED_S
+        for process in left:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
 
 
 def signal_session(process: subprocess.Popen[bytes], number: int) -> None:
@@ -114,12 +127,24 @@ def signal_session(process: subprocess.Popen[bytes], number: int) -> None:
 
 def route_to(address: str) -> str | None:
     """The own address that packets to `address` have as their sender; no packet is sent. None: there is no way."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((address, 9))
+    try:
+        found = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)
+    except OSError:
+        return None
+    for family, kind, protocol, _, remote in found:
+        with suppress(OSError), socket.socket(family, kind, protocol) as probe:
+            probe.connect(remote)
             return str(probe.getsockname()[0])
-        except OSError:
-            return None
+    return None
+
+
+def family_of(address: str) -> socket.AddressFamily | None:
+    """IPv4 or IPv6; None for what is neither, as the address of an Ethernet card."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with suppress(OSError):
+            socket.inet_pton(family, address)
+            return family
+    return None
 
 
 def _interface(address: str) -> dict[str, str]:
@@ -144,8 +169,8 @@ def told_to_stop() -> Iterator[list[int]]:
     """The stop signals that arrive while the block runs, in place of what they would do.
 
     SIGUSR1 is among them: it is what Slurm is asked to send ahead of the time limit; and SIGHUP, of a terminal that is
-    closed, unless it is ignored, as under nohup. Copies of the first that come within a moment do not count; a second
-    one is meant. From a keyboard there are no copies: there the moment is short.
+    closed, unless it is ignored, as under nohup. Schedulers send SIGTERM more than once without meaning more by it, so
+    only a further Ctrl-C counts as a second signal.
     """
     told: list[int] = []
     first_at = [0.0]
@@ -153,8 +178,8 @@ def told_to_stop() -> Iterator[list[int]]:
     def hear(number: int, _: object) -> None:
         if not told:
             first_at[0] = time.monotonic()
-        moment = SAME_KEY_S if number == signal.SIGINT else SAME_NOTICE_S
-        if not told or time.monotonic() - first_at[0] > moment:
+            told.append(number)
+        elif number == signal.SIGINT and time.monotonic() - first_at[0] > SAME_KEY_S:
             told.append(number)
 
     before = {number: signal.signal(number, hear) for number in stopping()}

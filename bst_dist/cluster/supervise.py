@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from bst_dist.cluster import preflight
-from bst_dist.cluster.controller import Controller
-from bst_dist.cluster.elastic import Spread, choose, shares
+from bst_dist.cluster.controller import Controller, Means
+from bst_dist.cluster.elastic import Spread, choose, idle, shares
 from bst_dist.cluster.hosts import Host
 from bst_dist.cluster.launchers import OVER_SSH
 from bst_dist.cluster.local import program
 from bst_dist.cluster.preflight import Needs, PreflightError
 from bst_dist.cluster.processes import Share
+from bst_dist.cluster.restarts import Restarts
 from bst_dist.cluster.verdict import Ended
 from bst_dist.config import Recipe
 from bst_dist.train.start import Request
@@ -24,33 +25,23 @@ COLLECTIVE = (sys.executable, "-m", "bst_dist.cluster.collective")
 
 
 @dataclass(frozen=True)
-class Means:
-    """By what means the hosts are driven."""
+class Job:
+    """What is to be run, and what for."""
 
-    launcher: str
-    directory: Path
-    """Where the ranks are started, on every host."""
+    asked: Request
+    recipe: Recipe
     environment: Mapping[str, str]
     """What the ranks find in their environment besides what their host gives them."""
-    lost_after_s: float
-    grace_s: float
-    max_restarts: int
+    needs: Needs
+    accepted: Collection[str] = ()
+    """Checks of the preflight whose findings do not matter."""
 
 
 class Supervisor:
     """Takes a run to its end."""
 
-    def __init__(self, asked: Request, recipe: Recipe, hosts: Sequence[Host], means: Means, needs: Needs,
-                 told: Sequence[int]) -> None:  # fmt: skip
-        self.asked, self.recipe, self.hosts, self.means, self.needs, self.told = (
-            asked,
-            recipe,
-            hosts,
-            means,
-            needs,
-            told,
-        )
-        self.restarts = 0
+    def __init__(self, job: Job, hosts: Sequence[Host], means: Means, restarts: Restarts, told: Sequence[int]) -> None:
+        self.job, self.hosts, self.means, self.restarts, self.told = job, hosts, means, restarts, told
 
     def check(self) -> None:
         """Look at all hosts; raises PreflightError when one is unfit."""
@@ -58,22 +49,24 @@ class Supervisor:
             pass
 
     def run(self) -> Ended:
-        """Train until the run has ended, or failed more often than it may; raises PreflightError before it begins."""
+        """Train until the run has ended, or gets no further; raises PreflightError before it begins."""
         with self._all_fit() as controller:
-            ended = self._train(controller, self.asked)
-        while ended.worth_a_restart and self.restarts < self.means.max_restarts:
-            self.restarts += 1
-            say(f"restart {self.restarts} of {self.means.max_restarts}")
+            ended = self._train(controller, self.job.asked)
+        while (refusal := self.restarts.refuse(ended)) is None:
+            say(f"restart {self.restarts.used} of {self.restarts.most}")
+            self._wait(self.restarts.wait_s)
             ended = self._again(ended)
+        if refusal:
+            say(f"not started again: {refusal}")
         return ended
 
     @contextmanager
     def _all_fit(self) -> Iterator[Controller]:
         """Agents on all hosts, every one of them examined and shown."""
         if self.means.launcher in OVER_SSH:
-            preflight.require_reachable(self.hosts)
-        with self._controller(self.hosts) as controller:
-            checked = preflight.examine(controller, self.needs)
+            preflight.require_reachable(self.hosts, self.means, self.job.accepted)
+        with Controller(self.hosts, self.means, self.told) as controller:
+            checked = preflight.examine(controller, self.job.needs, self.job.accepted)
             preflight.show(checked)
             preflight.require(checked)
             self._rehearse(controller)
@@ -82,15 +75,17 @@ class Supervisor:
     def _rehearse(self, controller: Controller) -> None:
         """Sum over all ranks before a model is built; raises PreflightError when some cannot talk."""
         placed = self._shares(controller, sum(host.slots for host in self.hosts))
-        ended = controller.run(COLLECTIVE, self.means.environment, placed)
-        if ended.status:
+        ended = controller.run(COLLECTIVE, self.job.environment, placed)
+        if ended.status and not ("sum" in self.job.accepted and not self.told):
             raise PreflightError(f"a sum over all ranks failed: {ended.explain(_host_of(placed))}")
 
     def _train(self, controller: Controller, asked: Request) -> Ended:
-        spread = choose(self.recipe, sum(host.slots for host in controller.hosts))
+        spread = choose(self.job.recipe, sum(host.slots for host in controller.hosts))
         placed = self._shares(controller, spread.world)
         say(f"{spread} on {', '.join(placed)}")
-        ended = controller.run(program(_spread(asked, self.recipe, spread)), self.means.environment, placed)
+        if unused := idle(controller.hosts, placed):
+            say(f"idle, to take the place of what is lost: {unused}")
+        ended = controller.run(program(_spread(asked, self.job.recipe, spread)), self.job.environment, placed)
         if why := ended.explain(_host_of(placed)):
             say(why)
         return ended
@@ -99,19 +94,21 @@ class Supervisor:
         """Go on from the newest checkpoint on the hosts that are fit; `ended` says how it ended before."""
         fit = self._left(ended)
         while fit and not self.told:
-            with self._controller(fit) as controller:
-                checked = preflight.examine(controller, self.needs)
+            with Controller(fit, self.means, self.told) as controller:
+                checked = preflight.examine(controller, self.job.needs, self.job.accepted)
                 unfit = {one.host.name: "; ".join(one.problems) for one in checked if one.problems}
                 if not unfit:
-                    return self._train(controller, replace(self.asked, resume=True))
+                    return self._train(controller, replace(self.job.asked, resume=True))
             fit = self._without(fit, unfit)
+        if self.told:
+            return replace(ended, told=self.told[0])
         say("no host is left to go on with")
         return ended
 
     def _left(self, ended: Ended) -> list[Host]:
         """The hosts to try again: only over ssh can it be told whether one that was lost has come back."""
         if self.means.launcher in OVER_SSH:
-            return self._without(self.hosts, preflight.unreachable(self.hosts))
+            return self._without(self.hosts, preflight.unreachable(self.hosts, self.means))
         self.hosts = self._without(self.hosts, ended.lost)
         return self.hosts
 
@@ -120,9 +117,13 @@ class Supervisor:
             say(f"without {name}: {reason}")
         return [host for host in hosts if host.name not in reasons]
 
-    def _controller(self, hosts: Sequence[Host]) -> Controller:
-        means = self.means
-        return Controller(hosts, means.launcher, means.directory, means.lost_after_s, means.grace_s, self.told)
+    def _wait(self, seconds: float) -> None:
+        """Before the next start, unless told to stop meanwhile."""
+        if seconds:
+            say(f"in {seconds:.0f} s")
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self.told:
+            time.sleep(0.1)
 
     def _shares(self, controller: Controller, world: int) -> dict[str, Share]:
         first = controller.hosts[0].name

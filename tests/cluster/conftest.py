@@ -254,6 +254,11 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
         made.remove()
 
 
+def as_a_user_has_it() -> dict[str, str]:
+    """This process's environment without what its tests have set in it and no user sets."""
+    return {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+
+
 def _there(program: str) -> bool:
     return bool(list(Path("/").glob(program[1:])) if program.startswith("/") else shutil.which(program))
 
@@ -261,10 +266,12 @@ def _there(program: str) -> bool:
 class Launched:
     """A command under way."""
 
-    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path, output: int | None = None) -> None:
+        """What it prints goes to `log`, or to the file descriptor `output`."""
         self.log = log
         with log.open("wb") as file:
-            self.process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=file)
+            to = file if output is None else output
+            self.process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=to, stderr=to)
 
     @property
     def said(self) -> str:
@@ -295,12 +302,14 @@ def launch(network: Network, tmp_path: Path) -> Iterator[Callable[..., Launched]
     hostfile = tmp_path / "hosts"
     hostfile.write_text("".join(f"{host} slots=1\n" for host in network.hosts))
 
-    def start(*arguments: str, command: Sequence[str] = ("bst", "launch", "--hostfile", "HOSTFILE")) -> Launched:
+    def start(*arguments: str, command: Sequence[str] = ("bst", "launch", "--hostfile", "HOSTFILE"),
+              output: int | None = None) -> Launched:  # fmt: skip
         words = [str(hostfile) if word == "HOSTFILE" else word for word in (*command, *arguments)]
         path = f"{network.directory}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-                       "TORCH_CPP_LOG_LEVEL": "ERROR", "BST_BIN": str(Path(sys.executable).parent)}  # fmt: skip
-        started.append(Launched(words, environment, tmp_path / f"launch-{len(started)}.log"))
+        own = {"PATH": path, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR",
+               "BST_BIN": str(Path(sys.executable).parent)}  # fmt: skip
+        environment = as_a_user_has_it() | own
+        started.append(Launched(words, environment, tmp_path / f"launch-{len(started)}.log", output))
         return started[-1]
 
     yield start

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import selectors
 import shlex
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from bst_dist.cluster import controller, launchers
-from bst_dist.cluster.controller import Controller
+from bst_dist.cluster import agent, launchers, verdict
+from bst_dist.cluster.calling import Call
+from bst_dist.cluster.channel import Closed, proof
+from bst_dist.cluster.controller import Controller, Means
 from bst_dist.cluster.elastic import shares
 from bst_dist.cluster.hosts import Host
 from bst_dist.cluster.verdict import Ended
 
 HOSTS = [Host("a", 1), Host("b", 2)]
 LOST_S = 2.0
+MEANS = Means("here", Path.cwd(), LOST_S, 5.0)
 
 
 @pytest.fixture(autouse=True)
@@ -27,11 +34,11 @@ def local_launcher(monkeypatch):
     """A launcher that starts all agents here."""
 
     def start(hosts, directory, agent):
-        lines = [f"{shlex.join(agent)} --host {host.name} &" for host in hosts]
+        lines = [f"{shlex.join(agent)} --key {key} &" for key, _ in enumerate(hosts)]
         return ["sh", "-c", f"cd {directory}; {' '.join(lines)} wait"]
 
     monkeypatch.setitem(launchers.LAUNCHERS, "here", start)
-    monkeypatch.setattr(controller, "SETTLE_S", 0.5)
+    monkeypatch.setattr(verdict, "SETTLE_S", 0.5)
 
 
 class Job:
@@ -39,7 +46,7 @@ class Job:
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.told = directory, []
-        self.controller = Controller(HOSTS, "here", Path.cwd(), LOST_S, 5.0, self.told)
+        self.controller = Controller(HOSTS, MEANS, self.told)
 
     def run(self, line: str) -> Ended:
         """How it ended."""
@@ -73,7 +80,7 @@ class Job:
     def agent(self, host: str) -> psutil.Process:
         """The agent of a host."""
         return next(one for one in psutil.process_iter() if self.controller.job in (line := words(one))
-                    and line[:2] == [sys.executable, "-m"] and line[-1] == host)  # fmt: skip
+                    and line[:2] == [sys.executable, "-m"] and line[-1] == str("ab".index(host)))  # fmt: skip
 
     def require_nothing_left(self) -> None:
         """All ranks end within a moment."""
@@ -154,27 +161,98 @@ def test_a_silent_host_is_given_up_and_nothing_is_started_before_its_lease_is_ov
     ended = job.run("time.sleep(60)")
     agent, frozen_at = stopped
     assert ended.lost["b"].startswith("silent for")
-    assert job.ended_at - frozen_at > 2 * LOST_S
+    assert job.ended_at - frozen_at > 3 * LOST_S
     agent.resume()  # what is left of it ends by itself
     job.require_nothing_left()
 
 
-def test_strangers_are_sent_away(job):
-    port = job.controller._listener.getsockname()[1]
-    strangers = []
-    for text in (b"GET / HTTP/1.1\r\n\r\n", b'{"kind": "hello", "job": "another", "host": "a"}\n', b""):
-        strangers.append(socket.create_connection(("127.0.0.1", port)))
-        strangers[-1].sendall(text)
-    strangers.pop().close()
-    assert job.run("pass").status == 0
-    for one in strangers:
-        one.settimeout(5)
-        assert one.recv(1) == b""
-        one.close()
+STRANGE = {
+    "a line": b"1\n",
+    "another protocol": b"GET / HTTP/1.1\r\n\r\n",
+    "no object": b"[1]\n",
+    "no kind": b"{}\n",
+    "nested without end": b"[" * 4000 + b"\n",
+    "no text": b"\xff\xfe\x00\n",
+    "too long": b"a" * 5000,
+    "another secret": b'{"kind": "hello", "key": "0", "salt": "s", "proof": "p"}\n',
+    "odd types": b'{"kind": "hello", "key": ["0"], "salt": 1, "proof": null}\n',
+    "another host": b'{"kind": "hello", "key": "7", "salt": "s", "proof": "p"}\n',
+    "more than a hello": b'{"kind": "hello", "key": "0", "salt": "s", "proof": "p"}\n{"kind": "ended"}\n',
+}
+
+
+def test_no_stranger_gets_in_or_disturbs_the_job(job):
+    """Whatever comes to the port, before the agents and while they work."""
+    address = ("127.0.0.1", job.controller._call.port)
+    strangers = {}
+
+    def knock() -> None:
+        for name, text in STRANGE.items():
+            connection = socket.create_connection(address)
+            connection.sendall(text)
+            strangers.setdefault(name, []).append(connection)
+        socket.create_connection(address).close()
+
+    knock()
+    job.meanwhile(knock)
+    assert job.run("time.sleep(1)").status == 0
+    for name, connections in strangers.items():
+        for one in connections:
+            one.settimeout(5)
+            with contextlib.suppress(ConnectionResetError):  # closed with bytes unread
+                assert one.recv(1) == b"", name
+            one.close()
+
+
+def test_a_hello_in_pieces_is_taken(monkeypatch):
+    """As it comes over a real network: one byte a segment."""
+    with selectors.DefaultSelector() as selector:
+        welcomed = {}
+        called = Call(selector, {"0": "a"}, welcomed.__setitem__)
+        called._secrets["0"] = "secret"
+        hello = {"kind": "hello", "key": "0", "salt": "s", "proof": proof("secret", "hello", "0", "s")}
+        with socket.create_connection(("127.0.0.1", called.port)) as agent:
+            for byte in (json.dumps(hello) + "\n").encode():
+                agent.sendall(bytes([byte]))
+                for key, _ in selector.select(0.2):
+                    key.data()
+            assert list(welcomed) == ["a"]
+            answer = json.loads(agent.recv(1000))
+            assert answer == {"kind": "welcome", "proof": proof("secret", "welcome", "0", "s")}
+        with socket.create_connection(("127.0.0.1", called.port)) as again:  # overheard, and said again
+            again.sendall((json.dumps(hello) + "\n").encode())
+            for _ in range(3):
+                for key, _ in selector.select(0.2):
+                    key.data()
+            assert again.recv(1) == b""
+        called.close()
+
+
+def test_an_agent_serves_nobody_who_does_not_know_its_secret():
+    with socket.create_server(("127.0.0.1", 0)) as impostor:
+
+        def answer() -> None:
+            connection, _ = impostor.accept()
+            connection.recv(1000)
+            connection.sendall(b'{"kind": "welcome", "proof": "p"}\n{"kind": "start", "command": ["id"]}\n')
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(Closed, match="not the launching process"):
+            agent.call(f"127.0.0.1:{impostor.getsockname()[1]}", "0", "secret")
+
+
+def test_no_secret_is_in_any_command_line(job):
+    job.meanwhile(lambda: lines.extend(words(one) for one in psutil.process_iter()))
+    lines: list[list[str]] = []
+    assert job.run("time.sleep(0.5)").status == 0
+    secrets = set(job.controller._call._secrets.values())
+    assert len(secrets) == 2
+    assert lines
+    assert not any(secret in word for secret in secrets for line in lines for word in line)
 
 
 def test_hosts_that_do_not_call_back_are_named_with_what_the_launcher_said(monkeypatch):
     monkeypatch.setitem(launchers.LAUNCHERS, "here", lambda *_: ["sh", "-c", "echo b: no route to it >&2; exit 1"])
-    with Controller(HOSTS, "here", Path.cwd(), LOST_S, 5.0) as called:
+    with Controller(HOSTS, MEANS) as called:
         missing = called.call()
     assert missing["b"] == "no agent called back: b: no route to it"

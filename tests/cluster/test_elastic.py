@@ -6,7 +6,7 @@ import pytest
 
 from bst_base.errors import UserError
 from bst_base.settings import parse
-from bst_dist.cluster.elastic import Spread, choose, shares
+from bst_dist.cluster.elastic import Spread, choose, idle, shares, usable
 from bst_dist.cluster.hosts import Host
 from bst_dist.config import Recipe
 
@@ -44,8 +44,20 @@ def test_a_batch_that_nobody_can_take_is_refused():
         choose(recipe(6, micro=4), 4)
 
 
+def test_a_host_too_many_is_no_reason_to_refuse():
+    """65 hosts of 8 for a batch of 512 sequences: one stands by, and takes the place of the first that is lost."""
+    hosts = [Host(f"n{i}", 8) for i in range(65)]
+    assert usable(recipe(512), 65 * 8) == 512
+    assert usable(recipe(512), 64 * 8) == 512
+    assert idle(hosts, shares(hosts, 512, "address", 1)) == "8 slots of n64"
+    assert usable(recipe(64, sp=4), 3) == 3  # the recipe's own sp, or whoever checks it explains
+
+
 def test_hosts_are_filled_in_order_and_what_is_too_much_stays_idle():
-    placed = shares([Host("a", 4), Host("b", 4), Host("c", 4)], 6, "address", 1)
+    hosts = [Host("a", 4), Host("b", 4), Host("c", 1)]
+    placed = shares(hosts, 6, "address", 1)
+    assert idle(hosts, placed) == "2 slots of b, 1 slot of c"
+    assert idle(hosts[:1], placed) == ""
     assert {host: (share.first, share.count) for host, share in placed.items()} == {"a": (0, 4), "b": (4, 2)}
     assert placed["b"].environment(5) == {
         "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2",

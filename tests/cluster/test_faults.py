@@ -5,6 +5,9 @@ The run that nothing happens to is trained on one machine, without any of the ma
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import signal
 import subprocess
 import sys
@@ -131,6 +134,41 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_as_if_nothing_had_been(
     network.kill(network.ranks(network.hosts[1]))
     assert started.status() == 0, started.said
     assert f"rank 1 on {network.hosts[1]} was killed by SIGKILL" in started.said
+    require_same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_launcher_whose_output_nobody_takes_disturbs_nobody(launch, small, network, tmp_path, undisturbed):
+    """As after Ctrl-S: the pipe is full from the first line on, for longer than a silent host would be given."""
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    os.set_blocking(write, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write, b"x" * 512)
+    os.set_blocking(write, True)
+    started = launch(small, "--run-dir", str(tmp_path / "run"), *SOON, output=write)
+    os.close(write)
+    assert started.status() == 0
+    os.close(read)
+    require_same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_launcher_that_is_stopped_for_long_finds_a_checkpoint_and_goes_on(
+    launch, small, network, tmp_path, undisturbed
+):
+    started = launch(small, "--run-dir", str(tmp_path / "run"), "--max-restarts", "1", *SOON)
+    started.until(MIDWAY)
+    started.process.send_signal(signal.SIGSTOP)
+    deadline = time.monotonic() + 30
+    while any(network.ranks(host) for host in network.hosts):
+        assert time.monotonic() < deadline, "ranks train on without anybody who watches them"
+        time.sleep(0.1)
+    assert read_outcome(tmp_path / "run")["stopped"] == "SIGTERM"
+    started.process.send_signal(signal.SIGCONT)
+    assert started.status() == 0, started.said
+    assert "heard nothing of this process for" in started.said
+    assert "lost" not in started.said
+    assert "restart 1 of 1" in started.said
     require_same_run(tmp_path / "run", undisturbed)
 
 

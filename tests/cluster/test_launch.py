@@ -13,14 +13,16 @@ from bst_dist.train.rundir import read_outcome
 
 def test_a_dry_run_says_what_would_be_run_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
     (tmp_path / "hosts").write_text("node-01 slots=2\nnode-02 slots=4\n")
-    (tmp_path / "pdsh").touch(mode=0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))  # not even pdsh is needed
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     command = ["launch", str(recipe(6)), "train.steps=7", "--hostfile", str(tmp_path / "hosts"), "--dry-run"]
     assert main([*command, "--run-dir", str(tmp_path / "run")]) == 0
-    said = capsys.readouterr().out
+    said, warned = capsys.readouterr()
+    assert "CUDA_VISIBLE_DEVICES=3 holds for this machine alone" in warned
+    assert "CUDA_VISIBLE_DEVICES" not in said
     assert "node-02      ranks 2 to 5 of 6" in said
-    assert f"{tmp_path}/pdsh -R ssh" in said
+    assert "pdsh -R ssh" in said
     assert "bst_dist.train" in said
     assert "train.steps=7" in said
     assert "NCCL_DEBUG=WARN" in said
@@ -31,8 +33,32 @@ def test_a_dry_run_says_what_would_be_run_and_writes_nothing(recipe, tmp_path, c
 def test_a_launcher_that_is_not_installed_is_an_error_of_the_user(recipe, tmp_path, capsys, monkeypatch):
     (tmp_path / "hosts").write_text("node-01 slots=2\n")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert main(["launch", str(recipe(6)), "--hostfile", str(tmp_path / "hosts"), "--dry-run"]) == USER_ERROR
+    assert main(["launch", str(recipe(6)), "--hostfile", str(tmp_path / "hosts"), "--check"]) == USER_ERROR
     assert "pdsh is not on the PATH" in capsys.readouterr().err
+
+
+def test_a_dry_run_needs_no_run_directory_and_shows_what_stays_idle(recipe, tmp_path, capsys, monkeypatch):
+    (tmp_path / "hosts").write_text("node-01 slots=4\nnode-02 slots=4\n")  # six sequences a step
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert main(["launch", str(recipe(6)), "deepspeed=ds_configs/zero1.json", "--hostfile", "hosts", "--dry-run"]) == 0
+    assert "idle         2 slots of node-02" in capsys.readouterr().out
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("wrong", [["--until", "-5"], ["--max-restarts", "-1"], ["--lost-after", "0"], ["--port", "0"]])
+def test_numbers_out_of_range_are_refused_where_they_are_read(wrong, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["launch", "recipe.yaml", *wrong])
+    assert ended.value.code == 2
+    assert f"argument {wrong[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [["--ranks", "-1"], ["--ranks", "0"], ["--until", "-5"], ["--grace", "-1"]])
+def test_so_they_are_by_bst_train(wrong, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "recipe.yaml", *wrong])
+    assert f"argument {wrong[0]}" in capsys.readouterr().err
 
 
 @pytest.mark.cluster
@@ -53,7 +79,7 @@ def test_hosts_that_cannot_be_reached_are_all_named(launch, recipe, network, tmp
 
 
 @pytest.mark.cluster
-def test_a_wrong_clock_and_a_run_directory_that_is_not_shared_are_found(launch, recipe, network, tmp_path):
+def test_a_run_directory_that_is_not_shared_is_found_and_a_wrong_clock_is_told(launch, recipe, network, tmp_path):
     odd, shared = network.hosts[1], tmp_path / "shared"
     shared.mkdir()
     network.power_off(odd)
@@ -65,8 +91,8 @@ def test_a_wrong_clock_and_a_run_directory_that_is_not_shared_are_found(launch, 
         network.power_off(odd)
         network.power_on(odd)
     (line,) = [line for line in started.said.splitlines() if line.startswith(odd)]
-    assert "its clock is 300.0 s ahead" in line
     assert "is it shared?" in line
+    assert "its clock is 300.0 s ahead" in started.said
     assert f"not started: {odd} must be mended" in started.said
     assert list(shared.iterdir()) == []
 

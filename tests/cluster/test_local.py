@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bst_dist.cluster import local, processes
+from bst_dist.cluster import local, processes, verdict
 from bst_dist.cluster.processes import Share
 
 # A rank that writes down its process id and that of a child of its own; what it does then is up to the test.
@@ -34,7 +34,7 @@ while len([name for name in os.listdir(sys.argv[1]) if name.isdigit()]) < 2:
 @pytest.fixture(autouse=True)
 def no_settling(monkeypatch):
     """Nobody has anything to say after a failure."""
-    monkeypatch.setattr(local, "SETTLE_S", 0.3)
+    monkeypatch.setattr(verdict, "SETTLE_S", 0.3)
 
 
 def run(tmp_path: Path, then: str, first: str = "", grace_s: float = 30.0) -> local.Ended:
@@ -94,24 +94,25 @@ def test_ranks_that_do_not_stop_are_killed_when_the_grace_is_over(tmp_path):
     assert "grace" in ended.explain({})
 
 
-@pytest.mark.parametrize(("number", "moment"), [(signal.SIGTERM, "SAME_NOTICE_S"), (signal.SIGINT, "SAME_KEY_S")])
-def test_a_second_signal_ends_the_ranks_at_once_unless_it_is_a_copy_of_the_first(tmp_path, monkeypatch, number, moment):
-    monkeypatch.setattr(processes, "SAME_NOTICE_S", 3600.0)
-    monkeypatch.setattr(processes, moment, 1.0)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
+def test_a_further_ctrl_c_ends_the_ranks_at_once_and_no_other_signal_does(tmp_path, number):
+    """Slurm sends SIGTERM again, seconds after the first, to ranks that write their checkpoint."""
 
     def send() -> None:
         while not all((tmp_path / str(rank)).exists() for rank in range(2)):
             time.sleep(0.02)
-        for wait_s in (0, 0.3, 3.0):
+        for wait_s, again in ((0, number), (0.1, number), (0.7, signal.SIGTERM), (0.3, signal.SIGUSR1)):
             time.sleep(wait_s)
-            sent.append(time.monotonic())
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), again)
+        time.sleep(0.5)
+        running.append(all(alive(int((tmp_path / str(rank)).read_text().split()[0])) for rank in range(2)))
+        os.kill(os.getpid(), signal.SIGINT)
 
-    sent: list[float] = []
+    running: list[bool] = []
     thread = threading.Thread(target=send, daemon=True)
     thread.start()
     ended = run(tmp_path, "time.sleep(60)", "signal.signal(signal.SIGTERM, signal.SIG_IGN)", 3600.0)
-    assert len(sent) == 3
+    assert running == [True]
     assert ended.status == 128 + number
     assert ended.explain({}) == "told again: killed"
     thread.join()

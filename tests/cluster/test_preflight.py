@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 
 from bst_dist.cluster.hosts import Host
-from bst_dist.cluster.preflight import Checked, PreflightError, judge, require, show
-from bst_dist.cluster.probe import old_ranks, probe, unmark
+from bst_dist.cluster.preflight import CHECKS, Checked, PreflightError, judge, require, show
+from bst_dist.cluster.probe import memory_errors, old_ranks, probe, unmark
 
 SOUND: dict[str, Any] = {
     "versions": {"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8"}, "code": "c" * 64, "nonce": "job",
     "files": {"/shared/recipe.yaml": "a" * 64, "/shared/corpus/manifest.json": "b" * 64}, "free_bytes": 10**12,
-    "ranks": [],
+    "ranks": [], "devices": [], "memory_errors": {},
 }  # fmt: skip
 
 
-def judged(*changes: dict[str, Any], clocks: tuple[float, ...] = (0.0, 0.0, 0.0)) -> list[list[str]]:
-    """The problems of three hosts that are sound but for the changes."""
+def checked_hosts(*changes: dict[str, Any], clocks: tuple[float, ...] = (0.0, 0.0, 0.0), accepted=()) -> list[Checked]:
+    """Three hosts that are sound but for the changes."""
     answers = []
     for change in (*changes, {}, {}, {})[:3]:
         answer = copy.deepcopy(SOUND)
@@ -29,8 +29,13 @@ def judged(*changes: dict[str, Any], clocks: tuple[float, ...] = (0.0, 0.0, 0.0)
         answers.append(answer)
     checked = [Checked(Host(f"n{i}", 8), answer=answer, clock_offset_s=clock)
                for i, (answer, clock) in enumerate(zip(answers, clocks, strict=True))]  # fmt: skip
-    judge(checked, "job", 10**9)
-    return [one.problems for one in checked]
+    judge(checked, "job", 10**9, accepted)
+    return checked
+
+
+def judged(*changes: dict[str, Any]) -> list[list[str]]:
+    """The problems of three hosts that are sound but for the changes."""
+    return [one.problems for one in checked_hosts(*changes)]
 
 
 def test_nothing_is_wrong_with_sound_hosts():
@@ -48,6 +53,8 @@ def test_nothing_is_wrong_with_sound_hosts():
         ({"nonce": None}, "is it shared?"),
         ({"nonce": "another"}, "is it shared?"),
         ({"free_bytes": 10**8}, "0.1 GB free for the run directory, its checkpoints take 1.0 GB"),
+        ({"devices": ["nvidia0", "nvidia1"]}, "8 slots, but 2 accelerators"),
+        ({"memory_errors": {"3": 2}}, "accelerator 3 has 2 memory errors that could not be corrected"),
         ({"ranks": [4711]}, "ranks of an earlier start still train in this run directory (processes 4711)"),
     ],
 )
@@ -58,11 +65,55 @@ def test_the_odd_host_is_the_culprit_even_when_it_is_the_first(change, said):
     assert others == [[], []]
 
 
+@pytest.mark.parametrize(
+    ("check", "change"),
+    [
+        ("versions", {"versions": {"torch": "2.12.0"}}),
+        ("code", {"code": "d" * 64}),
+        ("files", {"files": {"/shared/recipe.yaml": "d" * 64}}),
+        ("shared", {"nonce": None}),
+        ("space", {"free_bytes": 10**8}),
+        ("ranks", {"ranks": [4711]}),
+        ("devices", {"devices": ["nvidia0"]}),
+        ("memory", {"memory_errors": {"3": 2}}),
+    ],
+)
+def test_what_is_accepted_by_name_keeps_nobody_from_starting_and_is_shown(check, change, capsys):
+    first, *others = checked_hosts(change, accepted=[check])
+    assert [one.problems for one in (first, *others)] == [[], [], []]
+    show([first])
+    assert f"(accepted: {check})" in capsys.readouterr().out
+    assert checked_hosts(change, accepted=set(CHECKS) - {check})[0].problems
+
+
 @pytest.mark.parametrize(("clock", "said"), [(300.0, "300.0 s ahead"), (-3.0, "3.0 s behind")])
-def test_a_clock_that_is_wrong_is_reported(clock, said):
-    found = judged(clocks=(0.01, clock, -0.01))
-    assert found[0] == found[2] == []
-    assert said in found[1][0]
+def test_a_clock_that_is_wrong_is_a_warning(clock, said):
+    found = checked_hosts(clocks=(0.01, clock, -0.01))
+    assert [one.problems for one in found] == [[], [], []]
+    assert [bool(one.warnings) for one in found] == [False, True, False]
+    assert said in found[1].warnings[0]
+
+
+def test_accelerators_that_no_slot_uses_are_a_warning():
+    """As of a Slurm job of one task on a node with many: it would train on one and say nothing."""
+    (first, *_) = checked_hosts({"devices": [f"nvidia{i}" for i in range(16)]})
+    assert first.warnings == ["16 accelerators, but 8 slots: the others stay unused"]
+
+
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [
+        ("printf '0, 0\\n1, 12\\n2, [N/A]\\n'", {"1": 12}),
+        ("echo 'NVIDIA-SMI has failed' >&2; exit 9", {}),
+        ("sleep 60", {}),
+    ],
+)
+def test_memory_errors_are_what_nvidia_smi_counts(tmp_path, monkeypatch, script, found):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr("bst_dist.cluster.probe.NVIDIA_S", 0.5)
+    assert memory_errors() == found
 
 
 def test_a_host_that_gives_no_answer_is_unfit():

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from bst_dist.train.rundir import read_outcome
+from bst_dist.train.rundir import read_outcome, read_recipe
 
 pytestmark = pytest.mark.cluster
 
@@ -41,8 +41,10 @@ SlurmdPidFile={directory}/slurmd-%n.pid
 SlurmctldLogFile={directory}/slurmctld.log
 SlurmdLogFile={directory}/slurmd-%n.log
 ProctrackType=proctrack/pgid
-TaskPlugin=task/none
-SelectType=select/linear
+TaskPlugin=task/affinity
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+GresTypes=gpu
 MpiDefault=none
 ReturnToService=2
 KillWait=5
@@ -58,9 +60,9 @@ class Slurm:
     def __init__(self, network, directory: Path) -> None:
         self.network, self.directory = network, directory
         self.daemons: list[subprocess.Popen[bytes]] = []
-        self.environment = {**os.environ, "SLURM_CONF": str(directory / "slurm.conf"), "DS_ACCELERATOR": "cpu",
-                            "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR",
-                            "BST_BIN": str(Path(sys.executable).parent)}  # fmt: skip
+        own = {"SLURM_CONF": str(directory / "slurm.conf"), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR",
+               "BST_BIN": str(Path(sys.executable).parent)}  # fmt: skip
+        self.environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"} | own
 
     def start(self) -> None:
         """Write the configuration and start all daemons; returns when every node is idle."""
@@ -77,7 +79,7 @@ class Slurm:
 
     def _configure(self) -> None:
         cores = os.cpu_count()
-        nodes = [f"NodeName=n{number} NodeAddr={host} CPUs={cores} State=UNKNOWN"
+        nodes = [f"NodeName=n{number} NodeAddr={host} CPUs={cores} Gres=gpu:2 State=UNKNOWN"
                  for number, host in enumerate(self.network.hosts, 1)]  # fmt: skip
         ports = [_free_port(), _free_port()]
         (self.directory / "slurm.conf").write_text(CONFIGURATION.format(
@@ -85,6 +87,8 @@ class Slurm:
             port=ports[0], daemon_port=ports[1], nodes="\n".join(nodes),
         ))  # fmt: skip
         (self.directory / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
+        # Devices that are none: Slurm counts them, and sets CUDA_VISIBLE_DEVICES, all the same.
+        (self.directory / "gres.conf").write_text("Name=gpu Type= File=/dev/tty[0-1]\n")
         (self.directory / "state").mkdir()
 
     def _munge(self) -> None:
@@ -165,7 +169,7 @@ SCRIPT = "launch/cluster/slurm.sbatch"
 
 def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on_to_its_end(slurm, recipe, tmp_path):
     log = tmp_path / "log"
-    job = slurm.submit(SCRIPT, str(recipe(60)), log=log)
+    job = slurm.submit(SCRIPT, str(recipe(60)), "schedule.warmup_steps=3", log=log)
     slurm.until(lambda: log.exists() and "step-00000020:" in log.read_text(), 120, log)
     slurm.ask("scancel", "--signal=USR1", job)  # what --signal=USR1@120 sends ahead of the time limit
     slurm.until(lambda: "JobState=PENDING" in slurm.ask("scontrol", "show", "job", job), 60, log)
@@ -176,7 +180,8 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on_to_its_end(slurm
     assert "Restarts=1" in slurm.ask("scontrol", "show", "job", job)
     (stopped,) = re.findall(r"stopped by SIG\w+ after step (\d+)", log.read_text())
     assert f"resumed from step {stopped} " in log.read_text()
-    assert read_outcome(tmp_path / "recipe")["step"] == 60
+    assert read_outcome(tmp_path / "small")["step"] == 60  # the recipe's name, as everywhere
+    assert read_recipe(tmp_path / "small").schedule.warmup_steps == 3
 
 
 def test_a_node_that_loses_its_power_is_left_out(slurm, recipe, network, tmp_path):

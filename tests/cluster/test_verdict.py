@@ -26,6 +26,30 @@ def test_status_culprit_and_restart(statuses, status, culprit, again):
     assert (ended.status, ended.culprit, ended.worth_a_restart) == (status, culprit, again)
 
 
+@pytest.mark.parametrize(
+    ("statuses", "when", "status", "culprit", "again"),
+    [
+        ({0: 1, 1: -6}, {0: 0.0, 1: 4.0}, FAILED, 0, True),  # NCCL aborts the peer of a rank that raised an error
+        ({0: -6, 1: 1}, {0: 0.2, 1: 0.0}, FAILED, 1, True),  # also when both are seen in the same moment
+        ({0: 2, 1: -6}, {0: 0.0, 1: 5.0}, USER_ERROR, 0, False),  # diverged: the others abort when rank 0 is gone
+        ({0: -6, 1: 2}, {0: 0.0, 1: 5.0}, 128 + 6, 0, False),  # whoever was first, starting again would not help
+        ({0: 1, 1: -9}, {0: 0.0, 1: 3.0}, FAILED, 0, True),  # killed in the wake of the first failure
+        ({0: -6}, {0: 0.0}, 128 + 6, 0, True),
+        ({0: 70, 1: 1}, {0: 0.0, 1: 0.5}, FAILED, 1, True),
+    ],
+)
+def test_the_first_failure_is_to_blame(statuses, when, status, culprit, again):
+    ended = Ended(3, statuses, when)
+    assert (ended.status, ended.culprit, ended.worth_a_restart) == (status, culprit, again)
+
+
+def test_ranks_that_stopped_because_nobody_watched_them_are_worth_a_restart():
+    ended = Ended(2, {0: 75, 1: 75}, left_alone={"node-02": 31.0})
+    assert (ended.status, ended.worth_a_restart) == (RESUBMIT, True)
+    assert "node-02 heard nothing of this process for 31 s" in ended.explain({})
+    assert not Ended(2, {0: 75, 1: 75}, left_alone={"node-02": 31.0}, told=15).worth_a_restart
+
+
 def test_a_lost_host_is_to_blame_whatever_the_ranks_say():
     ended = Ended(3, {0: 1, 1: 1}, lost={"node-03": "silent for 30 s"})
     assert (ended.status, ended.worth_a_restart) == (FAILED, True)
@@ -44,7 +68,7 @@ def test_nothing_is_started_again_that_was_told_to_stop():
     [
         ({1: -9}, "rank 1 on node-02 was killed by SIGKILL (out of memory?)"),
         ({1: -11}, "rank 1 on node-02 was killed by SIGSEGV"),
-        ({1: 70}, "rank 1 on node-02 hung"),
+        ({1: 70}, "no rank moved any more: watchdogs ended the job, the first on node-02 (rank 1); see what they name"),
         ({0: 1}, "rank 0 on node-01 ended with status 1"),
     ],
 )

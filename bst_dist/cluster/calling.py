@@ -1,0 +1,212 @@
+"""Bringing an agent to every host, and letting nobody else in.
+
+The launcher (pdsh, mpirun, srun) starts the agents. Each makes up a secret and prints it: over ssh, or whatever the
+launcher brings output home by, it gets to this process and to nobody else, and is in no command line. Then the agent
+calls this process's port, and both prove that they know the secret, without saying it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import selectors
+import signal
+import socket
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import IO
+
+import psutil
+
+from bst_dist.cluster.channel import Channel, Closed, proof, proved
+from bst_dist.cluster.processes import die_with_parent, family_of, route_to
+
+ANNOUNCED = re.compile(rb"bst-agent (?P<key>\S+) (?P<secret>[0-9a-f]{64})\b")
+"""What an agent prints first; launchers may put a label before it."""
+FAILED = re.compile(r"bst-agent (?P<key>\S+) failed: (?P<reason>.*)")
+"""What it prints when it cannot reach this process."""
+STRANGER_S, STRANGERS = 20.0, 64
+"""How long somebody unknown may stay, and how many of them at once beside the agents."""
+KEPT_LINES = 200
+END_S = 5.0
+"""How long the launcher may take to end when its agents have ended."""
+
+
+class Call:
+    """One launcher, the agents that it starts, and the port that they call."""
+
+    def __init__(self, selector: selectors.BaseSelector, keys: Mapping[str, str],
+                 welcome: Callable[[str, Channel], None], port: int = 0) -> None:  # fmt: skip
+        """`keys`: the hosts' names by the keys of their agents; `welcome`: told of each host's channel once."""
+        self.job = secrets.token_hex(8)
+        """A name for this launch, which is no secret."""
+        self.refused: dict[str, str] = {}
+        """Hosts whose agent has said that it cannot reach this process, and why."""
+        self._selector, self._keys, self._welcome = selector, dict(keys), welcome
+        self._secrets: dict[str, str] = {}
+        self._strangers: dict[Channel, float] = {}
+        self._hellos: list[tuple[Channel, str, str, str]] = []
+        self._said: deque[str] = deque(maxlen=KEPT_LINES)
+        self._launcher: subprocess.Popen[bytes] | None = None
+        self._listener = _listener(port, len(keys) + STRANGERS)
+        selector.register(self._listener, selectors.EVENT_READ, self._accept)
+
+    @property
+    def port(self) -> int:
+        """That agents call."""
+        return int(self._listener.getsockname()[1])
+
+    @property
+    def launcher_ended(self) -> bool:
+        """Whether the launcher has, and with it every agent."""
+        return self._launcher is not None and self._launcher.poll() is not None
+
+    def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Start the launcher."""
+        pipe = subprocess.PIPE
+        self._launcher = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe,
+                                          start_new_session=True, preexec_fn=die_with_parent)  # fmt: skip
+        for stream in (self._launcher.stdout, self._launcher.stderr):
+            os.set_blocking(stream.fileno(), False)
+            self._selector.register(stream, selectors.EVENT_READ, partial(self._hear_launcher, stream, [b""]))
+
+    def dismiss_strangers(self) -> None:
+        """Send away who has not proved for too long to be an agent."""
+        for channel, since in list(self._strangers.items()):
+            if time.monotonic() - since > STRANGER_S:
+                self._send_away(channel)
+
+    def said(self, host: str) -> str:
+        """What the launcher printed about a host, or at all; empty when it was silent."""
+        if host in self.refused:
+            return self.refused[host]
+        names = {host, host.rpartition("@")[2], host.rpartition("@")[2].partition(".")[0]}
+        about = [line for line in self._said if any(name in line for name in names)] or list(self._said)
+        return about[-1] if about else ""
+
+    def close(self) -> None:
+        """Let nobody in any more, and end the launcher.
+
+        The agents have ended by themselves, or cannot be reached; neither need pdsh's ssh be waited for.
+        """
+        for channel in list(self._strangers):
+            self._send_away(channel)
+        self._selector.unregister(self._listener)
+        self._listener.close()
+        if self._launcher is None:
+            return
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                self._launcher.wait(timeout=END_S)
+                break
+            except subprocess.TimeoutExpired:
+                os.killpg(self._launcher.pid, number)
+        self._launcher.wait()
+        for stream in (self._launcher.stdout, self._launcher.stderr):
+            if stream in self._selector.get_map():
+                self._selector.unregister(stream)
+            stream.close()
+        with suppress(ProcessLookupError):
+            os.killpg(self._launcher.pid, signal.SIGKILL)
+
+    def _hear_launcher(self, stream: IO[bytes], pending: list[bytes]) -> None:
+        """Take the agents' secrets out of what the launcher prints, and keep the rest for when something is wrong."""
+        try:
+            data = os.read(stream.fileno(), 1 << 16)
+        except BlockingIOError:
+            return
+        *lines, pending[0] = (pending[0] + data).split(b"\n")
+        if not data:
+            self._selector.unregister(stream)
+            lines = [*lines, pending[0]]
+        for line in lines:
+            if found := ANNOUNCED.search(line):
+                self._secrets.setdefault(found["key"].decode(errors="replace"), found["secret"].decode())
+            elif text := line.decode(errors="replace").strip():
+                self._take_failure(text)
+        self._let_in()
+
+    def _take_failure(self, text: str) -> None:
+        self._said.append(text)
+        if (found := FAILED.search(text)) and found["key"] in self._keys:
+            self.refused[self._keys[found["key"]]] = found["reason"]
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return  # it has gone again, or this process has too many files open: it may call once more
+        channel = Channel(connection)
+        if len(self._strangers) >= STRANGERS + len(self._keys):
+            channel.close()
+            return
+        self._strangers[channel] = time.monotonic()
+        self._selector.register(channel, selectors.EVENT_READ, partial(self._greet, channel))
+
+    def _greet(self, channel: Channel) -> None:
+        """Take an agent's first message, which may come in pieces; who says something else is sent away."""
+        try:
+            messages = channel.receive()
+        except Closed:
+            self._send_away(channel)
+            return
+        if not messages:
+            return
+        words = [messages[0].get(name) for name in ("key", "salt", "proof")]
+        if len(messages) > 1 or not all(isinstance(word, str) for word in words) or words[0] not in self._keys:
+            self._send_away(channel)
+            return
+        self._hellos.append((channel, *words))
+        self._let_in()
+
+    def _let_in(self) -> None:
+        """Those who know their agent's secret, which may arrive later than they do."""
+        for hello in list(self._hellos):
+            channel, key, salt, found = hello
+            if channel not in self._strangers:
+                self._hellos.remove(hello)
+            elif key in self._secrets:
+                self._hellos.remove(hello)
+                if proved(found, self._secrets[key], "hello", key, salt):
+                    self._admit(channel, key, salt)
+                else:
+                    self._send_away(channel)
+
+    def _admit(self, channel: Channel, key: str, salt: str) -> None:
+        host, secret = self._keys.pop(key), self._secrets[key]  # once: a hello that was overheard is worth nothing
+        del self._strangers[channel]
+        self._selector.unregister(channel)
+        channel.trust()
+        with suppress(Closed):
+            channel.send("welcome", proof=proof(secret, "welcome", key, salt))
+        self._welcome(host, channel)
+
+    def _send_away(self, channel: Channel) -> None:
+        del self._strangers[channel]
+        self._selector.unregister(channel)
+        channel.close()
+
+
+def _listener(port: int, backlog: int) -> socket.socket:
+    """A port on all addresses of this machine, of both kinds where it has both; raises OSError."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
+    return socket.create_server(("", port), backlog=backlog)
+
+
+def own_addresses(addresses: Sequence[str]) -> list[str]:
+    """This machine's addresses, those on the way to the hosts first.
+
+    A name of this machine itself may lead to a loopback address, which is of use only when there is no other; and an
+    address that holds on one cable alone (fe80::) is of no use elsewhere.
+    """
+    found = dict.fromkeys(own for address in addresses if (own := route_to(address)))
+    for known in psutil.net_if_addrs().values():
+        found |= dict.fromkeys(one.address for one in known if family_of(one.address) is not None)
+    usable = [one for one in found if not one.startswith(("127.", "fe80:")) and one != "::1" and "%" not in one]
+    return usable or ["127.0.0.1"]

@@ -1,0 +1,77 @@
+"""Which variables the ranks of all hosts get from the launching process, and from the file that DeepSpeed reads too."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from string import Template
+
+from bst_base.errors import UserError
+
+PREFIXES = ("NCCL_", "GLOO_", "TORCH", "DS_", "DEEPSPEED_", "OMP_", "MKL_", "UCX_", "FI_", "PYTHON", "CUDA_", "AWS_")
+NAMES = ("LD_LIBRARY_PATH",)
+OF_ONE_HOST = ("CUDA_VISIBLE_DEVICES",)
+"""What holds for the host where it is set, and must not be taken for the others."""
+FILE = ".deepspeed_env"
+FILE_VARIABLE = "DS_ENV_FILE"
+"""Names another file, for DeepSpeed too."""
+SECRET = re.compile("KEY|SECRET|TOKEN|PASSWORD")
+
+
+class EnvironmentFileError(UserError):
+    """A file of variables that cannot be read as one."""
+
+
+def handed_on(environment: Mapping[str, str], directories: Sequence[Path] | None = None) -> dict[str, str]:
+    """The variables that the ranks get: those of the files, then those of `environment` that concern them.
+
+    To be called before anything changes the environment: what this process needs on this machine (to import DeepSpeed
+    without an accelerator, for one) is not what the ranks need on theirs. Raises EnvironmentFileError.
+    """
+    found: dict[str, str] = {}
+    for directory in directories if directories is not None else (Path.home(), Path.cwd()):
+        path = directory / environment.get(FILE_VARIABLE, FILE)
+        if path.is_file():
+            found |= read_file(path, environment)
+    concerns = {name: value for name, value in environment.items() if name.startswith(PREFIXES) or name in NAMES}
+    return found | {name: value for name, value in concerns.items() if name not in OF_ONE_HOST}
+
+
+def read_file(path: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables of a file in the forms that DeepSpeed's launcher takes: ``NAME=value``, also after ``export``,
+    with spaces around the sign, the value in quotes; ``$NAME`` stands for a variable of `environment`."""
+    return dict(_variables(path, environment))
+
+
+def _variables(path: Path, environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        name, sign, value = text.removeprefix("export ").partition("=")
+        if not sign or not name.strip().isidentifier():
+            raise EnvironmentFileError(f"{path}:{number}: {text!r} sets no variable: write NAME=value")
+        try:
+            words = shlex.split(value, comments=True)
+        except ValueError as error:
+            raise EnvironmentFileError(f"{path}:{number}: {text!r}: {error}") from None
+        yield name.strip(), Template(" ".join(words)).safe_substitute(environment)
+
+
+def kept_back(environment: Mapping[str, str]) -> list[str]:
+    """One line for each variable that might be expected on the hosts and is not handed on."""
+    return [
+        f"{name}={environment[name]} holds for this machine alone: it is not handed on; "
+        "write devices=0,1 after a host's slots to choose its devices"
+        for name in OF_ONE_HOST
+        if name in environment
+    ]
+
+
+def shown(environment: Mapping[str, str]) -> str:
+    """For people: the variables in order, secrets hidden."""
+    hidden = {name: "..." if SECRET.search(name) else value for name, value in environment.items()}
+    return " ".join(f"{name}={value}" for name, value in sorted(hidden.items()))

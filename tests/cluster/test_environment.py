@@ -1,0 +1,73 @@
+"""What the ranks of all hosts find in their environment, and what they must not find there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bst_dist.cluster.environment import EnvironmentFileError, handed_on, kept_back, read_file, shown
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_what_concerns_the_ranks_is_handed_on(tmp_path):
+    concerns = {"NCCL_DEBUG": "WARN", "AWS_REGION": "x", "CUDA_LAUNCH_BLOCKING": "1", "LD_LIBRARY_PATH": "/opt/lib"}
+    other = {"HOME": "/root", "CUDA_VISIBLE_DEVICES": "0", "RANK": "3", "SLURM_PROCID": "1"}
+    assert handed_on(concerns | other, [tmp_path]) == concerns
+    (line,) = kept_back(concerns | other)
+    assert "CUDA_VISIBLE_DEVICES=0 holds for this machine alone" in line
+    assert kept_back(concerns) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("A=1", "1"),
+        ("export A=1", "1"),
+        ("  A = 1  ", "1"),
+        ('A="two words"', "two words"),
+        ("A='it is # one'", "it is # one"),
+        ("A=1 # why", "1"),
+        ("A=b=c", "b=c"),
+        ("A=", ""),
+        ("A=/new:$LD_LIBRARY_PATH", "/new:/old"),
+    ],
+)
+def test_the_file_is_read_as_deepspeed_s_launcher_reads_it(tmp_path, line, value):
+    path = tmp_path / ".deepspeed_env"
+    path.write_text(f"# variables\n\n{line}\n")
+    assert read_file(path, {"LD_LIBRARY_PATH": "/old"}) == {"A": value}
+
+
+@pytest.mark.parametrize("line", ["A", "2A=1", "A='open", "some words = 1"])
+def test_a_line_that_sets_nothing_is_named(tmp_path, line):
+    path = tmp_path / ".deepspeed_env"
+    path.write_text(f"B=1\n{line}\n")
+    with pytest.raises(EnvironmentFileError, match=":2: "):
+        read_file(path)
+
+
+def test_the_file_stands_behind_what_is_set_for_this_start(tmp_path):
+    (tmp_path / "other").write_text("NCCL_DEBUG=INFO\nMY_OWN=1\n")
+    found = handed_on({"NCCL_DEBUG": "WARN", "DS_ENV_FILE": "other"}, [tmp_path])
+    assert found == {"NCCL_DEBUG": "WARN", "MY_OWN": "1", "DS_ENV_FILE": "other"}
+
+
+def test_secrets_are_not_shown():
+    assert shown({"AWS_SECRET_ACCESS_KEY": "abc", "A": "1"}) == "A=1 AWS_SECRET_ACCESS_KEY=..."
+
+
+def test_a_launching_host_without_accelerator_does_not_make_the_ranks_compute_on_the_cpu(recipe, tmp_path):
+    """The whole command, in a process of its own: what is imported on the way must not leak into what is handed on."""
+    (tmp_path / "hosts").write_text("node-01 slots=2\n")
+    program = (
+        "import os, sys; os.environ.pop('DS_ACCELERATOR', None); from bst_dist.cli import main; sys.exit(main("
+        f"['launch', {str(recipe(6))!r}, '--hostfile', {str(tmp_path / 'hosts')!r}, '--dry-run',"
+        f" '--run-dir', {str(tmp_path / 'run')!r}]))"
+    )
+    said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert "environment" in said.stdout, said.stderr
+    assert "DS_ACCELERATOR" not in said.stdout

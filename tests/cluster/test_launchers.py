@@ -1,0 +1,67 @@
+"""What each launcher is told, and what must not get to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bst_base.errors import UserError
+from bst_dist.cluster import launchers
+from bst_dist.cluster.hosts import Host
+from bst_dist.cluster.launchers import LAUNCHERS, environment, keys, ssh
+
+HOSTS = [Host("node-01", 8), Host("me@node-02.example.org", 8)]
+PLAIN = [Host("node-01", 8), Host("node-02", 8)]
+
+
+def line(launcher: str, hosts=PLAIN) -> list[str]:
+    return LAUNCHERS[launcher](hosts, Path("/some where/100%"), ["python", "-m", "agent"])
+
+
+def test_agents_know_themselves_by_their_place_and_under_slurm_by_their_node():
+    assert keys("pdsh", HOSTS) == {"0": "node-01", "1": "me@node-02.example.org"}
+    assert keys("slurm", HOSTS) == {"node-01": "node-01", "node-02": "me@node-02.example.org"}
+    assert "--nodelist=node-01,node-02" in line("slurm", HOSTS)
+    assert line("pdsh", HOSTS)[-1] == "cd '/some where/100%%' && exec python -m agent --key %n"
+
+
+def test_agents_are_bound_to_no_core():
+    assert line("openmpi")[line("openmpi").index("--bind-to") + 1] == "none"
+    assert "--cpu-bind=none" in line("slurm")
+
+
+def test_options_of_the_batch_job_do_not_get_to_the_step_of_the_agents():
+    job = {"SLURM_JOB_ID": "7", "SLURM_CONF": "/etc/slurm.conf", "PATH": "/bin"}
+    options = {"SRUN_CPUS_PER_TASK": "1", "SLURM_GPUS_PER_TASK": "1", "SLURM_NTASKS_PER_NODE": "8",
+               "SLURM_CPU_BIND": "cores", "SLURM_LABELIO": "1", "SLURM_PROCID": "0"}  # fmt: skip
+    assert environment("slurm", None, job | options) == job
+
+
+@pytest.mark.parametrize(
+    ("launcher", "variable"),
+    [("pdsh", "PDSH_SSH_ARGS_APPEND"), ("openmpi", "OMPI_MCA_plm_rsh_args"), ("mpich", "HYDRA_LAUNCHER_EXTRA_ARGS")],
+)
+def test_the_ssh_of_the_preflight_is_the_launcher_s(launcher, variable):
+    given = {variable: "-F /my/config", "HOME": "/root"}
+    own = ssh(launcher, 2222, given)
+    assert own[0] == "ssh"
+    assert own[-4:] == ["-p", "2222", "-F", "/my/config"]
+    assert environment(launcher, 2222, given)[variable].split() == own[1:]
+    assert environment(launcher, None, given)["HOME"] == "/root"
+    assert "-p" not in ssh(launcher, None, given)
+
+
+@pytest.mark.parametrize("launcher", ["openmpi", "mpich"])
+def test_mpi_takes_no_user_in_a_host_s_name(launcher):
+    with pytest.raises(UserError, match="me@node-02"):
+        line(launcher, HOSTS)
+
+
+def test_a_launcher_that_is_not_installed_is_an_error_of_the_user(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="pdsh is not on the PATH"):
+        launchers.require("pdsh")
+    (tmp_path / "pdsh").touch(mode=0o755)
+    with pytest.raises(UserError, match="ssh is not on the PATH; Debian has it in openssh-client"):
+        launchers.require("pdsh")

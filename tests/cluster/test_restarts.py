@@ -1,0 +1,66 @@
+"""When a run that failed is started again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bst_dist.checkpoint.directory import MANIFEST, directory
+from bst_dist.cluster.restarts import Restarts
+from bst_dist.cluster.verdict import Ended
+from bst_dist.report.metrics import FILE
+
+KILLED, REFUSED = Ended(1, {0: -9}), Ended(1, {0: 2})
+LOST = Ended(2, lost={"node-02": "silent for 30 s"})
+
+
+def reach(run_dir: Path, step: int, saved: int | None = None) -> None:
+    """The run has taken so many steps, and perhaps left a checkpoint."""
+    (run_dir / FILE).write_text("".join(json.dumps({"kind": "train", "step": n}) + "\n" for n in range(1, step + 1)))
+    if saved is not None:
+        directory(run_dir, saved).mkdir(parents=True)
+        (directory(run_dir, saved) / MANIFEST).write_text("{}")
+
+
+def test_a_new_checkpoint_gives_all_restarts_back(tmp_path):
+    restarts = Restarts(tmp_path, most=2)
+    for number in range(1, 6):  # a life of failures, each after some progress
+        reach(tmp_path, 10 * number + 3, saved=10 * number)
+        assert restarts.refuse(KILLED) is None
+        assert restarts.used == 1
+    for step in (54, 55):
+        reach(tmp_path, step)
+        refusal = restarts.refuse(KILLED)
+    assert refusal == "2 restarts without a new checkpoint (--max-restarts)"
+    assert restarts.total == 6
+
+
+def test_two_failures_after_the_same_step_are_enough(tmp_path):
+    restarts = Restarts(tmp_path, most=100)
+    reach(tmp_path, 7, saved=5)
+    assert restarts.refuse(KILLED) is None
+    assert restarts.refuse(Ended(1, {0: 1})) == "failed twice after step 7: starting again would end the same way"
+
+
+def test_lost_hosts_may_be_lost_at_the_same_step(tmp_path):
+    restarts = Restarts(tmp_path, most=3)
+    assert [restarts.refuse(LOST) for _ in range(3)] == [None] * 3
+    assert restarts.refuse(LOST)
+
+
+def test_waits_grow_while_nothing_is_gained(tmp_path):
+    restarts, waits = Restarts(tmp_path, most=8), []
+    while restarts.refuse(LOST) is None:
+        waits.append(restarts.wait_s)
+    assert waits == [0, 5, 10, 20, 40, 60, 60, 60]
+
+
+@pytest.mark.parametrize("ended", [REFUSED, Ended(1, {0: 0}), Ended(1, {0: 75}), Ended(1, {0: -9}, told=15)])
+def test_what_would_end_the_same_way_or_was_wanted_is_not_started_again(tmp_path, ended):
+    assert Restarts(tmp_path, most=5).refuse(ended) == ""
+
+
+def test_without_restarts_nothing_is_said(tmp_path):
+    assert Restarts(tmp_path, most=0).refuse(KILLED) == ""
