@@ -7,14 +7,15 @@ string below it. An unknown key, a wrong type or a failed check is a `UserError`
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 
 from bst_base.errors import UserError
+from bst_base.yaml_text import SettingsError, read_yaml, write_yaml
 
 
 class Config(BaseModel):
@@ -36,18 +37,25 @@ def load(cls: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
     Values of overrides are YAML too: ``model.width=256``, ``model.layers=[sliding,bst]``.
     Raises ConfigError naming the file, the key and, for a misspelt key, the nearest one that exists.
     """
+    return parse(cls, overridden(read_settings(path), overrides), where=str(path))
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file, not yet validated; raises ConfigError when there are none to be read."""
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (SettingsError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from None
     if data is None:
-        data = {}
+        return {}
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected settings (key: value), found a {type(data).__name__}")
-    return parse(cls, overridden(data, overrides), where=str(path))
+    return data
 
 
 def overridden(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -68,7 +76,7 @@ def parse(cls: type[C], data: dict[str, Any], where: str = "settings") -> C:
 
 def dump(config: Config) -> str:
     """The settings as YAML, defaults included; `load` reads it back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return write_yaml(config.model_dump(mode="json"))
 
 
 def fields(cls: type[Config], prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
@@ -101,8 +109,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not separator or not all(key.split(".")):
         raise ConfigError(f"override {override!r}: expected section.field=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = read_yaml(text)
+    except SettingsError as error:
         raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
     *parents, leaf = key.split(".")
     node = data
@@ -126,8 +134,17 @@ def _explain(cls: type[Config], problem: dict[str, Any]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     given = problem.get("input")
-    shown = "" if isinstance(given, (dict, Config)) else f" (got {given!r})"
+    shown = "" if isinstance(given, (dict, Config)) else f" (got {given!r}{_as_written(problem['type'], given)})"
     return f"{name}: {message}{shown}" if name else message
+
+
+def _as_written(problem: str, given: Any) -> str:
+    """What to do about a value that a person would read otherwise."""
+    if problem == "string_type" and isinstance(given, (bool, int, float)):
+        return "; put it in quotes if it is text"
+    if problem in ("int_parsing", "float_parsing") and re.fullmatch(r"[\d.]+\s?[kKmMgGtTbB]i?", str(given)):
+        return "; write the number out, or as 1e3: k may be 1000 or 1024"
+    return ""
 
 
 def _nearest(cls: type[Config], owner: type[Config] | None, location: list[str]) -> str:

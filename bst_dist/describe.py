@@ -30,6 +30,10 @@ name is an error that names the nearest one:
 
     bst train launch/recipes/demo.yaml train.steps=200 model.context.variant=MF
 
+Values mean what one reads, in recipes, corpora, sweeps and overrides alike: `1e-3`, `1e3`, `1_000` are numbers, `true`
+and `false` the only booleans, dates are text. What could be misread is refused with its line: `yes`, `no`, `on`, `off`
+and numbers that begin with a zero, unless they are in quotes, and a key that is given twice in one section.
+
 The recipe as it was resolved lies in the run directory as `recipe.yaml`. `bst recipe SECTION` prints a part of what
 follows, and `bst recipe --markdown` printed this file."""
 

@@ -3,9 +3,12 @@
 from typing import Annotated, Literal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import Discriminator, Tag
 
 from bst_base.settings import Config, ConfigError, dump, fields, load, overridden, parse
+from bst_base.yaml_text import SettingsError, read_yaml, write_yaml
 
 
 class Inner(Config):
@@ -106,3 +109,84 @@ def test_fields_are_documented_where_they_are_declared():
     assert listed["shape.radius"] == ("float", 1, "(circle) Half the width.")
     assert listed["shape.side"] == ("float", 1, "(square) The width.")
     assert listed["name"] == ("str", "required", "What it is called.")
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("name: a\nsteps: 1\nname: b\n", "line 3: the key 'name' is given twice (lines 1 and 3)"),
+        ("name: a\ninner:\n  rate: 1\n  rate: 2\n", "line 4: the key 'rate' is given twice (lines 3 and 4)"),
+        ("name: a\ninner: {rate: 1, rate: 2}\n", "line 2: the key 'rate' is given twice (line 2, twice)"),
+        ("name: a\nshape:\n  - {kind: x, kind: y}\n", "line 3: the key 'kind' is given twice (line 3, twice)"),
+    ],
+)
+def test_a_key_given_twice_is_refused_with_both_lines(tmp_path, text, lines):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(Outer, tmp_path / "x.yaml")
+    assert lines in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("1e3", 1000.0), ("1e-3", 0.001), ("-2.5E+2", -250.0), ("1.", 1.0), (".5", 0.5), ("1_000", 1000), ("12", 12),
+        ("0", 0), ("-0", 0), ("0.5", 0.5), ("0x1F", 31), ("0o17", 15), ("+3", 3), (".inf", float("inf")),
+        ("true", True), ("False", False), ("~", None), ("null", None), ("", None), ("12:30:45", "12:30:45"),
+        ("2024-01-02", "2024-01-02"),
+        ("1e3x", "1e3x"), ("1k", "1k"), ("'no'", "no"), ('"012"', "012"), ("nope", "nope"), ("[1e2, a]", [100.0, "a"]),
+        ("0.0.1", "0.0.1"), ("1_000.5", 1000.5), ("only", "only"), ("yesterday", "yesterday"), ("e5", "e5"),
+    ],
+)  # fmt: skip
+def test_plain_values_mean_what_a_person_reads(written, meant):
+    found = read_yaml(written)
+    assert found == meant and type(found) is type(meant)
+    assert read_yaml(write_yaml({"x": meant}))["x"] == meant
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("no", "no could be false or text: write false, or 'no' in quotes"),
+        ("On", "On could be true or text"),
+        ("a: [en, no]", "line 1: no could be"),
+        ("012", "012 begins with a zero: write 12, 0o"),
+        ("-007.5", "begins with a zero"),
+    ],
+)
+def test_what_could_be_misread_is_refused(written, message):
+    with pytest.raises(SettingsError) as caught:
+        read_yaml(written)
+    assert message in str(caught.value)
+
+
+PLAIN_TEXT = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]))
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | PLAIN_TEXT,
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(PLAIN_TEXT, inner)))  # fmt: skip
+def test_whatever_is_written_is_read_back(value):
+    assert read_yaml(write_yaml(value)) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["yes", "NO", "on", "012", "-00", "1e3", "1e-3", "true", "~", "", "0o17", "1_0", ".5", "<<"]
+)
+def test_text_that_looks_like_a_value_is_written_in_quotes(text):
+    assert read_yaml(write_yaml([text])) == [text]
+
+
+def test_numbers_in_powers_of_ten_are_integers_and_other_units_are_explained(path):
+    assert load(Outer, path, ["steps=1e3"]).steps == 1000
+    with pytest.raises(ConfigError, match=r"steps: .*got '1k'; write the number out, or as 1e3: k may be 1000 or 1024"):
+        load(Outer, path, ["steps=1k"])
+    with pytest.raises(ConfigError, match=r"name: .*string \(got 1000.0; put it in quotes if it is text\)"):
+        load(Outer, path, ["name=1e3"])
+    with pytest.raises(ConfigError, match=r"override 'steps=012': .* begins with a zero"):
+        load(Outer, path, ["steps=012"])
+
+
+def test_a_hint_never_names_the_key_that_was_given(path):
+    with pytest.raises(ConfigError) as caught:
+        load(Outer, path, ["shape={kind: square, side: 1, radius: 2}"])
+    assert "did you mean 'shape.radius'" not in str(caught.value)

@@ -11,9 +11,9 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-import yaml
 
 from bst_base.errors import UserError
+from bst_base.settings import read_settings
 from bst_dist.checkpoint.directory import WEIGHTS, committed, open_shards
 from bst_dist.config import flat
 from bst_dist.model.lm import LanguageModel
@@ -79,9 +79,7 @@ def outline(run_dir: Path) -> Outline:
     path = run_dir / RECIPE
     if not path.is_file():
         read_recipe(run_dir)  # says so
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(recipe, dict):
-        raise UserError(f"{path}: not a recipe")
+    recipe = read_settings(path)
     lines, fields = read_lines(run_dir / FILE), flat(recipe)
     step = max((line["step"] for line in lines if line["kind"] in ("train", "skipped")), default=0)
     starts = json.loads((run_dir / ENVIRONMENT).read_text())["starts"] if (run_dir / ENVIRONMENT).exists() else [{}]

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from bst_base.settings import ConfigError
+from bst_base.settings import ConfigError, read_settings
 from bst_dist.config import Recipe
 from bst_dist.study.experiment.config import ExperimentConfig
 from bst_dist.study.sweep.design import named, settled
@@ -46,7 +43,7 @@ def trials(experiment: ExperimentConfig) -> list[Trial]:
     Raises ConfigError for settings that make no recipe, arms that are one and the same, and arms of a condition that
     would train on different numbers of tokens; UserError when there is no such corpus.
     """
-    base = settled(_base(Path(experiment.recipe)), experiment.settings)
+    base = settled(read_settings(experiment.recipe), experiment.settings)
     found = [
         _trial(base, experiment, condition, arm, seed)
         for condition in experiment.conditions
@@ -64,17 +61,6 @@ def require_corpora(found: list[Trial]) -> None:
     for data in {trial.recipe.data.model_dump_json(): trial.recipe.data for trial in found}.values():
         for split in ("train", "validation") if data.urls() else ():
             open_corpora(data, split)
-
-
-def _base(path: Path) -> dict[str, Any]:
-    """The base recipe as it is written; it may leave open what the arms say."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected settings (key: value), found a {type(data).__name__}")
-    return data
 
 
 def _trial(base: dict[str, Any], experiment: ExperimentConfig, condition: str, arm: str, seed: int) -> Trial:

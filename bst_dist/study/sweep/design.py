@@ -12,12 +12,9 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from bst_base.settings import ConfigError, parse
+from bst_base.settings import ConfigError, parse, read_settings
 from bst_dist.config import Recipe
 from bst_dist.model.config import MIXER_SECTIONS
 from bst_dist.model.layers import MIXERS
@@ -93,7 +90,7 @@ class Designer:
     def __init__(self, sweep: SweepConfig) -> None:
         """Reads the base recipe and the vocabulary of its corpus; raises UserError when either is wrong."""
         self.sweep = sweep
-        self.base: dict[str, Any] = yaml.safe_load(Path(sweep.recipe).read_text(encoding="utf-8"))
+        self.base: dict[str, Any] = read_settings(sweep.recipe)
         self.base = settled(self.base, sweep.settings)
         if self.base.get("model", {}).get("vocab_size") is None:
             corpus = open_corpora(parse(DataConfig, self.base["data"], where=f"{sweep.recipe}: data"), "train")[0]

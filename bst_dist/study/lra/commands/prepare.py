@@ -18,10 +18,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from bst_base.settings import ConfigError, fields, parse
+from bst_base.yaml_text import SettingsError, read_yaml
 from bst_dist.study.lra.prepare import SETTINGS, TaskConfig, prepare
 from bst_dist.study.lra.tasks import TASKS
 from data_pipeline.commands.prepare import plain_table
@@ -66,8 +66,8 @@ def settings(task: str, overrides: list[str]) -> TaskConfig:
         if not separator:
             raise ConfigError(f"override {override!r}: expected setting=value")
         try:
-            data[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            data[key] = read_yaml(text)
+        except SettingsError as error:
             raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
     return parse(SETTINGS[task], data, where=f"bst lra prepare {task}")
 
