@@ -142,6 +142,34 @@ class HyenaConfig(FilterConfig):
     """Initial frequency of the sines: higher makes rougher filters."""
 
 
+class SelectiveConfig(Config):
+    """What selective state spaces share."""
+
+    state: int = Field(64, ge=1, le=65536)
+    """State N of each channel."""
+    dt_min: float = Field(1e-3, gt=0, le=1e3, allow_inf_nan=False)
+    """Smallest initial step; steps are log-uniform per head."""
+    dt_max: float = Field(1e-1, gt=0, le=1e3, allow_inf_nan=False)
+    """Largest initial step."""
+    chunk: int = Field(64, ge=1, le=65536)
+    """Tokens computed as one causal matrix (T); must divide the block."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SelectiveConfig:
+        if self.dt_min > self.dt_max:
+            raise ValueError(f"dt_min ({self.dt_min}) must be at most dt_max ({self.dt_max})")
+        return self
+
+
+class SSDConfig(SelectiveConfig):
+    """A selective state space in the place of S4D, for SH and MH."""
+
+    kernel: Literal["ssd"]
+    """Mamba-2's state space: decay, input and read-out depend on the token."""
+    head: int = Field(16, ge=1, le=65536)
+    """Channels with one decay; must divide the SSM's width."""
+
+
 class NoConvolutionConfig(Config):
     """The ablation without an SSM."""
 
@@ -159,6 +187,7 @@ KernelConfig: TypeAlias = Annotated[
     | Annotated[DPLRConfig, Tag("s4-dplr")]
     | Annotated[ExplicitConfig, Tag("explicit")]
     | Annotated[HyenaConfig, Tag("hyena")]
+    | Annotated[SSDConfig, Tag("ssd")]
     | Annotated[NoConvolutionConfig, Tag("none")],
     Discriminator(_kernel_name),
 ]
@@ -188,6 +217,17 @@ class GSSConfig(Config):
     """The SSM is this many times narrower than the model; must divide its width."""
 
 
+class Mamba2Config(SelectiveConfig):
+    """A Mamba-2 layer."""
+
+    expand: int = Field(2, ge=1, le=1024)
+    """The SSM is this many times as wide as the model."""
+    head: int = Field(64, ge=1, le=65536)
+    """Channels with one decay; must divide the SSM's width."""
+    convolution: int = Field(4, ge=1, le=1024)
+    """Taps of the convolution before the SSM."""
+
+
 class FullAttentionConfig(Config):
     """Full causal attention."""
 
@@ -203,6 +243,7 @@ MIXER_SECTIONS: dict[str, tuple[str, ...]] = {
     "block-recurrent": ("attention", "block_recurrent"),
     "gss": ("gss", "ssm"),
     "ssm": ("ssm",),
+    "mamba2": ("mamba2",),
     "full": ("attention", "full"),
 }
 """The sections of the settings that each mixer reads; `layers.MIXERS` has their classes, under the same names."""
@@ -225,6 +266,7 @@ class LayerConfig(Config):
     transformer_xl: TransformerXLConfig = TransformerXLConfig()
     block_recurrent: BlockRecurrentConfig = BlockRecurrentConfig()
     gss: GSSConfig = GSSConfig()
+    mamba2: Mamba2Config = Mamba2Config()
     full: FullAttentionConfig = FullAttentionConfig()
 
     def mixers(self) -> list[str]:
@@ -263,8 +305,10 @@ class ModelConfig(LayerConfig):
             raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
         if self.attention.position == "rope" and self.width // self.heads % 2:
             raise ValueError(f"rope needs an even head width, got width/heads = {self.width // self.heads}")
-        if self.block % min(self.ssm.chunk, self.block):
-            raise ValueError(f"ssm.chunk ({self.ssm.chunk}) must divide block ({self.block})")
+        for section in ("ssm", "mamba2"):
+            chunk = getattr(self, section).chunk
+            if self.block % min(chunk, self.block):
+                raise ValueError(f"{section}.chunk ({chunk}) must divide block ({self.block})")
         if self.placement != "all":
             if len(set(self.placement)) < len(self.placement):
                 raise ValueError(f"placement {self.placement} names a layer twice")

@@ -22,6 +22,7 @@ from bst_dist.model.layers import BSTMixer, NoCrossMixer
 from bst_dist.model.lm import LanguageModel
 from bst_dist.model.ssm.dplr import S4DPLR
 from bst_dist.model.ssm.s4d import S4D
+from bst_dist.model.ssm.selective import Selective
 from bst_dist.model.ssm.unstructured import LongFilter
 
 BLOCKS_LOOKED_AT = 4
@@ -58,6 +59,12 @@ def _(kernel: S4DPLR) -> Tensor:
     """Of the eigenvalues of the discrete recurrence: the low-rank part mixes the modes."""
     transition, _, _ = kernel.recurrence()
     return (-1 / torch.linalg.eigvals(transition.detach()).abs().log()).flatten()
+
+
+@time_scales.register
+def _(kernel: Selective) -> Tensor:
+    """1 / (dt A) of each head, at the step of a token that asks for no other."""
+    return (1 / (nn.functional.softplus(kernel.step) * kernel.log_decay.exp())).detach()
 
 
 @time_scales.register

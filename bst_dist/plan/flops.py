@@ -87,6 +87,18 @@ def _gss(config: ModelConfig, length: int) -> dict[str, float]:
     return {"projections": 4 * d * wide + 2 * narrow * (d + wide)} | kernel_flops(config, narrow, 1, length)
 
 
+def _mamba2(config: ModelConfig, length: int) -> dict[str, float]:
+    d, own = config.width, config.mamba2
+    inner = own.expand * d
+    projections = 2 * d * (2 * inner + 2 * own.state + inner // own.head) + 2 * inner * d
+    return {"projections": projections, "ssm": _selective(inner, own.state, 1, min(own.chunk, config.block))}
+
+
+def _selective(channels: int, state: int, maps: int, chunk: int) -> float:
+    """Of the scan of a selective SSM: the chunk's matrix and its product with the inputs, into the state, out of it."""
+    return 2 * maps * chunk * (state + channels) + 2 * channels * state * (1 + maps)
+
+
 def _pure_ssm(config: ModelConfig, length: int) -> dict[str, float]:
     return {"projections": 4 * config.width**2} | kernel_flops(config, config.width, 1, length)
 
@@ -95,6 +107,9 @@ def kernel_flops(config: ModelConfig, channels: int, maps: int, length: int) -> 
     """Of a kernel's outputs for every token; of a filter, the FFTs of the sequence at 2.5 n log2 n each."""
     ssm = config.ssm
     chunk = min(ssm.chunk, config.block)
+    if ssm.kernel == "ssd":
+        select = 2 * channels * (channels // ssm.head + ssm.state * (1 + maps))
+        return {"ssm": select + _selective(channels, ssm.state, maps, chunk)}
     if ssm.kernel == "s4d":
         return {"ssm": 2 * channels * maps * (chunk + ssm.state) + 2 * channels * ssm.state}
     if ssm.kernel == "s4-dplr":
@@ -146,6 +161,7 @@ MIXER_TERMS: dict[str, Callable[[ModelConfig, int], dict[str, float]]] = {
     "block-recurrent": _block_recurrent,
     "gss": _gss,
     "ssm": _pure_ssm,
+    "mamba2": _mamba2,
     "full": _full,
 }
 """FLOPs a token of each mixer's forward pass, by term."""

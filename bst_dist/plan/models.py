@@ -14,6 +14,7 @@ as many. The state is what one sequence carries to the next one, in the recipe's
 from __future__ import annotations
 
 import argparse
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -92,6 +93,8 @@ def _models(config: ModelConfig, length: int) -> Iterator[tuple[str, dict[str, A
         context = {"variant": variant, "states": config.context.states}
         for ssm in (s4d, dplr, *filters):
             yield f"BST {variant} {ssm['kernel']}", {"mixer": "bst", **placed, "context": context, "ssm": ssm}
+    ssd = {"kernel": "ssd", "head": math.gcd(16, config.context.width(config.width))}
+    yield "BST SH ssd", {"mixer": "bst", **placed, "context": {"variant": "SH"}, "ssm": ssd}
     yield "BST SH, no SSM", {"mixer": "bst", **placed, "ssm": {"kernel": "none"}}
     yield "BST SH, no cross", {"mixer": "bst-no-cross", **placed, "ssm": s4d}
     yield "sliding window", {"mixer": "sliding"}
@@ -103,6 +106,8 @@ def _models(config: ModelConfig, length: int) -> Iterator[tuple[str, dict[str, A
     hybrid = [place for place in range(config.depth) if place % 4 != 3]
     gss_ssm = {"state": 512, "chunk": min(128, config.block)}
     yield "GSS hybrid", {"mixer": "gss", "placement": hybrid, "gss": config.gss.model_dump(), "ssm": gss_ssm}
+    mamba2 = {"head": math.gcd(64, 2 * config.width)}
+    yield "Mamba-2 hybrid", {"mixer": "mamba2", "placement": hybrid, "mamba2": mamba2}
     yield "pure SSM", {"mixer": "ssm", "ssm": s4d}
     yield "full attention", {"mixer": "full", "full": {"longest": max(length, config.full.longest)}}
 

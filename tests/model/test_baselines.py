@@ -27,6 +27,9 @@ CONTEXTS = {
     "MF": {"context": {"variant": "MF", "states": 3}},
 }
 
+SSD = {"kernel": "ssd", "state": 3, "head": 2, "chunk": 4}
+MAMBA2 = {"state": 3, "head": 8, "chunk": 4}
+
 
 def bst(contexts, kernels):
     return {f"{c} {k}": {"mixer": "bst", **context, **kernel}
@@ -50,6 +53,10 @@ RESETTABLE = {
     "block-recurrent": {"mixer": "block-recurrent", "block_recurrent": {"states": 5}},
     "gss": {"mixer": "gss", **STRUCTURED["s4d"]},
     "ssm": {"mixer": "ssm", **STRUCTURED["s4d"]},
+    "mamba2": {"mixer": "mamba2", "mamba2": MAMBA2},
+    "SH ssd": {"mixer": "bst", **CONTEXTS["SH"], "ssm": SSD},
+    "MH ssd": {"mixer": "bst", **CONTEXTS["MH"], "ssm": {**SSD, "chunk": 8}},
+    "ssm ssd": {"mixer": "ssm", "ssm": SSD},
     "ssm s4-dplr": {"mixer": "ssm", **STRUCTURED["s4-dplr"]},
     "full": {"mixer": "full"},
     "full rope": {"mixer": "full", "attention": {"position": "rope"}},
@@ -188,6 +195,10 @@ def test_a_bst_can_be_tried_without_its_cross_attention():
         ({"mixer": "bst", "ssm": {"kernel": "s5"}}, "s4-dplr"),
         ({"mixer": "gss", "ssm": {"kernel": "none"}}, "must be s4d"),
         ({"mixer": "transformer-xl", "transformer_xl": {"window": 12}}, "multiple of block"),
+        ({"mixer": "mamba2", "mamba2": {"head": 12}}, "mamba2.head 12 must divide mamba2.expand x width, 32"),
+        ({"mixer": "mamba2", "mamba2": {"convolution": 16, "head": 8}}, "reaches further back than a block"),
+        ({"mixer": "bst", "ssm": {**SSD, "head": 3}}, "ssm.head 3 must divide the SSM's width, 4"),
+        ({"mixer": "bst", **CONTEXTS["MF"], "ssm": SSD}, "context.variant must be SH or MH"),
     ],
 )
 def test_settings_that_do_not_fit_the_kernel_or_the_mixer_are_refused(settings, message):

@@ -19,6 +19,7 @@ SETTINGS = {
     "block-recurrent": {"block_recurrent": {"states": 3}},
     "gss": {"gss": {"gate": 2, "reduce": 2}, "ssm": {"state": 4, "chunk": 2}},
     "ssm": {"ssm": {"state": 4, "chunk": 2}},
+    "mamba2": {"mamba2": {"state": 3, "head": 4, "chunk": 2}},
     "full": {"full": {"longest": LENGTH}},
     "bst-no-cross": {},
 }
@@ -38,7 +39,7 @@ class Layers(LayerConfig):
 def build(name, **attention):
     torch.manual_seed(2)
     settings = {"width": WIDTH, "heads": HEADS, "ffn": 1, "block": BLOCK, "name": name, **SETTINGS[name]}
-    if name not in ("gss", "ssm"):
+    if name not in ("gss", "ssm", "mamba2"):
         settings["attention"] = {"buckets": 8, "max_distance": 9, **attention}
     model = MIXERS[name](parse(Layers, settings)).double()
     with torch.no_grad():
@@ -189,11 +190,57 @@ def pure_ssm(model, u, starts):
     return both[:, :WIDTH] / (1 + torch.exp(-both[:, WIDTH:]))
 
 
+def silu(x):
+    return x / (1 + torch.exp(-x))
+
+
+def literal_selective(scan, x, dt, b, c, starts):
+    """h_t = exp(-dt A) h_{t-1} + dt b_t x_t', y_t = c_t h_t of each head, token by token; x is [t][head] -> (P,)."""
+    state, rows = {}, []
+    for t in range(len(x)):
+        heads = []
+        for h in range(len(x[t])):
+            step = torch.log(1 + torch.exp(dt[t][h] + scan.step[h]))
+            fresh = t == 0 or (t % BLOCK == 0 and starts[t // BLOCK])
+            before = torch.zeros(len(b[t]), len(x[t][h]), dtype=torch.float64) if fresh else state[h]
+            state[h] = torch.exp(-step * torch.exp(scan.log_decay[h])) * before + step * torch.outer(b[t], x[t][h])
+            heads.append(c[t] @ state[h])
+        rows.append(heads)
+    return rows
+
+
+def convolved(convolution, x, starts):
+    """Each channel's last taps, those of another document left out."""
+    taps = convolution.weight.shape[1]
+    return [
+        sum(convolution.weight[:, taps - 1 - back] * x[t - back] for back in range(min(taps, t + 1))
+            if document(starts, t - back) == document(starts, t)) + convolution.bias
+        for t in range(len(x))
+    ]  # fmt: skip
+
+
+def mamba2(model, u, starts):
+    inner, state, heads = model.inner, model.state, len(model.skip)
+    parts = [model.into.weight @ u[t] for t in range(len(u))]
+    mixed = [
+        silu(one) for one in convolved(model.convolution, [p[inner : 2 * inner + 2 * state] for p in parts], starts)
+    ]
+    x = [one[:inner].view(heads, -1) for one in mixed]
+    b, c = [one[inner : inner + state] for one in mixed], [one[inner + state :] for one in mixed]
+    y = literal_selective(model.scan, x, [p[2 * inner + 2 * state :] for p in parts], b, c, starts)
+    rows = []
+    for t in range(len(u)):
+        out = torch.cat([y[t][h] + model.skip[h] * x[t][h] for h in range(heads)]) * silu(parts[t][:inner])
+        rows.append(model.out.weight @ (out / torch.sqrt((out * out).mean() + 1e-6) * model.norm.weight))
+    return torch.stack(rows)
+
+
 LITERAL = {
     "transformer-xl": transformer_xl,
     "block-recurrent": block_recurrent,
     "gss": gss,
     "ssm": pure_ssm,
+    "mamba2": mamba2,
     "full": full,
     "bst-no-cross": no_cross,
 }

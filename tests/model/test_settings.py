@@ -12,7 +12,7 @@ from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.model.config import ModelConfig
 
 MODEL = {"width": 32, "heads": 2, "ffn": 64, "block": 16, "depth": 3, "mixer": "bst", "vocab_size": 50}
-KINDS = {"s4d": {}, "s4-dplr": {}, "explicit": {"length": 64}, "hyena": {"length": 64}}
+KINDS = {"s4d": {}, "s4-dplr": {}, "ssd": {}, "explicit": {"length": 64}, "hyena": {"length": 64}}
 IMPOSSIBLE = (0, -1, 10**40, math.nan, math.inf)
 
 

@@ -18,6 +18,8 @@ PASSED_ON = {
     "MH explicit": {"mixer": "bst", "context": {"variant": "MH"}, "ssm": {"kernel": "explicit", "length": 33}},
     "MF explicit": {"mixer": "bst", "context": {"variant": "MF"}, "ssm": {"kernel": "explicit", "length": 20}},
     "filter longer than a slice": {"mixer": "ssm", "ssm": {"kernel": "explicit", "length": 40}},
+    "mamba2": {"mixer": "mamba2", "mamba2": {"state": 3, "head": 8, "chunk": 4}},
+    "SH ssd": {"mixer": "bst", "ssm": {"kernel": "ssd", "state": 3, "head": 2, "chunk": 4}},
     "no SSM": {"mixer": "bst", "ssm": {"kernel": "none"}},
 }
 REFUSED = {

@@ -19,10 +19,11 @@ KERNELS = {
     "explicit": {"kernel": "explicit", "length": 150},
     "hyena": {"kernel": "hyena", "length": 256, "hidden": 8},
     "none": {"kernel": "none"},
+    "ssd": {"kernel": "ssd", "state": 6, "head": 4, "chunk": 16},
 }
 CASES = {
     **{f"{v} {k}": {"mixer": "bst", "context": {"variant": v, "states": 4}, "ssm": s}
-       for v in ("SH", "MH", "MF") for k, s in KERNELS.items()},
+       for v in ("SH", "MH", "MF") for k, s in KERNELS.items() if (v, k) != ("MF", "ssd")},
     **{f"ssm {k}": {"mixer": "ssm", "ssm": s} for k, s in KERNELS.items()},
     "sliding": {"mixer": "sliding"},
     "no cross": {"mixer": "bst-no-cross"},
@@ -30,6 +31,7 @@ CASES = {
     "transformer-xl, last segment shorter": {"mixer": "transformer-xl", "transformer_xl": {"window": 192}},
     "block-recurrent": {"mixer": "block-recurrent", "block_recurrent": {"states": 24}},
     "gss": {"mixer": "gss", "ssm": {"state": 32, "chunk": 16}, "gss": {"gate": 3, "reduce": 2}},
+    "mamba2": {"mixer": "mamba2", "mamba2": {"state": 5, "head": 16, "chunk": 16}},
     "full": {"mixer": "full"},
 }  # fmt: skip
 

@@ -14,9 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from bst_base.settings import Config
-from bst_dist.model.config import DPLRConfig, ExplicitConfig, HyenaConfig, KernelConfig, NoConvolutionConfig, SSMConfig
+from bst_dist.model.config import (
+    DPLRConfig,
+    ExplicitConfig,
+    HyenaConfig,
+    KernelConfig,
+    NoConvolutionConfig,
+    SSDConfig,
+    SSMConfig,
+)
 from bst_dist.model.ssm.dplr import S4DPLR
 from bst_dist.model.ssm.s4d import S4D
+from bst_dist.model.ssm.selective import SSD
 from bst_dist.model.ssm.unstructured import ExplicitFilter, HyenaFilter
 from bst_dist.parallel.past import Past
 
@@ -47,6 +56,7 @@ KERNELS: dict[type[Config], type[nn.Module]] = {
     DPLRConfig: S4DPLR,
     ExplicitConfig: ExplicitFilter,
     HyenaConfig: HyenaFilter,
+    SSDConfig: SSD,
     NoConvolutionConfig: NoConvolution,
 }
 

@@ -1,0 +1,133 @@
+"""Selective state spaces by matrix products: Mamba-2's SSD (Dao and Gu 2024, arXiv 2405.21060, sections 6 and 7).
+
+What is kept and what is written depend on the token. A head of P channels has an N x P state with one decay a token:
+
+    h_t = a_t h_{t-1} + b_t (x) x_t,   y_t = c_t h_t,   a_t = exp(-dt_t exp(log_decay))
+
+b_t and c_t (N) are shared by the heads, the step dt_t is the head's own and part of x_t. Inside a chunk of T tokens the
+map is a causal T x T matrix, between chunks the state: time and memory are linear in the length, and causality is
+exact. The state after a slice is an affine map of the one before, with one number a head, so the ranks of a sequence
+need not wait for each other. Single precision whatever the autocast.
+
+Shapes: B rows, l tokens, m = l / T chunks, H heads, P channels of one, N state, C read-outs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bst_dist.model.config import SSDConfig
+from bst_dist.parallel.past import Past
+
+
+class Selective(nn.Module):
+    """The dynamics of H heads, and the scan."""
+
+    def __init__(self, heads: int, chunk: int, dt_min: float, dt_max: float):
+        super().__init__()
+        self.chunk = chunk
+        self.log_decay = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())  # as published
+        dt = torch.empty(heads).uniform_(math.log(dt_min), math.log(dt_max)).exp()
+        self.step = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # what softplus makes dt of
+
+    def dynamics(self) -> list[nn.Parameter]:
+        """The parameters that train at a rate of their own and without decay."""
+        return [self.log_decay, self.step]
+
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+        """(B, l, H, P) inputs, (B, l, H) steps before their softplus, (B, l, N), (B, l, C, N) -> (B, l, C, H, P).
+
+        `starts` (B, l / block) marks blocks that begin a document: the state before them is zero.
+        """
+        x, dt, b, c = (one.to(self.step.dtype) for one in (x, dt, b, c))
+        dt = F.softplus(dt + self.step)
+        length = x.shape[1]
+        chunk = self.chunk if length % self.chunk == 0 else length  # a slice that lies within a block is one chunk
+        x, log_a, b, c = (
+            one.unflatten(1, (-1, chunk)) for one in (x * dt.unsqueeze(-1), -dt * self.log_decay.exp(), b, c)
+        )
+        x, log_a, c = x.transpose(2, 3), log_a.transpose(2, 3), c.transpose(2, 3)  # (B, m, H, T, P), (B, m, H, T), ...
+        sums = log_a.cumsum(-1)  # of the logarithms of all decays of the chunk so far
+        to_end = (sums[..., -1:] - sums).exp().unsqueeze(-1)  # (B, m, H, T, 1)
+        ends = b.transpose(2, 3).unsqueeze(2) @ (x * to_end)  # (B, m, H, N, P): what a chunk alone leaves behind
+        entering = self._entering(ends, sums[..., -1].exp()[..., None, None], past, starts)
+        scores = c @ b.transpose(2, 3).unsqueeze(2)  # (B, m, C, T, T)
+        y = (scores.unsqueeze(3) * _decays(sums).unsqueeze(2)) @ x.unsqueeze(2)  # (B, m, C, H, T, P)
+        y = y + (c.unsqueeze(3) @ entering.unsqueeze(2)) * sums.exp()[:, :, None, ..., None]
+        return y.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
+
+    def _entering(self, ends: Tensor, kept: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+        """The state before each chunk, (B, m, H, N, P); `kept` (B, m, H, 1, 1): the share that a chunk keeps."""
+        begins = torch.zeros(ends.shape[:2], dtype=torch.bool, device=ends.device)
+        if starts is not None:
+            begins.view(*starts.shape, -1)[:, :, 0] = starts
+        state, share = torch.zeros_like(ends[:, 0]), torch.ones_like(kept[:, 0])
+        states, shares = [], []
+        # Unbound at once: indexing chunk by chunk would make the backward pass quadratic in the chunks.
+        for end, keep, begin in zip(ends.unbind(1), kept.unbind(1), begins.unbind(1), strict=True):
+            if starts is not None:
+                state, share = (one.masked_fill(begin[:, None, None, None], 0) for one in (state, share))
+            states.append(state)
+            shares.append(share)
+            state, share = end + keep * state, keep * share
+        before = past.state("state", state, share)
+        entering = torch.stack(states, 1)
+        return entering if before is None else entering + torch.stack(shares, 1) * before.unsqueeze(1)
+
+
+def _decays(sums: Tensor) -> Tensor:
+    """What is left of token j at token t of a chunk, (..., T) -> (..., T, T); 0 for later ones."""
+    difference = sums.unsqueeze(-1) - sums.unsqueeze(-2)
+    later = torch.ones(difference.shape[-2:], dtype=torch.bool, device=sums.device).triu(1)
+    return difference.masked_fill(later, -torch.inf).exp()
+
+
+class SSD(nn.Module):
+    """A selective SSM as the kernel of a layer: (B, l, Ds) -> (B, l, C, Ds), C read-outs of one state."""
+
+    def __init__(self, width: int, maps: int, config: SSDConfig, own_dynamics: bool = False):
+        super().__init__()
+        if own_dynamics:
+            raise ValueError("ssm.kernel ssd has one state for all read-outs: context.variant must be SH or MH")
+        if width % config.head:
+            raise ValueError(f"ssm.head {config.head} must divide the SSM's width, {width}")
+        heads = width // config.head
+        self.sizes = heads, config.state, maps * config.state
+        self.select = nn.Linear(width, sum(self.sizes), bias=False)
+        self.scan = Selective(heads, config.chunk, config.dt_min, config.dt_max)
+        self.skip = nn.Parameter(torch.randn(maps, width))
+
+    def forward(self, z: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
+        dt, b, c = self.select(z).split(self.sizes, dim=-1)
+        x = z.unflatten(-1, (len(self.scan.step), -1))
+        y = self.scan(x, dt, b, c.unflatten(-1, (len(self.skip), -1)), past, starts).flatten(-2)
+        return y + self.skip * z.to(self.skip.dtype).unsqueeze(2)
+
+
+class CausalConvolution(nn.Module):
+    """A short convolution of each channel over its last K tokens, its own included: (B, l, C) -> (B, l, C)."""
+
+    def __init__(self, channels: int, taps: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, taps).uniform_(-1, 1) / math.sqrt(taps))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+        """`starts` (B, l / block): blocks whose tokens see none before them; the block is no shorter than K - 1."""
+        length, taps = x.shape[1], self.weight.shape[1]
+        x = past.extend("taps", x, before=taps - 1)
+        x = F.pad(x, (0, 0, length + taps - 1 - x.shape[1], 0)).unfold(1, taps, 1)  # (B, l, C, K), own token last
+        weight = self.weight.to(x.dtype)
+        if starts is not None:
+            place = torch.arange(length, device=x.device) % (length // starts.shape[1])
+            back = torch.arange(taps - 1, -1, -1, device=x.device)
+            begins = starts.repeat_interleave(length // starts.shape[1], dim=1)  # (B, l)
+            hidden = begins.unsqueeze(-1) & (back > place.unsqueeze(-1))  # (B, l, K)
+            x = x.masked_fill(hidden.unsqueeze(2), 0)
+        return (x * weight).sum(-1) + self.bias.to(x.dtype)
