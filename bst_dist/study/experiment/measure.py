@@ -93,7 +93,7 @@ def measure_run(run_dir: Path, asked: MeasureConfig, kept: Path, say: Callable[[
         found.readings["bits_per_byte"] = Reading(last["bits_per_byte"])
     if asked.task:
         last = next(line for line in reversed(lines) if line["kind"] == "eval")
-        found.readings |= {key: Reading(last[key]) for key in ("accuracy", "loss_nats")}
+        found.readings.update({key: Reading(last[key]) for key in ("accuracy", "loss_nats")})
     if asked.speed:
         found.readings.update(_speed(lines))
     if asked.time_to is not None:

@@ -183,3 +183,20 @@ def test_before_anything_is_trained_there_is_a_table_of_nothing(made):
 @pytest.mark.parametrize(("target", "step"), [(7.0, 10.0), (5.0, 15.0), (4.0, 20.0), (3.5, 38.0), (3.0, None)])
 def test_the_step_that_reaches_a_loss_lies_between_evaluations(target, step):
     assert reached(target, [(10, 6.0), (20, 4.0), (30, 4.5), (40, 3.25)]) == (step and pytest.approx(step))
+
+
+def test_accuracy_and_nats_of_a_synthetic_task_are_those_of_the_last_evaluation(made, tmp_path):
+    base = yaml.safe_load((tmp_path / "base.yaml").read_text())
+    base |= {"data": {"synthetic": {"task": "copy", "lag": 4}}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    experiment = made(measure={"validation": False, "task": True}, seeds=[0])
+    for trial, accuracy in zip(experiment.trials, (0.25, 0.75), strict=True):
+        experiment.finish(trial, [3.0, 2.0, 1.5, 1.0])
+        metrics = experiment.state.directory(trial.name) / "metrics.jsonl"
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        last = {"kind": "eval", "step": 4, "loss_nats": 2 * accuracy, "accuracy": accuracy}
+        metrics.write_text("".join(json.dumps(line) + "\n" for line in [*lines, last]))
+    found = report(experiment.experiment, experiment.trials)
+    for row, accuracy in zip(found["rows"], (0.25, 0.75), strict=True):
+        assert row["measured"]["accuracy"]["value"] == accuracy
+        assert row["measured"]["loss_nats"]["value"] == 2 * accuracy
