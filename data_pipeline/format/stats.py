@@ -79,13 +79,21 @@ def run_hashes(tokens: np.ndarray, n: int = NGRAM) -> np.ndarray:
 def sample_runs(corpus: Path, shards: Iterable[ShardInfo]) -> np.ndarray:
     """Sorted distinct hashes of runs in the shards, (runs,) uint64: all of them, or those below a bound if too many."""
     kept, bound = np.empty(0, np.uint64), np.uint64(2**64 - 1)
+    waiting: list[np.ndarray] = []
+    size = 0
     for tokens in _documents(corpus / shard.file for shard in shards):
         hashes = run_hashes(tokens)
-        kept = np.union1d(kept, hashes[hashes <= bound]) if len(hashes) else kept
-        if len(kept) > _SAMPLE:
-            kept = kept[:_SAMPLE]
-            bound = kept[-1]
-    return kept
+        waiting.append(hashes[hashes <= bound])
+        size += len(waiting[-1])
+        if size > _SAMPLE:  # merging costs as much as the sample is large, so not for every document
+            kept, waiting, size = _merged(kept, waiting), [], 0
+            bound = kept[-1] if len(kept) == _SAMPLE else bound
+    return _merged(kept, waiting)
+
+
+def _merged(kept: np.ndarray, more: list[np.ndarray]) -> np.ndarray:
+    """The `_SAMPLE` smallest of all these hashes, sorted."""
+    return np.unique(np.concatenate([kept, *more]))[:_SAMPLE]
 
 
 def scan_shard(task: ScanTask) -> Scan:

@@ -155,9 +155,14 @@ class Loader:
         return self._prefetcher.waited_s if self._prefetcher else 0.0
 
     def close(self) -> None:
-        """Stop the prefetch thread; a second call does nothing."""
-        if self._prefetcher:
-            self._prefetcher.close()
+        """Stop the prefetch thread, which may be waiting for a network; a second call does nothing."""
+        if self._prefetcher is None:
+            return
+        for corpus in self._corpora:
+            corpus.interrupt(True)
+        self._prefetcher.close()
+        for corpus in self._corpora:
+            corpus.interrupt(False)
 
     def _sequences_of_a_pass(self) -> list[int]:
         sequences = []

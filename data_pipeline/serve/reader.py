@@ -37,9 +37,12 @@ class Corpus:
         counts = [shard.info.documents for shard in self._shards]
         self._starts = [0, *accumulate(counts)]  # each shard's first document
         self.lengths = np.empty(self._starts[-1], np.uint32)
-        """(n,) tokens of each document, the end-of-document token included."""
+        """(n,) tokens of each document, the end-of-document token included; uint64 where one has 2^32 or more."""
         for shard, start, stop in zip(self._shards, self._starts, self._starts[1:], strict=False):
-            self.lengths[start:stop] = shard.read_index().lengths
+            lengths = shard.read_index().lengths
+            if len(lengths) and lengths.max() > np.iinfo(self.lengths.dtype).max:
+                self.lengths = self.lengths.astype(np.uint64)
+            self.lengths[start:stop] = lengths
         if not len(self.lengths):
             raise UserError(f"{self.where}: the split is empty; prepare it from more text, or choose another")
 
@@ -134,6 +137,10 @@ class Corpus:
         """The document's JSON: id, path, source, licence and what else `prepare` recorded."""
         shard = bisect_right(self._starts, number) - 1
         return self._shards[shard].document_info(number - self._starts[shard])
+
+    def interrupt(self, stop: bool) -> None:
+        """While `stop` is true, reads that wait for a network end with a StorageError."""
+        self.storage.interrupt(stop)
 
     def check_shards(self) -> None:
         """Raise ShardError for the first shard that is missing or of another size; local files only."""

@@ -39,7 +39,7 @@ class _Layout:
 
     def __init__(self, index: ShardIndex) -> None:
         self.offsets = memoryview(index.offsets.astype(np.int64))  # (documents,) byte of the first token
-        self.lengths = memoryview(index.lengths.astype(np.uint32))  # (documents,) tokens
+        self.lengths = memoryview(index.lengths.astype(np.int64))  # (documents,) tokens
         self.crc = memoryview(index.crc.astype(np.uint32))  # (blocks,)
         self.crc_starts = memoryview(index.crc_starts)  # (documents,) each document's first place in `crc`
         self.verified = bytearray(len(index.crc))  # (blocks,) 1: found whole in this process
@@ -77,7 +77,7 @@ class ShardReader:
             self._check_around(document, first, last)
         if layout.verified.find(0, block, end) < 0:
             offset = layout.offsets[document] + start * size
-            buffer[:] = self._storage.view(self.info.file, offset, len(buffer))
+            self._storage.read_into(self.info.file, offset, buffer)
             return
         try:
             data = self._read_blocks(document, first, last)
@@ -115,10 +115,25 @@ class ShardReader:
                 raise ShardError(f"{where}: the index is missing; copy it again") from None
             _log.warning("%s: the index is missing; reading all of %s to make it", where, self.info.file)
             return ShardIndex.build(path)
-        index = ShardIndex.from_bytes(data, where)
-        if hashlib.sha256(data).hexdigest() != self.info.index_sha256:
-            raise ShardError(f"{where}: not the index this corpus was made with; copy it again")
+        try:
+            index = ShardIndex.from_bytes(data, where)
+            if hashlib.sha256(data).hexdigest() != self.info.index_sha256:
+                raise ShardError(f"{where}: not the index this corpus was made with; copy it again")
+        except ShardError as error:
+            return self._made_again(error)
         return index
+
+    def _made_again(self, damage: ShardError) -> ShardIndex:
+        """The index in place of a damaged one: made from the tar, and right by its hash; else raises `damage`."""
+        path = self._storage.local_path(self.info.file)
+        if path is None or not path.exists():
+            raise damage
+        _log.warning("%s; reading all of %s to make it again", damage, self.info.file)
+        with contextlib.suppress(ShardError):
+            index = ShardIndex.build(path)
+            if hashlib.sha256(index.to_bytes()).hexdigest() == self.info.index_sha256:
+                return index
+        raise damage
 
     def _check_around(self, document: int, first: int, last: int) -> None:
         """Check these blocks of a document and their neighbours; the good ones need no check for the process's life.
@@ -128,7 +143,9 @@ class ShardReader:
         first -= first % _CHECKED_TOGETHER
         last += _CHECKED_TOGETHER - 1 - last % _CHECKED_TOGETHER
         with contextlib.suppress(ShardError):
-            data = self._storage.view(self.info.file, *self._span(document, first, last))
+            begin, size = self._span(document, first, last)
+            data = memoryview(np.empty(size, np.uint8))
+            self._storage.read_into(self.info.file, begin, data)
             for number, found in self._numbered(document, first, data):
                 self._layout.verified[number] = isal_zlib.crc32(found) == self._layout.crc[number]
 

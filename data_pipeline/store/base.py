@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from bst_base.errors import UserError
 from bst_base.settings import Config
+
+_SECRET = re.compile(
+    r"(?i)^key$|secret|token|passw|passphrase|access_?key|account_?key|api_?key|private_?key|sas_|connection_string|"
+    r"credential|authorization|cookie"
+)
+_NO_SECRETS = ("", "anon", "cloud", "google_default", "cache", "browser")  # ways of fetching a token, not tokens
 
 
 class StorageError(UserError):
@@ -27,10 +34,34 @@ class StorageConfig(Config):
     """Seconds before the second attempt; doubled for each further one, up to 30."""
     timeout_s: float = Field(30.0, gt=0)
     """Seconds without a byte after which an attempt is given up."""
+    deadline_s: float = Field(300.0, gt=0)
+    """Seconds after which an attempt is given up, however steadily its bytes trickle."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the fsspec file system: an endpoint, a profile, a project."""
+    """Passed to the fsspec file system: an endpoint, a profile, a project. `$NAME` is read from the environment;
+    keys, tokens and passwords can only be given so, since a recipe is written into its run directory."""
     allow_pipe: bool = False
     """Run the shell commands of `pipe:` addresses; only for recipes whose author you trust."""
+
+    @field_validator("options")
+    @classmethod
+    def _no_secrets(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if secrets := _secrets(options, ""):
+            raise ValueError(
+                f"{', '.join(secrets)} would be written into the run directory; put it into an environment variable "
+                "and write $NAME here"
+            )
+        return options
+
+
+def _secrets(options: dict[str, Any], prefix: str) -> list[str]:
+    """The dotted names of options that hold a secret in plain text."""
+    found = []
+    for name, value in options.items():
+        if isinstance(value, dict):
+            found += _secrets(value, f"{prefix}{name}.")
+        elif isinstance(value, str) and _SECRET.search(name) and not value.startswith("$") and value not in _NO_SECRETS:
+            found.append(f"{prefix}{name}")
+    return found
 
 
 class Storage(Protocol):
@@ -47,11 +78,11 @@ class Storage(Protocol):
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from byte `offset` on; raises ShardError when the file is missing or too short."""
 
-    def view(self, name: str, offset: int, size: int) -> memoryview:
-        """The same bytes in place, not yet read; only where `remote` is false."""
-
     def local_path(self, name: str) -> Path | None:
         """The file's path where it belongs on this machine's disk."""
+
+    def interrupt(self, stop: bool) -> None:
+        """While `stop` is true, reads that wait for a network end with a StorageError."""
 
     def renew(self, name: str) -> bool:
         """Called on a file that was found damaged: true when another copy was fetched, so that reading may succeed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from data_pipeline.store.base import Storage
 from data_pipeline.store.storage import LocalStorage
 
 
-class Source(Storage, Protocol):
+class WholeFiles(Storage, Protocol):
     """A storage that gives whole files piece by piece."""
 
     def chunks(self, name: str, size: int | None) -> Iterator[bytes]:
@@ -36,7 +36,7 @@ class CachedStorage:
 
     remote = False
 
-    def __init__(self, source: Source, directory: Path, files: dict[str, tuple[int | None, str]]) -> None:
+    def __init__(self, source: WholeFiles, directory: Path, files: dict[str, tuple[int | None, str]]) -> None:
         self.where = source.where
         self._source = source
         self._directory = directory.expanduser()
@@ -47,27 +47,28 @@ class CachedStorage:
 
     def whole(self, name: str) -> bytes:
         """See `Storage`; a copy that was damaged is fetched again."""
-        data = self._local.whole(self._copy(name))
-        if hashlib.sha256(data).hexdigest() != self._files[name][1]:
-            self.renew(name)
+        with suppress(FileNotFoundError):  # a cleaner may remove a copy at any time
             data = self._local.whole(self._copy(name))
-        return data
+            if hashlib.sha256(data).hexdigest() == self._files[name][1]:
+                return data
+        self.renew(name)
+        return self._local.whole(self._copy(name))
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """See `Storage`; a copy that was cut short is fetched again."""
+        """See `Storage`; a copy that was removed or cut short is fetched again."""
         try:
             self._local.read_into(self._copy(name), offset, buffer)
         except ShardError:
             self.renew(name)
             self._local.read_into(self._copy(name), offset, buffer)
 
-    def view(self, name: str, offset: int, size: int) -> memoryview:
-        """See `Storage`."""
-        return self._local.view(self._copy(name), offset, size)
-
     def local_path(self, name: str) -> Path | None:
         """See `Storage`: a copy that is not there yet is not a missing file."""
         return None
+
+    def interrupt(self, stop: bool) -> None:
+        """See `Storage`."""
+        self._source.interrupt(stop)
 
     def renew(self, name: str) -> bool:
         """See `Storage`."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 import random
 import shlex
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +22,17 @@ from data_pipeline.store.base import StorageConfig, StorageError
 _log = logging.getLogger(__name__)
 _CHUNK = 8 << 20  # bytes of a whole file fetched in one request: what a dropped connection costs
 _LONGEST_WAIT_S = 30.0
+_POLL_S = 0.2  # how often a read that waits looks whether it was interrupted
+_NO_CREDENTIALS = {  # what clients raise when there is nothing to sign with: the next attempt would be no better
+    "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound",
+    "DefaultCredentialsError", "TokenRetrievalError",
+}  # fmt: skip
 
 T = TypeVar("T")
+
+
+class NoRangesError(StorageError):
+    """The server sends whole files where a range was asked for."""
 
 
 class RemoteStorage:
@@ -31,6 +43,7 @@ class RemoteStorage:
     def __init__(self, url: str, config: StorageConfig) -> None:
         self.where = url.rstrip("/")
         self._config = config
+        self._stop = threading.Event()
         scheme = url.partition("://")[0]
         try:
             self._fs, self._root = fsspec.url_to_fs(self.where, **_options(scheme, config))
@@ -39,15 +52,11 @@ class RemoteStorage:
 
     def whole(self, name: str) -> bytes:
         """See `Storage`."""
-        return self._try(name, lambda: self._fs.cat_file(f"{self._root}/{name}"))
+        return self._try(name, lambda: self._cat(name))
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """See `Storage`."""
         buffer[:] = self._range(name, offset, offset + len(buffer))
-
-    def view(self, name: str, offset: int, size: int) -> memoryview:
-        """See `Storage`: never called, for these files are remote."""
-        raise NotImplementedError
 
     def chunks(self, name: str, size: int | None) -> Iterator[bytes]:
         """The bytes of a file, in order; `size` is how many, where that is known."""
@@ -55,11 +64,23 @@ class RemoteStorage:
             yield self.whole(name)
             return
         for start in range(0, size, _CHUNK):
-            yield self._range(name, start, min(start + _CHUNK, size))
+            try:
+                part = self._range(name, start, min(start + _CHUNK, size))
+            except NoRangesError:
+                yield self.whole(name)[start:]
+                return
+            yield part
 
     def local_path(self, name: str) -> Path | None:
         """See `Storage`."""
         return None
+
+    def interrupt(self, stop: bool) -> None:
+        """See `Storage`."""
+        if stop:
+            self._stop.set()
+        else:
+            self._stop.clear()
 
     def renew(self, name: str) -> bool:
         """See `Storage`: every read fetches anew, so one more may arrive whole."""
@@ -67,9 +88,9 @@ class RemoteStorage:
 
     def _range(self, name: str, start: int, stop: int) -> bytes:
         def fetch() -> bytes:
-            data = self._fs.cat_file(f"{self._root}/{name}", start=start, end=stop)
+            data = self._cat(name, start=start, end=stop)
             if len(data) > stop - start:
-                raise StorageError(
+                raise NoRangesError(
                     f"{self.where}: the server sends whole files where a range is asked for; "
                     "set storage.cache_dir, or use a server that honours Range"
                 )
@@ -81,6 +102,26 @@ class RemoteStorage:
             return self._try(name, fetch)
         except FileNotFoundError:
             raise ShardError(f"{self.where}/{name}: missing; copy it there again") from None
+
+    def _cat(self, name: str, **span: int) -> bytes:
+        """One attempt at the bytes of a file or of a part of it, that ends in time and when reads are interrupted."""
+        path = f"{self._root}/{name}"
+        if not self._fs.async_impl:
+            return self._fs.cat_file(path, **span)
+        begin = time.monotonic()
+        fetching = asyncio.run_coroutine_threadsafe(self._fs._cat_file(path, **span), self._fs.loop)
+        while True:
+            try:
+                return fetching.result(timeout=_POLL_S)
+            except TimeoutError:
+                if fetching.done():  # the attempt's own
+                    raise
+            if self._stop.is_set():
+                fetching.cancel()
+                raise StorageError(f"{self.where}/{name}: reading was interrupted")
+            if time.monotonic() - begin > self._config.deadline_s:
+                fetching.cancel()
+                raise TimeoutError(f"not done in {self._config.deadline_s:g} s (storage.deadline_s)")
 
     def _try(self, name: str, fetch: Callable[[], T]) -> T:
         """Call `fetch` until it succeeds; FileNotFoundError passes, and the last failure is a StorageError.
@@ -96,12 +137,17 @@ class RemoteStorage:
                 raise StorageError(f"{self.where}/{name}: not allowed: {error}; check the credentials") from None
             except Exception as error:  # every file system has its own: timeouts, resets, 5xx, half an answer
                 reason = f"{type(error).__name__}: {error}".rstrip(": ")
+                if _NO_CREDENTIALS & {each.__name__ for each in type(error).__mro__}:
+                    raise StorageError(
+                        f"{self.where}/{name}: {reason}; give them as the store's client expects"
+                    ) from None
                 if attempt == self._config.attempts:
                     kind = ShardError if isinstance(error, EOFError) else StorageError
                     raise kind(f"{self.where}/{name}: not read in {attempt} attempts; the last: {reason}") from error
                 wait = min(self._config.backoff_s * 2 ** (attempt - 1), _LONGEST_WAIT_S) * random.uniform(0.5, 1.0)
                 _log.warning("%s/%s: %s; trying again in %.1f s", self.where, name, reason, wait)
-                time.sleep(wait)
+                if self._stop.wait(wait):
+                    raise StorageError(f"{self.where}/{name}: reading was interrupted") from None
         raise AssertionError("unreachable")
 
 
@@ -131,13 +177,12 @@ class PipeStorage:
         """See `Storage`: never called, for these files are always cached."""
         raise NotImplementedError
 
-    def view(self, name: str, offset: int, size: int) -> memoryview:
-        """See `Storage`: never called, for these files are remote."""
-        raise NotImplementedError
-
     def local_path(self, name: str) -> Path | None:
         """See `Storage`."""
         return None
+
+    def interrupt(self, stop: bool) -> None:
+        """See `Storage`: commands are not waited for longer than they run."""
 
     def renew(self, name: str) -> bool:
         """See `Storage`."""
@@ -146,7 +191,7 @@ class PipeStorage:
 
 def _options(scheme: str, config: StorageConfig) -> dict[str, Any]:
     """The file system's options with this project's timeouts; retries are made here, visibly, not in the libraries."""
-    options = dict(config.options)
+    options = {name: _from_environment(name, value) for name, value in config.options.items()}
     if scheme in ("http", "https"):
         import aiohttp
 
@@ -156,3 +201,14 @@ def _options(scheme: str, config: StorageConfig) -> dict[str, Any]:
         timeouts = {"connect_timeout": config.timeout_s, "read_timeout": config.timeout_s}
         options["config_kwargs"] = timeouts | {"retries": {"max_attempts": 0}} | options.get("config_kwargs", {})
     return options
+
+
+def _from_environment(name: str, value: Any) -> Any:
+    """An option's value; one that is written $NAME stands in the environment."""
+    if isinstance(value, dict):
+        return {inner: _from_environment(f"{name}.{inner}", each) for inner, each in value.items()}
+    if not isinstance(value, str) or not value.startswith("$"):
+        return value
+    if value[1:] not in os.environ:
+        raise StorageError(f"storage.options.{name}: the environment variable {value[1:]} is not set")
+    return os.environ[value[1:]]

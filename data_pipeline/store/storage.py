@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-import mmap
+import errno
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -43,8 +43,11 @@ def open_storage(url: str, config: StorageConfig) -> Storage:
 
 
 class LocalStorage:
-    """A directory. `view` is a map of the file, which spares a system call and a copy a run; pages that are not in
-    memory are best touched by what releases the GIL, as a CRC does. `read_into` is `pread`."""
+    """A directory, read with `preadv`.
+
+    Not mapped: a page that cannot be read from a map kills the process, where a read that fails is an error that the
+    recipe's policy for bad shards is for.
+    """
 
     remote = False
 
@@ -53,7 +56,6 @@ class LocalStorage:
         self._directory = Path(directory)
         # An evicted file closes when its last reader ends.
         self._open = lru_cache(maxsize=_OPEN_FILES)(self._open_file)
-        self._map = lru_cache(maxsize=_OPEN_FILES)(self._map_file)
 
     def whole(self, name: str) -> bytes:
         """See `Storage`."""
@@ -61,21 +63,19 @@ class LocalStorage:
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """See `Storage`."""
-        file = self._open(name)
-        done = os.preadv(file.fileno(), [buffer], offset)
+        file, done = self._open(name), 0
         while done < len(buffer):
-            got = os.preadv(file.fileno(), [buffer[done:]], offset + done)
+            try:
+                got = os.preadv(file.fileno(), [buffer[done:]], offset + done)
+            except OSError as error:
+                where = f"{self._directory / name}: cannot be read at byte {offset + done}"
+                raise ShardError(f"{where}: {error.strerror}; is the disk or the mount in order?") from None
             if not got:
-                raise self._cut_short(name, offset + done, len(buffer) - done)
+                raise ShardError(
+                    f"{self._directory / name}: cut short: it ends before byte {offset + done}, "
+                    f"where {len(buffer) - done} more are expected; copy it again"
+                )
             done += got
-
-    def view(self, name: str, offset: int, size: int) -> memoryview:
-        """See `Storage`."""
-        file, data = self._map(name)
-        # A page beyond the end of a file that was cut short since would kill the process instead of raising an error.
-        if (end := os.fstat(file.fileno()).st_size) < offset + size:
-            raise self._cut_short(name, end, offset + size - end)
-        return data[offset : offset + size]
 
     def local_path(self, name: str) -> Path:
         """See `Storage`."""
@@ -88,7 +88,9 @@ class LocalStorage:
     def forget(self) -> None:
         """Open the files anew at their next use: one has been replaced."""
         self._open.cache_clear()
-        self._map.cache_clear()
+
+    def interrupt(self, stop: bool) -> None:
+        """See `Storage`: reads of a local file are not waited for."""
 
     def _open_file(self, name: str) -> BinaryIO:
         path = self._directory / name
@@ -96,13 +98,7 @@ class LocalStorage:
             return path.open("rb", buffering=0)
         except FileNotFoundError:
             raise ShardError(f"{path}: the shard is missing; copy it again, or prepare the corpus again") from None
-
-    def _cut_short(self, name: str, end: int, wanted: int) -> ShardError:
-        return ShardError(
-            f"{self._directory / name}: cut short: it ends before byte {end}, "
-            f"where {wanted} more are expected; copy it again"
-        )
-
-    def _map_file(self, name: str) -> tuple[BinaryIO, memoryview]:
-        file = self._open(name)
-        return file, memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+        except OSError as error:
+            if error.errno in (errno.EIO, errno.ESTALE):
+                raise ShardError(f"{path}: cannot be opened: {error.strerror}") from None
+            raise StorageError(f"{path}: cannot be opened: {error.strerror}") from None  # nothing is known of its bytes

@@ -71,3 +71,18 @@ def test_a_sample_of_runs_is_the_same_part_of_train_and_validation(planted: Path
     everything = sample_runs(planted, outside)
     monkeypatch.setattr(stats, "_SAMPLE", 50)
     assert sample_runs(planted, outside).tolist() == everything[:50].tolist()
+
+
+def test_short_documents_are_sampled_in_few_merges_and_to_the_same_runs(tmp_path: Path, monkeypatch) -> None:
+    """One merge of the whole sample for every document is what did not end on a corpus of short ones."""
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 50, 40).astype("<u2") for _ in range(300)]
+    every = np.unique(np.concatenate([run_hashes(tokens) for tokens in documents]))
+    monkeypatch.setattr(stats, "_documents", lambda _: iter(documents))
+    merges, merged = [], stats._merged
+    monkeypatch.setattr(stats, "_merged", lambda *parts: merges.append(1) or merged(*parts))
+    for sample in (500, 1 << 21):
+        monkeypatch.setattr(stats, "_SAMPLE", sample)
+        merges.clear()
+        assert np.array_equal(sample_runs(tmp_path, []), every[:sample])
+        assert len(merges) <= 1 + 300 * 9 // sample

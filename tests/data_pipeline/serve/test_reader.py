@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import os
 import shutil
 import tarfile
@@ -16,10 +18,13 @@ from hypothesis import strategies as st
 
 from bst_base.errors import UserError
 from data_pipeline.format.damage import locate_changed_byte
-from data_pipeline.format.shards import ShardError
+from data_pipeline.format.shards import ShardError, ShardIndex
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import Loader, open_corpora
 from data_pipeline.serve.reader import Corpus
+from data_pipeline.serve.shard_reader import ShardReader
+from data_pipeline.serve.stream import TokenStream
+from data_pipeline.store.base import StorageError
 
 LENGTHS = [20_000, 12, 700, 9_000, 5_000, 1]
 TAR = "train-000000.tar"
@@ -103,8 +108,6 @@ def test_one_changed_byte_is_found_from_the_crc(data: bytes, place: int, change:
     [
         (lambda d: (d / TAR).unlink(), f"{TAR}: the shard is missing"),
         (lambda d: os.truncate(d / TAR, 30_000), f"{TAR}: 30000 bytes, expected 51200: cut short or replaced"),
-        (lambda d: shutil.copy(d / "train-000001.idx", d / "train-000000.idx"), "not the index this corpus was made"),
-        (lambda d: os.truncate(d / "train-000000.idx", 100), "train-000000.idx: .*cut short"),
         (lambda d: (d / "tokenizer.model").unlink(), "the tokenizer is missing"),
         (lambda d: (d / "tokenizer.model").write_bytes(b"x"), "not a SentencePiece model"),
         (lambda d: (d / "manifest.json").unlink(), "no prepared corpus there"),
@@ -118,13 +121,85 @@ def test_what_is_missing_or_foreign_is_named_at_the_start(make_corpus: Any, dama
         open_corpora(DataConfig(corpus=str(directory)))
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda idx: shutil.copy(idx.with_name("train-000001.idx"), idx),
+        lambda idx: os.truncate(idx, 100),
+        lambda idx: flip(idx, 70),
+    ],
+)
+def test_a_damaged_index_is_made_again_from_its_tar_and_only_from_that(make_corpus: Any, damage: Any) -> None:
+    directory = make_corpus(LENGTHS)
+    expected = Corpus.open(str(directory)).document(0)
+    damage(directory / "train-000000.idx")
+    assert np.array_equal(Corpus.open(str(directory)).document(0), expected)
+    flip(directory / TAR, payload(directory, TAR, "00000000.tok.npy"))
+    with pytest.raises(ShardError, match=r"train-000000\.idx: "):
+        Corpus.open(str(directory))
+
+
+def test_a_read_error_of_the_disk_is_bad_data_and_no_crash(make_corpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that cannot be read kills a process that has mapped it; a read that fails is one message."""
+    directory = make_corpus(LENGTHS)
+    corpus = Corpus.open(str(directory))
+    real = os.preadv
+
+    def fail(descriptor: int, buffers: Any, offset: int) -> int:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == TAR:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(ShardError, match=rf"{TAR}: cannot be read at byte \d+: Input/output error"):
+        corpus.document(0)
+    _, mask, messages = whole_batch(directory, "skip", 1, lambda: None)
+    assert mask.any() and not mask.all()
+    assert all("Input/output error" in message for message in messages) and messages
+
+
+def test_a_shard_that_may_not_be_opened_is_never_skipped(make_corpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = make_corpus(LENGTHS)
+    real = Path.open
+
+    def refuse(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if self.name == TAR:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(StorageError, match=f"{TAR}: cannot be opened: Permission denied"):
+        whole_batch(directory, "skip", 1, lambda: None)
+
+
+def test_documents_of_more_than_32_bits_of_tokens_keep_their_length(
+    make_corpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = make_corpus(LENGTHS)
+    long, real = 2**32 + 5, ShardReader.read_index
+
+    def read_index(self: ShardReader) -> ShardIndex:
+        index = real(self)
+        return dataclasses.replace(index, lengths=np.where(index.lengths == 700, np.uint64(long), index.lengths))
+
+    monkeypatch.setattr(ShardReader, "read_index", read_index)
+    corpus = Corpus.open(str(directory))
+    assert corpus.lengths.tolist() == [long if length == 700 else length for length in LENGTHS]
+    assert corpus.tokens_total == sum(LENGTHS) - 700 + long
+    for block in (None, 64):
+        stream = TokenStream(corpus.lengths, block, ("documents", 0))
+        assert stream.total == sum(-(-n // (block or 1)) * (block or 1) for n in corpus.lengths.tolist())
+        place = np.flatnonzero(stream.pieces(np.array([0]), stream.total).length == long)
+        assert len(place) == 1
+
+
 def test_the_index_and_shard_of_another_corpus_do_not_pass_for_this_one(make_corpus: Any) -> None:
     directory, other = make_corpus(LENGTHS), make_corpus(LENGTHS, name="other", start=5)
     shutil.copy(other / TAR, directory / TAR)  # of the same size
     with pytest.raises(ShardError, match="are not what was written"):
         Corpus.open(str(directory)).document(0)
     shutil.copy(other / "train-000000.idx", directory / "train-000000.idx")
-    with pytest.raises(ShardError, match="not the index this corpus was made with"):
+    with pytest.raises(ShardError, match="not the index this corpus was made with"):  # nor would this tar's own be
         Corpus.open(str(directory))
 
 

@@ -9,16 +9,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import botocore.exceptions
 import fsspec
 import numpy as np
 import pytest
 
 from bst_base.errors import UserError
-from bst_base.settings import ConfigError, parse
+from bst_base.settings import ConfigError, dump, parse
 from data_pipeline.format.shards import ShardError
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import Loader, open_corpora
 from data_pipeline.serve.reader import Corpus
+from data_pipeline.store import remote
 from data_pipeline.store.base import StorageConfig, StorageError
 
 LENGTHS = [20_000, 12, 700, 9_000, 5_000]
@@ -107,6 +109,64 @@ def test_a_server_without_ranges_is_told_apart(make_corpus: Any, serve: Any) -> 
         corpus.tokens(0, 0, 10)
 
 
+def test_a_server_without_ranges_fills_the_cache(make_corpus: Any, serve: Any, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(remote, "_CHUNK", 10_000)
+    directory = make_corpus(LENGTHS)
+    server = serve(directory)
+    server.faults[TAR] = ["whole"] * 99
+    server.faults["train-000001.tar"] = ["", "whole", "whole"]  # one that changes its mind
+    config = StorageConfig(**FAST, cache_dir=tmp_path / "cache")
+    assert_same_documents(Corpus.open(server.url, "train", config), directory)
+
+
+def test_a_trickle_is_given_up_and_a_stalled_read_can_be_interrupted(make_corpus: Any, serve: Any) -> None:
+    server = serve(make_corpus(LENGTHS))
+    config = StorageConfig(attempts=1, timeout_s=60, deadline_s=0.3)
+    corpus = Corpus.open(server.url, "train", config)
+    server.faults[TAR] = ["stall"] * 9
+    with pytest.raises(StorageError, match=r"not done in 0\.3 s \(storage\.deadline_s\)"):
+        corpus.document(0)
+    corpus.storage._config = StorageConfig(attempts=1, timeout_s=60)
+    threading.Timer(0.2, corpus.interrupt, [True]).start()
+    with pytest.raises(StorageError, match="reading was interrupted"):
+        corpus.document(0)
+
+
+def test_a_wait_between_attempts_can_be_interrupted(make_corpus: Any, serve: Any) -> None:
+    server = serve(make_corpus(LENGTHS))
+    corpus = Corpus.open(server.url, "train", StorageConfig(attempts=3, backoff_s=1000))
+    server.faults[TAR] = ["503"]
+    threading.Timer(0.2, corpus.interrupt, [True]).start()
+    with pytest.raises(StorageError, match="reading was interrupted"):
+        corpus.document(0)
+
+
+def test_missing_credentials_are_not_asked_for_again(make_corpus: Any, serve: Any, monkeypatch) -> None:
+    corpus = Corpus.open(serve(make_corpus(LENGTHS)).url, "train", StorageConfig(attempts=6, backoff_s=1000))
+    asked = []
+
+    def refuse(*_: Any, **__: Any) -> bytes:
+        asked.append(1)
+        raise botocore.exceptions.NoCredentialsError
+
+    monkeypatch.setattr(corpus.storage, "_cat", refuse)
+    with pytest.raises(StorageError, match=r"NoCredentialsError.*give them as the store's client expects"):
+        corpus.document(0)
+    assert len(asked) == 1
+
+
+def test_secrets_are_refused_in_plain_text_and_read_from_the_environment(monkeypatch) -> None:
+    for options in ({"secret": "x"}, {"key": "x"}, {"client_kwargs": {"aws_access_key_id": "x"}}, {"token": "x"}):
+        with pytest.raises(ConfigError, match=r"would be written into the run directory; .* write \$NAME"):
+            parse(StorageConfig, {"options": options})
+    config = parse(StorageConfig, {"options": {"key": "$SOME_KEY", "token": "anon", "profile": "x"}})
+    with pytest.raises(StorageError, match=r"options\.key: the environment variable SOME_KEY is not set"):
+        remote._options("gs", config)
+    monkeypatch.setenv("SOME_KEY", "hidden")
+    assert remote._options("gs", config) == {"key": "hidden", "token": "anon", "profile": "x"}
+    assert "hidden" not in dump(config)
+
+
 def test_no_corpus_and_no_server_are_one_clear_message(tmp_path: Path, serve: Any) -> None:
     with pytest.raises(UserError, match="no prepared corpus there"):
         Corpus.open(serve(tmp_path).url, "train", StorageConfig(**FAST))
@@ -141,16 +201,23 @@ def test_the_cache_never_keeps_what_is_not_whole(make_corpus: Any, serve: Any, t
     assert len(corpus.document(0)) == LENGTHS[0]
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "remove before it is opened"])
 def test_a_cached_copy_that_goes_bad_is_fetched_again(
     make_corpus: Any, serve: Any, tmp_path: Path, damage: str
 ) -> None:
     directory = make_corpus(LENGTHS)
     config = StorageConfig(**FAST, cache_dir=tmp_path / "cache")
     server = serve(directory)
-    Corpus.open(server.url, "train", config).document(0)
+    corpus = Corpus.open(server.url, "train", config)
+    corpus.document(0)
     (copy,) = (tmp_path / "cache").glob(f"*{TAR}")
-    if damage == "flip":
+    if damage.startswith("remove"):
+        for file in (tmp_path / "cache").glob("*[rdx]"):  # a cleaner, at any time of a process's life
+            file.unlink()
+        if damage != "remove":
+            corpus.storage._local.forget()
+        assert_same_documents(corpus, directory)
+    elif damage == "flip":
         data = bytearray(copy.read_bytes())
         data[5000] ^= 1
         copy.write_bytes(data)
@@ -222,12 +289,15 @@ def test_an_fsspec_store_without_a_network(make_corpus: Any) -> None:
         memory.rm("/books", recursive=True)
 
 
-def test_an_s3_store(make_corpus: Any, s3_endpoint: Callable[[], dict[str, Any]]) -> None:
+def test_an_s3_store(make_corpus: Any, s3_endpoint: Callable[[], dict[str, Any]], monkeypatch) -> None:
     directory = make_corpus(LENGTHS)
     options = s3_endpoint()
     store = fsspec.filesystem("s3", **options)
     store.mkdir("bucket")
     store.put(str(directory), "bucket/books", recursive=True)
+    monkeypatch.setenv("STORE_SECRET", options["secret"])
+    monkeypatch.setenv("STORE_KEY", options["key"])
+    options |= {"secret": "$STORE_SECRET", "key": "$STORE_KEY"}
     config = StorageConfig(**FAST | {"timeout_s": 10}, options=options)
     assert_same_documents(Corpus.open("s3://bucket/books", "train", config), directory)
     with pytest.raises(UserError, match="no prepared corpus there"):
