@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from typing import Any
 
@@ -16,7 +17,7 @@ from bst_dist.model.config import ModelConfig
 from bst_dist.study.evaluation.corpora import open_text
 from bst_dist.study.evaluation.scoring import Score, filter_length, score
 from bst_dist.study.evaluation.trained import Trained, open_run
-from bst_dist.study.statistics import exponential, ratio
+from bst_dist.study.statistics import Estimate, exponential, ratio
 from data_pipeline.commands.progress import stages
 from data_pipeline.serve.reader import Corpus
 
@@ -36,16 +37,25 @@ def evaluate(trained: Trained, corpus: Corpus, context: int | None, console: Con
         )  # fmt: skip
 
 
-def summary(scored: Score) -> dict[str, Any]:
-    """The figures of a scored split, with their standard errors."""
+def words_of(corpus: Corpus) -> np.ndarray:
+    """(n,) words of each document's text, as PG-19 counts them: what white space separates (arXiv 1911.05507)."""
+    tokenizer = corpus.tokenizer()
+    return np.array([len(tokenizer.decode(corpus.document(number)).split()) for number in range(len(corpus))])
+
+
+def summary(scored: Score, words: np.ndarray) -> dict[str, Any]:
+    """The figures of a scored split, with their standard errors; `words` (n,) of each document's text."""
     nats = ratio(scored.nats, scored.tokens)
+    by_word = exponential(ratio(scored.nats, words)) if words.sum() else Estimate(math.nan, None)
     bits = ratio(scored.nats / np.log(2), scored.bytes)
     return {
         "documents": len(scored.tokens),
         "tokens": int(scored.tokens.sum()),
         "bytes": int(scored.bytes.sum()),
+        "words": int(words.sum()),
         **nats.report("loss_nats_per_token"),
         **exponential(nats).report("perplexity_per_token"),
+        **by_word.report("perplexity_per_word"),
         **bits.report("bits_per_byte"),
     }
 
@@ -59,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for corpus in open_text(trained, args.split, args.corpus):
         started = time.perf_counter()
         scored = evaluate(trained, corpus, args.context, console)
-        figures = summary(scored) | {"time_s": time.perf_counter() - started}
+        figures = summary(scored, words_of(corpus)) | {"time_s": time.perf_counter() - started}
         # For `bst compare`, which pairs runs by document.
         figures |= {"document_nats": scored.nats.tolist(), "document_bytes": scored.bytes.tolist()}
         report["corpora"].append({"corpus": corpus.storage.where, **figures})
@@ -87,6 +97,7 @@ def _table(args: argparse.Namespace, trained: Trained, where: str, figures: dict
     for name, key, digits in (
         ("loss, nats per token", "loss_nats_per_token", 4),
         ("perplexity per token", "perplexity_per_token", 2),
+        ("perplexity per word", "perplexity_per_word", 2),
         ("bits per byte", "bits_per_byte", 4),
     ):
         error = figures[f"{key}_standard_error"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -39,6 +40,9 @@ def test_reported_figures_are_those_of_whole_documents(make_run, corpus, tmp_pat
     assert report["loss_nats_per_token"] == pytest.approx(sum(nats) / tokens, rel=1e-5)
     assert report["perplexity_per_token"] == pytest.approx(math.exp(sum(nats) / tokens), rel=1e-4)
     assert report["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / size, rel=1e-5)
+    words = sum(len(re.findall(r"\S+", opened.tokenizer().decode(d))) for d in documents)
+    assert report["words"] == words
+    assert report["perplexity_per_word"] == pytest.approx(math.exp(sum(nats) / words), rel=1e-4)
     assert 0 < report["bits_per_byte_standard_error"] < report["bits_per_byte"]
 
 
