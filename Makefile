@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # One process a core, one thread a process: many small tests on small tensors.
 UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical -m "not ranks and not gpu and not cluster"
 
-.PHONY: help setup demo test test-unit test-ranks test-cluster test-gpu lint format
+.PHONY: help setup demo test test-unit test-ranks test-cluster test-cuda-path test-gpu lint format
 
 help:
 	@echo "make setup         install the pinned requirements and this project into $(VENV)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test          unit tests, then those that start several ranks, then (as root) several hosts"
 	@echo "make test-unit     unit tests alone"
 	@echo "make test-cluster  jobs on several hosts, made of network namespaces: installs Debian packages, needs root"
+	@echo "make test-cuda-path  the path that CUDA takes, on a CPU; part of test-unit as well"
 	@echo "make test-gpu      what needs a GPU"
 	@echo "make lint          linter and formatter, changing nothing"
 	@echo "make format        format the code"
@@ -42,6 +43,10 @@ test-ranks: setup
 
 test-cluster: setup
 	$(BIN)/python -m pytest -m cluster tests/cluster
+
+# The path that CUDA takes, on a CPU: part of the unit tests, here by itself.
+test-cuda-path: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical tests/cuda_path
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

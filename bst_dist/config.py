@@ -76,6 +76,8 @@ class Recipe(Config):
     deepspeed: str = "ds_configs/zero1.json"
     """The DeepSpeed strategy: a file of ds_configs/, completed from the recipe."""
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
+    compile: bool | None = None
+    """Whether training runs each layer as one compiled graph; null: on CUDA, if nothing hinders it."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     branch: BranchConfig | None = None
     """The checkpoint of another run that this one goes on from as if it were its own; null: none."""
@@ -163,6 +165,7 @@ FREE = (
     "parallel",
     "deepspeed",
     "activation_checkpointing",
+    "compile",
     "train.micro_sequences",
     "train.slice_tokens",
     "train.edges",

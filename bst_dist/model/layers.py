@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from bst_dist.model import compiled
 from bst_dist.model.attention import SlidingAttention
 from bst_dist.model.baselines.block_recurrent import BlockRecurrentMixer
 from bst_dist.model.baselines.full import FullMixer
@@ -92,12 +93,20 @@ class Layer(nn.Module):
     def __init__(self, mixer: str, config: LayerConfig, branch: float = 1.0):
         super().__init__()
         self.branch = branch
+        self.compiled = False
+        """Whether training runs the layer as one compiled graph (`compiled`)."""
         self.mixer_norm = nn.RMSNorm(config.width, eps=1e-6)
         self.mixer = MIXERS[mixer](config)
         self.ffn_norm = nn.RMSNorm(config.width, eps=1e-6)
         self.ffn = FeedForward(config.width, config.ffn)
 
     def forward(self, x: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
+        if self.compiled and compiled.fits(past):
+            return compiled.run(self, x, starts)
+        return self.compute(x, past, starts)
+
+    def compute(self, x: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+        """The layer itself, operation by operation."""
         x = torch.add(x, self.mixer(self.mixer_norm(x), past, starts), alpha=self.branch)
         return torch.add(x, self.ffn(self.ffn_norm(x)), alpha=self.branch)
 

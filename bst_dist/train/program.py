@@ -41,6 +41,7 @@ from bst_dist.report.tensorboard import TensorBoard, hparams
 from bst_dist.report.utilisation import Speed, recomputed_flops_per_token
 from bst_dist.train import rundir
 from bst_dist.train.branch import origin
+from bst_dist.train.compiling import compiles
 from bst_dist.train.engine import Engine
 from bst_dist.train.evaluation import Evaluate
 from bst_dist.train.initial import load_initial
@@ -66,7 +67,9 @@ def train(request: Request, ranks: Ranks, notice: Notice | None = None) -> int:
 
 def _train(start: Start, request: Request, ranks: Ranks, stop: Stop, lease: SharedLease) -> int:
     """Put the run together, and train."""
-    engine = _engine(start)
+    stage = start.completed["zero_optimization"]["stage"]
+    compiled, uncompiled_since = compiles(start.recipe, ranks.device.type, stage)
+    engine = _engine(start, compiled)
     state = EngineState(engine.deepspeed)
     identity = _identity(start, engine, ranks)
     snapshots = Snapshots(start.run_dir, state, ranks, identity, start.recipe.checkpoint, lease)
@@ -80,7 +83,7 @@ def _train(start: Start, request: Request, ranks: Ranks, stop: Stop, lease: Shar
     if ranks.first:
         about = {"ranks": ranks.world, "hosts": hosts, "from_step": position.step, **start.objective.about()}
         rundir.prepare(start.run_dir, start.recipe, start.completed, about)
-        print(_header(start, engine, ranks), flush=True)
+        print(_header(start, engine, ranks, uncompiled_since or "yes"), flush=True)
     try:
         while position is not None:
             position = _go_on(start, snapshots, trainer, position)
@@ -176,13 +179,15 @@ def _end(start: Start, ranks: Ranks, stop: Stop) -> int:
     return RESUBMIT if stopped else DONE
 
 
-def _engine(start: Start) -> Engine:
-    """The model, equal on all ranks, in DeepSpeed's hands."""
+def _engine(start: Start, compiled: bool) -> Engine:
+    """The model, equal on all ranks, in DeepSpeed's hands; its layers compiled or not."""
     torch.manual_seed(start.recipe.seed)
     model = start.objective.model()
     if start.recipe.initial_weights and not committed(start.run_dir):
         load_initial(model, start.recipe.initial_weights, start.objective.about().get("tokenizer_sha256"))
     model.checkpoint = activation.policy(start.recipe.activation_checkpointing, model.layers)
+    for layer in model.layers:
+        layer.compiled = compiled
     return Engine(model, start.recipe.optimizer, start.completed)
 
 
@@ -305,7 +310,7 @@ def _outcome(lines: Sequence[dict[str, Any]], steps: int) -> dict[str, Any]:
     return found
 
 
-def _header(start: Start, engine: Engine, ranks: Ranks) -> str:
+def _header(start: Start, engine: Engine, ranks: Ranks, compiled: str) -> str:
     recipe, model, world = start.recipe, start.recipe.model, ranks.world
     layers = ", ".join(f"{count} {mixer}" for mixer, count in Counter(model.mixers()).items())
     tokens = recipe.train.sequences * recipe.train.sequence_length
@@ -325,6 +330,8 @@ def _header(start: Start, engine: Engine, ranks: Ranks) -> str:
     if recipe.train.slice_tokens:
         slices = recipe.train.sequence_length // recipe.train.slice_tokens
         lines["slices"] = f"{slices:,} of {recipe.train.slice_tokens:,} tokens a sequence, edges: {recipe.train.edges}"
+    if ranks.device.type != "cpu":
+        lines["layers"] = f"compiled: {compiled}"
     if unused := model.unused_sections():
         lines["unused"] = f"no layer reads {', '.join(f'model.{section}' for section in unused)}, which is set"
     return "\n".join([*(f"{name:<6} {text}" for name, text in lines.items()), Console.header(start.objective.labels)])

@@ -1,0 +1,75 @@
+"""Layers as one graph each: complete, few, and equal to the layer operation by operation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from bst_base.settings import ConfigError, parse
+from bst_dist.activation import policy as activation
+from bst_dist.activation.config import ActivationCheckpointingConfig
+from bst_dist.config import Recipe
+from bst_dist.model import flex
+from bst_dist.train.compiling import compiles
+from tests.cuda_path.models import build, tokens
+
+
+def gradients(name: str, compiled: bool, policy: str = "none", starts: Tensor | None = None) -> list[Tensor]:
+    model = build(name)
+    model.checkpoint = activation.policy(ActivationCheckpointingConfig(policy=policy), model.layers)
+    for layer in model.layers:
+        layer.compiled = compiled
+    total = model(*tokens(), starts=starts).total
+    total.backward()
+    return [total.detach(), *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
+
+
+def worst(found: list[Tensor], exact: list[Tensor]) -> float:
+    return max(float((a - b).norm() / b.norm().clamp_min(1e-6)) for a, b in zip(found, exact, strict=True))
+
+
+@pytest.mark.parametrize("name", ["SH", "MF", "Block-Recurrent"])
+def test_a_compiled_layer_is_one_whole_graph_with_the_same_gradients(name):
+    assert worst(gradients(name, compiled=True), gradients(name, compiled=False)) < 1e-5
+
+
+def test_documents_and_checkpointing_go_with_compiled_layers():
+    starts = torch.tensor([[False, True], [True, False]])
+    plain = gradients("SH", compiled=False, starts=starts)
+    assert worst(gradients("SH", compiled=True, policy="every-layer", starts=starts), plain) < 1e-5
+
+
+def test_layers_of_a_kind_share_a_graph_and_evaluation_needs_none(monkeypatch):
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(flex, "BACKEND", counter)
+    model = build("SH", depth=5, placement=[1, 3])
+    for layer in model.layers:
+        layer.compiled = True
+    model(*tokens())
+    assert counter.frame_count == 2
+    with torch.no_grad():
+        model(*tokens(rows=3))
+    assert counter.frame_count == 3  # FlexAttention by itself
+
+
+@pytest.mark.parametrize(
+    ("change", "device", "stage", "reason"),
+    [
+        ({}, "cuda", 2, ""),
+        ({}, "cpu", 1, "cpu"),
+        ({}, "cuda", 3, "ZeRO-3"),
+        ({"parallel": {"sp": 2}}, "cuda", 1, "parallel.sp"),
+        ({"activation_checkpointing": {"policy": "selective"}}, "cuda", 1, "selective"),
+        ({"compile": False}, "cuda", 1, "compile: false"),
+    ],
+)
+def test_a_run_compiles_where_nothing_is_against_it_and_says_what_is(settings, change, device, stage, reason):
+    recipe = parse(Recipe, settings | change)
+    compiled, said = compiles(recipe, device, stage)
+    assert compiled == (not reason)
+    assert reason in said
+    if reason and recipe.compile is None:
+        with pytest.raises(ConfigError, match="compile: true"):
+            compiles(parse(Recipe, settings | change | {"compile": True}), device, stage)
