@@ -24,6 +24,7 @@ from typing import IO
 import psutil
 
 from bst_dist.cluster.channel import Channel, Closed, proof, proved
+from bst_dist.cluster.hosts import HostError
 from bst_dist.cluster.processes import die_with_parent, family_of, route_to
 
 ANNOUNCED = re.compile(rb"bst-agent (?P<key>\S+) (?P<secret>[0-9a-f]{64})\b")
@@ -193,10 +194,13 @@ class Call:
 
 
 def _listener(port: int, backlog: int) -> socket.socket:
-    """A port on all addresses of this machine, of both kinds where it has both; raises OSError."""
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
-    return socket.create_server(("", port), backlog=backlog)
+    """A port on all addresses of this machine, of both kinds where it has both; raises HostError when it is taken."""
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        return socket.create_server(("", port), family=family, backlog=backlog, dualstack_ipv6=both)
+    except OSError as error:
+        raise HostError(f"--port {port}: cannot listen on it: {error.strerror}") from None
 
 
 def own_addresses(addresses: Sequence[str]) -> list[str]:

@@ -62,8 +62,18 @@ def slurm(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> list[
     """A step of the allocation, with all cores and accelerators that the job has on each node, unbound."""
     names = ",".join(host.node for host in hosts)
     nodes = [f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1", f"--nodelist={names}"]
-    whole = ["--overlap", "--cpu-bind=none", "--mpi=none"]
+    whole = ["--overlap", "--cpu-bind=none", "--mpi=none", *_all_accelerators(hosts, os.environ)]
     return ["srun", *nodes, *whole, "--no-kill", "--kill-on-bad-exit=0", f"--chdir={directory}", *agent]
+
+
+def _all_accelerators(hosts: Sequence[Host], environment: Mapping[str, str]) -> list[str]:
+    """For srun: the accelerators of all ranks of a node, where the job has asked for so many a task.
+
+    The step has one task a node and would get those of one. What a job asks for by node, or in all, a step gets whole.
+    """
+    of_task = environment.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2]
+    slots = {host.slots for host in hosts}
+    return [f"--gpus-per-node={int(of_task) * slots.pop()}"] if of_task.isdigit() and len(slots) == 1 else []
 
 
 def local(hosts: Sequence[Host], directory: Path, agent: Sequence[str]) -> list[str]:

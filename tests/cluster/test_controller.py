@@ -11,17 +11,18 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
-from bst_dist.cluster import agent, launchers, verdict
+from bst_dist.cluster import agent, launchers, probe, verdict
 from bst_dist.cluster.calling import Call
 from bst_dist.cluster.channel import Closed, proof
 from bst_dist.cluster.controller import Controller, Means
 from bst_dist.cluster.elastic import shares
-from bst_dist.cluster.hosts import Host
+from bst_dist.cluster.hosts import Host, HostError
 from bst_dist.cluster.verdict import Ended
 
 HOSTS = [Host("a", 1), Host("b", 2)]
@@ -44,9 +45,9 @@ def local_launcher(monkeypatch):
 class Job:
     """A job of three ranks, each of which runs a line of Python after it has written down its process id."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, means: Means = MEANS) -> None:
         self.directory, self.told = directory, []
-        self.controller = Controller(HOSTS, MEANS, self.told)
+        self.controller = Controller(HOSTS, means, self.told)
 
     def run(self, line: str) -> Ended:
         """How it ended."""
@@ -256,3 +257,45 @@ def test_hosts_that_do_not_call_back_are_named_with_what_the_launcher_said(monke
     with Controller(HOSTS, MEANS) as called:
         missing = called.call()
     assert missing["b"] == "no agent called back: b: no route to it"
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this system has no IPv6")
+def test_hosts_may_be_reached_by_ipv6_alone_and_by_given_ports(tmp_path):
+    port = probe.free_port()
+    job = Job(tmp_path, replace(MEANS, address="::1", port=port, master_port=4711))
+    ended = job.run("sys.exit((os.environ['MASTER_ADDR'], os.environ['MASTER_PORT']) != ('::1', '4711'))")
+    assert ended.status == 0
+    assert f"--controller ::1:{port}" in " ".join(job.controller.command)
+
+
+def test_a_port_that_is_taken_is_an_error_of_the_user():
+    with socket.create_server(("", 0)) as taken, pytest.raises(HostError, match=r"--port .* cannot listen"):
+        Controller(HOSTS, replace(MEANS, port=taken.getsockname()[1]))
+
+
+def test_an_agent_that_cannot_call_back_says_so_itself(monkeypatch):
+    """As behind a firewall: the agents have started, and nothing gets from them to this machine but their output."""
+    here = launchers.LAUNCHERS["here"]
+
+    def blocked(hosts, directory, words):
+        return here(hosts, directory, [word.rpartition(":")[0] and "127.0.0.1:9" if ":" in word else word
+                                       for word in words])  # fmt: skip
+
+    monkeypatch.setitem(launchers.LAUNCHERS, "here", blocked)
+    begun = time.monotonic()
+    with Controller(HOSTS, MEANS) as called:
+        missing = called.call()
+    assert list(missing) == ["a", "b"]
+    for reason in missing.values():
+        assert f"{socket.gethostname()} cannot reach the launching process at 127.0.0.1:9" in reason
+        assert "--port and --address" in reason
+    assert time.monotonic() - begun < 50  # nobody is waited for who has said that he cannot come
+
+
+def test_what_an_agent_cannot_do_is_said_and_not_only_that_it_is_gone(job):
+    with job.controller as called:
+        assert called.call() == {}
+        placed = shares(HOSTS, 3, "127.0.0.1", 1)
+        ended = called.run(["/no/such/program"], {}, placed)
+    assert "FileNotFoundError" in ended.lost["a"]
+    assert "/no/such/program" in ended.explain({})

@@ -39,6 +39,17 @@ def test_options_of_the_batch_job_do_not_get_to_the_step_of_the_agents():
 
 
 @pytest.mark.parametrize(
+    ("asked_for", "option"),
+    [("1", ["--gpus-per-node=8"]), ("h100:2", ["--gpus-per-node=16"]), (None, [])],
+)
+def test_the_agents_get_the_accelerators_of_all_ranks_of_a_node(monkeypatch, asked_for, option):
+    monkeypatch.delenv("SLURM_GPUS_PER_TASK", raising=False)
+    if asked_for:
+        monkeypatch.setenv("SLURM_GPUS_PER_TASK", asked_for)
+    assert [word for word in line("slurm") if word.startswith("--gpus")] == option
+
+
+@pytest.mark.parametrize(
     ("launcher", "variable"),
     [("pdsh", "PDSH_SSH_ARGS_APPEND"), ("openmpi", "OMPI_MCA_plm_rsh_args"), ("mpich", "HYDRA_LAUNCHER_EXTRA_ARGS")],
 )

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import re
 import socket
+import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -87,8 +88,10 @@ class Slurm:
             port=ports[0], daemon_port=ports[1], nodes="\n".join(nodes),
         ))  # fmt: skip
         (self.directory / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
-        # Devices that are none: Slurm counts them, and sets CUDA_VISIBLE_DEVICES, all the same.
-        (self.directory / "gres.conf").write_text("Name=gpu Type= File=/dev/tty[0-1]\n")
+        # Devices that are none (null and zero): Slurm deals them out, and sets CUDA_VISIBLE_DEVICES, all the same.
+        for number, minor in enumerate((3, 5)):
+            os.mknod(self.directory / f"gpu{number}", 0o600 | stat.S_IFCHR, os.makedev(1, minor))
+        (self.directory / "gres.conf").write_text(f"Name=gpu File={self.directory}/gpu[0-1]\n")
         (self.directory / "state").mkdir()
 
     def _munge(self) -> None:
@@ -111,9 +114,10 @@ class Slurm:
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.run(command, env=self.environment, cwd=ROOT, **output).stdout.strip()
 
-    def submit(self, *script: str, log: Path) -> str:
+    def submit(self, *script: str, log: Path, options: Sequence[str] = ("--ntasks-per-node=1", "--gpus-per-node=0")
+               ) -> str:  # fmt: skip
         """Submit a script with its arguments for all hosts, a task on each; returns the job's number."""
-        options = ["--nodes=3", "--ntasks-per-node=1", "--gpus-per-node=0", "--no-kill", f"--output={log}"]
+        options = ["--nodes=3", *options, "--no-kill", f"--output={log}"]
         said = self.ask("sbatch", "--parsable", *options, f"--export=ALL,RUNS={log.parent}", *script)
         assert said.isdigit(), said
         return said
@@ -198,3 +202,41 @@ def test_a_node_that_loses_its_power_is_left_out(slurm, recipe, network, tmp_pat
     assert "lost n3: silent for" in log.read_text()
     assert "2 ranks (dp 2 x sp 1) on n1, n2" in log.read_text()
     assert read_outcome(tmp_path / "run")["step"] == 60
+
+
+LOOK = """
+import os, sys
+from pathlib import Path
+from bst_dist.cluster.controller import Controller, Means
+from bst_dist.cluster.elastic import shares
+from bst_dist.cluster.hosts import slurm_hosts
+
+hosts = slurm_hosts()
+program = "import os; print('rank', os.environ['RANK'], 'local', os.environ['LOCAL_RANK'], 'devices', "
+program += "os.environ.get('CUDA_VISIBLE_DEVICES'), 'cores', len(os.sched_getaffinity(0)))"
+with Controller(hosts, Means("slurm", Path.cwd())) as controller:
+    missing = controller.call()
+    assert not missing, missing
+    placed = shares(hosts, sum(host.slots for host in hosts), controller.address("n1"), controller.free_port("n1"))
+    assert controller.run([sys.executable, "-c", program], {}, placed).status == 0
+"""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--ntasks-per-node=2", "--gpus-per-task=1", "--cpus-per-task=1"),
+        ("--ntasks-per-node=1", "--gpus-per-node=2", "--exclusive"),  # one task, which starts its processes itself
+    ],
+    ids=["a-device-a-task", "one-task"],
+)
+def test_what_a_job_asks_for_a_task_is_not_what_all_ranks_of_a_node_get(slurm, tmp_path, options):
+    """Two ranks a node, both of which see both devices, told apart by LOCAL_RANK, and every core."""
+    log, script, look = tmp_path / "log", tmp_path / "job.sh", tmp_path / "look.py"
+    look.write_text(LOOK)
+    # What sbatch of newer versions sets for --cpus-per-task, so that srun takes it again.
+    script.write_text(f"#!/bin/sh\ncd {ROOT}\nexport SRUN_CPUS_PER_TASK=1\nexec {sys.executable} {look}\n")
+    job = slurm.submit(str(script), log=log, options=options)
+    assert slurm.wait(job, log) == "0:0", log.read_text()
+    found = sorted(line for line in log.read_text().splitlines() if line.startswith("rank "))
+    assert found == [f"rank {rank} local {rank % 2} devices 0,1 cores {os.cpu_count()}" for rank in range(6)]
