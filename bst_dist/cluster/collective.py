@@ -1,4 +1,4 @@
-"""A rank that only looks whether all ranks can talk: joins the group, adds one to a sum, and leaves.
+"""A rank that only looks whether all ranks compute and talk: multiplies, joins the group, adds to a sum, and leaves.
 
 What fails here in seconds would fail in training after the whole model has been built.
 """
@@ -6,14 +6,28 @@ What fails here in seconds would fail in training after the whole model has been
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from datetime import timedelta
 
 import torch
 from torch import distributed
 
+from bst_dist.faults.status import USER_ERROR
+from bst_dist.parallel.devices import cpu_refusal
+
 TIMEOUT = timedelta(seconds=300)
 """Hundreds of ranks import torch from one file system that none of them has read yet: that takes minutes."""
+SIZE = 512
+"""Rows of the matrices: enough for every multiprocessor to have a part of them."""
+
+
+def multiplies(device: torch.device) -> bool:
+    """Whether the device gets a product of two matrices right: of small whole numbers, exact in every precision."""
+    rows = torch.arange(SIZE)
+    left, right = (rows[:, None] + rows) % 7, (rows[:, None] * rows) % 5
+    found = left.to(device, torch.float32) @ right.to(device, torch.float32)
+    return torch.equal(found.cpu().long(), left @ right)
 
 
 def main() -> int:
@@ -23,6 +37,12 @@ def main() -> int:
     device = torch.device("cpu") if accelerator is None else torch.device(accelerator, int(os.environ["LOCAL_RANK"]))
     if accelerator is not None:
         torch.accelerator.set_device_index(device.index)
+    if accelerator is None and (refusal := cpu_refusal(os.environ)) is not None:
+        print(f"rank {rank} on {socket.gethostname()}: {refusal}", file=sys.stderr)
+        return USER_ERROR
+    if not multiplies(device):
+        print(f"rank {rank} on {socket.gethostname()}: {device} multiplies two matrices wrongly", file=sys.stderr)
+        return 1
     try:
         distributed.init_process_group(timeout=TIMEOUT, device_id=None if accelerator is None else device)
         total = torch.ones(1, device=device)
