@@ -228,6 +228,27 @@ class Mamba2Config(SelectiveConfig):
     """Taps of the convolution before the SSM."""
 
 
+class GatedDeltaNetConfig(Config):
+    """A Gated DeltaNet layer; its heads are the model's."""
+
+    expand: int = Field(2, ge=1, le=1024)
+    """A head's values are this many times as wide as its keys."""
+    dt_min: float = Field(1e-3, gt=0, le=1e3, allow_inf_nan=False)
+    """Smallest initial step of the decay; steps are log-uniform per head."""
+    dt_max: float = Field(1e-1, gt=0, le=1e3, allow_inf_nan=False)
+    """Largest initial step."""
+    convolution: int = Field(4, ge=1, le=1024)
+    """Taps of the convolution before the state."""
+    chunk: int = Field(64, ge=1, le=65536)
+    """Tokens computed as one triangular system (T); must divide the block."""
+
+    @model_validator(mode="after")
+    def _check(self) -> GatedDeltaNetConfig:
+        if self.dt_min > self.dt_max:
+            raise ValueError(f"dt_min ({self.dt_min}) must be at most dt_max ({self.dt_max})")
+        return self
+
+
 class FullAttentionConfig(Config):
     """Full causal attention."""
 
@@ -244,6 +265,7 @@ MIXER_SECTIONS: dict[str, tuple[str, ...]] = {
     "gss": ("gss", "ssm"),
     "ssm": ("ssm",),
     "mamba2": ("mamba2",),
+    "gated-deltanet": ("gated_deltanet",),
     "full": ("attention", "full"),
 }
 """The sections of the settings that each mixer reads; `layers.MIXERS` has their classes, under the same names."""
@@ -267,6 +289,7 @@ class LayerConfig(Config):
     block_recurrent: BlockRecurrentConfig = BlockRecurrentConfig()
     gss: GSSConfig = GSSConfig()
     mamba2: Mamba2Config = Mamba2Config()
+    gated_deltanet: GatedDeltaNetConfig = GatedDeltaNetConfig()
     full: FullAttentionConfig = FullAttentionConfig()
 
     def mixers(self) -> list[str]:
@@ -305,7 +328,7 @@ class ModelConfig(LayerConfig):
             raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
         if self.attention.position == "rope" and self.width // self.heads % 2:
             raise ValueError(f"rope needs an even head width, got width/heads = {self.width // self.heads}")
-        for section in ("ssm", "mamba2"):
+        for section in ("ssm", "mamba2", "gated_deltanet"):
             chunk = getattr(self, section).chunk
             if self.block % min(chunk, self.block):
                 raise ValueError(f"{section}.chunk ({chunk}) must divide block ({self.block})")

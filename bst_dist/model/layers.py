@@ -14,6 +14,7 @@ from bst_dist.model import compiled
 from bst_dist.model.attention import SlidingAttention
 from bst_dist.model.baselines.block_recurrent import BlockRecurrentMixer
 from bst_dist.model.baselines.full import FullMixer
+from bst_dist.model.baselines.gated_deltanet import GatedDeltaNetMixer
 from bst_dist.model.baselines.gss import GSSMixer
 from bst_dist.model.baselines.mamba2 import Mamba2Mixer
 from bst_dist.model.baselines.pure_ssm import PureSSMMixer
@@ -70,6 +71,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "gss": GSSMixer,
     "ssm": PureSSMMixer,
     "mamba2": Mamba2Mixer,
+    "gated-deltanet": GatedDeltaNetMixer,
     "full": FullMixer,
 }
 """The class of each mixer; which sections of the settings it reads, `config.MIXER_SECTIONS` says."""

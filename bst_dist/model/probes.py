@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bst_dist.model.attention import unit
 from bst_dist.model.baselines.block_recurrent import BlockRecurrentMixer
+from bst_dist.model.baselines.gated_deltanet import DeltaRule
 from bst_dist.model.context import CrossAttention
 from bst_dist.model.layers import BSTMixer, NoCrossMixer
 from bst_dist.model.lm import LanguageModel
@@ -61,8 +62,9 @@ def _(kernel: S4DPLR) -> Tensor:
     return (-1 / torch.linalg.eigvals(transition.detach()).abs().log()).flatten()
 
 
-@time_scales.register
-def _(kernel: Selective) -> Tensor:
+@time_scales.register(DeltaRule)
+@time_scales.register(Selective)
+def _(kernel: Selective | DeltaRule) -> Tensor:
     """1 / (dt A) of each head, at the step of a token that asks for no other."""
     return (1 / (nn.functional.softplus(kernel.step) * kernel.log_decay.exp())).detach()
 

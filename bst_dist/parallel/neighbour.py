@@ -117,7 +117,8 @@ class LeftNeighbour(Past):
         """Raises SequenceParallelError: the ranks would have to take turns."""
         raise SequenceParallelError(
             f"a layer's state ({name}) follows from the one before by more than a factor for each of its numbers "
-            "(Block-Recurrent, ssm.kernel s4-dplr), so ranks that share a sequence would wait for each other in line: "
+            "(Block-Recurrent, Gated DeltaNet, ssm.kernel s4-dplr), so ranks that share a sequence would wait for each "
+            "other in line: "
             "set parallel.sp to 1"
         )
 

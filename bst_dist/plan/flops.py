@@ -99,6 +99,15 @@ def _selective(channels: int, state: int, maps: int, chunk: int) -> float:
     return 2 * maps * chunk * (state + channels) + 2 * channels * state * (1 + maps)
 
 
+def _gated_deltanet(config: ModelConfig, length: int) -> dict[str, float]:
+    d, own = config.width, config.gated_deltanet
+    values, chunk = own.expand * d, min(own.chunk, config.block)
+    projections = 2 * d * (2 * d + 2 * values + 2 * config.heads) + 2 * values * d
+    key = d // config.heads
+    within = 4 * chunk * d + 2 * chunk * values  # keys and queries with keys, and what was written
+    return {"projections": projections, "delta": within + 6 * key * values}  # the triangular solve is not counted
+
+
 def _pure_ssm(config: ModelConfig, length: int) -> dict[str, float]:
     return {"projections": 4 * config.width**2} | kernel_flops(config, config.width, 1, length)
 
@@ -162,6 +171,7 @@ MIXER_TERMS: dict[str, Callable[[ModelConfig, int], dict[str, float]]] = {
     "gss": _gss,
     "ssm": _pure_ssm,
     "mamba2": _mamba2,
+    "gated-deltanet": _gated_deltanet,
     "full": _full,
 }
 """FLOPs a token of each mixer's forward pass, by term."""

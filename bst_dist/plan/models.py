@@ -108,6 +108,7 @@ def _models(config: ModelConfig, length: int) -> Iterator[tuple[str, dict[str, A
     yield "GSS hybrid", {"mixer": "gss", "placement": hybrid, "gss": config.gss.model_dump(), "ssm": gss_ssm}
     mamba2 = {"head": math.gcd(64, 2 * config.width)}
     yield "Mamba-2 hybrid", {"mixer": "mamba2", "placement": hybrid, "mamba2": mamba2}
+    yield "Gated DeltaNet hybrid", {"mixer": "gated-deltanet", "placement": hybrid}
     yield "pure SSM", {"mixer": "ssm", "ssm": s4d}
     yield "full attention", {"mixer": "full", "full": {"longest": max(length, config.full.longest)}}
 

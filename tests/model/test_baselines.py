@@ -54,6 +54,7 @@ RESETTABLE = {
     "gss": {"mixer": "gss", **STRUCTURED["s4d"]},
     "ssm": {"mixer": "ssm", **STRUCTURED["s4d"]},
     "mamba2": {"mixer": "mamba2", "mamba2": MAMBA2},
+    "gated-deltanet": {"mixer": "gated-deltanet", "gated_deltanet": {"chunk": 4}},
     "SH ssd": {"mixer": "bst", **CONTEXTS["SH"], "ssm": SSD},
     "MH ssd": {"mixer": "bst", **CONTEXTS["MH"], "ssm": {**SSD, "chunk": 8}},
     "ssm ssd": {"mixer": "ssm", "ssm": SSD},

@@ -20,6 +20,7 @@ SETTINGS = {
     "gss": {"gss": {"gate": 2, "reduce": 2}, "ssm": {"state": 4, "chunk": 2}},
     "ssm": {"ssm": {"state": 4, "chunk": 2}},
     "mamba2": {"mamba2": {"state": 3, "head": 4, "chunk": 2}},
+    "gated-deltanet": {"gated_deltanet": {"chunk": 2}},
     "full": {"full": {"longest": LENGTH}},
     "bst-no-cross": {},
 }
@@ -39,7 +40,7 @@ class Layers(LayerConfig):
 def build(name, **attention):
     torch.manual_seed(2)
     settings = {"width": WIDTH, "heads": HEADS, "ffn": 1, "block": BLOCK, "name": name, **SETTINGS[name]}
-    if name not in ("gss", "ssm", "mamba2"):
+    if name not in ("gss", "ssm", "mamba2", "gated-deltanet"):
         settings["attention"] = {"buckets": 8, "max_distance": 9, **attention}
     model = MIXERS[name](parse(Layers, settings)).double()
     with torch.no_grad():
@@ -235,12 +236,35 @@ def mamba2(model, u, starts):
     return torch.stack(rows)
 
 
+def gated_deltanet(model, u, starts):
+    """Each head's state as a matrix, written by correction token by token."""
+    mixed = [silu(x) for x in convolved(model.convolution, [model.into.weight @ x for x in u], starts)]
+    wide, rows, state = 2 * HEAD, [], {}
+    for t in range(len(u)):
+        decay_in, strength_in = (model.gates.weight @ u[t]).view(2, HEADS)
+        heads = []
+        for h in range(HEADS):
+            q, k = normal(head_of(mixed[t][:WIDTH], h)), normal(head_of(mixed[t][WIDTH : 2 * WIDTH], h))
+            v = mixed[t][2 * WIDTH + h * wide : 2 * WIDTH + (h + 1) * wide]
+            if t == 0 or (t % BLOCK == 0 and starts[t // BLOCK]):
+                state[h] = torch.zeros(HEAD, wide, dtype=torch.float64)
+            step = torch.log(1 + torch.exp(decay_in[h] + model.rule.step[h]))
+            strength = 1 / (1 + torch.exp(-strength_in[h]))
+            before = torch.exp(-step * torch.exp(model.rule.log_decay[h])) * state[h]
+            state[h] = before - strength * torch.outer(k, k @ before) + strength * torch.outer(k, v)
+            y = q @ state[h]
+            heads.append(y / torch.sqrt((y * y).mean() + 1e-6) * model.norm.weight)
+        rows.append(model.out.weight @ (torch.cat(heads) * silu(model.gate.weight @ u[t])))
+    return torch.stack(rows)
+
+
 LITERAL = {
     "transformer-xl": transformer_xl,
     "block-recurrent": block_recurrent,
     "gss": gss,
     "ssm": pure_ssm,
     "mamba2": mamba2,
+    "gated-deltanet": gated_deltanet,
     "full": full,
     "bst-no-cross": no_cross,
 }

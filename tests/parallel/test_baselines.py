@@ -23,6 +23,7 @@ PASSED_ON = {
     "no SSM": {"mixer": "bst", "ssm": {"kernel": "none"}},
 }
 REFUSED = {
+    "gated-deltanet": ({"mixer": "gated-deltanet", "gated_deltanet": {"chunk": 4}}, "parallel.sp to 1"),
     "block-recurrent": ({"mixer": "block-recurrent", "block_recurrent": {"states": 4}}, "parallel.sp to 1"),
     "s4-dplr": ({"mixer": "bst", "ssm": {"kernel": "s4-dplr", "state": 4}}, "parallel.sp to 1"),
     "full": ({"mixer": "full"}, "Lower parallel.sp"),

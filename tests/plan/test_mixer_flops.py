@@ -32,6 +32,7 @@ CASES = {
     "block-recurrent": {"mixer": "block-recurrent", "block_recurrent": {"states": 24}},
     "gss": {"mixer": "gss", "ssm": {"state": 32, "chunk": 16}, "gss": {"gate": 3, "reduce": 2}},
     "mamba2": {"mixer": "mamba2", "mamba2": {"state": 5, "head": 16, "chunk": 16}},
+    "gated-deltanet": {"mixer": "gated-deltanet", "gated_deltanet": {"chunk": 16}},
     "full": {"mixer": "full"},
 }  # fmt: skip
 

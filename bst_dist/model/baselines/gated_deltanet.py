@@ -1,0 +1,114 @@
+"""Gated DeltaNet (Yang, Kautz and Hatamizadeh 2024, arXiv 2412.06464, section 3): a state written by correction.
+
+    S_t = a_t (S_{t-1} - b_t k_t (k_t' S_{t-1})) + b_t k_t v_t',   y_t = S_t' q_t
+
+A head's state S (K x V) is a memory from keys to values: a token takes out what the state held for its key, in part
+b_t, and puts in its own value, after all has decayed by a_t. q, k, v go through a short convolution and SiLU, q and k
+are L2-normalised, and the output is normalised and gated. Inside a chunk of T tokens the corrections are one triangular
+system (the WY form), between chunks the state: linear in the length, exactly causal. The state after a
+slice is a matrix times the one before, more than the scan over ranks can send, so parallel.sp must be 1.
+
+Shapes: B rows, l tokens, H heads, T tokens of a chunk, K and V the widths of a head's keys and values.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bst_dist.model.config import LayerConfig
+from bst_dist.model.ssm.selective import CausalConvolution
+from bst_dist.parallel.past import Past
+
+
+class DeltaRule(nn.Module):
+    """The decays of H heads, and the recurrence."""
+
+    def __init__(self, heads: int, chunk: int, dt_min: float, dt_max: float):
+        super().__init__()
+        self.chunk = chunk
+        self.log_decay = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        dt = torch.empty(heads).uniform_(math.log(dt_min), math.log(dt_max)).exp()
+        self.step = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # what softplus makes dt of
+
+    def dynamics(self) -> list[nn.Parameter]:
+        """The parameters that train at a rate of their own and without decay."""
+        return [self.log_decay, self.step]
+
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+        """(B, l, H, K) queries and keys of length one, (B, l, H, V) values -> (B, l, H, V).
+
+        `gates` (B, l, 2, H): what decay and strength are made of; `starts` (B, l / block) marks blocks before which the
+        state is zero.
+        """
+        q, k, v, gates = (one.to(self.step.dtype) for one in (q, k, v, gates))
+        chunk = self.chunk if q.shape[1] % self.chunk == 0 else q.shape[1]  # within a block a slice is one chunk
+        log_a = -self.log_decay.exp() * F.softplus(gates[:, :, 0] + self.step)  # (B, l, H)
+        q, k, v, log_a, b = (
+            one.unflatten(1, (-1, chunk)).transpose(2, 3) for one in (q, k, v, log_a, gates[:, :, 1].sigmoid())
+        )  # (B, m, H, T, *)
+        sums = log_a.cumsum(-1)
+        later = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1)
+        decays = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()  # (B, m, H, T, T)
+        b, kept = b.unsqueeze(-1), sums.exp().unsqueeze(-1)
+        system = torch.eye(chunk, dtype=q.dtype, device=q.device) + (b * (k @ k.mT) * decays).tril(-1)
+        known = torch.cat((b * v, b * k * kept), dim=-1)
+        fresh, of_state = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True).split(
+            (v.shape[-1], k.shape[-1]), dim=-1
+        )
+        into = k * (sums[..., -1:] - sums).exp().unsqueeze(-1)
+        parts = (fresh, of_state, into, q * kept, (q @ k.mT) * decays, kept[..., -1:, :])
+        return self._through(parts, past, starts).transpose(2, 3).flatten(1, 2)
+
+    def _through(self, parts: tuple[Tensor, ...], past: Past, starts: Tensor | None) -> Tensor:
+        """From chunk to chunk, (B, m, H, T, V): what each reads of the state and of itself, and leaves behind."""
+        state = past.serial_state("state")
+        chunks = parts[0].shape[1]
+        outputs = []
+        # Unbound at once: indexing chunk by chunk would make the backward pass quadratic in the chunks.
+        for index, (fresh, of_state, into, query, scores, kept) in enumerate(
+            zip(*(part.unbind(1) for part in parts), strict=True)
+        ):
+            if state is None:
+                state = into.new_zeros(*into.shape[:2], into.shape[-1], fresh.shape[-1])
+            if starts is not None and index % (chunks // starts.shape[1]) == 0:
+                begins = starts[:, index // (chunks // starts.shape[1])]
+                state = state.masked_fill(begins[:, None, None, None], 0)
+            written = fresh - of_state @ state
+            outputs.append(query @ state + scores @ written)
+            state = kept * state + into.mT @ written
+        past.leave_serial_state("state", state)
+        return torch.stack(outputs, 1)
+
+
+class GatedDeltaNetMixer(nn.Module):
+    """Gated DeltaNet mixer: (B, l, D) -> (B, l, D); H heads of the model's, K = D / H, V = expand K."""
+
+    def __init__(self, config: LayerConfig):
+        super().__init__()
+        settings, width = config.gated_deltanet, config.width
+        if config.block < settings.convolution - 1:
+            raise ValueError(f"gated_deltanet.convolution {settings.convolution} reaches further back than a block")
+        self.heads, self.width, values = config.heads, width, settings.expand * width
+        self.into = nn.Linear(width, 2 * width + values, bias=False)
+        self.convolution = CausalConvolution(2 * width + values, settings.convolution)
+        self.gates = nn.Linear(width, 2 * config.heads, bias=False)
+        self.gate = nn.Linear(width, values, bias=False)
+        self.rule = DeltaRule(config.heads, min(settings.chunk, config.block), settings.dt_min, settings.dt_max)
+        self.norm = nn.RMSNorm(values // config.heads, eps=1e-6)
+        self.out = nn.Linear(values, width, bias=False)
+
+    def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+        mixed = F.silu(self.convolution(self.into(u), past.child("convolution"), starts))
+        sizes = self.width, self.width, mixed.shape[-1] - 2 * self.width
+        q, k, v = (one.unflatten(-1, (self.heads, -1)) for one in mixed.to(self.rule.step.dtype).split(sizes, dim=-1))
+        q, k = F.normalize(q, dim=-1, eps=1e-6), F.normalize(k, dim=-1, eps=1e-6)
+        gates = self.gates(u).unflatten(-1, (2, self.heads))
+        y = self.rule(q, k, v, gates, past.child("delta"), starts)
+        y = self.norm(y.to(u.dtype)).flatten(-2) * F.silu(self.gate(u))
+        return self.out(y.to(u.dtype))
