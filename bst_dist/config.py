@@ -154,22 +154,19 @@ class Recipe(Config):
             )
 
 
-# What may change from one start of a run to the next without making it another run: what is written, and how the run
-# lies over its ranks. The global batches, and so the loss but for rounding, do not depend on it.
+NUMBERS = ("seed", "model", "data", "train", "optimizer", "schedule", "branch", "initial_weights")
+"""Sections of a recipe that decide what a run computes, but for rounding. All others are free to change from one start
+to the next: what is written, and how the run lies over its ranks."""
 FREE = (
-    "ranks",
-    "log",
-    "guard",
-    "watchdog",
-    "checkpoint",
-    "parallel",
-    "deepspeed",
-    "activation_checkpointing",
-    "compile",
     "train.micro_sequences",
     "train.slice_tokens",
     "train.edges",
+    "data.prefetch",
+    "data.on_bad_shard",
+    "data.storage",
+    "data.examples",
 )
+"""What is free within them. Where a corpus lies is too: checkpoints hold it to its digest (the loader's `check`)."""
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -221,25 +218,25 @@ def deepspeed_file(recipe: Recipe) -> Path:
 
 
 def digest(recipe: Recipe) -> str:
-    """SHA-256 of everything in the recipe that makes the run what it is."""
-    return hashlib.sha256(json.dumps(_identity(recipe), sort_keys=True).encode()).hexdigest()
+    """SHA-256 of what the recipe sets of what makes a run what it is: a setting at its default does not count, so that
+    a version with more settings gives the same."""
+    return hashlib.sha256(json.dumps(identity(recipe, defaults=False), sort_keys=True).encode()).hexdigest()
 
 
 def differing(one: Recipe, other: Recipe) -> list[str]:
     """Dotted fields in which two recipes are different runs, as ``field: one's value, other's value``."""
-    a, b = flat(_identity(one)), flat(_identity(other))
+    a, b = identity(one), identity(other)
     return [f"{key}: {a.get(key)!r}, {b.get(key)!r}" for key in {**a, **b} if a.get(key) != b.get(key)]
 
 
-def _identity(recipe: Recipe) -> dict[str, Any]:
-    """What makes the run: the recipe without its free sections and fields."""
-    data = recipe.model_dump(mode="json")
-    for field in FREE:
-        section, _, name = field.rpartition(".")
-        (data[section] if section else data).pop(name)
-    if recipe.initial_weights is None:
-        data.pop("initial_weights")  # recipes from before there were any have no such key in their digests
-    return data
+def identity(recipe: Recipe, defaults: bool = True) -> dict[str, Any]:
+    """What makes the run, by dotted names; without what has its default, where that is not wanted."""
+    data = recipe.model_dump(mode="json", include=set(NUMBERS), exclude_defaults=not defaults)
+    corpus = data["data"].pop("corpus", None)
+    if isinstance(corpus, list):
+        data["data"]["weights"] = [each.get("weight", 1.0) for each in corpus]
+    return {name: value for name, value in flat(data).items()
+            if not any(name == free or name.startswith(f"{free}.") for free in FREE)}  # fmt: skip
 
 
 def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,12 +56,14 @@ class Identity:
     """What a run is, and how it lies over its ranks now."""
 
     recipe: str
-    """Digest of what makes the recipe this run."""
+    """Digest of what makes the recipe this run, for people."""
     groups: dict[str, Any]
     """Hyperparameters of the parameter groups, by name."""
     seed: int
     layout: Layout
     rows: Rows
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What the recipe sets, and every checkpoint of the run has in common, by dotted names."""
 
 
 class State(saving.State, Protocol):
@@ -101,6 +103,7 @@ class Snapshots:
             "skipped": position.skipped,
             "updates": self.state.updates(),
             "recipe": self.identity.recipe,
+            "settings": self.identity.settings,
             "groups": self.identity.groups,
             "layout": vars(self.identity.layout),
             "versions": self._versions,
@@ -148,14 +151,15 @@ class Snapshots:
         if found := judged(self.ranks, checkpoint):
             raise CheckpointError(f"{checkpoint}: {found[0]}")
 
-    def load(self, checkpoint: Path, recipe: str | None = None) -> Position:
+    def load(self, checkpoint: Path, of_trunk: bool = False) -> Position:
         """Put the engine and the generators where they were; raises CheckpointError for another run's checkpoint.
 
         Under another layout than it was written, generators start anew: what they draw could not be the same.
-        `recipe`: the digest of the trunk's recipe, when the run branches off another.
+        `of_trunk`: the run branches off another, and that it may has been seen to.
         """
         manifest = manifest_of(self.ranks, checkpoint)
-        self._require_same(checkpoint, manifest, recipe or self.identity.recipe)
+        if not of_trunk:
+            self._require_same(checkpoint, manifest)
         self._fill(checkpoint)
         self.state.filled(manifest["step"], manifest["updates"])
         saved, rank = Layout(**manifest["layout"]), self.ranks.rank
@@ -177,11 +181,16 @@ class Snapshots:
         own = self.identity.layout
         return (saved.ranks, saved.sp) == (own.ranks, own.sp)
 
-    def _require_same(self, checkpoint: Path, manifest: dict[str, Any], recipe: str) -> None:
-        wanted = {"recipe": recipe, "groups": json.loads(json.dumps(self.identity.groups))}
-        for key, value in wanted.items():
-            if manifest[key] != value:
-                raise CheckpointError(f"{checkpoint}: of another run: {key} is {manifest[key]!r}, here {value!r}")
+    def _require_same(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
+        """Checkpoints from before settings were in the manifest are held to the recipe in their run's directory alone,
+        as all are."""
+        there, own = manifest.get("settings"), json.loads(json.dumps(self.identity.settings))
+        for name in sorted({**(there or own), **own}):
+            if there is not None and there.get(name) != own.get(name):
+                raise CheckpointError(
+                    f"{checkpoint}: of another run: {name} is {there.get(name, 'not set')!r}, here "
+                    f"{own.get(name, 'not set')!r}"
+                )
 
     def _fill(self, checkpoint: Path) -> None:
         """Read what this rank holds, a parameter at a time, from whichever ranks had written it."""

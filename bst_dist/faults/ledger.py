@@ -18,11 +18,13 @@ from bst_base.files import atomic_file
 from bst_dist.report.metrics import keep_dropped, read_lines
 
 FILE = "ledger.jsonl"
+CHANGE = "change"
+"""The action of an entry that says what a run has otherwise from a step on."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One step that was not taken."""
+    """One step that was not taken, or a change of the run's settings after a step."""
 
     step: int
     """Its number, counted from 1 as in the metrics."""
@@ -31,7 +33,7 @@ class Entry:
     cause: str
     """What was wrong, with its value and the limit."""
     action: str
-    """stop, skip or roll-back."""
+    """stop, skip, roll-back or change."""
     back_to: int | None = None
     """After how many steps the run went on, when it was rolled back."""
     time: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), compare=False)
@@ -64,7 +66,8 @@ class Ledger:
 
     def lately(self, data_step: int, within: int) -> int:
         """How many entries there are of the last `within` steps' worth of data before `data_step`."""
-        return sum(data_step - within <= entry.data_step < data_step for entry in self.entries)
+        return sum(data_step - within <= entry.data_step < data_step for entry in self.entries
+                   if entry.action != CHANGE)  # fmt: skip
 
 
 def read(run_dir: Path, step: int, skipped: int) -> list[Entry]:

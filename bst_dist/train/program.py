@@ -19,7 +19,7 @@ from bst_dist.checkpoint.fragments import EngineState
 from bst_dist.checkpoint.layout import Layout, Rows
 from bst_dist.checkpoint.retention import abandon
 from bst_dist.checkpoint.snapshot import Checkpoints, Evaluated, Identity, Position, Snapshots
-from bst_dist.config import digest
+from bst_dist.config import digest, identity
 from bst_dist.faults import ledger
 from bst_dist.faults.guard import DivergedError, Guard, RollBack
 from bst_dist.faults.lease import SharedLease, shared_lease
@@ -42,6 +42,7 @@ from bst_dist.report.utilisation import Speed, recomputed_flops_per_token
 from bst_dist.train import rundir
 from bst_dist.train.branch import origin
 from bst_dist.train.compiling import compiles
+from bst_dist.train.continuing import fixed
 from bst_dist.train.engine import Engine
 from bst_dist.train.evaluation import Evaluate
 from bst_dist.train.initial import load_initial
@@ -146,8 +147,10 @@ def _guard(start: Start, ranks: Ranks, position: Position) -> Guard:
         losses = [line["loss_nats"] for line in _lines(start) if line["kind"] == "train"]
         seen = ledger.read(start.run_dir, position.step, position.skipped), losses[-start.recipe.guard.spike_window :]
     entries, losses = ranks.from_first(seen)
-    path = start.run_dir / ledger.FILE if ranks.first else None
-    return Guard(start.recipe.guard, ledger.Ledger(entries, path), losses)
+    book = ledger.Ledger(entries, start.run_dir / ledger.FILE if ranks.first else None)
+    if start.changed and not any(entry.cause == "; ".join(start.changed) for entry in entries):
+        book.add(ledger.Entry(position.step, position.skipped, "; ".join(start.changed), ledger.CHANGE))
+    return Guard(start.recipe.guard, book, losses)
 
 
 def _roll_back(start: Start, snapshots: Snapshots, trainer: Trainer, entry: ledger.Entry) -> Position:
@@ -196,6 +199,7 @@ def _identity(start: Start, engine: Engine, ranks: Ranks) -> Identity:
     recipe = start.recipe
     return Identity(
         recipe=digest(recipe),
+        settings=fixed(identity(recipe, defaults=False)),
         groups=engine.groups.describe(),
         seed=recipe.seed,
         layout=Layout(ranks.world, recipe.parallel.sp, engine.stage),
@@ -265,7 +269,7 @@ def _branch_off(start: Start, snapshots: Snapshots) -> Position:
     """Load the trunk's checkpoint that the run begins at."""
     begin = origin(start.run_dir, start.recipe)
     snapshots.require_whole(begin.checkpoint)
-    return snapshots.load(begin.checkpoint, recipe=digest(begin.trunk))
+    return snapshots.load(begin.checkpoint, of_trunk=True)
 
 
 def _mesh(start: Start, ranks: Ranks) -> Mesh:
@@ -332,6 +336,8 @@ def _header(start: Start, engine: Engine, ranks: Ranks, compiled: str) -> str:
         lines["slices"] = f"{slices:,} of {recipe.train.slice_tokens:,} tokens a sequence, edges: {recipe.train.edges}"
     if ranks.device.type != "cpu":
         lines["layers"] = f"compiled: {compiled}"
+    if start.changed:
+        lines["change"] = f"{'; '.join(start.changed)} (before, from here on)"
     if unused := model.unused_sections():
         lines["unused"] = f"no layer reads {', '.join(f'model.{section}' for section in unused)}, which is set"
     return "\n".join([*(f"{name:<6} {text}" for name, text in lines.items()), Console.header(start.objective.labels)])

@@ -27,10 +27,11 @@ from bst_base.errors import StorageError, UserError
 from bst_base.files import atomic_file
 from bst_base.settings import dump, load
 from bst_dist.checkpoint.directory import CHECKPOINTS, PARTIAL, committed, entries, step_of
-from bst_dist.config import Recipe, differing, load_recipe
+from bst_dist.config import Recipe, load_recipe
 from bst_dist.faults.lease import LEASE
 from bst_dist.faults.watchdog import HEARTBEATS, STACKS
 from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.train.continuing import changes
 from bst_dist.version import versions
 
 RECIPE, DS_CONFIG, ENVIRONMENT, OUTCOME = "recipe.yaml", "ds_config.json", "environment.json", "outcome.json"
@@ -70,18 +71,18 @@ def read_recipe(run_dir: Path) -> Recipe:
     return load_recipe(run_dir / RECIPE)
 
 
-def check(run_dir: Path, recipe: Recipe, completed: dict[str, Any], resume: bool, from_zero: bool = False) -> None:
-    """Raise RunDirectoryError unless the run may start, or go on, in `run_dir`; nothing is written.
+def check(run_dir: Path, recipe: Recipe, completed: dict[str, Any], resume: bool, from_zero: bool = False) -> list[str]:
+    """Raise unless the run may start, or go on, in `run_dir`; returns what it has otherwise from here on.
 
-    Refused are another recipe, a DeepSpeed configuration that computes something else, checkpoints without `resume`,
-    and a directory that holds something else than a run. The layout may be another. Raises StorageError when the
-    directory shows steps but this host sees no checkpoint of them, unless `from_zero` says to begin anew.
+    Nothing is written. Refused are another recipe (`continuing.OtherRunError`), and by RunDirectoryError a DeepSpeed
+    configuration that computes something else, checkpoints without `resume`, and a directory of something else. The
+    layout may be another. Raises StorageError when the directory shows steps but this host sees no checkpoint of them,
+    unless `from_zero` says to begin anew.
     """
     if not (run_dir / RECIPE).exists():
         _require_free(run_dir)
-        return
-    if found := differing(load(Recipe, run_dir / RECIPE), recipe):
-        raise RunDirectoryError(_listed(f"{run_dir}: holds another run; recipe there, recipe given:", found))
+        return []
+    changed = changes(run_dir, load(Recipe, run_dir / RECIPE), recipe)
     stored = run_dir / DS_CONFIG
     if stored.exists() and (found := _changed(json.loads(stored.read_text()), completed)):
         raise RunDirectoryError(_listed(f"{run_dir}: holds a run with another DeepSpeed configuration:", found))
@@ -102,6 +103,7 @@ def check(run_dir: Path, recipe: Recipe, completed: dict[str, Any], resume: bool
             f"{run_dir}: {shown}, but {socket.gethostname()} sees no checkpoint in {run_dir / CHECKPOINTS} ({beside} "
             f"there): is its file system mounted? To begin at step 0 all the same: {FROM_ZERO}"
         )
+    return changed
 
 
 def _require_free(run_dir: Path) -> None:

@@ -38,6 +38,8 @@ class Start:
     """DeepSpeed's configuration."""
     accumulation: int
     until: int
+    changed: Sequence[str] = ()
+    """What the run has otherwise than at its start before, as ``field: before, now``."""
 
 
 def load(request: Request) -> Recipe:
@@ -53,9 +55,9 @@ def resolve(recipe: Recipe, request: Request, world: int) -> Start:
     _require_slices(recipe)
     completed = _complete(recipe, world, micro_batches)
     run_dir = request.run_dir or Path("runs") / recipe.name
-    rundir.check(run_dir, recipe, completed, request.resume, request.from_zero)
+    changed = rundir.check(run_dir, recipe, completed, request.resume, request.from_zero)
     until = min(request.until or recipe.train.steps, recipe.train.steps)
-    return Start(recipe, run_dir, objective, completed, micro_batches, until)
+    return Start(recipe, run_dir, objective, completed, micro_batches, until, changed)
 
 
 def _require_slices(recipe: Recipe) -> None:

@@ -71,7 +71,8 @@ def run_there(recipe_file, tmp_path) -> tuple[Path, Path]:
     ("changes", "said"),
     [
         ([], "already has checkpoints, up to step-00000004: go on from there with --resume"),
-        (["train.steps=7", "--resume"], "holds another run; recipe there, recipe given:\n  train.steps: 6, 7"),
+        (["model.width=32", "--resume"], "holds another run; recipe there, recipe given:\n  model.width: 16, 32"),
+        (["schedule.kind=cosine", "--resume"], "as a branch, branch.run=../run branch.step=N, from a checkpoint"),
         (["seed=9"], "seed: 3, 9"),
     ],
 )

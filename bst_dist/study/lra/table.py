@@ -11,7 +11,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from bst_base.errors import UserError
-from bst_dist.config import FREE, Recipe
+from bst_dist.config import NUMBERS, Recipe
 from bst_dist.study.lra.evaluate import read_kept
 from bst_dist.train.rundir import read_recipe
 
@@ -52,7 +52,7 @@ def describe(recipe: Recipe) -> str:
 
 
 def _without_seed(recipe: Recipe) -> str:
-    data = recipe.model_dump(mode="json", exclude={"name", "seed", *(field for field in FREE if "." not in field)})
+    data = recipe.model_dump(mode="json", include={*NUMBERS, "evaluation"} - {"seed"})
     return json.dumps(data, sort_keys=True)
 
 

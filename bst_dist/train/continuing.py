@@ -1,0 +1,73 @@
+"""What may be otherwise when a run goes on, what may not, and what to do instead.
+
+Free is what does not change the numbers (`config.NUMBERS` says what does). The learning rate may change from here on,
+and the number of steps and the schedule where all steps so far would have been the same; a change is entered in the
+ledger and told in the header. Anything else would be another run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bst_base.errors import UserError
+from bst_dist.checkpoint.directory import committed, step_of
+from bst_dist.config import Recipe, differing
+from bst_dist.train.schedule import factor
+
+RATES = ("optimizer.learning_rate:", "optimizer.ssm_learning_rate:")
+SCHEDULE = ("train.steps:", "schedule.")
+
+
+class OtherRunError(UserError):
+    """A run directory that holds another run than the one that is to go on."""
+
+
+def changes(run_dir: Path, before: Recipe, now: Recipe) -> list[str]:
+    """What a run in `run_dir` has otherwise from here on, as ``field: before, now``.
+
+    Raises OtherRunError for what it may not, with the way that is left.
+    """
+    found = differing(before, now)
+    if fixed := [line for line in found if not line.startswith((*RATES, *SCHEDULE))]:
+        raise OtherRunError(_listed(f"{run_dir}: holds another run; recipe there, recipe given:", fixed))
+    there = committed(run_dir)
+    first = _first_otherwise(before, now, step_of(there[0]) if there else 0)
+    if first is not None:
+        raise OtherRunError(_way_out(run_dir, found, first, [step_of(path) for path in there]))
+    return found
+
+
+def fixed(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an identity is the same in all checkpoints of a run."""
+    return {name: value for name, value in identity.items() if not f"{name}:".startswith((*RATES, *SCHEDULE))}
+
+
+def _first_otherwise(before: Recipe, now: Recipe, done: int) -> int | None:
+    """The first of the steps taken so far that would have had another share of the rate."""
+    if now.train.steps < done:
+        return now.train.steps
+    return next(
+        (
+            step
+            for step in range(done)
+            if factor(before.schedule, step, before.train.steps) != factor(now.schedule, step, now.train.steps)
+        ),
+        None,
+    )
+
+
+def _way_out(run_dir: Path, found: list[str], first: int, steps: list[int]) -> str:
+    fitting = ", ".join(str(step) for step in sorted(steps) if step <= first) or "none"
+    return (
+        f"{run_dir}: {'; '.join(found)} (there, given): step {first + 1}, which is taken, would have had another "
+        f"learning rate. Go on in another --run-dir: as a branch, branch.run=../{run_dir.name} branch.step=N, from a "
+        f"checkpoint at which the rates still agree ({fitting}); or as a new run that begins with the weights, "
+        f"initial_weights.run={run_dir} initial_weights.step=N ({', '.join(map(str, sorted(steps)))})"
+    )
+
+
+def _listed(head: str, lines: list[str], most: int = 8) -> str:
+    more = [f"  and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n".join([head, *(f"  {line}" for line in lines[:most]), *more])
