@@ -214,7 +214,8 @@ def _queries_of_key_tiles(band: Band, device: torch.device | str, begin: Tensor 
 
 
 def _down(position: Tensor) -> Tensor:
-    return torch.div(position, TILE, rounding_mode="floor")
+    """Division by TILE, rounded down; by a shift, since Inductor (torch 2.13) fails on quotients of such ranges."""
+    return position >> (TILE.bit_length() - 1)
 
 
 def _up(position: Tensor) -> Tensor:

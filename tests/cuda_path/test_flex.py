@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
@@ -114,3 +116,15 @@ def test_one_graph_more_than_allowed_is_an_error(monkeypatch):
         sliding_attention(*inputs(0, length=length)[:3], WINDOW, None, True)
     with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
         sliding_attention(*inputs(0, length=512)[:3], WINDOW, None, True)
+
+
+def test_inductor_can_compile_the_arithmetic_of_the_tiles(monkeypatch):
+    """Of the whole path this is what its CPU code generator can be asked for; it failed on floor divisions."""
+    from torch._inductor import graph
+
+    made = []
+    monkeypatch.setattr(graph.GraphLowering, "compile_to_module", lambda self: made.append(self.codegen()))
+    compiled = torch.compile(lambda x: flex.visited_tiles(flex.Band(512, 640, 128, True), x.device), fullgraph=True)
+    with contextlib.suppress(Exception):  # code is made, and not compiled
+        compiled(torch.zeros(1))
+    assert made
