@@ -31,7 +31,7 @@ SECTIONS: dict[str, dict[str, Command]] = {
         "data sources": ("data_pipeline.commands.sources", "list the sources of text and their settings"),
         "data prepare": ("data_pipeline.commands.prepare", "prepare a corpus: text to tokens in shards"),
         "data stats": ("data_pipeline.commands.stats", "documents, tokens, lengths, duplicates, overlap of splits"),
-        "data show": ("data_pipeline.commands.show", "print a document back from its tokens"),
+        "data show": ("data_pipeline.commands.show", "list documents, find some, print one back from its tokens"),
         "data verify": ("data_pipeline.commands.verify", "check every hash and CRC of a corpus"),
     },
     "Before a run": {

@@ -1,36 +1,50 @@
-"""Print a document of a prepared corpus, decoded from its tokens.
+"""List the documents of a prepared corpus, find some, or print one, decoded from its tokens.
 
-    bst data show corpora/stdlib 000000012      # by key
-    bst data show corpora/stdlib json           # by its path in the source
+    bst data show corpora/stdlib                         # what there is: the first documents of each split
+    bst data show corpora/stdlib --find json --limit 50  # those whose path or title holds a text
+    bst data show corpora/stdlib 000000012               # one document, by key
+    bst data show corpora/stdlib json                    # or by its path in the source
 
-What is printed is the text that was prepared, to the byte, without the end-of-document token.
+What is printed of one is the text that was prepared, to the byte, without the end-of-document token.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from bst_base.errors import UserError
+from data_pipeline.commands.prepare import plain_table
 from data_pipeline.format.manifest import Manifest
-from data_pipeline.format.shards import find_document
+from data_pipeline.format.shards import find_document, list_documents
 from data_pipeline.format.tokenizer import Tokenizer
+
+_LISTED = 20  # documents of each split, unless the user says how many
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
-    parser.add_argument("document", help="key of the document, or its path in the source")
-    parser.add_argument("--tokens", type=int, metavar="N", help="only its first N tokens")
+    parser.add_argument("document", nargs="?", help="key of a document, or its path in the source; without it, a list")
+    parser.add_argument("--find", metavar="TEXT", help="list the documents whose path or title holds this, in any case")
+    parser.add_argument("--limit", metavar="N", type=int, help=f"list at most N of each split (default: {_LISTED})")
+    parser.add_argument("--tokens", type=int, metavar="N", help="print only the document's first N tokens")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Find the document and print it: what it is to the error stream, its text to the output."""
+    """List documents, or find one and print it: what it is to the error stream, its text to the output."""
     manifest = Manifest.read(args.corpus)
+    if args.document is None:
+        if args.tokens is not None:
+            raise UserError("--tokens is for one document: name it by key or path")
+        return _list(args.corpus, manifest, args.find, args.limit or _LISTED)
+    if args.find is not None or args.limit is not None:
+        raise UserError("--find and --limit are for lists: leave out the document")
     tokenizer = Tokenizer.read(args.corpus / manifest.tokenizer.file)
     if tokenizer.sha256 != manifest.tokenizer.sha256:
         raise UserError(
@@ -42,7 +56,35 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             found = find_document(args.corpus / shard.file, key, args.document)
             if found is not None:
                 return _show(tokenizer, args.tokens, {"split": split, "shard": shard.file, "key": found[0]}, *found[1:])
-    raise UserError(f"{args.corpus}: no document with the key or the path {args.document!r}")
+    raise UserError(
+        f"{args.corpus}: no document with the key or the path {args.document!r}; "
+        f"'bst data show {args.corpus} --find TEXT' lists those whose path or title holds a text"
+    )
+
+
+def _list(corpus: Path, manifest: Manifest, wanted: str | None, limit: int) -> dict[str, Any]:
+    table, listed = plain_table("split", "key", "tokens", "bytes", "path"), []
+    table.columns[-1].justify, table.columns[-1].overflow = "left", "fold"
+    for split in manifest.splits:
+        for number, (key, info) in enumerate(_matching(corpus, manifest, split, wanted)):
+            if number == limit:
+                table.add_row(split, "…", "", "", "there are more: --limit N lists N of each split")
+                break
+            name = f"{info['path']}  ({info['title']})" if info.get("title") else info["path"]
+            table.add_row(split, key, f"{info['n_tokens']:,}", f"{info.get('n_bytes', 0):,}", name)
+            listed.append({"split": split, "key": key, **info})
+    if not listed:
+        raise UserError(f"{corpus}: no document whose path or title holds {wanted!r}")
+    Console(highlight=False).print(table, markup=False)
+    return {"corpus": str(corpus), "documents": listed}
+
+
+def _matching(corpus: Path, manifest: Manifest, split: str, wanted: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, JSON) of the documents of a split whose path or title holds a text; all without one."""
+    for shard in manifest.splits[split]:
+        for key, info in list_documents(corpus / shard.file):
+            if wanted is None or wanted.lower() in f"{info['path']}\n{info.get('title', '')}".lower():
+                yield key, info
 
 
 def _show(tokenizer: Tokenizer, limit: int | None, place: dict[str, Any], info: dict[str, Any], tokens: Any) -> dict:

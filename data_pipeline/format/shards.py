@@ -220,6 +220,20 @@ def find_document(tar_path: Path, key: str | None, path: str) -> tuple[str, dict
     return None
 
 
+def list_documents(tar_path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, JSON) of every document of a shard, in order; the tokens are not read."""
+    try:
+        with tarfile.open(tar_path, mode="r:") as tar:
+            for member in tar:
+                stem, _, suffix = member.name.partition(".")
+                if suffix == "json":
+                    yield stem, json.load(cast(IO[bytes], tar.extractfile(member)))
+    except FileNotFoundError:
+        raise ShardError(f"{tar_path}: the shard is missing") from None
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise ShardError(f"{tar_path}: the tar is damaged or cut short: {error}") from None
+
+
 def _read_tokens(payload: IO[bytes], member: tarfile.TarInfo, where: str) -> np.ndarray:
     data = payload.read()
     if len(data) != member.size:

@@ -16,13 +16,27 @@ from data_pipeline.sources.packaged.books import Books
 from data_pipeline.sources.packaged.latex import Latex
 from data_pipeline.sources.packaged.linux import Linux
 from data_pipeline.sources.packaged.mathematics import Mathematics
+from data_pipeline.sources.parquet import Tables
 from data_pipeline.sources.pg19 import Pg19
 from data_pipeline.sources.stdlib import StandardLibrary
 from data_pipeline.sources.webdataset import WebDatasetTars
 
 __all__ = ["SOURCES", "AnySource", "Document", "Listing", "Part", "Skipped", "Source"]
 
-_CLASSES = (StandardLibrary, Folder, JsonLines, WebDatasetTars, Pg19, Arxiv, Github, Books, Latex, Mathematics, Linux)
+_CLASSES = (
+    StandardLibrary,
+    Folder,
+    JsonLines,
+    Tables,
+    WebDatasetTars,
+    Pg19,
+    Arxiv,
+    Github,
+    Books,
+    Latex,
+    Mathematics,
+    Linux,
+)
 
 SOURCES: dict[str, type[Source]] = {cls.model_fields["kind"].default: cls for cls in _CLASSES}
 """Every source by its `kind`."""

@@ -94,6 +94,27 @@ def test_show_prints_a_document_by_key_and_by_path(corpus: Path, folder: Path, c
     assert "no document with the key or the path '999'" in capsys.readouterr().err
 
 
+def test_show_lists_documents_and_finds_some(corpus: Path, tmp_path: Path, capsys) -> None:
+    assert main(["data", "show", str(corpus), "--limit", "100", "--json", str(tmp_path / "all.json")]) == 0
+    listed = report(tmp_path / "all.json")["documents"]
+    assert sorted(each["path"] for each in listed) == sorted(f"{'ab'[i % 2]}/{i:02d}.txt" for i in range(30))
+    assert {each["split"] for each in listed} == {"train", "validation"}
+    assert main(["data", "show", str(corpus), "--find", "A/2", "--json", str(tmp_path / "some.json")]) == 0
+    assert sorted(each["path"] for each in report(tmp_path / "some.json")["documents"]) == [
+        f"a/2{i}.txt" for i in (0, 2, 4, 6, 8)
+    ]
+    capsys.readouterr()
+    assert main(["data", "show", str(corpus), "--limit", "1"]) == 0
+    assert capsys.readouterr().out.count("there are more") == 2
+    for wrong, said in (
+        (["--find", "zzz"], "no document whose path or title holds 'zzz'"),
+        (["2", "--find", "a"], "--find and --limit are for lists"),
+        (["--tokens", "3"], "--tokens is for one document"),
+    ):
+        assert main(["data", "show", str(corpus), *wrong]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_show_refuses_the_wrong_tokenizer(corpus: Path, tokenizer_model: bytes, capsys) -> None:
     (corpus / "tokenizer.model").write_bytes(tokenizer_model)
     assert main(["data", "show", str(corpus), "2"]) == 2
