@@ -10,11 +10,14 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 
 from bst_base.errors import UserError
+from bst_base.places import placed
+from bst_base.shipped import base_of
 from bst_base.yaml_text import SettingsError, read_yaml, write_yaml
 
 
@@ -34,10 +37,12 @@ class ConfigError(UserError):
 def load(cls: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
     """Read a YAML file into `cls`, after applying overrides of the form ``section.field=value``.
 
-    Values of overrides are YAML too: ``model.width=256``, ``model.layers=[sliding,bst]``.
+    Values of overrides are YAML too: ``model.width=256``, ``model.layers=[sliding,bst]``. Relative paths in the file
+    are meant from its folder (`shipped.base_of`), those in overrides from the working directory.
     Raises ConfigError naming the file, the key and, for a misspelt key, the nearest one that exists.
     """
-    return parse(cls, overridden(read_settings(path), overrides), where=str(path))
+    base = base_of(Path(path))
+    return parse(cls, overridden(placed(read_settings(path), base), overrides), where=str(path))
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -59,7 +64,10 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def overridden(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """`data` with overrides ``section.field=value`` applied in place; raises ConfigError for what is none."""
+    """`data` with overrides ``section.field=value`` applied in place; raises ConfigError for what is none.
+
+    Relative paths among them are meant from the working directory.
+    """
     for override in overrides:
         _apply(data, override)
     return data
@@ -90,10 +98,23 @@ def fields(cls: type[Config], prefix: str = "") -> Iterator[tuple[str, str, Any,
             for inner, annotation, default, text in fields(section, f"{prefix}{name}."):
                 yield inner, annotation, default, f"({kind}) {text}" if kind else text
         if not kinds:
-            nested = field.annotation
-            annotation = nested.__name__ if isinstance(nested, type) else str(nested).replace("typing.", "")
+            annotation = _type_name(field.annotation)
             default = "required" if field.is_required() else field.get_default(call_default_factory=True)
             yield f"{prefix}{name}", annotation, default, " ".join((field.description or "").split())
+
+
+def _type_name(annotation: Any) -> str:
+    """A type as one writes it, without what validates it."""
+    origin, members = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(members[0])
+    if origin in (Union, UnionType):
+        return " | ".join(map(_type_name, members))
+    if annotation is type(None):
+        return "None"
+    if isinstance(annotation, type) and not members:
+        return annotation.__name__
+    return str(annotation).replace("typing.", "")
 
 
 def _kinds(annotation: Any) -> dict[str, type[Config]]:
@@ -109,7 +130,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not separator or not all(key.split(".")):
         raise ConfigError(f"override {override!r}: expected section.field=value")
     try:
-        value = read_yaml(text)
+        value = placed(read_yaml(text), Path.cwd())
     except SettingsError as error:
         raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
     *parents, leaf = key.split(".")

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from bst_base.settings import Config, ConfigError, load
+from bst_base.places import NameOrPath, placed, written
+from bst_base.settings import Config, ConfigError, overridden, parse, read_settings
+from bst_base.shipped import RECIPES, STRATEGIES, base_of, find
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.faults.config import GuardConfig, WatchdogConfig
@@ -55,6 +57,10 @@ def _data_kind(section: Any) -> str:
 class Recipe(Config):
     name: str = Field(pattern=r"^[\w.-]+$")
     """What the run is called: its directory is runs/<name> unless --run-dir says otherwise."""
+    paths_from: Path | None = None
+    """Folder that relative paths in this recipe are meant from. Filled in by the program: the folder of the recipe's
+    file; for a file in launch/, the folder that holds launch/; for one that an installed bst brought, and where this is
+    null, the working directory."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the initial weights and of the order of the data."""
     ranks: int | None = Field(None, ge=1)
@@ -73,8 +79,8 @@ class Recipe(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()
-    deepspeed: str = "ds_configs/zero1.json"
-    """The DeepSpeed strategy: a file of ds_configs/, completed from the recipe."""
+    deepspeed: NameOrPath = "zero1"
+    """The DeepSpeed strategy, completed from the recipe: the name of a file of ds_configs/, or the path of your own."""
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     compile: bool | None = None
     """Whether training runs each layer as one compiled graph; null: on CUDA, if nothing hinders it."""
@@ -86,6 +92,14 @@ class Recipe(Config):
     guard: GuardConfig = GuardConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _place(cls, data: Any) -> Any:
+        """Relative paths are meant from `paths_from`, wherever the recipe is read."""
+        if not isinstance(data, dict):
+            return data
+        return placed(data, Path(data.get("paths_from") or Path.cwd()))
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
@@ -169,9 +183,24 @@ FREE = (
 """What is free within them. Where a corpus lies is too: checkpoints hold it to its digest (the loader's `check`)."""
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe with its overrides ``section.field=value``; raises ConfigError for whatever is wrong in it."""
-    return load(Recipe, path, overrides)
+def load_recipe(given: str | Path, overrides: Iterable[str] = (), base: Path | None = None) -> Recipe:
+    """Read a recipe, given by its path or its name, with its overrides ``section.field=value``.
+
+    `base`: where relative paths are meant from, in a recipe that does not say; None: see `Recipe.paths_from`.
+    Raises UserError when there is no such recipe, or for whatever is wrong in it.
+    """
+    path = find(given, RECIPES)
+    return parse(Recipe, overridden(recipe_settings(path, base), overrides), where=str(path))
+
+
+def recipe_settings(path: str | Path, base: Path | None = None) -> dict[str, Any]:
+    """What a recipe's file says, which may leave open what is still to be filled in; raises ConfigError."""
+    path = Path(path)
+    data = read_settings(path)
+    data.setdefault("paths_from", str(base or base_of(path)))
+    if data["paths_from"] is not None:
+        data["paths_from"] = str(path.absolute().parent / data["paths_from"])
+    return data
 
 
 def with_vocabulary(recipe: Recipe, corpora: Sequence[Corpus]) -> Recipe:
@@ -211,10 +240,9 @@ def evaluation_rows(sequences: int, dp: int, micro_sequences: int) -> tuple[int,
 
 
 def deepspeed_file(recipe: Recipe) -> Path:
-    """The recipe's DeepSpeed file: as given from the working directory, else from the project's root."""
+    """The recipe's DeepSpeed file; raises UserError, which says where it looked, when there is none."""
     given = Path(recipe.deepspeed)
-    beside = Path(__file__).resolve().parent.parent / given
-    return given if given.exists() or not beside.exists() else beside
+    return given if given.is_file() else find(written(recipe.deepspeed), STRATEGIES)
 
 
 def digest(recipe: Recipe) -> str:

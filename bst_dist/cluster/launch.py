@@ -37,6 +37,7 @@ from typing import Any
 import torch
 
 from bst_base.arguments import at_least, seconds
+from bst_base.shipped import RECIPES, find
 from bst_dist.cluster.controller import Means, agent_command
 from bst_dist.cluster.elastic import idle, shares, usable
 from bst_dist.cluster.environment import handed_on, kept_back, shown
@@ -137,7 +138,7 @@ def _hosts(args: argparse.Namespace, recipe: Recipe) -> list[Host]:
 def _needs(asked: Request, recipe: Recipe) -> Needs:
     """What every host must see and have room for."""
     corpora = [Path(url) / MANIFEST for url in recipe.data.urls() if "://" not in url]
-    files = [asked.recipe, deepspeed_file(recipe), *corpora]
+    files = [find(asked.recipe, RECIPES), deepspeed_file(recipe), *corpora]
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in LanguageModel(recipe.model).parameters())
     # Two checkpoints: one that stands, and one being written.

@@ -79,8 +79,13 @@ def model_card(run_dir: Path, one: Held, recipe: Recipe, shapes: dict[str, tuple
         training=_training(one, recipe),
         evaluation=_table(_evaluations(run_dir, one.step)),
         versions=", ".join(f"{name} {version}" for name, version in versions.items()) or "Not recorded.",
-        recipe=dump(recipe),
+        recipe=dump(without_place(recipe)),
     )
+
+
+def without_place(recipe: Recipe) -> Recipe:
+    """The recipe without the folder on this machine that its paths are meant from: nobody else has it."""
+    return recipe.model_copy(update={"paths_from": None})
 
 
 def _summary(recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> str:

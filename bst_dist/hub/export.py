@@ -27,7 +27,7 @@ from bst_dist.checkpoint.exporting import DTYPES, stored_dtypes, write_weights
 from bst_dist.checkpoint.retention import Held
 from bst_dist.config import Recipe
 from bst_dist.generation.sampling import without_text
-from bst_dist.hub.card import model_card
+from bst_dist.hub.card import model_card, without_place
 from bst_dist.hub.fast_tokenizer import fast_tokenizer, is_bpe
 from bst_dist.hub.modeling import BSTConfig, BSTForCausalLM
 from bst_dist.hub.tokenization import FILE, BSTTokenizer
@@ -83,7 +83,7 @@ def _write_configuration(folder: Path, one: Held, recipe: Recipe, tokenizer: Tok
     named = {"bos_token_id": begin[0] if begin else None, "eos_token_id": tokenizer.eos_id,
              "pad_token_id": tokenizer.pad_id}  # fmt: skip
     config = BSTConfig(
-        recipe=recipe.model_dump(mode="json"),
+        recipe=without_place(recipe).model_dump(mode="json"),
         checkpoint={key: value for key, value in one.manifest.items() if key != "files"},
         architectures=[BSTForCausalLM.__name__],
         dtype=torch.float32,

@@ -95,7 +95,9 @@ def _configuration(model: Path, overrides: list[str]) -> tuple[Recipe, dict[str,
         raise ExportError(f"{path}: not of a model that `bst export` wrote (model_type {kind!r})")
     if unknown := sorted(found.keys() - BSTConfig().to_dict().keys() - {"auto_map"}):
         raise ExportError(f"{path}: unknown key {unknown[0]!r}")
-    return parse(Recipe, overridden(found["recipe"], overrides), where=f"{path}: recipe"), found.get("checkpoint") or {}
+    return parse(
+        Recipe, overridden(found["recipe"] | {"paths_from": str(Path.cwd())}, overrides), where=f"{path}: recipe"
+    ), found.get("checkpoint") or {}
 
 
 class _Tensors:

@@ -292,6 +292,18 @@ class LayerConfig(Config):
     gated_deltanet: GatedDeltaNetConfig = GatedDeltaNetConfig()
     full: FullAttentionConfig = FullAttentionConfig()
 
+    @model_validator(mode="after")
+    def _layer_fits(self) -> LayerConfig:
+        if self.width % self.heads:
+            raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
+        if self.attention.position == "rope" and self.width // self.heads % 2:
+            raise ValueError(f"rope needs an even head width, got width/heads = {self.width // self.heads}")
+        for section in ("ssm", "mamba2", "gated_deltanet"):
+            chunk = getattr(self, section).chunk
+            if self.block % min(chunk, self.block):
+                raise ValueError(f"{section}.chunk ({chunk}) must divide block ({self.block})")
+        return self
+
     def mixers(self) -> list[str]:
         """The mixer of each layer; which ones is said by the model."""
         return list(MIXER_SECTIONS)
@@ -323,15 +335,7 @@ class ModelConfig(LayerConfig):
     parametrisation: ParametrisationConfig = StandardConfig()
 
     @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
-        if self.width % self.heads:
-            raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
-        if self.attention.position == "rope" and self.width // self.heads % 2:
-            raise ValueError(f"rope needs an even head width, got width/heads = {self.width // self.heads}")
-        for section in ("ssm", "mamba2", "gated_deltanet"):
-            chunk = getattr(self, section).chunk
-            if self.block % min(chunk, self.block):
-                raise ValueError(f"{section}.chunk ({chunk}) must divide block ({self.block})")
+    def _model_fits(self) -> ModelConfig:
         if self.placement != "all":
             if len(set(self.placement)) < len(self.placement):
                 raise ValueError(f"placement {self.placement} names a layer twice")

@@ -32,7 +32,7 @@ from data_pipeline.serve.loader import open_corpora
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Command-line options."""
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe, YAML")
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe, YAML, or the name of one of launch/recipes/")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")
     parser.add_argument("--nodes", type=_numbers, default=[1], metavar="N,...", help="nodes (default 1)")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="accelerators of a node (default 8)")

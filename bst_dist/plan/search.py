@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from bst_base.errors import UserError
+from bst_base.places import written
 from bst_dist.config import Recipe, deepspeed_file
 from bst_dist.parallel.neighbour import SequenceParallelError
 from bst_dist.plan.activations import Activations, Slice
@@ -204,10 +205,10 @@ def _strategies(recipe: Recipe) -> dict[int, Strategy]:
     """One a stage: the recipe's own file for its stage, the shipped ones for the others."""
     found = {}
     for stage in STAGES:
-        name = f"ds_configs/zero{stage}.json"
+        name = f"zero{stage}"
         path = deepspeed_file(recipe.model_copy(update={"deepspeed": name}))
         found[stage] = Strategy.read(path, name)
-    own = Strategy.read(deepspeed_file(recipe), recipe.deepspeed)
+    own = Strategy.read(deepspeed_file(recipe), written(recipe.deepspeed))
     if own.offloads:
-        raise PlanError(f"{recipe.deepspeed}: offloading parameters or the optimizer is not planned for")
+        raise PlanError(f"{own.name}: offloading parameters or the optimizer is not planned for")
     return found | {own.stage: own}

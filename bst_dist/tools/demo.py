@@ -29,7 +29,7 @@ from bst_dist.config import Recipe, differing, load_recipe
 from bst_dist.train.rundir import RECIPE as STORED_RECIPE
 from bst_dist.train.rundir import read_outcome, read_recipe
 
-CORPUS, RECIPE = Path("launch/data/stdlib.yaml"), Path("launch/recipes/demo.yaml")
+CORPUS, RECIPE = "stdlib", "demo"
 PROMPT = "def read_"
 
 
@@ -145,9 +145,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    for path in (CORPUS, RECIPE):
-        if not path.exists():
-            raise UserError(f"{path} is not here: run the demo in the project's own directory")
     demo = Demo(load_recipe(RECIPE))
     demo.require_same_recipe()
     steps = demo.steps()

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `bst train` shares with this program."""
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="the run's YAML file")
+    parser.add_argument(
+        "recipe", type=Path, metavar="RECIPE", help="the run's YAML file, or the name of one of launch/recipes/"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that differ from it")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run writes (default: runs/<name>)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest valid checkpoint, if there is one")

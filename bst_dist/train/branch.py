@@ -13,9 +13,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from bst_base.settings import load
 from bst_dist.checkpoint.directory import CheckpointError, directory
-from bst_dist.config import Recipe, differing
+from bst_dist.config import Recipe, differing, load_recipe
 from bst_dist.train.rundir import RECIPE
 from bst_dist.train.schedule import factor
 
@@ -44,7 +43,7 @@ def origin(run_dir: Path, recipe: Recipe) -> Origin:
             f"{run_dir}: branches off {checkpoint}, which is not there: "
             f"train the trunk first, with checkpoint.at: [{step}]"
         )
-    trunk = load(Recipe, trunk_dir / RECIPE)
+    trunk = load_recipe(trunk_dir / RECIPE)
     if found := [line for line in differing(trunk, recipe) if not line.startswith(OWN)]:
         raise CheckpointError("\n".join([f"{run_dir}: not a branch of {trunk_dir}; there, here:", *found[:8]]))
     for shared in range(step):

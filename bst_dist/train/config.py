@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
+from bst_base.places import LocalPath
 from bst_base.settings import Config
 
 
@@ -82,7 +82,7 @@ class BranchConfig(Config):
 
 
 class InitialWeightsConfig(Config):
-    run: Path
-    """The other run's directory, from the working directory; `bst import` makes one of an exported model."""
+    run: LocalPath
+    """The other run's directory; `bst import` makes one of an exported model."""
     step: int = Field(ge=1)
     """Its weights after this step."""

@@ -25,7 +25,7 @@ from typing import Any
 
 from bst_base.errors import StorageError, UserError
 from bst_base.files import atomic_file
-from bst_base.settings import dump, load
+from bst_base.settings import dump
 from bst_dist.checkpoint.directory import CHECKPOINTS, PARTIAL, committed, entries, step_of
 from bst_dist.config import Recipe, load_recipe
 from bst_dist.faults.lease import LEASE
@@ -68,7 +68,7 @@ def read_recipe(run_dir: Path) -> Recipe:
         raise UserError(
             f"{run_dir}: no run there ({RECIPE} is missing); runs lie in runs/ unless --run-dir said otherwise"
         )
-    return load_recipe(run_dir / RECIPE)
+    return load_recipe(run_dir / RECIPE, base=Path.cwd())  # what those that do not say meant, before they said it
 
 
 def check(run_dir: Path, recipe: Recipe, completed: dict[str, Any], resume: bool, from_zero: bool = False) -> list[str]:
@@ -82,7 +82,7 @@ def check(run_dir: Path, recipe: Recipe, completed: dict[str, Any], resume: bool
     if not (run_dir / RECIPE).exists():
         _require_free(run_dir)
         return []
-    changed = changes(run_dir, load(Recipe, run_dir / RECIPE), recipe)
+    changed = changes(run_dir, read_recipe(run_dir), recipe)
     stored = run_dir / DS_CONFIG
     if stored.exists() and (found := _changed(json.loads(stored.read_text()), completed)):
         raise RunDirectoryError(_listed(f"{run_dir}: holds a run with another DeepSpeed configuration:", found))

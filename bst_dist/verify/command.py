@@ -43,7 +43,9 @@ class VerifyError(UserError):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `bst verify`."""
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="the run's YAML file")
+    parser.add_argument(
+        "recipe", type=Path, metavar="RECIPE", help="the run's YAML file, or the name of one of launch/recipes/"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that differ from it")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help=f"keep the certificate there, as {FILE}")
     grid.add_arguments(parser)

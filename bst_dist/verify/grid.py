@@ -109,7 +109,7 @@ def build(recipe: Recipe, args: argparse.Namespace) -> Grid:
         raise ConfigError("--sp, --accumulation and --slices: 1 or more")
     unit = math.lcm(*degrees) * math.lcm(*slices)
     small = shrink(recipe, unit, rows=2 * world * math.lcm(*accumulations))
-    strategies = [f"ds_configs/zero{stage}.json" for stage in _once(args.zero)] if args.zero else [recipe.deepspeed]
+    strategies = [f"zero{stage}" for stage in _once(args.zero)] if args.zero else [recipe.deepspeed]
     axes = (
         _models(recipe, args.variants),
         _once(args.precision or [recipe.train.precision]),

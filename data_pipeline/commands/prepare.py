@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bst_base.settings import fields, load
+from bst_base.shipped import CORPORA, find
 from data_pipeline.commands.progress import stages
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.prepare.config import PrepareConfig
@@ -30,7 +31,9 @@ _INDENT = {"width": 100, "initial_indent": "      ", "subsequent_indent": "     
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments; the help ends with every setting of the YAML file."""
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="the corpus's YAML file")
+    parser.add_argument(
+        "config", metavar="CONFIG", type=Path, help="the corpus's YAML file, or the name of one of launch/data/"
+    )
     parser.add_argument("override", nargs="*", metavar="section.field=value", help="settings that differ from it")
     settings = (f"  {name} ({default})\n{fill(text, **_INDENT)}" for name, _, default, text in fields(PrepareConfig))
     parser.epilog = "settings and their defaults:\n" + "\n".join(settings)
@@ -38,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """Prepare and report; None on MPI ranks that only work."""
-    config = load(PrepareConfig, args.config, args.override)
+    config = load(PrepareConfig, find(args.config, CORPORA), args.override)
     with open_workers(config.workers) as workers:
         if workers is None:
             return None

@@ -18,6 +18,7 @@ import sentencepiece
 from pydantic import Field
 
 from bst_base.errors import UserError
+from bst_base.places import LocalPath
 from bst_base.settings import Config
 
 MAX_LINE = 16_384
@@ -38,7 +39,7 @@ class TokenizerConfig(Config):
     """SentencePiece's algorithm; bpe trains an order of magnitude faster."""
     sample_bytes: int = Field(64 << 20, ge=1024)
     """Bytes of training text, taken evenly over the train split, that the tokenizer is trained on."""
-    reuse: Path | None = None
+    reuse: LocalPath | None = None
     """A SentencePiece model, or a prepared corpus, whose tokenizer is used instead of training one."""
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from bst_base.places import Address
 from bst_base.settings import Config
 from data_pipeline.store.base import StorageConfig
 
@@ -13,7 +14,7 @@ from data_pipeline.store.base import StorageConfig
 class MixedCorpus(Config):
     """One corpus of a mixture."""
 
-    corpus: str
+    corpus: Address
     """Directory or address of a prepared corpus."""
     weight: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Its share of the sequences, relative to the other weights; 0 leaves it out until the weights change."""
@@ -31,7 +32,7 @@ class WeightChange(Config):
 class DataConfig(Config):
     """What is served, and how."""
 
-    corpus: str | tuple[MixedCorpus, ...]
+    corpus: Address | tuple[MixedCorpus, ...]
     """Directory or address of a prepared corpus; or a list of them with weights."""
     weight_changes: tuple[WeightChange, ...] = ()
     """Where the weights of a mixture change, in increasing steps."""

@@ -17,6 +17,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator
 
+from bst_base import places
 from bst_base.errors import UserError
 from bst_base.settings import Config
 
@@ -110,8 +111,8 @@ def _on_this_machine(value: Any) -> Any:
     return value
 
 
-LocalPath = Annotated[Path, BeforeValidator(_on_this_machine)]
-"""A path that is no address: `Path` would make a directory `s3:` of one."""
+LocalPath = Annotated[places.LocalPath, BeforeValidator(_on_this_machine)]
+"""A path that is no address: `Path` would make a directory `s3:` of one; relative, from the folder of its file."""
 
 
 class Endings(Counter[str]):

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from pydantic import Field, field_validator
 
 from bst_base.errors import UserError
+from bst_base.places import LocalPath
 from bst_base.settings import Config
 
 _SECRET = re.compile(
@@ -25,7 +26,7 @@ class StorageError(UserError):
 class StorageConfig(Config):
     """How files that are not on this machine's disk are fetched."""
 
-    cache_dir: Path | None = None
+    cache_dir: LocalPath | None = None
     """Directory for verified copies of whole shards, shared by all processes of a machine; without one, ranges of the
     shards are read from the store at every use. It may grow to the size of the corpora."""
     attempts: int = Field(6, ge=1)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_what_is_exported_comes_back_by_import(exported, tmp_path):
     assert main(["import", str(folder), str(tmp_path / "back"), "data.corpus=elsewhere"]) == 0
     assert equal(run_dir, tmp_path / "back")
     there, back = (load_recipe(path / "recipe.yaml") for path in (run_dir, tmp_path / "back"))
-    assert (back.model, back.train, back.data.corpus) == (there.model, there.train, "elsewhere")
+    assert (back.model, back.train, back.data.corpus) == (there.model, there.train, str(Path("elsewhere").absolute()))
     assert open_run(tmp_path / "back").step == 7
     assert tokenizer_of(tmp_path / "back", back).model == tokenizer_of(run_dir, there).model
     for command in ("ls", "show", "verify"):

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from bst_base.settings import Config, load
+from bst_base.shipped import RECIPES, find
 from bst_dist.study.sweep.config import Settings, with_recipe
 
 
@@ -77,4 +78,5 @@ class ExperimentConfig(Config):
 
 def load_experiment(path: Path, overrides: list[str]) -> ExperimentConfig:
     """Read an experiment; its base recipe is found from its own directory. Raises ConfigError for whatever is wrong."""
+    path = find(path, RECIPES)
     return with_recipe(load(ExperimentConfig, path, overrides), path)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from bst_base.settings import ConfigError, read_settings
-from bst_dist.config import Recipe
+from bst_base.settings import ConfigError
+from bst_dist.config import Recipe, recipe_settings
 from bst_dist.study.experiment.config import ExperimentConfig
 from bst_dist.study.sweep.design import named, settled
 from data_pipeline.serve.loader import open_corpora
@@ -43,7 +43,7 @@ def trials(experiment: ExperimentConfig) -> list[Trial]:
     Raises ConfigError for settings that make no recipe, arms that are one and the same, and arms of a condition that
     would train on different numbers of tokens; UserError when there is no such corpus.
     """
-    base = settled(read_settings(experiment.recipe), experiment.settings)
+    base = settled(recipe_settings(experiment.recipe), experiment.settings)
     found = [
         _trial(base, experiment, condition, arm, seed)
         for condition in experiment.conditions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from bst_base.places import Address
 from bst_base.settings import Config
 from bst_dist.model.config import ModelConfig
 from bst_dist.parallel.config import ParallelConfig
@@ -18,7 +19,7 @@ class LongRangeConfig(Config):
 
     task: Literal[tuple(TASKS)]  # type: ignore[valid-type]
     """What is classified."""
-    examples: str
+    examples: Address
     """Directory of the task's examples, made by `bst lra prepare`."""
     pooling: Literal["mean", "last"] = "mean"
     """What the class is read from: the mean over the positions of a sequence, or its last position."""

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from bst_base.settings import Config, ConfigError, load
+from bst_base.shipped import SWEEPS, find
 
 T = TypeVar("T", bound=Config)
 Settings = dict[str, Any]
@@ -141,6 +142,7 @@ class SweepConfig(Config):
 
 def load_sweep(path: Path, overrides: list[str]) -> SweepConfig:
     """Read a sweep; its base recipe is found from its own directory. Raises ConfigError for whatever is wrong."""
+    path = find(path, SWEEPS)
     return with_recipe(load(SweepConfig, path, overrides), path)
 
 

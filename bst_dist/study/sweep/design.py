@@ -12,10 +12,12 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
-from bst_base.settings import ConfigError, parse, read_settings
-from bst_dist.config import Recipe
+from bst_base.places import placed
+from bst_base.settings import ConfigError, parse
+from bst_dist.config import Recipe, recipe_settings
 from bst_dist.model.config import MIXER_SECTIONS
 from bst_dist.model.layers import MIXERS
 from bst_dist.study.sweep.config import Settings, SweepConfig
@@ -90,10 +92,15 @@ class Designer:
     def __init__(self, sweep: SweepConfig) -> None:
         """Reads the base recipe and the vocabulary of its corpus; raises UserError when either is wrong."""
         self.sweep = sweep
-        self.base: dict[str, Any] = read_settings(sweep.recipe)
+        self.base: dict[str, Any] = recipe_settings(sweep.recipe)
         self.base = settled(self.base, sweep.settings)
         if self.base.get("model", {}).get("vocab_size") is None:
-            corpus = open_corpora(parse(DataConfig, self.base["data"], where=f"{sweep.recipe}: data"), "train")[0]
+            corpus = open_corpora(
+                parse(
+                    DataConfig, placed(self.base["data"], Path(self.base["paths_from"])), where=f"{sweep.recipe}: data"
+                ),
+                "train",
+            )[0]
             self.base.setdefault("model", {})["vocab_size"] = corpus.manifest.tokenizer.vocab_size
         self.architectures = dict(_with_kernels(sweep))
         if sweep.rules.parametrisation is not None:
@@ -223,7 +230,7 @@ def named(label: str, data: dict[str, Any], where: str | None = None) -> Recipe:
     Raises ConfigError for what is wrong in it, beginning with `where` (by default the label).
     """
     recipe = parse(Recipe, {**data, "name": "unnamed"}, where=where or label)
-    text = json.dumps(recipe.model_dump(mode="json", exclude={"name", "ranks", "log"}), sort_keys=True)
+    text = json.dumps(recipe.model_dump(mode="json", exclude={"name", "paths_from", "ranks", "log"}), sort_keys=True)
     return recipe.model_copy(update={"name": f"{label}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"})
 
 

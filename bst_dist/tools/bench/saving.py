@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bst_base.errors import UserError
+from bst_base.shipped import STRATEGIES, find
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import committed
 from bst_dist.checkpoint.layout import Layout, Rows
@@ -176,7 +177,7 @@ def _model(args: argparse.Namespace) -> ModelConfig:
 def _completed(args: argparse.Namespace) -> dict[str, Any]:
     from bst_dist.train import deepspeed_json
 
-    path = Path(__file__).resolve().parents[2] / "ds_configs" / f"zero{args.zero}.json"
+    path = find(f"zero{args.zero}", STRATEGIES)
     intent = deepspeed_json.Intent(args.ranks, 1, 1, 1.0, "fp32")
     return deepspeed_json.complete(deepspeed_json.read(path), intent, where=str(path))
 

@@ -6,14 +6,14 @@ import platform
 import re
 import shutil
 import sys
-import tomllib
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+from bst_base import shipped
 from bst_dist.tools.doctor.finding import Finding, ask, ask_python, broken, good, lacking
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]  # of a checkout
 OLDEST_PYTHON = (3, 11)
 # What no run can do without; the others are for some corpora, launchers and reports.
 NEEDED = ("torch", "deepspeed", "numpy", "pydantic", "pyyaml", "rich", "safetensors", "sentencepiece", "fsspec",
@@ -65,26 +65,23 @@ def packages() -> Iterator[Finding]:
 
 def extras() -> Iterator[Finding]:
     """What some commands need beyond that, by the name of the extra that brings it."""
-    path = ROOT / "pyproject.toml"
-    project = tomllib.loads(path.read_text())["project"] if path.exists() else {}
-    for extra, wanted in project.get("optional-dependencies", {}).items():
-        for name in (_split(requirement)[0] for requirement in wanted):
-            try:
-                yield good(f"{name} {metadata.version(name)} ({extra})")
-            except metadata.PackageNotFoundError:
-                yield lacking(f"{name} is not there ({extra})", f"pip install -e '{ROOT}[{extra}]'")
+    for requirement in metadata.requires("bst-dist") or []:
+        if not (extra := re.search(r"extra == ['\"]([\w-]+)", requirement)):
+            continue
+        name, version = _split(requirement)
+        try:
+            yield good(f"{name} {metadata.version(name)} ({extra[1]})")
+        except metadata.PackageNotFoundError:
+            yield lacking(f"{name} is not there ({extra[1]})", f"pip install {name}=={version}")
 
 
 def project() -> Iterator[Finding]:
-    """This code, and whether the files that recipes name are beside it."""
+    """This code, and where the files are that come with it."""
     from bst_dist.version import versions
 
     found = versions()
     text = f"bst_dist {found['bst_dist']}" + (f", commit {found['commit']}" if "commit" in found else "")
-    if (ROOT / "ds_configs").is_dir():
-        yield good(f"{text}, in {ROOT}")
-    else:
-        yield lacking(f"{text}: no ds_configs/ beside it", "recipes then have to name DeepSpeed files of your own")
+    yield good(f"{text}; recipes and DeepSpeed strategies in {shipped.root()}")
 
 
 def compilers() -> Iterator[Finding]:
@@ -115,9 +112,13 @@ def operators() -> Iterator[Finding]:
 def requirements() -> dict[str, str]:
     """Versions by package, as pinned; from the installed metadata where there is no checkout."""
     path = ROOT / "requirements.txt"
-    lines = path.read_text().splitlines() if path.exists() else metadata.requires("bst-dist") or []
+    lines = path.read_text().splitlines() if path.exists() else _without_extras(metadata.requires("bst-dist") or [])
     pairs = [_split(line.partition("#")[0]) for line in lines]
     return {name: version for name, version in pairs if version}
+
+
+def _without_extras(requirements: list[str]) -> list[str]:
+    return [requirement for requirement in requirements if "extra ==" not in requirement]
 
 
 def _split(requirement: str) -> tuple[str, str]:

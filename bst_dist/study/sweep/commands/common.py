@@ -18,7 +18,9 @@ TABLE, COORDINATES = "table.json", "coordinates.json"
 
 def add_sweep(parser: argparse.ArgumentParser) -> None:
     """The sweep's file and settings that differ from it."""
-    parser.add_argument("sweep", type=Path, metavar="SWEEP", help="the sweep's YAML file")
+    parser.add_argument(
+        "sweep", type=Path, metavar="SWEEP", help="the sweep's YAML file, or the name of one of launch/sweeps/"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that differ from it")
 
 

@@ -1,0 +1,91 @@
+"""Paths in settings files: a relative one is meant from one folder, wherever the program is started.
+
+`placed` marks the strings of a file with that folder. A field of type `LocalPath` or `Address` is then absolute where
+it is used, and as it was written where the settings are written out again or compared; one from another folder than the
+rest (an override, from the working directory) is written out as an absolute path.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias, TypeVar
+
+from pydantic import PlainSerializer, ValidatorFunctionWrapHandler, WrapValidator
+
+T = TypeVar("T")
+
+
+class Written(str):
+    """A string of a settings file, with the folder that it is meant from if it is a relative path."""
+
+    base: Path
+    elsewhere: bool
+    """Whether `base` is another folder than that of the settings as a whole."""
+
+    @classmethod
+    def of(cls, text: str, base: Path, elsewhere: bool = False) -> Written:
+        marked = cls(text)
+        marked.base, marked.elsewhere = base, elsewhere
+        return marked
+
+
+class Placed(str):
+    """An absolute path that was written as a relative one."""
+
+    written: str
+
+
+class PlacedPath(type(Path())):
+    """The same as a Path."""
+
+    written: Path
+
+
+def placed(data: T, base: Path) -> T:
+    """Settings as they come from YAML, their relative paths meant from `base` unless they are marked with another."""
+    if isinstance(data, dict):
+        return {key: placed(value, base) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [placed(value, base) for value in data]
+    if isinstance(data, Written):
+        return Written.of(data, data.base, elsewhere=data.base != base)
+    return Written.of(data, base) if isinstance(data, str) else data
+
+
+def written(value: T) -> T:
+    """A path as it was written."""
+    return getattr(value, "written", value)
+
+
+def _place(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    found = validate(value)
+    if not isinstance(value, Written) or not _is_relative(value):
+        return found
+    return _absolute(value, found)
+
+
+def _place_path(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    return _place(value, validate) if Path(str(value)).suffix or "/" in str(value) else validate(value)
+
+
+def _absolute(value: Written, found: Any) -> Any:
+    absolute = str(value.base / value)
+    if value.elsewhere:
+        return type(found)(absolute)
+    result = PlacedPath(absolute) if isinstance(found, Path) else Placed(absolute)
+    result.written = found
+    return result
+
+
+def _is_relative(text: str) -> bool:
+    """Whether it is a relative path: no address, no command, no home directory."""
+    return not ("://" in text or text.startswith(("pipe:", "~", "/")))
+
+
+_IN_PLACE = (WrapValidator(_place), PlainSerializer(written))
+LocalPath: TypeAlias = Annotated[Path, *_IN_PLACE]
+"""A file or directory; relative: from the folder of the settings file."""
+Address: TypeAlias = Annotated[str, *_IN_PLACE]
+"""A directory, or the address of one."""
+NameOrPath: TypeAlias = Annotated[str, WrapValidator(_place_path), PlainSerializer(written)]
+"""A name, which stays as it is, or the path of a file, which has a suffix or a slash."""

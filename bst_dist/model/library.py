@@ -1,0 +1,46 @@
+"""The model and the layer for a training loop of one's own: built from plain arguments, used like any torch module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from bst_dist.model.config import LayerConfig, ModelConfig
+from bst_dist.model.layers import Layer
+from bst_dist.model.lm import LanguageModel
+from bst_dist.parallel.past import Past
+
+
+class BlockStateTransformer(LanguageModel):
+    """A Block-State Transformer as a language model (arXiv 2306.09539), or one of its baselines by `mixer`.
+
+    Called with `labels` it returns `Losses`, without them the logits of the last token; `LanguageModel.forward` says
+    what it takes, `ModelConfig` what `settings` there are.
+    """
+
+    def __init__(self, vocab_size: int, width: int = 512, depth: int = 12, heads: int = 8, block: int = 512,
+                 ffn: int | None = None, mixer: str = "bst", **settings: Any) -> None:  # fmt: skip
+        """`ffn`: width of the feed-forward networks, by default four times the model's."""
+        settings |= {"vocab_size": vocab_size, "width": width, "depth": depth, "heads": heads, "block": block}
+        super().__init__(ModelConfig(**settings, ffn=ffn or 4 * width, mixer=mixer))
+
+
+class BSTLayer(Layer):
+    """One Block-State layer (B, l, D) -> (B, l, D): norm, mixer, norm, feed-forward network, both residual.
+
+    Causal; l is a multiple of `block`, or the whole of the call lies within one block.
+    """
+
+    def __init__(self, width: int, heads: int, block: int = 512, ffn: int | None = None, depth: int = 1,
+                 **settings: Any) -> None:  # fmt: skip
+        """`depth`: of the stack that the layer stands in, for its initial values; `settings`: see `LayerConfig`."""
+        super().__init__("bst", LayerConfig(width=width, heads=heads, block=block, ffn=ffn or 4 * width, **settings))
+        self.initialize(depth)
+
+    def forward(self, x: Tensor, past: Past | None = None, starts: Tensor | None = None) -> Tensor:
+        """`past`: what came before the slice, None: nothing.
+
+        `starts`: (B, l / block) bool, blocks that begin a document; None: none does.
+        """
+        return super().forward(x, past or Past(), starts)

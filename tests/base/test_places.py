@@ -1,0 +1,98 @@
+"""Relative paths in settings files, read from more than one working directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bst_base.places import Address, LocalPath
+from bst_base.settings import Config, dump, load
+from bst_dist.config import Recipe, differing, digest, load_recipe
+from bst_dist.train.rundir import RECIPE, read_recipe
+
+
+class Part(Config):
+    where: Address
+
+
+class Places(Config):
+    folder: LocalPath | None = None
+    source: Address | tuple[Part, ...] = "nowhere"
+    word: str = ""
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, which is not the one of the files."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def written(place: Path, **data) -> Path:
+    place.mkdir(exist_ok=True)
+    (place / "file.yaml").write_text(json.dumps(data))
+    return place / "file.yaml"
+
+
+def test_a_relative_path_is_meant_from_the_folder_of_its_file(tmp_path, elsewhere):
+    own = tmp_path / "own"
+    found = load(Places, written(own, folder="a/b", source=[{"where": "c"}, {"where": "s3://d/e"}], word="f"))
+    assert (found.folder, found.source[0].where, found.source[1].where) == (own / "a/b", str(own / "c"), "s3://d/e")
+    assert found.word == "f"
+    assert "folder: a/b\n" in dump(found) and "where: c\n" in dump(found)
+
+
+@pytest.mark.parametrize("address", ["https://a/b", "pipe:cat x/{}", "/data/x", "~/x"])
+def test_addresses_and_absolute_paths_stay_as_they_are(address, tmp_path, elsewhere):
+    assert load(Places, written(tmp_path / "own", source=address)).source == address
+
+
+def test_an_override_is_meant_from_the_working_directory(tmp_path, elsewhere):
+    file = written(tmp_path / "own", folder="a")
+    assert load(Places, file, ["folder=b", "source=c"]).folder == elsewhere / "b"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, settings) -> Path:
+    """A recipe whose corpus lies beside its folder."""
+    settings["data"]["corpus"] = "../corpora/texts"
+    return written(tmp_path / "own", **settings)
+
+
+def test_a_recipe_is_the_same_run_wherever_it_is_started(recipe, tmp_path, monkeypatch):
+    found = []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        found.append(load_recipe(Path("..") / "own" / recipe.name))
+    assert digest(found[0]) == digest(found[1]) and not differing(*found)
+    assert {Path(one.data.corpus).resolve() for one in found} == {tmp_path / "corpora" / "texts"}
+
+
+def test_the_recipe_in_a_run_directory_means_what_it_meant_at_the_start(recipe, tmp_path, elsewhere):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / RECIPE).write_text(dump(load_recipe(recipe)))
+    assert Path(read_recipe(tmp_path / "run").data.corpus).resolve() == tmp_path / "corpora" / "texts"
+    copy = Recipe.model_validate(load_recipe(recipe).model_dump(mode="json"))
+    assert copy.data.corpus == load_recipe(recipe).data.corpus
+
+
+def test_an_override_of_another_place_is_stored_as_an_absolute_path(recipe, tmp_path, elsewhere):
+    changed = load_recipe(recipe, ["data.corpus=mine"])
+    assert changed.model_dump(mode="json")["data"]["corpus"] == str(elsewhere / "mine")
+
+
+def test_a_stored_recipe_that_names_no_folder_is_meant_from_the_working_directory(recipe, tmp_path, elsewhere):
+    (tmp_path / "run").mkdir()
+    lines = dump(load_recipe(recipe)).splitlines(keepends=True)
+    (tmp_path / "run" / RECIPE).write_text("".join(line for line in lines if not line.startswith("paths_from")))
+    assert read_recipe(tmp_path / "run").data.corpus == str(elsewhere / "../corpora/texts")
+
+
+def test_a_recipe_can_name_the_folder_itself(recipe, tmp_path, elsewhere, settings):
+    recipe = written(tmp_path / "own", **settings, paths_from="..")
+    assert Path(load_recipe(recipe).data.corpus).resolve() == tmp_path.parent / "corpora" / "texts"

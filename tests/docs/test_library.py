@@ -1,0 +1,47 @@
+"""The page about the library: its code is run as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from bst_dist import BlockStateTransformer, BSTLayer
+
+PAGE = Path(__file__).parents[2] / "docs" / "library.md"
+
+
+def test_the_code_of_the_page_runs_and_learns():
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 4
+    names: dict = {}
+    torch.manual_seed(0)
+    exec(compile("\n".join(blocks), str(PAGE), "exec"), names)
+    losses = names["losses"].per_token.mean().item()
+    assert losses < 2.5 < names["model"](names["text"][:, :-1] * 0, labels=names["text"][:, 1:]).per_token.mean().item()
+    assert names["x"].shape == (2, 256, 64)
+
+
+def test_a_layer_is_causal_and_the_same_in_two_calls():
+    torch.manual_seed(0)
+    layer = BSTLayer(width=16, heads=2, block=8).double()
+    x = torch.randn(1, 32, 16, dtype=torch.float64)
+    changed = x.clone()
+    changed[:, 20:] += 1
+    assert torch.equal(layer(x)[:, :20], layer(changed)[:, :20])
+    assert not torch.allclose(layer(x)[:, 20:], layer(changed)[:, 20:])
+
+
+def test_a_model_by_arguments_is_the_one_of_a_recipe():
+    from bst_dist.model.config import ModelConfig
+    from bst_dist.model.lm import LanguageModel
+
+    torch.manual_seed(1)
+    one = BlockStateTransformer(17, width=16, depth=2, heads=2, block=8, context={"variant": "MF", "states": 4})
+    torch.manual_seed(1)
+    config = ModelConfig.model_validate({"vocab_size": 17, "width": 16, "depth": 2, "heads": 2, "block": 8, "ffn": 64,
+                                         "mixer": "bst", "context": {"variant": "MF", "states": 4}})  # fmt: skip
+    other = LanguageModel(config)
+    ids = torch.arange(16).view(1, 16)
+    assert torch.equal(one(ids), other(ids))
