@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 from unittest.mock import patch
@@ -25,9 +25,10 @@ from bst_dist.model.config import FilterConfig, ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.model.loss import GPU_TILE_LOGITS, TILE_LOGITS
 from bst_dist.parallel.neighbour import LeftNeighbour
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.past import EarlierCall, Past
 from bst_dist.parallel.ranks import choose_accelerator
 from bst_dist.parallel.rehearsal import Rehearsal
+from bst_dist.parallel.slices import Edge
 from bst_dist.plan.live import LiveBytes
 from bst_dist.plan.rehearse import MOST_BLOCKS, rehearse
 from bst_dist.plan.zero import Sizes
@@ -69,8 +70,10 @@ class Slice:
 
     rows: int
     length: int
-    """Tokens of a slice, l = L / sp."""
+    """Tokens of a rank's share: of the sequence, or of one of its slices."""
     sp: int = 1
+    stream: bool = False
+    """Whether something comes before it in an earlier call: the sequence is trained in slices."""
 
 
 class Activations:
@@ -93,7 +96,7 @@ class Activations:
         if slice_.rows > 2:
             one, two = (self.layer(mixer, checkpointing, self._of(slice_, rows), zero3) for rows in (1, 2))
             return two.scaled(slice_.rows - 1) + one.scaled(-(slice_.rows - 2))
-        slice_ = Slice(slice_.rows, slice_.length, min(slice_.sp, 2))
+        slice_ = replace(slice_, sp=min(slice_.sp, 2))
         alike = checkpointing.policy.replace("every-kth-layer", "every-layer")
         return self._once((mixer, alike, slice_, zero3), lambda: self._layer(mixer, checkpointing, slice_, zero3))
 
@@ -101,6 +104,10 @@ class Activations:
         """Bytes of one micro-batch that all layers make for the backward pass, when nothing is run again."""
         nothing = ActivationCheckpointingConfig()
         return sum(self.layer(mixer, nothing, slice_, zero3=False).kept for mixer in self.model.mixers())
+
+    def edge(self, rows: int) -> int:
+        """Bytes that a slice of so many rows leaves to the next one, of all layers."""
+        return rows * sum(self._once(("edge", mixer), lambda m=mixer: self._edge(m)) for mixer in self.model.mixers())
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -117,7 +124,7 @@ class Activations:
             return {}
         if not isinstance(self.model.ssm, FilterConfig) and "transformer-xl" not in self.model.mixers():
             # What is sent does not depend on the length, nor does whether it can be.
-            slice_ = Slice(slice_.rows, min(slice_.length, MOST_BLOCKS * self.model.block), slice_.sp)
+            slice_ = replace(slice_, length=min(slice_.length, MOST_BLOCKS * self.model.block))
         found = {}
         for mixer in dict.fromkeys(self.model.mixers()):
             found[mixer] = self._once(("messages", mixer, slice_), lambda mixer=mixer: self._messages(mixer, slice_))
@@ -136,7 +143,7 @@ class Activations:
 
     @staticmethod
     def _of(slice_: Slice, rows: int) -> Slice:
-        return Slice(rows, slice_.length, slice_.sp)
+        return replace(slice_, rows=rows)
 
     def _once(self, key: Any, find: Callable[[], T]) -> T:
         if key not in self._known:
@@ -148,17 +155,42 @@ class Activations:
         with self._stage(zero3) as live:
             layer = LanguageModel(self.model.model_copy(update=one)).layers[0]
             starts = torch.zeros(slice_.rows, slice_.length // self.model.block, dtype=torch.bool)
-            inputs = (past_of(slice_), starts if self.isolated else None)
+            inputs = (self._past(layer, slice_), starts if self.isolated else None)
             checkpoint = policy(checkpointing, [layer])
             call = (lambda x: layer(x, *inputs)) if checkpoint is None else (lambda x: checkpoint(layer, x, *inputs))
             host = getattr(checkpoint, "host", None)
             shape = (slice_.rows, slice_.length, self.model.width)
             return _run(live, layer, shape, call, lambda: host.bytes if host else 0, self._autocast)
 
+    def _past(self, layer: nn.Module, slice_: Slice) -> Past:
+        """The past of a slice with neighbours on both sides, if it has any; of a stream what is like it has left."""
+        if slice_.sp > 1:
+            edge = Edge({}, 0) if slice_.stream else None
+            return LeftNeighbour(Rehearsal(slice_.sp // 2, slice_.sp), slice_.length, edge)
+        if not slice_.stream:
+            return Past()
+        left = EarlierCall()
+        with torch.no_grad(), self._autocast():
+            layer(torch.zeros(slice_.rows, slice_.length, self.model.width), left, None)
+        return Edge(left.after, slice_.length)
+
+    def _edge(self, mixer: str) -> int:
+        """Of one row, in a slice that is no shorter than what the layer looks back."""
+        reach = max(2 * self.model.block, getattr(self.model.ssm, "length", 0))
+        if mixer == "transformer-xl":
+            reach = max(reach, self.model.transformer_xl.window)
+        length = -(-reach // self.model.block) * self.model.block
+        one = {"depth": 1, "mixer": mixer, "placement": "all", "vocab_size": 1}
+        with self._stage(zero3=False), torch.no_grad(), self._autocast():
+            layer, left = LanguageModel(self.model.model_copy(update=one)).layers[0], EarlierCall()
+            layer(torch.zeros(1, length, self.model.width), left, None)
+            return sum(x.nbytes for x in left.after.values())
+
     def _messages(self, mixer: str, slice_: Slice) -> dict[str, int]:
         one = self.model.model_copy(update={"depth": 1, "mixer": mixer, "placement": "all"})
         with self._fused():
-            return rehearse(one, slice_.sp, slice_.rows, slice_.length, self.bf16, self.isolated)
+            return rehearse(one, slice_.sp, slice_.rows, slice_.length, self.bf16, self.isolated,
+                            stream=slice_.stream)  # fmt: skip
 
     def _head(self, tokens: int) -> Part:
         with self._stage(zero3=False) as live:
@@ -198,11 +230,6 @@ class Activations:
             stack.enter_context(FakeTensorMode())
             stack.enter_context(live)
             yield live
-
-
-def past_of(slice_: Slice) -> Past:
-    """The past of a slice with neighbours on both sides, if it has any."""
-    return LeftNeighbour(Rehearsal(slice_.sp // 2, slice_.sp), slice_.length) if slice_.sp > 1 else Past()
 
 
 def _run(live: LiveBytes, module: nn.Module, shape: tuple[int, ...], call: Callable[[Tensor], Tensor],

@@ -2,6 +2,8 @@
 
     bst plan launch/recipes/paper/small-bst-sh.yaml --nodes 1 --gpus-per-node 8 --gpu h100-80gb
     bst plan launch/recipes/bst-7b.yaml --nodes 1,8,64 --lengths 4096,65536,1048576
+    bst plan launch/recipes/bst-1.3b.yaml train.sequence_length=1048576 train.sequences=1 --slices
+    bst plan launch/recipes/bst-1.3b.yaml --longest 1,8,64
 
 Nothing is launched and no weight is made: layers run on tensors without storage. With several numbers of nodes, or
 with --lengths, a table of the best plan for each; a step keeps its number of tokens, so it has fewer sequences where
@@ -21,10 +23,11 @@ from rich.console import Console
 from bst_base.errors import UserError
 from bst_base.settings import ConfigError, parse
 from bst_dist.config import Recipe, load_recipe, with_vocabulary
-from bst_dist.plan.accelerators import accelerator
+from bst_dist.plan import slices
+from bst_dist.plan.accelerators import Accelerator, accelerator
 from bst_dist.plan.activations import Activations
 from bst_dist.plan.figures import describe
-from bst_dist.plan.report import show, show_table
+from bst_dist.plan.report import show, show_longest, show_sizes, show_table
 from bst_dist.plan.search import Candidate, PlanError, Planner
 from bst_dist.plan.speed import Cluster
 from data_pipeline.serve.loader import open_corpora
@@ -38,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="accelerators of a node (default 8)")
     parser.add_argument("--gpu", default="h100-80gb", metavar="NAME", help="what they are (default h100-80gb)")
     parser.add_argument("--lengths", type=_numbers, metavar="L,...", help="sequence lengths in tokens, for a table")
+    parser.add_argument("--slices", action="store_true", help="memory and time by train.slice_tokens, and the best one")
+    parser.add_argument("--longest", type=_numbers, metavar="GPUS,...",
+                        help="the longest sequence that so many GPUs hold, in slices and at once")  # fmt: skip
+    parser.add_argument("--host-gb", type=float, default=1000, metavar="GB",
+                        help="with --longest: memory of a node that edges may take (default 1000)")  # fmt: skip
     parser.add_argument("--accelerators", type=Path, metavar="FILE", help="accelerators of your own, YAML")
 
 
@@ -57,15 +65,36 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     device = accelerator(args.gpu, args.accelerators)
     if args.gpus_per_node < 1:
         raise PlanError(f"--gpus-per-node {args.gpus_per_node}: at least 1")
+    if args.longest:
+        return _longest(args, recipe, device)
     clusters = [Cluster(nodes, args.gpus_per_node, device) for nodes in args.nodes]
+    if args.slices and (len(clusters) > 1 or args.lengths):
+        raise PlanError("--slices is of one number of nodes and the recipe's own sequence length")
     if len(clusters) == 1 and not args.lengths:
         planner = Planner(recipe, clusters[0])
+        if args.slices:
+            found = slices.sizes(planner)
+            show_sizes(Console(), planner, found)
+            return {"recipe": recipe.name, "sizes": [slices.describe(size) for size in found]}
         best = planner.best()
         show(Console(), args, planner, best)
         return {"passed": best.fits, "fits": best.fits, "recipe": recipe.name, **describe(planner, best)}
     rows = list(_table(recipe, clusters, args.lengths or [recipe.train.sequence_length]))
     show_table(Console(), recipe, device, rows)
     return {"recipe": recipe.name, "plans": [_entry(*row) for row in rows]}
+
+
+def _longest(args: argparse.Namespace, recipe: Recipe, device: Accelerator) -> dict[str, Any]:
+    activations = Activations(recipe.model, recipe.train.precision == "bf16", recipe.data.documents == "isolated")
+    found = []
+    for count in args.longest:
+        nodes = -(-count // args.gpus_per_node)
+        if count % nodes:
+            raise PlanError(f"--longest {count}: not a whole number of GPUs on {nodes} nodes of {args.gpus_per_node}")
+        found.append(slices.longest(recipe, Cluster(nodes, count // nodes, device), 1e9 * args.host_gb, activations))
+    show_longest(Console(width=120), recipe, device, args.host_gb, found)
+    keys = ("devices", "at_once", "in_slices", "slice_tokens", "edge_bytes")
+    return {"recipe": recipe.name, "longest": [{key: getattr(row, key) for key in keys} for row in found]}
 
 
 Row = tuple[Cluster, Recipe, Planner | None, Candidate | str]

@@ -37,11 +37,16 @@ def by_link(best: Candidate, cluster: Cluster) -> tuple[float, float]:
 def overrides(best: Candidate) -> list[str]:
     """What makes the recipe run that way."""
     work = best.work
+    slices = [
+        f"train.slice_tokens={work.slice.length * work.slice.sp}",
+        f"train.edges={work.edges}",
+    ]
     return [
         f"deepspeed={work.strategy.name}",
         f"parallel.sp={work.slice.sp}",
         f"train.micro_sequences={work.slice.rows}",
         f"activation_checkpointing.policy={work.checkpointing.policy}",
+        *(slices if work.slices > 1 else []),
     ]
 
 
@@ -55,7 +60,9 @@ def describe(planner: Planner, best: Candidate) -> dict[str, Any]:
         "dp": cluster.world // work.slice.sp,
         "sp": work.slice.sp,
         "micro_sequences": work.slice.rows,
-        "micro_batches": work.accumulation,
+        "micro_batches": work.accumulation // work.slices,
+        "slices": work.slices,
+        "edges": work.edges,
         "activation_checkpointing": work.checkpointing.policy,
         "overrides": overrides(best),
         "memory_bytes": best.memory.classes(),

@@ -27,10 +27,19 @@ class Work:
     world: int
     slice: Slice
     accumulation: int
-    """Micro-batches of a step."""
+    """Backward passes of a step: micro-batches, times the slices of a sequence."""
     checkpointing: ActivationCheckpointingConfig
     depth: int
     """Layers of the model."""
+    slices: int = 1
+    """Slices of a sequence; `slice` is a rank's share of one."""
+    edges: str = "device"
+    """Where their edges wait: device, host or disk."""
+
+    @property
+    def edge_passes(self) -> int:
+        """Forward passes of a step that are made for edges alone."""
+        return self.accumulation // self.slices * (self.slices - 1)
 
     def rerun(self) -> list[bool]:
         """Of each layer, whether it is run again in the backward pass."""
@@ -86,6 +95,7 @@ class _Step:
             self.gathered = gather(sizes, work.strategy, rerun)
         tokens = work.slice.rows * work.slice.length
         self.inputs = INPUT_BYTES * tokens
+        self.edges, self.edges_on_host = _edges(activations, work)
         self.residual = WORD * tokens * activations.model.width
         self.tied = WORD * sizes.embedding
 
@@ -146,11 +156,25 @@ class _Step:
         return self.state.reducing if eager else 0
 
     def _phase(self, name: str, gradients: int, activations: int, loss: int = 0, buffers: int = 0) -> Memory:
-        host = sum(part.host for part in self.layers)
+        host = sum(part.host for part in self.layers) + self.edges_on_host
         return Memory(
             phase=name, weights=self.state.weights, optimizer=self.state.master + self.state.moments,
-            gradients=gradients, activations=activations + self.inputs, loss=loss, buffers=buffers, host=host,
+            gradients=gradients, activations=activations + self.inputs + self.edges, loss=loss, buffers=buffers,
+            host=host,
         )  # fmt: skip
+
+
+AT_WORK = 4
+"""Edges on the device wherever they wait: what a slice takes up and what it leaves, and the gradients of both."""
+
+
+def _edges(activations: Activations, work: Work) -> tuple[int, int]:
+    """Bytes of edges on the device and in the host's memory, of the rank that has them: the first of a sequence."""
+    if work.slices == 1:
+        return 0, 0
+    one = activations.edge(work.slice.rows)
+    waiting = {"device": (work.slices - 1, 0), "host": (0, work.slices - 1), "disk": (0, 2)}[work.edges]
+    return one * (AT_WORK + waiting[0]), one * waiting[1]
 
 
 def _layer(activations: Activations, mixer: str, again: bool, work: Work) -> Part:

@@ -17,6 +17,8 @@ from bst_dist.plan.figures import by_link, mfu, overrides, tokens_a_day
 from bst_dist.plan.flops import forward_flops
 from bst_dist.plan.models import entry
 from bst_dist.plan.search import POLICIES, STAGES, Candidate, Planner
+from bst_dist.plan.slices import PLACES, Longest, Size
+from bst_dist.plan.slices import best as best_size
 from bst_dist.plan.speed import LINK_EFFICIENCY, MATMUL_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
 
 GB = 1e9
@@ -68,14 +70,64 @@ def show_table(console: Console, recipe: Recipe, device: Accelerator, rows: list
     console.print(table, highlight=False)
 
 
+def show_sizes(console: Console, planner: Planner, found: list[Size]) -> None:
+    """Memory and time by the size of a slice, and the best one."""
+    console.width = max(console.width, 120)
+    length, chosen = planner.recipe.train.sequence_length, best_size(found)
+    console.print(
+        f"[bold]{planner.recipe.name}[/], sequences of {length:,} tokens in slices, on {_cluster(planner.cluster)}, "
+        "one sequence of a rank at a time\n", highlight=False,
+    )  # fmt: skip
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("slice", "slices", "edges GB", *(f"GB, edges: {place}" for place in PLACES), "ZeRO", "checkpointing",
+                   "step s", "of these rerun"):  # fmt: skip
+        table.add_column(column, justify="left" if column == "checkpointing" else "right")
+    for size in found:
+        way = size.by_place["device"]
+        cells = [_cell(size.by_place[place], (size, place) == chosen) if place in size.by_place else ""
+                 for place in PLACES]  # fmt: skip
+        table.add_row(
+            f"{size.tokens:,}" if size.slices > 1 else "at once", f"{size.slices:,}", f"{size.edges_bytes / GB:,.2f}",
+            *cells, str(way.work.strategy.stage), way.work.checkpointing.describe(), f"{way.speed.total:,.2f}",
+            f"{way.speed.rerun:,.2f}",
+        )  # fmt: skip
+    console.print(table, highlight=False)
+    if chosen is None:
+        console.print("no size fits: more GPUs, or a smaller model", highlight=False)
+    else:
+        console.print(f"best: {' '.join(overrides(chosen[0].by_place[chosen[1]]))}", highlight=False, soft_wrap=True)
+
+
+def show_longest(console: Console, recipe: Recipe, device: Accelerator, host_gb: float, rows: list[Longest]) -> None:
+    """The longest sequence on each number of devices."""
+    console.print(
+        f"[bold]{recipe.name}[/]: the longest sequence, shared by all GPUs, on {device.title}; ZeRO-3 on several, "
+        "every layer run again\n", highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("GPUs", "at once", "slices of", "edges on the device", f"in {host_gb:,.0f} GB of host memory",
+                   "on disk: GB a million tokens"):  # fmt: skip
+        table.add_column(column, justify="right")
+    for row in rows:
+        if row.way is None:
+            table.add_row(f"{row.devices:,}", "the model's states alone do not fit")
+            continue
+        disk = 1e6 / row.slice_tokens * row.edge_bytes / GB
+        table.add_row(f"{row.devices:,}", f"{row.at_once:,}", f"{row.slice_tokens:,}", f"{row.in_slices['device']:,}",
+                      f"{row.in_slices['host']:,}", f"{disk:,.1f}")  # fmt: skip
+    console.print(table, highlight=False)
+
+
 def way(best: Candidate, cluster: Cluster) -> str:
     """The choices in one line."""
     work = best.work
-    times = f"{work.accumulation} micro-batches" if work.accumulation > 1 else "one micro-batch"
+    micro_batches = work.accumulation // work.slices
+    times = f"{micro_batches} micro-batches" if micro_batches > 1 else "one micro-batch"
     rows = f"{work.slice.rows} sequence" + ("s" if work.slice.rows > 1 else "")
     return (
         f"ZeRO-{work.strategy.stage}, dp {cluster.world // work.slice.sp} x sp {work.slice.sp}, {times} of {rows}, "
         f"activation checkpointing: {work.checkpointing.describe()}"
+        + (f", {work.slices} slices of a sequence, edges: {work.edges}" if work.slices > 1 else "")
     )
 
 

@@ -98,7 +98,8 @@ class Planner:
         train, world, block = self.recipe.train, self.cluster.world, self.model.block
         found = [
             sp for sp in range(1, world + 1)
-            if world % sp == 0 and train.sequence_length % (block * sp) == 0 and train.sequences % (world // sp) == 0
+            if world % sp == 0 and (train.slice_tokens or train.sequence_length) % (block * sp) == 0
+            and train.sequences % (world // sp) == 0
         ]  # fmt: skip
         if found:
             return found
@@ -119,19 +120,26 @@ class Planner:
         rows = self.recipe.train.sequences * sp // self.cluster.world
         return [rows_at_once for rows_at_once in range(1, min(rows, MOST_ROWS) + 1) if rows % rows_at_once == 0]
 
-    def candidate(self, stage: int, sp: int, rows: int, policy: str) -> Candidate:
-        """One way; raises SequenceParallelError if a layer cannot be spread over sp ranks."""
+    def candidate(self, stage: int, sp: int, rows: int, policy: str, slices: int | None = None,
+                  edges: str | None = None) -> Candidate:  # fmt: skip
+        """One way; raises SequenceParallelError if a layer cannot be spread over sp ranks. Slices of a sequence, and
+        where their edges wait, are the recipe's unless they are given."""
+        slices, edges = slices or self.recipe.train.slices, edges or self.recipe.train.edges
         train, cluster = self.recipe.train, self.cluster
         checkpointing = self.recipe.activation_checkpointing.model_copy(update={"policy": policy})
-        accumulation = train.sequences * sp // (cluster.world * rows)
-        part = Slice(rows, train.sequence_length // sp, sp)
-        work = Work(self.strategies[stage], cluster.world, part, accumulation, checkpointing, self.model.depth)
-        between = sequence_traffic(self.model, work, self.messages(sp))
+        accumulation = train.sequences * sp // (cluster.world * rows) * slices
+        part = Slice(rows, train.sequence_length // (sp * slices), sp, stream=slices > 1)
+        work = Work(
+            self.strategies[stage], cluster.world, part, accumulation, checkpointing, self.model.depth, slices, edges
+        )
+        between = sequence_traffic(self.model, work, self.messages(sp, slices))
         traffic = zero_traffic(self.sizes, work)
         needs = memory(self.sizes, self.model.mixers(), self.activations, work)
         touched = self.activations.whole(part)
         updated = self.sizes.total / (cluster.world if stage else 1)
-        seconds = speed(self.flops, work, Moved(touched, needs.host, updated), traffic, between, cluster, self.bf16)
+        edges_bytes = (slices - 1) * self.activations.edge(rows) if slices > 1 and edges == "host" else 0
+        moved = Moved(touched, needs.host - edges_bytes + edges_bytes // slices, updated)
+        seconds = speed(self.flops, work, moved, traffic, between, cluster, self.bf16)
         return Candidate(work, needs, traffic, between, seconds, 1e9 * cluster.accelerator.memory_gb)
 
     def best(self) -> Candidate:
@@ -191,9 +199,11 @@ class Planner:
         again = share_rerun(checkpointing, self.model.depth) * best.speed.compute / 3
         return best.speed.compute + 0.9 * again >= best.speed.total  # a ninth or less of the forward pass is the head
 
-    def messages(self, sp: int) -> dict[str, dict[str, int]]:
+    def messages(self, sp: int, slices: int | None = None) -> dict[str, dict[str, int]]:
         """By mixer, what one layer sends to the ranks that share a sequence, for one row; by kind."""
-        return self.activations.messages(Slice(1, self.recipe.train.sequence_length // sp, sp))
+        slices = slices or self.recipe.train.slices
+        share = self.recipe.train.sequence_length // (sp * slices)
+        return self.activations.messages(Slice(1, share, sp, stream=slices > 1))
 
 
 def _preference(way: Candidate) -> tuple[float, int, int]:

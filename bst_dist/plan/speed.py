@@ -68,7 +68,7 @@ class Speed:
 
     compute: float
     rerun: float
-    """Running layers again, under activation checkpointing."""
+    """Running layers again, under activation checkpointing and for the edges of slices."""
     memory: float
     """Beyond the arithmetic: activations to memory and back, and the update."""
     exposed: float
@@ -114,8 +114,9 @@ def speed(flops: dict[str, float], work: Work, moved: Moved, traffic: dict[str, 
     device, part = cluster.accelerator, work.slice
     tokens = part.rows * part.length * work.accumulation
     forward, layers_only = _forward_seconds(flops, tokens, device, bf16)
-    rerun = layers_only * share_rerun(work.checkpointing, work.depth)
-    passes = ACTIVATION_PASSES + share_rerun(work.checkpointing, work.depth)
+    again = share_rerun(work.checkpointing, work.depth) + work.edge_passes / work.accumulation
+    rerun = layers_only * again
+    passes = ACTIVATION_PASSES + again
     to_memory = passes * moved.activations * work.accumulation + UPDATE_BYTES * moved.updated
     hidden = 2 * forward + rerun if work.strategy.overlap_comm else 0.0
     waits = {kind: cluster.seconds(*cluster.split(sent)) for kind, sent in traffic.items()}
@@ -155,5 +156,5 @@ def _sequence_seconds(between: dict[str, int], work: Work, cluster: Cluster) -> 
     spans = work.slice.sp > cluster.per_node
     device = cluster.accelerator
     rate = (device.between_nodes_gbs if spans else device.in_node_gbs) * 1e9 * LINK_EFFICIENCY
-    messages = len(between) * work.depth * work.accumulation
+    messages = len(between) * work.depth * (work.accumulation + work.edge_passes)
     return sum(between.values()) / rate + messages * LATENCY_S

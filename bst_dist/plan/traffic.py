@@ -36,6 +36,8 @@ def zero_traffic(sizes: Sizes, work: Work) -> dict[str, float]:
     threshold = work.strategy.param_persistence_threshold
     whole = sum(p for group in sizes.groups for p in group if p <= threshold)
     gathered = micro_batches * gather(sizes, work.strategy, work.rerun()).received_elements + whole
+    # A pass for edges alone gathers every layer once, and scatters nothing.
+    gathered += work.edge_passes * (sizes.total - whole)
     return {
         SCATTER: sent(SCATTER, micro_batches * WORD * sizes.total, world),
         GATHER: sent(GATHER, WORD * gathered, world),
@@ -50,6 +52,7 @@ def sequence_traffic(model: ModelConfig, work: Work, messages: dict[str, dict[st
     total: Counter[str] = Counter()
     for mixer, again in zip(model.mixers(), work.rerun(), strict=True):
         for kind, count in messages.get(mixer, {}).items():
-            passes = 2 if again and not kind.endswith(" gradient") else 1
-            total[kind] += passes * count * work.slice.rows * work.accumulation
+            gradient = kind.endswith(" gradient")
+            passes = work.accumulation * (2 if again and not gradient else 1) + (0 if gradient else work.edge_passes)
+            total[kind] += passes * count * work.slice.rows
     return dict(total)

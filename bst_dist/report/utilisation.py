@@ -13,7 +13,7 @@ from torch import nn
 
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.model.config import ModelConfig
-from bst_dist.plan.flops import MIXER_TERMS
+from bst_dist.plan.flops import MIXER_TERMS, forward_flops
 
 FUSED = "fused-tiles"
 """The path of attention whose outputs the selective policy keeps."""
@@ -28,7 +28,7 @@ class Speed:
     peak_flops: float
     """Of all ranks together."""
     recomputed_flops_per_token: float = 0.0
-    """Of what is run again in the backward pass."""
+    """Of what is run again in the backward pass, and for the edges of slices."""
 
     def mfu(self, tokens_per_s: float) -> float:
         """Share of the peak that the model's own work takes."""
@@ -51,6 +51,12 @@ def recomputed_flops_per_token(config: ModelConfig, length: int, checkpointing: 
         if checkpointing.policy == "selective":
             total -= _kept(layer) + (terms.get("attention", 0) + terms.get("cross", 0) if path == FUSED else 0)
     return total
+
+
+def edge_flops_per_token(config: ModelConfig, length: int, slices: int) -> float:
+    """FLOPs of one token that sequences in slices add: all slices but the last run forward once more, for edges."""
+    layers = sum(count for term, count in forward_flops(config, length).items() if term != "head")
+    return layers * (slices - 1) / slices
 
 
 def _kept(layer: nn.Module) -> float:

@@ -38,7 +38,7 @@ from bst_dist.report.performance import Performance
 from bst_dist.report.probes import Probes
 from bst_dist.report.profiling import Profile
 from bst_dist.report.tensorboard import TensorBoard, hparams
-from bst_dist.report.utilisation import Speed, recomputed_flops_per_token
+from bst_dist.report.utilisation import Speed, edge_flops_per_token, recomputed_flops_per_token
 from bst_dist.train import rundir
 from bst_dist.train.branch import origin
 from bst_dist.train.compiling import compiles
@@ -213,14 +213,10 @@ def _trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceGroup 
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     ranks.barrier()  # ranks that share a processor measure its peak together
     (peak,) = ranks.sum([peak_flops(ranks.device, dtype)])
-    speed = Speed(
-        tokens * train_flops_per_token(recipe.model, length),
-        peak,
-        tokens
-        * recomputed_flops_per_token(
-            recipe.model, length, recipe.activation_checkpointing, engine.module.layers, attention_path(ranks.device)
-        ),
-    )
+    again = recomputed_flops_per_token(
+        recipe.model, length, recipe.activation_checkpointing, engine.module.layers, attention_path(ranks.device)
+    ) + edge_flops_per_token(recipe.model, length, recipe.train.slices)
+    speed = Speed(tokens * train_flops_per_token(recipe.model, length), peak, tokens * again)
     return Trainer(recipe.train, recipe.schedule, engine, ranks, token_bytes, speed, sharing, stop)
 
 

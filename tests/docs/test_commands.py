@@ -247,7 +247,7 @@ LEFT_OUT = {
     r"bst verify .*--": "minutes on many ranks: tests/verify",
     r"bst sweep (run|collect|fit|compare|report|coordinates|plan.*--measure)": "trains a sweep: tests/sweep",
     r"bst sweep .*/cluster.yaml": "counts hundreds of large shapes: tests/sweep",
-    r"bst plan .*--nodes 1,8,64": "plans nine clusters: tests/plan",
+    r"bst plan .*--(nodes 1,8,64|slices|longest)": "plans many clusters, sizes or lengths: tests/plan",
     r"bst experiment ": "trains an experiment: tests/experiment",
     r"bst (lra |train .*/lra/)": "draws and trains a task in full: tests/study/lra",
     r"bst doctor": "tests/doctor",

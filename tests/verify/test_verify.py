@@ -61,6 +61,14 @@ def test_every_combination_of_a_grid_passes_without_a_corpus(recipe, capfd):
         assert line["error"] < {"fp32": 1e-5, "bf16": 0.25}[line["precision"]]
 
 
+def test_sequences_in_slices_are_verified_against_whole_ones(recipe):
+    """Also with edges in a file, and with the ranks of a sequence sharing each slice."""
+    grid = ["train.slice_tokens=64", "train.edges=disk", "--slices", "1", "4", "--sp", "1", "2", "--zero", "1"]
+    status, report = certificate(recipe, *grid, "--variants", "MF")
+    assert status == 0
+    assert [line["slices"] for line in report["combinations"]] == [1, 4, 1, 4]
+
+
 def test_a_carried_past_and_isolated_documents_are_verified_too(recipe, tmp_path):
     streaming = ["train.carry=true", "data.mode=streaming", "data.documents=isolated"]
     options = ["--sp", "1", "2", "--checkpointing", "every-kth-layer", "offload", "--zero", "2"]

@@ -1,0 +1,112 @@
+"""Plans of sequences in slices: edges are what layers leave, and memory is a slice's."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bst_base.settings import dump, parse
+from bst_dist.cli import main
+from bst_dist.config import Recipe
+from bst_dist.model.config import ModelConfig
+from bst_dist.model.lm import LanguageModel
+from bst_dist.plan import slices
+from bst_dist.plan.accelerators import accelerator
+from bst_dist.plan.activations import Activations
+from bst_dist.plan.search import Planner
+from bst_dist.plan.slices import Size, best, sizes
+from bst_dist.plan.speed import Cluster
+from bst_dist.report.utilisation import edge_flops_per_token
+
+MODEL = {"width": 64, "heads": 4, "ffn": 256, "block": 32, "depth": 2, "vocab_size": 100, "mixer": "bst",
+         "placement": [1], "ssm": {"state": 8, "chunk": 16}}  # fmt: skip
+
+
+def recipe(**train) -> Recipe:
+    given = {"steps": 10, "sequence_length": 256, "sequences": 1, **train}
+    return parse(Recipe, {"name": "small", "model": MODEL, "data": {"corpus": "none"}, "train": given})
+
+
+def planner(gpus: int = 1, **train) -> Planner:
+    return Planner(recipe(**train), Cluster(1, gpus, accelerator("h100-80gb", None)))
+
+
+@pytest.fixture(scope="module")
+def found() -> list[Size]:
+    return sizes(planner())
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"context": {"variant": "MF", "states": 3}}, {"mixer": "block-recurrent", "block_recurrent": {"states": 5}},
+    {"mixer": "ssm"}, {"mixer": "transformer-xl", "transformer_xl": {"window": 64}},
+    {"ssm": {"kernel": "hyena", "length": 100}},
+])  # fmt: skip
+def test_an_edge_has_the_bytes_that_a_model_leaves(changes):
+    settings = {name: value for name, value in (MODEL | changes).items() if name != "ssm" or "ssm" in changes}
+    config = parse(ModelConfig, settings)
+    left = LanguageModel(config).carry()
+    with torch.no_grad():
+        LanguageModel(config).hidden(torch.zeros(2, 128, dtype=torch.long), None, left)
+    assert Activations(config, bf16=False).edge(2) == sum(value.nbytes for value in left.after.values())
+
+
+def test_smaller_slices_take_less_memory_but_for_their_edges(found):
+    assert [size.slices for size in found] == [1, 2, 4]
+    assert [size.edges_bytes for size in found] == [(size.slices - 1) * planner().activations.edge(1) for size in found]
+    on_disk = [size.by_place["disk"].needed for size in found[1:]]
+    assert on_disk == sorted(on_disk, reverse=True)
+    assert on_disk[0] < found[0].by_place["device"].needed
+    last = found[-1].by_place
+    assert last["device"].memory.total - last["disk"].memory.total == found[-1].edges_bytes
+    assert last["host"].memory.host == found[-1].edges_bytes
+
+
+def test_with_memory_to_spare_a_sequence_is_best_not_cut(found):
+    size, place = best(found)
+    assert (size.slices, place) == (1, "device")
+
+
+def test_a_step_in_slices_runs_layers_forward_once_more_and_zero_stages_send_as_they_do():
+    whole, cut = (planner(2, sequences=2).candidate(1, 1, 1, "none", slices) for slices in (1, 4))
+    assert cut.speed.compute == pytest.approx(whole.speed.compute)
+    head = 1 - planner().flops["head"] / sum(planner().flops.values())
+    assert cut.speed.rerun == pytest.approx(whole.speed.compute / 3 * head * 3 / 4, rel=0.1)
+    sent = {stage: [sum(planner(2, sequences=2).candidate(stage, 1, 1, "none", slices).traffic.values())
+                    for slices in (1, 4)] for stage in range(1, 4)}  # fmt: skip
+    assert sent[1][0] == sent[1][1]  # reduced once a step
+    assert sent[2][1] > 2 * sent[2][0]
+    assert sent[3][1] > 2 * sent[3][0]  # gathered in every pass; small parameters are kept whole
+
+
+def test_flops_for_edges_are_those_of_the_layers_forward_but_for_the_last_slice():
+    config = parse(ModelConfig, MODEL)
+    layers = sum(planner().flops.values()) - planner().flops["head"]
+    assert edge_flops_per_token(config, 256, 1) == 0
+    assert edge_flops_per_token(config, 256, 4) == pytest.approx(layers * 3 / 4)
+
+
+def test_the_longest_sequence_is_as_many_slices_as_edges_fit_beside_one(monkeypatch):
+    """Memory of 100 bytes a token and 10,000,000 in all; an edge of 1,000 bytes; a host with 5,000,000."""
+
+    def way(recipe, cluster, length, policy, activations, slices=1, edges="device"):
+        return SimpleNamespace(fits=length // slices <= 100_000, excess=100 * (length // slices) - 10_000_000)
+
+    monkeypatch.setattr(slices, "_shared", way)
+    cluster = Cluster(1, 1, accelerator("h100-80gb", None))
+    found = slices.longest(recipe(), cluster, 5_000_000, SimpleNamespace(edge=lambda rows: 1000))
+    assert found.at_once == 65_536
+    assert found.slice_tokens == 65_536
+    assert found.in_slices == {"device": 65_536 * (3_446_400 // 1000 + 1), "host": 65_536 * 5001}
+
+
+def test_the_commands_print_tables_and_settings_to_paste(tmp_path, capsys):
+    path, report = tmp_path / "small.yaml", tmp_path / "report.json"
+    path.write_text(dump(recipe()))
+    assert main(["plan", str(path), "--slices", "--gpus-per-node", "1", "--json", str(report)]) == 0
+    assert len(json.loads(report.read_text())["sizes"]) == 3
+    assert "best: deepspeed=ds_configs/zero0.json" in capsys.readouterr().out
+    assert main(["plan", str(path), "--slices", "--nodes", "1,2"]) == 2
+    assert "--slices is of one number of nodes" in capsys.readouterr().err
