@@ -197,6 +197,8 @@ def recipe_settings(path: str | Path, base: Path | None = None) -> dict[str, Any
     """What a recipe's file says, which may leave open what is still to be filled in; raises ConfigError."""
     path = Path(path)
     data = read_settings(path)
+    if (path.parent / "ds_config.json").is_file():
+        base = base or Path.cwd()  # what the recipe in a run directory meant before it said so
     data.setdefault("paths_from", str(base or base_of(path)))
     if data["paths_from"] is not None:
         data["paths_from"] = str(path.absolute().parent / data["paths_from"])
