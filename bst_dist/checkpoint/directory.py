@@ -189,12 +189,18 @@ def newest_valid(run_dir: Path) -> Path:
     raise CheckpointError("\n".join([f"{run_dir}: no valid checkpoint", *bad]))
 
 
-def open_shards(checkpoint: Path, kind: str) -> Shards:
-    """All ranks' shards of the WEIGHTS or of the OPTIMIZER's states; raises CheckpointError when there are none."""
-    names = [name for name in read_manifest(checkpoint)["files"] if name.startswith(f"{kind}-")]
+def open_shards(checkpoint: Path, kind: str, own: int | None = None, manifest: dict[str, Any] | None = None) -> Shards:
+    """All ranks' shards of the WEIGHTS or of the OPTIMIZER's states; raises CheckpointError when there are none.
+
+    `own`: the rank whose shard has all that will be asked for, where the layout is the same; `manifest`: the
+    checkpoint's, where it is known.
+    """
+    files = (manifest or read_manifest(checkpoint))["files"]
+    names = [name for name in files if name.startswith(f"{kind}-")]
     if not names:
         raise CheckpointError(f"{checkpoint}: of the weights alone, without {kind} files")
-    return Shards(checkpoint / name for name in sorted(names))
+    likely = None if own is None else checkpoint / shard_file(kind, own)
+    return Shards((checkpoint / name for name in sorted(names)), likely)
 
 
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:

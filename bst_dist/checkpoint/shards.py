@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -88,19 +88,41 @@ class _Stored:
 
 
 class Shards:
-    """The single-precision tensors in a set of shards, as if all were in one file."""
+    """The single-precision tensors in a set of shards, as if all were in one file.
 
-    def __init__(self, paths: Iterable[Path]) -> None:
-        """Read the headers of `paths`; raises ShardError for a file that is no shard, StorageError where none can be
-        read."""
+    Methods raise ShardError for a file that is no shard, and StorageError for one that cannot be read.
+    """
+
+    def __init__(self, paths: Iterable[Path], likely: Path | None = None) -> None:
+        """`likely`: the one of `paths` that has all that will be asked for, as when every rank reads its own: the
+        others are opened only when it has not."""
         self._stored: dict[str, list[_Stored]] = {}
-        for path in paths:
-            for stored in _read_header(path):
-                self._stored.setdefault(stored.piece.name, []).append(stored)
+        self._unread = sorted(paths, key=lambda path: path != likely)
+        self._file: tuple[Path, IO[bytes]] | None = None
+        while self._unread and self._unread[0] == likely:
+            self._read_next()
+        if likely is None:
+            self._read_rest()
+
+    def _read_next(self) -> None:
+        path = self._unread.pop(0)
+        for stored in _read_header(path):
+            self._stored.setdefault(stored.piece.name, []).append(stored)
+
+    def _read_rest(self) -> None:
+        while self._unread:
+            self._read_next()
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Of the whole tensor `name`; None when there is none."""
+        if name not in self._stored:
+            self._read_rest()
+        return self._stored[name][0].piece.shape if name in self._stored else None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors there are."""
+        self._read_rest()
         return {name: stored[0].piece.shape for name, stored in self._stored.items()}
 
     def read(self, name: str, begin: int, into: Tensor) -> None:
@@ -108,18 +130,49 @@ class Shards:
 
         Raises ShardError when they are not all there.
         """
-        found, end = 0, begin + into.numel()
+        end = begin + into.numel()
+        if self._covered(name, begin, end) < into.numel():
+            self._read_rest()
+        if (found := self._covered(name, begin, end)) != into.numel():
+            raise ShardError(f"{name}: {found} of its elements {begin} to {end} are in the shards")
         values = into if into.device.type == "cpu" else torch.empty_like(into, device="cpu")
         for stored in self._stored.get(name, ()):
             piece = stored.piece
             first, last = max(begin, piece.begin), min(end, piece.begin + piece.count)
             if first < last:
-                found += last - first
-                _read_values(stored, first - piece.begin, values[first - begin : last - begin])
-        if found != into.numel():
-            raise ShardError(f"{name}: {found} of its elements {begin} to {end} are in the shards")
+                self._read_values(stored, first - piece.begin, values[first - begin : last - begin])
         if values is not into:
             into.copy_(values)
+
+    def _covered(self, name: str, begin: int, end: int) -> int:
+        """How many of the elements are in the shards whose headers were read."""
+        pieces = [stored.piece for stored in self._stored.get(name, ())]
+        return sum(max(0, min(end, piece.begin + piece.count) - max(begin, piece.begin)) for piece in pieces)
+
+    def _read_values(self, stored: _Stored, skip: int, into: Tensor) -> None:
+        view = memoryview(into.numpy()).cast("B")
+        try:
+            file = self._opened(stored.path)
+            file.seek(stored.offset + skip * into.element_size())
+            while view:
+                if not (count := file.readinto(view)):
+                    raise ShardError(f"{stored.path}: ends in the middle of {stored.piece.name}")
+                view = view[count:]
+        except OSError as error:
+            raise StorageError.of(error, stored.path) from None
+
+    def _opened(self, path: Path) -> IO[bytes]:
+        """The last file that was read from stays open: a parameter after the other comes from the same one."""
+        if self._file is None or self._file[0] != path:
+            self.close()
+            self._file = path, path.open("rb", buffering=0)
+        return self._file[1]
+
+    def close(self) -> None:
+        """Let go of the file that is open; reading opens one again."""
+        if self._file is not None:
+            self._file[1].close()
+            self._file = None
 
     def whole(self, name: str) -> Tensor:
         """The tensor `name`, in the host's memory."""
@@ -151,16 +204,3 @@ def _stored(path: Path, start: int, name: str, entry: dict[str, Any], place: dic
     piece = Piece(name, tuple(place["shape"]), place["begin"], count) if place else Piece(
         name, tuple(entry["shape"]), 0, count)  # fmt: skip
     return _Stored(piece, path, start + entry["data_offsets"][0])
-
-
-def _read_values(stored: _Stored, skip: int, into: Tensor) -> None:
-    view = memoryview(into.numpy()).cast("B")
-    try:
-        with stored.path.open("rb", buffering=0) as file:
-            file.seek(stored.offset + skip * into.element_size())
-            while view:
-                if not (count := file.readinto(view)):
-                    raise ShardError(f"{stored.path}: ends in the middle of {stored.piece.name}")
-                view = view[count:]
-    except OSError as error:
-        raise StorageError.of(error, stored.path) from None

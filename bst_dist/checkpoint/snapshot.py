@@ -160,7 +160,7 @@ class Snapshots:
         manifest = manifest_of(self.ranks, checkpoint)
         if not of_trunk:
             self._require_same(checkpoint, manifest)
-        self._fill(checkpoint)
+        self._fill(checkpoint, manifest)
         self.state.filled(manifest["step"], manifest["updates"])
         saved, rank = Layout(**manifest["layout"]), self.ranks.rank
         if self._same_ranks(saved):
@@ -192,16 +192,18 @@ class Snapshots:
                     f"{own.get(name, 'not set')!r}"
                 )
 
-    def _fill(self, checkpoint: Path) -> None:
-        """Read what this rank holds, a parameter at a time, from whichever ranks had written it."""
+    def _fill(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
+        """Read what this rank holds, a parameter at a time, from whichever ranks had written it: under the same layout
+        from its own files alone."""
+        own = self.ranks.rank if Layout(**manifest["layout"]) == self.identity.layout else None
         for kind, tensors in ((WEIGHTS, (WEIGHT,)), (OPTIMIZER, MOMENTS)):
-            shards = open_shards(checkpoint, kind)
-            shapes = shards.shapes
+            shards = open_shards(checkpoint, kind, own, manifest)
             for fragment in self.state.held():
                 for tensor in tensors:
                     name = stored_name(fragment.piece.name, tensor)
-                    self._require_shape(checkpoint, name, fragment.piece.shape, shapes.get(name))
+                    self._require_shape(checkpoint, name, fragment.piece.shape, shards.shape(name))
                     shards.read(name, fragment.piece.begin, fragment.values[tensor])
+            shards.close()
 
     @staticmethod
     def _require_shape(checkpoint: Path, name: str, own: tuple[int, ...], saved: tuple[int, ...] | None) -> None:

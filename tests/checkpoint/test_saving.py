@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -440,3 +441,23 @@ def test_checkpoints_are_taken_when_due(tmp_path):
     after_steps(tmp_path, 7, [], every=3, at=(2,), weights_every=5, keep_last=9)
     full = {step_of(path): (path / "optimizer-00000.safetensors").exists() for path in committed(tmp_path)}
     assert full == {7: True, 6: True, 5: False, 3: True, 2: True}
+
+
+def test_going_on_under_the_same_layout_opens_few_files(tmp_path, monkeypatch):
+    """Of a checkpoint of 64 ranks, of which this one wrote the first files."""
+    state = Tensors()
+    run = snapshots(tmp_path, state)
+    save(run, state, 1)
+    path = directory(tmp_path, 1)
+    manifest = read_manifest(path)
+    for rank in range(1, 64):
+        for name in list(manifest["files"]):
+            if name.split(".")[0].endswith("00000"):
+                manifest["files"][name.replace("00000", f"{rank:05d}")] = manifest["files"][name]
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    opened: list[str] = []
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" and counting else None)
+    counting = True
+    assert run.load(path).step == 1  # the other ranks' files are not even there
+    counting = False
+    assert len([name for name in opened if str(path) in name]) <= 8

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,3 +74,35 @@ def test_a_shard_that_was_cut_off(tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(ShardError, match=r"ends in the middle of c\.d"):
         Shards([path]).whole("c.d")
+
+
+def opens(monkeypatch) -> list[str]:
+    names, original = [], Path.open
+
+    def counted(path, *args, **named):
+        names.append(path.name)
+        return original(path, *args, **named)
+
+    monkeypatch.setattr(Path, "open", counted)
+    return names
+
+
+def test_a_rank_that_reads_what_it_wrote_opens_no_other_file(tmp_path, monkeypatch):
+    paths = write_spread(tmp_path, 3)
+    held = load_file(paths[1])
+    names = opens(monkeypatch)
+    shards = Shards(paths, likely=paths[1])
+    for name, begin in (("a", 3), ("b", 2), ("c.d", 2)):
+        assert shards.shape(name) == TENSORS[name]
+        into = torch.empty(held[name].numel())
+        shards.read(name, begin, into)
+        assert torch.equal(into, held[name].flatten())
+    assert names == ["1.safetensors"] * 2  # its header, its values
+
+
+def test_what_the_likely_file_has_not_is_found_in_the_others(tmp_path):
+    paths = write_spread(tmp_path, 3)
+    shards = Shards(paths, likely=paths[2])
+    assert torch.equal(shards.whole("a"), tensors()["a"])
+    assert Shards(paths, likely=paths[2]).shapes.keys() == TENSORS.keys()
+    assert Shards(paths, likely=paths[2]).shape("nothing") is None
