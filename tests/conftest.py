@@ -257,4 +257,6 @@ def bst(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 def older(tmp_path: Path) -> Path:
     """A run of two ranks that was stopped after step 4 of 6, with its corpus (checkpoint/test_older)."""
     shutil.copytree(OLDER, tmp_path, dirs_exist_ok=True)
+    recipe = tmp_path / "run" / "recipe.yaml"  # relative paths were from the working directory then
+    recipe.write_text(recipe.read_text().replace("corpus: corpus", f"corpus: {tmp_path / 'corpus'}"))
     return tmp_path / "run"

@@ -83,7 +83,13 @@ def test_a_setting_that_a_later_version_adds_makes_no_other_run(settings):
 @pytest.mark.ranks
 def test_a_run_goes_on_with_more_steps_another_rate_and_its_corpus_elsewhere(bst, older):
     (older.parent / "corpus").rename(older.parent / "moved")
-    done = bst(*RESUME, "train.steps=8", "optimizer.learning_rate=0.002", "data.corpus=moved", "data.prefetch=2")
+    done = bst(
+        *RESUME,
+        "train.steps=8",
+        "optimizer.learning_rate=0.002",
+        f"data.corpus={older.parent / 'moved'}",
+        "data.prefetch=2",
+    )
     assert done.returncode == DONE, done.stdout
     said = "train.steps: 6, 8; optimizer.learning_rate: 0.001, 0.002"
     assert f"change {said} (before, from here on)" in done.stdout
