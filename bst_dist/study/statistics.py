@@ -1,23 +1,57 @@
-"""Estimates with their uncertainty, documents being what is sampled.
+"""Estimates with their uncertainty: means over runs, ratios over documents, and what may be concluded from either.
 
-Tokens of one document are not independent, so a standard error over tokens would be far too small. Every figure here
-is a ratio of two sums over documents (nats per token, bits per byte), and its error is that of the ratio estimator.
+Tokens of one document are not independent, so a standard error over tokens would be far too small: a loss is a ratio of
+two sums over documents, and its error that of the ratio estimator. Runs that differ in their seed are what an
+architecture is compared by.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
+from scipy import stats
+
+Over = Literal["seeds", "documents"]
+Equality = Literal["equal", "different", "undecided"]
+LEVEL = 0.05
 
 
 class Estimate(NamedTuple):
-    """A value and the standard error of its sampling over documents."""
+    """A value and its standard error."""
 
     value: float
     standard_error: float | None
-    """None where one document alone says nothing about the spread."""
+    """None where one observation says nothing about the spread."""
+    degrees: float = math.inf
+    """Degrees of freedom of Student's t for intervals: of a mean, observations less one."""
+    over: Over | None = None
+    """What was sampled, where that is not plain."""
+
+    @property
+    def half_width(self) -> float | None:
+        """Half the 95 % interval."""
+        return None if self.standard_error is None else self.standard_error * quantile(1 - LEVEL / 2, self.degrees)
+
+    @property
+    def low(self) -> float:
+        """Of the 95 % interval; minus infinity where there is no error."""
+        return self.value - (math.inf if self.half_width is None else self.half_width)
+
+    @property
+    def high(self) -> float:
+        return self.value + (math.inf if self.half_width is None else self.half_width)
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided, of the value being 0; 1 without an error."""
+        if self.standard_error is None:
+            return 1.0
+        if not self.standard_error:
+            return float(self.value == 0)
+        return float(2 * stats.t.sf(abs(self.value) / self.standard_error, self.degrees))
 
     def report(self, name: str) -> dict[str, float | None]:
         """As entries of a machine-readable report: `name` and `name`_standard_error."""
@@ -30,6 +64,14 @@ class Estimate(NamedTuple):
 
     def __str__(self) -> str:
         return self.text(4)
+
+
+def mean(values: Sequence[float] | np.ndarray, over: Over | None = None) -> Estimate:
+    """The mean of independent observations with the standard error that their spread says; one has none."""
+    n = len(values)
+    if n < 2:
+        return Estimate(float(np.mean(values)), None)
+    return Estimate(float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(n), n - 1, over)
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
@@ -48,7 +90,7 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
     if n < 2:
         return Estimate(float(value), None)
     variance = n / (n - 1) * np.square(a - value * b).sum() / b.sum() ** 2
-    return Estimate(float(value), math.sqrt(variance))
+    return Estimate(float(value), math.sqrt(variance), n - 1, "documents")
 
 
 def exponential(log: Estimate) -> Estimate:
@@ -57,4 +99,23 @@ def exponential(log: Estimate) -> Estimate:
         value = math.exp(log.value)
     except OverflowError:
         value = math.inf
-    return Estimate(value, None if log.standard_error is None else value * log.standard_error)
+    return log._replace(value=value, standard_error=None if log.standard_error is None else value * log.standard_error)
+
+
+def equality(difference: Estimate, margin: float) -> Equality:
+    """Whether a difference is shown to be smaller than the margin, shown not to be zero, or neither.
+
+    Equal: both one-sided t tests reject a difference as large as the margin (Schuirmann 1987). That a test does not
+    reject equality is no evidence for it.
+    """
+    if difference.standard_error is None:
+        return "undecided"
+    half = difference.standard_error * quantile(1 - LEVEL, difference.degrees)
+    if abs(difference.value) + half < margin:
+        return "equal"
+    return "different" if difference.p_value < LEVEL else "undecided"
+
+
+def quantile(share: float, degrees: float) -> float:
+    """Of Student's t."""
+    return float(stats.t.ppf(share, degrees))

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from bst_base.settings import Config, load
 from bst_base.shipped import RECIPES, find
-from bst_dist.study.sweep.config import Settings, with_recipe
+from bst_dist.study.runs.recipes import Settings, with_recipe
 
 
 class MeasureConfig(Config):

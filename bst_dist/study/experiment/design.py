@@ -6,34 +6,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from bst_base.settings import ConfigError
-from bst_dist.config import Recipe, recipe_settings
+from bst_dist.config import recipe_settings
 from bst_dist.study.experiment.config import ExperimentConfig
-from bst_dist.study.sweep.design import named, settled
+from bst_dist.study.runs.recipes import Job, digest, named, settled
 from data_pipeline.serve.loader import open_corpora
 from data_pipeline.synthetic.config import SyntheticConfig
 
 
 @dataclass(frozen=True)
-class Trial:
+class Trial(Job):
     """One run of an experiment."""
 
     condition: str
     arm: str
     seed: int
-    recipe: Recipe
-    trunk: None = None
-    """No run branches off another."""
-
-    @property
-    def name(self) -> str:
-        """Its directory: arm, seed, and the hash of its recipe."""
-        return self.recipe.name
-
-    @property
-    def tokens(self) -> int:
-        """What it trains on."""
-        train = self.recipe.train
-        return train.steps * train.sequences * train.sequence_length
 
 
 def trials(experiment: ExperimentConfig) -> list[Trial]:
@@ -71,7 +57,7 @@ def _trial(base: dict[str, Any], experiment: ExperimentConfig, condition: str, a
         raise ConfigError(f"{where}: {error}") from None
     data["seed"] = seed
     label = "".join(c if c.isalnum() or c in "._-" else "-" for c in arm)
-    return Trial(condition, arm, seed, named(f"{label}-s{seed}", data, where))
+    return Trial(named(f"{label}-s{seed}", data, where), None, condition, arm, seed)
 
 
 def _require_comparable(found: list[Trial], experiment: ExperimentConfig) -> None:
@@ -86,7 +72,7 @@ def _require_comparable(found: list[Trial], experiment: ExperimentConfig) -> Non
     recipes: dict[str, str] = {}
     for trial in found:
         if trial.seed == experiment.seeds[0]:
-            text = trial.recipe.model_dump_json(exclude={"name"})
+            text = digest(trial.recipe)
             if text in recipes:
                 raise ConfigError(f"{experiment.name}: arms {recipes[text]} and {trial.arm} are the same recipe")
             recipes[text] = trial.arm

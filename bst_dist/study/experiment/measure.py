@@ -9,18 +9,17 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bst_base.files import atomic_file
 from bst_dist.config import Recipe
-from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.study.evaluation.trained import open_run
 from bst_dist.study.experiment.config import MeasureConfig
 from bst_dist.study.experiment.statistics import ByDocument, Reading
 from bst_dist.study.lengths.measure import LengthError, how, measure
+from bst_dist.study.runs.results import Result, read_result
 from bst_dist.study.sweep.shape import count
 from bst_dist.train.rundir import read_recipe
 from data_pipeline.serve.loader import open_corpora
@@ -87,48 +86,35 @@ def measure_run(run_dir: Path, asked: MeasureConfig, kept: Path, say: Callable[[
     """All readings of a finished run; `kept`: the directory of evaluations that were made, for this one and others."""
     recipe = read_recipe(run_dir)
     found = Measured(count(recipe.model, recipe.train.sequence_length).total)
-    lines = read_lines(run_dir / FILE)
+    result = read_result(run_dir)
     if asked.validation:
-        last = next(line for line in reversed(lines) if line["kind"] == "eval")
-        found.readings["bits_per_byte"] = Reading(last["bits_per_byte"])
+        found.readings["bits_per_byte"] = Reading(result.final["bits_per_byte"])
     if asked.task:
-        last = next(line for line in reversed(lines) if line["kind"] == "eval")
-        found.readings.update({key: Reading(last[key]) for key in ("accuracy", "loss_nats")})
+        found.readings.update({key: Reading(result.final[key]) for key in ("accuracy", "loss_nats")})
     if asked.speed:
-        found.readings.update(_speed(lines))
+        typical, fastest = result.speeds
+        found.readings.update(tokens_per_s=Reading(typical), tokens_per_s_fastest=Reading(fastest),
+                              memory_mib=Reading(result.memory_bytes / MIB))  # fmt: skip
     if asked.time_to is not None:
-        _time_to(asked.time_to, lines, found)
+        _time_to(asked.time_to, result, found)
     if asked.lengths:
         _lengths(run_dir, recipe, asked, kept, found, say)
     return found
 
 
-def _speed(lines: list[dict[str, Any]]) -> dict[str, Reading]:
-    """Speed without the first step, which warms up; of the fastest steps too, since other work can only slow a step."""
-    train = [line for line in lines if line["kind"] == "train"]
-    speeds = [line["tokens_per_s"] for line in train[1:] or train]
-    memory = [line["memory_bytes"] for line in lines if line["kind"] == "performance"]
-    return {
-        "tokens_per_s": Reading(median(speeds)),
-        "tokens_per_s_fastest": Reading(float(np.quantile(speeds, 0.9))),
-        "memory_mib": Reading(max(memory) / MIB),
-    }
-
-
-def _time_to(target: float, lines: list[dict[str, Any]], found: Measured) -> None:
+def _time_to(target: float, result: Result, found: Measured) -> None:
     """Tokens and time until the evaluations reach the target, interpolated between two of them.
 
     The time is that of as many median steps: evaluations and checkpoints take no part in it.
     """
-    train = [line for line in lines if line["kind"] == "train"]
-    evaluations = [(line["step"], line["bits_per_byte"]) for line in lines if line["kind"] == "eval"]
+    evaluations = [(line["step"], line["bits_per_byte"]) for line in result.evaluations]
     step = reached(target, evaluations)
     if step is None:
         best = min(loss for _, loss in evaluations)
         found.notes.update(dict.fromkeys(("tokens_to_loss", "seconds_to_loss"), f"not reached: at best {best:.3f}"))
         return
-    found.readings["tokens_to_loss"] = Reading(step * train[-1]["tokens"] / train[-1]["step"])
-    found.readings["seconds_to_loss"] = Reading(step * median(line["step_time_s"] for line in train[1:] or train))
+    found.readings["tokens_to_loss"] = Reading(step * result.tokens / result.train[-1]["step"])
+    found.readings["seconds_to_loss"] = Reading(step * result.step_s)
 
 
 def reached(target: float, evaluations: list[tuple[int, float]]) -> float | None:

@@ -16,12 +16,15 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import linprog, minimize
+from scipy.sparse import csr_array, eye_array, hstack
 
 from bst_base.errors import UserError
-from bst_dist.study.laws.law import Centre, FormName, Law, Points, Vector, as_law, slopes, terms
+from bst_dist.study.laws.law import Centre, FormName, Law, Points, Vector, as_law, slopes, terms, widths
 
 EXPONENTS = np.linspace(0.05, 1.25, 25)
-BENDS = [(linear, curved) for linear in (-0.2, 0.0, 0.2) for curved in (-0.05, 0.0, 0.1, 0.3)]
+COARSE = np.linspace(0.1, 1.2, 12)
+"""For forms of four terms, whose grid has three exponents."""
+BENDS = [(linear, curved) for linear in (-0.2, 0.0, 0.2) for curved in (0.0, 0.1, 0.3)]
 FLOOR = 1e-6
 """The least a term may be, as a share of the least loss: a logarithm cannot be that of zero."""
 
@@ -72,9 +75,9 @@ def fit(points: Points, form: FormName = "chinchilla", delta: float = 1e-3, star
     """Fit `form` to `points`; `delta` is Huber's threshold on log losses, 0 for least absolute deviation.
 
     With `start`, a fit to points of the same sweep, its centre is kept and the search begins there: for resamples.
-    Raises FitError when there are fewer points than unknowns.
+    Raises FitError when the points cannot settle the form.
     """
-    _require_enough(points, unknowns=5 if form == "chinchilla" else 7)
+    _require_enough(points, form)
     centre = start.centre if start else Centre.of(points)
     target, matrices = np.log(points.loss), terms(form, points, centre)
     begin = start.theta if start else _best_start(points, form, centre, delta)
@@ -94,7 +97,9 @@ def polish(matrices: list[Vector], target: Vector, theta: Vector, delta: float, 
         return objective(residuals, width) / width, -jacobian.T @ np.clip(residuals / width, -1, 1)
 
     theta = np.clip(theta, bounds[:, 0], bounds[:, 1])
-    options = {"ftol": 1e-14 if rounds > 1 else 1e-9, "gtol": 1e-9, "maxcor": 30, "maxiter": 2000, "maxfun": 4000}
+    fine = rounds > 1  # a resample begins near its optimum and needs no more digits than its own scatter
+    options = {"ftol": 1e-14 if fine else 1e-9, "gtol": 1e-9, "maxcor": 30, "maxiter": 2000 if fine else 200,
+               "maxfun": 4000}  # fmt: skip
     for _ in range(rounds):
         theta = minimize(scaled, theta, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
     return theta if delta else _linear_programs(matrices, target, theta, bounds)
@@ -110,7 +115,7 @@ def _linear_programs(matrices: list[Vector], target: Vector, theta: Vector, boun
         box = np.clip(bounds - theta[:, None], -radius, radius)
         program = linprog(
             np.concatenate((np.zeros(p), np.ones(2 * n))),
-            A_eq=np.hstack((jacobian, np.eye(n), -np.eye(n))),
+            A_eq=hstack((csr_array(jacobian), eye_array(n), -eye_array(n)), format="csr"),
             b_eq=target - predicted,
             bounds=np.vstack((box, np.tile((0, np.inf), (2 * n, 1)))),
             method="highs",
@@ -131,57 +136,70 @@ def _linear_programs(matrices: list[Vector], target: Vector, theta: Vector, boun
 
 def _best_start(points: Points, form: FormName, centre: Centre, delta: float) -> Vector:
     """The grid's best by the objective itself, among its twenty best by relative least squares."""
-    by_parameters, by_tokens = slopes(form, points, centre)
-    bends = BENDS if form == "depth" else [()]
-    exponents = np.array([(alpha, *bend) for alpha in EXPONENTS for bend in bends])  # (g, 1 or 3)
     weight = 1 / points.loss
-    first = np.exp(exponents @ by_parameters.T) * weight  # (g, n)
-    second = np.exp(EXPONENTS[:, None] @ by_tokens.T) * weight  # (h, n)
-    scales, misfit = _nonnegative(weight, first, second)
+    columns = slopes(form, points, centre)
+    grids = [_exponents(matrix.shape[1], len(columns)) for matrix in columns]  # a list of (g, p)
+    bases = [weight[None], *(np.exp(g @ matrix.T) * weight for g, matrix in zip(grids, columns, strict=True))]
+    places = np.stack(np.meshgrid(*(np.arange(len(b)) for b in bases), indexing="ij"), axis=-1).reshape(-1, len(bases))
+    scales, misfit = _nonnegative(bases, places)
     matrices, target = terms(form, points, centre), np.log(points.loss)
     floor = np.log(points.loss.min() * 1e-3)
     starts = []
-    for place in np.argsort(misfit, axis=None)[:20]:
-        g, h = np.unravel_index(place, misfit.shape)
-        e, a, b = np.maximum(np.log(np.maximum(scales[g, h], 1e-300)), floor)
-        starts.append(np.concatenate(([e, a], exponents[g], [b, EXPONENTS[h]])))
+    for index in np.argsort(misfit)[:20]:
+        e, *rest = np.maximum(np.log(np.maximum(scales[index], 1e-300)), floor)
+        own = [np.concatenate(([a], g[i])) for a, g, i in zip(rest, grids, places[index][1:], strict=True)]
+        starts.append(np.concatenate(([e], *own)))
     return min(starts, key=lambda theta: objective(target - log_loss(matrices, theta)[0], delta))
 
 
-def _nonnegative(constant: Vector, first: Vector, second: Vector) -> tuple[Vector, Vector]:
-    """Non-negative least squares of 1 on three columns, for all pairs of the grid at once.
+def _exponents(unknowns: int, number: int) -> Vector:
+    """The grid of one term: exponents, each with every bend where the term has one: (g, unknowns)."""
+    bends = BENDS if unknowns == 3 else [()]
+    return np.array([(exponent, *bend) for exponent in (EXPONENTS if number < 3 else COARSE) for bend in bends])
 
-    With three columns the active set is found by trying all seven. Takes (n,), (g, n), (h, n); returns the
-    coefficients (g, h, 3) and the squared misfit (g, h).
+
+def _nonnegative(bases: list[Vector], places: Vector) -> tuple[Vector, Vector]:
+    """Non-negative least squares of 1 on one column of each basis, for all combinations at once.
+
+    With a few columns the active set is found by trying all. Takes bases (g_k, n) and which of their rows make a
+    combination (m, k); returns the coefficients (m, k) and the squared misfits (m,).
     """
-    g, h = len(first), len(second)
-    gram, moment = np.empty((g, h, 3, 3)), np.empty((g, h, 3))
-    gram[..., 0, 0], gram[..., 1, 2] = constant @ constant, first @ second.T
-    gram[..., 0, 1], gram[..., 0, 2] = (first @ constant)[:, None], second @ constant
-    gram[..., 1, 1], gram[..., 2, 2] = (first**2).sum(1)[:, None], (second**2).sum(1)
-    for i, j in ((1, 0), (2, 0), (2, 1)):
-        gram[..., i, j] = gram[..., j, i]
-    moment[..., 0], moment[..., 1], moment[..., 2] = constant.sum(), first.sum(1)[:, None], second.sum(1)
-    best, scales = np.full((g, h), np.inf), np.zeros((g, h, 3))
-    for active in itertools.chain.from_iterable(itertools.combinations(range(3), k) for k in (1, 2, 3)):
+    m, k = places.shape
+    gram, moment = np.empty((m, k, k)), np.empty((m, k))
+    for i, j in itertools.product(range(k), repeat=2):
+        gram[:, i, j] = (bases[i] @ bases[j].T)[places[:, i], places[:, j]]
+    for i in range(k):
+        moment[:, i] = bases[i].sum(1)[places[:, i]]
+    best, scales = np.full(m, np.inf), np.zeros((m, k))
+    for active in itertools.chain.from_iterable(itertools.combinations(range(k), size) for size in range(1, k + 1)):
         picked = list(active)
-        block = gram[..., picked, :][..., picked] + 1e-12 * np.eye(len(picked))
-        found = np.linalg.solve(block, moment[..., picked, None])[..., 0]
-        misfit = len(constant) - (found * moment[..., picked]).sum(-1)
+        block = gram[:, picked][:, :, picked] + 1e-12 * np.eye(len(picked))
+        found = np.linalg.solve(block, moment[:, picked, None])[..., 0]
+        misfit = bases[0].shape[1] - (found * moment[:, picked]).sum(-1)
         better = (found >= 0).all(-1) & (misfit < best)
         best[better] = misfit[better]
         scales[better] = 0.0
-        scales[better[..., None] & np.isin(np.arange(3), picked)] = found[better].ravel()
+        scales[better[:, None] & np.isin(np.arange(k), picked)] = found[better].ravel()
     return scales, best
 
 
 def bounds_of(form: FormName, target: Vector) -> Vector:
-    """Terms between a millionth of the least loss and well above the largest; exponents positive."""
+    """Terms between a millionth of the least loss and well above the largest; exponents positive, no hill in aspect."""
     low, high = target.min() + np.log(FLOOR), target.max() + 5
-    bend = [(-3.0, 3.0), (-3.0, 3.0)] if form == "depth" else []
-    return np.array([(low, target.max()), (low, high), (1e-3, 3.0), *bend, (low, high), (1e-3, 3.0)])
+    every = [(low, target.max())]
+    for width in widths(form)[1:]:
+        every += [(low, high), (1e-3, 3.0), *([(-3.0, 3.0), (0.0, 3.0)] if width == 4 else [])]
+    return np.array(every)
 
 
-def _require_enough(points: Points, unknowns: int) -> None:
+def _require_enough(points: Points, form: FormName) -> None:
+    unknowns = sum(widths(form))
     if len(points) < unknowns:
-        raise FitError(f"{len(points)} points cannot settle {unknowns} unknowns: finish more runs of the sweep")
+        raise FitError(f"{len(points)} points cannot settle the {unknowns} unknowns of the {form} form")
+    needed = {"chinchilla": ("tokens", "parameters"), "aspect": ("tokens", "parameters", "depth"),
+              "additive": ("tokens", "width", "depth")}[form]  # fmt: skip
+    for name in needed:
+        if np.ptp(np.log(getattr(points, name))) < 0.05:
+            raise FitError(f"the {form} form needs points of different {name}")
+    if not np.isfinite(np.log(points.loss)).all():
+        raise FitError("a loss is not a positive number")

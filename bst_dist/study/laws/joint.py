@@ -1,7 +1,8 @@
-"""One irreducible loss for several architectures: a joint fit, and whether the points speak against it.
+"""One irreducible loss for several architectures: whether theirs are equal, and then a joint fit.
 
 Architectures that see the same text through the same receptive field can only differ in how fast they approach its
-entropy. Where E is shared, differences in A, alpha, B and beta are better determined.
+entropy. Where E is shared, differences in A, alpha, B and beta are better determined. That two values of E were not
+found to differ is no reason to share one: their difference must be shown to be small.
 """
 
 from __future__ import annotations
@@ -11,7 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from bst_dist.study.laws.fit import Fit, FitError, bounds_of, fit, log_loss, objective, polish
-from bst_dist.study.laws.law import Centre, FormName, Law, Points, Vector, as_law, terms
+from bst_dist.study.laws.law import Centre, FormName, Law, Points, Vector, as_law, terms, widths
+from bst_dist.study.laws.uncertainty import bootstrap
+from bst_dist.study.statistics import Estimate
+
+MARGIN = 0.01
+"""How far two values of E may lie apart to count as one, as a share of the least loss."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,21 @@ class JointFit:
     """The same objective when each group has an E of its own: never larger."""
 
 
+def e_difference(points: Points, first: str, second: str, draws: int = 100) -> Estimate:
+    """E of the second group less that of the first, as a share of the least loss; runs are drawn again."""
+    found = []
+    for seed, group in enumerate((first, second)):
+        own = points.take(points.group == group)
+        fitted = fit(own)
+        found.append((fitted.law.E, np.array([law.E for law in bootstrap(fitted, own, draws, seed)])))
+    (e, drawn), (other, other_drawn) = found
+    least = float(points.loss.min())
+    degrees = len(np.unique(points.run)) - 2 * sum(widths("chinchilla"))
+    if degrees < 1:
+        raise FitError("too few runs to compare two values of E")
+    return Estimate((other - e) / least, float(np.std(other_drawn - drawn, ddof=1)) / least, degrees)
+
+
 def fit_shared(points: Points, form: FormName = "chinchilla", delta: float = 1e-3, rounds: int = 2) -> JointFit:
     """Fit every group at once with one E, each keeping the rest of its law to itself.
 
@@ -35,13 +56,13 @@ def fit_shared(points: Points, form: FormName = "chinchilla", delta: float = 1e-
         raise FitError("a joint fit needs two architectures at least")
     centre, target = Centre.of(points), np.log(points.loss)
     alone = [_centred(fit(points.take(points.group == group), form, delta), centre) for group in groups]
-    matrices = terms(form, points, centre, groups)
-    bounds = _joint_bounds(form, target, len(groups))
+    matrices, bounds = terms(form, points, centre, groups), _stack(form, [bounds_of(form, target)] * len(groups))
     own = sorted(theta[0] for theta in alone)
-    found = [
-        polish(matrices, target, _stack(form, e, alone), delta, bounds, rounds)
-        for e in np.unique(np.log(np.linspace(np.exp(own[0]), np.exp(own[-1]), 4)))
-    ]
+    found = []
+    for e in np.unique(np.log(np.linspace(np.exp(own[0]), np.exp(own[-1]), 4))):
+        begin = _stack(form, alone)
+        begin[0] = e
+        found.append(polish(matrices, target, begin, delta, bounds, rounds))
     value, theta = min((objective(target - log_loss(matrices, t)[0], delta), tuple(t)) for t in found)
     separate = sum(_value(points.take(points.group == g), form, centre, t, delta)
                    for g, t in zip(groups, alone, strict=True))  # fmt: skip
@@ -49,61 +70,36 @@ def fit_shared(points: Points, form: FormName = "chinchilla", delta: float = 1e-
     return JointFit(laws, value, separate)
 
 
-def shared_e_p_value(points: Points, form: FormName = "chinchilla", delta: float = 1e-3, draws: int = 99,
-                     seed: int = 0) -> float:  # fmt: skip
-    """How often runs that do share E would speak against it as much as these do, by a parametric bootstrap.
-
-    Losses are drawn from the joint fit; a residual of a run is its own level plus what is left, so that points of one
-    run stay together. A small value: do not share E.
-    """
-    generator = np.random.default_rng(seed)
-    joint = fit_shared(points, form, delta)
-    predicted = np.empty(len(points))
-    for group, law in joint.laws.items():
-        own = points.group == group
-        predicted[own] = law.loss(points.parameters[own], points.tokens[own], points.aspect[own])
-    residuals = np.log(points.loss / predicted)
-    runs, number = np.unique(points.run, return_inverse=True)
-    level = np.array([residuals[number == index].mean() for index in range(len(runs))])
-    rest = residuals - level[number]
-    more = 0
-    for _ in range(draws):
-        noise = generator.permutation(level)[number] + rest * generator.choice((-1, 1), size=len(runs))[number]
-        drawn = Points(**{**points.__dict__, "loss": predicted * np.exp(noise)})
-        again = fit_shared(drawn, form, delta, rounds=1)
-        more += again.value - again.separate >= joint.value - joint.separate
-    return (1 + more) / (1 + draws)
-
-
 def _centred(fitted: Fit, centre: Centre) -> Vector:
     """A fit's unknowns, moved to another centre."""
-    e, a, alpha, *bend = fitted.theta[:-2]
-    b, beta = fitted.theta[-2:]
-    if bend:
-        shift = np.log(centre.aspect / fitted.centre.aspect)
-        linear, curved = bend
-        a, bend = a + linear * shift + curved * shift**2, [linear + 2 * curved * shift, curved]
-    a -= alpha * np.log(centre.parameters / fitted.centre.parameters)
-    b -= beta * np.log(centre.tokens / fitted.centre.tokens)
-    return np.array([e, a, alpha, *bend, b, beta])
+    moved, begin = fitted.theta.copy(), 1
+    names = ["width", "depth", "tokens"] if fitted.form == "additive" else ["parameters", "tokens"]
+    shift = np.log(centre.width / centre.depth) - np.log(fitted.centre.width / fitted.centre.depth)
+    for name, width in zip(names, widths(fitted.form)[1:], strict=True):
+        if width == 4:
+            linear, curved = moved[begin + 2 : begin + 4]
+            moved[begin] += linear * shift + curved * shift**2
+            moved[begin + 2] += 2 * curved * shift
+        moved[begin] -= moved[begin + 1] * np.log(getattr(centre, name) / getattr(fitted.centre, name))
+        begin += width
+    return moved
 
 
-def _stack(form: FormName, e: float, alone: list[Vector]) -> Vector:
-    width = 2 if form == "chinchilla" else 4
-    return np.concatenate(([e], *(t[1 : 1 + width] for t in alone), *(t[1 + width :] for t in alone)))
+def _stack(form: FormName, alone: list[Vector]) -> Vector:
+    """Unknowns (or bounds) of the groups as those of the joint fit: the first once, then term by term."""
+    cut = np.cumsum(widths(form))[:-1]
+    parts = [np.split(theta, cut) for theta in alone]
+    return np.concatenate([parts[0][0], *(part[k] for k in range(1, len(cut) + 1) for part in parts)])
 
 
 def _split(form: FormName, theta: Vector, groups: int) -> list[Vector]:
-    width = 2 if form == "chinchilla" else 4
-    second = theta[1 : 1 + width * groups].reshape(groups, width)
-    third = theta[1 + width * groups :].reshape(groups, 2)
-    return [np.concatenate((theta[:1], a, b)) for a, b in zip(second, third, strict=True)]
-
-
-def _joint_bounds(form: FormName, target: Vector, groups: int) -> Vector:
-    one = bounds_of(form, target)
-    width = 2 if form == "chinchilla" else 4
-    return np.vstack((one[:1], *[one[1 : 1 + width]] * groups, *[one[1 + width :]] * groups))
+    """The other way: each group's own unknowns."""
+    own, begin = [[theta[:1]] for _ in range(groups)], 1
+    for width in widths(form)[1:]:
+        for parts in own:
+            parts.append(theta[begin : begin + width])
+            begin += width
+    return [np.concatenate(parts) for parts in own]
 
 
 def _value(points: Points, form: FormName, centre: Centre, theta: Vector, delta: float) -> float:

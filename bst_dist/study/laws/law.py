@@ -1,15 +1,16 @@
 """Scaling laws of the loss, all of them a sum of powers, fitted in one way.
 
-Every form here is a sum of terms whose logarithms are linear in the unknowns,
+Every form is a sum of terms whose logarithms are linear in the unknowns,
 
     ln L = ln sum_k exp(X_k theta_k),
 
 so one gradient, one grid of starting points and one polish serve them all, and a joint fit of several architectures
-is the same with wider matrices. The terms, in this order: the irreducible loss, what more parameters would take away,
-what more tokens would.
+is the same with wider matrices. The first term is the irreducible loss E. The others, by form:
 
-Sources: the form L = E + A N^-alpha + B D^-beta: Hoffmann et al., arXiv 2203.15556, section 3.3. The depth form adds
-a penalty exp(kappa (r - r*)^2) on the second term, r = ln(width / depth): a best aspect ratio, the same at every size.
+- chinchilla: A N^-alpha + B D^-beta (Hoffmann et al., arXiv 2203.15556, section 3.3);
+- aspect: the same with exp(kappa (r - r*)^2) on the second term, r = ln(width / depth), kappa >= 0: a best aspect
+  ratio, the same at every size;
+- additive: A width^-alpha + G depth^-gamma + B D^-beta: width and depth are resources of their own.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ from typing import Literal
 
 import numpy as np
 
-FormName = Literal["chinchilla", "depth"]
+FormName = Literal["chinchilla", "aspect", "additive"]
+FORMS: tuple[FormName, ...] = ("chinchilla", "aspect", "additive")
 Vector = np.ndarray
+FAR = 10.0
+"""In ln of the aspect ratio: a best ratio further away than this is none."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +34,23 @@ class Points:
     loss: Vector
     """Nats a token."""
     parameters: Vector
-    """N, however it is counted; the headline count is training FLOPs a token / 6."""
+    """N, however it is counted."""
     tokens: Vector
     """D, tokens trained on."""
-    aspect: Vector
-    """Width / depth; ones where only the Chinchilla form is fitted."""
+    width: Vector
+    """Ones where only the Chinchilla form is fitted; depth likewise."""
+    depth: Vector
     run: Vector
     """The run a measurement belongs to: points of one run, or of one trunk and its branches, are not independent."""
-    shape: Vector
-    """The shape a measurement belongs to, for leaving one out."""
     group: Vector
-    """What has a law of its own in a joint fit: the architecture."""
+    """What has a law of its own: the architecture."""
+
+    @property
+    def shape(self) -> Vector:
+        """(n,) width x depth, for leaving one out; the size where these are not known."""
+        if (self.width == 1).all():
+            return np.array([f"N {n:.2g}" for n in self.parameters])
+        return np.array([f"{w:g} x {d:g}" for w, d in zip(self.width, self.depth, strict=True)])
 
     def take(self, index: Vector) -> Points:
         """Some of the points, by a mask or by positions (which may repeat)."""
@@ -56,13 +66,14 @@ class Centre:
 
     parameters: float
     tokens: float
-    aspect: float
+    width: float
+    depth: float
 
     @classmethod
     def of(cls, points: Points) -> Centre:
         """Geometric means."""
-        means = (np.exp(np.log(x).mean()) for x in (points.parameters, points.tokens, points.aspect))
-        return cls(*map(float, means))
+        columns = (points.parameters, points.tokens, points.width, points.depth)
+        return cls(*(float(np.exp(np.log(x).mean())) for x in columns))
 
 
 @dataclass(frozen=True)
@@ -75,33 +86,74 @@ class Law:
     B: float
     beta: float
     kappa: float = 0.0
-    """Curvature of the penalty on the aspect ratio; 0: the Chinchilla form."""
+    """aspect: curvature of the penalty on the aspect ratio, never negative."""
     log_aspect: float = 0.0
-    """r*, the logarithm of the best width / depth; of no meaning where kappa is 0 or less."""
+    """aspect: r*, the logarithm of the best width / depth; without a valley, where `tilt` is measured from."""
+    tilt: float = 0.0
+    """aspect: slope of the penalty where it has no valley; else 0."""
+    G: float | None = None
+    """additive: scale and exponent of the depth; A and alpha are then those of the width."""
+    gamma: float | None = None
 
-    def loss(self, parameters: Vector, tokens: Vector, aspect: Vector | float = 1.0) -> Vector:
-        """Loss in nats for N, D and width / depth."""
-        penalty = np.exp(self.kappa * (np.log(aspect) - self.log_aspect) ** 2)
-        return self.E + self.A * parameters**-self.alpha * penalty + self.B * tokens**-self.beta
+    @property
+    def has_valley(self) -> bool:
+        """Whether some aspect ratio is the best one."""
+        return self.kappa > 0 and self.tilt == 0
 
-    def optimum(self, flops: float) -> tuple[float, float]:
-        """N and D of least loss for C = 6 N D at the best aspect ratio (Hoffmann et al., equation 4)."""
-        gain = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
-        parameters = gain * (flops / 6) ** (self.beta / (self.alpha + self.beta))
-        return parameters, flops / 6 / parameters
+    def loss(self, parameters: Vector, tokens: Vector, width: Vector | float = 1.0,
+             depth: Vector | float = 1.0) -> Vector:  # fmt: skip
+        """Loss in nats."""
+        rest = self.E + self.B * tokens**-self.beta
+        if self.G is not None and self.gamma is not None:
+            return rest + self.A * np.power(width, -self.alpha) + self.G * np.power(depth, -self.gamma)
+        off = np.log(np.divide(width, depth)) - self.log_aspect
+        return rest + self.A * parameters**-self.alpha * np.exp(self.kappa * off**2 + self.tilt * off)
+
+    def optimum(self, flops: float, ratio: float = 12.0) -> tuple[float, float]:
+        """N and D of least loss for C = 6 N D at the best shape of each N (Hoffmann et al., equation 4).
+
+        Args:
+            ratio: N / (width^2 depth), which the additive form needs.
+        """
+        if self.G is None:
+            gain = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+            parameters = gain * (flops / 6) ** (self.beta / (self.alpha + self.beta))
+            return parameters, flops / 6 / parameters
+        sizes = np.exp(np.linspace(np.log(flops) / 2 - 12, np.log(flops) / 2 + 12, 4801))
+        widths, depths = self.shape_of(sizes, ratio)
+        best = int(np.argmin(self.loss(sizes, flops / 6 / sizes, widths, depths)))
+        return float(sizes[best]), float(flops / 6 / sizes[best])
+
+    def shape_of(self, parameters: Vector, ratio: float) -> tuple[Vector, Vector]:
+        """Width and depth of least loss for N = ratio width^2 depth, as real numbers; NaN where none is best."""
+        size = np.asarray(parameters, float) / ratio
+        if self.G is not None and self.gamma is not None:  # A w^-a + G d^-g at w^2 d fixed: a A w^-a = 2 g G d^-g
+            power = self.alpha + 2 * self.gamma
+            width = (self.alpha * self.A / (2 * self.gamma * self.G) * size**self.gamma) ** (1 / power)
+            return width, size / width**2
+        if not self.has_valley:
+            return np.full_like(size, np.nan), np.full_like(size, np.nan)
+        depth = (size / np.exp(2 * self.log_aspect)) ** (1 / 3)
+        return depth * np.exp(self.log_aspect), depth
 
 
-def slopes(form: FormName, points: Points, centre: Centre) -> tuple[Vector, Vector]:
-    """The columns beside the intercept of the second and the third term: (n, 1 or 3) and (n, 1)."""
-    columns = [-np.log(points.parameters / centre.parameters)]
-    if form == "depth":
-        aspect = np.log(points.aspect / centre.aspect)
-        columns += [aspect, aspect**2]
-    return np.stack(columns, axis=1), -np.log(points.tokens / centre.tokens)[:, None]
+def slopes(form: FormName, points: Points, centre: Centre) -> list[Vector]:
+    """The columns beside the intercept of each term after the first: a list of (n, p)."""
+
+    def falling(name: str) -> Vector:
+        return -np.log(getattr(points, name) / getattr(centre, name))[:, None]
+
+    if form == "additive":
+        return [falling("width"), falling("depth"), falling("tokens")]
+    by_size = falling("parameters")
+    if form == "aspect":
+        aspect = falling("depth") - falling("width")
+        by_size = np.hstack((by_size, aspect, aspect**2))
+    return [by_size, falling("tokens")]
 
 
 def terms(form: FormName, points: Points, centre: Centre, groups: list[str] | None = None) -> list[Vector]:
-    """The matrices X_k of the three terms; with `groups`, the second and third once a group, the first shared."""
+    """The matrices X_k of the terms; with `groups`, all but the first once a group, the first shared."""
     one = np.ones((len(points), 1))
     own = [np.hstack((one, columns)) for columns in slopes(form, points, centre)]
     if groups is None:
@@ -110,22 +162,34 @@ def terms(form: FormName, points: Points, centre: Centre, groups: list[str] | No
     return [one, *(np.hstack([columns * mask for mask in masks]) for columns in own)]
 
 
+def widths(form: FormName) -> list[int]:
+    """How many unknowns each term has, the first included."""
+    return {"chinchilla": [1, 2, 2], "aspect": [1, 4, 2], "additive": [1, 2, 2, 2]}[form]
+
+
 def as_law(form: FormName, theta: Vector, centre: Centre) -> Law:
-    """The law of centred unknowns: (ln E, a, alpha[, c1, c2], b, beta)."""
-    e, a, alpha, *bend = theta[:-2]
-    b, beta = theta[-2:]
-    kappa = best = 0.0
-    if form == "depth":
-        linear, kappa = bend
-        middle = np.log(centre.aspect)
-        best = middle - linear / (2 * kappa) if kappa else middle
-        a -= kappa * (middle - best) ** 2
-    return Law(
-        E=float(np.exp(e)),
-        A=float(np.exp(a + alpha * np.log(centre.parameters))),
-        alpha=float(alpha),
-        B=float(np.exp(b + beta * np.log(centre.tokens))),
-        beta=float(beta),
-        kappa=float(kappa),
-        log_aspect=float(best),
-    )
+    """The law of centred unknowns, a term after the other."""
+    e, *parts = np.split(theta, np.cumsum(widths(form))[:-1])
+
+    def scale(part: Vector, name: str) -> float:
+        return float(np.exp(part[0] + part[1] * np.log(getattr(centre, name))))
+
+    tokens = parts[-1]
+    common = {"E": float(np.exp(e[0])), "B": scale(tokens, "tokens"), "beta": float(tokens[1])}
+    first = parts[0]
+    if form == "additive":
+        second = {"G": scale(parts[1], "depth"), "gamma": float(parts[1][1])}
+        return Law(**common, A=scale(first, "width"), alpha=float(first[1]), **second)
+    bend = {}
+    if form == "aspect":
+        first, bend = _bend(first, float(np.log(centre.width / centre.depth)))
+    return Law(**common, A=scale(first, "parameters"), alpha=float(first[1]), **bend)
+
+
+def _bend(part: Vector, middle: float) -> tuple[Vector, dict[str, float]]:
+    """The penalty about its best ratio, where it has one that is not far away; else about the middle of the points."""
+    linear, kappa = float(part[2]), float(part[3])
+    off = -linear / (2 * kappa) if kappa > 0 else np.inf
+    if abs(off) > FAR:
+        return part[:2], {"kappa": kappa, "log_aspect": middle, "tilt": linear}
+    return np.array([part[0] - kappa * off**2, part[1]]), {"kappa": kappa, "log_aspect": middle + off}

@@ -6,46 +6,38 @@ approach a higher loss. If one sees further, its advantage is larger late in the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from bst_dist.study.laws.gap import gaps_by
+from bst_dist.study.laws.observation import Observation
 from bst_dist.study.laws.regression import RegressionError, regress
-from bst_dist.study.laws.table import Row
+from bst_dist.study.statistics import Equality, Estimate, equality
 
-LEVEL = 0.05
+MARGIN = 0.005
 
 
 @dataclass(frozen=True)
 class Reach:
-    """The advantage in a sequence's last block less that in its first, where nobody has more than a block behind."""
+    """Whether an architecture sees as far as the baseline."""
 
-    architecture: str
-    difference: float
-    """In ln of the loss, mean over pairs of runs; above 0 the architecture sees, or uses, more than the baseline."""
-    standard_error: float
-    p_value: float
-    """Of no difference, two-sided, errors clustered by pair of runs."""
-
-    @property
-    def equal(self) -> bool:
-        """Whether nothing speaks against equal reach."""
-        return self.p_value >= LEVEL
+    difference: Estimate
+    """The advantage in a sequence's last block less that in its first, where nobody has more than a block behind: in ln
+    of the loss, errors clustered by pair of runs. Above 0 the architecture sees, or uses, more than the baseline."""
+    answer: Equality
+    """equal: shown to differ by less than the margin, 0.5 % of the loss."""
 
 
-def compare_reach(rows: list[Row], architecture: str, baseline: str) -> Reach | None:
-    """Compare over all pairs of finished runs of one block and length; None when too few have losses by position."""
-    done = [row for row in rows if row.status == "done" and row.role == "grid" and len(row.loss_by_block) > 1]
-    base = {(row.block, row.tokens_per_parameter): row for row in done if row.architecture == baseline}
-    differences, clusters = [], []
-    for row in (row for row in done if row.architecture == architecture):
-        partner = base.get((row.block, row.tokens_per_parameter))
-        if partner is not None and len(partner.loss_by_block) == len(row.loss_by_block):
-            gaps = np.log(np.divide(partner.loss_by_block, row.loss_by_block))
-            differences.append(gaps[-1] - gaps[0])
-            clusters.append(row.block)
+def compare_reach(observed: Sequence[Observation], variant: str, baseline: str, arm: str) -> Reach | None:
+    """Over all pairs of runs of one block and length; None when too few have losses by position."""
+    gaps, blocks = gaps_by(observed, variant, baseline, arm, "by_block")
+    if gaps.shape[1] < 2:
+        return None
+    late = gaps[:, -1] - gaps[:, 0]
     try:
-        fitted = regress(np.ones((len(differences), 1)), np.array(differences), np.array(clusters))
+        difference = regress(np.ones((len(late), 1)), late, blocks).estimate(0)
     except RegressionError:
         return None
-    return Reach(architecture, float(fitted.values[0]), float(fitted.standard_errors[0]), fitted.p_value(0))
+    return Reach(difference, equality(difference, MARGIN))

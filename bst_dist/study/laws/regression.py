@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from bst_base.errors import UserError
+from bst_dist.study.statistics import Estimate
 
 Vector = np.ndarray
 
@@ -29,14 +29,11 @@ class Regression:
     covariance: Vector
     degrees: int
 
-    @property
-    def standard_errors(self) -> Vector:
-        """(p,)"""
-        return np.sqrt(np.diag(self.covariance))
-
-    def p_value(self, index: int) -> float:
-        """Two-sided, of the coefficient being 0."""
-        return float(2 * stats.t.sf(abs(self.values[index] / self.standard_errors[index]), self.degrees))
+    def estimate(self, weights: Vector | int) -> Estimate:
+        """One coefficient, by its place, or a weighted sum of all."""
+        weights = np.eye(len(self.values))[weights] if isinstance(weights, int) else np.asarray(weights)
+        variance = max(0.0, float(weights @ self.covariance @ weights))
+        return Estimate(float(weights @ self.values), float(np.sqrt(variance)), self.degrees)
 
 
 @dataclass(frozen=True)
@@ -75,11 +72,6 @@ class Estimator:
             scores *= np.sqrt((len(names) - 1) / len(names))
         return cls(coefficients, scores, len(names) - p)
 
-    def statistics(self, targets: Vector, index: int) -> Vector:
-        """Size of coefficient `index` over its error, for each of many targets (m, n)."""
-        errors = np.sqrt(((targets @ self.scores[:, index].T) ** 2).sum(-1))
-        return np.abs(targets @ self.coefficients[index]) / errors
-
 
 def regress(columns: Vector, target: Vector, clusters: Vector) -> Regression:
     """Least squares of `target` (n,) on `columns` (n, p); see Estimator for the errors."""
@@ -88,35 +80,75 @@ def regress(columns: Vector, target: Vector, clusters: Vector) -> Regression:
     return Regression(estimator.coefficients @ target, scores.T @ scores, estimator.degrees)
 
 
-def permutation_p(columns: Vector, target: Vector, clusters: Vector, index: int, draws: int = 999,
-                  seed: int = 0) -> float:  # fmt: skip
-    """Two-sided p of column `index`: the residuals without it are dealt again to clusters with as many points.
+class CoefficientTest:
+    """The tests of one coefficient, made ready once for any number of targets.
 
+    By permutation: the residuals without the coefficient's column are dealt again to clusters with as many points.
     Whole clusters are dealt, so what is correlated stays together; the statistic is the coefficient over its error.
     """
+
+    def __init__(self, columns: Vector, clusters: Vector, index: int, draws: int, seed: int = 0) -> None:
+        """Raises RegressionError when the columns cannot be told apart or the clusters are too few."""
+        estimator = Estimator.of(columns, clusters)
+        self.degrees = estimator.degrees
+        self.weights, self.scores = estimator.coefficients[index], estimator.scores[:, index]  # (n,), (G, n)
+        reduced = np.delete(columns, index, axis=1)
+        self.residual_maker = np.eye(len(columns)) - reduced @ np.linalg.pinv(reduced)
+        self.places = _dealt(clusters, draws, seed)
+
+    def estimates(self, targets: Vector) -> tuple[Vector, Vector]:
+        """The coefficient and its standard error for each of many targets: (m, n) to (m,) and (m,)."""
+        return targets @ self.weights, np.sqrt(((targets @ self.scores.T) ** 2).sum(-1))
+
+    def permutation_p(self, targets: Vector) -> Vector:
+        """Two-sided p for each target: (m, n) to (m,).
+
+        The statistic of what was fitted without the column is 0, so only residuals need to be dealt; dealing them is
+        dealing the weights the other way.
+        """
+        residuals = targets @ self.residual_maker.T
+        observed = _ratio(*self.estimates(residuals)) * (1 - 1e-9)
+        more = np.zeros(len(targets))
+        for first in range(0, len(self.places), self._at_once(len(targets))):
+            places = self.places[first : first + self._at_once(len(targets))]
+            sizes = residuals @ self.weights[places].T  # (m, draws)
+            scores = np.tensordot(residuals, self.scores[:, places], axes=(1, 2))  # (m, G, draws)
+            more += (_ratio(sizes, np.sqrt((scores**2).sum(1))) >= observed[:, None]).sum(1)
+        return (1 + more) / (1 + len(self.places))
+
+    def _at_once(self, targets: int) -> int:
+        """Draws whose numbers fit into a few tens of megabytes."""
+        groups, n = self.scores.shape
+        return max(1, 4_000_000 // (groups * max(n, targets)))
+
+
+def _dealt(clusters: Vector, draws: int, seed: int) -> Vector:
+    """(draws, n): the place that each point is dealt to."""
     generator = np.random.default_rng(seed)
-    reduced = np.delete(columns, index, axis=1)
-    fitted = reduced @ np.linalg.lstsq(reduced, target, rcond=None)[0]
     members = [np.flatnonzero(clusters == name) for name in np.unique(clusters)]
-    dealt = np.empty((draws, len(target)))
+    places = np.empty((draws, len(clusters)), int)
     for size in {len(own) for own in members}:
         alike = np.stack([own for own in members if len(own) == size])  # (clusters, size)
         order = generator.permuted(np.tile(np.arange(len(alike)), (draws, 1)), axis=1)
-        dealt[:, alike] = (target - fitted)[alike[order]]
-    statistics = Estimator.of(columns, clusters).statistics(np.vstack((target, fitted + dealt)), index)
-    more = (statistics[1:] >= statistics[0] * (1 - 1e-9)).sum()
-    return float((1 + more) / (1 + draws))
+        places[:, alike] = alike[order]
+    return places
 
 
-def equivalence_p(value: float, standard_error: float, degrees: int, margin: float) -> float:
-    """p of the effect lying outside ±margin: two one-sided t tests (Schuirmann 1987); small: equivalent to none."""
-    return float(stats.t.sf((margin - abs(value)) / standard_error, degrees))
+def _ratio(value: Vector, error: Vector) -> Vector:
+    """Size over error; of nothing over nothing, 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.nan_to_num(np.abs(value) / error, nan=0.0, posinf=np.inf)
 
 
-def holm(p_values: list[float]) -> list[float]:
-    """Adjusted p values that keep the chance of any false finding among all below the level (Holm 1979)."""
-    order = np.argsort(p_values)
-    adjusted = np.maximum.accumulate([min(1.0, (len(order) - rank) * p_values[i]) for rank, i in enumerate(order)])
-    result = np.empty(len(order))
-    result[order] = adjusted
-    return result.tolist()
+def holm(p_values: Vector) -> Vector:
+    """Adjusted p values that keep the chance of any false finding among all below the level (Holm 1979).
+
+    Of (k,) tests, or of k tests in many studies at once (k, m), each study by itself.
+    """
+    p = np.asarray(p_values, float)
+    order = np.argsort(p, axis=0)
+    left = np.arange(len(p), 0, -1).reshape(-1, *[1] * (p.ndim - 1))
+    adjusted = np.maximum.accumulate(np.minimum(1.0, left * np.take_along_axis(p, order, 0)), axis=0)
+    found = np.empty_like(p)
+    np.put_along_axis(found, order, adjusted, 0)
+    return found

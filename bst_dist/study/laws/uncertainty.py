@@ -6,18 +6,22 @@ width x depth data set the standard error of alpha was four times larger by shap
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
 from bst_dist.study.laws.fit import Fit, FitError, fit
-from bst_dist.study.laws.law import Law, Points, Vector
+from bst_dist.study.laws.law import Law, Points, Vector, widths
 from bst_dist.study.laws.regression import regress
+from bst_dist.study.statistics import Estimate
 
 UNKNOWNS = {"chinchilla": ("E", "A", "alpha", "B", "beta"),
-            "depth": ("E", "A", "alpha", "B", "beta", "kappa", "log_aspect")}  # fmt: skip
+            "aspect": ("E", "A", "alpha", "B", "beta", "kappa", "log_aspect"),
+            "additive": ("E", "A", "alpha", "G", "gamma", "B", "beta")}  # fmt: skip
 EXPONENT_WIDTH, E_WIDTH = 0.5, 0.1
+MOST_SHAPES = 24
 
 
 @dataclass(frozen=True)
@@ -30,24 +34,51 @@ class Interval:
     high: float
 
 
+@dataclass(frozen=True)
+class LackOfFit:
+    """Whether the form misses the shapes by more than seeds scatter."""
+
+    statistic: float
+    """F: mean square of the shapes' mean residuals over that of seeds within a shape."""
+    p_value: float
+
+
 def bootstrap(fitted: Fit, points: Points, draws: int = 200, seed: int = 0) -> list[Law]:
     """Laws refitted to runs drawn again with replacement, each from the full fit's optimum."""
     generator = np.random.default_rng(seed)
     runs, number = np.unique(points.run, return_inverse=True)
     members = [np.flatnonzero(number == index) for index in range(len(runs))]
-    laws = []
-    for _ in range(draws):
+    laws: list[Law] = []
+    for _ in range(20 * draws):
+        if len(laws) == draws:
+            break
         drawn = np.concatenate([members[index] for index in generator.integers(len(runs), size=len(runs))])
-        laws.append(fit(points.take(drawn), fitted.form, fitted.delta, start=fitted).law)
+        try:
+            laws.append(fit(points.take(drawn), fitted.form, fitted.delta, start=fitted).law)
+        except FitError:  # a draw of one shape alone
+            continue
+    if len(laws) < 2:
+        raise FitError("too few runs to draw again")
     return laws
 
 
-def intervals(fitted: Fit, laws: list[Law]) -> dict[str, Interval]:
-    """An interval for each unknown of the form, and for the exponent of the optimal N in C, beta / (alpha + beta)."""
-    found = {name: _interval(getattr(fitted.law, name), [getattr(law, name) for law in laws])
+def interval(of: Callable[[Law], float], law: Law, laws: Sequence[Law]) -> Interval:
+    """Anything that follows from a law, with its interval over resampled runs."""
+    draws = np.array([of(one) for one in laws], float)
+    draws = draws[np.isfinite(draws)]
+    if len(draws) < len(laws) / 2:
+        return Interval(of(law), float("nan"), float("-inf"), float("inf"))
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return Interval(float(of(law)), float(np.std(draws, ddof=1)), float(low), float(high))
+
+
+def intervals(fitted: Fit, laws: Sequence[Law]) -> dict[str, Interval]:
+    """An interval for each unknown of the form, and for the exponent of the optimal N in C where it is a power."""
+    found = {name: interval(lambda law, name=name: getattr(law, name), fitted.law, laws)
              for name in UNKNOWNS[fitted.form]}  # fmt: skip
-    share = [law.beta / (law.alpha + law.beta) for law in laws]
-    return found | {"optimal_N_exponent": _interval(fitted.law.beta / (fitted.law.alpha + fitted.law.beta), share)}
+    if fitted.form != "additive":
+        found["optimal_N_exponent"] = interval(lambda law: law.beta / (law.alpha + law.beta), fitted.law, laws)
+    return found
 
 
 def unidentified(found: dict[str, Interval], points: Points) -> list[str]:
@@ -63,7 +94,7 @@ def unidentified(found: dict[str, Interval], points: Points) -> list[str]:
             reasons.append(
                 f"{name} take {different} values over a factor of {span:.1f}; needed are 3 over a factor of 4"
             )
-    for name in ("alpha", "beta"):
+    for name in (name for name in ("alpha", "beta", "gamma") if name in found):
         half = (found[name].high - found[name].low) / 2
         if half > EXPONENT_WIDTH * found[name].value:
             reasons.append(
@@ -78,28 +109,51 @@ def unidentified(found: dict[str, Interval], points: Points) -> list[str]:
 
 
 def leave_one_shape_out(points: Points, fitted: Fit) -> dict[str, float]:
-    """Shape -> mean absolute relative error of its losses under a law fitted to all other shapes."""
-    return {str(shape): _error_of(points, points.shape == shape, fitted) for shape in np.unique(points.shape)}
+    """Shape -> mean absolute relative error of its losses under a law fitted to all other shapes.
+
+    Of many shapes MOST_SHAPES are left out, spread over all of them.
+    """
+    shapes = np.unique(points.shape)
+    shapes = shapes[np.unique(np.linspace(0, len(shapes) - 1, MOST_SHAPES).round().astype(int))]
+    return {str(shape): _error_of(points, points.shape == shape, fitted) for shape in shapes}
 
 
 def hold_out_largest(points: Points, fitted: Fit) -> float:
     """Mean absolute relative error at the largest size under a law fitted to all smaller ones.
 
-    Sizes within a tenth of the largest N are the largest size: shapes of one size differ by rounding of the width.
+    Sizes within a tenth of the largest N are the largest size: shapes of one size differ a little.
     """
     return _error_of(points, points.parameters > points.parameters.max() / 1.1, fitted)
 
 
-def local_slopes(points: Points) -> dict[str, Interval]:
-    """d ln L / d ln N and d ln L / d ln D over the range of the points, errors clustered by run: no extrapolation."""
-    columns = np.stack((np.ones(len(points)), np.log(points.parameters), np.log(points.tokens)), axis=1)
+def local_slopes(points: Points) -> dict[str, Estimate]:
+    """d ln L / d ln of N, D and depth (those that vary) over the range of the points, errors clustered by run.
+
+    N at the same D, D at the same N: no extrapolation is meant.
+    """
+    names = [n for n in ("parameters", "tokens", "depth") if np.ptp(np.log(getattr(points, n))) > 0.05]
+    columns = np.column_stack([np.ones(len(points)), *(np.log(getattr(points, name)) for name in names)])
     found = regress(columns, np.log(points.loss), points.run)
-    width = stats.t.ppf(0.975, found.degrees) * found.standard_errors
-    return {
-        name: Interval(float(found.values[i]), float(found.standard_errors[i]),
-                       float(found.values[i] - width[i]), float(found.values[i] + width[i]))
-        for i, name in ((1, "parameters"), (2, "tokens"))
-    }  # fmt: skip
+    return {name: found.estimate(1 + place) for place, name in enumerate(names)}
+
+
+def lack_of_fit(points: Points, fitted: Fit) -> LackOfFit | None:
+    """By the residuals of whole runs, whose points are not independent; None where no shape has two seeds."""
+    residuals = np.log(points.loss) - np.log(fitted.predict(points))
+    runs, number = np.unique(points.run, return_inverse=True)
+    level = np.array([residuals[number == index].mean() for index in range(len(runs))])
+    shapes = points.shape[np.array([np.flatnonzero(number == index)[0] for index in range(len(runs))])]
+    groups = [level[shapes == shape] for shape in np.unique(shapes)]
+    within = sum(len(g) - 1 for g in groups)
+    # Tokens are settled within runs: what shapes settle is the rest of the unknowns.
+    between = len(groups) - (sum(widths(fitted.form)) - 2)
+    if within < 1 or between < 1:
+        return None
+    squares = sum(float(((g - g.mean()) ** 2).sum()) for g in groups)
+    if squares == 0:
+        return None
+    f = sum(len(g) * g.mean() ** 2 for g in groups) / between / (squares / within)
+    return LackOfFit(float(f), float(stats.f.sf(f, between, within)))
 
 
 def _error_of(points: Points, left_out: Vector, fitted: Fit) -> float:
@@ -107,9 +161,4 @@ def _error_of(points: Points, left_out: Vector, fitted: Fit) -> float:
         raise FitError("nothing is left to fit when this shape is left out: run more shapes")
     law = fit(points.take(~left_out), fitted.form, fitted.delta).law
     out = points.take(left_out)
-    return float(np.abs(law.loss(out.parameters, out.tokens, out.aspect) / out.loss - 1).mean())
-
-
-def _interval(value: float, draws: list[float]) -> Interval:
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return Interval(float(value), float(np.std(draws, ddof=1)), float(low), float(high))
+    return float(np.abs(law.loss(out.parameters, out.tokens, out.width, out.depth) / out.loss - 1).mean())

@@ -1,33 +1,52 @@
 """Does the advantage grow or shrink with depth and with compute? Answered by a rule that stands before the data.
 
-The rule. For each variant the paired gap is regressed on the logarithms of compute, depth and tokens per parameter,
-errors clustered by pair of runs. The *change* over a factor is its coefficient times the factor's range in the sweep:
-how much of the loss, in per cent, the advantage gains from the least to the largest value. Then, with p values adjusted
-by Holm over all variants and factors, at level 0.05:
+The rule. For each variant, within one arm, the paired gap is regressed on the logarithms of compute, depth and tokens
+per parameter, errors clustered by pair of runs. The *change* is the coefficient per doubling of depth and per tenfold
+of compute: how much of the loss, in per cent, the advantage gains by that. Then, with p values adjusted by Holm over
+all variants and both factors, at level 0.05:
 
-1. equivalent: both one-sided tests reject a change as large as the margin (0.5 %). A change that is real and smaller
-   than that is equivalent too: nobody would choose an architecture by it.
-2. grows or shrinks: the change differs from 0 both by its t test and by permutation (the larger p counts).
-3. undecided otherwise, with the number of pairs that would be needed to see a change as large as the margin.
+1. confounded: the sizes of the pairs differ, and by how much changes over the factor's range by more than 2 % of N.
+2. equivalent: both one-sided tests reject a change as large as the margin, 0.5 % of the loss per doubling of depth or
+   per tenfold of compute. A change that is real and smaller than that is equivalent too: nobody would choose an
+   architecture by it.
+3. grows or shrinks: the change differs from 0 both by its t test and by permutation (the larger p counts).
+4. undecided otherwise, with the number of pairs that would be needed to see a change as large as the margin.
+
+A variant that cannot be tested counts among the tests with p = 1: it neither silences the others nor helps them.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy import stats
 
 from bst_dist.study.laws.gap import Gaps
-from bst_dist.study.laws.regression import Regression, equivalence_p, holm, permutation_p, regress
+from bst_dist.study.laws.regression import CoefficientTest, RegressionError, holm, regress
+from bst_dist.study.statistics import Estimate
 
 LEVEL, POWER, MARGIN = 0.05, 0.8, 0.005
+MISMATCH = 0.02
+"""How much ln N_variant - ln N_baseline may change over the range of a factor."""
+DRAWS = 999
 FACTORS = ("flops", "depth", "tokens_per_parameter")
-ASKED = ("flops", "depth")
+Answer = Literal["grows", "shrinks", "equivalent", "undecided", "confounded"]
+ANSWERS: tuple[Answer, ...] = ("grows", "shrinks", "equivalent", "undecided", "confounded")
+
+
+class Unit(NamedTuple):
+    """What a change is given over."""
+
+    name: str
+    per: str
+    factor: float
+
+
+UNITS = {"flops": Unit("compute", "tenfold of compute", 10.0), "depth": Unit("depth", "doubling of depth", 2.0)}
 """The factors that a verdict is given about; tokens per parameter is there so that it does not stand for compute."""
-Answer = Literal["grows", "shrinks", "equivalent", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -35,13 +54,10 @@ class Change:
     """How the advantage of one variant changes over one factor."""
 
     variant: str
+    arm: str
     factor: str
-    change: float
-    """In ln of the loss, from the least to the largest value of the factor in the sweep."""
-    standard_error: float
-    low: float
-    """Of the 95 % interval."""
-    high: float
+    change: Estimate
+    """In ln of the loss, per doubling of depth or tenfold of compute."""
     from_value: float
     to_value: float
     p_difference: float
@@ -50,11 +66,14 @@ class Change:
     p_permutation: float
     p_equivalence: float
     """Holm-adjusted."""
+    mismatch: float
+    """How much ln N_variant - ln N_baseline changes over the factor's range."""
     answer: Answer
     pairs: int
-    """Independent pairs of runs."""
-    more_pairs: int
-    """Where undecided: how many more like these would show a change as large as the margin with power 0.8."""
+
+    @property
+    def unit(self) -> Unit:
+        return UNITS[self.factor]
 
 
 def columns(gaps: Gaps) -> tuple[np.ndarray, list[str]]:
@@ -65,79 +84,203 @@ def columns(gaps: Gaps) -> tuple[np.ndarray, list[str]]:
     return np.stack([np.ones(len(gaps)), *centred], axis=1), varying
 
 
-def judge(every: list[Gaps], draws: int = 999, margin: float = MARGIN) -> list[Change]:
-    """The rule, over all variants at once; factors that do not vary in a variant's pairs are left out."""
-    found = []
-    for gaps in every:
-        matrix, names = columns(gaps)
-        fitted = regress(matrix, gaps.gap, gaps.block)
-        for factor in ASKED:
-            if factor in names:
-                index = 1 + names.index(factor)
-                shuffled = permutation_p(matrix, gaps.gap, gaps.block, index, draws)
-                found.append(_test(gaps, fitted, index, factor, shuffled, margin))
-    differences = holm([max(t.p_robust, t.p_permutation) for t in found])
-    equivalences = holm([t.p_equivalence for t in found])
-    return [_decide(*case, margin) for case in zip(found, differences, equivalences, strict=True)]
+class Case(NamedTuple):
+    """One variant over one factor, made ready."""
+
+    gaps: Gaps
+    place: int
+    """Among the variants."""
+    factor: str
+    test: CoefficientTest
+    per_unit: float
+    mismatch: float
 
 
-def mean_gap(gaps: Gaps) -> tuple[float, float, float, float]:
-    """The advantage in the middle of the sweep, its standard error and its 95 % interval, in ln of the loss."""
-    fitted = regress(np.ones((len(gaps), 1)), gaps.gap, gaps.block)
-    half = stats.t.ppf(0.975, fitted.degrees) * fitted.standard_errors[0]
-    mean = float(fitted.values[0])
-    return mean, float(fitted.standard_errors[0]), mean - half, mean + half
+class Measured(NamedTuple):
+    """One test in many studies; every array is (studies,)."""
+
+    change: np.ndarray
+    error: np.ndarray
+    p_robust: np.ndarray
+    p_permutation: np.ndarray
+    p_equivalence: np.ndarray
+    """Before Holm's adjustment."""
 
 
-def gain_slope(gaps: Gaps) -> dict[str, tuple[float, float]]:
-    """ln of the compute-equivalent gain: its mean and its slope in ln of each factor, with standard errors."""
-    kept = np.isfinite(gaps.log_gain)
+class Outcome(NamedTuple):
+    """What the rule makes of all tests; every array is (tests, studies)."""
+
+    p_difference: np.ndarray
+    p_equivalence: np.ndarray
+    answer: np.ndarray
+    """Places in ANSWERS."""
+
+
+class Rule:
+    """The rule for a set of pairs, whatever their gaps turn out to be: applied to data, and to simulated studies."""
+
+    def __init__(self, every: Sequence[Gaps], draws: int = DRAWS, margin: float = MARGIN) -> None:
+        self.margin, self.cases, self.untested = margin, [], {}  # type: float, list[Case], dict[str, str]
+        names = {name for gaps in every for name in columns(gaps)[1] if name in UNITS}
+        self.tests = len(every) * len(names)
+        for place, gaps in enumerate(every):
+            matrix, varying = columns(gaps)
+            try:
+                for factor in (name for name in UNITS if name in varying):
+                    test = CoefficientTest(matrix, gaps.block, 1 + varying.index(factor), draws)
+                    off = mismatch_over(gaps, factor)
+                    self.cases.append(Case(gaps, place, factor, test, np.log(UNITS[factor].factor), off))
+            except RegressionError as error:
+                self.untested[gaps.variant] = str(error)
+
+    def measure(self, case: Case, targets: np.ndarray) -> Measured:
+        """One test in many studies; `targets`: the gaps of the case's variant, (studies, n)."""
+        value, error = (x * case.per_unit for x in case.test.estimates(targets))
+        return Measured(
+            value, error, 2 * tail(np.abs(value), error, case.test.degrees), case.test.permutation_p(targets),
+            tail(self.margin - np.abs(value), error, case.test.degrees),
+        )  # fmt: skip
+
+    def decide(self, measured: Sequence[Measured]) -> Outcome:
+        """Judge many studies from their tests, in the order of the cases."""
+        studies, tests = len(measured[0].change), len(self.cases)
+        missing = [np.ones(studies)] * (self.tests - tests)
+        larger = [np.maximum(m.p_robust, m.p_permutation) for m in measured]
+        p_difference = holm(np.array([*larger, *missing]))[:tests]
+        p_equivalence = holm(np.array([*(m.p_equivalence for m in measured), *missing]))[:tests]
+        change = np.array([m.change for m in measured])
+        answer = np.full((tests, studies), ANSWERS.index("undecided"))
+        answer[(p_difference < LEVEL) & (change > 0)] = ANSWERS.index("grows")
+        answer[(p_difference < LEVEL) & (change < 0)] = ANSWERS.index("shrinks")
+        answer[p_equivalence < LEVEL] = ANSWERS.index("equivalent")
+        answer[[abs(case.mismatch) > MISMATCH for case in self.cases]] = ANSWERS.index("confounded")
+        return Outcome(p_difference, p_equivalence, answer)
+
+
+def judge(every: Sequence[Gaps], draws: int = DRAWS, margin: float = MARGIN) -> tuple[list[Change], dict[str, str]]:
+    """The rule, over all variants at once; and the variants that cannot be tested, with the reason."""
+    rule = Rule(every, draws, margin)
+    if not rule.cases:
+        return [], rule.untested
+    measured = [rule.measure(case, case.gaps.gap[None]) for case in rule.cases]
+    found = rule.decide(measured)
+    changes = [
+        Change(
+            case.gaps.variant, case.gaps.arm, case.factor,
+            Estimate(float(m.change[0]), float(m.error[0]), case.test.degrees),
+            float(getattr(case.gaps, case.factor).min()), float(getattr(case.gaps, case.factor).max()),
+            float(found.p_difference[i, 0]), float(m.p_robust[0]), float(m.p_permutation[0]),
+            float(found.p_equivalence[i, 0]), case.mismatch, ANSWERS[found.answer[i, 0]], case.gaps.pairs,
+        )
+        for i, (case, m) in enumerate(zip(rule.cases, measured, strict=True))
+    ]  # fmt: skip
+    return changes, rule.untested
+
+
+def mismatch_over(gaps: Gaps, factor: str) -> float:
+    """How much the difference of the pairs' sizes changes from the least to the largest value of a factor."""
     matrix, names = columns(gaps)
-    fitted = regress(matrix[kept], gaps.log_gain[kept], gaps.block[kept])
-    pairs = zip(fitted.values, fitted.standard_errors, strict=True)
-    return dict(zip(["mean", *names], ((float(v), float(e)) for v, e in pairs), strict=True))
+    slopes = np.linalg.lstsq(matrix, gaps.mismatch, rcond=None)[0]
+    return float(slopes[1 + names.index(factor)] * np.ptp(np.log(getattr(gaps, factor))))
 
 
-def crossing_flops(gaps: Gaps, change: Change) -> float | None:
-    """The compute at which the advantage is predicted to vanish, at the sweep's mean depth; None unless it changes."""
-    if change.factor != "flops" or change.answer not in ("grows", "shrinks"):
+def tail(value: np.ndarray, error: np.ndarray, degrees: float) -> np.ndarray:
+    """P(T > value / error); where there is no error, 0 above nothing and 1 elsewhere, but 1/2 for nothing itself."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return stats.t.sf(np.nan_to_num(value / error, nan=0.0), degrees)
+
+
+def mean_gap(gaps: Gaps) -> Estimate:
+    """The advantage in the middle of the sweep, in ln of the loss; without an error where there is one pair."""
+    if gaps.pairs < 2:
+        return Estimate(float(gaps.gap.mean()), None)
+    return regress(np.ones((len(gaps), 1)), gaps.gap, gaps.block).estimate(0)
+
+
+def mean_gain(gaps: Gaps) -> Estimate:
+    """ln of the compute-equivalent gain, on average; NaN without a curve to read it off."""
+    kept = gaps.take(np.isfinite(gaps.log_gain))
+    return mean_gap(Gaps(**{**vars(kept), "gap": kept.log_gain})) if len(kept) else Estimate(float("nan"), None)
+
+
+def interaction(gaps: Gaps) -> Estimate | None:
+    """How the change per doubling of depth itself changes per tenfold of compute; None where that is not settled."""
+    matrix, names = columns(gaps)
+    if not {"flops", "depth"} <= set(names):
         return None
+    product = np.prod([matrix[:, 1 + names.index(name)] for name in ("flops", "depth")], axis=0)
+    try:
+        found = regress(np.column_stack((matrix, product)), gaps.gap, gaps.block)
+    except RegressionError:
+        return None
+    weights = np.zeros(matrix.shape[1] + 1)
+    weights[-1] = np.log(10) * np.log(2)
+    return found.estimate(weights)
+
+
+class Crossing(NamedTuple):
+    """The compute at which the advantage vanishes at the sweep's mean depth, with its 95 % interval (Fieller)."""
+
+    flops: float
+    low: float
+    high: float
+
+
+def crossing(gaps: Gaps) -> Crossing | None:
+    """None unless the interval is bounded, that is, unless the slope in compute differs from 0."""
     matrix, names = columns(gaps)
-    fitted = regress(matrix, gaps.gap, gaps.block)
-    slope = fitted.values[1 + names.index("flops")]
-    return float(np.exp(np.log(gaps.flops).mean() - fitted.values[0] / slope))
+    if "flops" not in names:
+        return None
+    place = 1 + names.index("flops")
+    try:
+        found = regress(matrix, gaps.gap, gaps.block)
+    except RegressionError:
+        return None
+    a, b = found.values[0], found.values[place]
+    t = stats.t.ppf(1 - LEVEL / 2, found.degrees) ** 2
+    va, vab, vb = (found.covariance[i, j] for i, j in ((0, 0), (0, place), (place, place)))
+    # (a + b x)^2 = t var(a + b x), a parabola in x
+    square, linear, constant = b * b - t * vb, 2 * (a * b - t * vab), a * a - t * va
+    if square <= 0 or linear**2 < 4 * square * constant:
+        return None
+    half = np.sqrt(linear**2 - 4 * square * constant)
+    middle = np.log(gaps.flops).mean()
+    return Crossing(*(float(np.exp(middle + x)) for x in (-a / b, (-linear - half) / 2 / square,
+                                                          (-linear + half) / 2 / square)))  # fmt: skip
 
 
-def _test(gaps: Gaps, fitted: Regression, index: int, factor: str, shuffled: float, margin: float) -> Change:
-    values = getattr(gaps, factor)
-    span = math.log(values.max() / values.min())
-    change, error = float(fitted.values[index]) * span, float(fitted.standard_errors[index]) * span
-    half = float(stats.t.ppf(0.975, fitted.degrees)) * error
-    return Change(
-        gaps.variant, factor, change, error, change - half, change + half, float(values.min()), float(values.max()),
-        p_difference=math.nan, p_robust=fitted.p_value(index), p_permutation=shuffled,
-        p_equivalence=equivalence_p(change, error, fitted.degrees, margin), answer="undecided",
-        pairs=len(np.unique(gaps.block)), more_pairs=0,
-    )  # fmt: skip
+def predict_gap(gaps: Gaps, at: Gaps) -> list[Estimate]:
+    """The gaps that the regression expects at other places; errors include what single pairs scatter by."""
+    matrix, names = columns(gaps)
+    found = regress(matrix, gaps.gap, gaps.block)
+    scatter = np.std(gaps.gap - matrix @ found.values, ddof=matrix.shape[1])
+    centres = {name: np.log(getattr(gaps, name)).mean() for name in names}
+    predicted = []
+    for place in range(len(at)):
+        weights = np.array([1.0, *(np.log(getattr(at, name)[place]) - centres[name] for name in names)])
+        own = found.estimate(weights)
+        predicted.append(own._replace(standard_error=float(np.hypot(own.standard_error or 0.0, scatter))))
+    return predicted
 
 
-def _decide(test: Change, difference: float, equivalence: float, margin: float) -> Change:
-    more = 0
-    if equivalence < LEVEL:
-        answer: Answer = "equivalent"
-    elif difference < LEVEL:
-        answer = "grows" if test.change > 0 else "shrinks"
-    else:
-        answer, more = "undecided", pairs_needed(test.standard_error, test.pairs, margin) - test.pairs
-    replaced = {"p_difference": difference, "p_equivalence": equivalence, "answer": answer, "more_pairs": max(1, more)}
-    return Change(**{**test.__dict__, **replaced, **({} if answer == "undecided" else {"more_pairs": 0})})
+def contrast(gaps: Gaps, other: Gaps) -> dict[str, Estimate]:
+    """How the advantage in another arm differs: its mean, and its change per unit of each factor they both vary."""
+    found = {"mean": _difference(mean_gap(gaps), mean_gap(other))}
+    parts = []
+    for one in (gaps, other):
+        matrix, names = columns(one)
+        try:
+            fitted = regress(matrix, one.gap, one.block)
+        except RegressionError:
+            return found
+        parts.append({n: fitted.estimate(np.eye(len(names) + 1)[1 + names.index(n)] * np.log(UNITS[n].factor))
+                      for n in names if n in UNITS})  # fmt: skip
+    return found | {name: _difference(parts[0][name], parts[1][name]) for name in parts[0] if name in parts[1]}
 
 
-def pairs_needed(standard_error: float, pairs: int, margin: float = MARGIN) -> int:
-    """Pairs after which a change as large as the margin is seen with power 0.8, errors falling as 1 / sqrt(pairs)."""
-    return math.ceil(pairs * (standard_error * detectable(1.0) / margin) ** 2)
-
-
-def detectable(standard_error: float, degrees: float = math.inf) -> float:
-    """The smallest effect that is seen with power 0.8 at level 0.05, two-sided, at this standard error."""
-    return standard_error * float(stats.t.ppf((1 - LEVEL / 2, POWER), degrees).sum())
+def _difference(one: Estimate, other: Estimate) -> Estimate:
+    """Of two independent estimates: other less one."""
+    if one.standard_error is None or other.standard_error is None:
+        return Estimate(other.value - one.value, None)
+    error = float(np.hypot(one.standard_error, other.standard_error))
+    return Estimate(other.value - one.value, error, min(one.degrees, other.degrees))

@@ -19,7 +19,8 @@ CSS = """
 body { font: 16px/1.5 Georgia, serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #111; }
 h1, h2, h3 { line-height: 1.2; } table { border-collapse: collapse; font: 13px/1.4 monospace; margin: 1rem 0; }
 th, td { padding: .15rem .6rem; text-align: left; border-bottom: 1px solid #ddd; }
-th { border-bottom: 1px solid #111; } figure { margin: 1.5rem 0; } img { max-width: 100%; }
+th { border-bottom: 1px solid #111; } td.n, th.n { text-align: right; }
+figure { margin: 1.5rem 0; } img { max-width: 100%; }
 figcaption { font-size: 14px; color: #333; } .wide { overflow-x: auto; }
 """
 
@@ -77,7 +78,7 @@ def write(blocks: Sequence[Block], directory: Path, title: str) -> list[Path]:
                     _write(files[-1], buffer.getvalue())
                     images.setdefault(block.name, buffer.getvalue())
     _write(files[0], "\n\n".join(_markdown(block) for block in blocks).encode() + b"\n")
-    body = "\n".join(_html(block, images) for block in blocks)
+    body = "\n".join(_html(block, images, blocks) for block in blocks)
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{CSS}</style>'
     _write(files[1], f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'.encode())
     return files
@@ -98,22 +99,41 @@ def _markdown(block: Block) -> str:
             return f"![{name}](figures/{name}.png)\n\n*{caption}*"
 
 
-def _html(block: Block, images: dict[str, bytes]) -> str:
+def _html(block: Block, images: dict[str, bytes], blocks: Sequence[Block]) -> str:
     match block:
+        case Heading(1, text):
+            parts = [b for b in blocks if isinstance(b, Heading) and b.level == 2]
+            links = "".join(f'<li><a href="#{_anchor(b)}">{html.escape(b.text)}</a></li>' for b in parts)
+            return f"<h1>{html.escape(text)}</h1>" + (f"<nav><ul>{links}</ul></nav>" if len(parts) > 2 else "")
         case Heading(level, text):
-            return f"<h{level}>{html.escape(text)}</h{level}>"
+            return f'<h{level} id="{_anchor(block)}">{html.escape(text)}</h{level}>'
         case Paragraph(text):
             return f"<p>{html.escape(text)}</p>"
         case Items(lines):
             return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
         case Sheet(columns, rows):
-            head = "".join(f"<th>{html.escape(cell)}</th>" for cell in columns)
-            body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+            right = [is_numeric([row[place] for row in rows]) for place in range(len(columns))]
+            head = _cells("th", columns, right)
+            body = "".join(f"<tr>{_cells('td', row, right)}</tr>" for row in rows)
             return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
         case Picture(name, _, caption):
             data = base64.b64encode(images[name]).decode()
             return (f'<figure><img alt="{name}" src="data:image/png;base64,{data}">'
                     f"<figcaption>{html.escape(caption)}</figcaption></figure>")  # fmt: skip
+
+
+def _cells(tag: str, row: Sequence[str], right: Sequence[bool]) -> str:
+    marks = (' class="n"' if number else "" for number in right)
+    return "".join(f"<{tag}{mark}>{html.escape(cell)}</{tag}>" for cell, mark in zip(row, marks, strict=True))
+
+
+def is_numeric(cells: Sequence[str]) -> bool:
+    """Whether a column is of numbers, which stand flush right."""
+    return any(cells) and all(not cell or cell.lstrip("+-−±(").strip()[:1].isdigit() for cell in cells)
+
+
+def _anchor(heading: Heading) -> str:
+    return "".join(c if c.isalnum() else "-" for c in heading.text.lower())
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -1,147 +1,178 @@
-"""The figures of a sweep's report, at the width of a paper's text; colour and mark tell architectures apart."""
+"""The figures of a study's report, at the width of a paper's text; colour and mark tell curves apart."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogFormatterMathtext, LogLocator, NullFormatter
 
+from bst_dist.study.laws.advantage import Advantage, Comparison
 from bst_dist.study.laws.gap import Gaps
 from bst_dist.study.laws.law import Law
-from bst_dist.study.laws.table import Row
+from bst_dist.study.laws.observation import Observation, grid
+from bst_dist.study.laws.regression import RegressionError, regress
+from bst_dist.study.laws.scaling import Laws
+from bst_dist.study.laws.verdict import MARGIN, columns
 from bst_dist.study.report.plot import COLOURS, INCHES
+from bst_dist.study.statistics import mean
 
 MARKS = "osD^vP*"
+ACROSS = 3
+"""Panels beside each other; with more there are rows of them."""
+LABELS: dict[str, tuple[Callable[[Gaps], np.ndarray], str]] = {
+    "flops": (lambda gaps: gaps.flops, "training FLOPs"),
+    "time_s": (lambda gaps: gaps.flops, "training FLOPs (of the variant, at equal time)"),
+}
 
 
-def loss_figure(rows: list[Row], report: dict[str, Any]) -> Figure:
-    """Loss against compute, a panel a depth; points of one trunk joined, the fitted law of each size dashed."""
-    done = _grid(rows)
-    depths = sorted({row.depth for row in done})
-    figure = Figure(figsize=(INCHES[0], 2.7), layout="constrained")
-    panels = figure.subplots(1, len(depths), sharey=True, squeeze=False)[0]
-    for axes, depth in zip(panels, depths, strict=True):
-        for name, look in _looks(done).items():
-            own = [row for row in done if row.architecture == name and row.depth == depth]
-            for trunk in dict.fromkeys(row.trunk for row in own):
-                line = sorted((row for row in own if row.trunk == trunk), key=lambda row: row.flops)
-                axes.plot(
-                    [row.flops for row in line], [row.loss_nats for row in line], "-", **look, markersize=2.5, alpha=0.8
-                )
-            _law_lines(axes, own, report.get("architectures", {}).get(name, {}), look["color"])
-        _flops_along(axes)
+def gap_figure(found: Comparison) -> Figure:
+    """The advantage against compute, a panel a variant, a line with its 95 % band a depth.
+
+    Small marks are measurements, the lengths of one pair of runs joined; hollow ones were held out. The grey band is
+    the margin of equivalence.
+    """
+    values, label = LABELS[found.axis]
+    depths = sorted({float(d) for one in found.variants.values() for d in one.gaps.depth})
+    figure, panels = _panels(len(found.variants), 2.4)
+    for axes, (name, one) in zip(panels, found.variants.items(), strict=False):
+        for number, depth in enumerate(depths):
+            _measured(axes, one.gaps, depth, values(one.gaps), _look(number))
+            _band(axes, one, depth, _look(number)["color"])
+        for out in one.held_out:
+            look = _look(depths.index(out.depth)) if out.depth in depths else _look(len(depths))
+            axes.plot(out.flops, 100 * out.observed, **look, fillstyle="none", markersize=4)
+        axes.axhline(0, color="#000000", linewidth=0.6)
+        axes.axhspan(-100 * MARGIN, 100 * MARGIN, color="#000000", alpha=0.06, linewidth=0)
+        axes.set_title(name)
+        _logarithmic(axes, label)
+    panels[0].set_ylabel(f"advantage over {found.baseline},\n% of the loss")
+    handles = [_line(**_look(number)) for number in range(len(depths))]
+    figure.legend(handles, [f"{depth:g} layers" for depth in depths], loc="outside upper center", ncols=5)
+    return figure
+
+
+def loss_figure(observed: Sequence[Observation], laws: Laws | None) -> Figure:
+    """Loss against compute, a panel a depth; lengths of one run joined, the chosen law of each size dashed.
+
+    Hollow marks were held out.
+    """
+    names = list(dict.fromkeys(o.architecture for o in grid(observed)))
+    usable = [o for o in observed if o.usable and o.rate_factor == 1 and o.architecture in names]
+    depths = sorted({o.depth for o in usable})
+    figure, panels = _panels(len(depths), 2.7)
+    for axes, depth in zip(panels, depths, strict=False):
+        for number, name in enumerate(names):
+            own = [o for o in usable if (o.architecture, o.depth) == (name, depth)]
+            for run in dict.fromkeys(o.run for o in own):
+                line = sorted((o for o in own if o.run == run), key=lambda o: o.flops)
+                fill = "none" if line[0].held_out else "full"
+                axes.plot([o.flops for o in line], [o.loss for o in line], **_look(number), markersize=2.5,
+                          fillstyle=fill, alpha=0.8)  # fmt: skip
+            law = laws.architectures[name].law if laws and name in laws.architectures else None
+            if law is not None:
+                _law_lines(axes, [o for o in own if not o.held_out], law, str(_look(number)["color"]))
+        _logarithmic(axes, "training FLOPs")
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:.2f}")
         axes.yaxis.set_minor_formatter("{x:.2f}")
-        axes.set_title(f"{depth} layers")
+        axes.set_title(f"{depth:g} layers")
     panels[0].set_ylabel("validation loss, nats a token")
-    _legend(figure, done)
+    figure.legend([_line(**_look(n)) for n in range(len(names))], names, loc="outside upper center", ncols=4)
     return figure
 
 
-def gap_figure(every: Sequence[Gaps], baseline: str, axis: str) -> Figure:
-    """The advantage of each pair against compute and against depth, with the mean of each value and its error."""
-    figure = Figure(figsize=(INCHES[0], 2.6), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for number, gaps in enumerate(every, 1):  # the baseline has the first colour
-        colour = COLOURS[number % len(COLOURS)]
-        for axes, factor in zip(panels, ("flops", "depth"), strict=True):
-            values = getattr(gaps, factor)
-            spread = 1.03 ** (number - (len(every) + 1) / 2)
-            axes.plot(
-                values * spread, 100 * gaps.gap, MARKS[number % len(MARKS)], color=colour, alpha=0.35, markersize=3
-            )
-            _means(axes, values, gaps, spread, colour)
-    for axes in panels:
-        axes.axhline(0, color="#000000", linewidth=0.6)
-        axes.axhspan(-0.5, 0.5, color="#000000", alpha=0.06, linewidth=0)
-    _flops_along(panels[0])
-    panels[1].set_xscale("log")
-    panels[1].set_xlabel("layers")
-    depths = sorted({int(depth) for gaps in every for depth in gaps.depth})
-    panels[1].set_xticks(depths, [str(depth) for depth in depths])
-    panels[1].minorticks_off()
-    panels[0].set_ylabel(f"advantage over {baseline},\n% of the loss at equal {axis.removesuffix('_s')}")
-    handles = [_mark(number) for number in range(1, len(every) + 1)]
-    figure.legend(handles, [gaps.variant for gaps in every], loc="outside upper center", ncols=4)
-    return figure
-
-
-def place_figure(report: dict[str, Any], baseline: str) -> Figure | None:
-    """The advantage by position in the sequence; None when no run has losses by position."""
-    curves = {name: found["by_place"] for name, found in report["variants"].items() if len(found["by_place"]) > 1}
+def place_figure(found: Comparison) -> Figure | None:
+    """The advantage by position in the sequence, with 95 % intervals; None when no run has losses by position."""
+    curves = {name: one.by_block for name, one in found.variants.items() if len(one.by_block) > 1}
     if not curves:
         return None
     figure = Figure(figsize=(INCHES[0] / 2, 2.2), layout="constrained")
     axes = figure.subplots()
-    for number, (name, gaps) in enumerate(curves.items(), 1):
-        axes.plot(range(1, len(gaps) + 1), 100 * np.array(gaps), "-" + MARKS[number % len(MARKS)],
-                  color=COLOURS[number % len(COLOURS)], markersize=4, label=name)  # fmt: skip
+    for number, (name, gaps) in enumerate(curves.items()):
+        axes.errorbar(
+            range(1, len(gaps) + 1), [100 * g.value for g in gaps], yerr=[100 * (g.half_width or 0) for g in gaps],
+            **_look(number), markersize=4, capsize=2, label=name,
+        )  # fmt: skip
     axes.axhline(0, color="#000000", linewidth=0.6)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("block of the sequence")
-    axes.set_ylabel(f"advantage over {baseline},\n% of the loss")
+    axes.set_ylabel(f"advantage over {found.baseline},\n% of the loss")
     axes.legend()
     return figure
 
 
-def _flops_along(axes: Axes) -> None:
-    """Compute along the axis: ticks at 1, 2 and 5 of each power of ten, so that less than a decade has some."""
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:.0e}")
-    axes.xaxis.set_minor_formatter("")
-    axes.set_xlabel("training FLOPs")
+def _panels(number: int, height: float) -> tuple[Figure, list[Axes]]:
+    """Panels that share their vertical axis; those too many are not drawn."""
+    across = min(ACROSS, number)
+    down = -(-number // across)
+    figure = Figure(figsize=(INCHES[0], height * down + 0.3), layout="constrained")
+    panels = figure.subplots(down, across, sharey=True, squeeze=False).flatten().tolist()
+    for axes in panels[number:]:
+        axes.set_axis_off()
+    return figure, panels
 
 
-def _means(axes: Axes, values: np.ndarray, gaps: Gaps, spread: float, colour: str) -> None:
-    """The mean gap at each value, with the standard error over pairs of runs."""
-    rounded = np.exp(np.round(np.log(values), 1))
-    for value in np.unique(rounded):
-        own = rounded == value
-        by_pair = [gaps.gap[own & (gaps.block == block)].mean() for block in np.unique(gaps.block[own])]
-        error = np.std(by_pair, ddof=1) / np.sqrt(len(by_pair)) if len(by_pair) > 1 else 0.0
-        centre = np.exp(np.log(values[own]).mean())
-        axes.errorbar(centre * spread, 100 * np.mean(by_pair), yerr=100 * error, fmt="_", color=colour, capsize=2,
-                      markersize=8)  # fmt: skip
+def _measured(axes: Axes, gaps: Gaps, depth: float, values: np.ndarray, look: dict[str, Any]) -> None:
+    for block in np.unique(gaps.block[gaps.depth == depth]):
+        own = np.flatnonzero(gaps.block == block)
+        own = own[np.argsort(values[own])]
+        axes.plot(values[own], 100 * gaps.gap[own], **{**look, "linewidth": 0.4}, markersize=2.5, alpha=0.4)
 
 
-def _law_lines(axes: Axes, own: list[Row], laws: dict[str, Any], colour: str) -> None:
-    chosen = laws.get(f"{laws.get('chosen')}_huber")
-    if not chosen or not own:
+def _band(axes: Axes, one: Advantage, depth: float, colour: str) -> None:
+    """What the rule's regression makes of one depth, along compute, with its 95 % interval; means where it cannot."""
+    gaps = one.gaps
+    matrix, names = columns(gaps)
+    own = gaps.depth == depth
+    try:
+        found = regress(matrix, gaps.gap, gaps.block)
+    except RegressionError:
+        pairs = [gaps.gap[own & (gaps.block == b)].mean() for b in np.unique(gaps.block[own])]
+        estimate = mean(pairs)
+        axes.errorbar(np.exp(np.log(gaps.flops[own]).mean()), 100 * estimate.value,
+                      yerr=100 * (estimate.half_width or 0.0), fmt="_", color=colour, capsize=2)  # fmt: skip
         return
-    law = Law(**{name: chosen[name] for name in Law.__dataclass_fields__})
-    for size in sorted({row.size for row in own}):
-        at = [row for row in own if row.size == size]
-        shape = at[0]
-        tokens = np.geomspace(min(row.tokens for row in at), max(row.tokens for row in at), 30)
-        losses = law.loss(np.full(30, shape.parameters), tokens, shape.width / shape.depth)
-        axes.plot(6 * shape.parameters * tokens, losses, "--", color=colour, linewidth=0.7, alpha=0.8)
+    along = np.geomspace(gaps.flops[own].min(), gaps.flops[own].max(), 20)
+    means = {"depth": np.log(depth), "tokens_per_parameter": np.log(gaps.tokens_per_parameter).mean()}
+    estimates = []
+    for flops in np.log(along):
+        at = {**means, "flops": flops}
+        weights = np.array([1.0, *(at[n] - np.log(getattr(gaps, n)).mean() for n in names)])
+        estimates.append(found.estimate(weights))
+    axes.plot(along, [100 * e.value for e in estimates], color=colour, linewidth=1.3)
+    axes.fill_between(along, [100 * e.low for e in estimates], [100 * e.high for e in estimates], color=colour,
+                      alpha=0.15, linewidth=0)  # fmt: skip
 
 
-def _grid(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if row.status == "done" and row.role == "grid"]
+def _law_lines(axes: Axes, own: Sequence[Observation], law: Law, colour: str) -> None:
+    for size in sorted({round(o.parameters, -2) for o in own}):
+        at = [o for o in own if round(o.parameters, -2) == size]
+        tokens = np.geomspace(min(o.tokens for o in at), max(o.tokens for o in at), 30)
+        losses = law.loss(np.full(30, at[0].parameters), tokens, at[0].width, at[0].depth)
+        axes.plot(6 * at[0].parameters * tokens, losses, "--", color=colour, linewidth=0.7, alpha=0.8)
 
 
-def _looks(rows: list[Row]) -> dict[str, dict[str, Any]]:
-    names = list(dict.fromkeys(row.architecture for row in rows))
-    return {name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], "linewidth": 0.7}
-            for i, name in enumerate(names)}  # fmt: skip
+def _logarithmic(axes: Axes, label: str) -> None:
+    """Powers of ten as 10¹¹; where there is less than a decade, 2 and 5 of it too."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    few = high / low < 100
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+    axes.xaxis.set_major_formatter(LogFormatterMathtext(labelOnlyBase=False))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    if few:
+        axes.tick_params(axis="x", labelsize=6.5)
+    axes.set_xlabel(label)
 
 
-def _legend(figure: Figure, rows: list[Row]) -> None:
-    looks = _looks(rows)
-    figure.legend([_line(**look) for look in looks.values()], list(looks), loc="outside upper center", ncols=4)
+def _look(number: int) -> dict[str, Any]:
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKS[number % len(MARKS)], "linewidth": 0.7}
 
 
 def _line(**look: Any) -> Line2D:
     return Line2D([], [], markersize=4, **look)
-
-
-def _mark(number: int) -> Line2D:
-    return _line(color=COLOURS[number % len(COLOURS)], marker=MARKS[number % len(MARKS)], linestyle="")

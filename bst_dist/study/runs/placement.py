@@ -13,10 +13,10 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from bst_base.errors import UserError
+from bst_base.files import atomic_file
 from bst_dist.cluster.hosts import Host
 from bst_dist.cluster.launchers import SSH
-from bst_base.files import atomic_file
-from bst_base.errors import UserError
 
 NOTICE_S = 120
 """Seconds between Slurm's signal and the end of a task: for a checkpoint."""

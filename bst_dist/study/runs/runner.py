@@ -1,4 +1,4 @@
-"""Running a sweep: some workers on this host, each a training process, until nothing is left to start.
+"""Running a study: some workers on this host, each a training process, until nothing is left to start.
 
 What there is to do is read from the run directories before each start, and a run that is being trained is locked. So
 the command may be killed at any moment and given again, and several of them on one shared file system, a task of a
@@ -20,15 +20,16 @@ from pathlib import Path
 
 import torch
 
-from bst_dist.cluster.processes import die_with_parent, signal_session, told_to_stop
-from bst_dist.config import load_recipe
-from bst_dist.study.runs.state import OUT_OF_MEMORY, Job, State
-from bst_dist.checkpoint.directory import committed
-from bst_dist.train.rundir import RECIPE
-from bst_dist.faults.status import RESUBMIT
+from bst_base.errors import UserError
 from bst_base.files import atomic_file
 from bst_base.settings import dump
-from bst_base.errors import UserError
+from bst_dist.checkpoint.directory import committed
+from bst_dist.cluster.processes import die_with_parent, signal_session, told_to_stop
+from bst_dist.config import load_recipe
+from bst_dist.faults.status import RESUBMIT
+from bst_dist.study.runs.recipes import Job
+from bst_dist.study.runs.state import OUT_OF_MEMORY, State
+from bst_dist.train.rundir import RECIPE
 
 POLL_S = 0.5
 MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "Cannot allocate memory")
@@ -46,7 +47,7 @@ class Worker:
 
 
 class Runner:
-    """Takes the runs of a sweep to their ends."""
+    """Takes the runs of a study to their ends."""
 
     def __init__(self, runs: Sequence[Job], state: State, workers: int, say: Callable[[str], None]) -> None:
         self.runs, self.state, self.limit, self.say = runs, state, workers, say

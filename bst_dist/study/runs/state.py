@@ -1,4 +1,4 @@
-"""Where each run of a sweep stands, as its directory says; nothing else is kept.
+"""Where each run of a study stands, as its directory says; nothing else is kept.
 
 <root>/plan.json            what the budget has dropped
 <root>/recipes/<run>.yaml   the recipe a run is started with
@@ -17,31 +17,15 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
-from bst_dist.config import Recipe
-from bst_dist.study.sweep.design import RUNS
-from bst_dist.study.laws.table import Status
 from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.study.runs.recipes import Job
 from bst_dist.train.rundir import read_outcome
 
+RUNS = "runs"
 OUT_OF_MEMORY = "out of memory"
-
-
-class Job(Protocol):
-    """What is trained: a run of a sweep, or one of an experiment."""
-
-    @property
-    def name(self) -> str:
-        """Its directory under runs/."""
-
-    @property
-    def recipe(self) -> Recipe:
-        """What is trained."""
-
-    @property
-    def trunk(self) -> str | None:
-        """The run it branches off, which must be done before; None: it starts by itself."""
+Status = Literal["done", "running", "waiting", "failed", "diverged"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +37,7 @@ class Standing:
 
 
 class State:
-    """The directory of a sweep."""
+    """The directory of a study."""
 
     def __init__(self, root: Path, retries: int) -> None:
         self.root, self.retries = root, retries

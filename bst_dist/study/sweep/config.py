@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from bst_base.settings import Config, ConfigError, load
+from bst_base.settings import Config, load
 from bst_base.shipped import SWEEPS, find
-
-T = TypeVar("T", bound=Config)
-Settings = dict[str, Any]
-"""Dotted settings of the recipe: {model.mixer: bst, model.context: {variant: SH}}."""
+from bst_dist.study.runs.recipes import Settings, with_recipe
 
 
 class ShapeConfig(Config):
@@ -21,11 +18,11 @@ class ShapeConfig(Config):
     head_width: int = Field(64, ge=1)
     """Width of a head; every width is a multiple of it."""
     ffn_ratio: float = Field(4.0, gt=0)
-    """Width of the feed-forward network over the model's."""
+    """Width of the feed-forward network over the model's, about: it is chosen so that sizes are equal."""
     fraction: float = Field(0.5, gt=0, le=1)
     """Share of the layers that are the layer under study, spread evenly."""
-    tolerance: float = Field(0.15, gt=0)
-    """How far a shape may miss its size, as a share of it; compute is made equal by the tokens in any case."""
+    tolerance: float = Field(0.01, gt=0, le=0.02)
+    """How far apart the sizes of the models that are compared may be, as a share of them."""
 
 
 class RulesConfig(Config):
@@ -86,6 +83,8 @@ class AuditConfig(Config):
 
     factors: tuple[float, ...] = ()
     """Other learning rates to try there, as multiples of the rule's: [0.5, 2]; empty: no audit."""
+    seeds: int = Field(2, ge=2)
+    """How many of the sweep's seeds it is made with: one run cannot tell a valley from noise."""
 
 
 class SweepConfig(Config):
@@ -103,8 +102,10 @@ class SweepConfig(Config):
     """The architecture that the others are compared with."""
     kernels: dict[str, Settings] = Field(default_factory=dict)
     """Kernels, each crossed with every architecture that has a state space model; empty: the recipe's own."""
-    arms: dict[str, Settings] = Field(default_factory=lambda: {"all": {}})
-    """Settings under which the whole grid is run again: lengths, windows."""
+    arms: dict[str, Settings] = Field(min_length=1)
+    """Settings under which the whole grid is run again: lengths, windows. The verdict is within the first arm; others
+    are shown in contrast. Where depths differ there must be one in which a stack of windows sees the whole sequence at
+    every depth, and one in which it never sees more than a quarter."""
     sizes: list[float] = Field(min_length=1)
     """Sizes N: training FLOPs a token / 6."""
     depths: list[int] = Field(min_length=1)
@@ -114,6 +115,7 @@ class SweepConfig(Config):
     tokens_per_parameter: list[float] = Field(min_length=1)
     """Lengths of the runs: compute is 6 N^2 times this, the same for every architecture and depth of a size."""
     seeds: list[int] = Field(min_length=1)
+    """Of weights and order of the data."""
     hold_out: list[float] = Field(default_factory=list)
     """Sizes that are run, and left out of fits and comparisons, to be predicted."""
     shape: ShapeConfig = ShapeConfig()
@@ -132,7 +134,16 @@ class SweepConfig(Config):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} holds a value twice")
+        if self.audit.factors and len(self.seeds) < self.audit.seeds:
+            raise ValueError(
+                f"the audit needs {self.audit.seeds} seeds (audit.seeds) and the sweep has {len(self.seeds)}"
+            )
         return self
+
+    @property
+    def arm(self) -> str:
+        """Within which the verdict is given."""
+        return next(iter(self.arms))
 
     @property
     def root(self) -> Path:
@@ -144,11 +155,3 @@ def load_sweep(path: Path, overrides: list[str]) -> SweepConfig:
     """Read a sweep; its base recipe is found from its own directory. Raises ConfigError for whatever is wrong."""
     path = find(path, SWEEPS)
     return with_recipe(load(SweepConfig, path, overrides), path)
-
-
-def with_recipe(config: T, path: Path) -> T:
-    """The settings of `path`, their base recipe found from its directory; raises ConfigError when it is not there."""
-    recipe = path.parent / config.recipe
-    if not recipe.is_file():
-        raise ConfigError(f"{path}: recipe {config.recipe}: no such file beside it")
-    return config.model_copy(update={"recipe": str(recipe)})

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bst_dist.model.lm import LanguageModel
+from bst_dist.study.statistics import Equality, Estimate, equality, mean
 from bst_dist.train.config import OptimizerConfig
 from bst_dist.train.optimizer import build
 
@@ -32,14 +33,13 @@ class Coordinate:
     """width or depth"""
     changes: dict[int, float]
     """Width or depth -> root mean square of the change after the steps, geometric mean over seeds."""
-    slope: float
-    standard_error: float
-    """Of the slope, over seeds."""
+    slope: Estimate
+    """Over seeds."""
 
     @property
-    def passed(self) -> bool:
-        """Whether the change does not depend on it."""
-        return abs(self.slope) <= SLOPE
+    def answer(self) -> Equality:
+        """equal: shown not to depend on it, by an equivalence test; that no slope is seen is not enough."""
+        return equality(self.slope, SLOPE)
 
 
 def check(make: Callable[[int, int], LanguageModel], widths: Sequence[int], depths: Sequence[int],
@@ -61,9 +61,8 @@ def check(make: Callable[[int, int], LanguageModel], widths: Sequence[int], dept
         for watched in changes[0]:
             logs = np.log([change[watched] for change in changes])  # (values, seeds)
             slopes = np.polyfit(np.log(list(values)), logs, 1)[0]
-            error = float(slopes.std(ddof=1) / np.sqrt(len(slopes))) if len(slopes) > 1 else float("nan")
             by_value = dict(zip(values, np.exp(logs.mean(1)).tolist(), strict=True))
-            found.append(Coordinate(watched, along, by_value, float(slopes.mean()), error))
+            found.append(Coordinate(watched, along, by_value, mean(slopes, "seeds")))
     return found
 
 

@@ -8,8 +8,6 @@ constant learning rate, from which a branch decays for each.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,14 +16,14 @@ from typing import Any, Literal
 from bst_base.places import placed
 from bst_base.settings import ConfigError, parse
 from bst_dist.config import Recipe, recipe_settings
-from bst_dist.model.config import MIXER_SECTIONS
+from bst_dist.model.config import MIXER_SECTIONS, ModelConfig
 from bst_dist.model.layers import MIXERS
-from bst_dist.study.sweep.config import Settings, SweepConfig
-from bst_dist.study.sweep.shape import Counts, count, solve
+from bst_dist.study.runs.recipes import Job, Settings, digest, named, settled
+from bst_dist.study.sweep.config import SweepConfig
+from bst_dist.study.sweep.shape import Counts, Model, count, solve_together
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import open_corpora
 
-RUNS = "runs"
 Role = Literal["grid", "hold-out", "audit"]
 
 
@@ -54,36 +52,28 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Job):
     """One run of the sweep."""
 
     cell: Cell
-    recipe: Recipe
     counts: Counts
     multiple: float | None
     """Tokens per parameter asked for; None for a trunk, which is no measurement."""
-    trunk: str | None = None
-    """The run it branches off."""
-
-    @property
-    def name(self) -> str:
-        """Its directory: what it is, and the hash of its recipe."""
-        return self.recipe.name
 
     @property
     def flops(self) -> float:
         """C: training FLOPs of all its steps, the trunk's included."""
-        return self._flops(self.recipe.train.steps)
+        return 6 * self.counts.parameters * self.tokens
 
     @property
     def own_flops(self) -> float:
         """Training FLOPs of the steps it takes itself."""
-        branch = self.recipe.branch
-        return self._flops(self.recipe.train.steps - (branch.step if branch else 0))
+        return self.flops * self.steps / self.recipe.train.steps
 
-    def _flops(self, steps: int) -> float:
-        train = self.recipe.train
-        return 6 * self.counts.parameters * steps * train.sequences * train.sequence_length
+
+def of_grid(runs: list[Run]) -> list[Run]:
+    """The measurements that are fitted and compared."""
+    return [run for run in runs if run.cell.role == "grid" and run.multiple is not None]
 
 
 class Designer:
@@ -92,8 +82,7 @@ class Designer:
     def __init__(self, sweep: SweepConfig) -> None:
         """Reads the base recipe and the vocabulary of its corpus; raises UserError when either is wrong."""
         self.sweep = sweep
-        self.base: dict[str, Any] = recipe_settings(sweep.recipe)
-        self.base = settled(self.base, sweep.settings)
+        self.base: dict[str, Any] = settled(recipe_settings(sweep.recipe), sweep.settings)
         if self.base.get("model", {}).get("vocab_size") is None:
             corpus = open_corpora(
                 parse(
@@ -103,16 +92,17 @@ class Designer:
             )[0]
             self.base.setdefault("model", {})["vocab_size"] = corpus.manifest.tokenizer.vocab_size
         self.architectures = dict(_with_kernels(sweep))
+        self._shapes: dict[tuple[str, float, int], dict[str, Model]] = {}
+        self._counts: dict[tuple[str, int], Counts] = {}
         if sweep.rules.parametrisation is not None:
             self.base["model"]["parametrisation"] = self._parametrisation()
 
     def cells(self) -> list[Cell]:
         """The whole grid, largest first, then the audit of the learning rate in its corners."""
         sweep = self.sweep
-        pairs = sweep.only or [(size, depth) for size in (*sweep.sizes, *sweep.hold_out) for depth in sweep.depths]
         cells = [
             Cell(name, arm, size, depth, seed, "hold-out" if size in sweep.hold_out else "grid")
-            for size, depth in sorted(set(map(tuple, pairs)), reverse=True)
+            for size, depth in self._pairs()
             for arm in sweep.arms
             for seed in sweep.seeds
             for name in self.architectures
@@ -123,7 +113,7 @@ class Designer:
             for factor in sweep.audit.factors
             if cell.size in (min(sweep.sizes), max(sweep.sizes))
             and cell.depth in (min(sweep.depths), max(sweep.depths))
-            and cell.seed == sweep.seeds[0]
+            and cell.seed in sweep.seeds[: sweep.audit.seeds]
         ]
 
     def runs(self, cells: list[Cell]) -> list[Run]:
@@ -131,20 +121,49 @@ class Designer:
         return [run for cell in cells for run in self._runs_of(cell)]
 
     def _parametrisation(self) -> dict[str, Any]:
-        """The recipe's section by the rule; a CompleteP's base is the baseline in its smallest shape."""
+        """The recipe's section by the rule; a CompleteP's base is the least width and the least depth of the grid.
+
+        So every model is as wide and as deep as the base or more, which is the way a rate is known to carry over.
+        """
         sweep = self.sweep
         if sweep.rules.parametrisation == "standard":
             return {"kind": "standard"}
-        size, depth = min(sweep.sizes), min(sweep.depths)
-        data = settled(settled(self.base, next(iter(sweep.arms.values()))), sweep.architectures[sweep.baseline])
-        shape = solve(data["model"], sweep.shape, size, depth, data["train"]["sequence_length"])
-        return {"kind": "completep", "base_width": shape.width, "base_depth": depth}
+        widths = [self._shape(Cell(sweep.baseline, arm, size, depth, 0)).width
+                  for size, depth in self._pairs() for arm in sweep.arms]  # fmt: skip
+        return {"kind": "completep", "base_width": min(widths), "base_depth": min(d for _, d in self._pairs())}
+
+    def _pairs(self) -> list[tuple[float, int]]:
+        """Sizes and depths, largest first."""
+        sweep = self.sweep
+        pairs = sweep.only or [(size, depth) for size in (*sweep.sizes, *sweep.hold_out) for depth in sweep.depths]
+        return sorted(set(map(tuple, pairs)), reverse=True)
+
+    def _shape(self, cell: Cell) -> Model:
+        """The shape of a cell; those of all architectures are solved together, to be equally large."""
+        key = (cell.arm, cell.size, cell.depth)
+        if key not in self._shapes:
+            bases = {}
+            for name in self.architectures:
+                data = self._settled(replace(cell, architecture=name))
+                bases[name] = (data["model"], data["train"]["sequence_length"])
+            self._shapes[key] = solve_together(bases, self.sweep.shape, cell.size, cell.depth)
+        return self._shapes[key][cell.architecture]
+
+    def _counted(self, model: ModelConfig, length: int) -> Counts:
+        key = (model.model_dump_json(), length)
+        if key not in self._counts:
+            self._counts[key] = count(model, length)
+        return self._counts[key]
+
+    def _settled(self, cell: Cell) -> dict[str, Any]:
+        """The base recipe with the settings of the cell's arm and architecture."""
+        return settled(settled(self.base, self.sweep.arms[cell.arm]), self.architectures[cell.architecture])
 
     def _runs_of(self, cell: Cell) -> Iterator[Run]:
         sweep, data = self.sweep, self.base_of(cell)
         length = data["train"]["sequence_length"]
-        model = solve(data["model"], sweep.shape, cell.size, cell.depth, length)
-        counts = count(model, length)
+        model = self._shape(cell).config(data["model"], sweep.shape, cell.depth)
+        counts = self._counted(model, length)
         data["model"] = model.model_dump(mode="json", exclude_unset=True)
         step_flops = 6 * counts.parameters * data["train"]["sequences"] * length
         multiples = sorted(sweep.tokens_per_parameter)[: 1 if cell.role == "audit" else None]
@@ -166,7 +185,7 @@ class Designer:
         data["train"]["steps"] = max(leaves.values())
         data["schedule"]["decay_fraction"] = 0.0
         data["checkpoint"] = {**data.get("checkpoint", {}), "at": sorted(set(leaves.values())), "keep_last": 1}
-        return Run(cell, named(f"{cell.label}-trunk", data), counts, None)
+        return Run(named(f"{cell.label}-trunk", data), None, cell, counts, None)
 
     def _finished(self, cell: Cell, data: dict[str, Any], counts: Counts, steps: int, multiple: float,
                   trunk: str | None) -> Run:  # fmt: skip
@@ -176,13 +195,12 @@ class Designer:
         left = steps - data["branch"]["step"] if trunk else max(1, round(self.sweep.rules.decay_fraction * steps))
         data["schedule"]["decay_fraction"] = left / steps
         data["checkpoint"] = {**data.get("checkpoint", {}), "keep_last": 1}
-        return Run(cell, named(f"{cell.label}-m{multiple:g}", data), counts, multiple, trunk)
+        return Run(named(f"{cell.label}-m{multiple:g}", data), trunk, cell, counts, multiple)
 
     def base_of(self, cell: Cell) -> dict[str, Any]:
         """The base recipe with the cell's settings and the rules of its size."""
         sweep, smallest = self.sweep, min(self.sweep.sizes)
-        data = settled(self.base, sweep.arms[cell.arm])
-        data = settled(data, self.architectures[cell.architecture])
+        data = self._settled(cell)
         data["seed"] = cell.seed
         growth = cell.size / smallest
         train, optimizer = data["train"], data.setdefault("optimizer", {})
@@ -191,24 +209,6 @@ class Designer:
         rate = parse(Recipe, _complete(data), where=sweep.recipe).optimizer.learning_rate
         optimizer["learning_rate"] = rate * cell.rate_factor * growth**-sweep.rules.rate_exponent
         return data
-
-
-def settled(data: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """A copy of `data` with dotted settings put in; a section given as a mapping is merged.
-
-    Raises ConfigError when a key goes through what is a value and no section.
-    """
-    data = copy.deepcopy(data)
-    for key, value in settings.items():
-        *parents, leaf = key.split(".")
-        node = data
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"setting {key!r}: {parent!r} is a value, not a section")
-        both = isinstance(value, dict) and isinstance(node.get(leaf), dict)
-        node[leaf] = {**node[leaf], **value} if both else copy.deepcopy(value)
-    return data
 
 
 def _with_kernels(sweep: SweepConfig) -> Iterator[tuple[str, Settings]]:
@@ -224,14 +224,14 @@ def _with_kernels(sweep: SweepConfig) -> Iterator[tuple[str, Settings]]:
             yield f"{name}+{kernel}", {**settings, **own}
 
 
-def named(label: str, data: dict[str, Any], where: str | None = None) -> Recipe:
-    """The recipe under its label and the hash of everything else in it.
-
-    Raises ConfigError for what is wrong in it, beginning with `where` (by default the label).
-    """
-    recipe = parse(Recipe, {**data, "name": "unnamed"}, where=where or label)
-    text = json.dumps(recipe.model_dump(mode="json", exclude={"name", "paths_from", "ranks", "log"}), sort_keys=True)
-    return recipe.model_copy(update={"name": f"{label}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"})
+def require_different(runs: list[Run]) -> None:
+    """Raise ConfigError when two architectures are one and the same: their gap would be nothing but 0."""
+    seen: dict[str, str] = {}
+    for run in runs:
+        # The trunk that a branch names differs even where all else is the same.
+        name = seen.setdefault(digest(run.recipe.model_copy(update={"branch": None})), run.cell.architecture)
+        if name != run.cell.architecture:
+            raise ConfigError(f"architectures {name} and {run.cell.architecture} are the same recipe")
 
 
 def _complete(data: dict[str, Any]) -> dict[str, Any]:

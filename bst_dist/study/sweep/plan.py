@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from bst_base.files import atomic_file
+from bst_dist.study.laws.power import Noise, Power, predict
 from bst_dist.study.sweep.config import SweepConfig
-from bst_dist.study.sweep.confounding import require_sound
 from bst_dist.study.sweep.design import Designer, Run
-from bst_dist.study.sweep.power import Power, cost, fit_budget, predict
+from bst_dist.study.sweep.price import cost, fit_budget
+from bst_dist.study.sweep.soundness import planned, require_sound
 
 PLAN, RATES = "plan.json", "speed.json"
 
@@ -28,32 +29,36 @@ class Plan:
     spent: float
     limit: float
     unit: str
-    power: Power
 
     @property
     def measured(self) -> list[Run]:
         """The runs that are measurements: all but the trunks."""
         return [run for run in self.runs if run.multiple is not None]
 
+    def power(self) -> list[Power]:
+        """What the rule would see of one variant, over each factor: the rule itself, applied to simulated studies."""
+        noise = Noise(self.sweep.noise.seed, self.sweep.noise.within)
+        return predict(planned(self.runs, self.sweep.baseline, self.sweep.arm), noise)
+
 
 def make_plan(sweep: SweepConfig) -> Plan:
-    """Design the grid, refuse it when it is confounded, and fit it into the budget.
+    """Design the grid, refuse it when it cannot answer, and fit it into the budget.
 
     Once written, what was dropped stays: a speed measured later does not change a sweep that has begun.
     """
     designer = Designer(sweep)
     runs = designer.runs(designer.cells())
-    require_sound(runs)
+    require_sound(runs, sweep.baseline, sweep.arm)
     spent, limit, unit = cost(sweep.budget, read_rates(sweep))
     held = _read(sweep)
     if held is None:
-        fitted = fit_budget(runs, spent, limit, sweep.noise)
+        fitted = fit_budget(runs, spent, limit, sweep.noise, sweep.baseline, sweep.arm)
         runs, dropped, total = fitted.runs, fitted.dropped, fitted.spent
     else:
         dropped = held["dropped"]
         runs = [run for run in runs if run.cell.block not in dropped]
         total = sum(map(spent, runs))
-    return Plan(sweep, runs, dropped, total, limit, unit, predict(runs, sweep.noise))
+    return Plan(sweep, runs, dropped, total, limit, unit)
 
 
 def write_plan(plan: Plan) -> None:

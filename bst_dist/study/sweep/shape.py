@@ -1,14 +1,18 @@
-"""Shapes of equal size: the width that gives a depth its training FLOPs a token, and exact counts of the result.
+"""Shapes of equal size: width and ffn that give a depth its training FLOPs a token, and exact counts of the result.
 
 A size is N = training FLOPs a token / 6, which is what 6 N D charges. Half the width and four times the depth keep
-12 width^2 depth; heads, windows, states and the vocabulary move the exact width, so it is searched for.
+12 width^2 depth; heads, windows, states and the vocabulary move the exact N, so shapes are searched for. Models that
+are compared must be equally large: at equal compute a larger one has seen fewer tokens, which moves their difference.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from bst_base.settings import ConfigError, parse
@@ -18,6 +22,10 @@ from bst_dist.plan.flops import forward_flops, train_flops_per_token
 from bst_dist.study.sweep.config import ShapeConfig
 
 WIDEST = 2**17
+OFF = 0.1
+"""How far the common size may lie from the one asked for."""
+RATIO = 1.5
+"""How far ffn / width may lie from shape.ffn_ratio, as a factor."""
 
 
 @dataclass(frozen=True)
@@ -41,40 +49,76 @@ def places(depth: int, fraction: float) -> list[int]:
     return [int((index + 0.5) * depth / number) for index in range(number)]
 
 
-def solve(base: dict[str, Any], shape: ShapeConfig, size: float, depth: int, length: int) -> ModelConfig:
-    """The model of `depth` layers whose size is nearest to `size`; `base` is the recipe's model section.
+@dataclass(frozen=True)
+class Model:
+    """One way to reach a size."""
 
-    Raises ConfigError when the nearest width misses the size by more than the tolerance.
+    width: int
+    ffn: int
+    parameters: float
+
+    def config(self, base: dict[str, Any], shape: ShapeConfig, depth: int) -> ModelConfig:
+        """The model section of the recipe; `base` is what it says otherwise."""
+        return _model(base, shape, self.width, self.ffn, depth)
+
+
+def solve_together(bases: Mapping[str, tuple[dict[str, Any], int]], shape: ShapeConfig, size: float,
+                   depth: int) -> dict[str, Model]:  # fmt: skip
+    """Models of `depth` layers that are equally large; `bases`: name -> (model section, sequence length).
+
+    Width in steps of a head and ffn in steps of 8 are chosen together: all within half the tolerance of one N, which is
+    the size asked for where possible and else as near to it as possible; of these the ffn / width nearest to
+    shape.ffn_ratio. Raises ConfigError when no N serves all.
     """
+    found = {name: _models(base, shape, size, depth, length) for name, (base, length) in bases.items()}
+    misses = {}
+    for aim in sorted(size * (1 + OFF * np.linspace(-1, 1, 401)), key=lambda n: abs(n / size - 1)):
+        chosen = {name: _nearest(models, aim, shape) for name, models in found.items()}
+        misses[aim] = max(abs(m.parameters / aim - 1) if m else np.inf for m in chosen.values())
+        if misses[aim] <= shape.tolerance / 2:
+            return {name: model for name, model in chosen.items() if model}
+    aim = min(misses, key=lambda n: misses[n])
+    raise ConfigError(
+        f"no shapes of {depth} layers are equally large near N = {size:.3g}: at best they lie {misses[aim]:.2%} to "
+        f"each side of {aim:.3g}, and {shape.tolerance / 2:.2%} is allowed (shape.tolerance); choose a larger size, "
+        "fewer layers or a smaller shape.head_width"
+    )
 
-    def at(heads: int) -> ModelConfig:
-        return at_width(base, shape, heads * shape.head_width, depth)
 
-    def size_of(heads: int) -> float:
-        return train_flops_per_token(at(heads), length) / 6
+def _models(base: dict[str, Any], shape: ShapeConfig, size: float, depth: int, length: int) -> list[Model]:
+    """All models near a size: for each width the ffns about it; N is linear in the ffn."""
+    found = []
+    for heads in range(1, WIDEST // shape.head_width):
+        width = heads * shape.head_width
+        least, most = (train_flops_per_token(_model(base, shape, width, ffn, depth), length) / 6 for ffn in (8, 16))
+        per_step = most - least
+        if least - per_step > size * (1 + OFF):
+            break
+        steps = (size - least) / per_step + 1
+        reach = OFF * size / per_step + 1
+        for step in range(max(1, math.floor(steps - reach)), math.ceil(steps + reach) + 1):
+            if 1 / RATIO <= 8 * step / width / shape.ffn_ratio <= RATIO:
+                found.append(Model(width, 8 * step, least + (step - 1) * per_step))
+    return found
 
-    low, high = 1, 2
-    while size_of(high) < size and high * shape.head_width < WIDEST:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if size_of(middle) < size else (low, middle)
-    best = min((low, high), key=lambda heads: abs(size_of(heads) / size - 1))
-    miss = size_of(best) / size - 1
-    if abs(miss) > shape.tolerance:
-        raise ConfigError(
-            f"no width of {depth} layers comes near N = {size:.3g}: {best * shape.head_width} gives "
-            f"{size_of(best):.3g} ({miss:+.0%}); choose another size or depth, a smaller shape.head_width, or a larger "
-            "shape.tolerance"
-        )
-    return at(best)
+
+def _nearest(models: Sequence[Model], aim: float, shape: ShapeConfig) -> Model | None:
+    """Of the models within half the tolerance the one nearest to the ratio; else the one nearest to the size."""
+    near = [m for m in models if abs(m.parameters / aim - 1) <= shape.tolerance / 2]
+    if near:
+        return min(near, key=lambda m: (abs(math.log(m.ffn / m.width / shape.ffn_ratio)), m.width))
+    return min(models, key=lambda m: abs(m.parameters / aim - 1), default=None)
 
 
 def at_width(base: dict[str, Any], shape: ShapeConfig, width: int, depth: int) -> ModelConfig:
     """The model of a width, a multiple of the head width, with everything else in proportion."""
     if width % shape.head_width:
         raise ConfigError(f"width {width} is not a multiple of shape.head_width {shape.head_width}")
-    own = {"width": width, "heads": width // shape.head_width, "ffn": round(shape.ffn_ratio * width), "depth": depth}
+    return _model(base, shape, width, round(shape.ffn_ratio * width), depth)
+
+
+def _model(base: dict[str, Any], shape: ShapeConfig, width: int, ffn: int, depth: int) -> ModelConfig:
+    own = {"width": width, "heads": width // shape.head_width, "ffn": ffn, "depth": depth}
     return parse(ModelConfig, {**base, **own, "placement": places(depth, shape.fraction)}, where="model")
 
 

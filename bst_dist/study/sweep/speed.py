@@ -10,7 +10,7 @@ import torch
 
 from bst_dist.model.lm import LanguageModel
 from bst_dist.study.sweep.design import Run
-from bst_dist.study.sweep.power import shape_key
+from bst_dist.study.sweep.price import shape_key
 
 
 def measure(runs: Sequence[Run], for_s: float, say: Callable[[str, float], None]) -> dict[str, float]:

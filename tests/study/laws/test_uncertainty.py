@@ -7,8 +7,9 @@ import pytest
 
 from bst_dist.study.laws import isoflop, uncertainty
 from bst_dist.study.laws.fit import fit
-from bst_dist.study.laws.joint import fit_shared, shared_e_p_value
+from bst_dist.study.laws.joint import e_difference, fit_shared
 from bst_dist.study.laws.law import Law, Points
+from bst_dist.study.statistics import equality
 
 PUBLISHED = Law(E=1.82, A=480.0, alpha=0.347, B=2100.0, beta=0.366)
 BENT = Law(E=1.8, A=400.0, alpha=0.34, B=1200.0, beta=0.36, kappa=0.06, log_aspect=np.log(40.0))
@@ -19,11 +20,11 @@ def joined(*parts):
 
 
 def test_bootstrap_intervals_cover_the_truth_about_as_often_as_they_say(sweep):
-    hits, tried = {"alpha": 0, "beta": 0}, 20
+    hits, tried = {"alpha": 0, "beta": 0}, 12
     for seed in range(tried):
         points = sweep(PUBLISHED, noise=0.004, seed=seed)
         fitted = fit(points)
-        found = uncertainty.intervals(fitted, uncertainty.bootstrap(fitted, points, draws=40, seed=seed))
+        found = uncertainty.intervals(fitted, uncertainty.bootstrap(fitted, points, draws=30, seed=seed))
         for name in hits:
             hits[name] += found[name].low <= getattr(PUBLISHED, name) <= found[name].high
     assert all(0.75 * tried <= hit for hit in hits.values()), hits
@@ -32,15 +33,15 @@ def test_bootstrap_intervals_cover_the_truth_about_as_often_as_they_say(sweep):
 def test_resampling_points_in_place_of_runs_understates_the_error(sweep):
     points = sweep(PUBLISHED, noise=0.01, seed=2)
     fitted = fit(points)
-    by_run = uncertainty.intervals(fitted, uncertainty.bootstrap(fitted, points, 100))
+    by_run = uncertainty.intervals(fitted, uncertainty.bootstrap(fitted, points, 50))
     every = Points(**{**points.__dict__, "run": np.arange(len(points))})
-    by_point = uncertainty.intervals(fitted, uncertainty.bootstrap(fitted, every, 100))
+    by_point = uncertainty.intervals(fitted, uncertainty.bootstrap(fitted, every, 50))
     assert by_run["alpha"].standard_error > 1.2 * by_point["alpha"].standard_error
 
 
 def test_a_known_depth_term_is_recovered_within_its_interval_and_predicts_a_shape_left_out_better(sweep):
     points = sweep(BENT, noise=0.002, seed=1)
-    bent, plain = fit(points, "depth"), fit(points)
+    bent, plain = fit(points, "aspect"), fit(points)
     found = uncertainty.intervals(bent, uncertainty.bootstrap(bent, points, 80))
     assert found["kappa"].low <= BENT.kappa <= found["kappa"].high
     assert found["kappa"].low > 0
@@ -78,7 +79,11 @@ def test_shared_e_is_recovered_and_a_different_one_is_noticed(sweep):
     assert found.laws["bst"].alpha == pytest.approx(0.36, abs=0.03)
     assert found.value >= found.separate * (1 - 1e-6)
     apart = joined(sweep(PUBLISHED, 0.001, 1, "sliding"), sweep(Law(2.2, 300, 0.36, 1900, 0.36), 0.001, 2, "bst"))
-    assert shared_e_p_value(apart, draws=12) < 0.1 < shared_e_p_value(same, draws=12)
+    assert equality(e_difference(apart, "sliding", "bst", 30), 0.01) == "different"
+    difference = e_difference(same, "sliding", "bst", 30)
+    assert difference.low <= 0 <= difference.high
+    noisy = joined(sweep(PUBLISHED, 0.02, 1, "sliding"), sweep(other, 0.02, 2, "bst"))
+    assert equality(e_difference(noisy, "sliding", "bst", 30), 0.01) == "undecided"  # not rejected is not equal
 
 
 def test_isoflop_floors_agree_with_the_law():
@@ -87,8 +92,41 @@ def test_isoflop_floors_agree_with_the_law():
     n, c = (x.ravel() for x in np.meshgrid(np.geomspace(1e7, 1e10, 7), np.geomspace(1e18, 1e20, 5)))
     loss = law.loss(n, c / 6 / n) * np.exp(generator.normal(0, 0.001, n.shape))
     label = np.full(n.shape, "a")
-    found = isoflop.profiles(Points(loss, n, c / 6 / n, np.ones_like(n), np.arange(len(n)), label, label))
+    found = isoflop.profiles(Points(loss, n, c / 6 / n, np.ones_like(n), np.ones_like(n), np.arange(len(n)), label))
     assert len(found) == 5
     assert isoflop.exponent(found) == pytest.approx(law.beta / (law.alpha + law.beta), abs=0.06)
     for profile in found:
         assert profile.optimum == pytest.approx(law.optimum(profile.flops)[0], rel=0.4)
+
+
+def test_a_form_that_bends_the_wrong_way_lacks_fit_and_the_right_one_does_not(sweep):
+    points = sweep(BENT, noise=0.002, seed=1)
+    assert uncertainty.lack_of_fit(points, fit(points)).p_value < 1e-3
+    assert uncertainty.lack_of_fit(points, fit(points, "aspect")).p_value > 0.05
+
+
+def test_a_law_that_only_falls_with_the_aspect_has_no_valley_and_never_a_hill(sweep):
+    """Deeper is worse at every shape tried, and less so: a parabola without a bound would call the worst the best."""
+    points = sweep(PUBLISHED)
+    x = np.log(points.width / points.depth)
+    falling = Points(
+        **{**points.__dict__, "loss": points.loss * np.exp(-0.03 * (x - x.min()) - 0.004 * (x - x.min()) ** 2)}
+    )
+    law = fit(falling, "aspect").law
+    assert law.kappa >= 0
+    assert not (law.has_valley and x.min() <= law.log_aspect <= x.max())
+
+
+def test_the_best_shape_is_where_the_loss_is_least():
+    additive = Law(E=1.5, A=60.0, alpha=0.6, B=1500.0, beta=0.35, G=3.0, gamma=0.9)
+    for law in (BENT, additive):
+        width, depth = law.shape_of(1e8, 12.0)
+        tried = np.geomspace(depth / 8, depth * 8, 20001)
+        losses = law.loss(1e8, 1e9, np.sqrt(1e8 / 12 / tried), tried)
+        assert depth == pytest.approx(tried[np.argmin(losses)], rel=1e-3)
+        assert 12 * width**2 * depth == pytest.approx(1e8)
+        n, d = law.optimum(1e21)
+        sizes = np.geomspace(n / 30, n * 30, 20001)
+        shapes = law.shape_of(sizes, 12.0)
+        assert n == pytest.approx(sizes[np.argmin(law.loss(sizes, 1e21 / 6 / sizes, *shapes))], rel=0.01)
+        assert 6 * n * d == pytest.approx(1e21)

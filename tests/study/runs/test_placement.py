@@ -105,14 +105,23 @@ def test_a_dry_run_shows_every_command_and_starts_nothing(tmp_path, program, cap
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     settings = {
         "name": "t", "recipe": "base.yaml", "directory": str(tmp_path / "out"), "baseline": "sliding",
-        "architectures": {"sliding": {"model.mixer": "sliding"}}, "sizes": [5e4], "depths": [2],
-        "tokens_per_parameter": [1], "seeds": [0], "shape": {"head_width": 4, "tolerance": 0.3},
+        "architectures": {"sliding": {"model.mixer": "sliding"}, "bst": {"model.mixer": "bst"}}, "depths": [2],
+        "sizes": [5e4, 1e5], "tokens_per_parameter": [1, 2], "seeds": [0, 1],
+        "shape": {"head_width": 4}, "arms": {"all": {}},
     }  # fmt: skip
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(settings))
     (tmp_path / "hosts").write_text("one slots=2\n")
     run = ["sweep", "run", str(tmp_path / "sweep.yaml"), "--dry-run"]
+    assert main(run) == 0
+    out = capsys.readouterr().out
+    assert "24 of 24 runs would be trained; nothing was started" in out
+    assert out.count("waiting") == 24
+    assert not (tmp_path / "out" / "runs").exists()
+    assert not (tmp_path / "out" / "plan.json").exists()
     assert main([*run, "--hostfile", str(tmp_path / "hosts")]) == 0
     assert "--workers 2" in capsys.readouterr().out
     assert main([*run, "--slurm", "3", "--sbatch=--time=1:00:00"]) == 0
     assert "#SBATCH --time=1:00:00" in capsys.readouterr().out
+    assert main(["sweep", "run", str(tmp_path / "sweep.yaml"), "--sbatch=--time=1"]) == 2
+    assert "--sbatch is for --slurm" in capsys.readouterr().err
     assert not (tmp_path / "started").exists()

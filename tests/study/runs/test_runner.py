@@ -14,16 +14,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bst_base.errors import UserError
+from bst_base.settings import parse
 from bst_dist.study.report import document
-from bst_dist.study.sweep import report
-from bst_dist.study.laws import table
+from bst_dist.study.runs.runner import Runner
+from bst_dist.study.runs.state import State
+from bst_dist.study.sweep import report, table
 from bst_dist.study.sweep.collect import collect
 from bst_dist.study.sweep.config import SweepConfig
 from bst_dist.study.sweep.design import Designer
-from bst_dist.study.runs.runner import Runner
-from bst_dist.study.runs.state import State
-from bst_base.settings import parse
-from bst_base.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -84,7 +83,7 @@ def sweep(tmp_path, monkeypatch):
         "name": "t", "recipe": str(tmp_path / "base.yaml"), "directory": str(tmp_path / "out"),
         "architectures": {"sliding": {"model.mixer": "sliding"}, "bst": {"model.mixer": "bst"}}, "baseline": "sliding",
         "sizes": [5e4, 1e5], "depths": [2, 4], "tokens_per_parameter": [0.1, 0.2], "seeds": [0, 1],
-        "shape": {"head_width": 4, "tolerance": 0.3},
+        "arms": {"all": {}}, "shape": {"head_width": 4},
     }  # fmt: skip
     monkeypatch.setattr("bst_dist.study.runs.runner.POLL_S", 0.02)
     config = parse(SweepConfig, settings)
@@ -102,7 +101,7 @@ def sweep(tmp_path, monkeypatch):
         chosen = [run for run in runs if only is None or only in run.name]
         said = []
         StandIn(chosen, state, 2, said.append).run(lambda workers: None)
-        return collect(chosen, state), said
+        return collect(chosen, state, "sliding"), said
 
     go.config, go.state, go.runs = config, state, runs
     return go
@@ -181,7 +180,7 @@ def test_a_locked_run_is_left_to_whoever_holds_it(sweep):
 
 def test_the_table_reads_back_and_a_wrong_column_is_named(sweep, tmp_path):
     rows, _ = sweep(only=f"sliding-all-{ONE}")
-    waiting = collect(sweep.runs, sweep.state)
+    waiting = collect(sweep.runs, sweep.state, "sliding")
     path = tmp_path / "table.json"
     table.write(waiting, path)
     assert [row.model_dump_json() for row in table.read(path)] == [row.model_dump_json() for row in waiting]
@@ -194,15 +193,17 @@ def test_the_table_reads_back_and_a_wrong_column_is_named(sweep, tmp_path):
 
 def test_the_report_stands_alone_and_names_every_run(sweep, tmp_path):
     rows, _ = sweep(only="-d2-")
-    blocks, figures = report.build(sweep.config, rows, draws=10)
-    document.write(blocks, tmp_path / "report", "t")
+    found = report.find(sweep.config, rows, draws=4)
+    document.write(report.build(sweep.config, rows, found), tmp_path / "report", "t")
     page, text = ((tmp_path / "report" / name).read_text() for name in ("report.html", "report.md"))
     assert 'src="data:image/png;base64,' in page
     assert "http" not in page
     for row in rows:
         assert row.run in page
         assert row.run in text
-    assert figures["flops"]["variants"]["bst"]["mean_gap"]["value"] > 0
+    assert found.flops.variants["bst"].mean.value > 0
+    first = next(line for line in text.splitlines() if line.startswith("- "))
+    assert first.startswith("- bst is ahead of sliding by ")
     for line in text.splitlines():
         if line.startswith("!["):
             assert (tmp_path / "report" / line.rpartition("(")[2].rstrip(")")).exists()
@@ -223,8 +224,8 @@ def test_killed_at_any_moment_a_sweep_ends_with_the_same_table(tmp_path):
     _bst("data", "prepare", tmp_path / "data.yaml").wait()
 
     def command(name):
-        return [ROOT / "launch/sweeps/smoke.yaml", f"settings.data={{corpus: {tmp_path / 'corpus'}}}",
-                 "only=[[40.0e+3, 2]]", "depths=[2]", "sizes=[40.0e+3]", f"directory={tmp_path / name}"]  # fmt: skip
+        return [ROOT / "launch/sweeps/smoke.yaml", f"settings.data={{corpus: {tmp_path / 'corpus'}}}", "depths=[2]",
+                "sizes=[40.0e+3, 60.0e+3]", "arms={near: {}}", f"directory={tmp_path / name}"]  # fmt: skip
 
     whole = _bst("sweep", "run", *command("whole"), "--workers", "2")
     assert whole.wait() == 0
@@ -239,7 +240,7 @@ def test_killed_at_any_moment_a_sweep_ends_with_the_same_table(tmp_path):
         assert _bst("sweep", "collect", *command(name)).wait() == 0
         rows = json.loads((tmp_path / name / "table.json").read_text())
         found.append([{key: value for key, value in row.items() if key not in timed} for row in rows])
-    assert len(found[0]) == 4
+    assert len(found[0]) == 16
     assert found[0] == found[1]
 
 

@@ -17,8 +17,8 @@ from bst_dist.study.experiment.design import Trial, trials
 from bst_dist.study.experiment.measure import measure_run
 from bst_dist.study.experiment.present import show, write_report
 from bst_dist.study.experiment.table import gather, write
+from bst_dist.study.report.terminal import say
 from bst_dist.study.runs.state import State
-from bst_dist.study.sweep.commands.common import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

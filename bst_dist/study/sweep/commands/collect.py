@@ -12,9 +12,10 @@ import argparse
 from collections import Counter
 from typing import Any
 
-from bst_dist.study.laws import table
+from bst_dist.study.report.terminal import say
+from bst_dist.study.sweep import table
 from bst_dist.study.sweep.collect import collect
-from bst_dist.study.sweep.commands.common import TABLE, add_sweep, open_plan, say
+from bst_dist.study.sweep.commands.common import TABLE, add_sweep, open_plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     plan, state = open_plan(args)
-    rows = collect(plan.runs, state, args.documents)
+    rows = collect(plan.runs, state, plan.sweep.baseline, args.documents)
     path = plan.sweep.root / TABLE
     table.write(rows, path)
     table.write_csv(rows, path.with_suffix(".csv"))

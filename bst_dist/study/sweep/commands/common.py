@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from rich.console import Console
-
-from bst_dist.study.laws.table import Row, read
 from bst_dist.study.runs.state import State
 from bst_dist.study.sweep.config import SweepConfig, load_sweep
 from bst_dist.study.sweep.plan import Plan, make_plan
+from bst_dist.study.sweep.table import Row, read
 
-TABLE, COORDINATES = "table.json", "coordinates.json"
+TABLE = "table.json"
 
 
 def add_sweep(parser: argparse.ArgumentParser) -> None:
@@ -39,18 +36,3 @@ def open_table(args: argparse.Namespace) -> tuple[SweepConfig, list[Row]]:
     """The sweep with the table that `collect` wrote."""
     sweep = open_sweep(args)
     return sweep, read(sweep.root / TABLE)
-
-
-def open_console() -> Console:
-    """Where tables go: as wide as the terminal, and in a file or a pipe wide enough to cut no number short."""
-    return Console() if sys.stdout.isatty() else Console(width=140)
-
-
-def say(text: str) -> None:
-    """A line for people, as it is."""
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def percent(value: float, digits: int = 2) -> str:
-    """A difference of logarithms, as per cent of the loss."""
-    return f"{100 * value:+.{digits}f} %"

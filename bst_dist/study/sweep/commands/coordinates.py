@@ -2,30 +2,30 @@
 
     bst sweep coordinates launch/sweeps/mini.yaml --widths 32 64 128 --depths 2 4 8
 
-A learning rate may be used at every width and depth where no change depends on them (slope within ±0.2): then the check
-passes. It is made at a tenth of the peak rate, as in a warm-up: activations that have changed altogether cannot show
-what they depend on. Under the standard parametrisation changes do depend on the width and the check fails:
-rules.parametrisation=standard shows by how much. What it finds is kept for the sweep's report.
+A learning rate may be used at every width and depth where no change depends on them. Passed: both one-sided tests put
+every slope within ±0.2; undecided: more seeds would tell. It is made at a tenth of the peak rate, as in a warm-up:
+activations that have changed altogether cannot show what they depend on. Under the standard parametrisation changes do
+depend on the width and the check fails: rules.parametrisation=standard shows by how much. What it finds is kept for the
+sweep's report.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import asdict
 from typing import Any
 
 import torch
-from rich.box import SIMPLE
-from rich.table import Table
 
-from bst_base.files import atomic_file
 from bst_dist.model.lm import LanguageModel
-from bst_dist.study.sweep.commands.common import COORDINATES, add_sweep, open_console, open_sweep, say
+from bst_dist.study.report.terminal import show
+from bst_dist.study.sweep import transfer
+from bst_dist.study.sweep.commands.common import add_sweep, open_sweep
 from bst_dist.study.sweep.config import SweepConfig
 from bst_dist.study.sweep.coordinates import Coordinate, check
 from bst_dist.study.sweep.design import Cell, Designer
+from bst_dist.study.sweep.report import coordinate_blocks
 from bst_dist.study.sweep.shape import at_width
+from bst_dist.study.sweep.transfer import Check
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,22 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     sweep = open_sweep(args)
-    designer, console = Designer(sweep), open_console()
+    designer = Designer(sweep)
     first = {cell.architecture: cell for cell in reversed(designer.cells()) if cell.role == "grid"}
-    architectures, kind = {}, ""
+    found, kind = {}, ""
     for name in designer.architectures:
-        found, kind = _check(sweep, designer, first[name], args)
-        console.print(_table(name, found, max(len(args.widths), len(args.depths))))
-        architectures[name] = [{**asdict(one), "passed": one.passed} for one in found]
-    failed = {name for name, found in architectures.items() if not all(one["passed"] for one in found)}
-    report = {"passed": not failed, "parametrisation": kind, "widths": args.widths, "depths": args.depths,
-              "steps": args.steps, "rate": args.rate, "architectures": architectures}  # fmt: skip
-    sweep.root.mkdir(parents=True, exist_ok=True)
-    with atomic_file(sweep.root / COORDINATES) as file:
-        file.write(json.dumps(report, indent=2).encode() + b"\n")
-    say(f"{kind}: " + (f"changes depend on the shape in {', '.join(sorted(failed))}" if failed
-                       else "no change depends on the width or the depth: one rate may be used for all"))  # fmt: skip
-    return report
+        found[name], kind = _check(sweep, designer, first[name], args)
+    made = Check(kind, args.widths, args.depths, args.steps, args.rate, found)
+    transfer.write(made, sweep.root)
+    show(coordinate_blocks(made))
+    return made.report()
 
 
 def _check(sweep: SweepConfig, designer: Designer, cell: Cell,
@@ -73,18 +66,3 @@ def _check(sweep: SweepConfig, designer: Designer, cell: Cell,
     found = check(make, args.widths, args.depths, peak.model_copy(update=rates), ids, args.steps,
                   range(args.seeds))  # fmt: skip
     return found, recipe.model.parametrisation.kind
-
-
-def _table(name: str, found: list[Coordinate], shapes: int) -> Table:
-    table = Table("change of", "along", *map(str, range(1, 1 + shapes)), "slope", "", title=name, box=SIMPLE)
-    for one in found:
-        values = [f"{change:.3g}" for change in one.changes.values()]
-        values += [""] * (shapes - len(values))
-        table.add_row(
-            one.watched,
-            one.along,
-            *values,
-            f"{one.slope:+.2f} ± {one.standard_error:.2f}",
-            "" if one.passed else "depends",
-        )
-    return table

@@ -2,45 +2,51 @@
 
     bst sweep design launch/sweeps/mini.yaml
 
-Shapes of equal size, exact parameters and training FLOPs a token, the smallest change of an advantage that would be
-seen. A grid that cannot tell its factors apart is refused, with the columns that move together.
+Shapes of equal size, exact parameters and training FLOPs a token; what the rule of the verdict would see, by applying
+it to simulated studies. The whole analysis is made of simulated losses first: a grid that cannot tell its factors
+apart, or that no verdict or law could be made of, is refused with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
-
-from bst_dist.study.laws.verdict import MARGIN
-from bst_dist.study.sweep.commands.common import add_sweep, open_console, open_plan
+from bst_dist.study.laws.power import Power
+from bst_dist.study.laws.verdict import MARGIN, UNITS
+from bst_dist.study.report.document import Sheet
+from bst_dist.study.report.terminal import open_console, say, table
+from bst_dist.study.report.words import percent, plain
+from bst_dist.study.sweep.commands.common import add_sweep, open_plan
 from bst_dist.study.sweep.plan import Plan
-from bst_dist.study.sweep.power import Power, shape_key
+from bst_dist.study.sweep.price import shape_key
+from bst_dist.study.sweep.rehearsal import rehearse
 
 add_arguments = add_sweep
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     plan, _ = open_plan(args)
-    console, shapes = open_console(), shapes_of(plan)
+    rehearse(plan.sweep, plan.runs)
+    shapes, base = shapes_of(plan), plan.sweep.baseline
     title = f"{plan.sweep.name}: {len(plan.runs)} runs, {len(plan.measured)} of them measurements"
-    names = ("architecture", "size", "depth", "width", "heads", "under study", "parameters", "N = FLOPs/6", "off by")
-    table = Table(*names, title=title, box=SIMPLE)
-    for shape in shapes:
-        table.add_row(
-            shape["architecture"], f"{shape['size']:.3g}", str(shape["depth"]), str(shape["width"]),
-            str(shape["heads"]), shape["places"], f"{shape['parameters_total']:,}", f"{shape['parameters']:,.0f}",
-            f"{shape['parameters'] / shape['size'] - 1:+.1%}",
-        )  # fmt: skip
-    console.print(table)
-    show_power(console, plan.power)
+    names = ("architecture", "arm", "size", "depth", "width", "heads", "ffn / width", "under study", "parameters",
+             "N = FLOPs/6", f"off {base}'s")  # fmt: skip
+    of_base = {(s["arm"], s["size"], s["depth"]): s["parameters"] for s in shapes if s["architecture"] == base}
+    rows = [
+        [s["architecture"], s["arm"], f"{s['size']:.3g}", str(s["depth"]), str(s["width"]), str(s["heads"]),
+         f"{s['ffn'] / s['width']:.2f}", s["places"], f"{s['parameters_total']:,}", f"{s['parameters']:,.0f}",
+         f"{s['parameters'] / of_base[s['arm'], s['size'], s['depth']] - 1:+.2%}"]
+        for s in shapes
+    ]  # fmt: skip
+    open_console().print(table(Sheet(names, rows), title))
+    power = plan.power()
+    show_power(power, plan)
     for block in plan.dropped:
-        console.print(f"not paid for by the budget: {block}", markup=False, highlight=False)
+        say(f"not paid for by the budget: {block}")
     return {"runs": len(plan.runs), "measurements": len(plan.measured), "dropped": plan.dropped, "shapes": shapes,
-            **power_report(plan.power)}  # fmt: skip
+            "power": plain(power)}  # fmt: skip
 
 
 def shapes_of(plan: Plan) -> list[dict[str, Any]]:
@@ -50,7 +56,7 @@ def shapes_of(plan: Plan) -> list[dict[str, Any]]:
         model, mixers = run.recipe.model, run.recipe.model.mixers()
         found[shape_key(run.cell)] = {
             "architecture": run.cell.architecture, "arm": run.cell.arm, "size": run.cell.size,
-            "depth": model.depth, "width": model.width,
+            "depth": model.depth, "width": model.width, "ffn": model.ffn,
             "heads": model.heads, "places": f"{mixers.count(model.mixer)} of {model.depth}",
             "parameters": run.counts.parameters, "parameters_total": run.counts.total,
             "parameters_non_embedding": run.counts.non_embedding, "flops_per_token": run.counts.flops_per_token,
@@ -58,17 +64,24 @@ def shapes_of(plan: Plan) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def show_power(console: Console, power: Power) -> None:
-    """What the grid would see."""
-    title = f"predicted for each variant from {power.pairs} pairs of runs; margin {MARGIN:.2%}"
-    table = Table("the advantage ...", "standard error", "seen with power 0.8", title=title, box=SIMPLE)
-    table.add_row("on average", f"{power.mean:.2%}", "")
-    for name, (error, seen) in power.changes.items():
-        table.add_row(f"... as it changes over {name}", f"{error:.2%}", f"{seen:.2%}" if seen < 1 else "nothing")
-    console.print(table)
+def show_power(every: list[Power], plan: Plan) -> None:
+    """What the rule would see of each variant."""
+    noise = plan.sweep.noise
+    title = (f"what the rule would see of each variant in arm {plan.sweep.arm}, from {every[0].pairs} pairs of runs "
+             f"with a noise of {noise.seed:.2%} of the loss between seeds (noise.seed)")  # fmt: skip
+    rows = [
+        [UNITS[p.factor].per, percent(p.standard_error, sign=False), f"{p.at_margin:.0%}", _seen(p),
+         f"{p.equivalent:.0%}"]
+        for p in every
+    ]  # fmt: skip
+    names = ("change of the advantage per", "standard error", f"chance to see {MARGIN:.1%}", "seen 4 times in 5",
+             "chance of 'equivalent' if none")  # fmt: skip
+    open_console().print(table(Sheet(names, rows), title))
+    say(f"chance of a false verdict, of any variant, where nothing changes: {every[0].false:.1%}")
+    for p in every:
+        if not math.isfinite(p.smallest_seen):
+            say(f"no change over {UNITS[p.factor].name} could be seen: add seeds, or compare fewer variants")
 
 
-def power_report(power: Power) -> dict[str, Any]:
-    """The same for machines."""
-    changes = {n: {"standard_error": e, "smallest_seen": s} for n, (e, s) in power.changes.items()}
-    return {"pairs": power.pairs, "predicted_mean_gap_standard_error": power.mean, "predicted_changes": changes}
+def _seen(p: Power) -> str:
+    return percent(p.smallest_seen, sign=False) if math.isfinite(p.smallest_seen) else "nothing"

@@ -11,14 +11,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rich.box import SIMPLE
-from rich.table import Table
-
-from bst_dist.study.sweep.commands.common import add_sweep, open_console, open_sweep, say
-from bst_dist.study.sweep.commands.design import power_report, show_power
+from bst_dist.study.report.document import Sheet
+from bst_dist.study.report.terminal import open_console, say, table
+from bst_dist.study.report.words import plain
+from bst_dist.study.sweep.commands.common import add_sweep, open_sweep
+from bst_dist.study.sweep.commands.design import show_power
 from bst_dist.study.sweep.design import Designer
 from bst_dist.study.sweep.plan import Plan, make_plan, read_rates, write_plan, write_rates
-from bst_dist.study.sweep.power import cost
+from bst_dist.study.sweep.price import cost
+from bst_dist.study.sweep.rehearsal import rehearse
 from bst_dist.study.sweep.speed import measure
 
 
@@ -34,24 +35,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         runs = designer.runs(designer.cells())
         write_rates(sweep, measure(runs, args.measure, lambda key, rate: say(f"{rate / 1e9:8.2f} GFLOP/s  {key}")))
     plan = make_plan(sweep)
+    rehearse(sweep, plan.runs)
     write_plan(plan)
     prices = prices_of(plan)
-    console = open_console()
     for title, keys in (("by shape", ("size", "depth")), ("by architecture", ("architecture",))):
-        table = Table(*keys, "runs", plan.unit, title=f"{sweep.name}, {title}", box=SIMPLE)
+        rows = []
         for group in dict.fromkeys(tuple(price[key] for key in keys) for price in prices):
             own = [price for price in prices if tuple(price[key] for key in keys) == group]
             names = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in group]
-            table.add_row(*names, str(sum(p["runs"] for p in own)), f"{sum(p['cost'] for p in own):.3g}")
-        console.print(table)
-    show_power(console, plan.power)
+            rows.append([*names, str(sum(p["runs"] for p in own)), f"{sum(p['cost'] for p in own):.3g}"])
+        open_console().print(table(Sheet((*keys, "runs", plan.unit), rows), f"{sweep.name}, {title}"))
+    power = plan.power()
+    show_power(power, plan)
     for block in plan.dropped:
         say(f"not paid for by the budget: {block}")
     limit = "no limit" if plan.limit == float("inf") else f"a budget of {plan.limit:.4g}"
     flops = sum(run.own_flops for run in plan.runs)
     say(f"{len(plan.runs)} runs, {plan.spent:.4g} {plan.unit} of {limit}; {flops:.3g} FLOPs")
     return {"runs": len(plan.runs), "unit": plan.unit, "cost": plan.spent, "dropped": plan.dropped, "prices": prices,
-            "flops": flops, **power_report(plan.power)}  # fmt: skip
+            "flops": flops, "power": plain(power)}  # fmt: skip
 
 
 def prices_of(plan: Plan) -> list[dict[str, Any]]:

@@ -8,13 +8,14 @@ Reads the table that `bst sweep collect` wrote; figures are PNG and PDF.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from bst_dist.study.report import document
-from bst_dist.study.sweep import report
-from bst_dist.study.sweep.commands.common import COORDINATES, add_sweep, open_table, say
+from bst_dist.study.report.terminal import say
+from bst_dist.study.report.words import plain
+from bst_dist.study.sweep import report, transfer
+from bst_dist.study.sweep.commands.common import add_sweep, open_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,10 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     sweep, rows = open_table(args)
-    checked = sweep.root / COORDINATES
-    coordinates = json.loads(checked.read_text(encoding="utf-8")) if checked.exists() else None
-    blocks, figures = report.build(sweep, rows, args.draws, coordinates)
-    files = document.write(blocks, args.out or sweep.root, title=f"Sweep {sweep.name}")
+    found = report.find(sweep, rows, args.draws, transfer.read(sweep.root))
+    files = document.write(report.build(sweep, rows, found), args.out or sweep.root, title=f"Sweep {sweep.name}")
     for path in files[:2]:
         say(f"wrote {path}")
-    return {"files": [str(path) for path in files], **figures}
+    return {"files": [str(path) for path in files], **plain(found)}

@@ -11,10 +11,9 @@ import argparse
 from collections import Counter
 from typing import Any
 
-from rich.box import SIMPLE
-from rich.table import Table
-
-from bst_dist.study.sweep.commands.common import add_sweep, open_console, open_plan, say
+from bst_dist.study.report.document import Sheet
+from bst_dist.study.report.terminal import open_console, say, table
+from bst_dist.study.sweep.commands.common import add_sweep, open_plan
 
 add_arguments = add_sweep
 STATUSES = ("done", "running", "waiting", "failed", "diverged")
@@ -23,11 +22,11 @@ STATUSES = ("done", "running", "waiting", "failed", "diverged")
 def run(args: argparse.Namespace) -> dict[str, Any]:
     plan, state = open_plan(args)
     standings = [(run, state.standing(run)) for run in plan.runs]
-    table = Table("architecture", *STATUSES, title=f"{plan.sweep.name}: runs, trunks included", box=SIMPLE)
+    rows = []
     for name in dict.fromkeys(run.cell.architecture for run in plan.runs):
         counts = Counter(standing.status for run, standing in standings if run.cell.architecture == name)
-        table.add_row(name, *(str(counts[status]) for status in STATUSES))
-    open_console().print(table)
+        rows.append([name, *(str(counts[status]) for status in STATUSES)])
+    open_console().print(table(Sheet(("architecture", *STATUSES), rows), f"{plan.sweep.name}: runs, trunks included"))
     for run, standing in standings:
         if standing.status == "running":
             line = state.progress(run.name)

@@ -1,4 +1,4 @@
-"""The table of a sweep: one row a measurement, the same columns whatever was swept."""
+"""The table of a sweep: one row a measurement, the same columns whatever was swept, and what the laws take of it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from bst_base.errors import UserError
 from bst_base.files import atomic_file
 from bst_base.settings import Config
-from bst_dist.study.laws.law import Points
+from bst_dist.study.laws.observation import Observation
+from bst_dist.study.runs.state import Status
 
 # Not a number until the run is done; JSON says null.
 Measured = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
-Status = Literal["done", "running", "waiting", "failed", "diverged"]
 
 
 class Row(Config):
@@ -50,13 +49,15 @@ class Row(Config):
     """What a pair shares: arm, size, depth and seed."""
     parameters: float
     """N, the headline count: exact training FLOPs a token / 6."""
+    ln_n_over_baseline: Measured = math.nan
+    """ln N - ln N of the baseline in the same block; 0 for the baseline itself."""
     parameters_total: int
     parameters_non_embedding: int
     parameters_matrices: int
     """Matrices and the head, which is what multiplies."""
     parameters_kernel: int
     """Dynamics of the state space models."""
-    flops_per_token: dict[str, float]
+    flops_per_token: dict[str, float] = Field(default_factory=dict)
     """Of the forward pass, by term."""
     tokens: int = 0
     flops: float = 0.0
@@ -77,6 +78,7 @@ class Row(Config):
 
 
 ROWS = TypeAdapter(list[Row])
+OPTIONAL = {name for name, column in Row.model_fields.items() if not column.is_required()}
 
 
 class TableError(UserError):
@@ -103,9 +105,13 @@ def write_csv(rows: list[Row], path: Path) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """Read a table, every column checked; raises TableError naming the row and the column."""
+    """Read a table as JSON or CSV, every column checked; raises TableError naming the row and the column."""
     try:
-        return ROWS.validate_python(json.loads(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".csv":
+            return ROWS.validate_python([{k: v or None for k, v in row.items() if v or k not in OPTIONAL}
+                                         for row in csv.DictReader(io.StringIO(text))])  # fmt: skip
+        return ROWS.validate_python(json.loads(text))
     except FileNotFoundError:
         raise TableError(f"{path}: no such file: `bst sweep collect` writes it") from None
     except ValidationError as error:
@@ -115,17 +121,16 @@ def read(path: Path) -> list[Row]:
         raise TableError(f"{path}: not readable as JSON: {error}") from None
 
 
-def points(rows: list[Row]) -> Points:
-    """The finished rows as points to fit."""
-    done = [row for row in rows if row.status == "done" and row.role == "grid"]
-    if not done:
-        raise TableError("no run of the sweep has finished: there is nothing to fit")
-    return Points(
-        loss=np.array([row.loss_nats for row in done]),
-        parameters=np.array([row.parameters for row in done]),
-        tokens=np.array([float(row.tokens) for row in done]),
-        aspect=np.array([row.width / row.depth for row in done]),
-        run=np.array([row.trunk for row in done]),
-        shape=np.array([f"{row.width} x {row.depth}" for row in done]),
-        group=np.array([row.architecture for row in done]),
-    )
+def observations(rows: list[Row]) -> list[Observation]:
+    """The finished measurements, as the laws and the verdict take them."""
+    return [
+        Observation(
+            name=row.run, architecture=row.architecture, arm=row.arm, block=row.block, run=row.trunk, seed=row.seed,
+            width=float(row.width), depth=float(row.depth), parameters=row.parameters,
+            non_embedding=float(row.parameters_non_embedding), tokens=float(row.tokens),
+            length=row.tokens_per_parameter, flops=row.flops, time_s=row.time_s, loss=row.loss_nats,
+            by_block=row.loss_by_block, by_document=row.loss_by_document, held_out=row.role == "hold-out",
+            rate_factor=row.rate_factor,
+        )
+        for row in rows if row.status == "done"
+    ]  # fmt: skip

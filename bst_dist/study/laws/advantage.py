@@ -1,0 +1,154 @@
+"""The advantage of architectures over a baseline: its mean, how it changes, the verdicts, and what they rest on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from bst_base.errors import UserError
+from bst_dist.study.laws.gap import Axis, Gaps, gaps_by, pair
+from bst_dist.study.laws.observation import Observation
+from bst_dist.study.laws.power import pairs_needed, visible
+from bst_dist.study.laws.regression import regress
+from bst_dist.study.laws.verdict import (
+    UNITS,
+    Change,
+    Crossing,
+    contrast,
+    crossing,
+    interaction,
+    judge,
+    mean_gain,
+    mean_gap,
+    predict_gap,
+)
+from bst_dist.study.statistics import Estimate, mean
+
+
+class HeldOutGap(NamedTuple):
+    """A pair that was held out: what it gave, and what the others let expect."""
+
+    block: str
+    depth: float
+    flops: float
+    observed: float
+    expected: Estimate
+
+
+@dataclass(frozen=True)
+class Advantage:
+    """One variant against the baseline, within the arm of the verdict."""
+
+    gaps: Gaps
+    mean: Estimate
+    """In ln of the loss; above 0 the variant is better."""
+    gain: Estimate
+    """ln of the compute-equivalent gain."""
+    changes: list[Change]
+    more_pairs: dict[str, int]
+    """Factor -> pairs that are missing, where undecided."""
+    adjusted: dict[str, Estimate]
+    """Factor -> the change with the difference of sizes taken out, where it is confounded by it."""
+    interaction: Estimate | None
+    crossing: Crossing | None
+    by_block: list[Estimate]
+    """Mean gap by block of the sequence."""
+    by_document: Estimate | None
+    better_documents: int
+    documents: int
+    held_out: list[HeldOutGap]
+    contrasts: dict[str, dict[str, Estimate]]
+    """Other arms: how much the mean and the changes differ there. No verdict."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All variants against the baseline."""
+
+    baseline: str
+    axis: Axis
+    arm: str
+    variants: dict[str, Advantage]
+    missing: dict[str, str]
+    """Variants without a comparison, or without a test, and why."""
+
+
+def compare(observed: Sequence[Observation], baseline: str, arm: str, axis: Axis = "flops") -> Comparison:
+    """The advantage of every other architecture over the baseline within `arm`, and the verdicts, at equal `axis`."""
+    at_rate = [o for o in observed if o.rate_factor == 1]
+    ours = [o for o in at_rate if not o.held_out]
+    every, missing = _pairs(ours, baseline, arm, axis)
+    changes, untested = judge(every) if every else ([], {})
+    errors = visible(every) if any(c.answer == "undecided" for c in changes) else {}
+    arms = sorted({o.arm for o in ours} - {arm})
+    others = {name: {gaps.variant: gaps for gaps in _pairs(ours, baseline, name, axis)[0]} for name in arms}
+    variants = {}
+    for gaps in every:
+        own = [change for change in changes if change.variant == gaps.variant]
+        contrasts = {name: contrast(gaps, found[gaps.variant]) for name, found in others.items()
+                     if gaps.variant in found}  # fmt: skip
+        variants[gaps.variant] = _advantage(at_rate, gaps, baseline, own, errors, axis, contrasts)
+    return Comparison(baseline, axis, arm, variants, missing | untested)
+
+
+def _pairs(observed: Sequence[Observation], baseline: str, arm: str, axis: Axis) -> tuple[list[Gaps], dict[str, str]]:
+    """The gaps of every variant that has a pair, and why the others have none."""
+    found, missing = [], {}
+    for name in dict.fromkeys(o.architecture for o in observed if o.architecture != baseline):
+        try:
+            found.append(pair(observed, name, baseline, arm, axis))
+        except UserError as error:
+            missing[name] = str(error)
+    return found, missing
+
+
+def _advantage(observed: Sequence[Observation], gaps: Gaps, baseline: str, changes: list[Change],
+               errors: dict[str, float], axis: Axis,
+               contrasts: dict[str, dict[str, Estimate]]) -> Advantage:  # fmt: skip
+    ours = [o for o in observed if not o.held_out]
+    by_block, _ = gaps_by(ours, gaps.variant, baseline, gaps.arm, "by_block")
+    by_document, _ = gaps_by(ours, gaps.variant, baseline, gaps.arm, "by_document")
+    documents = by_document.mean(0) if by_document.size else np.empty(0)
+    return Advantage(
+        gaps, mean_gap(gaps), mean_gain(gaps), changes,
+        {c.factor: max(1, pairs_needed(c, errors[c.factor]) - c.pairs) for c in changes if c.answer == "undecided"},
+        {c.factor: adjusted(ours, gaps, baseline, c.factor) for c in changes if c.answer == "confounded"},
+        interaction(gaps), crossing(gaps), [mean(column) for column in by_block.T],
+        mean(documents, "documents") if len(documents) > 1 else None, int((documents > 0).sum()), len(documents),
+        _held_out(observed, gaps, baseline, axis), contrasts,
+    )  # fmt: skip
+
+
+def _held_out(observed: Sequence[Observation], gaps: Gaps, baseline: str, axis: Axis) -> list[HeldOutGap]:
+    try:
+        out = pair([o for o in observed if o.held_out], gaps.variant, baseline, gaps.arm, axis)
+        expected = predict_gap(gaps, out)
+    except UserError:
+        return []
+    return [
+        HeldOutGap(str(out.block[i]), float(out.depth[i]), float(out.flops[i]), float(out.gap[i]), expected[i])
+        for i in range(len(out))
+    ]
+
+
+def adjusted(observed: Sequence[Observation], gaps: Gaps, baseline: str, factor: str) -> Estimate:
+    """The change over a factor with the difference of sizes taken out, per unit of the factor.
+
+    One regression of ln L on compute, size, depth, architecture, and architecture x both factors: how the loss depends
+    on N at equal compute is read off all runs, and not assumed.
+    """
+    own = [o for o in observed if o.arm == gaps.arm and o.usable and o.block in set(gaps.block)
+           and o.architecture in (gaps.variant, baseline)]  # fmt: skip
+    logs = {name: np.log([getattr(o, name) for o in own]) for name in ("flops", "parameters", "depth")}
+    variant = np.array([float(o.architecture == gaps.variant) for o in own])
+    names = [n for n in UNITS if np.ptp(logs[n]) > 0.05]
+    products = [variant * (logs[n] - logs[n].mean()) for n in names]
+    kept = [v - v.mean() for v in logs.values() if np.ptp(v) > 1e-9]
+    columns = np.column_stack([np.ones(len(own)), variant, *kept, *products])
+    found = regress(columns, np.log([o.loss for o in own]), np.array([o.block for o in own]))
+    weights = np.zeros(columns.shape[1])
+    weights[2 + len(kept) + names.index(factor)] = -np.log(UNITS[factor].factor)
+    return found.estimate(weights)

@@ -1,0 +1,93 @@
+"""Is the rule's learning rate right in the corners of the grid? Without that, a claim about depth is one about rates.
+
+In each corner ln L is a parabola in ln of the rate, each seed with a level of its own. The noise is that of all corners
+together: single corners have too few runs to know it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from bst_dist.study.laws.observation import Observation
+from bst_dist.study.statistics import Estimate, quantile
+
+MARGIN = 0.005
+"""Of the loss: what the rule's rate may cost, and what it must be shown not to."""
+Suits = Literal["passed", "failed", "undecided"]
+
+
+@dataclass(frozen=True)
+class Corner:
+    """One architecture in one corner."""
+
+    architecture: str
+    corner: str
+    losses: dict[float, float]
+    """Rate over the rule's -> loss, geometric mean over seeds."""
+    seeds: int
+    best: float | None
+    """The rate over the rule's at the bottom of the valley; None where there is none among the rates tried."""
+    lost: Estimate | None
+    """By the rule's rate against the best of those tried, in ln of the loss; None where nothing can be fitted."""
+    answer: Suits
+
+
+def audit(observed: Sequence[Observation]) -> list[Corner]:
+    """All corners where several rates were tried; one with a single seed, or fewer than three rates, is undecided."""
+    corners: dict[tuple[str, str], list[Observation]] = {}
+    for o in (o for o in observed if o.usable and not o.held_out):
+        corners.setdefault((o.architecture, o.block.rpartition("-s")[0]), []).append(o)
+    found = {key: _at_the_audited_length(own) for key, own in corners.items()}
+    found = {key: own for key, own in found.items() if len({o.rate_factor for o in own}) > 1}
+    fits = {key: _parabola(own) for key, own in found.items()}
+    squares = sum(f[2] for f in fits.values() if f)
+    degrees = sum(f[3] for f in fits.values() if f)
+    scale = squares / degrees if degrees else None
+    return [_corner(*key, own, fits[key], scale, degrees) for key, own in found.items()]
+
+
+def _at_the_audited_length(own: list[Observation]) -> list[Observation]:
+    """The runs that differ in their rate alone: of the lengths and seeds at which other rates were tried."""
+    tried = {(o.seed, o.length) for o in own if o.rate_factor != 1}
+    return [o for o in own if (o.seed, o.length) in tried]
+
+
+Parabola = tuple[np.ndarray, np.ndarray, float, int]
+
+
+def _parabola(own: list[Observation]) -> Parabola | None:
+    """(b, c) of ln L = a_seed + b x + c x^2, x = ln of the factor; their (X'X)^-1; squares left and their degrees."""
+    seeds = sorted({o.seed for o in own})
+    x = np.log([o.rate_factor for o in own])
+    columns = np.column_stack([[o.seed == seed for o in own] for seed in seeds] + [x, x**2]).astype(float)
+    degrees = len(own) - columns.shape[1]
+    if degrees < 1 or len(seeds) < 2 or np.linalg.matrix_rank(columns) < columns.shape[1]:
+        return None
+    values, *_ = np.linalg.lstsq(columns, np.log([o.loss for o in own]), rcond=None)
+    left = np.log([o.loss for o in own]) - columns @ values
+    return values[-2:], np.linalg.inv(columns.T @ columns)[-2:, -2:], float(left @ left), degrees
+
+
+def _corner(architecture: str, corner: str, own: list[Observation], fitted: Parabola | None, scale: float | None,
+            degrees: int) -> Corner:  # fmt: skip
+    factors, seeds = sorted({o.rate_factor for o in own}), len({o.seed for o in own})
+    losses = {f: float(np.exp(np.mean([np.log(o.loss) for o in own if o.rate_factor == f]))) for f in factors}
+    if fitted is None or scale is None:
+        return Corner(architecture, corner, losses, seeds, None, None, "undecided")
+    (b, c), covariance, *_ = fitted
+    # What a rate gains over the rule's is linear in b and c, so its error is exact; all rates tried must gain little.
+    where = np.linspace(np.log(factors[0]), np.log(factors[-1]), 101)
+    basis = np.column_stack((where, where**2))
+    gains = -basis @ np.array([b, c])
+    errors = np.sqrt(scale * np.einsum("ij,jk,ik->i", basis, covariance, basis))
+    upper, lower = gains + quantile(0.95, degrees) * errors, gains - quantile(0.95, degrees) * errors
+    at = int(np.argmax(gains))
+    answer: Suits = "passed" if upper.max() < MARGIN else "failed" if lower.max() > MARGIN else "undecided"
+    bottom = float(np.exp(-b / (2 * c))) if c > 0 else None
+    inside = bottom is not None and factors[0] <= bottom <= factors[-1]
+    return Corner(architecture, corner, losses, seeds, bottom if inside else None,
+                  Estimate(float(gains[at]), float(errors[at]), degrees), answer)  # fmt: skip

@@ -1,0 +1,256 @@
+"""What a set of losses says of scaling: the laws of every architecture, how far to trust them, what they predict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+
+from bst_dist.study.laws import isoflop, uncertainty
+from bst_dist.study.laws.fit import Fit, FitError, fit
+from bst_dist.study.laws.joint import MARGIN, e_difference, fit_shared
+from bst_dist.study.laws.law import FORMS, FormName, Law, Points
+from bst_dist.study.laws.observation import Observation, grid, points
+from bst_dist.study.laws.reach import Reach, compare_reach
+from bst_dist.study.laws.regression import RegressionError
+from bst_dist.study.laws.uncertainty import Interval, LackOfFit
+from bst_dist.study.statistics import Equality, Estimate, equality, quantile
+
+T = TypeVar("T")
+OBJECTIVES = {"huber": 1e-3, "lad": 0.0}
+BUDGETS = (1.0, 10.0, 100.0)
+"""Times the largest compute of the points; the optimum beyond it is given only where the law is identified."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One form under one objective."""
+
+    form: FormName
+    objective: str
+    law: Law | None
+    value: float = float("nan")
+    """Of the objective."""
+    why_not: str = ""
+    shape_error: float | None = None
+    """Mean absolute relative error in predicting a shape that was left out."""
+    largest_error: float | None = None
+    """The same for the largest size, from all smaller ones."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One observation that was held out."""
+
+    name: str
+    parameters: float
+    tokens: float
+    observed: float
+    predicted: Interval
+    """95 % by the bootstrap of the law, widened by what single runs scatter."""
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The best model for a budget."""
+
+    flops: float
+    parameters: Interval
+    tokens: Interval
+    width: Interval | None
+    """None where the form has no best shape, or none was found."""
+    depth: Interval | None
+    extrapolated: bool
+
+
+@dataclass(frozen=True)
+class ArchitectureLaws:
+    """The laws of one architecture."""
+
+    fits: list[Fitted]
+    slopes: dict[str, Estimate]
+    chosen: FormName | None = None
+    """The form that predicts shapes left out best, under Huber's objective."""
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    non_embedding_alpha: Interval | None = None
+    """The chosen form's alpha where N counts the matrices without embedding and head."""
+    not_identified: list[str] = field(default_factory=list)
+    no_valley: bool = False
+    """Not chinchilla: no best width / depth within the shapes tried."""
+    lack_of_fit: LackOfFit | None = None
+    predictions: list[Prediction] = field(default_factory=list)
+    optima: list[Optimum] = field(default_factory=list)
+    isoflop_exponent: float | None = None
+
+    @property
+    def law(self) -> Law | None:
+        """The chosen one."""
+        return next((f.law for f in self.fits if f.form == self.chosen and f.objective == "huber"), None)
+
+
+@dataclass(frozen=True)
+class SharedE:
+    """Whether architectures approach one irreducible loss."""
+
+    differences: dict[str, Estimate]
+    """E of each that sees as far as the baseline, less the baseline's, as a share of the least loss."""
+    answers: dict[str, Equality]
+    laws: dict[str, Law]
+    """Fitted with one E, for those shown to have the same."""
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class Laws:
+    points: int
+    runs: int
+    architectures: dict[str, ArchitectureLaws]
+    reach: dict[str, Reach]
+    shared: SharedE
+
+
+def fit_laws(observed: Sequence[Observation], baseline: str | None, arm: str, draws: int = 200) -> Laws:
+    """Laws of every architecture within an arm; one E for those shown to have the same."""
+    at_rate = [o for o in observed if o.rate_factor == 1 and o.arm == arm]
+    ours = grid(at_rate)
+    every = points(ours)
+    laws = {name: _laws_of([o for o in at_rate if o.architecture == name], draws)
+            for name in dict.fromkeys(o.architecture for o in ours)}  # fmt: skip
+    reach: dict[str, Reach] = {}
+    for name in laws if baseline else ():
+        if name != baseline and (found := compare_reach(ours, name, str(baseline), arm)) is not None:
+            reach[name] = found
+    shared = _shared(every, baseline, [name for name, r in reach.items() if r.answer == "equal"], draws)
+    return Laws(len(every), len(np.unique(every.run)), laws, reach, shared)
+
+
+def _shared(every: Points, baseline: str | None, names: list[str], draws: int) -> SharedE:
+    """One irreducible loss for the baseline and the architectures shown to see as far and to have the same E."""
+    if not names or baseline is None:
+        return SharedE({}, {}, {}, "no architecture was shown to see as far as the baseline and no further")
+    try:
+        differences = {name: e_difference(every, baseline, name, draws) for name in names}
+        answers = {name: equality(difference, MARGIN) for name, difference in differences.items()}
+        equal = [name for name, answer in answers.items() if answer == "equal"]
+        if not equal:
+            return SharedE(differences, answers, {}, "no architecture was shown to have the baseline's E")
+        joint = fit_shared(every.take(np.isin(every.group, [baseline, *equal])))
+    except FitError as error:
+        return SharedE({}, {}, {}, str(error))
+    return SharedE(differences, answers, joint.laws)
+
+
+def _laws_of(observed: Sequence[Observation], draws: int) -> ArchitectureLaws:
+    """All forms under both objectives; uncertainty and cross-checks of the form that predicts best."""
+    ours = grid(observed)
+    own = points(ours)
+    slopes = _or_none(lambda: uncertainty.local_slopes(own)) or {}
+    fits, kept = [], {}
+    for form in FORMS:
+        for objective, delta in OBJECTIVES.items():
+            try:
+                found = fit(own, form, delta)
+            except FitError as error:
+                fits.append(Fitted(form, objective, None, why_not=str(error)))
+                continue
+            one = Fitted(form, objective, found.law, found.value)
+            if objective == "huber":
+                kept[form] = found
+                left_out = _or_none(lambda found=found: uncertainty.leave_one_shape_out(own, found))
+                one = replace(
+                    one, shape_error=float(np.mean(list(left_out.values()))) if left_out else None,
+                    largest_error=_or_none(lambda found=found: uncertainty.hold_out_largest(own, found)),
+                )  # fmt: skip
+            fits.append(one)
+    errors = {f.form: f.shape_error for f in fits if f.shape_error is not None}
+    if not errors:
+        return ArchitectureLaws(fits, slopes)
+    return _trusted(ArchitectureLaws(fits, slopes), kept[min(errors, key=lambda form: errors[form])], ours, observed,
+                    draws)  # fmt: skip
+
+
+def _trusted(laws: ArchitectureLaws, chosen: Fit, ours: Sequence[Observation], observed: Sequence[Observation],
+             draws: int) -> ArchitectureLaws:  # fmt: skip
+    own, drawn = points(ours), _or_none(lambda: uncertainty.bootstrap(chosen, points(ours), draws))
+    if drawn is None:
+        return replace(laws, chosen=chosen.form)
+    found = uncertainty.intervals(chosen, drawn)
+    reasons = uncertainty.unidentified(found, own)
+    return replace(
+        laws, chosen=chosen.form, intervals=found, not_identified=reasons,
+        non_embedding_alpha=_or_none(lambda: _other_count(chosen, ours, draws)),
+        no_valley=chosen.form != "chinchilla" and not _has_best_shape(chosen.form, chosen.law, own),
+        lack_of_fit=uncertainty.lack_of_fit(own, chosen),
+        predictions=[_prediction(o, chosen, own, drawn) for o in observed if o.held_out and o.usable],
+        optima=[best for times in (BUDGETS if not reasons else BUDGETS[:1])
+                if (best := _optimum(times, chosen, own, drawn)) is not None],
+        isoflop_exponent=isoflop.exponent(isoflop.profiles(own)),
+    )  # fmt: skip
+
+
+def _other_count(chosen: Fit, ours: Sequence[Observation], draws: int) -> Interval | None:
+    """alpha where N is without embedding and head; None where the table does not say, or N is not in the form."""
+    counted = points(ours, "non_embedding")
+    if chosen.form == "additive" or not (np.isfinite(counted.parameters).all() and (counted.parameters > 0).all()):
+        return None
+    again = fit(counted, chosen.form)
+    return uncertainty.intervals(again, uncertainty.bootstrap(again, counted, draws))["alpha"]
+
+
+def _has_best_shape(form: FormName, law: Law, own: Points) -> bool:
+    """Whether the law has a best width / depth, and within the shapes tried."""
+    if form == "chinchilla":
+        return False
+    aspect = np.log(own.width / own.depth)
+    width, depth = law.shape_of(own.parameters, _ratio(own))
+    with np.errstate(all="ignore"):
+        best = np.log(np.median(width / depth))
+    return bool(aspect.min() <= best <= aspect.max())
+
+
+def _ratio(own: Points) -> float:
+    """N / (width^2 depth) of the points, about 12 and more for the vocabulary and the windows."""
+    return float(np.exp(np.log(own.parameters / (own.width**2 * own.depth)).mean()))
+
+
+def _prediction(o: Observation, chosen: Fit, own: Points, drawn: Sequence[Law]) -> Prediction:
+    def at(law: Law) -> float:
+        return float(law.loss(o.parameters, o.tokens, o.width, o.depth))
+
+    found = uncertainty.interval(at, chosen.law, drawn)
+    residuals = np.log(own.loss) - np.log(chosen.predict(own))
+    scatter = float(np.std(residuals, ddof=1)) * found.value
+    half = quantile(0.975, float("inf")) * scatter
+    low, high = (
+        found.value - np.hypot(found.value - found.low, half),
+        found.value + np.hypot(found.high - found.value, half),
+    )
+    error = float(np.hypot(found.standard_error, scatter))
+    return Prediction(o.name, o.parameters, o.tokens, o.loss, Interval(found.value, error, float(low), float(high)))
+
+
+def _optimum(times: float, chosen: Fit, own: Points, drawn: Sequence[Law]) -> Optimum | None:
+    """The optimum of N, and of the shape, for a budget; None where the form knows no size without a best shape."""
+    flops, ratio = times * float((6 * own.parameters * own.tokens).max()), _ratio(own)
+    shaped = _has_best_shape(chosen.form, chosen.law, own)
+    if chosen.form == "additive" and not shaped:
+        return None
+
+    def found(of: Callable[[Law], float]) -> Interval:
+        return uncertainty.interval(of, chosen.law, drawn)
+
+    parameters, tokens = (found(lambda law, i=i: law.optimum(flops, ratio)[i]) for i in range(2))
+    width = depth = None
+    if shaped:
+        width, depth = (found(lambda law, i=i: float(law.shape_of(law.optimum(flops, ratio)[0], ratio)[i]))
+                        for i in range(2))  # fmt: skip
+    return Optimum(flops, parameters, tokens, width, depth, times > 1)
+
+
+def _or_none(make: Callable[[], T]) -> T | None:
+    try:
+        return make()
+    except (FitError, RegressionError):
+        return None

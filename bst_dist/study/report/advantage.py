@@ -1,0 +1,141 @@
+"""A comparison in words and tables: who is ahead, how that changes, and how sure it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from bst_dist.study.laws.advantage import Advantage, Comparison
+from bst_dist.study.laws.verdict import MARGIN, Change
+from bst_dist.study.report.document import Block, Items, Paragraph, Sheet
+from bst_dist.study.report.words import number, percent, percent_interval, power, span
+
+EQUAL = {"flops": "training FLOPs", "time_s": "time of training"}
+VERBS = {
+    "grows": "grows with", "shrinks": "shrinks with", "equivalent": "does not change with",
+    "undecided": "may or may not change with", "confounded": "cannot be judged over",
+}  # fmt: skip
+
+
+def answer(found: Comparison) -> Iterator[Block]:
+    """The first lines of a report: who is ahead, and the verdicts."""
+    lines = []
+    for name, one in found.variants.items():
+        lines.append(ahead(name, found, one))
+        lines += [sentence(change, one) for change in one.changes]
+    lines += [f"{name} is not judged: {why}" for name, why in found.missing.items()]
+    yield Items(lines or ["No pair of runs has finished: there is nothing to compare."])
+
+
+def ahead(name: str, found: Comparison, one: Advantage) -> str:
+    """Who is ahead of whom, without a sign that could be misread."""
+    mean, equal = one.mean, EQUAL[found.axis]
+    size = percent(abs(mean.value), sign=False)
+    where = f"at equal {equal}, on average over {one.gaps.pairs} pairs of runs in arm {found.arm}"
+    if mean.standard_error is None:
+        return f"{name} and {found.baseline}: one pair of runs, which differ by {size} of the loss; more are needed."
+    if mean.low <= 0 <= mean.high:
+        return (f"{name} and {found.baseline} are not told apart {where}: the loss of {name} is between "
+                f"{_better(mean.high)} and {_better(mean.low)} (95 % interval).")  # fmt: skip
+    leader, other = (name, found.baseline) if mean.value > 0 else (found.baseline, name)
+    near, far = sorted((abs(mean.low), abs(mean.high)))
+    return (f"{leader} is ahead of {other} by {size} of the loss (95 % interval {percent(near, sign=False)} to "
+            f"{percent(far, sign=False)}) {where}.")  # fmt: skip
+
+
+def _better(value: float) -> str:
+    return f"{percent(abs(value), sign=False)} {'lower' if value > 0 else 'higher'}"
+
+
+def sentence(change: Change, one: Advantage) -> str:
+    """One verdict, with its size and what it is of."""
+    unit = change.unit
+    text = (f"The advantage of {change.variant} {VERBS[change.answer]} {unit.name}: "
+            f"{percent_interval(change.change)} of the loss per "
+            f"{unit.per}, from {power(change.from_value)} to {power(change.to_value)}; "
+            f"{change.answer}")  # fmt: skip
+    if change.answer == "undecided":
+        text += f", about {one.more_pairs[change.factor]:,} more pairs of runs are needed"
+    if change.answer == "confounded":
+        off = f"{100 * math.expm1(change.mismatch):+.1f} %"
+        text += (f": N of {change.variant} over N of the baseline changes by {off} over it. With the sizes taken out, "
+                 f"{percent_interval(one.adjusted[change.factor])}")  # fmt: skip
+    return text + "."
+
+
+def tables(found: Comparison) -> Iterator[Block]:
+    """All numbers of a comparison."""
+    yield Sheet(
+        (
+            "variant",
+            "pairs",
+            "mean advantage, % of the loss",
+            "95 % interval",
+            "compute-equivalent gain",
+            "ln N − baseline's",
+        ),
+        [_mean_row(name, one) for name, one in found.variants.items()],
+    )
+    yield Sheet(
+        ("variant", "over", "change", "95 % interval", "per", "p robust", "p permutation", "p, Holm",
+         "p equivalent, Holm", "verdict"),
+        [_change_row(change) for one in found.variants.values() for change in one.changes],
+    )  # fmt: skip
+    yield Paragraph(f"A change counts as none inside ±{percent(MARGIN, 1, sign=False)} of the loss per doubling of "
+                    "depth or tenfold of compute.")  # fmt: skip
+    lines = [line for name, one in found.variants.items() for line in _more(name, found, one)]
+    if lines:
+        yield Items(lines)
+    rows = [
+        [name, arm, what, percent(e.value), f"{percent(e.low)} to {percent(e.high)}"]
+        for name, one in found.variants.items() for arm, parts in one.contrasts.items() for what, e in parts.items()
+    ]  # fmt: skip
+    if rows:
+        yield Paragraph(f"Other arms in contrast to arm {found.arm}: how much larger the advantage, and its changes, "
+                        "are there. No verdict is given about them.")  # fmt: skip
+        yield Sheet(("variant", "arm", "of", "difference", "95 % interval"), rows)
+
+
+def held_out(found: Comparison) -> Iterator[Block]:
+    """The pairs of the size that was held out, beside what the others let expect."""
+    rows = [
+        [name, out.block, power(out.flops), percent(out.observed), percent(out.expected.value),
+         f"{percent(out.expected.low)} to {percent(out.expected.high)}",
+         "yes" if out.expected.low <= out.observed <= out.expected.high else "no"]
+        for name, one in found.variants.items() for out in one.held_out
+    ]  # fmt: skip
+    if rows:
+        yield Paragraph("The size that was held out: the advantage of each pair, and what the other sizes let expect.")
+        yield Sheet(("variant", "block", "FLOPs", "advantage", "expected", "95 % interval", "inside"), rows)
+
+
+def _more(name: str, found: Comparison, one: Advantage) -> Iterator[str]:
+    """What stands in no table."""
+    if one.interaction is not None:
+        yield (f"{name}, size × depth: per tenfold of compute the change per doubling of depth itself changes by "
+               f"{percent_interval(one.interaction)}")  # fmt: skip
+    if one.crossing is not None:
+        yield (f"{name} and {found.baseline} cross at {power(one.crossing.flops)} FLOPs (95 % interval "
+               f"{span(one.crossing.low, one.crossing.high)}) at the sweep's mean depth")  # fmt: skip
+    elif any(c.factor == "flops" for c in one.changes):
+        yield f"{name}: no compute is settled at which it would cross {found.baseline}"
+    if one.by_document is not None:
+        yield (f"{name}, by document: {percent_interval(one.by_document)} over {one.documents} validation documents, "
+               f"each counted once; better on {one.better_documents}")  # fmt: skip
+    yield from (f"left out: {line}" for line in one.gaps.left_out)
+
+
+def _mean_row(name: str, one: Advantage) -> list[str]:
+    gain, least, most = one.gain, one.gaps.mismatch.min(), one.gaps.mismatch.max()
+    interval = "" if gain.standard_error is None else f" ({math.exp(gain.low):.3f} to {math.exp(gain.high):.3f})"
+    known = f"{percent(one.mean.low)} to {percent(one.mean.high)}" if one.mean.standard_error is not None else ""
+    return [name, str(one.gaps.pairs), percent(one.mean.value), known,
+            number(math.exp(gain.value) if math.isfinite(gain.value) else None, ".3f") + interval,
+            f"{least:+.3f} to {most:+.3f}"]  # fmt: skip
+
+
+def _change_row(change: Change) -> list[str]:
+    return [change.variant, change.unit.name, percent(change.change.value),
+            f"{percent(change.change.low)} to {percent(change.change.high)}", change.unit.per,
+            f"{change.p_robust:.3f}", f"{change.p_permutation:.3f}", f"{change.p_difference:.3f}",
+            f"{change.p_equivalence:.3f}", change.answer]  # fmt: skip

@@ -1,0 +1,116 @@
+"""Fitted laws in words and tables: the fits, what they predict, how far to trust them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from bst_dist.study.laws.scaling import ArchitectureLaws, Fitted, Laws, Optimum, Prediction
+from bst_dist.study.laws.uncertainty import UNKNOWNS, Interval
+from bst_dist.study.report.document import Block, Heading, Items, Paragraph, Sheet
+from bst_dist.study.report.words import number, percent_interval, power, span
+
+EXPONENTS = ("E", "A", "alpha", "G", "gamma", "B", "beta", "kappa")
+
+
+def blocks(found: Laws, baseline: str | None = None) -> Iterator[Block]:
+    """Everything that was fitted."""
+    for name, laws in found.architectures.items():
+        if name:
+            yield Heading(3, name)
+        yield from _architecture(laws)
+    if baseline is not None:
+        yield Heading(3, "One irreducible loss")
+        yield from _shared(found, baseline)
+
+
+def _architecture(laws: ArchitectureLaws) -> Iterator[Block]:
+    yield Sheet(("form, objective", *EXPONENTS, "error of a shape left out", "error of the largest size"),
+                [_fit_row(fitted) for fitted in laws.fits if fitted.law])  # fmt: skip
+    reasons = {(f.form, f.why_not) for f in laws.fits if not f.law}
+    lines = [f"{form}: not fitted: {why}" for form, why in sorted(reasons)]
+    lines += [f"d ln L / d ln {name} = {e.value:+.4f} (95 % interval {e.low:+.4f} to {e.high:+.4f}), over the range of "
+              "the points" for name, e in laws.slopes.items()]  # fmt: skip
+    if laws.chosen is not None:
+        lines += list(_trust(laws))
+    yield Items(lines)
+    if laws.predictions:
+        yield Paragraph("Runs that were held out, and what the law of the others says of them:")
+        yield Sheet(("run", "N", "D", "loss", "predicted", "95 % interval", "error", "inside"),
+                    [_prediction_row(p) for p in laws.predictions])  # fmt: skip
+    if laws.optima:
+        yield Paragraph("The best model for a budget of compute, with 95 % intervals:")
+        yield Sheet(("FLOPs", "N", "D", "width", "depth", ""), [_optimum_row(o) for o in laws.optima])
+
+
+def _trust(laws: ArchitectureLaws) -> Iterator[str]:
+    """The chosen form: its unknowns, and what speaks against it."""
+    yield f"chosen: the {laws.chosen} form, which predicts shapes left out best"
+    for name in (*UNKNOWNS[laws.chosen or "chinchilla"], "optimal_N_exponent"):
+        if (one := laws.intervals.get(name)) is not None and name != "log_aspect":
+            yield f"{name.replace('_', ' ')} = {_interval(one)}"
+    if laws.non_embedding_alpha is not None:
+        yield f"alpha = {_interval(laws.non_embedding_alpha)} where N is counted without embedding and head"
+    if laws.no_valley:
+        yield "no valley: within the shapes tried no width / depth is the best one"
+    elif "log_aspect" in laws.intervals:
+        one = laws.intervals["log_aspect"]
+        yield f"best width / depth: {math.exp(one.value):.3g} (95 % interval {_exp(one.low)} to {_exp(one.high)})"
+    if (lack := laws.lack_of_fit) is not None:
+        told = "the form misses shapes by more than seeds scatter" if lack.p_value < 0.05 else "none is seen"
+        yield f"lack of fit: F = {lack.statistic:.2f}, p = {lack.p_value:.3f}: {told}"
+    if laws.isoflop_exponent is not None:
+        yield f"exponent of the optimal N in C by isoFLOP profiles: {laws.isoflop_exponent:.3f}"
+    if laws.not_identified:
+        yield "the law is not identified and must not be extrapolated; the slopes above stand in its place:"
+        yield from (f"not identified: {reason}" for reason in laws.not_identified)
+
+
+def _shared(found: Laws, baseline: str) -> Iterator[Block]:
+    lines = []
+    for name, reach in found.reach.items():
+        told = {"equal": "sees as far as", "different": "does not see as far as, or further than,",
+                "undecided": "may or may not see as far as"}[reach.answer]  # fmt: skip
+        lines.append(f"{name} {told} {baseline}: from the first block of a sequence to the last its advantage changes "
+                     f"by {percent_interval(reach.difference)}")  # fmt: skip
+    for name, difference in found.shared.differences.items():
+        told = {"equal": "is shown to be the same", "different": "differs", "undecided": "may differ"}
+        lines.append(
+            f"E of {name} {told[found.shared.answers[name]]}: {percent_interval(difference)} of the least loss"
+        )
+    if found.shared.laws:
+        e = next(iter(found.shared.laws.values())).E
+        each = ", ".join(f"{n}: alpha {law.alpha:.3f}, beta {law.beta:.3f}" for n, law in found.shared.laws.items())
+        lines.append(f"with one E = {e:.4g}: {each}")
+    elif found.shared.why_not:
+        lines.append(f"no law with one E is fitted: {found.shared.why_not}")
+    yield Items(lines)
+
+
+def _fit_row(fitted: Fitted) -> list[str]:
+    values = [getattr(fitted.law, name) for name in EXPONENTS]
+    if fitted.form != "aspect":
+        values[-1] = None
+    return [f"{fitted.form}, {fitted.objective}", *(number(v, ".4g") for v in values),
+            number(fitted.shape_error, ".2%"), number(fitted.largest_error, ".2%")]  # fmt: skip
+
+
+def _prediction_row(p: Prediction) -> list[str]:
+    inside = "yes" if p.predicted.low <= p.observed <= p.predicted.high else "no"
+    return [p.name, power(p.parameters), power(p.tokens), f"{p.observed:.4f}", f"{p.predicted.value:.4f}",
+            f"{p.predicted.low:.4f} to {p.predicted.high:.4f}", f"{p.predicted.value / p.observed - 1:+.2%}",
+            inside]  # fmt: skip
+
+
+def _optimum_row(o: Optimum) -> list[str]:
+    cells = [f"{power(i.value)} ({span(i.low, i.high)})" if i else "not known" for i in
+             (o.parameters, o.tokens, o.width, o.depth)]  # fmt: skip
+    return [power(o.flops), *cells, "extrapolated" if o.extrapolated else "largest compute of the points"]
+
+
+def _interval(one: Interval) -> str:
+    return f"{one.value:.4g} (95 % interval {one.low:.4g} to {one.high:.4g})"
+
+
+def _exp(log: float) -> str:
+    return f"{math.exp(log):.3g}" if log < 50 else "infinity"

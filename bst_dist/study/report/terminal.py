@@ -1,0 +1,49 @@
+"""Blocks of a document on the terminal: what a report says and what a command prints is made once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bst_dist.study.report.document import Block, Heading, Items, Paragraph, Sheet, is_numeric
+
+
+def open_console() -> Console:
+    """Where tables go: as wide as the terminal, and in a file or a pipe wide enough to cut no number short."""
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+def say(text: str) -> None:
+    """A line for people, as it is."""
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def show(blocks: Iterable[Block]) -> None:
+    """Print headings, paragraphs, lists and tables; figures are left out."""
+    for block in blocks:
+        match block:
+            case Heading(_, text):
+                say(f"\n{text}")
+            case Paragraph(text):
+                say(text)
+            case Items(lines):
+                for line in lines:
+                    say(f"  {line}")
+            case Sheet():
+                open_console().print(table(block))
+
+
+def table(sheet: Sheet, title: str | None = None) -> Table:
+    """A table for rich, numbers flush right."""
+    shown = Table(title=title, title_justify="left", box=SIMPLE)
+    for place, name in enumerate(sheet.columns):
+        right = is_numeric([row[place] for row in sheet.rows])
+        shown.add_column(Text(name), justify="right" if right else "left", no_wrap=place == 0)
+    for row in sheet.rows:
+        shown.add_row(*(Text(cell) for cell in row))
+    return shown

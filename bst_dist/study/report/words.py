@@ -1,0 +1,59 @@
+"""Numbers as the study's reports and commands write them; one style for all."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from bst_dist.study.statistics import Estimate
+
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def percent(log: float, digits: int = 2, sign: bool = True) -> str:
+    """A difference of logarithms, as per cent of the loss: +1.23 %."""
+    return f"{100 * log:{'+' if sign else ''}.{digits}f} %".replace("-", "−")
+
+
+def percent_interval(estimate: Estimate, digits: int = 2) -> str:
+    """+1.23 % (95 % interval +0.20 % to +2.26 %); without an interval where nothing is known of the spread."""
+    if estimate.standard_error is None:
+        return f"{percent(estimate.value, digits)} (from one pair, without an interval)"
+    return (f"{percent(estimate.value, digits)} (95 % interval {percent(estimate.low, digits)} to "
+            f"{percent(estimate.high, digits)})")  # fmt: skip
+
+
+def power(value: float, digits: int = 2) -> str:
+    """6.2·10¹⁰; small numbers as they are."""
+    if not math.isfinite(value) or value == 0 or 1e-3 <= abs(value) < 1e6:
+        return f"{value:,.{digits + 1}g}" if abs(value) < 1000 else f"{value:,.0f}"
+    exponent = math.floor(math.log10(abs(value)))
+    return f"{value / 10**exponent:.{digits - 1}f}·10{str(exponent).translate(SUPERSCRIPTS)}"
+
+
+def span(low: float, high: float) -> str:
+    """Of an interval of numbers that may be large."""
+    return f"{power(low)} to {power(high)}"
+
+
+def number(value: float | None, form: str) -> str:
+    """A number, or nothing where there is none."""
+    return "" if value is None or not math.isfinite(value) else f"{value:{form}}"
+
+
+def plain(found: Any) -> Any:
+    """Dataclasses, named tuples and arrays as what JSON knows; a number that is none as null."""
+    if dataclasses.is_dataclass(found) and not isinstance(found, type):
+        return {f.name: plain(getattr(found, f.name)) for f in dataclasses.fields(found)}
+    if isinstance(found, tuple) and hasattr(found, "_asdict"):
+        return {name: plain(value) for name, value in found._asdict().items()}
+    if isinstance(found, dict):
+        return {str(key): plain(value) for key, value in found.items()}
+    if isinstance(found, (list, tuple, np.ndarray)):
+        return [plain(value) for value in found]
+    if isinstance(found, np.generic):
+        found = found.item()
+    return None if isinstance(found, float) and not math.isfinite(found) else found

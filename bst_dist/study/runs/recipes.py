@@ -1,0 +1,87 @@
+"""Recipes of a study's runs: a base recipe with settings put in, named by its own hash.
+
+A run's directory ends in the hash of its recipe, so studies that have a run in common train it once, and a run that
+was trained otherwise is never taken for it.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bst_base.settings import Config, ConfigError, parse
+from bst_dist.config import Recipe
+
+T = TypeVar("T", bound=Config)
+Settings = dict[str, Any]
+"""Dotted settings of the recipe: {model.mixer: bst, model.context: {variant: SH}}."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run that a study asks for."""
+
+    recipe: Recipe
+    trunk: str | None
+    """The run it branches off, which must be done before; None: it starts by itself."""
+
+    @property
+    def name(self) -> str:
+        """Its directory: what it is, and the hash of its recipe."""
+        return self.recipe.name
+
+    @property
+    def steps(self) -> int:
+        """That it takes itself."""
+        return self.recipe.train.steps - (self.recipe.branch.step if self.recipe.branch else 0)
+
+    @property
+    def tokens(self) -> int:
+        """That it has trained on in the end, those of its trunk included."""
+        train = self.recipe.train
+        return train.steps * train.sequences * train.sequence_length
+
+
+def with_recipe(config: T, path: Path) -> T:
+    """The settings of `path`, their base recipe found from its directory; raises ConfigError when it is not there."""
+    recipe = path.parent / config.recipe
+    if not recipe.is_file():
+        raise ConfigError(f"{path}: recipe {config.recipe}: no such file beside it")
+    return config.model_copy(update={"recipe": str(recipe)})
+
+
+def settled(data: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """A copy of `data` with dotted settings put in; a section given as a mapping is merged.
+
+    Raises ConfigError when a key goes through what is a value and no section.
+    """
+    data = copy.deepcopy(data)
+    for key, value in settings.items():
+        *parents, leaf = key.split(".")
+        node = data
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"setting {key!r}: {parent!r} is a value, not a section")
+        both = isinstance(value, dict) and isinstance(node.get(leaf), dict)
+        node[leaf] = {**node[leaf], **value} if both else copy.deepcopy(value)
+    return data
+
+
+def named(label: str, data: dict[str, Any], where: str | None = None) -> Recipe:
+    """The recipe under its label and the hash of everything else in it.
+
+    Raises ConfigError for what is wrong in it, beginning with `where` (by default the label).
+    """
+    recipe = parse(Recipe, {**data, "name": "unnamed"}, where=where or label)
+    return recipe.model_copy(update={"name": f"{label}-{digest(recipe)}"})
+
+
+def digest(recipe: Recipe) -> str:
+    """Of everything in a recipe but its name, its number of ranks and what it logs."""
+    text = json.dumps(recipe.model_dump(mode="json", exclude={"name", "paths_from", "ranks", "log"}), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]

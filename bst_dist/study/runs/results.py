@@ -1,0 +1,70 @@
+"""What a finished run's own files say of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.train.rundir import ENVIRONMENT
+
+
+@dataclass(frozen=True)
+class Result:
+    """The metrics of one run."""
+
+    directory: Path
+    train: list[dict[str, Any]]
+    """A line a step."""
+    evaluations: list[dict[str, Any]]
+    performance: list[dict[str, Any]]
+
+    @property
+    def final(self) -> dict[str, Any]:
+        """The last evaluation."""
+        return self.evaluations[-1]
+
+    @property
+    def tokens(self) -> int:
+        """Trained on until the last step, those of a trunk included."""
+        return self.train[-1]["tokens"]
+
+    @property
+    def step_s(self) -> float:
+        """Median time of a step, without the first, which warms up."""
+        return median(line["step_time_s"] for line in self.train[1:] or self.train)
+
+    @property
+    def speeds(self) -> tuple[float, float]:
+        """Tokens a second: the median step, and the fastest tenth, since other work can only slow a step."""
+        speeds = [line["tokens_per_s"] for line in self.train[1:] or self.train]
+        return median(speeds), float(np.quantile(speeds, 0.9))
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most that a rank has held."""
+        return max(line["memory_bytes"] for line in self.performance)
+
+    def time_s(self, until: int | None = None) -> float:
+        """Time of the steps, up to and with step `until`, without starts, checkpoints and evaluations."""
+        return sum(line["step_time_s"] for line in self.train if until is None or line["step"] <= until)
+
+    @property
+    def versions(self) -> dict[str, str | None]:
+        """Of what its last start ran on."""
+        return json.loads((self.directory / ENVIRONMENT).read_text(encoding="utf-8"))["starts"][-1]["versions"]
+
+
+def read_result(directory: Path) -> Result:
+    """The metrics in a run directory."""
+    lines = read_lines(directory / FILE)
+
+    def of(kind: str) -> list[dict[str, Any]]:
+        return [line for line in lines if line["kind"] == kind]
+
+    return Result(directory, of("train"), of("eval"), of("performance"))

@@ -1,0 +1,100 @@
+"""Training what is missing of a study, telling how many runs are done and how long the rest will take."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from bst_dist.report.metrics import duration
+from bst_dist.study.runs.recipes import Job
+from bst_dist.study.runs.runner import Runner, Worker
+from bst_dist.study.runs.state import State
+
+REFRESH_S = 2.0
+
+
+class Progress:
+    """How much is done of some runs, by the work each of them is."""
+
+    def __init__(self, jobs: Sequence[Job], state: State, work: Callable[[Job], float]) -> None:
+        self.jobs, self.state, self.work = jobs, state, work
+        self.started, self.before = time.monotonic(), self._done()
+
+    def line(self) -> str:
+        """For people: k of n, and the time left at the speed of this command so far."""
+        done = sum(self.state.standing(job).status == "done" for job in self.jobs)
+        text = f"{done} of {len(self.jobs)} runs done"
+        work, elapsed = self._done(), time.monotonic() - self.started
+        left = sum(map(self.work, self.jobs)) - work
+        if work > self.before and left > 0:
+            text += f", about {duration(left * elapsed / (work - self.before))} left"
+        return text
+
+    def _done(self) -> float:
+        """The work of the runs that are done, and of the steps that others have taken."""
+        total = 0.0
+        for job in self.jobs:
+            status = self.state.standing(job).status
+            if status == "done":
+                total += self.work(job)
+            elif status == "running" and (line := self.state.progress(job.name)):
+                total += self.work(job) * (1 - (job.recipe.train.steps - line["step"]) / max(1, job.steps))
+        return total
+
+
+def train(name: str, jobs: Sequence[Job], state: State, workers: int,
+          work: Callable[[Job], float]) -> Counter[str]:  # fmt: skip
+    """Train until nothing is left to start; returns how many runs stand where."""
+    console, started, shown = Console(), time.monotonic(), 0.0
+    progress = Progress(jobs, state, work)
+    counts = Counter(state.standing(job).status for job in jobs)
+    _say(console, f"{name}: {counts['done']} of {len(jobs)} runs are done")
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+
+        def watch(running: list[Worker]) -> None:
+            nonlocal shown
+            if console.is_terminal and time.monotonic() - shown > REFRESH_S:
+                live.update(running_table(f"{name}: {progress.line()}", running, state), refresh=True)
+                shown = time.monotonic()
+
+        def tell(text: str) -> None:
+            _say(console, f"{text} ({progress.line()})")
+
+        Runner(jobs, state, workers, tell).run(watch)
+    counts = Counter(state.standing(job).status for job in jobs)
+    summary = ", ".join(f"{number} {status}" for status, number in counts.items())
+    _say(console, f"{name}: {summary} after {duration(time.monotonic() - started)}")
+    return counts
+
+
+def missing(jobs: Sequence[Job], state: State) -> list[str]:
+    """What `train` would do, a line a run: nothing is started."""
+    found = []
+    for job in jobs:
+        standing = state.standing(job)
+        if standing.status != "done":
+            after = f", after {job.trunk}" if job.trunk else ""
+            found.append(f"{standing.status:<9} {job.name}: {job.steps:,} steps{after}")
+    return found
+
+
+def running_table(title: str, running: Sequence[Worker], state: State) -> Table:
+    """What is being trained now."""
+    table = Table("run", "step", "loss", "tokens/s", "for", title=title, box=SIMPLE)
+    for worker in running:
+        line = state.progress(worker.run.name) or {"step": 0, "loss_nats": float("nan"), "tokens_per_s": 0.0}
+        table.add_row(
+            worker.run.name, f"{line['step']} / {worker.run.recipe.train.steps}", f"{line['loss_nats']:.4f}",
+            f"{line['tokens_per_s']:,.0f}", duration(time.monotonic() - worker.started),
+        )  # fmt: skip
+    return table
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

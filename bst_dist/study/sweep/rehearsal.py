@@ -1,0 +1,65 @@
+"""The whole analysis on simulated rows, before anything is trained: what fails there would fail after the GPU hours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from bst_base.errors import UserError
+from bst_dist.study.laws.advantage import compare
+from bst_dist.study.laws.law import Law
+from bst_dist.study.laws.scaling import fit_laws
+from bst_dist.study.sweep.config import SweepConfig
+from bst_dist.study.sweep.design import Run
+from bst_dist.study.sweep.table import Row, observations
+
+LAW = Law(E=1.0, A=30.0, alpha=0.25, B=30.0, beta=0.25)
+"""Some losses that fall with size and length; which they are does not matter."""
+
+
+class RehearsalError(UserError):
+    """An analysis that could not be made of the runs of a plan."""
+
+
+def rehearse(sweep: SweepConfig, runs: Sequence[Run]) -> None:
+    """Raise RehearsalError where the comparison or a law could not be made of the table that these runs will give."""
+    observed = observations(simulate(sweep, runs))
+    comparison = compare(observed, sweep.baseline, sweep.arm)
+    if comparison.missing:
+        told = "\n".join(f"  {name}: {why}" for name, why in comparison.missing.items())
+        raise RehearsalError(f"the plan was analysed with simulated losses; no verdict could be given:\n{told}")
+    # One architecture stands for all: the points of the others are the same ones.
+    for name, laws in fit_laws([o for o in observed if o.architecture == sweep.baseline], None, sweep.arm, 2
+                               ).architectures.items():  # fmt: skip
+        if laws.chosen is None:
+            why = next((f.why_not for f in laws.fits if f.why_not), "no shape can be left out and predicted")
+            raise RehearsalError(
+                f"the plan was analysed with simulated losses; no law could be fitted to {name}: {why}"
+            )
+
+
+def simulate(sweep: SweepConfig, runs: Sequence[Run], seed: int = 0, gaps: dict[str, float] | None = None) -> list[Row]:
+    """Rows as `collect` would make them, all done, with losses of one law and the noise that the sweep expects.
+
+    `gaps`: how much better a variant is, in ln of the loss.
+    """
+    generator, level = np.random.default_rng(seed), {}
+    common = sweep.noise.seed * np.sqrt(1 - sweep.noise.within)
+    rows = []
+    for run in (run for run in runs if run.multiple is not None):
+        trunk, cell = run.trunk or run.name, run.cell
+        if trunk not in level:
+            level[trunk] = generator.normal(0, common)
+        noise = level[trunk] + generator.normal(0, sweep.noise.seed * np.sqrt(sweep.noise.within))
+        exact = LAW.loss(np.array(run.counts.parameters), np.array(float(run.tokens)))
+        loss = float(exact * np.exp(noise - (gaps or {}).get(cell.architecture, 0.0)))
+        rows.append(Row(
+            run=run.name, trunk=trunk, status="done", architecture=cell.architecture, arm=cell.arm, role=cell.role,
+            size=cell.size, depth=cell.depth, width=run.recipe.model.width, seed=cell.seed, block=cell.block,
+            rate_factor=cell.rate_factor, tokens_per_parameter=run.multiple, parameters=run.counts.parameters,
+            parameters_total=run.counts.total, parameters_non_embedding=run.counts.non_embedding,
+            parameters_matrices=run.counts.matrices, parameters_kernel=run.counts.kernel, tokens=run.tokens,
+            flops=run.flops, loss_nats=loss, bits_per_byte=loss / 2, time_s=run.flops / 1e9,
+        ))  # fmt: skip
+    return rows

@@ -1,0 +1,166 @@
+"""Whether a grid can answer the question: which columns of its design move together, and what drifts with depth.
+
+A grid whose depth is tied to its width cannot tell one from the other, however many runs it has; and an advantage may
+fall with depth only because the baseline sees further with every layer, or because its models are not equally large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from bst_base.errors import UserError
+from bst_dist.study.laws.gap import Gaps
+from bst_dist.study.laws.regression import RegressionError
+from bst_dist.study.laws.verdict import MISMATCH, UNITS, Rule, columns, mismatch_over
+from bst_dist.study.sweep.design import Run, of_grid, require_different
+
+INFLATION = 10.0
+"""The largest variance inflation factor: a column of which nine tenths follow from the others is not settled."""
+BEYOND = 4
+"""How many times what a stack of windows sees a sequence must be for a layer with a state to have something to add."""
+
+
+class UnsoundError(UserError):
+    """A grid that cannot answer what it is asked."""
+
+
+def require_sound(runs: Sequence[Run], baseline: str, arm: str) -> None:
+    """Raise UnsoundError, saying what is wrong and what to do, unless the grid can separate its factors."""
+    measured = of_grid(list(runs))
+    require_different(measured)
+    found = [*collinear(measured), *drifting(measured), *reach(measured), *unequal(measured, baseline)]
+    if not found:
+        found = [*unanswerable(measured, baseline, arm)]
+    if found:
+        raise UnsoundError("\n".join(["the grid cannot answer:", *(f"  {line}" for line in found)]))
+
+
+def planned(runs: Sequence[Run], baseline: str, arm: str) -> list[Gaps]:
+    """The pairs that a grid will have, with gaps of 0, a variant an entry: what the rule will be applied to."""
+    own = [run for run in of_grid(list(runs)) if run.cell.arm == arm]
+    base = {(run.cell.block, run.multiple): run for run in own if run.cell.architecture == baseline}
+    found = []
+    for name in dict.fromkeys(run.cell.architecture for run in own if run.cell.architecture != baseline):
+        mine = [run for run in own if run.cell.architecture == name and (run.cell.block, run.multiple) in base]
+        pairs = [(run, base[run.cell.block, run.multiple]) for run in mine]
+        zero = np.zeros(len(mine))
+        found.append(Gaps(
+            name, arm, zero, zero,
+            mismatch=np.log([run.counts.parameters / other.counts.parameters for run, other in pairs]),
+            flops=np.array([run.flops for run in mine]), depth=np.array([float(run.cell.depth) for run in mine]),
+            tokens_per_parameter=np.array([run.tokens / run.counts.parameters for run in mine]),
+            block=np.array([run.cell.block for run in mine]),
+        ))  # fmt: skip
+    return found
+
+
+def collinear(runs: Sequence[Run]) -> list[str]:
+    """Columns that nine tenths of the variance of another follow from, and which those are.
+
+    Looked at are size, depth and length, which decide everything else; with width and depth tied, size and depth are.
+    """
+    logs = {
+        "size": np.log([run.cell.size for run in runs]),
+        "depth": np.log([run.cell.depth for run in runs]),
+        "tokens per parameter": np.log([run.multiple for run in runs]),
+    }
+    centred = {name: (v - v.mean()) / v.std() for name, v in logs.items() if np.ptp(v) > 0.05}
+    if len(centred) < 2:
+        return []
+    names, matrix = list(centred), np.stack(list(centred.values()), axis=1)
+    found = []
+    for index, name in enumerate(names):
+        others = np.delete(matrix, index, axis=1)
+        shares = np.linalg.lstsq(others, matrix[:, index], rcond=None)[0]
+        left = np.mean((matrix[:, index] - others @ shares) ** 2)
+        if left * INFLATION < 1:
+            guilty = [n for n, s in zip((n for n in names if n != name), shares, strict=True) if abs(s) > 0.3]
+            found.append(f"{name} follows from {' and '.join(guilty)} ({1 - left:.0%} of its variance): "
+                         "cross them, so that each size has several depths and each depth several sizes")  # fmt: skip
+    return found
+
+
+def drifting(runs: Sequence[Run]) -> list[str]:
+    """Proportions that are not the same at every depth, by architecture."""
+    found = []
+    for name in dict.fromkeys(run.cell.architecture for run in runs):
+        own = [run for run in runs if run.cell.architecture == name]
+        for what, value in PROPORTIONS.items():
+            seen = {run.cell.depth: value(run) for run in own}
+            if max(seen.values()) - min(seen.values()) > 1e-3 * max(map(abs, seen.values())):
+                values = ", ".join(f"{seen[depth]:g} at {depth} layers" for depth in sorted(seen))
+                found.append(f"{what} of {name} drifts with depth ({values}): {REMEDY.get(what, 'keep it fixed')}")
+    return found
+
+
+def reach(runs: Sequence[Run]) -> list[str]:
+    """Which of the two arms that a comparison of depths needs are missing.
+
+    A stack of windows sees depth x W tokens. In one arm that must be all of the sequence at the smallest depth, so that
+    depth lengthens nobody's reach; in another at most a quarter at the largest, where a state has something to add.
+    """
+    depths = sorted({run.cell.depth for run in runs})
+    if len(depths) < 2:
+        return []
+    windows = {run.cell.arm: run.recipe.train.sequence_length / run.recipe.model.block for run in runs}
+    told = ", ".join(f"{arm}: {blocks:g} windows a sequence" for arm, blocks in windows.items())
+    found = []
+    if not any(blocks <= depths[0] for blocks in windows.values()):
+        found.append(f"the receptive field of a window stack grows with depth in every arm ({told}): an advantage may "
+                     "shrink for that alone; add an arm with train.sequence_length <= "
+                     f"{depths[0]} x model.block")  # fmt: skip
+    if not any(blocks >= BEYOND * depths[-1] for blocks in windows.values()):
+        found.append(f"in every arm a window stack of {depths[-1]} layers sees more than a quarter of the sequence "
+                     f"({told}): what a state adds cannot show; add an arm with train.sequence_length >= "
+                     f"{BEYOND * depths[-1]} x model.block")  # fmt: skip
+    return found
+
+
+def unequal(runs: Sequence[Run], baseline: str) -> list[str]:
+    """Variants whose size differs from the baseline's by an amount that changes with a factor."""
+    found = []
+    for arm in dict.fromkeys(run.cell.arm for run in runs):
+        for gaps in planned(runs, baseline, arm):
+            _, names = columns(gaps)
+            for factor in (name for name in names if name in UNITS):
+                if abs(off := mismatch_over(gaps, factor)) > MISMATCH:
+                    found.append(f"N of {gaps.variant} over N of {baseline} changes by {off:+.1%} over {factor} "
+                                 f"(arm {arm}): that alone moves an advantage at equal compute")  # fmt: skip
+    return found
+
+
+def unanswerable(runs: Sequence[Run], baseline: str, arm: str) -> list[str]:
+    """What the analysis could not be made of, found before anything is trained."""
+    for what, values in (("tokens_per_parameter", {run.multiple for run in runs}),
+                         ("sizes", {run.cell.size for run in runs})):  # fmt: skip
+        if len(values) < 2:
+            return [f"{what} has one value: no curve can be fitted, and no compute-equivalent gain read off; give two"]
+    every = planned(runs, baseline, arm)
+    if not every:
+        return [f"there is nothing to compare {baseline} with: add an architecture"]
+    try:
+        untested = Rule(every, draws=1).untested
+    except RegressionError as error:
+        return [str(error)]
+    return [f"{name}: {why}: add seeds, sizes or depths" for name, why in untested.items()]
+
+
+def _fraction(run: Run) -> float:
+    mixers = run.recipe.model.mixers()
+    return mixers.count(run.recipe.model.mixer) / len(mixers)
+
+
+PROPORTIONS = {
+    "the share of layers under study": _fraction,
+    "head width": lambda run: run.recipe.model.width / run.recipe.model.heads,
+    "context width / width": lambda run: (
+        run.recipe.model.context.width(run.recipe.model.width) / run.recipe.model.width
+    ),
+    "states a block": lambda run: float(run.recipe.model.context.states),
+}
+REMEDY = {
+    "the share of layers under study": "choose depths that shape.fraction divides into whole layers",
+    "context width / width": "leave model.context.ssm_width to its default",
+}

@@ -1,0 +1,47 @@
+"""The audit of the learning rate: valleys of known depth and place, with noise."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bst_dist.study.laws.audit import audit
+
+
+def corners(observation, best=1.0, curvature=0.03, noise=0.0005, seeds=2, seed=0, depths=(2, 8)):
+    """ln L = c (ln rate - ln best)^2, in two architectures and two depths, at three rates."""
+    generator = np.random.default_rng(seed)
+    return [
+        observation(name, 1e5, depth, draw, 5.0, rate_factor=f,
+                    loss=3 * np.exp(curvature * np.log(f / best) ** 2 + 0.02 * draw + generator.normal(0, noise)))
+        for name in ("sliding", "bst") for depth in depths for draw in range(seeds) for f in (0.5, 1.0, 2.0)
+    ]  # fmt: skip
+
+
+def test_a_valley_at_the_rules_rate_passes_and_its_bottom_is_found(observation):
+    found = audit(corners(observation))
+    assert len(found) == 4
+    assert {corner.answer for corner in found} == {"passed"}
+    assert all(abs(corner.best - 1) < 0.1 for corner in found)
+
+
+def test_a_valley_elsewhere_fails(observation):
+    found = audit(corners(observation, best=2.0, curvature=0.05))
+    assert {corner.answer for corner in found} == {"failed"}
+    assert all(corner.lost.value > 0.015 for corner in found)
+
+
+def test_a_flat_valley_passes_all_corners_where_noise_is_small_and_never_fails_for_noise(observation):
+    """The best of three noisy losses is some other rate two times in three: that is no sign of a wrong rate."""
+    small = [audit(corners(observation, curvature=0.0, noise=0.0008, seed=s)) for s in range(40)]
+    assert np.mean([all(c.answer == "passed" for c in found) for found in small]) > 0.8
+    large = [c.answer for s in range(40) for c in audit(corners(observation, curvature=0.0, noise=0.007, seed=s))]
+    assert large.count("failed") <= 0.02 * len(large)
+    assert large.count("undecided") > 0.9 * len(large)
+
+
+def test_one_seed_decides_nothing(observation):
+    assert {corner.answer for corner in audit(corners(observation, seeds=1))} == {"undecided"}
+
+
+def test_runs_at_the_rules_rate_alone_are_no_audit(observation):
+    assert audit([o for o in corners(observation) if o.rate_factor == 1]) == []

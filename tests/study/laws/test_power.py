@@ -1,0 +1,92 @@
+"""What is promised of the rule against the rule applied to studies drawn anew."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bst_dist.study.laws import power, verdict
+from bst_dist.study.laws.gap import Gaps
+
+NOISE = power.Noise(0.006, 0.3)
+
+
+def design(variants=1, seeds=2):
+    places = [(6 * n * n * m, d, m, f"{n} {d} {k}") for n in (1e5, 2e5, 4e5) for d in (2, 8) for k in range(seeds)
+              for m in (5.0, 20.0)]  # fmt: skip
+    flops, depth, length, block = (np.array(column) for column in zip(*places, strict=True))
+    zero = np.zeros(len(places))
+    return [Gaps(f"v{v}", "all", zero, zero, zero, flops, depth.astype(float), length, block) for v in range(variants)]
+
+
+def studies(every, noise, number, seed, change=0.0):
+    """For each variant the gaps of so many studies, (number, n), drawn run by run: each has noise of its own."""
+    generator = np.random.default_rng(seed)
+    blocks, place = np.unique(every[0].block, return_inverse=True)
+    losses = []
+    for _ in range(len(every) + 1):
+        level = generator.normal(0, noise.seed * np.sqrt(1 - noise.within), (number, len(blocks)))
+        losses.append(level[:, place] + generator.normal(0, noise.seed * np.sqrt(noise.within), (number, len(place))))
+    gaps = [losses[0] - loss for loss in losses[1:]]
+    gaps[0] = gaps[0] + change * np.log2(every[0].depth)
+    return gaps
+
+
+def answers(every, noise, number, seed, change=0.0):
+    """(tests, number) what the rule says of each."""
+    rule, gaps = verdict.Rule(every), studies(every, noise, number, seed, change)
+    found = rule.decide([rule.measure(case, gaps[case.place]) for case in rule.cases]).answer
+    return np.array(verdict.ANSWERS)[found]
+
+
+def test_many_studies_at_once_get_the_answers_that_judge_gives_each():
+    every = design(2)
+    found = answers(every, NOISE, 12, 3, 0.012)
+    drawn = studies(every, NOISE, 12, 3, 0.012)
+    for place in range(12):
+        own = [Gaps(**{**vars(g), "gap": y[place]}) for g, y in zip(every, drawn, strict=True)]
+        assert [change.answer for change in verdict.judge(own)[0]] == found[:, place].tolist()
+
+
+@pytest.mark.parametrize("variants", [1, 3])
+def test_promised_power_is_what_the_rule_has(variants):
+    every = design(variants)
+    change = 0.012
+    promised = power.Simulation(every, NOISE, 1000, seed=1).seen(1, change)
+    seen = np.mean(answers(every, NOISE, 1000, 77, change)[1] == "grows")
+    assert 0.2 < promised < 0.97
+    assert abs(promised - seen) < 0.05, (promised, seen)
+
+
+def test_a_bare_t_test_would_promise_far_more_where_several_variants_are_judged():
+    every = design(6)
+    simulation = power.Simulation(every, NOISE, 300)
+    error = float(np.std(simulation.nothing[1].change))
+    assert simulation.seen(1, error * 2.8) < 0.4  # where a t test at 5 % alone has 0.8
+
+
+@pytest.mark.parametrize("variants", [1, 4])
+def test_where_nothing_changes_at_most_one_study_in_twenty_has_a_false_verdict(variants):
+    found = answers(design(variants), NOISE, 1000, 5)
+    false = np.isin(found, ("grows", "shrinks")).any(0).mean()
+    assert false <= 0.05 + 2.6 * np.sqrt(0.05 * 0.95 / 1000)
+    assert power.Simulation(design(variants), NOISE, 1000, seed=9).false() == pytest.approx(false, abs=0.03)
+
+
+def test_pairs_said_to_be_needed_are_needed():
+    every = design(1)
+    errors = power.visible(every)["depth"]
+    noise = power.Noise(0.009, 0.3)
+    simulated = power.Simulation(every, noise, 300)
+    change = verdict.Change("v0", "all", "depth", verdict.Estimate(0.0, float(np.std(simulated.nothing[1].change)), 8),
+                            2, 8, 1, 1, 1, 1, 0, "undecided", every[0].pairs)  # fmt: skip
+    needed = power.pairs_needed(change, errors)
+    times = round(needed / change.pairs)
+    assert times >= 4
+    seen = power.Simulation([power.repeated(g, times) for g in every], noise, 400, seed=3).seen(1, verdict.MARGIN)
+    assert 0.7 < seen < 0.92
+
+
+def test_too_few_pairs_to_ever_see_anything_is_said():
+    found = power.predict(design(6, seeds=1), NOISE, studies=100)
+    assert all(not np.isfinite(p.smallest_seen) for p in found)

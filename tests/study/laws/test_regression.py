@@ -1,0 +1,65 @@
+"""Robust errors, permutation and Holm against their definitions."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from bst_dist.study.laws import regression
+
+
+def test_errors_of_single_points_are_hc3():
+    generator = np.random.default_rng(1)
+    columns = np.stack((np.ones(30), generator.normal(size=30)), axis=1)
+    target = columns @ (1.0, 2.0) + generator.normal(size=30) * (1 + columns[:, 1] ** 2)
+    inverse = np.linalg.inv(columns.T @ columns)
+    residuals = target - columns @ inverse @ columns.T @ target
+    leverage = np.einsum("ij,jk,ik->i", columns, inverse, columns)
+    expected = inverse @ (columns.T * (residuals / (1 - leverage)) ** 2) @ columns @ inverse
+    assert regression.regress(columns, target, np.arange(30)).covariance == pytest.approx(expected)
+
+
+def test_clustered_errors_are_those_of_leaving_clusters_out():
+    """CR3 is the jackknife over clusters, about the full estimate."""
+    generator = np.random.default_rng(2)
+    clusters = np.repeat(np.arange(8), 3)
+    columns = np.stack((np.ones(24), generator.normal(size=24)), axis=1)
+    target = generator.normal(size=24) + generator.normal(size=8)[clusters]
+    full = np.linalg.lstsq(columns, target, rcond=None)[0]
+    without = [np.linalg.lstsq(columns[clusters != g], target[clusters != g], rcond=None)[0] for g in range(8)]
+    expected = 7 / 8 * sum(np.outer(b - full, b - full) for b in without)
+    assert regression.regress(columns, target, clusters).covariance == pytest.approx(expected)
+
+
+def test_permutation_is_that_of_all_orders_of_the_residuals():
+    """Every order of six points, each refitted: Freedman and Lane's test written out."""
+    generator = np.random.default_rng(3)
+    columns = np.stack((np.ones(6), generator.normal(size=6)), axis=1)
+    target = generator.normal(size=6) + 0.8 * columns[:, 1]
+
+    def statistic(values):
+        found = regression.regress(columns, values, np.arange(6)).estimate(1)
+        return abs(found.value) / found.standard_error
+
+    centred = target - target.mean()
+    exact = np.mean([statistic(target.mean() + centred[list(o)]) >= statistic(target) * (1 - 1e-9)
+                     for o in itertools.permutations(range(6))])  # fmt: skip
+    drawn = regression.CoefficientTest(columns, np.arange(6), 1, draws=4000).permutation_p(target[None])[0]
+    assert drawn == pytest.approx(exact, abs=0.03)
+
+
+def test_many_targets_at_once_are_each_by_itself():
+    generator = np.random.default_rng(4)
+    clusters = np.repeat(np.arange(8), 2)
+    columns = np.stack((np.ones(16), np.repeat([0.0, 1.0], 8), generator.normal(size=16)), axis=1)
+    test = regression.CoefficientTest(columns, clusters, 1, draws=99)
+    targets = generator.normal(size=(5, 16))
+    assert test.permutation_p(targets).tolist() == [test.permutation_p(one[None])[0] for one in targets]
+
+
+def test_holm_is_the_textbook_example_alone_and_in_many_studies():
+    assert regression.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    both = np.array([[0.01, 0.04, 0.03, 0.005], [0.9, 0.01, 0.01, 0.01]]).T
+    assert pytest.approx(np.array([[0.03, 0.06, 0.06, 0.02], [0.9, 0.04, 0.04, 0.04]])) == regression.holm(both).T

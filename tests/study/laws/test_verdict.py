@@ -1,0 +1,151 @@
+"""The rule, over repeated synthetic studies whose answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from bst_dist.study.laws import gap, verdict
+from bst_dist.study.laws.advantage import compare
+
+
+def gaps_of(observed, variant="bst"):
+    return gap.pair(observed, variant, "sliding", "all")
+
+
+def judge(observed, draws=199):
+    changes, _ = verdict.judge([gaps_of(observed)], draws)
+    return {change.factor: change for change in changes}
+
+
+def test_intervals_of_the_change_over_depth_cover_it_as_often_as_they_say(study):
+    tried = 60
+    changes = [judge(study(seed, per_depth=0.01), 9)["depth"].change for seed in range(tried)]
+    hits = sum(change.low <= 0.01 * np.log(2) <= change.high for change in changes)
+    assert stats.binom.cdf(hits, tried, 0.95) > 0.005, f"{hits} of {tried}"
+
+
+def test_no_change_is_hardly_ever_called_one(study):
+    answers = [change.answer for seed in range(40) for change in judge(study(seed, noise=0.01)).values()]
+    false = sum(answer in ("grows", "shrinks") for answer in answers)
+    assert stats.binom.sf(false - 1, len(answers), 0.05) > 0.005, f"{false} of {len(answers)}"
+
+
+@pytest.mark.parametrize(
+    ("truth", "factor", "answer"),
+    [
+        ({"per_depth": 0.03}, "depth", "grows"),
+        ({"per_depth": -0.03}, "depth", "shrinks"),
+        ({"per_flops": 0.02}, "flops", "grows"),
+        ({"noise": 0.0005}, "depth", "equivalent"),
+        ({"noise": 0.03}, "depth", "undecided"),
+    ],
+)
+def test_the_rule_gives_the_answer_that_is_true(study, truth, factor, answer):
+    assert judge(study(11, **truth))[factor].answer == answer
+
+
+def test_the_margin_is_per_doubling_whatever_range_of_depths_was_run(study, observation):
+    """0.4 % a doubling over seven doublings is 2.8 % in all, and still below the margin."""
+    wide = [
+        observation(name, size, depth, seed, m, 3 * (size * m) ** -0.1 * np.exp(
+                    -0.004 * np.log2(depth) * (name == "bst") + 1e-4 * seed * (-1) ** depth))
+        for name in ("sliding", "bst") for size in (1e5, 4e5) for depth in (1, 8, 128) for seed in (0, 1)
+        for m in (5.0, 20.0)
+    ]  # fmt: skip
+    change = judge(wide)["depth"]
+    assert change.change.value == pytest.approx(0.004, abs=1e-3)
+    assert change.answer == "equivalent"
+
+
+def test_the_larger_p_value_decides(study):
+    """The t test and the permutation test disagree somewhere: there the verdict must follow the more careful one."""
+    seen = set()
+    for seed in range(60):
+        for change in judge(study(seed, per_depth=0.009, noise=0.008, seeds=1)).values():
+            seen.add(change.p_robust < change.p_permutation)
+            assert change.p_difference >= max(change.p_robust, change.p_permutation)
+    assert seen == {True, False}
+
+
+def test_unequal_sizes_are_no_verdict_and_the_change_without_them_is_told(study):
+    """As in the first study: the variant larger when deep, smaller when shallow, and larger models lose at equal C."""
+
+    def parameters(name, depth, size):
+        return size * ({2: 0.87, 8: 1.17}[depth] if name == "bst" else {2: 1.02, 8: 0.97}[depth])
+
+    observed = study(1, noise=0.001, parameters=parameters, slope=0.073)
+    found = compare(observed, "sliding", "all").variants["bst"]
+    change = next(c for c in found.changes if c.factor == "depth")
+    assert change.answer == "confounded"
+    assert change.change.value * 2 < -0.02  # what was published
+    adjusted = found.adjusted["depth"]
+    assert adjusted.low <= 0 <= adjusted.high
+    assert abs(adjusted.value) < 0.002
+
+
+def test_an_identical_twin_is_equivalent_and_breaks_nothing(study, observation):
+    base = [o for o in study(0) if o.architecture == "sliding"]
+    twin = [observation("twin", o.parameters, int(o.depth), o.seed, o.length, o.loss) for o in base]
+    found = compare([*base, *twin], "sliding", "all")
+    assert {c.answer for c in found.variants["twin"].changes} == {"equivalent"}
+    assert found.variants["twin"].mean.value == 0
+
+
+def test_a_variant_with_too_few_pairs_does_not_silence_the_others(study):
+    strong = study(3, per_depth=0.03, variants=("bst",), noise=0.003)
+    weak = [
+        o
+        for o in study(3, variants=("weak",), noise=0.003)
+        if o.architecture == "weak" and o.seed == 0 and o.depth == 2
+    ]
+    found = compare([*strong, *weak], "sliding", "all")
+    assert "cannot settle" in found.missing["weak"]
+    assert next(c for c in found.variants["bst"].changes if c.factor == "depth").answer == "grows"
+    assert found.variants["weak"].mean.value == pytest.approx(0.01, abs=0.02)
+
+
+def test_a_verdict_is_within_its_arm_and_the_other_is_shown_in_contrast(study):
+    near = study(5, mean=0.0, noise=0.0005, arm="near")
+    far = study(6, mean=0.05, per_depth=-0.03, noise=0.0005, arm="far")
+    found = compare([*near, *far], "sliding", "near").variants["bst"]
+    assert next(c for c in found.changes if c.factor == "depth").answer == "equivalent"
+    assert found.contrasts["far"]["mean"].value == pytest.approx(0.05, abs=0.002)
+    assert found.contrasts["far"]["depth"].value == pytest.approx(-0.03 * np.log(2), abs=0.001)
+
+
+def test_crossing_is_where_the_gap_vanishes_with_an_interval_that_covers_it(study):
+    expected = 2e12 * np.exp(-0.01 / 0.02)  # at the mean depth, which is where the depth term vanishes
+    hits = 0
+    for seed in range(40):
+        found = verdict.crossing(gaps_of(study(seed, mean=0.01, per_flops=0.02, noise=0.002)))
+        hits += found.low <= expected <= found.high
+    assert stats.binom.cdf(hits, 40, 0.95) > 0.005
+    assert verdict.crossing(gaps_of(study(5, mean=0.01, noise=0.01))) is None
+
+
+def test_an_interaction_of_size_and_depth_is_found(study):
+    observed = study(2, noise=0.0005, seeds=2)
+    gaps = gaps_of(observed)
+    flops, depth = np.log10(gaps.flops), np.log2(gaps.depth)
+    product = (flops - flops.mean()) * (depth - depth.mean())
+    found = verdict.interaction(gap.Gaps(**{**vars(gaps), "gap": gaps.gap + 0.01 * product}))
+    assert found.low < 0.01 < found.high
+    assert found.p_value < 0.01
+
+
+def test_a_size_that_was_held_out_is_inside_what_the_others_let_expect(study):
+    hits = tried = 0
+    for seed in range(12):
+        observed = study(seed, per_flops=0.01, noise=0.003, seeds=2, held_out=(1e6,))
+        ours = gaps_of([o for o in observed if not o.held_out])
+        out = gaps_of([o for o in observed if o.held_out])
+        for place, expected in enumerate(verdict.predict_gap(ours, out)):
+            tried += 1
+            hits += expected.low <= out.gap[place] <= expected.high
+    assert tried == 12 * 2 * 2 * 3
+    assert 0.85 * tried < hits < tried  # 95 % of the pairs, which come in threes
+    told = compare(observed, "sliding", "all").variants["bst"]
+    assert len(told.held_out) == 12
+    assert told.gaps.flops.max() < min(o.flops for o in told.held_out)
