@@ -5,9 +5,9 @@
     bst compare runs/demo runs/demo-uninterrupted --equal
 
 Differences are to the first run. Where both read the same text they are paired: over the last training steps that both
-took (± the standard error over these steps), over the blocks of the sequences that both were evaluated on (± over the
-blocks), and over whole documents (± over documents), where `bst eval RUN --json RUN/reports/eval.json` has scored them
-after each run's last step.
+took (± the standard error over these steps), on the sequences that both were evaluated on (without an error: the
+metrics do not say what each sequence gave), and over whole documents of each corpus (± over documents), where
+`bst eval` has scored them after each run's last step.
 
 --equal checks that two runs are equal to the last bit, at every step and in every weight: a run that was stopped and
 resumed must equal one that never stopped. Exit status: 1 when they are not.
@@ -105,7 +105,7 @@ def _show_recipes(fields: dict[str, list[Any]], runs: Sequence[dict[str, Any]], 
 def _show_figures(runs: Sequence[dict[str, Any]], console: Console) -> None:
     table = _table("what they have reached", runs)
     table.caption, table.caption_justify = _notes(runs), "left"
-    for title, cell in ROWS:
+    for title, cell in (*ROWS, *_rows_by_corpus(runs), *SPEED):
         cells = [cell(one) for one in runs]
         if any(cells):
             table.add_row(title, *(text or "–" for text in cells))
@@ -117,16 +117,15 @@ def _show_figures(runs: Sequence[dict[str, Any]], console: Console) -> None:
 
 def _notes(runs: Sequence[dict[str, Any]]) -> str:
     """What the figures are of, and what their errors are over."""
-    blocks, documents = (sorted({one[key] for one in runs if key in one})
-                         for key in ("validation_difference_blocks", "scored_documents"))  # fmt: skip
+    documents = sorted({of["documents"] for one in runs for of in one.get("scored", {}).values() if "documents" in of})
     notes = {
         "train_loss_nats": f"¹ mean of the last steps, at most {LAST_STEPS}",
         "train_difference_nats": "² nats a token on the same batches, the last steps that both took, at most "
         f"{LAST_STEPS}, ± standard error over them",
         "validation_difference_nats": "³ nats a token on the same sequences, after the last step at which both were "
-        f"evaluated, ± over the {' or '.join(map(str, blocks))} blocks of a sequence",
-        "scored_bits_per_byte": f"⁴ `bst eval` of {' or '.join(map(str, documents))} whole documents, ± over documents",
-        "scored_difference_bits_per_byte": "⁵ bits per byte on the same documents, ± over documents",
+        "evaluated; its error is not known from sums over sequences",
+        "scored": f"⁴ `bst eval` of {' or '.join(map(str, documents))} whole documents, ± over documents",
+        "scored_difference": "⁵ bits per byte on the same documents, ± over documents",
     }
     return "\n".join(text for key, text in notes.items() if any(key in one for one in runs))
 
@@ -176,13 +175,30 @@ ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("validation, accuracy", lambda one: _number(one, "validation_accuracy", "{:.4f}")),
     ("  above the first run ³", lambda one: _difference(one, "validation_difference_nats",
                                                         one.get("validation_difference_step"))),
-    ("documents, bits per byte ⁴", lambda one: _estimate(one, "scored_bits_per_byte")),
-    ("  above the first run ⁵", lambda one: _difference(one, "scored_difference_bits_per_byte", one["step"])),
+)  # fmt: skip
+"""Titles, and what stands under them for a run; empty where there is nothing to say."""
+SPEED: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("tokens/s, median", lambda one: _number(one, "tokens_per_s", "{:,.0f}")),
     ("peak memory of a rank", _memory),
     ("time in steps, evaluations", lambda one: duration(one["time_s"]) if "time_s" in one else ""),
 )  # fmt: skip
-"""Titles, and what stands under them for a run; empty where there is nothing to say."""
+
+
+def _rows_by_corpus(runs: Sequence[dict[str, Any]]) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+    """Two rows for each corpus whose documents were scored: runs scored on other text never share one."""
+    rows = []
+    for name in dict.fromkeys(name for one in runs for name in one.get("scored", {})):
+        rows += [
+            (f"documents of {name}, bits per byte ⁴", lambda one, n=name: _estimate(one.get("scored", {}).get(n, {}),
+                                                                                   "bits_per_byte")),
+            ("  above the first run ⁵", lambda one, n=name: _scored_difference(one, n)),
+        ]  # fmt: skip
+    return rows
+
+
+def _scored_difference(one: dict[str, Any], name: str) -> str:
+    found = one.get("scored_difference", {}).get(name)
+    return "" if found is None else _difference({**found, "step": one["step"]}, "bits_per_byte", one["step"])
 
 
 def _equal(one: Path, other: Path) -> dict[str, Any]:

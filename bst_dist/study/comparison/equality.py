@@ -32,9 +32,9 @@ def equality(one: Path, other: Path) -> dict[str, Any]:
         raise UserError(f"{one} and {other} have not taken the same steps: only one of them has step {odd[0]}")
     common = first.keys() & second.keys()  # where a run was stopped there may be one evaluation more
     for key in sorted(common):
-        for name in COMPUTED:
-            if name in first[key]:
-                metrics[name] = max(metrics.get(name, 0.0), _distance(first[key][name], second[key][name]))
+        for name in (name for name in COMPUTED if name in first[key] or name in second[key]):
+            difference = _distance(first[key].get(name, float("nan")), second[key].get(name, float("nan")))
+            metrics[name] = max(metrics.get(name, 0.0), difference)
     checkpoints = [newest_valid(run_dir) for run_dir in (one, other)]
     if checkpoints[0].name != checkpoints[1].name:
         raise UserError(f"{checkpoints[0]} and {checkpoints[1]}: the runs have not come equally far")

@@ -39,8 +39,9 @@ class Outline:
     parameters: int | None
     start: dict[str, Any]
     """Its last start: ranks, hosts, versions."""
-    scored: dict[str, Any]
-    """What `bst eval` made of whole documents of its newest weights; empty when no report lies in the run directory."""
+    scored: dict[str, dict[str, Any]]
+    """What `bst eval` made of whole documents of its newest weights, by corpus; empty when no report lies in the run
+    directory."""
 
     @property
     def train(self) -> list[dict[str, Any]]:
@@ -67,7 +68,8 @@ class Outline:
         found["time_s"] = sum(line.get("step_time_s", line.get("time_s", 0.0)) for line in self.lines) or None
         told = {key: value for key, value in found.items() if value is not None and value == value}  # nan is no figure
         keys = ("documents", "bits_per_byte", "bits_per_byte_standard_error")
-        return told | {f"scored_{key}": self.scored[key] for key in keys if key in self.scored}
+        scored = {name: {key: of[key] for key in keys if key in of} for name, of in self.scored.items()}
+        return told | ({"scored": scored} if scored else {})
 
     @property
     def _step(self) -> int:
@@ -85,8 +87,16 @@ def outline(run_dir: Path) -> Outline:
     starts = json.loads((run_dir / ENVIRONMENT).read_text())["starts"] if (run_dir / ENVIRONMENT).exists() else [{}]
     where = standing(run_dir, step, fields.get("train.steps"))
     report = eval_report(run_dir, step)
-    scored = report["corpora"][0] if report else {}
+    scored = _by_name(report["corpora"]) if report else {}
     return Outline(run_dir, fields, lines, where, _parameters(run_dir), starts[-1], scored)
+
+
+def _by_name(corpora: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Entries of a report by the name of their corpus; by its whole path where two of them have one name."""
+    names = [Path(str(of.get("corpus", "documents"))).name for of in corpora]
+    return {
+        name if names.count(name) == 1 else str(of.get("corpus")): of for name, of in zip(names, corpora, strict=True)
+    }
 
 
 def _parameters(run_dir: Path) -> int | None:

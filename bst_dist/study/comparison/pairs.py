@@ -7,14 +7,12 @@ bits per byte is the bytes of its text, so no recipe needs to be believed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 
 from bst_dist.study.comparison.outline import LAST_STEPS, Outline
-from bst_dist.study.statistics import Estimate, ratio
+from bst_dist.study.statistics import mean, ratio
 
 
 def by_step(first: Outline, other: Outline) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -31,9 +29,9 @@ def by_step(first: Outline, other: Outline) -> list[tuple[dict[str, Any], dict[s
 def differences(first: Outline, other: Outline) -> dict[str, Any]:
     """How much `other`'s loss is above the first's on the same text, in nats a token, with what the error is over.
 
-    Training: over the last steps that both took; validation: over the blocks of a sequence, at the last step after
-    which both were evaluated; documents that `bst eval` has scored: in bits per byte, over documents. Only what can be
-    paired is there.
+    Training: over the last steps that both took; validation: at the last step after which both were evaluated, without
+    an error, since the metrics hold sums over the sequences and not what each of them gave; documents that `bst eval`
+    has scored: in bits per byte, over documents, a corpus an entry. Only what can be paired is there.
     """
     found: dict[str, Any] = {}
     if steps := by_step(first, other)[-LAST_STEPS:]:
@@ -44,15 +42,14 @@ def differences(first: Outline, other: Outline) -> dict[str, Any]:
     for line in reversed(other.evaluations):
         before = lines.get(line["step"])
         if before is not None and same_text(before, line):
-            blocks = [list(one.get("loss_by_block", ())) for one in (before, line)]
             found |= {"validation_difference_step": line["step"],
                       "validation_difference_nats": line["loss_nats"] - before["loss_nats"]}  # fmt: skip
-            if len(blocks[0]) == len(blocks[1]) > 1:
-                spread = mean([b - a for a, b in zip(*blocks, strict=True)]).standard_error
-                found |= {"validation_difference_blocks": len(blocks[0]),
-                          "validation_difference_nats_standard_error": spread}  # fmt: skip
             break
-    return found | _by_document(first.scored, other.scored)
+    by_corpus = {
+        name: _by_document(first.scored[name], of) for name, of in other.scored.items() if name in first.scored
+    }
+    by_corpus = {name: difference for name, difference in by_corpus.items() if difference}
+    return found | ({"scored_difference": by_corpus} if by_corpus else {})
 
 
 def _by_document(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -61,19 +58,13 @@ def _by_document(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     bytes_ = [scored.get("document_bytes") for scored in (one, other)]
     if not bytes_[0] or bytes_[0] != bytes_[1]:
         return {}
-    return ratio((nats[1] - nats[0]) / math.log(2), np.array(bytes_[0])).report("scored_difference_bits_per_byte")
+    return ratio((nats[1] - nats[0]) / math.log(2), np.array(bytes_[0])).report("bits_per_byte")
 
 
 def same_text(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two reports are of the same number of tokens and of bytes."""
     bytes_ = [_bytes(line) for line in (one, other)]
     return one.get("tokens") == other.get("tokens") and math.isclose(*bytes_, rel_tol=1e-9)
-
-
-def mean(values: Sequence[float]) -> Estimate:
-    """The mean of differences, with the standard error that their spread says."""
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return Estimate(fmean(values), error)
 
 
 def _bytes(line: dict[str, Any]) -> float:

@@ -49,7 +49,7 @@ def compared(*runs):
     return compare({str(number): outline(run_dir) for number, run_dir in enumerate(runs)})
 
 
-def test_differences_are_paired_by_step_and_by_block_where_the_text_is_the_same(pair):
+def test_differences_are_paired_by_step_and_evaluation_where_the_text_is_the_same(pair):
     first, second = compared(*pair)["runs"]
     assert "train_difference_nats" not in first
     assert second["train_difference_steps"] == [1, 4]
@@ -57,7 +57,8 @@ def test_differences_are_paired_by_step_and_by_block_where_the_text_is_the_same(
     assert second["train_difference_nats_standard_error"] == pytest.approx(0.125 / 2)  # sd of (0, 0, 0, 1/4), over √4
     assert second["validation_difference_step"] == 4
     assert second["validation_difference_nats"] == pytest.approx(-2 / 3)
-    assert second["validation_difference_nats_standard_error"] == pytest.approx(1 / 6)  # of -1/2, -1/2, -1
+    # The blocks of a sequence are its positions and no samples: what they differ by is no error of the mean.
+    assert not [key for key in second if key.startswith("validation_difference") and "error" in key]
 
 
 def test_other_text_is_never_paired_even_where_a_step_has_as_many_bytes_by_chance(pair, make_run):
@@ -94,15 +95,32 @@ def test_only_fields_that_differ_are_shown_with_all_values(pair, make_run):
 
 
 def test_the_report_of_eval_on_the_last_step_is_found(pair):
-    corpora = [{"documents": 7, "bits_per_byte": 2.25, "bits_per_byte_standard_error": 0.125}]
+    corpora = [{"corpus": "corpora/a", "documents": 7, "bits_per_byte": 2.25, "bits_per_byte_standard_error": 0.125}]
     report = {"command": "bst eval", "step": 4, "split": "validation", "context_tokens": None, "corpora": corpora}
     (pair[0] / "reports").mkdir()
     (pair[0] / "reports" / "after.json").write_text(json.dumps(report))
     (pair[0] / "reports" / "before.json").write_text(json.dumps(report | {"step": 0, "corpora": [{}]}))
     (pair[0] / "reports" / "broken.json").write_text("{")
     first, second = compared(*pair)["runs"]
-    assert (first["scored_documents"], first["scored_bits_per_byte_standard_error"]) == (7, 0.125)
-    assert "scored_documents" not in second
+    assert first["scored"] == {"a": {"documents": 7, "bits_per_byte": 2.25, "bits_per_byte_standard_error": 0.125}}
+    assert "scored" not in second
+
+
+def test_corpora_have_rows_of_their_own_and_none_is_dropped(pair, capsys):
+    """The first run was scored on two corpora, the second on one of them and on another."""
+    report = {"command": "bst eval", "split": "validation", "context_tokens": None}
+    for run_dir, step, names in zip(pair, (4, 6), (("a", "b"), ("b", "c")), strict=True):
+        corpora = [{"corpus": f"/data/{name}", "documents": 2, "document_nats": [3.0 + step, 5.0],
+                    "document_bytes": [10, 20], "bits_per_byte": ord(name) / 100} for name in names]  # fmt: skip
+        (run_dir / "eval.json").write_text(json.dumps(report | {"step": step, "corpora": corpora}))
+    assert main(["compare", *map(str, pair)]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "documents of" in line]
+    assert ["0.9700" in rows[0], "–" in rows[0]] == [True, True]
+    assert rows[1].count("0.9800") == 2
+    assert ["0.9900" in rows[2], "–" in rows[2]] == [True, True]
+    _, second = compared(*pair)["runs"]
+    assert list(second["scored_difference"]) == ["b"]
+    assert second["scored_difference"]["b"]["bits_per_byte"] == pytest.approx(2 / 30 / math.log(2))
 
 
 def test_documents_are_paired_when_they_are_the_same(pair):
@@ -115,11 +133,12 @@ def test_documents_are_paired_when_they_are_the_same(pair):
     difference = (nats[1] - nats[0]) / math.log(2)
     value = difference.sum() / 60
     error = math.sqrt(3 / 2 * ((difference - value * np.array(bytes_)) ** 2).sum()) / 60
-    assert second["scored_difference_bits_per_byte"] == pytest.approx(value)
-    assert second["scored_difference_bits_per_byte_standard_error"] == pytest.approx(error)
+    found = second["scored_difference"]["documents"]
+    assert found["bits_per_byte"] == pytest.approx(value)
+    assert found["bits_per_byte_standard_error"] == pytest.approx(error)
     corpus["document_bytes"] = [10, 21, 30]
     (pair[1] / "eval.json").write_text(json.dumps(report | {"step": 6, "corpora": [corpus]}))
-    assert "scored_difference_bits_per_byte" not in compared(*pair)["runs"][1]
+    assert "scored_difference" not in compared(*pair)["runs"][1]
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,20 @@ def test_a_loss_that_differs_at_any_step_fails(make_run, value):
     assert not report["passed"] and report["largest_difference"]["loss_nats"] > 0
 
 
+@pytest.mark.parametrize("name", ["gradient_norm", "learning_rate", "bits_per_byte", "tokens"])
+def test_every_computed_quantity_is_compared_and_may_not_be_missing_in_one(make_run, name):
+    one, other = make_run("one"), make_run("other")
+    edit_metrics(one, lambda lines: [line | {name: 1.0} for line in lines])
+    edit_metrics(other, lambda lines: [line | {name: 1.0} for line in lines])
+    assert equality(one, other)["passed"]
+    edit_metrics(other, lambda lines: [*lines[:2], lines[2] | {name: 1.5}, *lines[3:]])
+    report = equality(one, other)
+    assert not report["passed"] and report["largest_difference"][name] == 0.5
+    for first, second in ((one, other), (other, one)):
+        edit_metrics(other, lambda lines: [{k: v for k, v in line.items() if k != name} for line in lines])
+        assert not equality(first, second)["passed"]
+
+
 def test_an_evaluation_more_where_a_run_was_stopped_is_no_difference(make_run):
     one, other = make_run("one"), make_run("other")
     edit_metrics(other, lambda lines: [*lines, lines[-1] | {"step": 2}])
