@@ -81,6 +81,7 @@ SECTIONS: dict[str, dict[str, Command]] = {
             "bst_dist.study.experiment.commands.report",
             "an experiment's table and figure, from its runs",
         ),
+        "law fit": ("bst_dist.study.law_fit", "fit scaling laws to a table of your own: N, D, loss, width, depth"),
         "sweep design": (
             "bst_dist.study.sweep.commands.design",
             "what a sweep would run and could see; refuses confounded grids",
@@ -131,6 +132,7 @@ GROUPS = {
     "data": "prepare and inspect corpora",
     "ckpt": "look after the checkpoints of a run",
     "experiment": "small controlled comparisons, a file and a table each",
+    "law": "scaling laws of any table",
     "sweep": "design, run and judge scaling sweeps",
     "lra": "classification tasks of long sequences",
     "bench": "measure side by side with peers",

@@ -1,0 +1,114 @@
+"""Fit scaling laws to a table of your own: a CSV with a row a measurement.
+
+    bst law fit points.csv --n parameters --d tokens --loss loss
+    bst law fit points.csv --n params --flops flops --loss nll --width d_model --depth layers --run run --plot laws.png
+    bst law fit docs/study/table.csv --n parameters --d tokens --loss loss_nats --width width --depth depth \
+        --run trunk --group architecture --where role=grid
+
+Three forms under two objectives (docs/sweeps.md); aspect and additive need width and depth. Intervals are by
+resampling runs, so points of one run, or of one trunk and its branches, should name it (--run). Rows of --held-out are
+predicted and not fitted; with --group every group has laws of its own. Losses are in nats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+from bst_base.errors import UserError
+from bst_dist.study.laws.observation import Observation
+from bst_dist.study.laws.scaling import fit_laws
+from bst_dist.study.report import laws
+from bst_dist.study.report.figures import loss_figure
+from bst_dist.study.report.plot import save
+from bst_dist.study.report.terminal import say, show
+from bst_dist.study.report.words import plain
+
+NUMBERS = ("n", "d", "flops", "loss", "width", "depth")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("table", type=Path, metavar="CSV", help="the table, with a line of column names")
+    parser.add_argument("--n", required=True, metavar="COLUMN", help="parameters N")
+    tokens = parser.add_mutually_exclusive_group(required=True)
+    tokens.add_argument("--d", metavar="COLUMN", help="tokens D")
+    tokens.add_argument("--flops", metavar="COLUMN", help="training FLOPs, in place of D = FLOPs / 6N")
+    parser.add_argument("--loss", required=True, metavar="COLUMN", help="loss in nats a token")
+    parser.add_argument("--width", metavar="COLUMN", help="width of the model")
+    parser.add_argument("--depth", metavar="COLUMN", help="number of layers")
+    parser.add_argument("--run", metavar="COLUMN", help="which run a point belongs to (default: each to its own)")
+    parser.add_argument("--group", metavar="COLUMN", help="what has a law of its own, as an architecture")
+    parser.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE", help="take these rows alone")
+    parser.add_argument("--held-out", metavar="COLUMN=VALUE", help="rows to predict and not to fit")
+    parser.add_argument("--drop-largest", type=int, default=0, metavar="K", help="leave out the K largest losses")
+    parser.add_argument("--draws", type=int, default=200, metavar="N", help="resamples (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="also draw losses and laws: a png, pdf or svg")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    observed = read(args)
+    found = fit_laws(observed, None, "", args.draws)
+    held = sum(o.held_out for o in observed)
+    say(f"{args.table}: {found.points} points of {found.runs} runs" + (f", {held} held out" if held else ""))
+    show(laws.blocks(found))
+    if args.plot:
+        save(lambda: loss_figure(observed, found), args.plot)
+        say(f"drew {args.plot}")
+    return plain(found)
+
+
+def read(args: argparse.Namespace) -> list[Observation]:
+    """The points of the table; raises UserError for a column that is not there, or a cell that is no number above 0."""
+    try:
+        with args.table.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            rows = list(enumerate(reader, 2))
+            names = reader.fieldnames or []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{args.table}: not readable as CSV: {error}") from None
+    asked = {key: getattr(args, key) for key in (*NUMBERS, "run", "group")}
+    conditions = [_condition(text, args.table) for text in args.where]
+    out = _condition(args.held_out, args.table) if args.held_out else None
+    for name in (*asked.values(), *(name for name, _ in conditions), *([out[0]] if out else [])):
+        if name is not None and name not in names:
+            raise UserError(f"{args.table}: no column {name!r}; there are {', '.join(names) or 'none'}")
+    found = [
+        _observation(line, row, asked, args.table, out is not None and row[out[0]] == out[1])
+        for line, row in rows if all(row[name] == value for name, value in conditions)
+    ]  # fmt: skip
+    dropped = sorted(found, key=lambda o: o.loss)[len(found) - args.drop_largest :] if args.drop_largest else []
+    kept = [o for o in found if o not in dropped]
+    if not kept:
+        raise UserError(f"{args.table}: no row is left to fit")
+    return kept
+
+
+def _condition(text: str, table: Path) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise UserError(f"{table}: {text!r}: expected COLUMN=VALUE")
+    return name, value
+
+
+def _observation(line: int, row: dict[str, str], asked: dict[str, str | None], table: Path, held: bool) -> Observation:
+    numbers = {}
+    for key in NUMBERS:
+        name = asked[key]
+        if name is not None:
+            try:
+                numbers[key] = float(row[name])
+            except (TypeError, ValueError):
+                numbers[key] = math.nan
+            if not (math.isfinite(numbers[key]) and numbers[key] > 0):
+                raise UserError(f"{table}: line {line}, column {name}: {row[name]!r} is not a number above 0")
+    n = numbers["n"]
+    tokens = numbers.get("d", numbers.get("flops", 0.0) / (6 * n))
+    return Observation(
+        name=f"line {line}", architecture=row[asked["group"]] if asked["group"] else "", arm="",
+        block=str(line), run=row[asked["run"]] if asked["run"] else str(line), seed=0,
+        width=numbers.get("width", 1.0), depth=numbers.get("depth", 1.0), parameters=n, non_embedding=math.nan,
+        tokens=tokens, length=tokens / n, flops=6 * n * tokens, time_s=math.nan, loss=numbers["loss"], held_out=held,
+    )  # fmt: skip

@@ -1,0 +1,82 @@
+"""`bst law fit` as it is called: a law known beforehand, published points where they are, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bst_dist.cli import main
+from bst_dist.study.laws.law import Law
+
+LAW = Law(E=1.5, A=60.0, alpha=0.6, B=1500.0, beta=0.35, G=3.0, gamma=0.9)
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Three groups of columns, an additive law, one size held out."""
+    path = tmp_path / "points.csv"
+    generator = np.random.default_rng(0)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["params", "tok", "nll", "d_model", "layers", "name", "split"])
+        for width in (128, 256, 512, 1024):
+            for depth in (2, 4, 8, 16):
+                n = 12 * width**2 * depth
+                for ratio in (5, 20, 80):
+                    loss = LAW.loss(n, ratio * n, width, depth) * np.exp(generator.normal(0, 1e-4))
+                    out = "large" if (width, depth) == (1024, 16) else "fit"
+                    writer.writerow([n, ratio * n, float(loss), width, depth, f"{width}-{depth}", out])
+    return path
+
+
+def test_a_known_law_is_found_and_the_rows_held_out_are_predicted(table, tmp_path, capsys):
+    words = ["--n", "params", "--d", "tok", "--loss", "nll", "--width", "d_model", "--depth", "layers", "--run", "name",
+             "--held-out", "split=large", "--draws", "8"]  # fmt: skip
+    report, picture = tmp_path / "r.json", tmp_path / "laws.png"
+    assert main(["law", "fit", str(table), *words, "--json", str(report), "--plot", str(picture)]) == 0
+    found = json.loads(report.read_text())["architectures"][""]
+    assert found["chosen"] == "additive"
+    law = next(f["law"] for f in found["fits"] if (f["form"], f["objective"]) == ("additive", "huber"))
+    for name in ("E", "alpha", "beta", "gamma"):
+        assert law[name] == pytest.approx(getattr(LAW, name), rel=0.05), name
+    assert len(found["predictions"]) == 3
+    for one in found["predictions"]:
+        assert one["predicted"]["value"] == pytest.approx(one["observed"], rel=5e-3)
+    out = capsys.readouterr().out
+    assert "45 points of 15 runs, 3 held out" in out
+    assert "The best model for a budget" in out
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_published_points_give_the_published_exponents_in_one_command(tmp_path):
+    beside = Path(__file__).resolve().parents[2] / "shared" / "reference" / "data"
+    path = Path(os.environ.get("BST_ORACLE_DATA", beside)) / "chinchilla_fig4_points.csv"
+    if not path.exists():
+        pytest.skip("the published points are not here")
+    report = tmp_path / "r.json"
+    words = ["--n", "Model Size", "--flops", "Training FLOP", "--loss", "loss", "--drop-largest", "5", "--draws", "4"]
+    assert main(["law", "fit", str(path), *words, "--json", str(report)]) == 0
+    fits = json.loads(report.read_text())["architectures"][""]["fits"]
+    lad = next(f["law"] for f in fits if (f["form"], f["objective"]) == ("chinchilla", "lad"))
+    assert (lad["alpha"], lad["beta"]) == (pytest.approx(0.34781, abs=1e-4), pytest.approx(0.36585, abs=1e-4))
+    huber = next(f["law"] for f in fits if (f["form"], f["objective"]) == ("chinchilla", "huber"))
+    assert (huber["alpha"], huber["beta"]) == (pytest.approx(0.34731, abs=1e-4), pytest.approx(0.36717, abs=1e-4))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--n", "size", "--d", "tok", "--loss", "nll"], "no column 'size'; there are params, tok"),
+        (["--n", "params", "--d", "tok", "--loss", "name"], "line 2, column name: '128-2' is not a number above 0"),
+        (["--n", "params", "--d", "tok", "--loss", "nll", "--where", "split"], "expected COLUMN=VALUE"),
+        (["--n", "params", "--d", "tok", "--loss", "nll", "--where", "split=none"], "no row is left to fit"),
+    ],
+)
+def test_what_cannot_be_read_is_one_message(table, capsys, words, message):
+    assert main(["law", "fit", str(table), *words]) == 2
+    assert message in capsys.readouterr().err
