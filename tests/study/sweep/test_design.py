@@ -78,7 +78,7 @@ def sizes_of(runs):
 
 
 def test_half_the_width_and_four_times_the_depth_is_the_same_size_where_only_matrices_count():
-    bases = {"sliding": ({"mixer": "sliding", "block": 2, "vocab_size": 1}, 64)}
+    bases = {"sliding": ({"mixer": "sliding", "block": 2, "vocab_size": 2}, 64)}
     found = [solve_together(bases, ShapeConfig(head_width=64), 12 * 1024**2 * 2, depth)["sliding"] for depth in (2, 8)]
     assert [model.width for model in found] == [1024, 512]
     assert [model.ffn / model.width for model in found] == pytest.approx([4, 4], rel=0.04)
