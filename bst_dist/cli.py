@@ -75,7 +75,7 @@ SECTIONS: dict[str, dict[str, Command]] = {
     "Study": {
         "experiment run": (
             "bst_dist.study.experiment.commands.run",
-            "train, evaluate and compare the arms of a small experiment; goes on after any stop",
+            "train, evaluate and compare the arms of a small experiment; continues after any stop",
         ),
         "experiment report": (
             "bst_dist.study.experiment.commands.report",
@@ -91,7 +91,7 @@ SECTIONS: dict[str, dict[str, Command]] = {
             "does a learning rate hold for every width and depth?",
         ),
         "sweep plan": ("bst_dist.study.sweep.commands.plan", "price a sweep and fit it into its budget"),
-        "sweep run": ("bst_dist.study.sweep.commands.run", "train a sweep's runs; goes on after any stop"),
+        "sweep run": ("bst_dist.study.sweep.commands.run", "train a sweep's runs; continues after any stop"),
         "sweep status": ("bst_dist.study.sweep.commands.status", "where a sweep's runs stand"),
         "sweep collect": ("bst_dist.study.sweep.commands.collect", "gather a sweep's results into one table"),
         "sweep fit": ("bst_dist.study.sweep.commands.fit", "fit scaling laws to a sweep's table"),

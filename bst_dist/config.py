@@ -82,8 +82,8 @@ class Recipe(Config):
     deepspeed: NameOrPath = "zero1"
     """The DeepSpeed strategy, completed from the recipe: the name of a file of ds_configs/, or the path of your own."""
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
-    compile: bool | None = None
-    """Whether training runs each layer as one compiled graph; null: on CUDA, if nothing hinders it."""
+    compile: bool = False
+    """Run each layer as one compiled graph in training, on CUDA; off by default until it has been run on a GPU."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     branch: BranchConfig | None = None
     """The checkpoint of another run that this one goes on from as if it were its own; null: none."""

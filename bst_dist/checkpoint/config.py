@@ -11,7 +11,7 @@ class CheckpointConfig(Config):
     every: int = Field(500, ge=0)
     """Steps between checkpoints; the last step always leaves one; 0: only that one."""
     background: bool = True
-    """Write while training goes on, from a copy in the host's memory: 12 bytes a parameter, shared out over the ranks.
+    """Write while training goes on, from a copy in host memory: 12 bytes per parameter, spread over the ranks.
     false: training waits until all is written."""
     failures: int = Field(3, ge=1)
     """How many checkpoints in a row may fail to be written; then the run stops, with status 74."""

@@ -100,7 +100,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if isinstance(manifest, dict) and manifest.get("format") in range(1, FORMAT):
         raise OlderFormatError(
             f"{checkpoint}: written by an older version of this program, in format {manifest['format']}; this one "
-            f"reads format {FORMAT}: go on with the version that wrote it, or start anew in another --run-dir"
+            f"reads format {FORMAT}: continue with the version that wrote it, or start a new run in another --run-dir"
         )
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{checkpoint}: not a checkpoint that this program reads (format {FORMAT})")

@@ -56,7 +56,7 @@ class Held:
 
     @property
     def validation_loss(self) -> float | None:
-        """In nats a token, when there was an evaluation at its step."""
+        """In nats per token, when there was an evaluation at its step."""
         return self.manifest.get("validation_loss_nats")
 
     @property

@@ -175,7 +175,7 @@ class Snapshots:
         saved, own = Layout(**manifest_of(self.ranks, checkpoint)["layout"]), self.identity.layout
         if saved == own:
             return None
-        return f"from {saved} to {own}" + ("" if self._same_ranks(saved) else ", random generators seeded anew")
+        return f"from {saved} to {own}" + ("" if self._same_ranks(saved) else ", new seeds for the random generators")
 
     def _same_ranks(self, saved: Layout) -> bool:
         own = self.identity.layout
@@ -188,7 +188,7 @@ class Snapshots:
         for name in sorted({**(there or own), **own}):
             if there is not None and there.get(name) != own.get(name):
                 raise CheckpointError(
-                    f"{checkpoint}: of another run: {name} is {there.get(name, 'not set')!r}, here "
+                    f"{checkpoint}: belongs to another run: {name} is {there.get(name, 'not set')!r}, here "
                     f"{own.get(name, 'not set')!r}"
                 )
 
@@ -208,7 +208,7 @@ class Snapshots:
     @staticmethod
     def _require_shape(checkpoint: Path, name: str, own: tuple[int, ...], saved: tuple[int, ...] | None) -> None:
         if own != saved:
-            raise CheckpointError(f"{checkpoint}: of another model: {name} has {saved} values, here {own}")
+            raise CheckpointError(f"{checkpoint}: belongs to another model: {name} has {saved} values, here {own}")
 
 
 class Evaluated(Writer):
@@ -275,7 +275,7 @@ class Checkpoints(Callback):
                 raise StorageError(message)
             if self.failed >= self.config.failures:
                 raise StorageError(f"{message}\nthe run stops: {self.failed} in a row (checkpoint.failures)")
-            self.say(f"{message}\n{'':>12} the run goes on; its checkpoints so far are as they were")
+            self.say(f"{message}\n{'':>12} the run continues; earlier checkpoints are unchanged")
         elif outcome:
             self.failed = 0
             kind = "checkpoint" if outcome.full else "weights"

@@ -47,7 +47,7 @@ class Guard:
     def loss(self, value: float, step: int, skipped: int, rate: float) -> Entry | None:
         """Why the step with this loss, in nats, is not taken, and what is done; None when it is taken.
 
-        `step` counts the steps before; `skipped` the steps' worth of data passed over; `rate` is for the message.
+        `step` counts the steps before; `skipped` the steps of data skipped; `rate` is for the message.
         Raises DivergedError when the run is to stop.
         """
         if not math.isfinite(value):
@@ -86,11 +86,9 @@ class Guard:
             self.ledger.add(entry)
         if entry.action != "stop":
             return entry
-        limit = (
-            f", and {before} such steps within {self.config.within} were passed over (guard.most)" if exhausted else ""
-        )
+        limit = f", and {before} such steps within {self.config.within} were skipped (guard.most)" if exhausted else ""
         raise DivergedError(
             f"{entry.cause} (learning rate {rate:.3g}){limit}: that step was not taken, and the last checkpoint is "
             "from before it; start a new run with a lower optimizer.learning_rate, a longer schedule.warmup_steps or a "
-            "lower train.gradient_clipping, or go on from the checkpoint with another guard policy"
+            "lower train.gradient_clipping, or resume with another guard policy"
         )

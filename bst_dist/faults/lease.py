@@ -151,7 +151,8 @@ def acquire(run_dir: Path, lost: Callable[[str], None] | None = None, silence_s:
         if not before.get("released"):
             if _lives(folder, epoch, before, silence_s):
                 raise LeaseError(_in_use(run_dir, epoch, before))
-            say(f"{run_dir}: {_holder(before)} is dead: this start takes the directory over (epoch {epoch + 1})")
+            ended = f"{_holder(before)} is no longer running"
+            say(f"{run_dir}: {ended}: this start takes over the run directory (epoch {epoch + 1})")
     return _take(run_dir, epoch + 1, lost)
 
 

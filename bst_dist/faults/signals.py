@@ -70,7 +70,7 @@ class Notice:
 
     def _end_if_at_once(self) -> None:
         if self._at_once and self.signal is not None:
-            print(f"bst train: stopped by {self.signal.name} before all ranks had come together", file=sys.stderr)
+            print(f"bst train: stopped by {self.signal.name} before all ranks had joined", file=sys.stderr)
             sys.stderr.flush()
             os._exit(RESUBMIT)
 

@@ -104,7 +104,7 @@ def _training(one: Held, recipe: Recipe) -> str:
     names = ", ".join(Path(url).name for url in recipe.data.urls())
     return (
         f"{one.step:,} of {train.steps:,} steps{read} of {names}, {train.sequences} sequences of "
-        f"{train.sequence_length:,} tokens a step, {recipe.data.documents} documents, {train.precision}."
+        f"{train.sequence_length:,} tokens per step, {recipe.data.documents} documents, {train.precision}."
     )
 
 

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         (folder / TOKENIZER).write_bytes(tokenizer.model)
         _write_checkpoint(directory(folder, step), tensors, about | {"step": step, "recipe": digest(recipe)})
     print(f"{args.run}: the weights of step {step:,} of {recipe.name}, {len(tensors.shapes)} tensors\n"
-          f"another run begins at them with initial_weights.run={args.run} initial_weights.step={step}")  # fmt: skip
+          f"start another run from them with initial_weights.run={args.run} initial_weights.step={step}")  # fmt: skip
     return {"run": str(args.run), "step": step, "tensors": len(tensors.shapes)}
 
 

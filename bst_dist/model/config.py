@@ -44,7 +44,7 @@ class ContextConfig(Config):
     variant: Literal["SH", "MH", "MF"] = "SH"
     """Single-head, multi-head or multi-filter."""
     states: int = Field(32, ge=1, le=65536)
-    """MF: number of filters S, hence of context states a block."""
+    """MF: number of filters S, hence of context states per block."""
     ssm_width: int | None = Field(None, ge=1, le=2**20)
     """Channels of the SSM, Ds; None: a quarter of the model's width, an eighth for MF."""
     attend: Literal["current", "previous"] = "current"

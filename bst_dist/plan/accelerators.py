@@ -33,7 +33,7 @@ class Accelerator(Config):
     fp32_tflops: float = Field(gt=0)
     """Peak in single precision, outside of tensor cores."""
     memory_gbs: float = Field(gt=0)
-    """To and from its memory, 10^9 bytes a second."""
+    """To and from its memory, 10^9 bytes per second."""
     in_node_gbs: float = Field(gt=0)
     """Between two devices of a node."""
     between_nodes_gbs: float = Field(gt=0)

@@ -117,7 +117,7 @@ def _table(recipe: Recipe, clusters: list[Cluster], lengths: list[int]) -> list[
 
 
 def _of_length(recipe: Recipe, length: int) -> Recipe:
-    """The recipe with sequences of that length and as many tokens a step, or one sequence if that is more."""
+    """The recipe with sequences of that length and as many tokens per step, or one sequence if that is more."""
     tokens = recipe.train.sequences * recipe.train.sequence_length
     data = recipe.model_dump()
     data["train"] |= {"sequence_length": length, "sequences": max(1, round(tokens / length)), "micro_sequences": 1}

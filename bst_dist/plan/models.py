@@ -159,7 +159,7 @@ def carried_bytes(layer: Layer, width: int, length: int, half: bool) -> int:
 def _table(entries: list[Entry], config: ModelConfig, length: int) -> Table:
     sizes = f"{config.depth} layers, D {config.width}, {config.heads} heads, M {config.ffn}, W {config.block}"
     title = f"{sizes}, vocabulary {config.vocab_size}, L {length}"
-    units = "parameters in millions; of a forward pass, MFLOP a token; KiB carried a sequence"
+    units = "parameters in millions; of a forward pass, MFLOP per token; KiB carried per sequence"
     table = Table(title=title, caption=units, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("model", no_wrap=True)
     for column in ("parameters", *SHOWN, "MFLOP", "KiB"):

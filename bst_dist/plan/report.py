@@ -49,7 +49,7 @@ def show(console: Console, args: argparse.Namespace, planner: Planner, best: Can
     console.print()
     console.print(Padding(Columns(list(_counts(planner, best)), padding=(0, 5, 1, 0)), INDENT), highlight=False)
     part = best.work.slice
-    title = f"GB a GPU by ZeRO stage, with sp {part.sp} and micro-batches of {part.rows}"
+    title = f"GB per GPU by ZeRO stage, with sp {part.sp} and micro-batches of {part.rows}"
     console.print(Padding(f"{title}; in brackets, by how much it does not fit", INDENT), highlight=False)
     console.print(_alternatives(planner, best), highlight=False)
 
@@ -58,7 +58,7 @@ def show_table(console: Console, recipe: Recipe, device: Accelerator, rows: list
     """The best plan of each cluster and length, a row each."""
     console.width = max(console.width, 120)
     tokens = recipe.train.sequences * recipe.train.sequence_length
-    console.print(f"[bold]{recipe.name}[/], {tokens:,} tokens a step, on nodes of {device.title}", highlight=False)
+    console.print(f"[bold]{recipe.name}[/], {tokens:,} tokens per step, on nodes of {device.title}", highlight=False)
     table = Table(box=box.SIMPLE_HEAD)
     left = ("checkpointing", "note")
     for column in ("tokens", "GPUs", "rows", "ZeRO", "dp", "sp", "micro", "checkpointing", "GB", "step s", "MFU",
@@ -176,10 +176,10 @@ def _excess(best: Candidate) -> str:
     excess = f"by {best.excess / GB:,.1f} GB ({best.needed / GB:,.1f} of {best.limit / GB:.0f})"
     states = memory.weights + memory.optimizer + memory.gradients
     if states > best.limit / 2:
-        return f"{excess}; the model's states alone take {states / GB:,.1f} GB a GPU: more GPUs, or a smaller model"
+        return f"{excess}; the model's states alone take {states / GB:,.1f} GB per GPU: more GPUs, or a smaller model"
     activations = (memory.activations + memory.loss) / GB
     return (
-        f"{excess}; activations take {activations:,.1f} GB a GPU: more GPUs to share a sequence, or shorter sequences"
+        f"{excess}; activations take {activations:,.1f} GB per GPU: more GPUs to share a sequence, or shorter sequences"
     )
 
 
@@ -202,13 +202,13 @@ def _counts(planner: Planner, best: Candidate) -> list[Table]:
     inside, between = by_link(best, planner.cluster)
     found = [
         _count("parameters, M", parameters, 1e6, 1),
-        _count("GFLOP a token, both passes", {term: 3 * count for term, count in flops.items()}, 1e9, 3),
-        _count(f"GB a GPU, in the {best.memory.phase}", best.memory.classes() | lost, GB, 2),
-        _count("seconds a step", best.speed.parts(), 1.0, 3),
+        _count("GFLOP per token, both passes", {term: 3 * count for term, count in flops.items()}, 1e9, 3),
+        _count(f"GB per GPU, in the {best.memory.phase}", best.memory.classes() | lost, GB, 2),
+        _count("seconds per step", best.speed.parts(), 1.0, 3),
     ]
     if sent:
         links = {"inside the node": inside, "to another node": between}
-        found += [_count("GB sent a step and GPU", sent, GB, 3), _count("of that, over links", links, GB, 3)]
+        found += [_count("GB sent per step and GPU", sent, GB, 3), _count("of that, over links", links, GB, 3)]
     if best.memory.host:
         found.append(_count("GB in the host's memory, a GPU", {"activations": best.memory.host}, GB, 2))
     return found

@@ -26,7 +26,7 @@ ACTIVATION_PASSES = 4
 UPDATE_BYTES = 44
 """Of a parameter of a rank's share in the update: gradient, moments, copy and weight, read and written."""
 HOST_GBS = 25.0
-"""To the host's memory and back, 10^9 bytes a second: PCIe 4 x16 or better."""
+"""To the host's memory and back, 10^9 bytes per second: PCIe 4 x16 or better."""
 SELECTIVE_RERUN = 0.5
 """Of a layer's forward pass, what the selective policy computes again: the wide products of its feed-forward network
 and what is not a product."""

@@ -24,7 +24,7 @@ def sent(kind: str, whole: float, ranks: int) -> float:
 
 
 def zero_traffic(sizes: Sizes, work: Work) -> dict[str, float]:
-    """Of one step, for gradients and weights; norms and flags, a few bytes a step, are left out."""
+    """Of one step, for gradients and weights; norms and flags, a few bytes per step, are left out."""
     stage, world, micro_batches = work.strategy.stage, work.world, work.accumulation
     if world == 1:
         return {}

@@ -71,7 +71,7 @@ class EvalReport:
     loss_nats: float
     bits_per_byte: float
     loss_by_block: Sequence[float]
-    """Nats a token by the position in the sequence, a value a block."""
+    """Nats per token by position in the sequence, one value per block."""
     time_s: float
 
     def about(self) -> str:

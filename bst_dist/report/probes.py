@@ -53,7 +53,7 @@ class Probes:
         self.sampling = bool(config.sample_tokens) and tokenizer is not None
         if self.sampling and engine.stage == 3:
             self.sampling = False
-            say("no samples of text under ZeRO-3 (log.sample_tokens): every token would gather all weights anew")
+            say("no text samples under ZeRO-3 (log.sample_tokens): every token would gather all weights again")
         self._context = ContextProbe(engine.module)
 
     @contextmanager

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tokens = parser.add_mutually_exclusive_group(required=True)
     tokens.add_argument("--d", metavar="COLUMN", help="tokens D")
     tokens.add_argument("--flops", metavar="COLUMN", help="training FLOPs, in place of D = FLOPs / 6N")
-    parser.add_argument("--loss", required=True, metavar="COLUMN", help="loss in nats a token")
+    parser.add_argument("--loss", required=True, metavar="COLUMN", help="loss in nats per token")
     parser.add_argument("--width", metavar="COLUMN", help="width of the model")
     parser.add_argument("--depth", metavar="COLUMN", help="number of layers")
     parser.add_argument("--run", metavar="COLUMN", help="which run a point belongs to (default: each to its own)")

@@ -11,12 +11,11 @@ def compiles(recipe: Recipe, device: str, stage: int) -> tuple[bool, str]:
 
     Raises ConfigError when the recipe asks for what cannot be done.
     """
-    reason = _hindrance(recipe, device, stage)
-    if recipe.compile and reason:
+    if not recipe.compile:
+        return False, "no, compile: false"
+    if reason := _hindrance(recipe, device, stage):
         raise ConfigError(f"compile: true cannot be done here: {reason}. Leave compile out, or set it to false")
-    if recipe.compile is False:
-        reason = "no, compile: false"
-    return not reason, reason
+    return True, ""
 
 
 def _hindrance(recipe: Recipe, device: str, stage: int) -> str:

@@ -114,7 +114,7 @@ class Trainer:
     def _accumulate(
         self, step: int, batches: Sequence[MicroBatch], tokens: float, rate: float
     ) -> tuple[float, float, Entry | None]:
-        """Gradients of all micro-batches; the loss in nats a token, the bytes of text, why the step is held back."""
+        """Gradients of all micro-batches; the loss in nats per token, the bytes of text, why the step is held back."""
         gradients = _Gradients(self, step, tokens, rate)
         for index, batch in enumerate(batches):
             slices = slices_of(batch)

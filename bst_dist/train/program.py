@@ -155,7 +155,7 @@ def _guard(start: Start, ranks: Ranks, position: Position) -> Guard:
 
 def _roll_back(start: Start, snapshots: Snapshots, trainer: Trainer, entry: ledger.Entry) -> Position:
     """Load the last checkpoint, to go on from there with the data that follows the step in question."""
-    _say(trainer.ranks, f"{entry.cause}: back to the last checkpoint, and on with the data after that step's")
+    _say(trainer.ranks, f"{entry.cause}: rolling back to the last checkpoint, and skipping the data up to that step")
     before = _newest(start, snapshots, trainer.ranks, scheduled=True)
     if before is None:
         trainer.guard.ledger.add(replace(entry, action="stop"))
@@ -175,7 +175,7 @@ def _end(start: Start, ranks: Ranks, stop: Stop) -> int:
     stopped = stop.agreed and not outcome["finished"]
     if stopped:
         outcome |= {"stopped": told[0].name}
-        _say(ranks, f"stopped by {told[0].name} after step {outcome['step']}: --resume goes on from there")
+        _say(ranks, f"stopped by {told[0].name} after step {outcome['step']}: --resume continues from there")
     if ranks.first:
         rundir.finish(start.run_dir, outcome)
     ranks.barrier()  # when the first rank is gone its launcher may end the others
@@ -228,12 +228,12 @@ def _resume(request: Request, start: Start, snapshots: Snapshots, trainer: Train
         return position
     if initial := start.recipe.initial_weights:
         if committed(start.run_dir):
-            raise CheckpointError(f"{start.run_dir}: no valid checkpoint to go on from: start anew with --run-dir")
-        _say(trainer.ranks, f"begins with the weights of step {initial.step} of {initial.run}")
+            raise CheckpointError(f"{start.run_dir}: no valid checkpoint to resume: start a run in another --run-dir")
+        _say(trainer.ranks, f"starting from the weights of step {initial.step} of {initial.run}")
     shown = trainer.ranks.from_first(rundir.shown_steps(start.run_dir) if trainer.ranks.first else None)
     if shown and not request.from_zero:
         raise CheckpointError(
-            f"{start.run_dir}: {shown}, and none of its checkpoints is whole; bring one back, or begin at step 0 with "
+            f"{start.run_dir}: {shown}, and none of its checkpoints is valid; restore one, or start at step 0 with "
             f"{rundir.FROM_ZERO}"
         )
     if request.resume:
@@ -247,7 +247,8 @@ def _newest(
     """Load the run's own newest valid checkpoint, or else the one that it branches off, or else nothing."""
     checkpoint, damaged = snapshots.newest(scheduled) if own else (None, [])
     for reason in damaged:
-        _say(ranks, f"{reason}; {f'resuming from {step_of(checkpoint)}' if checkpoint else 'no older one is whole'}")
+        then = f"resuming from {step_of(checkpoint)}" if checkpoint else "no older checkpoint is valid"
+        _say(ranks, f"{reason}; {then}")
     if checkpoint is not None:
         position = snapshots.load(checkpoint)
     elif start.recipe.branch is not None:
@@ -257,7 +258,7 @@ def _newest(
         return None
     _say(ranks, f"resumed from step {position.step} of {checkpoint}")
     if change := snapshots.change(checkpoint):
-        _say(ranks, f"went {change}")
+        _say(ranks, f"layout changed: {change}")
     return position
 
 
@@ -329,7 +330,7 @@ def _header(start: Start, engine: Engine, ranks: Ranks, compiled: str) -> str:
     }
     if recipe.train.slice_tokens:
         slices = recipe.train.sequence_length // recipe.train.slice_tokens
-        lines["slices"] = f"{slices:,} of {recipe.train.slice_tokens:,} tokens a sequence, edges: {recipe.train.edges}"
+        lines["slices"] = f"{slices:,} of {recipe.train.slice_tokens:,} tokens, edges: {recipe.train.edges}"
     if ranks.device.type != "cpu":
         lines["layers"] = f"compiled: {compiled}"
     if start.changed:

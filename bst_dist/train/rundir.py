@@ -89,13 +89,13 @@ def check(run_dir: Path, recipe: Recipe, completed: dict[str, Any], resume: bool
     held = committed(run_dir)
     if held and not (run_dir / ENVIRONMENT).exists():
         raise RunDirectoryError(
-            f"{run_dir}: imported, and nothing goes on from weights alone: begin another run at them, in another "
+            f"{run_dir}: imported weights, which cannot be resumed: start another run from them, in another "
             f"--run-dir, with initial_weights.run={run_dir} initial_weights.step={step_of(held[0])}"
         )
     if not resume and held:
         raise RunDirectoryError(
             f"{run_dir}: already has checkpoints, up to {held[0].name}: "
-            "go on from there with --resume, or start anew in another --run-dir"
+            "continue it with --resume, or start a new run in another --run-dir"
         )
     if not held and not from_zero and (shown := shown_steps(run_dir)):
         beside = ", ".join(entries(run_dir)) or "nothing"

@@ -97,7 +97,7 @@ def _quantiles(lengths: np.ndarray) -> dict[str, float]:
 
 def _print(console: Console, report: dict[str, Any]) -> None:
     console.print(split_table(report["splits"]))
-    table = plain_table("tokens a document", "mean", "p10", "median", "p90", "max")
+    table = plain_table("tokens per document", "mean", "p10", "median", "p90", "max")
     for split, n in report["splits"].items():
         if lengths := n.get("document_tokens"):
             table.add_row(split, *(f"{lengths[q]:,.0f}" for q in ("mean", "p10", "median", "p90", "max")))

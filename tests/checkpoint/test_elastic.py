@@ -98,7 +98,7 @@ def test_a_run_goes_on_under_any_layout(go, tmp_path, loads_are_exact, capfd):
     for name, tensor in whole.items():
         assert torch.allclose(tensor, hops[name], rtol=1e-3, atol=2e-5), name
     said = capfd.readouterr().out
-    assert "went from 1 rank (dp 1 x sp 1, ZeRO-0) to 2 ranks (dp 1 x sp 2, ZeRO-1), random generators seeded" in said
+    assert "layout changed: from 1 rank (dp 1 x sp 1, ZeRO-0) to 2 ranks (dp 1 x sp 2, ZeRO-1), new seeds" in said
 
 
 def test_rows_take_what_they_carry_to_other_ranks(go, tmp_path):

@@ -379,7 +379,7 @@ def test_a_run_goes_on_without_a_checkpoint_but_does_not_end_without_one(tmp_pat
     assert [re.sub(r"rank 0: \S+ cannot", "rank 0: HOST cannot", line.splitlines()[0]) for line in said] == [
         f"no checkpoint of step {step}: rank 0: HOST cannot write there: No space left on device" for step in (2, 4)
     ]
-    assert "the run goes on" in said[0]
+    assert "the run continues" in said[0]
 
 
 def test_a_run_stops_after_so_many_checkpoints_in_a_row_that_could_not_be_written(tmp_path, full_disk):

@@ -57,19 +57,17 @@ def test_layers_of_a_kind_share_a_graph_and_evaluation_needs_none(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "device", "stage", "reason"),
     [
-        ({}, "cuda", 2, ""),
-        ({}, "cpu", 1, "cpu"),
+        ({}, "cpu", 1, "this is cpu"),
         ({}, "cuda", 3, "ZeRO-3"),
         ({"parallel": {"sp": 2}}, "cuda", 1, "parallel.sp"),
         ({"activation_checkpointing": {"policy": "selective"}}, "cuda", 1, "selective"),
-        ({"compile": False}, "cuda", 1, "compile: false"),
     ],
 )
-def test_a_run_compiles_where_nothing_is_against_it_and_says_what_is(settings, change, device, stage, reason):
-    recipe = parse(Recipe, settings | change)
-    compiled, said = compiles(recipe, device, stage)
-    assert compiled == (not reason)
-    assert reason in said
-    if reason and recipe.compile is None:
-        with pytest.raises(ConfigError, match="compile: true"):
-            compiles(parse(Recipe, settings | change | {"compile": True}), device, stage)
+def test_what_cannot_be_compiled_is_refused_with_the_reason(settings, change, device, stage, reason):
+    with pytest.raises(ConfigError, match=f"compile: true cannot be done here: .*{reason}"):
+        compiles(parse(Recipe, settings | change | {"compile": True}), device, stage)
+
+
+def test_layers_are_compiled_on_cuda_when_the_recipe_says_so(settings):
+    assert compiles(parse(Recipe, settings | {"compile": True}), "cuda", 2) == (True, "")
+    assert compiles(parse(Recipe, settings), "cuda", 2) == (False, "no, compile: false")

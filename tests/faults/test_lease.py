@@ -48,7 +48,7 @@ def test_a_dead_process_of_this_machine_is_succeeded_at_once(tmp_path):
     subprocess.run([sys.executable, "-c", f"{code}; os._exit(9)", str(tmp_path)], check=False)
     said: list[str] = []
     assert acquire(tmp_path, silence_s=1e9, say=said.append).epoch == 2
-    assert "is dead: this start takes the directory over (epoch 2)" in said[0]
+    assert "is no longer running: this start takes over the run directory (epoch 2)" in said[0]
 
 
 def test_a_start_elsewhere_is_dead_when_its_counter_stands_still(tmp_path):

@@ -65,7 +65,7 @@ def test_the_missing_are_named_and_a_signal_is_obeyed_while_they_are_awaited(sta
     assert "waiting for 3 ranks at 127.0.0.1:" in line
     assert line.rstrip().endswith(": 1 to 3")
     first.send_signal(signal.SIGTERM)
-    assert heard(first, "stopped by SIGTERM before all ranks had come together")
+    assert heard(first, "stopped by SIGTERM before all ranks had joined")
     assert first.wait(10) == RESUBMIT
 
 

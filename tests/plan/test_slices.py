@@ -89,7 +89,7 @@ def test_flops_for_edges_are_those_of_the_layers_forward_but_for_the_last_slice(
 
 
 def test_the_longest_sequence_is_as_many_slices_as_edges_fit_beside_one(monkeypatch):
-    """Memory of 100 bytes a token and 10,000,000 in all; an edge of 1,000 bytes; a host with 5,000,000."""
+    """Memory of 100 bytes per token and 10,000,000 in all; an edge of 1,000 bytes; a host with 5,000,000."""
 
     def way(recipe, cluster, length, policy, activations, slices=1, edges="device"):
         return SimpleNamespace(fits=length // slices <= 100_000, excess=100 * (length // slices) - 10_000_000)

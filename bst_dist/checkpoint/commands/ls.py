@@ -2,7 +2,7 @@
 
     bst ckpt ls runs/demo
 
-The loss is that of an evaluation at the checkpoint's step, in nats a token. Nothing is read but the manifests:
+The loss is that of an evaluation at the checkpoint's step, in nats per token. Nothing is read but the manifests:
 `bst ckpt verify` reads the files too.
 """
 

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "pinned": "yes" if one.pinned else "no",
         "step": f"{manifest['step']:,}, {manifest['tokens']:,} tokens",
         "optimizer": f"{manifest['updates']:,} updates",
-        "validation": "not evaluated at this step" if loss is None else f"{loss:.4f} nats a token",
+        "validation": "not evaluated at this step" if loss is None else f"{loss:.4f} nats per token",
         "written by": Layout(**manifest["layout"]),
         "data": ", ".join(
             f"{key} {value}" for key, value in manifest["data"].items() if key not in ("corpus", "weights")

@@ -56,7 +56,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class Increase:
-    """What an intervention in some layers costs: nats a token more than untouched, but for `bits_per_byte`."""
+    """What an intervention in some layers costs: nats per token more than untouched, but for `bits_per_byte`."""
 
     intervention: Intervention
     layers: Sequence[int]

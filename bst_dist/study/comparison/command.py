@@ -120,9 +120,9 @@ def _notes(runs: Sequence[dict[str, Any]]) -> str:
     documents = sorted({of["documents"] for one in runs for of in one.get("scored", {}).values() if "documents" in of})
     notes = {
         "train_loss_nats": f"¹ mean of the last steps, at most {LAST_STEPS}",
-        "train_difference_nats": "² nats a token on the same batches, the last steps that both took, at most "
+        "train_difference_nats": "² nats per token on the same batches, the last steps that both took, at most "
         f"{LAST_STEPS}, ± standard error over them",
-        "validation_difference_nats": "³ nats a token on the same sequences, after the last step at which both were "
+        "validation_difference_nats": "³ nats per token on the same sequences, after the last step at which both were "
         "evaluated; its error is not known from sums over sequences",
         "scored": f"⁴ `bst eval` of {' or '.join(map(str, documents))} whole documents, ± over documents",
         "scored_difference": "⁵ bits per byte on the same documents, ± over documents",
@@ -167,10 +167,10 @@ ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("ranks", lambda one: _number(one, "ranks", "{}")),
     ("steps", lambda one: _number(one, "step", "{:,}")),
     ("tokens", lambda one: _number(one, "tokens", "{:,}")),
-    ("training, nats a token ¹", lambda one: _number(one, "train_loss_nats", "{:.4f}")),
+    ("training, nats per token ¹", lambda one: _number(one, "train_loss_nats", "{:.4f}")),
     ("training, bits per byte ¹", lambda one: _number(one, "train_bits_per_byte", "{:.4f}")),
     ("  above the first run ²", _train_difference),
-    ("validation, nats a token", lambda one: _number(one, "validation_loss_nats", "{:.4f}")),
+    ("validation, nats per token", lambda one: _number(one, "validation_loss_nats", "{:.4f}")),
     ("validation, bits per byte", lambda one: _number(one, "validation_bits_per_byte", "{:.4f}")),
     ("validation, accuracy", lambda one: _number(one, "validation_accuracy", "{:.4f}")),
     ("  above the first run ³", lambda one: _difference(one, "validation_difference_nats",

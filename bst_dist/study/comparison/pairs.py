@@ -27,7 +27,7 @@ def by_step(first: Outline, other: Outline) -> list[tuple[dict[str, Any], dict[s
 
 
 def differences(first: Outline, other: Outline) -> dict[str, Any]:
-    """How much `other`'s loss is above the first's on the same text, in nats a token, with what the error is over.
+    """How much `other`'s loss is above the first's on the same text, in nats per token, with what the error is over.
 
     Training: over the last steps that both took; validation: at the last step after which both were evaluated, without
     an error, since the metrics hold sums over the sequences and not what each of them gave; documents that `bst eval`

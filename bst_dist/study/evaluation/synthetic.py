@@ -115,7 +115,7 @@ def _table(args: argparse.Namespace, trained: Trained, found: Answers, report: d
     task, length = trained.recipe.data.synthetic, report["length_tokens"]
     figures = summary(task, found, length)
     table = Table(
-        *("distance", "labels", "accuracy", "loss, nats a label", "best possible"), title_justify="left",
+        *("distance", "labels", "accuracy", "loss, nats per label", "best possible"), title_justify="left",
         caption_justify="left", title=f"{args.run} after {trained.step:,} steps: {task.task}", box=box.SIMPLE_HEAD,
         caption=f"{report['rows']:,} rows of {length:,} tokens ({args.split}); ± standard error over rows; a guess "
                 f"costs {task.chance_loss:.4f} and is right {1 / task.choices:.2%} of the time",

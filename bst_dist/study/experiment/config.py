@@ -17,7 +17,7 @@ class MeasureConfig(Config):
     validation: bool = True
     """Bits per byte of the run's own last evaluation: sequences of the training length."""
     task: bool = False
-    """Accuracy, and nats a label, of the run's own last evaluation of a synthetic task; set `validation` to false."""
+    """Accuracy, and nats per label, of the run's own last evaluation of a synthetic task; set `validation` to false."""
     lengths: list[int] = Field(default_factory=list)
     """Bits per byte by evaluation length: the model forgets after so many tokens, a multiple of the block. All lengths
     predict the same tokens of the validation documents (`bst_dist.study.lengths.measure`)."""

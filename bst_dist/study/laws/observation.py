@@ -28,7 +28,7 @@ class Observation:
     width: float
     depth: float
     parameters: float
-    """N, training FLOPs a token / 6."""
+    """N, training FLOPs per token / 6."""
     non_embedding: float
     """N, matrices without embedding and head."""
     tokens: float

@@ -81,7 +81,7 @@ def loss_figure(observed: Sequence[Observation], laws: Laws | None) -> Figure:
         axes.yaxis.set_major_formatter("{x:.2f}")
         axes.yaxis.set_minor_formatter("{x:.2f}")
         axes.set_title(f"{depth:g} layers")
-    panels[0].set_ylabel("validation loss, nats a token")
+    panels[0].set_ylabel("validation loss, nats per token")
     figure.legend([_line(**_look(n)) for n in range(len(names))], names, loc="outside upper center", ncols=4)
     return figure
 

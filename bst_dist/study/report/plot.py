@@ -65,7 +65,7 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> Figure:
         smoothed(small["gradient_norm"], *_series(train, "gradient_norm"), look)
         smoothed(small["tokens_per_s"], *_series(train[1:] or train, "tokens_per_s"), look)  # the first warms up
     _finish(loss, small)
-    loss.set_ylabel("bits per byte" if text else "nats a label")
+    loss.set_ylabel("bits per byte" if text else "nats per label")
     figure.supxlabel("tokens seen" if text else "labels seen", fontsize=8)
     legend(loss, runs)
     return figure

@@ -107,7 +107,7 @@ class SweepConfig(Config):
     are shown in contrast. Where depths differ there must be one in which a stack of windows sees the whole sequence at
     every depth, and one in which it never sees more than a quarter."""
     sizes: list[float] = Field(min_length=1)
-    """Sizes N: training FLOPs a token / 6."""
+    """Sizes N: training FLOPs per token / 6."""
     depths: list[int] = Field(min_length=1)
     """Numbers of layers, each at every size by an equal-size shape."""
     only: list[tuple[float, int]] = Field(default_factory=list)

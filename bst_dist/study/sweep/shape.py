@@ -1,6 +1,6 @@
-"""Shapes of equal size: width and ffn that give a depth its training FLOPs a token, and exact counts of the result.
+"""Shapes of equal size: width and ffn that give a depth its training FLOPs per token, and exact counts of the result.
 
-A size is N = training FLOPs a token / 6, which is what 6 N D charges. Half the width and four times the depth keep
+A size is N = training FLOPs per token / 6, which is what 6 N D charges. Half the width and four times the depth keep
 12 width^2 depth; heads, windows, states and the vocabulary move the exact N, so shapes are searched for. Models that
 are compared must be equally large: at equal compute a larger one has seen fewer tokens, which moves their difference.
 """
@@ -33,7 +33,7 @@ class Counts:
     """What a model costs, exactly."""
 
     parameters: float
-    """N, training FLOPs a token / 6."""
+    """N, training FLOPs per token / 6."""
     total: int
     non_embedding: int
     matrices: int

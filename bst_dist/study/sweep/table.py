@@ -36,7 +36,7 @@ class Row(Config):
     role: Literal["grid", "hold-out", "audit"] = "grid"
     """grid: compared and fitted; hold-out: predicted; audit: at another learning rate."""
     size: float
-    """The size asked for: training FLOPs a token / 6."""
+    """The size asked for: training FLOPs per token / 6."""
     depth: int
     width: int
     seed: int
@@ -48,7 +48,7 @@ class Row(Config):
     block: str
     """What a pair shares: arm, size, depth and seed."""
     parameters: float
-    """N, the headline count: exact training FLOPs a token / 6."""
+    """N, the headline count: exact training FLOPs per token / 6."""
     ln_n_over_baseline: Measured = math.nan
     """ln N - ln N of the baseline in the same block; 0 for the baseline itself."""
     parameters_total: int
@@ -68,7 +68,7 @@ class Row(Config):
     loss_by_block: tuple[float, ...] = ()
     """The same loss by the position in the sequence, a value a block of W tokens."""
     loss_by_document: tuple[float, ...] = ()
-    """By validation document, of its first tokens, in nats a token; empty unless `bst sweep collect --documents`."""
+    """By validation document, of its first tokens, in nats per token; empty unless `bst sweep collect --documents`."""
     time_s: Measured = math.nan
     """Time of all steps, those of the shared trunk included, without starts, checkpoints and evaluations."""
     micro_sequences: int = 0

@@ -115,7 +115,7 @@ def _print(recipe: Recipe, rows: list[dict[str, Any]], base: Spread) -> None:
     unit = tokens * recipe.model.width
     table = Table(box=SIMPLE, title=f"{recipe.name}: {tokens:,} tokens, width {recipe.model.width}, "
                   f"{recipe.train.precision}; {DEPTHS[0]} layers, both passes: {base.median:.2f} s")  # fmt: skip
-    for column in ("policy", "kept a layer, KiB", "bytes a token and width", "of these on the host", "time, of none's"):
+    for column in ("policy", "KiB kept per layer", "bytes per token and width", "on the host", "time, of none's"):
         table.add_column(column, justify="left" if column == "policy" else "right")
     for row in rows:
         kept, host = row["kept_bytes_a_layer"], row["on_the_host_bytes_a_layer"]

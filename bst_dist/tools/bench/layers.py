@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _layers(shape: Shape, length: int, args: argparse.Namespace) -> dict[str, tuple[nn.Module, float | None]]:
-    """Modules by name with their forward FLOPs a token (None: not counted for other people's)."""
+    """Modules by name with their forward FLOPs per token (None: not counted for other people's)."""
     layers: dict[str, tuple[nn.Module, float | None]] = {}
     for name, (mixer, sections) in OURS.items():
         wanted = args.only is None or name in args.only or name == "sliding"

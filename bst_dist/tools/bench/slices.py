@@ -167,7 +167,7 @@ def _peak(device: torch.device) -> int:
 def _print(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     title = ", ".join(f"{name} {value}" for name, value in settings.items())
     table = Table(box=SIMPLE, title=f"one sequence forward and backward: {title}")
-    columns = ("tokens", "a slice", "edges", "s", "processor s", "ms a token", "peak GiB", "one edge MiB", "edges MiB")
+    columns = ("tokens", "a slice", "edges", "s", "processor s", "ms per token", "peak GiB", "edge MiB", "edges MiB")
     for column in columns:
         table.add_column(column, justify="left" if column == "edges" else "right")
     for row in rows:

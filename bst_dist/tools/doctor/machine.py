@@ -110,14 +110,14 @@ def clock() -> Iterator[Finding]:
 
 
 def disk() -> Iterator[Finding]:
-    """Room for checkpoints, of 12 bytes a parameter."""
+    """Room for checkpoints, of 12 bytes per parameter."""
     where = Path("runs") if Path("runs").is_dir() else Path.cwd()
     free = shutil.disk_usage(where).free
     said = f"{free / GIB:,.1f} GiB free in {where.resolve()}"
     if not os.access(where, os.W_OK):
         yield lacking(f"{where.resolve()} cannot be written to", "--run-dir elsewhere")
     elif free < ROOM:
-        yield lacking(f"{said}: a checkpoint has 12 bytes a parameter, and two are kept", "--run-dir elsewhere")
+        yield lacking(f"{said}: a checkpoint has 12 bytes per parameter, and two are kept", "--run-dir elsewhere")
     else:
         yield good(said)
 

@@ -372,7 +372,7 @@ def test_slices_side_by_side_are_the_sequence(documents, sp):
 def test_tokens_of_slices_are_held_once_as_they_are_stored():
     (slices,) = loader(Memory([5000]), sequence_length=4096, rows=1, slice_tokens=64).batches(0)
     held = sum(stored.tokens.nbytes for stored in slices._stored)
-    assert held == 4 * (4096 + 64)  # four bytes a token here; the label after each slice is the next one's first token
+    assert held == 4 * (4096 + 64)  # four bytes per token; the label after each slice is the next one's first token
     assert slices[0] is not slices[0]  # laid out anew whenever it is asked for
 
 

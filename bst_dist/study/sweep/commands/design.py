@@ -2,7 +2,7 @@
 
     bst sweep design launch/sweeps/mini.yaml
 
-Shapes of equal size, exact parameters and training FLOPs a token; what the rule of the verdict would see, by applying
+Shapes of equal size, exact parameters and training FLOPs per token; what the rule of the verdict would see, by applying
 it to simulated studies. The whole analysis is made of simulated losses first: a grid that cannot tell its factors
 apart, or that no verdict or law could be made of, is refused with the reason.
 """
