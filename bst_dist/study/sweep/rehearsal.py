@@ -32,11 +32,9 @@ def rehearse(sweep: SweepConfig, runs: Sequence[Run]) -> None:
     # One architecture stands for all: the points of the others are the same ones.
     for name, laws in fit_laws([o for o in observed if o.architecture == sweep.baseline], None, sweep.arm, 2
                                ).architectures.items():  # fmt: skip
-        if laws.chosen is None:
-            why = next((f.why_not for f in laws.fits if f.why_not), "no shape can be left out and predicted")
-            raise RehearsalError(
-                f"the plan was analysed with simulated losses; no law could be fitted to {name}: {why}"
-            )
+        if not any(fitted.law for fitted in laws.fits):
+            why = laws.fits[0].why_not
+            raise RehearsalError(f"with simulated losses of this plan no law could be fitted to {name}: {why}")
 
 
 def simulate(sweep: SweepConfig, runs: Sequence[Run], seed: int = 0, gaps: dict[str, float] | None = None) -> list[Row]:
