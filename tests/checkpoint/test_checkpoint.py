@@ -66,7 +66,7 @@ def test_a_checkpoint_of_an_older_format_is_refused_and_not_passed_over(tmp_path
     """Starting anew beside it would take a whole run's steps again."""
     path = write(tmp_path, 1)
     (path / MANIFEST).write_text(json.dumps({"format": FORMAT - 1}))
-    with pytest.raises(OlderFormatError, match="go on with the version that wrote it"):
+    with pytest.raises(OlderFormatError, match="continue with the version that wrote it"):
         newest_valid(tmp_path)
     assert path.exists()
 
