@@ -51,13 +51,26 @@ def _standing_alone(source: str, module: str) -> tuple[str, list[str]]:
         _replace(lines, node, ["pass"])  # transformers would take what is imported here for more files
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and id(node) not in inside and node.module.partition(".")[0] in ROOTS:
-            imported.append(node.module)
-            names = ", ".join(f"{n.name} as {n.asname}" if n.asname else n.name for n in node.names)
-            _replace(lines, node, [f"from .{flat(node.module)} import {names}"])
+            found = [_flat_import(node.module, alias) for alias in node.names]
+            imported += [target for target, _ in found]
+            _replace(lines, node, ["; ".join(statement for _, statement in found)])
     text = "\n".join(lines) + "\n"
     if left := re.findall(rf"^\s*import (?:{'|'.join(ROOTS)})\b.*", text, re.MULTILINE):
         raise AssertionError(f"{module}: {left[0].strip()!r} cannot stand alone: import names from the module")
     return text, imported
+
+
+def _flat_import(package: str, alias: ast.alias) -> tuple[str, str]:
+    """The module that an imported name is in, or is, and the statement that imports it in an export.
+
+    A file is only copied by transformers when a line imports a name from it, so a module is imported with one of its.
+    """
+    name = alias.asname or alias.name
+    module = f"{package}.{alias.name}"
+    if importlib.util.find_spec(package).submodule_search_locations and importlib.util.find_spec(module):
+        return module, f"from .{flat(module)} import __name__ as _; from . import {flat(module)} as {name}"
+    renamed = f" as {alias.asname}" if alias.asname else ""
+    return package, f"from .{flat(package)} import {alias.name}{renamed}"
 
 
 def _is_for_checkers(node: ast.If) -> bool:
