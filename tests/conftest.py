@@ -53,7 +53,11 @@ def make_model():
 
     def make(mixer: str = "bst", variant: str = "SH", **changes) -> LanguageModel:
         torch.manual_seed(0)
-        sections = {"context": {"variant": variant, "states": 3}, "ssm": {"state": 4, "chunk": 4}} | changes
+        sections = {
+            "context": {"variant": variant, "states": 3},
+            "ssm": {"state": 4, "chunk": 4},
+            "mamba2": {"head": 8},
+        } | changes
         settings = {
             "vocab_size": 19, "width": 16, "heads": 2, "ffn": 24, "block": 8, "depth": 3, "mixer": mixer,
             "placement": [1, 2], **{name: sections[name] for name in MIXER_SECTIONS[mixer] if name in sections},

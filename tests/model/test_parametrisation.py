@@ -18,7 +18,7 @@ VOCABULARY, BLOCK = 30, 8
 BASE = {"kind": "completep", "base_width": 16, "base_depth": 2}
 SETTINGS = {
     "context": {"states": 3}, "ssm": {"state": 4, "chunk": 4}, "block_recurrent": {"states": 3},
-    "transformer_xl": {"window": BLOCK},
+    "transformer_xl": {"window": BLOCK}, "mamba2": {"head": 8},
 }  # fmt: skip
 
 
@@ -59,7 +59,10 @@ def test_every_parameter_is_in_one_group_and_every_group_has_its_multipliers(mix
     narrow = dict(make(mixer, width=32, depth=6, parametrisation=BASE).named_parameters())
     names = {id(p): name for name, p in model.named_parameters()}
     for p in groups["matrices"]:
-        assert p.numel() == 4 * narrow[names[id(p)]].numel(), names[id(p)]
+        before = narrow[names[id(p)]]
+        # Mamba-2's first map also makes what reads and writes its state, whose size is fixed.
+        least = 2 if names[id(p)].endswith("mixer.into.weight") else 4
+        assert least * before.numel() <= p.numel() <= 4 * before.numel(), names[id(p)]
     for name in ("vectors", "ssm", "filters"):
         for p in groups.get(name, []):
             assert p.numel() <= 2 * narrow[names[id(p)]].numel(), names[id(p)]

@@ -107,6 +107,6 @@ def test_the_commands_print_tables_and_settings_to_paste(tmp_path, capsys):
     path.write_text(dump(recipe()))
     assert main(["plan", str(path), "--slices", "--gpus-per-node", "1", "--json", str(report)]) == 0
     assert len(json.loads(report.read_text())["sizes"]) == 3
-    assert "best: deepspeed=ds_configs/zero0.json" in capsys.readouterr().out
+    assert "best: deepspeed=zero0" in capsys.readouterr().out
     assert main(["plan", str(path), "--slices", "--nodes", "1,2"]) == 2
     assert "--slices is of one number of nodes" in capsys.readouterr().err

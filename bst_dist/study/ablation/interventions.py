@@ -96,7 +96,10 @@ def obstacle(mixer: nn.Module, kind: str) -> str | None:
     if part == "self":
         return None if hasattr(mixer, "attention") else "no self-attention"
     if part == "memory":
-        return None if not isinstance(mixer, NoCrossMixer) and kernel_of(mixer) else "no SSM"
+        kernel = None if isinstance(mixer, NoCrossMixer) else kernel_of(mixer)
+        if kernel is None:
+            return "no SSM"
+        return None if hasattr(kernel, "block_ends") else "a selective state, which no intervention cuts yet"
     if not has_context:
         return "no context states"
     if kind in ("shuffle", "delay") and isinstance(mixer, BlockRecurrentMixer):

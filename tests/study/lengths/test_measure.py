@@ -102,8 +102,8 @@ def test_lengths_are_compared_in_pairs(make_trained, make_text):
         assert result.versus_trained.value == pytest.approx(difference)
         assert result.versus_trained == ratio(result.score.nats - own.score.nats, own.score.tokens)
         assert result.versus_trained.standard_error < own.nats_per_token.standard_error
-    assert own.versus_trained == (0, 0)
-    assert {at.versus_trained for at in own.positions} == {(0, 0)}
+    assert own.versus_trained[:2] == (0, 0)
+    assert {at.versus_trained[:2] for at in own.positions} == {(0, 0)}
     assert measure(trained, text, [8])[0].versus_trained is None
 
 
