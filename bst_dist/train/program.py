@@ -182,7 +182,7 @@ def _end(start: Start, ranks: Ranks, stop: Stop) -> int:
     return RESUBMIT if stopped else DONE
 
 
-def _engine(start: Start, compiled: bool) -> Engine:
+def _engine(start: Start, compiled: bool = False) -> Engine:
     """The model, equal on all ranks, in DeepSpeed's hands; its layers compiled or not."""
     torch.manual_seed(start.recipe.seed)
     model = start.objective.model()

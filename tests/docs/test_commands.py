@@ -246,12 +246,14 @@ LEFT_OUT = {
     r"bst data prepare (/|.*/data/(books|latex|linux|mathematics)|.*output=/)": "fetches packages, writes elsewhere",
     r"bst verify .*--": "minutes on many ranks: tests/verify",
     r"bst sweep (run|collect|fit|compare|report|coordinates|plan.*--measure)": "trains a sweep: tests/study",
-    r"bst law fit docs/study": "resamples for minutes: tests/study/test_law_fit.py",
+    r"bst law fit ": "resamples for minutes, or reads a table of your own: tests/study/test_law_fit.py",
     r"bst sweep .*/cluster.yaml": "counts hundreds of large shapes: tests/sweep",
     r"bst plan .*--(nodes 1,8,64|slices|longest)": "plans many clusters, sizes or lengths: tests/plan",
     r"bst experiment ": "trains an experiment: tests/experiment",
     r"bst (lra |train .*/lra/)": "draws and trains a task in full: tests/study/lra",
-    r"bst doctor": "tests/doctor",
+    r"bst doctor": "tests/tools/doctor",
+    r"bst generate .*(--interactive|--prompts -)": "reads what is typed: tests/study/evaluation/test_generate.py",
+    r"bst train .*slice_tokens": "slices longer than the sequences here: tests/train/test_slices.py",
     r"bst eval .*--(harness|lengths .*65536)": "asks tasks of the reader's own, reads much text: tests/evaluate",
 }
 
