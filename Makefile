@@ -5,17 +5,17 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 # One process a core, one thread a process: many small tests on small tensors.
-UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical -m "not ranks and not gpu and not cluster"
+UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical -m "not ranks and not gpu and not cluster" --ignore tests/cuda_path
 
 .PHONY: help setup demo test test-unit test-ranks test-cluster test-cuda-path test-gpu lint format
 
 help:
 	@echo "make setup         install the pinned requirements and this project into $(VENV)"
 	@echo "make demo          from text to a trained and evaluated model, on two cores in minutes"
-	@echo "make test          unit tests, then those that start several ranks, then (as root) several hosts"
+	@echo "make test          unit tests, CUDA's path on a CPU, several ranks, then (as root) several hosts"
 	@echo "make test-unit     unit tests alone"
 	@echo "make test-cluster  jobs on several hosts, made of network namespaces: installs Debian packages, needs root"
-	@echo "make test-cuda-path  the path that CUDA takes, on a CPU; part of test-unit as well"
+	@echo "make test-cuda-path  the path that CUDA takes, compiled and run on a CPU"
 	@echo "make test-gpu      what needs a GPU"
 	@echo "make lint          linter and formatter, changing nothing"
 	@echo "make format        format the code"
@@ -32,7 +32,7 @@ $(STAMP): requirements.txt requirements-dev.txt pyproject.toml
 demo: setup
 	$(BIN)/bst demo
 
-test: test-unit test-ranks
+test: test-unit test-cuda-path test-ranks
 	@if test "$$(id -u)" = 0; then $(MAKE) test-cluster; else echo "left out: make test-cluster, which needs root"; fi
 
 test-unit: setup
@@ -44,7 +44,7 @@ test-ranks: setup
 test-cluster: setup
 	$(BIN)/python -m pytest -m cluster tests/cluster
 
-# The path that CUDA takes, on a CPU: part of the unit tests, here by itself.
+# The path that CUDA takes, on a CPU: apart from the unit tests, for it compiles for minutes.
 test-cuda-path: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical tests/cuda_path
 
