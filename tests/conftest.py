@@ -42,7 +42,7 @@ from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.corpus import prepare
 from data_pipeline.prepare.parallel import open_workers
 
-TIMEOUT_S = 240
+TIMEOUT_S = 600
 BST = Path(sys.executable).with_name("bst")
 OLDER = Path(__file__).parent / "checkpoint" / "data" / "format-2"
 

@@ -159,7 +159,7 @@ def test_a_launcher_that_is_stopped_for_long_finds_a_checkpoint_and_goes_on(
     started = launch(small, "--run-dir", str(tmp_path / "run"), "--max-restarts", "1", *SOON)
     started.until(MIDWAY)
     started.process.send_signal(signal.SIGSTOP)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 180
     while any(network.ranks(host) for host in network.hosts):
         assert time.monotonic() < deadline, "ranks train on without anybody who watches them"
         time.sleep(0.1)
@@ -181,7 +181,7 @@ def test_a_launcher_that_is_ended_leaves_a_checkpoint_and_no_rank(
     started.until(MIDWAY)
     started.process.send_signal(number)
     assert started.status() == (-signal.SIGKILL if number == signal.SIGKILL else RESUBMIT), started.said
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while any(network.ranks(host) for host in network.hosts):
         assert time.monotonic() < deadline, "ranks were left behind"
         time.sleep(0.1)
