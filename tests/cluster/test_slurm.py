@@ -188,22 +188,6 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on_to_its_end(slurm
     assert read_recipe(tmp_path / "small").schedule.warmup_steps == 3
 
 
-def test_a_node_that_loses_its_power_is_left_out(slurm, recipe, network, tmp_path):
-    log, script = tmp_path / "log", tmp_path / "job.sh"
-    words = f"--launcher slurm --max-restarts 1 --lost-after 5 --run-dir {tmp_path}/run"
-    script.write_text(f"#!/bin/sh\ncd {ROOT}\nexec {BST} launch {recipe(60)} {words}\n")
-    job = slurm.submit(str(script), log=log)
-    slurm.until(lambda: log.exists() and "step-00000020:" in log.read_text(), 120, log)
-    network.power_off(network.hosts[2])
-    try:
-        assert slurm.wait(job, log) == "0:0", log.read_text()
-    finally:
-        network.power_on(network.hosts[2])
-    assert "lost n3: silent for" in log.read_text()
-    assert "2 ranks (dp 2 x sp 1) on n1, n2" in log.read_text()
-    assert read_outcome(tmp_path / "run")["step"] == 60
-
-
 LOOK = """
 import os, sys
 from pathlib import Path
@@ -240,3 +224,20 @@ def test_what_a_job_asks_for_a_task_is_not_what_all_ranks_of_a_node_get(slurm, t
     assert slurm.wait(job, log) == "0:0", log.read_text()
     found = sorted(line for line in log.read_text().splitlines() if line.startswith("rank "))
     assert found == [f"rank {rank} local {rank % 2} devices 0,1 cores {os.cpu_count()}" for rank in range(6)]
+
+
+# The last test of this file: the node stays lost to the daemons that all of them share.
+def test_a_node_that_loses_its_power_is_left_out(slurm, recipe, network, tmp_path):
+    log, script = tmp_path / "log", tmp_path / "job.sh"
+    words = f"--launcher slurm --max-restarts 1 --lost-after 5 --run-dir {tmp_path}/run"
+    script.write_text(f"#!/bin/sh\ncd {ROOT}\nexec {BST} launch {recipe(60)} {words}\n")
+    job = slurm.submit(str(script), log=log)
+    slurm.until(lambda: log.exists() and "step-00000020:" in log.read_text(), 120, log)
+    network.power_off(network.hosts[2])
+    try:
+        assert slurm.wait(job, log) == "0:0", log.read_text()
+    finally:
+        network.power_on(network.hosts[2])
+    assert "lost n3: silent for" in log.read_text()
+    assert "2 ranks (dp 2 x sp 1) on n1, n2" in log.read_text()
+    assert read_outcome(tmp_path / "run")["step"] == 60
