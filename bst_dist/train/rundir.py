@@ -126,21 +126,23 @@ def _require_free(run_dir: Path) -> None:
 def shown_steps(run_dir: Path) -> str | None:
     """What in a run directory says that there was a checkpoint once; None when nothing does.
 
-    A run that was cut short before its first checkpoint was due has left none.
+    A run that was cut short before its first checkpoint was due has left none; what a branch has before its own first
+    one lies with its trunk.
     """
     if not (run_dir / RECIPE).exists():
         return None
+    recipe = load_recipe(run_dir / RECIPE)
+    first = recipe.branch.step if recipe.branch else 0
     environment, outcome = run_dir / ENVIRONMENT, read_outcome(run_dir) or {}
     starts = json.loads(environment.read_text())["starts"] if environment.exists() else []
-    if begun := max((start.get("from_step", 0) for start in starts), default=0):
+    if (begun := max((start.get("from_step", 0) for start in starts), default=0)) > first:
         return f"{ENVIRONMENT} has a start that went on from step {begun}"
-    if reached := outcome.get("step", 0):
+    if (reached := outcome.get("step", 0)) > first:
         return f"{OUTCOME} says that step {reached} was reached"
     done = max((line["step"] for line in read_lines(run_dir / FILE) if line["kind"] == "train"), default=0)
-    config = load_recipe(run_dir / RECIPE).checkpoint
     if any(name.endswith(PARTIAL) for name in entries(run_dir)):
         return None  # cut short while it wrote its first one
-    due = next((step for step in range(1, done) if config.scheduled(step)), None)
+    due = next((step for step in range(first + 1, done) if recipe.checkpoint.scheduled(step)), None)
     return f"{FILE} has {done} steps and a checkpoint was due at step {due}" if due else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from bst_base.settings import ConfigError, dump, parse
 from bst_dist.checkpoint.directory import CheckpointError, directory
 from bst_dist.config import Recipe
 from bst_dist.train.branch import origin
+from bst_dist.train.rundir import shown_steps
 
 SETTINGS = {
     "name": "trunk",
@@ -57,6 +59,21 @@ def test_a_smaller_micro_batch_is_still_a_branch(runs):
 def test_other_steps_than_the_trunks_are_refused(runs, changes, message):
     with pytest.raises(CheckpointError, match=message):
         origin(runs.directory, runs.branch(**changes))
+
+
+@pytest.mark.parametrize(("from_step", "steps", "shown"), [(8, 1, None), (9, 1, "step 9"), (8, 5, "due at step 10")])
+def test_a_branch_killed_before_its_first_checkpoint_starts_again(runs, from_step, steps, shown):
+    """The step that it begins at was its trunk's: it shows no checkpoint of its own."""
+    train = {**SETTINGS["train"], "steps": 20}
+    runs.directory.mkdir()
+    (runs.directory / "recipe.yaml").write_text(dump(runs.branch(train=train, checkpoint={"every": 5})))
+    (runs.directory / "environment.json").write_text(
+        json.dumps({"starts": [{"from_step": 8}, {"from_step": from_step}]})
+    )
+    lines = [json.dumps({"kind": "train", "step": step}) for step in range(9, 9 + steps)]
+    (runs.directory / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    found = shown_steps(runs.directory)
+    assert found is None if shown is None else shown in found
 
 
 def test_a_branch_must_have_steps_of_its_own(runs):
