@@ -30,11 +30,11 @@ from bst_dist.generation.sampling import without_text
 from bst_dist.hub.card import model_card, without_place
 from bst_dist.hub.fast_tokenizer import fast_tokenizer, is_bpe
 from bst_dist.hub.modeling import BSTConfig, BSTForCausalLM
-from bst_dist.hub.tokenization import FILE, BSTTokenizer
+from bst_dist.hub.tokenization import CORPUS_FILE, FILE, BSTTokenizer
 from bst_dist.study.evaluation.prompts import begin_token
 from bst_dist.study.evaluation.trained import require_language_model, tokenizer_of
 from bst_dist.train.rundir import read_recipe
-from data_pipeline.format.tokenizer import Tokenizer
+from data_pipeline.format.tokenizer import HuggingFaceTokenizer, Tokenizer
 from data_pipeline.store.base import StorageConfig
 
 DIGESTS, CARD = "SHA256SUMS", "README.md"
@@ -92,8 +92,9 @@ def _write_configuration(folder: Path, one: Held, recipe: Recipe, tokenizer: Tok
     config.save_pretrained(folder)
     never = without_text(recipe.model.vocab_size, tokenizer).nonzero().flatten().tolist()
     GenerationConfig(suppress_tokens=never, **named).save_pretrained(folder)
-    (folder / FILE).write_bytes(tokenizer.model)
-    if is_bpe(tokenizer):
+    published = isinstance(tokenizer, HuggingFaceTokenizer)
+    (folder / (CORPUS_FILE if published else FILE)).write_bytes(tokenizer.model)
+    if published or is_bpe(tokenizer):
         fast_tokenizer(tokenizer, begin[0] if begin else None).save_pretrained(folder)
     else:
         begins = {"bos_token": tokenizer.piece(begin[0])} if begin else {}

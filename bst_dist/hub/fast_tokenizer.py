@@ -12,7 +12,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from data_pipeline.format.tokenizer import MAX_LINE, Tokenizer
+from data_pipeline.format.tokenizer import MAX_LINE, HuggingFaceTokenizer, Tokenizer
 
 NORMAL, BPE = 1, 2
 """In SentencePiece's own numbering: a piece that is text, and the algorithm."""
@@ -25,10 +25,7 @@ def is_bpe(tokenizer: Tokenizer) -> bool:
 
 def fast_tokenizer(tokenizer: Tokenizer, begin: int | None) -> PreTrainedTokenizerFast:
     """As transformers loads it; `begin`: the id that stands in front of every text, None for none."""
-    backend = Backend(_bpe(proto.ModelProto.FromString(tokenizer.model)))
-    lines = pre_tokenizers.Split(Regex(rf"\n|[^\n]{{1,{MAX_LINE}}}"), "isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([lines, pre_tokenizers.Split("\u2581", "isolated")])
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    backend = _published(tokenizer) if isinstance(tokenizer, HuggingFaceTokenizer) else _sentencepiece(tokenizer)
     named = {"eos_token": tokenizer.piece(tokenizer.eos_id), "pad_token": tokenizer.piece(tokenizer.pad_id)}
     if begin is not None:
         named["bos_token"] = tokenizer.piece(begin)
@@ -44,6 +41,22 @@ def fast_tokenizer(tokenizer: Tokenizer, begin: int | None) -> PreTrainedTokeniz
         clean_up_tokenization_spaces=False,
         **named,
     )
+
+
+def _published(tokenizer: HuggingFaceTokenizer) -> Backend:
+    """The tokenizer.json without what only the corpus needs: the end of a document, and padding."""
+    backend = Backend.from_buffer(tokenizer.model)
+    backend.no_padding()
+    backend.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    return backend
+
+
+def _sentencepiece(tokenizer: Tokenizer) -> Backend:
+    backend = Backend(_bpe(proto.ModelProto.FromString(tokenizer.model)))
+    lines = pre_tokenizers.Split(Regex(rf"\n|[^\n]{{1,{MAX_LINE}}}"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([lines, pre_tokenizers.Split("\u2581", "isolated")])
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return backend
 
 
 def _bpe(model: proto.ModelProto) -> models.BPE:

@@ -30,11 +30,11 @@ from bst_dist.checkpoint.shards import Piece, write_header, write_values
 from bst_dist.config import Recipe, digest
 from bst_dist.hub.export import DIGESTS
 from bst_dist.hub.modeling import BSTConfig, BSTForCausalLM
-from bst_dist.hub.tokenization import FILE
+from bst_dist.hub.tokenization import CORPUS_FILE, FILE
 from bst_dist.model.lm import LanguageModel
-from bst_dist.train.rundir import RECIPE, TOKENIZER
+from bst_dist.train.rundir import RECIPE
 from bst_dist.version import versions
-from data_pipeline.format.tokenizer import Tokenizer
+from data_pipeline.format.tokenizer import Tokenizer, read_tokenizer
 
 CONFIG = "config.json"
 
@@ -55,16 +55,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"{args.run}: exists already; choose another directory")
     _require_digests(args.model)
     recipe, about = _configuration(args.model, args.overrides)
-    tokenizer = Tokenizer.read(args.model / FILE)
+    tokenizer = _tokenizer(args.model)
     tensors = _Tensors(args.model, recipe)
     step = int(about.get("step") or recipe.train.steps)
     with atomic_directory(args.run) as folder:
         (folder / RECIPE).write_text(dump(recipe), encoding="utf-8")
-        (folder / TOKENIZER).write_bytes(tokenizer.model)
+        (folder / tokenizer.file).write_bytes(tokenizer.model)
         _write_checkpoint(directory(folder, step), tensors, about | {"step": step, "recipe": digest(recipe)})
     print(f"{args.run}: the weights of step {step:,} of {recipe.name}, {len(tensors.shapes)} tensors\n"
           f"start another run from them with initial_weights.run={args.run} initial_weights.step={step}")  # fmt: skip
     return {"run": str(args.run), "step": step, "tensors": len(tensors.shapes)}
+
+
+def _tokenizer(model: Path) -> Tokenizer:
+    """The corpus's tokenizer, byte for byte."""
+    own = model / CORPUS_FILE
+    return read_tokenizer(own if own.is_file() else model / FILE)
 
 
 def _require_digests(model: Path) -> None:

@@ -14,9 +14,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizer
 
-from data_pipeline.format.tokenizer import Tokenizer
+from data_pipeline.format.tokenizer import read_tokenizer
 
 FILE = "tokenizer.model"
+CORPUS_FILE = "corpus-tokenizer.json"
+"""Beside transformers' tokenizer.json, which lacks what ends a document: the corpus's, where it is of that kind."""
 
 
 class BSTTokenizer(PreTrainedTokenizer):
@@ -31,7 +33,7 @@ class BSTTokenizer(PreTrainedTokenizer):
 
     def __init__(self, vocab_file: str, **kwargs: Any) -> None:
         self.vocab_file = vocab_file
-        self._text = Tokenizer.read(vocab_file)
+        self._text = read_tokenizer(vocab_file)
         self._ids = {self._text.piece(token): token for token in range(self._text.vocab_size)}
         named = {"eos_token": self._text.eos_id, "pad_token": self._text.pad_id}
         kwargs |= {name: self._text.piece(token) for name, token in named.items()}

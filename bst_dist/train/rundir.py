@@ -11,7 +11,7 @@ checkpoints/      step-00000100/ and so on
 lease/            which start trains there now
 heartbeats/       where each rank is, for the watchdogs of the others
 outcome.json      how the last start ended; absent while it runs or when it was cut short
-tokenizer.model   of an imported run, so that it can write text where its corpus is not
+tokenizer.*       of an imported run, so that it can write text where its corpus is not
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from bst_dist.faults.watchdog import HEARTBEATS, STACKS
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.train.continuing import changes
 from bst_dist.version import versions
+from data_pipeline.format.tokenizer import FILES as TOKENIZERS
 
 RECIPE, DS_CONFIG, ENVIRONMENT, OUTCOME = "recipe.yaml", "ds_config.json", "environment.json", "outcome.json"
-TOKENIZER = "tokenizer.model"
 EARLY = (CHECKPOINTS, HEARTBEATS, LEASE, STACKS)
 """What a start makes before it writes the recipe."""
 BESIDE = (".out", ".err", ".log", ".partial")
@@ -172,10 +172,15 @@ def read_outcome(run_dir: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def own_tokenizer(run_dir: Path) -> Path | None:
+    """The tokenizer's file in a run directory; None when the run has only its corpus's."""
+    return next((run_dir / name for name in TOKENIZERS if (run_dir / name).is_file()), None)
+
+
 def tokenizer_of(run_dir: Path) -> str | None:
     """SHA-256 of the tokenizer that a run's text was made into tokens with; None when it has not written that down."""
-    if (run_dir / TOKENIZER).is_file():
-        return hashlib.sha256((run_dir / TOKENIZER).read_bytes()).hexdigest()
+    if own := own_tokenizer(run_dir):
+        return hashlib.sha256(own.read_bytes()).hexdigest()
     environment = run_dir / ENVIRONMENT
     starts = json.loads(environment.read_text())["starts"] if environment.exists() else []
     return starts[-1].get("tokenizer_sha256") if starts else None

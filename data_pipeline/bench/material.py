@@ -18,7 +18,7 @@ import numpy as np
 from bst_base.files import atomic_directory
 from data_pipeline.format.manifest import Manifest, ShardInfo, TokenizerInfo
 from data_pipeline.format.shards import ShardIndex, ShardWriter
-from data_pipeline.format.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from data_pipeline.format.tokenizer import TokenizerConfig, parse_tokenizer, train_tokenizer
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.serve.stream import TokenStream
 
@@ -39,13 +39,13 @@ def make_ours(directory: Path, sequences: int, length: int) -> None:
     with atomic_directory(directory) as partial:
         words = "".join(f"word{i} = other{i * 7 % 97} + {i}\n" for i in range(400))
         model = train_tokenizer([words], TokenizerConfig(vocab_size=400))
-        (partial / "tokenizer.model").write_bytes(model)
+        tokenizer = parse_tokenizer(model)
+        (partial / tokenizer.file).write_bytes(model)
         parts = np.array_split(lengths, -(-total // SHARD_TOKENS))
         shards = [_write_shard(partial, number, part.tolist(), rng) for number, part in enumerate(parts)]
-        tokenizer = Tokenizer(model)
         ids = {name: getattr(tokenizer, name) for name in ("vocab_size", "bos_id", "eos_id", "pad_id", "sha256")}
         Manifest(
-            tokenizer=TokenizerInfo(file="tokenizer.model", **ids),
+            tokenizer=TokenizerInfo(file=tokenizer.file, **ids),
             dtype="uint16",
             splits={"train": tuple(shards), "validation": ()},
             provenance={"made_of": "random tokens, for bst bench data"},

@@ -22,7 +22,7 @@ from bst_base.errors import UserError
 from data_pipeline.commands.prepare import plain_table
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.format.shards import find_document, list_documents
-from data_pipeline.format.tokenizer import Tokenizer
+from data_pipeline.format.tokenizer import Tokenizer, read_tokenizer
 
 _LISTED = 20  # documents of each split, unless the user says how many
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return _list(args.corpus, manifest, args.find, args.limit or _LISTED)
     if args.find is not None or args.limit is not None:
         raise UserError("--find and --limit are for lists: leave out the document")
-    tokenizer = Tokenizer.read(args.corpus / manifest.tokenizer.file)
+    tokenizer = read_tokenizer(args.corpus / manifest.tokenizer.file)
     if tokenizer.sha256 != manifest.tokenizer.sha256:
         raise UserError(
             f"{args.corpus / manifest.tokenizer.file}: not the tokenizer of this corpus; copy the right one"

@@ -21,7 +21,7 @@ FORMAT_VERSION = 1
 
 
 class TokenizerInfo(Config):
-    """The corpus's SentencePiece model and the ids a trainer needs to know."""
+    """The corpus's tokenizer and the ids a trainer needs to know."""
 
     file: str
     """Name of the model inside the corpus directory."""

@@ -15,7 +15,7 @@ from bst_base.errors import UserError
 from data_pipeline.format.damage import locate_changed_byte
 from data_pipeline.format.manifest import Manifest, ShardInfo, sha256_file
 from data_pipeline.format.shards import CRC_BLOCK, ShardError, ShardIndex, token_crcs
-from data_pipeline.format.tokenizer import Tokenizer
+from data_pipeline.format.tokenizer import read_tokenizer
 
 
 class Problem(NamedTuple):
@@ -38,7 +38,7 @@ def verify_tokenizer(corpus: Path, manifest: Manifest) -> list[Problem]:
     """Problems of the corpus's tokenizer: missing, another one, or with other symbols than the manifest says."""
     info = manifest.tokenizer
     try:
-        tokenizer = Tokenizer.read(corpus / info.file)
+        tokenizer = read_tokenizer(corpus / info.file)
     except UserError as error:
         return [Problem(info.file, str(error))]
     if tokenizer.sha256 != info.sha256:

@@ -18,12 +18,14 @@ import numpy as np
 from bst_base.files import atomic_file
 from data_pipeline.format.manifest import ShardInfo, sha256_file
 from data_pipeline.format.shards import ShardIndex, ShardWriter
-from data_pipeline.format.tokenizer import Tokenizer
+from data_pipeline.format.tokenizer import Tokenizer, read_tokenizer
 from data_pipeline.prepare.dedup import Clusters, DedupConfig, near_duplicates
 from data_pipeline.prepare.spool import SPLITS, TABLE, read_documents
 
 PLAN = np.dtype([*((name, TABLE[name]) for name in TABLE.names), ("key", "<u8"), ("cluster", "<u8"), ("shard", "<u4")])
 """A kept document: its row of the table, its key in the corpus, its cluster, and its shard within its split."""
+TOKENIZER = "tokenizer"
+"""The tokenizer's file among unfinished work, of whatever kind it is."""
 
 
 class Kept(NamedTuple):
@@ -134,7 +136,7 @@ def write_shard(task: EncodeTask) -> ShardDone:
     record = task.work / f"{task.split}-{task.number:06d}.json"
     if done := _finished(record, task):
         return done
-    tokenizer = _tokenizer(task.work / "tokenizer.model")
+    tokenizer = _tokenizer(task.work / TOKENIZER)
     rows = np.load(task.work / "plan.npy", mmap_mode="r")[task.start : task.stop]
     tar = task.output / f"{task.split}-{task.number:06d}.tar"
     licences: Counter[str] = Counter()
@@ -193,4 +195,4 @@ def _finished(record: Path, task: EncodeTask) -> ShardDone | None:
 
 @lru_cache(maxsize=1)
 def _tokenizer(path: Path) -> Tokenizer:
-    return Tokenizer.read(path)
+    return read_tokenizer(path)

@@ -22,8 +22,8 @@ import numpy as np
 from bst_base.errors import UserError
 from bst_base.files import atomic_file, full_disk_explained, remove_partials
 from data_pipeline.format.manifest import MANIFEST, Manifest, TokenizerInfo
-from data_pipeline.format.tokenizer import Tokenizer, train_tokenizer
-from data_pipeline.prepare.assemble import ShardDone, assign, deduplicate, shard_tasks, write_shard
+from data_pipeline.format.tokenizer import Tokenizer, parse_tokenizer, read_tokenizer, train_tokenizer
+from data_pipeline.prepare.assemble import TOKENIZER, ShardDone, assign, deduplicate, shard_tasks, write_shard
 from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.identity import check_same, identity, name_of, reused_tokenizer
 from data_pipeline.prepare.parallel import Workers
@@ -41,7 +41,6 @@ from data_pipeline.prepare.spool import (
 )
 from data_pipeline.sources import Part, Skipped
 
-TOKENIZER = "tokenizer.model"
 SKIPPED = "skipped.jsonl"
 WORK = "preparing"
 """Directory of unfinished work, below the output: a directory for each set of settings that was begun."""
@@ -87,7 +86,7 @@ def prepare(config: PrepareConfig, workers: Workers, progress: Progress) -> tupl
 def _finish(manifest: Manifest, output: Path, work: Path) -> None:
     """Put everything in its place, the manifest last, and remove what else a preparation has made there."""
     shutil.copyfile(work / TOKENIZER, work / f"{TOKENIZER}.copy")
-    (work / f"{TOKENIZER}.copy").replace(output / TOKENIZER)
+    (work / f"{TOKENIZER}.copy").replace(output / manifest.tokenizer.file)
     shutil.move(work / SKIPPED, output / SKIPPED)
     own = {name for infos in manifest.splits.values() for info in infos for name in (info.file, info.index)}
     for path in output.iterdir():
@@ -177,9 +176,9 @@ def _make_tokenizer(config: PrepareConfig, plan: np.ndarray, work: Path, progres
     """The tokenizer, in the working directory: one that lies in the output may be of other settings."""
     path = work / TOKENIZER
     if path.exists():
-        return Tokenizer.read(path)
+        return read_tokenizer(path)
     if config.tokenizer.reuse is not None:
-        model = reused_tokenizer(config.tokenizer.reuse).model
+        model = reused_tokenizer(config.tokenizer).model
     else:
         train = plan[plan["split"] == SPLITS.index("train")]
         available = int(train["bytes"].sum())
@@ -187,7 +186,7 @@ def _make_tokenizer(config: PrepareConfig, plan: np.ndarray, work: Path, progres
         progress("train tokenizer", 0, sample)
         model = train_tokenizer(read_windows(work / "spool", train, _WINDOW, sample / available), config.tokenizer)
         progress("train tokenizer", sample, sample)
-    tokenizer = Tokenizer(model, str(path))
+    tokenizer = parse_tokenizer(model, str(path))
     with atomic_file(path) as file:
         file.write(model)
     return tokenizer
@@ -215,7 +214,7 @@ def _manifest(shards: list[ShardDone], tokenizer: Tokenizer, provenance: dict[st
         licences.update(shard.licences)
     return Manifest(
         tokenizer=TokenizerInfo(
-            file=TOKENIZER,
+            file=tokenizer.file,
             sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,
             bos_id=tokenizer.bos_id,

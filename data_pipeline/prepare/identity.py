@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bst_base.errors import UserError
-from data_pipeline.format.manifest import Manifest, sha256_file
-from data_pipeline.format.tokenizer import Tokenizer
+from data_pipeline.format.manifest import MANIFEST, Manifest, sha256_file
+from data_pipeline.format.tokenizer import Tokenizer, TokenizerConfig, adopt_tokenizer, read_tokenizer
 from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.parallel import Workers
 from data_pipeline.sources import Part, Source
@@ -37,7 +37,7 @@ def identity(
     """What decides the corpus, without anything that names a machine or its directories. Reads all of the source."""
     settings = config.model_dump(mode="json", exclude=_MACHINE)
     if config.tokenizer.reuse is not None:
-        settings["tokenizer"] = {"reuse": reused_tokenizer(config.tokenizer.reuse).sha256}
+        settings["tokenizer"] = {"reuse": reused_tokenizer(config.tokenizer).sha256}
     done, total = 0, sum(part.size for group in groups for part in group)
     progress("hash source", 0, total)
     hashes: dict[str, str] = {}
@@ -73,10 +73,12 @@ def _hash(path: Path) -> str:
         return f"unreadable {error.errno}"
 
 
-def reused_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of `tokenizer.reuse`: a file, or the one of a prepared corpus."""
-    path = path.expanduser()
-    return Tokenizer.read(path / Manifest.read(path).tokenizer.file if path.is_dir() else path)
+def reused_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer of `tokenizer.reuse`: the one of a prepared corpus as it is, or anyone's, adopted."""
+    path = config.reuse.expanduser()
+    if (path / MANIFEST).is_file():
+        return read_tokenizer(path / Manifest.read(path).tokenizer.file)
+    return adopt_tokenizer(path, config)
 
 
 def name_of(identity: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from bst_base.errors import UserError
 from data_pipeline.format.manifest import MANIFEST, Manifest
-from data_pipeline.format.tokenizer import Tokenizer
+from data_pipeline.format.tokenizer import Tokenizer, parse_tokenizer
 from data_pipeline.serve.shard_reader import ShardReader
 from data_pipeline.store.base import Storage, StorageConfig
 from data_pipeline.store.cache import CachedStorage
@@ -92,7 +92,7 @@ class Corpus:
         info = self.manifest.tokenizer
         where = f"{self.storage.where}/{info.file}"
         try:
-            tokenizer = Tokenizer(self.storage.whole(info.file), where)
+            tokenizer = parse_tokenizer(self.storage.whole(info.file), where)
         except FileNotFoundError:
             raise UserError(f"{where}: the tokenizer is missing; copy it from where the corpus was prepared") from None
         if tokenizer.sha256 != info.sha256:

@@ -15,7 +15,7 @@ from hypothesis import settings
 
 from data_pipeline.format.manifest import Manifest, ShardInfo, TokenizerInfo
 from data_pipeline.format.shards import ShardIndex, ShardWriter
-from data_pipeline.format.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from data_pipeline.format.tokenizer import TokenizerConfig, parse_tokenizer, train_tokenizer
 
 settings.register_profile("any_machine", deadline=None)  # time says nothing about what is right
 settings.load_profile("any_machine")
@@ -41,7 +41,7 @@ def make_corpus(tmp_path: Path, tokenizer_model: bytes) -> MakeCorpus:
     def make(lengths: Sequence[int], name: str = "corpus", shards: int = 2, start: int = 0) -> Path:
         directory = tmp_path / name
         directory.mkdir()
-        tokenizer = Tokenizer(tokenizer_model)
+        tokenizer = parse_tokenizer(tokenizer_model)
         (directory / "tokenizer.model").write_bytes(tokenizer_model)
         infos = [
             write_shard(directory, number, part.tolist(), lengths, start, tokenizer.eos_id)
@@ -49,7 +49,7 @@ def make_corpus(tmp_path: Path, tokenizer_model: bytes) -> MakeCorpus:
         ]
         keys = ("vocab_size", "bos_id", "eos_id", "pad_id", "sha256")
         Manifest(
-            tokenizer=TokenizerInfo(file="tokenizer.model", **{key: getattr(tokenizer, key) for key in keys}),
+            tokenizer=TokenizerInfo(file=tokenizer.file, **{key: getattr(tokenizer, key) for key in keys}),
             dtype="uint16",
             splits={"train": tuple(infos), "validation": ()},
             provenance={"name": name},

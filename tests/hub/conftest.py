@@ -15,7 +15,7 @@ from bst_dist.cli import main
 from bst_dist.config import Recipe
 from bst_dist.model.lm import LanguageModel
 from bst_dist.report.metrics import FILE
-from bst_dist.train.rundir import RECIPE, TOKENIZER
+from bst_dist.train.rundir import RECIPE
 from data_pipeline.format.tokenizer import TokenizerConfig, train_tokenizer
 
 WORDS = ["naïve", "café", "for", "x", "=", "(", ")", "\n", "    ", "return", "é", "😀", "12", "class"]
@@ -47,7 +47,7 @@ def make_run(tmp_path, sentencepiece_model):
                 parameter += 0.1 * torch.randn_like(parameter)
         write_checkpoint(directory(run_dir, 7), model)
         (run_dir / RECIPE).write_text(dump(recipe))
-        (run_dir / TOKENIZER).write_bytes(sentencepiece_model)
+        (run_dir / "tokenizer.model").write_bytes(sentencepiece_model)
         line = {"kind": "eval", "split": "validation", "step": 7, "tokens": 99, "loss_nats": 2.5, "bits_per_byte": 3.5}
         (run_dir / FILE).write_text(json.dumps(line) + "\n")
         return run_dir

@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bst_dist.hub
 from bst_base.errors import UserError
@@ -21,6 +22,7 @@ from bst_dist.cli import main
 from bst_dist.config import load_recipe
 from bst_dist.study.evaluation.trained import open_run, tokenizer_of
 from bst_dist.train import rundir
+from data_pipeline.format.tokenizer import TokenizerConfig, adopt_tokenizer
 
 
 def equal(one, other):
@@ -39,6 +41,29 @@ def test_what_is_exported_comes_back_by_import(exported, tmp_path):
     assert tokenizer_of(tmp_path / "back", back).model == tokenizer_of(run_dir, there).model
     for command in ("ls", "show", "verify"):
         assert main(["ckpt", command, str(tmp_path / "back")]) == 0
+
+
+def test_a_published_tokenizer_goes_out_and_comes_back(make_run, tmp_path):
+    """The export has transformers' form of it, in which no text ends with an end token, and the corpus's own."""
+    run_dir, folder = make_run(), tmp_path / "exported"
+    (run_dir / "tokenizer.model").unlink()
+    published = tokenizers.Tokenizer(tokenizers.models.BPE())
+    published.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    published.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    published.train_from_iterator(["for x = 12 return"] * 9, tokenizers.trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False,
+    ))  # fmt: skip
+    published.save(str(tmp_path / "tokenizer.json"))
+    ours = adopt_tokenizer(tmp_path / "tokenizer.json", TokenizerConfig())
+    (run_dir / ours.file).write_bytes(ours.model)
+    assert main(["export", str(run_dir), str(folder)]) == 0
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for text in ("for x = 12", "naïve <|endoftext|>\n\n 😀"):
+        assert theirs(text).input_ids == [ours.eos_id, *ours.encode(text)]
+        assert theirs.decode(theirs(text).input_ids, skip_special_tokens=True) == text
+    assert main(["import", str(folder), str(tmp_path / "back")]) == 0
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == ours.model
 
 
 @pytest.mark.parametrize("resume", [True, False])

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from bst_dist.hub.fast_tokenizer import fast_tokenizer, is_bpe
 from bst_dist.model.layers import MIXERS
-from data_pipeline.format.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from data_pipeline.format.tokenizer import TokenizerConfig, parse_tokenizer, train_tokenizer
 
 ALONE = """
 import sys
@@ -101,7 +101,7 @@ def test_every_mixer_stands_alone(exported, tmp_path, only_transformers, mixer):
 
 @pytest.fixture(scope="module")
 def both(sentencepiece_model):
-    ours = Tokenizer(sentencepiece_model)
+    ours = parse_tokenizer(sentencepiece_model)
     return fast_tokenizer(ours, ours.eos_id), ours
 
 
@@ -138,5 +138,5 @@ def test_offsets_are_those_of_the_text(both):
 def test_unigram_models_are_told_from_bpe(sentencepiece_model):
     texts = [f"a few words of text {i * 7919}, and a few more words: naïve, café, return" for i in range(400)]
     unigram = train_tokenizer(texts, TokenizerConfig(vocab_size=300, model_type="unigram"))
-    assert is_bpe(Tokenizer(sentencepiece_model))
-    assert not is_bpe(Tokenizer(unigram))
+    assert is_bpe(parse_tokenizer(sentencepiece_model))
+    assert not is_bpe(parse_tokenizer(unigram))

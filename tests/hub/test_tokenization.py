@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import bst_dist.hub
-from data_pipeline.format.tokenizer import Tokenizer
+from data_pipeline.format.tokenizer import read_tokenizer
 
 TEXT = st.lists(
     st.one_of(
@@ -20,7 +20,7 @@ TEXT = st.lists(
 def both(tmp_path_factory, sentencepiece_model):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     path.write_bytes(sentencepiece_model)
-    return bst_dist.hub.BSTTokenizer(str(path), bos_token="</s>"), Tokenizer.read(path)
+    return bst_dist.hub.BSTTokenizer(str(path), bos_token="</s>"), read_tokenizer(path)
 
 
 @settings(deadline=None)

@@ -23,8 +23,8 @@ from bst_dist.model.lm import LanguageModel
 from bst_dist.study.lra.config import LongRangeConfig
 from bst_dist.train import rundir
 from bst_dist.train.initial import load_initial
-from bst_dist.train.rundir import TOKENIZER, read_recipe
-from data_pipeline.format.tokenizer import Tokenizer
+from bst_dist.train.rundir import read_recipe
+from data_pipeline.format.tokenizer import Tokenizer, read_tokenizer
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.synthetic.config import SyntheticConfig
 
@@ -96,9 +96,9 @@ def tokenizer_of(run_dir: Path, recipe: Recipe) -> Tokenizer:
     """What makes a run's tokens of text: its own tokenizer, or else its corpus's; raises UserError without either, and
     OtherTokenizerError when the corpus has another one by now."""
     require_text(run_dir, recipe)
-    own, data = run_dir / TOKENIZER, recipe.data
-    if own.is_file():
-        return Tokenizer.read(own)
+    own, data = rundir.own_tokenizer(run_dir), recipe.data
+    if own is not None:
+        return read_tokenizer(own)
     corpus = Corpus.open(data.urls()[0], storage=data.storage)
     require_tokenizer(run_dir, corpus, rundir.tokenizer_of(run_dir))
     return corpus.tokenizer()

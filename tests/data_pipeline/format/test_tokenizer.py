@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bst_base.errors import UserError
-from data_pipeline.format.tokenizer import MAX_LINE, Tokenizer, TokenizerConfig, train_tokenizer
+from data_pipeline.format.tokenizer import (
+    MAX_LINE,
+    Tokenizer,
+    TokenizerConfig,
+    adopt_tokenizer,
+    parse_tokenizer,
+    read_tokenizer,
+    train_tokenizer,
+)
 
 # What SentencePiece treats specially: its space, newlines of all kinds, NUL, its own symbols spelt out.
 AWKWARD = [
@@ -26,7 +34,7 @@ encodable = texts.filter(lambda text: not any(0xD800 <= ord(c) < 0xE000 for c in
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     words = "".join(f"word{i} = other{i * 7 % 97} + {i}\n    return x{i}\n" for i in range(400))
-    return Tokenizer(train_tokenizer([words], TokenizerConfig(vocab_size=400, model_type=request.param)))
+    return parse_tokenizer(train_tokenizer([words], TokenizerConfig(vocab_size=400, model_type=request.param)))
 
 
 @settings(max_examples=300, deadline=None)
@@ -92,23 +100,56 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(tokenizer: Tokenizer) -> No
     assert tokenizer.encode("").dtype == np.dtype("<u2")
 
 
-@pytest.mark.parametrize("change", [{"byte_fallback": False}, {"add_dummy_prefix": True}, {"user_defined_symbols": []}])
-def test_a_model_that_loses_text_is_refused(change: dict) -> None:
+OPTIONS = {
+    "vocab_size": 350, "byte_fallback": True, "add_dummy_prefix": False, "remove_extra_whitespaces": False,
+    "normalization_rule_name": "identity", "user_defined_symbols": ["\n"], "pad_id": 3, "minloglevel": 2,
+    "hard_vocab_limit": False, "model_type": "bpe",
+}  # fmt: skip
+
+
+def foreign(**changes: object) -> bytes:
+    """A SentencePiece model that someone else has trained."""
     model = io.BytesIO()
-    options = {
-        "vocab_size": 350, "byte_fallback": True, "add_dummy_prefix": False, "remove_extra_whitespaces": False,
-        "normalization_rule_name": "identity", "user_defined_symbols": ["\n"], "pad_id": 3, "minloglevel": 2,
-        "hard_vocab_limit": False, "model_type": "bpe",
-    }  # fmt: skip
     lines = iter([f"some text number {i * i} of many" for i in range(300)])
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **{**options, **change})
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **{**OPTIONS, **changes})
+    return model.getvalue()
+
+
+@pytest.mark.parametrize("change", [{"byte_fallback": False}, {"add_dummy_prefix": True}])
+def test_a_model_that_loses_text_is_refused(change: dict) -> None:
     with pytest.raises(UserError, match="does not give text back exactly"):
-        Tokenizer(model.getvalue(), "other.model")
+        parse_tokenizer(foreign(**change), "other.model")
+
+
+# Llama's and Gemma's settings among them: a space in front, NFKC, spaces merged, no padding, no newline symbol.
+FOREIGN = {"add_dummy_prefix": True, "remove_extra_whitespaces": True, "normalization_rule_name": "nmt_nfkc",
+           "user_defined_symbols": [], "pad_id": -1}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [FOREIGN, {"pad_id": -1, "bos_id": -1}, {"model_type": "unigram", **FOREIGN}])
+@settings(max_examples=40, deadline=None)
+@given(text=encodable)
+def test_a_model_of_others_is_adopted_without_what_changes_text(tmp_path_factory, changes: dict, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / f"{abs(hash(str(changes)))}.model"
+    if not path.exists():
+        path.write_bytes(foreign(**changes))
+    tokenizer = adopt_tokenizer(path, TokenizerConfig())
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.pad_id == tokenizer.eos_id
+    peer = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    assert [tokenizer.piece(i) for i in range(tokenizer.vocab_size)] == peer.id_to_piece(list(range(len(peer))))
+
+
+def test_an_adopted_model_gives_the_words_the_ids_they_had(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(foreign(**FOREIGN))
+    tokenizer = adopt_tokenizer(tmp_path, TokenizerConfig())
+    peer = sentencepiece.SentencePieceProcessor(model_proto=(tmp_path / "tokenizer.model").read_bytes())
+    assert tokenizer.encode(" some text number 36 of many").tolist() == peer.encode("some text number 36 of many")
 
 
 def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.model").write_bytes(b"not a model")
     with pytest.raises(UserError, match=r"x\.model: not a SentencePiece model"):
-        Tokenizer.read(tmp_path / "x.model")
+        read_tokenizer(tmp_path / "x.model")
     with pytest.raises(UserError, match=r"y\.model: the tokenizer is missing"):
-        Tokenizer.read(tmp_path / "y.model")
+        read_tokenizer(tmp_path / "y.model")

@@ -16,7 +16,7 @@ from bst_base.errors import UserError
 from bst_base.files import atomic_directory, atomic_file
 from data_pipeline.format.manifest import MANIFEST, Manifest
 from data_pipeline.format.shards import ShardIndex
-from data_pipeline.format.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from data_pipeline.format.tokenizer import TokenizerConfig, read_tokenizer, train_tokenizer
 from data_pipeline.format.verify import VerifyTask, verify_shard, verify_tokenizer
 
 
@@ -120,7 +120,7 @@ def test_text_that_is_not_utf8_is_read_as_the_policy_says(run, folder: Path, tmp
     run(text={"undecodable": policy}, validation_fraction=0.0, shard_bytes=10**6)
     corpus = tmp_path / "corpus"
     found = find_document(corpus / "train-000000.tar", None, "bad.txt")
-    assert Tokenizer.read(corpus / "tokenizer.model").decode(found[2]) == stored
+    assert read_tokenizer(corpus / "tokenizer.model").decode(found[2]) == stored
 
 
 def test_a_lone_surrogate_spelt_in_json_is_left_out(run, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_line_of_40_mb_is_prepared_exactly(run, tmp_path: Path) -> None:
         deduplicate={"method": "exact"})  # fmt: skip
     corpus = tmp_path / "corpus"
     found = find_document(corpus / "train-000000.tar", None, "a.txt")
-    assert Tokenizer.read(corpus / "tokenizer.model").decode(found[2]) == line
+    assert read_tokenizer(corpus / "tokenizer.model").decode(found[2]) == line
 
 
 def test_a_source_of_empty_documents_is_the_users_error(run, folder: Path) -> None:

@@ -9,19 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import webdataset
 
 from bst_base.errors import UserError
 from bst_base.settings import ConfigError, load, parse
 from data_pipeline.format.manifest import Manifest, sha256_file
 from data_pipeline.format.shards import ShardIndex
-from data_pipeline.format.tokenizer import Tokenizer
+from data_pipeline.format.tokenizer import read_tokenizer
+from data_pipeline.format.verify import verify_tokenizer
 from data_pipeline.prepare.config import PrepareConfig
 
 
 def stored(corpus: Path, split: str) -> dict[str, str]:
     """Path and text of every document of a split, as stock webdataset and the tokenizer give them back."""
-    manifest, tokenizer = Manifest.read(corpus), Tokenizer.read(corpus / "tokenizer.model")
+    manifest = Manifest.read(corpus)
+    tokenizer = read_tokenizer(corpus / manifest.tokenizer.file)
     urls = [str(corpus / shard.file) for shard in manifest.splits[split]]
     texts = {}
     for sample in webdataset.WebDataset(urls, shardshuffle=False).decode():
@@ -41,6 +44,34 @@ def test_every_text_comes_back_from_the_shards(run, folder: Path, tmp_path: Path
     expected = {f.relative_to(folder).as_posix(): f.read_bytes().decode() for f in folder.rglob("*.txt")}
     assert train | validation == expected
     assert list(train) == sorted(train)
+
+
+def test_a_published_tokenizer_makes_the_corpus(run, folder: Path, tmp_path: Path) -> None:
+    """A tokenizer.json without a padding token, as GPT-2's; another corpus then takes it from this one."""
+    published = tokenizers.Tokenizer(tokenizers.models.BPE())
+    published.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    published.decoder = tokenizers.decoders.ByteLevel()
+    texts = [file.read_text() for file in folder.rglob("*.txt")]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    published.train_from_iterator(texts, trainer)
+    published.save(str(tmp_path / "tokenizer.json"))
+    manifest, _ = run(tokenizer={"reuse": str(tmp_path / "tokenizer.json")})
+    corpus, end = tmp_path / "corpus", published.token_to_id("<|endoftext|>")
+    found = manifest.tokenizer
+    assert (found.file, found.vocab_size, found.bos_id, found.eos_id, found.pad_id) == (
+        "tokenizer.json", published.get_vocab_size(), end, end, end,
+    )  # fmt: skip
+    expected = {f.relative_to(folder).as_posix(): f.read_bytes().decode() for f in folder.rglob("*.txt")}
+    assert stored(corpus, "train") | stored(corpus, "validation") == expected
+    assert not verify_tokenizer(corpus, manifest)
+    for sample in webdataset.WebDataset(str(corpus / manifest.splits["train"][0].file), shardshuffle=False).decode():
+        text = expected[sample["json"]["path"]]
+        assert sample["tok.npy"].tolist() == [*published.encode(text).ids, end]
+    again, _ = run("again", tokenizer={"reuse": str(corpus)})
+    assert again.tokenizer == found
 
 
 def test_the_manifest_counts_what_is_there(run, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Text to tokens and back, exactly: SentencePiece with byte fallback, applied one line at a time.
+"""SentencePiece with byte fallback, applied one line at a time.
 
 The canonical form of a text is the concatenation of its encoded lines with the newline symbol between them. A line
 longer than `MAX_LINE` characters is encoded in pieces of that length, so time and memory stay linear for any text.
@@ -7,19 +7,17 @@ The ids of a line never depend on its neighbours: they are the same for any chun
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import sentencepiece
-from pydantic import Field
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2 as proto
 
 from bst_base.errors import UserError
-from bst_base.places import LocalPath
-from bst_base.settings import Config
+from data_pipeline.format.tokenizer.base import Tokenizer
+from data_pipeline.format.tokenizer.config import TokenizerConfig
 
 MAX_LINE = 16_384
 """Characters of a line that are encoded together; part of the corpus format."""
@@ -30,55 +28,28 @@ _SPACE = "\u2581"  # SentencePiece writes a space as this character
 _NEWLINE = "\n"
 
 
-class TokenizerConfig(Config):
-    """How the corpus's tokenizer is made."""
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model with the canonical form above."""
 
-    vocab_size: int = Field(32_000, ge=300)
-    """Number of ids, the 256 bytes, the newline and the four control symbols included."""
-    model_type: Literal["bpe", "unigram"] = "bpe"
-    """SentencePiece's algorithm; bpe trains an order of magnitude faster."""
-    sample_bytes: int = Field(64 << 20, ge=1024)
-    """Bytes of training text, taken evenly over the train split, that the tokenizer is trained on."""
-    reuse: LocalPath | None = None
-    """A SentencePiece model, or a prepared corpus, whose tokenizer is used instead of training one."""
-
-
-class Tokenizer:
-    """A SentencePiece model with the canonical form above; `decode(encode(text)) == text` for every text."""
+    file = "tokenizer.model"
 
     def __init__(self, model: bytes, where: str = "the tokenizer") -> None:
-        """`model`: the bytes of a SentencePiece model; raises UserError when this project cannot use it exactly."""
-        self.model = model
-        self.sha256 = hashlib.sha256(model).hexdigest()
+        """`model`: the bytes of a SentencePiece model; raises UserError when it cannot be used exactly."""
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise UserError(f"{where}: not a SentencePiece model: {error}") from None
-        self.vocab_size: int = self._processor.vocab_size()
-        self.bos_id: int = self._processor.bos_id()
+        super().__init__(model, [self._bytes(i) for i in range(self._processor.vocab_size())])
         self.eos_id: int = self._processor.eos_id()
-        self.pad_id: int = self._processor.pad_id()
-        self._pieces = [self._piece(i) for i in range(self.vocab_size)]
-        self.newline_id: int = self._processor.piece_to_id(_NEWLINE)
+        if self.eos_id < 0:
+            raise UserError(f"{where}: the model has no end token (eos); train one with 'bst data prepare'")
+        self.bos_id = _or(self._processor.bos_id(), self.eos_id)
+        self.pad_id = _or(self._processor.pad_id(), self.eos_id)
+        self.newline_id = self._newline()
         self._space_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
-        self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
-        self._check(where)
-
-    @classmethod
-    def read(cls, path: str | Path) -> Tokenizer:
-        """The tokenizer in a model file; raises UserError when it is missing or unusable."""
-        try:
-            return cls(Path(path).read_bytes(), str(path))
-        except FileNotFoundError:
-            raise UserError(f"{path}: the tokenizer is missing; copy it from where the corpus was prepared") from None
-
-    @property
-    def token_bytes(self) -> np.ndarray:
-        """(V,) int64: bytes of UTF-8 text that each id stands for; 0 for the control symbols."""
-        return np.array([len(piece) for piece in self._pieces], np.int64)
+        self.require_exact(where, "byte fallback, identity normalisation, no dummy prefix, and spaces kept")
 
     def encode(self, text: str) -> np.ndarray:
-        """The text's ids, (n,) in `dtype`, without begin or end symbols."""
         parts = [np.empty(0, self.dtype)]
         for lines in _batches(text):
             ids: list[int] = []
@@ -87,18 +58,13 @@ class Tokenizer:
             parts.append(np.array(ids, self.dtype))
         return np.concatenate(parts)
 
-    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """The text of any run of ids; a character cut by the run's ends becomes U+FFFD."""
-        pieces = self._pieces
-        return b"".join(pieces[i] for i in np.asarray(ids).tolist()).decode("utf-8", errors="replace")
-
-    def bytes_of(self, token: int) -> bytes:
-        """The bytes of text that one id stands for; a character may be spread over several ids."""
-        return self._pieces[token]
-
     def piece(self, token: int) -> str:
-        """The name of an id in the SentencePiece model; no other id has it."""
         return self._processor.id_to_piece(token)
+
+    def _newline(self) -> int:
+        """The id of a newline: a symbol of its own where there is one, else its byte."""
+        own = self._processor.piece_to_id(_NEWLINE)
+        return own if self._pieces[own] == b"\n" else self._processor.piece_to_id("<0x0A>")
 
     def _newline_or_space(self, line: str) -> list[int] | None:
         """Ids of the two characters that SentencePiece itself would not give back."""
@@ -106,7 +72,7 @@ class Tokenizer:
             return [self.newline_id]
         return self._space_ids if line == _SPACE else None
 
-    def _piece(self, i: int) -> bytes:
+    def _bytes(self, i: int) -> bytes:
         processor = self._processor
         piece = processor.id_to_piece(i)
         if processor.is_byte(i):
@@ -115,16 +81,24 @@ class Tokenizer:
             return b""
         return piece.replace(_SPACE, " ").encode()
 
-    def _check(self, where: str) -> None:
-        missing = [n for n, i in {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id}.items() if i < 0]
-        if missing:
-            raise UserError(f"{where}: the model has no {', '.join(missing)} symbol; train one with 'bst data prepare'")
-        probe = "  Two  spaces,\ttab, \u00e9\u0301 \ufb01 \U0001f600 \x00 \u2581\r\nend \n\n"
-        if self._pieces[self.newline_id] != b"\n" or self.decode(self.encode(probe)) != probe:
-            raise UserError(
-                f"{where}: the model does not give text back exactly (it needs byte fallback, a newline symbol, "
-                "identity normalisation, no dummy prefix, and spaces kept); train one with 'bst data prepare'"
-            )
+
+def without_changes(model: bytes, where: str) -> bytes:
+    """The same pieces and merges without what changes text before it is encoded: normalisation, a space put in front,
+    spaces removed. A model that does none of this is returned as it is. Raises UserError when it is no model."""
+    try:
+        found = proto.ModelProto.FromString(model)
+    except DecodeError:
+        raise UserError(f"{where}: not a SentencePiece model, and not a tokenizer.json") from None
+    rules = found.normalizer_spec
+    if not (rules.precompiled_charsmap or rules.add_dummy_prefix or rules.remove_extra_whitespaces):
+        return model
+    rules.name, rules.precompiled_charsmap = "identity", b""
+    rules.add_dummy_prefix = rules.remove_extra_whitespaces = False
+    return found.SerializeToString()
+
+
+def _or(found: int, other: int) -> int:
+    return found if found >= 0 else other
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:

@@ -1,0 +1,67 @@
+"""Text to tokens and back, exactly: tokenizers trained here, and published ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bst_base.errors import UserError
+from data_pipeline.format.tokenizer.base import Tokenizer
+from data_pipeline.format.tokenizer.config import TokenizerConfig
+from data_pipeline.format.tokenizer.huggingface import HuggingFaceTokenizer, adopted
+from data_pipeline.format.tokenizer.sentencepiece import (
+    MAX_LINE,
+    SentencePieceTokenizer,
+    train_tokenizer,
+    without_changes,
+)
+
+__all__ = [
+    "MAX_LINE",
+    "HuggingFaceTokenizer",
+    "SentencePieceTokenizer",
+    "Tokenizer",
+    "TokenizerConfig",
+    "adopt_tokenizer",
+    "parse_tokenizer",
+    "read_tokenizer",
+    "train_tokenizer",
+]
+
+FILES = (SentencePieceTokenizer.file, HuggingFaceTokenizer.file)
+"""Names of a tokenizer's file, in a corpus, a run directory or a published model."""
+
+
+def parse_tokenizer(model: bytes, where: str = "the tokenizer") -> Tokenizer:
+    """The tokenizer whose file holds `model`; raises UserError when it cannot be used exactly."""
+    return (HuggingFaceTokenizer if _is_json(model) else SentencePieceTokenizer)(model, where)
+
+
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a file; raises UserError when it is missing or unusable."""
+    try:
+        return parse_tokenizer(Path(path).read_bytes(), str(path))
+    except FileNotFoundError:
+        raise UserError(f"{path}: the tokenizer is missing; copy it from where the corpus was prepared") from None
+
+
+def adopt_tokenizer(path: Path, config: TokenizerConfig) -> Tokenizer:
+    """Anyone's tokenizer for a corpus of ours: a file, or a directory with one.
+
+    What changes text before it is encoded is switched off: normalisation, and a space put in front.
+    """
+    if path.is_dir():
+        found = [path / name for name in FILES if (path / name).is_file()]
+        if not found:
+            raise UserError(f"{path}: no {' or '.join(FILES)} in it")
+        path = found[0]
+    try:
+        model = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such tokenizer (tokenizer.reuse)") from None
+    if _is_json(model):
+        return HuggingFaceTokenizer(adopted(path, config), str(path))
+    return SentencePieceTokenizer(without_changes(model, str(path)), str(path))
+
+
+def _is_json(model: bytes) -> bool:
+    return model.lstrip()[:1] == b"{"

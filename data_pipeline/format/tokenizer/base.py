@@ -1,0 +1,61 @@
+"""What every tokenizer of a corpus offers: text to ids and back, exactly."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from bst_base.errors import UserError
+
+PROBE = "  Two  spaces,\ttab, A \u00e9\u0301 e\u0301 \ufb01 \U0001f600 \x00 \u2581\r\nend \n\n"
+"""Text that a tokenizer must give back exactly to be used."""
+
+
+class Tokenizer(ABC):
+    """Text to ids and back; `decode(encode(text)) == text` for every text."""
+
+    file: ClassVar[str]
+    """Name of the model's file in a corpus or a run directory."""
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+    def __init__(self, model: bytes, pieces: Sequence[bytes]) -> None:
+        """`model`: the file's bytes; `pieces`: for each id the UTF-8 bytes of text it stands for, b"" for none."""
+        self.model = model
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self.vocab_size = len(pieces)
+        self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+        self._pieces = pieces
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """(V,) int64: bytes of UTF-8 text that each id stands for; 0 for the control symbols."""
+        return np.array([len(piece) for piece in self._pieces], np.int64)
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """The text's ids, (n,) in `dtype`, without begin or end symbols."""
+
+    @abstractmethod
+    def piece(self, token: int) -> str:
+        """The name of an id in the model; no other id has it."""
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        """The text of any run of ids; a character cut by the run's ends becomes U+FFFD."""
+        pieces = self._pieces
+        return b"".join(pieces[i] for i in np.asarray(ids).tolist()).decode("utf-8", errors="replace")
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes of text that one id stands for; a character may be spread over several ids."""
+        return self._pieces[token]
+
+    def require_exact(self, where: str, needs: str) -> None:
+        """Raise UserError unless awkward text comes back exactly; `needs`: what a model must have for it."""
+        if self.decode(self.encode(PROBE)) != PROBE:
+            raise UserError(f"{where}: the model does not give text back exactly (it needs {needs}); train one with "
+                            "'bst data prepare'")  # fmt: skip

@@ -1,0 +1,128 @@
+"""A tokenizer.json gives the ids that the `tokenizers` library gives, and every text back exactly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from bst_base.errors import UserError
+from bst_base.settings import ConfigError, parse
+from data_pipeline.format.tokenizer import (
+    HuggingFaceTokenizer,
+    TokenizerConfig,
+    adopt_tokenizer,
+    parse_tokenizer,
+    read_tokenizer,
+)
+
+WORDS = [f"word{i} = other{i * 7 % 97} + {i}\n    return x{i} don't\n\n" for i in range(400)]
+AWKWARD = ["\u2581", "\n", "\r\n", "\x00", "  ", "\t", "<|endoftext|>", "<s>", "</s>", "<0x0A>", "e\u0301", "\u00e9",
+           "\ufb01", "\U0001f600", "\ufeff", "word1 = other2", "\u0130"]  # fmt: skip
+texts = st.lists(st.one_of(st.sampled_from(AWKWARD), st.text(max_size=20)), max_size=30).map("".join)
+encodable = texts.filter(lambda text: not any(0xD800 <= ord(c) < 0xE000 for c in text))
+
+
+def byte_level(specials=("<|endoftext|>",), prefix=False) -> tokenizers.Tokenizer:
+    """As GPT-2's and Llama 3's."""
+    found = tokenizers.Tokenizer(models.BPE())
+    found.normalizer = normalizers.NFC()
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    found.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    found.train_from_iterator(WORDS, trainers.BpeTrainer(vocab_size=400, special_tokens=list(specials),
+                                                         initial_alphabet=alphabet, show_progress=False))  # fmt: skip
+    return found
+
+
+def byte_fallback() -> tokenizers.Tokenizer:
+    """As Llama 2's and Mistral's."""
+    found = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    found.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    found.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    found.train_from_iterator(WORDS, trainers.BpeTrainer(vocab_size=500, special_tokens=specials, show_progress=False))
+    settings = json.loads(found.to_str())
+    settings["added_tokens"] = settings["added_tokens"][:3]  # the bytes are pieces of the vocabulary alone
+    return tokenizers.Tokenizer.from_str(json.dumps(settings))
+
+
+KINDS = {"byte-level": byte_level, "prefix": lambda: byte_level(prefix=True), "byte-fallback": byte_fallback}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def published(request, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("published") / "tokenizer.json"
+    KINDS[request.param]().save(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(published) -> HuggingFaceTokenizer:
+    return adopt_tokenizer(published, TokenizerConfig())
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=encodable)
+def test_every_text_comes_back_exactly(tokenizer, text) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+    assert not {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id} & set(ids.tolist())
+
+
+def test_the_ids_are_those_of_the_library(published, tokenizer) -> None:
+    peer = tokenizers.Tokenizer.from_file(str(published))
+    lead = " " if tokenizer.encode("x")[0] != peer.encode("x").ids[0] else ""  # what the peer puts in front itself
+    for text in ("word3 = other21 + 3", "word1\n\n    return x7", "naïve\ttab", "日本語 \U0001f600"):
+        assert tokenizer.encode(lead + text).tolist() == peer.encode(text, add_special_tokens=False).ids
+
+
+def test_what_a_corpus_holds_reads_back_the_same(tokenizer, tmp_path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer.model)
+    again = read_tokenizer(tmp_path / "tokenizer.json")
+    assert again.sha256 == tokenizer.sha256
+    assert adopt_tokenizer(tmp_path, TokenizerConfig()).sha256 == tokenizer.sha256
+    for name in ("vocab_size", "bos_id", "eos_id", "pad_id"):
+        assert getattr(again, name) == getattr(tokenizer, name)
+
+
+def test_roles_by_setting_by_file_and_by_common_name(tmp_path) -> None:
+    path = tmp_path / "tokenizer.json"
+    byte_level(("<end>", "<|endoftext|>", "<begin>", "<fill>")).save(str(path))
+    found = adopt_tokenizer(path, TokenizerConfig())
+    assert [found.piece(i) for i in (found.bos_id, found.eos_id, found.pad_id)] == ["<|endoftext|>"] * 3
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": {"content": "<end>"}, "pad_token": "<fill>"})
+    )
+    found = adopt_tokenizer(path, TokenizerConfig(reuse=path, bos="<begin>"))
+    assert [found.piece(i) for i in (found.bos_id, found.eos_id, found.pad_id)] == ["<begin>", "<end>", "<fill>"]
+
+
+def test_what_cannot_be_used_is_said(tmp_path) -> None:
+    path = tmp_path / "tokenizer.json"
+    byte_level(("<end>",)).save(str(path))
+    with pytest.raises(UserError, match=r"which token ends a document.*name it with tokenizer\.eos"):
+        adopt_tokenizer(path, TokenizerConfig())
+    with pytest.raises(UserError, match=r"tokenizer\.eos: it has no token '<stop>'"):
+        adopt_tokenizer(path, TokenizerConfig(reuse=path, eos="<stop>"))
+    with pytest.raises(UserError, match="prepare a corpus with it"):
+        parse_tokenizer(path.read_bytes())
+    with pytest.raises(UserError, match=r"not a tokenizer\.json"):
+        parse_tokenizer(b"{}")
+    words = tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "</s>": 2}, unk_token="[UNK]"))
+    words.save(str(path))
+    with pytest.raises(UserError, match="does not give text back exactly"):
+        adopt_tokenizer(path, TokenizerConfig())
+    with pytest.raises(ConfigError, match=r"meant for a tokenizer\.json"):
+        parse(TokenizerConfig, {"eos": "</s>"})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no tokenizer\.model or tokenizer\.json in it"):
+        adopt_tokenizer(tmp_path / "empty", TokenizerConfig())
