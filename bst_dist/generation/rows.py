@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bst_dist.model.config import within_block
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.past import State
 
@@ -96,9 +97,8 @@ def portions(position: int, count: int, block: int, chunk: int) -> Iterator[int]
     """Lengths of the slices in which `count` tokens from `position` on can be given to a model.
 
     A slice is whole blocks from a block's boundary, or lies within one block; there it is a multiple of the SSM's
-    chunk or shorter than one.
+    chunk or shorter than one. `chunk`: no longer than a block.
     """
-    chunk = min(chunk, block)
     while count:
         left = block - position % block
         if left == block and count >= block:
@@ -115,7 +115,8 @@ def _advance(model: LanguageModel, group: _Group, ids: Tensor, every: bool) -> T
     """Hidden states of `ids` (b, n), read after what the group has read: (b, D) of the last token or (b, n, D)."""
     ids = ids.to(model.embedding.weight.device)
     config, read, at = model.config, [], 0
-    for length in portions(group.positions[0], ids.shape[1], config.block, config.ssm.chunk):
+    chunk = within_block(config.ssm, config.block).chunk
+    for length in portions(group.positions[0], ids.shape[1], config.block, chunk):
         past = model.carry(group.state, max(group.positions))
         x = model.hidden(ids[:, at : at + length], past=past)
         read = [*read, x] if every else [x[:, -1]]

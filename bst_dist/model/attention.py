@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from bst_dist.model.config import AttentionConfig
 from bst_dist.model.flex import flex_sliding_attention
 from bst_dist.model.fused_tiles import fused_sliding_attention, fused_tile
+from bst_dist.model.roles import Linear
 from bst_dist.model.tiles import HIDDEN, QUERY_TILE, sliding_tiles, tiled_attention
 from bst_dist.parallel.past import Past
 
@@ -66,7 +67,7 @@ class SlidingAttention(nn.Module):
     def __init__(self, width: int, heads: int, window: int, config: AttentionConfig):
         super().__init__()
         self.heads, self.window, self.config = heads, window, config
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = Linear(width, 3 * width)
         self.scale = nn.Parameter(torch.full((heads,), math.sqrt(width // heads)))
         self.bias = DistanceBias(heads, config) if config.position == "t5" else None
 

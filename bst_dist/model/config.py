@@ -6,7 +6,7 @@ or a kernel is, `layers.MIXERS` and `ssm.kernels.KERNELS` say.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -271,6 +271,14 @@ MIXER_SECTIONS: dict[str, tuple[str, ...]] = {
 """The sections of the settings that each mixer reads; `layers.MIXERS` has their classes, under the same names."""
 
 
+Chunked = TypeVar("Chunked", bound=Config)
+
+
+def within_block(settings: Chunked, block: int) -> Chunked:
+    """The settings of a recurrence, with chunks no longer than a block, so that blocks end between two chunks."""
+    return settings.model_copy(update={"chunk": block}) if settings.chunk > block else settings
+
+
 class LayerConfig(Config):
     """What all layers of a model share."""
 
@@ -299,9 +307,9 @@ class LayerConfig(Config):
         if self.attention.position == "rope" and self.width // self.heads % 2:
             raise ValueError(f"rope needs an even head width, got width/heads = {self.width // self.heads}")
         for section in ("ssm", "mamba2", "gated_deltanet"):
-            chunk = getattr(self, section).chunk
-            if self.block % min(chunk, self.block):
-                raise ValueError(f"{section}.chunk ({chunk}) must divide block ({self.block})")
+            settings = getattr(self, section)
+            if self.block % within_block(settings, self.block).chunk:
+                raise ValueError(f"{section}.chunk ({settings.chunk}) must divide block ({self.block})")
         return self
 
     def mixers(self) -> list[str]:

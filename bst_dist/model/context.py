@@ -10,7 +10,6 @@ Shapes: B rows, l tokens, Ds SSM width, C output maps, S states, H heads, W bloc
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 
 from bst_dist.model.attention import unit
 from bst_dist.model.config import ContextConfig, KernelConfig
+from bst_dist.model.roles import Linear, Role
 from bst_dist.model.ssm.kernels import build_kernel
 from bst_dist.parallel.past import Past
 
@@ -37,8 +37,6 @@ class StreamContext(nn.Module):
     the states are grouped by the block that sees them, (B, nb, W, H, dh).
     """
 
-    matrices: ClassVar = ("key_value",)
-
     def __init__(self, width: int, heads: int, block: int, config: ContextConfig, ssm: KernelConfig):
         super().__init__()
         channels = config.width(width)
@@ -47,6 +45,7 @@ class StreamContext(nn.Module):
         self.passage = Passage()
         # Straight from Ds to each head: lifting to D first and projecting then is the same class of functions.
         self.key_value = nn.Parameter(torch.randn(heads, channels, 2 * width // heads) / math.sqrt(channels))
+        self.roles = {"key_value": Role.MATRIX}
 
     def forward(self, z: Tensor, past: Past, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         y = self.passage(self.ssm(z, past, starts), past)  # (B, l, C, Ds): one stream, or one a head
@@ -87,7 +86,7 @@ class FilterContext(nn.Module):
         self.passage = Passage()
         self.identity = nn.Parameter(torch.randn(config.states, channels) * 0.02)
         self.initial = nn.Parameter(torch.randn(config.states, channels) * 0.02)
-        self.key_value = nn.Linear(channels, 2 * width, bias=False)
+        self.key_value = Linear(channels, 2 * width)
 
     def forward(self, z: Tensor, past: Past, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         ends = self.ssm.block_ends(z, self.block, past, starts)  # (B, nb, S, Ds)
@@ -110,7 +109,7 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, heads: int, block: int, config: ContextConfig, ssm: KernelConfig):
         super().__init__()
         self.block, self.heads = block, heads
-        self.query = nn.Linear(width, width, bias=False)
+        self.query = Linear(width, width)
         self.scale = nn.Parameter(torch.full((heads,), math.sqrt(width // heads)))
         self.causal = config.variant != "MF" and config.attend == "current"
         kind = FilterContext if config.variant == "MF" else StreamContext

@@ -19,10 +19,9 @@ from bst_dist.model.baselines.gss import GSSMixer
 from bst_dist.model.baselines.mamba2 import Mamba2Mixer
 from bst_dist.model.baselines.pure_ssm import PureSSMMixer
 from bst_dist.model.baselines.transformer_xl import TransformerXLMixer
-from bst_dist.model.config import (
-    LayerConfig,
-)
+from bst_dist.model.config import LayerConfig
 from bst_dist.model.context import CrossAttention
+from bst_dist.model.roles import Linear
 from bst_dist.parallel.past import Past
 
 
@@ -32,7 +31,7 @@ class SlidingMixer(nn.Module):
     def __init__(self, config: LayerConfig):
         super().__init__()
         self.attention = SlidingAttention(config.width, config.heads, config.block, config.attention)
-        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.out = Linear(config.width, config.width, into_stream=True)
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
         return self.out(self.attention(u, past, starts))
@@ -44,9 +43,9 @@ class BSTMixer(nn.Module):
     def __init__(self, config: LayerConfig):
         super().__init__()
         self.attention = SlidingAttention(config.width, config.heads, config.block, config.attention)
-        self.down = nn.Linear(config.width, config.context.width(config.width), bias=False)
+        self.down = Linear(config.width, config.context.width(config.width))
         self.cross = CrossAttention(config.width, config.heads, config.block, config.context, config.ssm)
-        self.out = nn.Linear(2 * config.width, config.width, bias=False)
+        self.out = Linear(2 * config.width, config.width, into_stream=True)
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
         own = self.attention(u, past.child("self"), starts)
@@ -82,8 +81,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.up = nn.Linear(width, hidden, bias=False)
-        self.out = nn.Linear(hidden, width, bias=False)
+        self.up = Linear(width, hidden)
+        self.out = Linear(hidden, width, into_stream=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(torch.relu(self.up(x)))
@@ -114,7 +113,7 @@ class Layer(nn.Module):
 
     def initialize(self, depth: int) -> None:
         """Linear maps N(0, 1/fan-in); those that write to the residual stream smaller by sqrt(2 depth)."""
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                gain = 1 / math.sqrt(2 * depth) if name.endswith("out") else 1.0
+        for module in self.modules():
+            if isinstance(module, Linear):
+                gain = 1 / math.sqrt(2 * depth) if module.into_stream else 1.0
                 nn.init.normal_(module.weight, std=gain / math.sqrt(module.in_features))

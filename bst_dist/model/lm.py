@@ -15,6 +15,7 @@ from bst_dist.model.config import ModelConfig
 from bst_dist.model.layers import Layer
 from bst_dist.model.loss import linear_cross_entropy
 from bst_dist.model.parametrisation import Scale
+from bst_dist.model.roles import Role, roles_of
 from bst_dist.parallel.past import EarlierCall, Past, State
 
 
@@ -91,25 +92,18 @@ class LanguageModel(nn.Module):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by how they are trained: matrices (with weight decay), SSM dynamics (a rate of their own, no
-        decay), and all the rest, called vectors (no decay): scales, biases, tables, read-outs, the embedding.
+        decay), and all the rest, called vectors (no decay): scales, biases, tables, read-outs, the embedding. Which a
+        parameter is, its module says (`bst_dist.model.roles`).
 
         CompleteP tells two more apart: filters, the matrices of a kernel, whose fan-in does not grow with the width,
         and embedding, the parameters outside of the layers."""
         groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "ssm": []}
-        kernels = [module for module in self.modules() if hasattr(module, "dynamics")]
-        dynamics = {id(p) for kernel in kernels for p in kernel.dynamics()}
-        in_kernel = {id(p) for kernel in kernels for p in kernel.parameters()}
         in_layers = {id(p) for p in self.layers.parameters()}
         for module in self.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                linear_map = name in getattr(module, "matrices", ())
-                linear_map |= isinstance(module, nn.Linear) and name == "weight"
-                if id(parameter) in dynamics:
-                    kind = "ssm"
-                elif linear_map:
-                    kind = "filters" if id(parameter) in in_kernel else "matrices"
-                else:
-                    kind = "vectors" if id(parameter) in in_layers else "embedding"
+            for name, role in roles_of(module).items():
+                parameter = getattr(module, name)
+                outside = role is Role.VECTOR and id(parameter) not in in_layers
+                kind = "embedding" if outside else role.value
                 groups.setdefault(self.config.parametrisation.group(kind), []).append(parameter)
         return groups
 

@@ -21,6 +21,7 @@ from bst_dist.model.baselines.gated_deltanet import DeltaRule
 from bst_dist.model.context import CrossAttention
 from bst_dist.model.layers import BSTMixer, NoCrossMixer
 from bst_dist.model.lm import LanguageModel
+from bst_dist.model.roles import Role, roles_of
 from bst_dist.model.ssm.dplr import S4DPLR
 from bst_dist.model.ssm.s4d import S4D
 from bst_dist.model.ssm.selective import Selective
@@ -32,8 +33,7 @@ BLOCKS_LOOKED_AT = 4
 
 def kernel_of(mixer: nn.Module) -> nn.Module | None:
     """A layer's SSM, if it has one that remembers anything."""
-    kernels = (module for module in mixer.modules() if hasattr(module, "dynamics"))
-    return next((kernel for kernel in kernels if kernel.dynamics()), None)
+    return next((module for module in mixer.modules() if Role.DYNAMICS in roles_of(module).values()), None)
 
 
 def kernels(model: LanguageModel) -> dict[int, nn.Module]:

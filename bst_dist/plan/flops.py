@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable
 
 from bst_dist.model.baselines.full import causal_tiles
-from bst_dist.model.config import ModelConfig
+from bst_dist.model.config import ModelConfig, within_block
 from bst_dist.model.ssm.convolution import padded_size
 from bst_dist.model.tiles import Tile, sliding_tiles
 
@@ -88,10 +88,10 @@ def _gss(config: ModelConfig, length: int) -> dict[str, float]:
 
 
 def _mamba2(config: ModelConfig, length: int) -> dict[str, float]:
-    d, own = config.width, config.mamba2
+    d, own = config.width, within_block(config.mamba2, config.block)
     inner = own.expand * d
     projections = 2 * d * (2 * inner + 2 * own.state + inner // own.head) + 2 * inner * d
-    return {"projections": projections, "ssm": _selective(inner, own.state, 1, min(own.chunk, config.block))}
+    return {"projections": projections, "ssm": _selective(inner, own.state, 1, own.chunk)}
 
 
 def _selective(channels: int, state: int, maps: int, chunk: int) -> float:
@@ -100,8 +100,8 @@ def _selective(channels: int, state: int, maps: int, chunk: int) -> float:
 
 
 def _gated_deltanet(config: ModelConfig, length: int) -> dict[str, float]:
-    d, own = config.width, config.gated_deltanet
-    values, chunk = own.expand * d, min(own.chunk, config.block)
+    d, own = config.width, within_block(config.gated_deltanet, config.block)
+    values, chunk = own.expand * d, own.chunk
     projections = 2 * d * (2 * d + 2 * values + 2 * config.heads) + 2 * values * d
     key = d // config.heads
     within = 4 * chunk * d + 2 * chunk * values  # keys and queries with keys, and what was written
@@ -114,8 +114,8 @@ def _pure_ssm(config: ModelConfig, length: int) -> dict[str, float]:
 
 def kernel_flops(config: ModelConfig, channels: int, maps: int, length: int) -> dict[str, float]:
     """Of a kernel's outputs for every token; of a filter, the FFTs of the sequence at 2.5 n log2 n each."""
-    ssm = config.ssm
-    chunk = min(ssm.chunk, config.block)
+    ssm = within_block(config.ssm, config.block)
+    chunk = ssm.chunk
     if ssm.kernel == "ssd":
         select = 2 * channels * (channels // ssm.head + ssm.state * (1 + maps))
         return {"ssm": select + _selective(channels, ssm.state, maps, chunk)}
@@ -133,11 +133,12 @@ def kernel_flops(config: ModelConfig, channels: int, maps: int, length: int) -> 
 
 def kernel_ends_flops(config: ModelConfig, channels: int, maps: int, length: int) -> dict[str, float]:
     """Of a kernel's outputs at block ends only, each map with dynamics of its own."""
-    ssm, block = config.ssm, config.block
+    block = config.block
+    ssm = within_block(config.ssm, block)
     if ssm.kernel == "s4d":
         return {"ssm": 2 * channels * maps * ssm.state}
     if ssm.kernel == "s4-dplr":
-        between = _dense_scan(ssm.state, length // min(ssm.chunk, block)) + 2 * ssm.state**2 * length / block
+        between = _dense_scan(ssm.state, length // ssm.chunk) + 2 * ssm.state**2 * length / block
         return {"ssm": channels * maps * (2 * ssm.state + between / length)}
     if ssm.kernel in ("explicit", "hyena"):
         blocks = length // block

@@ -104,7 +104,7 @@ def _models(config: ModelConfig, length: int) -> Iterator[tuple[str, dict[str, A
     recurrent = {"mixer": "block-recurrent", "block_recurrent": {"states": config.block}}
     yield "Block-Recurrent", {**recurrent, "placement": [config.depth * 3 // 4]}
     hybrid = [place for place in range(config.depth) if place % 4 != 3]
-    gss_ssm = {"state": 512, "chunk": min(128, config.block)}
+    gss_ssm = {"state": 512, "chunk": 128}
     yield "GSS hybrid", {"mixer": "gss", "placement": hybrid, "gss": config.gss.model_dump(), "ssm": gss_ssm}
     mamba2 = {"head": math.gcd(64, 2 * config.width)}
     yield "Mamba-2 hybrid", {"mixer": "mamba2", "placement": hybrid, "mamba2": mamba2}

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from bst_dist.model.attention import SlidingAttention, documents_of, rotate, unit
 from bst_dist.model.config import LayerConfig
+from bst_dist.model.roles import Linear
 from bst_dist.parallel.past import Past
 
 
@@ -61,10 +62,10 @@ class StateCell(nn.Module):
         self.heads = heads
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.identity = nn.Parameter(torch.randn(states, width) * 0.1)
-        self.project = nn.Linear(width, 4 * width, bias=False)  # two queries, one set of keys and values
+        self.project = Linear(width, 4 * width)  # two queries, one set of keys and values
         self.self_scale = nn.Parameter(torch.full((heads,), math.sqrt(width // heads)))
         self.token_scale = nn.Parameter(torch.full((heads,), math.sqrt(width // heads)))
-        self.update = nn.Linear(2 * width, width, bias=False)
+        self.update = Linear(2 * width, width)
         self.gate = nn.Parameter(torch.ones(width))  # b: at first 0.73 of the state stays
 
     def forward(self, state: Tensor, tokens: Window | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,11 +88,11 @@ class BlockRecurrentMixer(nn.Module):
         super().__init__()
         width, heads, self.block = config.width, config.heads, config.block
         self.attention = TokenAttention(width, heads, config.block, config.attention)
-        self.query = nn.Linear(width, width, bias=False)
+        self.query = Linear(width, width)
         self.scale = nn.Parameter(torch.full((heads,), math.sqrt(width // heads)))
         self.cell = StateCell(width, heads, config.block_recurrent.states)
         self.initial = nn.Parameter(torch.randn(config.block_recurrent.states, width) * 0.1)
-        self.out = nn.Linear(2 * width, width, bias=False)
+        self.out = Linear(2 * width, width, into_stream=True)
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
         own, k, v = self.attention(u, past.child("self"), starts)

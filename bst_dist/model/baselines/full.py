@@ -20,6 +20,7 @@ from bst_dist.model.attention import (
     sliding_attention,
 )
 from bst_dist.model.config import LayerConfig
+from bst_dist.model.roles import Linear
 from bst_dist.model.tiles import HIDDEN, QUERY_TILE, Tile, tiled_attention
 from bst_dist.parallel.past import Past
 
@@ -99,7 +100,7 @@ class FullMixer(nn.Module):
     def __init__(self, config: LayerConfig):
         super().__init__()
         self.attention = FullAttention(config.width, config.heads, config.full.longest, config.attention)
-        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.out = Linear(config.width, config.width, into_stream=True)
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
         return self.out(self.attention(u, past, starts))

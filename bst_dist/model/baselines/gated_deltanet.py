@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_dist.model.config import LayerConfig
+from bst_dist.model.config import LayerConfig, within_block
+from bst_dist.model.roles import Linear, Role
 from bst_dist.model.ssm.selective import CausalConvolution
 from bst_dist.parallel.past import Past
 
@@ -33,10 +34,7 @@ class DeltaRule(nn.Module):
         self.log_decay = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
         dt = torch.empty(heads).uniform_(math.log(dt_min), math.log(dt_max)).exp()
         self.step = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # what softplus makes dt of
-
-    def dynamics(self) -> list[nn.Parameter]:
-        """The parameters that train at a rate of their own and without decay."""
-        return [self.log_decay, self.step]
+        self.roles = dict.fromkeys(("log_decay", "step"), Role.DYNAMICS)
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
@@ -91,17 +89,17 @@ class GatedDeltaNetMixer(nn.Module):
 
     def __init__(self, config: LayerConfig):
         super().__init__()
-        settings, width = config.gated_deltanet, config.width
+        settings, width = within_block(config.gated_deltanet, config.block), config.width
         if config.block < settings.convolution - 1:
             raise ValueError(f"gated_deltanet.convolution {settings.convolution} reaches further back than a block")
         self.heads, self.width, values = config.heads, width, settings.expand * width
-        self.into = nn.Linear(width, 2 * width + values, bias=False)
+        self.into = Linear(width, 2 * width + values)
         self.convolution = CausalConvolution(2 * width + values, settings.convolution)
-        self.gates = nn.Linear(width, 2 * config.heads, bias=False)
-        self.gate = nn.Linear(width, values, bias=False)
-        self.rule = DeltaRule(config.heads, min(settings.chunk, config.block), settings.dt_min, settings.dt_max)
+        self.gates = Linear(width, 2 * config.heads)
+        self.gate = Linear(width, values)
+        self.rule = DeltaRule(config.heads, settings.chunk, settings.dt_min, settings.dt_max)
         self.norm = nn.RMSNorm(values // config.heads, eps=1e-6)
-        self.out = nn.Linear(values, width, bias=False)
+        self.out = Linear(values, width, into_stream=True)
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
         mixed = F.silu(self.convolution(self.into(u), past.child("convolution"), starts))

@@ -11,18 +11,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_dist.model.config import LayerConfig, SSMConfig
+from bst_dist.model.config import LayerConfig, SSMConfig, within_block
+from bst_dist.model.roles import Linear
 from bst_dist.model.ssm.s4d import S4D
 from bst_dist.parallel.past import Past
-
-
-class SharedModes(S4D):
-    """S4D whose modes are one set for all channels; a channel has its own step and read-out (as in DSS)."""
-
-    def __init__(self, width: int, config: SSMConfig, block: int):
-        super().__init__(width, 1, config.model_copy(update={"chunk": min(config.chunk, block)}))
-        self.log_decay = nn.Parameter(self.log_decay.detach()[:, :1].clone())  # (1, 1, n)
-        self.frequency = nn.Parameter(self.frequency.detach()[:, :1].clone())
 
 
 class GSSMixer(nn.Module):
@@ -33,11 +25,11 @@ class GSSMixer(nn.Module):
         if not isinstance(config.ssm, SSMConfig):
             raise ValueError(f"gss shares the modes of a diagonal SSM: ssm.kernel must be s4d, not {config.ssm.kernel}")
         width, wide, narrow = config.width, config.gss.gate * config.width, config.width // config.gss.reduce
-        self.gate = nn.Linear(width, wide, bias=False)
-        self.down = nn.Linear(width, narrow, bias=False)
-        self.ssm = SharedModes(narrow, config.ssm, config.block)
-        self.up = nn.Linear(narrow, wide, bias=False)
-        self.out = nn.Linear(wide, width, bias=False)
+        self.gate = Linear(width, wide)
+        self.down = Linear(width, narrow)
+        self.ssm = S4D(narrow, 1, within_block(config.ssm, config.block), shared_modes=True)
+        self.up = Linear(narrow, wide)
+        self.out = Linear(wide, width, into_stream=True)
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
         y = self.ssm(F.gelu(self.down(u)), past, starts).squeeze(2)  # (B, l, D/4)

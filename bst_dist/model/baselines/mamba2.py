@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_dist.model.config import LayerConfig
+from bst_dist.model.config import LayerConfig, within_block
+from bst_dist.model.roles import Linear
 from bst_dist.model.ssm.selective import CausalConvolution, Selective
 from bst_dist.parallel.past import Past
 
@@ -22,7 +23,7 @@ class Mamba2Mixer(nn.Module):
 
     def __init__(self, config: LayerConfig):
         super().__init__()
-        settings = config.mamba2
+        settings = within_block(config.mamba2, config.block)
         inner = settings.expand * config.width
         if inner % settings.head:
             raise ValueError(f"mamba2.head {settings.head} must divide mamba2.expand x width, {inner}")
@@ -31,12 +32,12 @@ class Mamba2Mixer(nn.Module):
         heads = inner // settings.head
         self.sizes = inner, inner + 2 * settings.state, heads
         self.inner, self.state = inner, settings.state
-        self.into = nn.Linear(config.width, sum(self.sizes), bias=False)
+        self.into = Linear(config.width, sum(self.sizes))
         self.convolution = CausalConvolution(self.sizes[1], settings.convolution)
-        self.scan = Selective(heads, min(settings.chunk, config.block), settings.dt_min, settings.dt_max)
+        self.scan = Selective(heads, settings.chunk, settings.dt_min, settings.dt_max)
         self.skip = nn.Parameter(torch.ones(heads))
         self.norm = nn.RMSNorm(inner, eps=1e-6)
-        self.out = nn.Linear(inner, config.width, bias=False)
+        self.out = Linear(inner, config.width, into_stream=True)
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
         gate, mixed, dt = self.into(u).split(self.sizes, dim=-1)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bst_dist.model.config import LayerConfig
+from bst_dist.model.roles import Linear
 from bst_dist.model.ssm.kernels import build_kernel
 from bst_dist.parallel.past import Past
 
@@ -16,7 +17,7 @@ class PureSSMMixer(nn.Module):
     def __init__(self, config: LayerConfig):
         super().__init__()
         self.ssm = build_kernel(config.width, 1, config.ssm, config.block)
-        self.out = nn.Linear(config.width, 2 * config.width, bias=False)
+        self.out = Linear(config.width, 2 * config.width, into_stream=True)
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
         y = F.gelu(self.ssm(u, past, starts).squeeze(2))

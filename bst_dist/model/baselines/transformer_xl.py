@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bst_dist.model.attention import SlidingAttention, documents_further_back
 from bst_dist.model.config import LayerConfig
+from bst_dist.model.roles import Linear
 from bst_dist.parallel.past import Past
 
 
@@ -58,7 +59,7 @@ class TransformerXLMixer(nn.Module):
         if window % config.block:
             raise ValueError(f"transformer_xl.window ({window}) must be a multiple of block ({config.block})")
         self.attention = SegmentAttention(config.width, config.heads, window, config.attention)
-        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.out = Linear(config.width, config.width, into_stream=True)
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
         return self.out(self.attention(u, past, starts))

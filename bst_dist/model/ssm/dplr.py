@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bst_dist.model.config import DPLRConfig
+from bst_dist.model.roles import Role
 from bst_dist.model.ssm.convolution import causal_matrix
 from bst_dist.parallel.past import Past
 
@@ -61,10 +62,7 @@ class S4DPLR(nn.Module):
         self.into = nn.Parameter(torch.view_as_real(into).clone())
         self.read_out = nn.Parameter(torch.randn(maps, width, modes, 2) * math.sqrt(0.5))
         self.skip = nn.Parameter(torch.randn(maps, width))
-
-    def dynamics(self) -> list[nn.Parameter]:
-        """The parameters that train at a rate of their own and without decay."""
-        return [self.log_dt, self.log_decay, self.frequency, self.low_rank, self.into]
+        self.roles = dict.fromkeys(("log_dt", "log_decay", "frequency", "low_rank", "into"), Role.DYNAMICS)
 
     def recurrence(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ā (F, Ds, N, N), B̄ (F, Ds, N) and the read-out (C, Ds, N) on real and imaginary parts, float64."""

@@ -4,8 +4,9 @@ A kernel is built by `build_kernel` for Ds channels and C output maps, and offer
 
 - ``forward(z, past, starts)``: outputs of every token, (B, l, Ds) -> (B, l, C, Ds);
 - ``block_ends(z, block, past, starts)``: outputs of each block's last token only, (B, l, Ds) -> (B, nb, C, Ds);
-- ``kernel(length)``: the convolution without its skip term, (C, Ds, length): what the tests compare with;
-- ``dynamics()``: the parameters that train at a rate of their own and without decay.
+- ``kernel(length)``: the convolution without its skip term, (C, Ds, length): what the tests compare with.
+
+Its `roles` (`bst_dist.model.roles`) say which parameters are dynamics.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from bst_dist.model.config import (
     NoConvolutionConfig,
     SSDConfig,
     SSMConfig,
+    within_block,
 )
 from bst_dist.model.ssm.dplr import S4DPLR
 from bst_dist.model.ssm.s4d import S4D
@@ -36,9 +38,6 @@ class NoConvolution(nn.Module):
     def __init__(self, width: int, maps: int, config: NoConvolutionConfig, own_dynamics: bool = False):
         super().__init__()
         self.skip = nn.Parameter(torch.randn(maps, width))
-
-    def dynamics(self) -> list[nn.Parameter]:
-        return []
 
     def kernel(self, length: int) -> Tensor:
         return self.skip.new_zeros(*self.skip.shape, length)
@@ -65,9 +64,7 @@ def build_kernel(width: int, maps: int, config: KernelConfig, block: int, own_dy
     """The kernel that `config` asks for.
 
     Args:
-        block: W; chunks are no longer than it, so that a block's end and a document's start lie between chunks.
+        block: W; a chunk is no longer than it.
         own_dynamics: gives each output map a state of its own, if there is any.
     """
-    if config.chunk > block:
-        config = config.model_copy(update={"chunk": block})
-    return KERNELS[type(config)](width, maps, config, own_dynamics)
+    return KERNELS[type(config)](width, maps, within_block(config, block), own_dynamics)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bst_dist.model.config import SSMConfig
+from bst_dist.model.roles import Role
 from bst_dist.model.ssm.convolution import causal_matrix
 from bst_dist.model.ssm.pairs import Pair
 from bst_dist.model.ssm.scan import start_incoming_states
@@ -42,25 +43,24 @@ class S4D(nn.Module):
     """Diagonal SSM from Ds channels to C output maps each: (B, L, Ds) -> (B, L, C, Ds).
 
     With `own_dynamics` each output map is an SSM of its own (F = C); otherwise the maps are C read-outs of one state.
+    With `shared_modes` all channels have one set of modes, and each its own step and read-out (as in DSS).
     """
 
-    def __init__(self, width: int, maps: int, config: SSMConfig, own_dynamics: bool = False):
+    def __init__(self, width: int, maps: int, config: SSMConfig, own_dynamics: bool = False,
+                 shared_modes: bool = False) -> None:  # fmt: skip
         super().__init__()
-        modes = config.state // 2
+        modes, channels = config.state // 2, 1 if shared_modes else width
         sets = maps if own_dynamics else 1
         log_range = math.log(config.dt_min), math.log(config.dt_max)
         self.chunk = config.chunk
         self.log_dt = nn.Parameter(torch.empty(sets, width).uniform_(*log_range))
-        self.log_decay = nn.Parameter(torch.full((sets, width, modes), math.log(0.5)))
+        self.log_decay = nn.Parameter(torch.full((sets, channels, modes), math.log(0.5)))
         frequencies = initial_frequencies(config.init, modes).float()
-        self.frequency = nn.Parameter(frequencies.expand(sets, width, modes).clone())
+        self.frequency = nn.Parameter(frequencies.expand(sets, channels, modes).clone())
         # Real pairs, because ZeRO drops the imaginary part of a complex parameter with no more than a warning.
         self.read_out = nn.Parameter(torch.randn(maps, width, modes, 2) * math.sqrt(0.5))
         self.skip = nn.Parameter(torch.randn(maps, width))
-
-    def dynamics(self) -> list[nn.Parameter]:
-        """The parameters that train at a rate of their own and without decay."""
-        return [self.log_dt, self.log_decay, self.frequency]
+        self.roles = dict.fromkeys(("log_dt", "log_decay", "frequency"), Role.DYNAMICS)
 
     def log_transition(self) -> tuple[Pair, Pair]:
         """``log Ā`` and B̄, (F, Ds, n) float64 pairs."""

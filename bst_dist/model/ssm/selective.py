@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bst_dist.model.config import SSDConfig
+from bst_dist.model.roles import Linear, Role
 from bst_dist.parallel.past import Past
 
 
@@ -33,10 +34,7 @@ class Selective(nn.Module):
         self.log_decay = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())  # as published
         dt = torch.empty(heads).uniform_(math.log(dt_min), math.log(dt_max)).exp()
         self.step = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # what softplus makes dt of
-
-    def dynamics(self) -> list[nn.Parameter]:
-        """The parameters that train at a rate of their own and without decay."""
-        return [self.log_decay, self.step]
+        self.roles = dict.fromkeys(("log_decay", "step"), Role.DYNAMICS)
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
@@ -99,7 +97,7 @@ class SSD(nn.Module):
             raise ValueError(f"ssm.head {config.head} must divide the SSM's width, {width}")
         heads = width // config.head
         self.sizes = heads, config.state, maps * config.state
-        self.select = nn.Linear(width, sum(self.sizes), bias=False)
+        self.select = Linear(width, sum(self.sizes))
         self.scan = Selective(heads, config.chunk, config.dt_min, config.dt_max)
         self.skip = nn.Parameter(torch.randn(maps, width))
 

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bst_base.errors import UserError
 from bst_dist.model.config import ExplicitConfig, FilterConfig, HyenaConfig
+from bst_dist.model.roles import Linear, Role
 from bst_dist.model.ssm.convolution import causal_convolution
 from bst_dist.parallel.past import Past
 
@@ -44,10 +44,7 @@ class LongFilter(nn.Module):
         slow, fast = (math.log(100) / fraction for fraction in (config.slow_decay, config.fast_decay))
         self.log_decay = nn.Parameter(torch.linspace(slow, fast, width).log())
         self.skip = nn.Parameter(torch.randn(maps, width))
-
-    def dynamics(self) -> list[nn.Parameter]:
-        """The parameters that train at a rate of their own and without decay."""
-        return [self.log_decay]
+        self.roles = {"log_decay": Role.DYNAMICS}
 
     def values(self, taps: int, channels: slice) -> Tensor:
         """The first `taps` values of some channels' filters before the window, (C, channels, taps), of unit variance
@@ -113,15 +110,14 @@ class ExplicitFilter(LongFilter):
 class HyenaFilter(LongFilter):
     """Implicit values: a network of the position, whose size does not depend on the trained length."""
 
-    matrices: ClassVar = ("last",)
-
     def __init__(self, width: int, maps: int, config: HyenaConfig, own_dynamics: bool = False):
         super().__init__(width, maps, config)
         self.bands = config.bands
         sizes = [1 + 2 * config.bands, *[config.hidden] * config.hidden_layers]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.layers = nn.ModuleList(Linear(a, b, Role.FILTER, bias=True) for a, b in pairwise(sizes))
         self.frequency = nn.Parameter(torch.full((config.hidden,), config.sine))
         self.last = nn.Parameter(torch.randn(maps, width, config.hidden) / math.sqrt(config.hidden))
+        self.roles |= {"last": Role.FILTER}
 
     def values(self, taps: int, channels: slice) -> Tensor:
         x = self._embedding(taps)

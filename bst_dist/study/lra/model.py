@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
+from bst_dist.model.roles import Linear
 from bst_dist.parallel.past import Past
 from bst_dist.study.lra.config import LongRangeConfig
 from bst_dist.study.lra.tasks import TASKS
@@ -44,12 +45,12 @@ class Classifier(LanguageModel):
         self.task, self.pooling = TASKS[data.task], data.pooling
         width = config.width
         if self.task.sequences == 1:
-            self.head: nn.Module = nn.Linear(width, self.task.classes)
+            self.head: nn.Module = Linear(width, self.task.classes, bias=True)
         else:  # both, their product and difference (arXiv 2011.04006, section 2.2.3)
-            self.head = nn.Sequential(nn.Linear(4 * width, config.ffn), nn.ReLU(),
-                                      nn.Linear(config.ffn, self.task.classes))  # fmt: skip
+            self.head = nn.Sequential(Linear(4 * width, config.ffn, bias=True), nn.ReLU(),
+                                      Linear(config.ffn, self.task.classes, bias=True))  # fmt: skip
         for module in self.head.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, Linear):
                 nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
                 nn.init.zeros_(module.bias)
 
