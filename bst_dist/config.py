@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 OBJECTIVES: dict[type[Config], str] = {
     DataConfig: "bst_dist.train.objective:LanguageModelling",
     LongRangeConfig: "bst_dist.study.lra.objective:Classification",
-    SyntheticConfig: "bst_dist.train.synthetic:SyntheticTask",
+    SyntheticConfig: "bst_dist.study.synthetic:SyntheticTask",
 }
 """What a run learns from each kind of data section: the class of its objective (see train/objective.py), by name, so
 that training imports only the one it needs and knows none of them."""

@@ -187,7 +187,7 @@ def assert_same_run() -> Callable[[Path, Path], None]:
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """No time is spent on measuring the machine's peak."""
-    monkeypatch.setattr("bst_dist.train.program.peak_flops", lambda *_: 1e12)
+    monkeypatch.setattr("bst_dist.train.building.peak_flops", lambda *_: 1e12)
 
 
 def _rank(rank: int, world: int, port: int, sender: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

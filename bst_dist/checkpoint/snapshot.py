@@ -227,7 +227,7 @@ class Evaluated(Writer):
 
 
 class Progress(Protocol):
-    """How far the run is (`train.loop.Trainer`)."""
+    """How far the run is (`train.step.Trainer`)."""
 
     tokens: int
     """Valid tokens trained on so far, over all ranks."""

@@ -74,6 +74,11 @@ class Ranks:
         """Whether this is rank 0, which prints and writes for all."""
         return self.rank == 0
 
+    def say(self, text: str) -> None:
+        """Print a line, once for all ranks."""
+        if self.first:
+            print(text, flush=True)
+
     @property
     def cores(self) -> str:
         """The processor cores that this process may use, as the launcher or scheduler has bound it."""

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from bst_dist.parallel.gathering import GatheringError
         from bst_dist.parallel.ranks import Ranks
-        from bst_dist.train.program import train
+        from bst_dist.train.run import train
 
         try:
             with notice.ending_at_once():

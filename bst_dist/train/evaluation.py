@@ -14,7 +14,7 @@ from bst_dist.parallel.neighbour import past_of_slice
 from bst_dist.parallel.past import EarlierCall, Past
 from bst_dist.report.metrics import Callback, EvalReport, StepReport, Writer, bits_per_byte
 from bst_dist.train.config import EvaluationConfig
-from bst_dist.train.loop import on_device, sum_of_batch
+from bst_dist.train.step import on_device, sum_of_batch
 from data_pipeline.serve.slices import slices_of
 
 if TYPE_CHECKING:

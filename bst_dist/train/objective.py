@@ -28,7 +28,7 @@ from data_pipeline.serve.slices import changed
 
 if TYPE_CHECKING:
     from bst_dist.report.metrics import Writer
-    from bst_dist.train.loop import Trainer
+    from bst_dist.train.step import Trainer
 
 
 class Batches(Protocol):

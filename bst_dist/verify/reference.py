@@ -12,7 +12,7 @@ from bst_dist.config import Recipe
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.parallel.past import Past
-from bst_dist.train.loop import on_device
+from bst_dist.train.step import on_device
 from bst_dist.verify.batches import batches
 from data_pipeline.serve.batch import Batch
 

@@ -15,7 +15,7 @@ from bst_dist.parallel.ranks import Ranks
 from bst_dist.train import deepspeed_json
 from bst_dist.train.config import OptimizerConfig
 from bst_dist.train.engine import Engine
-from bst_dist.train.loop import Speed, Trainer
+from bst_dist.train.step import Speed, Trainer
 from bst_dist.verify.batches import batches
 from bst_dist.verify.reference import Step, seeded_model
 from bst_dist.verify.shrink import small_buckets

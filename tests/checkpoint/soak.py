@@ -105,10 +105,10 @@ def _fork(soak: Soak, run_dir: Path, rank: int, port: int) -> int:
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": soak.ranks, "MASTER_PORT": port}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}
         torch.set_num_threads(1)
-        from bst_dist.train import program
+        from bst_dist.train.run import train
 
         ranks = Ranks()
-        status = program.train(Request(soak.recipe, [], run_dir, True, None), ranks)
+        status = train(Request(soak.recipe, [], run_dir, True, None), ranks)
         ranks.barrier()
     except BaseException:
         traceback.print_exc()
@@ -220,9 +220,9 @@ def endure(soak: Soak, say: Any = print) -> None:
     choose_accelerator()
     import deepspeed.runtime.zero.muon.original_muon  # noqa: F401 (else imported by every engine: seconds)
 
-    from bst_dist.train import program
+    from bst_dist.train import building
 
-    program.peak_flops = lambda *_: 1e12  # not measured anew at every start
+    building.peak_flops = lambda *_: 1e12  # not measured anew at every start
     prepare_recipe(soak)
     begun = time.monotonic()
     train_to_the_end(soak, "whole")

@@ -13,9 +13,9 @@ from bst_dist.checkpoint import saving, snapshot
 from bst_dist.checkpoint.directory import committed, damage, directory, newest_valid, read_manifest
 from bst_dist.checkpoint.fragments import EngineState
 from bst_dist.parallel.ranks import Ranks
-from bst_dist.train import program
+from bst_dist.train import building
 from bst_dist.train.optimizer import HYPERPARAMETERS
-from bst_dist.train.program import train
+from bst_dist.train.run import train
 from bst_dist.train.start import Request, load, resolve
 
 pytestmark = [pytest.mark.ranks, pytest.mark.usefixtures("unmeasured")]
@@ -55,8 +55,8 @@ def test_groups_keep_their_hyperparameters_through_a_resume_in_every_stage(recip
             request = Request(recipe, changes, tmp_path / f"run{stage}", True, 2)
             train(request, ranks)
             start = resolve(load(request), request, ranks.world)
-            engine = program._engine(start)
-            identity = program._identity(start, engine, ranks)
+            engine = building.build_engine(start)
+            identity = building.identity_of(start, engine, ranks)
             state = EngineState(engine.deepspeed)
             snapshots = snapshot.Snapshots(start.run_dir, state, ranks, identity, start.recipe.checkpoint)
             snapshots.load(directory(start.run_dir, 2))

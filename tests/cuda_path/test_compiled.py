@@ -12,7 +12,7 @@ from bst_dist.activation import policy as activation
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.config import Recipe
 from bst_dist.model import flex
-from bst_dist.train.compiling import compiles
+from bst_dist.train.building import compiles
 from tests.cuda_path.models import build, tokens
 
 

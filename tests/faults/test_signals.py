@@ -18,10 +18,11 @@ from bst_dist.checkpoint import snapshot
 from bst_dist.checkpoint.directory import newest_valid
 from bst_dist.faults import signals, status
 from bst_dist.parallel.ranks import Ranks
-from bst_dist.train import evaluation, program
-from bst_dist.train.program import train
+from bst_dist.train import building, evaluation
+from bst_dist.train.run import train
 from bst_dist.train.rundir import read_outcome
 from bst_dist.train.start import Request
+from bst_dist.train.step import Trainer
 
 Go = Callable[..., list[int]]
 
@@ -49,14 +50,14 @@ def test_a_run_stopped_again_and_again_by_signals_to_one_rank_equals_the_uninter
     go, tmp_path, monkeypatch, assert_same_run
 ):
     run = tmp_path / "parts"
-    originals = {"setting up": program.peak_flops, "training": program.Trainer._accumulate}
+    originals = {"setting up": building.peak_flops, "training": Trainer._accumulate}
     originals |= {"evaluating": evaluation._by_block, "saving": snapshot.Snapshots.start}
 
     def setting_up(*args: Any) -> float:
         tell(1)
         return originals["setting up"](*args)
 
-    def training(self: program.Trainer, *args: Any, **named: Any) -> Any:
+    def training(self: Trainer, *args: Any, **named: Any) -> Any:
         if self.tokens == 1 * 4 * 32:
             tell(1)
         return originals["training"](self, *args, **named)
@@ -77,8 +78,8 @@ def test_a_run_stopped_again_and_again_by_signals_to_one_rank_equals_the_uninter
         return by_block
 
     for target, name, patched, stopped_after in (
-        (program, "peak_flops", setting_up, 0),
-        (program.Trainer, "_accumulate", training, 2),
+        (building, "peak_flops", setting_up, 0),
+        (Trainer, "_accumulate", training, 2),
         (evaluation, "_by_block", evaluating(2), 3),
         (snapshot.Snapshots, "start", saving, 5),
         (evaluation, "_by_block", evaluating(2), 6),  # the last: there is nothing left to do but that

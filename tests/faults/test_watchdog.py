@@ -14,9 +14,9 @@ from bst_dist.faults.config import WatchdogConfig
 from bst_dist.faults.status import HUNG
 from bst_dist.faults.watchdog import STACKS, Heartbeat, Watchdog, judge
 from bst_dist.parallel.phases import Phases
-from bst_dist.train.loop import Trainer
-from bst_dist.train.program import train
+from bst_dist.train.run import train
 from bst_dist.train.start import Request
+from bst_dist.train.step import Trainer
 
 
 def beat(rank: int, beats: int = 1, entered: int = 5, exchanges: int = 9, phase: str = "backward") -> Heartbeat:

@@ -18,7 +18,7 @@ from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
-from bst_dist.train.loop import Speed, Trainer
+from bst_dist.train.step import Speed, Trainer
 
 BLOCK, LENGTH, ROWS, MICRO_ROWS, VOCABULARY = 8, 32, 8, 2, 29
 TOLERANCE = 2e-5

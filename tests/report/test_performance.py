@@ -23,7 +23,7 @@ from bst_dist.report.metrics import FILE, Console, PerformanceReport, StepReport
 from bst_dist.report.performance import summarise
 from bst_dist.report.profiling import DIRECTORY
 from bst_dist.report.utilisation import Speed, recomputed_flops_per_token
-from bst_dist.train.program import train
+from bst_dist.train.run import train
 from bst_dist.train.start import Request
 
 STEP = StepReport(10, 100, 1.0, 0.5, 1.0, 1e-3, 1e-3, 2.0, 50.0, 0.5)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from bst_dist.parallel.ranks import Ranks
-from bst_dist.train import program
-from bst_dist.train.program import train
+from bst_dist.train import building
+from bst_dist.train.run import train
 from bst_dist.train.start import Request, load, resolve
 
 pytestmark = [pytest.mark.ranks, pytest.mark.usefixtures("unmeasured")]
@@ -25,7 +25,7 @@ def test_every_stage_trains_the_same_way_by_group_and_goes_on_after_a_stop(recip
             for until in (2, 4):
                 request = Request(recipe, changes, tmp_path / f"run{stage}", True, until)
                 train(request, ranks)
-            engine = program._engine(resolve(load(request), request, ranks.world))
+            engine = building.build_engine(resolve(load(request), request, ranks.world))
             for group in engine.deepspeed.optimizer.param_groups:
                 group.update(lr=9.0, weight_decay=9.0, eps=9.0)  # as a loading that mixes groups up might
             engine.set_rates(1.0)

@@ -8,8 +8,8 @@ import tempfile
 import pytest
 import torch
 
+from bst_dist.activation.edges import EdgeFileError, EdgesOnDisk, edges_in
 from bst_dist.parallel.past import State
-from bst_dist.train.edges import EdgeFileError, EdgesOnDisk, edges_in
 
 PLACES = ("device", "host", "disk")
 

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from bst_dist.config import evaluation_rows
 from bst_dist.report.metrics import FILE, read_lines
-from bst_dist.train.program import train
+from bst_dist.train.run import train
 from bst_dist.train.start import Request, Start, load, resolve
 from data_pipeline.serve.loader import Loader
 

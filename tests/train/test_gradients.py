@@ -14,10 +14,10 @@ from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.report.metrics import StepReport
-from bst_dist.train import program
+from bst_dist.train import building
 from bst_dist.train.engine import Engine
-from bst_dist.train.loop import on_device
 from bst_dist.train.start import Request, Start, load, resolve
+from bst_dist.train.step import on_device
 
 pytestmark = pytest.mark.ranks
 PARTIAL = ("every-kth-layer", "selective", "offload")
@@ -64,9 +64,9 @@ def one_process(recipe: Path) -> tuple[dict[str, np.ndarray], float]:
 def one_step(ranks: Ranks, recipe: Path, changes: list[str]) -> tuple[dict[str, np.ndarray], StepReport]:
     """Full gradients as they are before the update, and the report, of the first step on these ranks."""
     start = start_of(recipe, ranks.world, changes)
-    engine = program._engine(start)
+    engine = building.build_engine(start)
     sharing = Mesh(ranks.world, ranks.rank, start.recipe.parallel.sp).sp_group()
-    trainer = program._trainer(start, engine, ranks, sharing, Stop(ranks))
+    trainer = building.build_trainer(start, engine, ranks, sharing, Stop(ranks))
     gradients: dict[str, np.ndarray] = {}
 
     def update() -> float:
@@ -75,7 +75,7 @@ def one_step(ranks: Ranks, recipe: Path, changes: list[str]) -> tuple[dict[str, 
         return Engine.update(engine)
 
     engine.update = update
-    report = trainer.step(0, start.objective.loader(program._mesh(start, ranks)).batches(0), start=0.0)
+    report = trainer.step(0, start.objective.loader(building.mesh_of(start, ranks)).batches(0), start=0.0)
     engine.deepspeed.destroy()
     return gradients, report
 

@@ -14,9 +14,9 @@ from bst_base.settings import ConfigError, parse
 from bst_dist.checkpoint.directory import CheckpointError, load_weights, newest_valid
 from bst_dist.config import Recipe, digest
 from bst_dist.model.lm import LanguageModel
-from bst_dist.train import program
 from bst_dist.train.config import InitialWeightsConfig
 from bst_dist.train.initial import load_initial
+from bst_dist.train.run import train
 from bst_dist.train.start import Request
 
 
@@ -82,7 +82,7 @@ def test_a_run_cannot_begin_at_a_branch_and_at_other_weights(settings):
 def test_training_begins_with_them_and_goes_on_without_them(recipe_file, on_ranks, tmp_path, stage):
     def go(run, *changes, resume=False, until=None):
         request = Request(recipe_file(), changes, tmp_path / run, resume, until)
-        on_ranks(2, lambda ranks: program.train(request, ranks))
+        on_ranks(2, lambda ranks: train(request, ranks))
 
     go("first", "train.steps=2")
     changes = [f"deepspeed=ds_configs/zero{stage}.json", f"initial_weights.run={tmp_path / 'first'}",

@@ -15,9 +15,9 @@ from bst_dist.checkpoint.directory import load_weights
 from bst_dist.config import Recipe, digest
 from bst_dist.parallel.phases import Phases
 from bst_dist.report.metrics import FILE, read_lines
-from bst_dist.train import loop
-from bst_dist.train.program import train
+from bst_dist.train.run import train
 from bst_dist.train.start import Request
+from bst_dist.train.step import sum_of_batch
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 Go = Callable[..., list[dict[str, Any]]]
@@ -100,13 +100,13 @@ def test_every_slice_is_a_sign_of_life(recipe_file, tmp_path, on_ranks, monkeypa
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_step_in_slices_that_is_held_back_changes_no_weight(go, tmp_path, monkeypatch, stage):
     """The guard judges when the losses of all slices are there, while most of them have gone backward already."""
-    honest, calls = loop.sum_of_batch, count()
+    honest, calls = sum_of_batch, count()
 
     def spoilt(*args: Any) -> torch.Tensor:
         third_step = 4 * 4 * 2 <= next(calls) < 4 * 4 * 3
         return honest(*args) * (torch.nan if third_step else 1)
 
-    monkeypatch.setattr(loop, "sum_of_batch", spoilt)
+    monkeypatch.setattr("bst_dist.train.step.sum_of_batch", spoilt)
     keep = ("guard.non_finite=skip", "checkpoint.every=1", "checkpoint.keep_last=9", "evaluation.every=0")
     lines = go("run", "train.slice_tokens=16", f"deepspeed=ds_configs/zero{stage}.json", *keep, until=4)
     assert [line["step"] for line in lines] == [1, 2, 4]

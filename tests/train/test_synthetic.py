@@ -19,9 +19,9 @@ from bst_dist.config import load_recipe
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.report.metrics import FILE, read_lines
-from bst_dist.train.program import train
+from bst_dist.study.synthetic import SyntheticTask, octave
+from bst_dist.train.run import train
 from bst_dist.train.start import Request, load, resolve
-from bst_dist.train.synthetic import SyntheticTask, octave
 
 TASK = "{synthetic: {task: associative-recall, pairs: 3, keys: 6, symbols: 6, span: 16}, prefetch: 0}"
 

@@ -16,7 +16,7 @@ from bst_dist.model.ssm.s4d import S4D
 from bst_dist.parallel.neighbour import LeftNeighbour
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.parallel.rehearsal import Rehearsal
-from bst_dist.train import program
+from bst_dist.train import building
 from bst_dist.train.config import OptimizerConfig
 from bst_dist.train.deepspeed_json import DeepSpeedConfigError, Intent, complete, read
 from bst_dist.train.engine import Engine
@@ -134,7 +134,7 @@ def test_dynamics_stay_in_single_precision_under_bf16_in_every_stage(recipe_file
         for stage in range(4):
             request = Request(recipe, [f"deepspeed=ds_configs/zero{stage}.json"], tmp_path / "none", False, None)
             start = resolve(load(request), request, ranks.world)
-            engine, seen = program._engine(start), set()
+            engine, seen = building.build_engine(start), set()
             for module in engine.module.modules():
                 if isinstance(module, S4D):
                     module.register_forward_hook(lambda _, given, made, seen=seen: seen.add(
@@ -165,7 +165,7 @@ def test_clipping_is_to_the_norm_of_the_whole_gradient_in_every_stage(recipe_fil
         for stage in range(4):
             request = Request(recipe, [f"deepspeed=ds_configs/zero{stage}.json"], tmp_path / "none", False, None)
             start = resolve(load(request), request, ranks.world)
-            engine = program._engine(start)
+            engine = building.build_engine(start)
             ids = torch.arange(32)[None] % 29
             engine.set_rates(1.0)
             engine.accumulate(engine.forward(ids, ids).total / 32, last=True)

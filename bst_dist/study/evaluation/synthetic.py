@@ -19,7 +19,7 @@ from bst_dist.parallel.past import State
 from bst_dist.study.evaluation.scoring import TOKENS_AT_ONCE
 from bst_dist.study.evaluation.trained import Trained, open_run
 from bst_dist.study.statistics import Estimate, ratio
-from bst_dist.train.synthetic import octave, octave_name
+from bst_dist.study.synthetic import octave, octave_name
 from data_pipeline.synthetic.loader import SyntheticBatch, SyntheticLoader
 from data_pipeline.synthetic.task import TaskConfig
 

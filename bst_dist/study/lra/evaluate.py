@@ -21,8 +21,8 @@ from bst_dist.study.lra.examples import Examples, open_split
 from bst_dist.study.lra.loader import LabelledLoader
 from bst_dist.study.lra.model import Classifier
 from bst_dist.study.lra.tasks import TASKS
-from bst_dist.train.loop import on_device
 from bst_dist.train.rundir import read_recipe
+from bst_dist.train.step import on_device
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from bst_dist.study.lra.loader import LabelledLoader
 from bst_dist.study.lra.model import Classifier
 from bst_dist.study.lra.tasks import TASKS
 from bst_dist.train.evaluation import Evaluate
-from bst_dist.train.loop import on_device
+from bst_dist.train.step import on_device
 
 if TYPE_CHECKING:
     from bst_dist.report.metrics import Writer
-    from bst_dist.train.loop import Trainer
+    from bst_dist.train.step import Trainer
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,11 @@ from rich.table import Table
 from torch import Tensor
 
 from bst_dist.activation import policy as activation
+from bst_dist.activation.edges import Place, edges_in
 from bst_dist.activation.policy import ActivationCheckpointingConfig
 from bst_dist.model.lm import LanguageModel, ModelConfig
 from bst_dist.parallel.past import EarlierCall
 from bst_dist.parallel.slices import go_backward
-from bst_dist.train.edges import Place, edges_in
 
 LENGTHS = (16384, 65536, 262144, 1048576)
 SLICES = (2048, 4096, 16384)

@@ -1,4 +1,4 @@
-"""The training loop: one step at a time, over whatever ranks there are.
+"""Taking a step: gradients of all micro-batches, slice by slice, and one update, over whatever ranks there are.
 
 The trainer knows no parallelism beyond this: sums over all ranks of tokens, nats and bytes. Which rows and slices a
 rank has is the loader's affair, what crosses between ranks inside the model is the past's, and where weights and
@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from bst_dist.activation.edges import edges_in
 from bst_dist.faults.config import GuardConfig
 from bst_dist.faults.guard import Guard, RollBack
 from bst_dist.faults.ledger import Entry, Ledger
 from bst_dist.faults.signals import Stop
 from bst_dist.parallel.neighbour import past_of_slice
 from bst_dist.parallel.slices import go_backward
-from bst_dist.report.metrics import Callback, SkippedReport, StepReport, bits_per_byte
+from bst_dist.report.metrics import SkippedReport, StepReport, bits_per_byte
 from bst_dist.report.utilisation import Speed
 from bst_dist.train.config import ScheduleConfig, TrainConfig
-from bst_dist.train.edges import edges_in
 from bst_dist.train.schedule import factor
 from data_pipeline.serve.slices import slices_of
 
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class Trainer:
-    """Takes steps, and knows how far it is."""
+    """Takes a run's steps, and knows how far it is."""
 
     def __init__(self, config: TrainConfig, schedule: ScheduleConfig, engine: Engine, ranks: Ranks,
                  token_bytes: Tensor, speed: Speed, sharing: SequenceGroup | None = None,
@@ -56,25 +55,6 @@ class Trainer:
         self.edges = edges_in(config.edges)
         self.carried: list[dict[str, Any]] = []
         """The past left by each micro-batch of the last step, in order; empty when nothing is carried."""
-
-    def run(self, steps: Iterable[tuple[int, Sequence[MicroBatch]]], until: int, callbacks: Sequence[Callback]) -> None:
-        """Train on the batches of each step's data until `until` steps are done in all, or the ranks are told to stop.
-
-        They may be told while a callback is at work, so each callback is told anew whether a step will follow.
-        """
-        phases = self.ranks.phases
-        start = time.perf_counter()
-        phases.enter("data")
-        for data_step, batches in steps:
-            waited = time.perf_counter() - start
-            report = replace(self.step(data_step - self.skipped, batches, start), data_wait_s=waited)
-            for callback in callbacks:
-                phases.enter(callback.phase)
-                callback.after_step(report, last=self.stop.agreed or report.step == until)
-            if self.stop.agreed or report.step == until:
-                return
-            start = time.perf_counter()
-            phases.enter("data", report.step + 1)
 
     def step(self, step: int, batches: Sequence[MicroBatch], start: float) -> StepReport:
         """One update of the weights with the mean loss over all valid tokens of the step; `start`: when it began.

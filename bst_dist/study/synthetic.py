@@ -23,7 +23,7 @@ from data_pipeline.synthetic.task import TaskConfig
 
 if TYPE_CHECKING:
     from bst_dist.report.metrics import Writer
-    from bst_dist.train.loop import Trainer
+    from bst_dist.train.step import Trainer
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,103 @@
+"""The parts of a run, built from its recipe: the engine, what takes its steps, what its checkpoints are known by."""
+
+from __future__ import annotations
+
+import torch
+
+from bst_base.settings import ConfigError
+from bst_dist.activation import policy as activation
+from bst_dist.checkpoint.directory import committed
+from bst_dist.checkpoint.layout import Layout, Rows
+from bst_dist.checkpoint.snapshot import Identity
+from bst_dist.config import Recipe, digest, identity
+from bst_dist.faults.signals import Stop
+from bst_dist.model.attention import attention_path
+from bst_dist.parallel.communication import WatchedGroup
+from bst_dist.parallel.group import SequenceGroup
+from bst_dist.parallel.mesh import Mesh
+from bst_dist.parallel.ranks import Ranks
+from bst_dist.plan.flops import train_flops_per_token
+from bst_dist.plan.hardware import peak_flops
+from bst_dist.report.utilisation import Speed, edge_flops_per_token, recomputed_flops_per_token
+from bst_dist.train.continuing import fixed
+from bst_dist.train.engine import Engine
+from bst_dist.train.initial import load_initial
+from bst_dist.train.start import Start
+from bst_dist.train.step import Trainer
+
+
+def mesh_of(start: Start, ranks: Ranks) -> Mesh:
+    """Where this rank stands among the data-parallel and the sequence-parallel ranks."""
+    return Mesh(ranks.world, ranks.rank, start.recipe.parallel.sp)
+
+
+def watched_group(start: Start, ranks: Ranks) -> SequenceGroup | None:
+    """The ranks that share this rank's sequences, its exchanges noted in the phases; None when it holds whole ones."""
+    group = mesh_of(start, ranks).sp_group()
+    return group and WatchedGroup(group.process_group, ranks.phases)
+
+
+def build_engine(start: Start, compiled: bool = False) -> Engine:
+    """The model, equal on all ranks, in DeepSpeed's hands; its layers compiled or not."""
+    torch.manual_seed(start.recipe.seed)
+    model = start.objective.model()
+    if start.recipe.initial_weights and not committed(start.run_dir):
+        load_initial(model, start.recipe.initial_weights, start.objective.about().get("tokenizer_sha256"))
+    model.checkpoint = activation.policy(start.recipe.activation_checkpointing, model.layers)
+    for layer in model.layers:
+        layer.compiled = compiled
+    return Engine(model, start.recipe.optimizer, start.completed)
+
+
+def build_trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceGroup | None, stop: Stop) -> Trainer:
+    """What takes the run's steps, with the device's speed measured for MFU and HFU."""
+    recipe, length = start.recipe, start.recipe.train.sequence_length
+    token_bytes, tokens = start.objective.token_bytes().to(ranks.device), start.objective.tokens_per_label
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    ranks.barrier()  # ranks that share a processor measure its peak together
+    (peak,) = ranks.sum([peak_flops(ranks.device, dtype)])
+    again = recomputed_flops_per_token(
+        recipe.model, length, recipe.activation_checkpointing, engine.module.layers, attention_path(ranks.device)
+    ) + edge_flops_per_token(recipe.model, length, recipe.train.slices)
+    speed = Speed(tokens * train_flops_per_token(recipe.model, length), peak, tokens * again)
+    return Trainer(recipe.train, recipe.schedule, engine, ranks, token_bytes, speed, sharing, stop)
+
+
+def identity_of(start: Start, engine: Engine, ranks: Ranks) -> Identity:
+    """What a checkpoint must have in common with the run that resumes from it, and the layout, which may be another."""
+    recipe = start.recipe
+    return Identity(
+        recipe=digest(recipe),
+        settings=fixed(identity(recipe, defaults=False)),
+        groups=engine.groups.describe(),
+        seed=recipe.seed,
+        layout=Layout(ranks.world, recipe.parallel.sp, engine.stage),
+        rows=Rows(recipe.train.sequences, recipe.train.micro_sequences, mesh_of(start, ranks)),
+    )
+
+
+def compiles(recipe: Recipe, device: str, stage: int) -> tuple[bool, str]:
+    """Whether layers are compiled on such a device under this ZeRO stage, and the reason where they are not.
+
+    Raises ConfigError when the recipe asks for what cannot be done.
+    """
+    if not recipe.compile:
+        return False, "no, compile: false"
+    if reason := _hindrance(recipe, device, stage):
+        raise ConfigError(f"compile: true cannot be done here: {reason}. Leave compile out, or set it to false")
+    return True, ""
+
+
+def _hindrance(recipe: Recipe, device: str, stage: int) -> str:
+    """What speaks against compiled layers; empty when nothing does."""
+    if device != "cuda":
+        return f"layers are compiled for CUDA, and this is {device}"
+    if stage == 3:
+        return "ZeRO-3 gathers the parameters of each part of a layer, from within it"
+    if recipe.parallel.sp > 1:
+        return "with parallel.sp > 1 a layer waits for other ranks from within it"
+    if recipe.train.carry or recipe.train.slice_tokens:
+        return "with train.carry or train.slice_tokens a layer has a past"
+    if recipe.activation_checkpointing.policy == "selective":
+        return "activation_checkpointing.policy selective keeps single operations of a layer"
+    return ""

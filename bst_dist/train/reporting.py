@@ -1,0 +1,94 @@
+"""What a run says of itself: the header of a start, the writers of its reports, how it ended."""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from bst_dist.model.attention import attention_path
+from bst_dist.parallel.ranks import Ranks
+from bst_dist.report.metrics import FILE, Console, MetricsFile, Writer, read_lines
+from bst_dist.report.probes import Probes
+from bst_dist.report.tensorboard import TensorBoard, hparams
+from bst_dist.train.engine import Engine
+from bst_dist.train.evaluation import Evaluate
+from bst_dist.train.start import Start
+from bst_dist.train.step import Trainer
+from data_pipeline.serve.slices import slices_of
+
+
+def header(start: Start, engine: Engine, ranks: Ranks, compiled: str) -> str:
+    """What is printed before the first line of a start; `compiled`: whether its layers are, and why not."""
+    recipe, model, world = start.recipe, start.recipe.model, ranks.world
+    layers = ", ".join(f"{count} {mixer}" for mixer, count in Counter(model.mixers()).items())
+    tokens = recipe.train.sequences * recipe.train.sequence_length
+    size = f"{_parameters(engine) / 1e6:,.2f} M parameters"
+    micro = f"{start.accumulation} micro-batch{'es' if start.accumulation > 1 else ''}"
+    mesh = f"dp {world // recipe.parallel.sp} x sp {recipe.parallel.sp}"
+    lines = {
+        "run": f"{start.run_dir}",
+        "model": f"{layers} layers, width {model.width}, block {model.block}: {size}",
+        "ranks": f"{world} ({mesh}), ZeRO-{engine.stage}, {recipe.train.precision}, "
+        f"activation checkpointing: {recipe.activation_checkpointing.describe()}, "
+        f"attention: {attention_path(ranks.device)}",
+        "placed": f"rank 0 on {ranks.device}, {ranks.threads} threads, cores {ranks.cores} of {socket.gethostname()}",
+        "step": f"{recipe.train.sequences} sequences of {recipe.train.sequence_length:,} = {tokens:,} tokens, "
+        f"{micro} a rank",
+    }
+    if recipe.train.slice_tokens:
+        slices = recipe.train.sequence_length // recipe.train.slice_tokens
+        lines["slices"] = f"{slices:,} of {recipe.train.slice_tokens:,} tokens, edges: {recipe.train.edges}"
+    if ranks.device.type != "cpu":
+        lines["layers"] = f"compiled: {compiled}"
+    if start.changed:
+        lines["change"] = f"{'; '.join(start.changed)} (before, from here on)"
+    if unused := model.unused_sections():
+        lines["unused"] = f"no layer reads {', '.join(f'model.{section}' for section in unused)}, which is set"
+    return "\n".join([*(f"{name:<6} {text}" for name, text in lines.items()), Console.header(start.objective.labels)])
+
+
+def writers_of(start: Start, engine: Engine, ranks: Ranks, done: int) -> list[Writer]:
+    """Where rank 0 reports to, after `done` steps."""
+    log = start.recipe.log
+    writers = [MetricsFile(start.run_dir, done), Console(log.every, start.recipe.train.steps, log.straggler)]
+    if not log.tensorboard:
+        return writers
+    about = hparams(start.recipe, parameters=_parameters(engine), ranks=ranks.world)
+    return [*writers, TensorBoard(start.run_dir, done, about)]
+
+
+def probes_of(start: Start, trainer: Trainer, evaluate: Evaluate) -> Probes:
+    """What looks into the model at evaluations; samples of text go on from the first validation sequence."""
+    tokenizer = start.objective.tokenizer()
+    prompt: list[int] = []
+    if tokenizer is not None:
+        first = slices_of(evaluate.batches[0])[0]
+        ids, counts = first.input_ids[0], first.loss_mask[0]
+        prompt = ids[: max(1, int(counts.cumprod().sum()))].tolist()  # where documents are isolated, of the first alone
+    ranks = trainer.ranks
+    return Probes(start.recipe.log, trainer.engine, ranks, evaluate.writers, tokenizer, prompt, ranks.say)
+
+
+def reported(start: Start) -> list[dict[str, Any]]:
+    """What the run has reported so far."""
+    return read_lines(start.run_dir / FILE)
+
+
+def outcome_of(lines: Sequence[dict[str, Any]], steps: int) -> dict[str, Any]:
+    """How far a run of `steps` steps has come: the last that was taken, and the evaluation after the last if any."""
+    done = max((line["step"] for line in lines if line["kind"] in ("train", "skipped")), default=0)
+    trained = [line for line in lines if line["kind"] == "train"]
+    evaluated = [line for line in lines if line["kind"] == "eval" and line["step"] == done]
+    found = {"finished": bool(evaluated) and done == steps, "step": done}
+    for line in trained[-1:]:
+        found |= {key: line[key] for key in ("tokens", "loss_nats", "bits_per_byte")}
+    for line in evaluated[-1:]:
+        found |= {f"validation_{key}": line[key] for key in ("loss_nats", "bits_per_byte", "accuracy") if key in line}
+    return found
+
+
+def _parameters(engine: Engine) -> int:
+    """Of the model, also where ZeRO-3 has spread them."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())

@@ -1,0 +1,95 @@
+"""Where a run begins, and begins again: at its newest valid checkpoint, at its trunk's, at other weights, at step 0."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from bst_dist.checkpoint.directory import CheckpointError, committed, step_of
+from bst_dist.checkpoint.retention import abandon
+from bst_dist.checkpoint.snapshot import Position, Snapshots
+from bst_dist.faults import ledger
+from bst_dist.faults.guard import DivergedError, Guard
+from bst_dist.parallel.ranks import Ranks
+from bst_dist.train import rundir
+from bst_dist.train.branch import origin
+from bst_dist.train.building import mesh_of
+from bst_dist.train.reporting import reported
+from bst_dist.train.start import Request, Start
+from bst_dist.train.step import Trainer
+
+
+def begin_at(request: Request, start: Start, snapshots: Snapshots, ranks: Ranks) -> Position:
+    """Load what the run begins with: a checkpoint of its own when asked to resume, else its trunk's, else nothing.
+
+    Raises CheckpointError on all ranks when steps were taken and none of their checkpoints is valid.
+    """
+    position = _newest(start, snapshots, ranks, own=request.resume)
+    if position is not None:
+        start.objective.loader(mesh_of(start, ranks)).check(position.data)
+        return position
+    if initial := start.recipe.initial_weights:
+        if committed(start.run_dir):
+            raise CheckpointError(f"{start.run_dir}: no valid checkpoint to resume: start a run in another --run-dir")
+        ranks.say(f"starting from the weights of step {initial.step} of {initial.run}")
+    shown = ranks.from_first(rundir.shown_steps(start.run_dir) if ranks.first else None)
+    if shown and not request.from_zero:
+        raise CheckpointError(
+            f"{start.run_dir}: {shown}, and none of its checkpoints is valid; restore one, or start at step 0 with "
+            f"{rundir.FROM_ZERO}"
+        )
+    if request.resume:
+        ranks.say(f"no checkpoint in {start.run_dir} yet: starting at step 0")
+    return Position(step=0, tokens=0, data={}, carried=[])
+
+
+def roll_back(start: Start, snapshots: Snapshots, trainer: Trainer, entry: ledger.Entry) -> Position:
+    """Load the last scheduled checkpoint, to continue from there with the data after the step in question.
+
+    Raises DivergedError when there is none yet.
+    """
+    ranks = trainer.ranks
+    ranks.say(f"{entry.cause}: rolling back to the last checkpoint, and skipping the data up to that step")
+    before = _newest(start, snapshots, ranks, scheduled=True)
+    if before is None:
+        trainer.guard.ledger.add(replace(entry, action="stop"))
+        raise DivergedError(f"{entry.cause}, and there is no checkpoint yet to roll back to: that step was not taken")
+    trainer.guard.ledger.add(replace(entry, back_to=before.step))
+    if ranks.first:
+        abandon(start.run_dir, before.step)
+    # The past of the rows is of data that does not come before what they read now.
+    return replace(before, skipped=entry.data_step - before.step, carried=[])
+
+
+def guard_of(start: Start, ranks: Ranks, position: Position) -> Guard:
+    """The guard of a run that continues from `position`; what it has seen before is in the run's files."""
+    seen = None
+    if ranks.first:
+        losses = [line["loss_nats"] for line in reported(start) if line["kind"] == "train"]
+        seen = ledger.read(start.run_dir, position.step, position.skipped), losses[-start.recipe.guard.spike_window :]
+    entries, losses = ranks.from_first(seen)
+    book = ledger.Ledger(entries, start.run_dir / ledger.FILE if ranks.first else None)
+    if start.changed and not any(entry.cause == "; ".join(start.changed) for entry in entries):
+        book.add(ledger.Entry(position.step, position.skipped, "; ".join(start.changed), ledger.CHANGE))
+    return Guard(start.recipe.guard, book, losses)
+
+
+def _newest(
+    start: Start, snapshots: Snapshots, ranks: Ranks, own: bool = True, scheduled: bool = False
+) -> Position | None:
+    """Load the run's own newest valid checkpoint, or else the one that it branches off, or else nothing."""
+    checkpoint, damaged = snapshots.newest(scheduled) if own else (None, [])
+    for reason in damaged:
+        then = f"resuming from {step_of(checkpoint)}" if checkpoint else "no older checkpoint is valid"
+        ranks.say(f"{reason}; {then}")
+    if checkpoint is not None:
+        position = snapshots.load(checkpoint)
+    elif start.recipe.branch is not None:
+        checkpoint = origin(start.run_dir, start.recipe).checkpoint
+        snapshots.require_whole(checkpoint)
+        position = snapshots.load(checkpoint, of_trunk=True)
+    else:
+        return None
+    ranks.say(f"resumed from step {position.step} of {checkpoint}")
+    if change := snapshots.change(checkpoint):
+        ranks.say(f"layout changed: {change}")
+    return position

@@ -1,0 +1,167 @@
+"""What every rank does: one run, from its start to its end. `Run` tells it in the order in which it happens."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from bst_dist.checkpoint import rng
+from bst_dist.checkpoint.fragments import EngineState
+from bst_dist.checkpoint.snapshot import Checkpoints, Evaluated, Position, Snapshots
+from bst_dist.faults.guard import DivergedError, RollBack
+from bst_dist.faults.lease import SharedLease, shared_lease
+from bst_dist.faults.signals import Notice, Stop
+from bst_dist.faults.status import DONE, RESUBMIT
+from bst_dist.faults.watchdog import Watchdog
+from bst_dist.parallel.ranks import Ranks
+from bst_dist.report.metrics import Callback, Log, Writer
+from bst_dist.report.performance import Performance
+from bst_dist.report.profiling import Profile
+from bst_dist.train import rundir
+from bst_dist.train.building import build_engine, build_trainer, compiles, identity_of, mesh_of, watched_group
+from bst_dist.train.evaluation import Evaluate
+from bst_dist.train.objective import Batches
+from bst_dist.train.reporting import header, outcome_of, probes_of, reported, writers_of
+from bst_dist.train.resuming import begin_at, guard_of, roll_back
+from bst_dist.train.start import Request, Start, load, resolve
+
+
+def train(request: Request, ranks: Ranks, notice: Notice | None = None) -> int:
+    """Train from the newest valid checkpoint, or from the beginning, to the end asked for; returns the exit status.
+
+    `notice`: what this process has been told; a signal to any rank ends the training of all with a checkpoint, and
+    the status is RESUBMIT. Raises UserError on every rank when the run cannot start, and when it diverges.
+    """
+    start = resolve(load(request), request, ranks.world)
+    ranks.barrier()  # all have looked at the run directory before the first one writes to it
+    with (
+        shared_lease(ranks, start.run_dir) as lease,
+        Watchdog(start.recipe.watchdog, start.run_dir, ranks.rank, ranks.world, ranks.phases),
+    ):
+        return Run(start, request, ranks, Stop(ranks, notice), lease).train()
+
+
+class Run:
+    """One run on one rank. Every rank makes every call, in the same order."""
+
+    def __init__(self, start: Start, request: Request, ranks: Ranks, stop: Stop, lease: SharedLease) -> None:
+        """Build the model in DeepSpeed's hands, and what takes steps and checkpoints of it."""
+        self.start, self.request, self.ranks, self.stop, self.recipe = start, request, ranks, stop, start.recipe
+        compiled, self.uncompiled_since = compiles(
+            start.recipe, ranks.device.type, start.completed["zero_optimization"]["stage"]
+        )
+        self.engine = build_engine(start, compiled)
+        identity = identity_of(start, self.engine, ranks)
+        state = EngineState(self.engine.deepspeed)
+        self.snapshots = Snapshots(start.run_dir, state, ranks, identity, self.recipe.checkpoint, lease)
+        self.trainer = build_trainer(start, self.engine, ranks, watched_group(start, ranks), stop)
+        rng.seed_all(self.recipe.seed, ranks.rank)  # all ranks have built the same model; a checkpoint sets them again
+
+    def train(self) -> int:
+        """Take all steps, again from an earlier one after each roll-back; returns the exit status."""
+        position = begin_at(self.request, self.start, self.snapshots, self.ranks)
+        self.snapshots.rehearse()
+        self._announce(position)
+        try:
+            while position is not None:
+                position = self._train_from(position)
+        except DivergedError as error:
+            self.snapshots.finish()  # what was under way is from before
+            if self.ranks.first:
+                rundir.finish(self.start.run_dir, {"finished": False, "diverged": str(error)})
+            self.ranks.barrier()  # all diverge alike, and when the first is gone the others may be ended
+            raise
+        return self._end()
+
+    def _announce(self, position: Position) -> None:
+        """Write down what this start is made of, and print the header."""
+        hosts = sorted(set(self.ranks.gather(socket.gethostname())))
+        if self.ranks.first:
+            about = {"ranks": self.ranks.world, "hosts": hosts, "from_step": position.step}
+            rundir.prepare(self.start.run_dir, self.recipe, self.start.completed, about | self.start.objective.about())
+            print(header(self.start, self.engine, self.ranks, self.uncompiled_since or "yes"), flush=True)
+
+    def _train_from(self, position: Position) -> Position | None:
+        """Take steps from `position` to the end; returns where to continue when the run was rolled back, else None."""
+        start, trainer, ranks = self.start, self.trainer, self.ranks
+        trainer.tokens, trainer.carried, trainer.skipped = position.tokens, position.carried, position.skipped
+        evaluated = Evaluated()
+        writers = [*writers_of(start, self.engine, ranks, position.step), evaluated] if ranks.first else []
+        trainer.guard = guard_of(start, ranks, position)  # after the writers, which drop the lines of later steps
+        loader = start.objective.loader(mesh_of(start, ranks), position.step + position.skipped)
+        if position.data:
+            loader.check(position.data)  # and keeps to the version of the order that the run began with
+        evaluate = start.objective.evaluation(trainer, writers)
+        if self.recipe.log.tensorboard:
+            evaluate.probes = probes_of(start, trainer, evaluate)
+        callbacks = self._callbacks(position, loader, writers, evaluate, evaluated)
+        try:
+            if ranks.from_first(ranks.first and evaluate.owed(reported(start), position.step)):
+                evaluate.make(position.step)
+            if position.step >= start.until:
+                ranks.say(f"nothing to do: {position.step} of {start.until} steps are done")
+            elif not self.stop.poll():
+                self._take_steps(loader, callbacks)
+            return None
+        except RollBack as back:
+            return roll_back(start, self.snapshots, trainer, back.entry)
+        finally:
+            loader.close()
+            with suppress(OSError):  # when the disk is full that was said before
+                for writer in writers:
+                    writer.close()
+
+    def _callbacks(self, position: Position, loader: Batches, writers: Sequence[Writer], evaluate: Evaluate,
+                   evaluated: Evaluated) -> list[Callback]:  # fmt: skip
+        """What follows each step, in this order."""
+        recipe, ranks = self.recipe, self.ranks
+
+        def data_state(step: int) -> dict[str, Any]:
+            return loader.state(step + position.skipped)
+
+        callbacks: list[Callback] = [
+            Log(writers),  # first: a step that an evaluation or a checkpoint fails after has been reported
+            evaluate,
+            # After the evaluation, whose loss `evaluated` holds for it: checkpoint.keep_best goes by it.
+            Checkpoints(recipe.checkpoint, self.snapshots, self.trainer, evaluated, data_state, ranks.say),
+            Performance(recipe.log.every, ranks, writers, self.trainer.sharing),  # counts what the others took
+        ]
+        if recipe.log.profile:
+            profile = Profile(recipe.log.profile, self.start.run_dir, ranks.rank, position.step, ranks.say)
+            callbacks.append(profile)  # last: a profiled step ends here, with all that belongs to it
+        return callbacks
+
+    def _take_steps(self, loader: Batches, callbacks: Sequence[Callback]) -> None:
+        """The training loop: until `start.until` steps are done in all, or the ranks are told to stop."""
+        phases, until, began = self.ranks.phases, self.start.until, time.perf_counter()
+        phases.enter("data")
+        for data_step, batches in loader:
+            waited = time.perf_counter() - began
+            report = self.trainer.step(data_step - self.trainer.skipped, batches, began)
+            report = replace(report, data_wait_s=waited)
+            for callback in callbacks:
+                phases.enter(callback.phase)
+                # Asked anew for each: the ranks may agree to stop while a callback is at work.
+                callback.after_step(report, last=self.stop.agreed or report.step == until)
+            if self.stop.agreed or report.step == until:
+                return
+            began = time.perf_counter()
+            phases.enter("data", report.step + 1)
+
+    def _end(self) -> int:
+        """Write down how this start ended; returns the exit status, which all ranks have in common."""
+        ranks = self.ranks
+        outcome = ranks.from_first(outcome_of(reported(self.start), self.recipe.train.steps) if ranks.first else None)
+        told = [signal for signal in ranks.gather(self.stop.notice.signal) if signal is not None]
+        stopped = self.stop.agreed and not outcome["finished"]
+        if stopped:
+            outcome |= {"stopped": told[0].name}
+            ranks.say(f"stopped by {told[0].name} after step {outcome['step']}: --resume continues from there")
+        if ranks.first:
+            rundir.finish(self.start.run_dir, outcome)
+        ranks.barrier()  # when the first rank is gone its launcher may end the others
+        return RESUBMIT if stopped else DONE
