@@ -50,12 +50,9 @@ class StreamContext(nn.Module):
     def forward(self, z: Tensor, past: Past, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         y = self.passage(self.ssm(z, past, starts), past)  # (B, l, C, Ds): one stream, or one a head
         kv = self._project(y.to(_matmul_dtype(y))).unflatten(-1, (2, -1))  # (B, l, H, 2, dh)
-        offset = past.position % self.block  # > 0 only inside a block, token by token
-        held = offset if self.attend == "current" else offset + self.block
-        following = (offset + z.shape[1]) % self.block + held - offset
-        kv = past.extend("kv", kv, before=held, after=following)
+        kv = past.extend_to_blocks("kv", kv, self.block, whole=0 if self.attend == "current" else 1)
         if self.attend == "previous":
-            kv = self._previous(kv, z.shape[1] + held, starts)
+            kv = self._previous(kv, past.offset(self.block) + z.shape[1], starts)
         k, v = kv.unbind(-2)
         return unit(k), v
 
@@ -66,10 +63,11 @@ class StreamContext(nn.Module):
             return (y.squeeze(2) @ weight.transpose(0, 1).flatten(1)).unflatten(-1, (len(weight), -1))
         return torch.einsum("blhs,hsd->blhd", y, weight)
 
-    def _previous(self, kv: Tensor, needed: int, starts: Tensor | None) -> Tensor:
-        """The block before each; where there is none, zeros, whose attention adds nothing."""
-        kv = F.pad(kv, (0, 0, 0, 0, 0, 0, needed - kv.shape[1], 0))
-        blocks = -(-(needed - self.block) // self.block)
+    def _previous(self, kv: Tensor, length: int, starts: Tensor | None) -> Tensor:
+        """The block before each of those that `length` tokens lie in; zeros, whose attention adds nothing, where there
+        is none."""
+        kv = F.pad(kv, (0, 0, 0, 0, 0, 0, self.block + length - kv.shape[1], 0))
+        blocks = -(-length // self.block)
         kv = kv[:, : blocks * self.block].unflatten(1, (blocks, self.block))
         return kv if starts is None else kv * ~starts.view(*starts.shape, 1, 1, 1, 1)
 

@@ -53,6 +53,24 @@ class Past:
         """
         return x
 
+    def extend_to_blocks(self, name: str, x: Tensor, block: int, whole: int = 0) -> Tensor:
+        """`extend` with what belongs to the block that the slice begins in, and `whole` blocks before that.
+
+        Between blocks of W tokens that is `whole` W positions at most; for a slice that begins p tokens into a block,
+        p more.
+        """
+        offset = self.offset(block)
+        following = (offset + x.shape[1]) % block
+        return self.extend(name, x, before=offset + whole * block, after=following + whole * block)
+
+    def offset(self, block: int) -> int:
+        """Tokens of the block that the slice begins in, before the slice: 0 unless it lies within a block."""
+        return self.position % block
+
+    def blocks_ended(self, block: int, length: int) -> int:
+        """Blocks whose last token is in the slice of `length` tokens."""
+        return (self.offset(block) + length) // block
+
     def within_reach(self, name: str, x: Tensor, positions: int) -> Reached:
         """Where `extend` can be asked for that many `positions`: here, or with (B, l, Ds) spread in another way.
 

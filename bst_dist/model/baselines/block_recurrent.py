@@ -39,11 +39,9 @@ class TokenAttention(SlidingAttention):
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Heads concatenated (B, l, D); normalised keys and values (B, p + l, H, dh) from the block before on."""
-        offset = past.position % self.window  # > 0 only inside a block, token by token
         q, kv = self.qkv(u).unflatten(-1, (3, self.heads, -1)).split((1, 2), dim=2)
         q = unit(q.squeeze(2), self.scale)
-        after = self.window + (offset + u.shape[1]) % self.window
-        k, v = past.extend("kv", kv, before=self.window + offset, after=after).unbind(2)
+        k, v = past.extend_to_blocks("kv", kv, self.window, whole=1).unbind(2)
         k = unit(k)
         near, values = k[:, -self.window - u.shape[1] :], v[:, -self.window - u.shape[1] :]
         if self.config.position == "rope":
@@ -100,7 +98,7 @@ class BlockRecurrentMixer(nn.Module):
         if state is None:
             state = self.initial.expand(len(u), -1, -1)
         keys, values = [], []
-        for index, tokens in enumerate(self._windows(k, v, u.shape[1], past.position, starts)):
+        for index, tokens in enumerate(self._windows(k, v, u.shape[1], past, starts)):
             if starts is not None:
                 state = torch.where(starts[:, index, None, None], self.initial, state)
             key, value, state = self.cell(state, tokens)
@@ -112,9 +110,9 @@ class BlockRecurrentMixer(nn.Module):
         cross = _attend(q.unflatten(1, (len(keys), -1)).flatten(0, 1), k, v)  # (B nb, W, D)
         return self.out(torch.cat((own, cross.view(u.shape)), dim=-1))
 
-    def _windows(self, k: Tensor, v: Tensor, length: int, position: int, starts: Tensor | None) -> list[Window | None]:
+    def _windows(self, k: Tensor, v: Tensor, length: int, past: Past, starts: Tensor | None) -> list[Window | None]:
         """What the state attends to after each block of the slice; None for a block that this slice does not end."""
-        if (position + length) % self.block:
+        if not past.blocks_ended(self.block, length):
             return [None]
         blocks, width = -(-length // self.block), 2 * self.block
         first = [] if k.shape[1] > blocks * self.block else [Window(k[:, : self.block], v[:, : self.block], None)]

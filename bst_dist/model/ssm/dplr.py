@@ -109,7 +109,7 @@ class S4DPLR(nn.Module):
         a, b, read_out = self.recurrence()
         over_chunk = torch.linalg.matrix_power(a, u.shape[2])
         incoming, ends = self._states(u, a, b, over_chunk, starts, past)
-        if (past.position + z.shape[1]) % block:
+        if not past.blocks_ended(block, z.shape[1]):
             return z.new_empty(len(z), 0, *self.skip.shape, dtype=u.dtype)
         span = min(block, z.shape[1])
         last = slice(span // u.shape[2] - 1, None, span // u.shape[2])

@@ -47,7 +47,7 @@ class NoConvolution(nn.Module):
 
     def block_ends(self, z: Tensor, block: int, past: Past, starts: Tensor | None = None) -> Tensor:
         ends = z[:, min(block, z.shape[1]) - 1 :: block]
-        return self(ends[:, : (past.position % block + z.shape[1]) // block], past)
+        return self(ends[:, : past.blocks_ended(block, z.shape[1])], past)
 
 
 KERNELS: dict[type[Config], type[nn.Module]] = {

@@ -115,7 +115,7 @@ class S4D(nn.Module):
         ends = _join_chunks(ends, log_a.scaled(chunk), span // chunk)  # (B, nb, F, Ds, n)
         incoming = start_incoming_states(ends, log_a.scaled(span), starts, past)()
         after = ends.plus(log_a.power(span, u.dtype).times(incoming))
-        if (past.position + length) % block:
+        if not past.blocks_ended(block, length):
             return z.new_empty(batch, 0, *self.skip.shape, dtype=u.dtype)
         real, imag = self.read_out.unbind(-1)
         y = 2 * (real * after.real - imag * after.imag).sum(-1)  # (B, nb, C, Ds)

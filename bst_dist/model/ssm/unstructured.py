@@ -80,7 +80,7 @@ class LongFilter(nn.Module):
         _refuse(starts)
         here = past.within_reach("inputs", z, self.length - 1)
         u = here.past.extend("inputs", here.x, before=self.length - 1).to(self.skip.dtype)  # (B, p + l, Ds)
-        if (past.position + z.shape[1]) % block:
+        if not past.blocks_ended(block, z.shape[1]):
             return z.new_empty(len(z), 0, *self.skip.shape, dtype=u.dtype)
         wanted = -(-here.x.shape[1] // block)
         inputs = _into_blocks(u, block)  # (Ds, blocks, B, W)
