@@ -13,28 +13,18 @@ Shapes: B rows, l tokens, H heads, T tokens of a chunk, K and V the widths of a 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bst_dist.model.config import LayerConfig, within_block
-from bst_dist.model.roles import Linear, Role
-from bst_dist.model.ssm.selective import CausalConvolution
+from bst_dist.model.roles import Linear
+from bst_dist.model.ssm.selective import CausalConvolution, Decays
 from bst_dist.parallel.past import Past
 
 
-class DeltaRule(nn.Module):
+class DeltaRule(Decays):
     """The decays of H heads, and the recurrence."""
-
-    def __init__(self, heads: int, chunk: int, dt_min: float, dt_max: float):
-        super().__init__()
-        self.chunk = chunk
-        self.log_decay = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
-        dt = torch.empty(heads).uniform_(math.log(dt_min), math.log(dt_max)).exp()
-        self.step = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # what softplus makes dt of
-        self.roles = dict.fromkeys(("log_decay", "step"), Role.DYNAMICS)
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)

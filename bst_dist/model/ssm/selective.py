@@ -25,8 +25,8 @@ from bst_dist.model.roles import Linear, Role
 from bst_dist.parallel.past import Past
 
 
-class Selective(nn.Module):
-    """The dynamics of H heads, and the scan."""
+class Decays(nn.Module):
+    """The dynamics of H heads whose decay depends on the token."""
 
     def __init__(self, heads: int, chunk: int, dt_min: float, dt_max: float):
         super().__init__()
@@ -35,6 +35,10 @@ class Selective(nn.Module):
         dt = torch.empty(heads).uniform_(math.log(dt_min), math.log(dt_max)).exp()
         self.step = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # what softplus makes dt of
         self.roles = dict.fromkeys(("log_decay", "step"), Role.DYNAMICS)
+
+
+class Selective(Decays):
+    """The dynamics of H heads, and the scan."""
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
