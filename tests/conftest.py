@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bst_base.host import free_port
 from bst_base.settings import dump, parse
 from bst_dist.checkpoint.directory import (
     FORMAT,
@@ -35,7 +36,7 @@ from bst_dist.config import Recipe
 from bst_dist.faults import ledger
 from bst_dist.model.config import MIXER_SECTIONS, ModelConfig
 from bst_dist.model.lm import LanguageModel
-from bst_dist.parallel.ranks import Ranks, choose_accelerator, free_port
+from bst_dist.parallel.ranks import Ranks, choose_accelerator
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.train.rundir import RECIPE
 from data_pipeline.prepare.config import PrepareConfig

@@ -24,8 +24,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+from bst_base.host import free_port
 from bst_dist.cluster.channel import Channel, Closed, Message, proof, proved
-from bst_dist.cluster.probe import free_port, probe, unmark
+from bst_dist.cluster.probe import probe, unmark
 from bst_dist.cluster.processes import LocalRanks, Share, told_to_stop
 
 TICK_S = 0.1

@@ -23,9 +23,10 @@ from typing import IO
 
 import psutil
 
+from bst_base.host import die_with_parent
 from bst_dist.cluster.channel import Channel, Closed, proof, proved
 from bst_dist.cluster.hosts import HostError
-from bst_dist.cluster.processes import die_with_parent, family_of, route_to
+from bst_dist.cluster.processes import family_of, route_to
 
 ANNOUNCED = re.compile(rb"bst-agent (?P<key>\S+) (?P<secret>[0-9a-f]{64})\b")
 """What an agent prints first; launchers may put a label before it."""

@@ -32,11 +32,12 @@ import torch
 
 from bst_base.arguments import at_least, seconds
 from bst_base.errors import UserError
+from bst_base.host import free_port
 from bst_dist.cluster.processes import LocalRanks, Share, told_to_stop
 from bst_dist.cluster.verdict import STOP, Ended
 from bst_dist.config import Recipe
 from bst_dist.faults.output import lasting_output
-from bst_dist.parallel.ranks import choose_accelerator, free_port, require_accelerator
+from bst_dist.parallel.ranks import choose_accelerator, require_accelerator
 from bst_dist.train import rundir
 from bst_dist.train.__main__ import add_arguments as add_program_arguments
 from bst_dist.train.__main__ import request

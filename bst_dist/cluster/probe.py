@@ -6,7 +6,6 @@ import hashlib
 import platform
 import re
 import shutil
-import socket
 import subprocess
 from collections.abc import Sequence
 from importlib import metadata
@@ -117,10 +116,3 @@ def _free(directory: Path) -> int | None:
         return shutil.disk_usage(directory).free
     except OSError:
         return None
-
-
-def free_port() -> int:
-    """A TCP port on which nobody listens on any address of this host."""
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    with socket.create_server(("", 0), family=family, dualstack_ipv6=socket.has_dualstack_ipv6()) as listener:
-        return int(listener.getsockname()[1])

@@ -6,12 +6,10 @@ turns every signal into status 1 and gives one rank after the other 30 seconds, 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,13 +18,13 @@ from pathlib import Path
 
 import psutil
 
-from bst_dist.faults.signals import stopping
+from bst_base.host import die_with_parent
+from bst_dist.faults.signals import FurtherCtrlC, stopping
 
 SAME_KEY_S = 0.5
 """A further SIGINT within this time is from the same stroke of Ctrl-C, or another copy of the first notice."""
 KILLED_S = 10.0
 """How long the kernel may take to end what was killed."""
-_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
 
 @dataclass(frozen=True)
@@ -158,12 +156,6 @@ def _interface(address: str) -> dict[str, str]:
     return {"GLOO_SOCKET_IFNAME": names[0]} if names else {}
 
 
-def die_with_parent(number: int = signal.SIGKILL) -> None:
-    """Have the kernel send this process a signal when its parent is gone, however that came about (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, number)
-
-
 @contextmanager
 def told_to_stop() -> Iterator[list[int]]:
     """The stop signals that arrive while the block runs, in place of what they would do.
@@ -173,13 +165,10 @@ def told_to_stop() -> Iterator[list[int]]:
     only a further Ctrl-C counts as a second signal.
     """
     told: list[int] = []
-    first_at = [0.0]
+    further = FurtherCtrlC(SAME_KEY_S)
 
     def hear(number: int, _: object) -> None:
-        if not told:
-            first_at[0] = time.monotonic()
-            told.append(number)
-        elif number == signal.SIGINT and time.monotonic() - first_at[0] > SAME_KEY_S:
+        if further.heard(number) or not told:
             told.append(number)
 
     before = {number: signal.signal(number, hear) for number in stopping()}

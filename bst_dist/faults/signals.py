@@ -11,7 +11,6 @@ Nothing large is imported here: a signal must be heard while torch is still bein
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bst_base.host import die_with_parent
 from bst_dist.faults.status import RESUBMIT
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAME_NOTICE_S = 3.0
 """A further signal within this time is another copy of the first."""
-_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
 
 def stopping() -> list[signal.Signals]:
@@ -39,21 +38,35 @@ def stopping() -> list[signal.Signals]:
     return [number for number in STOPPING if not (number is signal.SIGHUP and ignored)]
 
 
+class FurtherCtrlC:
+    """Tells a further Ctrl-C, which a person sends and means, from more copies of the first notice."""
+
+    def __init__(self, same_within_s: float) -> None:
+        """`same_within_s`: what comes within this time of the first signal is another copy of it."""
+        self.same_within_s = same_within_s
+        self._first_at: float | None = None
+
+    def heard(self, number: int) -> bool:
+        """Whether the signal that has come now is one; called for every signal, the first included."""
+        now = time.monotonic()
+        if self._first_at is None:
+            self._first_at = now
+        return number == signal.SIGINT and now - self._first_at > self.same_within_s
+
+
 class Notice:
     """What this process has been told."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         """The first signal that came; None while none has."""
-        self._heard_at = 0.0
+        self._further = FurtherCtrlC(SAME_NOTICE_S)
         self._at_once = False
 
     def take(self, number: int) -> None:
         """Take note of a signal; ends the process at a second Ctrl-C, or while there is nothing to save."""
-        now = time.monotonic()
-        if self.signal is None:
-            self.signal, self._heard_at = signal.Signals(number), now
-        elif number == signal.SIGINT and now - self._heard_at > SAME_NOTICE_S:
+        self.signal = self.signal or signal.Signals(number)
+        if self._further.heard(number):
             os._exit(128 + number)
         self._end_if_at_once()
 
@@ -133,7 +146,7 @@ def _die_with_launcher() -> None:
         command = Path(f"/proc/{parent}/cmdline").read_bytes()
     except OSError:
         return
-    if sys.platform == "linux" and b"deepspeed.launcher.launch" in command:
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+    if b"deepspeed.launcher.launch" in command:
+        die_with_parent()
         if os.getppid() != parent:  # it ended before the kernel knew
             os._exit(128 + signal.SIGKILL)

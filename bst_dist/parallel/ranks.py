@@ -13,6 +13,7 @@ import torch
 from torch import distributed
 
 from bst_base.errors import UserError
+from bst_base.host import free_port
 from bst_base.launched import require_alone
 from bst_dist.parallel.communication import watch_deepspeed
 from bst_dist.parallel.devices import cpu_refusal, local_rank
@@ -153,10 +154,3 @@ def choose_accelerator() -> None:
     """Make DeepSpeed use the CPU on a machine without an accelerator, unless the environment says otherwise."""
     if torch.accelerator.current_accelerator(check_available=True) is None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

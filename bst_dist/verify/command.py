@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from bst_base.errors import UserError
+from bst_base.host import free_port
 from bst_dist.cluster.local import launch
 from bst_dist.cluster.processes import Share
 from bst_dist.config import load_recipe
-from bst_dist.parallel.ranks import choose_accelerator, free_port
+from bst_dist.parallel.ranks import choose_accelerator
 from bst_dist.report.saved import write_report
 from bst_dist.verify import grid
 

@@ -28,10 +28,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from bst_base.host import free_port
 from bst_base.settings import dump, parse
 from bst_dist.checkpoint.directory import committed, damage, directory, load_weights, step_of
 from bst_dist.config import Recipe
-from bst_dist.parallel.ranks import Ranks, choose_accelerator, free_port
+from bst_dist.parallel.ranks import Ranks, choose_accelerator
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.study.comparison.equality import COMPUTED
 from bst_dist.train.start import Request

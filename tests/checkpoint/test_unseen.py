@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from bst_base.host import free_port
 from bst_dist.checkpoint.directory import committed, directory, examine
 from bst_dist.faults.status import DONE, UNREADABLE, USER_ERROR
-from bst_dist.parallel.ranks import free_port
 from bst_dist.report.metrics import FILE, read_lines
 
 pytestmark = pytest.mark.ranks

@@ -8,9 +8,9 @@ import sys
 
 import torch
 
+from bst_base.host import free_port
 from bst_dist.cluster import collective
 from bst_dist.cluster.processes import Share
-from bst_dist.parallel.ranks import free_port
 
 
 def test_a_device_that_computes_wrongly_is_found(monkeypatch):

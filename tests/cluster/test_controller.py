@@ -17,7 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bst_dist.cluster import agent, launchers, probe, verdict
+from bst_base.host import free_port
+from bst_dist.cluster import agent, launchers, verdict
 from bst_dist.cluster.calling import Call
 from bst_dist.cluster.channel import Closed, proof
 from bst_dist.cluster.controller import Controller, Means
@@ -261,7 +262,7 @@ def test_hosts_that_do_not_call_back_are_named_with_what_the_launcher_said(monke
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this system has no IPv6")
 def test_hosts_may_be_reached_by_ipv6_alone_and_by_given_ports(tmp_path):
-    port = probe.free_port()
+    port = free_port()
     job = Job(tmp_path, replace(MEANS, address="::1", port=port, master_port=4711))
     ended = job.run("sys.exit((os.environ['MASTER_ADDR'], os.environ['MASTER_PORT']) != ('::1', '4711'))")
     assert ended.status == 0

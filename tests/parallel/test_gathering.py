@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from bst_base.host import free_port
 from bst_dist.faults.status import RESUBMIT
 from bst_dist.parallel.gathering import spans
-from bst_dist.parallel.ranks import free_port
 
 PROGRAM = """
 import sys, time

@@ -22,9 +22,10 @@ import torch
 
 from bst_base.errors import UserError
 from bst_base.files import atomic_file
+from bst_base.host import die_with_parent
 from bst_base.settings import dump
 from bst_dist.checkpoint.directory import committed
-from bst_dist.cluster.processes import die_with_parent, signal_session, told_to_stop
+from bst_dist.cluster.processes import signal_session, told_to_stop
 from bst_dist.config import load_recipe
 from bst_dist.faults.status import RESUBMIT
 from bst_dist.study.runs.recipes import Job

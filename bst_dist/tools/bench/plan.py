@@ -157,7 +157,8 @@ def plan(case: Case) -> tuple[Memory, dict[str, float]]:
 
 def measure(case: Case) -> list[dict[str, Any]]:
     """What every rank of a real run found."""
-    from bst_dist.parallel.ranks import choose_accelerator, free_port
+    from bst_base.host import free_port
+    from bst_dist.parallel.ranks import choose_accelerator
 
     choose_accelerator()
     import deepspeed  # noqa: F401  # ranks are forked from here, and start at once

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bst_base.errors import UserError
+from bst_base.host import free_port
 from bst_base.shipped import STRATEGIES, find
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import committed
@@ -37,7 +38,7 @@ from bst_dist.checkpoint.snapshot import Identity, Position, Snapshots
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
-from bst_dist.parallel.ranks import Ranks, choose_accelerator, free_port
+from bst_dist.parallel.ranks import Ranks, choose_accelerator
 from bst_dist.tools.bench.timing import Spread
 
 LENGTH, VOCABULARY = 128, 4096

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterator
 
+from bst_base.host import free_port
 from bst_dist.tools.doctor.finding import Finding, ask_python, broken, good
 
 LIMIT_S = 75.0
@@ -26,7 +26,7 @@ def collective() -> Iterator[Finding]:
 def _sum(count: int, where: str, environment: dict[str, str]) -> Finding:
     from bst_dist.cluster.processes import LocalRanks, Share
 
-    share, started = Share(0, count, count, "127.0.0.1", _free_port()), time.monotonic()
+    share, started = Share(0, count, count, "127.0.0.1", free_port()), time.monotonic()
     command = [sys.executable, "-m", "bst_dist.cluster.collective"]
     ranks = LocalRanks(command, share, {**os.environ, **environment}, piped=True)
     try:
@@ -45,9 +45,3 @@ def _sum(count: int, where: str, environment: dict[str, str]) -> Finding:
             for pipe in (process.stderr, process.stdout)]  # fmt: skip
     why = next((text.splitlines()[-1] for text in said if text), f"statuses {statuses}")
     return broken(f"a sum over {count} ranks {where} failed: {why}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
