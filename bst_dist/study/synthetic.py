@@ -17,6 +17,7 @@ from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.report.metrics import EvalReport
 from bst_dist.train.evaluation import Evaluate
+from bst_dist.train.objective import share_of
 from data_pipeline.serve.slices import changed
 from data_pipeline.synthetic.loader import SyntheticBatch, SyntheticLoader
 from data_pipeline.synthetic.task import TaskConfig
@@ -137,11 +138,8 @@ class SyntheticTask:
 
     def _loader(self, split: str, mesh: Mesh, rows: int, micro_rows: int, seed: int,
                 start_step: int = 0) -> SyntheticLoader:  # fmt: skip
-        return SyntheticLoader(
-            self.recipe.data, split, length=self.recipe.train.sequence_length, rows=rows, micro_rows=micro_rows,
-            seed=seed, dp_rank=mesh.dp_rank, dp=mesh.dp, sp_rank=mesh.sp_rank, sp=mesh.sp,
-            slice_tokens=self.recipe.train.slice_tokens, start_step=start_step,
-        )  # fmt: skip
+        share = share_of(self.recipe, mesh, rows, micro_rows)
+        return SyntheticLoader(self.recipe.data, split, share, seed=seed, start_step=start_step)
 
 
 def _of_rows(batch: SyntheticBatch, below: int) -> SyntheticBatch:

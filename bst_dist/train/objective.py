@@ -24,6 +24,7 @@ from data_pipeline.format.tokenizer import Tokenizer
 from data_pipeline.serve.batch import Batch
 from data_pipeline.serve.loader import Loader, open_corpora
 from data_pipeline.serve.reader import Corpus
+from data_pipeline.serve.share import Share
 from data_pipeline.serve.slices import changed
 
 if TYPE_CHECKING:
@@ -134,18 +135,20 @@ class LanguageModelling:
         return Loader(
             recipe.data if training else recipe.data.model_copy(update={"mode": "shuffled"}),
             corpora,
-            sequence_length=recipe.train.sequence_length,
+            share_of(recipe, mesh, rows, micro_rows),
             block=recipe.model.block,
-            rows=rows,
-            micro_rows=micro_rows,
             seed=recipe.seed if training else 0,
-            dp_rank=mesh.dp_rank,
-            dp=mesh.dp,
-            sp_rank=mesh.sp_rank,
-            sp=mesh.sp,
-            slice_tokens=recipe.train.slice_tokens,
             start_step=start_step,
         )
+
+
+def share_of(recipe: Recipe, mesh: Mesh, rows: int, micro_rows: int) -> Share:
+    """What a rank is served of steps of `rows` sequences."""
+    train = recipe.train
+    return Share(
+        length=train.sequence_length, rows=rows, micro_rows=micro_rows, dp_rank=mesh.dp_rank, dp=mesh.dp,
+        sp_rank=mesh.sp_rank, sp=mesh.sp, slice_tokens=train.slice_tokens,
+    )  # fmt: skip
 
 
 def _counted_once(batch: Batch, sequences: int) -> Batch:

@@ -37,13 +37,12 @@ class Ours:
     def __init__(self, directory: Path, sequences: int, rank: int, world: int, state: dict[str, Any] | None) -> None:
         from data_pipeline.serve.config import DataConfig
         from data_pipeline.serve.loader import Loader, open_corpora
+        from data_pipeline.serve.share import Share
 
         config = DataConfig(corpus=str(directory / "ours"), prefetch=0)
-        mine = ROWS // world
-        self._loader = Loader(
-            config, open_corpora(config), sequence_length=LENGTH, block=512, rows=ROWS, micro_rows=mine, seed=SEED,
-            dp_rank=rank, dp=world, start_step=state["step"] if state else 0,
-        )  # fmt: skip
+        share = Share(length=LENGTH, rows=ROWS, micro_rows=ROWS // world, dp_rank=rank, dp=world)
+        self._loader = Loader(config, open_corpora(config), share, block=512, seed=SEED,
+                              start_step=state["step"] if state else 0)  # fmt: skip
         if state:
             self._loader.check(state)
         self._step = state["step"] if state else 0

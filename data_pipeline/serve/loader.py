@@ -22,7 +22,8 @@ from data_pipeline.serve.plan import ORDER_VERSION
 from data_pipeline.serve.prefetch import Prefetcher
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.serve.rows import RowReader, Rows
-from data_pipeline.serve.slices import MicroBatch, Slices
+from data_pipeline.serve.share import Share
+from data_pipeline.serve.slices import MicroBatch
 from data_pipeline.serve.stream import extents, inputs
 
 
@@ -47,13 +48,9 @@ class Loader:
     Args:
         config: what is served.
         corpora: as `open_corpora` gives them.
-        sequence_length: L, tokens of a row.
+        share: what this rank is served of each step.
         block: W; a rank's share of a slice is a multiple of it, and so is the begin of an isolated document.
-        rows: G, sequences in a step over all ranks.
-        micro_rows: rows in a micro-batch of one rank; G is a multiple of dp * micro_rows.
         seed: keys the order.
-        dp_rank, dp, sp_rank, sp: which rows, and which share of each slice.
-        slice_tokens: tokens of a slice, over all ranks that share it; None: a sequence is one slice.
         start_step: where iteration begins; what a checkpoint's state gives.
 
     Raises UserError for sizes that do not fit each other or the corpora.
@@ -63,28 +60,16 @@ class Loader:
         self,
         config: DataConfig,
         corpora: Sequence[Corpus],
+        share: Share,
         *,
-        sequence_length: int,
         block: int,
-        rows: int,
-        micro_rows: int,
         seed: int,
-        dp_rank: int = 0,
-        dp: int = 1,
-        sp_rank: int = 0,
-        sp: int = 1,
-        slice_tokens: int | None = None,
         start_step: int = 0,
     ) -> None:
-        _check_sizes(sequence_length, block, rows, micro_rows, dp, sp, slice_tokens)
-        self.config = config
-        self._corpora = list(corpora)
-        self._length, self._rows, self._micro_rows, self._seed = sequence_length, rows, micro_rows, seed
-        self._dp, self._sp, self._first, self._start_step = dp, sp, dp_rank * rows // dp, start_step
+        _check_sizes(share, block)
+        self.config, self._corpora, self._share = config, list(corpora), share
+        self._seed, self._start_step = seed, start_step
         self._block = block if config.documents == "isolated" else None
-        self._sliced, span = slice_tokens is not None, slice_tokens or sequence_length
-        self._share = span // sp
-        self._begins = range(sp_rank * self._share, sequence_length, span)
         self.sequences = self._sequences_of_a_pass()
         """Sequences in one pass over each corpus; the last one may be padded."""
         self._prefetcher: Prefetcher | None = None
@@ -98,17 +83,12 @@ class Loader:
 
     def batches(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step; calls have no effect on each other."""
-        found = []
-        for start in range(0, self._rows // self._dp, self._micro_rows):
-            stored = [self._read(step, start, part) for part in range(len(self._begins))]
-            found.append(Slices(stored, self._batch) if self._sliced else self._batch(stored[0]))
-        return found
+        return [self._share.laid_out(stored, self._batch) for stored in self._read_all(step)]
 
     def tokens(self, step: int) -> list[np.ndarray]:
         """The same micro-batches as stored: (b, l + 1) in the corpus's dtype, the label of the last input included;
         slice after slice."""
-        starts = range(0, self._rows // self._dp, self._micro_rows)
-        return [self._read(step, start, part).tokens for start in starts for part in range(len(self._begins))]
+        return [part.tokens for stored in self._read_all(step) for part in stored]
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps after `step` steps were trained on: under 300 bytes of JSON."""
@@ -120,8 +100,8 @@ class Loader:
             "weights": hashlib.sha256(weights.encode()).hexdigest()[:16],
             "mode": self.config.mode,
             "block": self._block or 0,
-            "length": self._length,
-            "rows": self._rows,
+            "length": self._share.length,
+            "rows": self._share.rows,
             "seed": self._seed,
             "step": step,
         }
@@ -168,28 +148,28 @@ class Loader:
         sequences = []
         for corpus in self._corpora:
             total = int(extents(corpus.lengths, self._block).sum(dtype=np.int64))
-            if inputs(total, self._block) < self._length:
+            if inputs(total, self._block) < self._share.length:
                 raise UserError(
-                    f"{corpus.where}: {total} tokens do not fill one sequence of {self._length}; "
+                    f"{corpus.where}: {total} tokens do not fill one sequence of {self._share.length}; "
                     "prepare more text, or shorten the sequence"
                 )
-            sequences.append(-(-inputs(total, self._block) // self._length))
+            sequences.append(-(-inputs(total, self._block) // self._share.length))
         return sequences
 
     def _use_order(self, version: int) -> None:
         self.close()
-        self._order = version
-        self._plan = make_plan(version, self.config, self.sequences, self._rows, self._seed)
+        self._order, share = version, self._share
+        self._plan = make_plan(version, self.config, self.sequences, share.rows, self._seed)
         self._reader = RowReader(
             self._corpora,
             self._plan,
             seed=self._seed,
             block=self._block,
-            sequence_length=self._length,
-            begins=self._begins,
-            length=self._share,
-            first=self._first,
-            count=self._rows // self._dp,
+            sequence_length=share.length,
+            begins=share.begins,
+            length=share.tokens,
+            first=share.own.start,
+            count=len(share.own),
             on_bad_shard=self.config.on_bad_shard,
         )
 
@@ -203,10 +183,16 @@ class Loader:
         shares = [(start, [weights[number] for number in read]) for start, weights in used]
         return "".join(f"{number}:{self._corpora[number].sha256}" for number in read), json.dumps(shares)
 
-    def _read(self, step: int, start: int, part: int) -> Stored:
-        """One slice of the micro-batch that begins at the rank's row `start`."""
-        rows = self._reader.locate(step, start, start + self._micro_rows, part)
-        return Stored(self._first + start, self._begins[part], rows, *self._reader.read(rows))
+    def _read_all(self, step: int) -> Iterator[list[Stored]]:
+        """Every slice of every micro-batch."""
+        for rows in self._share.micro_batches():
+            yield [self._read(step, rows, part) for part in range(len(self._share.begins))]
+
+    def _read(self, step: int, rows: range, part: int) -> Stored:
+        """One slice of a micro-batch."""
+        first = self._share.own.start  # rows are located by their place among the rank's own
+        located = self._reader.locate(step, rows.start - first, rows.stop - first, part)
+        return Stored(rows.start, self._share.begins[part], located, *self._reader.read(located))
 
     def _batch(self, stored: Stored) -> Batch:
         """What was read, laid out for a trainer."""
@@ -222,7 +208,7 @@ class Loader:
             labels=labels,
             loss_mask=mask,
             starts=None if self._block is None else block_starts(shape, rows.pieces, self._block),
-            continues=rows.continues if begin < self._share * self._sp else np.ones_like(rows.continues),
+            continues=rows.continues if begin < self._share.tokens * self._share.sp else np.ones_like(rows.continues),
             rows=np.arange(first, first + len(ids)),
             corpora=rows.corpora,
             epochs=rows.epochs,
@@ -256,9 +242,9 @@ def check_state(own: dict[str, Any], state: dict[str, Any]) -> None:
         )
 
 
-def _check_sizes(
-    length: int, block: int, rows: int, micro_rows: int, dp: int, sp: int, slice_tokens: int | None
-) -> None:
+def _check_sizes(share: Share, block: int) -> None:
+    length, rows, micro_rows = share.length, share.rows, share.micro_rows
+    dp, sp, slice_tokens = share.dp, share.sp, share.slice_tokens
     if length % (block * sp):
         raise UserError(
             f"sequence length {length} is not a multiple of block x sp = {block} x {sp} = {block * sp}: "

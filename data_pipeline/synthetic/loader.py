@@ -15,6 +15,7 @@ import numpy as np
 
 from data_pipeline.serve.loader import check_state
 from data_pipeline.serve.prefetch import Prefetcher
+from data_pipeline.serve.share import Share
 from data_pipeline.serve.slices import Slices
 from data_pipeline.synthetic.config import SyntheticConfig
 from data_pipeline.synthetic.draws import Draws
@@ -40,37 +41,14 @@ class SyntheticLoader:
     Args:
         config: what is drawn.
         split: "train" or "validation": rows of another split have other keys.
-        length: L, inputs of a row; the task must have no `problem` with it.
-        rows: G, rows of a step over all ranks.
-        micro_rows: rows of a micro-batch of one rank; G is a multiple of dp * micro_rows.
+        share: what this rank is served of each step; the task must have no `problem` with its length.
         seed: keys the rows.
-        dp_rank, dp, sp_rank, sp: which rows, and which share of each slice.
-        slice_tokens: tokens of a slice, over all ranks that share it; None: a row is one slice.
         start_step: where iteration begins.
     """
 
-    def __init__(
-        self,
-        config: SyntheticConfig,
-        split: str,
-        *,
-        length: int,
-        rows: int,
-        micro_rows: int,
-        seed: int,
-        dp_rank: int = 0,
-        dp: int = 1,
-        sp_rank: int = 0,
-        sp: int = 1,
-        slice_tokens: int | None = None,
-        start_step: int = 0,
-    ) -> None:
-        self.config, self._split, self._seed = config, split, seed
-        self._length, self._rows, self._micro_rows, self._start_step = length, rows, micro_rows, start_step
-        self._own = range(dp_rank * rows // dp, (dp_rank + 1) * rows // dp)
-        self._sliced, span = slice_tokens is not None, slice_tokens or length
-        self._share = span // sp
-        self._begins = range(sp_rank * self._share, length, span)
+    def __init__(self, config: SyntheticConfig, split: str, share: Share, *, seed: int, start_step: int = 0) -> None:
+        self.config, self._split, self._share = config, split, share
+        self._seed, self._start_step = seed, start_step
         self._prefetcher: Prefetcher | None = None
 
     def __iter__(self) -> Iterator[tuple[int, list[SyntheticBatch | Slices]]]:
@@ -81,14 +59,13 @@ class SyntheticLoader:
 
     def batches(self, step: int) -> list[SyntheticBatch | Slices]:
         """This rank's micro-batches of a step; calls have no effect on each other."""
-        starts = range(self._own.start, self._own.stop, self._micro_rows)
-        return [self._batch(step, np.arange(start, start + self._micro_rows)) for start in starts]
+        return [self._batch(step, np.array(rows)) for rows in self._share.micro_batches()]
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps after `step` steps were trained on."""
         task = hashlib.sha256(self.config.synthetic.model_dump_json().encode()).hexdigest()[:16]
-        return {"tasks": TASK_VERSION, "task": task, "split": self._split, "length": self._length, "rows": self._rows,
-                "seed": self._seed, "step": step}  # fmt: skip
+        return {"tasks": TASK_VERSION, "task": task, "split": self._split, "length": self._share.length,
+                "rows": self._share.rows, "seed": self._seed, "step": step}  # fmt: skip
 
     def check(self, state: dict[str, Any]) -> None:
         """Raise UserError, naming what differs, unless `state` is of the same order as this loader's."""
@@ -100,16 +77,17 @@ class SyntheticLoader:
             self._prefetcher.close()
 
     def _batch(self, step: int, rows: np.ndarray) -> SyntheticBatch | Slices:
-        numbers = (step * self._rows + rows).tolist()
-        drawn = [draw(self.config.synthetic, self._split, self._seed, number, self._length) for number in numbers]
+        share = self._share
+        numbers = (step * share.rows + rows).tolist()
+        drawn = [draw(self.config.synthetic, self._split, self._seed, number, share.length) for number in numbers]
         tokens, distance = (np.stack(parts) for parts in zip(*drawn, strict=True))
 
         def part(begin: int) -> SyntheticBatch:
-            own, behind = slice(begin, begin + self._share), slice(begin + 1, begin + self._share + 1)
+            own, behind = slice(begin, begin + share.tokens), slice(begin + 1, begin + share.tokens + 1)
             back = distance[:, behind]
             return SyntheticBatch(tokens[:, own], tokens[:, behind], back > 0, back, rows, begin)
 
-        return Slices(self._begins, part) if self._sliced else part(self._begins[0])
+        return share.laid_out(share.begins, part)
 
 
 def draw(task: TaskConfig, split: str, seed: int, number: int, length: int) -> Row:

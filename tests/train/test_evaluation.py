@@ -14,6 +14,7 @@ from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.train.run import train
 from bst_dist.train.start import Request, Start, load, resolve
 from data_pipeline.serve.loader import Loader
+from data_pipeline.serve.share import Share
 
 
 def test_rows_are_padded_so_that_every_rank_has_as_many():
@@ -33,9 +34,8 @@ def literal(start: Start, sequences: int) -> tuple[int, float, list[float]]:
     recipe = start.recipe
     torch.manual_seed(recipe.seed)
     model, block = start.objective.model().double().eval(), recipe.model.block
-    loader = Loader(
-        recipe.data, start.objective.validation, sequence_length=32, block=block, rows=1, micro_rows=1, seed=0
-    )
+    share = Share(length=32, rows=1, micro_rows=1)
+    loader = Loader(recipe.data, start.objective.validation, share, block=block, seed=0)
     nats = np.zeros((sequences, 32))
     for row in range(sequences):
         (batch,) = loader.batches(row)  # one row a step: sequence after sequence of the split's first pass

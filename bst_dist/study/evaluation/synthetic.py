@@ -20,6 +20,7 @@ from bst_dist.study.evaluation.scoring import TOKENS_AT_ONCE
 from bst_dist.study.evaluation.trained import Trained, open_run
 from bst_dist.study.statistics import Estimate, ratio
 from bst_dist.study.synthetic import octave, octave_name
+from data_pipeline.serve.share import Share
 from data_pipeline.synthetic.loader import SyntheticBatch, SyntheticLoader
 from data_pipeline.synthetic.task import TaskConfig
 
@@ -86,8 +87,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if problem := task.problem(length):
         raise UserError(f"--length {length}: {problem}")
     at_once = max(1, min(rows, TOKENS_AT_ONCE // length))
-    loader = SyntheticLoader(recipe.data, args.split, length=length, rows=-(-rows // at_once) * at_once,
-                             micro_rows=at_once, seed=0)  # fmt: skip
+    share = Share(length=length, rows=-(-rows // at_once) * at_once, micro_rows=at_once)
+    loader = SyntheticLoader(recipe.data, args.split, share, seed=0)
     slice_length = min(length, recipe.train.sequence_length)
     found = answers(trained.model, loader.batches(0), slice_length, recipe.train.precision)
     found = Answers(found.labels[:rows], found.correct[:rows], found.nats[:rows])

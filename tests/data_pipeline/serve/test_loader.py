@@ -19,6 +19,7 @@ from bst_base.settings import parse
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import Loader, open_corpora
 from data_pipeline.serve.reader import Corpus
+from data_pipeline.serve.share import Share
 
 LENGTHS = [37, 1, 5, 150, 64, 2, 90, 33, 16, 71, 3, 48]
 MODES = st.sampled_from(["shuffled", "streaming"])
@@ -59,7 +60,9 @@ def loader(corpora: Any, mode: str = "shuffled", documents: str = "joined", **si
     changes = sizes.pop("weight_changes", ())
     urls: Any = "memory" if weights is None else [{"corpus": "memory", "weight": weight} for weight in weights]
     config = DataConfig(corpus=urls, mode=mode, documents=documents, weight_changes=changes, prefetch=0)
-    return Loader(config, corpora if isinstance(corpora, list) else [corpora], **sizes)
+    others = {name: sizes.pop(name) for name in ("block", "seed", "start_step") if name in sizes}
+    share = Share(length=sizes.pop("sequence_length"), **sizes)
+    return Loader(config, corpora if isinstance(corpora, list) else [corpora], share, **others)
 
 
 def whole_rows(corpora: Any, steps: range, dp: int = 1, sp: int = 1, **settings: Any) -> np.ndarray:

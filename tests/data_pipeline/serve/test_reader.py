@@ -23,6 +23,7 @@ from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import Loader, open_corpora
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.serve.shard_reader import ShardReader
+from data_pipeline.serve.share import Share
 from data_pipeline.serve.stream import TokenStream
 from data_pipeline.store.base import StorageError
 
@@ -254,9 +255,8 @@ def whole_batch(directory: Path, policy: str, sp: int, damaged: Any) -> tuple[np
     damaged()
     parts, messages = [], []
     for rank in range(sp):
-        loader = Loader(
-            config, corpora, sequence_length=512, block=64, rows=2, micro_rows=2, seed=1, sp_rank=rank, sp=sp
-        )
+        share = Share(length=512, rows=2, micro_rows=2, sp_rank=rank, sp=sp)
+        loader = Loader(config, corpora, share, block=64, seed=1)
         batches = [loader.batches(step)[0] for step in range(34)]
         parts.append([np.stack([b.input_ids, b.loss_mask]) for b in batches])
         messages += loader.bad
@@ -289,7 +289,7 @@ def test_skipping_a_missing_shard_serves_the_others(make_corpus: Any) -> None:
 def test_stopping_raises_in_the_loop_what_the_prefetch_thread_met(make_corpus: Any) -> None:
     directory = make_corpus(LENGTHS)
     config = DataConfig(corpus=str(directory))
-    loader = Loader(config, open_corpora(config), sequence_length=512, block=64, rows=2, micro_rows=2, seed=1)
+    loader = Loader(config, open_corpora(config), Share(length=512, rows=2, micro_rows=2), block=64, seed=1)
     flip(directory / TAR, payload(directory, TAR, "00000000.tok.npy") + 20_000)
     with pytest.raises(ShardError, match=r"00000000\.tok\.npy"):
         for step, _ in loader:

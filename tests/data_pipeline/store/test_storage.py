@@ -20,6 +20,7 @@ from data_pipeline.format.shards import ShardError
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import Loader, open_corpora
 from data_pipeline.serve.reader import Corpus
+from data_pipeline.serve.share import Share
 from data_pipeline.store import remote
 from data_pipeline.store.base import StorageConfig, StorageError
 
@@ -316,7 +317,7 @@ def test_a_loader_over_http_serves_what_one_over_the_directory_does(make_corpus:
     served = []
     for url in (str(directory), server.url):
         config = DataConfig(corpus=url, storage=StorageConfig(**FAST))
-        loader = Loader(config, open_corpora(config), sequence_length=512, block=64, rows=4, micro_rows=4, seed=1)
+        loader = Loader(config, open_corpora(config), Share(length=512, rows=4, micro_rows=4), block=64, seed=1)
         served.append([batches[0].input_ids for _, batches in islice(loader, 5)])
         loader.close()
     assert np.array_equal(*served)

@@ -7,6 +7,7 @@ import pytest
 
 from bst_base.errors import UserError
 from bst_base.settings import parse
+from data_pipeline.serve.share import Share
 from data_pipeline.synthetic.config import SyntheticConfig
 from data_pipeline.synthetic.loader import SyntheticLoader
 
@@ -14,8 +15,9 @@ from data_pipeline.synthetic.loader import SyntheticLoader
 def loader(**changes) -> SyntheticLoader:
     task = {"task": "associative-recall", "pairs": 3, "keys": 8, "symbols": 8, "span": 20} | changes.pop("task", {})
     config = parse(SyntheticConfig, {"synthetic": task, "prefetch": changes.pop("prefetch", 0)})
-    given = {"split": "train", "length": 64, "rows": 8, "micro_rows": 2, "seed": 1}
-    return SyntheticLoader(config, **{**given, **changes})
+    others = {name: changes.pop(name) for name in ("split", "seed", "start_step") if name in changes}
+    share = Share(**{"length": 64, "rows": 8, "micro_rows": 2, **changes})
+    return SyntheticLoader(config, share=share, **{"split": "train", "seed": 1, **others})
 
 
 def joined(batches, name: str) -> np.ndarray:
