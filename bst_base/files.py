@@ -48,6 +48,13 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text as `atomic_file` does, in folders that are made where they are missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """As `atomic_file`, for a directory of files: yields a new empty directory that is renamed to `path` at the end.

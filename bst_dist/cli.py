@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bst_base.errors import UserError
 from bst_dist.report.saved import write_report
-from bst_dist.usage import Command, HelpFormatter, listing, nearest, overview
+from bst_dist.usage import Command, HelpFormatter, listing, nearest, overview, refuse_alone
 from bst_dist.version import versions
 
 # Section of the help -> command -> (module that holds it, one line of help), in the order in which one uses them.
@@ -54,7 +54,7 @@ SECTIONS: dict[str, dict[str, Command]] = {
         "ckpt convert": ("bst_dist.checkpoint.commands.convert", "write weights as safetensors for other programs"),
     },
     "Look at runs": {
-        "plot": ("bst_dist.study.report.plot", "draw the training curves of runs"),
+        "plot": ("bst_dist.study.comparison.curves", "draw the training curves of runs"),
         "compare": (
             "bst_dist.study.comparison.command",
             "what differs between runs: recipes, losses on the same text, speed; or are they --equal?",
@@ -73,15 +73,24 @@ SECTIONS: dict[str, dict[str, Command]] = {
         "generate": ("bst_dist.study.evaluation.generate", "write text with a run's model"),
     },
     "Study": {
+        "experiment settings": (
+            "bst_dist.study.experiment.commands.settings",
+            "every setting of an experiment's file: type, default, meaning",
+        ),
         "experiment run": (
             "bst_dist.study.experiment.commands.run",
             "train, evaluate and compare the arms of a small experiment; continues after any stop",
         ),
+        "experiment status": ("bst_dist.study.experiment.commands.status", "where an experiment's runs stand"),
         "experiment report": (
             "bst_dist.study.experiment.commands.report",
             "an experiment's table and figure, from its runs",
         ),
         "law fit": ("bst_dist.study.law_fit", "fit scaling laws to a table of your own: N, D, loss, width, depth"),
+        "sweep settings": (
+            "bst_dist.study.sweep.commands.settings",
+            "every setting of a sweep's file: type, default, meaning",
+        ),
         "sweep design": (
             "bst_dist.study.sweep.commands.design",
             "what a sweep would run and could see; refuses confounded grids",
@@ -147,7 +156,9 @@ def main(argv: list[str] | None = None) -> int:
         return _without_command(argv)
     try:
         module = importlib.import_module(COMMANDS[name][0])  # may want an extra that is not installed
-        args = parser_of(name).parse_intermixed_args(argv[len(name.split()) :])  # overrides may stand anywhere
+        parser = parser_of(name)
+        args = parser.parse_intermixed_args(argv[len(name.split()) :])  # overrides may stand anywhere
+        refuse_alone(parser, args)
         report = module.run(args)
     except UserError as error:
         print(f"bst {name}: {error}", file=sys.stderr)

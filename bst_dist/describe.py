@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.padding import Padding
 
 from bst_base.errors import UserError
-from bst_base.settings import fields
+from bst_base.settings import Config, fields
 from bst_dist.config import Recipe
 
 Row = tuple[str, str, Any, str]  # dotted name, type, default, meaning
@@ -44,7 +44,7 @@ follows, and `bst recipe --markdown` printed this file."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `bst recipe`."""
+    """Arguments of every command that explains the settings of a file."""
     parser.add_argument(
         "section", nargs="?", default="", metavar="SECTION", help="only the settings whose name begins with this"
     )
@@ -52,15 +52,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Print the settings; the report lists them."""
-    found: list[Row] = [
-        row for row in fields(Recipe) if f"{row[0]}.".startswith(f"{args.section}." if args.section else "")
-    ]
+    """Print the settings of a recipe; the report lists them."""
+    return describe(Recipe, INTRODUCTION, args)
+
+
+def describe(settings: type[Config], introduction: str, args: argparse.Namespace, top: str = "run") -> dict[str, Any]:
+    """Print the settings of a file of this kind; raises UserError for a section that it does not have."""
+    every: list[Row] = list(fields(settings))
+    found = [row for row in every if f"{row[0]}.".startswith(f"{args.section}." if args.section else "")]
     if not found:
-        known = ", ".join(dict.fromkeys(name.partition(".")[0] for name, *_ in fields(Recipe)))
+        known = ", ".join(dict.fromkeys(name.partition(".")[0] for name, *_ in every))
         raise UserError(f"no setting begins with {args.section!r}; there are: {known}")
     if args.markdown:
-        print(markdown(found))
+        print(markdown(found, introduction, top))
     else:
         _print(found)
     return {
@@ -68,11 +72,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def markdown(rows: list[Row]) -> str:
-    """The settings as a document, a table a section."""
-    parts, section = [INTRODUCTION], None
+def markdown(rows: list[Row], introduction: str = INTRODUCTION, top: str = "run") -> str:
+    """The settings as a document, a table a section; `top` heads those that are in none."""
+    parts, section = [introduction], None
     for name, kind, default, meaning in sorted(rows, key=lambda row: "." in row[0]):
-        own = name.partition(".")[0] if "." in name else "run"
+        own = name.partition(".")[0] if "." in name else top
         if own != section:
             parts.append(f"\n## {own}\n\n| setting | type | default | meaning |\n| --- | --- | --- | --- |")
             section = own

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from itertools import groupby
+
+from bst_base.errors import UserError
 
 Command = tuple[str, str]
 """The module that holds a command, and one line of help."""
@@ -24,6 +27,25 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
             return text
         said = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
         return f"{text} (default: {said.replace('%', '%%')})"
+
+
+def needed_by(action: argparse.Action) -> str | None:
+    """The option without which this one means nothing: its help begins with "with --OTHER: "."""
+    found = re.match(r"with (--[\w-]+): ", action.help or "")
+    return found and found[1]
+
+
+def refuse_alone(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Raise UserError for an option that was given without the one it belongs to: it would be ignored."""
+    options = {name: action for action in parser._actions for name in action.option_strings}
+    for action in parser._actions:
+        other = needed_by(action)
+        if other and _given(action, args) and not _given(options[other], args):
+            raise UserError(f"{action.option_strings[-1]} means nothing without {other}: give both, or neither")
+
+
+def _given(action: argparse.Action, args: argparse.Namespace) -> bool:
+    return getattr(args, action.dest) != action.default
 
 
 def overview(sections: Mapping[str, Mapping[str, Command]], groups: Mapping[str, str]) -> str:

@@ -18,12 +18,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+from bst_base.arguments import at_least
 from bst_base.errors import UserError
 from bst_dist.study.laws.observation import Observation
 from bst_dist.study.laws.scaling import fit_laws
 from bst_dist.study.report import laws
 from bst_dist.study.report.figures import loss_figure
-from bst_dist.study.report.plot import save
+from bst_dist.study.report.style import save
 from bst_dist.study.report.terminal import say, show
 from bst_dist.study.report.words import plain
 
@@ -43,8 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group", metavar="COLUMN", help="what has a law of its own, as an architecture")
     parser.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE", help="take these rows alone")
     parser.add_argument("--held-out", metavar="COLUMN=VALUE", help="rows to predict and not to fit")
-    parser.add_argument("--drop-largest", type=int, default=0, metavar="K", help="leave out the K largest losses")
-    parser.add_argument("--draws", type=int, default=200, metavar="N", help="resamples (default: %(default)s)")
+    parser.add_argument(
+        "--drop-largest", type=at_least(0), default=0, metavar="K", help="leave out the K largest losses"
+    )
+    parser.add_argument("--draws", type=at_least(2), default=200, metavar="N", help="resamples (default: %(default)s)")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="also draw losses and laws: a png, pdf or svg")
 
 

@@ -45,6 +45,11 @@ class Estimate(NamedTuple):
         return self.value + (math.inf if self.half_width is None else self.half_width)
 
     @property
+    def observations(self) -> float:
+        """How many the error is from; 1 without one."""
+        return 1 if self.standard_error is None else self.degrees + 1
+
+    @property
     def p_value(self) -> float:
         """Two-sided, of the value being 0; 1 without an error."""
         if self.standard_error is None:
@@ -59,8 +64,8 @@ class Estimate(NamedTuple):
 
     def text(self, digits: int, sign: bool = False) -> str:
         """The value with so many decimals, and with `sign` a plus where it is positive, and its error."""
-        value = f"{self.value:{'+' if sign else ''}.{digits}f}"
-        return value if self.standard_error is None else f"{value} ± {self.standard_error:.{digits}f}"
+        value = f"{self.value:{'+' if sign else ''},.{digits}f}"
+        return value if self.standard_error is None else f"{value} ± {self.standard_error:,.{digits}f}"
 
     def __str__(self) -> str:
         return self.text(4)

@@ -177,10 +177,8 @@ def accept_settings(args: argparse.Namespace, line: Line) -> None:
     if hasattr(args, "recipe"):
         recipe = load_recipe(args.recipe, overrides)
         assert deepspeed_file(recipe).exists(), f"{line}: there is no {recipe.deepspeed}"
-    elif hasattr(args, "sweep"):
-        load_sweep(args.sweep, overrides)
-    elif hasattr(args, "experiment"):
-        load_experiment(args.experiment, overrides)
+    elif hasattr(args, "file"):
+        (load_sweep if "sweep" in line.words else load_experiment)(args.file, overrides)
     elif hasattr(args, "config"):
         load(PrepareConfig, args.config, overrides)
     elif hasattr(args, "task") and args.task in SETTINGS:
@@ -245,11 +243,11 @@ LEFT_OUT = {
     r"bst train .*initial_weights": "of the demo's own last step: tests/train/test_initial.py",
     r"bst data prepare (/|.*/data/(books|latex|linux|mathematics)|.*output=/)": "fetches packages, writes elsewhere",
     r"bst verify .*--": "minutes on many ranks: tests/verify",
-    r"bst sweep (run|collect|fit|compare|report|coordinates|plan.*--measure)": "trains a sweep: tests/study",
+    r"bst sweep (run|status|collect|fit|compare|report|coordinates|plan.*--measure)": "trains a sweep: tests/study",
     r"bst law fit ": "resamples for minutes, or reads a table of your own: tests/study/test_law_fit.py",
     r"bst sweep .*/cluster.yaml": "counts hundreds of large shapes: tests/sweep",
     r"bst plan .*--(nodes 1,8,64|slices|longest)": "plans many clusters, sizes or lengths: tests/plan",
-    r"bst experiment ": "trains an experiment: tests/experiment",
+    r"bst experiment (run|report|status)": "trains an experiment: tests/study/experiment",
     r"bst (lra |train .*/lra/)": "draws and trains a task in full: tests/study/lra",
     r"bst doctor": "tests/tools/doctor",
     r"bst generate .*(--interactive|--prompts -)": "reads what is typed: tests/study/evaluation/test_generate.py",

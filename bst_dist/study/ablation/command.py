@@ -17,19 +17,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from bst_base.errors import UserError
+from bst_dist.study.ablation.figure import draw
 from bst_dist.study.ablation.interventions import KINDS, Intervention, defaults, obstacle, parse, same_as_zero
 from bst_dist.study.ablation.measure import Increase, Losses, Text, ablate, block_bins, by_place, document_bins
-from bst_dist.study.ablation.plot import draw
 from bst_dist.study.evaluation.corpora import open_text
 from bst_dist.study.evaluation.trained import Trained, open_run
-from bst_dist.study.report.plot import FORMATS, STYLE
+from bst_dist.study.report.document import Sheet
+from bst_dist.study.report.style import require_picture, save
+from bst_dist.study.report.terminal import print_table, say
 from data_pipeline.commands.progress import stages
 from data_pipeline.serve.reader import Corpus
 
@@ -54,10 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    console = Console()
     out = args.out or args.run / "ablations.png"
-    if out.suffix not in FORMATS:
-        raise UserError(f"--out {out}: the suffix must be one of {', '.join(FORMATS)}")
+    require_picture(out, "--out")
     for name in ("documents", "tokens"):
         if (given := getattr(args, name)) is not None and given < 1:
             raise UserError(f"--{name} {given}: read at least one")
@@ -71,18 +68,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for number, corpus in enumerate(opened):
         started = time.perf_counter()
         text = beginnings(trained, corpus, args.documents, args.tokens)
-        untouched, found = measure(trained, text, planned, args.seed, console)
+        untouched, found = measure(trained, text, planned, args.seed)
         figures = summary(trained, untouched, found)
         figures["time_s"] = time.perf_counter() - started
-        console.print(_table(args, trained, corpus.storage.where, figures))
+        _show(args, trained, corpus.storage.where, figures)
         path = out if len(opened) == 1 else out.with_stem(f"{out.stem}-{number}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with matplotlib.rc_context(STYLE):
-            draw(found, figures, trained.recipe.train.sequence_length).savefig(path)
+        save(lambda found=found, figures=figures: draw(found, figures, trained.recipe.train.sequence_length), path)
         report["corpora"].append({"corpus": corpus.storage.where, **figures, "figure": str(path)})
-        console.print(f"drew {path}", markup=False, highlight=False)
+        say(f"drew {path}")
     for line in left_out:
-        console.print(f"left out: {line}", markup=False, highlight=False)
+        say(f"left out: {line}")
     return report
 
 
@@ -138,20 +133,19 @@ def _named(layers: Sequence[int]) -> str:
 
 def beginnings(trained: Trained, corpus: Corpus, documents: int, tokens: int | None) -> Text:
     """The documents to read, evenly spread over the split, and how far."""
-    isolated = trained.recipe.data.documents == "isolated"
     chosen = np.unique(np.linspace(0, len(corpus) - 1, min(documents, len(corpus))).round().astype(int))
     lengths = np.zeros(len(corpus), np.int64)
     lengths[chosen] = np.minimum(corpus.lengths[chosen], tokens or 8 * trained.recipe.train.sequence_length)
-    text = Text(corpus, lengths, corpus.token_bytes(), None if isolated else corpus.manifest.tokenizer.eos_id)
+    text = Text(corpus, lengths, corpus.token_bytes(), trained.begin(corpus))
     if not text.tokens:
         raise UserError(f"{corpus.where}: the documents chosen have no token to predict: raise --documents or --tokens")
     return text
 
 
-def measure(trained: Trained, text: Text, planned: Plan, seed: int, console: Console) -> tuple[Losses, list[Increase]]:
+def measure(trained: Trained, text: Text, planned: Plan, seed: int) -> tuple[Losses, list[Increase]]:
     """Score the text with the unchanged model and with every intervention, showing progress."""
     recipe = trained.recipe
-    with stages(console) as report:
+    with stages(Console()) as report:
         return ablate(
             trained.model, text, planned, slice_length=recipe.train.sequence_length, precision=recipe.train.precision,
             seed=seed, progress=lambda done: report("ablate", done, (1 + len(planned)) * text.tokens),
@@ -182,32 +176,26 @@ def summary(trained: Trained, untouched: Losses, found: Sequence[Increase]) -> d
     }
 
 
-def _table(args: argparse.Namespace, trained: Trained, where: str, figures: dict[str, Any]) -> Table:
-    last = figures["places_in_document"][-2]
-    table = Table(
-        "", "layer", "nats per token", "bits per byte", "first\nblock", f"from\n{last:,}",
-        title=f"{args.run} after {trained.step:,} steps: {args.split} of {where}\nunchanged model: "
-              f"{figures['loss_nats_per_token']:.4f} nats per token, {figures['bits_per_byte']:.4f} bits per byte\n"
-              "increase of the loss with each intervention:",
-        caption=f"{figures['documents']:,} documents, {figures['tokens']:,} tokens, {figures['time_s']:.0f} s; ± "
-                f"standard error over documents;\nlast: nats per token in a document's first block, and from "
-                f"token {last:,} on",
-        title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD,
-    )  # fmt: skip
-    before = None
+def _show(args: argparse.Namespace, trained: Trained, where: str, figures: dict[str, Any]) -> None:
+    last, rows, before = figures["places_in_document"][-2], [], None
     for line in figures["interventions"]:
         name, places = line["intervention"], line["by_place_in_document"]
-        table.add_row(
+        rows.append([
             name if name != before else "",
             str(line["layers"][0]) if len(line["layers"]) == 1 else "all",
             _with_error(line, "loss_increase_nats_per_token"),
             _with_error(line, "bits_per_byte_increase"),
             *(f"{places[at]['loss_increase_nats_per_token']:+.4f}" for at in (0, -1)),
-        )
+        ])  # fmt: skip
         before = name
-    for column in table.columns:
-        column.no_wrap = True
-    return table
+    print_table(
+        Sheet(("", "layer", "nats per token", "bits per byte", "first block", f"from {last:,}"), rows),
+        f"{args.run} after {trained.step:,} steps: {args.split} of {where}\nunchanged model: "
+        f"{figures['loss_nats_per_token']:.4f} nats per token, {figures['bits_per_byte']:.4f} bits per byte\n"
+        "increase of the loss with each intervention:",
+        f"{figures['documents']:,} documents, {figures['tokens']:,} tokens, {figures['time_s']:.0f} s; ± standard "
+        f"error over documents;\nlast: nats per token in a document's first block, and from token {last:,} on",
+    )
 
 
 def _with_error(line: dict[str, Any], key: str) -> str:

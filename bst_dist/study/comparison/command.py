@@ -29,9 +29,10 @@ from bst_base.errors import UserError
 from bst_dist.report.metrics import duration
 from bst_dist.study.comparison import pairs
 from bst_dist.study.comparison.equality import equality
+from bst_dist.study.comparison.figure import draw
 from bst_dist.study.comparison.outline import LAST_STEPS, Outline, outline
-from bst_dist.study.comparison.plot import draw
-from bst_dist.study.report.plot import named, save
+from bst_dist.study.report.style import save
+from bst_dist.study.runs.results import named
 from bst_dist.study.statistics import Estimate
 
 ABREAST = 4

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from bst_dist.study.report.document import Sheet
+from bst_dist.study.report.terminal import print_table
 from bst_dist.study.statistics import Estimate, ratio
 from data_pipeline.serve.reader import Corpus
 
@@ -117,10 +117,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with console.status("xz -9"):
         xz = Estimate(8 * xz_bytes(held_out) / size, None)
     title = f"{args.split} text of {args.corpus}: {len(held_out):,} documents, {size:,} bytes"
-    table = Table("", "bits per byte", title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_row("order-2 byte model, trained on the training text", str(order2))
-    table.add_row("xz -9, this text alone", str(xz))
-    console.print(table)
+    rows = [["order-2 byte model, trained on the training text", str(order2)], ["xz -9, this text alone", str(xz)]]
+    print_table(Sheet(("", "bits per byte"), rows), title)
     return {
         "corpus": str(args.corpus), "split": args.split, "documents": len(held_out), "bytes": size,
         **order2.report("order2_bits_per_byte"), "xz9_bits_per_byte": xz.value, "time_s": time.perf_counter() - started,

@@ -92,9 +92,9 @@ def _file_name(args: argparse.Namespace, form: str, step: int) -> str:
 
 def _evaluate(args: argparse.Namespace, form: str) -> dict[str, Any]:
     if form == LENGTHS:
-        from bst_dist.study.lengths import report as lengths_report
+        from bst_dist.study.lengths import command as lengths
 
-        return lengths_report.run(args)
+        return lengths.run(args)
     if form == HARNESS:
         from bst_dist.study.harness import command as harness
 

@@ -8,15 +8,15 @@ import time
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from bst_base.errors import UserError
 from bst_dist.model.config import ModelConfig
 from bst_dist.study.evaluation.corpora import open_text
 from bst_dist.study.evaluation.scoring import Score, filter_length, score
 from bst_dist.study.evaluation.trained import Trained, open_run
+from bst_dist.study.report.document import Sheet
+from bst_dist.study.report.terminal import print_table
 from bst_dist.study.statistics import Estimate, exponential, ratio
 from data_pipeline.commands.progress import stages
 from data_pipeline.serve.reader import Corpus
@@ -31,8 +31,8 @@ def evaluate(trained: Trained, corpus: Corpus, context: int | None, console: Con
     with stages(console) as report:
         return score(
             trained.model, corpus, corpus.lengths, corpus.token_bytes(),
-            begin=None if recipe.data.documents == "isolated" else corpus.manifest.tokenizer.eos_id,
-            context=context, slice_length=min(length, context or length), precision=recipe.train.precision,
+            begin=trained.begin(corpus), context=context, slice_length=min(length, context or length),
+            precision=recipe.train.precision,
             progress=lambda tokens: report("evaluate", tokens, corpus.tokens_total),
         )  # fmt: skip
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         # For `bst compare`, which pairs runs by document.
         figures |= {"document_nats": scored.nats.tolist(), "document_bytes": scored.bytes.tolist()}
         report["corpora"].append({"corpus": corpus.storage.where, **figures})
-        console.print(_table(args, trained, corpus.storage.where, figures))
+        _show(args, trained, corpus.storage.where, figures)
     return report
 
 
@@ -86,14 +86,8 @@ def _context(model: ModelConfig, tokens: int | None) -> str:
     return seen
 
 
-def _table(args: argparse.Namespace, trained: Trained, where: str, figures: dict[str, Any]) -> Table:
-    seen = _context(trained.recipe.model, args.context)
-    table = Table(
-        "", "estimate", "standard error over documents", title_justify="left", caption_justify="left",
-        title=f"{args.run} after {trained.step:,} steps: {args.split} of {where}", box=box.SIMPLE_HEAD,
-        caption=f"{figures['documents']:,} documents, {figures['tokens']:,} tokens, {figures['bytes']:,} bytes; "
-                f"{seen}; {figures['tokens'] / figures['time_s']:,.0f} tokens/s",
-    )  # fmt: skip
+def _show(args: argparse.Namespace, trained: Trained, where: str, figures: dict[str, Any]) -> None:
+    rows = []
     for name, key, digits in (
         ("loss, nats per token", "loss_nats_per_token", 4),
         ("perplexity per token", "perplexity_per_token", 2),
@@ -101,5 +95,10 @@ def _table(args: argparse.Namespace, trained: Trained, where: str, figures: dict
         ("bits per byte", "bits_per_byte", 4),
     ):
         error = figures[f"{key}_standard_error"]
-        table.add_row(name, f"{figures[key]:.{digits}f}", "" if error is None else f"{error:.{digits}f}")
-    return table
+        rows.append([name, f"{figures[key]:.{digits}f}", "" if error is None else f"{error:.{digits}f}"])
+    print_table(
+        Sheet(("", "estimate", "standard error over documents"), rows),
+        f"{args.run} after {trained.step:,} steps: {args.split} of {where}",
+        f"{figures['documents']:,} documents, {figures['tokens']:,} tokens, {figures['bytes']:,} bytes; "
+        f"{_context(trained.recipe.model, args.context)}; {figures['tokens'] / figures['time_s']:,.0f} tokens/s",
+    )

@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from bst_base.errors import UserError
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.past import State
 from bst_dist.study.evaluation.scoring import TOKENS_AT_ONCE
 from bst_dist.study.evaluation.trained import Trained, open_run
+from bst_dist.study.report.document import Sheet
+from bst_dist.study.report.terminal import print_table
 from bst_dist.study.statistics import Estimate, ratio
 from bst_dist.study.synthetic import octave, octave_name
 from data_pipeline.serve.share import Share
@@ -93,9 +92,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     found = answers(trained.model, loader.batches(0), slice_length, recipe.train.precision)
     found = Answers(found.labels[:rows], found.correct[:rows], found.nats[:rows])
     report = {"run": str(args.run), "step": trained.step, "split": args.split, "rows": rows, "length_tokens": length,
-              "task": task.model_dump(mode="json"), "chance_loss_nats": task.chance_loss}  # fmt: skip
-    Console().print(_table(args, trained, found, report))
-    return report | summary(task, found, length)
+              "task": task.model_dump(mode="json"), "chance_loss_nats": task.chance_loss,
+              **summary(task, found, length)}  # fmt: skip
+    _show(args, trained, report)
+    return report
 
 
 def summary(task: TaskConfig, found: Answers, length: int) -> dict[str, Any]:
@@ -112,20 +112,19 @@ def summary(task: TaskConfig, found: Answers, length: int) -> dict[str, Any]:
             "by_distance": lines}  # fmt: skip
 
 
-def _table(args: argparse.Namespace, trained: Trained, found: Answers, report: dict[str, Any]) -> Table:
-    task, length = trained.recipe.data.synthetic, report["length_tokens"]
-    figures = summary(task, found, length)
-    table = Table(
-        *("distance", "labels", "accuracy", "loss, nats per label", "best possible"), title_justify="left",
-        caption_justify="left", title=f"{args.run} after {trained.step:,} steps: {task.task}", box=box.SIMPLE_HEAD,
-        caption=f"{report['rows']:,} rows of {length:,} tokens ({args.split}); ± standard error over rows; a guess "
-                f"costs {task.chance_loss:.4f} and is right {1 / task.choices:.2%} of the time",
-    )  # fmt: skip
-    for line in (*figures["by_distance"], figures):
-        octave = octave_name(line["from"], line["to"]) if "from" in line else "all"
-        table.add_row(octave, f"{line['labels']:,}", _text(line, "accuracy"), _text(line, "loss_nats"),
-                      f"{line['best_loss_nats']:.4f}")  # fmt: skip
-    return table
+def _show(args: argparse.Namespace, trained: Trained, figures: dict[str, Any]) -> None:
+    task = trained.recipe.data.synthetic
+    rows = [
+        [octave_name(line["from"], line["to"]) if "from" in line else "all", f"{line['labels']:,}",
+         _text(line, "accuracy"), _text(line, "loss_nats"), f"{line['best_loss_nats']:.4f}"]
+        for line in (*figures["by_distance"], figures)
+    ]  # fmt: skip
+    print_table(
+        Sheet(("distance", "labels", "accuracy", "loss, nats per label", "best possible"), rows),
+        f"{args.run} after {trained.step:,} steps: {task.task}",
+        f"{figures['rows']:,} rows of {figures['length_tokens']:,} tokens ({args.split}); ± standard error over rows; "
+        f"a guess costs {task.chance_loss:.4f} and is right {1 / task.choices:.2%} of the time",
+    )
 
 
 def _text(line: dict[str, Any], name: str) -> str:

@@ -42,6 +42,10 @@ class Trained:
     step: int
     model: LanguageModel
 
+    def begin(self, corpus: Corpus) -> int | None:
+        """The token that stands before a document's first: the end of another; None for isolated documents."""
+        return None if self.recipe.data.documents == "isolated" else corpus.manifest.tokenizer.eos_id
+
 
 def open_run(run_dir: Path, step: int | None = None) -> Trained:
     """The model of a run after `step`, on the accelerator if there is one; None: of its newest valid checkpoint.

@@ -6,32 +6,31 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from bst_base.settings import Config, load
-from bst_base.shipped import RECIPES, find
-from bst_dist.study.runs.recipes import Settings, with_recipe
+from bst_base.settings import Config
+from bst_base.shipped import RECIPES
+from bst_dist.study.runs.config import Settings, StudyConfig, load_study, require_distinct
 
 
 class MeasureConfig(Config):
     """What is looked at once a run is done; each entry is a column of the table."""
 
     validation: bool = True
-    """Bits per byte of the run's own last evaluation: sequences of the training length."""
+    """Bits per byte of the run's last evaluation, on sequences of the training length."""
     task: bool = False
-    """Accuracy, and nats per label, of the run's own last evaluation of a synthetic task; set `validation` to false."""
+    """Of a synthetic task: accuracy and nats per label of the run's last evaluation. Set `validation` to false."""
     lengths: list[int] = Field(default_factory=list)
-    """Bits per byte by evaluation length: the model forgets after so many tokens, a multiple of the block. All lengths
-    predict the same tokens of the validation documents (`bst_dist.study.lengths.measure`)."""
+    """Bits per byte when the model forgets after so many tokens, for each of these lengths (multiples of model.block).
+    All lengths predict the same tokens of the validation documents."""
     tokens: int | None = Field(None, ge=1)
-    """How many tokens `lengths` reads at most; null: all of the validation documents."""
+    """Most tokens that `lengths` reads; null: all validation documents."""
     speed: bool = False
-    """Tokens a second (the median step, and the fastest tenth of them) and the most memory that a rank has held."""
+    """Tokens per second (of the median step, and of the fastest tenth of the steps) and peak memory of a rank."""
     time_to: float | None = Field(None, gt=0)
-    """A loss in bits per byte: the tokens and the time until the run's own evaluations reach it."""
+    """A loss in bits per byte: measure the tokens and the time until the run's evaluations reach it."""
 
     @model_validator(mode="after")
     def _lengths_are_usable(self) -> MeasureConfig:
-        if len(set(self.lengths)) < len(self.lengths):
-            raise ValueError("lengths holds a value twice")
+        require_distinct("lengths", self.lengths)
         if any(length < 1 for length in self.lengths):
             raise ValueError("lengths must be positive")
         if not (self.validation or self.task or self.lengths or self.speed or self.time_to):
@@ -39,35 +38,23 @@ class MeasureConfig(Config):
         return self
 
 
-class ExperimentConfig(Config):
-    name: str = Field(pattern=r"^[\w.-]+$")
-    """What the experiment is called."""
+class ExperimentConfig(StudyConfig):
     question: str
-    """What it is to answer, in one line: the title of its table."""
-    recipe: str
-    """The base recipe: a YAML file, from the experiment's own directory."""
-    settings: Settings = Field(default_factory=dict)
-    """Dotted settings of the base recipe that all runs have otherwise."""
+    """The question that it answers, in one line: the title of its table."""
     conditions: dict[str, Settings] = Field(default_factory=lambda: {"": {}}, min_length=1)
-    """Settings under which all arms are run again: windows, lengths. Arms are compared within a condition."""
+    """Settings under which all arms are trained again (windows, lengths). Arms are compared within a condition."""
     arms: dict[str, Settings] = Field(min_length=1)
-    """What is compared: a name and its dotted settings. All arms of a condition train on equally many tokens."""
+    """What is compared: names with settings of the recipe. All arms of a condition train on equally many tokens."""
     reference: str
     """The arm that the others are compared with."""
-    seeds: list[int] = Field(min_length=1)
-    """Seeds of weights and order; with several, errors are over seeds and differences are paired by seed."""
     measure: MeasureConfig = MeasureConfig()
     directory: Path = Path("runs/experiments")
-    """Where runs and tables are written. Experiments in one directory share the runs that they have in common."""
-    retries: int = Field(1, ge=0)
-    """How often a run that failed is started again; a diverged run is not."""
+    """Where runs and tables are written. Experiments in one directory share runs with the same recipe."""
 
     @model_validator(mode="after")
     def _names_exist(self) -> ExperimentConfig:
         if self.reference not in self.arms:
             raise ValueError(f"reference {self.reference!r} is not among the arms: {', '.join(self.arms)}")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds holds a value twice")
         return self
 
     @property
@@ -77,6 +64,5 @@ class ExperimentConfig(Config):
 
 
 def load_experiment(path: Path, overrides: list[str]) -> ExperimentConfig:
-    """Read an experiment; its base recipe is found from its own directory. Raises ConfigError for whatever is wrong."""
-    path = find(path, RECIPES)
-    return with_recipe(load(ExperimentConfig, path, overrides), path)
+    """Read an experiment's file; raises ConfigError for whatever is wrong."""
+    return load_study(ExperimentConfig, path, RECIPES, overrides)

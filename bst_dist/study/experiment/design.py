@@ -8,7 +8,7 @@ from typing import Any
 from bst_base.settings import ConfigError
 from bst_dist.config import recipe_settings
 from bst_dist.study.experiment.config import ExperimentConfig
-from bst_dist.study.runs.recipes import Job, digest, named, settled
+from bst_dist.study.runs.recipes import Job, digest, named, with_settings
 from data_pipeline.serve.loader import open_corpora
 from data_pipeline.synthetic.config import SyntheticConfig
 
@@ -21,6 +21,10 @@ class Trial(Job):
     arm: str
     seed: int
 
+    @property
+    def group(self) -> str:
+        return f"{self.condition}: {self.arm}" if self.condition else self.arm
+
 
 def trials(experiment: ExperimentConfig) -> list[Trial]:
     """All runs, a condition after the other, so that what is done first is whole; in it a seed after the other, so that
@@ -29,7 +33,7 @@ def trials(experiment: ExperimentConfig) -> list[Trial]:
     Raises ConfigError for settings that make no recipe, arms that are one and the same, and arms of a condition that
     would train on different numbers of tokens; UserError when there is no such corpus.
     """
-    base = settled(recipe_settings(experiment.recipe), experiment.settings)
+    base = with_settings(recipe_settings(experiment.recipe), experiment.settings)
     found = [
         _trial(base, experiment, condition, arm, seed)
         for condition in experiment.conditions
@@ -52,7 +56,7 @@ def require_corpora(found: list[Trial]) -> None:
 def _trial(base: dict[str, Any], experiment: ExperimentConfig, condition: str, arm: str, seed: int) -> Trial:
     where = f"{experiment.name}, arm {arm}" + (f" under {condition}" if condition else "")
     try:
-        data = settled(settled(base, experiment.conditions[condition]), experiment.arms[arm])
+        data = with_settings(with_settings(base, experiment.conditions[condition]), experiment.arms[arm])
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     data["seed"] = seed

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Drawing
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from bst_dist.study.experiment.measure import Column
-from bst_dist.study.experiment.statistics import Figure
 from bst_dist.study.experiment.table import Row, Table
-from bst_dist.study.report.figures import MARKS
-from bst_dist.study.report.plot import COLOURS, INCHES, STYLE
+from bst_dist.study.report.style import STYLE, marked, panels
+from bst_dist.study.statistics import Estimate
 
 HEIGHT = 2.6
 
 
-def draw(table: Table) -> Drawing | None:
+def draw(table: Table) -> Figure | None:
     """The figure, or None as long as nothing is measured."""
     with matplotlib.rc_context(STYLE):
         return _draw(table)
 
 
-def _draw(table: Table) -> Drawing | None:
+def _draw(table: Table) -> Figure | None:
     rows = [row for row in table.rows if row.levels]
     families: dict[str, list[Column]] = {}
     for column in table.columns:
@@ -33,13 +33,10 @@ def _draw(table: Table) -> Drawing | None:
     if not families:
         return None
     conditions = list(dict.fromkeys(row.condition for row in rows))
-    panels = [(family, members, one) for family, members in families.items()
+    wanted = [(family, members, one) for family, members in families.items()
               for one in (conditions if family == "length" else [None])]  # fmt: skip
-    across = min(3, len(panels))
-    down = -(-len(panels) // across)
-    drawing = Drawing(figsize=(INCHES[0], HEIGHT * down + 0.3), layout="constrained")
-    grid = drawing.subplots(down, across, squeeze=False).flatten()
-    for axes, (family, members, condition) in zip(grid, panels, strict=False):
+    figure, every = panels(len(wanted), HEIGHT)
+    for axes, (family, members, condition) in zip(every, wanted, strict=False):
         if family == "length":
             _by_length(axes, members, [row for row in rows if row.condition == condition], table)
             axes.set_title(condition or "")
@@ -47,19 +44,16 @@ def _draw(table: Table) -> Drawing | None:
             _by_condition(axes, members[0], rows, conditions, table)
         else:
             _by_arm(axes, members[0], rows, table)
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
     if len(conditions) > 1 or "length" in families:
-        handles = [grid[0].plot([], [], MARKS[n % len(MARKS)] + "-", color=_colour(table, arm), markersize=4)[0]
-                   for n, arm in enumerate(table.experiment.arms)]  # fmt: skip
-        drawing.legend(handles, list(table.experiment.arms), loc="outside upper center", ncols=5)
-    return drawing
+        handles = [every[0].plot([], [], **_look(table, arm))[0] for arm in table.experiment.arms]
+        figure.legend(handles, list(table.experiment.arms), loc="outside upper center", ncols=5)
+    return figure
 
 
 def _by_length(axes: Axes, members: Sequence[Column], rows: Sequence[Row], table: Table) -> None:
     lengths = {column.key: int(column.key.rpartition("_")[2]) for column in members}
     for row in rows:
-        points = [(lengths[key], figure) for key, figure in row.levels.items() if key in lengths]
+        points = [(lengths[key], found) for key, found in row.levels.items() if key in lengths]
         _line(axes, points, row.arm, table)
     axes.set_xscale("log", base=2)
     ticks = sorted(lengths.values())
@@ -88,28 +82,23 @@ def _by_arm(axes: Axes, column: Column, rows: Sequence[Row], table: Table) -> No
         axes.plot([x for x, _ in runs], [place for _, place in runs], "o-", color="#777777", alpha=0.4,
                   markersize=2.5, linewidth=0.6)  # fmt: skip
     for place, row in enumerate(shown):
-        figure, colour = row.levels[column.key], _colour(table, row.arm)
-        axes.errorbar(figure.value, place, xerr=_bar(figure), fmt="D", color=colour, markersize=4,
-                      capsize=2)  # fmt: skip
+        found, look = row.levels[column.key], _look(table, row.arm) | {"marker": "D"}
+        axes.errorbar(found.value, place, xerr=_bar(found), **look, capsize=2)
     axes.set_yticks(range(len(shown)), [row.arm for row in shown])
     axes.invert_yaxis()
     axes.set_xlabel(column.title)
 
 
-def _line(axes: Axes, points: list, arm: str, table: Table) -> None:
+def _line(axes: Axes, points: list[tuple[int, Estimate]], arm: str, table: Table) -> None:
     if points:
-        number = list(table.experiment.arms).index(arm)
-        axes.errorbar(
-            [x for x, _ in points], [figure.value for _, figure in points],
-            yerr=[_bar(figure) for _, figure in points], fmt=MARKS[number % len(MARKS)] + "-",
-            color=_colour(table, arm), markersize=4, capsize=2,
-        )  # fmt: skip
+        where, found = zip(*points, strict=True)
+        axes.errorbar(where, [f.value for f in found], yerr=list(map(_bar, found)), **_look(table, arm), capsize=2)
 
 
-def _bar(figure: Figure) -> float:
+def _bar(found: Estimate) -> float:
     """What is drawn around a value: an error over seeds. What documents differ by, all arms have in common."""
-    return figure.standard_error if figure.over == "seeds" else 0.0
+    return found.standard_error or 0.0 if found.over == "seeds" else 0.0
 
 
-def _colour(table: Table, arm: str) -> str:
-    return COLOURS[list(table.experiment.arms).index(arm) % len(COLOURS)]
+def _look(table: Table, arm: str) -> dict[str, Any]:
+    return {**marked(list(table.experiment.arms).index(arm)), "markersize": 4, "linewidth": 1.1}

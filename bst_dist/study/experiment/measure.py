@@ -5,7 +5,6 @@ What its metrics say is read anew each time; what takes an evaluation is kept be
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bst_base.files import atomic_file
 from bst_dist.config import Recipe
 from bst_dist.study.evaluation.trained import open_run
 from bst_dist.study.experiment.config import MeasureConfig
-from bst_dist.study.experiment.statistics import ByDocument, Reading
+from bst_dist.study.experiment.readings import ByDocument, Reading
 from bst_dist.study.lengths.measure import LengthError, how, measure
 from bst_dist.study.runs.results import Result, read_result
+from bst_dist.study.runs.state import State
 from bst_dist.study.sweep.shape import count
 from bst_dist.train.rundir import read_recipe
 from data_pipeline.serve.loader import open_corpora
@@ -82,8 +81,9 @@ class Measured:
     """Why there is no reading, or what it is a reading of."""
 
 
-def measure_run(run_dir: Path, asked: MeasureConfig, kept: Path, say: Callable[[str], None]) -> Measured:
-    """All readings of a finished run; `kept`: the directory of evaluations that were made, for this one and others."""
+def measure_run(name: str, asked: MeasureConfig, state: State, say: Callable[[str], None]) -> Measured:
+    """All readings of a finished run."""
+    run_dir = state.directory(name)
     recipe = read_recipe(run_dir)
     found = Measured(count(recipe.model, recipe.train.sequence_length).total)
     result = read_result(run_dir)
@@ -98,7 +98,7 @@ def measure_run(run_dir: Path, asked: MeasureConfig, kept: Path, say: Callable[[
     if asked.time_to is not None:
         _time_to(asked.time_to, result, found)
     if asked.lengths:
-        _lengths(run_dir, recipe, asked, kept, found, say)
+        _lengths(run_dir, recipe, asked, state, found, say)
     return found
 
 
@@ -129,7 +129,7 @@ def reached(target: float, evaluations: list[tuple[int, float]]) -> float | None
 
 
 def _lengths(
-    run_dir: Path, recipe: Recipe, asked: MeasureConfig, kept: Path, found: Measured, say: Callable[[str], None]
+    run_dir: Path, recipe: Recipe, asked: MeasureConfig, state: State, found: Measured, say: Callable[[str], None]
 ) -> None:
     """The loss at each length that the model can do; of the others why not."""
     possible = []
@@ -141,22 +141,20 @@ def _lengths(
             found.notes[_at(length)] = f"refused: {error}"
     if not possible:
         return
-    path = kept / f"{run_dir.name}-at-{'-'.join(map(str, possible))}-of-{asked.tokens or 'all'}.json"
-    if not path.exists():
-        say(f"evaluating {run_dir.name} at {', '.join(f'{length:,}' for length in possible)}")
-        kept.mkdir(parents=True, exist_ok=True)
-        results = _evaluate(run_dir, possible, asked.tokens)
-        with atomic_file(path) as file:
-            file.write(json.dumps(results).encode() + b"\n")
-    for length, result in zip(possible, json.loads(path.read_text(encoding="utf-8")), strict=True):
+    question = f"{run_dir.name}-at-{'-'.join(map(str, possible))}-of-{asked.tokens or 'all'}"
+    results = state.kept("lengths", question, lambda: _evaluate(run_dir, possible, asked.tokens, say))
+    for length, result in zip(possible, results, strict=True):
         documents = ByDocument(np.array(result["bits"]), np.array(result["bytes"]))
         found.readings[_at(length)] = Reading(float(documents.cost.sum() / documents.size.sum()), documents)
         if result["how"] == "fir":
             found.notes[_at(length)] = f"as a FIR of the trained length, {recipe.model.ssm.length:,} tokens"
 
 
-def _evaluate(run_dir: Path, lengths: list[int], tokens: int | None) -> list[dict[str, Any]]:
+def _evaluate(
+    run_dir: Path, lengths: list[int], tokens: int | None, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """By length: how it was done, and bits and bytes of each document, over all corpora of the validation split."""
+    say(f"evaluating {run_dir.name} at {', '.join(f'{length:,}' for length in lengths)}")
     trained = open_run(run_dir)
     found = [measure(trained, corpus, lengths, tokens=tokens)
              for corpus in open_corpora(trained.recipe.data, "validation")]  # fmt: skip

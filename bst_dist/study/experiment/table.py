@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bst_base.files import atomic_file
+from bst_base.files import write_text
 from bst_dist.study.experiment.config import ExperimentConfig
 from bst_dist.study.experiment.design import Trial
 from bst_dist.study.experiment.measure import Column, Measured, columns
-from bst_dist.study.experiment.statistics import Figure, difference, level
+from bst_dist.study.experiment.readings import Reading, apart, difference, level
 from bst_dist.study.runs.state import Standing
+from bst_dist.study.statistics import Estimate
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Row:
     """None until a run is done."""
     tokens: int
     """That each run trains on."""
-    levels: dict[str, Figure] = field(default_factory=dict)
+    levels: dict[str, Estimate] = field(default_factory=dict)
     """By the column's key; none where nothing could be measured."""
-    differences: dict[str, Figure] = field(default_factory=dict)
+    differences: dict[str, Estimate] = field(default_factory=dict)
     """From the reference arm under the same condition, paired; of the reference none."""
     notes: dict[str, str] = field(default_factory=dict)
     """Why there is no value in a column, or what it is a value of."""
@@ -46,7 +47,7 @@ class Row:
 
     @property
     def done(self) -> int:
-        """Seeds whose run has come to its end."""
+        """Seeds whose run is done."""
         return sum(standing.status == "done" for standing in self.standings.values())
 
 
@@ -61,7 +62,7 @@ class Table:
     @property
     def over(self) -> str:
         """What the errors of this table are over, in words."""
-        kinds = {figure.over for row in self.rows for figure in row.levels.values()} - {None}
+        kinds = {level.over for row in self.rows for level in row.levels.values()} - {None}
         said = {
             "seeds": "over seeds, as many as there are runs; differences are paired by seed",
             "documents": "over validation documents: with one seed they tell two models apart, and not the arms",
@@ -71,7 +72,7 @@ class Table:
     @property
     def comparisons(self) -> int:
         """Differences with an interval over seeds: about one in twenty leaves out zero by chance."""
-        return sum(figure.over == "seeds" for row in self.rows for figure in row.differences.values())
+        return sum(found.over == "seeds" for row in self.rows for found in row.differences.values())
 
     @property
     def statuses(self) -> Counter[str]:
@@ -114,17 +115,18 @@ class Table:
         }
 
 
-def gather(experiment: ExperimentConfig, measured: list[tuple[Trial, Standing, Measured | None]]) -> Table:
-    """The table of what the runs gave; a run that is not done has a standing and no measurements."""
+Found = list[tuple[Trial, Standing, Measured | None]]
+"""Runs with where they stand; one that is not done has no measurements."""
+
+
+def gather(experiment: ExperimentConfig, measured: Found) -> Table:
+    """The table of what the runs gave."""
     every = columns(experiment.measure)
     rows = []
     for condition in experiment.conditions:
         of = {arm: [m for m in measured if (m[0].condition, m[0].arm) == (condition, arm)] for arm in experiment.arms}
         rows += [_row(condition, arm, of[arm], of[experiment.reference], every) for arm in experiment.arms]
     return Table(experiment, every, rows)
-
-
-Found = list[tuple[Trial, Standing, Measured | None]]
 
 
 def _row(condition: str, arm: str, own: Found, reference: Found, every: list[Column]) -> Row:
@@ -134,12 +136,11 @@ def _row(condition: str, arm: str, own: Found, reference: Found, every: list[Col
         known[0].parameters if known else None, own[0][0].tokens,
     )  # fmt: skip
     for key in (column.key for column in every):
-        readings = {t.seed: m.readings[key] for t, _, m in own if m is not None and key in m.readings}
+        readings = _by_seed(own, key)
         if readings:
             row.levels[key] = level(readings)
             row.values[key] = {seed: reading.value for seed, reading in readings.items()}
-        others = {t.seed: m.readings[key] for t, _, m in reference if m is not None and key in m.readings}
-        if own is not reference and (found := difference(readings, others)) is not None:
+        if own is not reference and (found := difference(readings, _by_seed(reference, key))) is not None:
             row.differences[key] = found
         said = Counter(measured.notes[key] for measured in known if key in measured.notes)
         if said:
@@ -148,13 +149,15 @@ def _row(condition: str, arm: str, own: Found, reference: Found, every: list[Col
     return row
 
 
+def _by_seed(found: Found, key: str) -> dict[int, Reading]:
+    return {trial.seed: m.readings[key] for trial, _, m in found if m is not None and key in m.readings}
+
+
 def write(table: Table, directory: Path) -> list[Path]:
     """Write table.json and table.csv (a line a cell); each appears whole or not at all."""
     paths = [directory / "table.json", directory / "table.csv"]
-    directory.mkdir(parents=True, exist_ok=True)
-    for path, text in zip(paths, (json.dumps(table.report(), indent=1) + "\n", _csv(table)), strict=True):
-        with atomic_file(path) as file:
-            file.write(text.encode())
+    write_text(paths[0], json.dumps(table.report(), indent=1) + "\n")
+    write_text(paths[1], _csv(table))
     return paths
 
 
@@ -165,16 +168,16 @@ def _row_report(row: Row) -> dict[str, Any]:
         "seeds": {str(seed): standing.status for seed, standing in row.standings.items()},
         "parameters": row.parameters,
         "tokens": row.tokens,
-        "measured": {key: _figure_report(figure) | {"by_seed": {str(seed): v for seed, v in row.values[key].items()}}
-                     for key, figure in row.levels.items()},
-        "difference": {key: _figure_report(figure) | {"interval_95": figure.interval, "apart": figure.apart}
-                       for key, figure in row.differences.items()},
+        "measured": {key: _estimate(found) | {"by_seed": {str(seed): v for seed, v in row.values[key].items()}}
+                     for key, found in row.levels.items()},
+        "difference": {key: _estimate(found) | {"interval_95": found.half_width, "apart": apart(found)}
+                       for key, found in row.differences.items()},
         "notes": row.notes,
     }  # fmt: skip
 
 
-def _figure_report(figure: Figure) -> dict[str, Any]:
-    return {"value": figure.value, "standard_error": figure.standard_error, "over": figure.over, "n": figure.n}
+def _estimate(found: Estimate) -> dict[str, Any]:
+    return {"value": found.value, "standard_error": found.standard_error, "over": found.over, "n": found.observations}
 
 
 def _csv(table: Table) -> str:
@@ -187,8 +190,8 @@ def _csv(table: Table) -> str:
         for column in table.columns:
             own, other = row.levels.get(column.key), row.differences.get(column.key)
             writer.writerow([
-                row.condition, row.arm, column.key, *(own or ("",) * 4),
-                *((other.value, other.standard_error, other.interval, other.apart) if other else ("",) * 4),
+                row.condition, row.arm, column.key, *(_estimate(own).values() if own else ("",) * 4),
+                *((other.value, other.standard_error, other.half_width, apart(other)) if other else ("",) * 4),
                 row.notes.get(column.key, ""),
             ])  # fmt: skip
     return text.getvalue()

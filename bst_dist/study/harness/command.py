@@ -15,12 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from bst_base.errors import UserError
 from bst_dist.study.evaluation.trained import open_run, tokenizer_of
+from bst_dist.study.report.document import Sheet
+from bst_dist.study.report.terminal import print_table
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -31,7 +29,6 @@ class HarnessError(UserError):
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    console = Console()
     if importlib.util.find_spec("lm_eval") is None:
         raise HarnessError(
             "lm_eval is not installed: pip install --editable '.[harness]', in the directory of this project"
@@ -59,7 +56,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "run": str(args.run), "step": trained.step, "harness": lm_eval.__version__,
         "tasks": _tasks(found), "time_s": time.perf_counter() - started,
     }  # fmt: skip
-    console.print(_table(report))
+    _show(report)
     return report
 
 
@@ -111,20 +108,17 @@ def _tasks(found: dict[str, Any]) -> list[dict[str, Any]]:
     return tasks
 
 
-def _table(report: dict[str, Any]) -> Table:
-    table = Table(
-        "task", "shots", "examples", "metric", "value", "standard error", box=box.SIMPLE_HEAD, title_justify="left",
-        padding=(0, 1, 0, 0),
-        title=f"{report['run']} after {report['step']:,} steps; lm-evaluation-harness {report['harness']}",
-    )  # fmt: skip
+def _show(report: dict[str, Any]) -> None:
+    rows = []
     for task in report["tasks"]:
         about = [task["task"], *("" if task[key] is None else str(task[key]) for key in ("fewshot", "examples"))]
         for metric, value in task["metrics"].items():
             if not metric.endswith("_standard_error"):
                 error = task["metrics"][f"{metric}_standard_error"]
-                table.add_row(*about, metric, _number(value), "" if error is None else _number(error))
+                rows.append([*about, metric, _number(value), "" if error is None else _number(error)])
                 about = ["", "", ""]
-    return table
+    title = f"{report['run']} after {report['step']:,} steps; lm-evaluation-harness {report['harness']}"
+    print_table(Sheet(("task", "shots", "examples", "metric", "value", "standard error"), rows), title)
 
 
 def _number(value: float) -> str:

@@ -29,7 +29,7 @@ from bst_dist.study.statistics import Estimate, mean
 
 
 class HeldOutGap(NamedTuple):
-    """A pair that was held out: what it gave, and what the others let expect."""
+    """A pair that was held out: what it gave, and what the others predict."""
 
     block: str
     depth: float

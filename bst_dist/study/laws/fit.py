@@ -75,7 +75,7 @@ def fit(points: Points, form: FormName = "chinchilla", delta: float = 1e-3, star
     """Fit `form` to `points`; `delta` is Huber's threshold on log losses, 0 for least absolute deviation.
 
     With `start`, a fit to points of the same sweep, its centre is kept and the search begins there: for resamples.
-    Raises FitError when the points cannot settle the form.
+    Raises FitError when the points do not determine the form.
     """
     _require_enough(points, form)
     centre = start.centre if start else Centre.of(points)
@@ -195,7 +195,7 @@ def bounds_of(form: FormName, target: Vector) -> Vector:
 def _require_enough(points: Points, form: FormName) -> None:
     unknowns = sum(widths(form))
     if len(points) < unknowns:
-        raise FitError(f"{len(points)} points cannot settle the {unknowns} unknowns of the {form} form")
+        raise FitError(f"{len(points)} points are too few for the {unknowns} unknowns of the {form} form")
     needed = {"chinchilla": ("tokens", "parameters"), "aspect": ("tokens", "parameters", "depth"),
               "additive": ("tokens", "width", "depth")}[form]  # fmt: skip
     for name in needed:

@@ -18,7 +18,7 @@ Vector = np.ndarray
 
 
 class RegressionError(UserError):
-    """Observations that do not settle what is asked of them."""
+    """Observations that do not determine the coefficients."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Estimator:
         names, number = np.unique(clusters, return_inverse=True)
         n, p = columns.shape
         if len(names) <= p:
-            raise RegressionError(f"{len(names)} independent runs cannot settle {p} coefficients and their errors")
+            raise RegressionError(f"{len(names)} independent runs are too few for {p} coefficients and their errors")
         if np.linalg.matrix_rank(columns) < p:
             raise RegressionError("the columns of the regression are collinear")
         inverse = np.linalg.inv(columns.T @ columns)

@@ -1,4 +1,4 @@
-"""How far a fitted law can be trusted: resampled runs, shapes and sizes left out, what the points can settle.
+"""How far a fitted law can be trusted: resampled runs, shapes and sizes left out, what the points determine.
 
 Points of one run lie on one curve and share its seed, so what is drawn again is runs and never points: on a public
 width x depth data set the standard error of alpha was four times larger by shape than by point.
@@ -58,7 +58,7 @@ def bootstrap(fitted: Fit, points: Points, draws: int = 200, seed: int = 0) -> l
         except FitError:  # a draw of one shape alone
             continue
     if len(laws) < 2:
-        raise FitError("too few runs to draw again")
+        raise FitError("too few runs to resample")
     return laws
 
 
@@ -145,7 +145,7 @@ def lack_of_fit(points: Points, fitted: Fit) -> LackOfFit | None:
     shapes = points.shape[np.array([np.flatnonzero(number == index)[0] for index in range(len(runs))])]
     groups = [level[shapes == shape] for shape in np.unique(shapes)]
     within = sum(len(g) - 1 for g in groups)
-    # Tokens are settled within runs: what shapes settle is the rest of the unknowns.
+    # Tokens are determined within runs; shapes determine the rest of the unknowns.
     between = len(groups) - (sum(widths(fitted.form)) - 2)
     if within < 1 or between < 1:
         return None

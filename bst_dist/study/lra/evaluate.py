@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from bst_base.errors import UserError
-from bst_base.files import atomic_file
+from bst_base.files import write_text
 from bst_dist.config import Recipe
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.study.evaluation.trained import restore
@@ -87,8 +87,7 @@ def kept_in(run_dir: Path, split: str) -> Path:
 
 def keep(run_dir: Path, report: dict[str, Any]) -> None:
     """Write a report of `evaluate` into the run directory."""
-    with atomic_file(kept_in(run_dir, report["split"])) as file:
-        file.write(json.dumps(report, indent=2).encode() + b"\n")
+    write_text(kept_in(run_dir, report["split"]), json.dumps(report, indent=2) + "\n")
 
 
 def read_kept(run_dir: Path, split: str) -> dict[str, Any]:

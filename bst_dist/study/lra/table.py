@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from bst_base.errors import UserError
 from bst_dist.config import NUMBERS, Recipe
 from bst_dist.study.lra.evaluate import read_kept
+from bst_dist.study.statistics import mean
 from bst_dist.train.rundir import read_recipe
 
 
@@ -65,7 +64,6 @@ def means(found: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _mean(group: Sequence[Row]) -> dict[str, Any]:
-    accuracies = [row.report["accuracy"] for row in group]
-    error = stdev(accuracies) / math.sqrt(len(group)) if len(group) > 1 else None
+    accuracy = mean([row.report["accuracy"] for row in group], "seeds")
     return {"model": group[0].model, "parameters": group[0].report["parameters"], "seeds": len(group),
-            "accuracy_mean": mean(accuracies), "accuracy_mean_standard_error": error}  # fmt: skip
+            **accuracy.report("accuracy_mean")}  # fmt: skip

@@ -35,7 +35,7 @@ def ahead(name: str, found: Comparison, one: Advantage) -> str:
     if mean.standard_error is None:
         return f"{name} and {found.baseline}: one pair of runs, which differ by {size} of the loss; more are needed."
     if mean.low <= 0 <= mean.high:
-        return (f"{name} and {found.baseline} are not told apart {where}: the loss of {name} is between "
+        return (f"{name} and {found.baseline} do not differ significantly {where}: the loss of {name} is between "
                 f"{_better(mean.high)} and {_better(mean.low)} (95 % interval).")  # fmt: skip
     leader, other = (name, found.baseline) if mean.value > 0 else (found.baseline, name)
     near, far = sorted((abs(mean.low), abs(mean.high)))
@@ -97,7 +97,7 @@ def tables(found: Comparison) -> Iterator[Block]:
 
 
 def held_out(found: Comparison) -> Iterator[Block]:
-    """The pairs of the size that was held out, beside what the others let expect."""
+    """The pairs of the size that was held out, beside what the others predict."""
     rows = [
         [name, out.block, power(out.flops), percent(out.observed), percent(out.expected.value),
          f"{percent(out.expected.low)} to {percent(out.expected.high)}",
@@ -105,7 +105,7 @@ def held_out(found: Comparison) -> Iterator[Block]:
         for name, one in found.variants.items() for out in one.held_out
     ]  # fmt: skip
     if rows:
-        yield Paragraph("The size that was held out: the advantage of each pair, and what the other sizes let expect.")
+        yield Paragraph("The size that was held out: the advantage of each pair, and what the other sizes predict.")
         yield Sheet(("variant", "block", "FLOPs", "advantage", "expected", "95 % interval", "inside"), rows)
 
 
@@ -118,7 +118,7 @@ def _more(name: str, found: Comparison, one: Advantage) -> Iterator[str]:
         yield (f"{name} and {found.baseline} cross at {power(one.crossing.flops)} FLOPs (95 % interval "
                f"{span(one.crossing.low, one.crossing.high)}) at the sweep's mean depth")  # fmt: skip
     elif any(c.factor == "flops" for c in one.changes):
-        yield f"{name}: no compute is settled at which it would cross {found.baseline}"
+        yield f"{name}: the data do not determine a compute at which it would cross {found.baseline}"
     if one.by_document is not None:
         yield (f"{name}, by document: {percent_interval(one.by_document)} over {one.documents} validation documents, "
                f"each counted once; better on {one.better_documents}")  # fmt: skip

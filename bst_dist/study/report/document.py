@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from bst_base.files import atomic_file
-from bst_dist.study.report.plot import STYLE
+from bst_base.files import atomic_file, write_text
+from bst_dist.study.report.style import STYLE
 
 CSS = """
 body { font: 16px/1.5 Georgia, serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #111; }
@@ -47,6 +46,8 @@ class Sheet:
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    rule_after: int | None = None
+    """On the terminal, a line below so many rows."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,6 @@ Block = Heading | Paragraph | Items | Sheet | Picture
 def write(blocks: Sequence[Block], directory: Path, title: str) -> list[Path]:
     """Write report.md, report.html and figures/*.png and *.pdf; returns the files, the report's first."""
     (directory / "figures").mkdir(parents=True, exist_ok=True)
-    images: dict[str, bytes] = {}
     files = [directory / "report.md", directory / "report.html"]
     with matplotlib.rc_context(STYLE):
         for block in blocks:
@@ -72,15 +72,13 @@ def write(blocks: Sequence[Block], directory: Path, title: str) -> list[Path]:
                 for kind in ("png", "pdf"):
                     # Without its date and producer the same data give the same file.
                     metadata = {"CreationDate": None} if kind == "pdf" else {"Software": None}
-                    buffer = io.BytesIO()
-                    block.figure.savefig(buffer, format=kind, metadata=metadata)
                     files.append(directory / "figures" / f"{block.name}.{kind}")
-                    _write(files[-1], buffer.getvalue())
-                    images.setdefault(block.name, buffer.getvalue())
-    _write(files[0], "\n\n".join(_markdown(block) for block in blocks).encode() + b"\n")
-    body = "\n".join(_html(block, images, blocks) for block in blocks)
+                    with atomic_file(files[-1]) as file:
+                        block.figure.savefig(file, format=kind, metadata=metadata)
+    write_text(files[0], "\n\n".join(_markdown(block) for block in blocks) + "\n")
+    body = "\n".join(_html(block, directory, blocks) for block in blocks)
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{CSS}</style>'
-    _write(files[1], f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'.encode())
+    write_text(files[1], f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n')
     return files
 
 
@@ -92,14 +90,14 @@ def _markdown(block: Block) -> str:
             return text
         case Items(lines):
             return "\n".join(f"- {line}" for line in lines)
-        case Sheet(columns, rows):
+        case Sheet(columns, rows, _):
             escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
             return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *escaped])
         case Picture(name, _, caption):
             return f"![{name}](figures/{name}.png)\n\n*{caption}*"
 
 
-def _html(block: Block, images: dict[str, bytes], blocks: Sequence[Block]) -> str:
+def _html(block: Block, directory: Path, blocks: Sequence[Block]) -> str:
     match block:
         case Heading(1, text):
             parts = [b for b in blocks if isinstance(b, Heading) and b.level == 2]
@@ -111,13 +109,13 @@ def _html(block: Block, images: dict[str, bytes], blocks: Sequence[Block]) -> st
             return f"<p>{html.escape(text)}</p>"
         case Items(lines):
             return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
-        case Sheet(columns, rows):
+        case Sheet(columns, rows, _):
             right = [is_numeric([row[place] for row in rows]) for place in range(len(columns))]
             head = _cells("th", columns, right)
             body = "".join(f"<tr>{_cells('td', row, right)}</tr>" for row in rows)
             return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
         case Picture(name, _, caption):
-            data = base64.b64encode(images[name]).decode()
+            data = base64.b64encode((directory / "figures" / f"{name}.png").read_bytes()).decode()
             return (f'<figure><img alt="{name}" src="data:image/png;base64,{data}">'
                     f"<figcaption>{html.escape(caption)}</figcaption></figure>")  # fmt: skip
 
@@ -128,14 +126,10 @@ def _cells(tag: str, row: Sequence[str], right: Sequence[bool]) -> str:
 
 
 def is_numeric(cells: Sequence[str]) -> bool:
-    """Whether a column is of numbers, which stand flush right."""
-    return any(cells) and all(not cell or cell.lstrip("+-−±(").strip()[:1].isdigit() for cell in cells)
+    """Whether a column is of numbers, which stand flush right; a dash is a number that there is not."""
+    told = [cell for cell in cells if cell.strip("—–")]
+    return bool(told) and all(cell.lstrip("+-−±(").strip()[:1].isdigit() for cell in told)
 
 
 def _anchor(heading: Heading) -> str:
     return "".join(c if c.isalnum() else "-" for c in heading.text.lower())
-
-
-def _write(path: Path, content: bytes) -> None:
-    with atomic_file(path) as file:
-        file.write(content)

@@ -18,12 +18,9 @@ from bst_dist.study.laws.observation import Observation, grid
 from bst_dist.study.laws.regression import RegressionError, regress
 from bst_dist.study.laws.scaling import Laws
 from bst_dist.study.laws.verdict import MARGIN, columns
-from bst_dist.study.report.plot import COLOURS, INCHES
+from bst_dist.study.report.style import INCHES, marked, panels
 from bst_dist.study.statistics import mean
 
-MARKS = "osD^vP*"
-ACROSS = 3
-"""Panels beside each other; with more there are rows of them."""
 LABELS: dict[str, tuple[Callable[[Gaps], np.ndarray], str]] = {
     "flops": (lambda gaps: gaps.flops, "training FLOPs"),
     "time_s": (lambda gaps: gaps.flops, "training FLOPs (of the variant, at equal time)"),
@@ -38,20 +35,20 @@ def gap_figure(found: Comparison) -> Figure:
     """
     values, label = LABELS[found.axis]
     depths = sorted({float(d) for one in found.variants.values() for d in one.gaps.depth})
-    figure, panels = _panels(len(found.variants), 2.4)
-    for axes, (name, one) in zip(panels, found.variants.items(), strict=False):
+    figure, every = panels(len(found.variants), 2.4, sharey=True)
+    for axes, (name, one) in zip(every, found.variants.items(), strict=False):
         for number, depth in enumerate(depths):
-            _measured(axes, one.gaps, depth, values(one.gaps), _look(number))
-            _band(axes, one, depth, _look(number)["color"])
+            _measured(axes, one.gaps, depth, values(one.gaps), marked(number))
+            _band(axes, one, depth, marked(number)["color"])
         for out in one.held_out:
-            look = _look(depths.index(out.depth)) if out.depth in depths else _look(len(depths))
+            look = marked(depths.index(out.depth)) if out.depth in depths else marked(len(depths))
             axes.plot(out.flops, 100 * out.observed, **look, fillstyle="none", markersize=4)
         axes.axhline(0, color="#000000", linewidth=0.6)
         axes.axhspan(-100 * MARGIN, 100 * MARGIN, color="#000000", alpha=0.06, linewidth=0)
         axes.set_title(name)
         _logarithmic(axes, label)
-    panels[0].set_ylabel(f"advantage over {found.baseline},\n% of the loss")
-    handles = [_line(**_look(number)) for number in range(len(depths))]
+    every[0].set_ylabel(f"advantage over {found.baseline},\n% of the loss")
+    handles = [_line(**marked(number)) for number in range(len(depths))]
     figure.legend(handles, [f"{depth:g} layers" for depth in depths], loc="outside upper center", ncols=5)
     return figure
 
@@ -64,25 +61,25 @@ def loss_figure(observed: Sequence[Observation], laws: Laws | None) -> Figure:
     names = list(dict.fromkeys(o.architecture for o in grid(observed)))
     usable = [o for o in observed if o.usable and o.rate_factor == 1 and o.architecture in names]
     depths = sorted({o.depth for o in usable})
-    figure, panels = _panels(len(depths), 2.7)
-    for axes, depth in zip(panels, depths, strict=False):
+    figure, every = panels(len(depths), 2.7, sharey=True)
+    for axes, depth in zip(every, depths, strict=False):
         for number, name in enumerate(names):
             own = [o for o in usable if (o.architecture, o.depth) == (name, depth)]
             for run in dict.fromkeys(o.run for o in own):
                 line = sorted((o for o in own if o.run == run), key=lambda o: o.flops)
                 fill = "none" if line[0].held_out else "full"
-                axes.plot([o.flops for o in line], [o.loss for o in line], **_look(number), markersize=2.5,
+                axes.plot([o.flops for o in line], [o.loss for o in line], **marked(number), markersize=2.5,
                           fillstyle=fill, alpha=0.8)  # fmt: skip
             law = laws.architectures[name].law if laws and name in laws.architectures else None
             if law is not None:
-                _law_lines(axes, [o for o in own if not o.held_out], law, str(_look(number)["color"]))
+                _law_lines(axes, [o for o in own if not o.held_out], law, str(marked(number)["color"]))
         _logarithmic(axes, "training FLOPs")
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:.2f}")
         axes.yaxis.set_minor_formatter("{x:.2f}")
         axes.set_title(f"{depth:g} layers")
-    panels[0].set_ylabel("validation loss, nats per token")
-    figure.legend([_line(**_look(n)) for n in range(len(names))], names, loc="outside upper center", ncols=4)
+    every[0].set_ylabel("validation loss, nats per token")
+    figure.legend([_line(**marked(n)) for n in range(len(names))], names, loc="outside upper center", ncols=4)
     return figure
 
 
@@ -96,7 +93,7 @@ def place_figure(found: Comparison) -> Figure | None:
     for number, (name, gaps) in enumerate(curves.items()):
         axes.errorbar(
             range(1, len(gaps) + 1), [100 * g.value for g in gaps], yerr=[100 * (g.half_width or 0) for g in gaps],
-            **_look(number), markersize=4, capsize=2, label=name,
+            **marked(number), markersize=4, capsize=2, label=name,
         )  # fmt: skip
     axes.axhline(0, color="#000000", linewidth=0.6)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -104,17 +101,6 @@ def place_figure(found: Comparison) -> Figure | None:
     axes.set_ylabel(f"advantage over {found.baseline},\n% of the loss")
     axes.legend()
     return figure
-
-
-def _panels(number: int, height: float) -> tuple[Figure, list[Axes]]:
-    """Panels that share their vertical axis; those too many are not drawn."""
-    across = min(ACROSS, number)
-    down = -(-number // across)
-    figure = Figure(figsize=(INCHES[0], height * down + 0.3), layout="constrained")
-    panels = figure.subplots(down, across, sharey=True, squeeze=False).flatten().tolist()
-    for axes in panels[number:]:
-        axes.set_axis_off()
-    return figure, panels
 
 
 def _measured(axes: Axes, gaps: Gaps, depth: float, values: np.ndarray, look: dict[str, Any]) -> None:
@@ -168,10 +154,6 @@ def _logarithmic(axes: Axes, label: str) -> None:
     if few:
         axes.tick_params(axis="x", labelsize=6.5)
     axes.set_xlabel(label)
-
-
-def _look(number: int) -> dict[str, Any]:
-    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKS[number % len(MARKS)], "linewidth": 0.7}
 
 
 def _line(**look: Any) -> Line2D:

@@ -35,7 +35,7 @@ def _architecture(laws: ArchitectureLaws) -> Iterator[Block]:
         lines += list(_trust(laws))
     yield Items(lines)
     if laws.predictions:
-        yield Paragraph("Runs that were held out, and what the law of the others says of them:")
+        yield Paragraph("Runs that were held out, and what the law of the others predicts:")
         yield Sheet(("run", "N", "D", "loss", "predicted", "95 % interval", "error", "inside"),
                     [_prediction_row(p) for p in laws.predictions])  # fmt: skip
     if laws.optima:

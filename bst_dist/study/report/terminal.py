@@ -13,11 +13,6 @@ from rich.text import Text
 from bst_dist.study.report.document import Block, Heading, Items, Paragraph, Sheet, is_numeric
 
 
-def open_console() -> Console:
-    """Where tables go: as wide as the terminal, and in a file or a pipe wide enough to cut no number short."""
-    return Console() if sys.stdout.isatty() else Console(width=200)
-
-
 def say(text: str) -> None:
     """A line for people, as it is."""
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
@@ -35,15 +30,22 @@ def show(blocks: Iterable[Block]) -> None:
                 for line in lines:
                     say(f"  {line}")
             case Sheet():
-                open_console().print(table(block))
+                print_table(block)
 
 
-def table(sheet: Sheet, title: str | None = None) -> Table:
+def print_table(sheet: Sheet, title: str | None = None, caption: str | None = None) -> None:
+    """As wide as the terminal, and in a file or a pipe wide enough to cut no number short."""
+    console = Console() if sys.stdout.isatty() else Console(width=400)
+    console.print(table(sheet, title, caption))
+
+
+def table(sheet: Sheet, title: str | None = None, caption: str | None = None) -> Table:
     """A table for rich, numbers flush right."""
-    shown = Table(title=title, title_justify="left", box=SIMPLE)
+    shown = Table(title=title and Text(title), title_justify="left", box=SIMPLE,
+                  caption=caption and Text(caption), caption_justify="left")  # fmt: skip
     for place, name in enumerate(sheet.columns):
         right = is_numeric([row[place] for row in sheet.rows])
         shown.add_column(Text(name), justify="right" if right else "left", no_wrap=place == 0)
-    for row in sheet.rows:
-        shown.add_row(*(Text(cell) for cell in row))
+    for number, row in enumerate(sheet.rows, 1):
+        shown.add_row(*(Text(cell) for cell in row), end_section=number == sheet.rule_after)
     return shown

@@ -1,4 +1,4 @@
-"""Where the runs of a sweep are trained: the same `bst sweep run` on each host, or in each task of a Slurm array.
+"""Where the runs of a study are trained: the same `bst sweep run` on each host, or in each task of a Slurm array.
 
 The commands share the runs by their locks, so nothing is divided beforehand: a fast host takes more of them, those of
 a host that is lost are taken up by the others, and a task more or less only changes how long it takes.
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bst_base.errors import UserError
-from bst_base.files import atomic_file
+from bst_base.files import write_text
 from bst_dist.cluster.hosts import Host
 from bst_dist.cluster.launchers import SSH
 
@@ -34,7 +34,7 @@ def workers_on(host: Host, ranks: int) -> int:
 
 
 def on_host(host: Host, ranks: int, directory: Path, words: Sequence[str]) -> list[str]:
-    """The command that runs `bst sweep run` with some words on a host, in `directory`, until its ssh is gone.
+    """The command that runs `bst` with some words on a host, in `directory`, until its ssh is gone.
 
     With a terminal, though nobody sees it: when the connection ends, by a kill on this side or by the network, the
     command over there gets a SIGHUP, ends its runs and gives their locks back.
@@ -73,13 +73,14 @@ def slurm_script(name: str, root: Path, tasks: int, directory: Path, words: Sequ
         f"#SBATCH --signal=B:TERM@{NOTICE_S}", "#SBATCH --requeue", *(f"#SBATCH {option}" for option in options),
     ]  # fmt: skip
     body = f"""
+trap 'stopped=yes; [ -z "$study" ] || kill -TERM $study' TERM
 {shlex.join(_bst(words))} &
-sweep=$!
-trap 'stopped=yes; kill -TERM $sweep' TERM
-wait $sweep
+study=$!
+[ -z "$stopped" ] || kill -TERM $study  # told to stop before it was started
+wait $study
 status=$?
 if [ -n "$stopped" ]; then
-    wait $sweep  # the first one was cut short by the signal
+    wait $study  # the first one was cut short by the signal
     exec scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
 fi
 exit $status
@@ -91,8 +92,7 @@ def submit(script: str, root: Path) -> str:
     """Write the script into the sweep's directory and give it to Slurm; returns what sbatch says."""
     path = root / "slurm.sh"
     (root / "slurm").mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        file.write(script.encode())
+    write_text(path, script)
     try:
         done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -103,7 +103,7 @@ def submit(script: str, root: Path) -> str:
 
 
 def _bst(words: Sequence[str]) -> list[str]:
-    return [str(Path(sys.executable).with_name("bst")), "sweep", "run", *words]
+    return [str(Path(sys.executable).with_name("bst")), *words]
 
 
 def _tell(name: str, process: subprocess.Popen[bytes], say: Callable[[str], None]) -> None:

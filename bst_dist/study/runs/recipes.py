@@ -10,15 +10,11 @@ import copy
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from bst_base.settings import Config, ConfigError, parse
+from bst_base.settings import ConfigError, parse
 from bst_dist.config import Recipe
-
-T = TypeVar("T", bound=Config)
-Settings = dict[str, Any]
-"""Dotted settings of the recipe: {model.mixer: bst, model.context: {variant: SH}}."""
+from bst_dist.study.runs.config import Settings
 
 
 @dataclass(frozen=True)
@@ -35,6 +31,16 @@ class Job:
         return self.recipe.name
 
     @property
+    def group(self) -> str:
+        """What it is a run of: `status` counts by it."""
+        raise NotImplementedError
+
+    @property
+    def work(self) -> float:
+        """How much there is to compute, in any unit that the runs of a study have in common."""
+        return self.tokens
+
+    @property
     def steps(self) -> int:
         """That it takes itself."""
         return self.recipe.train.steps - (self.recipe.branch.step if self.recipe.branch else 0)
@@ -46,15 +52,7 @@ class Job:
         return train.steps * train.sequences * train.sequence_length
 
 
-def with_recipe(config: T, path: Path) -> T:
-    """The settings of `path`, their base recipe found from its directory; raises ConfigError when it is not there."""
-    recipe = path.parent / config.recipe
-    if not recipe.is_file():
-        raise ConfigError(f"{path}: recipe {config.recipe}: no such file beside it")
-    return config.model_copy(update={"recipe": str(recipe)})
-
-
-def settled(data: dict[str, Any], settings: Settings) -> dict[str, Any]:
+def with_settings(data: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """A copy of `data` with dotted settings put in; a section given as a mapping is merged.
 
     Raises ConfigError when a key goes through what is a value and no section.

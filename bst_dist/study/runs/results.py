@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -68,3 +69,12 @@ def read_result(directory: Path) -> Result:
         return [line for line in lines if line["kind"] == kind]
 
     return Result(directory, of("train"), of("eval"), of("performance"))
+
+
+def named(directories: Sequence[Path]) -> dict[str, Path]:
+    """Directories, each once, by the shortest end of their path that tells them apart."""
+    paths = {path.resolve(): path for path in reversed(directories)}
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return {"/".join(whole.parts[-depth:]): path for whole, path in reversed(paths.items())}

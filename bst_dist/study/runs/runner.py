@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from bst_base.errors import UserError
-from bst_base.files import atomic_file
+from bst_base.files import write_text
 from bst_base.host import die_with_parent
 from bst_base.settings import dump
 from bst_dist.checkpoint.directory import committed
@@ -98,14 +98,13 @@ class Runner:
             os.close(lock)  # the process has its own
 
     def _prepare(self, run: Job) -> int:
-        """Write the recipe and clear away a directory that cannot be gone on with; returns the micro-batch."""
-        with atomic_file(self.state.path("recipes", run.name)) as file:
-            file.write(dump(run.recipe).encode())
+        """Write the recipe and remove a directory that a run cannot continue in; returns the micro-batch."""
+        write_text(self.state.path("recipes", run.name), dump(run.recipe))
         directory = self.state.directory(run.name)
         directory.parent.mkdir(parents=True, exist_ok=True)
         micro = self._micro(run)
         if directory.exists() and not committed(directory) and not self._same_micro(directory, micro):
-            shutil.rmtree(directory)  # broken off before its recipe was written, or out of memory
+            shutil.rmtree(directory)  # killed before its recipe was written, or out of memory
         return micro
 
     def _micro(self, run: Job) -> int:

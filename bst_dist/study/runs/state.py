@@ -5,7 +5,7 @@
 <root>/runs/<run>/          the run directory
 <root>/attempts/<run>.jsonl how each start ended that did not finish: one JSON object a line
 <root>/logs/<run>.log       what the run printed
-<root>/documents/<run>.json its losses by document, once they were asked for
+<root>/documents/, lengths/ what evaluations of it gave, once they were asked for
 <root>/locks/<run>          held by the process that is running it, on whatever host
 """
 
@@ -15,10 +15,13 @@ import fcntl
 import json
 import os
 import time
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from bst_base.files import write_text
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.study.runs.recipes import Job
 from bst_dist.train.rundir import read_outcome
@@ -26,6 +29,7 @@ from bst_dist.train.rundir import read_outcome
 RUNS = "runs"
 OUT_OF_MEMORY = "out of memory"
 Status = Literal["done", "running", "waiting", "failed", "diverged"]
+STATUSES: tuple[Status, ...] = get_args(Status)
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,8 @@ class State:
         return self.root / RUNS / name
 
     def path(self, kind: str, name: str) -> Path:
-        """A file about a run: recipes, attempts, logs, documents, locks."""
-        suffix = {"recipes": ".yaml", "attempts": ".jsonl", "logs": ".log", "documents": ".json", "locks": ""}[kind]
+        """A file about a run: recipes, attempts, logs, locks, or an evaluation that is kept."""
+        suffix = {"recipes": ".yaml", "attempts": ".jsonl", "logs": ".log", "locks": ""}.get(kind, ".json")
         path = self.root / kind / f"{name}{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -61,6 +65,10 @@ class State:
             if trunk.status in ("failed", "diverged"):
                 return Standing(trunk.status, f"its trunk: {trunk.reason}")
         return own
+
+    def counts(self, runs: Iterable[Job]) -> Counter[str]:
+        """How many runs stand where."""
+        return Counter(self.standing(run).status for run in runs)
 
     def ready(self, run: Job) -> bool:
         """Whether what the run branches off is there."""
@@ -93,6 +101,13 @@ class State:
         """The last training step a run has reported."""
         lines = [line for line in read_lines(self.directory(name) / FILE) if line["kind"] == "train"]
         return lines[-1] if lines else None
+
+    def kept(self, kind: str, name: str, make: Callable[[], Any]) -> Any:
+        """What an evaluation of a finished run gave: made once, and read again after."""
+        path = self.path(kind, name)
+        if not path.exists():
+            write_text(path, json.dumps(make()) + "\n")
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def _own(self, name: str) -> Standing:
         outcome = read_outcome(self.directory(name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -22,8 +22,8 @@ REFRESH_S = 2.0
 class Progress:
     """How much is done of some runs, by the work each of them is."""
 
-    def __init__(self, jobs: Sequence[Job], state: State, work: Callable[[Job], float]) -> None:
-        self.jobs, self.state, self.work = jobs, state, work
+    def __init__(self, jobs: Sequence[Job], state: State) -> None:
+        self.jobs, self.state = jobs, state
         self.started, self.before = time.monotonic(), self._done()
 
     def line(self) -> str:
@@ -31,7 +31,7 @@ class Progress:
         done = sum(self.state.standing(job).status == "done" for job in self.jobs)
         text = f"{done} of {len(self.jobs)} runs done"
         work, elapsed = self._done(), time.monotonic() - self.started
-        left = sum(map(self.work, self.jobs)) - work
+        left = sum(job.work for job in self.jobs) - work
         if work > self.before and left > 0:
             text += f", about {duration(left * elapsed / (work - self.before))} left"
         return text
@@ -42,19 +42,17 @@ class Progress:
         for job in self.jobs:
             status = self.state.standing(job).status
             if status == "done":
-                total += self.work(job)
+                total += job.work
             elif status == "running" and (line := self.state.progress(job.name)):
-                total += self.work(job) * (1 - (job.recipe.train.steps - line["step"]) / max(1, job.steps))
+                total += job.work * (1 - (job.recipe.train.steps - line["step"]) / max(1, job.steps))
         return total
 
 
-def train(name: str, jobs: Sequence[Job], state: State, workers: int,
-          work: Callable[[Job], float]) -> Counter[str]:  # fmt: skip
+def train(name: str, jobs: Sequence[Job], state: State, workers: int) -> Counter[str]:
     """Train until nothing is left to start; returns how many runs stand where."""
     console, started, shown = Console(), time.monotonic(), 0.0
-    progress = Progress(jobs, state, work)
-    counts = Counter(state.standing(job).status for job in jobs)
-    _say(console, f"{name}: {counts['done']} of {len(jobs)} runs are done")
+    progress = Progress(jobs, state)
+    _say(console, f"{name}: {state.counts(jobs)['done']} of {len(jobs)} runs are done")
     with Live(console=console, auto_refresh=False, transient=True) as live:
 
         def watch(running: list[Worker]) -> None:
@@ -67,7 +65,7 @@ def train(name: str, jobs: Sequence[Job], state: State, workers: int,
             _say(console, f"{text} ({progress.line()})")
 
         Runner(jobs, state, workers, tell).run(watch)
-    counts = Counter(state.standing(job).status for job in jobs)
+    counts = state.counts(jobs)
     summary = ", ".join(f"{number} {status}" for status, number in counts.items())
     _say(console, f"{name}: {summary} after {duration(time.monotonic() - started)}")
     return counts

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from bst_dist.study.evaluation.scoring import score
+from bst_dist.study.evaluation.trained import open_run
 from bst_dist.study.runs.results import read_result
 from bst_dist.study.runs.state import State
-from bst_dist.study.sweep.by_document import losses_by_document
 from bst_dist.study.sweep.design import Run
 from bst_dist.study.sweep.table import Row
 from bst_dist.train.rundir import read_recipe
+from data_pipeline.serve.loader import open_corpora
 
 
 def collect(runs: list[Run], state: State, baseline: str, documents: int = 0) -> list[Row]:
@@ -23,13 +28,12 @@ def collect(runs: list[Run], state: State, baseline: str, documents: int = 0) ->
     return [_row(run, state, base.get(run.cell.block, math.nan), documents) for run in runs if run.multiple is not None]
 
 
-def _row(run: Run, state: State, base: float, documents: int) -> Row:
-    standing, counts, cell = state.standing(run), run.counts, run.cell
-    known = {
+def known_columns(run: Run, base: float = math.nan) -> dict[str, Any]:
+    """The columns of a run that are known before it is trained; `base`: N of the baseline in its block."""
+    counts, cell = run.counts, run.cell
+    return {
         "run": run.name,
         "trunk": run.trunk or run.name,
-        "status": standing.status,
-        "reason": standing.reason,
         **asdict(cell),
         "block": cell.block,
         "width": run.recipe.model.width,
@@ -43,13 +47,21 @@ def _row(run: Run, state: State, base: float, documents: int) -> Row:
         "parameters_kernel": counts.kernel,
         "flops_per_token": counts.flops_per_token,
     }
+
+
+def _row(run: Run, state: State, base: float, documents: int) -> Row:
+    standing = state.standing(run)
+    known = {**known_columns(run, base), "status": standing.status, "reason": standing.reason}
     if standing.status != "done":
         return Row(**known)
     measured = _measured(run, state)
     if not math.isfinite(measured["loss_nats"]):
         return Row(**known | {"status": "diverged", "reason": f"its validation loss is {measured['loss_nats']}"})
-    by_document = losses_by_document(run, state, documents) if documents else ()
-    return Row(**known, **measured, loss_by_document=by_document)
+    if documents:
+        measured["loss_by_document"] = state.kept(
+            "documents", f"{run.name}-first-{documents}", lambda: _by_document(state.directory(run.name), documents)
+        )
+    return Row(**known, **measured)
 
 
 def _measured(run: Run, state: State) -> dict[str, Any]:
@@ -67,3 +79,20 @@ def _measured(run: Run, state: State) -> dict[str, Any]:
         "micro_sequences": read_recipe(directory).train.micro_sequences,
         "versions": result.versions,
     }
+
+
+def _by_document(run_dir: Path, at_most: int) -> list[float]:
+    """Nats per token of the first tokens of each validation document, forgetting after a training length.
+
+    Two runs are compared on the same documents, so how hard a document is cancels; what is left says how much of an
+    advantage depends on which documents were held out. Raises UserError when checkpoint or corpus cannot be read.
+    """
+    trained = open_run(run_dir)
+    length, losses = trained.recipe.train.sequence_length, []
+    for corpus in open_corpora(trained.recipe.data, "validation"):
+        scored = score(
+            trained.model, corpus, np.minimum(corpus.lengths, at_most), corpus.token_bytes(),
+            begin=trained.begin(corpus), context=length, slice_length=length, precision=trained.recipe.train.precision,
+        )  # fmt: skip
+        losses += (scored.nats / scored.tokens).tolist()
+    return losses

@@ -7,9 +7,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from bst_base.settings import Config, load
-from bst_base.shipped import SWEEPS, find
-from bst_dist.study.runs.recipes import Settings, with_recipe
+from bst_base.settings import Config
+from bst_base.shipped import SWEEPS
+from bst_dist.study.runs.config import Settings, StudyConfig, load_study, require_distinct
 
 
 class ShapeConfig(Config):
@@ -18,11 +18,11 @@ class ShapeConfig(Config):
     head_width: int = Field(64, ge=1)
     """Width of a head; every width is a multiple of it."""
     ffn_ratio: float = Field(4.0, gt=0)
-    """Width of the feed-forward network over the model's, about: it is chosen so that sizes are equal."""
+    """Width of the feed-forward network divided by the model's; the exact value is chosen so that sizes are equal."""
     fraction: float = Field(0.5, gt=0, le=1)
-    """Share of the layers that are the layer under study, spread evenly."""
+    """Share of the layers that use the architecture's mixer, spread evenly; the others use model.filler."""
     tolerance: float = Field(0.01, gt=0, le=0.02)
-    """How far apart the sizes of the models that are compared may be, as a share of them."""
+    """Largest relative difference between the sizes of the models that are compared."""
 
 
 class RulesConfig(Config):
@@ -32,13 +32,13 @@ class RulesConfig(Config):
     """completep: the recipe's rates hold at the baseline's shape of the smallest size and depth, and are carried to all
     others by CompleteP; standard: one rate for all; null: what the recipe says (model.parametrisation)."""
     rate_exponent: float = Field(0.0, ge=0)
-    """The learning rate is the base recipe's times (N / N0) to the minus this."""
+    """The learning rate is the base recipe's times (N / N0)^-rate_exponent; N0 is the smallest size."""
     batch_exponent: float = Field(0.0, ge=0)
-    """Sequences a step are the base recipe's times (N / N0) to this."""
+    """Sequences per step are the base recipe's times (N / N0)^batch_exponent."""
     warmup_fraction: float = Field(0.1, ge=0, lt=0.5)
-    """Warm-up as a share of the shortest branch."""
+    """Warm-up steps as a share of the steps of the shortest run."""
     decay_fraction: float = Field(0.2, gt=0, lt=1)
-    """Share of its steps that each branch decays over."""
+    """Share of the steps of each run during which the learning rate decays."""
 
     @model_validator(mode="after")
     def _one_rule_for_the_rate(self) -> RulesConfig:
@@ -51,15 +51,15 @@ class BudgetConfig(Config):
     """What may be spent; one of the three units, or none for a sweep without a limit."""
 
     flops: float | None = Field(None, gt=0)
-    """Training FLOPs."""
+    """Limit in training FLOPs."""
     gpu_hours: float | None = Field(None, gt=0)
-    """Hours of one accelerator."""
+    """Limit in hours of one accelerator."""
     cpu_minutes: float | None = Field(None, gt=0)
-    """Minutes of one core."""
+    """Limit in minutes of one CPU core."""
     flops_per_s: float | None = Field(None, gt=0)
-    """Training FLOP/s that a device achieves, where nothing has been measured: its peak times the utilisation."""
+    """Training FLOP/s of a device (peak times utilisation), where `bst sweep plan --measure` has measured nothing."""
     start_s: float = Field(8.0, ge=0)
-    """Seconds that a run takes beside its steps: start, checkpoint, evaluation."""
+    """Seconds that a run takes in addition to its steps: start, checkpoint, evaluation."""
 
     @model_validator(mode="after")
     def _one_unit(self) -> BudgetConfig:
@@ -73,67 +73,56 @@ class NoiseConfig(Config):
     """What is expected of the noise in ln of the loss, to predict standard errors before anything is spent."""
 
     seed: float = Field(0.007, gt=0)
-    """Standard deviation between runs that differ in their seed alone; on miniatures 0.006 to 0.008."""
+    """Standard deviation of ln of the loss between runs that differ only in their seed; about 0.007 in small models."""
     within: float = Field(0.3, ge=0, le=1)
-    """Share of the variance that points of one trunk do not have in common."""
+    """Share of that variance that differs between runs which share a trunk."""
 
 
 class AuditConfig(Config):
     """Is the learning rate right in the corners of the grid? Without that, a claim about depth is confounded by it."""
 
     factors: tuple[float, ...] = ()
-    """Other learning rates to try there, as multiples of the rule's: [0.5, 2]; empty: no audit."""
+    """Other learning rates to try in the corners of the grid, as multiples of the rule's: [0.5, 2]; empty: no audit."""
     seeds: int = Field(2, ge=2)
-    """How many of the sweep's seeds it is made with: one run cannot tell a valley from noise."""
+    """How many of the sweep's seeds the audit uses."""
 
 
-class SweepConfig(Config):
-    name: str = Field(pattern=r"^[\w.-]+$")
-    """What the sweep is called."""
-    recipe: str
-    """The base recipe: a YAML file, from the sweep's own directory."""
+class SweepConfig(StudyConfig):
     directory: Path | None = None
     """Where everything is written; null: runs/sweeps/<name>."""
-    settings: Settings = Field(default_factory=dict)
-    """Settings of the base recipe that all runs have otherwise."""
     architectures: dict[str, Settings]
-    """What is compared: a name and its settings."""
+    """What is compared: names, each with settings of the recipe; model.mixer must be among them."""
     baseline: str
     """The architecture that the others are compared with."""
     kernels: dict[str, Settings] = Field(default_factory=dict)
-    """Kernels, each crossed with every architecture that has a state space model; empty: the recipe's own."""
+    """Kernels of state space models, each combined with every architecture that has one; empty: the recipe's own."""
     arms: dict[str, Settings] = Field(min_length=1)
     """Settings under which the whole grid is run again: lengths, windows. The verdict is within the first arm; others
     are shown in contrast. Where depths differ there must be one in which a stack of windows sees the whole sequence at
     every depth, and one in which it never sees more than a quarter."""
     sizes: list[float] = Field(min_length=1)
-    """Sizes N: training FLOPs per token / 6."""
+    """Sizes N, as training FLOPs per token / 6."""
     depths: list[int] = Field(min_length=1)
-    """Numbers of layers, each at every size by an equal-size shape."""
+    """Numbers of layers. Every size is trained at every depth; the width follows."""
     only: list[tuple[float, int]] = Field(default_factory=list)
-    """Pairs of size and depth to run in place of all; a grid that is not crossed is checked for confounding."""
+    """Pairs of size and depth to run instead of all combinations. A grid in which size and depth vary together is
+    refused."""
     tokens_per_parameter: list[float] = Field(min_length=1)
-    """Lengths of the runs: compute is 6 N^2 times this, the same for every architecture and depth of a size."""
-    seeds: list[int] = Field(min_length=1)
-    """Of weights and order of the data."""
+    """Lengths of the runs, in tokens per parameter: a run's compute is 6 N^2 times this."""
     hold_out: list[float] = Field(default_factory=list)
-    """Sizes that are run, and left out of fits and comparisons, to be predicted."""
+    """Sizes that are trained but left out of fits and comparisons. The report compares them with their prediction."""
     shape: ShapeConfig = ShapeConfig()
     rules: RulesConfig = RulesConfig()
     budget: BudgetConfig = BudgetConfig()
     noise: NoiseConfig = NoiseConfig()
     audit: AuditConfig = AuditConfig()
-    retries: int = Field(1, ge=0)
-    """How often a run that failed is started again; a diverged run is not, and memory that runs out is no failure."""
 
     @model_validator(mode="after")
     def _names_exist(self) -> SweepConfig:
         if self.baseline not in self.architectures:
             raise ValueError(f"baseline {self.baseline!r} is not among the architectures")
-        for name in ("sizes", "depths", "tokens_per_parameter", "seeds"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name} holds a value twice")
+        for name in ("sizes", "depths", "tokens_per_parameter"):
+            require_distinct(name, getattr(self, name))
         if self.audit.factors and len(self.seeds) < self.audit.seeds:
             raise ValueError(
                 f"the audit needs {self.audit.seeds} seeds (audit.seeds) and the sweep has {len(self.seeds)}"
@@ -152,6 +141,5 @@ class SweepConfig(Config):
 
 
 def load_sweep(path: Path, overrides: list[str]) -> SweepConfig:
-    """Read a sweep; its base recipe is found from its own directory. Raises ConfigError for whatever is wrong."""
-    path = find(path, SWEEPS)
-    return with_recipe(load(SweepConfig, path, overrides), path)
+    """Read a sweep's file; raises ConfigError for whatever is wrong."""
+    return load_study(SweepConfig, path, SWEEPS, overrides)

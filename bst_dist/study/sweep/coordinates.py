@@ -7,19 +7,26 @@ Works on any LanguageModel: what is watched is found by its place in the module 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
+from bst_base.files import write_text
 from bst_dist.model.lm import LanguageModel
+from bst_dist.study.report.words import plain
 from bst_dist.study.statistics import Equality, Estimate, equality, mean
 from bst_dist.train.config import OptimizerConfig
 from bst_dist.train.optimizer import build
 
+FILE = "coordinates.json"
 SLOPE = 0.2
 """The largest slope, in ln of the change over ln of width or depth, that counts as none: 2^0.2 is 15 % a doubling."""
 
@@ -42,7 +49,44 @@ class Coordinate:
         return equality(self.slope, SLOPE)
 
 
-def check(make: Callable[[int, int], LanguageModel], widths: Sequence[int], depths: Sequence[int],
+@dataclass(frozen=True)
+class Check:
+    """The coordinate check of a sweep's architectures, as it is kept in the sweep's directory."""
+
+    parametrisation: str
+    widths: list[int]
+    depths: list[int]
+    steps: int
+    rate: float
+    """Share of the peak rate."""
+    architectures: dict[str, list[Coordinate]]
+
+    @property
+    def answer(self) -> str:
+        """passed: no change depends on the width or the depth; failed: one does; undecided: more seeds would tell."""
+        answers = {one.answer for found in self.architectures.values() for one in found}
+        return "failed" if "different" in answers else "undecided" if "undecided" in answers else "passed"
+
+    def report(self) -> dict[str, Any]:
+        """For machines."""
+        found = plain(self)
+        for name, every in self.architectures.items():
+            for one, entry in zip(every, found["architectures"][name], strict=True):
+                entry["answer"] = one.answer
+        return {"passed": self.answer == "passed", "answer": self.answer, **found}
+
+    def write(self, root: Path) -> None:
+        """Keep it in a sweep's directory."""
+        write_text(root / FILE, json.dumps(self.report(), indent=2) + "\n")
+
+
+def read_check(root: Path) -> Check | None:
+    """The check that was made, if there was one."""
+    path = root / FILE
+    return TypeAdapter(Check).validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def coordinates(make: Callable[[int, int], LanguageModel], widths: Sequence[int], depths: Sequence[int],
           optimizer: OptimizerConfig, ids: Tensor, steps: int = 4,
           seeds: Sequence[int] = range(6)) -> list[Coordinate]:  # fmt: skip
     """Train models of all `widths` at the first depth, and of all `depths` at the first width, for a few steps.

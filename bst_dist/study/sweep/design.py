@@ -18,7 +18,8 @@ from bst_base.settings import ConfigError, parse
 from bst_dist.config import Recipe, recipe_settings
 from bst_dist.model.config import MIXER_SECTIONS, ModelConfig
 from bst_dist.model.layers import MIXERS
-from bst_dist.study.runs.recipes import Job, Settings, digest, named, settled
+from bst_dist.study.runs.config import Settings
+from bst_dist.study.runs.recipes import Job, digest, named, with_settings
 from bst_dist.study.sweep.config import SweepConfig
 from bst_dist.study.sweep.shape import Counts, Model, count, solve_together
 from data_pipeline.serve.config import DataConfig
@@ -61,6 +62,14 @@ class Run(Job):
     """Tokens per parameter asked for; None for a trunk, which is no measurement."""
 
     @property
+    def group(self) -> str:
+        return self.cell.architecture
+
+    @property
+    def work(self) -> float:
+        return self.own_flops
+
+    @property
     def flops(self) -> float:
         """C: training FLOPs of all its steps, the trunk's included."""
         return 6 * self.counts.parameters * self.tokens
@@ -82,7 +91,7 @@ class Designer:
     def __init__(self, sweep: SweepConfig) -> None:
         """Reads the base recipe and the vocabulary of its corpus; raises UserError when either is wrong."""
         self.sweep = sweep
-        self.base: dict[str, Any] = settled(recipe_settings(sweep.recipe), sweep.settings)
+        self.base: dict[str, Any] = with_settings(recipe_settings(sweep.recipe), sweep.settings)
         if self.base.get("model", {}).get("vocab_size") is None:
             corpus = open_corpora(
                 parse(
@@ -144,7 +153,7 @@ class Designer:
         if key not in self._shapes:
             bases = {}
             for name in self.architectures:
-                data = self._settled(replace(cell, architecture=name))
+                data = self._recipe_of(replace(cell, architecture=name))
                 bases[name] = (data["model"], data["train"]["sequence_length"])
             self._shapes[key] = solve_together(bases, self.sweep.shape, cell.size, cell.depth)
         return self._shapes[key][cell.architecture]
@@ -155,9 +164,9 @@ class Designer:
             self._counts[key] = count(model, length)
         return self._counts[key]
 
-    def _settled(self, cell: Cell) -> dict[str, Any]:
+    def _recipe_of(self, cell: Cell) -> dict[str, Any]:
         """The base recipe with the settings of the cell's arm and architecture."""
-        return settled(settled(self.base, self.sweep.arms[cell.arm]), self.architectures[cell.architecture])
+        return with_settings(with_settings(self.base, self.sweep.arms[cell.arm]), self.architectures[cell.architecture])
 
     def _runs_of(self, cell: Cell) -> Iterator[Run]:
         sweep, data = self.sweep, self.base_of(cell)
@@ -200,7 +209,7 @@ class Designer:
     def base_of(self, cell: Cell) -> dict[str, Any]:
         """The base recipe with the cell's settings and the rules of its size."""
         sweep, smallest = self.sweep, min(self.sweep.sizes)
-        data = self._settled(cell)
+        data = self._recipe_of(cell)
         data["seed"] = cell.seed
         growth = cell.size / smallest
         train, optimizer = data["train"], data.setdefault("optimizer", {})

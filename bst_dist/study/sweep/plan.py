@@ -7,12 +7,12 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from bst_base.files import atomic_file
+from bst_base.files import write_text
 from bst_dist.study.laws.power import Noise, Power, predict
 from bst_dist.study.sweep.config import SweepConfig
 from bst_dist.study.sweep.design import Designer, Run
 from bst_dist.study.sweep.price import cost, fit_budget
-from bst_dist.study.sweep.soundness import planned, require_sound
+from bst_dist.study.sweep.soundness import planned_gaps, require_sound
 
 PLAN, RATES = "plan.json", "speed.json"
 
@@ -38,7 +38,7 @@ class Plan:
     def power(self) -> list[Power]:
         """What the rule would see of one variant, over each factor: the rule itself, applied to simulated studies."""
         noise = Noise(self.sweep.noise.seed, self.sweep.noise.within)
-        return predict(planned(self.runs, self.sweep.baseline, self.sweep.arm), noise)
+        return predict(planned_gaps(self.runs, self.sweep.baseline, self.sweep.arm), noise)
 
 
 def make_plan(sweep: SweepConfig) -> Plan:
@@ -86,10 +86,9 @@ def _read(sweep: SweepConfig) -> dict[str, Any] | None:
 
 
 def _write(sweep: SweepConfig, name: str, content: dict[str, Any]) -> None:
-    sweep.root.mkdir(parents=True, exist_ok=True)
-    with atomic_file(sweep.root / name) as file:
-        file.write(json.dumps(content, indent=2).encode() + b"\n")
+    write_text(sweep.root / name, json.dumps(content, indent=2) + "\n")
 
 
 def _identity(sweep: SweepConfig) -> str:
-    return hashlib.sha256(sweep.model_dump_json(exclude={"directory", "retries"}).encode()).hexdigest()
+    settings = sweep.model_dump(mode="json", exclude={"directory", "retries"})
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

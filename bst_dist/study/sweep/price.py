@@ -13,7 +13,7 @@ from bst_dist.study.laws.regression import RegressionError
 from bst_dist.study.laws.verdict import UNITS, columns
 from bst_dist.study.sweep.config import BudgetConfig, NoiseConfig
 from bst_dist.study.sweep.design import Cell, Run, of_grid
-from bst_dist.study.sweep.soundness import UnsoundError, planned, require_sound
+from bst_dist.study.sweep.soundness import UnsoundError, planned_gaps, require_sound
 
 
 def standard_errors(runs: Sequence[Run], noise: NoiseConfig, baseline: str, arm: str) -> dict[str, float]:
@@ -21,10 +21,10 @@ def standard_errors(runs: Sequence[Run], noise: NoiseConfig, baseline: str, arm:
 
     The difference of a pair has twice a run's variance; points of one pair share all of it but `noise.within`.
     """
-    gaps = planned(runs, baseline, arm)[0]
+    gaps = planned_gaps(runs, baseline, arm)[0]
     matrix, names = columns(gaps)
     if gaps.pairs <= matrix.shape[1] or np.linalg.matrix_rank(matrix) < matrix.shape[1]:
-        raise RegressionError(f"{gaps.pairs} pairs of runs cannot settle {matrix.shape[1]} coefficients")
+        raise RegressionError(f"{gaps.pairs} pairs of runs are too few for {matrix.shape[1]} coefficients")
     shared = (gaps.block[:, None] == gaps.block) * (1 - noise.within) + np.eye(len(gaps)) * noise.within
     weights = np.linalg.inv(matrix.T @ matrix) @ matrix.T
     errors = np.sqrt(np.diag(weights @ (2 * noise.seed**2 * shared) @ weights.T))

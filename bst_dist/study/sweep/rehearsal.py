@@ -10,6 +10,7 @@ from bst_base.errors import UserError
 from bst_dist.study.laws.advantage import compare
 from bst_dist.study.laws.law import Law
 from bst_dist.study.laws.scaling import fit_laws
+from bst_dist.study.sweep.collect import known_columns
 from bst_dist.study.sweep.config import SweepConfig
 from bst_dist.study.sweep.design import Run
 from bst_dist.study.sweep.table import Row, observations
@@ -53,11 +54,7 @@ def simulate(sweep: SweepConfig, runs: Sequence[Run], seed: int = 0, gaps: dict[
         exact = LAW.loss(np.array(run.counts.parameters), np.array(float(run.tokens)))
         loss = float(exact * np.exp(noise - (gaps or {}).get(cell.architecture, 0.0)))
         rows.append(Row(
-            run=run.name, trunk=trunk, status="done", architecture=cell.architecture, arm=cell.arm, role=cell.role,
-            size=cell.size, depth=cell.depth, width=run.recipe.model.width, seed=cell.seed, block=cell.block,
-            rate_factor=cell.rate_factor, tokens_per_parameter=run.multiple, parameters=run.counts.parameters,
-            parameters_total=run.counts.total, parameters_non_embedding=run.counts.non_embedding,
-            parameters_matrices=run.counts.matrices, parameters_kernel=run.counts.kernel, tokens=run.tokens,
-            flops=run.flops, loss_nats=loss, bits_per_byte=loss / 2, time_s=run.flops / 1e9,
+            **known_columns(run), status="done", tokens=run.tokens, flops=run.flops, loss_nats=loss,
+            bits_per_byte=loss / 2, time_s=run.flops / 1e9,
         ))  # fmt: skip
     return rows

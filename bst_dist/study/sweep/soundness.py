@@ -30,14 +30,14 @@ def require_sound(runs: Sequence[Run], baseline: str, arm: str) -> None:
     """Raise UnsoundError, saying what is wrong and what to do, unless the grid can separate its factors."""
     measured = of_grid(list(runs))
     require_different(measured)
-    found = [*collinear(measured), *drifting(measured), *reach(measured), *unequal(measured, baseline)]
+    found = [*collinear(measured), *drifting(measured), *missing_arms(measured), *unequal(measured, baseline)]
     if not found:
         found = [*unanswerable(measured, baseline, arm)]
     if found:
         raise UnsoundError("\n".join(["the grid cannot answer:", *(f"  {line}" for line in found)]))
 
 
-def planned(runs: Sequence[Run], baseline: str, arm: str) -> list[Gaps]:
+def planned_gaps(runs: Sequence[Run], baseline: str, arm: str) -> list[Gaps]:
     """The pairs that a grid will have, with gaps of 0, a variant an entry: what the rule will be applied to."""
     own = [run for run in of_grid(list(runs)) if run.cell.arm == arm]
     base = {(run.cell.block, run.multiple): run for run in own if run.cell.architecture == baseline}
@@ -95,11 +95,11 @@ def drifting(runs: Sequence[Run]) -> list[str]:
     return found
 
 
-def reach(runs: Sequence[Run]) -> list[str]:
+def missing_arms(runs: Sequence[Run]) -> list[str]:
     """Which of the two arms that a comparison of depths needs are missing.
 
     A stack of windows sees depth x W tokens. In one arm that must be all of the sequence at the smallest depth, so that
-    depth lengthens nobody's reach; in another at most a quarter at the largest, where a state has something to add.
+    depth extends the reach of no model; in another at most a quarter at the largest, where a state can help.
     """
     depths = sorted({run.cell.depth for run in runs})
     if len(depths) < 2:
@@ -122,7 +122,7 @@ def unequal(runs: Sequence[Run], baseline: str) -> list[str]:
     """Variants whose size differs from the baseline's by an amount that changes with a factor."""
     found = []
     for arm in dict.fromkeys(run.cell.arm for run in runs):
-        for gaps in planned(runs, baseline, arm):
+        for gaps in planned_gaps(runs, baseline, arm):
             _, names = columns(gaps)
             for factor in (name for name in names if name in UNITS):
                 if abs(off := mismatch_over(gaps, factor)) > MISMATCH:
@@ -137,7 +137,7 @@ def unanswerable(runs: Sequence[Run], baseline: str, arm: str) -> list[str]:
                          ("sizes", {run.cell.size for run in runs})):  # fmt: skip
         if len(values) < 2:
             return [f"{what} has one value: no curve can be fitted, and no compute-equivalent gain read off; give two"]
-    every = planned(runs, baseline, arm)
+    every = planned_gaps(runs, baseline, arm)
     if not every:
         return [f"there is nothing to compare {baseline} with: add an architecture"]
     try:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from bst_base.errors import UserError
-from bst_base.files import atomic_file
+from bst_base.files import write_text
 from bst_base.settings import Config
 from bst_dist.study.laws.observation import Observation
 from bst_dist.study.runs.state import Status
@@ -88,8 +88,7 @@ class TableError(UserError):
 def write(rows: list[Row], path: Path) -> None:
     """Write a table as JSON, a row a line; the file appears whole or not at all."""
     lines = ",\n".join(row.model_dump_json() for row in rows)
-    with atomic_file(path) as file:
-        file.write(f"[\n{lines}\n]\n".encode())
+    write_text(path, f"[\n{lines}\n]\n")
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
@@ -100,8 +99,7 @@ def write_csv(rows: list[Row], path: Path) -> None:
     writer = csv.DictWriter(text, [name for name in Row.model_fields if name not in nested], lineterminator="\n")
     writer.writeheader()
     writer.writerows(data)
-    with atomic_file(path) as file:
-        file.write(text.getvalue().encode())
+    write_text(path, text.getvalue())
 
 
 def read(path: Path) -> list[Row]:

@@ -128,3 +128,23 @@ def test_what_a_synthetic_task_cannot_be_measured_by_is_refused(make):
     require_corpora(trials(load_experiment(DIAGNOSTICS[0], [])))  # there are none to be missing
     with pytest.raises(UserError, match=r"measure\.task is for synthetic tasks \(data\.synthetic\)"):
         make(measure={"task": True})
+
+
+def test_a_dry_run_lists_what_would_be_trained_and_writes_nothing(make, tmp_path, capsys):
+    _, found = make()
+    path, out = str(tmp_path / "experiment.yaml"), tmp_path / "out"
+    assert main(["experiment", "run", path, f"directory={out}", "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert all(trial.name in told for trial in found)
+    assert "4 of 4 runs would be trained; nothing was started" in told
+    assert main(["experiment", "run", path, f"directory={out}", "--dry-run", "--slurm", "3"]) == 0
+    assert f"experiment run {path} directory={out} --workers 1 &" in capsys.readouterr().out
+    assert not list(out.glob("runs/*")) and not (out / "slurm.sh").exists()
+
+
+def test_status_counts_the_runs_of_each_arm(make, tmp_path, capsys):
+    make()
+    assert main(["experiment", "status", str(tmp_path / "experiment.yaml"), f"directory={tmp_path / 'out'}"]) == 0
+    told = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["sliding", "0", "0", "2", "0", "0"] in told and ["bst", "0", "0", "2", "0", "0"] in told
+    assert ["0%", "of", "the", "work", "is", "done"] in told

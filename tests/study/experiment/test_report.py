@@ -67,7 +67,7 @@ def made(tmp_path):
             kept.write_text(json.dumps(results))
 
         def report(self):
-            return report(self.experiment, self.trials)
+            return report(self.experiment, self.trials, self.state)
 
     return Made
 
@@ -196,7 +196,7 @@ def test_accuracy_and_nats_of_a_synthetic_task_are_those_of_the_last_evaluation(
         lines = [json.loads(line) for line in metrics.read_text().splitlines()]
         last = {"kind": "eval", "step": 4, "loss_nats": 2 * accuracy, "accuracy": accuracy}
         metrics.write_text("".join(json.dumps(line) + "\n" for line in [*lines, last]))
-    found = report(experiment.experiment, experiment.trials)
+    found = experiment.report()
     for row, accuracy in zip(found["rows"], (0.25, 0.75), strict=True):
         assert row["measured"]["accuracy"]["value"] == accuracy
         assert row["measured"]["loss_nats"]["value"] == 2 * accuracy

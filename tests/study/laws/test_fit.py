@@ -104,5 +104,5 @@ def test_the_optimum_of_a_law_is_the_least_loss_on_its_isoflop_curve():
 
 
 def test_too_few_points_are_refused(sweep):
-    with pytest.raises(FitError, match="4 points cannot settle the 5 unknowns of the chinchilla form"):
+    with pytest.raises(FitError, match="4 points are too few for the 5 unknowns of the chinchilla form"):
         fit(sweep(PUBLISHED).take(np.arange(4)))

@@ -16,7 +16,7 @@ from bst_dist.cli import main
 from bst_dist.cluster.hosts import Host
 from bst_dist.study.runs import placement
 
-WORDS = ["sweep.yaml", "settings.data={corpus: a b}"]
+WORDS = ["sweep", "run", "sweep.yaml", "settings.data={corpus: a b}"]
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_every_host_runs_the_command_in_the_directory_with_a_worker_for_each_sha
         line = next(line for line in said if line.startswith(f"{name}: {name} "))
         words = shlex.split(line)
         assert words[2:5] == ["cd", str(tmp_path / "a b"), "&&"]
-        assert words[7:] == ["sweep", "run", *WORDS, "--workers", str(workers)]
+        assert words[7:] == [*WORDS, "--workers", str(workers)]
 
 
 def test_the_status_and_the_lines_of_each_host_are_told(program):
@@ -123,5 +123,5 @@ def test_a_dry_run_shows_every_command_and_starts_nothing(tmp_path, program, cap
     assert main([*run, "--slurm", "3", "--sbatch=--time=1:00:00"]) == 0
     assert "#SBATCH --time=1:00:00" in capsys.readouterr().out
     assert main(["sweep", "run", str(tmp_path / "sweep.yaml"), "--sbatch=--time=1"]) == 2
-    assert "--sbatch is for --slurm" in capsys.readouterr().err
+    assert "--sbatch means nothing without --slurm" in capsys.readouterr().err
     assert not (tmp_path / "started").exists()

@@ -19,7 +19,7 @@ from bst_base.settings import parse
 from bst_dist.study.report import document
 from bst_dist.study.runs.runner import Runner
 from bst_dist.study.runs.state import State
-from bst_dist.study.sweep import report, table
+from bst_dist.study.sweep import present, table
 from bst_dist.study.sweep.collect import collect
 from bst_dist.study.sweep.config import SweepConfig
 from bst_dist.study.sweep.design import Designer
@@ -193,8 +193,8 @@ def test_the_table_reads_back_and_a_wrong_column_is_named(sweep, tmp_path):
 
 def test_the_report_stands_alone_and_names_every_run(sweep, tmp_path):
     rows, _ = sweep(only="-d2-")
-    found = report.find(sweep.config, rows, draws=4)
-    document.write(report.build(sweep.config, rows, found), tmp_path / "report", "t")
+    found = present.find(sweep.config, rows, draws=4)
+    document.write(present.blocks(sweep.config, rows, found), tmp_path / "report", "t")
     page, text = ((tmp_path / "report" / name).read_text() for name in ("report.html", "report.md"))
     assert 'src="data:image/png;base64,' in page
     assert "http" not in page

@@ -8,9 +8,7 @@ import torch
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.study.statistics import Estimate
-from bst_dist.study.sweep import transfer
-from bst_dist.study.sweep.coordinates import Coordinate, changes_of, check, repeat_kernels
-from bst_dist.study.sweep.transfer import Check
+from bst_dist.study.sweep.coordinates import Check, Coordinate, changes_of, coordinates, read_check, repeat_kernels
 from bst_dist.train.config import OptimizerConfig
 
 
@@ -28,7 +26,7 @@ IDS = torch.randint(40, (2, 33), generator=torch.Generator().manual_seed(0))
 
 def test_one_rate_for_all_widths_moves_wide_models_further_but_not_their_dynamics():
     """Under Adam each weight moves by the rate, so a sum over the width grows with it; dynamics are per channel."""
-    found = check(model, (16, 32, 64), (2, 4), OptimizerConfig(learning_rate=4e-3), IDS, seeds=range(2))
+    found = coordinates(model, (16, 32, 64), (2, 4), OptimizerConfig(learning_rate=4e-3), IDS, seeds=range(2))
     slopes = {(one.watched, one.along): one for one in found}
     assert slopes["ffn", "width"].slope.value > 0.5
     assert slopes["ffn", "width"].answer != "equal"
@@ -38,7 +36,7 @@ def test_one_rate_for_all_widths_moves_wide_models_further_but_not_their_dynamic
 
 def test_under_completep_no_change_depends_on_the_width_or_the_depth_dynamics_included():
     settings = OptimizerConfig(learning_rate=4e-3)
-    found = check(completep, (32, 64, 128), (2, 4, 8), settings, IDS, seeds=range(8))
+    found = coordinates(completep, (32, 64, 128), (2, 4, 8), settings, IDS, seeds=range(8))
     assert {(one.watched, one.along) for one in found} >= {("ssm dynamics", "width"), ("ssm dynamics", "depth")}
     assert [(one.watched, one.along, one.changes) for one in found if one.answer == "different"] == []
     assert sum(one.answer == "equal" for one in found) >= 6  # others would need more seeds
@@ -67,7 +65,7 @@ def test_no_slope_must_be_shown_and_not_only_not_be_rejected(slope, error, answe
 def test_a_check_is_kept_and_read_back(tmp_path):
     slope = Estimate(0.1, 0.02, 5, "seeds")
     check = Check("completep", [8, 16], [2, 4], 4, 0.1, {"bst": [Coordinate("ffn", "width", {8: 1.0, 16: 1.1}, slope)]})
-    transfer.write(check, tmp_path)
-    assert transfer.read(tmp_path) == check
+    check.write(tmp_path)
+    assert read_check(tmp_path) == check
     assert check.answer == "passed"
-    assert transfer.read(tmp_path / "elsewhere") is None
+    assert read_check(tmp_path / "elsewhere") is None

@@ -19,7 +19,7 @@ from bst_dist.study.sweep.config import ShapeConfig, SweepConfig
 from bst_dist.study.sweep.design import Designer
 from bst_dist.study.sweep.rehearsal import rehearse
 from bst_dist.study.sweep.shape import count, places, solve_together
-from bst_dist.study.sweep.soundness import UnsoundError, planned, require_sound
+from bst_dist.study.sweep.soundness import UnsoundError, planned_gaps, require_sound
 
 BASE = {
     "model": {"block": 32, "vocab_size": 300},
@@ -217,7 +217,7 @@ FAR = {"model.block": 8, "train": {"sequence_length": 256, "sequences": 1}}
         ({}, {"model": {**BASE["model"], "context": {"ssm_width": 8}}}, "context width / width of bst drifts"),
         ({"tokens_per_parameter": [5]}, {}, "tokens_per_parameter has one value"),
         ({"sizes": [2e5]}, {}, "sizes has one value"),
-        ({"sizes": [1e5, 2e5], "seeds": [0]}, {}, "4 independent runs cannot settle 4 coefficients"),
+        ({"sizes": [1e5, 2e5], "seeds": [0]}, {}, "4 independent runs are too few for 4 coefficients"),
     ],
 )
 def test_a_grid_that_cannot_answer_is_refused_with_the_reason(designer, changes, base, message):
@@ -294,7 +294,7 @@ def test_every_device_of_a_run_is_paid_for_while_it_starts(designer):
 def test_predicted_standard_errors_are_those_of_simulated_sweeps(designer):
     made = designer()
     predicted = price.standard_errors(runs_of(made), made.sweep.noise, "sliding", "near")
-    gaps = planned(runs_of(made), "sliding", "near")[0]
+    gaps = planned_gaps(runs_of(made), "sliding", "near")[0]
     matrix, names = columns(gaps)
     blocks, number = np.unique(gaps.block, return_inverse=True)
     generator = np.random.default_rng(0)

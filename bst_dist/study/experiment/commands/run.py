@@ -12,9 +12,9 @@ An experiment is a file: a base recipe beside it, arms by name with their settin
     seeds: [0, 1, 2]
     measure: {lengths: [256, 4096], tokens: 131072}
 
-May be stopped or killed at any moment and given again: it goes on from what the run directories say. Runs that several
-experiments have in common are trained once. Every field of the file is documented in
-bst_dist/study/experiment/config.py.
+The command may be stopped or killed at any moment and given again: it continues from the run directories. Runs that
+several experiments have in common are trained once. `bst experiment settings` explains every setting of the file. With
+--hostfile or --slurm the runs are trained on several hosts, as in `bst sweep run`; with --dry-run nothing is started.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from bst_dist.study.experiment.commands import report
-from bst_dist.study.experiment.config import load_experiment
-from bst_dist.study.experiment.design import require_corpora, trials
-from bst_dist.study.runs import training
-from bst_dist.study.runs.state import State
+from bst_dist.study.experiment.commands.common import add_experiment, open_experiment
+from bst_dist.study.experiment.commands.report import report
+from bst_dist.study.experiment.design import require_corpora
+from bst_dist.study.runs.command import add_training, check_training, train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    report.add_arguments(parser)
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="runs to train at a time on this host")
+    add_experiment(parser)
+    add_training(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    experiment = load_experiment(args.experiment, args.overrides)
-    found = trials(experiment)
-    require_corpora(found)
-    state = State(experiment.directory, experiment.retries)
-    counts = training.train(experiment.name, found, state, args.workers, lambda trial: trial.tokens)
-    return {"passed": counts["done"] == len(found), **report.report(experiment, found)}
+    check_training(args)
+    experiment, found, study = open_experiment(args)
+    if not args.dry_run:
+        require_corpora(found)
+    trained = train(args, study)
+    if "passed" not in trained:  # only shown, or submitted
+        return trained
+    return {"passed": trained["passed"], **report(experiment, found, study.state)}

@@ -2,8 +2,9 @@
 
     bst sweep collect launch/sweeps/mini.yaml
 
-Writes table.json and table.csv into the sweep's directory: a row a measurement, those that wait, failed or diverged
-included. With --documents TOKENS every finished run is also scored on so many tokens of each validation document.
+Writes table.json and table.csv into the sweep's directory, with one row per measurement, whether it is finished,
+waiting, failed or diverged. With --documents TOKENS every finished run is also evaluated on the first TOKENS of each
+validation document.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 from collections import Counter
 from typing import Any
 
+from bst_base.arguments import at_least
 from bst_dist.study.report.terminal import say
 from bst_dist.study.sweep import table
 from bst_dist.study.sweep.collect import collect
@@ -20,13 +22,13 @@ from bst_dist.study.sweep.commands.common import TABLE, add_sweep, open_plan
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sweep(parser)
-    parser.add_argument("--documents", type=int, default=0, metavar="TOKENS",
+    parser.add_argument("--documents", type=at_least(1), default=0, metavar="TOKENS",
                         help="also score the first TOKENS of each validation document")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    plan, state = open_plan(args)
-    rows = collect(plan.runs, state, plan.sweep.baseline, args.documents)
+    plan, study = open_plan(args)
+    rows = collect(plan.runs, study.state, plan.sweep.baseline, args.documents)
     path = plan.sweep.root / TABLE
     table.write(rows, path)
     table.write_csv(rows, path.with_suffix(".csv"))

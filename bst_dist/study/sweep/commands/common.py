@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from bst_base.shipped import SWEEPS
+from bst_dist.study.runs.command import Study, add_file
 from bst_dist.study.runs.state import State
 from bst_dist.study.sweep.config import SweepConfig, load_sweep
 from bst_dist.study.sweep.plan import Plan, make_plan
@@ -15,21 +16,19 @@ TABLE = "table.json"
 
 def add_sweep(parser: argparse.ArgumentParser) -> None:
     """The sweep's file and settings that differ from it."""
-    parser.add_argument(
-        "sweep", type=Path, metavar="SWEEP", help="the sweep's YAML file, or the name of one of launch/sweeps/"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that differ from it")
+    add_file(parser, "sweep", SWEEPS)
 
 
 def open_sweep(args: argparse.Namespace) -> SweepConfig:
     """The sweep that the arguments name."""
-    return load_sweep(args.sweep, args.overrides)
+    return load_sweep(args.file, args.overrides)
 
 
-def open_plan(args: argparse.Namespace) -> tuple[Plan, State]:
-    """Its plan, and where its runs stand."""
+def open_plan(args: argparse.Namespace) -> tuple[Plan, Study]:
+    """Its plan, and its runs as they are trained."""
     sweep = open_sweep(args)
-    return make_plan(sweep), State(sweep.root, sweep.retries)
+    plan = make_plan(sweep)
+    return plan, Study("sweep", sweep.name, plan.runs, State(sweep.root, sweep.retries))
 
 
 def open_table(args: argparse.Namespace) -> tuple[SweepConfig, list[Row]]:

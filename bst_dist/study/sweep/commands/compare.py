@@ -1,9 +1,9 @@
-"""Who is ahead, and does the advantage grow or shrink? The answer, by the rule that stands in laws/verdict.py.
+"""Which architecture is ahead, and does its advantage grow or shrink? The verdict by the rule of laws/verdict.py.
 
     bst sweep compare launch/sweeps/mini.yaml
     bst sweep compare launch/sweeps/mini.yaml --at time_s
 
-An advantage is ln L_baseline - ln L_variant of paired runs, in per cent of the loss: above 0 the variant is better.
+The advantage is ln L_baseline - ln L_variant of paired runs, in per cent of the loss; above 0 the variant is better.
 """
 
 from __future__ import annotations

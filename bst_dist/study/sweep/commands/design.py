@@ -1,10 +1,10 @@
-"""Show what a sweep would run, and what it could see, before anything is spent.
+"""Show the runs of a sweep, their shapes and the power of the comparison, before anything is spent.
 
     bst sweep design launch/sweeps/mini.yaml
 
-Shapes of equal size, exact parameters and training FLOPs per token; what the rule of the verdict would see, by applying
-it to simulated studies. The whole analysis is made of simulated losses first: a grid that cannot tell its factors
-apart, or that no verdict or law could be made of, is refused with the reason.
+Printed are shapes of equal size with exact parameters and training FLOPs per token, and the power of the verdict's rule
+in simulated studies. The whole analysis is first made with simulated losses: a grid that cannot separate its factors,
+or that gives no verdict or no law, is refused with the reason.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from bst_dist.study.laws.power import Power
 from bst_dist.study.laws.verdict import MARGIN, UNITS
 from bst_dist.study.report.document import Sheet
-from bst_dist.study.report.terminal import open_console, say, table
+from bst_dist.study.report.terminal import print_table, say
 from bst_dist.study.report.words import percent, plain
 from bst_dist.study.sweep.commands.common import add_sweep, open_plan
 from bst_dist.study.sweep.plan import Plan
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     shapes, base = shapes_of(plan), plan.sweep.baseline
     title = f"{plan.sweep.name}: {len(plan.runs)} runs, {len(plan.measured)} of them measurements"
     names = ("architecture", "arm", "size", "depth", "width", "heads", "ffn / width", "under study", "parameters",
-             "N = FLOPs/6", f"off {base}'s")  # fmt: skip
+             "N = FLOPs/6", f"N over {base}'s")  # fmt: skip
     of_base = {(s["arm"], s["size"], s["depth"]): s["parameters"] for s in shapes if s["architecture"] == base}
     rows = [
         [s["architecture"], s["arm"], f"{s['size']:.3g}", str(s["depth"]), str(s["width"]), str(s["heads"]),
@@ -40,11 +40,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
          f"{s['parameters'] / of_base[s['arm'], s['size'], s['depth']] - 1:+.2%}"]
         for s in shapes
     ]  # fmt: skip
-    open_console().print(table(Sheet(names, rows), title))
+    print_table(Sheet(names, rows), title)
     power = plan.power()
     show_power(power, plan)
     for block in plan.dropped:
-        say(f"not paid for by the budget: {block}")
+        say(f"dropped, because the budget does not suffice: {block}")
     return {"runs": len(plan.runs), "measurements": len(plan.measured), "dropped": plan.dropped, "shapes": shapes,
             "power": plain(power)}  # fmt: skip
 
@@ -67,20 +67,20 @@ def shapes_of(plan: Plan) -> list[dict[str, Any]]:
 def show_power(every: list[Power], plan: Plan) -> None:
     """What the rule would see of each variant."""
     noise = plan.sweep.noise
-    title = (f"what the rule would see of each variant in arm {plan.sweep.arm}, from {every[0].pairs} pairs of runs "
-             f"with a noise of {noise.seed:.2%} of the loss between seeds (noise.seed)")  # fmt: skip
+    title = (f"power of the rule for each variant in arm {plan.sweep.arm}, from {every[0].pairs} pairs of runs, with a "
+             f"standard deviation of {noise.seed:.2%} of the loss between seeds (noise.seed)")  # fmt: skip
     rows = [
         [UNITS[p.factor].per, percent(p.standard_error, sign=False), f"{p.at_margin:.0%}", _seen(p),
          f"{p.equivalent:.0%}"]
         for p in every
     ]  # fmt: skip
-    names = ("change of the advantage per", "standard error", f"chance to see {MARGIN:.1%}", "seen 4 times in 5",
-             "chance of 'equivalent' if none")  # fmt: skip
-    open_console().print(table(Sheet(names, rows), title))
-    say(f"chance of a false verdict, of any variant, where nothing changes: {every[0].false:.1%}")
+    names = ("change of the advantage per", "standard error", f"power at {MARGIN:.1%}", "change with 80 % power",
+             "probability of 'equivalent' without a change")  # fmt: skip
+    print_table(Sheet(names, rows), title)
+    say(f"probability of any false verdict where nothing changes: {every[0].false:.1%}")
     for p in every:
         if not math.isfinite(p.smallest_seen):
-            say(f"no change over {UNITS[p.factor].name} could be seen: add seeds, or compare fewer variants")
+            say(f"no change over {UNITS[p.factor].name} could be detected: add seeds, or compare fewer variants")
 
 
 def _seen(p: Power) -> str:

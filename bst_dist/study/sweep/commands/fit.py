@@ -2,9 +2,9 @@
 
     bst sweep fit launch/sweeps/mini.yaml
 
-Three forms, two objectives; errors by resampling runs; shapes and the largest size left out; the size that was held out
-predicted; the best model for a budget; one E for the architectures shown to have the same. Where a law is not
-identified, local slopes stand in its place. `bst law fit` does the same for a table of your own.
+Three forms are fitted with two objectives. Printed are intervals by resampling runs, errors on shapes and sizes that
+were left out, the prediction of the held-out size, the best model for a budget, and one E for architectures that are
+shown to share it; local slopes where the data do not identify a law. `bst law fit` does the same for your own table.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from bst_base.arguments import at_least
 from bst_dist.study.laws.scaling import fit_laws
 from bst_dist.study.report import laws
 from bst_dist.study.report.terminal import show
@@ -22,7 +23,7 @@ from bst_dist.study.sweep.table import observations
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sweep(parser)
-    parser.add_argument("--draws", type=int, default=200, metavar="N", help="resamples (default: %(default)s)")
+    parser.add_argument("--draws", type=at_least(2), default=200, metavar="N", help="resamples (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

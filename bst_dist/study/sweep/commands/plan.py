@@ -2,8 +2,8 @@
 
     bst sweep plan launch/sweeps/mini.yaml --measure 2
 
-With --measure every shape is first timed here for some seconds, and its speed kept; without, the price is by the
-budget's flops_per_s. Blocks are dropped, with all their architectures, until the budget pays for the rest.
+With --measure every shape is first timed on this machine for so many seconds, and its speed is kept; without it the
+price is computed from budget.flops_per_s. Blocks are dropped, with all their architectures, until the budget suffices.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from bst_base.arguments import seconds
 from bst_dist.study.report.document import Sheet
-from bst_dist.study.report.terminal import open_console, say, table
+from bst_dist.study.report.terminal import print_table, say
 from bst_dist.study.report.words import plain
 from bst_dist.study.sweep.commands.common import add_sweep, open_sweep
 from bst_dist.study.sweep.commands.design import show_power
@@ -25,7 +26,7 @@ from bst_dist.study.sweep.speed import measure
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sweep(parser)
-    parser.add_argument("--measure", type=float, metavar="SECONDS", help="time every shape here for so long first")
+    parser.add_argument("--measure", type=seconds, metavar="SECONDS", help="time every shape here for so long first")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -44,11 +45,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             own = [price for price in prices if tuple(price[key] for key in keys) == group]
             names = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in group]
             rows.append([*names, str(sum(p["runs"] for p in own)), f"{sum(p['cost'] for p in own):.3g}"])
-        open_console().print(table(Sheet((*keys, "runs", plan.unit), rows), f"{sweep.name}, {title}"))
+        print_table(Sheet((*keys, "runs", plan.unit), rows), f"{sweep.name}, {title}")
     power = plan.power()
     show_power(power, plan)
     for block in plan.dropped:
-        say(f"not paid for by the budget: {block}")
+        say(f"dropped, because the budget does not suffice: {block}")
     limit = "no limit" if plan.limit == float("inf") else f"a budget of {plan.limit:.4g}"
     flops = sum(run.own_flops for run in plan.runs)
     say(f"{len(plan.runs)} runs, {plan.spent:.4g} {plan.unit} of {limit}; {flops:.3g} FLOPs")

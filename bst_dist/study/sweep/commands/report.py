@@ -11,23 +11,25 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from bst_base.arguments import at_least
 from bst_dist.study.report import document
 from bst_dist.study.report.terminal import say
 from bst_dist.study.report.words import plain
-from bst_dist.study.sweep import report, transfer
+from bst_dist.study.sweep import present
 from bst_dist.study.sweep.commands.common import add_sweep, open_table
+from bst_dist.study.sweep.coordinates import read_check
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sweep(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the sweep's directory)")
-    parser.add_argument("--draws", type=int, default=200, metavar="N", help="resamples (default: %(default)s)")
+    parser.add_argument("--draws", type=at_least(2), default=200, metavar="N", help="resamples (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     sweep, rows = open_table(args)
-    found = report.find(sweep, rows, args.draws, transfer.read(sweep.root))
-    files = document.write(report.build(sweep, rows, found), args.out or sweep.root, title=f"Sweep {sweep.name}")
+    found = present.find(sweep, rows, args.draws, read_check(sweep.root))
+    files = document.write(present.blocks(sweep, rows, found), args.out or sweep.root, title=f"Sweep {sweep.name}")
     for path in files[:2]:
         say(f"wrote {path}")
     return {"files": [str(path) for path in files], **plain(found)}

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bst_dist.study.lengths.measure import LengthResult, Position
-from bst_dist.study.report.plot import INCHES, looks
+from bst_dist.study.report.style import INCHES, looks
 from bst_dist.study.statistics import Estimate
 
 LINEAR = 0.01

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bst_dist.cli import main
-from bst_dist.study.report.plot import SMALL, draw, read_runs
+from bst_dist.study.comparison.curves import SMALL, draw, read_runs
 
 
 def line(step, **changes):

@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from bst_base.errors import UserError
 from bst_dist.study.evaluation.corpora import open_text
 from bst_dist.study.evaluation.trained import Trained, open_run
-from bst_dist.study.lengths import plot as lengths_plot
+from bst_dist.study.lengths.figure import draw
 from bst_dist.study.lengths.measure import How, LengthResult, how, measure
 from bst_dist.study.lengths.text import longest
-from bst_dist.study.report.plot import FORMATS, save
+from bst_dist.study.report.document import Sheet
+from bst_dist.study.report.style import require_picture, save
+from bst_dist.study.report.terminal import print_table, say
 from bst_dist.study.statistics import Estimate
 from data_pipeline.commands.progress import stages
 from data_pipeline.serve.reader import Corpus
@@ -28,9 +27,8 @@ HOWS: dict[How, str] = {
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    console = Console()
-    if args.plot and args.plot.suffix not in FORMATS:  # before anything is read
-        raise UserError(f"--plot {args.plot}: the suffix must be one of {', '.join(FORMATS)}")
+    if args.plot:
+        require_picture(args.plot, "--plot")  # before anything is read
     trained = open_run(args.run, args.checkpoint)
     for length in args.lengths:
         how(trained.recipe.model, length)
@@ -42,14 +40,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     drawn = {}
     for corpus in open_text(trained, args.split, args.corpus):
         lengths = with_trained(trained, corpus, args.lengths)
-        with stages(console) as say:
-            found = measure(trained, corpus, lengths, tokens=args.tokens, progress=lambda *done: say("evaluate", *done))
-        console.print(_table(args, trained, corpus, found))
+        with stages(Console()) as told:
+            found = measure(
+                trained, corpus, lengths, tokens=args.tokens, progress=lambda *done: told("evaluate", *done)
+            )
+        _show(args, trained, corpus, found)
         report["corpora"].append(_report(corpus, found))
         drawn[corpus.where] = found
     if args.plot:
-        save(lambda: lengths_plot.draw(drawn, trained.recipe.train.sequence_length), args.plot)
-        console.print(f"drew {args.plot}", markup=False, highlight=False)
+        save(lambda: draw(drawn, trained.recipe.train.sequence_length), args.plot)
+        say(f"drew {args.plot}")
     return report
 
 
@@ -60,27 +60,32 @@ def with_trained(trained: Trained, corpus: Corpus, lengths: list[int]) -> list[i
     return sorted({*lengths, own} if fits else {*lengths})
 
 
-def _table(args: argparse.Namespace, trained: Trained, corpus: Corpus, found: list[LengthResult]) -> Table:
+def _show(args: argparse.Namespace, trained: Trained, corpus: Corpus, found: list[LengthResult]) -> None:
     own, kinds = trained.recipe.train.sequence_length, {each.how for each in found}
-    table = Table(
-        "length", "per-\nplexity", "nats per token", f"more than\nat {own:,}", "bits/\nbyte",
-        "docs\nas long", "memory\nMiB", *(["past"] if kinds != {"carried"} else []),
-        title=f"{args.run} after {trained.step:,} steps, trained on sequences of {own:,}:\n{corpus.where}",
-        caption=_caption(trained, corpus, found), title_justify="left", caption_justify="left",
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
-    )  # fmt: skip
-    for column in table.columns:
-        column.justify = "right"
+    names = (
+        "length",
+        "perplexity",
+        "nats per token",
+        f"more than at {own:,}",
+        "bits/byte",
+        "docs as long",
+        "memory, MiB",
+    )
+    rows = []
     for each in found:
         compared = each.versus_trained is not None and each.length != own
-        table.add_row(
+        rows.append([
             f"{each.length:,}", f"{each.perplexity.value:.2f}", str(each.nats_per_token),
             each.versus_trained.text(4, sign=True) if compared else "",
             f"{each.bits_per_byte.value:.4f}", f"{each.that_long:,}",
             "" if each.peak_bytes is None else f"{each.peak_bytes / 2**20:,.0f}",
             *([each.how] if kinds != {"carried"} else []),
-        )  # fmt: skip
-    return table
+        ])  # fmt: skip
+    print_table(
+        Sheet((*names, *(["past"] if kinds != {"carried"} else [])), rows),
+        f"{args.run} after {trained.step:,} steps, trained on sequences of {own:,}: {corpus.where}",
+        _caption(trained, corpus, found),
+    )
 
 
 def _caption(trained: Trained, corpus: Corpus, found: list[LengthResult]) -> str:

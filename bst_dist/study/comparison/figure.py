@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from bst_base.errors import UserError
+from bst_dist.study.comparison.curves import evaluations, legend, smoothed
 from bst_dist.study.comparison.outline import Outline
 from bst_dist.study.comparison.pairs import by_step
-from bst_dist.study.report.plot import evaluations, legend, looks, smoothed
+from bst_dist.study.report.style import looks
 
 INCHES = (6.75, 4.8)
 

@@ -44,7 +44,7 @@ def test_a_length_beyond_the_corpus_is_refused(make_run, capsys, documents, leng
 
 def test_what_cannot_be_is_said_before_anything_is_read(make_run, capsys, monkeypatch):
     run_dir = str(make_run())
-    monkeypatch.setattr("bst_dist.study.lengths.report.measure", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr("bst_dist.study.lengths.command.measure", lambda *_, **__: pytest.fail("read"))
     assert main(["eval", run_dir, "--lengths", "12"]) == 2
     assert "length 12 is not a multiple of the model's block, 8" in capsys.readouterr().err
     assert main(["eval", run_dir, "--lengths", "16", "--plot", "x.docx"]) == 2

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
 from bst_dist.study.ablation.measure import Increase
-from bst_dist.study.report.plot import COLOURS
+from bst_dist.study.report.style import COLOURS
 from bst_dist.study.statistics import Estimate
 
 WIDTH_INCHES = 6.75  # the text width of a two-column paper

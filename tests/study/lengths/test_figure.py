@@ -5,8 +5,8 @@ import pytest
 
 from bst_dist.cli import main
 from bst_dist.study.evaluation.trained import open_run
+from bst_dist.study.lengths.figure import draw
 from bst_dist.study.lengths.measure import measure
-from bst_dist.study.lengths.plot import draw
 from data_pipeline.serve.reader import Corpus
 
 

@@ -18,12 +18,11 @@ from bst_dist.study.laws.scaling import Laws, fit_laws
 from bst_dist.study.report import advantage, laws
 from bst_dist.study.report.document import Block, Heading, Items, Paragraph, Picture, Sheet
 from bst_dist.study.report.figures import gap_figure, loss_figure, place_figure
-from bst_dist.study.report.plot import STYLE
+from bst_dist.study.report.style import STYLE
 from bst_dist.study.report.words import number, percent, power
 from bst_dist.study.sweep.config import SweepConfig
-from bst_dist.study.sweep.coordinates import SLOPE
+from bst_dist.study.sweep.coordinates import SLOPE, Check
 from bst_dist.study.sweep.table import Row, observations
-from bst_dist.study.sweep.transfer import Check
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def find(sweep: SweepConfig, rows: Sequence[Row], draws: int, coordinates: Check
     )  # fmt: skip
 
 
-def build(sweep: SweepConfig, rows: Sequence[Row], found: Findings) -> list[Block]:
+def blocks(sweep: SweepConfig, rows: Sequence[Row], found: Findings) -> list[Block]:
     """The document's blocks."""
     with matplotlib.rc_context(STYLE):
         return [
@@ -80,17 +79,17 @@ def _answer(sweep: SweepConfig, rows: Sequence[Row], found: Findings) -> Iterato
 def _reservations(counts: Counter[str], found: Findings) -> Iterator[Block]:
     """What the reader of a verdict must know with it."""
     if unfinished := counts["waiting"] + counts["running"]:
-        yield Paragraph(f"{unfinished} measurements have not finished: a verdict that is read before the end is wrong "
-                        "more often than its p value says.")  # fmt: skip
+        yield Paragraph(f"{unfinished} measurements have not finished: a verdict read before the end is wrong more "
+                        "often than its p value says.")  # fmt: skip
     answers = Counter(corner.answer for corner in found.audit)
     if answers["failed"]:
-        yield Paragraph("The audit of the learning rate does not pass, so a change with depth or compute may be one of "
-                        "how well the rate suits.")  # fmt: skip
+        yield Paragraph("The audit of the learning rate does not pass, so a change with depth or compute may be an "
+                        "effect of the learning rate.")  # fmt: skip
     elif answers["undecided"]:
         yield Paragraph("The audit of the learning rate is undecided in some corners: a change with depth or compute "
-                        "may be one of how well the rate suits.")  # fmt: skip
+                        "may be an effect of the learning rate.")  # fmt: skip
     elif not found.audit:
-        yield Paragraph("No learning rate but the rule's was tried.")
+        yield Paragraph("Only the rule's learning rate was tried.")
 
 
 def _advantage(found: Findings) -> Iterator[Block]:
@@ -101,7 +100,7 @@ def _advantage(found: Findings) -> Iterator[Block]:
         label = advantage.EQUAL[comparison.axis]
         yield Heading(3, f"At equal {label}")
         if comparison.axis == "time_s":
-            yield Paragraph("Of use only where nothing else ran on the machine.")
+            yield Paragraph("Valid only if nothing else ran on the machine.")
         yield from advantage.tables(comparison)
         yield Picture(f"gap-{comparison.axis.removesuffix('_s')}", gap_figure(comparison),
                       f"Advantage at equal {label} in arm {comparison.arm}: a line with its 95 % band a depth, by the "
@@ -111,8 +110,8 @@ def _advantage(found: Findings) -> Iterator[Block]:
     place = place_figure(found.flops)
     if place is not None:
         yield Picture("gap-by-place", place, "Mean advantage by position in the sequence, a point a block, with 95 % "
-                      "intervals over pairs; where it only appears beyond the window, a longer receptive field is what "
-                      "it is made of.")  # fmt: skip
+                      "intervals over pairs. An advantage that only appears beyond the window comes from a longer "
+                      "receptive field.")  # fmt: skip
 
 
 def _laws(sweep: SweepConfig, rows: Sequence[Row], found: Findings) -> Iterator[Block]:

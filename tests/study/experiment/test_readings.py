@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bst_dist.study.experiment.statistics import ByDocument, Reading, difference, level
+from bst_dist.study.experiment.readings import ByDocument, Reading, apart, difference, level
+from bst_dist.study.statistics import Estimate
 
 
 def test_over_seeds_the_error_is_that_of_a_mean():
@@ -16,7 +17,7 @@ def test_over_seeds_the_error_is_that_of_a_mean():
     assert found.value == pytest.approx(2.3)
     # Deviations -0.3, -0.1, 0.4: variance 0.26 / 2 = 0.13, by three seeds.
     assert found.standard_error == pytest.approx(math.sqrt(0.13 / 3))
-    assert (found.over, found.n) == ("seeds", 3)
+    assert (found.over, found.observations) == ("seeds", 3)
 
 
 def test_a_difference_is_paired_by_seed():
@@ -27,14 +28,14 @@ def test_a_difference_is_paired_by_seed():
     assert found.value == pytest.approx(0.002)
     assert found.standard_error == pytest.approx(0.001 / math.sqrt(3))
     ours = stats.ttest_rel([2.001, 2.202, 2.703], [2.0, 2.2, 2.7])
-    assert found.interval == pytest.approx(0.002 - ours.confidence_interval(0.95).low)
-    assert found.apart == (ours.pvalue < 0.05)
+    assert found.half_width == pytest.approx(0.002 - ours.confidence_interval(0.95).low)
+    assert apart(found) == (ours.pvalue < 0.05)
 
 
 def test_only_seeds_that_both_have_are_paired():
     arm = {0: Reading(2.0), 1: Reading(3.0), 2: Reading(9.0)}
     found = difference(arm, {0: Reading(1.0), 1: Reading(2.5)})
-    assert (found.value, found.n) == (pytest.approx(0.75), 2)
+    assert (found.value, found.observations) == (pytest.approx(0.75), 2)
     assert difference(arm, {7: Reading(1.0)}) is None
 
 
@@ -44,7 +45,7 @@ def test_with_one_seed_the_error_is_over_documents():
     residuals = bits - 59 / 20 * sizes
     assert found.value == pytest.approx(59 / 20)
     assert found.standard_error == pytest.approx(math.sqrt(3 / 2 * (residuals**2).sum()) / 20)
-    assert (found.over, found.n) == ("documents", 3)
+    assert (found.over, found.observations) == ("documents", 3)
 
 
 def test_a_difference_is_paired_by_document():
@@ -57,7 +58,7 @@ def test_a_difference_is_paired_by_document():
     assert found.value == pytest.approx(0.1)
     assert found.standard_error == pytest.approx(0, abs=1e-12)
     assert level(arm).standard_error > 0.1
-    assert not found.apart  # of one seed each, the two models differ for certain, and the arms need not
+    assert not apart(found)  # of one seed each, the two models differ for certain, and the arms need not
 
 
 def test_documents_that_are_not_the_same_are_not_paired():
@@ -69,6 +70,6 @@ def test_documents_that_are_not_the_same_are_not_paired():
 
 def test_one_run_alone_has_no_error_and_nothing_is_apart():
     found = level({0: Reading(3.0)})
-    assert found == (3.0, None, None, 1)
-    assert found.interval is None
-    assert not found.apart
+    assert found == Estimate(3.0, None)
+    assert found.half_width is None
+    assert not apart(found)

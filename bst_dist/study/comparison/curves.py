@@ -11,37 +11,27 @@ differences.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
-from rich.console import Console
 
 from bst_base.errors import UserError
 from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.study.report.style import INCHES, looks, save
+from bst_dist.study.report.terminal import say
+from bst_dist.study.runs.results import named
 
-# Okabe and Ito's colours, which people with any colour vision tell apart, the darker ones first.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00")
-DASHES = ("-", "--", ":", "-.")  # once the colours are used up
-STYLE = {
-    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7.5, "legend.frameon": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.axisbelow": True,
-    "axes.grid": True, "grid.linewidth": 0.4, "grid.color": "#dddddd", "lines.linewidth": 1.1,
-    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "savefig.dpi": 300, "pdf.fonttype": 42, "svg.fonttype": "none",
-}  # fmt: skip
 SMALL = {
     "learning_rate": "learning rate",
     "gradient_norm": "gradient norm, before clipping",
     "tokens_per_s": "tokens per second",
 }
-FORMATS = (".png", ".pdf", ".svg")
-INCHES = (6.75, 4.4)  # the text width of a two-column paper
 
 
 def draw(runs: dict[str, list[dict[str, Any]]]) -> Figure:
@@ -69,12 +59,6 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     figure.supxlabel("tokens seen" if text else "labels seen", fontsize=8)
     legend(loss, runs)
     return figure
-
-
-def looks(count: int) -> list[dict[str, str]]:
-    """Colour and dashes of so many runs, no two alike."""
-    return [{"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
-            for number in range(count)]  # fmt: skip
 
 
 def legend(axes: Axes, names: Collection[str]) -> None:
@@ -133,24 +117,6 @@ def read_runs(directories: list[Path]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def named(directories: Sequence[Path]) -> dict[str, Path]:
-    """Directories, each once, by the shortest end of their path that tells them apart."""
-    paths = {path.resolve(): path for path in reversed(directories)}
-    depth = 1
-    while len({path.parts[-depth:] for path in paths}) < len(paths):
-        depth += 1
-    return {"/".join(whole.parts[-depth:]): path for whole, path in reversed(paths.items())}
-
-
-def save(draw: Callable[[], Figure], out: Path) -> None:
-    """Draw in the style of papers and write the file; raises UserError for a suffix that is no picture's."""
-    if out.suffix not in FORMATS:
-        raise UserError(f"{out}: the suffix must be one of {', '.join(FORMATS)}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(STYLE):
-        draw().savefig(out)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="directory of a run")
     parser.add_argument("--out", metavar="PATH", type=Path,
@@ -161,5 +127,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     runs = read_runs(args.runs)
     out = args.out or args.runs[0] / "curves.png"
     save(lambda: draw(runs), out)
-    Console().print(f"drew {', '.join(runs)} to {out}", markup=False, highlight=False)
+    say(f"drew {', '.join(runs)} to {out}")
     return {"file": str(out), "runs": {name: lines[-1]["step"] for name, lines in runs.items()}}

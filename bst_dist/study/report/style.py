@@ -1,0 +1,64 @@
+"""The look of every figure, and how one is written: at the text width of a two-column paper, legible without colour."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bst_base.errors import UserError
+
+# Okabe and Ito's colours, which people with any colour vision tell apart, the darker ones first.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00")
+DASHES = ("-", "--", ":", "-.")  # once the colours are used up
+STYLE = {
+    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7.5, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.axisbelow": True,
+    "axes.grid": True, "grid.linewidth": 0.4, "grid.color": "#dddddd", "lines.linewidth": 1.1,
+    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "savefig.dpi": 300, "pdf.fonttype": 42, "svg.fonttype": "none",
+}  # fmt: skip
+MARKS = "osD^vP*"
+ACROSS = 3
+"""Panels beside each other; with more there are rows of them."""
+FORMATS = (".png", ".pdf", ".svg")
+INCHES = (6.75, 4.4)  # the text width of a two-column paper
+
+
+def looks(count: int) -> list[dict[str, str]]:
+    """Colour and dashes of so many runs, no two alike."""
+    return [{"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
+            for number in range(count)]  # fmt: skip
+
+
+def marked(number: int) -> dict[str, Any]:
+    """Colour and mark of the series of a number, thin lines between its points."""
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKS[number % len(MARKS)], "linewidth": 0.7}
+
+
+def panels(number: int, height: float, **shared: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, of so many inches each; in the last row those too many are not drawn."""
+    across = min(ACROSS, number)
+    down = -(-number // across)
+    figure = Figure(figsize=(INCHES[0], height * down + 0.3), layout="constrained")
+    found = figure.subplots(down, across, squeeze=False, **shared).flatten().tolist()
+    for axes in found[number:]:
+        axes.set_axis_off()
+    return figure, found
+
+
+def require_picture(out: Path, option: str = "") -> None:
+    """Raise UserError for a file whose suffix is no picture's; `option`: by which it was given."""
+    if out.suffix not in FORMATS:
+        raise UserError(f"{option} {out}: the suffix must be one of {', '.join(FORMATS)}".lstrip())
+
+
+def save(draw: Callable[[], Figure], out: Path) -> None:
+    """Draw in the style of papers and write the file; raises UserError for a suffix that is no picture's."""
+    require_picture(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        draw().savefig(out)

@@ -1,0 +1,117 @@
+"""What `bst sweep` and `bst experiment` share: the file they are given, and the commands `run` and `status`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bst_base.arguments import at_least
+from bst_base.errors import UserError
+from bst_dist.cluster.hosts import read_hostfile
+from bst_dist.study.report.document import Sheet
+from bst_dist.study.report.terminal import print_table, say
+from bst_dist.study.runs import placement, training
+from bst_dist.study.runs.recipes import Job
+from bst_dist.study.runs.state import STATUSES, State
+
+
+@dataclass(frozen=True)
+class Study:
+    """A sweep or an experiment, as far as training its runs goes."""
+
+    kind: str
+    """sweep or experiment"""
+    name: str
+    jobs: Sequence[Job]
+    state: State
+
+
+def add_file(parser: argparse.ArgumentParser, kind: str, folder: str) -> None:
+    """The study's file and settings that differ from it; `folder`: where those of the program lie."""
+    parser.add_argument("file", type=Path, metavar=kind.upper(),
+                        help=f"the {kind}'s YAML file, or the name of one of {folder}/")  # fmt: skip
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that differ from it")
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """Where the runs are trained."""
+    where = parser.add_mutually_exclusive_group()
+    parser.add_argument(
+        "--workers", type=at_least(1), metavar="N", help="runs to train at a time on a host (default: 1)"
+    )
+    where.add_argument("--hostfile", type=Path, metavar="FILE",
+                       help="train on these hosts, as many runs at a time as their slots suffice for")  # fmt: skip
+    where.add_argument("--slurm", type=at_least(1), metavar="N", help="submit an array of N tasks")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="with --slurm: an option for sbatch"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only show what would be trained, or the commands")
+
+
+def check_training(args: argparse.Namespace) -> None:
+    """Raise UserError for options that do not go together."""
+    if args.workers is not None and args.hostfile is not None:
+        raise UserError("--workers does not go with --hostfile: a host's slots say how many runs it trains at a time")
+
+
+def train(args: argparse.Namespace, study: Study) -> dict[str, Any]:
+    """Train what is missing; returns how many runs stand where, without `passed` where nothing was trained here."""
+    words = [study.kind, "run", str(args.file), *args.overrides]
+    jobs, state = study.jobs, study.state
+    if args.slurm is not None:
+        return _submit(args, study, words)
+    if args.hostfile is not None:
+        ranks = max((job.recipe.ranks or 1) for job in jobs)
+        commands = {host.name: placement.on_host(host, ranks, Path.cwd(), words)
+                    for host in read_hostfile(args.hostfile)}  # fmt: skip
+        if args.dry_run:
+            say("\n".join(map(shlex.join, commands.values())))
+            return {"commands": commands}
+        placement.run_on_hosts(commands, say)
+        counts = state.counts(jobs)
+    elif args.dry_run:
+        lines = training.missing(jobs, state)
+        lines.append(f"{study.name}: {len(lines)} of {len(jobs)} runs would be trained; nothing was started")
+        say("\n".join(lines))
+        return {"to_train": len(lines) - 1, "runs": len(jobs)}
+    else:
+        counts = training.train(study.name, jobs, state, args.workers or 1)
+    return {"passed": counts["done"] == len(jobs), "runs": dict(counts), "directory": str(state.root)}
+
+
+def _submit(args: argparse.Namespace, study: Study, words: list[str]) -> dict[str, Any]:
+    """Give Slurm an array whose tasks train the study."""
+    root = study.state.root.resolve()
+    words = [*words, "--workers", str(args.workers or 1)]
+    script = placement.slurm_script(study.name, root, args.slurm, Path.cwd(), words, args.sbatch)
+    say(script if args.dry_run else placement.submit(script, root))
+    return {"script": script}
+
+
+def show_status(study: Study) -> dict[str, Any]:
+    """Print where the runs stand, how far those under way are, and why others have failed."""
+    standings = [(job, study.state.standing(job)) for job in study.jobs]
+    rows = []
+    for group in dict.fromkeys(job.group for job in study.jobs):
+        counts = Counter(standing.status for job, standing in standings if job.group == group)
+        rows.append([group, *(str(counts[status]) for status in STATUSES)])
+    print_table(Sheet(("runs of", *STATUSES), rows), study.name)
+    for job, standing in standings:
+        if standing.status == "running":
+            line = study.state.progress(job.name)
+            say(f"running   {job.name}: step {line['step'] if line else 0} of {job.recipe.train.steps}")
+        elif standing.status in ("failed", "diverged"):
+            say(f"{standing.status:<9} {job.name}: {standing.reason}")
+    done = sum(job.work for job, standing in standings if standing.status == "done")
+    say(f"{done / sum(job.work for job in study.jobs):.0%} of the work is done")
+    return {
+        "runs": dict(Counter(standing.status for _, standing in standings)),
+        "work_done": done,
+        "work": sum(job.work for job in study.jobs),
+        "not_finished": {job.name: s.status for job, s in standings if s.status != "done"},
+    }

@@ -1,0 +1,54 @@
+"""The settings that sweeps and experiments have in common, and how a file of either is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import Field, model_validator
+
+from bst_base.settings import Config, ConfigError, load
+from bst_base.shipped import find
+
+T = TypeVar("T", bound="StudyConfig")
+Settings = dict[str, Any]
+"""Dotted settings of the recipe: {model.mixer: bst, model.context: {variant: SH}}."""
+
+
+class StudyConfig(Config):
+    name: str = Field(pattern=r"^[\w.-]+$")
+    """What the study is called."""
+    recipe: str
+    """The base recipe: a YAML file, from the folder of this file."""
+    settings: Settings = Field(default_factory=dict)
+    """Settings of the base recipe for all runs, by dotted names: {train.steps: 200}."""
+    seeds: list[int] = Field(min_length=1)
+    """Seeds of the initial weights and of the order of the data. Runs are compared in pairs of one seed."""
+    retries: int = Field(1, ge=0)
+    """How often a run that failed is started again. A run that diverged is not started again; running out of memory is
+    no failure."""
+
+    @model_validator(mode="after")
+    def _seeds_differ(self) -> StudyConfig:
+        require_distinct("seeds", self.seeds)
+        return self
+
+
+def require_distinct(name: str, values: Sequence[Any]) -> None:
+    """Raise ValueError when a list of settings holds a value twice."""
+    if len(set(values)) < len(values):
+        raise ValueError(f"{name} holds a value twice")
+
+
+def load_study(cls: type[T], path: Path, folder: str, overrides: Iterable[str]) -> T:
+    """Read a study's file, given by its path or by its name in a shipped folder, with the path of its base recipe.
+
+    Raises ConfigError for whatever is wrong.
+    """
+    path = find(path, folder)
+    config = load(cls, path, overrides)
+    recipe = path.parent / config.recipe
+    if not recipe.is_file():
+        raise ConfigError(f"{path}: recipe {config.recipe}: no such file beside it")
+    return config.model_copy(update={"recipe": str(recipe)})

@@ -1,0 +1,31 @@
+"""Every setting of a sweep's file: its name, type, default and meaning; or those of one section.
+
+    bst sweep settings
+    bst sweep settings rules
+    bst sweep settings --markdown > docs/sweep-settings.md
+
+Any of them may be given on the command line, directly after the file, as section.field=value.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from bst_dist import describe
+from bst_dist.study.sweep.config import SweepConfig
+
+INTRODUCTION = """# Settings of a sweep
+
+    bst sweep design launch/sweeps/mini.yaml seeds=[0,1] budget.cpu_minutes=60
+
+A sweep is one YAML file. On the command line a setting is given by its dotted name, directly after the file; an unknown
+name is an error that names the nearest one. What a sweep is for, and what it refuses: [sweeps](sweeps.md). `settings`,
+`arms`, `kernels` and `architectures` hold settings of the [recipe](recipes.md). `bst sweep settings SECTION` prints a
+part of this page, and `bst sweep settings --markdown` prints all of it."""
+
+add_arguments = describe.add_arguments
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    return describe.describe(SweepConfig, INTRODUCTION, args, top="sweep")

@@ -1,0 +1,35 @@
+"""The settings of sweeps and experiments are explained, and the pages in docs/ are what the commands print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bst_base.settings import fields
+from bst_dist.cli import main
+from bst_dist.study.experiment.config import ExperimentConfig
+from bst_dist.study.sweep.config import SweepConfig
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+KINDS = {"sweep": SweepConfig, "experiment": ExperimentConfig}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_page_in_docs_is_what_the_command_prints(kind, capsys):
+    assert main([kind, "settings", "--markdown"]) == 0
+    said = f"settings have changed: bst {kind} settings --markdown > docs/{kind}-settings.md"
+    assert (DOCS / f"{kind}-settings.md").read_text() == capsys.readouterr().out, said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_setting_says_what_it_means(kind):
+    assert [name for name, _, _, meaning in fields(KINDS[kind]) if not meaning] == []
+
+
+def test_a_section_is_printed_alone_and_an_unknown_one_names_those_there_are(capsys):
+    assert main(["sweep", "settings", "rules"]) == 0
+    told = capsys.readouterr().out
+    assert "rules.warmup_fraction" in told and "budget" not in told
+    assert main(["experiment", "settings", "budget"]) == 2
+    assert "no setting begins with 'budget'; there are: name, recipe" in capsys.readouterr().err
