@@ -60,9 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--nodes", type=at_least(1), default=1, metavar="N", help="hosts that run this command (default: 1)"
     )
     parser.add_argument(
-        "--node", type=at_least(0), default=0, metavar="I", help="which of them this is, from 0 (default: 0)"
+        "--node",
+        type=at_least(0),
+        default=0,
+        metavar="I",
+        help="with --nodes: which of them, from 0 (default: 0)",
     )
-    parser.add_argument("--master", metavar="ADDRESS:PORT", help="where node 0 is, when there are several")
+    parser.add_argument("--master", metavar="ADDRESS:PORT", help="with --nodes: where node 0 is")
     add_grace(parser)
 
 
