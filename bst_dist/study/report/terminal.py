@@ -34,18 +34,15 @@ def show(blocks: Iterable[Block]) -> None:
 
 
 def print_table(sheet: Sheet, title: str | None = None, caption: str | None = None) -> None:
-    """As wide as the terminal, and in a file or a pipe wide enough to cut no number short."""
-    console = Console() if sys.stdout.isatty() else Console(width=400)
-    console.print(table(sheet, title, caption))
-
-
-def table(sheet: Sheet, title: str | None = None, caption: str | None = None) -> Table:
-    """A table for rich, numbers flush right."""
-    shown = Table(title=title and Text(title), title_justify="left", box=SIMPLE,
-                  caption=caption and Text(caption), caption_justify="left")  # fmt: skip
+    """A table, numbers flush right: as wide as the terminal, and in a file or a pipe wide enough to cut no number."""
+    shown = Table(box=SIMPLE)
     for place, name in enumerate(sheet.columns):
         right = is_numeric([row[place] for row in sheet.rows])
         shown.add_column(Text(name), justify="right" if right else "left", no_wrap=place == 0)
     for number, row in enumerate(sheet.rows, 1):
         shown.add_row(*(Text(cell) for cell in row), end_section=number == sheet.rule_after)
-    return shown
+    if title:
+        say(title)
+    (Console() if sys.stdout.isatty() else Console(width=400)).print(shown)
+    if caption:
+        say(caption)
