@@ -25,6 +25,8 @@ class Row:
 
     condition: str
     arm: str
+    label: str
+    """The arm with its condition."""
     standings: dict[int, Standing]
     """Where the run of each seed stands."""
     parameters: int | None
@@ -39,11 +41,6 @@ class Row:
     """Why there is no value in a column, or what it is a value of."""
     values: dict[str, dict[int, float]] = field(default_factory=dict)
     """What each seed gave, by column."""
-
-    @property
-    def label(self) -> str:
-        """The arm with its condition."""
-        return f"{self.condition}: {self.arm}" if self.condition else self.arm
 
     @property
     def done(self) -> int:
@@ -132,7 +129,7 @@ def gather(experiment: ExperimentConfig, measured: Found) -> Table:
 def _row(condition: str, arm: str, own: Found, reference: Found, every: list[Column]) -> Row:
     known = [measured for _, _, measured in own if measured is not None]
     row = Row(
-        condition, arm, {trial.seed: standing for trial, standing, _ in own},
+        condition, arm, own[0][0].group, {trial.seed: standing for trial, standing, _ in own},
         known[0].parameters if known else None, own[0][0].tokens,
     )  # fmt: skip
     for key in (column.key for column in every):
