@@ -22,7 +22,7 @@ LAYERS = (
     "bst_dist.verify bst_dist.hub",
     "bst_dist.study",
     "bst_dist.study.evaluation bst_dist.study.lengths bst_dist.study.ablation bst_dist.study.comparison "
-    "bst_dist.study.harness bst_dist.study.lra",
+    "bst_dist.study.harness bst_dist.study.lra bst_dist.study.synthetic",
     "bst_dist.study.runs",
     "bst_dist.study.report",
     "bst_dist.study.laws",
