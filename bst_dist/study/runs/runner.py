@@ -87,7 +87,9 @@ class Runner:
                 return
             micro = self._prepare(run)
             place = min(set(range(self.limit)) - {worker.place for worker in self.workers})
-            with self.state.path("logs", run.name).open("ab") as log:
+            log_file = self.state.path("logs", run.name)
+            log_file.parent.mkdir(parents=True, exist_ok=True)
+            with log_file.open("ab") as log:
                 process = subprocess.Popen(
                     self._command(run, micro), env=self._environment(run, place), stdout=log, stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL, pass_fds=(lock,), start_new_session=True,

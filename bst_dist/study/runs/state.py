@@ -53,9 +53,7 @@ class State:
     def path(self, kind: str, name: str) -> Path:
         """A file about a run: recipes, attempts, logs, locks, or an evaluation that is kept."""
         suffix = {"recipes": ".yaml", "attempts": ".jsonl", "logs": ".log", "locks": ""}.get(kind, ".json")
-        path = self.root / kind / f"{name}{suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+        return self.root / kind / f"{name}{suffix}"
 
     def standing(self, run: Job) -> Standing:
         """Where the run stands; a branch whose trunk cannot be had stands where the trunk does."""
@@ -81,7 +79,9 @@ class State:
     def record(self, name: str, attempt: dict[str, Any]) -> None:
         """Add how a start ended."""
         line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **attempt})
-        with self.path("attempts", name).open("a", encoding="utf-8") as file:
+        path = self.path("attempts", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def lock(self, name: str) -> int | None:
@@ -89,7 +89,9 @@ class State:
 
         Held until every process that has the descriptor is gone, so a run outlives no sweep unseen.
         """
-        handle = os.open(self.path("locks", name), os.O_RDWR | os.O_CREAT, 0o644)
+        path = self.path("locks", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -115,11 +117,18 @@ class State:
             return Standing("done")
         if outcome and outcome.get("diverged"):
             return Standing("diverged", outcome["diverged"])
-        handle = self.lock(name)
-        if handle is None:
+        if self._locked(name):
             return Standing("running")
-        os.close(handle)
         failed = [attempt for attempt in self.attempts(name) if attempt["status"] == "failed"]
         if len(failed) > self.retries:
             return Standing("failed", failed[-1]["reason"])
         return Standing("waiting")
+
+    def _locked(self, name: str) -> bool:
+        """Whether a process holds the run's lock; looking at a run that was never started writes nothing."""
+        if not self.path("locks", name).exists():
+            return False
+        handle = self.lock(name)
+        if handle is not None:
+            os.close(handle)
+        return handle is None

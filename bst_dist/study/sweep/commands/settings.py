@@ -17,7 +17,7 @@ from bst_dist.study.sweep.config import SweepConfig
 
 INTRODUCTION = """# Settings of a sweep
 
-    bst sweep design launch/sweeps/mini.yaml seeds=[0,1] budget.cpu_minutes=60
+    bst sweep design launch/sweeps/mini.yaml noise.seed=0.01
 
 A sweep is one YAML file. On the command line a setting is given by its dotted name, directly after the file; an unknown
 name is an error that names the nearest one. What a sweep is for, and what it refuses: [sweeps](sweeps.md). `settings`,
