@@ -114,7 +114,8 @@ def _advantage(observed: Sequence[Observation], gaps: Gaps, baseline: str, chang
     documents = by_document.mean(0) if by_document.size else np.empty(0)
     return Advantage(
         gaps, mean_gap(gaps), mean_gain(gaps), changes,
-        {c.factor: max(1, pairs_needed(c, errors[c.factor]) - c.pairs) for c in changes if c.answer == "undecided"},
+        {c.factor: max(1, pairs_needed(c.pairs, c.change.standard_error or 0.0, errors[c.factor]) - c.pairs)
+         for c in changes if c.answer == "undecided"},
         {c.factor: adjusted(ours, gaps, baseline, c.factor) for c in changes if c.answer == "confounded"},
         interaction(gaps), crossing(gaps), [mean(column) for column in by_block.T],
         mean(documents, "documents") if len(documents) > 1 else None, int((documents > 0).sum()), len(documents),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bst_dist.study.laws.gap import Gaps
-from bst_dist.study.laws.verdict import ANSWERS, MARGIN, POWER, Change, Measured, Rule, tail
+from bst_dist.study.laws.verdict import ANSWERS, MARGIN, POWER, Measured, Rule, tail
 
 STUDIES = 400
 MANY_PAIRS = 48
@@ -148,9 +148,12 @@ def visible(every: Sequence[Gaps], studies: int = 200) -> dict[str, float]:
     return found
 
 
-def pairs_needed(change: Change, errors: float, margin: float = MARGIN) -> int:
-    """Pairs like these after which a change as large as the margin is so many standard errors large."""
-    return math.ceil(change.pairs * (errors * (change.change.standard_error or 0.0) / margin) ** 2)
+def pairs_needed(pairs: int, standard_error: float, errors: float, margin: float = MARGIN) -> int:
+    """Pairs like these after which a change as large as the margin is `errors` standard errors large.
+
+    `standard_error`: of the change, with `pairs` pairs; it falls as one over the root of the pairs.
+    """
+    return math.ceil(pairs * (errors * standard_error / margin) ** 2)
 
 
 def repeated(gaps: Gaps, times: int) -> Gaps:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bst_base.files import write_text
-from bst_dist.study.laws.power import Noise, Power, predict
+from bst_dist.study.laws.power import Noise, Power, pairs_needed, predict, visible
 from bst_dist.study.sweep.config import SweepConfig
 from bst_dist.study.sweep.design import Designer, Run
 from bst_dist.study.sweep.price import cost, fit_budget
@@ -39,6 +40,11 @@ class Plan:
         """What the rule would see of one variant, over each factor: the rule itself, applied to simulated studies."""
         noise = Noise(self.sweep.noise.seed, self.sweep.noise.within)
         return predict(planned_gaps(self.runs, self.sweep.baseline, self.sweep.arm), noise)
+
+    def pairs_needed(self, power: Sequence[Power]) -> dict[str, int]:
+        """By factor: the pairs of runs of a variant with which a change as large as the margin is seen 4 times in 5."""
+        errors = visible(planned_gaps(self.runs, self.sweep.baseline, self.sweep.arm))
+        return {p.factor: pairs_needed(p.pairs, p.standard_error, errors[p.factor]) for p in power}
 
 
 def make_plan(sweep: SweepConfig) -> Plan:

@@ -78,10 +78,8 @@ def test_pairs_said_to_be_needed_are_needed():
     errors = power.visible(every)["depth"]
     noise = power.Noise(0.009, 0.3)
     simulated = power.Simulation(every, noise, 300)
-    change = verdict.Change("v0", "all", "depth", verdict.Estimate(0.0, float(np.std(simulated.nothing[1].change)), 8),
-                            2, 8, 1, 1, 1, 1, 0, "undecided", every[0].pairs)  # fmt: skip
-    needed = power.pairs_needed(change, errors)
-    times = round(needed / change.pairs)
+    needed = power.pairs_needed(every[0].pairs, float(np.std(simulated.nothing[1].change)), errors)
+    times = round(needed / every[0].pairs)
     assert times >= 4
     seen = power.Simulation([power.repeated(g, times) for g in every], noise, 400, seed=3).seen(1, verdict.MARGIN)
     assert 0.7 < seen < 0.92

@@ -41,12 +41,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for s in shapes
     ]  # fmt: skip
     print_table(Sheet(names, rows), title)
-    power = plan.power()
-    show_power(power, plan)
+    power = show_power(plan)
     for block in plan.dropped:
         say(f"dropped, because the budget does not suffice: {block}")
     return {"runs": len(plan.runs), "measurements": len(plan.measured), "dropped": plan.dropped, "shapes": shapes,
-            "power": plain(power)}  # fmt: skip
+            **power}  # fmt: skip
 
 
 def shapes_of(plan: Plan) -> list[dict[str, Any]]:
@@ -64,23 +63,25 @@ def shapes_of(plan: Plan) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def show_power(every: list[Power], plan: Plan) -> None:
-    """What the rule would see of each variant."""
-    noise = plan.sweep.noise
+def show_power(plan: Plan) -> dict[str, Any]:
+    """Print the power of the rule for each variant, and the pairs that the margin needs; the same for machines."""
+    noise, every = plan.sweep.noise, plan.power()
+    needed = plan.pairs_needed(every)
     title = (f"power of the rule for each variant in arm {plan.sweep.arm}, from {every[0].pairs} pairs of runs, with a "
              f"standard deviation of {noise.seed:.2%} of the loss between seeds (noise.seed)")  # fmt: skip
     rows = [
         [UNITS[p.factor].per, percent(p.standard_error, sign=False), f"{p.at_margin:.0%}", _seen(p),
-         f"{p.equivalent:.0%}"]
+         f"{p.equivalent:.0%}", f"{needed[p.factor]:,}"]
         for p in every
     ]  # fmt: skip
     names = ("change of the advantage per", "standard error", f"power at {MARGIN:.1%}", "change with 80 % power",
-             "probability of 'equivalent' without a change")  # fmt: skip
+             "probability of 'equivalent' without a change", f"pairs for 80 % at {MARGIN:.1%}")  # fmt: skip
     print_table(Sheet(names, rows), title)
     say(f"probability of any false verdict where nothing changes: {every[0].false:.1%}")
     for p in every:
         if not math.isfinite(p.smallest_seen):
             say(f"no change over {UNITS[p.factor].name} could be detected: add seeds, or compare fewer variants")
+    return {"power": plain(every), "pairs_needed": needed}
 
 
 def _seen(p: Power) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 from bst_base.arguments import seconds
 from bst_dist.study.report.document import Sheet
 from bst_dist.study.report.terminal import print_table, say
-from bst_dist.study.report.words import plain
 from bst_dist.study.sweep.commands.common import add_sweep, open_sweep
 from bst_dist.study.sweep.commands.design import show_power
 from bst_dist.study.sweep.design import Designer
@@ -46,15 +45,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             names = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in group]
             rows.append([*names, str(sum(p["runs"] for p in own)), f"{sum(p['cost'] for p in own):.3g}"])
         print_table(Sheet((*keys, "runs", plan.unit), rows), f"{sweep.name}, {title}")
-    power = plan.power()
-    show_power(power, plan)
+    power = show_power(plan)
     for block in plan.dropped:
         say(f"dropped, because the budget does not suffice: {block}")
     limit = "no limit" if plan.limit == float("inf") else f"a budget of {plan.limit:.4g}"
     flops = sum(run.own_flops for run in plan.runs)
     say(f"{len(plan.runs)} runs, {plan.spent:.4g} {plan.unit} of {limit}; {flops:.3g} FLOPs")
     return {"runs": len(plan.runs), "unit": plan.unit, "cost": plan.spent, "dropped": plan.dropped, "prices": prices,
-            "flops": flops, "power": plain(power)}  # fmt: skip
+            "flops": flops, **power}  # fmt: skip
 
 
 def prices_of(plan: Plan) -> list[dict[str, Any]]:
