@@ -1,7 +1,7 @@
-"""Arithmetic peaks: what a rank could do, against which what it does is measured.
+"""How fast a rank's device multiplies matrices: its peak, against which a run is measured, and whether bf16 pays.
 
-Known accelerators have their vendor's dense figure (no structured sparsity); anything else is measured with one large
-matrix product, at start, on all ranks at once.
+Listed accelerators have their vendor's dense figure (no structured sparsity); other accelerators are measured with one
+large matrix product at start. A CPU has no figure: what it reaches depends on what else runs on its cores.
 """
 
 from __future__ import annotations
@@ -9,12 +9,18 @@ from __future__ import annotations
 import time
 
 import torch
+from torch import Tensor
 
 from bst_dist.plan.accelerators import of_device
 
+SLOW_BF16 = 2.0
+"""Times as long as in fp32 from which on bf16 is called slow."""
+
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Peak FLOP/s of one rank's device in matrix products of `dtype` (bfloat16 or float32)."""
+    """Peak FLOP/s of one rank's device in matrix products of `dtype` (bfloat16 or float32); nan on a CPU."""
+    if device.type == "cpu":
+        return float("nan")
     if device.type == "cuda":
         known = of_device(torch.cuda.get_device_name(device))
         if known:
@@ -25,10 +31,27 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, for_s: float = 0.3) -> float:
     """The best of several products of square matrices, in FLOP/s; takes about `for_s` seconds."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
-    (a @ b).sum().item()  # the first product also sets up the library
-    best, end = float("inf"), time.perf_counter() + for_s
-    while best == float("inf") or time.perf_counter() < end:  # once at least, however busy the machine
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
+    _product_s(a, b)  # the first product also sets up the library
+    best, end = _product_s(a, b), time.perf_counter() + for_s
+    while time.perf_counter() < end:
+        best = min(best, _product_s(a, b))
     return 2 * size**3 / best
+
+
+def bf16_slowdown(device: torch.device, size: int = 128, rounds: int = 5) -> float:
+    """How many times as long a matrix product takes in bf16 as in fp32; well above 1 on a CPU without instructions for
+    bf16. Takes less than 0.1 s; the two are timed in turn, and the best of each counts.
+    """
+    single = torch.randn(size, size, device=device)
+    cases = {torch.float32: single, torch.bfloat16: single.to(torch.bfloat16)}
+    best = dict.fromkeys(cases, float("inf"))
+    for _ in range(rounds):
+        for dtype, matrix in cases.items():
+            best[dtype] = min(best[dtype], _product_s(matrix, matrix))
+    return best[torch.bfloat16] / best[torch.float32]
+
+
+def _product_s(a: Tensor, b: Tensor) -> float:
+    start = time.perf_counter()
+    (a @ b)[0, 0].item()  # waits for the device
+    return time.perf_counter() - start

@@ -45,9 +45,9 @@ class StepReport:
     step_time_s: float
     tokens_per_s: float
     mfu: float
-    """Model FLOPs utilisation: the model's own arithmetic as a share of the ranks' peak."""
+    """Model FLOPs utilisation: the model's own arithmetic as a share of the ranks' peak; nan where none is known."""
     hfu: float = 0.0
-    """Hardware FLOPs utilisation: what is computed again in the backward pass included."""
+    """Hardware FLOPs utilisation: recomputation in the backward pass included."""
     data_wait_s: float = 0.0
     """What the first rank waited for its batches, as a part of the step's time."""
 
@@ -244,9 +244,10 @@ class Console(Writer):
         left = (self.steps - last.step) * median(report.step_time_s for report in self._since)
         speed = _harmonic([report.tokens_per_s for report in self._since])
         mfu = _harmonic([report.mfu for report in self._since])
+        share = f"{'-':>6}" if math.isnan(mfu) else f"{mfu:>6.1%}"
         return (
             f"{last.step:>6}/{self.steps:<5} {last.loss_nats:>8.4f} {_bits(last)} "
-            f"{last.gradient_norm:>8.3f} {last.learning_rate:>9.2e} {speed:>9,.0f} {mfu:>6.1%} {duration(left):>8}"
+            f"{last.gradient_norm:>8.3f} {last.learning_rate:>9.2e} {speed:>9,.0f} {share} {duration(left):>8}"
         )
 
 

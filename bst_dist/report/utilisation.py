@@ -6,6 +6,7 @@ adds what activation checkpointing computes a second time (Korthikanti et al., a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -26,17 +27,21 @@ class Speed:
     flops_per_token: float
     """Of the model: forward and backward pass."""
     peak_flops: float
-    """Of all ranks together."""
+    """Of all ranks together; nan where no peak is known."""
     recomputed_flops_per_token: float = 0.0
     """Of what is run again in the backward pass, and for the edges of slices."""
 
     def mfu(self, tokens_per_s: float) -> float:
-        """Share of the peak that the model's own work takes."""
-        return tokens_per_s * self.flops_per_token / self.peak_flops
+        """Share of the peak that the model's own work takes, from 0 to 1; nan where no peak is known."""
+        return self._share(tokens_per_s * self.flops_per_token)
 
     def hfu(self, tokens_per_s: float) -> float:
-        """Share of the peak that all work takes, what is done again included."""
-        return tokens_per_s * (self.flops_per_token + self.recomputed_flops_per_token) / self.peak_flops
+        """Share of the peak that all work takes, recomputation included, from 0 to 1; nan where no peak is known."""
+        return self._share(tokens_per_s * (self.flops_per_token + self.recomputed_flops_per_token))
+
+    def _share(self, flops_per_s: float) -> float:
+        share = flops_per_s / self.peak_flops
+        return share if share <= 1 else math.nan  # nobody is faster than the peak: it was measured on a busy device
 
 
 def recomputed_flops_per_token(config: ModelConfig, length: int, checkpointing: ActivationCheckpointingConfig,

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +27,7 @@ from rich.table import Table
 from bst_base.errors import UserError
 from bst_dist.checkpoint.directory import committed, directory, step_of
 from bst_dist.config import Recipe, differing, load_recipe
+from bst_dist.plan.hardware import SLOW_BF16, bf16_slowdown
 from bst_dist.train.rundir import RECIPE as STORED_RECIPE
 from bst_dist.train.rundir import read_outcome, read_recipe
 
@@ -39,6 +41,8 @@ class Demo:
 
     recipe: Recipe
     console: Console = field(default_factory=Console)
+    overrides: list[str] = field(default_factory=list)
+    """What is trained otherwise than the recipe says."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -46,6 +50,19 @@ class Demo:
         self.twin = Path("runs") / f"{self.recipe.name}-uninterrupted"
         self.reports = self.run_dir / "reports"
         self.half = self.recipe.train.steps // 2
+
+    def suit(self, slowdown: float) -> None:
+        """Train in fp32 where a product in bf16 takes so many times as long; runs that are there keep their own."""
+        stored = [read_recipe(run_dir) for run_dir in (self.run_dir, self.twin) if (run_dir / STORED_RECIPE).exists()]
+        precision = stored[0].train.precision if stored else "fp32" if slowdown >= SLOW_BF16 else "bf16"
+        if precision == self.recipe.train.precision:
+            return
+        train = self.recipe.train.model_copy(update={"precision": precision})
+        self.recipe = self.recipe.model_copy(update={"train": train})
+        self.overrides = [f"train.precision={precision}"]
+        why = "the runs that are there are in it" if stored else \
+            f"this CPU multiplies matrices {slowdown:.0f} times as slowly in bf16"  # fmt: skip
+        self.console.print(f"Training in {precision}: {why}.", markup=False, highlight=False, soft_wrap=True)
 
     def require_same_recipe(self) -> None:
         """Raise UserError when the runs that are there already are of another recipe."""
@@ -81,19 +98,19 @@ class Demo:
         if done >= self.half:
             self._reuse(f"{self.run_dir} has come to step {done}")
         else:
-            self._bst("train", RECIPE, "--until", self.half, *(["--resume"] if done else []))
+            self._bst("train", RECIPE, *self.overrides, "--until", self.half, *(["--resume"] if done else []))
 
     def resume(self) -> None:
         if self._finished(self.run_dir):
             self._reuse(f"{self.run_dir} is finished")
         else:
-            self._bst("train", RECIPE, "--resume")
+            self._bst("train", RECIPE, *self.overrides, "--resume")
 
     def train_twin(self) -> None:
         if self._finished(self.twin):
             self._reuse(f"{self.twin} is finished")
         else:
-            self._bst("train", RECIPE, "checkpoint.every=0", "--run-dir", self.twin)
+            self._bst("train", RECIPE, *self.overrides, "checkpoint.every=0", "--run-dir", self.twin)
 
     def compare(self) -> None:
         self._bst("compare", self.run_dir, self.twin, "--equal", "--json", self.reports / "compare.json", accept=(0, 1))
@@ -146,6 +163,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     demo = Demo(load_recipe(RECIPE))
+    demo.suit(1.0 if torch.accelerator.is_available() else bf16_slowdown(torch.device("cpu")))
     demo.require_same_recipe()
     steps = demo.steps()
     for number, (title, action) in enumerate(steps, 1):
@@ -215,7 +233,7 @@ def _verdict(report: dict[str, Any]) -> str:
 
 
 def _guide(demo: Demo) -> str:
-    run_dir, corpus = demo.run_dir, demo.recipe.data.corpus
+    run_dir, corpus, train = demo.run_dir, demo.recipe.data.corpus, " ".join([RECIPE, *demo.overrides])
     return f"""
 [bold]Where it lies[/]
   {f"{corpus}/":<24}the corpus: tokenizer, WebDataset shards, index
@@ -225,8 +243,8 @@ def _guide(demo: Demo) -> str:
 [bold]What to try next[/]
   . .venv/bin/activate          # so that the commands below are found
   bst generate {run_dir} --prompt "class Cache:" --temperature 0.6
-  bst train {RECIPE} name=longer train.steps={4 * demo.recipe.train.steps}
-  bst train {RECIPE} name=sliding model.mixer=sliding && bst compare {run_dir} runs/sliding --plot compared.png
+  bst train {train} name=longer train.steps={4 * demo.recipe.train.steps}
+  bst train {train} name=sliding model.mixer=sliding && bst compare {run_dir} runs/sliding --plot compared.png
   bst eval {run_dir} --lengths 512,4096,16384      # how far back does it look, and how far can it?
   bst ablate {run_dir}          # what do its context states carry?
   bst plan {RECIPE} --nodes 2   # and on 16 GPUs?

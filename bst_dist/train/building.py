@@ -54,7 +54,7 @@ def build_trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceG
     recipe, length = start.recipe, start.recipe.train.sequence_length
     token_bytes, tokens = start.objective.token_bytes().to(ranks.device), start.objective.tokens_per_label
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    ranks.barrier()  # ranks that share a processor measure its peak together
+    ranks.barrier()  # ranks that share a device measure its peak together
     (peak,) = ranks.sum([peak_flops(ranks.device, dtype)])
     again = recomputed_flops_per_token(
         recipe.model, length, recipe.activation_checkpointing, engine.module.layers, attention_path(ranks.device)

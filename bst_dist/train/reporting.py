@@ -9,6 +9,7 @@ from typing import Any
 
 from bst_dist.model.attention import attention_path
 from bst_dist.parallel.ranks import Ranks
+from bst_dist.plan.hardware import SLOW_BF16, bf16_slowdown
 from bst_dist.report.metrics import FILE, Console, MetricsFile, Writer, read_lines
 from bst_dist.report.probes import Probes
 from bst_dist.report.tensorboard import TensorBoard, hparams
@@ -42,6 +43,11 @@ def header(start: Start, engine: Engine, ranks: Ranks, compiled: str) -> str:
         lines["slices"] = f"{slices:,} of {recipe.train.slice_tokens:,} tokens, edges: {recipe.train.edges}"
     if ranks.device.type != "cpu":
         lines["layers"] = f"compiled: {compiled}"
+    elif recipe.train.precision == "bf16" and (slowdown := bf16_slowdown(ranks.device)) >= SLOW_BF16:
+        lines["slow"] = (
+            f"this CPU multiplies matrices {slowdown:.0f} times as slowly in bf16 as in fp32; a new run is faster with "
+            "train.precision=fp32"
+        )
     if start.changed:
         lines["change"] = f"{'; '.join(start.changed)} (before, from here on)"
     if unused := model.unused_sections():

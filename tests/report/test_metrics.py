@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from math import nan
 
 import pytest
 
@@ -38,6 +40,15 @@ def test_console_tells_the_first_step_every_so_many_and_the_last(capsys):
     assert [line.split("/")[0].strip() for line in lines] == ["1", "4", "8", "10"]
     assert [line.split()[-1] for line in lines[1:]] == ["12s", "4s", "0s"]
     assert "50.0%" in lines[1]
+
+
+def test_no_utilisation_is_shown_where_no_peak_is_known(capsys):
+    console = Console(every=2, steps=2)
+    for step in (1, 2):
+        console.write(replace(report(step), mfu=nan))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-2] for line in lines] == ["-", "-"]
+    assert len(lines[0]) == len(Console.header())
 
 
 @pytest.mark.parametrize(

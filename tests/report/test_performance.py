@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import time
 from typing import Any
 
@@ -105,6 +106,13 @@ def test_flops_done_again_are_those_of_the_layers_that_run_again(policy, layers)
     assert again == pytest.approx({0: 0, 4: sum(terms.values()) - terms["head"]}.get(layers, again))
     speed = Speed(3e9, 1e12, again)
     assert speed.hfu(10.0) == pytest.approx(speed.mfu(10.0) + again * 10 / 1e12)
+
+
+@pytest.mark.parametrize("peak", [math.nan, 1e9])
+def test_a_share_above_all_of_the_peak_or_of_no_known_peak_is_none(peak):
+    assert math.isnan(Speed(3e9, peak).mfu(10.0))
+    assert math.isnan(Speed(0.5e8, peak, 1e9).hfu(10.0))
+    assert math.isnan(peak) or Speed(0.5e8, peak, 1e9).mfu(10.0) == 0.5
 
 
 @pytest.mark.parametrize("policy", ["every-layer", "every-kth-layer", "selective"])

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import heapq
 import json
+import shlex
+from pathlib import Path
 
 import pytest
+import yaml
 
 from bst_base.errors import UserError
+from bst_dist import cli
 from bst_dist.config import load_recipe
+from bst_dist.tools import demo as program
 from bst_dist.tools.demo import RECIPE, Demo, collect, show
 from bst_dist.train.rundir import OUTCOME
 
@@ -17,7 +23,7 @@ def demo(tmp_path, monkeypatch, make_run):
     template = make_run("template", steps=()) / "recipe.yaml"
     demo = Demo(load_recipe(template))
     demo.typed = []
-    demo._bst = lambda *words, accept=(0,): demo.typed.append(" ".join(map(str, words)))
+    demo._bst = lambda *words, accept=(0,): demo.typed.append(shlex.join(map(str, words)))
 
     def leave(name: str, step: int) -> None:
         run_dir = make_run(f"runs/{name}", steps=(step,))
@@ -41,12 +47,12 @@ def test_a_fresh_demo_stops_half_way_resumes_and_trains_a_twin(demo):
     ]
 
 
-def test_a_demo_broken_off_before_the_half_goes_on_from_its_checkpoint(demo):
+def test_a_demo_stopped_before_the_half_resumes_from_its_checkpoint(demo):
     demo.leave("small", 1)
     assert train(demo)[0] == f"train {RECIPE} --until 2 --resume"
 
 
-def test_a_demo_broken_off_after_the_half_only_resumes(demo):
+def test_a_demo_stopped_after_the_half_only_resumes(demo):
     demo.leave("small", 3)
     assert train(demo)[0] == f"train {RECIPE} --resume"
 
@@ -98,3 +104,75 @@ def test_the_last_screen_says_who_needs_fewest_bits_and_whether_the_runs_are_equ
     assert ("resumed run equals uninterrupted run" in out) is equal
     assert ("resumed run DIFFERS" in out and "1e-07 in the final weights" in out) is not equal
     assert "runs/small/curves.png" in out
+
+
+def test_a_cpu_that_is_slow_in_bf16_trains_in_fp32(demo, capsys):
+    demo.recipe = load_recipe("template/recipe.yaml", ["train.precision=bf16"])
+    demo.suit(1.5)
+    assert demo.overrides == []
+    assert capsys.readouterr().out == ""
+    demo.suit(22.4)
+    assert train(demo)[0] == f"train {RECIPE} train.precision=fp32 --until 2"
+    assert all("train.precision=fp32" in command for command in demo.typed)
+    assert "22 times as slowly in bf16" in capsys.readouterr().out
+
+
+def test_runs_that_are_there_keep_their_precision(demo):
+    demo.leave("small", 3)
+    demo.suit(1.0)
+    before = demo.recipe.train.precision
+    demo.suit(22.4)
+    demo.require_same_recipe()
+    assert demo.recipe.train.precision == before
+    assert read_precision(demo) == before
+
+
+def read_precision(demo) -> str:
+    return yaml.safe_load((demo.run_dir / "recipe.yaml").read_text())["train"]["precision"]
+
+
+def test_every_command_is_one_that_the_real_parsers_accept(demo, monkeypatch):
+    """Finished runs leave nothing to train, so each action is called where it types its command."""
+    monkeypatch.setattr(demo, "_finished", lambda run_dir: False)
+    monkeypatch.setattr(demo, "_report", lambda name, *words: demo._bst(*words, "--json", name))
+    demo.overrides = ["train.precision=fp32"]
+    for _, action in demo.steps():
+        action()
+    names = []
+    for typed in demo.typed:
+        words = shlex.split(typed)
+        name = next(name for name in (" ".join(words[:2]), words[0]) if name in cli.COMMANDS)
+        cli.parser_of(name).parse_intermixed_args(words[len(name.split()) :])
+        names.append(name)
+    assert names == ["data prepare", "train", "train", "train", "compare", "baselines", "eval", "eval", "generate",
+                     "plot"]  # fmt: skip
+
+
+@pytest.mark.ranks
+def test_the_whole_demo_runs_and_then_uses_everything_again(tmp_path, monkeypatch, capfd):
+    """As a user types it, with a small recipe: a command or a report that has changed ends it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for module in sorted(Path(heapq.__file__).parent.glob("[a-d]*.py"))[:25]:
+        (tmp_path / "texts" / module.name).write_text(module.read_text()[:8000])
+    corpus = {"source": {"kind": "folder", "path": "texts", "pattern": "*"}, "output": "corpora/stdlib",
+              "tokenizer": {"vocab_size": 400}, "workers": 1, "validation_fraction": 0.3}  # fmt: skip
+    (tmp_path / "corpus.yaml").write_text(yaml.safe_dump(corpus))
+    settings = yaml.safe_load((Path(__file__).parents[2] / "launch/recipes/demo.yaml").read_text())
+    settings["model"] |= {"width": 16, "heads": 2, "ffn": 32, "block": 16, "ssm": {"state": 4, "chunk": 16}}
+    settings["train"] |= {"steps": 4, "sequence_length": 64, "sequences": 2, "micro_sequences": 1}
+    settings |= {
+        "schedule": {"warmup_steps": 1},
+        "evaluation": {"every": 2, "sequences": 2},
+        "checkpoint": {"every": 2},
+    }
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr(program, "CORPUS", "corpus.yaml")
+    monkeypatch.setattr(program, "RECIPE", "demo.yaml")
+    assert cli.main(["demo", "--json", "first.json"]) == 0
+    assert "resumed run equals uninterrupted run" in capfd.readouterr().out
+    assert json.loads(Path("first.json").read_text())["resume_largest_difference"]["weights"] == 0.0
+    assert cli.main(["demo"]) == 0
+    again = capfd.readouterr().out
+    assert "$ bst train" not in again
+    assert again.count("used again: ") >= 7

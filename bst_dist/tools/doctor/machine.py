@@ -37,6 +37,13 @@ print(json.dumps(found))
 """
 
 
+_BF16 = """
+import json, torch
+from bst_dist.plan.hardware import SLOW_BF16, bf16_slowdown
+print(json.dumps([bf16_slowdown(torch.device("cpu")), SLOW_BF16]))
+"""
+
+
 def accelerators() -> Iterator[Finding]:
     """What torch can train on."""
     found, driver = ask_python(_ACCELERATORS), _driver()
@@ -46,6 +53,7 @@ def accelerators() -> Iterator[Finding]:
                           "install a build of torch for CUDA, not newer than the driver")  # fmt: skip
         else:
             yield lacking("none: ranks train on the CPU, over gloo")
+        yield from _bf16_on_cpu()
         return
     kinds = {name: [memory for other, memory in found["devices"] if other == name] for name, _ in found["devices"]}
     names = ", ".join(f"{len(memory)} x {name}, {memory[0] / GIB:.0f} GiB" for name, memory in kinds.items())
@@ -56,6 +64,15 @@ def accelerators() -> Iterator[Finding]:
         yield lacking("of several kinds: the slowest sets the pace, the smallest the memory")
     if found.get("bf16") is False:
         yield lacking("no bfloat16 in hardware", "train.precision=fp32")
+
+
+def _bf16_on_cpu() -> Iterator[Finding]:
+    """A CPU without instructions for bf16 computes in it many times as slowly as in fp32."""
+    slowdown, limit = ask_python(_BF16)
+    if slowdown >= limit:
+        yield lacking(
+            f"this CPU multiplies matrices {slowdown:.0f} times as slowly in bf16 as in fp32", "train.precision=fp32"
+        )
 
 
 def _driver() -> str:

@@ -97,11 +97,21 @@ def test_what_is_full_or_small_is_said(monkeypatch):
 )
 def test_accelerators_are_named_with_driver_and_libraries(monkeypatch, devices, driver, mark, text):
     found = {"torch": "2.0", "devices": devices, **({"cuda": "13.0", "nccl": "2.27", "bf16": True} if devices else {})}
-    monkeypatch.setattr(machine, "ask_python", lambda _: found)
+    answers = {machine._ACCELERATORS: found, machine._BF16: [1.0, 2.0]}
+    monkeypatch.setattr(machine, "ask_python", answers.get)
     monkeypatch.setattr(machine, "_driver", lambda: driver)
     (line,) = machine.accelerators()
     assert line.mark == mark
     assert text in line.text
+
+
+def test_a_cpu_that_is_slow_in_bf16_is_told(monkeypatch):
+    answers = {machine._ACCELERATORS: {"torch": "2.0", "devices": []}, machine._BF16: [23.4, 2.0]}
+    monkeypatch.setattr(machine, "ask_python", answers.get)
+    monkeypatch.setattr(machine, "_driver", lambda: "")
+    _, slow = machine.accelerators()
+    assert (slow.mark, slow.remedy) == (LACKING, "train.precision=fp32")
+    assert "23 times as slowly in bf16" in slow.text
 
 
 @pytest.mark.parametrize(("said", "named"), [("mpirun (Open MPI) 5.0.11", "Open MPI 5.0.11"), ("HYDRA 4.0.2", None)])
