@@ -3,11 +3,14 @@
     bst train launch/recipes/demo.yaml
     bst train launch/recipes/demo.yaml train.steps=200 optimizer.learning_rate=3e-4 --run-dir runs/shorter
     bst train launch/recipes/demo.yaml --resume
+    bst train runs/demo --resume
+    bst train my-recipe.yaml --check
     bst train my-recipe.yaml --ranks 8 --nodes 4 --node 2 --master node-00:29500
 
 The recipe is checked first, against the corpus, the DeepSpeed file, the run directory and the number of ranks; then
-one process is started for each rank. Several hosts are driven by `bst launch`; where nothing can start a process on
-another host, as in Kubernetes, each runs this command with its own --node.
+one process is started for each rank. --check stops before that. A run's directory in place of the recipe continues
+that run with the settings it was started with. Several hosts are driven by `bst launch`; where nothing can start a
+process on another host, as in Kubernetes, each runs this command with its own --node.
 
 A signal (Ctrl-C, SIGTERM, SIGUSR1, a closed terminal) makes all ranks write a checkpoint and stop. A further Ctrl-C
 ends them at once, and what was trained since the last checkpoint is lost; other signals may come as often as they like.
@@ -33,6 +36,7 @@ import torch
 from bst_base.arguments import at_least, seconds
 from bst_base.errors import UserError
 from bst_base.host import free_port
+from bst_dist.checkpoint.directory import committed, step_of
 from bst_dist.cluster.processes import LocalRanks, Share, told_to_stop
 from bst_dist.cluster.verdict import STOP, Ended
 from bst_dist.config import Recipe
@@ -41,7 +45,7 @@ from bst_dist.parallel.ranks import choose_accelerator, require_accelerator
 from bst_dist.train import rundir
 from bst_dist.train.__main__ import add_arguments as add_program_arguments
 from bst_dist.train.__main__ import request
-from bst_dist.train.start import Request, load, resolve
+from bst_dist.train.start import Request, Start, load, resolve
 
 
 def add_grace(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --nodes: which of them, from 0 (default: 0)",
     )
     parser.add_argument("--master", metavar="ADDRESS:PORT", help="with --nodes: where node 0 is")
+    parser.add_argument("--check", action="store_true", help="only check the recipe: start no rank, write nothing")
     add_grace(parser)
 
 
@@ -79,6 +84,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     recipe = load(asked)
     share = share_of(args, recipe)
     start = resolve(recipe, asked, share.world)
+    if args.check:
+        return check(start, share)
     before = rundir.read_outcome(start.run_dir)  # of the start before: it stays when the ranks refuse to begin
     ended = launch(program(asked), share, args.grace)
     if why := ended.explain({}):
@@ -87,6 +94,27 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     outcome = {} if outcome is None or outcome == before else outcome
     report = {"passed": ended.status == 0, "exit_status": ended.status, "run_dir": str(start.run_dir)}
     return {**report, "ranks": share.world, **outcome}
+
+
+def check(start: Start, share: Share) -> dict[str, Any]:
+    """Say what would be trained; the model is built without memory for its weights, so that its layers check their
+    settings too."""
+    recipe = start.recipe
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in start.objective.model().parameters())
+    train, done = recipe.train, committed(start.run_dir)
+    tokens = train.sequences * train.sequence_length
+    lines = {
+        "run": f"{start.run_dir}, {f'from step {step_of(done[0])}' if done else 'from step 0'} to {start.until}",
+        "model": f"{parameters / 1e6:,.2f} M parameters",
+        "ranks": f"{share.world} (dp {share.world // recipe.parallel.sp} x sp {recipe.parallel.sp}), "
+        f"ZeRO-{start.completed['zero_optimization']['stage']}, {train.precision}",
+        "step": f"{tokens:,} tokens, accumulated over {start.accumulation} micro-batches a rank",
+        "in all": f"{train.steps:,} steps, {train.steps * tokens:,} tokens",
+    }
+    print("\n".join(f"{name:<6} {text}" for name, text in lines.items()))
+    print("the recipe can be trained; nothing was started")
+    return {"passed": True, "run_dir": str(start.run_dir), "ranks": share.world, "parameters": parameters}
 
 
 def share_of(args: argparse.Namespace, recipe: Recipe) -> Share:

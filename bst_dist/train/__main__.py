@@ -31,23 +31,28 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `bst train` shares with this program."""
     parser.add_argument(
-        "recipe", type=Path, metavar="RECIPE", help="the run's YAML file, or the name of one of launch/recipes/"
+        "recipe",
+        type=Path,
+        metavar="RECIPE",
+        help="the run's YAML file, the name of one of launch/recipes/, or the directory of a run, with --resume",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that differ from it")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run writes (default: runs/<name>)")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest valid checkpoint, if there is one")
-    parser.add_argument("--from-zero", action="store_true", help="begin at step 0 although the run directory shows "
-                        "steps and no checkpoint; what it had reported stays in metrics.dropped.jsonl")  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="continue from the newest valid checkpoint, if there is "
+                        "one")  # fmt: skip
+    parser.add_argument("--from-zero", action="store_true", help="start at step 0 although the run directory shows "
+                        "steps and no checkpoint; its metrics are kept in metrics.dropped.jsonl")  # fmt: skip
     parser.add_argument(
         "--until", type=at_least(1), metavar="STEP", help="stop after STEP steps in all, with a checkpoint"
     )
 
 
 def request(args: argparse.Namespace) -> Request:
-    """What the parsed arguments ask for."""
-    from bst_dist.train.start import Request  # imports torch: seconds in which no signal would be heard
+    """What the parsed arguments ask for; raises UserError for the directory of a run that is not to be resumed."""
+    from bst_dist.train.start import Request, of_run  # imports torch: seconds in which no signal would be heard
 
-    return Request(args.recipe, args.overrides, args.run_dir, args.resume, args.until, args.from_zero)
+    asked = Request(args.recipe, args.overrides, args.run_dir, args.resume, args.until, args.from_zero)
+    return of_run(asked) if args.recipe.is_dir() else asked
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ import pkgutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -110,7 +111,11 @@ class LanguageModelling:
         return self.corpora[0].tokenizer()
 
     def about(self) -> dict[str, Any]:
-        return {"tokenizer_sha256": self.corpora[0].manifest.tokenizer.sha256}
+        corpora = [
+            {"path": url if "://" in url else str(Path(url).resolve()), "sha256": corpus.sha256}
+            for url, corpus in zip(self.recipe.data.urls(), self.corpora, strict=True)
+        ]
+        return {"tokenizer_sha256": self.corpora[0].manifest.tokenizer.sha256, "corpora": corpora}
 
     def loader(self, mesh: Mesh, start_step: int = 0) -> Loader:
         train = self.recipe.train

@@ -81,8 +81,9 @@ class Run:
         """Write down what this start is made of, and print the header."""
         hosts = sorted(set(self.ranks.gather(socket.gethostname())))
         if self.ranks.first:
-            about = {"ranks": self.ranks.world, "hosts": hosts, "from_step": position.step}
-            rundir.prepare(self.start.run_dir, self.recipe, self.start.completed, about | self.start.objective.about())
+            objective = self.start.objective
+            about = {"ranks": self.ranks.world, "hosts": hosts, "from_step": position.step} | objective.about()
+            rundir.prepare(self.start.run_dir, self.recipe, self.start.completed, about, objective.tokenizer())
             print(header(self.start, self.engine, self.ranks, self.uncompiled_since or "yes"), flush=True)
 
     def _train_from(self, position: Position) -> Position | None:

@@ -11,7 +11,7 @@ checkpoints/      step-00000100/ and so on
 lease/            which start trains there now
 heartbeats/       where each rank is, for the watchdogs of the others
 outcome.json      how the last start ended; absent while it runs or when it was cut short
-tokenizer.*       of an imported run, so that it can write text where its corpus is not
+tokenizer.*       of the corpus, so that the run can be moved, and generates and exports without the corpus
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.train.continuing import changes
 from bst_dist.version import versions
 from data_pipeline.format.tokenizer import FILES as TOKENIZERS
+from data_pipeline.format.tokenizer import Tokenizer
 
 RECIPE, DS_CONFIG, ENVIRONMENT, OUTCOME = "recipe.yaml", "ds_config.json", "environment.json", "outcome.json"
 EARLY = (CHECKPOINTS, HEARTBEATS, LEASE, STACKS)
@@ -146,10 +147,13 @@ def shown_steps(run_dir: Path) -> str | None:
     return f"{FILE} has {done} steps and a checkpoint was due at step {due}" if due else None
 
 
-def prepare(run_dir: Path, recipe: Recipe, completed: dict[str, Any], start: dict[str, Any]) -> None:
+def prepare(
+    run_dir: Path, recipe: Recipe, completed: dict[str, Any], start: dict[str, Any], tokenizer: Tokenizer | None = None
+) -> None:
     """Write what the run is made of, before its first step; rank 0 only.
 
-    `start` describes this start (ranks, hosts, the step it begins at) and is added to environment.json.
+    `start` describes this start (ranks, hosts, the step it begins at) and is added to environment.json. `tokenizer`: that
+    of its text.
     """
     (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     (run_dir / OUTCOME).unlink(missing_ok=True)
@@ -159,6 +163,9 @@ def prepare(run_dir: Path, recipe: Recipe, completed: dict[str, Any], start: dic
     _write(run_dir / RECIPE, dump(recipe))
     _write(run_dir / DS_CONFIG, json.dumps(completed, indent=2) + "\n")
     _write(environment, json.dumps({"starts": starts}, indent=2) + "\n")
+    if tokenizer is not None:
+        with atomic_file(run_dir / tokenizer.file) as file:
+            file.write(tokenizer.model)
 
 
 def finish(run_dir: Path, outcome: dict[str, Any]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bst_base.errors import UserError
+from bst_base.settings import ConfigError
 from bst_dist.config import Recipe, accumulation, deepspeed_file, load_recipe
 from bst_dist.plan.rehearse import rehearse
 from bst_dist.train import rundir
@@ -42,9 +44,44 @@ class Start:
     """What the run has otherwise than at its start before, as ``field: before, now``."""
 
 
+def of_run(request: Request) -> Request:
+    """The request to resume a run, given by its directory: its own recipe, with the overrides of its start.
+
+    Raises UserError when the directory holds no run, or is not to be resumed.
+    """
+    run_dir = request.recipe
+    if not (run_dir / rundir.RECIPE).is_file():
+        raise UserError(f"{run_dir}: a directory without a run ({rundir.RECIPE} is missing); give a recipe's YAML file")
+    if request.run_dir not in (None, run_dir):
+        raise UserError(
+            f"{run_dir} is a run, so it continues there: leave out --run-dir, or start a new run from "
+            f"{run_dir / rundir.RECIPE}"
+        )
+    if not request.resume:
+        raise UserError(f"{run_dir} is a run: continue it with --resume")
+    return replace(request, recipe=run_dir / rundir.RECIPE, run_dir=run_dir)
+
+
 def load(request: Request) -> Recipe:
-    """The recipe with its overrides, valid in itself."""
-    return load_recipe(request.recipe, request.overrides)
+    """The recipe with its overrides, valid in itself; raises UserError."""
+    recipe = load_recipe(request.recipe, request.overrides)
+    _require_reached(recipe, str(request.recipe), given=request.recipe.name != rundir.RECIPE)
+    return recipe
+
+
+def _require_reached(recipe: Recipe, where: str, given: bool) -> None:
+    """Raise ConfigError for steps that the run never comes to.
+
+    `given`: hold the warm-up to that too; a run's own recipe has it filled in although nobody asked for it.
+    """
+    steps, schedule = recipe.train.steps, recipe.schedule
+    if given and "warmup_steps" in schedule.model_fields_set and schedule.warmup_steps > steps:
+        raise ConfigError(
+            f"{where}: schedule.warmup_steps {schedule.warmup_steps} is longer than the run of {steps} steps "
+            f"(train.steps): the learning rate would never reach its peak; at most {steps}"
+        )
+    if beyond := [step for step in recipe.checkpoint.at if step > steps]:
+        raise ConfigError(f"{where}: checkpoint.at {beyond[0]} is after the run's last step, {steps} (train.steps)")
 
 
 def resolve(recipe: Recipe, request: Request, world: int) -> Start:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from itertools import accumulate
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,10 @@ from data_pipeline.serve.shard_reader import ShardReader
 from data_pipeline.store.base import Storage, StorageConfig
 from data_pipeline.store.cache import CachedStorage
 from data_pipeline.store.storage import open_storage
+
+
+class NoCorpusError(UserError):
+    """There is no corpus where one was looked for."""
 
 
 class Corpus:
@@ -50,16 +54,17 @@ class Corpus:
     def open(cls, url: str, split: str = "train", storage: StorageConfig | None = None) -> Corpus:
         """Open a split of the corpus in a directory or at an address (`storage.open_storage`).
 
-        Raises UserError when there is no corpus, the split is missing or empty, the tokenizer is missing or another
-        one, an index does not belong to its shard, or the store cannot be reached.
+        Raises NoCorpusError when there is none, UserError when the split is missing or empty, the tokenizer is missing
+        or another one, an index does not belong to its shard, or the store cannot be reached.
         """
         config = storage or StorageConfig()
         source = open_storage(url, config)
         try:
             manifest = Manifest.from_bytes(source.whole(MANIFEST), f"{url}/{MANIFEST}")
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(
-                f"{url}: no prepared corpus there ({MANIFEST} is missing); make one with 'bst data prepare'"
+            raise NoCorpusError(
+                f"{url}: no prepared corpus there (looked in {_absolute(source.where)} for {MANIFEST}); make one with "
+                "'bst data prepare'"
             ) from None
         files = _files(manifest, split, url)
         if source.remote and config.cache_dir:
@@ -146,6 +151,11 @@ class Corpus:
         """Raise ShardError for the first shard that is missing or of another size; local files only."""
         for shard in self._shards:
             shard.check_size()
+
+
+def _absolute(where: str) -> str:
+    """A directory by its whole path; an address as it is."""
+    return where if "://" in where or where.startswith("pipe:") else str(Path(where).absolute())
 
 
 def _files(manifest: Manifest, split: str, where: str) -> dict[str, tuple[int | None, str]]:

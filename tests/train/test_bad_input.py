@@ -10,7 +10,7 @@ from bst_dist.checkpoint.directory import directory
 from bst_dist.cli import main
 from bst_dist.cluster import local
 from bst_dist.train import rundir
-from bst_dist.train.start import Request, load, resolve
+from bst_dist.train.start import Request, load, of_run, resolve
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +37,8 @@ def tree(path: Path) -> dict[str, bytes]:
         (["train.micro_sequences=3"], "train.sequences 4 is not a multiple"),
         (["train.carry=true"], "train.carry needs data.mode streaming"),
         (["train.steps=0"], "train.steps"),
+        (["schedule.warmup_steps=7"], "schedule.warmup_steps 7 is longer than the run of 6 steps (train.steps)"),
+        (["checkpoint.at=[2,9]"], "checkpoint.at 9 is after the run's last step, 6 (train.steps)"),
         (["--ranks", "8"], "8 data-parallel ranks but only 4 sequences a step"),
         (["--ranks", "3"], "not a multiple of data-parallel ranks"),
     ],
@@ -98,6 +100,37 @@ def test_what_does_not_decide_the_run_may_change(run_there):
                "train.micro_sequences=2", "activation_checkpointing.policy=every-layer"]  # fmt: skip
     request = Request(recipe, changes, run_dir, resume=True, until=None)
     assert resolve(load(request), request, 2).recipe.log.every == 3
+
+
+def test_the_directory_of_a_run_in_place_of_its_recipe(run_there, tmp_path, capsys):
+    """It stands for the run's own recipe and directory; overrides of its start are in that recipe."""
+    _, run_dir = run_there
+    asked = of_run(Request(run_dir, ["log.every=3"], None, resume=True, until=None))
+    assert asked == Request(run_dir / "recipe.yaml", ["log.every=3"], run_dir, resume=True, until=None)
+    assert resolve(load(asked), asked, 1).recipe.log.every == 3
+    for words, said in (
+        ([], "is a run: continue it with --resume"),
+        (["--resume", "--run-dir", str(tmp_path / "other")], "leave out --run-dir"),
+    ):
+        assert main(["train", str(run_dir), *words]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "corpus-of-nobody"), "--resume"]) == 2
+    (tmp_path / "empty").mkdir()
+    assert main(["train", str(tmp_path / "empty"), "--resume"]) == 2
+    assert "a directory without a run (recipe.yaml is missing)" in capsys.readouterr().err
+
+
+def test_a_check_starts_nothing_and_writes_nothing(recipe_file, tmp_path, capsys):
+    recipe, report = recipe_file(), tmp_path / "report.json"
+    before = tree(tmp_path)
+    words = ["train", str(recipe), "--run-dir", str(tmp_path / "run"), "--ranks", "2", "--check"]
+    assert main([*words, "--json", str(report)]) == 0
+    assert set(tree(tmp_path)) - set(before) == {str(report)}
+    said = capsys.readouterr().out
+    assert "ranks  2 (dp 2 x sp 1), ZeRO-1, fp32" in said
+    assert "from step 0 to 6" in said
+    assert "in all 6 steps, 768 tokens" in said
+    assert main([*words, "model.block=7"]) == 2
 
 
 def test_a_directory_of_something_else(recipe_file, tmp_path, capsys):

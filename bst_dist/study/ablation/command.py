@@ -47,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", metavar="T", type=int,
                         help="read so many tokens of each from its beginning (default: 8 sequences)")  # fmt: skip
     parser.add_argument("--split", default="validation", help="the documents to read (default: %(default)s)")
+    parser.add_argument("--corpus", metavar="CORPUS",
+                        help="another prepared corpus of the same tokenizer (default: its recipe's)")  # fmt: skip
     parser.add_argument("--checkpoint", metavar="STEP", type=int, help="weights after this step (default: the newest)")
     parser.add_argument("--seed", type=int, default=0, help="of noise and shuffling (default: %(default)s)")
     parser.add_argument("--out", metavar="PATH", type=Path, help="the figure to draw: .png, .pdf or .svg")
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "run": str(args.run), "step": trained.step, "split": args.split, "seed": args.seed, "left_out": left_out,
         "corpora": [],
     }  # fmt: skip
-    opened = open_text(trained, args.split)
+    opened = open_text(trained, args.split, args.corpus)
     for number, corpus in enumerate(opened):
         started = time.perf_counter()
         text = beginnings(trained, corpus, args.documents, args.tokens)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from bst_base.errors import UserError
 from bst_dist.study.evaluation.trained import Trained, require_text, require_tokenizer, tokenizer_of
 from bst_dist.train import rundir
 from data_pipeline.serve.loader import open_corpora
-from data_pipeline.serve.reader import Corpus
+from data_pipeline.serve.reader import Corpus, NoCorpusError
 
 
 def open_text(trained: Trained, split: str, corpus: str | None = None) -> list[Corpus]:
@@ -17,7 +18,12 @@ def open_text(trained: Trained, split: str, corpus: str | None = None) -> list[C
     data = trained.recipe.data
     if corpus is not None:
         data = data.model_copy(update={"corpus": corpus, "weight_changes": ()})
-    opened = open_corpora(data, split)
+    try:
+        opened = open_corpora(data, split)
+    except NoCorpusError as error:
+        if corpus is not None:
+            raise
+        raise UserError(f"{error}; if the corpus of {trained.run_dir} lies elsewhere, name it with --corpus") from None
     own = rundir.tokenizer_of(trained.run_dir) or tokenizer_of(trained.run_dir, trained.recipe).sha256
     for each in opened:
         require_tokenizer(trained.run_dir, each, own)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
+from bst_base.errors import UserError
 from bst_base.settings import parse
 from bst_dist.study.evaluation.corpora import open_text
 from bst_dist.study.evaluation.trained import OtherTokenizerError, open_run, tokenizer_of
@@ -44,6 +46,20 @@ def test_another_corpus_of_the_same_tokenizer_is_read(make_run, make_corpus, cor
     assert opened.storage.where == other
     (own,) = open_text(trained, "validation")
     assert own.storage.where == str(corpus)
+
+
+def test_a_run_whose_corpus_is_gone_says_where_it_looked_and_reads_another_place(make_run, corpus, tmp_path):
+    run_dir = make_run()
+    moved = tmp_path / "moved"
+    shutil.copytree(corpus, moved)
+    path = run_dir / "recipe.yaml"
+    path.write_text(path.read_text().replace(str(corpus), str(tmp_path / "gone")))
+    (run_dir / "tokenizer.model").write_bytes((corpus / "tokenizer.model").read_bytes())
+    trained = open_run(run_dir)
+    with pytest.raises(UserError, match=rf"looked in {tmp_path}/gone for manifest.json\).*name it with --corpus"):
+        open_text(trained, "validation")
+    assert open_text(trained, "validation", str(moved))
+    assert tokenizer_of(run_dir, trained.recipe).encode("def").size
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(make_run, make_corpus, corpus):
