@@ -1,4 +1,5 @@
-"""Takes ds_configs/ and launch/ into the wheel, where `bst_base.shipped` finds them; all else is in pyproject.toml."""
+"""Takes ds_configs/, launch/ and the pinned requirements into the wheel, where `bst_base.shipped` finds them; all else
+is in pyproject.toml."""
 
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ class BuildWithShippedFiles(build_py):
             target = Path(self.build_lib) / "bst_base" / "shipped" / folder
             shutil.rmtree(target, ignore_errors=True)
             shutil.copytree(folder, target)
+        shutil.copy("requirements.txt", Path(self.build_lib) / "bst_base" / "shipped")
 
 
 setup(cmdclass={"build_py": BuildWithShippedFiles})

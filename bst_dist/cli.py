@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from bst_base.errors import UserError
+from bst_dist.extras import missing
 from bst_dist.report.saved import write_report
 from bst_dist.usage import Command, HelpFormatter, listing, nearest, overview, refuse_alone
 from bst_dist.version import versions
@@ -163,6 +164,11 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"bst {name}: {error}", file=sys.stderr)
         return error.exit_status
+    except ModuleNotFoundError as error:
+        if (how := missing(error.name or "")) is None:
+            raise
+        print(f"bst {name}: {how}", file=sys.stderr)
+        return UserError.exit_status
     except KeyboardInterrupt:
         return 130
     if args.json and report is not None:

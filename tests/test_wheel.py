@@ -8,10 +8,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,6 +42,56 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (packages,) = (folder / "env/lib").glob("python*/site-packages")
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder / "env/bin/bst"
+
+
+@pytest.fixture(scope="module")
+def without_extras(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same wheel where only what `pip install bst-dist` brings can be imported: no extra is installed."""
+    folder, packages = tmp_path_factory.mktemp("core"), tmp_path_factory.mktemp("packages")
+    run(sys.executable, "-m", "venv", "--without-pip", folder / "env", cwd=folder)
+    (site,) = (folder / "env/lib").glob("python*/site-packages")
+    (own,) = (program.parents[1] / "lib").glob("python*/site-packages")
+    for entry in own.iterdir():
+        if entry.suffix != ".pth" and entry.name != "__pycache__":
+            (site / entry.name).symlink_to(entry)
+    done = set()
+    waiting = [line.partition("Requires-Dist: ")[2] for line in next(own.glob("bst_dist-*/METADATA")).open()
+               if line.startswith("Requires-Dist: ")]  # fmt: skip
+    while waiting:
+        needed = Requirement(waiting.pop())
+        name = canonicalize_name(needed.name)
+        if name in done or (needed.marker and not needed.marker.evaluate({"extra": ""})):
+            continue
+        done.add(name)
+        try:
+            package = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # what is of another platform
+        for entry in {path.parts[0] for path in package.files} - {"..", "__pycache__"}:
+            (packages / entry).exists() or (packages / entry).symlink_to(package.locate_file(entry))
+        waiting += package.requires or ()
+    assert not done & {"deepspeed", "mpi4py", "tensorboard", "webdataset", "transformers", "matplotlib"}
+    (site / "dependencies.pth").write_text(f"{packages}\n")
+    (folder / "env/bin/bst").write_text((program.read_text()).replace(str(program.parent), str(folder / "env/bin")))
+    (folder / "env/bin/bst").chmod(0o755)
+    return folder / "env/bin/bst"
+
+
+@pytest.mark.ranks
+def test_without_extras_a_run_is_evaluated_and_continued_and_training_says_what_to_install(
+    without_extras, make_run, corpus, tmp_path
+):
+    run_dir = make_run()
+    run(without_extras.parent / "python", "-c", "import bst_dist; bst_dist.BlockStateTransformer", cwd=tmp_path)
+    assert "bits" in run(without_extras, "eval", run_dir, cwd=tmp_path)
+    run(without_extras, "generate", run_dir, "--tokens", 3, cwd=tmp_path)
+    for command, extra in (("train", "train"), ("export", "hub"), ("plot", "study")):
+        words = [without_extras, command, run_dir / "recipe.yaml" if command == "train" else run_dir]
+        words += [tmp_path / "out"] if command == "export" else []
+        words += ["--run-dir", tmp_path / "new"] if command == "train" else []
+        done = subprocess.run(list(map(str, words)), cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 2, done.stderr
+        assert f"is not installed: pip install 'bst-dist[{extra}]'" in done.stderr
 
 
 @pytest.mark.ranks

@@ -5,14 +5,7 @@ Importing this package makes the `Auto` classes of transformers know exported mo
 
 from __future__ import annotations
 
-from bst_base.errors import UserError
-
-try:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-except ModuleNotFoundError as error:
-    raise UserError(
-        f"{error.name} is not installed: pip install --editable '.[hub]', in the directory of this project"
-    ) from None
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bst_dist.hub.bundle import write_code
 from bst_dist.hub.modeling import BSTCache, BSTConfig, BSTForCausalLM

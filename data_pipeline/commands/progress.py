@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from data_pipeline.prepare.corpus import Progress as Report
 from data_pipeline.prepare.parallel import mpi_ranks
+
+if TYPE_CHECKING:
+    from data_pipeline.prepare.corpus import Progress as Report  # imports what only preparing needs
 
 
 class StageTimes:

@@ -17,8 +17,8 @@ the answer stands, with the best loss that is possible; errors are over rows. --
 
 The report is kept in the run's reports/, where `bst compare` and `bst export` find it; --json PATH writes it there too.
 
---harness TASK,TASK asks the model what tasks of EleutherAI's lm-evaluation-harness ask; that is a package of its own:
-pip install --editable '.[harness]', in the directory of this project.
+--harness TASK,TASK asks the model what tasks of EleutherAI's lm-evaluation-harness ask. The harness is an optional
+package: pip install 'bst-dist[harness]'.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bst_base.errors import UserError
+from bst_dist.extras import missing
 from bst_dist.study.evaluation.trained import open_run, tokenizer_of
 from bst_dist.study.report.document import Sheet
 from bst_dist.study.report.terminal import print_table
@@ -30,9 +31,7 @@ class HarnessError(UserError):
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if importlib.util.find_spec("lm_eval") is None:
-        raise HarnessError(
-            "lm_eval is not installed: pip install --editable '.[harness]', in the directory of this project"
-        )
+        raise HarnessError(missing("lm_eval"))
     trained = open_run(args.run, args.checkpoint)
     tokenizer = tokenizer_of(args.run, trained.recipe)
     import lm_eval  # what it brings along takes a second to import

@@ -8,12 +8,10 @@ import shutil
 import sys
 from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
 
 from bst_base import shipped
 from bst_dist.tools.doctor.finding import Finding, ask, ask_python, broken, good, lacking
 
-ROOT = Path(__file__).resolve().parents[3]  # of a checkout
 OLDEST_PYTHON = (3, 11)
 # What no run can do without; the others are for some corpora, launchers and reports.
 NEEDED = ("torch", "deepspeed", "numpy", "pydantic", "pyyaml", "rich", "safetensors", "sentencepiece", "fsspec",
@@ -57,7 +55,7 @@ def packages() -> Iterator[Finding]:
             yield kind(f"{name} is missing", f"pip install {name}=={pinned[name]}")
     other = {name: version for name, version in found.items() if version.partition("+")[0] != pinned[name]}
     for name, version in other.items():
-        yield lacking(f"{name} {version}, tested is {pinned[name]}", f"pip install {name}=={pinned[name]}")
+        yield lacking(f"{name} {version} (tested: {pinned[name]})", f"pip install {name}=={pinned[name]}")
     named = ", ".join(f"{name} {found[name]}" for name in NAMED if name in found)
     if len(found) > len(other):
         yield good(f"{named}; {len(found) - len(other)} of {len(pinned)} as pinned in requirements.txt")
@@ -66,13 +64,13 @@ def packages() -> Iterator[Finding]:
 def extras() -> Iterator[Finding]:
     """What some commands need beyond that, by the name of the extra that brings it."""
     for requirement in metadata.requires("bst-dist") or []:
-        if not (extra := re.search(r"extra == ['\"]([\w-]+)", requirement)):
+        name, extra = _name(requirement), re.search(r"extra == ['\"]([\w-]+)", requirement)
+        if not extra or name in requirements():
             continue
-        name, version = _split(requirement)
         try:
             yield good(f"{name} {metadata.version(name)} ({extra[1]})")
         except metadata.PackageNotFoundError:
-            yield lacking(f"{name} is not there ({extra[1]})", f"pip install {name}=={version}")
+            yield lacking(f"{name} is not installed (extra {extra[1]})", f"pip install 'bst-dist[{extra[1]}]'")
 
 
 def project() -> Iterator[Finding]:
@@ -110,21 +108,15 @@ def operators() -> Iterator[Finding]:
 
 
 def requirements() -> dict[str, str]:
-    """Versions by package, as pinned; from the installed metadata where there is no checkout."""
-    path = ROOT / "requirements.txt"
-    lines = path.read_text().splitlines() if path.exists() else _without_extras(metadata.requires("bst-dist") or [])
-    pairs = [_split(line.partition("#")[0]) for line in lines]
-    return {name: version for name, version in pairs if version}
+    """Versions by package, as pinned: what is tested."""
+    lines = (shipped.root() / "requirements.txt").read_text().splitlines()
+    pairs = [line.partition("#")[0].partition("==") for line in lines]
+    return {_name(name): version.strip() for name, _, version in pairs if version}
 
 
-def _without_extras(requirements: list[str]) -> list[str]:
-    return [requirement for requirement in requirements if "extra ==" not in requirement]
-
-
-def _split(requirement: str) -> tuple[str, str]:
-    """Name and pinned version of one requirement; the version is empty when it is not pinned."""
-    name, _, version = requirement.partition(";")[0].partition("==")
-    return re.split(r"[\[<>~!= ]", name.strip())[0], version.strip()
+def _name(requirement: str) -> str:
+    """The package that a requirement is about."""
+    return re.split(r"[\[<>~!=; ]", requirement.strip())[0]
 
 
 def _release(text: str) -> str:

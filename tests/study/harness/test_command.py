@@ -116,7 +116,7 @@ def test_what_is_not_there_is_said_in_one_message(make_run, tasks, tmp_path, cap
     assert "the harness could not do which: " in refused("--harness", "which", "--harness-tasks", folder)
     assert "--corpus does not belong to this evaluation" in refused("--harness", "which", "--corpus", "x")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "lm_eval is not installed: pip install --editable '.[harness]'" in refused("--harness", "which")
+    assert "lm_eval is not installed: pip install 'bst-dist[harness]'" in refused("--harness", "which")
 
 
 def test_a_name_that_is_no_tasks_is_refused_with_those_near_it():

@@ -1,0 +1,38 @@
+"""What is installed by role: every extra's modules are known, and the pins are within the bounds."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from itertools import chain
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from bst_dist.cli import main
+from bst_dist.extras import EXTRAS, missing
+from bst_dist.tools.doctor.software import requirements
+
+PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+DEV = Path(__file__).parents[1] / "requirements-dev.txt"
+
+
+def test_every_pin_is_within_the_bounds_that_users_install_and_none_is_left_out():
+    extras = PROJECT["optional-dependencies"]
+    assert set(extras) == set(EXTRAS)
+    bounds = [Requirement(line) for line in [*PROJECT["dependencies"], *chain(*extras.values())]]
+    pinned = requirements() | dict(
+        line.partition("#")[0].strip().split("==") for line in DEV.read_text().splitlines() if "==" in line
+    )
+    for bound in bounds:
+        assert pinned[bound.name] in bound.specifier, bound
+    assert requirements().keys() <= {bound.name for bound in bounds}
+
+
+def test_a_missing_package_names_its_extra(monkeypatch, capsys):
+    assert missing("deepspeed.ops") == "deepspeed is not installed: pip install 'bst-dist[train]'"
+    assert missing("no_such_module") is None
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "bst_dist.study.report.plot", raising=False)
+    assert main(["plot", "runs/demo"]) == 2
+    assert "bst plot: matplotlib is not installed: pip install 'bst-dist[study]'" in capsys.readouterr().err
