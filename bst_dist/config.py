@@ -58,7 +58,7 @@ class Recipe(Config):
     name: str = Field(pattern=r"^[\w.-]+$")
     """What the run is called: its directory is runs/<name> unless --run-dir says otherwise."""
     paths_from: Path | None = None
-    """Folder that relative paths in this recipe are meant from. Filled in by the program: the folder of the recipe's
+    """Folder that relative paths in this recipe start from. Filled in by the program: the folder of the recipe's
     file; for a file in launch/, the folder that holds launch/; for one that an installed bst brought, and where this is
     null, the working directory."""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -86,9 +86,9 @@ class Recipe(Config):
     """Run each layer as one compiled graph in training, on CUDA; off by default until it has been run on a GPU."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     branch: BranchConfig | None = None
-    """The checkpoint of another run that this one goes on from as if it were its own; null: none."""
+    """The checkpoint of another run from which this one continues, with its optimizer and data; null: none."""
     initial_weights: InitialWeightsConfig | None = None
-    """Another run's weights to begin with, for fine-tuning; null: random ones."""
+    """Another run's weights to start from, for fine-tuning; null: random ones."""
     guard: GuardConfig = GuardConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     log: LogConfig = LogConfig()

@@ -31,16 +31,16 @@ name is an error that names the nearest one:
     bst train launch/recipes/demo.yaml train.steps=200 model.context.variant=MF
 
 `bst train demo` is the same: recipes of `launch/recipes/` come with the program and are found by name from any
-directory. A relative path in a recipe is meant from the recipe's own folder, wherever the command is started (for a
-recipe in `launch/`: from the folder that holds `launch/`); on the command line, and in a recipe that an installed bst
-brought, from the working directory.
+directory. A relative path in a recipe starts from the recipe's own folder, wherever the command is run (for a recipe in
+`launch/`: from the folder that holds `launch/`); on the command line, and in a recipe that comes with an installed bst,
+from the working directory.
 
 Values mean what one reads, in recipes, corpora, sweeps and overrides alike: `1e-3`, `1e3`, `1_000` are numbers, `true`
 and `false` the only booleans, dates are text. What could be misread is refused with its line: `yes`, `no`, `on`, `off`
 and numbers that begin with a zero, unless they are in quotes, and a key that is given twice in one section.
 
-The recipe as it was resolved lies in the run directory as `recipe.yaml`. `bst recipe SECTION` prints a part of what
-follows, and `bst recipe --markdown` printed this file."""
+The run directory keeps the recipe with every default filled in, as `recipe.yaml`. `bst recipe SECTION` prints a part of
+what follows, and `bst recipe --markdown` printed this file."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,23 +9,23 @@ from bst_base.settings import Config
 
 class CheckpointConfig(Config):
     every: int = Field(500, ge=0)
-    """Steps between checkpoints; the last step always leaves one; 0: only that one."""
+    """Steps between checkpoints; the last step always has one; 0: only that one."""
     background: bool = True
-    """Write while training goes on, from a copy in host memory: 12 bytes per parameter, spread over the ranks.
+    """Write while training continues, from a copy in host memory: 12 bytes per parameter, spread over the ranks.
     false: training waits until all is written."""
     failures: int = Field(3, ge=1)
-    """How many checkpoints in a row may fail to be written; then the run stops, with status 74."""
+    """After this many failed checkpoints in a row the run stops with status 74."""
     keep_last: int = Field(2, ge=1)
-    """How many of the newest to keep; older ones are removed once a newer one is committed, but for those below."""
+    """How many of the newest to keep; older ones are removed once a newer one is committed, except those below."""
     keep_best: int = Field(1, ge=0)
     """How many to keep of those with the lowest validation loss, evaluated at their own step."""
     keep_every: int = Field(0, ge=0)
-    """Those whose step is a multiple of this are kept for good; 0: none."""
+    """Checkpoints whose step is a multiple of this are never removed; 0: none."""
     weights_every: int = Field(0, ge=0)
-    """Steps between checkpoints of the weights alone, kept for good: a third of the size, to evaluate and export, but
-    nothing goes on from them; 0: none. A full one taken at such a step keeps its weights when it would be removed."""
+    """Steps between checkpoints of the weights alone, never removed: a third of the size, to evaluate and export, but
+    no run can resume from them; 0: none. A full checkpoint at such a step keeps its weights when it is removed."""
     at: tuple[int, ...] = ()
-    """Steps that have a checkpoint whatever `every` says, kept for good: where branches leave this run."""
+    """Steps that have a checkpoint whatever `every` says, never removed: where branches start."""
 
     def scheduled(self, step: int) -> bool:
         """Whether every start of the run takes a checkpoint after so many steps, wherever it ends."""

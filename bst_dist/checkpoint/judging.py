@@ -53,8 +53,8 @@ def judged(ranks: Ranks, checkpoint: Path) -> list[Finding]:
                 by = next(by for name, by in again if name == finding.file)
                 raise StorageError(
                     f"checkpoint {step_of(checkpoint)}: rank {rank} on {hosts[rank]} finds: {finding}; rank {by} on "
-                    f"{hosts[by]} finds {checkpoint / finding.file} as it was written: {hosts[rank]} does not see "
-                    f"right; {UNCHANGED}"
+                    f"{hosts[by]} finds {checkpoint / finding.file} intact: {hosts[rank]} does not see the same "
+                    f"file; {UNCHANGED}"
                 )
     return list(dict.fromkeys(finding for found in first for finding in found))
 

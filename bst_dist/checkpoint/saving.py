@@ -203,7 +203,7 @@ class Saver:
         if free < needed:
             partial.rmdir()
             return (
-                f"it needs {_gb(needed)} and {partial.parent} has {_gb(free)} left: make room, "
+                f"it needs {_gb(needed)}, {partial.parent} has {_gb(free)} free: free more space, "
                 "or keep fewer checkpoints (bst ckpt gc, checkpoint.keep_last)"
             )
         return None

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _source(args: argparse.Namespace) -> tuple[Held, Recipe]:
     """The checkpoint to export, whole, and its recipe."""
     if args.output.exists():
-        raise UserError(f"{args.output}: exists already; choose another directory")
+        raise UserError(f"{args.output}: already exists; choose another directory")
     recipe, one = read_recipe(args.run), select(args.run, args.step)
     require_language_model(args.run, recipe)
     if found := damage(one.path):

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.run.exists():
-        raise UserError(f"{args.run}: exists already; choose another directory")
+        raise UserError(f"{args.run}: already exists; choose another directory")
     _require_digests(args.model)
     recipe, about = _configuration(args.model, args.overrides)
     tokenizer = _tokenizer(args.model)

@@ -74,7 +74,7 @@ def _read(path: Path) -> dict[str, Accelerator]:
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; its form is that of {FILE}") from None
+        raise ConfigError(f"{path}: no such file; {FILE} is an example") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):

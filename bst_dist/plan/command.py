@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return _longest(args, recipe, device)
     clusters = [Cluster(nodes, args.gpus_per_node, device) for nodes in args.nodes]
     if args.slices and (len(clusters) > 1 or args.lengths):
-        raise PlanError("--slices is of one number of nodes and the recipe's own sequence length")
+        raise PlanError("--slices needs one value of --nodes and no --lengths")
     if len(clusters) == 1 and not args.lengths:
         planner = Planner(recipe, clusters[0])
         if args.slices:

@@ -220,5 +220,5 @@ def _strategies(recipe: Recipe) -> dict[int, Strategy]:
         found[stage] = Strategy.read(path, name)
     own = Strategy.read(deepspeed_file(recipe), written(recipe.deepspeed))
     if own.offloads:
-        raise PlanError(f"{own.name}: offloading parameters or the optimizer is not planned for")
+        raise PlanError(f"{own.name}: bst plan does not cover offloading of parameters or of the optimizer")
     return found | {own.stage: own}

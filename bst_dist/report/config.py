@@ -13,9 +13,9 @@ class LogConfig(Config):
     tensorboard: bool = True
     """Write TensorBoard events into the run directory's tensorboard/."""
     probes: bool = True
-    """For TensorBoard, at evaluations: what context states say by layer, and the time scales of the SSMs."""
+    """For TensorBoard, at evaluations: how each layer uses its context states, and the time scales of the SSMs."""
     sample_tokens: int = Field(64, ge=0)
-    """For TensorBoard, at evaluations: tokens that the model writes after a beginning of the validation text; 0: no
+    """For TensorBoard, at evaluations: tokens to generate after the beginning of the validation text; 0: no
     sample. Not under ZeRO-3."""
     straggler: float = Field(1.2, gt=1)
     """Warn when the slowest rank's own work in a step takes this many times the median rank's."""

@@ -217,7 +217,7 @@ class Console(Writer):
             return
         if isinstance(report, SkippedReport):
             print(f"{report.step:>6}/{self.steps:<5} {report.loss_nats:>8.4f} {_bits(report)} "
-                  f"{report.gradient_norm:>8.3f}  not taken: see ledger.jsonl", flush=True)  # fmt: skip
+                  f"{report.gradient_norm:>8.3f}  skipped: see ledger.jsonl", flush=True)  # fmt: skip
             return
         if isinstance(report, PerformanceReport):
             self._performance(report)
@@ -235,7 +235,7 @@ class Console(Writer):
         slow = report.slowest_rank if report.slowest_ratio > self.straggler else None
         if slow is not None and slow == self._slow:
             who = f"rank {report.slowest_rank} on {report.slowest_host}"
-            print(f"{'':>12} {who} holds the others up: its own work in a step takes {report.slowest_ratio:.2f} times "
+            print(f"{'':>12} {who} is slow: its own work in a step takes {report.slowest_ratio:.2f} times "
                   f"the median rank's {report.work_s:.3g} s", flush=True)  # fmt: skip
         self._slow = slow
 
@@ -262,7 +262,7 @@ def _performance(report: PerformanceReport) -> str:
     spent = sorted(report.seconds.items(), key=lambda item: -item[1])
     shares = ", ".join(f"{phase} {seconds / total:.0%}" for phase, seconds in spent if seconds / total >= 0.005)
     sent = sum(report.sent_bytes.values())
-    return f"{shares}; {sent / 1e6:,.1f} MB sent a step; {report.memory_bytes / 2**30:,.2f} GiB of memory"
+    return f"{shares}; {sent / 1e6:,.1f} MB sent per step; {report.memory_bytes / 2**30:,.2f} GiB of memory"
 
 
 def duration(seconds: float) -> str:

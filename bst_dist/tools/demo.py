@@ -3,7 +3,7 @@
 Prepares Python's own standard library as a corpus; trains a small Block-State Transformer on two ranks, stops half-way
 and resumes; trains its twin without a stop and checks that both are equal to the last bit; evaluates before and after
 training beside an order-2 byte model and xz; writes a sample and draws the curves. Each step is a command shown as you
-would type it. What is there already is used again: remove runs/ to start anew.
+would type it. Finished steps are reused: remove runs/ to start again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Demo:
     recipe: Recipe
     console: Console = field(default_factory=Console)
     overrides: list[str] = field(default_factory=list)
-    """What is trained otherwise than the recipe says."""
+    """Settings that differ from the recipe's."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -60,12 +60,12 @@ class Demo:
         train = self.recipe.train.model_copy(update={"precision": precision})
         self.recipe = self.recipe.model_copy(update={"train": train})
         self.overrides = [f"train.precision={precision}"]
-        why = "the runs that are there are in it" if stored else \
+        why = "the existing runs use it" if stored else \
             f"this CPU multiplies matrices {slowdown:.0f} times as slowly in bf16"  # fmt: skip
         self.console.print(f"Training in {precision}: {why}.", markup=False, highlight=False, soft_wrap=True)
 
     def require_same_recipe(self) -> None:
-        """Raise UserError when the runs that are there already are of another recipe."""
+        """Raise UserError when there are runs of another recipe already."""
         for run_dir in (self.run_dir, self.twin):
             if (run_dir / STORED_RECIPE).exists():
                 there = read_recipe(run_dir)
@@ -73,7 +73,7 @@ class Demo:
                 if found := differing(there, self.recipe.model_copy(update={"model": model})):
                     raise UserError(
                         f"{run_dir} holds a run of another recipe than {RECIPE} ({'; '.join(found)}): "
-                        "remove it to start anew, or give your recipe another name and train it with `bst train`"
+                        "remove it to start again, or give your recipe another name and train it with `bst train`"
                     )
 
     def steps(self) -> list[tuple[str, Callable[[], None]]]:
@@ -84,7 +84,7 @@ class Demo:
             ("Resume, to the end", self.resume),
             ("Train its twin without a stop", self.train_twin),
             ("Are the two runs equal?", self.compare),
-            ("What there is to beat on the same validation text", self.baselines),
+            ("Baselines on the same validation text", self.baselines),
             ("Evaluate before training (random weights) and after", self.evaluate),
             ("Write a sample", self.sample),
             ("Draw the curves", self.plot),
@@ -96,7 +96,7 @@ class Demo:
     def train_half(self) -> None:
         done = step_of(committed(self.run_dir)[0]) if committed(self.run_dir) else 0
         if done >= self.half:
-            self._reuse(f"{self.run_dir} has come to step {done}")
+            self._reuse(f"{self.run_dir} has reached step {done}")
         else:
             self._bst("train", RECIPE, *self.overrides, "--until", self.half, *(["--resume"] if done else []))
 
@@ -146,7 +146,7 @@ class Demo:
             self._bst(*command, "--json", path)
 
     def _reuse(self, why: str) -> None:
-        self.console.print(f"used again: {why}", markup=False, highlight=False)
+        self.console.print(f"reused: {why}", markup=False, highlight=False)
 
     def _bst(self, *command: Any, accept: tuple[int, ...] = (0,)) -> None:
         """Run one command, shown as it would be typed; raises UserError for an exit status that is not accepted."""
@@ -199,7 +199,7 @@ def _read(demo: Demo, name: str) -> dict[str, Any]:
 
 
 def show(demo: Demo, report: dict[str, Any]) -> None:
-    """The last screen: what happened, where it lies, what to try next."""
+    """The last screen: results, files, what to try next."""
     console, validation = demo.console, report["validation"]
     console.rule(f"[bold]Done in {sum(report['time_s'].values()) / 60:.1f} minutes", align="left")
     title = f"The validation text: {validation['bytes']:,} bytes in {validation['documents']} documents"
@@ -235,7 +235,7 @@ def _verdict(report: dict[str, Any]) -> str:
 def _guide(demo: Demo) -> str:
     run_dir, corpus, train = demo.run_dir, demo.recipe.data.corpus, " ".join([RECIPE, *demo.overrides])
     return f"""
-[bold]Where it lies[/]
+[bold]Files[/]
   {f"{corpus}/":<24}the corpus: tokenizer, WebDataset shards, index
   {f"{run_dir}/":<24}the run: recipe.yaml, metrics.jsonl, checkpoints/, tensorboard/, reports/
   {f"{run_dir}/curves.png":<24}the curves
@@ -249,6 +249,6 @@ def _guide(demo: Demo) -> str:
   bst ablate {run_dir}          # what do its context states carry?
   bst plan {RECIPE} --nodes 2   # and on 16 GPUs?
   tensorboard --logdir runs
-  rm -r runs && make demo       # the demo anew
+  rm -r runs && make demo       # the demo again
 
-What there is to read, in order: docs/README.md"""
+Documentation by task: docs/README.md"""

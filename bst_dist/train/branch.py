@@ -40,18 +40,19 @@ def origin(run_dir: Path, recipe: Recipe) -> Origin:
     checkpoint = directory(trunk_dir, step)
     if not checkpoint.is_dir():
         raise CheckpointError(
-            f"{run_dir}: branches off {checkpoint}, which is not there: "
+            f"{run_dir}: branches off {checkpoint}, which does not exist: "
             f"train the trunk first, with checkpoint.at: [{step}]"
         )
     trunk = load_recipe(trunk_dir / RECIPE)
     if found := [line for line in differing(trunk, recipe) if not line.startswith(OWN)]:
-        raise CheckpointError("\n".join([f"{run_dir}: not a branch of {trunk_dir}; there, here:", *found[:8]]))
+        raise CheckpointError(
+            "\n".join([f"{run_dir}: cannot branch off {trunk_dir}; these settings differ (there, here):", *found[:8]])
+        )
     for shared in range(step):
         there = factor(trunk.schedule, shared, trunk.train.steps)
         if there != factor(recipe.schedule, shared, recipe.train.steps):
             raise CheckpointError(
                 f"{run_dir}: branches off step {step} of {trunk_dir}, but their learning rates differ from step "
-                f"{shared} on: the trunk must not decay before the branch (schedule.decay_fraction 0), and the branch "
-                "must not before it leaves the trunk"
+                f"{shared} on: neither may decay before step {step} (the trunk: schedule.decay_fraction 0)"
             )
     return Origin(checkpoint, trunk)

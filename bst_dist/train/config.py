@@ -16,9 +16,9 @@ class TrainConfig(Config):
     sequence_length: int = Field(ge=1)
     """Tokens L of a sequence; a multiple of the block."""
     sequences: int = Field(ge=1)
-    """Sequences of a step over all ranks (the global batch G)."""
+    """Sequences of a step over all ranks (the global batch)."""
     micro_sequences: int = Field(1, ge=1)
-    """Sequences a rank takes at once; the rest of its share follows, accumulated into one step."""
+    """Sequences that a rank processes at once; the rest of its share follows, accumulated into one step."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: matrix products in bfloat16 under autocast; parameters, SSM dynamics and reductions in fp32."""
     gradient_clipping: float = Field(1.0, ge=0)
@@ -29,8 +29,8 @@ class TrainConfig(Config):
     """Tokens of a slice, a multiple of model.block x parallel.sp that divides the sequence: forward and backward go
     slice by slice, with the gradients of the whole sequence, in the memory of one slice. None: a sequence at once."""
     edges: Literal["device", "host", "disk"] = "device"
-    """Where what each slice leaves waits for the backward pass: device; host: in host memory; disk: in a file in the
-    folder for temporary files (TMPDIR), so that memory does not grow with the length."""
+    """Where the state between slices is kept until the backward pass: device; host: in host memory; disk: in a file in
+    the folder for temporary files (TMPDIR), so that memory does not grow with the length."""
 
     @property
     def slices(self) -> int:
@@ -78,7 +78,7 @@ class BranchConfig(Config):
     run: str
     """The trunk's run directory, from this run's own directory: ../trunk."""
     step: int = Field(ge=1)
-    """The trunk's step to go on from; the trunk keeps its checkpoint by checkpoint.at."""
+    """The trunk's step to continue from; checkpoint.at in the trunk's recipe keeps that checkpoint."""
 
 
 class InitialWeightsConfig(Config):

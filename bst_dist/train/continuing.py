@@ -31,7 +31,7 @@ def changes(run_dir: Path, before: Recipe, now: Recipe) -> list[str]:
     """
     found = differing(before, now)
     if fixed := [line for line in found if not line.startswith((*RATES, *SCHEDULE))]:
-        raise OtherRunError(_listed(f"{run_dir}: holds another run; recipe there, recipe given:", fixed))
+        raise OtherRunError(_listed(f"{run_dir}: holds a run with other settings (there, given):", fixed))
     there = committed(run_dir)
     first = _first_otherwise(before, now, step_of(there[0]) if there else 0)
     if first is not None:
@@ -61,9 +61,9 @@ def _first_otherwise(before: Recipe, now: Recipe, done: int) -> int | None:
 def _way_out(run_dir: Path, found: list[str], first: int, steps: list[int]) -> str:
     fitting = ", ".join(str(step) for step in sorted(steps) if step <= first) or "none"
     return (
-        f"{run_dir}: {'; '.join(found)} (there, given): step {first + 1}, which is taken, would have had another "
-        f"learning rate. Go on in another --run-dir: as a branch, branch.run=../{run_dir.name} branch.step=N, from a "
-        f"checkpoint at which the rates still agree ({fitting}); or as a new run that begins with the weights, "
+        f"{run_dir}: {'; '.join(found)} (there, given): step {first + 1} was already taken with another learning "
+        f"rate. Continue in another --run-dir: as a branch, branch.run=../{run_dir.name} branch.step=N, from a "
+        f"checkpoint up to which the rates agree ({fitting}); or as a new run from the weights, "
         f"initial_weights.run={run_dir} initial_weights.step=N ({', '.join(map(str, sorted(steps)))})"
     )
 

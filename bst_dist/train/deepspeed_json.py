@@ -218,5 +218,5 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
-        raise ValueError(f"key {twice[0]!r} stands there twice")
+        raise ValueError(f"key {twice[0]!r} is given twice")
     return dict(pairs)

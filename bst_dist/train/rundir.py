@@ -41,7 +41,7 @@ EARLY = (CHECKPOINTS, HEARTBEATS, LEASE, STACKS)
 """What a start makes before it writes the recipe."""
 BESIDE = (".out", ".err", ".log", ".partial")
 """Ends of names of what may lie in a new run's directory: a scheduler's logs, a file whose write was broken off."""
-FROM_ZERO = "--from-zero (what it had reported is kept in metrics.dropped.jsonl)"
+FROM_ZERO = "--from-zero (its metrics are kept in metrics.dropped.jsonl)"
 
 # What of the DeepSpeed configuration decides the run's numbers: how it computes, and what ZeRO rounds on the way. The
 # rest follows from the ranks, or says where ZeRO keeps and sends things, and may change from one start to the next.
@@ -66,9 +66,7 @@ class RunDirectoryError(UserError):
 def read_recipe(run_dir: Path) -> Recipe:
     """The resolved recipe of a run; raises UserError when the directory holds none."""
     if not (run_dir / RECIPE).is_file():
-        raise UserError(
-            f"{run_dir}: no run there ({RECIPE} is missing); runs lie in runs/ unless --run-dir said otherwise"
-        )
+        raise UserError(f"{run_dir}: no run there ({RECIPE} is missing); by default a run is in runs/<name>")
     return load_recipe(run_dir / RECIPE, base=Path.cwd())  # what those that do not say meant, before they said it
 
 
@@ -102,7 +100,7 @@ def check(run_dir: Path, recipe: Recipe, completed: dict[str, Any], resume: bool
         beside = ", ".join(entries(run_dir)) or "nothing"
         raise StorageError(
             f"{run_dir}: {shown}, but {socket.gethostname()} sees no checkpoint in {run_dir / CHECKPOINTS} ({beside} "
-            f"there): is its file system mounted? To begin at step 0 all the same: {FROM_ZERO}"
+            f"there): is its file system mounted? To start at step 0 anyway: {FROM_ZERO}"
         )
     return changed
 
@@ -112,7 +110,7 @@ def _require_free(run_dir: Path) -> None:
     early leaves."""
     if held := committed(run_dir):
         raise RunDirectoryError(
-            f"{run_dir}: has checkpoints, up to {held[0].name}, but no {RECIPE} to say of what run: bring it back, or "
+            f"{run_dir}: has checkpoints, up to {held[0].name}, but no {RECIPE}: restore it, or "
             "choose another --run-dir"
         )
     there = run_dir.iterdir() if run_dir.exists() else ()
@@ -137,7 +135,7 @@ def shown_steps(run_dir: Path) -> str | None:
     environment, outcome = run_dir / ENVIRONMENT, read_outcome(run_dir) or {}
     starts = json.loads(environment.read_text())["starts"] if environment.exists() else []
     if (begun := max((start.get("from_step", 0) for start in starts), default=0)) > first:
-        return f"{ENVIRONMENT} has a start that went on from step {begun}"
+        return f"{ENVIRONMENT} has a start that resumed from step {begun}"
     if (reached := outcome.get("step", 0)) > first:
         return f"{OUTCOME} says that step {reached} was reached"
     done = max((line["step"] for line in read_lines(run_dir / FILE) if line["kind"] == "train"), default=0)

@@ -93,11 +93,11 @@ def _print(console: Console, config: PrepareConfig, manifest: Manifest, report: 
         console.print(f"{config.output} is already prepared with these settings: reused as it is.")
     else:
         there = report["shards_already_there"]
-        again = f", {there} shards were there already" if there else ""
-        console.print(f"{config.output} prepared in {report['time_s']:.1f} s{again}.")
+        again = f", {there} shards reused" if there else ""
+        console.print(f"{config.output} prepared in {report['time_s']:.1f} s{again}.", soft_wrap=True)
     console.print(split_table(report["splits"]))
     left_out, duplicates = manifest.provenance["left_out"], manifest.provenance["duplicates"]
     if left_out:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        console.print(f"left out: {reasons} (listed in {config.output / SKIPPED})")
+        console.print(f"left out: {reasons} (listed in {config.output / SKIPPED})", soft_wrap=True)
     console.print(f"duplicates removed: {duplicates['exact']} exact, {duplicates['near']} near")

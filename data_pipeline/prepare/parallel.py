@@ -46,9 +46,7 @@ class Workers:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
         except BrokenProcessPool:
-            message = (
-                "a worker process was killed, perhaps for want of memory; start again, with fewer workers, to go on"
-            )
+            message = "a worker process was killed, perhaps out of memory; start again with fewer workers to continue"
             raise UserError(message) from None
         finally:
             for future in pending:

@@ -189,7 +189,7 @@ def _read(task: ChunkTask, part: Part) -> Iterator[Document | Skipped]:
     except UserError as error:
         if task.on_bad_record == "stop":
             raise
-        yield Skipped(part.name, f"not read to its end ({error})", bad=True)
+        yield Skipped(part.name, f"not read completely ({error})", bad=True)
 
 
 def _names(document: Document) -> dict[str, Any]:

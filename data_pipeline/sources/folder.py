@@ -28,7 +28,7 @@ class Folder(FileSource):
         return _pattern(self.pattern).fullmatch(name) is not None
 
     def expected(self) -> str:
-        return f"a folder with files that match source.pattern, {self.pattern!r}"
+        return f"a folder with files that match source.pattern, {self.pattern!r} (**/ matches any folder below)"
 
     def read(self, part: Part) -> Iterator[Document | Skipped]:
         with open_stream(self.root / part.name) as file:

@@ -126,9 +126,8 @@ class FileSource(Source):
                 endings.leave_out(found[0])
         if not parts:
             seen = ", ".join(f"{s.count} {s.reason}" for s in [*skipped, *endings.skipped("")])
-            raise UserError(
-                f"{path}: no file to read there ({seen or 'it is empty'}); source.path must be {self.expected()}"
-            )
+            why = f"left out: {seen}" if seen else "it is empty"
+            raise UserError(f"{path}: no file there is wanted ({why}); source.path must be {self.expected()}")
         return Listing(sorted(parts, key=lambda part: (part.name, part.start)), skipped + endings.skipped(""))
 
     def parts_of(self, name: str, path: Path) -> list[Part]:

@@ -103,7 +103,7 @@ class CachedStorage:
                 file.write(data)
             if digest.hexdigest() != sha256:
                 raise ShardError(
-                    f"{self.where}/{name}: what came ({done} bytes) is not the file the manifest names; "
+                    f"{self.where}/{name}: the {done} bytes received are not the file that the manifest names; "
                     "the copy there is damaged or of another corpus"
                 )
 

@@ -95,7 +95,7 @@ class RemoteStorage:
                     "set storage.cache_dir, or use a server that honours Range"
                 )
             if len(data) < stop - start:
-                raise EOFError(f"{len(data)} bytes came of the {stop - start} from {start} on")
+                raise EOFError(f"{len(data)} bytes received of the {stop - start} from {start} on")
             return data
 
         try:

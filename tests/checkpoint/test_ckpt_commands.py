@@ -96,7 +96,7 @@ def test_ls(run_dir, tmp_path, capsys):
 def test_show(run_dir, capsys):
     assert ckpt("show", run_dir, "--step", 30)[0] == 0
     said = capsys.readouterr().out
-    assert "full: a run can go on from it" in said
+    assert "full: a run can resume from it" in said
     assert "1 rank (dp 1 x sp 1, ZeRO-2)" in said
     assert "3.3333 nats" in said
     assert ckpt("show", run_dir, "--step", 31)[0] == 2

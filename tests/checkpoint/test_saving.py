@@ -318,8 +318,8 @@ def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatc
     save(run, state, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     failed = run.start(position(2))
-    assert "it needs 0.00 GB and" in failed.why
-    assert "make room" in failed.why
+    assert "it needs 0.00 GB, " in failed.why
+    assert "free more space" in failed.why
     assert run.finish() is None
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
@@ -433,7 +433,7 @@ def test_a_rank_that_cannot_write_is_found_before_the_first_step(tmp_path, monke
 
 def test_a_disk_without_room_for_one_checkpoint_is_found_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(StorageError, match=r"it needs 0.00 GB and .* has 0.00 GB left"):
+    with pytest.raises(StorageError, match=r"it needs 0.00 GB, .* has 0.00 GB free"):
         snapshots(tmp_path, Tensors()).rehearse()
 
 

@@ -90,8 +90,8 @@ def test_console_warns_of_a_rank_that_is_slow_twice_running(capsys):
         console.write(PerformanceReport(step, {"forward": 3.0, "data": 1.0}, {"all-reduce": 2e6}, 2**30, 0, 0.5, rank,
                                         "node-7", ratio))  # fmt: skip
     first, second = capsys.readouterr().out.splitlines()
-    assert first.strip() == "forward 75%, data 25%; 2.0 MB sent a step; 1.00 GiB of memory"
-    assert "rank 2 on node-7 holds the others up" in second
+    assert first.strip() == "forward 75%, data 25%; 2.0 MB sent per step; 1.00 GiB of memory"
+    assert "rank 2 on node-7 is slow" in second
     assert "1.80 times" in second
 
 

@@ -175,4 +175,4 @@ def test_the_whole_demo_runs_and_then_uses_everything_again(tmp_path, monkeypatc
     assert cli.main(["demo"]) == 0
     again = capfd.readouterr().out
     assert "$ bst train" not in again
-    assert again.count("used again: ") >= 7
+    assert again.count("reused: ") >= 7

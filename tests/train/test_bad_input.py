@@ -73,7 +73,10 @@ def run_there(recipe_file, tmp_path) -> tuple[Path, Path]:
     ("changes", "said"),
     [
         ([], "already has checkpoints, up to step-00000004: continue it with --resume"),
-        (["model.width=32", "--resume"], "holds another run; recipe there, recipe given:\n  model.width: 16, 32"),
+        (
+            ["model.width=32", "--resume"],
+            "holds a run with other settings (there, given):\n  model.width: 16, 32",
+        ),
         (["schedule.kind=cosine", "--resume"], "as a branch, branch.run=../run branch.step=N, from a checkpoint"),
         (["seed=9"], "seed: 3, 9"),
     ],

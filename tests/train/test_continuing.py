@@ -43,7 +43,7 @@ def test_the_rate_may_change_and_what_does_not_change_the_numbers_too(run_dir, s
                                     "optimizer.beta2=0.9", "train.precision=bf16"])  # fmt: skip
 def test_another_run_is_refused(run_dir, settings, change):
     before, now = pair(settings, "wsd", change)
-    with pytest.raises(OtherRunError, match=f"holds another run; (?s:.*){change.split('=')[0]}: "):
+    with pytest.raises(OtherRunError, match=f"holds a run with other settings(?s:.*){change.split('=')[0]}: "):
         changes(run_dir, before, now)
 
 
@@ -58,7 +58,7 @@ def test_more_steps_after_the_decay_has_begun_need_a_branch(run_dir, settings, s
     before, now = pair(settings, schedule, "train.steps=20")
     with pytest.raises(OtherRunError) as refused:
         changes(run_dir, before, now)
-    assert f"branch.run=../run branch.step=N, from a checkpoint at which the rates still agree {fitting}" in str(
+    assert f"branch.run=../run branch.step=N, from a checkpoint up to which the rates agree {fitting}" in str(
         refused.value
     )
     assert f"initial_weights.run={run_dir} initial_weights.step=N (2, 4)" in str(refused.value)
@@ -66,7 +66,7 @@ def test_more_steps_after_the_decay_has_begun_need_a_branch(run_dir, settings, s
 
 def test_fewer_steps_than_are_taken(run_dir, settings):
     before, now = pair(settings, "wsd", "train.steps=3", "schedule.decay_fraction=0")
-    with pytest.raises(OtherRunError, match="step 4, which is taken"):
+    with pytest.raises(OtherRunError, match="step 4 was already taken"):
         changes(run_dir, before, now)
 
 

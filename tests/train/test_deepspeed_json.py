@@ -43,7 +43,7 @@ def test_every_strategy_is_taken_by_deepspeed_as_it_is_completed(path):
         ('{"bf16": {"enabled": true}}', "casts every parameter"),
         ('{"optimizer": {"type": "Adam"}}', "the section optimizer"),
         ('{"zero_optimization": {"stage": 7}}', "zero_optimization.stage"),
-        ('{"zero_optimization": {"stage": 1, "stage": 2}}', "key 'stage' stands there twice"),
+        ('{"zero_optimization": {"stage": 1, "stage": 2}}', "key 'stage' is given twice"),
         ("[]", "expected an object"),
         ("{", "not readable as JSON"),
     ],

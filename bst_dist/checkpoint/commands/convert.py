@@ -40,7 +40,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.output.exists():
-        raise UserError(f"{args.output}: is there already: choose another directory")
+        raise UserError(f"{args.output}: already exists; choose another directory")
     one, recipe = select(args.run, args.step), read_recipe(args.run)
     if found := damage(one.path):
         raise CheckpointError(f"{one.path}: {found[0]}")

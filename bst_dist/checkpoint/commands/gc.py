@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="checkpoint.field=value", help="settings that differ from its own"
     )
-    parser.add_argument("--delete", action="store_true", help="remove it, instead of saying what would be")
+    parser.add_argument("--delete", action="store_true", help="remove it (default: only list it)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not removals:
         print("nothing to remove")
     else:
-        print(f"{readable_size(freed)} {'freed' if args.delete else 'would be freed: remove it with --delete'}")
+        print(f"{readable_size(freed)} {'freed' if args.delete else 'would be freed; --delete removes it'}")
     return {"deleted": args.delete, "bytes": freed, "removals": {r.path.name: r.why for r in removals}}
 
 
@@ -84,7 +84,7 @@ def plan(run_dir: Path, config: CheckpointConfig) -> Iterator[Removal]:
             yield Removal(path, "found damaged when the run was resumed", _bytes(path))
     for path in leavings(run_dir, (PARTIAL, DELETED)):
         if time.time() - max(file.stat().st_mtime for file in (path, *path.iterdir())) > RECENT_S:
-            yield Removal(path, "left behind by a write or a removal that was broken off", _bytes(path))
+            yield Removal(path, "left behind by an interrupted write or removal", _bytes(path))
 
 
 def _remove(removal: Removal) -> None:

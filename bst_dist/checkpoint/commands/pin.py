@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `bst ckpt pin`."""
     add_run(parser)
     add_step(parser, "the newest")
-    parser.add_argument("--remove", action="store_true", help="take the pin away")
+    parser.add_argument("--remove", action="store_true", help="remove the pin")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     lines = {
         "checkpoint": one.path,
         "written": manifest["time"],
-        "kind": "full: a run can go on from it" if one.full else "weights alone: to evaluate and export",
+        "kind": "full: a run can resume from it" if one.full else "weights alone: to evaluate and export",
         "pinned": "yes" if one.pinned else "no",
         "step": f"{manifest['step']:,}, {manifest['tokens']:,} tokens",
         "optimizer": f"{manifest['updates']:,} updates",
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "data": ", ".join(
             f"{key} {value}" for key, value in manifest["data"].items() if key not in ("corpus", "weights")
         ),
-        "passed over": f"{manifest['skipped']} steps' worth of data",
+        "skipped": f"{manifest['skipped']} steps' worth of data",
         "recipe": manifest["recipe"],
         "versions": ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
         "size": f"{readable_size(size(manifest))} in {len(manifest['files'])} files",

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             process.start()
         while not receiver.poll(1):
             if any(process.exitcode for process in processes):
-                raise UserError("a rank has failed; what it said stands above")
+                raise UserError("a rank has failed; see its output above")
         found = receiver.recv()
     finally:
         for process in processes:

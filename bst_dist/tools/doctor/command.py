@@ -76,7 +76,7 @@ class _Waiting:
     def findings(self, deadline: float) -> list[Finding]:
         """What has been found when it is through, or at the deadline."""
         self._thread.join(max(0.0, deadline - time.monotonic()))
-        late = [lacking("did not come to its end: given up")] if self._thread.is_alive() else []
+        late = [lacking("did not finish in time")] if self._thread.is_alive() else []
         return [*self._found, *late]
 
     def _run(self) -> None:
@@ -84,4 +84,4 @@ class _Waiting:
             for finding in self._check():
                 self._found.append(finding)
         except Exception as error:  # a machine may be odd in ways that nobody has thought of
-            self._found.append(lacking(f"could not be looked at: {type(error).__name__}: {error}"))
+            self._found.append(lacking(f"could not be checked: {type(error).__name__}: {error}"))

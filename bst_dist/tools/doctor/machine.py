@@ -61,7 +61,7 @@ def accelerators() -> Iterator[Finding]:
              f"NCCL {found['nccl']}" if "nccl" in found else ""]  # fmt: skip
     yield good("; ".join([names, *filter(None, parts)]))
     if len(kinds) > 1:
-        yield lacking("of several kinds: the slowest sets the pace, the smallest the memory")
+        yield lacking("of several kinds: the slowest limits the speed, the smallest the memory")
     if found.get("bf16") is False:
         yield lacking("no bfloat16 in hardware", "train.precision=fp32")
 
@@ -118,9 +118,9 @@ def clock() -> Iterator[Finding]:
     """Whether somebody keeps it right; hosts of a launch are compared with each other by its preflight."""
     now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     if time.time() < Path(__file__).stat().st_mtime - 1:
-        yield lacking(f"{now} is before this code was written", "start a time server's client, as chrony")
+        yield lacking(f"{now} is before this code was written", "start a time service, such as chrony")
     elif ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512)) == _TIME_ERROR:
-        yield lacking(f"{now}, and the kernel knows of nothing that keeps it right: hosts of one launch may differ by "
+        yield lacking(f"{now}, not synchronised by a time service: hosts of one launch may differ by "
                       "2 s at most", "apt-get install chrony, outside of the container")  # fmt: skip
     else:
         yield good(now)
@@ -147,7 +147,7 @@ def launchers() -> Iterator[Finding]:
     if found:
         yield good("`bst launch --launcher` may be " + ", ".join(f"{name} ({text})" for name, text in found.items()))
     else:
-        yield lacking("nothing that starts ranks on other hosts: no pdsh with ssh, mpirun, mpiexec.hydra or srun",
+        yield lacking("no launcher for other hosts: neither pdsh with ssh, nor mpirun, mpiexec.hydra or srun",
                       "apt-get install pdsh openssh-client")  # fmt: skip
 
 
@@ -182,7 +182,7 @@ def mpi() -> Iterator[Finding]:
     mpirun = ask(["mpirun", "--version"]).first_line if shutil.which("mpirun") else "no mpirun"
     same = ("Open MPI" in library) == ("Open MPI" in mpirun)
     if mpirun == "no mpirun" or not same:
-        yield lacking(f"mpi4py speaks {library}, `mpirun` is of another family: {mpirun}",
+        yield lacking(f"mpi4py uses {library}, but `mpirun` is another MPI: {mpirun}",
                       "put the mpirun of that library first on the PATH")  # fmt: skip
     else:
-        yield good(f"mpi4py speaks {library}; {mpirun}")
+        yield good(f"mpi4py uses {library}; {mpirun}")

@@ -39,7 +39,7 @@ def _sum(count: int, where: str, environment: dict[str, str]) -> Finding:
     if len(statuses) == count and not any(statuses.values()):
         return good(f"a sum over {count} ranks {where}, in {seconds:.1f} s with their start")
     if len(statuses) < count:
-        text = f"a sum over {count} ranks {where} did not come to its end within {LIMIT_S:.0f} s"
+        text = f"a sum over {count} ranks {where} did not finish within {LIMIT_S:.0f} s"
         return broken(text, "does a firewall block the loopback? NCCL_DEBUG=INFO and GLOO_SOCKET_IFNAME=lo tell more")
     said = [pipe.read().decode(errors="replace").strip() for process in ranks.processes.values()
             for pipe in (process.stderr, process.stdout)]  # fmt: skip

@@ -32,8 +32,8 @@ def test_a_check_that_fails_or_never_ends_is_a_line_like_any_other(monkeypatch, 
     monkeypatch.setattr(command, "LIMIT_S", 0.2)
     assert main(["doctor", "--json", str(tmp_path / "report.json")]) == 0
     out = capsys.readouterr().out
-    assert "! fails          could not be looked at: OSError: no such device" in out
-    assert "! hangs          did not come to its end" in out
+    assert "! fails          could not be checked: OSError: no such device" in out
+    assert "! hangs          did not finish in time" in out
     assert "✓ last           well" in out
     findings = json.loads((tmp_path / "report.json").read_text())["findings"]
     assert [(one["check"], one["mark"]) for one in findings] == [
@@ -67,7 +67,7 @@ def test_missing_and_other_packages_are_told_apart_and_only_needed_ones_break(mo
     found = list(software.packages())
     assert marks(found) == [LACKING, LACKING, GOOD]
     assert found[0].remedy == "pip install no-such-package==1.0"
-    assert "tested is 0.0.1" in found[1].text
+    assert "tested: 0.0.1" in found[1].text
     monkeypatch.setattr(software, "NEEDED", ("no-such-package",))
     assert BROKEN in marks(software.packages())
 
