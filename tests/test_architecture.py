@@ -34,7 +34,7 @@ LAYERS = (
     "bst_dist.plan",
     "bst_dist.generation bst_dist.activation bst_dist.describe bst_dist.config",
     "bst_dist.model",
-    "bst_dist.parallel bst_dist.version",
+    "bst_dist.parallel bst_dist.version bst_dist.extras",
     "data_pipeline",
     "bst_base",
 )

@@ -55,7 +55,7 @@ def without_extras(program: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         if entry.suffix != ".pth" and entry.name != "__pycache__":
             (site / entry.name).symlink_to(entry)
     done = set()
-    waiting = [line.partition("Requires-Dist: ")[2] for line in next(own.glob("bst_dist-*/METADATA")).open()
+    waiting = [line.partition("Requires-Dist: ")[2].strip() for line in next(own.glob("bst_dist-*/METADATA")).open()
                if line.startswith("Requires-Dist: ")]  # fmt: skip
     while waiting:
         needed = Requirement(waiting.pop())

@@ -150,8 +150,8 @@ def prepare(
 ) -> None:
     """Write what the run is made of, before its first step; rank 0 only.
 
-    `start` describes this start (ranks, hosts, the step it begins at) and is added to environment.json. `tokenizer`: that
-    of its text.
+    `start` describes this start (ranks, hosts, the step it begins at) and is added to environment.json; `tokenizer` is
+    that of its text.
     """
     (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     (run_dir / OUTCOME).unlink(missing_ok=True)

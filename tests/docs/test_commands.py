@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
     [ROOT / "README.md", *(path for part in ("docs", "ds_configs", "launch") for path in (ROOT / part).rglob("*.md"))]
 )
+PAGES.remove(ROOT / "docs" / "first-hour.md")  # a replay with files of its own, and mistakes: test_first_hour.py
 PROGRAMS = ("bst", "make", "deepspeed")
 # What stands for something of the reader's own, and what it is taken for here.
 RECIPE = "launch/recipes/demo.yaml"
