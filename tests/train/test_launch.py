@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import pytest
 
 from bst_dist.checkpoint.directory import load_weights, newest_valid
@@ -10,12 +13,15 @@ from bst_dist.train.rundir import read_outcome
 
 
 @pytest.mark.ranks
-def test_bst_train_trains_resumes_and_reports(recipe_file, tmp_path, capfd):
+def test_bst_train_trains_resumes_by_its_directory_and_reports(recipe_file, corpus, tmp_path, capfd):
     recipe, run_dir, report = str(recipe_file()), tmp_path / "run", tmp_path / "report.json"
     assert main(["train", recipe, "--run-dir", str(run_dir), "--ranks", "2", "--until", "3"]) == 0
     assert read_outcome(run_dir)["finished"] is False
-    command = ["train", recipe, "--run-dir", str(run_dir), "--ranks", "2", "--resume", "--json", str(report)]
-    assert main(command) == 0
+    assert (run_dir / "tokenizer.model").read_bytes() == (corpus / "tokenizer.model").read_bytes()
+    (start,) = json.loads((run_dir / "environment.json").read_text())["starts"]
+    digest = hashlib.sha256((corpus / "manifest.json").read_bytes()).hexdigest()
+    assert start["corpora"] == [{"path": str(corpus.resolve()), "sha256": digest}]
+    assert main(["train", str(run_dir), "--ranks", "2", "--resume", "--json", str(report)]) == 0
     outcome = read_outcome(run_dir)
     assert outcome["finished"] is True
     assert outcome["step"] == 6
