@@ -13,7 +13,6 @@ import torch
 from bst_base.errors import UserError
 from bst_base.files import write_text
 from bst_dist.config import Recipe
-from bst_dist.parallel.mesh import Mesh
 from bst_dist.study.evaluation.trained import restore
 from bst_dist.study.lra.accuracy import Accuracy
 from bst_dist.study.lra.config import LongRangeConfig
@@ -23,6 +22,7 @@ from bst_dist.study.lra.model import Classifier
 from bst_dist.study.lra.tasks import TASKS
 from bst_dist.train.rundir import read_recipe
 from bst_dist.train.step import on_device
+from data_pipeline.serve.share import Share
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def evaluate(trained: TrainedClassifier, split: str, rows: int = 64) -> dict[str
 
 def measure(model: Classifier, examples: Examples, recipe: Recipe, rows: int) -> Accuracy:
     """How many of all examples the model gets right."""
-    batches = LabelledLoader(examples, length=recipe.train.sequence_length, rows=rows, micro_rows=rows, seed=None,
-                             mesh=Mesh(1, 0))  # fmt: skip
+    share = Share(length=recipe.train.sequence_length, rows=rows, micro_rows=rows)
+    batches = LabelledLoader(examples, share, seed=None)
     device = next(model.parameters()).device
     correct = 0
     for step in range(-(-len(examples) // rows)):

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from bst_base.errors import UserError
-from bst_dist.parallel.mesh import Mesh
 from bst_dist.study.lra.examples import Examples
 from data_pipeline.serve.loader import check_state
 from data_pipeline.serve.order import KEY_VERSION, Permutation
+from data_pipeline.serve.share import Share
 
 
 class LengthError(UserError):
@@ -39,26 +39,20 @@ class LabelledLoader:
 
     Args:
         examples: of one split.
-        length: l, the most that a row holds of one sequence.
-        rows: G, examples of a step over all ranks.
-        micro_rows: examples of a micro-batch of one rank; G is a multiple of ranks * micro_rows.
+        share: which examples of each step this rank is served; its length is the most that a row holds of one sequence.
         seed: keys the order; None: one pass in the examples' own order, for evaluation.
-        mesh: which of the rows are this rank's.
         start_step: where iteration begins.
 
     Raises LengthError when a sequence does not fit and the task does not crop.
     """
 
-    def __init__(self, examples: Examples, *, length: int, rows: int, micro_rows: int, seed: int | None,
-                 mesh: Mesh, start_step: int = 0) -> None:  # fmt: skip
-        if examples.longest > length and not examples.task.cropped:
+    def __init__(self, examples: Examples, share: Share, *, seed: int | None, start_step: int = 0) -> None:
+        if examples.longest > share.length and not examples.task.cropped:
             raise LengthError(
                 f"{examples.where}: the longest example has {examples.longest:,} symbols and train.sequence_length "
-                f"holds {length:,}: raise it, or prepare shorter examples"
+                f"holds {share.length:,}: raise it, or prepare shorter examples"
             )
-        self.examples, self._length, self._rows, self._micro_rows = examples, length, rows, micro_rows
-        self._seed, self._start_step = seed, start_step
-        self._own = range(mesh.dp_rank * rows // mesh.dp, (mesh.dp_rank + 1) * rows // mesh.dp)
+        self.examples, self._share, self._seed, self._start_step = examples, share, seed, start_step
 
     def __iter__(self) -> Iterator[tuple[int, list[Labelled]]]:
         """(step, this rank's micro-batches in order), from `start_step` on and without end."""
@@ -69,13 +63,12 @@ class LabelledLoader:
 
     def batches(self, step: int) -> list[Labelled]:
         """This rank's micro-batches of a step."""
-        starts = range(self._own.start, self._own.stop, self._micro_rows)
-        return [self._batch(step, np.arange(start, start + self._micro_rows)) for start in starts]
+        return [self._batch(step, np.array(rows)) for rows in self._share.micro_batches()]
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps after `step` steps were trained on."""
-        return {"order": KEY_VERSION, "examples": self.examples.sha256, "length": self._length, "rows": self._rows,
-                "seed": self._seed, "step": step}  # fmt: skip
+        return {"order": KEY_VERSION, "examples": self.examples.sha256, "length": self._share.length,
+                "rows": self._share.rows, "seed": self._seed, "step": step}  # fmt: skip
 
     def check(self, state: dict[str, Any]) -> None:
         """Raise UserError, naming what differs, unless `state` is of the same order as this loader's."""
@@ -85,12 +78,12 @@ class LabelledLoader:
         """Nothing is held."""
 
     def _batch(self, step: int, rows: np.ndarray) -> Labelled:
-        numbers = self._numbers(step * self._rows + rows)
+        numbers = self._numbers(step * self._share.rows + rows)
         task, there = self.examples.task, numbers < len(self.examples)
-        ids = np.zeros((len(rows), task.sequences, self._length), np.int64)
+        ids = np.zeros((len(rows), task.sequences, self._share.length), np.int64)
         for row in np.flatnonzero(there):
             for place, symbols in enumerate(self.examples.sequences(numbers[row])):
-                kept = symbols[: self._length]
+                kept = symbols[: self._share.length]
                 ids[row, place, : len(kept)] = kept.astype(np.int64) + 1
         labels = self.examples.classes[np.where(there, numbers, 0)].astype(np.int64)
         return Labelled(ids.reshape(len(rows), -1), labels, there, rows)

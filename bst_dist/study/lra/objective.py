@@ -20,6 +20,7 @@ from bst_dist.study.lra.loader import LabelledLoader
 from bst_dist.study.lra.model import Classifier
 from bst_dist.study.lra.tasks import TASKS
 from bst_dist.train.evaluation import Evaluate
+from bst_dist.train.objective import share_of
 from bst_dist.train.step import on_device
 
 if TYPE_CHECKING:
@@ -87,9 +88,8 @@ class Classification:
 
     def _loader(self, examples: Examples, mesh: Mesh, rows: int, micro_rows: int, seed: int | None,
                 start_step: int = 0) -> LabelledLoader:  # fmt: skip
-        length = self.recipe.train.sequence_length
-        return LabelledLoader(examples, length=length, rows=rows, micro_rows=micro_rows, seed=seed, mesh=mesh,
-                              start_step=start_step)  # fmt: skip
+        share = share_of(self.recipe, mesh, rows, micro_rows)
+        return LabelledLoader(examples, share, seed=seed, start_step=start_step)
 
 
 class EvaluateAccuracy(Evaluate):

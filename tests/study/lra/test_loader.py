@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 
 from bst_base.errors import UserError
-from bst_dist.parallel.mesh import Mesh
 from bst_dist.study.lra.examples import Examples, open_split
 from bst_dist.study.lra.loader import LabelledLoader, LengthError
 from bst_dist.study.lra.tasks import TASKS
+from data_pipeline.serve.share import Share
 
 
 def loader(examples: Examples, **changes) -> LabelledLoader:
-    given = {"length": 32, "rows": 8, "micro_rows": 2, "seed": 1, "mesh": Mesh(1, 0)}
-    return LabelledLoader(examples, **{**given, **changes})
+    others = {name: changes.pop(name) for name in ("seed", "start_step") if name in changes}
+    share = Share(**{"length": 32, "rows": 8, "micro_rows": 2, **changes})
+    return LabelledLoader(examples, share, **{"seed": 1, **others})
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_rows_are_the_examples_with_padding_behind(examples):
 def test_ranks_share_the_global_batch_in_order(examples, world):
     for step in (0, 9):
         whole = rows(loader(examples).batches(step))
-        shared = [rows(loader(examples, mesh=Mesh(world, rank)).batches(step)) for rank in range(world)]
+        shared = [rows(loader(examples, dp_rank=rank, dp=world).batches(step)) for rank in range(world)]
         assert [row for part in shared for row in part] == whole
 
 
