@@ -101,7 +101,7 @@ def reasons(held: Sequence[Held], config: CheckpointConfig) -> dict[int, list[st
 
 
 def tidy(run_dir: Path, config: CheckpointConfig) -> None:
-    """Remove the checkpoints of a run that are not kept. What cannot be removed is told of, and tried again later."""
+    """Remove the checkpoints of a run that are not kept. A failure is logged, and tried again later."""
     try:
         retain(run_dir, config)
         remove_leavings(run_dir, (DELETED,))

@@ -1,4 +1,4 @@
-"""Writing checkpoints from all ranks together, while training goes on.
+"""Writing checkpoints from all ranks together, while training continues.
 
 Training waits for a copy of the weights and the optimizer's states in the host's memory, and no longer. A thread of
 each rank writes, syncs and digests that rank's files, in a directory whose name says it is not done. When all threads

@@ -48,7 +48,7 @@ class Position:
     carried: list[Any]
     """The past carried to the next step, one entry a micro-batch; empty when nothing is carried."""
     skipped: int = 0
-    """Steps' worth of data passed over after roll-backs: step s trains on the data of step s + skipped."""
+    """Steps' worth of data skipped by rollbacks: step s trains on the data of step s + skipped."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class Snapshots:
 
 
 class Evaluated(Writer):
-    """Remembers the last evaluation; only rank 0's is told of any."""
+    """Remembers the last evaluation; only rank 0's receives any."""
 
     def __init__(self) -> None:
         self._last: EvalReport | None = None
@@ -234,7 +234,7 @@ class Progress(Protocol):
     carried: list[Any]
     """The past carried to the next step, one entry a micro-batch."""
     skipped: int
-    """Steps' worth of data passed over after roll-backs."""
+    """Steps' worth of data skipped by rollbacks."""
 
 
 class Checkpoints(Callback):

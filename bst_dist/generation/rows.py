@@ -47,7 +47,7 @@ class _Group:
 
 
 class Rows:
-    """What each row has left behind; reading goes on from there."""
+    """The state after each row; reading continues from there."""
 
     def __init__(self, count: int) -> None:
         """`count` rows that have read nothing."""
@@ -82,7 +82,7 @@ class Rows:
         return hidden
 
     def select(self, origins: Sequence[int]) -> None:
-        """Row i goes on from where row origins[i] stood: rows reordered, repeated, or left out."""
+        """Row i continues from the state of row origins[i]: rows are reordered, repeated, or dropped."""
         groups = []
         for group in self._groups:
             members = {row: place for place, row in enumerate(group.rows)}

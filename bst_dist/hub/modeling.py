@@ -90,7 +90,7 @@ class BSTCache:
         return self.columns
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i goes on from where row beam_idx[i] stood."""
+        """Row i continues from the state of row beam_idx[i]."""
         self.rows.select(beam_idx.tolist())
 
     batch_select_indices = reorder_cache

@@ -196,7 +196,7 @@ def keep_dropped(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 
 class Console(Writer):
-    """A line every so many steps, with the time left; each evaluation on a line of its own."""
+    """A line every `every` steps, with the time left; a separate line for each evaluation."""
 
     def __init__(self, every: int, steps: int, straggler: float = math.inf):
         self.every, self.steps, self.straggler = every, steps, straggler

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from data_pipeline.format.tokenizer import Tokenizer
 
 PROMPT = 32
-"""Tokens of the validation text that a sample goes on from."""
+"""Tokens of the validation text that a sample continues."""
 
 
 class Inspected(Protocol):
@@ -94,7 +94,7 @@ class Probes:
         return found
 
     def _sample(self) -> str:
-        """What the model goes on with from the beginning of the validation text, as Markdown."""
+        """The model's continuation of the beginning of the validation text, as Markdown."""
         model, tokenizer = self.engine.module, self.tokenizer
         training, checkpoint = model.training, model.checkpoint
         model.checkpoint = None  # nothing is run again: there is no backward pass

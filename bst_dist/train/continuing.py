@@ -1,8 +1,8 @@
-"""What may be otherwise when a run goes on, what may not, and what to do instead.
+"""Which settings may change when a run is resumed, which may not, and what to do instead.
 
-Free is what does not change the numbers (`config.NUMBERS` says what does). The learning rate may change from here on,
-and the number of steps and the schedule where all steps so far would have been the same; a change is entered in the
-ledger and told in the header. Anything else would be another run.
+Settings that do not change the numbers are free (`config.NUMBERS` lists those that do). The learning rate may change
+from the resumed step on; the number of steps and the schedule may if all steps so far would have had the same rate. A
+change is written to the ledger and the header. Anything else would be another run.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ SCHEDULE = ("train.steps:", "schedule.")
 
 
 class OtherRunError(UserError):
-    """A run directory that holds another run than the one that is to go on."""
+    """A run directory that holds another run than the one to resume."""
 
 
 def changes(run_dir: Path, before: Recipe, now: Recipe) -> list[str]:
-    """What a run in `run_dir` has otherwise from here on, as ``field: before, now``.
+    """The settings that change when the run in `run_dir` is resumed, as ``field: before, now``.
 
-    Raises OtherRunError for what it may not, with the way that is left.
+    Raises OtherRunError for those that may not, with what to do instead.
     """
     found = differing(before, now)
     if fixed := [line for line in found if not line.startswith((*RATES, *SCHEDULE))]:
@@ -40,12 +40,12 @@ def changes(run_dir: Path, before: Recipe, now: Recipe) -> list[str]:
 
 
 def fixed(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an identity is the same in all checkpoints of a run."""
+    """The part of an identity that is the same in all checkpoints of a run."""
     return {name: value for name, value in identity.items() if not f"{name}:".startswith((*RATES, *SCHEDULE))}
 
 
 def _first_otherwise(before: Recipe, now: Recipe, done: int) -> int | None:
-    """The first of the steps taken so far that would have had another share of the rate."""
+    """The first step taken so far that would have had another learning rate."""
     if now.train.steps < done:
         return now.train.steps
     return next(

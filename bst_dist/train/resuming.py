@@ -19,7 +19,7 @@ from bst_dist.train.step import Trainer
 
 
 def begin_at(request: Request, start: Start, snapshots: Snapshots, ranks: Ranks) -> Position:
-    """Load what the run begins with: a checkpoint of its own when asked to resume, else its trunk's, else nothing.
+    """Load the checkpoint that the run starts from: its own when asked to resume, else its trunk's, else none.
 
     Raises CheckpointError on all ranks when steps were taken and none of their checkpoints is valid.
     """

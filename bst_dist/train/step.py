@@ -51,7 +51,7 @@ class Trainer:
         self.guard = guard or Guard(GuardConfig(), Ledger())
         self.tokens = 0
         self.skipped = 0
-        """Steps' worth of data passed over by roll-backs: step s has the data of step s + skipped."""
+        """Steps' worth of data skipped by rollbacks: step s has the data of step s + skipped."""
         self.edges = edges_in(config.edges)
         self.carried: list[dict[str, Any]] = []
         """The past left by each micro-batch of the last step, in order; empty when nothing is carried."""

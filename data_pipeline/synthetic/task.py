@@ -1,4 +1,4 @@
-"""What every synthetic task offers: rows of tokens, and which of them can be told from what came before."""
+"""What every synthetic task offers: rows of tokens, and which of them can be predicted from earlier ones."""
 
 from __future__ import annotations
 

@@ -40,11 +40,11 @@ CHECKS: dict[str, Check] = {
     "ranks": ranks.collective,
 }
 LIMIT_S = 180.0
-"""For all checks together, which run at the same time; each has shorter ones of its own for what it waits for."""
+"""Time limit of all checks together, which run at the same time; each has shorter limits for what it waits for."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It has none of its own."""
+    """It has no arguments."""
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class _Waiting:
-    """One check under way, in a thread of its own: a system call may never come back, if a file system is gone."""
+    """One running check, in its own thread: a system call may never return if a file system is gone."""
 
     def __init__(self, name: str, check: Check) -> None:
         self._check, self._found = check, []
