@@ -176,7 +176,8 @@ def accept_settings(args: argparse.Namespace, line: Line) -> None:
     """The overrides fit the recipe, the sweep or whatever it is that the command reads."""
     overrides = getattr(args, "overrides", None) or getattr(args, "override", None) or []
     if hasattr(args, "recipe"):
-        recipe = load_recipe(args.recipe, overrides)
+        of_run = str(args.recipe).startswith("runs/") and args.resume  # the recipe of a run that the reader has
+        recipe = load_recipe(RECIPE if of_run else args.recipe, overrides)
         assert deepspeed_file(recipe).exists(), f"{line}: there is no {recipe.deepspeed}"
     elif hasattr(args, "file"):
         (load_sweep if "sweep" in line.words else load_experiment)(args.file, overrides)
