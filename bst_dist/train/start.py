@@ -12,6 +12,7 @@ from bst_base.settings import ConfigError
 from bst_dist.config import Recipe, accumulation, deepspeed_file, load_recipe
 from bst_dist.plan.rehearse import rehearse
 from bst_dist.train import rundir
+from bst_dist.train.config import ScheduleConfig
 from bst_dist.train.objective import Objective, open_objective
 
 
@@ -72,10 +73,11 @@ def load(request: Request) -> Recipe:
 def _require_reached(recipe: Recipe, where: str, given: bool) -> None:
     """Raise ConfigError for steps that the run never comes to.
 
-    `given`: hold the warm-up to that too; a run's own recipe has it filled in although nobody asked for it.
+    `given`: by a user, so its warm-up counts too; in a run's own recipe it was accepted before. The default warm-up is
+    not refused: nobody asked for it, and recipes that programs write have it filled in.
     """
     steps, schedule = recipe.train.steps, recipe.schedule
-    if given and "warmup_steps" in schedule.model_fields_set and schedule.warmup_steps > steps:
+    if given and schedule.warmup_steps > steps and schedule.warmup_steps != ScheduleConfig().warmup_steps:
         raise ConfigError(
             f"{where}: schedule.warmup_steps {schedule.warmup_steps} is longer than the run of {steps} steps "
             f"(train.steps): the learning rate would never reach its peak; at most {steps}"

@@ -304,7 +304,9 @@ def project(tmp_path_factory):
         larger = ["output=corpora/stdlib-512", "tokenizer.vocab_size=512"]
         assert cli.main(["data", "prepare", "launch/data/stdlib.yaml", *larger]) == 0
         assert cli.main(["train", RECIPE]) == 0
-        assert cli.main(["train", "launch/recipes/diagnostics/base.yaml", "train.steps=1"]) == 0
+        assert (
+            cli.main(["train", "launch/recipes/diagnostics/base.yaml", "train.steps=1", "schedule.warmup_steps=0"]) == 0
+        )
         assert cli.main(["export", "runs/demo", "demo-model"]) == 0
     for corpus in ("corpora/large", "data/stdlib"):
         shutil.copytree(here / "corpora/stdlib", here / corpus)
@@ -332,7 +334,7 @@ def test_a_documented_command_runs(line, project, monkeypatch, tmp_path):
     if words[0] == "launch":
         words.append("--dry-run")
     if words[0] == "train" and words[1:] != [RECIPE, "--resume"]:
-        words += ["train.steps=4", "--run-dir", str(tmp_path / "run")]
+        words += ["train.steps=4", "schedule.warmup_steps=0", "--run-dir", str(tmp_path / "run")]
     if "--lengths" in words and words[0] == "eval":  # the corpus and the block are small
         lengths = words[words.index("--lengths") + 1]
         words[words.index(lengths)] = ",".join(str(max(16, int(length) // 16)) for length in lengths.split(","))

@@ -184,7 +184,7 @@ def test_probes_draw_from_no_generator_and_leave_the_model_as_it_was(go, tmp_pat
 @pytest.mark.ranks
 @pytest.mark.usefixtures("unmeasured")
 def test_a_sample_goes_on_from_one_document_alone(go, tmp_path):
-    go("run", *WATCHED, "data.documents=isolated", "train.steps=1", "evaluation.sequences=2")
+    go("run", *WATCHED, "data.documents=isolated", "train.steps=1", "schedule.warmup_steps=1", "evaluation.sequences=2")
     run_dir = tmp_path / "run"
     corpus = Corpus.open(open_run(run_dir).recipe.data.corpus, "validation")
     documents = [corpus.tokenizer().decode(corpus.document(i)) for i in range(len(corpus))]

@@ -123,6 +123,10 @@ def test_the_directory_of_a_run_in_place_of_its_recipe(run_there, tmp_path, caps
     assert "a directory without a run (recipe.yaml is missing)" in capsys.readouterr().err
 
 
+def test_the_default_warm_up_is_no_mistake(recipe_file, tmp_path):
+    assert load(Request(recipe_file(), ["schedule.warmup_steps=100"], None, resume=False, until=None))
+
+
 def test_a_check_starts_nothing_and_writes_nothing(recipe_file, tmp_path, capsys):
     recipe, report = recipe_file(), tmp_path / "report.json"
     before = tree(tmp_path)
