@@ -115,7 +115,8 @@ class Recipe(Config):
         elif self.train.edges != "device":
             raise ValueError(f"train.edges {self.train.edges}: only slices leave edges; set train.slice_tokens too")
         if self.train.carry and self.data.mode != "streaming":
-            raise ValueError("train.carry needs data.mode streaming: only there do a row's steps follow each other")
+            needed = "data.row_tokens" if isinstance(self.data, SyntheticConfig) else "data.mode streaming"
+            raise ValueError(f"train.carry needs {needed}: only there do a row's steps follow each other")
         if isinstance(self.data, LongRangeConfig):
             self.data.require_fit(self.model, self.parallel)
         if self.branch and self.branch.step >= self.train.steps:
@@ -131,8 +132,15 @@ class Recipe(Config):
         """The recipe with its task's vocabulary where it names none; raises ValueError for what cannot be drawn."""
         if not isinstance(self.data, SyntheticConfig):
             return self
-        task = self.data.synthetic
-        if problem := task.problem(self.train.sequence_length):
+        task, length = self.data.synthetic, self.train.sequence_length
+        row = self.data.row(length)
+        if row % length:
+            raise ValueError(f"data.row_tokens {row} is not a multiple of train.sequence_length {length}")
+        if self.train.carry and row == length:
+            raise ValueError(
+                f"train.carry: rows of data.row_tokens {length} are read in one step, so there is nothing to carry"
+            )
+        if problem := task.problem(row):
             raise ValueError(f"data.synthetic: {problem}")
         size = self.model.vocab_size
         if size is not None and size < task.vocabulary:

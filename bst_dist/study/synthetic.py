@@ -123,23 +123,31 @@ class SyntheticTask:
 
     def loader(self, mesh: Mesh, start_step: int = 0) -> SyntheticLoader:
         train = self.recipe.train
-        return self._loader("train", mesh, train.sequences, train.micro_sequences, self.recipe.seed, start_step)
+        share = share_of(self.recipe, mesh, train.sequences, train.micro_sequences)
+        return SyntheticLoader(self.recipe.data, "train", share, seed=self.recipe.seed, start_step=start_step,
+                               row_tokens=self._row)  # fmt: skip
 
     def evaluation(self, trainer: Trainer, writers: Sequence[Writer]) -> EvaluateByDistance:
         """On the first rows of the validation split, the same for every seed."""
         recipe, ranks = self.recipe, trainer.ranks
         asked, mesh = recipe.evaluation.sequences, Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
         rows = evaluation_rows(asked, mesh.dp, recipe.train.micro_sequences)
-        loader = self._loader("validation", mesh, *rows, seed=0)
+        loader = self._validation(mesh, *rows)
         batches = [changed(batch, partial(_of_rows, below=asked)) for batch in loader.batches(0)]
         return EvaluateByDistance(recipe.evaluation, batches, trainer.engine, ranks, trainer.token_bytes, writers,
                                   recipe.train.steps, trainer.stop, trainer.sharing,
-                                  task=recipe.data.synthetic, longest=recipe.train.sequence_length)  # fmt: skip
+                                  task=recipe.data.synthetic, longest=self._row)  # fmt: skip
 
-    def _loader(self, split: str, mesh: Mesh, rows: int, micro_rows: int, seed: int,
-                start_step: int = 0) -> SyntheticLoader:  # fmt: skip
-        share = share_of(self.recipe, mesh, rows, micro_rows)
-        return SyntheticLoader(self.recipe.data, split, share, seed=seed, start_step=start_step)
+    @property
+    def _row(self) -> int:
+        return self.recipe.data.row(self.recipe.train.sequence_length)
+
+    def _validation(self, mesh: Mesh, rows: int, micro_rows: int) -> SyntheticLoader:
+        """Whole rows; of those that training reads over several steps, a sequence is a slice."""
+        share, row = share_of(self.recipe, mesh, rows, micro_rows), self._row
+        if row > share.length:
+            share = replace(share, length=row, slice_tokens=share.slice_tokens or share.length)
+        return SyntheticLoader(self.recipe.data, "validation", share, seed=0)
 
 
 def _of_rows(batch: SyntheticBatch, below: int) -> SyntheticBatch:

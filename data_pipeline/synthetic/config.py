@@ -31,12 +31,23 @@ class SyntheticConfig(Config):
     """A task whose sequences are computed, in place of a corpus."""
 
     documents: ClassVar[str] = "joined"  # a row holds one sequence, or episodes that have nothing to do with each other
-    mode: ClassVar[str] = "shuffled"
 
     synthetic: Task
     """What is drawn, and how hard it is."""
+    row_tokens: int | None = Field(None, ge=1)
+    """Tokens of a row, a multiple of train.sequence_length: a row is read over several steps, a sequence in each, and
+    train.carry can take its past along; evaluations read whole rows. Null: a row is one sequence."""
     prefetch: int = Field(2, ge=0)
     """Steps computed ahead by a thread; 0 computes in the caller's thread."""
+
+    @property
+    def mode(self) -> str:
+        """As of a text corpus: whether a row's sequences follow each other from step to step."""
+        return "shuffled" if self.row_tokens is None else "streaming"
+
+    def row(self, sequence_length: int) -> int:
+        """Tokens of a row."""
+        return self.row_tokens or sequence_length
 
     def urls(self) -> list[str]:
         """Where the data lies: nowhere."""

@@ -1,7 +1,8 @@
 """The batches of a synthetic task, as a pure function of the task, the seed and the step.
 
 Row r of step t is row number t G + r of an endless series, each drawn from a key of its own. So a run resumes at any
-step, the global batch does not depend on the ranks, and no row comes twice.
+step, the global batch does not depend on the ranks, and no row comes twice. Rows longer than a sequence are read over
+several steps: with k sequences a row, row r of step t is sequence t mod k of row number (t div k) G + r.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class SyntheticBatch:
     loss_mask: np.ndarray  # (b, l) bool: the label counts
     distance: np.ndarray  # (b, l) int64: tokens from the label back to its answer; 0 where it does not count
     rows: np.ndarray  # (b,) int64: global row numbers
-    begin: int  # the slice's first token in its row
+    begin: int  # the slice's first token in its sequence
+    continues: np.ndarray  # (b,) bool: the sequence follows the one the row was fed the step before
     starts: None = None
 
 
@@ -41,14 +43,26 @@ class SyntheticLoader:
     Args:
         config: what is drawn.
         split: "train" or "validation": rows of another split have other keys.
-        share: what this rank is served of each step; the task must have no `problem` with its length.
+        share: what this rank is served of each step, of sequences of L inputs.
+        row_tokens: inputs of a row, a multiple of L; the task must have no `problem` with it. None: L.
         seed: keys the rows.
         start_step: where iteration begins.
     """
 
-    def __init__(self, config: SyntheticConfig, split: str, share: Share, *, seed: int, start_step: int = 0) -> None:
+    def __init__(
+        self,
+        config: SyntheticConfig,
+        split: str,
+        share: Share,
+        *,
+        seed: int,
+        start_step: int = 0,
+        row_tokens: int | None = None,
+    ) -> None:
         self.config, self._split, self._share = config, split, share
         self._seed, self._start_step = seed, start_step
+        self._steps = (row_tokens or share.length) // share.length
+        """That a row is read over."""
         self._prefetcher: Prefetcher | None = None
 
     def __iter__(self) -> Iterator[tuple[int, list[SyntheticBatch | Slices]]]:
@@ -64,8 +78,9 @@ class SyntheticLoader:
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps after `step` steps were trained on."""
         task = hashlib.sha256(self.config.synthetic.model_dump_json().encode()).hexdigest()[:16]
-        return {"tasks": TASK_VERSION, "task": task, "split": self._split, "length": self._share.length,
-                "rows": self._share.rows, "seed": self._seed, "step": step}  # fmt: skip
+        order = {"tasks": TASK_VERSION, "task": task, "split": self._split, "length": self._share.length,
+                 "rows": self._share.rows, "seed": self._seed, "step": step}  # fmt: skip
+        return order | ({"row_steps": self._steps} if self._steps > 1 else {})
 
     def check(self, state: dict[str, Any]) -> None:
         """Raise UserError, naming what differs, unless `state` is of the same order as this loader's."""
@@ -77,15 +92,19 @@ class SyntheticLoader:
             self._prefetcher.close()
 
     def _batch(self, step: int, rows: np.ndarray) -> SyntheticBatch | Slices:
-        share = self._share
-        numbers = (step * share.rows + rows).tolist()
-        drawn = [draw(self.config.synthetic, self._split, self._seed, number, share.length) for number in numbers]
-        tokens, distance = (np.stack(parts) for parts in zip(*drawn, strict=True))
+        share, (series, piece) = self._share, divmod(step, self._steps)
+        first = piece * share.length
+        drawn = [
+            draw(self.config.synthetic, self._split, self._seed, number, self._steps * share.length)
+            for number in (series * share.rows + rows).tolist()
+        ]
+        tokens, distance = (np.stack(parts)[:, first : first + share.length + 1] for parts in zip(*drawn, strict=True))
+        continues = np.full(len(rows), piece > 0)
 
         def part(begin: int) -> SyntheticBatch:
             own, behind = slice(begin, begin + share.tokens), slice(begin + 1, begin + share.tokens + 1)
             back = distance[:, behind]
-            return SyntheticBatch(tokens[:, own], tokens[:, behind], back > 0, back, rows, begin)
+            return SyntheticBatch(tokens[:, own], tokens[:, behind], back > 0, back, rows, begin, continues)
 
         return share.laid_out(share.begins, part)
 

@@ -85,7 +85,7 @@ def test_metrics_by_distance_are_those_of_the_rows_one_by_one(go, capsys):
     recipe = load_recipe(run / "recipe.yaml")
     model = LanguageModel(recipe.model)
     model.load_state_dict(load_weights(newest_valid(run)))
-    (batches,) = [SyntheticTask(recipe)._loader("validation", Mesh(1, 0), 5, 5, seed=0).batches(0)]
+    batches = SyntheticTask(recipe)._validation(Mesh(1, 0), 5, 5).batches(0)
     found: dict[str, list[tuple[float, float]]] = {}
     for ids, labels, distances in zip(batches[0].input_ids, batches[0].labels, batches[0].distance, strict=True):
         logits = model.logits(model.hidden(torch.from_numpy(ids)[None])[0]).detach()
@@ -112,6 +112,28 @@ def test_metrics_by_distance_are_those_of_the_rows_one_by_one(go, capsys):
     assert "associative-recall" in capsys.readouterr().out
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize("changes", [[], ["train.slice_tokens=16"]])
+def test_a_row_over_several_steps_is_the_row_at_once_where_nothing_is_learnt(go, changes):
+    """Its past is carried from step to step, and dropped where the next row begins; evaluations read whole rows."""
+    fixed = ["optimizer.learning_rate=1e-30", "optimizer.ssm_learning_rate=1e-30", "optimizer.weight_decay=0",
+             "data.synthetic.span=64"]  # fmt: skip
+    carried = go("carried", *fixed, *changes, "data.row_tokens=64", "train.carry=true", "train.steps=4")
+    whole = go("whole", *fixed, "train.sequence_length=64", "train.steps=2")
+    steps = [[line for line in read_lines(run / FILE) if line["kind"] == "train"] for run in (carried, whole)]
+
+    def nats(lines: list[dict]) -> list[float]:
+        """Of all labels of each step; `tokens` counts the labels up to a step."""
+        before = [0, *(line["tokens"] for line in lines)]
+        return [line["loss_nats"] * (line["tokens"] - seen) for line, seen in zip(lines, before, strict=False)]
+
+    parts, rows = map(nats, steps)
+    assert [sum(parts[:2]), sum(parts[2:])] == pytest.approx(rows, rel=1e-4)
+    last, expected = evaluations(carried)[-1], evaluations(whole)[-1]
+    assert last["labels_by_distance"] == expected["labels_by_distance"]
+    assert last["loss_by_distance"] == pytest.approx(expected["loss_by_distance"], rel=1e-4)
+
+
 def _tags(run: Path) -> list[str]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -133,7 +155,9 @@ def test_vocabulary_is_the_tasks(task):
         (["model.vocab_size=9"], "model.vocab_size 9: the task associative-recall has 13 tokens; leave it out"),
         (["data.synthetic.span=40"], "data.synthetic: span 40 does not fit into a row of 32 inputs"),
         (["data.synthetic.task=recall"], "data.synthetic: .*'recall'.*'associative-recall'"),
-        (["train.carry=true"], "train.carry needs data.mode streaming"),
+        (["train.carry=true"], "train.carry needs data.row_tokens"),
+        (["train.carry=true", "data.row_tokens=32"], "rows of data.row_tokens 32 are read in one step"),
+        (["data.row_tokens=40"], "data.row_tokens 40 is not a multiple of train.sequence_length 32"),
     ],
 )
 def test_recipes_that_cannot_be_drawn_are_refused_before_anything_is_written(task, tmp_path, changes, message):

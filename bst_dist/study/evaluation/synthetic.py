@@ -78,7 +78,7 @@ def _slices(
 def run(args: argparse.Namespace) -> dict[str, Any]:
     trained = open_run(args.run, args.checkpoint)
     recipe, task = trained.recipe, trained.recipe.data.synthetic
-    length, rows = args.length or recipe.train.sequence_length, args.rows or ROWS
+    length, rows = args.length or recipe.data.row(recipe.train.sequence_length), args.rows or ROWS
     if length < 1 or length % recipe.model.block:
         raise UserError(f"--length {length} is not a multiple of the model's block, {recipe.model.block}")
     if rows < 1:

@@ -18,6 +18,8 @@ class MeasureConfig(Config):
     """Bits per byte of the run's last evaluation, on sequences of the training length."""
     task: bool = False
     """Of a synthetic task: accuracy and nats per label of the run's last evaluation. Set `validation` to false."""
+    task_beyond: int | None = Field(None, ge=1)
+    """With `task`: the same of the labels alone whose answer stands so many tokens back or more, a power of two."""
     lengths: list[int] = Field(default_factory=list)
     """Bits per byte when the model forgets after so many tokens, for each of these lengths (multiples of model.block).
     All lengths predict the same tokens of the validation documents."""
@@ -33,6 +35,10 @@ class MeasureConfig(Config):
         require_distinct("lengths", self.lengths)
         if any(length < 1 for length in self.lengths):
             raise ValueError("lengths must be positive")
+        if self.task_beyond is not None and not self.task:
+            raise ValueError("task_beyond is of a synthetic task: set task too")
+        if self.task_beyond is not None and self.task_beyond & (self.task_beyond - 1):
+            raise ValueError(f"task_beyond {self.task_beyond} is not a power of two: distances are counted by octaves")
         if not (self.validation or self.task or self.lengths or self.speed or self.time_to):
             raise ValueError("nothing is measured: set validation, task, lengths, speed or time_to")
         return self

@@ -49,6 +49,12 @@ def columns(measure: MeasureConfig) -> list[Column]:
             Column("accuracy", "accuracy", 4, "accuracy"),
             Column("loss_nats", "loss, nats/label", 4, "nats/label"),
         ]
+    if measure.task_beyond:
+        far = f"{measure.task_beyond:,} back and more"
+        found += [
+            Column("accuracy_beyond", f"accuracy, {far}", 4, "accuracy"),
+            Column("loss_nats_beyond", f"nats/label, {far}", 4, "nats/label"),
+        ]
     for length in measure.lengths:
         title = f"bits/byte at {length:,}"
         found.append(Column(_at(length), title, 4, "length" if len(measure.lengths) > 1 else title))
@@ -91,6 +97,8 @@ def measure_run(name: str, asked: MeasureConfig, state: State, say: Callable[[st
         found.readings["bits_per_byte"] = Reading(result.final["bits_per_byte"])
     if asked.task:
         found.readings.update({key: Reading(result.final[key]) for key in ("accuracy", "loss_nats")})
+    if asked.task_beyond:
+        _beyond(asked.task_beyond, result.final, found)
     if asked.speed:
         typical, fastest = result.speeds
         found.readings.update(tokens_per_s=Reading(typical), tokens_per_s_fastest=Reading(fastest),
@@ -100,6 +108,18 @@ def measure_run(name: str, asked: MeasureConfig, state: State, say: Callable[[st
     if asked.lengths:
         _lengths(run_dir, recipe, asked, state, found, say)
     return found
+
+
+def _beyond(distance: int, final: dict[str, Any], found: Measured) -> None:
+    """Accuracy and nats over the octaves of an evaluation that begin at the distance or behind it."""
+    labels = {name: n for name, n in final["labels_by_distance"].items() if int(name.split("-")[0]) >= distance}
+    if not labels:
+        missing = f"no label has its answer {distance:,} tokens back or more"
+        found.notes.update(accuracy_beyond=missing, loss_nats_beyond=missing)
+        return
+    for key, by in (("accuracy_beyond", "accuracy_by_distance"), ("loss_nats_beyond", "loss_by_distance")):
+        mean = sum(n * final[by][name] for name, n in labels.items()) / sum(labels.values())
+        found.readings[key] = Reading(mean)
 
 
 def _time_to(target: float, result: Result, found: Measured) -> None:

@@ -15,7 +15,7 @@ from data_pipeline.synthetic.loader import SyntheticLoader
 def loader(**changes) -> SyntheticLoader:
     task = {"task": "associative-recall", "pairs": 3, "keys": 8, "symbols": 8, "span": 20} | changes.pop("task", {})
     config = parse(SyntheticConfig, {"synthetic": task, "prefetch": changes.pop("prefetch", 0)})
-    others = {name: changes.pop(name) for name in ("split", "seed", "start_step") if name in changes}
+    others = {name: changes.pop(name) for name in ("split", "seed", "start_step", "row_tokens") if name in changes}
     share = Share(**{"length": 64, "rows": 8, "micro_rows": 2, **changes})
     return SyntheticLoader(config, share=share, **{"split": "train", "seed": 1, **others})
 
@@ -77,6 +77,21 @@ def test_checkpoint_of_another_series_is_refused(changes, message):
     loader().check(state)
     with pytest.raises(UserError, match=message):
         loader(**changes).check(state)
+
+
+def test_sequences_of_a_row_follow_each_other_from_step_to_step():
+    """Rows of 64 read over four steps are those of 64 read at once, their labels of other sequences included."""
+    for series in (0, 3):
+        pieces = [loader(length=16, row_tokens=64).batches(4 * series + piece) for piece in range(4)]
+        for name in ("input_ids", "labels", "loss_mask", "distance"):
+            found = np.concatenate([joined(batches, name) for batches in pieces], axis=1)
+            assert (found == joined(loader().batches(series), name)).all()
+        assert [joined(batches, "continues").tolist() for batches in pieces] == [[p > 0] * 8 for p in range(4)]
+
+
+def test_a_checkpoint_knows_over_how_many_steps_a_row_is_read():
+    with pytest.raises(UserError, match="row_steps: 2 then, 4 now"):
+        loader(length=16, row_tokens=64).check(loader(length=16, row_tokens=32).state(4))
 
 
 @pytest.mark.parametrize("sp", [1, 2])

@@ -189,14 +189,19 @@ def test_accuracy_and_nats_of_a_synthetic_task_are_those_of_the_last_evaluation(
     base = yaml.safe_load((tmp_path / "base.yaml").read_text())
     base |= {"data": {"synthetic": {"task": "copy", "lag": 4}}}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    experiment = made(measure={"validation": False, "task": True}, seeds=[0])
+    experiment = made(measure={"validation": False, "task": True, "task_beyond": 4}, seeds=[0])
     for trial, accuracy in zip(experiment.trials, (0.25, 0.75), strict=True):
         experiment.finish(trial, [3.0, 2.0, 1.5, 1.0])
         metrics = experiment.state.directory(trial.name) / "metrics.jsonl"
         lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-        last = {"kind": "eval", "step": 4, "loss_nats": 2 * accuracy, "accuracy": accuracy}
+        last = {"kind": "eval", "step": 4, "loss_nats": 2 * accuracy, "accuracy": accuracy,
+                "labels_by_distance": {"2-3": 100, "4-7": 10, "8-9": 30},
+                "accuracy_by_distance": {"2-3": 0.9, "4-7": accuracy, "8-9": 0.5},
+                "loss_by_distance": {"2-3": 0.1, "4-7": 1.0, "8-9": accuracy}}  # fmt: skip
         metrics.write_text("".join(json.dumps(line) + "\n" for line in [*lines, last]))
     found = experiment.report()
     for row, accuracy in zip(found["rows"], (0.25, 0.75), strict=True):
         assert row["measured"]["accuracy"]["value"] == accuracy
         assert row["measured"]["loss_nats"]["value"] == 2 * accuracy
+        assert row["measured"]["accuracy_beyond"]["value"] == pytest.approx((accuracy + 3 * 0.5) / 4)
+        assert row["measured"]["loss_nats_beyond"]["value"] == pytest.approx((1 + 3 * accuracy) / 4)
