@@ -112,8 +112,11 @@ class Recipe(Config):
             )
         if self.train.slice_tokens is not None:
             self._slices_fit(self.train.slice_tokens)
-        elif self.train.edges != "device":
-            raise ValueError(f"train.edges {self.train.edges}: only slices leave edges; set train.slice_tokens too")
+        elif self.train.edges != "device" or self.train.edges_every != 1:
+            field = "edges" if self.train.edges != "device" else "edges_every"
+            raise ValueError(
+                f"train.{field} {getattr(self.train, field)}: only slices leave edges; set train.slice_tokens too"
+            )
         if self.train.carry and self.data.mode != "streaming":
             needed = "data.row_tokens" if isinstance(self.data, SyntheticConfig) else "data.mode streaming"
             raise ValueError(f"train.carry needs {needed}: only there do a row's steps follow each other")
@@ -160,6 +163,12 @@ class Recipe(Config):
                 f"train.slice_tokens {tokens} must be a multiple of model.block x parallel.sp = {self.model.block} x "
                 f"{self.parallel.sp} and divide train.sequence_length {length}: the nearest that does is {near}"
             )
+        slices, every = self.train.slices, self.train.edges_every
+        if every >= max(2, slices):
+            raise ValueError(
+                f"train.edges_every {every} is not below the {slices} slices of a sequence: fewest edges wait at "
+                f"{max(1, round(slices**0.5))}"
+            )
         if isinstance(self.data, LongRangeConfig):
             raise ValueError("train.slice_tokens: the examples of a task are pooled as a whole and have no slices")
         if "full" in self.model.mixers():
@@ -183,6 +192,7 @@ FREE = (
     "train.micro_sequences",
     "train.slice_tokens",
     "train.edges",
+    "train.edges_every",
     "data.prefetch",
     "data.on_bad_shard",
     "data.storage",

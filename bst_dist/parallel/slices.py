@@ -14,7 +14,8 @@ small and does not grow with the sequence, so a sequence of any length trains in
 
 The chain rule, cut at the edges: parameters collect from every slice what one pass over the whole sequence would give
 them, and no more than one slice has a graph at any time. The price is a second forward pass, as with a checkpoint
-after every layer.
+after every layer. For about one more only every k-th edge waits: the slices between two of them are run once more, for
+their own edges, when the backward pass comes to them (`Spacing`).
 
 Shapes: B rows, n slices of any lengths l_s; an edge holds tensors with the batch as first dimension (`past.State`).
 """
@@ -22,6 +23,7 @@ Shapes: B rows, n slices of any lengths l_s; an edge holds tensors with the batc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -113,13 +115,44 @@ class SlicedSequence(Protocol):
         """Go backward from `loss`, adding to the gradients of the parameters."""
 
 
-def go_backward(sequence: SlicedSequence, edges: Edges, carried: EarlierCall | None = None) -> State:
+@dataclass(frozen=True)
+class Spacing:
+    """Which edges of a sequence wait, and what that takes where no slice begins a document."""
+
+    slices: int
+    every: int = 1
+    """k: the edges before the slices 0, k, 2k, ... wait from one pass to the other."""
+
+    def groups(self) -> list[range]:
+        """The slices between one edge that waits and the next."""
+        return [range(s, min(s + self.every, self.slices)) for s in range(0, self.slices, self.every)]
+
+    @property
+    def passes(self) -> int:
+        """Slices that are run without a graph: all groups but the last as a whole, then all slices of each but its
+        last."""
+        *before, last = map(len, self.groups())
+        return sum(before) + sum(length - 1 for length in (*before, last))
+
+    @property
+    def waiting(self) -> int:
+        """Edges that wait between the passes at most; the first slice has none before it."""
+        return len(self.groups()) - 1
+
+    @property
+    def between(self) -> int:
+        """Edges that are on the device beside those, when the backward pass is at a group's last slice."""
+        return max(map(len, self.groups())) - 1
+
+
+def go_backward(sequence: SlicedSequence, edges: Edges, carried: EarlierCall | None = None, every: int = 1) -> State:
     """Add the gradients of the summed loss of all slices, as one pass over the whole sequence would.
 
     Args:
         sequence: runs the slices.
         edges: keeps the edges between the passes; empty, and empty again afterwards.
         carried: what came before the sequence in an earlier step: values, to which no gradient goes.
+        every: k, to keep every k-th edge in `edges`, and those between on the device while they are needed.
 
     Returns:
         What the last slice leaves for a later step, without gradient; nothing where nothing is carried.
@@ -129,32 +162,47 @@ def go_backward(sequence: SlicedSequence, edges: Edges, carried: EarlierCall | N
         sequence.backward(0, sequence.loss(0, carried))
         return carried.after if carried else {}
     positions = list(accumulate(sequence.lengths, initial=carried.position if carried else 0))
-    edge = _run_forward(sequence, positions, edges, carried.before if carried else {})
+    groups = Spacing(count, every).groups()
+    edge = carried.before if carried else {}
+    for group in groups[:-1]:
+        edges.push(edge)
+        edge = _edge_after(sequence, positions, group, edge)
     gradients: State = {}
     last: State = {}
-    for s in reversed(range(count)):
-        past = Edge(edge if s == count - 1 else edges.pop(), positions[s], wanted=s > 0)
-        loss, left = sequence.loss(s, past), past.take()
-        if carried and s == count - 1:
-            last = {name: x.detach() for name, x in left.items()}
-        asked = [name for name in gradients if name in left]
-        received = [gradients[name] for name in asked]
-        sequence.backward(s, _Received.apply(loss, received, *(left[name] for name in asked)))
-        gradients = past.gradients()
+    for group in reversed(groups):
+        if group.stop < count:
+            edge = edges.pop()
+        between = [edge]
+        for s in group[:-1]:
+            between.append(_leave(sequence, positions, [s], between[-1]))
+        for s in reversed(group):
+            past = Edge(between.pop(), positions[s], wanted=s > 0)
+            loss, left = sequence.loss(s, past), past.take()
+            if carried and s == count - 1:
+                last = {name: x.detach() for name, x in left.items()}
+            asked = [name for name in gradients if name in left]
+            received = [gradients[name] for name in asked]
+            sequence.backward(s, _Received.apply(loss, received, *(left[name] for name in asked)))
+            gradients = past.gradients()
     return last
 
 
-def _run_forward(sequence: SlicedSequence, positions: Sequence[int], edges: Edges, edge: State) -> State:
-    """Run all slices but the last without a graph; `edges` keeps the edge before each, and that of the last is
-    returned, which is needed at once."""
-    for s in range(len(sequence.lengths) - 1):
-        edges.push(edge)
+def _leave(sequence: SlicedSequence, positions: Sequence[int], slices: Sequence[int], edge: State) -> State:
+    """Run slices that follow each other without a graph, from the edge before the first; the edge after the last."""
+    for s in slices:
         past = EarlierCall(edge, positions[s])
         if not sequence.fresh(s + 1):
             with torch.no_grad():
                 sequence.leave(s, past)
         edge = past.after
     return edge
+
+
+def _edge_after(sequence: SlicedSequence, positions: Sequence[int], group: range, edge: State) -> State:
+    """The edge after a group, given the one before it: what comes before a slice that needs no edge is not run."""
+    fresh = [s for s in range(group.start, group.stop + 1) if sequence.fresh(s)]
+    begin, edge = (fresh[-1], {}) if fresh else (group.start, edge)
+    return _leave(sequence, positions, range(begin, group.stop), edge)
 
 
 class _Received(torch.autograd.Function):

@@ -40,6 +40,7 @@ def overrides(best: Candidate) -> list[str]:
     slices = [
         f"train.slice_tokens={work.slice.length * work.slice.sp}",
         f"train.edges={work.edges}",
+        *([f"train.edges_every={work.edges_every}"] if work.edges_every > 1 else []),
     ]
     return [
         f"deepspeed={work.strategy.name}",
@@ -63,6 +64,7 @@ def describe(planner: Planner, best: Candidate) -> dict[str, Any]:
         "micro_batches": work.accumulation // work.slices,
         "slices": work.slices,
         "edges": work.edges,
+        "edges_every": work.edges_every,
         "activation_checkpointing": work.checkpointing.policy,
         "overrides": overrides(best),
         "memory_bytes": best.memory.classes(),

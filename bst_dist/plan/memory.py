@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bst_dist.activation.config import ActivationCheckpointingConfig
+from bst_dist.parallel.slices import Spacing
 from bst_dist.plan.activations import Activations, Part, Slice
 from bst_dist.plan.gathering import Gathered, gather
 from bst_dist.plan.zero import WORD, Sizes, States, Strategy, states
@@ -35,11 +36,18 @@ class Work:
     """Slices of a sequence; `slice` is a rank's share of one."""
     edges: str = "device"
     """Where their edges wait: device, host or disk."""
+    edges_every: int = 1
+    """One in so many of them does."""
+
+    @property
+    def spacing(self) -> Spacing:
+        """Which edges wait."""
+        return Spacing(self.slices, self.edges_every)
 
     @property
     def edge_passes(self) -> int:
         """Forward passes of a step that are made for edges alone."""
-        return self.accumulation // self.slices * (self.slices - 1)
+        return self.accumulation // self.slices * self.spacing.passes
 
     def rerun(self) -> list[bool]:
         """Of each layer, whether it is run again in the backward pass."""
@@ -172,9 +180,9 @@ def _edges(activations: Activations, work: Work) -> tuple[int, int]:
     """Bytes of edges on the device and in the host's memory, of the rank that has them: the first of a sequence."""
     if work.slices == 1:
         return 0, 0
-    one = activations.edge(work.slice.rows)
-    waiting = {"device": (work.slices - 1, 0), "host": (0, work.slices - 1), "disk": (0, 2)}[work.edges]
-    return one * (AT_WORK + waiting[0]), one * waiting[1]
+    one, spacing = activations.edge(work.slice.rows), work.spacing
+    waiting = {"device": (spacing.waiting, 0), "host": (0, spacing.waiting), "disk": (0, 2)}[work.edges]
+    return one * (AT_WORK + spacing.between + waiting[0]), one * waiting[1]
 
 
 def _layer(activations: Activations, mixer: str, again: bool, work: Work) -> Part:

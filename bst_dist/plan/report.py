@@ -128,6 +128,7 @@ def way(best: Candidate, cluster: Cluster) -> str:
         f"ZeRO-{work.strategy.stage}, dp {cluster.world // work.slice.sp} x sp {work.slice.sp}, {times} of {rows}, "
         f"activation checkpointing: {work.checkpointing.describe()}"
         + (f", {work.slices} slices of a sequence, edges: {work.edges}" if work.slices > 1 else "")
+        + (f", one in {work.edges_every}" if work.edges_every > 1 else "")
     )
 
 

@@ -121,23 +121,24 @@ class Planner:
         return [rows_at_once for rows_at_once in range(1, min(rows, MOST_ROWS) + 1) if rows % rows_at_once == 0]
 
     def candidate(self, stage: int, sp: int, rows: int, policy: str, slices: int | None = None,
-                  edges: str | None = None) -> Candidate:  # fmt: skip
-        """One way; raises SequenceParallelError if a layer cannot be spread over sp ranks. Slices of a sequence, and
-        where their edges wait, are the recipe's unless they are given."""
-        slices, edges = slices or self.recipe.train.slices, edges or self.recipe.train.edges
+                  edges: str | None = None, every: int | None = None) -> Candidate:  # fmt: skip
+        """One way; raises SequenceParallelError if a layer cannot be spread over sp ranks. Slices of a sequence, where
+        their edges wait and one in how many does are the recipe's unless they are given."""
         train, cluster = self.recipe.train, self.cluster
+        slices, edges, every = slices or train.slices, edges or train.edges, every or train.edges_every
         checkpointing = self.recipe.activation_checkpointing.model_copy(update={"policy": policy})
         accumulation = train.sequences * sp // (cluster.world * rows) * slices
         part = Slice(rows, train.sequence_length // (sp * slices), sp, stream=slices > 1)
         work = Work(
-            self.strategies[stage], cluster.world, part, accumulation, checkpointing, self.model.depth, slices, edges
-        )
+            self.strategies[stage], cluster.world, part, accumulation, checkpointing, self.model.depth, slices, edges,
+            every,
+        )  # fmt: skip
         between = sequence_traffic(self.model, work, self.messages(sp, slices))
         traffic = zero_traffic(self.sizes, work)
         needs = memory(self.sizes, self.model.mixers(), self.activations, work)
         touched = self.activations.whole(part)
         updated = self.sizes.total / (cluster.world if stage else 1)
-        edges_bytes = (slices - 1) * self.activations.edge(rows) if slices > 1 and edges == "host" else 0
+        edges_bytes = work.spacing.waiting * self.activations.edge(rows) if slices > 1 and edges == "host" else 0
         moved = Moved(touched, needs.host - edges_bytes + edges_bytes // slices, updated)
         seconds = speed(self.flops, work, moved, traffic, between, cluster, self.bf16)
         return Candidate(work, needs, traffic, between, seconds, 1e9 * cluster.accelerator.memory_gb)

@@ -117,7 +117,7 @@ def _shared(recipe: Recipe, cluster: Cluster, length: int, policy: str, activati
     """One sequence of that length, shared by all devices."""
     data = recipe.model_dump()
     data["train"] |= {"sequence_length": length, "sequences": 1, "micro_sequences": 1, "slice_tokens": None,
-                      "edges": "device"}  # fmt: skip
+                      "edges": "device", "edges_every": 1}  # fmt: skip
     data["parallel"] = {"sp": 1}
     planner = Planner(parse(Recipe, data, f"length {length}"), cluster, activations)
     return planner.candidate(3 if cluster.world > 1 else 0, cluster.world, 1, policy, slices, edges)

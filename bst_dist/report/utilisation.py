@@ -14,6 +14,7 @@ from torch import nn
 
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.model.config import ModelConfig
+from bst_dist.parallel.slices import Spacing
 from bst_dist.plan.flops import MIXER_TERMS, forward_flops
 
 FUSED = "fused-tiles"
@@ -58,10 +59,10 @@ def recomputed_flops_per_token(config: ModelConfig, length: int, checkpointing: 
     return total
 
 
-def edge_flops_per_token(config: ModelConfig, length: int, slices: int) -> float:
-    """FLOPs of one token that sequences in slices add: all slices but the last run forward once more, for edges."""
+def edge_flops_per_token(config: ModelConfig, length: int, slices: int, every: int = 1) -> float:
+    """FLOPs of one token that sequences in slices add: the passes that are made for edges."""
     layers = sum(count for term, count in forward_flops(config, length).items() if term != "head")
-    return layers * (slices - 1) / slices
+    return layers * Spacing(slices, every).passes / slices
 
 
 def _kept(layer: nn.Module) -> float:

@@ -58,7 +58,7 @@ def build_trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceG
     (peak,) = ranks.sum([peak_flops(ranks.device, dtype)])
     again = recomputed_flops_per_token(
         recipe.model, length, recipe.activation_checkpointing, engine.module.layers, attention_path(ranks.device)
-    ) + edge_flops_per_token(recipe.model, length, recipe.train.slices)
+    ) + edge_flops_per_token(recipe.model, length, recipe.train.slices, recipe.train.edges_every)
     speed = Speed(tokens * train_flops_per_token(recipe.model, length), peak, tokens * again)
     return Trainer(recipe.train, recipe.schedule, engine, ranks, token_bytes, speed, sharing, stop)
 

@@ -31,6 +31,9 @@ class TrainConfig(Config):
     edges: Literal["device", "host", "disk"] = "device"
     """Where the state between slices is kept until the backward pass: device; host: in host memory; disk: in a file in
     the folder for temporary files (TMPDIR), so that memory does not grow with the length."""
+    edges_every: int = Field(1, ge=1)
+    """Keep the state before every k-th slice only, and run the slices between once more for theirs: about slices / k
+    states are kept, for nearly one forward pass more. Fewest at the square root of the slices."""
 
     @property
     def slices(self) -> int:

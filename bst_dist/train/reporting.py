@@ -40,7 +40,8 @@ def header(start: Start, engine: Engine, ranks: Ranks, compiled: str) -> str:
     }
     if recipe.train.slice_tokens:
         slices = recipe.train.sequence_length // recipe.train.slice_tokens
-        lines["slices"] = f"{slices:,} of {recipe.train.slice_tokens:,} tokens, edges: {recipe.train.edges}"
+        every = f", one in {recipe.train.edges_every}" if recipe.train.edges_every > 1 else ""
+        lines["slices"] = f"{slices:,} of {recipe.train.slice_tokens:,} tokens, edges: {recipe.train.edges}{every}"
     if ranks.device.type != "cpu":
         lines["layers"] = f"compiled: {compiled}"
     elif recipe.train.precision == "bf16" and (slowdown := bf16_slowdown(ranks.device)) >= SLOW_BF16:

@@ -100,7 +100,7 @@ class Trainer:
             slices = slices_of(batch)
             earlier = self._earlier(index)
             run = _MicroBatch(gradients, slices, last=index == len(batches) - 1)
-            left = go_backward(run, self.edges, earlier)
+            left = go_backward(run, self.edges, earlier, self.config.edges_every)
             if earlier is not None:
                 position = earlier.position + self.config.sequence_length
                 self.carried[index] = {"rows": slices[0].rows.tolist(), "position": position, "state": left}

@@ -41,6 +41,8 @@ class Combination:
     """Slices of a sequence."""
     edges: str = "device"
     """Where they wait, if there are several."""
+    edges_every: int = 1
+    """One in so many of them does."""
 
     def apply(self, small: Recipe, world: int) -> Recipe:
         """The small recipe, computed this way on `world` ranks."""
@@ -50,7 +52,8 @@ class Combination:
         data["train"]["precision"] = self.precision
         data["train"]["micro_sequences"] = small.train.sequences * self.sp // (world * self.accumulation)
         if self.slices > 1:
-            data["train"] |= {"slice_tokens": small.train.sequence_length // self.slices, "edges": self.edges}
+            data["train"] |= {"slice_tokens": small.train.sequence_length // self.slices, "edges": self.edges,
+                              "edges_every": min(self.edges_every, self.slices - 1)}  # fmt: skip
         data["parallel"]["sp"] = self.sp
         data["deepspeed"] = self.deepspeed
         data["activation_checkpointing"]["policy"] = self.checkpointing
@@ -119,6 +122,7 @@ def build(recipe: Recipe, args: argparse.Namespace) -> Grid:
         accumulations,
         slices,
         [recipe.train.edges],
+        [recipe.train.edges_every],
     )
     for path in axes[2]:
         deepspeed_json.read(Path(path))

@@ -17,7 +17,7 @@ from bst_dist.parallel.group import SequenceGroup
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.parallel.neighbour import past_of_slice
 from bst_dist.parallel.past import EarlierCall
-from bst_dist.parallel.slices import EdgesHere, go_backward
+from bst_dist.parallel.slices import EdgesHere, Spacing, go_backward
 
 BLOCK, VOCABULARY = 4, 23
 TOLERANCE = 1e-10
@@ -143,13 +143,13 @@ def slicings(draw) -> dict:
         bits = draw(st.lists(st.booleans(), min_size=rows * blocks, max_size=rows * blocks))
         starts = torch.tensor(bits).view(rows, blocks)
     return {"name": name, "rows": rows, "blocks": blocks, "lengths": lengths_of(blocks, cuts), "starts": starts,
-            "carried": draw(st.booleans()), "again": draw(st.booleans())}  # fmt: skip
+            "carried": draw(st.booleans()), "again": draw(st.booleans()), "every": draw(st.integers(1, 5))}  # fmt: skip
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(slicings())
 def test_any_slicing_gives_the_gradients_of_one_pass(case):
-    """Documents, a past from an earlier step, and activation checkpointing inside of the slices included."""
+    """Documents, a past from an earlier step, edges run again, and checkpointing inside of the slices included."""
     of = model(case["name"])
     carried = None
     if case["carried"]:
@@ -163,7 +163,7 @@ def test_any_slicing_gives_the_gradients_of_one_pass(case):
     if case["again"]:
         of.checkpoint = policy(ActivationCheckpointingConfig(policy="every-layer"), of.layers)
     edges, sliced = EdgesHere(), Sliced(of, whole, case["lengths"])
-    last = go_backward(sliced, edges, carried)
+    last = go_backward(sliced, edges, carried, case["every"])
     assert errors(gradients(of), expected) == {}
     assert sliced.total == pytest.approx(loss, rel=1e-12)
     assert edges == []
@@ -214,6 +214,55 @@ def test_before_a_slice_that_begins_a_document_nothing_is_run_twice_and_no_edge_
     assert kept == [0, 0]
 
 
+def test_what_is_before_the_last_slice_of_a_group_that_needs_no_edge_is_not_run_for_the_edge_after_it():
+    """Of slices 0 to 2 the last one alone, or none: first for the edges before 3 and 6, then for those between."""
+    of, blocks = model("SH"), 8
+    for begins, left in ((2, [2, 3, 4, 5, 6, 3, 4, 0]), (3, [3, 4, 5, 6, 3, 4, 0, 1])):
+        starts = torch.zeros(1, blocks, dtype=torch.bool)
+        starts[0, begins] = True
+        whole = batch(1, blocks, starts)
+        _, expected = one_pass(of, whole)
+        sliced = Sliced(of, whole, [BLOCK] * blocks)
+        go_backward(sliced, EdgesHere(), every=3)
+        assert errors(gradients(of), expected) == {}
+        assert sliced.left == left
+
+
+@pytest.mark.parametrize(("slices", "every", "passes", "waiting", "between"), [
+    (7, 1, 6, 6, 0), (9, 3, 12, 2, 2), (8, 3, 11, 2, 2), (7, 3, 10, 2, 2), (256, 16, 480, 15, 15), (4, 3, 5, 1, 2),
+])  # fmt: skip
+def test_edges_that_wait_and_passes_for_the_others_are_as_counted(slices, every, passes, waiting, between):
+    """Counted in a run of slices that do nothing, of which each leaves its number."""
+    edges, run, most = EdgesHere(), 0, 0
+    anchor = torch.zeros(1, requires_grad=True)
+
+    class Nothing:
+        lengths = [1] * slices
+
+        def fresh(self, s):
+            return False
+
+        def leave(self, s, past):
+            nonlocal run
+            assert set(past.before) == ({str(s)} if s else set())
+            run += 1
+            past.leave(str(s + 1), anchor.detach())
+
+        def loss(self, s, past):
+            assert set(past.before) == ({str(s)} if s else set())
+            past.leave(str(s + 1), anchor)
+            return anchor.sum()
+
+        def backward(self, s, loss):
+            nonlocal most
+            most = max(most, sum(map(bool, edges)) + (s > 0))
+
+    spacing = Spacing(slices, every)
+    go_backward(Nothing(), edges, every=every)
+    assert (run, most) == (passes, waiting)
+    assert (spacing.passes, spacing.waiting, spacing.between) == (passes, waiting, between)
+
+
 def test_layers_that_run_again_leave_nothing_behind():
     """What they would leave in the backward pass would keep a second graph of the slice alive."""
     of, whole = model("MF"), batch(1, 4)
@@ -253,9 +302,9 @@ def test_slices_spread_over_ranks_have_the_gradients_of_one_process(on_ranks, sp
             unit = 2 if name == "transformer-xl" else 1
             of, whole = model(name), batch(2, unit * blocks, begins)
             _, expected = one_pass(of, whole)
-            for how in ("none", "every-layer") if name in again else ("none",):
+            for how, every in (("none", 1), ("every-layer", 3)) if name in again else (("none", 1),):
                 of.checkpoint = policy(ActivationCheckpointingConfig(policy=how), of.layers)
-                go_backward(Sliced(of, whole, [unit * sp * BLOCK] * 4, group), EdgesHere())
+                go_backward(Sliced(of, whole, [unit * sp * BLOCK] * 4, group), EdgesHere(), every=every)
                 mine = gradients(of)
                 for gradient in mine.values():
                     dist.all_reduce(gradient, group=group.process_group)
