@@ -78,7 +78,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             return {"recipe": recipe.name, "sizes": [slices.describe(size) for size in found]}
         best = planner.best()
         show(Console(), args, planner, best)
-        return {"passed": best.fits, "fits": best.fits, "recipe": recipe.name, **describe(planner, best)}
+        if found := slices.where_they_help(planner, best):
+            show_sizes(Console(), planner, found)
+        report = {"passed": best.fits, "fits": best.fits, "recipe": recipe.name, **describe(planner, best)}
+        return report | ({"sizes": [slices.describe(size) for size in found]} if found else {})
     rows = list(_table(recipe, clusters, args.lengths or [recipe.train.sequence_length]))
     show_table(Console(), recipe, device, rows)
     return {"recipe": recipe.name, "plans": [_entry(*row) for row in rows]}

@@ -16,7 +16,7 @@ from bst_dist.plan.accelerators import Accelerator
 from bst_dist.plan.figures import by_link, mfu, overrides, tokens_a_day
 from bst_dist.plan.flops import forward_flops
 from bst_dist.plan.models import entry
-from bst_dist.plan.search import POLICIES, STAGES, Candidate, Planner
+from bst_dist.plan.search import GATHERED_ONCE, POLICIES, STAGES, Candidate, Planner
 from bst_dist.plan.slices import PLACES, Longest, Size
 from bst_dist.plan.slices import best as best_size
 from bst_dist.plan.speed import LINK_EFFICIENCY, MATMUL_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
@@ -76,26 +76,33 @@ def show_sizes(console: Console, planner: Planner, found: list[Size]) -> None:
     length, chosen = planner.recipe.train.sequence_length, best_size(found)
     console.print(
         f"[bold]{planner.recipe.name}[/], sequences of {length:,} tokens in slices, on {_cluster(planner.cluster)}, "
-        "one sequence of a rank at a time\n", highlight=False,
+        "one sequence of a rank at a time; GB per GPU by the place of edges, and the rest of the fastest that fits\n",
+        highlight=False, soft_wrap=True,
     )  # fmt: skip
     table = Table(box=box.SIMPLE_HEAD)
-    for column in ("slice", "slices", "edges GB", *(f"GB, edges: {place}" for place in PLACES), "ZeRO", "checkpointing",
-                   "step s", "of these rerun"):  # fmt: skip
-        table.add_column(column, justify="left" if column == "checkpointing" else "right")
+    for column in ("slice", "slices", "edges GB", *(f"GB: {place}" for place in PLACES), "ZeRO", "checkpointing",
+                   "GB sent", "step s", "rerun s"):  # fmt: skip
+        table.add_column(column, justify="left" if column in ("ZeRO", "checkpointing") else "right", no_wrap=True)
     for size in found:
-        way = size.by_place["device"]
+        fitting = [way for way in size.by_place.values() if way.fits] or [size.by_place["device"]]
+        way = min(fitting, key=lambda one: one.speed.total)
         cells = [_cell(size.by_place[place], (size, place) == chosen) if place in size.by_place else ""
                  for place in PLACES]  # fmt: skip
         table.add_row(
             f"{size.tokens:,}" if size.slices > 1 else "at once", f"{size.slices:,}", f"{size.edges_bytes / GB:,.2f}",
-            *cells, str(way.work.strategy.stage), way.work.checkpointing.describe(), f"{way.speed.total:,.2f}",
-            f"{way.speed.rerun:,.2f}",
+            *cells, _stage(way), way.work.checkpointing.describe(), f"{sum(way.traffic.values()) / GB:,.1f}",
+            f"{way.speed.total:,.2f}", f"{way.speed.rerun:,.2f}",
         )  # fmt: skip
     console.print(table, highlight=False)
     if chosen is None:
         console.print("no size fits: more GPUs, or a smaller model", highlight=False)
     else:
         console.print(f"best: {' '.join(overrides(chosen[0].by_place[chosen[1]]))}", highlight=False, soft_wrap=True)
+
+
+def _stage(way: Candidate) -> str:
+    strategy = way.work.strategy
+    return "3, once" if strategy.name == GATHERED_ONCE else str(strategy.stage)
 
 
 def show_longest(console: Console, recipe: Recipe, device: Accelerator, host_gb: float, rows: list[Longest]) -> None:

@@ -33,6 +33,8 @@ POLICIES = ("none", "selective", "every-kth-layer", "every-layer", "offload")
 MOST_ROWS = 16
 """Sequences of a micro-batch that are tried at most: beyond, nothing is gained."""
 STAGES = (0, 1, 2, 3)
+GATHERED_ONCE = "zero3_gathered_once"
+"""ZeRO-3 that keeps weights whole from one update to the next: for slices, each of which would gather them again."""
 
 
 class PlanError(UserError):
@@ -120,10 +122,13 @@ class Planner:
         rows = self.recipe.train.sequences * sp // self.cluster.world
         return [rows_at_once for rows_at_once in range(1, min(rows, MOST_ROWS) + 1) if rows % rows_at_once == 0]
 
-    def candidate(self, stage: int, sp: int, rows: int, policy: str, slices: int | None = None,
+    def candidate(self, stage: int | str, sp: int, rows: int, policy: str, slices: int | None = None,
                   edges: str | None = None, every: int | None = None) -> Candidate:  # fmt: skip
-        """One way; raises SequenceParallelError if a layer cannot be spread over sp ranks. Slices of a sequence, where
-        their edges wait and one in how many does are the recipe's unless they are given."""
+        """One way; raises SequenceParallelError if a layer cannot be spread over sp ranks.
+
+        `stage` of ZeRO, or GATHERED_ONCE. Slices of a sequence, where their edges wait and one in how many does are the
+        recipe's unless they are given.
+        """
         train, cluster = self.recipe.train, self.cluster
         slices, edges, every = slices or train.slices, edges or train.edges, every or train.edges_every
         checkpointing = self.recipe.activation_checkpointing.model_copy(update={"policy": policy})
@@ -212,13 +217,12 @@ def _preference(way: Candidate) -> tuple[float, int, int]:
     return (float(f"{way.speed.total:.2g}"), -way.work.slice.rows, way.work.strategy.stage)
 
 
-def _strategies(recipe: Recipe) -> dict[int, Strategy]:
-    """One a stage: the recipe's own file for its stage, the shipped ones for the others."""
-    found = {}
-    for stage in STAGES:
-        name = f"zero{stage}"
+def _strategies(recipe: Recipe) -> dict[int | str, Strategy]:
+    """One a stage: the recipe's own file for its stage, the shipped ones for the others; and GATHERED_ONCE."""
+    found: dict[int | str, Strategy] = {}
+    for key, name in {**{stage: f"zero{stage}" for stage in STAGES}, GATHERED_ONCE: GATHERED_ONCE}.items():
         path = deepspeed_file(recipe.model_copy(update={"deepspeed": name}))
-        found[stage] = Strategy.read(path, name)
+        found[key] = Strategy.read(path, name)
     own = Strategy.read(deepspeed_file(recipe), written(recipe.deepspeed))
     if own.offloads:
         raise PlanError(f"{own.name}: bst plan does not cover offloading of parameters or of the optimizer")

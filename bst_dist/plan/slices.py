@@ -13,7 +13,7 @@ from typing import Any
 from bst_base.settings import parse
 from bst_dist.config import Recipe
 from bst_dist.plan.activations import Activations
-from bst_dist.plan.search import STAGES, Candidate, Planner
+from bst_dist.plan.search import GATHERED_ONCE, STAGES, Candidate, Planner
 from bst_dist.plan.speed import Cluster
 
 PLACES = ("device", "host", "disk")
@@ -79,6 +79,18 @@ def best(found: Sequence[Size]) -> tuple[Size, str] | None:
     )
 
 
+def where_they_help(planner: Planner, plan: Candidate) -> list[Size]:
+    """All sizes where slices would make a plan fit, or its step shorter; and where it has slices itself. Else none."""
+    if plan.work.slices == 1 and plan.fits and plan.work.checkpointing.policy == "none":
+        return []
+    found = sizes(planner)
+    chosen = best(found)
+    faster = chosen is not None and chosen[0].slices > 1 and (
+        not plan.fits or chosen[0].by_place[chosen[1]].speed.total < plan.speed.total
+    )  # fmt: skip
+    return found if faster or plan.work.slices > 1 else []
+
+
 def longest(recipe: Recipe, cluster: Cluster, host_bytes: float, activations: Activations) -> Longest:
     """All devices share one sequence, under ZeRO-3 where there are several, with every layer run again.
 
@@ -137,9 +149,10 @@ def describe(found: Size) -> dict[str, Any]:
         "edges_bytes": found.edges_bytes,
         "by_place": {
             place: {
-                "zero_stage": way.work.strategy.stage, "activation_checkpointing": way.work.checkpointing.policy,
+                "zero_stage": way.work.strategy.stage, "deepspeed": way.work.strategy.name,
+                "activation_checkpointing": way.work.checkpointing.policy,
                 "needed_bytes": way.needed, "fits": way.fits, "step_s": way.speed.total,
-                "rerun_s": way.speed.rerun, "host_bytes": way.memory.host,
+                "rerun_s": way.speed.rerun, "host_bytes": way.memory.host, "sent_bytes": way.traffic,
             }
             for place, way in found.by_place.items()
         },
@@ -148,7 +161,7 @@ def describe(found: Size) -> dict[str, Any]:
 
 def _best(planner: Planner, sp: int, slices: int, edges: str) -> Candidate:
     """The fastest way that fits with so many slices, else the one that is least too large; a row at a time."""
-    stages = STAGES if planner.cluster.world > 1 else STAGES[:1]
+    stages = (*STAGES, *([GATHERED_ONCE] if slices > 1 else [])) if planner.cluster.world > 1 else STAGES[:1]
     ways = []
     for policy in ("none", "every-layer"):
         ways += [planner.candidate(stage, sp, 1, policy, slices, edges) for stage in stages]

@@ -16,9 +16,10 @@ from bst_dist.model.lm import LanguageModel
 from bst_dist.plan import slices
 from bst_dist.plan.accelerators import accelerator
 from bst_dist.plan.activations import Activations
-from bst_dist.plan.search import Planner
+from bst_dist.plan.search import GATHERED_ONCE, HEADROOM, Planner
 from bst_dist.plan.slices import Size, best, sizes
 from bst_dist.plan.speed import Cluster
+from bst_dist.plan.traffic import GATHER, SCATTER
 from bst_dist.report.utilisation import edge_flops_per_token
 
 MODEL = {"width": 64, "heads": 4, "ffn": 256, "block": 32, "depth": 2, "vocab_size": 100, "mixer": "bst",
@@ -79,6 +80,38 @@ def test_a_step_in_slices_runs_layers_forward_once_more_and_zero_stages_send_as_
     assert sent[1][0] == sent[1][1]  # reduced once a step
     assert sent[2][1] > 2 * sent[2][0]
     assert sent[3][1] > 2 * sent[3][0]  # gathered in every pass; small parameters are kept whole
+
+
+def test_weights_that_are_gathered_once_are_sent_once_whatever_the_slices():
+    def sent(stage: int | str, slices: int) -> tuple[float, float]:
+        traffic = planner(2, sequences=2).candidate(stage, 1, 1, "none", slices).traffic
+        return traffic[GATHER], traffic[SCATTER]
+
+    weights = 4 * planner().sizes.total / 2
+    assert [sent(GATHERED_ONCE, slices) for slices in (1, 4)] == [(weights, weights), (weights, 4 * weights)]
+    assert sent(3, 4)[1] == 4 * weights
+
+
+def test_one_edge_in_four_takes_less_memory_and_more_passes():
+    ways = [planner().candidate(0, 1, 1, "none", 8, place, every) for place in ("device", "disk") for every in (1, 4)]
+    edge = planner().activations.edge(1)
+    assert ways[0].memory.total - ways[1].memory.total == edge * (7 - (1 + 3))
+    assert ways[3].memory.total - ways[2].memory.total == edge * 3  # between two that wait, all are on the device
+    assert [way.work.edge_passes for way in ways] == [7, 10, 7, 10]
+    assert ways[1].speed.rerun == pytest.approx(ways[0].speed.rerun * 10 / 7)
+
+
+def test_a_plan_shows_slices_where_they_make_it_fit(found):
+    """On a device that holds slices with their edges on disk, and no more."""
+    limit = found[-1].by_place["disk"].needed / (1 - HEADROOM) + 1
+    small = accelerator("h100-80gb", None).model_copy(update={"memory_gb": limit / 1e9})
+    tight = Planner(recipe(), Cluster(1, 1, small))
+    shown = slices.where_they_help(tight, tight.candidate(0, 1, 1, "none"))
+    assert [size.slices for size in shown] == [1, 2, 4]
+    assert best(shown)[0].slices == 4
+    roomy = planner()
+    assert slices.where_they_help(roomy, roomy.best()) == []
+    assert len(slices.where_they_help(roomy, roomy.candidate(0, 1, 1, "none", 2))) == 3
 
 
 def test_flops_for_edges_are_those_of_the_layers_forward_but_for_the_last_slice():

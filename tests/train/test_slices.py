@@ -46,7 +46,7 @@ def differences(run: list[dict[str, Any]], other: list[dict[str, Any]]) -> list[
 @pytest.mark.ranks
 @pytest.mark.parametrize("changes", [
     ("train.edges=host",),
-    ("data.documents=isolated", "train.edges=disk"),
+    ("data.documents=isolated", "train.edges=disk", "train.edges_every=2"),
     ("data.mode=streaming", "train.carry=true"),
     ("model.mixer=block-recurrent", "model.block_recurrent.states=4"),
 ])  # fmt: skip
@@ -61,7 +61,8 @@ def test_a_run_in_slices_on_a_mesh_is_the_run_of_one_rank(go):
     """Two ranks to a sequence and two sequences side by side, ZeRO-3, layers that run again, isolated documents."""
     spread = ("parallel.sp=2", "deepspeed=ds_configs/zero3.json", "activation_checkpointing.policy=every-layer")
     documents = "data.documents=isolated"
-    assert differences(go("mesh", "train.slice_tokens=16", documents, *spread, world=4), go("one", documents)) == []
+    slices = ("train.slice_tokens=16", "train.edges_every=3")
+    assert differences(go("mesh", *slices, documents, *spread, world=4), go("one", documents)) == []
 
 
 @pytest.mark.ranks
@@ -120,7 +121,9 @@ def test_a_step_in_slices_that_is_held_back_changes_no_weight(go, tmp_path, monk
     ({"train": {"slice_tokens": 12}}, "the nearest that does is 8"),
     ({"train": {"slice_tokens": 24}}, "must be a multiple of model.block x parallel.sp = 8 x 1 and divide"),
     ({"train": {"slice_tokens": 8}, "parallel": {"sp": 2}}, "the nearest that does is 16"),
-    ({"train": {"edges": "disk"}}, "only slices leave edges"),
+    ({"train": {"edges": "disk"}}, "train.edges disk: only slices leave edges"),
+    ({"train": {"edges_every": 2}}, "train.edges_every 2: only slices leave edges"),
+    ({"train": {"slice_tokens": 8, "edges_every": 4}}, "not below the 4 slices of a sequence: fewest edges wait at 2"),
     ({"train": {"slice_tokens": 8}, "model": {"mixer": "full"}}, "full attention sees all keys before a slice"),
     ({"train": {"slice_tokens": 8}, "model": {"mixer": "transformer-xl", "transformer_xl": {"window": 16}}},
      "make it a multiple of 16"),
@@ -133,5 +136,5 @@ def test_what_has_no_slices_is_refused_with_the_reason(settings, changes, messag
 
 def test_slices_and_the_place_of_edges_are_not_what_a_run_is(settings):
     """So a run may go on with others, and recipes from before there were any keep their digests."""
-    sliced = settings | {"train": settings["train"] | {"slice_tokens": 8, "edges": "disk"}}
+    sliced = settings | {"train": settings["train"] | {"slice_tokens": 8, "edges": "disk", "edges_every": 2}}
     assert digest(parse(Recipe, sliced)) == digest(parse(Recipe, settings))

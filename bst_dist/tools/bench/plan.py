@@ -17,15 +17,16 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.multiprocessing as mp
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -36,10 +37,16 @@ from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.parallel.neighbour import past_of_slice
+from bst_dist.parallel.slices import EdgesHere, go_backward
 from bst_dist.plan.activations import Activations, Slice
 from bst_dist.plan.memory import Memory, Work, memory
 from bst_dist.plan.traffic import GATHER, REDUCE, SCATTER, sent, sequence_traffic, zero_traffic
 from bst_dist.plan.zero import Strategy
+
+if TYPE_CHECKING:
+    from bst_dist.parallel.group import SequenceGroup
+    from bst_dist.parallel.past import EarlierCall
+    from bst_dist.train.engine import Engine
 
 MEMORY_TOLERANCE, TRAFFIC_TOLERANCE = 0.10, 0.02
 """Relative errors up to which a plan holds."""
@@ -65,6 +72,10 @@ class Case:
     variant: str = "SH"
     policy: str = "none"
     precision: str = "bf16"
+    slices: int = 1
+    """Of a sequence; their edges wait on the device."""
+    edges_every: int = 1
+    """One in so many does."""
     zero: dict[str, int] = field(default_factory=dict)
     """Settings of the strategy beyond small buckets."""
 
@@ -87,9 +98,20 @@ class Case:
         """The same as the plan has it."""
         return Work(
             strategy=Strategy.of(self.section(), self.name), world=self.world,
-            slice=Slice(self.rows, self.LENGTH // self.sp, self.sp), accumulation=self.micro_batches,
+            slice=Slice(self.rows, self.share, self.sp, stream=self.slices > 1), accumulation=self.backward_passes,
             checkpointing=ActivationCheckpointingConfig(policy=self.policy), depth=self.model().depth,
+            slices=self.slices, edges_every=self.edges_every,
         )  # fmt: skip
+
+    @property
+    def share(self) -> int:
+        """Tokens of one rank's share of a slice."""
+        return self.LENGTH // (self.sp * self.slices)
+
+    @property
+    def backward_passes(self) -> int:
+        """Of a step."""
+        return self.micro_batches * self.slices
 
 
 CASES = (
@@ -107,6 +129,10 @@ CASES = (
     Case("zero3", stage=3),
     Case("zero3, partly kept", stage=3, policy="every-layer", zero={"stage3_max_reuse_distance": 2_000_000}),
     Case("zero3, sp2, accumulated", stage=3, sp=2, micro_batches=2, variant="MF"),
+    Case("zero1, slices", stage=1, slices=4),
+    Case("zero3, slices", stage=3, slices=4),
+    Case("zero3, one edge in two", stage=3, slices=8, edges_every=2, sp=2),
+    Case("zero3, slices, gathered once", stage=3, slices=4, zero={"stage3_param_persistence_threshold": 10**12}),
     Case("zero1, offload", stage=1, policy="offload", mixer="sliding"),
 )
 
@@ -149,7 +175,7 @@ def plan(case: Case) -> tuple[Memory, dict[str, float]]:
     model, work = case.model(), case.work()
     activations = Activations(model, case.precision == "bf16", fused=False)
     traffic = zero_traffic(activations.sizes, work)
-    messages = activations.messages(Slice(1, work.slice.length, case.sp))
+    messages = activations.messages(replace(work.slice, rows=1))
     between = sum(sequence_traffic(model, work, messages).values())
     needs = memory(activations.sizes, model.mixers(), activations, work)
     return needs, traffic | ({"sequence": between} if between else {})
@@ -198,20 +224,50 @@ def _trainer(case: Case, mesh: Mesh) -> Callable[[], None]:
 
     model = LanguageModel(case.model())
     model.checkpoint = policy(ActivationCheckpointingConfig(policy=case.policy), model.layers)
-    intent = Intent(case.world, case.rows, case.micro_batches, 1.0, case.precision)
+    intent = Intent(case.world, case.rows, case.backward_passes, 1.0, case.precision)
     engine = Engine(model, OptimizerConfig(), complete({"zero_optimization": case.section()}, intent, case.name))
-    group, length = mesh.sp_group(), case.LENGTH // case.sp
-    ids = torch.randint(case.VOCABULARY, (case.rows, length))
+    ids = torch.randint(case.VOCABULARY, (case.rows, case.LENGTH // case.sp))
 
     def step() -> None:
         engine.set_rates(1.0)
         for index in range(case.micro_batches):
-            losses = engine.forward(ids, ids, past=past_of_slice(group, length))
-            engine.accumulate(losses.total / ids.numel(), last=index == case.micro_batches - 1)
-            del losses
+            last = index == case.micro_batches - 1
+            go_backward(_Sequence(case, engine, mesh.sp_group(), ids, last), EdgesHere(), every=case.edges_every)
         engine.update()
 
     return step
+
+
+@dataclass
+class _Sequence:
+    """A rank's share of one micro-batch, run by the engine."""
+
+    case: Case
+    engine: Engine
+    group: SequenceGroup | None
+    ids: Tensor
+    last: bool
+    """Of the step."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.case.share * self.case.sp] * self.case.slices
+
+    def fresh(self, s: int) -> bool:
+        return False
+
+    def leave(self, s: int, past: EarlierCall) -> None:
+        self.engine.forward(self._part(s), past=past_of_slice(self.group, self.case.share, past))
+
+    def loss(self, s: int, past: EarlierCall | None) -> Tensor:
+        ids = self._part(s)
+        return self.engine.forward(ids, ids, past=past_of_slice(self.group, self.case.share, past)).total
+
+    def backward(self, s: int, loss: Tensor) -> None:
+        self.engine.accumulate(loss / self.ids.numel(), last=self.last and s == 0)
+
+    def _part(self, s: int) -> Tensor:
+        return self.ids[:, s * self.case.share : (s + 1) * self.case.share]
 
 
 class Wire(TorchDispatchMode):

@@ -5,13 +5,16 @@
 
 Each case is a process of its own, with made-up tokens and without an optimizer: what is measured is one gradient of
 one sequence. Memory is the most that the process has held resident, torch and its libraries included; on a GPU, the
-most that torch has allocated there. Progress, a line every few slices, goes to the standard error.
+most that torch has allocated there. Page faults are pages of the host's memory that were touched for the first time:
+memory that is given back and asked for again costs them anew. Progress, a line every few slices, goes to the standard
+error.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -30,7 +33,7 @@ from bst_dist.activation.edges import Place, edges_in
 from bst_dist.activation.policy import ActivationCheckpointingConfig
 from bst_dist.model.lm import LanguageModel, ModelConfig
 from bst_dist.parallel.past import EarlierCall
-from bst_dist.parallel.slices import go_backward
+from bst_dist.parallel.slices import Spacing, go_backward
 
 LENGTHS = (16384, 65536, 262144, 1048576)
 SLICES = (2048, 4096, 16384)
@@ -45,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="L", help="tokens of the sequence")
     parser.add_argument("--slice-tokens", nargs="+", type=int, default=SLICES, metavar="N", help="tokens of a slice")
     parser.add_argument("--edges", nargs="+", choices=get_args(Place), default=["device"], help="where edges wait")
+    parser.add_argument("--edges-every", nargs="+", type=int, default=[1], metavar="K",
+                        help="let one edge in K wait, and run the slices between again (default 1)")  # fmt: skip
     parser.add_argument("--at-once", type=int, default=AT_ONCE, metavar="L",
                         help=f"also take sequences up to this length at once (default {AT_ONCE}; 0: none)")  # fmt: skip
     parser.add_argument("--checkpointing", default="every-layer", metavar="POLICY",
@@ -63,11 +68,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     cases = []
     for length in args.lengths:
         if length <= args.at_once:
-            cases.append({"length": length, "slice": length, "edges": "device", "checkpointing": args.checkpointing})
+            cases.append({"length": length, "slice": length, "edges": "device", "every": 1,
+                          "checkpointing": args.checkpointing})  # fmt: skip
         for size in args.slice_tokens:
             if size < length:
-                cases += [{"length": length, "slice": size, "edges": place, "checkpointing": "none"}
-                          for place in args.edges]  # fmt: skip
+                cases += [{"length": length, "slice": size, "edges": place, "every": every, "checkpointing": "none"}
+                          for place in args.edges for every in args.edges_every]  # fmt: skip
     rows = [_measured(settings | case) for case in cases]
     _print(settings, rows)
     return {"model": settings, "threads": torch.get_num_threads(), "cases": rows}
@@ -90,6 +96,8 @@ class _Sequence:
         self.model, self.ids, self.size, self.device = model, ids, size, device
         self.lengths = [size] * (-(-(ids.shape[1] - 1) // size))
         self.start = time.perf_counter()
+        self.passes = 0
+        """Forward passes of slices so far."""
         self.edge_bytes = 0
         """Of one edge."""
 
@@ -99,9 +107,11 @@ class _Sequence:
     def leave(self, s: int, past: EarlierCall) -> None:
         self.model(self._tokens(s)[0], past=past)
         self.edge_bytes = sum(x.nbytes for x in past.after.values())
-        self._tell("forward", s)
+        self.passes += 1
+        self._tell("forward for an edge", s)
 
     def loss(self, s: int, past: EarlierCall | None) -> Tensor:
+        self.passes += 1
         return self.model(*self._tokens(s), past=past).total
 
     def backward(self, s: int, loss: Tensor) -> None:
@@ -133,16 +143,19 @@ def _one_case(case: dict[str, Any]) -> dict[str, Any]:
     ids = torch.randint(case["vocabulary"], (1, case["length"] + 1), generator=generator)
     before = _peak(device)
     sequence = _Sequence(model, ids, case["slice"], device)
-    begin, processor = time.perf_counter(), time.process_time()
-    go_backward(sequence, edges_in(case["edges"]))
+    spacing = Spacing(len(sequence.lengths), case["every"])
+    begin, processor, faults = time.perf_counter(), time.process_time(), _page_faults()
+    go_backward(sequence, edges_in(case["edges"]), every=case["every"])
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     return {
         "s": time.perf_counter() - begin,
         "processor_s": time.process_time() - processor,
         "peak_bytes": _peak(device),
         "before_bytes": before,
+        "page_faults": _page_faults() - faults,
+        "forward_passes": sequence.passes / len(sequence.lengths),
         "edge_bytes": sequence.edge_bytes,
-        "edges_bytes": sequence.edge_bytes * (len(sequence.lengths) - 1),
+        "edges_bytes": sequence.edge_bytes * (spacing.waiting + spacing.between),
         "gradient_norm": float(norm),
         "threads": torch.get_num_threads(),
     }
@@ -164,22 +177,28 @@ def _peak(device: torch.device) -> int:
     return 1024 * int(line.split()[1])
 
 
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 def _print(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     title = ", ".join(f"{name} {value}" for name, value in settings.items())
     table = Table(box=SIMPLE, title=f"one sequence forward and backward: {title}")
-    columns = ("tokens", "a slice", "edges", "s", "processor s", "ms per token", "peak GiB", "edge MiB", "edges MiB")
+    columns = ("tokens", "a slice", "edges", "forward passes", "s", "processor s", "ms per token",
+               "page faults per token", "peak GiB", "edge MiB", "edges MiB")  # fmt: skip
     for column in columns:
         table.add_column(column, justify="left" if column == "edges" else "right")
     for row in rows:
         size = "at once" if row["slice"] == row["length"] else f"{row['slice']:,}"
-        head = (f"{row['length']:,}", size, row["edges"])
+        place = row["edges"] if row["every"] == 1 else f"{row['edges']}, one in {row['every']}"
+        head = (f"{row['length']:,}", size, "" if size == "at once" else place)
         if "failed" in row:
             table.add_row(*head, f"failed ({row['failed']})")
             continue
-        per_token = 1000 * row["processor_s"] / row["length"]
-        table.add_row(*head, f"{row['s']:,.0f}", f"{row['processor_s']:,.0f}", f"{per_token:.2f}",
-                      f"{row['peak_bytes'] / 2**30:.2f}", f"{row['edge_bytes'] / 2**20:.2f}",
-                      f"{row['edges_bytes'] / 2**20:,.1f}")  # fmt: skip
+        time_, faults = (row[key] / row["length"] for key in ("processor_s", "page_faults"))
+        table.add_row(*head, f"{row['forward_passes']:.2f}", f"{row['s']:,.0f}", f"{row['processor_s']:,.0f}",
+                      f"{1000 * time_:.2f}", f"{faults:.2f}", f"{row['peak_bytes'] / 2**30:.2f}",
+                      f"{row['edge_bytes'] / 2**20:.2f}", f"{row['edges_bytes'] / 2**20:,.1f}")  # fmt: skip
     Console(width=120).print(table)
 
 
