@@ -35,13 +35,28 @@ def zero_traffic(sizes: Sizes, work: Work) -> dict[str, float]:
         return found | ({GATHER: sent(GATHER, WORD * flat, world)} if stage else {})
     threshold = work.strategy.param_persistence_threshold
     whole = sum(p for group in sizes.groups for p in group if p <= threshold)
-    gathered = micro_batches * gather(sizes, work.strategy, work.rerun()).received_elements + whole
-    # A pass for edges alone gathers every layer once, and scatters nothing.
-    gathered += work.edge_passes * (sizes.total - whole)
+    if work.edge_passes:
+        gathered = _gathered_in_slices(sizes, work, whole)
+    else:
+        gathered = micro_batches * gather(sizes, work.strategy, work.rerun()).received_elements + whole
     return {
         SCATTER: sent(SCATTER, micro_batches * WORD * sizes.total, world),
         GATHER: sent(GATHER, WORD * gathered, world),
     }
+
+
+def _gathered_in_slices(sizes: Sizes, work: Work, whole: int) -> int:
+    """Elements gathered in a step. Passes without gradients between the others keep DeepSpeed from learning the order
+    of modules, so it gives up every weight after each use: forward, backward, where a layer is run again and, as the
+    head, the embedding once more."""
+    threshold = work.strategy.param_persistence_threshold
+    again = sum(
+        p for layer, rerun in zip(sizes.layers, work.rerun(), strict=True) if rerun
+        for module in layer for p in module if p > threshold
+    )  # fmt: skip
+    head = sizes.embedding if sizes.embedding > threshold else 0
+    passes = 2 * work.accumulation + work.edge_passes
+    return passes * (sizes.total - whole) + work.accumulation * (again + head) + whole
 
 
 def sequence_traffic(model: ModelConfig, work: Work, messages: dict[str, dict[str, int]]) -> dict[str, int]:
