@@ -27,11 +27,16 @@ from typing import Any
 from torch import Tensor
 
 from bst_base.errors import StorageError, UserError
-from bst_dist.checkpoint.shards import Shards
+from bst_dist.checkpoint.index import Index, Indexed
+from bst_dist.checkpoint.shards import Headers, Shards
 
 CHECKPOINTS, MANIFEST, PINNED = "checkpoints", "manifest.json", "pinned"
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
+WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+TENSORS = {WEIGHTS: (WEIGHT,), OPTIMIZER: MOMENTS}
+"""What the files of each kind hold of every parameter, in this order."""
 PARTIAL, DELETED, DAMAGED = ".partial", ".deleted", ".damaged"
+INDEX = "index"
 FORMAT = 2
 MISSING = "missing:"
 
@@ -52,6 +57,11 @@ def directory(run_dir: Path, step: int) -> Path:
 def shard_file(kind: str, rank: int) -> str:
     """Name, inside a checkpoint, of a rank's shard of the WEIGHTS or of the OPTIMIZER's states."""
     return f"{kind}-{rank:05d}.safetensors"
+
+
+def stored_name(parameter: str, tensor: str) -> str:
+    """A parameter's name in a shard; its moments have their own beside it."""
+    return parameter if tensor == WEIGHT else f"{tensor}/{parameter}"
 
 
 def rank_file(rank: int) -> str:
@@ -134,15 +144,15 @@ class Finding:
 
 
 def examine(checkpoint: Path, part: int = 0, parts: int = 1, digests: bool = True,
-            only: Sequence[str] | None = None) -> list[Finding]:  # fmt: skip
+            only: Sequence[str] | None = None, manifest: dict[str, Any] | None = None) -> list[Finding]:  # fmt: skip
     """What is wrong with a checkpoint's files, as this host sees them; of `parts` readers, this is number `part`.
 
-    `only`: of these files alone. Without `digests` nothing is read: what is missing or cut off is found, what was
-    changed is not. Raises OlderFormatError, as such a checkpoint is no reason to take its steps again; and StorageError
-    when a file cannot be read, which says nothing about what is in it.
+    `only`: of these files alone; `manifest`: where it was read already. Without `digests` nothing is read: what is
+    missing or cut off is found, what was changed is not. Raises OlderFormatError, as such a checkpoint is no reason to
+    take its steps again; and StorageError when a file cannot be read, which says nothing about what is in it.
     """
     try:
-        files = read_manifest(checkpoint)["files"]
+        files = (manifest or read_manifest(checkpoint))["files"]
     except OlderFormatError:
         raise
     except CheckpointError as error:
@@ -193,17 +203,24 @@ def open_shards(checkpoint: Path, kind: str, own: int | None = None, manifest: d
     """All ranks' shards of the WEIGHTS or of the OPTIMIZER's states; raises CheckpointError when there are none.
 
     `own`: the rank whose shard has all that will be asked for, where the layout is the same; `manifest`: the
-    checkpoint's, where it is known.
+    checkpoint's, where it is known. Checkpoints that older versions wrote have no index in it, and are looked up in the
+    headers of their files.
     """
-    files = (manifest or read_manifest(checkpoint))["files"]
-    names = [name for name in files if name.startswith(f"{kind}-")]
-    if not names:
+    manifest = manifest or read_manifest(checkpoint)
+    files = {name: record for name, record in manifest["files"].items() if name.startswith(f"{kind}-")}
+    if not files:
         raise CheckpointError(f"{checkpoint}: of the weights alone, without {kind} files")
-    likely = None if own is None else checkpoint / shard_file(kind, own)
-    return Shards((checkpoint / name for name in sorted(names)), likely)
+    if INDEX not in manifest:
+        likely = None if own is None else checkpoint / shard_file(kind, own)
+        return Shards(Headers((checkpoint / name for name in sorted(files)), likely))
+    index = Index.of(manifest[INDEX])
+    tensors = {stored_name(parameter, tensor): (parameter, number) for number, tensor in enumerate(TENSORS[kind])
+               for parameter in index.divisions}  # fmt: skip
+    starts = {record["rank"]: (checkpoint / name, record["start"]) for name, record in files.items()}
+    return Shards(Indexed(index, tensors, starts))
 
 
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     """Full single-precision weights by parameter name, whatever the layout they were trained under."""
     weights = open_shards(checkpoint, WEIGHTS)
-    return {name: weights.whole(name) for name in weights.shapes}
+    return weights.all_of(weights.shapes)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-FileRecord = dict[str, Any]  # {"bytes": int, "sha256": str}
+FileRecord = dict[str, Any]  # {"bytes": int, "sha256": str}, and of a shard "start": the byte of its first value
 
 
 class _Hashing:

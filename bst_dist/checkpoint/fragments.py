@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from bst_dist.checkpoint.directory import CheckpointError
+from bst_dist.checkpoint.directory import MOMENTS, WEIGHT, CheckpointError
+from bst_dist.checkpoint.index import equal_part
 from bst_dist.checkpoint.shards import Piece
-
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,11 @@ class Fragment:
     values: dict[str, Tensor]
     """WEIGHT and MOMENTS -> (count,) views of the memory that the optimizer updates."""
 
-    def part(self, index: int, parts: int) -> Fragment:
-        """One of `parts` nearly equal parts of it."""
-        first, last = (self.piece.count * i // parts for i in (index, index + 1))
-        piece = Piece(self.piece.name, self.piece.shape, self.piece.begin + first, last - first)
-        return Fragment(piece, {kind: tensor[first:last] for kind, tensor in self.values.items()})
+    def part(self, rank: int, ranks: int) -> Fragment:
+        """What a rank is to write of it, when all of `ranks` hold it; the last ones may be left with less, or none."""
+        first, count = equal_part(self.piece.count, rank, ranks)
+        piece = Piece(self.piece.name, self.piece.shape, self.piece.begin + first, count)
+        return Fragment(piece, {kind: tensor[first : first + count] for kind, tensor in self.values.items()})
 
 
 class EngineState:
@@ -65,9 +64,9 @@ class EngineState:
         parts = (fragment.part(rank, world) for fragment in self.held())
         return [part for part in parts if part.piece.count]
 
-    def elements(self) -> int:
-        """Elements of all parameters, over all ranks."""
-        return sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all parameters, also of those that lie on other ranks; the same, in the same order, on every rank."""
+        return {self._names[id(p)]: tuple(getattr(p, "ds_shape", p.shape)) for p in self.engine.module.parameters()}
 
     def updates(self) -> int:
         """Updates that the optimizer has made: what its bias correction counts."""

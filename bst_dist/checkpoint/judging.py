@@ -39,7 +39,9 @@ def judged(ranks: Ranks, checkpoint: Path) -> list[Finding]:
 
     Raises StorageError on all ranks when one cannot read, or two that read the same file disagree.
     """
-    first = gathered(ranks, lambda: examine(checkpoint, ranks.rank, ranks.world))
+    manifest, _ = ranks.from_first(_tried(lambda: read_manifest(checkpoint)) if ranks.first else None)
+    # Where the first rank finds no manifest every rank looks for it, and says what it finds.
+    first = gathered(ranks, lambda: examine(checkpoint, ranks.rank, ranks.world, manifest=manifest))
     if not any(first):
         return []
     hosts = ranks.gather(socket.gethostname())
@@ -61,21 +63,27 @@ def judged(ranks: Ranks, checkpoint: Path) -> list[Finding]:
 
 def manifest_of(ranks: Ranks, checkpoint: Path) -> dict[str, Any]:
     """The manifest, read by one rank for all."""
-    return gathered(ranks, lambda: read_manifest(checkpoint) if ranks.first else {})[0]
+    manifest, error = ranks.from_first(_tried(lambda: read_manifest(checkpoint)) if ranks.first else None)
+    if error is not None:
+        raise error
+    return manifest
 
 
 def gathered(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
     """What `work` returns on each rank; raises on all ranks what it raises on one."""
-    value, error = None, None
-    try:
-        value = work()
-    except Exception as raised:
-        error = raised
-    everyone = ranks.gather((value, error))
+    everyone = ranks.gather(_tried(work))
     for _, raised in everyone:
         if raised is not None:
             raise raised
     return [value for value, _ in everyone]
+
+
+def _tried(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """What `work` returns, or what it raises."""
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
 
 
 def _again(first: Sequence[Sequence[Finding]], hosts: Sequence[str]) -> list[tuple[str, int]]:

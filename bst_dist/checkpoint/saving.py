@@ -31,16 +31,20 @@ from bst_base.files import sync_directory
 from bst_dist.checkpoint.directory import (
     CHECKPOINTS,
     DELETED,
+    INDEX,
     MANIFEST,
     OPTIMIZER,
     PARTIAL,
+    TENSORS,
     WEIGHTS,
     directory,
     rank_file,
     shard_file,
+    stored_name,
 )
 from bst_dist.checkpoint.durable import FileRecord, Files
-from bst_dist.checkpoint.fragments import MOMENTS, WEIGHT, Fragment
+from bst_dist.checkpoint.fragments import Fragment
+from bst_dist.checkpoint.index import Index, agreed
 from bst_dist.checkpoint.retention import remove_leavings
 from bst_dist.checkpoint.shards import Piece, write
 from bst_dist.faults.lease import NO_LEASE, SharedLease
@@ -56,8 +60,8 @@ class State(Protocol):
     def owned(self) -> list[Fragment]:
         """What this rank is to write."""
 
-    def elements(self) -> int:
-        """Elements of all parameters, over all ranks."""
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all parameters, over all ranks; the same, in the same order, on every rank."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,8 @@ class Saver:
         self.lease = lease
         self.run_dir, self.state, self.ranks, self.background, self.tidy = run_dir, state, ranks, background, tidy
         self._copy = _HostCopy(ranks.device)
+        self._index: Index | None = None
+        """What lies where, as the ranks have once agreed; it stays the same while they run."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
         self._tidying: Future[None] | None = None
@@ -120,20 +126,20 @@ class Saver:
         started = time.perf_counter()
         final = directory(self.run_dir, manifest["step"])
         partial = final.with_name(f"{final.name}.{self.lease.epoch}{PARTIAL}")
-        fragments = self.state.owned()
-        needed = self._needed(fragments, kinds)
+        fragments, index = self._owned()
+        needed = _needed(index, kinds)
         why = self.ranks.from_first(self._prepare(partial, needed) if self.ranks.first else None)
         if why:
             return Failed(manifest["step"], why)
         if self.background:
             copied = self._copy.of(fragments, kinds)
         else:
-            copied = [_Copied(f.piece, name, [f.values[name]]) for kind in kinds for name in _TENSORS[kind]
+            copied = [_Copied(f.piece, name, [f.values[name]]) for kind in kinds for name in TENSORS[kind]
                       for f in fragments]  # fmt: skip
         written = self._thread.submit(self._write, partial, copied, own, kinds)
         if not self.background:
             wait([written])
-        self._pending = _Pending(partial, manifest, started, written)
+        self._pending = _Pending(partial, {**manifest, INDEX: index.described()}, started, written)
         return None
 
     def rehearse(self) -> None:
@@ -141,8 +147,8 @@ class Saver:
 
         Raises StorageError on all ranks when one cannot, or when there is no room for a checkpoint.
         """
-        fragments, kinds = self.state.owned(), (WEIGHTS, OPTIMIZER)
-        needed = self._needed(fragments, kinds)
+        fragments, index = self._owned()
+        needed = _needed(index, (WEIGHTS, OPTIMIZER))
         partial = self.run_dir / CHECKPOINTS / f"step-rehearsal.{self.lease.epoch}{PARTIAL}"
         why = self.ranks.from_first(self._prepare(partial, needed) if self.ranks.first else None)
         if why:
@@ -179,13 +185,13 @@ class Saver:
             wait([self._tidying])
         return outcome
 
-    def _needed(self, fragments: list[Fragment], kinds: Sequence[str]) -> int:
-        """Bytes that all ranks are going to write."""
-        (elements,) = self.ranks.sum([sum(fragment.piece.count for fragment in fragments)])
-        if elements != self.state.elements():
-            raise RuntimeError(f"the ranks hold {elements} of the {self.state.elements()} elements of the parameters")
-        tensors = sum(len(_TENSORS[kind]) for kind in kinds)
-        return int(elements) * tensors * torch.float32.itemsize + SPARE_BYTES
+    def _owned(self) -> tuple[list[Fragment], Index]:
+        """What this rank is to write, in the order of the index; the first call asks all ranks."""
+        fragments = self.state.owned()
+        if self._index is None:
+            self._index = agreed(self.ranks, self.state.shapes(), (fragment.piece for fragment in fragments))
+        order = {name: place for place, name in enumerate(self._index.divisions)}
+        return sorted(fragments, key=lambda fragment: order[fragment.piece.name]), self._index
 
     def _prepare(self, partial: Path, needed: int) -> str | None:
         """Make an empty directory to write to; returns why that cannot be done."""
@@ -213,9 +219,10 @@ class Saver:
     ) -> dict[str, FileRecord]:
         files, rank = Files(partial), self.ranks.rank
         for kind in kinds:
-            ours = [one for one in copied if one.tensor in _TENSORS[kind]]
+            ours = [one for one in copied if one.tensor in TENSORS[kind]]
             with files.open(shard_file(kind, rank)) as file:
-                write(file, [_stored_as(one.piece, one.tensor) for one in ours], [one.runs for one in ours])
+                start = write(file, [_stored_as(one.piece, one.tensor) for one in ours], [one.runs for one in ours])
+            files.records[shard_file(kind, rank)]["start"] = start
         if OPTIMIZER in kinds:
             memory = io.BytesIO()  # torch hides a full disk behind errors of its own
             torch.save(own, memory)
@@ -257,12 +264,10 @@ class Saver:
         return Saved(final, full, written, time.perf_counter() - pending.started)
 
 
-_TENSORS = {WEIGHTS: (WEIGHT,), OPTIMIZER: MOMENTS}
-
-
-def stored_name(parameter: str, tensor: str) -> str:
-    """A parameter's name in a shard; its moments have their own beside it."""
-    return parameter if tensor == WEIGHT else f"{tensor}/{parameter}"
+def _needed(index: Index, kinds: Sequence[str]) -> int:
+    """Bytes that all ranks are going to write."""
+    elements = sum(division.numel for division in index.divisions.values())
+    return elements * sum(len(TENSORS[kind]) for kind in kinds) * torch.float32.itemsize + SPARE_BYTES
 
 
 def _stored_as(piece: Piece, tensor: str) -> Piece:
@@ -295,7 +300,7 @@ class _HostCopy:
 
     def of(self, fragments: list[Fragment], kinds: Sequence[str]) -> list[_Copied]:
         """What is to be written of the fragments, as it is now, until the next call."""
-        named = [(f.piece, name, f.values[name]) for kind in kinds for name in _TENSORS[kind] for f in fragments]
+        named = [(f.piece, name, f.values[name]) for kind in kinds for name in TENSORS[kind] for f in fragments]
         self.reserve(sum(values.numel() for *_, values in named))
         room, copies = deque(self._memory), []
         for piece, name, values in named:

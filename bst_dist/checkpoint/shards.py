@@ -3,7 +3,8 @@
 What one rank holds of a tensor is a run of its flattened elements. When that is all of them the file keeps the tensor's
 shape, so that what one rank alone has written is an ordinary safetensors file. Any other run is stored flat, and the
 file's metadata says where it belongs. Files are written front to back, and read by seeking to the elements asked for:
-no more than what is asked for is ever in memory.
+no more than what is asked for is ever in memory. Where elements lie the files' headers say (`Headers`), or without
+opening any of them the manifest of the checkpoint (`index`).
 
 Format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, the tensors' bytes).
 """
@@ -13,11 +14,11 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -50,8 +51,8 @@ class Piece:
         return self.count == math.prod(self.shape)
 
 
-def write_header(file: Any, pieces: Sequence[Piece], dtypes: Sequence[torch.dtype], metadata: dict[str, str]) -> None:
-    """Begin a shard; the pieces' values follow by `write_values`, in the same order."""
+def write_header(file: Any, pieces: Sequence[Piece], dtypes: Sequence[torch.dtype], metadata: dict[str, str]) -> int:
+    """Begin a shard; the pieces' values follow by `write_values`, in the same order, from the returned byte on."""
     places = {p.name: {"shape": p.shape, "begin": p.begin} for p in pieces if not p.whole}
     header: dict[str, Any] = {"__metadata__": {**metadata, PIECES: json.dumps(places)} if places else metadata}
     position = 0
@@ -63,6 +64,7 @@ def write_header(file: Any, pieces: Sequence[Piece], dtypes: Sequence[torch.dtyp
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the values begin at a multiple of 8
     file.write(struct.pack("<Q", len(text)) + text)
+    return 8 + len(text)
 
 
 def write_values(file: Any, values: Tensor) -> None:
@@ -70,15 +72,19 @@ def write_values(file: Any, values: Tensor) -> None:
     file.write(values.detach().contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def write(file: Any, pieces: Sequence[Piece], values: Sequence[Sequence[Tensor]]) -> None:
-    """Write a whole shard: of each piece its values, single precision, in one run or several."""
-    write_header(file, pieces, [torch.float32] * len(pieces), {"format": "pt"})
+def write(file: Any, pieces: Sequence[Piece], values: Sequence[Sequence[Tensor]]) -> int:
+    """Write a whole shard: of each piece its values, single precision, in one run or several.
+
+    Returns the byte at which the first value lies.
+    """
+    start = write_header(file, pieces, [torch.float32] * len(pieces), {"format": "pt"})
     for run in chain.from_iterable(values):
         write_values(file, run)
+    return start
 
 
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     """Where a piece lies on the disk."""
 
     piece: Piece
@@ -87,18 +93,31 @@ class _Stored:
     """Of its first element, in bytes."""
 
 
-class Shards:
-    """The single-precision tensors in a set of shards, as if all were in one file.
+class Places(Protocol):
+    """Where the tensors of a set of shards lie."""
 
-    Methods raise ShardError for a file that is no shard, and StorageError for one that cannot be read.
-    """
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Of the whole tensor `name`; None when there is none."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The tensors there are."""
+
+    def holders(self, name: str, begin: int, end: int) -> Sequence[Any]:
+        """Which shards have some of the elements from `begin` to `end` of the flattened tensor `name`."""
+
+    def stored(self, holder: Any, name: str) -> Stored:
+        """Where such a shard has its piece."""
+
+
+class Headers:
+    """The places that the files' own headers tell."""
 
     def __init__(self, paths: Iterable[Path], likely: Path | None = None) -> None:
         """`likely`: the one of `paths` that has all that will be asked for, as when every rank reads its own: the
         others are opened only when it has not."""
-        self._stored: dict[str, list[_Stored]] = {}
+        self._stored: dict[str, dict[Path, Stored]] = {}
         self._unread = sorted(paths, key=lambda path: path != likely)
-        self._file: tuple[Path, IO[bytes]] | None = None
         while self._unread and self._unread[0] == likely:
             self._read_next()
         if likely is None:
@@ -107,49 +126,92 @@ class Shards:
     def _read_next(self) -> None:
         path = self._unread.pop(0)
         for stored in _read_header(path):
-            self._stored.setdefault(stored.piece.name, []).append(stored)
+            self._stored.setdefault(stored.piece.name, {})[path] = stored
 
     def _read_rest(self) -> None:
         while self._unread:
             self._read_next()
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Of the whole tensor `name`; None when there is none."""
         if name not in self._stored:
             self._read_rest()
-        return self._stored[name][0].piece.shape if name in self._stored else None
+        return next(iter(self._stored[name].values())).piece.shape if name in self._stored else None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors there are."""
         self._read_rest()
-        return {name: stored[0].piece.shape for name, stored in self._stored.items()}
+        return {name: next(iter(stored.values())).piece.shape for name, stored in self._stored.items()}
+
+    def holders(self, name: str, begin: int, end: int) -> list[Path]:
+        found = self._overlaps(name, begin, end)
+        if sum(found.values()) < end - begin and self._unread:
+            self._read_rest()
+            found = self._overlaps(name, begin, end)
+        return [path for path, count in found.items() if count]
+
+    def _overlaps(self, name: str, begin: int, end: int) -> dict[Path, int]:
+        """How many of the elements each file has whose header was read."""
+        return {path: _overlap(stored.piece, begin, end) for path, stored in self._stored.get(name, {}).items()}
+
+    def stored(self, holder: Path, name: str) -> Stored:
+        return self._stored[name][holder]
+
+
+class Shards:
+    """The single-precision tensors in a set of shards, as if all were in one file.
+
+    Methods raise ShardError for a file that is no shard, and StorageError for one that cannot be read.
+    """
+
+    def __init__(self, places: Places) -> None:
+        self._places = places
+        self._file: tuple[Path, IO[bytes]] | None = None
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Of the whole tensor `name`; None when there is none."""
+        return self._places.shape(name)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The tensors there are."""
+        return self._places.shapes
 
     def read(self, name: str, begin: int, into: Tensor) -> None:
         """Fill `into` (n,) with the elements of the flattened tensor `name` from `begin` on.
 
         Raises ShardError when they are not all there.
         """
-        end = begin + into.numel()
-        if self._covered(name, begin, end) < into.numel():
-            self._read_rest()
-        if (found := self._covered(name, begin, end)) != into.numel():
-            raise ShardError(f"{name}: {found} of its elements {begin} to {end} are in the shards")
-        values = into if into.device.type == "cpu" else torch.empty_like(into, device="cpu")
-        for stored in self._stored.get(name, ()):
-            piece = stored.piece
-            first, last = max(begin, piece.begin), min(end, piece.begin + piece.count)
-            if first < last:
-                self._read_values(stored, first - piece.begin, values[first - begin : last - begin])
-        if values is not into:
-            into.copy_(values)
+        self.fill([(name, begin, into)])
 
-    def _covered(self, name: str, begin: int, end: int) -> int:
-        """How many of the elements are in the shards whose headers were read."""
-        pieces = [stored.piece for stored in self._stored.get(name, ())]
-        return sum(max(0, min(end, piece.begin + piece.count) - max(begin, piece.begin)) for piece in pieces)
+    def fill(self, wanted: Sequence[tuple[str, int, Tensor]]) -> None:
+        """Fill the last of each (name, begin, into) as `read` does, opening each file once."""
+        by_holder: dict[Any, list[int]] = {}
+        for number, (name, begin, into) in enumerate(wanted):
+            for holder in self._places.holders(name, begin, begin + into.numel()):
+                by_holder.setdefault(holder, []).append(number)
+        found = [0] * len(wanted)
+        for holder in sorted(by_holder):
+            for number in by_holder[holder]:
+                found[number] += self._read_part(self._places.stored(holder, wanted[number][0]), *wanted[number][1:])
+        for count, (name, begin, into) in zip(found, wanted, strict=True):
+            if count != into.numel():
+                end = begin + into.numel()
+                raise ShardError(f"{name}: {count} of its elements {begin} to {end} are in the shards")
 
-    def _read_values(self, stored: _Stored, skip: int, into: Tensor) -> None:
+    def _read_part(self, stored: Stored, begin: int, into: Tensor) -> int:
+        """Read what a shard has of the elements from `begin` on; returns how many."""
+        piece = stored.piece
+        first, last = max(begin, piece.begin), min(begin + into.numel(), piece.begin + piece.count)
+        if first >= last:
+            return 0
+        part = into[first - begin : last - begin]
+        values = part if part.device.type == "cpu" else torch.empty_like(part, device="cpu")
+        self._read_values(stored, first - piece.begin, values)
+        if values is not part:
+            part.copy_(values)
+        return last - first
+
+    def _read_values(self, stored: Stored, skip: int, into: Tensor) -> None:
         view = memoryview(into.numpy()).cast("B")
         try:
             file = self._opened(stored.path)
@@ -176,13 +238,22 @@ class Shards:
 
     def whole(self, name: str) -> Tensor:
         """The tensor `name`, in the host's memory."""
-        shape = self.shapes[name]
-        values = torch.empty(math.prod(shape))
-        self.read(name, 0, values)
-        return values.view(shape)
+        return self.all_of([name])[name]
+
+    def all_of(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """These tensors, in the host's memory; each file is opened once for all of them."""
+        shapes = self.shapes
+        flat = {name: torch.empty(math.prod(shapes[name])) for name in names}
+        self.fill([(name, 0, values) for name, values in flat.items()])
+        return {name: values.view(shapes[name]) for name, values in flat.items()}
 
 
-def _read_header(path: Path) -> list[_Stored]:
+def _overlap(piece: Piece, begin: int, end: int) -> int:
+    """How many of the elements from `begin` to `end` are in a piece."""
+    return max(0, min(end, piece.begin + piece.count) - max(begin, piece.begin))
+
+
+def _read_header(path: Path) -> list[Stored]:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -197,10 +268,10 @@ def _read_header(path: Path) -> list[_Stored]:
         raise ShardError(f"{path}: not a shard of a checkpoint: {error}") from None
 
 
-def _stored(path: Path, start: int, name: str, entry: dict[str, Any], place: dict[str, Any] | None) -> _Stored:
+def _stored(path: Path, start: int, name: str, entry: dict[str, Any], place: dict[str, Any] | None) -> Stored:
     if entry["dtype"] != DTYPES[torch.float32]:
         raise ValueError(f"{name} is {entry['dtype']}, not single precision")
     count = math.prod(entry["shape"])
     piece = Piece(name, tuple(place["shape"]), place["begin"], count) if place else Piece(
         name, tuple(entry["shape"]), 0, count)  # fmt: skip
-    return _Stored(piece, path, start + entry["data_offsets"][0])
+    return Stored(piece, path, start + entry["data_offsets"][0])

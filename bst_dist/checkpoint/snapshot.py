@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,18 +19,20 @@ from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import (
     FORMAT,
     OPTIMIZER,
+    TENSORS,
     WEIGHTS,
     CheckpointError,
     is_full,
     open_shards,
     rank_file,
     step_of,
+    stored_name,
 )
-from bst_dist.checkpoint.fragments import MOMENTS, WEIGHT, Fragment
+from bst_dist.checkpoint.fragments import Fragment
 from bst_dist.checkpoint.judging import agreed_committed, judged, manifest_of
 from bst_dist.checkpoint.layout import Carried, Layout, Rows, redistribute
 from bst_dist.checkpoint.retention import set_aside, tidy
-from bst_dist.checkpoint.saving import Failed, Saved, Saver, stored_name
+from bst_dist.checkpoint.saving import Failed, Saved, Saver
 from bst_dist.faults.lease import NO_LEASE, SharedLease
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.report.metrics import Callback, EvalReport, Report, StepReport, Writer
@@ -86,6 +89,7 @@ class Snapshots:
                  lease: SharedLease = NO_LEASE) -> None:  # fmt: skip
         self.run_dir, self.state, self.ranks = run_dir, state, ranks
         self.identity, self.config = identity, config
+        self._manifest: tuple[Path, dict[str, Any]] | None = None
         self._versions = versions() if ranks.first else {}  # asks git, which a save should not wait for
         self._saver = Saver(run_dir, state, ranks, config.background, partial(tidy, run_dir, config), lease)
 
@@ -94,6 +98,7 @@ class Snapshots:
 
         `validation_loss`: in nats, when the weights have just been evaluated; `full`: not of the weights alone.
         """
+        self._manifest = None
         manifest = {
             "format": FORMAT,
             "step": position.step,
@@ -134,6 +139,7 @@ class Snapshots:
         cannot read, or they see different files: nothing is renamed then.
         """
         self.finish()
+        self._manifest = None
         damaged = []
         for checkpoint in agreed_committed(self.ranks, self.run_dir):
             if scheduled and not self.config.scheduled(step_of(checkpoint)):
@@ -142,7 +148,7 @@ class Snapshots:
                 damaged.append(f"checkpoint {step_of(checkpoint)}: {found[0]}")
                 if self.ranks.first:
                     set_aside(checkpoint)
-            elif is_full(manifest_of(self.ranks, checkpoint)):
+            elif is_full(self._manifest_of(checkpoint)):
                 return checkpoint, damaged
         return None, damaged
 
@@ -157,25 +163,32 @@ class Snapshots:
         Under another layout than it was written, generators start anew: what they draw could not be the same.
         `of_trunk`: the run branches off another, and that it may has been seen to.
         """
-        manifest = manifest_of(self.ranks, checkpoint)
+        manifest = self._manifest_of(checkpoint)
         if not of_trunk:
             self._require_same(checkpoint, manifest)
         self._fill(checkpoint, manifest)
         self.state.filled(manifest["step"], manifest["updates"])
         saved, rank = Layout(**manifest["layout"]), self.ranks.rank
+        own = cache(partial(_own, checkpoint))
         if self._same_ranks(saved):
-            rng.restore(_own(checkpoint, rank)["rng"], self.ranks.device)
+            rng.restore(own(rank)["rng"], self.ranks.device)
         else:
             rng.seed_all(self.identity.seed, rank, manifest["step"])
-        carried = redistribute(self.identity.rows, saved, lambda other: _own(checkpoint, other)["carried"])
+        carried = redistribute(self.identity.rows, saved, lambda other: own(other)["carried"])
         return Position(manifest["step"], manifest["tokens"], manifest["data"], carried, manifest["skipped"])
 
     def change(self, checkpoint: Path) -> str | None:
         """How the layout differs from the one that the checkpoint was written under; None when it does not."""
-        saved, own = Layout(**manifest_of(self.ranks, checkpoint)["layout"]), self.identity.layout
+        saved, own = Layout(**self._manifest_of(checkpoint)["layout"]), self.identity.layout
         if saved == own:
             return None
         return f"from {saved} to {own}" + ("" if self._same_ranks(saved) else ", new seeds for the random generators")
+
+    def _manifest_of(self, checkpoint: Path) -> dict[str, Any]:
+        """Read once for all ranks, and for all that is asked of a checkpoint until the next is looked for."""
+        if self._manifest is None or self._manifest[0] != checkpoint:
+            self._manifest = checkpoint, manifest_of(self.ranks, checkpoint)
+        return self._manifest[1]
 
     def _same_ranks(self, saved: Layout) -> bool:
         own = self.identity.layout
@@ -193,16 +206,18 @@ class Snapshots:
                 )
 
     def _fill(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
-        """Read what this rank holds, a parameter at a time, from whichever ranks had written it: under the same layout
-        from its own files alone."""
+        """Read what this rank holds from whichever ranks had written it: under the same layout from its own files
+        alone, and in every other from those that have some of it."""
         own = self.ranks.rank if Layout(**manifest["layout"]) == self.identity.layout else None
-        for kind, tensors in ((WEIGHTS, (WEIGHT,)), (OPTIMIZER, MOMENTS)):
-            shards = open_shards(checkpoint, kind, own, manifest)
-            for fragment in self.state.held():
-                for tensor in tensors:
+        held = self.state.held()
+        for kind, tensors in TENSORS.items():
+            shards, wanted = open_shards(checkpoint, kind, own, manifest), []
+            for tensor in tensors:
+                for fragment in held:
                     name = stored_name(fragment.piece.name, tensor)
                     self._require_shape(checkpoint, name, fragment.piece.shape, shards.shape(name))
-                    shards.read(name, fragment.piece.begin, fragment.values[tensor])
+                    wanted.append((name, fragment.piece.begin, fragment.values[tensor]))
+            shards.fill(wanted)
             shards.close()
 
     @staticmethod
@@ -292,4 +307,9 @@ def _on_host(carried: Carried) -> Carried:
 
 def _own(checkpoint: Path, rank: int) -> dict[str, Any]:
     """What a rank alone knew."""
-    return torch.load(checkpoint / rank_file(rank), map_location="cpu", weights_only=True, mmap=True)
+    path = checkpoint / rank_file(rank)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise StorageError.of(error, path) from None
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

@@ -51,8 +51,8 @@ def write(run_dir: Path, model: LanguageModel, step: int, full: bool) -> None:
     for name, parameter in model.named_parameters():
         values = dict.fromkeys((WEIGHT, *MOMENTS), parameter.detach().flatten())
         fragments.append(Fragment(Piece(name, tuple(parameter.shape), 0, parameter.numel()), values))
-    elements = sum(fragment.piece.count for fragment in fragments)
-    state = SimpleNamespace(owned=lambda: fragments, elements=lambda: elements, updates=lambda: step)
+    shapes = {fragment.piece.name: fragment.piece.shape for fragment in fragments}
+    state = SimpleNamespace(owned=lambda: fragments, shapes=lambda: shapes, updates=lambda: step)
     ranks = SimpleNamespace(rank=0, world=1, first=True, device=torch.device("cpu"), sum=lambda values: values,
                             gather=lambda value: [value], from_first=lambda value: value)  # fmt: skip
     groups = {"matrices": {"lr": 0.1}}

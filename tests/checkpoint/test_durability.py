@@ -48,8 +48,8 @@ class Tensors:
     def owned(self) -> list[Fragment]:
         return [Fragment(Piece("a", (100,), 0, 100), {kind: torch.arange(100.0) for kind in (WEIGHT, *MOMENTS)})]
 
-    def elements(self) -> int:
-        return 100
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"a": (100,)}
 
     def updates(self) -> int:
         return 1

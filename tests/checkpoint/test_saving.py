@@ -80,8 +80,8 @@ class Tensors:
 
     owned = held
 
-    def elements(self) -> int:
-        return sum(values[WEIGHT].numel() for values in self.values.values())
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: (values[WEIGHT].numel(),) for name, values in self.values.items()}
 
     def updates(self) -> int:
         return self.step
@@ -444,12 +444,13 @@ def test_checkpoints_are_taken_when_due(tmp_path):
 
 
 def test_going_on_under_the_same_layout_opens_few_files(tmp_path, monkeypatch):
-    """Of a checkpoint of 64 ranks, of which this one wrote the first files."""
+    """Of a checkpoint of 64 ranks, without an index, of which this one wrote the first files."""
     state = Tensors()
     run = snapshots(tmp_path, state)
     save(run, state, 1)
     path = directory(tmp_path, 1)
     manifest = read_manifest(path)
+    del manifest["index"]
     for rank in range(1, 64):
         for name in list(manifest["files"]):
             if name.split(".")[0].endswith("00000"):

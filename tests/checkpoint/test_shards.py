@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bst_dist.checkpoint.shards import Piece, ShardError, Shards, write
+from bst_dist.checkpoint.shards import Headers, Piece, ShardError, Shards, write
 
 TENSORS = {"a": (3, 5), "b": (7,), "c.d": (2, 2, 2)}
 
@@ -43,7 +43,7 @@ def test_what_one_rank_wrote_is_an_ordinary_safetensors_file(tmp_path):
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_any_run_of_elements_is_read_back_from_any_division(tmp_path, world):
-    shards = Shards(write_spread(tmp_path, world))
+    shards = Shards(Headers(write_spread(tmp_path, world)))
     assert shards.shapes == TENSORS
     for name, tensor in tensors().items():
         assert torch.equal(shards.whole(name), tensor)
@@ -55,7 +55,7 @@ def test_any_run_of_elements_is_read_back_from_any_division(tmp_path, world):
 
 
 def test_a_missing_shard_is_noticed(tmp_path):
-    shards = Shards(write_spread(tmp_path, 3)[:2])
+    shards = Shards(Headers(write_spread(tmp_path, 3)[:2]))
     with pytest.raises(ShardError, match="a: 7 of its elements 0 to 15 are in the shards"):
         shards.whole("a")
     with pytest.raises(ShardError, match="nothing"):
@@ -66,14 +66,14 @@ def test_a_missing_shard_is_noticed(tmp_path):
 def test_a_file_that_is_no_shard(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(ShardError, match="x: not a shard"):
-        Shards([tmp_path / "x"])
+        Headers([tmp_path / "x"])
 
 
 def test_a_shard_that_was_cut_off(tmp_path):
     (path,) = write_spread(tmp_path, 1)
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(ShardError, match=r"ends in the middle of c\.d"):
-        Shards([path]).whole("c.d")
+        Shards(Headers([path])).whole("c.d")
 
 
 def opens(monkeypatch) -> list[str]:
@@ -91,7 +91,7 @@ def test_a_rank_that_reads_what_it_wrote_opens_no_other_file(tmp_path, monkeypat
     paths = write_spread(tmp_path, 3)
     held = load_file(paths[1])
     names = opens(monkeypatch)
-    shards = Shards(paths, likely=paths[1])
+    shards = Shards(Headers(paths, likely=paths[1]))
     for name, begin in (("a", 3), ("b", 2), ("c.d", 2)):
         assert shards.shape(name) == TENSORS[name]
         into = torch.empty(held[name].numel())
@@ -102,7 +102,7 @@ def test_a_rank_that_reads_what_it_wrote_opens_no_other_file(tmp_path, monkeypat
 
 def test_what_the_likely_file_has_not_is_found_in_the_others(tmp_path):
     paths = write_spread(tmp_path, 3)
-    shards = Shards(paths, likely=paths[2])
+    shards = Shards(Headers(paths, likely=paths[2]))
     assert torch.equal(shards.whole("a"), tensors()["a"])
-    assert Shards(paths, likely=paths[2]).shapes.keys() == TENSORS.keys()
-    assert Shards(paths, likely=paths[2]).shape("nothing") is None
+    assert Shards(Headers(paths, likely=paths[2])).shapes.keys() == TENSORS.keys()
+    assert Shards(Headers(paths, likely=paths[2])).shape("nothing") is None

@@ -1,0 +1,295 @@
+"""Many ranks in one process: what every rank of a large run opens, reads and computes outside its step, counted.
+
+Each simulated rank is a thread that does what a rank of a real run does, with the run's own code; one is at work at a
+time, and all meet at every collective, as real ranks do. What a rank opens and reads is told by the interpreter and the
+kernel for its thread alone, so the counts are exact.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from bst_dist.checkpoint.directory import MOMENTS, WEIGHT
+from bst_dist.checkpoint.fragments import Fragment
+from bst_dist.checkpoint.index import equal_part
+from bst_dist.checkpoint.shards import Piece
+from bst_dist.parallel.phases import Phases
+
+T = TypeVar("T")
+
+
+@dataclass
+class Counts:
+    """What one rank has done."""
+
+    opens: list[str] = field(default_factory=list)
+    """Files opened, by path."""
+    read_bytes: int = 0
+    received_bytes: int = 0
+    """From other ranks, in collectives of objects: each rank has room for the largest object of all."""
+    collectives: int = 0
+    cpu_s: float = 0.0
+
+
+class Abandoned(Exception):
+    """Another rank has failed."""
+
+
+class World:
+    """So many ranks."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._turn = threading.Lock()
+        self._round = _Round()
+        self._failed = False
+
+    def run(self, work: Callable[[SimulatedRank], T]) -> tuple[list[T], list[SimulatedRank]]:
+        """What `work` returns on each rank, and the ranks with their counts; raises what the first rank to fail did."""
+        ranks = [SimulatedRank(rank, self) for rank in range(self.size)]
+        results: list[Any] = [None] * self.size
+        errors: list[BaseException] = []
+
+        def on(rank: SimulatedRank) -> None:
+            with self._turn, Counting(rank.counts):
+                try:
+                    results[rank.rank] = work(rank)
+                except Abandoned:
+                    pass
+                except BaseException as error:
+                    errors.append(error)
+                    self._failed = True
+                    self._round.over.set()
+
+        threads = [threading.Thread(target=on, args=(rank,)) for rank in ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return results, ranks
+
+    def meet(self, rank: int, value: Any, combine: Callable[[list[Any]], Any]) -> Any:
+        """Wait for all ranks to come with their values; returns what `combine` makes of them, by rank."""
+        here = self._round
+        here.values[rank] = value
+        if len(here.values) == self.size:
+            here.result = combine([here.values[number] for number in range(self.size)])
+            self._round = _Round()
+            here.over.set()
+            return here.result
+        self._turn.release()
+        here.over.wait()
+        self._turn.acquire()
+        if self._failed:
+            raise Abandoned
+        return here.result
+
+
+class _Round:
+    """One collective."""
+
+    def __init__(self) -> None:
+        self.values: dict[int, Any] = {}
+        self.result: Any = None
+        self.over = threading.Event()
+
+
+class SimulatedRank:
+    """One of them, in place of `parallel.ranks.Ranks`.
+
+    Objects go through pickle, as they do between processes. What is heard is unpickled again on the first and the last
+    rank alone, as all others would do the same; the CPU-seconds of the others are too low by that.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank: int, world: World) -> None:
+        self.rank, self.world, self._world = rank, world.size, world
+        self.first = rank == 0
+        self.counts = Counts()
+        self.phases = Phases()
+        self.heard: list[bytes | list[bytes]] = []
+        """What the last rank has heard in collectives, to let it go through the same once more, alone (`Again`)."""
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        self.counts.collectives += 1
+        found = self._world.meet(
+            self.rank, list(map(float, values)), lambda all_: list(map(sum, zip(*all_, strict=True)))
+        )
+        return self._heard(pickle.dumps(found))
+
+    def table(self, values: Sequence[float]) -> torch.Tensor:
+        self.counts.collectives += 1
+        self.counts.received_bytes += 8 * self.world * len(values)
+        own = list(map(float, values))
+        return self._world.meet(self.rank, own, lambda all_: torch.tensor(all_, dtype=torch.float64)).clone()
+
+    def gather(self, value: T) -> list[T]:
+        self.counts.collectives += 1
+        blobs, values = self._world.meet(
+            self.rank, pickle.dumps(value), lambda all_: (all_, list(map(pickle.loads, all_)))
+        )
+        self.counts.received_bytes += self.world * max(map(len, blobs))
+        return self._heard(blobs) if self.rank in (0, self.world - 1) else values
+
+    def from_first(self, value: T) -> T:
+        self.counts.collectives += 1
+        blob, shared = self._world.meet(self.rank, pickle.dumps(value) if self.first else b"",
+                                        lambda all_: (all_[0], pickle.loads(all_[0])))  # fmt: skip
+        self.counts.received_bytes += len(blob)
+        return self._heard(blob) if self.rank in (0, self.world - 1) else shared
+
+    def barrier(self) -> None:
+        self.counts.collectives += 1
+        self._world.meet(self.rank, None, lambda _: None)
+
+    def _heard(self, what: bytes | list[bytes]) -> Any:
+        if self.rank == self.world - 1:
+            self.heard.append(what)
+        return unpickled(what)
+
+
+class Again:
+    """A rank that goes through what it did before, without the others: they say what they said then."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, before: SimulatedRank) -> None:
+        self.rank, self.world, self.first = before.rank, before.world, before.first
+        self.phases = Phases()
+        self._heard = iter(before.heard)
+
+    def sum(self, _: Sequence[float]) -> list[float]:
+        return unpickled(next(self._heard))
+
+    def gather(self, _: T) -> list[T]:
+        return unpickled(next(self._heard))
+
+    def from_first(self, _: T) -> T:
+        return unpickled(next(self._heard))
+
+    def barrier(self) -> None:
+        return
+
+
+def unpickled(what: bytes | list[bytes]) -> Any:
+    """One object, or a list of them."""
+    return pickle.loads(what) if isinstance(what, bytes) else list(map(pickle.loads, what))
+
+
+OWN_READING = "/proc/thread-self/io"
+_counted: dict[int, Counts] = {}
+_hooked = False
+
+
+class Counting:
+    """A context: what this thread does inside is counted in `counts`, and in none around it."""
+
+    def __init__(self, counts: Counts) -> None:
+        global _hooked
+        self.counts = counts
+        if not _hooked:
+            sys.addaudithook(_heard_of)  # there is no way to remove it
+            _hooked = True
+
+    def __enter__(self) -> Counts:
+        self._before = _counted.get(threading.get_ident())
+        _counted[threading.get_ident()] = self.counts
+        self._read, self._cpu = _read_so_far(), time.thread_time()
+        return self.counts
+
+    def __exit__(self, *_: object) -> None:
+        self.counts.cpu_s += time.thread_time() - self._cpu
+        self.counts.read_bytes += _read_so_far() - self._read
+        if self._before is None:
+            del _counted[threading.get_ident()]
+        else:
+            _counted[threading.get_ident()] = self._before
+
+
+def _heard_of(event: str, args: tuple[Any, ...]) -> None:
+    if event == "open" and args[0] != OWN_READING and (counts := _counted.get(threading.get_ident())) is not None:
+        counts.opens.append(os.fsdecode(args[0]) if isinstance(args[0], str | bytes | os.PathLike) else str(args[0]))
+
+
+def _read_so_far() -> int:
+    """Bytes that this thread has had read, from whatever file."""
+    text = Path(OWN_READING).read_text(encoding="ascii")
+    return int(text.split("rchar: ")[1].split()[0]) - len(text)
+
+
+class SyntheticState:
+    """Weights and moments of made-up parameters, over ranks as a ZeRO stage lays them (`checkpoint.snapshot.State`).
+
+    Every value follows from its parameter, kind and place, so any rank can tell whether what it reads is right.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], rank: int, ranks: int, stage: int, filled: bool) -> None:
+        """`stage`: 1 or 3; `filled`: with the right values, else with none."""
+        self._shapes, self.steps = shapes, 0
+        runs = spread(shapes, rank, ranks) if stage == 3 else flat(shapes, rank, ranks)
+        self._fragments = []
+        for number, (name, shape) in enumerate(shapes.items()):
+            begin, count = runs[name]
+            if count:
+                values = {kind: torch.full((count,), -1.0) for kind in (WEIGHT, *MOMENTS)}
+                self._fragments.append(Fragment(Piece(name, shape, begin, count), values))
+                if filled:
+                    for kind, tensor in values.items():
+                        tensor.copy_(self._right(number, kind, begin, count))
+        self._number = {name: number for number, name in enumerate(shapes)}
+
+    @staticmethod
+    def _right(number: int, kind: str, begin: int, count: int) -> torch.Tensor:
+        return torch.arange(begin, begin + count, dtype=torch.float32) + 1000 * number + len(kind) / 16
+
+    def is_right(self) -> bool:
+        """Whether all values are what they should be."""
+        return all(
+            torch.equal(tensor, self._right(self._number[one.piece.name], kind, one.piece.begin, one.piece.count))
+            for one in self._fragments for kind, tensor in one.values.items()
+        )  # fmt: skip
+
+    def held(self) -> list[Fragment]:
+        return self._fragments
+
+    owned = held
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def updates(self) -> int:
+        return self.steps
+
+    def filled(self, step: int, updates: int) -> None:
+        self.steps = updates
+
+
+def spread(shapes: dict[str, tuple[int, ...]], rank: int, ranks: int) -> dict[str, tuple[int, int]]:
+    """First element and count of a rank's part of every parameter, as ZeRO-3 cuts them."""
+    return {name: equal_part(torch.Size(shape).numel(), rank, ranks) for name, shape in shapes.items()}
+
+
+def flat(shapes: dict[str, tuple[int, ...]], rank: int, ranks: int) -> dict[str, tuple[int, int]]:
+    """The same of parameters laid end to end and cut into equal parts, as ZeRO-1 and 2 do."""
+    sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    size = -(-sum(sizes.values()) // ranks)
+    runs, position = {}, 0
+    for name, count in sizes.items():
+        first = min(max(rank * size - position, 0), count)
+        last = min(max((rank + 1) * size - position, 0), count)
+        runs[name] = first, last - first
+        position += count
+    return runs
