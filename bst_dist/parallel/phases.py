@@ -37,6 +37,11 @@ class Phases:
         self.name, self.step = name, self.step if step is None else step
         self.entered += 1
 
+    @property
+    def waits(self) -> bool:
+        """Whether measuring a step waits for an accelerator, and so makes the step longer."""
+        return self._synchronise is not None
+
     @contextmanager
     def exchanging(self, kind: str, sent_bytes: float = 0) -> Iterator[None]:
         """An exchange with other ranks: its time is communication's, not the phase's that it happens in."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from bst_base.errors import UserError
 from bst_base.host import free_port
@@ -96,6 +96,17 @@ class Ranks:
         with self.phases.exchanging("sum of numbers"):
             distributed.all_reduce(totals)
             return totals.tolist()
+
+    def table(self, values: Sequence[float]) -> Tensor:
+        """(ranks, n) float64 on the host: every rank's `values`, on every rank; all ranks give as many.
+
+        One collective of numbers: where they are enough it is far cheaper than `gather`, which pickles.
+        """
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        found = torch.empty(self.world * len(values), dtype=torch.float64, device=self.device)
+        with self.phases.exchanging("table of numbers"):
+            distributed.all_gather_into_tensor(found, own)
+            return found.view(self.world, -1).cpu()
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, by rank, on every rank."""

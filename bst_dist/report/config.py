@@ -16,7 +16,8 @@ class LogConfig(Config):
     """For TensorBoard, at evaluations: how each layer uses its context states, and the time scales of the SSMs."""
     sample_tokens: int = Field(64, ge=0)
     """For TensorBoard, at evaluations: tokens to generate after the beginning of the validation text; 0: no
-    sample. Not under ZeRO-3."""
+    sample. All ranks wait for it, so with many ranks not every evaluation has one (`report/probes.py`); the first and
+    the last do. Not under ZeRO-3."""
     straggler: float = Field(1.2, gt=1)
     """Warn when the slowest rank's own work in a step takes this many times the median rank's."""
     profile: tuple[int, int] | None = None

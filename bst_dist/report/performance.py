@@ -1,15 +1,19 @@
 """Where the time goes, what is sent, how much memory it takes, and which rank the others wait for.
 
-Every `log.every` steps the ranks gather what each has measured of itself. On accelerators that is the last step before
-alone: in it each phase and each exchange is waited for, and the others run as fast as they can.
+Every `log.every` steps the ranks tell each other what each has measured of itself, as one row of numbers a rank. On
+accelerators that is the last step before alone: in it each phase and each exchange is waited for, and the others run as
+fast as they can. Such a step is a good deal longer, so after the first two reports no more than one step in RARELY is.
 """
 
 from __future__ import annotations
 
 import socket
+import zlib
 from collections.abc import Sequence
-from statistics import median_low
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from bst_dist.report.metrics import Callback, PerformanceReport, StepReport, Writer
 
@@ -21,58 +25,105 @@ OWN_WORK = ("data", "forward", "backward", "optimizer")
 """Phases in which a rank works by itself; what it waits for the others in them goes down as communication."""
 
 
+RARELY = 100
+"""Steps from one report to the next, at least, where measuring makes a step longer."""
+ROOM = 48
+"""Numbers that a row has room for, beside what is always in it."""
+
+
 class Performance(Callback):
     """Reports the ranks' performance at intervals."""
 
     def __init__(self, every: int, ranks: Ranks, writers: Sequence[Writer], sharing: SequenceGroup | None) -> None:
-        """`sharing`: the ranks that hold the other slices of this rank's sequences, None when it holds whole ones."""
+        """`sharing`: the ranks that hold the other slices of this rank's sequences, None when it holds whole ones. All
+        ranks call it."""
         self.every, self.ranks, self.writers, self.sharing = every, ranks, writers, sharing
-        self._host = socket.gethostname()
-        self._steps = 0
-        """Measured since the last report."""
+        self._rows = Rows(ranks)
+        self._measured = self._since = 0
+        """Steps measured, and steps taken, since the last report."""
         ranks.phases.take()
         if sharing:
             sharing.traffic.take()
-        ranks.phases.measure(every == 1)
+        ranks.phases.measure(self.due(1))
+
+    def due(self, step: int) -> bool:
+        """Whether there is a report after so many steps."""
+        often = -(-RARELY // self.every) * self.every if self.ranks.phases.waits else self.every
+        return step % often == 0 or (step % self.every == 0 and step <= 2 * self.every)
 
     def after_step(self, report: StepReport, last: bool) -> None:
         phases = self.ranks.phases
-        self._steps += phases.measuring
-        if report.step % self.every == 0:
+        self._measured += phases.measuring
+        self._since += 1
+        if self.due(report.step):
             seconds, sent = phases.take()
             sent |= self.sharing.traffic.take() if self.sharing else {}
-            self._report(report, seconds, {kind: count / self.every for kind, count in sent.items()})
-            self._steps = 0
-        phases.measure((report.step + 1) % self.every == 0)
+            self._report(report, seconds, sent)
+            self._measured = self._since = 0
+        phases.measure(self.due(report.step + 1))
 
     def _report(self, report: StepReport, seconds: dict[str, float], sent: dict[str, float]) -> None:
-        steps = max(1, self._steps)
-        own = {
-            "host": self._host,
-            "seconds": {phase: spent / steps for phase, spent in seconds.items()},
-            "sent": sent,
-            "memory": self.ranks.memory_high_water(),
-        }
-        found = summarise(report, self.ranks.gather(own))
-        for writer in self.writers:
-            writer.write(found)
+        measured = max(1, self._measured)
+        own = {f"seconds {phase}": spent / measured for phase, spent in seconds.items()}
+        own |= {f"sent {kind}": count / self._since for kind, count in sent.items()}
+        names, table = self._rows.exchange({**own, MEMORY: self.ranks.memory_high_water()})
+        if self.writers:
+            found = summarise(report, names, table, self._rows.hosts)
+            for writer in self.writers:
+                writer.write(found)
 
 
-def summarise(report: StepReport, ranks: Sequence[dict[str, Any]]) -> PerformanceReport:
-    """All ranks' measurements in one report; each has its host, seconds by phase and bytes sent by kind, of a step."""
-    phases = dict.fromkeys(phase for rank in ranks for phase in rank["seconds"])
-    kinds = dict.fromkeys(kind for rank in ranks for kind in rank["sent"])
-    work = [sum(rank["seconds"].get(phase, 0.0) for phase in OWN_WORK) for rank in ranks]
-    memory = [rank["memory"] for rank in ranks]
-    slowest = max(range(len(ranks)), key=work.__getitem__)
+MEMORY = "memory"
+
+
+class Rows:
+    """Named numbers of every rank, in one collective that carries the numbers alone.
+
+    What their names are the ranks must know beforehand: each row begins with a digest of the names that its rank knows,
+    and only when these differ, because some rank has a number that it never had before, are names exchanged.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.hosts = ranks.gather(socket.gethostname())
+        self._names: list[str] = []
+
+    def exchange(self, own: dict[str, float]) -> tuple[list[str], Tensor]:
+        """The names, and (ranks, names) numbers: 0 where a rank has none. All ranks call it."""
+        new = [name for name in own if name not in self._names]
+        while True:
+            known = self._names if not new else None
+            row = [own.get(name, 0.0) for name in known or ()]
+            width = max(ROOM, len(self._names))
+            table = self.ranks.table([_digest(known), *row, *[0.0] * (width - len(row))])
+            if known is not None and bool((table[:, 0] == table[0, 0]).all()):
+                return self._names, table[:, 1 : 1 + len(self._names)]
+            everyone = self.ranks.gather(new)
+            self._names = list(dict.fromkeys([*self._names, *(name for theirs in everyone for name in theirs)]))
+            new = []
+
+
+def _digest(names: Sequence[str] | None) -> float:
+    """A number for a list of names; one that no list has for those that are not agreed yet."""
+    return -1.0 if names is None else float(zlib.crc32("\n".join(names).encode()))
+
+
+def summarise(report: StepReport, names: Sequence[str], table: Tensor, hosts: Sequence[str]) -> PerformanceReport:
+    """All ranks' measurements in one report, from (ranks, names) numbers: seconds by phase and bytes sent by kind, of a
+    step, and the memory; `hosts`: of each rank."""
+    columns = dict(zip(names, table.T, strict=True))
+    seconds, sent = ({name.removeprefix(kind): column for name, column in columns.items() if name.startswith(kind)}
+                     for kind in ("seconds ", "sent "))  # fmt: skip
+    work = sum((seconds[phase] for phase in OWN_WORK if phase in seconds), torch.zeros(len(table), dtype=table.dtype))
+    typical, slowest, memory = float(work.median()), int(work.argmax()), columns[MEMORY]
     return PerformanceReport(
         step=report.step,
-        seconds={phase: sum(rank["seconds"].get(phase, 0.0) for rank in ranks) / len(ranks) for phase in phases},
-        sent_bytes={kind: max(rank["sent"].get(kind, 0.0) for rank in ranks) for kind in kinds},
-        memory_bytes=max(memory),
-        memory_rank=memory.index(max(memory)),
-        work_s=median_low(work),
+        seconds={phase: float(column.mean()) for phase, column in seconds.items()},
+        sent_bytes={kind: float(column.max()) for kind, column in sent.items()},
+        memory_bytes=int(memory.max()),
+        memory_rank=int(memory.argmax()),
+        work_s=typical,
         slowest_rank=slowest,
-        slowest_host=ranks[slowest]["host"],
-        slowest_ratio=work[slowest] / max(median_low(work), 1e-9),
+        slowest_host=hosts[slowest],
+        slowest_ratio=float(work[slowest]) / max(typical, 1e-9),
     )

@@ -31,6 +31,11 @@ PROMPT = 32
 """Tokens of the validation text that a sample continues."""
 
 
+RANKS_A_STEP = 16
+"""Ranks that may wait for one token of a sample in every step, on average: with 512 ranks there is one token in 32
+steps, which is 0.3 % of the time when a token takes a tenth of a step."""
+
+
 class Inspected(Protocol):
     """The engine, as far as it is looked into (`train.engine.Engine`)."""
 
@@ -46,14 +51,17 @@ class Probes:
     """Looks at the model while it is evaluated, and after."""
 
     def __init__(self, config: LogConfig, engine: Inspected, ranks: Ranks, writers: Sequence[Writer],
-                 tokenizer: Tokenizer | None, prompt: Sequence[int], say: Callable[[str], None]) -> None:  # fmt: skip
-        """`tokenizer` and `prompt`: of the samples; without a tokenizer there are none."""
+                 tokenizer: Tokenizer | None, prompt: Sequence[int], evaluated: tuple[int, int],
+                 say: Callable[[str], None]) -> None:  # fmt: skip
+        """`tokenizer` and `prompt`: of the samples; without a tokenizer there are none. `evaluated`: the steps between
+        two evaluations, 0 for none but the last, and the steps of the run."""
         self.config, self.engine, self.ranks, self.writers = config, engine, ranks, writers
         self.tokenizer, self.prompt = tokenizer, list(prompt)[:PROMPT]
         self.sampling = bool(config.sample_tokens) and tokenizer is not None
         if self.sampling and engine.stage == 3:
             self.sampling = False
             say("no text samples under ZeRO-3 (log.sample_tokens): every token would gather all weights again")
+        self._every, self._steps = evaluated
         self._context = ContextProbe(engine.module)
 
     @contextmanager
@@ -67,9 +75,20 @@ class Probes:
         """Hand on what was seen, and what the model's weights and its own text say; every rank must call it."""
         scalars, scales = (self._contexts(), self._time_scales()) if self.config.probes else ({}, {})
         if self.ranks.first:
-            seen = Seen(step, scalars, scales, self._sample() if self.sampling else None)
+            seen = Seen(step, scalars, scales, self._sample() if self.samples(step) else None)
             for writer in self.writers:
                 writer.see(seen)
+
+    def samples(self, step: int) -> bool:
+        """Whether the evaluation after `step` steps has a sample of text.
+
+        The first rank writes it while all others wait, so the more ranks, the fewer samples: beside the first and the
+        last evaluation no more than one in as many steps as it has tokens, for every RANKS_A_STEP ranks.
+        """
+        if not self.sampling:
+            return False
+        apart = max(1, self.config.sample_tokens * self.ranks.world // RANKS_A_STEP)
+        return step in (self._every, self._steps) or step // apart > (step - self._every) // apart
 
     def _contexts(self) -> dict[str, float]:
         """By layer, over all ranks."""

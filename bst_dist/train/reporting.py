@@ -75,7 +75,8 @@ def probes_of(start: Start, trainer: Trainer, evaluate: Evaluate) -> Probes:
         ids, counts = first.input_ids[0], first.loss_mask[0]
         prompt = ids[: max(1, int(counts.cumprod().sum()))].tolist()  # where documents are isolated, of the first alone
     ranks = trainer.ranks
-    return Probes(start.recipe.log, trainer.engine, ranks, evaluate.writers, tokenizer, prompt, ranks.say)
+    evaluated = evaluate.config.every, evaluate.steps
+    return Probes(start.recipe.log, trainer.engine, ranks, evaluate.writers, tokenizer, prompt, evaluated, ranks.say)
 
 
 def reported(start: Start) -> list[dict[str, Any]]:

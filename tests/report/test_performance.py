@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,10 +21,11 @@ from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.phases import Phases
 from bst_dist.plan.flops import MIXER_TERMS, forward_flops
 from bst_dist.plan.rehearse import rehearse
-from bst_dist.report.metrics import FILE, Console, PerformanceReport, StepReport, read_lines
-from bst_dist.report.performance import summarise
+from bst_dist.report.metrics import FILE, Console, PerformanceReport, StepReport, Writer, read_lines
+from bst_dist.report.performance import Performance, Rows, summarise
 from bst_dist.report.profiling import DIRECTORY
 from bst_dist.report.utilisation import Speed, recomputed_flops_per_token
+from bst_dist.tools.bench.lockstep import World
 from bst_dist.train.run import train
 from bst_dist.train.start import Request
 
@@ -74,14 +76,68 @@ def test_an_accelerator_is_waited_for_only_in_measured_steps(monkeypatch):
 
 
 def test_the_slowest_rank_is_judged_by_its_own_work():
-    def rank(host: str, memory: int, **seconds: float) -> dict[str, Any]:
-        return {"host": host, "seconds": seconds, "sent": {"all-reduce": memory}, "memory": memory}
-
-    found = summarise(STEP, [rank("a", 5, forward=1.0, communication=3.0), rank("b", 9, forward=3.0, backward=1.0),
-                             rank("c", 7, forward=1.0, communication=9.0)])  # fmt: skip
+    names = ["seconds forward", "seconds communication", "seconds backward", "sent all-reduce", "memory"]
+    table = torch.tensor([[1.0, 3.0, 0.0, 5, 5], [3.0, 0.0, 1.0, 9, 9], [1.0, 9.0, 0.0, 7, 7]]).double()
+    found = summarise(STEP, names, table, ["a", "b", "c"])
     assert (found.slowest_rank, found.slowest_host, found.slowest_ratio, found.work_s) == (1, "b", 4.0, 1.0)
     assert found.seconds == pytest.approx({"forward": 5 / 3, "communication": 4.0, "backward": 1 / 3})
     assert (found.memory_bytes, found.memory_rank, found.sent_bytes) == (9, 1, {"all-reduce": 9})
+
+
+def test_ranks_exchange_numbers_alone_once_they_know_their_names():
+    """One rank has a number in some reports that no other ever has, as when it alone writes; another misses one."""
+    given = [{"a": 1.0, "b": 2.0}, {"b": 3.0, "a": 4.0}, {"a": 5.0, **{f"only here {n}": float(n) for n in range(60)}}]
+
+    def on_rank(ranks: Any) -> list[Any]:
+        rows, found = Rows(ranks), []
+        for own in ({"a": 0.5}, given[ranks.rank], given[ranks.rank], {"b": float(ranks.rank)}):
+            before = ranks.counts.collectives
+            names, table = rows.exchange(own)
+            found.append((list(names), table.tolist(), ranks.counts.collectives - before))
+        return found
+
+    results, _ = World(3).run(on_rank)
+    assert results[0] == results[1] == results[2]
+    first, second, third, fourth = results[0]
+    assert first == (["a"], [[0.5]] * 3, 3)  # numbers, names, numbers
+    names, table, collectives = second
+    assert [dict(zip(names, row, strict=True)) for row in table] == [
+        {name: own.get(name, 0.0) for name in names} for own in given
+    ]
+    assert sorted(names) == sorted(given[2] | given[0])
+    assert collectives == 3
+    assert third == (names, table, 1)
+    assert fourth[2] == 1
+    assert [row[names.index("b")] for row in fourth[1]] == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "every", "wanted"),
+    [
+        (False, 10, list(range(10, 401, 10))),
+        (True, 10, [10, 20, 100, 200, 300, 400]),
+        (True, 30, [30, 60, 120, 240, 360]),
+        (True, 1, [1, 2, 100, 200, 300, 400]),
+        (True, 250, [250]),
+    ],
+)
+def test_where_measuring_makes_steps_longer_few_are(accelerator, every, wanted):
+    measured, reported = [], []
+
+    def on_rank(ranks: Any) -> None:
+        ranks.phases = Phases((lambda: None) if accelerator else None)
+        writer = Writer()
+        writer.write = lambda report: reported.append(report.step)
+        ranks.memory_high_water = lambda: 0
+        performance = Performance(every, ranks, [writer], None)
+        for step in range(1, 401):
+            if ranks.phases.measuring:
+                measured.append(step)
+            performance.after_step(replace(STEP, step=step), last=step == 400)
+
+    World(1).run(on_rank)
+    assert reported == wanted
+    assert measured == (wanted if accelerator else list(range(1, 401)))
 
 
 def test_console_warns_of_a_rank_that_is_slow_twice_running(capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from bst_base.settings import parse
 from bst_dist.checkpoint import rng
 from bst_dist.config import Recipe
 from bst_dist.model.probes import kernels, time_scales
+from bst_dist.report.config import LogConfig
 from bst_dist.report.metrics import Seen, SkippedReport, StepReport
 from bst_dist.report.probes import Probes
 from bst_dist.report.tensorboard import FOLDER, HPARAMS, RESULTS, SHOWN, TensorBoard, hparams
@@ -93,6 +95,23 @@ def go(recipe_file, tmp_path, on_ranks) -> Go:
         on_ranks(world, lambda ranks: train(Request(recipe, changes, tmp_path / run, resume, until), ranks))
 
     return train_
+
+
+@pytest.mark.parametrize(
+    ("ranks", "every", "wanted"),
+    [
+        (1, 500, list(range(500, 10_001, 500))),
+        (2, 4, [4, *range(8, 10_001, 8)]),  # a sample of 64 tokens in 8 steps
+        (512, 500, [500, 2500, 4500, 6500, 8500, 10_000]),  # in 2,048 steps
+        (512, 4000, [4000, 8000, 10_000]),
+        (512, 0, [10_000]),
+    ],
+)
+def test_the_more_ranks_wait_for_a_sample_the_fewer_there_are(ranks, every, wanted):
+    probes = SimpleNamespace(sampling=True, config=LogConfig(sample_tokens=64), ranks=SimpleNamespace(world=ranks),
+                             _every=every, _steps=10_000)  # fmt: skip
+    evaluated = [step for step in range(1, 10_001) if step == 10_000 or (every and step % every == 0)]
+    assert [step for step in evaluated if Probes.samples(probes, step)] == wanted
 
 
 WATCHED = ("log.tensorboard=true", "log.sample_tokens=12")
