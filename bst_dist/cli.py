@@ -133,6 +133,10 @@ SECTIONS: dict[str, dict[str, Command]] = {
             "bst_dist.tools.bench.recovery",
             "from a killed rank to the next step, by phase; the share of time that trains",
         ),
+        "bench scale": (
+            "bst_dist.tools.bench.scale",
+            "what each of thousands of ranks opens, reads and computes, counted",
+        ),
         "bench slices": ("bst_dist.tools.bench.slices", "one long sequence slice by slice: time and memory"),
         "bench saving": ("bst_dist.tools.bench.saving", "what a checkpoint costs the training, beside plain DeepSpeed"),
     },

@@ -1,0 +1,292 @@
+"""Count what each rank of a large run does outside its steps, in one process: no cluster, no model, no accelerator.
+
+    bst bench scale
+    bst bench scale --ranks 512 --parameters 100 --json scale.json
+
+Saving, loading, reports, the judgement of the preflight and the ranks' output go through the run's own code; in place
+of a model there are made-up parameters of a few values a rank, laid over the ranks as ZeRO lays them, and in place of
+a network ranks that take turns in one process (`lockstep`). So what is opened, read and received is exact, for so many
+parameters and ranks; of a real model only the values themselves are more. CPU-seconds are of this machine and of
+whatever else ran on it. The run directory is written to --directory: three small files a rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import shutil
+import socket
+import tempfile
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from bst_base.arguments import at_least
+from bst_dist.checkpoint.config import CheckpointConfig
+from bst_dist.checkpoint.directory import CHECKPOINTS, INDEX, MANIFEST, directory, read_manifest
+from bst_dist.checkpoint.layout import Layout, Rows
+from bst_dist.checkpoint.saving import Failed
+from bst_dist.checkpoint.snapshot import Identity, Position, Snapshots
+from bst_dist.cluster.channel import Channel
+from bst_dist.cluster.hosts import Host
+from bst_dist.cluster.preflight import Checked, judge, show
+from bst_dist.faults.watchdog import BEAT_S
+from bst_dist.parallel.mesh import Mesh
+from bst_dist.report.metrics import StepReport
+from bst_dist.report.performance import Performance
+from bst_dist.tools.bench.lockstep import Again, Counting, Counts, SimulatedRank, SyntheticState, World
+
+STEP, A_HOST = 100, 8
+"""Of the checkpoint, and ranks of one host."""
+VALUES = 4
+"""Of a parameter on every rank, on average."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one kind of work takes, of the rank that takes most of each, and of all ranks together."""
+
+    work: str
+    opens: int
+    all_opens: int
+    read_bytes: int
+    received_bytes: int
+    collectives: int
+    cpu_s: float
+    """Of the first or the last rank, whichever takes more."""
+    memory_bytes: int | None = None
+    """The most that the last rank holds at a time, beside what it holds anyway."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `bst bench scale`."""
+    parser.add_argument("--ranks", type=at_least(2), nargs="+", default=[512, 2048, 4096], metavar="N",
+                        help="numbers of ranks (default: 512 2048 4096)")  # fmt: skip
+    parser.add_argument("--parameters", type=at_least(1), default=300, metavar="N",
+                        help="tensors of the model (default: 300)")  # fmt: skip
+    parser.add_argument("--directory", type=Path, metavar="DIR", help="where to write (default: a temporary directory)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    found = []
+    for ranks in args.ranks:
+        folder = Path(tempfile.mkdtemp(prefix="scale-", dir=args.directory))
+        try:
+            found.append(measure(folder, ranks, args.parameters))
+        finally:
+            shutil.rmtree(folder)
+        _print(found[-1])
+    return {"parameters": args.parameters, "worlds": found}
+
+
+def measure(folder: Path, ranks: int, parameters: int) -> dict[str, Any]:
+    """All costs of a run of so many ranks."""
+    shapes = _shapes(parameters, ranks)
+    _save(folder / "warm", 2, _shapes(1, 2))  # modules that are imported at the first use are nobody's cost
+    _load(folder / "warm", 2, 1, _shapes(1, 2), "")
+    saved = _save(folder, ranks, shapes)
+    path = directory(folder, STEP)
+    manifest = read_manifest(path)
+    costs = [
+        saved,
+        _load(folder, ranks, 1, shapes, "load, same layout"),
+        _load(folder, ranks // 2, 1, shapes, "load, half the ranks"),
+        _alone(folder, ranks // 2, 1, shapes, "  its weights and moments"),
+        _alone(folder, ranks // 2, 1, shapes, "  and without the index", but=INDEX),
+        _alone(folder, ranks, 3, shapes, "the same ranks, ZeRO-3"),
+        _reports(ranks),
+    ]
+    return {
+        "ranks": ranks,
+        "files": len(manifest["files"]) + 1,
+        "manifest_bytes": (path / MANIFEST).stat().st_size,
+        "rank_bytes": max(record["bytes"] for name, record in manifest["files"].items() if name.startswith("rank-")),
+        "heartbeats_per_s": ranks / BEAT_S,
+        "launcher": {"preflight_cpu_s": _preflight(ranks // A_HOST or 1), "line_cpu_s": _output(ranks)},
+        "costs": [asdict(cost) for cost in costs],
+    }
+
+
+def _shapes(parameters: int, ranks: int) -> dict[str, tuple[int, ...]]:
+    """Matrices and vectors in turn: of the elements of a parameter every rank has VALUES, on average."""
+    return {f"layers.{number:04}.weight": (ranks, VALUES) if number % 2 else (ranks * VALUES,)
+            for number in range(parameters)}  # fmt: skip
+
+
+def _snapshots(folder: Path, ranks: Any, stage: int, shapes: dict[str, tuple[int, ...]], filled: bool) -> Any:
+    state = SyntheticState(shapes, ranks.rank, ranks.world, stage, filled)
+    mesh = Mesh(ranks.world, ranks.rank)
+    identity = Identity("", {}, 0, Layout(ranks.world, 1, stage), Rows(2 * ranks.world, 1, mesh))
+    return Snapshots(folder, state, ranks, identity, CheckpointConfig(background=False)), state
+
+
+def _save(folder: Path, ranks: int, shapes: dict[str, tuple[int, ...]]) -> Cost:
+    def on_rank(rank: SimulatedRank) -> Counts:
+        snapshots, _ = _snapshots(folder, rank, 1, shapes, filled=True)
+        rank.counts.collectives = rank.counts.received_bytes = 0
+        with Counting(Counts()) as counts:
+            outcome = snapshots.start(Position(STEP, STEP, {}, [])) or snapshots.finish()
+        if isinstance(outcome, Failed):
+            raise RuntimeError(outcome.why)
+        return counts
+
+    begin = time.process_time()
+    counts, simulated = World(ranks).run(on_rank)
+    cost = _cost("save", counts, simulated, folder)
+    written = [name for name in read_manifest(directory(folder, STEP))["files"] if f"-{ranks - 1:05d}." in name]
+    # A thread of its own writes each rank's files: what it opens is known by name, its time as a share of the whole.
+    return replace(cost, opens=len(written) + 1, all_opens=sum(1 for _ in directory(folder, STEP).iterdir()),
+                   cpu_s=(time.process_time() - begin) / ranks)  # fmt: skip
+
+
+def _load(folder: Path, ranks: int, stage: int, shapes: dict[str, tuple[int, ...]], work: str) -> Cost:
+    """Find the newest checkpoint, compare its digests, and read what each rank is to hold of it."""
+
+    def load(rank: Any) -> Counts:
+        snapshots, state = _snapshots(folder, rank, stage, shapes, filled=False)
+        with Counting(Counts()) as counts:
+            checkpoint, _ = snapshots.newest()
+            snapshots.load(checkpoint)
+        if not state.is_right():
+            raise RuntimeError(f"rank {rank.rank} has read something else than was written")
+        return counts
+
+    counts, simulated = World(ranks).run(load)
+    cost = _cost(work, counts, simulated, folder)
+    return replace(cost, memory_bytes=_memory(lambda: load(Again(simulated[-1]))))
+
+
+def _alone(folder: Path, ranks: int, stage: int, shapes: dict[str, tuple[int, ...]], work: str, but: str = "") -> Cost:
+    """What the last of so many ranks does to read its weights and moments; `but`: a part that the manifest lacks.
+
+    Without the index, as in checkpoints of before, a rank opens every file for its header.
+    """
+    path = directory(folder, STEP)
+    manifest = {name: value for name, value in read_manifest(path).items() if name != but}
+    snapshots, state = _snapshots(folder, _Alone(ranks), stage, shapes, filled=False)
+    with Counting(Counts()) as counts:
+        snapshots._fill(path, manifest)
+    if not state.is_right():
+        raise RuntimeError("the last rank has read something else than was written")
+    opens = len(counts.opens)
+    return Cost(work, opens, ranks * opens, counts.read_bytes, 0, 0, counts.cpu_s)
+
+
+class _Alone:
+    """The last of so many ranks, where nothing is exchanged."""
+
+    first, device = False, SimulatedRank.device
+
+    def __init__(self, ranks: int) -> None:
+        self.rank, self.world = ranks - 1, ranks
+
+
+def _reports(ranks: int) -> Cost:
+    """One performance report, once the ranks know the names of their numbers."""
+    phases = ("data", "forward", "backward", "optimizer", "communication", "evaluate", "checkpoint", "report")
+    kinds = ("all-reduce", "all-gather", "reduce-scatter", "ssm states", "keys and values", "edges")
+
+    def on_rank(rank: SimulatedRank) -> Counts:
+        rank.memory_high_water = lambda: 1 << 30
+        performance = Performance(1, rank, [], None)
+        step = StepReport(1, 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+        for number in (1, 2):
+            rank.phases._seconds.update(dict.fromkeys(phases, 0.1))
+            rank.phases._sent.update(dict.fromkeys(kinds, 1e6))
+            rank.counts.collectives = rank.counts.received_bytes = 0
+            with Counting(Counts()) as counts:
+                performance.after_step(replace(step, step=number), last=False)
+        return counts
+
+    return _cost("a report", *World(ranks).run(on_rank), Path("/nothing"))
+
+
+def _cost(work: str, counts: list[Counts], simulated: list[SimulatedRank], folder: Path) -> Cost:
+    opens = [sum(path.startswith(str(folder / CHECKPOINTS)) for path in one.opens) for one in counts]
+    return Cost(
+        work,
+        max(opens),
+        sum(opens),
+        max(one.read_bytes for one in counts),
+        max(rank.counts.received_bytes for rank in simulated),
+        max(rank.counts.collectives for rank in simulated),
+        max(counts[0].cpu_s, counts[-1].cpu_s),
+    )
+
+
+def _memory(work: Callable[[], object]) -> int:
+    """The most that Python and numpy hold at a time beyond what they held before."""
+    tracemalloc.start()
+    work()
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return most
+
+
+def _preflight(hosts: int) -> float:
+    """CPU-seconds to judge and show the answers of so many hosts."""
+    versions = dict.fromkeys(("python", "torch", "deepspeed", "numpy", "webdataset", "safetensors"), "1.0")
+    answer = {"versions": versions, "code": "0" * 64, "files": {"recipe.yaml": "1" * 64}, "nonce": "job",
+              "free_bytes": 10**12, "ranks": [], "devices": ["nvidia0"] * A_HOST, "memory_errors": {}}  # fmt: skip
+    checked = [Checked(Host(f"node-{number:04}", A_HOST), answer=answer, clock_offset_s=0.0) for number in range(hosts)]
+    begin = time.process_time()
+    judge(checked, "job", 10**9)
+    with contextlib.redirect_stdout(io.StringIO()):
+        show(checked)
+    return time.process_time() - begin
+
+
+def _output(ranks: int) -> float:
+    """CPU-seconds to pass on a line of every rank: what an agent sends, and what the launching process takes in."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        agent = Channel.connect(*listening.getsockname())
+        launching = Channel(listening.accept()[0])
+    launching.trust()
+    begin, taken = time.process_time(), 0
+
+    def speak() -> None:
+        for rank in range(ranks):
+            agent.send("said", rank=rank, stream="out", text="a line of the log " * 5)
+        agent.drain(60)
+
+    sending = threading.Thread(target=speak)
+    sending.start()
+    while taken < ranks:
+        taken += len(launching.receive())
+    sending.join()
+    agent.close()
+    launching.close()
+    return time.process_time() - begin
+
+
+COLUMNS = ("", "opens", "of all ranks", "read", "received", "collectives", "memory", "CPU-seconds")
+WIDTH = 112
+
+
+def _print(found: dict[str, Any]) -> None:
+    files, manifest = f"{found['files']:,} files a checkpoint", _size(found["manifest_bytes"])
+    title = f"{found['ranks']:,} ranks: {files}, manifest {manifest}; of one rank, the most of all"
+    table = Table(*COLUMNS, box=SIMPLE, padding=(0, 1), title=title)
+    for cost in found["costs"]:
+        opens, all_opens = f"{cost['opens']:,}", f"{cost['all_opens']:,}"
+        moved = _size(cost["read_bytes"]), _size(cost["received_bytes"]), str(cost["collectives"])
+        memory = "" if cost["memory_bytes"] is None else _size(cost["memory_bytes"])
+        table.add_row(cost["work"], opens, all_opens, *moved, memory, f"{cost['cpu_s']:.4f}")
+    Console(width=WIDTH).print(table)
+    launcher = found["launcher"]
+    print(f"heartbeats: {found['heartbeats_per_s']:,.0f} a second; launching process: preflight of the hosts "
+          f"{launcher['preflight_cpu_s']:.3f} CPU-s, a line of output of every rank {launcher['line_cpu_s']:.3f} CPU-s",
+          flush=True)  # fmt: skip
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB" if count else "0"

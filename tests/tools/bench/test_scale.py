@@ -1,0 +1,63 @@
+"""What `bst bench scale` counts, held to what follows from the format by arithmetic."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bst_dist.cli import main
+from bst_dist.faults.watchdog import BEAT_S
+from bst_dist.tools.bench.scale import measure
+
+PARAMETERS = 5
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return {ranks: measure(tmp_path_factory.mktemp(str(ranks)), ranks, PARAMETERS) for ranks in (4, 8)}
+
+
+def costs(one):
+    return {cost["work"].strip(): cost for cost in one["costs"]}
+
+
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_counts_are_those_of_arithmetic(found, ranks):
+    one = found[ranks]
+    assert one["files"] == 3 * ranks + 1
+    assert one["heartbeats_per_s"] == ranks / BEAT_S
+    cost = costs(one)
+    save, same, half = cost["save"], cost["load, same layout"], cost["load, half the ranks"]
+    assert (save["opens"], save["all_opens"]) == (4, 3 * ranks + 1)
+    # Three files for their digests and again for what is in them; the first rank reads the manifest for all.
+    assert (same["opens"], same["all_opens"]) == (8, 6 * ranks + 2)
+    # Six files a rank for their digests, two of each kind for what is in them, and of two ranks what these alone knew.
+    assert (half["opens"], half["all_opens"]) == (6 + 4 + 2 + 2, 12 * (ranks // 2) + 2)
+    assert cost["its weights and moments"]["opens"] == 4
+    assert cost["and without the index"]["opens"] == 2 * ranks + 4
+    assert cost["the same ranks, ZeRO-3"]["opens"] <= min(2 * ranks, 2 * 2 * PARAMETERS)
+
+
+def test_what_a_rank_does_is_the_same_in_a_larger_world(found):
+    small, large = costs(found[4]), costs(found[8])
+    for work in ("save", "load, same layout", "load, half the ranks", "its weights and moments", "a report"):
+        for what in ("opens", "collectives"):
+            assert small[work][what] == large[work][what], (work, what)
+    assert large["and without the index"]["opens"] > small["and without the index"]["opens"]
+
+
+def test_a_report_is_one_collective_of_numbers(found):
+    for ranks, one in found.items():
+        report = costs(one)["a report"]
+        assert report["collectives"] == 1
+        assert report["received_bytes"] == 8 * 49 * ranks
+
+
+def test_the_command(tmp_path, capsys):
+    assert main(["bench", "scale", "--ranks", "2", "--parameters", "1", "--directory", str(tmp_path), "--json",
+                 str(tmp_path / "scale.json")]) == 0  # fmt: skip
+    said = capsys.readouterr().out
+    assert "2 ranks: 7 files a checkpoint" in said
+    assert "a second; launching process" in said
+    assert json.loads((tmp_path / "scale.json").read_text())["worlds"][0]["ranks"] == 2
