@@ -1,4 +1,4 @@
-"""A checkpoint's weights as safetensors files for other programs, one or several, a tensor in memory at a time."""
+"""A checkpoint's weights as safetensors files for other programs, one or several, some tensors in memory at a time."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+AT_A_TIME = 2.0**30
+"""Bytes of tensors in memory, unless one alone has more: each shard is opened once for all of them."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -44,13 +46,16 @@ def write_weights(
     """
     shapes = weights.shapes
     files = list(_files(shapes, dtypes, file_size))
+    whole = dict.fromkeys(shapes, torch.float32)
     names = [_file_name(number, len(files)) for number in range(1, len(files) + 1)]
     for name, members in zip(names, files, strict=True):
         pieces = [Piece(prefix + member, shapes[member], 0, math.prod(shapes[member])) for member in members]
         with (folder / name).open("wb") as file:
             write_header(file, pieces, [dtypes[member] for member in members], {"format": "pt", **metadata})
-            for member in members:
-                write_values(file, weights.whole(member).to(dtypes[member]))
+            for together in _files({member: shapes[member] for member in members}, whole, AT_A_TIME):
+                values = weights.all_of(together)
+                for member in together:
+                    write_values(file, values[member].to(dtypes[member]))
     if len(files) > 1:
         placed = {prefix + member: name for name, members in zip(names, files, strict=True) for member in members}
         total = sum(math.prod(shapes[name]) * dtypes[name].itemsize for name in dtypes)

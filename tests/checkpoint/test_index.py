@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
+from bst_dist.checkpoint import exporting
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import (
     INDEX,
@@ -206,3 +208,19 @@ def test_every_tensor_is_read_whole_by_opening_each_file_once(tmp_path):
     for one in right.held():
         assert torch.equal(found[one.piece.name].flatten(), one.values["weight"])
         assert found[one.piece.name].shape == SHAPES[one.piece.name]
+
+
+@pytest.mark.parametrize("file_size", [1e9, 1e3])
+@pytest.mark.parametrize(("at_a_time", "rounds"), [(2**30, 1), (4 * 37 * 8, 2), (1, 5)])
+def test_weights_for_other_programs_take_few_opens_and_bounded_memory(
+    tmp_path, monkeypatch, at_a_time, rounds, file_size
+):
+    weights, counts = open_shards(save(tmp_path, 4, 3), WEIGHTS), Counts()
+    monkeypatch.setattr(exporting, "AT_A_TIME", at_a_time)
+    with Counting(counts):
+        names = exporting.write_weights(tmp_path, weights, dict.fromkeys(SHAPES, torch.float32), file_size, {})
+    assert sum("weights-" in name for name in counts.opens) <= 4 * max(rounds, len(names))
+    found = {name: tensor for one in names for name, tensor in load_file(tmp_path / one).items()}
+    assert len(names) == (1 if file_size == 1e9 else 2)
+    for one in SyntheticState(SHAPES, 0, 1, 1, filled=True).held():
+        assert torch.equal(found[one.piece.name].flatten(), one.values["weight"])

@@ -3,7 +3,7 @@
     bst ckpt convert runs/demo exported
     bst ckpt convert runs/demo exported --dtype bf16 --file-size 5e9
 
-The names are the model's own; the recipe goes with them. A tensor at a time is in memory, so a small machine can
+The names are the model's own; the recipe goes with them. About 1 GiB is in memory at a time, so a small machine can
 convert a large model. In bf16 or fp16 the dynamics of the SSMs stay in single precision, as they must.
 """
 
