@@ -5,7 +5,9 @@ those launchers but the secret by which the two know each other. Neither side ou
 
 - the launching process has ended: the ranks are asked to stop, and write their checkpoint within the grace;
 - it has not been heard of for `--lost-after` seconds: it was stopped, or the network is cut. The ranks are asked to
-  stop too, and killed after as long again: successors of theirs may want to start by then (`verdict.lease_s`);
+  stop too, and killed after as long again: successors of theirs may want to start by then (`verdict.lease_s`). This
+  process stays as long as its connection does, so that the launching process, should it go on, finds out what became
+  of them: it was left alone, and each rank ended so, or was cut short;
 - this process is killed: the kernel kills the ranks with it.
 """
 
@@ -26,6 +28,7 @@ from typing import IO
 
 from bst_base.host import free_port
 from bst_dist.cluster.channel import Channel, Closed, Message, proof, proved
+from bst_dist.cluster.hearing import ready
 from bst_dist.cluster.probe import probe, unmark
 from bst_dist.cluster.processes import LocalRanks, Share, told_to_stop
 
@@ -65,12 +68,12 @@ class Agent:
         }
 
     def serve(self) -> None:
-        """Do what is asked; returns when let go, or when all is ended that must not go on alone."""
+        """Do what is asked; returns when let go, or when the connection and all ranks have ended."""
         with told_to_stop() as told:
             try:
                 self._do(self.first)
-                while not self.released and not (self.alone and not self._running()):
-                    for key, _ in self.selector.select(TICK_S):
+                while not self.released:
+                    for key, _ in ready(self.selector, TICK_S):
                         key.data()
                     self.channel.flush()
                     self._report_ended()
@@ -88,9 +91,9 @@ class Agent:
     def _look_for_the_launching_process(self) -> None:
         """Have the ranks stop when it has been silent for too long; it may be heard of again, but too late."""
         silent = time.monotonic() - self.channel.heard
-        if silent > self.lost_after_s and not self.alone:
+        if silent > self.lost_after_s and not self.alone and self.ranks is not None and self.ranks.running:
             self.alone = True
-            self.channel.send("alone", silent_s=silent)
+            self.channel.send("alone", silent_s=silent, at=time.monotonic())
             self._stop_ranks(min(self.grace_s, self.lost_after_s))
 
     def _listen(self) -> None:
@@ -114,6 +117,7 @@ class Agent:
         share = Share(**job["share"])
         environment = {**without_own_task(os.environ), **job["environment"]}
         self.reported.clear()
+        self.alone = False
         self.ranks = LocalRanks(job["command"], share, environment, Path(job["directory"]), piped=True)
         for rank, process in self.ranks.processes.items():
             for name, pipe in (("out", process.stdout), ("err", process.stderr)):
@@ -150,17 +154,16 @@ class Agent:
             if any(pipe in self.selector.get_map() for pipe in (process.stdout, process.stderr)):
                 continue  # what it said comes first
             self.reported.add(rank)
-            ago_s = time.monotonic() - self.ranks.ended_at[rank]
-            self.channel.send("ended", rank=rank, status=ended[rank], ago_s=ago_s)
-
-    def _running(self) -> bool:
-        return self.ranks is not None and (self.ranks.running or len(self.reported) < len(self.ranks.poll()))
+            self.channel.send("ended", rank=rank, status=ended[rank], at=self.ranks.ended_at[rank])
+        if self.ranks is not None and (killed := self.ranks.cut_short - self.reported):
+            self.reported |= killed
+            self.channel.send("cut short", ranks=sorted(killed))
 
     def _beat(self) -> None:
         if time.monotonic() - self.beaten < BEAT_S:
             return
         self.beaten = time.monotonic()
-        self.channel.send("beat")
+        self.channel.send("beat", at=self.beaten)
         if (missed := self.channel.dropped - self.said_dropped) and not self.channel.waiting:
             self.said_dropped = self.channel.dropped
             text = f"[{missed} pieces of output of {socket.gethostname()} were lost: nobody took them]"

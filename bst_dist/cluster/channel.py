@@ -13,6 +13,7 @@ import json
 import selectors
 import socket
 import time
+from contextlib import suppress
 from typing import Any
 
 Message = dict[str, Any]
@@ -95,15 +96,30 @@ class Channel:
 
     def receive(self) -> list[Message]:
         """The whole messages that have arrived. Raises Closed at the end, and for what is no message."""
+        return self._whole(data) if (data := self._take()) else []
+
+    def last_words(self) -> list[Message]:
+        """What had arrived before the connection ended, which sending may notice before it is read."""
+        messages: list[Message] = []
+        with suppress(Closed):
+            while data := self._take():
+                messages += self._whole(data)
+        return messages
+
+    def _take(self) -> bytes | None:
+        """The next bytes; None when there are none yet. Raises Closed at the end."""
         try:
             data = self._socket.recv(1 << 16)
         except BlockingIOError:
-            return []
+            return None
         except OSError as error:
             raise Closed(str(error)) from None
         if not data:
             raise Closed("connection closed")
         self.heard = time.monotonic()
+        return data
+
+    def _whole(self, data: bytes) -> list[Message]:
         *lines, self._coming = (self._coming + data).split(b"\n")
         if max(map(len, [*lines, self._coming])) > self.most:
             raise Closed("a message longer than any of this program")

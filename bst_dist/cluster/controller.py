@@ -1,7 +1,9 @@
 """The launching process's side: asks the agents on all hosts, has them run a job, and watches them.
 
-What is true about a job is what its agents say. A host is lost when its connection ends or nothing has come from it
-for a while, a heartbeat included; then, as when a rank fails, the ranks of all hosts are ended.
+What is true about a job is what its agents say. A host is lost when its connection ends while ranks of it run, or when
+nothing has come from it for a while, a heartbeat included; then, as when a rank fails, the ranks of all hosts are
+ended. Nobody is judged before everything is read that waits, and all limits here count time spent listening
+(`hearing`): a launching process that was stopped itself learns what happened meanwhile, in whatever order.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import selectors
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,15 +23,14 @@ from bst_dist.cluster import launchers
 from bst_dist.cluster.agent import BEAT_S
 from bst_dist.cluster.calling import Call, own_addresses
 from bst_dist.cluster.channel import Channel, Closed, Message
+from bst_dist.cluster.hearing import Hearing
 from bst_dist.cluster.hosts import Host, HostError
 from bst_dist.cluster.processes import Share
-from bst_dist.cluster.verdict import SETTLE_S, STOP, Ended, lease_s
+from bst_dist.cluster.verdict import SETTLE_S, STOP, Ended, LeftAlone, lease_s
 
 TICK_S = 0.1
 CALL_S = 60.0
 """How long a host may take to call back, or to answer a question."""
-STALLED_S = 5.0
-"""When this process has not looked for so long, it was stopped itself, and no host is to blame for its silence."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,17 @@ class Means:
 class Controller:
     """Agents on `hosts`; a context, at whose end no agent is left."""
 
-    def __init__(self, hosts: Sequence[Host], means: Means, told: Sequence[int] = ()) -> None:
+    def __init__(self, hosts: Sequence[Host], means: Means, told: Sequence[int] = (),
+                 clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
         """`told`: a list in which signal numbers appear that mean that the job is to stop."""
         self.hosts, self.means, self.told = list(hosts), means, told
+        self.hearing = Hearing(clock)
         self.channels: dict[str, Channel] = {}
         self.gone: dict[str, str] = {}
         """Hosts whose connection has ended, and why."""
         self.ended = Ended(0)
         self._answers: dict[str, Message] = {}
-        self._beaten, self._looked = 0.0, time.monotonic()
+        self._beaten = -math.inf
         self._selector = selectors.DefaultSelector()
         self._call = Call(self._selector, launchers.keys(means.launcher, hosts), self._welcome, means.port)
         called = means.address or ",".join(own_addresses([host.address for host in hosts]))
@@ -86,8 +89,8 @@ class Controller:
 
     def call(self) -> dict[str, str]:
         """Wait for the agents to call back; returns the hosts that did not, and what is known about why."""
-        deadline = time.monotonic() + CALL_S
-        while len(self.channels) + len(self._call.refused) < len(self.hosts) and time.monotonic() < deadline:
+        until = self.hearing.listened_s + CALL_S
+        while len(self.channels) + len(self._call.refused) < len(self.hosts) and self.hearing.listened_s < until:
             self._pump()
             if self.told or self._call.launcher_ended:
                 self._pump()  # its last words
@@ -103,8 +106,8 @@ class Controller:
         self._answers.clear()
         for host, question in fields.items():
             self._send(host, kind, **question)
-        deadline = time.monotonic() + CALL_S
-        while time.monotonic() < deadline and not fields.keys() - self.gone.keys() <= self._answers.keys():
+        until = self.hearing.listened_s + CALL_S
+        while self.hearing.listened_s < until and not fields.keys() - self.gone.keys() <= self._answers.keys():
             if kind != "kill" and len(self.told) > 1:
                 break
             self._pump()
@@ -138,9 +141,8 @@ class Controller:
     def run(self, program: Sequence[str], environment: Mapping[str, str], shares: Mapping[str, Share]) -> Ended:
         """Run `program` on all ranks to its end, or to where they stop when told to."""
         self.ended = Ended(next(iter(shares.values())).world)
-        now = time.monotonic()
-        for channel in self.channels.values():
-            channel.heard = now
+        for host in self.channels:
+            self.hearing.hear(host)
         devices = {host.name: {"CUDA_VISIBLE_DEVICES": host.devices} for host in self.hosts if host.devices}
         for host, share in shares.items():
             self._send(host, "start", command=list(program), directory=str(self.means.directory),
@@ -153,31 +155,33 @@ class Controller:
     def _watch(self, shares: Mapping[str, Share]) -> None:
         """Until the ranks have all ended, or something has failed and had the time to be understood."""
         give_up: float | None = None
-        while not self.ended.over and (give_up is None or time.monotonic() < give_up):
+        while not self.ended.over and (give_up is None or self.hearing.listened_s < give_up):
             self._pump()
             self._look_for_the_lost(shares)
             if self.told and self.ended.told is None:
                 self.ended.told = self.told[0]
                 print(f"bst launch: {STOP.format(signal.Signals(self.told[0]).name)}", file=sys.stderr, flush=True)
                 self._tell("stop")
-                give_up = time.monotonic() + self.means.grace_s + SETTLE_S
+                give_up = self.hearing.listened_s + self.means.grace_s + SETTLE_S
             elif len(self.told) > 1:
                 self.ended.at_once = True
                 return
             if self.ended.failed and not self.ended.told and give_up is None:
-                give_up = time.monotonic() + self.ended.settle_s
+                give_up = self.hearing.listened_s + self.ended.settle_s
 
     def _look_for_the_lost(self, shares: Mapping[str, Share]) -> None:
         for host in shares.keys() - self.ended.lost.keys():
-            silent = time.monotonic() - self.channels[host].heard if host in self.channels else 0.0
-            if host in self.gone and not self._has_ended(shares[host]):
+            silent = self.hearing.silent_s(host) if host in self.channels else 0.0
+            if self._has_ended(shares[host]):
+                continue
+            if host in self.gone:
                 self.ended.lost[host] = self.gone[host]
             elif silent > self.means.lost_after_s:
                 self.ended.lost[host] = f"silent for {silent:.0f} s"
 
     def _has_ended(self, share: Share) -> bool:
         """Whether all ranks of a host have, so that nothing is lost with it."""
-        return all(rank in self.ended.statuses for rank in range(share.first, share.first + share.count))
+        return self.ended.gone >= set(range(share.first, share.first + share.count))
 
     def _end_ranks(self, shares: Mapping[str, Share]) -> None:
         """End what is left, and return only when nothing of the job can still write.
@@ -185,38 +189,31 @@ class Controller:
         A host that was cut off ends its ranks by itself, and is waited for as long as that may take; after a second
         signal it is not: nothing will be started.
         """
-        silent = [self.channels[host].heard for host in self.ended.lost if host in self.channels]
+        silent = [self.hearing.last(host) for host in self.ended.lost if host in self.channels]
         reachable = shares.keys() - self.ended.lost.keys()
         self.ask("kill", {host: {} for host in reachable})
         for host in self.ended.lost:
+            self._send(host, "kill")  # where the agent alone was stopped it finds this when it goes on
             self._drop(host, "given up")
         free = max(silent, default=0.0) + lease_s(self.means.lost_after_s, self.means.grace_s) + BEAT_S
-        while silent and time.monotonic() < free and len(self.told) < 2:
+        while silent and self.hearing.clock() < free and len(self.told) < 2:
             self._pump()
 
     def _pump(self) -> None:
         """Take in what has arrived, and let the agents hear that this process lives."""
-        for key, _ in self._selector.select(TICK_S):
+        for key, _ in self.hearing.turn(self._selector, TICK_S):
             key.data()
-        self._forgive_own_absence()
         for host, channel in list(self.channels.items()):
             if channel.waiting:
                 self._attempt(host, channel.flush)
         self._call.dismiss_strangers()
-        if time.monotonic() - self._beaten > BEAT_S:
-            self._beaten = time.monotonic()
+        if self.hearing.clock() - self._beaten > BEAT_S:
+            self._beaten = self.hearing.clock()
             self._tell("beat")
-
-    def _forgive_own_absence(self) -> None:
-        """After this process was stopped (Ctrl-Z, a laptop asleep) let the hosts be heard before judging them."""
-        now = time.monotonic()
-        absent, self._looked = now - self._looked, now
-        if absent > STALLED_S:
-            for channel in self.channels.values():
-                channel.heard = max(channel.heard, now - BEAT_S)
 
     def _welcome(self, host: str, channel: Channel) -> None:
         self.channels[host] = channel
+        self.hearing.hear(host)
         self._selector.register(channel, selectors.EVENT_READ, partial(self._listen, host))
 
     def _listen(self, host: str) -> None:
@@ -225,6 +222,10 @@ class Controller:
         except Closed as error:
             self._drop(host, f"its agent is gone ({error})")
             return
+        self.hearing.hear(host)
+        self._take_all(host, messages)
+
+    def _take_all(self, host: str, messages: Sequence[Message]) -> None:
         for message in messages:
             try:
                 self._take(host, message.pop("kind"), message)
@@ -236,13 +237,20 @@ class Controller:
         if kind == "said":
             print(message["text"], file=sys.stdout if message["stream"] == "out" else sys.stderr, flush=True)
         elif kind == "ended":
-            self.ended.end(int(message["rank"]), int(message["status"]), time.monotonic() - float(message["ago_s"]))
+            self.ended.end(int(message["rank"]), int(message["status"]), self._when(host, message))
         elif kind == "alone":
-            self.ended.left_alone[host] = float(message["silent_s"])
+            self.ended.left_alone[host] = LeftAlone(float(message["silent_s"]), self._when(host, message))
+        elif kind == "cut short":
+            self.ended.cut_short |= {int(rank) for rank in message["ranks"]}
         elif kind == "failed":
             self._drop(host, f"its agent could not do what it was asked ({message['duty']}): {message['why']}")
-        elif kind != "beat":
+        elif kind == "beat":
+            self.hearing.beat(host, float(message["at"]))
+        else:
             self._answers[host] = {**message, "arrived": time.time()}
+
+    def _when(self, host: str, message: Message) -> float:
+        return self.hearing.when(host, float(message["at"]))
 
     def _send(self, host: str, kind: str, **fields: Any) -> None:
         if host in self.channels:
@@ -252,6 +260,7 @@ class Controller:
         try:
             act()
         except Closed as error:
+            self._take_all(host, self.channels[host].last_words())
             self._drop(host, f"its agent is gone ({error})")
 
     def _tell(self, kind: str) -> None:

@@ -69,6 +69,8 @@ class LocalRanks:
         self._kill_at: float | None = None
         self._killed = False
         self._statuses: dict[int, int] = {}
+        self.cut_short: set[int] = set()
+        """Ranks that were killed because their time to stop was over."""
         self.ended_at: dict[int, float] = {}
         """When each was first seen to have ended by itself, by the monotonic clock: who was first is to blame."""
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
@@ -80,7 +82,8 @@ class LocalRanks:
 
     def poll(self) -> dict[int, int]:
         """Ranks that have ended by themselves, with their status (-N: by signal N); ends those out of grace."""
-        if self._kill_at is not None and time.monotonic() > self._kill_at:
+        if self._kill_at is not None and time.monotonic() > self._kill_at and not self._killed:
+            self.cut_short = {rank for rank, process in self.processes.items() if process.poll() is None}
             self.kill()
         for rank, process in self.processes.items():
             if not self._killed and rank not in self._statuses and process.poll() is not None:
@@ -95,11 +98,11 @@ class LocalRanks:
         return any(process.poll() is None for process in self.processes.values())
 
     def terminate(self, grace_s: float) -> None:
-        """Ask all to stop; `poll` kills those that have not after `grace_s`. Asking again changes nothing."""
-        if self._kill_at is None:
-            self._kill_at = time.monotonic() + grace_s
-            for rank in self.processes.keys() - self.poll().keys():
-                signal_session(self.processes[rank], signal.SIGTERM)
+        """Ask all to stop; `poll` kills those that have not after `grace_s`. Asked again, the shorter time holds."""
+        first, until = self._kill_at is None, time.monotonic() + grace_s
+        self._kill_at = until if first else min(until, self._kill_at)
+        for rank in self.processes.keys() - self.poll().keys() if first else ():
+            signal_session(self.processes[rank], signal.SIGTERM)
 
     def kill(self) -> None:
         """End all at once, and wait until they have ended.

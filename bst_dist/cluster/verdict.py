@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,15 @@ ORDERLY = (DONE, RESUBMIT)
 """Statuses of ranks that nothing went wrong with."""
 
 
+@dataclass(frozen=True)
+class LeftAlone:
+    """A host's agent heard nothing of the launching process, and had its ranks stop."""
+
+    silent_s: float
+    when: float
+    """By the clock of the process that watches."""
+
+
 @dataclass
 class Ended:
     """What is known of a job that is over, or about to be."""
@@ -31,8 +41,10 @@ class Ended:
     """Of the ranks that ended by themselves; -N: by signal N. Those that were ended with the job are not in it."""
     when: dict[int, float] = field(default_factory=dict)
     """When they ended, by the clock of the process that watches."""
-    left_alone: dict[str, float] = field(default_factory=dict)
-    """Hosts that heard nothing of the launching process for so many seconds, and had their ranks stop."""
+    cut_short: set[int] = field(default_factory=set)
+    """Ranks that were killed by the agent of their host, because they took longer to stop than they were given."""
+    left_alone: dict[str, LeftAlone] = field(default_factory=dict)
+    """Hosts that heard nothing of the launching process for too long."""
     lost: dict[str, str] = field(default_factory=dict)
     """Hosts that were not heard of any more, and how that showed."""
     told: int | None = None
@@ -47,7 +59,7 @@ class Ended:
     @property
     def failed(self) -> bool:
         """Whether something has gone wrong that the other ranks cannot go on without."""
-        return bool(self.lost) or any(status not in ORDERLY for status in self.statuses.values())
+        return bool(self.lost or self.cut_short) or any(status not in ORDERLY for status in self.statuses.values())
 
     @property
     def settle_s(self) -> float:
@@ -58,15 +70,28 @@ class Ended:
     @property
     def over(self) -> bool:
         """Whether no rank is left."""
-        return len(self.statuses) == self.count
+        return len(self.gone) == self.count
+
+    @property
+    def gone(self) -> set[int]:
+        """Ranks that have ended, in whatever way."""
+        return self.statuses.keys() | self.cut_short
+
+    @property
+    def neglected(self) -> tuple[str, LeftAlone] | None:
+        """The first host that was left alone, which explains how everything ended that ended later."""
+        return min(self.left_alone.items(), key=lambda one: one[1].when, default=None)
 
     @property
     def culprit(self) -> int | None:
         """The rank to blame: the first that failed. The others fail for want of it, each in its own way.
 
-        Of those that failed within a moment of the first, the one whose status is most likely a cause.
+        Of those that failed within a moment of the first, the one whose status is most likely a cause. None is to
+        blame for what it does after a host was left alone.
         """
-        wrong = {rank: self.when.get(rank, 0.0) for rank, status in self.statuses.items() if status not in ORDERLY}
+        until = self.neglected[1].when if self.neglected else math.inf
+        wrong = {rank: when for rank, status in self.statuses.items()
+                 if status not in ORDERLY and (when := self.when.get(rank, 0.0)) <= until}  # fmt: skip
         first = min(wrong.values(), default=0.0)
         suspects = [rank for rank, when in wrong.items() if when <= first + MOMENT_S]
         return min(suspects, key=lambda rank: (_weight(self.statuses[rank]), wrong[rank], rank), default=None)
@@ -79,7 +104,7 @@ class Ended:
         if self.culprit is not None:
             status = self.statuses[self.culprit]
             return 128 - status if status < 0 else status
-        if self.over:
+        if self.over and not self.failed:
             return RESUBMIT if RESUBMIT in self.statuses.values() else DONE
         return 128 + self.told if self.told else FAILED  # the grace ran out
 
@@ -99,12 +124,13 @@ class Ended:
             return "; ".join(f"lost {host}: {reason}" for host, reason in self.lost.items())
         if self.culprit is not None:
             return _failure(self.culprit, self.statuses[self.culprit], host_of.get(self.culprit, "this host"))
-        if not self.over:
+        if self.neglected and self.status != DONE:
+            host, alone = self.neglected
+            then = ("the ranks wrote a checkpoint and stopped" if self.status == RESUBMIT else
+                    "the ranks were to stop with a checkpoint, and not all did so in time")  # fmt: skip
+            return f"{host} heard nothing of this process for {alone.silent_s:.0f} s (was it stopped?): {then}"
+        if not self.over or self.cut_short:
             return "told again: killed" if self.at_once else "not all ranks stopped within the grace: killed"
-        if self.left_alone and self.status == RESUBMIT:
-            host, seconds = next(iter(self.left_alone.items()))
-            return (f"{host} heard nothing of this process for {seconds:.0f} s (was it stopped?): the ranks wrote a "
-                    "checkpoint and stopped")  # fmt: skip
         return ""
 
 

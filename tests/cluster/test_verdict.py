@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bst_dist.cluster.verdict import Ended
+from bst_dist.cluster.verdict import Ended, LeftAlone
 from bst_dist.faults.status import DONE, FAILED, HUNG, RESUBMIT, USER_ERROR
 
 
@@ -44,10 +44,10 @@ def test_the_first_failure_is_to_blame(statuses, when, status, culprit, again):
 
 
 def test_ranks_that_stopped_because_nobody_watched_them_are_worth_a_restart():
-    ended = Ended(2, {0: 75, 1: 75}, left_alone={"node-02": 31.0})
+    ended = Ended(2, {0: 75, 1: 75}, left_alone={"node-02": LeftAlone(31.0, 5.0)})
     assert (ended.status, ended.worth_a_restart) == (RESUBMIT, True)
     assert "node-02 heard nothing of this process for 31 s" in ended.explain({})
-    assert not Ended(2, {0: 75, 1: 75}, left_alone={"node-02": 31.0}, told=15).worth_a_restart
+    assert not Ended(2, {0: 75, 1: 75}, left_alone={"node-02": LeftAlone(31.0, 5.0)}, told=15).worth_a_restart
 
 
 def test_a_lost_host_is_to_blame_whatever_the_ranks_say():

@@ -1,0 +1,250 @@
+"""A launching process that was stopped for long finds out what happened meanwhile, in whatever order it happened.
+
+Sockets are real; time and the wait for sockets are made up here, so that a stop can be put between any two steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from bst_dist.cluster import launchers
+from bst_dist.cluster.agent import Agent
+from bst_dist.cluster.channel import Channel, Closed
+from bst_dist.cluster.controller import Controller, Means
+from bst_dist.cluster.elastic import shares
+from bst_dist.cluster.hearing import Hearing
+from bst_dist.cluster.hosts import Host
+from bst_dist.cluster.processes import Share
+from bst_dist.cluster.verdict import Ended
+from bst_dist.faults.status import DONE, FAILED, RESUBMIT
+
+HOSTS = [Host("a", 1), Host("b", 2)]
+RANKS = {"a": [0], "b": [1, 2]}
+LOST_S = 5.0
+AWAY_S = 100.0
+MEANS = Means("here", Path.cwd(), LOST_S, 5.0, address="127.0.0.1")
+STOPS = ("in the wait", "between the wait and reading", "before judging")
+
+
+class Stage:
+    """A launching process with two agents, which say what the test has them say."""
+
+    def __init__(self, stop: str = "") -> None:
+        self.now, self.turns, self.stop, self.agents = 1000.0, 0, stop, {}
+        self.ahead = {"a": 0.0, "b": 5e6}
+        """The hosts' own clocks, which have nothing to do with each other."""
+        self.meanwhile, self.deaf = lambda: None, False
+        self.controller = Controller(HOSTS, MEANS, clock=lambda: self.now)
+        self.real, self.controller._selector = self.controller._selector, self
+        look = self.controller._look_for_the_lost
+        self.controller._look_for_the_lost = lambda shares: (self._at("before judging"), look(shares))
+        for host in ("a", "b"):
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                self.agents[host] = Channel(socket.create_connection(server.getsockname()))
+                self.controller._welcome(host, Channel(server.accept()[0]))
+
+    def __getattr__(self, name: str):
+        return getattr(self.real, name)
+
+    def select(self, seconds: float):
+        """As of a selector; a stop during the wait ends it with nothing, as the system call does (EINTR)."""
+        if not seconds:
+            return [] if self.deaf else self.real.select(0)
+        self.turns += 1
+        self.now += seconds
+        if self.turns < 20 or not self.stop:
+            for host in self.agents:
+                self.say(host, "beat")
+        if self._at("in the wait") or self.deaf:
+            return []
+        found = self.real.select(0)
+        self._at("between the wait and reading")
+        return found
+
+    def _at(self, place: str) -> bool:
+        if self.turns != 20 or place != self.stop:
+            return False
+        self.stop, since = "done", self.now
+        self.meanwhile()
+        self.now = since + AWAY_S
+        return True
+
+    def say(self, host: str, kind: str, **fields) -> None:
+        if host in self.agents:
+            self.agents[host].send(kind, at=self.now + self.ahead[host], **fields)
+
+    def gone(self, host: str) -> None:
+        """Its agent has ended."""
+        self.agents.pop(host).close()
+
+    def run(self) -> Ended:
+        try:
+            return self.controller.run(["program"], {}, shares(HOSTS, 3, "127.0.0.1", 1))
+        finally:
+            self.controller.__exit__()
+            for agent in self.agents.values():
+                agent.close()
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    monkeypatch.setitem(launchers.LAUNCHERS, "here", lambda *_: ["true"])
+
+
+def happenings(stage: Stage, order: tuple[str, ...], seconds: float, status: int = RESUBMIT) -> None:
+    """Both hosts are left alone, their ranks end and their connections too, in an order that each host keeps."""
+    steps = {host: iter(("alone", "ended", "gone")) for host in ("a", "b")}
+    for host in order:
+        stage.now += seconds
+        step = next(steps[host])
+        if step == "alone":
+            stage.say(host, "alone", silent_s=LOST_S)
+        elif step == "gone":
+            stage.gone(host)
+        else:
+            for rank in RANKS[host]:
+                stage.say(host, "ended", rank=rank, status=status)
+
+
+ORDERS = sorted(set(itertools.permutations("aaabbb")))
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_every_order_of_what_happened_meanwhile_is_understood(stop):
+    for order in ORDERS:
+        stage = Stage(stop)
+        stage.meanwhile = lambda stage=stage, order=order: happenings(stage, order, 0.5)
+        ended = stage.run()
+        assert (ended.status, ended.lost, ended.worth_a_restart) == (RESUBMIT, {}, True), order
+        assert "heard nothing of this process for 5 s" in ended.explain({}), order
+
+
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("away_s", [1.0, 4.9, 5.0, 5.1, 6.0, 1e6])
+def test_hosts_that_kept_talking_are_not_blamed_for_a_stop_of_any_length(stop, away_s, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.AWAY_S", away_s)
+    stage = Stage(stop)
+
+    def meanwhile() -> None:
+        for _ in range(min(int(away_s), 500)):
+            stage.now += 1
+            for host in ("a", "b"):
+                stage.say(host, "beat")
+        for host in ("a", "b"):
+            for rank in RANKS[host]:
+                stage.say(host, "ended", rank=rank, status=DONE)
+
+    stage.meanwhile = meanwhile
+    ended = stage.run()
+    assert (ended.status, ended.lost, ended.left_alone) == (DONE, {}, {})
+
+
+def test_what_was_said_before_a_connection_ended_counts_though_sending_failed_first(monkeypatch):
+    stage = Stage("before judging")
+
+    def meanwhile() -> None:
+        happenings(stage, ("a", "a", "b", "b"), 0.5)
+        for channel in stage.controller.channels.values():
+            monkeypatch.setattr(channel, "flush", lambda: (_ for _ in ()).throw(Closed("Broken pipe")))
+
+    stage.meanwhile = meanwhile
+    stage.deaf = True
+    ended = stage.run()
+    assert (ended.status, ended.lost) == (RESUBMIT, {})
+
+
+@pytest.mark.parametrize("first", ["failure", "alone"])
+def test_what_came_first_is_the_cause_though_all_is_read_at_once_and_the_clocks_differ(first):
+    """Rank 1 fails and rank 0 is aborted for it; or both fail because they were killed or left by those that were."""
+    stage = Stage("in the wait")
+
+    def meanwhile() -> None:
+        if first == "failure":
+            stage.now += 1
+            stage.say("b", "ended", rank=1, status=3)
+            stage.now += 4
+        for host in ("b", "a"):
+            stage.say(host, "alone", silent_s=LOST_S)
+        stage.now += 5
+        if first == "alone":
+            stage.say("b", "ended", rank=1, status=3)
+        stage.say("a", "ended", rank=0, status=1)
+        stage.say("b", "cut short", ranks=[2])
+
+    stage.meanwhile = meanwhile
+    ended = stage.run()
+    assert ended.over
+    assert not ended.lost
+    assert ended.worth_a_restart
+    if first == "failure":
+        assert (ended.status, ended.explain({1: "b"})) == (3, "rank 1 on b ended with status 3")
+    else:
+        assert ended.status == FAILED
+        assert ended.explain({}).startswith("b heard nothing of this process for 5 s (was it stopped?)")
+        assert "not all did so in time" in ended.explain({})
+
+
+def test_a_host_that_falls_silent_is_lost_after_as_long_as_this_process_has_listened():
+    stage = Stage()
+    say = stage.say
+    stage.say = lambda host, kind, **fields: say(host, kind, **fields) if host == "a" or stage.turns < 20 else None
+    ended = stage.run()
+    assert list(ended.lost) == ["b"]
+    assert ended.lost["b"] == f"silent for {LOST_S:.0f} s"
+
+
+def test_a_clock_that_runs_apart_is_followed():
+    now = 100.0
+    hearing = Hearing(lambda: now)
+    assert hearing.when("a", 7.0) == now  # nothing is known of its clock
+    for beats in range(100_000):
+        now = 100.0 + beats
+        hearing.beat("a", 5.0 + beats * (1 - 5e-5))  # 50 parts in a million slower: 5 s in these 28 hours
+    now += 60.0  # read late
+    assert hearing.when("a", 5.0 + beats * (1 - 5e-5)) == pytest.approx(now - 60.0, abs=0.01)
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_an_agent_left_alone_stops_its_ranks_and_waits_to_be_asked_what_became_of_them(stubborn):
+    """The agent's side, with a process for a rank: one that stops as it is told, and one that does not."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        own = Channel(socket.create_connection(server.getsockname()))
+        agent = Agent(Channel(server.accept()[0]), lost_after_s=0.5, grace_s=60)
+    on_term = "signal.SIG_IGN" if stubborn else "lambda *_: os._exit(75)"
+    rank = f"import os, signal, time; signal.signal(signal.SIGTERM, {on_term}); print('ready', flush=True); "
+    rank += "time.sleep(600)"
+    said: list[dict] = []
+
+    def launching_process() -> None:
+        """Waits for the rank to be ready, is stopped for as long as it takes, and reads what there is to read."""
+        share = Share(0, 1, 1, "127.0.0.1", 1)
+        own.send("start", command=[sys.executable, "-c", rank], directory="/", environment={}, share=vars(share))
+        hear("said", beats=True)
+        hear("cut short" if stubborn else "ended", beats=False)
+        hear("beat", beats=False)  # it is still there
+        own.send("leave")
+
+    def hear(kind: str, beats: bool) -> None:
+        kinds = len(said)
+        while not any(one["kind"] == kind for one in said[kinds:]):
+            said.extend(own.receive())
+            if beats:
+                own.send("beat")
+            pause.wait(0.02)
+
+    pause = threading.Event()
+    other = threading.Thread(target=launching_process, daemon=True)
+    other.start()
+    agent.serve()
+    other.join(60)
+    kinds = [one["kind"] for one in said if one["kind"] != "beat"]
+    assert kinds == ["said", "alone", "cut short" if stubborn else "ended"]
+    assert said[-1]["kind"] == "beat"
+    ended = next(one for one in said if one["kind"] in ("cut short", "ended"))
+    assert ended.get("ranks") == [0] if stubborn else (ended["rank"], ended["status"]) == (0, 75)
