@@ -28,7 +28,7 @@ from typing import IO
 
 from bst_base.host import free_port
 from bst_dist.cluster.channel import Channel, Closed, Message, proof, proved
-from bst_dist.cluster.hearing import ready
+from bst_dist.cluster.hearing import look
 from bst_dist.cluster.probe import probe, unmark
 from bst_dist.cluster.processes import LocalRanks, Share, told_to_stop
 
@@ -62,7 +62,7 @@ class Agent:
             "unmark": self._unmark,
             "port": lambda _: self.channel.send("port", number=free_port()),
             "start": self._start,
-            "stop": lambda _: self._stop_ranks(self.grace_s),
+            "stop": lambda _: self._stop_ranks(self.grace_s, told=True),
             "kill": self._on_kill,
             "leave": self._leave,
         }
@@ -73,14 +73,15 @@ class Agent:
             try:
                 self._do(self.first)
                 while not self.released:
-                    for key, _ in ready(self.selector, TICK_S):
+                    looked, found = look(self.selector, TICK_S)
+                    for key, _ in found:
                         key.data()
                     self.channel.flush()
                     self._report_ended()
                     self._beat()
                     if told:
                         self._stop_ranks(self.grace_s)
-                    self._look_for_the_launching_process()
+                    self._look_for_the_launching_process(looked)
                 self._report_ended()
                 self.channel.drain(LAST_WORDS_S)
             except Closed:
@@ -88,9 +89,12 @@ class Agent:
             finally:
                 self._kill()
 
-    def _look_for_the_launching_process(self) -> None:
-        """Have the ranks stop when it has been silent for too long; it may be heard of again, but too late."""
-        silent = time.monotonic() - self.channel.heard
+    def _look_for_the_launching_process(self, looked: float) -> None:
+        """Have the ranks stop when it has been silent for too long; it may be heard of again, but too late.
+
+        `looked`: when this process last looked for what it has said, so that a stop of this process is no silence.
+        """
+        silent = looked - self.channel.heard
         if silent > self.lost_after_s and not self.alone and self.ranks is not None and self.ranks.running:
             self.alone = True
             self.channel.send("alone", silent_s=silent, at=time.monotonic())
@@ -124,8 +128,13 @@ class Agent:
                 os.set_blocking(pipe.fileno(), False)
                 self.selector.register(pipe, selectors.EVENT_READ, partial(self._relay, pipe, rank, name, [b""]))
 
-    def _stop_ranks(self, grace_s: float) -> None:
-        if self.ranks is not None:
+    def _stop_ranks(self, grace_s: float, told: bool = False) -> None:
+        """Ask the ranks to stop; `told`: somebody wants it, and when that is said again the ranks hear it again."""
+        if self.ranks is None:
+            return
+        if told and self.ranks.stopping:
+            self.ranks.remind()
+        else:
             self.ranks.terminate(grace_s)
 
     def _on_kill(self, _: Message) -> None:
@@ -151,8 +160,9 @@ class Agent:
         ended = self.ranks.poll() if self.ranks is not None else {}
         for rank in ended.keys() - self.reported:
             process = self.ranks.processes[rank]
-            if any(pipe in self.selector.get_map() for pipe in (process.stdout, process.stderr)):
-                continue  # what it said comes first
+            open_still = any(pipe in self.selector.get_map() for pipe in (process.stdout, process.stderr))
+            if open_still and time.monotonic() - self.ranks.ended_at[rank] < LAST_WORDS_S:
+                continue  # what it said comes first, unless it hangs in the kernel and never closes its pipes
             self.reported.add(rank)
             self.channel.send("ended", rank=rank, status=ended[rank], at=self.ranks.ended_at[rank])
         if self.ranks is not None and (killed := self.ranks.cut_short - self.reported):

@@ -63,6 +63,7 @@ class Controller:
         self.gone: dict[str, str] = {}
         """Hosts whose connection has ended, and why."""
         self.ended = Ended(0)
+        self._passed_on = 0
         self._answers: dict[str, Message] = {}
         self._beaten = -math.inf
         self._selector = selectors.DefaultSelector()
@@ -166,6 +167,9 @@ class Controller:
             elif len(self.told) > 1:
                 self.ended.at_once = True
                 return
+            elif (repeats := getattr(self.told, "repeats", 0)) > self._passed_on:
+                self._passed_on = repeats
+                self._tell("stop")
             if self.ended.failed and not self.ended.told and give_up is None:
                 give_up = self.hearing.listened_s + self.ended.settle_s
 

@@ -18,13 +18,18 @@ MOST_S = 0.5
 DRIFT_S = 1e-4
 """How much two computers' clocks may drift apart between two heartbeats."""
 
+Ready = list[tuple[selectors.SelectorKey, int]]
 
-def ready(selector: selectors.BaseSelector, seconds: float) -> list[tuple[selectors.SelectorKey, int]]:
-    """What can be read, waiting for it so long.
 
-    A wait in which the process was stopped ends with nothing (EINTR), whatever has arrived; a look does not.
+def look(selector: selectors.BaseSelector, seconds: float, clock: Callable[[], float] = time.monotonic
+         ) -> tuple[float, Ready]:  # fmt: skip
+    """Wait so long for something to read. Returns a time, and all that can be read and has come by then.
+
+    The wait itself does not tell what has come: one in which the process was stopped ends with nothing (EINTR). And the
+    time is taken before the look, so that no stop can lie between the two.
     """
-    return selector.select(seconds) or selector.select(0)
+    selector.select(seconds)
+    return clock(), selector.select(0)
 
 
 class Hearing:
@@ -38,9 +43,9 @@ class Hearing:
         self._heard: dict[str, tuple[float, float]] = {}
         self._behind: dict[str, float] = {}
 
-    def turn(self, selector: selectors.BaseSelector, seconds: float) -> list[tuple[selectors.SelectorKey, int]]:
+    def turn(self, selector: selectors.BaseSelector, seconds: float) -> Ready:
         """One turn of listening: all connections on which something waits, which the caller must read."""
-        found, now = ready(selector, seconds), self.clock()
+        now, found = look(selector, seconds, self.clock)
         self.listened_s += min(now - self._looked, MOST_S)
         self._looked = now
         return found

@@ -13,11 +13,12 @@ that run with the settings it was started with. Several hosts are driven by `bst
 process on another host, as in Kubernetes, each runs this command with its own --node.
 
 A signal (Ctrl-C, SIGTERM, SIGUSR1, a closed terminal) makes all ranks write a checkpoint and stop. A further Ctrl-C
-ends them at once, and what was trained since the last checkpoint is lost; other signals may come as often as they like.
+ends them at once, and what was trained since the last checkpoint is lost; other signals may come as often as they like,
+and end the ranks only where a file system of the run hangs, so that no checkpoint can be written.
 
 Exit status: 0 the steps asked for are done; 2 something given is wrong; 75 stopped by a signal, with a checkpoint:
-start it again with --resume; 74 a host could not read or write a file: likewise; 70 the ranks hung; otherwise the
-failed rank's own, 128 + N after signal N.
+start it again with --resume; 74 a host could not read or write a file, or a file system hangs: likewise; 70 the ranks
+hung: likewise; otherwise the failed rank's own, 128 + N after signal N.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ from bst_base.arguments import at_least, seconds
 from bst_base.errors import UserError
 from bst_base.host import free_port
 from bst_dist.checkpoint.directory import committed, step_of
+from bst_dist.cluster.printing import unhurried_output
 from bst_dist.cluster.processes import LocalRanks, Share, told_to_stop
 from bst_dist.cluster.verdict import STOP, Ended
 from bst_dist.config import Recipe
-from bst_dist.faults.output import lasting_output
 from bst_dist.parallel.ranks import choose_accelerator, require_accelerator
 from bst_dist.train import rundir
 from bst_dist.train.__main__ import add_arguments as add_program_arguments
@@ -75,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_grace(parser)
 
 
-@lasting_output()
+@unhurried_output()
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Check, start, wait; the report is the run's outcome, with `passed` false unless all ranks were done."""
     require_accelerator()
@@ -151,7 +152,7 @@ def launch(command: Sequence[str], share: Share, grace_s: float = math.inf) -> E
     A signal makes them stop, with `grace_s` for a checkpoint, and one that comes again later ends them at once; when
     one fails the others are ended.
     """
-    ended, give_up = Ended(share.count), float("inf")
+    ended, give_up, passed_on = Ended(share.count), float("inf"), 0
     with told_to_stop() as told:
         ranks = LocalRanks(command, share, os.environ)
         while ranks.running and time.monotonic() < give_up:
@@ -163,6 +164,9 @@ def launch(command: Sequence[str], share: Share, grace_s: float = math.inf) -> E
             elif len(told) > 1:
                 ended.at_once = True
                 ranks.kill()
+            elif told.repeats > passed_on:
+                passed_on = told.repeats
+                ranks.remind()
             ended.statuses, ended.when = ranks.poll(), ranks.ended_at
             if ended.failed:
                 give_up = min(give_up, time.monotonic() + ended.settle_s)

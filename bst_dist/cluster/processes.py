@@ -19,7 +19,8 @@ from pathlib import Path
 import psutil
 
 from bst_base.host import die_with_parent
-from bst_dist.faults.signals import FurtherCtrlC, stopping
+from bst_dist.faults.ending import LAST_WORD
+from bst_dist.faults.signals import FurtherSignal, stopping
 
 SAME_KEY_S = 0.5
 """A further SIGINT within this time is from the same stroke of Ctrl-C, or another copy of the first notice."""
@@ -74,34 +75,64 @@ class LocalRanks:
         self.ended_at: dict[int, float] = {}
         """When each was first seen to have ended by itself, by the monotonic clock: who was first is to blame."""
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._last_words: dict[int, int] = {}
         for rank in range(share.first, share.first + share.count):
+            self._last_words[rank], word = os.pipe()
+            os.set_blocking(self._last_words[rank], False)
+            own = {**share.environment(rank), LAST_WORD: str(word)}
             self.processes[rank] = subprocess.Popen(
-                command, env={**defaults, **environment, **share.environment(rank)}, cwd=directory,
-                stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True, preexec_fn=die_with_parent,
+                command, env={**defaults, **environment, **own}, cwd=directory, stdin=subprocess.DEVNULL, stdout=pipe,
+                stderr=pipe, start_new_session=True, preexec_fn=die_with_parent, pass_fds=[word],
             )  # fmt: skip
+            os.close(word)
 
     def poll(self) -> dict[int, int]:
         """Ranks that have ended by themselves, with their status (-N: by signal N); ends those out of grace."""
         if self._kill_at is not None and time.monotonic() > self._kill_at and not self._killed:
-            self.cut_short = {rank for rank, process in self.processes.items() if process.poll() is None}
+            self.cut_short = {rank for rank in self.processes if self._status(rank) is None}
             self.kill()
         for rank, process in self.processes.items():
-            if not self._killed and rank not in self._statuses and process.poll() is not None:
-                self._statuses[rank] = process.returncode
+            if not self._killed and rank not in self._statuses and (status := self._status(rank)) is not None:
+                self._statuses[rank] = status
                 self.ended_at[rank] = time.monotonic()
                 signal_session(process, signal.SIGKILL)  # what the rank itself has left behind
         return self._statuses
 
+    def _status(self, rank: int) -> int | None:
+        """How a rank has ended; None while it runs. One that ends with a thread that hangs in the kernel has said so,
+        and does nothing more, though the kernel shows it as running."""
+        if rank in self._statuses:
+            return self._statuses[rank]
+        status, word = self.processes[rank].poll(), self._last_words.get(rank)
+        if word is None:
+            return status
+        with suppress(BlockingIOError):
+            if (said := os.read(word, 64).split()) and status is None:
+                status = int(said[-1])
+        if status is not None:
+            os.close(self._last_words.pop(rank))
+        return status
+
     @property
     def running(self) -> bool:
         """Whether any has not ended yet."""
-        return any(process.poll() is None for process in self.processes.values())
+        return any(self._status(rank) is None for rank in self.processes)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether they have been asked to stop."""
+        return self._kill_at is not None
 
     def terminate(self, grace_s: float) -> None:
         """Ask all to stop; `poll` kills those that have not after `grace_s`. Asked again, the shorter time holds."""
         first, until = self._kill_at is None, time.monotonic() + grace_s
         self._kill_at = until if first else min(until, self._kill_at)
         for rank in self.processes.keys() - self.poll().keys() if first else ():
+            signal_session(self.processes[rank], signal.SIGTERM)
+
+    def remind(self) -> None:
+        """Send those that were asked to stop another signal, as somebody has sent one again."""
+        for rank in self.processes.keys() - self.poll().keys():
             signal_session(self.processes[rank], signal.SIGTERM)
 
     def kill(self) -> None:
@@ -159,19 +190,29 @@ def _interface(address: str) -> dict[str, str]:
     return {"GLOO_SOCKET_IFNAME": names[0]} if names else {}
 
 
+class Told(list[int]):
+    """The signal that told this process to stop, and a further Ctrl-C."""
+
+    repeats = 0
+    """Further signals of other kinds, which change nothing while the ranks can write their checkpoint."""
+
+
 @contextmanager
-def told_to_stop() -> Iterator[list[int]]:
+def told_to_stop() -> Iterator[Told]:
     """The stop signals that arrive while the block runs, in place of what they would do.
 
     SIGUSR1 is among them: it is what Slurm is asked to send ahead of the time limit; and SIGHUP, of a terminal that is
     closed, unless it is ignored, as under nohup. Schedulers send SIGTERM more than once without meaning more by it, so
-    only a further Ctrl-C counts as a second signal.
+    only a further Ctrl-C counts as a second signal. Others are for the ranks to judge (`signals.end_when_stuck`).
     """
-    told: list[int] = []
-    further = FurtherCtrlC(SAME_KEY_S)
+    told = Told()
+    further = FurtherSignal(SAME_KEY_S)
 
     def hear(number: int, _: object) -> None:
-        if further.heard(number) or not told:
+        again = further.heard()
+        if again and number != signal.SIGINT:
+            told.repeats += 1
+        elif again or not told:
             told.append(number)
 
     before = {number: signal.signal(number, hear) for number in stopping()}

@@ -27,7 +27,14 @@ class GuardConfig(Config):
 
 
 class WatchdogConfig(Config):
-    limit_s: float = Field(900.0, ge=0)
+    limit_s: float = Field(480.0, ge=0)
     """Seconds that a rank may stay in one phase of a step without communicating; the first step compiles, and a
     checkpoint that is not written in the background is one phase. Then the job ends with status 70 and names the rank
-    that blocks it; 0: no watchdog."""
+    that blocks it; 0: no watchdog. The default is below the 600 s after which NCCL and DeepSpeed end a job without
+    naming anybody; their limit follows this one."""
+
+    @property
+    def exchange_limit_s(self) -> float | None:
+        """How long torch lets an exchange take before it ends the job itself; None: its own default. The watchdog has
+        spoken by then: it needs twice `watchdog.LONGEST_SILENCE_S` beyond its limit, and some seconds."""
+        return 1.5 * self.limit_s + 120.0 if self.limit_s else None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,7 @@ from typing import Any, Protocol
 
 from bst_base.errors import StorageError, UserError
 from bst_base.files import sync_directory
+from bst_dist.faults.ending import end
 
 LEASE = "lease"
 BEAT_S = 5.0
@@ -133,8 +133,7 @@ def shared_lease(ranks: Broadcast, run_dir: Path) -> Iterator[SharedLease]:
 
 def _end(why: str) -> None:
     """What this start computes is of no use any more, and what it writes would be in the way of another."""
-    print(f"bst train: {why}", file=sys.stderr, flush=True)
-    os._exit(LeaseError.exit_status)
+    end(LeaseError.exit_status, f"bst train: {why}")
 
 
 def acquire(run_dir: Path, lost: Callable[[str], None] | None = None, silence_s: float = SILENCE_S,

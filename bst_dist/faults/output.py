@@ -5,9 +5,6 @@ The standard library alone is imported here, as by `signals`.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, TextIO
 
 
@@ -33,14 +30,3 @@ class Lasting:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-@contextmanager
-def lasting_output() -> Iterator[None]:
-    """Standard output and error are such streams while the block runs; also a decorator."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before

@@ -4,7 +4,8 @@ Schedulers announce the end of a job's time, or its preemption, with a signal so
 where Slurm is asked to (``--signal``); a terminal that is closed sends SIGHUP. A rank takes note of it at once, in a
 thread, whatever its main thread is doing; the ranks learn of each other's in the sums that a step makes anyway. The
 same notice often comes twice or more: Slurm and a launcher both send it, and Slurm sends SIGTERM again before it kills.
-So only a further Ctrl-C (SIGINT), after a while, ends the process on the spot: a person sends it and means it.
+So only a further Ctrl-C (SIGINT), after a while, ends the process on the spot: a person sends it and means it. Any
+further signal does while a file system of the run hangs: there is no checkpoint to wait for.
 
 Nothing large is imported here: a signal must be heard while torch is still being imported.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bst_base.host import die_with_parent
-from bst_dist.faults.status import RESUBMIT
+from bst_dist.faults.disks import Disks, unanswering
+from bst_dist.faults.ending import end
+from bst_dist.faults.status import RESUBMIT, UNREADABLE
 
 if TYPE_CHECKING:
     from bst_dist.parallel.ranks import Ranks
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAME_NOTICE_S = 3.0
 """A further signal within this time is another copy of the first."""
+STUCK_TICK_S = 0.5
 
 
 def stopping() -> list[signal.Signals]:
@@ -38,20 +42,20 @@ def stopping() -> list[signal.Signals]:
     return [number for number in STOPPING if not (number is signal.SIGHUP and ignored)]
 
 
-class FurtherCtrlC:
-    """Tells a further Ctrl-C, which a person sends and means, from more copies of the first notice."""
+class FurtherSignal:
+    """Tells a further signal from more copies of the first notice."""
 
     def __init__(self, same_within_s: float) -> None:
         """`same_within_s`: what comes within this time of the first signal is another copy of it."""
         self.same_within_s = same_within_s
         self._first_at: float | None = None
 
-    def heard(self, number: int) -> bool:
+    def heard(self) -> bool:
         """Whether the signal that has come now is one; called for every signal, the first included."""
         now = time.monotonic()
         if self._first_at is None:
             self._first_at = now
-        return number == signal.SIGINT and now - self._first_at > self.same_within_s
+        return now - self._first_at > self.same_within_s
 
 
 class Notice:
@@ -60,14 +64,19 @@ class Notice:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         """The first signal that came; None while none has."""
-        self._further = FurtherCtrlC(SAME_NOTICE_S)
+        self.heard, self.again = threading.Event(), False
+        """Set with the first; whether a further one has come that is no copy of it."""
+        self._further = FurtherSignal(SAME_NOTICE_S)
         self._at_once = False
 
     def take(self, number: int) -> None:
         """Take note of a signal; ends the process at a second Ctrl-C, or while there is nothing to save."""
         self.signal = self.signal or signal.Signals(number)
-        if self._further.heard(number):
-            os._exit(128 + number)
+        self.heard.set()
+        if self._further.heard():
+            self.again = True
+            if number == signal.SIGINT:
+                end(128 + number)
         self._end_if_at_once()
 
     @contextmanager
@@ -83,9 +92,22 @@ class Notice:
 
     def _end_if_at_once(self) -> None:
         if self._at_once and self.signal is not None:
-            print(f"bst train: stopped by {self.signal.name} before all ranks had joined", file=sys.stderr)
-            sys.stderr.flush()
-            os._exit(RESUBMIT)
+            end(RESUBMIT, f"bst train: stopped by {self.signal.name} before all ranks had joined")
+
+
+def end_when_stuck(notice: Notice, disks: Disks) -> None:
+    """From now on end the process after a further signal while a directory of the run does not answer: no checkpoint
+    can be written then, and no thread that waits for that file system will ever look at the first signal."""
+
+    def watch() -> None:
+        notice.heard.wait()
+        disks.watch("told to stop")
+        while not (notice.again and (silent := disks.silent())):
+            time.sleep(STUCK_TICK_S)
+        end(UNREADABLE, f"bst train: {socket.gethostname()}: told to stop ({notice.signal.name}) more than once, and "
+            f"{unanswering(silent)}: ended without a checkpoint; go on from the last one with --resume")  # fmt: skip
+
+    threading.Thread(target=watch, name="told to stop", daemon=True).start()
 
 
 def listen() -> Notice:

@@ -1,184 +1,187 @@
 """Names the rank that holds up all the others, and ends a job that stands still.
 
-Each rank's watchdog is a thread. Every few seconds it writes down where its rank is, in a small file in the run
-directory that the others can read when the rank, or its host, is frozen; it needs no collective for that. When its own
-rank has not moved for the limit, it writes down the stacks of all threads, reads the others' files twice and judges:
+Three threads of each rank share the work, so that what judges never waits for anything:
 
-- a rank whose file has not changed is *silent*: its process or its host is frozen or gone;
+- one tells the others where its rank is, and reads where they are (`heartbeats`); the network may hold it up;
+- one writes the stacks of all threads and the flight recorder's record of the exchanges; a file system may hold it up;
+- one looks whether its rank moves, and judges by what the others have found by then.
+
+When no rank has entered another phase or begun another exchange for the limit, rank 0 reads the heartbeats twice:
+
+- a rank whose heartbeat has not changed is *silent*: its process or its host is frozen or gone;
 - otherwise the ranks that are furthest *behind*, by the phases and exchanges they have begun, hold up those ahead;
 - when all are at the same place, what is between them does not get through.
 
-If any rank moves between the two readings it was only slow, and the watch goes on.
+If any rank moves between the two readings it was only slow, and the watch goes on. Otherwise rank 0 tells the others,
+and all end. When rank 0 itself, in whose process the heartbeats are kept, is silent, the others say that.
 """
 
 from __future__ import annotations
 
-import faulthandler
-import json
 import os
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+from torch.distributed import DistStoreError
+
 from bst_dist.faults.config import WatchdogConfig
+from bst_dist.faults.disks import Disks
+from bst_dist.faults.ending import end as end_process
+from bst_dist.faults.heartbeats import Board, Heartbeat, judge, key_of, read, silence, written
+from bst_dist.faults.stacks import RECORDER, STACKS, write_stacks
 from bst_dist.faults.status import HUNG
 from bst_dist.parallel.phases import Phases
 
-HEARTBEATS, STACKS = "heartbeats", "stacks"
-_GONE = "its process or its host is frozen or gone"
-BEAT_S = 2.0
-LONGEST_SILENCE_S = 60.0
-"""How long a file may stay the same before its rank is silent; network file systems show changes late."""
+VERDICT = "verdict"
+BEAT_S = 5.0
+LONGEST_SILENCE_S = 30.0
+"""How long a heartbeat may stay the same before its rank is silent."""
+FILES_S = 5.0
+"""How long the judge waits for the stacks to be written."""
 
 
 @dataclass(frozen=True)
-class Heartbeat:
-    """Where a rank is, as it last said."""
+class Reading:
+    """What was read from the board."""
 
-    rank: int
-    host: str
-    pid: int
-    beats: int
-    """How often it has said so."""
-    step: int
-    phase: str
-    entered: int
-    exchange: str
-    exchanges: int
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """How far it is, in what all ranks do alike and in the same order."""
-        return self.entered, self.exchanges
-
-    def describe(self) -> str:
-        """Where the rank is, in words."""
-        return f"step {self.step}, {self.phase}; last exchange begun: {self.exchange} (number {self.exchanges})"
-
-    def name(self) -> str:
-        """Which process of which host it is."""
-        return f"rank {self.rank} on {self.host} (pid {self.pid})"
+    number: int
+    beats: list[Heartbeat | None]
+    verdict: str | None
 
 
 class Watchdog:
-    """Watches over one rank."""
+    """Watches over one rank; a context."""
 
-    def __init__(self, config: WatchdogConfig, run_dir: Path, rank: int, world: int, phases: Phases,
-                 end: Callable[[int], object] = os._exit) -> None:  # fmt: skip
-        """`end` is called with the exit status when the job hangs."""
-        self.limit_s, self.run_dir, self.rank, self.world, self.phases = config.limit_s, run_dir, rank, world, phases
+    def __init__(self, config: WatchdogConfig, run_dir: Path, rank: int, world: int, phases: Phases, board: Board,
+                 disks: Disks, end: Callable[..., object] = end_process) -> None:  # fmt: skip
+        """`end` is called with the exit status and the message when the job hangs."""
+        self.limit_s, self.stacks, self.rank, self.phases = config.limit_s, run_dir / STACKS, rank, phases
         self.silence_s = min(LONGEST_SILENCE_S, self.limit_s / 2)
         self.beat_s = min(BEAT_S, self.silence_s / 4)
-        self._end = end
-        self._beats = 0
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True) if self.limit_s else None
+        self._seen_ranks = range(world) if rank == 0 else (0,)
+        self._board, self._disks, self._end = board, disks, end
+        self._still_since = time.monotonic()
+        self._wanted = threading.Event()
+        self._reading = Reading(0, [None] * len(self._seen_ranks), None)
+        self._closed, self._dump, self._dumped = threading.Event(), threading.Event(), threading.Event()
+        runs = {"watchdog": self._watch, "heartbeats": self._talk, "stacks": self._write_files}
+        self._threads = [threading.Thread(target=run, name=name, daemon=True) for name, run in runs.items()]
 
     def __enter__(self) -> Watchdog:
-        if self._thread:
-            for directory in (HEARTBEATS, STACKS):
-                (self.run_dir / directory).mkdir(parents=True, exist_ok=True)
-            self._beat()
-            self._thread.start()
+        if self.limit_s:
+            for thread in self._threads:
+                thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
-        if self._thread:
-            self._thread.join()
-
-    def _watch(self) -> None:
-        seen, since = self._place(), time.monotonic()
-        while not self._closed.wait(self.beat_s):
-            self._beat()
-            if self._place() != seen:
-                seen, since = self._place(), time.monotonic()
-            elif time.monotonic() - since > self.limit_s:
-                self._judge(time.monotonic() - since)
-                since = time.monotonic()  # it is slow, and does not hang
+        self._dump.set()
+        if self.limit_s:
+            self._threads[0].join()  # the others may hang, and end nothing
 
     def _place(self) -> tuple[int, int]:
         return self.phases.entered, self.phases.exchanges
 
-    def _beat(self) -> None:
-        """Say where the rank is; a file system in trouble must not end the watch."""
-        self._beats += 1
-        phases = self.phases
-        beat = Heartbeat(self.rank, socket.gethostname(), os.getpid(), self._beats, phases.step, phases.name,
-                         phases.entered, phases.exchange, phases.exchanges)  # fmt: skip
-        path = self._file(self.rank)
-        try:
-            path.with_suffix(".new").write_text(json.dumps(asdict(beat)))
-            path.with_suffix(".new").replace(path)
-        except OSError as error:
-            print(f"{path}: {error}", file=sys.stderr, flush=True)
+    def _watch(self) -> None:
+        seen = self._place()
+        while not self._closed.wait(self.beat_s):
+            still_s = time.monotonic() - self._still_since
+            if self._place() != seen:
+                seen, self._still_since = self._place(), time.monotonic()
+                self._disks.watch("still", wanted=False)
+            elif still_s > self.limit_s:
+                self._look_into_it(seen, still_s)
+                self._still_since = time.monotonic()  # it is slow, and does not hang
+            elif still_s > self.limit_s / 2:
+                self._disks.watch("still")
 
-    def _file(self, rank: int) -> Path:
-        return self.run_dir / HEARTBEATS / f"rank-{rank:05d}.json"
-
-    def _read(self) -> list[Heartbeat | None]:
-        """What each rank last said; None where nothing can be read."""
-        beats: list[Heartbeat | None] = []
-        for rank in range(self.world):
-            try:
-                beats.append(Heartbeat(**json.loads(self._file(rank).read_text())))
-            except (OSError, ValueError, TypeError):
-                beats.append(None)
-        return beats
-
-    def _judge(self, still_s: float) -> None:
-        """End this rank if no rank moves; the first that is not silent says why, for all."""
-        stacks = self.run_dir / STACKS / f"rank-{self.rank:05d}.txt"
-        with suppress(OSError), stacks.open("w", encoding="utf-8") as file:
-            file.write(f"rank {self.rank} on {socket.gethostname()}, {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
-        before, until = self._read(), time.monotonic() + self.silence_s
-        while time.monotonic() < until and not self._closed.wait(self.beat_s):
-            self._beat()
-        verdict = judge(before, self._read())
+    def _look_into_it(self, seen: tuple[int, int], still_s: float) -> None:
+        """End this rank if the job hangs; returns when it does not, or the watch is over."""
+        self._dumped.clear()
+        self._dump.set()
+        self._wanted.set()
+        verdict = self._judge() if self.rank == 0 else self._follow(seen)
+        self._wanted.clear()
         if verdict is None or self._closed.is_set():
             return
-        speaker, lines = verdict
-        text = "\n  ".join([f"bst train: no rank has moved for {still_s:.0f} s (watchdog.limit_s)", *lines,
-                            f"stacks of all ranks that could write them: {stacks.parent}"])  # fmt: skip
-        with suppress(OSError), stacks.open("a", encoding="utf-8") as file:
-            file.write(f"\n{text}\n")
-        if speaker == self.rank:
-            print(text, file=sys.stderr, flush=True)
-        else:
-            time.sleep(2 * self.beat_s)  # when the first has ended the launcher ends the others, before they speak
-        self._end(HUNG)
+        if verdict:
+            verdict = f"bst train: no rank has moved for {still_s:.0f} s (watchdog.limit_s)\n  {verdict}"
+            verdict += f"\n  {self._where_stacks_are()}"
+        self._end(HUNG, verdict, stacks=bool(verdict) and not self._dumped.is_set())
 
-
-def judge(before: Sequence[Heartbeat | None], after: Sequence[Heartbeat | None]) -> tuple[int, list[str]] | None:
-    """Who holds up the job, from two readings of all ranks' files: the rank to say so, and what it says.
-
-    None when a rank has moved in between.
-    """
-    silent, alive = [], []
-    for rank, (one, other) in enumerate(zip(before, after, strict=True)):
-        if other is None or one is None or one.beats == other.beats:
-            said = f"{other.name()}: silent, {_GONE}; it was in {other.describe()}" if other else f"rank {rank}: silent"
-            silent.append(said)
-        elif one.place != other.place:
+    def _judge(self) -> str | None:
+        """Rank 0: who holds up the job; None when nobody does."""
+        before = self._read_anew()
+        self._closed.wait(self.silence_s)
+        after = self._read_anew()
+        if before is None or after is None:
+            return "the store in which the ranks met does not answer: is the process or the host that keeps it frozen?"
+        lines = judge(before.beats, after.beats)
+        if lines is None:
             return None
-        else:
-            alive.append(other)
-    lines, waiting = silent, alive
-    if not silent:
-        furthest = max(beat.place for beat in alive)
-        lines = [f"{beat.name()}: behind the others, in {beat.describe()}" for beat in alive if beat.place != furthest]
-        waiting = [beat for beat in alive if beat.place == furthest]
-    if not lines and len(alive) == 1:
-        lines = [f"{alive[0].name()}: in {alive[0].describe()}"]
-    elif not lines:
-        lines = [f"all ranks are in {waiting[0].describe()}: does the network let them through?"]
-    elif waiting:
-        lines.append(f"{len(waiting)} of {len(after)} ranks wait, the first of them in {waiting[0].describe()}")
-    return min((beat.rank for beat in alive), default=0), lines
+        verdict = "\n  ".join(lines)
+        # By a thread: the store may hang.
+        threading.Thread(target=self._board.put, args=(VERDICT, verdict), daemon=True).start()
+        self._closed.wait(self.beat_s)
+        return verdict
+
+    def _follow(self, seen: tuple[int, int]) -> str | None:
+        """Another rank: wait for what rank 0 finds; empty when that has said it, None when the job moves."""
+        last, last_new = None, time.monotonic()
+        while self._place() == seen and not self._closed.is_set():
+            found = self._read_anew()
+            beat = found.beats[0] if found else None
+            if found and found.verdict is not None:
+                self._closed.wait(2 * self.beat_s)  # rank 0 speaks first: a launcher ends all when one has ended
+                return ""
+            if beat is not None and last is not None and beat.place != last.place:
+                return None
+            if beat is not None and (last is None or beat.beats != last.beats):
+                last, last_new = beat, time.monotonic()
+            elif time.monotonic() - last_new > self.silence_s:
+                self._closed.wait((self.rank > 1) * 2 * self.beat_s)  # rank 1 speaks for all
+                return silence(0, last or self._reading.beats[0])
+        return None
+
+    def _read_anew(self) -> Reading | None:
+        """What is on the board now; None when it does not answer in time."""
+        since, until = self._reading.number, time.monotonic() + self.silence_s
+        while time.monotonic() < until and not self._closed.wait(self.beat_s / 4):
+            if self._reading.number > since + 1:  # one that was begun after this call
+                return self._reading
+        return None
+
+    def _talk(self) -> None:
+        beats, keys = 0, [*map(key_of, self._seen_ranks)]
+        while not self._closed.is_set():
+            beats += 1
+            with suppress(DistStoreError, RuntimeError):  # rank 0 is gone; who waits for this finds that out
+                self._board.put(key_of(self.rank), written(self._beat(beats)))
+                if self._wanted.is_set() or beats == 1:
+                    *found, verdict = self._board.get([*keys, VERDICT])
+                    self._reading = Reading(self._reading.number + 1, [*map(read, found)], verdict)
+            self._closed.wait(self.beat_s / (4 if self._wanted.is_set() else 1))
+
+    def _beat(self, beats: int) -> Heartbeat:
+        phases, disks = self.phases, self._disks.silent(min(self.silence_s, self.limit_s / 4))
+        return Heartbeat(self.rank, socket.gethostname(), os.getpid(), beats, phases.step, phases.name,
+                         phases.entered, phases.exchange, phases.exchanges,
+                         time.monotonic() - self._still_since, disks)  # fmt: skip
+
+    def _where_stacks_are(self) -> str:
+        if not self._dumped.wait(FILES_S):
+            return f"stacks cannot be written to {self.stacks}, which does not answer; those of this rank follow"
+        return (f"stacks of all ranks that could write them: {self.stacks}; their exchanges as torch recorded them: "
+                f"torchfrtrace --allow-incomplete-ranks {self.stacks / RECORDER}")  # fmt: skip
+
+    def _write_files(self) -> None:
+        while self._dump.wait() and not self._closed.is_set():
+            self._dump.clear()
+            with suppress(OSError):
+                write_stacks(self.stacks, self.rank)
+            self._dumped.set()

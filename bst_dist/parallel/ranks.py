@@ -7,6 +7,7 @@ import resource
 import socket
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -39,7 +40,9 @@ class Ranks:
     Started by none, the process is a group of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, exchange_limit_s: float | None = None) -> None:
+        """`exchange_limit_s`: after so long in one exchange torch ends the process; None: as torch and DeepSpeed have
+        it."""
         require_accelerator()
         # The accelerator must be known before DeepSpeed is imported: it looks for one at import.
         choose_accelerator()
@@ -59,8 +62,16 @@ class Ranks:
         # have taken the first device already.
         if accelerator.device_name() != "cpu":
             accelerator.set_device(own_device(accelerator.device_count()))
+        limit = {}
+        if exchange_limit_s is not None:
+            limit = {"timeout": timedelta(seconds=exchange_limit_s)}
+            # NCCL's own watch over its thread, which does not follow from the time limit of exchanges.
+            os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{exchange_limit_s:.0f}")
+        # torch's flight recorder is there to be read when a job hangs, and is written when NCCL gives up by itself.
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"))
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         with gathered():
-            init_distributed(verbose=False)
+            init_distributed(verbose=False, **limit)
         self.rank = distributed.get_rank()
         self.world = distributed.get_world_size()
         self.device = torch.device(accelerator.current_device_name())
@@ -69,6 +80,11 @@ class Ranks:
         self.phases = Phases(None if on_cpu else accelerator.synchronize)
         """Where this rank is, what its time goes to and what it sends."""
         watch_deepspeed(self.phases)
+
+    def limit_exchanges(self, seconds: float | None) -> None:
+        """Let torch wait so long for an exchange in any group of ranks made so far; None changes nothing."""
+        for group in distributed.distributed_c10d._world.pg_map if seconds is not None else ():
+            distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     @property
     def first(self) -> bool:

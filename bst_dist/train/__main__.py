@@ -22,6 +22,8 @@ from bst_base.arguments import at_least
 from bst_base.errors import StorageError, UserError
 from bst_base.files import FULL
 from bst_dist.faults import signals, status
+from bst_dist.faults.disks import Disks
+from bst_dist.faults.ending import end
 from bst_dist.faults.output import Lasting
 
 if TYPE_CHECKING:
@@ -70,14 +72,18 @@ def main(argv: list[str] | None = None) -> int:
         from bst_dist.parallel.gathering import GatheringError
         from bst_dist.parallel.ranks import Ranks
         from bst_dist.train.run import train
+        from bst_dist.train.start import load
 
+        asked, disks = request(args), Disks()
+        disks.add(written=[args.run_dir] if args.run_dir else [])
+        signals.end_when_stuck(notice, disks)
         try:
             with notice.ending_at_once():
-                ranks = Ranks()
+                ranks = Ranks(load(asked).watchdog.exchange_limit_s)
         except GatheringError as error:
             _tell(str(error))
             return status.FAILED
-        ended = train(request(args), ranks, notice)
+        ended = train(asked, ranks, notice, disks)
         ranks.leave()
         return ended
     except UserError as error:
@@ -116,4 +122,4 @@ if __name__ == "__main__":
     exit_status = main()
     sys.stdout.flush()
     # Not sys.exit: after an error the other ranks may be waiting in a collective, and tearing the group down would too.
-    os._exit(exit_status)
+    end(exit_status)

@@ -7,12 +7,15 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from bst_dist.checkpoint import rng
 from bst_dist.checkpoint.fragments import EngineState
 from bst_dist.checkpoint.snapshot import Checkpoints, Evaluated, Position, Snapshots
+from bst_dist.faults.disks import Disks
 from bst_dist.faults.guard import DivergedError, RollBack
+from bst_dist.faults.heartbeats import shared_board
 from bst_dist.faults.lease import SharedLease, shared_lease
 from bst_dist.faults.signals import Notice, Stop
 from bst_dist.faults.status import DONE, RESUBMIT
@@ -30,17 +33,21 @@ from bst_dist.train.resuming import begin_at, guard_of, roll_back
 from bst_dist.train.start import Request, Start, load, resolve
 
 
-def train(request: Request, ranks: Ranks, notice: Notice | None = None) -> int:
+def train(request: Request, ranks: Ranks, notice: Notice | None = None, disks: Disks | None = None) -> int:
     """Train from the newest valid checkpoint, or from the beginning, to the end asked for; returns the exit status.
 
     `notice`: what this process has been told; a signal to any rank ends the training of all with a checkpoint, and
-    the status is RESUBMIT. Raises UserError on every rank when the run cannot start, and when it diverges.
+    the status is RESUBMIT. `disks`: is told of the run's directories. Raises UserError on every rank when the run
+    cannot start, and when it diverges.
     """
     start = resolve(load(request), request, ranks.world)
     ranks.barrier()  # all have looked at the run directory before the first one writes to it
+    disks = disks or Disks()
+    disks.add([start.run_dir], [Path(url) for url in start.recipe.data.urls() if "://" not in url])
+    board = shared_board(ranks.world)
     with (
+        Watchdog(start.recipe.watchdog, start.run_dir, ranks.rank, ranks.world, ranks.phases, board, disks),
         shared_lease(ranks, start.run_dir) as lease,
-        Watchdog(start.recipe.watchdog, start.run_dir, ranks.rank, ranks.world, ranks.phases),
     ):
         return Run(start, request, ranks, Stop(ranks, notice), lease).train()
 
@@ -59,6 +66,7 @@ class Run:
         state = EngineState(self.engine.deepspeed)
         self.snapshots = Snapshots(start.run_dir, state, ranks, identity, self.recipe.checkpoint, lease)
         self.trainer = build_trainer(start, self.engine, ranks, watched_group(start, ranks), stop)
+        ranks.limit_exchanges(self.recipe.watchdog.exchange_limit_s)
         rng.seed_all(self.recipe.seed, ranks.rank)  # all ranks have built the same model; a checkpoint sets them again
 
     def train(self) -> int:

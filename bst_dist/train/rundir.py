@@ -9,7 +9,6 @@ ledger.jsonl      steps that the guard has not taken
 profile/, stacks/ traces of steps, and where the ranks stood when they hung
 checkpoints/      step-00000100/ and so on
 lease/            which start trains there now
-heartbeats/       where each rank is, for the watchdogs of the others
 outcome.json      how the last start ended; absent while it runs or when it was cut short
 tokenizer.*       of the corpus, so that the run can be moved, and generates and exports without the corpus
 """
@@ -29,7 +28,7 @@ from bst_base.settings import dump
 from bst_dist.checkpoint.directory import CHECKPOINTS, PARTIAL, committed, entries, step_of
 from bst_dist.config import Recipe, load_recipe
 from bst_dist.faults.lease import LEASE
-from bst_dist.faults.watchdog import HEARTBEATS, STACKS
+from bst_dist.faults.stacks import STACKS
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.train.continuing import changes
 from bst_dist.version import versions
@@ -37,8 +36,8 @@ from data_pipeline.format.tokenizer import FILES as TOKENIZERS
 from data_pipeline.format.tokenizer import Tokenizer
 
 RECIPE, DS_CONFIG, ENVIRONMENT, OUTCOME = "recipe.yaml", "ds_config.json", "environment.json", "outcome.json"
-EARLY = (CHECKPOINTS, HEARTBEATS, LEASE, STACKS)
-"""What a start makes before it writes the recipe."""
+EARLY = (CHECKPOINTS, "heartbeats", LEASE, STACKS)
+"""What a start makes before it writes the recipe; heartbeats/ older versions made."""
 BESIDE = (".out", ".err", ".log", ".partial")
 """Ends of names of what may lie in a new run's directory: a scheduler's logs, a file whose write was broken off."""
 FROM_ZERO = "--from-zero (its metrics are kept in metrics.dropped.jsonl)"

@@ -6,6 +6,7 @@ Sockets are real; time and the wait for sockets are made up here, so that a stop
 from __future__ import annotations
 
 import itertools
+import selectors
 import socket
 import sys
 import threading
@@ -18,7 +19,7 @@ from bst_dist.cluster.agent import Agent
 from bst_dist.cluster.channel import Channel, Closed
 from bst_dist.cluster.controller import Controller, Means
 from bst_dist.cluster.elastic import shares
-from bst_dist.cluster.hearing import Hearing
+from bst_dist.cluster.hearing import MOST_S, Hearing
 from bst_dist.cluster.hosts import Host
 from bst_dist.cluster.processes import Share
 from bst_dist.cluster.verdict import Ended
@@ -29,7 +30,7 @@ RANKS = {"a": [0], "b": [1, 2]}
 LOST_S = 5.0
 AWAY_S = 100.0
 MEANS = Means("here", Path.cwd(), LOST_S, 5.0, address="127.0.0.1")
-STOPS = ("in the wait", "between the wait and reading", "before judging")
+STOPS = ("in the wait", "before the look", "after the look", "before judging")
 
 
 class Stage:
@@ -37,6 +38,8 @@ class Stage:
 
     def __init__(self, stop: str = "") -> None:
         self.now, self.turns, self.stop, self.agents = 1000.0, 0, stop, {}
+        self.stop_at, self.beating = 20, 20
+        """The turn in which the stop happens, and the first in which no heartbeat comes."""
         self.ahead = {"a": 0.0, "b": 5e6}
         """The hosts' own clocks, which have nothing to do with each other."""
         self.meanwhile, self.deaf = lambda: None, False
@@ -55,20 +58,21 @@ class Stage:
     def select(self, seconds: float):
         """As of a selector; a stop during the wait ends it with nothing, as the system call does (EINTR)."""
         if not seconds:
-            return [] if self.deaf else self.real.select(0)
+            self._at("before the look")
+            found = [] if self.deaf else self.real.select(0)
+            self._at("after the look")
+            return found
         self.turns += 1
         self.now += seconds
-        if self.turns < 20 or not self.stop:
+        if self.turns < self.beating or not self.stop:
             for host in self.agents:
                 self.say(host, "beat")
-        if self._at("in the wait") or self.deaf:
-            return []
-        found = self.real.select(0)
-        self._at("between the wait and reading")
-        return found
+        elif self.turns == self.stop_at:
+            self.say("a", "beat")  # what is ready is not everything that will be
+        return [] if self._at("in the wait") or self.deaf else self.real.select(0)
 
     def _at(self, place: str) -> bool:
-        if self.turns != 20 or place != self.stop:
+        if self.turns != self.stop_at or place != self.stop:
             return False
         self.stop, since = "done", self.now
         self.meanwhile()
@@ -145,6 +149,15 @@ def test_hosts_that_kept_talking_are_not_blamed_for_a_stop_of_any_length(stop, a
     assert (ended.status, ended.lost, ended.left_alone) == (DONE, {}, {})
 
 
+@pytest.mark.parametrize("stop", STOPS)
+def test_hosts_that_were_nearly_given_up_are_heard_before_they_are(stop):
+    stage = Stage(stop)
+    stage.stop_at = stage.beating + int(10 * LOST_S) - 2  # silent for 4.8 s
+    stage.meanwhile = lambda: happenings(stage, ("a", "b", "a", "b"), 0.5)
+    ended = stage.run()
+    assert (ended.status, ended.lost) == (RESUBMIT, {})
+
+
 def test_what_was_said_before_a_connection_ended_counts_though_sending_failed_first(monkeypatch):
     stage = Stage("before judging")
 
@@ -197,6 +210,17 @@ def test_a_host_that_falls_silent_is_lost_after_as_long_as_this_process_has_list
     ended = stage.run()
     assert list(ended.lost) == ["b"]
     assert ended.lost["b"] == f"silent for {LOST_S:.0f} s"
+
+
+def test_time_away_is_no_silence_though_nothing_has_come_meanwhile():
+    """As after a suspended machine, whose network was away too."""
+    now = 100.0
+    hearing = Hearing(lambda: now)
+    hearing.hear("a")
+    with selectors.DefaultSelector() as selector:
+        now += 1e6
+        assert hearing.turn(selector, 0) == []
+    assert hearing.silent_s("a") == MOST_S
 
 
 def test_a_clock_that_runs_apart_is_followed():

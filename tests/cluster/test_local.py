@@ -140,3 +140,13 @@ def test_ranks_die_with_the_process_that_started_them(tmp_path):
     while alive(pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_rank_that_has_said_its_last_word_is_not_waited_for(tmp_path):
+    """As one that ends while a thread of it hangs in the kernel, where the kernel shows it as running on."""
+    program = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    program += "int(os.environ['RANK']) or os.write(int(os.environ['BST_LAST_WORD']), b'70\\n'); time.sleep(600)"
+    begun = time.monotonic()
+    ended = local.launch([sys.executable, "-c", program], Share(0, 2, 2, "127.0.0.1", 1))
+    assert (ended.statuses, ended.status, ended.culprit) == ({0: 70}, 70, 0)
+    assert time.monotonic() - begun < 300  # and not for its ten minutes

@@ -17,7 +17,9 @@ import pytest
 from bst_dist.checkpoint.directory import committed, step_of
 from bst_dist.faults import lease
 from bst_dist.faults.lease import LEASE, LeaseError, acquire
-from bst_dist.faults.status import DONE, USER_ERROR
+from bst_dist.faults.status import DONE, FAILED, USER_ERROR
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -94,23 +96,41 @@ def test_a_start_that_was_thought_dead_learns_of_its_successor(tmp_path):
     assert "released" not in (tmp_path / LEASE / "epoch-00000002.json").read_text()
 
 
+BIN = Path(sys.executable).parent
+MPIRUN = ("mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", "2")
+STARTS = {
+    "bst train": [BIN / "bst", "train", "--ranks", "2"],
+    "torchrun": [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "-m", "bst_dist.train"],
+    "torch.distributed.run": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                              "-m", "bst_dist.train"],
+    "mpirun": [BIN / MPIRUN[0], *MPIRUN[1:], sys.executable, "-m", "bst_dist.train"],
+}  # fmt: skip
+"""Ways to start two ranks on this machine. srun is in cluster/test_slurm.py."""
+
+
 @pytest.mark.ranks
-def test_two_trainers_on_one_directory(bst, older):
+@pytest.mark.parametrize("way", STARTS)
+def test_two_trainers_on_one_directory(older, way):
     """The first is stopped in the middle of its run, so that the second finds it alive."""
-    command = [Path(sys.executable).with_name("bst"), "train", "run/recipe.yaml", "--resume", "--run-dir", "run"]
-    first = subprocess.Popen(command, cwd=older.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if not Path(STARTS[way][0]).exists():
+        pytest.skip(f"no {way} on this machine")
+    command = [*STARTS[way], "run/recipe.yaml", "--resume", "--run-dir", "run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+    first = subprocess.Popen(command, cwd=older.parent, **output)
     while not (files := list((older / LEASE).glob("epoch-*.json"))) or not files[0].read_text().endswith("}"):
         assert first.poll() is None, first.communicate()
         time.sleep(0.02)
     rank = json.loads(files[0].read_text())["pid"]
     os.kill(rank, signal.SIGSTOP)
     try:
-        done = bst("train", "run/recipe.yaml", "--resume", "--run-dir", "run")
-        assert done.returncode == USER_ERROR, done.stdout
+        done = subprocess.run(command, cwd=older.parent, timeout=400, **output)
+        # torchrun has a status of its own for whatever its ranks end with.
+        assert done.returncode == (FAILED if "torch" in way else USER_ERROR), done.stdout
         assert f"bst train: run: process {rank} on " in done.stdout
         assert "trains there (epoch 1)" in done.stdout
     finally:
         os.kill(rank, signal.SIGCONT)
-    said, _ = first.communicate(timeout=200)
+    said, _ = first.communicate(timeout=400)
     assert first.returncode == DONE, said
     assert [step_of(path) for path in committed(older)] == [6, 4]

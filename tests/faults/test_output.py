@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bst_dist.faults.output import Lasting, lasting_output
+from bst_dist.faults.output import Lasting
 from bst_dist.faults.status import RESUBMIT
 from bst_dist.train.rundir import read_outcome
 
@@ -24,15 +24,6 @@ def test_what_leads_nowhere_is_no_error_and_all_else_is_as_it_was():
     os.close(reading)
     print("not heard", file=stream, flush=True)
     assert (stream.isatty(), stream.encoding.lower()) == (False, "utf-8")
-
-
-def test_output_lasts_only_while_the_block_runs(capsys):
-    before = sys.stdout
-    with lasting_output():
-        print("said")
-        assert sys.stdout is not before
-    assert sys.stdout is before
-    assert capsys.readouterr().out == "said\n"
 
 
 @pytest.mark.ranks

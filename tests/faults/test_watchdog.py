@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import threading
+import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from torch.distributed import PrefixStore, TCPStore
 
 from bst_dist.faults.config import WatchdogConfig
+from bst_dist.faults.disks import Disks
+from bst_dist.faults.heartbeats import Heartbeat, LocalBoard, StoreBoard, judge, key_of, read, written
+from bst_dist.faults.stacks import RECORDER, STACKS
 from bst_dist.faults.status import HUNG
-from bst_dist.faults.watchdog import STACKS, Heartbeat, Watchdog, judge
+from bst_dist.faults.watchdog import LONGEST_SILENCE_S, Watchdog
 from bst_dist.parallel.phases import Phases
 from bst_dist.train.run import train
 from bst_dist.train.start import Request
@@ -20,31 +27,30 @@ from bst_dist.train.step import Trainer
 
 
 def beat(rank: int, beats: int = 1, entered: int = 5, exchanges: int = 9, phase: str = "backward") -> Heartbeat:
-    return Heartbeat(rank, f"node-{rank}", 100 + rank, beats, 3, phase, entered, "all-reduce", exchanges)
+    return Heartbeat(rank, f"node-{rank}", 100 + rank, beats, 3, phase, entered, "all-reduce", exchanges, 75.0)
 
 
 def later(beats: list[Heartbeat]) -> list[Heartbeat]:
     return [replace(one, beats=one.beats + 1) for one in beats]
 
 
-def test_a_rank_whose_file_stays_the_same_is_silent_and_the_first_other_one_speaks():
+def test_a_rank_whose_heartbeat_stays_the_same_is_silent():
     beats = [beat(0), beat(1), beat(2)]
-    speaker, lines = judge(beats, [beats[0], *later(beats[1:])])
-    assert speaker == 1
+    lines = judge(beats, [beats[0], *later(beats[1:])])
     assert lines[0].startswith("rank 0 on node-0 (pid 100): silent")
     assert "2 of 3 ranks wait" in lines[1]
-    assert judge([beats[0], None], [later(beats[:1])[0], None])[1][0] == "rank 1: silent"
+    assert judge([beats[0], None], [later(beats[:1])[0], None])[0] == "rank 1: silent"
 
 
 def test_the_ranks_that_are_behind_hold_up_the_others():
     in_data, in_exchange = beat(1, entered=4, phase="data"), beat(2, exchanges=7)
     beats = [beat(0), in_data, in_exchange, beat(3)]
-    _, lines = judge(beats, later(beats))
+    lines = judge(beats, later(beats))
     assert [line.partition(":")[0] for line in lines[:2]] == [
         "rank 1 on node-1 (pid 101)",
         "rank 2 on node-2 (pid 102)",
     ]
-    assert "step 3, data" in lines[0]
+    assert "for 75 s in step 3, data" in lines[0]
     assert lines[2].startswith(
         "2 of 4 ranks wait, the first of them in step 3, backward; last exchange begun: all-reduce"
     )
@@ -52,8 +58,15 @@ def test_the_ranks_that_are_behind_hold_up_the_others():
 
 def test_ranks_at_the_same_place_suspect_the_network_and_a_rank_alone_itself():
     beats = [beat(0), beat(1)]
-    assert "does the network let them through" in judge(beats, later(beats))[1][0]
-    assert judge(beats[:1], later(beats[:1]))[1] == [f"{beats[0].name()}: in {beats[0].describe()}"]
+    assert "does the network let them through" in judge(beats, later(beats))[0]
+    assert judge(beats[:1], later(beats[:1])) == [f"{beats[0].name()}: for 75 s in {beats[0].describe()}"]
+
+
+def test_directories_that_do_not_answer_are_named_once_with_their_hosts():
+    beats = [replace(beat(rank), disks={"/runs/a": 40.0 + rank}) for rank in range(6)]
+    assert judge(beats, later(beats))[-1] == (
+        "the file system hangs: /runs/a has not answered for 45 s on node-0, node-1, node-2, node-3 and 2 more hosts"
+    )
 
 
 def test_a_rank_that_moves_between_the_readings_is_only_slow():
@@ -61,53 +74,112 @@ def test_a_rank_that_moves_between_the_readings_is_only_slow():
     assert judge(beats, [*later(beats[:1]), beat(1, beats=2, exchanges=10)]) is None
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_watchdogs_of_several_ranks_agree_on_the_culprit_and_leave_stacks(tmp_path, capfd, frozen):
-    ended = {rank: threading.Event() for rank in (0, 1)}
-    statuses: list[int] = []
+def test_the_watchdog_speaks_before_torch_ends_an_exchange():
+    for limit_s in (1.0, 20.0, WatchdogConfig().limit_s, 7200.0):
+        config = WatchdogConfig(limit_s=limit_s)
+        assert config.exchange_limit_s > config.limit_s + 2 * LONGEST_SILENCE_S
+    assert WatchdogConfig().limit_s + 2 * LONGEST_SILENCE_S < 600  # torch's and DeepSpeed's own limit
+    assert WatchdogConfig(limit_s=0).exchange_limit_s is None
 
-    def end(rank: int, status: int) -> None:
-        statuses.append(status)
-        ended[rank].set()
 
-    phases = [Phases(), Phases()]
-    dogs = [Watchdog(WatchdogConfig(limit_s=0.4), tmp_path, rank, 2, phases[rank], lambda s, r=rank: end(r, s))
-            for rank in (0, 1)]  # fmt: skip
-    with dogs[0], dogs[1]:
+def test_what_is_put_on_a_shared_board_is_read_by_all_and_what_is_not_is_none():
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+    other = TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+    one, two = (StoreBoard(PrefixStore("x", each)) for each in (store, other))
+    one.put(key_of(0), written(beat(0)))
+    assert two.get([key_of(0), key_of(1)])[1] is None
+    two.put(key_of(1), written(beat(1)))
+    assert [*map(read, one.get([key_of(0), key_of(1)]))] == [beat(0), beat(1)]
+    assert read("{") is None
+
+
+class Ends:
+    """What the watchdogs of several ranks end with."""
+
+    def __init__(self, ranks: int) -> None:
+        self.said: dict[int, str] = {}
+        self.statuses: set[int] = set()
+        self.ended = [threading.Event() for _ in range(ranks)]
+
+    def of(self, rank: int):
+        def end(status: int, message: str, stacks: bool = False) -> None:
+            self.statuses.add(status)
+            self.said[rank] = message
+            self.ended[rank].set()
+
+        return end
+
+
+class Deaf(LocalBoard):
+    """A board that stops answering, as the store of a process that stands still."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = threading.Event()
+
+    def put(self, key: str, text: str) -> None:
+        if self.frozen.is_set():
+            threading.Event().wait(60)
+        super().put(key, text)
+
+
+def watch(tmp_path: Path, rank: int, phases: Phases, board: LocalBoard, ends: Ends, limit_s: float = 0.8) -> Watchdog:
+    return Watchdog(WatchdogConfig(limit_s=limit_s), tmp_path, rank, 2, phases, board, Disks(), ends.of(rank))
+
+
+def test_watchdogs_of_several_ranks_agree_on_the_rank_that_is_behind_and_leave_stacks(tmp_path):
+    ends, board, phases = Ends(2), LocalBoard(), [Phases(), Phases()]
+    with watch(tmp_path, 0, phases[0], board, ends), watch(tmp_path, 1, phases[1], board, ends):
         phases[1].enter("forward", step=7)
         phases[0].enter("forward", step=7)
-        phases[1].enter("backward")
-        if frozen:
-            dogs[1]._closed.set()  # its thread ends, as if the process stood still
-        assert ended[0].wait(20)
-        assert frozen or ended[1].wait(20)
-    said = capfd.readouterr().err
-    assert said.count("no rank has moved for") >= 1
-    assert ("rank 1 on" in said) == frozen
-    assert ("silent" in said) == frozen
-    assert ("rank 0 on" in said and "behind the others, in step 7, forward" in said) != frozen
-    assert set(statuses) == {HUNG}
+        phases[0].enter("backward")
+        assert all(ended.wait(60) for ended in ends.ended)
+    assert "bst train: no rank has moved for" in ends.said[0]
+    assert "rank 1 on" in ends.said[0]
+    assert "behind the others, for" in ends.said[0]
+    assert ends.said[1] == ""  # rank 0 has said it
+    assert ends.statuses == {HUNG}
     stacks = (tmp_path / STACKS / "rank-00000.txt").read_text()
     assert "test_watchdogs_of_several_ranks" in stacks
-    assert "no rank has moved for" in stacks
+    assert (tmp_path / STACKS / RECORDER / "rank_1").exists()
+
+
+def test_a_frozen_rank_is_named_by_rank_0_and_a_frozen_rank_0_by_the_others(tmp_path):
+    for frozen in (0, 1):
+        ends, board, phases = Ends(2), LocalBoard(), Phases()
+        board.put(key_of(frozen), written(beat(frozen)))  # its last one
+        with watch(tmp_path, 1 - frozen, phases, board, ends):
+            assert ends.ended[1 - frozen].wait(60)
+        assert f"rank {frozen} on node-{frozen} (pid 10{frozen}): silent" in ends.said[1 - frozen]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_board_that_does_not_answer_stops_nobody_from_ending(tmp_path, rank):
+    ends, board = Ends(2), Deaf()
+    board.put(key_of(0), written(beat(0)))
+    board.put(key_of(1), written(beat(1)))
+    with watch(tmp_path, rank, Phases(), board, ends):
+        time.sleep(0.3)
+        board.frozen.set()
+        assert ends.ended[rank].wait(60)
+    assert ("rank 0 on" in ends.said[1] and "silent" in ends.said[1]) if rank else "does not answer" in ends.said[0]
 
 
 def test_a_rank_that_goes_on_slowly_is_left_alone(tmp_path):
-    ended = threading.Event()
-    phases = Phases()
-    with Watchdog(WatchdogConfig(limit_s=0.5), tmp_path, 0, 1, phases, lambda _: ended.set()):
-        for _ in range(8):
+    ends, board, phases = Ends(1), LocalBoard(), Phases()
+    with Watchdog(WatchdogConfig(limit_s=2), tmp_path, 0, 1, phases, board, Disks(), ends.of(0)):
+        for _ in range(12):
             with phases.exchanging("sum"):
-                assert not ended.wait(0.2)
-    with Watchdog(WatchdogConfig(limit_s=0), tmp_path, 0, 1, phases, lambda _: ended.set()):
-        assert not ended.wait(0.2)
+                assert not ends.ended[0].wait(0.2)
+    with Watchdog(WatchdogConfig(limit_s=0), tmp_path, 0, 1, phases, board, Disks(), ends.of(0)):
+        assert not ends.ended[0].wait(0.2)
 
 
 @pytest.mark.ranks
 def test_a_stopped_process_is_named_by_the_other_rank_which_ends(
     recipe_file, tmp_path, on_ranks, unmeasured, monkeypatch, capfd
 ):
-    recipe = recipe_file(watchdog={"limit_s": 3})
+    recipe = recipe_file(watchdog={"limit_s": 10})
     original = Trainer._accumulate
 
     def stopped(self: Trainer, step: int, *args: object) -> object:
@@ -125,3 +197,5 @@ def test_a_stopped_process_is_named_by_the_other_rank_which_ends(
     assert "it was in step 3, optimizer" not in said
     assert "bst train: no rank has moved for" in said
     assert "_accumulate" in (run / STACKS / "rank-00000.txt").read_text()
+    record = pickle.loads((run / STACKS / RECORDER / "rank_0").read_bytes())
+    assert record["entries"]

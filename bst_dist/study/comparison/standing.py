@@ -7,11 +7,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from bst_dist.faults.watchdog import BEAT_S, HEARTBEATS
+from bst_dist.faults.lease import BEAT_S, LEASE
 from bst_dist.train.rundir import read_outcome
 
-ALIVE_S = 8 * BEAT_S
-"""A rank whose watchdog has written within so long is taken to live."""
+ALIVE_S = 6 * BEAT_S
+"""A start that has written its lease within so long is taken to live."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,13 @@ def standing(run_dir: Path, step: int, steps: int | None) -> Standing:
 
 
 def _beats(run_dir: Path) -> bool:
-    """Whether a watchdog has written lately: opened, because a network file system may tell an old time otherwise."""
-    for path in (run_dir / HEARTBEATS).glob("rank-*.json"):
+    """Whether a start has said lately that it trains here, in a file that is opened, because a network file system may
+    tell an old time otherwise."""
+    for path in (run_dir / LEASE).glob("epoch-*.json"):
         try:
             with path.open() as file:
-                if time.time() - os.fstat(file.fileno()).st_mtime < ALIVE_S:
+                recent = time.time() - os.fstat(file.fileno()).st_mtime < ALIVE_S
+                if recent and '"released": true' not in file.read():
                     return True
         except OSError:
             continue

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from bst_dist.cli import main
-from bst_dist.faults.watchdog import HEARTBEATS
+from bst_dist.faults.lease import LEASE
 from bst_dist.model.lm import LanguageModel
 from bst_dist.report.metrics import FILE
 from bst_dist.study.comparison.command import compare
@@ -158,9 +158,9 @@ def test_where_a_run_stands(pair, outcome, beat_age_s, status):
     if outcome:
         (run_dir / OUTCOME).write_text(json.dumps(outcome))
     if beat_age_s:
-        (run_dir / HEARTBEATS).mkdir()
-        (run_dir / HEARTBEATS / "rank-00000.json").write_text("{}")
-        os.utime(run_dir / HEARTBEATS / "rank-00000.json", (time.time() - beat_age_s,) * 2)
+        (run_dir / LEASE).mkdir()
+        (run_dir / LEASE / "epoch-00000001.json").write_text("{}")
+        os.utime(run_dir / LEASE / "epoch-00000001.json", (time.time() - beat_age_s,) * 2)
     assert outline(run_dir).standing.status == status
 
 
