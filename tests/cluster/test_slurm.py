@@ -226,6 +226,36 @@ def test_what_a_job_asks_for_a_task_is_not_what_all_ranks_of_a_node_get(slurm, t
     assert found == [f"rank {rank} local {rank % 2} devices 0,1 cores {os.cpu_count()}" for rank in range(6)]
 
 
+DIRECT = """#!/bin/sh
+cd {root}
+start() {{
+    srun --overlap -N 2 -n 2 --cpu-bind=none sh -c 'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=0 \\
+        MASTER_ADDR={address} MASTER_PORT='$1' GLOO_SOCKET_IFNAME=eth0 \\
+        exec {python} -m bst_dist.train {recipe} --run-dir {run}'
+}}
+start 29811 &
+until grep -q "}}" {run}/lease/*.json; do sleep 0.5; done
+start 29812
+echo "second start: $?"
+scancel --signal=TERM $SLURM_JOB_ID.0
+wait $!
+echo "first start: $?"
+"""
+
+
+def test_a_second_srun_on_one_run_directory_is_refused_and_told_of_the_first(slurm, recipe, network, tmp_path):
+    """Both without `bst launch`: srun starts the ranks itself, and tells each its place by variables."""
+    log, script, run = tmp_path / "log", tmp_path / "job.sh", tmp_path / "run"
+    script.write_text(DIRECT.format(root=ROOT, address=network.hosts[0], python=sys.executable, recipe=recipe(100_000),
+                                    run=run))  # fmt: skip
+    job = slurm.submit(str(script), log=log)
+    slurm.wait(job, log, timeout_s=600)
+    said = log.read_text()
+    assert "second start: 2" in said, said
+    assert re.search(rf"bst train: {run}: process \d+ on \S+ \(Slurm job {job}, since .* trains there", said), said
+    assert "first start: 75" in said, said
+
+
 # The last test of this file: the node stays lost to the daemons that all of them share.
 def test_a_node_that_loses_its_power_is_left_out(slurm, recipe, network, tmp_path):
     log, script = tmp_path / "log", tmp_path / "job.sh"
