@@ -72,7 +72,7 @@ def show_table(console: Console, recipe: Recipe, device: Accelerator, rows: list
 
 def show_sizes(console: Console, planner: Planner, found: list[Size]) -> None:
     """Memory and time by the size of a slice, and the best one."""
-    console.width = max(console.width, 120)
+    console.width = max(console.width, 150)
     length, chosen = planner.recipe.train.sequence_length, best_size(found)
     console.print(
         f"[bold]{planner.recipe.name}[/], sequences of {length:,} tokens in slices, on {_cluster(planner.cluster)}, "
