@@ -84,6 +84,9 @@ class Recipe(Config):
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     compile: bool = False
     """Run each layer as one compiled graph in training, on CUDA; off by default until it has been run on a GPU."""
+    deterministic: bool = False
+    """Compute the same bits from start to start on a GPU, by kernels that add in a fixed order and are slower. On a CPU
+    training does so anyway."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     branch: BranchConfig | None = None
     """The checkpoint of another run from which this one continues, with its optimizer and data; null: none."""

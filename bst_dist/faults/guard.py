@@ -37,7 +37,7 @@ class RollBack(Exception):
 
 
 class Guard:
-    """Judges each step by its loss before the gradient is complete, and by its gradient before the update."""
+    """Judges each step by its loss and by its gradient."""
 
     def __init__(self, config: GuardConfig, ledger: Ledger, losses: Iterable[float] = ()) -> None:
         """`losses`: of the steps taken so far, in nats; the last of them are what the next one is compared with."""
@@ -52,11 +52,9 @@ class Guard:
         """
         if not math.isfinite(value):
             return self._act(self.config.non_finite, f"the loss is {value}", step, skipped, rate)
-        limit = self._limit()
-        if value > limit and self.config.spike != "ignore":
-            return self._act(
-                self.config.spike, f"the loss jumps to {value:.4f}, above {limit:.4f}", step, skipped, rate
-            )
+        if value > self.limit:
+            cause = f"the loss jumps to {value:.4f}, above {self.limit:.4f}"
+            return self._act(self.config.spike, cause, step, skipped, rate)
         return None
 
     def gradient(self, norm: float, step: int, skipped: int, rate: float) -> Entry | None:
@@ -69,9 +67,10 @@ class Guard:
         """A step was taken, with this loss."""
         self._losses.append(loss)
 
-    def _limit(self) -> float:
-        """The highest loss that is no spike."""
-        if len(self._losses) < self.config.spike_window:
+    @property
+    def limit(self) -> float:
+        """The highest loss with which a step is taken; known before the step, so that a device can compare with it."""
+        if self.config.spike == "ignore" or len(self._losses) < self.config.spike_window:
             return math.inf
         middle = median(self._losses)
         deviation = max(NORMAL * median(abs(loss - middle) for loss in self._losses), LEAST * abs(middle))

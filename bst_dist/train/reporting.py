@@ -33,7 +33,7 @@ def header(start: Start, engine: Engine, ranks: Ranks, compiled: str) -> str:
         "model": f"{layers} layers, width {model.width}, block {model.block}: {size}",
         "ranks": f"{world} ({mesh}), ZeRO-{engine.stage}, {recipe.train.precision}, "
         f"activation checkpointing: {recipe.activation_checkpointing.describe()}, "
-        f"attention: {attention_path(ranks.device)}",
+        f"attention: {attention_path(ranks.device)}" + (", deterministic" if recipe.deterministic else ""),
         "placed": f"rank 0 on {ranks.device}, {ranks.threads} threads, cores {ranks.cores} of {socket.gethostname()}",
         "step": f"{recipe.train.sequences} sequences of {recipe.train.sequence_length:,} = {tokens:,} tokens, "
         f"{micro} a rank",

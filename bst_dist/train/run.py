@@ -26,6 +26,7 @@ from bst_dist.report.performance import Performance
 from bst_dist.report.profiling import Profile
 from bst_dist.train import rundir
 from bst_dist.train.building import build_engine, build_trainer, compiles, identity_of, mesh_of, watched_group
+from bst_dist.train.deterministic import make_deterministic
 from bst_dist.train.evaluation import Evaluate
 from bst_dist.train.objective import Batches
 from bst_dist.train.reporting import header, outcome_of, probes_of, reported, writers_of
@@ -40,7 +41,10 @@ def train(request: Request, ranks: Ranks, notice: Notice | None = None, disks: D
     the status is RESUBMIT. `disks`: is told of the run's directories. Raises UserError on every rank when the run
     cannot start, and when it diverges.
     """
-    start = resolve(load(request), request, ranks.world)
+    recipe = load(request)
+    if recipe.deterministic:
+        make_deterministic()
+    start = resolve(recipe, request, ranks.world)
     ranks.barrier()  # all have looked at the run directory before the first one writes to it
     disks = disks or Disks()
     disks.add([start.run_dir], [Path(url) for url in start.recipe.data.urls() if "://" not in url])

@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bst_dist.activation.edges import edges_in
 from bst_dist.faults.config import GuardConfig
 from bst_dist.faults.guard import Guard, RollBack
-from bst_dist.faults.ledger import Entry, Ledger
+from bst_dist.faults.ledger import Ledger
 from bst_dist.faults.signals import Stop
 from bst_dist.parallel.neighbour import past_of_slice
 from bst_dist.parallel.slices import go_backward
@@ -64,11 +65,12 @@ class Trainer:
         """
         rates = self.engine.set_rates(factor(self.schedule, step, self.config.steps))
         rate = rates["matrices"]
-        (tokens,) = self.ranks.sum([sum(int(part.loss_mask.sum()) for batch in batches for part in slices_of(batch))])
-        loss, text_bytes, held = self._accumulate(step, batches, max(1.0, tokens), rate)
+        gradients = self._accumulate(step, batches)
         self.ranks.phases.enter("optimizer")
         norm = self.engine.update()
-        held = held or self.guard.gradient(norm, step, self.skipped, rate)
+        found = gradients.read()  # here the host waits for the device, as the engine did for the norm
+        tokens, loss = found.tokens, found.nats / max(1.0, found.tokens)
+        held = self.guard.loss(loss, step, self.skipped, rate) or self.guard.gradient(norm, step, self.skipped, rate)
         if held is None:
             self.tokens += int(tokens)
             self.guard.taken(loss)
@@ -81,7 +83,7 @@ class Trainer:
             step=step + 1,
             tokens=self.tokens,
             loss_nats=loss,
-            bits_per_byte=bits_per_byte(loss * max(1.0, tokens), text_bytes),
+            bits_per_byte=bits_per_byte(found.nats, found.text_bytes),
             gradient_norm=norm,
             learning_rate=rate,
             ssm_learning_rate=rates.get("ssm", 0.0),
@@ -91,11 +93,9 @@ class Trainer:
             hfu=self.speed.hfu(tokens / seconds),
         )
 
-    def _accumulate(
-        self, step: int, batches: Sequence[MicroBatch], tokens: float, rate: float
-    ) -> tuple[float, float, Entry | None]:
-        """Gradients of all micro-batches; the loss in nats per token, the bytes of text, why the step is held back."""
-        gradients = _Gradients(self, step, tokens, rate)
+    def _accumulate(self, step: int, batches: Sequence[MicroBatch]) -> _Gradients:
+        """Gradients of all micro-batches; nothing here waits for the device."""
+        gradients = _Gradients(self, step, batches)
         for index, batch in enumerate(batches):
             slices = slices_of(batch)
             earlier = self._earlier(index)
@@ -104,7 +104,7 @@ class Trainer:
             if earlier is not None:
                 position = earlier.position + self.config.sequence_length
                 self.carried[index] = {"rows": slices[0].rows.tolist(), "position": position, "state": left}
-        return gradients.nats / tokens, gradients.text_bytes, gradients.held
+        return gradients
 
     def _earlier(self, index: int) -> EarlierCall | None:
         """What the same rows as this step's micro-batch `index` left in the step before; None if nothing is carried."""
@@ -117,30 +117,59 @@ class Trainer:
         return self.engine.module.carry(state, before["position"])
 
 
+class _Found(NamedTuple):
+    """Sums of a step over all ranks."""
+
+    nats: float
+    """Of all labels that count."""
+    text_bytes: float
+    """That these labels stand for."""
+    wishes: float
+    """Ranks that were told to stop."""
+    tokens: float
+    """Labels that count."""
+
+
 class _Gradients:
     """The gradients of one step as they come together, slice by slice and micro-batch by micro-batch.
 
     DeepSpeed averages over ranks: with a factor of world / tokens the gradient is that of the mean over all tokens.
     A step that is held back goes backward as infinite: what DeepSpeed does with an infinite gradient in any stage,
-    with whatever it has accumulated, is to drop it.
+    with whatever it has accumulated, is to drop it. Whether it is held back is decided on the device, by the guard's
+    limit, so that the host can queue the backward pass while the forward pass runs.
     """
 
-    def __init__(self, trainer: Trainer, step: int, tokens: float, rate: float) -> None:
-        self.trainer, self.step, self.tokens, self.rate = trainer, step, tokens, rate
-        self.scale = trainer.ranks.world / tokens
+    def __init__(self, trainer: Trainer, step: int, batches: Sequence[MicroBatch]) -> None:
+        self.trainer, self.step = trainer, step
+        count = sum(int(part.loss_mask.sum()) for batch in batches for part in slices_of(batch))
+        self.tokens = trainer.ranks.add_up(self._number(count))
         self.sums = torch.zeros(2, dtype=torch.float64, device=trainer.ranks.device)
-        self.nats = self.text_bytes = 0.0
-        self.held: Entry | None = None
-        """Why the step is held back."""
+        """This rank's nats and bytes of text."""
+        self.scale = trainer.ranks.world / self.tokens.clamp(min=1)
+        self._found: Tensor | None = None
 
     def judge(self) -> None:
-        """All losses of the step are there: sum them over ranks, and ask the guard."""
+        """All losses of the step are there: sum them over ranks, and hold the step back if the loss is no good."""
         trainer = self.trainer
-        self.nats, self.text_bytes, wishes = trainer.ranks.sum([*self.sums.tolist(), trainer.stop.wish])
-        trainer.stop.learn(wishes)
-        self.held = trainer.guard.loss(self.nats / self.tokens, self.step, trainer.skipped, self.rate)
-        if self.held:
-            self.scale = math.inf
+        sums = trainer.ranks.add_up(torch.cat((self.sums, self._number(trainer.stop.wish))))
+        self._found = torch.cat((sums, self.tokens))
+        loss = sums[:1] / self.tokens.clamp(min=1)
+        good = loss.isfinite() & (loss <= trainer.guard.limit)
+        self.scale = self.scale.masked_fill(~good, math.inf)
+
+    def scaled(self, total: Tensor) -> Tensor:
+        """A slice's loss, summed over its labels, as it goes backward."""
+        return total * self.scale.squeeze(0).to(total.dtype)
+
+    def read(self) -> _Found:
+        """The step's sums, once the device has them; the ranks learn whether one of them was told to stop."""
+        found = _Found(*self._found.tolist())
+        self.trainer.stop.learn(found.wishes)
+        return found
+
+    def _number(self, value: float) -> Tensor:
+        """(1,) float64 on the device, by a kernel's argument: a copy from the host would wait for the device."""
+        return torch.full((1,), float(value), dtype=torch.float64, device=self.trainer.ranks.device)
 
 
 class _MicroBatch:
@@ -167,7 +196,7 @@ class _MicroBatch:
         self.gradients.sums += sum_of_batch(losses, inputs, self.trainer.token_bytes)
         if self.last and s == 0:
             self.gradients.judge()
-        return losses.total * self.gradients.scale
+        return self.gradients.scaled(losses.total)
 
     def backward(self, s: int, loss: Tensor) -> None:
         self.trainer.ranks.phases.enter("backward")
@@ -207,10 +236,15 @@ def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
     """What the model is called with, from one micro-batch: (b, l) ids, labels and mask, (b, l / W) starts."""
     names = ("input_ids", "labels", "loss_mask", "starts")
     arrays = {name: getattr(batch, name) for name in names}
-    return {
-        name: None if array is None else torch.from_numpy(array).to(device, non_blocking=True)
-        for name, array in arrays.items()
-    }
+    return {name: None if array is None else to_device(array, device) for name, array in arrays.items()}
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on the device; to a GPU through pinned memory, since any other copy waits for what the GPU does."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def sum_of_batch(losses: Any, inputs: dict[str, Any], token_bytes: Tensor) -> Tensor:
@@ -228,5 +262,5 @@ def _with_starts(inputs: dict[str, Any], batch: Batch, block: int) -> Tensor:
     starts = inputs["starts"]
     if starts is None:
         starts = torch.zeros(rows, length // block, dtype=torch.bool, device=inputs["input_ids"].device)
-    first = torch.from_numpy(~batch.continues & (batch.begin == 0)).to(starts.device)
+    first = to_device(~batch.continues & (batch.begin == 0), starts.device)
     return torch.cat((starts[:, :1] | first[:, None], starts[:, 1:]), dim=1)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from bst_dist.model.config import LayerConfig, within_block
 from bst_dist.model.roles import Linear
-from bst_dist.model.ssm.selective import CausalConvolution, Decays
+from bst_dist.model.ssm.selective import CausalConvolution, Decays, running_sum
 from bst_dist.parallel.past import Past
 
 
@@ -40,7 +40,7 @@ class DeltaRule(Decays):
         q, k, v, log_a, b = (
             one.unflatten(1, (-1, chunk)).transpose(2, 3) for one in (q, k, v, log_a, gates[:, :, 1].sigmoid())
         )  # (B, m, H, T, *)
-        sums = log_a.cumsum(-1)
+        sums = running_sum(log_a)
         later = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1)
         decays = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()  # (B, m, H, T, T)
         b, kept = b.unsqueeze(-1), sums.exp().unsqueeze(-1)

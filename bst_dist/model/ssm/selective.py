@@ -25,6 +25,14 @@ from bst_dist.model.roles import Linear, Role
 from bst_dist.parallel.past import Past
 
 
+def running_sum(x: Tensor) -> Tensor:
+    """Of the entries up to each, over the last dimension: (..., T) -> (..., T).
+
+    As a product with a triangle of ones, for torch's cumsum adds in no fixed order on CUDA.
+    """
+    return x @ x.new_ones(x.shape[-1], x.shape[-1]).triu()
+
+
 class Decays(nn.Module):
     """The dynamics of H heads whose decay depends on the token."""
 
@@ -55,7 +63,7 @@ class Selective(Decays):
             one.unflatten(1, (-1, chunk)) for one in (x * dt.unsqueeze(-1), -dt * self.log_decay.exp(), b, c)
         )
         x, log_a, c = x.transpose(2, 3), log_a.transpose(2, 3), c.transpose(2, 3)  # (B, m, H, T, P), (B, m, H, T), ...
-        sums = log_a.cumsum(-1)  # of the logarithms of all decays of the chunk so far
+        sums = running_sum(log_a)  # of the logarithms of all decays of the chunk so far
         to_end = (sums[..., -1:] - sums).exp().unsqueeze(-1)  # (B, m, H, T, 1)
         ends = b.transpose(2, 3).unsqueeze(2) @ (x * to_end)  # (B, m, H, N, P): what a chunk alone leaves behind
         entering = self._entering(ends, sums[..., -1].exp()[..., None, None], past, starts)

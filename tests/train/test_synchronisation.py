@@ -1,0 +1,196 @@
+"""Nothing between the data and the optimizer's step waits for the device: it computes while the host queues more. And
+nothing in it is an operation that CUDA has in no fixed order alone, which `deterministic: true` would refuse.
+
+Tensors on the meta device stand for those of a GPU: to ask one for its value is an error, and copies between host and
+device are seen. The step under DeepSpeed is counted on the CPU, where questions for values are answered, and counted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bst_dist.model import attention, flex
+from bst_dist.model.config import ModelConfig
+from bst_dist.model.lm import LanguageModel
+from bst_dist.parallel.phases import Phases
+from bst_dist.plan.activations import _fused_attention
+from bst_dist.report.utilisation import Speed
+from bst_dist.train import step
+from bst_dist.train.config import ScheduleConfig, TrainConfig
+from bst_dist.train.engine import Engine
+from bst_dist.train.step import Trainer
+from data_pipeline.serve.batch import Batch
+
+BLOCK, LENGTH, ROWS, VOCABULARY = 16, 64, 2, 31
+
+MODELS: dict[str, dict[str, Any]] = {
+    "sliding": {"mixer": "sliding"},
+    "RoPE": {"mixer": "sliding", "attention": {"position": "rope"}},
+    "SH": {"mixer": "bst"},
+    "SH previous": {"mixer": "bst", "context": {"attend": "previous"}},
+    "MH": {"mixer": "bst", "context": {"variant": "MH"}},
+    "MF": {"mixer": "bst", "context": {"variant": "MF", "states": 3}},
+    "SH ssd": {"mixer": "bst", "ssm": {"kernel": "ssd", "head": 4}},
+    "SH DPLR": {"mixer": "bst", "ssm": {"kernel": "s4-dplr"}},
+    "SH hyena": {"mixer": "bst", "ssm": {"kernel": "hyena", "length": LENGTH}},
+    "MF explicit": {"mixer": "bst", "context": {"variant": "MF", "states": 3},
+                    "ssm": {"kernel": "explicit", "length": LENGTH}},
+    "without cross": {"mixer": "bst-no-cross"},
+    "Transformer-XL": {"mixer": "transformer-xl", "transformer_xl": {"window": 32}},
+    "Block-Recurrent": {"mixer": "block-recurrent", "block_recurrent": {"states": 8}},
+    "GSS": {"mixer": "gss"},
+    "pure SSM": {"mixer": "ssm"},
+    "Mamba-2": {"mixer": "mamba2", "mamba2": {"head": 8}},
+    "Gated DeltaNet": {"mixer": "gated-deltanet"},
+}  # fmt: skip
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations for which a host waits for its device, and those without a fixed order of sums."""
+
+    READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive")
+    UNORDERED = ("histc", "put_", "kthvalue", "median", "nll_loss_forward", "scatter_reduce", "bincount")
+    """Of `torch.use_deterministic_algorithms`'s list, what a model could come to use; and sums of floats so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in (*self.READS, *self.UNORDERED) or (name == "cumsum" and args[0].is_floating_point()):
+            self.found[name] += 1
+        if name in ("_to_copy", "copy_"):
+            devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
+            if len(devices) > 1:
+                self.found[f"copy between {' and '.join(sorted(devices))}"] += 1
+        return out
+
+
+class FakeEngine:
+    """The model itself, its gradients summed by autograd."""
+
+    stage = 2
+
+    def __init__(self, model: LanguageModel, waits: Waits) -> None:
+        self.module, self.waits, self.before_update = model, waits, Counter()
+
+    def set_rates(self, factor: float) -> dict[str, float]:
+        return {"matrices": factor}
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self.module(*inputs, **named)
+
+    def accumulate(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+
+    def update(self) -> float:
+        self.before_update = self.waits.found.copy()
+        raise StopIteration  # what follows reads the step's sums
+
+
+def batch(isolated: bool) -> Batch:
+    ids = np.ones((ROWS, LENGTH), np.int64)
+    starts = np.zeros((ROWS, LENGTH // BLOCK), bool)
+    rows = {"rows": np.arange(ROWS), "epochs": np.zeros(ROWS, np.int64), "continues": np.zeros(ROWS, bool)}
+    return Batch(ids, ids, ids > 0, starts=starts if isolated else None, corpora=rows["rows"], pieces=None, begin=0,
+                 **rows)  # fmt: skip
+
+
+@pytest.fixture
+def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fresh(array: np.ndarray, device: torch.device) -> Tensor:  # pinned memory needs a driver
+        return torch.zeros(array.shape, dtype=torch.from_numpy(array).dtype, device=device)
+
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)  # torch knows none on the meta device
+    monkeypatch.setattr(torch, "autocast", lambda *device, **settings: nullcontext())
+    monkeypatch.setattr(attention, "sliding_attention", _fused_attention)
+    monkeypatch.setattr(step, "to_device", fresh)
+
+
+@pytest.mark.usefixtures("on_meta")
+@pytest.mark.parametrize("isolated", [False, True], ids=["joined", "isolated"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_on_a_gpu_waits_for_nothing_and_has_an_order_before_the_update(name: str, isolated: bool) -> None:
+    if isolated and ("hyena" in name or "explicit" in name):
+        pytest.skip("filters refuse isolated documents")
+    settings = {"width": 16, "heads": 2, "ffn": 16, "block": BLOCK, "depth": 1, "vocab_size": VOCABULARY}
+    model = LanguageModel(ModelConfig(**settings | MODELS[name]))
+    with torch.device("meta"), Waits() as waits:
+        engine = FakeEngine(model.to("meta"), waits)
+        ranks = SimpleNamespace(device=torch.device("meta"), world=1, phases=Phases(), add_up=lambda x: x)
+        config = TrainConfig(steps=1, sequence_length=LENGTH, sequences=2 * ROWS, micro_sequences=ROWS)
+        token_bytes = torch.ones(VOCABULARY, dtype=torch.long)
+        trainer = Trainer(config, ScheduleConfig(), engine, ranks, token_bytes, Speed(1.0, 1.0))
+        waits.found.clear()
+        with pytest.raises(StopIteration):
+            trainer.step(0, [batch(isolated)] * 2, time.perf_counter())
+        assert all(p.grad is not None for p in engine.module.parameters() if p.requires_grad) or "cross" in name
+        assert engine.before_update == {}
+
+
+def test_what_flex_attention_is_told_and_the_bias_gradient_wait_for_nothing() -> None:
+    with torch.device("meta"), Waits() as waits:
+        q = k = v = torch.zeros(2, 2, 256, 8)
+        begin, bias, lse = torch.zeros(2, 256, dtype=torch.int32), torch.zeros(2, 129), torch.zeros(2, 2, 256)
+        flex.visited_tiles(flex.Band(256, 256, 128, True), torch.device("meta"), begin)
+        flex.bias_gradient(q, q, bias, q, k, v, lse, begin, flex.Settings(128, True, 128))
+        assert waits.found == {}
+
+
+def test_a_wait_is_seen() -> None:
+    with torch.device("meta"), Waits() as waits:
+        torch.zeros(3, device="cpu").to("meta")
+        assert waits.found == {"copy between cpu and meta": 1}
+    with Waits() as waits:
+        float(torch.ones(()) + 1)
+        assert waits.found == {"_local_scalar_dense": 1}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_waits_for_nothing_before_its_own_step(
+    stage: int, recipe_file: Callable[..., Any], on_ranks: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bst_dist.config import load_recipe
+    from bst_dist.verify.step import distributed_step
+
+    # A carried past makes it two steps: in the first, ZeRO-3 compares with other ranks what it will gather, and waits.
+    changes = {"train": {"micro_sequences": 2, "carry": True}, "data": {"mode": "streaming"}}
+    recipe = load_recipe(recipe_file(deepspeed=f"ds_configs/zero{stage}.json", **changes), ["model.vocab_size=320"])
+
+    def one_step(ranks: Any) -> dict[str, int]:
+        found: dict[str, int] = {}
+        with Waits() as waits:
+            begin, update = Trainer.step, Engine.update
+
+            def counted(self: Trainer, *args: Any) -> Any:
+                waits.found.clear()
+                return begin(self, *args)
+
+            def recorded(self: Engine) -> float:
+                found.clear()
+                found.update(waits.found)
+                return update(self)
+
+            monkeypatch.setattr(Trainer, "step", counted)
+            monkeypatch.setattr(Engine, "update", recorded)
+            monkeypatch.setattr("bst_dist.verify.step.Recorded.update", recorded)
+            monkeypatch.setattr("bst_dist.verify.step.Recorded.gradients", {}, raising=False)
+            distributed_step(recipe, ranks, None)
+        return found
+
+    assert on_ranks(1, one_step) == [{}]
