@@ -18,6 +18,12 @@ from bst_dist.model.parametrisation import Scale
 from bst_dist.model.roles import Role, roles_of
 from bst_dist.parallel.past import EarlierCall, Past, State
 
+LAST_GAIN = 0.5
+"""Size of the last norm's gains at first; their signs are drawn. The stream begins as little more than the token's own
+embedding, N(0, 1), whose product with itself is the logit √D: with one sign the model would begin by predicting that
+each token repeats itself. With drawn signs that product is a sum of terms of both signs, of order one at any width, and
+the first loss is ln V and an eighth of a nat."""
+
 
 class Losses(NamedTuple):
     """What a forward pass with labels returns."""
@@ -46,6 +52,8 @@ class LanguageModel(nn.Module):
         """Activation checkpointing: called as ``checkpoint(layer, *inputs)`` in place of ``layer(*inputs)``."""
         for layer in self.layers:
             layer.initialize(config.parametrisation.initial_depth(config.depth))
+        with torch.no_grad():
+            self.norm.weight.copy_(LAST_GAIN * (2 * torch.randint(2, self.norm.weight.shape) - 1))
 
     def forward(
         self,

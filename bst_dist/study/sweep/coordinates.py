@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bst_base.files import write_text
 from bst_dist.model.lm import LanguageModel
+from bst_dist.model.ssm.kernels import KERNELS
 from bst_dist.study.report.words import plain
 from bst_dist.study.statistics import Equality, Estimate, equality, mean
 from bst_dist.train.config import OptimizerConfig
@@ -131,11 +132,15 @@ def repeat_kernels(wide: LanguageModel, narrow: LanguageModel) -> None:
     The gains of channels differ so widely that a few draws say little: a root mean square over the eight channels of
     one model and the sixty-four of another would differ by more than what is looked for.
     """
-    kernels = ([module for module in model.modules() if hasattr(module, "dynamics")] for model in (wide, narrow))
+    kernels = ([module for module in model.modules() if _is_kernel(module)] for model in (wide, narrow))
     with torch.no_grad():
         for many, few in zip(*kernels, strict=True):
             for p, q in zip(many.parameters(), few.parameters(), strict=True):
                 p.copy_(q.repeat(*(a // b for a, b in zip(p.shape, q.shape, strict=True))))
+
+
+def _is_kernel(module: nn.Module) -> bool:
+    return isinstance(module, tuple(KERNELS.values()))
 
 
 def changes_of(model: LanguageModel, optimizer: OptimizerConfig, ids: Tensor, steps: int) -> dict[str, float]:
@@ -191,7 +196,7 @@ def _kind(name: str, module: nn.Module, last: str) -> str | None:
             return "stream" if place == last else None
         case ["layers", _, ("mixer" | "ffn") as part]:
             return part
-    return "ssm" if hasattr(module, "dynamics") else None
+    return "ssm" if _is_kernel(module) else None
 
 
 def _keep(seen: dict[str, list[Tensor]], kind: str, out: object) -> None:
