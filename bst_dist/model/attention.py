@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_dist.model.config import AttentionConfig
+from bst_dist.model.config import AttentionConfig, LayerConfig
 from bst_dist.model.flex import flex_sliding_attention
 from bst_dist.model.fused_tiles import fused_sliding_attention, fused_tile
 from bst_dist.model.roles import Linear
@@ -62,14 +62,14 @@ class DistanceBias(nn.Module):
 
 
 class SlidingAttention(nn.Module):
-    """Causal self-attention over the W positions up to each token's own: (B, l, D) -> (B, l, D), heads concatenated."""
+    """Causal self-attention over the W positions up to each token's own: (B, l, D) -> (B, l, H dh)."""
 
-    def __init__(self, width: int, heads: int, window: int, config: AttentionConfig):
+    def __init__(self, config: LayerConfig, window: int):
         super().__init__()
-        self.heads, self.window, self.config = heads, window, config
-        self.qkv = Linear(width, 3 * width)
-        self.scale = nn.Parameter(torch.full((heads,), math.sqrt(width // heads)))
-        self.bias = DistanceBias(heads, config) if config.position == "t5" else None
+        self.heads, self.window, self.config = config.heads, window, config.attention
+        self.qkv = Linear(config.width, 3 * config.inner)
+        self.scale = nn.Parameter(torch.full((self.heads,), math.sqrt(config.head)))
+        self.bias = DistanceBias(self.heads, self.config) if self.config.position == "t5" else None
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
         """`starts` (B, l / W) marks blocks that see nothing before them."""
@@ -98,7 +98,7 @@ class Documents(NamedTuple):
     """Which document each key belongs to."""
 
     number: Tensor
-    """(B, p + l) int, growing along a row."""
+    """(B, p + l) int32, growing along a row."""
     kinds: int
     """Documents that can meet in one window: numbers modulo this tell them apart."""
 
@@ -115,7 +115,7 @@ def documents_of(starts: Tensor, length: int, keys: int, window: int) -> Documen
     first block begins one.
     """
     block = length // starts.shape[1]
-    number = F.pad(starts.cumsum(1).repeat_interleave(block, dim=1), (keys - length, 0))
+    number = F.pad(starts.cumsum(1, dtype=torch.int32).repeat_interleave(block, dim=1), (keys - length, 0))
     return Documents(number, min(-(-window // block), starts.shape[1]) + 1)
 
 
@@ -129,7 +129,7 @@ def documents_further_back(starts: Tensor, past: Past, length: int, keys: int, w
     begin = torch.where(starts, places, -1).repeat_interleave(block, dim=1)  # -1: where the block before it does
     begin = past.extend("documents", begin, before=window)
     begin = F.pad(begin, (keys - begin.shape[1], 0), value=-1).cummax(dim=1).values
-    number = F.pad(begin.diff(dim=1) > 0, (1, 0)).cumsum(1)
+    number = F.pad(begin.diff(dim=1) > 0, (1, 0)).cumsum(1, dtype=torch.int32)
     return Documents(number, -(-window // block) + 1)
 
 
@@ -189,7 +189,7 @@ def separate_documents(q: Tensor, k: Tensor, documents: Documents) -> tuple[Tens
 
     A query's channel of its own kind meets 0 in keys of that kind, and -HIDDEN in all others.
     """
-    kind = F.one_hot(documents.number % documents.kinds, documents.kinds)  # (B, p + l, kinds)
+    kind = F.one_hot((documents.number % documents.kinds).long(), documents.kinds)  # (B, p + l, kinds)
     own, other = kind[:, k.shape[1] - q.shape[1] :], (1 - kind) * -int(HIDDEN)
     return torch.cat((q, _for_heads(own, q)), dim=-1), torch.cat((k, _for_heads(other, k)), dim=-1)
 

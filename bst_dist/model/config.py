@@ -285,7 +285,10 @@ class LayerConfig(Config):
     width: int = Field(ge=1, le=2**20)
     """Model width D."""
     heads: int = Field(ge=1, le=2**16)
-    """Attention heads H; must divide the width."""
+    """Attention heads H; must divide the width, unless head_width is given."""
+    head_width: int | None = Field(None, ge=1, le=2**20)
+    """Width of a head, dh; None: width / heads. Given, heads x head_width need not be the width: the paper's large
+    model has 16 heads of 128 at a width of 1024."""
     ffn: int = Field(ge=1, le=2**22)
     """Width M of the feed-forward network."""
     block: int = Field(ge=1, le=2**20)
@@ -302,15 +305,25 @@ class LayerConfig(Config):
 
     @model_validator(mode="after")
     def _layer_fits(self) -> LayerConfig:
-        if self.width % self.heads:
-            raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
-        if self.attention.position == "rope" and self.width // self.heads % 2:
-            raise ValueError(f"rope needs an even head width, got width/heads = {self.width // self.heads}")
+        if self.head_width is None and self.width % self.heads:
+            raise ValueError(f"heads ({self.heads}) must divide width ({self.width}), or head_width must be given")
+        if self.attention.position == "rope" and self.head % 2:
+            raise ValueError(f"rope needs an even head width, got {self.head}")
         for section in ("ssm", "mamba2", "gated_deltanet"):
             settings = getattr(self, section)
             if self.block % within_block(settings, self.block).chunk:
                 raise ValueError(f"{section}.chunk ({settings.chunk}) must divide block ({self.block})")
         return self
+
+    @property
+    def head(self) -> int:
+        """Width of a head, dh."""
+        return self.head_width or self.width // self.heads
+
+    @property
+    def inner(self) -> int:
+        """Width of all heads together, H dh."""
+        return self.heads * self.head
 
     def mixers(self) -> list[str]:
         """The mixer of each layer; which ones is said by the model."""
@@ -337,7 +350,7 @@ class ModelConfig(LayerConfig):
     mixer: Literal[tuple(MIXER_SECTIONS)]  # type: ignore[valid-type]
     """The layer under study."""
     placement: list[int] | Literal["all"] = "all"
-    """Where `mixer` stands, counted from 0 (the paper's small model: [1, 7, 9] of 12)."""
+    """Where `mixer` stands, counted from 0: [1, 7, 9] are the 2nd, 8th and 10th layer."""
     filler: Literal[tuple(MIXER_SECTIONS)] = "sliding"  # type: ignore[valid-type]
     """The layer everywhere else."""
     parametrisation: ParametrisationConfig = StandardConfig()

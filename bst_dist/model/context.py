@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bst_dist.model.attention import unit
-from bst_dist.model.config import ContextConfig, KernelConfig
+from bst_dist.model.config import LayerConfig
 from bst_dist.model.roles import Linear, Role
 from bst_dist.model.ssm.kernels import build_kernel
 from bst_dist.parallel.past import Past
@@ -37,14 +37,14 @@ class StreamContext(nn.Module):
     the states are grouped by the block that sees them, (B, nb, W, H, dh).
     """
 
-    def __init__(self, width: int, heads: int, block: int, config: ContextConfig, ssm: KernelConfig):
+    def __init__(self, config: LayerConfig):
         super().__init__()
-        channels = config.width(width)
-        self.block, self.attend = block, config.attend
-        self.ssm = build_kernel(channels, heads if config.variant == "MH" else 1, ssm, block)
+        heads, channels = config.heads, config.context.width(config.width)
+        self.block, self.attend = config.block, config.context.attend
+        self.ssm = build_kernel(channels, heads if config.context.variant == "MH" else 1, config.ssm, config.block)
         self.passage = Passage()
         # Straight from Ds to each head: lifting to D first and projecting then is the same class of functions.
-        self.key_value = nn.Parameter(torch.randn(heads, channels, 2 * width // heads) / math.sqrt(channels))
+        self.key_value = nn.Parameter(torch.randn(heads, channels, 2 * config.head) / math.sqrt(channels))
         self.roles = {"key_value": Role.MATRIX}
 
     def forward(self, z: Tensor, past: Past, starts: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -75,16 +75,16 @@ class StreamContext(nn.Module):
 class FilterContext(nn.Module):
     """MF: keys and values of S filters' outputs at the end of the block before; -> (B, nb, S, H, dh) each."""
 
-    def __init__(self, width: int, heads: int, block: int, config: ContextConfig, ssm: KernelConfig):
+    def __init__(self, config: LayerConfig):
         super().__init__()
-        channels = config.width(width)
-        self.block, self.heads = block, heads
+        channels, states = config.context.width(config.width), config.context.states
+        self.block, self.heads = config.block, config.heads
         # Each filter has dynamics of its own: S read-outs of one N-dimensional state have rank N at most.
-        self.ssm = build_kernel(channels, config.states, ssm, block, own_dynamics=True)
+        self.ssm = build_kernel(channels, states, config.ssm, config.block, own_dynamics=True)
         self.passage = Passage()
-        self.identity = nn.Parameter(torch.randn(config.states, channels) * 0.02)
-        self.initial = nn.Parameter(torch.randn(config.states, channels) * 0.02)
-        self.key_value = Linear(channels, 2 * width)
+        self.identity = nn.Parameter(torch.randn(states, channels) * 0.02)
+        self.initial = nn.Parameter(torch.randn(states, channels) * 0.02)
+        self.key_value = Linear(channels, 2 * config.inner)
 
     def forward(self, z: Tensor, past: Past, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         ends = self.ssm.block_ends(z, self.block, past, starts)  # (B, nb, S, Ds)
@@ -102,21 +102,22 @@ class FilterContext(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of each block's tokens to its context states: (B, l, D), (B, l, Ds) -> (B, l, D)."""
+    """Attention of each block's tokens to its context states: (B, l, D), (B, l, Ds) -> (B, l, H dh)."""
 
-    def __init__(self, width: int, heads: int, block: int, config: ContextConfig, ssm: KernelConfig):
+    def __init__(self, config: LayerConfig):
         super().__init__()
-        self.block, self.heads = block, heads
-        self.query = Linear(width, width)
-        self.scale = nn.Parameter(torch.full((heads,), math.sqrt(width // heads)))
-        self.causal = config.variant != "MF" and config.attend == "current"
-        kind = FilterContext if config.variant == "MF" else StreamContext
-        self.context = kind(width, heads, block, config, ssm)
+        self.block, self.heads = config.block, config.heads
+        self.query = Linear(config.width, config.inner)
+        self.scale = nn.Parameter(torch.full((self.heads,), math.sqrt(config.head)))
+        self.causal = config.context.variant != "MF" and config.context.attend == "current"
+        kind = FilterContext if config.context.variant == "MF" else StreamContext
+        self.context = kind(config)
 
     def forward(self, u: Tensor, z: Tensor, past: Past, starts: Tensor | None) -> Tensor:
         q = unit(self.query(u).unflatten(-1, (self.heads, -1)), self.scale)  # (B, l, H, dh)
         k, v = self.context(z, past, starts)
-        return (self._causal(q, k, v) if self.causal else _whole_blocks(q, k, v)).reshape(u.shape)
+        out = self._causal(q, k, v) if self.causal else _whole_blocks(q, k, v)
+        return out.reshape(*u.shape[:2], -1)
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Each token to the states of its block up to its own; k and v (B, p + l, H, dh), p within the block."""

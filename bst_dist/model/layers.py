@@ -30,8 +30,8 @@ class SlidingMixer(nn.Module):
 
     def __init__(self, config: LayerConfig):
         super().__init__()
-        self.attention = SlidingAttention(config.width, config.heads, config.block, config.attention)
-        self.out = Linear(config.width, config.width, into_stream=True)
+        self.attention = SlidingAttention(config, config.block)
+        self.out = Linear(config.inner, config.width, into_stream=True)
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
         return self.out(self.attention(u, past, starts))
@@ -42,10 +42,10 @@ class BSTMixer(nn.Module):
 
     def __init__(self, config: LayerConfig):
         super().__init__()
-        self.attention = SlidingAttention(config.width, config.heads, config.block, config.attention)
+        self.attention = SlidingAttention(config, config.block)
         self.down = Linear(config.width, config.context.width(config.width))
-        self.cross = CrossAttention(config.width, config.heads, config.block, config.context, config.ssm)
-        self.out = Linear(2 * config.width, config.width, into_stream=True)
+        self.cross = CrossAttention(config)
+        self.out = Linear(2 * config.inner, config.width, into_stream=True)
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
         own = self.attention(u, past.child("self"), starts)

@@ -33,52 +33,53 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 
 
 def _sliding(config: ModelConfig, length: int) -> dict[str, float]:
-    d = config.width
-    return {"projections": 8 * d * d, "attention": 4 * d * _mean_keys(config.block, length)}
+    inner = config.inner
+    return {"projections": 8 * config.width * inner, "attention": 4 * inner * _mean_keys(config.block, length)}
 
 
 def _bst(config: ModelConfig, length: int) -> dict[str, float]:
-    d, context = config.width, config.context
+    d, inner, context = config.width, config.inner, config.context
     channels = context.width(d)
     terms = _sliding(config, length)
-    terms["projections"] += 2 * d * channels + 4 * d * d  # down; second query, wider output
+    terms["projections"] += 2 * d * channels + 4 * d * inner  # down; second query, wider output
     if context.variant == "MF":
         states = context.states
-        terms["context"] = 4 * channels * d * states / config.block
-        terms["cross"] = 4 * d * states
+        terms["context"] = 4 * channels * inner * states / config.block
+        terms["cross"] = 4 * inner * states
         return terms | kernel_ends_flops(config, channels, states, length)
-    terms["context"] = 4 * channels * d
-    terms["cross"] = 4 * d * config.block
+    terms["context"] = 4 * channels * inner
+    terms["cross"] = 4 * inner * config.block
     return terms | kernel_flops(config, channels, config.heads if context.variant == "MH" else 1, length)
 
 
 def _no_cross(config: ModelConfig, length: int) -> dict[str, float]:
     terms = _sliding(config, length)
-    terms["projections"] += 2 * config.width**2  # wider output
+    terms["projections"] += 2 * config.width * config.inner  # wider output
     return terms
 
 
 def _transformer_xl(config: ModelConfig, length: int) -> dict[str, float]:
-    d, window = config.width, config.transformer_xl.window
+    inner, window = config.inner, config.transformer_xl.window
     first, rest = min(window, length), length - min(window, length)
     whole, last = divmod(rest, window)
     scored = _scored(sliding_tiles(first, 0, window)) + whole * _scored(sliding_tiles(window, window, window))
     scored += _scored(sliding_tiles(last, window, window))
-    return {"projections": 8 * d * d, "attention": 4 * d * scored / length}
+    return {"projections": 8 * config.width * inner, "attention": 4 * inner * scored / length}
 
 
 def _full(config: ModelConfig, length: int) -> dict[str, float]:
-    d = config.width
-    return {"projections": 8 * d * d, "attention": 4 * d * _scored(causal_tiles(length, 0)) / length}
+    inner = config.inner
+    scored = _scored(causal_tiles(length, 0))
+    return {"projections": 8 * config.width * inner, "attention": 4 * inner * scored / length}
 
 
 def _block_recurrent(config: ModelConfig, length: int) -> dict[str, float]:
-    d, states, block = config.width, config.block_recurrent.states, config.block
+    d, inner, states, block = config.width, config.inner, config.block_recurrent.states, config.block
     terms = _sliding(config, length)
-    terms["projections"] += 4 * d * d  # second query, wider output
-    terms["cross"] = 4 * d * states
+    terms["projections"] += 4 * d * inner  # second query, wider output
+    terms["cross"] = 4 * inner * states
     token_keys = 2 * block - block * block / length  # the first block has none before it
-    terms["state"] = states / block * (12 * d * d + 4 * d * (states + token_keys))
+    terms["state"] = states / block * (12 * d * inner + 4 * inner * (states + token_keys))
     return terms
 
 
@@ -101,11 +102,13 @@ def _selective(channels: int, state: int, maps: int, chunk: int) -> float:
 
 def _gated_deltanet(config: ModelConfig, length: int) -> dict[str, float]:
     d, own = config.width, within_block(config.gated_deltanet, config.block)
-    values, chunk = own.expand * d, own.chunk
-    projections = 2 * d * (2 * d + 2 * values + 2 * config.heads) + 2 * values * d
-    key = d // config.heads
-    within = 4 * chunk * d + 2 * chunk * values  # keys and queries with keys, and what was written
-    return {"projections": projections, "delta": within + 6 * key * values}  # the triangular solve is not counted
+    keys, values, chunk = config.inner, own.expand * config.inner, own.chunk
+    projections = 2 * d * (2 * keys + 2 * values + 2 * config.heads) + 2 * values * d
+    within = 4 * chunk * keys + 2 * chunk * values  # keys and queries with keys, and what was written
+    return {
+        "projections": projections,
+        "delta": within + 6 * config.head * values,
+    }  # the triangular solve is not counted
 
 
 def _pure_ssm(config: ModelConfig, length: int) -> dict[str, float]:

@@ -40,13 +40,14 @@ def small_buckets(strategy: dict[str, Any]) -> dict[str, Any]:
 
 
 def _model(model: ModelConfig) -> dict[str, Any]:
-    depth = min(model.depth, MOST_LAYERS)
+    depth, heads = min(model.depth, MOST_LAYERS), min(model.heads, HEADS)
     context = model.context.model_dump(mode="json") | {"states": min(model.context.states, STATES)}
     if model.context.ssm_width is not None:
         context["ssm_width"] = max(1, model.context.ssm_width * WIDTH // model.width)
     return {
         "width": WIDTH,
-        "heads": min(model.heads, HEADS),
+        "heads": heads,
+        "head_width": model.head_width and max(2, model.inner * WIDTH // model.width // heads // 2 * 2),
         "ffn": max(1, model.ffn * WIDTH // model.width),
         "block": BLOCK,
         "depth": depth,

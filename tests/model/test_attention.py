@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bst_dist.model.attention import DistanceBias, SlidingAttention, documents_of, rotate, sliding_attention
-from bst_dist.model.config import AttentionConfig
+from bst_dist.model.config import AttentionConfig, LayerConfig
 from bst_dist.parallel.past import Past
 
 
@@ -96,7 +96,7 @@ def test_a_bias_that_far_distances_share_has_the_gradient_of_their_sum(before, v
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_crosses_a_document_start(position, dtype):
     torch.manual_seed(0)
-    attention = SlidingAttention(16, 2, 8, AttentionConfig(position=position))
+    attention = SlidingAttention(LayerConfig(width=16, heads=2, ffn=16, block=8, attention={"position": position}), 8)
     u = torch.randn(1, 40, 16, requires_grad=True)
     starts = torch.tensor([[False, True, False, True, True]])
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):

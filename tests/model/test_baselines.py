@@ -62,6 +62,10 @@ RESETTABLE = {
     "full": {"mixer": "full"},
     "full rope": {"mixer": "full", "attention": {"position": "rope"}},
 }
+# Heads that are together wider than the model: 2 of 12 at a width of 16.
+RESETTABLE |= {f"{name}, wide heads": {**RESETTABLE[name], "head_width": 12}
+               for name in ("SH s4d", "MH s4d", "MF s4d", "previous", "sliding", "transformer-xl rope",
+                            "block-recurrent", "gated-deltanet", "full")}  # fmt: skip
 FILTERS = {
     **bst(CONTEXTS, UNSTRUCTURED),
     "ssm explicit": {"mixer": "ssm", **UNSTRUCTURED["explicit"]},

@@ -35,6 +35,9 @@ CASES = {
     "gated-deltanet": {"mixer": "gated-deltanet", "gated_deltanet": {"chunk": 16}},
     "full": {"mixer": "full"},
 }  # fmt: skip
+CASES |= {f"{name}, wide heads": {**CASES[name], "head_width": 12}
+          for name in ("SH s4d", "MH s4d", "MF s4d", "sliding", "no cross", "transformer-xl", "block-recurrent",
+                       "gated-deltanet", "full")}  # fmt: skip
 
 
 def counted(model, rows):

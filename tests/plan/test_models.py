@@ -66,6 +66,24 @@ def test_a_paper_recipe_is_named_as_its_file_and_says_its_size(path):
     assert recipe.model.unused_sections() == []
     layers = recipe.model.mixers()
     assert len(layers) == 12
+    assert recipe.model.head == 128
+    # Counted from 0: the last BST layer stands where Block-Recurrent's one layer does, the 10th of 12.
+    places = {"bst": [1, 5, 7, 9] if path.stem.startswith("large") else [1, 7, 9], "block-recurrent": [9]}
+    kind = recipe.model.mixer.removesuffix("-no-cross")
+    assert kind not in places or recipe.model.placement == places[kind]
+
+
+def test_the_large_models_have_the_papers_shape():
+    """D 1024, M 8192 and heads that are together twice as wide as the model: in units of D², a sliding layer has 8 of
+    attention and 16 of feed-forward network; BST adds 2 of query, 2 of output, 1/4 down, and 1 of keys and values.
+    """
+    d2, vocabulary = 1024**2, 32_000 * 1024
+    for name, expected in {"large-sliding": 12 * 24 * d2, "large-bst-sh": (12 * 24 + 4 * 5.25) * d2}.items():
+        recipe = load_recipe(f"paper/{name}")
+        assert (recipe.model.width, recipe.model.inner, recipe.model.ffn) == (1024, 2048, 8192)
+        found = entry(name, recipe.model, recipe.train.sequence_length)
+        small = found.parameters["ssm"] + found.parameters["norm"] + 12 * 16 * 33 + (4 * 16 if "bst" in name else 0)
+        assert found.total_parameters == expected + vocabulary + small
 
 
 def test_the_command_lists_the_recipe_first_and_every_model(tmp_path, capsys):

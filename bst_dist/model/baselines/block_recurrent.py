@@ -38,7 +38,7 @@ class TokenAttention(SlidingAttention):
     """Sliding attention that also gives the keys and values it used, for the state to attend to."""
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Heads concatenated (B, l, D); normalised keys and values (B, p + l, H, dh) from the block before on."""
+        """Heads concatenated (B, l, H dh); normalised keys and values (B, p + l, H, dh) from the block before on."""
         q, kv = self.qkv(u).unflatten(-1, (3, self.heads, -1)).split((1, 2), dim=2)
         q = unit(q.squeeze(2), self.scale)
         k, v = past.extend_to_blocks("kv", kv, self.window, whole=1).unbind(2)
@@ -55,15 +55,16 @@ class TokenAttention(SlidingAttention):
 class StateCell(nn.Module):
     """The recurrent direction: what a block's tokens attend to in a state, and the state after the block."""
 
-    def __init__(self, width: int, heads: int, states: int):
+    def __init__(self, config: LayerConfig):
         super().__init__()
-        self.heads = heads
+        width, states = config.width, config.block_recurrent.states
+        self.heads = config.heads
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.identity = nn.Parameter(torch.randn(states, width) * 0.1)
-        self.project = Linear(width, 4 * width)  # two queries, one set of keys and values
-        self.self_scale = nn.Parameter(torch.full((heads,), math.sqrt(width // heads)))
-        self.token_scale = nn.Parameter(torch.full((heads,), math.sqrt(width // heads)))
-        self.update = Linear(2 * width, width)
+        self.project = Linear(width, 4 * config.inner)  # two queries, one set of keys and values
+        self.self_scale = nn.Parameter(torch.full((config.heads,), math.sqrt(config.head)))
+        self.token_scale = nn.Parameter(torch.full((config.heads,), math.sqrt(config.head)))
+        self.update = Linear(2 * config.inner, width)
         self.gate = nn.Parameter(torch.ones(width))  # b: at first 0.73 of the state stays
 
     def forward(self, state: Tensor, tokens: Window | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,13 +85,13 @@ class BlockRecurrentMixer(nn.Module):
 
     def __init__(self, config: LayerConfig):
         super().__init__()
-        width, heads, self.block = config.width, config.heads, config.block
-        self.attention = TokenAttention(width, heads, config.block, config.attention)
-        self.query = Linear(width, width)
-        self.scale = nn.Parameter(torch.full((heads,), math.sqrt(width // heads)))
-        self.cell = StateCell(width, heads, config.block_recurrent.states)
+        width, self.block = config.width, config.block
+        self.attention = TokenAttention(config, config.block)
+        self.query = Linear(width, config.inner)
+        self.scale = nn.Parameter(torch.full((config.heads,), math.sqrt(config.head)))
+        self.cell = StateCell(config)
         self.initial = nn.Parameter(torch.randn(config.block_recurrent.states, width) * 0.1)
-        self.out = Linear(2 * width, width, into_stream=True)
+        self.out = Linear(2 * config.inner, width, into_stream=True)
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
         own, k, v = self.attention(u, past.child("self"), starts)
@@ -108,7 +109,7 @@ class BlockRecurrentMixer(nn.Module):
         k, v = (torch.stack(x, dim=1).flatten(0, 1) for x in (keys, values))  # (B nb, S, H, dh)
         q = unit(self.query(u).unflatten(-1, (len(self.scale), -1)), self.scale)
         cross = _attend(q.unflatten(1, (len(keys), -1)).flatten(0, 1), k, v)  # (B nb, W, D)
-        return self.out(torch.cat((own, cross.view(u.shape)), dim=-1))
+        return self.out(torch.cat((own, cross.view(own.shape)), dim=-1))
 
     def _windows(self, k: Tensor, v: Tensor, length: int, past: Past, starts: Tensor | None) -> list[Window | None]:
         """What the state attends to after each block of the slice; None for a block that this slice does not end."""
@@ -130,6 +131,6 @@ class BlockRecurrentMixer(nn.Module):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Unscaled attention, (B, l, H, dh), (B, K, H, dh) twice -> (B, l, D), heads concatenated."""
+    """Unscaled attention, (B, l, H, dh), (B, K, H, dh) twice -> (B, l, H dh)."""
     q, k, v = (x.to(q.dtype).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1).transpose(1, 2).flatten(-2)

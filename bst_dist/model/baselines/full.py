@@ -30,7 +30,7 @@ class LongerThanAllowedError(UserError):
 
 
 class FullAttention(SlidingAttention):
-    """Causal self-attention over everything: (B, l, D) -> (B, l, D), heads concatenated.
+    """Causal self-attention over everything: (B, l, D) -> (B, l, H dh).
 
     On CUDA it is the kernel of sliding attention, with a window as wide as the longest sequence. Elsewhere, with RoPE,
     it is one fused attention call. T5's bias is learned, which that does not differentiate; there, and where documents
@@ -99,8 +99,8 @@ class FullMixer(nn.Module):
 
     def __init__(self, config: LayerConfig):
         super().__init__()
-        self.attention = FullAttention(config.width, config.heads, config.full.longest, config.attention)
-        self.out = Linear(config.width, config.width, into_stream=True)
+        self.attention = FullAttention(config, config.full.longest)
+        self.out = Linear(config.inner, config.width, into_stream=True)
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
         return self.out(self.attention(u, past, starts))

@@ -75,16 +75,16 @@ class DeltaRule(Decays):
 
 
 class GatedDeltaNetMixer(nn.Module):
-    """Gated DeltaNet mixer: (B, l, D) -> (B, l, D); H heads of the model's, K = D / H, V = expand K."""
+    """Gated DeltaNet mixer: (B, l, D) -> (B, l, D); H heads of the model's, K = dh, V = expand K."""
 
     def __init__(self, config: LayerConfig):
         super().__init__()
         settings, width = within_block(config.gated_deltanet, config.block), config.width
         if config.block < settings.convolution - 1:
             raise ValueError(f"gated_deltanet.convolution {settings.convolution} reaches further back than a block")
-        self.heads, self.width, values = config.heads, width, settings.expand * width
-        self.into = Linear(width, 2 * width + values)
-        self.convolution = CausalConvolution(2 * width + values, settings.convolution)
+        self.heads, self.keys, values = config.heads, config.inner, settings.expand * config.inner
+        self.into = Linear(width, 2 * config.inner + values)
+        self.convolution = CausalConvolution(2 * config.inner + values, settings.convolution)
         self.gates = Linear(width, 2 * config.heads)
         self.gate = Linear(width, values)
         self.rule = DeltaRule(config.heads, settings.chunk, settings.dt_min, settings.dt_max)
@@ -93,7 +93,7 @@ class GatedDeltaNetMixer(nn.Module):
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
         mixed = F.silu(self.convolution(self.into(u), past.child("convolution"), starts))
-        sizes = self.width, self.width, mixed.shape[-1] - 2 * self.width
+        sizes = self.keys, self.keys, mixed.shape[-1] - 2 * self.keys
         q, k, v = (one.unflatten(-1, (self.heads, -1)) for one in mixed.to(self.rule.step.dtype).split(sizes, dim=-1))
         q, k = F.normalize(q, dim=-1, eps=1e-6), F.normalize(k, dim=-1, eps=1e-6)
         gates = self.gates(u).unflatten(-1, (2, self.heads))

@@ -19,7 +19,7 @@ from bst_dist.parallel.past import Past
 
 
 class SegmentAttention(SlidingAttention):
-    """Sliding attention in which no gradient crosses from one segment to the one before: (B, l, D) -> (B, l, D)."""
+    """Sliding attention in which no gradient crosses from one segment to the one before: (B, l, D) -> (B, l, H dh)."""
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
         """`starts` (B, l / W) marks blocks that see nothing before them."""
@@ -58,8 +58,8 @@ class TransformerXLMixer(nn.Module):
         window = config.transformer_xl.window
         if window % config.block:
             raise ValueError(f"transformer_xl.window ({window}) must be a multiple of block ({config.block})")
-        self.attention = SegmentAttention(config.width, config.heads, window, config.attention)
-        self.out = Linear(config.width, config.width, into_stream=True)
+        self.attention = SegmentAttention(config, window)
+        self.out = Linear(config.inner, config.width, into_stream=True)
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
         return self.out(self.attention(u, past, starts))

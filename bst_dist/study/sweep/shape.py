@@ -118,6 +118,11 @@ def at_width(base: dict[str, Any], shape: ShapeConfig, width: int, depth: int) -
 
 
 def _model(base: dict[str, Any], shape: ShapeConfig, width: int, ffn: int, depth: int) -> ModelConfig:
+    if base.get("head_width") not in (None, shape.head_width):
+        raise ConfigError(
+            f"model.head_width is {base['head_width']} and shape.head_width {shape.head_width}: leave the first out, "
+            "for a sweep makes wider models of more heads"
+        )
     own = {"width": width, "heads": width // shape.head_width, "ffn": ffn, "depth": depth}
     return parse(ModelConfig, {**base, **own, "placement": places(depth, shape.fraction)}, where="model")
 

@@ -154,7 +154,7 @@ def _fraction(run: Run) -> float:
 
 PROPORTIONS = {
     "the share of layers under study": _fraction,
-    "head width": lambda run: run.recipe.model.width / run.recipe.model.heads,
+    "head width": lambda run: run.recipe.model.head,
     "context width / width": lambda run: (
         run.recipe.model.context.width(run.recipe.model.width) / run.recipe.model.width
     ),
