@@ -2,27 +2,39 @@
 
 1. Every model: losses and all gradients on CUDA in fp32 equal the CPU's in fp64; in bf16 they are near.
 2. The fused attention path equals the tiles, forward and backward, with bias, past and documents.
-3. A few steps of `bst train` with ZeRO-2 on one GPU end well and lower the loss.
+3. With `deterministic: true` gradients are the same bit for bit, a pass waits for nothing, and compiled layers compute
+   what uncompiled ones do.
+4. A few steps of `bst train` with ZeRO-2 on one GPU end well and lower the loss.
 
-It has not been run by its authors, who had no GPU: a failure here may be the test's fault.
+It has not been run by its authors, who had no GPU: a failure here may be the test's fault. BST_REHEARSE_GPU=1 runs it
+on a CPU, by the path that CUDA takes (tests/cuda_path), which shows that the tests themselves run.
 """
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.attention.flex_attention as torch_flex
 
 from bst_dist.model import attention as attention_module
+from bst_dist.model import flex
 from bst_dist.model.attention import documents_of, sliding_attention
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.flex import flex_sliding_attention
 from bst_dist.model.lm import LanguageModel
+from bst_dist.train.deterministic import make_deterministic
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+REHEARSAL = os.environ.get("BST_REHEARSE_GPU") == "1"
+DEVICE = "cpu" if REHEARSAL else "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (REHEARSAL or torch.cuda.is_available()), reason="no CUDA device"),
+]
 
 BLOCK, LENGTH, VOCABULARY = 128, 512, 64
 MODELS = {
@@ -43,9 +55,24 @@ MODELS = {
 
 
 @pytest.fixture(autouse=True)
-def _no_tf32():
+def _as_on_cuda(monkeypatch):
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    if REHEARSAL:
+        monkeypatch.setattr(attention_module, "attention_path", lambda device: "flex")
+        monkeypatch.setattr(torch_flex, "_validate_device", lambda *inputs: None)  # it refuses gradients on a CPU
+        monkeypatch.setattr(flex, "BACKEND", "aot_eager")
+        torch._dynamo.reset()
+        flex._compiled.cache_clear()
+
+
+@pytest.fixture
+def _deterministic():
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    make_deterministic()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def build(name: str) -> tuple[LanguageModel, torch.Tensor, torch.Tensor]:
@@ -71,7 +98,7 @@ def relative_errors(found: list[torch.Tensor], exact: list[torch.Tensor]) -> lis
 def test_fp32_on_the_gpu_equals_fp64_on_the_cpu(name):
     model, ids, labels = build(name)
     exact = gradients(copy.deepcopy(model).double(), ids, labels)
-    found = gradients(model.cuda(), ids.cuda(), labels.cuda())
+    found = gradients(model.to(DEVICE), ids.to(DEVICE), labels.to(DEVICE))
     assert max(relative_errors(found, exact)) < 5e-3  # on a CPU: 2e-3 for Hyena's sines, 1e-6 for all others
 
 
@@ -79,8 +106,8 @@ def test_fp32_on_the_gpu_equals_fp64_on_the_cpu(name):
 def test_bf16_on_the_gpu_is_near(name):
     model, ids, labels = build(name)
     exact = gradients(copy.deepcopy(model).double(), ids, labels)
-    with torch.autocast("cuda", torch.bfloat16):
-        found = gradients(model.cuda(), ids.cuda(), labels.cuda())
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = gradients(model.to(DEVICE), ids.to(DEVICE), labels.to(DEVICE))
     errors = relative_errors(found, exact)
     assert errors[0] < 0.01
     assert sorted(errors)[len(errors) // 2] < 0.05
@@ -90,12 +117,12 @@ def test_bf16_on_the_gpu_is_near(name):
 @pytest.mark.parametrize("with_documents", [False, True])
 def test_the_fused_path_equals_the_tiles(before, with_documents, monkeypatch):
     torch.manual_seed(0)
-    starts = torch.tensor([[False, True, False, True], [True, False, False, False]], device="cuda")
+    starts = torch.tensor([[False, True, False, True], [True, False, False, False]], device=DEVICE)
     documents = documents_of(starts, LENGTH, before + LENGTH, BLOCK) if with_documents else None
     shapes = (LENGTH, before + LENGTH, before + LENGTH)
-    inputs = [torch.randn(2, n, 2, 64, device="cuda", requires_grad=True) for n in shapes]
-    bias = torch.randn(2, BLOCK + 1, device="cuda", requires_grad=True)
-    weight = torch.randn(2, LENGTH, 2, 64, device="cuda")
+    inputs = [torch.randn(2, n, 2, 64, device=DEVICE, requires_grad=True) for n in shapes]
+    bias = torch.randn(2, BLOCK + 1, device=DEVICE, requires_grad=True)
+    weight = torch.randn(2, LENGTH, 2, 64, device=DEVICE)
     begin = None if documents is None else documents.begin(LENGTH)
     fused = flex_sliding_attention(*inputs, BLOCK, bias, True, begin)
     monkeypatch.setattr(attention_module, "attention_path", lambda device: "tiles")
@@ -106,6 +133,44 @@ def test_the_fused_path_equals_the_tiles(before, with_documents, monkeypatch):
     assert max(relative_errors([g.cpu().double() for g in found], [g.cpu().double() for g in exact])) < 1e-3
 
 
+@pytest.mark.usefixtures("_deterministic")
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_the_same_bit_for_bit_in_deterministic_mode(name):
+    model, ids, labels = build(name)
+    model, ids, labels = model.to(DEVICE), ids.to(DEVICE), labels.to(DEVICE)
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            found.append(gradients(model, ids, labels))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.skipif(REHEARSAL, reason="asks CUDA")
+@pytest.mark.parametrize("name", MODELS)
+def test_a_pass_waits_for_nothing(name):
+    model, ids, labels = build(name)
+    model, ids, labels = model.cuda(), ids.cuda(), labels.cuda()
+    model(ids, labels).total.backward()  # the first pass compiles, and sets up libraries
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(ids, labels).total.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["sliding RoPE", "SH", "MF", "Block-Recurrent"])
+def test_compiled_layers_compute_what_uncompiled_ones_do(name):
+    model, ids, labels = build(name)
+    model, ids, labels = model.to(DEVICE), ids.to(DEVICE), labels.to(DEVICE)
+    exact = gradients(copy.deepcopy(model), ids, labels)
+    for layer in model.layers:
+        layer.compiled = True
+    assert max(relative_errors(gradients(model, ids, labels), exact)) < 1e-3
+
+
+@pytest.mark.skipif(REHEARSAL, reason="tests/tools/test_demo.py does so on a CPU")
 def test_a_few_zero_steps_lower_the_loss(tmp_path):
     def bst(*arguments: str) -> None:
         subprocess.run([Path(sys.executable).with_name("bst"), *arguments], check=True, timeout=900)

@@ -1,0 +1,272 @@
+"""The parts of `bst bench gpu`: each takes its sizes and the moment by which it must be done, and returns its rows."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from bst_dist.activation.config import ActivationCheckpointingConfig
+from bst_dist.activation.policy import policy
+from bst_dist.checkpoint.directory import load_weights, newest_valid
+from bst_dist.generation.decoding import Generation
+from bst_dist.generation.sampling import SamplingConfig
+from bst_dist.model.config import ModelConfig
+from bst_dist.model.layers import Layer
+from bst_dist.model.lm import LanguageModel
+from bst_dist.parallel.past import Past
+from bst_dist.plan.flops import forward_flops, train_flops_per_token
+from bst_dist.plan.hardware import peak_flops
+from bst_dist.report.metrics import FILE, read_lines
+
+LAYERS: dict[str, dict[str, Any]] = {
+    "sliding": {"mixer": "sliding"},
+    "BST SH": {"mixer": "bst", "context": {"variant": "SH"}},
+    "BST MF": {"mixer": "bst", "context": {"variant": "MF"}},
+    "Block-Recurrent": {"mixer": "block-recurrent"},
+    "BST MH": {"mixer": "bst", "context": {"variant": "MH"}},
+    "Transformer-XL": {"mixer": "transformer-xl"},
+    "full": {"mixer": "full"},
+    "GSS": {"mixer": "gss", "ssm": {"state": 512, "chunk": 128}},
+}
+"""In the order in which they are compiled, while there is time."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model: by default those that the goals speak of."""
+
+    width: int = 1024
+    heads: int = 8
+    block: int = 512
+    length: int = 4096
+    rows: int = 8
+    depth: int = 12
+    vocabulary: int = 32_000
+    rounds: int = 10
+
+    def config(self, **settings: Any) -> ModelConfig:
+        """RoPE throughout; as many recurrent states as a block has tokens, a Transformer-XL window of four blocks."""
+        sizes = {"width": self.width, "heads": self.heads, "ffn": 4 * self.width, "block": self.block}
+        own = {"attention": {"position": "rope"}, "block_recurrent": {"states": self.block},
+               "transformer_xl": {"window": 4 * self.block}}  # fmt: skip
+        return ModelConfig(**sizes, **own | {"depth": self.depth} | settings, vocab_size=self.vocabulary)
+
+
+SMALL = Sizes(width=32, heads=2, block=16, length=64, rows=1, depth=2, vocabulary=64, rounds=1)
+BST = {"mixer": "bst", "context": {"variant": "SH"}}
+
+
+def layers(small: bool, until: float) -> dict[str, Any]:
+    """One layer of each model, forward and backward in bf16, uncompiled and as one compiled graph, in turn."""
+    sizes, device = _sizes(small), _device()
+    compile_until = until - 0.4 * (until - time.monotonic())
+    x = torch.randn(sizes.rows, sizes.length, sizes.width, device=device, requires_grad=True)
+    cases: dict[tuple[str, bool], Callable[[], None]] = {}
+    rows, left_out = [], []
+    for compiled in (False, True) if device.type == "cuda" else (False,):
+        for name, settings in LAYERS.items():
+            if time.monotonic() > (compile_until if compiled else until):
+                left_out.append(f"{name}, compiled: {compiled}: time was over")
+                continue
+            config = sizes.config(**settings, depth=1)
+            layer = Layer(config.mixer, config).to(device)
+            layer.initialize(1)
+            layer.compiled = compiled
+            case = _layer_pass(layer, x)
+            try:
+                first = _seconds(case)
+            except Exception as error:  # one that does not compile must not cost the others
+                left_out.append(f"{name}, compiled: {compiled}: {type(error).__name__}: {error}"[:400])
+                continue
+            terms = forward_flops(config, sizes.length)
+            cases[name, compiled] = case
+            rows.append({"layer": name, "compiled": compiled, "first_s": first,
+                         "flops": 3 * (sum(terms.values()) - terms["head"])})  # fmt: skip
+    seconds = _in_turn(cases, sizes.rounds, until)
+    peak = peak_flops(device, torch.bfloat16)
+    best = {name: min(median(seconds[key]) for key in seconds if key[0] == name) for name, _ in seconds}
+    for row in rows:
+        own = seconds[row["layer"], row["compiled"]]
+        reached = row.pop("flops") * sizes.rows * sizes.length / median(own) / peak
+        row |= {"ms": 1e3 * median(own), "ms_low": 1e3 * min(own), "ms_high": 1e3 * max(own), "of_peak": reached,
+                "by_sliding": best["sliding"] / median(own), "rounds": len(own)}  # fmt: skip
+        if "Block-Recurrent" in best:
+            row["by_block_recurrent"] = best["Block-Recurrent"] / median(own)
+    return {"sizes": vars(sizes), "rows": rows, "left_out": left_out}
+
+
+def _in_turn(cases: dict[tuple[str, bool], Callable[[], None]], rounds: int, until: float) -> dict[Any, list[float]]:
+    """Seconds of each case in each round, one round at least and no further one when time is over."""
+    seconds: dict[Any, list[float]] = {key: [] for key in cases}
+    for done in range(rounds):
+        if done and time.monotonic() > until:
+            break
+        for key, case in cases.items():
+            seconds[key].append(_seconds(case))
+    return seconds
+
+
+def stack(small: bool, until: float) -> dict[str, Any]:
+    """Whole models, forward and backward with the loss, layers compiled on a GPU: tokens per second and MFU."""
+    device, rows = _device(), []
+    for width, batch in ((1024, 8), (2048, 4)):
+        sizes = SMALL if small else Sizes(width=width, heads=width // 128, rows=batch)
+        for name in ("sliding", "BST SH"):
+            places = {"placement": [1, 7, 9]} if name == "BST SH" and not small else {}
+            model = LanguageModel(sizes.config(**LAYERS[name], **places)).to(device)
+            for layer in model.layers:
+                layer.compiled = device.type == "cuda"
+            step = _model_pass(model, _tokens(sizes, device))
+            first = _seconds(step)
+            measured = [_seconds(step) for _ in range(sizes.rounds) if time.monotonic() < until]
+            if not measured:
+                return {"rows": rows, "left_out": [f"{name}, D {width}: time was over"]}
+            speed = sizes.rows * sizes.length / median(measured)
+            mfu = speed * train_flops_per_token(model.config, sizes.length) / peak_flops(device, torch.bfloat16)
+            rows.append({"model": name, "width": sizes.width, "tokens_per_s": speed, "mfu": mfu, "first_s": first,
+                         "peak_bytes": _peak(device)})  # fmt: skip
+    return {"rows": rows}
+
+
+def longest(small: bool, until: float) -> dict[str, Any]:
+    """The longest sequence, doubled each time, that an SH model of 12 layers makes gradients of, every layer rerun."""
+    sizes, device, rows = _sizes(small), _device(), []
+    model = LanguageModel(sizes.config(**BST)).to(device)
+    model.checkpoint = policy(ActivationCheckpointingConfig(policy="every-layer"), model.layers)
+    length, most = 4 * sizes.length, 16 * sizes.length if small else 2**30
+    while length <= most and time.monotonic() < until:
+        ids = torch.randint(sizes.vocabulary, (1, length + 1), device=device)
+        try:
+            seconds = _seconds(_model_pass(model, ids))
+        except torch.OutOfMemoryError:
+            rows.append({"tokens": length, "s": float("nan"), "peak_bytes": 0, "fits": False})
+            break
+        rows.append({"tokens": length, "s": seconds, "peak_bytes": _peak(device), "fits": True})
+        length *= 2
+    return {"rows": rows, "longest_tokens": max(row["tokens"] for row in rows if row["fits"])}
+
+
+def generation(small: bool, until: float) -> dict[str, Any]:
+    """Tokens per second of one SH model of 12 layers, after a prompt of two blocks, for one row and for several."""
+    sizes, device, rows = _sizes(small), _device(), []
+    model = LanguageModel(sizes.config(**BST)).to(device)
+    count = 8 if small else 128
+    for samples in (1, 16):
+        prompt = list(range(1, 2 * sizes.block)) if small else [1] * (2 * sizes.block)
+        prompt = [token % sizes.vocabulary for token in prompt]
+        writing = Generation(model, {0: prompt}, [(0, number) for number in range(samples)], SamplingConfig())
+        while not writing.step():  # the rest of the prompt
+            pass
+        begin, written = time.monotonic(), 0
+        while written < count and time.monotonic() < until:
+            writing.step()
+            written += 1
+        seconds = time.monotonic() - begin
+        rows.append({"rows": samples, "tokens_per_s": samples * written / seconds, "ms_a_step": 1e3 * seconds / written,
+                     "state_bytes": writing.state_bytes})  # fmt: skip
+    return {"rows": rows}
+
+
+def resume(small: bool, until: float) -> dict[str, Any]:
+    """A deterministic run of six steps, whole, and stopped after three and resumed: losses and weights, bit for bit."""
+    sizes = SMALL if small else Sizes(depth=4, length=2048, rows=2, vocabulary=64)
+    model = {name: getattr(sizes, name) for name in ("width", "heads", "block", "depth")}
+    recipe = {
+        "name": "resume", "ranks": 1, "deterministic": True, "model": model | BST | {"ffn": 4 * sizes.width},
+        "data": {"synthetic": {"task": "copy", "lag": 8}},
+        "train": {"steps": 6, "sequence_length": sizes.length, "sequences": sizes.rows},
+        "schedule": {"warmup_steps": 2}, "evaluation": {"every": 0, "sequences": 1}, "log": {"tensorboard": False},
+        "deepspeed": "zero1",
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="bst-bench-gpu-") as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        for arguments in (["whole"], ["stopped", "--until", "3"], ["stopped", "--resume"]):
+            _train(path, Path(folder), arguments, until)
+        whole, stopped = (Path(folder) / name for name in ("whole", "stopped"))
+        losses = [[line["loss_nats"] for line in read_lines(run / FILE) if line["kind"] == "train"]
+                  for run in (whole, stopped)]  # fmt: skip
+        weights = [load_weights(newest_valid(run)) for run in (whole, stopped)]
+    equal = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    return {"rows": [{"steps": len(losses[0]), "losses_equal": losses[0] == losses[1], "weights_equal": equal}]}
+
+
+def _train(recipe: Path, folder: Path, arguments: list[str], until: float) -> None:
+    run_dir, *more = arguments
+    command = [str(Path(sys.executable).with_name("bst")), "train", str(recipe), "--run-dir", str(folder / run_dir)]
+    left = max(1.0, until - time.monotonic())
+    done = subprocess.run([*command, *more], check=False, capture_output=True, text=True, timeout=left)
+    if done.returncode:
+        raise RuntimeError(f"bst train ended with status {done.returncode}: {done.stderr[-2000:]}")
+
+
+def _layer_pass(layer: Layer, x: Tensor) -> Callable[[], None]:
+    def call() -> None:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            out = layer(x, Past(), None)
+        out.float().sum().backward()
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+
+    return call
+
+
+def _model_pass(model: LanguageModel, ids: Tensor) -> Callable[[], None]:
+    def call() -> None:
+        with torch.autocast(ids.device.type, torch.bfloat16):
+            losses = model(ids[:, :-1], ids[:, 1:])
+        (losses.total / ids.numel()).backward()
+        model.zero_grad(set_to_none=True)
+
+    return call
+
+
+def _tokens(sizes: Sizes, device: torch.device) -> Tensor:
+    return torch.randint(sizes.vocabulary, (sizes.rows, sizes.length + 1), device=device)
+
+
+def _sizes(small: bool) -> Sizes:
+    return SMALL if small else Sizes()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    """Of one call, until the device is done with it."""
+    _wait()
+    begin = time.perf_counter()
+    call()
+    _wait()
+    return time.perf_counter() - begin
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _peak(device: torch.device) -> int:
+    """The most bytes that torch has held on the device since it was asked before; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+PARTS: dict[str, Callable[[bool, float], dict[str, Any]]] = {
+    "layers": layers, "stack": stack, "longest": longest, "generation": generation, "resume": resume,
+}  # fmt: skip

@@ -1,0 +1,19 @@
+"""`make test-gpu` on a CPU: that its tests run, in a process as a user starts it; some models stand for all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_what_a_gpu_is_asked_runs_by_its_path_on_a_cpu() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "-k",
+               "SH and not DPLR and not hyena or fused_path or RoPE"]  # fmt: skip
+    environment = os.environ | {"BST_REHEARSE_GPU": "1", "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "failed" not in done.stdout

@@ -1,0 +1,49 @@
+"""`bst bench gpu`, rehearsed in small sizes on a CPU: every part runs and writes its figures."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bst_dist.cli import main
+from bst_dist.tools.bench import gpu
+from bst_dist.tools.bench.gpu_parts import LAYERS, PARTS
+
+
+@pytest.mark.parametrize("name", [name for name in PARTS if name != "resume"])
+def test_a_part_runs_in_small(name: str) -> None:
+    found = PARTS[name](True, time.monotonic() + 300)
+    assert found["rows"]
+    assert not found.get("left_out")
+    if name == "layers":
+        assert [row["layer"] for row in found["rows"]] == list(LAYERS)
+
+
+@pytest.mark.ranks
+def test_a_resumed_run_equals_a_whole_one() -> None:
+    (row,) = PARTS["resume"](True, time.monotonic() + 300)["rows"]
+    assert row == {"steps": 6, "losses_equal": True, "weights_equal": True}
+
+
+def test_figures_are_written_part_by_part_and_a_failure_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def part(name: str, small: bool) -> dict[str, Any]:
+        return {"failed": "Traceback\nout of memory"} if name == "stack" else {"rows": [{"of": name, "s": 1.25}]}
+
+    monkeypatch.setattr(gpu, "_in_a_process", part)
+    folder, report = tmp_path / "figures", tmp_path / "all.json"
+    assert main(["bench", "gpu", "--small", "--output", str(folder), "--json", str(report)]) == 1
+    assert {path.stem for path in folder.iterdir()} == {"machine", *PARTS}
+    assert json.loads((folder / "longest.json").read_text())["rows"] == [{"of": "longest", "s": 1.25}]
+    assert "stack: failed: out of memory" in capsys.readouterr().out
+    assert json.loads((folder / "machine.json").read_text())["small"] is True
+
+
+def test_all_parts_together_take_less_than_nine_minutes() -> None:
+    assert sum(gpu.LIMITS_S.values()) < 9 * 60
+    assert gpu.LIMITS_S.keys() == PARTS.keys()
