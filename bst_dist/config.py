@@ -63,7 +63,7 @@ class Recipe(Config):
     null, the working directory."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the initial weights and of the order of the data."""
-    ranks: int | None = Field(None, ge=1)
+    ranks: int | None = Field(None, ge=1, le=2**20)
     """Ranks that `bst train` starts on this machine; null: one for each accelerator, or one where there is none."""
     model: ModelConfig
     data: Annotated[

@@ -15,19 +15,19 @@ class GuardConfig(Config):
     reload the last scheduled checkpoint and skip the data from there to this step."""
     spike: Literal["ignore", "stop", "skip", "roll-back"] = "ignore"
     """What to do when the loss jumps; as above."""
-    spike_deviations: float = Field(10.0, gt=0)
+    spike_deviations: float = Field(10.0, gt=0, le=1e9, allow_inf_nan=False)
     """A loss is a spike when it is this many standard deviations above the median of the steps before it (estimated
     from the median absolute deviation)."""
-    spike_window: int = Field(128, ge=8)
+    spike_window: int = Field(128, ge=8, le=2**20)
     """Steps that this median is taken over; with fewer, no spike is detected."""
-    most: int = Field(3, ge=0)
+    most: int = Field(3, ge=0, le=2**40)
     """How many skips and rollbacks are allowed within ..."""
-    within: int = Field(1000, ge=1)
+    within: int = Field(1000, ge=1, le=2**40)
     """... this many steps' worth of data; the next one ends the run."""
 
 
 class WatchdogConfig(Config):
-    limit_s: float = Field(480.0, ge=0)
+    limit_s: float = Field(480.0, ge=0, le=1e9, allow_inf_nan=False)
     """Seconds that a rank may stay in one phase of a step without communicating; the first step compiles, and a
     checkpoint that is not written in the background is one phase. Then the job ends with status 70 and names the rank
     that blocks it; 0: no watchdog. The default is below the 600 s after which NCCL and DeepSpeed end a job without

@@ -11,7 +11,7 @@ from bst_base.settings import Config
 class ParallelConfig(Config):
     """How a global batch is spread over the ranks; what sp leaves is data-parallel."""
 
-    sp: int = Field(1, ge=1)
+    sp: int = Field(1, ge=1, le=2**20)
     """Ranks that share one sequence, each holding a slice of L / sp tokens."""
 
 

@@ -8,17 +8,17 @@ from bst_base.settings import Config
 
 
 class LogConfig(Config):
-    every: int = Field(10, ge=1)
+    every: int = Field(10, ge=1, le=2**40)
     """Steps between two lines on the console; every step goes to metrics.jsonl."""
     tensorboard: bool = True
     """Write TensorBoard events into the run directory's tensorboard/."""
     probes: bool = True
     """For TensorBoard, at evaluations: how each layer uses its context states, and the time scales of the SSMs."""
-    sample_tokens: int = Field(64, ge=0)
+    sample_tokens: int = Field(64, ge=0, le=2**20)
     """For TensorBoard, at evaluations: tokens to generate after the beginning of the validation text; 0: no
     sample. All ranks wait for it, so with many ranks not every evaluation has one (`report/probes.py`); the first and
     the last do. Not under ZeRO-3."""
-    straggler: float = Field(1.2, gt=1)
+    straggler: float = Field(1.2, gt=1, le=1e9, allow_inf_nan=False)
     """Warn when the slowest rank's own work in a step takes this many times the median rank's."""
     profile: tuple[int, int] | None = None
     """First and last step, counted from 1, to trace with torch's profiler into the run directory's profile/."""

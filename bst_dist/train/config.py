@@ -11,21 +11,21 @@ from bst_base.settings import Config
 
 
 class TrainConfig(Config):
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, le=2**40)
     """Steps of the whole run: the schedule ends here."""
-    sequence_length: int = Field(ge=1)
+    sequence_length: int = Field(ge=1, le=2**40)
     """Tokens L of a sequence; a multiple of the block."""
-    sequences: int = Field(ge=1)
+    sequences: int = Field(ge=1, le=2**40)
     """Sequences of a step over all ranks (the global batch)."""
-    micro_sequences: int = Field(1, ge=1)
+    micro_sequences: int = Field(1, ge=1, le=2**40)
     """Sequences that a rank processes at once; the rest of its share follows, accumulated into one step."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: matrix products in bfloat16 under autocast; parameters, SSM dynamics and reductions in fp32."""
-    gradient_clipping: float = Field(1.0, ge=0)
+    gradient_clipping: float = Field(1.0, ge=0, le=1e9, allow_inf_nan=False)
     """Largest global gradient norm; 0: no clipping."""
     carry: bool = False
     """Carry the past of each row to the next step (data.mode streaming); values only, no gradient goes back."""
-    slice_tokens: int | None = Field(None, ge=1)
+    slice_tokens: int | None = Field(None, ge=1, le=2**40)
     """Tokens of a slice, a multiple of model.block x parallel.sp that divides the sequence: forward and backward go
     slice by slice, with the gradients of the whole sequence, in the memory of one slice. None: a sequence at once."""
     edges: Literal["device", "host", "disk"] = "device"
@@ -42,24 +42,24 @@ class TrainConfig(Config):
 
 
 class EvaluationConfig(Config):
-    every: int = Field(500, ge=0)
+    every: int = Field(500, ge=0, le=2**40)
     """Steps between two evaluations; the run's last step always has one; 0: only that one."""
-    sequences: int = Field(64, ge=1)
+    sequences: int = Field(64, ge=1, le=2**40)
     """Validation sequences, of the training length, to evaluate on: each once, the same ones on any number of ranks."""
 
 
 class OptimizerConfig(Config):
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, le=1e3, allow_inf_nan=False)
     """Peak rate of matrices and vectors; under CompleteP that of the base shape, and wide matrices have less."""
-    ssm_learning_rate: float = Field(1e-3, gt=0, le=1e-3)
+    ssm_learning_rate: float = Field(1e-3, gt=0, le=1e-3, allow_inf_nan=False)
     """Peak rate of the SSM dynamics, which are trained at 1e-3 or less whatever the rest uses."""
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(0.1, ge=0, le=1e3, allow_inf_nan=False)
     """Decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101), on matrices only."""
-    beta1: float = Field(0.9, ge=0, lt=1)
+    beta1: float = Field(0.9, ge=0, lt=1, allow_inf_nan=False)
     """Decay of the first moment."""
-    beta2: float = Field(0.95, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1, allow_inf_nan=False)
     """Decay of the second moment."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(1e-8, gt=0, le=1, allow_inf_nan=False)
     """Added to the root of the second moment."""
 
 
@@ -67,25 +67,25 @@ class ScheduleConfig(Config):
     kind: Literal["wsd", "cosine"] = "wsd"
     """wsd: constant after the warm-up, then a decay over the last steps, so that runs of several lengths can branch off
     one constant part; cosine: half a period from the end of the warm-up to the last step."""
-    warmup_steps: int = Field(100, ge=0)
+    warmup_steps: int = Field(100, ge=0, le=2**40)
     """Steps over which the rate rises linearly from 0; step 0 already moves."""
-    decay_fraction: float = Field(0.2, ge=0, le=1)
+    decay_fraction: float = Field(0.2, ge=0, le=1, allow_inf_nan=False)
     """Share of all steps that wsd's decay takes."""
     decay_shape: Literal["1-sqrt", "linear"] = "1-sqrt"
     """How wsd's decay falls."""
-    final_fraction: float = Field(0.0, ge=0, le=1)
+    final_fraction: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
     """Rate at the last step as a fraction of the peak."""
 
 
 class BranchConfig(Config):
     run: str
     """The trunk's run directory, from this run's own directory: ../trunk."""
-    step: int = Field(ge=1)
+    step: int = Field(ge=1, le=2**40)
     """The trunk's step to continue from; checkpoint.at in the trunk's recipe keeps that checkpoint."""
 
 
 class InitialWeightsConfig(Config):
     run: LocalPath
     """The other run's directory; `bst import` makes one of an exported model."""
-    step: int = Field(ge=1)
+    step: int = Field(ge=1, le=2**40)
     """Its weights after this step."""

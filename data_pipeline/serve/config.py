@@ -16,14 +16,14 @@ class MixedCorpus(Config):
 
     corpus: Address
     """Directory or address of a prepared corpus."""
-    weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    weight: float = Field(1.0, ge=0, allow_inf_nan=False, le=1e9)
     """Its share of the sequences, relative to the other weights; 0 leaves it out until the weights change."""
 
 
 class WeightChange(Config):
     """New weights from a step on."""
 
-    step: int = Field(gt=0)
+    step: int = Field(gt=0, le=2**40)
     """First step with these weights."""
     weights: tuple[float, ...]
     """One for each corpus, in their order."""
@@ -40,7 +40,7 @@ class DataConfig(Config):
     """`shuffled`: sequences in random order; `streaming`: each row reads on where it stopped the step before."""
     documents: Literal["joined", "isolated"] = "joined"
     """`joined`: one stream, as in the paper; `isolated`: padded to the block, with exact resets between documents."""
-    prefetch: int = Field(2, ge=0)
+    prefetch: int = Field(2, ge=0, le=2**16)
     """Steps read ahead by a thread; 0 reads in the caller's thread."""
     on_bad_shard: Literal["stop", "skip"] = "stop"
     """`skip` leaves damaged or missing tokens out of the loss, and records them, where `stop` raises an error."""

@@ -29,13 +29,13 @@ class StorageConfig(Config):
     cache_dir: LocalPath | None = None
     """Directory for verified copies of whole shards, shared by all processes of a machine; without one, ranges of the
     shards are read from the store at every use. It may grow to the size of the corpora."""
-    attempts: int = Field(6, ge=1)
+    attempts: int = Field(6, ge=1, le=1000)
     """How often one read is tried before it is an error."""
-    backoff_s: float = Field(0.5, ge=0)
+    backoff_s: float = Field(0.5, ge=0, le=1e9, allow_inf_nan=False)
     """Seconds before the second attempt; doubled for each further one, up to 30."""
-    timeout_s: float = Field(30.0, gt=0)
+    timeout_s: float = Field(30.0, gt=0, le=1e9, allow_inf_nan=False)
     """Seconds without a byte after which an attempt is given up."""
-    deadline_s: float = Field(300.0, gt=0)
+    deadline_s: float = Field(300.0, gt=0, le=1e9, allow_inf_nan=False)
     """Seconds after which an attempt is given up, however steadily its bytes trickle."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Passed to the fsspec file system: an endpoint, a profile, a project. `$NAME` is read from the environment;

@@ -34,10 +34,10 @@ class SyntheticConfig(Config):
 
     synthetic: Task
     """What is drawn, and how hard it is."""
-    row_tokens: int | None = Field(None, ge=1)
+    row_tokens: int | None = Field(None, ge=1, le=2**40)
     """Tokens of a row, a multiple of train.sequence_length: a row is read over several steps, a sequence in each, and
     train.carry can take its past along; evaluations read whole rows. Null: a row is one sequence."""
-    prefetch: int = Field(2, ge=0)
+    prefetch: int = Field(2, ge=0, le=2**16)
     """Steps computed ahead by a thread; 0 computes in the caller's thread."""
 
     @property

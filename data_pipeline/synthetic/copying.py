@@ -20,7 +20,7 @@ class Copy(TaskConfig):
 
     task: Literal["copy"]
     """Repeat what stood `lag` tokens before."""
-    lag: int = Field(ge=1)
+    lag: int = Field(ge=1, le=2**40)
     """Tokens of the word."""
     symbols: int = Field(16, ge=2, le=2**16)
     """Different tokens."""
@@ -50,7 +50,7 @@ class SelectiveCopy(EpisodicConfig):
 
     task: Literal["selective-copy"]
     """Repeat the items of an episode without the blanks between them."""
-    items: int = Field(16, ge=1)
+    items: int = Field(16, ge=1, le=2**40)
     """Items of an episode."""
     symbols: int = Field(16, ge=2, le=2**16)
     """Different items."""

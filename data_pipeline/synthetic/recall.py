@@ -52,9 +52,9 @@ class AssociativeRecall(EpisodicConfig):
 
     task: Literal["associative-recall"]
     """Say the value that stood behind a key."""
-    pairs: int = Field(8, ge=1)
+    pairs: int = Field(8, ge=1, le=2**40)
     """Pairs of an episode."""
-    queries: int | None = Field(None, ge=1)
+    queries: int | None = Field(None, ge=1, le=2**40)
     """Keys that are asked for; null: all of them."""
     keys: int = Field(32, ge=1, le=2**16)
     """Different keys."""
@@ -105,13 +105,13 @@ class Needle(TaskConfig):
 
     task: Literal["needle"]
     """Say the pass key that stood somewhere before."""
-    digits: int = Field(4, ge=1)
+    digits: int = Field(4, ge=1, le=2**40)
     """Digits of the key."""
     symbols: int = Field(10, ge=2, le=2**16)
     """Different digits."""
     hay: int = Field(16, ge=1, le=2**16)
     """Different tokens around the key."""
-    distance: int | None = Field(None, ge=1)
+    distance: int | None = Field(None, ge=1, le=2**40)
     """Tokens from a digit to its repetition, the question then standing wherever it fits; null: the question ends the
     row, and the key stands at a random place before it."""
 

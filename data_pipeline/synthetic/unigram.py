@@ -23,7 +23,7 @@ class LatentUnigram(TaskConfig):
     """Learn the distribution of each sequence from the sequence."""
     symbols: int = Field(64, ge=2, le=2**16)
     """Different tokens, V."""
-    concentration: float = Field(1.0, gt=0, allow_inf_nan=False)
+    concentration: float = Field(1.0, gt=0, allow_inf_nan=False, le=1e9)
     """Of the Dirichlet, for each symbol: the smaller, the fewer symbols a sequence uses."""
 
     @property
