@@ -92,12 +92,13 @@ def _mamba2(config: ModelConfig, length: int) -> dict[str, float]:
     d, own = config.width, within_block(config.mamba2, config.block)
     inner = own.expand * d
     projections = 2 * d * (2 * inner + 2 * own.state + inner // own.head) + 2 * inner * d
-    return {"projections": projections, "ssm": _selective(inner, own.state, 1, own.chunk)}
+    return {"projections": projections, "ssm": _selective(inner, inner // own.head, own.state, 1, own.chunk)}
 
 
-def _selective(channels: int, state: int, maps: int, chunk: int) -> float:
-    """Of the scan of a selective SSM: the chunk's matrix and its product with the inputs, into the state, out of it."""
-    return 2 * maps * chunk * (state + channels) + 2 * channels * state * (1 + maps)
+def _selective(channels: int, heads: int, state: int, maps: int, chunk: int) -> float:
+    """Of the scan of a selective SSM: the chunk's matrix and its product with the inputs, into the state, out of it,
+    and the sums of the heads' decays."""
+    return 2 * chunk * heads + 2 * maps * chunk * (state + channels) + 2 * channels * state * (1 + maps)
 
 
 def _gated_deltanet(config: ModelConfig, length: int) -> dict[str, float]:
@@ -105,6 +106,7 @@ def _gated_deltanet(config: ModelConfig, length: int) -> dict[str, float]:
     keys, values, chunk = config.inner, own.expand * config.inner, own.chunk
     projections = 2 * d * (2 * keys + 2 * values + 2 * config.heads) + 2 * values * d
     within = 4 * chunk * keys + 2 * chunk * values  # keys and queries with keys, and what was written
+    within += 2 * chunk * config.heads  # the sums of the decays
     return {
         "projections": projections,
         "delta": within + 6 * config.head * values,
@@ -121,7 +123,7 @@ def kernel_flops(config: ModelConfig, channels: int, maps: int, length: int) -> 
     chunk = ssm.chunk
     if ssm.kernel == "ssd":
         select = 2 * channels * (channels // ssm.head + ssm.state * (1 + maps))
-        return {"ssm": select + _selective(channels, ssm.state, maps, chunk)}
+        return {"ssm": select + _selective(channels, channels // ssm.head, ssm.state, maps, chunk)}
     if ssm.kernel == "s4d":
         return {"ssm": 2 * channels * maps * (chunk + ssm.state) + 2 * channels * ssm.state}
     if ssm.kernel == "s4-dplr":
