@@ -43,6 +43,6 @@ def test_a_workspace_that_is_not_deterministic_is_refused() -> None:
 def test_a_run_trains_and_says_so(
     recipe_file: Callable[..., Path], on_ranks: Callable[..., list[Any]], tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    request = Request(recipe_file(deterministic=True), ["train.steps=1"], tmp_path / "run", False, None)
+    request = Request(recipe_file(deterministic=True), ["train.steps=2"], tmp_path / "run", False, None)
     assert on_ranks(1, lambda ranks: train(request, ranks)) == [0]
     assert "attention: fused-tiles, deterministic" in capfd.readouterr().out
