@@ -5,7 +5,7 @@ from __future__ import annotations
 EXTRAS = {
     "train": ("deepspeed", "tensorboard"),
     "data": ("webdataset", "mpi4py", "rensa", "pyarrow", "backports", "aiohttp", "s3fs"),
-    "study": ("matplotlib", "cpuinfo"),
+    "study": ("cpuinfo",),
     "hub": ("transformers",),
     "harness": ("lm_eval",),
 }

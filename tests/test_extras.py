@@ -32,7 +32,8 @@ def test_every_pin_is_within_the_bounds_that_users_install_and_none_is_left_out(
 def test_a_missing_package_names_its_extra(monkeypatch, capsys):
     assert missing("deepspeed.ops") == "deepspeed is not installed: pip install 'bst-dist[train]'"
     assert missing("no_such_module") is None
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "bst_dist.study.report.plot", raising=False)
-    assert main(["plot", "runs/demo"]) == 2
-    assert "bst plot: matplotlib is not installed: pip install 'bst-dist[study]'" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for name in [name for name in sys.modules if name.startswith("bst_dist.hub")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert main(["export", "runs/demo", "out"]) == 2
+    assert "bst export: transformers is not installed: pip install 'bst-dist[hub]'" in capsys.readouterr().err

@@ -70,7 +70,7 @@ def without_extras(program: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         for entry in {path.parts[0] for path in package.files} - {"..", "__pycache__"}:
             (packages / entry).exists() or (packages / entry).symlink_to(package.locate_file(entry))
         waiting += package.requires or ()
-    assert not done & {"deepspeed", "mpi4py", "tensorboard", "webdataset", "transformers", "matplotlib"}
+    assert not done & {"deepspeed", "mpi4py", "tensorboard", "webdataset", "transformers"}
     (site / "dependencies.pth").write_text(f"{packages}\n")
     (folder / "env/bin/bst").write_text((program.read_text()).replace(str(program.parent), str(folder / "env/bin")))
     (folder / "env/bin/bst").chmod(0o755)
@@ -85,7 +85,7 @@ def test_without_extras_a_run_is_evaluated_and_continued_and_training_says_what_
     run(without_extras.parent / "python", "-c", "import bst_dist; bst_dist.BlockStateTransformer", cwd=tmp_path)
     assert "bits" in run(without_extras, "eval", run_dir, cwd=tmp_path)
     run(without_extras, "generate", run_dir, "--tokens", 3, cwd=tmp_path)
-    for command, extra in (("train", "train"), ("export", "hub"), ("plot", "study")):
+    for command, extra in (("train", "train"), ("export", "hub")):
         words = [without_extras, command, run_dir / "recipe.yaml" if command == "train" else run_dir]
         words += [tmp_path / "out"] if command == "export" else []
         words += ["--run-dir", tmp_path / "new"] if command == "train" else []
