@@ -142,4 +142,4 @@ def test_the_commands_print_tables_and_settings_to_paste(tmp_path, capsys):
     assert len(json.loads(report.read_text())["sizes"]) == 3
     assert "best: deepspeed=zero0" in capsys.readouterr().out
     assert main(["plan", str(path), "--slices", "--nodes", "1,2"]) == 2
-    assert "--slices needs one value of nodes" in capsys.readouterr().err
+    assert "--slices needs one value of --nodes" in capsys.readouterr().err
