@@ -76,6 +76,7 @@ class LocalRanks:
         """When each was first seen to have ended by itself, by the monotonic clock: who was first is to blame."""
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         self._last_words: dict[int, int] = {}
+        self._said: dict[int, int] = {}
         for rank in range(share.first, share.first + share.count):
             self._last_words[rank], word = os.pipe()
             os.set_blocking(self._last_words[rank], False)
@@ -104,14 +105,13 @@ class LocalRanks:
         if rank in self._statuses:
             return self._statuses[rank]
         status, word = self.processes[rank].poll(), self._last_words.get(rank)
-        if word is None:
-            return status
-        with suppress(BlockingIOError):
-            if (said := os.read(word, 64).split()) and status is None:
-                status = int(said[-1])
-        if status is not None:
-            os.close(self._last_words.pop(rank))
-        return status
+        if word is not None:
+            with suppress(BlockingIOError):
+                if said := os.read(word, 64).split():
+                    self._said[rank] = int(said[-1])  # kept, for it is read once, whoever asks first
+            if status is not None or rank in self._said:
+                os.close(self._last_words.pop(rank))
+        return self._said.get(rank) if status is None else status
 
     @property
     def running(self) -> bool:

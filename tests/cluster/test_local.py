@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from bst_dist.cluster import local, processes, verdict
-from bst_dist.cluster.processes import Share
+from bst_dist.cluster.processes import LocalRanks, Share
 
 # A rank that writes down its process id and that of a child of its own; what it does then is up to the test.
 RANK = """
@@ -150,3 +150,16 @@ def test_a_rank_that_has_said_its_last_word_is_not_waited_for(tmp_path):
     ended = local.launch([sys.executable, "-c", program], Share(0, 2, 2, "127.0.0.1", 1))
     assert (ended.statuses, ended.status, ended.culprit) == ({0: 70}, 70, 0)
     assert time.monotonic() - begun < 300  # and not for its ten minutes
+
+
+def test_a_last_word_counts_whoever_asks_first():
+    """`running` reads the pipe as `poll` does; what it finds there must not be lost."""
+    program = "import os, time; os.write(int(os.environ['BST_LAST_WORD']), b'70\\n'); time.sleep(600)"
+    ranks = LocalRanks([sys.executable, "-c", program], Share(0, 1, 1, "127.0.0.1", 1), os.environ)
+    try:
+        while ranks.running:
+            time.sleep(0.05)
+        assert not ranks.running
+        assert ranks.poll() == {0: 70}
+    finally:
+        ranks.kill()
