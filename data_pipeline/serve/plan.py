@@ -112,8 +112,8 @@ class _Segment:
     before: np.ndarray  # (corpora,) sequences read of each corpus before the segment
 
     def end(self, asked: int) -> int:
-        """The first end of a stretch that is not before a step."""
-        return self.start + -(-(asked - self.start) // self.stretch) * self.stretch
+        """The first end of a stretch that is not before a step; the segment's start, if that is later already."""
+        return self.start + max(0, -(-(asked - self.start) // self.stretch)) * self.stretch
 
     def consumed(self, steps: int, rows: int) -> np.ndarray:
         """(corpora,) sequences read before `steps` steps of the segment were taken."""

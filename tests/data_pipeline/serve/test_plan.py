@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bst_base.errors import UserError
@@ -58,6 +58,11 @@ def test_streaming_reads_no_sequence_twice_in_a_pass_and_leaves_none_behind(draw
         assert set(range(max(0, max(own, default=0) - 3 * total))) <= set(own)
 
 
+# The third weights begin at the end of a stretch, at step 6; the fourth are asked for at step 5.
+LATE = ([9, 3], [(0, [0.03, 0.0]), (1, [0.03, 0.0]), (4, [0.0, 0.03]), (5, [0.03, 0.0])], 3, 0)
+
+
+@example(LATE)
 @given(streams())
 def test_streaming_says_truly_whether_a_row_continues(drawn: Any) -> None:
     before, plan, rows = None, Streaming(*drawn), drawn[2]
