@@ -33,7 +33,7 @@ def test_copies(environ, count):
 
 
 COMMANDS = {
-    "train": ["-m", "bst_dist.train", "none.yaml"],
+    "train": ["-m", "bst_dist.train", "launch/recipes/demo.yaml", "--run-dir", "never-made"],
     "prepare": ["-c", "import sys; from bst_dist.cli import main; sys.exit(main(sys.argv[1:]))", "data", "prepare",
                 "launch/data/stdlib.yaml", "output=never-made"],
 }  # fmt: skip
