@@ -92,10 +92,10 @@ def test_newest_valid_checkpoint_is_taken_and_the_reason_told(go, assert_same_ru
 def test_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before(go, assert_same_run, tmp_path, monkeypatch, moment):
     original = getattr(saving, moment)
 
-    def killed(*args: Any) -> None:
+    def killed(*args: Any) -> Any:
         if list((tmp_path / "parts" / "checkpoints").glob("step-00000004.*.partial")):
             os.kill(os.getpid(), signal.SIGKILL)
-        original(*args)
+        return original(*args)
 
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match="died"):
         patch.setattr(saving, moment, killed)
