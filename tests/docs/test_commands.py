@@ -246,17 +246,18 @@ LEFT_OUT = {
     r"bst train .*branch.run": "leaves from a checkpoint of a real run: tests/train/test_branch.py",
     r"bst train .*initial_weights": "of the demo's own last step: tests/train/test_initial.py",
     r"bst data prepare (/|.*/data/(books|latex|linux|mathematics)|.*output=/)": "fetches packages, writes elsewhere",
+    r"bst data prepare .*path/to/": "of the reader's own: tests/data_pipeline/prepare/test_prepare.py",
     r"bst verify .*--": "minutes on many ranks: tests/verify",
     r"bst sweep (run|status|collect|fit|compare|report|coordinates|plan.*--measure)": "trains a sweep: tests/study",
     r"bst law fit ": "resamples for minutes, or reads a table of your own: tests/study/test_law_fit.py",
-    r"bst sweep .*/cluster.yaml": "counts hundreds of large shapes: tests/sweep",
+    r"bst sweep .*/cluster.yaml": "counts hundreds of large shapes: tests/study/sweep",
     r"bst plan .*--(nodes 1,8,64|slices|longest)": "plans many clusters, sizes or lengths: tests/plan",
     r"bst experiment (run|report|status)": "trains an experiment: tests/study/experiment",
     r"bst (lra |train .*/lra/)": "draws and trains a task in full: tests/study/lra",
     r"bst doctor": "tests/tools/doctor",
     r"bst generate .*(--interactive|--prompts -)": "reads what is typed: tests/study/evaluation/test_generate.py",
     r"bst train .*slice_tokens": "slices longer than the sequences here: tests/train/test_slices.py",
-    r"bst eval .*--(harness|lengths .*65536)": "asks tasks of the reader's own, reads much text: tests/evaluate",
+    r"bst eval .*--(harness|lengths .*65536)": "needs tasks of the reader, much text: tests/study/evaluation",
 }
 
 
