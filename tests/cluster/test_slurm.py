@@ -177,7 +177,8 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on_to_its_end(slurm
     slurm.until(lambda: log.exists() and "step-00000020:" in log.read_text(), 120, log)
     slurm.ask("scancel", "--signal=USR1", job)  # what --signal=USR1@120 sends ahead of the time limit
     slurm.until(lambda: "JobState=PENDING" in slurm.ask("scontrol", "show", "job", job), 60, log)
-    slurm.ask("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm lets two minutes pass
+    # Slurm lets two minutes pass; within the second in which the nodes revoked its credential it would be killed.
+    slurm.ask("scontrol", "update", f"JobId={job}", "StartTime=now+5")
     # Until then the first start may still be called completing, with an exit code of its own.
     slurm.until(lambda: "resumed from step" in log.read_text(), 240, log)
     assert slurm.wait(job, log) == "0:0", log.read_text()
