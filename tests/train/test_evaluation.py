@@ -40,7 +40,7 @@ def literal(start: Start, sequences: int) -> tuple[int, float, list[float]]:
     for row in range(sequences):
         (batch,) = loader.batches(row)  # one row a step: sequence after sequence of the split's first pass
         with torch.no_grad():
-            hidden = model.norm(model.hidden(torch.from_numpy(batch.input_ids)))
+            hidden = model.hidden(torch.from_numpy(batch.input_ids))
             logits = model.logits(hidden.float().double())[0]
         nats[row] = cross_entropy(logits, torch.from_numpy(batch.labels)[0], reduction="none").numpy()
         assert batch.loss_mask.all()
