@@ -110,7 +110,7 @@ def check(start: Start, share: Share) -> dict[str, Any]:
         "model": f"{parameters / 1e6:,.2f} M parameters",
         "ranks": f"{share.world} (dp {share.world // recipe.parallel.sp} x sp {recipe.parallel.sp}), "
         f"ZeRO-{start.completed['zero_optimization']['stage']}, {train.precision}",
-        "step": f"{tokens:,} tokens, accumulated over {start.accumulation} micro-batches a rank",
+        "step": f"{tokens:,} tokens, micro-batches per rank: {start.accumulation}",
         "in all": f"{train.steps:,} steps, {train.steps * tokens:,} tokens",
     }
     print("\n".join(f"{name:<6} {text}" for name, text in lines.items()))
