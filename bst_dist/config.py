@@ -33,6 +33,7 @@ from bst_dist.train.config import (
     TrainConfig,
 )
 from data_pipeline.serve.config import DataConfig
+from data_pipeline.serve.spread import Spread
 from data_pipeline.synthetic.config import SyntheticConfig
 
 if TYPE_CHECKING:
@@ -236,30 +237,21 @@ def with_vocabulary(recipe: Recipe, corpora: Sequence[Corpus]) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"vocab_size": size})})
 
 
-def accumulation(recipe: Recipe, world: int) -> int:
-    """Micro-batches a rank takes one after the other in a step; raises ConfigError when the rows do not spread."""
+def spread_of(recipe: Recipe, world: int) -> Spread:
+    """How the sequences of a step lie on the ranks; raises ConfigError where some would have none."""
     dp, train = data_parallel(world, recipe.parallel.sp), recipe.train
     if train.sequences < dp:
         raise ConfigError(
             f"{dp} data-parallel ranks but only {train.sequences} sequences a step (train.sequences): "
             f"use at most {train.sequences * recipe.parallel.sp} ranks, or more sequences"
         )
-    if train.sequences % (dp * train.micro_sequences):
-        raise ConfigError(
-            f"train.sequences {train.sequences} is not a multiple of data-parallel ranks x train.micro_sequences = "
-            f"{dp} x {train.micro_sequences}"
-        )
-    return train.sequences // (dp * train.micro_sequences)
+    return Spread(train.sequences, dp, train.micro_sequences)
 
 
-def evaluation_rows(sequences: int, dp: int, micro_sequences: int) -> tuple[int, int]:
-    """Rows of an evaluation over all ranks, and of one rank's micro-batch, for at least so many `sequences`.
-
-    Every rank takes the same number of micro-batches, so the rows beyond the sequences are padding: they count nothing.
-    """
-    of_rank = -(-sequences // dp)
-    micro_rows = min(micro_sequences, of_rank)
-    return dp * micro_rows * -(-of_rank // micro_rows), micro_rows
+def unequal_ranks(recipe: Recipe, spread: Spread) -> str:
+    """Which ranks compute masked sequences, for people; empty when none does."""
+    sp = recipe.parallel.sp
+    return spread.unequal("ranks" if sp == 1 else f"groups of {sp} ranks")
 
 
 def deepspeed_file(recipe: Recipe) -> Path:

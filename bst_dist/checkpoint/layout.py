@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bst_dist.parallel.mesh import Mesh
+from data_pipeline.serve.spread import MASKED, Spread
 
 Carried = list[dict[str, Any]]
 """An entry a micro-batch: its global `rows`, the `position` they are at, and their `state`, (rows, ...) by name."""
@@ -40,11 +41,10 @@ class Rows:
     micro_sequences: int
     mesh: Mesh
 
-    def of_micro_batches(self) -> list[range]:
-        """Global row numbers."""
-        own = self.sequences // self.mesh.dp
-        first = self.mesh.dp_rank * own
-        return [range(row, row + self.micro_sequences) for row in range(first, first + own, self.micro_sequences)]
+    def of_micro_batches(self) -> list[list[int]]:
+        """Global row numbers, `MASKED` for rows that only fill a micro-batch."""
+        spread = Spread(self.sequences, self.mesh.dp, self.micro_sequences)
+        return [numbers.tolist() for numbers in spread.of_micro_batches(self.mesh.dp_rank)]
 
 
 def redistribute(rows: Rows, saved: Layout, load: Callable[[int], Carried]) -> Carried:
@@ -53,18 +53,18 @@ def redistribute(rows: Rows, saved: Layout, load: Callable[[int], Carried]) -> C
     `load` gives what one of those ranks carried. The first rank of those that shared a sequence holds the state of
     its rows, whatever their number; the others hold none (`bst_dist.parallel.neighbour`).
     """
-    wanted = rows.of_micro_batches()
-    share = rows.sequences // (saved.ranks // saved.sp)
-    sources = {row // share * saved.sp for batch in wanted for row in batch}
+    wanted, spread = rows.of_micro_batches(), Spread(rows.sequences, saved.ranks // saved.sp, 1)
+    sources = {spread.owner(row) * saved.sp for batch in wanted for row in batch if row != MASKED}
     found = {row: (entry, place) for rank in sorted(sources) for entry in load(rank)
-             for place, row in enumerate(entry["rows"])}  # fmt: skip
+             for place, row in enumerate(entry["rows"]) if row != MASKED}  # fmt: skip
     if not found:
         return []
+    found[MASKED] = next(iter(found.values()))  # any state will do: nothing of a masked row counts
     return [_entry(batch, [found[row] for row in batch], holds_state=rows.mesh.sp_rank == 0) for batch in wanted]
 
 
-def _entry(rows: range, found: Sequence[tuple[dict[str, Any], int]], holds_state: bool) -> dict[str, Any]:
+def _entry(rows: list[int], found: Sequence[tuple[dict[str, Any], int]], holds_state: bool) -> dict[str, Any]:
     (position,) = {entry["position"] for entry, _ in found}  # every row has been fed the same number of tokens
     names = found[0][0]["state"] if holds_state else ()
     state = {name: torch.stack([entry["state"][name][place] for entry, place in found]) for name in names}
-    return {"rows": list(rows), "position": position, "state": state}
+    return {"rows": rows, "position": position, "state": state}

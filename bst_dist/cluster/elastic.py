@@ -5,49 +5,41 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bst_base.errors import UserError
 from bst_dist.cluster.hosts import Host
 from bst_dist.cluster.processes import Share
-from bst_dist.config import Recipe, accumulation
+from bst_dist.config import Recipe, spread_of, unequal_ranks
 
 
 @dataclass(frozen=True)
-class Spread:
+class Shape:
     """Ranks and the sequence-parallel degree; dp is what remains."""
 
     world: int
     sp: int
+    unequal: str = ""
+    """Which ranks compute masked sequences; empty when none does."""
 
     def __str__(self) -> str:
         return f"{self.world} ranks (dp {self.world // self.sp} x sp {self.sp})"
 
 
 def usable(recipe: Recipe, most: int) -> int:
-    """The most ranks, up to `most`, that the batch can be spread over with the recipe's own sp; `most` when none can,
-    for whoever explains why."""
+    """The most ranks, up to `most`, that have a part in the batch with the recipe's own sp; `most` when those are too
+    few to share a sequence, for whoever explains why."""
     sp = recipe.parallel.sp
-    return next((world for world in range(most - most % sp, 0, -sp) if _legal(recipe, world)), most)
+    return min(most // sp, recipe.train.sequences) * sp or most
 
 
-def choose(recipe: Recipe, most: int) -> Spread:
-    """The most ranks, up to `most`, that the recipe's batch can be spread over.
+def choose(recipe: Recipe, most: int) -> Shape:
+    """The most ranks, up to `most`, that have a part in the recipe's batch: none has fewer than one sequence.
 
     The recipe's own sp is kept as long as there are that many ranks; only then one of its divisors is taken. The global
-    batch stays what it is, so the run stays the same run. Raises UserError when not even one rank will do.
+    batch stays what it is, so the run stays the same run.
     """
-    for sp in [d for d in range(recipe.parallel.sp, 0, -1) if recipe.parallel.sp % d == 0]:
-        changed = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"sp": sp})})
-        if _legal(changed, world := usable(changed, most)):
-            return Spread(world, sp)
-    raise UserError(f"{recipe.name}: no number of ranks up to {most} can share train.sequences and micro-batches")
-
-
-def _legal(recipe: Recipe, world: int) -> bool:
-    try:
-        accumulation(recipe, world)
-    except UserError:
-        return False
-    return True
+    sp = max(d for d in range(1, min(most, recipe.parallel.sp) + 1) if recipe.parallel.sp % d == 0)
+    changed = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"sp": sp})})
+    world = usable(changed, most)
+    return Shape(world, sp, unequal_ranks(changed, spread_of(changed, world)))
 
 
 def shares(hosts: Sequence[Host], world: int, address: str, port: int) -> dict[str, Share]:

@@ -41,7 +41,7 @@ from bst_dist.checkpoint.directory import committed, step_of
 from bst_dist.cluster.printing import unhurried_output
 from bst_dist.cluster.processes import LocalRanks, Share, told_to_stop
 from bst_dist.cluster.verdict import STOP, Ended
-from bst_dist.config import Recipe
+from bst_dist.config import Recipe, unequal_ranks
 from bst_dist.parallel.ranks import choose_accelerator, require_accelerator
 from bst_dist.train import rundir
 from bst_dist.train.__main__ import add_arguments as add_program_arguments
@@ -110,9 +110,11 @@ def check(start: Start, share: Share) -> dict[str, Any]:
         "model": f"{parameters / 1e6:,.2f} M parameters",
         "ranks": f"{share.world} (dp {share.world // recipe.parallel.sp} x sp {recipe.parallel.sp}), "
         f"ZeRO-{start.completed['zero_optimization']['stage']}, {train.precision}",
-        "step": f"{tokens:,} tokens, micro-batches per rank: {start.accumulation}",
+        "step": f"{tokens:,} tokens, micro-batches per rank: {start.spread.micro_batches}",
         "in all": f"{train.steps:,} steps, {train.steps * tokens:,} tokens",
     }
+    if unequal := unequal_ranks(recipe, start.spread):
+        lines["masked"] = unequal
     print("\n".join(f"{name:<6} {text}" for name, text in lines.items()))
     print("the recipe can be trained; nothing was started")
     return {"passed": True, "run_dir": str(start.run_dir), "ranks": share.world, "parameters": parameters}

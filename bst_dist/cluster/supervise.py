@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from bst_dist.cluster import preflight
 from bst_dist.cluster.controller import Controller, Means
-from bst_dist.cluster.elastic import Spread, choose, idle, shares
+from bst_dist.cluster.elastic import Shape, choose, idle, shares
 from bst_dist.cluster.hosts import Host
 from bst_dist.cluster.launchers import OVER_SSH
 from bst_dist.cluster.local import program
@@ -80,12 +80,15 @@ class Supervisor:
             raise PreflightError(f"a sum over all ranks failed: {ended.explain(_host_of(placed))}")
 
     def _train(self, controller: Controller, asked: Request) -> Ended:
-        spread = choose(self.job.recipe, sum(host.slots for host in controller.hosts))
-        placed = self._shares(controller, spread.world)
-        say(f"{spread} on {', '.join(placed)}")
+        shape = choose(self.job.recipe, sum(host.slots for host in controller.hosts))
+        placed = self._shares(controller, shape.world)
+        say(f"{shape} on {', '.join(placed)}")
+        if shape.unequal:
+            say(shape.unequal)
         if unused := idle(controller.hosts, placed):
             say(f"idle, to take the place of what is lost: {unused}")
-        ended = controller.run(program(_spread(asked, self.job.recipe, spread)), self.job.environment, placed)
+        command = program(_laid_out(asked, self.job.recipe, shape))
+        ended = controller.run(command, self.job.environment, placed)
         if why := ended.explain(_host_of(placed)):
             say(why)
         return ended
@@ -136,11 +139,11 @@ def say(text: str) -> None:
     print(f"bst launch: {text}", file=sys.stderr, flush=True)
 
 
-def _spread(asked: Request, recipe: Recipe, spread: Spread) -> Request:
+def _laid_out(asked: Request, recipe: Recipe, shape: Shape) -> Request:
     """The request with the sequence-parallel degree that there are ranks for."""
-    if spread.sp == recipe.parallel.sp:
+    if shape.sp == recipe.parallel.sp:
         return asked
-    return replace(asked, overrides=[*asked.overrides, f"parallel.sp={spread.sp}"])
+    return replace(asked, overrides=[*asked.overrides, f"parallel.sp={shape.sp}"])
 
 
 def _host_of(placed: Mapping[str, Share]) -> dict[int, str]:

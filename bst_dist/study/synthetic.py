@@ -5,21 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import nan
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bst_dist.config import Recipe, evaluation_rows
+from bst_dist.config import Recipe
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.report.metrics import EvalReport
 from bst_dist.train.evaluation import Evaluate
 from bst_dist.train.objective import share_of
-from data_pipeline.serve.slices import changed
-from data_pipeline.synthetic.loader import SyntheticBatch, SyntheticLoader
+from data_pipeline.synthetic.loader import SyntheticLoader
 from data_pipeline.synthetic.task import TaskConfig
 
 if TYPE_CHECKING:
@@ -130,10 +128,8 @@ class SyntheticTask:
     def evaluation(self, trainer: Trainer, writers: Sequence[Writer]) -> EvaluateByDistance:
         """On the first rows of the validation split, the same for every seed."""
         recipe, ranks = self.recipe, trainer.ranks
-        asked, mesh = recipe.evaluation.sequences, Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
-        rows = evaluation_rows(asked, mesh.dp, recipe.train.micro_sequences)
-        loader = self._validation(mesh, *rows)
-        batches = [changed(batch, partial(_of_rows, below=asked)) for batch in loader.batches(0)]
+        mesh = Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
+        batches = self._validation(mesh, recipe.evaluation.sequences, recipe.train.micro_sequences).batches(0)
         return EvaluateByDistance(recipe.evaluation, batches, trainer.engine, ranks, trainer.token_bytes, writers,
                                   recipe.train.steps, trainer.stop, trainer.sharing,
                                   task=recipe.data.synthetic, longest=self._row)  # fmt: skip
@@ -148,11 +144,6 @@ class SyntheticTask:
         if row > share.length:
             share = replace(share, length=row, slice_tokens=share.slice_tokens or share.length)
         return SyntheticLoader(self.recipe.data, "validation", share, seed=0)
-
-
-def _of_rows(batch: SyntheticBatch, below: int) -> SyntheticBatch:
-    """The batch without labels in its padding rows."""
-    return replace(batch, loss_mask=batch.loss_mask & (batch.rows < below)[:, None])
 
 
 class EvaluateByDistance(Evaluate):

@@ -16,9 +16,9 @@ class TrainConfig(Config):
     sequence_length: int = Field(ge=1, le=2**40)
     """Tokens L of a sequence; a multiple of the block."""
     sequences: int = Field(ge=1, le=2**40)
-    """Sequences of a step over all ranks (the global batch)."""
+    """Sequences of a step over all ranks (the global batch); any number of data-parallel ranks up to it will do."""
     micro_sequences: int = Field(1, ge=1, le=2**40)
-    """Sequences that a rank processes at once; the rest of its share follows, accumulated into one step."""
+    """Most sequences that a rank processes at once; the rest of its share follows, accumulated into one step."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: matrix products in bfloat16 under autocast; parameters, SSM dynamics and reductions in fp32."""
     gradient_clipping: float = Field(1.0, ge=0, le=1e9, allow_inf_nan=False)

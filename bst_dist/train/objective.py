@@ -10,14 +10,13 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from bst_dist.config import OBJECTIVES, Recipe, evaluation_rows, with_vocabulary
+from bst_dist.config import OBJECTIVES, Recipe, with_vocabulary
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.train.evaluation import Evaluate
@@ -129,9 +128,8 @@ class LanguageModelling:
         if held < asked and ranks.first:
             print(f"evaluation: the validation split holds {held:,} sequences; evaluation.sequences asks for {asked:,}")
         asked = min(asked, held)
-        loader = self._loader(self.validation, mesh, *evaluation_rows(asked, mesh.dp, recipe.train.micro_sequences))
-        once = partial(_counted_once, sequences=asked)
-        batches = [changed(batch, once) for batch in loader.batches(0)]
+        loader = self._loader(self.validation, mesh, asked, recipe.train.micro_sequences)
+        batches = [changed(batch, _counted_once) for batch in loader.batches(0)]
         return Evaluate(recipe.evaluation, batches, trainer.engine, ranks, trainer.token_bytes, writers,
                         recipe.train.steps, trainer.stop, trainer.sharing)  # fmt: skip
 
@@ -156,7 +154,6 @@ def share_of(recipe: Recipe, mesh: Mesh, rows: int, micro_rows: int) -> Share:
     )  # fmt: skip
 
 
-def _counted_once(batch: Batch, sequences: int) -> Batch:
-    """The batch without labels in its padding rows, and in rows that read a part of the split for a second time."""
-    counted = (batch.rows < sequences) & (batch.epochs == 0)
-    return replace(batch, loss_mask=batch.loss_mask & counted[:, None])
+def _counted_once(batch: Batch) -> Batch:
+    """The batch without labels in rows that read a part of the split for a second time."""
+    return replace(batch, loss_mask=batch.loss_mask & (batch.epochs == 0)[:, None])

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from bst_dist.config import unequal_ranks
 from bst_dist.model.attention import attention_path
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.plan.hardware import SLOW_BF16, bf16_slowdown
@@ -26,7 +27,8 @@ def header(start: Start, engine: Engine, ranks: Ranks, compiled: str) -> str:
     layers = ", ".join(f"{count} {mixer}" for mixer, count in Counter(model.mixers()).items())
     tokens = recipe.train.sequences * recipe.train.sequence_length
     size = f"{_parameters(engine) / 1e6:,.2f} M parameters"
-    micro = f"{start.accumulation} micro-batch{'es' if start.accumulation > 1 else ''}"
+    count = start.spread.micro_batches
+    micro = f"{count} micro-batch{'es' if count > 1 else ''}"
     mesh = f"dp {world // recipe.parallel.sp} x sp {recipe.parallel.sp}"
     lines = {
         "run": f"{start.run_dir}",
@@ -38,6 +40,8 @@ def header(start: Start, engine: Engine, ranks: Ranks, compiled: str) -> str:
         "step": f"{recipe.train.sequences} sequences of {recipe.train.sequence_length:,} = {tokens:,} tokens, "
         f"{micro} a rank",
     }
+    if unequal := unequal_ranks(recipe, start.spread):
+        lines["masked"] = unequal
     if recipe.train.slice_tokens:
         slices = recipe.train.sequence_length // recipe.train.slice_tokens
         every = f", one in {recipe.train.edges_every}" if recipe.train.edges_every > 1 else ""

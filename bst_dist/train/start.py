@@ -9,11 +9,12 @@ from typing import Any
 
 from bst_base.errors import UserError
 from bst_base.settings import ConfigError
-from bst_dist.config import Recipe, accumulation, deepspeed_file, load_recipe
+from bst_dist.config import Recipe, deepspeed_file, load_recipe, spread_of
 from bst_dist.plan.rehearse import rehearse
 from bst_dist.train import rundir
 from bst_dist.train.config import ScheduleConfig
 from bst_dist.train.objective import Objective, open_objective
+from data_pipeline.serve.spread import Spread
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Start:
     objective: Objective
     completed: dict[str, Any]
     """DeepSpeed's configuration."""
-    accumulation: int
+    spread: Spread
+    """The sequences of a step over the ranks."""
     until: int
     changed: Sequence[str] = ()
     """What the run has otherwise than at its start before, as ``field: before, now``."""
@@ -88,33 +90,31 @@ def _require_reached(recipe: Recipe, where: str, given: bool) -> None:
 
 def resolve(recipe: Recipe, request: Request, world: int) -> Start:
     """Check `recipe` against the ranks, the corpus, the DeepSpeed file and the run directory; raises UserError."""
-    micro_batches = accumulation(recipe, world)
+    spread = spread_of(recipe, world)
     objective = open_objective(recipe)
     recipe = objective.recipe
-    _require_slices(recipe)
-    completed = _complete(recipe, world, micro_batches)
+    _require_slices(recipe, spread)
+    completed = _complete(recipe, world, spread)
     run_dir = request.run_dir or Path("runs") / recipe.name
     changed = rundir.check(run_dir, recipe, completed, request.resume, request.from_zero)
     until = min(request.until or recipe.train.steps, recipe.train.steps)
-    return Start(recipe, run_dir, objective, completed, micro_batches, until, changed)
+    return Start(recipe, run_dir, objective, completed, spread, until, changed)
 
 
-def _require_slices(recipe: Recipe) -> None:
+def _require_slices(recipe: Recipe, spread: Spread) -> None:
     """Raise SequenceParallelError, with the reason, when a layer cannot be computed in slices of this length."""
     sp, train = recipe.parallel.sp, recipe.train
     if sp > 1:
         isolated = recipe.data.documents == "isolated"
         share = (train.slice_tokens or train.sequence_length) // sp
-        rehearse(recipe.model, sp, train.micro_sequences, share, isolated=isolated, stream=train.slices > 1)
+        rehearse(recipe.model, sp, spread.micro_rows, share, isolated=isolated, stream=train.slices > 1)
 
 
-def _complete(recipe: Recipe, world: int, micro_batches: int) -> dict[str, Any]:
+def _complete(recipe: Recipe, world: int, spread: Spread) -> dict[str, Any]:
     from bst_dist.train import deepspeed_json  # imports DeepSpeed, which takes longer than all other checks together
 
     path = deepspeed_file(recipe)
     train = recipe.train
-    backward_passes = micro_batches * train.slices  # DeepSpeed knows of no slices: each is a micro-batch to it
-    intent = deepspeed_json.Intent(
-        world, train.micro_sequences, backward_passes, train.gradient_clipping, train.precision
-    )
+    backward_passes = spread.micro_batches * train.slices  # DeepSpeed knows of no slices: each is a micro-batch to it
+    intent = deepspeed_json.Intent(world, spread.micro_rows, backward_passes, train.gradient_clipping, train.precision)
     return deepspeed_json.complete(deepspeed_json.read(path), intent, where=str(path))

@@ -18,7 +18,7 @@ class Batch:
     loss_mask: np.ndarray  # (b, l) bool: false where the input or the label is padding, or they are of two documents
     starts: np.ndarray | None  # (b, l // W) bool: the block begins a document; None where documents are joined
     continues: np.ndarray  # (b,) bool: the row's first token follows the last one the row was fed the step before
-    rows: np.ndarray  # (b,) int64: global row numbers
+    rows: np.ndarray  # (b,) int64: global row numbers; -1 for masked rows, which fill a micro-batch (`spread`)
     corpora: np.ndarray  # (b,) int64: which corpus of the mixture the row reads
     epochs: np.ndarray  # (b,) int64: which pass over that corpus
     pieces: Pieces  # where the tokens were read, the label of the last input included

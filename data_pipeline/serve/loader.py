@@ -24,6 +24,7 @@ from data_pipeline.serve.reader import Corpus
 from data_pipeline.serve.rows import RowReader, Rows
 from data_pipeline.serve.share import Share
 from data_pipeline.serve.slices import MicroBatch
+from data_pipeline.serve.spread import MASKED
 from data_pipeline.serve.stream import extents, inputs
 
 
@@ -185,18 +186,26 @@ class Loader:
 
     def _read_all(self, step: int) -> Iterator[list[Stored]]:
         """Every slice of every micro-batch."""
-        for rows in self._share.micro_batches():
-            yield [self._read(step, rows, part) for part in range(len(self._share.begins))]
+        for numbers in self._share.micro_batches():
+            yield [self._read(step, numbers, part) for part in range(len(self._share.begins))]
 
-    def _read(self, step: int, rows: range, part: int) -> Stored:
-        """One slice of a micro-batch."""
-        first = self._share.own.start  # rows are located by their place among the rank's own
-        located = self._reader.locate(step, rows.start - first, rows.stop - first, part)
-        return Stored(rows.start, self._share.begins[part], located, *self._reader.read(located))
+    def _read(self, step: int, numbers: np.ndarray, part: int) -> Stored:
+        """One slice of a micro-batch; its masked rows, which are the last, are padding as beyond the end of a pass."""
+        own = numbers[numbers != MASKED]
+        located, masked = Rows.none(), len(numbers) - len(own)
+        if len(own):
+            place = int(own[0]) - self._share.own.start  # rows are located by their place among the rank's own
+            located = self._reader.locate(step, place, place + len(own), part)
+        tokens, real = self._reader.read(located)
+        if masked:
+            below = ((0, masked), (0, 0))
+            real = np.pad(np.ones(tokens.shape, bool) if real is None else real, below)
+            tokens = np.pad(tokens, below, constant_values=self._corpora[0].manifest.tokenizer.pad_id)
+        return Stored(numbers, self._share.begins[part], located.masked(masked), tokens, real)
 
     def _batch(self, stored: Stored) -> Batch:
         """What was read, laid out for a trainer."""
-        first, begin, rows, tokens, real = stored
+        numbers, begin, rows, tokens, real = stored
         ids = tokens.astype(np.int64)
         shape = ids[:, :-1].shape
         mask = label_mask(real, shape, rows.pieces, self._block)
@@ -209,7 +218,7 @@ class Loader:
             loss_mask=mask,
             starts=None if self._block is None else block_starts(shape, rows.pieces, self._block),
             continues=rows.continues if begin < self._share.tokens * self._share.sp else np.ones_like(rows.continues),
-            rows=np.arange(first, first + len(ids)),
+            rows=numbers,
             corpora=rows.corpora,
             epochs=rows.epochs,
             pieces=rows.pieces,
@@ -220,8 +229,8 @@ class Loader:
 class Stored(NamedTuple):
     """One slice of a micro-batch as it lies in the corpus."""
 
-    first: int
-    """Its first row's global number."""
+    numbers: np.ndarray
+    """(b,) int64: the rows' global numbers, `MASKED` of those that only fill the micro-batch."""
     begin: int
     """Its first token in its row."""
     rows: Rows
@@ -243,8 +252,7 @@ def check_state(own: dict[str, Any], state: dict[str, Any]) -> None:
 
 
 def _check_sizes(share: Share, block: int) -> None:
-    length, rows, micro_rows = share.length, share.rows, share.micro_rows
-    dp, sp, slice_tokens = share.dp, share.sp, share.slice_tokens
+    length, sp, slice_tokens = share.length, share.sp, share.slice_tokens
     if length % (block * sp):
         raise UserError(
             f"sequence length {length} is not a multiple of block x sp = {block} x {sp} = {block * sp}: "
@@ -254,10 +262,4 @@ def _check_sizes(share: Share, block: int) -> None:
         raise UserError(
             f"slices of {slice_tokens} tokens: they must divide the sequence length {length} and be a multiple of "
             f"block x sp = {block} x {sp} = {block * sp}"
-        )
-    if rows < dp:
-        raise UserError(f"{rows} rows a step for {dp} data-parallel ranks: every rank needs at least one row")
-    if rows % (dp * micro_rows):
-        raise UserError(
-            f"{rows} rows a step is not a multiple of dp x micro-batch rows = {dp} x {micro_rows} = {dp * micro_rows}"
         )

@@ -37,6 +37,18 @@ class Rows(NamedTuple):
         own = (values[start:stop] for values in self[:3])
         return Rows(*own, Pieces(row - start, *others), bounds)
 
+    def masked(self, count: int) -> Rows:
+        """These rows, and so many more that read nothing."""
+        nothing, continues = np.zeros(count, np.int64), np.ones(count, bool)
+        columns = zip(self[:3], (nothing, nothing, continues), strict=True)
+        return Rows(*map(np.concatenate, columns), self.pieces, self.bounds + self.bounds[-1:] * count)
+
+    @staticmethod
+    def none() -> Rows:
+        """No row."""
+        nothing = np.zeros(0, np.int64)
+        return Rows(nothing, nothing, nothing.astype(bool), Pieces(*[nothing] * 5), [0])
+
 
 class RowReader:
     """Locates and reads the slices of the rows ``first..first + count`` of every step.
@@ -73,7 +85,7 @@ class RowReader:
         self._pad_id = corpora[0].manifest.tokenizer.pad_id
         # Over a network the reads of a micro-batch go out together: each waits much longer than it works.
         self._pool = ThreadPoolExecutor(_REQUESTS) if any(corpus.remote for corpus in corpora) else None
-        self._window_steps = max(1, _WINDOW // count)
+        self._window_steps = max(1, _WINDOW // max(1, count))
         self._window = lru_cache(maxsize=2 * len(begins))(self._locate)
         self._stream = lru_cache(maxsize=len(corpora) + 1)(self._make_stream)  # one more, where two passes meet
 
@@ -85,6 +97,8 @@ class RowReader:
     def read(self, rows: Rows) -> tuple[np.ndarray, np.ndarray | None]:
         """Tokens (b, l + 1) in the corpus's dtype, and which of them are text: (b, l + 1) bool, None when all are."""
         tokens = np.empty((len(rows.corpora), self._length + 1), self._dtype)
+        if not len(tokens):
+            return tokens, None
         whole = rows.pieces.length.sum() == tokens.size
         if not whole:
             tokens.fill(self._pad_id)

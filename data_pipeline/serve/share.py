@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
+
 from data_pipeline.serve.slices import MicroBatch, Slices
+from data_pipeline.serve.spread import Spread
 
 T = TypeVar("T")
 
@@ -20,7 +23,7 @@ class Share:
     rows: int
     """G, rows of a step over all ranks."""
     micro_rows: int
-    """Rows of a micro-batch of one rank; G is a multiple of dp * micro_rows."""
+    """Most rows of a micro-batch of one rank."""
     dp_rank: int = 0
     dp: int = 1
     sp_rank: int = 0
@@ -30,8 +33,8 @@ class Share:
 
     @property
     def own(self) -> range:
-        """The global numbers of this rank's rows."""
-        return range(self.dp_rank * self.rows // self.dp, (self.dp_rank + 1) * self.rows // self.dp)
+        """The global numbers of this rank's rows; none where there are more ranks than rows."""
+        return self._spread.own(self.dp_rank)
 
     @property
     def tokens(self) -> int:
@@ -43,10 +46,14 @@ class Share:
         """Where this rank's part of each slice begins in a row."""
         return range(self.sp_rank * self.tokens, self.length, self.slice_tokens or self.length)
 
-    def micro_batches(self) -> Iterator[range]:
-        """The rows of each micro-batch."""
-        return (range(first, first + self.micro_rows) for first in self.own[:: self.micro_rows])
+    def micro_batches(self) -> list[np.ndarray]:
+        """(b,) int64 each: the rows of every micro-batch, masked ones as `spread.MASKED`."""
+        return self._spread.of_micro_batches(self.dp_rank)
 
     def laid_out(self, parts: Sequence[T], lay_out: Callable[[T], Any]) -> MicroBatch:
         """A micro-batch of what is stored for each slice: in slices if the rows are cut into some, else whole."""
         return Slices(parts, lay_out) if self.slice_tokens is not None else lay_out(parts[0])
+
+    @property
+    def _spread(self) -> Spread:
+        return Spread(self.rows, self.dp, self.micro_rows)

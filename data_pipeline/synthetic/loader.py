@@ -18,6 +18,7 @@ from data_pipeline.serve.loader import check_state
 from data_pipeline.serve.prefetch import Prefetcher
 from data_pipeline.serve.share import Share
 from data_pipeline.serve.slices import Slices
+from data_pipeline.serve.spread import MASKED
 from data_pipeline.synthetic.config import SyntheticConfig
 from data_pipeline.synthetic.draws import Draws
 from data_pipeline.synthetic.task import TASK_VERSION, Row, TaskConfig
@@ -31,7 +32,7 @@ class SyntheticBatch:
     labels: np.ndarray  # (b, l) int64: the token after each input
     loss_mask: np.ndarray  # (b, l) bool: the label counts
     distance: np.ndarray  # (b, l) int64: tokens from the label back to its answer; 0 where it does not count
-    rows: np.ndarray  # (b,) int64: global row numbers
+    rows: np.ndarray  # (b,) int64: global row numbers; -1 for masked rows (`serve.spread`)
     begin: int  # the slice's first token in its sequence
     continues: np.ndarray  # (b,) bool: the sequence follows the one the row was fed the step before
     starts: None = None
@@ -73,7 +74,7 @@ class SyntheticLoader:
 
     def batches(self, step: int) -> list[SyntheticBatch | Slices]:
         """This rank's micro-batches of a step; calls have no effect on each other."""
-        return [self._batch(step, np.array(rows)) for rows in self._share.micro_batches()]
+        return [self._batch(step, rows) for rows in self._share.micro_batches()]
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps after `step` steps were trained on."""
@@ -94,9 +95,12 @@ class SyntheticLoader:
     def _batch(self, step: int, rows: np.ndarray) -> SyntheticBatch | Slices:
         share, (series, piece) = self._share, divmod(step, self._steps)
         first = piece * share.length
+        length, nothing = self._steps * share.length, np.zeros(self._steps * share.length + 1, np.int64)
         drawn = [
-            draw(self.config.synthetic, self._split, self._seed, number, self._steps * share.length)
-            for number in (series * share.rows + rows).tolist()
+            Row(nothing, nothing)
+            if row == MASKED
+            else draw(self.config.synthetic, self._split, self._seed, series * share.rows + row, length)
+            for row in rows.tolist()
         ]
         tokens, distance = (np.stack(parts)[:, first : first + share.length + 1] for parts in zip(*drawn, strict=True))
         continues = np.full(len(rows), piece > 0)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bst_base.errors import UserError
 from bst_base.settings import parse
-from bst_dist.cluster.elastic import Spread, choose, idle, shares, usable
+from bst_dist.cluster.elastic import choose, idle, shares, usable
 from bst_dist.cluster.hosts import Host
 from bst_dist.config import Recipe
 
@@ -24,24 +23,27 @@ def recipe(sequences: int, sp: int = 1, micro: int = 1, rows: int = 0) -> Recipe
 @pytest.mark.parametrize(
     ("made", "most", "found"),
     [
-        (recipe(64), 16, Spread(16, 1)),
-        (recipe(64), 15, Spread(8, 1)),  # 64 sequences are shared by 8 ranks, not by 9 to 15
-        (recipe(6), 2, Spread(2, 1)),
-        (recipe(64, sp=4), 16, Spread(16, 4)),
-        (recipe(64, sp=4), 12, Spread(8, 4)),  # dp 3 does not divide 64
-        (recipe(64, sp=4), 3, Spread(2, 2)),  # fewer ranks than share a sequence: a divisor of sp
-        (recipe(64, sp=4), 1, Spread(1, 1)),
-        (recipe(8, micro=4), 8, Spread(2, 1)),  # a rank takes four at once
-        (recipe(8, rows=3), 8, Spread(8, 1)),  # the validation rows are padded where they do not fill the ranks
+        (recipe(64), 16, (16, 1)),
+        (recipe(64), 15, (15, 1)),  # 64 sequences are not shared evenly by 15
+        (recipe(512), 63 * 8, (63 * 8, 1)),  # a host of 64 was lost
+        (recipe(6), 2, (2, 1)),
+        (recipe(6), 9, (6, 1)),  # no rank without a sequence
+        (recipe(64, sp=4), 16, (16, 4)),
+        (recipe(64, sp=4), 15, (12, 4)),  # whole groups of sp; dp 3 does not divide 64
+        (recipe(64, sp=4), 3, (2, 2)),  # fewer ranks than share a sequence: a divisor of sp
+        (recipe(64, sp=4), 1, (1, 1)),
+        (recipe(8, micro=4), 8, (8, 1)),  # a rank takes four at once where it has as many
     ],
 )
-def test_the_most_ranks_that_share_the_batch_evenly(made, most, found):
-    assert choose(made, most) == found
+def test_the_most_ranks_that_have_a_part_in_the_batch(made, most, found):
+    shape = choose(made, most)
+    assert (shape.world, shape.sp) == found
 
 
-def test_a_batch_that_nobody_can_take_is_refused():
-    with pytest.raises(UserError, match="no number of ranks up to 4"):
-        choose(recipe(6, micro=4), 4)
+def test_ranks_that_compute_in_vain_are_named():
+    assert choose(recipe(512), 504).unequal.startswith("8 of 504 ranks have 2 sequences, 496 of 504 ranks have 1")
+    assert choose(recipe(64, sp=4), 15).unequal.startswith("1 of 3 groups of 4 ranks has 22 sequences, 2 of 3 groups")
+    assert choose(recipe(512), 512).unequal == ""
 
 
 def test_a_host_too_many_is_no_reason_to_refuse():

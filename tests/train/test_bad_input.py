@@ -34,13 +34,11 @@ def tree(path: Path) -> dict[str, bytes]:
         (["train.stepz=3"], "did you mean 'train.steps'?"),
         (["optimiser.learning_rate=1"], "did you mean"),
         (["deepspeed=ds_configs/zero9.json"], "ds_configs/zero9.json: no such file"),
-        (["train.micro_sequences=3"], "train.sequences 4 is not a multiple"),
         (["train.carry=true"], "train.carry needs data.mode streaming"),
         (["train.steps=0"], "train.steps"),
         (["schedule.warmup_steps=7"], "schedule.warmup_steps 7 is longer than the run of 6 steps (train.steps)"),
         (["checkpoint.at=[2,9]"], "checkpoint.at 9 is after the run's last step, 6 (train.steps)"),
         (["--ranks", "8"], "8 data-parallel ranks but only 4 sequences a step"),
-        (["--ranks", "3"], "not a multiple of data-parallel ranks"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -137,6 +135,11 @@ def test_a_check_starts_nothing_and_writes_nothing(recipe_file, tmp_path, capsys
     assert "ranks  2 (dp 2 x sp 1), ZeRO-1, fp32" in said
     assert "from step 0 to 6" in said
     assert "in all 6 steps, 768 tokens" in said
+    assert "masked" not in said
+    assert main([*words, "--ranks", "3"]) == 0
+    assert (
+        "masked 1 of 3 ranks has 2 sequences, 2 of 3 ranks have 1 sequence and 1 masked: 33%" in capsys.readouterr().out
+    )
     assert main([*words, "model.block=7"]) == 2
 
 

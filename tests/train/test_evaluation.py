@@ -9,19 +9,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from bst_dist.config import evaluation_rows
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.train.run import train
 from bst_dist.train.start import Request, Start, load, resolve
 from data_pipeline.serve.loader import Loader
 from data_pipeline.serve.share import Share
-
-
-def test_rows_are_padded_so_that_every_rank_has_as_many():
-    assert evaluation_rows(64, 512, 4) == (512, 1)
-    assert evaluation_rows(64, 8, 4) == (64, 4)
-    assert evaluation_rows(65, 8, 4) == (96, 4)
-    assert evaluation_rows(1, 1, 8) == (1, 1)
 
 
 def untrained(recipe: Path) -> Start:
@@ -48,7 +40,7 @@ def literal(start: Start, sequences: int) -> tuple[int, float, list[float]]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("world", "sp"), [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("world", "sp"), [(1, 1), (2, 2), (3, 1)])
 def test_the_validation_loss_is_that_of_plain_torch_over_all_micro_batches(
     recipe_file, tmp_path, on_ranks, unmeasured, world, sp
 ):

@@ -17,6 +17,7 @@ from bst_dist.study.lra.examples import Examples
 from data_pipeline.serve.loader import check_state
 from data_pipeline.serve.order import KEY_VERSION, Permutation
 from data_pipeline.serve.share import Share
+from data_pipeline.serve.spread import MASKED
 
 
 class LengthError(UserError):
@@ -29,8 +30,8 @@ class Labelled:
 
     input_ids: np.ndarray  # (b, s l) int64: each sequence padded at its end by zeros; a symbol's id is one more
     labels: np.ndarray  # (b,) int64
-    loss_mask: np.ndarray  # (b,) bool: False for rows beyond the last example
-    rows: np.ndarray  # (b,) int64: global row numbers
+    loss_mask: np.ndarray  # (b,) bool: False for rows beyond the last example, and for masked ones
+    rows: np.ndarray  # (b,) int64: global row numbers; -1 for masked rows (`serve.spread`)
     starts: None = None
 
 
@@ -63,7 +64,7 @@ class LabelledLoader:
 
     def batches(self, step: int) -> list[Labelled]:
         """This rank's micro-batches of a step."""
-        return [self._batch(step, np.array(rows)) for rows in self._share.micro_batches()]
+        return [self._batch(step, rows) for rows in self._share.micro_batches()]
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps after `step` steps were trained on."""
@@ -79,7 +80,7 @@ class LabelledLoader:
 
     def _batch(self, step: int, rows: np.ndarray) -> Labelled:
         numbers = self._numbers(step * self._share.rows + rows)
-        task, there = self.examples.task, numbers < len(self.examples)
+        task, there = self.examples.task, (numbers < len(self.examples)) & (rows != MASKED)
         ids = np.zeros((len(rows), task.sequences, self._share.length), np.int64)
         for row in np.flatnonzero(there):
             for place, symbols in enumerate(self.examples.sequences(numbers[row])):

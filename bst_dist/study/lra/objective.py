@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from bst_dist.config import Recipe, evaluation_rows
+from bst_dist.config import Recipe
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.report.metrics import EvalReport
 from bst_dist.study.lra.examples import Examples, open_split
@@ -81,8 +81,8 @@ class Classification:
         """On the first examples of the validation split."""
         recipe, ranks = self.recipe, trainer.ranks
         asked = min(recipe.evaluation.sequences, len(self.validation))
-        rows, micro_rows = evaluation_rows(asked, ranks.world, recipe.train.micro_sequences)
-        batches = self._loader(self.validation, Mesh(ranks.world, ranks.rank), rows, micro_rows, None).batches(0)
+        mesh, at_once = Mesh(ranks.world, ranks.rank), recipe.train.micro_sequences
+        batches = self._loader(self.validation, mesh, asked, at_once, None).batches(0)
         return EvaluateAccuracy(recipe.evaluation, batches, trainer.engine, ranks, trainer.token_bytes, writers,
                                 recipe.train.steps, trainer.stop)  # fmt: skip
 

@@ -8,6 +8,7 @@ import pytest
 from bst_base.errors import UserError
 from bst_base.settings import parse
 from data_pipeline.serve.share import Share
+from data_pipeline.serve.spread import MASKED
 from data_pipeline.synthetic.config import SyntheticConfig
 from data_pipeline.synthetic.loader import SyntheticLoader
 
@@ -21,10 +22,12 @@ def loader(**changes) -> SyntheticLoader:
 
 
 def joined(batches, name: str) -> np.ndarray:
-    return np.concatenate([getattr(batch, name) for batch in batches])
+    """Of all rows but the masked ones, which have no label that counts."""
+    assert not any(batch.loss_mask[batch.rows == MASKED].any() for batch in batches)
+    return np.concatenate([getattr(batch, name)[batch.rows != MASKED] for batch in batches])
 
 
-@pytest.mark.parametrize(("dp", "sp"), [(2, 1), (1, 2), (2, 4)])
+@pytest.mark.parametrize(("dp", "sp"), [(2, 1), (1, 2), (2, 4), (3, 2), (9, 1)])
 def test_ranks_and_slices_make_up_the_same_global_batch(dp, sp):
     for name in ("input_ids", "labels", "loss_mask", "distance"):
         whole = joined(loader().batches(7), name)

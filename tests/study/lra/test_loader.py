@@ -10,6 +10,7 @@ from bst_dist.study.lra.examples import Examples, open_split
 from bst_dist.study.lra.loader import LabelledLoader, LengthError
 from bst_dist.study.lra.tasks import TASKS
 from data_pipeline.serve.share import Share
+from data_pipeline.serve.spread import MASKED
 
 
 def loader(examples: Examples, **changes) -> LabelledLoader:
@@ -24,8 +25,10 @@ def examples(listops) -> Examples:
 
 
 def rows(batches) -> list[tuple[bytes, int]]:
+    assert not any(batch.loss_mask[batch.rows == MASKED].any() for batch in batches)
     return [(ids.tobytes(), int(label)) for batch in batches
-            for ids, label in zip(batch.input_ids, batch.labels, strict=True)]  # fmt: skip
+            for row, ids, label in zip(batch.rows, batch.input_ids, batch.labels, strict=True) if row != MASKED
+            ]  # fmt: skip
 
 
 def test_every_pass_has_each_example_once_and_another_order(examples):
@@ -45,7 +48,7 @@ def test_rows_are_the_examples_with_padding_behind(examples):
     assert batch.loss_mask.all()
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 3, 4, 9])
 def test_ranks_share_the_global_batch_in_order(examples, world):
     for step in (0, 9):
         whole = rows(loader(examples).batches(step))

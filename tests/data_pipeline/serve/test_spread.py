@@ -1,0 +1,50 @@
+"""Rows over any number of ranks: each once, in order, in as many micro-batches of as many rows everywhere."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.serve.spread import MASKED, Spread
+
+
+@given(rows=st.integers(1, 200), dp=st.integers(1, 200), most=st.integers(1, 9))
+def test_every_row_is_on_one_rank_in_order_and_all_ranks_compute_alike(rows: int, dp: int, most: int) -> None:
+    spread = Spread(rows, dp, most)
+    ranks = [spread.of_micro_batches(rank) for rank in range(dp)]
+    assert {(len(rank), *map(len, rank)) for rank in ranks} == {
+        (spread.micro_batches, *[spread.micro_rows] * spread.micro_batches)
+    }
+    assert spread.micro_rows <= most
+    served = [np.concatenate(rank) for rank in ranks]
+    kept = [each[each != MASKED] for each in served]
+    assert np.concatenate(kept).tolist() == list(range(rows))
+    assert max(map(len, kept)) - min(map(len, kept)) <= 1
+    assert len(kept[0]) == max(map(len, kept))  # the first rank has rows, however few there are
+    for rank, own in enumerate(kept):
+        assert (served[rank][: len(own)] == own).all()  # what is masked comes last
+        assert all(spread.owner(row) == rank for row in own.tolist())
+    assert spread.masked == sum((each == MASKED).sum() for each in served)
+
+
+@given(shares=st.integers(1, 20), dp=st.integers(1, 20), most=st.integers(1, 9))
+def test_nothing_is_masked_where_the_micro_batches_divide_the_rows(shares: int, dp: int, most: int) -> None:
+    spread = Spread(shares * dp * most, dp, most)
+    assert (spread.micro_batches, spread.micro_rows, spread.masked, spread.unequal()) == (shares, most, 0, "")
+
+
+def test_no_more_is_masked_than_must_be() -> None:
+    assert (Spread(6, 1, 4).micro_batches, Spread(6, 1, 4).micro_rows) == (2, 3)
+    assert (Spread(8, 3, 4).micro_rows, Spread(8, 3, 4).masked) == (3, 1)
+    assert (Spread(64, 512, 4).micro_batches, Spread(64, 512, 4).micro_rows) == (1, 1)
+
+
+def test_who_computes_in_vain_is_said() -> None:
+    assert Spread(8, 5, 1).unequal() == (
+        "3 of 5 ranks have 2 sequences, 2 of 5 ranks have 1 sequence and 1 masked: 20% of what is computed does not "
+        "count"
+    )
+    assert Spread(14, 2, 4).unequal("groups of 2 ranks") == (
+        "2 of 2 groups of 2 ranks have 7 sequences and 1 masked: 12% of what is computed does not count"
+    )
