@@ -248,12 +248,6 @@ def spread_of(recipe: Recipe, world: int) -> Spread:
     return Spread(train.sequences, dp, train.micro_sequences)
 
 
-def unequal_ranks(recipe: Recipe, spread: Spread) -> str:
-    """Which ranks compute masked sequences, for people; empty when none does."""
-    sp = recipe.parallel.sp
-    return spread.unequal("ranks" if sp == 1 else f"groups of {sp} ranks")
-
-
 def deepspeed_file(recipe: Recipe) -> Path:
     """The recipe's DeepSpeed file; raises UserError, which says where it looked, when there is none."""
     given = Path(recipe.deepspeed)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bst_dist.cluster.hosts import Host
 from bst_dist.cluster.processes import Share
-from bst_dist.config import Recipe, spread_of, unequal_ranks
+from bst_dist.config import Recipe, spread_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def choose(recipe: Recipe, most: int) -> Shape:
     sp = max(d for d in range(1, min(most, recipe.parallel.sp) + 1) if recipe.parallel.sp % d == 0)
     changed = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"sp": sp})})
     world = usable(changed, most)
-    return Shape(world, sp, unequal_ranks(changed, spread_of(changed, world)))
+    return Shape(world, sp, spread_of(changed, world).unequal(sp))
 
 
 def shares(hosts: Sequence[Host], world: int, address: str, port: int) -> dict[str, Share]:

@@ -49,7 +49,7 @@ from bst_dist.cluster.printing import unhurried_output
 from bst_dist.cluster.processes import told_to_stop
 from bst_dist.cluster.restarts import Restarts
 from bst_dist.cluster.supervise import Job, Supervisor, say
-from bst_dist.config import Recipe, deepspeed_file, spread_of, unequal_ranks
+from bst_dist.config import Recipe, deepspeed_file, spread_of
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.ranks import choose_accelerator
 from bst_dist.train import rundir
@@ -155,12 +155,13 @@ def _show(job: Job, hosts: Sequence[Host], means: Means) -> dict[str, Any]:
         "ranks": shlex.join(program(asked)),
         "environment": shown(job.environment),
     }
-    placed = shares(hosts, usable(recipe, sum(host.slots for host in hosts)), "ADDRESS", 0)
+    world = usable(recipe, sum(host.slots for host in hosts))
+    placed = shares(hosts, world, "ADDRESS", 0)
     for host, share in placed.items():
         print(f"{host:<12} ranks {share.first} to {share.first + share.count - 1} of {share.world}")
     if unused := idle(hosts, placed):
         print(f"{'idle':<12} {unused}")
-    if unequal := unequal_ranks(recipe, spread_of(recipe, usable(recipe, sum(host.slots for host in hosts)))):
+    if unequal := spread_of(recipe, world).unequal(recipe.parallel.sp):
         print(f"{'masked':<12} {unequal}")
     for name, text in lines.items():
         print(f"{name:<12} {text}")

@@ -41,7 +41,7 @@ from bst_dist.checkpoint.directory import committed, step_of
 from bst_dist.cluster.printing import unhurried_output
 from bst_dist.cluster.processes import LocalRanks, Share, told_to_stop
 from bst_dist.cluster.verdict import STOP, Ended
-from bst_dist.config import Recipe, unequal_ranks
+from bst_dist.config import Recipe
 from bst_dist.parallel.ranks import choose_accelerator, require_accelerator
 from bst_dist.train import rundir
 from bst_dist.train.__main__ import add_arguments as add_program_arguments
@@ -113,7 +113,7 @@ def check(start: Start, share: Share) -> dict[str, Any]:
         "step": f"{tokens:,} tokens, micro-batches per rank: {start.spread.micro_batches}",
         "in all": f"{train.steps:,} steps, {train.steps * tokens:,} tokens",
     }
-    if unequal := unequal_ranks(recipe, start.spread):
+    if unequal := start.spread.unequal(recipe.parallel.sp):
         lines["masked"] = unequal
     print("\n".join(f"{name:<6} {text}" for name, text in lines.items()))
     print("the recipe can be trained; nothing was started")

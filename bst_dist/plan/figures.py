@@ -12,9 +12,9 @@ DAY_S = 86_400
 
 
 def tokens_a_step(best: Candidate) -> int:
-    """Over all ranks."""
+    """Over all ranks, without what is masked."""
     part = best.work.slice
-    return part.rows * part.length * best.work.accumulation * best.work.world
+    return best.spread.rows * part.length * part.sp * best.work.slices
 
 
 def tokens_a_day(best: Candidate) -> float:
@@ -23,8 +23,9 @@ def tokens_a_day(best: Candidate) -> float:
 
 
 def mfu(best: Candidate, cluster: Cluster) -> float:
-    """Model FLOPs utilisation: of the bf16 peak of all devices; what is run again does not count."""
-    return best.speed.flops / best.speed.total / (1e12 * cluster.accelerator.bf16_tflops * cluster.world)
+    """Model FLOPs utilisation: of the bf16 peak of all devices; what is run again or masked does not count."""
+    counts = best.spread.rows / (best.spread.rows + best.spread.masked)
+    return counts * best.speed.flops / best.speed.total / (1e12 * cluster.accelerator.bf16_tflops * cluster.world)
 
 
 def by_link(best: Candidate, cluster: Cluster) -> tuple[float, float]:
@@ -62,6 +63,7 @@ def describe(planner: Planner, best: Candidate) -> dict[str, Any]:
         "sp": work.slice.sp,
         "micro_sequences": work.slice.rows,
         "micro_batches": work.accumulation // work.slices,
+        "masked_sequences": best.spread.masked,
         "slices": work.slices,
         "edges": work.edges,
         "edges_every": work.edges_every,

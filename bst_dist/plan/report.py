@@ -168,6 +168,8 @@ def _reason(planner: Planner, best: Candidate) -> str:
         why.append("weights and optimizer states fit only when spread over all ranks")
     elif work.strategy.overlap_comm:
         why.append(f"ZeRO-{work.strategy.stage} reduces gradients behind the backward pass")
+    if unequal := best.spread.unequal(work.slice.sp):
+        why.append(unequal)
     return "; ".join(why)
 
 

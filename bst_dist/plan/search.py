@@ -22,6 +22,7 @@ from bst_dist.plan.memory import Memory, Work, memory
 from bst_dist.plan.speed import Cluster, Moved, Speed, share_rerun, speed
 from bst_dist.plan.traffic import sequence_traffic, zero_traffic
 from bst_dist.plan.zero import Sizes, Strategy
+from data_pipeline.serve.spread import Spread
 
 RESERVED_BYTES = 3e9
 """Of a device's memory, for the driver's context, the communication library and the matrix library's workspace."""
@@ -54,6 +55,8 @@ class Candidate:
     speed: Speed
     limit: float
     """Bytes that a device has."""
+    spread: Spread
+    """The sequences of a step over the data-parallel ranks."""
 
     @property
     def needed(self) -> float:
@@ -96,15 +99,16 @@ class Planner:
         return self.activations.sizes
 
     def degrees(self) -> list[int]:
-        """Every sp that divides the ranks, the sequence and the step's sequences; raises PlanError if there is none."""
+        """Every sp that divides the ranks and the sequence and leaves no rank without one; raises PlanError if there is
+        none. Where some leave dp that divides the step's sequences, so that nothing is masked, those alone."""
         train, world, block = self.recipe.train, self.cluster.world, self.model.block
         found = [
             sp for sp in range(1, world + 1)
             if world % sp == 0 and (train.slice_tokens or train.sequence_length) % (block * sp) == 0
-            and train.sequences % (world // sp) == 0
+            and train.sequences >= world // sp
         ]  # fmt: skip
         if found:
-            return found
+            return [sp for sp in found if train.sequences % (world // sp) == 0] or found
         blocks = train.sequences * train.sequence_length // block
         if blocks < world:
             raise PlanError(
@@ -113,13 +117,14 @@ class Planner:
                 f"ranks, or {-(-world * block // train.sequence_length)} sequences or more"
             )
         raise PlanError(
-            f"no sp divides {world} ranks, {train.sequence_length // block} blocks of a sequence and leaves dp that "
-            f"divides {train.sequences} sequences a step (train.sequences): a power of two for each always works"
+            f"no sp divides {world} ranks and {train.sequence_length // block} blocks of a sequence and leaves at most "
+            f"{train.sequences} data-parallel ranks, one for each sequence of a step (train.sequences): a power of two "
+            "for each always works"
         )
 
     def micro_batches(self, sp: int) -> list[int]:
         """Sequences that a rank may take at once, from few to many."""
-        rows = self.recipe.train.sequences * sp // self.cluster.world
+        rows = -(-self.recipe.train.sequences * sp // self.cluster.world)
         return [rows_at_once for rows_at_once in range(1, min(rows, MOST_ROWS) + 1) if rows % rows_at_once == 0]
 
     def candidate(self, stage: int | str, sp: int, rows: int, policy: str, slices: int | None = None,
@@ -132,11 +137,11 @@ class Planner:
         train, cluster = self.recipe.train, self.cluster
         slices, edges, every = slices or train.slices, edges or train.edges, every or train.edges_every
         checkpointing = self.recipe.activation_checkpointing.model_copy(update={"policy": policy})
-        accumulation = train.sequences * sp // (cluster.world * rows) * slices
+        spread = Spread(train.sequences, cluster.world // sp, rows)
         part = Slice(rows, train.sequence_length // (sp * slices), sp, stream=slices > 1)
         work = Work(
-            self.strategies[stage], cluster.world, part, accumulation, checkpointing, self.model.depth, slices, edges,
-            every,
+            self.strategies[stage], cluster.world, part, spread.micro_batches * slices, checkpointing,
+            self.model.depth, slices, edges, every,
         )  # fmt: skip
         between = sequence_traffic(self.model, work, self.messages(sp, slices))
         traffic = zero_traffic(self.sizes, work)
@@ -146,7 +151,7 @@ class Planner:
         edges_bytes = work.spacing.waiting * self.activations.edge(rows) if slices > 1 and edges == "host" else 0
         moved = Moved(touched, needs.host - edges_bytes + edges_bytes // slices, updated)
         seconds = speed(self.flops, work, moved, traffic, between, cluster, self.bf16)
-        return Candidate(work, needs, traffic, between, seconds, 1e9 * cluster.accelerator.memory_gb)
+        return Candidate(work, needs, traffic, between, seconds, 1e9 * cluster.accelerator.memory_gb, spread)
 
     def best(self) -> Candidate:
         """The fastest way that fits; if none does, the one that is least too large."""

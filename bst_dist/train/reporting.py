@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from bst_dist.config import unequal_ranks
 from bst_dist.model.attention import attention_path
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.plan.hardware import SLOW_BF16, bf16_slowdown
@@ -40,7 +39,7 @@ def header(start: Start, engine: Engine, ranks: Ranks, compiled: str) -> str:
         "step": f"{recipe.train.sequences} sequences of {recipe.train.sequence_length:,} = {tokens:,} tokens, "
         f"{micro} a rank",
     }
-    if unequal := unequal_ranks(recipe, start.spread):
+    if unequal := start.spread.unequal(recipe.parallel.sp):
         lines["masked"] = unequal
     if recipe.train.slice_tokens:
         slices = recipe.train.sequence_length // recipe.train.slice_tokens

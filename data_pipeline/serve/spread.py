@@ -55,10 +55,14 @@ class Spread:
         """Masked rows of a step, over all ranks."""
         return self.dp * self.micro_batches * self.micro_rows - self.rows
 
-    def unequal(self, who: str = "ranks") -> str:
-        """How the rows differ from rank to rank and what is computed in vain, for people; empty when nothing is."""
+    def unequal(self, sp: int = 1) -> str:
+        """How the rows differ from rank to rank and what is computed in vain, for people; empty when nothing is.
+
+        `sp`: ranks that share a row.
+        """
         if not self.masked:
             return ""
+        who = "ranks" if sp == 1 else f"groups of {sp} ranks"
         slots, few = self.micro_batches * self.micro_rows, self.rows // self.dp
         more = self.rows % self.dp
         counts = [(more, few + 1), (self.dp - more, few)] if more else [(self.dp, few)]

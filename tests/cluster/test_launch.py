@@ -37,13 +37,17 @@ def test_a_launcher_that_is_not_installed_is_an_error_of_the_user(recipe, tmp_pa
     assert "pdsh is not on the PATH" in capsys.readouterr().err
 
 
-def test_a_dry_run_needs_no_run_directory_and_shows_what_stays_idle(recipe, tmp_path, capsys, monkeypatch):
+def test_a_dry_run_needs_no_run_directory_and_shows_what_is_in_vain(recipe, tmp_path, capsys, monkeypatch):
     (tmp_path / "hosts").write_text("node-01 slots=4\nnode-02 slots=4\n")  # six sequences a step
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
     assert main(["launch", str(recipe(6)), "deepspeed=ds_configs/zero1.json", "--hostfile", "hosts", "--dry-run"]) == 0
     assert "idle         2 slots of node-02" in capsys.readouterr().out
     assert sorted(tmp_path.iterdir()) == before
+    (tmp_path / "hosts").write_text("node-01 slots=4\n")
+    assert main(["launch", str(recipe(6)), "deepspeed=ds_configs/zero1.json", "--hostfile", "hosts", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "masked       2 of 4 ranks have 2 sequences, 2 of 4 ranks have 1 sequence and 1 masked" in said
 
 
 @pytest.mark.parametrize("wrong", [["--until", "-5"], ["--max-restarts", "-1"], ["--lost-after", "0"], ["--port", "0"]])

@@ -8,6 +8,7 @@ from bst_base.settings import dump, parse
 from bst_dist.cli import main
 from bst_dist.config import Recipe
 from bst_dist.plan.accelerators import accelerator
+from bst_dist.plan.figures import mfu, tokens_a_step
 from bst_dist.plan.search import HEADROOM, Planner
 from bst_dist.plan.speed import Cluster
 
@@ -54,6 +55,24 @@ def test_more_ranks_than_sequences_share_them():
     assert sum(best.between.values()) > 0
 
 
+def test_ranks_that_do_not_divide_the_sequences_compute_some_in_vain(recipe_file, capsys, tmp_path):
+    planner = Planner(parse(Recipe, SETTINGS), Cluster(1, 3, device(80)))
+    best = planner.best()
+    rows = best.work.slice.rows * best.work.accumulation  # of the rank that has most of 16: 6, 5 and 5
+    assert rows == 6
+    assert best.spread.masked == 3 * rows - 16
+    assert tokens_a_step(best) == 16 * 256
+    alone = Planner(parse(Recipe, SETTINGS), Cluster(1, 1, device(80)))
+    one = alone.candidate(0, 1, 1, "none")
+    three = planner.candidate(0, 1, 1, "none")
+    assert three.speed.flops / one.speed.flops == pytest.approx(18 / 16)  # of all ranks, the masked rows included
+    used = mfu(three, planner.cluster) * three.speed.total * 3, mfu(one, alone.cluster) * one.speed.total
+    assert used[0] == pytest.approx(used[1])
+    assert main(["plan", recipe_file, "--gpus-per-node", "3"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 of 3 ranks has 6 sequences, 2 of 3 ranks have 5 sequences and 1 masked: 11% of what is computed" in said
+
+
 def test_the_command_prints_a_command_that_the_trainer_takes(recipe_file, capsys, tmp_path):
     assert main(["plan", recipe_file, "--gpus-per-node", "2", "--json", str(tmp_path / "plan.json")]) == 0
     report = json.loads((tmp_path / "plan.json").read_text())
@@ -80,7 +99,7 @@ def test_a_table_keeps_the_tokens_of_a_step(recipe_file, tmp_path):
     [
         (["--gpu", "h100"], "did you mean h100-80gb?"),
         (["--nodes", "1000"], "a rank needs one at least. Use at most 128 ranks"),
-        (["--gpus-per-node", "3"], "no sp divides 3 ranks"),
+        (["--gpus-per-node", "17"], "no sp divides 17 ranks"),
         (["--lengths", "100"], "nearest is 96"),
         (["--accelerators", "missing.yaml"], "missing.yaml: no such file"),
     ],

@@ -45,6 +45,6 @@ def test_who_computes_in_vain_is_said() -> None:
         "3 of 5 ranks have 2 sequences, 2 of 5 ranks have 1 sequence and 1 masked: 20% of what is computed does not "
         "count"
     )
-    assert Spread(14, 2, 4).unequal("groups of 2 ranks") == (
+    assert Spread(14, 2, 4).unequal(sp=2) == (
         "2 of 2 groups of 2 ranks have 7 sequences and 1 masked: 12% of what is computed does not count"
     )
