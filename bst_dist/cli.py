@@ -53,6 +53,8 @@ SECTIONS: dict[str, dict[str, Command]] = {
         "ckpt pin": ("bst_dist.checkpoint.commands.pin", "keep a checkpoint for good, or no longer"),
         "ckpt gc": ("bst_dist.checkpoint.commands.gc", "remove what a run's settings do not keep; says what, first"),
         "ckpt convert": ("bst_dist.checkpoint.commands.convert", "write weights as safetensors for other programs"),
+        "ckpt push": ("bst_dist.checkpoint.commands.push", "copy a run and its newest checkpoint to an object store"),
+        "ckpt pull": ("bst_dist.checkpoint.commands.pull", "bring such a copy back"),
     },
     "Look at runs": {
         "plot": ("bst_dist.study.comparison.curves", "draw the training curves of runs"),

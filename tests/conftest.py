@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -265,3 +265,24 @@ def older(tmp_path: Path) -> Path:
     recipe = tmp_path / "run" / "recipe.yaml"  # relative paths were from the working directory then
     recipe.write_text(recipe.read_text().replace("corpus: corpus", f"corpus: {tmp_path / 'corpus'}"))
     return tmp_path / "run"
+
+
+@pytest.fixture
+def s3_endpoint() -> Iterator[Callable[[], dict[str, Any]]]:
+    """`s3_endpoint()` starts an S3 server on the loopback and returns the fsspec options that reach it."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+
+    def start() -> dict[str, Any]:
+        server.start()
+        host, port = server.get_host_and_port()
+        return {
+            "endpoint_url": f"http://{host}:{port}",
+            "key": "key",
+            "secret": "secret",
+            "client_kwargs": {"region_name": "eu-west-1"},
+        }
+
+    yield start
+    server.stop()

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -163,24 +162,3 @@ def serve() -> Iterator[Callable[[Path], FaultyServer]]:
     yield start
     for server in servers:
         server.close()
-
-
-@pytest.fixture
-def s3_endpoint() -> Iterator[Callable[[], dict[str, Any]]]:
-    """`s3_endpoint()` starts an S3 server on the loopback and returns the fsspec options that reach it."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-
-    def start() -> dict[str, Any]:
-        server.start()
-        host, port = server.get_host_and_port()
-        return {
-            "endpoint_url": f"http://{host}:{port}",
-            "key": "key",
-            "secret": "secret",
-            "client_kwargs": {"region_name": "eu-west-1"},
-        }
-
-    yield start
-    server.stop()

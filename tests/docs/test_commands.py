@@ -243,6 +243,7 @@ LEFT_OUT = {
     r"bst train .*--(nodes|ranks [48])": "needs more hosts or cores: tests/cluster, tests/checkpoint/test_elastic.py",
     r"bst bench ": "measures, for minutes to hours",
     r"bst train runs/demo": "continues a run that others read: tests/train/test_bad_input.py, test_continuing.py",
+    r"bst ckpt (push|pull) ": "needs an object store: tests/checkpoint/test_copies.py",
     r"bst train .*branch.run": "leaves from a checkpoint of a real run: tests/train/test_branch.py",
     r"bst train .*initial_weights": "of the demo's own last step: tests/train/test_initial.py",
     r"bst data prepare (/|.*/data/(books|latex|linux|mathematics)|.*output=/)": "fetches packages, writes elsewhere",
