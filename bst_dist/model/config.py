@@ -291,6 +291,9 @@ class LayerConfig(Config):
     model has 16 heads of 128 at a width of 1024."""
     ffn: int = Field(ge=1, le=2**22)
     """Width M of the feed-forward network."""
+    activation: Literal["relu", "relu2", "gelu", "swiglu"] = "relu"
+    """Between the maps of the feed-forward network: relu; relu2, its square; gelu; swiglu: SiLU times a second map of
+    the input, so a third matrix: at two thirds of the width M it has as many parameters."""
     block: int = Field(ge=1, le=2**20)
     """The attention window and the unit everything is aligned to, in tokens (W)."""
     attention: AttentionConfig = AttentionConfig()
@@ -324,6 +327,11 @@ class LayerConfig(Config):
     def inner(self) -> int:
         """Width of all heads together, H dh."""
         return self.heads * self.head
+
+    @property
+    def ffn_matrices(self) -> int:
+        """Matrices of D x M in the feed-forward network."""
+        return 3 if self.activation == "swiglu" else 2
 
     def mixers(self) -> list[str]:
         """The mixer of each layer; which ones is said by the model."""

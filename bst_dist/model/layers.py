@@ -6,9 +6,11 @@ Every mixer maps (B, l, D) -> (B, l, D) given its past and the document starts; 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bst_dist.model import compiled
 from bst_dist.model.attention import SlidingAttention
@@ -76,16 +78,35 @@ MIXERS: dict[str, type[nn.Module]] = {
 """The class of each mixer; which sections of the settings it reads, `config.MIXER_SECTIONS` says."""
 
 
-class FeedForward(nn.Module):
-    """Two linear maps around a ReLU, without biases."""
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)^2 (Primer, So et al., arXiv 2109.08668)."""
+    return torch.relu(x).square()
 
-    def __init__(self, width: int, hidden: int):
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "relu2": squared_relu,
+    "gelu": F.gelu,
+    "swiglu": F.silu,
+}
+"""What the feed-forward network has between its maps, by the settings' name."""
+
+
+class FeedForward(nn.Module):
+    """Two linear maps around an activation, without biases: W_out f(W_up x); with a gate, W_out (f(W_gate x) * W_up x),
+    elementwise (SwiGLU, Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, config: LayerConfig):
         super().__init__()
-        self.up = Linear(width, hidden)
-        self.out = Linear(hidden, width, into_stream=True)
+        self.activation = ACTIVATIONS[config.activation]
+        self.up = Linear(config.width, config.ffn)
+        self.gate = Linear(config.width, config.ffn) if config.activation == "swiglu" else None
+        self.out = Linear(config.ffn, config.width, into_stream=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(torch.relu(self.up(x)))
+        if self.gate is None:
+            return self.out(self.activation(self.up(x)))
+        return self.out(self.activation(self.gate(x)) * self.up(x))
 
 
 class Layer(nn.Module):
@@ -99,7 +120,7 @@ class Layer(nn.Module):
         self.mixer_norm = nn.RMSNorm(config.width, eps=1e-6)
         self.mixer = MIXERS[mixer](config)
         self.ffn_norm = nn.RMSNorm(config.width, eps=1e-6)
-        self.ffn = FeedForward(config.width, config.ffn)
+        self.ffn = FeedForward(config)
 
     def forward(self, x: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
         if self.compiled and compiled.fits(past):

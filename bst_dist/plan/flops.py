@@ -21,10 +21,15 @@ def forward_flops(config: ModelConfig, sequence_length: int) -> dict[str, float]
     """FLOPs of one token's forward pass by term, averaged over a sequence of that length."""
     terms: dict[str, float] = {}
     for mixer in config.mixers():
-        counted = MIXER_TERMS[mixer](config, sequence_length) | {"ffn": 4 * config.width * config.ffn}
-        for term, flops in counted.items():
+        for term, flops in layer_flops(config, mixer, sequence_length).items():
             terms[term] = terms.get(term, 0) + flops
     return terms | {"head": 2 * config.width * (config.vocab_size or 0)}
+
+
+def layer_flops(config: ModelConfig, mixer: str, sequence_length: int) -> dict[str, float]:
+    """The same of one layer with that mixer."""
+    network = 2 * config.ffn_matrices * config.width * config.ffn
+    return MIXER_TERMS[mixer](config, sequence_length) | {"ffn": network}
 
 
 def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:

@@ -36,7 +36,8 @@ from bst_dist.parallel.past import EarlierCall
 from bst_dist.plan.flops import forward_flops
 from data_pipeline.serve.loader import open_corpora
 
-SHARED = ("width", "heads", "head_width", "ffn", "block", "depth", "vocab_size", "attention")
+SHARED = ("width", "heads", "head_width", "ffn", "activation", "block", "depth", "vocab_size",
+          "attention")  # fmt: skip
 """Settings that every model of the list takes from the recipe."""
 KINDS = ("embedding", "attention", "ssm", "ffn", "norm")
 SHOWN = ("attention", "ssm")
@@ -158,7 +159,8 @@ def carried_bytes(layer: Layer, width: int, length: int, half: bool) -> int:
 
 def _table(entries: list[Entry], config: ModelConfig, length: int) -> Table:
     heads = f"{config.heads} heads of {config.head}"
-    sizes = f"{config.depth} layers, D {config.width}, {heads}, M {config.ffn}, W {config.block}"
+    network = f"M {config.ffn} ({config.activation})"
+    sizes = f"{config.depth} layers, D {config.width}, {heads}, {network}, W {config.block}"
     title = f"{sizes}, vocabulary {config.vocab_size}, L {length}"
     units = "parameters in millions; of a forward pass, MFLOP per token; KiB carried per sequence"
     table = Table(title=title, caption=units, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)

@@ -15,7 +15,7 @@ from torch import nn
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.model.config import ModelConfig
 from bst_dist.parallel.slices import Spacing
-from bst_dist.plan.flops import MIXER_TERMS, forward_flops
+from bst_dist.plan.flops import forward_flops, layer_flops
 
 FUSED = "fused-tiles"
 """The path of attention whose outputs the selective policy keeps."""
@@ -52,7 +52,7 @@ def recomputed_flops_per_token(config: ModelConfig, length: int, checkpointing: 
     for index, (mixer, layer) in enumerate(zip(config.mixers(), layers, strict=True)):
         if not checkpointing.runs_again(index):
             continue
-        terms = MIXER_TERMS[mixer](config, length) | {"ffn": 4 * config.width * config.ffn}
+        terms = layer_flops(config, mixer, length)
         total += sum(terms.values())
         if checkpointing.policy == "selective":
             total -= _kept(layer) + (terms.get("attention", 0) + terms.get("cross", 0) if path == FUSED else 0)

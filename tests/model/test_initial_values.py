@@ -28,6 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "Mamba-2": {"mixer": "mamba2"},
     "Gated DeltaNet": {"mixer": "gated-deltanet"},
     "full": {"mixer": "full"},
+    **{f"SH {name}": {"mixer": "bst", "activation": name} for name in ("relu2", "gelu", "swiglu")},
 }
 
 

@@ -34,6 +34,7 @@ CASES = {
     "mamba2": {"mixer": "mamba2", "mamba2": {"state": 5, "head": 16, "chunk": 16}},
     "gated-deltanet": {"mixer": "gated-deltanet", "gated_deltanet": {"chunk": 16}},
     "full": {"mixer": "full"},
+    "sliding, with a gate": {"mixer": "sliding", "activation": "swiglu"},
 }  # fmt: skip
 CASES |= {f"{name}, wide heads": {**CASES[name], "head_width": 12}
           for name in ("SH s4d", "MH s4d", "MF s4d", "sliding", "no cross", "transformer-xl", "block-recurrent",

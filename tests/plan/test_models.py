@@ -51,6 +51,13 @@ def test_known_sizes():
     assert bst.state_bytes - found.state_bytes == 2 * ds * n * 4
 
 
+def test_a_gate_is_a_third_matrix_in_every_layer():
+    d, m, layers = 32, 48, 4
+    plain, gated = (entry("", CONFIG.model_copy(update={"activation": name}), LENGTH) for name in ("relu", "swiglu"))
+    assert gated.total_parameters - plain.total_parameters == layers * d * m
+    assert gated.total_forward_flops_per_token - plain.total_forward_flops_per_token == layers * 2 * d * m
+
+
 def test_half_precision_halves_keys_and_values_but_not_the_recurrent_state():
     whole, half = (entry("SH", MODELS["BST SH s4d"], LENGTH, half) for half in (False, True))
     recurrent = 2 * 8 * 16 * 4

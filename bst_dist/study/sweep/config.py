@@ -18,7 +18,8 @@ class ShapeConfig(Config):
     head_width: int = Field(64, ge=1)
     """Width of a head; every width is a multiple of it."""
     ffn_ratio: float = Field(4.0, gt=0)
-    """Width of the feed-forward network divided by the model's; the exact value is chosen so that sizes are equal."""
+    """Width of the feed-forward network divided by the model's; two thirds of that with model.activation swiglu, which
+    has a third matrix. The exact value is chosen so that sizes are equal."""
     fraction: float = Field(0.5, gt=0, le=1)
     """Share of the layers that use the architecture's mixer, spread evenly; the others use model.filler."""
     tolerance: float = Field(0.01, gt=0, le=0.02)

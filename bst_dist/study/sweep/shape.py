@@ -25,7 +25,7 @@ WIDEST = 2**17
 OFF = 0.1
 """How far the common size may lie from the one asked for."""
 RATIO = 1.5
-"""How far ffn / width may lie from shape.ffn_ratio, as a factor."""
+"""How far ffn / width may lie from the ratio that is asked for, as a factor."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Model:
     width: int
     ffn: int
     parameters: float
+    off: float
+    """ffn / width as a multiple of the ratio that is asked for."""
 
     def config(self, base: dict[str, Any], shape: ShapeConfig, depth: int) -> ModelConfig:
         """The model section of the recipe; `base` is what it says otherwise."""
@@ -68,7 +70,7 @@ def solve_together(bases: Mapping[str, tuple[dict[str, Any], int]], shape: Shape
 
     Width in steps of a head and ffn in steps of 8 are chosen together: all within half the tolerance of one N, which is
     the size asked for where possible and else as near to it as possible; of these the ffn / width nearest to
-    shape.ffn_ratio. Raises ConfigError when no N serves all.
+    `ffn_ratio`. Raises ConfigError when no N serves all.
     """
     found = {name: _models(base, shape, size, depth, length) for name, (base, length) in bases.items()}
     misses = {}
@@ -87,7 +89,7 @@ def solve_together(bases: Mapping[str, tuple[dict[str, Any], int]], shape: Shape
 
 def _models(base: dict[str, Any], shape: ShapeConfig, size: float, depth: int, length: int) -> list[Model]:
     """All models near a size: for each width the ffns about it; N is linear in the ffn."""
-    found = []
+    found, ratio = [], ffn_ratio(base, shape)
     for heads in range(1, WIDEST // shape.head_width):
         width = heads * shape.head_width
         least, most = (train_flops_per_token(_model(base, shape, width, ffn, depth), length) / 6 for ffn in (8, 16))
@@ -97,8 +99,9 @@ def _models(base: dict[str, Any], shape: ShapeConfig, size: float, depth: int, l
         steps = (size - least) / per_step + 1
         reach = OFF * size / per_step + 1
         for step in range(max(1, math.floor(steps - reach)), math.ceil(steps + reach) + 1):
-            if 1 / RATIO <= 8 * step / width / shape.ffn_ratio <= RATIO:
-                found.append(Model(width, 8 * step, least + (step - 1) * per_step))
+            off = 8 * step / width / ratio
+            if 1 / RATIO <= off <= RATIO:
+                found.append(Model(width, 8 * step, least + (step - 1) * per_step, off))
     return found
 
 
@@ -106,7 +109,7 @@ def _nearest(models: Sequence[Model], aim: float, shape: ShapeConfig) -> Model |
     """Of the models within half the tolerance the one nearest to the ratio; else the one nearest to the size."""
     near = [m for m in models if abs(m.parameters / aim - 1) <= shape.tolerance / 2]
     if near:
-        return min(near, key=lambda m: (abs(math.log(m.ffn / m.width / shape.ffn_ratio)), m.width))
+        return min(near, key=lambda m: (abs(math.log(m.off)), m.width))
     return min(models, key=lambda m: abs(m.parameters / aim - 1), default=None)
 
 
@@ -114,7 +117,13 @@ def at_width(base: dict[str, Any], shape: ShapeConfig, width: int, depth: int) -
     """The model of a width, a multiple of the head width, with everything else in proportion."""
     if width % shape.head_width:
         raise ConfigError(f"width {width} is not a multiple of shape.head_width {shape.head_width}")
-    return _model(base, shape, width, round(shape.ffn_ratio * width), depth)
+    return _model(base, shape, width, round(ffn_ratio(base, shape) * width), depth)
+
+
+def ffn_ratio(base: dict[str, Any], shape: ShapeConfig) -> float:
+    """Width of the feed-forward network divided by the model's; one of three matrices has as many parameters at two
+    thirds of the width that one of two has."""
+    return shape.ffn_ratio * (2 / 3 if base.get("activation") == "swiglu" else 1)
 
 
 def _model(base: dict[str, Any], shape: ShapeConfig, width: int, ffn: int, depth: int) -> ModelConfig:

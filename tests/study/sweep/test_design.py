@@ -101,6 +101,17 @@ def test_ffns_are_multiples_of_eight_and_near_their_ratio(designer):
         assert 1 / shape.RATIO <= model.ffn / model.width / 4 <= shape.RATIO
 
 
+def test_a_network_with_a_gate_is_as_large_at_two_thirds_of_the_width():
+    base = {"mixer": "sliding", "block": 32, "vocab_size": 300}
+    bases = {"relu": (base, 64), "swiglu": (base | {"activation": "swiglu"}, 64)}
+    found = solve_together(bases, ShapeConfig(head_width=32), 1e6, 4)
+    models = {name: LanguageModel(m.config(bases[name][0], ShapeConfig(head_width=32), 4)) for name, m in found.items()}
+    sizes = [sum(p.numel() for p in model.parameters()) for model in models.values()]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
+    assert found["swiglu"].width == found["relu"].width
+    assert found["swiglu"].ffn == pytest.approx(found["relu"].ffn * 2 / 3, abs=8)
+
+
 def test_a_size_that_no_shapes_share_is_refused_with_what_there_is():
     bases = {"sliding": ({"mixer": "sliding", "block": 32, "vocab_size": 300}, 64)}
     with pytest.raises(ConfigError, match=r"no shapes of 8 layers are equally large near N = 1e\+05"):
