@@ -87,6 +87,7 @@ def _write_configuration(folder: Path, one: Held, recipe: Recipe, tokenizer: Tok
         checkpoint={key: value for key, value in one.manifest.items() if key != "files"},
         architectures=[BSTForCausalLM.__name__],
         dtype=torch.float32,
+        tie_word_embeddings=recipe.model.tied,
         **named,
     )
     config.save_pretrained(folder)

@@ -361,6 +361,8 @@ class ModelConfig(LayerConfig):
     """Where `mixer` stands, counted from 0: [1, 7, 9] are the 2nd, 8th and 10th layer."""
     filler: Literal[tuple(MIXER_SECTIONS)] = "sliding"  # type: ignore[valid-type]
     """The layer everywhere else."""
+    tied: bool = True
+    """Whether the embedding is the output head's matrix as well; otherwise the head has one of its own."""
     parametrisation: ParametrisationConfig = StandardConfig()
 
     @model_validator(mode="after")

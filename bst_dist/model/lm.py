@@ -1,4 +1,4 @@
-"""The decoder language model: embedding, a stack of layers, tied output head.
+"""The decoder language model: embedding, a stack of layers, output head.
 
 Shapes throughout: B rows, l tokens of this slice, D width, V vocabulary, W block.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.layers import Layer
-from bst_dist.model.loss import linear_cross_entropy
+from bst_dist.model.loss import OutputHead, linear_cross_entropy
 from bst_dist.model.parametrisation import Scale
 from bst_dist.model.roles import Role, roles_of
 from bst_dist.parallel.past import EarlierCall, Past, State
@@ -22,7 +22,7 @@ LAST_GAIN = 0.5
 """Size of the last norm's gains at first; their signs are drawn. The stream begins as little more than the token's own
 embedding, N(0, 1), whose product with itself is the logit √D: with one sign the model would begin by predicting that
 each token repeats itself. With drawn signs that product is a sum of terms of both signs, of order one at any width, and
-the first loss is ln V and an eighth of a nat."""
+the first loss is ln V and an eighth of a nat. With a head of its own the first loss is the same, whatever the signs."""
 
 
 class Losses(NamedTuple):
@@ -44,7 +44,7 @@ class LanguageModel(nn.Module):
         if config.vocab_size is None:
             raise ValueError("vocab_size is not known: take it from the corpus before building the model")
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)  # N(0, 1), tied with the head
+        self.embedding = nn.Embedding(config.vocab_size, config.width)  # N(0, 1)
         branch = config.parametrisation.branch(config.depth)
         self.layers = nn.ModuleList(Layer(mixer, config, branch) for mixer in config.mixers())
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
@@ -54,6 +54,7 @@ class LanguageModel(nn.Module):
             layer.initialize(config.parametrisation.initial_depth(config.depth))
         with torch.no_grad():
             self.norm.weight.copy_(LAST_GAIN * (2 * torch.randint(2, self.norm.weight.shape) - 1))
+        self.output = None if config.tied else OutputHead(config.vocab_size, config.width)
 
     def forward(
         self,
@@ -77,6 +78,8 @@ class LanguageModel(nn.Module):
             return self.logits(x[:, -1])
         mask = torch.ones_like(labels, dtype=torch.bool) if loss_mask is None else loss_mask
         scale = self.config.parametrisation.logit_scale(self.config.width)
+        if self.output is not None:
+            return Losses(*self.output(self.norm(x), scale, labels, mask))
         return Losses(*linear_cross_entropy(self.norm(x), self.embedding.weight, labels, mask, scale))
 
     def hidden(self, input_ids: Tensor, starts: Tensor | None = None, past: Past | None = None) -> Tensor:
@@ -92,7 +95,14 @@ class LanguageModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Of the token after each, (..., D) -> (..., V); for few positions at a time, losses need none."""
         scale = self.config.parametrisation.logit_scale(self.config.width)
+        if self.output is not None:
+            return self.output(self.norm(hidden), scale)
         return self.norm(hidden) @ self.embedding.weight.T * scale
+
+    @property
+    def head_matrix(self) -> Tensor:
+        """What the normalised stream is multiplied by for the logits, (V, D): the embedding, or the head's own."""
+        return self.embedding.weight if self.output is None else self.output.weight
 
     def carry(self, state: State | None = None, position: int = 0) -> EarlierCall:
         """A past that takes up what an earlier call left, and collects in ``.after`` what the next call leaves."""
@@ -100,7 +110,7 @@ class LanguageModel(nn.Module):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by how they are trained: matrices (with weight decay), SSM dynamics (a rate of their own, no
-        decay), and all the rest, called vectors (no decay): scales, biases, tables, read-outs, the embedding. Which a
+        decay), and all the rest, called vectors (no decay): scales, biases, tables, read-outs, embedding, head. Which a
         parameter is, its module says (`bst_dist.model.roles`).
 
         CompleteP tells two more apart: filters, the matrices of a kernel, whose fan-in does not grow with the width,

@@ -1,9 +1,9 @@
-"""Cross-entropy of a tied output head, in tiles: the logits of all tokens never exist at once."""
+"""The output head and its cross-entropy, in tiles: the logits of all tokens never exist at once."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 TILE_LOGITS = 2**23
 """Logits held at a time on a CPU, 32 MiB in single precision: about what its caches hold."""
@@ -80,3 +80,19 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, mask: T
     flat = hidden.flatten(0, 1), weight, labels.flatten(), mask.flatten()
     total, per_token, correct = _LinearCrossEntropy.apply(*flat, scale)
     return total, per_token.view(labels.shape), None if correct is None else correct.view(labels.shape)
+
+
+class OutputHead(nn.Module):
+    """A head with a matrix of its own, N(0, 1) as the embedding's; a module, so that ZeRO-3 gathers it where it is
+    called and not for the whole pass."""
+
+    def __init__(self, vocabulary: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(vocabulary, width))
+
+    def forward(self, hidden: Tensor, scale: float, labels: Tensor | None = None,
+                mask: Tensor | None = None) -> Tensor | tuple:  # fmt: skip
+        """What `linear_cross_entropy` returns; without labels the logits, (..., D) -> (..., V)."""
+        if labels is None:
+            return hidden @ self.weight.T * scale
+        return linear_cross_entropy(hidden, self.weight, labels, mask, scale)

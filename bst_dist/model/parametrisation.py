@@ -14,7 +14,7 @@ base_depth, and standard deviations for the initial values:
 | matrices: rate, decay, eps                  | η, λ, ε          | η/m_width, λ m_width, ε/(m_width m_depth) |
 | filters, matrices with a fixed fan-in       | η, λ, ε          | η, λ, ε/(m_width m_depth)                 |
 | vectors and SSM dynamics inside the layers  | η or η_ssm, 0, ε | η or η_ssm, 0, ε/(m_width m_depth)        |
-| the tied embedding and the last norm        | η, 0, ε          | η, 0, ε/m_width                           |
+| the embedding, the head and the last norm   | η, 0, ε          | η, 0, ε/m_width                           |
 
 At the base shape the two are the same model, to the last bit. A state space model works on each channel by itself: its
 dynamics, read-outs and skips meet no sum over the width and count as vectors, and the matrices of a filter network have

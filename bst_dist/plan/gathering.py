@@ -2,8 +2,9 @@
 
 Modules are gone through in the order of a micro-batch's passes, by the rules of DeepSpeed's coordinator: what a module
 needs is gathered, and what comes next up to `prefetch_bucket_size` with it; what it had is given up, unless it is
-needed again within `max_reuse_distance` elements, or was passed over by the prefetch because it was still there. The
-embedding is the head as well and stays. DeepSpeed first records the order of one step; this is a step after that.
+needed again within `max_reuse_distance` elements, or was passed over by the prefetch because it was still there. An
+embedding that is the head as well stays; a head of its own and the embedding are modules like the others, after and
+before the layers. DeepSpeed first records the order of one step; this is a step after that.
 """
 
 from __future__ import annotations
@@ -32,19 +33,20 @@ class Gathered:
 def gather(sizes: Sizes, strategy: Strategy, rerun: Sequence[bool]) -> Gathered:
     """Gathered weights of every layer; `rerun` says which layers run again in the backward pass."""
     depth, threshold = len(sizes.layers), strategy.param_persistence_threshold
-    always = sizes.embedding if sizes.embedding > threshold else 0
-    most = {"forward": [0] * depth, "backward": [0] * depth}
+    always = sizes.embedding if sizes.embedding > threshold and not sizes.head else 0
+    most = {way: dict.fromkeys(range(-1, depth + 1), 0) for way in ("forward", "backward")}
     coordinator = _Coordinator(sizes, strategy, list(_order(sizes, rerun)))
     between = 0
     for way, layer, whole in coordinator.steps():
         between = whole if way == "forward" else between
         most[way][layer] = max(most[way][layer], WORD * (always + whole))
     received = always + coordinator.received
-    return Gathered(tuple(most["forward"]), tuple(most["backward"]), WORD * (always + between), received)
+    forward, backward = (tuple(most[way][layer] for layer in range(depth)) for way in ("forward", "backward"))
+    return Gathered(forward, backward, WORD * (always + between), received)
 
 
 Parameter = tuple[int, int, int]
-"""Layer, module and place in it."""
+"""Layer, module and place in it; layer -1 is the embedding, the one after the last the head, where they are two."""
 Module = list[Parameter]
 
 
@@ -54,10 +56,17 @@ def _order(sizes: Sizes, rerun: Sequence[bool]) -> Iterator[tuple[str, int, Modu
         [[(layer, module, place) for place in range(len(own))] for module, own in enumerate(modules)]
         for layer, modules in enumerate(sizes.layers)
     ]
+    embedding, head = [(-1, 0, 0)], [(len(layers), 0, 0)]
+    if sizes.head:
+        yield "forward", -1, embedding
     yield from (("forward", layer, module) for layer, modules in enumerate(layers) for module in modules)
+    if sizes.head:
+        yield from ((way, len(layers), head) for way in ("forward", "backward"))
     for layer in reversed(range(len(layers))):
         again = layers[layer] if rerun[layer] else []
         yield from (("backward", layer, module) for module in (*again, *reversed(layers[layer])))
+    if sizes.head:
+        yield "backward", -1, embedding
 
 
 class _Coordinator:
@@ -71,6 +80,8 @@ class _Coordinator:
             for j, own in enumerate(modules)
             for k, elements in enumerate(own)
         }
+        if sizes.head:
+            self.elements |= {(-1, 0, 0): sizes.embedding, (len(sizes.layers), 0, 0): sizes.head}
         self.persistent = {use for use, p in self.elements.items() if p <= strategy.param_persistence_threshold}
         self.whole: set[Parameter] = set(self.persistent)
         self.received = self.available = 0

@@ -105,7 +105,8 @@ class _Step:
         self.inputs = INPUT_BYTES * tokens
         self.edges, self.edges_on_host = _edges(activations, work)
         self.residual = WORD * tokens * activations.model.width
-        self.tied = WORD * sizes.embedding
+        self.embedding = WORD * sizes.embedding
+        self.tied = 0 if sizes.head else self.embedding
 
     def phases(self) -> Iterator[Memory]:
         yield from self._forward()
@@ -129,7 +130,7 @@ class _Step:
         yield self._phase("backward of the loss", earlier, before, self.head.kept + self.head.backward, whole)
 
     def _backward(self) -> Iterator[Memory]:
-        produced, kept = self.sizes.rest, sum(part.kept for part in self.layers)
+        produced, kept = self.sizes.rest + self.sizes.head, sum(part.kept for part in self.layers)
         for index in reversed(range(len(self.layers))):
             part = self.layers[index]
             produced += self.sizes.of_layer(index)
@@ -137,7 +138,7 @@ class _Step:
             gradients = self._gradients(produced) + self.tied
             yield self._phase(f"backward of layer {index}", gradients, kept + part.backward, buffers=buffers)
             kept -= part.kept
-        gradients = self._gradients(produced) + 2 * self.tied
+        gradients = self._gradients(produced) + self.tied + self.embedding
         yield self._phase("embedding", gradients, self.residual, buffers=self.state.buckets + self._flush(produced))
 
     def _earlier(self) -> tuple[int, int]:

@@ -37,7 +37,7 @@ from bst_dist.plan.flops import forward_flops
 from data_pipeline.serve.loader import open_corpora
 
 SHARED = ("width", "heads", "head_width", "ffn", "activation", "block", "depth", "vocab_size",
-          "attention")  # fmt: skip
+          "tied", "attention")  # fmt: skip
 """Settings that every model of the list takes from the recipe."""
 KINDS = ("embedding", "attention", "ssm", "ffn", "norm")
 SHOWN = ("attention", "ssm")
@@ -50,7 +50,8 @@ class Entry:
 
     name: str
     parameters: dict[str, int]
-    """By kind; `attention` is all of a mixer but its SSM: projections, biases, scales, a recurrent state."""
+    """By kind; `attention` is all of a mixer but its SSM: projections, biases, scales, a recurrent state; `embedding`
+    has the head as well."""
     total_parameters: int
     forward_flops_per_token: dict[str, float]
     """By term."""
@@ -116,7 +117,8 @@ def _models(config: ModelConfig, length: int) -> Iterator[tuple[str, dict[str, A
 
 def entry(name: str, config: ModelConfig, length: int, half: bool = False) -> Entry:
     """Counts of one model for sequences of `length` tokens; `half` for training in bf16."""
-    parameters = Counter({"embedding": config.width * (config.vocab_size or 0), "norm": config.width})
+    table = config.width * (config.vocab_size or 0)
+    parameters = Counter({"embedding": table if config.tied else 2 * table, "norm": config.width})
     state = 0
     for mixer, layers in Counter(config.mixers()).items():
         with FakeTensorMode():  # tensors without storage: a layer of any size takes no memory and no arithmetic

@@ -47,14 +47,14 @@ def zero_traffic(sizes: Sizes, work: Work) -> dict[str, float]:
 
 def _gathered_in_slices(sizes: Sizes, work: Work, whole: int) -> int:
     """Elements gathered in a step. Passes without gradients between the others keep DeepSpeed from learning the order
-    of modules, so it gives up every weight after each use: forward, backward, where a layer is run again and, as the
-    head, the embedding once more."""
+    of modules, so it gives up every weight after each use: forward, backward, where a layer is run again and, if it
+    is the head as well, the embedding once more."""
     threshold = work.strategy.param_persistence_threshold
     again = sum(
         p for layer, rerun in zip(sizes.layers, work.rerun(), strict=True) if rerun
         for module in layer for p in module if p > threshold
     )  # fmt: skip
-    head = sizes.embedding if sizes.embedding > threshold else 0
+    head = sizes.embedding if sizes.embedding > threshold and not sizes.head else 0
     passes = 2 * work.accumulation + work.edge_passes
     return passes * (sizes.total - whole) + work.accumulation * (again + head) + whole
 

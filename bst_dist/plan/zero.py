@@ -67,9 +67,11 @@ class Sizes:
     layers: tuple[tuple[tuple[int, ...], ...], ...]
     """By layer and by module, in the order of the forward pass; a module that only holds others has none."""
     embedding: int
-    """The embedding, which is the head as well."""
+    """The embedding, which is the head as well unless that has its own."""
     rest: int
-    """Parameters outside of both: the final norm."""
+    """Parameters outside of all others: the final norm."""
+    head: int = 0
+    """The head's own."""
 
     @staticmethod
     def of(model: LanguageModel) -> Sizes:
@@ -79,7 +81,8 @@ class Sizes:
             tuple(tuple(p.numel() for p in module.parameters(recurse=False)) for module in layer.modules())
             for layer in model.layers
         )
-        return Sizes(tuple(groups), tuple(layers), model.embedding.weight.numel(), model.norm.weight.numel())
+        own = 0 if model.output is None else model.output.weight.numel()
+        return Sizes(tuple(groups), tuple(layers), model.embedding.weight.numel(), model.norm.weight.numel(), own)
 
     def of_layer(self, index: int) -> int:
         """Elements of one layer."""

@@ -59,6 +59,7 @@ RESETTABLE = {
     "MH ssd": {"mixer": "bst", **CONTEXTS["MH"], "ssm": {**SSD, "chunk": 8}},
     "ssm ssd": {"mixer": "ssm", "ssm": SSD},
     "ssm s4-dplr": {"mixer": "ssm", **STRUCTURED["s4-dplr"]},
+    "SH, gate and head": {"mixer": "bst", **CONTEXTS["SH"], "activation": "swiglu", "tied": False},
     "full": {"mixer": "full"},
     "full rope": {"mixer": "full", "attention": {"position": "rope"}},
 }

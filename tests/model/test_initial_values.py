@@ -28,6 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "Mamba-2": {"mixer": "mamba2"},
     "Gated DeltaNet": {"mixer": "gated-deltanet"},
     "full": {"mixer": "full"},
+    "SH untied": {"mixer": "bst", "tied": False},
     **{f"SH {name}": {"mixer": "bst", "activation": name} for name in ("relu2", "gelu", "swiglu")},
 }
 
@@ -48,10 +49,11 @@ def test_the_first_loss_is_that_of_a_uniform_guess_at_any_width(name: str, width
     assert initial_loss(width, **MODELS[name]) == pytest.approx(math.log(VOCABULARY), rel=0.05)
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("width", [64, 256, 1024])
 @pytest.mark.parametrize("base", [64, 256])
-def test_under_completep_too(width: int, base: int) -> None:
+def test_under_completep_too(width: int, base: int, tied: bool) -> None:
     parametrisation = {"kind": "completep", "base_width": base, "base_depth": 1}
-    assert initial_loss(width, mixer="bst", parametrisation=parametrisation) == pytest.approx(
+    assert initial_loss(width, mixer="bst", tied=tied, parametrisation=parametrisation) == pytest.approx(
         math.log(VOCABULARY), rel=0.1
     )

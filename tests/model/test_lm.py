@@ -129,6 +129,31 @@ def test_every_parameter_is_in_one_group_and_gets_a_gradient():
     assert names == {"log_dt", "log_decay", "frequency"}
 
 
+def test_a_head_of_its_own_makes_the_logits_and_leaves_the_embedding_alone():
+    torch.manual_seed(0)
+    model = LanguageModel(config(tied=False)).double()
+    ids, labels = tokens()
+    stream = model.norm(model.hidden(ids))
+    logits = stream @ model.output.weight.T / 4  # the root of the width
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(model(ids, labels).total, expected)
+    torch.testing.assert_close(model(ids), logits[:, -1])
+    wanted = torch.autograd.grad(expected, list(model.parameters()))
+    model(ids, labels).total.backward()
+    for found, gradient in zip(model.parameters(), wanted, strict=True):
+        torch.testing.assert_close(found.grad, gradient)
+
+
+def test_both_heads_begin_from_the_same_weights_elsewhere():
+    models = []
+    for tied in (True, False):
+        torch.manual_seed(0)
+        models.append(LanguageModel(config(tied=tied)))
+    one, other = (dict(model.named_parameters()) for model in models)
+    assert other.keys() - one.keys() == {"output.weight"}
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_activation_checkpointing_changes_no_gradient():
     ids, labels = tokens()
     gradients = []

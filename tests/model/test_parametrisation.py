@@ -68,6 +68,14 @@ def test_every_parameter_is_in_one_group_and_every_group_has_its_multipliers(mix
             assert p.numel() <= 2 * narrow[names[id(p)]].numel(), names[id(p)]
 
 
+def test_a_head_of_its_own_trains_like_the_embedding():
+    model = make(width=64, parametrisation=BASE, tied=False)
+    outside = {id(p) for p in (model.embedding.weight, model.norm.weight, model.output.weight)}
+    assert {id(p) for p in model.parameter_groups()["embedding"]} == outside
+    standard = make(tied=False)
+    assert id(standard.output.weight) in {id(p) for p in standard.parameter_groups()["vectors"]}
+
+
 def test_the_network_of_a_filter_keeps_its_rate():
     groups = make(ssm={"kernel": "hyena", "length": 16, "hidden": 8}, parametrisation=BASE).parameter_groups()
     assert len(groups["filters"]) == 4  # three layers with sines and the linear one

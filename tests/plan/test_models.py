@@ -58,6 +58,15 @@ def test_a_gate_is_a_third_matrix_in_every_layer():
     assert gated.total_forward_flops_per_token - plain.total_forward_flops_per_token == layers * 2 * d * m
 
 
+def test_a_head_of_its_own_is_counted_with_the_embedding():
+    tied, own = (entry("", CONFIG.model_copy(update={"tied": tied}), LENGTH) for tied in (True, False))
+    assert own.parameters["embedding"] == 2 * tied.parameters["embedding"] == 2 * 50 * 32
+    assert own.total_parameters == sum(
+        p.numel() for p in LanguageModel(CONFIG.model_copy(update={"tied": False})).parameters()
+    )
+    assert own.total_forward_flops_per_token == tied.total_forward_flops_per_token
+
+
 def test_half_precision_halves_keys_and_values_but_not_the_recurrent_state():
     whole, half = (entry("SH", MODELS["BST SH s4d"], LENGTH, half) for half in (False, True))
     recurrent = 2 * 8 * 16 * 4

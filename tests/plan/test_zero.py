@@ -45,6 +45,15 @@ def test_traffic_of_each_stage():
     assert zero_traffic(SIZES, work(3)) == {SCATTER: once, GATHER: once}
 
 
+def test_a_head_of_its_own_is_gathered_twice_and_so_is_the_embedding():
+    """Once in each pass, unless they are kept between the two: the head is needed again at once."""
+    sizes = Sizes(SIZES.groups, SIZES.layers, embedding=320_000, rest=0, head=320_000)
+    strategy = work(3, stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0).strategy
+    assert gather(sizes, strategy, rerun=[False, False]).received_elements == 2 * (2 * 320_000 + 640_000)
+    strategy = work(3, stage3_max_reuse_distance=1, stage3_prefetch_bucket_size=0).strategy
+    assert gather(sizes, strategy, rerun=[False, False]).received_elements == 3 * 320_000 + 2 * 640_000
+
+
 def test_layers_near_the_top_stay_gathered():
     strategy = work(3, stage3_max_reuse_distance=300_000, stage3_prefetch_bucket_size=0).strategy
     found = gather(SIZES, strategy, rerun=[False, False])

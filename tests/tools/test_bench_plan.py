@@ -19,11 +19,13 @@ def test_a_plan_is_what_is_measured(name):
 
 
 @pytest.mark.ranks
-def test_slices_under_zero3_send_what_is_planned(monkeypatch):
-    """Weights gathered in every pass of every slice. Bytes alone: without the profile of memory it takes seconds."""
+@pytest.mark.parametrize("name", ["zero3, slices", "zero3, head of its own"])
+def test_zero3_sends_what_is_planned(monkeypatch, name):
+    """Weights gathered in every pass of every slice; a head beside the embedding. Bytes alone: without the profile of
+    memory it takes seconds."""
     monkeypatch.setattr(plan, "profile", lambda **_: nullcontext())
     monkeypatch.setattr(plan, "high_water", lambda *_: 1)
-    (case,) = (case for case in CASES if case.name == "zero3, slices")
+    (case,) = (case for case in CASES if case.name == name)
     row = compare(case)
     assert abs(row["traffic_error"]) <= TRAFFIC_TOLERANCE
     assert row["planned_sent_bytes"].keys() == row["measured_sent_bytes"].keys()

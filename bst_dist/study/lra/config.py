@@ -29,6 +29,8 @@ class LongRangeConfig(Config):
         ids = TASKS[self.task].vocab_size
         if model.vocab_size != ids:
             raise ValueError(f"model.vocab_size must be {ids} for the task {self.task}: its symbols, and padding")
+        if not model.tied:
+            raise ValueError("model.tied: false adds a head of tokens, which a task does not have: leave it out")
         if parallel.sp > 1:
             raise ValueError("parallel.sp must be 1 for a task: a sequence is pooled on one rank")
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bst_base.files import write_text
 from bst_dist.model.lm import LanguageModel
@@ -171,7 +172,7 @@ def _activations(model: LanguageModel, inputs: Tensor, labels: Tensor) -> dict[s
         model(inputs, labels)
         scale = model.config.parametrisation.logit_scale(model.config.width)
         last = model.norm(seen["stream"][0])
-        seen["logits"] = [scale * (last * model.embedding(labels)).sum(-1).mean()]
+        seen["logits"] = [scale * (last * F.embedding(labels, model.head_matrix)).sum(-1).mean()]
     return seen
 
 

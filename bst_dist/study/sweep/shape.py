@@ -141,12 +141,13 @@ def count(model: ModelConfig, length: int) -> Counts:
     with torch.device("meta"):
         built = LanguageModel(model)
     groups = {name: sum(p.numel() for p in group) for name, group in built.parameter_groups().items()}
-    total, embedding = sum(p.numel() for p in built.parameters()), built.embedding.weight.numel()
+    total, head = sum(p.numel() for p in built.parameters()), built.head_matrix.numel()
+    around = head if model.tied else 2 * head
     return Counts(
         parameters=train_flops_per_token(model, length) / 6,
         total=total,
-        non_embedding=total - embedding,
-        matrices=groups["matrices"] + embedding,
+        non_embedding=total - around,
+        matrices=groups["matrices"] + head,
         kernel=groups["ssm"],
         flops_per_token=forward_flops(model, length),
     )

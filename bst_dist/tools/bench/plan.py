@@ -76,6 +76,8 @@ class Case:
     """Of a sequence; their edges wait on the device."""
     edges_every: int = 1
     """One in so many does."""
+    tied: bool = True
+    """Whether the embedding is the head as well."""
     zero: dict[str, int] = field(default_factory=dict)
     """Settings of the strategy beyond small buckets."""
 
@@ -86,7 +88,7 @@ class Case:
         context = {"context": {"variant": self.variant, "states": 8}, "ssm": {"state": 8, "chunk": 16}}
         return ModelConfig(
             width=256, heads=4, ffn=1024, block=64, depth=4, vocab_size=self.VOCABULARY, mixer=self.mixer,
-            placement=[1, 3], **(context if self.mixer == "bst" else {}),
+            tied=self.tied, placement=[1, 3], **(context if self.mixer == "bst" else {}),
         )  # fmt: skip
 
     def section(self) -> dict[str, Any]:
@@ -126,7 +128,9 @@ CASES = (
     Case("zero2, four ranks", stage=2, world=4, micro_batches=2, rows=1, policy="selective"),
     Case("zero2, sp2 of four", stage=2, world=4, sp=2, rows=2, variant="MF", zero={"overlap_comm": True}),
     Case("zero2, one in two", stage=2, policy="every-kth-layer", rows=4),
+    Case("zero2, head of its own", stage=2, tied=False),
     Case("zero3", stage=3),
+    Case("zero3, head of its own", stage=3, tied=False),
     Case("zero3, partly kept", stage=3, policy="every-layer", zero={"stage3_max_reuse_distance": 2_000_000}),
     Case("zero3, sp2, accumulated", stage=3, sp=2, micro_batches=2, variant="MF"),
     Case("zero1, slices", stage=1, slices=4),
