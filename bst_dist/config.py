@@ -126,6 +126,8 @@ class Recipe(Config):
             raise ValueError(f"train.carry needs {needed}: only there do a row's steps follow each other")
         if isinstance(self.data, LongRangeConfig):
             self.data.require_fit(self.model, self.parallel)
+            if self.train.z_loss:
+                raise ValueError("train.z_loss: there is none for the classes of a task; leave it out")
         if self.branch and self.branch.step >= self.train.steps:
             raise ValueError(
                 f"branch.step {self.branch.step} leaves none of the {self.train.steps} steps (train.steps)"

@@ -29,11 +29,20 @@ class Losses(NamedTuple):
     """What a forward pass with labels returns."""
 
     total: Tensor
-    """Sum of the negative log-likelihood over unmasked tokens, in nats, with gradient."""
+    """What is minimised, with gradient: the sum of the negative log-likelihood over unmasked tokens, in nats, and the
+    model's `z_loss` times `squares`."""
     per_token: Tensor
     """(B, l), without gradient; zero where masked out."""
     correct: Tensor | None = None
     """(B, l) bool: the label counts and has the highest logit; None where a gradient is wanted."""
+    squares: Tensor | None = None
+    """Sum over unmasked tokens of log^2 Z, Z the sum of the exponentials of a token's logits, without gradient; None
+    where the model's `z_loss` is 0 or no gradient is wanted."""
+
+    @property
+    def nats(self) -> Tensor:
+        """Sum of the negative log-likelihood over unmasked tokens, without gradient."""
+        return self.per_token.sum()
 
 
 class LanguageModel(nn.Module):
@@ -50,6 +59,8 @@ class LanguageModel(nn.Module):
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.checkpoint: Callable[..., Tensor] | None = None
         """Activation checkpointing: called as ``checkpoint(layer, *inputs)`` in place of ``layer(*inputs)``."""
+        self.z_loss = 0.0
+        """In training, what the square of log Z is weighted by in `Losses.total` (`train.z_loss`)."""
         for layer in self.layers:
             layer.initialize(config.parametrisation.initial_depth(config.depth))
         with torch.no_grad():
@@ -79,8 +90,8 @@ class LanguageModel(nn.Module):
         mask = torch.ones_like(labels, dtype=torch.bool) if loss_mask is None else loss_mask
         scale = self.config.parametrisation.logit_scale(self.config.width)
         if self.output is not None:
-            return Losses(*self.output(self.norm(x), scale, labels, mask))
-        return Losses(*linear_cross_entropy(self.norm(x), self.embedding.weight, labels, mask, scale))
+            return Losses(*self.output(self.norm(x), scale, labels, mask, self.z_loss))
+        return Losses(*linear_cross_entropy(self.norm(x), self.embedding.weight, labels, mask, scale, self.z_loss))
 
     def hidden(self, input_ids: Tensor, starts: Tensor | None = None, past: Past | None = None) -> Tensor:
         """The residual stream after the last layer, (B, l) -> (B, l, D); arguments as of `forward`."""

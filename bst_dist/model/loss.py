@@ -14,13 +14,14 @@ gradient of the embedding is read and written with each."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum over tokens of -log softmax(scale * h W^T)[label]; gradients are made tile by tile in the forward pass.
+    """Sum over tokens of -log softmax(scale * h W^T)[label] + z log^2 Z, Z the softmax's denominator; gradients are
+    made tile by tile in the forward pass.
 
     The backward pass then only multiplies by the incoming scalar, and the weight is not needed again.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, scale: float) -> tuple:
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, scale: float, z: float) -> tuple:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -30,6 +31,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         correct = None if needs_hidden or needs_weight else torch.zeros_like(mask)  # training does not ask for it
+        squares = per_token.new_zeros(()) if z else None
         rows = max(1, (TILE_LOGITS if device == "cpu" else GPU_TILE_LOGITS) // len(weight))
         with torch.autocast(device, enabled=False):
             for first in range(0, len(hidden), rows):
@@ -38,10 +40,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = (h @ matrix.T).to(wide).mul_(scale)
                 log_z = logits.logsumexp(-1, keepdim=True)
                 per_token[part] = ((log_z - logits.gather(-1, target)) * keep).squeeze(-1)
+                if squares is not None:
+                    squares += (log_z.square() * keep).sum()
                 if correct is not None:
                     correct[part] = (logits.argmax(-1, keepdim=True) == target).squeeze(-1) & mask[part]
                     continue
                 d_logits = logits.sub_(log_z).exp_()
+                if z:
+                    d_logits.mul_(1 + 2 * z * log_z)
                 d_logits.scatter_add_(-1, target, torch.full_like(log_z, -1.0))
                 d_logits = d_logits.mul_(keep * scale).to(dtype)
                 if needs_hidden:
@@ -49,8 +55,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if needs_weight:
                     d_weight += d_logits.T @ h
         ctx.save_for_backward(d_hidden, d_weight)
-        ctx.mark_non_differentiable(per_token)
-        return per_token.sum(), per_token, correct
+        ctx.mark_non_differentiable(*(x for x in (per_token, squares) if x is not None))
+        total = per_token.sum()
+        return total if squares is None else total + z * squares, per_token, correct, squares
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_: Tensor | None) -> tuple:
@@ -58,11 +65,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if d_hidden is None else d_hidden * grad,
             None if d_weight is None else (d_weight * grad).to(d_weight.dtype),
-            None, None, None,
+            None, None, None, None,
         )  # fmt: skip
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, scale: float) -> tuple:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, scale: float,
+                         z_loss: float = 0.0) -> tuple:  # fmt: skip
     """Negative log-likelihood in nats of `labels` under the logits ``scale * hidden @ weight.T``.
 
     Args:
@@ -70,16 +78,19 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, mask: T
         weight: (V, D).
         labels: (B, l) int64.
         mask: (B, l) bool; a token that is masked out has loss and gradient zero.
+        z_loss: what log^2 Z is weighted by, with Z the sum of the exponentials of a token's logits; left out where no
+            gradient is wanted.
 
     Returns:
-        Their sum, a scalar with gradient; the loss of each token, (B, l) without; and (B, l) bool, whether each label
-        that counts has the highest logit, None where a gradient is wanted.
+        Their sum, and `z_loss` times that of log^2 Z, a scalar with gradient; the loss of each token, (B, l) without;
+        (B, l) bool, whether each label that counts has the highest logit, None where a gradient is wanted; and the sum
+        of log^2 Z, None where it is left out.
     """
     if not torch.is_grad_enabled():  # inside a Function, inputs seem to need gradients whether or not anyone asks
-        hidden, weight = hidden.detach(), weight.detach()
+        hidden, weight, z_loss = hidden.detach(), weight.detach(), 0.0
     flat = hidden.flatten(0, 1), weight, labels.flatten(), mask.flatten()
-    total, per_token, correct = _LinearCrossEntropy.apply(*flat, scale)
-    return total, per_token.view(labels.shape), None if correct is None else correct.view(labels.shape)
+    total, per_token, correct, squares = _LinearCrossEntropy.apply(*flat, scale, z_loss)
+    return total, per_token.view(labels.shape), None if correct is None else correct.view(labels.shape), squares
 
 
 class OutputHead(nn.Module):
@@ -90,9 +101,9 @@ class OutputHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(vocabulary, width))
 
-    def forward(self, hidden: Tensor, scale: float, labels: Tensor | None = None,
-                mask: Tensor | None = None) -> Tensor | tuple:  # fmt: skip
+    def forward(self, hidden: Tensor, scale: float, labels: Tensor | None = None, mask: Tensor | None = None,
+                z_loss: float = 0.0) -> Tensor | tuple:  # fmt: skip
         """What `linear_cross_entropy` returns; without labels the logits, (..., D) -> (..., V)."""
         if labels is None:
             return hidden @ self.weight.T * scale
-        return linear_cross_entropy(hidden, self.weight, labels, mask, scale)
+        return linear_cross_entropy(hidden, self.weight, labels, mask, scale, z_loss)

@@ -50,6 +50,8 @@ class StepReport:
     """Hardware FLOPs utilisation: recomputation in the backward pass included."""
     data_wait_s: float = 0.0
     """What the first rank waited for its batches, as a part of the step's time."""
+    z_loss: float = 0.0
+    """What was minimised beside the loss: train.z_loss times the mean of log^2 Z; 0 without."""
 
 
 @dataclass(frozen=True)

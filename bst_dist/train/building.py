@@ -43,6 +43,7 @@ def build_engine(start: Start, compiled: bool = False) -> Engine:
     model = start.objective.model()
     if start.recipe.initial_weights and not committed(start.run_dir):
         load_initial(model, start.recipe.initial_weights, start.objective.about().get("tokenizer_sha256"))
+    model.z_loss = start.recipe.train.z_loss
     model.checkpoint = activation.policy(start.recipe.activation_checkpointing, model.layers)
     for layer in model.layers:
         layer.compiled = compiled

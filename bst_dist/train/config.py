@@ -23,6 +23,9 @@ class TrainConfig(Config):
     """bf16: matrix products in bfloat16 under autocast; parameters, SSM dynamics and reductions in fp32."""
     gradient_clipping: float = Field(1.0, ge=0, le=1e9, allow_inf_nan=False)
     """Largest global gradient norm; 0: no clipping."""
+    z_loss: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
+    """Weight of a second loss, the mean over tokens of log^2 Z, where Z is the sum of the exponentials of a token's
+    logits: it keeps them from drifting (PaLM, arXiv 2204.02311, section 5, has 1e-4). In no loss that is reported."""
     carry: bool = False
     """Carry the past of each row to the next step (data.mode streaming); values only, no gradient goes back."""
     slice_tokens: int | None = Field(None, ge=1, le=2**40)

@@ -91,6 +91,7 @@ class Trainer:
             tokens_per_s=tokens / seconds,
             mfu=self.speed.mfu(tokens / seconds),
             hfu=self.speed.hfu(tokens / seconds),
+            z_loss=self.config.z_loss * found.squares / max(1.0, tokens),
         )
 
     def _accumulate(self, step: int, batches: Sequence[MicroBatch]) -> _Gradients:
@@ -124,6 +125,8 @@ class _Found(NamedTuple):
     """Of all labels that count."""
     text_bytes: float
     """That these labels stand for."""
+    squares: float
+    """Of log Z of these labels; 0 without a z-loss."""
     wishes: float
     """Ranks that were told to stop."""
     tokens: float
@@ -145,13 +148,14 @@ class _Gradients:
         self.tokens = trainer.ranks.add_up(self._number(count))
         self.sums = torch.zeros(2, dtype=torch.float64, device=trainer.ranks.device)
         """This rank's nats and bytes of text."""
+        self.squares = self._number(0)
         self.scale = trainer.ranks.world / self.tokens.clamp(min=1)
         self._found: Tensor | None = None
 
     def judge(self) -> None:
         """All losses of the step are there: sum them over ranks, and hold the step back if the loss is no good."""
         trainer = self.trainer
-        sums = trainer.ranks.add_up(torch.cat((self.sums, self._number(trainer.stop.wish))))
+        sums = trainer.ranks.add_up(torch.cat((self.sums, self.squares, self._number(trainer.stop.wish))))
         self._found = torch.cat((sums, self.tokens))
         loss = sums[:1] / self.tokens.clamp(min=1)
         good = loss.isfinite() & (loss <= trainer.guard.limit)
@@ -194,6 +198,8 @@ class _MicroBatch:
         inputs = self._inputs(s, past)
         losses = self.trainer.engine.forward(**inputs)
         self.gradients.sums += sum_of_batch(losses, inputs, self.trainer.token_bytes)
+        if self.trainer.config.z_loss:
+            self.gradients.squares += losses.squares
         if self.last and s == 0:
             self.gradients.judge()
         return self.gradients.scaled(losses.total)
@@ -250,7 +256,7 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 def sum_of_batch(losses: Any, inputs: dict[str, Any], token_bytes: Tensor) -> Tensor:
     """(2,) float64: nats of a micro-batch's valid labels, and the bytes of text they stand for."""
     text_bytes = (token_bytes[inputs["labels"]] * inputs["loss_mask"]).sum()
-    return torch.stack((losses.total.detach().double(), text_bytes.double()))
+    return torch.stack((losses.nats.double(), text_bytes.double()))
 
 
 def _with_starts(inputs: dict[str, Any], batch: Batch, block: int) -> Tensor:

@@ -30,9 +30,11 @@ class Step:
 
 
 def seeded_model(recipe: Recipe) -> LanguageModel:
-    """The model with the recipe's initial weights."""
+    """The model with the recipe's initial weights, and what it minimises."""
     torch.manual_seed(recipe.seed)
-    return LanguageModel(recipe.model)
+    model = LanguageModel(recipe.model)
+    model.z_loss = recipe.train.z_loss
+    return model
 
 
 def one_process(recipe: Recipe, precision: str, micro_rows: int) -> Step:
@@ -44,17 +46,18 @@ def one_process(recipe: Recipe, precision: str, micro_rows: int) -> Step:
     model = model.double() if precision == "fp64" else model
     before = batches(recipe, 0, Mesh(1, 0), micro_rows)
     steps = batches(recipe, 1, Mesh(1, 0), micro_rows) if recipe.train.carry else before
-    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    total, nats, tokens = torch.zeros((), dtype=torch.float64), 0.0, 0
     for earlier, batch in zip(before, steps, strict=True):
         with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
             losses = model(**on_device(batch, torch.device("cpu")), past=_past(model, recipe, earlier))
         total = total + losses.total.double()
+        nats += float(losses.nats)
         tokens += int(batch.loss_mask.sum())
     (total / tokens).backward()
     found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
     gradients = {name: gradient.double() for name, gradient in found.items()}
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
-    return Step(float(total.detach()) / tokens, float(norm), gradients)
+    return Step(nats / tokens, float(norm), gradients)
 
 
 def _past(model: LanguageModel, recipe: Recipe, earlier: Batch) -> Past | None:

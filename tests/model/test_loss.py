@@ -23,7 +23,7 @@ def inputs(dtype=torch.float64):
 @pytest.mark.usefixtures("_tiles")
 def test_loss_and_gradients_equal_cross_entropy():
     hidden, weight, labels, mask = inputs()
-    total, per_token, _ = linear_cross_entropy(hidden, weight, labels, mask, 0.5)
+    total, per_token, *_ = linear_cross_entropy(hidden, weight, labels, mask, 0.5)
     expected = F.cross_entropy((0.5 * hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="none")
     expected = expected.view(2, 5) * mask
     torch.testing.assert_close(per_token, expected)
@@ -41,7 +41,7 @@ def test_gradcheck():
 def test_logits_are_single_precision_under_autocast():
     hidden, weight, labels, mask = inputs(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        total, per_token, _ = linear_cross_entropy(hidden, weight, labels, mask, 1.0)
+        total, per_token, *_ = linear_cross_entropy(hidden, weight, labels, mask, 1.0)
     assert total.dtype == per_token.dtype == torch.float32
     exact = linear_cross_entropy(hidden, weight, labels, mask, 1.0)[0]
     assert (total - exact).abs() / exact < 0.02
@@ -64,3 +64,32 @@ def test_correct_labels_have_the_highest_logit_and_count():
     assert correct.tolist() == ((best == labels) & mask).tolist()
     assert correct.any()
     assert linear_cross_entropy(hidden, weight, labels, mask, 0.5)[2] is None  # in training nobody asks
+
+
+@pytest.mark.usefixtures("_tiles")
+def test_the_z_loss_and_its_gradient_equal_the_formula():
+    """d/d logits of nll + z log^2 Z is (1 + 2 z log Z) softmax - onehot, and of Z's square alone without the onehot."""
+    hidden, weight, labels, mask = inputs()
+    total, per_token, _, squares = linear_cross_entropy(hidden, weight, labels, mask, 0.5, z_loss=0.3)
+    with torch.no_grad():
+        logits = 0.5 * (hidden @ weight.T)
+        exponentials = logits.exp()
+        log_z = exponentials.sum(-1, keepdim=True).log()
+        nats = ((log_z - logits.gather(-1, labels.unsqueeze(-1))).squeeze(-1) * mask).sum()
+        expected = (log_z.squeeze(-1) ** 2 * mask).sum()
+        onehot = F.one_hot(labels, 11)
+        d_logits = ((1 + 0.6 * log_z) * exponentials / log_z.exp() - onehot) * mask.unsqueeze(-1) * 0.5
+    torch.testing.assert_close(squares, expected)
+    torch.testing.assert_close(per_token.sum(), nats)
+    torch.testing.assert_close(total, nats + 0.3 * expected)
+    d_hidden, d_weight = torch.autograd.grad(total, (hidden, weight))
+    torch.testing.assert_close(d_hidden, d_logits @ weight)
+    torch.testing.assert_close(d_weight, d_logits.flatten(0, 1).T @ hidden.flatten(0, 1))
+    assert not squares.requires_grad
+
+
+def test_without_gradient_the_z_loss_is_left_out():
+    with torch.no_grad():
+        plain, z = (linear_cross_entropy(*inputs(), 0.5, z_loss=z) for z in (0.0, 0.3))
+    assert torch.equal(plain[0], z[0])
+    assert z[3] is None

@@ -97,3 +97,40 @@ def test_gradient_of_two_ranks_is_that_of_one_process_in_every_stage(recipe_file
         for name, gradient in gradients.items():
             error = np.linalg.norm(gradient - expected[name]) / np.linalg.norm(expected[name])
             assert error < 3e-6, f"{case}: {name} is off by {error:.1e}"
+
+
+def test_the_z_loss_is_in_the_gradient_and_in_no_loss_that_is_reported(recipe_file, on_ranks, unmeasured):
+    """Against the formula in double precision and one process, with its head tied and not, over slices and ranks."""
+    weight = 0.05
+    recipe = recipe_file(data={"documents": "isolated"}, train={"z_loss": weight})
+    cases = [[f"deepspeed=zero{stage}", f"model.tied={tied}", *layout] for stage, tied, layout in
+             ((1, "true", ["parallel.sp=2"]), (2, "false", ["train.slice_tokens=16"]), (3, "false", []))]  # fmt: skip
+    expected = {tied: literal_z_loss(recipe, weight, tied) for tied in ("true", "false")}
+
+    def steps(ranks: Ranks) -> list:
+        return [one_step(ranks, recipe, case) for case in cases]
+
+    for case, (gradients, report) in zip(cases, on_ranks(2, steps)[0], strict=True):
+        wanted, nats, squares = expected[case[1].partition("=")[2]]
+        assert report.loss_nats == pytest.approx(nats, rel=1e-6), case
+        assert report.z_loss == pytest.approx(weight * squares, rel=1e-5), case
+        assert gradients.keys() == wanted.keys()
+        for name, gradient in gradients.items():
+            error = np.linalg.norm(gradient - wanted[name]) / np.linalg.norm(wanted[name])
+            assert error < 3e-6, f"{case}: {name} is off by {error:.1e}"
+
+
+def literal_z_loss(recipe: Path, weight: float, tied: str) -> tuple[dict[str, np.ndarray], float, float]:
+    """Gradients, mean nats and mean of log² Z, from all logits at once."""
+    start = start_of(recipe, 1, ["train.micro_sequences=4", f"model.tied={tied}"])
+    torch.manual_seed(start.recipe.seed)
+    model = LanguageModel(start.recipe.model).double()
+    (batch,) = start.objective.loader(Mesh(1, 0)).batches(0)
+    inputs = on_device(batch, torch.device("cpu"))
+    stream = model.norm(model.hidden(inputs["input_ids"], inputs["starts"]))
+    logits = stream @ model.head_matrix.T / start.recipe.model.width**0.5
+    log_z, mask = logits.logsumexp(-1), inputs["loss_mask"]
+    nats = (log_z - logits.gather(-1, inputs["labels"].unsqueeze(-1)).squeeze(-1))[mask].mean()
+    squares = log_z.square()[mask].mean()
+    (nats + weight * squares).backward()
+    return {name: p.grad.numpy() for name, p in model.named_parameters()}, nats.item(), squares.item()

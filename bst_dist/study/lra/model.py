@@ -36,6 +36,11 @@ class Classified(NamedTuple):
     correct: Tensor
     """(B,) bool: whether the likeliest class is the right one; False where an example does not count."""
 
+    @property
+    def nats(self) -> Tensor:
+        """The total without gradient."""
+        return self.total.detach()
+
 
 class Classifier(LanguageModel):
     """A language model's layers with a head of classes; the embedding has no second use."""
