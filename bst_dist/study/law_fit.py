@@ -20,12 +20,13 @@ from typing import Any
 
 from bst_base.arguments import at_least
 from bst_base.errors import UserError
+from bst_base.terminal import say
 from bst_dist.study.laws.observation import Observation
 from bst_dist.study.laws.scaling import fit_laws
 from bst_dist.study.report import laws
 from bst_dist.study.report.figures import loss_figure
 from bst_dist.study.report.style import save
-from bst_dist.study.report.terminal import say, show
+from bst_dist.study.report.terminal import show
 from bst_dist.study.report.words import plain
 
 NUMBERS = ("n", "d", "flops", "loss", "width", "depth")

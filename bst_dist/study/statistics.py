@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -69,6 +70,27 @@ class Estimate(NamedTuple):
 
     def __str__(self) -> str:
         return self.text(4)
+
+
+def entries(found: Any) -> Any:
+    """A dataclass as entries of a machine-readable report, under the names of its fields; in lists and dicts too.
+
+    An estimate becomes two entries (`Estimate.report`). What is None or not a number is left out.
+    """
+    if isinstance(found, dict):
+        return {key: entries(value) for key, value in found.items()}
+    if isinstance(found, (list, tuple)):
+        return [entries(value) for value in found]
+    if not is_dataclass(found):
+        return found
+    report = {}
+    for name in (field.name for field in fields(found)):
+        value = getattr(found, name)
+        if isinstance(value, Estimate):
+            report |= value.report(name)
+        elif value is not None and value == value:
+            report[name] = entries(value)
+    return report
 
 
 def mean(values: Sequence[float] | np.ndarray, over: Over | None = None) -> Estimate:

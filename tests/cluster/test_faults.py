@@ -46,7 +46,7 @@ def undisturbed(small, tmp_path_factory) -> Path:
 def require_same_run(run_dir: Path, undisturbed: Path) -> None:
     """Equal to the last bit: what the same number of ranks must reach."""
     found = equality(run_dir, undisturbed)
-    assert found["passed"], found
+    assert found.passed, found
     assert read_outcome(run_dir)["step"] == STEPS
 
 

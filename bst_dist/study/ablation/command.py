@@ -21,14 +21,13 @@ import numpy as np
 from rich.console import Console
 
 from bst_base.errors import UserError
+from bst_base.terminal import Sheet, print_table, say
 from bst_dist.study.ablation.figure import draw
 from bst_dist.study.ablation.interventions import KINDS, Intervention, defaults, obstacle, parse, same_as_zero
-from bst_dist.study.ablation.measure import Increase, Losses, Text, ablate, block_bins, by_place, document_bins
+from bst_dist.study.ablation.measure import Ablation, Increase, Losses, Text, ablate, summary
 from bst_dist.study.evaluation.corpora import open_text
 from bst_dist.study.evaluation.trained import Trained, open_run
-from bst_dist.study.report.document import Sheet
 from bst_dist.study.report.style import require_picture, save
-from bst_dist.study.report.terminal import print_table, say
 from data_pipeline.commands.progress import stages
 from data_pipeline.serve.reader import Corpus
 
@@ -70,13 +69,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for number, corpus in enumerate(opened):
         started = time.perf_counter()
         text = beginnings(trained, corpus, args.documents, args.tokens)
-        untouched, found = measure(trained, text, planned, args.seed)
-        figures = summary(trained, untouched, found)
-        figures["time_s"] = time.perf_counter() - started
-        _show(args, trained, corpus.storage.where, figures)
+        untouched, increases = measure(trained, text, planned, args.seed)
+        found = summary(untouched, increases, trained.recipe.model.block, time.perf_counter() - started)
+        _show(args, trained, corpus.storage.where, found)
         path = out if len(opened) == 1 else out.with_stem(f"{out.stem}-{number}")
-        save(lambda found=found, figures=figures: draw(found, figures, trained.recipe.train.sequence_length), path)
-        report["corpora"].append({"corpus": corpus.storage.where, **figures, "figure": str(path)})
+        save(lambda found=found: draw(found, trained.recipe.train.sequence_length), path)
+        report["corpora"].append({"corpus": corpus.storage.where, **found.report(), "figure": str(path)})
         say(f"drew {path}")
     for line in left_out:
         say(f"left out: {line}")
@@ -154,52 +152,21 @@ def measure(trained: Trained, text: Text, planned: Plan, seed: int) -> tuple[Los
         )  # fmt: skip
 
 
-def summary(trained: Trained, untouched: Losses, found: Sequence[Increase]) -> dict[str, Any]:
-    """The figures of all interventions, and by position."""
-    block = trained.recipe.model.block
-    longest = int(untouched.tokens.sum(1).max())
-    tokens = untouched.tokens.sum(1)
-    (loss,) = by_place(untouched.nats.sum(1, keepdims=True), tokens[:, None])
-    (bits,) = by_place(untouched.nats.sum(1, keepdims=True) / np.log(2), untouched.bytes[:, None])
-    return {
-        "documents": int((tokens > 0).sum()),
-        "tokens": int(tokens.sum()),
-        "bytes": int(untouched.bytes.sum()),
-        **loss.report("loss_nats_per_token"),
-        **bits.report("bits_per_byte"),
-        "places_in_document": document_bins(longest, block).tolist(),
-        "tokens_in_document": untouched.tokens.sum(0).tolist(),
-        "loss_in_document": [e.report("loss_nats_per_token") for e in by_place(untouched.nats, untouched.tokens)],
-        "places_in_block": block_bins(block).tolist(),
-        "loss_in_block": [
-            e.report("loss_nats_per_token") for e in by_place(untouched.nats_in_block, untouched.tokens_in_block)
-        ],
-        "interventions": [increase.report() for increase in found],
-    }
-
-
-def _show(args: argparse.Namespace, trained: Trained, where: str, figures: dict[str, Any]) -> None:
-    last, rows, before = figures["places_in_document"][-2], [], None
-    for line in figures["interventions"]:
-        name, places = line["intervention"], line["by_place_in_document"]
+def _show(args: argparse.Namespace, trained: Trained, where: str, found: Ablation) -> None:
+    last, rows, before = found.document_edges[-2], [], ""
+    for one in found.increases:
+        name = str(one.intervention)
         rows.append([
-            name if name != before else "",
-            str(line["layers"][0]) if len(line["layers"]) == 1 else "all",
-            _with_error(line, "loss_increase_nats_per_token"),
-            _with_error(line, "bits_per_byte_increase"),
-            *(f"{places[at]['loss_increase_nats_per_token']:+.4f}" for at in (0, -1)),
+            name if name != before else "", str(one.layers[0]) if len(one.layers) == 1 else "all",
+            one.loss.text(4, sign=True), one.bits_per_byte.text(4, sign=True),
+            *(f"{one.in_document[place].value:+.4f}" for place in (0, -1)),
         ])  # fmt: skip
         before = name
     print_table(
         Sheet(("", "layer", "nats per token", "bits per byte", "first block", f"from {last:,}"), rows),
         f"{args.run} after {trained.step:,} steps: {args.split} of {where}\nunchanged model: "
-        f"{figures['loss_nats_per_token']:.4f} nats per token, {figures['bits_per_byte']:.4f} bits per byte\n"
+        f"{found.loss.value:.4f} nats per token, {found.bits_per_byte.value:.4f} bits per byte\n"
         "increase of the loss with each intervention:",
-        f"{figures['documents']:,} documents, {figures['tokens']:,} tokens, {figures['time_s']:.0f} s; ± standard "
+        f"{found.documents:,} documents, {found.tokens:,} tokens, {found.time_s:.0f} s; ± standard "
         f"error over documents;\nlast: nats per token in a document's first block, and from token {last:,} on",
     )
-
-
-def _with_error(line: dict[str, Any], key: str) -> str:
-    error = line[f"{key}_standard_error"]
-    return f"{line[key]:+.4f}" + ("" if error is None else f" ± {error:.4f}")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from bst_dist.study.ablation.measure import Increase
-from bst_dist.study.report.style import COLOURS
+from bst_dist.study.ablation.measure import Ablation, Increase
+from bst_dist.study.report.style import COLOURS, INCHES
 from bst_dist.study.statistics import Estimate
 
-WIDTH_INCHES = 6.75  # the text width of a two-column paper
 CURVES = ("zero", "no-self", "forget", "own-block", "shuffle", "delay", "replace", "noise", "no-cross")
 """Kinds by how much their curves say; the first so many of those that are there are drawn, to stay legible."""
 MOST_CURVES = 5
@@ -21,19 +19,19 @@ THRESHOLD = 0.01
 """Nats per token up to which the scales are linear; beyond, logarithmic."""
 
 
-def draw(found: Sequence[Increase], figures: dict[str, Any], trained_length: int) -> Figure:
+def draw(found: Ablation, trained_length: int) -> Figure:
     """Left a row an intervention, a mark for each layer and for all; right, by place, in all layers they apply to."""
-    names = list(dict.fromkeys(str(increase.intervention) for increase in found))
-    figure = Figure(figsize=(WIDTH_INCHES, max(4.2, 1.2 + 0.3 * len(names))), layout="constrained")
+    names = list(dict.fromkeys(str(increase.intervention) for increase in found.increases))
+    figure = Figure(figsize=(INCHES[0], max(4.2, 1.2 + 0.3 * len(names))), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.15))
     cost, document, block = (
         figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1]),
     )  # fmt: skip
-    _costs(cost, found, names)
-    for increase, colour in zip(_telling(found), COLOURS, strict=False):
-        _by_place(document, figures["places_in_document"], increase.in_document, colour, str(increase.intervention))
-        _by_place(block, figures["places_in_block"], increase.in_block, colour, str(increase.intervention))
-    _finish(document, block, figures["places_in_document"], trained_length)
+    _costs(cost, found.increases, names)
+    for increase, colour in zip(_telling(found.increases), COLOURS, strict=False):
+        _by_place(document, found.document_edges, increase.in_document, colour, str(increase.intervention))
+        _by_place(block, found.block_edges, increase.in_block, colour, str(increase.intervention))
+    _finish(document, block, found.document_edges, trained_length)
     columns = 2 if len(cost.get_legend_handles_labels()[0]) < 7 else 3
     figure.legend(*cost.get_legend_handles_labels(), loc="outside lower left", ncols=columns)
     figure.legend(*block.get_legend_handles_labels(), loc="outside lower right", ncols=3)

@@ -79,6 +79,47 @@ class Increase:
         }
 
 
+@dataclass(frozen=True)
+class Ablation:
+    """What all interventions cost on one text, beside the unchanged model's loss."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    loss: Estimate
+    """Of the unchanged model, nats per token."""
+    bits_per_byte: Estimate
+    document_edges: list[int]
+    """(P + 1,) tokens"""
+    tokens_in_document: list[int]
+    """(P,)"""
+    in_document: list[Estimate]
+    """(P,) the unchanged model's nats per token."""
+    block_edges: list[int]
+    """(Q + 1,) tokens"""
+    in_block: list[Estimate]
+    """(Q,)"""
+    increases: list[Increase]
+    time_s: float
+
+    def report(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            **self.loss.report("loss_nats_per_token"),
+            **self.bits_per_byte.report("bits_per_byte"),
+            "places_in_document": self.document_edges,
+            "tokens_in_document": self.tokens_in_document,
+            "loss_in_document": [place.report("loss_nats_per_token") for place in self.in_document],
+            "places_in_block": self.block_edges,
+            "loss_in_block": [place.report("loss_nats_per_token") for place in self.in_block],
+            "interventions": [increase.report() for increase in self.increases],
+            "time_s": self.time_s,
+        }
+
+
 def document_bins(longest: int, block: int) -> np.ndarray:
     """(P + 1,) tokens at which bins of the place in a document begin, and the end: block 0, 1, 2-3, 4-7, ..."""
     edges = [0, block]
@@ -147,6 +188,20 @@ def by_place(nats: np.ndarray, tokens: np.ndarray) -> list[Estimate]:
     """Nats a token in each bin, (n, bins) both; a document without a token there is no sample of it."""
     there = tokens > 0
     return [ratio(nats[there[:, i], i], tokens[there[:, i], i]) for i in range(tokens.shape[1])]
+
+
+def summary(untouched: Losses, increases: list[Increase], block: int, time_s: float) -> Ablation:
+    """All figures of a text, whose blocks have `block` tokens."""
+    tokens, nats = untouched.tokens.sum(1), untouched.nats.sum(1)
+    read = tokens > 0
+    return Ablation(
+        int(read.sum()), int(tokens.sum()), int(untouched.bytes.sum()),
+        ratio(nats[read], tokens[read]), ratio(nats[read] / np.log(2), untouched.bytes[read]),
+        document_bins(int(tokens.max()), block).tolist(), untouched.tokens.sum(0).tolist(),
+        by_place(untouched.nats, untouched.tokens),
+        block_bins(block).tolist(), by_place(untouched.nats_in_block, untouched.tokens_in_block),
+        increases, time_s,
+    )  # fmt: skip
 
 
 def ablate(

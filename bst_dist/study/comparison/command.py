@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,46 @@ from bst_dist.report.metrics import duration
 from bst_dist.study.comparison import pairs
 from bst_dist.study.comparison.equality import equality
 from bst_dist.study.comparison.figure import draw
-from bst_dist.study.comparison.outline import LAST_STEPS, Outline, outline
+from bst_dist.study.comparison.outline import LAST_STEPS, Figures, Outline, Scored, outline
+from bst_dist.study.comparison.pairs import Differences
+from bst_dist.study.comparison.standing import Standing
 from bst_dist.study.report.style import save
 from bst_dist.study.runs.results import named
-from bst_dist.study.statistics import Estimate
+from bst_dist.study.statistics import Estimate, entries
 
 ABREAST = 4
 """Runs side by side in a table; with more of them there are several, each beginning with the first run."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One of the runs."""
+
+    name: str
+    run_dir: Path
+    standing: Standing
+    figures: Figures
+    differences: Differences | None
+    """From the first run; of that one None."""
+
+    def report(self) -> dict[str, Any]:
+        """For machines: units in the names, only what there is."""
+        place = {"name": self.name, "run": str(self.run_dir), "status": self.standing.status,
+                 "standing": self.standing.text}  # fmt: skip
+        return place | entries(self.figures) | (entries(self.differences) if self.differences else {})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs side by side, the first of which the others are compared with."""
+
+    recipe_differences: dict[str, list[Any]]
+    """Fields that are not the same in all runs, a value a run; None where a run has no such field."""
+    runs: list[Compared]
+
+    def report(self) -> dict[str, Any]:
+        """For machines."""
+        return {"recipe_differences": self.recipe_differences, "runs": [one.report() for one in self.runs]}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,23 +88,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     runs = {name: outline(path) for name, path in named(args.runs).items()}
     if len(runs) < 2:
         raise UserError("give the directories of two runs or more")
-    report, console = compare(runs), Console(highlight=False)
-    show(report, console)
+    found, console = compare(runs), Console(highlight=False)
+    show(found, console)
     if args.plot:
         save(lambda: draw(runs), args.plot)
         console.print(f"drew the curves to {args.plot}", markup=False)
-    return report
+    return found.report()
 
 
-def compare(runs: dict[str, Outline]) -> dict[str, Any]:
-    """All that is compared, for machines: units in the names, only what there is."""
+def compare(runs: dict[str, Outline]) -> Comparison:
+    """All that is compared, of runs by name."""
     first, *others = runs.values()
-    return {
-        "recipe_differences": _recipe_differences(runs),
-        "runs": [{"name": name, "run": str(one.run_dir), "status": one.standing.status, "standing": one.standing.text,
-                  **one.figures(), **(pairs.differences(first, one) if one in others else {})}
-                 for name, one in runs.items()],
-    }  # fmt: skip
+    return Comparison(
+        _recipe_differences(runs),
+        [Compared(name, one.result.directory, one.standing, one.figures(),
+                  pairs.differences(first, one) if one in others else None)
+         for name, one in runs.items()],
+    )  # fmt: skip
 
 
 def _recipe_differences(runs: dict[str, Outline]) -> dict[str, list[Any]]:
@@ -81,18 +115,18 @@ def _recipe_differences(runs: dict[str, Outline]) -> dict[str, list[Any]]:
             if field != "name" and any(value != values[0] for value in values)}  # fmt: skip
 
 
-def show(report: dict[str, Any], console: Console) -> None:
+def show(found: Comparison, console: Console) -> None:
     """Tables of at most ABREAST runs."""
-    first, *others = range(len(report["runs"]))
+    first, *others = range(len(found.runs))
     for begin in range(0, len(others), ABREAST - 1):
         shown = [first, *others[begin : begin + ABREAST - 1]]
-        runs = [report["runs"][number] for number in shown]
-        fields = {name: [values[number] for number in shown] for name, values in report["recipe_differences"].items()}
+        runs = [found.runs[number] for number in shown]
+        fields = {name: [values[number] for number in shown] for name, values in found.recipe_differences.items()}
         _show_recipes(fields, runs, console)
         _show_figures(runs, console)
 
 
-def _show_recipes(fields: dict[str, list[Any]], runs: Sequence[dict[str, Any]], console: Console) -> None:
+def _show_recipes(fields: dict[str, list[Any]], runs: Sequence[Compared], console: Console) -> None:
     if not fields:
         console.print("the recipes are the same but for their names\n")
         return
@@ -103,7 +137,7 @@ def _show_recipes(fields: dict[str, list[Any]], runs: Sequence[dict[str, Any]], 
     console.print(table, markup=False)
 
 
-def _show_figures(runs: Sequence[dict[str, Any]], console: Console) -> None:
+def _show_figures(runs: Sequence[Compared], console: Console) -> None:
     table = _table("what they have reached", runs)
     table.caption, table.caption_justify = _notes(runs), "left"
     for title, cell in (*ROWS, *_rows_by_corpus(runs), *SPEED):
@@ -112,106 +146,120 @@ def _show_figures(runs: Sequence[dict[str, Any]], console: Console) -> None:
             table.add_row(title, *(text or "–" for text in cells))
     console.print(table, markup=False)
     for one in runs:
-        if one["status"] != "finished":
-            console.print(f"{one['name']}: {one['standing']}", markup=False)
+        if one.standing.status != "finished":
+            console.print(f"{one.name}: {one.standing.text}", markup=False)
 
 
-def _notes(runs: Sequence[dict[str, Any]]) -> str:
+def _notes(runs: Sequence[Compared]) -> str:
     """What the figures are of, and what their errors are over."""
-    documents = sorted({of["documents"] for one in runs for of in one.get("scored", {}).values() if "documents" in of})
-    notes = {
-        "train_loss_nats": f"¹ mean of the last steps, at most {LAST_STEPS}",
-        "train_difference_nats": "² nats per token on the same batches, the last steps that both took, at most "
-        f"{LAST_STEPS}, ± standard error over them",
-        "validation_difference_nats": "³ nats per token on the same sequences, after the last step at which both were "
-        "evaluated; its error is not known from sums over sequences",
-        "scored": f"⁴ `bst eval` of {' or '.join(map(str, documents))} whole documents, ± over documents",
-        "scored_difference": "⁵ bits per byte on the same documents, ± over documents",
-    }
-    return "\n".join(text for key, text in notes.items() if any(key in one for one in runs))
+    documents = sorted({of.documents for one in runs for of in (one.figures.scored or {}).values() if of.documents})
+    differences = [one.differences for one in runs if one.differences]
+    notes = (
+        (any(one.figures.train_loss_nats is not None for one in runs),
+         f"¹ mean of the last steps, at most {LAST_STEPS}"),
+        (any(of.train_difference_nats for of in differences),
+         f"² nats per token on the same batches, the last steps that both took, at most {LAST_STEPS}, ± standard error "
+         "over them"),
+        (any(of.validation_difference_nats is not None for of in differences),
+         "³ nats per token on the same sequences, after the last step at which both were evaluated; its error is not "
+         "known from sums over sequences"),
+        (any(one.figures.scored for one in runs),
+         f"⁴ `bst eval` of {' or '.join(map(str, documents))} whole documents, ± over documents"),
+        (any(of.scored_difference for of in differences),
+         "⁵ bits per byte on the same documents, ± over documents"),
+    )  # fmt: skip
+    return "\n".join(text for shown, text in notes if shown)
 
 
-def _number(one: dict[str, Any], key: str, form: str) -> str:
-    return form.format(one[key]) if key in one else ""
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
 
 
-def _estimate(one: dict[str, Any], key: str) -> str:
-    return str(Estimate(one[key], one.get(f"{key}_standard_error"))) if key in one else ""
+def _difference(value: Estimate | float | None, step: int | None, one: Compared) -> str:
+    """With its sign, and the step that it is of where the run has gone further."""
+    if value is None:
+        return ""
+    estimate = value if isinstance(value, Estimate) else Estimate(value, None)
+    return estimate.text(4, sign=estimate.value > 0) + ("" if step == one.figures.step else f" (at {step:,})")
 
 
-def _difference(one: dict[str, Any], key: str, step: int | None) -> str:
-    """With its sign, and the step that it is of where the run has gone on from there."""
-    text = _estimate(one, key)
-    sign = "+" if text and one[key] > 0 else ""
-    return f"{sign}{text}" + (f" (at {step:,})" if text and step != one["step"] else "")
-
-
-def _table(title: str, runs: Sequence[dict[str, Any]]) -> Table:
+def _table(title: str, runs: Sequence[Compared]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for one in runs:
-        table.add_column(one["name"], justify="right", overflow="fold")
+        table.add_column(one.name, justify="right", overflow="fold")
     return table
 
 
-def _train_difference(one: dict[str, Any]) -> str:
-    return _difference(one, "train_difference_nats", one.get("train_difference_steps", [None])[-1])
+def _train_difference(one: Compared) -> str:
+    found = one.differences
+    steps = found and found.train_difference_steps
+    return _difference(found.train_difference_nats, steps[-1], one) if steps else ""
 
 
-def _memory(one: dict[str, Any]) -> str:
-    return f"{one['peak_memory_bytes'] / 2**30:,.2f} GiB" if "peak_memory_bytes" in one else ""
+def _validation_difference(one: Compared) -> str:
+    found = one.differences
+    return _difference(found.validation_difference_nats, found.validation_difference_step, one) if found else ""
 
 
-ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
-    ("", lambda one: one["status"]),
-    ("parameters", lambda one: _number(one, "parameters", "{:,}")),
-    ("ranks", lambda one: _number(one, "ranks", "{}")),
-    ("steps", lambda one: _number(one, "step", "{:,}")),
-    ("tokens", lambda one: _number(one, "tokens", "{:,}")),
-    ("training, nats per token ¹", lambda one: _number(one, "train_loss_nats", "{:.4f}")),
-    ("training, bits per byte ¹", lambda one: _number(one, "train_bits_per_byte", "{:.4f}")),
+def _memory(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**30:,.2f} GiB"
+
+
+Row = tuple[str, Callable[[Compared], str]]
+"""A title, and what stands under it for a run; empty where there is nothing to say."""
+ROWS: tuple[Row, ...] = (
+    ("", lambda one: one.standing.status),
+    ("parameters", lambda one: _number(one.figures.parameters, ",")),
+    ("ranks", lambda one: _number(one.figures.ranks, "")),
+    ("steps", lambda one: _number(one.figures.step, ",")),
+    ("tokens", lambda one: _number(one.figures.tokens, ",")),
+    ("training, nats per token ¹", lambda one: _number(one.figures.train_loss_nats, ".4f")),
+    ("training, bits per byte ¹", lambda one: _number(one.figures.train_bits_per_byte, ".4f")),
     ("  above the first run ²", _train_difference),
-    ("validation, nats per token", lambda one: _number(one, "validation_loss_nats", "{:.4f}")),
-    ("validation, bits per byte", lambda one: _number(one, "validation_bits_per_byte", "{:.4f}")),
-    ("validation, accuracy", lambda one: _number(one, "validation_accuracy", "{:.4f}")),
-    ("  above the first run ³", lambda one: _difference(one, "validation_difference_nats",
-                                                        one.get("validation_difference_step"))),
-)  # fmt: skip
-"""Titles, and what stands under them for a run; empty where there is nothing to say."""
-SPEED: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
-    ("tokens/s, median", lambda one: _number(one, "tokens_per_s", "{:,.0f}")),
-    ("peak memory of a rank", _memory),
-    ("time in steps, evaluations", lambda one: duration(one["time_s"]) if "time_s" in one else ""),
-)  # fmt: skip
+    ("validation, nats per token", lambda one: _number(one.figures.validation_loss_nats, ".4f")),
+    ("validation, bits per byte", lambda one: _number(one.figures.validation_bits_per_byte, ".4f")),
+    ("validation, accuracy", lambda one: _number(one.figures.validation_accuracy, ".4f")),
+    ("  above the first run ³", _validation_difference),
+)
+SPEED: tuple[Row, ...] = (
+    ("tokens/s, median", lambda one: _number(one.figures.tokens_per_s, ",.0f")),
+    ("peak memory of a rank", lambda one: _memory(one.figures.peak_memory_bytes)),
+    ("time in steps, evaluations", lambda one: duration(one.figures.time_s) if one.figures.time_s else ""),
+)
 
 
-def _rows_by_corpus(runs: Sequence[dict[str, Any]]) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+def _rows_by_corpus(runs: Sequence[Compared]) -> list[Row]:
     """Two rows for each corpus whose documents were scored: runs scored on other text never share one."""
-    rows = []
-    for name in dict.fromkeys(name for one in runs for name in one.get("scored", {})):
+    rows: list[Row] = []
+    for name in dict.fromkeys(name for one in runs for name in one.figures.scored or {}):
         rows += [
-            (f"documents of {name}, bits per byte ⁴", lambda one, n=name: _estimate(one.get("scored", {}).get(n, {}),
-                                                                                   "bits_per_byte")),
+            (f"documents of {name}, bits per byte ⁴", lambda one, n=name: _scored(one.figures.scored, n)),
             ("  above the first run ⁵", lambda one, n=name: _scored_difference(one, n)),
-        ]  # fmt: skip
+        ]
     return rows
 
 
-def _scored_difference(one: dict[str, Any], name: str) -> str:
-    found = one.get("scored_difference", {}).get(name)
-    return "" if found is None else _difference({**found, "step": one["step"]}, "bits_per_byte", one["step"])
+def _scored(found: dict[str, Scored] | None, name: str) -> str:
+    of = (found or {}).get(name)
+    return "" if of is None or of.bits_per_byte is None else str(of.bits_per_byte)
+
+
+def _scored_difference(one: Compared, name: str) -> str:
+    of = ((one.differences and one.differences.scored_difference) or {}).get(name)
+    return "" if of is None else _difference(of.bits_per_byte, one.figures.step, one)
 
 
 def _equal(one: Path, other: Path) -> dict[str, Any]:
-    report = equality(one, other)
+    found = equality(one, other)
     console = Console()
-    title = f"{one} and {other}: {report['steps']:,} steps, {report['evaluations']} evaluations"
+    title = f"{one} and {other}: {found.steps:,} steps, {found.evaluations} evaluations"
     table = Table("", "largest difference", title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for name, difference in report["largest_difference"].items():
-        where = f"weights at {report['checkpoint']}" if name == "weights" else f"{name.replace('_', ' ')}, any step"
+    for name, difference in found.largest_difference.items():
+        where = f"weights at {found.checkpoint}" if name == "weights" else f"{name.replace('_', ' ')}, any step"
         table.add_row(where, f"{difference}")
     console.print(table)
-    for line in report["recipe_differences"]:
+    for line in found.recipe_differences:
         console.print(f"the recipes differ in {line}", markup=False)
-    console.print("[green]equal to the last bit" if report["passed"] else "[red]NOT equal")
-    return report
+    console.print("[green]equal to the last bit" if found.passed else "[red]NOT equal")
+    return asdict(found)

@@ -22,10 +22,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from bst_base.errors import UserError
-from bst_dist.report.metrics import FILE, read_lines
+from bst_base.terminal import say
+from bst_dist.report.metrics import FILE
 from bst_dist.study.report.style import INCHES, looks, save
-from bst_dist.study.report.terminal import say
-from bst_dist.study.runs.results import named
+from bst_dist.study.runs.results import Result, named, read_result
 
 SMALL = {
     "learning_rate": "learning rate",
@@ -34,8 +34,8 @@ SMALL = {
 }
 
 
-def draw(runs: dict[str, list[dict[str, Any]]]) -> Figure:
-    """The figure for runs by name, each the lines of its metrics file; every run has trained at least one step.
+def draw(runs: dict[str, Result]) -> Figure:
+    """The figure for runs by name, each of which has trained at least one step.
 
     Colour tells runs apart, the mark training from validation.
     """
@@ -43,17 +43,14 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     grid = figure.add_gridspec(2, 3, height_ratios=(1.8, 1))
     loss = figure.add_subplot(grid[0, :])
     small = {key: figure.add_subplot(grid[1, column]) for column, key in enumerate(SMALL)}
-    text = any(
-        np.isfinite(line["bits_per_byte"]) for lines in runs.values() for line in lines if line["kind"] == "train"
-    )
+    text = any(np.isfinite(line["bits_per_byte"]) for run in runs.values() for line in run.train)
     quantity = "bits_per_byte" if text else "loss_nats"
-    for look, lines in zip(looks(len(runs)), runs.values(), strict=True):
-        train = [line for line in lines if line["kind"] == "train"]
-        smoothed(loss, *_series(train, quantity), look)
-        evaluations(loss, lines, {line["step"]: line["tokens"] for line in train}, look["color"], quantity)
-        small["learning_rate"].plot(*_series(train, "learning_rate"), **look)
-        smoothed(small["gradient_norm"], *_series(train, "gradient_norm"), look)
-        smoothed(small["tokens_per_s"], *_series(train[1:] or train, "tokens_per_s"), look)  # the first warms up
+    for look, run in zip(looks(len(runs)), runs.values(), strict=True):
+        smoothed(loss, *series(run.train, quantity), look)
+        evaluations(loss, run.evaluations, {line["step"]: line["tokens"] for line in run.train}, look, quantity)
+        small["learning_rate"].plot(*series(run.train, "learning_rate"), **look)
+        smoothed(small["gradient_norm"], *series(run.train, "gradient_norm"), look)
+        smoothed(small["tokens_per_s"], *series(run.warm, "tokens_per_s"), look)
     _finish(loss, small)
     loss.set_ylabel("bits per byte" if text else "nats per label")
     figure.supxlabel("tokens seen" if text else "labels seen", fontsize=8)
@@ -68,7 +65,8 @@ def legend(axes: Axes, names: Collection[str]) -> None:
     axes.legend(handles, [*names, "training", "validation"], loc="upper right", ncols=1 + len(names) // 5)
 
 
-def _series(lines: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+def series(lines: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens seen at each line, and a quantity there."""
     return np.array([line["tokens"] for line in lines]), np.array([line[key] for line in lines], float)
 
 
@@ -82,15 +80,14 @@ def smoothed(axes: Axes, where: np.ndarray, values: np.ndarray, look: dict[str, 
     axes.plot(where[index], (sums[index + around + 1] - sums[index - around]) / (2 * around + 1), **look)
 
 
-def evaluations(axes: Axes, lines: list[dict[str, Any]], where: Mapping[int, float], colour: str,
+def evaluations(axes: Axes, lines: list[dict[str, Any]], where: Mapping[int, float], look: dict[str, str],
                 quantity: str = "bits_per_byte") -> None:  # fmt: skip
     """A dot for each evaluation, `where` its step stands (an evaluation's own tokens are those it read)."""
     seen = {0: 0.0, **where}
-    dots = [(seen[e["step"]], e[quantity]) for e in lines if e["kind"] == "eval" and e["step"] in seen]
+    dots = [(seen[line["step"]], line[quantity]) for line in lines if line["step"] in seen and quantity in line]
     if dots:
-        axes.plot(
-            *zip(*dots, strict=True), "o", color=colour, markersize=4, markeredgecolor="white", markeredgewidth=0.6
-        )
+        axes.plot(*zip(*dots, strict=True), "o", color=look["color"], markersize=4, markeredgecolor="white",
+                  markeredgewidth=0.6)  # fmt: skip
 
 
 def _finish(loss: Axes, small: dict[str, Axes]) -> None:
@@ -107,13 +104,12 @@ def _finish(loss: Axes, small: dict[str, Axes]) -> None:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def read_runs(directories: list[Path]) -> dict[str, list[dict[str, Any]]]:
+def read_runs(directories: list[Path]) -> dict[str, Result]:
     """Metrics of runs by name; raises UserError where there are none."""
-    found = {}
-    for name, path in named(directories).items():
-        found[name] = read_lines(path / FILE)
-        if not any(line["kind"] == "train" for line in found[name]):
-            raise UserError(f"{path}: nothing to draw: {FILE} is missing there or holds no training step")
+    found = {name: read_result(path) for name, path in named(directories).items()}
+    for run in found.values():
+        if not run.train:
+            raise UserError(f"{run.directory}: nothing to draw: {FILE} is missing there or holds no training step")
     return found
 
 
@@ -128,4 +124,4 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     out = args.out or args.runs[0] / "curves.png"
     save(lambda: draw(runs), out)
     say(f"drew {', '.join(runs)} to {out}")
-    return {"file": str(out), "runs": {name: lines[-1]["step"] for name, lines in runs.items()}}
+    return {"file": str(out), "runs": {name: run.lines[-1]["step"] for name, run in runs.items()}}

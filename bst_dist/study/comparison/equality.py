@@ -5,6 +5,7 @@ A run that was stopped and resumed, once or often, must equal one that never sto
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,24 @@ from bst_dist.train.rundir import read_recipe
 COMPUTED = ("tokens", "loss_nats", "bits_per_byte", "gradient_norm", "learning_rate")
 
 
-def equality(one: Path, other: Path) -> dict[str, Any]:
-    """Largest differences between two runs: of each reported quantity over all steps, and of the final weights.
+@dataclass(frozen=True)
+class Equality:
+    """How two runs differ, under the names of the report."""
+
+    runs: tuple[str, str]
+    passed: bool
+    """Whether they are equal: recipes, losses and weights."""
+    recipe_differences: list[str]
+    steps: int
+    evaluations: int
+    checkpoint: str
+    """Whose weights are compared."""
+    largest_difference: dict[str, float]
+    """Of each reported quantity over all steps, and of the weights."""
+
+
+def equality(one: Path, other: Path) -> Equality:
+    """Compare every step and the final weights of two runs.
 
     Raises UserError when they have not taken the same steps, or have not ended in the same model.
     """
@@ -39,15 +56,15 @@ def equality(one: Path, other: Path) -> dict[str, Any]:
     if checkpoints[0].name != checkpoints[1].name:
         raise UserError(f"{checkpoints[0]} and {checkpoints[1]}: the runs have not come equally far")
     weights = _weights(*map(load_weights, checkpoints))
-    return {
-        "runs": [str(one), str(other)],
-        "passed": not recipe and weights == 0 and not any(metrics.values()),
-        "recipe_differences": recipe,
-        "steps": sum(kind == "train" for kind, _ in common),
-        "evaluations": sum(kind.startswith("eval") for kind, _ in common),
-        "checkpoint": checkpoints[0].name,
-        "largest_difference": {**metrics, "weights": weights},
-    }
+    return Equality(
+        (str(one), str(other)),
+        passed=not recipe and weights == 0 and not any(metrics.values()),
+        recipe_differences=recipe,
+        steps=sum(kind == "train" for kind, _ in common),
+        evaluations=sum(kind.startswith("eval") for kind, _ in common),
+        checkpoint=checkpoints[0].name,
+        largest_difference={**metrics, "weights": weights},
+    )
 
 
 def _lines(run_dir: Path) -> dict[tuple[str, int], dict[str, Any]]:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from bst_base.errors import UserError
-from bst_dist.study.comparison.curves import evaluations, legend, smoothed
+from bst_dist.study.comparison.curves import evaluations, legend, series, smoothed
 from bst_dist.study.comparison.outline import Outline
 from bst_dist.study.comparison.pairs import by_step
 from bst_dist.study.report.style import looks
@@ -25,8 +25,10 @@ INCHES = (6.75, 4.8)
 def draw(runs: Mapping[str, Outline]) -> Figure:
     """The figure for runs by name; raises UserError when one has no training step with bits per byte."""
     for one in runs.values():
-        if not any(math.isfinite(line.get("bits_per_byte", math.nan)) for line in one.train):
-            raise UserError(f"{one.run_dir}: nothing to draw: no training step with bits per byte has been reported")
+        if not any(math.isfinite(line.get("bits_per_byte", math.nan)) for line in one.result.train):
+            raise UserError(
+                f"{one.result.directory}: nothing to draw: no training step with bits per byte has been reported"
+            )
     figure = Figure(figsize=INCHES, layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=(1.5, 1))
     tokens, time = (figure.add_subplot(grid[0, column]) for column in range(2))
@@ -34,10 +36,9 @@ def draw(runs: Mapping[str, Outline]) -> Figure:
     unit, seconds = _unit(runs)
     first = next(iter(runs.values()))
     for look, one in zip(looks(len(runs)), runs.values(), strict=True):
-        _loss(tokens, one, np.array([line["tokens"] for line in one.train]), look)
-        _loss(time, one, np.cumsum([line["step_time_s"] for line in one.train]) / seconds, look)
-        late = one.train[1:] or one.train  # the first step warms up
-        smoothed(speed, *_points(late, "tokens_per_s"), look)
+        _loss(tokens, one, np.array([line["tokens"] for line in one.result.train]), look)
+        _loss(time, one, np.cumsum([line["step_time_s"] for line in one.result.train]) / seconds, look)
+        smoothed(speed, *series(one.result.warm, "tokens_per_s"), look)
         if one is not first and (steps := by_step(first, one)):
             values = np.array([two["bits_per_byte"] - before["bits_per_byte"] for before, two in steps])
             smoothed(difference, np.array([two["tokens"] for _, two in steps]), values, look)
@@ -47,18 +48,14 @@ def draw(runs: Mapping[str, Outline]) -> Figure:
 
 
 def _loss(axes: Axes, one: Outline, where: np.ndarray, look: dict[str, str]) -> None:
-    smoothed(axes, where, np.array([line["bits_per_byte"] for line in one.train]), look)
-    steps = {line["step"]: float(place) for line, place in zip(one.train, where, strict=True)}
-    evaluations(axes, [line for line in one.lines if "bits_per_byte" in line], steps, look["color"])
-
-
-def _points(lines: list[dict[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    return np.array([line["tokens"] for line in lines]), np.array([line[key] for line in lines])
+    smoothed(axes, where, np.array([line["bits_per_byte"] for line in one.result.train]), look)
+    steps = {line["step"]: float(place) for line, place in zip(one.result.train, where, strict=True)}
+    evaluations(axes, one.result.evaluations, steps, look)
 
 
 def _unit(runs: Mapping[str, Outline]) -> tuple[str, float]:
     """What the longest run's time is best told in."""
-    longest = max(sum(line["step_time_s"] for line in one.train) for one in runs.values())
+    longest = max(sum(line["step_time_s"] for line in one.result.train) for one in runs.values())
     return next((name, size) for name, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("s", 1.0))
                 if longest > 2 * size or size == 1.0)  # fmt: skip
 

@@ -17,9 +17,10 @@ from bst_base.settings import read_settings
 from bst_dist.checkpoint.directory import WEIGHTS, committed, open_shards
 from bst_dist.config import flat
 from bst_dist.model.lm import LanguageModel
-from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.report.saved import REPORTS
 from bst_dist.study.comparison.standing import Standing, standing
+from bst_dist.study.runs.results import Result, read_result
+from bst_dist.study.statistics import Estimate
 from bst_dist.train.rundir import ENVIRONMENT, RECIPE, read_recipe
 
 LAST_STEPS = 20
@@ -27,53 +28,77 @@ LAST_STEPS = 20
 
 
 @dataclass(frozen=True)
+class Scored:
+    """A loss over whole documents of one corpus, or a difference of two."""
+
+    documents: int | None
+    bits_per_byte: Estimate | None
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What `bst eval` has made of a corpus's documents."""
+
+    scored: Scored
+    nats: list[float]
+    """Of each document; empty in reports that do not say."""
+    bytes: list[int]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a run has reached. None: its files do not say."""
+
+    parameters: int | None
+    ranks: int | None
+    step: int
+    tokens: int | None
+    train_mean_of_last_steps: int | None
+    """How many steps the training figures are the mean of."""
+    train_loss_nats: float | None
+    train_bits_per_byte: float | None
+    train_accuracy: float | None
+    tokens_per_s: float | None
+    """The median step's."""
+    validation_step: int | None
+    validation_loss_nats: float | None
+    validation_bits_per_byte: float | None
+    validation_accuracy: float | None
+    peak_memory_bytes: int | None
+    time_s: float | None
+    """In steps and evaluations."""
+    scored: dict[str, Scored] | None
+    """Whole documents, by corpus."""
+
+
+@dataclass(frozen=True)
 class Outline:
     """What can be said of a run from its files; what they do not say is None."""
 
-    run_dir: Path
+    result: Result
     recipe: dict[str, Any]
     """Every field by its dotted name, as the run has stored it."""
-    lines: list[dict[str, Any]]
-    """All that it has reported, in order."""
     standing: Standing
     parameters: int | None
-    start: dict[str, Any]
-    """Its last start: ranks, hosts, versions."""
-    scored: dict[str, dict[str, Any]]
-    """What `bst eval` made of whole documents of its newest weights, by corpus; empty when no report lies in the run
+    ranks: int | None
+    """Of its last start."""
+    documents: dict[str, Documents]
+    """What `bst eval` made of whole documents with its newest weights, by corpus; empty when no report lies in the run
     directory."""
 
-    @property
-    def train(self) -> list[dict[str, Any]]:
-        """The steps that were taken."""
-        return [line for line in self.lines if line["kind"] == "train"]
-
-    @property
-    def evaluations(self) -> list[dict[str, Any]]:
-        """The evaluations during training."""
-        return [line for line in self.lines if line["kind"] == "eval"]
-
-    def figures(self) -> dict[str, Any]:
-        """For machines: units in the names, and only what there is."""
-        train, memory = self.train, [line["memory_bytes"] for line in self.lines if line["kind"] == "performance"]
-        found = {"parameters": self.parameters, "ranks": self.start.get("ranks"), "step": self._step}
-        if train:
-            last = train[-LAST_STEPS:]
-            found |= {"tokens": train[-1].get("tokens"), "train_mean_of_last_steps": len(last)}
-            found |= {f"train_{key}": _mean(last, key) for key in ("loss_nats", "bits_per_byte", "accuracy")}
-            found["tokens_per_s"] = _median([line.get("tokens_per_s") for line in train[1:] or train])
-        for line in self.evaluations[-1:]:
-            found |= {f"validation_{key}": line.get(key) for key in ("step", "loss_nats", "bits_per_byte", "accuracy")}
-        found["peak_memory_bytes"] = max(memory, default=None)
-        found["time_s"] = sum(line.get("step_time_s", line.get("time_s", 0.0)) for line in self.lines) or None
-        told = {key: value for key, value in found.items() if value is not None and value == value}  # nan is no figure
-        keys = ("documents", "bits_per_byte", "bits_per_byte_standard_error")
-        scored = {name: {key: of[key] for key in keys if key in of} for name, of in self.scored.items()}
-        return told | ({"scored": scored} if scored else {})
-
-    @property
-    def _step(self) -> int:
-        return max((line["step"] for line in self.lines if line["kind"] in ("train", "skipped")), default=0)
+    def figures(self) -> Figures:
+        """What it has reached."""
+        result, last = self.result, self.result.train[-LAST_STEPS:]
+        evaluated = result.evaluations[-1] if result.evaluations else {}
+        return Figures(
+            self.parameters, self.ranks, result.step, last[-1].get("tokens") if last else None, len(last) or None,
+            *(_of(fmean, last, key) for key in ("loss_nats", "bits_per_byte", "accuracy")),
+            _of(median, result.warm, "tokens_per_s"),
+            *(_known(evaluated.get(key)) for key in ("step", "loss_nats", "bits_per_byte", "accuracy")),
+            max((line["memory_bytes"] for line in result.performance), default=None),
+            sum(line.get("step_time_s", line.get("time_s", 0.0)) for line in result.lines) or None,
+            {name: documents.scored for name, documents in self.documents.items()} or None,
+        )  # fmt: skip
 
 
 def outline(run_dir: Path) -> Outline:
@@ -81,22 +106,28 @@ def outline(run_dir: Path) -> Outline:
     path = run_dir / RECIPE
     if not path.is_file():
         read_recipe(run_dir)  # says so
-    recipe = read_settings(path)
-    lines, fields = read_lines(run_dir / FILE), flat(recipe)
-    step = max((line["step"] for line in lines if line["kind"] in ("train", "skipped")), default=0)
+    recipe, result = flat(read_settings(path)), read_result(run_dir)
     starts = json.loads((run_dir / ENVIRONMENT).read_text())["starts"] if (run_dir / ENVIRONMENT).exists() else [{}]
-    where = standing(run_dir, step, fields.get("train.steps"))
-    report = eval_report(run_dir, step)
-    scored = _by_name(report["corpora"]) if report else {}
-    return Outline(run_dir, fields, lines, where, _parameters(run_dir), starts[-1], scored)
+    where = standing(run_dir, result.step, recipe.get("train.steps"))
+    report = eval_report(run_dir, result.step)
+    documents = _by_name(report["corpora"]) if report else {}
+    return Outline(result, recipe, where, _parameters(run_dir), starts[-1].get("ranks"), documents)
 
 
-def _by_name(corpora: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _by_name(corpora: list[dict[str, Any]]) -> dict[str, Documents]:
     """Entries of a report by the name of their corpus; by its whole path where two of them have one name."""
     names = [Path(str(of.get("corpus", "documents"))).name for of in corpora]
     return {
-        name if names.count(name) == 1 else str(of.get("corpus")): of for name, of in zip(names, corpora, strict=True)
+        name if names.count(name) == 1 else str(of.get("corpus")): _documents(of)
+        for name, of in zip(names, corpora, strict=True)
     }
+
+
+def _documents(of: dict[str, Any]) -> Documents:
+    bits = of.get("bits_per_byte")
+    estimate = None if bits is None else Estimate(bits, of.get("bits_per_byte_standard_error"))
+    scored = Scored(of.get("documents"), estimate)
+    return Documents(scored, of.get("document_nats", []), of.get("document_bytes", []))
 
 
 def _parameters(run_dir: Path) -> int | None:
@@ -129,11 +160,12 @@ def eval_report(run_dir: Path, step: int) -> dict[str, Any] | None:
     return max(found, key=lambda one: one[0])[1] if found else None
 
 
-def _mean(lines: list[dict[str, Any]], key: str) -> float | None:
-    values = [line[key] for line in lines if key in line]
-    return fmean(values) if values else None
+def _of(middle: Any, lines: list[dict[str, Any]], key: str) -> float | None:
+    """A mean or median over the lines that have a value."""
+    values = [line[key] for line in lines if line.get(key) is not None]
+    return _known(middle(values)) if values else None
 
 
-def _median(values: list[Any]) -> float | None:
-    numbers = [value for value in values if value is not None]
-    return median(numbers) if numbers else None
+def _known(value: Any) -> Any:
+    """A value, or None where it is not a number."""
+    return value if value == value else None

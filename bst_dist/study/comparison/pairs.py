@@ -1,4 +1,4 @@
-"""Differences between two runs on the same text, which what the text is worth cancels from.
+"""Differences between two runs on the same text, whose own difficulty cancels in a difference.
 
 Two reports are of the same text when they are of as many tokens and of as many bytes: a step's loss in nats over its
 bits per byte is the bytes of its text, so no recipe needs to be believed.
@@ -7,12 +7,29 @@ bits per byte is the bytes of its text, so no recipe needs to be believed.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from bst_dist.study.comparison.outline import LAST_STEPS, Outline
-from bst_dist.study.statistics import mean, ratio
+from bst_dist.study.comparison.outline import LAST_STEPS, Documents, Outline, Scored
+from bst_dist.study.statistics import Estimate, mean, ratio
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How much one run's losses are above another's on the same text. None: there is no text that both have read."""
+
+    train_difference_steps: tuple[int, int] | None
+    """The first and the last step compared."""
+    train_difference_nats: Estimate | None
+    """Per token, over the last steps that both took."""
+    validation_difference_step: int | None
+    """The last step after which both were evaluated."""
+    validation_difference_nats: float | None
+    """Per token; without an error, since the metrics hold sums over sequences and not what each of them gave."""
+    scored_difference: dict[str, Scored] | None
+    """Whole documents, by corpus."""
 
 
 def by_step(first: Outline, other: Outline) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -20,45 +37,41 @@ def by_step(first: Outline, other: Outline) -> list[tuple[dict[str, Any], dict[s
 
     Then some steps have as many bytes by chance, but never most of them.
     """
-    lines = {line["step"]: line for line in first.train}
-    both = [(lines[line["step"]], line) for line in other.train if line["step"] in lines]
+    lines = {line["step"]: line for line in first.result.train}
+    both = [(lines[line["step"]], line) for line in other.result.train if line["step"] in lines]
     same = [(one, two) for one, two in both if same_text(one, two)]
     return same if 2 * len(same) > len(both) else []
 
 
-def differences(first: Outline, other: Outline) -> dict[str, Any]:
-    """How much `other`'s loss is above the first's on the same text, in nats per token, with what the error is over.
+def differences(first: Outline, other: Outline) -> Differences:
+    """How much `other`'s loss is above the first's."""
+    steps = by_step(first, other)[-LAST_STEPS:]
+    found = {
+        name: _by_document(first.documents[name], of) for name, of in other.documents.items() if name in first.documents
+    }
+    return Differences(
+        (steps[0][0]["step"], steps[-1][0]["step"]) if steps else None,
+        mean([two["loss_nats"] - one["loss_nats"] for one, two in steps]) if steps else None,
+        *_validation(first, other),
+        {name: Scored(None, difference) for name, difference in found.items() if difference} or None,
+    )
 
-    Training: over the last steps that both took; validation: at the last step after which both were evaluated, without
-    an error, since the metrics hold sums over the sequences and not what each of them gave; documents that `bst eval`
-    has scored: in bits per byte, over documents, a corpus an entry. Only what can be paired is there.
-    """
-    found: dict[str, Any] = {}
-    if steps := by_step(first, other)[-LAST_STEPS:]:
-        estimate = mean([two["loss_nats"] - one["loss_nats"] for one, two in steps])
-        found |= {"train_difference_steps": [steps[0][0]["step"], steps[-1][0]["step"]],
-                  **estimate.report("train_difference_nats")}  # fmt: skip
-    lines = {line["step"]: line for line in first.evaluations}
-    for line in reversed(other.evaluations):
+
+def _validation(first: Outline, other: Outline) -> tuple[int, float] | tuple[None, None]:
+    """The last step after which both were evaluated on the same text, and the difference there in nats per token."""
+    lines = {line["step"]: line for line in first.result.evaluations}
+    for line in reversed(other.result.evaluations):
         before = lines.get(line["step"])
         if before is not None and same_text(before, line):
-            found |= {"validation_difference_step": line["step"],
-                      "validation_difference_nats": line["loss_nats"] - before["loss_nats"]}  # fmt: skip
-            break
-    by_corpus = {
-        name: _by_document(first.scored[name], of) for name, of in other.scored.items() if name in first.scored
-    }
-    by_corpus = {name: difference for name, difference in by_corpus.items() if difference}
-    return found | ({"scored_difference": by_corpus} if by_corpus else {})
+            return line["step"], line["loss_nats"] - before["loss_nats"]
+    return None, None
 
 
-def _by_document(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The difference on the same documents, whatever their tokens are: bits per byte are of the text."""
-    nats = [np.array(scored.get("document_nats", ())) for scored in (one, other)]
-    bytes_ = [scored.get("document_bytes") for scored in (one, other)]
-    if not bytes_[0] or bytes_[0] != bytes_[1]:
-        return {}
-    return ratio((nats[1] - nats[0]) / math.log(2), np.array(bytes_[0])).report("bits_per_byte")
+def _by_document(one: Documents, other: Documents) -> Estimate | None:
+    """The difference on the same documents in bits per byte, which are of the text, whatever the tokens are."""
+    if not one.bytes or one.bytes != other.bytes:
+        return None
+    return ratio((np.array(other.nats) - np.array(one.nats)) / math.log(2), np.array(one.bytes))
 
 
 def same_text(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from bst_dist.study.report.document import Sheet
-from bst_dist.study.report.terminal import print_table
+from bst_base.terminal import Sheet, print_table
 from bst_dist.study.statistics import Estimate, ratio
 from data_pipeline.serve.reader import Corpus
 

@@ -11,12 +11,11 @@ import numpy as np
 from rich.console import Console
 
 from bst_base.errors import UserError
+from bst_base.terminal import Sheet, print_table
 from bst_dist.model.config import ModelConfig
 from bst_dist.study.evaluation.corpora import open_text
 from bst_dist.study.evaluation.scoring import Score, filter_length, score
 from bst_dist.study.evaluation.trained import Trained, open_run
-from bst_dist.study.report.document import Sheet
-from bst_dist.study.report.terminal import print_table
 from bst_dist.study.statistics import Estimate, exponential, ratio
 from data_pipeline.commands.progress import stages
 from data_pipeline.serve.reader import Corpus

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 
 from bst_base.errors import UserError
+from bst_base.terminal import Sheet, print_table
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.past import State
 from bst_dist.study.evaluation.scoring import TOKENS_AT_ONCE
 from bst_dist.study.evaluation.trained import Trained, open_run
-from bst_dist.study.report.document import Sheet
-from bst_dist.study.report.terminal import print_table
 from bst_dist.study.statistics import Estimate, ratio
 from bst_dist.study.synthetic import octave, octave_name
 from data_pipeline.serve.share import Share

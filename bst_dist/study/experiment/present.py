@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bst_base.terminal import Sheet
 from bst_dist.study.experiment.figure import draw
 from bst_dist.study.experiment.measure import Column
 from bst_dist.study.experiment.readings import apart
 from bst_dist.study.experiment.table import Row, Table
 from bst_dist.study.report import document
-from bst_dist.study.report.document import Block, Heading, Items, Paragraph, Picture, Sheet
+from bst_dist.study.report.document import Block, Heading, Items, Paragraph, Picture
 
 
 def blocks(table: Table) -> list[Block]:

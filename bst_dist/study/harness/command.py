@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bst_base.errors import UserError
+from bst_base.terminal import Sheet, print_table
 from bst_dist.extras import missing
 from bst_dist.study.evaluation.trained import open_run, tokenizer_of
-from bst_dist.study.report.document import Sheet
-from bst_dist.study.report.terminal import print_table
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

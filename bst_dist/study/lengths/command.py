@@ -7,14 +7,13 @@ from typing import Any
 
 from rich.console import Console
 
+from bst_base.terminal import Sheet, print_table, say
 from bst_dist.study.evaluation.corpora import open_text
 from bst_dist.study.evaluation.trained import Trained, open_run
 from bst_dist.study.lengths.figure import draw
 from bst_dist.study.lengths.measure import How, LengthResult, how, measure
 from bst_dist.study.lengths.text import longest
-from bst_dist.study.report.document import Sheet
 from bst_dist.study.report.style import require_picture, save
-from bst_dist.study.report.terminal import print_table, say
 from bst_dist.study.statistics import Estimate
 from data_pipeline.commands.progress import stages
 from data_pipeline.serve.reader import Corpus

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from bst_base.terminal import Sheet
 from bst_dist.study.laws.advantage import Advantage, Comparison
 from bst_dist.study.laws.verdict import MARGIN, Change
-from bst_dist.study.report.document import Block, Items, Paragraph, Sheet
+from bst_dist.study.report.document import Block, Items, Paragraph
 from bst_dist.study.report.words import number, percent, percent_interval, power, span
 
 EQUAL = {"flops": "training FLOPs", "time_s": "time of training"}

@@ -12,6 +12,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from bst_base.files import atomic_file, write_text
+from bst_base.terminal import Sheet, is_numeric
 from bst_dist.study.report.style import STYLE
 
 CSS = """
@@ -38,16 +39,6 @@ class Paragraph:
 @dataclass(frozen=True)
 class Items:
     lines: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    rule_after: int | None = None
-    """On the terminal, a line below so many rows."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +114,6 @@ def _html(block: Block, directory: Path, blocks: Sequence[Block]) -> str:
 def _cells(tag: str, row: Sequence[str], right: Sequence[bool]) -> str:
     marks = (' class="n"' if number else "" for number in right)
     return "".join(f"<{tag}{mark}>{html.escape(cell)}</{tag}>" for cell, mark in zip(row, marks, strict=True))
-
-
-def is_numeric(cells: Sequence[str]) -> bool:
-    """Whether a column is of numbers, which stand flush right; a dash is a number that there is not."""
-    told = [cell for cell in cells if cell.strip("—–")]
-    return bool(told) and all(cell.lstrip("+-−±(").strip()[:1].isdigit() for cell in told)
 
 
 def _anchor(heading: Heading) -> str:

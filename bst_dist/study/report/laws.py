@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from bst_base.terminal import Sheet
 from bst_dist.study.laws.scaling import ArchitectureLaws, Fitted, Laws, Optimum, Prediction
 from bst_dist.study.laws.uncertainty import UNKNOWNS, Interval
-from bst_dist.study.report.document import Block, Heading, Items, Paragraph, Sheet
+from bst_dist.study.report.document import Block, Heading, Items, Paragraph
 from bst_dist.study.report.words import number, percent_interval, power, span
 
 EXPONENTS = ("E", "A", "alpha", "G", "gamma", "B", "beta", "kappa")

@@ -12,9 +12,8 @@ from typing import Any
 
 from bst_base.arguments import at_least
 from bst_base.errors import UserError
+from bst_base.terminal import Sheet, print_table, say
 from bst_dist.cluster.hosts import read_hostfile
-from bst_dist.study.report.document import Sheet
-from bst_dist.study.report.terminal import print_table, say
 from bst_dist.study.runs import placement, training
 from bst_dist.study.runs.recipes import Job
 from bst_dist.study.runs.state import STATUSES, State

@@ -1,10 +1,11 @@
-"""What a finished run's own files say of it."""
+"""What a run's own files say of it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,10 +21,36 @@ class Result:
     """The metrics of one run."""
 
     directory: Path
-    train: list[dict[str, Any]]
-    """A line a step."""
-    evaluations: list[dict[str, Any]]
-    performance: list[dict[str, Any]]
+    lines: list[dict[str, Any]]
+    """All that it has reported, in order."""
+
+    @cached_property
+    def train(self) -> list[dict[str, Any]]:
+        """A line for each step that was taken."""
+        return self._of("train")
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """A line for each evaluation during training."""
+        return self._of("eval")
+
+    @cached_property
+    def performance(self) -> list[dict[str, Any]]:
+        """A line for each report of where the time of a step goes."""
+        return self._of("performance")
+
+    @property
+    def step(self) -> int:
+        """The last step, whether its update was taken or skipped; 0 before the first."""
+        return max((line["step"] for line in [*self.train, *self._of("skipped")]), default=0)
+
+    @property
+    def warm(self) -> list[dict[str, Any]]:
+        """The steps without the first, whose time is that of a start."""
+        return self.train[1:] or self.train
+
+    def _of(self, kind: str) -> list[dict[str, Any]]:
+        return [line for line in self.lines if line["kind"] == kind]
 
     @property
     def final(self) -> dict[str, Any]:
@@ -37,13 +64,13 @@ class Result:
 
     @property
     def step_s(self) -> float:
-        """Median time of a step, without the first, which warms up."""
-        return median(line["step_time_s"] for line in self.train[1:] or self.train)
+        """Median time of a step."""
+        return median(line["step_time_s"] for line in self.warm)
 
     @property
     def speeds(self) -> tuple[float, float]:
         """Tokens a second: the median step, and the fastest tenth, since other work can only slow a step."""
-        speeds = [line["tokens_per_s"] for line in self.train[1:] or self.train]
+        speeds = [line["tokens_per_s"] for line in self.warm]
         return median(speeds), float(np.quantile(speeds, 0.9))
 
     @property
@@ -62,13 +89,8 @@ class Result:
 
 
 def read_result(directory: Path) -> Result:
-    """The metrics in a run directory."""
-    lines = read_lines(directory / FILE)
-
-    def of(kind: str) -> list[dict[str, Any]]:
-        return [line for line in lines if line["kind"] == kind]
-
-    return Result(directory, of("train"), of("eval"), of("performance"))
+    """The metrics in a run directory; none before the first step."""
+    return Result(directory, read_lines(directory / FILE))
 
 
 def named(directories: Sequence[Path]) -> dict[str, Path]:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from bst_base.terminal import say
 from bst_dist.report.metrics import duration
 from bst_dist.study.runs.recipes import Job
 from bst_dist.study.runs.runner import Runner, Worker
@@ -52,7 +53,7 @@ def train(name: str, jobs: Sequence[Job], state: State, workers: int) -> Counter
     """Train until nothing is left to start; returns how many runs stand where."""
     console, started, shown = Console(), time.monotonic(), 0.0
     progress = Progress(jobs, state)
-    _say(console, f"{name}: {state.counts(jobs)['done']} of {len(jobs)} runs are done")
+    say(f"{name}: {state.counts(jobs)['done']} of {len(jobs)} runs are done")
     with Live(console=console, auto_refresh=False, transient=True) as live:
 
         def watch(running: list[Worker]) -> None:
@@ -62,12 +63,12 @@ def train(name: str, jobs: Sequence[Job], state: State, workers: int) -> Counter
                 shown = time.monotonic()
 
         def tell(text: str) -> None:
-            _say(console, f"{text} ({progress.line()})")
+            say(f"{text} ({progress.line()})", console)
 
         Runner(jobs, state, workers, tell).run(watch)
     counts = state.counts(jobs)
     summary = ", ".join(f"{number} {status}" for status, number in counts.items())
-    _say(console, f"{name}: {summary} after {duration(time.monotonic() - started)}")
+    say(f"{name}: {summary} after {duration(time.monotonic() - started)}")
     return counts
 
 
@@ -92,7 +93,3 @@ def running_table(title: str, running: Sequence[Worker], state: State) -> Table:
             f"{line['tokens_per_s']:,.0f}", duration(time.monotonic() - worker.started),
         )  # fmt: skip
     return table
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

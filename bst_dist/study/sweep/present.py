@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import matplotlib
 
 from bst_base.errors import UserError
+from bst_base.terminal import Sheet
 from bst_dist.study.laws import audit as rates
 from bst_dist.study.laws import verdict
 from bst_dist.study.laws.advantage import Comparison, compare
 from bst_dist.study.laws.audit import Corner, audit
 from bst_dist.study.laws.scaling import Laws, fit_laws
 from bst_dist.study.report import advantage, laws
-from bst_dist.study.report.document import Block, Heading, Items, Paragraph, Picture, Sheet
+from bst_dist.study.report.document import Block, Heading, Items, Paragraph, Picture
 from bst_dist.study.report.figures import gap_figure, loss_figure, place_figure
 from bst_dist.study.report.style import STYLE
 from bst_dist.study.report.words import number, percent, power

@@ -46,7 +46,7 @@ def pair(make_run):
 
 
 def compared(*runs):
-    return compare({str(number): outline(run_dir) for number, run_dir in enumerate(runs)})
+    return compare({str(number): outline(run_dir) for number, run_dir in enumerate(runs)}).report()
 
 
 def test_differences_are_paired_by_step_and_evaluation_where_the_text_is_the_same(pair):

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from bst_dist.cli import main
 from bst_dist.study.comparison.curves import SMALL, draw, read_runs
+from bst_dist.study.runs.results import Result
 
 
 def line(step, **changes):
@@ -15,7 +18,7 @@ def line(step, **changes):
 def test_every_step_and_evaluation_is_drawn_at_the_tokens_seen():
     lines = [line(step) for step in range(1, 6)]
     lines.append({"kind": "eval", "split": "validation", "step": 4, "tokens": 9, "bits_per_byte": 2.5})
-    loss, *small = draw({"run": lines}).axes
+    loss, *small = draw({"run": Result(Path(), lines)}).axes
     steps, _, evaluations = loss.lines
     np.testing.assert_array_equal(steps.get_xydata(), [[100 * s, s] for s in range(1, 6)])
     np.testing.assert_array_equal(evaluations.get_xydata(), [[400, 2.5]])
@@ -23,14 +26,14 @@ def test_every_step_and_evaluation_is_drawn_at_the_tokens_seen():
 
 
 def test_smoothing_keeps_a_straight_line_straight():
-    loss = draw({"run": [line(step) for step in range(1, 301)]}).axes[0]
+    loss = draw({"run": Result(Path(), [line(step) for step in range(1, 301)])}).axes[0]
     tokens, values = loss.lines[1].get_data()
     np.testing.assert_allclose(values, tokens / 100)
     assert len(tokens) == 300 - 6
 
 
 def test_each_run_has_a_look_of_its_own():
-    runs = {f"run{i}": [line(1), line(2)] for i in range(9)}
+    runs = {f"run{i}": Result(Path(), [line(1), line(2)]) for i in range(9)}
     legend = draw(runs).axes[0].get_legend()
     looks = {(handle.get_color(), handle.get_linestyle()) for handle in legend.legend_handles[:9]}
     assert len(looks) == 9

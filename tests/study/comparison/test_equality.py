@@ -39,9 +39,9 @@ def test_one_bit_of_one_weight_is_seen(make_run, capsys):
     manifest = json.loads((path.parent / MANIFEST).read_text())
     manifest["files"][path.name] |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     (path.parent / MANIFEST).write_text(json.dumps(manifest))
-    report = equality(one, other)
-    assert not report["passed"]
-    assert report["largest_difference"]["weights"] == pytest.approx(difference, abs=0)
+    found = equality(one, other)
+    assert not found.passed
+    assert found.largest_difference["weights"] == pytest.approx(difference, abs=0)
     assert main(["compare", "--equal", str(one), str(other)]) == 1
     assert "NOT equal" in capsys.readouterr().out
 
@@ -50,8 +50,8 @@ def test_one_bit_of_one_weight_is_seen(make_run, capsys):
 def test_a_loss_that_differs_at_any_step_fails(make_run, value):
     one, other = make_run("one"), make_run("other")
     edit_metrics(other, lambda lines: [lines[0] | {"loss_nats": value}, *lines[1:]])
-    report = equality(one, other)
-    assert not report["passed"] and report["largest_difference"]["loss_nats"] > 0
+    found = equality(one, other)
+    assert not found.passed and found.largest_difference["loss_nats"] > 0
 
 
 @pytest.mark.parametrize("name", ["gradient_norm", "learning_rate", "bits_per_byte", "tokens"])
@@ -59,25 +59,25 @@ def test_every_computed_quantity_is_compared_and_may_not_be_missing_in_one(make_
     one, other = make_run("one"), make_run("other")
     edit_metrics(one, lambda lines: [line | {name: 1.0} for line in lines])
     edit_metrics(other, lambda lines: [line | {name: 1.0} for line in lines])
-    assert equality(one, other)["passed"]
+    assert equality(one, other).passed
     edit_metrics(other, lambda lines: [*lines[:2], lines[2] | {name: 1.5}, *lines[3:]])
-    report = equality(one, other)
-    assert not report["passed"] and report["largest_difference"][name] == 0.5
+    found = equality(one, other)
+    assert not found.passed and found.largest_difference[name] == 0.5
     for first, second in ((one, other), (other, one)):
         edit_metrics(other, lambda lines: [{k: v for k, v in line.items() if k != name} for line in lines])
-        assert not equality(first, second)["passed"]
+        assert not equality(first, second).passed
 
 
 def test_an_evaluation_more_where_a_run_was_stopped_is_no_difference(make_run):
     one, other = make_run("one"), make_run("other")
     edit_metrics(other, lambda lines: [*lines, lines[-1] | {"step": 2}])
-    assert equality(one, other)["passed"]
+    assert equality(one, other).passed
 
 
 def test_speed_is_not_compared(make_run):
     one, other = make_run("one"), make_run("other")
     edit_metrics(other, lambda lines: [line | {"tokens_per_s": 7} for line in lines])
-    assert equality(one, other)["passed"]
+    assert equality(one, other).passed
 
 
 def test_runs_of_unequal_length_are_refused(make_run):
@@ -93,4 +93,4 @@ def test_runs_that_ended_elsewhere_are_refused(make_run):
 
 
 def test_models_of_other_seeds_differ(make_run):
-    assert not equality(make_run("one"), make_run("other", seed=1))["passed"]
+    assert not equality(make_run("one"), make_run("other", seed=1)).passed

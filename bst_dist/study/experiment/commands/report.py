@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from bst_base.terminal import say
 from bst_dist.study.experiment.commands.common import add_experiment, open_experiment
 from bst_dist.study.experiment.config import ExperimentConfig
 from bst_dist.study.experiment.design import Trial
 from bst_dist.study.experiment.measure import measure_run
 from bst_dist.study.experiment.present import blocks, write_report
 from bst_dist.study.experiment.table import gather, write
-from bst_dist.study.report.terminal import say, show
+from bst_dist.study.report.terminal import show
 from bst_dist.study.runs.state import State
 
 add_arguments = add_experiment

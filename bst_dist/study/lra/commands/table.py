@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bst_base.terminal import Sheet, print_table, say
 from bst_dist.study.lra.table import Row, means, rows
 from bst_dist.study.lra.tasks import SPLITS
-from bst_dist.study.report.document import Sheet
-from bst_dist.study.report.terminal import print_table, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

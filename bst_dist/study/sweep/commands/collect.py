@@ -14,7 +14,7 @@ from collections import Counter
 from typing import Any
 
 from bst_base.arguments import at_least
-from bst_dist.study.report.terminal import say
+from bst_base.terminal import say
 from bst_dist.study.sweep import table
 from bst_dist.study.sweep.collect import collect
 from bst_dist.study.sweep.commands.common import TABLE, add_sweep, open_plan

@@ -13,10 +13,9 @@ import argparse
 import math
 from typing import Any
 
+from bst_base.terminal import Sheet, print_table, say
 from bst_dist.study.laws.power import Power
 from bst_dist.study.laws.verdict import MARGIN, UNITS
-from bst_dist.study.report.document import Sheet
-from bst_dist.study.report.terminal import print_table, say
 from bst_dist.study.report.words import percent, plain
 from bst_dist.study.sweep.commands.common import add_sweep, open_plan
 from bst_dist.study.sweep.plan import Plan

@@ -12,8 +12,7 @@ import argparse
 from typing import Any
 
 from bst_base.arguments import seconds
-from bst_dist.study.report.document import Sheet
-from bst_dist.study.report.terminal import print_table, say
+from bst_base.terminal import Sheet, print_table, say
 from bst_dist.study.sweep.commands.common import add_sweep, open_sweep
 from bst_dist.study.sweep.commands.design import show_power
 from bst_dist.study.sweep.design import Designer

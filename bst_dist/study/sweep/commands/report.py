@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bst_base.arguments import at_least
+from bst_base.terminal import say
 from bst_dist.study.report import document
-from bst_dist.study.report.terminal import say
 from bst_dist.study.report.words import plain
 from bst_dist.study.sweep import present
 from bst_dist.study.sweep.commands.common import add_sweep, open_table
