@@ -21,13 +21,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bst_base.settings import parse
+from bst_base.terminal import Sheet, print_table
 from bst_dist.config import load_recipe, with_vocabulary
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.layers import FeedForward, Layer
@@ -75,7 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     configs = {recipe.name: recipe.model, **catalogue(recipe.model, length)}
     half = recipe.train.precision == "bf16"
     entries = [entry(name, config, length, half) for name, config in configs.items()]
-    Console().print(_table(entries, recipe.model, length))
+    _print(entries, recipe.model, length)
     return {"recipe": recipe.name, "sequence_length_tokens": length, "models": [asdict(each) for each in entries]}
 
 
@@ -159,18 +157,15 @@ def carried_bytes(layer: Layer, width: int, length: int, half: bool) -> int:
     return sum(tensor.nbytes for tensor in past.after.values())
 
 
-def _table(entries: list[Entry], config: ModelConfig, length: int) -> Table:
+def _print(entries: list[Entry], config: ModelConfig, length: int) -> None:
     heads = f"{config.heads} heads of {config.head}"
     network = f"M {config.ffn} ({config.activation})"
     sizes = f"{config.depth} layers, D {config.width}, {heads}, {network}, W {config.block}"
     title = f"{sizes}, vocabulary {config.vocab_size}, L {length}"
     units = "parameters in millions; of a forward pass, MFLOP per token; KiB carried per sequence"
-    table = Table(title=title, caption=units, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("model", no_wrap=True)
-    for column in ("parameters", *SHOWN, "MFLOP", "KiB"):
-        table.add_column(column, justify="right", no_wrap=True)
+    rows = []
     for each in entries:
         counts = [each.total_parameters, *(each.parameters[kind] for kind in SHOWN)]
         flops, state = each.total_forward_flops_per_token / 1e6, each.state_bytes / 1024
-        table.add_row(each.name, *(f"{count / 1e6:,.2f}" for count in counts), f"{flops:,.1f}", f"{state:,.0f}")
-    return table
+        rows.append([each.name, *(f"{count / 1e6:,.2f}" for count in counts), f"{flops:,.1f}", f"{state:,.0f}"])
+    print_table(Sheet(("model", "parameters", *SHOWN, "MFLOP", "KiB"), rows), title, units)

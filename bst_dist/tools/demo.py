@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from bst_base.errors import UserError
+from bst_base.terminal import Sheet, print_table
 from bst_dist.checkpoint.directory import committed, directory, step_of
 from bst_dist.config import Recipe, differing, load_recipe
 from bst_dist.plan.hardware import SLOW_BF16, bf16_slowdown
@@ -203,8 +202,7 @@ def show(demo: Demo, report: dict[str, Any]) -> None:
     console, validation = demo.console, report["validation"]
     console.rule(f"[bold]Done in {sum(report['time_s'].values()) / 60:.1f} minutes", align="left")
     title = f"The validation text: {validation['bytes']:,} bytes in {validation['documents']} documents"
-    table = Table("", "bits per byte", title=title, title_justify="left", box=box.SIMPLE_HEAD,
-                  caption="± standard error over documents", caption_justify="left")  # fmt: skip
+    rows = []
     for name, key in (
         ("before training: random weights", "before"),
         (f"after {demo.recipe.train.steps:,} steps", "after"),
@@ -213,8 +211,8 @@ def show(demo: Demo, report: dict[str, Any]) -> None:
     ):
         figures = report[key]
         error = figures.get("bits_per_byte_standard_error")
-        table.add_row(name, f"{figures['bits_per_byte']:.4f}" + ("" if error is None else f" ± {error:.4f}"))
-    console.print(table)
+        rows.append([name, f"{figures['bits_per_byte']:.4f}" + ("" if error is None else f" ± {error:.4f}")])
+    print_table(Sheet(("", "bits per byte"), rows), title, "± standard error over documents")
     console.print(_verdict(report), highlight=False)
     equal = "[green]resumed run equals uninterrupted run" if report["passed"] else "[red]resumed run DIFFERS"
     largest = report["resume_largest_difference"]

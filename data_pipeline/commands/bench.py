@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from bst_base.errors import UserError
+from bst_base.terminal import Sheet, print_table
 
 PEERS = ("litdata==0.2.76", "mosaicml-streaming==0.13.0")
 READERS = {
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         found[name]["elastic"] = bench.elastic(name)
     report = {"machine": _machine(), "peers": list(PEERS), "sequences": args.sequences, "repeats": args.repeats}
     report["readers"] = {name: {**_summary(each), "measurements": each} for name, each in found.items()}
-    _print(console, report)
+    _print(report)
     return report
 
 
@@ -178,26 +178,23 @@ def _summary(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _print(console: Console, report: dict[str, Any]) -> None:
-    table = Table(title=f"{report['sequences']:,} sequences of 4,097 tokens, batches of 8, no workers")
-    for heading in ("reader", "Mtok/s", "Mtok per CPU-s", "of litdata's", "resume", "right", "one rank to two"):
-        table.add_column(heading, justify="left" if heading == "reader" else "right")
+def _print(report: dict[str, Any]) -> None:
+    rows = []
     litdata = report["readers"].get("litdata", {}).get("tokens_per_cpu_s")
     for name, each in report["readers"].items():
         low, high = each["tokens_per_cpu_s_range"]
         resume = each["resume_s"]
-        table.add_row(
-            READERS[name],
-            f"{each['tokens_per_s'] / 1e6:.0f}",
+        rows.append([
+            READERS[name], f"{each['tokens_per_s'] / 1e6:.0f}",
             f"{each['tokens_per_cpu_s'] / 1e6:.0f} ({low / 1e6:.0f}-{high / 1e6:.0f})",
             f"{each['tokens_per_cpu_s'] / litdata:.2f}" if litdata else "-",
             f"{resume * 1e3:,.0f} ms" if resume is not None else "-",
-            "yes" if each["resume_exact"] else "no",
-            _verdict(each["elastic"]),
-        )
-    console.print(table)
-    console.print(
-        f"{report['machine']['cpu']}, {report['machine']['cpus']} CPUs; median of {report['repeats']} (range)"
+            "yes" if each["resume_exact"] else "no", _verdict(each["elastic"]),
+        ])  # fmt: skip
+    print_table(
+        Sheet(("reader", "Mtok/s", "Mtok per CPU-s", "of litdata's", "resume", "right", "one rank to two"), rows),
+        f"{report['sequences']:,} sequences of 4,097 tokens, batches of 8, no workers",
+        f"{report['machine']['cpu']}, {report['machine']['cpus']} CPUs; median of {report['repeats']} (range)",
     )
 
 

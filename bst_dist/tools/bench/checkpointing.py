@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from bst_base.terminal import Sheet, print_table
 from bst_dist.activation import policy as activation
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.config import Recipe, load_recipe
@@ -113,13 +111,12 @@ def _processor_seconds(recipe: Recipe, rounds: int) -> dict[str, list[float]]:
 def _print(recipe: Recipe, rows: list[dict[str, Any]], base: Spread) -> None:
     tokens = recipe.train.micro_sequences * recipe.train.sequence_length
     unit = tokens * recipe.model.width
-    table = Table(box=SIMPLE, title=f"{recipe.name}: {tokens:,} tokens, width {recipe.model.width}, "
-                  f"{recipe.train.precision}; {DEPTHS[0]} layers, both passes: {base.median:.2f} s")  # fmt: skip
-    for column in ("policy", "KiB kept per layer", "bytes per token and width", "on the host", "time, of none's"):
-        table.add_column(column, justify="left" if column == "policy" else "right")
+    cells = []
     for row in rows:
         kept, host = row["kept_bytes_a_layer"], row["on_the_host_bytes_a_layer"]
         policy = f"one layer in {recipe.activation_checkpointing.every}" if "kth" in row["policy"] else row["policy"]
-        table.add_row(policy, f"{kept / 1024:,.0f}", f"{kept / unit:.1f}", f"{host / unit:.1f}",
-                      str(Spread(**row["time_ratio"])))  # fmt: skip
-    Console().print(table)
+        cells.append([policy, f"{kept / 1024:,.0f}", f"{kept / unit:.1f}", f"{host / unit:.1f}",
+                      str(Spread(**row["time_ratio"]))])  # fmt: skip
+    columns = ("policy", "KiB kept per layer", "bytes per token and width", "on the host", "time, of none's")
+    print_table(Sheet(columns, cells), f"{recipe.name}: {tokens:,} tokens, width {recipe.model.width}, "
+                f"{recipe.train.precision}; {DEPTHS[0]} layers, both passes: {base.median:.2f} s")  # fmt: skip

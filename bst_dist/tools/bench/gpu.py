@@ -24,11 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
 
 from bst_base.files import atomic_file
+from bst_base.terminal import Sheet, print_table, say
 from bst_dist.tools.bench.gpu_parts import PARTS
 
 LIMITS_S = {"layers": 240, "stack": 120, "longest": 60, "generation": 40, "resume": 70}
@@ -48,12 +46,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     args.output.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"machine": machine(small)}
     _write(args.output / "machine.json", found["machine"])
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    console.print(f"{found['machine']['device']}, torch {torch.__version__}" + (", small: a rehearsal" * small))
+    say(f"{found['machine']['device']}, torch {torch.__version__}" + (", small: a rehearsal" * small))
     for name in args.only or PARTS:
         found[name] = _in_a_process(name, small)
         _write(args.output / f"{name}.json", found[name])
-        _print(console, name, found[name])
+        _print(name, found[name])
     return found | {"passed": not any("failed" in found[name] for name in args.only or PARTS)}
 
 
@@ -87,18 +84,13 @@ def _in_a_process(name: str, small: bool) -> dict[str, Any]:
     return json.loads(lines[-1]) | {"part_s": time.monotonic() - begin}
 
 
-def _print(console: Console, name: str, found: dict[str, Any]) -> None:
+def _print(name: str, found: dict[str, Any]) -> None:
     if "failed" in found:
-        console.print(f"{name}: failed: {found['failed'].splitlines()[-1]}", markup=False)
+        say(f"{name}: failed: {found['failed'].splitlines()[-1]}")
         return
     rows = found["rows"]
-    table = Table(title=name, title_justify="left", box=SIMPLE)
     columns = [key for key in rows[0] if not isinstance(rows[0][key], dict)]
-    for column in columns:
-        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(_shown(row.get(column)) for column in columns))
-    console.print(table)
+    print_table(Sheet(columns, [[_shown(row.get(column)) for column in columns] for row in rows]), name)
 
 
 def _shown(value: Any) -> str:

@@ -12,19 +12,16 @@ from __future__ import annotations
 
 import argparse
 import platform
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.box import SIMPLE
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import nn
 
 from bst_base.errors import UserError
+from bst_base.terminal import Sheet, print_table, say
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.layers import Layer
 from bst_dist.parallel.past import Past
@@ -87,13 +84,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         peers.install()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape, rows = SHAPES[args.shape], []
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    console.print(f"{_machine(device)}, {args.threads} threads, {args.rounds} rounds; layer D {shape.width}, "
-                  f"{shape.heads} heads, W {shape.block}, FFN {4 * shape.width}, batch 1")  # fmt: skip
+    say(f"{_machine(device)}, {args.threads} threads, {args.rounds} rounds; layer D {shape.width}, "
+        f"{shape.heads} heads, W {shape.block}, FFN {4 * shape.width}, batch 1")  # fmt: skip
     for dtype in args.dtypes:
         for length in [*args.lengths, *([65536] if args.long else [])]:
             measured = _measure(shape, length, dtype, device, args)
-            console.print(_table(measured, length, dtype))
+            _print(measured, length, dtype)
             rows += measured
     return {"machine": _machine(device), "threads": args.threads, "rounds": args.rounds,
             "shape": vars(shape), "layers": rows}  # fmt: skip
@@ -176,22 +172,18 @@ def _call(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return layer(x, Past()) if isinstance(layer, Layer) else layer(x)
 
 
-def _table(rows: list[dict], length: int, dtype: str) -> Table:
-    peak = rows[0]["peak_gflops_per_s"]
-    table = Table(title=f"{length} tokens, {dtype} (matmul peak {peak:.0f} GFLOP/s)", title_justify="left", box=SIMPLE)
-    for heading in ("layer", "fwd ms", "fwd+bwd ms", "speed vs sliding", "of peak"):
-        table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)
+def _print(rows: list[dict], length: int, dtype: str) -> None:
+    cells = []
     for row in rows:
         training = Spread(*(1e3 * row["training_s"][key] for key in ("median", "low", "high")))
         reached = row["fraction_of_peak"]
-        table.add_row(
-            row["layer"],
-            f"{1e3 * row['forward_s']['median']:.0f}",
-            f"{training.median:.0f} ({training.low:.0f}–{training.high:.0f})",
-            str(Spread(**row["speed_vs_sliding"])),
+        cells.append([
+            row["layer"], f"{1e3 * row['forward_s']['median']:.0f}",
+            f"{training.median:.0f} ({training.low:.0f}–{training.high:.0f})", str(Spread(**row["speed_vs_sliding"])),
             f"{reached['median']:.0%}" if reached else "",
-        )
-    return table
+        ])  # fmt: skip
+    print_table(Sheet(("layer", "fwd ms", "fwd+bwd ms", "speed vs sliding", "of peak"), cells),
+                f"{length} tokens, {dtype} (matmul peak {rows[0]['peak_gflops_per_s']:.0f} GFLOP/s)")  # fmt: skip
 
 
 def _machine(device: torch.device) -> str:

@@ -21,11 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from bst_base.terminal import Sheet, print_table
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.layers import Layer
 from bst_dist.parallel.group import SequenceGroup
@@ -175,25 +173,18 @@ def _over_ranks(measured: tuple[dict[str, Any], ...]) -> dict[str, Any]:
 
 def _print(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     alone = {(row["layer"], row["L"]): row["time_s"] for row in rows if row["sp"] == 1}
-    title = f"one layer, D {args.width}, {args.heads} heads, W {args.block}: forward and backward"
-    table = Table(title=title, box=box.SIMPLE_HEAD)
-    for column in ("layer", "L", "sp", "form", "KiB sent", "ms", "from - to", "speed-up", "CPU ms"):
-        table.add_column(column, justify="left" if column in ("layer", "form") else "right", no_wrap=True)
+    cells = []
     for row in rows:
         baseline = alone.get((row["layer"], row["L"]))
-        table.add_row(
-            row["layer"],
-            f"{row['L']:,}",
-            str(row["sp"]),
-            row["form"],
-            f"{row['sent_total_bytes'] / 2**10:,.0f}",
+        cells.append([
+            row["layer"], f"{row['L']:,}", str(row["sp"]), row["form"], f"{row['sent_total_bytes'] / 2**10:,.0f}",
             f"{1e3 * row['time_s']:,.0f}",
             f"{1e3 * min(row['times_s']):,.0f} - {1e3 * max(row['times_s']):,.0f}",
-            f"{baseline / row['time_s']:.2f}" if baseline else "",
-            f"{1e3 * row['cpu_s']:,.0f}",
-        )
-    console = Console()
-    console.width = max(console.width, 100)
-    console.print(table)
+            f"{baseline / row['time_s']:.2f}" if baseline else "", f"{1e3 * row['cpu_s']:,.0f}",
+        ])  # fmt: skip
     worst = max(row["difference"] for row in rows)
-    console.print(f"largest relative difference between the forms, outputs and gradients: {worst:.1e}")
+    print_table(
+        Sheet(("layer", "L", "sp", "form", "KiB sent", "ms", "from - to", "speed-up", "CPU ms"), cells),
+        f"one layer, D {args.width}, {args.heads} heads, W {args.block}: forward and backward",
+        f"largest relative difference between the forms, outputs and gradients: {worst:.1e}",
+    )

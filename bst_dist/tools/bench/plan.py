@@ -23,14 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.multiprocessing as mp
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from bst_base.terminal import Sheet, print_table
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.activation.policy import policy
 from bst_dist.model.config import ModelConfig
@@ -333,21 +331,17 @@ def _error(planned: float, measured: float) -> float:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, title="one rank's memory and what it sends in a step, planned and measured")
-    for column in ("configuration", "ranks", "ZeRO", "sp", "layers", "checkpointing", "micro", "planned MiB",
-                   "measured", "error", "planned KiB", "measured", "error"):  # fmt: skip
-        left = column in ("configuration", "layers", "checkpointing")
-        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    columns = ("configuration", "ranks", "ZeRO", "sp", "layers", "checkpointing", "micro", "planned MiB", "measured",
+               "error", "planned KiB", "measured", "error")  # fmt: skip
+    cells = []
     for row in rows:
         case = Case(**row["case"])
         layers = case.mixer if case.mixer != "bst" else case.variant
         wire = (sum(row["planned_sent_bytes"].values()), sum(row["measured_sent_bytes"].values()))
-        table.add_row(
+        cells.append([
             case.name, str(case.world), str(case.stage), str(case.sp), layers, case.policy,
             f"{case.micro_batches} x {case.rows}",
             *(f"{row[key] / 2**20:,.1f}" for key in ("planned_memory_bytes", "measured_memory_bytes")),
             f"{row['memory_error']:+.1%}", *(f"{count / 2**10:,.0f}" for count in wire), f"{row['traffic_error']:+.1%}",
-        )  # fmt: skip
-    console = Console()
-    console.width = max(console.width, 150)
-    console.print(table)
+        ])  # fmt: skip
+    print_table(Sheet(columns, cells), "one rank's memory and what it sends in a step, planned and measured")

@@ -34,12 +34,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
 
 from bst_base.arguments import at_least, seconds
 from bst_base.errors import UserError
+from bst_base.terminal import Sheet, print_table
 from bst_dist.tools.bench.goodput import ANCHORS, MEAN_TIMES, best_interval_s, goodput
 from bst_dist.tools.bench.timing import Spread
 
@@ -215,20 +213,15 @@ def _print_phases(args: argparse.Namespace, found: list[Recovery]) -> None:
     names = {"detect": "detect_s", "restart": "restart_s", "start": "start_s", "first step": "first_step_s",
              "kill to step": "to_step_s", "catch up": "catch_up_s", "steps lost": "steps_lost"}  # fmt: skip
     title = f"{len(found)} kills of one of {args.ranks} ranks, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-    table = Table("phase", "seconds, median (range)", box=SIMPLE, padding=(0, 1), title=title)
-    for name, field in names.items():
-        table.add_row(name, str(Spread.of([float(getattr(one, field)) for one in found])))
-    Console().print(table)
+    rows = [[name, str(Spread.of([float(getattr(one, field)) for one in found]))] for name, field in names.items()]
+    print_table(Sheet(("phase", "seconds, median (range)"), rows), title)
 
 
 def _print_model(modelled: list[dict[str, Any]], recovery_s: float, cost_s: float) -> None:
-    table = Table("accelerators", "hours between failures", "seconds between checkpoints", "goodput", box=SIMPLE,
-                  padding=(0, 1), title="share of time that trains, by a model")  # fmt: skip
-    for one in modelled:
-        table.add_row(
-            f"{one['accelerators']:,}", f"{one['hours']}", f"{one['interval_s']:.0f}", f"{one['goodput']:.1%}"
-        )
-    Console().print(table)
+    columns = ("accelerators", "hours between failures", "seconds between checkpoints", "goodput")
+    rows = [[f"{one['accelerators']:,}", f"{one['hours']}", f"{one['interval_s']:.0f}", f"{one['goodput']:.1%}"]
+            for one in modelled]  # fmt: skip
+    print_table(Sheet(columns, rows), "share of time that trains, by a model")
     print(
         f"assumed: failures at random; {recovery_s:.1f} s from a failure to the next step, whatever the number of "
         f"ranks; training waits {cost_s:g} s for a checkpoint; spare hosts are at hand; none fails in a recovery."

@@ -24,13 +24,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
 
 from bst_base.errors import UserError
 from bst_base.host import free_port
 from bst_base.shipped import STRATEGIES, find
+from bst_base.terminal import Sheet, print_table
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import committed
 from bst_dist.checkpoint.layout import Layout, Rows
@@ -195,7 +193,7 @@ def _bytes(folder: Path) -> int:
 def _print(args: argparse.Namespace, found: dict[str, Any]) -> None:
     title = (f"{found['parameters'] / 1e6:.1f} M parameters, {args.ranks} ranks, ZeRO-{args.zero}: "
              f"seconds, median of {args.rounds} rounds (range)")  # fmt: skip
-    table = Table("", "waits", "ratio", "costs", "ratio", "MB", box=SIMPLE, padding=(0, 1), title=title)
+    rows = []
     base = {kind: found[kind]["DeepSpeed"] for kind in ("waits_s", "costs_s")}
     for way in WAYS:
         cells = []
@@ -204,6 +202,6 @@ def _print(args: argparse.Namespace, found: dict[str, Any]) -> None:
             share = median(a / b for a, b in zip(own, seconds, strict=True))
             cells += [str(Spread.of(own)), f"{share:.1%}"]
         size = found["bytes"]["DeepSpeed" if way == "DeepSpeed" else "ours"]
-        table.add_row(way, *cells, f"{size / 1e6:,.0f}")
-    Console().print(table)
-    print(f"a step without saving takes {Spread.of(found['step_s'])} s")
+        rows.append([way, *cells, f"{size / 1e6:,.0f}"])
+    print_table(Sheet(("", "waits", "ratio", "costs", "ratio", "MB"), rows), title,
+                f"a step without saving takes {Spread.of(found['step_s'])} s")  # fmt: skip

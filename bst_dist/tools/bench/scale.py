@@ -26,11 +26,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
-
 from bst_base.arguments import at_least
+from bst_base.terminal import Sheet, print_table
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import CHECKPOINTS, INDEX, MANIFEST, directory, read_manifest
 from bst_dist.checkpoint.layout import Layout, Rows
@@ -269,19 +266,18 @@ def _output(ranks: int) -> float:
 
 
 COLUMNS = ("", "opens", "of all ranks", "read", "received", "collectives", "memory", "CPU-seconds")
-WIDTH = 112
 
 
 def _print(found: dict[str, Any]) -> None:
     files, manifest = f"{found['files']:,} files a checkpoint", _size(found["manifest_bytes"])
     title = f"{found['ranks']:,} ranks: {files}, manifest {manifest}; of one rank, the most of all"
-    table = Table(*COLUMNS, box=SIMPLE, padding=(0, 1), title=title)
+    rows = []
     for cost in found["costs"]:
         opens, all_opens = f"{cost['opens']:,}", f"{cost['all_opens']:,}"
         moved = _size(cost["read_bytes"]), _size(cost["received_bytes"]), str(cost["collectives"])
         memory = "" if cost["memory_bytes"] is None else _size(cost["memory_bytes"])
-        table.add_row(cost["work"], opens, all_opens, *moved, memory, f"{cost['cpu_s']:.4f}")
-    Console(width=WIDTH).print(table)
+        rows.append([cost["work"], opens, all_opens, *moved, memory, f"{cost['cpu_s']:.4f}"])
+    print_table(Sheet(COLUMNS, rows), title)
     launcher = found["launcher"]
     print(f"heartbeats: {found['heartbeats_per_s']:,.0f} a second; launching process: preflight of the hosts "
           f"{launcher['preflight_cpu_s']:.3f} CPU-s, a line of output of every rank {launcher['line_cpu_s']:.3f} CPU-s",

@@ -23,11 +23,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from bst_base.terminal import Sheet, print_table
 from bst_dist.activation import policy as activation
 from bst_dist.activation.edges import Place, edges_in
 from bst_dist.activation.policy import ActivationCheckpointingConfig
@@ -183,23 +181,21 @@ def _page_faults() -> int:
 
 def _print(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     title = ", ".join(f"{name} {value}" for name, value in settings.items())
-    table = Table(box=SIMPLE, title=f"one sequence forward and backward: {title}")
+    cells = []
     columns = ("tokens", "a slice", "edges", "forward passes", "s", "processor s", "ms per token",
                "page faults per token", "peak GiB", "edge MiB", "edges MiB")  # fmt: skip
-    for column in columns:
-        table.add_column(column, justify="left" if column == "edges" else "right")
     for row in rows:
         size = "at once" if row["slice"] == row["length"] else f"{row['slice']:,}"
         place = row["edges"] if row["every"] == 1 else f"{row['edges']}, one in {row['every']}"
         head = (f"{row['length']:,}", size, "" if size == "at once" else place)
         if "failed" in row:
-            table.add_row(*head, f"failed ({row['failed']})")
+            cells.append([*head, f"failed ({row['failed']})", *[""] * (len(columns) - 4)])
             continue
         time_, faults = (row[key] / row["length"] for key in ("processor_s", "page_faults"))
-        table.add_row(*head, f"{row['forward_passes']:.2f}", f"{row['s']:,.0f}", f"{row['processor_s']:,.0f}",
+        cells.append([*head, f"{row['forward_passes']:.2f}", f"{row['s']:,.0f}", f"{row['processor_s']:,.0f}",
                       f"{1000 * time_:.2f}", f"{faults:.2f}", f"{row['peak_bytes'] / 2**30:.2f}",
-                      f"{row['edge_bytes'] / 2**20:.2f}", f"{row['edges_bytes'] / 2**20:,.1f}")  # fmt: skip
-    Console(width=120).print(table)
+                      f"{row['edge_bytes'] / 2**20:.2f}", f"{row['edges_bytes'] / 2**20:,.1f}"])  # fmt: skip
+    print_table(Sheet(columns, cells), f"one sequence forward and backward: {title}")
 
 
 if __name__ == "__main__":
