@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import re
@@ -11,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from bst_base.errors import StorageError
 
@@ -53,6 +54,11 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         file.write(text.encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a value as JSON, as `write_text` does."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 @contextmanager

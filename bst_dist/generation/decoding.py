@@ -17,32 +17,6 @@ from bst_dist.generation.sampling import SamplingConfig, draw, draws_of
 from bst_dist.model.lm import LanguageModel
 
 
-class Decoder:
-    """A model reading tokens in any portions, for one row; knows the logits of the next token after each."""
-
-    def __init__(self, model: LanguageModel):
-        self.model = model.eval()
-        self._rows = Rows(1)
-
-    @property
-    def position(self) -> int:
-        """Tokens read so far."""
-        return self._rows.positions[0]
-
-    @property
-    def state_bytes(self) -> int:
-        """What is carried from one token to the next."""
-        return self._rows.state_bytes
-
-    @torch.no_grad()
-    def read(self, ids: Sequence[int]) -> Tensor:
-        """Take in `ids` after all that was read before; the logits of the token that follows, (V,)."""
-        if not ids:
-            raise ValueError("nothing to read: the logits are those after a token")
-        (hidden,) = self._rows.read(self.model, [torch.tensor(ids)])
-        return self.model.logits(hidden)
-
-
 @dataclass
 class _Row:
     """One sample of one prompt."""

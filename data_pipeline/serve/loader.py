@@ -130,11 +130,6 @@ class Loader:
         """What `on_bad_shard: skip` has left out so far, a message each."""
         return self._reader.bad
 
-    @property
-    def waited_s(self) -> float:
-        """Seconds that the caller has waited for data since iteration began."""
-        return self._prefetcher.waited_s if self._prefetcher else 0.0
-
     def close(self) -> None:
         """Stop the prefetch thread, which may be waiting for a network; a second call does nothing."""
         if self._prefetcher is None:

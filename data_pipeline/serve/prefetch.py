@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
@@ -19,8 +18,6 @@ class Prefetcher(Generic[T]):
     """
 
     def __init__(self, compute: Callable[[int], T], start: int, ahead: int) -> None:
-        self.waited_s = 0.0
-        """Seconds the caller has waited for results."""
         self._compute = compute
         self._start = start
         self._queue: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=max(ahead, 1))
@@ -33,10 +30,7 @@ class Prefetcher(Generic[T]):
         """See the class."""
         number = self._start
         while not self._stop.is_set():
-            begin = time.perf_counter()
-            result = self._next() if self._thread else self._compute(number)
-            self.waited_s += time.perf_counter() - begin
-            yield number, result
+            yield number, self._next() if self._thread else self._compute(number)
             number += 1
 
     def close(self) -> None:

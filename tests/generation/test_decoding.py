@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bst_dist.generation.decoding import Decoder, Generation
+from bst_dist.generation.decoding import Generation
 from bst_dist.generation.sampling import SamplingConfig
 from bst_dist.model.layers import MIXERS
+from tests.generation.decoder import Decoder
 
 GREEDY = SamplingConfig(temperature=0)
 

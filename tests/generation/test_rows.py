@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bst_dist.generation.decoding import Decoder
 from bst_dist.generation.rows import Rows, portions
+from tests.generation.decoder import Decoder
 
 KINDS = [
     {"variant": "SH"}, {"variant": "MH"}, {"variant": "MF"}, {"ssm": {"kernel": "explicit", "length": 20}},

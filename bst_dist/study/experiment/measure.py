@@ -6,7 +6,7 @@ What its metrics say is read anew each time; what takes an evaluation is kept be
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from bst_dist.config import Recipe
 from bst_dist.study.evaluation.trained import open_run
 from bst_dist.study.experiment.config import MeasureConfig
 from bst_dist.study.experiment.readings import ByDocument, Reading
-from bst_dist.study.lengths.measure import LengthError, how, measure
+from bst_dist.study.lengths.measure import How, LengthError, how, measure
 from bst_dist.study.runs.results import Result, read_result
 from bst_dist.study.runs.state import State
 from bst_dist.study.sweep.shape import count
@@ -162,29 +162,39 @@ def _lengths(
     if not possible:
         return
     question = f"{run_dir.name}-at-{'-'.join(map(str, possible))}-of-{asked.tokens or 'all'}"
-    results = state.kept("lengths", question, lambda: _evaluate(run_dir, possible, asked.tokens, say))
-    for length, result in zip(possible, results, strict=True):
-        documents = ByDocument(np.array(result["bits"]), np.array(result["bytes"]))
+    results = state.kept(
+        "lengths", question, lambda: [asdict(one) for one in _evaluate(run_dir, possible, asked.tokens, say)]
+    )
+    for length, result in zip(possible, (AtLength(**one) for one in results), strict=True):
+        documents = ByDocument(np.array(result.bits), np.array(result.bytes))
         found.readings[_at(length)] = Reading(float(documents.cost.sum() / documents.size.sum()), documents)
-        if result["how"] == "fir":
+        if result.how == "fir":
             found.notes[_at(length)] = f"as a FIR of the trained length, {recipe.model.ssm.length:,} tokens"
 
 
-def _evaluate(
-    run_dir: Path, lengths: list[int], tokens: int | None, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """By length: how it was done, and bits and bytes of each document, over all corpora of the validation split."""
+@dataclass(frozen=True)
+class AtLength:
+    """A loss at one length, as it is kept beside the runs."""
+
+    length: int
+    how: How
+    bits: list[float]
+    """Of each document, over all corpora of the validation split."""
+    bytes: list[int]
+
+
+def _evaluate(run_dir: Path, lengths: list[int], tokens: int | None, say: Callable[[str], None]) -> list[AtLength]:
     say(f"evaluating {run_dir.name} at {', '.join(f'{length:,}' for length in lengths)}")
     trained = open_run(run_dir)
     found = [measure(trained, corpus, lengths, tokens=tokens)
              for corpus in open_corpora(trained.recipe.data, "validation")]  # fmt: skip
     return [
-        {
-            "length": of_length[0].length,
-            "how": of_length[0].how,
-            "bits": [bits for result in of_length for bits in (result.score.nats / np.log(2)).tolist()],
-            "bytes": [size for result in of_length for size in result.score.bytes.tolist()],
-        }
+        AtLength(
+            of_length[0].length,
+            of_length[0].how,
+            [bits for result in of_length for bits in (result.score.nats / np.log(2)).tolist()],
+            [size for result in of_length for size in result.score.bytes.tolist()],
+        )
         for of_length in zip(*found, strict=True)
     ]
 

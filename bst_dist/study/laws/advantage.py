@@ -29,7 +29,7 @@ from bst_dist.study.statistics import Estimate, mean
 
 
 class HeldOutGap(NamedTuple):
-    """A pair that was held out: what it gave, and what the others predict."""
+    """A pair that was held out: its gap, and what the other pairs predict."""
 
     block: str
     depth: float
@@ -49,9 +49,9 @@ class Advantage:
     """ln of the compute-equivalent gain."""
     changes: list[Change]
     more_pairs: dict[str, int]
-    """Factor -> pairs that are missing, where undecided."""
+    """Factor -> further pairs that are needed, where undecided."""
     adjusted: dict[str, Estimate]
-    """Factor -> the change with the difference of sizes taken out, where it is confounded by it."""
+    """Factor -> the change adjusted for the difference of sizes, where that confounds it."""
     interaction: Estimate | None
     crossing: Crossing | None
     by_block: list[Estimate]
@@ -136,7 +136,7 @@ def _held_out(observed: Sequence[Observation], gaps: Gaps, baseline: str, axis: 
 
 
 def adjusted(observed: Sequence[Observation], gaps: Gaps, baseline: str, factor: str) -> Estimate:
-    """The change over a factor with the difference of sizes taken out, per unit of the factor.
+    """The change over a factor, adjusted for the difference of sizes, per unit of the factor.
 
     One regression of ln L on compute, size, depth, architecture, and architecture x both factors: how the loss depends
     on N at equal compute is read off all runs, and not assumed.

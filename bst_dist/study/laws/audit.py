@@ -1,7 +1,7 @@
-"""Is the rule's learning rate right in the corners of the grid? Without that, a claim about depth is one about rates.
+"""Is the rule's learning rate right in the corners of the grid? If not, an effect of depth may be one of the rate.
 
-In each corner ln L is a parabola in ln of the rate, each seed with a level of its own. The noise is that of all corners
-together: single corners have too few runs to know it.
+In each corner ln L is fitted by a parabola in ln of the rate, with a level for each seed. The noise is estimated from
+all corners together, because a single corner has too few runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bst_dist.study.laws.observation import Observation
 from bst_dist.study.statistics import Estimate, quantile
 
 MARGIN = 0.005
-"""Of the loss: what the rule's rate may cost, and what it must be shown not to."""
+"""As a share of the loss: the rule's rate passes if it is shown to cost less than this."""
 Suits = Literal["passed", "failed", "undecided"]
 
 
@@ -27,12 +27,12 @@ class Corner:
     architecture: str
     corner: str
     losses: dict[float, float]
-    """Rate over the rule's -> loss, geometric mean over seeds."""
+    """Rate divided by the rule's -> loss, geometric mean over seeds."""
     seeds: int
     best: float | None
-    """The rate over the rule's at the bottom of the valley; None where there is none among the rates tried."""
+    """The best rate divided by the rule's; None where the parabola has no minimum among the rates tried."""
     lost: Estimate | None
-    """By the rule's rate against the best of those tried, in ln of the loss; None where nothing can be fitted."""
+    """What the rule's rate costs, compared with the best in the range tried, in ln of the loss; None without a fit."""
     answer: Suits
 
 
@@ -51,7 +51,7 @@ def audit(observed: Sequence[Observation]) -> list[Corner]:
 
 
 def _at_the_audited_length(own: list[Observation]) -> list[Observation]:
-    """The runs that differ in their rate alone: of the lengths and seeds at which other rates were tried."""
+    """The runs that differ only in their rate: those of the lengths and seeds at which other rates were tried."""
     tried = {(o.seed, o.length) for o in own if o.rate_factor != 1}
     return [o for o in own if (o.seed, o.length) in tried]
 

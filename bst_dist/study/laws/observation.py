@@ -1,4 +1,4 @@
-"""What the laws are fitted to and the verdict is made of: losses that were measured, whatever measured them."""
+"""Measured losses: what laws are fitted to, and what verdicts are made from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Observation:
     block: str
     """What a pair shares: arm, size, depth, seed."""
     run: str
-    """Observations of one run, or of a trunk and its branches, are not independent."""
+    """Observations of one run, or of a trunk and its branches, have the same value: they are not independent."""
     seed: int
     width: float
     depth: float
@@ -33,7 +33,7 @@ class Observation:
     """N, matrices without embedding and head."""
     tokens: float
     length: float
-    """Tokens a parameter asked for."""
+    """Tokens per parameter, as planned."""
     flops: float
     time_s: float
     loss: float
@@ -42,9 +42,9 @@ class Observation:
     """The loss by position in the sequence, a value a block of W tokens."""
     by_document: tuple[float, ...] = ()
     held_out: bool = False
-    """Predicted, and neither fitted nor compared."""
+    """Only predicted; neither fitted nor compared."""
     rate_factor: float = 1.0
-    """The learning rate over the rule's; others than 1 are for the audit alone."""
+    """The learning rate divided by the rule's; only the audit uses values other than 1."""
 
     @property
     def usable(self) -> bool:
@@ -53,7 +53,7 @@ class Observation:
 
 
 def grid(observed: Sequence[Observation]) -> list[Observation]:
-    """Those that are fitted and compared."""
+    """The observations that are fitted and compared."""
     return [o for o in observed if o.usable and not o.held_out and o.rate_factor == 1]
 
 

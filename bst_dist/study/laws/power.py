@@ -1,6 +1,7 @@
-"""What the rule would say of a sweep before it is run: the rule itself, applied to simulated studies.
+"""What the verdict's rule will be able to detect in a sweep: the rule itself, applied to simulated studies.
 
-A bare t test promises far more: the rule corrects for all variants and factors and asks a permutation test as well.
+A plain t test would promise far more power: the rule adjusts for all variants and factors, and needs a permutation test
+too.
 """
 
 from __future__ import annotations
@@ -16,22 +17,22 @@ from bst_dist.study.laws.verdict import ANSWERS, MARGIN, POWER, Measured, Rule, 
 
 STUDIES = 400
 MANY_PAIRS = 48
-"""Beyond these errors fall as one over the root of the pairs, and so does what is seen."""
+"""With more pairs than these, errors and detectable changes fall as one over the root of the pairs."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Of ln of the loss between runs that differ in their seed alone."""
+    """Of ln of the loss, between runs that differ only in their seed."""
 
     seed: float
     """Standard deviation."""
     within: float
-    """Share of the variance that points of one run do not have in common."""
+    """Share of the variance that points of one run do not share."""
 
 
 @dataclass(frozen=True)
 class Power:
-    """What is to be expected of the verdict about one variant over one factor."""
+    """What to expect of the verdict about one variant over one factor."""
 
     factor: str
     pairs: int
@@ -48,7 +49,7 @@ class Power:
 
 
 class Simulation:
-    """Studies with the pairs of a design and noise of their own."""
+    """Many studies with the pairs of one design, each with its own noise."""
 
     def __init__(self, every: Sequence[Gaps], noise: Noise, studies: int = STUDIES, seed: int = 0,
                  margin: float = MARGIN) -> None:  # fmt: skip
@@ -77,7 +78,7 @@ class Simulation:
         self.nothing = [self.rule.measure(case, self.noise[case.place]) for case in self.rule.cases]
 
     def answers(self, test: int | None = None, change: float = 0.0) -> np.ndarray:
-        """(tests, studies) places in ANSWERS; the test's variant changes over its factor by so much a unit."""
+        """(tests, studies) places in ANSWERS, when the test's variant changes by `change` per unit of its factor."""
         return self.rule.decide(self.nothing if test is None else self._measured(test, change)).answer
 
     def seen(self, test: int, change: float) -> float:
@@ -85,7 +86,7 @@ class Simulation:
         return float((self.answers(test, change)[test] == ANSWERS.index("grows")).mean())
 
     def false(self) -> float:
-        """The chance of any grows or shrinks where nothing changes."""
+        """The chance of a verdict grows or shrinks although nothing changes."""
         wrong = [ANSWERS.index("grows"), ANSWERS.index("shrinks")]
         return float(np.isin(self.answers(), wrong).any(0).mean())
 

@@ -1,4 +1,4 @@
-"""Least squares whose errors stand up to few, unequal and correlated points, and tests that assume less still.
+"""Least squares with errors that hold for few, unequal and correlated points, and permutation tests.
 
 Sources: HC3, MacKinnon and White, J. Econometrics 29 (1985); its form for clusters, the jackknife CR3, MacKinnon,
 Nielsen and Webb, J. Applied Econometrics 38 (2023); permutation of the residuals of the reduced model, Freedman and
@@ -40,9 +40,9 @@ class Regression:
 class Estimator:
     """Least squares on fixed columns, with errors robust to any correlation inside a cluster.
 
-    Both the coefficients and what their errors are made of are linear in the target, so that many targets cost no more
-    than one. With every point a cluster of its own the errors are HC3. The degrees of freedom are clusters less
-    columns: points of a cluster are no new evidence.
+    The coefficients and the parts of their errors are linear in the target, so many targets cost no more than one. When
+    every point is its own cluster the errors are HC3. The degrees of freedom are clusters minus columns: further points
+    of a cluster are no further evidence.
     """
 
     coefficients: Vector
@@ -81,10 +81,10 @@ def regress(columns: Vector, target: Vector, clusters: Vector) -> Regression:
 
 
 class CoefficientTest:
-    """The tests of one coefficient, made ready once for any number of targets.
+    """The tests of one coefficient, prepared once for any number of targets.
 
-    By permutation: the residuals without the coefficient's column are dealt again to clusters with as many points.
-    Whole clusters are dealt, so what is correlated stays together; the statistic is the coefficient over its error.
+    By permutation: the residuals of the fit without the coefficient's column are permuted among clusters of equal size.
+    Whole clusters move, so correlated points stay together; the statistic is the coefficient divided by its error.
     """
 
     def __init__(self, columns: Vector, clusters: Vector, index: int, draws: int, seed: int = 0) -> None:
@@ -103,8 +103,8 @@ class CoefficientTest:
     def permutation_p(self, targets: Vector) -> Vector:
         """Two-sided p for each target: (m, n) to (m,).
 
-        The statistic of what was fitted without the column is 0, so only residuals need to be dealt; dealing them is
-        dealing the weights the other way.
+        The fit without the column has a statistic of 0, so only residuals need to be permuted; permuting them is
+        permuting the weights in the opposite direction.
         """
         residuals = targets @ self.residual_maker.T
         observed = _ratio(*self.estimates(residuals)) * (1 - 1e-9)
@@ -123,7 +123,7 @@ class CoefficientTest:
 
 
 def _dealt(clusters: Vector, draws: int, seed: int) -> Vector:
-    """(draws, n): the place that each point is dealt to."""
+    """(draws, n): the place that each point moves to."""
     generator = np.random.default_rng(seed)
     members = [np.flatnonzero(clusters == name) for name in np.unique(clusters)]
     places = np.empty((draws, len(clusters)), int)
@@ -135,7 +135,7 @@ def _dealt(clusters: Vector, draws: int, seed: int) -> Vector:
 
 
 def _ratio(value: Vector, error: Vector) -> Vector:
-    """Size over error; of nothing over nothing, 0."""
+    """|value| / error; 0 / 0 counts as 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.nan_to_num(np.abs(value) / error, nan=0.0, posinf=np.inf)
 

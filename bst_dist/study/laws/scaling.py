@@ -1,4 +1,4 @@
-"""What a set of losses says of scaling: the laws of every architecture, how far to trust them, what they predict."""
+"""Everything that is fitted to a set of losses: a law for each architecture, its uncertainty, its predictions."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from bst_dist.study.statistics import Equality, Estimate, equality, quantile
 T = TypeVar("T")
 OBJECTIVES = {"huber": 1e-3, "lad": 0.0}
 BUDGETS = (1.0, 10.0, 100.0)
-"""Times the largest compute of the points; the optimum beyond it is given only where the law is identified."""
+"""As multiples of the points' largest compute; optima beyond it are given only where the law is identified."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """One form under one objective."""
+    """One form fitted under one objective."""
 
     form: FormName
     objective: str
@@ -49,7 +49,7 @@ class Prediction:
     tokens: float
     observed: float
     predicted: Interval
-    """95 % by the bootstrap of the law, widened by what single runs scatter."""
+    """95 %, from the bootstrap of the law, widened by the scatter of single runs."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class ArchitectureLaws:
 
 @dataclass(frozen=True)
 class SharedE:
-    """Whether architectures approach one irreducible loss."""
+    """Whether architectures have the same irreducible loss."""
 
     differences: dict[str, Estimate]
     """E of each that sees as far as the baseline, less the baseline's, as a share of the least loss."""

@@ -1,6 +1,6 @@
-"""How far a fitted law can be trusted: resampled runs, shapes and sizes left out, what the points determine.
+"""How far a fitted law can be trusted: resampled runs, left-out shapes and sizes, and what the points determine.
 
-Points of one run lie on one curve and share its seed, so what is drawn again is runs and never points: on a public
+Points of one run lie on one curve and share its seed, so runs are resampled and never points: on a public
 width x depth data set the standard error of alpha was four times larger by shape than by point.
 """
 
@@ -44,7 +44,7 @@ class LackOfFit:
 
 
 def bootstrap(fitted: Fit, points: Points, draws: int = 200, seed: int = 0) -> list[Law]:
-    """Laws refitted to runs drawn again with replacement, each from the full fit's optimum."""
+    """Laws refitted to runs drawn with replacement, each search starting at the full fit's optimum."""
     generator = np.random.default_rng(seed)
     runs, number = np.unique(points.run, return_inverse=True)
     members = [np.flatnonzero(number == index) for index in range(len(runs))]
@@ -63,7 +63,7 @@ def bootstrap(fitted: Fit, points: Points, draws: int = 200, seed: int = 0) -> l
 
 
 def interval(of: Callable[[Law], float], law: Law, laws: Sequence[Law]) -> Interval:
-    """Anything that follows from a law, with its interval over resampled runs."""
+    """A quantity computed from a law, with its interval over resampled runs."""
     draws = np.array([of(one) for one in laws], float)
     draws = draws[np.isfinite(draws)]
     if len(draws) < len(laws) / 2:
@@ -84,8 +84,8 @@ def intervals(fitted: Fit, laws: Sequence[Law]) -> dict[str, Interval]:
 def unidentified(found: dict[str, Interval], points: Points) -> list[str]:
     """Why the law must not be extrapolated; empty when it may.
 
-    An exponent must be known to within half of itself (half the 95 % interval) and E to within a tenth of the least
-    loss seen; N and D must each span a factor of four, over three values at least. The rule is fixed, not tuned.
+    An exponent must be known to within half of its value (half the 95 % interval) and E to within a tenth of the lowest
+    loss observed; N and D must each span a factor of four, with three values at least. The rule is fixed, not tuned.
     """
     reasons = []
     for name, values in (("parameters", points.parameters), ("tokens", points.tokens)):
@@ -111,7 +111,7 @@ def unidentified(found: dict[str, Interval], points: Points) -> list[str]:
 def leave_one_shape_out(points: Points, fitted: Fit) -> dict[str, float]:
     """Shape -> mean absolute relative error of its losses under a law fitted to all other shapes.
 
-    Of many shapes MOST_SHAPES are left out, spread over all of them.
+    Of many shapes only MOST_SHAPES are left out in turn, spread over all of them.
     """
     shapes = np.unique(points.shape)
     shapes = shapes[np.unique(np.linspace(0, len(shapes) - 1, MOST_SHAPES).round().astype(int))]
@@ -129,7 +129,7 @@ def hold_out_largest(points: Points, fitted: Fit) -> float:
 def local_slopes(points: Points) -> dict[str, Estimate]:
     """d ln L / d ln of N, D and depth (those that vary) over the range of the points, errors clustered by run.
 
-    N at the same D, D at the same N: no extrapolation is meant.
+    N at fixed D, D at fixed N; not for extrapolation.
     """
     names = [n for n in ("parameters", "tokens", "depth") if np.ptp(np.log(getattr(points, n))) > 0.05]
     columns = np.column_stack([np.ones(len(points)), *(np.log(getattr(points, name)) for name in names)])
@@ -138,7 +138,7 @@ def local_slopes(points: Points) -> dict[str, Estimate]:
 
 
 def lack_of_fit(points: Points, fitted: Fit) -> LackOfFit | None:
-    """By the residuals of whole runs, whose points are not independent; None where no shape has two seeds."""
+    """From the mean residuals of runs, whose points are not independent; None where no shape has two seeds."""
     residuals = np.log(points.loss) - np.log(fitted.predict(points))
     runs, number = np.unique(points.run, return_inverse=True)
     level = np.array([residuals[number == index].mean() for index in range(len(runs))])

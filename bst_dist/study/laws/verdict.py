@@ -1,4 +1,4 @@
-"""Does the advantage grow or shrink with depth and with compute? Answered by a rule that stands before the data.
+"""Does the advantage grow or shrink with depth and with compute? Answered by a rule fixed before the data.
 
 The rule. For each variant, within one arm, the paired gap is regressed on the logarithms of compute, depth and tokens
 per parameter, errors clustered by pair of runs. The *change* is the coefficient per doubling of depth and per tenfold
@@ -12,7 +12,7 @@ all variants and both factors, at level 0.05:
 3. grows or shrinks: the change differs from 0 both by its t test and by permutation (the larger p counts).
 4. undecided otherwise, with the number of pairs that would be needed to see a change as large as the margin.
 
-A variant that cannot be tested counts among the tests with p = 1: it neither silences the others nor helps them.
+A variant that cannot be tested counts among the tests with p = 1: it does not make the adjustment of the others milder.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ANSWERS: tuple[Answer, ...] = ("grows", "shrinks", "equivalent", "undecided", "c
 
 
 class Unit(NamedTuple):
-    """What a change is given over."""
+    """What a change is expressed per."""
 
     name: str
     per: str
@@ -46,7 +46,7 @@ class Unit(NamedTuple):
 
 
 UNITS = {"flops": Unit("compute", "tenfold of compute", 10.0), "depth": Unit("depth", "doubling of depth", 2.0)}
-"""The factors that a verdict is given about; tokens per parameter is there so that it does not stand for compute."""
+"""The factors with a verdict. Tokens per parameter is in the regression so that compute does not absorb its effect."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def columns(gaps: Gaps) -> tuple[np.ndarray, list[str]]:
 
 
 class Case(NamedTuple):
-    """One variant over one factor, made ready."""
+    """One variant and factor, with the prepared test."""
 
     gaps: Gaps
     place: int
@@ -108,7 +108,7 @@ class Measured(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What the rule makes of all tests; every array is (tests, studies)."""
+    """The rule's result for all tests; every array is (tests, studies)."""
 
     p_difference: np.ndarray
     p_equivalence: np.ndarray
@@ -185,7 +185,7 @@ def mismatch_over(gaps: Gaps, factor: str) -> float:
 
 
 def tail(value: np.ndarray, error: np.ndarray, degrees: float) -> np.ndarray:
-    """P(T > value / error); where there is no error, 0 above nothing and 1 elsewhere, but 1/2 for nothing itself."""
+    """P(T > value / error); with an error of 0 it is 0 for a positive value, 1 for a negative one, and 1/2 for 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return stats.t.sf(np.nan_to_num(value / error, nan=0.0), degrees)
 
@@ -204,7 +204,7 @@ def mean_gain(gaps: Gaps) -> Estimate:
 
 
 def interaction(gaps: Gaps) -> Estimate | None:
-    """How the change per doubling of depth itself changes per tenfold of compute; None where that is not settled."""
+    """How the change per doubling of depth itself changes per tenfold of compute; None where it is not determined."""
     matrix, names = columns(gaps)
     if not {"flops", "depth"} <= set(names):
         return None
@@ -250,7 +250,7 @@ def crossing(gaps: Gaps) -> Crossing | None:
 
 
 def predict_gap(gaps: Gaps, at: Gaps) -> list[Estimate]:
-    """The gaps that the regression expects at other places; errors include what single pairs scatter by."""
+    """The gaps that the regression predicts at other places; errors include the scatter of single pairs."""
     matrix, names = columns(gaps)
     found = regress(matrix, gaps.gap, gaps.block)
     scatter = np.std(gaps.gap - matrix @ found.values, ddof=matrix.shape[1])

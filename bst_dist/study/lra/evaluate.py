@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from bst_base.errors import UserError
-from bst_base.files import write_text
+from bst_base.files import write_json
 from bst_dist.config import Recipe
 from bst_dist.study.evaluation.trained import restore
 from bst_dist.study.lra.accuracy import Accuracy
@@ -48,22 +47,43 @@ def open_classifier(run_dir: Path, step: int | None = None) -> TrainedClassifier
     return TrainedClassifier(run_dir, recipe, restore(model, run_dir, step), model)
 
 
-def evaluate(trained: TrainedClassifier, split: str, rows: int = 64) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Report:
+    """The accuracy of a run on a whole split, as it is kept in its directory."""
+
+    task: str
+    split: str
+    step: int
+    parameters: int
+    accuracy: float
+    accuracy_standard_error: float
+    accuracy_low_95: float
+    accuracy_high_95: float
+    correct: int
+    examples: int
+    majority_class: int
+    """The most frequent class of the training split."""
+    majority_accuracy: float
+    """Of always answering it."""
+    examples_sha256: str
+
+
+def evaluate(trained: TrainedClassifier, split: str, rows: int = 64) -> Report:
     """Accuracy over all examples of a split, `rows` at a time, beside the most frequent class of the training split."""
     data, task = trained.recipe.data, TASKS[trained.recipe.data.task]
     examples = open_split(Path(data.examples), split, task)
     counts = np.bincount(open_split(Path(data.examples), "train", task).classes, minlength=task.classes)
     majority = int(counts.argmax())
-    return {
-        "task": task.name,
-        "split": split,
-        "step": trained.step,
-        "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
+    return Report(
+        task=task.name,
+        split=split,
+        step=trained.step,
+        parameters=sum(parameter.numel() for parameter in trained.model.parameters()),
         **measure(trained.model, examples, trained.recipe, rows).report(),
-        "majority_class": majority,
-        "majority_accuracy": float((examples.classes == majority).mean()),
-        "examples_sha256": examples.sha256,
-    }
+        majority_class=majority,
+        majority_accuracy=float((examples.classes == majority).mean()),
+        examples_sha256=examples.sha256,
+    )
 
 
 def measure(model: Classifier, examples: Examples, recipe: Recipe, rows: int) -> Accuracy:
@@ -85,15 +105,15 @@ def kept_in(run_dir: Path, split: str) -> Path:
     return run_dir / f"accuracy-{split}.json"
 
 
-def keep(run_dir: Path, report: dict[str, Any]) -> None:
+def keep(run_dir: Path, report: Report) -> None:
     """Write a report of `evaluate` into the run directory."""
-    write_text(kept_in(run_dir, report["split"]), json.dumps(report, indent=2) + "\n")
+    write_json(kept_in(run_dir, report.split), asdict(report))
 
 
-def read_kept(run_dir: Path, split: str) -> dict[str, Any]:
+def read_kept(run_dir: Path, split: str) -> Report:
     """The report that was kept; raises UserError when there is none."""
     path = kept_in(run_dir, split)
     if not path.is_file():
         read_recipe(run_dir)  # no run there at all is another message
         raise UserError(f"{run_dir}: not evaluated on the {split} split yet: bst lra eval {run_dir} --split {split}")
-    return json.loads(path.read_text())
+    return Report(**json.loads(path.read_text(encoding="utf-8")))

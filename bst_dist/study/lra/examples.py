@@ -21,7 +21,7 @@ from bst_base.errors import UserError
 from bst_base.files import atomic_directory
 from bst_dist.study.lra.files import Example
 from bst_dist.study.lra.tasks import Task
-from data_pipeline.format.manifest import MANIFEST
+from data_pipeline.format.manifest import MANIFEST, sha256_file
 
 FORMAT = "long-range-arena-1"
 
@@ -90,7 +90,7 @@ def _write_split(directory: Path, split: str, task: Task, examples: Iterable[Exa
         "symbols": end,
         "longest": longest,
         "class_counts": np.bincount(np.array(classes, np.int64), minlength=task.classes).tolist(),
-        "files": {name: _sha256(directory / name) for name in names},
+        "files": {name: sha256_file(directory / name) for name in names},
     }
 
 
@@ -126,8 +126,3 @@ def open_split(directory: Path, split: str, task: Task) -> Examples:
 
 def _names(split: str) -> tuple[str, str, str]:
     return f"{split}.symbols", f"{split}.ends.npy", f"{split}.classes.npy"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

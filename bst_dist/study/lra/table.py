@@ -6,12 +6,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bst_base.errors import UserError
 from bst_dist.config import NUMBERS, Recipe
-from bst_dist.study.lra.evaluate import read_kept
-from bst_dist.study.statistics import mean
+from bst_dist.study.lra.evaluate import Report, read_kept
+from bst_dist.study.statistics import Estimate, mean
 from bst_dist.train.rundir import read_recipe
 
 
@@ -22,7 +21,7 @@ class Row:
     run: str
     model: str
     seed: int
-    report: dict[str, Any]
+    report: Report
     recipe: str
     """What runs have in common that differ in their seed alone."""
 
@@ -31,7 +30,7 @@ def rows(run_dirs: Sequence[Path], split: str) -> list[Row]:
     """The kept accuracies of runs; raises UserError when one is missing, or they are of different examples."""
     found = [_row(run_dir, split) for run_dir in run_dirs]
     for other in found[1:]:
-        if other.report["examples_sha256"] != found[0].report["examples_sha256"]:
+        if other.report.examples_sha256 != found[0].report.examples_sha256:
             raise UserError(
                 f"{found[0].run} and {other.run}: of different examples, so their accuracies do not compare"
             )
@@ -55,7 +54,18 @@ def _without_seed(recipe: Recipe) -> str:
     return json.dumps(data, sort_keys=True)
 
 
-def means(found: Sequence[Row]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Mean:
+    """The runs of one recipe that differ only in their seed."""
+
+    model: str
+    parameters: int
+    seeds: int
+    accuracy_mean: Estimate
+    """Its error is over seeds."""
+
+
+def means(found: Sequence[Row]) -> list[Mean]:
     """Of each recipe: the mean accuracy over its seeds, and the standard error of that mean over seeds."""
     groups: dict[str, list[Row]] = {}
     for row in found:
@@ -63,7 +73,6 @@ def means(found: Sequence[Row]) -> list[dict[str, Any]]:
     return [_mean(group) for group in groups.values()]
 
 
-def _mean(group: Sequence[Row]) -> dict[str, Any]:
-    accuracy = mean([row.report["accuracy"] for row in group], "seeds")
-    return {"model": group[0].model, "parameters": group[0].report["parameters"], "seeds": len(group),
-            **accuracy.report("accuracy_mean")}  # fmt: skip
+def _mean(group: Sequence[Row]) -> Mean:
+    accuracy = mean([row.report.accuracy for row in group], "seeds")
+    return Mean(group[0].model, group[0].report.parameters, len(group), accuracy)

@@ -29,7 +29,7 @@ from bst_dist.cluster.processes import signal_session, told_to_stop
 from bst_dist.config import load_recipe
 from bst_dist.faults.status import RESUBMIT
 from bst_dist.study.runs.recipes import Job
-from bst_dist.study.runs.state import OUT_OF_MEMORY, State
+from bst_dist.study.runs.state import OUT_OF_MEMORY, Attempt, State
 from bst_dist.train.rundir import RECIPE
 
 POLL_S = 0.5
@@ -114,7 +114,7 @@ class Runner:
         micro = run.recipe.train.micro_sequences
         if run.trunk is not None:
             micro = load_recipe(self.state.directory(run.trunk) / RECIPE).train.micro_sequences
-        short = [a["micro_sequences"] for a in self.state.attempts(run.name) if a["status"] == OUT_OF_MEMORY]
+        short = [a.micro_sequences for a in self.state.attempts(run.name) if a.status == OUT_OF_MEMORY]
         return min([micro, *(used // 2 for used in short)])
 
     def _same_micro(self, directory: Path, micro: int) -> bool:
@@ -157,7 +157,7 @@ class Runner:
                 standing = self.state.standing(worker.run)
             self.say(f"{standing.status:>9} {name} after {seconds:.0f} s {standing.reason}")
 
-    def _attempt(self, worker: Worker, seconds: float) -> dict[str, object]:
+    def _attempt(self, worker: Worker, seconds: float) -> Attempt:
         """How a start ended that did not finish."""
         name, status = worker.run.name, worker.process.returncode
         lines = _tail(self.state.path("logs", name))
@@ -165,13 +165,13 @@ class Runner:
         ran_out = any(sign in line for line in lines for sign in MEMORY)
         # With checkpoints behind it the memory did suffice, and at one sequence there is nothing to halve.
         smaller = ran_out and micro > 1 and not committed(self.state.directory(name))
-        return {
-            "status": OUT_OF_MEMORY if smaller else "failed",
-            "reason": lines[-1].strip() if lines else f"exit status {status}",
-            "exit_status": status,
-            "micro_sequences": micro,
-            "time_s": seconds,
-        }
+        return Attempt(
+            status=OUT_OF_MEMORY if smaller else "failed",
+            reason=lines[-1].strip() if lines else f"exit status {status}",
+            exit_status=status,
+            micro_sequences=micro,
+            time_s=seconds,
+        )
 
     def _elsewhere(self) -> bool:
         """Whether runs are still being trained by another command, or wait for one that is."""

@@ -17,7 +17,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -38,6 +38,23 @@ class Standing:
 
     status: Status
     reason: str = ""
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """How a start ended that did not finish."""
+
+    time: str = field(default_factory=_now)
+    status: str
+    """failed, or out of memory"""
+    reason: str
+    exit_status: int
+    micro_sequences: int
+    time_s: float
 
 
 class State:
@@ -72,17 +89,16 @@ class State:
         """Whether what the run branches off is there."""
         return run.trunk is None or self._own(run.trunk).status == "done"
 
-    def attempts(self, name: str) -> list[dict[str, Any]]:
+    def attempts(self, name: str) -> list[Attempt]:
         """How starts ended that did not finish, oldest first."""
-        return read_lines(self.path("attempts", name))
+        return [Attempt(**line) for line in read_lines(self.path("attempts", name))]
 
-    def record(self, name: str, attempt: dict[str, Any]) -> None:
+    def record(self, name: str, attempt: Attempt) -> None:
         """Add how a start ended."""
-        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **attempt})
         path = self.path("attempts", name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(json.dumps(asdict(attempt)) + "\n")
 
     def lock(self, name: str) -> int | None:
         """The run's lock as a file descriptor, or None when another process holds it.
@@ -119,9 +135,9 @@ class State:
             return Standing("diverged", outcome["diverged"])
         if self._locked(name):
             return Standing("running")
-        failed = [attempt for attempt in self.attempts(name) if attempt["status"] == "failed"]
+        failed = [attempt for attempt in self.attempts(name) if attempt.status == "failed"]
         if len(failed) > self.retries:
-            return Standing("failed", failed[-1]["reason"])
+            return Standing("failed", failed[-1].reason)
         return Standing("waiting")
 
     def _locked(self, name: str) -> bool:

@@ -7,7 +7,6 @@ Works on any LanguageModel: what is watched is found by its place in the module 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_base.files import write_text
+from bst_base.files import write_json
 from bst_dist.model.lm import LanguageModel
 from bst_dist.model.ssm.kernels import KERNELS
 from bst_dist.study.report.words import plain
@@ -79,7 +78,7 @@ class Check:
 
     def write(self, root: Path) -> None:
         """Keep it in a sweep's directory."""
-        write_text(root / FILE, json.dumps(self.report(), indent=2) + "\n")
+        write_json(root / FILE, self.report())
 
 
 def read_check(root: Path) -> Check | None:

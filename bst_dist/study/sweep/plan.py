@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bst_base.files import write_text
+from bst_base.files import write_json
 from bst_dist.study.laws.power import Noise, Power, pairs_needed, predict, visible
 from bst_dist.study.sweep.config import SweepConfig
 from bst_dist.study.sweep.design import Designer, Run
@@ -69,7 +69,7 @@ def make_plan(sweep: SweepConfig) -> Plan:
 
 def write_plan(plan: Plan) -> None:
     """Fix what was dropped, for as long as the sweep's settings stay the same."""
-    _write(plan.sweep, PLAN, {"settings": _identity(plan.sweep), "dropped": plan.dropped})
+    write_json(plan.sweep.root / PLAN, {"settings": _identity(plan.sweep), "dropped": plan.dropped})
 
 
 def read_rates(sweep: SweepConfig) -> dict[str, float]:
@@ -80,7 +80,7 @@ def read_rates(sweep: SweepConfig) -> dict[str, float]:
 
 def write_rates(sweep: SweepConfig, rates: dict[str, float]) -> None:
     """Keep measured speeds for this and later plans."""
-    _write(sweep, RATES, rates)
+    write_json(sweep.root / RATES, rates)
 
 
 def _read(sweep: SweepConfig) -> dict[str, Any] | None:
@@ -89,10 +89,6 @@ def _read(sweep: SweepConfig) -> dict[str, Any] | None:
         return None
     held = json.loads(path.read_text(encoding="utf-8"))
     return held if held["settings"] == _identity(sweep) else None
-
-
-def _write(sweep: SweepConfig, name: str, content: dict[str, Any]) -> None:
-    write_text(sweep.root / name, json.dumps(content, indent=2) + "\n")
 
 
 def _identity(sweep: SweepConfig) -> str:

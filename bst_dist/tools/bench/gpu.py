@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from bst_base.files import atomic_file
+from bst_base.files import write_json
 from bst_base.terminal import Sheet, print_table, say
 from bst_dist.tools.bench.gpu_parts import PARTS
 
@@ -45,11 +45,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     small = args.small or not torch.cuda.is_available()
     args.output.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"machine": machine(small)}
-    _write(args.output / "machine.json", found["machine"])
+    write_json(args.output / "machine.json", found["machine"])
     say(f"{found['machine']['device']}, torch {torch.__version__}" + (", small: a rehearsal" * small))
     for name in args.only or PARTS:
         found[name] = _in_a_process(name, small)
-        _write(args.output / f"{name}.json", found[name])
+        write_json(args.output / f"{name}.json", found[name])
         _print(name, found[name])
     return found | {"passed": not any("failed" in found[name] for name in args.only or PARTS)}
 
@@ -95,11 +95,6 @@ def _print(name: str, found: dict[str, Any]) -> None:
 
 def _shown(value: Any) -> str:
     return f"{value:,.3g}" if isinstance(value, float) else str(value)
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    with atomic_file(path) as file:
-        file.write(json.dumps(found, indent=1).encode())
 
 
 if __name__ == "__main__":

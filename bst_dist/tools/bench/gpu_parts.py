@@ -24,10 +24,12 @@ from bst_dist.generation.sampling import SamplingConfig
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.layers import Layer
 from bst_dist.model.lm import LanguageModel
-from bst_dist.parallel.past import Past
 from bst_dist.plan.flops import forward_flops, train_flops_per_token
 from bst_dist.plan.hardware import peak_flops
 from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.tools.bench.layers import training_pass
+from bst_dist.tools.bench.timing import device as on_device
+from bst_dist.tools.bench.timing import seconds_of
 
 LAYERS: dict[str, dict[str, Any]] = {
     "sliding": {"mixer": "sliding"},
@@ -69,7 +71,7 @@ BST = {"mixer": "bst", "context": {"variant": "SH"}}
 
 def layers(small: bool, until: float) -> dict[str, Any]:
     """One layer of each model, forward and backward in bf16, uncompiled and as one compiled graph, in turn."""
-    sizes, device = _sizes(small), _device()
+    sizes, device = _sizes(small), on_device()
     compile_until = until - 0.4 * (until - time.monotonic())
     x = torch.randn(sizes.rows, sizes.length, sizes.width, device=device, requires_grad=True)
     cases: dict[tuple[str, bool], Callable[[], None]] = {}
@@ -83,9 +85,9 @@ def layers(small: bool, until: float) -> dict[str, Any]:
             layer = Layer(config.mixer, config).to(device)
             layer.initialize(1)
             layer.compiled = compiled
-            case = _layer_pass(layer, x)
+            case = training_pass(layer, x, torch.bfloat16)
             try:
-                first = _seconds(case)
+                first = seconds_of(case)
             except Exception as error:  # one that does not compile must not cost the others
                 left_out.append(f"{name}, compiled: {compiled}: {type(error).__name__}: {error}"[:400])
                 continue
@@ -113,13 +115,13 @@ def _in_turn(cases: dict[tuple[str, bool], Callable[[], None]], rounds: int, unt
         if done and time.monotonic() > until:
             break
         for key, case in cases.items():
-            seconds[key].append(_seconds(case))
+            seconds[key].append(seconds_of(case))
     return seconds
 
 
 def stack(small: bool, until: float) -> dict[str, Any]:
     """Whole models, forward and backward with the loss, layers compiled on a GPU: tokens per second and MFU."""
-    device, rows = _device(), []
+    device, rows = on_device(), []
     for width, batch in ((1024, 8), (2048, 4)):
         sizes = SMALL if small else Sizes(width=width, heads=width // 128, rows=batch)
         for name in ("sliding", "BST SH"):
@@ -128,8 +130,8 @@ def stack(small: bool, until: float) -> dict[str, Any]:
             for layer in model.layers:
                 layer.compiled = device.type == "cuda"
             step = _model_pass(model, _tokens(sizes, device))
-            first = _seconds(step)
-            measured = [_seconds(step) for _ in range(sizes.rounds) if time.monotonic() < until]
+            first = seconds_of(step)
+            measured = [seconds_of(step) for _ in range(sizes.rounds) if time.monotonic() < until]
             if not measured:
                 return {"rows": rows, "left_out": [f"{name}, D {width}: time was over"]}
             speed = sizes.rows * sizes.length / median(measured)
@@ -141,14 +143,14 @@ def stack(small: bool, until: float) -> dict[str, Any]:
 
 def longest(small: bool, until: float) -> dict[str, Any]:
     """The longest sequence, doubled each time, that an SH model of 12 layers makes gradients of, every layer rerun."""
-    sizes, device, rows = _sizes(small), _device(), []
+    sizes, device, rows = _sizes(small), on_device(), []
     model = LanguageModel(sizes.config(**BST)).to(device)
     model.checkpoint = policy(ActivationCheckpointingConfig(policy="every-layer"), model.layers)
     length, most = 4 * sizes.length, 16 * sizes.length if small else 2**30
     while length <= most and time.monotonic() < until:
         ids = torch.randint(sizes.vocabulary, (1, length + 1), device=device)
         try:
-            seconds = _seconds(_model_pass(model, ids))
+            seconds = seconds_of(_model_pass(model, ids))
         except torch.OutOfMemoryError:
             rows.append({"tokens": length, "s": float("nan"), "peak_bytes": 0, "fits": False})
             break
@@ -159,7 +161,7 @@ def longest(small: bool, until: float) -> dict[str, Any]:
 
 def generation(small: bool, until: float) -> dict[str, Any]:
     """Tokens per second of one SH model of 12 layers, after a prompt of two blocks, for one row and for several."""
-    sizes, device, rows = _sizes(small), _device(), []
+    sizes, device, rows = _sizes(small), on_device(), []
     model = LanguageModel(sizes.config(**BST)).to(device)
     count = 8 if small else 128
     for samples in (1, 16):
@@ -211,17 +213,6 @@ def _train(recipe: Path, folder: Path, arguments: list[str], until: float) -> No
         raise RuntimeError(f"bst train ended with status {done.returncode}: {done.stderr[-2000:]}")
 
 
-def _layer_pass(layer: Layer, x: Tensor) -> Callable[[], None]:
-    def call() -> None:
-        with torch.autocast(x.device.type, torch.bfloat16):
-            out = layer(x, Past(), None)
-        out.float().sum().backward()
-        layer.zero_grad(set_to_none=True)
-        x.grad = None
-
-    return call
-
-
 def _model_pass(model: LanguageModel, ids: Tensor) -> Callable[[], None]:
     def call() -> None:
         with torch.autocast(ids.device.type, torch.bfloat16):
@@ -238,24 +229,6 @@ def _tokens(sizes: Sizes, device: torch.device) -> Tensor:
 
 def _sizes(small: bool) -> Sizes:
     return SMALL if small else Sizes()
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _seconds(call: Callable[[], None]) -> float:
-    """Of one call, until the device is done with it."""
-    _wait()
-    begin = time.perf_counter()
-    call()
-    _wait()
-    return time.perf_counter() - begin
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _peak(device: torch.device) -> int:

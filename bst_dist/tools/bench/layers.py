@@ -26,7 +26,7 @@ from bst_dist.model.config import ModelConfig
 from bst_dist.model.layers import Layer
 from bst_dist.parallel.past import Past
 from bst_dist.plan.flops import forward_flops
-from bst_dist.tools.bench import peers
+from bst_dist.tools.bench import peers, timing
 from bst_dist.tools.bench.timing import Spread, interleaved, matmul_flops_per_s, ratios
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -82,8 +82,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     if not args.no_peers:
         peers.install()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape, rows = SHAPES[args.shape], []
+    device, shape, rows = timing.device(), SHAPES[args.shape], []
     say(f"{_machine(device)}, {args.threads} threads, {args.rounds} rounds; layer D {shape.width}, "
         f"{shape.heads} heads, W {shape.block}, FFN {4 * shape.width}, batch 1")  # fmt: skip
     for dtype in args.dtypes:
@@ -125,7 +124,7 @@ def _measure(shape: Shape, length: int, dtype: str, device: torch.device, args: 
     cases: dict[str, Callable[[], object]] = {}
     for name, (layer, _) in layers.items():
         cases[f"{name}/forward"] = _forward(layer, x, DTYPES[dtype])
-        cases[f"{name}/training"] = _training(layer, x, DTYPES[dtype])
+        cases[f"{name}/training"] = training_pass(layer, x, DTYPES[dtype])
     peaks: list[float] = []
     cases["peak"] = lambda: peaks.append(matmul_flops_per_s(DTYPES[dtype], device))
     with Progress(transient=True) as progress:
@@ -157,7 +156,9 @@ def _forward(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Callable[
     return run_
 
 
-def _training(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Callable[[], object]:
+def training_pass(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Callable[[], None]:
+    """Forward and backward of a layer on `x` (B, L, D), under autocast unless `dtype` is fp32."""
+
     def run_() -> None:
         with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
             out = _call(layer, x)

@@ -32,6 +32,7 @@ from bst_dist.activation.policy import ActivationCheckpointingConfig
 from bst_dist.model.lm import LanguageModel, ModelConfig
 from bst_dist.parallel.past import EarlierCall
 from bst_dist.parallel.slices import Spacing, go_backward
+from bst_dist.tools.bench.timing import device as on_device
 
 LENGTHS = (16384, 65536, 262144, 1048576)
 SLICES = (2048, 4096, 16384)
@@ -132,7 +133,7 @@ class _Sequence:
 
 def _one_case(case: dict[str, Any]) -> dict[str, Any]:
     """A gradient of one sequence; what it took."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = on_device()
     torch.manual_seed(0)
     model = _model(case).to(device)
     checkpointing = ActivationCheckpointingConfig(policy=case["checkpointing"])

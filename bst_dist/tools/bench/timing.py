@@ -37,14 +37,20 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for round_ in range(rounds + 1):
         for name, run in cases.items():
-            _synchronize()
-            begin = time.perf_counter()
-            run()
-            _synchronize()
+            took = seconds_of(run)
             if round_:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(took)
             tick()
     return seconds
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Of one call, until the device is done with it."""
+    _synchronize()
+    begin = time.perf_counter()
+    call()
+    _synchronize()
+    return time.perf_counter() - begin
 
 
 def ratios(base: list[float], other: list[float]) -> Spread:
@@ -55,11 +61,12 @@ def ratios(base: list[float], other: list[float]) -> Spread:
 def matmul_flops_per_s(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
     """What one square matrix product reaches: the peak that fractions are taken of."""
     a, b = torch.randn(2, size, size, device=device).to(dtype)
-    _synchronize()
-    begin = time.perf_counter()
-    a @ b
-    _synchronize()
-    return 2 * size**3 / (time.perf_counter() - begin)
+    return 2 * size**3 / seconds_of(lambda: a @ b)
+
+
+def device() -> torch.device:
+    """The GPU, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _synchronize() -> None:

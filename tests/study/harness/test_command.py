@@ -10,9 +10,9 @@ from bst_dist.cli import main
 from bst_dist.study.evaluation.trained import open_run, tokenizer_of
 
 pytest.importorskip("lm_eval")
-from bst_dist.generation.decoding import Decoder
 from bst_dist.study.harness.command import HarnessError, require_known
 from bst_dist.study.harness.model import HarnessModel
+from tests.generation.decoder import Decoder
 
 CHOICES = [
     {"context": f"naïve café {i} for x", "choices": [" = (", " return", " 😀"], "answer": i % 3} for i in range(7)

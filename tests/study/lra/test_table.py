@@ -12,7 +12,7 @@ from bst_base.settings import dump, parse
 from bst_dist.cli import main
 from bst_dist.config import Recipe
 from bst_dist.study.lra.accuracy import Accuracy
-from bst_dist.study.lra.evaluate import keep
+from bst_dist.study.lra.evaluate import Report, keep
 
 
 @pytest.mark.parametrize(("correct", "examples"), [(0, 50), (3, 50), (1234, 4000), (50, 50)])
@@ -38,8 +38,8 @@ def test_standard_error_is_the_spread_of_repeated_samples():
 def run_directory(path, settings, seed, correct, **changes):
     path.mkdir()
     (path / "recipe.yaml").write_text(dump(parse(Recipe, settings | {"seed": seed, "name": path.name} | changes)))
-    keep(path, {"task": "listops", "split": "test", "step": 6, "parameters": 1000, "majority_accuracy": 0.12,
-                "examples_sha256": "a", **Accuracy(correct, 1000).report()})  # fmt: skip
+    keep(path, Report("listops", "test", step=6, parameters=1000, **Accuracy(correct, 1000).report(), majority_class=3,
+                      majority_accuracy=0.12, examples_sha256="a"))  # fmt: skip
     return str(path)
 
 

@@ -166,7 +166,7 @@ def test_out_of_memory_halves_the_micro_batch_and_branches_begin_with_it(sweep):
     rows, _ = sweep({f"bst-all-{ONE}": "oom"}, f"bst-all-{ONE}")
     assert [(row.status, row.micro_sequences) for row in rows] == [("done", 1)] * 2
     trunk = next(run for run in sweep.runs if run.name == rows[0].trunk)
-    assert [attempt["micro_sequences"] for attempt in sweep.state.attempts(trunk.name)] == [4, 2]
+    assert [attempt.micro_sequences for attempt in sweep.state.attempts(trunk.name)] == [4, 2]
 
 
 def test_a_locked_run_is_left_to_whoever_holds_it(sweep):

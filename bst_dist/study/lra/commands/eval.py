@@ -9,11 +9,11 @@ The result is also kept in the run directory, for `bst lra table`.
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from bst_base.terminal import say
 from bst_dist.study.lra.evaluate import evaluate, keep, open_classifier
 from bst_dist.study.lra.tasks import SPLITS
 
@@ -30,12 +30,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate, print a line, keep the report."""
     report = evaluate(open_classifier(args.run, args.step), args.split, args.rows)
     keep(args.run, report)
-    accuracy = f"{report['accuracy']:.2%} ± {report['accuracy_standard_error']:.2%}"
-    Console(soft_wrap=True).print(
-        f"{args.run} after {report['step']:,} steps: {accuracy} "
-        f"of {report['examples']:,} examples of {report['task']} ({args.split})\n"
-        f"95 % interval {report['accuracy_low_95']:.2%} to {report['accuracy_high_95']:.2%}; "
-        f"always the most frequent class: {report['majority_accuracy']:.2%}",
-        highlight=False,
+    accuracy = f"{report.accuracy:.2%} ± {report.accuracy_standard_error:.2%}"
+    say(
+        f"{args.run} after {report.step:,} steps: {accuracy} of {report.examples:,} examples of {report.task} "
+        f"({args.split})\n95 % interval {report.accuracy_low_95:.2%} to {report.accuracy_high_95:.2%}; "
+        f"always the most frequent class: {report.majority_accuracy:.2%}"
     )
-    return {"run": str(args.run), **report}
+    return {"run": str(args.run), **asdict(report)}

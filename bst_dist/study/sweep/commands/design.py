@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from bst_base.terminal import Sheet, print_table, say
@@ -32,33 +33,51 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     title = f"{plan.sweep.name}: {len(plan.runs)} runs, {len(plan.measured)} of them measurements"
     names = ("architecture", "arm", "size", "depth", "width", "heads", "ffn / width", "under study", "parameters",
              "N = FLOPs/6", f"N over {base}'s")  # fmt: skip
-    of_base = {(s["arm"], s["size"], s["depth"]): s["parameters"] for s in shapes if s["architecture"] == base}
+    of_base = {(s.arm, s.size, s.depth): s.parameters for s in shapes if s.architecture == base}
     rows = [
-        [s["architecture"], s["arm"], f"{s['size']:.3g}", str(s["depth"]), str(s["width"]), str(s["heads"]),
-         f"{s['ffn'] / s['width']:.2f}", s["places"], f"{s['parameters_total']:,}", f"{s['parameters']:,.0f}",
-         f"{s['parameters'] / of_base[s['arm'], s['size'], s['depth']] - 1:+.2%}"]
+        [s.architecture, s.arm, f"{s.size:.3g}", str(s.depth), str(s.width), str(s.heads), f"{s.ffn / s.width:.2f}",
+         s.places, f"{s.parameters_total:,}", f"{s.parameters:,.0f}",
+         f"{s.parameters / of_base[s.arm, s.size, s.depth] - 1:+.2%}"]
         for s in shapes
     ]  # fmt: skip
     print_table(Sheet(names, rows), title)
     power = show_power(plan)
     for block in plan.dropped:
         say(f"dropped, because the budget does not suffice: {block}")
-    return {"runs": len(plan.runs), "measurements": len(plan.measured), "dropped": plan.dropped, "shapes": shapes,
-            **power}  # fmt: skip
+    return {"runs": len(plan.runs), "measurements": len(plan.measured), "dropped": plan.dropped,
+            "shapes": [asdict(shape) for shape in shapes], **power}  # fmt: skip
 
 
-def shapes_of(plan: Plan) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Shape:
+    """A model of a plan, under the names of the report."""
+
+    architecture: str
+    arm: str
+    size: float
+    depth: int
+    width: int
+    ffn: int
+    heads: int
+    places: str
+    """How many of its layers are under study."""
+    parameters: float
+    """N, training FLOPs per token / 6."""
+    parameters_total: int
+    parameters_non_embedding: int
+    flops_per_token: dict[str, float]
+
+
+def shapes_of(plan: Plan) -> list[Shape]:
     """Every distinct shape of a plan, once."""
     found = {}
     for run in plan.runs:
-        model, mixers = run.recipe.model, run.recipe.model.mixers()
-        found[shape_key(run.cell)] = {
-            "architecture": run.cell.architecture, "arm": run.cell.arm, "size": run.cell.size,
-            "depth": model.depth, "width": model.width, "ffn": model.ffn,
-            "heads": model.heads, "places": f"{mixers.count(model.mixer)} of {model.depth}",
-            "parameters": run.counts.parameters, "parameters_total": run.counts.total,
-            "parameters_non_embedding": run.counts.non_embedding, "flops_per_token": run.counts.flops_per_token,
-        }  # fmt: skip
+        model, cell, counts = run.recipe.model, run.cell, run.counts
+        found[shape_key(cell)] = Shape(
+            cell.architecture, cell.arm, cell.size, model.depth, model.width, model.ffn, model.heads,
+            f"{model.mixers().count(model.mixer)} of {model.depth}",
+            counts.parameters, counts.total, counts.non_embedding, counts.flops_per_token,
+        )  # fmt: skip
     return list(found.values())
 
 

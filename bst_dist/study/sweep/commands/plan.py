@@ -9,6 +9,8 @@ price is computed from budget.flops_per_s. Blocks are dropped, with all their ar
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from bst_base.arguments import seconds
@@ -39,10 +41,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     prices = prices_of(plan)
     for title, keys in (("by shape", ("size", "depth")), ("by architecture", ("architecture",))):
         rows = []
-        for group in dict.fromkeys(tuple(price[key] for key in keys) for price in prices):
-            own = [price for price in prices if tuple(price[key] for key in keys) == group]
+        for group in dict.fromkeys(price.at(keys) for price in prices):
+            own = [price for price in prices if price.at(keys) == group]
             names = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in group]
-            rows.append([*names, str(sum(p["runs"] for p in own)), f"{sum(p['cost'] for p in own):.3g}"])
+            rows.append([*names, str(sum(p.runs for p in own)), f"{sum(p.cost for p in own):.3g}"])
         print_table(Sheet((*keys, "runs", plan.unit), rows), f"{sweep.name}, {title}")
     power = show_power(plan)
     for block in plan.dropped:
@@ -50,18 +52,32 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     limit = "no limit" if plan.limit == float("inf") else f"a budget of {plan.limit:.4g}"
     flops = sum(run.own_flops for run in plan.runs)
     say(f"{len(plan.runs)} runs, {plan.spent:.4g} {plan.unit} of {limit}; {flops:.3g} FLOPs")
-    return {"runs": len(plan.runs), "unit": plan.unit, "cost": plan.spent, "dropped": plan.dropped, "prices": prices,
-            "flops": flops, **power}  # fmt: skip
+    return {"runs": len(plan.runs), "unit": plan.unit, "cost": plan.spent, "dropped": plan.dropped,
+            "prices": [asdict(price) for price in prices], "flops": flops, **power}  # fmt: skip
 
 
-def prices_of(plan: Plan) -> list[dict[str, Any]]:
+@dataclass
+class Price:
+    """Runs of an architecture at a size and depth, and what they cost in the budget's unit."""
+
+    architecture: str
+    size: float
+    depth: int
+    runs: int = 0
+    cost: float = 0.0
+
+    def at(self, keys: Sequence[str]) -> tuple[Any, ...]:
+        """Its values of some fields."""
+        return tuple(getattr(self, key) for key in keys)
+
+
+def prices_of(plan: Plan) -> list[Price]:
     """Runs and cost by architecture, size and depth."""
     spent, _, _ = cost(plan.sweep.budget, read_rates(plan.sweep))
-    found: dict[tuple[str, float, int], dict[str, Any]] = {}
+    found: dict[tuple[str, float, int], Price] = {}
     for run in plan.runs:
-        cell = run.cell
-        key = (cell.architecture, cell.size, cell.depth)
-        entry = found.setdefault(key, {"architecture": key[0], "size": key[1], "depth": key[2], "runs": 0, "cost": 0.0})
-        entry["runs"] += 1
-        entry["cost"] += spent(run)
+        key = (run.cell.architecture, run.cell.size, run.cell.depth)
+        price = found.setdefault(key, Price(*key))
+        price.runs += 1
+        price.cost += spent(run)
     return list(found.values())
