@@ -176,7 +176,7 @@ class Agent:
         self.channel.send("beat", at=self.beaten)
         if (missed := self.channel.dropped - self.said_dropped) and not self.channel.waiting:
             self.said_dropped = self.channel.dropped
-            text = f"[{missed} pieces of output of {socket.gethostname()} were lost: nobody took them]"
+            text = f"[{missed} pieces of output of {socket.gethostname()} were lost: they were not read in time]"
             self.channel.send("said", rank=None, stream="err", text=text)
 
     def _finish_alone(self) -> None:

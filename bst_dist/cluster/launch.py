@@ -73,8 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="look at all hosts, and stop")
     parser.add_argument("--accept", action="append", default=[], choices=CHECKS, metavar="CHECK", help="start in spite "
                         f"of what this check finds; may be given several times: {', '.join(CHECKS)}")  # fmt: skip
-    parser.add_argument("--max-restarts", type=at_least(0), default=0, metavar="N", help="go on after a failure, on "
-                        "the hosts that are left, so many times without a new checkpoint (default: 0)")  # fmt: skip
+    parser.add_argument("--max-restarts", type=at_least(0), default=0, metavar="N", help="restart after a failure, "
+                        "on the hosts that are left, so many times without a new checkpoint (default: 0)")  # fmt: skip
     add_grace(parser)
     parser.add_argument("--lost-after", type=seconds, default=30.0, metavar="SECONDS", help="a host that is not "
                         "heard of for so long is lost (default: 30)")  # fmt: skip

@@ -197,7 +197,7 @@ def _described(one: Checked) -> str:
 
 
 def require(checked: Sequence[Checked]) -> None:
-    """Raise PreflightError, naming the culprits, unless all hosts are fit."""
+    """Raise PreflightError, naming the hosts that failed a check."""
     if bad := [one.host.name for one in checked if one.problems]:
-        raise PreflightError(f"not started: {', '.join(bad)} must be mended, or taken out of the hosts (see above); "
-                             "--accept CHECK starts all the same")  # fmt: skip
+        raise PreflightError(f"not started: fix {', '.join(bad)}, or start without (see above); --accept CHECK starts "
+                             "anyway")  # fmt: skip

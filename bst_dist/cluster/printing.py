@@ -64,7 +64,7 @@ class Printer:
             while not self._waiting:
                 if self._left_out:
                     count, self._left_out = self._left_out, 0
-                    return sys.__stderr__, self._count(f"[{count} lines left out: the output took none]\n")
+                    return sys.__stderr__, self._count(f"[{count} lines left out: the output was not read]\n")
                 if self._closed:
                     return None
                 self._changed.wait()

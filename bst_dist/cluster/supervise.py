@@ -105,7 +105,7 @@ class Supervisor:
             fit = self._without(fit, unfit)
         if self.told:
             return replace(ended, told=self.told[0])
-        say("no host is left to go on with")
+        say("no host is left to restart on")
         return ended
 
     def _left(self, ended: Ended) -> list[Host]:

@@ -105,7 +105,7 @@ def end_when_stuck(notice: Notice, disks: Disks) -> None:
         while not (notice.again and (silent := disks.silent())):
             time.sleep(STUCK_TICK_S)
         end(UNREADABLE, f"bst train: {socket.gethostname()}: told to stop ({notice.signal.name}) more than once, and "
-            f"{unanswering(silent)}: ended without a checkpoint; go on from the last one with --resume")  # fmt: skip
+            f"{unanswering(silent)}: ended without a checkpoint; resume from the last one with --resume")  # fmt: skip
 
     threading.Thread(target=watch, name="told to stop", daemon=True).start()
 

@@ -122,7 +122,7 @@ def test_a_host_that_gives_no_answer_is_unfit():
     assert checked[0].problems == []
     assert checked[1].problems
     assert math.isnan(checked[1].clock_offset_s)
-    with pytest.raises(PreflightError, match="not started: n1 must be mended"):
+    with pytest.raises(PreflightError, match="not started: fix n1, or start without"):
         require(checked)
 
 

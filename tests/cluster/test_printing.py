@@ -53,7 +53,7 @@ def test_what_was_left_out_is_said_when_the_output_takes_something_again(tmp_pat
     reader.join(10)
     expected = 0
     for line in b"".join(said).decode().splitlines():
-        if found := re.fullmatch(r"\[(\d+) lines left out: the output took none\]", line):
+        if found := re.fullmatch(r"\[(\d+) lines left out: the output was not read\]", line):
             expected += int(found[1])
         else:
             assert line == (f"{expected} {'x' * 50}" if expected < 20_000 else "error")

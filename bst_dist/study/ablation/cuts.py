@@ -48,7 +48,7 @@ def own_block(attention: nn.Module, block: int) -> Undo:
 
 
 def forget(ssm: nn.Module, block: int) -> Undo:
-    """The SSM begins anew at each block, each being a row of its own."""
+    """The SSM starts from zero at each block, because each block is a row of its own."""
     forward, block_ends = ssm.forward, ssm.block_ends
 
     def apart(z: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:

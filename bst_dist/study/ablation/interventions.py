@@ -31,7 +31,7 @@ class Kind(NamedTuple):
     """A kind of intervention."""
 
     part: str
-    """What it touches: context states, the SSM's memory, cross-attention's output, or self-attention."""
+    """What it changes: context states, the SSM's memory, cross-attention's output, or self-attention."""
     text: str
     strengths: tuple[float, ...] = ()
     """The strengths tried unless others are asked for; none where it has no strength."""
@@ -41,14 +41,14 @@ class Kind(NamedTuple):
 
 KINDS: dict[str, Kind] = {
     "zero": Kind("context", "context states are zero"),
-    "shuffle": Kind("context", "a block sees the states of one of the so many blocks before it, drawn at random",
+    "shuffle": Kind("context", "a block sees the states of one of that many blocks before it, drawn at random",
                     (16,), whole=True),
-    "delay": Kind("context", "a block sees the states of so many blocks earlier", (1, 4), whole=True),
-    "noise": Kind("context", "noise is added, so many times the root mean square of each state", (0.3, 1)),
-    "replace": Kind("context", "noise of so many times that size stands in the states' place", (1,)),
-    "forget": Kind("memory", "the SSM begins anew at each block"),
+    "delay": Kind("context", "a block sees the states of that many blocks earlier", (1, 4), whole=True),
+    "noise": Kind("context", "noise is added, of that many times the root mean square of each state", (0.3, 1)),
+    "replace": Kind("context", "states are replaced by noise of that many times their root mean square", (1,)),
+    "forget": Kind("memory", "the SSM starts from zero at each block"),
     "no-cross": Kind("cross", "cross-attention gives zero"),
-    "own-block": Kind("self", "self-attention sees its own block only"),
+    "own-block": Kind("self", "self-attention sees only its own block"),
     "no-self": Kind("self", "self-attention gives zero"),
 }  # fmt: skip
 
