@@ -29,7 +29,7 @@ def say(text: str, console: Console | None = None) -> None:
 
 def is_numeric(cells: Sequence[str]) -> bool:
     """Whether a column is of numbers, which are flush right; a dash stands for a number that is missing."""
-    told = [cell for cell in cells if cell.strip("—–")]
+    told = [cell for cell in cells if cell.strip("—–-")]
     return bool(told) and all(cell.lstrip("+-−±(").strip()[:1].isdigit() for cell in told)
 
 

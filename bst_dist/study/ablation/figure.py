@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
 from bst_dist.study.ablation.measure import Ablation, Increase
-from bst_dist.study.report.style import COLOURS, INCHES
+from bst_dist.study.report.style import COLOURS, GREY, INCHES
 from bst_dist.study.statistics import Estimate
 
 CURVES = ("zero", "no-self", "forget", "own-block", "shuffle", "delay", "replace", "noise", "no-cross")
@@ -60,7 +60,7 @@ def _costs(axes: Axes, found: Sequence[Increase], names: list[str]) -> None:
             color="#000000" if group == "all" else COLOURS[(number - 1) % len(COLOURS)],
             label="all at once" if group == "all" else f"layer {group}",
         )  # fmt: skip
-    axes.axvline(0, color="#777777", linewidth=0.6)
+    axes.axvline(0, color=GREY, linewidth=0.6)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xscale("symlog", linthresh=THRESHOLD)
@@ -86,13 +86,13 @@ def _finish(document: Axes, block: Axes, edges: list[int], trained_length: int) 
     document.tick_params(axis="x", labelsize=7)
     document.set_title("by the token's place in its document")
     if edges[0] < trained_length < edges[-1]:
-        document.axvline(trained_length, color="#777777", linewidth=0.8, linestyle=":")
+        document.axvline(trained_length, color=GREY, linewidth=0.8, linestyle=":")
         document.annotate("trained on", (trained_length, 0.94), xycoords=("data", "axes fraction"), ha="right",
                           va="top", rotation=90, fontsize=6.5, color="#555555")  # fmt: skip
     block.set_title("by the token's place in its block")
     block.set_xlabel("tokens before")
     for axes in (document, block):
         axes.set_yscale("symlog", linthresh=THRESHOLD)
-        axes.axhline(0, color="#777777", linewidth=0.6)
+        axes.axhline(0, color=GREY, linewidth=0.6)
         axes.set_xlim(0, None)
         axes.set_ylabel("nats per token more")

@@ -24,7 +24,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 from bst_base.errors import UserError
 from bst_base.terminal import say
 from bst_dist.report.metrics import FILE
-from bst_dist.study.report.style import INCHES, looks, save
+from bst_dist.study.report.style import GREY, INCHES, looks, save
 from bst_dist.study.runs.results import Result, named, read_result
 
 SMALL = {
@@ -61,7 +61,7 @@ def draw(runs: dict[str, Result]) -> Figure:
 def legend(axes: Axes, names: Collection[str]) -> None:
     """Whose the curves are, and that dots are evaluations."""
     handles = [Line2D([], [], **look) for look in looks(len(names))]
-    handles += [Line2D([], [], color="#777777"), Line2D([], [], color="#777777", marker="o", linestyle="")]
+    handles += [Line2D([], [], color=GREY), Line2D([], [], color=GREY, marker="o", linestyle="")]
     axes.legend(handles, [*names, "training", "validation"], loc="upper right", ncols=1 + len(names) // 5)
 
 

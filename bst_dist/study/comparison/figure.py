@@ -17,7 +17,7 @@ from bst_base.errors import UserError
 from bst_dist.study.comparison.curves import evaluations, legend, series, smoothed
 from bst_dist.study.comparison.outline import Outline
 from bst_dist.study.comparison.pairs import by_step
-from bst_dist.study.report.style import looks
+from bst_dist.study.report.style import GREY, looks
 
 INCHES = (6.75, 4.8)
 
@@ -66,7 +66,7 @@ def _finish(tokens: Axes, time: Axes, difference: Axes, speed: Axes, unit: str) 
     time.sharey(tokens)
     time.set_xlabel(f"time in training steps, {unit}")
     difference.set_title("bits per byte above the first run, same batches")
-    difference.axhline(0.0, color="#777777", linewidth=0.6)
+    difference.axhline(0.0, color=GREY, linewidth=0.6)
     speed.set_title("tokens per second")
     speed.set_ylim(bottom=0)
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from bst_dist.study.experiment.measure import Column
 from bst_dist.study.experiment.table import Row, Table
-from bst_dist.study.report.style import STYLE, marked, panels
+from bst_dist.study.report.style import GREY, STYLE, marked, panels
 from bst_dist.study.statistics import Estimate
 
 HEIGHT = 2.6
@@ -79,7 +79,7 @@ def _by_arm(axes: Axes, column: Column, rows: Sequence[Row], table: Table) -> No
     for seed in table.experiment.seeds:
         runs = [(row.values[column.key][seed], place) for place, row in enumerate(shown)
                 if seed in row.values[column.key]]  # fmt: skip
-        axes.plot([x for x, _ in runs], [place for _, place in runs], "o-", color="#777777", alpha=0.4,
+        axes.plot([x for x, _ in runs], [place for _, place in runs], "o-", color=GREY, alpha=0.4,
                   markersize=2.5, linewidth=0.6)  # fmt: skip
     for place, row in enumerate(shown):
         found, look = row.levels[column.key], _look(table, row.arm) | {"marker": "D"}

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bst_dist.study.lengths.measure import LengthResult, Position
-from bst_dist.study.report.style import INCHES, looks
+from bst_dist.study.report.style import GREY, INCHES, looks
 from bst_dist.study.statistics import Estimate
 
 LINEAR = 0.01
@@ -34,9 +34,9 @@ def draw(found: Mapping[str, Sequence[LengthResult]], trained_length: int) -> Fi
             _by_position(row[0], results, of)
             _by_length(row[1], results, of)
             for axes in row:
-                axes.axvline(trained_length, color="#777777", linestyle=":", linewidth=0.8)
+                axes.axvline(trained_length, color=GREY, linestyle=":", linewidth=0.8)
         for axes in grid[1]:
-            axes.axhline(0, color="#777777", linewidth=0.6, zorder=1)
+            axes.axhline(0, color=GREY, linewidth=0.6, zorder=1)
         grid[1, 0].set_yscale("symlog", linthresh=LINEAR)
         grid[0, 0].legend(title="length", ncols=2)
         grid[0, 0].set_ylabel("nats per token")
@@ -64,7 +64,7 @@ def _by_position(axes: Axes, results: Sequence[LengthResult], of: Callable[[Posi
 
 def _by_length(axes: Axes, results: Sequence[LengthResult], of: Callable[[LengthResult], Estimate | None]) -> None:
     where, values, errors = _columns(results, of, lambda each: each.length)
-    axes.plot(where, values, color="#777777", linewidth=0.6, zorder=1)
+    axes.plot(where, values, color=GREY, linewidth=0.6, zorder=1)
     for look, *point in zip(looks(len(results)), where, values, errors, strict=False):
         axes.errorbar(*point, fmt="o", color=look["color"], markersize=4, capsize=2, linewidth=1.1)
     _scale(axes)

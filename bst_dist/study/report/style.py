@@ -14,6 +14,8 @@ from bst_base.errors import UserError
 
 # Okabe and Ito's colours, which people with any colour vision tell apart, the darker ones first.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00")
+GREY = "#777777"
+"""Of what helps the reader: zero lines, the training length, what all series have in common."""
 DASHES = ("-", "--", ":", "-.")  # once the colours are used up
 STYLE = {
     "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7.5, "legend.frameon": False,
