@@ -6,16 +6,16 @@
     bst launch my-recipe.yaml --launcher slurm            # inside sbatch
     bst launch my-recipe.yaml --launcher local --max-restarts 3
 
-Start it where the recipe, the corpus and the run directory are to be seen, as on the hosts; this directory and its
-Python must be at the same path everywhere. All hosts are looked at before a rank is started. Then one agent on each
-starts its ranks and watches them: when a rank fails or a host is lost, all ranks are ended, and with --max-restarts
-the run goes on from its newest checkpoint on the hosts that are left. Slots that the batch cannot be shared by stay
+Start it where the recipe, the corpus and the run directory are visible, as on the hosts; this directory and its Python
+must have the same path everywhere. All hosts are checked before a rank is started. Then one agent on each host starts
+its ranks and watches them: when a rank fails or a host is lost, all ranks are ended, and with --max-restarts the run is
+restarted from its newest checkpoint on the hosts that are left. Slots that the batch cannot be shared by stay
 idle and take the place of what is lost.
 
 A signal (Ctrl-C, SIGTERM, SIGUSR1, a closed terminal) makes all ranks write a checkpoint and stop. A further Ctrl-C
 ends them at once, and what was trained since the last checkpoint is lost; other signals may come as often as they like.
 
-Variables whose name begins like those of NCCL, gloo, torch, DeepSpeed, CUDA, OpenMP or AWS are handed on to the ranks,
+Variables whose names begin like those of NCCL, gloo, torch, DeepSpeed, CUDA, OpenMP or AWS are passed to the ranks,
 and so are LD_LIBRARY_PATH and those in a file .deepspeed_env, here or in the home directory. CUDA_VISIBLE_DEVICES is
 not: `devices=0,1` after the slots in the hostfile chooses a host's devices.
 

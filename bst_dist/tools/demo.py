@@ -2,8 +2,8 @@
 
 Prepares Python's own standard library as a corpus; trains a small Block-State Transformer on two ranks, stops half-way
 and resumes; trains its twin without a stop and checks that both are equal to the last bit; evaluates before and after
-training beside an order-2 byte model and xz; writes a sample and draws the curves. Each step is a command shown as you
-would type it. Finished steps are reused: remove runs/ to start again.
+training, with an order-2 byte model and xz for comparison; writes a sample and draws the curves. Each step is a command
+shown as you would type it. Finished steps are reused: remove runs/ to start again.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
 
 A small copy of the recipe takes one step on made-up tokens, so no corpus is needed, on this machine's ranks as
 `bst train` starts them. Its loss, its global gradient norm and every parameter's gradient are compared with those of
-one process of plain torch in double precision. What is allowed is four times the error of one process in the same
-precision, and never a quarter. Recipes that carry a past take two steps, and the second is compared.
+one process of plain torch in double precision. The limit is four times the error of one process in the same precision,
+and at most a quarter. Recipes that carry a past take two steps, and the second is compared.
 
 Exit status: 0 all combinations pass; 1 one does not; 2 something given is wrong.
 """

@@ -1,13 +1,13 @@
-"""Measure our reader and its peers side by side, on the same sequences, on this machine.
+"""Compare our reader with other packages' on the same sequences, on this machine.
 
     bst bench data                       # ours, webdataset, litdata, mosaicml-streaming; 131 M tokens
     bst bench data --readers ours webdataset --sequences 4000
 
-The peers are installed at their first use into an environment of their own, below --directory; the library never
-imports them. Every measurement is a process of its own; repeats of all readers take turns, so that a busy moment of the
-machine meets all alike. Columns: tokens per second and per CPU second over one pass; from a saved state to the first
-batch in the middle of a pass, and whether it is the right one; what was lost or served twice when one rank's state,
-half a pass in, is taken over by two.
+The other packages are installed at their first use into an environment of their own, below --directory; the library
+never imports them. Every measurement is a process of its own; repeats of all readers take turns, so that load on the
+machine affects all of them. Columns: tokens per second and per CPU second over one pass; from a saved state to the
+first batch in the middle of a pass, and whether it is the right one; what was lost or served twice when one rank's
+state, half a pass in, is taken over by two.
 """
 
 from __future__ import annotations

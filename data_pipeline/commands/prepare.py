@@ -4,7 +4,7 @@
     bst data prepare CONFIG output=/data/mine tokenizer.vocab_size=16000 workers=8
     mpirun -n 65 bst data prepare CONFIG        # over nodes: one rank leads, the others work
 
-Interrupted work goes on where it stopped when started again; a corpus that is already there is reused.
+When started again, interrupted work continues where it stopped; a finished corpus is reused.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """List the documents of a prepared corpus, find some, or print one, decoded from its tokens.
 
-    bst data show corpora/stdlib                         # what there is: the first documents of each split
+    bst data show corpora/stdlib                         # the first documents of each split
     bst data show corpora/stdlib --find json --limit 50  # those whose path or title holds a text
     bst data show corpora/stdlib 000000012               # one document, by key
     bst data show corpora/stdlib json                    # or by its path in the source
 
-What is printed of one is the text that was prepared, to the byte, without the end-of-document token.
+A document is printed exactly as it was prepared, to the byte, without the end-of-document token.
 """
 
 from __future__ import annotations

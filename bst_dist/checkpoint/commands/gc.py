@@ -1,12 +1,12 @@
-"""Remove the checkpoints that a run's settings do not keep, and what was left behind by writes that were broken off.
+"""Remove the checkpoints that a run's settings do not keep, and the leftovers of interrupted writes.
 
     bst ckpt gc runs/demo                                    # says what would go
     bst ckpt gc runs/demo checkpoint.keep_last=1 --delete
 
-Every file is read first: a damaged checkpoint does not count as one that is kept, and as long as a run has no valid
-checkpoint to go on from, nothing of it is removed. Damaged ones go only when their bytes were read and are wrong: one
-with a file missing may be whole as another host sees it, and is left. When something cannot be read, nothing is
-removed. What a run may be writing at this moment is left alone.
+Every file is read first: a damaged checkpoint does not count as one that is kept, and while a run has no valid
+checkpoint to resume from, nothing is removed. A damaged checkpoint is removed only when its bytes were read and are
+wrong: one with a missing file may be complete as another host sees it, and stays. When something cannot be read,
+nothing is removed. Files that a run may be writing at this moment are left alone.
 """
 
 from __future__ import annotations

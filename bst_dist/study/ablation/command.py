@@ -1,12 +1,12 @@
-"""What each part of a trained model carries: the loss when that part is cut or its contents are changed.
+"""What each part of a trained model contributes: the loss when the part is removed or changed.
 
     bst ablate runs/demo
     bst ablate runs/demo --interventions zero noise:0.1 delay:2 --layers 3 --documents 16
 
-Every intervention is made in each layer by itself and in all layers at once, and is read over the same beginnings of
-documents of the validation split as the unchanged model, streamed as in `bst eval`. So the increase of the loss is
-paired: its standard error, over documents, is far below those of the two losses. It is told by the place in the
-document and in the block too. A figure --out (default: ablations.png in the run's directory) shows all.
+Every intervention is applied to each layer alone and to all layers together, and scored on the same beginnings of
+validation documents as the unchanged model, streamed as in `bst eval`. The increase of the loss is paired, so its
+standard error over documents is far below those of the two losses. It is also reported by position in the document and
+in the block. The figure --out (default: ablations.png in the run's directory) shows all of it.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
     bst compare runs/demo runs/sliding runs/longer --plot compared.png
     bst compare runs/demo runs/demo-uninterrupted --equal
 
-Differences are to the first run. Where both read the same text they are paired: over the last training steps that both
-took (± the standard error over these steps), on the sequences that both were evaluated on (without an error: the
-metrics do not say what each sequence gave), and over whole documents of each corpus (± over documents), where
-`bst eval` has scored them after each run's last step.
+Differences are from the first run, paired on the same text: over the last training steps that both runs took (± the
+standard error over these steps), on the sequences that both were evaluated on (without an error, because the metrics
+have no loss per sequence), and over whole documents of each corpus (± over documents), if `bst eval` has scored them
+after each run's last step.
 
 --equal checks that two runs are equal to the last bit, at every step and in every weight: a run that was stopped and
 resumed must equal one that never stopped. Exit status: 1 when they are not.

@@ -1,10 +1,10 @@
-"""What a model is to beat on the same text: an order-2 byte model and xz -9.
+"""Two baselines for a model on the same text: an order-2 byte model and xz -9.
 
     bst baselines corpora/stdlib
 
-The byte model is trained on the corpus's training text and codes the validation text document by document, the end of
-each included, just as a language model does: their bits per byte are comparable. xz sees only the validation text, all
-of it as one stream, so it has nothing learnt beforehand but may look back over everything that came before.
+The byte model is trained on the corpus's training text and codes the validation text document by document, with the end
+of each, as a language model does: their bits per byte are comparable. xz sees only the validation text, as one stream:
+it has learnt nothing in advance, but may look back over all text before.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 One process, synthetic tokens, the recipe's own layers without its depth: what a layer adds is the difference between
 two depths, so the embedding and the loss do not count. Memory is counted from the tensors themselves. On a CPU,
-offload's inputs lie in the same memory as everything else, and the second column tells them apart.
+offload's inputs are in the same memory as everything else; a column of their own shows them.
 """
 
 from __future__ import annotations

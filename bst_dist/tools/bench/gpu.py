@@ -4,13 +4,13 @@
     bst bench gpu --only layers stack
     bst bench gpu --small
 
-Parts, each a process of its own, which is ended when its time is over and takes no other with it: layers (forward and
+Parts, each a process of its own with a time limit, independent of the others: layers (forward and
 backward of one layer of every model, against the sliding layer), stack (tokens per second and MFU of whole models),
 longest (the longest sequence that trains), generation (tokens per second), resume (whether a run that was stopped
 and resumed equals one that was not, to the last bit). A part's figures are written when it ends: DIR/layers.json and so
 on, with the card, its clock and the versions in DIR/machine.json.
 
-Without a GPU it is a rehearsal in small sizes (--small): it shows that the parts run, and its figures mean nothing.
+Without a GPU it only rehearses, in small sizes (--small): that shows that the parts run; the figures mean nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Time one layer of every model beside other people's: one table, measured in one run.
+"""Time one layer of every model and of two other packages: one table, measured in one run.
 
     bst bench layers --lengths 4096 --dtypes fp32 --rounds 3 --only "BST SH"
     bst bench layers --no-peers

@@ -3,9 +3,9 @@
     bst bench parallel --layers SH sliding --lengths 4096 --sp 1 2 --width 256
 
 One layer, forward and backward, its sequence over `sp` ranks of this machine (gloo on CPUs with one thread a rank,
-NCCL on GPUs). Counted are the bytes that the rank which sends most sends in one pass; timed is the slowest rank, as the
-median of the repeats with the fastest and the slowest; "CPU ms" is the processor time of the busiest rank, which other
-programs on the machine disturb less. Both forms share weights and must give the same numbers.
+NCCL on GPUs). Bytes are those sent in one pass by the rank that sends most. Times are the slowest rank's: the median of
+the repeats, with the fastest and the slowest; "CPU ms" is the processor time of the busiest rank, which depends less on
+other programs on the machine. Both forms share weights and must give the same numbers.
 """
 
 from __future__ import annotations

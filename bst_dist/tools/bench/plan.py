@@ -1,4 +1,4 @@
-"""Hold the plan against real training steps: bytes of memory and bytes sent, on ranks of this machine.
+"""Compare the plan with real training steps: bytes of memory and bytes sent, on ranks of this machine.
 
     bst bench plan
     bst bench plan --only sp2

@@ -1,4 +1,4 @@
-"""Kill a rank of a training run again and again, and time each phase until the run takes a step that is new.
+"""Kill a rank of a training run repeatedly, and time each phase until the run takes a new step.
 
     bst bench recovery
     bst bench recovery --kills 10 --ranks 2 --json recovery.json
@@ -6,9 +6,9 @@
 A small model trains under `bst launch --launcher local`, with restarts; each time it has made some steps beyond its
 last checkpoint, one of its ranks is killed. What the launching process prints, and when, gives the phases:
 
-    detect      from the kill to the line that names the rank: its agent has seen it end, the others were let speak
-    restart     to the line that says on which ranks the run goes on: old agents and ranks gone, hosts looked at anew
-    start       to the line that says where the run goes on from: Python, imports, ranks together, checkpoint loaded
+    detect      from the kill to the line that names the rank: its agent saw it end, the others reported their errors
+    restart     to the line that lists the ranks of the restart: old agents and ranks ended, hosts checked again
+    start       to the line that says which step it resumes from: Python, imports, ranks connected, checkpoint loaded
     first step  to the first step after that
     catch up    to the first step that had not been taken before
 

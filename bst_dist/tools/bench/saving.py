@@ -1,13 +1,13 @@
-"""Time what a checkpoint costs training, beside plain DeepSpeed's `save_checkpoint`: one table, measured in one run.
+"""Time what a checkpoint costs training, compared with DeepSpeed's `save_checkpoint`, in one run.
 
     bst bench saving
     bst bench saving --ranks 2 --zero 3 --width 512 --depth 8
 
-A model trains on random tokens. In each round every way of saving has its turn, after and before the same number of
-steps without. "waits" is how long training stands still; "costs" is how much longer the steps take that it saves in,
-until the checkpoint is complete: there the background's share of the processors and of the disk shows too; "ratio" is
-to DeepSpeed's, paired by round. DeepSpeed's files are neither synced to the disk nor digested when its call returns;
-ours are both when a checkpoint is committed.
+A model trains on random tokens. In each round every way of saving is used once, between equal numbers of steps without
+saving. "waits" is how long training stands still; "costs" is how much longer the steps take until the checkpoint is
+complete, which includes the background's use of processors and disk; "ratio" is to DeepSpeed's, paired by round.
+DeepSpeed's files are neither synced to the disk nor digested when its call returns; ours are both when a checkpoint is
+committed.
 """
 
 from __future__ import annotations

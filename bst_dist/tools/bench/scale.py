@@ -3,11 +3,11 @@
     bst bench scale
     bst bench scale --ranks 512 --parameters 100 --json scale.json
 
-Saving, loading, reports, the judgement of the preflight and the ranks' output go through the run's own code; in place
-of a model there are made-up parameters of a few values a rank, laid over the ranks as ZeRO lays them, and in place of
-a network ranks that take turns in one process (`lockstep`). So what is opened, read and received is exact, for so many
-parameters and ranks; of a real model only the values themselves are more. CPU-seconds are of this machine and of
-whatever else ran on it. The run directory is written to --directory: three small files a rank.
+Saving, loading, reports, the preflight's checks and the ranks' output go through the run's own code. In place of a
+model there are made-up parameters of a few values per rank, distributed as ZeRO does, and in place of a network ranks
+that take turns in one process (`lockstep`). So the files opened and the bytes read and received are exact for that
+number of parameters and ranks; a real model has more values and nothing else. CPU-seconds depend on this machine and
+its load. The run directory is written to --directory: three small files a rank.
 """
 
 from __future__ import annotations

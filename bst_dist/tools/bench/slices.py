@@ -3,11 +3,10 @@
     bst bench slices
     bst bench slices --lengths 1048576 --slice-tokens 4096 --edges disk
 
-Each case is a process of its own, with made-up tokens and without an optimizer: what is measured is one gradient of
-one sequence. Memory is the most that the process has held resident, torch and its libraries included; on a GPU, the
-most that torch has allocated there. Page faults are pages of the host's memory that were touched for the first time:
-memory that is given back and asked for again costs them anew. Progress, a line every few slices, goes to the standard
-error.
+Each case is a process of its own, with made-up tokens and without an optimizer: one gradient of one sequence. Memory is
+the process's peak resident size, torch and its libraries included; on a GPU, the most that torch has allocated there.
+Page faults count pages of host memory that are touched for the first time: memory that is freed and allocated again
+costs them again. Progress, a line every few slices, goes to standard error.
 """
 
 from __future__ import annotations
