@@ -66,12 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="paper", help="paper: D 512, W 512; latency: D 64, W 32")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384], metavar="L",
                         help="tokens of a sequence")  # fmt: skip
-    parser.add_argument("--long", action="store_true", help="also 65536 tokens")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="precisions")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"ours to measure, of: {', '.join(OURS)}")
     parser.add_argument("--no-peers", action="store_true", help="leave out (and do not install) other people's layers")
     parser.add_argument("--rounds", metavar="N", type=int, default=5, help="counted rounds")
-    parser.add_argument("--threads", metavar="N", type=int, default=torch.get_num_threads(), help="of torch")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -79,18 +77,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     unknown = set(args.only or ()) - set(OURS)
     if unknown:
         raise UserError(f"no layer named {', '.join(sorted(unknown))}; there are: {', '.join(OURS)}")
-    torch.set_num_threads(args.threads)
     if not args.no_peers:
         peers.install()
     device, shape, rows = timing.device(), SHAPES[args.shape], []
-    say(f"{_machine(device)}, {args.threads} threads, {args.rounds} rounds; layer D {shape.width}, "
+    say(f"{_machine(device)}, {torch.get_num_threads()} threads, {args.rounds} rounds; layer D {shape.width}, "
         f"{shape.heads} heads, W {shape.block}, FFN {4 * shape.width}, batch 1")  # fmt: skip
     for dtype in args.dtypes:
-        for length in [*args.lengths, *([65536] if args.long else [])]:
+        for length in args.lengths:
             measured = _measure(shape, length, dtype, device, args)
             _print(measured, length, dtype)
             rows += measured
-    return {"machine": _machine(device), "threads": args.threads, "rounds": args.rounds,
+    return {"machine": _machine(device), "threads": torch.get_num_threads(), "rounds": args.rounds,
             "shape": vars(shape), "layers": rows}  # fmt: skip
 
 
