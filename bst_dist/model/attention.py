@@ -3,7 +3,8 @@
 Queries and keys are L2-normalised, with a learned scale per head in place of 1/sqrt(dh) (Block-Recurrent
 Transformers, arXiv 2203.07852). A query sees the W positions up to and including its own (-W < k - q <= 0).
 
-Shapes: B rows, l tokens of the slice, p <= W positions before it, H heads, dh head width, W block.
+Shapes: B rows, l tokens of the slice, p <= W positions before it, H heads, G heads of keys and values in
+self-attention, dh head width, W block.
 """
 
 from __future__ import annotations
@@ -66,8 +67,9 @@ class SlidingAttention(nn.Module):
 
     def __init__(self, config: LayerConfig, window: int):
         super().__init__()
-        self.heads, self.window, self.config = config.heads, window, config.attention
-        self.qkv = Linear(config.width, 3 * config.inner)
+        self.heads, self.kv_heads = config.heads, config.kv_heads
+        self.window, self.config = window, config.attention
+        self.qkv = Linear(config.width, config.inner + 2 * config.kv_inner)
         self.scale = nn.Parameter(torch.full((self.heads,), math.sqrt(config.head)))
         self.bias = DistanceBias(self.heads, self.config) if self.config.position == "t5" else None
 
@@ -78,20 +80,31 @@ class SlidingAttention(nn.Module):
         return self.attend(q, k, v, documents).flatten(-2)
 
     def project(self, u: Tensor, past: Past) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, l, H, dh), and keys and values (B, p + l, H, dh) with what the past has of the window."""
-        q, kv = self.qkv(u).unflatten(-1, (3, self.heads, -1)).split((1, 2), dim=2)  # (B, l, 1 or 2, H, dh)
-        q = unit(q.squeeze(2), self.scale)
+        """Queries (B, l, H, dh), and keys and values (B, p + l, G, dh) with what the past has of the window."""
+        q, kv = self.split(u)
+        q = unit(q, self.scale)
         k, v = past.extend("kv", kv, before=self.window).unbind(2)
         k = unit(k)
         if self.config.position == "rope":  # only differences matter, so any common origin will do
             k, q = rotate(k, self.config.rope_base, 0), rotate(q, self.config.rope_base, k.shape[1] - q.shape[1])
         return q, k, v
 
+    def split(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (B, l, H, dh), keys and values of these tokens (B, l, 2, G, dh)."""
+        projected = self.qkv(u).unflatten(-1, (self.heads + 2 * self.kv_heads, -1))
+        q, kv = projected.split((self.heads, 2 * self.kv_heads), dim=2)
+        return q, kv.unflatten(2, (2, self.kv_heads))
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
-        """(B, l, H, dh), (B, p + l, H, dh) twice -> (B, l, H, dh)."""
+        """(B, l, H, dh), (B, p + l, G, dh) twice -> (B, l, H, dh)."""
         bias = self.bias(self.window + 1) if self.bias is not None else None
         varying = min(self.config.max_distance, self.window + 1)
         return sliding_attention(q, k, v, self.window, bias, self.config.include_self, documents, varying)
+
+
+def for_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, n, G, dh) -> (B, n, H, dh): keys or values, once for each head of queries that shares them."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
 class Documents(NamedTuple):
@@ -149,7 +162,7 @@ def sliding_attention(
     documents: Documents | None = None,
     varying: int | None = None,
 ) -> Tensor:
-    """Attention of each query to the `window` keys up to its own: (B, l, H, dh), (B, p + l, H, *) -> (B, l, H, dh).
+    """Attention of each query to the `window` keys up to its own: (B, l, H, dh), (B, p + l, G, *) -> (B, l, H, dh).
 
     Args:
         bias: (H, window + 1), added by distance q - k; None for none. FlexAttention takes fewer columns as well: larger
@@ -163,6 +176,7 @@ def sliding_attention(
     if path == "flex":
         begin = None if documents is None else documents.begin(q.shape[1])
         return flex_sliding_attention(q, k, v, window, bias, include_self, begin, varying)
+    k, v = for_heads(k, q.shape[2]), for_heads(v, q.shape[2])
     if documents is not None:
         q, k = separate_documents(q, k, documents)
     tile = fused_tile(window)

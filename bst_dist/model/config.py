@@ -25,6 +25,9 @@ class AttentionConfig(Config):
     """T5: distance from which all tokens share the last bucket."""
     rope_base: float = Field(10_000.0, gt=1, le=1e12, allow_inf_nan=False)
     """RoPE: base of the wavelengths."""
+    kv_heads: int | None = Field(None, ge=1, le=2**16)
+    """Heads of keys and values, each shared by as many heads of queries (GQA, arXiv 2305.13245); must divide the heads;
+    None: as many as heads. The past and what ranks of a sequence send shrink with it; cross-attention has all heads."""
     include_self: bool = True
     """Whether a token attends to itself. meliad's mask leaves it out: the W strictly previous tokens."""
 
@@ -310,6 +313,8 @@ class LayerConfig(Config):
     def _layer_fits(self) -> LayerConfig:
         if self.head_width is None and self.width % self.heads:
             raise ValueError(f"heads ({self.heads}) must divide width ({self.width}), or head_width must be given")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"attention.kv_heads ({self.kv_heads}) must divide heads ({self.heads})")
         if self.attention.position == "rope" and self.head % 2:
             raise ValueError(f"rope needs an even head width, got {self.head}")
         for section in ("ssm", "mamba2", "gated_deltanet"):
@@ -327,6 +332,16 @@ class LayerConfig(Config):
     def inner(self) -> int:
         """Width of all heads together, H dh."""
         return self.heads * self.head
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values in self-attention."""
+        return self.attention.kv_heads or self.heads
+
+    @property
+    def kv_inner(self) -> int:
+        """Width of their keys together."""
+        return self.kv_heads * self.head
 
     @property
     def ffn_matrices(self) -> int:

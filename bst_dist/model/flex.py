@@ -9,7 +9,8 @@ its one shape, and everything without gradients shares graphs whose batch, queri
 no whole tiles (a token at a time, the rest of a prompt) compile nothing. More than GRAPHS graphs are an error: torch
 would go on with an uncompiled form that holds all scores.
 
-Shapes: B rows, l queries, p positions before them, H heads, dh head width, W window, t queries or keys of a tile.
+Shapes: B rows, l queries, p positions before them, H heads of queries, G of keys and values (H where not said), dh head
+width, W window, t queries or keys of a tile.
 """
 
 from __future__ import annotations
@@ -82,8 +83,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, begin: Tensor 
     mask = block_mask(band, begin, visited_tiles(band, q.device, begin) if tiles is None else tiles)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out, aux = flex_attention(
-        q, k, v, None if bias is None else add_bias, mask, scale=1.0, return_aux=AuxRequest(lse=True)
-    )
+        q, k, v, None if bias is None else add_bias, mask, scale=1.0, enable_gqa=k.shape[1] < q.shape[1],
+        return_aux=AuxRequest(lse=True),
+    )  # fmt: skip
     if bias is not None and bias.requires_grad:
         lse = aux.lse.detach()
         out = _BiasGradient.apply(out, bias, q.detach(), k.detach(), v.detach(), lse, begin, settings)
@@ -267,8 +269,9 @@ def bias_gradient(
     of a query, so the far ones together have minus what the near ones have. Products are in the dtype of the inputs,
     sums in single precision at least; diagonals are summed by a reshape, with no atomics.
 
-    Shapes: q, out (B, H, l, dh), k, v (B, H, p + l, dh), lse (B, H, l).
+    Shapes: q, out (B, H, l, dh), k, v (B, G, p + l, dh), lse (B, H, l).
     """
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     wide = torch.promote_types(lse.dtype, torch.float32)
     near, length, before = settings.varying, q.shape[2], k.shape[2] - q.shape[2]
     more = -length % TILE
@@ -325,7 +328,7 @@ def _add_overlapping(sums: Tensor, following: Tensor) -> Tensor:
 def short_attention(
     q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, include_self: bool, begin: Tensor | None
 ) -> Tensor:
-    """The same for few queries, with their scores: (B, l, H, dh), (B, p + l, H, dh) twice -> (B, l, H, dh)."""
+    """The same for few queries, with their scores: (B, l, H, dh), (B, p + l, G, dh) twice -> (B, l, H, dh)."""
     band = Band(q.shape[1], k.shape[1], window, include_self)
     query = torch.arange(band.length, device=q.device).unsqueeze(1)
     key = torch.arange(band.keys, device=q.device)
@@ -333,6 +336,7 @@ def short_attention(
     if begin is not None:
         seen = seen & (key >= begin.view(len(begin), 1, -1, 1))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
     if bias is not None:
         scores = scores + bias[:, (query + band.before - key).clamp(0, bias.shape[1] - 1)]

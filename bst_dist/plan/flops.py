@@ -39,7 +39,12 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 
 def _sliding(config: ModelConfig, length: int) -> dict[str, float]:
     inner = config.inner
-    return {"projections": 8 * config.width * inner, "attention": 4 * inner * _mean_keys(config.block, length)}
+    return {"projections": _projections(config), "attention": 4 * inner * _mean_keys(config.block, length)}
+
+
+def _projections(config: ModelConfig) -> float:
+    """Of self-attention: queries, keys and values, output."""
+    return 4 * config.width * (config.inner + config.kv_inner)
 
 
 def _bst(config: ModelConfig, length: int) -> dict[str, float]:
@@ -69,13 +74,13 @@ def _transformer_xl(config: ModelConfig, length: int) -> dict[str, float]:
     whole, last = divmod(rest, window)
     scored = _scored(sliding_tiles(first, 0, window)) + whole * _scored(sliding_tiles(window, window, window))
     scored += _scored(sliding_tiles(last, window, window))
-    return {"projections": 8 * config.width * inner, "attention": 4 * inner * scored / length}
+    return {"projections": _projections(config), "attention": 4 * inner * scored / length}
 
 
 def _full(config: ModelConfig, length: int) -> dict[str, float]:
     inner = config.inner
     scored = _scored(causal_tiles(length, 0))
-    return {"projections": 8 * config.width * inner, "attention": 4 * inner * scored / length}
+    return {"projections": _projections(config), "attention": 4 * inner * scored / length}
 
 
 def _block_recurrent(config: ModelConfig, length: int) -> dict[str, float]:

@@ -53,10 +53,19 @@ def _model(model: ModelConfig) -> dict[str, Any]:
         "depth": depth,
         "placement": _placement(model, depth),
         "vocab_size": VOCABULARY,
+        "attention": _attention(model, heads),
         "context": context,
         "ssm": _kernel(model.ssm, model.block),
         **_baselines(model),
     }
+
+
+def _attention(model: ModelConfig, heads: int) -> dict[str, Any]:
+    """With heads of keys and values shared by about as many heads as in the model."""
+    shared = math.gcd(heads, model.heads // model.kv_heads)
+    return model.attention.model_dump(mode="json") | (
+        {} if model.attention.kv_heads is None else {"kv_heads": heads // shared}
+    )
 
 
 def _baselines(model: ModelConfig) -> dict[str, Any]:

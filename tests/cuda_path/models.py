@@ -15,6 +15,7 @@ MODELS = {
     "without self": {"mixer": "sliding", "attention": {"include_self": False}},
     "SH": {"mixer": "bst", "context": {"variant": "SH"}},
     "SH RoPE": {"mixer": "bst", "context": {"variant": "SH"}, "attention": {"position": "rope"}},
+    "SH shared keys": {"mixer": "bst", "context": {"variant": "SH"}, "attention": {"kv_heads": 1}},
     "SH previous": {"mixer": "bst", "context": {"variant": "SH", "attend": "previous"}},
     "MH": {"mixer": "bst", "context": {"variant": "MH"}},
     "MF": {"mixer": "bst", "context": {"variant": "MF", "states": 3}},
@@ -28,6 +29,8 @@ MODELS = {
     "GSS": {"mixer": "gss"},
     "pure SSM": {"mixer": "ssm"},
     "full T5": {"mixer": "full", "full": {"longest": 1024}},
+    "full RoPE shared keys": {"mixer": "full", "full": {"longest": 1024},
+                              "attention": {"position": "rope", "kv_heads": 1}},
     "full RoPE": {"mixer": "full", "full": {"longest": 1024}, "attention": {"position": "rope"}},
 }  # fmt: skip
 

@@ -95,7 +95,9 @@ def test_an_export_stands_alone_and_can_be_saved_again(exported, tmp_path, only_
 @pytest.mark.ranks  # seconds each: a process that imports torch and transformers
 @pytest.mark.parametrize("mixer", sorted(MIXERS))
 def test_every_mixer_stands_alone(exported, tmp_path, only_transformers, mixer):
-    _, folder = exported(mixer=mixer, width=64, head_width=24, activation="swiglu", tied=False)
+    _, folder = exported(
+        mixer=mixer, width=64, head_width=24, activation="swiglu", tied=False, attention={"kv_heads": 1}
+    )
     same_as_ours(folder, tmp_path, only_transformers)
 
 

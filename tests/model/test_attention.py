@@ -127,3 +127,31 @@ def test_rotation_depends_on_differences_only():
     torch.testing.assert_close(at[0], at[1])
     torch.testing.assert_close(at[0], at[2])
     assert not torch.allclose(at[0], (rotate(q, 1e4, 6) * rotate(k, 1e4, 2)).sum())
+
+
+@pytest.mark.parametrize("position", ["t5", "rope"])
+@pytest.mark.parametrize("length", [40, 64], ids=["plain tiles", "whole tiles"])
+def test_shared_heads_equal_heads_with_the_same_keys_and_values(position, length):
+    """Values and gradients of four heads of queries on two of keys, against four whose keys are written out."""
+    sizes = {"width": 8, "heads": 4, "head_width": 6, "ffn": 8, "block": 32}
+    torch.manual_seed(0)
+    shared = SlidingAttention(LayerConfig(**sizes, attention={"position": position, "kv_heads": 2}), 32).double()
+    whole = SlidingAttention(LayerConfig(**sizes, attention={"position": position}), 32).double()
+    pair = torch.tensor([0, 0, 1, 1])  # heads of queries 0 and 1 on the first, 2 and 3 on the second
+    with torch.no_grad():
+        for module in (shared, whole):
+            module.scale.copy_(torch.linspace(1, 2, 4))
+            if position == "t5":
+                module.bias.weight.copy_(torch.linspace(-1, 1, 128).view(4, 32))
+        q, k, v = shared.qkv.weight.unflatten(0, (8, 6)).split((4, 2, 2))
+        whole.qkv.weight.copy_(torch.cat((q, k[pair], v[pair])).flatten(0, 1))
+    u = torch.randn(2, length, 8, dtype=torch.double)
+    out, expected = shared(u, Past()), whole(u, Past())
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    gradient = torch.randn_like(out)
+    out.backward(gradient)
+    expected.backward(gradient)
+    d_q, d_k, d_v = whole.qkv.weight.grad.unflatten(0, (12, 6)).split((4, 4, 4))
+    sums = [x.unflatten(0, (2, 2)).sum(1) for x in (d_k, d_v)]
+    torch.testing.assert_close(shared.qkv.weight.grad, torch.cat((d_q, *sums)).flatten(0, 1), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(shared.scale.grad, whole.scale.grad, rtol=1e-11, atol=1e-11)

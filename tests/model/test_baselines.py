@@ -67,6 +67,11 @@ RESETTABLE = {
 RESETTABLE |= {f"{name}, wide heads": {**RESETTABLE[name], "head_width": 12}
                for name in ("SH s4d", "MH s4d", "MF s4d", "previous", "sliding", "transformer-xl rope",
                             "block-recurrent", "gated-deltanet", "full")}  # fmt: skip
+# One head of keys and values for both heads of queries.
+RESETTABLE |= {
+    f"{name}, shared keys": {**RESETTABLE[name], "attention": {**RESETTABLE[name].get("attention", {}), "kv_heads": 1}}
+    for name in ("SH s4d", "sliding", "transformer-xl rope", "block-recurrent", "full", "full rope")
+}
 FILTERS = {
     **bst(CONTEXTS, UNSTRUCTURED),
     "ssm explicit": {"mixer": "ssm", **UNSTRUCTURED["explicit"]},

@@ -57,6 +57,7 @@ def test_zero_negative_huge_and_no_numbers_are_refused_in_one_line(name, around)
     ("change", "said"),
     [
         ({"ssm": {"state": 5}}, "ssm.state"),
+        ({"heads": 4, "attention": {"kv_heads": 3}}, "must divide heads .4."),
         ({"context": {"ssm_width": 0}}, "context.ssm_width"),
         ({"attention": {"buckets": 32, "max_distance": 16}}, "max_distance"),
         ({"placement": [1, 1]}, "twice"),

@@ -23,11 +23,12 @@ RELATIVE_ERROR = 1e-10
 
 
 def model(mixer: str = "bst", variant: str = "SH", position: str = "t5", attend: str = "current",
-          ssm: dict | None = None, head_width: int | None = None) -> LanguageModel:  # fmt: skip
+          ssm: dict | None = None, head_width: int | None = None,
+          kv_heads: int | None = None) -> LanguageModel:  # fmt: skip
     """Two layers with a sliding one between them, in double precision, the same on every rank."""
     config = ModelConfig(
         width=16, heads=2, ffn=24, block=BLOCK, depth=3, mixer=mixer, placement=[0, 2], vocab_size=VOCABULARY,
-        attention={"position": position}, head_width=head_width,
+        attention={"position": position, "kv_heads": kv_heads}, head_width=head_width,
         context={"variant": variant, "attend": attend, "states": 3},
         ssm=ssm or {"state": 4, "chunk": 4, "dt_min": 0.01},
     )  # fmt: skip
@@ -119,7 +120,7 @@ MODELS = [
     {"variant": "MH", "position": "rope", "head_width": 10},
     {"variant": "MF"},
     {"variant": "SH", "attend": "previous", "position": "rope"},
-    {"mixer": "sliding"},
+    {"mixer": "sliding", "kv_heads": 1},
     {"mixer": "gss"},
     {"mixer": "ssm"},
 ]

@@ -41,6 +41,10 @@ CASES |= {f"{name}, wide heads": {**CASES[name], "head_width": 12}
                        "gated-deltanet", "full")}  # fmt: skip
 
 
+CASES |= {f"{name}, shared keys": {**CASES[name], "attention": {"kv_heads": 2}}
+          for name in ("SH s4d", "sliding", "transformer-xl", "block-recurrent", "full")}  # fmt: skip
+
+
 def counted(model, rows):
     ids = torch.zeros(rows, LENGTH, dtype=torch.long)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -8,7 +8,7 @@ from torch import nn
 
 from bst_dist.cli import main
 from bst_dist.config import load_recipe
-from bst_dist.model.config import ModelConfig
+from bst_dist.model.config import AttentionConfig, ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.plan.flops import forward_flops
 from bst_dist.plan.models import catalogue, entry
@@ -65,6 +65,15 @@ def test_a_head_of_its_own_is_counted_with_the_embedding():
         p.numel() for p in LanguageModel(CONFIG.model_copy(update={"tied": False})).parameters()
     )
     assert own.total_forward_flops_per_token == tied.total_forward_flops_per_token
+
+
+def test_shared_keys_and_values_are_fewer_parameters_and_a_smaller_past():
+    d, layers, window = 32, 4, 32
+    plain, shared = (
+        entry("", CONFIG.model_copy(update={"attention": AttentionConfig(kv_heads=heads)}), LENGTH) for heads in (4, 1)
+    )
+    assert plain.total_parameters - shared.total_parameters == layers * 2 * d * (d - 8)  # one head of 8 instead of four
+    assert plain.state_bytes - shared.state_bytes == layers * window * 2 * (d - 8) * 4
 
 
 def test_half_precision_halves_keys_and_values_but_not_the_recurrent_state():

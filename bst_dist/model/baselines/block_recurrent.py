@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_dist.model.attention import SlidingAttention, documents_of, rotate, unit
+from bst_dist.model.attention import SlidingAttention, documents_of, for_heads, rotate, unit
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.roles import Linear
 from bst_dist.parallel.past import Past
@@ -39,8 +39,8 @@ class TokenAttention(SlidingAttention):
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Heads concatenated (B, l, H dh); normalised keys and values (B, p + l, H, dh) from the block before on."""
-        q, kv = self.qkv(u).unflatten(-1, (3, self.heads, -1)).split((1, 2), dim=2)
-        q = unit(q.squeeze(2), self.scale)
+        q, kv = self.split(u)
+        q = unit(q, self.scale)
         k, v = past.extend_to_blocks("kv", kv, self.window, whole=1).unbind(2)
         k = unit(k)
         near, values = k[:, -self.window - u.shape[1] :], v[:, -self.window - u.shape[1] :]
@@ -49,7 +49,7 @@ class TokenAttention(SlidingAttention):
             near, q = rotate(near, base, 0), rotate(q, base, near.shape[1] - q.shape[1])
         documents = None if starts is None else documents_of(starts, q.shape[1], near.shape[1], self.window)
         out = self.attend(q, near, values, documents)
-        return out.flatten(-2), k, v
+        return out.flatten(-2), for_heads(k, self.heads), for_heads(v, self.heads)
 
 
 class StateCell(nn.Module):

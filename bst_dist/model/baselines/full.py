@@ -16,6 +16,7 @@ from bst_dist.model import attention
 from bst_dist.model.attention import (
     SlidingAttention,
     documents_further_back,
+    for_heads,
     separate_documents,
     sliding_attention,
 )
@@ -46,6 +47,8 @@ class FullAttention(SlidingAttention):
             )
         q, k, v = self.project(u, past)
         on_flex = attention.attention_path(q.device) == "flex"
+        if not on_flex:
+            k, v = for_heads(k, self.heads), for_heads(v, self.heads)
         if self.bias is None and starts is None and self.config.include_self and not on_flex:
             return _fused(q, k, v).flatten(-2)
         documents = None

@@ -91,6 +91,8 @@ def _models(base: dict[str, Any], shape: ShapeConfig, size: float, depth: int, l
     """All models near a size: for each width the ffns about it; N is linear in the ffn."""
     found, ratio = [], ffn_ratio(base, shape)
     for heads in range(1, WIDEST // shape.head_width):
+        if heads % ((base.get("attention") or {}).get("kv_heads") or 1):
+            continue
         width = heads * shape.head_width
         least, most = (train_flops_per_token(_model(base, shape, width, ffn, depth), length) / 6 for ffn in (8, 16))
         per_step = most - least
