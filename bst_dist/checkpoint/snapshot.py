@@ -67,6 +67,8 @@ class Identity:
     rows: Rows
     settings: dict[str, Any] = field(default_factory=dict)
     """What the recipe sets, and every checkpoint of the run has in common, by dotted names."""
+    may_change: Callable[[str], bool] = lambda _: False
+    """Settings that older checkpoints have among these, and that may be others from one to the next."""
 
 
 class State(saving.State, Protocol):
@@ -199,7 +201,7 @@ class Snapshots:
         as all are."""
         there, own = manifest.get("settings"), json.loads(json.dumps(self.identity.settings))
         for name in sorted({**(there or own), **own}):
-            if there is not None and there.get(name) != own.get(name):
+            if there is not None and there.get(name) != own.get(name) and not self.identity.may_change(name):
                 raise CheckpointError(
                     f"{checkpoint}: belongs to another run: {name} is {there.get(name, 'not set')!r}, here "
                     f"{own.get(name, 'not set')!r}"

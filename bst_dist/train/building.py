@@ -19,7 +19,7 @@ from bst_dist.parallel.ranks import Ranks
 from bst_dist.plan.flops import train_flops_per_token
 from bst_dist.plan.hardware import peak_flops
 from bst_dist.report.utilisation import Speed, edge_flops_per_token, recomputed_flops_per_token
-from bst_dist.train.continuing import fixed
+from bst_dist.train.continuing import fixed, may_change
 from bst_dist.train.engine import Engine
 from bst_dist.train.initial import load_initial
 from bst_dist.train.start import Start
@@ -70,6 +70,7 @@ def identity_of(start: Start, engine: Engine, ranks: Ranks) -> Identity:
     return Identity(
         recipe=digest(recipe),
         settings=fixed(identity(recipe, defaults=False)),
+        may_change=may_change,
         groups=engine.groups.describe(),
         seed=recipe.seed,
         layout=Layout(ranks.world, recipe.parallel.sp, engine.stage),

@@ -1,13 +1,14 @@
 """Which settings may change when a run is resumed, which may not, and what to do instead.
 
 Settings that do not change the numbers are free (`config.NUMBERS` lists those that do). The learning rate may change
-from the resumed step on; the number of steps and the schedule may if all steps so far would have had the same rate. A
-change is written to the ledger and the header. Anything else would be another run.
+from the resumed step on, and so may the batch, unless rows are streamed; the number of steps and the schedule may if
+all steps so far would have had the same rate. A change is written to the ledger and the header. Anything else would be
+another run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from bst_base.errors import UserError
 from bst_dist.checkpoint.directory import committed, step_of
 from bst_dist.config import Recipe, differing
 from bst_dist.train.schedule import factor
+from data_pipeline.serve.sizes import STREAMED
 
 RATES = ("optimizer.learning_rate:", "optimizer.ssm_learning_rate:")
 SCHEDULE = ("train.steps:", "schedule.")
+BATCH = ("train.sequences:",)
 
 
 class OtherRunError(UserError):
@@ -30,8 +33,13 @@ def changes(run_dir: Path, before: Recipe, now: Recipe) -> list[str]:
     Raises OtherRunError for those that may not, with what to do instead.
     """
     found = differing(before, now)
-    if fixed := [line for line in found if not line.startswith((*RATES, *SCHEDULE))]:
+    if fixed := [line for line in found if not line.startswith((*RATES, *SCHEDULE, *BATCH))]:
         raise OtherRunError(_listed(f"{run_dir}: holds a run with other settings (there, given):", fixed))
+    if now.data.mode == "streaming" and (batch := [line for line in found if line.startswith(BATCH)]):
+        raise OtherRunError(
+            f"{run_dir}: {batch[0]} (there, given): {STREAMED}. Start a new run from the weights in another --run-dir: "
+            f"initial_weights.run={run_dir} initial_weights.step=N"
+        )
     there = committed(run_dir)
     first = _first_otherwise(before, now, step_of(there[0]) if there else 0)
     if first is not None:
@@ -41,7 +49,23 @@ def changes(run_dir: Path, before: Recipe, now: Recipe) -> list[str]:
 
 def fixed(identity: Mapping[str, Any]) -> dict[str, Any]:
     """The part of an identity that is the same in all checkpoints of a run."""
-    return {name: value for name, value in identity.items() if not f"{name}:".startswith((*RATES, *SCHEDULE))}
+    return {name: value for name, value in identity.items() if not may_change(name)}
+
+
+def may_change(name: str) -> bool:
+    """Whether a setting may change in the course of a run."""
+    return f"{name}:".startswith((*RATES, *SCHEDULE, *BATCH))
+
+
+def with_batch(changed: Sequence[str], data: Mapping[str, Any], sequences: int) -> list[str]:
+    """What changes where a checkpoint with the loader's state `data` goes on with so many sequences a step.
+
+    A batch that changed at a later checkpoint, which is damaged or was rolled back, changes at this one.
+    """
+    before = data.get("rows", sequences)
+    if before == sequences or any(line.startswith(BATCH) for line in changed):
+        return list(changed)
+    return [*changed, f"train.sequences: {before}, {sequences}"]
 
 
 def _first_otherwise(before: Recipe, now: Recipe, done: int) -> int | None:

@@ -13,6 +13,7 @@ from bst_dist.parallel.ranks import Ranks
 from bst_dist.train import rundir
 from bst_dist.train.branch import origin
 from bst_dist.train.building import mesh_of
+from bst_dist.train.continuing import with_batch
 from bst_dist.train.reporting import reported
 from bst_dist.train.start import Request, Start
 from bst_dist.train.step import Trainer
@@ -68,9 +69,15 @@ def guard_of(start: Start, ranks: Ranks, position: Position) -> Guard:
         seen = ledger.read(start.run_dir, position.step, position.skipped), losses[-start.recipe.guard.spike_window :]
     entries, losses = ranks.from_first(seen)
     book = ledger.Ledger(entries, start.run_dir / ledger.FILE if ranks.first else None)
-    if start.changed and not any(entry.cause == "; ".join(start.changed) for entry in entries):
-        book.add(ledger.Entry(position.step, position.skipped, "; ".join(start.changed), ledger.CHANGE))
+    cause = "; ".join(changed_at(start, position))
+    if cause and cause != next((entry.cause for entry in reversed(entries) if entry.action == ledger.CHANGE), None):
+        book.add(ledger.Entry(position.step, position.skipped, cause, ledger.CHANGE))
     return Guard(start.recipe.guard, book, losses)
+
+
+def changed_at(start: Start, position: Position) -> list[str]:
+    """What the run has otherwise from this position on, as ``field: before, now``."""
+    return with_batch(start.changed, position.data, start.recipe.train.sequences)
 
 
 def _newest(

@@ -30,7 +30,7 @@ from bst_dist.train.deterministic import make_deterministic
 from bst_dist.train.evaluation import Evaluate
 from bst_dist.train.objective import Batches
 from bst_dist.train.reporting import header, outcome_of, probes_of, reported, writers_of
-from bst_dist.train.resuming import begin_at, guard_of, roll_back
+from bst_dist.train.resuming import begin_at, changed_at, guard_of, roll_back
 from bst_dist.train.start import Request, Start, load, resolve
 
 
@@ -96,7 +96,8 @@ class Run:
             objective = self.start.objective
             about = {"ranks": self.ranks.world, "hosts": hosts, "from_step": position.step} | objective.about()
             rundir.prepare(self.start.run_dir, self.recipe, self.start.completed, about, objective.tokenizer())
-            print(header(self.start, self.engine, self.ranks, self.uncompiled_since or "yes"), flush=True)
+            start = replace(self.start, changed=changed_at(self.start, position))
+            print(header(start, self.engine, self.ranks, self.uncompiled_since or "yes"), flush=True)
 
     def _train_from(self, position: Position) -> Position | None:
         """Take steps from `position` to the end; returns where to continue when the run was rolled back, else None."""

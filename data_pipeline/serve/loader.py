@@ -23,6 +23,7 @@ from data_pipeline.serve.prefetch import Prefetcher
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.serve.rows import RowReader, Rows
 from data_pipeline.serve.share import Share
+from data_pipeline.serve.sizes import BatchSizes
 from data_pipeline.serve.slices import MicroBatch
 from data_pipeline.serve.spread import MASKED
 from data_pipeline.serve.stream import extents, inputs
@@ -74,7 +75,7 @@ class Loader:
         self.sequences = self._sequences_of_a_pass()
         """Sequences in one pass over each corpus; the last one may be padded."""
         self._prefetcher: Prefetcher | None = None
-        self._use_order(ORDER_VERSION)
+        self._use_order(ORDER_VERSION, BatchSizes.of(share.rows))
 
     def __iter__(self) -> Iterator[tuple[int, list[MicroBatch]]]:
         """(step, this rank's micro-batches in order), from `start_step` on and without end."""
@@ -92,30 +93,20 @@ class Loader:
         return [part.tokens for stored in self._read_all(step) for part in stored]
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint keeps after `step` steps were trained on: under 300 bytes of JSON."""
-        corpora, weights = self._mixed_until(step)
-        return {
-            "order": self._order,
-            "corpus": hashlib.sha256(corpora.encode()).hexdigest(),
-            "split": self._corpora[0].split,
-            "weights": hashlib.sha256(weights.encode()).hexdigest()[:16],
-            "mode": self.config.mode,
-            "block": self._block or 0,
-            "length": self._share.length,
-            "rows": self._share.rows,
-            "seed": self._seed,
-            "step": step,
-        }
+        """What a checkpoint keeps after `step` steps were trained on: under 300 bytes of JSON, and 12 for each change
+        of the number of rows."""
+        return self._order_at(step) | self._sizes.state()
 
     def check(self, state: dict[str, Any]) -> None:
         """Go on as the run that `state` is of: in the version of the order that it began with.
 
         Raises UserError, naming what differs, when its corpora or settings are not this loader's. Weights from its step
-        on may differ, and so may corpora that had no weight before it.
+        on may differ, and so may corpora that had no weight before it, and in shuffled mode the number of rows.
         """
-        if state.get("order") in ORDER_VERSIONS and state["order"] != self._order:
-            self._use_order(state["order"])
-        check_state(self.state(state.get("step", 0)), state)
+        version = state["order"] if state.get("order") in ORDER_VERSIONS else self._order
+        sizes, step = BatchSizes.kept(state), state.get("step", 0)
+        self._use_order(version, sizes.then(step, self._share.rows))
+        check_state(self._order_at(step) | sizes.state(), state)
 
     def consumed(self, step: int) -> np.ndarray:
         """(corpora,) int64: sequences of each corpus that all ranks together have read before a step."""
@@ -152,10 +143,10 @@ class Loader:
             sequences.append(-(-inputs(total, self._block) // self._share.length))
         return sequences
 
-    def _use_order(self, version: int) -> None:
+    def _use_order(self, version: int, sizes: BatchSizes) -> None:
         self.close()
-        self._order, share = version, self._share
-        self._plan = make_plan(version, self.config, self.sequences, share.rows, self._seed)
+        self._order, self._sizes, share = version, sizes, self._share
+        self._plan = make_plan(version, self.config, self.sequences, sizes, self._seed)
         self._reader = RowReader(
             self._corpora,
             self._plan,
@@ -167,7 +158,23 @@ class Loader:
             first=share.own.start,
             count=len(share.own),
             on_bad_shard=self.config.on_bad_shard,
+            since=sizes.since,
         )
+
+    def _order_at(self, step: int) -> dict[str, Any]:
+        """What the order has been up to a step, but for the number of rows."""
+        corpora, weights = self._mixed_until(step)
+        return {
+            "order": self._order,
+            "corpus": hashlib.sha256(corpora.encode()).hexdigest(),
+            "split": self._corpora[0].split,
+            "weights": hashlib.sha256(weights.encode()).hexdigest()[:16],
+            "mode": self.config.mode,
+            "block": self._block or 0,
+            "length": self._share.length,
+            "seed": self._seed,
+            "step": step,
+        }
 
     def _mixed_until(self, step: int) -> tuple[str, str]:
         """What says which corpora were read, and with which weights, before a step."""

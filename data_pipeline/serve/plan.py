@@ -3,8 +3,9 @@
 A *sequence* is a number in ``range(N)`` of one pass (*epoch*) over one corpus; `stream.TokenStream` says which tokens
 it holds. Rows are global, 0 to G-1: how many ranks share them is of no concern here, which is what makes a run elastic.
 
-*Shuffled*: the rows of all steps form one line of positions, ``step * G + row``. The mixture deals positions to
-corpora; the i-th one of a corpus reads sequence ``i mod N``, permuted, of pass ``i div N``. A step may straddle passes.
+*Shuffled*: the rows of all steps form one line of positions, ``step * G + row`` (`sizes`, where G has changed). The
+mixture deals positions to corpora; the i-th one of a corpus reads sequence ``i mod N``, permuted, of pass ``i div N``.
+A step may straddle passes.
 
 *Streaming*: a row goes through neighbouring sequences step after step, so what a model carried over from the last
 sequence is the true past of the next. It does so for a *stretch* of steps; then the rows are dealt to the corpora anew,
@@ -25,6 +26,7 @@ import numpy as np
 from bst_base.errors import UserError
 from data_pipeline.serve.mixture import Dealer, Mixture, whole_weights
 from data_pipeline.serve.order import Permutation
+from data_pipeline.serve.sizes import BatchSizes
 
 ORDER_VERSION = 2
 """The order that new runs get; a run keeps the one it began with (`first_order` holds version 1)."""
@@ -69,20 +71,20 @@ class Shuffled:
     Args:
         sequences: N of each corpus.
         mixture: deals positions to corpora.
-        rows: G, sequences in a step.
+        sizes: G, sequences in each step.
         seed: keys the permutations.
     """
 
-    def __init__(self, sequences: Sequence[int], mixture: Positions, rows: int, seed: int) -> None:
+    def __init__(self, sequences: Sequence[int], mixture: Positions, sizes: BatchSizes, seed: int) -> None:
         self._sequences = np.array(sequences)
-        self._rows = rows
+        self._sizes = sizes
         self._seed = seed
         self._mixture = mixture
         self._block = lru_cache(maxsize=64)(self._permuted)
 
     def assign(self, steps: range, rows: range) -> Assignments:
         """See `Plan`."""
-        positions = (np.array(steps)[:, None] * self._rows + np.array(rows)).reshape(-1)
+        positions = (self._sizes.firsts(steps)[:, None] + np.array(rows)).reshape(-1)
         corpus, index = self._mixture.locate(positions)
         epoch, place = np.divmod(index, self._sequences[corpus])
         block, inside = np.divmod(place, _BLOCK)
@@ -94,7 +96,7 @@ class Shuffled:
 
     def consumed(self, step: int) -> np.ndarray:
         """See `Plan`."""
-        return self._mixture.counts(step * self._rows)
+        return self._mixture.counts(self._sizes.first(step))
 
     def _permuted(self, corpus: int, epoch: int, block: int) -> np.ndarray:
         count = int(self._sequences[corpus])
@@ -186,6 +188,6 @@ def _stretch(sequences: Sequence[int], weights: Sequence[float], rows: int) -> i
     return min(longest)
 
 
-def shuffled(sequences: Sequence[int], segments: Segments, rows: int, seed: int) -> Shuffled:
+def shuffled(sequences: Sequence[int], segments: Segments, sizes: BatchSizes, seed: int) -> Shuffled:
     """The shuffled order of version 2."""
-    return Shuffled(sequences, Mixture([(step * rows, weights) for step, weights in segments], seed), rows, seed)
+    return Shuffled(sequences, Mixture([(sizes.first(step), weights) for step, weights in segments], seed), sizes, seed)

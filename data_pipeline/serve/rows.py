@@ -59,6 +59,7 @@ class RowReader:
         sequence_length: L, tokens of a row.
         begins, length: the parts of each row: where each begins in its row, and the tokens of one.
         first, count: the rank's rows.
+        since: the first step that will be asked for.
         on_bad_shard: as in `loader.DataConfig`.
     """
 
@@ -75,6 +76,7 @@ class RowReader:
         first: int,
         count: int,
         on_bad_shard: Literal["stop", "skip"],
+        since: int = 0,
     ) -> None:
         self.bad: list[str] = []
         """What was left out because it is damaged or missing, a message each."""
@@ -85,13 +87,16 @@ class RowReader:
         self._pad_id = corpora[0].manifest.tokenizer.pad_id
         # Over a network the reads of a micro-batch go out together: each waits much longer than it works.
         self._pool = ThreadPoolExecutor(_REQUESTS) if any(corpus.remote for corpus in corpora) else None
+        self._since = since
         self._window_steps = max(1, _WINDOW // max(1, count))
         self._window = lru_cache(maxsize=2 * len(begins))(self._locate)
         self._stream = lru_cache(maxsize=len(corpora) + 1)(self._make_stream)  # one more, where two passes meet
 
     def locate(self, step: int, start: int, stop: int, part: int = 0) -> Rows:
         """One part of the rank's rows ``start..stop``, counted from its first, in a step."""
-        window, inside = divmod(step, self._window_steps)
+        if step < self._since:
+            raise ValueError(f"step {step}: before step {self._since} steps had another number of rows")
+        window, inside = divmod(step - self._since, self._window_steps)
         return self._window(window, part).part(inside * self._count + start, inside * self._count + stop)
 
     def read(self, rows: Rows) -> tuple[np.ndarray, np.ndarray | None]:
@@ -133,7 +138,8 @@ class RowReader:
 
     def _locate(self, window: int, part: int) -> Rows:
         """One part of all of the rank's rows in a window of steps."""
-        steps = range(window * self._window_steps, (window + 1) * self._window_steps)
+        first = self._since + window * self._window_steps
+        steps = range(first, first + self._window_steps)
         corpora, epochs, sequences, continues = self._plan.assign(steps, range(self._first, self._first + self._count))
         starts = sequences * self._sequence_length + self._begins[part]
         parts = []

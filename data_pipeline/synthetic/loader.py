@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from bst_base.errors import UserError
 from data_pipeline.serve.loader import check_state
 from data_pipeline.serve.prefetch import Prefetcher
 from data_pipeline.serve.share import Share
+from data_pipeline.serve.sizes import STREAMED, BatchSizes
 from data_pipeline.serve.slices import Slices
 from data_pipeline.serve.spread import MASKED
 from data_pipeline.synthetic.config import SyntheticConfig
@@ -62,6 +64,7 @@ class SyntheticLoader:
     ) -> None:
         self.config, self._split, self._share = config, split, share
         self._seed, self._start_step = seed, start_step
+        self._sizes = BatchSizes.of(share.rows)
         self._steps = (row_tokens or share.length) // share.length
         """That a row is read over."""
         self._prefetcher: Prefetcher | None = None
@@ -78,14 +81,22 @@ class SyntheticLoader:
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps after `step` steps were trained on."""
+        return self._order_at(step) | self._sizes.state()
+
+    def _order_at(self, step: int) -> dict[str, Any]:
         task = hashlib.sha256(self.config.synthetic.model_dump_json().encode()).hexdigest()[:16]
         order = {"tasks": TASK_VERSION, "task": task, "split": self._split, "length": self._share.length,
-                 "rows": self._share.rows, "seed": self._seed, "step": step}  # fmt: skip
+                 "seed": self._seed, "step": step}  # fmt: skip
         return order | ({"row_steps": self._steps} if self._steps > 1 else {})
 
     def check(self, state: dict[str, Any]) -> None:
-        """Raise UserError, naming what differs, unless `state` is of the same order as this loader's."""
-        check_state(self.state(state.get("step", 0)), state)
+        """Raise UserError, naming what differs, unless `state` is of the same order as this loader's; the number of
+        rows may be another from its step on, unless rows are read over several steps."""
+        sizes, step = BatchSizes.kept(state), state.get("step", 0)
+        check_state(self._order_at(step) | sizes.state(), state)
+        self._sizes = sizes.then(step, self._share.rows)
+        if self._steps > 1 and self._sizes.since:
+            raise UserError(f"{self._share.rows} rows a step from step {step} on: {STREAMED}")
 
     def close(self) -> None:
         """Stop the prefetch thread; a second call does nothing."""
@@ -99,7 +110,7 @@ class SyntheticLoader:
         drawn = [
             Row(nothing, nothing)
             if row == MASKED
-            else draw(self.config.synthetic, self._split, self._seed, series * share.rows + row, length)
+            else draw(self.config.synthetic, self._split, self._seed, self._sizes.first(series) + row, length)
             for row in rows.tolist()
         ]
         tokens, distance = (np.stack(parts)[:, first : first + share.length + 1] for parts in zip(*drawn, strict=True))

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from bst_base.settings import overridden, parse
-from bst_dist.checkpoint.directory import directory, read_manifest
+from bst_dist.checkpoint.directory import MANIFEST, directory, read_manifest
 from bst_dist.config import Recipe, differing, digest, load_recipe
 from bst_dist.faults.status import DONE, USER_ERROR
 from bst_dist.report.metrics import FILE, read_lines
-from bst_dist.train.continuing import OtherRunError, changes
+from bst_dist.train.continuing import OtherRunError, changes, with_batch
+from bst_dist.train.run import train
+from bst_dist.train.start import Request
+from data_pipeline.serve.loader import Loader, open_corpora
+from data_pipeline.serve.share import Share
 
 RESUME = ("train", "run/recipe.yaml", "--resume", "--run-dir", "run", "--ranks", 1)
 
@@ -39,12 +44,29 @@ def test_the_rate_may_change_and_what_does_not_change_the_numbers_too(run_dir, s
     assert changes(run_dir, before, now) == ["optimizer.learning_rate: 0.001, 0.5"]
 
 
-@pytest.mark.parametrize("change", ["model.width=32", "seed=9", "train.sequences=8", "data.mode=streaming",
+@pytest.mark.parametrize("change", ["model.width=32", "seed=9", "train.sequence_length=64", "data.mode=streaming",
                                     "optimizer.beta2=0.9", "train.precision=bf16"])  # fmt: skip
 def test_another_run_is_refused(run_dir, settings, change):
     before, now = pair(settings, "wsd", change)
     with pytest.raises(OtherRunError, match=f"holds a run with other settings(?s:.*){change.split('=')[0]}: "):
         changes(run_dir, before, now)
+
+
+def test_the_batch_may_change_but_not_that_of_streaming_rows(run_dir, settings):
+    before, now = pair(settings, "wsd", "train.sequences=6")
+    assert changes(run_dir, before, now) == ["train.sequences: 4, 6"]
+    before, now = (recipe.model_copy(update={"data": recipe.data.model_copy(update={"mode": "streaming"})})
+                   for recipe in (before, now))  # fmt: skip
+    with pytest.raises(OtherRunError, match=r"sequences: 4, 6(?s:.*)streaming rows read on(?s:.*)initial_weights"):
+        changes(run_dir, before, now)
+
+
+def test_a_batch_changes_at_the_checkpoint_that_is_resumed_from():
+    """Whatever the recipe in the run's directory says: a later checkpoint may be damaged, or rolled back."""
+    assert with_batch(["train.steps: 6, 8"], {"rows": 4}, 6) == ["train.steps: 6, 8", "train.sequences: 4, 6"]
+    assert with_batch(["train.sequences: 4, 6"], {"rows": 4}, 6) == ["train.sequences: 4, 6"]
+    assert with_batch([], {"rows": 6, "batches": [[0, 4], [2, 6]]}, 6) == []
+    assert with_batch([], {}, 6) == []
 
 
 def test_more_steps_while_the_rate_is_constant(run_dir, settings):
@@ -100,6 +122,54 @@ def test_a_run_goes_on_with_more_steps_another_rate_and_its_corpus_elsewhere(bst
     assert max(rates) == 8
     assert load_recipe(older / "recipe.yaml").train.steps == 8
     assert "model.width" in read_manifest(directory(older, 8))["settings"]
+
+
+@pytest.mark.ranks
+@pytest.mark.usefixtures("unmeasured")
+def test_a_run_goes_on_with_another_batch(recipe_file, tmp_path, on_ranks, capfd):
+    """Six sequences from step 4 on, on four ranks; then four again. What a step has read its bytes of text tell."""
+    recipe, run = recipe_file(train={"steps": 10}), tmp_path / "run"
+
+    def go(world: int, until: int, *changes: str) -> None:
+        on_ranks(world, lambda ranks: train(Request(recipe, changes, run, True, until), ranks))
+
+    go(1, 4)
+    manifest = directory(run, 4) / MANIFEST
+    older = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(older | {"settings": older["settings"] | {"train.sequences": 4}}))  # as it once was
+    go(4, 6, "train.sequences=6")
+    assert "change train.sequences: 4, 6 (before, from here on)" in capfd.readouterr().out
+    go(2, 8)
+    assert "change train.sequences: 6, 4 (before, from here on)" in capfd.readouterr().out
+    entries = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    assert [(entry["step"], entry["action"], entry["cause"]) for entry in entries] == [
+        (4, "change", "train.sequences: 4, 6"),
+        (6, "change", "train.sequences: 6, 4"),
+    ]
+    assert read_manifest(directory(run, 8))["data"]["batches"] == [[0, 4], [4, 6], [6, 4]]
+    found, rows = bytes_of(run), rows_bytes(run)
+    for step, first, count in [(1, 0, 4), (4, 12, 4), (5, 16, 6), (6, 22, 6), (7, 28, 4), (8, 32, 4)]:
+        assert found[step] == pytest.approx(sum(rows[first : first + count]), rel=1e-6), step
+
+
+def bytes_of(run: Path) -> dict[int, float]:
+    """Bytes of text of every step."""
+    tokens, found = 0, {}
+    for line in read_lines(run / FILE):
+        if line["kind"] == "train":
+            nats, tokens = line["loss_nats"] * (line["tokens"] - tokens), line["tokens"]
+            found[line["step"]] = nats / line["bits_per_byte"] / math.log(2)
+    return found
+
+
+def rows_bytes(run: Path) -> list[int]:
+    """Of each of the first rows of the series."""
+    recipe = load_recipe(run / "recipe.yaml")
+    corpora = open_corpora(recipe.data)
+    share = Share(length=recipe.train.sequence_length, rows=1, micro_rows=1)
+    served = Loader(recipe.data, corpora, share, block=recipe.model.block, seed=recipe.seed)
+    lengths = corpora[0].token_bytes()
+    return [int((lengths[batch.labels] * batch.loss_mask).sum()) for row in range(40) for batch in served.batches(row)]
 
 
 @pytest.mark.ranks

@@ -40,17 +40,18 @@ def literal(start: Start, sequences: int) -> tuple[int, float, list[float]]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("world", "sp"), [(1, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize(("world", "sp", "sequences"), [(1, 1, 7), (2, 2, 7), (3, 1, 7), (3, 1, 2)])
 def test_the_validation_loss_is_that_of_plain_torch_over_all_micro_batches(
-    recipe_file, tmp_path, on_ranks, unmeasured, world, sp
+    recipe_file, tmp_path, on_ranks, unmeasured, world, sp, sequences
 ):
-    recipe = recipe_file(evaluation={"every": 1, "sequences": 7}, optimizer={"learning_rate": 1e-12})
+    """Three ranks do not divide seven sequences, and of two sequences one rank has none."""
+    recipe = recipe_file(evaluation={"every": 1, "sequences": sequences}, optimizer={"learning_rate": 1e-12})
     changes = ["train.micro_sequences=2", f"parallel.sp={sp}"]
     on_ranks(world, lambda ranks: train(Request(recipe, changes, tmp_path / "run", False, 1), ranks))
     (line,) = [line for line in read_lines(tmp_path / "run" / FILE) if line["kind"] == "eval"]
     start = untrained(recipe)
-    tokens, loss, by_block = literal(start, 7)
-    assert line["tokens"] == tokens == 7 * 32
+    tokens, loss, by_block = literal(start, sequences)
+    assert line["tokens"] == tokens == sequences * 32
     assert line["loss_nats"] == pytest.approx(loss, rel=1e-5)
     assert line["loss_by_block"] == pytest.approx(by_block, rel=1e-5)
 

@@ -17,6 +17,7 @@ from bst_dist.study.lra.examples import Examples
 from data_pipeline.serve.loader import check_state
 from data_pipeline.serve.order import KEY_VERSION, Permutation
 from data_pipeline.serve.share import Share
+from data_pipeline.serve.sizes import BatchSizes
 from data_pipeline.serve.spread import MASKED
 
 
@@ -54,6 +55,7 @@ class LabelledLoader:
                 f"holds {share.length:,}: raise it, or prepare shorter examples"
             )
         self.examples, self._share, self._seed, self._start_step = examples, share, seed, start_step
+        self._sizes = BatchSizes.of(share.rows)
 
     def __iter__(self) -> Iterator[tuple[int, list[Labelled]]]:
         """(step, this rank's micro-batches in order), from `start_step` on and without end."""
@@ -68,18 +70,24 @@ class LabelledLoader:
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps after `step` steps were trained on."""
-        return {"order": KEY_VERSION, "examples": self.examples.sha256, "length": self._share.length,
-                "rows": self._share.rows, "seed": self._seed, "step": step}  # fmt: skip
+        return self._order_at(step) | self._sizes.state()
 
     def check(self, state: dict[str, Any]) -> None:
-        """Raise UserError, naming what differs, unless `state` is of the same order as this loader's."""
-        check_state(self.state(state.get("step", 0)), state)
+        """Raise UserError, naming what differs, unless `state` is of the same order as this loader's; the number of
+        rows may be another from its step on."""
+        sizes, step = BatchSizes.kept(state), state.get("step", 0)
+        check_state(self._order_at(step) | sizes.state(), state)
+        self._sizes = sizes.then(step, self._share.rows)
+
+    def _order_at(self, step: int) -> dict[str, Any]:
+        return {"order": KEY_VERSION, "examples": self.examples.sha256, "length": self._share.length,
+                "seed": self._seed, "step": step}  # fmt: skip
 
     def close(self) -> None:
         """Nothing is held."""
 
     def _batch(self, step: int, rows: np.ndarray) -> Labelled:
-        numbers = self._numbers(step * self._share.rows + rows)
+        numbers = self._numbers(self._sizes.first(step) + rows)
         task, there = self.examples.task, (numbers < len(self.examples)) & (rows != MASKED)
         ids = np.zeros((len(rows), task.sequences, self._share.length), np.int64)
         for row in np.flatnonzero(there):

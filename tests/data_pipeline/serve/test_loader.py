@@ -317,6 +317,40 @@ def test_what_comes_after_the_present_step_may_change(mode: str) -> None:
         )
 
 
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("dp", [1, 3])
+@settings(max_examples=15)
+@given(documents=DOCUMENTS, batches=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), min_size=1, max_size=3))
+def test_another_batch_goes_on_with_the_next_row(
+    order: int, dp: int, documents: str, batches: list[tuple[int, int]]
+) -> None:
+    """Held to steps of one row each, which read the series row by row."""
+    corpora, mixed = [Memory([170] * 8), Memory([90] * 14)], {"documents": documents, "weights": [3, 2]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_pipeline.serve.loader.ORDER_VERSION", order)
+        first, step, rows, state = 0, 0, 7, loader(corpora, rows=7, **mixed).state(0)
+        for later, count in batches:
+            first, step, rows = first + later * rows, step + later, count
+            resumed = loader(corpora, rows=count, **mixed)
+            resumed.check(json.loads(json.dumps(state | {"step": step})))
+            state = resumed.state(step)
+        single = loader(corpora, rows=1, **mixed)
+    ranks = [loader(corpora, rows=rows, dp=dp, dp_rank=rank, micro_rows=2, **mixed) for rank in range(dp)]
+    for rank in ranks:
+        rank.check(state)
+    for late in range(3):
+        found = [batch.input_ids[batch.rows != MASKED] for rank in ranks for batch in rank.batches(step + late)]
+        expected = [single.batches(first + late * rows + place)[0].input_ids for place in range(rows)]
+        assert np.array_equal(np.concatenate(found), np.concatenate(expected))
+        assert ranks[0].consumed(step + late).tolist() == single.consumed(first + late * rows).tolist()
+
+
+def test_streaming_rows_keep_their_number() -> None:
+    state = loader(Memory(LENGTHS), "streaming").state(5)
+    with pytest.raises(UserError, match="6 rows a step from step 5 on: streaming rows read on where they stopped"):
+        loader(Memory(LENGTHS), "streaming", rows=6).check(state)
+
+
 def test_passes_over_each_corpus_are_counted() -> None:
     served = loader([Memory([170] * 8), Memory([90] * 14)], rows=10, weights=[3, 2])
     assert served.sequences == [43, 40]

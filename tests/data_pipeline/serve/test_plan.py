@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from bst_base.errors import UserError
 from data_pipeline.serve.first_order import LaneStreaming, quotas
 from data_pipeline.serve.plan import Plan, Streaming, shuffled
+from data_pipeline.serve.sizes import BatchSizes
 
 
 class Read(NamedTuple):
@@ -173,7 +174,7 @@ def test_lanes_deals_rows_by_the_weights(drawn: Any, step: int) -> None:
     sequences=st.lists(st.integers(50, 1000), min_size=1, max_size=3), rows=st.integers(1, 64), seed=st.integers(0, 9)
 )
 def test_shuffled_reads_each_sequence_once_a_pass(sequences: list[int], rows: int, seed: int) -> None:
-    plan = shuffled(sequences, [(0, [1.0] * len(sequences))], rows, seed)
+    plan = shuffled(sequences, [(0, [1.0] * len(sequences))], BatchSizes.of(rows), seed)
     read = [each[:3] for step in assignments(plan, rows, 3000 // rows) for each in step]
     assert max(Counter(read).values()) == 1
     for corpus, total in enumerate(sequences):
@@ -182,7 +183,7 @@ def test_shuffled_reads_each_sequence_once_a_pass(sequences: list[int], rows: in
 
 
 def test_a_step_runs_on_into_the_next_pass() -> None:
-    plan = shuffled([5], [(0, [1.0])], rows=3, seed=0)
+    plan = shuffled([5], [(0, [1.0])], BatchSizes.of(3), seed=0)
     assert [[each.epoch for each in step] for step in assignments(plan, 3, 4)] == [
         [0, 0, 0], [0, 0, 1], [1, 1, 1], [1, 2, 2],
     ]  # fmt: skip
@@ -190,7 +191,7 @@ def test_a_step_runs_on_into_the_next_pass() -> None:
 
 def test_some_rows_of_some_steps_are_those_of_all() -> None:
     for plan in (
-        shuffled([50, 70], [(0, [1, 2])], 8, 1),
+        shuffled([50, 70], [(0, [1, 2])], BatchSizes.of(8), 1),
         Streaming([50, 70], [(0, [1, 2])], 8, 1),
         LaneStreaming([50, 70], [(0, [1, 2])], 8),
     ):

@@ -38,6 +38,21 @@ def test_ranks_and_slices_make_up_the_same_global_batch(dp, sp):
         assert (np.concatenate(parts, axis=1) == whole).all()
 
 
+def test_another_batch_goes_on_with_the_next_row():
+    state = loader(rows=8).state(3)  # 24 rows are read
+    resumed = loader(rows=5)
+    resumed.check(state)
+    singles = [loader(rows=1).batches(24 + row) for row in range(10)]
+    for late in (0, 1):
+        expected = np.concatenate([joined(single, "input_ids") for single in singles[5 * late : 5 * late + 5]])
+        assert (joined(resumed.batches(3 + late), "input_ids") == expected).all()
+    other = loader(rows=8)
+    other.check(resumed.state(4))
+    assert (joined(other.batches(4), "input_ids")[0] == joined(singles[5], "input_ids")[0]).all()
+    with pytest.raises(UserError, match="streaming rows read on"):
+        loader(rows=5, row_tokens=128).check(loader(rows=8, row_tokens=128).state(3))
+
+
 def test_labels_are_the_tokens_after_the_inputs_and_count_where_they_have_a_distance():
     for batch in loader().batches(0):
         assert (batch.labels[:, :-1] == batch.input_ids[:, 1:]).all()

@@ -56,6 +56,13 @@ def test_ranks_share_the_global_batch_in_order(examples, world):
         assert [row for part in shared for row in part] == whole
 
 
+def test_another_batch_goes_on_with_the_next_example(examples):
+    resumed = loader(examples, rows=5)
+    resumed.check(loader(examples).state(3))  # 24 rows are read
+    single = [row for step in range(24, 29) for row in rows(loader(examples, rows=1).batches(step))]
+    assert rows(resumed.batches(3)) == single
+
+
 def test_iteration_begins_where_it_is_told(examples):
     served = iter(loader(examples, start_step=5))
     for expected in (5, 6):

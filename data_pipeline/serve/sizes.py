@@ -1,0 +1,66 @@
+"""Rows of a step in the course of a run: where each step begins in the endless series of rows.
+
+The number of rows may change where a run is resumed. The steps before keep what they had, so that no row is read twice
+and none left out, and the order stays a pure function of the step and the changes, which every checkpoint keeps.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+STREAMED = "streaming rows read on where they stopped, each in a part of its corpus, so their number cannot change"
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """G of every step."""
+
+    changes: tuple[tuple[int, int], ...]
+    """(first step, rows from there on), the first at step 0."""
+
+    @classmethod
+    def of(cls, rows: int) -> BatchSizes:
+        """The same number of rows in every step."""
+        return cls(((0, rows),))
+
+    @classmethod
+    def kept(cls, state: Mapping[str, Any]) -> BatchSizes:
+        """What `state` has kept in a checkpoint."""
+        return cls(tuple((step, rows) for step, rows in state.get("batches") or [(0, state.get("rows", 0))]))
+
+    def then(self, step: int, rows: int) -> BatchSizes:
+        """The same, with so many rows from a step on that is not before the last change."""
+        start, last = self.changes[-1]
+        if rows == last:
+            return self
+        return BatchSizes((*(self.changes[:-1] if start == step else self.changes), (step, rows)))
+
+    @property
+    def rows(self) -> int:
+        """From the last change on."""
+        return self.changes[-1][1]
+
+    @property
+    def since(self) -> int:
+        """The step of the last change; 0 when there was none."""
+        return self.changes[-1][0]
+
+    def first(self, step: int) -> int:
+        """The place of a step's first row in the series of all rows."""
+        last = bisect.bisect_right(self.changes, step, key=lambda change: change[0])
+        ends = [start for start, _ in self.changes[1:last]] + [step]
+        return sum((end - start) * rows for (start, rows), end in zip(self.changes[:last], ends, strict=True))
+
+    def firsts(self, steps: range) -> np.ndarray:
+        """The same of several, int64."""
+        return np.fromiter(map(self.first, steps), np.int64, len(steps))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        changed = {"batches": [list(change) for change in self.changes]} if len(self.changes) > 1 else {}
+        return {"rows": self.rows} | changed
