@@ -6,6 +6,7 @@ torch waits for them too, in silence and for ten minutes or more; and a signal t
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import sys
 import threading
@@ -14,7 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
+import psutil
 from torch.distributed import DistStoreError, TCPStore
+
+from bst_base.host import free_port
 
 LIMIT_S = 300.0
 """How long all ranks may take to come together."""
@@ -32,7 +36,7 @@ def gathered(environment: Mapping[str, str] = os.environ, limit_s: float = LIMIT
     """Wait for all ranks that `environment` speaks of; the store in which they meet stays open while the block runs.
 
     Nothing happens where the variables of `torch.distributed` are not set: MPI brings its processes together itself.
-    Raises GatheringError after `limit_s`, naming who is missing.
+    Raises GatheringError after `limit_s`, naming who is missing, and at once when rank 0's port is taken.
     """
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if any(name not in environment for name in needed) or environment["WORLD_SIZE"] == "1":
@@ -51,6 +55,8 @@ def gathered(environment: Mapping[str, str] = os.environ, limit_s: float = LIMIT
                              wait_for_workers=False, multi_tenant=True)  # fmt: skip
             store.set(f"{prefix}/{rank}", socket.gethostname())
         except (DistStoreError, RuntimeError) as error:
+            if rank == 0 and "EADDRINUSE" in str(error):
+                raise GatheringError(_taken(port)) from None
             reason = str(error).splitlines()[0]
             raise GatheringError(f"rank {rank} found no rank 0 at {where} within {limit_s:g} s: {reason}") from None
     if rank == 0:
@@ -82,6 +88,37 @@ def _await_first(store: TCPStore, prefix: str, where: str, deadline: float) -> N
     except (DistStoreError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise GatheringError(f"not all ranks came together at {where}: {reason}") from None
+
+
+def _taken(port: int) -> str:
+    """That another process listens where rank 0 should, and what to do."""
+    return (
+        f"port {port} of {socket.gethostname()}, where all ranks are to meet, is taken by {_listener(port)}: does "
+        "another run train here? Choose another port: --master-port (bst launch, torchrun), --master_port (deepspeed), "
+        "--master ADDRESS:PORT (bst train --nodes), or MASTER_PORT where the environment names it"
+    )
+
+
+def _listener(port: int) -> str:
+    """The process that listens on a port of this host, as far as this user may know it."""
+    try:
+        listening = [one for one in psutil.net_connections("tcp")
+                     if one.status == psutil.CONN_LISTEN and one.laddr.port == port and one.pid]  # fmt: skip
+        process = psutil.Process(listening[0].pid)
+        return f"process {process.pid} ({shlex.join(process.cmdline())[:120]})"
+    except (psutil.Error, OSError, IndexError):
+        return "a process of another user"
+
+
+def agreed_port() -> int:
+    """Under mpirun, the port where all ranks meet: MASTER_PORT of rank 0, or one that is free on its host.
+
+    Every process calls it. Without it DeepSpeed would have every start on a host meet at port 29500.
+    """
+    from mpi4py import MPI  # importing it starts MPI, which only processes of mpirun may
+
+    own = int(os.environ.get("MASTER_PORT") or free_port()) if MPI.COMM_WORLD.Get_rank() == 0 else 0
+    return MPI.COMM_WORLD.bcast(own)
 
 
 def _waiting(missing: Sequence[int], where: str) -> str:

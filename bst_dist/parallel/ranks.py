@@ -18,7 +18,7 @@ from bst_base.host import free_port
 from bst_base.launched import require_alone
 from bst_dist.parallel.communication import watch_deepspeed
 from bst_dist.parallel.devices import cpu_refusal, local_rank
-from bst_dist.parallel.gathering import gathered, spans
+from bst_dist.parallel.gathering import agreed_port, gathered, spans
 from bst_dist.parallel.phases import Phases
 
 T = TypeVar("T")
@@ -62,16 +62,18 @@ class Ranks:
         # have taken the first device already.
         if accelerator.device_name() != "cpu":
             accelerator.set_device(own_device(accelerator.device_count()))
-        limit = {}
+        options: dict[str, Any] = {}
         if exchange_limit_s is not None:
-            limit = {"timeout": timedelta(seconds=exchange_limit_s)}
+            options = {"timeout": timedelta(seconds=exchange_limit_s)}
             # NCCL's own watch over its thread, which does not follow from the time limit of exchanges.
             os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{exchange_limit_s:.0f}")
         # torch's flight recorder is there to be read when a job hangs, and is written when NCCL gives up by itself.
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"))
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        if "RANK" not in os.environ:  # DeepSpeed will ask MPI
+            options["distributed_port"] = agreed_port()
         with gathered():
-            init_distributed(verbose=False, **limit)
+            init_distributed(verbose=False, **options)
         self.rank = distributed.get_rank()
         self.world = distributed.get_world_size()
         self.device = torch.device(accelerator.current_device_name())

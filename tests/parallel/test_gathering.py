@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,9 +35,9 @@ except gathering.GatheringError as error:
 @pytest.fixture
 def start() -> Iterator:
     """``start(rank, world, limit_s)`` starts a process that gathers with the others."""
-    started, port = [], free_port()
+    started, free = [], free_port()
 
-    def one(rank: int, world: int, limit_s: float = 60.0) -> subprocess.Popen:
+    def one(rank: int, world: int, limit_s: float = 60.0, port: int = free) -> subprocess.Popen:
         names = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {**os.environ, **{name: str(value) for name, value in names.items()}}
         environment["PYTHONUNBUFFERED"] = "1"
@@ -91,6 +92,17 @@ def test_who_does_not_come_is_given_up(start):
     assert "gave up waiting for 1 rank at" in heard(first, "gave up")
     assert [first.wait(20), second.wait(20)] == [3, 3]
     assert time.monotonic() - begun < 60
+
+
+def test_a_port_that_is_taken_is_told_with_its_holder_and_the_way_out(start):
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        first = start(0, 2, port=port)
+        line = heard(first, f"port {port} of {socket.gethostname()}, where all ranks are to meet, is taken by process")
+        assert first.wait(20) == 3
+    assert f"process {os.getpid()} (" in line
+    assert "MASTER_PORT" in line
+    assert "--master-port" in line
 
 
 @pytest.mark.parametrize(("numbers", "text"), [([1], "1"), ([1, 2, 3, 7, 9, 10], "1 to 3, 7, 9 to 10"), ([], "")])
