@@ -19,6 +19,7 @@ from bst_base.launched import require_alone
 from bst_dist.parallel.communication import watch_deepspeed
 from bst_dist.parallel.devices import cpu_refusal, local_rank
 from bst_dist.parallel.gathering import agreed_port, gathered, spans
+from bst_dist.parallel.numa import bind_near, pci_address
 from bst_dist.parallel.phases import Phases
 
 T = TypeVar("T")
@@ -62,6 +63,8 @@ class Ranks:
         # have taken the first device already.
         if accelerator.device_name() != "cpu":
             accelerator.set_device(own_device(accelerator.device_count()))
+        self.numa_node = bind_near(pci_of_device() if accelerator.device_name() == "cuda" else None)
+        """Whose cores this process was bound to, because its device belongs to it; None when it was not."""
         options: dict[str, Any] = {}
         if exchange_limit_s is not None:
             options = {"timeout": timedelta(seconds=exchange_limit_s)}
@@ -176,6 +179,11 @@ def own_device(count: int) -> int:
     if number >= count:
         raise UserError(f"process {number} of this host has no accelerator of its own: {count} are visible to it")
     return number
+
+
+def pci_of_device() -> str | None:
+    """Where this process's CUDA device is; None where torch does not say."""
+    return pci_address(torch.cuda.get_device_properties(torch.cuda.current_device()))
 
 
 def require_accelerator() -> None:
