@@ -143,13 +143,14 @@ class Finding:
         return f"{self.what} {whose}{self.file}" + (f" (host {self.host})" if self.host else "")
 
 
-def examine(checkpoint: Path, part: int = 0, parts: int = 1, digests: bool = True,
-            only: Sequence[str] | None = None, manifest: dict[str, Any] | None = None) -> list[Finding]:  # fmt: skip
+def examine(checkpoint: Path, part: int = 0, parts: int = 1, digests: bool = True, only: Sequence[str] | None = None,
+            manifest: dict[str, Any] | None = None, kind: str = "") -> list[Finding]:  # fmt: skip
     """What is wrong with a checkpoint's files, as this host sees them; of `parts` readers, this is number `part`.
 
-    `only`: of these files alone; `manifest`: where it was read already. Without `digests` nothing is read: what is
-    missing or cut off is found, what was changed is not. Raises OlderFormatError, as such a checkpoint is no reason to
-    take its steps again; and StorageError when a file cannot be read, which says nothing about what is in it.
+    `only`: of these files alone; `kind`: of the WEIGHTS or the OPTIMIZER alone; `manifest`: where it was read already.
+    Without `digests` nothing is read: what is missing or cut off is found, what was changed is not. Raises
+    OlderFormatError, as such a checkpoint is no reason to take its steps again; and StorageError when a file cannot be
+    read, which says nothing about what is in it.
     """
     try:
         files = (manifest or read_manifest(checkpoint))["files"]
@@ -157,7 +158,7 @@ def examine(checkpoint: Path, part: int = 0, parts: int = 1, digests: bool = Tru
         raise
     except CheckpointError as error:
         return [Finding(MANIFEST, f"{str(error).removeprefix(f'{checkpoint}: {MANIFEST} is ')}:")]
-    names = [name for name in sorted(files) if only is None or name in only]
+    names = [name for name in sorted(files) if (only is None or name in only) and name.startswith(kind)]
     return list(_wrong(checkpoint, {name: files[name] for name in names[part::parts]}, digests))
 
 
@@ -184,16 +185,20 @@ def _compare(path: Path, record: dict[str, Any], digests: bool) -> str | None:
     return None
 
 
-def damage(checkpoint: Path, digests: bool = True) -> list[str]:
+def damage(checkpoint: Path, digests: bool = True, kind: str = "") -> list[str]:
     """What `examine` finds, in words; empty when nothing is wrong."""
-    return [str(finding) for finding in examine(checkpoint, digests=digests)]
+    return [str(finding) for finding in examine(checkpoint, digests=digests, kind=kind)]
 
 
-def newest_valid(run_dir: Path) -> Path:
-    """The newest checkpoint whose files are all as they were written; raises CheckpointError when there is none."""
+def newest_valid(run_dir: Path, kind: str = "") -> Path:
+    """The newest checkpoint whose files are all as they were written; raises CheckpointError when there is none.
+
+    `kind`: only files of the WEIGHTS are read, or of the OPTIMIZER: two thirds of a checkpoint are Adam's moments,
+    which nothing but training needs.
+    """
     bad = []
     for checkpoint in committed(run_dir):
-        if not (found := damage(checkpoint)):
+        if not (found := damage(checkpoint, kind=kind)):
             return checkpoint
         bad.append(f"  checkpoint {step_of(checkpoint)}: {found[0]}")
     raise CheckpointError("\n".join([f"{run_dir}: no valid checkpoint", *bad]))

@@ -148,11 +148,13 @@ def program(asked: Request) -> list[str]:
     return command + (["--until", str(asked.until)] if asked.until else [])
 
 
-def launch(command: Sequence[str], share: Share, grace_s: float = math.inf) -> Ended:
+def launch(
+    command: Sequence[str], share: Share, grace_s: float = math.inf, notice: str = f"bst train: {STOP}"
+) -> Ended:
     """Run `command` as all ranks of one host, to their end; no process of theirs is left then.
 
     A signal makes them stop, with `grace_s` for a checkpoint, and one that comes again later ends them at once; when
-    one fails the others are ended.
+    one fails the others are ended. `notice`: what is printed at the signal, with a place for its name.
     """
     ended, give_up, passed_on = Ended(share.count), float("inf"), 0
     with told_to_stop() as told:
@@ -161,7 +163,7 @@ def launch(command: Sequence[str], share: Share, grace_s: float = math.inf) -> E
             time.sleep(0.1)
             if told and ended.told is None:
                 ended.told = told[0]
-                print(f"bst train: {STOP.format(signal.Signals(told[0]).name)}", file=sys.stderr, flush=True)
+                print(notice.format(signal.Signals(told[0]).name), file=sys.stderr, flush=True)
                 ranks.terminate(grace_s)
             elif len(told) > 1:
                 ended.at_once = True

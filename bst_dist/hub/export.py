@@ -72,7 +72,7 @@ def _source(args: argparse.Namespace) -> tuple[Held, Recipe]:
         raise UserError(f"{args.output}: already exists; choose another directory")
     recipe, one = read_recipe(args.run), select(args.run, args.step)
     require_language_model(args.run, recipe)
-    if found := damage(one.path):
+    if found := damage(one.path, kind=WEIGHTS):
         raise CheckpointError(f"{one.path}: {found[0]}")
     return one, recipe
 

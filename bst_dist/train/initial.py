@@ -10,7 +10,15 @@ from pathlib import Path
 
 from torch import nn
 
-from bst_dist.checkpoint.directory import CheckpointError, committed, damage, directory, load_weights, step_of
+from bst_dist.checkpoint.directory import (
+    WEIGHTS,
+    CheckpointError,
+    committed,
+    damage,
+    directory,
+    load_weights,
+    step_of,
+)
 from bst_dist.train.config import InitialWeightsConfig
 from bst_dist.train.rundir import tokenizer_of
 
@@ -40,6 +48,6 @@ def _checkpoint(config: InitialWeightsConfig) -> Path:
     if path not in committed(config.run):
         there = ", ".join(str(step_of(found)) for found in committed(config.run)) or "none"
         raise CheckpointError(f"initial_weights: {config.run}: no checkpoint of step {config.step}; there are: {there}")
-    if found := damage(path):
+    if found := damage(path, kind=WEIGHTS):
         raise CheckpointError(f"initial_weights: {path}: {found[0]}")
     return path

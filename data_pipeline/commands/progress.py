@@ -67,7 +67,9 @@ def _on_lines(console: Console) -> Report:
         start, tenths = said.setdefault(stage, (time.monotonic(), 0))
         now = 10 if done >= total else 10 * done // total
         if now > tenths:
-            console.print(f"{stage:<16} {10 * now:>3} %  {time.monotonic() - start:6.1f} s", highlight=False)
+            taken = time.monotonic() - start
+            left = f", {taken * (total - done) / done:,.0f} s left" if done < total else ""
+            console.print(f"{stage:<16} {10 * now:>3} %  {taken:6.1f} s{left}", highlight=False)
             said[stage] = (start, now)
 
     return report

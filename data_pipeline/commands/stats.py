@@ -4,7 +4,8 @@
     bst data stats corpora/stdlib --png lengths.png     # also draw the histogram of lengths
     bst data stats corpora/large --quick                # only what manifest and indexes tell
 
-Overlap is the share of runs of 32 validation tokens that the training split has too.
+Overlap is the share of runs of 32 validation tokens that the training split has too. Ctrl-C ends the reading of the
+tokens, and prints what --quick does.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 
+from bst_base.stopping import STATUS
 from data_pipeline.commands.prepare import plain_table, split_table, summary
+from data_pipeline.commands.progress import stages
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.format.stats import (
     NGRAM,
@@ -56,10 +58,14 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     edges, counts = length_histogram(everything)
     report["length_histogram"] = {"edges_tokens": edges.tolist(), "documents": counts.tolist()}
     if not args.quick:
-        with open_workers(args.workers) as workers:
-            if workers is None:
-                return None
-            report |= _scan(args.corpus, manifest, workers, console)
+        try:
+            with open_workers(args.workers) as workers:
+                if workers is None:
+                    return None
+                report |= _scan(args.corpus, manifest, workers, console)
+        except KeyboardInterrupt:
+            console.print("stopped: duplicates and overlap were not counted to the end, so they are left out")
+            report |= {"passed": False, "exit_status": STATUS}
     _print(console, report)
     if args.png:
         _draw(args.png, args.corpus.name, lengths)
@@ -75,9 +81,11 @@ def _scan(corpus: Path, manifest: Manifest, workers: Workers, console: Console) 
     found, documents = [np.empty(0, np.uint64)], []
     shards = [(split, shard) for split, shards in manifest.splits.items() for shard in shards]
     tasks = [ScanTask(corpus / s.file, union if split == "train" else union[:0]) for split, s in shards]
-    for scan in track(workers.run(scan_shard, tasks), "scan", total=len(tasks), console=console, transient=True):
-        found.append(scan.found)
-        documents.append(scan.documents)
+    with stages(console) as told:
+        for done, scan in enumerate(workers.run(scan_shard, tasks), start=1):
+            found.append(scan.found)
+            documents.append(scan.documents)
+            told("scan", done, len(tasks))
     hits = np.unique(np.concatenate(found))
     hashes = np.concatenate(documents)
     overlaps = {

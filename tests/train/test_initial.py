@@ -30,7 +30,7 @@ def trained(settings, monkeypatch, tmp_path):
     recipe = parse(Recipe, settings | {"model": settings["model"] | {"vocab_size": 320}})
     model = LanguageModel(recipe.model)
     monkeypatch.setattr("bst_dist.train.initial.committed", lambda _: [tmp_path / "checkpoints" / "step-00000005"])
-    monkeypatch.setattr("bst_dist.train.initial.damage", lambda _: [])
+    monkeypatch.setattr("bst_dist.train.initial.damage", lambda _, **__: [])
     monkeypatch.setattr("bst_dist.train.initial.load_weights", lambda _: model.state_dict())
     return SimpleNamespace(config=InitialWeightsConfig(run=tmp_path, step=5), model=model, settings=recipe.model)
 

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.output.exists():
         raise UserError(f"{args.output}: already exists; choose another directory")
     one, recipe = select(args.run, args.step), read_recipe(args.run)
-    if found := damage(one.path):
+    if found := damage(one.path, kind=WEIGHTS):
         raise CheckpointError(f"{one.path}: {found[0]}")
     weights = open_shards(one.path, WEIGHTS)
     dtypes = stored_dtypes(weights, recipe.model, DTYPES[args.dtype])

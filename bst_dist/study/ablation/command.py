@@ -6,14 +6,15 @@
 Every intervention is applied to each layer alone and to all layers together, and scored on the same beginnings of
 validation documents as the unchanged model, streamed as in `bst eval`. The increase of the loss is paired, so its
 standard error over documents is far below those of the two losses. It is also reported by position in the document and
-in the block. The figure --out (default: ablations.png in the run's directory) shows all of it.
+in the block. The figure --out (default: ablations.png in the run's directory) shows all of it. Ctrl-C stops the reading
+and reports the interventions that are done.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 from rich.console import Console
 
 from bst_base.errors import UserError
+from bst_base.stopping import STATUS, heeding
 from bst_base.terminal import Sheet, print_table, say
 from bst_dist.study.ablation.figure import draw
 from bst_dist.study.ablation.interventions import KINDS, Intervention, defaults, obstacle, parse, same_as_zero
@@ -66,19 +68,34 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "corpora": [],
     }  # fmt: skip
     opened = open_text(trained, args.split, args.corpus)
-    for number, corpus in enumerate(opened):
-        started = time.perf_counter()
-        text = beginnings(trained, corpus, args.documents, args.tokens)
-        untouched, increases = measure(trained, text, planned, args.seed)
-        found = summary(untouched, increases, trained.recipe.model.block, time.perf_counter() - started)
-        _show(args, trained, corpus.storage.where, found)
-        path = out if len(opened) == 1 else out.with_stem(f"{out.stem}-{number}")
-        save(lambda found=found: draw(found, trained.recipe.train.sequence_length), path)
-        report["corpora"].append({"corpus": corpus.storage.where, **found.report(), "figure": str(path)})
-        say(f"drew {path}")
+    with heeding() as told:
+        for number, corpus in enumerate(opened):
+            path = out if len(opened) == 1 else out.with_stem(f"{out.stem}-{number}")
+            figures = _ablate(args, trained, corpus, planned, told, path)
+            report["corpora"].append({"corpus": corpus.storage.where, **figures})
+            if (done := len(figures["interventions"])) < len(planned):
+                say(f"stopped: {done} of {len(planned)} interventions are done")
+                report |= {"passed": False, "exit_status": STATUS}
+                break
     for line in left_out:
         say(f"left out: {line}")
     return report
+
+
+def _ablate(
+    args: argparse.Namespace, trained: Trained, corpus: Corpus, planned: Plan, stopped: Callable[[], bool], path: Path
+) -> dict[str, Any]:
+    """Measure, show and draw one corpus: all interventions, or those done before a stop; returns the figures."""
+    started = time.perf_counter()
+    text = beginnings(trained, corpus, args.documents, args.tokens)
+    untouched, increases = measure(trained, text, planned, args.seed, stopped)
+    found = summary(untouched, increases, trained.recipe.model.block, time.perf_counter() - started)
+    _show(args, trained, corpus.storage.where, found)
+    if not increases:
+        return found.report()
+    save(lambda: draw(found, trained.recipe.train.sequence_length), path)
+    say(f"drew {path}")
+    return found.report() | {"figure": str(path)}
 
 
 def plan(trained: Trained, asked: Sequence[str] | None, where: Sequence[str] | None) -> tuple[Plan, list[str]]:
@@ -142,13 +159,15 @@ def beginnings(trained: Trained, corpus: Corpus, documents: int, tokens: int | N
     return text
 
 
-def measure(trained: Trained, text: Text, planned: Plan, seed: int) -> tuple[Losses, list[Increase]]:
+def measure(
+    trained: Trained, text: Text, planned: Plan, seed: int, stopped: Callable[[], bool]
+) -> tuple[Losses, list[Increase]]:
     """Score the text with the unchanged model and with every intervention, showing progress."""
     recipe = trained.recipe
     with stages(Console()) as report:
         return ablate(
             trained.model, text, planned, slice_length=recipe.train.sequence_length, precision=recipe.train.precision,
-            seed=seed, progress=lambda done: report("ablate", done, (1 + len(planned)) * text.tokens),
+            seed=seed, stopped=stopped, progress=lambda done: report("ablate", done, (1 + len(planned)) * text.tokens),
         )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -135,9 +136,10 @@ def block_bins(block: int) -> np.ndarray:
 
 
 def losses(
-    model: LanguageModel, text: Text, slice_length: int, precision: str, progress: Callable[[int], None]
-) -> Losses:
-    """Read all of a text with the model as it is; `progress` is told how many tokens are done."""
+    model: LanguageModel, text: Text, slice_length: int, precision: str, progress: Callable[[int], None],
+    stopped: Callable[[], bool] = lambda: False,
+) -> Losses | None:  # fmt: skip
+    """Read all of a text with the model as it is; `progress` is told how many tokens are done. None once `stopped`."""
     block, done = model.config.block, 0
     edges, edges_in_block = document_bins(int(text.lengths.max()), block), block_bins(block)
     shapes = (len(text.lengths), len(edges) - 1), (len(text.lengths), len(edges_in_block) - 1)
@@ -161,6 +163,8 @@ def losses(
         np.add.at(found.bytes, documents, np.where(there, text.token_bytes[part.labels], 0).sum(1))
         done += int(there.sum())
         progress(done)
+        if stopped():
+            return None
     return found
 
 
@@ -213,6 +217,7 @@ def ablate(
     precision: str = "fp32",
     seed: int = 0,
     progress: Callable[[int], None] = lambda tokens: None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[Losses, list[Increase]]:
     """The untouched losses, and what each intervention in its layers adds.
 
@@ -222,13 +227,21 @@ def ablate(
         slice_length: tokens of a forward pass in one row, a multiple of the block.
         seed: of the noise and the shuffling.
         progress: told how many tokens are done, over all passes.
+        stopped: asked after each forward pass of an intervention; when it says so, that one and those after it are left
+            out.
     """
     model.eval()
     untouched = losses(model, text, slice_length, precision, progress)
     found = []
     for number, (intervention, layers) in enumerate(planned, start=1):
         with intervened(model, intervention, layers, seed):
-            before = number * text.tokens
-            changed = losses(model, text, slice_length, precision, lambda done, before=before: progress(before + done))
+            told = partial(_beyond, progress, number * text.tokens)
+            changed = losses(model, text, slice_length, precision, told, stopped)
+        if changed is None:
+            break
         found.append(increase(intervention, layers, changed, untouched))
     return untouched, found
+
+
+def _beyond(progress: Callable[[int], None], before: int, done: int) -> None:
+    progress(before + done)

@@ -155,7 +155,8 @@ def eval_report(run_dir: Path, step: int) -> dict[str, Any] | None:
         except (OSError, ValueError):
             continue
         asked = {"command": "bst eval", "step": step, "split": "validation", "context_tokens": None}
-        if isinstance(report, dict) and asked.items() <= report.items() and report.get("corpora"):
+        whole = isinstance(report, dict) and report.get("passed") is not False  # not of an evaluation that was stopped
+        if whole and asked.items() <= report.items() and report.get("corpora"):
             found.append((path.stat().st_mtime, report))
     return max(found, key=lambda one: one[0])[1] if found else None
 

@@ -15,6 +15,9 @@ documents that are that long where the model was trained on isolated ones.
 A run that learns a synthetic task (data.synthetic) reads rows that it has not seen: accuracy and loss by how far back
 the answer stands, with the best loss that is possible; errors are over rows. --length L takes rows of another length.
 
+Several processes share whole documents: --ranks N on this machine, or `torchrun --no-python bst eval RUN`. Ctrl-C ends
+the reading and reports the documents that were read to their ends, the longest first.
+
 The report is kept in the run's reports/, where `bst compare` and `bst export` find it; --json PATH writes it there too.
 
 --harness TASK,TASK asks the model what tasks of EleutherAI's lm-evaluation-harness ask. The harness is an optional
@@ -24,12 +27,15 @@ package: pip install 'bst-dist[harness]'.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
+from bst_base.arguments import at_least
 from bst_base.errors import UserError
 from bst_dist.report.saved import REPORTS, write_report
 from bst_dist.study.evaluation import perplexity, synthetic
+from bst_dist.study.evaluation.scoring import TOKENS_AT_ONCE
 from bst_dist.train.rundir import read_recipe
 from data_pipeline.synthetic.config import SyntheticConfig
 
@@ -37,7 +43,7 @@ DOCUMENTS, LENGTHS, HARNESS, SYNTHETIC = "whole documents", "--lengths", "--harn
 OPTIONS = {
     "context": (DOCUMENTS,), "corpus": (DOCUMENTS, LENGTHS), "tokens": (LENGTHS,), "plot": (LENGTHS,),
     "harness_tasks": (HARNESS,), "limit": (HARNESS,), "fewshot": (HARNESS,),
-    "rows": (SYNTHETIC,), "length": (SYNTHETIC,),
+    "rows": (SYNTHETIC,), "length": (SYNTHETIC,), "batch_size": (DOCUMENTS, LENGTHS), "ranks": (DOCUMENTS,),
 }  # fmt: skip
 """Which evaluations an option belongs to."""
 FILES = {DOCUMENTS: "documents", LENGTHS: "lengths", HARNESS: "harness", SYNTHETIC: "synthetic"}
@@ -52,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="STEP", type=int, help="weights after this step (default: the newest)")
     parser.add_argument("--context", metavar="L", type=int,
                         help="tokens after which the model forgets (default: whole documents)")  # fmt: skip
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="of matrix products (default: as trained)")
+    parser.add_argument("--batch-size", metavar="N", type=int, help="sequences of a forward pass at most (default: "
+                        f"as many as make {TOKENS_AT_ONCE:,} tokens)")  # fmt: skip
+    parser.add_argument("--ranks", metavar="N", type=at_least(1),
+                        help="processes of this machine that share the documents, each with a device")  # fmt: skip
     lengths = parser.add_argument_group("length generalisation")
     lengths.add_argument("--lengths", metavar="L,L", type=_lengths, help="lengths in tokens, multiples of the block")
     lengths.add_argument("--tokens", metavar="N", type=int, help="read at most N tokens (default: the whole split)")
@@ -68,10 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     harness.add_argument("--fewshot", metavar="N", type=int, help="examples before each (default: as the task says)")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
     form = _form(args)
     report = _evaluate(args, form)
-    path = args.run / REPORTS / _file_name(args, form, report["step"])
+    if report is None or args.ranks:  # the first of several processes keeps it
+        return report
+    path = args.run / REPORTS / _file_name(args, form, report)
     try:
         write_report(path, "eval", report)
     except OSError as error:
@@ -79,18 +92,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _file_name(args: argparse.Namespace, form: str, step: int) -> str:
-    """One name for one question: asked again, it replaces its report; another one does not."""
+def _file_name(args: argparse.Namespace, form: str, report: dict[str, Any]) -> str:
+    """One name for one question: asked again, it replaces its report; another one does not, nor a part of an answer."""
     asked = [
         args.split,
         FILES[form],
         args.corpus and Path(args.corpus).name,
         args.context and f"context-{args.context}",
+        args.precision,
+        "part" if report.get("passed") is False else None,
     ]
-    return "-".join(["eval", str(step), *filter(None, asked)]) + ".json"
+    return "-".join(["eval", str(report["step"]), *filter(None, asked)]) + ".json"
 
 
-def _evaluate(args: argparse.Namespace, form: str) -> dict[str, Any]:
+def _evaluate(args: argparse.Namespace, form: str) -> dict[str, Any] | None:
+    if form != DOCUMENTS and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: several processes share {DOCUMENTS} only, not {form}: start one"
+        )
     if form == LENGTHS:
         from bst_dist.study.lengths import command as lengths
 

@@ -67,7 +67,11 @@ class Score:
     tokens: np.ndarray
     """Tokens predicted, the end of the document among them."""
     bytes: np.ndarray
-    """UTF-8 bytes of the document's text."""
+    """UTF-8 bytes of the text that these tokens stand for."""
+
+    def of(self, documents: np.ndarray) -> Score:
+        """Some of the documents: (n,) bool."""
+        return Score(self.nats[documents], self.tokens[documents], self.bytes[documents])
 
 
 def streams(lengths: np.ndarray, context: int | None, first: int) -> list[Stream]:
@@ -89,9 +93,13 @@ def score(
     context: int | None = None,
     slice_length: int,
     precision: str = "fp32",
+    rows: int | None = None,
+    part: int = 0,
+    parts: int = 1,
     progress: Callable[[int], None] = lambda tokens: None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Score:
-    """Score documents 0 to n-1.
+    """Score documents 0 to n-1, or this reader's share of them: the sums of all `parts` readers are the whole.
 
     Args:
         model: on the device where it is to run.
@@ -103,34 +111,45 @@ def score(
         context: tokens after which the model forgets, a multiple of the block; None: the whole document is seen.
         slice_length: tokens of a forward pass in one row, a multiple of the block.
         precision: fp32, or bf16 for autocast.
-        progress: told how many tokens are done.
+        rows: documents of a forward pass at most; None: as many as TOKENS_AT_ONCE allow.
+        part: which of the `parts` readers this is; a document is read by one of them.
+        progress: told how many tokens this reader has done.
+        stopped: asked after each forward pass; when it says so the rest is not read, and `Score.tokens` of a document
+            is less than its length.
     """
     model.eval()
-    nats, sizes, done = np.zeros(len(lengths)), np.zeros(len(lengths), np.int64), 0
+    own = np.zeros(len(lengths), bool)
+    own[np.argsort(-np.asarray(lengths, np.int64), kind="stable")[part::parts]] = True  # lengths are alike in all parts
+    nats, tokens, sizes = np.zeros(len(lengths)), np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
     if begin is None:
-        nats += np.log(len(token_bytes))
-        sizes += [token_bytes[corpus.tokens(document, 0, 1)[0]] for document in range(len(lengths))]
-        done = len(lengths)
-    found = streams(lengths, context, int(begin is None))
-    for part in score_slices(model, corpus, found, begin=begin, slice_length=slice_length, precision=precision):
-        documents = [stream.document for stream in part.streams]
-        np.add.at(nats, documents, part.nats.sum(1))
-        np.add.at(sizes, documents, np.where(part.labels >= 0, token_bytes[part.labels], 0).sum(1))
-        done += int((part.labels >= 0).sum())
-        progress(done)
-    return Score(nats, np.asarray(lengths, np.int64), sizes)
+        nats[own] = np.log(len(token_bytes))
+        tokens[own] = 1
+        sizes[own] = [token_bytes[corpus.tokens(document, 0, 1)[0]] for document in np.flatnonzero(own).tolist()]
+    found = [stream for stream in streams(lengths, context, int(begin is None)) if own[stream.document]]
+    for read in score_slices(
+        model, corpus, found, begin=begin, slice_length=slice_length, precision=precision, rows=rows
+    ):
+        documents, there = [stream.document for stream in read.streams], read.labels >= 0
+        np.add.at(nats, documents, read.nats.sum(1))
+        np.add.at(tokens, documents, there.sum(1))
+        np.add.at(sizes, documents, np.where(there, token_bytes[read.labels], 0).sum(1))
+        progress(int(tokens.sum()))
+        if stopped():
+            break
+    return Score(nats, tokens, sizes)
 
 
 def score_slices(
     model: LanguageModel, corpus: Documents, found: list[Stream], *, begin: int | None, slice_length: int,
-    precision: str = "fp32",
+    precision: str = "fp32", rows: int | None = None,
 ) -> Iterator[ScoredSlice]:  # fmt: skip
     """Every token of the streams once, slice by slice; arguments as for `score`.
 
-    What is held at a time is a slice of TOKENS_AT_ONCE tokens and what the model carries from one slice to the next.
+    What is held at a time is a slice of each row of a batch (TOKENS_AT_ONCE tokens, unless `rows` says how many rows)
+    and what the model carries from one slice to the next.
     """
     block = model.config.block
-    for batch in _batches(found, slice_length, block):
+    for batch in _batches(found, slice_length, block, rows):
         state: State = {}
         for offset, ids, labels in _slices(corpus, batch, begin, slice_length, block):
             past = model.carry({name: tensor[: len(ids)] for name, tensor in state.items()}, offset)
@@ -150,15 +169,15 @@ def _forward(
     return losses.per_token.double().cpu().numpy()
 
 
-def _batches(found: list[Stream], slice_length: int, block: int) -> Iterator[list[Stream]]:
-    """Streams in groups for one forward pass, longest first."""
+def _batches(found: list[Stream], slice_length: int, block: int, rows: int | None) -> Iterator[list[Stream]]:
+    """Streams in groups of `rows` for one forward pass, longest first."""
     found = sorted(found, key=len, reverse=True)
     at = 0
     while at < len(found):
         width = min(slice_length, _whole_blocks(len(found[at]), block))
-        rows = max(1, TOKENS_AT_ONCE // width)
-        yield found[at : at + rows]
-        at += rows
+        size = rows or max(1, TOKENS_AT_ONCE // width)
+        yield found[at : at + size]
+        at += size
 
 
 def _slices(

@@ -10,6 +10,7 @@ from torch import nn
 
 from bst_base.errors import UserError
 from bst_dist.checkpoint.directory import (
+    WEIGHTS,
     CheckpointError,
     committed,
     damage,
@@ -47,13 +48,16 @@ class Trained:
         return None if self.recipe.data.documents == "isolated" else corpus.manifest.tokenizer.eos_id
 
 
-def open_run(run_dir: Path, step: int | None = None) -> Trained:
+def open_run(run_dir: Path, step: int | None = None, precision: str | None = None) -> Trained:
     """The model of a run after `step`, on the accelerator if there is one; None: of its newest valid checkpoint.
 
-    Step 0, where no checkpoint is kept, is made again from the recipe's seed or initial weights. Raises UserError when
-    the directory holds no run of a language model, or the checkpoint is missing or damaged.
+    `precision`: fp32 or bf16, instead of the one it was trained in. Step 0, where no checkpoint is kept, is made again
+    from the recipe's seed or initial weights. Raises UserError when the directory holds no run of a language model, or
+    the checkpoint is missing or damaged.
     """
     recipe = read_recipe(run_dir)
+    if precision is not None:
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
     require_language_model(run_dir, recipe)
     torch.manual_seed(recipe.seed)
     model = LanguageModel(recipe.model)
@@ -75,7 +79,7 @@ def restore(model: nn.Module, run_dir: Path, step: int | None = None) -> int:
                 f"{run_dir}: no valid checkpoint: the run has not come to its first one; --checkpoint 0 takes the "
                 "weights it began with"
             )
-        checkpoint = newest_valid(run_dir) if step is None else _checkpoint(run_dir, step)
+        checkpoint = newest_valid(run_dir, WEIGHTS) if step is None else _checkpoint(run_dir, step)
         model.load_state_dict(load_weights(checkpoint))
     model.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).eval()
     return step_of(checkpoint)
@@ -124,6 +128,6 @@ def _checkpoint(run_dir: Path, step: int) -> Path:
     if not path.is_dir():
         there = ", ".join(str(step_of(found)) for found in committed(run_dir)) or "none"
         raise CheckpointError(f"{run_dir}: no checkpoint of step {step}; there are: {there}")
-    if found := damage(path):
+    if found := damage(path, kind=WEIGHTS):
         raise CheckpointError(f"{path}: {found[0]}")
     return path

@@ -9,12 +9,14 @@ from rich.console import Console
 
 from bst_base.terminal import Sheet, print_table, say
 from bst_dist.study.evaluation.corpora import open_text
+from bst_dist.study.evaluation.perplexity import require_sizes
 from bst_dist.study.evaluation.trained import Trained, open_run
 from bst_dist.study.lengths.figure import draw
 from bst_dist.study.lengths.measure import How, LengthResult, how, measure
 from bst_dist.study.lengths.text import longest
 from bst_dist.study.report.style import require_picture, save
 from bst_dist.study.statistics import Estimate
+from bst_dist.train.rundir import read_recipe
 from data_pipeline.commands.progress import stages
 from data_pipeline.serve.reader import Corpus
 
@@ -28,7 +30,8 @@ HOWS: dict[How, str] = {
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.plot:
         require_picture(args.plot, "--plot")  # before anything is read
-    trained = open_run(args.run, args.checkpoint)
+    require_sizes(read_recipe(args.run), rows=args.batch_size)
+    trained = open_run(args.run, args.checkpoint, args.precision)
     for length in args.lengths:
         how(trained.recipe.model, length)
     report: dict[str, Any] = {
@@ -41,8 +44,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         lengths = with_trained(trained, corpus, args.lengths)
         with stages(Console()) as told:
             found = measure(
-                trained, corpus, lengths, tokens=args.tokens, progress=lambda *done: told("evaluate", *done)
-            )
+                trained, corpus, lengths, tokens=args.tokens, rows=args.batch_size,
+                progress=lambda *done: told("evaluate", *done),
+            )  # fmt: skip
         _show(args, trained, corpus, found)
         report["corpora"].append(_report(corpus, found))
         drawn[corpus.where] = found

@@ -95,6 +95,7 @@ def measure(
     lengths: Sequence[int],
     *,
     tokens: int | None = None,
+    rows: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[LengthResult]:
     """The loss at each length, in their order, on the same tokens of an open corpus's split.
@@ -104,6 +105,7 @@ def measure(
         corpus: of the model's tokenizer.
         lengths: in tokens, multiples of the block. What is read are whole sequences of the longest of them.
         tokens: read no more than that many; None: the whole split.
+        rows: sequences of a forward pass at most; None: see `score`.
         progress: told how many tokens of how many are done, over all lengths.
 
     Raises LengthError for a length that the model cannot do, TooShortError for one that the corpus has no text for.
@@ -117,7 +119,7 @@ def measure(
     for number, length in enumerate(reference_first):
         memory = PeakMemory(next(trained.model.parameters()).device)
         tallies[length] = Tally(text, position_bins(length, own), costs, is_reference=length == own)
-        for done in _read(trained, text, length, tallies[length]):
+        for done in _read(trained, text, length, tallies[length], rows):
             progress(number * total + done, len(hows) * total)
         peaks[length] = memory.bytes()
     return [_result(length, hows[length], tallies[length], peaks[length], text, tallies.get(own)) for length in lengths]
@@ -196,7 +198,7 @@ def position_bins(length: int, trained: int) -> np.ndarray:
     return np.append(np.unique(lasts[lasts < length]), length)
 
 
-def _read(trained: Trained, text: Stretches, length: int, tally: Tally) -> Iterator[int]:
+def _read(trained: Trained, text: Stretches, length: int, tally: Tally, rows: int | None) -> Iterator[int]:
     """Read the whole text in sequences of `length`; yields how many tokens are done."""
     recipe, done = trained.recipe, 0
     pieces = streams(
@@ -204,7 +206,7 @@ def _read(trained: Trained, text: Stretches, length: int, tally: Tally) -> Itera
     )  # the first token of a stretch is input only
     for part in score_slices(
         trained.model, text, pieces, begin=None, slice_length=min(recipe.train.sequence_length, length),
-        precision=recipe.train.precision,
+        precision=recipe.train.precision, rows=rows,
     ):  # fmt: skip
         for stream, labels, nats in zip(part.streams, part.labels, part.nats, strict=True):
             count = int((labels >= 0).sum())

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
 
 from bst_dist.cli import main
+from bst_dist.study.ablation import measure
 from bst_dist.study.ablation.command import plan
 from bst_dist.study.evaluation.trained import Trained, open_run
 
@@ -104,3 +107,13 @@ def test_a_model_in_which_nothing_applies_says_why(make_run, capsys):
     recipe.write_text(recipe.read_text().replace("mixer: bst", "mixer: bst-no-cross"))
     assert main(["ablate", str(run_dir), "--interventions", "zero"]) == 2
     assert "zero in layers 0, 1 (bst-no-cross: no context states)" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_the_interventions_that_were_done(make_run, tmp_path, monkeypatch, capsys):
+    run_dir, path, real = make_run(), tmp_path / "report.json", measure.increase
+    monkeypatch.setattr(measure, "increase", lambda *args: os.kill(os.getpid(), signal.SIGINT) or real(*args))
+    assert main(["ablate", str(run_dir), "--documents", "2", "--json", str(path)]) == 130
+    report = json.loads(path.read_text())
+    assert len(report["corpora"][0]["interventions"]) == 1
+    assert (run_dir / "ablations.png").exists()
+    assert "stopped: 1 of " in capsys.readouterr().out

@@ -2,7 +2,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +15,12 @@ import torch
 import yaml
 
 from bst_dist.cli import main
+from bst_dist.study.comparison.outline import eval_report
+from bst_dist.study.evaluation import scoring
 from bst_dist.study.evaluation.trained import open_run
 from data_pipeline.serve.reader import Corpus
+
+BST = Path(sys.executable).with_name("bst")
 
 
 def literal_nats(run_dir, documents) -> list[float]:
@@ -91,3 +100,79 @@ def test_what_a_filter_sees_of_a_document_is_said(make_run, capsys):
     assert "the whole document, of which each filter sees the last 20 inputs" in " ".join(
         capsys.readouterr().out.split()
     )
+
+
+def test_batch_size_and_precision_are_obeyed_and_said(make_run, tmp_path, capsys):
+    run_dir, found = make_run(), {}
+    for options in ([], ["--batch-size", "1"], ["--precision", "bf16"]):
+        assert main(["eval", str(run_dir), *options, "--json", str(tmp_path / "report.json")]) == 0
+        report = json.loads((tmp_path / "report.json").read_text())
+        found[" ".join(options)] = report["precision"], report["corpora"][0]["loss_nats_per_token"]
+    (precision, loss), (_, single), (halved, rounded) = found.values()
+    assert (precision, halved) == ("fp32", "bf16")
+    assert single == pytest.approx(loss, rel=1e-6)
+    assert 1e-6 < abs(rounded / loss - 1) < 1e-2
+    assert {path.name for path in (run_dir / "reports").iterdir()} == {
+        "eval-4-validation-documents.json", "eval-4-validation-documents-bf16.json",
+    }  # fmt: skip
+    assert main(["eval", str(run_dir), "--batch-size", "0"]) == 2
+    assert "--batch-size 0: at least 1" in capsys.readouterr().err
+
+
+def test_ctrl_c_reports_the_documents_that_were_read(make_run, monkeypatch, capsys):
+    run_dir = make_run()
+
+    def forward(*args):
+        if not told:
+            told.append(os.kill(os.getpid(), signal.SIGINT))
+        return real(*args)
+
+    told, real = [], scoring._forward
+    monkeypatch.setattr(scoring, "_forward", forward)
+    assert main(["eval", str(run_dir), "--batch-size", "1", "--context", "4000"]) == 130
+    assert "stopped before a document was read to its end" in capsys.readouterr().out
+    told.clear()
+    monkeypatch.setattr(scoring, "_forward", real)
+    original = scoring._batches
+
+    def batches(*args):
+        for number, batch in enumerate(original(*args)):
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+
+    monkeypatch.setattr(scoring, "_batches", batches)
+    assert main(["eval", str(run_dir), "--batch-size", "1"]) == 130
+    assert "stopped: only 2 of 7 documents, the longest first" in " ".join(capsys.readouterr().out.split())
+    (path,) = (run_dir / "reports").glob("*-documents-part.json")
+    report = json.loads(path.read_text())
+    assert (report["passed"], report["corpora"][0]["documents"]) == (False, 2)
+    assert eval_report(run_dir, 4) is None  # `bst compare` must not take a part for the whole
+
+
+@pytest.mark.ranks
+def test_several_ranks_find_what_one_does(make_run, tmp_path):
+    run_dir, found = make_run(), {}
+    program = [str(BST), "eval", str(run_dir)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    torchrun = [str(BST.with_name("torchrun")), "--standalone", "--nproc-per-node", "2", "--no-python"]
+    for name, command in {
+        "one": program, "ranks": [*program, "--ranks", "3"], "torchrun": [*torchrun, *program],
+    }.items():  # fmt: skip
+        path = tmp_path / f"{name}.json"
+        done = subprocess.run(
+            [*command, "--json", str(path)], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("perplexity per token") == 1
+        found[name] = json.loads(path.read_text())
+        assert (
+            json.loads((run_dir / "reports" / "eval-4-validation-documents.json").read_text())["ranks"]
+            == (found[name]["ranks"])
+        )
+    assert [report["ranks"] for report in found.values()] == [1, 3, 2]
+    one = found["one"]["corpora"][0]
+    for name in ("ranks", "torchrun"):
+        other = found[name]["corpora"][0]
+        assert (other["tokens"], other["bytes"], other["words"]) == (one["tokens"], one["bytes"], one["words"])
+        assert other["document_nats"] == pytest.approx(one["document_nats"], rel=1e-5)

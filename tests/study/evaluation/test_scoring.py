@@ -68,3 +68,42 @@ def test_context_cuts_documents_into_streams_that_cover_them():
     found = streams(np.array([0, 5, 8]), 4, 0)
     assert [tuple(stream) for stream in found] == [(1, 0, 4), (1, 4, 5), (2, 0, 4), (2, 4, 8)]
     assert [tuple(stream) for stream in streams(np.array([1, 5]), None, 1)] == [(1, 1, 5)]
+
+
+@pytest.mark.parametrize("begin", [END, None])
+def test_the_sums_of_all_readers_are_the_whole(make_model, in_memory, begin):
+    model, corpus = make_model(), in_memory(LENGTHS, 19)
+    whole = score(model, corpus, corpus.lengths, np.arange(19), begin=begin, slice_length=16)
+    shares = [
+        score(model, corpus, corpus.lengths, np.arange(19), begin=begin, slice_length=16, part=part, parts=9)
+        for part in range(9)
+    ]
+    assert all(np.count_nonzero(share.tokens) <= 1 for share in shares)  # seven documents for nine
+    for name in ("nats", "tokens", "bytes"):
+        np.testing.assert_allclose(sum(getattr(share, name) for share in shares), getattr(whole, name), rtol=1e-9)
+
+
+def test_rows_bound_a_forward_pass(make_model, in_memory):
+    model, corpus = make_model(), in_memory([20] * 7, 19)
+    seen = [
+        len(part.streams)
+        for part in scoring.score_slices(
+            model, corpus, streams(corpus.lengths, None, 0), begin=END, slice_length=16, rows=3
+        )
+    ]
+    assert seen == [3, 3, 3, 3, 1, 1]
+
+
+@pytest.mark.parametrize("begin", [END, None])
+def test_a_stop_leaves_documents_whole_or_short_of_their_length(make_model, in_memory, begin):
+    model, corpus, asked = make_model(), in_memory(LENGTHS, 19), []
+
+    def stopped() -> bool:
+        asked.append(None)
+        return len(asked) == 4
+
+    whole = score(model, corpus, corpus.lengths, np.arange(19), begin=begin, slice_length=16)
+    part = score(model, corpus, corpus.lengths, np.arange(19), begin=begin, slice_length=16, rows=2, stopped=stopped)
+    done = part.tokens == corpus.lengths
+    assert 0 < done.sum() < len(LENGTHS)
+    np.testing.assert_allclose(part.of(done).nats, whole.of(done).nats, rtol=1e-9)

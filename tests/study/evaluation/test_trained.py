@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from bst_base.errors import UserError
-from bst_dist.checkpoint.directory import WEIGHTS, directory, shard_file
+from bst_dist.checkpoint.directory import MANIFEST, OPTIMIZER, WEIGHTS, directory, shard_file
 from bst_dist.model.lm import LanguageModel
 from bst_dist.study.evaluation.trained import open_run
 
@@ -40,3 +42,17 @@ def test_a_missing_checkpoint_is_refused_with_those_that_exist(make_run):
 def test_a_directory_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="no run there"):
         open_run(tmp_path)
+
+
+def test_of_a_checkpoint_only_the_weights_are_read(make_run):
+    run_dir = make_run()
+    path = directory(run_dir, 4) / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["files"][shard_file(OPTIMIZER, 0)] = {"bytes": 9, "sha256": "0" * 64, "rank": 0}  # there is no such file
+    path.write_text(json.dumps(manifest))
+    assert [open_run(run_dir).step, open_run(run_dir, 4).step] == [4, 4]
+
+
+def test_the_precision_can_be_chosen(make_run):
+    run_dir = make_run()
+    assert [open_run(run_dir, precision=each).recipe.train.precision for each in (None, "bf16")] == ["fp32", "bf16"]
