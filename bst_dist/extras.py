@@ -8,6 +8,8 @@ EXTRAS = {
     "study": ("cpuinfo",),
     "hub": ("transformers",),
     "harness": ("lm_eval",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow", "sqlalchemy", "alembic"),
 }
 """The modules of each extra, by the name that they are imported by."""
 

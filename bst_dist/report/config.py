@@ -12,8 +12,12 @@ class LogConfig(Config):
     """Steps between two lines on the console; every step goes to metrics.jsonl."""
     tensorboard: bool = True
     """Write TensorBoard events into the run directory's tensorboard/."""
+    writers: list[str] = Field(default=[], max_length=16)
+    """Where else curves go: wandb, mlflow (extras of those names), or the `module:Class` of a writer of your own
+    (`report/writers.py`). One that fails or is slow does not hold up the run."""
     probes: bool = True
-    """For TensorBoard, at evaluations: how each layer uses its context states, and the time scales of the SSMs."""
+    """For TensorBoard and other writers, at evaluations: how each layer uses its context states, and the time scales of
+    the SSMs."""
     sample_tokens: int = Field(64, ge=0, le=2**20)
     """For TensorBoard, at evaluations: tokens to generate after the beginning of the validation text; 0: no
     sample. All ranks wait for it, so with many ranks not every evaluation has one (`report/probes.py`); the first and

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,8 @@ import numpy as np
 
 from bst_dist.config import Recipe, flat
 from bst_dist.model.config import MIXER_SECTIONS
-from bst_dist.report.metrics import EvalReport, Report, Seen, SkippedReport, Writer
+from bst_dist.report.metrics import Report, Seen, Writer
+from bst_dist.report.writers import scalars
 
 FOLDER = "tensorboard"
 HPARAMS = (
@@ -45,12 +44,8 @@ class TensorBoard(Writer):
             self._writer.file_writer.add_summary(summary)
 
     def write(self, report: Report) -> None:
-        if isinstance(report, SkippedReport):
-            return
-        kind = report.split if isinstance(report, EvalReport) else report.kind
-        for name, value in flat(asdict(report)).items():
-            if name != "step" and isinstance(value, (int, float)) and not math.isnan(value):
-                self._writer.add_scalar(f"{kind}/{name.replace('.', '/')}", value, report.step)
+        for name, value in scalars(report).items():
+            self._writer.add_scalar(name, value, report.step)
 
     def see(self, seen: Seen) -> None:
         for name, value in seen.scalars.items():

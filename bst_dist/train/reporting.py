@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from bst_dist.model.attention import attention_path
@@ -13,6 +14,7 @@ from bst_dist.plan.hardware import SLOW_BF16, bf16_slowdown
 from bst_dist.report.metrics import FILE, Console, MetricsFile, Writer, read_lines
 from bst_dist.report.probes import Probes
 from bst_dist.report.tensorboard import TensorBoard, hparams
+from bst_dist.report.writers import Background, find
 from bst_dist.train.engine import Engine
 from bst_dist.train.evaluation import Evaluate
 from bst_dist.train.start import Start
@@ -63,11 +65,18 @@ def header(start: Start, engine: Engine, ranks: Ranks, compiled: str) -> str:
 def writers_of(start: Start, engine: Engine, ranks: Ranks, done: int) -> list[Writer]:
     """Where rank 0 reports to, after `done` steps."""
     log = start.recipe.log
-    writers = [MetricsFile(start.run_dir, done), Console(log.every, start.recipe.train.steps, log.straggler)]
-    if not log.tensorboard:
-        return writers
-    about = hparams(start.recipe, parameters=_parameters(engine), ranks=ranks.world)
-    return [*writers, TensorBoard(start.run_dir, done, about)]
+    writers: list[Writer] = [MetricsFile(start.run_dir, done)]
+    writers.append(Console(log.every, start.recipe.train.steps, log.straggler))
+    about = {"parameters": _parameters(engine), "ranks": ranks.world}
+    if log.tensorboard:
+        writers.append(TensorBoard(start.run_dir, done, hparams(start.recipe, **about)))
+    for name in log.writers:
+        writers.append(Background(name, partial(_writer, name, start, about)))
+    return writers
+
+
+def _writer(name: str, start: Start, about: dict[str, Any]) -> Writer:
+    return find(name)(start.run_dir, start.recipe, about)
 
 
 def probes_of(start: Start, trainer: Trainer, evaluate: Evaluate) -> Probes:

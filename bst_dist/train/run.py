@@ -110,7 +110,7 @@ class Run:
         if position.data:
             loader.check(position.data)  # and keeps to the version of the order that the run began with
         evaluate = start.objective.evaluation(trainer, writers)
-        if self.recipe.log.tensorboard:
+        if self.recipe.log.tensorboard or self.recipe.log.writers:
             evaluate.probes = probes_of(start, trainer, evaluate)
         callbacks = self._callbacks(position, loader, writers, evaluate, evaluated)
         try:

@@ -11,6 +11,7 @@ from bst_base.errors import UserError
 from bst_base.settings import ConfigError
 from bst_dist.config import Recipe, deepspeed_file, load_recipe, spread_of
 from bst_dist.plan.rehearse import rehearse
+from bst_dist.report.writers import require as require_writer
 from bst_dist.train import rundir
 from bst_dist.train.config import ScheduleConfig
 from bst_dist.train.objective import Objective, open_objective
@@ -94,6 +95,8 @@ def resolve(recipe: Recipe, request: Request, world: int) -> Start:
     objective = open_objective(recipe)
     recipe = objective.recipe
     _require_slices(recipe, spread)
+    for name in recipe.log.writers:
+        require_writer(name)
     completed = _complete(recipe, world, spread)
     run_dir = request.run_dir or Path("runs") / recipe.name
     changed = rundir.check(run_dir, recipe, completed, request.resume, request.from_zero)

@@ -1,0 +1,239 @@
+"""Writers that a recipe names: what reaches them, and that none of them can hold up or end a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from bst_base.errors import UserError
+from bst_dist.extras import EXTRAS
+from bst_dist.report.metrics import EvalReport, Seen, SkippedReport, StepReport, Writer, read_lines
+from bst_dist.report.writers import Background, find, keep_name, kept_name, require, scalars
+
+
+def report(step: int) -> StepReport:
+    return StepReport(step=step, tokens=100 * step, loss_nats=1.0 / step, bits_per_byte=float("nan"), gradient_norm=1.0,
+                      learning_rate=1e-3, ssm_learning_rate=1e-3, step_time_s=2.0, tokens_per_s=50.0,
+                      mfu=0.5)  # fmt: skip
+
+
+class Kept(Writer):
+    """Keeps what it is given."""
+
+    def __init__(self, fails_at: int | None = None, waits_for: threading.Event | None = None) -> None:
+        self.steps: list[int] = []
+        self.closed, self.fails_at, self.waits_for = False, fails_at, waits_for
+
+    def write(self, report) -> None:
+        if self.waits_for:
+            self.waits_for.wait(60)
+        if report.step == self.fails_at:
+            raise SystemExit("no space left at\nthe service")
+        self.steps.append(report.step)
+
+    def see(self, seen) -> None:
+        self.steps.append(-seen.step)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Lines(Writer):
+    """A writer of one's own, as a recipe names it."""
+
+    def __init__(self, run_dir, recipe, about) -> None:
+        self._file = (run_dir / "lines.txt").open("a")
+        print(recipe.name, sorted(about), file=self._file)
+
+    def write(self, report) -> None:
+        print(report.kind, report.step, file=self._file)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Broken(Writer):
+    """One that cannot even begin."""
+
+    def __init__(self, run_dir, recipe, about) -> None:
+        raise ConnectionError("the service is away")
+
+
+def test_a_report_becomes_the_curves_that_tensorboard_shows():
+    found = scalars(report(4))
+    assert found["train/loss_nats"] == 0.25
+    assert "train/step" not in found
+    assert "train/bits_per_byte" not in found  # nan
+    assert scalars(SkippedReport(**vars(report(4)))) == {}
+    evaluated = EvalReport(4, "validation", 9, 2.0, 3.0, [1.0, 2.0], 0.5)
+    assert set(scalars(evaluated)) == {
+        f"validation/{key}" for key in ("tokens", "loss_nats", "bits_per_byte", "time_s")
+    }
+
+
+def test_reports_arrive_in_order_and_all_of_them_before_the_end():
+    kept = Kept()
+    writer = Background("kept", lambda: kept)
+    for step in (1, 2):
+        writer.write(report(step))
+    writer.see(Seen(2, {}, {}, None))
+    writer.close()
+    assert (kept.steps, kept.closed) == ([1, 2, -2], True)
+
+
+def test_a_writer_that_fails_is_told_of_once_and_left_alone(capsys):
+    kept = Kept(fails_at=2)
+    writer = Background("kept", lambda: kept)
+    for step in (1, 2, 3, 4):
+        writer.write(report(step))
+    writer.close()
+    assert kept.steps == [1]
+    assert capsys.readouterr().out == (
+        "log.writers: kept failed, and gets nothing more in this start; metrics.jsonl has all: no space left at the "
+        "service\n"
+    )
+
+
+def test_a_writer_that_hangs_neither_holds_up_a_step_nor_the_end(capsys, monkeypatch):
+    monkeypatch.setattr("bst_dist.report.writers.WAITING", 2)
+    free = threading.Event()
+    writer = Background("kept", lambda: Kept(waits_for=free), close_s=0.05)
+    for step in range(1, 9):
+        writer.write(report(step))
+    writer.close()
+    assert "kept has not written all within 0 s; the run ends without the rest" in capsys.readouterr().out
+    free.set()
+
+
+def test_what_was_dropped_is_counted(capsys, monkeypatch):
+    monkeypatch.setattr("bst_dist.report.writers.WAITING", 2)
+    free, begun, kept = threading.Event(), threading.Event(), Kept()
+    writer = Background("kept", lambda: begun.set() or (free.wait(60) and kept))
+    begun.wait(60)
+    for step in range(1, 9):
+        writer.write(report(step))
+    free.set()
+    writer.close()
+    assert kept.steps == [1, 2]
+    assert "kept was too slow: 6 reports were dropped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("tensorbord", "no writer 'tensorbord': mlflow, wandb, or module:Class of your own"),
+        ("nowhere:Writer", "nowhere:Writer: No module named 'nowhere' (is its folder in PYTHONPATH?)"),
+        ("json:Writer", "json:Writer cannot be imported: module 'json' has no attribute 'Writer'"),
+    ],
+)
+def test_a_writer_that_does_not_exist_is_refused(name, reason):
+    with pytest.raises(UserError) as refused:
+        require(name)
+    assert str(refused.value) == f"log.writers: {reason}"
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_missing_package_is_a_line_before_ranks_start(name, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: object())
+    require(name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
+    with pytest.raises(
+        UserError, match=rf"log.writers: {EXTRAS[name][0]} is not installed: pip install 'bst-dist\[{name}\]'"
+    ):
+        require(name)
+
+
+def test_a_registered_name_is_found(monkeypatch):
+    class Point:
+        name, value = "lines", f"{__name__}:Lines"
+
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [Point] if group == "bst_dist.writers" else [])
+    assert find("lines") is Lines
+
+
+def test_names_of_several_writers_are_kept_side_by_side(tmp_path):
+    assert kept_name(tmp_path, "wandb") is None
+    keep_name(tmp_path, "wandb", "a")
+    keep_name(tmp_path, "mlflow", "b")
+    assert (kept_name(tmp_path, "wandb"), kept_name(tmp_path, "mlflow")) == ("a", "b")
+
+
+def wandb_records(path: Path) -> list:
+    """The records of an offline run's file: seven bytes of header, then a log of LevelDB's form, blocks of 32 KiB with
+    records of 4 bytes checksum, 2 length, 1 type (1 whole; 2 first, 3 middle, 4 last part)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, part, found = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        part += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            found.append(Record.FromString(part))
+            part = b""
+    return found
+
+
+@pytest.mark.ranks
+def test_a_resumed_run_continues_the_same_run_at_each_service(recipe_file, tmp_path):
+    """The whole program, stopped and resumed; W&B offline, MLflow in a local store; one writer that never works."""
+    for module in ("wandb", "mlflow", "sqlalchemy"):
+        pytest.importorskip(module)
+    names = ["wandb", "mlflow", "test_writers:Lines", "test_writers:Broken"]
+    recipe, run_dir, store = recipe_file(log={"writers": names}), tmp_path / "run", f"sqlite:///{tmp_path / 'ml.db'}"
+    environment = os.environ | {
+        "WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": store, "PYTHONPATH": str(Path(__file__).parent),
+        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
+    program = [sys.executable, "-m", "bst_dist.train", str(recipe), "--run-dir", str(run_dir)]
+    for more in (["--until", "3"], ["--resume"]):
+        done = subprocess.run([*program, *more], env=environment, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("test_writers:Broken failed") == 1
+        assert "the service is away" in done.stdout
+        assert "log.writers: wandb" not in done.stdout
+        assert "log.writers: mlflow" not in done.stdout
+    losses = {
+        line["step"]: line["loss_nats"] for line in read_lines(run_dir / "metrics.jsonl") if line["kind"] == "train"
+    }
+    assert list(losses) == [1, 2, 3, 4, 5, 6]
+
+    lines = (run_dir / "lines.txt").read_text().splitlines()
+    assert lines.count("small ['parameters', 'ranks']") == 2
+    assert [line for line in lines if line.startswith("train")] == [f"train {step}" for step in losses]
+
+    files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
+    records = [wandb_records(path) for path in files]
+    assert len(files) == 2
+    assert {record.run.run_id for of in records for record in of if record.WhichOneof("record_type") == "run"} == {
+        kept_name(run_dir, "wandb")
+    }
+    sent = {}
+    for of in records:
+        for record in of:
+            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            if "train/loss_nats" in items:
+                sent[items["step"]] = items["train/loss_nats"]
+    assert sent == losses
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=store)
+    (run,) = client.search_runs([client.get_experiment_by_name("bst").experiment_id])
+    assert (run.info.run_id, run.info.status) == (kept_name(run_dir, "mlflow"), "FINISHED")
+    assert run.data.params["model.width"] == "16"
+    assert {one.step: one.value for one in client.get_metric_history(run.info.run_id, "train/loss_nats")} == losses
+    assert run.data.metrics["validation/loss_nats"] == pytest.approx(
+        [line["loss_nats"] for line in read_lines(run_dir / "metrics.jsonl") if line["kind"] == "eval"][-1]
+    )
