@@ -199,6 +199,7 @@ FREE = (
     "train.slice_tokens",
     "train.edges",
     "train.edges_every",
+    "train.average",
     "data.prefetch",
     "data.on_bad_shard",
     "data.storage",

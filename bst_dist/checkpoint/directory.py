@@ -3,6 +3,7 @@
     checkpoints/step-00000100/manifest.json               written last; names every file with its size and digest
                              /weights-00000.safetensors   single-precision weights, a file a rank
                              /optimizer-00000.safetensors both moments of Adam, a file a rank
+                             /averaged-00000.safetensors  where train.average is set: averaged weights, a file a rank
                              /rank-00000.pt               what one rank alone knows: generators, the carried past
                              /pinned                      there when the checkpoint is to be kept for good
 
@@ -31,9 +32,9 @@ from bst_dist.checkpoint.index import Index, Indexed
 from bst_dist.checkpoint.shards import Headers, Shards
 
 CHECKPOINTS, MANIFEST, PINNED = "checkpoints", "manifest.json", "pinned"
-WEIGHTS, OPTIMIZER = "weights", "optimizer"
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
-TENSORS = {WEIGHTS: (WEIGHT,), OPTIMIZER: MOMENTS}
+WEIGHTS, OPTIMIZER, AVERAGED = "weights", "optimizer", "averaged"
+WEIGHT, MOMENTS, AVERAGE = "weight", ("exp_avg", "exp_avg_sq"), "average"
+TENSORS = {WEIGHTS: (WEIGHT,), OPTIMIZER: MOMENTS, AVERAGED: (AVERAGE,)}
 """What the files of each kind hold of every parameter, in this order."""
 PARTIAL, DELETED, DAMAGED = ".partial", ".deleted", ".damaged"
 INDEX = "index"
@@ -55,13 +56,13 @@ def directory(run_dir: Path, step: int) -> Path:
 
 
 def shard_file(kind: str, rank: int) -> str:
-    """Name, inside a checkpoint, of a rank's shard of the WEIGHTS or of the OPTIMIZER's states."""
+    """Name, inside a checkpoint, of a rank's shard of the WEIGHTS, the OPTIMIZER's states or the AVERAGED weights."""
     return f"{kind}-{rank:05d}.safetensors"
 
 
 def stored_name(parameter: str, tensor: str) -> str:
     """A parameter's name in a shard; its moments have their own beside it."""
-    return parameter if tensor == WEIGHT else f"{tensor}/{parameter}"
+    return parameter if tensor in (WEIGHT, AVERAGE) else f"{tensor}/{parameter}"
 
 
 def rank_file(rank: int) -> str:
@@ -119,7 +120,12 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 def is_full(manifest: dict[str, Any]) -> bool:
     """Whether a run can go on from the checkpoint: it has more than the weights."""
-    return any(name.startswith(f"{OPTIMIZER}-") for name in manifest["files"])
+    return has(manifest, OPTIMIZER)
+
+
+def has(manifest: dict[str, Any], kind: str) -> bool:
+    """Whether a checkpoint has files of a kind: WEIGHTS, OPTIMIZER or AVERAGED."""
+    return any(name.startswith(f"{kind}-") for name in manifest["files"])
 
 
 def size(manifest: dict[str, Any]) -> int:
@@ -205,7 +211,7 @@ def newest_valid(run_dir: Path, kind: str = "") -> Path:
 
 
 def open_shards(checkpoint: Path, kind: str, own: int | None = None, manifest: dict[str, Any] | None = None) -> Shards:
-    """All ranks' shards of the WEIGHTS or of the OPTIMIZER's states; raises CheckpointError when there are none.
+    """All ranks' shards of a kind (WEIGHTS, OPTIMIZER or AVERAGED); raises CheckpointError when there are none.
 
     `own`: the rank whose shard has all that will be asked for, where the layout is the same; `manifest`: the
     checkpoint's, where it is known. Checkpoints that older versions wrote have no index in it, and are looked up in the
@@ -213,6 +219,8 @@ def open_shards(checkpoint: Path, kind: str, own: int | None = None, manifest: d
     """
     manifest = manifest or read_manifest(checkpoint)
     files = {name: record for name, record in manifest["files"].items() if name.startswith(f"{kind}-")}
+    if not files and kind == AVERAGED:
+        raise CheckpointError(f"{checkpoint}: without averaged weights: train.average was not set when it was written")
     if not files:
         raise CheckpointError(f"{checkpoint}: of the weights alone, without {kind} files")
     if INDEX not in manifest:
@@ -225,7 +233,8 @@ def open_shards(checkpoint: Path, kind: str, own: int | None = None, manifest: d
     return Shards(Indexed(index, tensors, starts))
 
 
-def load_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Full single-precision weights by parameter name, whatever the layout they were trained under."""
-    weights = open_shards(checkpoint, WEIGHTS)
+def load_weights(checkpoint: Path, kind: str = WEIGHTS) -> dict[str, Tensor]:
+    """Full single-precision weights by parameter name, whatever the layout they were trained under; `kind`: WEIGHTS or
+    AVERAGED."""
+    weights = open_shards(checkpoint, kind)
     return weights.all_of(weights.shapes)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from bst_dist.checkpoint.directory import MOMENTS, WEIGHT, CheckpointError
+from bst_dist.checkpoint.directory import AVERAGE, MOMENTS, WEIGHT, CheckpointError
 from bst_dist.checkpoint.index import equal_part
 from bst_dist.checkpoint.shards import Piece
 
@@ -28,7 +28,7 @@ class Fragment:
 
     piece: Piece
     values: dict[str, Tensor]
-    """WEIGHT and MOMENTS -> (count,) views of the memory that the optimizer updates."""
+    """WEIGHT and MOMENTS -> (count,) views of the memory that the optimizer updates; AVERAGE -> the average, if any."""
 
     def part(self, rank: int, ranks: int) -> Fragment:
         """What a rank is to write of it, when all of `ranks` hold it; the last ones may be left with less, or none."""
@@ -38,10 +38,14 @@ class Fragment:
 
 
 class EngineState:
-    """The weights and optimizer states of a DeepSpeed engine."""
+    """The weights and optimizer states of a DeepSpeed engine, and an average of the weights where one is kept.
 
-    def __init__(self, engine: Any) -> None:
-        """Raises CheckpointError when the states are not in any memory (ZeRO-Infinity's NVMe)."""
+    A rank averages what it updates, in single precision: under ZeRO a part, beside the optimizer's own copy of it.
+    """
+
+    def __init__(self, engine: Any, averaged: bool = False) -> None:
+        """`averaged`: keep an average, which begins as the weights are now. Raises CheckpointError when the states are
+        not in any memory (ZeRO-Infinity's NVMe)."""
         self.engine, self.stage = engine, int(engine.zero_optimization_stage())
         self._names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
         if engine.zero_nvme_offload_optimizer():
@@ -51,10 +55,17 @@ class EngineState:
             )
         if kept := set(engine.module.state_dict()) & set(dict(engine.module.named_buffers())):
             raise RuntimeError(f"buffers that are state are not written to checkpoints: {sorted(kept)}")
+        self._averages: dict[str, Tensor] = {}
+        if averaged:
+            self._averages = {fragment.piece.name: fragment.values[WEIGHT].clone() for fragment in self.held()}
 
     def held(self) -> list[Fragment]:
         """All that lies on this rank; writing to the values changes the engine once `filled` is called."""
-        return list((self._replicated, self._flat, self._flat, self._spread)[self.stage]())
+        found = list((self._replicated, self._flat, self._flat, self._spread)[self.stage]())
+        for fragment in found:
+            if fragment.piece.name in self._averages:
+                fragment.values[AVERAGE] = self._averages[fragment.piece.name]
+        return found
 
     def owned(self) -> list[Fragment]:
         """What this rank is to write, so that all ranks together write everything once."""
@@ -77,7 +88,15 @@ class EngineState:
         """Let the engine go on from the values just written to `held`, after `step` steps. All ranks call it."""
         for optimizer, tensor in self._updated():
             _state(optimizer, tensor)["step"] = _count(optimizer, tensor, updates)
-        engine, zero = self.engine, self.engine.optimizer
+        self.publish()
+        engine = self.engine
+        engine.global_steps, engine.skipped_steps = step, 0
+        engine.global_samples = step * engine.train_batch_size()
+        engine.micro_steps = step * engine.gradient_accumulation_steps()
+
+    def publish(self) -> None:
+        """Let the model compute with the weights just written to `held`. All ranks call it."""
+        zero = self.engine.optimizer
         if self.stage in (1, 2):
             zero.update_lp_params()
         elif self.stage == 3:
@@ -85,9 +104,6 @@ class EngineState:
             for group in range(len(zero.fp16_groups)):
                 zero._reassign_or_swap_out_partitioned_parameters(group)
             zero.checkpoint_event_epilogue()  # and gathered again, with their new values
-        engine.global_steps, engine.skipped_steps = step, 0
-        engine.global_samples = step * engine.train_batch_size()
-        engine.micro_steps = step * engine.gradient_accumulation_steps()
 
     def _updated(self) -> Iterator[tuple[Any, Tensor]]:
         """Each tensor that an optimizer updates, with the optimizer."""

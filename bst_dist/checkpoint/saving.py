@@ -106,10 +106,10 @@ class Saver:
     """Writes the checkpoints of one run, one at a time; all ranks make every call."""
 
     def __init__(self, run_dir: Path, state: State, ranks: Ranks, background: bool, tidy: Callable[[], None],
-                 lease: SharedLease = NO_LEASE) -> None:  # fmt: skip
+                 lease: SharedLease = NO_LEASE, kinds: Sequence[str] = (WEIGHTS, OPTIMIZER)) -> None:  # fmt: skip
         """`background`: copy first and write in a thread; else `start` returns when all is written. `tidy`: what rank
-        0's thread does after each commit; `lease`: what must be held for one."""
-        self.lease = lease
+        0's thread does after each commit; `lease`: what must be held for one; `kinds`: what there is to write."""
+        self.lease, self.kinds = lease, kinds
         self.run_dir, self.state, self.ranks, self.background, self.tidy = run_dir, state, ranks, background, tidy
         self._copy = _HostCopy(ranks.device)
         self._index: Index | None = None
@@ -121,7 +121,7 @@ class Saver:
     def start(self, manifest: dict[str, Any], own: dict[str, Any], kinds: Sequence[str]) -> Failed | None:
         """Begin the checkpoint of step manifest["step"]; None when it is under way. None may be pending.
 
-        `own`: what this rank alone knows; `kinds`: which of WEIGHTS and OPTIMIZER. Training may go on at once.
+        `own`: what this rank alone knows; `kinds`: which of those there are. Training may go on at once.
         """
         started = time.perf_counter()
         final = directory(self.run_dir, manifest["step"])
@@ -148,13 +148,14 @@ class Saver:
         Raises StorageError on all ranks when one cannot, or when there is no room for a checkpoint.
         """
         fragments, index = self._owned()
-        needed = _needed(index, (WEIGHTS, OPTIMIZER))
+        needed = _needed(index, self.kinds)
         partial = self.run_dir / CHECKPOINTS / f"step-rehearsal.{self.lease.epoch}{PARTIAL}"
         why = self.ranks.from_first(self._prepare(partial, needed) if self.ranks.first else None)
         if why:
             raise StorageError(f"no checkpoint could be written: {why}")
         if self.background:
-            self._copy.reserve(3 * sum(fragment.piece.count for fragment in fragments))
+            tensors = sum(len(TENSORS[kind]) for kind in self.kinds)
+            self._copy.reserve(tensors * sum(fragment.piece.count for fragment in fragments))
         said = self.ranks.gather(_tried(lambda: _write_and_read(partial / str(self.ranks.rank))))
         if self.ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -280,7 +281,7 @@ class _Copied:
 
     piece: Piece
     tensor: str
-    """WEIGHT or one of MOMENTS."""
+    """WEIGHT, one of MOMENTS, or AVERAGE."""
     runs: list[Tensor]
     """Its values, one after the other."""
 

@@ -17,11 +17,13 @@ from bst_base.errors import StorageError
 from bst_dist.checkpoint import rng, saving
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import (
+    AVERAGED,
     FORMAT,
     OPTIMIZER,
     TENSORS,
     WEIGHTS,
     CheckpointError,
+    has,
     is_full,
     open_shards,
     rank_file,
@@ -88,12 +90,15 @@ class Snapshots:
     """Checkpoints of one run, written and read by all ranks together: every rank makes every call."""
 
     def __init__(self, run_dir: Path, state: State, ranks: Ranks, identity: Identity, config: CheckpointConfig,
-                 lease: SharedLease = NO_LEASE) -> None:  # fmt: skip
+                 lease: SharedLease = NO_LEASE, averaged: bool = False) -> None:  # fmt: skip
+        """`averaged`: the state has an average of the weights, which is written and read as well."""
+        self.kinds = (WEIGHTS, OPTIMIZER, AVERAGED) if averaged else (WEIGHTS, OPTIMIZER)
         self.run_dir, self.state, self.ranks = run_dir, state, ranks
         self.identity, self.config = identity, config
         self._manifest: tuple[Path, dict[str, Any]] | None = None
         self._versions = versions() if ranks.first else {}  # asks git, which a save should not wait for
-        self._saver = Saver(run_dir, state, ranks, config.background, partial(tidy, run_dir, config), lease)
+        self._saver = Saver(run_dir, state, ranks, config.background, partial(tidy, run_dir, config), lease,
+                            self.kinds)  # fmt: skip
 
     def start(self, position: Position, validation_loss: float | None = None, full: bool = True) -> Failed | None:
         """Begin the checkpoint of `position`, which `poll` or `finish` commits; None when it is under way.
@@ -117,7 +122,7 @@ class Snapshots:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         own = {"rng": rng.capture(self.ranks.device), "carried": _on_host(position.carried)}
-        return self._saver.start(manifest, own, (WEIGHTS, OPTIMIZER) if full else (WEIGHTS,))
+        return self._saver.start(manifest, own, self.kinds if full else (WEIGHTS,))
 
     def poll(self) -> Saved | Failed | None:
         """What became of the checkpoint under way, once all ranks are through with it; None until then."""
@@ -212,9 +217,11 @@ class Snapshots:
         alone, and in every other from those that have some of it."""
         own = self.ranks.rank if Layout(**manifest["layout"]) == self.identity.layout else None
         held = self.state.held()
-        for kind, tensors in TENSORS.items():
-            shards, wanted = open_shards(checkpoint, kind, own, manifest), []
-            for tensor in tensors:
+        for kind in self.kinds:
+            # A run that has begun without an average starts one from the weights it has come to.
+            there = kind if has(manifest, kind) or kind != AVERAGED else WEIGHTS
+            shards, wanted = open_shards(checkpoint, there, own, manifest), []
+            for tensor in TENSORS[kind]:
                 for fragment in held:
                     name = stored_name(fragment.piece.name, tensor)
                     self._require_shape(checkpoint, name, fragment.piece.shape, shards.shape(name))
@@ -235,7 +242,7 @@ class Evaluated(Writer):
         self._last: EvalReport | None = None
 
     def write(self, report: Report) -> None:
-        if isinstance(report, EvalReport):
+        if report.kind == EvalReport.kind:  # not of the averaged weights
             self._last = report
 
     def loss(self, step: int) -> float | None:

@@ -68,16 +68,18 @@ _BEGIN = {
 }
 
 
-def model_card(run_dir: Path, one: Held, recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> str:
-    """The card of a checkpoint with tensors of these shapes, Markdown."""
+def model_card(
+    run_dir: Path, one: Held, recipe: Recipe, shapes: dict[str, tuple[int, ...]], averaged: bool = False
+) -> str:
+    """The card of a checkpoint with tensors of these shapes, Markdown; `averaged`: of its averaged weights."""
     versions = one.manifest.get("versions", {})
     return _TEMPLATE.format(
         name=recipe.name,
         summary=_summary(recipe, shapes),
         carried=_CARRIED["full" in recipe.model.mixers()],
         begin=_BEGIN[recipe.data.documents],
-        training=_training(one, recipe),
-        evaluation=_table(_evaluations(run_dir, one.step)),
+        training=_training(one, recipe, averaged),
+        evaluation=_table(_evaluations(run_dir, one.step, averaged)),
         versions=", ".join(f"{name} {version}" for name, version in versions.items()) or "Not recorded.",
         recipe=dump(without_place(recipe)),
     )
@@ -98,24 +100,25 @@ def _summary(recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> str:
     )
 
 
-def _training(one: Held, recipe: Recipe) -> str:
+def _training(one: Held, recipe: Recipe, averaged: bool) -> str:
     train, tokens = recipe.train, one.manifest.get("tokens")
     read = "" if tokens is None else f" on {tokens:,} tokens"
     names = ", ".join(Path(url).name for url in recipe.data.urls())
     return (
         f"{one.step:,} of {train.steps:,} steps{read} of {names}, {train.sequences} sequences of "
         f"{train.sequence_length:,} tokens per step, {recipe.data.documents} documents, {train.precision}."
+        + (f" The weights are an exponential average with decay {train.average.decay}." if averaged else "")
     )
 
 
-def _evaluations(run_dir: Path, step: int) -> dict[str, dict[str, Any]]:
+def _evaluations(run_dir: Path, step: int, averaged: bool) -> dict[str, dict[str, Any]]:
     """What `bst eval` has measured on whole documents; else what the run itself reports of a part of them."""
-    if report := eval_report(run_dir, step):
+    if report := eval_report(run_dir, step, averaged):
         split = report["split"]
         return {f"{split} of {Path(of['corpus']).name}, {of['documents']:,} documents": of for of in report["corpora"]}
     figures = {}
     for line in read_lines(run_dir / FILE):
-        if line["kind"] == "eval" and line["step"] == step:
+        if line["kind"] == ("averaged" if averaged else "eval") and line["step"] == step:
             on = f"{line['split']}, {line['tokens']:,} tokens in sequences as in training"
             figures[on] = {"loss_nats_per_token": line["loss_nats"], "bits_per_byte": line["bits_per_byte"]}
     return figures

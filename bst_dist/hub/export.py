@@ -22,7 +22,7 @@ from bst_base.errors import UserError
 from bst_base.files import atomic_directory
 from bst_dist.checkpoint.commands.common import add_run, readable_size, select
 from bst_dist.checkpoint.commands.convert import add_export
-from bst_dist.checkpoint.directory import WEIGHTS, CheckpointError, damage, open_shards
+from bst_dist.checkpoint.directory import AVERAGED, WEIGHTS, CheckpointError, damage, open_shards
 from bst_dist.checkpoint.exporting import DTYPES, stored_dtypes, write_weights
 from bst_dist.checkpoint.retention import Held
 from bst_dist.config import Recipe
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `bst export`."""
     add_run(parser)
     add_export(parser)
+    parser.add_argument("--averaged", action="store_true", help="the averaged weights (train.average)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -51,19 +52,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = tokenizer_of(args.run, recipe)
     data = recipe.data.model_copy(update={"storage": StorageConfig()})  # may hold secrets; is this machine's anyway
     recipe = recipe.model_copy(update={"data": data})
-    weights = open_shards(one.path, WEIGHTS)
+    weights = open_shards(one.path, _kind(args))
     dtypes = stored_dtypes(weights, recipe.model, DTYPES[args.dtype])
     with atomic_directory(args.output) as folder:
         prefix = f"{BSTForCausalLM.base_model_prefix}."
         write_weights(folder, weights, dtypes, args.file_size, {"step": str(one.step)}, prefix)
         _write_configuration(folder, one, recipe, tokenizer)
-        card = model_card(args.run, one, recipe, weights.shapes)
+        card = model_card(args.run, one, recipe, weights.shapes, args.averaged)
         (folder / CARD).write_text(card, encoding="utf-8")
         _write_digests(folder)
     files = {path.name: path.stat().st_size for path in sorted(args.output.iterdir())}
     size = readable_size(sum(files.values()))
-    print(f"{args.output}: step {one.step:,} of {args.run}, {len(dtypes)} tensors, {size}, {args.dtype}")
-    return {"output": str(args.output), "step": one.step, "dtype": args.dtype, "bytes": files}
+    which = "averaged weights, " if args.averaged else ""
+    print(f"{args.output}: step {one.step:,} of {args.run}, {which}{len(dtypes)} tensors, {size}, {args.dtype}")
+    about = {"step": one.step, "averaged": args.averaged, "dtype": args.dtype}
+    return {"output": str(args.output), **about, "bytes": files}
 
 
 def _source(args: argparse.Namespace) -> tuple[Held, Recipe]:
@@ -72,9 +75,13 @@ def _source(args: argparse.Namespace) -> tuple[Held, Recipe]:
         raise UserError(f"{args.output}: already exists; choose another directory")
     recipe, one = read_recipe(args.run), select(args.run, args.step)
     require_language_model(args.run, recipe)
-    if found := damage(one.path, kind=WEIGHTS):
+    if found := damage(one.path, kind=_kind(args)):
         raise CheckpointError(f"{one.path}: {found[0]}")
     return one, recipe
+
+
+def _kind(args: argparse.Namespace) -> str:
+    return AVERAGED if args.averaged else WEIGHTS
 
 
 def _write_configuration(folder: Path, one: Held, recipe: Recipe, tokenizer: Tokenizer) -> None:

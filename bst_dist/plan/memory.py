@@ -38,6 +38,8 @@ class Work:
     """Where their edges wait: device, host or disk."""
     edges_every: int = 1
     """One in so many of them does."""
+    averaged: bool = False
+    """Whether an average of the weights is kept beside the moments (train.average)."""
 
     @property
     def spacing(self) -> Spacing:
@@ -166,8 +168,9 @@ class _Step:
 
     def _phase(self, name: str, gradients: int, activations: int, loss: int = 0, buffers: int = 0) -> Memory:
         host = sum(part.host for part in self.layers) + self.edges_on_host
+        average = self.state.moments // 2 if self.work.averaged else 0  # of what the optimizer updates
         return Memory(
-            phase=name, weights=self.state.weights, optimizer=self.state.master + self.state.moments,
+            phase=name, weights=self.state.weights, optimizer=self.state.master + self.state.moments + average,
             gradients=gradients, activations=activations + self.inputs + self.edges, loss=loss, buffers=buffers,
             host=host,
         )  # fmt: skip

@@ -141,7 +141,7 @@ class Planner:
         part = Slice(rows, train.sequence_length // (sp * slices), sp, stream=slices > 1)
         work = Work(
             self.strategies[stage], cluster.world, part, spread.micro_batches * slices, checkpointing,
-            self.model.depth, slices, edges, every,
+            self.model.depth, slices, edges, every, averaged=train.average is not None,
         )  # fmt: skip
         between = sequence_traffic(self.model, work, self.messages(sp, slices))
         traffic = zero_traffic(self.sizes, work)

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from math import log, nan
 from pathlib import Path
 from statistics import median
@@ -79,6 +80,23 @@ class EvalReport:
     def about(self) -> str:
         """What was evaluated, for people."""
         return f"{self.split}, {self.tokens:,} tokens"
+
+
+@cache
+def _averaged(of: type[EvalReport]) -> type[EvalReport]:
+    class Averaged(of):
+        kind: ClassVar[str] = "averaged"
+
+        def about(self) -> str:
+            return f"averaged weights: {super().about()}"
+
+    return Averaged
+
+
+def of_average(report: EvalReport) -> EvalReport:
+    """The same report, of whatever kind of evaluation, about the averaged weights (train.average): other readers of
+    metrics.jsonl do not take it for one about the weights."""
+    return _averaged(type(report))(**vars(report))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,12 @@ from bst_base.places import LocalPath
 from bst_base.settings import Config
 
 
+class AverageConfig(Config):
+    decay: float = Field(0.999, gt=0, lt=1, allow_inf_nan=False)
+    """Share of the average that stays in a step; at first less, (1 + step) / (10 + step), so that the random weights of
+    the beginning are soon forgotten."""
+
+
 class TrainConfig(Config):
     steps: int = Field(ge=1, le=2**40)
     """Steps of the whole run: the schedule ends here."""
@@ -34,6 +40,10 @@ class TrainConfig(Config):
     edges: Literal["device", "host", "disk"] = "device"
     """Where the state between slices is kept until the backward pass: device; host: in host memory; disk: in a file in
     the folder for temporary files (TMPDIR), so that memory does not grow with the length."""
+    average: AverageConfig | None = None
+    """Keep an exponential average of the weights beside them: evaluated with them, in checkpoints, exported by `bst
+    export --averaged`. A rank averages what it updates: 4 bytes a parameter, divided by the ranks under ZeRO. It
+    changes nothing in the training, and may be set or left out when a run is resumed. null: none."""
     edges_every: int = Field(1, ge=1)
     """Keep the state before every k-th slice only, and run the slices between once more for theirs: about slices / k
     states are kept, for nearly one forward pass more. Fewest at the square root of the slices."""

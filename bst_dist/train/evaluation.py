@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bst_dist.parallel.neighbour import past_of_slice
 from bst_dist.parallel.past import EarlierCall, Past
-from bst_dist.report.metrics import Callback, EvalReport, StepReport, Writer, bits_per_byte
+from bst_dist.report.metrics import Callback, EvalReport, StepReport, Writer, bits_per_byte, of_average
 from bst_dist.train.config import EvaluationConfig
 from bst_dist.train.step import on_device, sum_of_batch
 from data_pipeline.serve.slices import slices_of
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bst_dist.parallel.group import SequenceGroup
     from bst_dist.parallel.ranks import Ranks
     from bst_dist.report.probes import Probes
+    from bst_dist.train.average import Average
     from bst_dist.train.engine import Engine
     from data_pipeline.serve.batch import Batch
     from data_pipeline.serve.slices import MicroBatch
@@ -41,6 +42,8 @@ class Evaluate(Callback):
         self.token_bytes, self.writers, self.steps, self.stop, self.sharing = token_bytes, writers, steps, stop, sharing
         self.probes: Probes | None = None
         """What looks into the model while it is evaluated."""
+        self.average: Average | None = None
+        """The averaged weights, which are evaluated too."""
 
     def due(self, step: int) -> bool:
         """Whether the run is evaluated after so many steps."""
@@ -65,6 +68,11 @@ class Evaluate(Callback):
             writer.write(found)
         if self.probes:
             self.probes.look(step)
+        if self.average:
+            with self.average.in_place():
+                found = self.evaluate(step)
+            for writer in self.writers if found else ():
+                writer.write(of_average(found))
 
     def forward(self, step: int) -> Iterator[tuple[Any, dict[str, Any], Any]]:
         """(batch, its inputs on the device, what the model makes of them) of each batch, without gradients.

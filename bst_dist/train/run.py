@@ -25,6 +25,7 @@ from bst_dist.report.metrics import Callback, Log, Writer
 from bst_dist.report.performance import Performance
 from bst_dist.report.profiling import Profile
 from bst_dist.train import rundir
+from bst_dist.train.average import Average
 from bst_dist.train.building import build_engine, build_trainer, compiles, identity_of, mesh_of, watched_group
 from bst_dist.train.deterministic import make_deterministic
 from bst_dist.train.evaluation import Evaluate
@@ -67,8 +68,11 @@ class Run:
         )
         self.engine = build_engine(start, compiled)
         identity = identity_of(start, self.engine, ranks)
-        state = EngineState(self.engine.deepspeed)
-        self.snapshots = Snapshots(start.run_dir, state, ranks, identity, self.recipe.checkpoint, lease)
+        averaged = self.recipe.train.average
+        state = EngineState(self.engine.deepspeed, averaged is not None)
+        self.average = averaged and Average(averaged, state)
+        self.snapshots = Snapshots(start.run_dir, state, ranks, identity, self.recipe.checkpoint, lease,
+                                   averaged is not None)  # fmt: skip
         self.trainer = build_trainer(start, self.engine, ranks, watched_group(start, ranks), stop)
         ranks.limit_exchanges(self.recipe.watchdog.exchange_limit_s)
         rng.seed_all(self.recipe.seed, ranks.rank)  # all ranks have built the same model; a checkpoint sets them again
@@ -110,6 +114,7 @@ class Run:
         if position.data:
             loader.check(position.data)  # and keeps to the version of the order that the run began with
         evaluate = start.objective.evaluation(trainer, writers)
+        evaluate.average = self.average
         if self.recipe.log.tensorboard or self.recipe.log.writers:
             evaluate.probes = probes_of(start, trainer, evaluate)
         callbacks = self._callbacks(position, loader, writers, evaluate, evaluated)
@@ -138,6 +143,7 @@ class Run:
             return loader.state(step + position.skipped)
 
         callbacks: list[Callback] = [
+            *([self.average] if self.average else []),  # before all that reads it
             Log(writers),  # first: a step that an evaluation or a checkpoint fails after has been reported
             evaluate,
             # After the evaluation, whose loss `evaluated` holds for it: checkpoint.keep_best goes by it.

@@ -143,10 +143,10 @@ def _parameters(run_dir: Path) -> int | None:
         return sum(parameter.numel() for parameter in LanguageModel(recipe.model).parameters())
 
 
-def eval_report(run_dir: Path, step: int) -> dict[str, Any] | None:
+def eval_report(run_dir: Path, step: int, averaged: bool = False) -> dict[str, Any] | None:
     """The report of `bst eval` on the validation documents after `step` steps, the newest if there are several.
 
-    Reports are looked for in the run directory and in its reports/.
+    Reports are looked for in the run directory and in its reports/. `averaged`: of the averaged weights.
     """
     found: list[tuple[float, dict[str, Any]]] = []
     for path in (*run_dir.glob("*.json"), *(run_dir / REPORTS).glob("*.json")):
@@ -156,7 +156,8 @@ def eval_report(run_dir: Path, step: int) -> dict[str, Any] | None:
             continue
         asked = {"command": "bst eval", "step": step, "split": "validation", "context_tokens": None}
         whole = isinstance(report, dict) and report.get("passed") is not False  # not of an evaluation that was stopped
-        if whole and asked.items() <= report.items() and report.get("corpora"):
+        alike = whole and asked.items() <= report.items() and bool(report.get("averaged")) == averaged
+        if alike and report.get("corpora"):
             found.append((path.stat().st_mtime, report))
     return max(found, key=lambda one: one[0])[1] if found else None
 

@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus", metavar="CORPUS",
                         help="another prepared corpus of the same tokenizer (default: its recipe's)")  # fmt: skip
     parser.add_argument("--checkpoint", metavar="STEP", type=int, help="weights after this step (default: the newest)")
+    parser.add_argument("--averaged", action="store_true", help="the averaged weights (train.average)")
     parser.add_argument("--context", metavar="L", type=int,
                         help="tokens after which the model forgets (default: whole documents)")  # fmt: skip
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="of matrix products (default: as trained)")
@@ -100,6 +101,7 @@ def _file_name(args: argparse.Namespace, form: str, report: dict[str, Any]) -> s
         args.corpus and Path(args.corpus).name,
         args.context and f"context-{args.context}",
         args.precision,
+        "averaged" if args.averaged else None,
         "part" if report.get("passed") is False else None,
     ]
     return "-".join(["eval", str(report["step"]), *filter(None, asked)]) + ".json"

@@ -85,9 +85,10 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
             raise UserError("--ranks starts processes of its own, and a launcher has started this one (RANK is set)")
         return start(_options(args), args.ranks)
     readers = join()
-    trained = open_run(args.run, args.checkpoint, args.precision)
+    trained = open_run(args.run, args.checkpoint, args.precision, args.averaged)
     report: dict[str, Any] = {
         "run": str(args.run), "step": trained.step, "split": args.split, "context_tokens": args.context,
+        "averaged": args.averaged,
         "precision": trained.recipe.train.precision, "ranks": readers.world, "corpora": [],
     }  # fmt: skip
     with heeding() as told:
@@ -115,7 +116,7 @@ def _options(args: argparse.Namespace) -> list[str]:
     names = ("corpus", "checkpoint", "context", "batch_size", "precision")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     options = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return [str(args.run), "--split", args.split, *options]
+    return [str(args.run), "--split", args.split, *(["--averaged"] if args.averaged else []), *options]
 
 
 def _context(model: ModelConfig, tokens: int | None) -> str:
@@ -145,7 +146,8 @@ def _show(args: argparse.Namespace, trained: Trained, where: str, figures: dict[
         rows.append([name, f"{figures[key]:.{digits}f}", "" if error is None else f"{error:.{digits}f}"])
     print_table(
         Sheet(("", "estimate", "standard error over documents"), rows),
-        f"{args.run} after {trained.step:,} steps: {args.split} of {where}",
+        f"{args.run} after {trained.step:,} steps{', averaged weights' if args.averaged else ''}: {args.split} of "
+        f"{where}",
         f"{_documents(figures)}, {figures['tokens']:,} tokens, {figures['bytes']:,} bytes; "
         f"{_context(trained.recipe.model, args.context)}; {figures['tokens'] / figures['time_s']:,.0f} tokens/s",
     )

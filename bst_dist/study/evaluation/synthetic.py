@@ -75,7 +75,7 @@ def _slices(
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    trained = open_run(args.run, args.checkpoint, args.precision)
+    trained = open_run(args.run, args.checkpoint, args.precision, args.averaged)
     recipe, task = trained.recipe, trained.recipe.data.synthetic
     length, rows = args.length or recipe.data.row(recipe.train.sequence_length), args.rows or ROWS
     if length < 1 or length % recipe.model.block:

@@ -10,6 +10,7 @@ from torch import nn
 
 from bst_base.errors import UserError
 from bst_dist.checkpoint.directory import (
+    AVERAGED,
     WEIGHTS,
     CheckpointError,
     committed,
@@ -48,12 +49,12 @@ class Trained:
         return None if self.recipe.data.documents == "isolated" else corpus.manifest.tokenizer.eos_id
 
 
-def open_run(run_dir: Path, step: int | None = None, precision: str | None = None) -> Trained:
+def open_run(run_dir: Path, step: int | None = None, precision: str | None = None, averaged: bool = False) -> Trained:
     """The model of a run after `step`, on the accelerator if there is one; None: of its newest valid checkpoint.
 
-    `precision`: fp32 or bf16, instead of the one it was trained in. Step 0, where no checkpoint is kept, is made again
-    from the recipe's seed or initial weights. Raises UserError when the directory holds no run of a language model, or
-    the checkpoint is missing or damaged.
+    `precision`: fp32 or bf16, not the one it was trained in; `averaged`: take the averaged weights. Step 0, where
+    no checkpoint is kept, is made again from the recipe's seed or initial weights. Raises UserError when the directory
+    holds no run of a language model, or the checkpoint is missing or damaged.
     """
     recipe = read_recipe(run_dir)
     if precision is not None:
@@ -63,11 +64,12 @@ def open_run(run_dir: Path, step: int | None = None, precision: str | None = Non
     model = LanguageModel(recipe.model)
     if step == 0 and recipe.initial_weights:
         load_initial(model, recipe.initial_weights)
-    return Trained(run_dir, recipe, restore(model, run_dir, step), model)
+    return Trained(run_dir, recipe, restore(model, run_dir, step, AVERAGED if averaged else WEIGHTS), model)
 
 
-def restore(model: nn.Module, run_dir: Path, step: int | None = None) -> int:
-    """Load a run's weights after `step` into its model, ready for evaluation on the accelerator; returns the step.
+def restore(model: nn.Module, run_dir: Path, step: int | None = None, kind: str = WEIGHTS) -> int:
+    """Load a run's WEIGHTS after `step`, or its AVERAGED ones, into its model, ready for evaluation on the accelerator;
+    returns the step.
 
     None: of its newest valid checkpoint; 0: the model keeps the weights it has. Raises CheckpointError.
     """
@@ -79,8 +81,8 @@ def restore(model: nn.Module, run_dir: Path, step: int | None = None) -> int:
                 f"{run_dir}: no valid checkpoint: the run has not come to its first one; --checkpoint 0 takes the "
                 "weights it began with"
             )
-        checkpoint = newest_valid(run_dir, WEIGHTS) if step is None else _checkpoint(run_dir, step)
-        model.load_state_dict(load_weights(checkpoint))
+        checkpoint = newest_valid(run_dir, kind) if step is None else _checkpoint(run_dir, step, kind)
+        model.load_state_dict(load_weights(checkpoint, kind))
     model.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).eval()
     return step_of(checkpoint)
 
@@ -123,11 +125,11 @@ def require_tokenizer(run_dir: Path, corpus: Corpus, sha256: str | None) -> None
         )
 
 
-def _checkpoint(run_dir: Path, step: int) -> Path:
+def _checkpoint(run_dir: Path, step: int, kind: str) -> Path:
     path = directory(run_dir, step)
     if not path.is_dir():
         there = ", ".join(str(step_of(found)) for found in committed(run_dir)) or "none"
         raise CheckpointError(f"{run_dir}: no checkpoint of step {step}; there are: {there}")
-    if found := damage(path, kind=WEIGHTS):
+    if found := damage(path, kind=kind):
         raise CheckpointError(f"{path}: {found[0]}")
     return path

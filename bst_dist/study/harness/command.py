@@ -31,7 +31,7 @@ class HarnessError(UserError):
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if importlib.util.find_spec("lm_eval") is None:
         raise HarnessError(missing("lm_eval"))
-    trained = open_run(args.run, args.checkpoint, args.precision)
+    trained = open_run(args.run, args.checkpoint, args.precision, args.averaged)
     tokenizer = tokenizer_of(args.run, trained.recipe)
     import lm_eval  # what it brings along takes a second to import
 

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.plot:
         require_picture(args.plot, "--plot")  # before anything is read
     require_sizes(read_recipe(args.run), rows=args.batch_size)
-    trained = open_run(args.run, args.checkpoint, args.precision)
+    trained = open_run(args.run, args.checkpoint, args.precision, args.averaged)
     for length in args.lengths:
         how(trained.recipe.model, length)
     report: dict[str, Any] = {

@@ -1,0 +1,60 @@
+"""An exponential average of the weights (train.average), updated after each step and evaluated beside the weights.
+
+After step t, counted from 1, ``average = d average + (1 - d) weights`` with ``d = min(decay, (1 + t) / (10 + t))``; it
+begins as the initial weights. Every rank does so for what its optimizer updates, so nothing is exchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from bst_dist.checkpoint.directory import AVERAGE, WEIGHT
+from bst_dist.checkpoint.fragments import EngineState
+from bst_dist.report.metrics import Callback, SkippedReport, StepReport
+from bst_dist.train.config import AverageConfig
+
+
+class Average(Callback):
+    """Keeps the average of an engine's weights."""
+
+    phase = "optimizer"
+
+    def __init__(self, config: AverageConfig, state: EngineState) -> None:
+        self.config, self.state = config, state
+
+    def after_step(self, report: StepReport, last: bool) -> None:
+        """Take in the weights after a step; a step that was skipped has not changed them."""
+        if not isinstance(report, SkippedReport):
+            averages, weights = self._tensors()
+            torch._foreach_lerp_(averages, weights, 1 - decay(self.config, report.step))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While it is entered the model computes with the average; every rank must enter it.
+
+        The two change places, so it takes the memory of one fragment. Afterwards the weights are as before, to the bit.
+        """
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for average, weight in zip(*self._tensors(), strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+        self.state.publish()
+
+    def _tensors(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        held = self.state.held()
+        return [fragment.values[AVERAGE] for fragment in held], [fragment.values[WEIGHT] for fragment in held]
+
+
+def decay(config: AverageConfig, step: int) -> float:
+    """Share of the average that stays in step `step`, counted from 1."""
+    return min(config.decay, (1 + step) / (10 + step))
