@@ -26,8 +26,8 @@ tags: [block-state-transformer, long-context, pretrained]
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(DIRECTORY, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained({place}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({place}, trust_remote_code=True)
 inputs = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))
 ```
@@ -69,12 +69,15 @@ _BEGIN = {
 
 
 def model_card(
-    run_dir: Path, one: Held, recipe: Recipe, shapes: dict[str, tuple[int, ...]], averaged: bool = False
-) -> str:
-    """The card of a checkpoint with tensors of these shapes, Markdown; `averaged`: of its averaged weights."""
+    run_dir: Path, one: Held, recipe: Recipe, shapes: dict[str, tuple[int, ...]], averaged: bool = False,
+    repository: str | None = None,
+) -> str:  # fmt: skip
+    """The card of a checkpoint with tensors of these shapes, Markdown; `averaged`: of its averaged weights;
+    `repository`: of the hub, that it is for."""
     versions = one.manifest.get("versions", {})
     return _TEMPLATE.format(
         name=recipe.name,
+        place=f'"{repository}"' if repository else "DIRECTORY",
         summary=_summary(recipe, shapes),
         carried=_CARRIED["full" in recipe.model.mixers()],
         begin=_BEGIN[recipe.data.documents],

@@ -2,6 +2,7 @@
 
     bst eval runs/demo
     bst export runs/demo demo-model
+    bst export runs/demo demo-model --push me/demo-model     # and upload it
 
 transformers loads the directory with trust_remote_code=True, whether or not bst_dist is installed. The model card has
 the figures of `bst eval` with their standard errors, when its report is in the run directory. `bst import` makes a run
@@ -30,6 +31,7 @@ from bst_dist.generation.sampling import without_text
 from bst_dist.hub.card import model_card, without_place
 from bst_dist.hub.fast_tokenizer import fast_tokenizer, is_bpe
 from bst_dist.hub.modeling import BSTConfig, BSTForCausalLM
+from bst_dist.hub.repository import push, require_id
 from bst_dist.hub.tokenization import CORPUS_FILE, FILE, BSTTokenizer
 from bst_dist.study.evaluation.prompts import begin_token
 from bst_dist.study.evaluation.trained import require_language_model, tokenizer_of
@@ -44,10 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `bst export`."""
     add_run(parser)
     add_export(parser)
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload it as well, as this repository of the hub")
+    parser.add_argument("--private", action="store_true", help="with --push: make a repository that others cannot see")
     parser.add_argument("--averaged", action="store_true", help="the averaged weights (train.average)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    if args.push is not None:
+        require_id(args.push)
     one, recipe = _source(args)
     tokenizer = tokenizer_of(args.run, recipe)
     data = recipe.data.model_copy(update={"storage": StorageConfig()})  # may hold secrets; is this machine's anyway
@@ -58,13 +64,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         prefix = f"{BSTForCausalLM.base_model_prefix}."
         write_weights(folder, weights, dtypes, args.file_size, {"step": str(one.step)}, prefix)
         _write_configuration(folder, one, recipe, tokenizer)
-        card = model_card(args.run, one, recipe, weights.shapes, args.averaged)
+        card = model_card(args.run, one, recipe, weights.shapes, args.averaged, args.push)
         (folder / CARD).write_text(card, encoding="utf-8")
         _write_digests(folder)
     files = {path.name: path.stat().st_size for path in sorted(args.output.iterdir())}
     size = readable_size(sum(files.values()))
     which = "averaged weights, " if args.averaged else ""
     print(f"{args.output}: step {one.step:,} of {args.run}, {which}{len(dtypes)} tensors, {size}, {args.dtype}")
+    if args.push is not None:
+        print(f"uploaded to {push(args.output, args.push, args.private)}")
     about = {"step": one.step, "averaged": args.averaged, "dtype": args.dtype}
     return {"output": str(args.output), **about, "bytes": files}
 

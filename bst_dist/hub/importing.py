@@ -2,6 +2,7 @@
 
     bst import demo-model runs/imported
     bst import demo-model runs/imported data.corpus=/data/stdlib
+    bst import me/demo-model runs/imported                   # from the Hugging Face hub
 
 Also reads what transformers' save_pretrained has written of such a model, after fine-tuning there. The recipe is the
 exported one with the overrides; an optimizer's states are not exported, so the run itself cannot be resumed: another
@@ -30,6 +31,7 @@ from bst_dist.checkpoint.shards import Piece, write_header, write_values
 from bst_dist.config import Recipe, digest
 from bst_dist.hub.export import DIGESTS
 from bst_dist.hub.modeling import BSTConfig, BSTForCausalLM
+from bst_dist.hub.repository import fetched
 from bst_dist.hub.tokenization import CORPUS_FILE, FILE
 from bst_dist.model.lm import LanguageModel
 from bst_dist.train.rundir import RECIPE
@@ -45,18 +47,20 @@ class ExportError(UserError):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `bst import`."""
-    parser.add_argument("model", type=Path, metavar="DIR", help="directory of an exported model")
+    parser.add_argument("model", metavar="MODEL", help="an exported model: its directory, or OWNER/NAME on the hub")
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory to write; must not exist")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes of its recipe")
+    parser.add_argument("--revision", metavar="REVISION", help="of the repository: a branch, tag or commit")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.run.exists():
         raise UserError(f"{args.run}: already exists; choose another directory")
-    _require_digests(args.model)
-    recipe, about = _configuration(args.model, args.overrides)
-    tokenizer = _tokenizer(args.model)
-    tensors = _Tensors(args.model, recipe)
+    model = fetched(args.model, args.revision)
+    _require_digests(model)
+    recipe, about = _configuration(model, args.overrides)
+    tokenizer = _tokenizer(model)
+    tensors = _Tensors(model, recipe)
     step = int(about.get("step") or recipe.train.steps)
     with atomic_directory(args.run) as folder:
         (folder / RECIPE).write_text(dump(recipe), encoding="utf-8")

@@ -257,6 +257,9 @@ LEFT_OUT = {
     r"bst (lra |train .*/lra/)": "draws and trains a task in full: tests/study/lra",
     r"bst doctor": "tests/tools/doctor",
     r"bst generate .*(--interactive|--prompts -)": "reads what is typed: tests/study/evaluation/test_generate.py",
+    r"bst train .*log.writers": "reaches for services: tests/report/test_writers.py",
+    r"bst (eval|export) .*--averaged": "of a run with train.average: tests/train/test_average.py",
+    r"bst (export .*--push|import me/)": "reaches for the hub: tests/hub/test_repository.py",
     r"bst train .*slice_tokens": "slices longer than the sequences here: tests/train/test_slices.py",
     r"bst eval .*--(harness|lengths .*65536)": "needs tasks of the reader, much text: tests/study/evaluation",
 }

@@ -1,0 +1,187 @@
+"""Push and import by repository, against a server that speaks the part of the hub's language that they use."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+
+BST = Path(sys.executable).with_name("bst")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_local"
+
+
+class Hub(ThreadingHTTPServer):
+    """Repositories in memory: name -> path -> content."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.private: dict[str, bool] = {}
+
+
+class Answers(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing is printed."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self.answer(401, {"error": "Invalid username or password."})
+        if self.path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            self.server.repositories.setdefault(name, {})
+            self.server.private[name] = bool(asked.get("private"))
+            return self.answer(200, {"url": f"{self.endpoint}/{name}", "name": name, "id": name})
+        name, what = self.repository()
+        if what.startswith("preupload/"):
+            files = [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False}
+                     for one in json.loads(body)["files"]]  # fmt: skip
+            return self.answer(200, {"files": files})
+        if what.startswith("commit/"):
+            for line in body.decode().splitlines():
+                found = json.loads(line)
+                if found["key"] == "file":
+                    content = base64.b64decode(found["value"]["content"])
+                    self.server.repositories[name][found["value"]["path"]] = content
+            url = f"{self.endpoint}/{name}/commit/{COMMIT}"
+            return self.answer(200, {"commitUrl": url, "commitOid": COMMIT, "pullRequestUrl": None})
+        if what == "validate-yaml":
+            return self.answer(200, {"errors": [], "warnings": []})
+        return self.answer(404, {"error": self.path})
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/api/models/"):
+            name, _ = self.repository()
+            if name not in self.server.repositories:
+                return self.answer(401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+            files = sorted(self.server.repositories[name].items())
+            if "/tree/" in self.path:
+                return self.answer(200, [{"type": "file", "path": path, "size": len(data),
+                                          "oid": hashlib.sha1(data).hexdigest()} for path, data in files])  # fmt: skip
+            about = {"id": name, "modelId": name, "sha": COMMIT, "private": False, "tags": [],
+                     "siblings": [{"rfilename": path, "size": len(data)} for path, data in files]}  # fmt: skip
+            return self.answer(200, about)
+        return self.file()
+
+    do_HEAD = do_GET
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+    def repository(self) -> tuple[str, str]:
+        """OWNER/NAME and what follows it in /api/models/OWNER/NAME/..."""
+        owner, name, *rest = unquote(self.path.partition("?")[0]).removeprefix("/api/models/").split("/")
+        return f"{owner}/{name}", "/".join(rest)
+
+    def file(self) -> None:
+        owner, name, _, _, *path = unquote(self.path.partition("?")[0]).strip("/").split("/")
+        data = self.server.repositories.get(f"{owner}/{name}", {}).get("/".join(path))
+        if data is None:
+            return self.answer(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
+        self.send_response(200)
+        for key, value in {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT,
+                           "Content-Length": str(len(data)), "Accept-Ranges": "bytes"}.items():  # fmt: skip
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+        return None
+
+    def answer(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        for key, text in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(data)),
+            **(headers or {}),
+        }.items():
+            self.send_header(key, text)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def bst(hub: Hub, home: Path, *words: object, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
+    """The whole program: huggingface_hub reads its variables when it is imported."""
+    environment = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(home), "HF_TOKEN": token,
+        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1",
+        "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+    }  # fmt: skip
+    return subprocess.run([str(BST), *map(str, words)], env=environment, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.ranks
+def test_a_run_goes_to_a_repository_and_comes_back_from_it(hub, make_run, tmp_path):
+    run_dir, out = make_run(), tmp_path / "out"
+    done = bst(hub, tmp_path / "home", "export", run_dir, out, "--push", "me/model", "--private")
+    assert done.returncode == 0, done.stderr
+    assert f"uploaded to http://127.0.0.1:{hub.server_port}/me/model" in done.stdout
+    assert hub.private == {"me/model": True}
+    there = hub.repositories["me/model"]
+    assert {path.name: path.read_bytes() for path in out.iterdir()}.items() <= there.items()
+    assert b'from_pretrained("me/model", trust_remote_code=True)' in there["README.md"]
+
+    done = bst(hub, tmp_path / "other", "import", "me/model", tmp_path / "back")
+    assert done.returncode == 0, done.stderr
+    (weights,) = (tmp_path / "back" / "checkpoints").glob("*/weights-*")
+    (own,) = (run_dir / "checkpoints").glob("*/weights-*")
+    from safetensors.torch import load_file
+
+    for name, tensor in load_file(own).items():
+        assert load_file(weights)[name].equal(tensor)
+
+    there["model.safetensors"] = there["model.safetensors"][:-1] + b"x"
+    done = bst(hub, tmp_path / "third", "import", "me/model", tmp_path / "damaged")
+    assert done.returncode == 2
+    assert "model.safetensors: is not as it was exported" in done.stderr
+    assert not (tmp_path / "damaged").exists()
+
+
+@pytest.mark.ranks
+def test_what_the_hub_refuses_is_one_line(hub, make_run, tmp_path):
+    run_dir, home = make_run(), tmp_path / "home"
+    for words, said in (
+        (["export", run_dir, tmp_path / "a", "--push", "me/a b"], "me/a b: "),
+        (["export", run_dir, tmp_path / "a", "--push", "model"], "model: not the id of a repository, OWNER/NAME"),
+        (["export", run_dir, tmp_path / "a", "--private"], "--private means nothing without --push"),
+        (["import", "me/none", tmp_path / "b"], "me/none: no such directory, and not downloaded as a repository: "),
+        (["import", "nowhere", tmp_path / "b"], "nowhere: no such directory, and not the id of a repository"),
+        (["import", run_dir, tmp_path / "b", "--revision", "main"], "--revision main is of a repository"),
+    ):
+        done = bst(hub, home, *words)
+        assert done.returncode == 2, done.stderr
+        assert said in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "a").exists()
+    done = bst(hub, home, "export", run_dir, tmp_path / "a", "--push", "me/model", token="hf_wrong")
+    assert done.returncode == 2
+    assert "me/model: not uploaded: " in done.stderr
+    assert f"{tmp_path / 'a'} is whole: upload it with `hf upload me/model {tmp_path / 'a'}`" in done.stderr
+    assert (tmp_path / "a" / "model.safetensors").exists()
