@@ -24,6 +24,8 @@ class LogConfig(Config):
     the last do. Not under ZeRO-3."""
     straggler: float = Field(1.2, gt=1, le=1e9, allow_inf_nan=False)
     """Warn when the slowest rank's own work in a step takes this many times the median rank's."""
+    memory_history: bool = False
+    """On CUDA, remember which line has allocated what, for the snapshot that is written when memory runs out."""
     profile: tuple[int, int] | None = None
     """First and last step, counted from 1, to trace with torch's profiler into the run directory's profile/."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from bst_dist.checkpoint import rng
 from bst_dist.checkpoint.fragments import EngineState
 from bst_dist.checkpoint.snapshot import Checkpoints, Evaluated, Position, Snapshots
 from bst_dist.faults.disks import Disks
+from bst_dist.faults.ending import LAST_WORD
 from bst_dist.faults.guard import DivergedError, RollBack
 from bst_dist.faults.heartbeats import shared_board
 from bst_dist.faults.lease import SharedLease, shared_lease
@@ -22,6 +24,7 @@ from bst_dist.faults.status import DONE, RESUBMIT
 from bst_dist.faults.watchdog import Watchdog
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.report.metrics import Callback, Log, Writer
+from bst_dist.report.out_of_memory import record_history, snapshot_when_out_of_memory
 from bst_dist.report.performance import Performance
 from bst_dist.report.profiling import Profile
 from bst_dist.train import rundir
@@ -53,7 +56,10 @@ def train(request: Request, ranks: Ranks, notice: Notice | None = None, disks: D
     with (
         Watchdog(start.recipe.watchdog, start.run_dir, ranks.rank, ranks.world, ranks.phases, board, disks),
         shared_lease(ranks, start.run_dir) as lease,
+        snapshot_when_out_of_memory(start.run_dir, ranks.rank),
     ):
+        if start.recipe.log.memory_history:
+            record_history()
         return Run(start, request, ranks, Stop(ranks, notice), lease).train()
 
 
@@ -180,7 +186,8 @@ class Run:
         stopped = self.stop.agreed and not outcome["finished"]
         if stopped:
             outcome |= {"stopped": told[0].name}
-            ranks.say(f"stopped by {told[0].name} after step {outcome['step']}: --resume continues from there")
+            by = "" if LAST_WORD in os.environ else f" by {told[0].name}"  # else the launcher has said which, to itself
+            ranks.say(f"stopped{by} after step {outcome['step']}: --resume continues from there")
         if ranks.first:
             rundir.finish(self.start.run_dir, outcome)
         ranks.barrier()  # when the first rank is gone its launcher may end the others
