@@ -93,6 +93,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(f"bst train: {why}; what was reached is in {start.run_dir}", file=sys.stderr)
     outcome = rundir.read_outcome(start.run_dir)
     outcome = {} if outcome is None or outcome == before else outcome
+    if ended.told and "stopped" in outcome:  # ranks are told by SIGTERM, whatever their launcher was told by
+        outcome["stopped"] = signal.Signals(ended.told).name
+        rundir.finish(start.run_dir, outcome)
     report = {"passed": ended.status == 0, "exit_status": ended.status, "run_dir": str(start.run_dir)}
     return {**report, "ranks": share.world, **outcome}
 

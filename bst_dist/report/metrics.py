@@ -218,17 +218,18 @@ def keep_dropped(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 class Console(Writer):
     """A line every `every` steps, with the time left; a separate line for each evaluation."""
 
-    def __init__(self, every: int, steps: int, straggler: float = math.inf):
-        self.every, self.steps, self.straggler = every, steps, straggler
+    def __init__(self, every: int, steps: int, straggler: float = math.inf, utilisation: bool = True):
+        """`utilisation`: show MFU; a CPU has no known peak."""
+        self.every, self.steps, self.straggler, self.utilisation = every, steps, straggler, utilisation
         self._since: list[StepReport] = []
         self._slow: int | None = None
         self._started = True  # the first step has a line of its own: it is slower, and shows that the run moves
 
     @staticmethod
-    def header(labels: str = "tokens") -> str:
+    def header(labels: str = "tokens", utilisation: bool = True) -> str:
         """The heads of the columns; `labels`: what is counted."""
-        return (f"{'step':>12} {'loss':>8} {'bits/byte':>9} {'norm':>8} {'rate':>9} {labels + '/s':>9} {'MFU':>6} "
-                f"{'left':>8}")  # fmt: skip
+        mfu = f" {'MFU':>6}" if utilisation else ""
+        return f"{'step':>12} {'loss':>8} {'bits/byte':>9} {'norm':>8} {'rate':>9} {labels + '/s':>9}{mfu} {'left':>8}"
 
     def write(self, report: Report) -> None:
         if isinstance(report, EvalReport):
@@ -263,12 +264,16 @@ class Console(Writer):
         """The mean of the speeds since the last line; the loss, norm and rate of the last step."""
         left = (self.steps - last.step) * median(report.step_time_s for report in self._since)
         speed = _harmonic([report.tokens_per_s for report in self._since])
-        mfu = _harmonic([report.mfu for report in self._since])
-        share = f"{'-':>6}" if math.isnan(mfu) else f"{mfu:>6.1%}"
         return (
             f"{last.step:>6}/{self.steps:<5} {last.loss_nats:>8.4f} {_bits(last)} "
-            f"{last.gradient_norm:>8.3f} {last.learning_rate:>9.2e} {speed:>9,.0f} {share} {duration(left):>8}"
+            f"{last.gradient_norm:>8.3f} {last.learning_rate:>9.2e} {speed:>9,.0f}{self._mfu()} {duration(left):>8}"
         )
+
+    def _mfu(self) -> str:
+        if not self.utilisation:
+            return ""
+        mfu = _harmonic([report.mfu for report in self._since])
+        return f" {'-':>6}" if math.isnan(mfu) else f" {mfu:>6.1%}"
 
 
 def _bits(report: StepReport | EvalReport) -> str:

@@ -59,20 +59,26 @@ def header(start: Start, engine: Engine, ranks: Ranks, compiled: str) -> str:
         lines["change"] = f"{'; '.join(start.changed)} (before, from here on)"
     if unused := model.unused_sections():
         lines["unused"] = f"no layer reads {', '.join(f'model.{section}' for section in unused)}, which is set"
-    return "\n".join([*(f"{name:<6} {text}" for name, text in lines.items()), Console.header(start.objective.labels)])
+    columns = Console.header(start.objective.labels, _has_peak(ranks))
+    return "\n".join([*(f"{name:<6} {text}" for name, text in lines.items()), columns])
 
 
 def writers_of(start: Start, engine: Engine, ranks: Ranks, done: int) -> list[Writer]:
     """Where rank 0 reports to, after `done` steps."""
     log = start.recipe.log
     writers: list[Writer] = [MetricsFile(start.run_dir, done)]
-    writers.append(Console(log.every, start.recipe.train.steps, log.straggler))
+    writers.append(Console(log.every, start.recipe.train.steps, log.straggler, _has_peak(ranks)))
     about = {"parameters": _parameters(engine), "ranks": ranks.world}
     if log.tensorboard:
         writers.append(TensorBoard(start.run_dir, done, hparams(start.recipe, **about)))
     for name in log.writers:
         writers.append(Background(name, partial(_writer, name, start, about)))
     return writers
+
+
+def _has_peak(ranks: Ranks) -> bool:
+    """Whether the device has a speed that is its most: MFU is a share of it."""
+    return ranks.device.type != "cpu"
 
 
 def _writer(name: str, start: Start, about: dict[str, Any]) -> Writer:

@@ -15,6 +15,7 @@ tokenizer.*       of the corpus, so that the run can be moved, and generates and
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import socket
@@ -65,8 +66,16 @@ class RunDirectoryError(UserError):
 def read_recipe(run_dir: Path) -> Recipe:
     """The resolved recipe of a run; raises UserError when the directory holds none."""
     if not (run_dir / RECIPE).is_file():
-        raise UserError(f"{run_dir}: no run there ({RECIPE} is missing); by default a run is in runs/<name>")
+        near = nearest(run_dir)
+        hint = f"did you mean {near}?" if near else "by default a run is in runs/<name>"
+        raise UserError(f"{run_dir}: no run there ({RECIPE} is missing); {hint}")
     return load_recipe(run_dir / RECIPE, base=Path.cwd())  # what those that do not say meant, before they said it
+
+
+def nearest(given: Path) -> Path | None:
+    """The run beside `given` whose name is most like it."""
+    runs = [path.name for path in sorted(given.parent.glob("*")) if path != given and (path / RECIPE).is_file()]
+    return next((given.parent / name for name in difflib.get_close_matches(given.name, runs, n=1)), None)
 
 
 def check(run_dir: Path, recipe: Recipe, completed: dict[str, Any], resume: bool, from_zero: bool = False) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from bst_base.errors import UserError
 from bst_base.settings import ConfigError
+from bst_base.shipped import RECIPES, names
 from bst_dist.config import Recipe, deepspeed_file, load_recipe, spread_of
 from bst_dist.plan.rehearse import rehearse
 from bst_dist.report.writers import require as require_writer
@@ -68,9 +70,22 @@ def of_run(request: Request) -> Request:
 
 def load(request: Request) -> Recipe:
     """The recipe with its overrides, valid in itself; raises UserError."""
+    _require_there(request)
     recipe = load_recipe(request.recipe, request.overrides)
     _require_reached(recipe, str(request.recipe), given=request.recipe.name != rundir.RECIPE)
     return recipe
+
+
+def _require_there(request: Request) -> None:
+    """Raise UserError for what can only have been meant as the directory of a run, and is none."""
+    given = request.recipe
+    if given.exists() or given.suffix or (given.parent == Path() and not request.resume):
+        return
+    recipes = names(RECIPES)
+    if str(given) in recipes:
+        return
+    near = rundir.nearest(given) or next(iter(difflib.get_close_matches(str(given), recipes, n=1)), None)
+    raise UserError(f"no such run directory or recipe: {given}" + (f"; did you mean {near}?" if near else ""))
 
 
 def _require_reached(recipe: Recipe, where: str, given: bool) -> None:

@@ -150,3 +150,19 @@ def test_a_directory_of_something_else(recipe_file, tmp_path, capsys):
     assert main(["train", str(recipe_file()), "--run-dir", str(run_dir)]) == 2
     assert "and not empty (letters.txt)" in capsys.readouterr().err
     assert [file.name for file in run_dir.iterdir()] == ["letters.txt"]
+
+
+def test_a_run_directory_that_is_not_there_is_one_line_with_the_nearest(make_run, tmp_path, capsys):
+    make_run("demo")
+    for words in (["train", str(tmp_path / "demp"), "--resume"], ["train", str(tmp_path / "demp")]):
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert said == f"bst train: no such run directory or recipe: {tmp_path}/demp; did you mean {tmp_path}/demo?\n"
+    assert main(["train", str(tmp_path / "none" / "run"), "--resume"]) == 2
+    assert capsys.readouterr().err == f"bst train: no such run directory or recipe: {tmp_path}/none/run\n"
+    assert main(["train", "dem", "--resume"]) == 2
+    assert "no such run directory or recipe: dem; did you mean demo?" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "demp")]) == 2
+    assert f"{tmp_path}/demp: no run there (recipe.yaml is missing); did you mean {tmp_path}/demo?" in (
+        capsys.readouterr().err
+    )
