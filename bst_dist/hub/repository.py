@@ -43,7 +43,7 @@ def push(folder: Path, repository: str, private: bool) -> str:
     """
     api = HfApi()
     try:
-        api.create_repo(repository, private=private, exist_ok=True)
+        api.create_repo(repository, private=private or None, exist_ok=True)  # None: as the owner has it
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload {folder.name}")
     except _FAILURES as error:
         raise RepositoryError(

@@ -45,7 +45,7 @@ class Answers(BaseHTTPRequestHandler):
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
             self.server.repositories.setdefault(name, {})
-            self.server.private[name] = bool(asked.get("private"))
+            self.server.private[name] = asked.get("private", False) or asked.get("visibility") == "private"
             return self.answer(200, {"url": f"{self.endpoint}/{name}", "name": name, "id": name})
         name, what = self.repository()
         if what.startswith("preupload/"):

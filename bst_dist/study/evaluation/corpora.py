@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from bst_base.errors import UserError
+from bst_dist.config import Recipe
 from bst_dist.study.evaluation.trained import Trained, require_text, require_tokenizer, tokenizer_of
 from bst_dist.train import rundir
 from data_pipeline.serve.loader import open_corpora
@@ -14,8 +17,13 @@ def open_text(trained: Trained, split: str, corpus: str | None = None) -> list[C
 
     Raises OtherTokenizerError when their tokens are not the run's, UserError when they cannot be read.
     """
-    require_text(trained.run_dir, trained.recipe)
-    data = trained.recipe.data
+    return text_of(trained.run_dir, trained.recipe, split, corpus)
+
+
+def text_of(run_dir: Path, recipe: Recipe, split: str, corpus: str | None = None) -> list[Corpus]:
+    """The same, before the run's model is made."""
+    require_text(run_dir, recipe)
+    data = recipe.data
     if corpus is not None:
         data = data.model_copy(update={"corpus": corpus, "weight_changes": ()})
     try:
@@ -23,9 +31,9 @@ def open_text(trained: Trained, split: str, corpus: str | None = None) -> list[C
     except NoCorpusError as error:
         if corpus is not None:
             raise
-        raise UserError(f"{error}; if the corpus of {trained.run_dir} lies elsewhere, name it with --corpus") from None
-    own = rundir.tokenizer_of(trained.run_dir) or tokenizer_of(trained.run_dir, trained.recipe).sha256
+        raise UserError(f"{error}; if the corpus of {run_dir} lies elsewhere, name it with --corpus") from None
+    own = rundir.tokenizer_of(run_dir) or tokenizer_of(run_dir, recipe).sha256
     for each in opened:
-        require_tokenizer(trained.run_dir, each, own)
-        each.require_vocabulary(trained.model.config.vocab_size)
+        require_tokenizer(run_dir, each, own)
+        each.require_vocabulary(recipe.model.vocab_size)
     return opened

@@ -17,10 +17,10 @@ from bst_base.stopping import STATUS, heeding
 from bst_base.terminal import Sheet, print_table
 from bst_dist.config import Recipe
 from bst_dist.model.config import ModelConfig
-from bst_dist.study.evaluation.corpora import open_text
+from bst_dist.study.evaluation.corpora import open_text, text_of
 from bst_dist.study.evaluation.readers import Readers, join, start
 from bst_dist.study.evaluation.scoring import Score, filter_length, score
-from bst_dist.study.evaluation.trained import Trained, open_run
+from bst_dist.study.evaluation.trained import Trained, open_run, require_language_model
 from bst_dist.study.statistics import Estimate, exponential, ratio
 from bst_dist.train.rundir import read_recipe
 from data_pipeline.commands.progress import stages
@@ -79,8 +79,11 @@ def summary(scored: Score, words: np.ndarray) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """Evaluate; None in all processes but the first of several."""
-    require_sizes(read_recipe(args.run), args.context, args.batch_size)
+    recipe = read_recipe(args.run)
+    require_sizes(recipe, args.context, args.batch_size)
     if args.ranks:
+        require_language_model(args.run, recipe)
+        text_of(args.run, recipe, args.split, args.corpus)  # so that what is wrong is said once
         if "RANK" in os.environ:
             raise UserError("--ranks starts processes of its own, and a launcher has started this one (RANK is set)")
         return start(_options(args), args.ranks)
