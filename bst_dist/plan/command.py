@@ -9,19 +9,24 @@ Nothing is launched and no weight is made: layers run on tensors without storage
 with --lengths, a table of the best plan for each; a step keeps its number of tokens, so it has fewer sequences where
 they are longer. Seconds are a model's, and have been measured on no GPU; docs/plan.md says what they rest on.
 
+Ctrl-C ends a table, and prints the lines that are done.
+
 `--accelerators FILE` adds devices of your own, in the form of bst_dist/plan/accelerators.yaml.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
 from bst_base.errors import UserError
 from bst_base.settings import ConfigError, parse
+from bst_base.stopping import STATUS, heeding
 from bst_dist.config import Recipe, load_recipe, with_vocabulary
 from bst_dist.plan import slices
 from bst_dist.plan.accelerators import Accelerator, accelerator
@@ -30,7 +35,11 @@ from bst_dist.plan.figures import describe
 from bst_dist.plan.report import show, show_longest, show_sizes, show_table
 from bst_dist.plan.search import Candidate, PlanError, Planner
 from bst_dist.plan.speed import Cluster
+from data_pipeline.commands.progress import stages
 from data_pipeline.serve.loader import open_corpora
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,41 +91,59 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             show_sizes(Console(), planner, found)
         report = {"passed": best.fits, "fits": best.fits, "recipe": recipe.name, **describe(planner, best)}
         return report | ({"sizes": [slices.describe(size) for size in found]} if found else {})
-    rows = list(_table(recipe, clusters, args.lengths or [recipe.train.sequence_length]))
+    rows, ended = _table(recipe, clusters, args.lengths or [recipe.train.sequence_length])
     show_table(Console(), recipe, device, rows)
-    return {"recipe": recipe.name, "plans": [_entry(*row) for row in rows]}
+    return {"recipe": recipe.name, "plans": [_entry(*row) for row in rows], **ended}
 
 
 def _longest(args: argparse.Namespace, recipe: Recipe, device: Accelerator) -> dict[str, Any]:
     activations = Activations(recipe.model, recipe.train.precision == "bf16", recipe.data.documents == "isolated")
-    found = []
-    for count in args.longest:
+
+    def longest(count: int) -> slices.Longest:
         nodes = -(-count // args.gpus_per_node)
         if count % nodes:
             raise PlanError(f"--longest {count}: not a whole number of GPUs on {nodes} nodes of {args.gpus_per_node}")
-        found.append(slices.longest(recipe, Cluster(nodes, count // nodes, device), 1e9 * args.host_gb, activations))
+        return slices.longest(recipe, Cluster(nodes, count // nodes, device), 1e9 * args.host_gb, activations)
+
+    found, ended = _until_told(args.longest, longest)
     show_longest(Console(width=120), recipe, device, args.host_gb, found)
     keys = ("devices", "at_once", "in_slices", "slice_tokens", "edge_bytes")
-    return {"recipe": recipe.name, "longest": [{key: getattr(row, key) for key in keys} for row in found]}
+    return {"recipe": recipe.name, "longest": [{key: getattr(row, key) for key in keys} for row in found], **ended}
+
+
+def _until_told(items: Sequence[T], made: Callable[[T], R]) -> tuple[list[R], dict[str, Any]]:
+    """What is made of each item, telling how far it is; after Ctrl-C of those until then, and what the report says of
+    it."""
+    found: list[R] = []
+    with heeding() as told, stages(Console(stderr=True)) as report:
+        for item in items:
+            found.append(made(item))
+            report("plan", len(found), len(items))
+            if told() and len(found) < len(items):
+                print(f"stopped: {len(found)} of {len(items)} are planned", file=sys.stderr)
+                return found, {"passed": False, "exit_status": STATUS}
+    return found, {}
 
 
 Row = tuple[Cluster, Recipe, Planner | None, Candidate | str]
 
 
-def _table(recipe: Recipe, clusters: list[Cluster], lengths: list[int]) -> list[Row]:
+def _table(recipe: Recipe, clusters: list[Cluster], lengths: list[int]) -> tuple[list[Row], dict[str, Any]]:
     """The best plan of each cluster and length, or why there is none."""
-    rows: list[Row] = []
     activations: Activations | None = None
-    for length in lengths:
-        longer = _of_length(recipe, length)
-        for cluster in clusters:
-            planner = Planner(longer, cluster, activations)
-            activations = planner.activations
-            try:
-                rows.append((cluster, longer, planner, planner.best()))
-            except UserError as error:
-                rows.append((cluster, longer, None, str(error)))
-    return rows
+
+    def row(of: tuple[Recipe, Cluster]) -> Row:
+        nonlocal activations
+        longer, cluster = of
+        planner = Planner(longer, cluster, activations)
+        activations = planner.activations
+        try:
+            return cluster, longer, planner, planner.best()
+        except UserError as error:
+            return cluster, longer, None, str(error)
+
+    longer = [_of_length(recipe, length) for length in lengths]
+    return _until_told([(one, cluster) for one in longer for cluster in clusters], row)
 
 
 def _of_length(recipe: Recipe, length: int) -> Recipe:

@@ -1,6 +1,8 @@
 """The plan a user gets: what fits, what is refused and why."""
 
 import json
+import os
+import signal
 
 import pytest
 
@@ -79,6 +81,16 @@ def test_the_command_prints_a_command_that_the_trainer_takes(recipe_file, capsys
     assert report["fits"]
     assert " ".join(report["overrides"]) in capsys.readouterr().out
     assert "sp: 1" in dump(parse(Recipe, SETTINGS | {"parallel": {"sp": report["sp"]}}))
+
+
+def test_ctrl_c_prints_the_lines_of_a_table_that_are_done(recipe_file, tmp_path, monkeypatch, capsys):
+    real = Planner.best
+    monkeypatch.setattr(Planner, "best", lambda self: os.kill(os.getpid(), signal.SIGINT) or real(self))
+    command = ["plan", recipe_file, "--nodes", "1,2", "--json", str(tmp_path / "plan.json"), "--gpus-per-node", "2"]
+    assert main(command) == 130
+    report = json.loads((tmp_path / "plan.json").read_text())
+    assert [plan["nodes"] for plan in report["plans"]] == [1]
+    assert "stopped: 1 of 2 are planned" in capsys.readouterr().err
 
 
 def test_a_table_keeps_the_tokens_of_a_step(recipe_file, tmp_path):
