@@ -110,6 +110,9 @@ def _type_name(annotation: Any) -> str:
         return _type_name(members[0])
     if origin in (Union, UnionType):
         return " | ".join(map(_type_name, members))
+    if origin in (tuple, list, dict):
+        inner = ("..." if member is Ellipsis else _type_name(member) for member in members)
+        return f"{origin.__name__}[{', '.join(inner)}]"
     if annotation is type(None):
         return "None"
     if isinstance(annotation, type) and not members:

@@ -128,6 +128,15 @@ class Recipe(Config):
             self.data.require_fit(self.model, self.parallel)
             if self.train.z_loss:
                 raise ValueError("train.z_loss: there is none for the classes of a task; leave it out")
+        known = ["validation", *self.evaluation.corpora]
+        if "validation" in self.evaluation.corpora:
+            raise ValueError("evaluation.corpora.validation: the run's own set is called so; choose another name")
+        if self.checkpoint.keep_best_on not in known:
+            raise ValueError(
+                f"checkpoint.keep_best_on {self.checkpoint.keep_best_on!r}: evaluated are {', '.join(known)}"
+            )
+        if self.evaluation.corpora and not isinstance(self.data, DataConfig):
+            raise ValueError("evaluation.corpora: this run learns no text")
         if self.branch and self.branch.step >= self.train.steps:
             raise ValueError(
                 f"branch.step {self.branch.step} leaves none of the {self.train.steps} steps (train.steps)"

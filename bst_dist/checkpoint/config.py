@@ -21,6 +21,8 @@ class CheckpointConfig(Config):
     """How many of the newest to keep; older ones are removed once a newer one is committed, except those below."""
     keep_best: int = Field(1, ge=0, le=2**40)
     """How many to keep of those with the lowest validation loss, evaluated at their own step."""
+    keep_best_on: str = "validation"
+    """The loss that this goes by, and that `bst ckpt ls` shows: `validation`, or a name of evaluation.corpora."""
     keep_every: int = Field(0, ge=0, le=2**40)
     """Checkpoints whose step is a multiple of this are never removed; 0: none."""
     weights_every: int = Field(0, ge=0, le=2**40)

@@ -238,11 +238,13 @@ class Snapshots:
 class Evaluated(Writer):
     """Remembers the last evaluation; only rank 0's receives any."""
 
-    def __init__(self) -> None:
+    def __init__(self, on: str = "validation") -> None:
+        """`on`: which one (checkpoint.keep_best_on)."""
+        self.on = on
         self._last: EvalReport | None = None
 
     def write(self, report: Report) -> None:
-        if report.kind == EvalReport.kind:  # not of the averaged weights
+        if isinstance(report, EvalReport) and report.kind != AVERAGED and report.split == self.on:
             self._last = report
 
     def loss(self, step: int) -> float | None:

@@ -81,6 +81,28 @@ class EvalReport:
         """What was evaluated, for people."""
         return f"{self.split}, {self.tokens:,} tokens"
 
+    @property
+    def group(self) -> str:
+        """Under what its curves stand in TensorBoard and other writers."""
+        return self.split
+
+
+@dataclass(frozen=True)
+class CorpusReport(EvalReport):
+    """The same on one of the further corpora (evaluation.corpora), whose name is the split's."""
+
+    kind: ClassVar[str] = "corpus"
+
+    loss_nats_standard_error: float
+    """Over sequences; nan for fewer than two."""
+
+    def about(self) -> str:
+        return f"{self.split} (± {self.loss_nats_standard_error:.4f}), {self.tokens:,} tokens"
+
+    @property
+    def group(self) -> str:
+        return f"validation {self.split}"
+
 
 @cache
 def _averaged(of: type[EvalReport]) -> type[EvalReport]:
@@ -89,6 +111,10 @@ def _averaged(of: type[EvalReport]) -> type[EvalReport]:
 
         def about(self) -> str:
             return f"averaged weights: {super().about()}"
+
+        @property
+        def group(self) -> str:
+            return f"{self.split} averaged"
 
     return Averaged
 

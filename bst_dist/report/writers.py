@@ -72,10 +72,8 @@ def scalars(report: Report) -> dict[str, float]:
     """The numbers of a report by the names of their curves, as ``train/loss_nats``; none of a step that was skipped."""
     if isinstance(report, SkippedReport):
         return {}
-    kind = report.kind
-    if isinstance(report, EvalReport):
-        kind = report.split if kind == EvalReport.kind else f"{report.split} {kind}"
-    return {f"{kind}/{name.replace('.', '/')}": value for name, value in flat(asdict(report)).items()
+    group = report.group if isinstance(report, EvalReport) else report.kind
+    return {f"{group}/{name.replace('.', '/')}": value for name, value in flat(asdict(report)).items()
             if name != "step" and isinstance(value, (int, float)) and not math.isnan(value)}  # fmt: skip
 
 

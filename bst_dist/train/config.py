@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from bst_base.places import LocalPath
+from bst_base.places import Address, LocalPath
 from bst_base.settings import Config
 
 
@@ -14,6 +14,10 @@ class AverageConfig(Config):
     decay: float = Field(0.999, gt=0, lt=1, allow_inf_nan=False)
     """Share of the average that stays in a step; at first less, (1 + step) / (10 + step), so that the random weights of
     the beginning are soon forgotten."""
+
+
+SetName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+"""What a validation set is called in metrics."""
 
 
 class TrainConfig(Config):
@@ -40,13 +44,14 @@ class TrainConfig(Config):
     edges: Literal["device", "host", "disk"] = "device"
     """Where the state between slices is kept until the backward pass: device; host: in host memory; disk: in a file in
     the folder for temporary files (TMPDIR), so that memory does not grow with the length."""
-    average: AverageConfig | None = None
-    """Keep an exponential average of the weights beside them: evaluated with them, in checkpoints, exported by `bst
-    export --averaged`. A rank averages what it updates: 4 bytes a parameter, divided by the ranks under ZeRO. It
-    changes nothing in the training, and may be set or left out when a run is resumed. null: none."""
     edges_every: int = Field(1, ge=1)
     """Keep the state before every k-th slice only, and run the slices between once more for theirs: about slices / k
     states are kept, for nearly one forward pass more. Fewest at the square root of the slices."""
+    average: AverageConfig | None = None
+    """Keep an exponential average of the weights, of which `train.average.decay` (0.999) stays in a step: evaluated
+    beside the weights, in checkpoints, exported by `bst export --averaged`. A rank averages what it updates: 4 bytes a
+    parameter, divided by the ranks under ZeRO. It changes nothing in the training, and may be set or left out when a
+    run is resumed. null: none."""
 
     @property
     def slices(self) -> int:
@@ -59,6 +64,9 @@ class EvaluationConfig(Config):
     """Steps between two evaluations; the run's last step always has one; 0: only that one."""
     sequences: int = Field(64, ge=1, le=2**40)
     """Validation sequences, of the training length, to evaluate on: each once, the same ones on any number of ranks."""
+    corpora: dict[SetName, Address] = Field({})
+    """Further prepared corpora, by a name of your own: as many sequences of the validation split of each are evaluated
+    at the same steps, with the standard error over sequences. They need the run's tokenizer."""
 
 
 class OptimizerConfig(Config):

@@ -42,6 +42,8 @@ class Evaluate(Callback):
         self.token_bytes, self.writers, self.steps, self.stop, self.sharing = token_bytes, writers, steps, stop, sharing
         self.probes: Probes | None = None
         """What looks into the model while it is evaluated."""
+        self.further: Sequence[Evaluate] = ()
+        """Evaluations on other corpora, at the same steps."""
         self.average: Average | None = None
         """The averaged weights, which are evaluated too."""
 
@@ -68,6 +70,10 @@ class Evaluate(Callback):
             writer.write(found)
         if self.probes:
             self.probes.look(step)
+        for other in self.further:
+            if found := other.evaluate(step):
+                for writer in self.writers:
+                    writer.write(found)
         if self.average:
             with self.average.in_place():
                 found = self.evaluate(step)

@@ -8,7 +8,7 @@ negative log-likelihood over the labels of a batch. Which objective a run has, i
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -20,8 +20,10 @@ from bst_dist.config import OBJECTIVES, Recipe, with_vocabulary
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.train.evaluation import Evaluate
+from bst_dist.train.validation_sets import EvaluateCorpus, alone, open_sets
 from data_pipeline.format.tokenizer import Tokenizer
 from data_pipeline.serve.batch import Batch
+from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import Loader, open_corpora
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.serve.share import Share
@@ -93,12 +95,14 @@ class LanguageModelling:
     corpora: Sequence[Corpus]
     """The training split."""
     validation: Sequence[Corpus]
+    further: Mapping[str, Sequence[Corpus]]
+    """The validation splits of other corpora, by their names (evaluation.corpora)."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> LanguageModelling:
         """Open the corpora; raises UserError when they cannot be used."""
         corpora, validation = (open_corpora(recipe.data, split) for split in ("train", "validation"))
-        return cls(with_vocabulary(recipe, corpora), corpora, validation)
+        return cls(with_vocabulary(recipe, corpora), corpora, validation, open_sets(recipe, corpora))
 
     def model(self) -> LanguageModel:
         return LanguageModel(self.recipe.model)
@@ -118,25 +122,41 @@ class LanguageModelling:
 
     def loader(self, mesh: Mesh, start_step: int = 0) -> Loader:
         train = self.recipe.train
-        return self._loader(self.corpora, mesh, train.sequences, train.micro_sequences, start_step=start_step)
+        return self._loader(self.recipe.data, self.corpora, mesh, train.sequences, train.micro_sequences, start_step)
 
     def evaluation(self, trainer: Trainer, writers: Sequence[Writer]) -> Evaluate:
-        """On the first sequences of the validation split, each once: step 0 of its loader."""
+        """On the first sequences of the validation split, each once: step 0 of its loader; on the further corpora
+        likewise."""
+        data = self.recipe.data.model_copy(update={"mode": "shuffled"})
+        evaluate = Evaluate(*self._parts(data, self.validation, trainer, writers))
+        evaluate.further = [
+            EvaluateCorpus(name, *self._parts(alone(data, url), self.further[name], trainer, writers, f" of {name}"))
+            for name, url in self.recipe.evaluation.corpora.items()
+        ]
+        return evaluate
+
+    def _parts(self, data: DataConfig, corpora: Sequence[Corpus], trainer: Trainer, writers: Sequence[Writer],
+               whose: str = "") -> tuple[Any, ...]:  # fmt: skip
+        """What an evaluation is made of; `whose`: the validation split is, for people."""
         recipe, ranks = self.recipe, trainer.ranks
         asked, mesh = recipe.evaluation.sequences, Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
-        held = sum(self._loader(self.validation, Mesh(1, 0), 1, 1).sequences)
+        held = sum(self._loader(data, corpora, Mesh(1, 0), 1, 1).sequences)
         if held < asked and ranks.first:
-            print(f"evaluation: the validation split holds {held:,} sequences; evaluation.sequences asks for {asked:,}")
+            print(
+                f"evaluation: the validation split{whose} holds {held:,} sequences; evaluation.sequences asks for "
+                f"{asked:,}"
+            )
         asked = min(asked, held)
-        loader = self._loader(self.validation, mesh, asked, recipe.train.micro_sequences)
+        loader = self._loader(data, corpora, mesh, asked, recipe.train.micro_sequences)
         batches = [changed(batch, _counted_once) for batch in loader.batches(0)]
-        return Evaluate(recipe.evaluation, batches, trainer.engine, ranks, trainer.token_bytes, writers,
-                        recipe.train.steps, trainer.stop, trainer.sharing)  # fmt: skip
+        return (recipe.evaluation, batches, trainer.engine, ranks, trainer.token_bytes, writers, recipe.train.steps,
+                trainer.stop, trainer.sharing)  # fmt: skip
 
-    def _loader(self, corpora: Sequence[Corpus], mesh: Mesh, rows: int, micro_rows: int, start_step: int = 0) -> Loader:
+    def _loader(self, data: DataConfig, corpora: Sequence[Corpus], mesh: Mesh, rows: int, micro_rows: int,
+                start_step: int = 0) -> Loader:  # fmt: skip
         recipe, training = self.recipe, corpora is self.corpora
         return Loader(
-            recipe.data if training else recipe.data.model_copy(update={"mode": "shuffled"}),
+            data,
             corpora,
             share_of(recipe, mesh, rows, micro_rows),
             block=recipe.model.block,

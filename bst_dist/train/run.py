@@ -113,7 +113,7 @@ class Run:
         """Take steps from `position` to the end; returns where to continue when the run was rolled back, else None."""
         start, trainer, ranks = self.start, self.trainer, self.ranks
         trainer.tokens, trainer.carried, trainer.skipped = position.tokens, position.carried, position.skipped
-        evaluated = Evaluated()
+        evaluated = Evaluated(self.recipe.checkpoint.keep_best_on)
         writers = [*writers_of(start, self.engine, ranks, position.step), evaluated] if ranks.first else []
         trainer.guard = guard_of(start, ranks, position)  # after the writers, which drop the lines of later steps
         loader = start.objective.loader(mesh_of(start, ranks), position.step + position.skipped)

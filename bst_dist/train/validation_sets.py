@@ -1,0 +1,94 @@
+"""Validation on further corpora, each by itself (evaluation.corpora), beside that on the run's own.
+
+The first sequences of each corpus's validation split, each once, as in the run's own evaluation. The standard error is
+over sequences: losses of one sequence's tokens are not independent. It is that of a ratio of sums (delta method),
+``sqrt(m / (m - 1) sum (n_i - r t_i)^2) / sum t_i``, with n_i nats and t_i tokens of each of m sequences, and
+``r = sum n_i / sum t_i``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bst_base.errors import UserError
+from bst_dist.config import Recipe
+from bst_dist.report.metrics import CorpusReport, bits_per_byte
+from bst_dist.train.evaluation import Evaluate
+from bst_dist.train.step import sum_of_batch
+from data_pipeline.serve.config import DataConfig
+from data_pipeline.serve.loader import open_corpora
+from data_pipeline.serve.reader import Corpus
+from data_pipeline.serve.slices import slices_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class EvaluateCorpus(Evaluate):
+    """The loss on one more corpus, with its standard error over sequences."""
+
+    def __init__(self, name: str, *args: Any) -> None:
+        super().__init__(*args)
+        self.name = name
+
+    def evaluate(self, step: int) -> CorpusReport | None:
+        """The loss of the model as it is, or None when the ranks were told to stop; every rank must call it."""
+        start, device = time.perf_counter(), self.ranks.device
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        highest = max(int(slices_of(batch)[0].rows.max()) for batch in self.batches)
+        (rows,) = self.ranks.table([highest]).max(0).values.tolist()
+        of_rows = torch.zeros(int(rows) + 1, 2, dtype=torch.float64, device=device)
+        for part, inputs, losses in self.forward(step):
+            sums += sum_of_batch(losses, inputs, self.token_bytes)
+            both = torch.stack((losses.per_token.double(), inputs["loss_mask"].double()), dim=-1).sum(1)
+            row = torch.from_numpy(part.rows).clamp(min=0)  # nothing counts in masked rows, which have no number
+            of_rows.index_add_(0, row.to(device), both)
+        if self.stop.agreed:
+            return None
+        nats, text_bytes, *parts = self.ranks.sum([*sums.tolist(), *of_rows.flatten().tolist()])
+        sequences = torch.tensor(parts, dtype=torch.float64).view(-1, 2)
+        tokens = float(sequences[:, 1].sum())
+        return CorpusReport(
+            step=step,
+            split=self.name,
+            tokens=int(tokens),
+            loss_nats=nats / max(1.0, tokens),
+            bits_per_byte=bits_per_byte(nats, text_bytes),
+            loss_by_block=[],
+            time_s=time.perf_counter() - start,
+            loss_nats_standard_error=standard_error(sequences),
+        )
+
+
+def standard_error(sequences: Tensor) -> float:
+    """Of nats per token, from (m, 2) nats and tokens of each sequence; nan for fewer than two with any token."""
+    nats, tokens = sequences[sequences[:, 1] > 0].unbind(1)
+    count = len(tokens)
+    if count < 2:
+        return math.nan
+    left = nats - nats.sum() / tokens.sum() * tokens
+    return float((count / (count - 1) * left.square().sum()).sqrt() / tokens.sum())
+
+
+def open_sets(recipe: Recipe, corpora: Sequence[Corpus]) -> dict[str, list[Corpus]]:
+    """The validation split of each further corpus; raises UserError for one that has other tokens than `corpora`."""
+    found = {}
+    for name, url in recipe.evaluation.corpora.items():
+        found[name] = open_corpora(alone(recipe.data, url), "validation")
+        (corpus,), own = found[name], corpora[0]
+        if corpus.manifest.tokenizer.sha256 != own.manifest.tokenizer.sha256:
+            raise UserError(
+                f"evaluation.corpora.{name}: {corpus.where} has another tokenizer than {own.where}: prepare it with "
+                "tokenizer.reuse set to that one"
+            )
+    return found
+
+
+def alone(data: DataConfig, url: str) -> DataConfig:
+    """The settings of another corpus in place of a run's own."""
+    return data.model_copy(update={"corpus": url, "weight_changes": ()})
