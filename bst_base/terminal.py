@@ -19,12 +19,12 @@ class Sheet:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     rule_after: int | None = None
-    """On the terminal, a line below so many rows."""
+    """On the terminal, an empty line after that many rows."""
 
 
 def say(text: str, console: Console | None = None) -> None:
     """A line for people, as it is; on `console` where something else is shown live."""
-    (console or Console()).print(text, markup=False, highlight=False, soft_wrap=True)
+    (console or Console()).print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def is_numeric(cells: Sequence[str]) -> bool:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
-from bst_dist.study.statistics import Estimate, exponential, ratio
+from bst_dist.study.statistics import Estimate, entries, exponential, ratio
 
 
 def test_ratio_is_of_sums_not_a_mean_of_ratios():
@@ -40,3 +41,26 @@ def test_perplexity_error_is_relative_to_that_of_the_nats():
 
 def test_perplexity_beyond_floating_point_is_infinite():
     assert exponential(Estimate(1e4, None)).value == math.inf
+
+
+@dataclass(frozen=True)
+class Part:
+    loss: Estimate
+    unknown: float | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    name: str
+    parts: list[Part]
+    by_corpus: dict[str, Part]
+    nothing: float = math.nan
+    none: Estimate | None = None
+
+
+def test_a_report_has_an_estimate_as_two_entries_and_leaves_out_what_is_not_known():
+    part = Part(Estimate(2.5, 0.5))
+    entry = {"loss": 2.5, "loss_standard_error": 0.5}
+    assert entries(Found("run", [part, Part(Estimate(1.0, None))], {"a": part})) == {
+        "name": "run", "parts": [entry, {"loss": 1.0, "loss_standard_error": None}], "by_corpus": {"a": entry},
+    }  # fmt: skip
