@@ -103,7 +103,7 @@ def _layers(shape: Shape, length: int, args: argparse.Namespace) -> dict[str, tu
         if mixer == "block-recurrent":  # as many states as a block has tokens, as the peer has
             sections = {"block_recurrent": {"states": shape.block}}
         config = ModelConfig(width=shape.width, heads=shape.heads, ffn=4 * shape.width, block=shape.block, depth=1,
-                             mixer=mixer, vocab_size=1, **sections)  # fmt: skip
+                             mixer=mixer, vocab_size=2, **sections)  # fmt: skip
         layer = Layer(mixer, config)
         layer.initialize(1)
         terms = forward_flops(config, length)
