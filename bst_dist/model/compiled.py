@@ -30,8 +30,7 @@ def fits(past: Past) -> bool:
 
 def run(layer: Computes, x: Tensor, starts: Tensor | None) -> Tensor:
     """The layer's output; raises torch's FailOnRecompileLimitHit for one graph more than `flex.GRAPHS`."""
-    with torch._dynamo.config.patch(recompile_limit=flex.GRAPHS):
-        return _compiled(flex.BACKEND)(layer, x, starts)
+    return flex.limited(_compiled(flex.BACKEND), layer, x, starts)
 
 
 @cache

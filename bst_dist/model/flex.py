@@ -58,7 +58,7 @@ def flex_sliding_attention(
     if torch.compiler.is_compiling():
         return _attend(q, k, v, bias, begin, settings)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias)):
-        return _limited(_compiled(_attend, BACKEND, dynamic=False), q, k, v, bias, begin, settings)
+        return limited(_compiled(_attend, BACKEND, dynamic=False), q, k, v, bias, begin, settings)
     return _without_gradients(q, k, v, bias, begin, settings)
 
 
@@ -112,7 +112,7 @@ def _without_gradients(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, beg
             torch._dynamo.maybe_mark_dynamic(x, dimension)
     with torch.no_grad():
         bias = None if bias is None else bias.detach()
-        return _limited(_compiled(_attend, BACKEND, dynamic=None), q, k, v, bias, begin, settings, tiles)
+        return limited(_compiled(_attend, BACKEND, dynamic=None), q, k, v, bias, begin, settings, tiles)
 
 
 @cache
@@ -123,8 +123,16 @@ def _compiled(function: Callable[..., Tensor], backend: object, dynamic: bool | 
     return torch.compile(attend, fullgraph=True, dynamic=dynamic, backend=backend)
 
 
-def _limited(compiled: Callable[..., Tensor], *arguments: object) -> Tensor:
-    with torch._dynamo.config.patch(recompile_limit=GRAPHS):
+def limited(compiled: Callable[..., Tensor], *arguments: object) -> Tensor:
+    """A call of a compiled function, of which there may be GRAPHS graphs.
+
+    The backward pass is compiled as it is run, outside of autocast. By default torch would trace it under the autocast
+    of the forward pass, whatever the forward pass says within, and cast what the SSM computes in single precision.
+    """
+    with (
+        torch._dynamo.config.patch(recompile_limit=GRAPHS),
+        torch._functorch.config.patch(backward_pass_autocast="off"),
+    ):
         return compiled(*arguments)
 
 

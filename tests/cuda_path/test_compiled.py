@@ -16,12 +16,17 @@ from bst_dist.train.building import compiles
 from tests.cuda_path.models import build, tokens
 
 
-def gradients(name: str, compiled: bool, policy: str = "none", starts: Tensor | None = None) -> list[Tensor]:
+def build_and_lose(name: str, compiled: bool, policy: str = "none", starts: Tensor | None = None):
+    """The model and its loss."""
     model = build(name)
     model.checkpoint = activation.policy(ActivationCheckpointingConfig(policy=policy), model.layers)
     for layer in model.layers:
         layer.compiled = compiled
-    total = model(*tokens(), starts=starts).total
+    return model, model(*tokens(), starts=starts).total
+
+
+def gradients(name: str, compiled: bool, policy: str = "none", starts: Tensor | None = None) -> list[Tensor]:
+    model, total = build_and_lose(name, compiled, policy, starts)
     total.backward()
     return [total.detach(), *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
 
@@ -33,6 +38,19 @@ def worst(found: list[Tensor], exact: list[Tensor]) -> float:
 @pytest.mark.parametrize("name", ["SH", "MF", "Block-Recurrent"])
 def test_a_compiled_layer_is_one_whole_graph_with_the_same_gradients(name):
     assert worst(gradients(name, compiled=True), gradients(name, compiled=False)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["SH", "MF"])
+def test_under_autocast_a_compiled_layer_computes_gradients_in_the_same_precision(name):
+    """The SSM in single precision: traced under autocast, its products in the backward pass would be in bfloat16."""
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [build_and_lose(name, compiled) for compiled in (True, False)]
+    found = []
+    for model, total in losses:
+        total.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if ".ssm." in name})
+    assert len(found[0]) == 5
+    assert worst(list(found[0].values()), list(found[1].values())) < 1e-6
 
 
 def test_documents_and_checkpointing_go_with_compiled_layers():
