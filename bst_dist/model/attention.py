@@ -10,6 +10,7 @@ self-attention, dh head width, W block.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bst_dist.model.config import AttentionConfig, LayerConfig
-from bst_dist.model.flex import flex_sliding_attention
+from bst_dist.model.flex import Band, flex_sliding_attention, in_tiles, visited_tiles
 from bst_dist.model.fused_tiles import fused_sliding_attention, fused_tile
 from bst_dist.model.roles import Linear
 from bst_dist.model.tiles import HIDDEN, QUERY_TILE, sliding_tiles, tiled_attention
@@ -31,14 +32,34 @@ def unit(x: Tensor, scale: Tensor | None = None) -> Tensor:
     return x * inverse.unsqueeze(-1).to(x.dtype)
 
 
-def rotate(x: Tensor, base: float, offset: int) -> Tensor:
-    """Rotary embedding of (B, l, H, dh) at positions offset, offset + 1, ... (RoFormer, arXiv 2104.09864)."""
-    half = x.shape[-1] // 2
-    rates = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-    angle = torch.arange(offset, offset + x.shape[1], device=x.device).outer(rates).unsqueeze(1)  # (l, 1, dh/2)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a linear layer would compute in here: autocast's where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class Angles(NamedTuple):
+    """Cosines and sines of RoPE's angles, (l, 1, dh / 2)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def last(self, count: int) -> Angles:
+        """Those of the last positions."""
+        return Angles(*(table[len(table) - count :] for table in self))
+
+
+def angles(base: float, half: int, first: int, count: int, like: Tensor) -> Angles:
+    """Of `count` positions from `first` on, in the dtype of `like`; computed in double precision."""
+    rates = base ** (-torch.arange(half, device=like.device, dtype=torch.float64) / half)
+    angle = torch.arange(first, first + count, device=like.device).outer(rates).unsqueeze(1)
+    return Angles(angle.cos().to(like.dtype), angle.sin().to(like.dtype))
+
+
+def rotate(x: Tensor, by: Angles) -> Tensor:
+    """Rotary embedding of (B, l, H, dh) (RoFormer, arXiv 2104.09864)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * by.cos - b * by.sin, b * by.cos + a * by.sin), dim=-1)
 
 
 class DistanceBias(nn.Module):
@@ -49,17 +70,25 @@ class DistanceBias(nn.Module):
         self.weight = nn.Parameter(torch.zeros(heads, config.buckets))
         self.max_distance = config.max_distance
 
-    def forward(self, distances: int) -> Tensor:
-        """Bias by distance, (H, distances)."""
-        return self.weight[:, self._bucket(torch.arange(distances, device=self.weight.device))]
+    def forward(self, buckets: Tensor) -> Tensor:
+        """Bias by distance, (H, distances), from the table of `buckets`.
 
-    def _bucket(self, distance: Tensor) -> Tensor:
-        """Exact up to half the buckets, then logarithmic up to the largest distance."""
+        As a sum and not by indices, whose gradient is a sum by atomics on a GPU, in no fixed order.
+        """
+        return (self.weight.unsqueeze(-1) * buckets).sum(1)
+
+    def buckets(self, distances: int) -> Tensor:
+        """Which bucket each distance lies in, as ones among zeros, (buckets, distances).
+
+        Exact up to half the buckets, then logarithmic up to the largest distance.
+        """
+        distance = torch.arange(distances, device=self.weight.device)
         buckets = self.weight.shape[1]
         exact = buckets // 2
         ratio = torch.log(distance.clamp(min=1) / exact) / math.log(self.max_distance / exact)
         far = exact + (ratio * (buckets - exact)).long()
-        return torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
+        bucket = torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
+        return (bucket == torch.arange(buckets, device=distance.device).unsqueeze(1)).to(self.weight.dtype)
 
 
 class SlidingAttention(nn.Module):
@@ -71,13 +100,31 @@ class SlidingAttention(nn.Module):
         self.window, self.config = window, config.attention
         self.qkv = Linear(config.width, config.inner + 2 * config.kv_inner)
         self.scale = nn.Parameter(torch.full((self.heads,), math.sqrt(config.head)))
+        self.half = config.head // 2
         self.bias = DistanceBias(self.heads, self.config) if self.config.position == "t5" else None
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
         """`starts` (B, l / W) marks blocks that see nothing before them."""
         q, k, v = self.project(u, past)
-        documents = None if starts is None else documents_of(starts, q.shape[1], k.shape[1], self.window)
-        return self.attend(q, k, v, documents).flatten(-2)
+        documents = None if starts is None else past.once(*self._documents(starts, q.shape[1], k.shape[1]))
+        return self.attend(q, k, v, past, documents, self.tiles(q, k, past, documents)).flatten(-2)
+
+    def prepare(self, like: Tensor, past: Past, starts: Tensor | None) -> dict[str, object]:
+        """What `forward` asks `past` for once, of a whole sequence: a compiled layer takes it from outside its graph.
+
+        `like`: (B, l, D), of the dtype that products are computed in.
+        """
+        length, documents, asked = like.shape[1], None, []
+        if starts is not None:
+            asked.append(self._documents(starts, length, length))
+            documents = past.once(*asked[0])
+        if self.config.position == "rope":
+            asked.append(self._angles(length, like))
+        else:
+            asked.append(self._buckets(self.window + 1))
+        if _by_tiles(like):
+            asked.append(self._tiles(length, length, like.device, documents))
+        return {name: past.once(name, make) for name, make in asked}
 
     def project(self, u: Tensor, past: Past) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, l, H, dh), and keys and values (B, p + l, G, dh) with what the past has of the window."""
@@ -85,9 +132,7 @@ class SlidingAttention(nn.Module):
         q = unit(q, self.scale)
         k, v = past.extend("kv", kv, before=self.window).unbind(2)
         k = unit(k)
-        if self.config.position == "rope":  # only differences matter, so any common origin will do
-            k, q = rotate(k, self.config.rope_base, 0), rotate(q, self.config.rope_base, k.shape[1] - q.shape[1])
-        return q, k, v
+        return *self.rotated(q, k, past), v
 
     def split(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (B, l, H, dh), keys and values of these tokens (B, l, 2, G, dh)."""
@@ -95,11 +140,51 @@ class SlidingAttention(nn.Module):
         q, kv = projected.split((self.heads, 2 * self.kv_heads), dim=2)
         return q, kv.unflatten(2, (2, self.kv_heads))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
-        """(B, l, H, dh), (B, p + l, G, dh) twice -> (B, l, H, dh)."""
-        bias = self.bias(self.window + 1) if self.bias is not None else None
-        varying = min(self.config.max_distance, self.window + 1)
-        return sliding_attention(q, k, v, self.window, bias, self.config.include_self, documents, varying)
+    def rotated(self, q: Tensor, k: Tensor, past: Past) -> tuple[Tensor, Tensor]:
+        """Queries and keys with their positions, where those are RoPE's."""
+        if self.config.position != "rope":
+            return q, k
+        by = past.once(*self._angles(k.shape[1], k))  # only differences matter, so any common origin will do
+        return rotate(q, by.last(q.shape[1])), rotate(k, by)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, past: Past, documents: Documents | None = None,
+               tiles: tuple[Tensor, ...] | None = None) -> Tensor:  # fmt: skip
+        """(B, l, H, dh), (B, p + l, G, dh) twice -> (B, l, H, dh); `tiles`: see `tiles`, made here if None."""
+        bias = self.by_distance(self.window + 1, past)
+        varying, include_self = min(self.config.max_distance, self.window + 1), self.config.include_self
+        return sliding_attention(q, k, v, self.window, bias, include_self, documents, varying, tiles)
+
+    def by_distance(self, distances: int, past: Past) -> Tensor | None:
+        """T5's bias, (H, distances), if there is one."""
+        return None if self.bias is None else self.bias(past.once(*self._buckets(distances)))
+
+    def tiles(self, q: Tensor, k: Tensor, past: Past, documents: Documents | None) -> tuple[Tensor, ...] | None:
+        """The tiles that FlexAttention visits, the same in all layers with one window; None where it has none."""
+        return past.once(*self._tiles(q.shape[1], k.shape[1], q.device, documents)) if _by_tiles(q) else None
+
+    # What is asked for once: by which name, and how it is made.
+
+    def _documents(self, starts: Tensor, length: int, keys: int) -> tuple[str, Callable[[], Documents]]:
+        return f"documents: {length}, {keys}, {self.window}", lambda: documents_of(starts, length, keys, self.window)
+
+    def _angles(self, keys: int, like: Tensor) -> tuple[str, Callable[[], Angles]]:
+        base, half = self.config.rope_base, self.half
+        return f"angles: {base}, {half}, {keys}, {like.dtype}", lambda: angles(base, half, 0, keys, like)
+
+    def _buckets(self, distances: int) -> tuple[str, Callable[[], Tensor]]:
+        buckets, furthest = self.config.buckets, self.config.max_distance
+        return f"buckets: {buckets}, {furthest}, {distances}", lambda: self.bias.buckets(distances)
+
+    def _tiles(self, length: int, keys: int, device: torch.device,
+               documents: Documents | None) -> tuple[str, Callable[[], tuple[Tensor, ...]]]:  # fmt: skip
+        begin, include_self = None if documents is None else documents.begin, self.config.include_self
+        name = f"tiles: {length}, {keys}, {self.window}, {include_self}, {begin is not None}"
+        return name, lambda: visited_tiles(Band(length, keys, self.window, include_self), device, begin)
+
+
+def _by_tiles(q: Tensor) -> bool:
+    """Whether these queries (B, l, ...) go through FlexAttention with gradients."""
+    return attention_path(q.device) == "flex" and in_tiles(q.shape[1]) and torch.is_grad_enabled()
 
 
 def for_heads(x: Tensor, heads: int) -> Tensor:
@@ -114,11 +199,15 @@ class Documents(NamedTuple):
     """(B, p + l) int32, growing along a row."""
     kinds: int
     """Documents that can meet in one window: numbers modulo this tell them apart."""
+    begin: Tensor
+    """(B, l) int32: the first key of each query's document."""
 
-    def begin(self, length: int) -> Tensor:
-        """The first key of the document of each of the last `length` keys, (B, l) int32."""
-        number = self.number.contiguous()
-        return torch.searchsorted(number, number[:, number.shape[1] - length :].contiguous(), out_int32=True)
+
+def documents_by(number: Tensor, kinds: int, length: int) -> Documents:
+    """Of keys numbered by document (B, p + l), of which the last `length` have queries."""
+    number = number.contiguous()
+    begin = torch.searchsorted(number, number[:, number.shape[1] - length :].contiguous(), out_int32=True)
+    return Documents(number, kinds, begin)
 
 
 def documents_of(starts: Tensor, length: int, keys: int, window: int) -> Documents:
@@ -129,7 +218,7 @@ def documents_of(starts: Tensor, length: int, keys: int, window: int) -> Documen
     """
     block = length // starts.shape[1]
     number = F.pad(starts.cumsum(1, dtype=torch.int32).repeat_interleave(block, dim=1), (keys - length, 0))
-    return Documents(number, min(-(-window // block), starts.shape[1]) + 1)
+    return documents_by(number, min(-(-window // block), starts.shape[1]) + 1, length)
 
 
 def documents_further_back(starts: Tensor, past: Past, length: int, keys: int, window: int) -> Documents:
@@ -143,7 +232,7 @@ def documents_further_back(starts: Tensor, past: Past, length: int, keys: int, w
     begin = past.extend("documents", begin, before=window)
     begin = F.pad(begin, (keys - begin.shape[1], 0), value=-1).cummax(dim=1).values
     number = F.pad(begin.diff(dim=1) > 0, (1, 0)).cumsum(1, dtype=torch.int32)
-    return Documents(number, -(-window // block) + 1)
+    return documents_by(number, -(-window // block) + 1, length)
 
 
 def attention_path(device: torch.device) -> str:
@@ -161,6 +250,7 @@ def sliding_attention(
     include_self: bool,
     documents: Documents | None = None,
     varying: int | None = None,
+    tiles: tuple[Tensor, ...] | None = None,
 ) -> Tensor:
     """Attention of each query to the `window` keys up to its own: (B, l, H, dh), (B, p + l, G, *) -> (B, l, H, dh).
 
@@ -170,12 +260,13 @@ def sliding_attention(
         include_self: whether distance 0 is seen; otherwise distance `window` is.
         documents: which document each key belongs to; keys of another one are not seen.
         varying: from which distance on the bias is the same; None: nowhere.
+        tiles: what `flex.visited_tiles` found for these queries and keys; None: it is asked where it is needed.
     """
     k, v = k.to(q.dtype), v.to(q.dtype)
     path = attention_path(q.device)
     if path == "flex":
-        begin = None if documents is None else documents.begin(q.shape[1])
-        return flex_sliding_attention(q, k, v, window, bias, include_self, begin, varying)
+        begin = None if documents is None else documents.begin
+        return flex_sliding_attention(q, k, v, window, bias, include_self, begin, varying, tiles)
     k, v = for_heads(k, q.shape[2]), for_heads(v, q.shape[2])
     if documents is not None:
         q, k = separate_documents(q, k, documents)

@@ -1,6 +1,7 @@
 """A whole layer as one compiled graph, forward and backward: on a GPU a layer is some hundreds of kernels otherwise.
 
-One graph serves all layers of a kind. It is made for training on whole sequences, in one shape: a layer that has a past
+One graph serves all layers of a kind; what they share beside it, masks and tables of positions, is made outside, once a
+call of the model. A graph is made for training on whole sequences, in one shape: a layer that has a past
 (a stream, a neighbour's slice), or that makes no gradients, runs uncompiled, with FlexAttention compiled by itself.
 """
 
@@ -16,11 +17,16 @@ from torch import Tensor
 from bst_dist.model import flex
 from bst_dist.parallel.past import Past
 
+OPTIONS = {"combo_kernels": True}
+"""Of Inductor: small kernels that do not wait for each other, such as casts of weights, are one launch."""
+
 
 class Computes(Protocol):
     """A layer."""
 
     def compute(self, x: Tensor, past: Past, starts: Tensor | None) -> Tensor: ...
+
+    def prepare(self, x: Tensor, past: Past, starts: Tensor | None) -> dict[str, object]: ...
 
 
 def fits(past: Past) -> bool:
@@ -28,14 +34,17 @@ def fits(past: Past) -> bool:
     return type(past) is Past and torch.is_grad_enabled()
 
 
-def run(layer: Computes, x: Tensor, starts: Tensor | None) -> Tensor:
+def run(layer: Computes, x: Tensor, past: Past, starts: Tensor | None) -> Tensor:
     """The layer's output; raises torch's FailOnRecompileLimitHit for one graph more than `flex.GRAPHS`."""
-    return flex.limited(_compiled(flex.BACKEND), layer, x, starts)
+    return flex.limited(_compiled(flex.BACKEND), layer, x, starts, layer.prepare(x, past, starts))
 
 
 @cache
 def _compiled(backend: object) -> Callable[..., Tensor]:
-    def whole_layer(layer: Computes, x: Tensor, starts: Tensor | None) -> Tensor:
-        return layer.compute(x, Past(), starts)
+    def whole_layer(layer: Computes, x: Tensor, starts: Tensor | None, shared: dict[str, object]) -> Tensor:
+        past = Past()
+        past.shared = dict(shared)
+        return layer.compute(x, past, starts)
 
-    return torch.compile(whole_layer, fullgraph=True, dynamic=False, backend=backend)
+    options = OPTIONS if backend == "inductor" else None
+    return torch.compile(whole_layer, fullgraph=True, dynamic=False, backend=backend, options=options)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_dist.model.attention import unit
+from bst_dist.model.attention import product_dtype, unit
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.roles import Linear, Role
 from bst_dist.model.ssm.kernels import build_kernel
@@ -49,7 +49,7 @@ class StreamContext(nn.Module):
 
     def forward(self, z: Tensor, past: Past, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         y = self.passage(self.ssm(z, past, starts), past)  # (B, l, C, Ds): one stream, or one a head
-        kv = self._project(y.to(_matmul_dtype(y))).unflatten(-1, (2, -1))  # (B, l, H, 2, dh)
+        kv = self._project(y.to(product_dtype(y))).unflatten(-1, (2, -1))  # (B, l, H, 2, dh)
         kv = past.extend_to_blocks("kv", kv, self.block, whole=0 if self.attend == "current" else 1)
         if self.attend == "previous":
             kv = self._previous(kv, past.offset(self.block) + z.shape[1], starts)
@@ -136,9 +136,3 @@ def _whole_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     queries = q.unflatten(1, (k.shape[1], -1))
     folded = (x.to(q.dtype).flatten(0, 1).transpose(1, 2) for x in (queries, k, v))
     return F.scaled_dot_product_attention(*folded, scale=1.0).transpose(1, 2)
-
-
-def _matmul_dtype(x: Tensor) -> torch.dtype:
-    """The dtype a linear layer would compute in here: autocast's where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -49,17 +49,22 @@ def flex_sliding_attention(
     include_self: bool,
     begin: Tensor | None = None,
     varying: int | None = None,
+    tiles: tuple[Tensor, ...] | None = None,
 ) -> Tensor:
     """As `attention.sliding_attention`, with documents as `begin` (B, l) int32: the first key each query may see."""
-    length = q.shape[1]
-    if length < 2 * TILE or (length % TILE and length <= SHORT):
+    if not in_tiles(q.shape[1]):
         return short_attention(q, k, v, window, bias, include_self, begin)
     settings = Settings(window, include_self, min(varying or window + 1, window + 1 if bias is None else bias.shape[1]))
     if torch.compiler.is_compiling():
-        return _attend(q, k, v, bias, begin, settings)
+        return _attend(q, k, v, bias, begin, settings, tiles)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias)):
-        return limited(_compiled(_attend, BACKEND, dynamic=False), q, k, v, bias, begin, settings)
+        return limited(_compiled(_attend, BACKEND, dynamic=False), q, k, v, bias, begin, settings, tiles)
     return _without_gradients(q, k, v, bias, begin, settings)
+
+
+def in_tiles(length: int) -> bool:
+    """Whether so many queries go through FlexAttention."""
+    return length >= 2 * TILE and (length % TILE == 0 or length > SHORT)
 
 
 class Settings(NamedTuple):

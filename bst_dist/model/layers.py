@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bst_dist.model import compiled
-from bst_dist.model.attention import SlidingAttention
+from bst_dist.model.attention import SlidingAttention, product_dtype
 from bst_dist.model.baselines.block_recurrent import BlockRecurrentMixer
 from bst_dist.model.baselines.full import FullMixer
 from bst_dist.model.baselines.gated_deltanet import GatedDeltaNetMixer
@@ -124,13 +124,18 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
         if self.compiled and compiled.fits(past):
-            return compiled.run(self, x, starts)
+            return compiled.run(self, x, past, starts)
         return self.compute(x, past, starts)
 
     def compute(self, x: Tensor, past: Past, starts: Tensor | None) -> Tensor:
         """The layer itself, operation by operation."""
         x = torch.add(x, self.mixer(self.mixer_norm(x), past, starts), alpha=self.branch)
         return torch.add(x, self.ffn(self.ffn_norm(x)), alpha=self.branch)
+
+    def prepare(self, x: Tensor, past: Past, starts: Tensor | None) -> dict[str, object]:
+        """What the layer asks `past` for once (`Past.once`), if it is given a whole sequence."""
+        attention = getattr(self.mixer, "attention", None)
+        return {} if attention is None else attention.prepare(x[..., :0].to(product_dtype(x)), past, starts)
 
     def initialize(self, depth: int) -> None:
         """Linear maps N(0, 1/fan-in); those that write to the residual stream smaller by sqrt(2 depth)."""

@@ -45,6 +45,7 @@ class LeftNeighbour(Past):
     """
 
     def __init__(self, group: SequenceGroup, slice_length: int, earlier: EarlierCall | None = None):
+        super().__init__()
         self.group, self.slice_length, self.earlier = group, slice_length, earlier
         self.position = group.rank * slice_length + (earlier.position if earlier else 0)
 
@@ -123,7 +124,9 @@ class LeftNeighbour(Past):
         )
 
     def child(self, name: str) -> Past:
-        return LeftNeighbour(self.group, self.slice_length, self.earlier and self.earlier.child(name))
+        part = LeftNeighbour(self.group, self.slice_length, self.earlier and self.earlier.child(name))
+        part.shared = self.shared
+        return part
 
 
 def past_of_slice(group: SequenceGroup | None, length: int, earlier: EarlierCall | None = None) -> Past:

@@ -18,13 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 State: TypeAlias = dict[str, Tensor]
 """What a call leaves behind for the next one: names to tensors with the batch as first dimension, detached."""
+
+
+T = TypeVar("T")
 
 
 class Reached(NamedTuple):
@@ -45,6 +48,19 @@ class Past:
 
     position: int = 0
     """Tokens of the stream before this slice."""
+
+    def __init__(self) -> None:
+        self.shared: dict[str, object] = {}
+        """What `once` was asked for; all parts of the model have one."""
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What follows from shapes and document starts alone, so that it is the same in all layers of a call.
+
+        Masks and tables of positions: the first layer that asks makes them. `name` says all that they depend on.
+        """
+        if name not in self.shared:
+            self.shared[name] = make()
+        return self.shared[name]
 
     def extend(self, name: str, x: Tensor, before: int, after: int | None = None) -> Tensor:
         """Put the last positions before the slice in front of `x`: (B, l, ...) -> (B, p + l, ...), p <= `before`.
@@ -117,6 +133,7 @@ class EarlierCall(Past):
     """Whether a gradient may come back to what is left (`bst_dist.parallel.slices`)."""
 
     def __init__(self, before: State | None = None, position: int = 0):
+        super().__init__()
         self.before = before or {}
         self.after: State = {}
         self.position = position

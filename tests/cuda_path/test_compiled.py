@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from bst_base.settings import ConfigError, parse
 from bst_dist.activation import policy as activation
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.config import Recipe
-from bst_dist.model import flex
+from bst_dist.model import attention, flex
 from bst_dist.train.building import compiles
 from tests.cuda_path.models import build, tokens
 
@@ -51,6 +53,28 @@ def test_under_autocast_a_compiled_layer_computes_gradients_in_the_same_precisio
         found.append({name: p.grad for name, p in model.named_parameters() if ".ssm." in name})
     assert len(found[0]) == 5
     assert worst(list(found[0].values()), list(found[1].values())) < 1e-6
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("position", ["rope", "t5"])
+def test_masks_and_tables_are_made_once_for_all_layers_and_outside_of_their_graphs(compiled, position, monkeypatch):
+    made = []
+    for name in ("visited_tiles", "documents_of", "angles"):
+        real = getattr(attention, name)
+        monkeypatch.setattr(attention, name, lambda *a, name=name, real=real: made.append(name) or real(*a))
+    traced = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):
+        traced.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    monkeypatch.setattr(flex, "BACKEND", backend)
+    model = build("SH", placement="all", attention={"position": position})
+    for layer in model.layers:
+        layer.compiled = compiled
+    model(*tokens(), starts=torch.tensor([[False, True], [True, False]]))
+    assert sorted(made) == [*(["angles"] if position == "rope" else []), "documents_of", "visited_tiles"]
+    assert not {torch.searchsorted, operator.rshift} & set(traced)  # of documents, and of tiles
 
 
 def test_documents_and_checkpointing_go_with_compiled_layers():

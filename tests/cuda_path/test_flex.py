@@ -93,9 +93,9 @@ def test_the_visited_tiles_are_those_that_torch_finds_from_the_whole_mask(before
     torch.manual_seed(0)
     begins = torch.rand(3, before + length).lt(0.02).cumsum(1)
     begins[1] = 0
-    documents = attention.Documents(begins, 2)
+    documents = attention.documents_by(begins, 2, length)
     band = flex.Band(length, before + length, window, include_self)
-    for begin in (None, documents.begin(length)):
+    for begin in (None, documents.begin):
         rows = None if begin is None else len(begin)
         ours = flex.block_mask(band, begin, flex.visited_tiles(band, "cpu", begin))
         torchs = create_block_mask(band.mask(begin), rows, None, length, before + length, "cpu")

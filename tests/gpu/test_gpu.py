@@ -123,7 +123,7 @@ def test_the_fused_path_equals_the_tiles(before, with_documents, monkeypatch):
     inputs = [torch.randn(2, n, 2, 64, device=DEVICE, requires_grad=True) for n in shapes]
     bias = torch.randn(2, BLOCK + 1, device=DEVICE, requires_grad=True)
     weight = torch.randn(2, LENGTH, 2, 64, device=DEVICE)
-    begin = None if documents is None else documents.begin(LENGTH)
+    begin = None if documents is None else documents.begin
     fused = flex_sliding_attention(*inputs, BLOCK, bias, True, begin)
     monkeypatch.setattr(attention_module, "attention_path", lambda device: "tiles")
     tiled = sliding_attention(*inputs, BLOCK, bias, True, documents)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bst_dist.model.attention import DistanceBias, SlidingAttention, documents_of, rotate, sliding_attention
+from bst_dist.model.attention import DistanceBias, SlidingAttention, angles, documents_of, rotate, sliding_attention
 from bst_dist.model.config import AttentionConfig, LayerConfig
 from bst_dist.parallel.past import Past
 
@@ -114,7 +114,7 @@ def test_t5_buckets_are_exact_then_logarithmic():
     bias = DistanceBias(1, AttentionConfig(position="t5", buckets=32, max_distance=128))
     with torch.no_grad():
         bias.weight.copy_(torch.arange(32.0))
-    buckets = bias(200)[0].int().tolist()
+    buckets = bias(bias.buckets(200))[0].int().tolist()
     assert buckets[:16] == list(range(16))
     expected = [min(31, 16 + int(math.log(d / 16) / math.log(8) * 16)) for d in range(16, 200)]
     assert buckets[16:] == expected
@@ -123,10 +123,14 @@ def test_t5_buckets_are_exact_then_logarithmic():
 
 def test_rotation_depends_on_differences_only():
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
-    at = [(rotate(q, 1e4, 5 + s) * rotate(k, 1e4, 2 + s)).sum() for s in (0, 11, 400)]
+
+    def product(of_query, of_key):
+        return (rotate(q, angles(1e4, 4, of_query, 1, q)) * rotate(k, angles(1e4, 4, of_key, 1, k))).sum()
+
+    at = [product(5 + s, 2 + s) for s in (0, 11, 400)]
     torch.testing.assert_close(at[0], at[1])
     torch.testing.assert_close(at[0], at[2])
-    assert not torch.allclose(at[0], (rotate(q, 1e4, 6) * rotate(k, 1e4, 2)).sum())
+    assert not torch.allclose(at[0], product(6, 2))
 
 
 @pytest.mark.parametrize("position", ["t5", "rope"])

@@ -71,7 +71,7 @@ def literal(mixer, variant, attend, u):
     dh = WIDTH // HEADS
     own = mixer.attention
     qkv = [(own.qkv.weight @ token).view(3, HEADS, dh) for token in u]
-    bias = own.bias(BLOCK + 1)
+    bias = own.by_distance(BLOCK + 1, Past())
     y = ssm_outputs(mixer.cross.context.ssm, [mixer.down.weight @ token for token in u])
     outputs = []
     for t in range(len(u)):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_dist.model.attention import SlidingAttention, documents_of, for_heads, rotate, unit
+from bst_dist.model.attention import SlidingAttention, for_heads, unit
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.roles import Linear
 from bst_dist.parallel.past import Past
@@ -44,11 +44,9 @@ class TokenAttention(SlidingAttention):
         k, v = past.extend_to_blocks("kv", kv, self.window, whole=1).unbind(2)
         k = unit(k)
         near, values = k[:, -self.window - u.shape[1] :], v[:, -self.window - u.shape[1] :]
-        if self.config.position == "rope":
-            base = self.config.rope_base
-            near, q = rotate(near, base, 0), rotate(q, base, near.shape[1] - q.shape[1])
-        documents = None if starts is None else documents_of(starts, q.shape[1], near.shape[1], self.window)
-        out = self.attend(q, near, values, documents)
+        q, near = self.rotated(q, near, past)
+        documents = None if starts is None else past.once(*self._documents(starts, q.shape[1], near.shape[1]))
+        out = self.attend(q, near, values, past, documents, self.tiles(q, near, past, documents))
         return out.flatten(-2), for_heads(k, self.heads), for_heads(v, self.heads)
 
 

@@ -55,16 +55,18 @@ class FullAttention(SlidingAttention):
         if starts is not None:
             documents = documents_further_back(starts, past, q.shape[1], k.shape[1], k.shape[1])
         if on_flex:
-            bias = None if self.bias is None else self.bias(self.bias.max_distance + 1)
+            bias = self.by_distance(self.config.max_distance + 1, past)
             varying, include_self = self.config.max_distance, self.config.include_self
-            return sliding_attention(q, k, v, self.window, bias, include_self, documents, varying).flatten(-2)
+            tiles = None if documents is not None else self.tiles(q, k, past, None)
+            out = sliding_attention(q, k, v, self.window, bias, include_self, documents, varying, tiles)
+            return out.flatten(-2)
         if documents is not None:
             q, k = separate_documents(q, k, documents)
         tiles = causal_tiles(q.shape[1], k.shape[1] - q.shape[1])
-        mask = self._mask(min(QUERY_TILE, q.shape[1]))
+        mask = self._mask(min(QUERY_TILE, q.shape[1]), past)
         return tiled_attention(q, k, v, mask, tiles, empty_rows=not self.config.include_self).flatten(-2)
 
-    def _mask(self, tile: int) -> Tensor:
+    def _mask(self, tile: int, past: Past) -> Tensor:
         """Causality and bias of a tile's last keys, (H or 1, t, far + t).
 
         All keys further away than `far` share T5's last bucket, whose bias softmax lets us take from every score.
@@ -73,9 +75,9 @@ class FullAttention(SlidingAttention):
         distance = torch.arange(far, far + tile, device=self.scale.device).unsqueeze(1)
         distance = distance - torch.arange(far + tile, device=self.scale.device)  # (t, far + t)
         hidden = distance < (0 if self.config.include_self else 1)
-        if self.bias is None:
+        bias = self.by_distance(far + 1, past)  # (H, far + 1)
+        if bias is None:
             return torch.zeros_like(distance, dtype=torch.float32).masked_fill(hidden, -HIDDEN).unsqueeze(0)
-        bias = self.bias(far + 1)  # (H, far + 1)
         return (bias - bias[:, -1:])[:, distance.clamp(0, far)].masked_fill(hidden, -HIDDEN)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bst_dist.model.attention import SlidingAttention, documents_further_back
+from bst_dist.model.attention import SlidingAttention, documents_by, documents_further_back
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.roles import Linear
 from bst_dist.parallel.past import Past
@@ -29,10 +29,12 @@ class SegmentAttention(SlidingAttention):
         if starts is not None:
             documents = documents_further_back(starts, past, q.shape[1], k.shape[1], self.window)
         for first, last, keys, values in self._segments(k, v, q.shape[1], past.position):
-            if documents is not None:
-                end = before + last
-                seen = documents._replace(number=documents.number[:, end - keys.shape[1] : end])
-            out.append(self.attend(q[:, first:last], keys, values, None if documents is None else seen))
+            own = q[:, first:last]
+            if documents is None:
+                out.append(self.attend(own, keys, values, past, None, self.tiles(own, keys, past, None)))
+                continue
+            number = documents.number[:, before + last - keys.shape[1] : before + last]
+            out.append(self.attend(own, keys, values, past, documents_by(number, documents.kinds, last - first)))
         return torch.cat(out, dim=1).flatten(-2)
 
     def _segments(self, k: Tensor, v: Tensor, length: int, position: int):

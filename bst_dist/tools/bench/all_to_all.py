@@ -11,7 +11,7 @@ from copy import copy
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bst_dist.model.attention import SlidingAttention, documents_of, rotate, sliding_attention, unit
+from bst_dist.model.attention import SlidingAttention, angles, documents_of, rotate, sliding_attention, unit
 from bst_dist.model.layers import Layer
 from bst_dist.model.ssm.s4d import S4D
 from bst_dist.parallel.group import SequenceGroup
@@ -45,9 +45,10 @@ class WholeSequenceAttention(nn.Module):
         share = slice(group.rank * q.shape[2], (group.rank + 1) * q.shape[2])
         q, k = unit(q, inner.scale[share]), unit(k)
         if inner.config.position == "rope":
-            q, k = (rotate(x, inner.config.rope_base, 0) for x in (q, k))
+            by = angles(inner.config.rope_base, inner.half, 0, q.shape[1], q)
+            q, k = rotate(q, by), rotate(k, by)
         documents = None if starts is None else documents_of(starts, q.shape[1], k.shape[1], inner.window)
-        bias = None if inner.bias is None else inner.bias(inner.window + 1)[share]
+        bias = None if inner.bias is None else inner.by_distance(inner.window + 1, past)[share]
         out = sliding_attention(q, k, v, inner.window, bias, inner.config.include_self, documents)
         return to_tokens(out, 2, group, "attention").flatten(-2)
 

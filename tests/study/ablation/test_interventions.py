@@ -114,7 +114,7 @@ def attention_by_hand(attention, u, block_only):
         q, k, v = (x.unflatten(-1, (attention.heads, -1)) for x in attention.qkv(row).chunk(3, dim=-1))
         q = q / q.norm(dim=-1, keepdim=True) * attention.scale.unsqueeze(-1)
         k = k / k.norm(dim=-1, keepdim=True)
-        bias = attention.bias(attention.window + 1)
+        bias = attention.by_distance(attention.window + 1, Past())
         out = []
         for t in range(len(row)):
             first = t // BLOCK * BLOCK if block_only else 0
