@@ -40,7 +40,7 @@ REHEARSED_TILES = 64
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes of one part of the model, a layer or what stands around the layers, for one micro-batch."""
+    """Bytes of one part of the model, a layer or what stands around the layers, for one micro-batch; and operations."""
 
     kept: int
     """Between the passes, its input included and its output not."""
@@ -52,6 +52,8 @@ class Part:
     """Most at once in the backward pass, beyond `kept`; gradients of parameters leave as soon as they are whole."""
     host: int = 0
     """Of `kept`, in the host's memory."""
+    launches: int = 0
+    """Operations of both passes that compute something; not bytes."""
 
     def __add__(self, other: Part) -> Part:
         return self._with(other, lambda a, b: a + b)
@@ -238,7 +240,7 @@ def _run(live: LiveBytes, module: nn.Module, shape: tuple[int, ...], call: Calla
     for parameter in module.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     anchor = torch.zeros(1, requires_grad=True)
-    before = live.mark()
+    before, launched = live.mark(), live.launched
     with autocast():
         end = _Sink.apply(call(_Source.apply(anchor, shape)))
         inside = live.now - end.nbytes
@@ -246,7 +248,8 @@ def _run(live: LiveBytes, module: nn.Module, shape: tuple[int, ...], call: Calla
     live.mark()
     end.backward()
     return Part(
-        kept=kept - before, casts=inside - kept, forward=forward - before, backward=live.peak - kept, host=away
+        kept=kept - before, casts=inside - kept, forward=forward - before, backward=live.peak - kept, host=away,
+        launches=live.launched - launched,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive while something runs, and how many were at most.
+"""How many bytes of tensors are alive while something runs, and how many were at most; and what a device would launch.
 
 Counted are storages, from the operation that makes one to the moment when nothing refers to it any more. With fake
 tensors nothing is allocated, so this tells the memory of a step that no machine at hand could take.
@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_iter
 
 _LIKE_INPUT = (torch.ops.aten.logsumexp.default,)
 """Operations that make a tensor of their input's size and give it up before they return."""
+_NOTHING = ("prim::", "aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::sym_", "aten::lift_fresh")
+"""Beginnings of the names of operations that launch nothing, beside those that return a view."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -31,11 +33,14 @@ class LiveBytes(TorchDispatchMode):
         self.now = 0
         self.peak = 0
         """The most since the beginning, or since `mark`."""
+        self.launched = 0
+        """Operations that compute something: on a GPU, kernels launched, one each at least."""
         self._alive: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in _LIKE_INPUT:
             self.peak = max(self.peak, self.now + args[0].nbytes)
+        self.launched += computes(func)
         out = func(*args, **(kwargs or {}))
         for value in tree_iter(out):
             if isinstance(value, Tensor):
@@ -60,3 +65,10 @@ class LiveBytes(TorchDispatchMode):
     def _gone(self, key: int, size: int) -> None:
         del self._alive[key]
         self.now -= size
+
+
+def computes(func: Callable) -> bool:
+    """Whether an operation launches anything: views, allocations and questions do not."""
+    schema = func._schema
+    views = any(one.alias_info is not None and not one.alias_info.is_write for one in schema.returns)
+    return not views and not schema.name.startswith(_NOTHING)

@@ -18,6 +18,7 @@ from bst_dist.config import Recipe, deepspeed_file
 from bst_dist.parallel.neighbour import SequenceParallelError
 from bst_dist.plan.activations import Activations, Slice
 from bst_dist.plan.flops import forward_flops
+from bst_dist.plan.launches import host_seconds
 from bst_dist.plan.memory import Memory, Work, memory
 from bst_dist.plan.speed import Cluster, Moved, Speed, share_rerun, speed
 from bst_dist.plan.traffic import sequence_traffic, zero_traffic
@@ -148,8 +149,9 @@ class Planner:
         needs = memory(self.sizes, self.model.mixers(), self.activations, work)
         touched = self.activations.whole(part)
         updated = self.sizes.total / (cluster.world if stage else 1)
+        host = host_seconds(self.activations, self.model.mixers(), work, self.recipe.compile)
         edges_bytes = work.spacing.waiting * self.activations.edge(rows) if slices > 1 and edges == "host" else 0
-        moved = Moved(touched, needs.host - edges_bytes + edges_bytes // slices, updated)
+        moved = Moved(touched, needs.host - edges_bytes + edges_bytes // slices, updated, host)
         seconds = speed(self.flops, work, moved, traffic, between, cluster, self.bf16)
         return Candidate(work, needs, traffic, between, seconds, 1e9 * cluster.accelerator.memory_gb, spread)
 

@@ -77,6 +77,8 @@ class Speed:
     """Waiting for messages between the ranks of a sequence."""
     offload: float
     """Waiting for activations from the host's memory."""
+    launches: float
+    """Waiting for the host, which launches kernels more slowly than small layers compute."""
     flops: float
     """Of the model, of all ranks in a step: forward and backward, without rerunning."""
 
@@ -92,7 +94,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Moved:
-    """What a rank moves to and from memory."""
+    """What a rank moves to and from memory, and launches."""
 
     activations: int
     """Bytes that one micro-batch makes for its backward pass, were nothing run again."""
@@ -100,6 +102,8 @@ class Moved:
     """Bytes of one micro-batch that go to the host's memory and back."""
     updated: float
     """Parameters that the rank updates."""
+    host_s: float = 0.0
+    """Seconds in which the host launches a step's kernels."""
 
 
 def speed(flops: dict[str, float], work: Work, moved: Moved, traffic: dict[str, float], between: dict[str, int],
@@ -124,13 +128,15 @@ def speed(flops: dict[str, float], work: Work, moved: Moved, traffic: dict[str, 
     if work.strategy.overlap_comm:
         hideable = late if work.strategy.stage == 3 else late - waits.get(GATHER, 0.0)
         late = max(hideable - hidden, 0.0) + late - hideable
+    memory = to_memory / (device.memory_gbs * 1e9 * MEMORY_EFFICIENCY)
     return Speed(
         compute=3 * forward,
         rerun=rerun,
-        memory=to_memory / (device.memory_gbs * 1e9 * MEMORY_EFFICIENCY),
+        memory=memory,
         exposed=late,
         sequence=_sequence_seconds(between, work, cluster),
         offload=max(0.0, 2 * moved.host * work.accumulation / (HOST_GBS * 1e9) - 2 * forward - rerun),
+        launches=max(0.0, moved.host_s - 3 * forward - rerun - memory),
         flops=3 * sum(flops.values()) * tokens * cluster.world,
     )
 

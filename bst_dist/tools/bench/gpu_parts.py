@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -24,8 +24,15 @@ from bst_dist.generation.sampling import SamplingConfig
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.layers import Layer
 from bst_dist.model.lm import LanguageModel
+from bst_dist.plan.accelerators import accelerator, of_device
+from bst_dist.plan.activations import Activations, Slice
 from bst_dist.plan.flops import forward_flops, train_flops_per_token
 from bst_dist.plan.hardware import peak_flops
+from bst_dist.plan.launches import host_seconds
+from bst_dist.plan.memory import Work
+from bst_dist.plan.speed import Cluster, Moved
+from bst_dist.plan.speed import speed as step_speed
+from bst_dist.plan.zero import Strategy
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.tools.bench.layers import training_pass
 from bst_dist.tools.bench.timing import device as on_device
@@ -136,9 +143,35 @@ def stack(small: bool, until: float) -> dict[str, Any]:
                 return {"rows": rows, "left_out": [f"{name}, D {width}: time was over"]}
             speed = sizes.rows * sizes.length / median(measured)
             mfu = speed * train_flops_per_token(model.config, sizes.length) / peak_flops(device, torch.bfloat16)
-            rows.append({"model": name, "width": sizes.width, "tokens_per_s": speed, "mfu": mfu, "first_s": first,
+            plan = planned(model.config, sizes, device)
+            rows.append({"model": name, "width": sizes.width, "tokens_per_s": speed, "mfu": mfu,
+                         "planned_mfu": plan.mfu, "of_plan": plan.seconds / median(measured), "first_s": first,
                          "peak_bytes": _peak(device)})  # fmt: skip
     return {"rows": rows}
+
+
+class Planned(NamedTuple):
+    """What `bst plan` expects."""
+
+    seconds: float
+    mfu: float
+
+
+def planned(config: ModelConfig, sizes: Sizes, device: torch.device) -> Planned:
+    """Of both passes of a compiled model, without the update; nan on a card that the plan has no figures of.
+
+    On a CPU, where this is a rehearsal, an H100 is planned for.
+    """
+    card = of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else accelerator("h100-80gb")
+    if card is None:
+        return Planned(float("nan"), float("nan"))
+    part, activations = Slice(sizes.rows, sizes.length), Activations(config, bf16=True)
+    work = Work(Strategy("zero0", 0), 1, part, 1, ActivationCheckpointingConfig(), config.depth)
+    host_s = host_seconds(activations, config.mixers(), work, compiled=True)
+    moved = Moved(activations.whole(part), host=0, updated=0, host_s=host_s)
+    flops, cluster = forward_flops(config, sizes.length), Cluster(1, 1, card)
+    found = step_speed(flops, work, moved, {}, {}, cluster, bf16=True)
+    return Planned(found.total, found.flops / found.total / (1e12 * card.bf16_tflops))
 
 
 def longest(small: bool, until: float) -> dict[str, Any]:

@@ -21,6 +21,8 @@ def test_a_part_runs_in_small(name: str) -> None:
     assert not found.get("left_out")
     if name == "layers":
         assert [row["layer"] for row in found["rows"]] == list(LAYERS)
+    if name == "stack":
+        assert all(0 < row["planned_mfu"] < 1 and row["of_plan"] > 0 for row in found["rows"])
 
 
 @pytest.mark.ranks

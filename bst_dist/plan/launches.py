@@ -1,0 +1,33 @@
+"""How long the host takes to launch a step's kernels: no step is shorter, however small the model.
+
+Operations are counted in the layers themselves, on fake tensors (`LiveBytes.launched`), so that they follow the code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bst_dist.activation.config import ActivationCheckpointingConfig
+from bst_dist.plan.activations import Activations
+from bst_dist.plan.memory import Work
+
+LAUNCH_S = 6e-6
+"""Of the host, for one operation: Python, autograd and the driver's launch. Assumed, and measured on no GPU."""
+COMPILED_FEWER = 4
+"""Times fewer launches of a compiled layer: an SH layer has some 500 operations in both passes, and 115 launches when
+Inductor has compiled it (docs/gpu.md)."""
+
+
+def operations(activations: Activations, mixers: Sequence[str], work: Work) -> tuple[int, int]:
+    """Of one micro-batch, forward and backward: in the layers, and in what stands around them."""
+    layers = 0
+    for mixer, again in zip(mixers, work.rerun(), strict=True):
+        checkpointing = work.checkpointing if again else ActivationCheckpointingConfig()
+        layers += activations.layer(mixer, checkpointing, work.slice, zero3=work.strategy.stage == 3).launches
+    return layers, activations.head(work.slice).launches
+
+
+def host_seconds(activations: Activations, mixers: Sequence[str], work: Work, compiled: bool) -> float:
+    """Of one step; the optimizer's few launches are left out."""
+    layers, around = operations(activations, mixers, work)
+    return LAUNCH_S * work.accumulation * (layers / (COMPILED_FEWER if compiled else 1) + around)

@@ -1,0 +1,57 @@
+"""The host launches kernels no faster than it can: what a small model's plan is bounded by."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bst_base.settings import parse
+from bst_dist.config import Recipe
+from bst_dist.plan.accelerators import accelerator
+from bst_dist.plan.launches import COMPILED_FEWER, LAUNCH_S, operations
+from bst_dist.plan.live import LiveBytes
+from bst_dist.plan.search import Planner
+from bst_dist.plan.speed import Cluster
+from tests.plan.test_search import SETTINGS
+
+
+def test_views_and_allocations_launch_nothing():
+    with FakeTensorMode(), LiveBytes() as live:
+        x, weight = torch.empty(4, 6), torch.empty(6, 6, requires_grad=True)
+        y = torch.relu((x.view(2, 2, 6).transpose(0, 1).flatten(0, 1) @ weight)[:2])  # a copy, a product, a ReLU
+        assert live.launched == 3
+        y.backward(torch.empty_like(y))
+    assert live.launched == 3 + 3  # of the ReLU, of the slice, of the product: one, for x has no gradient
+
+
+def plan(recipe: Recipe, rows: int = 16):
+    planner = Planner(recipe, Cluster(1, 1, accelerator("h100-80gb")))
+    return planner, planner.candidate(0, 1, rows, "none")
+
+
+def test_a_step_of_a_small_model_takes_as_long_as_its_launches():
+    planner, way = plan(parse(Recipe, SETTINGS))
+    layers, around = operations(planner.activations, planner.model.mixers(), way.work)
+    assert way.speed.launches > way.speed.compute + way.speed.memory
+    assert way.speed.total == pytest.approx(LAUNCH_S * (layers + around), rel=0.01)
+    # the same operations on fewer rows: twice the micro-batches launch twice as much
+    assert plan(planner.recipe, rows=8)[1].speed.total == pytest.approx(2 * way.speed.total, rel=0.01)
+
+
+def test_compiled_layers_launch_less():
+    planner, way = plan(parse(Recipe, SETTINGS | {"compile": True}))
+    layers, around = operations(planner.activations, planner.model.mixers(), way.work)
+    assert way.speed.total == pytest.approx(LAUNCH_S * (layers / COMPILED_FEWER + around), rel=0.01)
+
+
+def test_a_layer_that_is_run_again_launches_its_forward_pass_twice():
+    planner, way = plan(parse(Recipe, SETTINGS), rows=1)
+    again = planner.candidate(0, 1, 1, "every-layer")
+    layers, rerun = (operations(planner.activations, planner.model.mixers(), one.work)[0] for one in (way, again))
+    assert 1.2 * layers < rerun < 1.6 * layers
+
+
+def test_in_a_large_model_launches_hide_behind_the_computation():
+    model = SETTINGS["model"] | {"width": 2048, "heads": 16, "ffn": 8192, "block": 512}
+    train = {"steps": 1, "sequence_length": 4096, "sequences": 16}
+    _, way = plan(parse(Recipe, SETTINGS | {"model": model, "train": train}), rows=8)
+    assert way.speed.launches == 0
