@@ -1,11 +1,17 @@
 """The tiled loss against torch's cross-entropy."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from bst_dist.model import loss
 from bst_dist.model.loss import linear_cross_entropy
+from bst_dist.plan.live import computes
 
 
 @pytest.fixture(params=[1, 3, 10_000], ids=lambda rows: f"tiles of {rows}")
@@ -93,3 +99,31 @@ def test_without_gradient_the_z_loss_is_left_out():
         plain, z = (linear_cross_entropy(*inputs(), 0.5, z_loss=z) for z in (0.0, 0.3))
     assert torch.equal(plain[0], z[0])
     assert z[3] is None
+
+
+class Traffic(TorchDispatchMode):
+    """Counts kernels, and the bytes that they read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if computes(func):
+            self.launches += 1
+            self.bytes += sum(x.nbytes for x in tree_iter((args, kwargs, out)) if isinstance(x, torch.Tensor))
+        return out
+
+
+@pytest.mark.parametrize(("device", "launches", "traffic_gb"), [("cpu", 2150, 164), ("meta", 144, 71)])
+def test_launches_and_traffic_of_32k_tokens_by_device(device, launches, traffic_gb, monkeypatch):
+    """Tiles of a CPU's size are for a CPU alone: counted without storage, in single precision, D 1024, V 32,000."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # a meta device has no autocast
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    with FakeTensorMode() if device == "cpu" else nullcontext(), Traffic() as counted:
+        hidden, weight = (torch.empty(n, 1024, device=device, requires_grad=True) for n in (32_768, 32_000))
+        labels, mask = (torch.empty(1, 32_768, dtype=kind, device=device) for kind in (torch.long, torch.bool))
+        linear_cross_entropy(hidden.unsqueeze(0), weight, labels, mask, 1.0)[0].backward()
+    assert counted.launches == pytest.approx(launches, rel=0.1)
+    assert counted.bytes / 1e9 == pytest.approx(traffic_gb, rel=0.1)
