@@ -5,9 +5,9 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 # One process a core, one thread a process: many small tests on small tensors.
-UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical -m "not ranks and not gpu and not cluster" --ignore tests/cuda_path
+UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical -m "not ranks and not gpu and not cluster" --ignore tests/cuda_path --ignore tests/sm90
 
-.PHONY: help setup demo test test-unit test-ranks test-cluster test-cuda-path test-gpu lint format
+.PHONY: help setup demo test test-unit test-ranks test-cluster test-cuda-path test-sm90 test-gpu lint format
 
 help:
 	@echo "make setup         install the pinned requirements and this project into $(VENV)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-unit     unit tests alone"
 	@echo "make test-cluster  jobs on several hosts, made of network namespaces: installs Debian packages, needs root"
 	@echo "make test-cuda-path  the path that CUDA takes, compiled and run on a CPU"
+	@echo "make test-sm90     every layer compiled for an H100, without one: downloads 3 GB, needs Python 3.12 or later"
 	@echo "make test-gpu      what needs a GPU"
 	@echo "make lint          linter and formatter, changing nothing"
 	@echo "make format        format the code"
@@ -47,6 +48,23 @@ test-cluster: setup
 # The path that CUDA takes, on a CPU: apart from the unit tests, for it compiles for minutes.
 test-cuda-path: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical tests/cuda_path
+
+# Layers as a GPU would get them: Inductor's programs and sm_90 machine code. It needs torch as it is built for CUDA (no
+# GPU, no driver), which the package index has for Python 3.12 and later where the CPU build serves 3.11.
+PYTHONS_SM90 := python3 python3.14 python3.13 python3.12 $(wildcard $(HOME)/.pyenv/versions/3.1[2-4].*/bin/python3)
+PYTHON_SM90 ?= $(shell for one in $(PYTHONS_SM90); do $$one -c 'import sys; sys.exit(sys.version_info < (3, 12))' \
+	2>/dev/null && echo $$one && break; done)
+SM90 := .venv-sm90
+
+test-sm90: $(SM90)/.installed
+	OMP_NUM_THREADS=1 $(SM90)/bin/python -m pytest --noconftest -p no:cacheprovider tests/sm90
+
+$(SM90)/.installed: tests/sm90/requirements.txt
+	@test -n "$(PYTHON_SM90)" || { echo "needs Python 3.12 or later, and found none: make test-sm90 PYTHON_SM90=..."; exit 1; }
+	test -x $(SM90)/bin/python || $(PYTHON_SM90) -m venv $(SM90)
+	$(SM90)/bin/python -m pip install -r tests/sm90/requirements.txt
+	@$(SM90)/bin/python -c 'import sys, torch; sys.exit(None if torch.version.cuda else f"torch {torch.__version__} is not built with CUDA: no layer can be compiled for sm_90")'
+	@touch $@
 
 # On a machine without a GPU, BST_REHEARSE_GPU=1 runs what a CPU can of it.
 test-gpu: setup

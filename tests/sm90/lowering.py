@@ -1,0 +1,242 @@
+"""A layer compiled for an H100 on a machine without one: its graphs lowered by Inductor, its kernels made machine code.
+
+Needs a torch built with CUDA, which brings Triton and ptxas; no GPU and no driver. A layer is traced by the front end
+that training uses, on a CPU with CUDA's path forced; both graphs are moved to fake CUDA tensors, and Inductor writes
+the programs that would run. What only a device could say (what it is, which attention kernel torch takes) is said here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.attention.flex_attention as torch_flex
+from torch import Tensor, fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.nn import functional as F
+
+from bst_dist.model import attention, compiled, flex
+from bst_dist.model.layers import Layer
+from bst_dist.parallel.past import Past
+
+CUDA = torch.device("cuda", 0)
+CAPABILITY = 90
+SHARED_MEMORY = 232_448
+"""Bytes of shared memory that a block of threads may ask for on an H100."""
+
+
+class H100:
+    """What torch's device properties say of one."""
+
+    major, minor, multi_processor_count, warp_size, name, gcnArchName = 9, 0, 132, 32, "NVIDIA H100", ""
+    max_threads_per_multi_processor, regs_per_multiprocessor, max_threads_per_block = 2048, 65536, 1024
+    total_memory, L2_cache_size = 80 << 30, 50 << 20
+    shared_memory_per_block, shared_memory_per_block_optin = 49_152, SHARED_MEMORY
+    shared_memory_per_multiprocessor = 233_472
+
+
+@dataclass
+class Graph:
+    """One pass of a layer as the compiler's front end leaves it."""
+
+    backward: bool
+    module: fx.GraphModule
+    inputs: list[Any]
+
+
+class _TracedError(Exception):
+    """Both graphs are there, and neither is to be run."""
+
+
+def trace(layer: Layer, x: Tensor, starts: Tensor | None = None) -> list[Graph]:
+    """The layer's forward and backward pass in training, by the code that `compile: true` runs."""
+    graphs: list[Graph] = []
+
+    def keep(backward: bool) -> Callable[..., Any]:
+        def compiler(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+            graphs.append(Graph(backward, module, inputs))
+
+            def run(*_: Any) -> None:
+                raise _TracedError
+
+            run._boxed_call = True
+            return run
+
+        return compiler
+
+    def partition(module: fx.GraphModule, joint: Any, **more: Any) -> Any:
+        from torch._inductor.compile_fx import _recursive_joint_graph_passes
+
+        _recursive_joint_graph_passes(module)
+        return min_cut_rematerialization_partition(module, joint, compiler="inductor", **more)
+
+    backend = aot_autograd(fw_compiler=keep(False), bw_compiler=keep(True), partition_fn=partition,
+                           decompositions=select_decomp_table())  # fmt: skip
+    torch._dynamo.reset()
+    compiled._compiled.cache_clear()
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(attention, "attention_path", lambda device: "flex"))
+        stack.enter_context(patch.object(torch_flex, "_validate_device", lambda *_: None))
+        stack.enter_context(patch.object(flex, "BACKEND", backend))
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", _flash))
+        stack.enter_context(patch("torch._functorch.config.force_non_lazy_backward_lowering", True))
+        stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        with suppress(_TracedError):
+            compiled.run(layer, x, Past(), starts)
+    return graphs
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
+           scale: float | None = None) -> Tensor:  # fmt: skip
+    """The kernel that torch takes on an H100 for half precision without a mask; it would ask the device."""
+    if attn_mask is not None:
+        raise NotImplementedError("no call of a compiled layer has a mask")
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False, scale=scale)[0]
+
+
+@contextmanager
+def pretended_h100() -> Iterator[None]:
+    """An H100 for torch, Inductor and Triton to ask about."""
+    import torch._inductor.scheduler as scheduler
+    import torch.utils._triton as has
+    from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor.runtime import triton_helpers
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    class Driver:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", CAPABILITY, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_active_torch_device = staticmethod(lambda: CUDA)
+        get_device_interface = staticmethod(lambda: torch.cuda)
+
+    driver.set_active(Driver())
+    answers = {
+        "is_available": True, "_lazy_init": None, "device_count": 1, "current_device": 0,
+        "_get_device_properties": H100, "get_device_properties": H100, "get_device_capability": (9, 0),
+        "get_arch_list": ["sm_90"], "synchronize": None,
+    }  # fmt: skip
+    with ExitStack() as stack:
+        for name, value in answers.items():
+            stack.enter_context(patch.object(torch.cuda, name, lambda *_, value=value, **__: value, create=True))
+        properties, capability = staticmethod(lambda device=None: H100), staticmethod(lambda device=None: CAPABILITY)
+        for interface in (CudaInterface, CudaInterface.Worker):
+            stack.enter_context(patch.object(interface, "get_device_properties", properties))
+        stack.enter_context(patch.object(CudaInterface, "is_available", staticmethod(lambda: True)))
+        stack.enter_context(patch.object(CudaInterface, "get_compute_capability", capability))
+        for module in (has, scheduler):
+            for name in ("has_triton", "has_triton_package"):
+                if hasattr(module, name):
+                    stack.enter_context(patch.object(module, name, lambda *_: True))
+        stack.enter_context(patch.object(triton_helpers, "set_driver_to_gpu", lambda: None))
+        stack.enter_context(patch.multiple("torch._inductor.config", fx_graph_cache=False, compile_threads=1,
+                                           **compiled.OPTIONS))  # fmt: skip
+        yield
+
+
+def lower(graph: Graph) -> str:
+    """The program that Inductor writes for the pass, in Python with its Triton kernels."""
+    from torch._inductor.compile_fx import _recursive_post_grad_passes
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
+    module = graph.module
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    for part in [module, *(m for m in module.modules() if isinstance(m, fx.GraphModule))]:
+        for node in part.graph.nodes:
+            node.args, node.kwargs = _on_cuda(node.args), _on_cuda(node.kwargs)
+        part.recompile()
+    inputs = [_fake(mode, one) if isinstance(one, Tensor) else one for one in graph.inputs]
+    with mode:
+        FakeTensorProp(module, mode=mode).propagate_dont_convert_inputs(*inputs)
+        with V.set_fake_mode(mode):
+            _recursive_post_grad_passes(module, is_inference=False)
+            FakeTensorProp(module, mode=mode).propagate_dont_convert_inputs(*inputs)
+    lowering = GraphLowering(module, example_inputs=inputs, is_backward=graph.backward)
+    with mode, DebugContext(), V.set_graph_handler(lowering), V.set_fake_mode(mode):
+        lowering.run(*inputs)
+        code, _ = lowering.codegen()
+    return code.value
+
+
+def _on_cuda(value: Any) -> Any:
+    return torch.utils._pytree.tree_map(lambda one: CUDA if isinstance(one, torch.device) else one, value)
+
+
+def _fake(mode: FakeTensorMode, x: Tensor) -> FakeTensor:
+    return FakeTensor(mode, torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"), CUDA)
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Calls of kernels in a program, by kind."""
+
+    fused: int
+    """Of Triton kernels that Inductor wrote."""
+    products: int
+    """Of cuBLAS."""
+    flex: int
+    """Of FlexAttention's kernels."""
+    flash: int
+    """Of torch's flash attention."""
+    fallbacks: tuple[str, ...]
+    """Other operators of torch, run as they are."""
+
+    @property
+    def total(self) -> int:
+        return self.fused + self.products + self.flex + self.flash + len(self.fallbacks)
+
+
+def launches(code: str) -> Launches:
+    """Counted in the part of the program that calls them."""
+    called = re.findall(r"(?m)^\s+(triton_\w+)\.run\(", code)
+    operators = re.findall(r"(?m)= (torch\.ops\.[\w.]+)\(", code)
+    own = [name for name in operators if "flash_attention" not in name]
+    in_flex = sum("flex" in name for name in called)
+    return Launches(
+        fused=len(called) - in_flex,
+        products=len(re.findall(r"extern_kernels\.\w+\(", code)),
+        flex=in_flex,
+        flash=len(operators) - len(own),
+        fallbacks=tuple(own),
+    )
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A Triton kernel as machine code for sm_90."""
+
+    name: str
+    bytes: int
+    shared: int
+    """Bytes of shared memory that a block of threads asks for."""
+
+
+def compile_kernels(code: str) -> list[Kernel]:
+    """Every Triton kernel of a program, compiled by Triton and ptxas. Raises what they raise."""
+    from torch._inductor.codecache import PyCodeCache
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    found = []
+    for name, source in re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", code, re.S):
+        kernel = getattr(PyCodeCache.load(source), name)
+        config, meta = kernel.configs[0], kernel.triton_meta
+        constants = {**meta.get("constants", {}), **config.kwargs}
+        signature = {name: "constexpr" if name in constants else kind for name, kind in meta["signature"].items()}
+        signature |= {name: "constexpr" for name in kernel.fn.arg_names if name in constants}
+        source = ASTSource(fn=kernel.fn, signature=signature, constexprs=constants, attrs=meta["configs"][0])
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        binary = compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
+        found.append(Kernel(name, len(binary.asm["cubin"]), binary.metadata.shared))
+    return found
