@@ -125,6 +125,10 @@ SECTIONS: dict[str, dict[str, Command]] = {
     "Measure": {
         "bench data": ("data_pipeline.commands.bench", "read tokens beside webdataset, litdata and mosaicml-streaming"),
         "bench gpu": ("bst_dist.tools.bench.gpu", "all that is promised on one GPU, in nine minutes"),
+        "bench index": (
+            "data_pipeline.commands.bench_index",
+            "what a corpus costs by its size alone",
+        ),
         "bench layers": ("bst_dist.tools.bench.layers", "time a layer of every model beside other people's"),
         "bench checkpointing": (
             "bst_dist.tools.bench.checkpointing",

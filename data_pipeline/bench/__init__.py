@@ -1,1 +1,1 @@
-"""The readers of this project and of its peers, measured on the same sequences (`bst bench data`)."""
+"""This project's reader and its peers on the same sequences (`bst bench data`); corpora of any size (`bench index`)."""

@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from bst_base.files import atomic_directory
-from data_pipeline.format.manifest import Manifest, ShardInfo, TokenizerInfo
+from data_pipeline.format.manifest import Manifest, TokenizerInfo
+from data_pipeline.format.shard_table import ShardInfo
 from data_pipeline.format.shards import ShardIndex, ShardWriter
-from data_pipeline.format.tokenizer import TokenizerConfig, parse_tokenizer, train_tokenizer
+from data_pipeline.format.tokenizer import Tokenizer, TokenizerConfig, parse_tokenizer, train_tokenizer
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.serve.stream import TokenStream
 
@@ -37,12 +38,10 @@ def make_ours(directory: Path, sequences: int, length: int) -> None:
     lengths = lengths[: int(np.searchsorted(ends, total)) + 1]
     lengths[-1] -= int(ends[len(lengths) - 1]) - total
     with atomic_directory(directory) as partial:
-        words = "".join(f"word{i} = other{i * 7 % 97} + {i}\n" for i in range(400))
-        model = train_tokenizer([words], TokenizerConfig(vocab_size=400))
-        tokenizer = parse_tokenizer(model)
-        (partial / tokenizer.file).write_bytes(model)
+        tokenizer = bench_tokenizer()
+        (partial / tokenizer.file).write_bytes(tokenizer.model)
         parts = np.array_split(lengths, -(-total // SHARD_TOKENS))
-        shards = [_write_shard(partial, number, part.tolist(), rng) for number, part in enumerate(parts)]
+        shards = [write_shard(partial, number, part.tolist(), rng) for number, part in enumerate(parts)]
         ids = {name: getattr(tokenizer, name) for name in ("vocab_size", "bos_id", "eos_id", "pad_id", "sha256")}
         Manifest(
             tokenizer=TokenizerInfo(file=tokenizer.file, **ids),
@@ -107,7 +106,14 @@ def make_mosaicml(ours: Path, directory: Path, length: int) -> None:
             writer.write({"tokens": row})
 
 
-def _write_shard(directory: Path, number: int, lengths: list[int], rng: np.random.Generator) -> ShardInfo:
+def bench_tokenizer() -> Tokenizer:
+    """A small tokenizer: a corpus needs one, though nothing here is text."""
+    words = "".join(f"word{i} = other{i * 7 % 97} + {i}\n" for i in range(400))
+    return parse_tokenizer(train_tokenizer([words], TokenizerConfig(vocab_size=400)))
+
+
+def write_shard(directory: Path, number: int, lengths: list[int], rng: np.random.Generator) -> ShardInfo:
+    """Write a shard of random tokens and its index."""
     tar, idx = directory / f"train-{number:06d}.tar", directory / f"train-{number:06d}.idx"
     with tar.open("wb") as file:
         writer = ShardWriter(file)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from data_pipeline.format.manifest import Manifest
-from data_pipeline.format.verify import Problem, VerifyTask, verify_shard, verify_tokenizer
+from data_pipeline.format.verify import Problem, VerifyTask, verify_extents, verify_shard, verify_tokenizer
 from data_pipeline.prepare.parallel import open_workers
 
 
@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     console = Console()
     start = time.monotonic()
     problems: list[Problem] = verify_tokenizer(args.corpus, manifest)
+    problems += verify_extents(args.corpus, manifest)
     with open_workers(args.workers) as workers:
         if workers is None:
             return None

@@ -15,6 +15,7 @@ import numpy as np
 from bst_base.errors import UserError
 from bst_base.files import atomic_file
 from bst_base.settings import Config, parse
+from data_pipeline.format.shard_table import ShardParser, ShardTable
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -37,25 +38,13 @@ class TokenizerInfo(Config):
     """Fills up what holds no text; not stored in shards."""
 
 
-class ShardInfo(Config):
-    """One tar of documents and its index."""
+class ExtentsInfo(Config):
+    """A file that says how much of the stream each shard takes up where documents are isolated (`extents`)."""
 
     file: str
-    """Name of the tar inside the corpus directory."""
-    bytes: int
-    """Size of the tar."""
+    """Name inside the corpus directory."""
     sha256: str
-    """SHA-256 of the tar."""
-    documents: int
-    """Documents in it."""
-    tokens: int
-    """Tokens in it, the end-of-document tokens included."""
-    text_bytes: int
-    """UTF-8 bytes of text its tokens stand for."""
-    index: str
-    """Name of the index file inside the corpus directory."""
-    index_sha256: str
-    """SHA-256 of the index file."""
+    """SHA-256 of the file."""
 
 
 class Manifest(Config):
@@ -67,8 +56,10 @@ class Manifest(Config):
     """The tokenizer every shard was encoded with."""
     dtype: Literal["uint16", "uint32"]
     """Type of the stored tokens, little-endian."""
-    splits: dict[str, tuple[ShardInfo, ...]]
+    splits: dict[str, ShardTable]
     """Shards in order, by split; `train` and `validation` are always there, an empty split has no shards."""
+    extents: dict[str, ExtentsInfo] | None = None
+    """By split; corpora of older versions have none, and their indexes are read instead."""
     provenance: dict[str, Any]
     """Settings and versions the corpus was made with, and what was left out."""
     licences: dict[str, int]
@@ -79,7 +70,7 @@ class Manifest(Config):
         """The numpy type of the stored tokens."""
         return np.dtype(self.dtype).newbyteorder("<")
 
-    def shards(self, split: str) -> tuple[ShardInfo, ...]:
+    def shards(self, split: str) -> ShardTable:
         """The shards of a split; raises UserError for a split that the corpus does not have."""
         if split not in self.splits:
             raise UserError(f"the corpus has no split {split!r}, only {', '.join(self.splits)}")
@@ -87,15 +78,15 @@ class Manifest(Config):
 
     def documents(self, split: str) -> int:
         """Documents in a split."""
-        return sum(shard.documents for shard in self.shards(split))
+        return int(self.shards(split).column("documents").sum())
 
     def tokens(self, split: str) -> int:
         """Tokens in a split."""
-        return sum(shard.tokens for shard in self.shards(split))
+        return int(self.shards(split).column("tokens").sum())
 
     def text_bytes(self, split: str) -> int:
         """UTF-8 bytes of text in a split."""
-        return sum(shard.text_bytes for shard in self.shards(split))
+        return int(self.shards(split).column("text_bytes").sum())
 
     @property
     def sha256(self) -> str:
@@ -104,19 +95,25 @@ class Manifest(Config):
 
     def to_bytes(self) -> bytes:
         """The one canonical form of the file."""
-        text = json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False)
+        fields = self.model_dump(mode="json")
+        if self.extents is None:
+            del fields["extents"]  # so that the manifests of older versions keep their bytes
+        text = json.dumps(fields, indent=1, sort_keys=True, ensure_ascii=False)
         return text.encode() + b"\n"
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Manifest:
         """Parse a manifest that came from `where`; raises UserError saying what is wrong with it."""
+        parser = ShardParser()
         try:
-            raw = json.loads(data)
+            raw = json.loads(data, object_hook=parser.hook)
         except ValueError as error:
             raise UserError(f"{where}: not a manifest: {error}; prepare the corpus again") from None
         if not isinstance(raw, dict) or raw.get("format_version") != FORMAT_VERSION:
             found = raw.get("format_version") if isinstance(raw, dict) else None
             raise UserError(f"{where}: format version {found!r}, this program reads {FORMAT_VERSION}")
+        if isinstance(raw.get("splits"), dict):
+            raw["splits"] = {split: parser.table(shards) for split, shards in raw["splits"].items()}
         return parse(cls, raw, where=where)
 
     @classmethod

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.format.manifest import Manifest, ShardInfo
+from data_pipeline.format.manifest import Manifest
+from data_pipeline.format.shard_table import ShardInfo
 from data_pipeline.format.shards import ShardIndex, read_shard
 
 NGRAM = 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tarfile
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ import webdataset
 
 from bst_base.errors import UserError
 from data_pipeline.format.damage import locate_changed_byte
-from data_pipeline.format.manifest import Manifest, ShardInfo, sha256_file
+from data_pipeline.format.extents import shard_extents, to_bytes
+from data_pipeline.format.manifest import Manifest, sha256_file
+from data_pipeline.format.shard_table import ShardInfo
 from data_pipeline.format.shards import CRC_BLOCK, ShardError, ShardIndex, token_crcs
 from data_pipeline.format.tokenizer import read_tokenizer
 
@@ -48,6 +51,28 @@ def verify_tokenizer(corpus: Path, manifest: Manifest) -> list[Problem]:
         for name in ("vocab_size", "bos_id", "eos_id", "pad_id")
         if getattr(tokenizer, name) != getattr(info, name)
     ]
+
+
+def verify_extents(corpus: Path, manifest: Manifest) -> list[Problem]:
+    """Problems of the files that say what the shards take up of the stream; their indexes tell what is right."""
+    problems = []
+    for split, info in (manifest.extents or {}).items():
+        path = corpus / info.file
+        if not path.exists():
+            problems.append(Problem(info.file, "missing: isolated documents are served after reading every index"))
+        elif sha256_file(path) != info.sha256:
+            problems.append(Problem(info.file, "SHA-256 differs from the manifest's"))
+        elif path.read_bytes() != _extents_of(corpus, manifest, split):
+            problems.append(Problem(info.file, "not what the indexes say"))
+    return problems
+
+
+def _extents_of(corpus: Path, manifest: Manifest, split: str) -> bytes:
+    """The file as it should be; as it is where an index is not readable, which is a problem of its shard's."""
+    with contextlib.suppress(ShardError):
+        indexes = (ShardIndex.read(corpus / shard.index) for shard in manifest.shards(split))
+        return to_bytes([shard_extents(index.lengths) for index in indexes])
+    return (corpus / manifest.extents[split].file).read_bytes()
 
 
 def verify_shard(task: VerifyTask) -> list[Problem]:

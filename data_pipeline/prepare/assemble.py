@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bst_base.files import atomic_file
-from data_pipeline.format.manifest import ShardInfo, sha256_file
+from data_pipeline.format.extents import shard_extents
+from data_pipeline.format.manifest import sha256_file
+from data_pipeline.format.shard_table import ShardInfo
 from data_pipeline.format.shards import ShardIndex, ShardWriter
 from data_pipeline.format.tokenizer import Tokenizer, read_tokenizer
 from data_pipeline.prepare.dedup import Clusters, DedupConfig, near_duplicates
@@ -112,12 +114,13 @@ class EncodeTask(NamedTuple):
 
 
 class ShardDone(NamedTuple):
-    """A finished shard: its line in the manifest, and its documents by licence."""
+    """A finished shard: its line in the manifest, its documents by licence, and what they take up (`extents`)."""
 
     split: str
     number: int
     info: ShardInfo
     licences: dict[str, int]
+    extents: list[int]
     was_there: bool
 
 
@@ -159,7 +162,8 @@ def write_shard(task: EncodeTask) -> ShardDone:
         index=tar.with_suffix(".idx").name,
         index_sha256=sha256_file(tar.with_suffix(".idx")),
     )
-    done = ShardDone(task.split, task.number, info, dict(sorted(licences.items())), was_there=False)
+    extents = shard_extents(index.lengths)
+    done = ShardDone(task.split, task.number, info, dict(sorted(licences.items())), extents, was_there=False)
     with atomic_file(record) as file:
         file.write(json.dumps({"info": info.model_dump(), "licences": done.licences}).encode())
     return done
@@ -190,7 +194,8 @@ def _finished(record: Path, task: EncodeTask) -> ShardDone | None:
         return None
     if sha256_file(tar) != info.sha256 or sha256_file(index) != info.index_sha256:
         return None
-    return ShardDone(task.split, task.number, info, found["licences"], was_there=True)
+    extents = shard_extents(ShardIndex.read(index).lengths)
+    return ShardDone(task.split, task.number, info, found["licences"], extents, was_there=True)
 
 
 @lru_cache(maxsize=1)

@@ -8,6 +8,7 @@ last, and a directory with a manifest is complete.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import re
 import shutil
@@ -21,7 +22,9 @@ import numpy as np
 
 from bst_base.errors import UserError
 from bst_base.files import atomic_file, full_disk_explained, remove_partials
-from data_pipeline.format.manifest import MANIFEST, Manifest, TokenizerInfo
+from data_pipeline.format.extents import file_of, to_bytes
+from data_pipeline.format.manifest import MANIFEST, ExtentsInfo, Manifest, TokenizerInfo
+from data_pipeline.format.shard_table import ShardTable
 from data_pipeline.format.tokenizer import Tokenizer, parse_tokenizer, read_tokenizer, train_tokenizer
 from data_pipeline.prepare.assemble import TOKENIZER, ShardDone, assign, deduplicate, shard_tasks, write_shard
 from data_pipeline.prepare.config import PrepareConfig
@@ -46,7 +49,7 @@ WORK = "preparing"
 """Directory of unfinished work, below the output: a directory for each set of settings that was begun."""
 
 _CHUNK_BYTES = 8 << 20  # source bytes extracted by one task
-_SHARD_NAME = re.compile(r"(train|validation|test)-\d{6}\.(tar|idx)")
+_SHARD_NAME = re.compile(r"(train|validation|test)(-\d{6}\.(tar|idx)|\.extents)")
 _WINDOW = 1 << 16  # bytes of a document sampled together for the tokenizer
 
 Progress = Callable[[str, int, int], None]
@@ -78,7 +81,8 @@ def prepare(config: PrepareConfig, workers: Workers, progress: Progress) -> tupl
         plan, duplicates = _plan(config, table, work, progress)
         tokenizer = _make_tokenizer(config, plan, work, progress)
         shards = _write_shards(config, plan, output, work, workers, progress)
-        manifest = _manifest(shards, tokenizer, {**wanted, "left_out": left_out, "duplicates": duplicates})
+        extents = _write_extents(shards, output)
+        manifest = _manifest(shards, tokenizer, {**wanted, "left_out": left_out, "duplicates": duplicates}, extents)
         _finish(manifest, output, work)
     return manifest, {"reused": False, "shards_already_there": sum(shard.was_there for shard in shards)}
 
@@ -89,6 +93,7 @@ def _finish(manifest: Manifest, output: Path, work: Path) -> None:
     (work / f"{TOKENIZER}.copy").replace(output / manifest.tokenizer.file)
     shutil.move(work / SKIPPED, output / SKIPPED)
     own = {name for infos in manifest.splits.values() for info in infos for name in (info.file, info.index)}
+    own |= {info.file for info in (manifest.extents or {}).values()}
     for path in output.iterdir():
         if _SHARD_NAME.fullmatch(path.name) and path.name not in own:  # of an attempt with other settings
             path.unlink()
@@ -206,7 +211,20 @@ def _write_shards(
     return sorted(shards, key=lambda shard: (SPLITS.index(shard.split), shard.number))
 
 
-def _manifest(shards: list[ShardDone], tokenizer: Tokenizer, provenance: dict[str, Any]) -> Manifest:
+def _write_extents(shards: list[ShardDone], output: Path) -> dict[str, ExtentsInfo]:
+    """What the shards of each split take up of the stream, beside them."""
+    written = {}
+    for split in dict.fromkeys(shard.split for shard in shards):
+        data = to_bytes([shard.extents for shard in shards if shard.split == split])
+        with atomic_file(output / file_of(split)) as file:
+            file.write(data)
+        written[split] = ExtentsInfo(file=file_of(split), sha256=hashlib.sha256(data).hexdigest())
+    return written
+
+
+def _manifest(
+    shards: list[ShardDone], tokenizer: Tokenizer, provenance: dict[str, Any], extents: dict[str, ExtentsInfo]
+) -> Manifest:
     splits: dict[str, list[Any]] = {"train": [], "validation": []}
     licences: Counter[str] = Counter()
     for shard in shards:
@@ -222,7 +240,8 @@ def _manifest(shards: list[ShardDone], tokenizer: Tokenizer, provenance: dict[st
             pad_id=tokenizer.pad_id,
         ),
         dtype="uint16" if tokenizer.dtype.itemsize == 2 else "uint32",
-        splits={split: tuple(infos) for split, infos in splits.items()},
+        splits={split: ShardTable(infos) for split, infos in splits.items()},
+        extents=extents,
         provenance=provenance,
         licences=dict(sorted(licences.items())),
     )

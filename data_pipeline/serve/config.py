@@ -40,8 +40,9 @@ class DataConfig(Config):
     """`shuffled`: sequences in random order; `streaming`: each row reads on where it stopped the step before."""
     documents: Literal["joined", "isolated"] = "joined"
     """`joined`: one stream, as in the paper; `isolated`: padded to the block, with exact resets between documents."""
-    prefetch: int = Field(2, ge=0, le=2**16)
-    """Steps read ahead by a thread; 0 reads in the caller's thread."""
+    prefetch: int | None = Field(None, ge=0, le=2**16)
+    """Steps read ahead; 0 reads in the caller's thread. By default 2, and 8 where a corpus is read over a network, four
+    of them at a time."""
     on_bad_shard: Literal["stop", "skip"] = "stop"
     """`skip` leaves damaged or missing tokens out of the loss, and records them, where `stop` raises an error."""
 

@@ -17,7 +17,7 @@ from bst_base.errors import UserError
 from data_pipeline.serve.batch import Batch, block_starts, label_mask
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.mixture import whole_weights
-from data_pipeline.serve.orders import ORDER_VERSIONS, make_plan
+from data_pipeline.serve.orders import ORDER_VERSIONS, make_order
 from data_pipeline.serve.plan import ORDER_VERSION
 from data_pipeline.serve.prefetch import Prefetcher
 from data_pipeline.serve.reader import Corpus
@@ -26,7 +26,9 @@ from data_pipeline.serve.share import Share
 from data_pipeline.serve.sizes import BatchSizes
 from data_pipeline.serve.slices import MicroBatch
 from data_pipeline.serve.spread import MASKED
-from data_pipeline.serve.stream import extents, inputs
+from data_pipeline.serve.stream import inputs
+
+_STEPS_AT_ONCE = 4  # read over a network, so that requests are under way while one of them waits for its last
 
 
 def open_corpora(config: DataConfig, split: str = "train") -> list[Corpus]:
@@ -80,7 +82,9 @@ class Loader:
     def __iter__(self) -> Iterator[tuple[int, list[MicroBatch]]]:
         """(step, this rank's micro-batches in order), from `start_step` on and without end."""
         self.close()
-        self._prefetcher = Prefetcher(self.batches, self._start_step, self.config.prefetch)
+        far = any(corpus.remote for corpus in self._corpora)
+        ahead = self.config.prefetch if self.config.prefetch is not None else 8 if far else 2
+        self._prefetcher = Prefetcher(self.batches, self._start_step, ahead, threads=_STEPS_AT_ONCE if far else 1)
         return iter(self._prefetcher)
 
     def batches(self, step: int) -> list[MicroBatch]:
@@ -134,7 +138,7 @@ class Loader:
     def _sequences_of_a_pass(self) -> list[int]:
         sequences = []
         for corpus in self._corpora:
-            total = int(extents(corpus.lengths, self._block).sum(dtype=np.int64))
+            total = int(corpus.shard_sizes(self._block).extents.sum())
             if inputs(total, self._block) < self._share.length:
                 raise UserError(
                     f"{corpus.where}: {total} tokens do not fill one sequence of {self._share.length}; "
@@ -146,11 +150,20 @@ class Loader:
     def _use_order(self, version: int, sizes: BatchSizes) -> None:
         self.close()
         self._order, self._sizes, share = version, sizes, self._share
-        self._plan = make_plan(version, self.config, self.sequences, sizes, self._seed)
+        order = make_order(
+            version,
+            self.config,
+            self._corpora,
+            sequences=self.sequences,
+            sizes=sizes,
+            seed=self._seed,
+            block=self._block,
+            length=share.length,
+        )
+        self._plan = order.plan
         self._reader = RowReader(
             self._corpora,
-            self._plan,
-            seed=self._seed,
+            order,
             block=self._block,
             sequence_length=share.length,
             begins=share.begins,

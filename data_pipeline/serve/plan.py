@@ -6,6 +6,7 @@ it holds. Rows are global, 0 to G-1: how many ranks share them is of no concern 
 *Shuffled*: the rows of all steps form one line of positions, ``step * G + row`` (`sizes`, where G has changed). The
 mixture deals positions to corpora; the i-th one of a corpus reads sequence ``i mod N``, permuted, of pass ``i div N``.
 A step may straddle passes.
+Version 2 permutes over the whole pass, version 3 within its windows (`windows`).
 
 *Streaming*: a row goes through neighbouring sequences step after step, so what a model carried over from the last
 sequence is the true past of the next. It does so for a *stretch* of steps; then the rows are dealt to the corpora anew,
@@ -28,8 +29,8 @@ from data_pipeline.serve.mixture import Dealer, Mixture, whole_weights
 from data_pipeline.serve.order import Permutation
 from data_pipeline.serve.sizes import BatchSizes
 
-ORDER_VERSION = 2
-"""The order that new runs get; a run keeps the one it began with (`first_order` holds version 1)."""
+ORDER_VERSION = 3
+"""The order that new runs get; a run keeps the one it began with (`orders.make_order`)."""
 
 Segments = Sequence[tuple[int, Sequence[float]]]  # (first step, weights of the corpora from there on)
 _BLOCK = 1024  # neighbouring positions are permuted together: one call to numpy for many
@@ -80,7 +81,7 @@ class Shuffled:
         self._sizes = sizes
         self._seed = seed
         self._mixture = mixture
-        self._block = lru_cache(maxsize=64)(self._permuted)
+        self._block = lru_cache(maxsize=64)(self._permuted_block)
 
     def assign(self, steps: range, rows: range) -> Assignments:
         """See `Plan`."""
@@ -98,10 +99,14 @@ class Shuffled:
         """See `Plan`."""
         return self._mixture.counts(self._sizes.first(step))
 
-    def _permuted(self, corpus: int, epoch: int, block: int) -> np.ndarray:
-        count = int(self._sequences[corpus])
-        permutation = Permutation(count, "sequences", self._seed, corpus, epoch)
-        return permutation(np.arange(block * _BLOCK, min((block + 1) * _BLOCK, count))).astype(np.int64)
+    def _permuted_block(self, corpus: int, epoch: int, block: int) -> np.ndarray:
+        places = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, int(self._sequences[corpus])))
+        return self._permuted(corpus, epoch, places)
+
+    def _permuted(self, corpus: int, epoch: int, places: np.ndarray) -> np.ndarray:
+        """The sequences (n,) int64 that are read at these places (n,) int64 of a pass, in increasing order."""
+        permutation = Permutation(int(self._sequences[corpus]), "sequences", self._seed, corpus, epoch)
+        return permutation(places).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -188,6 +193,11 @@ def _stretch(sequences: Sequence[int], weights: Sequence[float], rows: int) -> i
     return min(longest)
 
 
+def dealt(segments: Segments, sizes: BatchSizes, seed: int) -> Mixture:
+    """What deals the positions of the shuffled order to corpora, since version 2."""
+    return Mixture([(sizes.first(step), weights) for step, weights in segments], seed)
+
+
 def shuffled(sequences: Sequence[int], segments: Segments, sizes: BatchSizes, seed: int) -> Shuffled:
     """The shuffled order of version 2."""
-    return Shuffled(sequences, Mixture([(sizes.first(step), weights) for step, weights in segments], seed), sizes, seed)
+    return Shuffled(sequences, dealt(segments, sizes, seed), sizes, seed)

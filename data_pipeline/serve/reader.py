@@ -1,24 +1,35 @@
 """Random access to a prepared corpus: any run of any document's tokens, checked against what was written.
 
-Only the lengths of the documents are held in memory from the start, so that opening ten million costs little.
+Opening a corpus reads its manifest and its tokenizer, and no index: a shard is opened when it is first read from.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from bisect import bisect_right
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, lru_cache
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
 from bst_base.errors import UserError
+from data_pipeline.format.extents import extents, from_bytes
 from data_pipeline.format.manifest import MANIFEST, Manifest
 from data_pipeline.format.tokenizer import Tokenizer, parse_tokenizer
 from data_pipeline.serve.shard_reader import ShardReader
+from data_pipeline.serve.windows import ShardSizes
 from data_pipeline.store.base import Storage, StorageConfig
 from data_pipeline.store.cache import CachedStorage
 from data_pipeline.store.storage import open_storage
+
+_log = logging.getLogger(__name__)
+_KEPT = 1 << 20  # documents of a corpus of which all indexes stay open once they were read: 30 MB
+_INDEXES_AT_ONCE = 32  # fetched over a network: each is waited for much longer than it takes
+_CHECKED_AT_START = 1000  # shards
 
 
 class NoCorpusError(UserError):
@@ -31,23 +42,21 @@ class Corpus:
     Reads may be made from several threads.
     """
 
-    def __init__(self, storage: Storage, manifest: Manifest, split: str) -> None:
+    def __init__(self, storage: Storage, manifest: Manifest, split: str, sha256: str | None = None) -> None:
         self.storage = storage
         self.manifest = manifest
         self.split = split
         self.where = f"{storage.where} ({split})"
         self.dtype = manifest.token_dtype
-        self._shards = [ShardReader(storage, info, self.dtype) for info in manifest.shards(split)]
-        counts = [shard.info.documents for shard in self._shards]
-        self._starts = [0, *accumulate(counts)]  # each shard's first document
-        self.lengths = np.empty(self._starts[-1], np.uint32)
-        """(n,) tokens of each document, the end-of-document token included; uint64 where one has 2^32 or more."""
-        for shard, start, stop in zip(self._shards, self._starts, self._starts[1:], strict=False):
-            lengths = shard.read_index().lengths
-            if len(lengths) and lengths.max() > np.iinfo(self.lengths.dtype).max:
-                self.lengths = self.lengths.astype(np.uint64)
-            self.lengths[start:stop] = lengths
-        if not len(self.lengths):
+        self.sha256 = sha256 or manifest.sha256
+        """SHA-256 of the manifest: the corpus's identity."""
+        self._table = manifest.shards(split)
+        self._readers: dict[int, ShardReader] = {}  # of the shards that are open
+        self.first_documents = np.append(0, np.cumsum(self._table.column("documents")))
+        """(shards + 1,) int64: the number of each shard's first document, and of all."""
+        self._firsts = memoryview(self.first_documents)
+        self._sizes = lru_cache(maxsize=4)(self._measure)
+        if not len(self):
             raise UserError(f"{self.where}: the split is empty; prepare it from more text, or choose another")
 
     @classmethod
@@ -60,23 +69,21 @@ class Corpus:
         config = storage or StorageConfig()
         source = open_storage(url, config)
         try:
-            manifest = Manifest.from_bytes(source.whole(MANIFEST), f"{url}/{MANIFEST}")
+            data = source.whole(MANIFEST)
         except (FileNotFoundError, NotADirectoryError):
             raise NoCorpusError(
                 f"{url}: no prepared corpus there (looked in {_absolute(source.where)} for {MANIFEST}); make one with "
                 "'bst data prepare'"
             ) from None
-        files = _files(manifest, split, url)
+        sha256 = hashlib.sha256(data).hexdigest()
+        manifest = Manifest.from_bytes(data, f"{url}/{MANIFEST}")
+        del data  # forty megabytes for a hundred thousand shards
+        files = KnownFiles(manifest, split, f"{url}/{MANIFEST}")
         if source.remote and config.cache_dir:
-            source = CachedStorage(source, config.cache_dir, files)
-        corpus = cls(source, manifest, split)
+            source = CachedStorage(source, config.cache_dir, files, config.cache_bytes)
+        corpus = cls(source, manifest, split, sha256)
         corpus.tokenizer()
         return corpus
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of the manifest: the corpus's identity."""
-        return self.manifest.sha256
 
     @property
     def remote(self) -> bool:
@@ -86,11 +93,24 @@ class Corpus:
     @property
     def tokens_total(self) -> int:
         """Tokens of the split."""
-        return int(self.lengths.sum(dtype=np.int64))
+        return self.manifest.tokens(self.split)
 
     def __len__(self) -> int:
         """Documents of the split."""
-        return len(self.lengths)
+        return int(self.first_documents[-1])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(n,) tokens of each document, the end-of-document token included; uint64 where one has 2^32 or more.
+
+        Reads every index: what serves version 3 of the order does not ask for it.
+        """
+        lengths = np.empty(len(self), np.uint32)
+        for shard, found in self._each_lengths(range(len(self._table)), keep=len(self) <= _KEPT):
+            if found.dtype != np.uint32:
+                lengths = lengths.astype(np.uint64)
+            lengths[self._firsts[shard] : self._firsts[shard + 1]] = found
+        return lengths
 
     def tokenizer(self) -> Tokenizer:
         """The corpus's tokenizer; raises UserError when it is missing or not the one the corpus was made with."""
@@ -117,14 +137,40 @@ class Corpus:
                 "raise the model's vocabulary, or prepare the corpus with the model's tokenizer (tokenizer.reuse)"
             )
 
+    def shard_sizes(self, block: int | None) -> ShardSizes:
+        """What the order needs of the shards; `block` is W where documents are isolated, None where they are joined."""
+        return self._sizes(block)
+
+    def shard_lengths(self, shards: Sequence[int]) -> list[np.ndarray]:
+        """(documents,) tokens of each document, of each of these shards, which stay open until they are released."""
+        return [lengths for _, lengths in self._each_lengths(shards, keep=True)]
+
+    @property
+    def open_shards(self) -> int:
+        """How many shards have their index in memory."""
+        return len(self._readers)
+
+    def fetch_ahead(self, now: Sequence[int], soon: Sequence[int]) -> None:
+        """Told of the shards that are read from now on, and of those after them."""
+
+        def files(shards: Sequence[int]) -> list[str]:
+            return [name for shard in shards for info in [self._table[shard]] for name in (info.index, info.file)]
+
+        self.storage.fetch_ahead(files(now), files(soon))
+
+    def release(self, shards: Iterable[int]) -> None:
+        """Forget the indexes of these shards until they are read from again."""
+        for shard in shards:
+            self._readers.pop(shard, None)
+
     def document(self, number: int) -> np.ndarray:
         """All tokens of a document, (n,)."""
-        return self.tokens(number, 0, int(self.lengths[number]))
+        return self.tokens(number, 0, self._length(number))
 
     def tokens(self, number: int, start: int, stop: int) -> np.ndarray:
         """Tokens ``start..stop`` of a document, in the corpus's dtype; raises ShardError when they are damaged."""
-        if not 0 <= start <= stop <= self.lengths[number]:
-            raise IndexError(f"{self.where}: document {number} has {self.lengths[number]} tokens, not {start}..{stop}")
+        if not 0 <= start <= stop <= (length := self._length(number)):
+            raise IndexError(f"{self.where}: document {number} has {length} tokens, not {start}..{stop}")
         out = np.empty(stop - start, self.dtype)
         if stop > start:
             self.read_into(number, start, memoryview(out).cast("B"))
@@ -135,22 +181,74 @@ class Corpus:
 
         The caller sees to it that the document has them; raises ShardError when they are damaged.
         """
-        shard = bisect_right(self._starts, number) - 1
-        self._shards[shard].read_into(number - self._starts[shard], start, buffer)
+        shard = bisect_right(self._firsts, number) - 1
+        self._reader(shard).read_into(number - self._firsts[shard], start, buffer)
 
     def document_info(self, number: int) -> dict[str, Any]:
         """The document's JSON: id, path, source, licence and what else `prepare` recorded."""
-        shard = bisect_right(self._starts, number) - 1
-        return self._shards[shard].document_info(number - self._starts[shard])
+        shard = bisect_right(self._firsts, number) - 1
+        return self._reader(shard).document_info(number - self._firsts[shard])
 
     def interrupt(self, stop: bool) -> None:
         """While `stop` is true, reads that wait for a network end with a StorageError."""
         self.storage.interrupt(stop)
 
     def check_shards(self) -> None:
-        """Raise ShardError for the first shard that is missing or of another size; local files only."""
-        for shard in self._shards:
-            shard.check_size()
+        """Raise ShardError for the first shard that is missing or of another size; local files only.
+
+        Of a corpus of many shards, the first thousand: asking a file system for each would hold up the start.
+        """
+        for shard in range(min(len(self._table), _CHECKED_AT_START)):
+            ShardReader(self.storage, self._table[shard], self.dtype).check_size()
+
+    def _reader(self, shard: int) -> ShardReader:
+        reader = self._readers.get(shard)
+        if reader is None:
+            reader = self._readers.setdefault(shard, ShardReader(self.storage, self._table[shard], self.dtype))
+        return reader
+
+    def _length(self, number: int) -> int:
+        shard = bisect_right(self._firsts, number) - 1
+        return int(self._reader(shard).lengths[number - self._firsts[shard]])
+
+    def _each_lengths(self, shards: Sequence[int], keep: bool) -> Iterator[tuple[int, np.ndarray]]:
+        """(shard, its documents' lengths); many are fetched at a time where they are not on this machine's disk."""
+
+        def lengths(shard: int) -> np.ndarray:
+            found = self._reader(shard).lengths
+            if not keep:
+                self.release([shard])
+            return found
+
+        if self.storage.local_path(MANIFEST) is not None:
+            yield from ((shard, lengths(shard)) for shard in shards)
+            return
+        with ThreadPoolExecutor(min(_INDEXES_AT_ONCE, max(len(shards), 1))) as pool:
+            yield from zip(shards, pool.map(lengths, shards), strict=True)
+
+    def _measure(self, block: int | None) -> ShardSizes:
+        documents, tokens = self._table.column("documents"), self._table.column("tokens")
+        if block is None:
+            return ShardSizes(documents, tokens, tokens)
+        found = self._stored_extents(block)
+        if found is None:
+            every = self._each_lengths(range(len(self._table)), keep=len(self) <= _KEPT)
+            found = np.array([extents(lengths, block).sum() for _, lengths in every])
+        return ShardSizes(documents, tokens, found)
+
+    def _stored_extents(self, block: int) -> np.ndarray | None:
+        """(shards,) what the corpus's file of extents says; None where there is none that is right."""
+        info = (self.manifest.extents or {}).get(self.split)
+        if info is None:
+            return None
+        try:
+            data = self.storage.whole(info.file)
+        except FileNotFoundError:
+            data = b""
+        if hashlib.sha256(data).hexdigest() != info.sha256:
+            _log.warning("%s/%s: missing or damaged; reading every index instead", self.storage.where, info.file)
+            return None
+        return from_bytes(data, len(self._table), block)
 
 
 def _absolute(where: str) -> str:
@@ -158,15 +256,40 @@ def _absolute(where: str) -> str:
     return where if "://" in where or where.startswith("pipe:") else str(Path(where).absolute())
 
 
-def _files(manifest: Manifest, split: str, where: str) -> dict[str, tuple[int | None, str]]:
-    """(bytes where known, SHA-256) of the files that serving a split needs, by name."""
-    files: dict[str, tuple[int | None, str]] = {manifest.tokenizer.file: (None, manifest.tokenizer.sha256)}
-    for shard in manifest.shards(split):
-        files[shard.file] = (shard.bytes, shard.sha256)
-        files[shard.index] = (None, shard.index_sha256)
-    for name in files:
-        if PurePath(name).name != name:  # a manifest from afar must not name files outside the corpus or the cache
-            raise UserError(
-                f"{where}/{MANIFEST}: {name!r} is not a plain file name: this manifest is not to be trusted"
-            )
-    return files
+class KnownFiles:
+    """The files that serving a split needs, as the manifest names them.
+
+    Raises UserError where one lies elsewhere: a manifest from afar must not name files outside the corpus or the cache.
+    """
+
+    def __init__(self, manifest: Manifest, split: str, where: str) -> None:
+        table = manifest.shards(split)
+        self._files: dict[str, tuple[int | None, str]] = {
+            manifest.tokenizer.file: (None, manifest.tokenizer.sha256),
+            **{info.file: (None, info.sha256) for info in (manifest.extents or {}).values()},
+        }
+        self._table = table
+        self._sorted = {name: np.argsort(table.column(name)) for name in ("file", "index")}
+        for name in self._files:
+            if PurePath(name).name != name:
+                raise _untrusted(where, name)
+        for names in (table.column("file"), table.column("index")):
+            bad = (np.char.find(names, b"/") >= 0) | np.isin(names, [b"", b".", b".."])
+            if bad.any():
+                raise _untrusted(where, names[bad][0].decode())
+
+    def __getitem__(self, name: str) -> tuple[int | None, str]:
+        """(bytes where known, SHA-256) of a file."""
+        if name in self._files:
+            return self._files[name]
+        for kind, order in self._sorted.items():
+            column, key = self._table.column(kind), name.encode()
+            place = int(np.searchsorted(column, key, sorter=order))
+            if place < len(order) and column[order[place]] == key:
+                shard = self._table[int(order[place])]
+                return (shard.bytes, shard.sha256) if kind == "file" else (None, shard.index_sha256)
+        raise KeyError(name)
+
+
+def _untrusted(where: str, name: str) -> UserError:
+    return UserError(f"{where}: {name!r} is not a plain file name: this manifest is not to be trusted")

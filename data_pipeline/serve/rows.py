@@ -11,12 +11,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from data_pipeline.format.shards import CRC_BLOCK, ShardError
-from data_pipeline.serve.plan import Plan
+from data_pipeline.serve.orders import Order
 from data_pipeline.serve.reader import Corpus
-from data_pipeline.serve.stream import Pieces, TokenStream
+from data_pipeline.serve.stream import Pieces
 
 _log = logging.getLogger(__name__)
-_REQUESTS = 16  # ranges asked for at a time
+_REQUESTS = 64  # ranges asked for at a time
 _WINDOW = 64  # rows located together: a search for many costs little more than a search for one
 
 
@@ -51,10 +51,10 @@ class Rows(NamedTuple):
 
 
 class RowReader:
-    """Locates and reads the slices of the rows ``first..first + count`` of every step.
+    """Locates and reads the slices of the rows ``first..first + count`` of every step; from several threads, if asked.
 
     Args:
-        corpora, plan, seed: what decides the order.
+        corpora, order: what is read.
         block: W where documents are isolated; None where they are joined.
         sequence_length: L, tokens of a row.
         begins, length: the parts of each row: where each begins in its row, and the tokens of one.
@@ -66,9 +66,8 @@ class RowReader:
     def __init__(
         self,
         corpora: Sequence[Corpus],
-        plan: Plan,
+        order: Order,
         *,
-        seed: int,
         block: int | None,
         sequence_length: int,
         begins: Sequence[int],
@@ -80,17 +79,17 @@ class RowReader:
     ) -> None:
         self.bad: list[str] = []
         """What was left out because it is damaged or missing, a message each."""
-        self._corpora, self._plan, self._seed, self._block = corpora, plan, seed, block
+        self._corpora, self._plan, self._block = corpora, order.plan, block
         self._sequence_length, self._begins, self._length = sequence_length, begins, length
         self._first, self._count, self._skip = first, count, on_bad_shard == "skip"
         self._dtype = corpora[0].manifest.token_dtype
         self._pad_id = corpora[0].manifest.tokenizer.pad_id
-        # Over a network the reads of a micro-batch go out together: each waits much longer than it works.
+        # Over a network the reads of several steps go out together: each waits much longer than it works.
         self._pool = ThreadPoolExecutor(_REQUESTS) if any(corpus.remote for corpus in corpora) else None
         self._since = since
         self._window_steps = max(1, _WINDOW // max(1, count))
         self._window = lru_cache(maxsize=2 * len(begins))(self._locate)
-        self._stream = lru_cache(maxsize=len(corpora) + 1)(self._make_stream)  # one more, where two passes meet
+        self._stream = lru_cache(maxsize=len(corpora) + 1)(order.stream)  # one more, where two passes meet
 
     def locate(self, step: int, start: int, stop: int, part: int = 0) -> Rows:
         """One part of the rank's rows ``start..stop``, counted from its first, in a step."""
@@ -152,9 +151,6 @@ class RowReader:
             pieces = pieces.select((pieces.slot < self._length) | (pieces.offset > 0))
         bounds = np.searchsorted(pieces.row, np.arange(len(starts) + 1)).tolist()
         return Rows(corpora, epochs, continues, pieces, bounds)
-
-    def _make_stream(self, corpus: int, epoch: int) -> TokenStream:
-        return TokenStream(self._corpora[corpus].lengths, self._block, ("documents", self._seed, corpus, epoch))
 
     def _read_what_is_good(self, rows: Rows, tokens: np.ndarray) -> np.ndarray:
         """Fill `tokens` with what can be read and padding elsewhere; returns which are text, (b, l + 1) bool.

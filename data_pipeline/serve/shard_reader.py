@@ -1,8 +1,7 @@
 """Random access to one shard: runs of a document's tokens, compared with their CRCs before they are used.
 
-Every block of 8192 tokens is checked once per process where the shard is a local file, a few neighbours together, and
-at every read where its bytes come over a network. The index is read again when the shard is first touched, and what is
-kept of it is small.
+Every block of 8192 tokens is checked once while the shard is open where it is a local file, a few neighbours together,
+and at every read where its bytes come over a network. The index is read when the shard is first touched.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import numpy as np
 from isal import isal_zlib
 
 from data_pipeline.format.damage import locate_changed_byte
-from data_pipeline.format.manifest import ShardInfo
+from data_pipeline.format.shard_table import ShardInfo
 from data_pipeline.format.shards import CRC_BLOCK, ShardError, ShardIndex
 from data_pipeline.store.base import Storage
 
@@ -38,11 +37,16 @@ class _Layout:
     """What reading needs of a shard's index, as memory views: they give Python integers, at no conversion's cost."""
 
     def __init__(self, index: ShardIndex) -> None:
-        self.offsets = memoryview(index.offsets.astype(np.int64))  # (documents,) byte of the first token
-        self.lengths = memoryview(index.lengths.astype(np.int64))  # (documents,) tokens
+        self.offsets = memoryview(_narrow(index.offsets))  # (documents,) byte of the first token
+        self.lengths = memoryview(_narrow(index.lengths))  # (documents,) tokens
         self.crc = memoryview(index.crc.astype(np.uint32))  # (blocks,)
-        self.crc_starts = memoryview(index.crc_starts)  # (documents,) each document's first place in `crc`
-        self.verified = bytearray(len(index.crc))  # (blocks,) 1: found whole in this process
+        self.crc_starts = memoryview(_narrow(index.crc_starts))  # (documents,) each document's first place in `crc`
+        self.verified = bytearray(len(index.crc))  # (blocks,) 1: found whole since the shard was opened
+
+
+def _narrow(values: np.ndarray) -> np.ndarray:
+    """In 32 bits where that holds them."""
+    return values.astype(np.uint32 if values.max(initial=0) < 1 << 32 else np.uint64)
 
 
 class ShardReader:
@@ -54,6 +58,11 @@ class ShardReader:
         self._storage = storage
         self._dtype = dtype
         self._itemsize = dtype.itemsize
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(documents,) tokens of each document: uint32, or uint64 where one has 2^32 or more."""
+        return np.asarray(self._layout.lengths)
 
     def read_index(self) -> ShardIndex:
         """The shard's index; raises ShardError when it is damaged or belongs to another shard."""

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_pipeline.format.extents import extents
 from data_pipeline.serve.order import Permutation
 
 _BLOCK = 1 << 18  # documents summed at a time, so that a start on ten million needs no temporary of their number
@@ -41,13 +42,6 @@ class Pieces(NamedTuple):
         others = zip(*(pieces[1:] for _, pieces in parts), strict=True)
         joined = Pieces(np.concatenate(rows), *map(np.concatenate, others))
         return joined.select(np.argsort(joined.row, kind="stable"))
-
-
-def extents(lengths: np.ndarray, block: int | None) -> np.ndarray:
-    """What each document takes up of the stream: its tokens, rounded up to `block` where documents are isolated."""
-    if block is None:
-        return lengths
-    return -(-lengths.astype(np.int64) // block) * block
 
 
 def inputs(total: int, block: int | None) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from bst_base.errors import UserError
 from bst_base.places import LocalPath
@@ -27,8 +28,11 @@ class StorageConfig(Config):
     """How files that are not on this machine's disk are fetched."""
 
     cache_dir: LocalPath | None = None
-    """Directory for verified copies of whole shards, shared by all processes of a machine; without one, ranges of the
-    shards are read from the store at every use. It may grow to the size of the corpora."""
+    """Directory for verified copies of whole shards, shared by all processes of a machine; the shards of this window of
+    the order and of the next are fetched ahead. Without one, ranges are read from the store at every use."""
+    cache_bytes: int | None = Field(None, ge=1, le=2**62)
+    """Bytes that the copies may take up; those used longest ago are removed. None: they may grow to the size of the
+    corpora."""
     attempts: int = Field(6, ge=1, le=1000)
     """How often one read is tried before it is an error."""
     backoff_s: float = Field(0.5, ge=0, le=1e9, allow_inf_nan=False)
@@ -42,6 +46,12 @@ class StorageConfig(Config):
     keys, tokens and passwords can only be given so, since a recipe is written into its run directory."""
     allow_pipe: bool = False
     """Run the shell commands of `pipe:` addresses; only for recipes whose author you trust."""
+
+    @model_validator(mode="after")
+    def _limit_has_a_cache(self) -> StorageConfig:
+        if self.cache_bytes is not None and self.cache_dir is None:
+            raise ValueError("cache_bytes limits the copies in cache_dir: set that too")
+        return self
 
     @field_validator("options")
     @classmethod
@@ -81,6 +91,9 @@ class Storage(Protocol):
 
     def local_path(self, name: str) -> Path | None:
         """The file's path where it belongs on this machine's disk."""
+
+    def fetch_ahead(self, now: Sequence[str], soon: Sequence[str]) -> None:
+        """Told of the files that are read from now on, and of those after them: a cache fetches them."""
 
     def interrupt(self, stop: bool) -> None:
         """While `stop` is true, reads that wait for a network end with a StorageError."""

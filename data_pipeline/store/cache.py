@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-from collections.abc import Iterator
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
+from bst_base.errors import UserError
 from bst_base.files import atomic_file
 from data_pipeline.format.shards import ShardError
 from data_pipeline.store.base import Storage
+from data_pipeline.store.room import Room
 from data_pipeline.store.storage import LocalStorage
+
+_FETCHED_AT_ONCE = 8  # files of a corpus that are fetched ahead at a time
+
+
+class KnownFiles(Protocol):
+    """What is known of the files of a corpus."""
+
+    def __getitem__(self, name: str) -> tuple[int | None, str]:
+        """(bytes where known, SHA-256) of a file."""
 
 
 class WholeFiles(Storage, Protocol):
@@ -32,18 +45,23 @@ class CachedStorage:
         source: where the files are.
         directory: where the copies go.
         files: (bytes, SHA-256) of each file by its name; bytes None where that is not known.
+        limit: bytes of all copies in the directory; None: no limit.
     """
 
     remote = False
 
-    def __init__(self, source: WholeFiles, directory: Path, files: dict[str, tuple[int | None, str]]) -> None:
+    def __init__(self, source: WholeFiles, directory: Path, files: KnownFiles, limit: int | None = None) -> None:
         self.where = source.where
         self._source = source
         self._directory = directory.expanduser()
         self._directory.mkdir(parents=True, exist_ok=True)
         self._local = LocalStorage(self._directory)
         self._files = files
+        self._room = Room(self._directory, limit)
         self._present: set[str] = set()
+        self._wanted: deque[str] = deque()  # files to be fetched ahead
+        self._fetchers = 0
+        self._counting = threading.Lock()  # guards `_fetchers`
 
     def whole(self, name: str) -> bytes:
         """See `Storage`; a copy that was damaged is fetched again."""
@@ -68,7 +86,47 @@ class CachedStorage:
 
     def interrupt(self, stop: bool) -> None:
         """See `Storage`."""
+        if stop:
+            self._wanted.clear()
         self._source.interrupt(stop)
+
+    def fetch_ahead(self, now: Sequence[str], soon: Sequence[str]) -> None:
+        """See `Storage`. Raises UserError when the limit has no room for the files of now."""
+        sizes = [sum(self._files[name][0] or 0 for name in names) for names in (now, soon)]
+        if not self._room.fits(sizes[0]):
+            raise UserError(
+                f"storage.cache_bytes: {self._room.limit:,} bytes hold no window of {self.where}, which has "
+                f"{sizes[0]:,}; set it to three times that or more"
+            )
+        self._wanted = deque(
+            name for name in [*now, *(soon if self._room.fits(sum(sizes)) else ())] if not self._is_here(name)
+        )
+        with self._counting:
+            start = min(_FETCHED_AT_ONCE, len(self._wanted)) - self._fetchers
+            self._fetchers += max(start, 0)
+        for _ in range(start):
+            threading.Thread(target=self._fetch_wanted, name="data-cache", daemon=True).start()
+
+    def _is_here(self, name: str) -> bool:
+        """Whether there is a copy of a file, which is then in use; a limit or a cleaner may have removed it."""
+        copy = self._copy_name(name)
+        if (self._directory / copy).exists():
+            self._room.used(copy)
+            return True
+        self._present.discard(copy)
+        return False
+
+    def _fetch_wanted(self) -> None:
+        """Fetch what is wanted until nothing is; what fails is asked for again when it is read."""
+        try:
+            while True:
+                with suppress(UserError):
+                    self._copy(self._wanted.popleft())
+        except IndexError:
+            pass
+        finally:
+            with self._counting:
+                self._fetchers -= 1
 
     def renew(self, name: str) -> bool:
         """See `Storage`."""
@@ -88,12 +146,25 @@ class CachedStorage:
         if copy in self._present:
             return copy
         with self._locked(copy):
-            if not (self._directory / copy).exists():
+            if (self._directory / copy).exists():
+                self._room.used(copy)
+            else:
                 self._fetch(name, copy)
         self._present.add(copy)
         return copy
 
     def _fetch(self, name: str, copy: str) -> None:
+        size = self._files[name][0] or 0
+        self._room.take(size)
+        try:
+            done = self._write(name, copy)
+        except BaseException:
+            self._room.take(-size)
+            raise
+        self._room.take(done - size)
+
+    def _write(self, name: str, copy: str) -> int:
+        """Write the copy; returns its bytes."""
         size, sha256 = self._files[name]
         digest, done = hashlib.sha256(), 0
         with atomic_file(self._directory / copy) as file:
@@ -106,6 +177,7 @@ class CachedStorage:
                     f"{self.where}/{name}: the {done} bytes received are not the file that the manifest names; "
                     "the copy there is damaged or of another corpus"
                 )
+        return done
 
     @contextmanager
     def _locked(self, copy: str) -> Iterator[None]:

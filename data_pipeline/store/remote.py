@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,6 +74,9 @@ class RemoteStorage:
     def local_path(self, name: str) -> Path | None:
         """See `Storage`."""
         return None
+
+    def fetch_ahead(self, now: Sequence[str], soon: Sequence[str]) -> None:
+        """See `Storage`: nothing is kept here."""
 
     def interrupt(self, stop: bool) -> None:
         """See `Storage`."""
@@ -180,6 +183,9 @@ class PipeStorage:
     def local_path(self, name: str) -> Path | None:
         """See `Storage`."""
         return None
+
+    def fetch_ahead(self, now: Sequence[str], soon: Sequence[str]) -> None:
+        """See `Storage`: nothing is kept here."""
 
     def interrupt(self, stop: bool) -> None:
         """See `Storage`: commands are not waited for longer than they run."""

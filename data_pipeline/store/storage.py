@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
@@ -88,6 +89,9 @@ class LocalStorage:
     def forget(self) -> None:
         """Open the files anew at their next use: one has been replaced."""
         self._open.cache_clear()
+
+    def fetch_ahead(self, now: Sequence[str], soon: Sequence[str]) -> None:
+        """See `Storage`: nothing is kept here."""
 
     def interrupt(self, stop: bool) -> None:
         """See `Storage`: reads of a local file are not waited for."""

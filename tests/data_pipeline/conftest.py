@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from data_pipeline.format.manifest import Manifest, ShardInfo, TokenizerInfo
+from data_pipeline.format.manifest import Manifest, TokenizerInfo
+from data_pipeline.format.shard_table import ShardInfo
 from data_pipeline.format.shards import ShardIndex, ShardWriter
 from data_pipeline.format.tokenizer import TokenizerConfig, parse_tokenizer, train_tokenizer
 

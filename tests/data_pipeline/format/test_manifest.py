@@ -9,6 +9,7 @@ import pytest
 
 from bst_base.errors import UserError
 from data_pipeline.format.manifest import MANIFEST, Manifest, sha256_file
+from data_pipeline.format.shard_table import ShardTable
 
 
 def test_it_reads_back_equal_and_its_hash_is_the_files(make_corpus) -> None:
@@ -24,6 +25,37 @@ def test_every_change_changes_the_hash(make_corpus) -> None:
     first, *others = manifest.splits["train"]
     changed = manifest.model_copy(update={"splits": {"train": (first.model_copy(update={"tokens": 1}), *others)}})
     assert changed.sha256 != manifest.sha256
+
+
+def test_a_manifest_without_extents_keeps_its_bytes(make_corpus) -> None:
+    corpus = make_corpus([5, 9, 3])
+    data = (corpus / MANIFEST).read_bytes()
+    assert b"extents" not in data and Manifest.read(corpus).to_bytes() == data
+
+
+def test_a_table_gives_back_every_shard(make_corpus) -> None:
+    shards = Manifest.read(make_corpus([5, 9, 3], shards=3)).splits["train"]
+    assert [shard.tokens for shard in shards] == [5, 9, 3] == shards.column("tokens").tolist()
+    assert [type(value) for value in shards[1].model_dump().values()] == [str, int, str, int, int, int, str, str]
+    assert list(shards[1:]) == list(ShardTable(list(shards)[1:])) and not ShardTable()
+    assert shards != shards[:2] and ShardTable(shards) == shards
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("tokens", "x", "tokens"),
+        ("tokens", 2**70, "tokens"),
+        ("file", 3, "file"),
+        ("sha", "0", r"unknown key 'splits\.train\.1\.sha'"),
+    ],
+)
+def test_a_shard_that_is_none_is_named(make_corpus, field: str, value: object, message: str) -> None:
+    corpus = make_corpus([5, 9, 3], shards=3)
+    raw = json.loads((corpus / MANIFEST).read_text())
+    raw["splits"]["train"][1][field] = value
+    with pytest.raises(UserError, match=message):
+        Manifest.from_bytes(json.dumps(raw).encode(), "x")
 
 
 def test_an_unknown_split_is_named_with_those_there(make_corpus) -> None:

@@ -84,7 +84,7 @@ def test_a_corpus_of_weight_0_changes_nothing() -> None:
 
 
 def test_order_version_2_is_pinned() -> None:
-    """Runs have been promised this order: if this fails, plan.ORDER_VERSION must be raised."""
+    """Runs have been promised this order; version 3 deals in the same way."""
     corpora, indices = Mixture([(0, [5, 3, 2]), (2000, [1, 0, 1])], seed=11).locate(np.arange(1990, 2006))
     assert corpora.tolist() == [0, 1, 0, 2, 0, 1, 0, 2, 0, 1, 0, 2, 0, 2, 0, 2]
     assert indices.tolist() == [

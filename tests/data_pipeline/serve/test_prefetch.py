@@ -10,9 +10,9 @@ import pytest
 from data_pipeline.serve.prefetch import Prefetcher
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_results_come_in_order_from_the_start(ahead: int) -> None:
-    prefetcher = Prefetcher(lambda i: i * i, 5, ahead)
+@pytest.mark.parametrize(("ahead", "threads"), [(0, 1), (1, 1), (3, 1), (3, 2), (2, 9)])
+def test_results_come_in_order_from_the_start(ahead: int, threads: int) -> None:
+    prefetcher = Prefetcher(lambda i: i * i, 5, ahead, threads)
     assert list(itertools.islice(prefetcher, 4)) == [(5, 25), (6, 36), (7, 49), (8, 64)]
     prefetcher.close()
 
@@ -41,6 +41,50 @@ def test_an_error_comes_where_its_result_would_have() -> None:
     assert [next(results), next(results)] == [(0, 0.5), (1, 1.0)]
     with pytest.raises(ZeroDivisionError):
         next(results)
+
+
+def test_several_are_computed_at_a_time_and_still_come_in_order() -> None:
+    """The first result is ready only after the next two have begun."""
+    begun = [threading.Event() for _ in range(8)]
+
+    def compute(number: int) -> int:
+        begun[number].set()
+        if number == 0:
+            assert begun[1].wait(10) and begun[2].wait(10)
+        return number
+
+    prefetcher = Prefetcher(compute, 0, 3, threads=3)
+    assert list(itertools.islice(prefetcher, 3)) == [(0, 0), (1, 1), (2, 2)]
+    assert not begun[7].is_set()
+    prefetcher.close()
+
+
+def test_an_error_of_a_later_result_waits_for_its_turn() -> None:
+    failed = threading.Event()
+
+    def compute(number: int) -> int:
+        if number == 1:
+            failed.set()
+            raise KeyError(number)
+        assert failed.wait(10)
+        return number
+
+    results = iter(Prefetcher(compute, 0, 4, threads=4))
+    assert next(results) == (0, 0)
+    with pytest.raises(KeyError):
+        next(results)
+
+
+def test_closing_wakes_a_caller_that_waits() -> None:
+    release, got = threading.Event(), []
+    prefetcher = Prefetcher(lambda _: release.wait(10), 0, 2)
+    waiting = threading.Thread(target=lambda: got.extend(prefetcher))
+    waiting.start()
+    closing = threading.Thread(target=prefetcher.close)
+    closing.start()
+    release.set()
+    waiting.join(10), closing.join(10)
+    assert not waiting.is_alive() and not closing.is_alive() and len(got) <= 2
 
 
 def test_closing_ends_the_thread_and_may_be_repeated() -> None:

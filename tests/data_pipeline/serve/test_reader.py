@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
+import json
 import os
 import shutil
 import tarfile
@@ -18,7 +20,10 @@ from hypothesis import strategies as st
 
 from bst_base.errors import UserError
 from data_pipeline.format.damage import locate_changed_byte
+from data_pipeline.format.extents import shard_extents, to_bytes
+from data_pipeline.format.manifest import ExtentsInfo, Manifest
 from data_pipeline.format.shards import ShardError, ShardIndex
+from data_pipeline.serve import windows
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import Loader, open_corpora
 from data_pipeline.serve.reader import Corpus
@@ -137,7 +142,7 @@ def test_a_damaged_index_is_made_again_from_its_tar_and_only_from_that(make_corp
     assert np.array_equal(Corpus.open(str(directory)).document(0), expected)
     flip(directory / TAR, payload(directory, TAR, "00000000.tok.npy"))
     with pytest.raises(ShardError, match=r"train-000000\.idx: "):
-        Corpus.open(str(directory))
+        Corpus.open(str(directory)).document(0)
 
 
 def test_a_read_error_of_the_disk_is_bad_data_and_no_crash(make_corpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +191,6 @@ def test_documents_of_more_than_32_bits_of_tokens_keep_their_length(
     monkeypatch.setattr(ShardReader, "read_index", read_index)
     corpus = Corpus.open(str(directory))
     assert corpus.lengths.tolist() == [long if length == 700 else length for length in LENGTHS]
-    assert corpus.tokens_total == sum(LENGTHS) - 700 + long
     for block in (None, 64):
         stream = TokenStream(corpus.lengths, block, ("documents", 0))
         assert stream.total == sum(-(-n // (block or 1)) * (block or 1) for n in corpus.lengths.tolist())
@@ -201,7 +205,7 @@ def test_the_index_and_shard_of_another_corpus_do_not_pass_for_this_one(make_cor
         Corpus.open(str(directory)).document(0)
     shutil.copy(other / "train-000000.idx", directory / "train-000000.idx")
     with pytest.raises(ShardError, match="not the index this corpus was made with"):  # nor would this tar's own be
-        Corpus.open(str(directory))
+        Corpus.open(str(directory)).document(0)
 
 
 def test_a_tar_cut_while_it_is_read_is_an_error_not_a_crash(make_corpus: Any) -> None:
@@ -221,7 +225,66 @@ def test_a_missing_index_is_made_from_the_tar(make_corpus: Any) -> None:
     assert not (directory / "train-000000.idx").exists()  # reading a corpus writes nothing into it
     os.truncate(directory / TAR, 30_000)
     with pytest.raises(ShardError, match="cut short"):
-        Corpus.open(str(directory))
+        Corpus.open(str(directory)).document(2)
+
+
+@pytest.mark.parametrize("documents", ["joined", "isolated"])
+def test_no_index_is_opened_before_its_window_is_read(
+    make_corpus: Any, monkeypatch: pytest.MonkeyPatch, documents: str
+) -> None:
+    directory = make_corpus([40] * 60, shards=20)
+    add_extents(directory)
+    monkeypatch.setattr(windows, "WINDOW_TOKENS", 6 * 2048)  # two shards
+    opened, real = [], ShardReader.read_index
+    monkeypatch.setattr(ShardReader, "read_index", lambda self: opened.append(self.info.index) or real(self))
+    config = DataConfig(corpus=str(directory), documents=documents, prefetch=0)
+    share = Share(length=64, rows=64, micro_rows=8)
+    loader = Loader(config, open_corpora(config), share, block=64, seed=1)
+    assert not opened
+    steps = range(loader.sequences[0] // 64)
+    inputs = [np.concatenate([batch.input_ids for batch in loader.batches(step)]) for step in steps]
+    assert len(opened) <= 20 and len(set(opened)) == len(opened)
+    del opened[:]
+    without = json.loads((directory / "manifest.json").read_text())
+    del without["extents"]
+    (directory / "manifest.json").write_text(json.dumps(without))
+    loader = Loader(config, open_corpora(config), share, block=64, seed=1)
+    assert len(set(opened)) == len(opened) == (0 if documents == "joined" else 20)  # there is no other way
+    again = [np.concatenate([batch.input_ids for batch in loader.batches(step)]) for step in steps]
+    assert np.array_equal(inputs, again)
+
+
+def add_extents(directory: Path) -> bytes:
+    """Write what the shards take up, as a preparation does; returns the file."""
+    manifest = Manifest.read(directory)
+    indexes = [ShardIndex.read(directory / shard.index) for shard in manifest.shards("train")]
+    data = to_bytes([shard_extents(index.lengths) for index in indexes])
+    (directory / "train.extents").write_bytes(data)
+    info = ExtentsInfo(file="train.extents", sha256=hashlib.sha256(data).hexdigest())
+    manifest.model_copy(update={"extents": {"train": info}}).write(directory)
+    return data
+
+
+def test_extents_are_those_of_the_documents_and_damaged_ones_are_not_used(make_corpus: Any) -> None:
+    directory = make_corpus(LENGTHS, shards=3)
+    data = add_extents(directory)
+    for block in (8, 64, 32_768, 24):
+        expected = [sum(-(-n // block) * block for n in LENGTHS[at : at + 2]) for at in (0, 2, 4)]
+        corpus = Corpus.open(str(directory))
+        assert corpus.shard_sizes(block).extents.tolist() == expected
+        assert bool(corpus._readers) == (block == 24)  # no power of two: the indexes were read
+    for damage in (b"", data[:-1] + b""):
+        (directory / "train.extents").write_bytes(damage)
+        corpus = Corpus.open(str(directory))
+        assert corpus.shard_sizes(24).extents.tolist() == corpus.shard_sizes(24).extents.tolist() == expected
+
+
+def test_an_index_that_does_not_fit_the_manifest_is_refused(make_corpus: Any) -> None:
+    directory = make_corpus(LENGTHS)
+    manifest = directory / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"tokens": 20712', '"tokens": 20711'))
+    with pytest.raises(ShardError, match=r"take up 34713 tokens, by the manifest 34712"):
+        whole_batch(directory, "stop", 1, lambda: None)
 
 
 def test_another_tokenizer_is_refused(make_corpus: Any) -> None:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_pipeline.format.extents import extents
 from data_pipeline.serve.order import Permutation
-from data_pipeline.serve.stream import Pieces, TokenStream, extents, inputs
+from data_pipeline.serve.stream import Pieces, TokenStream, inputs
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(lambda lengths: sum(lengths) > 1)
 

@@ -17,6 +17,7 @@ import pytest
 from bst_base.errors import UserError
 from bst_base.settings import ConfigError, dump, parse
 from data_pipeline.format.shards import ShardError
+from data_pipeline.serve import windows
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import Loader, open_corpora
 from data_pipeline.serve.reader import Corpus
@@ -257,6 +258,92 @@ def test_a_full_disk_while_caching_is_named_and_leaves_nothing(
     assert not list((tmp_path / "cache").glob("*train-000000.tar"))
 
 
+def cached_bytes(cache: Path) -> int:
+    return sum(file.stat().st_size for file in cache.iterdir() if not file.name.endswith(".lock"))
+
+
+def test_a_limited_cache_drops_what_was_used_longest_ago(make_corpus: Any, serve: Any, tmp_path: Path) -> None:
+    directory = make_corpus([5000] * 12, shards=12)
+    server, cache = serve(directory), tmp_path / "cache"
+    shard = (directory / TAR).stat().st_size
+    config = StorageConfig(**FAST, cache_dir=cache, cache_bytes=6 * shard)
+    corpus = Corpus.open(server.url, "train", config)
+    for number in range(5):
+        corpus.document(number)
+    os.utime(next(cache.glob(f"*{TAR}")))  # as a process that reads it does
+    open_file = next(cache.glob("*train-000001.tar")).open("rb")
+    for number in range(5, 12):
+        corpus.document(number)
+        assert cached_bytes(cache) <= 6 * shard
+    assert list(cache.glob("*-000011.tar")) and not list(cache.glob("*-000001.tar")) + list(
+        cache.glob("*-000001*.lock")
+    )
+    assert len(open_file.read()) == shard  # a process that has it open reads on
+    open_file.close()
+    assert_same_documents(corpus, directory)  # what was dropped is fetched again
+
+
+def test_a_copy_in_use_outlives_an_older_one(make_corpus: Any, serve: Any, tmp_path: Path) -> None:
+    directory = make_corpus([5000] * 4, shards=4)
+    cache, shard = tmp_path / "cache", (directory / TAR).stat().st_size
+    config = StorageConfig(**FAST, cache_dir=cache, cache_bytes=int(3.7 * shard))
+    server = serve(directory)
+    for number in (0, 1, 0, 2, 3):  # a process each
+        Corpus.open(server.url, "train", config).document(number)
+    assert [name for name, _ in server.requests].count(TAR) == 1
+    assert not list(cache.glob("*-000001.tar"))
+
+
+def test_a_failed_fetch_gives_its_room_back(make_corpus: Any, serve: Any, tmp_path: Path) -> None:
+    directory = make_corpus([5000] * 4, shards=4)
+    server, cache = serve(directory), tmp_path / "cache"
+    corpus = Corpus.open(server.url, "train", StorageConfig(**FAST, cache_dir=cache, cache_bytes=10**6))
+    server.faults[TAR] = ["drop"] * 99
+    for _ in range(3):
+        with pytest.raises(UserError):
+            corpus.document(0)
+    corpus.document(1)
+    assert int((cache / ".taken").read_text()) == cached_bytes(cache) - (cache / ".taken").stat().st_size
+
+
+def wait_for(cache: Path, count: int) -> None:
+    """Until so many shards were fetched in the background."""
+    for _ in range(400):
+        if len(list(cache.glob("*.tar"))) == count:
+            return
+        threading.Event().wait(0.05)
+    raise AssertionError(f"{len(list(cache.glob('*.tar')))} shards, not {count}")
+
+
+def test_windows_are_fetched_ahead_and_a_limit_too_small_for_one_is_refused(
+    make_corpus: Any, serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows, "WINDOW_TOKENS", 30_000)  # six shards
+    directory = make_corpus([5000] * 24, shards=24)
+    server, cache = serve(directory), tmp_path / "cache"
+    config = DataConfig(corpus=server.url, prefetch=0, storage=StorageConfig(**FAST, cache_dir=cache))
+    share = Share(length=64, rows=1, micro_rows=1)  # of which 64 are located together
+    corpora = open_corpora(config)
+    Loader(config, corpora, share, block=64, seed=1).batches(0)
+    wait_for(cache, 12)
+    names = [name for name, _ in server.requests if name.endswith(".tar")]
+    assert len(names) == len(set(names)) == 12  # this window's and the next one's; no row has needed most of them yet
+    for copy in cache.glob("*.tar"):
+        copy.unlink()
+    corpora[0].fetch_ahead(range(24), [])
+    wait_for(cache, 24)
+    small = config.storage.model_copy(update={"cache_bytes": 50_000})
+    config = config.model_copy(update={"storage": small})
+    loader = Loader(config, open_corpora(config), share, block=64, seed=1)
+    with pytest.raises(UserError, match=r"storage\.cache_bytes: 50,000 bytes hold no window of http.* which has \d"):
+        loader.batches(0)
+
+
+def test_a_limit_without_a_cache_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cache_bytes limits the copies in cache_dir"):
+        parse(StorageConfig, {"cache_bytes": 10**9})
+
+
 def test_pipe_addresses_are_refused_unless_allowed(make_corpus: Any, tmp_path: Path) -> None:
     directory = make_corpus(LENGTHS)
     mark = tmp_path / "ran"
@@ -321,3 +408,4 @@ def test_a_loader_over_http_serves_what_one_over_the_directory_does(make_corpus:
         served.append([batches[0].input_ids for _, batches in islice(loader, 5)])
         loader.close()
     assert np.array_equal(*served)
+    assert sum(name.endswith(".idx") for name, _ in server.requests) == 2  # each index once

@@ -1,0 +1,60 @@
+"""A corpus of any number of shards that takes the room of one: all its files are one tar and one index, linked.
+
+It is read by the code that reads any other, so what is measured on it is what a corpus of that size would cost: the
+manifest, the order, the windows, the indexes. What it cannot show is the speed of a disk that holds it all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.bench.material import bench_tokenizer, write_shard
+from data_pipeline.format.extents import file_of, shard_extents, to_bytes
+from data_pipeline.format.manifest import ExtentsInfo, Manifest, TokenizerInfo
+from data_pipeline.format.shard_table import ShardTable
+from data_pipeline.format.shards import ShardIndex
+
+LONGEST = 8192  # tokens of a document
+
+
+def make_endless(directory: Path, documents: int, per_shard: int, mean: int, linked: bool) -> None:
+    """Write the corpus.
+
+    Args:
+        documents: of the whole corpus; rounded up to whole shards.
+        per_shard: documents of a shard.
+        mean: tokens of a document, of a log-normal distribution as that of web pages.
+        linked: make the links; a server that knows of them needs none.
+    """
+    directory.mkdir(parents=True)
+    rng = np.random.Generator(np.random.Philox(key=1))
+    lengths = np.clip(rng.lognormal(np.log(mean) - 0.5, 1.0, min(per_shard, documents)), 2, LONGEST).astype(int)
+    info = write_shard(directory, 0, lengths.tolist(), rng)
+    count = -(-documents // len(lengths))
+    names = [f"train-{number:06d}" for number in range(count)]
+    if linked:
+        for name in names[1:]:
+            for ending in (".tar", ".idx"):
+                (directory / f"{name}{ending}").symlink_to(f"{names[0]}{ending}")
+    columns = {name: np.array([value.encode() if isinstance(value, str) else value] * count)
+               for name, value in info.model_dump().items()}  # fmt: skip
+    columns |= {field: np.array([f"{name}{ending}".encode() for name in names])
+                for field, ending in (("file", ".tar"), ("index", ".idx"))}  # fmt: skip
+    data = to_bytes([shard_extents(ShardIndex.read(directory / info.index).lengths)] * count)
+    (directory / file_of("train")).write_bytes(data)
+    tokenizer = bench_tokenizer()
+    (directory / tokenizer.file).write_bytes(tokenizer.model)
+    ids = {name: getattr(tokenizer, name) for name in ("vocab_size", "bos_id", "eos_id", "pad_id", "sha256")}
+    Manifest(
+        tokenizer=TokenizerInfo(file=tokenizer.file, **ids),
+        dtype="uint16",
+        splits={"train": ShardTable.of(columns), "validation": ShardTable()},
+        extents={"train": ExtentsInfo(file=file_of("train"), sha256=hashlib.sha256(data).hexdigest())},
+        provenance={"made_of": "one shard of random tokens, again and again, for bst bench index"},
+        licences={},
+    ).write(directory)
+    (directory / "shape.json").write_text(json.dumps({"shards": count, "documents": count * len(lengths)}))

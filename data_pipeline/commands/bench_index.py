@@ -1,0 +1,117 @@
+"""Measure what a corpus costs by its size alone: memory of a rank, and seconds to the first batch.
+
+    bst bench index                                  # 10^6, 10^7 and 10^9 documents on this machine's disk
+    bst bench index --documents 1e9 --isolated       # every document padded to the block
+    bst bench index --documents 1e9 --latency-ms 40  # from a server on the loopback that takes 40 ms to answer
+    bst bench index --documents 1e9 --latency-ms 40 --cache
+
+The corpora have one shard's bytes under the names of all, so that a thousand million documents need no disk; what reads
+them is what reads any corpus, in a process of its own. Memory is that of the process alone, beyond what it had before
+the corpus was opened; it shares none with other ranks. After the first batch it takes steps of 32,768 tokens at the
+asked speed, and the share of the time that it waits for data is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bst_base.errors import UserError
+from data_pipeline.bench.endless import make_endless
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("--documents", nargs="+", metavar="N", type=_count, default=[10**6, 10**7, 10**9],
+                        help="documents of the corpora (default: 1e6 1e7 1e9)")  # fmt: skip
+    parser.add_argument("--per-shard", metavar="N", type=_count, default=10_000, help="documents of a shard")
+    parser.add_argument("--mean", metavar="TOKENS", type=int, default=300, help="mean length of a document")
+    parser.add_argument("--isolated", action="store_true", help="serve isolated documents; else they are joined")
+    parser.add_argument("--latency-ms", metavar="MS", type=float, help="read over HTTP, each answer so late")
+    parser.add_argument("--cache", action="store_true", help="with --latency-ms: whole shards into a cache")
+    parser.add_argument("--tokens-per-s", metavar="N", type=_count, default=500_000, help="speed of the trainer")
+    parser.add_argument("--seconds", metavar="S", type=float, default=20.0, help="how long it trains")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure each size, print the table."""
+    if args.cache and args.latency_ms is None:
+        raise UserError("--cache: only what is read over a network is cached; add --latency-ms")
+    console = Console()
+    found = []
+    for documents in args.documents:
+        with tempfile.TemporaryDirectory() as folder:
+            console.print(f"[dim]{documents:,} documents[/]", highlight=False)
+            corpus = Path(folder) / "corpus"
+            make_endless(corpus, documents, args.per_shard, args.mean, linked=args.latency_ms is None)
+            size = (corpus / "manifest.json").stat().st_size / 1e6
+            found.append({"manifest_mb": size, **_measured(args, corpus, Path(folder) / "cache")})
+    _print(console, found)
+    return {"documents": "isolated" if args.isolated else "joined", "latency_ms": args.latency_ms, "sizes": found}
+
+
+def _count(text: str) -> int:
+    """A whole number, also as 1e9."""
+    value = float(text)
+    if value != int(value) or value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(value)
+
+
+def _measured(args: argparse.Namespace, corpus: Path, cache: Path) -> dict[str, Any]:
+    """One rank on one corpus; the server's requests with it, by the ending of the file."""
+    options = ["--documents", "isolated" if args.isolated else "joined"]
+    options += ["--tokens-per-s", str(args.tokens_per_s), "--seconds", str(args.seconds)]
+    if args.latency_ms is None:
+        return _result("opening", str(corpus), *options)
+    with _server(corpus, args.latency_ms) as url:
+        found = _result("opening", url, *options, *(["--cache", str(cache)] if args.cache else []))
+        with urllib.request.urlopen(f"{url}/requests") as answer:
+            return found | {"requests": json.load(answer)}
+
+
+@contextmanager
+def _server(corpus: Path, latency_ms: float) -> Iterator[str]:
+    command = [sys.executable, "-m", "data_pipeline.bench.server", str(corpus), "--latency-ms", str(latency_ms)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
+        finally:
+            server.stdin.close()
+
+
+def _result(module: str, *arguments: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", f"data_pipeline.bench.{module}", *arguments], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise UserError(f"measuring failed:\n{done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _print(console: Console, found: list[dict[str, Any]]) -> None:
+    table = Table()
+    for heading in ("documents", "shards", "tokens", "manifest MB", "first batch s", "MB a rank", "waiting"):
+        table.add_column(heading, justify="right")
+    for each in found:
+        memory = max(each["private_mb"], each.get("private_mb_at_end", 0))
+        table.add_row(
+            f"{each['documents']:,}", f"{each['shards']:,}", f"{each['tokens']:.1e}", f"{each['manifest_mb']:.1f}",
+            f"{each['first_batch_s']:.1f}", f"{memory:.0f}", f"{each['waited']:.1%}" if "waited" in each else "-",
+        )  # fmt: skip
+    console.print(table)
+    for each in found:
+        if requests := each.get("requests"):
+            answered = ", ".join(f"{count:,} of {name}" for name, count in sorted(requests.items()))
+            console.print(f"{each['documents']:,} documents: {answered}", highlight=False)

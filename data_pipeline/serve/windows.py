@@ -1,0 +1,111 @@
+"""Windows: the runs of shards within which version 3 of the order shuffles, so that reading stays near.
+
+A pass puts the shards of a corpus in the order of a keyed permutation and cuts that order into windows of about
+`WINDOW_TOKENS` tokens. The documents of a window are permuted, its stream is theirs, and the stream of the pass is that
+of its windows, one after the other, with nothing between them. Sequences are shuffled within the window they begin in.
+So at any time a run reads one window, or two where they meet, and needs to know the documents of no other.
+
+All of this follows from the sizes of the shards in the manifest and from the key: no index is read for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipeline.serve.order import Permutation
+from data_pipeline.serve.plan import Positions, Shuffled
+from data_pipeline.serve.sizes import BatchSizes
+
+WINDOW_TOKENS = 1 << 30
+"""Tokens of a window, about; a document counts as at least `_DOCUMENT` of them, since it costs memory however short."""
+_DOCUMENT = 1 << 11  # so a window has about half a million documents at most: 8 MB of order and ends of each rank
+
+
+class ShardSizes(NamedTuple):
+    """What the order needs to know of the shards of a split; S shards."""
+
+    documents: np.ndarray  # (S,) int64
+    tokens: np.ndarray  # (S,) int64
+    extents: np.ndarray  # (S,) int64: what they take up of the stream; more than the tokens where documents are padded
+
+
+class Windows:
+    """The windows of one pass.
+
+    Args:
+        sizes: of the shards.
+        key: seed, corpus and pass.
+    """
+
+    def __init__(self, sizes: ShardSizes, key: tuple[int, ...]) -> None:
+        shards = Permutation(len(sizes.documents), "shards", *key).all()
+        shards = shards[sizes.documents[shards] > 0]
+        weight = np.maximum(sizes.tokens, sizes.documents * _DOCUMENT)[shards]
+        total = int(weight.sum())
+        count = max(1, round(total / WINDOW_TOKENS))
+        window = (np.cumsum(weight) - weight) // -(-total // count)
+        shards = shards[np.lexsort((shards, window))]  # inside a window the documents' permutation decides
+        starts = np.flatnonzero(np.diff(window, prepend=-1))
+        self._shards, self._bounds = shards, np.append(starts, len(shards))
+        self._key = key
+        ends = np.cumsum(sizes.extents[shards])
+        self.begins = np.append(0, ends[self._bounds[1:] - 1])
+        """(windows + 1,) int64: the stream position where each window begins, and where the last one ends."""
+
+    def __len__(self) -> int:
+        return len(self.begins) - 1
+
+    def shards(self, window: int) -> np.ndarray:
+        """The shards of a window, in increasing order."""
+        return self._shards[self._bounds[window] : self._bounds[window + 1]]
+
+    def extent(self, window: int) -> int:
+        """Stream positions of a window."""
+        return int(self.begins[window + 1] - self.begins[window])
+
+    def key(self, window: int) -> tuple[int, ...]:
+        """What keys the permutations of a window; a pass of one window is that of version 2, document for document."""
+        return self._key if len(self) == 1 else (*self._key, window)
+
+    def sequences(self, length: int, count: int) -> np.ndarray:
+        """(windows + 1,): the first sequence of `length` that begins in each window, and `count`, that of the pass.
+
+        A window that is shorter than a sequence may have none.
+        """
+        return np.minimum(-(-self.begins // length), count)
+
+
+class WindowShuffled(Shuffled):
+    """Every sequence of a pass once, window after window, permuted within each.
+
+    Args:
+        sequences, mixture, sizes, seed: as for `Shuffled`.
+        passes: gives the windows of a corpus in a pass.
+        length: L, tokens of a sequence.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequence[int],
+        mixture: Positions,
+        sizes: BatchSizes,
+        seed: int,
+        passes: Callable[[int, int], Windows],
+        length: int,
+    ) -> None:
+        super().__init__(sequences, mixture, sizes, seed)
+        self._passes, self._length = passes, length
+
+    def _permuted(self, corpus: int, epoch: int, places: np.ndarray) -> np.ndarray:
+        windows = self._passes(corpus, epoch)
+        firsts = windows.sequences(self._length, int(self._sequences[corpus]))
+        sequences = np.empty_like(places)
+        found = np.searchsorted(firsts, places, side="right") - 1
+        for window in np.unique(found).tolist():
+            own, first = found == window, firsts[window]
+            permutation = Permutation(int(firsts[window + 1] - first), "sequences", *windows.key(window))
+            sequences[own] = first + permutation(places[own] - first).astype(np.int64)
+        return sequences

@@ -1,0 +1,53 @@
+"""`bst bench index` on small sizes: its corpora are whole ones, and what it counts is what happened."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bst_base.errors import UserError
+from data_pipeline.bench.endless import make_endless
+from data_pipeline.commands import bench_index
+from data_pipeline.format.manifest import Manifest
+from data_pipeline.format.verify import VerifyTask, verify_extents, verify_shard
+from data_pipeline.serve.reader import Corpus
+
+
+def arguments(*given: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    bench_index.add_arguments(parser)
+    return parser.parse_args([*given, "--seconds", "0.1"])
+
+
+def test_an_endless_corpus_is_a_corpus(tmp_path: Path) -> None:
+    directory = tmp_path / "endless"
+    make_endless(directory, 450, 100, 300, linked=True)
+    manifest, corpus = Manifest.read(directory), Corpus.open(str(directory))
+    assert (len(manifest.shards("train")), len(corpus)) == (5, 500)
+    assert not verify_extents(directory, manifest)
+    task = VerifyTask(directory, manifest.shards("train")[4], manifest.tokenizer.vocab_size, "uint16")
+    outside = [problem for problem in verify_shard(task) if "outside the vocabulary" not in problem.what]
+    assert not outside  # its tokens are drawn from more ids than its small tokenizer has
+    assert corpus.shard_sizes(None).tokens.sum() == corpus.lengths.sum() == 5 * corpus.lengths[:100].sum()
+    assert np.array_equal(corpus.document(3), corpus.document(403))
+
+
+def test_sizes_are_measured_in_processes_of_their_own() -> None:
+    found = bench_index.run(arguments("--documents", "1e3", "4e3", "--per-shard", "500", "--isolated"))["sizes"]
+    assert [(each["documents"], each["shards"], each["open_shards"]) for each in found] == [(1000, 2, 2), (4000, 8, 8)]
+    assert all(each["steps"] >= 1 and each["first_batch_s"] > 0 and 0 <= each["waited"] <= 1 for each in found)
+
+
+def test_a_server_is_asked_once_for_each_index_and_shard() -> None:
+    (found,) = bench_index.run(
+        arguments("--documents", "4000", "--per-shard", "500", "--latency-ms", "1", "--cache")
+    )["sizes"]  # fmt: skip
+    assert found["requests"] == {"manifest.json": 1, "tokenizer.model": 1, ".idx": 8, ".tar": 8}
+
+
+def test_a_cache_of_local_files_is_refused() -> None:
+    with pytest.raises(UserError, match="add --latency-ms"):
+        bench_index.run(arguments("--cache"))
