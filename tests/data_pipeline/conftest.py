@@ -92,6 +92,12 @@ def write_shard(
     )
 
 
+class _Listening(ThreadingHTTPServer):
+    """A server that takes as many connections at a time as a reader opens."""
+
+    request_queue_size = 128  # with 5, as by default, the kernel drops the others, and their clients time out
+
+
 class FaultyServer:
     """A real HTTP server on the loopback that serves a directory with ranges, and misbehaves as told.
 
@@ -114,7 +120,7 @@ class FaultyServer:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = _Listening(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
