@@ -17,6 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_iter
 
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.activation.policy import policy
@@ -162,7 +163,12 @@ class Activations:
             call = (lambda x: layer(x, *inputs)) if checkpoint is None else (lambda x: checkpoint(layer, x, *inputs))
             host = getattr(checkpoint, "host", None)
             shape = (slice_.rows, slice_.length, self.model.width)
-            return _run(live, layer, shape, call, lambda: host.bytes if host else 0, self._autocast)
+            part = _run(live, layer, shape, call, lambda: host.bytes if host else 0, self._autocast)
+            if checkpoint is None:
+                return part
+            # A layer that runs again keeps no tables: one set serves all layers, little beside one layer's activations.
+            shared = sum(x.nbytes for x in tree_iter(inputs[0].shared) if isinstance(x, Tensor))
+            return replace(part, kept=part.kept - shared)
 
     def _past(self, layer: nn.Module, slice_: Slice) -> Past:
         """The past of a slice with neighbours on both sides, if it has any; of a stream what is like it has left."""
