@@ -1,4 +1,4 @@
-"""Every model's layer, lowered and compiled for sm_90: `python -m tests.sm90.layers [NAME ...]` prints what is counted.
+"""Layers lowered and compiled for sm_90: `python -m tests.sm90.layers [NAME ...]` prints what is counted.
 
 A line of JSON for each: launches of both passes by kind, and Triton kernels compiled with the shared memory they ask
 for. `counts.json` beside this file keeps the lines that the test and the table in docs/gpu.md hold.
