@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,6 +27,9 @@ from bst_dist.study.laws.verdict import (
     predict_gap,
 )
 from bst_dist.study.statistics import Estimate, mean
+
+QUIET = 0.1
+"""How much longer than its fastest tenth a median step of any run may take where times are compared."""
 
 
 class HeldOutGap(NamedTuple):
@@ -82,6 +86,8 @@ def compare(observed: Sequence[Observation], baseline: str, arm: str, axis: Axis
     ours = [o for o in at_rate if not o.held_out]
     every, missing = _pairs(ours, baseline, arm, axis)
     changes, untested = judge(every) if every else ([], {})
+    if axis == "time_s" and (loud := disturbed(ours)):
+        changes, untested = [], dict.fromkeys((gaps.variant for gaps in every), loud)
     errors = visible(every) if any(c.answer == "undecided" for c in changes) else {}
     arms = sorted({o.arm for o in ours} - {arm})
     others = {name: {gaps.variant: gaps for gaps in _pairs(ours, baseline, name, axis)[0]} for name in arms}
@@ -92,6 +98,17 @@ def compare(observed: Sequence[Observation], baseline: str, arm: str, axis: Axis
                      if gaps.variant in found}  # fmt: skip
         variants[gaps.variant] = _advantage(at_rate, gaps, baseline, own, errors, axis, contrasts)
     return Comparison(baseline, axis, arm, variants, missing | untested)
+
+
+def disturbed(observed: Sequence[Observation]) -> str:
+    """Why times of these runs decide nothing; empty where the machine did nothing else."""
+    worst = max(observed, key=lambda o: o.slowed if math.isfinite(o.slowed) else math.inf)
+    if not math.isfinite(worst.slowed):
+        return f"whether the machine was quiet is not known of {worst.name}"
+    if worst.slowed > QUIET:
+        return (f"the machine was not quiet: a median step of {worst.name} took {worst.slowed:.0%} longer than its "
+                f"fastest tenth, and {QUIET:.0%} is allowed for a verdict at equal time")  # fmt: skip
+    return ""
 
 
 def _pairs(observed: Sequence[Observation], baseline: str, arm: str, axis: Axis) -> tuple[list[Gaps], dict[str, str]]:

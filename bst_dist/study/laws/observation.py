@@ -45,6 +45,8 @@ class Observation:
     """Only predicted; neither fitted nor compared."""
     rate_factor: float = 1.0
     """The learning rate divided by the rule's; only the audit uses values other than 1."""
+    slowed: float = math.nan
+    """How much longer a median step took than the fastest tenth: what else ran on the machine. nan: not known."""
 
     @property
     def usable(self) -> bool:

@@ -77,13 +77,13 @@ def tables(found: Comparison) -> Iterator[Block]:
         ),
         [_mean_row(name, one) for name, one in found.variants.items()],
     )
-    yield Sheet(
-        ("variant", "over", "change", "95 % interval", "per", "p robust", "p permutation", "p, Holm",
-         "p equivalent, Holm", "verdict"),
-        [_change_row(change) for one in found.variants.values() for change in one.changes],
-    )  # fmt: skip
-    yield Paragraph(f"A change counts as none inside ±{percent(MARGIN, 1, sign=False)} of the loss per doubling of "
-                    "depth or tenfold of compute.")  # fmt: skip
+    changes = [_change_row(change) for one in found.variants.values() for change in one.changes]
+    if changes:
+        names = ("variant", "over", "change", "95 % interval", "per", "p robust", "p permutation", "p, Holm",
+                 "p equivalent, Holm", "verdict")  # fmt: skip
+        yield Sheet(names, changes)
+        yield Paragraph(f"A change counts as none inside ±{percent(MARGIN, 1, sign=False)} of the loss per doubling of "
+                        "depth or tenfold of compute.")  # fmt: skip
     lines = [line for name, one in found.variants.items() for line in _more(name, found, one)]
     if lines:
         yield Items(lines)

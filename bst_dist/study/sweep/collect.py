@@ -11,6 +11,7 @@ import numpy as np
 
 from bst_dist.study.evaluation.scoring import score
 from bst_dist.study.evaluation.trained import open_run
+from bst_dist.study.runs.recipes import Job
 from bst_dist.study.runs.results import read_result
 from bst_dist.study.runs.state import State
 from bst_dist.study.sweep.design import Run
@@ -25,7 +26,8 @@ def collect(runs: list[Run], state: State, baseline: str, documents: int = 0) ->
     `documents`: score finished runs on so many tokens of each validation document as well; 0: do not.
     """
     base = {run.cell.block: run.counts.parameters for run in runs if run.cell.architecture == baseline}
-    return [_row(run, state, base.get(run.cell.block, math.nan), documents) for run in runs if run.multiple is not None]
+    return [row_of(known_columns(run, base.get(run.cell.block, math.nan)), run, state, documents)
+            for run in runs if run.multiple is not None]  # fmt: skip
 
 
 def known_columns(run: Run, base: float = math.nan) -> dict[str, Any]:
@@ -49,12 +51,13 @@ def known_columns(run: Run, base: float = math.nan) -> dict[str, Any]:
     }
 
 
-def _row(run: Run, state: State, base: float, documents: int) -> Row:
+def row_of(known: dict[str, Any], run: Job, state: State, documents: int = 0) -> Row:
+    """The row of one measurement; `known`: its columns that are known before."""
     standing = state.standing(run)
-    known = {**known_columns(run, base), "status": standing.status, "reason": standing.reason}
+    known = {**known, "status": standing.status, "reason": standing.reason}
     if standing.status != "done":
         return Row(**known)
-    measured = _measured(run, state)
+    measured = _measured(run, known["parameters"], state)
     if not math.isfinite(measured["loss_nats"]):
         return Row(**known | {"status": "diverged", "reason": f"its validation loss is {measured['loss_nats']}"})
     if documents:
@@ -64,21 +67,26 @@ def _row(run: Run, state: State, base: float, documents: int) -> Row:
     return Row(**known, **measured)
 
 
-def _measured(run: Run, state: State) -> dict[str, Any]:
+def _measured(run: Job, parameters: float, state: State) -> dict[str, Any]:
     """What a finished run's directory says, and its trunk's of the steps they share."""
     directory = state.directory(run.name)
     result = read_result(directory)
     shared = read_result(state.directory(run.trunk)).time_s(run.recipe.branch.step) if run.trunk else 0.0
     return {
         "tokens": result.tokens,
-        "flops": 6 * run.counts.parameters * result.tokens,
+        "flops": 6 * parameters * result.tokens,
         "loss_nats": result.final["loss_nats"],
         "bits_per_byte": result.final["bits_per_byte"],
         "loss_by_block": result.final["loss_by_block"],
         "time_s": shared + result.time_s(),
+        "slowed": _slowed([line["step_time_s"] for line in result.train[1:] or result.train]),
         "micro_sequences": read_recipe(directory).train.micro_sequences,
         "versions": result.versions,
     }
+
+
+def _slowed(step_s: list[float]) -> float:
+    return float(np.median(step_s) / np.quantile(step_s, 0.1) - 1)
 
 
 def _by_document(run_dir: Path, at_most: int) -> list[float]:

@@ -101,7 +101,10 @@ def _advantage(found: Findings) -> Iterator[Block]:
         label = advantage.EQUAL[comparison.axis]
         yield Heading(3, f"At equal {label}")
         if comparison.axis == "time_s":
-            yield Paragraph("Valid only if nothing else ran on the machine.")
+            yield Paragraph("Times mean something only where nothing else ran on the machine: without that there is no "
+                            "verdict here.")  # fmt: skip
+            if comparison.missing:
+                yield Items([f"{name} is not judged: {why}" for name, why in comparison.missing.items()])
         yield from advantage.tables(comparison)
         yield Picture(f"gap-{comparison.axis.removesuffix('_s')}", gap_figure(comparison),
                       f"Advantage at equal {label} in arm {comparison.arm}: a line with its 95 % band a depth, by the "

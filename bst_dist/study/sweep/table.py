@@ -71,6 +71,9 @@ class Row(Config):
     """By validation document, of its first tokens, in nats per token; empty unless `bst sweep collect --documents`."""
     time_s: Measured = math.nan
     """Time of all steps, those of the shared trunk included, without starts, checkpoints and evaluations."""
+    slowed: Measured = math.nan
+    """How much longer a median step took than the fastest tenth: above 0.1 the machine had other work, and there is no
+    verdict at equal time."""
     micro_sequences: int = 0
     """As it ran; less than the recipe's where memory ran out."""
     versions: dict[str, str | None] = Field(default_factory=dict)
@@ -128,7 +131,7 @@ def observations(rows: list[Row]) -> list[Observation]:
             non_embedding=float(row.parameters_non_embedding), tokens=float(row.tokens),
             length=row.tokens_per_parameter, flops=row.flops, time_s=row.time_s, loss=row.loss_nats,
             by_block=row.loss_by_block, by_document=row.loss_by_document, held_out=row.role == "hold-out",
-            rate_factor=row.rate_factor,
+            rate_factor=row.rate_factor, slowed=row.slowed,
         )
         for row in rows if row.status == "done"
     ]  # fmt: skip

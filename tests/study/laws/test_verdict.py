@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -104,6 +106,22 @@ def test_a_variant_with_too_few_pairs_does_not_silence_the_others(study):
     assert "are too few for" in found.missing["weak"]
     assert next(c for c in found.variants["bst"].changes if c.factor == "depth").answer == "grows"
     assert found.variants["weak"].mean.value == pytest.approx(0.01, abs=0.02)
+
+
+def test_at_equal_time_there_is_a_verdict_from_a_quiet_machine_alone(study):
+    rows = study(3, mean=0.01, per_depth=0.02, noise=0.001)
+
+    def compared(slowed):
+        timed = [replace(o, slowed=slowed if place == 7 else 0.02) for place, o in enumerate(rows)]
+        return compare(timed, "sliding", "all", "time_s")
+
+    assert {c.factor for c in compared(0.09).variants["bst"].changes} == {"flops", "depth"}
+    for slowed, why in ((0.4, "took 40% longer than its fastest tenth"), (np.nan, "is not known")):
+        found = compared(slowed)
+        assert found.variants["bst"].changes == []
+        assert why in found.missing["bst"]
+        assert rows[7].name in found.missing["bst"]
+    assert compare(rows, "sliding", "all").missing == {}  # at equal compute nobody asks
 
 
 def test_a_verdict_is_within_its_arm_and_the_other_is_shown_in_contrast(study):
