@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, Tag
 
 from bst_base.settings import Config
 from data_pipeline.synthetic.copying import Copy, SelectiveCopy
+from data_pipeline.synthetic.mad import InContextRecall, Memorisation
 from data_pipeline.synthetic.recall import AssociativeRecall, Induction, Needle
 from data_pipeline.synthetic.unigram import LatentUnigram
 
@@ -22,7 +23,9 @@ Task: TypeAlias = Annotated[
     | Annotated[SelectiveCopy, Tag("selective-copy")]
     | Annotated[Induction, Tag("induction")]
     | Annotated[AssociativeRecall, Tag("associative-recall")]
-    | Annotated[Needle, Tag("needle")],
+    | Annotated[Needle, Tag("needle")]
+    | Annotated[InContextRecall, Tag("in-context-recall")]
+    | Annotated[Memorisation, Tag("memorisation")],
     Discriminator(_task),
 ]
 

@@ -25,6 +25,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "induction": {"symbols": 6, "span": 13},
     "associative-recall": {"pairs": 3, "queries": 2, "keys": 5, "symbols": 4, "fillers": 3, "span": 16},
     "needle": {"digits": 3, "symbols": 4, "hay": 5},
+    "in-context-recall": {"keys": 4, "symbols": 5, "noises": 3, "span": 21},
+    "memorisation": {"keys": 12, "symbols": 5, "span": 9},
 }
 
 
@@ -88,16 +90,62 @@ def answers_of_needle(task, tokens) -> dict[int, tuple[int, int]]:
     return {question + i: (tokens[key + i], question - key) for i in range(1, task.digits + 1)}
 
 
+def answers_of_in_context_recall(task, tokens) -> dict[int, tuple[int, int]]:
+    """Read words by their first tokens, and keep what followed each key."""
+    found, of_values = {}, task.noises + task.keys
+
+    def word(place: int, first: int, end: int) -> tuple[int, ...] | None:
+        length = 1 + (tokens[place] - first) % task.longest
+        return tuple(tokens[place : place + length]) if place + length <= end else None
+
+    for begin in range(0, len(tokens) - task.span + 1, task.span):
+        known: dict[tuple[int, ...], int] = {}
+        place, end = begin, begin + task.span
+        while place < end:
+            if tokens[place] < task.noises:
+                place += 1
+                continue
+            key = word(place, task.noises, end)
+            at = place + len(key)
+            value = word(at, of_values, end)
+            assert all(task.noises <= token < of_values for token in key)
+            assert all(of_values <= token for token in value)
+            if key in known:
+                for offset in range(len(value)):
+                    found[at + offset] = (tokens[known[key] + offset], at - known[key])
+            known[key] = at
+            place = at + len(value)
+    return found
+
+
+def answers_of_memorisation(task, tokens) -> dict[int, tuple[int, int]]:
+    """By a table of all rows: the same key has the same value everywhere, and none comes twice in an episode."""
+    table: dict[int, int] = {}
+    for number in range(40):
+        row = draw(task, "train", 9, number, LENGTH).tokens.tolist()
+        for begin in range(0, len(row) - task.span + 1, task.span):
+            for place in range(begin, begin + task.span - 1, 2):
+                assert table.setdefault(row[place], row[place + 1]) == row[place + 1]
+    found = {}
+    for begin in range(0, len(tokens) - task.span + 1, task.span):
+        keys = tokens[begin : begin + task.span - 1 : 2]
+        assert len(set(keys)) == len(keys)
+        found |= {begin + 2 * i + 1: (table[key], 1) for i, key in enumerate(keys)}
+    return found
+
+
 READERS = {
     "copy": answers_of_copy, "selective-copy": answers_of_selective_copy, "induction": answers_of_induction,
     "associative-recall": answers_of_associative_recall, "needle": answers_of_needle,
+    "in-context-recall": answers_of_in_context_recall, "memorisation": answers_of_memorisation,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "task",
     [*(make(name) for name in READERS), make("needle", distance=20), make("selective-copy", items=7),
-     make("associative-recall", fillers=1, queries=None), make("induction", span=4)],
+     make("associative-recall", fillers=1, queries=None), make("induction", span=4),
+     make("in-context-recall", noise=0.4), make("in-context-recall", longest=3, noise=0.2, span=32)],
     ids=lambda task: task.model_dump_json(exclude_defaults=True)[9:60],
 )  # fmt: skip
 def test_what_counts_is_what_a_reader_of_the_row_can_tell(task):

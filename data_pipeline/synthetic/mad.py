@@ -1,0 +1,119 @@
+"""Tasks of MAD (arXiv 2403.17844, section 3) that are not among the others: recall all through a row, exact, among
+noise or of words in place of tokens; and memorisation, of what stands in no row."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from data_pipeline.synthetic.draws import Draws
+from data_pipeline.synthetic.task import EpisodicConfig
+
+
+class InContextRecall(EpisodicConfig):
+    """Pairs of a key and its value all through an episode: the value counts whenever its key stood there before.
+
+    In-context recall of MAD; with `noise` its noisy, with `longest` above 1 its fuzzy form, in which keys and values
+    are words of one to `longest` tokens. How many follows from the word's first token, so that what comes next can
+    always be told. Tokens: first the noise, then those of keys, then those of values. Each key of an episode begins
+    with a token of its own; what goes with it is drawn anew each episode.
+    """
+
+    task: Literal["in-context-recall"]
+    """Say what went with a key whenever it comes again."""
+    keys: int = Field(16, ge=1, le=2**16)
+    """Different keys of an episode, and tokens that they are made of."""
+    symbols: int = Field(16, ge=2, le=2**16)
+    """Different tokens that values are made of."""
+    longest: int = Field(1, ge=1, le=64)
+    """Tokens of the longest key and the longest value: more than 1 makes recall fuzzy."""
+    noise: float = Field(0.0, ge=0, lt=1)
+    """Share of places between the pairs that hold a token of noise."""
+    noises: int = Field(16, ge=1, le=2**16)
+    """Different tokens of noise."""
+
+    @property
+    def vocabulary(self) -> int:
+        return self.noises + self.keys + self.symbols
+
+    @property
+    def choices(self) -> int:
+        return self.symbols
+
+    @property
+    def shortest(self) -> int:
+        return 4 * self.longest
+
+    def episode(self, draws: Draws, tokens: np.ndarray, distance: np.ndarray) -> None:
+        keys = [self._word(draws, self.noises, self.keys, first) for first in range(self.keys)]
+        firsts = draws.below(self.symbols, self.keys).tolist()
+        values = [self._word(draws, self.noises + self.keys, self.symbols, first) for first in firsts]
+        noise = draws.below(self.noises, len(tokens))
+        noisy, which = draws.uniforms(len(tokens)) < self.noise, draws.below(self.keys, len(tokens))
+        tokens[:] = noise  # what is left after the last pair is noise
+        seen: dict[int, int] = {}
+        place = 0
+        while place < len(tokens):
+            if noisy[place]:
+                place += 1
+                continue
+            key = int(which[place])
+            begin, end = place + len(keys[key]), place + len(keys[key]) + len(values[key])
+            if end > len(tokens):
+                return
+            tokens[place:begin], tokens[begin:end] = keys[key], values[key]
+            if key in seen:
+                distance[begin:end] = begin - seen[key]
+            seen[key], place = begin, end
+
+    def _word(self, draws: Draws, offset: int, symbols: int, first: int) -> np.ndarray:
+        rest = draws.below(symbols, first % self.longest)
+        return offset + np.concatenate(([first], rest))
+
+
+class Memorisation(EpisodicConfig):
+    """Keys, each followed by the value that goes with it in all rows: what must be known is in the weights alone.
+
+    Memorisation of MAD. Keys of an episode differ, so that no value can be copied. Tokens: the keys, then the values.
+    """
+
+    task: Literal["memorisation"]
+    """Say the value that goes with a key in every row."""
+    keys: int = Field(256, ge=1, le=2**16)
+    """Different keys, each with a fixed value."""
+    symbols: int = Field(16, ge=2, le=2**16)
+    """Different values."""
+
+    @model_validator(mode="after")
+    def _keys_differ(self) -> Memorisation:
+        if self.span is not None and self.span > 2 * self.keys:
+            raise ValueError(
+                f"span {self.span} for {self.keys} keys, which differ in an episode: {2 * self.keys} at most"
+            )
+        return self
+
+    @property
+    def vocabulary(self) -> int:
+        return self.keys + self.symbols
+
+    @property
+    def choices(self) -> int:
+        return self.symbols
+
+    @property
+    def shortest(self) -> int:
+        return 2
+
+    def problem(self, length: int) -> str | None:
+        if (self.span or length + 1) // 2 > self.keys:
+            return f"an episode of {length + 1} tokens needs more than {self.keys} keys, which differ: give span"
+        return super().problem(length)
+
+    def episode(self, draws: Draws, tokens: np.ndarray, distance: np.ndarray) -> None:
+        pairs = len(tokens) // 2
+        known = Draws("synthetic/memorisation", self.keys).below(self.symbols, self.keys)
+        keys = draws.chosen(self.keys, pairs)
+        tokens[0 : 2 * pairs : 2], tokens[1 : 2 * pairs : 2] = keys, self.keys + known[keys]
+        distance[1 : 2 * pairs : 2] = 1
