@@ -2,6 +2,7 @@
 
     bst eval runs/demo
     bst eval runs/demo --lengths 512,4096,16384 --plot lengths.png
+    bst eval runs/demo --needle 1024,4096
     bst eval runs/demo --harness lambada_openai --limit 100
 
 Without options, every document of the split is read from its beginning through the carried state, so each token is
@@ -11,6 +12,9 @@ the delta method for a ratio of sums. Perplexity depends on the tokenizer; bits 
 
 --lengths L,L measures the same text in sequences of each length, beside the trained one: joined as in training, or the
 documents that are that long where the model was trained on isolated ones.
+
+--needle puts a pass key into the validation text and asks for it at the end: by the length of the text and by where in
+it the key stands; --rows says how many texts. --needle L,L: of these lengths, else of the trained one.
 
 A run that learns a synthetic task (data.synthetic) reads rows that it has not seen: accuracy and loss by how far back
 the answer stands, with the best loss that is possible; errors are over rows. --length L takes rows of another length.
@@ -34,19 +38,21 @@ from typing import Any
 from bst_base.arguments import at_least
 from bst_base.errors import UserError
 from bst_dist.report.saved import REPORTS, write_report
-from bst_dist.study.evaluation import perplexity, synthetic
+from bst_dist.study.evaluation import needle, perplexity, synthetic
 from bst_dist.study.evaluation.scoring import TOKENS_AT_ONCE
 from bst_dist.train.rundir import read_recipe
 from data_pipeline.synthetic.config import SyntheticConfig
 
-DOCUMENTS, LENGTHS, HARNESS, SYNTHETIC = "whole documents", "--lengths", "--harness", "synthetic tasks"
+DOCUMENTS, LENGTHS, HARNESS, SYNTHETIC, NEEDLE = (
+    "whole documents", "--lengths", "--harness", "synthetic tasks", "--needle"
+)  # fmt: skip
 OPTIONS = {
-    "context": (DOCUMENTS,), "corpus": (DOCUMENTS, LENGTHS), "tokens": (LENGTHS,), "plot": (LENGTHS,),
+    "context": (DOCUMENTS,), "corpus": (DOCUMENTS, LENGTHS, NEEDLE), "tokens": (LENGTHS,), "plot": (LENGTHS,),
     "harness_tasks": (HARNESS,), "limit": (HARNESS,), "fewshot": (HARNESS,),
-    "rows": (SYNTHETIC,), "length": (SYNTHETIC,), "batch_size": (DOCUMENTS, LENGTHS), "ranks": (DOCUMENTS,),
+    "rows": (SYNTHETIC, NEEDLE), "length": (SYNTHETIC,), "batch_size": (DOCUMENTS, LENGTHS), "ranks": (DOCUMENTS,),
 }  # fmt: skip
 """Which evaluations an option belongs to."""
-FILES = {DOCUMENTS: "documents", LENGTHS: "lengths", HARNESS: "harness", SYNTHETIC: "synthetic"}
+FILES = {DOCUMENTS: "documents", LENGTHS: "lengths", HARNESS: "harness", SYNTHETIC: "synthetic", NEEDLE: "needle"}
 """What the report of each is called in the run directory."""
 
 
@@ -69,8 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lengths.add_argument("--tokens", metavar="N", type=int, help="read at most N tokens (default: the whole split)")
     lengths.add_argument("--plot", metavar="PATH", type=Path,
                          help="draw the loss by position and by length: png, pdf or svg")  # fmt: skip
+    keys = parser.add_argument_group("pass keys in text")
+    keys.add_argument("--needle", metavar="L,L", type=_lengths, nargs="?", const=[],
+                      help="lengths of the texts in tokens (default: the trained one)")  # fmt: skip
     tasks = parser.add_argument_group("runs that learn a synthetic task")
-    tasks.add_argument("--rows", metavar="N", type=int, help=f"rows to read (default: {synthetic.ROWS})")
+    tasks.add_argument("--rows", metavar="N", type=int,
+                       help=f"rows to read (default: {synthetic.ROWS}; --needle: {needle.ROWS} a line)")  # fmt: skip
     tasks.add_argument("--length", metavar="L", type=int,
                        help="tokens of a row, a multiple of the block (default: as trained)")  # fmt: skip
     harness = parser.add_argument_group("lm-evaluation-harness")
@@ -122,20 +132,24 @@ def _evaluate(args: argparse.Namespace, form: str) -> dict[str, Any] | None:
         return harness.run(args)
     if form == SYNTHETIC:
         return synthetic.run(args)
+    if form == NEEDLE:
+        return needle.run(args)
     return perplexity.run(args)
 
 
 def _form(args: argparse.Namespace) -> str:
     """Which evaluation is asked for; raises UserError for two at once, or an option of another one."""
-    if args.lengths and args.harness:
-        raise UserError("--lengths and --harness are two evaluations: ask for one at a time")
-    form = LENGTHS if args.lengths else HARNESS if args.harness else DOCUMENTS
+    asked = {LENGTHS: args.lengths, HARNESS: args.harness, NEEDLE: args.needle is not None}
+    forms = [form for form, given in asked.items() if given] or [DOCUMENTS]
+    if len(forms) > 1:
+        raise UserError(f"{' and '.join(forms)} are two evaluations: ask for one at a time")
+    form = forms[0]
     if form == DOCUMENTS and isinstance(read_recipe(args.run).data, SyntheticConfig):
         form = SYNTHETIC
-    for option, forms in OPTIONS.items():
-        if getattr(args, option) is not None and form not in forms:
+    for option, owners in OPTIONS.items():
+        if getattr(args, option) is not None and form not in owners:
             raise UserError(
-                f"--{option.replace('_', '-')} does not belong to this evaluation but to {' and '.join(forms)}"
+                f"--{option.replace('_', '-')} does not belong to this evaluation but to {' and '.join(owners)}"
             )
     return form
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -48,8 +47,7 @@ def answers(model: LanguageModel, batches: list[SyntheticBatch], slice_length: i
     found = []
     for batch in batches:
         octaves = octave(torch.from_numpy(batch.distance)).numpy()
-        correct, nats = (np.concatenate(parts, 1) for parts in zip(*_slices(model, batch, slice_length, precision),
-                                                                   strict=True))  # fmt: skip
+        correct, nats = read_rows(model, batch, slice_length, precision)
         counts = np.zeros((3, len(octaves), batch.input_ids.shape[1].bit_length()))
         rows = np.broadcast_to(np.arange(len(octaves))[:, None], octaves.shape)[batch.loss_mask]
         for place, values in enumerate((batch.loss_mask, correct, nats)):
@@ -58,11 +56,18 @@ def answers(model: LanguageModel, batches: list[SyntheticBatch], slice_length: i
     return Answers(*np.concatenate(found, axis=1))
 
 
-def _slices(
-    model: LanguageModel, batch: SyntheticBatch, slice_length: int, precision: str
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(correct, nats) of each slice of a batch, (b, l) each."""
+class Rows(Protocol):
+    """Rows to read; (b, l) each."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    loss_mask: np.ndarray
+
+
+def read_rows(model: LanguageModel, batch: Rows, slice_length: int, precision: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of each label that counts, whether it has the highest logit, and what it costs in nats; (b, l) each."""
     device, state = next(model.parameters()).device, State()
+    found: list[tuple[np.ndarray, np.ndarray]] = []
     for begin in range(0, batch.input_ids.shape[1], slice_length):
         part = slice(begin, begin + slice_length)
         ids, labels, counts = (torch.from_numpy(array[:, part]).to(device)
@@ -71,7 +76,9 @@ def _slices(
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             losses = model(ids, labels, counts, past=past)
         state = past.after
-        yield losses.correct.cpu().numpy(), losses.per_token.double().cpu().numpy()
+        found.append((losses.correct.cpu().numpy(), losses.per_token.double().cpu().numpy()))
+    correct, nats = (np.concatenate(parts, 1) for parts in zip(*found, strict=True))
+    return correct, nats
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,0 +1,172 @@
+"""`bst eval --needle`: does a model of text find a pass key again that stood far back in a text?
+
+As in Landmark Attention (arXiv 2305.16300, section 4.2), but in the text that the model knows: a row is a piece of the
+validation text with a sentence in it that names a pass key of random digits, and at its end the same words again, whose
+next tokens are the key. No text is generated: the key counts as found when each of its tokens has the highest logit,
+given the tokens before it. Rows without the sentence say what a guess is worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bst_base.errors import UserError
+from bst_base.terminal import Sheet, print_table
+from bst_dist.study.evaluation.corpora import open_text
+from bst_dist.study.evaluation.scoring import TOKENS_AT_ONCE
+from bst_dist.study.evaluation.synthetic import read_rows
+from bst_dist.study.evaluation.trained import Trained, open_run
+from bst_dist.study.statistics import Estimate, ratio
+from data_pipeline.format.tokenizer import Tokenizer
+from data_pipeline.serve.reader import Corpus
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Where the sentence stands: 0 at the beginning of the row, 1 directly before the question."""
+ROWS, DIGITS = 32, 5
+SENTENCE = "\nThe pass key is {key}. Remember it.\n"
+QUESTION = "\nWhat is the pass key? The pass key is {key}"
+
+
+class Needle(NamedTuple):
+    """One row: tokens, and which of them are the key that is asked for."""
+
+    tokens: np.ndarray
+    """(L,)"""
+    first: int
+    """Where the key that is asked for begins; it goes to the end."""
+    distance: int
+    """Tokens from there back to the key in the sentence; 0 in a row without it."""
+
+
+class Batch(NamedTuple):
+    """Rows as `read_rows` takes them; (b, l) each."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    loss_mask: np.ndarray
+
+
+class Texts:
+    """Where the rows come from: a corpus joined to one text, and the tokenizer."""
+
+    def __init__(self, corpora: Sequence[Corpus], tokenizer: Tokenizer, seed: int = 0) -> None:
+        self.corpora, self.tokenizer, self.seed = corpora, tokenizer, seed
+
+    def row(self, number: int, length: int, depth: float | None) -> Needle:
+        """Row `number` of `length` tokens; `depth` None: without the sentence. The key and the text around it depend on
+        the number and the length alone. Raises UserError when sentence and question do not fit."""
+        draws = np.random.default_rng([self.seed, number, length])
+        key = "".join(map(str, draws.integers(0, 10, DIGITS)))
+        question, asked = self._with_key(QUESTION, key)
+        sentence, told = self._with_key(SENTENCE, key)
+        if depth is None:
+            sentence = sentence[:0]
+        room = length - len(question) - len(sentence)
+        if room < 0:
+            raise UserError(f"--needle {length}: the sentence and the question alone have {length - room} tokens")
+        hay, before = self._hay(draws, room), round((depth or 0.0) * room)
+        tokens = np.concatenate([hay[:before], sentence, hay[before:], question]).astype(np.int64)
+        first = length - len(question) + asked
+        return Needle(tokens, first, 0 if depth is None else first - before - told)
+
+    def _with_key(self, template: str, key: str) -> tuple[np.ndarray, int]:
+        """The tokens, and the place of the first one that the key has a part in."""
+        whole = self.tokenizer.encode(template.format(key=key))
+        without = self.tokenizer.encode(template.partition("{key}")[0])
+        same = min(len(whole), len(without))
+        differing = np.flatnonzero(whole[:same] != without[:same])
+        return whole, int(differing[0]) if len(differing) else same
+
+    def _hay(self, draws: np.random.Generator, tokens: int) -> np.ndarray:
+        """A run of text from a random place, going on with the next documents; the corpus over again at its end."""
+        corpus = self.corpora[int(draws.integers(len(self.corpora)))]
+        document = int(draws.choice(len(corpus), p=corpus.lengths / corpus.lengths.sum()))
+        start, parts, left = int(draws.integers(corpus.lengths[document])), [], tokens
+        while left > 0:
+            stop = min(int(corpus.lengths[document]), start + left)
+            parts.append(corpus.tokens(document, start, stop))
+            left -= stop - start
+            document, start = (document + 1) % len(corpus), 0
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def batches(rows: Sequence[Needle], begin: int | None, block: int) -> Iterator[Batch]:
+    """Rows of one length in batches for one forward pass each, padded to whole blocks; `begin` stands before them."""
+    length = len(rows[0].tokens)
+    padded = -(-length // block) * block
+    for at in range(0, len(rows), max(1, TOKENS_AT_ONCE // padded)):
+        some = rows[at : at + max(1, TOKENS_AT_ONCE // padded)]
+        ids, labels = np.zeros((len(some), padded), np.int64), np.zeros((len(some), padded), np.int64)
+        counts = np.zeros((len(some), padded), bool)
+        for place, row in enumerate(some):
+            inputs, targets = row.tokens[:-1], row.tokens[1:]
+            if begin is not None:
+                inputs, targets = np.concatenate(([begin], inputs)), row.tokens
+            ids[place, : len(inputs)], labels[place, : len(targets)] = inputs, targets
+            counts[place, len(targets) - (length - row.first) : len(targets)] = True
+        yield Batch(ids, labels, counts)
+
+
+def found(model: Any, rows: Sequence[Needle], begin: int | None, slice_length: int, precision: str) -> dict[str, Any]:
+    """What a model makes of rows of one length and depth, with standard errors over rows."""
+    tokens, correct, nats = [], [], []
+    for batch in batches(rows, begin, model.config.block):
+        right, cost = read_rows(model, batch, slice_length, precision)
+        tokens += batch.loss_mask.sum(1).tolist()
+        correct += (right & batch.loss_mask).sum(1).tolist()
+        nats += np.where(batch.loss_mask, cost, 0.0).sum(1).tolist()
+    whole = np.equal(tokens, correct).astype(float)
+    return {
+        "rows": len(rows), "distance_tokens": float(np.mean([row.distance for row in rows])),
+        **ratio(whole, np.ones(len(whole))).report("keys"),
+        **ratio(np.array(correct, float), np.array(tokens, float)).report("tokens"),
+        **ratio(np.array(nats), np.array(tokens, float)).report("loss_nats"),
+    }  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    trained = open_run(args.run, args.checkpoint, args.precision, args.averaged)
+    corpora = open_text(trained, args.split, args.corpus)
+    length, count = trained.recipe.train.sequence_length, args.rows or ROWS
+    if count < 1:
+        raise UserError(f"--rows {count}: at least 1")
+    texts = Texts(corpora, corpora[0].tokenizer())
+    report: dict[str, Any] = {"run": str(args.run), "step": trained.step, "split": args.split, "digits": DIGITS,
+                              "trained_tokens": length, "places": []}  # fmt: skip
+    for asked in args.needle or [length]:
+        for depth in (*DEPTHS, None):
+            rows = [texts.row(number, asked, depth) for number in range(count)]
+            figures = found(trained.model, rows, trained.begin(corpora[0]), min(length, _whole(asked, trained)),
+                            trained.recipe.train.precision)  # fmt: skip
+            report["places"].append({"length_tokens": asked, "depth": depth, **figures})
+    _show(args, trained, report)
+    return report
+
+
+def _whole(length: int, trained: Trained) -> int:
+    block = trained.recipe.model.block
+    return -(-length // block) * block
+
+
+def _show(args: argparse.Namespace, trained: Trained, report: dict[str, Any]) -> None:
+    rows = [
+        [f"{place['length_tokens']:,}", "no key" if place["depth"] is None else f"{place['depth']:.0%}",
+         "" if place["depth"] is None else f"{place['distance_tokens']:,.0f}",
+         *(_text(place, name) for name in ("keys", "tokens", "loss_nats"))]
+        for place in report["places"]
+    ]  # fmt: skip
+    print_table(
+        Sheet(("tokens of a row", "key stands at", "distance", "keys found", "their tokens", "loss, nats per token"),
+              rows),
+        f"{args.run} after {trained.step:,} steps: pass keys in {args.split} text",
+        f"{report['places'][0]['rows']} rows a line, keys of {DIGITS} digits; ± standard error over rows; trained on "
+        f"{report['trained_tokens']:,} tokens; 'no key': what a guess is worth",
+    )  # fmt: skip
+
+
+def _text(place: dict[str, Any], name: str) -> str:
+    return Estimate(place[name], place[f"{name}_standard_error"]).text(4)
