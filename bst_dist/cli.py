@@ -103,6 +103,10 @@ SECTIONS: dict[str, dict[str, Command]] = {
             "does a learning rate hold for every width and depth?",
         ),
         "sweep plan": ("bst_dist.study.sweep.commands.plan", "price a sweep and fit it into its budget"),
+        "sweep pack": (
+            "bst_dist.study.sweep.commands.pack",
+            "put a sweep into one folder for a machine without network",
+        ),
         "sweep run": ("bst_dist.study.sweep.commands.run", "train a sweep's runs; continues after any stop"),
         "sweep status": ("bst_dist.study.sweep.commands.status", "where a sweep's runs stand"),
         "sweep collect": ("bst_dist.study.sweep.commands.collect", "gather a sweep's results into one table"),

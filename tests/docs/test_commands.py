@@ -250,6 +250,7 @@ LEFT_OUT = {
     r"bst data prepare .*path/to/": "of the reader's own: tests/data_pipeline/prepare/test_prepare.py",
     r"bst verify .*--": "minutes on many ranks: tests/verify",
     r"bst sweep (run|status|collect|fit|compare|report|coordinates|plan.*--measure)": "trains a sweep: tests/study",
+    r"bst sweep pack ": "packs a corpus of its own: tests/study/pack",
     r"bst law fit ": "resamples for minutes, or reads a table of your own: tests/study/test_law_fit.py",
     r"bst sweep .*/cluster.yaml": "counts hundreds of large shapes: tests/study/sweep",
     r"bst plan .*--(nodes 1,8,64|slices|longest)": "plans many clusters, sizes or lengths: tests/plan",
@@ -340,9 +341,10 @@ def test_a_documented_command_runs(line, project, monkeypatch, tmp_path):
         words.append("--dry-run")
     if words[0] == "train" and words[1:] != [RECIPE, "--resume"]:
         words += ["train.steps=4", "schedule.warmup_steps=0", "--run-dir", str(tmp_path / "run")]
-    if "--lengths" in words and words[0] == "eval":  # the corpus and the block are small
-        lengths = words[words.index("--lengths") + 1]
-        words[words.index(lengths)] = ",".join(str(max(16, int(length) // 16)) for length in lengths.split(","))
+    for option, least in (("--lengths", 16), ("--needle", 128)):  # the corpus and the block are small
+        if option in words and words[0] == "eval":
+            lengths = words[words.index(option) + 1]
+            words[words.index(lengths)] = ",".join(str(max(least, int(length) // 16)) for length in lengths.split(","))
     outputs = {"exported", "out", "runs/imported", *(["demo-model"] if words[0] == "export" else [])}
     for output in outputs:  # must not be there, and another example has written it
         if output in words:

@@ -7,6 +7,7 @@ Slurm array each or one a host, take runs from the same sweep without being told
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -50,16 +51,19 @@ class Worker:
 class Runner:
     """Takes the runs of a study to their ends."""
 
-    def __init__(self, runs: Sequence[Job], state: State, workers: int, say: Callable[[str], None]) -> None:
+    def __init__(self, runs: Sequence[Job], state: State, workers: int, say: Callable[[str], None],
+                 per_device: int = 1, until: float = math.inf) -> None:  # fmt: skip
+        """`per_device`: workers that share a GPU; `until`: when to stop, on the clock of `time.monotonic`."""
         self.runs, self.state, self.limit, self.say = runs, state, workers, say
+        self.per_device, self.until = per_device, until
         self.workers: list[Worker] = []
         self.ended: set[str] = set()
 
     def run(self, watch: Callable[[list[Worker]], None]) -> None:
-        """Start runs until none is left, calling `watch` while they train; ends them when told to stop."""
+        """Start runs until none is left, calling `watch` while they train; ends them when told to stop, or in time."""
         with told_to_stop() as told:
             try:
-                while not told:
+                while not told and time.monotonic() < self.until:
                     self._collect()
                     self._fill()
                     watch(self.workers)
@@ -68,7 +72,8 @@ class Runner:
                     time.sleep(POLL_S)
             finally:
                 self._end()
-        raise KeyboardInterrupt
+        if told:
+            raise KeyboardInterrupt
 
     def _fill(self) -> None:
         """Start what can be started, in the order of the plan, as long as workers are free."""
@@ -137,12 +142,12 @@ class Runner:
         devices = torch.cuda.device_count()
         if self.limit > 1 and devices:
             ranks = run.recipe.ranks or 1
-            if self.limit * ranks > devices:
-                raise UserError(
-                    f"{self.limit} workers of {ranks} ranks need {self.limit * ranks} GPUs, here are {devices}"
-                )
+            needed = -(-self.limit // self.per_device) * ranks
+            if needed > devices:
+                raise UserError(f"{self.limit} workers of {ranks} ranks need {needed} GPUs, here are {devices}")
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
-            found["CUDA_VISIBLE_DEVICES"] = ",".join(visible[place * ranks : (place + 1) * ranks])
+            first = place // self.per_device * ranks
+            found["CUDA_VISIBLE_DEVICES"] = ",".join(visible[first : first + ranks])
         return found
 
     def _collect(self) -> None:

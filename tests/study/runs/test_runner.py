@@ -160,6 +160,17 @@ def test_workers_have_accelerators_of_their_own(sweep, monkeypatch):
     assert runner._environment(run, 1)["CUDA_VISIBLE_DEVICES"] == "3,1"
     with pytest.raises(UserError, match="3 workers of 2 ranks need 6 GPUs, here are 4"):
         Runner([], sweep.state, 3, print)._environment(run, 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    alone = replace(run, recipe=run.recipe.model_copy(update={"ranks": 1}))
+    sharing = Runner([], sweep.state, 5, print, per_device=3)
+    assert [sharing._environment(alone, place)["CUDA_VISIBLE_DEVICES"] for place in range(5)] == [
+        "3",
+        "3",
+        "3",
+        "1",
+        "1",
+    ]
 
 
 def test_out_of_memory_halves_the_micro_batch_and_branches_begin_with_it(sweep):

@@ -1,0 +1,85 @@
+"""What a packed folder says of itself, written where it is made and read where it is trained: pack.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bst_base.files import write_text
+from bst_base.settings import parse
+from bst_dist.config import Recipe
+from bst_dist.study.runs.recipes import Job
+from bst_dist.study.sweep.collect import known_columns
+from bst_dist.study.sweep.design import Run
+
+PACK = "pack.json"
+SIDE_BY_SIDE = 6
+"""Runs at a time on one GPU: small models leave most of it idle between their kernels."""
+
+
+@dataclass(frozen=True)
+class Packed(Job):
+    """One run of a folder."""
+
+    known: dict[str, Any] | None
+    """The columns of its row that are known before it is trained; None for a trunk, which is no measurement."""
+    own_flops: float
+    architecture: str
+
+    @property
+    def group(self) -> str:
+        return self.architecture
+
+    @property
+    def work(self) -> float:
+        return self.own_flops
+
+
+@dataclass(frozen=True)
+class Pack:
+    """What is trained, in the order of its value."""
+
+    name: str
+    versions: dict[str, str]
+    """Of what made the folder."""
+    retries: int
+    minutes: float
+    """For how long it is meant to be trained, all pieces together."""
+    expected: int
+    """Runs that are expected to be done in that time."""
+    runs: list[dict[str, Any]]
+
+    def write(self, folder: Path) -> None:
+        """Write pack.json."""
+        write_text(folder / PACK, json.dumps(asdict(self)) + "\n")
+
+    def jobs(self, paths_from: Path) -> list[Packed]:
+        """The runs as they are trained, their corpora and DeepSpeed files meant from `paths_from`."""
+        return [
+            Packed(
+                parse(Recipe, {**run["recipe"], "paths_from": str(paths_from)}, where=run["recipe"]["name"]),
+                run["trunk"], run["known"], run["own_flops"], run["architecture"],
+            )
+            for run in self.runs
+        ]  # fmt: skip
+
+
+def read_pack(folder: Path) -> Pack:
+    """The pack.json of a folder."""
+    return Pack(**json.loads((folder / PACK).read_text(encoding="utf-8")))
+
+
+def described(runs: Sequence[Run], recipes: dict[str, dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
+    """The entries of `runs`, in their order; `recipes`: by name, as they are to be trained on the other machine."""
+    base = {run.cell.block: run.counts.parameters for run in runs if run.cell.architecture == baseline}
+    return [
+        {
+            "recipe": recipes[run.name], "trunk": run.trunk, "own_flops": run.own_flops,
+            "architecture": run.cell.architecture,
+            "known": None if run.multiple is None else known_columns(run, base[run.cell.block]),
+        }
+        for run in runs
+    ]  # fmt: skip

@@ -1,0 +1,161 @@
+"""The program of a packed folder, on the machine that trains it; run.py starts it.
+
+Takes the runs in the order of the folder, several side by side on each GPU, until the minutes are over; then the runs
+under way take a checkpoint and end. What is known so far is written every minute and at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bst_base.arguments import at_least
+from bst_base.errors import UserError
+from bst_dist.checkpoint.directory import CHECKPOINTS
+from bst_dist.study.pack import results
+from bst_dist.study.pack.contents import SIDE_BY_SIDE, Pack, read_pack
+from bst_dist.study.runs.runner import Runner, Worker
+from bst_dist.study.runs.state import State
+from bst_dist.study.sweep.collect import row_of
+from bst_dist.version import versions
+
+WRITE_EVERY_S = 60.0
+END_S = 40.0
+"""Of the time given, left for the last checkpoints and the results."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train for as long as it was given; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="run.sh", description=__doc__)
+    parser.add_argument("folder", type=Path, help=argparse.SUPPRESS)  # run.py gives it
+    parser.add_argument("--minutes", type=float, default=9.0, metavar="N", help="for how long (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the results go (default: results/)")
+    parser.add_argument("--results", type=Path, metavar="DIR",
+                        help="results of another machine, to leave out what it has done")  # fmt: skip
+    parser.add_argument("--state", type=Path, metavar="DIR", help="where runs and packages lie (default: state/)")
+    parser.add_argument("--side-by-side", type=at_least(1), default=SIDE_BY_SIDE, metavar="N",
+                        help="runs at a time on each GPU, or on the CPU (default: %(default)s)")  # fmt: skip
+    args = parser.parse_args(argv)
+    try:
+        return Machine(read_pack(args.folder), args).train()
+    except UserError as error:
+        print(f"run.sh: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+
+
+class Machine:
+    """One piece of the training of a folder."""
+
+    def __init__(self, pack: Pack, args: argparse.Namespace) -> None:
+        self.began, self.pack = time.monotonic(), pack
+        self.out = args.out or args.folder / "results"
+        self.state = State(args.state / "study", pack.retries)
+        self.jobs = pack.jobs(args.state / "data")
+        self.until = self.began + max(END_S, args.minutes * 60 - END_S)
+        self.workers, self.written = args.side_by_side, self.began
+        self.log: list[str] = []
+        self.seen: set[str] = set()
+        self._tell(f"{pack.name} on {_device()}: {len(self.jobs)} runs, {args.minutes:g} minutes")
+        if args.results:
+            self._tell(f"{self._take_over(args.results)} runs were done elsewhere")
+
+    def train(self) -> int:
+        """Train until the time is over or nothing is left; 1 when nothing can be trained here."""
+        before = self.state.counts(self.jobs)["done"]
+        runner = Runner(self.jobs, self.state, self.workers * max(1, torch.cuda.device_count()), self._tell,
+                        per_device=self.workers, until=self.until)  # fmt: skip
+        try:
+            runner.run(self._watch)
+        finally:
+            self._write()
+        counts = self.state.counts(self.jobs)
+        self._tell(f"{counts['done'] - before} runs done in this piece, {counts['done']} of {len(self.jobs)} in all")
+        self._write()
+        return 0
+
+    def _take_over(self, folder: Path) -> int:
+        """Put in the runs of earlier results, as far as nothing would be trained from their weights, which did not come
+        along: trunks with all their branches. Returns how many."""
+        there = State(self.state.root / "elsewhere", 0)
+        shutil.rmtree(there.root, ignore_errors=True)
+        results.restore(folder, there, {job.name for job in self.jobs}.__contains__)
+        cells: dict[str, list[str]] = {}
+        for job in self.jobs:
+            cells.setdefault(job.trunk or job.name, []).append(job.name)
+        taken = 0
+        for names in cells.values():
+            mine, theirs = ([state.directory(name) for name in names] for state in (self.state, there))
+            if all(map(results.finished, theirs)) and not any(directory.exists() for directory in mine):
+                for old, new in zip(theirs, mine, strict=True):
+                    new.parent.mkdir(parents=True, exist_ok=True)
+                    old.replace(new)
+                taken += len(names)
+        shutil.rmtree(there.root, ignore_errors=True)
+        return taken
+
+    def _watch(self, workers: Sequence[Worker]) -> None:
+        """Between two looks at the processes: results, room on the disk, and whether anything trains at all."""
+        self.seen |= {worker.run.name for worker in workers}
+        if time.monotonic() - self.written > WRITE_EVERY_S:
+            self._write()
+        failed = [name for name in self.seen if self.state.attempts(name)]
+        if len(failed) >= 2 * self.workers and not any(results.finished(self.state.directory(n)) for n in self.seen):
+            last = self.state.attempts(failed[-1])[-1].reason
+            raise UserError(f"the first {len(failed)} runs have all failed, so the rest is not tried: {last}")
+
+    def _write(self) -> None:
+        """The results so far, and no weights of runs that nothing is left to do for."""
+        self.written = time.monotonic()
+        needless = self._needless()
+        rows = [row_of(job.known, job, self.state) for job in self.jobs if job.known is not None]
+        for job in self.jobs:
+            if needless(job.name) and results.finished(self.state.directory(job.name)):
+                shutil.rmtree(self.state.directory(job.name) / CHECKPOINTS, ignore_errors=True)
+        log = "\n".join([*self.log, *self._failures()]) + "\n"
+        results.write(self.out, rows, self.state, [job.name for job in self.jobs], self._summary(), log)
+
+    def _needless(self) -> Any:
+        """Whether a run's weights are of no further use: it ended, and so did all that branches off it."""
+        waiting = {job.trunk for job in self.jobs if job.trunk and not results.finished(self.state.directory(job.name))}
+        return lambda name: name not in waiting
+
+    def _failures(self) -> list[str]:
+        """The ends of the logs of runs that failed."""
+        found = []
+        for job in self.jobs:
+            path = self.state.path("logs", job.name)
+            if self.state.attempts(job.name) and path.exists():
+                found += ["", f"--- {job.name}", path.read_bytes()[-5000:].decode(errors="replace")]
+        return found
+
+    def _summary(self) -> dict[str, Any]:
+        return {
+            "sweep": self.pack.name, "device": _device(), "host": platform.node(),
+            "seconds": time.monotonic() - self.began, "side_by_side": self.workers,
+            "runs": dict(self.state.counts(self.jobs)), "versions": versions(), "packed_with": self.pack.versions,
+        }  # fmt: skip
+
+    def _tell(self, text: str) -> None:
+        line = f"{time.monotonic() - self.began:7.1f} s  {text}"
+        self.log.append(line)
+        print(line, flush=True)
+
+
+def _device() -> str:
+    if not torch.cuda.is_available():
+        return "a CPU"
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

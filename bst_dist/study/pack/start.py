@@ -1,0 +1,72 @@
+"""Train the runs of this folder: installs what is missing into a folder of its own, then starts the program.
+
+    ./run.sh --minutes 9 --out results
+
+Needs Python, torch, numpy and pip; no network. Given again, it continues. `--help` has the other options.
+"""
+
+from __future__ import annotations
+
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+DATA = "data.tar.xz"
+
+
+def main(argv: list[str]) -> str:
+    """Unpack once, then become the program; returns why that could not be."""
+    folder = Path(__file__).resolve().parent
+    state = Path(argv[argv.index("--state") + 1]).resolve() if "--state" in argv[:-1] else folder / "state"
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    known = (folder / "pythons").read_text().split()
+    if python not in known:
+        return (f"this is Python {python}, and the folder has packages for {' and '.join(known)}: set PYTHON, or make "
+                f"the folder again with --python {python}")  # fmt: skip
+    for name in ("torch", "numpy"):
+        try:
+            __import__(name)
+        except ImportError as error:
+            return f"{sys.executable} has no {name} ({error}): set PYTHON to one that has"
+    if not (state / "packages").exists() and (problem := _install(folder / "wheels", state / "packages")):
+        return problem
+    if not (state / "data").exists():
+        _unpack(folder / DATA, state / "data")
+    before = os.environ.get("PYTHONPATH")
+    paths = [str(folder / "code"), str(state / "packages"), *([before] if before else [])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
+    program = [sys.executable, "-m", "bst_dist.study.pack.machine", str(folder), *argv]
+    if "--state" not in argv:
+        program += ["--state", str(state)]
+    return os.execve(sys.executable, program, environment)
+
+
+def _install(wheels: Path, target: Path) -> str:
+    """Install all wheels into a folder, whole or not at all; returns what went wrong."""
+    names = sorted({wheel.name.split("-")[0] for wheel in wheels.glob("*.whl")})
+    partial = target.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index",
+               "--no-deps", "--no-compile", "--no-cache-dir", "--find-links", str(wheels), "--target", str(partial),
+               *names]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return f"pip could not install the wheels of {wheels}:\n{done.stdout}{done.stderr}"
+    partial.rename(target)
+    return ""
+
+
+def _unpack(archive: Path, target: Path) -> None:
+    partial = target.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with lzma.open(archive) as packed, tarfile.open(fileobj=packed, mode="r|") as tar:
+        tar.extractall(partial, filter="data")
+    partial.rename(target)
+
+
+if __name__ == "__main__":
+    sys.exit(f"run.py: {main(sys.argv[1:])}")

@@ -1,0 +1,132 @@
+"""What training needs beside torch and numpy, as wheels that pip installs without network.
+
+Wheels are made of what is installed here, which is what was tested, where that runs on the other Python too; compiled
+packages for another Python are fetched with pip.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from bst_base.errors import UserError
+
+PROJECT, EXTRA = "bst-dist", "train"
+PRESENT = {"torch", "numpy"}
+"""Expected on the other machine."""
+UNUSED = {"scipy", "matplotlib", "tensorboard", "huggingface-hub"}
+"""Needed for fits, figures and downloads, which are not made there."""
+HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64",
+             "manylinux_2_12_x86_64", "manylinux2010_x86_64")  # fmt: skip
+
+
+def gather(folder: Path, pythons: Sequence[str]) -> list[str]:
+    """Write the wheels for these Pythons into `folder`; returns the names of the packages, sorted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = needed(pythons)
+    for name in names:
+        distribution = metadata.distribution(name)
+        if _is_pure(distribution):
+            rebuild(distribution, folder)
+            continue
+        if HERE in pythons:
+            rebuild(distribution, folder)
+        for python in pythons:
+            if python != HERE:
+                _fetch(name, distribution.version, python, folder)
+    return names
+
+
+def needed(pythons: Sequence[str]) -> list[str]:
+    """The packages that training needs, their own needs included, but for those that are expected or unused there."""
+    found, waiting = set(), _requirements(PROJECT, pythons, EXTRA)
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name not in found | PRESENT | UNUSED:
+            found.add(name)
+            waiting += _requirements(name, pythons)
+    return sorted(found)
+
+
+def rebuild(distribution: metadata.Distribution, folder: Path) -> Path:
+    """A wheel of an installed package, from its files; raises UserError when they are not all there."""
+    name = f"{distribution.metadata['Name'].replace('-', '_')}-{distribution.version}"
+    tags = _tags(distribution)
+    python, abi, _ = tags[0].split("-")
+    path = folder / f"{name}-{python}-{abi}-{'.'.join(tag.split('-')[2] for tag in tags)}.whl"
+    records = io.StringIO()
+    listing = csv.writer(records, lineterminator="\n")
+    record = ""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
+        for file in distribution.files or ():
+            inside = file.as_posix()
+            if inside.startswith("..") or inside.endswith(".pyc"):
+                continue  # commands, which pip makes anew, and what Python compiles
+            if file.name == "RECORD":
+                record = inside
+                continue
+            if not file.locate().is_file():
+                raise UserError(f"{name}: {inside} is missing: install it again, to be packed")
+            data = file.locate().read_bytes()
+            wheel.writestr(zipfile.ZipInfo(inside, (2020, 1, 1, 0, 0, 0)), data, zipfile.ZIP_DEFLATED)
+            digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+            listing.writerow([inside, f"sha256={digest}", len(data)])
+        if not record:
+            raise UserError(f"{name}: was not installed by pip, so its files are not known: install it with pip")
+        listing.writerow([record, "", ""])
+        wheel.writestr(record, records.getvalue())
+    return path
+
+
+def _requirements(name: str, pythons: Sequence[str], extra: str = "") -> list[str]:
+    """What a package says it needs, under any of these Pythons."""
+    try:
+        lines = metadata.distribution(name).requires or []
+    except metadata.PackageNotFoundError:
+        raise UserError(f"{name} is not installed, so it cannot be packed: pip install '{PROJECT}[{EXTRA}]'") from None
+    return [r.name for r in map(Requirement, lines) if _wanted(r, pythons, extra)]
+
+
+def _wanted(requirement: Requirement, pythons: Iterable[str], extra: str) -> bool:
+    return requirement.marker is None or any(
+        requirement.marker.evaluate({"python_version": python, "python_full_version": f"{python}.0", "extra": extra})
+        for python in pythons
+    )
+
+
+def _tags(distribution: metadata.Distribution) -> list[str]:
+    lines = (distribution.read_text("WHEEL") or "").splitlines()
+    return [line.partition(": ")[2] for line in lines if line.startswith("Tag: ")] or ["py3-none-any"]
+
+
+def _is_pure(distribution: metadata.Distribution) -> bool:
+    """Whether it runs on any Python; raises UserError for a DeepSpeed whose operators were compiled."""
+    compiled = [file.name for file in distribution.files or () if file.suffix == ".so"]
+    if distribution.metadata["Name"] == "deepspeed" and compiled:
+        raise UserError(
+            f"the DeepSpeed installed here has compiled operators ({compiled[0]}), which fit one machine alone: pack "
+            "from an environment where it was installed with DS_BUILD_OPS=0"
+        )
+    return _tags(distribution)[0].endswith("-none-any")
+
+
+def _fetch(name: str, version: str, python: str, folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+               "--only-binary=:all:", "--implementation=cp", f"--python-version={python}", "-d", str(folder),
+               *(f"--platform={platform}" for platform in PLATFORMS), f"{name}=={version}"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        raise UserError(f"no wheel of {name} {version} for Python {python}: {said}")
