@@ -14,7 +14,7 @@ from bst_dist.plan.memory import Work
 LAUNCH_S = 6e-6
 """Of the host, for one operation: Python, autograd and the driver's launch. Assumed, and measured on no GPU."""
 COMPILED_FEWER = 4
-"""Times fewer launches of a compiled layer, a cautious figure: an SH layer has several hundred operations in both passes,
+"""Times fewer launches of a compiled layer, a cautious figure: an SH layer has some hundred operations in both passes,
 and 85 launches in small when Inductor has compiled it (docs/gpu.md)."""
 
 
