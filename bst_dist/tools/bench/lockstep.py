@@ -7,6 +7,7 @@ kernel for its thread alone, so the counts are exact.
 
 from __future__ import annotations
 
+import bisect
 import os
 import pickle
 import sys
@@ -46,18 +47,28 @@ class Abandoned(Exception):
 
 
 class World:
-    """So many ranks."""
+    """So many ranks, all of them at work or some.
 
-    def __init__(self, size: int) -> None:
+    In work that is alike on all ranks the others need not do it too: a rank that is not at work says in collectives,
+    and returns, what the next rank at work does. What every rank does grows with their number, so that all together
+    would take the square of it.
+    """
+
+    def __init__(self, size: int, at_work: int | None = None) -> None:
+        """`at_work`: so many ranks, from the first to the last at equal distances; None: all."""
         self.size = size
+        count = size if at_work is None else max(2, min(at_work, size))
+        self.at_work = [round(place * (size - 1) / max(1, count - 1)) for place in range(count)]
+        self._stands_for = [bisect.bisect_left(self.at_work, rank) for rank in range(size)]
         self._turn = threading.Lock()
         self._round = _Round()
         self._failed = False
 
     def run(self, work: Callable[[SimulatedRank], T]) -> tuple[list[T], list[SimulatedRank]]:
-        """What `work` returns on each rank, and the ranks with their counts; raises what the first rank to fail did."""
-        ranks = [SimulatedRank(rank, self) for rank in range(self.size)]
-        results: list[Any] = [None] * self.size
+        """What `work` returns on each rank, and the ranks at work with their counts; raises what the first to fail
+        did."""
+        ranks = [SimulatedRank(rank, self) for rank in self.at_work]
+        results: dict[int, Any] = {}
         errors: list[BaseException] = []
 
         def on(rank: SimulatedRank) -> None:
@@ -78,14 +89,14 @@ class World:
             thread.join()
         if errors:
             raise errors[0]
-        return results, ranks
+        return [results[self.at_work[place]] for place in self._stands_for], ranks
 
     def meet(self, rank: int, value: Any, combine: Callable[[list[Any]], Any]) -> Any:
         """Wait for all ranks to come with their values; returns what `combine` makes of them, by rank."""
         here = self._round
         here.values[rank] = value
-        if len(here.values) == self.size:
-            here.result = combine([here.values[number] for number in range(self.size)])
+        if len(here.values) == len(self.at_work):
+            here.result = combine([here.values[self.at_work[place]] for place in self._stands_for])
             self._round = _Round()
             here.over.set()
             return here.result

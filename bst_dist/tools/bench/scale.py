@@ -6,8 +6,9 @@
 Saving, loading, reports, the preflight's checks and the ranks' output go through the run's own code. In place of a
 model there are made-up parameters of a few values per rank, distributed as ZeRO does, and in place of a network ranks
 that take turns in one process (`lockstep`). So the files opened and the bytes read and received are exact for that
-number of parameters and ranks; a real model has more values and nothing else. CPU-seconds depend on this machine and
-its load. The run directory is written to --directory: three small files a rank.
+number of parameters and ranks; a real model has more values and nothing else. Beyond 512 ranks, 64 of them load and
+report, and each of the others counts as the next of these does. CPU-seconds depend on this machine and its load. The
+run directory is written to --directory: three small files a rank.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ STEP, A_HOST = 100, 8
 """Of the checkpoint, and ranks of one host."""
 VALUES = 4
 """Of a parameter on every rank, on average."""
+ALL_LOAD, SOME = 512, 64
+"""Up to how many ranks all of them load and report, and how many do of more."""
 
 
 @dataclass(frozen=True)
@@ -157,9 +160,14 @@ def _load(folder: Path, ranks: int, stage: int, shapes: dict[str, tuple[int, ...
             raise RuntimeError(f"rank {rank.rank} has read something else than was written")
         return counts
 
-    counts, simulated = World(ranks).run(load)
+    counts, simulated = _world(ranks).run(load)
     cost = _cost(work, counts, simulated, folder)
     return replace(cost, memory_bytes=_memory(lambda: load(Again(simulated[-1]))))
+
+
+def _world(ranks: int) -> World:
+    """For work that is alike on all ranks."""
+    return World(ranks, None if ranks <= ALL_LOAD else SOME)
 
 
 def _alone(folder: Path, ranks: int, stage: int, shapes: dict[str, tuple[int, ...]], work: str, but: str = "") -> Cost:
@@ -204,7 +212,7 @@ def _reports(ranks: int) -> Cost:
                 performance.after_step(replace(step, step=number), last=False)
         return counts
 
-    return _cost("a report", *World(ranks).run(on_rank), Path("/nothing"))
+    return _cost("a report", *_world(ranks).run(on_rank), Path("/nothing"))
 
 
 def _cost(work: str, counts: list[Counts], simulated: list[SimulatedRank], folder: Path) -> Cost:

@@ -8,6 +8,8 @@ import pytest
 
 from bst_dist.cli import main
 from bst_dist.faults.watchdog import BEAT_S
+from bst_dist.tools.bench import scale
+from bst_dist.tools.bench.lockstep import World
 from bst_dist.tools.bench.scale import measure
 
 PARAMETERS = 5
@@ -45,6 +47,23 @@ def test_what_a_rank_does_is_the_same_in_a_larger_world(found):
         for what in ("opens", "collectives"):
             assert small[work][what] == large[work][what], (work, what)
     assert large["and without the index"]["opens"] > small["and without the index"]["opens"]
+
+
+def test_some_ranks_count_as_all_do(found, tmp_path, monkeypatch):
+    monkeypatch.setattr(scale, "ALL_LOAD", 3)
+    monkeypatch.setattr(scale, "SOME", 3)
+    some, every = measure(tmp_path, 8, PARAMETERS), found[8]
+    for one, other in zip(some["costs"], every["costs"], strict=True):
+        for what in ("work", "opens", "all_opens", "collectives"):  # bytes depend on the length of the path
+            assert one[what] == other[what], (one["work"], what)
+
+
+def test_the_ranks_at_work_stand_for_those_before_them():
+    world = World(8, at_work=3)
+    assert world.at_work == [0, 4, 7]
+    found, _ = world.run(lambda rank: (rank.rank, rank.gather(rank.rank)))
+    assert [rank for rank, _ in found] == [0, 4, 4, 4, 4, 7, 7, 7]
+    assert all(heard == [0, 4, 4, 4, 4, 7, 7, 7] for _, heard in found)
 
 
 def test_a_report_is_one_collective_of_numbers(found):
