@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
+from bst_base.places import LocalPath
 from bst_base.settings import Config
 
 
@@ -30,7 +32,16 @@ class CheckpointConfig(Config):
     no run can resume from them; 0: none. A full checkpoint at such a step keeps its weights when it is removed."""
     at: tuple[Annotated[int, Field(ge=1, le=2**40)], ...] = ()
     """Steps that have a checkpoint whatever `every` says, never removed: where branches start."""
+    local_every: int = Field(0, ge=0, le=2**40)
+    """Steps between local copies, in the memory of each rank's node and of a neighbour node: after a restart the run
+    resumes from the newest of them that is complete, without reading a checkpoint; 0: none."""
+    local_directory: LocalPath = Path("/dev/shm")
+    """Where a node keeps local copies; by default in its memory. Not on a file system that nodes share."""
 
     def scheduled(self, step: int) -> bool:
         """Whether every start of the run takes a checkpoint after so many steps, wherever it ends."""
         return step in self.at or bool(self.every and step % self.every == 0)
+
+    def wanted(self, step: int) -> bool:
+        """The same, of the weights alone or with all that a run resumes from."""
+        return self.scheduled(step) or bool(self.weights_every and step % self.weights_every == 0)

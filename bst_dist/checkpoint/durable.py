@@ -12,7 +12,7 @@ from typing import Any
 FileRecord = dict[str, Any]  # {"bytes": int, "sha256": str}, and of a shard "start": the byte of its first value
 
 
-class _Hashing:
+class Hashing:
     """A binary file that digests what is written to it; torch.save and safetensors write front to back."""
 
     def __init__(self, file: Any) -> None:
@@ -39,10 +39,10 @@ class Files:
         self.records: dict[str, FileRecord] = {}
 
     @contextmanager
-    def open(self, name: str) -> Iterator[_Hashing]:
+    def open(self, name: str) -> Iterator[Hashing]:
         """Write the file `name`; synced and recorded when the block ends."""
         with (self.root / name).open("wb") as file:
-            hashing = _Hashing(file)
+            hashing = Hashing(file)
             yield hashing
             file.flush()
             os.fsync(file.fileno())

@@ -63,10 +63,15 @@ def judged(ranks: Ranks, checkpoint: Path) -> list[Finding]:
 
 def manifest_of(ranks: Ranks, checkpoint: Path) -> dict[str, Any]:
     """The manifest, read by one rank for all."""
-    manifest, error = ranks.from_first(_tried(lambda: read_manifest(checkpoint)) if ranks.first else None)
+    return of_first(ranks, lambda: read_manifest(checkpoint))
+
+
+def of_first(ranks: Ranks, work: Callable[[], Any]) -> Any:
+    """What `work` returns on rank 0, on every rank; raises on all ranks what it raises there."""
+    value, error = ranks.from_first(_tried(work) if ranks.first else None)
     if error is not None:
         raise error
-    return manifest
+    return value
 
 
 def gathered(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:

@@ -16,7 +16,6 @@ import shutil
 import socket
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -24,10 +23,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from bst_base.errors import StorageError, UserError
 from bst_base.files import sync_directory
+from bst_dist.checkpoint.copying import Copied, HostCopy
 from bst_dist.checkpoint.directory import (
     CHECKPOINTS,
     DELETED,
@@ -46,7 +45,7 @@ from bst_dist.checkpoint.durable import FileRecord, Files
 from bst_dist.checkpoint.fragments import Fragment
 from bst_dist.checkpoint.index import Index, agreed
 from bst_dist.checkpoint.retention import remove_leavings
-from bst_dist.checkpoint.shards import Piece, write
+from bst_dist.checkpoint.shards import write
 from bst_dist.faults.lease import NO_LEASE, SharedLease
 from bst_dist.parallel.ranks import Ranks
 
@@ -111,7 +110,7 @@ class Saver:
         0's thread does after each commit; `lease`: what must be held for one; `kinds`: what there is to write."""
         self.lease, self.kinds = lease, kinds
         self.run_dir, self.state, self.ranks, self.background, self.tidy = run_dir, state, ranks, background, tidy
-        self._copy = _HostCopy(ranks.device)
+        self._copy = HostCopy(ranks.device)
         self._index: Index | None = None
         """What lies where, as the ranks have once agreed; it stays the same while they run."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -134,13 +133,18 @@ class Saver:
         if self.background:
             copied = self._copy.of(fragments, kinds)
         else:
-            copied = [_Copied(f.piece, name, [f.values[name]]) for kind in kinds for name in TENSORS[kind]
+            copied = [Copied(f.piece, name, [f.values[name]]) for kind in kinds for name in TENSORS[kind]
                       for f in fragments]  # fmt: skip
         written = self._thread.submit(self._write, partial, copied, own, kinds)
         if not self.background:
             wait([written])
         self._pending = _Pending(partial, {**manifest, INDEX: index.described()}, started, written)
         return None
+
+    @property
+    def step(self) -> int | None:
+        """Of the checkpoint that is pending; None when none is."""
+        return self._pending and self._pending.manifest["step"]
 
     def rehearse(self) -> None:
         """Before the first step: have the memory for the copy, and see that every rank can write and read back.
@@ -216,13 +220,13 @@ class Saver:
         return None
 
     def _write(
-        self, partial: Path, copied: list[_Copied], own: dict[str, Any], kinds: Sequence[str]
+        self, partial: Path, copied: list[Copied], own: dict[str, Any], kinds: Sequence[str]
     ) -> dict[str, FileRecord]:
         files, rank = Files(partial), self.ranks.rank
         for kind in kinds:
             ours = [one for one in copied if one.tensor in TENSORS[kind]]
             with files.open(shard_file(kind, rank)) as file:
-                start = write(file, [_stored_as(one.piece, one.tensor) for one in ours], [one.runs for one in ours])
+                start = write(file, [one.stored(stored_name) for one in ours], [one.runs for one in ours])
             files.records[shard_file(kind, rank)]["start"] = start
         if OPTIMIZER in kinds:
             memory = io.BytesIO()  # torch hides a full disk behind errors of its own
@@ -269,72 +273,6 @@ def _needed(index: Index, kinds: Sequence[str]) -> int:
     """Bytes that all ranks are going to write."""
     elements = sum(division.numel for division in index.divisions.values())
     return elements * sum(len(TENSORS[kind]) for kind in kinds) * torch.float32.itemsize + SPARE_BYTES
-
-
-def _stored_as(piece: Piece, tensor: str) -> Piece:
-    return Piece(stored_name(piece.name, tensor), piece.shape, piece.begin, piece.count)
-
-
-@dataclass(frozen=True)
-class _Copied:
-    """A tensor's piece that is to be written."""
-
-    piece: Piece
-    tensor: str
-    """WEIGHT, one of MOMENTS, or AVERAGE."""
-    runs: list[Tensor]
-    """Its values, one after the other."""
-
-
-class _HostCopy:
-    """A copy of fragments in the host's memory, in the same place each time: fresh pages cost more than the copy."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._memory: list[Tensor] = []
-
-    def reserve(self, count: int) -> None:
-        """Have room for `count` elements."""
-        missing = count - sum(memory.numel() for memory in self._memory)
-        pinned = self._device.type != "cpu"
-        self._memory += [torch.empty(size, pin_memory=pinned) for size in block_sizes(missing)]
-
-    def of(self, fragments: list[Fragment], kinds: Sequence[str]) -> list[_Copied]:
-        """What is to be written of the fragments, as it is now, until the next call."""
-        named = [(f.piece, name, f.values[name]) for kind in kinds for name in TENSORS[kind] for f in fragments]
-        self.reserve(sum(values.numel() for *_, values in named))
-        room, copies = deque(self._memory), []
-        for piece, name, values in named:
-            runs, begin = [], 0
-            while begin < values.numel():
-                block = room.popleft()
-                count = min(block.numel(), values.numel() - begin)
-                runs.append(block[:count].copy_(values[begin : begin + count], non_blocking=True))
-                begin += count
-                if count < block.numel():
-                    room.appendleft(block[count:])
-            copies.append(_Copied(piece, name, runs))
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize()
-        return copies
-
-
-BLOCK = 1 << 28
-"""Elements of the largest block of host memory: 1 GiB."""
-SMALLEST = 1 << 18
-
-
-def block_sizes(count: int) -> list[int]:
-    """Powers of two, none above BLOCK, that hold `count` elements and few more.
-
-    torch rounds a block of pinned memory up to a power of two: one of 84 GB would take 137.
-    """
-    sizes = []
-    while count > 0:
-        size = min(BLOCK, max(SMALLEST, 1 << (count.bit_length() - 1)))
-        sizes.append(size)
-        count -= size
-    return sizes
 
 
 def _write_and_read(path: Path) -> None:

@@ -17,10 +17,12 @@ from bst_base.errors import StorageError
 from bst_dist.checkpoint import rng, saving
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import (
+    AVERAGE,
     AVERAGED,
     FORMAT,
     OPTIMIZER,
     TENSORS,
+    WEIGHT,
     WEIGHTS,
     CheckpointError,
     has,
@@ -33,8 +35,10 @@ from bst_dist.checkpoint.directory import (
 from bst_dist.checkpoint.fragments import Fragment
 from bst_dist.checkpoint.judging import agreed_committed, judged, manifest_of
 from bst_dist.checkpoint.layout import Carried, Layout, Rows, redistribute
+from bst_dist.checkpoint.local_copy import LocalCopy, copied_name
 from bst_dist.checkpoint.retention import set_aside, tidy
 from bst_dist.checkpoint.saving import Failed, Saved, Saver
+from bst_dist.checkpoint.shards import Shards
 from bst_dist.faults.lease import NO_LEASE, SharedLease
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.report.metrics import Callback, EvalReport, Report, StepReport, Writer
@@ -106,7 +110,12 @@ class Snapshots:
         `validation_loss`: in nats, when the weights have just been evaluated; `full`: not of the weights alone.
         """
         self._manifest = None
-        manifest = {
+        kinds = self.kinds if full else (WEIGHTS,)
+        return self._saver.start(self.described(position, validation_loss), self.own(position), kinds)
+
+    def described(self, position: Position, validation_loss: float | None = None) -> dict[str, Any]:
+        """The manifest of what is saved at `position`, without its files."""
+        return {
             "format": FORMAT,
             "step": position.step,
             "tokens": position.tokens,
@@ -121,8 +130,15 @@ class Snapshots:
             "versions": self._versions,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        own = {"rng": rng.capture(self.ranks.device), "carried": _on_host(position.carried)}
-        return self._saver.start(manifest, own, self.kinds if full else (WEIGHTS,))
+
+    def own(self, position: Position) -> dict[str, Any]:
+        """What this rank alone knows at `position`."""
+        return {"rng": rng.capture(self.ranks.device), "carried": _on_host(position.carried)}
+
+    @property
+    def pending(self) -> int | None:
+        """Step of the checkpoint that is being written; None when none is."""
+        return self._saver.step
 
     def poll(self) -> Saved | Failed | None:
         """What became of the checkpoint under way, once all ranks are through with it; None until then."""
@@ -174,15 +190,39 @@ class Snapshots:
         if not of_trunk:
             self._require_same(checkpoint, manifest)
         self._fill(checkpoint, manifest)
+        return self._resume(manifest, cache(partial(_own, checkpoint)))
+
+    def load_local(self, copy: LocalCopy) -> Position:
+        """The same from this rank's local copy, taken under the same layout."""
+        self._require_same(copy.path, copy.manifest)
+        averaged = AVERAGED in copy.manifest["kinds"]  # else the average begins with the weights, as in `_fill`
+        self._fill_from(copy.path, lambda _: copy.shards(), lambda parameter, tensor: copied_name(
+            parameter, WEIGHT if tensor == AVERAGE and not averaged else tensor))  # fmt: skip
+        own = copy.own()
+        return self._resume(copy.manifest, lambda _: own)
+
+    def _resume(self, manifest: dict[str, Any], own: Callable[[int], dict[str, Any]]) -> Position:
+        """Once the weights and moments are there: all else. `own`: what a rank alone knew."""
         self.state.filled(manifest["step"], manifest["updates"])
         saved, rank = Layout(**manifest["layout"]), self.ranks.rank
-        own = cache(partial(_own, checkpoint))
         if self._same_ranks(saved):
             rng.restore(own(rank)["rng"], self.ranks.device)
         else:
             rng.seed_all(self.identity.seed, rank, manifest["step"])
         carried = redistribute(self.identity.rows, saved, lambda other: own(other)["carried"])
         return Position(manifest["step"], manifest["tokens"], manifest["data"], carried, manifest["skipped"])
+
+    def reached(self) -> tuple[int, int]:
+        """How far the newest checkpoint to resume from is: data skipped and step, by its manifest alone; all ranks see
+        the same checkpoints, or StorageError is raised on all. (0, 0) when there is none."""
+        for checkpoint in agreed_committed(self.ranks, self.run_dir):
+            try:
+                manifest = manifest_of(self.ranks, checkpoint)
+            except CheckpointError:
+                continue  # `newest` says what is wrong with it, if it is ever wanted
+            if is_full(manifest):
+                return manifest["skipped"], manifest["step"]
+        return 0, 0
 
     def change(self, checkpoint: Path) -> str | None:
         """How the layout differs from the one that the checkpoint was written under; None when it does not."""
@@ -216,14 +256,22 @@ class Snapshots:
         """Read what this rank holds from whichever ranks had written it: under the same layout from its own files
         alone, and in every other from those that have some of it."""
         own = self.ranks.rank if Layout(**manifest["layout"]) == self.identity.layout else None
-        held = self.state.held()
-        for kind in self.kinds:
+
+        def opened(kind: str) -> Shards:
             # A run that has begun without an average starts one from the weights it has come to.
             there = kind if has(manifest, kind) or kind != AVERAGED else WEIGHTS
-            shards, wanted = open_shards(checkpoint, there, own, manifest), []
+            return open_shards(checkpoint, there, own, manifest)
+
+        self._fill_from(checkpoint, opened, stored_name)
+
+    def _fill_from(self, checkpoint: Path, opened: Callable[[str], Shards], named: Callable[[str, str], str]) -> None:
+        """`opened`: the shards of a kind; `named`: what a parameter's tensor is called there."""
+        held = self.state.held()
+        for kind in self.kinds:
+            shards, wanted = opened(kind), []
             for tensor in TENSORS[kind]:
                 for fragment in held:
-                    name = stored_name(fragment.piece.name, tensor)
+                    name = named(fragment.piece.name, tensor)
                     self._require_shape(checkpoint, name, fragment.piece.shape, shards.shape(name))
                     wanted.append((name, fragment.piece.begin, fragment.values[tensor]))
             shards.fill(wanted)
@@ -284,14 +332,18 @@ class Checkpoints(Callback):
         without the last one, nor after `checkpoint.failures` in a row: raises StorageError on all ranks.
         """
         self._tell(self.snapshots.poll())
-        full = last or self.config.scheduled(report.step)
-        if full or _due(report.step, self.config.weights_every):
+        if last or self.config.wanted(report.step):
+            full = last or self.config.scheduled(report.step)
             self._tell(self.snapshots.finish())
-            position = Position(report.step, self.trainer.tokens, self.data_state(report.step), self.trainer.carried,
-                                self.trainer.skipped)  # fmt: skip
-            self._tell(self.snapshots.start(position, self.evaluated.loss(report.step), full), last)
+            loss = self.evaluated.loss(report.step)
+            self._tell(self.snapshots.start(self.position(report.step), loss, full), last)
             if last or not self.config.background:
                 self._tell(self.snapshots.finish(), last)
+
+    def position(self, step: int) -> Position:
+        """Where the run stands, now that `step` steps are done."""
+        trainer = self.trainer
+        return Position(step, trainer.tokens, self.data_state(step), trainer.carried, trainer.skipped)
 
     def _tell(self, outcome: Saved | Failed | None, last: bool = False) -> None:
         if isinstance(outcome, Failed):
@@ -306,10 +358,6 @@ class Checkpoints(Callback):
             self.failed = 0
             kind = "checkpoint" if outcome.full else "weights"
             self.say(f"{'':>12} {kind} {outcome.path}: {outcome.bytes / 1e6:,.1f} MB in {outcome.seconds:.1f} s")
-
-
-def _due(step: int, every: int) -> bool:
-    return bool(every) and step % every == 0
 
 
 def _on_host(carried: Carried) -> Carried:

@@ -20,11 +20,13 @@ from bst_dist.report.metrics import keep_dropped, read_lines
 FILE = "ledger.jsonl"
 CHANGE = "change"
 """The action of an entry that says what a run has otherwise from a step on."""
+RESUMED = "resumed"
+"""The action of an entry that says after which step a start went on that had no checkpoint of it."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One step that was not taken, or a change of the run's settings after a step."""
+    """One step that was not taken, a change of the run's settings after a step, or a start from local copies."""
 
     step: int
     """Its number, counted from 1 as in the metrics."""
@@ -33,7 +35,7 @@ class Entry:
     cause: str
     """What was wrong, with its value and the limit."""
     action: str
-    """stop, skip, roll-back or change."""
+    """stop, skip, roll-back, change or resumed."""
     back_to: int | None = None
     """After how many steps the run went on, when it was rolled back."""
     time: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), compare=False)
@@ -67,7 +69,7 @@ class Ledger:
     def lately(self, data_step: int, within: int) -> int:
         """How many entries there are of the last `within` steps' worth of data before `data_step`."""
         return sum(data_step - within <= entry.data_step < data_step for entry in self.entries
-                   if entry.action != CHANGE)  # fmt: skip
+                   if entry.action not in (CHANGE, RESUMED))  # fmt: skip
 
 
 def read(run_dir: Path, step: int, skipped: int) -> list[Entry]:

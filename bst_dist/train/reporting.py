@@ -22,8 +22,9 @@ from bst_dist.train.step import Trainer
 from data_pipeline.serve.slices import slices_of
 
 
-def header(start: Start, engine: Engine, ranks: Ranks, compiled: str) -> str:
-    """What is printed before the first line of a start; `compiled`: whether its layers are, and why not."""
+def header(start: Start, engine: Engine, ranks: Ranks, compiled: str, local: str = "") -> str:
+    """What is printed before the first line of a start; `compiled`: whether its layers are, and why not; `local`: where
+    its local copies are."""
     recipe, model, world = start.recipe, start.recipe.model, ranks.world
     layers = ", ".join(f"{count} {mixer}" for mixer, count in Counter(model.mixers()).items())
     tokens = recipe.train.sequences * recipe.train.sequence_length
@@ -55,6 +56,8 @@ def header(start: Start, engine: Engine, ranks: Ranks, compiled: str) -> str:
             f"this CPU multiplies matrices {slowdown:.0f} times as slowly in bf16 as in fp32; a new run is faster with "
             "train.precision=fp32"
         )
+    if local:
+        lines["copies"] = local
     if start.changed:
         lines["change"] = f"{'; '.join(start.changed)} (before, from here on)"
     if unused := model.unused_sections():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 from bst_dist.checkpoint.directory import CheckpointError, committed, step_of
+from bst_dist.checkpoint.local import LocalCopies
 from bst_dist.checkpoint.retention import abandon
 from bst_dist.checkpoint.snapshot import Position, Snapshots
 from bst_dist.faults import ledger
@@ -19,15 +21,20 @@ from bst_dist.train.start import Request, Start
 from bst_dist.train.step import Trainer
 
 
-def begin_at(request: Request, start: Start, snapshots: Snapshots, ranks: Ranks) -> Position:
-    """Load the checkpoint that the run starts from: its own when asked to resume, else its trunk's, else none.
+def begin_at(
+    request: Request, start: Start, snapshots: Snapshots, copies: LocalCopies, ranks: Ranks
+) -> tuple[Position, str | None]:
+    """Load what the run starts from: when asked to resume the newest of its local copies and checkpoints, else its
+    trunk's checkpoint, else nothing. Returns the local copies as well, if it was they.
 
     Raises CheckpointError on all ranks when steps were taken and none of their checkpoints is valid.
     """
-    position = _newest(start, snapshots, ranks, own=request.resume)
+    position, local = _from_copies(start, copies, ranks) if request.resume else (None, None)
+    if position is None:
+        position = _newest(start, snapshots, ranks, own=request.resume)
     if position is not None:
         start.objective.loader(mesh_of(start, ranks)).check(position.data)
-        return position
+        return position, local
     if initial := start.recipe.initial_weights:
         if committed(start.run_dir):
             raise CheckpointError(f"{start.run_dir}: no valid checkpoint to resume: start a run in another --run-dir")
@@ -40,10 +47,28 @@ def begin_at(request: Request, start: Start, snapshots: Snapshots, ranks: Ranks)
         )
     if request.resume:
         ranks.say(f"no checkpoint in {start.run_dir} yet: starting at step 0")
-    return Position(step=0, tokens=0, data={}, carried=[])
+    return Position(step=0, tokens=0, data={}, carried=[]), None
 
 
-def roll_back(start: Start, snapshots: Snapshots, trainer: Trainer, entry: ledger.Entry) -> Position:
+def _from_copies(start: Start, copies: LocalCopies, ranks: Ranks) -> tuple[Position | None, str | None]:
+    """Load the newest local copies, if they are as new as the newest checkpoint; returns what they were as well."""
+
+    @cache
+    def shown() -> set[int]:
+        return {line["step"] for line in reported(start) if line["kind"] in ("train", "skipped")}
+
+    # Whether a setting may change from a step on was decided by the checkpoints that there are.
+    refusal = f"{'; '.join(start.changed)} (before, from here on)" if start.changed else None
+    found = copies.find(lambda step: step in shown(), refusal)
+    if found is None:
+        return None, None
+    ranks.say(f"resumed from step {found[0].step} of {found[1]}")
+    return found
+
+
+def roll_back(
+    start: Start, snapshots: Snapshots, copies: LocalCopies, trainer: Trainer, entry: ledger.Entry
+) -> Position:
     """Load the last scheduled checkpoint, to continue from there with the data after the step in question.
 
     Raises DivergedError when there is none yet.
@@ -55,14 +80,18 @@ def roll_back(start: Start, snapshots: Snapshots, trainer: Trainer, entry: ledge
         trainer.guard.ledger.add(replace(entry, action="stop"))
         raise DivergedError(f"{entry.cause}, and there is no checkpoint yet to roll back to: that step was not taken")
     trainer.guard.ledger.add(replace(entry, back_to=before.step))
+    copies.drop()
     if ranks.first:
         abandon(start.run_dir, before.step)
     # The past of the rows is of data that does not come before what they read now.
     return replace(before, skipped=entry.data_step - before.step, carried=[])
 
 
-def guard_of(start: Start, ranks: Ranks, position: Position) -> Guard:
-    """The guard of a run that continues from `position`; what it has seen before is in the run's files."""
+def guard_of(start: Start, ranks: Ranks, position: Position, local: str | None = None) -> Guard:
+    """The guard of a run that continues from `position`; what it has seen before is in the run's files.
+
+    `local`: the local copies that the run was resumed from, for the ledger.
+    """
     seen = None
     if ranks.first:
         losses = [line["loss_nats"] for line in reported(start) if line["kind"] == "train"]
@@ -72,6 +101,8 @@ def guard_of(start: Start, ranks: Ranks, position: Position) -> Guard:
     cause = "; ".join(changed_at(start, position))
     if cause and cause != next((entry.cause for entry in reversed(entries) if entry.action == ledger.CHANGE), None):
         book.add(ledger.Entry(position.step, position.skipped, cause, ledger.CHANGE))
+    if local:
+        book.add(ledger.Entry(position.step, position.skipped, f"resumed from {local}", ledger.RESUMED))
     return Guard(start.recipe.guard, book, losses)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from bst_dist.checkpoint import rng
 from bst_dist.checkpoint.fragments import EngineState
+from bst_dist.checkpoint.local import LocalCopies
 from bst_dist.checkpoint.snapshot import Checkpoints, Evaluated, Position, Snapshots
 from bst_dist.faults.disks import Disks
 from bst_dist.faults.ending import LAST_WORD
@@ -79,20 +80,26 @@ class Run:
         self.average = averaged and Average(averaged, state)
         self.snapshots = Snapshots(start.run_dir, state, ranks, identity, self.recipe.checkpoint, lease,
                                    averaged is not None)  # fmt: skip
+        self.copies = LocalCopies(start.run_dir, self.snapshots, ranks, lease.epoch, request.resume)
+        self.local: str | None = None
+        """The local copies that the run was resumed from; None: a checkpoint, or nothing."""
         self.trainer = build_trainer(start, self.engine, ranks, watched_group(start, ranks), stop)
         ranks.limit_exchanges(self.recipe.watchdog.exchange_limit_s)
         rng.seed_all(self.recipe.seed, ranks.rank)  # all ranks have built the same model; a checkpoint sets them again
 
     def train(self) -> int:
         """Take all steps, again from an earlier one after each roll-back; returns the exit status."""
-        position = begin_at(self.request, self.start, self.snapshots, self.ranks)
+        position, self.local = begin_at(self.request, self.start, self.snapshots, self.copies, self.ranks)
         self.snapshots.rehearse()
+        position = self.copies.begin(position, self.start.until)
         self._announce(position)
         try:
             while position is not None:
                 position = self._train_from(position)
         except DivergedError as error:
             self.snapshots.finish()  # what was under way is from before
+            self.copies.drop()
+            self.copies.remove()
             if self.ranks.first:
                 rundir.finish(self.start.run_dir, {"finished": False, "diverged": str(error)})
             self.ranks.barrier()  # all diverge alike, and when the first is gone the others may be ended
@@ -105,9 +112,11 @@ class Run:
         if self.ranks.first:
             objective = self.start.objective
             about = {"ranks": self.ranks.world, "hosts": hosts, "from_step": position.step} | objective.about()
+            about |= {rundir.FROM_COPIES: self.local} if self.local else {}
             rundir.prepare(self.start.run_dir, self.recipe, self.start.completed, about, objective.tokenizer())
             start = replace(self.start, changed=changed_at(self.start, position))
-            print(header(start, self.engine, self.ranks, self.uncompiled_since or "yes"), flush=True)
+            local = self.copies.describe() if self.copies.on else ""
+            print(header(start, self.engine, self.ranks, self.uncompiled_since or "yes", local), flush=True)
 
     def _train_from(self, position: Position) -> Position | None:
         """Take steps from `position` to the end; returns where to continue when the run was rolled back, else None."""
@@ -115,7 +124,8 @@ class Run:
         trainer.tokens, trainer.carried, trainer.skipped = position.tokens, position.carried, position.skipped
         evaluated = Evaluated(self.recipe.checkpoint.keep_best_on)
         writers = [*writers_of(start, self.engine, ranks, position.step), evaluated] if ranks.first else []
-        trainer.guard = guard_of(start, ranks, position)  # after the writers, which drop the lines of later steps
+        # After the writers, which drop the lines of later steps.
+        trainer.guard, self.local = guard_of(start, ranks, position, self.local), None
         loader = start.objective.loader(mesh_of(start, ranks), position.step + position.skipped)
         if position.data:
             loader.check(position.data)  # and keeps to the version of the order that the run began with
@@ -133,7 +143,7 @@ class Run:
                 self._take_steps(loader, callbacks)
             return None
         except RollBack as back:
-            return roll_back(start, self.snapshots, trainer, back.entry)
+            return roll_back(start, self.snapshots, self.copies, trainer, back.entry)
         finally:
             loader.close()
             with suppress(OSError):  # when the disk is full that was said before
@@ -148,12 +158,16 @@ class Run:
         def data_state(step: int) -> dict[str, Any]:
             return loader.state(step + position.skipped)
 
+        # After the evaluation, whose loss `evaluated` holds for it: checkpoint.keep_best goes by it.
+        checkpoints = Checkpoints(recipe.checkpoint, self.snapshots, self.trainer, evaluated, data_state, ranks.say)
+        settle, take = self.copies.callbacks(checkpoints.position, evaluated)
         callbacks: list[Callback] = [
             *([self.average] if self.average else []),  # before all that reads it
+            *settle,  # the copy of the step before is there before this step is reported
             Log(writers),  # first: a step that an evaluation or a checkpoint fails after has been reported
             evaluate,
-            # After the evaluation, whose loss `evaluated` holds for it: checkpoint.keep_best goes by it.
-            Checkpoints(recipe.checkpoint, self.snapshots, self.trainer, evaluated, data_state, ranks.say),
+            *take,
+            checkpoints,
             Performance(recipe.log.every, ranks, writers, self.trainer.sharing),  # counts what the others took
         ]
         if recipe.log.profile:
@@ -190,5 +204,6 @@ class Run:
             ranks.say(f"stopped{by} after step {outcome['step']}: --resume continues from there")
         if ranks.first:
             rundir.finish(self.start.run_dir, outcome)
+        self.copies.remove()
         ranks.barrier()  # when the first rank is gone its launcher may end the others
         return RESUBMIT if stopped else DONE

@@ -8,7 +8,7 @@ tensorboard/      the same as events, and what was seen inside the model
 ledger.jsonl      steps that the guard has not taken
 profile/, stacks/ traces of steps, and where the ranks stood when they hung
 checkpoints/      step-00000100/ and so on
-lease/            which start trains there now
+lease/            which start trains there now, and what its local copies are named by
 outcome.json      how the last start ended; absent while it runs or when it was cut short
 tokenizer.*       of the corpus, so that the run can be moved, and generates and exports without the corpus
 """
@@ -41,6 +41,8 @@ EARLY = (CHECKPOINTS, "heartbeats", LEASE, STACKS)
 """What a start makes before it writes the recipe; heartbeats/ older versions made."""
 BESIDE = (".out", ".err", ".log", ".partial")
 """Ends of names of what may lie in a new run's directory: a scheduler's logs, a file whose write was broken off."""
+FROM_COPIES = "from_local_copies"
+"""In a start's entry: the local copies that it resumed from, where it was no checkpoint."""
 FROM_ZERO = "--from-zero (its metrics are kept in metrics.dropped.jsonl)"
 
 # What of the DeepSpeed configuration decides the run's numbers: how it computes, and what ZeRO rounds on the way. The
@@ -142,7 +144,8 @@ def shown_steps(run_dir: Path) -> str | None:
     first = recipe.branch.step if recipe.branch else 0
     environment, outcome = run_dir / ENVIRONMENT, read_outcome(run_dir) or {}
     starts = json.loads(environment.read_text())["starts"] if environment.exists() else []
-    if (begun := max((start.get("from_step", 0) for start in starts), default=0)) > first:
+    resumed = (start.get("from_step", 0) for start in starts if FROM_COPIES not in start)
+    if (begun := max(resumed, default=0)) > first:
         return f"{ENVIRONMENT} has a start that resumed from step {begun}"
     if (reached := outcome.get("step", 0)) > first:
         return f"{OUTCOME} says that step {reached} was reached"

@@ -1,17 +1,20 @@
 """Kill a run again and again at random moments, and see that it ends as the run that was never disturbed.
 
     python tests/checkpoint/soak.py --kills 200 --ranks 2 --directory /tmp/soak
+    python tests/checkpoint/soak.py --kills 200 --local-every 1 --directory /tmp/soak-local
 
 Ranks are forked from this process, which has imported everything and prepared a small corpus, so that a start takes
 a second and not ten. They are killed by SIGKILL at a random moment: one time in four while they meet and load, else
 once they train, copy, write, commit and remove. One time in two all at once, as when a machine is lost; else one of
 them first, and the others a moment later. After each kill the newest checkpoint must be whole and no older than the
-one before. In the end every loss and every weight must be, bit for bit, those of the undisturbed run.
+one before. With local copies a start must go on from no earlier than `--local-every` steps before the last step that
+was reported. In the end every loss and every weight must be, bit for bit, those of the undisturbed run.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -35,6 +38,7 @@ from bst_dist.config import Recipe
 from bst_dist.parallel.ranks import Ranks, choose_accelerator
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.study.comparison.equality import COMPUTED
+from bst_dist.train.rundir import ENVIRONMENT
 from bst_dist.train.start import Request
 from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.corpus import prepare
@@ -54,6 +58,8 @@ class Soak:
     most_steps: int = 6
     """The most that a start may take before it is killed."""
     seed: int = 0
+    local_every: int = 0
+    """Steps between local copies; 0: none."""
 
     @property
     def recipe(self) -> Path:
@@ -82,7 +88,8 @@ def prepare_recipe(soak: Soak) -> None:
         "data": {"corpus": str(corpus), "prefetch": 0, "mode": "streaming"},
         "train": {"steps": soak.steps, "sequence_length": 32, "sequences": 4, "precision": "fp32", "carry": True},
         "evaluation": {"every": 0, "sequences": 4},
-        "checkpoint": {"every": 3, "weights_every": 60},
+        "checkpoint": {"every": 3, "weights_every": 60, "local_every": soak.local_every,
+                       "local_directory": str(soak.folder / "memory")},
         "log": {"tensorboard": False, "every": 50},
         "deepspeed": "ds_configs/zero2.json",
     }  # fmt: skip
@@ -131,9 +138,10 @@ def wait_for(pids: Sequence[int], seconds: float) -> list[int | None]:
     return [found.get(pid) for pid in pids]
 
 
-def wait_for_steps(run_dir: Path, steps: int, seconds: float = PATIENCE_S) -> None:
-    """Return when the run has taken so many more steps than the checkpoint it goes on from, or after so long."""
-    wanted = newest_step(run_dir) + steps
+def wait_for_steps(run_dir: Path, steps: int, local: bool = False, seconds: float = PATIENCE_S) -> None:
+    """Return when the run has taken so many more steps than the checkpoint, or the `local` copies, that it goes on
+    from, or after so long."""
+    wanted = (reported_steps(run_dir) if local else newest_step(run_dir)) + steps
     deadline = time.monotonic() + seconds
     begun = time.time()
     while time.monotonic() < deadline:
@@ -141,6 +149,17 @@ def wait_for_steps(run_dir: Path, steps: int, seconds: float = PATIENCE_S) -> No
         if path.exists() and path.stat().st_mtime > begun and len(read_lines(path)) >= wanted:
             return
         time.sleep(0.02)
+
+
+def reported_steps(run_dir: Path) -> int:
+    """How many steps the run has reported."""
+    return sum(line["kind"] == "train" for line in read_lines(run_dir / FILE))
+
+
+def begun_at(run_dir: Path) -> list[int]:
+    """The steps after which the run's starts have begun, those of them that came so far."""
+    path = run_dir / ENVIRONMENT
+    return [one["from_step"] for one in json.loads(path.read_text())["starts"]] if path.exists() else []
 
 
 def step_seconds(run_dir: Path) -> float:
@@ -174,15 +193,20 @@ def disturb(soak: Soak, say: Any) -> Counter[str]:
     chance, reached, found = random.Random(soak.seed), 0, Counter()
     run_dir = soak.folder / "disturbed"
     for number in range(soak.kills):
+        done, starts = reported_steps(run_dir), len(begun_at(run_dir))
         pids = start(soak, "disturbed")
+        local = soak.local_every > 0
         if chance.random() < 0.75:
-            wait_for_steps(run_dir, chance.randint(1, soak.most_steps))
+            wait_for_steps(run_dir, chance.randint(1, soak.most_steps), local)
         else:
-            wait_for_steps(run_dir, soak.most_steps, seconds=chance.uniform(0, 3))
+            wait_for_steps(run_dir, soak.most_steps, local, seconds=chance.uniform(0, 3))
         statuses = wait_for(pids, chance.uniform(0, 2) * step_seconds(run_dir))
         assert all(status is None for status in statuses), f"ended by itself before kill {number + 1}: {statuses}"
         partial = any((run_dir / "checkpoints").glob("*.partial"))
         kill(pids, chance)
+        if local and len(begun := begun_at(run_dir)) > starts:
+            found[f"{done - begun[-1]} steps lost"] += 1
+            assert done - begun[-1] <= soak.local_every, f"kill {number} cost {done - begun[-1]} steps, to {begun[-1]}"
         now = newest_step(run_dir)
         assert now >= reached, f"kill {number + 1} cost the checkpoint of step {reached}: there is {now}"
         found["while a checkpoint was being written" if partial else "otherwise"] += 1
@@ -204,10 +228,14 @@ def train_to_the_end(soak: Soak, run: str) -> None:
 
 
 def compare(soak: Soak) -> int:
-    """Assert that both runs are equal to the last bit; returns how many losses there were."""
+    """Assert that both runs are equal to the last bit; returns how many losses there were.
+
+    Reports of the time that steps take do not count: a kill between a local copy and such a report leaves it out.
+    """
     runs = [soak.folder / name for name in ("whole", "disturbed")]
     keys = ("kind", "step", *COMPUTED)
-    lines = [[{key: line.get(key) for key in keys} for line in read_lines(run / FILE)] for run in runs]
+    lines = [[{key: line.get(key) for key in keys} for line in read_lines(run / FILE) if line["kind"] != "performance"]
+             for run in runs]  # fmt: skip
     assert lines[0] == lines[1]
     weights = [load_weights(directory(run, soak.steps)) for run in runs]
     assert weights[0].keys() == weights[1].keys()
@@ -240,10 +268,11 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--local-every", type=int, default=0)
     parser.add_argument("--directory", type=Path, required=True)
     args = parser.parse_args()
     endure(
-        Soak(args.directory, args.ranks, args.steps, args.kills, seed=args.seed),
+        Soak(args.directory, args.ranks, args.steps, args.kills, seed=args.seed, local_every=args.local_every),
         lambda text: print(text, flush=True),
     )
 

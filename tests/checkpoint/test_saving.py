@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bst_base.errors import StorageError
-from bst_dist.checkpoint import durable, retention, saving
+from bst_dist.checkpoint import copying, durable, retention, saving
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import (
     MANIFEST,
@@ -253,7 +253,7 @@ def die_at(count: int, root: Path) -> None:
         if event in EVENTS and not reads and str(root) in str(args[0]) and change():
             os._exit(9)
 
-    def write(self: Any, data: Any, original: Callable[..., int] = durable._Hashing.write) -> int:
+    def write(self: Any, data: Any, original: Callable[..., int] = durable.Hashing.write) -> int:
         if change():
             original(self, memoryview(data).cast("B")[: len(memoryview(data).cast("B")) // 2])
             self.flush()
@@ -266,7 +266,7 @@ def die_at(count: int, root: Path) -> None:
         original(descriptor)
 
     sys.addaudithook(audit)
-    durable._Hashing.write, os.fsync = write, fsync
+    durable.Hashing.write, os.fsync = write, fsync
 
 
 def go_on(run_dir: Path, count: int, said: int) -> None:
@@ -408,14 +408,14 @@ def test_a_checkpoint_that_is_written_ends_the_row(tmp_path, monkeypatch):
 
 def test_the_copys_memory_is_little_more_than_what_is_copied():
     for count in (1, 1 << 18, 7_000_000, 3 * (1 << 28) + 5, 21_000_000_000):
-        sizes = saving.block_sizes(count)
+        sizes = copying.block_sizes(count)
         assert count <= sum(sizes) < count + (1 << 18)
         assert all(size & (size - 1) == 0 and size <= 1 << 28 for size in sizes)
-    assert saving.block_sizes(-3) == []
+    assert copying.block_sizes(-3) == []
 
 
 def test_a_copy_over_several_blocks_is_written_as_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "block_sizes", lambda count: [64] * -(-count // 64))
+    monkeypatch.setattr(copying, "block_sizes", lambda count: [64] * -(-count // 64))
     state = Tensors(numel=150)
     assert isinstance(save(snapshots(tmp_path, state), state, 1), Saved)
     assert resume(tmp_path, 150) == 1

@@ -10,9 +10,10 @@ import pytest
 
 
 @pytest.mark.ranks
-def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(tmp_path):
+@pytest.mark.parametrize("local_every", [0, 1])
+def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(tmp_path, local_every):
     path = Path(__file__).with_name("soak.py")
     spec = importlib.util.spec_from_file_location("soak", path)
     soak = sys.modules["soak"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(soak)
-    soak.endure(soak.Soak(tmp_path, ranks=2, steps=90, kills=5))
+    soak.endure(soak.Soak(tmp_path, ranks=2, steps=90, kills=5, local_every=local_every))

@@ -137,6 +137,29 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_as_if_nothing_had_been(
     require_same_run(tmp_path / "run", undisturbed)
 
 
+def test_a_host_that_comes_back_empty_has_its_state_from_its_neighbour(launch, small, network, tmp_path, undisturbed):
+    """Nothing is on shared storage before the end, so the lost host's rank goes on from the copy that another kept."""
+    memory, victim = tmp_path / "memory", network.hosts[1]
+    memory.mkdir()
+    settings = ("checkpoint.every=0", "checkpoint.local_every=1", f"checkpoint.local_directory={memory}", "log.every=1")
+    try:
+        for host in network.hosts:
+            network.power_off(host)
+            network.power_on(host, private=memory)
+        started = launch(small, *settings, "--run-dir", str(tmp_path / "run"), "--max-restarts", "2", *SOON)
+        started.until(f"20/{STEPS} ")
+        network.power_off(victim)
+        network.power_on(victim, private=memory)  # another machine, as far as its memory goes
+        assert started.status() == 0, started.said
+    finally:
+        for host in network.hosts:
+            network.power_off(host)
+            network.power_on(host)
+    assert "3 of 3 ranks also on another node" in started.said
+    assert "(rank 1's from " in started.said, started.said
+    require_same_run(tmp_path / "run", undisturbed)
+
+
 def test_a_launcher_whose_output_nobody_takes_disturbs_nobody(launch, small, network, tmp_path, undisturbed):
     """As after Ctrl-S: the pipe is full from the first line on, for longer than a silent host would be given."""
     read, write = os.pipe()

@@ -2,6 +2,7 @@
 
     bst bench recovery
     bst bench recovery --kills 10 --ranks 2 --json recovery.json
+    bst bench recovery --local-every 1                        # with local copies: hardly a step is lost
 
 A small model trains under `bst launch --launcher local`, with restarts; each time it has made some steps beyond its
 last checkpoint, one of its ranks is killed. What the launching process prints, and when, gives the phases:
@@ -69,6 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `bst bench recovery`."""
     parser.add_argument("--kills", type=at_least(1), default=5, metavar="N", help="recoveries to time (default: 5)")
     parser.add_argument("--ranks", type=at_least(1), default=2, metavar="N", help="of the run (default: 2)")
+    parser.add_argument("--local-every", type=at_least(0), default=0, metavar="K", help="steps between local copies, "
+                        "from which the run then resumes (checkpoint.local_every; default: 0, none)")  # fmt: skip
     parser.add_argument("--cost", type=seconds, default=1.0, metavar="SECONDS", help="the model's: how long training "
                         "waits for a checkpoint (default: 1; `bst bench saving` measures it)")  # fmt: skip
     parser.add_argument("--interval", type=seconds, metavar="SECONDS", help="the model's: between two checkpoints "
@@ -81,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(prefix="recovery-", dir=args.directory))
     try:
-        recipe = _recipe(folder, args.kills)
+        recipe = _recipe(folder, args.local_every)
         with Launched(recipe, folder / "run", args.ranks, args.kills) as launched:
             found = [recover(launched, random.Random(number)) for number in range(args.kills)]
     finally:
@@ -90,7 +93,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     recovery_s = args.recovery or Spread.of([one.to_step_s for one in found]).median
     modelled = [_modelled(one, recovery_s, args) for one in MEAN_TIMES]
     _print_model(modelled, recovery_s, args.cost)
-    return {"ranks": args.ranks, "recoveries": [asdict(one) for one in found], "model": modelled}
+    return {
+        "ranks": args.ranks,
+        "local_every": args.local_every,
+        "recoveries": [asdict(one) for one in found],
+        "model": modelled,
+    }
 
 
 class Launched:
@@ -172,7 +180,7 @@ def _step(line: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _recipe(folder: Path, kills: int) -> Path:
+def _recipe(folder: Path, local_every: int) -> Path:
     """A small model on made-up text, which reports every step."""
     from bst_base.settings import dump, parse
     from bst_dist.config import Recipe
@@ -194,7 +202,8 @@ def _recipe(folder: Path, kills: int) -> Path:
     recipe = {
         "name": "recovery", "model": model, "data": {"corpus": str(folder / "corpus"), "prefetch": 0},
         "train": {"steps": 1_000_000, "sequence_length": 32, "sequences": 16, "precision": "fp32"},
-        "evaluation": {"every": 0, "sequences": 16}, "checkpoint": {"every": EVERY, "background": False},
+        "evaluation": {"every": 0, "sequences": 16},
+        "checkpoint": {"every": EVERY, "background": False, "local_every": local_every},
         "log": {"every": 1, "tensorboard": False},
     }  # fmt: skip
     path = folder / "recipe.yaml"
@@ -212,7 +221,11 @@ def _modelled(mean: Any, recovery_s: float, args: argparse.Namespace) -> dict[st
 def _print_phases(args: argparse.Namespace, found: list[Recovery]) -> None:
     names = {"detect": "detect_s", "restart": "restart_s", "start": "start_s", "first step": "first_step_s",
              "kill to step": "to_step_s", "catch up": "catch_up_s", "steps lost": "steps_lost"}  # fmt: skip
-    title = f"{len(found)} kills of one of {args.ranks} ranks, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    local = f", local copies every {args.local_every}" if args.local_every else ""
+    title = (
+        f"{len(found)} kills of one of {args.ranks} ranks, checkpoints every {EVERY} steps{local}; "
+        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    )
     rows = [[name, str(Spread.of([float(getattr(one, field)) for one in found]))] for name, field in names.items()]
     print_table(Sheet(("phase", "seconds, median (range)"), rows), title)
 

@@ -1,0 +1,304 @@
+"""Local copies: the newest states of a run in the memory of its nodes, each rank's also in that of another node.
+
+    /dev/shm/bst-demo-5f1c…/step-00000012.skipped-0.epoch-3/rank-00000
+
+Every `checkpoint.local_every` steps, and with every checkpoint, training waits for a copy in host memory, which a
+thread writes (`local_copy`) and sends to the neighbour (`neighbours`). All ranks have done so before the next step is
+reported: a run that is killed loses at most `local_every` of the steps that it has reported. Two are kept, the older
+because it is whole while the newer is written, and a third while a checkpoint of its step is being written.
+
+The directory is named by a token in the run directory and by its path, so that copies of a run that was removed are
+nobody's, nor has a run directory those of the one that it was copied from; a copy is named by its step and the start
+that took it, so that what several starts have left is never mixed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from bst_base.errors import StorageError
+from bst_base.files import atomic_file
+from bst_dist.checkpoint.copying import Copied, HostCopy
+from bst_dist.checkpoint.directory import TENSORS, committed, step_of
+from bst_dist.checkpoint.judging import of_first
+from bst_dist.checkpoint.local_copy import Key, LocalCopy, write_copy
+from bst_dist.checkpoint.local_search import brought, gathered
+from bst_dist.checkpoint.neighbours import Neighbours, Node, keepers
+from bst_dist.checkpoint.saving import Failed, Saved
+from bst_dist.checkpoint.snapshot import Evaluated, Position, Snapshots
+from bst_dist.faults import ledger
+from bst_dist.faults.lease import LEASE
+from bst_dist.parallel.ranks import Ranks
+from bst_dist.report import metrics
+from bst_dist.report.metrics import Callback, StepReport
+
+TOKEN = "local-copies"
+"""In the lease's directory: a random word of this run."""
+MOST = 3
+"""Copies of a rank that a node has at once."""
+
+
+class LocalCopies:
+    """The local copies of one run on one rank; every rank makes every call."""
+
+    def __init__(self, run_dir: Path, snapshots: Snapshots, ranks: Ranks, epoch: int, resume: bool) -> None:
+        """`epoch`: of this start's lease. Removes the copies of a run that is not resumed, or that wants none now."""
+        self.run_dir, self.snapshots, self.ranks, self.config = run_dir, snapshots, ranks, snapshots.config
+        self.epoch, self.on = epoch, bool(self.config.local_every)
+        name, old = of_first(ranks, lambda: _names(run_dir, self.on, resume))
+        if old:
+            shutil.rmtree(self.config.local_directory / old, ignore_errors=True)
+        self.root = self.config.local_directory / name
+        self._held: list[Key] = []
+        """Whole on all ranks, oldest first."""
+        self._owed: list[Key] = []
+        """At whose steps a checkpoint was due that had not been committed when the run was killed."""
+        self._writing: tuple[Key, Future[str | None]] | None = None
+        if self.on:
+            self._open()
+
+    def _open(self) -> None:
+        """Learn where all ranks are. Without room for all copies on each node there will be none: a full /dev/shm would
+        hurt others too, NCCL among them."""
+        elements = sum(fragment.piece.count for fragment in self.snapshots.state.held())
+        own = MOST * 4 * elements * sum(len(TENSORS[kind]) for kind in self.snapshots.kinds)
+        seen = self.ranks.gather((*_tried(lambda: Node.here(self.root)), own))
+        self._turn_off([why for _, why, _ in seen if why])
+        if not self.on:
+            return
+        self._hosts, places = [node.host for node, *_ in seen], [node.directory for node, *_ in seen]
+        self._heads = [places.index(place) for place in places]
+        """By rank, the first rank of its node, which lists and removes for the others."""
+        kept_by, needed = keepers(places), dict.fromkeys(places, 0)
+        for rank, (*_, size) in enumerate(seen):
+            for holder in {rank, kept_by[rank]} - {None}:
+                needed[places[holder]] += size
+        self._turn_off([
+            f"{node.host} has {node.free / 1e6:,.1f} MB free in {self.config.local_directory}, they may take "
+            f"{needed[node.directory] / 1e6:,.1f} MB" for node, *_ in seen if node.free < needed[node.directory]
+        ])  # fmt: skip
+        if self.on:
+            self._needed, self._kept_by = max(needed.values()), kept_by
+            self._neighbours = Neighbours(self.ranks.rank, places)
+            self._copy, self._thread = HostCopy(self.ranks.device), ThreadPoolExecutor(1, "local-copy")
+
+    def describe(self) -> str:
+        """For the header of a start."""
+        elsewhere = sum(keeper is not None for keeper in self._kept_by)
+        where = f"those of {elsewhere} of {self.ranks.world} ranks also on another node" if elsewhere else "one node"
+        every = self.config.local_every
+        often = "every step" if every == 1 else f"every {every} steps"
+        room = f"up to {self._needed / 1e6:,.1f} MB of a node's memory"
+        return f"{often} in {self.config.local_directory}, {where}; {room}"
+
+    # Resuming
+
+    def find(self, shown: Callable[[int], bool], refusal: str | None = None) -> tuple[Position, str] | None:
+        """Go on from the newest copies that are whole and no older than the newest checkpoint; None: there are none.
+
+        Returns where the run stands, and what it was resumed from. `shown`, asked on rank 0: whether the run's metrics
+        have a step, as they may have lost the last ones; `refusal`: why no copies may be used.
+        """
+        if not self.on:
+            return None
+        reached = self.snapshots.reached()
+        found = gathered(self.ranks, self.root, self._heads)
+        newer = [key for key in sorted(found, reverse=True) if (key.skipped, key.step) >= reached]
+        newer, saved = of_first(self.ranks, lambda: ([key for key in newer if shown(key.step)],
+                                                     {step_of(path) for path in committed(self.run_dir)}))  # fmt: skip
+        for place, key in enumerate(newer):
+            why = refusal or found[key].missing(self.snapshots.identity.layout)
+            taken, why = ([], why) if why else brought(self.ranks, self.root, self._heads, found[key])
+            if why:
+                self.ranks.say(f"local copies of step {key.step} are not used: {why}")
+                continue
+            self._held = [key]
+            for one in newer[place:]:
+                if one.step not in saved and self.config.wanted(one.step) and self._whole(found[one]):
+                    self._owed.insert(0, one)
+            given = ", ".join(f"rank {rank}'s from {self._hosts[found[key].holders[rank][0]]}" for rank in taken[:4])
+            source = f"the local copies in {self.root}" + (f" ({given})" if given else "")
+            return self._load(key), source
+        return None
+
+    def _whole(self, found: Any) -> bool:
+        if found.missing(self.snapshots.identity.layout):
+            return False
+        return brought(self.ranks, self.root, self._heads, found)[1] is None
+
+    def _load(self, key: Key) -> Position:
+        return self.snapshots.load_local(LocalCopy(key.path(self.root, self.ranks.rank)))
+
+    def begin(self, position: Position, until: int) -> Position:
+        """Before the first step: begin the checkpoints that are owed, and remove copies that are of no more use.
+
+        Returns `position`, where the engine is again. Raises StorageError when there is no checkpoint of the last step.
+        """
+        if not self.on:
+            return position
+        if self._held and position.step >= until and self._owed[-1:] != self._held:
+            self._owed += self._held
+        for key in self._owed:
+            self._tell(self.snapshots.finish())
+            position = self._load(key)
+            loss = LocalCopy(key.path(self.root, self.ranks.rank)).manifest["validation_loss_nats"]
+            full = self.config.scheduled(key.step) or key.step >= until
+            self._tell(self.snapshots.start(position, loss, full), last=key.step >= until)
+        if self._held and position.step >= until:
+            self._tell(self.snapshots.finish(), last=True)
+        if self._owed and self._owed[-1:] != self._held:
+            position = self._load(self._held[0])
+        self._prune([*self._owed, *self._held])
+        self._held = [*(key for key in self._owed if key not in self._held), *self._held]
+        return position
+
+    def _tell(self, outcome: Saved | Failed | None, last: bool = False) -> None:
+        if isinstance(outcome, Failed):
+            message = f"no checkpoint of step {outcome.step}: {outcome.why}"
+            if last:
+                raise StorageError(message)
+            self.ranks.say(message)
+
+    # Training
+
+    def callbacks(self, position: Callable[[int], Position], evaluated: Evaluated) -> tuple[list[Callback], ...]:
+        """What comes before a step is reported, and what after its evaluation; `position`: where the run stands."""
+        return ([_Settle(self)], [_Take(self, position, evaluated)]) if self.on else ([], [])
+
+    def due(self, step: int) -> bool:
+        """Whether there is a copy after so many steps."""
+        return self.on and (step % self.config.local_every == 0 or self.config.wanted(step))
+
+    def take(self, position: Position, validation_loss: float | None) -> None:
+        """Copy the state, and let the thread write and send it."""
+        self._held = [one for one in self._held[:-1] if one.step == self.snapshots.pending] + self._held[-1:]
+        key = Key(position.skipped, position.step, self.epoch)
+        copied = self._copy.of(self.snapshots.state.held(), self.snapshots.kinds)
+        own = self.snapshots.own(position)
+        manifest = {**self.snapshots.described(position, validation_loss), "kinds": self.snapshots.kinds}
+        work = self._thread.submit(self._write, key, [*self._held, key], copied, own, manifest)
+        self._writing = key, work
+
+    def _write(self, key: Key, kept: Sequence[Key], copied: Sequence[Copied], own: dict[str, Any],
+               manifest: dict[str, Any]) -> str | None:  # fmt: skip
+        """In the thread; returns why this rank has no copy, or not the one that it keeps for another."""
+        with suppress(OSError):
+            self._prune(kept)
+        if self.ranks.first:  # so that what was reported up to here outlives this host, as the copies do
+            for name in (metrics.FILE, ledger.FILE):
+                _sync(self.run_dir / name)
+        path, kept_for = key.path(self.root, self.ranks.rank), self._neighbours.kept
+        _, why = _tried(lambda: write_copy(path, copied, own, manifest))
+        _, unsent = _tried(lambda: self._neighbours.exchange(path, key.path(self.root, kept_for or 0)))
+        return why or unsent
+
+    def settle(self) -> None:
+        """Wait until all ranks have written and sent the last copy; when one could not, there are no more copies."""
+        if self._writing is None:
+            return
+        (key, work), self._writing = self._writing, None
+        why = work.result()
+        (failed,) = self.ranks.sum([why is not None])
+        if failed:
+            self._turn_off([said for said in self.ranks.gather(why) if said])
+        else:
+            self._held.append(key)
+
+    def _turn_off(self, reasons: Sequence[str]) -> None:
+        if reasons:
+            self.ranks.say(f"no local copies (checkpoint.local_every) in the rest of this start: {reasons[0]}")
+            shutil.rmtree(self.root, ignore_errors=True)
+            self.on = False
+
+    def _prune(self, kept: Sequence[Key]) -> None:
+        """Remove from the node all copies but these, and those of a later start: this one may not know yet that it was
+        thought dead."""
+        for folder in self.root.iterdir() if self.ranks.rank == self._heads[self.ranks.rank] else ():
+            key = Key.of(folder.name)
+            if key and key.epoch <= self.epoch and key not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def drop(self) -> None:
+        """Remove all copies: the run goes back to a checkpoint before them."""
+        self.settle()
+        self._held.clear()
+        if self.on:
+            self._prune(())
+
+    def remove(self) -> None:
+        """At the end of a start: leave nothing, unless the newest copy is newer than the newest checkpoint."""
+        self.settle()
+        newest = self._held[-1:]
+        if not newest or self.snapshots.reached() >= (newest[0].skipped, newest[0].step):
+            shutil.rmtree(self.root, ignore_errors=True)
+
+
+class _Settle(Callback):
+    phase = "checkpoint"
+
+    def __init__(self, copies: LocalCopies) -> None:
+        self.copies = copies
+
+    def after_step(self, report: StepReport, last: bool) -> None:
+        self.copies.settle()
+
+
+class _Take(Callback):
+    """The last step of a start has a checkpoint, and no local copy."""
+
+    phase = "checkpoint"
+
+    def __init__(self, copies: LocalCopies, position: Callable[[int], Position], evaluated: Evaluated) -> None:
+        self.copies, self.position, self.evaluated = copies, position, evaluated
+
+    def after_step(self, report: StepReport, last: bool) -> None:
+        if not last and self.copies.due(report.step):
+            self.copies.take(self.position(report.step), self.evaluated.loss(report.step))
+
+
+def _names(run_dir: Path, wanted: bool, resume: bool) -> tuple[str, str | None]:
+    """The names of this start's directories, and of those that are to be removed."""
+    path, place = run_dir / LEASE / TOKEN, run_dir.resolve()
+
+    def name(token: str) -> str:
+        return f"bst-{place.name}-{hashlib.sha256(f'{token} {place}'.encode()).hexdigest()[:16]}"
+
+    before = path.read_text() if path.exists() else None
+    if wanted and resume and before:
+        return name(before), None
+    token = secrets.token_hex(8)
+    if wanted:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
+            file.write(token.encode())
+    elif before:
+        path.unlink()
+    return name(token), before and name(before)
+
+
+def _sync(path: Path) -> None:
+    with suppress(OSError):  # whoever writes it says so
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _tried(work: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What `work` returns, or why it does not."""
+    try:
+        return work(), None
+    except OSError as error:
+        return None, str(StorageError.of(error, doing="write"))
+    except Exception as error:  # torch's, of an exchange; the run can do without copies
+        return None, f"{socket.gethostname()}: {error!r}"

@@ -1,0 +1,129 @@
+"""A local copy: all that one rank needs to go on, in one file of a node's own directory.
+
+    a shard (`shards`)      the weights, moments and averages that the rank holds
+    what it alone knows     generators and the carried past, as torch saves them
+    the manifest            as a checkpoint's, without files
+    the end                 the lengths of the two before it, and the SHA-256 of everything up to here
+
+It is written under another name and renamed, so a process that is killed leaves no half of one under its name. Nothing
+is synced: what a process has written stays when it is killed, and when the machine fails its memory is lost anyway. In
+a directory on a disk a failing machine may leave a torn file, which the digest shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from bst_dist.checkpoint.copying import Copied
+from bst_dist.checkpoint.directory import PARTIAL, CheckpointError
+from bst_dist.checkpoint.durable import Hashing
+from bst_dist.checkpoint.shards import Headers, Shards, write
+
+END = struct.Struct("<QQ32s")
+CHUNK = 1 << 24
+"""Bytes that are read or sent at once."""
+
+
+@dataclass(frozen=True, order=True)
+class Key:
+    """Which copy of a run; the order is that of the run's course (see `faults.ledger`)."""
+
+    skipped: int
+    step: int
+    epoch: int
+    """Of the start that took it."""
+
+    def path(self, root: Path, rank: int) -> Path:
+        """Where a rank's copy is, on each node that has it."""
+        return root / str(self) / f"rank-{rank:05d}"
+
+    def __str__(self) -> str:
+        return f"step-{self.step:08d}.skipped-{self.skipped}.epoch-{self.epoch}"
+
+    @classmethod
+    def of(cls, name: str) -> Key | None:
+        """The copy that a directory is named for; None for another directory."""
+        found = re.fullmatch(r"step-(\d+)\.skipped-(\d+)\.epoch-(\d+)", name)
+        return found and cls(int(found[2]), int(found[1]), int(found[3]))
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that has its name only when the block succeeds, and else is removed."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def copied_name(parameter: str, tensor: str) -> str:
+    """What a parameter's weight, moment or average is called in a copy, where all are in one file."""
+    return f"{tensor}/{parameter}"
+
+
+def write_copy(path: Path, copied: Sequence[Copied], own: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Write a rank's copy; raises OSError when there is no room."""
+    memory = io.BytesIO()
+    torch.save(own, memory)
+    text = json.dumps(manifest).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with appearing(path) as file:
+        hashing = Hashing(file)
+        write(hashing, [one.stored(copied_name) for one in copied], [one.runs for one in copied])
+        hashing.write(memory.getbuffer())
+        hashing.write(text)
+        file.write(END.pack(memory.tell(), len(text), bytes.fromhex(hashing.record()["sha256"])))
+
+
+class LocalCopy:
+    """A rank's copy, as it lies in a directory; raises CheckpointError for a file that is none, or is cut short."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self._end = file.seek(-END.size, io.SEEK_END)
+                self._own, length, self._sha256 = END.unpack(file.read(END.size))
+                file.seek(self._end - length)
+                self.manifest: dict[str, Any] = json.loads(file.read(length))
+                self._begin = self._end - length - self._own
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: no local copy: {error}") from None
+
+    def intact(self) -> bool:
+        """Whether every byte is as it was written."""
+        digest = hashlib.sha256()
+        try:
+            with self.path.open("rb") as file:
+                left = self._end
+                while left and (part := file.read(min(CHUNK, left))):
+                    digest.update(part)
+                    left -= len(part)
+        except OSError:
+            return False
+        return digest.digest() == self._sha256
+
+    def own(self) -> dict[str, Any]:
+        """What the rank alone knew."""
+        with self.path.open("rb") as file:
+            file.seek(self._begin)
+            return torch.load(io.BytesIO(file.read(self._own)), map_location="cpu", weights_only=True)
+
+    def shards(self) -> Shards:
+        """Its weights and moments."""
+        return Shards(Headers([self.path], self.path))

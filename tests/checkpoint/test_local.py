@@ -1,0 +1,487 @@
+"""Local copies: their files, which of them a run resumes from, and a killed run that goes on from them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bst_base.settings import dump, parse
+from bst_dist.checkpoint import local, local_copy, neighbours
+from bst_dist.checkpoint.config import CheckpointConfig
+from bst_dist.checkpoint.copying import Copied
+from bst_dist.checkpoint.directory import CheckpointError, committed, step_of
+from bst_dist.checkpoint.fragments import MOMENTS, WEIGHT, Fragment
+from bst_dist.checkpoint.layout import Layout, Rows
+from bst_dist.checkpoint.local import LocalCopies
+from bst_dist.checkpoint.local_copy import Key, LocalCopy, write_copy
+from bst_dist.checkpoint.local_search import Found, brought
+from bst_dist.checkpoint.neighbours import Neighbours, keepers
+from bst_dist.checkpoint.shards import Piece
+from bst_dist.checkpoint.snapshot import Evaluated, Identity, Position, Snapshots
+from bst_dist.config import Recipe
+from bst_dist.faults import ledger
+from bst_dist.parallel.mesh import Mesh
+from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.study.comparison.equality import equality
+
+BST = Path(sys.executable).with_name("bst")
+
+# Neighbours
+
+
+def test_the_same_local_rank_of_the_next_node_keeps_a_ranks_copy():
+    assert keepers(["a", "a", "b", "b", "c", "c"]) == [2, 3, 4, 5, 0, 1]
+    assert keepers(["b", "a", "b", "a"]) == [1, 0, 3, 2]  # nodes whose ranks are not next to each other
+    assert keepers(["a"] * 4) == [None] * 4
+
+
+@given(st.lists(st.integers(1, 6), min_size=2, max_size=7))
+def test_nobody_keeps_two_copies_nor_one_of_its_own_node(sizes):
+    nodes = [str(node) for node, size in enumerate(sizes) for _ in range(size)]
+    found = keepers(nodes)
+    kept = [keeper for keeper in found if keeper is not None]
+    assert len(kept) == len(set(kept))
+    assert all(nodes[keeper] != nodes[rank] for rank, keeper in enumerate(found) if keeper is not None)
+    if 2 * max(Counter(nodes).values()) <= len(nodes):
+        assert len(kept) == len(nodes)
+
+
+def exchange(ranks: Any, folder: Path, sizes: list[int], nodes: list[str]) -> None:
+    """Every rank sends its file, and some of them are larger than what is sent at once."""
+    neighbours.CHUNK = 1000
+    own, kept = folder / f"own-{ranks.rank}", folder / f"kept-{ranks.rank}"
+    if sizes[ranks.rank]:
+        own.write_bytes(os.urandom(sizes[ranks.rank]))
+    around = Neighbours(ranks.rank, nodes)
+    for _ in range(2):
+        around.exchange(own, kept)
+    ranks.barrier()
+    if around.kept is not None:
+        there = folder / f"own-{around.kept}"
+        assert (kept.read_bytes() if kept.exists() else b"") == (there.read_bytes() if there.exists() else b"")
+    assert [path.name for path in folder.glob("*.partial")] == []
+
+
+@pytest.mark.ranks
+def test_copies_of_any_size_reach_the_neighbour(on_ranks, tmp_path):
+    on_ranks(3, exchange, tmp_path, [2500, 0, 999], ["a", "b", "b"])
+
+
+def lend(ranks: Any, roots: list[Path]) -> tuple[list[int], str | None]:
+    """Rank 1's node has lost its copy; rank 0's has it."""
+    key, root = Key(0, 7, 1), roots[ranks.rank]
+    root.mkdir(exist_ok=True)
+    if ranks.first:
+        for rank in range(2):
+            write(key.path(root, rank))
+    ranks.barrier()
+    found = Found(key, Layout(2, 1, 1), {0: [0], 1: [0]})
+    taken = brought(ranks, root, [0, 1], found)
+    assert LocalCopy(key.path(root, ranks.rank)).intact()
+    if ranks.rank == 1:  # it cannot be read any more
+        flip(key.path(root, 1), 40)
+    found.holders[1] = [1]
+    return taken, brought(ranks, root, [0, 1], found)[1]
+
+
+@pytest.mark.ranks
+def test_a_node_without_its_copy_has_it_from_the_one_that_kept_it(on_ranks, tmp_path):
+    for taken, damaged in on_ranks(2, lend, [tmp_path / "a", tmp_path / "b"]):
+        assert taken == ([1], None)
+        assert damaged.startswith("rank 1's: damaged on ")
+
+
+# Files
+
+
+def write(path: Path) -> dict[str, Any]:
+    values = {kind: torch.arange(5.0) + place for place, kind in enumerate((WEIGHT, *MOMENTS))}
+    copied = [Copied(Piece("a", (10,), 5, 5), kind, [value[:2], value[2:]]) for kind, value in values.items()]
+    own = {"rng": {"torch": torch.get_rng_state()}, "carried": []}
+    write_copy(path, copied, own, {"step": 7, "layout": vars(Layout(2, 1, 1))})
+    return own
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.write_bytes(data)
+
+
+def test_a_copy_is_read_as_it_was_written(tmp_path):
+    own = write(tmp_path / "a" / "rank-00001")
+    copy = LocalCopy(tmp_path / "a" / "rank-00001")
+    assert copy.intact()
+    assert copy.manifest["step"] == 7
+    assert torch.equal(copy.own()["rng"]["torch"], own["rng"]["torch"])
+    for place, name in enumerate(("weight/a", "exp_avg/a", "exp_avg_sq/a")):
+        into = torch.empty(3)
+        copy.shards().read(name, 6, into)
+        assert into.tolist() == [1.0 + place, 2.0 + place, 3.0 + place]
+
+
+def test_a_copy_that_is_torn_or_changed_anywhere_is_not_trusted(tmp_path):
+    path = tmp_path / "rank-00000"
+    write(path)
+    whole = path.read_bytes()
+    for place in [*range(0, len(whole), 97), len(whole) - 1]:
+        for torn in (whole[:place], whole[:place] + bytes(len(whole) - place)):
+            path.write_bytes(torn)
+            assert not trusted(path) or torn == whole
+        path.write_bytes(whole)
+        flip(path, place)
+        assert not trusted(path)
+
+
+def trusted(path: Path) -> bool:
+    try:
+        return LocalCopy(path).intact()
+    except CheckpointError:
+        return False
+
+
+def test_a_writer_that_fails_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_copy, "write", lambda *_: full())
+    with pytest.raises(OSError, match="No space"):
+        write(tmp_path / "rank-00000")
+    assert not list(tmp_path.iterdir())
+
+
+def full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", "/dev/shm/x")
+
+
+# One rank's life
+
+
+class Alone:
+    """`Ranks` of one process."""
+
+    rank, world, first, device = 0, 1, True, torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def sum(self, values: list[float]) -> list[float]:
+        return [float(value) for value in values]
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def from_first(self, value: Any) -> Any:
+        return value
+
+
+class Tensor:
+    """A state of one tensor, which is its step."""
+
+    def __init__(self) -> None:
+        self.values = {kind: torch.zeros(50) for kind in (WEIGHT, *MOMENTS)}
+
+    def held(self) -> list[Fragment]:
+        return [Fragment(Piece("a", (50,), 0, 50), self.values)]
+
+    owned = held
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"a": (50,)}
+
+    def updates(self) -> int:
+        return int(self.values[WEIGHT][0])
+
+    def filled(self, step: int, updates: int) -> None:
+        assert all(tensor.tolist() == [step] * 50 for tensor in self.values.values())
+
+
+class Run:
+    """One start of a run, which takes steps as training does."""
+
+    def __init__(self, folder: Path, epoch: int = 1, resume: bool = True, layout: Layout | None = None,
+                 **settings: Any) -> None:  # fmt: skip
+        config = CheckpointConfig(**{"every": 0, "local_every": 1, "local_directory": folder / "memory"} | settings)
+        self.ranks, self.state, self.taken = Alone(), Tensor(), 0
+        identity = Identity("recipe", {}, 0, layout or Layout(1, 1, 0), Rows(1, 1, Mesh(1, 0)))
+        self.snapshots = Snapshots(folder / "run", self.state, self.ranks, identity, config)
+        self.copies = LocalCopies(folder / "run", self.snapshots, self.ranks, epoch, resume)
+
+    def train(self, *steps: int, skipped: int = 0) -> None:
+        for step in steps:
+            for tensor in self.state.values.values():
+                tensor.fill_(step)
+            self.copies.settle()
+            if self.copies.due(step):
+                self.copies.take(at(step, skipped), step / 10)
+
+    def save(self, step: int) -> None:
+        self.snapshots.start(at(step), None)
+        self.snapshots.finish()
+
+    def find(self, refusal: str | None = None) -> int | None:
+        found = self.copies.find(lambda step: step != 99, refusal)
+        return found and found[0].step
+
+    def there(self) -> list[int]:
+        self.copies.settle()
+        return sorted(Key.of(path.name).step for path in self.copies.root.iterdir())
+
+
+def at(step: int, skipped: int = 0) -> Position:
+    return Position(step, step, {}, [], skipped)
+
+
+def test_the_newest_of_the_last_two_is_taken_when_no_checkpoint_is_newer(tmp_path):
+    first = Run(tmp_path)
+    first.train(1, 2, 3)
+    assert first.there() == [2, 3]
+    assert Run(tmp_path, 2).find() == 3
+    first.save(3)
+    assert Run(tmp_path, 3).find() == 3  # as new as the checkpoint, and nearer
+    first.save(4)
+    assert Run(tmp_path, 4).find() is None
+
+
+def test_a_copy_that_others_cannot_go_with_is_passed_by(tmp_path):
+    run = Run(tmp_path)
+    run.train(1, 2)
+    run.there()
+    other = Run(tmp_path, 2, layout=Layout(1, 1, 2))
+    assert other.find() is None
+    assert "step 2 are not used: they are of 1 rank (dp 1 x sp 1, ZeRO-0), and this is" in other.ranks.said[0]
+    changed = Run(tmp_path, 2)
+    assert changed.find("optimizer.learning_rate: 1, 2") is None
+    assert changed.ranks.said[0].endswith("step 2 are not used: optimizer.learning_rate: 1, 2")
+    run.train(99)  # the metrics have lost this step's line
+    run.there()
+    again = Run(tmp_path, 3)
+    assert again.find() == 2
+    flip(Key(0, 2, 1).path(run.copies.root, 0), 200)
+    torn = Run(tmp_path, 3)
+    assert torn.find() is None
+    assert "step 2 are not used: rank 0's: damaged on" in torn.ranks.said[0]
+
+
+def test_copies_are_kept_until_the_next_ones_are_there_and_then_removed(tmp_path):
+    run = Run(tmp_path)
+    run.train(1, 2, 3)
+    run.there()
+    again = Run(tmp_path, 2)
+    assert again.find() == 3
+    again.copies.begin(at(3), until=9)
+    assert again.there() == [3]
+    again.train(4)
+    assert again.there() == [3, 4]
+    again.copies.remove()
+    assert again.there() == [3, 4]  # newer than any checkpoint: the start was stopped before it took a step
+    again.save(4)
+    again.copies.remove()
+    assert not again.copies.root.exists()
+
+
+def test_a_run_that_begins_anew_or_wants_no_copies_removes_those_of_before(tmp_path):
+    for otherwise in ({"resume": False}, {"local_every": 0}):
+        run = Run(tmp_path)
+        run.train(1)
+        run.there()
+        later = Run(tmp_path, 2, **otherwise)
+        assert not run.copies.root.exists()
+        assert later.find() is None
+
+
+def test_a_copied_run_directory_has_no_local_copies(tmp_path):
+    run = Run(tmp_path)
+    run.train(1)
+    run.there()
+    shutil.copytree(tmp_path / "run", tmp_path / "elsewhere" / "run")
+    copied = LocalCopies(tmp_path / "elsewhere" / "run", run.snapshots, run.ranks, 2, resume=True)
+    assert copied.root.name.startswith("bst-run-")
+    assert copied.find(lambda _: True) is None
+    assert run.there() == [1]
+
+
+def test_a_start_that_was_thought_dead_removes_no_copy_of_its_successor(tmp_path):
+    dead, successor = Run(tmp_path, 1), Run(tmp_path, 2)
+    successor.train(5)
+    successor.there()
+    dead.train(3, 4, 5)
+    assert dead.there() == [4, 5, 5]
+
+
+def test_a_roll_back_leaves_no_copy(tmp_path):
+    run = Run(tmp_path)
+    run.train(1, 2)
+    run.copies.drop()
+    assert run.there() == []
+    run.train(1, skipped=3)
+    assert run.there() == [1]
+
+
+def test_a_checkpoint_that_was_not_committed_is_written_from_its_copy(tmp_path, monkeypatch):
+    settings = {"every": 4, "weights_every": 6, "keep_last": 9}
+    run = Run(tmp_path, **settings)
+    monkeypatch.setattr(type(run.snapshots), "pending", property(lambda self: 4))  # its writing takes long
+    run.train(3, 4, 5, 6)
+    assert run.there() == [4, 5, 6]
+    monkeypatch.undo()
+    again = Run(tmp_path, 2, **settings)
+    assert again.find() == 6
+    assert again.copies.begin(at(6), until=9) == at(6)
+    again.snapshots.finish()
+    assert [step_of(path) for path in committed(tmp_path / "run")] == [6, 4]
+    assert sorted(path.name for path in committed(tmp_path / "run")[0].glob("opt*")) == []  # of the weights alone
+    assert again.state.values[WEIGHT].tolist() == [6] * 50
+    whole = Run(tmp_path, 3, **settings)
+    checkpoint, _ = whole.snapshots.newest()
+    assert whole.snapshots.load(checkpoint) == at(4)
+
+
+def test_a_start_that_ends_where_it_resumed_has_a_checkpoint_there(tmp_path):
+    run = Run(tmp_path)
+    run.train(1, 2)
+    run.there()
+    again = Run(tmp_path, 2)
+    assert again.find() == 2
+    again.copies.begin(at(2), until=2)
+    assert [step_of(path) for path in committed(tmp_path / "run")] == [2]
+
+
+def test_a_full_directory_ends_the_copies_and_nothing_else(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    run.train(1)
+    run.there()
+    monkeypatch.setattr(local, "write_copy", full)
+    run.train(2, 3, 4)
+    (said,) = run.ranks.said
+    assert said.startswith("no local copies (checkpoint.local_every) in the rest of this start: ")
+    assert said.endswith("cannot write /dev/shm/x: No space left on device")
+    assert not run.copies.root.exists()
+
+
+def test_without_room_for_all_copies_there_are_none(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Room(1700))
+    run = Run(tmp_path)
+    assert not run.copies.on
+    assert "MB free in" in run.ranks.said[0]
+    assert not run.copies.root.exists()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Room(1800))  # three copies of 50 values, three numbers each
+    assert Run(tmp_path).copies.on
+
+
+class Room:
+    def __init__(self, free: int) -> None:
+        self.free = free
+
+
+def test_what_was_reported_is_synced_before_a_copy_is_there(tmp_path, monkeypatch):
+    run, synced = Run(tmp_path), []
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / FILE).write_text("{}\n")
+    original = local.write_copy
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(str(Path(f"/proc/self/fd/{file}").readlink())))
+    monkeypatch.setattr(local, "write_copy", lambda *given: synced.append("copy") or original(*given))
+    run.train(1)
+    run.there()
+    assert synced[:2] == [str(tmp_path / "run" / FILE), "copy"]
+
+
+# The whole program
+
+
+@pytest.mark.ranks
+def test_a_rank_that_is_killed_costs_no_step_and_no_checkpoint_is_read(tmp_path, settings):
+    """There is no checkpoint before the end, so all that the run goes on from are its local copies."""
+    memory = tmp_path / "memory"
+    settings["train"] |= {"steps": 60}
+    settings["evaluation"] |= {"every": 7}
+    settings["checkpoint"] = {"every": 0, "local_every": 1, "local_directory": str(memory)}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump(parse(Recipe, settings)))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    command = [BST, "train", recipe, "--ranks", "2", "--run-dir", whole, "checkpoint.local_every=0"]
+    subprocess.run(list(map(str, command)), check=True, env=environment, timeout=300)
+
+    command = [BST, "launch", recipe, "ranks=2", "--run-dir", run, "--launcher", "local", "--max-restarts", "3"]
+    with (tmp_path / "log").open("wb") as log:
+        launched = subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=log)
+    reached = []
+    try:
+        for rank in (1, 0):
+            wait_for_steps(run, (reached[-1] if reached else 0) + 8, launched)
+            psutil.Process(pid_of(launched, rank)).send_signal(signal.SIGKILL)
+            reached.append(wait_for_start(run, len(reached) + 2, launched))
+        assert launched.wait(300) == 0, (tmp_path / "log").read_text()
+    finally:
+        launched.kill()
+    said = (tmp_path / "log").read_text()
+    assert said.count("of the local copies in") == 2, said
+    assert f"copies every step in {memory}, one node; up to" in said
+    found = equality(run, whole)
+    assert found.passed, found
+    entries = ledger.read(run, 99, 99)
+    assert [(entry.action, entry.step) for entry in entries] == [("resumed", step) for step in reached]
+    dropped = [line for line in read_lines(run / "metrics.dropped.jsonl") if line["kind"] == "train"]
+    assert len(dropped) <= len(reached)  # a step reported and taken again, for each kill
+    assert not list(memory.iterdir())
+
+
+def wait_for_steps(run: Path, steps: int, launched: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 200
+    while sum(line["kind"] == "train" for line in read_lines(run / FILE)) < steps:
+        assert launched.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def wait_for_start(run: Path, number: int, launched: subprocess.Popen[bytes]) -> int:
+    """The step that the run's start with this number, counted from 1, goes on from."""
+    deadline = time.monotonic() + 200
+    while len(starts := json.loads((run / "environment.json").read_text())["starts"]) < number:
+        assert launched.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert "from_local_copies" in starts[-1]
+    return starts[-1]["from_step"]
+
+
+def pid_of(launched: subprocess.Popen[bytes], rank: int) -> int:
+    for process in psutil.Process(launched.pid).children(recursive=True):
+        if "bst_dist.train" in process.cmdline() and process.environ().get("RANK") == str(rank):
+            return process.pid
+    raise AssertionError(f"there is no rank {rank}")
+
+
+def test_a_key_names_its_directory():
+    assert Key.of(str(Key(3, 12, 4))) == Key(3, 12, 4)
+    assert Key.of("step-00000012") is None
+    assert max(Key(0, 12, 4), Key(3, 8, 2)) == Key(3, 8, 2)  # after a roll-back, the run is further
+
+
+def test_the_last_step_has_a_checkpoint_and_no_copy(tmp_path):
+    run = Run(tmp_path)
+    (_,), (take,) = run.copies.callbacks(lambda step: at(step), Evaluated())
+    take.after_step(Report(1), last=False)
+    take.after_step(Report(2), last=True)
+    assert run.there() == [1]
+
+
+class Report:
+    def __init__(self, step: int) -> None:
+        self.step = step
