@@ -12,12 +12,15 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from safetensors.torch import save_file
 
 from bst_base.host import free_port
@@ -70,6 +73,33 @@ def make_model():
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def link_packages() -> Callable[[Path, Sequence[str]], set[str]]:
+    """``link_packages(folder, requirements)`` links installed packages into a folder, with all that they require.
+
+    Extras are left out, and so is what this platform does not need. Returns the names of the packages.
+    """
+
+    def link(folder: Path, requirements: Sequence[str]) -> set[str]:
+        done, waiting = set(), [Requirement(one) for one in requirements]
+        while waiting:
+            needed = waiting.pop()
+            name = canonicalize_name(needed.name)
+            if name in done or (needed.marker and not needed.marker.evaluate({"extra": ""})):
+                continue
+            done.add(name)
+            try:
+                package = metadata.distribution(name)
+            except metadata.PackageNotFoundError:
+                continue  # what is of another platform
+            for entry in {path.parts[0] for path in package.files} - {"..", "__pycache__"}:
+                (folder / entry).exists() or (folder / entry).symlink_to(package.locate_file(entry))
+            waiting += map(Requirement, package.requires or ())
+        return done
+
+    return link
 
 
 @pytest.fixture(scope="session")

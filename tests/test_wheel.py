@@ -8,13 +8,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from importlib import metadata
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import yaml
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,7 +43,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def without_extras(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def without_extras(
+    program: Path, tmp_path_factory: pytest.TempPathFactory, link_packages: Callable[[Path, Sequence[str]], set[str]]
+) -> Path:
     """The same wheel where only what `pip install bst-dist` brings can be imported: no extra is installed."""
     folder, packages = tmp_path_factory.mktemp("core"), tmp_path_factory.mktemp("packages")
     run(sys.executable, "-m", "venv", "--without-pip", folder / "env", cwd=folder)
@@ -54,22 +54,9 @@ def without_extras(program: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     for entry in own.iterdir():
         if entry.suffix != ".pth" and entry.name != "__pycache__":
             (site / entry.name).symlink_to(entry)
-    done = set()
-    waiting = [line.partition("Requires-Dist: ")[2].strip() for line in next(own.glob("bst_dist-*/METADATA")).open()
-               if line.startswith("Requires-Dist: ")]  # fmt: skip
-    while waiting:
-        needed = Requirement(waiting.pop())
-        name = canonicalize_name(needed.name)
-        if name in done or (needed.marker and not needed.marker.evaluate({"extra": ""})):
-            continue
-        done.add(name)
-        try:
-            package = metadata.distribution(name)
-        except metadata.PackageNotFoundError:
-            continue  # what is of another platform
-        for entry in {path.parts[0] for path in package.files} - {"..", "__pycache__"}:
-            (packages / entry).exists() or (packages / entry).symlink_to(package.locate_file(entry))
-        waiting += package.requires or ()
+    lines = next(own.glob("bst_dist-*/METADATA")).read_text().splitlines()
+    needed = [line.partition(": ")[2] for line in lines if line.startswith("Requires-Dist: ")]
+    done = link_packages(packages, needed)
     assert not done & {"deepspeed", "mpi4py", "tensorboard", "webdataset", "transformers"}
     (site / "dependencies.pth").write_text(f"{packages}\n")
     (folder / "env/bin/bst").write_text((program.read_text()).replace(str(program.parent), str(folder / "env/bin")))

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 from transformers import AutoModelForCausalLM
 
 from bst_dist.hub.fast_tokenizer import fast_tokenizer, is_bpe
@@ -40,22 +37,10 @@ print(json.dumps([inputs.input_ids.tolist(), logits.tolist(), written.tolist()])
 
 
 @pytest.fixture(scope="module")
-def only_transformers(tmp_path_factory):
+def only_transformers(tmp_path_factory, link_packages):
     """A directory of packages that holds transformers, torch and what these two require, and nothing else."""
-    folder, waiting, done = tmp_path_factory.mktemp("packages"), ["transformers", "torch"], set()
-    while waiting:
-        name = canonicalize_name(waiting.pop())
-        if name in done:
-            continue
-        done.add(name)
-        try:
-            package = metadata.distribution(name)
-        except metadata.PackageNotFoundError:
-            continue  # what is of another platform
-        for entry in {path.parts[0] for path in package.files} - {"..", "__pycache__"}:
-            (folder / entry).exists() or (folder / entry).symlink_to(package.locate_file(entry))
-        needed = map(Requirement, package.requires or ())
-        waiting += [one.name for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
+    folder = tmp_path_factory.mktemp("packages")
+    done = link_packages(folder, ["transformers", "torch"])
     assert not done & {"sentencepiece", "deepspeed", "mpi4py", "bst-dist"}
     return folder
 
