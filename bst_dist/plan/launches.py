@@ -14,8 +14,8 @@ from bst_dist.plan.memory import Work
 LAUNCH_S = 6e-6
 """Of the host, for one operation: Python, autograd and the driver's launch. Assumed, and measured on no GPU."""
 COMPILED_FEWER = 4
-"""Times fewer launches of a compiled layer, a cautious figure: an SH layer has some hundred operations in both passes,
-and 85 launches in small when Inductor has compiled it (docs/gpu.md)."""
+"""Times fewer launches of a compiled layer. Assumed: the small SH layer that docs/gpu.md counts has 85 launches when
+Inductor has compiled it, but nobody has timed them."""
 
 
 def operations(activations: Activations, mixers: Sequence[str], work: Work) -> tuple[int, int]:
