@@ -106,7 +106,9 @@ def go(recipe_file, tmp_path, on_ranks, unmeasured, monkeypatch) -> Go:
             def forward(*args: Any, **named: Any) -> Any:
                 losses = honest(*args, **named)
                 spoilt = self.ranks.rank == 1 and step + self.skipped in bad
-                return losses._replace(total=SPOILT[how](losses.total)) if spoilt else losses
+                if not spoilt:
+                    return losses
+                return losses._replace(total=SPOILT[how](losses.total), per_token=SPOILT[how](losses.per_token))
 
             honest, self.engine.forward = self.engine.forward, forward
             try:
