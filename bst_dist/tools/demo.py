@@ -234,7 +234,7 @@ def _guide(demo: Demo) -> str:
     run_dir, corpus, train = demo.run_dir, demo.recipe.data.corpus, " ".join([RECIPE, *demo.overrides])
     return f"""
 [bold]Files[/]
-  {f"{corpus}/":<24}the corpus: tokenizer, WebDataset shards, index
+  {f"{corpus}/":<22}  the corpus: tokenizer, WebDataset shards, index
   {f"{run_dir}/":<24}the run: recipe.yaml, metrics.jsonl, checkpoints/, tensorboard/, reports/
   {f"{run_dir}/curves.png":<24}the curves
 
