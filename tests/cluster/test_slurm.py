@@ -232,7 +232,7 @@ cd {root}
 start() {{
     srun --overlap -N 2 -n 2 --cpu-bind=none sh -c 'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=0 \\
         MASTER_ADDR={address} MASTER_PORT='$1' GLOO_SOCKET_IFNAME=eth0 \\
-        exec {python} -m bst_dist.train {recipe} --run-dir {run}'
+        exec {python} -m bst_dist.train {recipe} --run-dir {run} --resume'
 }}
 start 29811 &
 until grep -q "}}" {run}/lease/*.json; do sleep 0.5; done
