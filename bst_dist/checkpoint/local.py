@@ -31,7 +31,7 @@ from bst_dist.checkpoint.copying import Copied, HostCopy
 from bst_dist.checkpoint.directory import TENSORS, committed, step_of
 from bst_dist.checkpoint.judging import of_first
 from bst_dist.checkpoint.local_copy import Key, LocalCopy, write_copy
-from bst_dist.checkpoint.local_search import brought, gathered
+from bst_dist.checkpoint.local_search import Found, brought, gathered
 from bst_dist.checkpoint.neighbours import Neighbours, Node, keepers
 from bst_dist.checkpoint.saving import Failed, Saved
 from bst_dist.checkpoint.snapshot import Evaluated, Position, Snapshots
@@ -130,7 +130,8 @@ class LocalCopies:
             return self._load(key), source
         return None
 
-    def _whole(self, found: Any) -> bool:
+    def _whole(self, found: Found) -> bool:
+        """Whether a run of this layout has all of these copies, each on its rank's own node now."""
         if found.missing(self.snapshots.identity.layout):
             return False
         return brought(self.ranks, self.root, self._heads, found)[1] is None

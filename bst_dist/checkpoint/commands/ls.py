@@ -54,7 +54,8 @@ def _row(path: Path, one: Held | None, kept: dict[int, list[str]]) -> dict[str, 
 
 
 def _print(run_dir: Path, rows: list[dict[str, Any]], left: list[Path]) -> None:
-    table = Table(*COLUMNS, box=SIMPLE, padding=(0, 1), title=f"{run_dir}: {len(rows)} checkpoints")
+    title = f"{run_dir}: {len(rows)} checkpoint{'s' * (len(rows) != 1)}"
+    table = Table(*COLUMNS, box=SIMPLE, padding=(0, 1), title=title)
     for row in rows:
         table.add_row(*_cells(row))
     console = Console(highlight=False)
