@@ -18,7 +18,7 @@ from bst_base.terminal import Sheet, print_table
 from bst_dist.config import Recipe
 from bst_dist.model.config import ModelConfig
 from bst_dist.study.evaluation.corpora import open_text, text_of
-from bst_dist.study.evaluation.readers import Readers, join, start
+from bst_dist.study.evaluation.readers import Readers, joined, start
 from bst_dist.study.evaluation.scoring import Score, filter_length, score
 from bst_dist.study.evaluation.trained import Trained, open_run, require_language_model
 from bst_dist.study.statistics import Estimate, exponential, ratio
@@ -87,7 +87,11 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         if "RANK" in os.environ:
             raise UserError("--ranks starts processes of its own, and a launcher has started this one (RANK is set)")
         return start(_options(args), args.ranks)
-    readers = join()
+    with joined() as readers:
+        return _read(args, readers)
+
+
+def _read(args: argparse.Namespace, readers: Readers) -> dict[str, Any] | None:
     trained = open_run(args.run, args.checkpoint, args.precision, args.averaged)
     report: dict[str, Any] = {
         "run": str(args.run), "step": trained.step, "split": args.split, "context_tokens": args.context,

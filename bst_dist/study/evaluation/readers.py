@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -63,18 +64,25 @@ class Readers:
         return [total.astype(array.dtype) for total, array in zip(totals.numpy(), arrays, strict=True)]
 
 
-def join() -> Readers:
+@contextmanager
+def joined() -> Iterator[Readers]:
     """This process among those that its launcher has started, on a device of its own; alone where there is none.
 
-    Raises UserError for several copies that were not told who they are: each would read all of the text.
+    The process group is left at the end, after an error too: one of gloo's threads that still holds a tensor when the
+    interpreter ends aborts the process. Raises UserError for several copies that were not told who they are: each
+    would read all of the text.
     """
     if "RANK" not in os.environ:
         require_alone("evaluate all of the text", INSTEAD)
-        return Readers()
+        yield Readers()
+        return
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(own_device(torch.accelerator.device_count()))
     distributed.init_process_group("gloo", timeout=LIMIT)
-    return Readers(distributed.get_rank(), distributed.get_world_size())
+    try:
+        yield Readers(distributed.get_rank(), distributed.get_world_size())
+    finally:
+        distributed.destroy_process_group()
 
 
 def start(options: Sequence[str], ranks: int) -> dict[str, Any]:

@@ -86,6 +86,7 @@ def _rank(rank: int, port: int, folder: Path, args: argparse.Namespace, sender: 
     if ranks.first:
         sender.send(found)
     ranks.barrier()
+    ranks.leave()
 
 
 class Bench:
