@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from safetensors.torch import save_file
@@ -45,6 +47,10 @@ from bst_dist.train.rundir import RECIPE
 from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.corpus import prepare
 from data_pipeline.prepare.parallel import open_workers
+
+# How long a test takes on this machine says nothing about what is right.
+hypothesis_settings.register_profile("any_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("any_machine")
 
 TIMEOUT_S = 600
 BST = Path(sys.executable).with_name("bst")

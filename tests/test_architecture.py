@@ -28,6 +28,8 @@ LAYERS = (
     "bst_dist.study.laws",
     "bst_dist.study.statistics",
     "bst_dist.cluster bst_dist.checkpoint.commands",
+    "bst_dist.train.__main__ bst_dist.train.run bst_dist.train.building bst_dist.train.reporting",
+    "bst_dist.train.start",
     "bst_dist.train",
     "bst_dist.checkpoint bst_dist.faults",
     "bst_dist.report",

@@ -55,7 +55,7 @@ from bst_dist.parallel.ranks import choose_accelerator
 from bst_dist.train import rundir
 from bst_dist.train.__main__ import add_arguments as add_program_arguments
 from bst_dist.train.__main__ import request
-from bst_dist.train.start import Request, load, resolve
+from bst_dist.train.start.request import Request, load, resolve
 from data_pipeline.format.manifest import MANIFEST
 
 CHECKPOINT_BYTES = 16

@@ -46,7 +46,7 @@ from bst_dist.parallel.ranks import choose_accelerator, require_accelerator
 from bst_dist.train import rundir
 from bst_dist.train.__main__ import add_arguments as add_program_arguments
 from bst_dist.train.__main__ import request
-from bst_dist.train.start import Request, Start, load, resolve
+from bst_dist.train.start.request import Request, Start, load, resolve
 
 
 def add_grace(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ from bst_dist.cluster.processes import Share
 from bst_dist.cluster.restarts import Restarts
 from bst_dist.cluster.verdict import Ended
 from bst_dist.config import Recipe
-from bst_dist.train.start import Request
+from bst_dist.train.start.request import Request
 
 COLLECTIVE = (sys.executable, "-m", "bst_dist.cluster.collective")
 

@@ -27,7 +27,7 @@ from bst_dist.faults.ending import end
 from bst_dist.faults.output import Lasting
 
 if TYPE_CHECKING:
-    from bst_dist.train.start import Request
+    from bst_dist.train.start.request import Request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def request(args: argparse.Namespace) -> Request:
     """What the parsed arguments ask for; raises UserError for the directory of a run that is not to be resumed."""
-    from bst_dist.train.start import Request, of_run  # imports torch: seconds in which no signal would be heard
+    from bst_dist.train.start.request import Request, of_run  # imports torch: seconds in which no signal would be heard
 
     asked = Request(args.recipe, args.overrides, args.run_dir, args.resume, args.until, args.from_zero)
     return of_run(asked) if args.recipe.is_dir() else asked
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         from bst_dist.parallel.gathering import GatheringError
         from bst_dist.parallel.ranks import Ranks
         from bst_dist.train.run import train
-        from bst_dist.train.start import load
+        from bst_dist.train.start.request import load
 
         asked, disks = request(args), Disks()
         disks.add(written=[args.run_dir] if args.run_dir else [])

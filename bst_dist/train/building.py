@@ -14,26 +14,20 @@ from bst_dist.faults.signals import Stop
 from bst_dist.model.attention import attention_path
 from bst_dist.parallel.communication import WatchedGroup
 from bst_dist.parallel.group import SequenceGroup
-from bst_dist.parallel.mesh import Mesh
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.plan.flops import train_flops_per_token
 from bst_dist.plan.hardware import peak_flops
 from bst_dist.report.utilisation import Speed, edge_flops_per_token, recomputed_flops_per_token
-from bst_dist.train.continuing import fixed, may_change
 from bst_dist.train.engine import Engine
-from bst_dist.train.initial import load_initial
-from bst_dist.train.start import Start
+from bst_dist.train.start.changes import fixed, may_change
+from bst_dist.train.start.initial_weights import load_initial
+from bst_dist.train.start.request import Start
 from bst_dist.train.step import Trainer
-
-
-def mesh_of(start: Start, ranks: Ranks) -> Mesh:
-    """Where this rank stands among the data-parallel and the sequence-parallel ranks."""
-    return Mesh(ranks.world, ranks.rank, start.recipe.parallel.sp)
 
 
 def watched_group(start: Start, ranks: Ranks) -> SequenceGroup | None:
     """The ranks that share this rank's sequences, its exchanges noted in the phases; None when it holds whole ones."""
-    group = mesh_of(start, ranks).sp_group()
+    group = start.mesh(ranks).sp_group()
     return group and WatchedGroup(group.process_group, ranks.phases)
 
 
@@ -74,7 +68,7 @@ def identity_of(start: Start, engine: Engine, ranks: Ranks) -> Identity:
         groups=engine.groups.describe(),
         seed=recipe.seed,
         layout=Layout(ranks.world, recipe.parallel.sp, engine.stage),
-        rows=Rows(recipe.train.sequences, recipe.train.micro_sequences, mesh_of(start, ranks)),
+        rows=Rows(recipe.train.sequences, recipe.train.micro_sequences, start.mesh(ranks)),
     )
 
 

@@ -11,13 +11,13 @@ from typing import Any
 from bst_dist.model.attention import attention_path
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.plan.hardware import SLOW_BF16, bf16_slowdown
-from bst_dist.report.metrics import FILE, Console, MetricsFile, Writer, read_lines
+from bst_dist.report.metrics import Console, MetricsFile, Writer
 from bst_dist.report.probes import Probes
 from bst_dist.report.tensorboard import TensorBoard, hparams
 from bst_dist.report.writers import Background, find
 from bst_dist.train.engine import Engine
 from bst_dist.train.evaluation import Evaluate
-from bst_dist.train.start import Start
+from bst_dist.train.start.request import Start
 from bst_dist.train.step import Trainer
 from data_pipeline.serve.slices import slices_of
 
@@ -99,11 +99,6 @@ def probes_of(start: Start, trainer: Trainer, evaluate: Evaluate) -> Probes:
     ranks = trainer.ranks
     evaluated = evaluate.config.every, evaluate.steps
     return Probes(start.recipe.log, trainer.engine, ranks, evaluate.writers, tokenizer, prompt, evaluated, ranks.say)
-
-
-def reported(start: Start) -> list[dict[str, Any]]:
-    """What the run has reported so far."""
-    return read_lines(start.run_dir / FILE)
 
 
 def outcome_of(lines: Sequence[dict[str, Any]], steps: int) -> dict[str, Any]:

@@ -30,13 +30,13 @@ from bst_dist.report.performance import Performance
 from bst_dist.report.profiling import Profile
 from bst_dist.train import rundir
 from bst_dist.train.average import Average
-from bst_dist.train.building import build_engine, build_trainer, compiles, identity_of, mesh_of, watched_group
-from bst_dist.train.deterministic import make_deterministic
+from bst_dist.train.building import build_engine, build_trainer, compiles, identity_of, watched_group
 from bst_dist.train.evaluation import Evaluate
 from bst_dist.train.objective import Batches
-from bst_dist.train.reporting import header, outcome_of, probes_of, reported, writers_of
-from bst_dist.train.resuming import begin_at, changed_at, guard_of, roll_back
-from bst_dist.train.start import Request, Start, load, resolve
+from bst_dist.train.reporting import header, outcome_of, probes_of, writers_of
+from bst_dist.train.start.deterministic import make_deterministic
+from bst_dist.train.start.request import Request, Start, load, resolve
+from bst_dist.train.start.resuming import begin_at, changed_at, guard_of, roll_back
 
 
 def train(request: Request, ranks: Ranks, notice: Notice | None = None, disks: Disks | None = None) -> int:
@@ -126,7 +126,7 @@ class Run:
         writers = [*writers_of(start, self.engine, ranks, position.step), evaluated] if ranks.first else []
         # After the writers, which drop the lines of later steps.
         trainer.guard, self.local = guard_of(start, ranks, position, self.local), None
-        loader = start.objective.loader(mesh_of(start, ranks), position.step + position.skipped)
+        loader = start.objective.loader(start.mesh(ranks), position.step + position.skipped)
         if position.data:
             loader.check(position.data)  # and keeps to the version of the order that the run began with
         evaluate = start.objective.evaluation(trainer, writers)
@@ -135,7 +135,7 @@ class Run:
             evaluate.probes = probes_of(start, trainer, evaluate)
         callbacks = self._callbacks(position, loader, writers, evaluate, evaluated)
         try:
-            if ranks.from_first(ranks.first and evaluate.owed(reported(start), position.step)):
+            if ranks.from_first(ranks.first and evaluate.owed(start.reported(), position.step)):
                 evaluate.make(position.step)
             if position.step >= start.until:
                 ranks.say(f"nothing to do: {position.step} of {start.until} steps are done")
@@ -195,7 +195,7 @@ class Run:
     def _end(self) -> int:
         """Write down how this start ended; returns the exit status, which all ranks have in common."""
         ranks = self.ranks
-        outcome = ranks.from_first(outcome_of(reported(self.start), self.recipe.train.steps) if ranks.first else None)
+        outcome = ranks.from_first(outcome_of(self.start.reported(), self.recipe.train.steps) if ranks.first else None)
         told = [signal for signal in ranks.gather(self.stop.notice.signal) if signal is not None]
         stopped = self.stop.agreed and not outcome["finished"]
         if stopped:

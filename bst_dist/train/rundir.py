@@ -18,51 +18,22 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import socket
 import time
 from pathlib import Path
 from typing import Any
 
-from bst_base.errors import StorageError, UserError
+from bst_base.errors import UserError
 from bst_base.files import atomic_file
 from bst_base.settings import dump
-from bst_dist.checkpoint.directory import CHECKPOINTS, PARTIAL, committed, entries, step_of
+from bst_dist.checkpoint.directory import CHECKPOINTS
 from bst_dist.config import Recipe, load_recipe
-from bst_dist.faults.lease import LEASE
-from bst_dist.faults.stacks import STACKS
-from bst_dist.report.metrics import FILE, read_lines
-from bst_dist.train.continuing import changes
 from bst_dist.version import versions
 from data_pipeline.format.tokenizer import FILES as TOKENIZERS
 from data_pipeline.format.tokenizer import Tokenizer
 
 RECIPE, DS_CONFIG, ENVIRONMENT, OUTCOME = "recipe.yaml", "ds_config.json", "environment.json", "outcome.json"
-EARLY = (CHECKPOINTS, "heartbeats", LEASE, STACKS)
-"""What a start makes before it writes the recipe; heartbeats/ older versions made."""
-BESIDE = (".out", ".err", ".log", ".partial")
-"""Ends of names of what may lie in a new run's directory: a scheduler's logs, a file whose write was broken off."""
 FROM_COPIES = "from_local_copies"
 """In a start's entry: the local copies that it resumed from, where it was no checkpoint."""
-FROM_ZERO = "--from-zero (its metrics are kept in metrics.dropped.jsonl)"
-
-# What of the DeepSpeed configuration decides the run's numbers: how it computes, and what ZeRO rounds on the way. The
-# rest follows from the ranks, or says where ZeRO keeps and sends things, and may change from one start to the next.
-COMPUTING = (
-    "gradient_clipping",
-    "torch_autocast",
-    "bf16",
-    "fp16",
-    "data_types",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "gradient_allreduce_op",
-)
-ROUNDING = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
-
-
-class RunDirectoryError(UserError):
-    """A run directory that this run must not write to."""
 
 
 def read_recipe(run_dir: Path) -> Recipe:
@@ -78,82 +49,6 @@ def nearest(given: Path) -> Path | None:
     """The run beside `given` whose name is most like it."""
     runs = [path.name for path in sorted(given.parent.glob("*")) if path != given and (path / RECIPE).is_file()]
     return next((given.parent / name for name in difflib.get_close_matches(given.name, runs, n=1)), None)
-
-
-def check(run_dir: Path, recipe: Recipe, completed: dict[str, Any], resume: bool, from_zero: bool = False) -> list[str]:
-    """Raise unless the run may start, or go on, in `run_dir`; returns what it has otherwise from here on.
-
-    Nothing is written. Refused are another recipe (`continuing.OtherRunError`), and by RunDirectoryError a DeepSpeed
-    configuration that computes something else, checkpoints without `resume`, and a directory of something else. The
-    layout may be another. Raises StorageError when the directory shows steps but this host sees no checkpoint of them,
-    unless `from_zero` says to begin anew.
-    """
-    if not (run_dir / RECIPE).exists():
-        _require_free(run_dir)
-        return []
-    changed = changes(run_dir, read_recipe(run_dir), recipe)
-    stored = run_dir / DS_CONFIG
-    if stored.exists() and (found := _changed(json.loads(stored.read_text()), completed)):
-        raise RunDirectoryError(_listed(f"{run_dir}: holds a run with another DeepSpeed configuration:", found))
-    held = committed(run_dir)
-    if held and not (run_dir / ENVIRONMENT).exists():
-        raise RunDirectoryError(
-            f"{run_dir}: imported weights, which cannot be resumed: start another run from them, in another "
-            f"--run-dir, with initial_weights.run={run_dir} initial_weights.step={step_of(held[0])}"
-        )
-    if not resume and held:
-        raise RunDirectoryError(
-            f"{run_dir}: already has checkpoints, up to {held[0].name}: "
-            "continue it with --resume, or start a new run in another --run-dir"
-        )
-    if not held and not from_zero and (shown := shown_steps(run_dir)):
-        beside = ", ".join(entries(run_dir)) or "nothing"
-        raise StorageError(
-            f"{run_dir}: {shown}, but {socket.gethostname()} sees no checkpoint in {run_dir / CHECKPOINTS} ({beside} "
-            f"there): is its file system mounted? To start at step 0 anyway: {FROM_ZERO}"
-        )
-    return changed
-
-
-def _require_free(run_dir: Path) -> None:
-    """Raise RunDirectoryError when a directory without a recipe holds more than logs, and what a start that broke off
-    early leaves."""
-    if held := committed(run_dir):
-        raise RunDirectoryError(
-            f"{run_dir}: has checkpoints, up to {held[0].name}, but no {RECIPE}: restore it, or "
-            "choose another --run-dir"
-        )
-    there = run_dir.iterdir() if run_dir.exists() else ()
-    strange = [path.name for path in there if path.name not in EARLY and not path.name.endswith(BESIDE)]
-    if strange:
-        raise RunDirectoryError(
-            f"{run_dir}: not a run (no {RECIPE}) and not empty ({', '.join(sorted(strange)[:4])}): choose another "
-            "with --run-dir"
-        )
-
-
-def shown_steps(run_dir: Path) -> str | None:
-    """What in a run directory says that there was a checkpoint once; None when nothing does.
-
-    A run that was cut short before its first checkpoint was due has left none; what a branch has before its own first
-    one lies with its trunk.
-    """
-    if not (run_dir / RECIPE).exists():
-        return None
-    recipe = load_recipe(run_dir / RECIPE)
-    first = recipe.branch.step if recipe.branch else 0
-    environment, outcome = run_dir / ENVIRONMENT, read_outcome(run_dir) or {}
-    starts = json.loads(environment.read_text())["starts"] if environment.exists() else []
-    resumed = (start.get("from_step", 0) for start in starts if FROM_COPIES not in start)
-    if (begun := max(resumed, default=0)) > first:
-        return f"{ENVIRONMENT} has a start that resumed from step {begun}"
-    if (reached := outcome.get("step", 0)) > first:
-        return f"{OUTCOME} says that step {reached} was reached"
-    done = max((line["step"] for line in read_lines(run_dir / FILE) if line["kind"] == "train"), default=0)
-    if any(name.endswith(PARTIAL) for name in entries(run_dir)):
-        return None  # cut short while it wrote its first one
-    due = next((step for step in range(first + 1, done) if recipe.checkpoint.scheduled(step)), None)
-    return f"{FILE} has {done} steps and a checkpoint was due at step {due}" if due else None
 
 
 def prepare(
@@ -209,22 +104,3 @@ def _write(path: Path, text: str) -> None:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _changed(stored: dict[str, Any], completed: dict[str, Any]) -> list[str]:
-    """What two DeepSpeed configurations make otherwise of the same run, as ``key: there, given``."""
-    there, given = _arithmetic(stored), _arithmetic(completed)
-    return [f"{key}: {there.get(key)!r}, {given.get(key)!r}" for key in {**there, **given}
-            if there.get(key) != given.get(key)]  # fmt: skip
-
-
-def _arithmetic(completed: dict[str, Any]) -> dict[str, Any]:
-    """What of a DeepSpeed configuration decides the run's numbers."""
-    zero = completed.get("zero_optimization", {})
-    rounding = {f"zero_optimization.{key}": zero.get(key, False) for key in ROUNDING}
-    return {key: completed.get(key) for key in COMPUTING} | rounding
-
-
-def _listed(head: str, lines: list[str], most: int = 8) -> str:
-    more = [f"  and {len(lines) - most} more"] if len(lines) > most else []
-    return "\n".join([head, *(f"  {line}" for line in lines[:most]), *more])

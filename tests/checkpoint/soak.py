@@ -39,7 +39,7 @@ from bst_dist.parallel.ranks import Ranks, choose_accelerator
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.study.comparison.equality import COMPUTED
 from bst_dist.train.rundir import ENVIRONMENT
-from bst_dist.train.start import Request
+from bst_dist.train.start.request import Request
 from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.corpus import prepare
 from data_pipeline.prepare.parallel import open_workers

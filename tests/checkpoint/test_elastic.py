@@ -15,7 +15,7 @@ from bst_dist.checkpoint.fragments import MOMENTS
 from bst_dist.checkpoint.snapshot import Position, Snapshots
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.train.run import train
-from bst_dist.train.start import Request
+from bst_dist.train.start.request import Request
 
 pytestmark = [pytest.mark.ranks, pytest.mark.usefixtures("unmeasured")]
 Go = Callable[..., None]

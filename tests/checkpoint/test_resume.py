@@ -16,7 +16,7 @@ from bst_dist.parallel.ranks import Ranks
 from bst_dist.train import building
 from bst_dist.train.optimizer import HYPERPARAMETERS
 from bst_dist.train.run import train
-from bst_dist.train.start import Request, load, resolve
+from bst_dist.train.start.request import Request, load, resolve
 
 pytestmark = [pytest.mark.ranks, pytest.mark.usefixtures("unmeasured")]
 Go = Callable[..., None]

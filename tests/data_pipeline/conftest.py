@@ -10,15 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
 
 from data_pipeline.format.manifest import Manifest, TokenizerInfo
 from data_pipeline.format.shard_table import ShardInfo
 from data_pipeline.format.shards import ShardIndex, ShardWriter
 from data_pipeline.format.tokenizer import TokenizerConfig, parse_tokenizer, train_tokenizer
-
-settings.register_profile("any_machine", deadline=None)  # time says nothing about what is right
-settings.load_profile("any_machine")
 
 MakeCorpus = Callable[..., Path]
 

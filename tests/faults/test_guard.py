@@ -18,7 +18,7 @@ from bst_dist.faults.ledger import Entry, Ledger
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.train.run import train
 from bst_dist.train.rundir import read_outcome
-from bst_dist.train.start import Request
+from bst_dist.train.start.request import Request
 from bst_dist.train.step import Trainer
 
 Go = Callable[..., None]

@@ -21,7 +21,7 @@ from bst_dist.parallel.ranks import Ranks
 from bst_dist.train import building, evaluation
 from bst_dist.train.run import train
 from bst_dist.train.rundir import read_outcome
-from bst_dist.train.start import Request
+from bst_dist.train.start.request import Request
 from bst_dist.train.step import Trainer
 
 Go = Callable[..., list[int]]

@@ -22,7 +22,7 @@ from bst_dist.faults.status import HUNG
 from bst_dist.faults.watchdog import LONGEST_SILENCE_S, Watchdog
 from bst_dist.parallel.phases import Phases
 from bst_dist.train.run import train
-from bst_dist.train.start import Request
+from bst_dist.train.start.request import Request
 from bst_dist.train.step import Trainer
 
 

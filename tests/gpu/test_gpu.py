@@ -27,7 +27,7 @@ from bst_dist.model.attention import documents_of, sliding_attention
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.flex import flex_sliding_attention
 from bst_dist.model.lm import LanguageModel
-from bst_dist.train.deterministic import make_deterministic
+from bst_dist.train.start.deterministic import make_deterministic
 
 REHEARSAL = os.environ.get("BST_REHEARSE_GPU") == "1"
 DEVICE = "cpu" if REHEARSAL else "cuda"

@@ -21,7 +21,7 @@ from bst_base.errors import UserError
 from bst_dist.cli import main
 from bst_dist.config import load_recipe
 from bst_dist.study.evaluation.trained import open_run, tokenizer_of
-from bst_dist.train import rundir
+from bst_dist.train.start import directory
 from data_pipeline.format.tokenizer import TokenizerConfig, adopt_tokenizer
 
 
@@ -72,7 +72,7 @@ def test_an_imported_run_is_not_trained_on_in_its_own_directory(exported, tmp_pa
     assert main(["import", str(folder), str(tmp_path / "back")]) == 0
     recipe = load_recipe(tmp_path / "back" / "recipe.yaml")
     with pytest.raises(UserError, match=r"initial_weights\.step=7"):
-        rundir.check(tmp_path / "back", recipe, {}, resume)
+        directory.check(tmp_path / "back", recipe, {}, resume)
 
 
 def test_what_transformers_has_saved_is_imported_too(exported, tmp_path):

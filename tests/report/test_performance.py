@@ -27,7 +27,7 @@ from bst_dist.report.profiling import DIRECTORY
 from bst_dist.report.utilisation import Speed, recomputed_flops_per_token
 from bst_dist.tools.bench.lockstep import World
 from bst_dist.train.run import train
-from bst_dist.train.start import Request
+from bst_dist.train.start.request import Request
 
 STEP = StepReport(10, 100, 1.0, 0.5, 1.0, 1e-3, 1e-3, 2.0, 50.0, 0.5)
 CONFIG = ModelConfig(width=32, heads=2, ffn=64, block=16, depth=4, vocab_size=50, mixer="bst", placement=[1, 3],

@@ -23,7 +23,7 @@ from bst_dist.report.probes import Probes
 from bst_dist.report.tensorboard import FOLDER, HPARAMS, RESULTS, SHOWN, TensorBoard, hparams
 from bst_dist.study.evaluation.trained import open_run
 from bst_dist.train.run import train
-from bst_dist.train.start import Request
+from bst_dist.train.start.request import Request
 from data_pipeline.serve.reader import Corpus
 
 Go = Callable[..., None]

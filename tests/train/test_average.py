@@ -14,7 +14,7 @@ from bst_dist.study.evaluation.trained import open_run
 from bst_dist.train.average import decay
 from bst_dist.train.config import AverageConfig
 from bst_dist.train.run import train
-from bst_dist.train.start import Request
+from bst_dist.train.start.request import Request
 
 AVERAGE = "train.average={decay: 0.4}"
 

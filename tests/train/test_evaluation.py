@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.train.run import train
-from bst_dist.train.start import Request, Start, load, resolve
+from bst_dist.train.start.request import Request, Start, load, resolve
 from data_pipeline.serve.loader import Loader
 from data_pipeline.serve.share import Share
 

@@ -16,7 +16,7 @@ from bst_dist.parallel.ranks import Ranks
 from bst_dist.report.metrics import StepReport
 from bst_dist.train import building
 from bst_dist.train.engine import Engine
-from bst_dist.train.start import Request, Start, load, resolve
+from bst_dist.train.start.request import Request, Start, load, resolve
 from bst_dist.train.step import on_device
 
 pytestmark = pytest.mark.ranks
@@ -77,7 +77,7 @@ def one_step(ranks: Ranks, recipe: Path, changes: list[str]) -> tuple[dict[str, 
         return Engine.update(engine)
 
     engine.update = update
-    report = trainer.step(0, start.objective.loader(building.mesh_of(start, ranks)).batches(0), start=0.0)
+    report = trainer.step(0, start.objective.loader(start.mesh(ranks)).batches(0), start=0.0)
     engine.deepspeed.destroy()
     return gradients, report
 

@@ -17,7 +17,7 @@ from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.study.lra.listops import ListOpsConfig
 from bst_dist.study.lra.prepare import prepare
 from bst_dist.train.run import train
-from bst_dist.train.start import Request, load, resolve
+from bst_dist.train.start.request import Request, load, resolve
 from data_pipeline.prepare.parallel import open_workers
 
 

@@ -16,7 +16,7 @@ from bst_dist.config import Recipe, digest
 from bst_dist.parallel.phases import Phases
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.train.run import train
-from bst_dist.train.start import Request
+from bst_dist.train.start.request import Request
 from bst_dist.train.step import sum_of_batch
 
 pytestmark = pytest.mark.usefixtures("unmeasured")

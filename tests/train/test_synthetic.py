@@ -21,7 +21,7 @@ from bst_dist.parallel.mesh import Mesh
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.study.synthetic import SyntheticTask, octave
 from bst_dist.train.run import train
-from bst_dist.train.start import Request, load, resolve
+from bst_dist.train.start.request import Request, load, resolve
 
 TASK = "{synthetic: {task: associative-recall, pairs: 3, keys: 6, symbols: 6, span: 16}, prefetch: 0}"
 

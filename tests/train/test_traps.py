@@ -20,7 +20,7 @@ from bst_dist.train import building
 from bst_dist.train.config import OptimizerConfig
 from bst_dist.train.deepspeed_json import DeepSpeedConfigError, Intent, complete, read
 from bst_dist.train.engine import Engine
-from bst_dist.train.start import Request, load, resolve
+from bst_dist.train.start.request import Request, load, resolve
 
 KERNELS: list[dict[str, Any]] = [
     {"kernel": "s4d"}, {"kernel": "s4-dplr"}, {"kernel": "explicit", "length": 16}, {"kernel": "hyena", "length": 16},

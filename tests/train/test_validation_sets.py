@@ -18,7 +18,7 @@ from bst_dist.config import Recipe
 from bst_dist.report.metrics import FILE, CorpusReport, read_lines
 from bst_dist.report.writers import scalars
 from bst_dist.train.run import train
-from bst_dist.train.start import Request, load, resolve
+from bst_dist.train.start.request import Request, load, resolve
 from bst_dist.train.validation_sets import alone, standard_error
 from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.corpus import prepare

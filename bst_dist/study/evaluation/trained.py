@@ -24,8 +24,8 @@ from bst_dist.config import Recipe
 from bst_dist.model.lm import LanguageModel
 from bst_dist.study.lra.config import LongRangeConfig
 from bst_dist.train import rundir
-from bst_dist.train.initial import load_initial
 from bst_dist.train.rundir import read_recipe
+from bst_dist.train.start.initial_weights import load_initial
 from data_pipeline.format.tokenizer import Tokenizer, read_tokenizer
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.synthetic.config import SyntheticConfig

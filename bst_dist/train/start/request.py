@@ -12,11 +12,15 @@ from bst_base.errors import UserError
 from bst_base.settings import ConfigError
 from bst_base.shipped import RECIPES, names
 from bst_dist.config import Recipe, deepspeed_file, load_recipe, spread_of
+from bst_dist.parallel.mesh import Mesh
+from bst_dist.parallel.ranks import Ranks
 from bst_dist.plan.rehearse import rehearse
+from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.report.writers import require as require_writer
 from bst_dist.train import rundir
 from bst_dist.train.config import ScheduleConfig
 from bst_dist.train.objective import Objective, open_objective
+from bst_dist.train.start import directory
 from data_pipeline.serve.spread import Spread
 
 
@@ -48,6 +52,14 @@ class Start:
     until: int
     changed: Sequence[str] = ()
     """What the run has otherwise than at its start before, as ``field: before, now``."""
+
+    def mesh(self, ranks: Ranks) -> Mesh:
+        """Where this rank stands among the data-parallel and the sequence-parallel ranks."""
+        return Mesh(ranks.world, ranks.rank, self.recipe.parallel.sp)
+
+    def reported(self) -> list[dict[str, Any]]:
+        """What the run has reported so far."""
+        return read_lines(self.run_dir / FILE)
 
 
 def of_run(request: Request) -> Request:
@@ -114,7 +126,7 @@ def resolve(recipe: Recipe, request: Request, world: int) -> Start:
         require_writer(name)
     completed = _complete(recipe, world, spread)
     run_dir = request.run_dir or Path("runs") / recipe.name
-    changed = rundir.check(run_dir, recipe, completed, request.resume, request.from_zero)
+    changed = directory.check(run_dir, recipe, completed, request.resume, request.from_zero)
     until = min(request.until or recipe.train.steps, recipe.train.steps)
     return Start(recipe, run_dir, objective, completed, spread, until, changed)
 

@@ -15,9 +15,9 @@ from bst_dist.checkpoint.directory import CheckpointError, load_weights, newest_
 from bst_dist.config import Recipe, digest
 from bst_dist.model.lm import LanguageModel
 from bst_dist.train.config import InitialWeightsConfig
-from bst_dist.train.initial import load_initial
 from bst_dist.train.run import train
-from bst_dist.train.start import Request
+from bst_dist.train.start.initial_weights import load_initial
+from bst_dist.train.start.request import Request
 
 
 def weights(run_dir):
@@ -29,9 +29,11 @@ def trained(settings, monkeypatch, tmp_path):
     """A run as far as its initial weights are concerned: a checkpoint of step 5."""
     recipe = parse(Recipe, settings | {"model": settings["model"] | {"vocab_size": 320}})
     model = LanguageModel(recipe.model)
-    monkeypatch.setattr("bst_dist.train.initial.committed", lambda _: [tmp_path / "checkpoints" / "step-00000005"])
-    monkeypatch.setattr("bst_dist.train.initial.damage", lambda _, **__: [])
-    monkeypatch.setattr("bst_dist.train.initial.load_weights", lambda _: model.state_dict())
+    monkeypatch.setattr(
+        "bst_dist.train.start.initial_weights.committed", lambda _: [tmp_path / "checkpoints" / "step-00000005"]
+    )
+    monkeypatch.setattr("bst_dist.train.start.initial_weights.damage", lambda _, **__: [])
+    monkeypatch.setattr("bst_dist.train.start.initial_weights.load_weights", lambda _: model.state_dict())
     return SimpleNamespace(config=InitialWeightsConfig(run=tmp_path, step=5), model=model, settings=recipe.model)
 
 

@@ -13,9 +13,9 @@ from bst_dist.checkpoint.directory import MANIFEST, directory, read_manifest
 from bst_dist.config import Recipe, differing, digest, load_recipe
 from bst_dist.faults.status import DONE, USER_ERROR
 from bst_dist.report.metrics import FILE, read_lines
-from bst_dist.train.continuing import OtherRunError, changes, with_batch
 from bst_dist.train.run import train
-from bst_dist.train.start import Request
+from bst_dist.train.start.changes import OtherRunError, changes, with_batch
+from bst_dist.train.start.request import Request
 from data_pipeline.serve.loader import Loader, open_corpora
 from data_pipeline.serve.share import Share
 

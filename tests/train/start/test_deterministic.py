@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from bst_base.settings import ConfigError
-from bst_dist.train.deterministic import make_deterministic
 from bst_dist.train.run import train
-from bst_dist.train.start import Request
+from bst_dist.train.start.deterministic import make_deterministic
+from bst_dist.train.start.request import Request
 
 
 @pytest.fixture

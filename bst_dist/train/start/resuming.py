@@ -12,12 +12,10 @@ from bst_dist.checkpoint.snapshot import Position, Snapshots
 from bst_dist.faults import ledger
 from bst_dist.faults.guard import DivergedError, Guard
 from bst_dist.parallel.ranks import Ranks
-from bst_dist.train import rundir
-from bst_dist.train.branch import origin
-from bst_dist.train.building import mesh_of
-from bst_dist.train.continuing import with_batch
-from bst_dist.train.reporting import reported
-from bst_dist.train.start import Request, Start
+from bst_dist.train.start.branch import origin
+from bst_dist.train.start.changes import with_batch
+from bst_dist.train.start.directory import FROM_ZERO, shown_steps
+from bst_dist.train.start.request import Request, Start
 from bst_dist.train.step import Trainer
 
 
@@ -33,17 +31,17 @@ def begin_at(
     if position is None:
         position = _newest(start, snapshots, ranks, own=request.resume)
     if position is not None:
-        start.objective.loader(mesh_of(start, ranks)).check(position.data)
+        start.objective.loader(start.mesh(ranks)).check(position.data)
         return position, local
     if initial := start.recipe.initial_weights:
         if committed(start.run_dir):
             raise CheckpointError(f"{start.run_dir}: no valid checkpoint to resume: start a run in another --run-dir")
         ranks.say(f"starting from the weights of step {initial.step} of {initial.run}")
-    shown = ranks.from_first(rundir.shown_steps(start.run_dir) if ranks.first else None)
+    shown = ranks.from_first(shown_steps(start.run_dir) if ranks.first else None)
     if shown and not request.from_zero:
         raise CheckpointError(
             f"{start.run_dir}: {shown}, and none of its checkpoints is valid; restore one, or start at step 0 with "
-            f"{rundir.FROM_ZERO}"
+            f"{FROM_ZERO}"
         )
     if request.resume:
         ranks.say(f"no checkpoint in {start.run_dir} yet: starting at step 0")
@@ -55,7 +53,7 @@ def _from_copies(start: Start, copies: LocalCopies, ranks: Ranks) -> tuple[Posit
 
     @cache
     def shown() -> set[int]:
-        return {line["step"] for line in reported(start) if line["kind"] in ("train", "skipped")}
+        return {line["step"] for line in start.reported() if line["kind"] in ("train", "skipped")}
 
     # Whether a setting may change from a step on was decided by the checkpoints that there are.
     refusal = f"{'; '.join(start.changed)} (before, from here on)" if start.changed else None
@@ -94,7 +92,7 @@ def guard_of(start: Start, ranks: Ranks, position: Position, local: str | None =
     """
     seen = None
     if ranks.first:
-        losses = [line["loss_nats"] for line in reported(start) if line["kind"] == "train"]
+        losses = [line["loss_nats"] for line in start.reported() if line["kind"] == "train"]
         seen = ledger.read(start.run_dir, position.step, position.skipped), losses[-start.recipe.guard.spike_window :]
     entries, losses = ranks.from_first(seen)
     book = ledger.Ledger(entries, start.run_dir / ledger.FILE if ranks.first else None)

@@ -10,8 +10,8 @@ import pytest
 from bst_base.settings import ConfigError, dump, parse
 from bst_dist.checkpoint.directory import CheckpointError, directory
 from bst_dist.config import Recipe
-from bst_dist.train.branch import origin
-from bst_dist.train.rundir import shown_steps
+from bst_dist.train.start.branch import origin
+from bst_dist.train.start.directory import shown_steps
 
 SETTINGS = {
     "name": "trunk",

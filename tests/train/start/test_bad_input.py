@@ -10,7 +10,7 @@ from bst_dist.checkpoint.directory import directory
 from bst_dist.cli import main
 from bst_dist.cluster import local
 from bst_dist.train import rundir
-from bst_dist.train.start import Request, load, of_run, resolve
+from bst_dist.train.start.request import Request, load, of_run, resolve
 
 
 @pytest.fixture(autouse=True)

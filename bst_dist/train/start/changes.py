@@ -34,7 +34,7 @@ def changes(run_dir: Path, before: Recipe, now: Recipe) -> list[str]:
     """
     found = differing(before, now)
     if fixed := [line for line in found if not line.startswith((*RATES, *SCHEDULE, *BATCH))]:
-        raise OtherRunError(_listed(f"{run_dir}: holds a run with other settings (there, given):", fixed))
+        raise OtherRunError(listed(f"{run_dir}: holds a run with other settings (there, given):", fixed))
     if now.data.mode == "streaming" and (batch := [line for line in found if line.startswith(BATCH)]):
         raise OtherRunError(
             f"{run_dir}: {batch[0]} (there, given): {STREAMED}. Start a new run from the weights in another --run-dir: "
@@ -92,6 +92,7 @@ def _way_out(run_dir: Path, found: list[str], first: int, steps: list[int]) -> s
     )
 
 
-def _listed(head: str, lines: list[str], most: int = 8) -> str:
+def listed(head: str, lines: list[str], most: int = 8) -> str:
+    """A message of one line, and below it the first few of the settings that it is about."""
     more = [f"  and {len(lines) - most} more"] if len(lines) > most else []
     return "\n".join([head, *(f"  {line}" for line in lines[:most]), *more])
