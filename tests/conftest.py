@@ -164,7 +164,9 @@ def on_ranks() -> Callable[..., list[Any]]:
     be a closure. The first failure ends all of them.
     """
     choose_accelerator()
-    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401 (else every forked rank imports it: seconds)
+    import torch._dynamo  # noqa: F401
+
+    import bst_dist.parallel.loading  # noqa: F401 (else every forked rank imports both: seconds)
 
     def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         context, port = multiprocessing.get_context("fork"), free_port()

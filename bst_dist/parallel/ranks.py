@@ -47,14 +47,13 @@ class Ranks:
         require_accelerator()
         # The accelerator must be known before DeepSpeed is imported: it looks for one at import.
         choose_accelerator()
-        from deepspeed import init_distributed, ops
-        from deepspeed.accelerator import get_accelerator
+        from bst_dist.parallel.loading import deepspeed
 
-        accelerator = get_accelerator()
+        accelerator = deepspeed.accelerator.get_accelerator()
         if accelerator.device_name() == "cpu":
             # DeepSpeed would try its C++ extensions one by one, and compile an all-reduce that only its inference uses:
             # minutes at the first start, and a start killed meanwhile leaves a lock that the next one waits for.
-            ops.__compatible_ops__ = {}
+            deepspeed.ops.__compatible_ops__ = {}
         if not any(name in os.environ for name in _LAUNCHED):
             require_alone("train all of the run", RANKS_OF_ITS_OWN)
             alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -76,7 +75,7 @@ class Ranks:
         if "RANK" not in os.environ:  # DeepSpeed will ask MPI
             options["distributed_port"] = agreed_port()
         with gathered():
-            init_distributed(verbose=False, **options)
+            deepspeed.init_distributed(verbose=False, **options)
         self.rank = distributed.get_rank()
         self.world = distributed.get_world_size()
         self.device = torch.device(accelerator.current_device_name())

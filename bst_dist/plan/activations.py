@@ -232,9 +232,10 @@ class Activations:
             stack.enter_context(self._fused())
             if zero3:  # DeepSpeed puts this in the place of torch's, for the whole process
                 choose_accelerator()
-                from deepspeed.runtime.zero.linear import zero3_linear_wrap
+                from bst_dist.parallel.loading import deepspeed
 
-                stack.enter_context(patch.object(nn.functional, "linear", zero3_linear_wrap))
+                wrap = deepspeed.runtime.zero.linear.zero3_linear_wrap
+                stack.enter_context(patch.object(nn.functional, "linear", wrap))
             stack.enter_context(FakeTensorMode())
             stack.enter_context(live)
             yield live

@@ -15,18 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepspeed.comm.config import CommsLoggerConfig
-from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
 
 from bst_base.errors import UserError
+from bst_dist.parallel.loading import deepspeed
+
+DeepSpeedZeroConfig = deepspeed.runtime.zero.config.DeepSpeedZeroConfig
 
 # What a file in ds_configs/ may hold: section -> the class or keys that the installed DeepSpeed knows there.
 STRATEGY: dict[str, Any] = {
     "zero_optimization": DeepSpeedZeroConfig,
-    "aio": get_aio_config({}),
-    "comms_logger": CommsLoggerConfig,
+    "aio": deepspeed.runtime.swap_tensor.aio_config.get_aio_config({}),
+    "comms_logger": deepspeed.comm.config.CommsLoggerConfig,
     "wall_clock_breakdown": None,
 }
 # What the recipe says instead, by DeepSpeed's key.

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import deepspeed
 from torch import Tensor, nn
 
+from bst_dist.parallel.loading import deepspeed
 from bst_dist.train import deepspeed_json
 from bst_dist.train.config import OptimizerConfig
 from bst_dist.train.optimizer import Groups

@@ -247,8 +247,7 @@ def compare(soak: Soak) -> int:
 def endure(soak: Soak, say: Any = print) -> None:
     """The whole of it; raises AssertionError when anything is not as it must be."""
     choose_accelerator()
-    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401 (else imported by every engine: seconds)
-
+    import bst_dist.parallel.loading  # noqa: F401 (else imported by every engine: seconds)
     from bst_dist.train import building
 
     building.peak_flops = lambda *_: 1e12  # not measured anew at every start
