@@ -87,8 +87,9 @@ def _nucleus(logits: Tensor, top_p: float) -> Tensor:
 
 
 def without_text(vocab_size: int, tokenizer: Tokenizer) -> Tensor:
-    """(V,) bool, ids that stand for nothing in a document: all without text, but its end."""
+    """(V,) bool, ids that stand for nothing in a document: all without text, but its end; where no id is known to
+    stand for text, those that the corpus does not have."""
     never = torch.ones(vocab_size, dtype=torch.bool)
-    never[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.token_bytes == 0)
+    never[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.token_bytes == 0) & tokenizer.has_text
     never[tokenizer.eos_id] = False
     return never

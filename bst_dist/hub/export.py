@@ -108,6 +108,9 @@ def _write_configuration(folder: Path, one: Held, recipe: Recipe, tokenizer: Tok
     config.save_pretrained(folder)
     never = without_text(recipe.model.vocab_size, tokenizer).nonzero().flatten().tolist()
     GenerationConfig(suppress_tokens=never, **named).save_pretrained(folder)
+    if not tokenizer.has_text:  # ids alone: there is no tokenizer to publish
+        (folder / tokenizer.file).write_bytes(tokenizer.model)
+        return
     published = isinstance(tokenizer, HuggingFaceTokenizer)
     (folder / (CORPUS_FILE if published else FILE)).write_bytes(tokenizer.model)
     if published or is_bpe(tokenizer):

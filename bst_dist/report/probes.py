@@ -57,7 +57,7 @@ class Probes:
         two evaluations, 0 for none but the last, and the steps of the run."""
         self.config, self.engine, self.ranks, self.writers = config, engine, ranks, writers
         self.tokenizer, self.prompt = tokenizer, list(prompt)[:PROMPT]
-        self.sampling = bool(config.sample_tokens) and tokenizer is not None
+        self.sampling = bool(config.sample_tokens) and tokenizer is not None and tokenizer.has_text
         if self.sampling and engine.stage == 3:
             self.sampling = False
             say("no text samples under ZeRO-3 (log.sample_tokens): every token would gather all weights again")

@@ -75,7 +75,8 @@ def split_table(splits: dict[str, dict[str, Any]]) -> Table:
     """The numbers of `summary` for people."""
     table = plain_table("split", "documents", "tokens", "text MB", "bytes/token", "shards")
     for split, n in splits.items():
-        size, ratio = f"{n['text_bytes'] / 1e6:,.1f}", f"{n['bytes_per_token']:.3f}"
+        known = n["text_bytes"] or not n["tokens"]  # of ids without a tokenizer it is not
+        size, ratio = (f"{n['text_bytes'] / 1e6:,.1f}", f"{n['bytes_per_token']:.3f}") if known else ("–", "–")
         table.add_row(split, f"{n['documents']:,}", f"{n['tokens']:,}", size, ratio, str(n["shards"]))
     return table
 

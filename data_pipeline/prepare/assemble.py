@@ -23,6 +23,8 @@ from data_pipeline.format.shards import ShardIndex, ShardWriter
 from data_pipeline.format.tokenizer import Tokenizer, read_tokenizer
 from data_pipeline.prepare.dedup import Clusters, DedupConfig, near_duplicates
 from data_pipeline.prepare.spool import SPLITS, TABLE, read_documents
+from data_pipeline.prepare.text import TOKEN
+from data_pipeline.sources import Source
 
 PLAN = np.dtype([*((name, TABLE[name]) for name in TABLE.names), ("key", "<u8"), ("cluster", "<u8"), ("shard", "<u4")])
 """A kept document: its row of the table, its key in the corpus, its cluster, and its shard within its split."""
@@ -111,6 +113,7 @@ class EncodeTask(NamedTuple):
     start: int  # rows of work/plan.npy
     stop: int
     source: str
+    tokenized: bool
 
 
 class ShardDone(NamedTuple):
@@ -124,12 +127,13 @@ class ShardDone(NamedTuple):
     was_there: bool
 
 
-def shard_tasks(plan: np.ndarray, output: Path, work: Path, source: str) -> list[EncodeTask]:
+def shard_tasks(plan: np.ndarray, output: Path, work: Path, source: Source) -> list[EncodeTask]:
     """One task a shard, in the order of the plan."""
     edges = np.flatnonzero((np.diff(plan["split"]) != 0) | (np.diff(plan["shard"]) != 0)) + 1
     starts, stops = [0, *edges.tolist()], [*edges.tolist(), len(plan)]
+    of = (source.kind, source.tokenized)
     return [
-        EncodeTask(output, work, SPLITS[plan["split"][start]], int(plan["shard"][start]), start, stop, source)
+        EncodeTask(output, work, SPLITS[plan["split"][start]], int(plan["shard"][start]), start, stop, *of)
         for start, stop in zip(starts, stops, strict=True)
     ]
 
@@ -143,12 +147,16 @@ def write_shard(task: EncodeTask) -> ShardDone:
     rows = np.load(task.work / "plan.npy", mmap_mode="r")[task.start : task.stop]
     tar = task.output / f"{task.split}-{task.number:06d}.tar"
     licences: Counter[str] = Counter()
+    token_bytes, text_bytes = tokenizer.token_bytes, 0
     with atomic_file(tar) as file:
         writer = ShardWriter(file)
-        for row, names, text in read_documents(task.work / "spool", rows):
-            tokens = np.append(tokenizer.encode(text), tokenizer.dtype.type(tokenizer.eos_id))
-            writer.add(f"{row['key']:09d}", _document_info(row, names, task.source, len(tokens)), tokens)
+        for row, names, data in read_documents(task.work / "spool", rows):
+            ids = _ids(data, tokenizer, task.tokenized)
+            size = int(token_bytes[ids].sum()) if task.tokenized else len(data)
+            tokens = np.append(ids, tokenizer.dtype.type(tokenizer.eos_id))
+            writer.add(f"{row['key']:09d}", _document_info(row, names, task.source, len(tokens), size), tokens)
             licences[names["licence"]] += 1
+            text_bytes += size
         writer.close()
     index = ShardIndex.build(tar)
     index.write(tar.with_suffix(".idx"))
@@ -158,7 +166,7 @@ def write_shard(task: EncodeTask) -> ShardDone:
         sha256=index.tar_sha256,
         documents=len(index.lengths),
         tokens=int(index.lengths.sum()),
-        text_bytes=int(rows["bytes"].sum()),
+        text_bytes=text_bytes,
         index=tar.with_suffix(".idx").name,
         index_sha256=sha256_file(tar.with_suffix(".idx")),
     )
@@ -169,13 +177,18 @@ def write_shard(task: EncodeTask) -> ShardDone:
     return done
 
 
-def _document_info(row: np.void, names: dict[str, Any], source: str, tokens: int) -> dict[str, Any]:
+def _ids(data: bytes, tokenizer: Tokenizer, tokenized: bool) -> np.ndarray:
+    """The ids of a document, (n,), of its text or of what the source held already."""
+    return np.frombuffer(data, TOKEN).astype(tokenizer.dtype) if tokenized else tokenizer.encode(data.decode())
+
+
+def _document_info(row: np.void, names: dict[str, Any], source: str, tokens: int, size: int) -> dict[str, Any]:
     return {
         "id": int(row["id"]),
         "path": names["path"],
         **({"title": names["title"]} if names["title"] else {}),
         "n_tokens": tokens,
-        "n_bytes": int(row["bytes"]),
+        "n_bytes": size,
         "source": source,
         "licence": names["licence"],
         **({"meta": names["meta"]} if "meta" in names else {}),

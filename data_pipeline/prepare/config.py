@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from bst_base.settings import Config
 from data_pipeline.format.tokenizer import TokenizerConfig
@@ -40,3 +40,18 @@ class PrepareConfig(Config):
     """How many may be left out before the preparation stops after all."""
     workers: int | None = Field(None, ge=1)
     """Processes; by default one for each CPU. Under `mpirun -n N`: N - 1 ranks work, whatever is said here."""
+
+    @model_validator(mode="after")
+    def _tokens_have_a_vocabulary(self) -> PrepareConfig:
+        if not self.source.tokenized:
+            return self
+        if self.text != TextConfig():
+            raise ValueError(f"text: the source {self.source.kind} holds tokens, which nothing is done to")
+        if self.tokenizer.reuse is None and None in (self.source.vocab_size, self.source.eos_id):
+            raise ValueError(
+                f"the source {self.source.kind} holds token ids: give their tokenizer (tokenizer.reuse), or else "
+                "source.vocab_size and source.eos_id"
+            )
+        if self.tokenizer.reuse is not None and self.source.vocab_size is not None:
+            raise ValueError("source.vocab_size: the tokenizer of tokenizer.reuse says it already; leave it out")
+        return self

@@ -28,7 +28,7 @@ from data_pipeline.format.shard_table import ShardTable
 from data_pipeline.format.tokenizer import Tokenizer, parse_tokenizer, read_tokenizer, train_tokenizer
 from data_pipeline.prepare.assemble import TOKENIZER, ShardDone, assign, deduplicate, shard_tasks, write_shard
 from data_pipeline.prepare.config import PrepareConfig
-from data_pipeline.prepare.identity import check_same, identity, name_of, reused_tokenizer
+from data_pipeline.prepare.identity import check_same, given_tokenizer, identity, name_of
 from data_pipeline.prepare.parallel import Workers
 from data_pipeline.prepare.spool import (
     SPLITS,
@@ -65,6 +65,7 @@ def prepare(config: PrepareConfig, workers: Workers, progress: Progress) -> tupl
     config.source.fetch()
     progress("fetch", 1, 1)
     output = config.output.expanduser()
+    given = given_tokenizer(config)
     with full_disk_explained(output), _exclusive(output):
         listing = config.source.listing()
         groups = group_parts(listing.parts, _CHUNK_BYTES)
@@ -74,12 +75,14 @@ def prepare(config: PrepareConfig, workers: Workers, progress: Progress) -> tupl
             check_same({key: manifest.provenance.get(key) for key in wanted}, wanted, output)
             shutil.rmtree(output / WORK, ignore_errors=True)
             return manifest, {"reused": True}
+        if config.source.tokenized:
+            config = config.model_copy(update={"source": config.source.told(given)})
         work = output / WORK / name_of(wanted)
         work.mkdir(parents=True, exist_ok=True)
         remove_partials(output)
         table, left_out = _extract(config, groups, listing.skipped, work, workers, progress)
         plan, duplicates = _plan(config, table, work, progress)
-        tokenizer = _make_tokenizer(config, plan, work, progress)
+        tokenizer = _make_tokenizer(config, given, plan, work, progress)
         shards = _write_shards(config, plan, output, work, workers, progress)
         extents = _write_extents(shards, output)
         manifest = _manifest(shards, tokenizer, {**wanted, "left_out": left_out, "duplicates": duplicates}, extents)
@@ -177,13 +180,15 @@ def _plan(
     return plan, {"exact": kept.exact_duplicates, "near": kept.near_duplicates}
 
 
-def _make_tokenizer(config: PrepareConfig, plan: np.ndarray, work: Path, progress: Progress) -> Tokenizer:
+def _make_tokenizer(
+    config: PrepareConfig, given: Tokenizer | None, plan: np.ndarray, work: Path, progress: Progress
+) -> Tokenizer:
     """The tokenizer, in the working directory: one that lies in the output may be of other settings."""
     path = work / TOKENIZER
     if path.exists():
         return read_tokenizer(path)
-    if config.tokenizer.reuse is not None:
-        model = reused_tokenizer(config.tokenizer).model
+    if given is not None:
+        model = given.model
     else:
         train = plan[plan["split"] == SPLITS.index("train")]
         available = int(train["bytes"].sum())
@@ -200,13 +205,14 @@ def _make_tokenizer(config: PrepareConfig, plan: np.ndarray, work: Path, progres
 def _write_shards(
     config: PrepareConfig, plan: np.ndarray, output: Path, work: Path, workers: Workers, progress: Progress
 ) -> list[ShardDone]:
-    tasks = shard_tasks(plan, output, work, config.source.kind)
-    done, total = 0, int(plan["bytes"].sum())
+    tasks = shard_tasks(plan, output, work, config.source)
+    sizes = {(task.split, task.number): int(plan["bytes"][task.start : task.stop].sum()) for task in tasks}
+    done, total = 0, sum(sizes.values())
     progress("encode", 0, total)
     shards = []
     for shard in workers.run(write_shard, tasks):
         shards.append(shard)
-        done += shard.info.text_bytes
+        done += sizes[shard.split, shard.number]
         progress("encode", done, total)
     return sorted(shards, key=lambda shard: (SPLITS.index(shard.split), shard.number))
 

@@ -80,7 +80,11 @@ class Clusters:
 
 def signature(text: bytes) -> np.ndarray:
     """The MinHash signature of a text's 5-grams, (PERMUTATIONS,) uint32; a shorter text is one shingle."""
-    words = np.concatenate([np.empty(0, np.uint64), *_word_hashes(text)])
+    return signature_of(np.concatenate([np.empty(0, np.uint64), *_word_hashes(text)]))
+
+
+def signature_of(words: np.ndarray) -> np.ndarray:
+    """The same of words given by numbers, (n,) uint64: their hashes, or the ids of a text that came as such."""
     width = min(_SHINGLE, max(len(words), 1))
     shingles = np.zeros(max(len(words) - width + 1, 1), np.uint64)
     for k in range(width if len(words) else 0):

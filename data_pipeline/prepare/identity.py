@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from bst_base.errors import UserError
 from data_pipeline.format.manifest import MANIFEST, Manifest, sha256_file
-from data_pipeline.format.tokenizer import Tokenizer, TokenizerConfig, adopt_tokenizer, read_tokenizer
+from data_pipeline.format.tokenizer import IdsOnly, Tokenizer, adopt_tokenizer, read_tokenizer
 from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.parallel import Workers
 from data_pipeline.sources import Part, Source
@@ -37,7 +37,7 @@ def identity(
     """What decides the corpus, without anything that names a machine or its directories. Reads all of the source."""
     settings = config.model_dump(mode="json", exclude=_MACHINE)
     if config.tokenizer.reuse is not None:
-        settings["tokenizer"] = {"reuse": reused_tokenizer(config.tokenizer).sha256}
+        settings["tokenizer"] = {"reuse": given_tokenizer(config).sha256}
     done, total = 0, sum(part.size for group in groups for part in group)
     progress("hash source", 0, total)
     hashes: dict[str, str] = {}
@@ -73,12 +73,21 @@ def _hash(path: Path) -> str:
         return f"unreadable {error.errno}"
 
 
-def reused_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer of `tokenizer.reuse`: the one of a prepared corpus as it is, or anyone's, adopted."""
-    path = config.reuse.expanduser()
+def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
+    """The tokenizer that is not trained here: the one of a prepared corpus as it is, anyone's, adopted, or ids alone.
+
+    None where one is trained. Raises UserError for one that cannot encode a source of text.
+    """
+    if config.tokenizer.reuse is None:
+        return IdsOnly.of(config.source.vocab_size, config.source.eos_id) if config.source.tokenized else None
+    path = config.tokenizer.reuse.expanduser()
     if (path / MANIFEST).is_file():
-        return read_tokenizer(path / Manifest.read(path).tokenizer.file)
-    return adopt_tokenizer(path, config)
+        tokenizer = read_tokenizer(path / Manifest.read(path).tokenizer.file)
+    else:
+        tokenizer = adopt_tokenizer(path, config.tokenizer)
+    if not (tokenizer.has_text or config.source.tokenized):
+        raise UserError(f"{path}: ids without a tokenizer, which cannot encode text (tokenizer.reuse)")
+    return tokenizer
 
 
 def name_of(identity: dict[str, Any]) -> str:

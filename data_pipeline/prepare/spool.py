@@ -1,9 +1,9 @@
 """How a source's text waits between extraction and encoding: chunks of whole documents, on disk.
 
-A chunk is a directory that one worker writes from a run of consecutive parts: `text` (the documents' UTF-8, one after
-the other), `table` (a row a document: what deduplication and planning need), `names.jsonl` (a line a document: what
-only the shards need), `skipped.jsonl`, and `signatures` (MinHash, if asked for). Memory is bounded by one document
-here, and by a table row a document where the tables of all chunks are put together.
+A chunk is a directory that one worker writes from a run of consecutive parts: `text` (the documents' UTF-8, or their
+ids where the source holds such, one after the other), `table` (a row a document: what deduplication and planning need),
+`names.jsonl` (a line a document: what only the shards need), `skipped.jsonl`, and `signatures` (MinHash, if asked for).
+Memory is bounded by one document here, and by a table row a document where the tables of all chunks are put together.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import numpy as np
 
 from bst_base.errors import UserError
 from bst_base.files import atomic_directory, atomic_file
-from data_pipeline.prepare.dedup import PERMUTATIONS, signature
-from data_pipeline.prepare.text import TextConfig, stored_text
+from data_pipeline.prepare.dedup import PERMUTATIONS, signature, signature_of
+from data_pipeline.prepare.text import TOKEN, TextConfig, stored_text
 from data_pipeline.sources import Document, Part, Skipped, Source
 from data_pipeline.sources.base import printable
 
@@ -102,8 +102,8 @@ def merge_signatures(spool: Path, chunks: int) -> np.ndarray:
     return np.memmap(path, np.uint32, mode="r").reshape(-1, PERMUTATIONS)
 
 
-def read_documents(spool: Path, rows: np.ndarray) -> Iterator[tuple[np.void, dict[str, Any], str]]:
-    """(row, names, text) of each of `rows`, (n,) with TABLE's columns, a chunk's rows together."""
+def read_documents(spool: Path, rows: np.ndarray) -> Iterator[tuple[np.void, dict[str, Any], bytes]]:
+    """(row, names, text or ids) of each of `rows`, (n,) with TABLE's columns, a chunk's rows together."""
     edges = np.flatnonzero(np.diff(rows["chunk"])) + 1
     for run in np.split(rows, edges) if len(rows) else []:
         path = chunk_path(spool, int(run["chunk"][0]))
@@ -111,7 +111,7 @@ def read_documents(spool: Path, rows: np.ndarray) -> Iterator[tuple[np.void, dic
             for row in run:
                 names.seek(int(row["names"]))
                 text.seek(int(row["offset"]))
-                yield row, json.loads(names.readline()), text.read(int(row["bytes"])).decode()
+                yield row, json.loads(names.readline()), text.read(int(row["bytes"]))
 
 
 def read_windows(spool: Path, rows: np.ndarray, window: int, share: float) -> Iterator[str]:
@@ -168,7 +168,8 @@ def _write_chunk(path: Path, task: ChunkTask) -> None:
             _write_line(names, _names(document))
             texts.write(text)
             if task.signatures:
-                signatures.write(signature(text).tobytes())
+                ids = np.frombuffer(text, TOKEN).astype(np.uint64) if task.source.tokenized else None
+                signatures.write((signature(text) if ids is None else signature_of(ids)).tobytes())
 
 
 def _documents(task: ChunkTask) -> Iterator[tuple[Document, bytes] | Skipped]:

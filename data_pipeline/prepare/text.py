@@ -6,6 +6,8 @@ import dataclasses
 import unicodedata
 from typing import Literal
 
+import numpy as np
+
 from bst_base.settings import Config
 from data_pipeline.sources.base import Document, Skipped
 
@@ -16,6 +18,10 @@ _PACKED = {
     b"PK\x03\x04": "zip",
     b"PAR1": "Parquet",
 }
+
+
+TOKEN = np.dtype("<u4")
+"""How ids wait that came as such."""
 
 
 class TextConfig(Config):
@@ -29,10 +35,12 @@ class TextConfig(Config):
 
 
 def stored_text(found: Document | Skipped, config: TextConfig) -> tuple[Document, bytes] | Skipped:
-    """The document and its final text as UTF-8, or why it is skipped."""
+    """The document and its final text as UTF-8, or its ids as TOKEN; or why it is skipped."""
     if isinstance(found, Skipped):
         return found
     text = found.content
+    if isinstance(text, np.ndarray):
+        return dataclasses.replace(found, content=""), text.astype(TOKEN).tobytes()
     if isinstance(text, bytes):
         decoded = _decode(text, found.path, config)
         if isinstance(decoded, Skipped):

@@ -12,6 +12,8 @@ from data_pipeline.sources.base import Document, Listing, Part, Skipped, Source
 from data_pipeline.sources.folder import Folder
 from data_pipeline.sources.github import Github
 from data_pipeline.sources.jsonl import JsonLines
+from data_pipeline.sources.megatron import Megatron
+from data_pipeline.sources.nanogpt import NanoGpt
 from data_pipeline.sources.packaged.books import Books
 from data_pipeline.sources.packaged.latex import Latex
 from data_pipeline.sources.packaged.linux import Linux
@@ -29,6 +31,8 @@ _CLASSES = (
     JsonLines,
     Tables,
     WebDatasetTars,
+    Megatron,
+    NanoGpt,
     Pg19,
     Arxiv,
     Github,

@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
+import numpy as np
 from pydantic import BeforeValidator
 
 from bst_base import places
@@ -31,6 +32,8 @@ class Part(NamedTuple):
     """Bytes to read: parts are grouped into tasks of about equal work by it."""
     start: int = -1
     """Where the part begins in a file that is cut into several, in units of the source's own; -1: the part is whole."""
+    stop: int = -1
+    """Where it ends, likewise, for sources that cannot tell from `size`."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ class Document:
 
     path: str
     """Where it is in the source; unique there."""
-    content: str | bytes
-    """The text; bytes are decoded as UTF-8, and what happens when they are not is the preparation's policy."""
+    content: str | bytes | np.ndarray
+    """The text; bytes are decoded as UTF-8, and what happens when they are not is the preparation's policy. Of sources
+    of tokens: the ids, (n,) of any integer type, without the one that ends the document."""
     licence: str = "unknown"
     """SPDX identifier where there is one."""
     group: str = ""
@@ -80,6 +84,8 @@ class Listing(NamedTuple):
 class Source(Config):
     """Base of every source: its settings, and how it is read. Sent to worker processes as it is."""
 
+    tokenized: ClassVar[bool] = False
+    """Whether its documents are token ids instead of text."""
     kind: str
     """Which source it is; its other settings are those of the kind (`bst data sources KIND`)."""
 

@@ -92,12 +92,16 @@ class FileSource(Source):
     path: LocalPath
     """The directory of the files, or one file."""
     own_splits: bool = False
-    """Keep the splits that the data comes with: the top directory or the begin of the file's name is train, validation
-    (valid, val, dev) or test."""
+    """Keep the splits that the data comes with: the top directory is, or the file's name begins with or holds, one of
+    the words train, validation (valid, val, dev) and test."""
 
     def wanted(self, name: str) -> bool:
         """Whether a file, by its path below the root, is read."""
         raise NotImplementedError
+
+    def beside(self, name: str) -> bool:
+        """Whether a file that is not `wanted` is read together with one that is."""
+        return False
 
     def expected(self) -> str:
         """What files there should be, for the message when there are none."""
@@ -122,7 +126,7 @@ class FileSource(Source):
                 skipped.append(found)
             elif self.wanted(found[0]):
                 parts += self.parts_of(*found)
-            else:
+            elif not self.beside(found[0]):
                 endings.leave_out(found[0])
         if not parts:
             seen = ", ".join(f"{s.count} {s.reason}" for s in [*skipped, *endings.skipped("")])
@@ -143,9 +147,12 @@ class FileSource(Source):
         if not self.own_splits:
             return ""
         top, _, rest = part.name.partition("/")
-        name = re.match(r"[a-z]*", top.lower())[0] if not rest else top.lower()
-        if name not in SPLIT_NAMES:
+        words = [top.lower()] if rest else re.findall("[a-z]+", top.lower())
+        named = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
+        if words[:1] and words[0] in SPLIT_NAMES:
+            named = {SPLIT_NAMES[words[0]]}
+        if len(named) != 1:
             raise UserError(
                 f"{part.name}: own_splits is set, but neither its directory nor its name says train, validation or test"
             )
-        return SPLIT_NAMES[name]
+        return named.pop()

@@ -8,6 +8,7 @@ from bst_base.errors import UserError
 from data_pipeline.format.tokenizer.base import Tokenizer
 from data_pipeline.format.tokenizer.config import TokenizerConfig
 from data_pipeline.format.tokenizer.huggingface import HuggingFaceTokenizer, adopted
+from data_pipeline.format.tokenizer.ids import IdsOnly
 from data_pipeline.format.tokenizer.sentencepiece import (
     MAX_LINE,
     SentencePieceTokenizer,
@@ -18,6 +19,7 @@ from data_pipeline.format.tokenizer.sentencepiece import (
 __all__ = [
     "MAX_LINE",
     "HuggingFaceTokenizer",
+    "IdsOnly",
     "SentencePieceTokenizer",
     "Tokenizer",
     "TokenizerConfig",
@@ -27,12 +29,14 @@ __all__ = [
     "train_tokenizer",
 ]
 
-FILES = (SentencePieceTokenizer.file, HuggingFaceTokenizer.file)
+FILES = (SentencePieceTokenizer.file, HuggingFaceTokenizer.file, IdsOnly.file)
 """Names of a tokenizer's file, in a corpus, a run directory or a published model."""
 
 
 def parse_tokenizer(model: bytes, where: str = "the tokenizer") -> Tokenizer:
     """The tokenizer whose file holds `model`; raises UserError when it cannot be used exactly."""
+    if model.startswith(IdsOnly.mark):
+        return IdsOnly(model, where)
     return (HuggingFaceTokenizer if _is_json(model) else SentencePieceTokenizer)(model, where)
 
 
@@ -58,6 +62,8 @@ def adopt_tokenizer(path: Path, config: TokenizerConfig) -> Tokenizer:
         model = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such tokenizer (tokenizer.reuse)") from None
+    if model.startswith(IdsOnly.mark):
+        return IdsOnly(model, str(path))
     if _is_json(model):
         return HuggingFaceTokenizer(adopted(path, config), str(path))
     return SentencePieceTokenizer(without_changes(model, str(path)), str(path))

@@ -20,6 +20,8 @@ class Tokenizer(ABC):
 
     file: ClassVar[str]
     """Name of the model's file in a corpus or a run directory."""
+    has_text: ClassVar[bool] = True
+    """Whether ids stand for text; where they do not, `encode` raises UserError and `decode` gives the ids."""
     bos_id: int
     eos_id: int
     pad_id: int

@@ -1,0 +1,75 @@
+"""Write a prepared corpus in the form of another program: Megatron-LM's .bin and .idx, or Parquet.
+
+    bst data export corpora/stdlib exported/megatron --format megatron
+    bst data export corpora/stdlib exported/parquet --format parquet
+
+Megatron-LM gets SPLIT.bin and SPLIT.idx, each document with the id that ends it; Parquet a file for each shard, a row
+for each document, with its text and what is known of it. The tokenizer is copied beside them. The folder appears when
+all of it is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bst_base.errors import UserError
+from bst_base.files import atomic_directory
+from data_pipeline.commands.prepare import plain_table
+from data_pipeline.commands.progress import stages
+from data_pipeline.format.exports import ExportTask, write_megatron, write_parquet
+from data_pipeline.format.manifest import Manifest
+from data_pipeline.prepare.parallel import Workers, open_workers
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
+    parser.add_argument("output", metavar="FOLDER", type=Path, help="folder to write, which is not there yet")
+    parser.add_argument("--format", choices=["megatron", "parquet"], required=True, help="for which program")
+    parser.add_argument("--workers", metavar="N", type=int, help="processes (default: one for each CPU)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Write the export and report what is in it."""
+    manifest = Manifest.read(args.corpus)
+    if args.output.exists():
+        raise UserError(f"{args.output} is there already; choose another folder, or delete it first")
+    console = Console()
+    with open_workers(args.workers) as workers:
+        if workers is None:
+            return None
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_directory(args.output) as folder:
+            splits = _write(args, manifest, folder, workers, console)
+            shutil.copyfile(args.corpus / manifest.tokenizer.file, folder / manifest.tokenizer.file)
+    table = plain_table("split", "documents", "tokens")
+    for split, found in splits.items():
+        table.add_row(split, f"{found['documents']:,}", f"{found['tokens']:,}")
+    console.print(f"{args.output} written for {args.format} from {args.corpus}.", soft_wrap=True)
+    console.print(table)
+    return {"corpus": str(args.corpus), "output": str(args.output), "format": args.format, "splits": splits}
+
+
+def _write(
+    args: argparse.Namespace, manifest: Manifest, folder: Path, workers: Workers, console: Console
+) -> dict[str, dict[str, int]]:
+    """Documents and tokens of each split that were written."""
+    if args.format == "megatron":  # one stream each
+        write, shards = write_megatron, [(split, 0) for split, infos in manifest.splits.items() if infos]
+    else:
+        write = write_parquet
+        shards = [(split, number) for split, infos in manifest.splits.items() for number in range(len(infos))]
+    tasks = [ExportTask(args.corpus, folder, *shard) for shard in shards]
+    splits = {split: {"documents": 0, "tokens": 0} for split, _ in shards}
+    with stages(console) as told:
+        told("export", 0, len(tasks))
+        for done, found in enumerate(workers.run(write, tasks), start=1):
+            splits[found.split]["documents"] += found.documents
+            splits[found.split]["tokens"] += found.tokens
+            told("export", done, len(tasks))
+    return splits

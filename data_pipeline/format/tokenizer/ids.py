@@ -1,0 +1,49 @@
+"""A vocabulary of which only the ids are known: that of tokens which came without their tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import NoReturn
+
+import numpy as np
+
+from bst_base.errors import UserError
+from data_pipeline.format.tokenizer.base import Tokenizer
+
+
+class IdsOnly(Tokenizer):
+    """How many ids there are, and which of them ends a document; no id stands for any text."""
+
+    file = "vocabulary.json"
+    mark = b'{"ids_only": true,'
+    """How the file begins, which tells it from a tokenizer.json."""
+    has_text = False
+
+    def __init__(self, model: bytes, where: str = "the vocabulary") -> None:
+        """`model`: the bytes of the file, as `of` writes them; raises UserError for any other."""
+        try:
+            said = json.loads(model)
+            size, end = int(said["vocab_size"]), int(said["eos_id"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{where}: not a vocabulary of ids ({error}); prepare the corpus again") from None
+        super().__init__(model, [b""] * size)
+        self.bos_id = self.eos_id = self.pad_id = end
+
+    @classmethod
+    def of(cls, vocab_size: int, eos_id: int) -> IdsOnly:
+        """A vocabulary of `vocab_size` ids; `eos_id` ends each document, begins a text and fills up."""
+        return cls(cls.mark + f' "vocab_size": {vocab_size}, "eos_id": {eos_id}}}\n'.encode())
+
+    def encode(self, text: str) -> NoReturn:
+        raise UserError(
+            "this corpus was made of token ids without their tokenizer, so text cannot be turned into tokens; prepare "
+            "it again with tokenizer.reuse"
+        )
+
+    def piece(self, token: int) -> str:
+        return f"<{token}>"
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        """The ids themselves, with a space between them."""
+        return " ".join(map(str, np.asarray(ids).tolist()))

@@ -1,0 +1,50 @@
+"""What sources of token ids have in common: which ids there may be, and which one ends a document."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Self
+
+import numpy as np
+from pydantic import Field
+
+from data_pipeline.format.tokenizer import Tokenizer
+from data_pipeline.sources.base import Document, Skipped
+from data_pipeline.sources.tree import FileSource
+
+RANGE = 64 << 20
+"""Bytes of a file that are one part: a large file is the work of many workers."""
+
+
+class TokenSource(FileSource):
+    """Base of sources of files that hold token ids."""
+
+    tokenized: ClassVar[bool] = True
+
+    vocab_size: int | None = Field(None, ge=2, le=2**31)
+    """How many ids there are, where no tokenizer says it (tokenizer.reuse)."""
+    eos_id: int | None = Field(None, ge=0, lt=2**31)
+    """The id between documents in the files; by default that of the tokenizer."""
+    licence: str = "unknown"
+    """Licence recorded for every document."""
+
+    def told(self, tokenizer: Tokenizer) -> Self:
+        """The same source, with what it does not say itself taken from the tokenizer."""
+        end = tokenizer.eos_id if self.eos_id is None else self.eos_id
+        return self.model_copy(update={"vocab_size": tokenizer.vocab_size, "eos_id": end})
+
+    def document_of(self, tokens: np.ndarray, where: str, split: str) -> Document | Skipped:
+        """A document of these ids, (n,), the one between documents apart; or what is wrong with them."""
+        if not len(tokens):
+            return Skipped(where, "empty")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.vocab_size:
+            wrong = low if low < 0 else high
+            reason = f"an id outside the vocabulary ({wrong}, of {self.vocab_size:,} ids)"
+            return Skipped(where, reason, bad=True, remedy="give the tokenizer or source.vocab_size of these ids")
+        return Document(where, tokens, licence=self.licence, split=split)
+
+
+def read_tokens(path: Path, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
+    """(count,) ids from byte `offset` on; fewer where the file ends."""
+    return np.fromfile(path, dtype, count, offset=offset)
