@@ -1,4 +1,4 @@
-"""Readers of the published files: Text (IMDb), Retrieval (AAN), Image (CIFAR-10).
+"""Readers of the published files: Text (IMDb), Retrieval (AAN), Image (CIFAR-10); for the others see `released`.
 
 Each gives the examples of a split, one after the other, as ``(sequences, class)``: sequences of symbols 0..255, bytes
 of text or grey values. Whatever is missing or damaged is a FileProblem that says what was looked for and where it is
@@ -8,7 +8,7 @@ to be had.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -69,7 +69,7 @@ def text(config: TextConfig, split: str) -> Iterator[Example]:
     for path, label in reviews:
         content = _read(path, config)
         if not content:
-            raise _problem(config, path, "is empty")
+            raise problem(config, path, "is empty")
         yield [np.frombuffer(content, np.uint8)], label
 
 
@@ -79,7 +79,7 @@ def _reviews(source: Path, part: str) -> list[tuple[Path, int]]:
     for name, label in (("neg", 0), ("pos", 1)):
         files = sorted((source / part / name).glob("*.txt"))
         if not files:
-            raise FileProblem(f"{source / part / name}: no *.txt there; {_expected(TextConfig)}")
+            raise FileProblem(f"{source / part / name}: no *.txt there; {expected(TextConfig)}")
         found += [(path, label) for path in files]
     order = Permutation(len(found), "lra-text", 0)(np.arange(len(found)))
     return [found[place] for place in order.tolist()]
@@ -89,12 +89,12 @@ def retrieval(config: RetrievalConfig, split: str) -> Iterator[Example]:
     """Two papers as bytes; class 1 is a citation. A line of the file is ``label, id, id, text, text`` between tabs."""
     path = config.source / f"new_aan_pairs.{'eval' if split == 'validation' else split}.tsv"
     if not path.is_file():
-        raise _problem(config, path, "no such file")
+        raise problem(config, path, "no such file")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             fields = line.rstrip(b"\r\n").split(b"\t")
             if len(fields) != 5 or fields[0] not in (b"0.0", b"1.0", b"0", b"1") or not (fields[3] and fields[4]):
-                raise _problem(config, path, f"line {number} is not 'label, id, id, text, text' between tabs")
+                raise problem(config, path, f"line {number} is not 'label, id, id, text, text' between tabs")
             yield [np.frombuffer(field, np.uint8) for field in fields[3:]], int(fields[0][:1])
 
 
@@ -115,14 +115,14 @@ def _batch(config: ImageConfig, name: str) -> tuple[np.ndarray, np.ndarray]:
     binary, pickled = config.source / f"{name}.bin", config.source / name
     path = binary if binary.is_file() else pickled
     if not path.is_file():
-        raise _problem(config, pickled, "no such file (nor with .bin)")
+        raise problem(config, pickled, "no such file (nor with .bin)")
     read = _binary_batch if path is binary else _pickled_batch
     try:
         pixels, labels = read(_read(path, config))
     except (ValueError, KeyError, TypeError, EOFError, AttributeError, IndexError, pickle.UnpicklingError) as error:
-        raise _problem(config, path, f"is no batch of CIFAR-10: {error}") from None
+        raise problem(config, path, f"is no batch of CIFAR-10: {error}") from None
     if pixels.shape != (len(labels), 3 * SIDE * SIDE) or not len(labels) or labels.max() > 9:
-        raise _problem(config, path, f"is no batch of CIFAR-10: pixels {pixels.shape}, {len(labels)} classes")
+        raise problem(config, path, f"is no batch of CIFAR-10: pixels {pixels.shape}, {len(labels)} classes")
     return pixels, labels
 
 
@@ -162,17 +162,15 @@ def _read(path: Path, config: Config) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise _problem(config, path, f"cannot be read: {error.strerror}") from None
+        raise problem(config, path, f"cannot be read: {error.strerror}") from None
 
 
-def _problem(config: Config, path: Path, what: str) -> FileProblem:
-    return FileProblem(f"{path}: {what}; {_expected(type(config))}")
+def problem(config: Config, path: Path, what: str) -> FileProblem:
+    """What is wrong with a file, and what `source` should be."""
+    return FileProblem(f"{path}: {what}; {expected(type(config))}")
 
 
-def _expected(cls: type[Config]) -> str:
+def expected(cls: type[Config]) -> str:
     """What `source` should be."""
     text = " ".join((cls.model_fields["source"].description or "").split()).rstrip(".")
     return f"source should be {text[0].lower()}{text[1:]}"
-
-
-READERS: dict[str, Callable[[Any, str], Iterable[Example]]] = {"text": text, "retrieval": retrieval, "image": image}

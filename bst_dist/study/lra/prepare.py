@@ -6,34 +6,44 @@ occurs twice: an example that has been drawn before, in any split, is drawn agai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from bst_base.errors import UserError
-from bst_dist.study.lra import listops, pathfinder
+from bst_dist.study.lra import files, listops, pathfinder, released
 from bst_dist.study.lra.examples import write
-from bst_dist.study.lra.files import READERS, Example, ImageConfig, RetrievalConfig, TextConfig
+from bst_dist.study.lra.files import Example, ImageConfig, RetrievalConfig, TextConfig
 from bst_dist.study.lra.listops import ListOpsConfig
 from bst_dist.study.lra.pathfinder import PathfinderConfig
+from bst_dist.study.lra.released import ReleasedListOpsConfig, ReleasedPathfinderConfig
 from bst_dist.study.lra.tasks import SPLITS, TASKS
 from data_pipeline.prepare.parallel import Workers
 
 Drawn: TypeAlias = ListOpsConfig | PathfinderConfig
-TaskConfig: TypeAlias = Drawn | TextConfig | RetrievalConfig | ImageConfig
+TaskConfig: TypeAlias = (
+    Drawn | TextConfig | RetrievalConfig | ImageConfig | ReleasedListOpsConfig | ReleasedPathfinderConfig
+)
 
-SETTINGS: dict[str, type[TaskConfig]] = {
-    "listops": ListOpsConfig,
-    "text": TextConfig,
-    "retrieval": RetrievalConfig,
-    "image": ImageConfig,
-    "pathfinder": PathfinderConfig,
+SETTINGS: dict[str, tuple[type[TaskConfig], ...]] = {
+    "listops": (ListOpsConfig, ReleasedListOpsConfig),
+    "text": (TextConfig,),
+    "retrieval": (RetrievalConfig,),
+    "image": (ImageConfig,),
+    "pathfinder": (PathfinderConfig, ReleasedPathfinderConfig),
 }
-"""What each task is prepared from."""
+"""What each task is prepared from; the last class where `source` names files."""
 
 GENERATORS: dict[str, Callable[..., Example]] = {"listops": listops.example, "pathfinder": pathfinder.example}
+READERS: dict[type[TaskConfig], Callable[[Any, str], Iterable[Example]]] = {
+    TextConfig: files.text,
+    RetrievalConfig: files.retrieval,
+    ImageConfig: files.image,
+    ReleasedListOpsConfig: released.listops,
+    ReleasedPathfinderConfig: released.pathfinder,
+}
 RUN = 64
 """Examples that a worker draws at a time."""
 ATTEMPTS = 200
@@ -57,12 +67,12 @@ def prepare(
     `progress` is told a split, the examples done and the examples in all (0 where that is not known before). Raises
     UserError when files are missing or damaged, the settings allow too few examples, or the directory exists.
     """
-    if config.task in GENERATORS:
+    if isinstance(config, Drawn):
         seen: set[bytes] = set()
         splits = {split: _unique(config, split, workers, seen) for split in SPLITS}
         totals = {split: getattr(config, split) for split in SPLITS}
     else:
-        splits = {split: iter(READERS[config.task](config, split)) for split in SPLITS}
+        splits = {split: iter(READERS[type(config)](config, split)) for split in SPLITS}
         totals = dict.fromkeys(SPLITS, 0)
     told = {split: _telling(splits[split], partial(progress, split), totals[split]) for split in SPLITS}
     return write(directory, TASKS[config.task], config.model_dump(mode="json"), told)

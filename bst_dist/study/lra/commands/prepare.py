@@ -6,10 +6,12 @@
     bst lra prepare text source=downloads/aclImdb
     bst lra prepare retrieval source=downloads/lra_release/tsv_data
     bst lra prepare image source=downloads/cifar-10-batches-py
+    bst lra prepare listops source=downloads/lra_release/listops-1000
+    bst lra prepare pathfinder source=downloads/lra_release/pathfinder32
 
 ListOps and Pathfinder are drawn, by their published definitions and in the published numbers; the same settings always
-give the same examples. The others are read from files that you have downloaded. `bst lra prepare TASK --settings`
-lists a task's settings.
+give the same examples. With `source` they are read from the benchmark's released files instead. The others are always
+read from files that you have downloaded. `bst lra prepare TASK --settings` lists a task's settings.
 """
 
 from __future__ import annotations
@@ -44,9 +46,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     if args.task not in SETTINGS:
         raise ConfigError(f"unknown task {args.task!r}; the tasks are {', '.join(SETTINGS)}")
     if args.settings:
-        for name, _, default, meaning in fields(SETTINGS[args.task]):
-            if name != "task":
-                console.print(f"{name} = {default}", f"  {meaning}", sep="\n", markup=False, highlight=False)
+        _list_settings(console, args.task)
         return None
     config = settings(args.task, args.overrides)
     directory = args.to or Path("corpora/lra") / args.task
@@ -69,7 +69,16 @@ def settings(task: str, overrides: list[str]) -> TaskConfig:
             data[key] = read_yaml(text)
         except SettingsError as error:
             raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
-    return parse(SETTINGS[task], data, where=f"bst lra prepare {task}")
+    return parse(SETTINGS[task][-1 if "source" in data else 0], data, where=f"bst lra prepare {task}")
+
+
+def _list_settings(console: Console, task: str) -> None:
+    for place, cls in enumerate(SETTINGS[task]):
+        if place:
+            console.print("", "with released files instead of drawn examples:", sep="\n")
+        for name, _, default, meaning in fields(cls):
+            if name != "task":
+                console.print(f"{name} = {default}", f"  {meaning}", sep="\n", markup=False, highlight=False)
 
 
 def _show(console: Console, directory: Path, manifest: dict[str, Any]) -> None:
