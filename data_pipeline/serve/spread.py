@@ -7,7 +7,7 @@ are computed, and none of their labels counts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -71,8 +71,29 @@ class Spread:
             + (f" and {slots - rows} masked" if slots > rows else "")
             for ranks, rows in counts
         ]
-        share = self.masked / (self.dp * slots)
-        return f"{', '.join(parts)}: {share:.0%} of what is computed does not count"
+        return f"{', '.join(parts)}: {self._vain:.0%} of what is computed does not count{self._advice()}"
+
+    def sparing(self) -> list[int]:
+        """The nearest values of `most`, at most one below and one above, with which as little is computed in vain as
+        the ranks allow; empty when that is so already."""
+        others = [replace(self, most=most) for most in range(1, self._most_of_a_rank + 1)]
+        least = min(other.masked for other in others)
+        if self.masked == least:
+            return []
+        found = [other.most for other in others if other.masked == least]
+        return [*[most for most in found if most < self.most][-1:], *[most for most in found if most > self.most][:1]]
+
+    def _advice(self) -> str:
+        if not (better := self.sparing()):
+            return ""
+        left = replace(self, most=better[0])._vain
+        of = "or ".join(f"{most} " for most in better)
+        return f"; train.micro_sequences {of}would waste {f'{left:.0%}' if left else 'nothing'}"
+
+    @property
+    def _vain(self) -> float:
+        """The share of the rows of a step that is masked."""
+        return self.masked / (self.dp * self.micro_batches * self.micro_rows)
 
     @property
     def _most_of_a_rank(self) -> int:

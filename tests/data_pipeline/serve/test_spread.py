@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,5 +48,27 @@ def test_who_computes_in_vain_is_said() -> None:
         "count"
     )
     assert Spread(14, 2, 4).unequal(sp=2) == (
-        "2 of 2 groups of 2 ranks have 7 sequences and 1 masked: 12% of what is computed does not count"
+        "2 of 2 groups of 2 ranks have 7 sequences and 1 masked: 12% of what is computed does not count; "
+        "train.micro_sequences 1 or 7 would waste nothing"
     )
+    assert Spread(15, 2, 3).unequal() == (
+        "1 of 2 ranks has 8 sequences and 1 masked, 1 of 2 ranks has 7 sequences and 2 masked: 17% of what is computed "
+        "does not count; train.micro_sequences 2 or 4 would waste 6%"
+    )
+
+
+@given(rows=st.integers(1, 60), dp=st.integers(1, 12), most=st.integers(1, 9))
+def test_the_advice_is_the_nearest_that_masks_least(rows: int, dp: int, most: int) -> None:
+    def masked(micro: int) -> int:
+        per_rank = math.ceil(rows / dp)
+        batches = math.ceil(per_rank / micro)
+        return dp * batches * math.ceil(per_rank / batches) - rows
+
+    least = min(map(masked, range(1, rows + 1)))
+    advised = Spread(rows, dp, most).sparing()
+    if masked(most) == least:
+        assert advised == []
+        return
+    good = [micro for micro in range(1, math.ceil(rows / dp) + 1) if masked(micro) == least]
+    below, above = [micro for micro in good if micro < most], [micro for micro in good if micro > most]
+    assert advised == ([max(below)] if below else []) + ([min(above)] if above else [])
