@@ -43,13 +43,14 @@ from bst_dist.cluster.elastic import idle, shares, usable
 from bst_dist.cluster.environment import handed_on, kept_back, shown
 from bst_dist.cluster.hosts import Host, HostError, read_hostfile, slurm_hosts
 from bst_dist.cluster.launchers import LAUNCHERS, require
-from bst_dist.cluster.local import add_grace, default_ranks, program
+from bst_dist.cluster.local import add_grace, default_ranks, program, told_apart
 from bst_dist.cluster.preflight import CHECKS, Needs, PreflightError
 from bst_dist.cluster.printing import unhurried_output
 from bst_dist.cluster.processes import told_to_stop
 from bst_dist.cluster.restarts import Restarts
 from bst_dist.cluster.supervise import Job, Supervisor, say
 from bst_dist.config import Recipe, deepspeed_file, spread_of
+from bst_dist.faults.status import RESUBMIT
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.ranks import choose_accelerator
 from bst_dist.train import rundir
@@ -121,6 +122,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if status:
         say(f"status {status}, restarts: {restarts.total}; what was reached is in {asked.run_dir}")
     outcome = rundir.read_outcome(asked.run_dir) or {}
+    if status == RESUBMIT:
+        outcome = told_apart(asked.run_dir, outcome, told[0] if told else None, recipe.train.steps)
     report = {"passed": status == 0, "exit_status": status, "run_dir": str(asked.run_dir)}
     return {**report, "restarts": restarts.total, **outcome}
 

@@ -30,6 +30,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,11 +94,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(f"bst train: {why}; what was reached is in {start.run_dir}", file=sys.stderr)
     outcome = rundir.read_outcome(start.run_dir)
     outcome = {} if outcome is None or outcome == before else outcome
-    if ended.told and "stopped" in outcome:  # ranks are told by SIGTERM, whatever their launcher was told by
-        outcome["stopped"] = signal.Signals(ended.told).name
-        rundir.finish(start.run_dir, outcome)
+    if share.first == 0:
+        outcome = told_apart(start.run_dir, outcome, ended.told, recipe.train.steps)
     report = {"passed": ended.status == 0, "exit_status": ended.status, "run_dir": str(start.run_dir)}
     return {**report, "ranks": share.world, **outcome}
+
+
+def told_apart(run_dir: Path, outcome: dict[str, Any], told: int | None, steps: int) -> dict[str, Any]:
+    """The outcome of a start by the signal that its launching process was told to stop by: the ranks only heard SIGTERM
+    from it, and have left it to say the last line. Without a signal they were told by something else."""
+    if "stopped" not in outcome:
+        return outcome
+    if told:
+        outcome = outcome | {"stopped": signal.Signals(told).name}
+        rundir.finish(run_dir, outcome)
+    print(rundir.closing(outcome, steps), flush=True)
+    return outcome
 
 
 def check(start: Start, share: Share) -> dict[str, Any]:

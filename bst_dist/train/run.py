@@ -137,9 +137,7 @@ class Run:
         try:
             if ranks.from_first(ranks.first and evaluate.owed(start.reported(), position.step)):
                 evaluate.make(position.step)
-            if position.step >= start.until:
-                ranks.say(f"nothing to do: {position.step} of {start.until} steps are done")
-            elif not self.stop.poll():
+            if position.step < start.until and not self.stop.poll():
                 self._take_steps(loader, callbacks)
             return None
         except RollBack as back:
@@ -200,8 +198,8 @@ class Run:
         stopped = self.stop.agreed and not outcome["finished"]
         if stopped:
             outcome |= {"stopped": told[0].name}
-            by = "" if LAST_WORD in os.environ else f" by {told[0].name}"  # else the launcher has said which, to itself
-            ranks.say(f"stopped{by} after step {outcome['step']}: --resume continues from there")
+        if not (stopped and LAST_WORD in os.environ):  # whoever launched this knows which signal it was, and says so
+            ranks.say(rundir.closing(outcome, self.recipe.train.steps, f"--until {self.start.until}"))
         if ranks.first:
             rundir.finish(self.start.run_dir, outcome)
         self.copies.remove()

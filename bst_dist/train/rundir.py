@@ -83,6 +83,16 @@ def read_outcome(run_dir: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def closing(outcome: dict[str, Any], steps: int, asked: str = "") -> str:
+    """The last line of a start of a run of `steps` steps: why it ended. `asked`: what asked for an end before all of
+    them, where no signal did."""
+    if "stopped" in outcome:
+        asked = "Ctrl-C, SIGINT" if outcome["stopped"] == "SIGINT" else outcome["stopped"]
+    elif outcome["step"] >= steps:
+        return f"finished: all {steps:,} steps are done"
+    return f"stopped after step {outcome['step']} ({asked}): --resume continues from there"
+
+
 def own_tokenizer(run_dir: Path) -> Path | None:
     """The tokenizer's file in a run directory; None when the run has only its corpus's."""
     return next((run_dir / name for name in TOKENIZERS if (run_dir / name).is_file()), None)

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from bst_dist.checkpoint.directory import load_weights, newest_valid
 from bst_dist.cli import main
-from bst_dist.train.rundir import read_outcome
+from bst_dist.report.metrics import read_lines
+from bst_dist.train.rundir import closing, read_outcome
+
+BST = Path(sys.executable).with_name("bst")
 
 
 @pytest.mark.ranks
 def test_bst_train_trains_resumes_by_its_directory_and_reports(recipe_file, corpus, tmp_path, capfd):
     recipe, run_dir, report = str(recipe_file()), tmp_path / "run", tmp_path / "report.json"
     assert main(["train", recipe, "--run-dir", str(run_dir), "--ranks", "2", "--until", "3"]) == 0
+    assert capfd.readouterr().out.endswith("\nstopped after step 3 (--until 3): --resume continues from there\n")
     assert read_outcome(run_dir)["finished"] is False
     assert (run_dir / "tokenizer.model").read_bytes() == (corpus / "tokenizer.model").read_bytes()
     (start,) = json.loads((run_dir / "environment.json").read_text())["starts"]
@@ -29,4 +39,34 @@ def test_bst_train_trains_resumes_by_its_directory_and_reports(recipe_file, corp
     assert load_weights(newest_valid(run_dir))
     said = capfd.readouterr()
     assert "tokens/s" in said.out
+    assert said.out.endswith("\nfinished: all 6 steps are done\n")
     assert "WARNING" not in said.out + said.err
+
+
+@pytest.mark.ranks
+def test_the_last_line_names_ctrl_c(recipe_file, tmp_path):
+    changes = ["train.steps=5000", "evaluation.every=5000", "checkpoint.every=5000", "schedule.warmup_steps=2"]
+    run_dir = tmp_path / "run"
+    command = [BST, "train", str(recipe_file()), *changes, "--run-dir", str(run_dir), "--ranks", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        while not read_lines(run_dir / "metrics.jsonl"):
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.1)
+        run.send_signal(signal.SIGINT)
+        out, err = run.communicate(timeout=300)
+    assert run.returncode == 75
+    assert "told to stop (SIGINT)" in err
+    outcome = read_outcome(run_dir)
+    assert outcome["stopped"] == "SIGINT"
+    assert (
+        out.splitlines()[-1] == f"stopped after step {outcome['step']} (Ctrl-C, SIGINT): --resume continues from there"
+    )
+    assert out.count("stopped after") == 1
+
+
+def test_the_last_line_says_why_a_start_ended():
+    assert closing({"step": 1200}, 1200) == "finished: all 1,200 steps are done"
+    assert closing({"step": 7}, 9, "--until 7") == "stopped after step 7 (--until 7): --resume continues from there"
+    told = {"step": 9, "stopped": "SIGUSR1"}  # its last evaluation is missing
+    assert closing(told, 9) == "stopped after step 9 (SIGUSR1): --resume continues from there"
