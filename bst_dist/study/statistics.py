@@ -18,6 +18,8 @@ from scipy import stats
 Over = Literal["seeds", "documents"]
 Equality = Literal["equal", "different", "undecided"]
 LEVEL = 0.05
+HUGE = 1e7
+"""From here on a number is printed by its power of ten, as 3.2e+10: nobody reads eleven digits."""
 
 
 class Estimate(NamedTuple):
@@ -65,11 +67,16 @@ class Estimate(NamedTuple):
 
     def text(self, digits: int, sign: bool = False) -> str:
         """The value with so many decimals, and with `sign` a plus where it is positive, and its error."""
-        value = f"{self.value:{'+' if sign else ''},.{digits}f}"
-        return value if self.standard_error is None else f"{value} ± {self.standard_error:,.{digits}f}"
+        value = readable(self.value, digits, sign)
+        return value if self.standard_error is None else f"{value} ± {readable(self.standard_error, digits)}"
 
     def __str__(self) -> str:
         return self.text(4)
+
+
+def readable(value: float, digits: int, sign: bool = False) -> str:
+    """A number with so many decimals, or where it is huge, as a perplexity of random weights, by its power of ten."""
+    return f"{value:{'+' if sign else ''}{f',.{digits}f' if abs(value) < HUGE else '.1e'}}"
 
 
 def entries(found: Any) -> Any:

@@ -21,7 +21,7 @@ from bst_dist.study.evaluation.corpora import open_text, text_of
 from bst_dist.study.evaluation.readers import Readers, joined, start
 from bst_dist.study.evaluation.scoring import Score, filter_length, score
 from bst_dist.study.evaluation.trained import Trained, open_run, require_language_model
-from bst_dist.study.statistics import Estimate, exponential, ratio
+from bst_dist.study.statistics import Estimate, exponential, ratio, readable
 from bst_dist.train.rundir import read_recipe
 from data_pipeline.commands.progress import stages
 from data_pipeline.serve.reader import Corpus
@@ -150,7 +150,7 @@ def _show(args: argparse.Namespace, trained: Trained, where: str, figures: dict[
         ("bits per byte", "bits_per_byte", 4),
     ):
         error = figures[f"{key}_standard_error"]
-        rows.append([name, f"{figures[key]:.{digits}f}", "" if error is None else f"{error:.{digits}f}"])
+        rows.append([name, readable(figures[key], digits), "" if error is None else readable(error, digits)])
     print_table(
         Sheet(("", "estimate", "standard error over documents"), rows),
         f"{args.run} after {trained.step:,} steps{', averaged weights' if args.averaged else ''}: {args.split} of "

@@ -15,7 +15,7 @@ from bst_dist.study.lengths.figure import draw
 from bst_dist.study.lengths.measure import How, LengthResult, how, measure
 from bst_dist.study.lengths.text import longest
 from bst_dist.study.report.style import require_picture, save
-from bst_dist.study.statistics import Estimate
+from bst_dist.study.statistics import Estimate, readable
 from bst_dist.train.rundir import read_recipe
 from data_pipeline.commands.progress import stages
 from data_pipeline.serve.reader import Corpus
@@ -78,7 +78,7 @@ def _show(args: argparse.Namespace, trained: Trained, corpus: Corpus, found: lis
     for each in found:
         compared = each.versus_trained is not None and each.length != own
         rows.append([
-            f"{each.length:,}", f"{each.perplexity.value:.2f}", str(each.nats_per_token),
+            f"{each.length:,}", readable(each.perplexity.value, 2), str(each.nats_per_token),
             each.versus_trained.text(4, sign=True) if compared else "",
             f"{each.bits_per_byte.value:.4f}", f"{each.that_long:,}",
             "" if each.peak_bytes is None else f"{each.peak_bytes / 2**20:,.0f}",
