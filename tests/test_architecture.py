@@ -151,6 +151,26 @@ def test_reading_a_recipe_takes_no_torch():
     assert imported_by("bst_dist.config", "bst_dist.cli", "bst_dist.usage") == set()
 
 
+def heavy_after(*words: str) -> set[str]:
+    """Heavy packages that a whole command has imported when it is done."""
+    program = (
+        "import sys; from bst_dist.cli import main; status = main(sys.argv[1:])\n"
+        "print(); print('imported', *{'torch', 'scipy', 'matplotlib'} & sys.modules.keys()); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+def test_what_answers_at_once_imports_nothing_heavy(older):
+    assert heavy_after("--help") == heavy_after("ckpt") == heavy_after("ckpt", "ls", str(older)) == set()
+
+
+def test_checking_a_recipe_and_comparing_runs_take_no_matplotlib(recipe_file, older):
+    assert "matplotlib" not in heavy_after("train", str(recipe_file()), "--check")
+    assert "matplotlib" not in imported_by("bst_dist.study.comparison.command")
+
+
 def test_evaluating_takes_neither_deepspeed_nor_mpi():
     """Nor does anything else that reads what runs have left: the program's commands but those that start ranks."""
     from bst_dist.cli import COMMANDS

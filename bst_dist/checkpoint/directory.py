@@ -23,13 +23,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from bst_base.errors import StorageError, UserError
 from bst_dist.checkpoint.index import Index, Indexed
 from bst_dist.checkpoint.shards import Headers, Shards
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHECKPOINTS, MANIFEST, PINNED = "checkpoints", "manifest.json", "pinned"
 WEIGHTS, OPTIMIZER, AVERAGED = "weights", "optimizer", "averaged"

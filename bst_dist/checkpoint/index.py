@@ -15,12 +15,14 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bst_dist.checkpoint.shards import Piece, Stored
-from bst_dist.parallel.ranks import Ranks
+
+if TYPE_CHECKING:
+    from bst_dist.parallel.ranks import Ranks
 
 
 @dataclass(frozen=True)

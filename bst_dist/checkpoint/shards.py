@@ -18,14 +18,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from bst_base.errors import StorageError, UserError
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+if TYPE_CHECKING:  # else imported where values are touched: who reads headers and manifests alone does not wait for it
+    import torch
+    from torch import Tensor
+
+DTYPES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
 PIECES = "pieces"
 """Key, in a file's metadata, of the shapes and places of the runs that are not whole tensors."""
 
@@ -59,7 +60,7 @@ def write_header(file: Any, pieces: Sequence[Piece], dtypes: Sequence[torch.dtyp
     for piece, dtype in zip(pieces, dtypes, strict=True):
         end = position + piece.count * dtype.itemsize
         shape = list(piece.shape) if piece.whole else [piece.count]
-        header[piece.name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [position, end]}
+        header[piece.name] = {"dtype": DTYPES[str(dtype)], "shape": shape, "data_offsets": [position, end]}
         position = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the values begin at a multiple of 8
@@ -69,6 +70,8 @@ def write_header(file: Any, pieces: Sequence[Piece], dtypes: Sequence[torch.dtyp
 
 def write_values(file: Any, values: Tensor) -> None:
     """Write the next piece's values, which lie in the host's memory."""
+    import torch
+
     file.write(values.detach().contiguous().view(-1).view(torch.uint8).numpy())
 
 
@@ -77,6 +80,8 @@ def write(file: Any, pieces: Sequence[Piece], values: Sequence[Sequence[Tensor]]
 
     Returns the byte at which the first value lies.
     """
+    import torch
+
     start = write_header(file, pieces, [torch.float32] * len(pieces), {"format": "pt"})
     for run in chain.from_iterable(values):
         write_values(file, run)
@@ -205,7 +210,7 @@ class Shards:
         if first >= last:
             return 0
         part = into[first - begin : last - begin]
-        values = part if part.device.type == "cpu" else torch.empty_like(part, device="cpu")
+        values = part if part.device.type == "cpu" else part.new_empty(part.shape, device="cpu")
         self._read_values(stored, first - piece.begin, values)
         if values is not part:
             part.copy_(values)
@@ -242,6 +247,8 @@ class Shards:
 
     def all_of(self, names: Iterable[str]) -> dict[str, Tensor]:
         """These tensors, in the host's memory; each file is opened once for all of them."""
+        import torch
+
         shapes = self.shapes
         flat = {name: torch.empty(math.prod(shapes[name])) for name in names}
         self.fill([(name, 0, values) for name, values in flat.items()])
@@ -269,7 +276,7 @@ def _read_header(path: Path) -> list[Stored]:
 
 
 def _stored(path: Path, start: int, name: str, entry: dict[str, Any], place: dict[str, Any] | None) -> Stored:
-    if entry["dtype"] != DTYPES[torch.float32]:
+    if entry["dtype"] != DTYPES["torch.float32"]:
         raise ValueError(f"{name} is {entry['dtype']}, not single precision")
     count = math.prod(entry["shape"])
     piece = Piece(name, tuple(place["shape"]), place["begin"], count) if place else Piece(

@@ -30,11 +30,9 @@ from bst_base.errors import UserError
 from bst_dist.report.metrics import duration
 from bst_dist.study.comparison import pairs
 from bst_dist.study.comparison.equality import equality
-from bst_dist.study.comparison.figure import draw
 from bst_dist.study.comparison.outline import LAST_STEPS, Figures, Outline, Scored, outline
 from bst_dist.study.comparison.pairs import Differences
 from bst_dist.study.comparison.standing import Standing
-from bst_dist.study.report.style import save
 from bst_dist.study.runs.results import named
 from bst_dist.study.statistics import Estimate, entries
 
@@ -91,6 +89,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     found, console = compare(runs), Console(highlight=False)
     show(found, console)
     if args.plot:
+        from bst_dist.study.comparison.figure import draw  # both import matplotlib, which takes a second
+        from bst_dist.study.report.style import save
+
         save(lambda: draw(runs), args.plot)
         console.print(f"drew the curves to {args.plot}", markup=False)
     return found.report()
