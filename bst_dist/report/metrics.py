@@ -230,12 +230,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
+def dropped(path: Path) -> Path:
+    """Where lines go that leave `path`, a file of JSON Lines."""
+    return path.with_suffix(f".dropped{path.suffix}")
+
+
 def keep_dropped(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     """Append lines that are about to leave `path`, a file of JSON Lines, to its neighbour for such lines."""
     if not lines:
         return
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    with path.with_suffix(f".dropped{path.suffix}").open("ab") as file:
+    with dropped(path).open("ab") as file:
         file.writelines(json.dumps({**line, "dropped": when}).encode() + b"\n" for line in lines)
         file.flush()
         os.fsync(file.fileno())

@@ -1,8 +1,8 @@
 """MLflow: the same curves as TensorBoard's. https://mlflow.org/docs/latest/api_reference/python_api/mlflow.client.html
 
 MLflow's own variables say where they go: MLFLOW_TRACKING_URI (mlflow.db in the working directory, where it is not set),
-MLFLOW_EXPERIMENT_NAME (bst). A resumed run continues the same MLflow run; of a step that is taken again MLflow keeps
-both values, and shows the later one as the latest.
+MLFLOW_EXPERIMENT_NAME (bst). A resumed run continues the same MLflow run. Of a step that is taken again it keeps the
+first values: MLflow takes a metric's step twice, and has no way to replace it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mlflow.tracking import MlflowClient
 
 from bst_dist.config import Recipe, flat
 from bst_dist.report.metrics import Report, Seen, Writer
-from bst_dist.report.writers import keep_name, kept_name, scalars
+from bst_dist.report.writers import Once, keep_name, kept_name, scalars
 
 NAME, EXPERIMENT = "mlflow", "bst"
 PARAMETERS_AT_ONCE = 100
@@ -29,6 +29,7 @@ class MLflow(Writer):
 
     def __init__(self, run_dir: Path, recipe: Recipe, about: dict[str, Any]) -> None:
         self._client = MlflowClient()
+        self._once = Once(run_dir, NAME)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
         if own := kept_name(run_dir, NAME):
             self._id = own
@@ -43,10 +44,12 @@ class MLflow(Writer):
             self._client.log_batch(self._id, params=said[at : at + PARAMETERS_AT_ONCE])
 
     def write(self, report: Report) -> None:
-        self._log(scalars(report), report.step)
+        if self._once.first(report):
+            self._log(scalars(report), report.step)
 
     def see(self, seen: Seen) -> None:
-        self._log(seen.scalars, seen.step)
+        if self._once.first(seen):
+            self._log(seen.scalars, seen.step)
 
     def close(self) -> None:
         self._client.set_terminated(self._id)

@@ -1,6 +1,6 @@
 """Where the time goes, what is sent, how much memory it takes, and which rank the others wait for.
 
-Every `log.every` steps the ranks tell each other what each has measured of itself, as one row of numbers a rank. On
+Every `log.every` steps the ranks tell each other what each has measured of itself, as one row of numbers per rank. On
 accelerators that is the last step before alone: in it each phase and each exchange is waited for, and the others run as
 fast as they can. Such a step is a good deal longer, so after the first two reports no more than one step in RARELY is.
 """

@@ -27,6 +27,7 @@ from bst_base.errors import UserError
 from bst_base.files import write_text
 from bst_dist.config import Recipe, flat
 from bst_dist.extras import EXTRAS, missing
+from bst_dist.report import metrics
 from bst_dist.report.metrics import EvalReport, Report, Seen, SkippedReport, Writer
 
 GROUP = "bst_dist.writers"
@@ -128,6 +129,22 @@ class Background(Writer):
 
     def _tell(self, text: str) -> None:
         print(f"log.writers: {self.name} {text}", flush=True)
+
+
+class Once:
+    """Leaves out what a writer got in an earlier start: services that keep what they are sent would show a step that is
+    taken again after a resume or a roll-back twice. Made before `keep_name`."""
+
+    def __init__(self, run_dir: Path, writer: str) -> None:
+        known = kept_name(run_dir, writer) is not None
+        lines = metrics.read_lines(metrics.dropped(run_dir / metrics.FILE)) if known else []
+        self._got = {(line["kind"], line.get("split"), line["step"]) for line in lines}
+
+    def first(self, report: Report | Seen) -> bool:
+        """Whether it was not reported by an earlier start. Probes look right after an evaluation."""
+        if isinstance(report, Seen):
+            return not any(kind == EvalReport.kind and step == report.step for kind, _, step in self._got)
+        return (report.kind, getattr(report, "split", None), report.step) not in self._got
 
 
 def kept_name(run_dir: Path, writer: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -14,8 +15,8 @@ import pytest
 
 from bst_base.errors import UserError
 from bst_dist.extras import EXTRAS
-from bst_dist.report.metrics import EvalReport, Seen, SkippedReport, StepReport, Writer, read_lines
-from bst_dist.report.writers import Background, find, keep_name, kept_name, require, scalars
+from bst_dist.report.metrics import EvalReport, MetricsFile, Seen, SkippedReport, StepReport, Writer, read_lines
+from bst_dist.report.writers import Background, Once, find, keep_name, kept_name, require, scalars
 
 
 def report(step: int) -> StepReport:
@@ -166,6 +167,20 @@ def test_names_of_several_writers_are_kept_side_by_side(tmp_path):
     assert (kept_name(tmp_path, "wandb"), kept_name(tmp_path, "mlflow")) == ("a", "b")
 
 
+def test_a_service_is_given_each_step_once(tmp_path):
+    """Step 2 and the evaluation after it are taken again, after a resume from step 1; step 3 had not come."""
+    evaluated = [EvalReport(2, split, 9, 2.0, 3.0, [1.0], 0.5) for split in ("validation", "books")]
+    before = MetricsFile(tmp_path, 0)
+    for one in (report(1), report(2), evaluated[0]):
+        before.write(one)
+    before.close()
+    MetricsFile(tmp_path, 1).close()
+    again = [report(2), evaluated[0], evaluated[1], Seen(2, {}, {}, None), report(3), Seen(3, {}, {}, None)]
+    assert all(map(Once(tmp_path, "new").first, again))  # a writer that the run did not have before
+    keep_name(tmp_path, "wandb", "a")
+    assert [Once(tmp_path, "wandb").first(one) for one in again] == [False, False, True, False, True, True]
+
+
 def wandb_records(path: Path) -> list:
     """The records of an offline run's file: seven bytes of header, then a log of LevelDB's form, blocks of 32 KiB with
     records of 4 bytes checksum, 2 length, 1 type (1 whole; 2 first, 3 middle, 4 last part)."""
@@ -187,7 +202,8 @@ def wandb_records(path: Path) -> list:
 
 @pytest.mark.ranks
 def test_a_resumed_run_continues_the_same_run_at_each_service(recipe_file, tmp_path):
-    """The whole program, stopped and resumed; W&B offline, MLflow in a local store; one writer that never works."""
+    """The whole program, resumed from before its last steps, so that two are taken again; W&B offline, MLflow in a
+    local store; one writer that never works."""
     for module in ("wandb", "mlflow", "sqlalchemy"):
         pytest.importorskip(module)
     names = ["wandb", "mlflow", "test_writers:Lines", "test_writers:Broken"]
@@ -197,7 +213,8 @@ def test_a_resumed_run_continues_the_same_run_at_each_service(recipe_file, tmp_p
         "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
     }  # fmt: skip
     program = [sys.executable, "-m", "bst_dist.train", str(recipe), "--run-dir", str(run_dir)]
-    for more in (["--until", "3"], ["--resume"]):
+    for more in (["--until", "5"], ["--resume"]):
+        shutil.rmtree(run_dir / "checkpoints" / "step-00000005", ignore_errors=True)
         done = subprocess.run([*program, *more], env=environment, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("test_writers:Broken failed") == 1
@@ -211,7 +228,9 @@ def test_a_resumed_run_continues_the_same_run_at_each_service(recipe_file, tmp_p
 
     lines = (run_dir / "lines.txt").read_text().splitlines()
     assert lines.count("small ['parameters', 'ranks']") == 2
-    assert [line for line in lines if line.startswith("train")] == [f"train {step}" for step in losses]
+    assert [line for line in lines if line.startswith("train")] == [
+        f"train {step}" for step in (1, 2, 3, 4, 5, 4, 5, 6)
+    ]
 
     files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
     records = [wandb_records(path) for path in files]
@@ -219,13 +238,13 @@ def test_a_resumed_run_continues_the_same_run_at_each_service(recipe_file, tmp_p
     assert {record.run.run_id for of in records for record in of if record.WhichOneof("record_type") == "run"} == {
         kept_name(run_dir, "wandb")
     }
-    sent = {}
+    sent = []
     for of in records:
         for record in of:
             items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             if "train/loss_nats" in items:
-                sent[items["step"]] = items["train/loss_nats"]
-    assert sent == losses
+                sent.append((items["step"], items["train/loss_nats"]))
+    assert sent == list(losses.items())  # each step once
 
     from mlflow.tracking import MlflowClient
 
@@ -233,7 +252,8 @@ def test_a_resumed_run_continues_the_same_run_at_each_service(recipe_file, tmp_p
     (run,) = client.search_runs([client.get_experiment_by_name("bst").experiment_id])
     assert (run.info.run_id, run.info.status) == (kept_name(run_dir, "mlflow"), "FINISHED")
     assert run.data.params["model.width"] == "16"
-    assert {one.step: one.value for one in client.get_metric_history(run.info.run_id, "train/loss_nats")} == losses
+    history = client.get_metric_history(run.info.run_id, "train/loss_nats")
+    assert sorted((one.step, one.value) for one in history) == list(losses.items())
     assert run.data.metrics["validation/loss_nats"] == pytest.approx(
         [line["loss_nats"] for line in read_lines(run_dir / "metrics.jsonl") if line["kind"] == "eval"][-1]
     )
