@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # One process a core, one thread a process: many small tests on small tensors.
 UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical -m "not ranks and not gpu and not cluster" --ignore tests/cuda_path --ignore tests/sm90
 
-.PHONY: help setup demo test test-unit test-ranks test-cluster test-cuda-path test-sm90 test-gpu lint format
+.PHONY: help setup demo test test-unit test-ranks test-cluster test-cuda-path test-sm90 test-gpu test-mutation lint format
 
 help:
 	@echo "make setup         install the pinned requirements and this project into $(VENV)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-cuda-path  the path that CUDA takes, compiled and run on a CPU"
 	@echo "make test-sm90     every layer compiled for an H100, without one: downloads 3 GB, needs Python 3.12 or later"
 	@echo "make test-gpu      what needs a GPU"
+	@echo "make test-mutation  change the program in many places, one at a time: do its tests notice? an hour"
 	@echo "make lint          linter and formatter, changing nothing"
 	@echo "make format        format the code"
 
@@ -69,6 +70,10 @@ $(SM90)/.installed: tests/sm90/requirements.txt
 # On a machine without a GPU, BST_REHEARSE_GPU=1 runs what a CPU can of it.
 test-gpu: setup
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/python -m pytest -m gpu tests/gpu
+
+# docs/testing.md says what it does, and what it found.
+test-mutation: setup
+	$(BIN)/python tests/mutation
 
 lint: setup
 	$(BIN)/ruff check .

@@ -190,3 +190,21 @@ def test_a_hint_never_names_the_key_that_was_given(path):
     with pytest.raises(ConfigError) as caught:
         load(Outer, path, ["shape={kind: square, side: 1, radius: 2}"])
     assert "did you mean 'shape.radius'" not in str(caught.value)
+
+
+def test_of_several_keys_of_that_name_elsewhere_the_first_is_meant(path):
+    class Both(Config):
+        first: Inner = Inner()
+        second: Inner = Inner()
+
+    with pytest.raises(ConfigError, match=r"unknown key 'rates': did you mean 'first\.rate'\?"):
+        parse(Both, {"rates": 1})
+
+
+def test_what_is_no_text_at_all_is_refused_as_well():
+    with pytest.raises(SettingsError, match="special characters are not allowed"):
+        read_yaml("a: \x00")
+
+
+def test_settings_are_written_in_their_order_and_as_people_write_them():
+    assert write_yaml({"b": "café", "a": 1}) == "b: café\na: 1\n"

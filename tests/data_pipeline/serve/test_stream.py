@@ -24,12 +24,15 @@ def spelled_out(lengths: list[int], block: int | None, seed: int) -> list[tuple[
     return stream
 
 
-@given(lengths=LENGTHS, block=st.sampled_from([None, 1, 4, 7]), seed=st.integers(0, 9), data=st.data())
+@given(lengths=LENGTHS, block=st.sampled_from([None, 1, 4, 7]), seed=st.integers(0, 9),
+       at_once=st.sampled_from([1, 4, 1 << 18]), data=st.data())  # fmt: skip
 def test_pieces_are_what_the_stream_spelled_out_holds(
-    lengths: list[int], block: int | None, seed: int, data: st.DataObject
+    lengths: list[int], block: int | None, seed: int, at_once: int, data: st.DataObject
 ) -> None:
     whole = spelled_out(lengths, block, seed)
-    stream = TokenStream(np.array(lengths, np.uint32), block, ("documents", seed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_pipeline.serve.stream._BLOCK", at_once)
+        stream = TokenStream(np.array(lengths, np.uint32), block, ("documents", seed))
     assert stream.total == len(whole)
     starts = data.draw(st.lists(st.integers(0, len(whole) + 5), min_size=1, max_size=5))
     count = data.draw(st.integers(1, 60))
@@ -63,6 +66,7 @@ def test_joined_sets_of_runs_are_in_the_order_of_rows() -> None:
     lengths = np.array([5, 5], np.uint32)
     streams = [TokenStream(lengths, None, ("documents", seed)) for seed in (1, 2)]
     parts = [(np.array([0, 2]), streams[0].pieces([0, 5], 4)), (np.array([1]), streams[1].pieces([3], 4))]
+    assert Pieces.join(parts[:1]) is parts[0][1]
     joined = Pieces.join(parts)
     assert joined.row.tolist() == [0, 1, 1, 2]
     assert joined.length.tolist() == [4, 2, 2, 4]
