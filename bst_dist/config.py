@@ -254,7 +254,7 @@ def spread_of(recipe: Recipe, world: int) -> Spread:
     dp, train = data_parallel(world, recipe.parallel.sp), recipe.train
     if train.sequences < dp:
         raise ConfigError(
-            f"{dp} data-parallel ranks but only {train.sequences} sequences a step (train.sequences): "
+            f"{dp} data-parallel ranks but only {train.sequences} sequences per step (train.sequences): "
             f"use at most {train.sequences * recipe.parallel.sp} ranks, or more sequences"
         )
     return Spread(train.sequences, dp, train.micro_sequences)

@@ -73,7 +73,7 @@ def describe(settings: type[Config], introduction: str, args: argparse.Namespace
 
 
 def markdown(rows: list[Row], introduction: str = INTRODUCTION, top: str = "run") -> str:
-    """The settings as a document, a table a section; `top` heads those that are in none."""
+    """The settings as a document, one table per section; `top` heads those that are in none."""
     parts, section = [introduction], None
     for name, kind, default, meaning in sorted(rows, key=lambda row: "." in row[0]):
         own = name.partition(".")[0] if "." in name else top

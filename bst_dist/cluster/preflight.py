@@ -173,7 +173,7 @@ def _differences(answer: Mapping[str, Any], common: Mapping[str, tuple[str, str]
 
 
 def show(checked: Sequence[Checked]) -> None:
-    """One line a host, and one for each thing that is wrong with it."""
+    """One line per host, and one for each thing that is wrong with it."""
     console, width = Console(highlight=False, soft_wrap=True), max(len(one.host.name) for one in checked)
     for one in checked:
         head = f"{one.host.name:<{width}}  {one.host.slots} slot{'s' * (one.host.slots > 1)}"

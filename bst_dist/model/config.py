@@ -20,7 +20,7 @@ class AttentionConfig(Config):
     position: Literal["t5", "rope"] = "t5"
     """Relative position: T5's learned bias by distance, or rotary embedding, which fused kernels support."""
     buckets: int = Field(32, ge=2, le=4096)
-    """T5: learned biases a head."""
+    """T5: learned biases per head."""
     max_distance: int = Field(128, ge=2, le=2**20)
     """T5: distance from which all tokens share the last bucket."""
     rope_base: float = Field(10_000.0, gt=1, le=1e12, allow_inf_nan=False)

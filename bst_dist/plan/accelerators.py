@@ -29,7 +29,7 @@ class Accelerator(Config):
     memory_gb: float = Field(gt=0)
     """Memory in 10^9 bytes."""
     bf16_tflops: float = Field(gt=0)
-    """Dense peak of matrix products in bfloat16, 10^12 a second."""
+    """Dense peak of matrix products in bfloat16, 10^12 per second."""
     fp32_tflops: float = Field(gt=0)
     """Peak in single precision, outside of tensor cores."""
     memory_gbs: float = Field(gt=0)

@@ -29,7 +29,7 @@ def mfu(best: Candidate, cluster: Cluster) -> float:
 
 
 def by_link(best: Candidate, cluster: Cluster) -> tuple[float, float]:
-    """Bytes a step inside a node and to another one, of the rank that sends most to another."""
+    """Bytes per step inside a node and to another one, of the rank that sends most to another."""
     inside, between = cluster.split(sum(best.traffic.values()))
     shared = sum(best.between.values())
     return (inside, between + shared) if best.work.slice.sp > cluster.per_node else (inside + shared, between)

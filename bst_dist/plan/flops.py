@@ -190,4 +190,4 @@ MIXER_TERMS: dict[str, Callable[[ModelConfig, int], dict[str, float]]] = {
     "gated-deltanet": _gated_deltanet,
     "full": _full,
 }
-"""FLOPs a token of each mixer's forward pass, by term."""
+"""FLOPs per token of each mixer's forward pass, by term."""

@@ -197,8 +197,8 @@ def _rate(planner: Planner, best: Candidate) -> str:
     cluster, steps = planner.cluster, planner.recipe.train.steps
     hours = steps * best.speed.total / 3600
     return (
-        f"{best.speed.total:,.3g} s a step, MFU {mfu(best, cluster):.0%}, {tokens_a_day(best) / 1e9:,.1f} G tokens a "
-        f"day; {steps:,} steps in {hours:,.1f} h, {hours * cluster.world:,.0f} GPU-hours"
+        f"{best.speed.total:,.3g} s per step, MFU {mfu(best, cluster):.0%}, {tokens_a_day(best) / 1e9:,.1f} G tokens "
+        f"per day; {steps:,} steps in {hours:,.1f} h, {hours * cluster.world:,.0f} GPU-hours"
     )
 
 

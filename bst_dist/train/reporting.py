@@ -41,7 +41,7 @@ def header(start: Start, engine: Engine, ranks: Ranks, compiled: str, local: str
         "placed": f"rank 0 on {ranks.device}, {ranks.threads} threads, cores {ranks.cores} of {socket.gethostname()}"
         + ("" if ranks.numa_node is None else f", bound to its device's NUMA node {ranks.numa_node}"),
         "step": f"{recipe.train.sequences} sequences of {recipe.train.sequence_length:,} = {tokens:,} tokens, "
-        f"{micro} a rank",
+        f"{micro} per rank",
     }
     if unequal := start.spread.unequal(recipe.parallel.sp):
         lines["masked"] = unequal

@@ -18,7 +18,7 @@ VOCABULARY, STATES, SSM_STATE = 61, 4, 4
 
 
 def shrink(recipe: Recipe, unit: int, rows: int) -> Recipe:
-    """The small copy, with `rows` sequences a step whose blocks divide into `unit` equal parts: one for every
+    """The small copy, with `rows` sequences per step whose blocks divide into `unit` equal parts: one for every
     sequence-parallel rank and slice.
 
     Lengths in tokens keep their ratio to the block, up to 16 blocks; layers their places, up to 4 of them.

@@ -102,7 +102,7 @@ def _result(module: str, *arguments: str) -> dict[str, Any]:
 
 def _print(console: Console, found: list[dict[str, Any]]) -> None:
     table = Table()
-    for heading in ("documents", "shards", "tokens", "manifest MB", "first batch s", "MB a rank", "waiting"):
+    for heading in ("documents", "shards", "tokens", "manifest MB", "first batch s", "MB per rank", "waiting"):
         table.add_column(heading, justify="right")
     for each in found:
         memory = max(each["private_mb"], each.get("private_mb_at_end", 0))

@@ -4,7 +4,7 @@ Near duplicates are found by MinHash (Broder 1997) with banding: documents whose
 compared, and count as the same when the share of equal signature entries, an unbiased estimate of the Jaccard
 similarity of their sets of 5-grams, reaches the threshold. The 5-grams are of words; in scripts that write no spaces
 between words (Chinese, Japanese, Thai and their like) of characters. Signatures are made by rensa; the bands are
-compared one at a time over a file of signatures, so memory is a few numbers a document.
+compared one at a time over a file of signatures, so memory is a few numbers per document.
 """
 
 from __future__ import annotations

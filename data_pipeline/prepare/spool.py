@@ -1,9 +1,10 @@
 """How a source's text waits between extraction and encoding: chunks of whole documents, on disk.
 
 A chunk is a directory that one worker writes from a run of consecutive parts: `text` (the documents' UTF-8, or their
-ids where the source holds such, one after the other), `table` (a row a document: what deduplication and planning need),
-`names.jsonl` (a line a document: what only the shards need), `skipped.jsonl`, and `signatures` (MinHash, if asked for).
-Memory is bounded by one document here, and by a table row a document where the tables of all chunks are put together.
+ids where the source holds such, one after the other), `table` (one row per document: what deduplication and planning
+need), `names.jsonl` (one line per document: what only the shards need), `skipped.jsonl`, and `signatures` (MinHash, if
+asked for). Memory is bounded by one document here, and by one table row per document where the tables of all chunks are
+put together.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def make_order(
     """
     segments, rows = config.segments(), sizes.rows
     if config.mode == "streaming" and sizes.since:
-        raise UserError(f"{rows} rows a step from step {sizes.since} on: {STREAMED}")
+        raise UserError(f"{rows} rows per step from step {sizes.since} on: {STREAMED}")
     if version == ORDER_VERSION:
         return _in_windows(config, corpora, sequences, sizes, seed, block, length)
     if version == 1 and config.mode == "streaming":

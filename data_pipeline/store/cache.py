@@ -39,7 +39,7 @@ class CachedStorage:
     """A storage whose files are copied whole at their first use, and read from the copies; see `storage.Storage`.
 
     A copy takes its name only after its SHA-256 was found right, and the name holds that hash, so corpora may share a
-    directory and a changed corpus never meets an old file. Processes take turns: each file is fetched once a machine.
+    directory and a changed corpus never meets an old file. Processes take turns: each file is fetched once per machine.
 
     Args:
         source: where the files are.

@@ -2,7 +2,7 @@
 
 Row r of step t is row number t G + r of an endless series, each drawn from a key of its own. So a run resumes at any
 step, the global batch does not depend on the ranks, and no row comes twice. Rows longer than a sequence are read over
-several steps: with k sequences a row, row r of step t is sequence t mod k of row number (t div k) G + r.
+several steps: with k sequences per row, row r of step t is sequence t mod k of row number (t div k) G + r.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class SyntheticLoader:
         check_state(self._order_at(step) | sizes.state(), state)
         self._sizes = sizes.then(step, self._share.rows)
         if self._steps > 1 and self._sizes.since:
-            raise UserError(f"{self._share.rows} rows a step from step {step} on: {STREAMED}")
+            raise UserError(f"{self._share.rows} rows per step from step {step} on: {STREAMED}")
 
     def close(self) -> None:
         """Stop the prefetch thread; a second call does nothing."""

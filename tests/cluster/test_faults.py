@@ -57,7 +57,7 @@ def require_same_data(run_dir: Path, undisturbed: Path) -> None:
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
     for one, other in zip(found, wanted, strict=True):
         assert one["tokens"] == other["tokens"]
-        # Nats a token over bits per byte: the text bytes of the step, which no other step's data have in common.
+        # Nats per token over bits per byte: the text bytes of the step, which no other step's data have in common.
         assert bytes_of(one) == pytest.approx(bytes_of(other), rel=1e-9)
         assert one["loss_nats"] == pytest.approx(other["loss_nats"], rel=1e-3)
 

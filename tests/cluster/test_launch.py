@@ -38,7 +38,7 @@ def test_a_launcher_that_is_not_installed_is_an_error_of_the_user(recipe, tmp_pa
 
 
 def test_a_dry_run_needs_no_run_directory_and_shows_what_is_in_vain(recipe, tmp_path, capsys, monkeypatch):
-    (tmp_path / "hosts").write_text("node-01 slots=4\nnode-02 slots=4\n")  # six sequences a step
+    (tmp_path / "hosts").write_text("node-01 slots=4\nnode-02 slots=4\n")  # six sequences per step
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
     assert main(["launch", str(recipe(6)), "deepspeed=ds_configs/zero1.json", "--hostfile", "hosts", "--dry-run"]) == 0

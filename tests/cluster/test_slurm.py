@@ -216,7 +216,7 @@ with Controller(hosts, Means("slurm", Path.cwd())) as controller:
     ids=["a-device-a-task", "one-task"],
 )
 def test_what_a_job_asks_for_a_task_is_not_what_all_ranks_of_a_node_get(slurm, tmp_path, options):
-    """Two ranks a node, both of which see both devices, told apart by LOCAL_RANK, and every core."""
+    """Two ranks per node, both of which see both devices, told apart by LOCAL_RANK, and every core."""
     log, script, look = tmp_path / "log", tmp_path / "job.sh", tmp_path / "look.py"
     look.write_text(LOOK)
     # What sbatch of newer versions sets for --cpus-per-task, so that srun takes it again.

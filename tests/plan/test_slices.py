@@ -77,7 +77,7 @@ def test_a_step_in_slices_runs_layers_forward_once_more_and_zero_stages_send_as_
     assert cut.speed.rerun == pytest.approx(whole.speed.compute / 3 * head * 3 / 4, rel=0.1)
     sent = {stage: [sum(planner(2, sequences=2).candidate(stage, 1, 1, "none", slices).traffic.values())
                     for slices in (1, 4)] for stage in range(1, 4)}  # fmt: skip
-    assert sent[1][0] == sent[1][1]  # reduced once a step
+    assert sent[1][0] == sent[1][1]  # reduced once per step
     assert sent[2][1] > 2 * sent[2][0]
     assert sent[3][1] > 2 * sent[3][0]  # gathered in every pass; small parameters are kept whole
 

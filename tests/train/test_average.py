@@ -21,7 +21,7 @@ AVERAGE = "train.average={decay: 0.4}"
 
 @pytest.fixture
 def go(recipe_file, tmp_path, on_ranks):
-    """``go(run, *overrides, world=…, until=…, resume=…)`` trains the small recipe, with a checkpoint a step."""
+    """``go(run, *overrides, world=…, until=…, resume=…)`` trains the small recipe, with a checkpoint per step."""
     recipe = recipe_file(checkpoint={"every": 1, "keep_last": 9}, train={"steps": 5, "sequences": 8})
 
     def train_(run: str, *changes: str, world: int = 1, until: int | None = None, resume: bool = False) -> Path:

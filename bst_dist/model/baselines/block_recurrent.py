@@ -1,6 +1,6 @@
 """Block-Recurrent Transformer, fixed gate, skip configuration (Hutchins et al. 2022, arXiv 2203.07852, section 3).
 
-Beside its window a token attends to S state vectors, and once a block these attend to themselves and to the tokens of
+Beside its window a token attends to S state vectors, and once per block these attend to themselves and to the tokens of
 the block and of the one before. Keys and values are shared by the two directions, queries are not. "Skip" leaves out
 the state's feed-forward network, "fixed" makes the gate a learned constant:
 

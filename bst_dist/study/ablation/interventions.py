@@ -5,7 +5,7 @@ is causal: whatever stands in the place of a block's context states is made of t
 depends on how a document is cut into slices or batches: what an earlier slice had is asked of the past, as the layers
 themselves do, and random draws are keyed by their place in the document.
 
-Shapes: B rows, nb blocks of a slice, n states a block (W with SH and MH, S with MF), W tokens per block.
+Shapes: B rows, nb blocks of a slice, n states per block (W with SH and MH, S with MF), W tokens per block.
 """
 
 from __future__ import annotations

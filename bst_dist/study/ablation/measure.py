@@ -189,7 +189,7 @@ def increase(intervention: Intervention, layers: Sequence[int], with_it: Losses,
 
 
 def by_place(nats: np.ndarray, tokens: np.ndarray) -> list[Estimate]:
-    """Nats a token in each bin, (n, bins) both; a document without a token there is no sample of it."""
+    """Nats per token in each bin, (n, bins) both; a document without a token there is no sample of it."""
     there = tokens > 0
     return [ratio(nats[there[:, i], i], tokens[there[:, i], i]) for i in range(tokens.shape[1])]
 

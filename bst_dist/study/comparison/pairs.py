@@ -81,6 +81,6 @@ def same_text(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _bytes(line: dict[str, Any]) -> float:
-    """Bytes a token of a report's text, but for a factor; nan where the report does not say."""
+    """Bytes per token of a report's text, but for a factor; nan where the report does not say."""
     nats, bits = line.get("loss_nats"), line.get("bits_per_byte")
     return nats / bits if nats and bits else math.nan

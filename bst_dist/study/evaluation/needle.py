@@ -163,7 +163,7 @@ def _show(args: argparse.Namespace, trained: Trained, report: dict[str, Any]) ->
         Sheet(("tokens of a row", "key stands at", "distance", "keys found", "their tokens", "loss, nats per token"),
               rows),
         f"{args.run} after {trained.step:,} steps: pass keys in {args.split} text",
-        f"{report['places'][0]['rows']} rows a line, keys of {DIGITS} digits; ± standard error over rows; trained on "
+        f"{report['places'][0]['rows']} rows per line, keys of {DIGITS} digits; ± standard error over rows; trained on "
         f"{report['trained_tokens']:,} tokens; 'no key': what a guess is worth",
     )  # fmt: skip
 

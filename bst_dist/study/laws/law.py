@@ -32,7 +32,7 @@ class Points:
     """Losses to fit, one entry a measurement; every array is (n,)."""
 
     loss: Vector
-    """Nats a token."""
+    """Nats per token."""
     parameters: Vector
     """N, however it is counted."""
     tokens: Vector

@@ -37,7 +37,7 @@ class Observation:
     flops: float
     time_s: float
     loss: float
-    """Nats a token."""
+    """Nats per token."""
     by_block: tuple[float, ...] = ()
     """The loss by position in the sequence, a value a block of W tokens."""
     by_document: tuple[float, ...] = ()

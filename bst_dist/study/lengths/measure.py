@@ -46,7 +46,7 @@ class Position:
     tokens: int
     nats_per_token: Estimate
     versus_trained: Estimate | None
-    """Nats a token more than the same tokens cost at the trained length; None when that was not measured."""
+    """Nats per token more than the same tokens cost at the trained length; None when that was not measured."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class LengthResult:
     sequences: int
     positions: list[Position]
     versus_trained: Estimate | None
-    """Nats a token more than at the trained length, paired; None when that was not measured."""
+    """Nats per token more than at the trained length, paired; None when that was not measured."""
     peak_bytes: int | None
     """The most memory held: allocated on an accelerator, or resident in the process; None if not known."""
 

@@ -35,7 +35,9 @@ def make(sweep: SweepConfig, runs: Sequence[Run], folder: Path, minutes: float, 
     if folder.exists():
         raise UserError(f"{folder} exists: remove it, or give another --output")
     if sweep.budget.flops_per_s is None:
-        raise UserError("the order of value needs budget.flops_per_s: what one device trains a second, all runs on it")
+        raise UserError(
+            "the order of value needs budget.flops_per_s: what one device trains per second, with all runs on it"
+        )
     if any(run.recipe.initial_weights for run in runs):
         raise UserError("initial_weights: the weights of another run are not packed")
     several = next((run for run in runs if (run.recipe.ranks or 1) > 1), None)

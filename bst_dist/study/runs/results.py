@@ -69,7 +69,7 @@ class Result:
 
     @property
     def speeds(self) -> tuple[float, float]:
-        """Tokens a second: the median step, and the fastest tenth, since other work can only slow a step."""
+        """Tokens per second: the median step, and the fastest tenth, since other work can only slow a step."""
         speeds = [line["tokens_per_s"] for line in self.warm]
         return median(speeds), float(np.quantile(speeds, 0.9))
 

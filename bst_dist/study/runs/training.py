@@ -73,7 +73,7 @@ def train(name: str, jobs: Sequence[Job], state: State, workers: int) -> Counter
 
 
 def missing(jobs: Sequence[Job], state: State) -> list[str]:
-    """What `train` would do, a line a run: nothing is started."""
+    """What `train` would do, one line per run: nothing is started."""
     found = []
     for job in jobs:
         standing = state.standing(job)

@@ -105,7 +105,7 @@ def missing_arms(runs: Sequence[Run]) -> list[str]:
     if len(depths) < 2:
         return []
     windows = {run.cell.arm: run.recipe.train.sequence_length / run.recipe.model.block for run in runs}
-    told = ", ".join(f"{arm}: {blocks:g} windows a sequence" for arm, blocks in windows.items())
+    told = ", ".join(f"{arm}: {blocks:g} windows per sequence" for arm, blocks in windows.items())
     found = []
     if not any(blocks <= depths[0] for blocks in windows.values()):
         found.append(f"the receptive field of a window stack grows with depth in every arm ({told}): an advantage may "
@@ -158,7 +158,7 @@ PROPORTIONS = {
     "context width / width": lambda run: (
         run.recipe.model.context.width(run.recipe.model.width) / run.recipe.model.width
     ),
-    "states a block": lambda run: float(run.recipe.model.context.states),
+    "states per block": lambda run: float(run.recipe.model.context.states),
 }
 REMEDY = {
     "the share of layers under study": "choose depths that shape.fraction divides into whole layers",

@@ -8,7 +8,7 @@ model there are made-up parameters of a few values per rank, distributed as ZeRO
 that take turns in one process (`lockstep`). So the files opened and the bytes read and received are exact for that
 number of parameters and ranks; a real model has more values and nothing else. Beyond 512 ranks, 64 of them load and
 report, and each of the others counts as the next of these does. CPU-seconds depend on this machine and its load. The
-run directory is written to --directory: three small files a rank.
+run directory is written to --directory: three small files per rank.
 """
 
 from __future__ import annotations
@@ -287,7 +287,7 @@ def _print(found: dict[str, Any]) -> None:
         rows.append([cost["work"], opens, all_opens, *moved, memory, f"{cost['cpu_s']:.4f}"])
     print_table(Sheet(COLUMNS, rows), title)
     launcher = found["launcher"]
-    print(f"heartbeats: {found['heartbeats_per_s']:,.0f} a second; launching process: preflight of the hosts "
+    print(f"heartbeats: {found['heartbeats_per_s']:,.0f} per second; launching process: preflight of the hosts "
           f"{launcher['preflight_cpu_s']:.3f} CPU-s, a line of output of every rank {launcher['line_cpu_s']:.3f} CPU-s",
           flush=True)  # fmt: skip
 

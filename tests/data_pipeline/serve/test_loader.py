@@ -308,7 +308,7 @@ def test_another_batch_goes_on_with_the_next_row(
 
 def test_streaming_rows_keep_their_number() -> None:
     state = loader(Memory(LENGTHS), "streaming").state(5)
-    with pytest.raises(UserError, match="6 rows a step from step 5 on: streaming rows read on where they stopped"):
+    with pytest.raises(UserError, match="6 rows per step from step 5 on: streaming rows read on where they stopped"):
         loader(Memory(LENGTHS), "streaming", rows=6).check(state)
 
 

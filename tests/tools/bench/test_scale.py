@@ -34,7 +34,7 @@ def test_counts_are_those_of_arithmetic(found, ranks):
     assert (save["opens"], save["all_opens"]) == (4, 3 * ranks + 1)
     # Three files for their digests and again for what is in them; the first rank reads the manifest for all.
     assert (same["opens"], same["all_opens"]) == (8, 6 * ranks + 2)
-    # Six files a rank for their digests, two of each kind for what is in them, and of two ranks what these alone knew.
+    # Six files per rank for their digests, two of each kind for what is in them, of two ranks what these alone knew.
     assert (half["opens"], half["all_opens"]) == (6 + 4 + 2 + 2, 12 * (ranks // 2) + 2)
     assert cost["its weights and moments"]["opens"] == 4
     assert cost["and without the index"]["opens"] == 2 * ranks + 4

@@ -38,7 +38,7 @@ def tree(path: Path) -> dict[str, bytes]:
         (["train.steps=0"], "train.steps"),
         (["schedule.warmup_steps=7"], "schedule.warmup_steps 7 is longer than the run of 6 steps (train.steps)"),
         (["checkpoint.at=[2,9]"], "checkpoint.at 9 is after the run's last step, 6 (train.steps)"),
-        (["--ranks", "8"], "8 data-parallel ranks but only 4 sequences a step"),
+        (["--ranks", "8"], "8 data-parallel ranks but only 4 sequences per step"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
