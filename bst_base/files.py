@@ -138,5 +138,5 @@ def full_disk_explained(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        message = f"{path}: {FULL[error.errno]}; nothing half-written was kept: make room, then start again to go on"
+        message = f"{path}: {FULL[error.errno]}; nothing half-written was kept: make room, then start again to continue"
         raise StorageError(message) from error

@@ -130,7 +130,11 @@ class Ended:
                     "the ranks were to stop with a checkpoint, and not all did so in time")  # fmt: skip
             return f"{host} heard nothing of this process for {alone.silent_s:.0f} s (was it stopped?): {then}"
         if not self.over or self.cut_short:
-            return "told again: killed" if self.at_once else "not all ranks stopped within the grace: killed"
+            return (
+                "a second signal: the ranks were killed"
+                if self.at_once
+                else "not all ranks stopped within the grace: killed"
+            )
         return ""
 
 

@@ -114,7 +114,7 @@ def test_a_further_ctrl_c_ends_the_ranks_at_once_and_no_other_signal_does(tmp_pa
     ended = run(tmp_path, "time.sleep(60)", "signal.signal(signal.SIGTERM, signal.SIG_IGN)", 3600.0)
     assert running == [True]
     assert ended.status == 128 + number
-    assert ended.explain({}) == "told again: killed"
+    assert ended.explain({}) == "a second signal: the ranks were killed"
     thread.join()
 
 

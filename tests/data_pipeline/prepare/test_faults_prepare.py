@@ -183,7 +183,7 @@ def test_a_write_that_fails_leaves_nothing_half_written(
     command = [sys.executable, "-c", FULL, json.dumps(settings_of()), stage, str(limit)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
-    assert "nothing half-written was kept: make room, then start again to go on" in done.stdout
+    assert "nothing half-written was kept: make room, then start again to continue" in done.stdout
     left = {f.name for f in (tmp_path / "corpus").rglob("*") if f.suffix in (".partial", ".tar", ".idx")}
     assert left == set()
     run()
