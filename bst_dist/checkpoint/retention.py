@@ -76,8 +76,9 @@ def readable(run_dir: Path) -> list[Held]:
     return found
 
 
-def reasons(held: Sequence[Held], config: CheckpointConfig) -> dict[int, list[str]]:
-    """Why each checkpoint is kept, by its step; those with no reason may go. `held`: newest first, all of them valid.
+def reasons(held: Sequence[Held], config: CheckpointConfig, constant_until: int | None = None) -> dict[int, list[str]]:
+    """Why each checkpoint is kept, by its step; those with no reason may go. `held`: newest first, all of them valid;
+    `constant_until`: the step at which the learning rate begins to decay, if it does.
 
     "weights" alone means that the optimizer's states may go.
     """
@@ -85,12 +86,16 @@ def reasons(held: Sequence[Held], config: CheckpointConfig) -> dict[int, list[st
     newest = full[: config.keep_last]
     # Where the guard would roll the run back to, which must not depend on where it was stopped.
     newest += [step for step in full if config.scheduled(step)][:1]
+    # Once the decay has begun: from there the run can be trained for longer. Later steps would have had other rates.
+    decays = constant_until is not None and bool(full) and full[0] > constant_until
+    constant = [step for step in full if decays and step <= constant_until][:1]
     evaluated = [one for one in held if one.full and one.validation_loss is not None]
     best = [one.step for one in sorted(evaluated, key=lambda one: one.validation_loss)[: config.keep_best]]
     return {
         one.step: [
             *(["newest"] if one.step in newest else []),
             *(["best"] if one.step in best else []),
+            *(["before decay"] if one.step in constant else []),
             *(["pinned"] if one.pinned else []),
             *(["at"] if one.step in config.at else []),
             *(["every"] if config.keep_every and one.step % config.keep_every == 0 else []),
@@ -100,10 +105,10 @@ def reasons(held: Sequence[Held], config: CheckpointConfig) -> dict[int, list[st
     }
 
 
-def tidy(run_dir: Path, config: CheckpointConfig) -> None:
+def tidy(run_dir: Path, config: CheckpointConfig, constant_until: int | None = None) -> None:
     """Remove the checkpoints of a run that are not kept. A failure is logged, and tried again later."""
     try:
-        retain(run_dir, config)
+        retain(run_dir, config, constant_until)
         remove_leavings(run_dir, (DELETED,))
     except OSError as error:
         _log.warning("%s: an old checkpoint could not be removed: %s", error.filename, error.strerror)
@@ -111,13 +116,13 @@ def tidy(run_dir: Path, config: CheckpointConfig) -> None:
         _log.warning("old checkpoints could not be looked at: %s", error)
 
 
-def retain(run_dir: Path, config: CheckpointConfig) -> None:
+def retain(run_dir: Path, config: CheckpointConfig, constant_until: int | None = None) -> None:
     """Take their names from the checkpoints that are not kept; `remove_leavings` then removes them.
 
     Called when the newest has just been committed with its digests, so a valid one always stays.
     """
     held = readable(run_dir)
-    kept = reasons(held, config)
+    kept = reasons(held, config, constant_until)
     for one in held:
         if not kept[one.step]:
             one.path.rename(one.path.with_name(one.path.name + DELETED))

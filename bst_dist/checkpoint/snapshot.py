@@ -94,15 +94,17 @@ class Snapshots:
     """Checkpoints of one run, written and read by all ranks together: every rank makes every call."""
 
     def __init__(self, run_dir: Path, state: State, ranks: Ranks, identity: Identity, config: CheckpointConfig,
-                 lease: SharedLease = NO_LEASE, averaged: bool = False) -> None:  # fmt: skip
-        """`averaged`: the state has an average of the weights, which is written and read as well."""
+                 lease: SharedLease = NO_LEASE, averaged: bool = False,
+                 constant_until: int | None = None) -> None:  # fmt: skip
+        """`averaged`: the state has an average of the weights, which is written and read as well; `constant_until`:
+        see `retention.reasons`."""
         self.kinds = (WEIGHTS, OPTIMIZER, AVERAGED) if averaged else (WEIGHTS, OPTIMIZER)
         self.run_dir, self.state, self.ranks = run_dir, state, ranks
         self.identity, self.config = identity, config
         self._manifest: tuple[Path, dict[str, Any]] | None = None
         self._versions = versions() if ranks.first else {}  # asks git, which a save should not wait for
-        self._saver = Saver(run_dir, state, ranks, config.background, partial(tidy, run_dir, config), lease,
-                            self.kinds)  # fmt: skip
+        self._saver = Saver(run_dir, state, ranks, config.background, partial(tidy, run_dir, config, constant_until),
+                            lease, self.kinds)  # fmt: skip
 
     def start(self, position: Position, validation_loss: float | None = None, full: bool = True) -> Failed | None:
         """Begin the checkpoint of `position`, which `poll` or `finish` commits; None when it is under way.

@@ -34,6 +34,7 @@ from bst_dist.train.building import build_engine, build_trainer, compiles, ident
 from bst_dist.train.evaluation import Evaluate
 from bst_dist.train.objective import Batches
 from bst_dist.train.reporting import header, outcome_of, probes_of, writers_of
+from bst_dist.train.schedule import constant_until
 from bst_dist.train.start.deterministic import make_deterministic
 from bst_dist.train.start.request import Request, Start, load, resolve
 from bst_dist.train.start.resuming import begin_at, changed_at, guard_of, roll_back
@@ -79,7 +80,8 @@ class Run:
         state = EngineState(self.engine.deepspeed, averaged is not None)
         self.average = averaged and Average(averaged, state)
         self.snapshots = Snapshots(start.run_dir, state, ranks, identity, self.recipe.checkpoint, lease,
-                                   averaged is not None)  # fmt: skip
+                                   averaged is not None,
+                                   constant_until(self.recipe.schedule, self.recipe.train.steps))  # fmt: skip
         self.copies = LocalCopies(start.run_dir, self.snapshots, ranks, lease.epoch, request.resume)
         self.local: str | None = None
         """The local copies that the run was resumed from; None: a checkpoint, or nothing."""

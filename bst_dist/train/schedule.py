@@ -25,10 +25,20 @@ def factor(schedule: ScheduleConfig, step: int, steps: int) -> float:
     if schedule.kind == "cosine":
         fall = 0.5 - 0.5 * math.cos(math.pi * _progress(step, schedule.warmup_steps, steps))
     else:
-        start = max(schedule.warmup_steps, steps - round(schedule.decay_fraction * steps))
-        progress = _progress(step, start, steps)
+        progress = _progress(step, _decay_start(schedule, steps), steps)
         fall = math.sqrt(progress) if schedule.decay_shape == "1-sqrt" else progress
     return 1.0 - (1.0 - schedule.final_fraction) * fall
+
+
+def constant_until(schedule: ScheduleConfig, steps: int) -> int | None:
+    """Steps that have been taken when the decay of a run of `steps` begins: from a checkpoint of at most so many it can
+    be trained for longer. None where no decay follows a constant part."""
+    start = _decay_start(schedule, steps)
+    return start if schedule.kind == "wsd" and start < steps else None
+
+
+def _decay_start(schedule: ScheduleConfig, steps: int) -> int:
+    return max(schedule.warmup_steps, steps - round(schedule.decay_fraction * steps))
 
 
 def _progress(step: int, start: int, end: int) -> float:

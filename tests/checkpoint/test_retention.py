@@ -100,6 +100,20 @@ def test_reasons_are_told(tmp_path):
     assert reasons(readable(tmp_path), config) == {20: ["newest", "every"], 10: ["best", "at"]}
 
 
+@pytest.mark.parametrize(
+    ("constant_until", "kept"),
+    [(None, [60, 50]), (60, [60, 50]), (59, [60, 50]), (40, [60, 50, 40]), (39, [60, 50, 30]), (9, [60, 50])],
+)
+def test_the_last_one_before_the_decay_stays_once_the_decay_has_begun(tmp_path, constant_until, kept):
+    for step in range(10, 70, 10):
+        hold(tmp_path, step, full=step != 20)
+    retain(tmp_path, CheckpointConfig(), constant_until)
+    assert [step for step in steps(tmp_path) if step != 20] == kept
+    if len(kept) == 3:
+        found = reasons(readable(tmp_path), CheckpointConfig(), constant_until)
+        assert found[kept[2]] == ["before decay"]
+
+
 def test_where_the_guard_would_roll_back_to_is_among_the_newest(tmp_path):
     """It goes back to scheduled checkpoints alone, and one that a signal has caused may be newer."""
     hold(tmp_path, 20, loss=2.0)

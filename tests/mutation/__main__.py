@@ -28,6 +28,7 @@ HERE = Path(__file__).parent
 TREE = HERE.parent.parent
 # Loaded once, before the forks: what takes seconds to import and is not under test.
 HEAVY = ("numpy", "scipy.stats", "torch", "pydantic", "hypothesis", "pytest")
+PROFILE = "mutation"
 LEFT_OUT = "not ranks and not cluster and not gpu"
 SLOWEST = 10  # a mutant that takes this many times as long as the program itself does not end
 LEAST_S = 60
@@ -100,11 +101,13 @@ def _prepare_process(copy: Path) -> None:
     sys.path.insert(0, str(copy))
     for name in HEAVY:
         importlib.import_module(name)
-    from hypothesis import Phase, settings
+    from hypothesis import HealthCheck, Phase, settings
 
     # The first failing example is enough: shrinking it would be most of the time.
-    settings.register_profile("mutation", phases=[Phase.explicit, Phase.generate], derandomize=True, database=None)
-    settings.load_profile("mutation")
+    settings.register_profile(
+        PROFILE, phases=[Phase.explicit, Phase.generate], derandomize=True, database=None, deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )  # fmt: skip
 
 
 def _try_file(target: Target, copy: Path, sample: int, seed: int) -> Outcome:
@@ -165,7 +168,8 @@ def _run_tests(tests: list[str]) -> None:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
         try:
-            status = pytest.main(["-x", "-m", LEFT_OUT, "-p", "no:cacheprovider", "--basetemp", f"{base}/t", *tests])
+            options = ["-x", "-m", LEFT_OUT, "-p", "no:cacheprovider", "--basetemp", f"{base}/t"]
+            status = pytest.main([*options, "--hypothesis-profile", PROFILE, *tests])
         except BaseException:
             status = 1
     os._exit(int(status))

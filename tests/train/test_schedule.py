@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bst_dist.train.config import ScheduleConfig
-from bst_dist.train.schedule import factor
+from bst_dist.train.schedule import constant_until, factor
 
 schedules = st.builds(
     ScheduleConfig,
@@ -44,3 +44,15 @@ def test_cosine_is_half_a_period_from_the_warm_up_to_the_end():
     assert factor(schedule, 70, 120) == pytest.approx(0.55)
     assert factor(schedule, 45, 120) == pytest.approx(0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi / 4)))
     assert factor(schedule, 120, 120) == pytest.approx(0.1)
+
+
+@given(schedules, st.integers(1, 300))
+def test_the_rate_is_at_its_peak_until_the_decay_is_said_to_begin(schedule, steps):
+    until = constant_until(schedule, steps)
+    rates = [factor(schedule, step, steps) for step in range(steps)]
+    if until is None:
+        assert schedule.kind == "cosine" or all(rate == 1 for rate in rates[schedule.warmup_steps :])
+        return
+    assert all(rate == 1 for rate in rates[schedule.warmup_steps : until + 1])
+    if schedule.final_fraction < 0.9:  # nearer to 1 the fall is lost in rounding
+        assert all(rate < 1 for rate in rates[until + 1 :])

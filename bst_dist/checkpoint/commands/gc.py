@@ -25,6 +25,7 @@ from bst_dist.checkpoint.directory import DAMAGED, DELETED, MISSING, PARTIAL, WE
 from bst_dist.checkpoint.retention import Held, leavings, readable, reasons, thin
 from bst_dist.config import load_recipe
 from bst_dist.train.rundir import RECIPE, read_recipe
+from bst_dist.train.schedule import constant_until
 
 RECENT_S = 3600.0
 """A directory that was written to within this time may still be."""
@@ -52,8 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     read_recipe(args.run)
-    config = load_recipe(args.run / RECIPE, args.overrides).checkpoint
-    removals = list(plan(args.run, config))
+    recipe = load_recipe(args.run / RECIPE, args.overrides)
+    constant = constant_until(recipe.schedule, recipe.train.steps)
+    removals = list(plan(args.run, recipe.checkpoint, constant))
     for removal in removals:
         print(f"{removal.path.name:<28} {readable_size(removal.bytes):>9}  {removal.why}", flush=True)
         if args.delete:
@@ -66,12 +68,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"deleted": args.delete, "bytes": freed, "removals": {r.path.name: r.why for r in removals}}
 
 
-def plan(run_dir: Path, config: CheckpointConfig) -> Iterator[Removal]:
-    """What may go; raises StorageError when this host cannot read all of it."""
+def plan(run_dir: Path, config: CheckpointConfig, constant_until: int | None = None) -> Iterator[Removal]:
+    """What may go, by the rules of `retention.reasons`; raises StorageError when this host cannot read all of it."""
     found = {path: examine(path) for path in committed(run_dir)}
     valid = [one for one in readable(run_dir) if not found[one.path]]
     if any(one.full for one in valid):
-        kept = reasons(valid, config)
+        kept = reasons(valid, config, constant_until)
         for one in valid:
             if not kept[one.step]:
                 yield Removal(one.path, "not kept by the run's settings", _bytes(one.path))

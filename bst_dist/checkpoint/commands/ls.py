@@ -20,6 +20,7 @@ from bst_dist.checkpoint.commands.common import add_run, readable_size
 from bst_dist.checkpoint.directory import DAMAGED, DELETED, PARTIAL, committed, damage, size, step_of
 from bst_dist.checkpoint.retention import Held, leavings, readable, reasons
 from bst_dist.train.rundir import read_recipe
+from bst_dist.train.schedule import constant_until
 
 add_arguments = add_run
 COLUMNS = ("step", "tokens", "loss", "size", "kind", "kept as", "dp x sp", "ZeRO")
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     recipe = read_recipe(args.run)
     held = {one.path: one for one in readable(args.run)}
     sound = [one for one in held.values() if not damage(one.path, digests=False)]
-    kept = reasons(sound, recipe.checkpoint)
+    kept = reasons(sound, recipe.checkpoint, constant_until(recipe.schedule, recipe.train.steps))
     rows = [_row(path, held.get(path), kept) for path in committed(args.run)]
     left = leavings(args.run, (PARTIAL, DELETED, DAMAGED))
     _print(args.run, rows, left)
