@@ -13,7 +13,7 @@ import torch
 from bst_dist.checkpoint.directory import load_weights, newest_valid
 from bst_dist.faults import ledger
 from bst_dist.faults.config import GuardConfig
-from bst_dist.faults.guard import DivergedError, Guard
+from bst_dist.faults.guard import DivergedError, Guard, RollBack
 from bst_dist.faults.ledger import Entry, Ledger
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.train.run import train
@@ -44,6 +44,7 @@ def test_a_spike_is_a_loss_far_above_the_median_of_the_window():
     limit = 3.0 + 5 * 1.4826 * 0.1
     assert judge.loss(limit - 1e-3, 9, 0, 1.0) is None
     assert judge.loss(limit + 1e-3, 9, 0, 1.0).action == "skip"
+    assert judge.loss(judge.limit, 9, 0, 1.0) is None  # a device compares with it the same way
     assert guard(losses[1:], spike="skip").loss(1e9, 8, 0, 1.0) is None  # the window is not full yet
     judge.taken(30.0)  # a spike that was taken changes the median by one rank only
     assert judge.loss(limit + 0.1, 10, 0, 1.0).action == "skip"
@@ -58,9 +59,9 @@ def test_only_so_many_steps_within_so_much_data_are_passed_over():
     with pytest.raises(DivergedError, match="2 such steps within 10"):
         judge.loss(math.nan, 12, 0, 1.0)
     assert judge.ledger.entries[-1].action == "stop"
-    assert guard(non_finite="roll-back").loss(math.nan, 3, 0, 1.0) == Entry(
-        4, 0, "the loss is nan in step 3", "roll-back"
-    )
+    entry = guard(non_finite="roll-back").loss(math.nan, 3, 0, 1.0)
+    assert entry == Entry(4, 0, "the loss is nan in step 3", "roll-back")
+    assert str(RollBack(entry)) == "the loss is nan in step 3"
 
 
 def test_a_ledger_keeps_what_is_behind_a_checkpoint_and_drops_what_is_beyond(tmp_path):
