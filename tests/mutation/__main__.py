@@ -36,11 +36,15 @@ LEAST_S = 60
 
 @dataclass
 class Target:
-    """A file, the tests that are to notice its mutants, and mutants that no test can notice, each with its reason."""
+    """A file, the tests that are to notice its mutants, and mutants that no test can notice: on a line with the text
+    `code`, the mutant `change`, for the reason `why`."""
 
     path: str
     tests: list[str]
-    explained: dict[str, str] = field(default_factory=dict)
+    explained: list[dict[str, str]] = field(default_factory=list)
+
+    def explains(self, mutant: Mutant, line: str) -> bool:
+        return any(one["code"] in line and one["change"] == str(mutant) for one in self.explained)
 
 
 @dataclass
@@ -128,7 +132,8 @@ def _try_file(target: Target, copy: Path, sample: int, seed: int) -> Outcome:
             passed = _passes(target.tests, limit_s)
         finally:
             path.write_bytes(source)
-        fate = "killed" if not passed else "explained" if str(mutant) in target.explained else "survived"
+        line = source.decode().splitlines()[mutant.line - 1]
+        fate = "killed" if not passed else "explained" if target.explains(mutant, line) else "survived"
         getattr(outcome, fate).append(mutant)
         print(f"{target.path}:{mutant.line}: {fate}: {mutant}", flush=True)
     return outcome
