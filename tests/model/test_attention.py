@@ -7,9 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bst_dist.model.attention import DistanceBias, SlidingAttention, angles, documents_of, rotate, sliding_attention
+from bst_dist.model.attention import (
+    DistanceBias,
+    SlidingAttention,
+    angles,
+    documents_further_back,
+    documents_of,
+    rotate,
+    sliding_attention,
+)
 from bst_dist.model.config import AttentionConfig, LayerConfig
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.past import EarlierCall, Past
 
 
 def query_by_query(q, k, v, window, bias, include_self, documents=None):
@@ -60,6 +68,59 @@ def test_documents_are_kept_apart_also_in_windows_of_several_blocks(starts, wind
     ours = sliding_attention(q, k, v, window, None, True, documents)
     expected = query_by_query(q, k, v, window, None, True, documents.number.tolist())
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@given(st.lists(st.booleans(), min_size=12, max_size=12), st.sampled_from([4, 8, 12, 20]))
+def test_documents_that_met_before_the_slice_are_kept_apart(starts, window):
+    """Slices of two blocks of four, one call after the other, against the number of each token's document."""
+    starts = torch.tensor(starts).view(1, 12)
+    document = starts.cumsum(1).repeat_interleave(4, dim=1)[0]
+    state = {}
+    for begin in range(0, 48, 8):
+        past = EarlierCall(state, begin)
+        keys = 8 + min(window, begin)
+        found = documents_further_back(starts[:, begin // 4 : begin // 4 + 2], past, 8, keys, window)
+        wanted = document[begin + 8 - keys : begin + 8]
+        apart = found.number[0][:, None] != found.number[0]
+        assert torch.equal(apart, wanted[:, None] != wanted)
+        first = [int((wanted == one).nonzero()[0]) for one in wanted[-8:]]
+        assert found.begin[0].tolist() == first
+        state = past.after
+
+
+@pytest.mark.parametrize("position", ["t5", "rope"])
+def test_a_layer_is_the_loop_over_its_projections(position):
+    """RoPE by complex numbers: the pair (i, i + dh / 2) of position t is turned by t base^(-2i / dh)."""
+    torch.manual_seed(0)
+    sizes = {"width": 8, "heads": 2, "head_width": 6, "ffn": 8, "block": 8}
+    layer = SlidingAttention(LayerConfig(**sizes, attention={"position": position, "rope_base": 100}), 8).double()
+    u = torch.randn(2, 24, 8, dtype=torch.float64)
+    q, k, v = layer.qkv(u).view(2, 24, 6, 6).split(2, dim=2)
+    q, k = (x / x.norm(dim=-1, keepdim=True) for x in (q, k))
+    q = q * layer.scale[:, None]
+    bias = None
+    if position == "rope":
+        turn = torch.polar(torch.ones(24, 1, 3), torch.arange(24.0).view(-1, 1, 1) * 100.0 ** (-torch.arange(3.0) / 3))
+        q, k = (torch.complex(*x.chunk(2, dim=-1)) * turn.to(torch.complex128) for x in (q, k))
+        q, k = (torch.cat((x.real, x.imag), dim=-1) for x in (q, k))
+    else:
+        torch.nn.init.normal_(layer.bias.weight)
+        bias = layer.bias.weight[:, :9]  # buckets of distances below 16 are exact
+    expected = query_by_query(q, k, v, 8, bias, layer.config.include_self).flatten(-2)
+    torch.testing.assert_close(layer(u, Past()), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("position", ["t5", "rope"])
+def test_what_a_layer_asks_for_once_is_what_is_prepared_for_it(position):
+    layer = SlidingAttention(LayerConfig(width=16, heads=2, ffn=16, block=8, attention={"position": position}), 8)
+    u, starts = torch.randn(1, 40, 16), torch.tensor([[False, True, False, True, True]])
+    past = Past()
+    layer(u, past, starts)
+    prepared = layer.prepare(u, Past(), starts)
+    assert set(prepared) == set(past.shared)
+    for name, asked in past.shared.items():
+        torch.testing.assert_close(prepared[name], asked)
+    assert set(layer.prepare(u, Past(), None)) == {name for name in prepared if not name.startswith("documents")}
 
 
 @pytest.mark.parametrize("include_self", [True, False])
