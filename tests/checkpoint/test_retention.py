@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from bst_base.errors import StorageError
+from bst_dist.checkpoint import retention
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import FORMAT, MANIFEST, PINNED, committed, directory, step_of
 from bst_dist.checkpoint.retention import Held, leavings, readable, reasons, remove_leavings, retain
@@ -120,6 +122,17 @@ def test_where_the_guard_would_roll_back_to_is_among_the_newest(tmp_path):
     hold(tmp_path, 25, loss=2.0)
     kept = reasons(readable(tmp_path), CheckpointConfig(every=20, keep_last=1, keep_best=0))
     assert kept == {25: ["newest"], 20: ["newest"]}
+
+
+def test_what_cannot_be_looked_at_is_a_line_and_tried_again_later(tmp_path, monkeypatch, caplog):
+    def retain(*_) -> None:
+        raise StorageError("node-02 cannot read manifest.json: Input/output error")
+
+    monkeypatch.setattr(retention, "retain", retain)
+    retention.tidy(tmp_path, CheckpointConfig())
+    assert caplog.messages == [
+        "old checkpoints could not be looked at: node-02 cannot read manifest.json: Input/output error"
+    ]
 
 
 def test_leavings_are_found_and_removed(tmp_path):

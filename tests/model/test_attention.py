@@ -17,6 +17,7 @@ from bst_dist.model.attention import (
     sliding_attention,
 )
 from bst_dist.model.config import AttentionConfig, LayerConfig
+from bst_dist.model.tiles import QUERY_TILE, sliding_tiles
 from bst_dist.parallel.past import EarlierCall, Past
 
 
@@ -123,12 +124,23 @@ def test_what_a_layer_asks_for_once_is_what_is_prepared_for_it(position):
     assert set(layer.prepare(u, Past(), None)) == {name for name in prepared if not name.startswith("documents")}
 
 
+@given(st.integers(1, 900), st.integers(0, 40), st.integers(1, 300))
+def test_tiles_divide_the_queries_and_end_at_their_last_one(queries, before, window):
+    tiles = list(sliding_tiles(queries, before, window))
+    assert [place for tile in tiles for place in range(tile.first, tile.last)] == list(range(queries))
+    for tile in tiles:
+        assert tile.last - tile.first <= QUERY_TILE
+        assert tile.begin == max(0, before + tile.first - window)
+        assert tile.end == before + tile.last
+
+
+@pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("include_self", [True, False])
-def test_gradients_equal_query_by_query(include_self):
+def test_gradients_equal_query_by_query(include_self, heads):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 24, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    bias = torch.randn(2, 9, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(1, 24, 2, 4, dtype=torch.float64)
+    q, k, v = (torch.randn(1, 24, heads, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    bias = torch.randn(heads, 9, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(1, 24, heads, 4, dtype=torch.float64)
     ours = torch.autograd.grad((sliding_attention(q, k, v, 8, bias, include_self) * weight).sum(), (q, k, v, bias))
     theirs = torch.autograd.grad((query_by_query(q, k, v, 8, bias, include_self) * weight).sum(), (q, k, v, bias))
     for one, other in zip(ours, theirs, strict=True):

@@ -51,6 +51,8 @@ def test_logits_are_single_precision_under_autocast():
     assert total.dtype == per_token.dtype == torch.float32
     exact = linear_cross_entropy(hidden, weight, labels, mask, 1.0)[0]
     assert (total - exact).abs() / exact < 0.02
+    expected = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="none").view(2, 5)
+    torch.testing.assert_close(exact, (expected * mask).sum())  # no autocast of its own
 
 
 def test_without_gradient_only_the_loss_is_computed():
