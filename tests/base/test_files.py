@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import errno
-import logging
 from pathlib import Path
 
 import pytest
 
-from bst_base import files
 from bst_base.errors import StorageError
-from bst_base.files import atomic_directory, atomic_file, remove_partials, sync_directory, write_json, write_text
+from bst_base.files import atomic_directory, atomic_file, remove_partials, write_json, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -82,23 +80,3 @@ def test_only_leavings_of_these_writers_are_removed(tmp_path):
     (left / "inside" / "e.0123abcd.partial").write_text("x")
     remove_partials(tmp_path)
     assert names(tmp_path) == ["c.0123abcd.partial.txt", "deep", "other.partial"]
-
-
-def test_a_mount_that_does_not_sync_directories_is_told_of_once(tmp_path, monkeypatch, caplog):
-    def refuse(number: int) -> None:
-        def sync(_: Path) -> None:
-            raise OSError(number, "refused")
-
-        monkeypatch.setattr(files, "_sync", sync)
-
-    monkeypatch.setattr(files, "_refusing", set())
-    refuse(errno.EINVAL)
-    with caplog.at_level(logging.WARNING):
-        sync_directory(tmp_path)
-        sync_directory(tmp_path)
-    assert [record.message for record in caplog.records] == [
-        f"{tmp_path}: this mount does not sync directories: a name written there may be lost in a crash"
-    ]
-    refuse(errno.EIO)
-    with pytest.raises(OSError, match="refused"):
-        sync_directory(tmp_path)

@@ -9,6 +9,7 @@ must be safe before anything older is removed, and before anybody is told.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ import torch
 from bst_base import files
 from bst_base.files import atomic_directory, atomic_file, sync_directory
 from bst_dist.checkpoint.directory import MANIFEST
+from bst_dist.checkpoint.durable import Files
 from bst_dist.checkpoint.fragments import MOMENTS, WEIGHT, Fragment
 from bst_dist.checkpoint.layout import Layout, Rows
 from bst_dist.checkpoint.shards import Piece
@@ -165,6 +167,16 @@ def test_nothing_can_be_lost_in_a_crash_and_every_sync_is_needed_for_that(tmp_pa
     assert len(syncs) >= 3
     for place in syncs:
         assert violations(events[:place] + events[place + 1 :]), f"nothing needs the sync of {events[place][1]}"
+
+
+def test_a_file_is_recorded_with_its_size_and_digest(tmp_path):
+    written = Files(tmp_path)
+    with written.open("a") as file:
+        assert file.write(b"front ") == 6
+        assert file.write(torch.arange(3, dtype=torch.int16).numpy()) == 6
+    content = (tmp_path / "a").read_bytes()
+    assert content == b"front \0\0\1\0\2\0"
+    assert written.records == {"a": {"bytes": 12, "sha256": hashlib.sha256(content).hexdigest()}}
 
 
 def test_every_kind_of_file_of_a_checkpoint_is_synced(tmp_path):

@@ -168,3 +168,18 @@ def test_parameters_at_odd_offsets_of_a_flat_buffer_work():
         flat = torch.cat((torch.zeros(1), parameter.detach().flatten()))
         parameter.data = flat[1:].view(parameter.shape)
     torch.testing.assert_close(ssm(z, NOTHING), expected, rtol=0, atol=0)
+
+
+def test_lin_and_inv_frequencies_are_those_of_their_equations():
+    """arXiv 2206.11893: A_n = -1/2 + i pi n (9), and -1/2 + i N/pi (N/(2n + 1) - 1) with N states (8)."""
+    assert initial_frequencies("lin", 3).tolist() == pytest.approx([0, math.pi, 2 * math.pi])
+    assert initial_frequencies("inv", 3).tolist() == pytest.approx([6 / math.pi * (6 / odd - 1) for odd in (1, 3, 5)])
+
+
+def test_channels_may_share_their_modes():
+    config = SSMConfig(state=6, chunk=8)
+    assert S4D(4, 2, config).log_decay.shape == (1, 4, 3)
+    shared = S4D(4, 2, config, shared_modes=True)
+    assert shared.log_decay.shape == shared.frequency.shape == (1, 1, 3)
+    assert shared.log_dt.shape == (1, 4)  # each its own step
+    assert S4D(4, 2, config, own_dynamics=True).log_decay.shape == (2, 4, 3)
