@@ -64,6 +64,13 @@ def test_only_so_many_steps_within_so_much_data_are_passed_over():
     assert str(RollBack(entry)) == "the loss is nan in step 3"
 
 
+def test_entries_are_counted_by_the_data_that_they_are_about():
+    """Step 5 was taken twice, the second time with the seventh step's data; what is no bad step does not count."""
+    found = Ledger([Entry(5, 0, "a", "skip"), Entry(5, 2, "b", "skip"), Entry(5, 2, "c", ledger.CHANGE)])
+    assert [found.lately(8, within) for within in (1, 2, 3)] == [1, 1, 2]
+    assert found.lately(7, 10) == 1
+
+
 def test_a_ledger_keeps_what_is_behind_a_checkpoint_and_drops_what_is_beyond(tmp_path):
     entries = [Entry(2, 0, "a", "skip"), Entry(6, 0, "b", "roll-back", 4), Entry(5, 2, "c", "skip")]
     (tmp_path / ledger.FILE).touch()
@@ -72,6 +79,8 @@ def test_a_ledger_keeps_what_is_behind_a_checkpoint_and_drops_what_is_beyond(tmp
     assert ledger.read(tmp_path, step=4, skipped=2) == entries[:2]  # it has been
     assert ledger.read(tmp_path, step=5, skipped=2) == entries
     again = Ledger(entries[:2], tmp_path / ledger.FILE)
+    (gone,) = read_lines(tmp_path / "ledger.dropped.jsonl")
+    assert (gone["step"], gone["cause"]) == (5, "c")
     again.add(Entry(7, 2, "d", "skip"))
     assert ledger.read(tmp_path, step=9, skipped=2) == [*entries[:2], Entry(7, 2, "d", "skip")]
 
