@@ -50,8 +50,8 @@ class TrainConfig(Config):
     average: AverageConfig | None = None
     """Keep an exponential average of the weights, of which `train.average.decay` (0.999) stays in a step: evaluated
     beside the weights, in checkpoints, exported by `bst export --averaged`. A rank averages what it updates: 4 bytes
-    per parameter, divided by the ranks under ZeRO. It changes nothing in the training, and may be set or left out when a
-    run is resumed. null: none."""
+    per parameter, divided by the ranks under ZeRO. It changes nothing in the training, and may be set or left out when
+    a run is resumed. null: none."""
 
     @property
     def slices(self) -> int:
