@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 
+from bst_base.addresses import redacted
 from bst_base.errors import UserError
 from bst_base.places import placed
 from bst_base.shipped import base_of
@@ -158,7 +159,9 @@ def _explain(cls: type[Config], problem: dict[str, Any]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     given = problem.get("input")
-    shown = "" if isinstance(given, (dict, Config)) else f" (got {given!r}{_as_written(problem['type'], given)})"
+    shown = (
+        "" if isinstance(given, (dict, Config)) else redacted(f" (got {given!r}{_as_written(problem['type'], given)})")
+    )
     return f"{name}: {message}{shown}" if name else message
 
 

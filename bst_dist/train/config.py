@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from bst_base.places import Address, LocalPath
+from bst_base.addresses import CorpusAddress
+from bst_base.places import LocalPath
 from bst_base.settings import Config
 
 
@@ -64,7 +65,7 @@ class EvaluationConfig(Config):
     """Steps between two evaluations; the run's last step always has one; 0: only that one."""
     sequences: int = Field(64, ge=1, le=2**40)
     """Validation sequences, of the training length, to evaluate on: each once, the same ones on any number of ranks."""
-    corpora: dict[SetName, Address] = Field({})
+    corpora: dict[SetName, CorpusAddress] = Field({})
     """Further prepared corpora, by a name of your own: as many sequences of the validation split of each are evaluated
     at the same steps, with the standard error over sequences. They need the run's tokenizer."""
 

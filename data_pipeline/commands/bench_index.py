@@ -101,6 +101,7 @@ def _result(module: str, *arguments: str) -> dict[str, Any]:
 
 
 def _print(console: Console, found: list[dict[str, Any]]) -> None:
+    console.width = max(console.width, 100)  # no number is cut short
     table = Table()
     for heading in ("documents", "shards", "tokens", "manifest MB", "first batch s", "MB per rank", "waiting"):
         table.add_column(heading, justify="right")

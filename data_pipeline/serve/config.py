@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from bst_base.addresses import CorpusAddress, no_secret
 from bst_base.places import Address
 from bst_base.settings import Config
 from data_pipeline.store.base import StorageConfig
@@ -14,7 +15,7 @@ from data_pipeline.store.base import StorageConfig
 class MixedCorpus(Config):
     """One corpus of a mixture."""
 
-    corpus: Address
+    corpus: CorpusAddress
     """Directory or address of a prepared corpus."""
     weight: float = Field(1.0, ge=0, allow_inf_nan=False, le=1e9)
     """Its share of the sequences, relative to the other weights; 0 leaves it out until the weights change."""
@@ -29,10 +30,15 @@ class WeightChange(Config):
     """One for each corpus, in their order."""
 
 
+def _checked(corpus: Any) -> Any:
+    return no_secret(corpus) if isinstance(corpus, str) else corpus
+
+
 class DataConfig(Config):
     """What is served, and how."""
 
-    corpus: Address | tuple[MixedCorpus, ...]
+    # Checked before the union, which shows what it was given when no branch fits.
+    corpus: Annotated[Address | tuple[MixedCorpus, ...], BeforeValidator(_checked)]
     """Directory or address of a prepared corpus; or a list of them with weights."""
     weight_changes: tuple[WeightChange, ...] = ()
     """Where the weights of a mixture change, in increasing steps."""

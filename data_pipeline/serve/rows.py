@@ -14,9 +14,9 @@ from data_pipeline.format.shards import CRC_BLOCK, ShardError
 from data_pipeline.serve.orders import Order
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.serve.stream import Pieces
+from data_pipeline.store.base import REQUESTS
 
 _log = logging.getLogger(__name__)
-_REQUESTS = 64  # ranges asked for at a time
 _WINDOW = 64  # rows located together: a search for many costs little more than a search for one
 
 
@@ -85,7 +85,7 @@ class RowReader:
         self._dtype = corpora[0].manifest.token_dtype
         self._pad_id = corpora[0].manifest.tokenizer.pad_id
         # Over a network the reads of several steps go out together: each waits much longer than it works.
-        self._pool = ThreadPoolExecutor(_REQUESTS) if any(corpus.remote for corpus in corpora) else None
+        self._pool = ThreadPoolExecutor(REQUESTS) if any(corpus.remote for corpus in corpora) else None
         self._since = since
         self._window_steps = max(1, _WINDOW // max(1, count))
         self._window = lru_cache(maxsize=2 * len(begins))(self._locate)

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from bst_base.addresses import filled, redacted
 from data_pipeline.format.shards import ShardError
-from data_pipeline.store.base import StorageConfig, StorageError
+from data_pipeline.store.base import REQUESTS, StorageConfig, StorageError
 
 _log = logging.getLogger(__name__)
 _CHUNK = 8 << 20  # bytes of a whole file fetched in one request: what a dropped connection costs
@@ -41,14 +42,16 @@ class RemoteStorage:
     remote = True
 
     def __init__(self, url: str, config: StorageConfig) -> None:
-        self.where = url.rstrip("/")
+        self.where = redacted(url).partition("?")[0].rstrip("/")
         self._config = config
         self._stop = threading.Event()
-        scheme = url.partition("://")[0]
+        full, self._hidden = filled(url)
+        full, mark, query = full.partition("?")
+        self._query = mark + query  # what signs the address signs each file of it
         try:
-            self._fs, self._root = fsspec.url_to_fs(self.where, **_options(scheme, config))
+            self._fs, self._root = fsspec.url_to_fs(full.rstrip("/"), **_options(url.partition("://")[0], config))
         except (ImportError, ValueError, TypeError) as error:
-            raise StorageError(f"{url}: cannot be opened: {error}") from None
+            raise StorageError(f"{self.where}: cannot be opened: {self._said(error)}") from None
 
     def whole(self, name: str) -> bytes:
         """See `Storage`."""
@@ -108,7 +111,7 @@ class RemoteStorage:
 
     def _cat(self, name: str, **span: int) -> bytes:
         """One attempt at the bytes of a file or of a part of it, that ends in time and when reads are interrupted."""
-        path = f"{self._root}/{name}"
+        path = f"{self._root}/{name}{self._query}"
         if not self._fs.async_impl:
             return self._fs.cat_file(path, **span)
         begin = time.monotonic()
@@ -137,21 +140,30 @@ class RemoteStorage:
             except (FileNotFoundError, StorageError):
                 raise
             except PermissionError as error:
-                raise StorageError(f"{self.where}/{name}: not allowed: {error}; check the credentials") from None
+                raise StorageError(
+                    f"{self.where}/{name}: not allowed: {self._said(error)}; check the credentials"
+                ) from None
             except Exception as error:  # every file system has its own: timeouts, resets, 5xx, half an answer
-                reason = f"{type(error).__name__}: {error}".rstrip(": ")
+                reason = f"{type(error).__name__}: {self._said(error)}".rstrip(": ")
                 if _NO_CREDENTIALS & {each.__name__ for each in type(error).__mro__}:
                     raise StorageError(
                         f"{self.where}/{name}: {reason}; give them as the store's client expects"
                     ) from None
                 if attempt == self._config.attempts:
                     kind = ShardError if isinstance(error, EOFError) else StorageError
-                    raise kind(f"{self.where}/{name}: not read in {attempt} attempts; the last: {reason}") from error
+                    raise kind(f"{self.where}/{name}: not read in {attempt} attempts; the last: {reason}") from None
                 wait = min(self._config.backoff_s * 2 ** (attempt - 1), _LONGEST_WAIT_S) * random.uniform(0.5, 1.0)
                 _log.warning("%s/%s: %s; trying again in %.1f s", self.where, name, reason, wait)
                 if self._stop.wait(wait):
                     raise StorageError(f"{self.where}/{name}: reading was interrupted") from None
         raise AssertionError("unreachable")
+
+    def _said(self, error: Exception) -> str:
+        """What an error says, without the secrets of the address."""
+        text = str(error)
+        for secret, name in self._hidden.items():
+            text = text.replace(secret, name)
+        return text
 
 
 class PipeStorage:
@@ -203,10 +215,19 @@ def _options(scheme: str, config: StorageConfig) -> dict[str, Any]:
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=config.timeout_s, sock_read=config.timeout_s)
         options["client_kwargs"] = {"timeout": timeout} | options.get("client_kwargs", {})
+        options.setdefault("get_client", _http_client)
     if scheme in ("s3", "s3a"):
         timeouts = {"connect_timeout": config.timeout_s, "read_timeout": config.timeout_s}
-        options["config_kwargs"] = timeouts | {"retries": {"max_attempts": 0}} | options.get("config_kwargs", {})
+        own = timeouts | {"retries": {"max_attempts": 0}, "max_pool_connections": REQUESTS}  # its default is 10
+        options["config_kwargs"] = own | options.get("config_kwargs", {})
     return options
+
+
+async def _http_client(**options: Any) -> Any:
+    """A client without a limit of connections, which is 100 otherwise: what reads has its own (REQUESTS)."""
+    import aiohttp  # takes long to import; most corpora are local
+
+    return aiohttp.ClientSession(**({"connector": aiohttp.TCPConnector(limit=0)} | options))
 
 
 def _from_environment(name: str, value: Any) -> Any:

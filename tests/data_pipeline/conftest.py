@@ -104,6 +104,7 @@ class FaultyServer:
     def __init__(self, directory: Path) -> None:
         self.faults: dict[str, list[str]] = {}
         self.requests: list[tuple[str, str | None]] = []  # (file name, its Range header)
+        self.signed: list[tuple[str, str | None]] = []  # (query, Authorization header)
         self._release = threading.Event()
         owner = self
 
@@ -123,8 +124,10 @@ class FaultyServer:
 
     def serve(self, request: BaseHTTPRequestHandler, directory: Path) -> None:
         """Answer one request."""
-        name, span = request.path.lstrip("/"), request.headers.get("Range")
+        name, _, query = request.path.lstrip("/").partition("?")
+        span = request.headers.get("Range")
         self.requests.append((name, span))
+        self.signed.append((query, request.headers.get("Authorization")))
         fault = self.faults[name].pop(0) if self.faults.get(name) else ""
         if fault == "503" or not (directory / name).exists():
             request.send_error(503 if fault == "503" else 404)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import itertools
 import os
 import threading
+import traceback
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -16,6 +20,7 @@ import pytest
 
 from bst_base.errors import UserError
 from bst_base.settings import ConfigError, dump, parse
+from data_pipeline.format.manifest import Manifest
 from data_pipeline.format.shards import ShardError
 from data_pipeline.serve import windows
 from data_pipeline.serve.config import DataConfig
@@ -23,7 +28,8 @@ from data_pipeline.serve.loader import Loader, open_corpora
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.serve.share import Share
 from data_pipeline.store import remote
-from data_pipeline.store.base import StorageConfig, StorageError
+from data_pipeline.store.base import REQUESTS, StorageConfig, StorageError
+from data_pipeline.store.storage import LocalStorage
 
 LENGTHS = [20_000, 12, 700, 9_000, 5_000]
 FAST = {"backoff_s": 0.01, "timeout_s": 0.3, "attempts": 4}
@@ -167,6 +173,35 @@ def test_secrets_are_refused_in_plain_text_and_read_from_the_environment(monkeyp
     monkeypatch.setenv("SOME_KEY", "hidden")
     assert remote._options("gs", config) == {"key": "hidden", "token": "anon", "profile": "x"}
     assert "hidden" not in dump(config)
+
+
+def test_secrets_of_an_address_are_read_from_the_environment_and_shown_nowhere(
+    make_corpus: Any, serve: Any, monkeypatch, caplog
+) -> None:
+    for url in (
+        "https://me:hidden@host/books",
+        "https://host/books?sv=1&sig=hidden",
+        "s3://b/c?X-Amz-Signature=hidden",
+    ):
+        for settings in ({"corpus": url}, {"corpus": [{"corpus": url}]}):
+            with pytest.raises(ConfigError, match=r"would be written into the run directory; put it into") as refused:
+                parse(DataConfig, settings)
+            assert "hidden" not in str(refused.value)
+    server = serve(directory := make_corpus(LENGTHS))
+    url = server.url.replace("//", "//me:$PASSWORD@") + "/?sv=1&sig=$SIG"
+    config = parse(DataConfig, {"corpus": url, "storage": FAST | {"attempts": 2}})
+    with pytest.raises(UserError, match="the environment variable SIG is not set"):
+        open_corpora(config)
+    monkeypatch.setenv("SIG", "hid%2Fden")
+    monkeypatch.setenv("PASSWORD", "hid/den")
+    (corpus,) = open_corpora(config)
+    assert_same_documents(corpus, directory)
+    assert set(server.signed) == {("sv=1&sig=hid/den", "Basic " + base64.b64encode(b"me:hid/den").decode())}
+    server.faults[TAR] = ["503"] * 9
+    with pytest.raises(StorageError, match=rf"{TAR}: not read in 2 attempts.* 503") as failed:
+        corpus.document(0)
+    said = "".join(traceback.format_exception(failed.value)) + caplog.text + dump(config) + corpus.where
+    assert "trying again" in said and "hid/den" not in said and "hid%2Fden" not in said
 
 
 def test_no_corpus_and_no_server_are_one_clear_message(tmp_path: Path, serve: Any) -> None:
@@ -390,6 +425,44 @@ def test_an_s3_store(make_corpus: Any, s3_endpoint: Callable[[], dict[str, Any]]
     assert_same_documents(Corpus.open("s3://bucket/books", "train", config), directory)
     with pytest.raises(UserError, match="no prepared corpus there"):
         Corpus.open("s3://bucket/none", "train", config)
+
+
+@pytest.mark.parametrize("scheme", ["http", "s3"])
+def test_clients_are_told_how_many_requests_go_out_at_a_time(scheme: str) -> None:
+    options = remote._options(scheme, StorageConfig())
+    if scheme == "s3":
+        assert options["config_kwargs"]["max_pool_connections"] == REQUESTS
+        return
+
+    async def limit() -> int:
+        async with await options["get_client"](**options["client_kwargs"]) as client:
+            return client.connector.limit
+
+    assert asyncio.run(limit()) == 0
+
+
+def test_as_many_reads_are_under_way_as_a_fast_trainer_needs(make_corpus: Any) -> None:
+    """None returns before 74 are under way, which 500,000 tokens a second need at 40 ms and 272 tokens a read."""
+    directory = make_corpus([20] * 4000)
+    under_way, enough = itertools.count(1), threading.Event()
+
+    class Slow(LocalStorage):
+        remote = True
+
+        def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+            if next(under_way) >= 74:
+                enough.set()
+            assert enough.wait(30), "too few reads at a time"
+            super().read_into(name, offset, buffer)
+
+    corpus = Corpus(Slow(directory), Manifest.read(directory), "train")
+    config = DataConfig(corpus=str(directory))
+    loader = Loader(config, [corpus], Share(length=512, rows=4, micro_rows=4), block=64, seed=1)
+    local = Loader(config, open_corpora(config), Share(length=512, rows=4, micro_rows=4), block=64, seed=1)
+    for (step, found), (_, expected) in islice(zip(loader, local, strict=True), 3):
+        assert np.array_equal(found[0].input_ids, expected[0].input_ids), step
+    loader.close()
+    local.close()
 
 
 def test_a_misspelt_key_of_the_storage_settings_is_named() -> None:
