@@ -1,4 +1,4 @@
-"""Fit scaling laws to a table of your own: a CSV with a row a measurement.
+"""Fit scaling laws to a table of your own: a CSV, or JSON Lines, with a row a measurement.
 
     bst law fit points.csv --n parameters --d tokens --loss loss
     bst law fit points.csv --n params --flops flops --loss nll --width d_model --depth layers --run run --plot laws.png
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ NUMBERS = ("n", "d", "flops", "loss", "width", "depth")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("table", type=Path, metavar="CSV", help="the table, with a line of column names")
+    parser.add_argument("table", type=Path, metavar="TABLE", help="a CSV with a line of column names, or a .jsonl")
     parser.add_argument("--n", required=True, metavar="COLUMN", help="parameters N")
     tokens = parser.add_mutually_exclusive_group(required=True)
     tokens.add_argument("--d", metavar="COLUMN", help="tokens D")
@@ -66,13 +67,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def read(args: argparse.Namespace) -> list[Observation]:
     """The points of the table; raises UserError for a column that is not there, or a cell that is no number above 0."""
-    try:
-        with args.table.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            rows = list(enumerate(reader, 2))
-            names = reader.fieldnames or []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{args.table}: not readable as CSV: {error}") from None
+    rows, names = _rows(args.table)
     asked = {key: getattr(args, key) for key in (*NUMBERS, "run", "group")}
     conditions = [_condition(text, args.table) for text in args.where]
     out = _condition(args.held_out, args.table) if args.held_out else None
@@ -88,6 +83,28 @@ def read(args: argparse.Namespace) -> list[Observation]:
     if not kept:
         raise UserError(f"{args.table}: no row is left to fit")
     return kept
+
+
+def _rows(table: Path) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:
+    """The rows with their lines' numbers, and the names of the columns: CSV, or an object a line in a .jsonl."""
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            if table.suffix != ".jsonl":
+                reader = csv.DictReader(file)
+                return list(enumerate(reader, 2)), list(reader.fieldnames or [])
+            objects = [(line, json.loads(text)) for line, text in enumerate(file, 1) if text.strip()]
+    except (OSError, ValueError, csv.Error) as error:  # a text that is no UTF-8 or no JSON is a ValueError
+        raise UserError(
+            f"{table}: not readable as {'JSON Lines' if table.suffix == '.jsonl' else 'CSV'}: {error}"
+        ) from None
+    for line, one in objects:
+        if not isinstance(one, dict):
+            raise UserError(f"{table}: line {line} is not a JSON object")
+    names = list(dict.fromkeys(name for _, one in objects for name in one))
+    # As text, so that conditions and numbers are read in one way; a name that a line lacks is an empty cell.
+    return [
+        (line, {name: "" if one.get(name) is None else str(one[name]) for name in names}) for line, one in objects
+    ], names
 
 
 def _condition(text: str, table: Path) -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from pathlib import Path
 
@@ -53,11 +54,17 @@ def test_a_known_law_is_found_and_the_rows_held_out_are_predicted(table, tmp_pat
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_published_points_give_the_published_exponents_in_one_command(tmp_path):
+def oracle(name):
+    """A published table, which the project does not ship: in BST_ORACLE_DATA, or shared/reference/data beside it."""
     beside = Path(__file__).resolve().parents[2] / "shared" / "reference" / "data"
-    path = Path(os.environ.get("BST_ORACLE_DATA", beside)) / "chinchilla_fig4_points.csv"
+    path = Path(os.environ.get("BST_ORACLE_DATA", beside)) / name
     if not path.exists():
-        pytest.skip("the published points are not here")
+        pytest.skip(f"the published points are not here ({name})")
+    return path
+
+
+def test_published_points_give_the_published_exponents_in_one_command(tmp_path):
+    path = oracle("chinchilla_fig4_points.csv")
     report = tmp_path / "r.json"
     words = ["--n", "Model Size", "--flops", "Training FLOP", "--loss", "loss", "--drop-largest", "5", "--draws", "4"]
     assert main(["law", "fit", str(path), *words, "--json", str(report)]) == 0
@@ -66,6 +73,57 @@ def test_published_points_give_the_published_exponents_in_one_command(tmp_path):
     assert (lad["alpha"], lad["beta"]) == (pytest.approx(0.34781, abs=1e-4), pytest.approx(0.36585, abs=1e-4))
     huber = next(f["law"] for f in fits if (f["form"], f["objective"]) == ("chinchilla", "huber"))
     assert (huber["alpha"], huber["beta"]) == (pytest.approx(0.34731, abs=1e-4), pytest.approx(0.36717, abs=1e-4))
+
+
+def test_an_additive_law_of_width_and_depth_has_the_published_exponents(tmp_path):
+    """McLeish et al. 2025 (arXiv 2502.06857): 770 losses of 22 shapes, and their own fit with the same objective."""
+    path = oracle("gemstones_hot_100b.jsonl")
+    report = tmp_path / "r.json"
+    words = ["--n", "params_active_precise", "--d", "tokens", "--loss", "final_loss", "--width", "width",
+             "--depth", "depth", "--run", "run_name", "--draws", "2"]  # fmt: skip
+    assert main(["law", "fit", str(path), *words, "--json", str(report)]) == 0
+    fits = json.loads(report.read_text())["architectures"][""]["fits"]
+    found = {f["form"]: f for f in fits if f["objective"] == "huber"}
+    law = found["additive"]["law"]
+    published = {"alpha": 0.26065, "gamma": 0.14165, "beta": 0.53096, "A": math.exp(2.11446), "G": math.exp(0.73076)}
+    for name, value in published.items():
+        assert law[name] == pytest.approx(value, rel=2e-3), name
+    assert law["E"] < 1e-4  # theirs is exp(-4555)
+    assert found["additive"]["value"] == pytest.approx(0.0038782174, rel=1e-3)
+    chinchilla = found["chinchilla"]["law"]
+    assert (chinchilla["alpha"], chinchilla["beta"]) == (
+        pytest.approx(0.25911, rel=2e-3),
+        pytest.approx(0.59727, rel=2e-3),
+    )
+
+
+def test_json_lines_are_read_as_a_csv_is(table, tmp_path):
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    path = tmp_path / "points.jsonl"
+    path.write_text("\n".join(json.dumps({**row, "params": float(row["params"])}) for row in rows) + "\n\n")
+    words = ["--n", "params", "--d", "tok", "--loss", "nll", "--run", "name", "--where", "split=fit", "--draws", "2"]
+    results = []
+    for one in (table, path):
+        report = tmp_path / "r.json"
+        assert main(["law", "fit", str(one), *words, "--json", str(report)]) == 0
+        results.append(json.loads(report.read_text()))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"n": 1}\n{"n": ', "not readable as JSON Lines"),
+        ('{"n": 1}\n[1]', "line 2 is not a JSON object"),
+        ('{"n": 1, "d": 2, "l": 3}\n{"n": 1, "d": 2}', "line 2, column l: '' is not a number above 0"),
+    ],
+)
+def test_json_lines_that_cannot_be_read_are_one_message(tmp_path, capsys, text, message):
+    path = tmp_path / "points.jsonl"
+    path.write_text(text)
+    assert main(["law", "fit", str(path), "--n", "n", "--d", "d", "--loss", "l"]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
