@@ -26,6 +26,7 @@ from bst_dist.study.laws.verdict import (
     mean_gap,
     predict_gap,
 )
+from bst_dist.study.laws.zones import Zone, zones
 from bst_dist.study.statistics import Estimate, mean
 
 QUIET = 0.1
@@ -60,6 +61,8 @@ class Advantage:
     crossing: Crossing | None
     by_block: list[Estimate]
     """Mean gap by block of the sequence."""
+    zones: list[Zone]
+    """The advantage by what a stack of windows sees, in all arms whose sequences go beyond it."""
     by_document: Estimate | None
     better_documents: int
     documents: int
@@ -91,12 +94,14 @@ def compare(observed: Sequence[Observation], baseline: str, arm: str, axis: Axis
     errors = visible(every) if any(c.answer == "undecided" for c in changes) else {}
     arms = sorted({o.arm for o in ours} - {arm})
     others = {name: {gaps.variant: gaps for gaps in _pairs(ours, baseline, name, axis)[0]} for name in arms}
+    by_zone = zones(ours, baseline, arm, arms, axis) if axis == "flops" else {}
     variants = {}
     for gaps in every:
         own = [change for change in changes if change.variant == gaps.variant]
         contrasts = {name: contrast(gaps, found[gaps.variant]) for name, found in others.items()
                      if gaps.variant in found}  # fmt: skip
-        variants[gaps.variant] = _advantage(at_rate, gaps, baseline, own, errors, axis, contrasts)
+        variants[gaps.variant] = _advantage(at_rate, gaps, baseline, own, errors, axis, contrasts,
+                                            by_zone.get(gaps.variant, []))  # fmt: skip
     return Comparison(baseline, axis, arm, variants, missing | untested)
 
 
@@ -124,7 +129,7 @@ def _pairs(observed: Sequence[Observation], baseline: str, arm: str, axis: Axis)
 
 def _advantage(observed: Sequence[Observation], gaps: Gaps, baseline: str, changes: list[Change],
                errors: dict[str, float], axis: Axis,
-               contrasts: dict[str, dict[str, Estimate]]) -> Advantage:  # fmt: skip
+               contrasts: dict[str, dict[str, Estimate]], by_zone: list[Zone]) -> Advantage:  # fmt: skip
     ours = [o for o in observed if not o.held_out]
     by_block, _ = gaps_by(ours, gaps.variant, baseline, gaps.arm, "by_block")
     by_document, _ = gaps_by(ours, gaps.variant, baseline, gaps.arm, "by_document")
@@ -134,7 +139,7 @@ def _advantage(observed: Sequence[Observation], gaps: Gaps, baseline: str, chang
         {c.factor: max(1, pairs_needed(c.pairs, c.change.standard_error or 0.0, errors[c.factor]) - c.pairs)
          for c in changes if c.answer == "undecided"},
         {c.factor: adjusted(ours, gaps, baseline, c.factor) for c in changes if c.answer == "confounded"},
-        interaction(gaps), crossing(gaps), [mean(column) for column in by_block.T],
+        interaction(gaps), crossing(gaps), [mean(column) for column in by_block.T], by_zone,
         mean(documents, "documents") if len(documents) > 1 else None, int((documents > 0).sum()), len(documents),
         _held_out(observed, gaps, baseline, axis), contrasts,
     )  # fmt: skip

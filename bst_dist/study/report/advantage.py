@@ -10,6 +10,7 @@ from bst_dist.study.laws.advantage import Advantage, Comparison
 from bst_dist.study.laws.verdict import MARGIN, Change
 from bst_dist.study.report.document import Block, Items, Paragraph
 from bst_dist.study.report.words import number, percent, percent_interval, power, span
+from bst_dist.study.statistics import Estimate
 
 EQUAL = {"flops": "training FLOPs", "time_s": "time of training"}
 VERBS = {
@@ -87,6 +88,7 @@ def tables(found: Comparison) -> Iterator[Block]:
     lines = [line for name, one in found.variants.items() for line in _more(name, found, one)]
     if lines:
         yield Items(lines)
+    yield from _zones(found)
     rows = [
         [name, arm, what, percent(e.value), f"{percent(e.low)} to {percent(e.high)}"]
         for name, one in found.variants.items() for arm, parts in one.contrasts.items() for what, e in parts.items()
@@ -95,6 +97,25 @@ def tables(found: Comparison) -> Iterator[Block]:
         yield Paragraph(f"Other arms in contrast to arm {found.arm}: how much larger the advantage, and its changes, "
                         "are there. No verdict is given about them.")  # fmt: skip
         yield Sheet(("variant", "arm", "of", "difference", "95 % interval"), rows)
+
+
+def _zones(found: Comparison) -> Iterator[Block]:
+    """The advantage by what a stack of windows sees of the sequence."""
+    rows = [
+        [name, z.arm, z.zone, str(z.pairs), percent(z.mean.value), _interval(z.mean),
+         percent(z.change.value) if z.change else "", _interval(z.change), z.answer or ""]
+        for name, one in found.variants.items() for z in one.zones
+    ]  # fmt: skip
+    if rows:
+        yield Paragraph("By position in the sequence: the first window; further, as far as the windows of all layers "
+                        "see; and beyond. Each part is judged over depth by the rule on its own, in arm "
+                        f"{found.arm} alone: a study names the part that counts before its data.")  # fmt: skip
+        yield Sheet(("variant", "arm", "part", "pairs", "mean advantage", "95 % interval",
+                     "change per doubling of depth", "95 % interval", "verdict"), rows)  # fmt: skip
+
+
+def _interval(one: Estimate | None) -> str:
+    return f"{percent(one.low)} to {percent(one.high)}" if one and one.standard_error is not None else ""
 
 
 def held_out(found: Comparison) -> Iterator[Block]:

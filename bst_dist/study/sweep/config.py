@@ -86,6 +86,8 @@ class AuditConfig(Config):
     """Other learning rates to try in the corners of the grid, as multiples of the rule's: [0.5, 2]; empty: no audit."""
     seeds: int = Field(2, ge=2)
     """How many of the sweep's seeds the audit uses."""
+    arms: tuple[str, ...] = ()
+    """The arms in which it is made; empty: all."""
 
 
 class SweepConfig(StudyConfig):
@@ -110,6 +112,9 @@ class SweepConfig(StudyConfig):
     refused."""
     tokens_per_parameter: list[float] = Field(min_length=1)
     """Lengths of the runs, in tokens per parameter: a run's compute is 6 N^2 times this."""
+    order: Literal["largest", "cheapest"] = "largest"
+    """Which blocks are trained first: the largest, so that all workers are busy to the end; or the smallest and the
+    least deep, for a machine whose time may end before the sweep does. It may be changed at any time."""
     hold_out: list[float] = Field(default_factory=list)
     """Sizes that are trained but left out of fits and comparisons. The report compares them with their prediction."""
     shape: ShapeConfig = ShapeConfig()
@@ -124,6 +129,9 @@ class SweepConfig(StudyConfig):
             raise ValueError(f"baseline {self.baseline!r} is not among the architectures")
         for name in ("sizes", "depths", "tokens_per_parameter"):
             require_distinct(name, getattr(self, name))
+        for name in self.audit.arms:
+            if name not in self.arms:
+                raise ValueError(f"audit.arms: {name!r} is not among the arms {', '.join(self.arms)}")
         if self.audit.factors and len(self.seeds) < self.audit.seeds:
             raise ValueError(
                 f"the audit needs {self.audit.seeds} seeds (audit.seeds) and the sweep has {len(self.seeds)}"

@@ -107,11 +107,11 @@ class Designer:
             self.base["model"]["parametrisation"] = self._parametrisation()
 
     def cells(self) -> list[Cell]:
-        """The whole grid, largest first, then the audit of the learning rate in its corners."""
+        """The whole grid in the order in which it is trained, then the audit of the learning rate in its corners."""
         sweep = self.sweep
         cells = [
             Cell(name, arm, size, depth, seed, "hold-out" if size in sweep.hold_out else "grid")
-            for size, depth in self._pairs()
+            for size, depth in sorted(self._pairs(), reverse=sweep.order == "largest")
             for arm in sweep.arms
             for seed in sweep.seeds
             for name in self.architectures
@@ -120,7 +120,8 @@ class Designer:
             replace(cell, role="audit", rate_factor=factor)
             for cell in cells
             for factor in sweep.audit.factors
-            if cell.size in (min(sweep.sizes), max(sweep.sizes))
+            if cell.arm in (sweep.audit.arms or sweep.arms)
+            and cell.size in (min(sweep.sizes), max(sweep.sizes))
             and cell.depth in (min(sweep.depths), max(sweep.depths))
             and cell.seed in sweep.seeds[: sweep.audit.seeds]
         ]
@@ -142,10 +143,10 @@ class Designer:
         return {"kind": "completep", "base_width": min(widths), "base_depth": min(d for _, d in self._pairs())}
 
     def _pairs(self) -> list[tuple[float, int]]:
-        """Sizes and depths, largest first."""
+        """Every size and depth that is run."""
         sweep = self.sweep
         pairs = sweep.only or [(size, depth) for size in (*sweep.sizes, *sweep.hold_out) for depth in sweep.depths]
-        return sorted(set(map(tuple, pairs)), reverse=True)
+        return list(dict.fromkeys(map(tuple, pairs)))
 
     def _shape(self, cell: Cell) -> Model:
         """The shape of a cell; those of all architectures are solved together, to be equally large."""

@@ -24,7 +24,7 @@ class Plan:
 
     sweep: SweepConfig
     runs: list[Run]
-    """Largest cells first, each trunk before its branches."""
+    """In the order in which they are trained; each trunk before its branches."""
     dropped: list[str]
     """Blocks the budget does not pay for."""
     spent: float
@@ -92,5 +92,5 @@ def _read(sweep: SweepConfig) -> dict[str, Any] | None:
 
 
 def _identity(sweep: SweepConfig) -> str:
-    settings = sweep.model_dump(mode="json", exclude={"directory", "retries"})
+    settings = sweep.model_dump(mode="json", exclude={"directory", "retries", "order"})
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -203,6 +203,26 @@ def test_the_audit_is_in_the_corners_at_the_shortest_length(designer):
     assert len(audit) == 4 * 2 * 2 * 2 * 2  # corners, architectures, arms, seeds, factors
 
 
+def test_an_audit_can_be_left_out_of_an_arm(designer):
+    audit = [run for run in runs_of(designer(audit={"factors": [0.5, 2], "arms": ["far"]})) if run.cell.role == "audit"]
+    assert {run.cell.arm for run in audit} == {"far"}
+    assert len(audit) == 4 * 2 * 2 * 2
+    with pytest.raises(ConfigError, match=r"audit\.arms: 'fra' is not among the arms near, far"):
+        designer(audit={"factors": [0.5, 2], "arms": ["fra"]})
+
+
+def test_the_cheapest_blocks_come_first_where_time_may_end(designer):
+    def order(**changes):
+        runs = runs_of(designer(**changes))
+        return list(dict.fromkeys((run.cell.size, run.cell.depth) for run in runs)), {run.name for run in runs}
+
+    cheapest, names = order(order="cheapest")
+    assert cheapest == [(size, depth) for size in (1e5, 2e5, 4e5) for depth in (2, 8)]
+    largest, same = order()
+    assert largest == cheapest[::-1]
+    assert names == same  # the runs themselves, and so what is already trained, stay
+
+
 def test_an_audit_of_one_seed_is_refused(designer):
     with pytest.raises(ConfigError, match="the audit needs 2 seeds"):
         designer(audit={"factors": [0.5, 2]}, seeds=[0])
