@@ -1,0 +1,103 @@
+"""The page of the diagnostics is what its program writes, and that program judges by the registered rule."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.synthetic.unigram import LatentUnigram
+
+ROOT = Path(__file__).resolve().parents[2]
+SPEC = importlib.util.spec_from_file_location("diagnostics_page", ROOT / "docs/study/diagnostics.py")
+page = importlib.util.module_from_spec(SPEC)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def program():
+    import sys
+
+    sys.modules[SPEC.name] = page  # dataclasses look their module up
+    SPEC.loader.exec_module(page)
+    yield
+    del sys.modules[SPEC.name]
+
+
+def table(experiment, accuracy, statuses=None):
+    """A table of a file of which everything is done; `accuracy`: of (lag, depth, arm, seed)."""
+    rows = []
+    for condition in experiment.settings["conditions"]:
+        lag, depth = experiment.of(condition, "data.synthetic.lag"), experiment.of(condition, "model.depth")
+        for arm in experiment.settings["arms"]:
+            values = {str(seed): accuracy(lag, depth, arm, seed) for seed in (0, 1)}
+            estimate = {"value": float(np.mean(list(values.values()))), "standard_error": 0.01, "by_seed": values}
+            rows.append({
+                "condition": condition, "arm": arm, "parameters": 45000, "difference": {},
+                "seeds": {"0": "done", "1": (statuses or {}).get(condition, "done")},
+                "measured": {"accuracy": estimate, "loss_nats": estimate},
+            })  # fmt: skip
+    return {"rows": rows}
+
+
+def copying(accuracy, **changes):
+    found = next(e for e in page.load() if e.name == "small-copy")
+    return page.Experiment(found.name, found.settings, table(found, accuracy, **changes))
+
+
+def as_predicted(lag, depth, arm, seed):
+    seen = depth * 15 + 1 >= lag
+    return 0.9 if arm == "bst-sh" or seen else 0.06
+
+
+def test_the_page_is_what_its_program_writes():
+    text = page.PAGE.read_text()
+    assert page.rewrite(text, page.build(page.load())) == text
+
+
+def test_all_registered_runs_are_counted_once():
+    """288 by the registered page: those of bst-sh are shared by two files of either small task."""
+    assert "of 288 runs are done" in page.build(page.load())
+
+
+def test_the_lags_that_windows_cannot_tell_are_the_registered_ones():
+    experiments = {e.name: e for e in page.load()}
+    hidden = {name: [c for c in experiments[name].settings["conditions"] if page._hidden(experiments[name], c)]
+              for name in ("small-copy", "copy")}  # fmt: skip
+    assert hidden["small-copy"] == ["lag 32, 2 layers", "lag 64, 2 layers", "lag 64, 4 layers"]
+    assert hidden["copy"] == ["lag 256, 2 layers", "lag 256, 4 layers", *(f"lag 768, {n} layers" for n in (2, 4, 8))]
+
+
+def test_predictions_hold_or_name_what_speaks_against_them():
+    text = page.build([copying(as_predicted)])
+    assert "**P1** holds: 12 of 12 runs" in text  # three cells, two arms, two seeds
+    assert "**P2** holds: 12 of 12 runs" in text
+    assert "**P3** holds: 18 of 18 runs" in text
+
+    def one_sees(lag, depth, arm, seed):
+        odd = (lag, depth, arm, seed) == (32, 2, "no-ssm", 1)
+        return 0.081 if odd else as_predicted(lag, depth, arm, seed)
+
+    text = page.build([copying(one_sees)])
+    assert "**P1** does not hold: 11 of 12 runs are as predicted; against it lag 32, 2 layers, no-ssm: 0.081." in text
+
+
+def test_a_condition_with_a_run_that_is_not_done_is_neither_shown_nor_judged():
+    text = page.build([copying(as_predicted, statuses={"lag 16, 2 layers": "running"})])
+    assert "| lag 16, 2 layers |" not in text
+    assert "| `small-copy.yaml` | 51 of 54 | 8 of 9 |" in text
+    assert "**P3** holds: 16 of 16 runs" in text
+
+
+@pytest.mark.parametrize(
+    ("ratios", "answer"), [((0.1, 0.11), "P5 holds"), ((0.9, 0.91), "P4 holds"), ((0.1, 0.9), "undecided")]
+)
+def test_the_ratio_is_judged_by_its_interval(ratios, answer):
+    assert page.ratio_verdict(np.array(ratios)).startswith(answer)
+
+
+def test_best_in_reach_is_the_best_loss_where_everything_is_in_reach():
+    task = LatentUnigram(task="latent-unigram", symbols=16, concentration=0.2)
+    assert page.best_within(task, 256, 256) == pytest.approx(task.best_loss(1, 256))
+    assert page.best_within(task, 31, 256) - task.best_loss(1, 256) == pytest.approx(0.086, abs=5e-4)  # registered
