@@ -155,6 +155,13 @@ class Planner:
         seconds = speed(self.flops, work, moved, traffic, between, cluster, self.bf16)
         return Candidate(work, needs, traffic, between, seconds, 1e9 * cluster.accelerator.memory_gb, spread)
 
+    def as_written(self) -> Candidate:
+        """The recipe's own way: its ZeRO stage, sp, micro-batch and activation checkpointing."""
+        train, sp = self.recipe.train, self.recipe.parallel.sp
+        stage = Strategy.read(deepspeed_file(self.recipe), written(self.recipe.deepspeed)).stage
+        rows = Spread(train.sequences, self.cluster.world // sp, train.micro_sequences).micro_rows
+        return self.candidate(stage, sp, rows, self.recipe.activation_checkpointing.policy)
+
     def best(self) -> Candidate:
         """The fastest way that fits; if none does, the one that is least too large."""
         best: Candidate | None = None

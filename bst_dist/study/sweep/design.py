@@ -214,8 +214,11 @@ class Designer:
         data["seed"] = cell.seed
         growth = cell.size / smallest
         train, optimizer = data["train"], data.setdefault("optimizer", {})
-        train["sequences"] = max(1, round(train["sequences"] * growth**sweep.rules.batch_exponent))
-        train["micro_sequences"] = _divisor(train["sequences"], train.get("micro_sequences", train["sequences"]))
+        # Ranks that had equally many sequences still do: with 181 for 8 ranks, 3 of 184 rows would be computed in vain.
+        whole = ranks if train["sequences"] % (ranks := data.get("ranks") or 1) == 0 else 1
+        wanted = train["sequences"] * growth**sweep.rules.batch_exponent
+        train.setdefault("micro_sequences", train["sequences"])
+        train["sequences"] = whole * max(1, round(wanted / whole))
         rate = parse(Recipe, _complete(data), where=sweep.recipe).optimizer.learning_rate
         optimizer["learning_rate"] = rate * cell.rate_factor * growth**-sweep.rules.rate_exponent
         return data
@@ -248,8 +251,3 @@ def _complete(data: dict[str, Any]) -> dict[str, Any]:
     """`data` with a stand-in for what the design decides, so that the rest can be checked."""
     model = {"width": 64, "heads": 1, "ffn": 64, "depth": 1, **data["model"], "placement": "all"}
     return {**data, "name": "unnamed", "model": model, "train": {**data["train"], "steps": 1}}
-
-
-def _divisor(number: int, at_most: int) -> int:
-    """The largest divisor of `number` that is at most `at_most`."""
-    return max(k for k in range(1, min(number, at_most) + 1) if number % k == 0)

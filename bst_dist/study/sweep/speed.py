@@ -1,4 +1,4 @@
-"""How fast each shape trains here: a few steps of every distinct model, in this process."""
+"""How fast each shape trains: by a few steps of every distinct model in this process, or by the plan's model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from statistics import median
 
 import torch
 
+from bst_base.errors import UserError
 from bst_dist.model.lm import LanguageModel
+from bst_dist.plan.accelerators import Accelerator
+from bst_dist.plan.search import Planner
+from bst_dist.plan.speed import Cluster
 from bst_dist.study.sweep.design import Run
 from bst_dist.study.sweep.price import shape_key
 
@@ -23,6 +27,32 @@ def measure(runs: Sequence[Run], for_s: float, say: Callable[[str, float], None]
         key = shape_key(run.cell)
         if key not in rates:
             rates[key] = _rate(run, for_s)
+            say(key, rates[key])
+    return rates
+
+
+def planned(runs: Sequence[Run], device: Accelerator, per_node: int,
+            say: Callable[[str, float], None]) -> dict[str, float]:  # fmt: skip
+    """Training FLOP/s of a device for every shape among `runs` by its key, as `bst plan` expects it.
+
+    With the ranks, the micro-batch and the ZeRO stage of the run's recipe. Raises UserError for one that does not fit.
+    """
+    rates: dict[str, float] = {}
+    for run in runs:
+        key, recipe = shape_key(run.cell), run.recipe
+        if key not in rates:
+            ranks = recipe.ranks or 1
+            nodes = -(-ranks // per_node)
+            if ranks % nodes:
+                raise UserError(f"{run.name}: {ranks} ranks are no whole number on {nodes} nodes of {per_node}")
+            way = Planner(recipe, Cluster(nodes, ranks // nodes, device)).as_written()
+            if not way.fits:
+                raise UserError(
+                    f"{run.name} does not fit: {way.excess / 1e9:.1f} GB of {device.title} are missing with "
+                    f"micro-batches of {way.work.slice.rows} sequences (train.micro_sequences)"
+                )
+            tokens = recipe.train.sequences * recipe.train.sequence_length
+            rates[key] = 6 * run.counts.parameters * tokens / way.speed.total / ranks
             say(key, rates[key])
     return rates
 

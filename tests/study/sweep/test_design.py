@@ -203,6 +203,17 @@ def test_the_audit_is_in_the_corners_at_the_shortest_length(designer):
     assert len(audit) == 4 * 2 * 2 * 2 * 2  # corners, architectures, arms, seeds, factors
 
 
+def test_ranks_keep_equally_many_sequences_when_the_batch_grows(designer):
+    """By the rule alone 8 ranks would share 11, 16 and 23 sequences; a prime number leaves rows computed in vain."""
+    base = {**BASE, "ranks": 8, "train": {**BASE["train"], "sequences": 16, "micro_sequences": 2}}
+    far = {"model.block": 8, "train": {"sequence_length": 256, "sequences": 8}}
+    runs = runs_of(designer(base, rules={"batch_exponent": 0.5}, arms={"near": {}, "far": far}))
+    found = {(run.cell.arm, run.cell.size): run.recipe.train.sequences for run in runs}
+    assert found == {("near", 1e5): 16, ("near", 2e5): 24, ("near", 4e5): 32,
+                     ("far", 1e5): 8, ("far", 2e5): 8, ("far", 4e5): 16}  # fmt: skip
+    assert {run.recipe.train.micro_sequences for run in runs} == {2}
+
+
 def test_an_audit_can_be_left_out_of_an_arm(designer):
     audit = [run for run in runs_of(designer(audit={"factors": [0.5, 2], "arms": ["far"]})) if run.cell.role == "audit"]
     assert {run.cell.arm for run in audit} == {"far"}

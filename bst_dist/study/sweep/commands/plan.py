@@ -1,9 +1,12 @@
 """Price a sweep, fit it into its budget, and fix what will be run.
 
     bst sweep plan launch/sweeps/mini.yaml --measure 2
+    bst sweep plan launch/sweeps/cluster.yaml --gpu h100-80gb
 
-With --measure every shape is first timed on this machine for so many seconds, and its speed is kept; without it the
-price is computed from budget.flops_per_s. Blocks are dropped, with all their architectures, until the budget suffices.
+With --measure every shape is first timed on this machine for so many seconds; with --gpu its speed is that which
+`bst plan` expects on such devices, launches of small kernels included. Either is kept for later commands; without them
+the price is computed from budget.flops_per_s. Blocks are dropped, with all their architectures, until the budget
+suffices.
 """
 
 from __future__ import annotations
@@ -11,30 +14,37 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from bst_base.arguments import seconds
+from bst_base.arguments import at_least, seconds
 from bst_base.terminal import Sheet, print_table, say
+from bst_dist.plan.accelerators import accelerator
 from bst_dist.study.sweep.commands.common import add_sweep, open_sweep
 from bst_dist.study.sweep.commands.design import show_power
 from bst_dist.study.sweep.design import Designer
 from bst_dist.study.sweep.plan import Plan, make_plan, read_rates, write_plan, write_rates
 from bst_dist.study.sweep.price import cost
 from bst_dist.study.sweep.rehearsal import rehearse
-from bst_dist.study.sweep.speed import measure
+from bst_dist.study.sweep.speed import measure, planned
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sweep(parser)
-    parser.add_argument("--measure", type=seconds, metavar="SECONDS", help="time every shape here for so long first")
+    speeds = parser.add_mutually_exclusive_group()
+    speeds.add_argument("--measure", type=seconds, metavar="SECONDS", help="time every shape here for so long first")
+    speeds.add_argument("--gpu", metavar="NAME", help="take speeds from the model of bst plan for these devices")
+    parser.add_argument("--gpus-per-node", type=at_least(1), default=8, metavar="G", help="with --gpu (default 8)")
+    parser.add_argument("--accelerators", type=Path, metavar="FILE", help="with --gpu: devices of your own, YAML")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     sweep = open_sweep(args)
-    if args.measure:
+    if args.measure or args.gpu:
         designer = Designer(sweep)
         runs = designer.runs(designer.cells())
-        write_rates(sweep, measure(runs, args.measure, lambda key, rate: say(f"{rate / 1e9:8.2f} GFLOP/s  {key}")))
+        write_rates(sweep, measure(runs, args.measure, _told) if args.measure else
+                    planned(runs, accelerator(args.gpu, args.accelerators), args.gpus_per_node, _told))  # fmt: skip
     plan = make_plan(sweep)
     rehearse(sweep, plan.runs)
     write_plan(plan)
@@ -54,6 +64,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     say(f"{len(plan.runs)} runs, {plan.spent:.4g} {plan.unit} of {limit}; {flops:.3g} FLOPs")
     return {"runs": len(plan.runs), "unit": plan.unit, "cost": plan.spent, "dropped": plan.dropped,
             "prices": [asdict(price) for price in prices], "flops": flops, **power}  # fmt: skip
+
+
+def _told(key: str, rate: float) -> None:
+    say(f"{rate / 1e9:10,.2f} GFLOP/s  {key}")
 
 
 @dataclass
