@@ -252,7 +252,7 @@ LEFT_OUT = {
     r"bst sweep (run|status|collect|fit|compare|report|coordinates|plan.*--measure)": "trains a sweep: tests/study",
     r"bst sweep pack ": "packs a corpus of its own: tests/study/pack",
     r"bst law fit ": "resamples for minutes, or reads a table of your own: tests/study/test_law_fit.py",
-    r"bst sweep .*/cluster.yaml": "counts hundreds of large shapes: tests/study/sweep",
+    r"bst sweep .*/(cluster|text).yaml": "counts hundreds of shapes: tests/study/sweep",
     r"bst plan .*--(nodes 1,8,64|slices|longest)": "plans many clusters, sizes or lengths: tests/plan",
     r"bst experiment (run|report|status)": "trains an experiment: tests/study/experiment",
     r"bst (lra |train .*/lra/)": "draws and trains a task in full: tests/study/lra",
