@@ -6,7 +6,7 @@ The command may be stopped or killed at any moment and given again: it continues
 these commands on one shared file system, on several hosts or as tasks of a Slurm array, share the runs:
 
     bst sweep run launch/sweeps/cluster.yaml --hostfile hosts           # lines `name slots=8`, reached by ssh
-    bst sweep run launch/sweeps/cluster.yaml --slurm 16 --sbatch=--gres=gpu:8 --sbatch=--time=24:00:00
+    bst sweep run launch/sweeps/cluster.yaml --slurm 64 --sbatch=--gres=gpu:1 --sbatch=--time=24:00:00
 
 With --dry-run the runs that would be trained, the commands or the batch script are printed; nothing is started or
 written.
