@@ -35,7 +35,7 @@ def make_run(tmp_path, sentencepiece_model):
     def make(name: str = "run", documents: str = "joined", **changes) -> Path:
         settings = {
             "name": "small", "seed": 0, "train": {"steps": 9, "sequence_length": 32, "sequences": 2},
-            "data": {"corpus": "none", "documents": documents, "storage": {"options": {"key": "$secret"}}},
+            "data": {"corpus": "none", "documents": documents, "storage": {"options": {"key": "$HIDDEN_KEY"}}},
             "model": {"vocab_size": 330, "width": 16, "heads": 2, "ffn": 24, "block": 8, "depth": 3, "mixer": "bst",
                       "placement": [1, 2], "ssm": {"chunk": 4}} | changes,
         }  # fmt: skip

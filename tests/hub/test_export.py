@@ -103,7 +103,7 @@ def test_the_card_says_what_the_run_knows_and_no_secret(exported):
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
     assert "| validation, 99 tokens in sequences as in training | 2.5000 | 3.5000 |" in card
     assert "7 of 9 steps on 448 tokens" in card
-    assert not [path for path in folder.iterdir() if b"secret" in path.read_bytes()]
+    assert not [path for path in folder.iterdir() if b"HIDDEN_KEY" in path.read_bytes()]
 
 
 def test_the_card_has_measured_figures_with_their_errors(make_run, tmp_path):

@@ -56,7 +56,7 @@ def adopt_tokenizer(path: Path, config: TokenizerConfig) -> Tokenizer:
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).is_file()]
         if not found:
-            raise UserError(f"{path}: no {' or '.join(FILES)} in it")
+            raise UserError(f"{path}: no {', '.join(FILES[:-1])} or {FILES[-1]} in it")
         path = found[0]
     try:
         model = path.read_bytes()

@@ -124,5 +124,5 @@ def test_what_cannot_be_used_is_said(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"meant for a tokenizer\.json"):
         parse(TokenizerConfig, {"eos": "</s>"})
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no tokenizer\.model or tokenizer\.json in it"):
+    with pytest.raises(UserError, match=r"no tokenizer\.model, tokenizer\.json or vocabulary\.json in it"):
         adopt_tokenizer(tmp_path / "empty", TokenizerConfig())
