@@ -135,6 +135,13 @@ def test_what_cannot_be_looked_at_is_a_line_and_tried_again_later(tmp_path, monk
     ]
 
 
+def test_a_damaged_one_is_set_aside_beside_earlier_ones_of_its_step(tmp_path):
+    for _ in range(3):
+        retention.set_aside(hold(tmp_path, 10))
+    found = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert found == ["step-00000010.2.damaged", "step-00000010.3.damaged", "step-00000010.damaged"]
+
+
 def test_leavings_are_found_and_removed(tmp_path):
     hold(tmp_path, 10)
     for name in ("step-00000020.partial", "step-00000005.deleted"):

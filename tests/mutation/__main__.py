@@ -119,7 +119,7 @@ def _try_file(target: Target, copy: Path, sample: int, seed: int) -> Outcome:
     source = path.read_bytes()
     began = time.monotonic()
     if not _passes(target.tests, None):
-        raise SystemExit(f"{target.path}: its tests fail without any change")
+        raise SystemExit(f"{target.path}: its unit tests fail without any change, or there are none")
     once_s = time.monotonic() - began
     print(f"{target.path}: its tests take {once_s:.0f} s", flush=True)
     limit_s = max(LEAST_S, SLOWEST * once_s)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from bst_dist.model.config import ModelConfig
@@ -44,7 +45,17 @@ def test_completep_scales_rates_decay_and_eps_of_each_group_and_they_are_put_bac
 
 
 def test_exactly_torch_adamw_which_zero_accepts():
-    assert type(build(OptimizerConfig(), small_model().parameter_groups())) is torch.optim.AdamW
+    optimizer = build(OptimizerConfig(), small_model().parameter_groups())
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.defaults["fused"]  # one kernel for all parameters
+
+
+def test_an_engine_with_other_groups_is_refused():
+    optimizer = build(OptimizerConfig(), small_model().parameter_groups())
+    groups = Groups(optimizer)
+    del optimizer.param_groups[2]
+    with pytest.raises(ValueError, match="shorter"):
+        groups.apply(optimizer, 1.0)
 
 
 def test_apply_puts_back_what_a_loading_has_mixed_up():
