@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from bst_dist.study.statistics import Estimate, entries, exponential, ratio
+from bst_dist.study.statistics import Estimate, entries, equality, exponential, mean, ratio, readable
 
 
 def test_ratio_is_of_sums_not_a_mean_of_ratios():
@@ -31,6 +31,40 @@ def test_equal_sizes_give_the_textbook_error_of_a_mean():
 def test_one_document_has_no_error_to_tell():
     assert ratio(np.array([6.0]), np.array([3])) == Estimate(2.0, None)
     assert str(Estimate(2.0, None)) == "2.0000"
+
+
+def test_intervals_and_p_values_are_those_of_the_tables_of_students_t():
+    five = mean([1.0, 2.0, 4.0, 4.0, 9.0])
+    assert (five.value, five.degrees, five.observations) == (4.0, 4, 5)
+    assert five.standard_error == pytest.approx(math.sqrt((9 + 4 + 0 + 0 + 25) / 4 / 5))
+    assert five.half_width == pytest.approx(2.7764451 * five.standard_error)  # t of 97.5 %, 4 degrees of freedom
+    assert (five.low, five.high) == (4.0 - five.half_width, 4.0 + five.half_width)
+    assert Estimate(2.7764451, 1.0, 4).p_value == pytest.approx(0.05)
+    assert Estimate(-1.959964, 1.0).p_value == pytest.approx(0.05)  # the normal distribution
+    assert [Estimate(value, 0.0, 4).p_value for value in (0.0, 0.1)] == [1.0, 0.0]
+    alone = mean([3.0])
+    assert (alone.value, alone.standard_error, alone.p_value) == (3.0, None, 1.0)
+    assert (alone.low, alone.high, alone.observations) == (-math.inf, math.inf, 1)
+
+
+def test_equality_is_shown_by_two_one_sided_tests():
+    """One standard error, infinite degrees of freedom: 1.6448536 standard errors to each side."""
+    assert equality(Estimate(0.0, 1.0), 1.645) == "equal"
+    assert equality(Estimate(0.0, 1.0), 1.644) == "undecided"
+    assert equality(Estimate(-1.0, 1.0), 2.645) == "equal"
+    assert equality(Estimate(-1.97, 1.0), 2.0) == "different"
+    assert equality(Estimate(1.95, 1.0), 2.0) == "undecided"
+    assert equality(Estimate(1.0, None), 2.0) == "undecided"
+    # With 4 degrees of freedom 2.1318 to each side.
+    assert [equality(Estimate(0.0, 1.0, 4), margin) for margin in (2.131, 2.132)] == ["undecided", "equal"]
+
+
+def test_huge_numbers_are_printed_by_their_power_of_ten():
+    assert Estimate(1954405542.44, 664831679.94).text(2) == "2.0e+09 ± 6.6e+08"
+    assert Estimate(9_999_999.0, None).text(2) == "9,999,999.00"
+    assert Estimate(-3.2e10, None).text(4, sign=True) == "-3.2e+10"
+    assert Estimate(0.5, 0.25).text(1, sign=True) == "+0.5 ± 0.2"
+    assert readable(math.inf, 2) == "inf"
 
 
 def test_perplexity_error_is_relative_to_that_of_the_nats():
