@@ -26,6 +26,7 @@ def test_equal_sizes_give_the_textbook_error_of_a_mean():
     bits = np.array([1.0, 2.0, 4.0, 9.0])
     expected = bits.std(ddof=1) / math.sqrt(4)
     assert ratio(bits, np.ones(4)).standard_error == pytest.approx(expected, rel=1e-12)
+    assert ratio(bits, np.ones(4)).degrees == 3
 
 
 def test_one_document_has_no_error_to_tell():

@@ -10,6 +10,7 @@ from scipy import stats
 
 from bst_dist.study.laws import gap, verdict
 from bst_dist.study.laws.advantage import compare
+from bst_dist.study.statistics import Estimate
 
 
 def gaps_of(observed, variant="bst"):
@@ -141,6 +142,34 @@ def test_crossing_is_where_the_gap_vanishes_with_an_interval_that_covers_it(stud
         hits += found.low <= expected <= found.high
     assert stats.binom.cdf(hits, 40, 0.95) > 0.005
     assert verdict.crossing(gaps_of(study(5, mean=0.01, noise=0.01))) is None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_at_the_bounds_of_a_crossing_the_gap_is_as_large_as_its_error_allows(study, seed):
+    """Fieller's interval: there (a + b x)^2 is t^2 times its variance."""
+    gaps = gaps_of(study(seed, mean=0.01, per_flops=0.02, noise=0.002))
+    found = verdict.crossing(gaps)
+    matrix, names = verdict.columns(gaps)
+    fitted = verdict.regress(matrix, gaps.gap, gaps.block)
+    weights = np.zeros(len(names) + 1)
+    for bound in (found.low, found.high):
+        weights[0], weights[1 + names.index("flops")] = 1, np.log(bound) - np.log(gaps.flops).mean()
+        value, variance = weights @ fitted.values, weights @ fitted.covariance @ weights
+        assert abs(value) == pytest.approx(stats.t.ppf(0.975, fitted.degrees) * np.sqrt(variance), rel=1e-6)
+    assert found.low < found.high
+
+
+def test_a_difference_without_error_leaves_no_doubt():
+    assert verdict.tail(np.array([1.0, -1.0, 0.0]), np.zeros(3), 4).tolist() == [0.0, 1.0, 0.5]
+
+
+def test_a_contrast_is_of_two_independent_estimates():
+    one, other = Estimate(1.0, 0.3, 9), Estimate(3.5, 0.4, 5)
+    found = verdict._difference(one, other)
+    assert (found.value, found.standard_error, found.degrees) == (2.5, pytest.approx(0.5), 5)
+    alone = Estimate(1.0, None)
+    assert verdict._difference(alone, other) == Estimate(2.5, None)
+    assert verdict._difference(other, alone) == Estimate(-2.5, None)
 
 
 def test_an_interaction_of_size_and_depth_is_found(study):
