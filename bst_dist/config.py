@@ -210,6 +210,7 @@ FREE = (
     "train.edges_every",
     "train.average",
     "data.prefetch",
+    "data.max_passes",
     "data.on_bad_shard",
     "data.storage",
     "data.examples",

@@ -36,7 +36,10 @@ from bst_dist.plan.report import show, show_longest, show_sizes, show_table
 from bst_dist.plan.search import Candidate, PlanError, Planner
 from bst_dist.plan.speed import Cluster
 from data_pipeline.commands.progress import stages
-from data_pipeline.serve.loader import open_corpora
+from data_pipeline.serve.config import DataConfig
+from data_pipeline.serve.loader import Loader, open_corpora
+from data_pipeline.serve.passes import passes_told
+from data_pipeline.serve.share import Share
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -85,8 +88,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             found = slices.sizes(planner)
             show_sizes(Console(), planner, found)
             return {"recipe": recipe.name, "sizes": [slices.describe(size) for size in found]}
-        best = planner.best()
-        show(Console(), args, planner, best)
+        best, reading = planner.best(), _reading(recipe)
+        show(Console(), args, planner, best, reading)
         if found := slices.where_they_help(planner, best):
             show_sizes(Console(), planner, found)
         report = {"passed": best.fits, "fits": best.fits, "recipe": recipe.name, **describe(planner, best)}
@@ -94,6 +97,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows, ended = _table(recipe, clusters, args.lengths or [recipe.train.sequence_length])
     show_table(Console(), recipe, device, rows)
     return {"recipe": recipe.name, "plans": [_entry(*row) for row in rows], **ended}
+
+
+def _reading(recipe: Recipe) -> str:
+    """The passes that the run makes over its corpora, for people; raises UserError for more than data.max_passes."""
+    if not isinstance(recipe.data, DataConfig):
+        return ""
+    once = recipe.data.storage.model_copy(update={"attempts": 1})  # where it is planned the store may be out of reach
+    try:
+        corpora = open_corpora(recipe.data.model_copy(update={"storage": once}))
+    except UserError as error:
+        return f"passes not counted: {error}"
+    train = recipe.train
+    share = Share(length=train.sequence_length, rows=train.sequences, micro_rows=1)
+    loader = Loader(recipe.data, corpora, share, block=recipe.model.block, seed=recipe.seed)
+    return passes_told(loader, train.steps)
 
 
 def _longest(args: argparse.Namespace, recipe: Recipe, device: Accelerator) -> dict[str, Any]:

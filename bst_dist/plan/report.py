@@ -25,8 +25,8 @@ GB = 1e9
 INDENT = (0, 0, 0, 2)
 
 
-def show(console: Console, args: argparse.Namespace, planner: Planner, best: Candidate) -> None:
-    """One plan, in full."""
+def show(console: Console, args: argparse.Namespace, planner: Planner, best: Candidate, reading: str = "") -> None:
+    """One plan, in full; `reading`: what the run reads of its data."""
     console.width = max(console.width, 100)
     cluster = planner.cluster
     console.print(f"[bold]{planner.recipe.name}[/] on {_cluster(cluster)}\n", highlight=False)
@@ -35,6 +35,7 @@ def show(console: Console, args: argparse.Namespace, planner: Planner, best: Can
         "take" if best.fits else "does not fit": f"[bold]{way(best, cluster)}[/]",
         **verdict,
         "expect": _rate(planner, best),
+        **({"data": reading} if reading else {}),
         "assumed": f"{MATMUL_EFFICIENCY:.0%} of peak in matrix products, {MEMORY_EFFICIENCY:.0%} of the memory's and "
         f"{LINK_EFFICIENCY:.0%} of the links' rates; measured on no GPU (docs/plan.md)",
     }

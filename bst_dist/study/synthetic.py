@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import nan
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -100,6 +100,7 @@ class SyntheticTask:
 
     labels: ClassVar[str] = "labels"
     tokens_per_label: ClassVar[int] = 1
+    evaluates: ClassVar[bool] = True
 
     recipe: Recipe
 
@@ -115,6 +116,9 @@ class SyntheticTask:
 
     def tokenizer(self) -> None:
         return None
+
+    def reading(self, mesh: Mesh, state: Mapping[str, Any], steps: int) -> str:
+        return ""
 
     def about(self) -> dict[str, Any]:
         return {"chance_loss_nats": self.recipe.data.synthetic.chance_loss}

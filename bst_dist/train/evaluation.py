@@ -36,8 +36,8 @@ class Evaluate(Callback):
     def __init__(self, config: EvaluationConfig, batches: Sequence[MicroBatch], engine: Engine, ranks: Ranks,
                  token_bytes: Tensor, writers: Sequence[Writer], steps: int, stop: Stop,
                  sharing: SequenceGroup | None = None) -> None:  # fmt: skip
-        """`batches`: this rank's share of the validation sequences; `steps`: of the whole run; `sharing`: the ranks
-        that have the other slices."""
+        """`batches`: this rank's share of the validation sequences, none where there is no such split; `steps`: of the
+        whole run; `sharing`: the ranks that have the other slices."""
         self.config, self.batches, self.engine, self.ranks = config, batches, engine, ranks
         self.token_bytes, self.writers, self.steps, self.stop, self.sharing = token_bytes, writers, steps, stop, sharing
         self.probes: Probes | None = None
@@ -48,13 +48,16 @@ class Evaluate(Callback):
         """The averaged weights, which are evaluated too."""
 
     def due(self, step: int) -> bool:
-        """Whether the run is evaluated after so many steps."""
+        """Whether the run is evaluated after so many steps; never where there is nothing to evaluate on."""
+        if not self.batches and not self.further:
+            return False
         return step == self.steps or bool(self.config.every and step % self.config.every == 0)
 
     def owed(self, lines: Sequence[dict[str, Any]], step: int) -> bool:
         """Whether a signal kept an earlier start from evaluating after its last step, as its `lines` say."""
         kinds = {line["kind"] for line in lines if line["step"] == step}
-        return self.due(step) and bool(kinds & {"train", "skipped"}) and "eval" not in kinds
+        wanted = "eval" if self.batches else "corpus"
+        return self.due(step) and bool(kinds & {"train", "skipped"}) and wanted not in kinds
 
     def after_step(self, report: StepReport, last: bool) -> None:
         if self.due(report.step):
@@ -62,23 +65,27 @@ class Evaluate(Callback):
 
     def make(self, step: int) -> None:
         """Evaluate, and write down what comes of it; given up when the ranks are told to stop."""
-        with self.probes.watching() if self.probes else nullcontext():
-            found = self.evaluate(step)
-        if found is None:
+        if self.batches and not self._make_own(step):
             return
-        for writer in self.writers:
-            writer.write(found)
-        if self.probes:
-            self.probes.look(step)
         for other in self.further:
-            if found := other.evaluate(step):
-                for writer in self.writers:
-                    writer.write(found)
-        if self.average:
+            self._write(other.evaluate(step))
+        if self.average and self.batches:
             with self.average.in_place():
                 found = self.evaluate(step)
-            for writer in self.writers if found else ():
-                writer.write(of_average(found))
+            self._write(found and of_average(found))
+
+    def _make_own(self, step: int) -> bool:
+        """Evaluate on the run's own validation split; returns whether that was done to the end."""
+        with self.probes.watching() if self.probes else nullcontext():
+            found = self.evaluate(step)
+        self._write(found)
+        if found and self.probes:
+            self.probes.look(step)
+        return found is not None
+
+    def _write(self, found: EvalReport | None) -> None:
+        for writer in self.writers if found else ():
+            writer.write(found)
 
     def forward(self, step: int) -> Iterator[tuple[Any, dict[str, Any], Any]]:
         """(batch, its inputs on the device, what the model makes of them) of each batch, without gradients.

@@ -25,6 +25,7 @@ from data_pipeline.format.tokenizer import Tokenizer
 from data_pipeline.serve.batch import Batch
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import Loader, open_corpora
+from data_pipeline.serve.passes import passes_told
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.serve.share import Share
 from data_pipeline.serve.slices import changed
@@ -59,6 +60,8 @@ class Objective(Protocol):
     """What is learnt and counted, for people; `tokens` in the metrics are these."""
     tokens_per_label: int
     """Tokens that go through the model for one of them."""
+    evaluates: bool
+    """Whether there is anything to evaluate on."""
 
     def model(self) -> LanguageModel:
         """The model, with random weights."""
@@ -74,6 +77,12 @@ class Objective(Protocol):
 
     def evaluation(self, trainer: Trainer, writers: Sequence[Writer]) -> Evaluate:
         """What evaluates the trainer's model on a fixed part of the validation split."""
+
+    def reading(self, mesh: Mesh, state: Mapping[str, Any], steps: int) -> str:
+        """What the run will have read of its data after so many steps, for people; `state`: of a checkpoint, or empty.
+
+        Raises UserError where that is more than the recipe allows.
+        """
 
     def about(self) -> dict[str, Any]:
         """What is written down at each start of the run."""
@@ -95,14 +104,21 @@ class LanguageModelling:
     corpora: Sequence[Corpus]
     """The training split."""
     validation: Sequence[Corpus]
+    """That of the corpora which have one."""
     further: Mapping[str, Sequence[Corpus]]
     """The validation splits of other corpora, by their names (evaluation.corpora)."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> LanguageModelling:
         """Open the corpora; raises UserError when they cannot be used."""
-        corpora, validation = (open_corpora(recipe.data, split) for split in ("train", "validation"))
+        corpora = open_corpora(recipe.data)
+        kept = _with_validation(corpora)
+        validation = open_corpora(recipe.data.only(kept), "validation") if any(kept) else []
         return cls(with_vocabulary(recipe, corpora), corpora, validation, open_sets(recipe, corpora))
+
+    @property
+    def evaluates(self) -> bool:
+        return bool(self.validation or self.further)
 
     def model(self) -> LanguageModel:
         return LanguageModel(self.recipe.model)
@@ -112,6 +128,12 @@ class LanguageModelling:
 
     def tokenizer(self) -> Tokenizer:
         return self.corpora[0].tokenizer()
+
+    def reading(self, mesh: Mesh, state: Mapping[str, Any], steps: int) -> str:
+        loader = self.loader(mesh)
+        if state:
+            loader.check(dict(state))
+        return passes_told(loader, steps)
 
     def about(self) -> dict[str, Any]:
         corpora = [
@@ -128,7 +150,8 @@ class LanguageModelling:
         """On the first sequences of the validation split, each once: step 0 of its loader; on the further corpora
         likewise."""
         data = self.recipe.data.model_copy(update={"mode": "shuffled"})
-        evaluate = Evaluate(*self._parts(data, self.validation, trainer, writers))
+        own = data.only(_with_validation(self.corpora))
+        evaluate = Evaluate(*self._parts(own, self.validation, trainer, writers))
         evaluate.further = [
             EvaluateCorpus(name, *self._parts(alone(data, url), self.further[name], trainer, writers, f" of {name}"))
             for name, url in self.recipe.evaluation.corpora.items()
@@ -140,6 +163,9 @@ class LanguageModelling:
         """What an evaluation is made of; `whose`: the validation split is, for people."""
         recipe, ranks = self.recipe, trainer.ranks
         asked, mesh = recipe.evaluation.sequences, Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
+        if not corpora:
+            return (recipe.evaluation, [], trainer.engine, ranks, trainer.token_bytes, writers, recipe.train.steps,
+                    trainer.stop, trainer.sharing)  # fmt: skip
         held = sum(self._loader(data, corpora, Mesh(1, 0), 1, 1).sequences)
         if held < asked and ranks.first:
             print(
@@ -163,6 +189,11 @@ class LanguageModelling:
             seed=recipe.seed if training else 0,
             start_step=start_step,
         )
+
+
+def _with_validation(corpora: Sequence[Corpus]) -> list[bool]:
+    """Which of the corpora have a validation split."""
+    return [bool(corpus.manifest.splits.get("validation")) for corpus in corpora]
 
 
 def share_of(recipe: Recipe, mesh: Mesh, rows: int, micro_rows: int) -> Share:

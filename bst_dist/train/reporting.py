@@ -22,9 +22,9 @@ from bst_dist.train.step import Trainer
 from data_pipeline.serve.slices import slices_of
 
 
-def header(start: Start, engine: Engine, ranks: Ranks, compiled: str, local: str = "") -> str:
+def header(start: Start, engine: Engine, ranks: Ranks, compiled: str, local: str = "", reading: str = "") -> str:
     """What is printed before the first line of a start; `compiled`: whether its layers are, and why not; `local`: where
-    its local copies are."""
+    its local copies are; `reading`: what will have been read of the data."""
     recipe, model, world = start.recipe, start.recipe.model, ranks.world
     layers = ", ".join(f"{count} {mixer}" for mixer, count in Counter(model.mixers()).items())
     tokens = recipe.train.sequences * recipe.train.sequence_length
@@ -43,6 +43,10 @@ def header(start: Start, engine: Engine, ranks: Ranks, compiled: str, local: str
         "step": f"{recipe.train.sequences} sequences of {recipe.train.sequence_length:,} = {tokens:,} tokens, "
         f"{micro} per rank",
     }
+    if reading:
+        lines["data"] = reading
+    if not start.objective.evaluates:
+        lines["eval"] = "none: no corpus has a validation split (prepare one with validation_fraction above 0)"
     if unequal := start.spread.unequal(recipe.parallel.sp):
         lines["masked"] = unequal
     if recipe.train.slice_tokens:
@@ -92,7 +96,7 @@ def probes_of(start: Start, trainer: Trainer, evaluate: Evaluate) -> Probes:
     """What looks into the model at evaluations; samples of text go on from the first validation sequence."""
     tokenizer = start.objective.tokenizer()
     prompt: list[int] = []
-    if tokenizer is not None:
+    if tokenizer is not None and evaluate.batches:
         first = slices_of(evaluate.batches[0])[0]
         ids, counts = first.input_ids[0], first.loss_mask[0]
         prompt = ids[: max(1, int(counts.cumprod().sum()))].tolist()  # where documents are isolated, of the first alone
@@ -101,12 +105,14 @@ def probes_of(start: Start, trainer: Trainer, evaluate: Evaluate) -> Probes:
     return Probes(start.recipe.log, trainer.engine, ranks, evaluate.writers, tokenizer, prompt, evaluated, ranks.say)
 
 
-def outcome_of(lines: Sequence[dict[str, Any]], steps: int) -> dict[str, Any]:
-    """How far a run of `steps` steps has come: the last that was taken, and the evaluation after the last if any."""
+def outcome_of(lines: Sequence[dict[str, Any]], steps: int, evaluates: bool = True) -> dict[str, Any]:
+    """How far a run of `steps` steps has come: the last that was taken, and the evaluation after the last if any;
+    `evaluates`: whether there is one to wait for."""
     done = max((line["step"] for line in lines if line["kind"] in ("train", "skipped")), default=0)
     trained = [line for line in lines if line["kind"] == "train"]
     evaluated = [line for line in lines if line["kind"] == "eval" and line["step"] == done]
-    found = {"finished": bool(evaluated) and done == steps, "step": done}
+    last = any(line["kind"] in ("eval", "corpus") and line["step"] == done for line in lines)
+    found = {"finished": (last or not evaluates) and done == steps, "step": done}
     for line in trained[-1:]:
         found |= {key: line[key] for key in ("tokens", "loss_nats", "bits_per_byte")}
     for line in evaluated[-1:]:

@@ -83,6 +83,8 @@ class Run:
                                    averaged is not None,
                                    constant_until(self.recipe.schedule, self.recipe.train.steps))  # fmt: skip
         self.copies = LocalCopies(start.run_dir, self.snapshots, ranks, lease.epoch, request.resume)
+        self.reading = ""
+        """What the run will have read of its data at its end, for people."""
         self.local: str | None = None
         """The local copies that the run was resumed from; None: a checkpoint, or nothing."""
         self.trainer = build_trainer(start, self.engine, ranks, watched_group(start, ranks), stop)
@@ -94,6 +96,8 @@ class Run:
         position, self.local = begin_at(self.request, self.start, self.snapshots, self.copies, self.ranks)
         self.snapshots.rehearse()
         position = self.copies.begin(position, self.start.until)
+        steps = self.recipe.train.steps + position.skipped
+        self.reading = self.start.objective.reading(self.start.mesh(self.ranks), position.data, steps)
         self._announce(position)
         try:
             while position is not None:
@@ -118,7 +122,8 @@ class Run:
             rundir.prepare(self.start.run_dir, self.recipe, self.start.completed, about, objective.tokenizer())
             start = replace(self.start, changed=changed_at(self.start, position))
             local = self.copies.describe() if self.copies.on else ""
-            print(header(start, self.engine, self.ranks, self.uncompiled_since or "yes", local), flush=True)
+            print(header(start, self.engine, self.ranks, self.uncompiled_since or "yes", local, self.reading),
+                  flush=True)  # fmt: skip
 
     def _train_from(self, position: Position) -> Position | None:
         """Take steps from `position` to the end; returns where to continue when the run was rolled back, else None."""
@@ -195,7 +200,11 @@ class Run:
     def _end(self) -> int:
         """Write down how this start ended; returns the exit status, which all ranks have in common."""
         ranks = self.ranks
-        outcome = ranks.from_first(outcome_of(self.start.reported(), self.recipe.train.steps) if ranks.first else None)
+        outcome = ranks.from_first(
+            outcome_of(self.start.reported(), self.recipe.train.steps, self.start.objective.evaluates)
+            if ranks.first
+            else None
+        )
         told = [signal for signal in ranks.gather(self.stop.notice.signal) if signal is not None]
         stopped = self.stop.agreed and not outcome["finished"]
         if stopped:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -49,6 +50,8 @@ class DataConfig(Config):
     prefetch: int | None = Field(None, ge=0, le=2**16)
     """Steps read ahead; 0 reads in the caller's thread. By default 2, and 8 where a corpus is read over a network, four
     of them at a time."""
+    max_passes: float | None = Field(None, gt=0, le=1e9, allow_inf_nan=False)
+    """Most passes over any corpus by the last step of a run; a run that would make more does not start."""
     on_bad_shard: Literal["stop", "skip"] = "stop"
     """`skip` leaves damaged or missing tokens out of the loss, and records them, where `stop` raises an error."""
 
@@ -73,6 +76,15 @@ class DataConfig(Config):
     def urls(self) -> list[str]:
         """Where the corpora lie, in the order of their weights."""
         return [self.corpus] if isinstance(self.corpus, str) else [each.corpus for each in self.corpus]
+
+    def only(self, kept: Sequence[bool]) -> DataConfig:
+        """The settings of some of the corpora, with the first weights they have; equal ones where these are all 0."""
+        if isinstance(self.corpus, str) or all(kept):
+            return self
+        mixed = tuple(each for each, keep in zip(self.corpus, kept, strict=True) if keep)
+        if not any(each.weight for each in mixed):
+            mixed = tuple(each.model_copy(update={"weight": 1.0}) for each in mixed)
+        return self.model_copy(update={"corpus": mixed, "weight_changes": ()})
 
     def segments(self) -> list[tuple[int, tuple[float, ...]]]:
         """(first step, weights) pairs, from step 0 on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -43,6 +43,7 @@ class Classification:
     """Telling the class of each example from its symbols."""
 
     labels: ClassVar[str] = "labels"
+    evaluates: ClassVar[bool] = True
 
     recipe: Recipe
     training: Examples
@@ -69,6 +70,9 @@ class Classification:
 
     def tokenizer(self) -> None:
         return None
+
+    def reading(self, mesh: Mesh, state: Mapping[str, Any], steps: int) -> str:
+        return ""
 
     def about(self) -> dict[str, Any]:
         return {"examples_sha256": self.training.sha256}

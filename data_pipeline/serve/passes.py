@@ -1,0 +1,19 @@
+"""How often a run goes through its corpora: counted before it starts, told, and limited if asked."""
+
+from __future__ import annotations
+
+from bst_base.errors import UserError
+from data_pipeline.serve.loader import Loader
+
+
+def passes_told(loader: Loader, steps: int) -> str:
+    """The passes over each corpus before a step, for people; raises UserError for more than `max_passes` allows."""
+    passes = dict(zip(loader.config.urls(), loader.passes(steps), strict=True))
+    most, limit = max(passes, key=lambda url: passes[url]), loader.config.max_passes
+    if limit is not None and passes[most] > limit:
+        raise UserError(
+            f"{most}: {passes[most]:,.2f} passes by step {steps:,}, more than data.max_passes {limit:g}: take fewer "
+            "steps, prepare more text, or raise it"
+        )
+    listed = ", ".join(f"{count:,.2f} of {url}" for url, count in passes.items())
+    return f"passes by step {steps:,}: {listed}"

@@ -1,0 +1,118 @@
+"""What a run reads of its data: passes counted before it starts, and corpora without a validation split."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bst_base.errors import UserError
+from bst_base.settings import parse
+from bst_dist.cli import main
+from bst_dist.parallel.mesh import Mesh
+from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.train.objective import LanguageModelling
+from bst_dist.train.run import train
+from bst_dist.train.start.request import Request, load
+from data_pipeline.prepare.config import PrepareConfig
+from data_pipeline.prepare.corpus import prepare
+from data_pipeline.prepare.parallel import Workers
+from data_pipeline.serve.config import DataConfig
+from data_pipeline.serve.loader import open_corpora
+
+
+@pytest.fixture(scope="module")
+def unsplit(corpus, tmp_path_factory) -> Path:
+    """A corpus of numbers that has a training split only, in the tokens of the other."""
+    place = tmp_path_factory.mktemp("unsplit")
+    random = np.random.default_rng(1)
+    (place / "texts").mkdir()
+    for name in range(20):
+        (place / f"texts/{name:02}.txt").write_text(" ".join(map(str, random.integers(0, 99, 200))))
+    settings = {"source": {"kind": "folder", "path": str(place / "texts")}, "output": str(place / "corpus"),
+                "tokenizer": {"reuse": str(corpus)}, "validation_fraction": 0}  # fmt: skip
+    prepare(parse(PrepareConfig, settings), Workers(None, 1), lambda *_: None)
+    return place / "corpus"
+
+
+def passes_of(corpus: Path, steps: int, rows: int, length: int) -> float:
+    """By the manifest: rows of `length` inputs, each token of a pass an input but the last."""
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    tokens = sum(shard["tokens"] for shard in manifest["splits"]["train"])
+    return steps * rows / -(-(tokens - 1) // length)
+
+
+@pytest.mark.ranks
+def test_a_run_without_a_validation_split_says_so_and_finishes(
+    recipe_file, tmp_path, on_ranks, unmeasured, unsplit, capfd
+):
+    recipe = recipe_file(data={"corpus": str(unsplit), "prefetch": 0}, log={"tensorboard": True})
+    run = tmp_path / "run"
+    assert on_ranks(2, lambda ranks: train(Request(recipe, [], run, False, None), ranks)) == [0, 0]
+    said = capfd.readouterr().out
+    assert said.count("no corpus has a validation split (prepare one with validation_fraction above 0)") == 1
+    assert f"passes by step 6: {passes_of(unsplit, 6, 4, 32):.2f} of {unsplit}" in said
+    lines = read_lines(run / FILE)
+    assert {line["kind"] for line in lines} & {"eval", "corpus", "averaged"} == set()
+    assert json.loads((run / "outcome.json").read_text())["finished"] is True
+
+
+@pytest.mark.ranks
+def test_what_has_a_validation_split_is_evaluated_on(recipe_file, tmp_path, on_ranks, unmeasured, unsplit, corpus):
+    """A mixture by the corpus that has one, a corpus without by the others that are named."""
+    mixed = [{"corpus": str(unsplit), "weight": 3}, {"corpus": str(corpus), "weight": 1}]
+    found = {}
+    for name, data in [("alone", str(corpus)), ("mixed", mixed), ("named", str(unsplit))]:
+        recipe = recipe_file(data={"corpus": data, "prefetch": 0}, optimizer={"learning_rate": 1e-12},
+                             evaluation={"every": 3, "sequences": 4, "corpora": {"other": str(corpus)}})  # fmt: skip
+        on_ranks(1, lambda ranks, to: train(Request(to[0], [], to[1], False, None), ranks), (recipe, tmp_path / name))
+        found[name] = [line for line in read_lines(tmp_path / name / FILE) if line["kind"] in ("eval", "corpus")]
+        assert json.loads((tmp_path / name / "outcome.json").read_text())["finished"] is True
+    assert [(line["kind"], line["step"]) for line in found["named"]] == [("corpus", 3), ("corpus", 6)]
+    own = {name: [line["loss_nats"] for line in lines if line["kind"] == "eval"] for name, lines in found.items()}
+    assert own["mixed"] == pytest.approx(own["alone"], rel=1e-5) and len(own["mixed"]) == 2
+
+
+def test_the_corpora_that_are_evaluated_on_keep_their_weights():
+    data = DataConfig(corpus=[{"corpus": name, "weight": weight} for name, weight in [("a", 0), ("b", 2), ("c", 1)]])
+    assert [each.weight for each in data.only([False, True, True]).corpus] == [2, 1]
+    assert [each.weight for each in data.only([True, False, False]).corpus] == [1]
+    assert data.only([True] * 3) is data
+
+
+@pytest.mark.ranks
+def test_more_passes_than_allowed_are_refused_before_anything_is_written(
+    recipe_file, tmp_path, on_ranks, unmeasured, corpus
+):
+    recipe = recipe_file(train={"steps": 2000, "sequence_length": 32, "sequences": 4, "precision": "fp32"})
+    made = passes_of(corpus, 2000, 4, 32)
+
+    def start(ranks):
+        with pytest.raises(UserError, match=rf"{made:.2f} passes by step 2,000, more than data\.max_passes 1: take"):
+            train(Request(recipe, ["data.max_passes=1"], tmp_path / "run", False, None), ranks)
+
+    assert made > 1
+    on_ranks(2, start)
+    assert not (tmp_path / "run" / FILE).exists()
+
+
+def test_the_plan_counts_passes_and_refuses_too_many(recipe_file, corpus, capsys, tmp_path):
+    recipe = str(recipe_file())
+    assert main(["plan", recipe]) == 0
+    said = "".join(capsys.readouterr().out.split())
+    assert f"passesbystep6:{passes_of(corpus, 6, 4, 32):.2f}of{corpus}" in said
+    assert main(["plan", recipe, "data.max_passes=0.01"]) == 2
+    assert "more than data.max_passes 0.01" in capsys.readouterr().err
+    assert main(["plan", recipe, f"data.corpus={tmp_path / 'none'}", "model.vocab_size=320"]) == 0
+    assert "passesnotcounted:" in "".join(capsys.readouterr().out.split())
+
+
+def test_passes_after_a_change_of_the_batch_count_what_was_read(recipe_file, corpus):
+    recipe = load(Request(recipe_file(), [], None, False, None))
+    objective = LanguageModelling(recipe, open_corpora(recipe.data), [], {})
+    state = objective.loader(Mesh(1, 0)).state(2)
+    more = recipe.model_copy(update={"train": recipe.train.model_copy(update={"sequences": 40})})
+    told = LanguageModelling(more, objective.corpora, [], {}).reading(Mesh(1, 0), state, 6)
+    assert told == f"passes by step 6: {passes_of(corpus, 1, 2 * 4 + 4 * 40, 32):.2f} of {corpus}"
