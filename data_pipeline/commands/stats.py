@@ -20,6 +20,7 @@ from rich.console import Console
 from bst_base.stopping import STATUS
 from data_pipeline.commands.prepare import plain_table, split_table, summary
 from data_pipeline.commands.progress import stages
+from data_pipeline.format.extents import extents
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.format.stats import (
     NGRAM,
@@ -33,6 +34,7 @@ from data_pipeline.format.stats import (
 )
 from data_pipeline.prepare.parallel import Workers, open_workers
 
+_BLOCKS = (64, 128, 256, 512, 1024)  # of which the padding is told, where each document is padded to one
 _BAR = 40  # characters of the longest bar
 
 
@@ -55,6 +57,9 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     for split, values in lengths.items():
         report["splits"][split]["document_tokens"] = _quantiles(values)
     everything = np.concatenate(list(lengths.values()))
+    report["padding_isolated"] = {
+        str(block): round(1 - int(everything.sum()) / int(extents(everything, block).sum()), 4) for block in _BLOCKS
+    }
     edges, counts = length_histogram(everything)
     report["length_histogram"] = {"edges_tokens": edges.tolist(), "documents": counts.tolist()}
     if not args.quick:
@@ -116,6 +121,8 @@ def _print(console: Console, report: dict[str, Any]) -> None:
     for edge, count in zip(histogram["edges_tokens"], histogram["documents"], strict=False):
         bar = "█" * round(_BAR * count / most) or ("▏" if count else "")
         console.print(f"  ≥ {edge:>11,}  {count:>9,}  {bar}", highlight=False)
+    shares = ", ".join(f"{share:.1%} of {block}" for block, share in report["padding_isolated"].items())
+    console.print(f"padding of isolated documents, by the block: {shares}", soft_wrap=True)
     removed = report["duplicates_removed"]
     left = f", {report['duplicates_left']} left" if "duplicates_left" in report else ""
     console.print(f"duplicates: {removed['exact']} exact and {removed['near']} near ones removed{left}")

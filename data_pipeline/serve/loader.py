@@ -120,6 +120,11 @@ class Loader:
         """Passes over each corpus that are made before a step."""
         return [int(read) / count for read, count in zip(self.consumed(step), self.sequences, strict=True)]
 
+    def padding(self) -> list[float]:
+        """The share of each corpus's stream that is padding between documents; 0 where they are joined."""
+        sizes = [corpus.shard_sizes(self._block) for corpus in self._corpora]
+        return [1 - int(each.tokens.sum()) / int(each.extents.sum()) for each in sizes]
+
     @property
     def bad(self) -> list[str]:
         """What `on_bad_shard: skip` has left out so far, a message each."""

@@ -16,4 +16,6 @@ def passes_told(loader: Loader, steps: int) -> str:
             "steps, prepare more text, or raise it"
         )
     listed = ", ".join(f"{count:,.2f} of {url}" for url, count in passes.items())
+    if loader.config.documents == "isolated":
+        listed += f" ({', '.join(f'{share:.0%}' for share in loader.padding())} padding between isolated documents)"
     return f"passes by step {steps:,}: {listed}"

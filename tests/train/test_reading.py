@@ -109,6 +109,14 @@ def test_the_plan_counts_passes_and_refuses_too_many(recipe_file, corpus, capsys
     assert "passesnotcounted:" in "".join(capsys.readouterr().out.split())
 
 
+def test_the_padding_of_isolated_documents_is_told(recipe_file, corpus, capsys):
+    assert main(["plan", str(recipe_file()), "data.documents=isolated"]) == 0
+    (opened,) = open_corpora(DataConfig(corpus=str(corpus)))
+    padded = sum(-(-length // 8) * 8 for length in opened.lengths.tolist())
+    said = f"({1 - int(opened.lengths.sum()) / padded:.0%} padding between isolated documents)"
+    assert "".join(said.split()) in "".join(capsys.readouterr().out.split())
+
+
 def test_passes_after_a_change_of_the_batch_count_what_was_read(recipe_file, corpus):
     recipe = load(Request(recipe_file(), [], None, False, None))
     objective = LanguageModelling(recipe, open_corpora(recipe.data), [], {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bst_dist.cli import main
 from data_pipeline.format import stats
 from data_pipeline.format.stats import length_histogram, overlap, run_hashes, sample_runs, scan_shard
+from data_pipeline.serve.reader import Corpus
 
 
 @given(
@@ -62,6 +65,16 @@ def test_a_text_repeated_in_train_is_found(planted: Path) -> None:
     assert result.mostly_found == 1
     assert result.documents == manifest.documents("validation")
     assert 0 < result.found < result.runs
+
+
+def test_the_padding_of_isolated_documents_is_told_by_the_block(run, tmp_path: Path, capsys) -> None:
+    run("corpus")
+    assert main(["data", "stats", str(tmp_path / "corpus"), "--quick", "--json", str(tmp_path / "stats.json")]) == 0
+    splits = [Corpus.open(str(tmp_path / "corpus"), split) for split in ("train", "validation")]
+    lengths = [n for corpus in splits for n in corpus.lengths.tolist()]
+    told = json.loads((tmp_path / "stats.json").read_text())["padding_isolated"]
+    assert told["256"] == round(1 - sum(lengths) / sum(-(-n // 256) * 256 for n in lengths), 4)
+    assert f"{told['256']:.1%} of 256" in capsys.readouterr().out
 
 
 def test_a_sample_of_runs_is_the_same_part_of_train_and_validation(planted: Path, monkeypatch) -> None:
