@@ -21,7 +21,7 @@ from data_pipeline.prepare.parallel import Workers
 from data_pipeline.sources import Part, Source
 
 # Settings that do not change a corpus's bytes.
-_MACHINE = {"output": True, "workers": True, "bad_record_limit": True, "source": {"path"}}
+_MACHINE = {"output": True, "workers": True, "bad_record_limit": True, "source": {"path", "storage_options"}}
 
 
 class HashTask(NamedTuple):

@@ -31,6 +31,9 @@ class Megatron(TokenSource):
     def beside(self, name: str) -> bool:
         return name.endswith(".bin") and (self.root / name).with_suffix(".idx").exists()
 
+    def copied(self, name: str) -> bool:
+        return name.endswith((".idx", ".bin"))
+
     def expected(self) -> str:
         return "an .idx of Megatron's with its .bin beside it, or a directory of them"
 

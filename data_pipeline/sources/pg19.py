@@ -26,6 +26,9 @@ class Pg19(FileSource):
     def wanted(self, name: str) -> bool:
         return name.partition("/")[0] in _SPLITS and _BOOK.fullmatch(name) is not None
 
+    def copied(self, name: str) -> bool:
+        return self.wanted(name) or name == "metadata.csv"
+
     def expected(self) -> str:
         return "the directory that holds train/*.txt, validation/*.txt and test/*.txt"
 

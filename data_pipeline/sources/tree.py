@@ -10,9 +10,14 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import BeforeValidator, Field
+
+from bst_base.addresses import CorpusAddress
 from bst_base.errors import UserError
-from data_pipeline.sources.base import Endings, Listing, LocalPath, Part, Skipped, Source
+from data_pipeline.sources.base import Endings, Listing, Part, Skipped, Source
+from data_pipeline.store.base import StoreOptions
 
 SPLIT_NAMES = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
@@ -89,8 +94,11 @@ def _translated(piece: str) -> str:
 class FileSource(Source):
     """Base of sources that are a directory of files, or one file, each read on its own."""
 
-    path: LocalPath
-    """The directory of the files, or one file."""
+    path: Annotated[CorpusAddress, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+    """The directory of the files, or one file; or an address (s3://, gs://, https://), whose files are copied first."""
+    storage_options: StoreOptions = Field(default_factory=dict)
+    """With an address: passed to the fsspec file system (an endpoint, a profile); `$NAME` is read from the environment,
+    and keys and passwords can only be given so."""
     own_splits: bool = False
     """Keep the splits that the data comes with: the top directory is, or the file's name begins with or holds, one of
     the words train, validation (valid, val, dev) and test."""
@@ -107,20 +115,44 @@ class FileSource(Source):
         """What files there should be, for the message when there are none."""
         raise NotImplementedError
 
+    def fetch(self) -> None:
+        """See `Source`."""
+        if self._is_far:
+            from data_pipeline.sources import copies  # fsspec takes long to import; most sources are local
+
+            copies.copy(self.path, self.storage_options, self.copied)
+
+    def copied(self, name: str) -> bool:
+        """Whether a file at an address, by its path below it, is copied."""
+        return self.wanted(name)
+
+    @property
+    def place(self) -> Path:
+        """The directory or the file on this machine."""
+        if not self._is_far:
+            return Path(self.path.removeprefix("file://")).expanduser()
+        from data_pipeline.sources import copies
+
+        return copies.copied(self.path)
+
+    @property
+    def _is_far(self) -> bool:
+        return "://" in self.path and not self.path.startswith("file://")
+
     @property
     def root(self) -> Path:
         """The directory that parts are named from."""
-        path = self.path.expanduser()
+        path = self.place
         return path if path.is_dir() else path.parent
 
     def listing(self) -> Listing:
         """See `Source`; files that are not wanted are counted by their ending."""
-        path = self.path.expanduser()
+        path = self.place
         if not path.exists():
             raise UserError(f"{path}: no such file or directory; source.path must be {self.expected()}")
         if not path.is_dir():
             return Listing(self.parts_of(path.name, path), [])
-        parts, skipped, endings = [], [], Endings()
+        parts, skipped, endings = [], [], self._left_out()
         for found in walk(path):
             if isinstance(found, Skipped):
                 skipped.append(found)
@@ -131,8 +163,16 @@ class FileSource(Source):
         if not parts:
             seen = ", ".join(f"{s.count} {s.reason}" for s in [*skipped, *endings.skipped("")])
             why = f"left out: {seen}" if seen else "it is empty"
-            raise UserError(f"{path}: no file there is wanted ({why}); source.path must be {self.expected()}")
+            raise UserError(f"{self.path}: no file there is wanted ({why}); source.path must be {self.expected()}")
         return Listing(sorted(parts, key=lambda part: (part.name, part.start)), skipped + endings.skipped(""))
+
+    def _left_out(self) -> Endings:
+        """What was left out before, where the files were copied."""
+        if not self._is_far:
+            return Endings()
+        from data_pipeline.sources import copies
+
+        return copies.left_out(self.path)
 
     def parts_of(self, name: str, path: Path) -> list[Part]:
         """A file as parts: one, unless the source can read it from several places."""

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 
@@ -32,6 +32,16 @@ _NO_CREDENTIALS = {  # what clients raise when there is nothing to sign with: th
 T = TypeVar("T")
 
 
+class FoundFile(NamedTuple):
+    """A file below an address."""
+
+    name: str
+    """Its path from the address on."""
+    size: int
+    version: str
+    """What tells it from other content of the same size, as far as the store says: its ETag, or when it was written."""
+
+
 class NoRangesError(StorageError):
     """The server sends whole files where a range was asked for."""
 
@@ -43,6 +53,8 @@ class RemoteStorage:
 
     def __init__(self, url: str, config: StorageConfig) -> None:
         self.where = redacted(url).partition("?")[0].rstrip("/")
+        self.file = ""
+        """The name of the one file, where `files` has found that the address is a file's."""
         self._config = config
         self._stop = threading.Event()
         full, self._hidden = filled(url)
@@ -52,6 +64,24 @@ class RemoteStorage:
             self._fs, self._root = fsspec.url_to_fs(full.rstrip("/"), **_options(url.partition("://")[0], config))
         except (ImportError, ValueError, TypeError) as error:
             raise StorageError(f"{self.where}: cannot be opened: {self._said(error)}") from None
+
+    def files(self) -> list[FoundFile]:
+        """The files below the address, sorted by name; the one file where it is a file's, none where nothing is."""
+
+        def find() -> dict[str, dict[str, Any]]:
+            self._fs.invalidate_cache()
+            return self._fs.find(self._root + self._query, detail=True)
+
+        try:
+            found = self._try("", find)
+        except FileNotFoundError:
+            return []
+        root = self._fs._strip_protocol(self._root).rstrip("/")
+        if len(found) == 1 and next(iter(found)).partition("?")[0].rstrip("/") == root:
+            root, _, name = root.rpartition("/")
+            self._root, self.where, self.file = root, self.where.rpartition("/")[0], name
+            return [_found_file(name, *found.values())]
+        return sorted(_found_file(path[len(root) + 1 :], info) for path, info in found.items())
 
     def whole(self, name: str) -> bytes:
         """See `Storage`."""
@@ -164,6 +194,12 @@ class RemoteStorage:
         for secret, name in self._hidden.items():
             text = text.replace(secret, name)
         return text
+
+
+def _found_file(name: str, info: dict[str, Any]) -> FoundFile:
+    said = (info.get(key) for key in ("ETag", "etag", "md5Hash", "checksum", "LastModified", "last_modified", "mtime",
+                                      "created"))  # fmt: skip
+    return FoundFile(name, int(info["size"]), str(next((each for each in said if each), "")))
 
 
 class PipeStorage:

@@ -1,0 +1,107 @@
+"""Sources that lie in an object store or on a server: their files are copied to this machine before they are read.
+
+A folder of copies belongs to one address. `fetched.jsonl` in it says what each file was when it was copied (its size
+and what the store calls its version), so a second preparation copies what is new or has changed, and an interrupted one
+goes on. Files that have gone from the store are removed. What is not wanted is counted there by its ending, not copied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from bst_base.errors import UserError
+from bst_base.files import atomic_file, full_disk_explained
+from data_pipeline.sources.base import Endings
+from data_pipeline.sources.packaged.registries import cache_directory
+from data_pipeline.store.base import StorageConfig
+from data_pipeline.store.remote import FoundFile, RemoteStorage
+
+_FILES, _FETCHED, _FOUND = "files", "fetched.jsonl", "found.json"
+_AT_ONCE = 8  # files
+
+
+def folder_of(address: str) -> Path:
+    """Where the copies of an address lie, in the cache of packages."""
+    return cache_directory().expanduser() / "addresses" / hashlib.sha256(address.encode()).hexdigest()[:16]
+
+
+def copied(address: str) -> Path:
+    """The directory of the copies, or the one copy where the address is a file's; it need not be there yet."""
+    return folder_of(address) / _FILES / _found(address)["file"]
+
+
+def copy(address: str, options: dict[str, Any], wanted: Callable[[str], bool]) -> None:
+    """Copy the files at an address that are `wanted`, by their path below it; raises UserError when there are none."""
+    storage, folder = RemoteStorage(address, StorageConfig(options=options)), folder_of(address)
+    found = storage.files()
+    if not found:
+        raise UserError(f"{storage.where}: nothing is there; source.path must be a file or a directory of files")
+    (folder / _FILES).mkdir(parents=True, exist_ok=True)
+    endings, chosen = Endings(), []
+    for file in found:
+        if PurePosixPath(file.name).is_absolute() or ".." in PurePosixPath(file.name).parts:
+            raise UserError(f"{storage.where}: {file.name!r} would lie outside the folder of copies; rename it there")
+        if storage.file or wanted(file.name):
+            chosen.append(file)
+        else:
+            endings.leave_out(file.name)
+    there = _fetched(folder)
+    _remove_others(folder / _FILES, {file.name for file in chosen})
+    missing = [
+        file
+        for file in chosen
+        if there.get(file.name) != [file.size, file.version] or not (folder / _FILES / file.name).is_file()
+    ]
+    with ThreadPoolExecutor(_AT_ONCE) as pool, (folder / _FETCHED).open("a") as log:
+        for file in pool.map(lambda file: _copy_one(storage, file, folder / _FILES / file.name), missing):
+            log.write(json.dumps([file.name, file.size, file.version]) + "\n")
+            log.flush()
+    with atomic_file(folder / _FOUND) as log:
+        log.write(json.dumps({"file": storage.file, "left_out": endings}).encode())
+
+
+def left_out(address: str) -> Endings:
+    """What was not copied, by the ending of its name."""
+    return Endings(_found(address)["left_out"])
+
+
+def _found(address: str) -> dict[str, Any]:
+    """The name of the one file at an address, empty for a directory; and what was not copied, by its ending."""
+    path = folder_of(address) / _FOUND
+    return json.loads(path.read_bytes()) if path.exists() else {"file": "", "left_out": {}}
+
+
+def _copy_one(storage: RemoteStorage, found: FoundFile, path: Path) -> FoundFile:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with full_disk_explained(path), atomic_file(path) as file:
+        size = sum(file.write(data) for data in storage.chunks(found.name, found.size))
+        if size != found.size:
+            raise UserError(f"{storage.where}/{found.name}: {size:,} bytes came of {found.size:,}; start again")
+    return found
+
+
+def _fetched(folder: Path) -> dict[str, list[Any]]:
+    """[size, version] of each file when it was copied; a line that a kill has cut short is of none."""
+    found: dict[str, list[Any]] = {}
+    if (folder / _FETCHED).exists():
+        for line in (folder / _FETCHED).read_text().splitlines():
+            try:
+                name, *stamp = json.loads(line)
+            except ValueError:
+                continue
+            found[name] = stamp
+    return found
+
+
+def _remove_others(files: Path, names: set[str]) -> None:
+    for path in sorted(files.rglob("*"), reverse=True):
+        if path.is_dir():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path.relative_to(files).as_posix() not in names:
+            path.unlink()
