@@ -81,7 +81,7 @@ def test_files_that_one_host_of_two_does_not_see_are_not_taken_for_lost(older):
         )
         for node, under in enumerate([(), hidden(directory(older, 4))])
     ]  # fmt: skip
-    said = [node.communicate(timeout=200)[0] for node in nodes]
+    said = [node.communicate(timeout=600)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [UNREADABLE] * 2, said
     assert "checkpoint 4: rank 1 on" in said[0]
     assert "does not see the same file; nothing was changed" in said[0]

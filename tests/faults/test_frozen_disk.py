@@ -40,7 +40,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"no loop device can be had here: {mounted.stderr.strip()}")
     yield place
     subprocess.run(["fsfreeze", "-u", place], capture_output=True)  # fails where it was thawed
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while subprocess.run(["umount", place], capture_output=True).returncode:
         assert time.monotonic() < deadline, "something still uses the file system"
         time.sleep(0.2)

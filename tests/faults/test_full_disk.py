@@ -48,7 +48,7 @@ def test_a_disk_that_fills_up_while_it_trains(bst, disk):
         assert trainer.poll() is None, trainer.communicate()
         time.sleep(0.1)
     fill(disk)
-    said, _ = trainer.communicate(timeout=200)
+    said, _ = trainer.communicate(timeout=600)
     assert trainer.returncode == UNREADABLE, said
     assert "Traceback" not in said
     lines = [line for line in said.splitlines() if line.startswith("bst train:")]

@@ -101,7 +101,7 @@ def test_a_further_ctrl_c_ends_a_rank_at_once_and_no_other_signal_does():
     program = (
         "import hashlib, sys, time\n"
         "from bst_dist.faults import signals\n"
-        "signals.SAME_NOTICE_S = 0.5\n"
+        "signals.SAME_NOTICE_S = 3.0\n"
         "notice = signals.listen()\n"
         "print('listening', flush=True)\n"
         "while notice.signal is None: time.sleep(0.01)\n"
@@ -115,16 +115,16 @@ def test_a_further_ctrl_c_ends_a_rank_at_once_and_no_other_signal_does():
     process.send_signal(signal.SIGINT)  # a copy of the first, as a launcher makes it
     for number in (signal.SIGTERM, signal.SIGUSR1):
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.7)
+            process.wait(1.2)
         process.send_signal(number)  # Slurm's second SIGTERM must not cost the checkpoint
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(0.7)
+        process.wait(1.2)
     process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 128 + signal.SIGINT
+    assert process.wait(60) == 128 + signal.SIGINT
 
 
 def test_a_rank_ends_with_the_launcher_of_deepspeed_that_started_it(tmp_path):
-    rank = "from bst_dist.faults import signals; import time; signals.listen(); print(1, flush=True); time.sleep(60)"
+    rank = "from bst_dist.faults import signals; import time; signals.listen(); print(1, flush=True); time.sleep(600)"
     launcher = (
         "import subprocess, sys\n"
         f"rank = subprocess.Popen([sys.executable, '-c', {rank!r}], stdout=subprocess.PIPE)\n"
@@ -136,7 +136,7 @@ def test_a_rank_ends_with_the_launcher_of_deepspeed_that_started_it(tmp_path):
     pid = int(process.stdout.readline())
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
         assert time.monotonic() < deadline, "the rank outlives its launcher"
         time.sleep(0.02)

@@ -28,7 +28,7 @@ def test_no_more_than_asked_is_computed_ahead() -> None:
         return number
 
     prefetcher = Prefetcher(compute, 0, 2)
-    assert enough.wait(10)  # two wait ready, the third waits for room
+    assert enough.wait(60)  # two wait ready, the third waits for room
     assert not threading.Event().wait(0.2) and computed == [0, 1, 2]
     prefetcher.close()
 
@@ -50,7 +50,7 @@ def test_several_are_computed_at_a_time_and_still_come_in_order() -> None:
     def compute(number: int) -> int:
         begun[number].set()
         if number == 0:
-            assert begun[1].wait(10) and begun[2].wait(10)
+            assert begun[1].wait(60) and begun[2].wait(60)
         return number
 
     prefetcher = Prefetcher(compute, 0, 3, threads=3)
@@ -66,7 +66,7 @@ def test_an_error_of_a_later_result_waits_for_its_turn() -> None:
         if number == 1:
             failed.set()
             raise KeyError(number)
-        assert failed.wait(10)
+        assert failed.wait(60)
         return number
 
     results = iter(Prefetcher(compute, 0, 4, threads=4))
@@ -77,13 +77,13 @@ def test_an_error_of_a_later_result_waits_for_its_turn() -> None:
 
 def test_closing_wakes_a_caller_that_waits() -> None:
     release, got = threading.Event(), []
-    prefetcher = Prefetcher(lambda _: release.wait(10), 0, 2)
+    prefetcher = Prefetcher(lambda _: release.wait(60), 0, 2)
     waiting = threading.Thread(target=lambda: got.extend(prefetcher))
     waiting.start()
     closing = threading.Thread(target=prefetcher.close)
     closing.start()
     release.set()
-    waiting.join(10), closing.join(10)
+    waiting.join(60), closing.join(60)
     assert not waiting.is_alive() and not closing.is_alive() and len(got) <= 2
 
 

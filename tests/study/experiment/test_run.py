@@ -70,7 +70,7 @@ def _untimed(table):
 
 
 def _wait_for(condition, process):
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while not condition():
         assert process.poll() is None, "the command has come to its end before it could be killed"
         assert time.monotonic() < end

@@ -311,7 +311,7 @@ def test_from_the_folder_alone_in_an_empty_environment_killed_in_the_middle(swee
     """As a user does it: pack, train where nothing is installed, kill, continue, stop, collect."""
     bst = Path(sys.executable).with_name("bst")
     words = [str(tmp_path / "sweep.yaml"), "--output", str(tmp_path / "made"), "--minutes", "5"]
-    subprocess.run([bst, "sweep", "pack", *words], check=True, cwd=ROOT, timeout=300)
+    subprocess.run([bst, "sweep", "pack", *words], check=True, cwd=ROOT, timeout=600)
     (tmp_path / "made").rename(tmp_path / "carried")
     python = empty_environment(tmp_path / "venv")
     hidden = corpus.rename(corpus.with_name("hidden"))  # nothing but the folder is left
@@ -331,14 +331,14 @@ def test_from_the_folder_alone_in_an_empty_environment_killed_in_the_middle(swee
         lines = until(process, " done ", 3)
         assert not [name for name in done if any(f"done {name}" in line for line in lines)]  # none is trained twice
         process.terminate()
-        process.wait(timeout=120)
+        process.wait(timeout=600)
     finally:
         process.kill()
         hidden.rename(corpus)
     files = list((tmp_path / "back").iterdir())
     assert len(files) <= 8
     assert json.loads((tmp_path / "back" / "summary.json").read_text())["runs"]["done"] >= 5
-    collected = subprocess.run([bst, "sweep", "collect", words[0], "--from", tmp_path / "back"], cwd=ROOT, timeout=300)
+    collected = subprocess.run([bst, "sweep", "collect", words[0], "--from", tmp_path / "back"], cwd=ROOT, timeout=600)
     assert collected.returncode == 0
     here = {row.run: row for row in table.read(tmp_path / "out" / "table.json")}
     there = [row for row in table.read(tmp_path / "back" / "table.json") if row.status == "done"]
