@@ -41,7 +41,7 @@ test-unit: setup
 	$(UNIT)
 
 test-ranks: setup
-	$(BIN)/python -m pytest -m "ranks and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "ranks and not gpu"
 
 test-cluster: setup
 	$(BIN)/python -m pytest -m cluster tests/cluster

@@ -17,6 +17,8 @@ from urllib.parse import unquote
 
 import pytest
 
+from bst_dist.cli import main
+
 BST = Path(sys.executable).with_name("bst")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_local"
@@ -134,7 +136,7 @@ def bst(hub: Hub, home: Path, *words: object, token: str = TOKEN) -> subprocess.
         "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1",
         "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
     }  # fmt: skip
-    return subprocess.run([str(BST), *map(str, words)], env=environment, capture_output=True, text=True, timeout=200)
+    return subprocess.run([str(BST), *map(str, words)], env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.ranks
@@ -164,16 +166,27 @@ def test_a_run_goes_to_a_repository_and_comes_back_from_it(hub, make_run, tmp_pa
     assert not (tmp_path / "damaged").exists()
 
 
+def test_what_is_refused_before_the_hub_is_asked_is_one_line(make_run, tmp_path, capsys):
+    run_dir = make_run()
+    for words, said in (
+        (["export", run_dir, tmp_path / "a", "--push", "model"], "model: not the id of a repository, OWNER/NAME"),
+        (["export", run_dir, tmp_path / "a", "--private"], "--private means nothing without --push"),
+        (["import", "nowhere", tmp_path / "b"], "nowhere: no such directory, and not the id of a repository"),
+        (["import", run_dir, tmp_path / "b", "--revision", "main"], "--revision main is of a repository"),
+    ):
+        assert main(list(map(str, words))) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert len(error.splitlines()) == 1
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.mark.ranks
 def test_what_the_hub_refuses_is_one_line(hub, make_run, tmp_path):
     run_dir, home = make_run(), tmp_path / "home"
     for words, said in (
         (["export", run_dir, tmp_path / "a", "--push", "me/a b"], "me/a b: "),
-        (["export", run_dir, tmp_path / "a", "--push", "model"], "model: not the id of a repository, OWNER/NAME"),
-        (["export", run_dir, tmp_path / "a", "--private"], "--private means nothing without --push"),
         (["import", "me/none", tmp_path / "b"], "me/none: no such directory, and not downloaded as a repository: "),
-        (["import", "nowhere", tmp_path / "b"], "nowhere: no such directory, and not the id of a repository"),
-        (["import", run_dir, tmp_path / "b", "--revision", "main"], "--revision main is of a repository"),
     ):
         done = bst(hub, home, *words)
         assert done.returncode == 2, done.stderr

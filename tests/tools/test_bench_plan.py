@@ -10,7 +10,9 @@ from bst_dist.tools.bench.plan import CASES, MEMORY_TOLERANCE, TRAFFIC_TOLERANCE
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", ["zero1, sp2", "zero2, one in two", "zero3, partly kept"])
-def test_a_plan_is_what_is_measured(name):
+def test_a_plan_is_what_is_measured(name, monkeypatch):
+    """Of a second step: moments exist by then, and ZeRO-3 has learnt the order of the modules."""
+    monkeypatch.setattr(plan, "STEPS", 2)
     (case,) = (case for case in CASES if case.name == name)
     row = compare(case)
     assert abs(row["memory_error"]) <= MEMORY_TOLERANCE
