@@ -1,6 +1,7 @@
 """Plans against real training steps on ranks of this machine: memory and bytes sent."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 
@@ -24,10 +25,11 @@ def test_a_plan_is_what_is_measured(name, monkeypatch):
 @pytest.mark.parametrize("name", ["zero3, slices", "zero3, head of its own"])
 def test_zero3_sends_what_is_planned(monkeypatch, name):
     """Weights gathered in every pass of every slice; a head beside the embedding. Bytes alone: without the profile of
-    memory it takes seconds."""
+    memory, and in single precision, which a CPU multiplies many times as fast, it takes seconds."""
     monkeypatch.setattr(plan, "profile", lambda **_: nullcontext())
     monkeypatch.setattr(plan, "high_water", lambda *_: 1)
+    monkeypatch.setattr(plan, "STEPS", 2)
     (case,) = (case for case in CASES if case.name == name)
-    row = compare(case)
+    row = compare(replace(case, precision="fp32"))
     assert abs(row["traffic_error"]) <= TRAFFIC_TOLERANCE
     assert row["planned_sent_bytes"].keys() == row["measured_sent_bytes"].keys()

@@ -240,9 +240,11 @@ def test_killed_at_any_moment_a_sweep_ends_with_the_same_table(tmp_path):
 
     whole = _bst("sweep", "run", *command("whole"), "--workers", "2")
     assert whole.wait() == 0
-    for seconds in (4, 9, 12):
+    for runs, pattern in ((1, "environment.json"), (4, "environment.json"), (8, "outcome.json")):
         process = _bst("sweep", "run", *command("cut"), "--workers", "2")
-        time.sleep(seconds)
+        while len(list((tmp_path / "cut" / "runs").glob(f"*/{pattern}"))) < runs:
+            assert process.poll() is None, "the sweep has come to its end before it could be killed"
+            time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert _bst("sweep", "run", *command("cut"), "--workers", "2").wait() == 0
