@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,21 +112,46 @@ def batches(rows: Sequence[Needle], begin: int | None, block: int) -> Iterator[B
         yield Batch(ids, labels, counts)
 
 
-def found(model: Any, rows: Sequence[Needle], begin: int | None, slice_length: int, precision: str) -> dict[str, Any]:
-    """What a model makes of rows of one length and depth, with standard errors over rows."""
+@dataclass(frozen=True)
+class Place:
+    """What a model makes of rows of one length with the sentence at one depth; errors are over rows."""
+
+    length: int
+    depth: float | None
+    """None: rows without the sentence."""
+    rows: int
+    distance: float
+    """Mean of the rows, in tokens."""
+    keys: Estimate
+    """Share of the keys that are found, each of their tokens with the highest logit."""
+    tokens: Estimate
+    """Share of the keys' tokens that have it."""
+    loss: Estimate
+    """Nats per token of the keys."""
+
+    def report(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "length_tokens": self.length, "depth": self.depth, "rows": self.rows, "distance_tokens": self.distance,
+            **self.keys.report("keys"), **self.tokens.report("tokens"), **self.loss.report("loss_nats"),
+        }  # fmt: skip
+
+
+def read(
+    model: Any, rows: Sequence[Needle], begin: int | None, slice_length: int, precision: str, depth: float | None
+) -> Place:
+    """Read rows of one length, all with the sentence at `depth`."""
     tokens, correct, nats = [], [], []
     for batch in batches(rows, begin, model.config.block):
         right, cost = read_rows(model, batch, slice_length, precision)
         tokens += batch.loss_mask.sum(1).tolist()
         correct += (right & batch.loss_mask).sum(1).tolist()
         nats += np.where(batch.loss_mask, cost, 0.0).sum(1).tolist()
-    whole = np.equal(tokens, correct).astype(float)
-    return {
-        "rows": len(rows), "distance_tokens": float(np.mean([row.distance for row in rows])),
-        **ratio(whole, np.ones(len(whole))).report("keys"),
-        **ratio(np.array(correct, float), np.array(tokens, float)).report("tokens"),
-        **ratio(np.array(nats), np.array(tokens, float)).report("loss_nats"),
-    }  # fmt: skip
+    whole, asked = np.equal(tokens, correct).astype(float), np.array(tokens, float)
+    return Place(
+        len(rows[0].tokens), depth, len(rows), float(np.mean([row.distance for row in rows])),
+        ratio(whole, np.ones(len(whole))), ratio(np.array(correct, float), asked), ratio(np.array(nats), asked),
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -135,16 +161,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if count < 1:
         raise UserError(f"--rows {count}: at least 1")
     texts = Texts(corpora, corpora[0].tokenizer())
-    report: dict[str, Any] = {"run": str(args.run), "step": trained.step, "split": args.split, "digits": DIGITS,
-                              "trained_tokens": length, "places": []}  # fmt: skip
+    places = []
     for asked in args.needle or [length]:
         for depth in (*DEPTHS, None):
             rows = [texts.row(number, asked, depth) for number in range(count)]
-            figures = found(trained.model, rows, trained.begin(corpora[0]), min(length, _whole(asked, trained)),
-                            trained.recipe.train.precision)  # fmt: skip
-            report["places"].append({"length_tokens": asked, "depth": depth, **figures})
-    _show(args, trained, report)
-    return report
+            places.append(read(trained.model, rows, trained.begin(corpora[0]), min(length, _whole(asked, trained)),
+                               trained.recipe.train.precision, depth))  # fmt: skip
+    _show(args, trained, places)
+    return {
+        "run": str(args.run), "step": trained.step, "split": args.split, "digits": DIGITS, "trained_tokens": length,
+        "places": [place.report() for place in places],
+    }  # fmt: skip
 
 
 def _whole(length: int, trained: Trained) -> int:
@@ -152,21 +179,16 @@ def _whole(length: int, trained: Trained) -> int:
     return -(-length // block) * block
 
 
-def _show(args: argparse.Namespace, trained: Trained, report: dict[str, Any]) -> None:
+def _show(args: argparse.Namespace, trained: Trained, places: Sequence[Place]) -> None:
     rows = [
-        [f"{place['length_tokens']:,}", "no key" if place["depth"] is None else f"{place['depth']:.0%}",
-         "" if place["depth"] is None else f"{place['distance_tokens']:,.0f}",
-         *(_text(place, name) for name in ("keys", "tokens", "loss_nats"))]
-        for place in report["places"]
+        [f"{place.length:,}", "no key" if place.depth is None else f"{place.depth:.0%}",
+         "" if place.depth is None else f"{place.distance:,.0f}", str(place.keys), str(place.tokens), str(place.loss)]
+        for place in places
     ]  # fmt: skip
     print_table(
         Sheet(("tokens of a row", "key stands at", "distance", "keys found", "their tokens", "loss, nats per token"),
               rows),
         f"{args.run} after {trained.step:,} steps: pass keys in {args.split} text",
-        f"{report['places'][0]['rows']} rows per line, keys of {DIGITS} digits; ± standard error over rows; trained on "
-        f"{report['trained_tokens']:,} tokens; 'no key': what a guess is worth",
+        f"{places[0].rows} rows per line, keys of {DIGITS} digits; ± standard error over rows; trained on "
+        f"{trained.recipe.train.sequence_length:,} tokens; 'no key': what a guess is worth",
     )  # fmt: skip
-
-
-def _text(place: dict[str, Any], name: str) -> str:
-    return Estimate(place[name], place[f"{name}_standard_error"]).text(4)

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -60,21 +61,60 @@ def words_of(corpus: Corpus, documents: np.ndarray) -> np.ndarray:
     return np.array([len(tokenizer.decode(corpus.document(number)).split()) for number in documents.tolist()])
 
 
-def summary(scored: Score, words: np.ndarray) -> dict[str, Any]:
-    """The figures of a scored split, with their standard errors; `words` (n,) of each document's text."""
-    nats = ratio(scored.nats, scored.tokens)
-    by_word = exponential(ratio(scored.nats, words)) if words.sum() else Estimate(math.nan, None)
-    bits = ratio(scored.nats / np.log(2), scored.bytes)
-    return {
-        "documents": len(scored.tokens),
-        "tokens": int(scored.tokens.sum()),
-        "bytes": int(scored.bytes.sum()),
-        "words": int(words.sum()),
-        **nats.report("loss_nats_per_token"),
-        **exponential(nats).report("perplexity_per_token"),
-        **by_word.report("perplexity_per_word"),
-        **bits.report("bits_per_byte"),
-    }
+@dataclass(frozen=True)
+class OfCorpus:
+    """What the model makes of those documents of one corpus that were read to their end; errors are over documents."""
+
+    corpus: str
+    scored: Score
+    words: int
+    loss: Estimate
+    """Nats per token."""
+    perplexity: Estimate
+    """Per token."""
+    word_perplexity: Estimate
+    bits_per_byte: Estimate
+    held: int
+    """Documents of the split."""
+    time_s: float
+
+    @classmethod
+    def of(cls, corpus: str, scored: Score, words: np.ndarray, held: int, time_s: float) -> OfCorpus:
+        """`words` (n,) of the text of each document that is in `scored`."""
+        loss = ratio(scored.nats, scored.tokens)
+        by_word = exponential(ratio(scored.nats, words)) if words.sum() else Estimate(math.nan, None)
+        bits = ratio(scored.nats / np.log(2), scored.bytes)
+        return cls(corpus, scored, int(words.sum()), loss, exponential(loss), by_word, bits, held, time_s)
+
+    @property
+    def documents(self) -> int:
+        return len(self.scored.tokens)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.scored.tokens.sum())
+
+    @property
+    def bytes(self) -> int:
+        return int(self.scored.bytes.sum())
+
+    def report(self) -> dict[str, Any]:
+        """For machines; the last two entries are for `bst compare`, which pairs runs by document."""
+        return {
+            "corpus": self.corpus,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "words": self.words,
+            **self.loss.report("loss_nats_per_token"),
+            **self.perplexity.report("perplexity_per_token"),
+            **self.word_perplexity.report("perplexity_per_word"),
+            **self.bits_per_byte.report("bits_per_byte"),
+            "time_s": self.time_s,
+            "documents_of_split": self.held,
+            "document_nats": self.scored.nats.tolist(),
+            "document_bytes": self.scored.bytes.tolist(),
+        }
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -93,29 +133,32 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def _read(args: argparse.Namespace, readers: Readers) -> dict[str, Any] | None:
     trained = open_run(args.run, args.checkpoint, args.precision, args.averaged)
-    report: dict[str, Any] = {
-        "run": str(args.run), "step": trained.step, "split": args.split, "context_tokens": args.context,
-        "averaged": args.averaged,
-        "precision": trained.recipe.train.precision, "ranks": readers.world, "corpora": [],
-    }  # fmt: skip
+    found: list[OfCorpus] = []
+    stopped = False
     with heeding() as told:
         for corpus in open_text(trained, args.split, args.corpus):
             started = time.perf_counter()
             scored, whole = evaluate(trained, corpus, args.context, args.batch_size, readers, told)
             if whole.any() and readers.first:
-                found = scored.of(whole)
-                figures = summary(found, words_of(corpus, np.flatnonzero(whole)))
-                figures |= {"time_s": time.perf_counter() - started, "documents_of_split": len(corpus)}
-                # For `bst compare`, which pairs runs by document.
-                figures |= {"document_nats": found.nats.tolist(), "document_bytes": found.bytes.tolist()}
-                report["corpora"].append({"corpus": corpus.storage.where, **figures})
-                _show(args, trained, corpus.storage.where, figures)
+                words, where = words_of(corpus, np.flatnonzero(whole)), corpus.storage.where
+                time_s = time.perf_counter() - started
+                found.append(OfCorpus.of(where, scored.of(whole), words, len(corpus), time_s))
+                _show(args, trained, found[-1])
             elif readers.first:
                 print(f"{corpus.storage.where}: stopped before a document was read to its end")
-            if not whole.all():
-                report |= {"passed": False, "exit_status": STATUS}
+            if stopped := not whole.all():
                 break
-    return report if readers.first else None
+    return _report(args, trained, readers.world, found, stopped) if readers.first else None
+
+
+def _report(
+    args: argparse.Namespace, trained: Trained, ranks: int, found: list[OfCorpus], stopped: bool
+) -> dict[str, Any]:
+    return {
+        "run": str(args.run), "step": trained.step, "split": args.split, "context_tokens": args.context,
+        "averaged": args.averaged, "precision": trained.recipe.train.precision, "ranks": ranks,
+        "corpora": [each.report() for each in found], **({"passed": False, "exit_status": STATUS} if stopped else {}),
+    }  # fmt: skip
 
 
 def _options(args: argparse.Namespace) -> list[str]:
@@ -135,26 +178,26 @@ def _context(model: ModelConfig, tokens: int | None) -> str:
     return seen
 
 
-def _documents(figures: dict[str, Any]) -> str:
+def _documents(found: OfCorpus) -> str:
     """How many were read; when not all, which."""
-    read, held = figures["documents"], figures["documents_of_split"]
+    read, held = found.documents, found.held
     return f"{read:,} documents" if read == held else f"stopped: only {read:,} of {held:,} documents, the longest first"
 
 
-def _show(args: argparse.Namespace, trained: Trained, where: str, figures: dict[str, Any]) -> None:
+def _show(args: argparse.Namespace, trained: Trained, found: OfCorpus) -> None:
     rows = []
-    for name, key, digits in (
-        ("loss, nats per token", "loss_nats_per_token", 4),
-        ("perplexity per token", "perplexity_per_token", 2),
-        ("perplexity per word", "perplexity_per_word", 2),
-        ("bits per byte", "bits_per_byte", 4),
+    for name, estimate, digits in (
+        ("loss, nats per token", found.loss, 4),
+        ("perplexity per token", found.perplexity, 2),
+        ("perplexity per word", found.word_perplexity, 2),
+        ("bits per byte", found.bits_per_byte, 4),
     ):
-        error = figures[f"{key}_standard_error"]
-        rows.append([name, readable(figures[key], digits), "" if error is None else readable(error, digits)])
+        error = estimate.standard_error
+        rows.append([name, readable(estimate.value, digits), "" if error is None else readable(error, digits)])
     print_table(
         Sheet(("", "estimate", "standard error over documents"), rows),
         f"{args.run} after {trained.step:,} steps{', averaged weights' if args.averaged else ''}: {args.split} of "
-        f"{where}",
-        f"{_documents(figures)}, {figures['tokens']:,} tokens, {figures['bytes']:,} bytes; "
-        f"{_context(trained.recipe.model, args.context)}; {figures['tokens'] / figures['time_s']:,.0f} tokens/s",
+        f"{found.corpus}",
+        f"{_documents(found)}, {found.tokens:,} tokens, {found.bytes:,} bytes; "
+        f"{_context(trained.recipe.model, args.context)}; {found.tokens / found.time_s:,.0f} tokens/s",
     )

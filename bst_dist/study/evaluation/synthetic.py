@@ -14,7 +14,7 @@ from bst_base.terminal import Sheet, print_table
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.past import State
 from bst_dist.study.evaluation.scoring import TOKENS_AT_ONCE
-from bst_dist.study.evaluation.trained import Trained, open_run
+from bst_dist.study.evaluation.trained import open_run
 from bst_dist.study.statistics import Estimate, ratio
 from bst_dist.study.synthetic import octave, octave_name
 from data_pipeline.serve.share import Share
@@ -36,10 +36,40 @@ class Answers:
     nats: np.ndarray
     """What they cost."""
 
-    def among(self, kinds: slice) -> tuple[int, Estimate, Estimate]:
-        """Labels, accuracy and nats a label in some octaves, their errors over rows."""
+    def among(self, kinds: slice, best: float) -> Part:
+        """The labels in some octaves; `best`: the least loss that any model could have on them."""
         labels, correct, nats = (values[:, kinds].sum(1) for values in (self.labels, self.correct, self.nats))
-        return int(labels.sum()), ratio(correct, labels), ratio(nats, labels)
+        return Part(int(labels.sum()), ratio(correct, labels), ratio(nats, labels), best)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a model makes of some labels; errors are over rows."""
+
+    labels: int
+    accuracy: Estimate
+    loss: Estimate
+    """Nats a label."""
+    best_loss: float
+    """The least that any model could have, in the mean over all rows that could be drawn."""
+
+    def report(self) -> dict[str, Any]:
+        """For machines."""
+        return {"labels": self.labels, **self.accuracy.report("accuracy"), **self.loss.report("loss_nats"),
+                "best_loss_nats": self.best_loss}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Figures:
+    """All labels, and those of each octave of distances that has any, by its first and last distance."""
+
+    every: Part
+    by_distance: dict[tuple[int, int], Part]
+
+    def report(self) -> dict[str, Any]:
+        """For machines."""
+        lines = [{"from": first, "to": last, **part.report()} for (first, last), part in self.by_distance.items()]
+        return {**self.every.report(), "by_distance": lines}
 
 
 def answers(model: LanguageModel, batches: list[SyntheticBatch], slice_length: int, precision: str) -> Answers:
@@ -97,41 +127,29 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     slice_length = min(length, recipe.train.sequence_length)
     found = answers(trained.model, loader.batches(0), slice_length, recipe.train.precision)
     found = Answers(found.labels[:rows], found.correct[:rows], found.nats[:rows])
-    report = {"run": str(args.run), "step": trained.step, "split": args.split, "rows": rows, "length_tokens": length,
-              "task": task.model_dump(mode="json"), "chance_loss_nats": task.chance_loss,
-              **summary(task, found, length)}  # fmt: skip
-    _show(args, trained, report)
-    return report
-
-
-def summary(task: TaskConfig, found: Answers, length: int) -> dict[str, Any]:
-    """The figures of all labels and of each octave of distances, with their standard errors over rows."""
-    lines = []
-    for place in np.flatnonzero(found.labels.sum(0)).tolist():
-        first, last = 1 << place, min((2 << place) - 1, length)
-        labels, accuracy, nats = found.among(slice(place, place + 1))
-        lines.append({"from": first, "to": last, "labels": labels, **accuracy.report("accuracy"),
-                      **nats.report("loss_nats"), "best_loss_nats": task.best_loss(first, last)})  # fmt: skip
-    labels, accuracy, nats = found.among(slice(None))
-    best = sum(line["labels"] * line["best_loss_nats"] for line in lines) / labels
-    return {"labels": labels, **accuracy.report("accuracy"), **nats.report("loss_nats"), "best_loss_nats": best,
-            "by_distance": lines}  # fmt: skip
-
-
-def _show(args: argparse.Namespace, trained: Trained, figures: dict[str, Any]) -> None:
-    task = trained.recipe.data.synthetic
-    rows = [
-        [octave_name(line["from"], line["to"]) if "from" in line else "all", f"{line['labels']:,}",
-         _text(line, "accuracy"), _text(line, "loss_nats"), f"{line['best_loss_nats']:.4f}"]
-        for line in (*figures["by_distance"], figures)
-    ]  # fmt: skip
+    figures = summary(task, found, length)
     print_table(
-        Sheet(("distance", "labels", "accuracy", "loss, nats per label", "best possible"), rows),
+        Sheet(("distance", "labels", "accuracy", "loss, nats per label", "best possible"), _lines(figures)),
         f"{args.run} after {trained.step:,} steps: {task.task}",
-        f"{figures['rows']:,} rows of {figures['length_tokens']:,} tokens ({args.split}); ± standard error over rows; "
+        f"{rows:,} rows of {length:,} tokens ({args.split}); ± standard error over rows; "
         f"a guess costs {task.chance_loss:.4f} and is right {1 / task.choices:.2%} of the time",
     )
+    return {"run": str(args.run), "step": trained.step, "split": args.split, "rows": rows, "length_tokens": length,
+            "task": task.model_dump(mode="json"), "chance_loss_nats": task.chance_loss, **figures.report()}  # fmt: skip
 
 
-def _text(line: dict[str, Any], name: str) -> str:
-    return Estimate(line[name], line[f"{name}_standard_error"]).text(4)
+def summary(task: TaskConfig, found: Answers, length: int) -> Figures:
+    """The figures of all labels and of each octave of distances."""
+    by_distance = {}
+    for place in np.flatnonzero(found.labels.sum(0)).tolist():
+        first, last = 1 << place, min((2 << place) - 1, length)
+        by_distance[first, last] = found.among(slice(place, place + 1), task.best_loss(first, last))
+    labels = sum(part.labels for part in by_distance.values())
+    best = sum(part.labels * part.best_loss for part in by_distance.values()) / labels
+    return Figures(found.among(slice(None), best), by_distance)
+
+
+def _lines(figures: Figures) -> list[list[str]]:
+    named = {octave_name(*ends): part for ends, part in figures.by_distance.items()} | {"all": figures.every}
+    return [[name, f"{part.labels:,}", str(part.accuracy), str(part.loss), f"{part.best_loss:.4f}"]
+            for name, part in named.items()]  # fmt: skip

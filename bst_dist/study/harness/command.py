@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from bst_base.errors import UserError
 from bst_base.terminal import Sheet, print_table
 from bst_dist.extras import missing
 from bst_dist.study.evaluation.trained import open_run, tokenizer_of
+from bst_dist.study.statistics import Estimate
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -50,12 +52,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise
     except Exception as error:  # of any kind: a task's data, its template, its own code
         raise HarnessError(f"the harness could not do {', '.join(args.harness)}: {_first_line(error)}") from error
-    report = {
-        "run": str(args.run), "step": trained.step, "harness": lm_eval.__version__,
-        "tasks": _tasks(found), "time_s": time.perf_counter() - started,
+    tasks, version, time_s = tasks_of(found), lm_eval.__version__, time.perf_counter() - started
+    _show(tasks, f"{args.run} after {trained.step:,} steps; lm-evaluation-harness {version}")
+    return {
+        "run": str(args.run), "step": trained.step, "harness": version, "tasks": [task.report() for task in tasks],
+        "time_s": time_s,
     }  # fmt: skip
-    _show(report)
-    return report
 
 
 def _manager(own_tasks: Path | None, names: list[str]) -> TaskManager:
@@ -88,8 +90,23 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
 
 
-def _tasks(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each task's and group's metrics, with their standard errors where the harness knows them."""
+@dataclass(frozen=True)
+class Task:
+    """A task or group of the harness, and its metrics by name, with their errors where the harness knows them."""
+
+    name: str
+    fewshot: int | None
+    examples: int | None
+    metrics: dict[str, Estimate]
+
+    def report(self) -> dict[str, Any]:
+        """For machines."""
+        metrics = {key: value for name, found in self.metrics.items() for key, value in found.report(name).items()}
+        return {"task": self.name, "fewshot": self.fewshot, "examples": self.examples, "metrics": metrics}
+
+
+def tasks_of(found: dict[str, Any]) -> list[Task]:
+    """What the harness has found."""
     tasks = []
     for name, values in found["results"].items():
         metrics = {}
@@ -99,23 +116,20 @@ def _tasks(found: dict[str, Any]) -> list[dict[str, Any]]:
                 continue
             error = values.get(f"{metric}_stderr,{of_filter}")
             shown = metric if of_filter == "none" else f"{metric} ({of_filter})"
-            metrics[shown] = float(value)
-            metrics[f"{shown}_standard_error"] = float(error) if isinstance(error, (int, float)) else None
+            metrics[shown] = Estimate(float(value), float(error) if isinstance(error, (int, float)) else None)
         count = found["n-samples"].get(name, {}).get("effective")
-        tasks.append({"task": name, "fewshot": found["n-shot"].get(name), "examples": count, "metrics": metrics})
+        tasks.append(Task(name, found["n-shot"].get(name), count, metrics))
     return tasks
 
 
-def _show(report: dict[str, Any]) -> None:
+def _show(tasks: Sequence[Task], title: str) -> None:
     rows = []
-    for task in report["tasks"]:
-        about = [task["task"], *("" if task[key] is None else str(task[key]) for key in ("fewshot", "examples"))]
-        for metric, value in task["metrics"].items():
-            if not metric.endswith("_standard_error"):
-                error = task["metrics"][f"{metric}_standard_error"]
-                rows.append([*about, metric, _number(value), "" if error is None else _number(error)])
-                about = ["", "", ""]
-    title = f"{report['run']} after {report['step']:,} steps; lm-evaluation-harness {report['harness']}"
+    for task in tasks:
+        about = [task.name, *("" if value is None else str(value) for value in (task.fewshot, task.examples))]
+        for metric, found in task.metrics.items():
+            error = found.standard_error
+            rows.append([*about, metric, _number(found.value), "" if error is None else _number(error)])
+            about = ["", "", ""]
     print_table(Sheet(("task", "shots", "examples", "metric", "value", "standard error"), rows), title)
 
 

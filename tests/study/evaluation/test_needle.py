@@ -11,7 +11,7 @@ import torch
 
 from bst_base.errors import UserError
 from bst_dist.cli import main
-from bst_dist.study.evaluation.needle import DEPTHS, QUESTION, Texts, batches, found
+from bst_dist.study.evaluation.needle import DEPTHS, QUESTION, Texts, batches, read
 from data_pipeline.serve.reader import Corpus
 
 
@@ -61,12 +61,12 @@ def maker(corpus):
 def test_a_reader_that_copies_finds_every_key_and_none_that_is_not_there(maker, begin):
     for depth in DEPTHS:
         rows = [maker.row(number, 160, depth) for number in range(3)]
-        report = found(Reader(copies), rows, begin, 64, "fp32")
-        assert (report["keys"], report["tokens"], report["loss_nats"]) == (1.0, 1.0, 0.0)
-        assert found(Reader(lambda read: -1), rows, begin, 64, "fp32")["tokens"] == 0.0
-    without = found(Reader(copies), [maker.row(number, 160, None) for number in range(3)], begin, 64, "fp32")
-    assert without["keys"] == 0.0
-    assert without["distance_tokens"] == 0.0
+        place = read(Reader(copies), rows, begin, 64, "fp32", depth)
+        assert (place.keys.value, place.tokens.value, place.loss.value) == (1.0, 1.0, 0.0)
+        assert read(Reader(lambda read: -1), rows, begin, 64, "fp32", depth).tokens.value == 0.0
+    rows = [maker.row(number, 160, None) for number in range(3)]
+    without = read(Reader(copies), rows, begin, 64, "fp32", None)
+    assert (without.keys.value, without.distance) == (0.0, 0.0)
 
 
 def test_rows_hold_the_key_where_they_say(maker):
