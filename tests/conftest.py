@@ -224,6 +224,23 @@ def assert_same_run() -> Callable[[Path, Path], None]:
 
 
 @pytest.fixture
+def train_in(tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> Callable[[Path], Callable[..., Path]]:
+    """``train_in(recipe)`` gives ``go(run, *overrides, world=…, until=…, resume=…)``, which trains in the directory
+    `run` and returns it."""
+    from bst_dist.train.run import train  # brings DeepSpeed, for which `on_ranks` has chosen an accelerator
+    from bst_dist.train.start.request import Request
+
+    def of(recipe: Path) -> Callable[..., Path]:
+        def go(run: str, *changes: str, world: int = 1, until: int | None = None, resume: bool = False) -> Path:
+            on_ranks(world, lambda ranks: train(Request(recipe, changes, tmp_path / run, resume, until), ranks))
+            return tmp_path / run
+
+        return go
+
+    return of
+
+
+@pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """No time is spent on measuring the machine's peak."""
     monkeypatch.setattr("bst_dist.train.building.peak_flops", lambda *_: 1e12)

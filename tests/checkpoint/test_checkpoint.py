@@ -18,6 +18,7 @@ from bst_dist.checkpoint.directory import (
     newest_valid,
 )
 from bst_dist.checkpoint.durable import Files
+from tests.checkpoint.damage import flip
 
 
 def write(run_dir: Path, step: int) -> Path:
@@ -76,9 +77,3 @@ def test_readers_who_share_a_checkpoint_find_all_that_one_finds(tmp_path):
     flip(path / "b.pt")
     flip(path / "a.pt")
     assert [str(one) for part in (0, 1) for one in examine(path, part, 2)] == damage(path)
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)

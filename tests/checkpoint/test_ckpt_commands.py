@@ -24,6 +24,7 @@ from bst_dist.cli import main
 from bst_dist.config import Recipe
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
+from tests.checkpoint.damage import flip
 
 SETTINGS = {
     "name": "r", "data": {"corpus": "none"}, "train": {"steps": 60, "sequence_length": 32, "sequences": 2},
@@ -69,12 +70,6 @@ def steps(run_dir: Path) -> list[int]:
 def ckpt(*arguments: Any, report: Path | None = None) -> tuple[int, dict[str, Any]]:
     status = main(["ckpt", *map(str, arguments), *(["--json", str(report)] if report else [])])
     return status, json.loads(report.read_text()) if report else {}
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
 
 
 def test_ls(run_dir, tmp_path, capsys):

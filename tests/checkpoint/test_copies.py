@@ -13,6 +13,7 @@ from bst_base.errors import StorageError, UserError
 from bst_dist.checkpoint.copies import RunCopy
 from bst_dist.checkpoint.directory import damage, directory
 from bst_dist.cli import main
+from tests.checkpoint.damage import flip
 
 STEP = "checkpoints/step-00000004"
 
@@ -111,12 +112,6 @@ def test_damage_is_neither_sent_nor_taken(older, url, tmp_path, capsys):
     assert push(older, f"{url}-2") == 2
     assert "checksum mismatch in rank 0's file weights-00000.safetensors" in capsys.readouterr().err
     assert RunCopy(f"{url}-2").steps() == []
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
 
 
 def test_only_the_newest_and_pinned_ones_are_kept_there(older, url, capsys):

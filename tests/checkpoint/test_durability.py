@@ -29,21 +29,9 @@ from bst_dist.checkpoint.layout import Layout, Rows
 from bst_dist.checkpoint.shards import Piece
 from bst_dist.checkpoint.snapshot import CheckpointConfig, Identity, Position, Snapshots
 from bst_dist.parallel.mesh import Mesh
+from tests.checkpoint.alone import Alone
 
 Event = tuple[str, str, Any]
-
-
-class Alone:
-    rank, world, first, device = 0, 1, True, torch.device("cpu")
-
-    def sum(self, values: list[float]) -> list[float]:
-        return [float(value) for value in values]
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-    def from_first(self, value: Any) -> Any:
-        return value
 
 
 class Tensors:

@@ -38,6 +38,8 @@ from bst_dist.faults import ledger
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.study.comparison.equality import equality
+from tests.checkpoint.alone import Alone
+from tests.checkpoint.damage import flip
 
 BST = Path(sys.executable).with_name("bst")
 
@@ -117,12 +119,6 @@ def write(path: Path) -> dict[str, Any]:
     return own
 
 
-def flip(path: Path, place: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= 4
-    path.write_bytes(data)
-
-
 def test_a_copy_is_read_as_it_was_written(tmp_path):
     own = write(tmp_path / "a" / "rank-00001")
     copy = LocalCopy(tmp_path / "a" / "rank-00001")
@@ -167,27 +163,6 @@ def full(*_: Any) -> None:
 
 
 # One rank's life
-
-
-class Alone:
-    """`Ranks` of one process."""
-
-    rank, world, first, device = 0, 1, True, torch.device("cpu")
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-    def sum(self, values: list[float]) -> list[float]:
-        return [float(value) for value in values]
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-    def from_first(self, value: Any) -> Any:
-        return value
 
 
 class Tensor:

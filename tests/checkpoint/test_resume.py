@@ -23,14 +23,9 @@ Go = Callable[..., None]
 
 
 @pytest.fixture
-def go(recipe_file, tmp_path, on_ranks) -> Go:
-    """``go(run, *overrides, world=…, until=…, resume=…)`` trains the small recipe in the directory `run`."""
-    recipe = recipe_file(train={"precision": "bf16", "sequences": 8, "micro_sequences": 2})
-
-    def train_(run: str, *changes: str, world: int = 1, until: int | None = None, resume: bool = False) -> None:
-        on_ranks(world, lambda ranks: train(Request(recipe, changes, tmp_path / run, resume, until), ranks))
-
-    return train_
+def go(recipe_file, train_in) -> Go:
+    """Trains the small recipe, as `train_in` says."""
+    return train_in(recipe_file(train={"precision": "bf16", "sequences": 8, "micro_sequences": 2}))
 
 
 @pytest.mark.parametrize("stage", range(4))

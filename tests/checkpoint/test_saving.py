@@ -40,21 +40,7 @@ from bst_dist.checkpoint.saving import Failed, Saved
 from bst_dist.checkpoint.shards import Piece
 from bst_dist.checkpoint.snapshot import Checkpoints, Evaluated, Identity, Position, Snapshots
 from bst_dist.parallel.mesh import Mesh
-
-
-class Alone:
-    """`Ranks` of one process."""
-
-    rank, world, first, device = 0, 1, True, torch.device("cpu")
-
-    def sum(self, values: list[float]) -> list[float]:
-        return [float(value) for value in values]
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-    def from_first(self, value: Any) -> Any:
-        return value
+from tests.checkpoint.alone import Alone
 
 
 class Tensors:

@@ -22,8 +22,6 @@ from bst_dist.report.metrics import Seen, SkippedReport, StepReport
 from bst_dist.report.probes import Probes
 from bst_dist.report.tensorboard import FOLDER, HPARAMS, RESULTS, SHOWN, TensorBoard, hparams
 from bst_dist.study.evaluation.trained import open_run
-from bst_dist.train.run import train
-from bst_dist.train.start.request import Request
 from data_pipeline.serve.reader import Corpus
 
 Go = Callable[..., None]
@@ -87,14 +85,9 @@ def test_every_run_has_the_same_columns_for_the_hparams_page(settings, tmp_path)
 
 
 @pytest.fixture
-def go(recipe_file, tmp_path, on_ranks) -> Go:
-    """``go(run, *overrides, world=…, until=…, resume=…)`` trains the small recipe in the directory `run`."""
-    recipe = recipe_file(train={"precision": "bf16", "sequences": 8, "micro_sequences": 2})
-
-    def train_(run: str, *changes: str, world: int = 1, until: int | None = None, resume: bool = False) -> None:
-        on_ranks(world, lambda ranks: train(Request(recipe, changes, tmp_path / run, resume, until), ranks))
-
-    return train_
+def go(recipe_file, train_in) -> Go:
+    """Trains the small recipe, as `train_in` says."""
+    return train_in(recipe_file(train={"precision": "bf16", "sequences": 8, "micro_sequences": 2}))
 
 
 @pytest.mark.parametrize(

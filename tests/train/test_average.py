@@ -13,22 +13,14 @@ from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.study.evaluation.trained import open_run
 from bst_dist.train.average import decay
 from bst_dist.train.config import AverageConfig
-from bst_dist.train.run import train
-from bst_dist.train.start.request import Request
 
 AVERAGE = "train.average={decay: 0.4}"
 
 
 @pytest.fixture
-def go(recipe_file, tmp_path, on_ranks):
-    """``go(run, *overrides, world=…, until=…, resume=…)`` trains the small recipe, with a checkpoint per step."""
-    recipe = recipe_file(checkpoint={"every": 1, "keep_last": 9}, train={"steps": 5, "sequences": 8})
-
-    def train_(run: str, *changes: str, world: int = 1, until: int | None = None, resume: bool = False) -> Path:
-        on_ranks(world, lambda ranks: train(Request(recipe, changes, tmp_path / run, resume, until), ranks))
-        return tmp_path / run
-
-    return train_
+def go(recipe_file, train_in):
+    """Trains the small recipe, with a checkpoint per step, as `train_in` says."""
+    return train_in(recipe_file(checkpoint={"every": 1, "keep_last": 9}, train={"steps": 5, "sequences": 8}))
 
 
 def averages(run_dir: Path, step: int) -> dict[str, torch.Tensor]:

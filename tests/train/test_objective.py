@@ -16,7 +16,6 @@ from bst_dist.cli import main
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.study.lra.listops import ListOpsConfig
 from bst_dist.study.lra.prepare import prepare
-from bst_dist.train.run import train
 from bst_dist.train.start.request import Request, load, resolve
 from data_pipeline.prepare.parallel import open_workers
 
@@ -36,14 +35,9 @@ def task(recipe_file, tmp_path) -> Path:
 
 
 @pytest.fixture
-def go(task, tmp_path, on_ranks, unmeasured) -> Callable[..., Path]:
-    """``go(run, *overrides, world=…, until=…, resume=…)`` trains in the directory `run`, and returns it."""
-
-    def train_(run: str, *changes: str, world: int = 1, until: int | None = None, resume: bool = False) -> Path:
-        on_ranks(world, lambda ranks: train(Request(task, changes, tmp_path / run, resume, until), ranks))
-        return tmp_path / run
-
-    return train_
+def go(task, train_in, unmeasured) -> Callable[..., Path]:
+    """Trains on the task, as `train_in` says."""
+    return train_in(task)
 
 
 @pytest.mark.ranks

@@ -20,7 +20,6 @@ from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.study.synthetic import SyntheticTask, octave
-from bst_dist.train.run import train
 from bst_dist.train.start.request import Request, load, resolve
 
 TASK = "{synthetic: {task: associative-recall, pairs: 3, keys: 6, symbols: 6, span: 16}, prefetch: 0}"
@@ -37,14 +36,9 @@ def task(recipe_file) -> Path:
 
 
 @pytest.fixture
-def go(task, tmp_path, on_ranks, unmeasured) -> Callable[..., Path]:
-    """``go(run, *overrides, world=…, until=…, resume=…)`` trains in the directory `run`, and returns it."""
-
-    def train_(run: str, *changes: str, world: int = 1, until: int | None = None, resume: bool = False) -> Path:
-        on_ranks(world, lambda ranks: train(Request(task, changes, tmp_path / run, resume, until), ranks))
-        return tmp_path / run
-
-    return train_
+def go(task, train_in, unmeasured) -> Callable[..., Path]:
+    """Trains on the task, as `train_in` says."""
+    return train_in(task)
 
 
 def evaluations(run: Path) -> list[dict]:
