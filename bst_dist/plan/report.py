@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
-from rich import box
 from rich.columns import Columns
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
+from bst_base.terminal import Cell, Sheet, print_table
 from bst_dist.config import Recipe
 from bst_dist.plan.accelerators import Accelerator
 from bst_dist.plan.figures import by_link, mfu, overrides, tokens_a_day
@@ -50,51 +51,46 @@ def show(console: Console, args: argparse.Namespace, planner: Planner, best: Can
     console.print()
     console.print(Padding(Columns(list(_counts(planner, best)), padding=(0, 5, 1, 0)), INDENT), highlight=False)
     part = best.work.slice
-    title = f"GB per GPU by ZeRO stage, with sp {part.sp} and micro-batches of {part.rows}"
-    console.print(Padding(f"{title}; in brackets, by how much it does not fit", INDENT), highlight=False)
-    console.print(_alternatives(planner, best), highlight=False)
+    title = f"  GB per GPU by ZeRO stage, with sp {part.sp} and micro-batches of {part.rows}"
+    print_table(_alternatives(planner, best), f"{title}; in brackets, by how much it does not fit")
 
 
 def show_table(console: Console, recipe: Recipe, device: Accelerator, rows: list) -> None:
     """The best plan of each cluster and length, a row each."""
-    console.width = max(console.width, 120)
     tokens = recipe.train.sequences * recipe.train.sequence_length
-    console.print(f"[bold]{recipe.name}[/], {tokens:,} tokens per step, on nodes of {device.title}", highlight=False)
-    table = Table(box=box.SIMPLE_HEAD)
-    left = ("checkpointing", "note")
-    for column in ("tokens", "GPUs", "rows", "ZeRO", "dp", "sp", "micro", "checkpointing", "GB", "step s", "MFU",
-                   "G tok/day", "note"):  # fmt: skip
-        table.add_column(column, justify="left" if column in left else "right", no_wrap=column != "note")
+    console.print(f"[bold]{recipe.name}[/], {tokens:,} tokens per step, on nodes of {device.title}", highlight=False,
+                  soft_wrap=True)  # fmt: skip
+    lines = []
     for cluster, longer, _, best in rows:
         head = (f"{longer.train.sequence_length:,}", f"{cluster.world:,}", f"{longer.train.sequences:,}")
-        table.add_row(*head, *(_cells(best, cluster) if isinstance(best, Candidate) else [""] * 9 + [best]))
-    console.print(table, highlight=False)
+        lines.append([*head, *(_cells(best, cluster) if isinstance(best, Candidate) else [*[""] * 9, best])])
+    columns = ("tokens", "GPUs", "rows", "ZeRO", "dp", "sp", "micro", "checkpointing", "GB", "step s", "MFU",
+               "G tok/day", "note")  # fmt: skip
+    print_table(Sheet(columns, lines))
 
 
 def show_sizes(console: Console, planner: Planner, found: list[Size]) -> None:
     """Memory and time by the size of a slice, and the best one."""
-    console.width = max(console.width, 150)
     length, chosen = planner.recipe.train.sequence_length, best_size(found)
     console.print(
         f"[bold]{planner.recipe.name}[/], sequences of {length:,} tokens in slices, on {_cluster(planner.cluster)}, "
         "one sequence of a rank at a time; GB per GPU by the place of edges, and the rest of the fastest that fits\n",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("slice", "slices", "edges GB", *(f"GB: {place}" for place in PLACES), "ZeRO", "checkpointing",
-                   "GB sent", "step s", "rerun s"):  # fmt: skip
-        table.add_column(column, justify="left" if column in ("ZeRO", "checkpointing") else "right", no_wrap=True)
+    lines = []
     for size in found:
         fitting = [way for way in size.by_place.values() if way.fits] or [size.by_place["device"]]
         way = min(fitting, key=lambda one: one.speed.total)
         cells = [_cell(size.by_place[place], (size, place) == chosen) if place in size.by_place else ""
                  for place in PLACES]  # fmt: skip
-        table.add_row(
+        lines.append([
             f"{size.tokens:,}" if size.slices > 1 else "at once", f"{size.slices:,}", f"{size.edges_bytes / GB:,.2f}",
             *cells, _stage(way), way.work.checkpointing.describe(), f"{sum(way.traffic.values()) / GB:,.1f}",
             f"{way.speed.total:,.2f}", f"{way.speed.rerun:,.2f}",
-        )  # fmt: skip
-    console.print(table, highlight=False)
+        ])  # fmt: skip
+    columns = ("slice", "slices", "edges GB", *(f"GB: {place}" for place in PLACES), "ZeRO", "checkpointing", "GB sent",
+               "step s", "rerun s")  # fmt: skip
+    print_table(Sheet(columns, lines))
     if chosen is None:
         console.print("no size fits: more GPUs, or a smaller model", highlight=False)
     else:
@@ -112,18 +108,17 @@ def show_longest(console: Console, recipe: Recipe, device: Accelerator, host_gb:
         f"[bold]{recipe.name}[/]: the longest sequence, shared by all GPUs, on {device.title}; ZeRO-3 on several, "
         "every layer run again\n", highlight=False, soft_wrap=True,
     )  # fmt: skip
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("GPUs", "at once", "slices of", "edges on the device", f"in {host_gb:,.0f} GB of host memory",
-                   "on disk: GB a million tokens"):  # fmt: skip
-        table.add_column(column, justify="right")
+    lines = []
     for row in rows:
-        if row.way is None:
-            table.add_row(f"{row.devices:,}", "the model's states alone do not fit")
-            continue
-        disk = 1e6 / row.slice_tokens * row.edge_bytes / GB
-        table.add_row(f"{row.devices:,}", f"{row.at_once:,}", f"{row.slice_tokens:,}", f"{row.in_slices['device']:,}",
-                      f"{row.in_slices['host']:,}", f"{disk:,.1f}")  # fmt: skip
-    console.print(table, highlight=False)
+        cells = ["the model's states alone do not fit", "", "", "", ""]
+        if row.way is not None:
+            disk = 1e6 / row.slice_tokens * row.edge_bytes / GB
+            cells = [f"{row.at_once:,}", f"{row.slice_tokens:,}", f"{row.in_slices['device']:,}",
+                     f"{row.in_slices['host']:,}", f"{disk:,.1f}"]  # fmt: skip
+        lines.append([f"{row.devices:,}", *cells])
+    columns = ("GPUs", "at once", "slices of", "edges on the device", f"in {host_gb:,.0f} GB of host memory",
+               "on disk: GB a million tokens")  # fmt: skip
+    print_table(Sheet(columns, lines, flush_right=True))
 
 
 def way(best: Candidate, cluster: Cluster) -> str:
@@ -239,28 +234,23 @@ def _count(title: str, amounts: Mapping[str, float], unit: float, digits: int) -
     return table
 
 
-def _alternatives(planner: Planner, best: Candidate) -> Table:
+def _alternatives(planner: Planner, best: Candidate) -> Sheet:
     """Memory of every stage and policy, all else as in the plan."""
-    part = best.work.slice
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("checkpointing")
-    for stage in STAGES:
-        table.add_column(f"ZeRO-{stage}", justify="right")
-    table.add_column("step s", justify="right")
+    part, rows = best.work.slice, []
     for policy in POLICIES:
         ways = [planner.candidate(stage, part.sp, part.rows, policy) for stage in STAGES]
         fitting = [each for each in ways[:3] if each.fits] or [each for each in ways[3:] if each.fits]
         fastest = min((each.speed.total for each in fitting), default=None)
         cells = [_cell(each, chosen=best.fits and each.work == best.work) for each in ways]
-        table.add_row(ways[0].work.checkpointing.describe(), *cells, "" if fastest is None else f"{fastest:,.3f}")
-    return table
+        rows.append([ways[0].work.checkpointing.describe(), *cells, "" if fastest is None else f"{fastest:,.3f}"])
+    return Sheet(("checkpointing", *(f"ZeRO-{stage}" for stage in STAGES), "step s"), rows)
 
 
-def _cell(way: Candidate, chosen: bool) -> str:
+def _cell(way: Candidate, chosen: bool) -> Cell:
+    needed = f"{way.needed / GB:,.1f}"
     if not way.fits:
-        return f"{way.needed / GB:,.1f} [red](+{way.excess / GB:,.1f})[/]"
-    text = f"{way.needed / GB:,.1f}"
-    return f"[bold green]> {text}[/]" if chosen else text
+        return Text.assemble(needed, (f" (+{way.excess / GB:,.1f})", "red"))
+    return Text(f"> {needed}", style="bold green") if chosen else needed
 
 
 def _cells(best: Candidate, cluster: Cluster) -> list[str]:

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from bst_base.errors import UserError
+from bst_base.terminal import Sheet, print_table, say
 from data_pipeline.bench.endless import make_endless
 
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             make_endless(corpus, documents, args.per_shard, args.mean, linked=args.latency_ms is None)
             size = (corpus / "manifest.json").stat().st_size / 1e6
             found.append({"manifest_mb": size, **_measured(args, corpus, Path(folder) / "cache")})
-    _print(console, found)
+    _print(found)
     return {"documents": "isolated" if args.isolated else "joined", "latency_ms": args.latency_ms, "sizes": found}
 
 
@@ -100,19 +100,17 @@ def _result(module: str, *arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _print(console: Console, found: list[dict[str, Any]]) -> None:
-    console.width = max(console.width, 100)  # no number is cut short
-    table = Table()
-    for heading in ("documents", "shards", "tokens", "manifest MB", "first batch s", "MB per rank", "waiting"):
-        table.add_column(heading, justify="right")
+def _print(found: list[dict[str, Any]]) -> None:
+    rows = []
     for each in found:
         memory = max(each["private_mb"], each.get("private_mb_at_end", 0))
-        table.add_row(
+        rows.append([
             f"{each['documents']:,}", f"{each['shards']:,}", f"{each['tokens']:.1e}", f"{each['manifest_mb']:.1f}",
             f"{each['first_batch_s']:.1f}", f"{memory:.0f}", f"{each['waited']:.1%}" if "waited" in each else "-",
-        )  # fmt: skip
-    console.print(table)
+        ])  # fmt: skip
+    columns = ("documents", "shards", "tokens", "manifest MB", "first batch s", "MB per rank", "waiting")
+    print_table(Sheet(columns, rows))
     for each in found:
         if requests := each.get("requests"):
             answered = ", ".join(f"{count:,} of {name}" for name, count in sorted(requests.items()))
-            console.print(f"{each['documents']:,} documents: {answered}", highlight=False)
+            say(f"{each['documents']:,} documents: {answered}")

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from bst_base.errors import UserError
 from bst_base.files import atomic_directory
-from data_pipeline.commands.prepare import plain_table
+from bst_base.terminal import Sheet, print_table
 from data_pipeline.commands.progress import stages
 from data_pipeline.format.exports import ExportTask, write_megatron, write_parquet
 from data_pipeline.format.manifest import Manifest
@@ -47,11 +47,9 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         with atomic_directory(args.output) as folder:
             splits = _write(args, manifest, folder, workers, console)
             shutil.copyfile(args.corpus / manifest.tokenizer.file, folder / manifest.tokenizer.file)
-    table = plain_table("split", "documents", "tokens")
-    for split, found in splits.items():
-        table.add_row(split, f"{found['documents']:,}", f"{found['tokens']:,}")
-    console.print(f"{args.output} written for {args.format} from {args.corpus}.", soft_wrap=True)
-    console.print(table)
+    rows = [[split, f"{found['documents']:,}", f"{found['tokens']:,}"] for split, found in splits.items()]
+    print_table(Sheet(("split", "documents", "tokens"), rows), f"{args.output} written for {args.format} from "
+                f"{args.corpus}.")  # fmt: skip
     return {"corpus": str(args.corpus), "output": str(args.output), "format": args.format, "splits": splits}
 
 

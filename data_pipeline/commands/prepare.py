@@ -16,10 +16,10 @@ from textwrap import fill
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from bst_base.settings import fields, load
 from bst_base.shipped import CORPORA, find
+from bst_base.terminal import Sheet, print_table
 from data_pipeline.commands.progress import stages
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.prepare.config import PrepareConfig
@@ -71,22 +71,14 @@ def summary(manifest: Manifest) -> dict[str, Any]:
     return {"manifest_sha256": manifest.sha256, "vocab_size": manifest.tokenizer.vocab_size, "splits": splits}
 
 
-def split_table(splits: dict[str, dict[str, Any]]) -> Table:
+def split_table(splits: dict[str, dict[str, Any]]) -> Sheet:
     """The numbers of `summary` for people."""
-    table = plain_table("split", "documents", "tokens", "text MB", "bytes/token", "shards")
+    rows = []
     for split, n in splits.items():
         known = n["text_bytes"] or not n["tokens"]  # of ids without a tokenizer it is not
         size, ratio = (f"{n['text_bytes'] / 1e6:,.1f}", f"{n['bytes_per_token']:.3f}") if known else ("–", "–")
-        table.add_row(split, f"{n['documents']:,}", f"{n['tokens']:,}", size, ratio, str(n["shards"]))
-    return table
-
-
-def plain_table(*columns: str) -> Table:
-    """A table without lines whose first column is words and whose others are numbers."""
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
-    return table
+        rows.append([split, f"{n['documents']:,}", f"{n['tokens']:,}", size, ratio, str(n["shards"])])
+    return Sheet(("split", "documents", "tokens", "text MB", "bytes/token", "shards"), rows)
 
 
 def _print(console: Console, config: PrepareConfig, manifest: Manifest, report: dict[str, Any]) -> None:
@@ -96,7 +88,7 @@ def _print(console: Console, config: PrepareConfig, manifest: Manifest, report: 
         there = report["shards_already_there"]
         again = f", {there} shards reused" if there else ""
         console.print(f"{config.output} prepared in {report['time_s']:.1f} s{again}.", soft_wrap=True)
-    console.print(split_table(report["splits"]))
+    print_table(split_table(report["splits"]))
     left_out, duplicates = manifest.provenance["left_out"], manifest.provenance["duplicates"]
     if left_out:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())

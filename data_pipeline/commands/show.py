@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from bst_base.errors import UserError
-from data_pipeline.commands.prepare import plain_table
+from bst_base.terminal import Sheet, print_table
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.format.shards import find_document, list_documents
 from data_pipeline.format.tokenizer import Tokenizer, read_tokenizer
@@ -63,19 +63,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _list(corpus: Path, manifest: Manifest, wanted: str | None, limit: int) -> dict[str, Any]:
-    table, listed = plain_table("split", "key", "tokens", "bytes", "path"), []
-    table.columns[-1].justify, table.columns[-1].overflow = "left", "fold"
+    rows: list[list[str]] = []
+    listed: list[dict[str, Any]] = []
     for split in manifest.splits:
         for number, (key, info) in enumerate(_matching(corpus, manifest, split, wanted)):
             if number == limit:
-                table.add_row(split, "…", "", "", "there are more: --limit N lists N of each split")
+                rows.append([split, "…", "", "", "there are more: --limit N lists N of each split"])
                 break
             name = f"{info['path']}  ({info['title']})" if info.get("title") else info["path"]
-            table.add_row(split, key, f"{info['n_tokens']:,}", f"{info.get('n_bytes', 0):,}", name)
+            rows.append([split, key, f"{info['n_tokens']:,}", f"{info.get('n_bytes', 0):,}", name])
             listed.append({"split": split, "key": key, **info})
     if not listed:
         raise UserError(f"{corpus}: no document whose path or title holds {wanted!r}")
-    Console(highlight=False).print(table, markup=False)
+    print_table(Sheet(("split", "key", "tokens", "bytes", "path"), rows))
     return {"corpus": str(corpus), "documents": listed}
 
 

@@ -12,10 +12,10 @@ import argparse
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from bst_base.errors import UserError
 from bst_base.settings import fields
+from bst_base.terminal import Sheet, print_table
 from data_pipeline.sources import SOURCES, Source
 
 
@@ -30,17 +30,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"no source {args.kind!r}; there are {', '.join(SOURCES)}")
     chosen = [args.kind] if args.kind else list(SOURCES)
     report = {kind: _describe(SOURCES[kind]) for kind in chosen}
-    console = Console()
     if args.kind:
-        console.print(" ".join((SOURCES[args.kind].__doc__ or "").split()) + "\n")
+        Console().print(" ".join((SOURCES[args.kind].__doc__ or "").split()), markup=False, highlight=False)
         rows = [(name, setting["default"], setting["help"]) for name, setting in report[args.kind]["settings"].items()]
-        table = Table("setting", "default", "what it is", box=None, pad_edge=False)
+        print_table(Sheet(("setting", "default", "what it is"), rows))
     else:
         rows = [(kind, found["summary"], ", ".join(found["settings"])) for kind, found in report.items()]
-        table = Table("source", "what it is", "settings", box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+        print_table(Sheet(("source", "what it is", "settings"), rows))
     return {"sources": report}
 
 

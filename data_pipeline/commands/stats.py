@@ -18,7 +18,8 @@ import numpy as np
 from rich.console import Console
 
 from bst_base.stopping import STATUS
-from data_pipeline.commands.prepare import plain_table, split_table, summary
+from bst_base.terminal import Sheet, print_table
+from data_pipeline.commands.prepare import split_table, summary
 from data_pipeline.commands.progress import stages
 from data_pipeline.format.extents import extents
 from data_pipeline.format.manifest import Manifest
@@ -109,12 +110,11 @@ def _quantiles(lengths: np.ndarray) -> dict[str, float]:
 
 
 def _print(console: Console, report: dict[str, Any]) -> None:
-    console.print(split_table(report["splits"]))
-    table = plain_table("tokens per document", "mean", "p10", "median", "p90", "max")
-    for split, n in report["splits"].items():
-        if lengths := n.get("document_tokens"):
-            table.add_row(split, *(f"{lengths[q]:,.0f}" for q in ("mean", "p10", "median", "p90", "max")))
-    console.print(table)
+    print_table(split_table(report["splits"]))
+    quantiles = ("mean", "p10", "median", "p90", "max")
+    rows = [[split, *(f"{lengths[q]:,.0f}" for q in quantiles)]
+            for split, n in report["splits"].items() if (lengths := n.get("document_tokens"))]  # fmt: skip
+    print_table(Sheet(("tokens per document", *quantiles), rows))
     histogram = report["length_histogram"]
     console.print("documents by length in tokens:")
     most = max(histogram["documents"])

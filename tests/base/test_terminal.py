@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from bst_base.terminal import Sheet, is_numeric, print_table, say
@@ -10,6 +12,7 @@ from bst_base.terminal import Sheet, is_numeric, print_table, say
     [
         (["1,024", "+0.5 ± 0.1", "−3", "(12)"], True),
         (["0.1", "–", ""], True),
+        (["> 16.7", "49.8 (+3.1)", "…"], True),
         (["0.1", "ours"], False),
         (["–", "-", ""], False),
         ([], False),
@@ -27,6 +30,22 @@ def test_in_a_pipe_no_cell_is_cut_and_markup_is_text(capsys):
     assert head.split() == ["[bold]", "nats"]
     assert first.split() == [long, "0.25"] and second.split() == ["[/]", "12.5"]
     assert first.index("0.25") + 4 == second.index("12.5") + 4 == head.index("nats") + 4  # flush right
+
+
+def test_a_terminal_that_is_too_narrow_gets_longer_lines_and_whole_numbers(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    rows = [["first-name-of-all", "0.2500 ± 0.0001", "x" * 12], ["b", "1,234,567", "one two three"]]
+    print_table(Sheet(("", "nats", "words"), rows))
+    shown = capsys.readouterr().out
+    assert all(cell in shown for cell in ("first-name-of-all", "0.2500 ± 0.0001", "1,234,567", "x" * 12))
+    assert "one two three" not in shown  # wrapped
+
+
+def test_words_among_numbers_are_flush_right_where_asked_for(capsys):
+    print_table(Sheet(("", "one", "two"), [["state", "finished", "0.5"], ["steps", "60", "1"]], flush_right=True))
+    first, second = (line.rstrip() for line in capsys.readouterr().out.splitlines()[3:5])
+    assert first.index("finished") + len("finished") == second.index("60") + 2
 
 
 def test_rows_are_set_apart_where_asked_for(capsys):

@@ -12,10 +12,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
+from bst_base.terminal import Sheet, print_table, say
 from bst_dist.checkpoint.commands.common import add_run, readable_size
 from bst_dist.checkpoint.directory import DAMAGED, DELETED, PARTIAL, committed, damage, size, step_of
 from bst_dist.checkpoint.retention import Held, leavings, readable, reasons
@@ -56,21 +56,18 @@ def _row(path: Path, one: Held | None, kept: dict[int, list[str]]) -> dict[str, 
 
 def _print(run_dir: Path, rows: list[dict[str, Any]], left: list[Path]) -> None:
     title = f"{run_dir}: {len(rows)} checkpoint{'s' * (len(rows) != 1)}"
-    table = Table(*COLUMNS, box=SIMPLE, padding=(0, 1), title=title)
-    for row in rows:
-        table.add_row(*_cells(row))
+    print_table(Sheet(COLUMNS, [_cells(row) for row in rows]), title)
     console = Console(highlight=False)
-    console.print(table)
     for row in rows:
         for line in row["damage"]:
-            console.print(f"[red]step {row['step']}: {line}[/red]", soft_wrap=True)
+            console.print(Text(f"step {row['step']}: {line}", style="red"), soft_wrap=True)
     if left:
-        console.print(f"left behind: {', '.join(path.name for path in left)} (bst ckpt gc)", soft_wrap=True)
+        say(f"left behind: {', '.join(path.name for path in left)} (bst ckpt gc)")
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     if "tokens" not in row:
-        return [str(row["step"])]
+        return [str(row["step"]), *[""] * (len(COLUMNS) - 1)]
     loss, layout = row["validation_loss_nats"], row["layout"]
     return [
         str(row["step"]),

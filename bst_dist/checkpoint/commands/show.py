@@ -11,10 +11,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
-
+from bst_base.terminal import Sheet, print_table, say
 from bst_dist.checkpoint.commands.common import add_run, add_step, readable_size, select
 from bst_dist.checkpoint.directory import size
 from bst_dist.checkpoint.layout import Layout
@@ -46,20 +43,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "versions": ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
         "size": f"{readable_size(size(manifest))} in {len(manifest['files'])} files",
     }
-    console = Console(highlight=False)
     for name, value in lines.items():
-        console.print(f"{name:<12} {value}", soft_wrap=True)
-    _print_groups(console, manifest["groups"])
-    files = Table("file", "rank", "size", "sha256", box=SIMPLE)
-    for name, record in manifest["files"].items():
-        files.add_row(name, str(record["rank"]), readable_size(record["bytes"]), record["sha256"][:16])
-    console.print(files)
+        say(f"{name:<12} {value}")
+    _print_groups(manifest["groups"])
+    files = [[name, str(record["rank"]), readable_size(record["bytes"]), record["sha256"][:16]]
+             for name, record in manifest["files"].items()]  # fmt: skip
+    print_table(Sheet(("file", "rank", "size", "sha256"), files))
     return {"checkpoint": str(one.path), "pinned": one.pinned, "manifest": manifest}
 
 
-def _print_groups(console: Console, groups: dict[str, dict[str, Any]]) -> None:
+def _print_groups(groups: dict[str, dict[str, Any]]) -> None:
     keys = list(dict.fromkeys(key for group in groups.values() for key in group))
-    table = Table("group", *keys, box=SIMPLE)
-    for name, group in groups.items():
-        table.add_row(name, *(str(group.get(key, "")) for key in keys))
-    console.print(table)
+    rows = [[name, *(str(group.get(key, "")) for key in keys)] for name, group in groups.items()]
+    print_table(Sheet(("group", *keys), rows))

@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from bst_base.errors import UserError
+from bst_base.terminal import Sheet, print_table, say
 from bst_dist.report.metrics import duration
 from bst_dist.study.comparison import pairs
 from bst_dist.study.comparison.equality import equality
@@ -86,14 +85,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     runs = {name: outline(path) for name, path in named(args.runs).items()}
     if len(runs) < 2:
         raise UserError("give the directories of two runs or more")
-    found, console = compare(runs), Console(highlight=False)
-    show(found, console)
+    found = compare(runs)
+    show(found)
     if args.plot:
         from bst_dist.study.comparison.figure import draw  # both import matplotlib, which takes a second
         from bst_dist.study.report.style import save
 
         save(lambda: draw(runs), args.plot)
-        console.print(f"drew the curves to {args.plot}", markup=False)
+        say(f"drew the curves to {args.plot}")
     return found.report()
 
 
@@ -116,39 +115,41 @@ def _recipe_differences(runs: dict[str, Outline]) -> dict[str, list[Any]]:
             if field != "name" and any(value != values[0] for value in values)}  # fmt: skip
 
 
-def show(found: Comparison, console: Console) -> None:
+def show(found: Comparison) -> None:
     """Tables of at most ABREAST runs."""
     first, *others = range(len(found.runs))
     for begin in range(0, len(others), ABREAST - 1):
         shown = [first, *others[begin : begin + ABREAST - 1]]
         runs = [found.runs[number] for number in shown]
         fields = {name: [values[number] for number in shown] for name, values in found.recipe_differences.items()}
-        _show_recipes(fields, runs, console)
-        _show_figures(runs, console)
+        _show_recipes(fields, runs)
+        _show_figures(runs)
 
 
-def _show_recipes(fields: dict[str, list[Any]], runs: Sequence[Compared], console: Console) -> None:
+def _show_recipes(fields: dict[str, list[Any]], runs: Sequence[Compared]) -> None:
     if not fields:
-        console.print("the recipes are the same but for their names\n")
+        say("the recipes are the same but for their names\n")
         return
-    table = _table("what differs in the recipes", runs)
-    for name, values in fields.items():
-        table.add_row(name, *("–" if value is None else yaml.safe_dump(value, default_flow_style=True, width=1e9)
-                              .removesuffix("\n...\n").strip() for value in values))  # fmt: skip
-    console.print(table, markup=False)
+    rows = [[name, *("–" if value is None else _yaml(value) for value in values)] for name, values in fields.items()]
+    print_table(_sheet(runs, rows), "what differs in the recipes")
 
 
-def _show_figures(runs: Sequence[Compared], console: Console) -> None:
-    table = _table("what they have reached", runs)
-    table.caption, table.caption_justify = _notes(runs), "left"
-    for title, cell in (*ROWS, *_rows_by_corpus(runs), *SPEED):
-        cells = [cell(one) for one in runs]
-        if any(cells):
-            table.add_row(title, *(text or "–" for text in cells))
-    console.print(table, markup=False)
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=1e9).removesuffix("\n...\n").strip()
+
+
+def _show_figures(runs: Sequence[Compared]) -> None:
+    lines = [(title, [cell(one) for one in runs]) for title, cell in (*ROWS, *_rows_by_corpus(runs), *SPEED)]
+    rows = [[title, *(text or "–" for text in cells)] for title, cells in lines if any(cells)]
+    print_table(_sheet(runs, rows), "what they have reached", _notes(runs))
     for one in runs:
         if one.standing.status != "finished":
-            console.print(f"{one.name}: {one.standing.text}", markup=False)
+            say(f"{one.name}: {one.standing.text}")
+
+
+def _sheet(runs: Sequence[Compared], rows: Sequence[Sequence[str]]) -> Sheet:
+    """A column for each run."""
+    return Sheet(("", *(one.name for one in runs)), rows, flush_right=True)
 
 
 def _notes(runs: Sequence[Compared]) -> str:
@@ -182,14 +183,6 @@ def _difference(value: Estimate | float | None, step: int | None, one: Compared)
         return ""
     estimate = value if isinstance(value, Estimate) else Estimate(value, None)
     return estimate.text(4, sign=estimate.value > 0) + ("" if step == one.figures.step else f" (at {step:,})")
-
-
-def _table(title: str, runs: Sequence[Compared]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("", no_wrap=True)
-    for one in runs:
-        table.add_column(one.name, justify="right", overflow="fold")
-    return table
 
 
 def _train_difference(one: Compared) -> str:
@@ -253,14 +246,13 @@ def _scored_difference(one: Compared, name: str) -> str:
 
 def _equal(one: Path, other: Path) -> dict[str, Any]:
     found = equality(one, other)
-    console = Console()
-    title = f"{one} and {other}: {found.steps:,} steps, {found.evaluations} evaluations"
-    table = Table("", "largest difference", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    rows = []
     for name, difference in found.largest_difference.items():
         where = f"weights at {found.checkpoint}" if name == "weights" else f"{name.replace('_', ' ')}, any step"
-        table.add_row(where, f"{difference}")
-    console.print(table)
+        rows.append([where, f"{difference}"])
+    print_table(Sheet(("", "largest difference"), rows),
+                f"{one} and {other}: {found.steps:,} steps, {found.evaluations} evaluations")  # fmt: skip
     for line in found.recipe_differences:
-        console.print(f"the recipes differ in {line}", markup=False)
-    console.print("[green]equal to the last bit" if found.passed else "[red]NOT equal")
+        say(f"the recipes differ in {line}")
+    Console().print("[green]equal to the last bit" if found.passed else "[red]NOT equal")
     return asdict(found)

@@ -6,12 +6,11 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from bst_base.terminal import say
+from bst_base.terminal import Sheet, drawn, say
 from bst_dist.report.metrics import duration
 from bst_dist.study.runs.recipes import Job
 from bst_dist.study.runs.runner import Runner, Worker
@@ -85,11 +84,11 @@ def missing(jobs: Sequence[Job], state: State) -> list[str]:
 
 def running_table(title: str, running: Sequence[Worker], state: State) -> Table:
     """What is being trained now."""
-    table = Table("run", "step", "loss", "tokens/s", "for", title=title, box=SIMPLE)
+    rows = []
     for worker in running:
         line = state.progress(worker.run.name) or {"step": 0, "loss_nats": float("nan"), "tokens_per_s": 0.0}
-        table.add_row(
+        rows.append([
             worker.run.name, f"{line['step']} / {worker.run.recipe.train.steps}", f"{line['loss_nats']:.4f}",
             f"{line['tokens_per_s']:,.0f}", duration(time.monotonic() - worker.started),
-        )  # fmt: skip
-    return table
+        ])  # fmt: skip
+    return drawn(Sheet(("run", "step", "loss", "tokens/s", "for"), rows), title)

@@ -23,10 +23,10 @@ from typing import Any
 from rich.console import Console
 
 from bst_base.settings import ConfigError, fields, parse
+from bst_base.terminal import Sheet, print_table
 from bst_base.yaml_text import SettingsError, read_yaml
 from bst_dist.study.lra.prepare import SETTINGS, TaskConfig, prepare
 from bst_dist.study.lra.tasks import TASKS
-from data_pipeline.commands.prepare import plain_table
 from data_pipeline.commands.progress import stages
 from data_pipeline.prepare.parallel import open_workers
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         if workers is None:
             return None
         manifest = prepare(config, directory, workers, told)
-    _show(console, directory, manifest)
+    _show(directory, manifest)
     return {"directory": str(directory), **manifest}
 
 
@@ -81,11 +81,11 @@ def _list_settings(console: Console, task: str) -> None:
                 console.print(f"{name} = {default}", f"  {meaning}", sep="\n", markup=False, highlight=False)
 
 
-def _show(console: Console, directory: Path, manifest: dict[str, Any]) -> None:
-    table = plain_table("split", "examples", "mean length", "longest", "largest class")
+def _show(directory: Path, manifest: dict[str, Any]) -> None:
+    rows = []
     for split, part in manifest["splits"].items():
         count, largest = part["examples"], max(part["class_counts"])
         mean = f"{part['symbols'] / (count * TASKS[manifest['task']].sequences):,.0f}"
-        table.add_row(split, f"{count:,}", mean, f"{part['longest']:,}", f"{largest / count:.1%}")
-    console.print(f"{directory}: {manifest['task']}")
-    console.print(table)
+        rows.append([split, f"{count:,}", mean, f"{part['longest']:,}", f"{largest / count:.1%}"])
+    columns = ("split", "examples", "mean length", "longest", "largest class")
+    print_table(Sheet(columns, rows), f"{directory}: {manifest['task']}")
