@@ -26,7 +26,7 @@ import psutil
 from bst_base.host import die_with_parent
 from bst_dist.cluster.channel import Channel, Closed, proof, proved
 from bst_dist.cluster.hosts import HostError
-from bst_dist.cluster.processes import family_of, route_to
+from bst_dist.cluster.processes import family_of, route_to, signal_session
 
 ANNOUNCED = re.compile(rb"bst-agent (?P<key>\S+) (?P<secret>[0-9a-f]{64})\b")
 """What an agent prints first; launchers may put a label before it."""
@@ -107,14 +107,13 @@ class Call:
                 self._launcher.wait(timeout=END_S)
                 break
             except subprocess.TimeoutExpired:
-                os.killpg(self._launcher.pid, number)
+                signal_session(self._launcher, number)
         self._launcher.wait()
         for stream in (self._launcher.stdout, self._launcher.stderr):
             if stream in self._selector.get_map():
                 self._selector.unregister(stream)
             stream.close()
-        with suppress(ProcessLookupError):
-            os.killpg(self._launcher.pid, signal.SIGKILL)
+        signal_session(self._launcher, signal.SIGKILL)
 
     def _hear_launcher(self, stream: IO[bytes], pending: list[bytes]) -> None:
         """Take the agents' secrets out of what the launcher prints, and keep the rest for when something is wrong."""

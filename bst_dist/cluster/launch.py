@@ -64,7 +64,6 @@ CHECKPOINT_BYTES = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `bst launch`."""
     add_program_arguments(parser)
     parser.add_argument(
         "--hostfile", type=Path, metavar="FILE", help="lines `name slots=RANKS`; rank 0 is on the first"

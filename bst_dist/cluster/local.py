@@ -58,7 +58,6 @@ def add_grace(parser: argparse.ArgumentParser) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `bst train`."""
     add_program_arguments(parser)
     parser.add_argument("--ranks", type=at_least(1), metavar="N", help="processes to start (default: the recipe's, or "
                         "one for each accelerator, or one)")  # fmt: skip

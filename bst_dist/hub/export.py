@@ -43,7 +43,6 @@ DIGESTS, CARD = "SHA256SUMS", "README.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `bst export`."""
     add_run(parser)
     add_export(parser)
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload it as well, as this repository of the hub")

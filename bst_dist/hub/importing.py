@@ -46,7 +46,6 @@ class ExportError(UserError):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `bst import`."""
     parser.add_argument("model", metavar="MODEL", help="an exported model: its directory, or OWNER/NAME on the hub")
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory to write; must not exist")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes of its recipe")

@@ -46,7 +46,6 @@ R = TypeVar("R")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Command-line options."""
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe, YAML, or the name of one of launch/recipes/")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")
     parser.add_argument("--nodes", type=_numbers, default=[1], metavar="N,...", help="nodes (default 1)")

@@ -59,7 +59,6 @@ class Entry:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Command-line options."""
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe, YAML, or the name of one of launch/recipes/")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")
 

@@ -43,7 +43,6 @@ class VerifyError(UserError):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `bst verify`."""
     parser.add_argument(
         "recipe", type=Path, metavar="RECIPE", help="the run's YAML file, or the name of one of launch/recipes/"
     )

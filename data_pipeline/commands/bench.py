@@ -47,7 +47,6 @@ _DEFAULT = Path("~/.cache/bst/bench-data")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
     parser.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS), help="what to measure")
     parser.add_argument("--sequences", metavar="N", type=int, default=32_000, help="sequences of 4097 tokens in a pass")
     parser.add_argument(

@@ -32,7 +32,6 @@ from data_pipeline.bench.endless import make_endless
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
     parser.add_argument("--documents", nargs="+", metavar="N", type=_count, default=[10**6, 10**7, 10**9],
                         help="documents of the corpora (default: 1e6 1e7 1e9)")  # fmt: skip
     parser.add_argument("--per-shard", metavar="N", type=_count, default=10_000, help="documents of a shard")

@@ -28,7 +28,6 @@ _LISTED = 20  # documents of each split, unless the user says how many
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
     parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
     parser.add_argument("document", nargs="?", help="key of a document, or its path in the source; without it, a list")
     parser.add_argument("--find", metavar="TEXT", help="list the documents whose path or title holds this, in any case")

@@ -20,7 +20,6 @@ from data_pipeline.sources import SOURCES, Source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
     parser.add_argument("kind", nargs="?", metavar="KIND", help="explain this one (default: list all)")
 
 

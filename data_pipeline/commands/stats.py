@@ -40,7 +40,6 @@ _BAR = 40  # characters of the longest bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
     parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
     parser.add_argument("--png", metavar="PATH", type=Path, help="draw the histogram of lengths as a picture")
     parser.add_argument("--quick", action="store_true", help="do not read the tokens: no duplicates, no overlap")

@@ -21,7 +21,6 @@ from data_pipeline.prepare.parallel import open_workers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
     parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
     parser.add_argument("--workers", metavar="N", type=int, help="processes (default: one for each CPU)")
 

@@ -24,7 +24,6 @@ from bst_dist.train.rundir import RECIPE, read_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `bst ckpt convert`."""
     add_run(parser)
     add_export(parser)
 

@@ -43,7 +43,6 @@ class Removal:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `bst ckpt gc`."""
     add_run(parser)
     parser.add_argument(
         "overrides", nargs="*", metavar="checkpoint.field=value", help="settings that differ from its own"

@@ -16,7 +16,6 @@ from bst_dist.checkpoint.directory import PINNED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `bst ckpt pin`."""
     add_run(parser)
     add_step(parser, "the newest")
     parser.add_argument("--remove", action="store_true", help="remove the pin")

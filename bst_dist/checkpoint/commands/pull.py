@@ -22,7 +22,6 @@ from bst_dist.train.rundir import RECIPE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `bst ckpt pull`."""
     parser.add_argument("url", metavar="URL", help="where the copy is: s3://bucket/run, gs://…, file:///path")
     parser.add_argument("run", type=Path, metavar="RUN", help="the run directory to write")
     add_step(parser, "the newest")

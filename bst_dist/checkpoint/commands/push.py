@@ -27,7 +27,6 @@ POLL_S = 20.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `bst ckpt push`."""
     add_run(parser)
     parser.add_argument("url", metavar="URL", help="where to: s3://bucket/run, gs://…, file:///path")
     add_step(parser, "the newest")

@@ -18,7 +18,6 @@ from bst_dist.checkpoint.layout import Layout
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `bst ckpt show`."""
     add_run(parser)
     add_step(parser, "the newest")
 

@@ -16,7 +16,6 @@ from bst_dist.checkpoint.directory import CheckpointError, committed, damage, di
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `bst ckpt verify`."""
     add_run(parser)
     add_step(parser, "all of them")
 

@@ -40,6 +40,7 @@ from bst_base.errors import UserError
 from bst_dist.report.saved import REPORTS, write_report
 from bst_dist.study.evaluation import needle, perplexity, synthetic
 from bst_dist.study.evaluation.scoring import TOKENS_AT_ONCE
+from bst_dist.study.harness.command import run as run_harness
 from bst_dist.train.rundir import read_recipe
 from data_pipeline.synthetic.config import SyntheticConfig
 
@@ -123,13 +124,11 @@ def _evaluate(args: argparse.Namespace, form: str) -> dict[str, Any] | None:
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}: several processes share {DOCUMENTS} only, not {form}: start one"
         )
     if form == LENGTHS:
-        from bst_dist.study.lengths import command as lengths
+        from bst_dist.study.lengths import command as lengths  # imports matplotlib
 
         return lengths.run(args)
     if form == HARNESS:
-        from bst_dist.study.harness import command as harness
-
-        return harness.run(args)
+        return run_harness(args)
     if form == SYNTHETIC:
         return synthetic.run(args)
     if form == NEEDLE:

@@ -34,7 +34,6 @@ LIMITS_S = {"layers": 240, "stack": 120, "longest": 60, "generation": 40, "resum
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Command-line options."""
     parser.add_argument("--output", metavar="DIR", type=Path, default=Path("bench-gpu"), help="folder of all figures")
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of: {', '.join(PARTS)}")
     parser.add_argument("--small", action="store_true", help="small sizes, as always without a GPU: a rehearsal")

@@ -39,7 +39,6 @@ TOLERANCE = 1e-4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Command-line options."""
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384], metavar="L", help="sequence lengths")
     parser.add_argument("--sp", type=int, nargs="+", default=[1, 2], metavar="N", help="ranks that share a sequence")
     parser.add_argument("--layers", nargs="+", default=LAYERS, choices=LAYERS, help="kinds of layers")

@@ -140,7 +140,6 @@ CASES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Command-line options."""
     parser.add_argument("--only", metavar="WORD", default="", help="only configurations whose name has this in it")
 
 

@@ -67,7 +67,6 @@ class Recovery:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `bst bench recovery`."""
     parser.add_argument("--kills", type=at_least(1), default=5, metavar="N", help="recoveries to time (default: 5)")
     parser.add_argument("--ranks", type=at_least(1), default=2, metavar="N", help="of the run (default: 2)")
     parser.add_argument("--local-every", type=at_least(0), default=0, metavar="K", help="steps between local copies, "

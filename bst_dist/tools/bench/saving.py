@@ -44,7 +44,6 @@ WAYS = ("DeepSpeed", "ours, waiting", "ours, background")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `bst bench saving`."""
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes to start")
     parser.add_argument("--zero", type=int, default=1, choices=range(4), help="ZeRO stage (default: 1)")
     parser.add_argument("--width", type=int, default=512, metavar="D", help="of the model")

@@ -68,7 +68,6 @@ class Cost:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `bst bench scale`."""
     parser.add_argument("--ranks", type=at_least(2), nargs="+", default=[512, 2048, 4096], metavar="N",
                         help="numbers of ranks (default: 512 2048 4096)")  # fmt: skip
     parser.add_argument("--parameters", type=at_least(1), default=300, metavar="N",

@@ -42,7 +42,6 @@ REPORTS = 32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Command-line options."""
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="L", help="tokens of the sequence")
     parser.add_argument("--slice-tokens", nargs="+", type=int, default=SLICES, metavar="N", help="tokens of a slice")
     parser.add_argument("--edges", nargs="+", choices=get_args(Place), default=["device"], help="where edges wait")

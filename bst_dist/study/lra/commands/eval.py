@@ -19,7 +19,6 @@ from bst_dist.study.lra.tasks import SPLITS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `bst lra eval`."""
     parser.add_argument("run", metavar="RUN", type=Path, help="directory of a run")
     parser.add_argument("--split", choices=SPLITS, default="test", help="what to evaluate on (default: test)")
     parser.add_argument("--step", type=int, metavar="N", help="the checkpoint after N steps (default: the newest)")

@@ -32,7 +32,6 @@ from data_pipeline.prepare.parallel import open_workers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `bst lra prepare`."""
     parser.add_argument("task", metavar="TASK", help=", ".join(SETTINGS))
     parser.add_argument("overrides", nargs="*", metavar="setting=value", help="settings that differ from the defaults")
     parser.add_argument("--to", type=Path, metavar="DIR", help="where the examples go (default: corpora/lra/TASK)")

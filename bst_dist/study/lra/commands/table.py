@@ -21,7 +21,6 @@ from bst_dist.study.statistics import entries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `bst lra table`."""
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="directories of runs")
     parser.add_argument("--split", choices=SPLITS, default="test", help="what they were evaluated on (default: test)")
 
