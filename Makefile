@@ -58,7 +58,7 @@ PYTHON_SM90 ?= $(shell for one in $(PYTHONS_SM90); do $$one -c 'import sys; sys.
 SM90 := .venv-sm90
 
 test-sm90: $(SM90)/.installed
-	OMP_NUM_THREADS=1 $(SM90)/bin/python -m pytest --noconftest -p no:cacheprovider tests/sm90
+	OMP_NUM_THREADS=1 $(SM90)/bin/python -m pytest -n logical --noconftest -p no:cacheprovider tests/sm90
 
 $(SM90)/.installed: tests/sm90/requirements.txt
 	@test -n "$(PYTHON_SM90)" || { echo "needs Python 3.12 or later, and found none: make test-sm90 PYTHON_SM90=..."; exit 1; }

@@ -1,8 +1,9 @@
 """A layer compiled for an H100 on a machine without one: its graphs lowered by Inductor, its kernels made machine code.
 
-Needs a torch built with CUDA, which brings Triton and ptxas; no GPU and no driver. A layer is traced by the front end
-that training uses, on a CPU with CUDA's path forced; both graphs are moved to fake CUDA tensors, and Inductor writes
-the programs that would run. What only a device could say (what it is, which attention kernel torch takes) is said here.
+Needs a torch built with CUDA, which brings Triton and ptxas; no GPU and no driver. A layer, or attention alone, is
+traced by the front end that a run uses, on a CPU with CUDA's path forced. Its graphs are moved to fake CUDA tensors,
+and Inductor writes the programs that would run. What only a device could say (what it is, which attention kernel torch
+takes) is said here.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 from unittest.mock import patch
 
@@ -25,8 +27,6 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn import functional as F
 
 from bst_dist.model import attention, compiled, flex
-from bst_dist.model.layers import Layer
-from bst_dist.parallel.past import Past
 
 CUDA = torch.device("cuda", 0)
 CAPABILITY = 90
@@ -46,24 +46,30 @@ class H100:
 
 @dataclass
 class Graph:
-    """One pass of a layer as the compiler's front end leaves it."""
+    """One pass as the compiler's front end leaves it."""
 
     backward: bool
+    inference: bool
+    """Without gradients."""
     module: fx.GraphModule
     inputs: list[Any]
 
 
 class _TracedError(Exception):
-    """Both graphs are there, and neither is to be run."""
+    """All graphs are there, and none is to be run."""
 
 
-def trace(layer: Layer, x: Tensor, starts: Tensor | None = None) -> list[Graph]:
-    """The layer's forward and backward pass in training, by the code that `compile: true` runs."""
+def trace(call: Callable[[], object]) -> list[Graph]:
+    """What is compiled in a call under bf16: a forward and a backward pass, or, without gradients, a forward pass."""
+    from torch._inductor.compile_fx import _recursive_joint_graph_passes
+
     graphs: list[Graph] = []
 
-    def keep(backward: bool) -> Callable[..., Any]:
+    def keep(backward: bool = False, inference: bool = False) -> Callable[..., Any]:
         def compiler(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-            graphs.append(Graph(backward, module, inputs))
+            if inference:
+                _recursive_joint_graph_passes(module)
+            graphs.append(Graph(backward, inference, module, inputs))
 
             def run(*_: Any) -> None:
                 raise _TracedError
@@ -74,15 +80,15 @@ def trace(layer: Layer, x: Tensor, starts: Tensor | None = None) -> list[Graph]:
         return compiler
 
     def partition(module: fx.GraphModule, joint: Any, **more: Any) -> Any:
-        from torch._inductor.compile_fx import _recursive_joint_graph_passes
-
         _recursive_joint_graph_passes(module)
         return min_cut_rematerialization_partition(module, joint, compiler="inductor", **more)
 
-    backend = aot_autograd(fw_compiler=keep(False), bw_compiler=keep(True), partition_fn=partition,
+    backend = aot_autograd(fw_compiler=keep(), bw_compiler=keep(backward=True),
+                           inference_compiler=keep(inference=True), partition_fn=partition,
                            decompositions=select_decomp_table())  # fmt: skip
     torch._dynamo.reset()
     compiled._compiled.cache_clear()
+    flex._compiled.cache_clear()
     with ExitStack() as stack:
         stack.enter_context(patch.object(attention, "attention_path", lambda device: "flex"))
         stack.enter_context(patch.object(torch_flex, "_validate_device", lambda *_: None))
@@ -91,7 +97,7 @@ def trace(layer: Layer, x: Tensor, starts: Tensor | None = None) -> list[Graph]:
         stack.enter_context(patch("torch._functorch.config.force_non_lazy_backward_lowering", True))
         stack.enter_context(torch.autocast("cpu", torch.bfloat16))
         with suppress(_TracedError):
-            compiled.run(layer, x, Past(), starts)
+            call()
     return graphs
 
 
@@ -151,18 +157,23 @@ def lower(graph: Graph) -> str:
     from torch._inductor.virtualized import V
 
     module = graph.module
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    for part in [module, *(m for m in module.modules() if isinstance(m, fx.GraphModule))]:
+    sizes = next(x.fake_mode.shape_env for x in graph.inputs if isinstance(x, FakeTensor))  # of dynamic shapes
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes)
+    for part in [m for m in module.modules() if isinstance(m, fx.GraphModule)]:  # itself, then masks and scores
         for node in part.graph.nodes:
             node.args, node.kwargs = _on_cuda(node.args), _on_cuda(node.kwargs)
+            if part is not module and isinstance(value := node.meta.get("val"), Tensor):
+                node.meta["val"] = _fake(mode, value)  # what is propagated below does not go into them
         part.recompile()
     inputs = [_fake(mode, one) if isinstance(one, Tensor) else one for one in graph.inputs]
     with mode:
         FakeTensorProp(module, mode=mode).propagate_dont_convert_inputs(*inputs)
         with V.set_fake_mode(mode):
-            _recursive_post_grad_passes(module, is_inference=False)
+            _recursive_post_grad_passes(module, is_inference=graph.inference)
             FakeTensorProp(module, mode=mode).propagate_dont_convert_inputs(*inputs)
-    lowering = GraphLowering(module, example_inputs=inputs, is_backward=graph.backward)
+    lowering = GraphLowering(
+        module, example_inputs=inputs, shape_env=sizes, is_backward=graph.backward, is_inference=graph.inference
+    )
     with mode, DebugContext(), V.set_graph_handler(lowering), V.set_fake_mode(mode):
         lowering.run(*inputs)
         code, _ = lowering.codegen()
@@ -190,7 +201,7 @@ class Launches:
     flash: int
     """Of torch's flash attention."""
     fallbacks: tuple[str, ...]
-    """Other operators of torch, run as they are."""
+    """Other operators of torch, run as they are; views launch nothing."""
 
     @property
     def total(self) -> int:
@@ -201,15 +212,21 @@ def launches(code: str) -> Launches:
     """Counted in the part of the program that calls them."""
     called = re.findall(r"(?m)^\s+(triton_\w+)\.run\(", code)
     operators = re.findall(r"(?m)= (torch\.ops\.[\w.]+)\(", code)
-    own = [name for name in operators if "flash_attention" not in name]
+    flash = sum("flash_attention" in name for name in operators)
+    own = [name for name in operators if "flash_attention" not in name and not _operator(name).is_view]
     in_flex = sum("flex" in name for name in called)
     return Launches(
         fused=len(called) - in_flex,
         products=len(re.findall(r"extern_kernels\.\w+\(", code)),
         flex=in_flex,
-        flash=len(operators) - len(own),
+        flash=flash,
         fallbacks=tuple(own),
     )
+
+
+def _operator(name: str) -> Any:
+    """`torch.ops.aten.add.Tensor` and the like, by its name."""
+    return reduce(getattr, name.split(".")[1:], torch)
 
 
 @dataclass(frozen=True)

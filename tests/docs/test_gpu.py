@@ -1,0 +1,14 @@
+"""The table of launches in docs/gpu.md: of every kind of layer, and as `make test-sm90` holds it."""
+
+import json
+from pathlib import Path
+
+from tests.sm90.layers import COUNTS, LAYERS, table
+
+PAGE = Path(__file__).parents[2] / "docs/gpu.md"
+
+
+def test_every_layer_is_counted_and_the_table_has_what_was_counted():
+    counts = json.loads(COUNTS.read_text())
+    assert list(counts) == list(LAYERS)
+    assert table(counts) in PAGE.read_text()
