@@ -83,8 +83,9 @@ class Recipe(Config):
     deepspeed: NameOrPath = "zero1"
     """The DeepSpeed strategy, completed from the recipe: the name of a file of ds_configs/, or the path of your own."""
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
-    compile: bool = False
-    """Run each layer as one compiled graph in training, on CUDA; off by default until it has been run on a GPU."""
+    compile: bool | None = None
+    """Run each layer as one compiled graph in training, on CUDA. null: wherever that can be done, which the header of a
+    run says; true: or end with the reason; false: never. It has not been run on a GPU yet: see docs/gpu.md."""
     deterministic: bool = False
     """Compute the same bits from start to start on a GPU, by kernels that add in a fixed order and are slower. On a CPU
     training does so anyway."""

@@ -21,6 +21,26 @@ OPTIONS = {"combo_kernels": True}
 """Of Inductor: small kernels that do not wait for each other, such as casts of weights, are one launch."""
 
 
+def hindrance(zero3: bool, sp: int, past: bool, policy: str) -> str:
+    """What speaks against compiled layers in training; empty when nothing does.
+
+    Args:
+        zero3: parameters are gathered from ranks within a layer.
+        sp: ranks that share a sequence.
+        past: a layer has one, from an earlier step or slice.
+        policy: of activation checkpointing.
+    """
+    if zero3:
+        return "ZeRO-3 gathers the parameters of each part of a layer, from within it"
+    if sp > 1:
+        return "with parallel.sp > 1 a layer waits for other ranks from within it"
+    if past:
+        return "with train.carry or train.slice_tokens a layer has a past"
+    if policy == "selective":
+        return "activation_checkpointing.policy selective keeps single operations of a layer"
+    return ""
+
+
 class Computes(Protocol):
     """A layer."""
 

@@ -15,6 +15,7 @@ from functools import cached_property
 from bst_base.errors import UserError
 from bst_base.places import written
 from bst_dist.config import Recipe, deepspeed_file
+from bst_dist.model.compiled import hindrance
 from bst_dist.parallel.neighbour import SequenceParallelError
 from bst_dist.plan.activations import Activations, Slice
 from bst_dist.plan.flops import forward_flops
@@ -149,7 +150,10 @@ class Planner:
         needs = memory(self.sizes, self.model.mixers(), self.activations, work)
         touched = self.activations.whole(part)
         updated = self.sizes.total / (cluster.world if stage else 1)
-        host = host_seconds(self.activations, self.model.mixers(), work, self.recipe.compile)
+        compiled = self.recipe.compile is not False and not hindrance(
+            work.strategy.stage == 3, sp, train.carry or slices > 1, policy
+        )
+        host = host_seconds(self.activations, self.model.mixers(), work, compiled)
         edges_bytes = work.spacing.waiting * self.activations.edge(rows) if slices > 1 and edges == "host" else 0
         moved = Moved(touched, needs.host - edges_bytes + edges_bytes // slices, updated, host)
         seconds = speed(self.flops, work, moved, traffic, between, cluster, self.bf16)

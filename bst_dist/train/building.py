@@ -12,6 +12,7 @@ from bst_dist.checkpoint.snapshot import Identity
 from bst_dist.config import Recipe, digest, identity
 from bst_dist.faults.signals import Stop
 from bst_dist.model.attention import attention_path
+from bst_dist.model.compiled import hindrance
 from bst_dist.parallel.communication import WatchedGroup
 from bst_dist.parallel.group import SequenceGroup
 from bst_dist.parallel.ranks import Ranks
@@ -77,23 +78,13 @@ def compiles(recipe: Recipe, device: str, stage: int) -> tuple[bool, str]:
 
     Raises ConfigError when the recipe asks for what cannot be done.
     """
-    if not recipe.compile:
+    if recipe.compile is False:
         return False, "no, compile: false"
-    if reason := _hindrance(recipe, device, stage):
-        raise ConfigError(f"compile: true cannot be done here: {reason}. Leave compile out, or set it to false")
-    return True, ""
-
-
-def _hindrance(recipe: Recipe, device: str, stage: int) -> str:
-    """What speaks against compiled layers; empty when nothing does."""
+    train, policy = recipe.train, recipe.activation_checkpointing.policy
+    past = train.carry or train.slice_tokens is not None
+    reason = hindrance(stage == 3, recipe.parallel.sp, past, policy)
     if device != "cuda":
-        return f"layers are compiled for CUDA, and this is {device}"
-    if stage == 3:
-        return "ZeRO-3 gathers the parameters of each part of a layer, from within it"
-    if recipe.parallel.sp > 1:
-        return "with parallel.sp > 1 a layer waits for other ranks from within it"
-    if recipe.train.carry or recipe.train.slice_tokens:
-        return "with train.carry or train.slice_tokens a layer has a past"
-    if recipe.activation_checkpointing.policy == "selective":
-        return "activation_checkpointing.policy selective keeps single operations of a layer"
-    return ""
+        reason = f"layers are compiled for CUDA, and this is {device}"
+    if reason and recipe.compile:
+        raise ConfigError(f"compile: true cannot be done here: {reason}. Leave compile out, or set it to false")
+    return not reason, f"no: {reason}" if reason else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,10 +13,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from bst_base.settings import ConfigError, parse
 from bst_dist.activation import policy as activation
 from bst_dist.activation.config import ActivationCheckpointingConfig
-from bst_dist.config import Recipe
+from bst_dist.config import Recipe, load_recipe
 from bst_dist.model import attention, flex
 from bst_dist.train.building import compiles
-from tests.cuda_path.models import build, tokens
+from bst_dist.verify.batches import _batch
+from tests.cuda_path.models import LENGTH, VOCABULARY, build, tokens
 
 
 def build_and_lose(name: str, compiled: bool, policy: str = "none", starts: Tensor | None = None):
@@ -31,6 +33,13 @@ def gradients(name: str, compiled: bool, policy: str = "none", starts: Tensor | 
     model, total = build_and_lose(name, compiled, policy, starts)
     total.backward()
     return [total.detach(), *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
+
+
+def made_up(recipe: Recipe) -> tuple[np.ndarray, np.ndarray, None]:
+    """Tokens, which labels count, and no document starts."""
+    generator, rows = np.random.default_rng(0), recipe.train.sequences
+    ids = generator.integers(0, VOCABULARY, (rows, LENGTH + 1))
+    return ids, generator.random((rows, LENGTH)) < 0.7, None
 
 
 def worst(found: list[Tensor], exact: list[Tensor]) -> float:
@@ -96,6 +105,47 @@ def test_layers_of_a_kind_share_a_graph_and_evaluation_needs_none(monkeypatch):
     assert counter.frame_count == 3  # FlexAttention by itself
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_of_training_under_deepspeed_has_the_gradients_of_uncompiled_layers(
+    stage, recipe_file, on_ranks, monkeypatch
+):
+    """Micro-batches of two rows and of one: each kind of layer has a graph of both shapes."""
+    from bst_dist.verify import step as steps
+
+    model = {"width": 32, "block": 128, "depth": 3, "placement": [1], "vocab_size": VOCABULARY, "ssm": {"state": 4}}
+    train = {"sequence_length": LENGTH, "sequences": 4, "micro_sequences": 2, "precision": "bf16", "z_loss": 1e-4}
+    recipe = load_recipe(recipe_file(deepspeed=f"ds_configs/zero{stage}.json", model=model, train=train,
+                                     activation_checkpointing={"policy": "every-kth-layer"}))  # fmt: skip
+    rows, seeded = [range(2), range(2, 3)], steps.seeded_model
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(flex, "BACKEND", counter)
+    monkeypatch.setattr(
+        steps, "batches", lambda *_: [_batch(*made_up(recipe), one, range(LENGTH), 128) for one in rows]
+    )
+
+    def compare(ranks) -> tuple[float, float, int]:
+        found = []
+        for compiled in (False, True):
+
+            def build(recipe: Recipe, compiled: bool = compiled):
+                model = seeded(recipe)
+                for layer in model.layers:
+                    layer.compiled = compiled
+                return model
+
+            monkeypatch.setattr(steps, "seeded_model", build)
+            counter.clear()
+            found.append(steps.distributed_step(recipe, ranks, None))
+        exact, compiled = found
+        errors = worst(*(list(one.gradients.values()) for one in (compiled, exact)))
+        return abs(compiled.loss / exact.loss - 1), errors, counter.frame_count
+
+    loss_error, error, graphs = on_ranks(1, compare)[0]
+    assert graphs == 4
+    assert loss_error < 1e-5
+    assert error < 1e-2  # of bfloat16; without one layer's gradient it would be 1
+
+
 @pytest.mark.parametrize(
     ("change", "device", "stage", "reason"),
     [
@@ -110,6 +160,11 @@ def test_what_cannot_be_compiled_is_refused_with_the_reason(settings, change, de
         compiles(parse(Recipe, settings | change | {"compile": True}), device, stage)
 
 
-def test_layers_are_compiled_on_cuda_when_the_recipe_says_so(settings):
+def test_layers_are_compiled_on_cuda_wherever_they_can_be(settings):
+    assert compiles(parse(Recipe, settings), "cuda", 2) == (True, "")
+    assert compiles(parse(Recipe, settings), "cuda", 3)[0] is False
+    assert compiles(parse(Recipe, settings), "cpu", 2)[0] is False
+    selective = settings | {"activation_checkpointing": {"policy": "selective"}}
+    assert compiles(parse(Recipe, selective), "cuda", 2)[1].startswith("no: activation_checkpointing.policy selective")
     assert compiles(parse(Recipe, settings | {"compile": True}), "cuda", 2) == (True, "")
-    assert compiles(parse(Recipe, settings), "cuda", 2) == (False, "no, compile: false")
+    assert compiles(parse(Recipe, settings | {"compile": False}), "cuda", 2) == (False, "no, compile: false")

@@ -13,6 +13,8 @@ from bst_dist.plan.search import Planner
 from bst_dist.plan.speed import Cluster
 from tests.plan.test_search import SETTINGS
 
+UNCOMPILED = parse(Recipe, SETTINGS | {"compile": False})
+
 
 def test_views_and_allocations_launch_nothing():
     with FakeTensorMode(), LiveBytes() as live:
@@ -23,13 +25,13 @@ def test_views_and_allocations_launch_nothing():
     assert live.launched == 3 + 3  # of the ReLU, of the slice, of the product: one, for x has no gradient
 
 
-def plan(recipe: Recipe, rows: int = 16):
+def plan(recipe: Recipe, rows: int = 16, stage: int = 0, policy: str = "none"):
     planner = Planner(recipe, Cluster(1, 1, accelerator("h100-80gb")))
-    return planner, planner.candidate(0, 1, rows, "none")
+    return planner, planner.candidate(stage, 1, rows, policy)
 
 
 def test_a_step_of_a_small_model_takes_as_long_as_its_launches():
-    planner, way = plan(parse(Recipe, SETTINGS))
+    planner, way = plan(UNCOMPILED)
     layers, around = operations(planner.activations, planner.model.mixers(), way.work)
     assert way.speed.launches > way.speed.compute + way.speed.memory
     assert way.speed.total == pytest.approx(LAUNCH_S * (layers + around), rel=0.01)
@@ -38,13 +40,19 @@ def test_a_step_of_a_small_model_takes_as_long_as_its_launches():
 
 
 def test_compiled_layers_launch_less():
-    planner, way = plan(parse(Recipe, SETTINGS | {"compile": True}))
+    planner, way = plan(parse(Recipe, SETTINGS))
     layers, around = operations(planner.activations, planner.model.mixers(), way.work)
     assert way.speed.total == pytest.approx(LAUNCH_S * (layers / COMPILED_FEWER + around), rel=0.01)
 
 
+def test_what_a_run_would_not_compile_the_plan_does_not_either():
+    planner, way = plan(parse(Recipe, SETTINGS), policy="selective")
+    layers, around = operations(planner.activations, planner.model.mixers(), way.work)
+    assert way.speed.total == pytest.approx(LAUNCH_S * (layers + around), rel=0.01)
+
+
 def test_a_layer_that_is_run_again_launches_its_forward_pass_twice():
-    planner, way = plan(parse(Recipe, SETTINGS), rows=1)
+    planner, way = plan(UNCOMPILED, rows=1)
     again = planner.candidate(0, 1, 1, "every-layer")
     layers, rerun = (operations(planner.activations, planner.model.mixers(), one.work)[0] for one in (way, again))
     assert 1.2 * layers < rerun < 1.6 * layers
