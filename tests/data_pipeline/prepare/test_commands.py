@@ -125,7 +125,7 @@ def test_sources_are_listed_and_explained(capsys) -> None:
     assert main(["data", "sources"]) == 0
     listed = capsys.readouterr().out
     for kind in ("stdlib", "folder", "jsonl", "webdataset", "pg19", "arxiv", "github", "books", "latex", "linux"):
-        assert f"\n{kind} " in listed
+        assert f"\n  {kind} " in listed
     assert main(["data", "sources", "arxiv"]) == 0
     assert "comments" in capsys.readouterr().out
     assert main(["data", "sources", "arxv"]) == 2
