@@ -135,6 +135,14 @@ def test_what_cannot_be_looked_at_is_a_line_and_tried_again_later(tmp_path, monk
     ]
 
 
+def test_those_of_steps_that_are_taken_again_lose_their_names(tmp_path):
+    for step in (10, 20, 30):
+        hold(tmp_path, step)
+    retention.abandon(tmp_path, 20)
+    assert steps(tmp_path) == [20, 10]
+    assert [path.name for path in leavings(tmp_path)] == ["step-00000030.deleted"]
+
+
 def test_a_damaged_one_is_set_aside_beside_earlier_ones_of_its_step(tmp_path):
     for _ in range(3):
         retention.set_aside(hold(tmp_path, 10))
