@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from math import log, nan
 from pathlib import Path
@@ -53,6 +53,16 @@ class StepReport:
     """What the first rank waited for its batches, as a part of the step's time."""
     z_loss: float = 0.0
     """What was minimised beside the loss: train.z_loss times the mean of log^2 Z; 0 without."""
+
+
+@dataclass(frozen=True)
+class MixedReport(StepReport):
+    """The same of a step on several corpora, by their names."""
+
+    tokens_by_corpus: dict[str, int] = field(default_factory=dict)
+    """Valid tokens of the step."""
+    loss_by_corpus: dict[str, float] = field(default_factory=dict)
+    """Their mean negative log-likelihood, of the corpora that have any in the step."""
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,7 @@ class SyntheticTask:
     labels: ClassVar[str] = "labels"
     tokens_per_label: ClassVar[int] = 1
     evaluates: ClassVar[bool] = True
+    mixed: ClassVar[Sequence[str]] = ()
 
     recipe: Recipe
 

@@ -56,7 +56,9 @@ def build_trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceG
         recipe.model, length, recipe.activation_checkpointing, engine.module.layers, attention_path(ranks.device)
     ) + edge_flops_per_token(recipe.model, length, recipe.train.slices, recipe.train.edges_every)
     speed = Speed(tokens * train_flops_per_token(recipe.model, length), peak, tokens * again)
-    return Trainer(recipe.train, recipe.schedule, engine, ranks, token_bytes, speed, sharing, stop)
+    trainer = Trainer(recipe.train, recipe.schedule, engine, ranks, token_bytes, speed, sharing, stop)
+    trainer.corpora = start.objective.mixed
+    return trainer
 
 
 def identity_of(start: Start, engine: Engine, ranks: Ranks) -> Identity:

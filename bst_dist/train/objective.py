@@ -62,6 +62,8 @@ class Objective(Protocol):
     """Tokens that go through the model for one of them."""
     evaluates: bool
     """Whether there is anything to evaluate on."""
+    mixed: Sequence[str]
+    """Names of the corpora of a mixture; none where there is but one, or none."""
 
     def model(self) -> LanguageModel:
         """The model, with random weights."""
@@ -128,6 +130,12 @@ class LanguageModelling:
 
     def tokenizer(self) -> Tokenizer:
         return self.corpora[0].tokenizer()
+
+    @property
+    def mixed(self) -> Sequence[str]:
+        urls = [url.partition("?")[0].rstrip("/") for url in self.recipe.data.urls()]
+        names = [url.rpartition("/")[2] for url in urls]
+        return () if len(urls) == 1 else names if len(set(names)) == len(names) else urls
 
     def reading(self, mesh: Mesh, state: Mapping[str, Any], steps: int) -> str:
         loader = self.loader(mesh)

@@ -23,7 +23,7 @@ from bst_dist.faults.ledger import Ledger
 from bst_dist.faults.signals import Stop
 from bst_dist.parallel.neighbour import past_of_slice
 from bst_dist.parallel.slices import go_backward
-from bst_dist.report.metrics import SkippedReport, StepReport, bits_per_byte
+from bst_dist.report.metrics import MixedReport, SkippedReport, StepReport, bits_per_byte
 from bst_dist.report.utilisation import Speed
 from bst_dist.train.config import ScheduleConfig, TrainConfig
 from bst_dist.train.schedule import factor
@@ -53,6 +53,8 @@ class Trainer:
         self.tokens = 0
         self.skipped = 0
         """Steps' worth of data skipped by rollbacks: step s has the data of step s + skipped."""
+        self.corpora: Sequence[str] = ()
+        """Names of the corpora of a mixture, whose losses are told apart; none where there is but one."""
         self.edges = edges_in(config.edges)
         self.carried: list[dict[str, Any]] = []
         """The past left by each micro-batch of the last step, in order; empty when nothing is carried."""
@@ -79,7 +81,7 @@ class Trainer:
         else:
             self.carried.clear()  # as bad as the step: the rows begin anew
         seconds = time.perf_counter() - start
-        return (SkippedReport if held else StepReport)(
+        report = StepReport(
             step=step + 1,
             tokens=self.tokens,
             loss_nats=loss,
@@ -93,6 +95,9 @@ class Trainer:
             hfu=self.speed.hfu(tokens / seconds),
             z_loss=self.config.z_loss * found.squares / max(1.0, tokens),
         )
+        if held:
+            return SkippedReport(**vars(report))
+        return MixedReport(**vars(report), **found.by_corpus(self.corpora)) if self.corpora else report
 
     def _accumulate(self, step: int, batches: Sequence[MicroBatch]) -> _Gradients:
         """Gradients of all micro-batches; nothing here waits for the device."""
@@ -131,6 +136,14 @@ class _Found(NamedTuple):
     """Ranks that were told to stop."""
     tokens: float
     """Labels that count."""
+    parts: list[float]
+    """Nats and labels of each corpus of a mixture."""
+
+    def by_corpus(self, names: Sequence[str]) -> dict[str, Any]:
+        """The fields of `MixedReport`."""
+        both = list(zip(names, self.parts[::2], self.parts[1::2], strict=True))
+        losses = {name: nats / tokens for name, nats, tokens in both if tokens}
+        return {"tokens_by_corpus": {name: int(tokens) for name, _, tokens in both}, "loss_by_corpus": losses}
 
 
 class _Gradients:
@@ -149,13 +162,16 @@ class _Gradients:
         self.sums = torch.zeros(2, dtype=torch.float64, device=trainer.ranks.device)
         """This rank's nats and bytes of text."""
         self.squares = self._number(0)
+        self.parts = torch.zeros(len(trainer.corpora), 2, dtype=torch.float64, device=trainer.ranks.device)
+        """This rank's nats and labels of each corpus of a mixture."""
         self.scale = trainer.ranks.world / self.tokens.clamp(min=1)
         self._found: Tensor | None = None
 
     def judge(self) -> None:
         """All losses of the step are there: sum them over ranks, and hold the step back if the loss is no good."""
         trainer = self.trainer
-        sums = trainer.ranks.add_up(torch.cat((self.sums, self.squares, self._number(trainer.stop.wish))))
+        own = (self.sums, self.squares, self._number(trainer.stop.wish), self.parts.flatten())
+        sums = trainer.ranks.add_up(torch.cat(own))
         self._found = torch.cat((sums, self.tokens))
         loss = sums[:1] / self.tokens.clamp(min=1)
         good = loss.isfinite() & (loss <= trainer.guard.limit)
@@ -167,7 +183,8 @@ class _Gradients:
 
     def read(self) -> _Found:
         """The step's sums, once the device has them; the ranks learn whether one of them was told to stop."""
-        found = _Found(*self._found.tolist())
+        nats, text_bytes, squares, wishes, *parts, tokens = self._found.tolist()
+        found = _Found(nats, text_bytes, squares, wishes, tokens, parts)
         self.trainer.stop.learn(found.wishes)
         return found
 
@@ -198,6 +215,9 @@ class _MicroBatch:
         inputs = self._inputs(s, past)
         losses = self.trainer.engine.forward(**inputs)
         self.gradients.sums += sum_of_batch(losses, inputs, self.trainer.token_bytes)
+        if self.trainer.corpora:
+            both = torch.stack((losses.per_token.double(), inputs["loss_mask"].double()), dim=-1).sum(1)
+            self.gradients.parts.index_add_(0, to_device(self.slices[s].corpora, both.device), both)
         if self.trainer.config.z_loss:
             self.gradients.squares += losses.squares
         if self.last and s == 0:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.nn.functional import cross_entropy
 
 from bst_base.errors import UserError
 from bst_base.settings import parse
@@ -15,7 +17,7 @@ from bst_dist.parallel.mesh import Mesh
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.train.objective import LanguageModelling
 from bst_dist.train.run import train
-from bst_dist.train.start.request import Request, load
+from bst_dist.train.start.request import Request, load, resolve
 from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.corpus import prepare
 from data_pipeline.prepare.parallel import Workers
@@ -73,6 +75,36 @@ def test_what_has_a_validation_split_is_evaluated_on(recipe_file, tmp_path, on_r
     assert [(line["kind"], line["step"]) for line in found["named"]] == [("corpus", 3), ("corpus", 6)]
     own = {name: [line["loss_nats"] for line in lines if line["kind"] == "eval"] for name, lines in found.items()}
     assert own["mixed"] == pytest.approx(own["alone"], rel=1e-5) and len(own["mixed"]) == 2
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("world", "changes"), [(1, ["train.slice_tokens=16"]), (2, ["parallel.sp=2"]), (3, [])])
+def test_the_loss_of_each_corpus_of_a_mixture_is_that_of_plain_torch(
+    recipe_file, tmp_path, on_ranks, unmeasured, unsplit, corpus, world, changes
+):
+    mixed = [{"corpus": str(unsplit), "weight": 3}, {"corpus": str(corpus), "weight": 2}]
+    recipe = recipe_file(data={"corpus": mixed, "prefetch": 0}, train={"steps": 2, "sequences": 5},
+                         schedule={"warmup_steps": 0}, optimizer={"learning_rate": 1e-12})  # fmt: skip
+    request = Request(recipe, ["train.micro_sequences=2", *changes], tmp_path / "run", False, None)
+    on_ranks(world, lambda ranks: train(request, ranks))
+    alone = Request(recipe, [], tmp_path / "none", False, None)
+    start = resolve(load(alone), alone, 1)
+    torch.manual_seed(start.recipe.seed)
+    model = start.objective.model().double().eval()
+    names = [str(unsplit), str(corpus)]  # the last parts of their paths are the same
+    lines = [line for line in read_lines(tmp_path / "run" / FILE) if line["kind"] == "train"]
+    for line, (_, batches) in zip(lines, start.objective.loader(Mesh(1, 0)), strict=False):
+        nats, tokens = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
+        for batch in batches:
+            with torch.no_grad():
+                logits = model.logits(model.hidden(torch.from_numpy(batch.input_ids)).float().double())
+            found = cross_entropy(logits.transpose(1, 2), torch.from_numpy(batch.labels), reduction="none").numpy()
+            for row, number in enumerate(batch.corpora.tolist()):
+                nats[names[number]] += float(found[row][batch.loss_mask[row]].sum())
+                tokens[names[number]] += int(batch.loss_mask[row].sum())
+        assert line["tokens_by_corpus"] == tokens and all(tokens.values())
+        assert line["loss_by_corpus"] == pytest.approx({name: nats[name] / tokens[name] for name in names}, rel=1e-5)
+    assert len(lines) == 2
 
 
 def test_the_corpora_that_are_evaluated_on_keep_their_weights():

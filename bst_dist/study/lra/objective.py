@@ -44,6 +44,7 @@ class Classification:
 
     labels: ClassVar[str] = "labels"
     evaluates: ClassVar[bool] = True
+    mixed: ClassVar[Sequence[str]] = ()
 
     recipe: Recipe
     training: Examples
