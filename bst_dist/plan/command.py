@@ -103,13 +103,13 @@ def _reading(recipe: Recipe) -> str:
     if not isinstance(recipe.data, DataConfig):
         return ""
     once = recipe.data.storage.model_copy(update={"attempts": 1})  # where it is planned the store may be out of reach
-    try:
-        corpora = open_corpora(recipe.data.model_copy(update={"storage": once}))
-    except UserError as error:
-        return f"passes not counted: {error}"
     train = recipe.train
     share = Share(length=train.sequence_length, rows=train.sequences, micro_rows=1)
-    loader = Loader(recipe.data, corpora, share, block=recipe.model.block, seed=recipe.seed)
+    try:
+        corpora = open_corpora(recipe.data.model_copy(update={"storage": once}))
+        loader = Loader(recipe.data, corpora, share, block=recipe.model.block, seed=recipe.seed)
+    except UserError as error:
+        return f"passes not counted: {error}"
     return passes_told(loader, train.steps)
 
 
