@@ -78,5 +78,5 @@ def test_the_command(tmp_path, capsys):
                  str(tmp_path / "scale.json")]) == 0  # fmt: skip
     said = capsys.readouterr().out
     assert "2 ranks: 7 files a checkpoint" in said
-    assert "a second; launching process" in said
+    assert "per second; launching process" in said
     assert json.loads((tmp_path / "scale.json").read_text())["worlds"][0]["ranks"] == 2
