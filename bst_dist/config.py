@@ -125,6 +125,10 @@ class Recipe(Config):
         if self.train.carry and self.data.mode != "streaming":
             needed = "data.row_tokens" if isinstance(self.data, SyntheticConfig) else "data.mode streaming"
             raise ValueError(f"train.carry needs {needed}: only there do a row's steps follow each other")
+        if self.train.sequence_changes and not (isinstance(self.data, DataConfig) and self.data.mode == "shuffled"):
+            raise ValueError(
+                "train.sequence_changes: only the sequences of a text in shuffled mode can change in number"
+            )
         if isinstance(self.data, LongRangeConfig):
             self.data.require_fit(self.model, self.parallel)
             if self.train.z_loss:
@@ -254,10 +258,11 @@ def with_vocabulary(recipe: Recipe, corpora: Sequence[Corpus]) -> Recipe:
 def spread_of(recipe: Recipe, world: int) -> Spread:
     """How the sequences of a step lie on the ranks; raises ConfigError where some would have none."""
     dp, train = data_parallel(world, recipe.parallel.sp), recipe.train
-    if train.sequences < dp:
+    if (fewest := train.fewest_sequences) < dp:
+        field = "train.sequences" if fewest == train.sequences else "train.sequence_changes"
         raise ConfigError(
-            f"{dp} data-parallel ranks but only {train.sequences} sequences per step (train.sequences): "
-            f"use at most {train.sequences * recipe.parallel.sp} ranks, or more sequences"
+            f"{dp} data-parallel ranks but only {fewest} sequences per step ({field}): "
+            f"use at most {fewest * recipe.parallel.sp} ranks, or more sequences"
         )
     return Spread(train.sequences, dp, train.micro_sequences)
 

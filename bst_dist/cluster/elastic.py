@@ -27,7 +27,7 @@ def usable(recipe: Recipe, most: int) -> int:
     """The most ranks, up to `most`, that have a part in the batch with the recipe's own sp; `most` when those are too
     few to share a sequence, for whoever explains why."""
     sp = recipe.parallel.sp
-    return min(most // sp, recipe.train.sequences) * sp or most
+    return min(most // sp, recipe.train.fewest_sequences) * sp or most
 
 
 def choose(recipe: Recipe, most: int) -> Shape:

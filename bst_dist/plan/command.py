@@ -105,9 +105,10 @@ def _reading(recipe: Recipe) -> str:
     once = recipe.data.storage.model_copy(update={"attempts": 1})  # where it is planned the store may be out of reach
     train = recipe.train
     share = Share(length=train.sequence_length, rows=train.sequences, micro_rows=1)
+    sizes = {"block": recipe.model.block, "seed": recipe.seed, "changes": train.batches[1:]}
     try:
         corpora = open_corpora(recipe.data.model_copy(update={"storage": once}))
-        loader = Loader(recipe.data, corpora, share, block=recipe.model.block, seed=recipe.seed)
+        loader = Loader(recipe.data, corpora, share, **sizes)
     except UserError as error:
         return f"passes not counted: {error}"
     return passes_told(loader, train.steps)

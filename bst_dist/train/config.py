@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from bst_base.addresses import CorpusAddress
 from bst_base.places import LocalPath
@@ -21,6 +21,15 @@ SetName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 """What a validation set is called in metrics."""
 
 
+class BatchChange(Config):
+    """Another number of sequences from a step on."""
+
+    step: int = Field(gt=0, le=2**40)
+    """First step with so many."""
+    sequences: int = Field(ge=1, le=2**40)
+    """Sequences of a step."""
+
+
 class TrainConfig(Config):
     steps: int = Field(ge=1, le=2**40)
     """Steps of the whole run: the schedule ends here."""
@@ -28,6 +37,9 @@ class TrainConfig(Config):
     """Tokens L of a sequence; a multiple of the block."""
     sequences: int = Field(ge=1, le=2**40)
     """Sequences of a step over all ranks (the global batch); any number of data-parallel ranks up to it will do."""
+    sequence_changes: tuple[BatchChange, ...] = ()
+    """Where the number of sequences changes, in increasing steps: `[{step: 1000, sequences: 512}]` warms the batch up.
+    In shuffled mode alone; learning rates stay as they are."""
     micro_sequences: int = Field(1, ge=1, le=2**40)
     """Most sequences that a rank processes at once; the rest of its share follows, accumulated into one step."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -53,6 +65,35 @@ class TrainConfig(Config):
     beside the weights, in checkpoints, exported by `bst export --averaged`. A rank averages what it updates: 4 bytes
     per parameter, divided by the ranks under ZeRO. It changes nothing in the training, and may be set or left out when
     a run is resumed. null: none."""
+
+    @model_validator(mode="after")
+    def _changes_follow_each_other(self) -> TrainConfig:
+        steps = [change.step for change in self.sequence_changes]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"sequence_changes: their steps must increase, found {steps}")
+        return self
+
+    @property
+    def batches(self) -> list[tuple[int, int]]:
+        """(first step, sequences of a step from there on) pairs, from step 0 on."""
+        return [(0, self.sequences), *((change.step, change.sequences) for change in self.sequence_changes)]
+
+    def sequences_at(self, step: int) -> int:
+        """Sequences of a step."""
+        return [sequences for start, sequences in self.batches if start <= step][-1]
+
+    @property
+    def fewest_sequences(self) -> int:
+        """Of all steps."""
+        return min(sequences for _, sequences in self.batches)
+
+    @property
+    def tokens(self) -> int:
+        """Of all steps together."""
+        ends = [start for start, _ in self.batches[1:]] + [self.steps]
+        sequences = sum(max(0, min(end, self.steps) - start) * count
+                        for (start, count), end in zip(self.batches, ends, strict=True))  # fmt: skip
+        return sequences * self.sequence_length
 
     @property
     def slices(self) -> int:

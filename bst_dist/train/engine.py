@@ -65,8 +65,10 @@ class Engine:
         """Add the gradients of one micro-batch; after the `last` of a step they are reduced over ranks.
 
         `loss` is already scaled so that the mean over ranks of the sum over micro-batches is the gradient wanted, so
-        DeepSpeed must not divide by the number of micro-batches.
+        DeepSpeed must not divide by the number of micro-batches. Nor may it count them to find the last one: their
+        number changes where a batch grows.
         """
+        self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss, scale_wrt_gas=False)
         if not last:
             self.deepspeed.step()  # no update here: it only counts the micro-batch

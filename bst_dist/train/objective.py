@@ -152,7 +152,8 @@ class LanguageModelling:
 
     def loader(self, mesh: Mesh, start_step: int = 0) -> Loader:
         train = self.recipe.train
-        return self._loader(self.recipe.data, self.corpora, mesh, train.sequences, train.micro_sequences, start_step)
+        return self._loader(self.recipe.data, self.corpora, mesh, train.sequences, train.micro_sequences, start_step,
+                            train.batches[1:])  # fmt: skip
 
     def evaluation(self, trainer: Trainer, writers: Sequence[Writer]) -> Evaluate:
         """On the first sequences of the validation split, each once: step 0 of its loader; on the further corpora
@@ -187,7 +188,7 @@ class LanguageModelling:
                 trainer.stop, trainer.sharing)  # fmt: skip
 
     def _loader(self, data: DataConfig, corpora: Sequence[Corpus], mesh: Mesh, rows: int, micro_rows: int,
-                start_step: int = 0) -> Loader:  # fmt: skip
+                start_step: int = 0, changes: Sequence[tuple[int, int]] = ()) -> Loader:  # fmt: skip
         recipe, training = self.recipe, corpora is self.corpora
         return Loader(
             data,
@@ -196,6 +197,7 @@ class LanguageModelling:
             block=recipe.model.block,
             seed=recipe.seed if training else 0,
             start_step=start_step,
+            changes=changes,
         )
 
 

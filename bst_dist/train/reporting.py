@@ -47,6 +47,8 @@ def header(start: Start, engine: Engine, ranks: Ranks, compiled: str, local: str
         lines["data"] = reading
     if not start.objective.evaluates:
         lines["eval"] = "none: no corpus has a validation split (prepare one with validation_fraction above 0)"
+    if recipe.train.sequence_changes:
+        lines["batch"] = ", ".join(f"{count} sequences from step {step:,}" for step, count in recipe.train.batches[1:])
     if unequal := start.spread.unequal(recipe.parallel.sp):
         lines["masked"] = unequal
     if recipe.train.slice_tokens:

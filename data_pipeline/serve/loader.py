@@ -6,9 +6,11 @@ at any step without reading anything that came before, and the global batch is t
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +19,7 @@ from bst_base.errors import UserError
 from data_pipeline.serve.batch import Batch, block_starts, label_mask
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.mixture import whole_weights
-from data_pipeline.serve.orders import ORDER_VERSIONS, make_order
+from data_pipeline.serve.orders import ORDER_VERSIONS, Order, make_order
 from data_pipeline.serve.plan import ORDER_VERSION
 from data_pipeline.serve.prefetch import Prefetcher
 from data_pipeline.serve.reader import Corpus
@@ -56,6 +58,7 @@ class Loader:
         block: W; a rank's share of a slice is a multiple of it, and so is the begin of an isolated document.
         seed: keys the order.
         start_step: where iteration begins; what a checkpoint's state gives.
+        changes: (first step, rows from there on) pairs, where the rows of a step are not always those of `share`.
 
     Raises UserError for sizes that do not fit each other or the corpora.
     """
@@ -69,6 +72,7 @@ class Loader:
         block: int,
         seed: int,
         start_step: int = 0,
+        changes: Sequence[tuple[int, int]] = (),
     ) -> None:
         _check_sizes(share, block)
         self.config, self._corpora, self._share = config, list(corpora), share
@@ -77,7 +81,8 @@ class Loader:
         self.sequences = self._sequences_of_a_pass()
         """Sequences in one pass over each corpus; the last one may be padded."""
         self._prefetcher: Prefetcher | None = None
-        self._use_order(ORDER_VERSION, BatchSizes.of(share.rows))
+        self._planned = BatchSizes(((0, share.rows), *changes))
+        self._use_order(ORDER_VERSION, self._planned)
 
     def __iter__(self) -> Iterator[tuple[int, list[MicroBatch]]]:
         """(step, this rank's micro-batches in order), from `start_step` on and without end."""
@@ -99,7 +104,7 @@ class Loader:
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps after `step` steps were trained on: under 300 bytes of JSON, and 12 for each change
         of the number of rows."""
-        return self._order_at(step) | self._sizes.state()
+        return self._order_at(step) | self._sizes.until(step).state()
 
     def check(self, state: dict[str, Any]) -> None:
         """Go on as the run that `state` is of: in the version of the order that it began with.
@@ -109,7 +114,7 @@ class Loader:
         """
         version = state["order"] if state.get("order") in ORDER_VERSIONS else self._order
         sizes, step = BatchSizes.kept(state), state.get("step", 0)
-        self._use_order(version, sizes.then(step, self._share.rows))
+        self._use_order(version, sizes.planned(step, self._planned))
         check_state(self._order_at(step) | sizes.state(), state)
 
     def consumed(self, step: int) -> np.ndarray:
@@ -128,7 +133,7 @@ class Loader:
     @property
     def bad(self) -> list[str]:
         """What `on_bad_shard: skip` has left out so far, a message each."""
-        return self._reader.bad
+        return list(dict.fromkeys(message for part in self._parts for message in part.reader.bad))
 
     def close(self) -> None:
         """Stop the prefetch thread, which may be waiting for a network; a second call does nothing."""
@@ -166,7 +171,17 @@ class Loader:
             length=share.length,
         )
         self._plan = order.plan
-        self._reader = RowReader(
+        # One more than there are corpora, where two passes meet; kept through changes of the number of rows.
+        order = order._replace(stream=lru_cache(maxsize=len(self._corpora) + 1)(order.stream))
+        ends = [start for start, _ in sizes.changes[1:]] + [None]
+        self._parts = [
+            self._part(order, start, end, dataclasses.replace(share, rows=rows))
+            for (start, rows), end in zip(sizes.changes, ends, strict=True)
+        ]
+
+    def _part(self, order: Order, start: int, end: int | None, share: Share) -> _Part:
+        """What serves the steps ``start..end``."""
+        reader = RowReader(
             self._corpora,
             order,
             block=self._block,
@@ -176,8 +191,10 @@ class Loader:
             first=share.own.start,
             count=len(share.own),
             on_bad_shard=self.config.on_bad_shard,
-            since=sizes.since,
+            since=start,
+            until=end,
         )
+        return _Part(start, share, reader)
 
     def _order_at(self, step: int) -> dict[str, Any]:
         """What the order has been up to a step, but for the number of rows."""
@@ -206,17 +223,18 @@ class Loader:
 
     def _read_all(self, step: int) -> Iterator[list[Stored]]:
         """Every slice of every micro-batch."""
-        for numbers in self._share.micro_batches():
-            yield [self._read(step, numbers, part) for part in range(len(self._share.begins))]
+        serving = [each for each in self._parts if each.start <= step][-1]
+        for numbers in serving.share.micro_batches():
+            yield [self._read(serving, step, numbers, part) for part in range(len(self._share.begins))]
 
-    def _read(self, step: int, numbers: np.ndarray, part: int) -> Stored:
+    def _read(self, serving: _Part, step: int, numbers: np.ndarray, part: int) -> Stored:
         """One slice of a micro-batch; its masked rows, which are the last, are padding as beyond the end of a pass."""
         own = numbers[numbers != MASKED]
         located, masked = Rows.none(), len(numbers) - len(own)
         if len(own):
-            place = int(own[0]) - self._share.own.start  # rows are located by their place among the rank's own
-            located = self._reader.locate(step, place, place + len(own), part)
-        tokens, real = self._reader.read(located)
+            place = int(own[0]) - serving.share.own.start  # rows are located by their place among the rank's own
+            located = serving.reader.locate(step, place, place + len(own), part)
+        tokens, real = serving.reader.read(located)
         if masked:
             below = ((0, masked), (0, 0))
             real = np.pad(np.ones(tokens.shape, bool) if real is None else real, below)
@@ -244,6 +262,14 @@ class Loader:
             pieces=rows.pieces,
             begin=begin,
         )
+
+
+class _Part(NamedTuple):
+    """What serves the steps between two changes of the number of rows."""
+
+    start: int
+    share: Share
+    reader: RowReader
 
 
 class Stored(NamedTuple):

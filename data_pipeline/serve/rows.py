@@ -59,7 +59,7 @@ class RowReader:
         sequence_length: L, tokens of a row.
         begins, length: the parts of each row: where each begins in its row, and the tokens of one.
         first, count: the rank's rows.
-        since: the first step that will be asked for.
+        since, until: the steps that will be asked for; None: without end.
         on_bad_shard: as in `loader.DataConfig`.
     """
 
@@ -76,6 +76,7 @@ class RowReader:
         count: int,
         on_bad_shard: Literal["stop", "skip"],
         since: int = 0,
+        until: int | None = None,
     ) -> None:
         self.bad: list[str] = []
         """What was left out because it is damaged or missing, a message each."""
@@ -86,10 +87,10 @@ class RowReader:
         self._pad_id = corpora[0].manifest.tokenizer.pad_id
         # Over a network the reads of several steps go out together: each waits much longer than it works.
         self._pool = ThreadPoolExecutor(REQUESTS) if any(corpus.remote for corpus in corpora) else None
-        self._since = since
+        self._since, self._until = since, until
         self._window_steps = max(1, _WINDOW // max(1, count))
         self._window = lru_cache(maxsize=2 * len(begins))(self._locate)
-        self._stream = lru_cache(maxsize=len(corpora) + 1)(order.stream)  # one more, where two passes meet
+        self._stream = order.stream
 
     def locate(self, step: int, start: int, stop: int, part: int = 0) -> Rows:
         """One part of the rank's rows ``start..stop``, counted from its first, in a step."""
@@ -138,7 +139,8 @@ class RowReader:
     def _locate(self, window: int, part: int) -> Rows:
         """One part of all of the rank's rows in a window of steps."""
         first = self._since + window * self._window_steps
-        steps = range(first, first + self._window_steps)
+        last = first + self._window_steps
+        steps = range(first, last if self._until is None else min(last, self._until))
         corpora, epochs, sequences, continues = self._plan.assign(steps, range(self._first, self._first + self._count))
         starts = sequences * self._sequence_length + self._begins[part]
         parts = []

@@ -1,7 +1,8 @@
 """Rows of a step in the course of a run: where each step begins in the endless series of rows.
 
-The number of rows may change where a run is resumed. The steps before keep what they had, so that no row is read twice
-and none left out, and the order stays a pure function of the step and the changes, which every checkpoint keeps.
+The number of rows may change where a run is resumed, and where that is planned. The steps before keep what they had, so
+that no row is read twice and none left out, and the order stays a pure function of the step and the changes, which
+every checkpoint keeps.
 """
 
 from __future__ import annotations
@@ -35,10 +36,25 @@ class BatchSizes:
 
     def then(self, step: int, rows: int) -> BatchSizes:
         """The same, with so many rows from a step on that is not before the last change."""
-        start, last = self.changes[-1]
-        if rows == last:
-            return self
-        return BatchSizes((*(self.changes[:-1] if start == step else self.changes), (step, rows)))
+        before = self.changes[:-1] if self.changes[-1][0] == step else self.changes
+        if before and before[-1][1] == rows:
+            return BatchSizes(before)
+        return BatchSizes((*before, (step, rows)))
+
+    def until(self, step: int) -> BatchSizes:
+        """What there is up to a step: without what changes after it."""
+        return BatchSizes(tuple(change for change in self.changes if change[0] <= step))
+
+    def planned(self, step: int, plan: BatchSizes) -> BatchSizes:
+        """The same up to a step that is not before the last change, and from there on what is planned."""
+        sizes = self.then(step, plan.at(step))
+        for start, rows in plan.changes:
+            sizes = sizes.then(start, rows) if start > step else sizes
+        return sizes
+
+    def at(self, step: int) -> int:
+        """The rows of a step."""
+        return self.changes[bisect.bisect_right(self.changes, step, key=lambda change: change[0]) - 1][1]
 
     @property
     def rows(self) -> int:

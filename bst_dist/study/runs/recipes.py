@@ -48,8 +48,7 @@ class Job:
     @property
     def tokens(self) -> int:
         """That it has trained on in the end, those of its trunk included."""
-        train = self.recipe.train
-        return train.steps * train.sequences * train.sequence_length
+        return self.recipe.train.tokens
 
 
 def with_settings(data: dict[str, Any], settings: Settings) -> dict[str, Any]:

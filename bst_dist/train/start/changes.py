@@ -20,7 +20,7 @@ from data_pipeline.serve.sizes import STREAMED
 
 RATES = ("optimizer.learning_rate:", "optimizer.ssm_learning_rate:")
 SCHEDULE = ("train.steps:", "schedule.")
-BATCH = ("train.sequences:",)
+BATCH = ("train.sequences:", "train.sequence_changes")
 
 
 class OtherRunError(UserError):

@@ -62,6 +62,6 @@ def loader(corpora: Any, mode: str = "shuffled", documents: str = "joined", **si
     changes = sizes.pop("weight_changes", ())
     urls: Any = "memory" if weights is None else [{"corpus": "memory", "weight": weight} for weight in weights]
     config = DataConfig(corpus=urls, mode=mode, documents=documents, weight_changes=changes, prefetch=0)
-    others = {name: sizes.pop(name) for name in ("block", "seed", "start_step") if name in sizes}
+    others = {name: sizes.pop(name) for name in ("block", "seed", "start_step", "changes") if name in sizes}
     share = Share(length=sizes.pop("sequence_length"), **sizes)
     return Loader(config, corpora if isinstance(corpora, list) else [corpora], share, **others)

@@ -306,6 +306,54 @@ def test_another_batch_goes_on_with_the_next_row(
         assert ranks[0].consumed(step + late).tolist() == single.consumed(first + late * rows).tolist()
 
 
+@pytest.mark.parametrize("dp", [1, 3])
+@settings(max_examples=15)
+@given(
+    documents=DOCUMENTS,
+    plan=st.lists(
+        st.tuples(st.integers(1, 12), st.integers(3, 9)), min_size=1, max_size=3, unique_by=lambda each: each[0]
+    ),
+    stops=st.lists(st.integers(0, 14), max_size=2),
+    changed=st.booleans(),
+)
+def test_planned_batches_are_those_of_any_stops_and_ranks(
+    dp: int, documents: str, plan: list[tuple[int, int]], stops: list[int], changed: bool
+) -> None:
+    """Held to steps of one row each, which read the series row by row; with a weight that changes on the way."""
+    corpora = [Memory([170] * 8), Memory([90] * 14)]
+    plan = sorted(plan)
+    rows_at = [next(rows for start, rows in [*reversed(plan), (0, 4)] if start <= step) for step in range(17)]
+    firsts = [sum(rows_at[:step]) for step in range(18)]
+    weights = [{"step": 6, "weights": [1, 4]}]
+    mixed = {"documents": documents, "weights": [3, 2]}
+    single = loader(corpora, rows=1, **mixed, weight_changes=[{"step": firsts[6], "weights": [1, 4]}])
+    ranks = [
+        loader(corpora, rows=4, changes=plan, dp=dp, dp_rank=rank, micro_rows=2, **mixed, weight_changes=weights)
+        for rank in range(dp)
+    ]
+    state = None
+    for step in range(17):
+        if step in stops:  # a run is resumed there, on other ranks, and the rest may be planned anew
+            state = json.loads(json.dumps(ranks[0].state(step)))
+            assert state["rows"] == rows_at[step]
+            for rank in ranks:
+                rank.check(state)
+        found = [batch.input_ids[batch.rows != MASKED] for rank in ranks for batch in rank.batches(step)]
+        expected = [single.batches(firsts[step] + place)[0].input_ids for place in range(rows_at[step])]
+        assert np.array_equal(np.concatenate(found), np.concatenate(expected))
+        assert ranks[0].consumed(step).tolist() == single.consumed(firsts[step]).tolist()
+    if changed and state is not None:
+        step = state["step"]
+        other = loader(corpora, rows=5, changes=[(step + 1, 2)], **mixed, weight_changes=weights)
+        other.check(state)
+        for late, begin, count in [(0, firsts[step], 5), (1, firsts[step] + 5, 2), (2, firsts[step] + 7, 2)]:
+            # Before the weights change, or after: the two runs change them at other places of the series.
+            if step >= 6 or (step + late < 6 and begin + count <= firsts[6]):
+                expected = [single.batches(begin + place)[0].input_ids for place in range(count)]
+                assert np.array_equal(np.concatenate([b.input_ids for b in other.batches(step + late)]),
+                                      np.concatenate(expected))  # fmt: skip
+
+
 def test_streaming_rows_keep_their_number() -> None:
     state = loader(Memory(LENGTHS), "streaming").state(5)
     with pytest.raises(UserError, match="6 rows per step from step 5 on: streaming rows read on where they stopped"):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bst_base.settings import overridden, parse
+from bst_base.settings import ConfigError, overridden, parse
 from bst_dist.checkpoint.directory import MANIFEST, directory, read_manifest
-from bst_dist.config import Recipe, differing, digest, load_recipe
+from bst_dist.config import Recipe, differing, digest, load_recipe, spread_of
 from bst_dist.faults.status import DONE, USER_ERROR
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.train.run import train
@@ -150,6 +150,58 @@ def test_a_run_goes_on_with_another_batch(recipe_file, tmp_path, on_ranks, capfd
     found, rows = bytes_of(run), rows_bytes(run)
     for step, first, count in [(1, 0, 4), (4, 12, 4), (5, 16, 6), (6, 22, 6), (7, 28, 4), (8, 32, 4)]:
         assert found[step] == pytest.approx(sum(rows[first : first + count]), rel=1e-6), step
+
+
+@pytest.mark.ranks
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_planned_batch_is_that_of_any_stops_and_ranks(recipe_file, tmp_path, on_ranks, capfd, stage):
+    """4, 6 and 3 sequences: in one go, and with stops inside and at the end of a batch, on other ranks each time."""
+    changes = [{"step": 2, "sequences": 6}, {"step": 5, "sequences": 3}]
+    recipe = recipe_file(train={"steps": 7, "sequence_changes": changes}, deepspeed=f"zero{stage}")
+
+    def go(name: str, world: int, until: int) -> None:
+        request = Request(recipe, ["train.micro_sequences=2"], tmp_path / name, True, until)
+        on_ranks(world, lambda ranks: train(request, ranks))
+
+    go("whole", 1, 7)
+    for world, until in [(2, 3), (3, 5), (1, 7)]:
+        go("hops", world, until)
+    said = capfd.readouterr().out
+    assert "batch  6 sequences from step 2, 3 sequences from step 5" in said and "\nchange" not in said
+    rows = rows_bytes(tmp_path / "whole")
+    for name in ("whole", "hops"):
+        found = bytes_of(tmp_path / name)
+        for step, first, count in [(1, 0, 4), (2, 4, 4), (3, 8, 6), (5, 20, 6), (6, 26, 3), (7, 29, 3)]:
+            assert found[step] == pytest.approx(sum(rows[first : first + count]), rel=1e-6), (name, step)
+    losses = [[line["loss_nats"] for line in read_lines(tmp_path / name / FILE) if line["kind"] == "train"]
+              for name in ("whole", "hops")]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 7
+    assert load_recipe(tmp_path / "whole/recipe.yaml").train.tokens == 32 * (2 * 4 + 3 * 6 + 2 * 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            ["train.sequence_changes=[{step: 5, sequences: 2}, {step: 5, sequences: 3}]"],
+            r"must increase, found \[5, 5\]",
+        ),
+        (["train.sequence_changes=[{step: 5, sequences: 2}]", "data.mode=streaming"], "in shuffled mode can change"),
+    ],
+)
+def test_planned_batches_that_cannot_be_are_refused(settings, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        pair(settings, "wsd", *changes)
+
+
+def test_planned_batches_may_change_where_a_run_is_resumed(run_dir, settings):
+    before, now = pair(settings, "wsd", "train.sequence_changes=[{step: 5, sequences: 2}]")
+    assert len(changes(run_dir, before, now)) == 1
+    with pytest.raises(
+        ConfigError, match=r"3 data-parallel ranks but only 2 sequences per step \(train.sequence_changes\)"
+    ):
+        spread_of(now, 3)
 
 
 def bytes_of(run: Path) -> dict[int, float]:
