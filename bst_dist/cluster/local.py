@@ -159,6 +159,7 @@ def program(asked: Request) -> list[str]:
     command += ["--run-dir", str(asked.run_dir)] if asked.run_dir else []
     command += ["--resume"] if asked.resume else []
     command += ["--from-zero"] if asked.from_zero else []
+    command += ["--replan-schedule"] if asked.replan else []
     return command + (["--until", str(asked.until)] if asked.until else [])
 
 

@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "one")  # fmt: skip
     parser.add_argument("--from-zero", action="store_true", help="start at step 0 although the run directory shows "
                         "steps and no checkpoint; its metrics are kept in metrics.dropped.jsonl")  # fmt: skip
+    parser.add_argument("--replan-schedule", action="store_true", help="with --resume: follow another train.steps or "
+                        "schedule.* from the newest checkpoint on, although the steps before it had other learning "
+                        "rates than that gives them")  # fmt: skip
     parser.add_argument(
         "--until", type=at_least(1), metavar="STEP", help="stop after STEP steps in all, with a checkpoint"
     )
@@ -53,7 +56,9 @@ def request(args: argparse.Namespace) -> Request:
     """What the parsed arguments ask for; raises UserError for the directory of a run that is not to be resumed."""
     from bst_dist.train.start.request import Request, of_run  # imports torch: seconds in which no signal would be heard
 
-    asked = Request(args.recipe, args.overrides, args.run_dir, args.resume, args.until, args.from_zero)
+    asked = Request(
+        args.recipe, args.overrides, args.run_dir, args.resume, args.until, args.from_zero, args.replan_schedule
+    )
     return of_run(asked) if args.recipe.is_dir() else asked
 
 

@@ -2,8 +2,8 @@
 
 Settings that do not change the numbers are free (`config.NUMBERS` lists those that do). The learning rate may change
 from the resumed step on, and so may the batch, unless rows are streamed; the number of steps and the schedule may if
-all steps so far would have had the same rate. A change is written to the ledger and the header. Anything else would be
-another run.
+all steps so far would have had the same rate, or if the user says that they are planned anew. A change is written to
+the ledger and the header. Anything else would be another run.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ class OtherRunError(UserError):
     """A run directory that holds another run than the one to resume."""
 
 
-def changes(run_dir: Path, before: Recipe, now: Recipe) -> list[str]:
+def changes(run_dir: Path, before: Recipe, now: Recipe, replan: bool = False) -> list[str]:
     """The settings that change when the run in `run_dir` is resumed, as ``field: before, now``.
 
-    Raises OtherRunError for those that may not, with what to do instead.
+    `replan`: steps already taken may have had another rate than the schedule now gives them. Raises OtherRunError for
+    those that may not, with what to do instead.
     """
     found = differing(before, now)
     if fixed := [line for line in found if not line.startswith((*RATES, *SCHEDULE, *BATCH))]:
@@ -41,9 +42,12 @@ def changes(run_dir: Path, before: Recipe, now: Recipe) -> list[str]:
             f"initial_weights.run={run_dir} initial_weights.step=N"
         )
     there = committed(run_dir)
-    first = _first_otherwise(before, now, step_of(there[0]) if there else 0)
+    done = step_of(there[0]) if there else 0
+    if replan and now.train.steps >= done:
+        return found
+    first = _first_otherwise(before, now, done)
     if first is not None:
-        raise OtherRunError(_way_out(run_dir, found, first, [step_of(path) for path in there]))
+        raise OtherRunError(_way_out(run_dir, found, first, [step_of(path) for path in there], now.train.steps))
     return found
 
 
@@ -82,13 +86,16 @@ def _first_otherwise(before: Recipe, now: Recipe, done: int) -> int | None:
     )
 
 
-def _way_out(run_dir: Path, found: list[str], first: int, steps: list[int]) -> str:
+def _way_out(run_dir: Path, found: list[str], first: int, steps: list[int], wanted: int) -> str:
+    """What to do instead; `steps`: of the checkpoints, `wanted`: `train.steps`."""
     fitting = ", ".join(str(step) for step in sorted(steps) if step <= first) or "none"
+    here = "To follow the new schedule from the newest checkpoint on, add --replan-schedule. Or: "
     return (
-        f"{run_dir}: {'; '.join(found)} (there, given): step {first + 1} was already taken with another learning "
-        f"rate. Continue in another --run-dir: as a branch, branch.run=../{run_dir.name} branch.step=N, from a "
-        f"checkpoint up to which the rates agree ({fitting}); or as a new run from the weights, "
-        f"initial_weights.run={run_dir} initial_weights.step=N ({', '.join(map(str, sorted(steps)))})"
+        f"{run_dir}: {'; '.join(found)} (there, given): step {first + 1} was already taken with another learning rate. "
+        f"{here if wanted >= max(steps) else ''}Continue in another --run-dir: as a branch, "
+        f"branch.run=../{run_dir.name} branch.step=N, from a checkpoint up to which the rates agree ({fitting}); or as "
+        f"a new run from the weights, initial_weights.run={run_dir} initial_weights.step=N "
+        f"({', '.join(map(str, sorted(steps)))})"
     )
 
 

@@ -42,18 +42,25 @@ class RunDirectoryError(UserError):
     """A run directory that this run must not write to."""
 
 
-def check(run_dir: Path, recipe: Recipe, completed: dict[str, Any], resume: bool, from_zero: bool = False) -> list[str]:
+def check(
+    run_dir: Path,
+    recipe: Recipe,
+    completed: dict[str, Any],
+    resume: bool,
+    from_zero: bool = False,
+    replan: bool = False,
+) -> list[str]:
     """Raise unless the run may start, or go on, in `run_dir`; returns what it has otherwise from here on.
 
     Nothing is written. Refused are another recipe (`changes.OtherRunError`), and by RunDirectoryError a DeepSpeed
     configuration that computes something else, checkpoints without `resume`, and a directory of something else. The
     layout may be another. Raises StorageError when the directory shows steps but this host sees no checkpoint of them,
-    unless `from_zero` says to begin anew.
+    unless `from_zero` says to begin anew. `replan`: as in `changes`.
     """
     if not (run_dir / RECIPE).exists():
         _require_free(run_dir)
         return []
-    changed = changes(run_dir, read_recipe(run_dir), recipe)
+    changed = changes(run_dir, read_recipe(run_dir), recipe, replan)
     stored = run_dir / DS_CONFIG
     if stored.exists() and (found := _changed(json.loads(stored.read_text()), completed)):
         raise RunDirectoryError(listed(f"{run_dir}: holds a run with another DeepSpeed configuration:", found))

@@ -36,6 +36,8 @@ class Request:
     """Stop after this many steps in all, with a checkpoint, as if killed politely; None: the recipe's steps."""
     from_zero: bool = False
     """Begin at step 0 although the run directory shows steps and no checkpoint is there."""
+    replan: bool = False
+    """Follow another schedule from the resumed step on, although the steps before had other rates than it gives."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def resolve(recipe: Recipe, request: Request, world: int) -> Start:
         require_writer(name)
     completed = _complete(recipe, world, spread)
     run_dir = request.run_dir or Path("runs") / recipe.name
-    changed = directory.check(run_dir, recipe, completed, request.resume, request.from_zero)
+    changed = directory.check(run_dir, recipe, completed, request.resume, request.from_zero, request.replan)
     until = min(request.until or recipe.train.steps, recipe.train.steps)
     return Start(recipe, run_dir, objective, completed, spread, until, changed)
 

@@ -86,10 +86,37 @@ def test_more_steps_after_the_decay_has_begun_need_a_branch(run_dir, settings, s
     assert f"initial_weights.run={run_dir} initial_weights.step=N (2, 4)" in str(refused.value)
 
 
-def test_fewer_steps_than_are_taken(run_dir, settings):
-    before, now = pair(settings, "wsd", "train.steps=3", "schedule.decay_fraction=0")
-    with pytest.raises(OtherRunError, match="step 4 was already taken"):
+@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
+def test_a_schedule_is_planned_anew_where_the_user_says_so(run_dir, settings, schedule):
+    before, now = pair(settings, schedule, "train.steps=20")
+    with pytest.raises(OtherRunError, match=r"from the newest checkpoint on, add --replan-schedule\. Or: Continue in"):
         changes(run_dir, before, now)
+    assert changes(run_dir, before, now, replan=True) == ["train.steps: 6, 20"]
+    before, now = pair(settings, schedule, "train.steps=20", "seed=9")
+    with pytest.raises(OtherRunError, match="other settings"):
+        changes(run_dir, before, now, replan=True)
+
+
+@pytest.mark.ranks
+@pytest.mark.usefixtures("unmeasured")
+def test_a_cosine_run_follows_its_new_schedule_from_the_resumed_step_on(bst, recipe_file, tmp_path):
+    recipe = recipe_file(train={"steps": 4}, schedule={"kind": "cosine", "warmup_steps": 0})
+    assert bst("train", recipe, "--run-dir", "run", "--ranks", 1, "--until", 3).returncode == DONE
+    done = bst("train", "run", "--resume", "--ranks", 1, "train.steps=8", "--replan-schedule")
+    assert done.returncode == DONE, done.stdout
+    assert "change train.steps: 4, 8 (before, from here on)" in done.stdout
+    rates = [line["learning_rate"] for line in read_lines(tmp_path / "run" / FILE) if line["kind"] == "train"]
+    peak = load_recipe(tmp_path / "run/recipe.yaml").optimizer.learning_rate
+    half = [0.5 + 0.5 * math.cos(math.pi * step / 4) for step in range(3)]
+    rest = [0.5 + 0.5 * math.cos(math.pi * step / 8) for step in range(3, 8)]
+    assert rates == pytest.approx([peak * share for share in half + rest])
+
+
+@pytest.mark.parametrize("replan", [False, True])
+def test_fewer_steps_than_are_taken(run_dir, settings, replan):
+    before, now = pair(settings, "wsd", "train.steps=3", "schedule.decay_fraction=0")
+    with pytest.raises(OtherRunError, match=r"step 4 was already taken(?s:.*)rate\. Continue in another"):
+        changes(run_dir, before, now, replan)
 
 
 def test_a_setting_that_a_later_version_adds_makes_no_other_run(settings):
