@@ -9,9 +9,9 @@
 
 A checkpoint is written under the name ``step-00000100.partial`` and renamed when it is whole, so a directory without
 that suffix was complete once; its digests tell whether it still is. A checkpoint of the weights alone has no optimizer
-files: it can be evaluated and exported, but nothing goes on from it.
+files: it can be evaluated and exported, but nothing continues from it.
 
-Writing is `saving`'s part, going on from one `snapshot`'s, what is kept `retention`'s.
+Writing is `saving`'s part, continuing from one `snapshot`'s, what is kept `retention`'s.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def is_full(manifest: dict[str, Any]) -> bool:
-    """Whether a run can go on from the checkpoint: it has more than the weights."""
+    """Whether a run can continue from the checkpoint: it has more than the weights."""
     return has(manifest, OPTIMIZER)
 
 

@@ -85,7 +85,7 @@ class EngineState:
         return count
 
     def filled(self, step: int, updates: int) -> None:
-        """Let the engine go on from the values just written to `held`, after `step` steps. All ranks call it."""
+        """Let the engine continue from the values just written to `held`, after `step` steps. All ranks call it."""
         for optimizer, tensor in self._updated():
             _state(optimizer, tensor)["step"] = _count(optimizer, tensor, updates)
         self.publish()

@@ -1,6 +1,6 @@
 """Whether a checkpoint is whole, as all ranks together see it.
 
-A file that one host sees otherwise than the manifest says may be bad, or the host may not see right: a mount that is
+A file that does not match the manifest on one host may be bad, or the host may not see right: a mount that is
 missing, a cache that is stale, a controller that lies. So a file is bad when a second rank, on another host where there
 is one, finds it bad too; when the two disagree, or a host cannot read, the start ends and nothing is changed.
 """

@@ -1,4 +1,4 @@
-"""A local copy: all that one rank needs to go on, in one file of a node's own directory.
+"""A local copy: all that one rank needs to continue, in one file of a node's own directory.
 
     a shard (`shards`)      the weights, moments and averages that the rank holds
     what it alone knows     generators and the carried past, as torch saves them

@@ -1,6 +1,6 @@
 """Which checkpoints of a run stay, and the removal of the others.
 
-Only one that a run can go on from counts as one of the newest, and one whose manifest cannot be read counts as none
+Only one that a run can continue from counts as one of the newest, and one whose manifest cannot be read counts as none
 and is left alone. A checkpoint is renamed before it is removed: half of one never bears a checkpoint's name.
 """
 
@@ -51,7 +51,7 @@ class Held:
 
     @property
     def full(self) -> bool:
-        """Whether a run can go on from it."""
+        """Whether a run can continue from it."""
         return is_full(self.manifest)
 
     @property

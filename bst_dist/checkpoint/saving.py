@@ -120,7 +120,7 @@ class Saver:
     def start(self, manifest: dict[str, Any], own: dict[str, Any], kinds: Sequence[str]) -> Failed | None:
         """Begin the checkpoint of step manifest["step"]; None when it is under way. None may be pending.
 
-        `own`: what this rank alone knows; `kinds`: which of those there are. Training may go on at once.
+        `own`: what this rank alone knows; `kinds`: which of those there are. Training may continue at once.
         """
         started = time.perf_counter()
         final = directory(self.run_dir, manifest["step"])

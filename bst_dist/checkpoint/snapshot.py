@@ -1,4 +1,4 @@
-"""Taking checkpoints of a run, and going on from one: exactly under the same layout, but for rounding under another."""
+"""Take checkpoints of a run, and continue from one: exactly under the same layout, but for rounding under another."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class State(saving.State, Protocol):
         """Updates that the optimizer has made."""
 
     def filled(self, step: int, updates: int) -> None:
-        """Let the engine go on from what was filled in."""
+        """Let the engine continue from what was filled in."""
 
 
 class Snapshots:
@@ -155,7 +155,7 @@ class Snapshots:
         self._saver.rehearse()
 
     def newest(self, scheduled: bool = False) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint to go on from that is whole, and what is wrong with newer ones.
+        """The newest checkpoint to continue from that is whole, and what is wrong with newer ones.
 
         `scheduled`: of those alone that are taken in every course of the run, however often it was stopped.
 
@@ -330,7 +330,7 @@ class Checkpoints(Callback):
     def after_step(self, report: StepReport, last: bool) -> None:
         """Commit what was under way, begin what is due; after the last step, wait for it.
 
-        A checkpoint that cannot be written is told of and the run goes on, with the one before it as it was; but not
+        A checkpoint that cannot be written is told of and the run continues, with the one before it as it was; but not
         without the last one, nor after `checkpoint.failures` in a row: raises StorageError on all ranks.
         """
         self._tell(self.snapshots.poll())

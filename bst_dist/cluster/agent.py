@@ -6,7 +6,7 @@ those launchers but the secret by which the two know each other. Neither side ou
 - the launching process has ended: the ranks are asked to stop, and write their checkpoint within the grace;
 - it has not been heard of for `--lost-after` seconds: it was stopped, or the network is cut. The ranks are asked to
   stop too, and killed after as long again: successors of theirs may want to start by then (`verdict.lease_s`). This
-  process stays as long as its connection does, so that the launching process, should it go on, finds out what became
+  process stays as long as its connection does, so that the launching process, should it continue, finds out what became
   of them: it was left alone, and each rank ended so, or was cut short;
 - this process is killed: the kernel kills the ranks with it.
 """

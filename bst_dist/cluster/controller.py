@@ -197,7 +197,7 @@ class Controller:
         reachable = shares.keys() - self.ended.lost.keys()
         self.ask("kill", {host: {} for host in reachable})
         for host in self.ended.lost:
-            self._send(host, "kill")  # where the agent alone was stopped it finds this when it goes on
+            self._send(host, "kill")  # where the agent alone was stopped it finds this when it continues
             self._drop(host, "given up")
         free = max(silent, default=0.0) + lease_s(self.means.lost_after_s, self.means.grace_s) + BEAT_S
         while silent and self.hearing.clock() < free and len(self.told) < 2:

@@ -58,7 +58,7 @@ class Ended:
 
     @property
     def failed(self) -> bool:
-        """Whether something has gone wrong that the other ranks cannot go on without."""
+        """Whether something has gone wrong that the other ranks cannot continue without."""
         return bool(self.lost or self.cut_short) or any(status not in ORDERLY for status in self.statuses.values())
 
     @property

@@ -2,8 +2,8 @@
 
 Every decision is a function of what all ranks know alike (the losses of the steps so far, and the ledger), so all ranks
 decide the same, and so does a run that was stopped in between. A step may be *skipped*: no weight changes, and the
-next step has the next data. Or the run is *rolled back*: it goes on from its last checkpoint, with the data that comes
-after the step in question; all data from that checkpoint to there is passed over (as Chowdhery et al., arXiv
+next step has the next data. Or the run is *rolled back*: it continues from its last checkpoint, with the data that
+comes after the step in question; all data from that checkpoint to there is skipped (as Chowdhery et al., arXiv
 2204.02311, section 5.1, did by hand). Either is done so often and no more: then the run stops.
 """
 
@@ -29,7 +29,7 @@ class DivergedError(UserError):
 
 
 class RollBack(Exception):
-    """The run goes on from its last checkpoint; `entry` is for the ledger, once it is known which that is."""
+    """The run continues from its last checkpoint; `entry` is for the ledger, once it is known which that is."""
 
     def __init__(self, entry: Entry) -> None:
         super().__init__(entry.cause)

@@ -1,9 +1,9 @@
 """`ledger.jsonl`: what the guard has done to a run, and why, one JSON object a line.
 
-The file tells one run, as the metrics do. Where an entry stands in it is a pair: how much data had been passed over,
-and the step. After a roll-back the steps begin again from a smaller one, but with more data passed over, so the pairs
-only ever increase; and when a run goes on from a checkpoint, the entries beyond that checkpoint's pair are dropped, and
-made anew when the run comes by there again.
+The file tells one run, as the metrics do. Where an entry stands in it is a pair: how much data had been skipped,
+and the step. After a roll-back the steps begin again from a smaller one, but with more data skipped, so the pairs
+only ever increase; and when a run continues from a checkpoint, the entries beyond that checkpoint's pair are dropped,
+and made anew when the run comes by there again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bst_dist.report.metrics import keep_dropped, read_lines
 
 FILE = "ledger.jsonl"
 CHANGE = "change"
-"""The action of an entry that says what a run has otherwise from a step on."""
+"""The action of an entry for settings that change from a step on."""
 RESUMED = "resumed"
 """The action of an entry that says after which step a start went on that had no checkpoint of it."""
 
@@ -31,7 +31,7 @@ class Entry:
     step: int
     """Its number, counted from 1 as in the metrics."""
     skipped: int
-    """Steps' worth of data that had been passed over before."""
+    """Steps' worth of data that had been skipped before."""
     cause: str
     """What was wrong, with its value and the limit."""
     action: str
@@ -73,7 +73,7 @@ class Ledger:
 
 
 def read(run_dir: Path, step: int, skipped: int) -> list[Entry]:
-    """The entries of a run that goes on after `step` steps with so much data passed over."""
+    """The entries of a run that continues after `step` steps with so many steps of data skipped."""
     entries = [Entry(**line) for line in read_lines(run_dir / FILE)]
     return [entry for entry in entries if (entry.skipped, entry.step) <= (skipped, step)]
 

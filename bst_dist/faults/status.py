@@ -15,4 +15,4 @@ HUNG = 70
 UNREADABLE = StorageError.exit_status
 """A host could not read or write a file (EX_IOERR of sysexits.h): nothing was given up for it, start again."""
 RESUBMIT = 75
-"""Stopped by a signal, with a checkpoint (EX_TEMPFAIL of sysexits.h): start again, and the run goes on."""
+"""Stopped by a signal, with a checkpoint (EX_TEMPFAIL of sysexits.h): start again, and the run continues."""

@@ -12,7 +12,7 @@ When no rank has entered another phase or begun another exchange for the limit, 
 - otherwise the ranks that are furthest *behind*, by the phases and exchanges they have begun, hold up those ahead;
 - when all are at the same place, what is between them does not get through.
 
-If any rank moves between the two readings it was only slow, and the watch goes on. Otherwise rank 0 tells the others,
+If any rank moves between the two readings it was only slow, and the watch continues. Otherwise rank 0 tells the others,
 and all end. When rank 0 itself, in whose process the heartbeats are kept, is silent, the others say that.
 """
 

@@ -32,7 +32,7 @@ class Generation:
     """Several samples of several prompts, continued together until `end` is called for each.
 
     Whole blocks of each prompt are read at once. The rest, less than a block and a token, is read by all rows together:
-    one that has come to the end of its prompt goes on with what it draws, while others still read theirs. So all rows
+    one that has come to the end of its prompt continues with what it draws, while others still read theirs. So all rows
     stand at the same place in their blocks, and a step is one forward pass; rows still in their first block, whose
     states are shorter, are another one.
     """

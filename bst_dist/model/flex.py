@@ -7,7 +7,7 @@ the near diagonals alone (`bias_gradient`), in plain torch and in a fixed order,
 What is compiled, and how often: inside a compiled layer, flex is part of that graph. Else training has one graph for
 its one shape, and everything without gradients shares graphs whose batch, queries and keys are dynamic. Slices that are
 no whole tiles (a token at a time, the rest of a prompt) compile nothing. More than GRAPHS graphs are an error: torch
-would go on with an uncompiled form that holds all scores.
+would continue with an uncompiled form that holds all scores.
 
 Shapes: B rows, l queries, p positions before them, H heads of queries, G of keys and values (H where not said), dh head
 width, W window, t queries or keys of a tile.

@@ -62,7 +62,7 @@ class StandardConfig(Config):
         return {"filters": "matrices", "embedding": "vectors"}.get(kind, kind)
 
     def scales(self, width: int, depth: int) -> dict[str, Scale]:
-        """Of the groups that train otherwise than the recipe's optimizer section says."""
+        """Of the groups that differ from the recipe's optimizer section."""
         return {}
 
 

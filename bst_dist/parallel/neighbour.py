@@ -40,7 +40,7 @@ class LeftNeighbour(Past):
     Args:
         group: the ranks that share this sequence.
         slice_length: tokens of a slice, the same on all ranks.
-        earlier: given, on all ranks alike, when the sequence goes on from call to call; read and left only on the
+        earlier: given, on all ranks alike, when the sequence continues from call to call; read and left only on the
             first rank, and empty on the others.
     """
 
@@ -131,7 +131,7 @@ class LeftNeighbour(Past):
 
 def past_of_slice(group: SequenceGroup | None, length: int, earlier: EarlierCall | None = None) -> Past:
     """What came before this rank's slice of `length` tokens: in the ranks it shares the sequence with, if there are
-    any, and in an earlier call, if the stream goes on from one."""
+    any, and in an earlier call, if the stream continues from one."""
     return LeftNeighbour(group, length, earlier) if group else earlier or Past()
 
 

@@ -34,7 +34,7 @@ from bst_dist.parallel.past import EarlierCall, State
 
 
 class Edge(EarlierCall):
-    """The past of a slice whose gradient goes on to the slice before: what is held are leaves, what is left keeps its
+    """The past of a slice whose gradient continues to the slice before: what is held are leaves, what is left keeps its
     graph.
 
     Args:

@@ -30,7 +30,7 @@ def rehearse(model: ModelConfig, sp: int, rows: int, slice_length: int, bf16: bo
         slice_length: tokens of a slice, l = L / sp.
         isolated: whether documents are isolated, so that each row has transitions of its own.
         run_again: whether every layer is run again in the backward pass.
-        stream: whether the sequence goes on from what came before: in an earlier step, or in an earlier slice.
+        stream: whether the sequence continues from what came before: in an earlier step, or in an earlier slice.
 
     Raises:
         SequenceParallelError: a layer needs more than its left neighbour has, or a state that cannot be passed on.

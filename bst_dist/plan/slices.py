@@ -1,7 +1,7 @@
 """Sequences in slices, planned: memory and time by the size of a slice, and the longest sequence that a cluster holds.
 
 All figures come from the same counts as the plan: one layer of each kind run on tensors without storage, in a slice
-that goes on from an edge, and the bytes that it leaves.
+that continues from an edge, and the bytes that it leaves.
 """
 
 from __future__ import annotations

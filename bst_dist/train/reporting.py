@@ -95,7 +95,7 @@ def _writer(name: str, start: Start, about: dict[str, Any]) -> Writer:
 
 
 def probes_of(start: Start, trainer: Trainer, evaluate: Evaluate) -> Probes:
-    """What looks into the model at evaluations; samples of text go on from the first validation sequence."""
+    """What looks into the model at evaluations; samples of text continue from the first validation sequence."""
     tokenizer = start.objective.tokenizer()
     prompt: list[int] = []
     if tokenizer is not None and evaluate.batches:

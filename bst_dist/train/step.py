@@ -63,7 +63,7 @@ class Trainer:
         """One update of the weights with the mean loss over all valid tokens of the step; `start`: when it began.
 
         The guard may hold it back: then the report is a SkippedReport. Raises RollBack, or DivergedError, when the run
-        cannot go on from here; no weight has changed then.
+        cannot continue from here; no weight has changed then.
         """
         rates = self.engine.set_rates(factor(self.schedule, step, self.config.steps))
         rate = rates["matrices"]
@@ -168,7 +168,7 @@ class _Gradients:
         self._found: Tensor | None = None
 
     def judge(self) -> None:
-        """All losses of the step are there: sum them over ranks, and hold the step back if the loss is no good."""
+        """All losses of the step are there: sum them over ranks, and hold the step back if the loss is bad."""
         trainer = self.trainer
         own = (self.sums, self.squares, self._number(trainer.stop.wish), self.parts.flatten())
         sums = trainer.ranks.add_up(torch.cat(own))
@@ -231,7 +231,7 @@ class _MicroBatch:
     def _inputs(self, s: int, past: EarlierCall | None) -> dict[str, Any]:
         """What the model is called with; each slice is a sign of life to the watchdog.
 
-        A row that does not go on where it stopped the step before (a new pass over the corpus) begins like a new
+        A row that does not continue where it stopped the step before (a new pass over the corpus) begins like a new
         document.
         """
         trainer, part = self.trainer, self.slices[s]
@@ -280,7 +280,7 @@ def sum_of_batch(losses: Any, inputs: dict[str, Any], token_bytes: Tensor) -> Te
 
 
 def _with_starts(inputs: dict[str, Any], batch: Batch, block: int) -> Tensor:
-    """(b, l / W) bool: the starts given, and the first block of every row that does not go on where it stopped.
+    """(b, l / W) bool: the starts given, and the first block of every row that does not continue where it stopped.
 
     All ranks that share the rows must have starts, though only the first of them holds their first blocks.
     """

@@ -2,9 +2,9 @@
 
   python -m data_pipeline.bench.readers READER JOB DIRECTORY --sequences N [--state FILE]
 
-Jobs: `make` writes the reader's own copy of the sequences; `speed` reads one pass; `resume` goes on from the middle of
-a pass; `half` reads half a pass and keeps the state; `rest` is one of several ranks that go on from it. The peers are
-imported here alone, and only in the process that measures them.
+Jobs: `make` writes the reader's own copy of the sequences; `speed` reads one pass; `resume` continues from the middle
+of a pass; `half` reads half a pass and keeps the state; `rest` is one of several ranks that continue from it. The peers
+are imported here alone, and only in the process that measures them.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def half(reader: type, directory: Path, sequences: int, state_file: Path) -> dic
 
 
 def rest(reader: type, directory: Path, sequences: int, state_file: Path) -> dict[str, Any]:
-    """One of WORLD_SIZE ranks: go on from the state to the end of the pass."""
+    """One of WORLD_SIZE ranks: continue from the state to the end of the pass."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")

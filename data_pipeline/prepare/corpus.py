@@ -1,8 +1,8 @@
 """Prepare a corpus: extract, deduplicate, split, train the tokenizer, encode, write shards and manifest.
 
 The output depends on the source and the settings alone: the same bytes for any number of workers, in processes or over
-MPI ranks. Every step leaves whole files only, so work that was interrupted goes on where it stopped; the manifest comes
-last, and a directory with a manifest is complete.
+MPI ranks. Every step leaves whole files only, so work that was interrupted continues where it stopped; the manifest
+comes last, and a directory with a manifest is complete.
 """
 
 from __future__ import annotations

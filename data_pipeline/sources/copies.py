@@ -2,7 +2,7 @@
 
 A folder of copies belongs to one address. `fetched.jsonl` in it says what each file was when it was copied (its size
 and what the store calls its version), so a second preparation copies what is new or has changed, and an interrupted one
-goes on. Files that have gone from the store are removed. What is not wanted is counted there by its ending, not copied.
+continues. Files that have gone from the store are removed. What is not wanted is counted by its ending, not copied.
 """
 
 from __future__ import annotations

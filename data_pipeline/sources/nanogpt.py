@@ -35,7 +35,7 @@ class _Ids(NamedTuple):
 class NanoGpt(TokenSource):
     """Every `.bin` and `.npy` under a directory (or one such file), sorted by path. A file of llm.c and modded-nanogpt
     is known by its header, one of NumPy likewise; any other is read as bare ids of `dtype`, as nanoGPT and OLMo write
-    them. `eos_id` stands between documents, before or after each. A document that goes on in the next file becomes
+    them. `eos_id` stands between documents, before or after each. A document that continues in the next file becomes
     two."""
 
     kind: Literal["nanogpt"] = "nanogpt"

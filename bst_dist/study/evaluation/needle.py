@@ -83,7 +83,7 @@ class Texts:
         return whole, int(differing[0]) if len(differing) else same
 
     def _hay(self, draws: np.random.Generator, tokens: int) -> np.ndarray:
-        """A run of text from a random place, going on with the next documents; the corpus over again at its end."""
+        """A run of text from a random place, continuing with the next documents; the corpus over again at its end."""
         corpus = self.corpora[int(draws.integers(len(self.corpora)))]
         document = int(draws.choice(len(corpus), p=corpus.lengths / corpus.lengths.sum()))
         start, parts, left = int(draws.integers(corpus.lengths[document])), [], tokens

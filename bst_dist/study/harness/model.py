@@ -1,7 +1,7 @@
 """A run's model as EleutherAI's lm-evaluation-harness asks for one; needs the package `lm_eval`.
 
 The model has no longest input: a context is read through the carried state. What requests have in common is read once:
-the whole blocks of a context, after which all its continuations go on from the same state. From there all rows stand at
+the whole blocks of a context, after which all its continuations start from the same state. From there all rows stand at
 the same place in their blocks, so they are one batch however long their contexts were; and as nothing is read after a
 continuation, they are padded behind it.
 
@@ -67,7 +67,7 @@ class HarnessModel(TemplateLM):
         return self.text.eos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The tokens of a text that begins a document, or with `add_special_tokens` false of one that goes on."""
+        """The tokens of a text that begins a document, or with `add_special_tokens` false of one that continues."""
         return ([] if add_special_tokens is False else self._begin) + self.text.encode(string).tolist()
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

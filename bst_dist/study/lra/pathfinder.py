@@ -136,7 +136,7 @@ def _path(random: Random, geometry: Geometry, size: int, dashes: int, taken: np.
     place = complex(geometry.dot + random.random() * inside, geometry.dot + random.random() * inside)
     heading = random.random() * 2 * math.pi
     path: list[np.ndarray] = []
-    behind = taken  # what the next dash must keep clear of: all but the dash that it goes on from
+    behind = taken  # what the next dash must keep clear of: all but the dash that it continues from
     for _ in range(dashes):
         for _ in range(TRIES):
             turned = heading + (2 * random.random() - 1) * TURN

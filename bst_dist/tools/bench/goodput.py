@@ -29,7 +29,7 @@ class MeanTime:
 META = "Kokolis et al., Revisiting Reliability in Large-Scale Machine Learning Research Clusters, arXiv 2410.21680"
 MEAN_TIMES = (MeanTime(1024, 7.9, META), MeanTime(16384, 1.8, META + " (projected)"))
 ANCHORS = (
-    "FlashRecovery, arXiv 2509.03047: training goes on within 150 s on 4,800 devices",
+    "FlashRecovery, arXiv 2509.03047: training continues within 150 s on 4,800 devices",
     "ByteRobust, arXiv 2509.16293: 97 % of the time trains, in a job of three months on 9,600 GPUs",
 )
 """What others report, of their own systems and clusters."""

@@ -18,7 +18,7 @@ from bst_dist.config import Recipe, differing, load_recipe
 from bst_dist.train.rundir import RECIPE
 from bst_dist.train.schedule import factor
 
-# What a branch may have otherwise than its trunk; the schedules must still agree on every step that is shared.
+# Settings in which a branch may differ from its trunk; the schedules must still agree on every step that is shared.
 OWN = ("name:", "branch", "train.steps:", "schedule.", "evaluation.")
 
 

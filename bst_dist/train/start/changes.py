@@ -62,7 +62,7 @@ def may_change(name: str) -> bool:
 
 
 def with_batch(changed: Sequence[str], data: Mapping[str, Any], sequences: int) -> list[str]:
-    """What changes where a checkpoint with the loader's state `data` goes on with so many sequences per step.
+    """What changes where a checkpoint with the loader's state `data` continues with so many sequences per step.
 
     A batch that changed at a later checkpoint, which is damaged or was rolled back, changes at this one.
     """

@@ -50,7 +50,7 @@ def check(
     from_zero: bool = False,
     replan: bool = False,
 ) -> list[str]:
-    """Raise unless the run may start, or go on, in `run_dir`; returns what it has otherwise from here on.
+    """Raise unless the run may start, or continue, in `run_dir`; returns the settings that change from here on.
 
     Nothing is written. Refused are another recipe (`changes.OtherRunError`), and by RunDirectoryError a DeepSpeed
     configuration that computes something else, checkpoints without `resume`, and a directory of something else. The

@@ -1,6 +1,6 @@
 """Initial weights taken from another run: fine-tuning, on other text, under another schedule, with a new optimizer.
 
-A branch goes on with its trunk's steps and must be the same run so far; this one begins at step 0 and shares nothing
+A branch continues with its trunk's steps and must be the same run so far; this one begins at step 0 and shares nothing
 with the other but the model's shape and the tokenizer.
 """
 

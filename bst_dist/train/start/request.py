@@ -53,7 +53,7 @@ class Start:
     """The sequences of a step over the ranks."""
     until: int
     changed: Sequence[str] = ()
-    """What the run has otherwise than at its start before, as ``field: before, now``."""
+    """Settings that differ from those of the start before, as ``field: before, now``."""
 
     def mesh(self, ranks: Ranks) -> Mesh:
         """Where this rank stands among the data-parallel and the sequence-parallel ranks."""
