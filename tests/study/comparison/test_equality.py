@@ -94,3 +94,10 @@ def test_runs_that_ended_elsewhere_are_refused(make_run):
 
 def test_models_of_other_seeds_differ(make_run):
     assert not equality(make_run("one"), make_run("other", seed=1)).passed
+
+
+def test_the_first_step_that_only_one_of_them_has_is_named(make_run):
+    one, other = make_run("one"), make_run("other")
+    edit_metrics(other, lambda lines: [*lines, *(lines[0] | {"step": step} for step in range(40, 4, -1))])
+    with pytest.raises(UserError, match=r"only one of them has step 5$"):
+        equality(one, other)

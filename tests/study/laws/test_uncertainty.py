@@ -130,3 +130,48 @@ def test_the_best_shape_is_where_the_loss_is_least():
         shapes = law.shape_of(sizes, 12.0)
         assert n == pytest.approx(sizes[np.argmin(law.loss(sizes, 1e21 / 6 / sizes, *shapes))], rel=0.01)
         assert 6 * n * d == pytest.approx(1e21)
+
+
+def test_an_interval_has_the_spread_and_the_quantiles_of_its_draws():
+    laws = [Law(1.8, 400.0, alpha, 410.0, 0.3) for alpha in (0.30, 0.31, 0.33, 0.36, 0.40)]
+    found = uncertainty.interval(lambda law: law.alpha, laws[2], laws)
+    assert found.value == 0.33
+    assert found.standard_error == pytest.approx((sum((a.alpha - 0.34) ** 2 for a in laws) / 4) ** 0.5)
+    assert (found.low, found.high) == (pytest.approx(0.301), pytest.approx(0.396))  # 2.5 % of four gaps from each end
+    lost = uncertainty.interval(lambda law: law.alpha if law.alpha > 0.34 else float("nan"), laws[2], laws)
+    assert (lost.low, lost.high) == (-np.inf, np.inf)  # most draws have none
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "half", "said"),
+    [
+        ("alpha", 0.3, 0.14, None),
+        ("alpha", 0.3, 0.16, "alpha = 0.300 ± 0.160"),
+        ("E", 1.5, 0.19, None),
+        ("E", 1.5, 0.21, "E = 1.500 ± 0.210"),
+        ("E", 0.0021, 0.0, None),
+        ("E", 0.0019, 0.0, "E is at its bound of zero"),
+    ],
+)
+def test_what_is_not_identified_goes_by_fixed_limits(name, value, half, said):
+    n = d = np.array([1e6, 3e6, 9e6])
+    points = Points(np.array([2.0, 2.5, 3.0]), n, d, n, n, np.arange(3), np.full(3, "a"))
+    found = {each: uncertainty.Interval(at, 0.0, at, at) for each, at in (("alpha", 0.3), ("beta", 0.3), ("E", 1.5))}
+    found[name] = uncertainty.Interval(value, 0.0, value - half, value + half)
+    reasons = uncertainty.unidentified(found, points)
+    assert reasons == [] if said is None else [r[: len(said)] for r in reasons] == [said]
+
+
+def test_lack_of_fit_is_the_f_test_of_the_shapes_means(sweep):
+    points = sweep(PUBLISHED, noise=0.01, seed=3)
+    fitted = fit(points)
+    residuals: dict = {}
+    for loss, expected, run, shape in zip(points.loss, fitted.predict(points), points.run, points.shape, strict=True):
+        residuals.setdefault(shape, {}).setdefault(run, []).append(np.log(loss / expected))
+    shapes = [[float(np.mean(values)) for values in runs.values()] for runs in residuals.values()]
+    runs = sum(map(len, shapes))
+    assert runs > len(shapes) > 3
+    unknowns = 3  # E, A, alpha: tokens are told apart within a run
+    between = sum(len(means) * np.mean(means) ** 2 for means in shapes) / (len(shapes) - unknowns)
+    within = sum((mean - np.mean(means)) ** 2 for means in shapes for mean in means) / (runs - len(shapes))
+    assert uncertainty.lack_of_fit(points, fitted).statistic == pytest.approx(between / within)

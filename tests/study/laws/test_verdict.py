@@ -196,3 +196,23 @@ def test_a_size_that_was_held_out_is_inside_what_the_others_let_expect(study):
     told = compare(observed, "sliding", "all").variants["bst"]
     assert len(told.held_out) == 12
     assert told.gaps.flops.max() < min(o.flops for o in told.held_out)
+
+
+def test_pairs_still_needed_are_those_beyond_what_there_is(study):
+    observed = study(11, noise=0.03)
+    found = compare(observed, "sliding", "all").variants["bst"]
+    change = next(change for change in found.changes if change.factor == "depth")
+    assert change.answer == "undecided"
+    smallest = (change.change.standard_error / verdict.MARGIN) ** 2 * change.pairs  # an error as large as the margin
+    assert found.more_pairs["depth"] > smallest - change.pairs > 1
+
+
+@pytest.mark.parametrize(("documents", "mean"), [((1.0, 2.0, 4.0), True), ((1.0,), False)])
+def test_documents_are_better_only_where_their_loss_is_lower(study, documents, mean):
+    def of(observation):
+        better = 0.9 if observation.architecture == "bst" else 1.0
+        return replace(observation, by_document=(documents[0] * better, *documents[1:]))
+
+    found = compare([of(o) for o in study(3)], "sliding", "all").variants["bst"]
+    assert (found.better_documents, found.documents) == (1, len(documents))  # the others are equal
+    assert (found.by_document is not None) == mean  # one document alone has no error
