@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from bst_base.host import free_port
 from bst_dist.train.rundir import read_outcome, read_recipe
 
 pytestmark = pytest.mark.cluster
@@ -82,7 +83,7 @@ class Slurm:
         cores = os.cpu_count()
         nodes = [f"NodeName=n{number} NodeAddr={host} CPUs={cores} Gres=gpu:2 State=UNKNOWN"
                  for number, host in enumerate(self.network.hosts, 1)]  # fmt: skip
-        ports = [_free_port(), _free_port()]
+        ports = [free_port(), free_port()]
         (self.directory / "slurm.conf").write_text(CONFIGURATION.format(
             controller=socket.gethostname(), address=f"{self.network.subnet}.254", directory=self.directory,
             port=ports[0], daemon_port=ports[1], nodes="\n".join(nodes),
@@ -149,12 +150,6 @@ class Slurm:
         for daemon in self.daemons:
             daemon.kill()
             daemon.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

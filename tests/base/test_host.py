@@ -1,0 +1,48 @@
+"""What a process asks of its machine."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from bst_base import host
+from bst_base.host import free_port
+
+
+@pytest.fixture
+def handed_out(tmp_path, monkeypatch):
+    """``handed_out(text)``: what Linux says of the ports that it chooses from; None as where it says nothing."""
+
+    def set_to(text: str | None) -> None:
+        path = tmp_path / "ip_local_port_range"
+        if text is not None:
+            path.write_text(text)
+        monkeypatch.setattr(host, "_HANDED_OUT", path)
+
+    return set_to
+
+
+def test_a_free_port_is_none_that_the_kernel_hands_out(handed_out):
+    """Otherwise a connection made before the rank listens could be given it."""
+    handed_out("10100\t60999\n")
+    found = {free_port() for _ in range(300)}
+    assert found <= set(range(10_000, 10_100))
+    assert len(found) > 50, "two that ask at the same time are to get different ones"
+
+
+def test_a_port_on_which_somebody_listens_is_not_free(handed_out, monkeypatch):
+    handed_out("32768\t60999\n")
+    taken, other = free_port(), free_port()
+    waiting = [taken, taken, other]
+    monkeypatch.setattr(host.secrets, "choice", lambda ports: waiting.pop(0))
+    with socket.create_server(("127.0.0.1", taken)):
+        assert free_port() == other
+
+
+@pytest.mark.parametrize("text", ["1024 65535\n", "", None])
+def test_where_the_kernel_hands_out_every_port_it_chooses(handed_out, monkeypatch, text):
+    handed_out(text)
+    monkeypatch.setattr(host.secrets, "choice", lambda ports: pytest.fail("there is none to choose from"))
+    with socket.create_server(("", free_port())):
+        pass
