@@ -28,6 +28,16 @@ def test_links_lead_somewhere(page):
             assert part in anchors, f"{page}: {target} has no heading #{part}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tests_and_programs_that_a_page_names_exist(page):
+    named = re.findall(
+        r"\b((?:tests|launch|ds_configs|bst_base|bst_dist|data_pipeline)/[\w/.-]+\w)(?:::(\w+))?", page.read_text()
+    )
+    for path, name in named:
+        assert (ROOT / path).exists(), f"{page}: there is no {path}"
+        assert not name or f"def {name}" in (ROOT / path).read_text(), f"{page}: {path} has no {name}"
+
+
 def test_every_page_can_be_reached_from_the_index():
     reached = {target for target, _ in links(ROOT / "docs/README.md")}
     made = {ROOT / "docs/README.md", ROOT / "docs/study/report.md"}  # the report is the study's own
