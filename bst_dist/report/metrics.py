@@ -91,11 +91,6 @@ class EvalReport:
         """What was evaluated, for people."""
         return f"{self.split}, {self.tokens:,} tokens"
 
-    @property
-    def group(self) -> str:
-        """Under what its curves stand in TensorBoard and other writers."""
-        return self.split
-
 
 @dataclass(frozen=True)
 class CorpusReport(EvalReport):
@@ -109,10 +104,6 @@ class CorpusReport(EvalReport):
     def about(self) -> str:
         return f"{self.split} (± {self.loss_nats_standard_error:.4f}), {self.tokens:,} tokens"
 
-    @property
-    def group(self) -> str:
-        return f"validation {self.split}"
-
 
 @cache
 def _averaged(of: type[EvalReport]) -> type[EvalReport]:
@@ -122,10 +113,6 @@ def _averaged(of: type[EvalReport]) -> type[EvalReport]:
         def about(self) -> str:
             return f"averaged weights: {super().about()}"
 
-        @property
-        def group(self) -> str:
-            return f"{self.split} averaged"
-
     return Averaged
 
 
@@ -133,6 +120,15 @@ def of_average(report: EvalReport) -> EvalReport:
     """The same report, of whatever kind of evaluation, about the averaged weights (train.average): other readers of
     metrics.jsonl do not take it for one about the weights."""
     return _averaged(type(report))(**vars(report))
+
+
+def curve_group(line: dict[str, Any]) -> str:
+    """What the names of a report's curves begin with, in TensorBoard and other writers; `line` is that of FILE."""
+    if "split" not in line:
+        return line["kind"]
+    further = "loss_nats_standard_error" in line  # a CorpusReport, or one of averaged weights
+    name = f"validation {line['split']}" if further else line["split"]
+    return f"{name} averaged" if line["kind"] == "averaged" else name
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
-import json
 import math
 import pkgutil
 import queue
@@ -24,19 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from bst_base.errors import UserError
-from bst_base.files import write_text
 from bst_dist.config import Recipe, flat
 from bst_dist.extras import EXTRAS, missing
-from bst_dist.report import metrics
-from bst_dist.report.metrics import EvalReport, Report, Seen, SkippedReport, Writer
+from bst_dist.report.metrics import Report, Seen, SkippedReport, Writer, curve_group
 
 GROUP = "bst_dist.writers"
 WRITERS = {
     "wandb": "bst_dist.report.weights_and_biases:WeightsAndBiases",
     "mlflow": "bst_dist.report.mlflow_runs:MLflow",
 }
-FILE = "writers.json"
-"""In a run directory: what writers call the run, by the writer's name, so that a resumed run continues there."""
 WAITING = 10_000
 """Reports that wait for a writer at most; more are dropped."""
 CLOSE_S = 60.0
@@ -71,10 +66,15 @@ def find(name: str) -> Maker:
 
 def scalars(report: Report) -> dict[str, float]:
     """The numbers of a report by the names of their curves, as ``train/loss_nats``; none of a step that was skipped."""
-    if isinstance(report, SkippedReport):
+    return curves({"kind": report.kind, **asdict(report)})
+
+
+def curves(line: dict[str, Any]) -> dict[str, float]:
+    """The same of a line of metrics.jsonl."""
+    if line["kind"] == SkippedReport.kind:
         return {}
-    group = report.group if isinstance(report, EvalReport) else report.kind
-    return {f"{group}/{name.replace('.', '/')}": value for name, value in flat(asdict(report)).items()
+    group = curve_group(line)
+    return {f"{group}/{name.replace('.', '/')}": value for name, value in flat(line).items()
             if name != "step" and isinstance(value, (int, float)) and not math.isnan(value)}  # fmt: skip
 
 
@@ -129,38 +129,3 @@ class Background(Writer):
 
     def _tell(self, text: str) -> None:
         print(f"log.writers: {self.name} {text}", flush=True)
-
-
-class Once:
-    """Leaves out what a writer got in an earlier start: services that keep what they are sent would show a step that is
-    taken again after a resume or a roll-back twice. Made before `keep_name`."""
-
-    def __init__(self, run_dir: Path, writer: str) -> None:
-        known = kept_name(run_dir, writer) is not None
-        lines = metrics.read_lines(metrics.dropped(run_dir / metrics.FILE)) if known else []
-        self._got = {(line["kind"], line.get("split"), line["step"]) for line in lines}
-
-    def first(self, report: Report | Seen) -> bool:
-        """Whether it was not reported by an earlier start. Probes look right after an evaluation."""
-        if isinstance(report, Seen):
-            return not any(kind == EvalReport.kind and step == report.step for kind, _, step in self._got)
-        return (report.kind, getattr(report, "split", None), report.step) not in self._got
-
-
-def kept_name(run_dir: Path, writer: str) -> str | None:
-    """What a writer calls the run, from an earlier start; None in the first."""
-    try:
-        return json.loads((run_dir / FILE).read_text(encoding="utf-8")).get(writer)
-    except FileNotFoundError:
-        return None
-
-
-def keep_name(run_dir: Path, writer: str, name: str) -> None:
-    """Keep what a writer calls the run, for later starts."""
-    with _LOCK:  # several writers start at once
-        path = run_dir / FILE
-        names = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        write_text(path, json.dumps(names | {writer: name}, indent=2) + "\n")
-
-
-_LOCK = threading.Lock()

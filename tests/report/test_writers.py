@@ -5,18 +5,31 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bst_base.errors import UserError
 from bst_dist.extras import EXTRAS
-from bst_dist.report.metrics import EvalReport, MetricsFile, Seen, SkippedReport, StepReport, Writer, read_lines
-from bst_dist.report.writers import Background, Once, find, keep_name, kept_name, require, scalars
+from bst_dist.report.metrics import (
+    CorpusReport,
+    EvalReport,
+    MetricsFile,
+    Seen,
+    SkippedReport,
+    StepReport,
+    Writer,
+    of_average,
+    read_lines,
+)
+from bst_dist.report.services import Service, keep_name, kept_name
+from bst_dist.report.writers import Background, find, require, scalars
 
 
 def report(step: int) -> StepReport:
@@ -167,18 +180,126 @@ def test_names_of_several_writers_are_kept_side_by_side(tmp_path):
     assert (kept_name(tmp_path, "wandb"), kept_name(tmp_path, "mlflow")) == ("a", "b")
 
 
-def test_a_service_is_given_each_step_once(tmp_path):
-    """Step 2 and the evaluation after it are taken again, after a resume from step 1; step 3 had not come."""
-    evaluated = [EvalReport(2, split, 9, 2.0, 3.0, [1.0], 0.5) for split in ("validation", "books")]
-    before = MetricsFile(tmp_path, 0)
-    for one in (report(1), report(2), evaluated[0]):
-        before.write(one)
-    before.close()
+class Taken(Service):
+    """A service that keeps what it is sent in a file, one line a report."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(run_dir, "taken")
+        self.file = run_dir / "taken.txt"
+        self.catch_up()
+
+    def send(self, values: dict[str, float], step: int) -> None:
+        with self.file.open("a") as file:
+            file.write(f"{min(values)} {step} {values[min(values)]}\n")
+
+
+EVALUATED = [EvalReport(2, split, 9, 2.0, 3.0, [1.0], 0.5) for split in ("validation", "books")]
+
+
+def test_a_service_is_given_each_report_once_and_the_first_values(tmp_path):
+    """Step 2 and an evaluation after it are taken again, after a resume from step 1; the rest had not come."""
+    first, file = Taken(tmp_path), MetricsFile(tmp_path, 0)
+    before = [report(1), report(2), EVALUATED[0]]
+    for one in before:
+        file.write(one)
+        first.write(one)
+    first.see(Seen(2, {"share": 0.25}, {}, None))
+    first.close()
+    file.close()
     MetricsFile(tmp_path, 1).close()
-    again = [report(2), evaluated[0], evaluated[1], Seen(2, {}, {}, None), report(3), Seen(3, {}, {}, None)]
-    assert all(map(Once(tmp_path, "new").first, again))  # a writer that the run did not have before
-    keep_name(tmp_path, "wandb", "a")
-    assert [Once(tmp_path, "wandb").first(one) for one in again] == [False, False, True, False, True, True]
+    second = Taken(tmp_path)
+    for one in (replace(report(2), hfu=9.0), EVALUATED[0], EVALUATED[1], report(3)):
+        second.write(one)
+    for step in (2, 3):
+        second.see(Seen(step, {"share": 0.5}, {}, None))
+    second.see(Seen(4, {}, {}, None))
+    assert second.file.read_text().splitlines() == [
+        "train/data_wait_s 1 0.0", "train/data_wait_s 2 0.0", "validation/bits_per_byte 2 3.0", "share 2 0.25",
+        "books/bits_per_byte 2 3.0", "train/data_wait_s 3 0.0", "share 3 0.5",
+    ]  # fmt: skip
+
+
+def test_a_writer_that_a_run_gets_later_is_sent_its_past(tmp_path):
+    file = MetricsFile(tmp_path, 0)
+    reports = [report(1), SkippedReport(**vars(report(2))), *EVALUATED, of_average(CORPUS), CORPUS]
+    for one in reports:
+        file.write(one)
+    Taken(tmp_path)
+    names = [line.split(" 2 ")[0] for line in (tmp_path / "taken.txt").read_text().splitlines()]
+    assert names == [
+        "train/data_wait_s 1 0.0", "validation/bits_per_byte", "books/bits_per_byte",
+        "validation numbers averaged/bits_per_byte", "validation numbers/bits_per_byte",
+    ]  # fmt: skip
+
+
+CORPUS = CorpusReport(2, "numbers", 9, 2.0, 3.0, [1.0], 0.5, 0.1)
+
+
+def test_a_run_of_a_version_without_lists_is_not_sent_again(tmp_path):
+    file = MetricsFile(tmp_path, 0)
+    for step in (1, 2, 3):
+        file.write(report(step))
+    MetricsFile(tmp_path, 2).close()
+    keep_name(tmp_path, "taken", "as it is called there")
+    for _ in range(2):
+        service = Taken(tmp_path)
+        for step in (3, 4):
+            service.write(report(step))
+        service.close()
+    assert service.file.read_text() == "train/data_wait_s 4 0.0\n"
+
+
+def test_a_list_whose_last_line_was_cut_is_read_without_it(tmp_path):
+    first = Taken(tmp_path)
+    for step in (1, 2):
+        first.write(report(step))
+    first.close()
+    path = tmp_path / "writers.taken.jsonl"
+    path.write_text(path.read_text()[:-4])
+    for _ in range(2):
+        again = Taken(tmp_path)
+        again.write(report(2))
+        again.close()
+    assert [line.split()[1] for line in again.file.read_text().splitlines()] == ["1", "2", "2"]
+
+
+KILLED = """
+import os, signal, sys, threading
+from pathlib import Path
+from bst_dist.report.metrics import MetricsFile
+from bst_dist.report.writers import Background
+from test_writers import Taken, report
+
+run_dir, after = Path(sys.argv[1]), int(sys.argv[2])
+taken = threading.Event()
+
+class Slow(Taken):
+    def send(self, values, step):
+        if step > after:
+            taken.set()
+            threading.Event().wait()
+        super().send(values, step)
+
+file, writer = MetricsFile(run_dir, 0), Background("slow", lambda: Slow(run_dir))
+for step in range(1, 9):
+    file.write(report(step))
+    writer.write(report(step))
+taken.wait()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_waited_to_be_sent_when_a_run_was_killed_is_sent_by_the_next_start(tmp_path):
+    """Killed after 8 steps, of which the service has 3; resumed from step 6."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), "3"], env=environment, timeout=300)
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "taken.txt").read_text().count("train") == 3
+    MetricsFile(tmp_path, 6).close()
+    service = Taken(tmp_path)
+    for step in (7, 8, 9):
+        service.write(report(step))
+    assert [int(line.split()[1]) for line in service.file.read_text().splitlines()] == list(range(1, 10))
 
 
 def wandb_records(path: Path) -> list:
@@ -202,8 +323,8 @@ def wandb_records(path: Path) -> list:
 
 @pytest.mark.ranks
 def test_a_resumed_run_continues_the_same_run_at_each_service(recipe_file, tmp_path):
-    """The whole program, resumed from before its last steps, so that two are taken again; W&B offline, MLflow in a
-    local store; one writer that never works."""
+    """The whole program, resumed from before its last steps, so that two are taken again, and with an evaluation that
+    was not sent; W&B offline, MLflow in a local store; one writer that never works."""
     for module in ("wandb", "mlflow", "sqlalchemy"):
         pytest.importorskip(module)
     names = ["wandb", "mlflow", "test_writers:Lines", "test_writers:Broken"]
@@ -215,6 +336,9 @@ def test_a_resumed_run_continues_the_same_run_at_each_service(recipe_file, tmp_p
     }  # fmt: skip
     program = [sys.executable, "-m", "bst_dist.train", str(recipe), "--run-dir", str(run_dir)]
     for more in (["--until", "5"], ["--resume"]):
+        if run_dir.exists():  # as if the first start had been killed before this one was sent
+            with (run_dir / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"kind": "eval", **vars(EVALUATED[1])}) + "\n")
         for step in (4, 5):
             shutil.rmtree(run_dir / "checkpoints" / f"step-{step:08d}", ignore_errors=True)
         done = subprocess.run([*program, *more], env=environment, capture_output=True, text=True, timeout=400)
@@ -241,13 +365,16 @@ def test_a_resumed_run_continues_the_same_run_at_each_service(recipe_file, tmp_p
     assert {record.run.run_id for of in records for record in of if record.WhichOneof("record_type") == "run"} == {
         kept_name(run_dir, "wandb")
     }
-    sent = []
+    sent, missed = [], []
     for of in records:
         for record in of:
             items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             if "train/loss_nats" in items:
                 sent.append((items["step"], items["train/loss_nats"]))
+            if "books/loss_nats" in items:
+                missed.append((items["step"], items["books/loss_nats"]))
     assert sent == list(losses.items())  # each step once
+    assert missed == [(2, 2.0)]
 
     from mlflow.tracking import MlflowClient
 
@@ -257,6 +384,8 @@ def test_a_resumed_run_continues_the_same_run_at_each_service(recipe_file, tmp_p
     assert run.data.params["model.width"] == "16"
     history = client.get_metric_history(run.info.run_id, "train/loss_nats")
     assert sorted((one.step, one.value) for one in history) == list(losses.items())
+    missed = client.get_metric_history(run.info.run_id, "books/loss_nats")
+    assert [(one.step, one.value) for one in missed] == [(2, 2.0)]
     assert run.data.metrics["validation/loss_nats"] == pytest.approx(
         [line["loss_nats"] for line in read_lines(run_dir / "metrics.jsonl") if line["kind"] == "eval"][-1]
     )
