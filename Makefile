@@ -7,13 +7,14 @@ STAMP  := $(VENV)/.installed
 # One process a core, one thread a process: many small tests on small tensors.
 UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical -m "not ranks and not gpu and not cluster" --ignore tests/cuda_path --ignore tests/sm90
 
-.PHONY: help setup demo test test-unit test-ranks test-cluster test-cuda-path test-sm90 test-gpu test-mutation lint format
+.PHONY: help setup demo test test-unit test-processes test-alone test-ranks test-cluster test-cuda-path test-sm90 test-gpu test-mutation lint format
 
 help:
 	@echo "make setup         install the pinned requirements and this project into $(VENV)"
 	@echo "make demo          from text to a trained and evaluated model, on two cores in minutes"
 	@echo "make test          unit tests, CUDA's path on a CPU, several ranks, then (as root) several hosts"
 	@echo "make test-unit     unit tests alone"
+	@echo "make test-ranks    tests that start several ranks"
 	@echo "make test-cluster  jobs on several hosts, made of network namespaces: installs Debian packages, needs root"
 	@echo "make test-cuda-path  the path that CUDA takes, compiled and run on a CPU"
 	@echo "make test-sm90     every layer compiled for an H100, without one: downloads 3 GB, needs Python 3.12 or later"
@@ -34,17 +35,29 @@ $(STAMP): requirements.txt requirements-dev.txt pyproject.toml
 demo: setup
 	$(BIN)/bst demo
 
-test: test-unit test-cuda-path test-ranks
-	@if test "$$(id -u)" = 0; then $(MAKE) test-cluster; else echo "left out: make test-cluster, which needs root"; fi
+test: test-unit test-cuda-path
+	@if test "$$(id -u)" = 0; then $(MAKE) test-processes test-alone; \
+	else $(MAKE) test-ranks && echo "left out: make test-cluster, which needs root"; fi
 
 test-unit: setup
 	$(UNIT)
 
-test-ranks: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "ranks and not gpu"
+# Tests that start several processes, which often wait: a few at a time. Those on several hosts take turns, for there is
+# one network of hosts; those that measure run when nothing else does.
+BESIDE := -n logical --maxprocesses 4 --dist loadgroup
+KINDS  := ranks or cluster
 
-test-cluster: setup
-	$(BIN)/python -m pytest -m cluster tests/cluster
+test-processes: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(BESIDE) --durations 20 -m "($(KINDS)) and not (gpu or alone)"
+
+test-alone: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "alone and not gpu"
+
+test-ranks:
+	$(MAKE) test-processes test-alone KINDS=ranks
+
+test-cluster:
+	$(MAKE) test-processes KINDS=cluster
 
 # The path that CUDA takes, on a CPU: apart from the unit tests, for it compiles for minutes.
 test-cuda-path: setup

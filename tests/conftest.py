@@ -57,6 +57,15 @@ BST = Path(sys.executable).with_name("bst")
 OLDER = Path(__file__).parent / "checkpoint" / "data" / "format-2"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What one worker takes as a whole where several share the tests (`--dist loadgroup`): a file, whose tests share
+    fixtures, and all that run on the hosts of the one network."""
+    for item in items:
+        hosts = item.get_closest_marker("cluster") is not None
+        item.add_marker(pytest.mark.xdist_group("hosts" if hosts else item.path.stem))
+
+
 @pytest.fixture
 def make_model():
     """A small model in double precision whose every part has something to say."""

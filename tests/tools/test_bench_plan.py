@@ -10,6 +10,7 @@ from bst_dist.tools.bench.plan import CASES, MEMORY_TOLERANCE, TRAFFIC_TOLERANCE
 
 
 @pytest.mark.ranks
+@pytest.mark.alone
 @pytest.mark.parametrize("name", ["zero1, sp2", "zero2, one in two", "zero3, partly kept"])
 def test_a_plan_is_what_is_measured(name, monkeypatch):
     """Of a second step: moments exist by then, and ZeRO-3 has learnt the order of the modules.
