@@ -6,34 +6,38 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, noop_context_fn, set_checkpoint_early_stop
 
 from bst_dist.activation import selective
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.activation.offload import HostCopies
+from bst_dist.model.layers import Layer
 
 
 class Checkpointing:
     """What the model calls its layers through: ``checkpointing(layer, *args)`` for ``layer(*args)``."""
 
-    def __init__(self, config: ActivationCheckpointingConfig, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, config: ActivationCheckpointingConfig, layers: Sequence[Layer]) -> None:
         self.chosen = {layer for index, layer in enumerate(layers) if config.runs_again(index)}
-        self.contexts = selective.contexts if config.policy == "selective" else noop_context_fn
+        self.selective = config.policy == "selective"
+        self.contexts = selective.contexts if self.selective else noop_context_fn
         self.host = HostCopies() if config.policy == "offload" else None
         """The inputs kept in the host's memory; None when they stay where they are."""
 
-    def __call__(self, layer: nn.Module, *args: Any) -> Tensor:
+    def __call__(self, layer: Layer, *args: Any) -> Tensor:
         if layer not in self.chosen:
             return layer(*args)
+        if self.selective and layer.is_one_graph(args[1]):  # what is kept is decided within the graph
+            return layer(*args, keeps=selective.keeps)
         if self.host is None or not torch.is_grad_enabled():
             return _run_again(layer, self.contexts, *args)
         with saved_tensors_hooks(self.host.pack, self.host.unpack):  # they see the inputs alone: inside, others apply
             return _run_again(layer, self.contexts, *args)
 
 
-def policy(config: ActivationCheckpointingConfig, layers: Sequence[nn.Module]) -> Checkpointing | None:
+def policy(config: ActivationCheckpointingConfig, layers: Sequence[Layer]) -> Checkpointing | None:
     """What a model with these layers calls them through; None to keep all activations."""
     return None if config.policy == "none" else Checkpointing(config, layers)
 

@@ -2,10 +2,10 @@
 
 Kept is what costs much to compute again for each byte it takes: attention, and matrix products at least as deep as
 they are wide (the maps back to the model's width). The wide ones, the normalisations and the state space model are
-computed again.
+computed again. In a compiled layer torch's compiler does so by the same rule, `keeps` (`bst_dist.model.compiled`).
 
-torch's `create_selective_checkpoint_contexts` would do, were it not for ZeRO-3: it counts every operation of both
-runs, and the second gathers other parameters ahead than the first did. Here only the kept ones are counted.
+Elsewhere torch's `create_selective_checkpoint_contexts` would do, were it not for ZeRO-3: it counts every operation of
+both runs, and the second gathers other parameters ahead than the first did. Here only the kept ones are counted.
 """
 
 from __future__ import annotations

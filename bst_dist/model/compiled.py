@@ -3,16 +3,21 @@
 One graph serves all layers of a kind; what they share beside it, masks and tables of positions, is made outside, once a
 call of the model. A graph is made for training on whole sequences, in one shape: a layer that has a past
 (a stream, a neighbour's slice), or that makes no gradients, runs uncompiled, with FlexAttention compiled by itself.
+
+Checkpointing that keeps nothing of a layer runs around its graph. One that keeps some operations is part of the graph:
+torch's compiler is told which ones, and puts all others that the backward pass needs into it once more.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from functools import cache
-from typing import Protocol
+from functools import cache, partial
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from bst_dist.model import flex
 from bst_dist.parallel.past import Past
@@ -21,14 +26,20 @@ OPTIONS = {"combo_kernels": True}
 """Of Inductor: small kernels that do not wait for each other, such as casts of weights, are one launch."""
 
 
-def hindrance(zero3: bool, sp: int, past: bool, policy: str) -> str:
+Keeps: TypeAlias = Callable[[Any, tuple[Any, ...]], bool]
+"""Whether the outputs of an operation, called with these arguments, are kept for the backward pass."""
+
+logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+"""It warns of operations in place in a checkpointed graph; torch has made copies of them before, see the tests."""
+
+
+def hindrance(zero3: bool, sp: int, past: bool) -> str:
     """What speaks against compiled layers in training; empty when nothing does.
 
     Args:
         zero3: parameters are gathered from ranks within a layer.
         sp: ranks that share a sequence.
         past: a layer has one, from an earlier step or slice.
-        policy: of activation checkpointing.
     """
     if zero3:
         return "ZeRO-3 gathers the parameters of each part of a layer, from within it"
@@ -36,8 +47,6 @@ def hindrance(zero3: bool, sp: int, past: bool, policy: str) -> str:
         return "with parallel.sp > 1 a layer waits for other ranks from within it"
     if past:
         return "with train.carry or train.slice_tokens a layer has a past"
-    if policy == "selective":
-        return "activation_checkpointing.policy selective keeps single operations of a layer"
     return ""
 
 
@@ -54,17 +63,32 @@ def fits(past: Past) -> bool:
     return type(past) is Past and torch.is_grad_enabled()
 
 
-def run(layer: Computes, x: Tensor, past: Past, starts: Tensor | None) -> Tensor:
-    """The layer's output; raises torch's FailOnRecompileLimitHit for one graph more than `flex.GRAPHS`."""
-    return flex.limited(_compiled(flex.BACKEND), layer, x, starts, layer.prepare(x, past, starts))
+def run(layer: Computes, x: Tensor, past: Past, starts: Tensor | None, keeps: Keeps | None = None) -> Tensor:
+    """The layer's output; raises torch's FailOnRecompileLimitHit for one graph more than `flex.GRAPHS`.
+
+    `keeps`: what is kept for the backward pass beside the input. None: as the compiler chooses, which computes little
+    again.
+    """
+    return flex.limited(_compiled(flex.BACKEND, keeps), layer, x, starts, layer.prepare(x, past, starts))
 
 
 @cache
-def _compiled(backend: object) -> Callable[..., Tensor]:
+def _compiled(backend: object, keeps: Keeps | None) -> Callable[..., Tensor]:
+    contexts = partial(create_selective_checkpoint_contexts, partial(_decide, keeps))
+
     def whole_layer(layer: Computes, x: Tensor, starts: Tensor | None, shared: dict[str, object]) -> Tensor:
         past = Past()
         past.shared = dict(shared)
-        return layer.compute(x, past, starts)
+        if keeps is None:
+            return layer.compute(x, past, starts)
+        return checkpoint(
+            layer.compute, x, past, starts, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+        )
 
     options = OPTIONS if backend == "inductor" else None
     return torch.compile(whole_layer, fullgraph=True, dynamic=False, backend=backend, options=options)
+
+
+def _decide(keeps: Keeps, context: object, operation: Any, *args: Any, **_: Any) -> bool:
+    """In the form that torch asks in."""
+    return keeps(operation, args)

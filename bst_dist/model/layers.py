@@ -122,10 +122,17 @@ class Layer(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.width, eps=1e-6)
         self.ffn = FeedForward(config)
 
-    def forward(self, x: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
-        if self.compiled and compiled.fits(past):
-            return compiled.run(self, x, past, starts)
+    def forward(
+        self, x: Tensor, past: Past, starts: Tensor | None = None, keeps: compiled.Keeps | None = None
+    ) -> Tensor:
+        """`keeps`: of a call that is one graph, what is kept for the backward pass (`compiled.run`)."""
+        if self.is_one_graph(past):
+            return compiled.run(self, x, past, starts, keeps)
         return self.compute(x, past, starts)
+
+    def is_one_graph(self, past: Past) -> bool:
+        """Whether a call with this past runs as one compiled graph."""
+        return self.compiled and compiled.fits(past)
 
     def compute(self, x: Tensor, past: Past, starts: Tensor | None) -> Tensor:
         """The layer itself, operation by operation."""

@@ -150,9 +150,8 @@ class Planner:
         needs = memory(self.sizes, self.model.mixers(), self.activations, work)
         touched = self.activations.whole(part)
         updated = self.sizes.total / (cluster.world if stage else 1)
-        compiled = self.recipe.compile is not False and not hindrance(
-            work.strategy.stage == 3, sp, train.carry or slices > 1, policy
-        )
+        hindered = hindrance(work.strategy.stage == 3, sp, train.carry or slices > 1)
+        compiled = self.recipe.compile is not False and not hindered
         host = host_seconds(self.activations, self.model.mixers(), work, compiled)
         edges_bytes = work.spacing.waiting * self.activations.edge(rows) if slices > 1 and edges == "host" else 0
         moved = Moved(touched, needs.host - edges_bytes + edges_bytes // slices, updated, host)

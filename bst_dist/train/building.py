@@ -82,9 +82,8 @@ def compiles(recipe: Recipe, device: str, stage: int) -> tuple[bool, str]:
     """
     if recipe.compile is False:
         return False, "no, compile: false"
-    train, policy = recipe.train, recipe.activation_checkpointing.policy
-    past = train.carry or train.slice_tokens is not None
-    reason = hindrance(stage == 3, recipe.parallel.sp, past, policy)
+    past = recipe.train.carry or recipe.train.slice_tokens is not None
+    reason = hindrance(stage == 3, recipe.parallel.sp, past)
     if device != "cuda":
         reason = f"layers are compiled for CUDA, and this is {device}"
     if reason and recipe.compile:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 
 from bst_base.settings import ConfigError, parse
 from bst_dist.activation import policy as activation
+from bst_dist.activation import selective
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.config import Recipe, load_recipe
 from bst_dist.model import attention, flex
+from bst_dist.parallel.past import Past
 from bst_dist.train.building import compiles
 from bst_dist.verify.batches import _batch
 from tests.cuda_path.models import LENGTH, VOCABULARY, build, tokens
@@ -92,10 +101,59 @@ def test_documents_and_checkpointing_go_with_compiled_layers():
     assert worst(gradients("SH", compiled=True, policy="every-layer", starts=starts), plain) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["SH", "MF", "sliding T5", "Block-Recurrent"])
+def test_selective_checkpointing_is_part_of_a_compiled_layer(name, monkeypatch):
+    """Of a layer its graph keeps no more than the uncompiled policy does, and runs no attention again."""
+    plain = gradients(name, compiled=False)
+    kept_uncompiled = []
+    alias = selective._alias
+    monkeypatch.setattr(selective, "_alias", lambda result: alias(kept_uncompiled.append(result) or result))
+    layer, x = build(name).layers[1], torch.randn(2, LENGTH, 32, requires_grad=True)
+    checkpointing = activation.policy(ActivationCheckpointingConfig(policy="selective"), [layer])
+    checkpointing(layer, x, Past(), None)
+    assert kept_uncompiled
+
+    graphs: dict[str, list[str]] = {}
+    monkeypatch.setattr(flex, "BACKEND", recording(graphs))
+    parameters, kept = set(map(storage_of, layer.parameters())), {}
+    layer.compiled = True
+    with saved_tensors_hooks(lambda one: kept.setdefault(storage_of(one), one), lambda one: one):
+        checkpointing(layer, x, Past(), None).sum().backward()
+    allowed = {storage_of(one) for one in tree_leaves([x, kept_uncompiled]) if isinstance(one, Tensor)}
+    assert sum(nbytes for _, nbytes in set(kept) - parameters) <= sum(nbytes for _, nbytes in allowed)
+    again = [operation for operation in graphs["backward"] if "attention" in operation and "backward" not in operation]
+    assert not again
+    assert any("attention" in operation for operation in graphs["forward"])
+
+    monkeypatch.setattr(flex, "BACKEND", "aot_eager")
+    assert worst(gradients(name, compiled=True, policy="selective"), plain) < 1e-6
+
+
+def recording(graphs: dict[str, list[str]]) -> Callable:
+    """A backend as aot_eager, which notes the operations of both passes."""
+
+    def keep(which: str) -> Callable:
+        def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+            graphs[which] = [str(node.target) for node in graph.graph.nodes]
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    return aot_autograd(
+        fw_compiler=keep("forward"), bw_compiler=keep("backward"), partition_fn=min_cut_rematerialization_partition
+    )
+
+
+def storage_of(x: Tensor) -> tuple[int, int]:
+    """Where it lies, and how many bytes are there."""
+    return x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
+
+
 def test_layers_of_a_kind_share_a_graph_and_evaluation_needs_none(monkeypatch):
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(flex, "BACKEND", counter)
     model = build("SH", depth=5, placement=[1, 3])
+    model.checkpoint = activation.policy(ActivationCheckpointingConfig(policy="selective"), model.layers)
     for layer in model.layers:
         layer.compiled = True
     model(*tokens())
@@ -105,9 +163,9 @@ def test_layers_of_a_kind_share_a_graph_and_evaluation_needs_none(monkeypatch):
     assert counter.frame_count == 3  # FlexAttention by itself
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("stage", "policy"), [(1, "every-kth-layer"), (2, "selective")])
 def test_a_step_of_training_under_deepspeed_has_the_gradients_of_uncompiled_layers(
-    stage, recipe_file, on_ranks, monkeypatch
+    stage, policy, recipe_file, on_ranks, monkeypatch
 ):
     """Micro-batches of two rows and of one: each kind of layer has a graph of both shapes."""
     from bst_dist.verify import step as steps
@@ -115,7 +173,7 @@ def test_a_step_of_training_under_deepspeed_has_the_gradients_of_uncompiled_laye
     model = {"width": 32, "block": 128, "depth": 3, "placement": [1], "vocab_size": VOCABULARY, "ssm": {"state": 4}}
     train = {"sequence_length": LENGTH, "sequences": 4, "micro_sequences": 2, "precision": "bf16", "z_loss": 1e-4}
     recipe = load_recipe(recipe_file(deepspeed=f"ds_configs/zero{stage}.json", model=model, train=train,
-                                     activation_checkpointing={"policy": "every-kth-layer"}))  # fmt: skip
+                                     activation_checkpointing={"policy": policy}))  # fmt: skip
     rows, seeded = [range(2), range(2, 3)], steps.seeded_model
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(flex, "BACKEND", counter)
@@ -152,19 +210,21 @@ def test_a_step_of_training_under_deepspeed_has_the_gradients_of_uncompiled_laye
         ({}, "cpu", 1, "this is cpu"),
         ({}, "cuda", 3, "ZeRO-3"),
         ({"parallel": {"sp": 2}}, "cuda", 1, "parallel.sp"),
-        ({"activation_checkpointing": {"policy": "selective"}}, "cuda", 1, "selective"),
+        ({"train": {"slice_tokens": 32}}, "cuda", 1, "train.slice_tokens"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused_with_the_reason(settings, change, device, stage, reason):
     with pytest.raises(ConfigError, match=f"compile: true cannot be done here: .*{reason}"):
-        compiles(parse(Recipe, settings | change | {"compile": True}), device, stage)
+        changed = {section: settings.get(section, {}) | values for section, values in change.items()}
+        compiles(parse(Recipe, settings | changed | {"compile": True}), device, stage)
 
 
 def test_layers_are_compiled_on_cuda_wherever_they_can_be(settings):
     assert compiles(parse(Recipe, settings), "cuda", 2) == (True, "")
     assert compiles(parse(Recipe, settings), "cuda", 3)[0] is False
     assert compiles(parse(Recipe, settings), "cpu", 2)[0] is False
-    selective = settings | {"activation_checkpointing": {"policy": "selective"}}
-    assert compiles(parse(Recipe, selective), "cuda", 2)[1].startswith("no: activation_checkpointing.policy selective")
+    for policy in get_args(ActivationCheckpointingConfig.model_fields["policy"].annotation):
+        recipe = parse(Recipe, settings | {"activation_checkpointing": {"policy": policy}})
+        assert compiles(recipe, "cuda", 2) == (True, "")
     assert compiles(parse(Recipe, settings | {"compile": True}), "cuda", 2) == (True, "")
     assert compiles(parse(Recipe, settings | {"compile": False}), "cuda", 2) == (False, "no, compile: false")

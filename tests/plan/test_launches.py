@@ -39,14 +39,17 @@ def test_a_step_of_a_small_model_takes_as_long_as_its_launches():
     assert plan(planner.recipe, rows=8)[1].speed.total == pytest.approx(2 * way.speed.total, rel=0.01)
 
 
-def test_compiled_layers_launch_less():
-    planner, way = plan(parse(Recipe, SETTINGS))
+@pytest.mark.parametrize("policy", ["none", "selective"])
+def test_compiled_layers_launch_less(policy):
+    planner, way = plan(parse(Recipe, SETTINGS), policy=policy)
     layers, around = operations(planner.activations, planner.model.mixers(), way.work)
     assert way.speed.total == pytest.approx(LAUNCH_S * (layers / COMPILED_FEWER + around), rel=0.01)
 
 
 def test_what_a_run_would_not_compile_the_plan_does_not_either():
-    planner, way = plan(parse(Recipe, SETTINGS), policy="selective")
+    train = SETTINGS["train"] | {"carry": True}
+    carried = SETTINGS | {"train": train, "data": {"corpus": "none", "mode": "streaming"}}
+    planner, way = plan(parse(Recipe, carried))
     layers, around = operations(planner.activations, planner.model.mixers(), way.work)
     assert way.speed.total == pytest.approx(LAUNCH_S * (layers + around), rel=0.01)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bst_dist.activation.selective import keeps
 from bst_dist.model import compiled, flex
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.layers import Layer
@@ -35,6 +36,8 @@ class Case:
     mixer: str
     settings: dict[str, Any]
     documents: bool = False
+    selective: bool = False
+    """Whether its graph has selective checkpointing."""
     width: int = 256
     heads: int = 2
     block: int = 128
@@ -48,7 +51,7 @@ class Case:
         layer = Layer(self.mixer, LayerConfig(**sizes, **self.settings))
         x = torch.randn(self.rows, self.length, self.width, requires_grad=True)
         starts = torch.zeros(self.rows, self.length // self.block, dtype=torch.bool) if self.documents else None
-        return compiled.run(layer, x, Past(), starts)
+        return compiled.run(layer, x, Past(), starts, keeps if self.selective else None)
 
 
 @dataclass(frozen=True)
@@ -85,19 +88,24 @@ LAYERS: dict[str, Case | Attention] = {
     "sliding, shared keys, SwiGLU": Case(
         "sliding", {"attention": {"position": "rope", "kv_heads": 1}, "activation": "swiglu"}
     ),
+    "sliding, selective": Case("sliding", ROPE, selective=True),
     "sliding, large": Case("sliding", ROPE, **LARGE),
     "BST-SH": Case("bst", ROPE),
     "BST-SH, T5": Case("bst", {}),
     "BST-SH, documents": Case("bst", ROPE, documents=True),
     "BST-SH, previous block": Case("bst", ROPE | {"context": {"attend": "previous"}}),
+    "BST-SH, selective": Case("bst", ROPE, selective=True),
     "BST-SH, large": Case("bst", ROPE, **LARGE),
+    "BST-SH, large, selective": Case("bst", ROPE, **LARGE, selective=True),
     "BST-MH": Case("bst", ROPE | {"context": {"variant": "MH"}}),
     "BST-MF": Case("bst", ROPE | {"context": {"variant": "MF"}}),
     "BST-MF, documents": Case("bst", ROPE | {"context": {"variant": "MF"}}, documents=True),
     "BST-MF, large": Case("bst", ROPE | {"context": {"variant": "MF"}}, **LARGE),
     "BST-SH, SSD": Case("bst", ROPE | {"ssm": {"kernel": "ssd"}}),
+    "BST-SH, explicit": Case("bst", ROPE | {"ssm": {"kernel": "explicit", "length": LENGTH}}),
     "BST-SH, hyena": Case("bst", ROPE | {"ssm": {"kernel": "hyena", "length": LENGTH}}),
     "BST-SH, S4": Case("bst", ROPE | {"ssm": {"kernel": "s4-dplr"}}),
+    "BST without cross-attention": Case("bst-no-cross", ROPE),
     "full": Case("full", ROPE | {"full": {"longest": LENGTH}}),
     "full, T5": Case("full", {"full": {"longest": LENGTH}}),
     "Transformer-XL": Case("transformer-xl", ROPE | {"transformer_xl": {"window": 256}}),
@@ -105,6 +113,7 @@ LAYERS: dict[str, Case | Attention] = {
     "pure SSM": Case("ssm", {}),
     "GSS": Case("gss", {}),
     "Mamba-2": Case("mamba2", {}),
+    "Mamba-2, documents": Case("mamba2", {}, documents=True),
     "Gated DeltaNet": Case("gated-deltanet", {}),
     "attention, past": Attention(),
     "attention, past, T5, documents": Attention(bias=True, documents=True),
