@@ -21,7 +21,7 @@ from bst_dist.cluster.hosts import Host
 
 CLOCK_S = 2.0
 """How far a clock may be off before it is said: people compare times of logs and files; no result rests on them."""
-CHECKS = ("ssh", "versions", "code", "files", "shared", "space", "ranks", "devices", "memory", "sum")
+CHECKS = ("ssh", "versions", "code", "files", "shared", "space", "ranks", "devices", "memory", "sum", "speed")
 """Each by the name that `--accept` takes."""
 
 

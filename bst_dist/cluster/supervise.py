@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from bst_dist.cluster import preflight
+from bst_dist.cluster.collective import ANY_SPEED
 from bst_dist.cluster.controller import Controller, Means
 from bst_dist.cluster.elastic import Shape, choose, idle, shares
 from bst_dist.cluster.hosts import Host
@@ -73,11 +74,12 @@ class Supervisor:
             yield controller
 
     def _rehearse(self, controller: Controller) -> None:
-        """Sum over all ranks before a model is built; raises PreflightError when some cannot talk."""
+        """Let all ranks multiply and add before a model is built; raises PreflightError when one cannot, or is slow."""
         placed = self._shares(controller, sum(host.slots for host in self.hosts))
-        ended = controller.run(COLLECTIVE, self.job.environment, placed)
+        speed = [ANY_SPEED] if "speed" in self.job.accepted else []
+        ended = controller.run([*COLLECTIVE, *speed], self.job.environment, placed)
         if ended.status and not ("sum" in self.job.accepted and not self.told):
-            raise PreflightError(f"a sum over all ranks failed: {ended.explain(_host_of(placed))}")
+            raise PreflightError(f"the check of all ranks together failed: {ended.explain(_host_of(placed))}")
 
     def _train(self, controller: Controller, asked: Request) -> Ended:
         shape = choose(self.job.recipe, sum(host.slots for host in controller.hosts))

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from bst_base.host import free_port
@@ -32,3 +33,30 @@ def test_ranks_that_can_talk_end_in_order():
     command = [sys.executable, "-m", "bst_dist.cluster.collective"]
     ranks = [subprocess.Popen(command, env={**os.environ, **share.environment(rank)}) for rank in range(2)]
     assert [rank.wait(120) for rank in ranks] == [0, 0]
+
+
+@pytest.mark.parametrize(("words", "statuses"), [([], [0, 0, 1]), (["--any-speed"], [0, 0, 0])])
+def test_a_device_that_is_slow_among_the_others_is_named(words, statuses):
+    share = Share(0, 3, 3, "127.0.0.1", free_port())
+    program = """
+import os, sys
+from bst_dist.cluster import collective
+collective.is_timed = lambda device: True
+collective.seconds_of_product = lambda device: (0.010, 0.011, 0.021)[int(os.environ["RANK"])]
+sys.exit(collective.main())
+"""
+    ranks = [subprocess.Popen([sys.executable, "-c", program, *words], env={**os.environ, **share.environment(rank)},
+                              stderr=subprocess.PIPE, text=True) for rank in range(3)]  # fmt: skip
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == statuses, said
+    assert "cpu takes 1.9 times as long for a product of matrices as the median of all ranks" in said[2]
+    assert "(check: speed)" in said[2]
+    assert not any("speed" in one for one in said[:2])
+
+
+def test_products_are_timed_until_the_clock_has_risen(monkeypatch):
+    monkeypatch.setattr(collective, "is_timed", lambda device: False)
+    now = iter([0.0, *(float(number) for number in range(100))])
+    monkeypatch.setattr(collective.time, "monotonic", lambda: next(now))
+    assert collective.seconds_of_product(torch.device("cpu"), size=8, warm_s=40.0) == 1.0
+    assert next(now) > 40, "it must go on for as long as that"
