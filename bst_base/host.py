@@ -44,6 +44,16 @@ def _lowest_handed_out() -> int:
         return 0
 
 
+def without_brackets(address: str) -> str:
+    """An address as programs take it: people put IPv6 ones in brackets where a port follows."""
+    return address[1:-1] if address.startswith("[") and address.endswith("]") else address
+
+
+def with_port(address: str, port: int) -> str:
+    """An address and a port as people write them."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
 def die_with_parent(number: int = signal.SIGKILL) -> None:
     """Have the kernel send this process a signal when its parent is gone, however that came about (Linux).
 

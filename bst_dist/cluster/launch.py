@@ -37,6 +37,7 @@ from typing import Any
 import torch
 
 from bst_base.arguments import at_least, seconds
+from bst_base.host import without_brackets
 from bst_base.shipped import RECIPES, find
 from bst_dist.cluster.controller import Means, agent_command
 from bst_dist.cluster.elastic import idle, shares, usable
@@ -80,8 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "heard of for so long is lost (default: 30)")  # fmt: skip
     parser.add_argument("--port", type=at_least(1), default=0, metavar="PORT", help="that the hosts call this machine "
                         "on (default: any that is free)")  # fmt: skip
-    parser.add_argument("--address", metavar="ADDRESS", help="that they call it by (default: whichever of its "
-                        "addresses answers)")  # fmt: skip
+    parser.add_argument("--address", type=without_brackets, metavar="ADDRESS", help="that they call "
+                        "it by (default: whichever of its addresses answers)")  # fmt: skip
     parser.add_argument("--ssh-port", type=at_least(1), metavar="PORT", help="of the hosts' ssh, where it is not 22 "
                         "or in ~/.ssh/config")  # fmt: skip
     parser.add_argument("--master-port", type=at_least(1), default=0, metavar="PORT", help="of rank 0's host, where "

@@ -37,7 +37,7 @@ import torch
 
 from bst_base.arguments import at_least, seconds
 from bst_base.errors import UserError
-from bst_base.host import free_port
+from bst_base.host import free_port, without_brackets
 from bst_dist.checkpoint.directory import committed, step_of
 from bst_dist.cluster.printing import unhurried_output
 from bst_dist.cluster.processes import LocalRanks, Share, told_to_stop
@@ -71,7 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="I",
         help="with --nodes: which of them, from 0 (default: 0)",
     )
-    parser.add_argument("--master", metavar="ADDRESS:PORT", help="with --nodes: where node 0 is")
+    parser.add_argument("--master", metavar="ADDRESS:PORT", help="with --nodes: where node 0 is; an IPv6 "
+                        "address in brackets")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="only check the recipe: start no rank, write nothing")
     add_grace(parser)
 
@@ -143,7 +144,7 @@ def share_of(args: argparse.Namespace, recipe: Recipe) -> Share:
     if not address or not port.isdigit() or not 0 <= args.node < args.nodes:
         raise UserError(f"--node {args.node} of --nodes {args.nodes}: nodes count from 0, and --master ADDRESS:PORT "
                         "says where node 0 is")  # fmt: skip
-    return Share(args.node * count, count, args.nodes * count, address, int(port))
+    return Share(args.node * count, count, args.nodes * count, without_brackets(address), int(port))
 
 
 def default_ranks(recipe: Recipe) -> int:

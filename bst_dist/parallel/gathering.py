@@ -18,7 +18,7 @@ from datetime import timedelta
 import psutil
 from torch.distributed import DistStoreError, TCPStore
 
-from bst_base.host import free_port
+from bst_base.host import free_port, with_port
 
 LIMIT_S = 300.0
 """How long all ranks may take to come together."""
@@ -44,7 +44,7 @@ def gathered(environment: Mapping[str, str] = os.environ, limit_s: float = LIMIT
         return
     rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    where, deadline = f"{address}:{port}", time.monotonic() + limit_s
+    where, deadline = with_port(address, port), time.monotonic() + limit_s
     # torchrun's agent holds the store of its ranks, which outlives a restart of theirs.
     agent_holds_it = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     prefix = f"gathered/{environment.get('TORCHELASTIC_RESTART_COUNT', 0)}"

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from bst_base import host
-from bst_base.host import free_port
+from bst_base.host import free_port, with_port, without_brackets
 
 
 @pytest.fixture
@@ -46,3 +46,12 @@ def test_where_the_kernel_hands_out_every_port_it_chooses(handed_out, monkeypatc
     monkeypatch.setattr(host.secrets, "choice", lambda ports: pytest.fail("there is none to choose from"))
     with socket.create_server(("", free_port())):
         pass
+
+
+@pytest.mark.parametrize(
+    ("address", "written"),
+    [("node-01", "node-01:80"), ("10.0.0.1", "10.0.0.1:80"), ("fd00::1", "[fd00::1]:80"), ("::1", "[::1]:80")],
+)
+def test_an_ipv6_address_is_in_brackets_where_a_port_follows(address, written):
+    assert with_port(address, 80) == written
+    assert without_brackets(written.rpartition(":")[0]) == address

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,37 @@ def test_hosts_that_each_start_their_own_ranks_stop_together(launch, recipe, net
     os.kill(started[1].process.pid, signal.SIGTERM)
     assert [one.status() for one in started] == [RESUBMIT, RESUBMIT], started[0].said
     assert 10 <= read_outcome(run_dir)["step"] < 500
+
+
+@pytest.fixture
+def ipv6_alone(network):
+    """The addresses of two hosts that have no others."""
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("this system has no IPv6")
+    hosts = {host: f"fd0b:57::{number}" for number, host in enumerate(network.hosts[:2], 1)}
+
+    def change(host: str, begin: list[str], end: list[str]) -> None:
+        for words in (["add", *begin], ["del", *end]):
+            command = ["ip", "-n", network.space(host), "address", *words, "dev", "eth0"]
+            subprocess.run([*command, *(["nodad"] if ":" in words[1] and words[0] == "add" else [])], check=True)
+
+    for host, address in hosts.items():
+        change(host, [f"{address}/64"], [f"{host}/24"])
+    yield list(hosts.values())
+    for host, address in hosts.items():
+        change(host, [f"{host}/24"], [f"{address}/64"])
+
+
+@pytest.mark.cluster
+def test_hosts_that_know_ipv6_alone_train(launch, recipe, network, ipv6_alone, tmp_path):
+    bst, run_dir = str(Path(sys.executable).with_name("bst")), tmp_path / "run"
+    command = [bst, "train", str(recipe(6)), "--run-dir", str(run_dir), "--nodes", "2", "--ranks", "1",
+               "--master", f"[{ipv6_alone[0]}]:29500"]  # fmt: skip
+    started = [launch(command=[*network.inside(host), *command, "--node", str(number)])
+               for number, host in enumerate(network.hosts[:2])]  # fmt: skip
+    for one in started:
+        assert one.status() == 0, one.said
+    assert read_outcome(run_dir)["step"] == 6
 
 
 @pytest.fixture
