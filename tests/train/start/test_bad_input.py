@@ -152,6 +152,16 @@ def test_a_directory_of_something_else(recipe_file, tmp_path, capsys):
     assert [file.name for file in run_dir.iterdir()] == ["letters.txt"]
 
 
+@pytest.mark.parametrize(
+    "there", ["checkpoints", "lease", "stacks", "slurm-4711.out", "job.err", "recipe.yaml.partial"]
+)
+def test_a_run_starts_where_there_is_only_what_a_scheduler_or_an_early_end_leaves(recipe_file, tmp_path, there):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / there).touch() if "." in there else (run_dir / there).mkdir()
+    assert main(["train", str(recipe_file()), "--run-dir", str(run_dir), "--check"]) == 0
+
+
 def test_a_run_directory_that_is_not_there_is_one_line_with_the_nearest(make_run, tmp_path, capsys):
     make_run("demo")
     for words in (["train", str(tmp_path / "demp"), "--resume"], ["train", str(tmp_path / "demp")]):
