@@ -1,0 +1,64 @@
+"""What a supervisor makes of the check of all ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from bst_dist.cluster.controller import Means
+from bst_dist.cluster.hosts import Host
+from bst_dist.cluster.preflight import PreflightError
+from bst_dist.cluster.restarts import Restarts
+from bst_dist.cluster.supervise import Job, Supervisor
+from bst_dist.cluster.verdict import Ended
+
+HOSTS = [Host("a", 1), Host("b", 1)]
+
+
+class Stub:
+    """In place of a controller: rank 1 of two ends with the status given."""
+
+    def __init__(self, status: int) -> None:
+        self.hosts, self.status, self.command = HOSTS, status, []
+
+    def free_port(self, host: str) -> int:
+        return 29500
+
+    def address(self, host: str) -> str:
+        return host
+
+    def run(self, program, environment, placed) -> Ended:
+        self.command = list(program)
+        ended = Ended(2)
+        ended.end(0, 0, 1.0)
+        ended.end(1, self.status, 1.0)
+        return ended
+
+
+def rehearse(tmp_path: Path, status: int, accepted: list[str], told: Sequence[int] = ()) -> list[str]:
+    """The command that all ranks were told to run."""
+    job = Job(None, None, {}, None, accepted)
+    stub = Stub(status)
+    Supervisor(job, HOSTS, Means("pdsh", tmp_path), Restarts(tmp_path, 0), told)._rehearse(stub)
+    return stub.command
+
+
+def test_ranks_that_cannot_add_are_named_and_nothing_is_started(tmp_path):
+    rehearse(tmp_path, 0, [])
+    with pytest.raises(PreflightError, match="rank 1 on b ended with status 1"):
+        rehearse(tmp_path, 1, [])
+    with pytest.raises(PreflightError):
+        rehearse(tmp_path, 1, ["speed"])
+
+
+def test_what_is_accepted_by_name_is_no_reason_against_a_start(tmp_path):
+    rehearse(tmp_path, 1, ["sum"])
+    assert "--any-speed" in rehearse(tmp_path, 0, ["speed"])
+    assert "--any-speed" not in rehearse(tmp_path, 0, ["sum"])
+
+
+def test_a_signal_meanwhile_starts_nothing_whatever_is_accepted(tmp_path):
+    with pytest.raises(PreflightError):
+        rehearse(tmp_path, 75, ["sum"], told=[15])
