@@ -21,7 +21,7 @@ from bst_dist.model.config import AttentionConfig, LayerConfig
 from bst_dist.model.flex import Band, flex_sliding_attention, in_tiles, visited_tiles
 from bst_dist.model.fused_tiles import fused_sliding_attention, fused_tile
 from bst_dist.model.roles import Linear
-from bst_dist.model.tiles import HIDDEN, QUERY_TILE, sliding_tiles, tiled_attention
+from bst_dist.model.tiles import HIDDEN, QUERY_TILE, sliding_tiles, tiled_attention_and_sums
 from bst_dist.parallel.past import Past
 
 
@@ -109,6 +109,15 @@ class SlidingAttention(nn.Module):
         documents = None if starts is None else past.once(*self._documents(starts, q.shape[1], k.shape[1]))
         return self.attend(q, k, v, past, documents, self.tiles(q, k, past, documents)).flatten(-2)
 
+    def share(self, u: Tensor, past: Past, starts: Tensor | None) -> tuple[Tensor, Share]:
+        """Queries without positions, (B, l, H, dh), and the window's share of a softmax over more keys."""
+        plain, kv = self.split(u)
+        plain = unit(plain, self.scale)
+        q, k, v = self.with_window(plain, kv, past)
+        documents = None if starts is None else past.once(*self._documents(starts, q.shape[1], k.shape[1]))
+        tiles = self.tiles(q, k, past, documents)
+        return plain, sliding_share(*self._arguments(q, k, v, past, documents, tiles))
+
     def prepare(self, like: Tensor, past: Past, starts: Tensor | None) -> dict[str, object]:
         """What `forward` asks `past` for once, of a whole sequence: a compiled layer takes it from outside its graph.
 
@@ -129,7 +138,10 @@ class SlidingAttention(nn.Module):
     def project(self, u: Tensor, past: Past) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, l, H, dh), and keys and values (B, p + l, G, dh) with what the past has of the window."""
         q, kv = self.split(u)
-        q = unit(q, self.scale)
+        return self.with_window(unit(q, self.scale), kv, past)
+
+    def with_window(self, q: Tensor, kv: Tensor, past: Past) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of normalised queries, and keys and values of the slice's own tokens."""
         k, v = past.extend("kv", kv, before=self.window).unbind(2)
         k = unit(k)
         return *self.rotated(q, k, past), v
@@ -150,9 +162,14 @@ class SlidingAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, past: Past, documents: Documents | None = None,
                tiles: tuple[Tensor, ...] | None = None) -> Tensor:  # fmt: skip
         """(B, l, H, dh), (B, p + l, G, dh) twice -> (B, l, H, dh); `tiles`: see `tiles`, made here if None."""
+        return sliding_attention(*self._arguments(q, k, v, past, documents, tiles))
+
+    def _arguments(self, q: Tensor, k: Tensor, v: Tensor, past: Past, documents: Documents | None,
+                   tiles: tuple[Tensor, ...] | None) -> tuple[object, ...]:  # fmt: skip
+        """Of `sliding_attention`."""
         bias = self.by_distance(self.window + 1, past)
         varying, include_self = min(self.config.max_distance, self.window + 1), self.config.include_self
-        return sliding_attention(q, k, v, self.window, bias, include_self, documents, varying, tiles)
+        return q, k, v, self.window, bias, include_self, documents, varying, tiles
 
     def by_distance(self, distances: int, past: Past) -> Tensor | None:
         """T5's bias, (H, distances), if there is one."""
@@ -241,6 +258,21 @@ def attention_path(device: torch.device) -> str:
     return {"cuda": "flex", "cpu": "fused-tiles"}.get(device.type, "tiles")
 
 
+class Share(NamedTuple):
+    """What some of the keys give to a softmax over all of them."""
+
+    out: Tensor
+    """(B, l, H, dh): attention to these keys alone."""
+    sums: Tensor
+    """(B, l, H): the logarithm of the sum of their exponentials."""
+
+
+def one_softmax(a: Share, b: Share) -> Tensor:
+    """Attention to the keys of both under one softmax, (B, l, H, dh): each weighs as much as its exponentials do."""
+    weight = torch.sigmoid(a.sums - b.sums).unsqueeze(-1)
+    return (weight * a.out + (1 - weight) * b.out).to(a.out.dtype)
+
+
 def sliding_attention(
     q: Tensor,
     k: Tensor,
@@ -262,21 +294,32 @@ def sliding_attention(
         varying: from which distance on the bias is the same; None: nowhere.
         tiles: what `flex.visited_tiles` found for these queries and keys; None: it is asked where it is needed.
     """
+    return _sliding(q, k, v, window, bias, include_self, documents, varying, tiles, sums=False)[0]
+
+
+def sliding_share(q: Tensor, k: Tensor, v: Tensor, *settings: object) -> Share:
+    """The same, with the sums that one softmax over these and other keys needs; gradients flow through both."""
+    return Share(*_sliding(q, k, v, *settings, sums=True))
+
+
+def _sliding(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, include_self: bool,
+             documents: Documents | None, varying: int | None, tiles: tuple[Tensor, ...] | None,
+             sums: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     k, v = k.to(q.dtype), v.to(q.dtype)
     path = attention_path(q.device)
     if path == "flex":
         begin = None if documents is None else documents.begin
-        return flex_sliding_attention(q, k, v, window, bias, include_self, begin, varying, tiles)
+        return flex_sliding_attention(q, k, v, window, bias, include_self, begin, varying, tiles, sums)
     k, v = for_heads(k, q.shape[2]), for_heads(v, q.shape[2])
     if documents is not None:
         q, k = separate_documents(q, k, documents)
     tile = fused_tile(window)
     if path == "fused-tiles" and include_self and q.shape[1] % tile == 0:
         mask = band_mask(tile, window, None if bias is None else bias.detach(), include_self, q.device)
-        return fused_sliding_attention(q, k, v, mask, bias, varying or window + 1)
+        return fused_sliding_attention(q, k, v, mask, bias, varying or window + 1, sums)
     mask = band_mask(min(QUERY_TILE, q.shape[1]), window, bias, include_self, q.device)
     tiles = sliding_tiles(q.shape[1], k.shape[1] - q.shape[1], window)
-    return tiled_attention(q, k, v, mask, tiles, empty_rows=not include_self)
+    return tiled_attention_and_sums(q, k, v, mask, tiles, empty_rows=not include_self)
 
 
 def band_mask(tile: int, window: int, bias: Tensor | None, include_self: bool, device: torch.device) -> Tensor:

@@ -262,6 +262,7 @@ class FullAttentionConfig(Config):
 MIXER_SECTIONS: dict[str, tuple[str, ...]] = {
     "bst": ("attention", "context", "ssm"),
     "bst-no-cross": ("attention", "context", "ssm"),
+    "bst-joint": ("attention", "context", "ssm"),
     "sliding": ("attention",),
     "transformer-xl": ("attention", "transformer_xl"),
     "block-recurrent": ("attention", "block_recurrent"),

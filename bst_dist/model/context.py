@@ -101,6 +101,11 @@ class FilterContext(nn.Module):
         return unit(k), v
 
 
+def build_context(config: LayerConfig) -> StreamContext | FilterContext:
+    """The context states of the configured variant."""
+    return (FilterContext if config.context.variant == "MF" else StreamContext)(config)
+
+
 class CrossAttention(nn.Module):
     """Attention of each block's tokens to its context states: (B, l, D), (B, l, Ds) -> (B, l, H dh)."""
 
@@ -110,8 +115,7 @@ class CrossAttention(nn.Module):
         self.query = Linear(config.width, config.inner)
         self.scale = nn.Parameter(torch.full((self.heads,), math.sqrt(config.head)))
         self.causal = config.context.variant != "MF" and config.context.attend == "current"
-        kind = FilterContext if config.context.variant == "MF" else StreamContext
-        self.context = kind(config)
+        self.context = build_context(config)
 
     def forward(self, u: Tensor, z: Tensor, past: Past, starts: Tensor | None) -> Tensor:
         q = unit(self.query(u).unflatten(-1, (self.heads, -1)), self.scale)  # (B, l, H, dh)

@@ -50,11 +50,17 @@ def flex_sliding_attention(
     begin: Tensor | None = None,
     varying: int | None = None,
     tiles: tuple[Tensor, ...] | None = None,
-) -> Tensor:
-    """As `attention.sliding_attention`, with documents as `begin` (B, l) int32: the first key each query may see."""
+    sums: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """As `attention.sliding_attention`, with documents as `begin` (B, l) int32: the first key each query may see.
+
+    Returns also the logarithm of the sum of each query's exponentials, (B, l, H), if `sums`.
+    """
     if not in_tiles(q.shape[1]):
-        return short_attention(q, k, v, window, bias, include_self, begin)
-    settings = Settings(window, include_self, min(varying or window + 1, window + 1 if bias is None else bias.shape[1]))
+        out, logarithm = short_attention(q, k, v, window, bias, include_self, begin)
+        return out, logarithm if sums else None
+    varying = min(varying or window + 1, window + 1 if bias is None else bias.shape[1])
+    settings = Settings(window, include_self, varying, sums)
     if torch.compiler.is_compiling():
         return _attend(q, k, v, bias, begin, settings, tiles)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias)):
@@ -74,10 +80,12 @@ class Settings(NamedTuple):
     include_self: bool
     varying: int
     """From which distance on the bias is the same."""
+    sums: bool = False
+    """Whether the sums of the exponentials are wanted as well."""
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, begin: Tensor | None, settings: Settings,
-            tiles: tuple[Tensor, ...] | None = None) -> Tensor:  # fmt: skip
+            tiles: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """One FlexAttention call, and the bias's gradient beside it; `tiles` as of `visited_tiles`, None: made here."""
     band = Band(q.shape[1], k.shape[1], settings.window, settings.include_self)
     constant = None if bias is None else bias.detach()
@@ -91,13 +99,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, begin: Tensor 
         q, k, v, None if bias is None else add_bias, mask, scale=1.0, enable_gqa=k.shape[1] < q.shape[1],
         return_aux=AuxRequest(lse=True),
     )  # fmt: skip
+    lse = aux.lse if settings.sums else aux.lse.detach()
     if bias is not None and bias.requires_grad:
-        lse = aux.lse.detach()
-        out = _BiasGradient.apply(out, bias, q.detach(), k.detach(), v.detach(), lse, begin, settings)
-    return out.transpose(1, 2)
+        out, lse = _BiasGradient.apply(out, lse, bias, q.detach(), k.detach(), v.detach(), begin, settings)
+    return out.transpose(1, 2), lse.transpose(1, 2) if settings.sums else None
 
 
-def _without_gradients(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, begin: Tensor | None, settings: Settings):
+def _without_gradients(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, begin: Tensor | None, settings: Settings
+) -> tuple[Tensor, Tensor | None]:
     """The same in graphs that serve every batch and length.
 
     A stream that has just begun gets hidden keys in front, so that it differs from a later slice in numbers alone:
@@ -257,30 +267,32 @@ def _in_runs(first: Tensor, last: Tensor, whole_first: Tensor, whole_last: Tenso
 
 
 class _BiasGradient(torch.autograd.Function):
-    """The identity on the attention's output, whose backward pass gives the bias its gradient."""
+    """The identity on the attention's output and its sums, whose backward pass gives the bias its gradient."""
 
     @staticmethod
-    def forward(ctx, out, bias, q, k, v, lse, begin, settings):
+    def forward(ctx, out, lse, bias, q, k, v, begin, settings):
         ctx.save_for_backward(out, bias, q, k, v, lse, begin)
         ctx.settings = settings
-        return out.view_as(out)
+        return out.view_as(out), lse.view_as(lse)
 
     @staticmethod
-    def backward(ctx, d_out):
+    def backward(ctx, d_out, d_lse):
         out, bias, q, k, v, lse, begin = ctx.saved_tensors
-        d_bias = bias_gradient(d_out, out, bias, q, k, v, lse, begin, ctx.settings)
-        return d_out, d_bias, None, None, None, None, None, None
+        d_lse = d_lse if ctx.settings.sums else None
+        d_bias = bias_gradient(d_out, out, bias, q, k, v, lse, begin, ctx.settings, d_lse)
+        return d_out, d_lse, d_bias, None, None, None, None, None
 
 
 def bias_gradient(
     d_out: Tensor, out: Tensor, bias: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, begin: Tensor | None,
-    settings: Settings,
+    settings: Settings, d_lse: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """(H, distances): the gradient of the scores, summed over all pairs of a distance, near ones one by one.
 
     From `varying` on all distances share one bias, and a softmax gives back a gradient that sums to zero over the keys
-    of a query, so the far ones together have minus what the near ones have. Products are in the dtype of the inputs,
-    sums in single precision at least; diagonals are summed by a reshape, with no atomics.
+    of a query, so the far ones together have minus what the near ones have; with a gradient of `lse` they sum to that.
+    Products are in the dtype of the inputs, sums in single precision at least; diagonals are summed by a reshape, with
+    no atomics.
 
     Shapes: q, out (B, H, l, dh), k, v (B, G, p + l, dh), lse (B, H, l).
     """
@@ -289,6 +301,7 @@ def bias_gradient(
     near, length, before = settings.varying, q.shape[2], k.shape[2] - q.shape[2]
     more = -length % TILE
     inner = (d_out.to(wide) * out).sum(-1)
+    inner = inner if d_lse is None else inner - d_lse
     q, d_out = (_tiles(F.pad(x, (0, 0, 0, more))) for x in (q, d_out))  # (B, H, n, t, dh)
     inner, lse = (F.pad(x.to(wide), (0, more)).unflatten(2, (-1, TILE)).unsqueeze(-1) for x in (inner, lse))
     begin = None if begin is None else F.pad(begin, (0, more)).view(len(begin), 1, -1, TILE, 1)
@@ -311,6 +324,7 @@ def bias_gradient(
     d_near = d_near[:, :near]
     if near < bias.shape[1]:
         far = -d_near.sum(1, keepdim=True)
+        far = far if d_lse is None else far + d_lse.sum((0, 2)).unsqueeze(1)
         d_near = F.pad(torch.cat((d_near, far), dim=1), (0, bias.shape[1] - near - 1))
     return d_near.to(bias.dtype)
 
@@ -340,8 +354,8 @@ def _add_overlapping(sums: Tensor, following: Tensor) -> Tensor:
 
 def short_attention(
     q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, include_self: bool, begin: Tensor | None
-) -> Tensor:
-    """The same for few queries, with their scores: (B, l, H, dh), (B, p + l, G, dh) twice -> (B, l, H, dh)."""
+) -> tuple[Tensor, Tensor]:
+    """The same for few queries, with their scores: (B, l, H, dh), (B, p + l, G, dh) twice -> (B, l, H, dh), sums."""
     band = Band(q.shape[1], k.shape[1], window, include_self)
     query = torch.arange(band.length, device=q.device).unsqueeze(1)
     key = torch.arange(band.keys, device=q.device)
@@ -354,4 +368,5 @@ def short_attention(
     if bias is not None:
         scores = scores + bias[:, (query + band.before - key).clamp(0, bias.shape[1] - 1)]
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-    return ((torch.softmax(scores, dim=-1) * seen).to(v.dtype) @ v).transpose(1, 2)
+    out = (torch.softmax(scores, dim=-1) * seen).to(v.dtype) @ v
+    return out.transpose(1, 2), torch.logsumexp(scores, dim=-1).transpose(1, 2)

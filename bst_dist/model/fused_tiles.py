@@ -3,7 +3,8 @@
 As in `tiles`, a tile of t queries meets the window before it and its own keys, and scores never leave the kernel. The
 kernel has no gradient for what is added to the scores. That of a bias by distance is made here, from a narrow band:
 beyond `varying` positions all distances share one bias, and a softmax gives back a gradient that sums to zero over the
-keys of a query, so the far ones together have minus what the near ones have.
+keys of a query, so the far ones together have minus what the near ones have. Where the sums of the exponentials are
+asked for as well, a query's gradients sum to the gradient of its sum instead.
 
 Shapes: B rows, l queries, p positions before them, H heads, dh head width, W window, t queries of a tile, K keys a tile
 meets, M keys in the band.
@@ -33,18 +34,26 @@ def fused_tile(window: int) -> int:
     return next((tile for tile in (256, 128) if window % tile == 0), window)
 
 
-def fused_sliding_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, varying: int) -> Tensor:
+def fused_sliding_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, varying: int, sums: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Softmax attention, scores not scaled: (B, l, H, dh), (B, p + l, H, dh), (B, p + l, H, <= dh) -> (B, l, H, <= dh).
+
+    Returns also the logarithm of the sum of each query's exponentials, (B, l, H), if asked for.
 
     Args:
         mask: (H or 1, t, W + t), added to the scores of a tile, the bias included; l is a multiple of t, and t of it or
             less than W.
         bias: (H, W + 1) by distance, for its gradient; None when there is none.
         varying: from which distance on the bias is the same.
+        sums: whether the sums are wanted.
     """
     width = v.shape[-1]
+    if sums:  # one more channel, of zeros: the gradient of the sums goes to the kernel in it
+        q, k = F.pad(q, (0, 1)), F.pad(k, (0, 1))
     v = F.pad(v, (0, q.shape[-1] - width))  # the kernel wants one width
-    return _FusedTiles.apply(q, k, v, mask, bias, varying)[..., :width]
+    out, normalizer = _FusedTiles.apply(q, k, v, mask, bias, varying)
+    return out[..., :width], normalizer if sums else None
 
 
 class _Run(NamedTuple):
@@ -71,7 +80,7 @@ def _runs(queries: int, before: int, window: int, tile: int, at_once: int) -> It
 
 class _FusedTiles(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, varying: int) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, varying: int):
         tile, window = mask.shape[1], mask.shape[2] - mask.shape[1]
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         normalizer = q.new_empty(*q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))  # (B, l, H)
@@ -83,11 +92,15 @@ class _FusedTiles(torch.autograd.Function):
                 _queries(normalizer[row], run, tile).copy_(sums)
         ctx.save_for_backward(q, k, v, mask, out, normalizer)
         ctx.distances, ctx.varying = (None if bias is None else bias.shape[1]), varying
-        return out
+        ctx.set_materialize_grads(False)
+        return out, normalizer
 
     @staticmethod
-    def backward(ctx, d_out: Tensor):
+    def backward(ctx, d_out: Tensor | None, d_sums: Tensor | None):
         q, k, v, mask, out, normalizer = ctx.saved_tensors
+        d_out = torch.zeros_like(out) if d_out is None else d_out
+        if d_sums is not None:
+            d_out, out = _with_gradient_of_sums(d_out, out, d_sums)
         tile, window = mask.shape[1], mask.shape[2] - mask.shape[1]
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros(x.shape, dtype=normalizer.dtype, device=x.device) for x in (k, v))
@@ -103,12 +116,22 @@ class _FusedTiles(torch.autograd.Function):
                         whole[run.begin + index * tile :][: run.keys] += part
         d_bias = None
         if ctx.needs_input_grad[4]:
-            d_bias = _bias_gradient(d_out, q, k, v, mask, out, normalizer, ctx.distances, ctx.varying)
+            d_bias = _bias_gradient(d_out, q, k, v, mask, out, normalizer, d_sums, ctx.distances, ctx.varying)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, d_bias, None
 
 
+def _with_gradient_of_sums(d_out: Tensor, out: Tensor, d_sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and its gradient with the gradient of the sums in their last channel, (B, l, H, dh) each.
+
+    The gradient of a score is its weight times (d_out . v - d_out . out + d_sums). The kernel makes d_out . out of what
+    it is given, over all channels; the last one of v is zero.
+    """
+    d_sums = d_sums.unsqueeze(-1).to(d_out.dtype)
+    return torch.cat((d_out[..., :-1], -d_sums), dim=-1), torch.cat((out[..., :-1], torch.ones_like(d_sums)), dim=-1)
+
+
 def _bias_gradient(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, out: Tensor, normalizer: Tensor,
-                   distances: int, varying: int) -> Tensor:  # fmt: skip
+                   d_sums: Tensor | None, distances: int, varying: int) -> Tensor:  # fmt: skip
     """(H, W + 1): the gradient of the scores, summed over all pairs of a distance, near ones one by one."""
     tile, near, wide = _band_tile(mask.shape[1]), min(varying, distances), normalizer.dtype
     window = mask.shape[2] - mask.shape[1]
@@ -128,7 +151,7 @@ def _bias_gradient(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor,
     distance = (near - 1 + query.unsqueeze(1) - key).clamp_(0, min(near, distances - 1))
     d_bias = band.new_zeros(len(band), distances).index_add_(1, distance.flatten(), band.flatten(1))
     if near < distances:
-        d_bias[:, near] = -d_bias[:, :near].sum(1)
+        d_bias[:, near] = (0 if d_sums is None else d_sums.sum((0, 1))) - d_bias[:, :near].sum(1)
     return d_bias
 
 

@@ -18,6 +18,7 @@ from bst_dist.model.baselines.block_recurrent import BlockRecurrentMixer
 from bst_dist.model.baselines.full import FullMixer
 from bst_dist.model.baselines.gated_deltanet import GatedDeltaNetMixer
 from bst_dist.model.baselines.gss import GSSMixer
+from bst_dist.model.baselines.joint import JointMixer
 from bst_dist.model.baselines.mamba2 import Mamba2Mixer
 from bst_dist.model.baselines.pure_ssm import PureSSMMixer
 from bst_dist.model.baselines.transformer_xl import TransformerXLMixer
@@ -66,6 +67,7 @@ class NoCrossMixer(BSTMixer):
 MIXERS: dict[str, type[nn.Module]] = {
     "bst": BSTMixer,
     "bst-no-cross": NoCrossMixer,
+    "bst-joint": JointMixer,
     "sliding": SlidingMixer,
     "transformer-xl": TransformerXLMixer,
     "block-recurrent": BlockRecurrentMixer,

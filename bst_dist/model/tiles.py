@@ -48,6 +48,13 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, tiles: Iterab
         tiles: which keys each run of queries meets; runs of t queries, the last may be shorter.
         empty_rows: whether the mask can hide every key of a query, which then attends to nothing.
     """
+    return tiled_attention_and_sums(q, k, v, mask, tiles, empty_rows)[0]
+
+
+def tiled_attention_and_sums(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, tiles: Iterable[Tile], empty_rows: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The same, and the logarithm of the sum of each query's exponentials, (B, l, H)."""
     return _TiledAttention.apply(q, k, v, mask, tuple(tiles), empty_rows)
 
 
@@ -55,18 +62,22 @@ class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, tiles: tuple[Tile, ...], empty_rows: bool):
         out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=v.dtype, device=v.device)
+        sums = out.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
         for row in range(len(q)):
             for tile in tiles:
                 heads = _heads(q[row], k[row], v[row], tile)
-                weights = _weights(heads.q, heads.k, mask, tile, k.shape[1] - q.shape[1], empty_rows)
+                weights, logarithm = _weights(heads.q, heads.k, mask, tile, k.shape[1] - q.shape[1], empty_rows)
                 _by_head(out[row], tile.first, tile.last).copy_(weights.to(v.dtype) @ heads.v)
+                sums[row, tile.first : tile.last] = logarithm.mT
         ctx.save_for_backward(q, k, v, mask)
         ctx.tiles, ctx.empty_rows = tiles, empty_rows
-        return out
+        ctx.set_materialize_grads(False)
+        return out, sums
 
     @staticmethod
-    def backward(ctx, d_out: Tensor):
+    def backward(ctx, d_out: Tensor | None, d_sums: Tensor | None):
         q, k, v, mask = ctx.saved_tensors
+        d_out = v.new_zeros(*q.shape[:-1], v.shape[-1]) if d_out is None else d_out
         before = k.shape[1] - q.shape[1]
         wide = torch.promote_types(q.dtype, torch.float32)
         dq = torch.empty_like(q)
@@ -76,11 +87,13 @@ class _TiledAttention(torch.autograd.Function):
             for tile in ctx.tiles:
                 heads = _heads(q[row], k[row], v[row], tile)
                 keys = slice(tile.begin, tile.end)
-                weights = _weights(heads.q, heads.k, mask, tile, before, ctx.empty_rows)
+                weights, _ = _weights(heads.q, heads.k, mask, tile, before, ctx.empty_rows)
                 d = _by_head(d_out[row], tile.first, tile.last)
                 dv[row, :, keys] += weights.to(v.dtype).mT @ d
                 d_weights = (d @ heads.v.mT).to(wide)
                 d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, wide)
+                if d_sums is not None:
+                    d_scores += weights * d_sums[row, tile.first : tile.last].mT.unsqueeze(-1)
                 if ctx.needs_input_grad[3]:
                     covered, columns = _covered(mask, tile, before)
                     d_bias = d_scores[..., covered:]
@@ -110,13 +123,15 @@ def _by_head(x: Tensor, begin: int, end: int) -> Tensor:
     return x[begin:end].transpose(0, 1)
 
 
-def _weights(q: Tensor, k: Tensor, mask: Tensor, tile: Tile, before: int, empty_rows: bool) -> Tensor:
-    """Attention weights of a tile, (H, t, K), in single precision at least."""
+def _weights(q: Tensor, k: Tensor, mask: Tensor, tile: Tile, before: int, empty_rows: bool) -> tuple[Tensor, Tensor]:
+    """Attention weights of a tile, (H, t, K), in single precision at least, and the logarithm of their sum, (H, t)."""
     scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
     covered, columns = _covered(mask, tile, before)
     scores[..., covered:] += mask[:, : scores.shape[1], columns]
-    weights = torch.softmax(scores, dim=-1)
-    return weights * (scores.amax(-1, keepdim=True) > -HIDDEN / 2) if empty_rows else weights
+    weights, highest = torch.softmax(scores, dim=-1), scores.amax(-1, keepdim=True)
+    # The highest score has the weight exp(highest) / sum.
+    logarithm = (highest - weights.amax(-1, keepdim=True).log()).squeeze(-1)
+    return weights * (highest > -HIDDEN / 2) if empty_rows else weights, logarithm
 
 
 def _covered(mask: Tensor, tile: Tile, before: int) -> tuple[int, slice]:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_iter
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.activation.policy import policy
 from bst_dist.model import attention, loss
+from bst_dist.model.baselines import joint
 from bst_dist.model.config import FilterConfig, ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.model.loss import GPU_TILE_LOGITS, TILE_LOGITS
@@ -222,6 +223,8 @@ class Activations:
         stack = ExitStack()
         if self.fused:
             stack.enter_context(patch.object(attention, "sliding_attention", _fused_attention))
+            stack.enter_context(patch.object(attention, "sliding_share", _fused_share))
+            stack.enter_context(patch.object(joint, "within_blocks", lambda *x: _fused_share(*x, None)))
             stack.enter_context(patch.object(loss, "TILE_LOGITS", GPU_TILE_LOGITS))
         return stack
 
@@ -300,16 +303,21 @@ class _FusedAttention(torch.autograd.Function):
     """What a fused kernel keeps and makes: inputs, output and a sum a query; gradients of the three inputs."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32), bias)
-        return out
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, sums = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, sums, bias)
+        ctx.set_materialize_grads(False)
+        return out, sums
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple:
+    def backward(ctx: Any, *_: Tensor | None) -> tuple:
         q, k, v, _, _, bias = ctx.saved_tensors
         return *(torch.empty_like(x) for x in (q, k, v)), None if bias is None else torch.empty_like(bias)
 
 
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, *_: Any) -> Tensor:
-    return _FusedAttention.apply(q, k.to(q.dtype), v.to(q.dtype), bias)
+def _fused_share(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, *_: Any) -> attention.Share:
+    return attention.Share(*_FusedAttention.apply(q, k.to(q.dtype), v.to(q.dtype), bias))
+
+
+def _fused_attention(*arguments: Any) -> Tensor:
+    return _fused_share(*arguments).out

@@ -48,10 +48,16 @@ def _projections(config: ModelConfig) -> float:
 
 
 def _bst(config: ModelConfig, length: int) -> dict[str, float]:
+    terms = _joint(config, length)
+    terms["projections"] += 4 * config.width * config.inner  # second query, wider output
+    return terms
+
+
+def _joint(config: ModelConfig, length: int) -> dict[str, float]:
     d, inner, context = config.width, config.inner, config.context
     channels = context.width(d)
     terms = _sliding(config, length)
-    terms["projections"] += 2 * d * channels + 4 * d * inner  # down; second query, wider output
+    terms["projections"] += 2 * d * channels
     if context.variant == "MF":
         states = context.states
         terms["context"] = 4 * channels * inner * states / config.block
@@ -182,6 +188,7 @@ MIXER_TERMS: dict[str, Callable[[ModelConfig, int], dict[str, float]]] = {
     "sliding": _sliding,
     "bst": _bst,
     "bst-no-cross": _no_cross,
+    "bst-joint": _joint,
     "transformer-xl": _transformer_xl,
     "block-recurrent": _block_recurrent,
     "gss": _gss,

@@ -95,6 +95,10 @@ def _models(config: ModelConfig, length: int) -> Iterator[tuple[str, dict[str, A
     ssd = {"kernel": "ssd", "head": math.gcd(16, config.context.width(config.width))}
     yield "BST SH ssd", {"mixer": "bst", **placed, "context": {"variant": "SH"}, "ssm": ssd}
     yield "BST SH, no SSM", {"mixer": "bst", **placed, "ssm": {"kernel": "none"}}
+    for variant in ("SH", "MF"):
+        context = {"variant": variant, "states": config.context.states}
+        joint = {"mixer": "bst-joint", **placed, "context": context, "ssm": s4d}
+        yield f"BST {variant}, one softmax", joint
     yield "BST SH, no cross", {"mixer": "bst-no-cross", **placed, "ssm": s4d}
     yield "sliding window", {"mixer": "sliding"}
     window = config.transformer_xl.window

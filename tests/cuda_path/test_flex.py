@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from bst_dist.model import attention, flex
-from bst_dist.model.attention import documents_of, sliding_attention
+from bst_dist.model.attention import documents_of, sliding_attention, sliding_share
 
 ROWS, LENGTH, HEADS, WIDTH, WINDOW = 2, 256, 2, 16, 128
 STARTS = torch.tensor([[False, True], [True, False]])
@@ -48,6 +48,32 @@ def test_outputs_and_gradients_equal_the_tiles(before, documents, include_self, 
     found = run()
     monkeypatch.setattr(attention, "attention_path", lambda device: "tiles")
     assert max(errors(found, run())) < 2e-6
+
+
+@pytest.mark.parametrize("varying", [None, 40])
+@pytest.mark.parametrize("documents", [False, True])
+def test_sums_and_their_gradients_equal_the_tiles(documents, varying, monkeypatch):
+    q, k, v, bias = inputs(128)
+    weight, of_sums = torch.randn(ROWS, LENGTH, HEADS, WIDTH), torch.randn(ROWS, LENGTH, HEADS)
+    known = documents_of(STARTS, LENGTH, 128 + LENGTH, WINDOW) if documents else None
+
+    def run():
+        table = bias if varying is None else shared_from(bias, varying)
+        share = sliding_share(q, k, v, WINDOW, table, True, known, varying, None)
+        total = (share.out * weight).sum() + (share.sums * of_sums).sum()
+        return *share, *torch.autograd.grad(total, (q, k, v, bias))
+
+    found = run()
+    monkeypatch.setattr(attention, "attention_path", lambda device: "tiles")
+    assert max(errors(found, run())) < 2e-6
+
+
+@pytest.mark.parametrize("length", [7, 256])
+def test_sums_without_gradients_equal_the_tiles(length, monkeypatch):
+    q, k, v, bias = (x.detach() for x in inputs(128, length=length))
+    found = sliding_share(q, k, v, WINDOW, bias, True, None, None, None)
+    monkeypatch.setattr(attention, "attention_path", lambda device: "tiles")
+    torch.testing.assert_close(found, sliding_share(q, k, v, WINDOW, bias, True, None, None, None))
 
 
 def test_a_window_of_no_whole_tiles(monkeypatch):

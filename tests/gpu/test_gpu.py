@@ -124,7 +124,7 @@ def test_the_fused_path_equals_the_tiles(before, with_documents, monkeypatch):
     bias = torch.randn(2, BLOCK + 1, device=DEVICE, requires_grad=True)
     weight = torch.randn(2, LENGTH, 2, 64, device=DEVICE)
     begin = None if documents is None else documents.begin
-    fused = flex_sliding_attention(*inputs, BLOCK, bias, True, begin)
+    fused = flex_sliding_attention(*inputs, BLOCK, bias, True, begin)[0]
     monkeypatch.setattr(attention_module, "attention_path", lambda device: "tiles")
     tiled = sliding_attention(*inputs, BLOCK, bias, True, documents)
     torch.testing.assert_close(fused, tiled, rtol=1e-4, atol=1e-4)

@@ -9,12 +9,15 @@ from hypothesis import strategies as st
 
 from bst_dist.model.attention import (
     DistanceBias,
+    Share,
     SlidingAttention,
     angles,
     documents_further_back,
     documents_of,
+    one_softmax,
     rotate,
     sliding_attention,
+    sliding_share,
 )
 from bst_dist.model.config import AttentionConfig, LayerConfig
 from bst_dist.model.tiles import QUERY_TILE, sliding_tiles
@@ -87,6 +90,49 @@ def test_documents_that_met_before_the_slice_are_kept_apart(starts, window):
         first = [int((wanted == one).nonzero()[0]) for one in wanted[-8:]]
         assert found.begin[0].tolist() == first
         state = past.after
+
+
+def with_sums(q, k, v, window, bias, include_self):
+    """`query_by_query`, with the logarithm of the sum of each query's exponentials."""
+    before = k.shape[1] - q.shape[1]
+    sums = torch.zeros(q.shape[:-1], dtype=q.dtype)
+    for b, t, h in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:-1])).tolist():
+        last = before + t - (0 if include_self else 1)
+        seen = range(max(0, last - window + 1), last + 1)
+        sums[b, t, h] = sum(torch.exp(q[b, t, h] @ k[b, j, h] + bias[h, before + t - j]) for j in seen).log()
+    return query_by_query(q, k, v, window, bias, include_self), sums
+
+
+@pytest.mark.parametrize(("length", "include_self"), [(24, True), (21, True), (24, False)],
+                         ids=["fused tiles", "plain tiles", "without self"])  # fmt: skip
+def test_sums_and_their_gradients_equal_query_by_query(length, include_self):
+    """Distances from 4 on share a bias, so that the fused tiles make it of the near ones and of the sums."""
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(2, n, 2, 4, dtype=torch.float64, requires_grad=True) for n in (length, 3 + length, 3 + length)
+    )
+    table = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, length, 2, 5, dtype=torch.float64)
+    bias = table[:, torch.arange(9).clamp(max=4)]
+    ours = sliding_share(q, k, v, 8, bias, include_self, None, 4, None)
+    theirs = with_sums(q, k, v, 8, bias, include_self)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    wanted, totals = (q, k, v, table), []
+    for out, sums in (ours, theirs):
+        totals.append((torch.cat((out, sums.unsqueeze(-1)), -1) * weights).sum() + (sums * out[..., 0]).sum())
+    for one, other in zip(*(torch.autograd.grad(total, wanted, retain_graph=True) for total in totals), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_two_sets_of_keys_under_one_softmax_are_the_softmax_over_both():
+    q, k, v = torch.randn(5, 4), torch.randn(9, 4), torch.randn(9, 4)
+    scores = q @ k.T
+    parts = [
+        Share((scores[:, part].softmax(-1) @ v[part])[None, :, None], scores[:, part].logsumexp(-1)[None, :, None])
+        for part in (slice(0, 6), slice(6, 9))
+    ]
+    torch.testing.assert_close(one_softmax(*parts)[0, :, 0], scores.softmax(-1) @ v)
 
 
 @pytest.mark.parametrize("position", ["t5", "rope"])

@@ -43,6 +43,10 @@ RESETTABLE = {
     "MF default chunk": {"mixer": "bst", **CONTEXTS["MF"]},
     "MF s4-dplr default chunk": {"mixer": "bst", **CONTEXTS["MF"], "ssm": {"kernel": "s4-dplr", "state": 4}},
     "no cross": {"mixer": "bst-no-cross"},
+    **{f"{name} joint": {"mixer": "bst-joint", **context, **STRUCTURED["s4d"]} for name, context in CONTEXTS.items()},
+    "SH joint rope": {"mixer": "bst-joint", **CONTEXTS["SH"], "attention": {"position": "rope"}},
+    "MF joint rope": {"mixer": "bst-joint", **CONTEXTS["MF"], "attention": {"position": "rope"}},
+    "MF joint, without self": {"mixer": "bst-joint", **CONTEXTS["MF"], "attention": {"include_self": False}},
     "sliding": {"mixer": "sliding"},
     "transformer-xl": {"mixer": "transformer-xl", "transformer_xl": {"window": 2 * BLOCK}},
     "transformer-xl rope": {
@@ -65,12 +69,12 @@ RESETTABLE = {
 }
 # Heads that are together wider than the model: 2 of 12 at a width of 16.
 RESETTABLE |= {f"{name}, wide heads": {**RESETTABLE[name], "head_width": 12}
-               for name in ("SH s4d", "MH s4d", "MF s4d", "previous", "sliding", "transformer-xl rope",
-                            "block-recurrent", "gated-deltanet", "full")}  # fmt: skip
+               for name in ("SH s4d", "MH s4d", "MF s4d", "SH joint", "previous", "sliding",
+                            "transformer-xl rope", "block-recurrent", "gated-deltanet", "full")}  # fmt: skip
 # One head of keys and values for both heads of queries.
 RESETTABLE |= {
     f"{name}, shared keys": {**RESETTABLE[name], "attention": {**RESETTABLE[name].get("attention", {}), "kv_heads": 1}}
-    for name in ("SH s4d", "sliding", "transformer-xl rope", "block-recurrent", "full", "full rope")
+    for name in ("SH s4d", "MF joint", "sliding", "transformer-xl rope", "block-recurrent", "full", "full rope")
 }
 FILTERS = {
     **bst(CONTEXTS, UNSTRUCTURED),
@@ -210,6 +214,7 @@ def test_a_bst_can_be_tried_without_its_cross_attention():
         ({"mixer": "mamba2", "mamba2": {"convolution": 16, "head": 8}}, "reaches further back than a block"),
         ({"mixer": "bst", "ssm": {**SSD, "head": 3}}, "ssm.head 3 must divide the SSM's width, 4"),
         ({"mixer": "bst", **CONTEXTS["MF"], "ssm": SSD}, "context.variant must be SH or MH"),
+        ({"mixer": "bst-joint", "context": {"attend": "previous"}}, "context.attend must be current"),
     ],
 )
 def test_settings_that_do_not_fit_the_kernel_or_the_mixer_are_refused(settings, message):

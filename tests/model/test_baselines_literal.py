@@ -23,6 +23,10 @@ SETTINGS = {
     "gated-deltanet": {"gated_deltanet": {"chunk": 2}},
     "full": {"full": {"longest": LENGTH}},
     "bst-no-cross": {},
+    **{
+        f"bst-joint {variant}": {"context": {"variant": variant, "states": 3}, "ssm": {"state": 4, "chunk": 2}}
+        for variant in ("SH", "MH", "MF")
+    },
 }
 NO_STARTS = [[False] * (LENGTH // BLOCK)] * 2
 STARTS = [[False, True, False, True, True], [True, False, False, False, True]]
@@ -39,10 +43,11 @@ class Layers(LayerConfig):
 
 def build(name, **attention):
     torch.manual_seed(2)
-    settings = {"width": WIDTH, "heads": HEADS, "ffn": 1, "block": BLOCK, "name": name, **SETTINGS[name]}
+    mixer = name.split()[0]
+    settings = {"width": WIDTH, "heads": HEADS, "ffn": 1, "block": BLOCK, "name": mixer, **SETTINGS[name]}
     if name not in ("gss", "ssm", "mamba2", "gated-deltanet"):
         settings["attention"] = {"buckets": 8, "max_distance": 9, **attention}
-    model = MIXERS[name](parse(Layers, settings)).double()
+    model = MIXERS[mixer](parse(Layers, settings)).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -85,8 +90,9 @@ def document(starts, t):
     return sum(starts[: t // BLOCK + 1])
 
 
-def literal_attention(attention, u, starts, sees, detached=lambda t, j: False):
-    """Self-attention of one row, token by token and head by head, over the positions j that `sees(t, j)` allows."""
+def literal_attention(attention, u, starts, sees, detached=lambda t, j: False, more=lambda t, h, q: []):
+    """Self-attention of one row, token by token and head by head, over the positions j that `sees(t, j)` allows, and
+    over `more` keys and values under the same softmax."""
     weight = attention.qkv.weight
     rope, rows = attention.config.position == "rope", []
     for t in range(len(u)):
@@ -102,6 +108,9 @@ def literal_attention(attention, u, starts, sees, detached=lambda t, j: False):
                 k, v = (x.detach() if detached(t, j) else x for x in (k, v))
                 score = turned(q, t) @ turned(k, j) if rope else q @ k + attention.bias.weight[h, bucket(t - j)]
                 scores.append(score)
+                values.append(v)
+            for k, v in more(t, h, q):
+                scores.append(q @ k)
                 values.append(v)
             heads.append(softmax_read(scores, values))
         rows.append(torch.cat(heads))
@@ -166,19 +175,41 @@ def gelu(x):
     return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
-def literal_ssm(ssm, z, starts):
+def literal_ssm(ssm, z, starts, output=0):
     """x_t = Ā x_{t-1} + B̄ z_t, y_t = 2 Re(C x_t) + d z_t for each channel, from continuous parameters."""
-    modes = ssm.read_out.shape[2]
-    a = torch.complex(-torch.exp(ssm.log_decay[0]), ssm.frequency[0]).expand(z.shape[1], modes)
-    step = torch.exp(a * torch.exp(ssm.log_dt[0]).unsqueeze(1))
-    into, read_out = (step - 1) / a, torch.view_as_complex(ssm.read_out[0])
+    modes, own = ssm.read_out.shape[2], min(output, len(ssm.log_decay) - 1)
+    a = torch.complex(-torch.exp(ssm.log_decay[own]), ssm.frequency[own]).expand(z.shape[1], modes)
+    step = torch.exp(a * torch.exp(ssm.log_dt[own]).unsqueeze(1))
+    into, read_out = (step - 1) / a, torch.view_as_complex(ssm.read_out[output])
     x, rows = torch.zeros_like(step), []
     for t in range(len(z)):
         if t % BLOCK == 0 and starts[t // BLOCK]:
             x = torch.zeros_like(step)
         x = step * x + into * z[t].unsqueeze(1)
-        rows.append(2 * (read_out * x).sum(1).real + ssm.skip[0] * z[t])
+        rows.append(2 * (read_out * x).sum(1).real + ssm.skip[output] * z[t])
     return torch.stack(rows)
+
+
+def joint(model, u, starts):
+    """Each token attends at once to the keys of its window and to its block's context states, without positions."""
+    context = model.cross.context
+    y = [literal_ssm(context.ssm, u @ model.down.weight.T, starts, i) for i in range(len(context.ssm.read_out))]
+
+    def filters(t, h, q):
+        block = t // BLOCK
+        for i in range(len(y)):
+            before = context.initial[i] if block == 0 or starts[block] else y[i][block * BLOCK - 1]
+            k, v = (context.key_value.weight @ (before + context.identity[i])).split(WIDTH)
+            yield normal(head_of(k, h)), head_of(v, h)
+
+    def stream(t, h, q):
+        for j in range(t // BLOCK * BLOCK, t + 1):
+            k, v = (y[h if len(y) > 1 else 0][j] @ context.key_value[h]).split(HEAD)
+            yield normal(k), v
+
+    more = filters if hasattr(context, "identity") else stream
+    sees = window(BLOCK, model.attention.config.include_self)
+    return literal_attention(model.attention, u, starts, sees, more=more) @ model.out.weight.T
 
 
 def gss(model, u, starts):
@@ -267,10 +298,11 @@ LITERAL = {
     "gated-deltanet": gated_deltanet,
     "full": full,
     "bst-no-cross": no_cross,
+    **{f"bst-joint {variant}": joint for variant in ("SH", "MH", "MF")},
 }
 CASES = [(name, {}) for name in LITERAL]
 for other in ({"position": "rope"}, {"include_self": False}, {"position": "rope", "include_self": False}):
-    CASES += [(name, other) for name in ("transformer-xl", "block-recurrent", "full")]
+    CASES += [(name, other) for name in ("transformer-xl", "block-recurrent", "full", "bst-joint SH", "bst-joint MF")]
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "SH hyena": {"mixer": "bst", "ssm": {"kernel": "hyena", "length": LENGTH}},
     "SH ssd": {"mixer": "bst", "ssm": {"kernel": "ssd"}},
     "without cross": {"mixer": "bst-no-cross"},
+    "SH joint": {"mixer": "bst-joint"},
+    "MF joint": {"mixer": "bst-joint", "context": {"variant": "MF", "states": 4}},
     "Transformer-XL": {"mixer": "transformer-xl", "transformer_xl": {"window": LENGTH}},
     "Block-Recurrent": {"mixer": "block-recurrent", "block_recurrent": {"states": BLOCK}},
     "GSS": {"mixer": "gss"},

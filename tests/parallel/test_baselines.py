@@ -21,7 +21,11 @@ PASSED_ON = {
     "mamba2": {"mixer": "mamba2", "mamba2": {"state": 3, "head": 8, "chunk": 4}},
     "SH ssd": {"mixer": "bst", "ssm": {"kernel": "ssd", "state": 3, "head": 2, "chunk": 4}},
     "no SSM": {"mixer": "bst", "ssm": {"kernel": "none"}},
-}
+    "SH joint": {"mixer": "bst-joint", "ssm": {"state": 4, "chunk": 4}},
+    "MF joint": {"mixer": "bst-joint", "context": {"variant": "MF", "states": 3}, "ssm": {"state": 4, "chunk": 4}},
+    "MF joint, RoPE": {"mixer": "bst-joint", "context": {"variant": "MF", "states": 3}, "ssm": {"state": 4, "chunk": 4},
+                       "attention": {"position": "rope"}},
+}  # fmt: skip
 REFUSED = {
     "gated-deltanet": ({"mixer": "gated-deltanet", "gated_deltanet": {"chunk": 4}}, "parallel.sp to 1"),
     "block-recurrent": ({"mixer": "block-recurrent", "block_recurrent": {"states": 4}}, "parallel.sp to 1"),

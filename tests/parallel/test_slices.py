@@ -29,6 +29,7 @@ MODELS = {
     "SH, previous": {"context": {"variant": "SH", "attend": "previous"}},
     "MH": {"context": {"variant": "MH"}},
     "MF": {"context": {"variant": "MF", "states": 3}},
+    "MF, joint": {"mixer": "bst-joint", "context": {"variant": "MF", "states": 3}},
     "SH, s4-dplr": {"ssm": {"kernel": "s4-dplr", "state": 4, "chunk": 4}},
     "ssm": {"mixer": "ssm"},
     "gss": {"mixer": "gss"},

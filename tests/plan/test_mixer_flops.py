@@ -27,6 +27,9 @@ CASES = {
     **{f"ssm {k}": {"mixer": "ssm", "ssm": s} for k, s in KERNELS.items()},
     "sliding": {"mixer": "sliding"},
     "no cross": {"mixer": "bst-no-cross"},
+    "SH joint": {"mixer": "bst-joint"},
+    "MH joint": {"mixer": "bst-joint", "context": {"variant": "MH"}},
+    "MF joint": {"mixer": "bst-joint", "context": {"variant": "MF", "states": 4}},
     "transformer-xl": {"mixer": "transformer-xl", "transformer_xl": {"window": 128}},
     "transformer-xl, last segment shorter": {"mixer": "transformer-xl", "transformer_xl": {"window": 192}},
     "block-recurrent": {"mixer": "block-recurrent", "block_recurrent": {"states": 24}},
@@ -37,8 +40,8 @@ CASES = {
     "sliding, with a gate": {"mixer": "sliding", "activation": "swiglu"},
 }  # fmt: skip
 CASES |= {f"{name}, wide heads": {**CASES[name], "head_width": 12}
-          for name in ("SH s4d", "MH s4d", "MF s4d", "sliding", "no cross", "transformer-xl", "block-recurrent",
-                       "gated-deltanet", "full")}  # fmt: skip
+          for name in ("SH s4d", "MH s4d", "MF s4d", "SH joint", "sliding", "no cross", "transformer-xl",
+                       "block-recurrent", "gated-deltanet", "full")}  # fmt: skip
 
 
 CASES |= {f"{name}, shared keys": {**CASES[name], "attention": {"kv_heads": 2}}

@@ -74,7 +74,7 @@ class Attention:
         bias = torch.zeros(heads, block + 1, requires_grad=self.gradients) if self.bias else None
         begin = torch.zeros(rows, LENGTH, dtype=torch.int32) if self.documents else None
         with torch.set_grad_enabled(self.gradients):
-            return flex.flex_sliding_attention(q, k, v, block, bias, True, begin)
+            return flex.flex_sliding_attention(q, k, v, block, bias, True, begin)[0]
 
 
 LARGE: dict[str, Any] = {"width": 1024, "heads": 8, "block": 512, "rows": 8, "length": 4096}

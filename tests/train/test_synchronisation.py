@@ -25,7 +25,7 @@ from bst_dist.model import attention, flex
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.phases import Phases
-from bst_dist.plan.activations import _fused_attention
+from bst_dist.plan.activations import _fused_attention, _fused_share
 from bst_dist.report.utilisation import Speed
 from bst_dist.train import step
 from bst_dist.train.config import ScheduleConfig, TrainConfig
@@ -48,6 +48,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "MF explicit": {"mixer": "bst", "context": {"variant": "MF", "states": 3},
                     "ssm": {"kernel": "explicit", "length": LENGTH}},
     "without cross": {"mixer": "bst-no-cross"},
+    "SH joint": {"mixer": "bst-joint"},
+    "MF joint": {"mixer": "bst-joint", "context": {"variant": "MF", "states": 3}},
     "Transformer-XL": {"mixer": "transformer-xl", "transformer_xl": {"window": 32}},
     "Block-Recurrent": {"mixer": "block-recurrent", "block_recurrent": {"states": 8}},
     "GSS": {"mixer": "gss"},
@@ -118,6 +120,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)  # torch knows none on the meta device
     monkeypatch.setattr(torch, "autocast", lambda *device, **settings: nullcontext())
     monkeypatch.setattr(attention, "sliding_attention", _fused_attention)
+    monkeypatch.setattr(attention, "sliding_share", _fused_share)
     monkeypatch.setattr(step, "to_device", fresh)
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from bst_base.errors import UserError
 from bst_dist.model.baselines.block_recurrent import BlockRecurrentMixer
+from bst_dist.model.baselines.joint import JointMixer
 from bst_dist.model.context import StreamContext
 from bst_dist.model.layers import BSTMixer, NoCrossMixer
 from bst_dist.model.lm import LanguageModel
@@ -92,7 +93,10 @@ def parse(text: str) -> list[Intervention]:
 def obstacle(mixer: nn.Module, kind: str) -> str | None:
     """Why a kind of intervention does not apply to a layer's mixer; None when it does."""
     part = KINDS[kind].part
-    has_context = isinstance(mixer, (BSTMixer, BlockRecurrentMixer)) and not isinstance(mixer, NoCrossMixer)
+    kinds = BSTMixer, JointMixer, BlockRecurrentMixer
+    has_context = isinstance(mixer, kinds) and not isinstance(mixer, NoCrossMixer)
+    if isinstance(mixer, JointMixer) and part in ("self", "cross"):
+        return "one softmax over window and states, of which neither is cut"
     if part == "self":
         return None if hasattr(mixer, "attention") else "no self-attention"
     if part == "memory":

@@ -227,6 +227,7 @@ def test_what_applies_to_which_model(make_model):
     assert kinds("block-recurrent") == everything - {"shuffle", "delay", "forget"}
     assert kinds("bst-no-cross") == kinds("sliding") == kinds("transformer-xl") == kinds("full") == own
     assert kinds("ssm") == kinds("gss") == {"forget"}
+    assert kinds("bst-joint") == everything - own - {"no-cross"}
 
 
 def test_an_intervention_reads_as_it_is_written():

@@ -1,0 +1,90 @@
+"""Window and context states under one softmax; not the paper's, whose states have a query and a softmax of their own.
+
+A query attends to the keys of its window and to the states of its block at once, so that every token and head divides
+its attention between both. There is no second query and no wider output. Native Hybrid Attention (arXiv 2510.07019)
+does so with the slots of a linear recurrence where the states of BST's SSM stand here.
+
+One softmax over two sets of keys is the softmax over each, weighted by the sums of their exponentials (`one_softmax`).
+So the window's part is sliding attention with its fused kernels, and neither set of keys is copied. States have no
+position: nothing is added to their scores, and under RoPE they meet the query that is not rotated.
+
+Shapes: B rows, l tokens, Ds SSM width, S states, nb blocks of W tokens, H heads, dh head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from bst_dist.model.attention import Share, SlidingAttention, attention_path, one_softmax
+from bst_dist.model.config import LayerConfig
+from bst_dist.model.context import build_context
+from bst_dist.model.flex import flex_sliding_attention
+from bst_dist.model.roles import Linear
+from bst_dist.parallel.past import Past
+
+
+class JointMixer(nn.Module):
+    """Attention to window and context states under one softmax: (B, l, D) -> (B, l, D)."""
+
+    def __init__(self, config: LayerConfig):
+        super().__init__()
+        if config.context.attend == "previous":
+            raise ValueError("bst-joint: context.attend must be current: a block has no states where none came before")
+        self.attention = SlidingAttention(config, config.block)
+        self.down = Linear(config.width, config.context.width(config.width))
+        self.cross = StateShare(config)
+        self.out = Linear(config.inner, config.width, into_stream=True)
+
+    def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+        q, window = self.attention.share(u, past.child("self"), starts)
+        states = self.cross(q, self.down(u), past.child("context"), starts)
+        return self.out(one_softmax(window, states).flatten(-2))
+
+
+class StateShare(nn.Module):
+    """What the context states give to the softmax: (B, l, H, dh), (B, l, Ds) -> (B, l, H, dh), (B, l, H)."""
+
+    def __init__(self, config: LayerConfig):
+        super().__init__()
+        self.block, self.filters = config.block, config.context.variant == "MF"
+        self.context = build_context(config)
+
+    def forward(self, q: Tensor, z: Tensor, past: Past, starts: Tensor | None) -> Share:
+        k, v = (x.to(q.dtype) for x in self.context(z, past, starts))
+        return of_whole_blocks(q, k, v) if self.filters else within_blocks(q, k, v, self.block)
+
+
+def of_whole_blocks(q: Tensor, k: Tensor, v: Tensor) -> Share:
+    """Each block's tokens to all its states: (B, l, H, dh), (B, nb, S, H, dh) twice."""
+    found = _with_scores(q.unflatten(1, (k.shape[1], -1)).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
+    return Share(*(x.unflatten(0, (len(q), -1)).flatten(1, 2) for x in found))
+
+
+def within_blocks(q: Tensor, k: Tensor, v: Tensor, block: int) -> Share:
+    """Each token to the states of its block up to its own; k and v (B, p + l, H, dh), p within the first block."""
+    length, keys = q.shape[1], k.shape[1]
+    place = torch.arange(keys, device=q.device, dtype=torch.int32)
+    begin = place - place % block
+    if attention_path(q.device) == "flex":  # as sliding attention in which each block is a document
+        begin = begin[keys - length :].expand(len(q), -1).contiguous()
+        return Share(*flex_sliding_attention(q, k, v, block, None, True, begin, sums=True))
+    if length == keys:  # a block is a batch entry
+        span = min(block, length)
+        folded = (x.unflatten(1, (-1, span)).flatten(0, 1) for x in (q, k, v))
+        found = _with_scores(*folded, (place[:span].unsqueeze(1) >= place[:span]))
+        return Share(*(x.unflatten(0, (len(q), -1)).flatten(1, 2) for x in found))
+    return _with_scores(q, k, v, (place >= begin[keys - length :, None]) & (place <= place[keys - length :, None]))
+
+
+def _with_scores(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Share:
+    """(N, t, H, dh), (N, K, H, dh) twice, (t, K) -> (N, t, H, dh), (N, t, H); all scores are kept."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -math.inf)
+    sums = torch.logsumexp(scores, dim=-1, keepdim=True)
+    out = torch.exp(scores - sums).to(v.dtype) @ v
+    return Share(out.transpose(1, 2), sums.squeeze(-1).transpose(1, 2))
