@@ -4,7 +4,7 @@
     python docs/study/diagnostics.py --from runs/experiments  # first copies them from there
 
 `bst experiment report` writes each table. Only conditions of which all runs are done are shown and judged, by the rule
-of diagnostics-registered.md.
+of diagnostics-registered.md. What copying says about depth comes first (copying.py).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,15 @@ import numpy as np
 import yaml
 from scipy import stats
 
+from bst_dist.study.report.style import save
 from data_pipeline.synthetic.unigram import LatentUnigram
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE))
+import copying  # noqa: E402 - it lies beside this program, which is no part of a package
+
 RECIPES, TABLES, PAGE = HERE.parents[1] / "launch/recipes/diagnostics", HERE / "diagnostics", HERE / "diagnostics.md"
+FIGURES = HERE / "figures"
 FILES = ("small-unigram", "small-copy", "small-unigram-others", "small-copy-others", "unigram", "copy")
 BEGIN, END = "<!-- from here on: docs/study/diagnostics.py -->", "<!-- to here -->"
 HOURS = {"small-unigram": 0.6, "small-copy": 4.4, "small-unigram-others": 0.6, "small-copy-others": 4.4, "unigram": 4.4,
@@ -94,7 +100,46 @@ def load(tables: Path = TABLES) -> list[Experiment]:
 
 def build(experiments: list[Experiment]) -> str:
     """The generated part of the page."""
-    return "\n".join([*_standing(experiments), *_tables(experiments), *_decisions(experiments), *_missing(experiments)])
+    parts = _copying_answers, _standing, _tables, _decisions, _missing
+    return "\n".join(line for part in parts for line in part(experiments))
+
+
+def _copying_answers(experiments: list[Experiment]) -> Iterator[str]:
+    """First of all what was asked: whether windows catch up where their stack reaches the lag."""
+    for experiment in experiments:
+        if not (cells := _cells(experiment)):
+            continue
+        yield f"### {experiment.settings['question']}: does the advantage fall where windows reach the lag?"
+        yield ""
+        yield from copying.answer(cells, experiment.settings["reference"])
+        yield ""
+        yield f"![accuracy against depth, a panel a lag](figures/diagnostics-{experiment.name}.png)"
+        yield ""
+        yield "Grey: a stack of windows cannot tell the label. Dotted: a guess."
+        yield ""
+
+
+def _cells(experiment: Experiment) -> list[copying.Cell]:
+    """The whole conditions of an experiment on copying."""
+    if "copy" not in experiment.name.split("-"):
+        return []
+    return [
+        copying.Cell(
+            experiment.of(condition, "data.synthetic.lag"), experiment.of(condition, "model.depth"),
+            _hidden(experiment, condition),
+            {arm: np.array(_seeds(experiment, condition, arm)) for arm in experiment.settings["arms"]},
+        )
+        for condition in experiment.settings["conditions"] if experiment.rows(condition)
+    ]  # fmt: skip
+
+
+def draw_figures(experiments: list[Experiment]) -> None:
+    """A figure for each experiment on copying of which something is whole."""
+    for experiment in experiments:
+        if cells := _cells(experiment):
+            chance = 1 / experiment.of(next(iter(experiment.settings["conditions"])), "data.synthetic.symbols")
+            out = FIGURES / f"diagnostics-{experiment.name}.png"
+            save(lambda cells=cells, chance=chance: copying.draw(cells, chance), out)
 
 
 def _standing(experiments: list[Experiment]) -> Iterator[str]:
@@ -276,4 +321,5 @@ if __name__ == "__main__":
     source = parser.parse_args().source
     if source:
         copy_tables(source)
+    draw_figures(load())
     PAGE.write_text(rewrite(PAGE.read_text(), build(load())))

@@ -83,6 +83,55 @@ def test_predictions_hold_or_name_what_speaks_against_them():
     assert "**P1** does not hold: 11 of 12 runs are as predicted; against it lag 32, 2 layers, no-ssm: 0.081." in text
 
 
+def no_advantage(lag, depth, arm, seed):
+    return 0.9 + 0.01 * seed if depth * 15 + 1 >= lag else 0.06
+
+
+def seeds_differ(lag, depth, arm, seed):
+    return as_predicted(lag, depth, arm, seed) + (0.5 if arm == "bst-sh" and depth == 8 else 0.0) * seed
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "verdict"),
+    [
+        (as_predicted, "**Falls**: the advantage of `bst-sh` over `sliding` is +0.840 ± 0.000 where windows cannot"),
+        (lambda *of: 0.9 - 0.84 * (as_predicted(*of) > 0.5), "**Does not fall**: the advantage of `bst-sh`"),
+        (seeds_differ, "**Undecided**"),
+        (no_advantage, "**Undecided**: the advantage of `bst-sh` over `sliding` is +0.000 ± 0.000"),
+    ],
+)  # fmt: skip
+def test_the_page_begins_with_whether_the_advantage_falls(accuracy, verdict):
+    """Lags 32 and 64 are within reach at some depths and beyond at others; lag 16 always is within it."""
+    lines = page.build([copying(accuracy)]).splitlines()
+    assert "does the advantage fall where windows reach the lag?" in lines[0]
+    assert verdict in lines[2]
+    assert "| 32 | sliding | " in "\n".join(lines[:12])
+    assert lines[-1]
+
+
+def test_the_fall_is_a_mean_over_lags_of_means_over_depths():
+    def gain(lag, depth, arm, seed):
+        return {(32, 2): 0.5, (32, 4): 0.3, (32, 8): 0.1, (64, 2): 0.4, (64, 4): 0.2, (64, 8): 0.2}.get(
+            (lag, depth), 9.0) * (arm == "bst-sh") + 0.01 * seed * (arm == "bst-sh") * (depth == 2)  # fmt: skip
+
+    (line,) = (x for x in page.build([copying(gain)]).splitlines() if "`bst-sh` over" in x)
+    # beyond: (0.5 + (0.4 + 0.2) / 2) / 2 = 0.4, and 0.0075 more with seed 1; within: (0.2 + 0.2) / 2
+    assert "is +0.404 ± 0.004 where" in line
+    assert "they can, so 0.204 ± 0.004 less (95 % interval +0.16 to +0.25)" in line
+
+
+def test_there_is_no_answer_before_a_lag_is_done_on_both_sides():
+    text = page.build([copying(as_predicted, statuses={f"lag {lag}, 2 layers": "running" for lag in (32, 64)}
+                               | {"lag 64, 4 layers": "running"})])  # fmt: skip
+    assert "**No answer yet** about the advantage of `bst-sh`" in text
+
+
+def test_the_figure_has_a_panel_a_lag(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "FIGURES", tmp_path)
+    page.draw_figures([copying(as_predicted)])
+    assert (tmp_path / "diagnostics-small-copy.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_a_condition_with_a_run_that_is_not_done_is_neither_shown_nor_judged():
     text = page.build([copying(as_predicted, statuses={"lag 16, 2 layers": "running"})])
     assert "| lag 16, 2 layers |" not in text

@@ -73,7 +73,7 @@ class BudgetConfig(Config):
 class NoiseConfig(Config):
     """What is expected of the noise in ln of the loss, to predict standard errors before anything is spent."""
 
-    seed: float = Field(0.007, gt=0)
+    seed: float = Field(0.007, gt=0, le=1)
     """Standard deviation of ln of the loss between runs that differ only in their seed; about 0.007 in small models."""
     within: float = Field(0.3, ge=0, le=1)
     """Share of that variance that differs between runs which share a trunk."""

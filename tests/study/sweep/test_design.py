@@ -11,13 +11,14 @@ import yaml
 
 from bst_base.errors import UserError
 from bst_base.settings import ConfigError, parse
+from bst_dist.cli import main
 from bst_dist.config import Recipe
 from bst_dist.model.lm import LanguageModel
 from bst_dist.study.laws.verdict import columns
-from bst_dist.study.sweep import price, shape
+from bst_dist.study.sweep import price, rehearsal, shape
 from bst_dist.study.sweep.config import ShapeConfig, SweepConfig
 from bst_dist.study.sweep.design import Designer
-from bst_dist.study.sweep.rehearsal import rehearse
+from bst_dist.study.sweep.rehearsal import RehearsalError, rehearse
 from bst_dist.study.sweep.shape import count, places, solve_together
 from bst_dist.study.sweep.soundness import UnsoundError, planned_gaps, require_sound
 
@@ -244,6 +245,55 @@ def test_a_crossed_grid_is_sound_and_can_be_analysed(designer):
     runs = runs_of(made)
     sound(runs)
     rehearse(made.sweep, runs)
+
+
+def without_losses(monkeypatch, lost):
+    """Simulated rows, of which some have a loss that is not a number."""
+    simulate = rehearsal.simulate
+
+    def rows(*arguments):
+        return [row.model_copy(update={"loss_nats": math.nan}) if lost(row) else row for row in simulate(*arguments)]
+
+    monkeypatch.setattr(rehearsal, "simulate", rows)
+
+
+@pytest.mark.parametrize("lost", ["bst", "sliding"])
+def test_an_analysis_without_a_number_of_one_architecture_is_one_message(designer, monkeypatch, lost):
+    made = designer()
+    without_losses(monkeypatch, lambda row: row.architecture == lost)
+    with pytest.raises(RehearsalError, match="no verdict could be given:\n  bst: no pair of bst and"):
+        rehearse(made.sweep, runs_of(made))
+
+
+def test_an_analysis_survives_single_runs_without_a_loss(designer, monkeypatch):
+    made = designer()
+    names = [run.name for run in runs_of(made) if run.multiple is not None]
+    without_losses(monkeypatch, lambda row: row.run in (names[0], names[-1]))
+    rehearse(made.sweep, runs_of(made))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens_per_parameter": [5]}, "tokens_per_parameter has one value"),
+        ({"sizes": [2e5]}, "sizes has one value"),
+        ({"seeds": [0], "sizes": [1e5, 2e5]}, "4 independent runs are too few for 4 coefficients"),
+        ({"architectures": {name: {"model.mixer": "sliding"} for name in ("sliding", "twin")}}, "are the same recipe"),
+        ({"noise": {"seed": math.inf}}, "noise.seed: input should be less than or equal to 1 (got inf)"),
+        ({"noise": {"seed": math.nan}}, "noise.seed: input should be greater than 0 (got nan)"),
+    ],
+)
+def test_a_design_that_cannot_be_analysed_ends_with_one_message(tmp_path, capsys, changes, message):
+    """As a user meets it: the command fails with the reason, and nothing has been made."""
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
+    sweep = {**SWEEP, **changes, "directory": str(tmp_path / "runs")}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    assert main(["sweep", "design", str(tmp_path / "sweep.yaml")]) == 2
+    told = capsys.readouterr().err
+    assert told.count("bst sweep design: ") == 1
+    assert message in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "runs").exists()
 
 
 FAR = {"model.block": 8, "train": {"sequence_length": 256, "sequences": 1}}
