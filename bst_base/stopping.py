@@ -1,4 +1,4 @@
-"""Ctrl-C in a command that has something to show for what it has done so far."""
+"""Being told to stop: by Ctrl-C in a command that has something to show, or by a signal in the midst of a long wait."""
 
 from __future__ import annotations
 
@@ -8,8 +8,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from bst_base.errors import UserError
+
 STATUS = 130
 """Exit status of a command that Ctrl-C has stopped: 128 + SIGINT."""
+TOLD = threading.Event()
+"""Set by the first signal, in a program that takes signals as a wish to stop (`bst_dist.faults.signals`). Whatever
+waits for long, for a network say, looks at it."""
+
+
+class Stopped(UserError):
+    """A wait was left because the process was told to stop; nothing is wrong with what was waited for."""
+
+    exit_status = 75
+    """EX_TEMPFAIL of sysexits.h: start again."""
 
 
 @contextmanager

@@ -252,6 +252,9 @@ class _Settle(Callback):
     def after_step(self, report: StepReport, last: bool) -> None:
         self.copies.settle()
 
+    def ended(self) -> None:
+        self.copies.settle()
+
 
 class _Take(Callback):
     """The last step of a start has a checkpoint, and no local copy."""

@@ -326,6 +326,10 @@ class Checkpoints(Callback):
         self.data_state, self.say = data_state, say
         self.failed = 0
         """Checkpoints in a row that could not be written."""
+        self._step: int | None = None
+        """The last that was taken; None: none was."""
+        self._full: int | None = None
+        """That of the last full checkpoint."""
 
     def after_step(self, report: StepReport, last: bool) -> None:
         """Commit what was under way, begin what is due; after the last step, wait for it.
@@ -333,6 +337,7 @@ class Checkpoints(Callback):
         A checkpoint that cannot be written is told of and the run continues, with the one before it as it was; but not
         without the last one, nor after `checkpoint.failures` in a row: raises StorageError on all ranks.
         """
+        self._step = report.step
         self._tell(self.snapshots.poll())
         if last or self.config.wanted(report.step):
             full = last or self.config.scheduled(report.step)
@@ -341,6 +346,14 @@ class Checkpoints(Callback):
             self._tell(self.snapshots.start(self.position(report.step), loss, full), last)
             if last or not self.config.background:
                 self._tell(self.snapshots.finish(), last)
+
+    def ended(self) -> None:
+        """Commit what was under way, and take the checkpoint of the last step unless it is there."""
+        self._tell(self.snapshots.finish())
+        if self._step is not None and self._full != self._step:
+            loss = self.evaluated.loss(self._step)
+            self._tell(self.snapshots.start(self.position(self._step), loss), last=True)
+            self._tell(self.snapshots.finish(), last=True)
 
     def position(self, step: int) -> Position:
         """Where the run stands, now that `step` steps are done."""
@@ -358,6 +371,7 @@ class Checkpoints(Callback):
             self.say(f"{message}\n{'':>12} the run continues; earlier checkpoints are unchanged")
         elif outcome:
             self.failed = 0
+            self._full = step_of(outcome.path) if outcome.full else self._full
             kind = "checkpoint" if outcome.full else "weights"
             self.say(f"{'':>12} {kind} {outcome.path}: {outcome.bytes / 1e6:,.1f} MB in {outcome.seconds:.1f} s")
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bst_base.host import die_with_parent
+from bst_base.stopping import TOLD
 from bst_dist.faults.disks import Disks, unanswering
 from bst_dist.faults.ending import end
 from bst_dist.faults.status import RESUBMIT, UNREADABLE
@@ -61,10 +62,11 @@ class FurtherSignal:
 class Notice:
     """What this process has been told."""
 
-    def __init__(self) -> None:
+    def __init__(self, heard: threading.Event | None = None) -> None:
+        """`heard`: set with the first signal."""
         self.signal: signal.Signals | None = None
         """The first signal that came; None while none has."""
-        self.heard, self.again = threading.Event(), False
+        self.heard, self.again = heard or threading.Event(), False
         """Set with the first; whether a further one has come that is no copy of it."""
         self._further = FurtherSignal(SAME_NOTICE_S)
         self._at_once = False
@@ -116,7 +118,7 @@ def listen() -> Notice:
     The handler proper does nothing: Python runs it only between two of its own instructions, and a rank that waits in
     a collective has none. The byte that the interpreter writes when the signal arrives is read by a thread.
     """
-    notice, ends = Notice(), stopping()
+    notice, ends = Notice(TOLD), stopping()
     heard, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)

@@ -177,6 +177,9 @@ class Callback:
     def after_step(self, report: StepReport, last: bool) -> None:
         """Called after each step; `last` when none follows in this start."""
 
+    def ended(self) -> None:
+        """Called when no step follows although the one before was not the `last`: there was no data for it."""
+
 
 class Writer:
     """Somewhere that reports go to; rank 0 has several, the others none."""

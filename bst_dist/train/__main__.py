@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from bst_base.arguments import at_least
 from bst_base.errors import StorageError, UserError
 from bst_base.files import FULL
+from bst_base.stopping import Stopped
 from bst_dist.faults import signals, status
 from bst_dist.faults.disks import Disks
 from bst_dist.faults.ending import end
@@ -91,6 +92,9 @@ def main(argv: list[str] | None = None) -> int:
         ended = train(asked, ranks, notice, disks)
         ranks.leave()
         return ended
+    except Stopped as error:
+        _tell(f"{error} by {notice.signal.name}, before the first step; start again with --resume")
+        return error.exit_status
     except UserError as error:
         _tell(str(error))
         return error.exit_status

@@ -187,6 +187,11 @@ class Run:
         for data_step, batches in loader:
             waited = time.perf_counter() - began
             report = self.trainer.step(data_step - self.trainer.skipped, batches, began)
+            if report is None:
+                for callback in callbacks:
+                    phases.enter(callback.phase)
+                    callback.ended()
+                return
             report = replace(report, data_wait_s=waited)
             for callback in callbacks:
                 phases.enter(callback.phase)

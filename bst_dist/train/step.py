@@ -27,7 +27,7 @@ from bst_dist.report.metrics import MixedReport, SkippedReport, StepReport, bits
 from bst_dist.report.utilisation import Speed
 from bst_dist.train.config import ScheduleConfig, TrainConfig
 from bst_dist.train.schedule import factor
-from data_pipeline.serve.slices import slices_of
+from data_pipeline.serve.slices import Blank, slices_of
 
 if TYPE_CHECKING:
     from bst_dist.parallel.group import SequenceGroup
@@ -59,18 +59,23 @@ class Trainer:
         self.carried: list[dict[str, Any]] = []
         """The past left by each micro-batch of the last step, in order; empty when nothing is carried."""
 
-    def step(self, step: int, batches: Sequence[MicroBatch], start: float) -> StepReport:
+    def step(self, step: int, batches: Sequence[MicroBatch], start: float) -> StepReport | None:
         """One update of the weights with the mean loss over all valid tokens of the step; `start`: when it began.
 
-        The guard may hold it back: then the report is a SkippedReport. Raises RollBack, or DivergedError, when the run
-        cannot continue from here; no weight has changed then.
+        None when a rank had no data, because it was told to stop while it waited (`Blank`): nothing has changed then,
+        and the ranks have agreed to stop. The guard may hold the step back: then the report is a SkippedReport. Raises
+        RollBack, or DivergedError, when the run cannot continue from here; no weight has changed then.
         """
+        carried = list(self.carried)
         rates = self.engine.set_rates(factor(self.schedule, step, self.config.steps))
         rate = rates["matrices"]
         gradients = self._accumulate(step, batches)
         self.ranks.phases.enter("optimizer")
         norm = self.engine.update()
         found = gradients.read()  # here the host waits for the device, as the engine did for the norm
+        if found.missing:
+            self.carried[:] = carried
+            return None
         tokens, loss = found.tokens, found.nats / max(1.0, found.tokens)
         held = self.guard.loss(loss, step, self.skipped, rate) or self.guard.gradient(norm, step, self.skipped, rate)
         if held is None:
@@ -136,6 +141,8 @@ class _Found(NamedTuple):
     """Ranks that were told to stop."""
     tokens: float
     """Labels that count."""
+    missing: float
+    """Ranks that had no data."""
     parts: list[float]
     """Nats and labels of each corpus of a mixture."""
 
@@ -158,7 +165,10 @@ class _Gradients:
     def __init__(self, trainer: Trainer, step: int, batches: Sequence[MicroBatch]) -> None:
         self.trainer, self.step = trainer, step
         count = sum(int(part.loss_mask.sum()) for batch in batches for part in slices_of(batch))
-        self.tokens = trainer.ranks.add_up(self._number(count))
+        own = (self._number(count), self._number(isinstance(batches, Blank)))
+        self.counts = trainer.ranks.add_up(torch.cat(own))
+        """Labels that count, and ranks without data."""
+        self.tokens, self.missing = self.counts.split(1)
         self.sums = torch.zeros(2, dtype=torch.float64, device=trainer.ranks.device)
         """This rank's nats and bytes of text."""
         self.squares = self._number(0)
@@ -172,9 +182,9 @@ class _Gradients:
         trainer = self.trainer
         own = (self.sums, self.squares, self._number(trainer.stop.wish), self.parts.flatten())
         sums = trainer.ranks.add_up(torch.cat(own))
-        self._found = torch.cat((sums, self.tokens))
+        self._found = torch.cat((sums, self.counts))
         loss = sums[:1] / self.tokens.clamp(min=1)
-        good = loss.isfinite() & (loss <= trainer.guard.limit)
+        good = loss.isfinite() & (loss <= trainer.guard.limit) & (self.missing == 0)
         self.scale = self.scale.masked_fill(~good, math.inf)
 
     def scaled(self, total: Tensor) -> Tensor:
@@ -183,9 +193,9 @@ class _Gradients:
 
     def read(self) -> _Found:
         """The step's sums, once the device has them; the ranks learn whether one of them was told to stop."""
-        nats, text_bytes, squares, wishes, *parts, tokens = self._found.tolist()
-        found = _Found(nats, text_bytes, squares, wishes, tokens, parts)
-        self.trainer.stop.learn(found.wishes)
+        nats, text_bytes, squares, wishes, *parts, tokens, missing = self._found.tolist()
+        found = _Found(nats, text_bytes, squares, wishes, tokens, missing, parts)
+        self.trainer.stop.learn(found.wishes + found.missing)
         return found
 
     def _number(self, value: float) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bst_base.errors import UserError
+from bst_base.stopping import TOLD
 from data_pipeline.serve.batch import Batch, block_starts, label_mask
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.mixture import whole_weights
@@ -26,7 +27,7 @@ from data_pipeline.serve.reader import Corpus
 from data_pipeline.serve.rows import RowReader, Rows
 from data_pipeline.serve.share import Share
 from data_pipeline.serve.sizes import BatchSizes
-from data_pipeline.serve.slices import MicroBatch
+from data_pipeline.serve.slices import Blank, MicroBatch
 from data_pipeline.serve.spread import MASKED
 from data_pipeline.serve.stream import inputs
 
@@ -85,16 +86,24 @@ class Loader:
         self._use_order(ORDER_VERSION, self._planned)
 
     def __iter__(self) -> Iterator[tuple[int, list[MicroBatch]]]:
-        """(step, this rank's micro-batches in order), from `start_step` on and without end."""
+        """(step, this rank's micro-batches in order), from `start_step` on and without end.
+
+        Once the process is told to stop nothing is waited for: a step that is not there yet is `Blank`, and the last.
+        """
         self.close()
         far = any(corpus.remote for corpus in self._corpora)
         ahead = self.config.prefetch if self.config.prefetch is not None else 8 if far else 2
-        self._prefetcher = Prefetcher(self.batches, self._start_step, ahead, threads=_STEPS_AT_ONCE if far else 1)
-        return iter(self._prefetcher)
+        threads = _STEPS_AT_ONCE if far else 1
+        self._prefetcher = Prefetcher(self.batches, self._start_step, ahead, threads, leave=TOLD)
+        return self._served(self._prefetcher)
 
     def batches(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step; calls have no effect on each other."""
         return [self._share.laid_out(stored, self._batch) for stored in self._read_all(step)]
+
+    def blank(self, step: int) -> Blank:
+        """What stands in for the micro-batches of a step; reads nothing."""
+        return Blank(self._share.laid_out(stored, self._batch) for stored in self._read_all(step, blank=True))
 
     def tokens(self, step: int) -> list[np.ndarray]:
         """The same micro-batches as stored: (b, l + 1) in the corpus's dtype, the label of the last input included;
@@ -144,6 +153,10 @@ class Loader:
         self._prefetcher.close()
         for corpus in self._corpora:
             corpus.interrupt(False)
+
+    def _served(self, prefetcher: Prefetcher[list[MicroBatch]]) -> Iterator[tuple[int, list[MicroBatch]]]:
+        for step, batches in prefetcher:
+            yield step, self.blank(step) if batches is None else batches
 
     def _sequences_of_a_pass(self) -> list[int]:
         sequences = []
@@ -221,19 +234,20 @@ class Loader:
         shares = [(start, [weights[number] for number in read]) for start, weights in used]
         return "".join(f"{number}:{self._corpora[number].sha256}" for number in read), json.dumps(shares)
 
-    def _read_all(self, step: int) -> Iterator[list[Stored]]:
-        """Every slice of every micro-batch."""
+    def _read_all(self, step: int, blank: bool = False) -> Iterator[list[Stored]]:
+        """Every slice of every micro-batch; `blank`: without what they hold."""
         serving = [each for each in self._parts if each.start <= step][-1]
         for numbers in serving.share.micro_batches():
-            yield [self._read(serving, step, numbers, part) for part in range(len(self._share.begins))]
+            yield [self._read(serving, step, numbers, part, blank) for part in range(len(self._share.begins))]
 
-    def _read(self, serving: _Part, step: int, numbers: np.ndarray, part: int) -> Stored:
+    def _read(self, serving: _Part, step: int, numbers: np.ndarray, part: int, blank: bool) -> Stored:
         """One slice of a micro-batch; its masked rows, which are the last, are padding as beyond the end of a pass."""
         own = numbers[numbers != MASKED]
         located, masked = Rows.none(), len(numbers) - len(own)
         if len(own):
             place = int(own[0]) - serving.share.own.start  # rows are located by their place among the rank's own
-            located = serving.reader.locate(step, place, place + len(own), part)
+            reader = serving.reader
+            located = (reader.unread if blank else reader.locate)(step, place, place + len(own), part)
         tokens, real = serving.reader.read(located)
         if masked:
             below = ((0, masked), (0, 0))

@@ -99,6 +99,12 @@ class RowReader:
         window, inside = divmod(step - self._since, self._window_steps)
         return self._window(window, part).part(inside * self._count + start, inside * self._count + stop)
 
+    def unread(self, step: int, start: int, stop: int, part: int = 0) -> Rows:
+        """The same rows without what they read, which takes no index to tell."""
+        rows = range(self._first + start, self._first + stop)
+        corpora, epochs, _, continues = self._plan.assign(range(step, step + 1), rows)
+        return Rows(corpora, epochs, continues, Rows.none().pieces, [0] * (len(rows) + 1))
+
     def read(self, rows: Rows) -> tuple[np.ndarray, np.ndarray | None]:
         """Tokens (b, l + 1) in the corpus's dtype, and which of them are text: (b, l + 1) bool, None when all are."""
         tokens = np.empty((len(rows.corpora), self._length + 1), self._dtype)

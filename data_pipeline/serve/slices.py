@@ -30,6 +30,13 @@ MicroBatch: TypeAlias = Batch | Sequence[Batch]
 """Some rows of a step: whole, or in slices."""
 
 
+class Blank(list[MicroBatch]):
+    """Micro-batches that stand in for those of a step which are not there: the same rows and shapes, all padding.
+
+    With them a rank takes part in the exchanges of a step that comes to nothing.
+    """
+
+
 def slices_of(micro_batch: MicroBatch) -> Sequence[Batch]:
     """The slices of a micro-batch, in order; of one that is whole, itself."""
     return micro_batch if isinstance(micro_batch, Sequence) else (micro_batch,)

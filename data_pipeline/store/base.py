@@ -100,7 +100,7 @@ class Storage(Protocol):
         """Told of the files that are read from now on, and of those after them: a cache fetches them."""
 
     def interrupt(self, stop: bool) -> None:
-        """While `stop` is true, reads that wait for a network end with a StorageError."""
+        """While `stop` is true, reads that wait for a network, or for another process, raise Stopped."""
 
     def renew(self, name: str) -> bool:
         """Called on a file that was found damaged: true when another copy was fetched, so that reading may succeed."""

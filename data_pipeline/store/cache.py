@@ -9,16 +9,18 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from bst_base.errors import UserError
 from bst_base.files import atomic_file
+from bst_base.stopping import TOLD, Stopped
 from data_pipeline.format.shards import ShardError
 from data_pipeline.store.base import Storage
 from data_pipeline.store.room import Room
 from data_pipeline.store.storage import LocalStorage
 
 _FETCHED_AT_ONCE = 8  # files of a corpus that are fetched ahead at a time
+_LOOK_S = 0.05  # how often a wait for another process, which fetches the same file, looks whether that is there
 
 
 class KnownFiles(Protocol):
@@ -60,6 +62,7 @@ class CachedStorage:
         self._room = Room(self._directory, limit)
         self._present: set[str] = set()
         self._wanted: deque[str] = deque()  # files to be fetched ahead
+        self._stop = threading.Event()
         self._fetchers = 0
         self._counting = threading.Lock()  # guards `_fetchers`
 
@@ -88,6 +91,9 @@ class CachedStorage:
         """See `Storage`."""
         if stop:
             self._wanted.clear()
+            self._stop.set()
+        else:
+            self._stop.clear()
         self._source.interrupt(stop)
 
     def fetch_ahead(self, now: Sequence[str], soon: Sequence[str]) -> None:
@@ -183,5 +189,15 @@ class CachedStorage:
     def _locked(self, copy: str) -> Iterator[None]:
         """Keep the machine's other processes from fetching or dropping the same file."""
         with (self._directory / f"{copy}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            while not _taken(lock):
+                if self._stop.wait(_LOOK_S) or TOLD.is_set():
+                    raise Stopped(f"{self.where}: the wait for another process that fetches {copy} was interrupted")
             yield
+
+
+def _taken(lock: TextIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -6,17 +6,23 @@ import asyncio
 import logging
 import os
 import random
+import select
 import shlex
+import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 
 from bst_base.addresses import filled, redacted
+from bst_base.stopping import TOLD, Stopped
 from data_pipeline.format.shards import ShardError
 from data_pipeline.store.base import REQUESTS, StorageConfig, StorageError
 
@@ -118,6 +124,16 @@ class RemoteStorage:
         else:
             self._stop.clear()
 
+    def _pause(self, name: str, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self._stop.wait(min(left, _POLL_S))
+            self._check_interrupted(name)
+
+    def _check_interrupted(self, name: str) -> None:
+        if self._stop.is_set() or TOLD.is_set():
+            raise Stopped(f"{self.where}/{name}: reading was interrupted")
+
     def renew(self, name: str) -> bool:
         """See `Storage`: every read fetches anew, so one more may arrive whole."""
         return True
@@ -142,22 +158,24 @@ class RemoteStorage:
     def _cat(self, name: str, **span: int) -> bytes:
         """One attempt at the bytes of a file or of a part of it, that ends in time and when reads are interrupted."""
         path = f"{self._root}/{name}{self._query}"
-        if not self._fs.async_impl:
-            return self._fs.cat_file(path, **span)
-        begin = time.monotonic()
-        fetching = asyncio.run_coroutine_threadsafe(self._fs._cat_file(path, **span), self._fs.loop)
+        begin, fs = time.monotonic(), self._fs
+        if fs.async_impl:
+            fetching = asyncio.run_coroutine_threadsafe(fs._cat_file(path, **span), fs.loop)
+        else:  # a call that nothing but its own thread could wait for
+            fetching = _in_a_thread(partial(fs.cat_file, path, **span))
         while True:
             try:
                 return fetching.result(timeout=_POLL_S)
             except TimeoutError:
                 if fetching.done():  # the attempt's own
                     raise
-            if self._stop.is_set():
+            try:
+                self._check_interrupted(name)
+                if time.monotonic() - begin > self._config.deadline_s:
+                    raise TimeoutError(f"not done in {self._config.deadline_s:g} s (storage.deadline_s)")
+            except (Stopped, TimeoutError):
                 fetching.cancel()
-                raise StorageError(f"{self.where}/{name}: reading was interrupted")
-            if time.monotonic() - begin > self._config.deadline_s:
-                fetching.cancel()
-                raise TimeoutError(f"not done in {self._config.deadline_s:g} s (storage.deadline_s)")
+                raise
 
     def _try(self, name: str, fetch: Callable[[], T]) -> T:
         """Call `fetch` until it succeeds; FileNotFoundError passes, and the last failure is a StorageError.
@@ -167,7 +185,7 @@ class RemoteStorage:
         for attempt in range(1, self._config.attempts + 1):
             try:
                 return fetch()
-            except (FileNotFoundError, StorageError):
+            except (FileNotFoundError, StorageError, Stopped):
                 raise
             except PermissionError as error:
                 raise StorageError(
@@ -184,8 +202,7 @@ class RemoteStorage:
                     raise kind(f"{self.where}/{name}: not read in {attempt} attempts; the last: {reason}") from None
                 wait = min(self._config.backoff_s * 2 ** (attempt - 1), _LONGEST_WAIT_S) * random.uniform(0.5, 1.0)
                 _log.warning("%s/%s: %s; trying again in %.1f s", self.where, name, reason, wait)
-                if self._stop.wait(wait):
-                    raise StorageError(f"{self.where}/{name}: reading was interrupted") from None
+                self._pause(name, wait)
         raise AssertionError("unreachable")
 
     def _said(self, error: Exception) -> str:
@@ -196,6 +213,21 @@ class RemoteStorage:
         return text
 
 
+def _in_a_thread(work: Callable[[], bytes]) -> Future[bytes]:
+    """Begin some work that may hang: not even the end of the program waits for it."""
+    future: Future[bytes] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    future.set_running_or_notify_cancel()
+    threading.Thread(target=run, name="data-store", daemon=True).start()
+    return future
+
+
 def _found_file(name: str, info: dict[str, Any]) -> FoundFile:
     said = (info.get(key) for key in ("ETag", "etag", "md5Hash", "checksum", "LastModified", "last_modified", "mtime",
                                       "created"))  # fmt: skip
@@ -203,12 +235,15 @@ def _found_file(name: str, info: dict[str, Any]) -> FoundFile:
 
 
 class PipeStorage:
-    """Files that a shell command writes to its output, its ``{}`` replaced by their name; retries are the command's."""
+    """Files that a shell command writes to its output, its ``{}`` replaced by their name; retries are the command's.
+
+    A command that writes nothing for `timeout_s` is given up, with all that it has started.
+    """
 
     remote = True
 
-    def __init__(self, command: str) -> None:
-        self.where = f"pipe:{command}"
+    def __init__(self, command: str, timeout_s: float) -> None:
+        self.where, self._timeout_s, self._stop = f"pipe:{command}", timeout_s, threading.Event()
         self._command = command if "{}" in command else f"{command}/{{}}"
 
     def whole(self, name: str) -> bytes:
@@ -218,11 +253,28 @@ class PipeStorage:
     def chunks(self, name: str, size: int | None) -> Iterator[bytes]:
         """The bytes of a file, in order."""
         command = self._command.replace("{}", shlex.quote(name))
-        with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
-            while data := process.stdout.read(_CHUNK):
-                yield data
+        with subprocess.Popen(
+            command, shell=True, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
+        ) as process:
+            try:
+                while data := self._output(process.stdout.fileno(), command):
+                    yield data
+            except BaseException:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                raise
         if process.returncode:
             raise StorageError(f"pipe:{command}: exit status {process.returncode}")
+
+    def _output(self, descriptor: int, command: str) -> bytes:
+        """What the command writes next; nothing at its end."""
+        end = time.monotonic() + self._timeout_s
+        while not select.select([descriptor], [], [], _POLL_S)[0]:
+            if self._stop.is_set() or TOLD.is_set():
+                raise Stopped(f"pipe:{command}: reading was interrupted")
+            if time.monotonic() > end:
+                raise StorageError(f"pipe:{command}: wrote nothing for {self._timeout_s:g} s (storage.timeout_s)")
+        return os.read(descriptor, _CHUNK)
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """See `Storage`: never called, for these files are always cached."""
@@ -236,7 +288,11 @@ class PipeStorage:
         """See `Storage`: nothing is kept here."""
 
     def interrupt(self, stop: bool) -> None:
-        """See `Storage`: commands are not waited for longer than they run."""
+        """See `Storage`."""
+        if stop:
+            self._stop.set()
+        else:
+            self._stop.clear()
 
     def renew(self, name: str) -> bool:
         """See `Storage`."""

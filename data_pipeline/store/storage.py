@@ -36,7 +36,7 @@ def open_storage(url: str, config: StorageConfig) -> Storage:
             )
         if config.cache_dir is None:
             raise StorageError(f"{url}: a pipe: address gives whole files only; set storage.cache_dir")
-        return PipeStorage(url.removeprefix("pipe:"))
+        return PipeStorage(url.removeprefix("pipe:"), config.timeout_s)
     scheme, separator, path = url.partition("://")
     if not separator:
         return LocalStorage(url)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import fcntl
 import itertools
 import os
 import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,11 @@ import botocore.exceptions
 import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from bst_base.errors import UserError
 from bst_base.settings import ConfigError, dump, parse
+from bst_base.stopping import TOLD, Stopped
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.format.shards import ShardError
 from data_pipeline.serve import windows
@@ -27,6 +31,7 @@ from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import Loader, open_corpora
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.serve.share import Share
+from data_pipeline.serve.slices import Blank
 from data_pipeline.store import remote
 from data_pipeline.store.base import REQUESTS, StorageConfig, StorageError
 from data_pipeline.store.storage import LocalStorage
@@ -136,7 +141,7 @@ def test_a_trickle_is_given_up_and_a_stalled_read_can_be_interrupted(make_corpus
         corpus.document(0)
     corpus.storage._config = StorageConfig(attempts=1, timeout_s=60)
     threading.Timer(0.2, corpus.interrupt, [True]).start()
-    with pytest.raises(StorageError, match="reading was interrupted"):
+    with pytest.raises(Stopped, match="reading was interrupted"):
         corpus.document(0)
 
 
@@ -145,8 +150,76 @@ def test_a_wait_between_attempts_can_be_interrupted(make_corpus: Any, serve: Any
     corpus = Corpus.open(server.url, "train", StorageConfig(attempts=3, backoff_s=1000))
     server.faults[TAR] = ["503"]
     threading.Timer(0.2, corpus.interrupt, [True]).start()
-    with pytest.raises(StorageError, match="reading was interrupted"):
+    with pytest.raises(Stopped, match="reading was interrupted"):
         corpus.document(0)
+
+
+@pytest.fixture
+def told() -> Iterator[None]:
+    """The process is told to stop in a moment."""
+    timer = threading.Timer(0.2, TOLD.set)
+    timer.start()
+    yield
+    timer.join()
+    TOLD.clear()
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_told_to_stop_the_loader_leaves_its_wait_with_a_blank_step(
+    make_corpus: Any, serve: Any, told: None, prefetch: int
+) -> None:
+    server = serve(make_corpus(LENGTHS))
+    storage = {"timeout_s": 1000, "deadline_s": 1000}
+    config = parse(DataConfig, {"corpus": server.url, "storage": storage, "prefetch": prefetch})
+    share = Share(length=64, rows=4, micro_rows=2)
+    loader = Loader(config, open_corpora(config), share, block=8, seed=0)
+    whole = loader.batches(0)
+    for file in (TAR, "train-000001.tar"):
+        server.faults[file] = ["stall"] * 1000
+    ((step, batches),) = loader
+    loader.close()
+    assert step == 0 and isinstance(batches, Blank)
+    for blank, batch in zip(batches, whole, strict=True):
+        assert not blank.loss_mask.any()
+        assert all(getattr(blank, each).shape == getattr(batch, each).shape for each in ("input_ids", "labels"))
+        assert all((getattr(blank, each) == getattr(batch, each)).all() for each in ("rows", "corpora", "continues"))
+
+
+def test_waits_for_commands_other_processes_and_clients_that_block_are_left_too(
+    make_corpus: Any, told: None, tmp_path: Path
+) -> None:
+    directory, config = make_corpus(LENGTHS), StorageConfig(allow_pipe=True, cache_dir=tmp_path / "cache")
+    cached = Corpus.open(f"pipe:cat {directory}/{{}}", "train", config)
+    copy = cached.storage._copy_name(TAR)
+    with (tmp_path / "cache" / f"{copy}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(Stopped, match="another process"):
+            cached.document(0)
+    mark = tmp_path / "pid"
+    with pytest.raises(Stopped, match="reading was interrupted"):
+        Corpus.open(f"pipe:sleep 1000 & echo $! > {mark}; wait; cat {{}}", "train", config)
+    ended = Path(f"/proc/{int(mark.read_text())}/stat")
+    while ended.exists() and ended.read_text().rpartition(")")[2].split()[0] not in "ZX":
+        time.sleep(0.01)  # what the command has started ends with it
+
+    class Blocking(MemoryFileSystem):
+        protocol, cachable = "blocking", False
+
+        def cat_file(self, *_: Any, **__: Any) -> bytes:
+            threading.Event().wait()
+
+    fsspec.register_implementation("blocking", Blocking, clobber=True)
+    with pytest.raises(Stopped, match="reading was interrupted"):
+        Corpus.open("blocking://books", "train", StorageConfig())
+    TOLD.clear()
+    with pytest.raises(StorageError, match=r"storage\.deadline_s"):
+        Corpus.open("blocking://books", "train", StorageConfig(attempts=1, deadline_s=0.3))
+
+
+def test_a_command_that_writes_nothing_is_given_up(tmp_path: Path) -> None:
+    config = StorageConfig(allow_pipe=True, cache_dir=tmp_path, timeout_s=0.3)
+    with pytest.raises(StorageError, match=r"wrote nothing for 0\.3 s"):
+        Corpus.open("pipe:sleep 1000; cat {}", "train", config)
 
 
 def test_missing_credentials_are_not_asked_for_again(make_corpus: Any, serve: Any, monkeypatch) -> None:

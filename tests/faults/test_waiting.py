@@ -1,0 +1,148 @@
+"""Told to stop while waiting for data that does not come: the wait is left, and the last complete step is saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bst_base.stopping import TOLD
+from bst_dist.checkpoint.directory import committed, newest_valid, step_of
+from bst_dist.faults import signals, status
+from bst_dist.parallel.ranks import Ranks
+from bst_dist.report.metrics import read_lines
+from bst_dist.train.run import train
+from bst_dist.train.rundir import read_outcome
+from bst_dist.train.start.request import Request
+from data_pipeline.serve.prefetch import Prefetcher
+from tests.data_pipeline.server import FaultyServer
+
+pytestmark = pytest.mark.ranks
+TAR = "train-000000.tar"
+STALLED = ["stall"] * 10_000
+NEVER_S = 100_000
+"""Nothing ends a stalled read before that but a signal."""
+END_S = 200
+"""Far more than the end takes: a wait without end is what must not be."""
+
+
+@pytest.fixture
+def server(corpus: Path) -> Iterator[FaultyServer]:
+    server = FaultyServer(corpus)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def recipe(recipe_file, server) -> Path:
+    return recipe_file(
+        data={"corpus": server.url, "prefetch": 2, "storage": {"timeout_s": NEVER_S, "deadline_s": NEVER_S}},
+        train={"steps": 100_000},
+        evaluation={"every": 100_000},
+        checkpoint={"every": 100_000},
+    )
+
+
+class Training:
+    """`bst train` on two ranks, in a process group of its own."""
+
+    def __init__(self, recipe: Path, run: Path) -> None:
+        self.run, self.log = run, run.with_suffix(".log")
+        command = [Path(sys.executable).with_name("bst"), "train", recipe, "--ranks", "2", "--run-dir", run, "--resume"]
+        with self.log.open("w") as file:
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+
+    def steps(self) -> int:
+        assert self.process.poll() is None, self.log.read_text()
+        return sum(line["kind"] == "train" for line in read_lines(self.run / "metrics.jsonl"))
+
+    def told_by_slurm(self) -> tuple[int, str]:
+        """Every process of the job step gets the signal, the launcher and the ranks."""
+        os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            return self.process.wait(END_S), self.log.read_text()
+        finally:
+            self.process.kill()
+
+
+def test_ranks_that_wait_for_a_stalled_server_save_the_last_complete_step(recipe, server, tmp_path):
+    training = Training(recipe, tmp_path / "run")
+    while training.steps() < 3:
+        time.sleep(0.05)
+    server.faults[TAR] = list(STALLED)
+    done = -1
+    while done != (done := training.steps()):  # what was read ahead is used up
+        time.sleep(1)
+    ended, said = training.told_by_slurm()
+    assert ended == status.RESUBMIT, said
+    outcome = read_outcome(training.run)
+    assert (outcome["stopped"], outcome["step"]) == ("SIGTERM", done), said
+    assert [step_of(path) for path in committed(training.run)] == [done]
+    server.faults.clear()
+    again = Training(recipe, training.run)
+    while again.steps() <= done:
+        time.sleep(0.05)
+    ended, said = again.told_by_slurm()
+    assert ended == status.RESUBMIT and f"resumed from step {done}" in said
+
+
+@pytest.mark.parametrize("name", ["train.extents", TAR])
+def test_a_server_that_stalls_before_the_first_step_is_left_with_a_status_to_start_again(
+    recipe, server, tmp_path, name
+):
+    server.faults[name] = list(STALLED)
+    training = Training(recipe, tmp_path / "run")
+    while not any(asked == name for asked, _ in server.requests):
+        training.steps()
+        time.sleep(0.05)
+    ended, said = training.told_by_slurm()
+    assert ended == status.RESUBMIT, said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"deepspeed": "zero3", "train": {"average": {"decay": 0.5}}},
+        {"parallel": {"sp": 2}, "data": {"mode": "streaming", "documents": "isolated"}, "train": {"carry": True}},
+    ],
+    ids=["dp", "sp"],
+)
+def test_a_rank_without_data_costs_the_others_that_step_and_the_run_nothing_else(
+    recipe_file, on_ranks, unmeasured, tmp_path, monkeypatch, assert_same_run, changes: dict[str, Any]
+):
+    """The rank that waits has to take part in what the others exchange; the resumed run is that of a whole one."""
+    own = {**changes, "data": {**changes.get("data", {}), "prefetch": 1}}
+    recipe = recipe_file(**own)
+
+    def on_rank(ranks: Ranks, run: str, lacking: int | None) -> int:
+        notice = signals.listen()
+        found = Prefetcher._next
+
+        def next_of(self: Prefetcher, number: int) -> Any:
+            if ranks.rank == 1 and number == lacking:
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert TOLD.wait(60)
+                found(self, number)
+                return None
+            return found(self, number)
+
+        monkeypatch.setattr(Prefetcher, "_next", next_of)
+        return train(Request(recipe, [], tmp_path / run, True, None), ranks, notice)
+
+    for lacking in (0, 3, 4):  # before any step, one after that of a checkpoint, at one
+        assert on_ranks(2, on_rank, "parts", lacking) == [status.RESUBMIT] * 2
+        outcome = read_outcome(tmp_path / "parts")
+        assert (outcome["stopped"], outcome.get("step", 0)) == ("SIGTERM", lacking)
+        assert not lacking or step_of(newest_valid(tmp_path / "parts")) == lacking
+    assert on_ranks(2, on_rank, "parts", None) == [status.DONE] * 2
+    assert on_ranks(2, on_rank, "whole", None) == [status.DONE] * 2
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
