@@ -87,6 +87,11 @@ def _print(console: Console, config: PrepareConfig, manifest: Manifest, report: 
     else:
         there = report["shards_already_there"]
         again = f", {there} shards reused" if there else ""
+        if config.continues is not None:
+            again += (
+                f"; {report['documents_added']:,} documents added in {report['shards_added']} shards, the rest kept "
+                f"from {config.continues}"
+            )
         console.print(f"{config.output} prepared in {report['time_s']:.1f} s{again}.", soft_wrap=True)
     print_table(split_table(report["splits"]))
     left_out, duplicates = manifest.provenance["left_out"], manifest.provenance["duplicates"]

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,13 +43,18 @@ class Kept(NamedTuple):
     near_duplicates: int
 
 
-def deduplicate(table: np.ndarray, signatures: np.ndarray | None, config: DedupConfig) -> Kept:
+def deduplicate(
+    table: np.ndarray, signatures: np.ndarray | None, config: DedupConfig, earlier: np.ndarray | None = None
+) -> Kept:
     """Find the duplicates of `table`, (documents,) of TABLE; `signatures` are None unless the method is minhash.
 
     Of a cluster of duplicates the first document stays, one that its source put in test or validation before others,
     so that nothing of those splits is repeated in train. Documents of one group share a cluster, but all stay.
+    `earlier`, (documents,): the split of documents that are in the corpus which is continued, 0 of others; they come
+    before all others, since they cannot be taken out of it.
     """
-    order = np.argsort(-table["split"].astype(np.int8), kind="stable")  # test, validation, train, undecided
+    stays = np.zeros(len(table), bool) if earlier is None else earlier > 0
+    order = np.lexsort((-table["split"].astype(np.int8), ~stays))  # test, validation, train, undecided
     table = table[order]
     clusters = Clusters(len(table))
     if config.method != "none":
@@ -73,30 +80,58 @@ def _cluster_names(roots: np.ndarray, digests: np.ndarray) -> np.ndarray:
     return smallest[roots]
 
 
-def assign(table: np.ndarray, kept: Kept, *, validation_fraction: float, shard_bytes: int, seed: int) -> np.ndarray:
+def assign(
+    table: np.ndarray,
+    kept: Kept,
+    *,
+    validation_fraction: float,
+    shard_bytes: int,
+    seed: int,
+    earlier: np.ndarray | None = None,
+    shards: Mapping[int, int] = MappingProxyType({}),
+) -> np.ndarray:
     """The plan, (kept documents,) of PLAN, sorted by split and then in the order of the corpus.
 
     A document without a split of its source's goes where the hash of its cluster says. When that leaves validation
     empty, the cluster with the smallest hash goes there, so that small corpora have one too.
+
+    `earlier`, as for `deduplicate`: those documents are not planned, and others of their clusters go to their split;
+    `shards`: how many there are already, by split.
     """
-    plan = np.zeros(int(kept.keep.sum()), PLAN)
+    earlier = np.zeros(len(table), np.uint8) if earlier is None else earlier
+    stays = earlier > 0
+    new = kept.keep & ~stays
+    plan = np.zeros(int(new.sum()), PLAN)
     for name in TABLE.names:
-        plan[name] = table[name][kept.keep]
-    plan["cluster"] = kept.cluster[kept.keep]
-    plan["key"] = np.arange(len(plan))
+        plan[name] = table[name][new]
+    plan["cluster"] = kept.cluster[new]
+    plan["key"] = np.arange(len(plan)) + stays.sum()
+    _join_earlier(plan, kept.cluster[stays], earlier[stays])
     undecided = plan["split"] == 0
     names, inverse = np.unique(plan["cluster"][undecided], return_inverse=True)
     uniform = np.array([_uniform(seed, int(name)) for name in names])
     chosen = uniform < validation_fraction
-    if validation_fraction > 0 and len(names) > 1 and not chosen.any() and not (plan["split"] == 2).any():
+    validated = chosen.any() or (plan["split"] == 2).any() or stays.any()
+    if validation_fraction > 0 and len(names) > 1 and not validated:
         chosen[np.argmin(uniform)] = True
     plan["split"][undecided] = np.where(chosen, SPLITS.index("validation"), SPLITS.index("train"))[inverse]
     plan = plan[np.argsort(plan["split"], kind="stable")]
     for split in np.unique(plan["split"]):
         rows = plan["split"] == split
         before = np.cumsum(plan["bytes"][rows]) - plan["bytes"][rows]
-        plan["shard"][rows] = np.unique(before // np.uint64(shard_bytes), return_inverse=True)[1]
+        own = np.unique(before // np.uint64(shard_bytes), return_inverse=True)[1]
+        plan["shard"][rows] = own + shards.get(int(split), 0)
     return plan
+
+
+def _join_earlier(plan: np.ndarray, clusters: np.ndarray, splits: np.ndarray) -> None:
+    """Put undecided documents of these clusters, (n,), into the split, (n,), of the first document of each."""
+    names, first = np.unique(clusters, return_index=True)
+    if not len(names):
+        return
+    place = np.minimum(np.searchsorted(names, plan["cluster"]), len(names) - 1)
+    joins = (plan["split"] == 0) & (names[place] == plan["cluster"])
+    plan["split"][joins] = splits[first[place[joins]]]
 
 
 def _uniform(seed: int, cluster: int) -> float:

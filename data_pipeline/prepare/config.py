@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from bst_base import places
 from bst_base.settings import Config
 from data_pipeline.format.tokenizer import TokenizerConfig
 from data_pipeline.prepare.dedup import DedupConfig
@@ -14,13 +15,25 @@ from data_pipeline.sources import AnySource
 from data_pipeline.sources.base import LocalPath
 
 
+def _made_here(value: Any) -> Any:
+    if isinstance(value, str) and "://" in value:
+        raise ValueError(
+            "must be a path on this machine's file systems; prepare the corpus there, then send it with "
+            f"'bst data push DIRECTORY {value}'"
+        )
+    return value
+
+
 class PrepareConfig(Config):
     """One corpus: what it is made from, and how. One YAML file is one of these."""
 
     source: AnySource
     """Where the text comes from: `kind` and the settings of that kind (see `bst data sources`)."""
-    output: LocalPath
+    output: Annotated[places.LocalPath, BeforeValidator(_made_here)]
     """Directory of the prepared corpus."""
+    continues: LocalPath | None = None
+    """A corpus made with these settings when the source had fewer documents: its shards and its tokenizer are kept, and
+    what is new in the source is added in further shards. The corpus there stays as it is."""
     text: TextConfig = TextConfig()
     """What is done to the text first."""
     deduplicate: DedupConfig = DedupConfig()

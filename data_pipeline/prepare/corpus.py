@@ -28,6 +28,7 @@ from data_pipeline.format.shard_table import ShardTable
 from data_pipeline.format.tokenizer import Tokenizer, parse_tokenizer, read_tokenizer, train_tokenizer
 from data_pipeline.prepare.assemble import TOKENIZER, ShardDone, assign, deduplicate, shard_tasks, write_shard
 from data_pipeline.prepare.config import PrepareConfig
+from data_pipeline.prepare.growth import Earlier
 from data_pipeline.prepare.identity import check_same, given_tokenizer, identity, name_of
 from data_pipeline.prepare.parallel import Workers
 from data_pipeline.prepare.spool import (
@@ -61,18 +62,22 @@ def prepare(config: PrepareConfig, workers: Workers, progress: Progress) -> tupl
 
     Raises UserError when the directory holds a corpus made from anything else, and for anything wrong with the source.
     """
+    earlier = _earlier(config)
     progress("fetch", 0, 1)
     config.source.fetch()
     progress("fetch", 1, 1)
     output = config.output.expanduser()
-    given = given_tokenizer(config)
+    given = given_tokenizer(config) if earlier is None else earlier.tokenizer()
     with full_disk_explained(output), _exclusive(output):
         listing = config.source.listing()
         groups = group_parts(listing.parts, _CHUNK_BYTES)
         wanted = identity(config, groups, workers, progress)
+        if earlier is not None:
+            earlier.require_same(wanted)
+            wanted["continues"] = earlier.history
         if (output / MANIFEST).exists():
             manifest = Manifest.read(output)
-            check_same({key: manifest.provenance.get(key) for key in wanted}, wanted, output)
+            check_same({key: manifest.provenance.get(key) for key in {**wanted, "continues": None}}, wanted, output)
             shutil.rmtree(output / WORK, ignore_errors=True)
             return manifest, {"reused": True}
         if config.source.tokenized:
@@ -81,13 +86,33 @@ def prepare(config: PrepareConfig, workers: Workers, progress: Progress) -> tupl
         work.mkdir(parents=True, exist_ok=True)
         remove_partials(output)
         table, left_out = _extract(config, groups, listing.skipped, work, workers, progress)
-        plan, duplicates = _plan(config, table, work, progress)
+        plan, duplicates = _plan(config, table, earlier, work, progress)
         tokenizer = _make_tokenizer(config, given, plan, work, progress)
         shards = _write_shards(config, plan, output, work, workers, progress)
-        extents = _write_extents(shards, output)
-        manifest = _manifest(shards, tokenizer, {**wanted, "left_out": left_out, "duplicates": duplicates}, extents)
+        if earlier is not None:
+            earlier.take_over(output)
+        extents = _write_extents(shards, earlier, output)
+        provenance = {**wanted, "left_out": left_out, "duplicates": duplicates}
+        manifest = _manifest(shards, earlier, tokenizer, provenance, extents)
         _finish(manifest, output, work)
-    return manifest, {"reused": False, "shards_already_there": sum(shard.was_there for shard in shards)}
+    return manifest, {
+        "reused": False,
+        "shards_already_there": sum(shard.was_there for shard in shards),
+        **({} if earlier is None else {"shards_added": len(shards), "documents_added": len(plan)}),
+    }
+
+
+def _earlier(config: PrepareConfig) -> Earlier | None:
+    """The corpus that is continued; raises UserError when it would be written over."""
+    if config.continues is None:
+        return None
+    directory = config.continues.expanduser()
+    if directory.resolve() == config.output.expanduser().resolve():
+        raise UserError(
+            f"{directory}: a corpus continues another one, and runs on that one go on reading it: give another output "
+            "(shards are linked, not copied, on the same disk)"
+        )
+    return Earlier(directory)
 
 
 def _finish(manifest: Manifest, output: Path, work: Path) -> None:
@@ -157,22 +182,27 @@ def _check_limit(bad: int, spool: Path, config: PrepareConfig) -> None:
 
 
 def _plan(
-    config: PrepareConfig, table: np.ndarray, work: Path, progress: Progress
+    config: PrepareConfig, table: np.ndarray, earlier: Earlier | None, work: Path, progress: Progress
 ) -> tuple[np.ndarray, dict[str, int]]:
     """Which document goes where, also written to work/plan.npy for the workers; and how many were duplicates."""
     progress("deduplicate", 0, len(table))
     signatures = None
     if config.deduplicate.method == "minhash":
         signatures = merge_signatures(work / "spool", int(table["chunk"].max()) + 1)
-    kept = deduplicate(table, signatures, config.deduplicate)
+    there = None if earlier is None else earlier.found_in(table["id"])
+    kept = deduplicate(table, signatures, config.deduplicate, there)
     plan = assign(
         table,
         kept,
         validation_fraction=config.validation_fraction,
         shard_bytes=config.shard_bytes,
         seed=config.seed,
+        earlier=there,
+        shards={} if earlier is None else {SPLITS.index(s): len(of) for s, of in earlier.manifest.splits.items()},
     )
-    if not (plan["split"] == SPLITS.index("train")).any():
+    if earlier is not None and not len(plan):
+        raise UserError(f"{earlier.directory} holds all documents of the source already: there is nothing to add")
+    if earlier is None and not (plan["split"] == SPLITS.index("train")).any():
         raise UserError("no document is left for the train split: give more text, or a smaller validation_fraction")
     with atomic_file(work / "plan.npy") as file:
         np.save(file, plan)
@@ -217,11 +247,14 @@ def _write_shards(
     return sorted(shards, key=lambda shard: (SPLITS.index(shard.split), shard.number))
 
 
-def _write_extents(shards: list[ShardDone], output: Path) -> dict[str, ExtentsInfo]:
+def _write_extents(shards: list[ShardDone], earlier: Earlier | None, output: Path) -> dict[str, ExtentsInfo]:
     """What the shards of each split take up of the stream, beside them."""
+    extents = {} if earlier is None else {split: list(before) for split, before in earlier.extents.items()}
+    for shard in shards:
+        extents.setdefault(shard.split, []).append(shard.extents)
     written = {}
-    for split in dict.fromkeys(shard.split for shard in shards):
-        data = to_bytes([shard.extents for shard in shards if shard.split == split])
+    for split, rows in extents.items():
+        data = to_bytes(rows)
         with atomic_file(output / file_of(split)) as file:
             file.write(data)
         written[split] = ExtentsInfo(file=file_of(split), sha256=hashlib.sha256(data).hexdigest())
@@ -229,10 +262,17 @@ def _write_extents(shards: list[ShardDone], output: Path) -> dict[str, ExtentsIn
 
 
 def _manifest(
-    shards: list[ShardDone], tokenizer: Tokenizer, provenance: dict[str, Any], extents: dict[str, ExtentsInfo]
+    shards: list[ShardDone],
+    earlier: Earlier | None,
+    tokenizer: Tokenizer,
+    provenance: dict[str, Any],
+    extents: dict[str, ExtentsInfo],
 ) -> Manifest:
     splits: dict[str, list[Any]] = {"train": [], "validation": []}
     licences: Counter[str] = Counter()
+    if earlier is not None:
+        splits |= {split: list(before) for split, before in earlier.manifest.splits.items()}
+        licences.update(earlier.manifest.licences)
     for shard in shards:
         splits.setdefault(shard.split, []).append(shard.info)
         licences.update(shard.licences)

@@ -21,7 +21,13 @@ from data_pipeline.prepare.parallel import Workers
 from data_pipeline.sources import Part, Source
 
 # Settings that do not change a corpus's bytes.
-_MACHINE = {"output": True, "workers": True, "bad_record_limit": True, "source": {"path", "storage_options"}}
+_MACHINE = {
+    "output": True,
+    "continues": True,
+    "workers": True,
+    "bad_record_limit": True,
+    "source": {"path", "storage_options"},
+}
 
 
 class HashTask(NamedTuple):
@@ -97,14 +103,14 @@ def name_of(identity: dict[str, Any]) -> str:
 
 def check_same(found: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
     """Raise UserError, saying what differs, unless a finished corpus is the one that is wanted."""
-    differences = [_told(*difference) for difference in _differences(found, wanted)]
-    if differences:
-        raise UserError(
-            f"{output} holds another corpus ({'; '.join(differences)}): choose another output, or delete it first"
-        )
+    told = [_told(*difference) for difference in differences(found, wanted)]
+    if told:
+        raise UserError(f"{output} holds another corpus ({'; '.join(told)}): choose another output, or delete it first")
 
 
 def _told(name: str, old: Any, new: Any) -> str:
+    if name == "continues":
+        return "it continues another corpus than this" if old else "it continues no other"
     if name == "source.content_sha256":
         return (
             "the source's files are not those it was made from"
@@ -114,10 +120,11 @@ def _told(name: str, old: Any, new: Any) -> str:
     return f"{name.removeprefix('settings.')}: {old!r} there, {new!r} now"
 
 
-def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(found: Any, wanted: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, there, wanted) of what differs between two identities."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in sorted({*found, *wanted}):
             if (name, key) != ("source", "listing_sha256"):  # names and sizes, kept by versions that hashed no content
-                yield from _differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+                yield from differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
     elif found != wanted:
         yield name, found, wanted

@@ -247,6 +247,8 @@ LEFT_OUT = {
     r"bst train .*branch.run": "leaves from a checkpoint of a real run: tests/train/start/test_branch.py",
     r"bst train .*initial_weights": "of the demo's own last step: tests/train/start/test_initial_weights.py",
     r"bst data prepare (/|.*/data/(books|latex|linux|mathematics)|.*output=/)": "fetches packages, writes elsewhere",
+    r"bst data push ": "needs an object store: tests/data_pipeline/store/test_push.py",
+    r"bst data prepare .*continues=": "of a source that has grown: tests/data_pipeline/prepare/test_growth.py",
     r"bst data prepare .*path/to/": "of the reader's own: tests/data_pipeline/prepare/test_prepare.py",
     r"bst verify .*--": "minutes on many ranks: tests/verify",
     r"bst sweep (run|status|collect|fit|compare|report|coordinates|plan.*--measure)": "trains a sweep: tests/study",

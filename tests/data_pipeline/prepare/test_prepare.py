@@ -149,7 +149,7 @@ def test_a_source_edited_to_the_same_size_is_another_source(run, folder: Path) -
 
 
 def test_an_address_is_no_output(settings_of) -> None:
-    with pytest.raises(ConfigError, match="output: must be a path on this machine's file systems; copy s3"):
+    with pytest.raises(ConfigError, match=r"output: must be a path on this machine's .*bst data push DIRECTORY s3://"):
         parse(PrepareConfig, settings_of() | {"output": "s3://bucket/corpus"})
 
 

@@ -1,0 +1,38 @@
+"""Put a prepared corpus into an object store.
+
+    bst data push corpora/stdlib s3://bucket/stdlib
+    bst data push corpora/stdlib-2 s3://bucket/stdlib --grow      # the new files alone of a corpus that continues it
+
+Runs and all commands that read corpora then take the address in place of the directory. Every file is compared with its
+SHA-256 before it is sent, and the manifest is sent last: a push that broke off has made no corpus, and the next one
+sends what is missing. Credentials are found where the store's client looks for them (for S3: AWS_…).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from data_pipeline.commands.progress import stages
+from data_pipeline.store.push import push
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
+    parser.add_argument("url", metavar="URL", help="where to: s3://bucket/corpus, gs://…, file:///path")
+    parser.add_argument("--grow", action="store_true", help="replace a corpus there that this one continues; what both "
+                        "have is not sent")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Send what is not there, and report it."""
+    console = Console()
+    with stages(console) as told:
+        sent = push(args.corpus, args.url, args.grow, lambda done, total: told("push", done, total))
+    there = f", {sent.already_there} were there already" if sent.already_there else ""
+    console.print(f"{args.corpus}: {sent.files} files sent, {sent.bytes / 1e6:,.1f} MB{there}.", soft_wrap=True)
+    return {"corpus": str(args.corpus), **sent._asdict()}

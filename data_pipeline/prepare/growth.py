@@ -1,0 +1,120 @@
+"""A corpus that continues an earlier one: its shards are kept, and documents that it lacks are added after them.
+
+The documents of the earlier corpus are known by their ids, which its indexes hold: an id is a hash of a document's path
+and text. So nothing has to be remembered beside a corpus, any corpus can be continued, and a file that has grown is as
+good as a new one. The source is read as a whole, to compare what is new with what is there; nothing that is there is
+tokenized or written again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bst_base.errors import UserError
+from bst_base.files import atomic_file
+from data_pipeline.format.extents import shard_extents
+from data_pipeline.format.manifest import Manifest, sha256_file
+from data_pipeline.format.shard_table import ShardInfo
+from data_pipeline.format.shards import ShardIndex
+from data_pipeline.format.tokenizer import Tokenizer, read_tokenizer
+from data_pipeline.prepare.identity import differences
+from data_pipeline.prepare.spool import SPLITS
+
+_OF_CONTENT = ("content_sha256", "parts")  # what may differ of a source that has grown
+
+
+class Earlier:
+    """The corpus that is continued."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises UserError where there is none, or its indexes are not those of its manifest."""
+        self.directory, self.manifest = directory, Manifest.read(directory)
+        self.extents: dict[str, list[list[int]]] = {}
+        """Of each shard of each split, what its documents take up (`format.extents`)."""
+        ids, splits = [np.empty(0, np.uint64)], [np.empty(0, np.uint8)]
+        for split, shard in self._shards():
+            index = self._index(shard)
+            self.extents.setdefault(split, []).append(shard_extents(index.lengths))
+            ids.append(index.ids)
+            splits.append(np.full(len(index.ids), SPLITS.index(split), np.uint8))
+        self.ids, self.splits = np.concatenate(ids), np.concatenate(splits)
+        """(documents,) of each document."""
+
+    @property
+    def history(self) -> list[str]:
+        """The SHA-256 of the manifests of this corpus and of those that it continues, the last first."""
+        return [self.manifest.sha256, *self.manifest.provenance.get("continues", [])]
+
+    def tokenizer(self) -> Tokenizer:
+        """That of its shards; raises UserError when it is another than the manifest's."""
+        info = self.manifest.tokenizer
+        tokenizer = read_tokenizer(self.directory / info.file)
+        if tokenizer.sha256 != info.sha256:
+            raise UserError(f"{self.directory / info.file}: not the tokenizer that the manifest names")
+        return tokenizer
+
+    def require_same(self, wanted: dict[str, Any]) -> None:
+        """Raise UserError unless it was made with the settings, and from the kind of source, of `wanted`."""
+        own = {key: self.manifest.provenance.get(key) for key in ("settings", "source")}
+        found = [name for name, *_ in differences(own, {key: wanted[key] for key in own})]
+        found = [name for name in found if name not in {f"source.{each}" for each in _OF_CONTENT}]
+        if found:
+            raise UserError(
+                f"continues: {self.directory} was prepared otherwise ({', '.join(found)}): a corpus continues one of "
+                "the same settings"
+            )
+
+    def found_in(self, ids: np.ndarray) -> np.ndarray:
+        """(n,) uint8: of documents with these ids, (n,), the split that each has here; 0 for those that are not here.
+
+        Raises UserError when some that are here are not among them: they would stay in the corpus.
+        """
+        order, own = np.argsort(ids, kind="stable"), np.argsort(self.ids, kind="stable")
+        ordered, there = ids[order], self.ids[own]
+        # Equal ids count as often as they are here: the k-th of them is the k-th here.
+        place = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)
+        first, last = np.searchsorted(there, ordered), np.searchsorted(there, ordered, side="right")
+        here = place < last - first
+        if missing := len(self.ids) - int(here.sum()):
+            raise UserError(
+                f"continues: {missing:,} of the {len(self.ids):,} documents of {self.directory} are not in the source "
+                "any more, or were changed there: add documents and leave those that were prepared as they are, or "
+                "prepare the corpus anew, without continues"
+            )
+        splits = np.zeros(len(ids), np.uint8)
+        splits[order[here]] = self.splits[own][(first + place)[here]]
+        return splits
+
+    def take_over(self, output: Path) -> None:
+        """Put its shards and their indexes into `output`: by hard links, or copies where that is another disk."""
+        for _, shard in self._shards():
+            for name in (shard.file, shard.index):
+                _link(self.directory / name, output / name)
+
+    def _shards(self) -> Iterator[tuple[str, ShardInfo]]:
+        return ((split, shard) for split, shards in self.manifest.splits.items() for shard in shards)
+
+    def _index(self, shard: ShardInfo) -> ShardIndex:
+        path, tar = self.directory / shard.index, self.directory / shard.file
+        for file in (path, tar):
+            if not file.is_file():
+                raise UserError(f"{file}: missing; copy it there again")
+        if sha256_file(path) != shard.index_sha256 or tar.stat().st_size != shard.bytes:
+            raise UserError(f"{self.directory}: {shard.file} or its index is damaged; see 'bst data verify'")
+        return ShardIndex.read(path)
+
+
+def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    with suppress(OSError):
+        os.link(source, target)
+        return
+    with source.open("rb") as file, atomic_file(target) as copy:
+        shutil.copyfileobj(file, copy)

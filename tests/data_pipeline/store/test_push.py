@@ -1,0 +1,106 @@
+"""A corpus put into a store is the one that runs read there, whatever came between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+
+from bst_base.errors import UserError
+from bst_dist import cli
+from data_pipeline.format.manifest import Manifest
+from data_pipeline.serve.reader import Corpus
+from data_pipeline.store import push as pushing
+from data_pipeline.store.base import StorageConfig, StorageError
+from data_pipeline.store.push import UNDER_WAY, push
+
+LENGTHS = [20_000, 12, 700, 9_000, 5_000]
+
+
+def quiet(*_: int) -> None:
+    pass
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_command_puts_a_corpus_into_an_s3_store_that_is_then_read(
+    make_corpus: Any, s3_endpoint: Callable[[], dict[str, Any]], monkeypatch, capsys
+) -> None:
+    directory, options = make_corpus(LENGTHS), s3_endpoint()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", options["endpoint_url"])
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
+    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+    assert cli.main(["data", "push", str(directory), "s3://bucket/books"]) == 0
+    assert "6 files sent" in capsys.readouterr().out
+    found, expected = Corpus.open("s3://bucket/books", "train", StorageConfig()), Corpus.open(str(directory))
+    assert found.sha256 == expected.sha256
+    assert all(np.array_equal(found.document(i), expected.document(i)) for i in range(len(LENGTHS)))
+    assert cli.main(["data", "push", str(directory), "s3://bucket/books"]) == 0
+    assert "0 files sent, 0.0 MB, 6 were there already" in capsys.readouterr().out
+
+
+def test_a_push_that_broke_off_is_no_corpus_and_goes_on(make_corpus: Any, tmp_path: Path, monkeypatch) -> None:
+    directory, there = make_corpus(LENGTHS), tmp_path / "there"
+    put, sent = pushing._Target.put, []
+
+    def broken(self: Any, corpus: Path, file: Any) -> None:
+        if len(sent) == 2:
+            raise StorageError("the network is gone")
+        put(self, corpus, file)
+        sent.append(file.name)
+
+    monkeypatch.setattr(pushing, "_TRANSFERS", 1)
+    monkeypatch.setattr(pushing._Target, "put", broken)
+    with pytest.raises(StorageError, match="gone"):
+        push(directory, f"file://{there}", False, quiet)
+    assert files(there).keys() == {*sent, UNDER_WAY}
+    with pytest.raises(UserError, match="no prepared corpus"):
+        Corpus.open(str(there))
+    (there / sent[1]).write_bytes(b"half of it")
+    monkeypatch.setattr(pushing._Target, "put", put)
+    assert push(directory, f"file://{there}", False, quiet).already_there == 1
+    assert files(there) == files(directory)
+
+
+def test_damage_and_another_corpus_are_refused(make_corpus: Any, tmp_path: Path) -> None:
+    one, other = make_corpus(LENGTHS), make_corpus(LENGTHS[:3], name="other")
+    there = tmp_path / "there"
+    tar = one / "train-000001.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:-1] + b"x")
+    with pytest.raises(UserError, match=r"train-000001\.tar: not what the manifest says"):
+        push(one, f"file://{there}", False, quiet)
+    assert not (there / "manifest.json").exists() and not (there / tar.name).exists()
+    tar.write_bytes(whole)
+    push(one, f"file://{there}", False, quiet)
+    with pytest.raises(UserError, match="holds another corpus"):
+        push(other, f"file://{there}", True, quiet)
+    with pytest.raises(UserError, match="not an address"):
+        push(one, str(there), False, quiet)
+    assert files(there) == files(one)
+
+
+def test_of_a_corpus_that_has_grown_the_new_files_alone_are_sent_when_asked(make_corpus: Any, tmp_path: Path) -> None:
+    first = make_corpus(LENGTHS[:3], shards=1)
+    grown = make_corpus(LENGTHS[:3], name="grown", shards=1)
+    (grown / "added.extents").write_bytes(b"a file that only the grown one has")
+    manifest = Manifest.read(grown)
+    provenance = {"continues": [Manifest.read(first).sha256]}
+    sha256 = pushing.sha256_file(grown / "added.extents")
+    Manifest(**{**dict(manifest), "provenance": provenance,
+                      "extents": {"train": {"file": "added.extents", "sha256": sha256}}}).write(grown)  # fmt: skip
+    url = f"file://{tmp_path / 'there'}"
+    push(first, url, False, quiet)
+    with pytest.raises(UserError, match="with --grow"):
+        push(grown, url, False, quiet)
+    sent = push(grown, url, True, quiet)
+    assert (sent.files, sent.already_there) == (2, 3)  # the file and the manifest; a tar, its index, the tokenizer
+    assert files(tmp_path / "there") == files(grown)
