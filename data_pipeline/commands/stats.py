@@ -3,6 +3,7 @@
     bst data stats corpora/stdlib
     bst data stats corpora/stdlib --png lengths.png     # also draw the histogram of lengths
     bst data stats corpora/large --quick                # only what manifest and indexes tell
+    bst data stats corpora/stdlib --quick --length 4096 # what sequences of 4,096 tokens cut, by data.packing
 
 Overlap is the share of runs of 32 validation tokens that the training split has too. Ctrl-C ends the reading of the
 tokens, and prints what --quick does.
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from bst_base.arguments import at_least
 from bst_base.stopping import STATUS
 from bst_base.terminal import Sheet, print_table
 from data_pipeline.commands.prepare import split_table, summary
@@ -34,6 +36,9 @@ from data_pipeline.format.stats import (
     scan_shard,
 )
 from data_pipeline.prepare.parallel import Workers, open_workers
+from data_pipeline.serve.reader import Corpus
+from data_pipeline.serve.window_stream import WindowCache
+from data_pipeline.serve.windows import Windows
 
 _BLOCKS = (64, 128, 256, 512, 1024)  # of which the padding is told, where each document is padded to one
 _BAR = 40  # characters of the longest bar
@@ -43,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
     parser.add_argument("--png", metavar="PATH", type=Path, help="draw the histogram of lengths as a picture")
     parser.add_argument("--quick", action="store_true", help="do not read the tokens: no duplicates, no overlap")
+    parser.add_argument(
+        "--length", metavar="L", type=at_least(1),
+        help="count the documents of train that sequences of L tokens cut although they could hold them",
+    )  # fmt: skip
     parser.add_argument("--workers", metavar="N", type=int, help="processes (default: one for each CPU)")
 
 
@@ -62,6 +71,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     }
     edges, counts = length_histogram(everything)
     report["length_histogram"] = {"edges_tokens": edges.tolist(), "documents": counts.tolist()}
+    if args.length:
+        report["cut_by_sequences"] = {"length": args.length, **cut_by_packing(args.corpus, args.length)}
     if not args.quick:
         try:
             with open_workers(args.workers) as workers:
@@ -103,6 +114,18 @@ def _scan(corpus: Path, manifest: Manifest, workers: Workers, console: Console) 
     }
 
 
+def cut_by_packing(corpus: Path, length: int) -> dict[str, Any]:
+    """Of the documents of a pass over train that sequences of `length` could hold, how many they cut, by packing."""
+    opened = Corpus.open(str(corpus))
+    windows = Windows(opened.shard_sizes(None), (0, 0, 0))
+    counts: dict[str, Any] = {}
+    for packing, fitted in (("stream", None), ("best_fit", length)):
+        cache = WindowCache(opened, None, fitted)
+        found = [cache.get(0, windows, each, 1).cut(length, windows.room(each, length)) for each in range(len(windows))]
+        counts["documents"], counts[packing] = (sum(column) for column in zip(*found, strict=True))
+    return counts
+
+
 def _quantiles(lengths: np.ndarray) -> dict[str, float]:
     points = {"min": 0, "p10": 10, "median": 50, "p90": 90, "max": 100}
     return {"mean": round(float(lengths.mean()), 1)} | {n: float(np.percentile(lengths, q)) for n, q in points.items()}
@@ -122,6 +145,15 @@ def _print(console: Console, report: dict[str, Any]) -> None:
         console.print(f"  ≥ {edge:>11,}  {count:>9,}  {bar}", highlight=False)
     shares = ", ".join(f"{share:.1%} of {block}" for block, share in report["padding_isolated"].items())
     console.print(f"padding of isolated documents, by the block: {shares}", soft_wrap=True)
+    if counts := report.get("cut_by_sequences"):
+        shares = ", ".join(
+            f"{counts[packing]:,} ({counts[packing] / max(counts['documents'], 1):.1%}) with packing {packing}"
+            for packing in ("stream", "best_fit")
+        )
+        console.print(
+            f"of {counts['documents']:,} documents of at most {counts['length']:,} tokens in train, sequences cut "
+            f"{shares}; joined, and nothing is padded in both", soft_wrap=True,
+        )  # fmt: skip
     removed = report["duplicates_removed"]
     left = f", {report['duplicates_left']} left" if "duplicates_left" in report else ""
     console.print(f"duplicates: {removed['exact']} exact and {removed['near']} near ones removed{left}")

@@ -47,6 +47,9 @@ class DataConfig(Config):
     """`shuffled`: sequences in random order; `streaming`: each row reads on where it stopped the step before."""
     documents: Literal["joined", "isolated"] = "joined"
     """`joined`: one stream, as in the paper; `isolated`: padded to the block, with exact resets between documents."""
+    packing: Literal["stream", "best_fit"] = "stream"
+    """`stream`: sequences are cut from the stream of the documents wherever their ends fall; `best_fit`: documents are
+    taken in an order in which few are cut that a sequence could hold whole. Neither pads anything for it."""
     prefetch: int | None = Field(None, ge=0, le=2**16)
     """Steps read ahead; 0 reads in the caller's thread. By default 2, and 8 where a corpus is read over a network, four
     of them at a time."""

@@ -219,6 +219,7 @@ class Loader:
             "weights": hashlib.sha256(weights.encode()).hexdigest()[:16],
             "mode": self.config.mode,
             "block": self._block or 0,
+            **({} if self.config.packing == "stream" else {"packing": self.config.packing}),
             "length": self._share.length,
             "seed": self._seed,
             "step": step,

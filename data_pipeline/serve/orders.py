@@ -90,7 +90,7 @@ def _in_windows(
 ) -> Order:
     """Version 3."""
     shards = [corpus.shard_sizes(block) for corpus in corpora]
-    opened = [WindowCache(corpus, block) for corpus in corpora]
+    opened = [WindowCache(corpus, block, length if config.packing == "best_fit" else None) for corpus in corpora]
 
     @lru_cache(maxsize=2 * len(corpora))
     def passes(corpus: int, epoch: int) -> Windows:

@@ -5,7 +5,8 @@ stream at multiples of L. Nothing of it exists but two arrays, the order and the
 is found by one binary search.
 
 *Joined* documents follow each other token by token, as in the paper. *Isolated* ones are padded to a multiple of the
-block, so that each begins on a block's boundary and a model can reset there exactly.
+block, so that each begins on a block's boundary and a model can reset there exactly. With *best fit* the order is
+changed so that sequences cut few documents (`fitting`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.format.extents import extents
+from data_pipeline.serve.fitting import best_fit
 from data_pipeline.serve.order import Permutation
 
 _BLOCK = 1 << 18  # documents summed at a time, so that a start on ten million needs no temporary of their number
@@ -56,13 +58,18 @@ class TokenStream:
         lengths: (n,) tokens of each document of the corpus.
         block: W where documents are isolated; None where they are joined.
         key: purpose and numbers that key the permutation of documents (`order.key_words`).
+        fit: the length of a sequence, and what the first has left; None: documents stay as they are permuted.
     """
 
-    def __init__(self, lengths: np.ndarray, block: int | None, key: tuple[str | int, ...]) -> None:
+    def __init__(
+        self, lengths: np.ndarray, block: int | None, key: tuple[str | int, ...], fit: tuple[int, int] | None = None
+    ) -> None:
         self._lengths = lengths
         self._block = block
         count = len(lengths)
         self._order = Permutation(count, *key).all(np.uint32 if count < 1 << 32 else np.int64)
+        if fit is not None:
+            self._order = self._order[best_fit(extents(lengths[self._order], block), *fit)]
         self._ends = np.empty(count, np.int64)
         end = 0
         for begin in range(0, count, _BLOCK):
@@ -71,6 +78,11 @@ class TokenStream:
             ends += end
             end = int(ends[-1])
         self.total = end
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(n,) int64: what each document takes up, in the order of the stream."""
+        return np.diff(self._ends, prepend=0)
 
     def pieces(self, starts: np.ndarray, count: int) -> Pieces:
         """The runs that make up rows of `count` stream positions, row i from position ``starts[i]``.

@@ -10,6 +10,7 @@ import numpy as np
 
 from bst_base.errors import UserError
 from data_pipeline.format.shards import ShardError
+from data_pipeline.serve.fitting import cut
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.serve.stream import Pieces, TokenStream
 from data_pipeline.serve.windows import Windows
@@ -23,16 +24,30 @@ class OpenWindow:
         shards: (k,) of the window.
         block: W where documents are isolated; None where they are joined.
         key: purpose and numbers that key the permutation of documents.
+        fit: as for `TokenStream`.
     """
 
-    def __init__(self, corpus: Corpus, shards: np.ndarray, block: int | None, key: tuple[str | int, ...]) -> None:
+    def __init__(
+        self,
+        corpus: Corpus,
+        shards: np.ndarray,
+        block: int | None,
+        key: tuple[str | int, ...],
+        fit: tuple[int, int] | None = None,
+    ) -> None:
         self.shards = shards
         lengths = corpus.shard_lengths(shards.tolist())
         counts = np.array([len(each) for each in lengths])
         self._begins = np.cumsum(counts) - counts  # each shard's first document, counted in the window
         self._shift = corpus.first_documents[shards] - self._begins  # from there to the number in the corpus
-        self._stream = TokenStream(np.concatenate(lengths), block, key)
+        self._stream = TokenStream(np.concatenate(lengths), block, key, fit)
         self.total = self._stream.total
+
+    def cut(self, length: int, room: int) -> tuple[int, int]:
+        """How many documents sequences of this length could hold, and how many of those they cut; `room`: as for
+        `fitting.best_fit`."""
+        sizes = self._stream.sizes
+        return int((sizes <= length).sum()), int(cut(sizes, length, room).sum())
 
     def pieces(self, starts: np.ndarray, count: int) -> Pieces:
         """As `TokenStream.pieces`, with positions counted from the window's begin; they may be before it."""
@@ -104,11 +119,12 @@ def _in_order_of_rows(parts: list[Pieces]) -> Pieces:
 class WindowCache:
     """The open windows of one corpus: those in use and the next one, by pass and number; opened once each.
 
-    Calls may be made from several threads.
+    Calls may be made from several threads. `length`: of the sequences that documents are fitted into; None: they are
+    not.
     """
 
-    def __init__(self, corpus: Corpus, block: int | None) -> None:
-        self._corpus, self._block = corpus, block
+    def __init__(self, corpus: Corpus, block: int | None, length: int | None = None) -> None:
+        self._corpus, self._block, self._length = corpus, block, length
         self._lock = threading.Lock()
         self._open: dict[tuple[int, int], Future[OpenWindow]] = {}  # the one used last is the last
 
@@ -135,7 +151,8 @@ class WindowCache:
 
     def _opened(self, windows: Windows, number: int) -> OpenWindow:
         shards, key = windows.shards(number), ("documents", *windows.key(number))
-        window, expected = OpenWindow(self._corpus, shards, self._block, key), windows.extent(number)
+        fit = self._length and (self._length, windows.room(number, self._length))
+        window, expected = OpenWindow(self._corpus, shards, self._block, key, fit), windows.extent(number)
         if window.total != expected:
             raise ShardError(
                 f"{self._corpus.where}: by their indexes, {len(shards)} shards take up {window.total} tokens, by the "

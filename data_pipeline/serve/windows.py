@@ -66,6 +66,10 @@ class Windows:
         """Stream positions of a window."""
         return int(self.begins[window + 1] - self.begins[window])
 
+    def room(self, window: int, length: int) -> int:
+        """What is left, where a window begins, of the sequence of `length` that lies there."""
+        return length - int(self.begins[window]) % length
+
     def key(self, window: int) -> tuple[int, ...]:
         """What keys the permutations of a window; a pass of one window is that of version 2, document for document."""
         return self._key if len(self) == 1 else (*self._key, window)

@@ -94,7 +94,7 @@ def test_ranks_that_wait_for_a_stalled_server_save_the_last_complete_step(recipe
     assert ended == status.RESUBMIT and f"resumed from step {done}" in said
 
 
-@pytest.mark.parametrize("name", ["train.extents", TAR])
+@pytest.mark.parametrize("name", ["manifest.json", "validation-000000.tar"])
 def test_a_server_that_stalls_before_the_first_step_is_left_with_a_status_to_start_again(
     recipe, server, tmp_path, name
 ):

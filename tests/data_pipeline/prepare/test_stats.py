@@ -77,6 +77,18 @@ def test_the_padding_of_isolated_documents_is_told_by_the_block(run, tmp_path: P
     assert f"{told['256']:.1%} of 256" in capsys.readouterr().out
 
 
+def test_what_sequences_cut_is_counted_for_both_packings(run, tmp_path: Path, capsys) -> None:
+    run("corpus")
+    command = ["data", "stats", str(tmp_path / "corpus"), "--quick", "--length", "5000", "--json"]
+    assert main([*command, str(tmp_path / "stats.json")]) == 0
+    counts = json.loads((tmp_path / "stats.json").read_text())["cut_by_sequences"]
+    lengths = Corpus.open(str(tmp_path / "corpus")).lengths
+    assert counts["documents"] == (lengths <= 5000).sum() == len(lengths)
+    # A cut for each end of a sequence that is no end of a document, and so many ends at most.
+    assert 0 <= counts["best_fit"] <= counts["stream"] <= lengths.sum() // 5000
+    assert f"sequences cut {counts['stream']:,} (" in capsys.readouterr().out
+
+
 def test_a_sample_of_runs_is_the_same_part_of_train_and_validation(planted: Path, monkeypatch) -> None:
     from data_pipeline.format.manifest import Manifest
 

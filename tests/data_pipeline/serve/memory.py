@@ -61,7 +61,10 @@ def loader(corpora: Any, mode: str = "shuffled", documents: str = "joined", **si
     weights = sizes.pop("weights", None)
     changes = sizes.pop("weight_changes", ())
     urls: Any = "memory" if weights is None else [{"corpus": "memory", "weight": weight} for weight in weights]
-    config = DataConfig(corpus=urls, mode=mode, documents=documents, weight_changes=changes, prefetch=0)
+    packing = sizes.pop("packing", "stream")
+    config = DataConfig(
+        corpus=urls, mode=mode, documents=documents, packing=packing, weight_changes=changes, prefetch=0
+    )
     others = {name: sizes.pop(name) for name in ("block", "seed", "start_step", "changes") if name in sizes}
     share = Share(length=sizes.pop("sequence_length"), **sizes)
     return Loader(config, corpora if isinstance(corpora, list) else [corpora], share, **others)

@@ -25,6 +25,7 @@ from tests.data_pipeline.serve.memory import Memory, loader
 LENGTHS = [37, 1, 5, 150, 64, 2, 90, 33, 16, 71, 3, 48]
 MODES = st.sampled_from(["shuffled", "streaming"])
 DOCUMENTS = st.sampled_from(["joined", "isolated"])
+PACKINGS = st.sampled_from(["stream", "best_fit"])
 
 
 def whole_rows(corpora: Any, steps: range, dp: int = 1, sp: int = 1, **settings: Any) -> np.ndarray:
@@ -50,13 +51,14 @@ def whole_rows(corpora: Any, steps: range, dp: int = 1, sp: int = 1, **settings:
 
 
 @settings(max_examples=40)
-@given(mode=MODES, documents=DOCUMENTS, lengths=st.lists(st.integers(1, 120), min_size=6, max_size=30),
-       seed=st.integers(0, 99), rows=st.integers(1, 6))  # fmt: skip
+@given(mode=MODES, documents=DOCUMENTS, packing=PACKINGS,
+       lengths=st.lists(st.integers(1, 120), min_size=6, max_size=30), seed=st.integers(0, 99),
+       rows=st.integers(1, 6))  # fmt: skip
 def test_every_token_is_served_exactly_once_in_a_pass(
-    mode: str, documents: str, lengths: list[int], seed: int, rows: int
+    mode: str, documents: str, packing: str, lengths: list[int], seed: int, rows: int
 ) -> None:
     corpus = Memory([*lengths, 200])
-    served = loader(corpus, mode, documents, rows=rows, seed=seed)
+    served = loader(corpus, mode, documents, packing=packing, rows=rows, seed=seed)
     labels, contexts = Counter(), Counter()
     for epoch, batch, row in rows_of_passes(served, passes=2):
         mask = batch.loss_mask[row]
@@ -91,13 +93,13 @@ def rows_of_passes(served: Loader, passes: int) -> Iterator[tuple[int, Any, int]
 
 
 @settings(max_examples=40)
-@given(mode=MODES, documents=DOCUMENTS, dp=st.sampled_from([1, 2, 3, 4, 5, 8, 11]), sp=st.sampled_from([1, 2, 4]),
-       micro=st.sampled_from([1, 2, 3]), start=st.integers(0, 50))  # fmt: skip
+@given(mode=MODES, documents=DOCUMENTS, packing=PACKINGS, dp=st.sampled_from([1, 2, 3, 4, 5, 8, 11]),
+       sp=st.sampled_from([1, 2, 4]), micro=st.sampled_from([1, 2, 3]), start=st.integers(0, 50))  # fmt: skip
 def test_rows_are_identical_for_every_number_of_ranks(
-    mode: str, documents: str, dp: int, sp: int, micro: int, start: int
+    mode: str, documents: str, packing: str, dp: int, sp: int, micro: int, start: int
 ) -> None:
     corpus, steps = Memory(LENGTHS), range(start, start + 3)
-    settings = {"mode": mode, "documents": documents, "rows": 8}
+    settings = {"mode": mode, "documents": documents, "packing": packing, "rows": 8}
     expected = whole_rows(corpus, steps, **settings)
     found = whole_rows(corpus, steps, dp=dp, sp=sp, micro_rows=micro, **settings)
     assert np.array_equal(found, expected)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
+import s3fs
 
 from bst_base.errors import UserError
 from bst_dist import cli
@@ -19,6 +19,14 @@ from data_pipeline.store.base import StorageConfig, StorageError
 from data_pipeline.store.push import UNDER_WAY, push
 
 LENGTHS = [20_000, 12, 700, 9_000, 5_000]
+
+
+@pytest.fixture(autouse=True)
+def no_client_of_another_test() -> Iterator[None]:
+    """fsspec keeps clients by what they are given, and not by the environment that they read."""
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def quiet(*_: int) -> None:
@@ -32,12 +40,12 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_the_command_puts_a_corpus_into_an_s3_store_that_is_then_read(
     make_corpus: Any, s3_endpoint: Callable[[], dict[str, Any]], monkeypatch, capsys
 ) -> None:
-    directory, options = make_corpus(LENGTHS), s3_endpoint()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", options["endpoint_url"])
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
-    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+    directory, server = make_corpus(LENGTHS), s3_endpoint()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server["endpoint_url"])
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", server["key"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server["secret"])
+    monkeypatch.setenv("AWS_DEFAULT_REGION", server["client_kwargs"]["region_name"])
+    s3fs.S3FileSystem(**server).mkdir("bucket")
     assert cli.main(["data", "push", str(directory), "s3://bucket/books"]) == 0
     assert "6 files sent" in capsys.readouterr().out
     found, expected = Corpus.open("s3://bucket/books", "train", StorageConfig()), Corpus.open(str(directory))
