@@ -10,8 +10,8 @@ import numpy as np
 from bst_dist.config import Recipe
 from bst_dist.parallel.mesh import Mesh
 from data_pipeline.serve.batch import Batch
+from data_pipeline.serve.order.stream import Pieces
 from data_pipeline.serve.slices import MicroBatch
-from data_pipeline.serve.stream import Pieces
 
 
 def batches(recipe: Recipe, step: int, mesh: Mesh, micro_rows: int) -> list[MicroBatch]:

@@ -20,8 +20,8 @@ from data_pipeline.format.manifest import Manifest, TokenizerInfo
 from data_pipeline.format.shard_table import ShardInfo
 from data_pipeline.format.shards import ShardIndex, ShardWriter
 from data_pipeline.format.tokenizer import Tokenizer, TokenizerConfig, parse_tokenizer, train_tokenizer
+from data_pipeline.serve.order.stream import TokenStream
 from data_pipeline.serve.reader import Corpus
-from data_pipeline.serve.stream import TokenStream
 
 MEAN_DOCUMENT = 65_536  # tokens: a source file tree or a long article; books are longer
 SHARD_TOKENS = 32 << 20

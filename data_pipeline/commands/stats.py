@@ -36,9 +36,9 @@ from data_pipeline.format.stats import (
     scan_shard,
 )
 from data_pipeline.prepare.parallel import Workers, open_workers
+from data_pipeline.serve.order.window_stream import WindowCache
+from data_pipeline.serve.order.windows import Windows
 from data_pipeline.serve.reader import Corpus
-from data_pipeline.serve.window_stream import WindowCache
-from data_pipeline.serve.windows import Windows
 
 _BLOCKS = (64, 128, 256, 512, 1024)  # of which the padding is told, where each document is padded to one
 _BAR = 40  # characters of the longest bar

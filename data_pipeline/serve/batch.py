@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.serve.stream import Pieces
+from data_pipeline.serve.order.stream import Pieces
 
 
 @dataclass(frozen=True)

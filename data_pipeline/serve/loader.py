@@ -19,17 +19,17 @@ from bst_base.errors import UserError
 from bst_base.stopping import TOLD
 from data_pipeline.serve.batch import Batch, block_starts, label_mask
 from data_pipeline.serve.config import DataConfig
-from data_pipeline.serve.mixture import whole_weights
-from data_pipeline.serve.orders import ORDER_VERSIONS, Order, make_order
-from data_pipeline.serve.plan import ORDER_VERSION
+from data_pipeline.serve.order.mixture import whole_weights
+from data_pipeline.serve.order.plan import ORDER_VERSION
+from data_pipeline.serve.order.sizes import BatchSizes
+from data_pipeline.serve.order.stream import inputs
+from data_pipeline.serve.order.versions import ORDER_VERSIONS, Order, make_order
 from data_pipeline.serve.prefetch import Prefetcher
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.serve.rows import RowReader, Rows
 from data_pipeline.serve.share import Share
-from data_pipeline.serve.sizes import BatchSizes
 from data_pipeline.serve.slices import Blank, MicroBatch
 from data_pipeline.serve.spread import MASKED
-from data_pipeline.serve.stream import inputs
 
 _STEPS_AT_ONCE = 4  # read over a network, so that requests are under way while one of them waits for its last
 

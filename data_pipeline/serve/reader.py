@@ -20,8 +20,8 @@ from bst_base.errors import UserError
 from data_pipeline.format.extents import extents, from_bytes
 from data_pipeline.format.manifest import MANIFEST, Manifest
 from data_pipeline.format.tokenizer import Tokenizer, parse_tokenizer
+from data_pipeline.serve.order.windows import ShardSizes
 from data_pipeline.serve.shard_reader import ShardReader
-from data_pipeline.serve.windows import ShardSizes
 from data_pipeline.store.base import Storage, StorageConfig
 from data_pipeline.store.cache import CachedStorage
 from data_pipeline.store.storage import open_storage

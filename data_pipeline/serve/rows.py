@@ -11,9 +11,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from data_pipeline.format.shards import CRC_BLOCK, ShardError
-from data_pipeline.serve.orders import Order
+from data_pipeline.serve.order.stream import Pieces
+from data_pipeline.serve.order.versions import Order
 from data_pipeline.serve.reader import Corpus
-from data_pipeline.serve.stream import Pieces
 from data_pipeline.store.base import REQUESTS
 
 _log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data_pipeline.serve.order import key_words
+from data_pipeline.serve.order.permutation import key_words
 
 _UNIT = 2.0**-53
 

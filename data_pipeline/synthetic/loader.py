@@ -16,9 +16,9 @@ import numpy as np
 
 from bst_base.errors import UserError
 from data_pipeline.serve.loader import check_state
+from data_pipeline.serve.order.sizes import STREAMED, BatchSizes
 from data_pipeline.serve.prefetch import Prefetcher
 from data_pipeline.serve.share import Share
-from data_pipeline.serve.sizes import STREAMED, BatchSizes
 from data_pipeline.serve.slices import Slices
 from data_pipeline.serve.spread import MASKED
 from data_pipeline.synthetic.config import SyntheticConfig

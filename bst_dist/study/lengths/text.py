@@ -14,9 +14,9 @@ from abc import ABC, abstractmethod
 import numpy as np
 
 from bst_base.errors import UserError
-from data_pipeline.serve.order import Permutation
+from data_pipeline.serve.order.permutation import Permutation
+from data_pipeline.serve.order.stream import TokenStream
 from data_pipeline.serve.reader import Corpus
-from data_pipeline.serve.stream import TokenStream
 
 ORDER = ("documents", 0, 0, 0)
 """Key of the order in which documents are read: that of the evaluation in training."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from bst_base.errors import UserError
 from bst_base.settings import Config
-from data_pipeline.serve.order import Permutation
+from data_pipeline.serve.order.permutation import Permutation
 
 Example: TypeAlias = tuple[list[np.ndarray], int]
 

@@ -15,9 +15,9 @@ import numpy as np
 from bst_base.errors import UserError
 from bst_dist.study.lra.examples import Examples
 from data_pipeline.serve.loader import check_state
-from data_pipeline.serve.order import KEY_VERSION, Permutation
+from data_pipeline.serve.order.permutation import KEY_VERSION, Permutation
+from data_pipeline.serve.order.sizes import BatchSizes
 from data_pipeline.serve.share import Share
-from data_pipeline.serve.sizes import BatchSizes
 from data_pipeline.serve.spread import MASKED
 
 

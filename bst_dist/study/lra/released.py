@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from bst_base.settings import Config
 from bst_dist.study.lra.files import Example, FileProblem, expected, problem
 from bst_dist.study.lra.listops import SYMBOLS
-from data_pipeline.serve.order import Permutation
+from data_pipeline.serve.order.permutation import Permutation
 
 LEVELS = {"easy": "curv_baseline", "intermediate": "curv_contour_length_9", "hard": "curv_contour_length_14"}
 """Folders of Pathfinder images by how long their paths are; published accuracies are those of `hard`."""

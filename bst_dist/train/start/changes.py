@@ -16,7 +16,7 @@ from bst_base.errors import UserError
 from bst_dist.checkpoint.directory import committed, step_of
 from bst_dist.config import Recipe, differing
 from bst_dist.train.schedule import factor
-from data_pipeline.serve.sizes import STREAMED
+from data_pipeline.serve.order.sizes import STREAMED
 
 RATES = ("optimizer.learning_rate:", "optimizer.ssm_learning_rate:")
 SCHEDULE = ("train.steps:", "schedule.")

@@ -8,8 +8,8 @@ import numpy as np
 
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import Loader
+from data_pipeline.serve.order.windows import ShardSizes
 from data_pipeline.serve.share import Share
-from data_pipeline.serve.windows import ShardSizes
 
 
 class Memory:

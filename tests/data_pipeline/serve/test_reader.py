@@ -23,13 +23,13 @@ from data_pipeline.format.damage import locate_changed_byte
 from data_pipeline.format.extents import shard_extents, to_bytes
 from data_pipeline.format.manifest import ExtentsInfo, Manifest
 from data_pipeline.format.shards import ShardError, ShardIndex
-from data_pipeline.serve import windows
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import Loader, open_corpora
+from data_pipeline.serve.order import windows
+from data_pipeline.serve.order.stream import TokenStream
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.serve.shard_reader import ShardReader
 from data_pipeline.serve.share import Share
-from data_pipeline.serve.stream import TokenStream
 from data_pipeline.store.base import StorageError
 
 LENGTHS = [20_000, 12, 700, 9_000, 5_000, 1]

@@ -45,13 +45,13 @@ def test_the_command_puts_a_corpus_into_an_s3_store_that_is_then_read(
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", server["key"])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server["secret"])
     monkeypatch.setenv("AWS_DEFAULT_REGION", server["client_kwargs"]["region_name"])
-    s3fs.S3FileSystem(**server).mkdir("bucket")
-    assert cli.main(["data", "push", str(directory), "s3://bucket/books"]) == 0
+    s3fs.S3FileSystem(**server).mkdir("corpora")
+    assert cli.main(["data", "push", str(directory), "s3://corpora/books"]) == 0
     assert "6 files sent" in capsys.readouterr().out
-    found, expected = Corpus.open("s3://bucket/books", "train", StorageConfig()), Corpus.open(str(directory))
+    found, expected = Corpus.open("s3://corpora/books", "train", StorageConfig()), Corpus.open(str(directory))
     assert found.sha256 == expected.sha256
     assert all(np.array_equal(found.document(i), expected.document(i)) for i in range(len(LENGTHS)))
-    assert cli.main(["data", "push", str(directory), "s3://bucket/books"]) == 0
+    assert cli.main(["data", "push", str(directory), "s3://corpora/books"]) == 0
     assert "0 files sent, 0.0 MB, 6 were there already" in capsys.readouterr().out
 
 

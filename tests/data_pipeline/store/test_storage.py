@@ -26,9 +26,9 @@ from bst_base.settings import ConfigError, dump, parse
 from bst_base.stopping import TOLD, Stopped
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.format.shards import ShardError
-from data_pipeline.serve import windows
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import Loader, open_corpora
+from data_pipeline.serve.order import windows
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.serve.share import Share
 from data_pipeline.serve.slices import Blank

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bst_dist.study.lengths.text import ORDER, TooShortError, longest, open_stretches
-from data_pipeline.serve.order import Permutation
+from data_pipeline.serve.order.permutation import Permutation
 
 LENGTHS = [21, 1, 70, 16, 8, 17, 33]
 

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.serve.order import Permutation
-from data_pipeline.serve.plan import Positions, Shuffled
-from data_pipeline.serve.sizes import BatchSizes
+from data_pipeline.serve.order.permutation import Permutation
+from data_pipeline.serve.order.plan import Positions, Shuffled
+from data_pipeline.serve.order.sizes import BatchSizes
 
 WINDOW_TOKENS = 1 << 30
 """Tokens of a window, about; a document counts as at least `_DOCUMENT` of them, since it costs memory however short."""

@@ -25,9 +25,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from bst_base.errors import UserError
-from data_pipeline.serve.mixture import Dealer, Mixture, whole_weights
-from data_pipeline.serve.order import Permutation
-from data_pipeline.serve.sizes import BatchSizes
+from data_pipeline.serve.order.mixture import Dealer, Mixture, whole_weights
+from data_pipeline.serve.order.permutation import Permutation
+from data_pipeline.serve.order.sizes import BatchSizes
 
 ORDER_VERSION = 3
 """The order that new runs get; a run keeps the one it began with (`orders.make_order`)."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.serve.order import KEY_VERSION, Permutation, key_words
+from data_pipeline.serve.order.permutation import KEY_VERSION, Permutation, key_words
 
 
 @given(n=st.integers(1, 5000), seed=st.integers(0, 2**63), epoch=st.integers(0, 1000))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bst_base.errors import UserError
-from data_pipeline.serve.order import key_words
+from data_pipeline.serve.order.permutation import key_words
 
 _FINEST = 1 << 30  # units in which weights of many digits are rounded: products of two fit into 64 bits
 
@@ -62,7 +62,7 @@ class Dealer:
 
     Args:
         weights: of each corpus; those of weight 0 have no part in it, so that adding one changes nothing.
-        key: purpose and numbers that key the phases (`order.key_words`).
+        key: purpose and numbers that key the phases (`permutation.key_words`).
     """
 
     def __init__(self, weights: Sequence[float], *key: str | int) -> None:

@@ -7,7 +7,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.serve.sizes import BatchSizes
+from data_pipeline.serve.order.sizes import BatchSizes
 
 
 @given(changes=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9)), max_size=4), first=st.integers(1, 9))

@@ -16,8 +16,8 @@ from functools import lru_cache
 import numpy as np
 
 from bst_base.errors import UserError
-from data_pipeline.serve.order import key_words
-from data_pipeline.serve.plan import Assignments, Segments
+from data_pipeline.serve.order.permutation import key_words
+from data_pipeline.serve.order.plan import Assignments, Segments
 
 BLOCK = 1024  # positions in which the quotas are exact
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bst_base.errors import UserError
-from data_pipeline.serve.mixture import Dealer, Mixture, whole_weights
+from data_pipeline.serve.order.mixture import Dealer, Mixture, whole_weights
 
 WEIGHTS = st.lists(
     st.one_of(st.sampled_from([0.0, 0.0001, 0.0015, 0.05, 0.3, 0.7]), st.floats(1e-3, 5)), min_size=1, max_size=6

@@ -10,13 +10,13 @@ import numpy as np
 
 from bst_base.errors import UserError
 from data_pipeline.serve.config import DataConfig
-from data_pipeline.serve.first_order import LaneStreaming, QuotaMixture
-from data_pipeline.serve.plan import ORDER_VERSION, Plan, Shuffled, Streaming, dealt, shuffled
+from data_pipeline.serve.order.first_order import LaneStreaming, QuotaMixture
+from data_pipeline.serve.order.plan import ORDER_VERSION, Plan, Shuffled, Streaming, dealt, shuffled
+from data_pipeline.serve.order.sizes import STREAMED, BatchSizes
+from data_pipeline.serve.order.stream import Pieces, TokenStream
+from data_pipeline.serve.order.window_stream import WindowCache, WindowStream
+from data_pipeline.serve.order.windows import Windows, WindowShuffled
 from data_pipeline.serve.reader import Corpus
-from data_pipeline.serve.sizes import STREAMED, BatchSizes
-from data_pipeline.serve.stream import Pieces, TokenStream
-from data_pipeline.serve.window_stream import WindowCache, WindowStream
-from data_pipeline.serve.windows import Windows, WindowShuffled
 
 ORDER_VERSIONS = (1, 2, ORDER_VERSION)
 

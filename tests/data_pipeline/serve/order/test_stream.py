@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.format.extents import extents
-from data_pipeline.serve.order import Permutation
-from data_pipeline.serve.stream import Pieces, TokenStream, inputs
+from data_pipeline.serve.order.permutation import Permutation
+from data_pipeline.serve.order.stream import Pieces, TokenStream, inputs
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(lambda lengths: sum(lengths) > 1)
 
@@ -31,7 +31,7 @@ def test_pieces_are_what_the_stream_spelled_out_holds(
 ) -> None:
     whole = spelled_out(lengths, block, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data_pipeline.serve.stream._BLOCK", at_once)
+        patch.setattr("data_pipeline.serve.order.stream._BLOCK", at_once)
         stream = TokenStream(np.array(lengths, np.uint32), block, ("documents", seed))
     assert stream.total == len(whole)
     starts = data.draw(st.lists(st.integers(0, len(whole) + 5), min_size=1, max_size=5))

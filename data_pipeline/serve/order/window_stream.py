@@ -10,10 +10,10 @@ import numpy as np
 
 from bst_base.errors import UserError
 from data_pipeline.format.shards import ShardError
-from data_pipeline.serve.fitting import cut
+from data_pipeline.serve.order.fitting import cut
+from data_pipeline.serve.order.stream import Pieces, TokenStream
+from data_pipeline.serve.order.windows import Windows
 from data_pipeline.serve.reader import Corpus
-from data_pipeline.serve.stream import Pieces, TokenStream
-from data_pipeline.serve.windows import Windows
 
 
 class OpenWindow:

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bst_base.errors import UserError
-from data_pipeline.serve import windows
-from data_pipeline.serve.fitting import best_fit, cut
+from data_pipeline.serve.order import windows
+from data_pipeline.serve.order.fitting import best_fit, cut
 from tests.data_pipeline.serve.memory import Memory, loader
 
 
@@ -94,7 +94,8 @@ def test_whole_documents_lie_in_one_row_in_every_window(documents: str, monkeypa
         assert min(rows_of) >= 1
         parts[packing] = sum(count > 1 for count in rows_of)
     assert parts["stream"] > 100
-    assert parts["best_fit"] <= 12  # at the ends of the windows, where few are left to choose from
+    # Half of these documents are longer than half a sequence, and a window has few to choose from.
+    assert parts["best_fit"] < parts["stream"] / 5
 
 
 def test_the_order_is_promised_and_told_from_the_stream() -> None:

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.format.extents import extents
-from data_pipeline.serve.fitting import best_fit
-from data_pipeline.serve.order import Permutation
+from data_pipeline.serve.order.fitting import best_fit
+from data_pipeline.serve.order.permutation import Permutation
 
 _BLOCK = 1 << 18  # documents summed at a time, so that a start on ten million needs no temporary of their number
 
@@ -57,7 +57,7 @@ class TokenStream:
     Args:
         lengths: (n,) tokens of each document of the corpus.
         block: W where documents are isolated; None where they are joined.
-        key: purpose and numbers that key the permutation of documents (`order.key_words`).
+        key: purpose and numbers that key the permutation of documents (`permutation.key_words`).
         fit: the length of a sequence, and what the first has left; None: documents stay as they are permuted.
     """
 
