@@ -7,10 +7,12 @@ from pathlib import Path
 
 from bst_dist.checkpoint.directory import committed, step_of
 from bst_dist.cluster.verdict import Ended
+from bst_dist.faults.status import UNREADABLE
 from bst_dist.report.metrics import FILE, read_lines
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 5.0, 60.0
-"""Before the second restart without a new checkpoint; it doubles with each further one."""
+"""Before the second restart without a new checkpoint, doubled with each further one. The longest before every one after
+an error of a file system, which may take minutes to come back."""
 
 
 @dataclass
@@ -28,19 +30,23 @@ class Restarts:
     def __post_init__(self) -> None:
         self._checkpoint = self._newest_checkpoint()
         self._failed_after: int | None = None
+        self._storage_failed = False
 
-    def refuse(self, ended: Ended) -> str | None:
+    def refuse(self, ended: Ended, started: bool = True) -> str | None:
         """Why a run that ended so is not started again; None counts a restart.
 
-        Two failures after the same step, when no host was lost, are of the program's or the data's making: they would
-        come again. A new checkpoint gives all restarts back: what has failed in a month does not count against a run.
+        Two failures after the same step, when neither a host was lost nor a file system failed, are of the program's or
+        the data's making: they would come again. A new checkpoint gives all restarts back: what has failed in a month
+        does not count against a run. `started`: whether there was a start since this was last asked, or no fit host.
         """
         if not ended.worth_a_restart or not self.most:
             return ""
         before, self._checkpoint = self._checkpoint, self._newest_checkpoint()
         if self._checkpoint > before:
             self.used = 0
-        step = None if ended.lost or ended.left_alone else self._step()
+        self._storage_failed = ended.status == UNREADABLE
+        outside = ended.lost or ended.left_alone or self._storage_failed or not started
+        step = None if outside else self._step()
         if step is not None and step == self._failed_after:
             return f"failed twice after step {step}: starting again would end the same way"
         self._failed_after = step
@@ -52,6 +58,8 @@ class Restarts:
     @property
     def wait_s(self) -> float:
         """Before the next start: nothing at first, then longer each time, as something outside may have to mend."""
+        if self._storage_failed:
+            return LONGEST_WAIT_S
         return 0.0 if self.used < 2 else min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (self.used - 2))
 
     def _newest_checkpoint(self) -> int:

@@ -12,7 +12,7 @@ from bst_dist.cluster import preflight
 from bst_dist.cluster.collective import ANY_SPEED
 from bst_dist.cluster.controller import Controller, Means
 from bst_dist.cluster.elastic import Shape, choose, idle, shares
-from bst_dist.cluster.hosts import Host
+from bst_dist.cluster.hosts import Host, HostError
 from bst_dist.cluster.launchers import OVER_SSH
 from bst_dist.cluster.local import program
 from bst_dist.cluster.preflight import Needs, PreflightError
@@ -52,11 +52,16 @@ class Supervisor:
     def run(self) -> Ended:
         """Train until the run has ended, or gets no further; raises PreflightError before it begins."""
         with self._all_fit() as controller:
-            ended = self._train(controller, self.job.asked)
-        while (refusal := self.restarts.refuse(ended)) is None:
+            ended, started = self._train(controller, self.job.asked), True
+        while (refusal := self.restarts.refuse(ended, started)) is None:
             say(f"restart {self.restarts.used} of {self.restarts.most}")
             self._wait(self.restarts.wait_s)
-            ended = self._again(ended)
+            try:
+                again = self._again(ended)
+            except HostError as error:  # lost after it was examined
+                say(str(error))
+                again = None
+            ended, started = again or ended, again is not None
         if refusal:
             say(f"not started again: {refusal}")
         return ended
@@ -95,8 +100,8 @@ class Supervisor:
             say(why)
         return ended
 
-    def _again(self, ended: Ended) -> Ended:
-        """Go on from the newest checkpoint on the hosts that are fit; `ended` says how it ended before."""
+    def _again(self, ended: Ended) -> Ended | None:
+        """Continue from the newest checkpoint on the hosts that are fit, if any. `ended`: how it ended before."""
         fit = self._left(ended)
         while fit and not self.told:
             with Controller(fit, self.means, self.told) as controller:
@@ -108,7 +113,7 @@ class Supervisor:
         if self.told:
             return replace(ended, told=self.told[0])
         say("no host is left to restart on")
-        return ended
+        return None
 
     def _left(self, ended: Ended) -> list[Host]:
         """The hosts to try again: only over ssh can it be told whether one that was lost has come back."""

@@ -12,7 +12,7 @@ from bst_dist.cluster.restarts import Restarts
 from bst_dist.cluster.verdict import Ended
 from bst_dist.report.metrics import FILE
 
-KILLED, REFUSED = Ended(1, {0: -9}), Ended(1, {0: 2})
+KILLED, REFUSED, UNREADABLE = Ended(1, {0: -9}), Ended(1, {0: 2}), Ended(1, {0: 74})
 LOST = Ended(2, lost={"node-02": "silent for 30 s"})
 
 
@@ -48,6 +48,23 @@ def test_lost_hosts_may_be_lost_at_the_same_step(tmp_path):
     restarts = Restarts(tmp_path, most=3)
     assert [restarts.refuse(LOST) for _ in range(3)] == [None] * 3
     assert restarts.refuse(LOST)
+
+
+def test_a_file_system_that_fails_is_waited_for_and_no_fault_of_the_step(tmp_path):
+    restarts = Restarts(tmp_path, most=3)
+    reach(tmp_path, 7, saved=5)
+    for _ in range(3):
+        assert restarts.refuse(UNREADABLE) is None
+        assert restarts.wait_s == 60
+    assert restarts.refuse(UNREADABLE) == "3 restarts without a new checkpoint (--max-restarts)"
+
+
+def test_where_no_host_was_fit_nothing_has_failed_a_second_time(tmp_path):
+    restarts = Restarts(tmp_path, most=3)
+    reach(tmp_path, 7, saved=5)
+    assert restarts.refuse(KILLED) is None
+    assert restarts.refuse(KILLED, started=False) is None
+    assert restarts.refuse(KILLED) is None
 
 
 def test_waits_grow_while_nothing_is_gained(tmp_path):

@@ -1,18 +1,21 @@
-"""What a supervisor makes of the check of all ranks together."""
+"""What a supervisor makes of the check of all ranks together, and of hosts that are not fit for a restart yet."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from bst_dist.cluster.controller import Means
-from bst_dist.cluster.hosts import Host
+from bst_dist.cluster.hosts import Host, HostError
 from bst_dist.cluster.preflight import PreflightError
 from bst_dist.cluster.restarts import Restarts
 from bst_dist.cluster.supervise import Job, Supervisor
 from bst_dist.cluster.verdict import Ended
+from bst_dist.report.metrics import FILE
 
 HOSTS = [Host("a", 1), Host("b", 1)]
 
@@ -62,3 +65,22 @@ def test_what_is_accepted_by_name_is_no_reason_against_a_start(tmp_path):
 def test_a_signal_meanwhile_starts_nothing_whatever_is_accepted(tmp_path):
     with pytest.raises(PreflightError):
         rehearse(tmp_path, 75, ["sum"], told=[15])
+
+
+def test_a_run_waits_for_hosts_that_are_not_fit_yet(tmp_path, monkeypatch):
+    """Killed after a step; then no host is fit, then one is lost before its ranks start; the third comes to the end."""
+    (tmp_path / FILE).write_text(json.dumps({"kind": "train", "step": 7}) + "\n")
+    supervisor = Supervisor(Job(None, None, {}, None), HOSTS, Means("pdsh", tmp_path), Restarts(tmp_path, 5), [])
+    comes = iter([None, HostError("b was lost before its ranks could be started"), Ended(2, {0: 0, 1: 0})])
+
+    def again(ended: Ended) -> Ended | None:
+        if isinstance(found := next(comes), HostError):
+            raise found
+        return found
+
+    monkeypatch.setattr(supervisor, "_all_fit", lambda: nullcontext(Stub(0)))
+    monkeypatch.setattr(supervisor, "_train", lambda *_: Ended(2, {0: -9}))
+    monkeypatch.setattr(supervisor, "_again", again)
+    monkeypatch.setattr(supervisor, "_wait", lambda seconds: None)
+    assert supervisor.run().status == 0
+    assert supervisor.restarts.total == 3
