@@ -41,9 +41,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _describe(source: type[Source]) -> dict[str, Any]:
     """What a source is and its settings."""
-    settings = {
-        name: {"default": _shown(default), "help": text} for name, _, default, text in fields(source) if name != "kind"
-    }
+    settings: dict[str, dict[str, str]] = {}
+    for name, _, default, text in fields(source):
+        if name in settings:  # of another kind of its section
+            settings[name]["help"] += f" {text}"
+        elif name != "kind":
+            settings[name] = {"default": _shown(default), "help": text}
     return {"summary": source.model_fields["kind"].description, "settings": settings}
 
 

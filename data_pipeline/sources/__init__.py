@@ -21,6 +21,7 @@ from data_pipeline.sources.packaged.mathematics import Mathematics
 from data_pipeline.sources.parquet import Tables
 from data_pipeline.sources.pg19 import Pg19
 from data_pipeline.sources.stdlib import StandardLibrary
+from data_pipeline.sources.synthetic import SyntheticText
 from data_pipeline.sources.webdataset import WebDatasetTars
 
 __all__ = ["SOURCES", "AnySource", "Document", "Listing", "Part", "Skipped", "Source"]
@@ -40,6 +41,7 @@ _CLASSES = (
     Latex,
     Mathematics,
     Linux,
+    SyntheticText,
 )
 
 SOURCES: dict[str, type[Source]] = {cls.model_fields["kind"].default: cls for cls in _CLASSES}

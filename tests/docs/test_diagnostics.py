@@ -105,7 +105,7 @@ def test_the_page_begins_with_whether_the_advantage_falls(accuracy, verdict):
     lines = page.build([copying(accuracy)]).splitlines()
     assert "does the advantage fall where windows reach the lag?" in lines[0]
     assert verdict in lines[2]
-    assert "| 32 | sliding | " in "\n".join(lines[:12])
+    assert "| 32 | sliding | " in "\n".join(lines[:16])
     assert lines[-1]
 
 
