@@ -55,7 +55,7 @@ def worst(found: list[Tensor], exact: list[Tensor]) -> float:
     return max(float((a - b).norm() / b.norm().clamp_min(1e-6)) for a, b in zip(found, exact, strict=True))
 
 
-@pytest.mark.parametrize("name", ["SH", "MF", "Block-Recurrent"])
+@pytest.mark.parametrize("name", ["SH", "MF", "SH joint", "Block-Recurrent"])
 def test_a_compiled_layer_is_one_whole_graph_with_the_same_gradients(name):
     assert worst(gradients(name, compiled=True), gradients(name, compiled=False)) < 1e-5
 

@@ -301,6 +301,9 @@ def project(tmp_path_factory):
     prepare = {"source": {"kind": "folder", "path": "texts", "pattern": "*"}, "output": "corpora/stdlib",
                "tokenizer": {"vocab_size": 400}, "workers": 1, "validation_fraction": 0.3}  # fmt: skip
     (here / "launch/data/stdlib.yaml").write_text(yaml.safe_dump(prepare))
+    synthetic = yaml.safe_load((here / "launch/data/synthetic.yaml").read_text())
+    synthetic["source"] |= {"documents": 40}
+    (here / "launch/data/synthetic.yaml").write_text(yaml.safe_dump(synthetic | {"workers": 1}))
     (here / "hosts").write_text("node-01 slots=8\nnode-02 slots=8\n")
     (here / "prompts.jsonl").write_text('"def f(x):"\n')
     (here / "pdsh").touch(mode=0o755)
@@ -311,6 +314,7 @@ def project(tmp_path_factory):
         assert cli.main(["data", "prepare", "launch/data/stdlib.yaml"]) == 0
         larger = ["output=corpora/stdlib-512", "tokenizer.vocab_size=512"]
         assert cli.main(["data", "prepare", "launch/data/stdlib.yaml", *larger]) == 0
+        assert cli.main(["data", "prepare", "launch/data/synthetic.yaml"]) == 0
         assert cli.main(["train", RECIPE]) == 0
         assert (
             cli.main(["train", "launch/recipes/diagnostics/base.yaml", "train.steps=1", "schedule.warmup_steps=0"]) == 0

@@ -280,7 +280,7 @@ def test_an_analysis_survives_single_runs_without_a_loss(designer, monkeypatch):
         ({"seeds": [0], "sizes": [1e5, 2e5]}, "4 independent runs are too few for 4 coefficients"),
         ({"architectures": {name: {"model.mixer": "sliding"} for name in ("sliding", "twin")}}, "are the same recipe"),
         ({"noise": {"seed": math.inf}}, "noise.seed: input should be less than or equal to 1 (got inf)"),
-        ({"noise": {"seed": math.nan}}, "noise.seed: input should be greater than 0 (got nan)"),
+        ({"noise": {"seed": math.nan}}, "noise.seed: input should be less than or equal to 1 (got nan)"),
     ],
 )
 def test_a_design_that_cannot_be_analysed_ends_with_one_message(tmp_path, capsys, changes, message):
