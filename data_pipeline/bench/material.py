@@ -23,17 +23,22 @@ from data_pipeline.format.tokenizer import Tokenizer, TokenizerConfig, parse_tok
 from data_pipeline.serve.order.stream import TokenStream
 from data_pipeline.serve.reader import Corpus
 
-MEAN_DOCUMENT = 65_536  # tokens: a source file tree or a long article; books are longer
+MEAN_DOCUMENT = 65_536
+"""Tokens, unless asked otherwise: a source file tree or a long article; books are longer, pages of the web shorter."""
 SHARD_TOKENS = 32 << 20
 VOCABULARY = 32_000
 PER_TAR = 4096  # sequences in one of webdataset's tars
 
 
-def make_ours(directory: Path, sequences: int, length: int) -> None:
-    """A corpus of random tokens whose one pass is exactly `sequences` sequences of `length` (+ 1 shared label)."""
+def make_ours(directory: Path, sequences: int, length: int, mean_document: int = MEAN_DOCUMENT) -> None:
+    """A corpus of random tokens whose one pass is exactly `sequences` sequences of `length` (+ 1 shared label).
+
+    The lengths of documents are log-normal, with a mean of `mean_document` tokens.
+    """
     total = sequences * length + 1
     rng = np.random.Generator(np.random.Philox(key=1))
-    lengths = np.maximum(rng.lognormal(np.log(MEAN_DOCUMENT) - 0.5, 1.0, 4 * total // MEAN_DOCUMENT + 4), 2).astype(int)
+    count = 4 * total // mean_document + 4
+    lengths = np.maximum(rng.lognormal(np.log(mean_document) - 0.5, 1.0, count), 2).astype(int)
     ends = np.cumsum(lengths)
     lengths = lengths[: int(np.searchsorted(ends, total)) + 1]
     lengths[-1] -= int(ends[len(lengths) - 1]) - total

@@ -1,6 +1,6 @@
 """One measurement of one reader, in a process of its own: prints a JSON line.
 
-  python -m data_pipeline.bench.readers READER JOB DIRECTORY --sequences N [--state FILE]
+  python -m data_pipeline.bench.readers READER JOB DIRECTORY --sequences N [--mean-document N] [--cold] [--state FILE]
 
 Jobs: `make` writes the reader's own copy of the sequences; `speed` reads one pass; `resume` continues from the middle
 of a pass; `half` reads half a pass and keeps the state; `rest` is one of several ranks that continue from it. The peers
@@ -170,6 +170,17 @@ def speed(reader: type, directory: Path, sequences: int) -> dict[str, Any]:
     }
 
 
+def leave_page_cache(directory: Path) -> None:
+    """Have the kernel forget the pages of the files there, so that the next pass reads them from the disk."""
+    for path in (each for each in directory.rglob("*") if each.is_file()):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # a page that is not on the disk yet is kept
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
 def resume(reader: type, directory: Path, sequences: int) -> dict[str, Any]:
     """Seconds from a state to the first batch, half a pass in, and whether it is the right one."""
     whole = reader(directory, sequences, 0, 1, None)
@@ -212,13 +223,17 @@ def main() -> None:
     parser.add_argument("job", choices=["make", "speed", "resume", "half", "rest"])
     parser.add_argument("directory", type=Path)
     parser.add_argument("--sequences", type=int, required=True)
+    parser.add_argument("--mean-document", type=int, default=None)
+    parser.add_argument("--cold", action="store_true")
     parser.add_argument("--state", type=Path)
     args = parser.parse_args()
     reader = READERS[args.reader]
     try:
         if args.job == "make":
-            found: dict[str, Any] = make(args.reader, args.directory, args.sequences)
+            found: dict[str, Any] = make(args.reader, args.directory, args.sequences, args.mean_document)
         elif args.job == "speed":
+            if args.cold:
+                leave_page_cache(_copy_of(args.reader, args.directory))
             found = speed(reader, args.directory, args.sequences)
         elif args.job == "resume":
             found = resume(reader, args.directory, args.sequences)
@@ -232,16 +247,20 @@ def main() -> None:
     os._exit(0)  # some peers leave threads or shared memory that would hold the process
 
 
-def make(reader: str, directory: Path, sequences: int) -> dict[str, Any]:
+def _copy_of(reader: str, directory: Path) -> Path:
+    return directory / ("ours" if reader.startswith("ours") else reader)
+
+
+def make(reader: str, directory: Path, sequences: int, mean_document: int | None = None) -> dict[str, Any]:
     """Write one reader's copy of the sequences, unless it is there."""
     from data_pipeline.bench import material
 
-    target = directory / reader
+    target = _copy_of(reader, directory)
     if not (target / "made").exists():
         if reader == "mosaicml":
             without_vision()
         if reader.startswith("ours"):
-            material.make_ours(target, sequences, LENGTH)
+            material.make_ours(target, sequences, LENGTH, mean_document or material.MEAN_DOCUMENT)
         else:
             getattr(material, f"make_{reader}")(directory / "ours", target, LENGTH)
         (target / "made").touch()

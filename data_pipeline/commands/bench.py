@@ -2,6 +2,8 @@
 
     bst bench data                       # ours, webdataset, litdata, mosaicml-streaming; 131 M tokens
     bst bench data --readers ours webdataset --sequences 4000
+    bst bench data --mean-document 300   # documents as short as pages of the web: more places to read for a row
+    bst bench data --cold                # each pass from the disk, its files out of the page cache
 
 The other packages are installed at their first use into an environment of their own, below --directory; the library
 never imports them. Every measurement is a process of its own; repeats of all readers take turns, so that load on the
@@ -30,8 +32,10 @@ from typing import Any
 
 from rich.console import Console
 
+from bst_base.arguments import at_least
 from bst_base.errors import UserError
 from bst_base.terminal import Sheet, print_table
+from data_pipeline.bench.material import MEAN_DOCUMENT
 
 PEERS = ("litdata==0.2.76", "mosaicml-streaming==0.13.0")
 READERS = {
@@ -52,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeats", metavar="N", type=int, default=5, help="measurements of each; the median is reported"
     )
+    parser.add_argument("--mean-document", metavar="TOKENS", type=at_least(2), default=MEAN_DOCUMENT,
+                        help="mean length of our documents (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--cold", action="store_true", help="have the kernel forget the files before each pass")
     parser.add_argument(
         "--directory", metavar="DIR", type=Path, default=_DEFAULT, help="where the sequences and the peers lie"
     )
@@ -60,18 +67,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prepare, measure, print the table; returns every single measurement too."""
     console = Console()
-    bench = _Bench(args.directory.expanduser(), args.sequences, console)
+    bench = _Bench(args.directory.expanduser(), args.sequences, args.mean_document, console)
     bench.prepare(args.readers)
     found: dict[str, dict[str, Any]] = {name: {"speed": [], "resume": []} for name in args.readers}
     for repeat in range(args.repeats):
         for name in args.readers:
             console.print(f"[dim]repeat {repeat + 1} of {args.repeats}: {name}[/]", highlight=False)
-            found[name]["speed"].append(bench.measure(name, "speed"))
+            found[name]["speed"].append(bench.measure(name, "speed", *(["--cold"] if args.cold else [])))
             found[name]["resume"].append(bench.measure(name, "resume"))
     for name in args.readers:
         console.print(f"[dim]one rank's state taken over by two: {name}[/]", highlight=False)
         found[name]["elastic"] = bench.elastic(name)
     report = {"machine": _machine(), "peers": list(PEERS), "sequences": args.sequences, "repeats": args.repeats}
+    report |= {"mean_document": args.mean_document, "cold": args.cold}
     report["readers"] = {name: {**_summary(each), "measurements": each} for name, each in found.items()}
     _print(report)
     return report
@@ -80,8 +88,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 class _Bench:
     """The material, the peers' environment, and the processes that measure."""
 
-    def __init__(self, directory: Path, sequences: int, console: Console) -> None:
-        self._material = directory / f"sequences-{sequences}"
+    def __init__(self, directory: Path, sequences: int, mean_document: int, console: Console) -> None:
+        self._material = directory / f"sequences-{sequences}-documents-{mean_document}"
+        self._mean_document = mean_document
         self._environment = directory / "peers"
         self._sequences = str(sequences)
         self._console = console
@@ -93,7 +102,7 @@ class _Bench:
             self._install()
         for name in dict.fromkeys(["ours", *readers]):
             self._console.print(f"[dim]material of {name}[/]", highlight=False)
-            self.measure(name, "make")
+            self.measure(name, "make", "--mean-document", str(self._mean_document))
 
     def measure(self, name: str, job: str, *extra: str) -> dict[str, Any]:
         """Run one job of one reader to its end."""
@@ -192,7 +201,8 @@ def _print(report: dict[str, Any]) -> None:
         ])  # fmt: skip
     print_table(
         Sheet(("reader", "Mtok/s", "Mtok per CPU-s", "of litdata's", "resume", "right", "one rank to two"), rows),
-        f"{report['sequences']:,} sequences of 4,097 tokens, batches of 8, no workers",
+        f"{report['sequences']:,} sequences of 4,097 tokens, batches of 8, no workers; documents of "
+        f"{report['mean_document']:,} tokens on average, {'from the disk' if report['cold'] else 'in the page cache'}",
         f"{report['machine']['cpu']}, {report['machine']['cpus']} CPUs; median of {report['repeats']} (range)",
     )
 
