@@ -17,6 +17,7 @@ from bst_base.errors import UserError
 from data_pipeline.format.manifest import MANIFEST, Manifest, sha256_file
 from data_pipeline.format.tokenizer import IdsOnly, Tokenizer, adopt_tokenizer, read_tokenizer
 from data_pipeline.prepare.config import PrepareConfig
+from data_pipeline.prepare.filters import identity as filter_identity
 from data_pipeline.prepare.parallel import Workers
 from data_pipeline.sources import Part, Source
 
@@ -44,6 +45,9 @@ def identity(
     settings = config.model_dump(mode="json", exclude=_MACHINE)
     if config.tokenizer.reuse is not None:
         settings["tokenizer"] = {"reuse": given_tokenizer(config).sha256}
+    del settings["text"]["filters"]  # not there where there are none: as in corpora of older versions
+    if config.text.filters:
+        settings["text"]["filters"] = [filter_identity(name) for name in config.text.filters]
     done, total = 0, sum(part.size for group in groups for part in group)
     progress("hash source", 0, total)
     hashes: dict[str, str] = {}

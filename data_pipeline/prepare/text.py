@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import unicodedata
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import AfterValidator
 
+from bst_base.places import NameOrPath
 from bst_base.settings import Config
+from data_pipeline.prepare.filters import check_name, filtered
 from data_pipeline.sources.base import Document, Skipped
 
 _PACKED = {
@@ -32,6 +35,9 @@ class TextConfig(Config):
     read it as Latin-1."""
     normalise: tuple[Literal["newlines", "nfc"], ...] = ()
     """Steps, in order: `newlines` writes CR LF and CR as LF, `nfc` composes Unicode characters."""
+    filters: tuple[Annotated[NameOrPath, AfterValidator(check_name)], ...] = ()
+    """Functions of yours that change texts or leave documents out, after that, in order: path/to/file.py:function. They
+    run with your rights: only those that you trust."""
 
 
 def stored_text(found: Document | Skipped, config: TextConfig) -> tuple[Document, bytes] | Skipped:
@@ -50,6 +56,10 @@ def stored_text(found: Document | Skipped, config: TextConfig) -> tuple[Document
         text = (
             text.replace("\r\n", "\n").replace("\r", "\n") if step == "newlines" else unicodedata.normalize("NFC", text)
         )
+    for name in config.filters:
+        text = filtered(text, found, name)
+        if isinstance(text, Skipped):
+            return text
     if not text:
         return Skipped(found.path, "empty")
     try:
