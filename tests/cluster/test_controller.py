@@ -28,7 +28,8 @@ from bst_dist.cluster.verdict import Ended
 
 HOSTS = [Host("a", 1), Host("b", 2)]
 LOST_S = 2.0
-MEANS = Means("here", Path.cwd(), LOST_S, 5.0)
+MEANS = Means("here", Path.cwd(), lost_after_s=30.0, grace_s=5.0)
+"""On a busy machine an agent may be silent for seconds; only where that is the question it is lost for it."""
 
 
 @pytest.fixture(autouse=True)
@@ -151,8 +152,8 @@ def test_a_host_whose_agent_is_killed_is_lost_and_so_are_its_ranks(job):
     job.require_nothing_left()
 
 
-def test_a_silent_host_is_given_up_and_nothing_is_started_before_its_lease_is_over(job):
-    stopped: list[psutil.Process] = []
+def test_a_silent_host_is_given_up_and_nothing_is_started_before_its_lease_is_over(tmp_path):
+    job, stopped = Job(tmp_path, replace(MEANS, lost_after_s=LOST_S)), []
 
     def freeze() -> None:
         stopped.append(job.agent("b"))
@@ -283,6 +284,7 @@ def test_an_agent_that_cannot_call_back_says_so_itself(monkeypatch):
                                        for word in words])  # fmt: skip
 
     monkeypatch.setitem(launchers.LAUNCHERS, "here", blocked)
+    monkeypatch.setattr("bst_dist.cluster.controller.CALL_S", 3600.0)
     begun = time.monotonic()
     with Controller(HOSTS, MEANS) as called:
         missing = called.call()
@@ -290,7 +292,7 @@ def test_an_agent_that_cannot_call_back_says_so_itself(monkeypatch):
     for reason in missing.values():
         assert f"{socket.gethostname()} cannot reach the launching process at 127.0.0.1:9" in reason
         assert "--port and --address" in reason
-    assert time.monotonic() - begun < 50  # nobody is waited for who has said that he cannot come
+    assert time.monotonic() - begun < 1800  # nobody is waited for who has said that he cannot come
 
 
 def test_what_an_agent_cannot_do_is_said_and_not_only_that_it_is_gone(job):

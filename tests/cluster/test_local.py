@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -21,7 +22,7 @@ RANK = """
 import os, signal, subprocess, sys, time
 rank = int(os.environ["RANK"])
 {first}
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 with open(f"{{sys.argv[1]}}/{{rank}}.new", "w") as file:
     file.write(f"{{os.getpid()}} {{child.pid}}")
 os.rename(file.name, f"{{sys.argv[1]}}/{{rank}}")
@@ -35,6 +36,10 @@ while len([name for name in os.listdir(sys.argv[1]) if name.isdigit()]) < 2:
 def no_settling(monkeypatch):
     """Nobody has anything to say after a failure."""
     monkeypatch.setattr(verdict, "SETTLE_S", 0.3)
+
+
+def started(tmp_path: Path) -> bool:
+    return all((tmp_path / str(rank)).exists() for rank in range(2))
 
 
 def run(tmp_path: Path, then: str, first: str = "", grace_s: float = 30.0) -> local.Ended:
@@ -54,20 +59,18 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("then", "status", "culprit"),
+    ("then", "status", "culprit", "settle_s"),
     [
-        ("sys.exit(0)", 0, None),
-        ("sys.exit(3 if rank else 0)", 3, 1),
-        ("time.sleep(60) if rank else os.kill(os.getpid(), signal.SIGKILL)", 137, 0),
-        (
-            "sys.exit(1) if rank == 0 else os.kill(os.getpid(), signal.SIGSEGV)",
-            139,
-            1,
-        ),
-        ("time.sleep(60) if rank else sys.exit(2)", 2, 0),
+        ("sys.exit(0)", 0, None, 60),
+        ("sys.exit(3 if rank else 0)", 3, 1, 60),
+        ("time.sleep(600) if rank else os.kill(os.getpid(), signal.SIGKILL)", 137, 0, 0.3),
+        ("sys.exit(1) if rank == 0 else os.kill(os.getpid(), signal.SIGSEGV)", 139, 1, 60),
+        ("time.sleep(600) if rank else sys.exit(2)", 2, 0, 0.3),
     ],
 )
-def test_status_is_that_of_the_rank_to_blame(tmp_path, then, status, culprit):
+def test_status_is_that_of_the_rank_to_blame(tmp_path, monkeypatch, then, status, culprit, settle_s):
+    """`settle_s`: how long the others may take to say more; where all do, nobody waits for so long."""
+    monkeypatch.setattr(verdict, "SETTLE_S", settle_s)
     ended = run(tmp_path, then)
     assert (ended.status, ended.culprit) == (status, culprit)
 
@@ -76,46 +79,76 @@ def test_status_is_that_of_the_rank_to_blame(tmp_path, then, status, culprit):
 @pytest.mark.parametrize(("on_sigterm", "status"), [("lambda *_: sys.exit(75)", 75), ("signal.SIG_DFL", None)])
 def test_a_signal_stops_the_ranks_and_what_they_made_of_it_is_the_status(tmp_path, number, on_sigterm, status):
     def send() -> None:
-        while not all((tmp_path / str(rank)).exists() for rank in range(2)):
+        while not started(tmp_path):
             time.sleep(0.02)
         os.kill(os.getpid(), number)
 
     threading.Thread(target=send, daemon=True).start()
-    ended = run(tmp_path, "time.sleep(60)", f"signal.signal(signal.SIGTERM, {on_sigterm})")
+    ended = run(tmp_path, "time.sleep(600)", f"signal.signal(signal.SIGTERM, {on_sigterm})")
     assert ended.status == (status or 128 + signal.SIGTERM)
     assert not ended.worth_a_restart
 
 
 def test_ranks_that_do_not_stop_are_killed_when_the_grace_is_over(tmp_path):
-    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
-    ended = run(tmp_path, "time.sleep(60)", "signal.signal(signal.SIGTERM, signal.SIG_IGN)", 0.5)
+    def send() -> None:
+        while not started(tmp_path):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=send, daemon=True).start()
+    ended = run(tmp_path, "time.sleep(600)", "signal.signal(signal.SIGTERM, signal.SIG_IGN)", 0.5)
     assert ended.status == 128 + signal.SIGTERM
     assert "grace" in ended.explain({})
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
-def test_a_further_ctrl_c_ends_the_ranks_at_once_and_no_other_signal_does(tmp_path, number):
-    """Slurm sends SIGTERM again, seconds after the first, to ranks that write their checkpoint."""
+def test_a_further_ctrl_c_ends_the_ranks_at_once_and_no_other_signal_does(tmp_path, monkeypatch, number):
+    """By a clock that the test sets. A signal soon after the first is a copy of it; Slurm sends SIGTERM again, seconds
+    after the first, to ranks that write their checkpoint."""
+    now, read, looked = [0.0], [], []
+    clock = SimpleNamespace(monotonic=lambda: read.append(None) or now[0])
+    monkeypatch.setattr("bst_dist.faults.signals.time", clock)  # read once for every signal that is heard
+    poll = processes.LocalRanks.poll
+    monkeypatch.setattr(processes.LocalRanks, "poll", lambda ranks: looked.append(None) or poll(ranks))
 
-    def send() -> None:
-        while not all((tmp_path / str(rank)).exists() for rank in range(2)):
+    def until_more_in(seen: list[None], count: int = 1) -> None:
+        before = len(seen)
+        while len(seen) < before + count:
+            time.sleep(0.01)
+
+    def send(at: float, number: int) -> None:
+        now[0], before = at, len(read)
+        os.kill(os.getpid(), number)
+        while len(read) == before:
+            time.sleep(0.01)
+        until_more_in(looked, 4)  # what the launcher makes of it, it has done
+
+    def send_all() -> None:
+        while not started(tmp_path):
             time.sleep(0.02)
-        for wait_s, again in ((0, number), (0.1, number), (0.7, signal.SIGTERM), (0.3, signal.SIGUSR1)):
-            time.sleep(wait_s)
-            os.kill(os.getpid(), again)
-        time.sleep(0.5)
+        soon, later = processes.SAME_KEY_S - 0.1, processes.SAME_KEY_S + 0.1
+        for at, again in ((0, number), (soon, number), (later, signal.SIGTERM), (later, signal.SIGUSR1)):
+            send(at, again)
         running.append(all(alive(int((tmp_path / str(rank)).read_text().split()[0])) for rank in range(2)))
         os.kill(os.getpid(), signal.SIGINT)
 
     running: list[bool] = []
-    thread = threading.Thread(target=send, daemon=True)
+    thread = threading.Thread(target=send_all, daemon=True)
     thread.start()
-    ended = run(tmp_path, "time.sleep(60)", "signal.signal(signal.SIGTERM, signal.SIG_IGN)", 3600.0)
+    ended = run(tmp_path, "time.sleep(600)", "signal.signal(signal.SIGTERM, signal.SIG_IGN)", 3600.0)
     assert running == [True]
     assert ended.status == 128 + number
     assert ended.explain({}) == "a second signal: the ranks were killed"
     thread.join()
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, "1"), (2, "1"), (7, "3"), (8, "4")])
+def test_what_ranks_print_is_printed_and_they_share_the_cores(capfd, monkeypatch, cores, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    program = "import os; print(os.environ['OMP_NUM_THREADS'])"
+    assert local.launch([sys.executable, "-c", program], Share(0, 2, 2, "127.0.0.1", 1)).status == 0
+    assert capfd.readouterr().out.split() == [threads] * 2
 
 
 def test_who_ignores_the_end_of_a_terminal_goes_on_ignoring_it():
@@ -132,7 +165,7 @@ def test_who_ignores_the_end_of_a_terminal_goes_on_ignoring_it():
 def test_ranks_die_with_the_process_that_started_them(tmp_path):
     program = (
         "import sys; from bst_dist.cluster.processes import LocalRanks, Share; import os, time;"
-        "ranks = LocalRanks([sys.executable, '-c', 'import time; time.sleep(60)'], Share(0, 1, 1, '', 1), os.environ);"
+        "ranks = LocalRanks([sys.executable, '-c', 'import time; time.sleep(600)'], Share(0, 1, 1, '', 1), os.environ);"
         "print(ranks.processes[0].pid, flush=True); os.kill(os.getpid(), 9)"
     )
     pid = int(subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE).stdout)

@@ -41,7 +41,7 @@ def test_a_pipe_that_nobody_reads_stops_nothing(tmp_path):
 
 
 def test_what_was_left_out_is_said_when_the_output_takes_something_again(tmp_path):
-    process, read = start(tmp_path, last_s=10, then="import time; time.sleep(1)")
+    process, read = start(tmp_path, last_s=120, then="import time; time.sleep(1)")
     deadline = time.monotonic() + 120
     while not (tmp_path / "done").exists():
         assert time.monotonic() < deadline

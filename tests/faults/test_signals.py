@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,16 +34,21 @@ def go(recipe_file, tmp_path, on_ranks, unmeasured) -> Go:
     recipe = recipe_file(train={"sequences": 4, "micro_sequences": 1}, evaluation={"every": 3, "sequences": 8})
 
     def on_rank(ranks: Ranks, run: str, resume: bool) -> int:
-        return train(Request(recipe, [], tmp_path / run, resume, None), ranks, signals.listen())
+        notices.append(signals.listen())
+        return train(Request(recipe, [], tmp_path / run, resume, None), ranks, notices[-1])
 
     return lambda run, resume=False: on_ranks(2, on_rank, run, resume)
+
+
+notices: list[signals.Notice] = []
+"""Of this process, where it is a rank."""
 
 
 def tell(rank: int) -> None:
     """Send this process the signal when it is that rank, and wait until it has heard."""
     if int(os.environ["RANK"]) == rank:
         os.kill(os.getpid(), signal.SIGUSR1)
-        time.sleep(0.2)
+        assert notices[-1].heard.wait(60)
 
 
 @pytest.mark.ranks
@@ -97,30 +103,72 @@ def test_a_run_stopped_again_and_again_by_signals_to_one_rank_equals_the_uninter
     assert_same_run(run, tmp_path / "whole")
 
 
+def test_the_end_of_a_terminal_is_a_stop_unless_it_is_ignored():
+    """As under nohup; the other signals are heard in any case."""
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert signals.stopping() == [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert signals.stopping() == [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_that_comes_later_is_a_further_one(monkeypatch):
+    now = [5.0]
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    notice, found = signals.Notice(), []
+    for at in (5.0, 5.0 + signals.SAME_NOTICE_S, 5.1 + signals.SAME_NOTICE_S):
+        found.append((notice.signal, notice.heard.is_set(), notice.again))
+        now[0] = at
+        notice.take(signal.SIGTERM)
+    assert found == [(None, False, False), (signal.SIGTERM, True, False), (signal.SIGTERM, True, False)]
+    assert notice.again
+
+
+LISTENER = """
+import hashlib, sys, threading, time
+from types import SimpleNamespace
+from bst_dist.faults import signals
+
+now = 0.0
+signals.time = SimpleNamespace(monotonic=lambda: now, sleep=time.sleep)
+notice = signals.listen()
+take = notice.take
+
+def heard(number):
+    take(number)
+    print(number, notice.signal.name, flush=True)
+
+def clock():
+    global now
+    for line in sys.stdin:
+        now = float(line)
+        print("it is", now, flush=True)
+
+notice.take = heard
+threading.Thread(target=clock, daemon=True).start()
+print("listening", flush=True)
+hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes without an instruction of the interpreter's
+"""
+
+
 def test_a_further_ctrl_c_ends_a_rank_at_once_and_no_other_signal_does():
-    program = (
-        "import hashlib, sys, time\n"
-        "from bst_dist.faults import signals\n"
-        "signals.SAME_NOTICE_S = 3.0\n"
-        "notice = signals.listen()\n"
-        "print('listening', flush=True)\n"
-        "while notice.signal is None: time.sleep(0.01)\n"
-        "print(notice.signal.name, flush=True)\n"
-        "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"  # minutes without an instruction of the interpreter's
-    )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    """By a clock that the test sets. A SIGINT soon after the first signal is a copy of it, as a launcher makes it;
+    Slurm's second SIGTERM must not cost the checkpoint."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    process = subprocess.Popen([sys.executable, "-c", LISTENER], **pipes)
     assert process.stdout.readline() == "listening\n"
-    process.send_signal(signal.SIGTERM)
-    assert process.stdout.readline() == "SIGTERM\n"
-    process.send_signal(signal.SIGINT)  # a copy of the first, as a launcher makes it
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(1.2)
-        process.send_signal(number)  # Slurm's second SIGTERM must not cost the checkpoint
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(1.2)
+    soon, later = signals.SAME_NOTICE_S - 0.1, signals.SAME_NOTICE_S + 0.1
+    for at, number in ((0, signal.SIGTERM), (soon, signal.SIGINT), (later, signal.SIGTERM), (later, signal.SIGUSR1)):
+        process.stdin.write(f"{at}\n")
+        assert process.stdout.readline() == f"it is {float(at)}\n"
+        process.send_signal(number)
+        assert process.stdout.readline() == f"{int(number)} SIGTERM\n"  # heard, and not the end
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 128 + signal.SIGINT
+    assert process.communicate()[0] == ""
 
 
 def test_a_rank_ends_with_the_launcher_of_deepspeed_that_started_it(tmp_path):
@@ -128,7 +176,7 @@ def test_a_rank_ends_with_the_launcher_of_deepspeed_that_started_it(tmp_path):
     launcher = (
         "import subprocess, sys\n"
         f"rank = subprocess.Popen([sys.executable, '-c', {rank!r}], stdout=subprocess.PIPE)\n"
-        "rank.stdout.readline(); print(rank.pid, flush=True); rank.wait()\n"
+        "assert rank.stdout.readline() == b'1\\n'; print(rank.pid, flush=True); rank.wait()\n"
     )
     # What the rank looks at is the name in its parent's command line.
     command = [sys.executable, "-c", launcher, "deepspeed.launcher.launch"]

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed import PrefixStore, TCPStore
@@ -129,7 +130,7 @@ def watch(tmp_path: Path, rank: int, phases: Phases, board: LocalBoard, ends: En
 
 def test_watchdogs_of_several_ranks_agree_on_the_rank_that_is_behind_and_leave_stacks(tmp_path):
     ends, board, phases = Ends(2), LocalBoard(), [Phases(), Phases()]
-    with watch(tmp_path, 0, phases[0], board, ends), watch(tmp_path, 1, phases[1], board, ends):
+    with watch(tmp_path, 0, phases[0], board, ends, 4), watch(tmp_path, 1, phases[1], board, ends, 4):
         phases[1].enter("forward", step=7)
         phases[0].enter("forward", step=7)
         phases[0].enter("backward")
@@ -165,12 +166,18 @@ def test_a_board_that_does_not_answer_stops_nobody_from_ending(tmp_path, rank):
     assert ("rank 0 on" in ends.said[1] and "silent" in ends.said[1]) if rank else "does not answer" in ends.said[0]
 
 
-def test_a_rank_that_goes_on_slowly_is_left_alone(tmp_path):
+def test_a_rank_that_goes_on_slowly_is_left_alone(tmp_path, monkeypatch):
+    """By a clock that the test sets: it takes three quarters of the limit for each exchange."""
     ends, board, phases = Ends(1), LocalBoard(), Phases()
-    with Watchdog(WatchdogConfig(limit_s=2), tmp_path, 0, 1, phases, board, Disks(), ends.of(0)):
-        for _ in range(12):
+    now = [time.monotonic()]
+    monkeypatch.setattr("bst_dist.faults.watchdog.time", SimpleNamespace(monotonic=lambda: now[0]))
+    with Watchdog(WatchdogConfig(limit_s=2), tmp_path, 0, 1, phases, board, Disks(), ends.of(0)) as watchdog:
+        for _ in range(6):
             with phases.exchanging("sum"):
-                assert not ends.ended[0].wait(0.2)
+                while watchdog._still_since != now[0]:
+                    assert not ends.ended[0].wait(0.02)
+                now[0] += 1.5
+        assert not ends.ended[0].wait(0.5)
     with Watchdog(WatchdogConfig(limit_s=0), tmp_path, 0, 1, phases, board, Disks(), ends.of(0)):
         assert not ends.ended[0].wait(0.2)
 
