@@ -19,7 +19,7 @@ help:
 	@echo "make test-cuda-path  the path that CUDA takes, compiled and run on a CPU"
 	@echo "make test-sm90     every layer compiled for an H100, without one: downloads 3 GB, needs Python 3.12 or later"
 	@echo "make test-gpu      what needs a GPU"
-	@echo "make test-mutation  change the program in many places, one at a time: do its tests notice? an hour"
+	@echo "make test-mutation  change the program in many places, one at a time: do its tests notice? hours"
 	@echo "make lint          linter and formatter, changing nothing"
 	@echo "make format        format the code"
 

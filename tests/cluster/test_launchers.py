@@ -63,6 +63,13 @@ def test_the_ssh_of_the_preflight_is_the_launcher_s(launcher, variable):
     assert "-p" not in ssh(launcher, None, given)
 
 
+def test_mpich_calls_back_by_the_address_that_leads_to_the_first_host():
+    """And by this machine's name where no way to it is known."""
+    words = line("mpich", [Host("127.0.0.1", 1), Host("host.invalid", 1)])
+    assert words[words.index("-localhost") + 1] == "127.0.0.1"
+    assert "-localhost" not in line("mpich", [Host("host.invalid", 1), Host("127.0.0.1", 1)])
+
+
 @pytest.mark.parametrize("launcher", ["openmpi", "mpich"])
 def test_mpi_takes_no_user_in_a_host_s_name(launcher):
     with pytest.raises(UserError, match="me@node-02"):

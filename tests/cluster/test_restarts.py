@@ -37,6 +37,14 @@ def test_a_new_checkpoint_gives_all_restarts_back(tmp_path):
     assert restarts.total == 6
 
 
+def test_the_first_checkpoint_counts_even_that_of_step_1(tmp_path):
+    restarts = Restarts(tmp_path, most=1)
+    assert restarts.refuse(LOST) is None
+    reach(tmp_path, 1, saved=1)
+    assert restarts.refuse(LOST) is None
+    assert restarts.refuse(LOST) == "1 restarts without a new checkpoint (--max-restarts)"
+
+
 def test_two_failures_after_the_same_step_are_enough(tmp_path):
     restarts = Restarts(tmp_path, most=100)
     reach(tmp_path, 7, saved=5)

@@ -34,6 +34,9 @@ def test_status_culprit_and_restart(statuses, status, culprit, again):
         ({0: 2, 1: -6}, {0: 0.0, 1: 5.0}, USER_ERROR, 0, False),  # diverged: the others abort when rank 0 is gone
         ({0: -6, 1: 2}, {0: 0.0, 1: 5.0}, 128 + 6, 0, False),  # whoever was first, starting again would not help
         ({0: 1, 1: -9}, {0: 0.0, 1: 3.0}, FAILED, 0, True),  # killed in the wake of the first failure
+        ({0: 1, 1: -9}, {0: 0.0, 1: 0.9}, 128 + 9, 1, True),  # in one moment, which is a second: nobody was first
+        ({0: 1, 1: -9}, {0: 0.0, 1: 1.1}, FAILED, 0, True),
+        ({0: -6, 1: 1}, {0: 0.0, 1: 0.9}, FAILED, 1, True),  # an abort is seen sooner than what it came of
         ({0: -6}, {0: 0.0}, 128 + 6, 0, True),
         ({0: 70, 1: 1}, {0: 0.0, 1: 0.5}, FAILED, 1, True),
     ],
@@ -41,6 +44,15 @@ def test_status_culprit_and_restart(statuses, status, culprit, again):
 def test_the_first_failure_is_to_blame(statuses, when, status, culprit, again):
     ended = Ended(3, statuses, when)
     assert (ended.status, ended.culprit, ended.worth_a_restart) == (status, culprit, again)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "settle_s"),
+    [({0: 1}, 6.0), ({0: 1, 1: -9}, 1.0), ({0: -11}, 1.0), ({0: -6}, 6.0), ({0: 1, 1: -6}, 6.0), ({0: 0, 1: 75}, 6.0)],
+)
+def test_the_others_are_waited_for_unless_a_rank_was_killed(statuses, settle_s):
+    """A rank that aborts (SIGABRT) does so for want of another, which may have more to say."""
+    assert Ended(3, statuses).settle_s == settle_s
 
 
 def test_ranks_that_stopped_because_nobody_watched_them_are_worth_a_restart():

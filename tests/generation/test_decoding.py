@@ -89,3 +89,20 @@ def test_forbidden_tokens_are_never_drawn(make_model):
     never[[2, 5]] = False
     (drawn,) = continued(make_model(), [[1]], [(0, 0)], SamplingConfig(), 30, never).values()
     assert set(drawn) <= {2, 5}
+
+
+def test_tokens_of_the_prompt_and_drawn_ones_are_penalised(make_model):
+    """As Keskar et al. write it, one token at a time: a prompt of two whole blocks and more, and one within a block."""
+    model, penalty = make_model(), 1.5
+    for prompt in ([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3], [7, 7]):
+        sampling = SamplingConfig(temperature=0, repetition_penalty=penalty)
+        (drawn,) = continued(model, [prompt], [(0, 0)], sampling, 15).values()
+        decoder, text = Decoder(model), list(prompt)
+        logits = decoder.read(prompt)
+        for token in drawn:
+            for read in set(text):
+                logits[read] = logits[read] * penalty if logits[read] < 0 else logits[read] / penalty
+            assert int(logits.argmax()) == token
+            text.append(token)
+            logits = decoder.read([token])
+        assert drawn != next(iter(continued(model, [prompt], [(0, 0)], GREEDY, 15).values()))

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as processors
 
-from bst_dist.generation.sampling import SamplingConfig, draw, draws_of, filtered
+from bst_dist.generation.sampling import SamplingConfig, draw, draws_of, filtered, without_text
 
 ALL = SamplingConfig(temperature=1, top_p=1)
 
@@ -59,3 +62,20 @@ def test_filters_are_those_of_transformers(temperature, top_k, top_p, min_p, pen
     for processor in chain:
         expected = processor(read, expected)
     torch.testing.assert_close(filtered(logits, sampling, seen), expected)
+
+
+def test_the_defaults_are_within_their_own_bounds():
+    assert SamplingConfig.model_validate(SamplingConfig().model_dump()) == SamplingConfig()
+
+
+def test_the_likeliest_token_is_drawn_from_whatever_min_p_is():
+    kept = filtered(torch.tensor([[0.0, 2.0, 1.0]]), ALL.model_copy(update={"min_p": 1.0})) > -torch.inf
+    assert kept.tolist() == [[False, True, False]]
+
+
+def test_ids_without_text_are_not_drawn_but_the_end_of_a_document_is():
+    """Of seven ids of the model the tokenizer has five: 0 is the end, 3 stands for no text."""
+    tokenizer = SimpleNamespace(vocab_size=5, token_bytes=np.array([0, 1, 4, 0, 2]), eos_id=0, has_text=True)
+    assert without_text(7, tokenizer).tolist() == [False, False, False, True, False, True, True]
+    tokenizer.has_text, tokenizer.token_bytes = False, np.zeros(5, int)
+    assert without_text(7, tokenizer).tolist() == [False] * 5 + [True] * 2

@@ -50,6 +50,15 @@ def test_kept_is_what_autograd_saves_in_a_real_layer(variant, bf16):
     assert part.kept == pytest.approx(kept, rel=0.02)  # functions of our own also keep scalars and masks by other means
 
 
+def test_attention_is_planned_as_a_fused_kernel_unless_told_otherwise():
+    """As on a GPU: it keeps its inputs, its output and one number a query, and no scores."""
+    plain, fused, other = (
+        Activations(model(), True, **given).layer("sliding", keeping("none"), Slice(ROWS, LENGTH), zero3=False).kept
+        for given in ({}, {"fused": True}, {"fused": False})
+    )
+    assert plain == fused < other
+
+
 def test_a_layer_that_is_run_again_keeps_its_input_only():
     activations = Activations(model(), bf16=True)
     part = activations.layer("bst", keeping("every-layer"), Slice(ROWS, LENGTH), zero3=False)
@@ -71,6 +80,8 @@ def test_many_rows_and_many_tokens_follow_from_few(monkeypatch):
     assert replace(follows, backward=direct.backward) == direct
     assert follows.backward == pytest.approx(direct.backward, rel=0.05)  # few rows may peak at another moment
     monkeypatch.setattr("bst_dist.plan.activations.REHEARSED_TILES", 12)
+    assert activations.head(Slice(5, LENGTH)) == activations._head(5 * LENGTH)
+    monkeypatch.setattr("bst_dist.plan.activations.GPU_TILE_LOGITS", 50 * 20)  # tiles that are no whole blocks
     assert activations.head(Slice(5, LENGTH)) == activations._head(5 * LENGTH)
 
 

@@ -34,6 +34,33 @@ def test_every_rank_s_share_of_a_group_is_whole():
     assert found.weights == 4 * 112  # of 8 ranks an even number each
 
 
+@pytest.mark.parametrize(
+    ("stage", "overlap", "accumulation", "gradients", "buckets", "reducing"),
+    [
+        (0, False, 1, N, 0, N),
+        (1, False, 1, N, 100_000, 320_000 + 448_000 - 100_000),
+        (1, True, 1, N, 200_000, 320_000 + 448_000 - 100_000),
+        (2, False, 1, 448_000, 100_000, 320_000),
+        (2, True, 4, 2 * 448_000, 200_000, 320_000),
+        (3, True, 1, N / 8, 100_000, 320_000),
+    ],
+)
+def test_what_gradients_take_until_they_are_reduced(stage, overlap, accumulation, gradients, buckets, reducing):
+    """A bucket of 100,000 elements, two where reducing overlaps the backward pass (stage 3 has one). A rank's share of
+    the first group, 80,000 elements, has parts of two parameters of 64,000; of the second it has a part of the only
+    one, of 320,000, which no bucket holds."""
+    strategy = Strategy.of({"stage": stage, "reduce_bucket_size": 100_000, "overlap_comm": overlap}, "test")
+    found = states(SIZES, strategy, WORLD, accumulation)
+    assert (found.gradients, found.buckets, found.reducing) == (4 * gradients, 4 * buckets, 4 * reducing)
+
+
+def test_what_is_not_planned_for_is_seen():
+    assert not Strategy.of({"stage": 2, "offload_optimizer": None}, "test").offloads
+    assert Strategy.of({"stage": 2, "offload_optimizer": {"device": "cpu"}}, "test").offloads
+    assert Strategy.of({"stage": 3, "offload_param": {"device": "nvme"}}, "test").offloads
+    assert [Strategy.of({"stage": stage}, "test").overlap_comm for stage in range(4)] == [False, False, False, True]
+
+
 def test_traffic_of_each_stage():
     once = 4 * N * (WORLD - 1) / WORLD
     assert zero_traffic(SIZES, work(0, accumulation=4)) == {REDUCE: 2 * once}

@@ -57,6 +57,14 @@ def test_the_order_of_words_matters() -> None:
     assert np.mean(signature(" ".join(text).encode()) == signature(" ".join(sorted(text)).encode())) < 0.1
 
 
+def test_a_text_of_fewer_than_five_words_resembles_itself_alone() -> None:
+    """It is one shingle, so its Jaccard similarity with another text is 0 or 1."""
+    texts = [b"b c", b"c c", b"a b c", b"b c c", b"c c c", b"a b c c", b"a b c c d"]
+    found = [signature(text) for text in texts]
+    for i, one in enumerate(found):
+        assert [np.mean(one == other) > 0.1 for other in found] == [i == k for k in range(len(found))]
+
+
 @pytest.mark.parametrize(("equal", "joined"), [(102, False), (103, True)])
 def test_documents_that_share_a_band_are_joined_only_from_the_threshold_on(equal: int, joined: bool) -> None:
     """103 of 128 entries are the first share above 0.8."""
@@ -208,6 +216,12 @@ def test_documents_of_one_group_all_stay_in_one_split() -> None:
 def test_a_small_corpus_still_has_a_validation_split() -> None:
     assert list(split_of(table(3), fraction=1e-6).values()).count("validation") == 1
     assert "validation" not in split_of(table(3), fraction=0.0).values()
+    assert split_of(table(1), fraction=1e-6) == {0: "train"}
+
+
+def test_a_source_with_a_validation_split_of_its_own_is_given_no_other() -> None:
+    split = np.array([0, 0, SPLITS.index("validation")])
+    assert list(split_of(table(3, split=split), fraction=1e-6).values()).count("validation") == 1
 
 
 @given(sizes=st.lists(st.integers(1, 2500), min_size=1, max_size=40))

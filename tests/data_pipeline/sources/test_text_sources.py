@@ -17,7 +17,7 @@ from backports import zstd
 
 from bst_base.errors import UserError
 from bst_base.settings import ConfigError, parse
-from data_pipeline.sources import SOURCES, jsonl
+from data_pipeline.sources import SOURCES, jsonl, tree
 
 
 def test_a_folder_gives_its_files_sorted_by_path(read_all, put) -> None:
@@ -66,6 +66,19 @@ def test_a_directory_that_cannot_be_read_is_not_passed_in_silence(kind, read_all
     monkeypatch.setattr(os, "scandir", scandir)  # root may read everything
     with pytest.raises(UserError, match=r"repository/closed/: directory cannot be read: Permission denied; .*skip"):
         read_all(kind, path=root)
+
+
+def test_a_file_that_cannot_be_looked_at_is_not_passed_in_silence(read_all, put, monkeypatch) -> None:
+    real = tree._not_taken
+
+    def not_taken(entry, path, root):
+        if entry.name == "bad.txt":
+            raise OSError(5, "Input/output error", str(path))
+        return real(entry, path, root)
+
+    monkeypatch.setattr(tree, "_not_taken", not_taken)
+    with pytest.raises(UserError, match=r"d/bad\.txt: cannot be read: Input/output error; .*skip"):
+        read_all("folder", path=put({"d/a.txt": "A", "d/bad.txt": "B"}))
 
 
 def test_own_splits_are_kept(read_all, put) -> None:
@@ -150,8 +163,8 @@ def test_a_webdataset_gives_the_text_member_of_every_sample(read_all, put, make_
         "s/0.txt": b"zero",
         "s/1.txt": b"one",
         "s/1.txt.old": b"no",
-        "link.txt": "-> /etc/passwd",
     }
+    samples = {"link.txt": "-> /etc/passwd"} | samples
     root = put({"b.tar": make_tar(samples), "a.tar.gz": make_tar({"9.txt": b"nine"}, "w:gz")})
     documents, skipped = read_all("webdataset", path=root)
     assert [(d.path, d.content) for d in documents] == [
@@ -176,6 +189,9 @@ def test_a_webdataset_of_json_gives_a_field(read_all, put, make_tar) -> None:
     documents, _ = read_all("webdataset", path=root, member="json", text_field="body")
     assert documents[0].content == "text"
     with pytest.raises(UserError, match=r"a\.tar/0\.json: no text in field 'text'.*set source.text_field"):
+        read_all("webdataset", path=root, member="json")
+    root = put({"a.tar": make_tar({"0.json": b'{"text": 3}'})}, under="numbers")
+    with pytest.raises(UserError, match=r"a\.tar/0\.json: field 'text' is a int, not text"):
         read_all("webdataset", path=root, member="json")
 
 

@@ -105,3 +105,9 @@ def test_damaged_files_of_ids_are_named(read_all, tmp_path: Path) -> None:
     (tmp_path / "z.bin").write_bytes(b"123")
     with pytest.raises(UserError, match=r"z\.bin: 3 bytes are no whole number of uint16 ids; set source\.dtype"):
         read_all("nanogpt", path=tmp_path / "z.bin", **IDS)
+
+
+def test_no_more_ids_are_read_than_are_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(np.arange(10, dtype="<u2").tobytes())
+    ids = nanogpt._Ids(tmp_path / "x.bin", np.dtype("<u2"), 4, 7)  # of the ten, 2 to 8
+    assert [ids.read(place, 3).tolist() for place in (0, 5, 7)] == [[2, 3, 4], [7, 8], []]

@@ -1,0 +1,77 @@
+"""Two preparations are of the same corpus when their settings and the content of their sources are the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bst_base.errors import UserError
+from bst_base.settings import parse
+from data_pipeline.prepare.config import PrepareConfig
+from data_pipeline.prepare.identity import check_same, identity, name_of
+from data_pipeline.prepare.parallel import Workers
+from data_pipeline.prepare.spool import group_parts
+from data_pipeline.sources import jsonl
+
+
+@pytest.fixture
+def identify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """``identify(size, **changes)``: of one file of JSON Lines that is cut into parts, `size` bytes of it a task."""
+    monkeypatch.setattr(jsonl, "_RANGE", 40)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.jsonl").write_text("".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(20)))
+
+    def of(size: int = 100, **changes) -> dict:
+        settings = {"source": {"kind": "jsonl", "path": str(tmp_path / "texts")}, "output": str(tmp_path / "corpus")}
+        config = parse(PrepareConfig, settings | changes)
+        parts = config.source.listing().parts
+        assert len(parts) > 5
+        return identity(config, group_parts(parts, size), Workers(None, 1), lambda *_: None)
+
+    return of
+
+
+def test_content_counts_that_changed_anywhere_in_a_file_that_is_cut(identify, tmp_path: Path) -> None:
+    file = tmp_path / "texts/a.jsonl"
+    before, text = identify(), file.read_text()
+    for line in ("line 0", "line 9", "line 19"):
+        file.write_text(text.replace(f'"{line}"', f'"{line.replace("line", "Line")}"'))
+        after = identify()
+        assert after["source"]["content_sha256"] != before["source"]["content_sha256"]
+        assert name_of(after) != name_of(before)
+        with pytest.raises(UserError, match="the source's files are not those it was made from"):
+            check_same(before, after, tmp_path)
+    file.write_text(text)
+    assert identify() == before
+
+
+def test_neither_the_tasks_nor_the_machine_count(identify, tmp_path: Path) -> None:
+    before = identify()
+    same = [identify(size=10_000), identify(size=1), identify(workers=3), identify(output=str(tmp_path / "else"))]
+    assert same == [before] * 4
+    assert [name_of(each) for each in same] == [name_of(before)] * 4
+    check_same(same[0], before, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "told"),
+    [
+        ({"settings": {"seed": 0}}, {"settings": {"seed": 1}}, "seed: 0 there, 1 now"),
+        ({"settings": {"text": None}}, {"settings": {"text": {"a": 1}}}, "text: None there, {'a': 1} now"),
+        ({"settings": {"text": {"a": 1}}}, {"settings": {"text": 3}}, "text: {'a': 1} there, 3 now"),
+        ({"settings": None}, {"settings": {"seed": 1}}, "settings: None there, {'seed': 1} now"),
+        ({"source": {}}, {"source": {"content_sha256": "b"}}, "its source was not hashed, by an old version"),
+    ],
+)
+def test_what_differs_is_said(found: dict, wanted: dict, told: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        check_same(found, wanted, tmp_path)
+    assert str(refused.value) == (
+        f"{tmp_path} holds another corpus ({told}): choose another output, or delete it first"
+    )
+
+
+def test_names_and_sizes_of_an_old_version_do_not_count(tmp_path: Path) -> None:
+    check_same({"source": {"listing_sha256": "a"}}, {"source": {"listing_sha256": None}}, tmp_path)

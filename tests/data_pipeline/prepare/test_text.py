@@ -1,0 +1,59 @@
+"""A document's text is stored as it stands, and changed only as its settings say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from data_pipeline.prepare.text import TextConfig, stored_text
+from data_pipeline.sources import Document, Skipped
+
+LATIN = "caf\u00e9".encode("latin-1")
+
+
+def stored(content: str | bytes | np.ndarray, **settings) -> bytes | tuple[str, bool]:
+    """The bytes that are stored; or why there are none, and whether that counts as bad."""
+    found = stored_text(Document("a.txt", content), TextConfig(**settings))
+    return (found.reason, found.bad) if isinstance(found, Skipped) else found[1]
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ([], "a\r\nb\rc e\u0301"),
+        (["newlines"], "a\nb\nc e\u0301"),
+        (["nfc"], "a\r\nb\rc \u00e9"),
+        (["nfc", "newlines"], "a\nb\nc \u00e9"),
+    ],
+)
+def test_each_step_changes_what_it_says_and_nothing_else(steps: list[str], expected: str) -> None:
+    for content in ("a\r\nb\rc e\u0301", "a\r\nb\rc e\u0301".encode()):
+        assert stored(content, normalise=steps).decode() == expected
+
+
+@pytest.mark.parametrize(
+    ("way", "expected"),
+    [
+        ("stop", ("not UTF-8 (byte 3 is 0xe9)", True)),
+        ("skip", ("not UTF-8 (byte 3 is 0xe9)", False)),
+        ("replace", "caf\ufffd".encode()),
+        ("latin-1", "caf\u00e9".encode()),
+    ],
+)
+def test_what_is_not_utf8_is_treated_as_the_settings_say(way: str, expected: object) -> None:
+    assert stored(LATIN, undecodable=way) == expected
+
+
+def test_compressed_data_is_named() -> None:
+    assert stored(b"\x1f\x8b\x08\xff") == ("gzip data, not text", True)
+
+
+def test_nothing_is_stored_of_no_text_or_half_a_character() -> None:
+    assert stored("") == stored(b"") == ("empty", False)
+    assert stored("a\ud800b") == ("not Unicode text: surrogates not allowed (character 1)", False)
+
+
+def test_ids_wait_as_four_bytes_each() -> None:
+    ids = np.array([0, 7, 70_000], np.int64)
+    assert np.frombuffer(stored(ids), "<u4").tolist() == ids.tolist()
+    assert stored(np.empty(0, np.uint16)) == b""

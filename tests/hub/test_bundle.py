@@ -1,0 +1,63 @@
+"""The code that goes with an export: every import of this project becomes one of a file beside it."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from bst_dist.hub import bundle
+
+SOURCE = """
+from __future__ import annotations
+import torch
+from bst_base.settings import Config, parse as read
+from bst_dist.model import roles
+from bst_dist.model.lm import (
+    LanguageModel,
+    Losses as Parts,
+)
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from bst_dist.train.step import Trainer
+"""
+
+
+def imports(source: str) -> dict[str, tuple[str, int]]:
+    """Where each name of a source comes from, and how many levels up."""
+    found = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.asname or alias.name: (alias.name, 0) for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found |= {alias.asname or alias.name: (f"{node.module or ''}:{alias.name}", node.level)
+                      for alias in node.names}  # fmt: skip
+    return found
+
+
+def test_names_keep_their_names_and_come_from_files_beside_it():
+    text, imported = bundle._standing_alone(SOURCE, "bst_dist.hub.modeling")
+    assert imports(text) == {
+        "annotations": ("__future__:annotations", 0), "torch": ("torch", 0),
+        "TYPE_CHECKING": ("typing:TYPE_CHECKING", 0), "_": ("model_roles:__name__", 1),
+        "Config": ("bst_base_settings:Config", 1), "read": ("bst_base_settings:parse", 1),
+        "roles": (":model_roles", 1), "LanguageModel": ("model_lm:LanguageModel", 1), "Parts": ("model_lm:Losses", 1),
+    }  # fmt: skip
+    assert set(imported) == {"bst_base.settings", "bst_dist.model.roles", "bst_dist.model.lm"}
+
+
+def test_what_cannot_stand_alone_is_refused():
+    with pytest.raises(AssertionError, match=r"bst_dist\.x: 'import bst_dist\.model' cannot stand alone"):
+        bundle._standing_alone("import bst_dist.model\n", "bst_dist.x")
+
+
+def test_the_files_import_each_other_and_nothing_else_of_this_project(tmp_path):
+    classes = bundle.write_code(tmp_path)
+    files = {path.stem: path.read_text() for path in tmp_path.glob("*.py")}
+    assert set(classes.values()) == {f"hub_modeling.{name}" for name in bundle.CLASSES.values()}
+    for name, source in files.items():
+        for place, level in imports(source).values():
+            module, _, imported = place.partition(":")
+            assert module.partition(".")[0] not in ("bst_base", "bst_dist", "data_pipeline"), name
+            if level:
+                assert (module or imported) in files, f"{name} imports {place}"
