@@ -55,6 +55,21 @@ def test_the_others_are_waited_for_unless_a_rank_was_killed(statuses, settle_s):
     assert Ended(3, statuses).settle_s == settle_s
 
 
+@pytest.mark.parametrize(
+    ("ended", "failed"),
+    [
+        (Ended(2), False),
+        (Ended(2, {0: 0, 1: 75}), False),
+        (Ended(2, {0: 0, 1: 3}), True),
+        (Ended(2, {1: -9}), True),
+        (Ended(2, {0: 75}, cut_short={1}), True),
+        (Ended(2, lost={"node-02": "silent for 30 s"}), True),
+    ],
+)
+def test_one_rank_or_host_that_fails_fails_the_job(ended, failed):
+    assert ended.failed == failed
+
+
 def test_ranks_that_stopped_because_nobody_watched_them_are_worth_a_restart():
     ended = Ended(2, {0: 75, 1: 75}, left_alone={"node-02": LeftAlone(31.0, 5.0)})
     assert (ended.status, ended.worth_a_restart) == (RESUBMIT, True)

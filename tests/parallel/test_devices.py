@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from bst_base.errors import UserError
@@ -50,3 +52,15 @@ def test_a_host_with_accelerators_is_not_computed_on_by_its_cpu_unless_told(tmp_
     assert "2 accelerators" in cpu_refusal({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, tmp_path)
     assert cpu_refusal({"DS_ACCELERATOR": "cpu"}, tmp_path) is None
     assert cpu_refusal({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) is None
+
+
+def test_amds_devices_are_those_of_its_compute_driver(tmp_path, monkeypatch):
+    """A render device alone may be any graphics card. They are named in their order, whatever the directory's is."""
+    (tmp_path / "dri").mkdir()
+    for name in ("renderD128", "renderD129", "card0"):
+        (tmp_path / "dri" / name).touch()
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: sorted(glob(path, pattern), reverse=True))
+    assert device_files(tmp_path) == []
+    (tmp_path / "kfd").touch()
+    assert device_files(tmp_path) == ["renderD128", "renderD129"]
