@@ -46,6 +46,7 @@ class StreamContext(nn.Module):
         # Straight from Ds to each head: lifting to D first and projecting then is the same class of functions.
         self.key_value = nn.Parameter(torch.randn(heads, channels, 2 * config.head) / math.sqrt(channels))
         self.roles = {"key_value": Role.MATRIX}
+        self.products_only = ("key_value",)
 
     def forward(self, z: Tensor, past: Past, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         y = self.passage(self.ssm(z, past, starts), past)  # (B, l, C, Ds): one stream, or one a head

@@ -100,6 +100,7 @@ class OutputHead(nn.Module):
     def __init__(self, vocabulary: int, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(vocabulary, width))
+        self.products_only = ("weight",)
 
     def forward(self, hidden: Tensor, scale: float, labels: Tensor | None = None, mask: Tensor | None = None,
                 z_loss: float = 0.0) -> Tensor | tuple:  # fmt: skip

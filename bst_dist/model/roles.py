@@ -36,7 +36,14 @@ class Linear(nn.Linear):
                  bias: bool = False) -> None:  # fmt: skip
         super().__init__(fan_in, fan_out, bias=bias)
         self.roles = {"weight": role}
+        self.products_only = ("weight",) if role is Role.MATRIX else ()
         self.into_stream = into_stream
+
+
+def products_only(module: nn.Module) -> list[nn.Parameter]:
+    """A module's own parameters that enter matrix products under autocast and nothing else, so that they may as well
+    come in autocast's type; those of networks that compute a kernel are used in single precision."""
+    return [getattr(module, name) for name in getattr(module, "products_only", ())]
 
 
 def roles_of(module: nn.Module) -> dict[str, Role]:

@@ -117,7 +117,7 @@ class Activations:
     def sizes(self) -> Sizes:
         """Of the model's parameters."""
         with FakeTensorMode():
-            return Sizes.of(LanguageModel(self.model))
+            return Sizes.of(LanguageModel(self.model), self.bf16)
 
     def messages(self, slice_: Slice) -> dict[str, dict[str, int]]:
         """By mixer, bytes that one layer sends to the ranks that share its sequence, by kind, forward and backward.

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from bst_dist.plan.zero import WORD, Sizes, Strategy
+from bst_dist.plan.zero import WORD, Place, Sizes, Strategy
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Gathered:
     """The same in the backward pass."""
     between: int
     """After the last layer, where the loss is computed."""
-    received_elements: int
-    """Elements that are gathered in all."""
+    received: int
+    """Bytes of everything that is gathered, as it is sent."""
 
 
 def gather(sizes: Sizes, strategy: Strategy, rerun: Sequence[bool]) -> Gathered:
@@ -39,15 +39,13 @@ def gather(sizes: Sizes, strategy: Strategy, rerun: Sequence[bool]) -> Gathered:
     between = 0
     for way, layer, whole in coordinator.steps():
         between = whole if way == "forward" else between
-        most[way][layer] = max(most[way][layer], WORD * (always + whole))
-    received = always + coordinator.received
+        most[way][layer] = max(most[way][layer], WORD * always + whole)
+    received = WORD * always + coordinator.received
     forward, backward = (tuple(most[way][layer] for layer in range(depth)) for way in ("forward", "backward"))
-    return Gathered(forward, backward, WORD * (always + between), received)
+    return Gathered(forward, backward, WORD * always + between, received)
 
 
-Parameter = tuple[int, int, int]
-"""Layer, module and place in it; layer -1 is the embedding, the one after the last the head, where they are two."""
-Module = list[Parameter]
+Module = list[Place]
 
 
 def _order(sizes: Sizes, rerun: Sequence[bool]) -> Iterator[tuple[str, int, Module]]:
@@ -73,7 +71,7 @@ class _Coordinator:
     """The rules, over one micro-batch."""
 
     def __init__(self, sizes: Sizes, strategy: Strategy, order: list[tuple[str, int, Module]]) -> None:
-        self.order, self.strategy = order, strategy
+        self.order, self.strategy, self.sent = order, strategy, sizes.gathered_bytes
         self.elements = {
             (i, j, k): elements
             for i, modules in enumerate(sizes.layers)
@@ -83,12 +81,13 @@ class _Coordinator:
         if sizes.head:
             self.elements |= {(-1, 0, 0): sizes.embedding, (len(sizes.layers), 0, 0): sizes.head}
         self.persistent = {use for use, p in self.elements.items() if p <= strategy.param_persistence_threshold}
-        self.whole: set[Parameter] = set(self.persistent)
+        self.whole: set[Place] = set(self.persistent)
         self.received = self.available = 0
+        """Bytes that were sent to gather, and that lie here, in single precision."""
         self.queue = deque((step, use) for step, (_, _, module) in enumerate(order) for use in module)
         self.fetched_for = dict.fromkeys(self.elements, -1)
         """The latest step that each has been fetched for."""
-        self.uses: dict[Parameter, list[int]] = {}
+        self.uses: dict[Place, list[int]] = {}
         self.passed = [0]
         """Elements of all modules before each step."""
         for step, (_, _, module) in enumerate(order):
@@ -97,7 +96,7 @@ class _Coordinator:
                 self.uses.setdefault(use, []).append(step)
 
     def steps(self) -> Iterator[tuple[str, int, int]]:
-        """Pass, layer and elements that are whole, for each module."""
+        """Pass, layer and bytes of what is whole, for each module."""
         for step, (way, layer, module) in enumerate(self.order):
             for use in module:
                 self._fetch(use)
@@ -109,15 +108,15 @@ class _Coordinator:
             for use in module:
                 self._release(use, step + 1)
 
-    def _fetch(self, use: Parameter) -> None:
+    def _fetch(self, use: Place) -> None:
         if use not in self.whole:
             self.whole.add(use)
-            self.available += self.elements[use]
-            self.received += self.elements[use]
+            self.available += WORD * self.elements[use]
+            self.received += self.sent(use)
 
     def _prefetch(self) -> int:
         """Gather what comes next; several are gathered in one flat tensor, which is there beside them for a moment."""
-        ahead: list[Parameter] = []
+        ahead: list[Place] = []
         elements = 0
         while self.queue and elements < self.strategy.prefetch_bucket_size:
             at, use = self.queue.popleft()
@@ -127,12 +126,12 @@ class _Coordinator:
                 elements += self.elements[use]
         for use in ahead:
             self._fetch(use)
-        return elements if len(ahead) > 1 else 0
+        return sum(map(self.sent, ahead)) if len(ahead) > 1 else 0
 
-    def _release(self, use: Parameter, step: int) -> None:
+    def _release(self, use: Place, step: int) -> None:
         if use in self.persistent or use not in self.whole or self.fetched_for[use] >= step:
             return
         following = next((later for later in self.uses[use] if later >= step), None)
         if following is None or self.passed[following] - self.passed[step] >= self.strategy.max_reuse_distance:
             self.whole.discard(use)
-            self.available -= self.elements[use]
+            self.available -= WORD * self.elements[use]

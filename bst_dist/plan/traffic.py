@@ -36,27 +36,36 @@ def zero_traffic(sizes: Sizes, work: Work) -> dict[str, float]:
     threshold = work.strategy.param_persistence_threshold
     whole = sum(p for group in sizes.groups for p in group if p <= threshold)
     if work.edge_passes:
-        gathered = _gathered_in_slices(sizes, work, whole)
+        gathered = _gathered_in_slices(sizes, work)
     else:
-        gathered = micro_batches * gather(sizes, work.strategy, work.rerun()).received_elements + whole
+        gathered = micro_batches * gather(sizes, work.strategy, work.rerun()).received
     return {
         SCATTER: sent(SCATTER, micro_batches * WORD * sizes.total, world),
-        GATHER: sent(GATHER, WORD * gathered, world),
+        GATHER: sent(GATHER, gathered + WORD * whole, world),
     }
 
 
-def _gathered_in_slices(sizes: Sizes, work: Work, whole: int) -> int:
-    """Elements gathered in a step. Passes without gradients between the others keep DeepSpeed from learning the order
-    of modules, so it gives up every weight after each use: forward, backward, where a layer is run again and, if it
-    is the head as well, the embedding once more."""
+def _gathered_in_slices(sizes: Sizes, work: Work) -> int:
+    """Bytes gathered in a step, but for what stays whole. Passes without gradients between the others keep DeepSpeed
+    from learning the order of modules, so it gives up every weight after each use: forward, backward, where a layer is
+    run again and, if it is the head as well, the embedding once more."""
     threshold = work.strategy.param_persistence_threshold
-    again = sum(
-        p for layer, rerun in zip(sizes.layers, work.rerun(), strict=True) if rerun
-        for module in layer for p in module if p > threshold
-    )  # fmt: skip
-    head = sizes.embedding if sizes.embedding > threshold and not sizes.head else 0
+    layers = [
+        sum(
+            sizes.gathered_bytes((layer, number, index))
+            for number, module in enumerate(modules)
+            for index, elements in enumerate(module)
+            if elements > threshold
+        )
+        for layer, modules in enumerate(sizes.layers)
+    ]
+    around = WORD * sum(elements for elements in (sizes.embedding, sizes.rest) if elements > threshold)
+    if sizes.head > threshold:
+        around += sizes.gathered_bytes((len(layers), 0, 0))
+    again = sum(size for size, rerun in zip(layers, work.rerun(), strict=True) if rerun)
+    head = WORD * sizes.embedding if sizes.embedding > threshold and not sizes.head else 0
     passes = 2 * work.accumulation + work.edge_passes
-    return passes * (sizes.total - whole) + work.accumulation * (again + head) + whole
+    return passes * (sum(layers) + around) + work.accumulation * (again + head)
 
 
 def sequence_traffic(model: ModelConfig, work: Work, messages: dict[str, dict[str, int]]) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """What DeepSpeed's ZeRO holds on a rank and sends, by stage, as version 0.19 does it.
 
-Everything is in single precision here: parameters, the optimizer's copy of its share, moments, gradients. Read from
+Everything is in single precision here: parameters, the optimizer's copy of its share, moments, gradients; but what
+stage 3 gathers of matrices under autocast, which is sent in bf16 (`train/engine.py`). Read from
 `deepspeed/runtime/zero/stage_1_and_2.py`, `stage3.py` and `partitioned_param_coordinator.py`, and held against what
 those allocate and send in practice by `bst bench plan`. Three things are not as the papers say: stages 1 and 2 reduce
 gradients by all-reduces of buckets rather than by reduce-scatters, stages 1 to 3 keep a second copy of a rank's share
@@ -12,14 +13,18 @@ Shapes: N parameters, W ranks, P = N / W the share of one.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from bst_dist.model.lm import LanguageModel
+from bst_dist.model.roles import products_only
 
 WORD = 4
 """Bytes of a number in single precision."""
+HALF = 2
+"""Bytes of a number in bf16."""
 ALIGNMENT = 2
 """Elements that every rank's share of a flat group of parameters is a multiple of (stages 1 and 2)."""
 PLAIN_BUCKET = 500_000_000
@@ -58,6 +63,11 @@ class Strategy:
         return Strategy(name, stage, overlap_comm=overlap, offloads=offloads, **found)
 
 
+Place: TypeAlias = tuple[int, int, int]
+"""Of a parameter: its layer, its module in the layer, and its number there. Layer -1 is the embedding, the one after
+the last the head, where they are two."""
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Elements of a model's parameters."""
@@ -72,17 +82,30 @@ class Sizes:
     """Parameters outside of all others: the final norm."""
     head: int = 0
     """The head's own."""
+    sent_in_half: frozenset[Place] = frozenset()
+    """Those that ZeRO-3 gathers in bf16."""
 
     @staticmethod
-    def of(model: LanguageModel) -> Sizes:
-        """Of a model whose tensors may be fake."""
+    def of(model: LanguageModel, bf16: bool = False) -> Sizes:
+        """Of a model whose tensors may be fake; `bf16`: trained under autocast."""
         groups = (tuple(p.numel() for p in group) for group in model.parameter_groups().values() if group)
         layers = (
             tuple(tuple(p.numel() for p in module.parameters(recurse=False)) for module in layer.modules())
             for layer in model.layers
         )
         own = 0 if model.output is None else model.output.weight.numel()
-        return Sizes(tuple(groups), tuple(layers), model.embedding.weight.numel(), model.norm.weight.numel(), own)
+        half = _sent_in_half(model) if bf16 else ()
+        return Sizes(
+            tuple(groups), tuple(layers), model.embedding.weight.numel(), model.norm.weight.numel(), own,
+            frozenset(half),
+        )  # fmt: skip
+
+    def gathered_bytes(self, place: Place) -> int:
+        """What is sent to gather a parameter, by all ranks together."""
+        layer, module, number = place
+        outside = {-1: self.embedding, len(self.layers): self.head}
+        elements = outside[layer] if layer in outside else self.layers[layer][module][number]
+        return (HALF if place in self.sent_in_half else WORD) * elements
 
     def of_layer(self, index: int) -> int:
         """Elements of one layer."""
@@ -97,6 +120,16 @@ class Sizes:
     def largest(self) -> int:
         """Elements of the largest parameter."""
         return max(map(max, self.groups))
+
+
+def _sent_in_half(model: LanguageModel) -> Iterator[Place]:
+    for place, layer in enumerate(model.layers):
+        for number, module in enumerate(layer.modules()):
+            half = set(map(id, products_only(module)))
+            own = enumerate(module.parameters(recurse=False))
+            yield from ((place, number, index) for index, parameter in own if id(parameter) in half)
+    if model.output is not None:
+        yield len(model.layers), 0, 0
 
 
 @dataclass(frozen=True)

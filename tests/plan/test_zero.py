@@ -76,14 +76,24 @@ def test_a_head_of_its_own_is_gathered_twice_and_so_is_the_embedding():
     """Once in each pass, unless they are kept between the two: the head is needed again at once."""
     sizes = Sizes(SIZES.groups, SIZES.layers, embedding=320_000, rest=0, head=320_000)
     strategy = work(3, stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0).strategy
-    assert gather(sizes, strategy, rerun=[False, False]).received_elements == 2 * (2 * 320_000 + 640_000)
+    assert gather(sizes, strategy, rerun=[False, False]).received == 4 * 2 * (2 * 320_000 + 640_000)
     strategy = work(3, stage3_max_reuse_distance=1, stage3_prefetch_bucket_size=0).strategy
-    assert gather(sizes, strategy, rerun=[False, False]).received_elements == 3 * 320_000 + 2 * 640_000
+    assert gather(sizes, strategy, rerun=[False, False]).received == 4 * (3 * 320_000 + 2 * 640_000)
+
+
+def test_matrices_under_autocast_are_gathered_in_half_the_bytes():
+    """The two layers' first parameters are, here."""
+    half = frozenset({(0, 0, 0), (1, 0, 0)})
+    sizes = Sizes(SIZES.groups, SIZES.layers, embedding=320_000, rest=0, sent_in_half=half)
+    strategy = work(3, stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0).strategy
+    single, found = (gather(one, strategy, rerun=[True, False]) for one in (SIZES, sizes))
+    assert single.received - found.received == 2 * 64_000 * (3 + 2)  # forward, backward and run again in between
+    assert found.forward == single.forward  # they lie there in single precision
 
 
 def test_layers_near_the_top_stay_gathered():
     strategy = work(3, stage3_max_reuse_distance=300_000, stage3_prefetch_bucket_size=0).strategy
     found = gather(SIZES, strategy, rerun=[False, False])
     assert found.between == 4 * (320_000 + 3 * 64_000)  # of the fourth, 2 x 3 x 64,000 elements lie between its uses
-    assert found.received_elements == 320_000 + 2 * 640_000 - 3 * 64_000
+    assert found.received == 4 * (320_000 + 2 * 640_000 - 3 * 64_000)
     assert found.forward[0] == found.backward[0] == 4 * (320_000 + 64_000)

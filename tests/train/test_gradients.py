@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import deepspeed
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bst_dist.faults.signals import Stop
 from bst_dist.model.lm import LanguageModel
+from bst_dist.model.roles import products_only
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.parallel.ranks import Ranks
 from bst_dist.report.metrics import StepReport
 from bst_dist.train import building
+from bst_dist.train import engine as engines
 from bst_dist.train.engine import Engine
 from bst_dist.train.start.request import Request, Start, load, resolve
 from bst_dist.train.step import on_device
@@ -97,6 +101,48 @@ def test_gradient_of_two_ranks_is_that_of_one_process_in_every_stage(recipe_file
         for name, gradient in gradients.items():
             error = np.linalg.norm(gradient - expected[name]) / np.linalg.norm(expected[name])
             assert error < 3e-6, f"{case}: {name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("policy", ["none", "every-layer"])
+def test_matrices_gathered_in_bf16_change_no_bit_of_a_gradient(policy, recipe_file, on_ranks, unmeasured, monkeypatch):
+    """Autocast would round them all the same; the first step is compared with one that gathers single precision."""
+    recipe = recipe_file(train={"precision": "bf16"}, model={"tied": False})
+    halve = engines._gather_in_bf16
+
+    def steps(ranks: Ranks) -> list:
+        found = []
+        for gathers in (lambda engine: None, halve):
+            monkeypatch.setattr(engines, "_gather_in_bf16", gathers)
+            sent = Sent()
+            with sent:
+                gradients, report = one_step(ranks, recipe, overrides("zero3", 2, policy))
+            found.append((gradients, report.loss_nats, report.gradient_norm, sent))
+        return [(*one, sent.gathered, sent.reduced) for *one, sent in found]
+
+    single, half = on_ranks(2, steps)[0]
+    assert single[1:3] == half[1:3]
+    assert all(np.array_equal(gradient, half[0][name]) for name, gradient in single[0].items())
+    assert set(single[4]) == set(half[4]) == {torch.float32}  # gradients
+    assert set(single[3]) == {torch.float32}
+    assert sum(half[3].values()) == single[3][torch.float32]
+    model = LanguageModel(start_of(recipe, 2, overrides("zero3", 2, policy)).recipe.model)
+    matrices = sum(one.numel() for module in model.modules() for one in products_only(module))
+    assert half[3][torch.bfloat16] >= 2 * matrices - model.output.weight.numel()  # some stay between the passes
+
+
+class Sent(TorchDispatchMode):
+    """Counts elements by type that are gathered from all ranks, and that are reduced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gathered: Counter[torch.dtype] = Counter()
+        self.reduced: Counter[torch.dtype] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for name, count in (("_allgather_base_", self.gathered), ("_reduce_scatter_base_", self.reduced)):
+            if func.namespace == "c10d" and func.__name__.startswith(name):
+                count[args[0].dtype] += args[0].numel()
+        return func(*args, **(kwargs or {}))
 
 
 def test_the_z_loss_is_in_the_gradient_and_in_no_loss_that_is_reported(recipe_file, on_ranks, unmeasured):

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from bst_dist.model.config import ModelConfig
+from bst_dist.model.config import MIXER_SECTIONS, ModelConfig
 from bst_dist.model.layers import MIXERS
 from bst_dist.model.lm import LanguageModel
+from bst_dist.model.roles import products_only
 from bst_dist.model.ssm.s4d import S4D
 from bst_dist.parallel.neighbour import LeftNeighbour
 from bst_dist.parallel.ranks import Ranks
@@ -152,6 +153,30 @@ def test_dynamics_stay_in_single_precision_under_bf16_in_every_stage(recipe_file
         return found
 
     assert on_ranks(2, dtypes)[0] == [{"torch.float32", "torch.bfloat16 to torch.float32"}] * 4
+
+
+@pytest.mark.parametrize(("mixer", "kernel"), [*((one, "s4d") for one in MIXERS), ("bst", "hyena"), ("bst", "ssd")])
+def test_what_zero3_gathers_in_bf16_is_rounded_to_it_before_any_use_anyway(mixer, kernel):
+    """So rounding it first changes no bit of the loss or of a gradient, in any layer."""
+    ssm = {"hyena": {"length": 16}, "ssd": {"head": 8}}.get(kernel, {}) | {"kernel": kernel}
+    sections = {"ssm": ssm} if "ssm" in MIXER_SECTIONS[mixer] else {}
+    own = model(mixer=mixer, width=64, tied=False, **sections)
+    ids = torch.randint(0, 29, (2, 16), generator=torch.Generator().manual_seed(1))
+
+    def run() -> list[torch.Tensor]:
+        own.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            total = own(ids, ids).total
+        total.backward()
+        return [total.detach(), *(p.grad for p in own.parameters() if p.grad is not None)]
+
+    before, rounded = run(), 0
+    for module in own.modules():
+        for parameter in products_only(module):
+            parameter.data = parameter.data.bfloat16().float()
+            rounded += parameter.numel()
+    assert rounded > sum(p.numel() for layer in own.layers for p in layer.ffn.parameters()) + own.output.weight.numel()
+    assert all(torch.equal(a, b) for a, b in zip(run(), before, strict=True))
 
 
 @pytest.mark.ranks
