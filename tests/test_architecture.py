@@ -27,7 +27,7 @@ LAYERS = (
     "bst_dist.study.report",
     "bst_dist.study.laws",
     "bst_dist.study.statistics",
-    "bst_dist.cluster bst_dist.checkpoint.commands",
+    "bst_dist.cluster bst_dist.checkpoint.commands bst_dist.plan.command bst_dist.plan.measured",
     "bst_dist.train.__main__ bst_dist.train.run bst_dist.train.building bst_dist.train.reporting",
     "bst_dist.train.start",
     "bst_dist.train",

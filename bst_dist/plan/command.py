@@ -4,6 +4,7 @@
     bst plan launch/recipes/bst-7b.yaml --nodes 1,8,64 --lengths 4096,65536,1048576
     bst plan launch/recipes/bst-1.3b.yaml train.sequence_length=1048576 train.sequences=1 --slices
     bst plan launch/recipes/bst-1.3b.yaml --longest 1,8,64
+    bst plan my-recipe.yaml --nodes 1,8 --from-run runs/first
 
 Nothing is launched and no weight is made: layers run on tensors without storage. With several numbers of nodes, or
 with --lengths, a table of the best plan for each; a step keeps its number of tokens, so it has fewer sequences where
@@ -11,6 +12,7 @@ they are longer. Seconds are a model's, and have been measured on no GPU; docs/p
 
 Ctrl-C ends a table, and prints the lines that are done.
 
+`--from-run RUN` multiplies all seconds by what a run took on such devices, divided by what is planned for it.
 `--accelerators FILE` adds devices of your own, in the form of bst_dist/plan/accelerators.yaml.
 """
 
@@ -32,6 +34,7 @@ from bst_dist.plan import slices
 from bst_dist.plan.accelerators import Accelerator, accelerator
 from bst_dist.plan.activations import Activations
 from bst_dist.plan.figures import describe
+from bst_dist.plan.measured import measure
 from bst_dist.plan.report import show, show_longest, show_sizes, show_table
 from bst_dist.plan.search import Candidate, PlanError, Planner
 from bst_dist.plan.speed import Cluster
@@ -57,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="the longest sequence that so many GPUs hold, in slices and at once")  # fmt: skip
     parser.add_argument("--host-gb", type=float, default=1000, metavar="GB",
                         help="with --longest: memory of a node that edges may take (default 1000)")  # fmt: skip
+    parser.add_argument("--from-run", type=Path, metavar="RUN",
+                        help="the directory of a run on such devices: seconds as it took them")  # fmt: skip
     parser.add_argument("--accelerators", type=Path, metavar="FILE", help="accelerators of your own, YAML")
 
 
@@ -76,9 +81,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     device = accelerator(args.gpu, args.accelerators)
     if args.gpus_per_node < 1:
         raise PlanError(f"--gpus-per-node {args.gpus_per_node}: at least 1")
+    if args.longest and args.from_run:
+        raise PlanError("--longest plans no seconds, so --from-run says nothing to it")
     if args.longest:
         return _longest(args, recipe, device)
-    clusters = [Cluster(nodes, args.gpus_per_node, device) for nodes in args.nodes]
+    measured = measure(args.from_run, device) if args.from_run else None
+    slower = measured.slower if measured else 1.0
+    clusters = [Cluster(nodes, args.gpus_per_node, device, slower) for nodes in args.nodes]
+    if measured:
+        Console().print(f"{measured}\n", highlight=False, soft_wrap=True)
     if args.slices and (len(clusters) > 1 or args.lengths):
         raise PlanError("--slices needs one value of --nodes and no --lengths")
     if len(clusters) == 1 and not args.lengths:

@@ -17,12 +17,17 @@ SLOW_BF16 = 2.0
 """Times as long as in fp32 from which on bf16 is called slow."""
 
 
+def device_name(device: torch.device) -> str:
+    """What the driver calls it; `cpu` for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Peak FLOP/s of one rank's device in matrix products of `dtype` (bfloat16 or float32); nan on a CPU."""
     if device.type == "cpu":
         return float("nan")
     if device.type == "cuda":
-        known = of_device(torch.cuda.get_device_name(device))
+        known = of_device(device_name(device))
         if known:
             return 1e12 * (known.bf16_tflops if dtype == torch.bfloat16 else known.fp32_tflops)
     return measured_flops(device, dtype)

@@ -7,7 +7,7 @@ runs costs only what outlasts that pass; everything else that is sent is waited 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.plan.accelerators import Accelerator
@@ -43,6 +43,8 @@ class Cluster:
     nodes: int
     per_node: int
     accelerator: Accelerator
+    slower: float = 1.0
+    """Times as long as the model of time says, that a step takes here; a run has measured it (`plan/measured.py`)."""
 
     @property
     def world(self) -> int:
@@ -91,6 +93,10 @@ class Speed:
         """Seconds by name."""
         return {name: value for name, value in vars(self).items() if name != "flops"}
 
+    def times(self, factor: float) -> Speed:
+        """All seconds times a factor."""
+        return replace(self, **{name: factor * value for name, value in self.parts().items()})
+
 
 @dataclass(frozen=True)
 class Moved:
@@ -138,7 +144,7 @@ def speed(flops: dict[str, float], work: Work, moved: Moved, traffic: dict[str, 
         offload=max(0.0, 2 * moved.host * work.accumulation / (HOST_GBS * 1e9) - 2 * forward - rerun),
         launches=max(0.0, moved.host_s - 3 * forward - rerun - memory),
         flops=3 * sum(flops.values()) * tokens * cluster.world,
-    )
+    ).times(cluster.slower)
 
 
 def share_rerun(checkpointing: ActivationCheckpointingConfig, depth: int) -> float:

@@ -24,6 +24,7 @@ from bst_dist.faults.signals import Notice, Stop
 from bst_dist.faults.status import DONE, RESUBMIT
 from bst_dist.faults.watchdog import Watchdog
 from bst_dist.parallel.ranks import Ranks
+from bst_dist.plan.hardware import device_name
 from bst_dist.report.metrics import Callback, Log, Writer
 from bst_dist.report.out_of_memory import record_history, snapshot_when_out_of_memory
 from bst_dist.report.performance import Performance
@@ -117,7 +118,8 @@ class Run:
         hosts = sorted(set(self.ranks.gather(socket.gethostname())))
         if self.ranks.first:
             objective = self.start.objective
-            about = {"ranks": self.ranks.world, "hosts": hosts, "from_step": position.step} | objective.about()
+            about = {"ranks": self.ranks.world, "hosts": hosts, "device": device_name(self.ranks.device)}
+            about |= {"from_step": position.step} | objective.about()
             about |= {rundir.FROM_COPIES: self.local} if self.local else {}
             rundir.prepare(self.start.run_dir, self.recipe, self.start.completed, about, objective.tokenizer())
             start = replace(self.start, changed=changed_at(self.start, position))

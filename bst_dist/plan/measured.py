@@ -1,0 +1,88 @@
+"""How far from the model of time a machine is: the steps of a run on it, beside the plan of that run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bst_base.errors import UserError
+from bst_dist.config import Recipe
+from bst_dist.plan.accelerators import Accelerator
+from bst_dist.plan.search import Planner
+from bst_dist.plan.speed import Cluster
+from bst_dist.report.metrics import FILE, read_lines
+from bst_dist.train.rundir import ENVIRONMENT, read_recipe
+
+FEWEST_STEPS = 10
+"""Steps that say how long a step takes."""
+WARM_UP_STEPS = 2
+"""Steps of a start that compile, allocate and connect."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Steps of one start of a run."""
+
+    run: Path
+    seconds: tuple[float, float, float]
+    """Of a step: the median, and what a tenth of the steps was faster and slower than."""
+    steps: int
+    cluster: Cluster
+    """That they ran on."""
+    planned_s: float
+    """Seconds of such a step, by the model of time."""
+
+    @property
+    def slower(self) -> float:
+        """Times as long as planned."""
+        return self.seconds[0] / self.planned_s
+
+    def __str__(self) -> str:
+        middle, fast, slow = self.seconds
+        ranks = "1 rank" if self.cluster.world == 1 else f"{self.cluster.world:,} ranks"
+        return (
+            f"all seconds are times {self.slower:.3g}: {self.run} took {middle:.3g} s per step on {ranks} (median of "
+            f"{self.steps:,} steps; 10 to 90 %: {fast:.3g} to {slow:.3g}), where {self.planned_s:.3g} were planned"
+        )
+
+
+def measure(run: Path, device: Accelerator) -> Measured:
+    """The latest start of a run that took enough steps; `device` is what it ran on.
+
+    Raises UserError when there is no run, when it ran on another device, or when no start took enough steps.
+    """
+    recipe = read_recipe(run)
+    starts = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))["starts"]
+    lines = [line for line in read_lines(run / FILE) if line["kind"] == "train"]
+    for start, end in reversed(list(zip(starts, [*(after["from_step"] for after in starts[1:]), None], strict=True))):
+        times = _times(lines, recipe, start["from_step"], end)
+        if len(times) >= FEWEST_STEPS:
+            break
+    else:
+        raise UserError(f"{run}: no start of it took {FEWEST_STEPS} steps after its first {WARM_UP_STEPS}: too few to "
+                        "say how long a step takes")  # fmt: skip
+    _require(run, start.get("device"), device)
+    nodes = len(start["hosts"])
+    cluster = Cluster(nodes, start["ranks"] // nodes, device)
+    middle, fast, slow = (float(np.quantile(times, share)) for share in (0.5, 0.1, 0.9))
+    return Measured(run, (middle, fast, slow), len(times), cluster, Planner(recipe, cluster).as_written().speed.total)
+
+
+def _times(lines: Sequence[dict], recipe: Recipe, begin: int, end: int | None) -> list[float]:
+    """Seconds of the steps of one start that had the recipe's first batch, without those that warm up."""
+    ends = [step for step in (end, *(change.step for change in recipe.train.sequence_changes)) if step is not None]
+    own = [line["step_time_s"] for line in lines if begin < line["step"] <= min(ends, default=line["step"])]
+    return own[WARM_UP_STEPS:]
+
+
+def _require(run: Path, ran_on: str | None, device: Accelerator) -> None:
+    """Refuse a run on another device, where that is known: its steps would say nothing of this one."""
+    if ran_on is not None and device.device and device.device not in ran_on:
+        raise UserError(
+            f"{run} ran on {ran_on}, not on {device.title}: --gpu names what it ran on; devices of your own are added "
+            "with --accelerators FILE"
+        )
