@@ -256,6 +256,7 @@ LEFT_OUT = {
     r"bst law fit ": "resamples for minutes, or reads a table of your own: tests/study/test_law_fit.py",
     r"bst sweep .*/(cluster|text).yaml": "counts hundreds of shapes: tests/study/sweep",
     r"bst plan .*--(nodes 1,8,64|slices|longest)": "plans many clusters, sizes or lengths: tests/plan",
+    r"bst plan .*--from-run": "needs a run on such devices: tests/plan/test_measured.py",
     r"bst experiment (run|report|status)": "trains an experiment: tests/study/experiment",
     r"bst (lra |train .*/lra/)": "draws and trains a task in full: tests/study/lra",
     r"bst doctor": "tests/tools/doctor",
