@@ -89,8 +89,8 @@ def _print(console: Console, config: PrepareConfig, manifest: Manifest, report: 
         again = f", {there} shards reused" if there else ""
         if config.continues is not None:
             again += (
-                f"; {report['documents_added']:,} documents added in {report['shards_added']} shards, the rest kept "
-                f"from {config.continues}"
+                f"; documents added: {report['documents_added']:,}, in new shards: {report['shards_added']}; "
+                f"the rest kept from {config.continues}"
             )
         console.print(f"{config.output} prepared in {report['time_s']:.1f} s{again}.", soft_wrap=True)
     print_table(split_table(report["splits"]))
