@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
@@ -55,6 +56,16 @@ hypothesis_settings.load_profile("any_machine")
 TIMEOUT_S = 600
 BST = Path(sys.executable).with_name("bst")
 OLDER = Path(__file__).parent / "checkpoint" / "data" / "format-2"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give all processes of the tests a directory for temporary files, removed at the end: killed ones and torchrun
+    leave theirs. pytest's own, which outlive the tests, stay where they are."""
+    if not hasattr(config, "workerinput"):  # xdist's workers have the environment of the process that started them
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+        # A short name: paths of sockets have a limit.
+        os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="bst-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True))
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
