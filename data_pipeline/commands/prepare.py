@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from textwrap import fill
 from typing import Any
 
@@ -50,8 +51,10 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         with stages(console) as progress:
             manifest, found = prepare(config, workers, progress)
         time_s = time.monotonic() - start
+    cpu_s = sum(getrusage(who).ru_utime + getrusage(who).ru_stime for who in (RUSAGE_SELF, RUSAGE_CHILDREN))
     report = {"corpus": str(config.output), **found, "workers": workers.count, **summary(manifest)}
     report |= {"time_s": round(time_s, 3), "stage_time_s": progress.seconds()}
+    report |= {"cpu_s": round(cpu_s, 3), "stage_cpu_s": progress.cpu_seconds()}
     _print(console, config, manifest, report)
     return report
 

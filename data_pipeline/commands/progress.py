@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,22 +16,33 @@ if TYPE_CHECKING:
     from data_pipeline.prepare.corpus import Progress as Report  # imports what only preparing needs
 
 
+class _Clocks(NamedTuple):
+    """Seconds by two clocks."""
+
+    elapsed: float
+    cpu: float
+
+
 class StageTimes:
     """Passes reports on, and keeps when each stage was first and last heard of."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
-        self._spans: dict[str, tuple[float, float]] = {}
+        self._spans: dict[str, tuple[_Clocks, _Clocks]] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
+        now = _Clocks(time.monotonic(), time.process_time())
         start, _ = self._spans.get(stage, (now, now))
         self._spans[stage] = (start, now)
         self._report(stage, done, total)
 
     def seconds(self) -> dict[str, float]:
         """How long each stage took."""
-        return {stage: round(end - start, 3) for stage, (start, end) in self._spans.items()}
+        return {stage: round(end.elapsed - start.elapsed, 3) for stage, (start, end) in self._spans.items()}
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """The processor time that this process spent on each: all of it where there are no other workers."""
+        return {stage: round(end.cpu - start.cpu, 3) for stage, (start, end) in self._spans.items()}
 
 
 @contextmanager

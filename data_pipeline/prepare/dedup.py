@@ -9,8 +9,6 @@ compared one at a time over a file of signatures, so memory is a few numbers per
 
 from __future__ import annotations
 
-import re
-import zlib
 from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
@@ -21,20 +19,14 @@ from pydantic import Field
 from rensa import RMinHash
 
 from bst_base.settings import Config
+from data_pipeline.prepare.word_hashes import word_hashes
 
 PERMUTATIONS = 128
 """Entries of a signature: a standard error of at most 0.044 on the similarity."""
 
 _SHINGLE = 5  # words
 _SEED = 1  # of the permutations
-_SLICE = 1 << 22  # bytes split into words at a time
 _LEADERS = 64  # documents of a bucket that another one is compared with: the last ones that resemble none before them
-_SPACE = re.compile(rb"\s")
-_ASCII_WORD = re.compile(rb"\w+|[^\w\s]+")
-_UNSPACED = (  # Thai to Tibetan, Myanmar, Khmer, kana, CJK ideographs and their extensions
-    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-)
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s{_UNSPACED}]+")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -80,7 +72,7 @@ class Clusters:
 
 def signature(text: bytes) -> np.ndarray:
     """The MinHash signature of a text's 5-grams, (PERMUTATIONS,) uint32; a shorter text is one shingle."""
-    return signature_of(np.concatenate([np.empty(0, np.uint64), *_word_hashes(text)]))
+    return signature_of(np.concatenate([np.empty(0, np.uint64), *word_hashes(text)]))
 
 
 def signature_of(words: np.ndarray) -> np.ndarray:
@@ -92,21 +84,6 @@ def signature_of(words: np.ndarray) -> np.ndarray:
         shingles ^= shingles >> np.uint64(29)
     digest = RMinHash.digest_matrix_from_flat_token_hashes(shingles, [0, len(shingles)], PERMUTATIONS, _SEED)
     return np.array(digest.to_rows()[0], np.uint32)
-
-
-def _word_hashes(text: bytes) -> Iterator[np.ndarray]:
-    """Hashes of the text's words, without their case, (k,) uint64 a slice; slices end between words."""
-    start = 0
-    while start < len(text):
-        end = _SPACE.search(text, start + _SLICE)
-        stop = end.start() if end else len(text)
-        part = text[start:stop]
-        if part.isascii():  # the same words as below, in half the time
-            yield np.fromiter(map(zlib.crc32, _ASCII_WORD.findall(part.lower())), np.uint64)
-        else:
-            found = _WORD.findall(part.decode().lower())
-            yield np.fromiter((zlib.crc32(word.encode()) for word in found), np.uint64, len(found))
-        start = stop
 
 
 def near_duplicates(signatures: np.ndarray, order: np.ndarray, config: DedupConfig, clusters: Clusters) -> None:

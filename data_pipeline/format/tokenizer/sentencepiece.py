@@ -2,7 +2,8 @@
 
 The canonical form of a text is the concatenation of its encoded lines with the newline symbol between them. A line
 longer than `MAX_LINE` characters is encoded in pieces of that length, so time and memory stay linear for any text.
-The ids of a line never depend on its neighbours: they are the same for any chunking, worker or thread count.
+The ids of a line never depend on its neighbours: they are the same for any chunking, worker or thread count. Where
+those of a word do not either (`words`: BPE), each distinct word is encoded once.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 from bst_base.errors import UserError
 from data_pipeline.format.tokenizer.base import Tokenizer
 from data_pipeline.format.tokenizer.config import TokenizerConfig
+from data_pipeline.format.tokenizer.words import WORD, WordIds, words_are_independent
 
 MAX_LINE = 16_384
 """Characters of a line that are encoded together; part of the corpus format."""
@@ -47,16 +49,24 @@ class SentencePieceTokenizer(Tokenizer):
         self.pad_id = _or(self._processor.pad_id(), self.eos_id)
         self.newline_id = self._newline()
         self._space_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+        fixed = {_NEWLINE: [self.newline_id], _SPACE: self._space_ids}
+        self._words = WordIds(self._encoded, self.dtype, fixed) if words_are_independent(model) else None
         self.require_exact(where, "byte fallback, identity normalisation, no dummy prefix, and spaces kept")
 
     def encode(self, text: str) -> np.ndarray:
+        if self._words is not None:
+            return np.frombuffer(bytearray().join(map(self._words.ids, _word_batches(text))), self.dtype)
         parts = [np.empty(0, self.dtype)]
         for lines in _batches(text):
             ids: list[int] = []
-            for line, line_ids in zip(lines, self._processor.encode(lines, num_threads=1), strict=True):
+            for line, line_ids in zip(lines, self._encoded(lines), strict=True):
                 ids += self._newline_or_space(line) or line_ids
             parts.append(np.array(ids, self.dtype))
         return np.concatenate(parts)
+
+    def _encoded(self, texts: list[str]) -> list[list[int]]:
+        """What SentencePiece itself gives for each of these."""
+        return self._processor.encode(texts, num_threads=1)
 
     def piece(self, token: int) -> str:
         return self._processor.id_to_piece(token)
@@ -141,6 +151,20 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         for lines in _batches(text.replace("\x00", "")):  # the trainer stops at a NUL
             yield from (line for line in lines if line not in (_NEWLINE, _SPACE))
+
+
+def _word_batches(text: str) -> Iterator[list[str]]:
+    """The words of what `_batches` gives, without its work for each line where no line is cut."""
+    start = 0
+    while start < len(text):
+        end = text.find(_NEWLINE, start + _BATCH) + 1 or len(text)
+        part = text[start:end]
+        if _SPACE in part or max(map(len, part.split(_NEWLINE))) > MAX_LINE:
+            for lines in _batches(part):
+                yield [word for line in lines for word in WORD.findall(line)]
+        else:
+            yield WORD.findall(part)
+        start = end
 
 
 def _batches(text: str) -> Iterator[list[str]]:

@@ -39,6 +39,8 @@ def test_prepare_says_what_it_made_and_then_that_it_is_there(config: Path, tmp_p
     assert made["reused"] is False
     assert list(made["stage_time_s"]) == ["fetch", "hash source", "extract", "deduplicate", "train tokenizer", "encode"]
     assert sum(made["stage_time_s"].values()) <= made["time_s"]
+    assert list(made["stage_cpu_s"]) == list(made["stage_time_s"])
+    assert 0 < sum(made["stage_cpu_s"].values()) < made["cpu_s"]
     assert main(["data", "prepare", str(config)]) == 0
     assert "already prepared with these settings: reused" in " ".join(capsys.readouterr().out.split())
 

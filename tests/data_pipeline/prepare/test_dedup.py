@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.prepare import dedup
+from data_pipeline.prepare import dedup, word_hashes
 from data_pipeline.prepare.assemble import assign, deduplicate
 from data_pipeline.prepare.dedup import PERMUTATIONS, Clusters, DedupConfig, near_duplicates, signature
 from data_pipeline.prepare.spool import SPLITS, TABLE
@@ -78,7 +78,7 @@ def test_documents_that_share_a_band_are_joined_only_from_the_threshold_on(equal
 def test_a_long_text_is_split_into_words_in_slices_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     text = " ".join(words(5)).encode()
     whole = signature(text)
-    monkeypatch.setattr(dedup, "_SLICE", 100)
+    monkeypatch.setattr(word_hashes, "_SLICE", 100)
     assert np.array_equal(signature(text), whole)
 
 

@@ -1,0 +1,99 @@
+"""CRC-32 of every word of a text, without their case: what the 5-grams of MinHash are made of.
+
+A word is a run of letters and digits, or of other characters that are no spaces; in scripts that write no spaces
+between words (Chinese, Japanese, Thai and their like) a character. All words of a slice of text are hashed together,
+two bytes of each at a time, so that no word becomes an object of Python.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterator
+from string import ascii_lowercase, digits
+
+import numpy as np
+
+_SLICE = 1 << 22  # bytes split into words at a time; part of what a word is, where a text holds ASCII's control codes
+_BREAK = re.compile(rb"\s")
+_UNSPACED = re.compile(  # Thai to Tibetan, Myanmar, Khmer, kana, CJK ideographs and their extensions
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+_LONG = 32  # bytes; longer words are few, and hashed one by one
+_SPACE, _LETTER, _OTHER, _ALONE, _UNKNOWN = range(5)
+
+_CRC = np.arange(256, dtype=np.uint32)
+for _ in range(8):
+    _CRC = np.where(_CRC & 1, np.uint32(0xEDB88320) ^ (_CRC >> 1), _CRC >> 1)
+_PAIRS = np.arange(1 << 16, dtype=np.uint32)
+_CRC_2 = _CRC[(_CRC[_PAIRS & 0xFF] ^ (_PAIRS >> 8)) & 0xFF] ^ (_CRC[_PAIRS & 0xFF] >> 8)  # of two bytes
+_ASCII = np.full(128, _OTHER, np.uint8)
+_ASCII[np.frombuffer(b"\t\n\v\f\r ", np.uint8)] = _SPACE
+_ASCII[np.frombuffer(f"{ascii_lowercase}{digits}_".encode(), np.uint8)] = _LETTER  # of a text in lower case
+_kinds = np.full(0x110000, _UNKNOWN, np.uint8)  # of every character, filled in as they are met
+
+
+def word_hashes(text: bytes) -> Iterator[np.ndarray]:
+    """The hashes of the text's words, (k,) uint64 a slice; slices end between words."""
+    start = 0
+    while start < len(text):
+        end = _BREAK.search(text, start + _SLICE)
+        stop = end.start() if end else len(text)
+        part = text[start:stop]
+        yield _ascii_words(part) if part.isascii() else _words(part.decode().lower())
+        start = stop
+
+
+def _ascii_words(text: bytes) -> np.ndarray:
+    data = np.frombuffer(text.lower(), np.uint8)
+    kinds = _ASCII[data]
+    starts = np.flatnonzero(np.diff(kinds, prepend=_UNKNOWN))
+    return _hashes(data, starts, np.append(starts[1:], len(data)), kinds[starts])
+
+
+def _words(text: str) -> np.ndarray:
+    characters = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    kinds = _kinds[characters]
+    if (kinds == _UNKNOWN).any():
+        for character in np.unique(characters[kinds == _UNKNOWN]).tolist():
+            _kinds[character] = _kind(chr(character))
+        kinds = _kinds[characters]
+    starts = np.flatnonzero((np.diff(kinds, prepend=_UNKNOWN) != 0) | (kinds == _ALONE))
+    ends = np.cumsum(1 + sum((characters >= first).view(np.uint8) for first in (0x80, 0x800, 0x10000)), dtype=np.int64)
+    begins = np.append(0, ends)[starts]  # in bytes of UTF-8
+    return _hashes(np.frombuffer(text.encode(), np.uint8), begins, np.append(begins[1:], ends[-1]), kinds[starts])
+
+
+def _kind(character: str) -> int:
+    if _UNSPACED.match(character):
+        return _ALONE
+    return _LETTER if re.match(r"\w", character) else _SPACE if re.match(r"\s", character) else _OTHER
+
+
+def _hashes(data: np.ndarray, starts: np.ndarray, stops: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """(k,) uint64: CRC-32 of each run of bytes that is no space."""
+    word = kinds != _SPACE
+    starts, lengths = starts[word], (stops - starts)[word]
+    return _crcs(data, starts, lengths).astype(np.uint64)
+
+
+def _crcs(data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """(k,) uint32: CRC-32 of each run of bytes; two bytes of each at a time."""
+    pairs = np.minimum(lengths // 2, _LONG // 2).astype(np.uint8)
+    order = np.argsort(_LONG - pairs, kind="stable")  # the longest first: those that have more are the first ones
+    having = len(order) - np.cumsum(np.bincount(pairs, minlength=_LONG))  # more than 0, 1, 2, ... pairs
+    place = starts[order]
+    crc = np.full(len(order), 0xFFFFFFFF, np.uint32)
+    two = data[:-1] | data[1:].astype(np.uint16) << 8
+    for k in range(_LONG // 2):
+        here = crc[: having[k]]
+        here[:] = _CRC_2.take((here ^ two[2 * k :].take(place[: len(here)])) & 0xFFFF) ^ (here >> 16)
+    hashes = np.empty(len(order), np.uint32)
+    hashes[order] = crc
+    odd = lengths & 1 > 0
+    last = hashes[odd]
+    hashes[odd] = _CRC[(last ^ data[(starts + lengths - 1)[odd]]) & 0xFF] ^ (last >> 8)
+    hashes ^= np.uint32(0xFFFFFFFF)
+    for i in np.flatnonzero(lengths > _LONG).tolist():
+        hashes[i] = zlib.crc32(data[starts[i] : starts[i] + lengths[i]])
+    return hashes
