@@ -98,7 +98,8 @@ class SlidingAttention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads = config.heads, config.kv_heads
         self.window, self.config = window, config.attention
-        self.qkv = Linear(config.width, config.inner + 2 * config.kv_inner)
+        parts = config.inner, config.kv_inner, config.kv_inner
+        self.qkv = Linear(config.width, sum(parts), parts=parts)
         self.scale = nn.Parameter(torch.full((self.heads,), math.sqrt(config.head)))
         self.half = config.head // 2
         self.bias = DistanceBias(self.heads, self.config) if self.config.position == "t5" else None

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from bst_dist.model.attention import product_dtype, unit
 from bst_dist.model.config import LayerConfig
-from bst_dist.model.roles import Linear, Role
+from bst_dist.model.roles import Linear, Role, Stack
 from bst_dist.model.ssm.kernels import build_kernel
 from bst_dist.parallel.past import Past
 
@@ -46,6 +46,7 @@ class StreamContext(nn.Module):
         # Straight from Ds to each head: lifting to D first and projecting then is the same class of functions.
         self.key_value = nn.Parameter(torch.randn(heads, channels, 2 * config.head) / math.sqrt(channels))
         self.roles = {"key_value": Role.MATRIX}
+        self.stacks = {"key_value": Stack(-1, (config.head, config.head))}
         self.products_only = ("key_value",)
 
     def forward(self, z: Tensor, past: Past, starts: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -85,7 +86,7 @@ class FilterContext(nn.Module):
         self.passage = Passage()
         self.identity = nn.Parameter(torch.randn(states, channels) * 0.02)
         self.initial = nn.Parameter(torch.randn(states, channels) * 0.02)
-        self.key_value = Linear(channels, 2 * config.inner)
+        self.key_value = Linear(channels, 2 * config.inner, parts=(config.inner, config.inner))
 
     def forward(self, z: Tensor, past: Past, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         ends = self.ssm.block_ends(z, self.block, past, starts)  # (B, nb, S, Ds)

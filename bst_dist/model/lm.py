@@ -15,7 +15,7 @@ from bst_dist.model.config import ModelConfig
 from bst_dist.model.layers import Layer
 from bst_dist.model.loss import OutputHead, linear_cross_entropy
 from bst_dist.model.parametrisation import Scale
-from bst_dist.model.roles import Role, roles_of
+from bst_dist.model.roles import Role, Stack, matrices_of, roles_of
 from bst_dist.parallel.past import EarlierCall, Past, State
 
 LAST_GAIN = 0.5
@@ -119,13 +119,16 @@ class LanguageModel(nn.Module):
         """A past that takes up what an earlier call left, and collects in ``.after`` what the next call leaves."""
         return EarlierCall(state, position)
 
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+    def parameter_groups(self, hidden_apart: bool = False) -> dict[str, list[nn.Parameter]]:
         """Parameters by how they are trained: matrices (with weight decay), SSM dynamics (a rate of their own, no
         decay), and all the rest, called vectors (no decay): scales, biases, tables, read-outs, embedding, head. Which a
         parameter is, its module says (`bst_dist.model.roles`).
 
         CompleteP tells two more apart: filters, the matrices of a kernel, whose fan-in does not grow with the width,
-        and embedding, the parameters outside of the layers."""
+        and embedding, the parameters outside of the layers.
+
+        `hidden_apart`: only `hidden_matrices` are in the group of matrices, and all others in one called other
+        matrices."""
         groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "ssm": []}
         in_layers = {id(p) for p in self.layers.parameters()}
         for module in self.modules():
@@ -134,7 +137,17 @@ class LanguageModel(nn.Module):
                 outside = role is Role.VECTOR and id(parameter) not in in_layers
                 kind = "embedding" if outside else role.value
                 groups.setdefault(self.config.parametrisation.group(kind), []).append(parameter)
+        if hidden_apart:
+            hidden = {id(parameter) for parameter, _ in self.hidden_matrices()}
+            every = groups["matrices"]
+            groups["matrices"] = [parameter for parameter in every if id(parameter) in hidden]
+            groups["other matrices"] = [parameter for parameter in every if id(parameter) not in hidden]
         return groups
+
+    def hidden_matrices(self) -> list[tuple[nn.Parameter, Stack]]:
+        """The matrices inside the layers, which map one activation to another, with the maps that each holds. Not among
+        them: embedding and head, and the small networks that compute a kernel."""
+        return list(matrices_of(self.layers))
 
     def group_scales(self) -> dict[str, Scale]:
         """What the optimizer's hyperparameters are multiplied by, by group; all others are as the recipe says."""

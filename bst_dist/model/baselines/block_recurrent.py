@@ -59,7 +59,7 @@ class StateCell(nn.Module):
         self.heads = config.heads
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.identity = nn.Parameter(torch.randn(states, width) * 0.1)
-        self.project = Linear(width, 4 * config.inner)  # two queries, one set of keys and values
+        self.project = Linear(width, 4 * config.inner, parts=4 * (config.inner,))  # two queries, keys, values
         self.self_scale = nn.Parameter(torch.full((config.heads,), math.sqrt(config.head)))
         self.token_scale = nn.Parameter(torch.full((config.heads,), math.sqrt(config.head)))
         self.update = Linear(2 * config.inner, width)

@@ -83,9 +83,10 @@ class GatedDeltaNetMixer(nn.Module):
         if config.block < settings.convolution - 1:
             raise ValueError(f"gated_deltanet.convolution {settings.convolution} reaches further back than a block")
         self.heads, self.keys, values = config.heads, config.inner, settings.expand * config.inner
-        self.into = Linear(width, 2 * config.inner + values)
+        parts = config.inner, config.inner, values
+        self.into = Linear(width, sum(parts), parts=parts)
         self.convolution = CausalConvolution(2 * config.inner + values, settings.convolution)
-        self.gates = Linear(width, 2 * config.heads)
+        self.gates = Linear(width, 2 * config.heads, parts=(config.heads, config.heads))
         self.gate = Linear(width, values)
         self.rule = DeltaRule(config.heads, settings.chunk, settings.dt_min, settings.dt_max)
         self.norm = nn.RMSNorm(values // config.heads, eps=1e-6)

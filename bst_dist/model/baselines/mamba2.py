@@ -32,7 +32,8 @@ class Mamba2Mixer(nn.Module):
         heads = inner // settings.head
         self.sizes = inner, inner + 2 * settings.state, heads
         self.inner, self.state = inner, settings.state
-        self.into = Linear(config.width, sum(self.sizes))
+        parts = inner, inner, settings.state, settings.state, heads  # gate, x, b, c and dt
+        self.into = Linear(config.width, sum(parts), parts=parts)
         self.convolution = CausalConvolution(self.sizes[1], settings.convolution)
         self.scan = Selective(heads, settings.chunk, settings.dt_min, settings.dt_max)
         self.skip = nn.Parameter(torch.ones(heads))

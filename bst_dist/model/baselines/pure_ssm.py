@@ -17,7 +17,7 @@ class PureSSMMixer(nn.Module):
     def __init__(self, config: LayerConfig):
         super().__init__()
         self.ssm = build_kernel(config.width, 1, config.ssm, config.block)
-        self.out = Linear(config.width, 2 * config.width, into_stream=True)
+        self.out = Linear(config.width, 2 * config.width, into_stream=True, parts=(config.width, config.width))
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
         y = F.gelu(self.ssm(u, past, starts).squeeze(2))

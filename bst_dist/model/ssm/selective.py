@@ -109,7 +109,7 @@ class SSD(nn.Module):
             raise ValueError(f"ssm.head {config.head} must divide the SSM's width, {width}")
         heads = width // config.head
         self.sizes = heads, config.state, maps * config.state
-        self.select = Linear(width, sum(self.sizes))
+        self.select = Linear(width, sum(self.sizes), parts=(heads, config.state, *maps * (config.state,)))
         self.scan = Selective(heads, config.chunk, config.dt_min, config.dt_max)
         self.skip = nn.Parameter(torch.randn(maps, width))
 
