@@ -44,7 +44,8 @@ class HostCopy:
 
     def of(self, fragments: list[Fragment], kinds: Sequence[str]) -> list[Copied]:
         """What is to be written of the fragments, as it is now, until the next call."""
-        named = [(f.piece, name, f.values[name]) for kind in kinds for name in TENSORS[kind] for f in fragments]
+        named = [(f.piece, name, f.values[name]) for kind in kinds for name in TENSORS[kind] for f in fragments
+                 if name in f.values]  # fmt: skip
         self.reserve(sum(values.numel() for *_, values in named))
         room, copies = deque(self._memory), []
         for piece, name, values in named:

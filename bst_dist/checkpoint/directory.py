@@ -2,7 +2,7 @@
 
     checkpoints/step-00000100/manifest.json               written last; names every file with its size and digest
                              /weights-00000.safetensors   single-precision weights, a file a rank
-                             /optimizer-00000.safetensors both moments of Adam, a file a rank
+                             /optimizer-00000.safetensors both moments of Adam, or Muon's momentum, a file a rank
                              /averaged-00000.safetensors  where train.average is set: averaged weights, a file a rank
                              /rank-00000.pt               what one rank alone knows: generators, the carried past
                              /pinned                      there when the checkpoint is to be kept for good
@@ -36,7 +36,7 @@ CHECKPOINTS, MANIFEST, PINNED = "checkpoints", "manifest.json", "pinned"
 WEIGHTS, OPTIMIZER, AVERAGED = "weights", "optimizer", "averaged"
 WEIGHT, MOMENTS, AVERAGE = "weight", ("exp_avg", "exp_avg_sq"), "average"
 TENSORS = {WEIGHTS: (WEIGHT,), OPTIMIZER: MOMENTS, AVERAGED: (AVERAGE,)}
-"""What the files of each kind hold of every parameter, in this order."""
+"""What the files of each kind hold of every parameter, in this order; Muon's matrices have the first moment alone."""
 PARTIAL, DELETED, DAMAGED = ".partial", ".deleted", ".damaged"
 INDEX = "index"
 FORMAT = 2
@@ -229,7 +229,7 @@ def open_shards(checkpoint: Path, kind: str, own: int | None = None, manifest: d
         return Shards(Headers((checkpoint / name for name in sorted(files)), likely))
     index = Index.of(manifest[INDEX])
     tensors = {stored_name(parameter, tensor): (parameter, number) for number, tensor in enumerate(TENSORS[kind])
-               for parameter in index.divisions}  # fmt: skip
+               for parameter, division in index.divisions.items() if number < division.moments}  # fmt: skip
     starts = {record["rank"]: (checkpoint / name, record["start"]) for name, record in files.items()}
     return Shards(Indexed(index, tensors, starts))
 

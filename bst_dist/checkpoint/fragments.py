@@ -10,15 +10,15 @@ This file alone reaches into DeepSpeed's ZeRO optimizers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
-from bst_dist.checkpoint.directory import AVERAGE, MOMENTS, WEIGHT, CheckpointError
-from bst_dist.checkpoint.index import equal_part
+from bst_dist.checkpoint.directory import AVERAGE, MOMENTS, TENSORS, WEIGHT, CheckpointError
+from bst_dist.checkpoint.index import Division, equal_part
 from bst_dist.checkpoint.shards import Piece
 
 
@@ -28,7 +28,12 @@ class Fragment:
 
     piece: Piece
     values: dict[str, Tensor]
-    """WEIGHT and MOMENTS -> (count,) views of the memory that the optimizer updates; AVERAGE -> the average, if any."""
+    """WEIGHT and those of MOMENTS that the optimizer keeps of it -> (count,) views of the memory that it updates;
+    AVERAGE -> the average, if any."""
+
+    def elements(self, kinds: Sequence[str]) -> int:
+        """In all tensors of these kinds."""
+        return self.piece.count * sum(name in self.values for kind in kinds for name in TENSORS[kind])
 
     def part(self, rank: int, ranks: int) -> Fragment:
         """What a rank is to write of it, when all of `ranks` hold it; the last ones may be left with less, or none."""
@@ -78,6 +83,17 @@ class EngineState:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all parameters, also of those that lie on other ranks; the same, in the same order, on every rank."""
         return {self._names[id(p)]: tuple(getattr(p, "ds_shape", p.shape)) for p in self.engine.module.parameters()}
+
+    def moments(self) -> dict[str, int]:
+        """How many of MOMENTS there are of the parameters that have not all of them; the same on every rank."""
+        zero = self.engine.optimizer
+        if self.stage == 0:
+            groups = [[parameter] for parameter in self.engine.module.parameters()]
+        else:
+            groups = zero.fp16_groups if self.stage == 3 else zero.bit16_groups
+        counts = (sum(kind in _state(*updated) for kind in MOMENTS) for updated in self._updated())
+        return {self._names[id(parameter)]: count for count, group in zip(counts, groups, strict=True)
+                for parameter in group if count < len(MOMENTS)}  # fmt: skip
 
     def updates(self) -> int:
         """Updates that the optimizer has made: what its bias correction counts."""
@@ -149,15 +165,49 @@ class EngineState:
                 yield _fragment(piece, self._optimizer_of(group), flat, offset)
 
 
+@dataclass(frozen=True)
+class Placed:
+    """Where one parameter lies among the tensors that the ranks' optimizers update, each of them a part."""
+
+    parameter: nn.Parameter
+    division: Division
+    tensor: Tensor
+    """Of this rank."""
+    offset: int
+    """In it, where this rank's run of the parameter begins, if it has one."""
+
+
+def placed(engine: Any) -> Iterator[Placed]:
+    """Of a DeepSpeed engine under ZeRO-1, 2 or 3, all parameters, also those that lie on other ranks: the same, in the
+    same order, on every rank."""
+    zero, rank, ranks = engine.optimizer, distributed.get_rank(), distributed.get_world_size()
+    if int(engine.zero_optimization_stage()) == 3:
+        for parameter in (parameter for group in zero.fp16_groups for parameter in group):
+            group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+            division = Division(tuple(parameter.ds_shape), ranks)
+            yield Placed(parameter, division, zero.fp32_partitioned_groups_flat[group], offset)
+        return
+    flat = zip(zero.single_partition_of_fp32_groups, zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets,
+               strict=True)  # fmt: skip
+    for tensor, group, offsets in flat:
+        share = tensor.numel()
+        for parameter, offset in zip(group, offsets, strict=True):
+            end = offset + parameter.numel()
+            first, last = offset // share, (end - 1) // share
+            borders = (border * share - offset for border in range(first + 1, last + 1))
+            division = Division(tuple(parameter.shape), ranks, first, (0, *borders, parameter.numel()))
+            yield Placed(parameter, division, tensor, max(offset - rank * share, 0))
+
+
 def _fragment(piece: Piece, optimizer: Any, tensor: Tensor, offset: int) -> Fragment:
     """The run `piece` that begins at element `offset` of `tensor`, with its moments."""
     state = _state(optimizer, tensor)
-    tensors = {WEIGHT: tensor, **{kind: state[kind] for kind in MOMENTS}}
+    tensors = {WEIGHT: tensor, **{kind: state[kind] for kind in MOMENTS if kind in state}}
     return Fragment(piece, {kind: t.detach().view(-1)[offset : offset + piece.count] for kind, t in tensors.items()})
 
 
 def _state(optimizer: Any, tensor: Tensor) -> dict[str, Any]:
-    """Adam's state of `tensor`; made here, as Adam would, when it has not updated it yet."""
+    """The optimizer's state of `tensor`; where it has none yet, Adam's is made here, as Adam would."""
     state = optimizer.state[tensor]
     if not state:
         state["step"] = _count(optimizer, tensor, 0)

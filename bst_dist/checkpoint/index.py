@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,8 @@ class Division:
     """The first rank that holds any, where they are not equal parts."""
     cuts: tuple[int, ...] = ()
     """Where the run of each rank from `first` on begins, and where the last ends; empty: equal parts of all ranks."""
+    moments: int = 2
+    """How many of the optimizer's tensors there are of it: AdamW's two, or Muon's first alone."""
 
     @property
     def numel(self) -> int:
@@ -77,33 +79,38 @@ class Index:
         every = list(divisions.values())
         self._numel = np.array([one.numel for one in every], dtype=np.int64)
         self._equal = np.array([not one.cuts for one in every], dtype=bool)
+        self._moments = np.array([one.moments for one in every], dtype=np.int64)
         self._cut: dict[int, list[tuple[int, int]]] = {}
         for place, one in enumerate(every):
             for rank in range(one.first, one.first + len(one.cuts) - 1):
                 self._cut.setdefault(rank, []).append((place, one.run(rank)[1]))
-        self._before: dict[int, np.ndarray] = {}
+        self._before: dict[tuple[int, int], np.ndarray] = {}
 
-    def before(self, rank: int, name: str) -> int:
-        """Elements of other parameters that lie before those of `name` in a tensor of the rank's file."""
-        return int(self._ends(rank)[self._place[name]])
+    def before(self, rank: int, name: str, number: int = 0) -> int:
+        """Elements that lie before those of `name` in tensor `number` of the rank's file, earlier tensors included."""
+        earlier = sum(self.total(rank, tensor) for tensor in range(number))
+        return earlier + int(self._ends(rank, number)[self._place[name]])
 
-    def total(self, rank: int) -> int:
-        """Elements of all parameters that a rank holds."""
-        return int(self._ends(rank)[-1])
+    def total(self, rank: int, number: int = 0) -> int:
+        """Elements that a rank holds of tensor `number`, of all parameters that have it."""
+        return int(self._ends(rank, number)[-1])
 
-    def _ends(self, rank: int) -> np.ndarray:
-        if rank not in self._before:
+    def _ends(self, rank: int, number: int) -> np.ndarray:
+        if (rank, number) not in self._before:
             size = -(-self._numel // self.ranks)
             counts = np.where(self._equal, np.clip(self._numel - rank * size, 0, size), 0)
             for place, count in self._cut.get(rank, ()):
                 counts[place] = count
-            self._before[rank] = np.concatenate(([0], counts.cumsum()))
-        return self._before[rank]
+            counts = np.where(self._moments > number, counts, 0)
+            self._before[rank, number] = np.concatenate(([0], counts.cumsum()))
+        return self._before[rank, number]
 
     def described(self) -> dict[str, Any]:
         """For a manifest."""
         tensors = {
-            name: {"shape": list(one.shape)} | ({"first": one.first, "cuts": list(one.cuts)} if one.cuts else {})
+            name: {"shape": list(one.shape)}
+            | ({"first": one.first, "cuts": list(one.cuts)} if one.cuts else {})
+            | ({"moments": one.moments} if one.moments != Division.moments else {})
             for name, one in self.divisions.items()
         }
         return {"ranks": self.ranks, "tensors": tensors}
@@ -113,7 +120,8 @@ class Index:
         """From a manifest."""
         ranks = described["ranks"]
         return cls(ranks, {
-            name: Division(tuple(one["shape"]), ranks, one.get("first", 0), tuple(one.get("cuts", ())))
+            name: Division(tuple(one["shape"]), ranks, one.get("first", 0), tuple(one.get("cuts", ())),
+                           one.get("moments", Division.moments))
             for name, one in described["tensors"].items()
         })  # fmt: skip
 
@@ -143,15 +151,16 @@ class Indexed:
         parameter, number = self.tensors[name]
         division = self.index.divisions[parameter]
         path, start = self.files[holder]
-        elements = number * self.index.total(holder) + self.index.before(holder, parameter)
+        elements = self.index.before(holder, parameter, number)
         return Stored(Piece(name, division.shape, *division.run(holder)), path, start + 4 * elements)
 
 
-def agreed(ranks: Ranks, shapes: Mapping[str, tuple[int, ...]], pieces: Iterable[Piece]) -> Index:
+def agreed(ranks: Ranks, shapes: Mapping[str, tuple[int, ...]], pieces: Iterable[Piece],
+           moments: Mapping[str, int] | None = None) -> Index:  # fmt: skip
     """The index of what all ranks hold; every rank calls it, with the `pieces` that it holds.
 
-    Raises RuntimeError unless the ranks together hold every element of `shapes` once. What is exchanged is a number a
-    parameter, and the runs of those that are not in equal parts.
+    `moments`: of the parameters that have not two. Raises RuntimeError unless the ranks together hold every element of
+    `shapes` once. What is exchanged is a number a parameter, and the runs of those that are not in equal parts.
     """
     own = {piece.name: (piece.begin, piece.count) for piece in pieces}
     parts = {name: equal_part(math.prod(shape), ranks.rank, ranks.world) for name, shape in shapes.items()}
@@ -162,10 +171,12 @@ def agreed(ranks: Ranks, shapes: Mapping[str, tuple[int, ...]], pieces: Iterable
     for rank, theirs in enumerate(everyone):
         for place, begin, count in theirs:
             runs[cut[place]].append((rank, begin, count))
-    return Index(ranks.world, {
+    found = {
         name: _cut(name, shape, ranks.world, runs[name]) if name in runs else Division(tuple(shape), ranks.world)
         for name, shape in shapes.items()
-    })  # fmt: skip
+    }
+    fewer = {name: replace(found[name], moments=count) for name, count in (moments or {}).items()}
+    return Index(ranks.world, found | fewer)
 
 
 def _cut(name: str, shape: tuple[int, ...], ranks: int, runs: Sequence[tuple[int, int, int]]) -> Division:

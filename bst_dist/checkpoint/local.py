@@ -28,7 +28,7 @@ from typing import Any
 from bst_base.errors import StorageError
 from bst_base.files import atomic_file
 from bst_dist.checkpoint.copying import Copied, HostCopy
-from bst_dist.checkpoint.directory import TENSORS, committed, step_of
+from bst_dist.checkpoint.directory import committed, step_of
 from bst_dist.checkpoint.judging import of_first
 from bst_dist.checkpoint.local_copy import Key, LocalCopy, write_copy
 from bst_dist.checkpoint.local_search import Found, brought, gathered
@@ -69,8 +69,8 @@ class LocalCopies:
     def _open(self) -> None:
         """Learn where all ranks are. Without room for all copies on each node there will be none: a full /dev/shm would
         hurt others too, NCCL among them."""
-        elements = sum(fragment.piece.count for fragment in self.snapshots.state.held())
-        own = MOST * 4 * elements * sum(len(TENSORS[kind]) for kind in self.snapshots.kinds)
+        held = self.snapshots.state.held()
+        own = MOST * 4 * sum(fragment.elements(self.snapshots.kinds) for fragment in held)
         seen = self.ranks.gather((*_tried(lambda: Node.here(self.root)), own))
         self._turn_off([why for _, why, _ in seen if why])
         if not self.on:

@@ -62,6 +62,9 @@ class State(Protocol):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all parameters, over all ranks; the same, in the same order, on every rank."""
 
+    def moments(self) -> dict[str, int]:
+        """How many of MOMENTS there are of the parameters that have not all of them; the same on every rank."""
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -134,7 +137,7 @@ class Saver:
             copied = self._copy.of(fragments, kinds)
         else:
             copied = [Copied(f.piece, name, [f.values[name]]) for kind in kinds for name in TENSORS[kind]
-                      for f in fragments]  # fmt: skip
+                      for f in fragments if name in f.values]  # fmt: skip
         written = self._thread.submit(self._write, partial, copied, own, kinds)
         if not self.background:
             wait([written])
@@ -158,8 +161,7 @@ class Saver:
         if why:
             raise StorageError(f"no checkpoint could be written: {why}")
         if self.background:
-            tensors = sum(len(TENSORS[kind]) for kind in self.kinds)
-            self._copy.reserve(tensors * sum(fragment.piece.count for fragment in fragments))
+            self._copy.reserve(sum(fragment.elements(self.kinds) for fragment in fragments))
         said = self.ranks.gather(_tried(lambda: _write_and_read(partial / str(self.ranks.rank))))
         if self.ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -194,7 +196,8 @@ class Saver:
         """What this rank is to write, in the order of the index; the first call asks all ranks."""
         fragments = self.state.owned()
         if self._index is None:
-            self._index = agreed(self.ranks, self.state.shapes(), (fragment.piece for fragment in fragments))
+            pieces = (fragment.piece for fragment in fragments)
+            self._index = agreed(self.ranks, self.state.shapes(), pieces, self.state.moments())
         order = {name: place for place, name in enumerate(self._index.divisions)}
         return sorted(fragments, key=lambda fragment: order[fragment.piece.name]), self._index
 
@@ -271,8 +274,11 @@ class Saver:
 
 def _needed(index: Index, kinds: Sequence[str]) -> int:
     """Bytes that all ranks are going to write."""
-    elements = sum(division.numel for division in index.divisions.values())
-    return elements * sum(len(TENSORS[kind]) for kind in kinds) * torch.float32.itemsize + SPARE_BYTES
+    elements = sum(
+        division.numel * min(division.moments, len(TENSORS[kind]))
+        for kind in kinds for division in index.divisions.values()
+    )  # fmt: skip
+    return elements * torch.float32.itemsize + SPARE_BYTES
 
 
 def _write_and_read(path: Path) -> None:

@@ -272,7 +272,7 @@ class Snapshots:
         for kind in self.kinds:
             shards, wanted = opened(kind), []
             for tensor in TENSORS[kind]:
-                for fragment in held:
+                for fragment in (one for one in held if tensor in one.values):
                     name = named(fragment.piece.name, tensor)
                     self._require_shape(checkpoint, name, fragment.piece.shape, shards.shape(name))
                     wanted.append((name, fragment.piece.begin, fragment.values[tensor]))

@@ -53,7 +53,7 @@ def write(run_dir: Path, model: LanguageModel, step: int, full: bool) -> None:
         values = dict.fromkeys((WEIGHT, *MOMENTS), parameter.detach().flatten())
         fragments.append(Fragment(Piece(name, tuple(parameter.shape), 0, parameter.numel()), values))
     shapes = {fragment.piece.name: fragment.piece.shape for fragment in fragments}
-    state = SimpleNamespace(owned=lambda: fragments, shapes=lambda: shapes, updates=lambda: step)
+    state = SimpleNamespace(owned=lambda: fragments, shapes=lambda: shapes, moments=dict, updates=lambda: step)
     ranks = SimpleNamespace(rank=0, world=1, first=True, device=torch.device("cpu"), sum=lambda values: values,
                             gather=lambda value: [value], from_first=lambda value: value)  # fmt: skip
     groups = {"matrices": {"lr": 0.1}}

@@ -38,6 +38,9 @@ class Tensors:
     def owned(self) -> list[Fragment]:
         return [Fragment(Piece("a", (100,), 0, 100), {kind: torch.arange(100.0) for kind in (WEIGHT, *MOMENTS)})]
 
+    def moments(self) -> dict[str, int]:
+        return {}
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"a": (100,)}
 

@@ -176,6 +176,9 @@ class Tensor:
 
     owned = held
 
+    def moments(self) -> dict[str, int]:
+        return {}
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"a": (50,)}
 

@@ -278,6 +278,10 @@ class SyntheticState:
 
     owned = held
 
+    def moments(self) -> dict[str, int]:
+        """All parameters have both moments."""
+        return {}
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
 
