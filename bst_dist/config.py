@@ -133,6 +133,11 @@ class Recipe(Config):
             self.data.require_fit(self.model, self.parallel)
             if self.train.z_loss:
                 raise ValueError("train.z_loss: there is none for the classes of a task; leave it out")
+        if self.optimizer.kind == "muon" and self.model.parametrisation.kind != "standard":
+            raise ValueError(
+                "optimizer.kind muon: CompleteP's rates are derived for AdamW; set model.parametrisation.kind to "
+                "standard, or optimizer.kind to adamw"
+            )
         known = ["validation", *self.evaluation.corpora]
         if "validation" in self.evaluation.corpora:
             raise ValueError("evaluation.corpora.validation: the run's own set is called so; choose another name")

@@ -99,6 +99,14 @@ def _counted(name: str, position: int, rounds: float) -> Callable[..., float]:
     return sent
 
 
+def _given(args: Sequence[Any], named: dict[str, Any]) -> float:
+    """Bytes sent by an all-to-all, whose parts may be unequal: all but what stays."""
+    tensor, sizes, group = named["input"], named.get("input_split_sizes"), named.get("group")
+    ranks = dist.get_world_size(group)
+    kept = tensor.numel() // ranks if sizes is None else sizes[dist.get_rank(group)]
+    return (tensor.numel() - kept) * tensor.element_size()
+
+
 SENT: dict[str, tuple[str, Callable[..., float]]] = {
     "all_reduce": ("all-reduce", _counted("tensor", 0, 2)),
     "all_reduce_coalesced": ("all-reduce", _counted("tensors", 0, 2)),
@@ -109,6 +117,6 @@ SENT: dict[str, tuple[str, Callable[..., float]]] = {
     "all_gather_coalesced": ("all-gather", _counted("output_tensors", 0, 1)),
     "reduce_scatter": ("reduce-scatter", _counted("input_list", 1, 1)),
     "reduce_scatter_tensor": ("reduce-scatter", _counted("input_tensor", 1, 1)),
-    "all_to_all_single": ("all-to-all", _counted("output", 0, 1)),
+    "all_to_all_single": ("all-to-all", _given),
 }
 """Of each collective of the backend: what it is called in reports, and the bytes that one rank sends."""

@@ -43,7 +43,7 @@ from deepspeed.runtime import compiler  # noqa: E402  (not before: it would impo
 
 
 def _import_muon() -> None:
-    """Import Muon as plain functions; AdamW is the only optimizer here."""
+    """Import DeepSpeed's Muon as plain functions; no run here uses it (`train/muon.py`)."""
     compiled = compiler.compile
     compiler.compile = lambda: lambda function: function
     try:

@@ -168,7 +168,7 @@ class _Step:
 
     def _phase(self, name: str, gradients: int, activations: int, loss: int = 0, buffers: int = 0) -> Memory:
         host = sum(part.host for part in self.layers) + self.edges_on_host
-        average = self.state.moments // 2 if self.work.averaged else 0  # of what the optimizer updates
+        average = (self.state.master or self.state.weights) if self.work.averaged else 0  # of what is updated here
         return Memory(
             phase=name, weights=self.state.weights, optimizer=self.state.master + self.state.moments + average,
             gradients=gradients, activations=activations + self.inputs + self.edges, loss=loss, buffers=buffers,

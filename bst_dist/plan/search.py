@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from bst_base.errors import UserError
 from bst_base.places import written
 from bst_dist.config import Recipe, deepspeed_file
 from bst_dist.model.compiled import hindrance
+from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.neighbour import SequenceParallelError
 from bst_dist.plan.activations import Activations, Slice
 from bst_dist.plan.flops import forward_flops
@@ -23,7 +26,7 @@ from bst_dist.plan.launches import host_seconds
 from bst_dist.plan.memory import Memory, Work, memory
 from bst_dist.plan.speed import Cluster, Moved, Speed, share_rerun, speed
 from bst_dist.plan.traffic import sequence_traffic, zero_traffic
-from bst_dist.plan.zero import Sizes, Strategy
+from bst_dist.plan.zero import Sizes, Strategy, muon_share
 from data_pipeline.serve.spread import Spread
 
 RESERVED_BYTES = 3e9
@@ -98,7 +101,10 @@ class Planner:
     @cached_property
     def sizes(self) -> Sizes:
         """Of the model's parameters."""
-        return self.activations.sizes
+        if self.recipe.optimizer.kind != "muon":
+            return self.activations.sizes
+        with FakeTensorMode():
+            return Sizes.of(LanguageModel(self.model), self.bf16, muon=True)
 
     def degrees(self) -> list[int]:
         """Every sp that divides the ranks and the sequence and leaves no rank without one; raises PlanError if there is
@@ -154,7 +160,8 @@ class Planner:
         compiled = self.recipe.compile is not False and not hindered
         host = host_seconds(self.activations, self.model.mixers(), work, compiled)
         edges_bytes = work.spacing.waiting * self.activations.edge(rows) if slices > 1 and edges == "host" else 0
-        moved = Moved(touched, needs.host - edges_bytes + edges_bytes // slices, updated, host)
+        orthogonalising = muon_share(self.sizes, work.strategy.stage, cluster.world).flops if self.sizes.muon else 0.0
+        moved = Moved(touched, needs.host - edges_bytes + edges_bytes // slices, updated, host, orthogonalising)
         seconds = speed(self.flops, work, moved, traffic, between, cluster, self.bf16)
         return Candidate(work, needs, traffic, between, seconds, 1e9 * cluster.accelerator.memory_gb, spread)
 

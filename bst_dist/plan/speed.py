@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.plan.accelerators import Accelerator
 from bst_dist.plan.memory import Work
-from bst_dist.plan.traffic import GATHER
+from bst_dist.plan.traffic import GATHER, MOMENTUM
 
 MATMUL_EFFICIENCY = 0.5
 """Of the dense peak, that the matrix products of a well-sized layer reach."""
@@ -81,6 +81,8 @@ class Speed:
     """Waiting for activations from the host's memory."""
     launches: float
     """Waiting for the host, which launches kernels more slowly than small layers compute."""
+    muon: float
+    """Orthogonalising Muon's momentum, on the rank that has most of it."""
     flops: float
     """Of the model, of all ranks in a step: forward and backward, without rerunning."""
 
@@ -110,6 +112,8 @@ class Moved:
     """Parameters that the rank updates."""
     host_s: float = 0.0
     """Seconds in which the host launches a step's kernels."""
+    orthogonalising: float = 0.0
+    """FLOPs of the rank that orthogonalises most."""
 
 
 def speed(flops: dict[str, float], work: Work, moved: Moved, traffic: dict[str, float], between: dict[str, int],
@@ -132,7 +136,8 @@ def speed(flops: dict[str, float], work: Work, moved: Moved, traffic: dict[str, 
     waits = {kind: cluster.seconds(*cluster.split(sent)) for kind, sent in traffic.items()}
     late = sum(waits.values())
     if work.strategy.overlap_comm:
-        hideable = late if work.strategy.stage == 3 else late - waits.get(GATHER, 0.0)
+        after = (MOMENTUM,) if work.strategy.stage == 3 else (MOMENTUM, GATHER)  # in the update, behind nothing
+        hideable = late - sum(waits.get(kind, 0.0) for kind in after)
         late = max(hideable - hidden, 0.0) + late - hideable
     memory = to_memory / (device.memory_gbs * 1e9 * MEMORY_EFFICIENCY)
     return Speed(
@@ -143,6 +148,7 @@ def speed(flops: dict[str, float], work: Work, moved: Moved, traffic: dict[str, 
         sequence=_sequence_seconds(between, work, cluster),
         offload=max(0.0, 2 * moved.host * work.accumulation / (HOST_GBS * 1e9) - 2 * forward - rerun),
         launches=max(0.0, moved.host_s - 3 * forward - rerun - memory),
+        muon=moved.orthogonalising / (1e12 * device.bf16_tflops * MATMUL_EFFICIENCY),
         flops=3 * sum(flops.values()) * tokens * cluster.world,
     ).times(cluster.slower)
 

@@ -12,9 +12,10 @@ from collections import Counter
 from bst_dist.model.config import ModelConfig
 from bst_dist.plan.gathering import gather
 from bst_dist.plan.memory import Work
-from bst_dist.plan.zero import ALIGNMENT, WORD, Sizes
+from bst_dist.plan.zero import ALIGNMENT, WORD, Sizes, muon_share
 
 REDUCE, GATHER, SCATTER = "gradients: all-reduce", "weights: all-gather", "gradients: reduce-scatter"
+MOMENTUM = "momentum: all-to-all"
 
 
 def sent(kind: str, whole: float, ranks: int) -> float:
@@ -24,10 +25,17 @@ def sent(kind: str, whole: float, ranks: int) -> float:
 
 
 def zero_traffic(sizes: Sizes, work: Work) -> dict[str, float]:
-    """Of one step, for gradients and weights; norms and flags, a few bytes per step, are left out."""
-    stage, world, micro_batches = work.strategy.stage, work.world, work.accumulation
-    if world == 1:
+    """Of one step, for gradients, weights and Muon's momentum; norms and flags, a few bytes per step, are left out."""
+    if work.world == 1:
         return {}
+    found = _gradients_and_weights(sizes, work)
+    if sizes.muon and work.strategy.stage:
+        found[MOMENTUM] = muon_share(sizes, work.strategy.stage, work.world).sent
+    return found
+
+
+def _gradients_and_weights(sizes: Sizes, work: Work) -> dict[str, float]:
+    stage, world, micro_batches = work.strategy.stage, work.world, work.accumulation
     if stage < 3:
         times = micro_batches if stage == 2 else 1
         found = {REDUCE: sent(REDUCE, times * WORD * sizes.total, world)}

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
 from bst_dist.model.lm import LanguageModel
 from bst_dist.model.roles import products_only
+from bst_dist.parallel.orthogonal import flops
+from bst_dist.plan.muon import Share, busiest
 
 WORD = 4
 """Bytes of a number in single precision."""
@@ -84,11 +86,16 @@ class Sizes:
     """The head's own."""
     sent_in_half: frozenset[Place] = frozenset()
     """Those that ZeRO-3 gathers in bf16."""
+    muon: tuple[float, ...] = ()
+    """FLOPs to orthogonalise each matrix of the first group, where Muon updates it; none under AdamW."""
 
     @staticmethod
-    def of(model: LanguageModel, bf16: bool = False) -> Sizes:
-        """Of a model whose tensors may be fake; `bf16`: trained under autocast."""
-        groups = (tuple(p.numel() for p in group) for group in model.parameter_groups().values() if group)
+    def of(model: LanguageModel, bf16: bool = False, muon: bool = False) -> Sizes:
+        """Of a model whose tensors may be fake; `bf16`: trained under autocast; `muon`: by Muon."""
+        members = model.parameter_groups(hidden_apart=muon)
+        groups = (tuple(p.numel() for p in group) for group in members.values() if group)
+        stacks = {id(p): stack for p, stack in model.hidden_matrices()}
+        work = (sum(flops(*one) for one in stacks[id(p)].shapes(p.shape)) for p in members["matrices"]) if muon else ()
         layers = (
             tuple(tuple(p.numel() for p in module.parameters(recurse=False)) for module in layer.modules())
             for layer in model.layers
@@ -97,7 +104,7 @@ class Sizes:
         half = _sent_in_half(model) if bf16 else ()
         return Sizes(
             tuple(groups), tuple(layers), model.embedding.weight.numel(), model.norm.weight.numel(), own,
-            frozenset(half),
+            frozenset(half), tuple(work),
         )  # fmt: skip
 
     def gathered_bytes(self, place: Place) -> int:
@@ -154,7 +161,16 @@ class States:
 def states(sizes: Sizes, strategy: Strategy, world: int, accumulation: int) -> States:
     """The model's state under one strategy on `world` ranks."""
     by_stage = {0: _replicated, 1: _flat, 2: _flat, 3: _partitioned}
-    return by_stage[strategy.stage](sizes, strategy, world, accumulation)
+    found = by_stage[strategy.stage](sizes, strategy, world, accumulation)
+    if not sizes.muon:
+        return found
+    share = muon_share(sizes, strategy.stage, world)
+    return replace(found, moments=found.moments - WORD * share.updated, updating=found.updating + share.buffers)
+
+
+def muon_share(sizes: Sizes, stage: int, world: int) -> Share:
+    """Of the rank that has most to do for Muon."""
+    return busiest(sizes.groups[0], sizes.muon, stage, world, ALIGNMENT)
 
 
 def _replicated(sizes: Sizes, strategy: Strategy, world: int, accumulation: int) -> States:

@@ -112,6 +112,9 @@ class EvaluationConfig(Config):
 
 
 class OptimizerConfig(Config):
+    kind: Literal["adamw", "muon"] = "adamw"
+    """adamw; muon: the matrices inside the layers by Muon, all else by AdamW, at the same rates. An update of Muon is
+    the momentum's nearest orthogonal matrix, as large in root mean square as AdamW's (arXiv 2502.16982)."""
     learning_rate: float = Field(1e-3, gt=0, le=1e3, allow_inf_nan=False)
     """Peak rate of matrices and vectors; under CompleteP that of the base shape, and wide matrices have less."""
     ssm_learning_rate: float = Field(1e-3, gt=0, le=1e-3, allow_inf_nan=False)
@@ -124,6 +127,14 @@ class OptimizerConfig(Config):
     """Decay of the second moment."""
     eps: float = Field(1e-8, gt=0, le=1, allow_inf_nan=False)
     """Added to the root of the second moment."""
+    momentum: float = Field(0.95, ge=0, lt=1, allow_inf_nan=False)
+    """Decay of Muon's momentum, which looks ahead as Nesterov's does; beta1, beta2 and eps are AdamW's."""
+
+    @model_validator(mode="after")
+    def _momentum_is_muon_s(self) -> OptimizerConfig:
+        if self.kind != "muon" and self.momentum != OptimizerConfig.model_fields["momentum"].default:
+            raise ValueError(f"momentum {self.momentum}: only muon has one; set optimizer.kind to muon or leave it out")
+        return self
 
 
 class ScheduleConfig(Config):

@@ -63,6 +63,8 @@ class Intent:
     gradient_clipping: float
     precision: str
     """bf16 or fp32"""
+    optimizer: str = "adamw"
+    """adamw or muon"""
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -98,11 +100,21 @@ def complete(strategy: dict[str, Any], intent: Intent, where: str) -> dict[str, 
     for key, (value, reason) in FIXED.items():
         if strategy.get(key, value) != value:
             raise DeepSpeedConfigError(f"{where}: {key} can only be {value!r}: {reason}; remove it here")
+    offloads = [section for section in ("offload_optimizer", "offload_param") if _offloads(getattr(zero, section))]
+    if offloads and intent.optimizer == "muon":
+        raise DeepSpeedConfigError(
+            f"{where}: zero_optimization.{offloads[0]}: optimizer.kind muon puts matrices together on the accelerator "
+            "and cannot be offloaded; choose another strategy, or adamw"
+        )
     rest = {key: value for key, value in strategy.items() if key != "zero_optimization"}
     # DeepSpeed would have an offloaded optimizer be its own, compiled at the start. torch's fused AdamW, which every
     # other stage uses, is as vectorised on a CPU.
     client = {"zero_force_ds_cpu_optimizer": False} if zero.offload_optimizer is not None else {}
     return {"wall_clock_breakdown": False, **rest, **owned, **client, "zero_optimization": _every_key(zero)}
+
+
+def _offloads(section: Any) -> bool:
+    return section is not None and section.device != "none"
 
 
 def require_nvme(completed: dict[str, Any]) -> None:

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bst_dist.checkpoint.fragments import placed
 from bst_dist.model.roles import products_only
 from bst_dist.parallel.loading import deepspeed
 from bst_dist.train import deepspeed_json
 from bst_dist.train.config import OptimizerConfig
-from bst_dist.train.optimizer import Groups
-from bst_dist.train.optimizer import build as build_optimizer
+from bst_dist.train.muon import Muon
+from bst_dist.train.optimizer import Groups, build_for
+
+deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS.append(Muon)  # else DeepSpeed refuses it, or warns of it
 
 
 class Engine:
@@ -33,11 +36,15 @@ class Engine:
         """
         deepspeed_json.require_nvme(completed)
         _require_real(model)
-        client = build_optimizer(optimizer, model.parameter_groups(), model.group_scales())
+        client = build_for(model, optimizer)
         self.groups = Groups(client)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=client, config=completed)
         if found := deepspeed_json.differences(completed, self.deepspeed._config):
             raise deepspeed_json.DeepSpeedConfigError("\n".join(f"DeepSpeed did not take {line}" for line in found))
+        if isinstance(client, Muon):
+            # By DeepSpeed's backend, where what is sent is noted (`parallel/communication.py`).
+            lying = placed(self.deepspeed) if self.stage else ()
+            client.place(lying, torch.distributed.get_rank(), deepspeed.comm.all_to_all_single)
         if self.stage == 3 and completed["torch_autocast"]["enabled"]:
             _gather_in_bf16(self.deepspeed)
 

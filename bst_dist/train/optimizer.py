@@ -1,5 +1,5 @@
-"""AdamW over the model's parameter groups: matrices, vectors, the dynamics of the state space models, and by CompleteP
-two more (bst_dist/model/parametrisation.py), whose hyperparameters depend on the width and the depth.
+"""AdamW, or Muon and AdamW, over the model's parameter groups: matrices, vectors, the dynamics of the state space
+models, and by CompleteP two more (bst_dist/model/parametrisation.py), whose hyperparameters depend on width and depth.
 
 Weight decay acts on matrices only. The dynamics (log_dt, A) have a rate of their own and no decay, which is the
 practice of the S4 family (Gu et al., arXiv 2206.11893): decay would pull every channel towards one time scale.
@@ -13,20 +13,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from bst_dist.model.lm import LanguageModel
 from bst_dist.model.parametrisation import Scale
+from bst_dist.model.roles import Stack
 from bst_dist.train.config import OptimizerConfig
+from bst_dist.train.muon import MOMENTUM, Muon
 
 # What a group's update depends on beside its gradients. The learning rate is among them only through `peak_rate`.
-HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
-DECAYED = ("matrices", "filters")
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", MOMENTUM)
+DECAYED = ("matrices", "filters", "other matrices")
 
 
 def build(config: OptimizerConfig, groups: Mapping[str, Sequence[nn.Parameter]],
-          scales: Mapping[str, Scale] | None = None) -> torch.optim.AdamW:  # fmt: skip
-    """AdamW over the model's groups ``{"matrices", "vectors", "ssm", ...}``; empty groups are left out.
+          scales: Mapping[str, Scale] | None = None,
+          hidden: Sequence[tuple[nn.Parameter, Stack]] = ()) -> torch.optim.AdamW:  # fmt: skip
+    """The optimizer over the model's groups ``{"matrices", "vectors", "ssm", ...}``; empty groups are left out.
 
-    `scales`: what a group's rate, decay and eps are multiplied by, where it is not 1. torch's own AdamW and not a
-    subclass: ZeRO accepts it untested-flag free and nothing is compiled at start.
+    `scales`: what a group's rate, decay and eps are multiplied by, where it is not 1; `hidden`: the matrices that Muon
+    updates, all of the group "matrices", with the maps in them. AdamW alone is torch's own and not a subclass: ZeRO
+    accepts it untested-flag free and nothing is compiled at start.
     """
     described = []
     for name, parameters in groups.items():
@@ -36,7 +41,20 @@ def build(config: OptimizerConfig, groups: Mapping[str, Sequence[nn.Parameter]],
         if parameters:
             described.append({"name": name, "params": list(parameters), "lr": rate * scale.rate,
                               "weight_decay": decay * scale.decay, "eps": config.eps * scale.eps})  # fmt: skip
-    return torch.optim.AdamW(described, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    defaults = {"betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
+    if config.kind == "adamw":
+        return torch.optim.AdamW(described, **defaults)
+    for group in described:
+        if group["name"] == "matrices":
+            group[MOMENTUM] = config.momentum
+    return Muon(described, dict(hidden), **defaults)
+
+
+def build_for(model: LanguageModel, config: OptimizerConfig) -> torch.optim.AdamW:
+    """The optimizer of a model's parameters."""
+    muon = config.kind == "muon"
+    hidden = model.hidden_matrices() if muon else ()
+    return build(config, model.parameter_groups(hidden_apart=muon), model.group_scales(), hidden)
 
 
 class Groups:
@@ -48,7 +66,7 @@ class Groups:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.names = [group["name"] for group in optimizer.param_groups]
-        self.wanted = [{key: group[key] for key in HYPERPARAMETERS} for group in optimizer.param_groups]
+        self.wanted = [{key: group[key] for key in HYPERPARAMETERS if key in group} for group in optimizer.param_groups]
 
     def apply(self, optimizer: Any, factor: float) -> dict[str, float]:
         """Set every group's hyperparameters, its rate scaled by `factor`; returns the rates by group name.

@@ -43,6 +43,8 @@ def header(start: Start, engine: Engine, ranks: Ranks, compiled: str, local: str
         "step": f"{recipe.train.sequences} sequences of {recipe.train.sequence_length:,} = {tokens:,} tokens, "
         f"{micro} per rank",
     }
+    if recipe.optimizer.kind == "muon":
+        lines["muon"] = f"for the {len(engine.module.hidden_matrices())} matrices inside the layers; AdamW for the rest"
     if reading:
         lines["data"] = reading
     if not start.objective.evaluates:

@@ -108,3 +108,39 @@ def test_rows_take_what_they_carry_to_other_ranks(go, tmp_path):
     for done, (layout, micro) in enumerate([((1, 1, 1), 4), ((2, 2, 2), 2), ((3, 1, 3), 2), ((1, 1, 1), 2)]):
         go("hops", layout, 2 * (done + 1), *streaming, f"train.micro_sequences={micro}")
     assert torch.allclose(losses(tmp_path / "hops"), losses(tmp_path / "whole"), rtol=2e-6)
+
+
+def test_muon_s_momentum_goes_along_and_nothing_else_is_stored_of_a_matrix(go, tmp_path):
+    muon = ("optimizer.kind=muon", "optimizer.learning_rate=3e-3", "schedule.warmup_steps=0")
+    go("whole", (1, 1, 1), len(HOPS), *muon)
+    for done, layout in enumerate(HOPS):
+        go("hops", layout, done + 1, *muon)
+    assert torch.allclose(losses(tmp_path / "hops"), losses(tmp_path / "whole"), rtol=2e-6)
+    whole, hops = (load_weights(directory(tmp_path / run, len(HOPS))) for run in ("whole", "hops"))
+    for name, tensor in whole.items():
+        assert torch.allclose(tensor, hops[name], rtol=1e-3, atol=2e-5), name
+    for done in range(1, len(HOPS) + 1):
+        stored = open_shards(directory(tmp_path / "hops", done), OPTIMIZER)
+        names = {name.partition("/")[2]: stored.whole(name) for name in stored.shapes if name.startswith("exp_avg/")}
+        assert names.keys() == whole.keys()
+        assert all(momentum.any() for momentum in names.values())
+        second = {name.partition("/")[2] for name in stored.shapes if name.startswith("exp_avg_sq/")}
+        assert "layers.0.ffn.up.weight" not in second
+        assert "embedding.weight" in second
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_stopped_run_with_muon_goes_on_with_the_same_bits(go, tmp_path, stage):
+    muon = ("optimizer.kind=muon", "train.gradient_clipping=0.1")
+    go("whole", (2, 1, stage), 4, *muon)
+    for until in (1, 3, 4):
+        go("parts", (2, 1, stage), until, *muon)
+    assert torch.equal(losses(tmp_path / "parts"), losses(tmp_path / "whole"))
+    whole, parts = (load_weights(directory(tmp_path / run, 4)) for run in ("whole", "parts"))
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+
+
+def test_an_optimizer_does_not_become_another(go, tmp_path):
+    go("run", (1, 1, 1), 1)
+    with pytest.raises(AssertionError, match=r"optimizer\.kind: 'adamw', 'muon'"):
+        go("run", (1, 1, 1), 2, "optimizer.kind=muon")

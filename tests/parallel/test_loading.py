@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import importlib.util, sys
 from bst_dist.train.__main__ import main
@@ -36,8 +38,10 @@ assert importlib.util.find_spec("mlflow")
 """
 
 
-def test_a_run_loads_no_compiler_and_its_optimizer_is_the_same_with_one(recipe_file, tmp_path):
-    words = [sys.executable, "-c", PROGRAM, recipe_file(), "--run-dir", tmp_path / "run"]
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_run_loads_no_compiler_and_its_optimizer_is_the_same_with_one(recipe_file, tmp_path, kind):
+    recipe = recipe_file(optimizer={"kind": kind})
+    words = [sys.executable, "-c", PROGRAM, recipe, "--run-dir", tmp_path / "run"]
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "loaded:\n" in done.stdout

@@ -25,7 +25,7 @@ from bst_dist.model.ssm.kernels import KERNELS
 from bst_dist.study.report.words import plain
 from bst_dist.study.statistics import Equality, Estimate, equality, mean
 from bst_dist.train.config import OptimizerConfig
-from bst_dist.train.optimizer import build
+from bst_dist.train.optimizer import build_for
 
 FILE = "coordinates.json"
 SLOPE = 0.2
@@ -148,7 +148,7 @@ def changes_of(model: LanguageModel, optimizer: OptimizerConfig, ids: Tensor, st
     inputs, labels = ids[:, :-1], ids[:, 1:]
     dynamics = model.parameter_groups()["ssm"]
     before, parameters = _activations(model, inputs, labels), [p.detach().clone() for p in dynamics]
-    adam = build(optimizer, model.parameter_groups(), model.group_scales())
+    adam = build_for(model, optimizer)
     for _ in range(steps):
         adam.zero_grad()
         (model(inputs, labels).total / labels.numel()).backward()

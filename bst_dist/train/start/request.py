@@ -148,5 +148,7 @@ def _complete(recipe: Recipe, world: int, spread: Spread) -> dict[str, Any]:
     path = deepspeed_file(recipe)
     train = recipe.train
     backward_passes = spread.micro_batches * train.slices  # DeepSpeed knows of no slices: each is a micro-batch to it
-    intent = deepspeed_json.Intent(world, spread.micro_rows, backward_passes, train.gradient_clipping, train.precision)
+    intent = deepspeed_json.Intent(
+        world, spread.micro_rows, backward_passes, train.gradient_clipping, train.precision, recipe.optimizer.kind
+    )
     return deepspeed_json.complete(deepspeed_json.read(path), intent, where=str(path))

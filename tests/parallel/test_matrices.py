@@ -1,0 +1,80 @@
+"""Cut matrices: who owns them, and that their runs come together and go back where they came from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bst_dist.parallel.assembly import Exchange
+from bst_dist.parallel.loading import deepspeed
+from bst_dist.parallel.matrices import Matrix, owners
+from bst_dist.parallel.orthogonal import flops, orthogonalised
+from bst_dist.parallel.ranks import Ranks
+
+
+def cut(sizes: dict[int, int], work: float) -> Matrix:
+    """Runs of these sizes by rank, one after the other."""
+    runs, begin = {}, 0
+    for rank, count in sizes.items():
+        runs[rank] = begin, count
+        begin += count
+    return Matrix(runs, work)
+
+
+MATRICES = [cut({0: 7}, 3.0), cut({0: 2, 1: 4}, 1.0), cut({1: 5}, 1.0), cut({1: 3, 2: 6, 3: 1}, 5.0), cut({3: 8}, 2.0)]
+
+
+def test_a_cut_matrix_goes_to_the_holder_that_has_least_to_do():
+    assert owners(MATRICES) == [0, 1, 1, 2, 3]
+
+
+def test_equal_matrices_of_all_ranks_are_shared_out_evenly():
+    found = owners([cut(dict.fromkeys(range(4), 10), 1.0) for _ in range(10)])
+    assert sorted(map(found.count, range(4))) == [2, 2, 3, 3]
+
+
+@pytest.mark.ranks
+def test_runs_come_together_and_go_back(on_ranks):
+    def run() -> dict[str, float]:
+        ranks = Ranks()
+        exchange = Exchange(MATRICES, ranks.rank, deepspeed.comm.all_to_all_single)
+        values = [torch.arange(sum(count for _, count in one.runs.values())) + 100.0 * place
+                  for place, one in enumerate(MATRICES)]  # fmt: skip
+        own = {place: values[place][begin : begin + count] for place, one in enumerate(MATRICES)
+               if exchange.is_cut(place) and ranks.rank in one.runs
+               for begin, count in [one.runs[ranks.rank]]}  # fmt: skip
+        ranks.phases.take()
+        whole = exchange.gather(own, torch.empty(0))()
+        assert {place: values.tolist() for place, values in whole.items()} == {
+            place: values[place].tolist() for place in (1, 3) if exchange.owners[place] == ranks.rank
+        }
+        back = exchange.scatter({place: -values for place, values in whole.items()}, torch.empty(0))
+        assert {place: values.tolist() for place, values in back.items()} == {
+            place: (-values).tolist() for place, values in own.items()
+        }
+        return ranks.phases.take()[1]
+
+    sent = on_ranks(4, run)
+    # Of matrix 1 rank 0 has two elements, its owner 1; of matrix 3 ranks 1 and 3 have three and one, its owner 2.
+    assert [4 * out for out in (2, 3 + 2, 3 + 1, 1)] == [sum(each.values()) for each in sent]
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8)])
+def test_singular_vectors_stay_and_singular_values_come_near_one(shape):
+    torch.manual_seed(0)
+    matrix = torch.randn(shape, dtype=torch.float64)
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    turned = u.T @ orthogonalised(matrix) @ v.T
+    assert torch.allclose(turned, turned.diagonal().diag(), atol=1e-9)
+    assert turned.diagonal().min() > 0.6
+    assert turned.diagonal().max() < 1.3
+    assert not orthogonalised(torch.zeros(shape)).any()
+
+
+def test_flops_are_those_of_its_products():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for shape in ((8, 40), (40, 8), (16, 16)):
+        with FlopCounterMode(display=False) as counter:
+            orthogonalised(torch.ones(shape))
+        assert counter.get_total_flops() == flops(*shape)
