@@ -131,7 +131,7 @@ class SlidingAttention(nn.Module):
         if self.config.position == "rope":
             asked.append(self._angles(length, like))
         else:
-            asked.append(self._buckets(self.window + 1))
+            asked.append(self._buckets(self.distances))
         if _by_tiles(like):
             asked.append(self._tiles(length, length, like.device, documents))
         return {name: past.once(name, make) for name, make in asked}
@@ -168,9 +168,14 @@ class SlidingAttention(nn.Module):
     def _arguments(self, q: Tensor, k: Tensor, v: Tensor, past: Past, documents: Documents | None,
                    tiles: tuple[Tensor, ...] | None) -> tuple[object, ...]:  # fmt: skip
         """Of `sliding_attention`."""
-        bias = self.by_distance(self.window + 1, past)
+        bias = self.by_distance(self.distances, past)
         varying, include_self = min(self.config.max_distance, self.window + 1), self.config.include_self
         return q, k, v, self.window, bias, include_self, documents, varying, tiles
+
+    @property
+    def distances(self) -> int:
+        """How many T5's bias is made for."""
+        return self.window + 1
 
     def by_distance(self, distances: int, past: Past) -> Tensor | None:
         """T5's bias, (H, distances), if there is one."""

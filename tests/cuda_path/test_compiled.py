@@ -101,7 +101,7 @@ def test_documents_and_checkpointing_go_with_compiled_layers():
     assert worst(gradients("SH", compiled=True, policy="every-layer", starts=starts), plain) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["SH", "MF", "sliding T5", "Block-Recurrent"])
+@pytest.mark.parametrize("name", ["SH", "MF", "sliding T5", "full T5", "Block-Recurrent"])
 def test_selective_checkpointing_is_part_of_a_compiled_layer(name, monkeypatch):
     """Of a layer its graph keeps no more than the uncompiled policy does, and runs no attention again."""
     plain = gradients(name, compiled=False)

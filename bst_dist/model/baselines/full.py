@@ -55,7 +55,7 @@ class FullAttention(SlidingAttention):
         if starts is not None:
             documents = documents_further_back(starts, past, q.shape[1], k.shape[1], k.shape[1])
         if on_flex:
-            bias = self.by_distance(self.config.max_distance + 1, past)
+            bias = self.by_distance(self.distances, past)
             varying, include_self = self.config.max_distance, self.config.include_self
             tiles = None if documents is not None else self.tiles(q, k, past, None)
             out = sliding_attention(q, k, v, self.window, bias, include_self, documents, varying, tiles)
@@ -65,6 +65,11 @@ class FullAttention(SlidingAttention):
         tiles = causal_tiles(q.shape[1], k.shape[1] - q.shape[1])
         mask = self._mask(min(QUERY_TILE, q.shape[1]), past)
         return tiled_attention(q, k, v, mask, tiles, empty_rows=not self.config.include_self).flatten(-2)
+
+    @property
+    def distances(self) -> int:
+        """How many T5's bias is made for: it is the same from the last one on, and the window is long."""
+        return self.config.max_distance + 1
 
     def _mask(self, tile: int, past: Past) -> Tensor:
         """Causality and bias of a tile's last keys, (H or 1, t, far + t).
