@@ -21,6 +21,7 @@ from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.faults.config import GuardConfig, WatchdogConfig
 from bst_dist.model.config import ModelConfig
+from bst_dist.model.masking import masking_problem
 from bst_dist.parallel.config import ParallelConfig, data_parallel
 from bst_dist.report.config import LogConfig
 from bst_dist.study.lra.config import LongRangeConfig
@@ -125,6 +126,8 @@ class Recipe(Config):
         if self.train.carry and self.data.mode != "streaming":
             needed = "data.row_tokens" if isinstance(self.data, SyntheticConfig) else "data.mode streaming"
             raise ValueError(f"train.carry needs {needed}: only there do a row's steps follow each other")
+        if self.data.documents == "masked" and (problem := masking_problem(self.model)):
+            raise ValueError(problem)
         if self.train.sequence_changes and not (isinstance(self.data, DataConfig) and self.data.mode == "shuffled"):
             raise ValueError(
                 "train.sequence_changes: only the sequences of a text in shuffled mode can change in number"

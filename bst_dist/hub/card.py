@@ -63,6 +63,8 @@ _FIGURES = ("loss_nats_per_token", "bits_per_byte")
 _BEGIN = {
     "joined": "Documents were joined in training, so a text begins after the end of another one: the tokenizer puts "
     "that token in front.",
+    "masked": "Documents did not see each other in training: a text begins with its own first token, and nothing "
+    "stands in front of it.",
     "isolated": "Documents were isolated in training: a text begins with its own first token, and nothing stands in "
     "front of it.",
 }

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import AttentionConfig, LayerConfig
 from bst_dist.model.flex import Band, flex_sliding_attention, in_tiles, visited_tiles
 from bst_dist.model.fused_tiles import fused_sliding_attention, fused_tile
@@ -104,35 +105,35 @@ class SlidingAttention(nn.Module):
         self.half = config.head // 2
         self.bias = DistanceBias(self.heads, self.config) if self.config.position == "t5" else None
 
-    def forward(self, u: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
-        """`starts` (B, l / W) marks blocks that see nothing before them."""
+    def forward(self, u: Tensor, past: Past, starts: Starts | None = None) -> Tensor:
+        """`starts`: where documents begin, which see nothing before them."""
         q, k, v = self.project(u, past)
-        documents = None if starts is None else past.once(*self._documents(starts, q.shape[1], k.shape[1]))
+        documents = None if starts is None else past.once(*self._documents(starts, past, q.shape[1], k.shape[1]))
         return self.attend(q, k, v, past, documents, self.tiles(q, k, past, documents)).flatten(-2)
 
-    def share(self, u: Tensor, past: Past, starts: Tensor | None) -> tuple[Tensor, Share]:
+    def share(self, u: Tensor, past: Past, starts: Starts | None) -> tuple[Tensor, Share]:
         """Queries without positions, (B, l, H, dh), and the window's share of a softmax over more keys."""
         plain, kv = self.split(u)
         plain = unit(plain, self.scale)
         q, k, v = self.with_window(plain, kv, past)
-        documents = None if starts is None else past.once(*self._documents(starts, q.shape[1], k.shape[1]))
+        documents = None if starts is None else past.once(*self._documents(starts, past, q.shape[1], k.shape[1]))
         tiles = self.tiles(q, k, past, documents)
         return plain, sliding_share(*self._arguments(q, k, v, past, documents, tiles))
 
-    def prepare(self, like: Tensor, past: Past, starts: Tensor | None) -> dict[str, object]:
+    def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> dict[str, object]:
         """What `forward` asks `past` for once, of a whole sequence: a compiled layer takes it from outside its graph.
 
         `like`: (B, l, D), of the dtype that products are computed in.
         """
         length, documents, asked = like.shape[1], None, []
         if starts is not None:
-            asked.append(self._documents(starts, length, length))
+            asked.append(self._documents(starts, past, length, length))
             documents = past.once(*asked[0])
         if self.config.position == "rope":
             asked.append(self._angles(length, like))
         else:
             asked.append(self._buckets(self.distances))
-        if _by_tiles(like):
+        if by_tiles(like):
             asked.append(self._tiles(length, length, like.device, documents))
         return {name: past.once(name, make) for name, make in asked}
 
@@ -183,12 +184,15 @@ class SlidingAttention(nn.Module):
 
     def tiles(self, q: Tensor, k: Tensor, past: Past, documents: Documents | None) -> tuple[Tensor, ...] | None:
         """The tiles that FlexAttention visits, the same in all layers with one window; None where it has none."""
-        return past.once(*self._tiles(q.shape[1], k.shape[1], q.device, documents)) if _by_tiles(q) else None
+        return past.once(*self._tiles(q.shape[1], k.shape[1], q.device, documents)) if by_tiles(q) else None
 
     # What is asked for once: by which name, and how it is made.
 
-    def _documents(self, starts: Tensor, length: int, keys: int) -> tuple[str, Callable[[], Documents]]:
-        return f"documents: {length}, {keys}, {self.window}", lambda: documents_of(starts, length, keys, self.window)
+    def _documents(self, starts: Starts, past: Past, length: int, keys: int) -> tuple[str, Callable[[], Documents]]:
+        name = f"documents: {length}, {keys}, {self.window}"
+        if isinstance(starts, Borders):  # several of which may lie in the window before the slice
+            return name, lambda: documents_further_back(starts, past, length, keys, self.window)
+        return name, lambda: documents_of(starts, length, keys, self.window)
 
     def _angles(self, keys: int, like: Tensor) -> tuple[str, Callable[[], Angles]]:
         base, half = self.config.rope_base, self.half
@@ -205,7 +209,7 @@ class SlidingAttention(nn.Module):
         return name, lambda: visited_tiles(Band(length, keys, self.window, include_self), device, begin)
 
 
-def _by_tiles(q: Tensor) -> bool:
+def by_tiles(q: Tensor) -> bool:
     """Whether these queries (B, l, ...) go through FlexAttention with gradients."""
     return attention_path(q.device) == "flex" and in_tiles(q.shape[1]) and torch.is_grad_enabled()
 
@@ -221,7 +225,7 @@ class Documents(NamedTuple):
     number: Tensor
     """(B, p + l) int32, growing along a row."""
     kinds: int
-    """Documents that can meet in one window: numbers modulo this tell them apart."""
+    """Documents that can meet in one window, at most: as many binary digits of their numbers tell them apart."""
     begin: Tensor
     """(B, l) int32: the first key of each query's document."""
 
@@ -244,18 +248,20 @@ def documents_of(starts: Tensor, length: int, keys: int, window: int) -> Documen
     return documents_by(number, min(-(-window // block), starts.shape[1]) + 1, length)
 
 
-def documents_further_back(starts: Tensor, past: Past, length: int, keys: int, window: int) -> Documents:
-    """`documents_of` for windows of several blocks, in which documents may also meet before the slice.
+def documents_further_back(starts: Starts, past: Past, length: int, keys: int, window: int) -> Documents:
+    """`documents_of` where documents may also meet in the window before the slice: windows of several blocks, or
+    documents that begin at any token.
 
     Where each document begins in the stream is left to the next call beside the keys.
     """
+    starts = starts.begins if isinstance(starts, Borders) else starts
     block = length // starts.shape[1]
     places = past.position + block * torch.arange(starts.shape[1], device=starts.device)
     begin = torch.where(starts, places, -1).repeat_interleave(block, dim=1)  # -1: where the block before it does
     begin = past.extend("documents", begin, before=window)
     begin = F.pad(begin, (keys - begin.shape[1], 0), value=-1).cummax(dim=1).values
     number = F.pad(begin.diff(dim=1) > 0, (1, 0)).cumsum(1, dtype=torch.int32)
-    return documents_by(number, -(-window // block) + 1, length)
+    return documents_by(number, min(-(-window // block), keys) + 1, length)
 
 
 def attention_path(device: torch.device) -> str:
@@ -341,10 +347,13 @@ def band_mask(tile: int, window: int, bias: Tensor | None, include_self: bool, d
 def separate_documents(q: Tensor, k: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
     """More channels that hide keys of another document from each query, exactly and without a mask a row.
 
-    A query's channel of its own kind meets 0 in keys of that kind, and -HIDDEN in all others.
+    Two for each binary digit of a document's number: a query's one for its own digit meets 0 in keys with that digit,
+    and -HIDDEN in all others.
     """
-    kind = F.one_hot((documents.number % documents.kinds).long(), documents.kinds)  # (B, p + l, kinds)
-    own, other = kind[:, k.shape[1] - q.shape[1] :], (1 - kind) * -int(HIDDEN)
+    digits = torch.arange(max(1, (documents.kinds - 1).bit_length()), device=q.device)
+    digit = (documents.number.unsqueeze(-1) >> digits) & 1  # (B, p + l, digits)
+    digit = torch.cat((digit, 1 - digit), dim=-1)
+    own, other = digit[:, k.shape[1] - q.shape[1] :], (1 - digit) * -int(HIDDEN)
     return torch.cat((q, _for_heads(own, q)), dim=-1), torch.cat((k, _for_heads(other, k)), dim=-1)
 
 

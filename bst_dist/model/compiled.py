@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from bst_dist.model import flex
+from bst_dist.model.borders import Borders, Starts
 from bst_dist.parallel.past import Past
 
 OPTIONS = {"combo_kernels": True}
@@ -53,9 +54,9 @@ def hindrance(zero3: bool, sp: int, past: bool) -> str:
 class Computes(Protocol):
     """A layer."""
 
-    def compute(self, x: Tensor, past: Past, starts: Tensor | None) -> Tensor: ...
+    def compute(self, x: Tensor, past: Past, starts: Starts | None) -> Tensor: ...
 
-    def prepare(self, x: Tensor, past: Past, starts: Tensor | None) -> dict[str, object]: ...
+    def prepare(self, x: Tensor, past: Past, starts: Starts | None) -> dict[str, object]: ...
 
 
 def fits(past: Past) -> bool:
@@ -63,20 +64,22 @@ def fits(past: Past) -> bool:
     return type(past) is Past and torch.is_grad_enabled()
 
 
-def run(layer: Computes, x: Tensor, past: Past, starts: Tensor | None, keeps: Keeps | None = None) -> Tensor:
+def run(layer: Computes, x: Tensor, past: Past, starts: Starts | None, keeps: Keeps | None = None) -> Tensor:
     """The layer's output; raises torch's FailOnRecompileLimitHit for one graph more than `flex.GRAPHS`.
 
     `keeps`: what is kept for the backward pass beside the input. None: as the compiler chooses, which computes little
     again.
     """
-    return flex.limited(_compiled(flex.BACKEND, keeps), layer, x, starts, layer.prepare(x, past, starts))
+    shared = layer.prepare(x, past, starts)
+    starts = starts.without_places() if isinstance(starts, Borders) else starts
+    return flex.limited(_compiled(flex.BACKEND, keeps), layer, x, starts, shared)
 
 
 @cache
 def _compiled(backend: object, keeps: Keeps | None) -> Callable[..., Tensor]:
     contexts = partial(create_selective_checkpoint_contexts, partial(_decide, keeps))
 
-    def whole_layer(layer: Computes, x: Tensor, starts: Tensor | None, shared: dict[str, object]) -> Tensor:
+    def whole_layer(layer: Computes, x: Tensor, starts: Starts | None, shared: dict[str, object]) -> Tensor:
         past = Past()
         past.shared = dict(shared)
         if keeps is None:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bst_dist.model.attention import product_dtype, unit
+from bst_dist.model import attention, flex
+from bst_dist.model.attention import Documents, documents_by, product_dtype, unit
+from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.roles import Linear, Role, Stack
 from bst_dist.model.ssm.kernels import build_kernel
@@ -49,7 +51,7 @@ class StreamContext(nn.Module):
         self.stacks = {"key_value": Stack(-1, (config.head, config.head))}
         self.products_only = ("key_value",)
 
-    def forward(self, z: Tensor, past: Past, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, past: Past, starts: Starts | None) -> tuple[Tensor, Tensor]:
         y = self.passage(self.ssm(z, past, starts), past)  # (B, l, C, Ds): one stream, or one a head
         kv = self._project(y.to(product_dtype(y))).unflatten(-1, (2, -1))  # (B, l, H, 2, dh)
         kv = past.extend_to_blocks("kv", kv, self.block, whole=0 if self.attend == "current" else 1)
@@ -88,7 +90,9 @@ class FilterContext(nn.Module):
         self.initial = nn.Parameter(torch.randn(states, channels) * 0.02)
         self.key_value = Linear(channels, 2 * config.inner, parts=(config.inner, config.inner))
 
-    def forward(self, z: Tensor, past: Past, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, past: Past, starts: Starts | None) -> tuple[Tensor, Tensor]:
+        """Where documents begin at any token, with one more in front, -> (B, 1 + nb, S, H, dh): what the tokens of a
+        document see that has begun in their block, and not a block's end."""
         ends = self.ssm.block_ends(z, self.block, past, starts)  # (B, nb, S, Ds)
         states = past.extend("ends", ends, before=1)
         # One where nothing came before the first block, else none; in the graph on all ranks alike, so that every rank
@@ -96,11 +100,17 @@ class FilterContext(nn.Module):
         missing = ends.shape[1] + 1 - states.shape[1]
         states = torch.cat((self.initial.expand(len(z), missing, -1, -1), states), dim=1)
         states = states[:, : -(-z.shape[1] // self.block)]
-        if starts is not None:
+        if starts is not None and not isinstance(starts, Borders):
             states = torch.where(starts.view(*starts.shape, 1, 1), self.initial, states)
-        states = self.passage(states, past) + self.identity
-        k, v = self.key_value(states).unflatten(-1, (2, self.heads, -1)).unbind(3)
+        states = self.passage(states, past)
+        if isinstance(starts, Borders):
+            states = torch.cat((self.initial.expand(len(z), 1, -1, -1), states), dim=1)
+        k, v = self.key_value(states + self.identity).unflatten(-1, (2, self.heads, -1)).unbind(3)
         return unit(k), v
+
+
+FIRST_AND_ENDS = slice(0, 1), slice(1, None)
+"""The parts of MF's states where documents begin at any token."""
 
 
 def build_context(config: LayerConfig) -> StreamContext | FilterContext:
@@ -119,11 +129,39 @@ class CrossAttention(nn.Module):
         self.causal = config.context.variant != "MF" and config.context.attend == "current"
         self.context = build_context(config)
 
-    def forward(self, u: Tensor, z: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+    def forward(self, u: Tensor, z: Tensor, past: Past, starts: Starts | None) -> Tensor:
         q = unit(self.query(u).unflatten(-1, (self.heads, -1)), self.scale)  # (B, l, H, dh)
         k, v = self.context(z, past, starts)
-        out = self._causal(q, k, v) if self.causal else _whole_blocks(q, k, v)
+        if isinstance(starts, Borders):
+            out = self._of_documents(q, k, v, past, starts)
+        else:
+            out = self._causal(q, k, v) if self.causal else _whole_blocks(q, k, v)
         return out.reshape(*u.shape[:2], -1)
+
+    def _of_documents(self, q: Tensor, k: Tensor, v: Tensor, past: Past, starts: Borders) -> Tensor:
+        """Each token to the states of its block that are its own document's."""
+        if self.causal:
+            documents = past.once(*documents_in_blocks_asked(starts, self.block))
+            tiles = past.once(*self._tiles(q, documents)) if attention.by_tiles(q) else None
+            return attention.sliding_attention(q, k, v, self.block, None, True, documents, None, tiles)
+        begun = starts.cut_off(self.block)[..., None, None]  # since the end that the block's first tokens see
+        first, ends = (_whole_blocks(q, k[:, own], v[:, own]).reshape(q.shape) for own in FIRST_AND_ENDS)
+        return torch.where(begun, first, ends)
+
+    def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> dict[str, object]:
+        """As of `SlidingAttention.prepare`."""
+        if not self.causal or not isinstance(starts, Borders):
+            return {}
+        asked = [documents_in_blocks_asked(starts, self.block)]
+        if attention.by_tiles(like):
+            asked.append(self._tiles(like, past.once(*asked[0])))
+        return {name: past.once(name, make) for name, make in asked}
+
+    def _tiles(self, like: Tensor, documents: Documents) -> tuple:
+        """The tiles that FlexAttention visits: by which name, and how they are made."""
+        length, device = like.shape[1], like.device
+        band = flex.Band(length, length, self.block, include_self=True)
+        return f"tiles in blocks: {length}, {self.block}", lambda: flex.visited_tiles(band, device, documents.begin)
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Each token to the states of its block up to its own; k and v (B, p + l, H, dh), p within the block."""
@@ -135,6 +173,19 @@ class CrossAttention(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=1.0).transpose(1, 2)
+
+
+def documents_in_blocks_asked(starts: Borders, block: int) -> tuple:
+    """Documents that end with their block, by which context states are causal sliding attention: by which name, and how
+    they are made (`Past.once`)."""
+
+    def make() -> Documents:
+        begins = starts.begins.unflatten(1, (-1, block)).clone()
+        begins[:, :, 0] = True
+        number = begins.flatten(1).cumsum(1, dtype=torch.int32)
+        return documents_by(number, min(block, number.shape[1]) + 1, number.shape[1])
+
+    return f"documents in blocks: {block}", make
 
 
 def _whole_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

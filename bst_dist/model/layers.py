@@ -22,6 +22,7 @@ from bst_dist.model.baselines.joint import JointMixer
 from bst_dist.model.baselines.mamba2 import Mamba2Mixer
 from bst_dist.model.baselines.pure_ssm import PureSSMMixer
 from bst_dist.model.baselines.transformer_xl import TransformerXLMixer
+from bst_dist.model.borders import Starts
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.context import CrossAttention
 from bst_dist.model.roles import Linear
@@ -36,7 +37,7 @@ class SlidingMixer(nn.Module):
         self.attention = SlidingAttention(config, config.block)
         self.out = Linear(config.inner, config.width, into_stream=True)
 
-    def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+    def forward(self, u: Tensor, past: Past, starts: Starts | None) -> Tensor:
         return self.out(self.attention(u, past, starts))
 
 
@@ -50,7 +51,7 @@ class BSTMixer(nn.Module):
         self.cross = CrossAttention(config)
         self.out = Linear(2 * config.inner, config.width, into_stream=True)
 
-    def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+    def forward(self, u: Tensor, past: Past, starts: Starts | None) -> Tensor:
         own = self.attention(u, past.child("self"), starts)
         cross = self.cross(u, self.down(u), past.child("context"), starts)
         return self.out(torch.cat((own, cross), dim=-1))
@@ -59,7 +60,7 @@ class BSTMixer(nn.Module):
 class NoCrossMixer(BSTMixer):
     """Ablation: cross-attention put to zero. Its parameters stay, so a trained BST can be loaded and tried without."""
 
-    def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+    def forward(self, u: Tensor, past: Past, starts: Starts | None) -> Tensor:
         own = self.attention(u, past.child("self"), starts)
         return self.out(torch.cat((own, torch.zeros_like(own)), dim=-1))
 
@@ -125,7 +126,7 @@ class Layer(nn.Module):
         self.ffn = FeedForward(config)
 
     def forward(
-        self, x: Tensor, past: Past, starts: Tensor | None = None, keeps: compiled.Keeps | None = None
+        self, x: Tensor, past: Past, starts: Starts | None = None, keeps: compiled.Keeps | None = None
     ) -> Tensor:
         """`keeps`: of a call that is one graph, what is kept for the backward pass (`compiled.run`)."""
         if self.is_one_graph(past):
@@ -136,15 +137,18 @@ class Layer(nn.Module):
         """Whether a call with this past runs as one compiled graph."""
         return self.compiled and compiled.fits(past)
 
-    def compute(self, x: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+    def compute(self, x: Tensor, past: Past, starts: Starts | None) -> Tensor:
         """The layer itself, operation by operation."""
         x = torch.add(x, self.mixer(self.mixer_norm(x), past, starts), alpha=self.branch)
         return torch.add(x, self.ffn(self.ffn_norm(x)), alpha=self.branch)
 
-    def prepare(self, x: Tensor, past: Past, starts: Tensor | None) -> dict[str, object]:
+    def prepare(self, x: Tensor, past: Past, starts: Starts | None) -> dict[str, object]:
         """What the layer asks `past` for once (`Past.once`), if it is given a whole sequence."""
-        attention = getattr(self.mixer, "attention", None)
-        return {} if attention is None else attention.prepare(x[..., :0].to(product_dtype(x)), past, starts)
+        like, found = x[..., :0].to(product_dtype(x)), {}
+        for module in self.mixer.modules():
+            if hasattr(module, "prepare"):
+                found |= module.prepare(like, past, starts)
+        return found
 
     def initialize(self, depth: int) -> None:
         """Linear maps N(0, 1/fan-in); those that write to the residual stream smaller by sqrt(2 depth)."""

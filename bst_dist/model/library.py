@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bst_dist.model.borders import Starts
 from bst_dist.model.config import LayerConfig, ModelConfig
 from bst_dist.model.layers import Layer
 from bst_dist.model.lm import LanguageModel
@@ -38,9 +39,9 @@ class BSTLayer(Layer):
         super().__init__("bst", LayerConfig(width=width, heads=heads, block=block, ffn=ffn or 4 * width, **settings))
         self.initialize(depth)
 
-    def forward(self, x: Tensor, past: Past | None = None, starts: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None, starts: Starts | None = None) -> Tensor:
         """`past`: what came before the slice, None: nothing.
 
-        `starts`: (B, l / block) bool, blocks that begin a document; None: none does.
+        `starts`: (B, l / block) bool, blocks that begin a document; or `Borders`, for any tokens; None: none does.
         """
         return super().forward(x, past or Past(), starts)

@@ -11,9 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.layers import Layer
 from bst_dist.model.loss import OutputHead, linear_cross_entropy
+from bst_dist.model.masking import masking_problem
 from bst_dist.model.parametrisation import Scale
 from bst_dist.model.roles import Role, Stack, matrices_of, roles_of
 from bst_dist.parallel.past import EarlierCall, Past, State
@@ -72,7 +74,7 @@ class LanguageModel(nn.Module):
         input_ids: Tensor,
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
-        starts: Tensor | None = None,
+        starts: Starts | None = None,
         past: Past | None = None,
     ) -> Losses | Tensor:
         """Losses of the labels; without labels, the logits of the last token, (B, V).
@@ -81,7 +83,8 @@ class LanguageModel(nn.Module):
             input_ids: (B, l) int64. A slice is a whole number of blocks, or lies within one block.
             labels: (B, l) int64, the token after each.
             loss_mask: (B, l) bool, False where a label does not count; None: all count.
-            starts: (B, l / W) bool, blocks that begin a document and see nothing before; None: none does.
+            starts: (B, l / W) bool, blocks that begin a document and see nothing before; or `Borders`, documents that
+                begin at any token, for slices of whole blocks; None: none does.
             past: what came before the slice; None: nothing.
         """
         x = self.hidden(input_ids, starts, past)
@@ -93,10 +96,12 @@ class LanguageModel(nn.Module):
             return Losses(*self.output(self.norm(x), scale, labels, mask, self.z_loss))
         return Losses(*linear_cross_entropy(self.norm(x), self.embedding.weight, labels, mask, scale, self.z_loss))
 
-    def hidden(self, input_ids: Tensor, starts: Tensor | None = None, past: Past | None = None) -> Tensor:
+    def hidden(self, input_ids: Tensor, starts: Starts | None = None, past: Past | None = None) -> Tensor:
         """The residual stream after the last layer, (B, l) -> (B, l, D); arguments as of `forward`."""
         past = past or Past()
         self._check_slice(input_ids.shape[1], past.position)
+        if isinstance(starts, Borders):
+            self._check_borders(input_ids.shape[1], past.position)
         x = self.embedding(input_ids)  # (B, l, D)
         for index, layer in enumerate(self.layers):
             inputs = (x, past.child(str(index)), starts)
@@ -160,3 +165,9 @@ class LanguageModel(nn.Module):
             raise ValueError(
                 f"a slice of {length} tokens at position {position} is neither whole blocks of {block} nor within one"
             )
+
+    def _check_borders(self, length: int, position: int) -> None:
+        if problem := masking_problem(self.config):
+            raise ValueError(problem)
+        if position % self.config.block or length % self.config.block:
+            raise ValueError(f"documents that begin at any token need slices of whole blocks of {self.config.block}")

@@ -32,7 +32,7 @@ from bst_dist.parallel.ranks import choose_accelerator
 from bst_dist.parallel.rehearsal import Rehearsal
 from bst_dist.parallel.slices import Edge
 from bst_dist.plan.live import LiveBytes
-from bst_dist.plan.rehearse import MOST_BLOCKS, rehearse
+from bst_dist.plan.rehearse import MOST_BLOCKS, no_borders, rehearse
 from bst_dist.plan.zero import Sizes
 
 T = TypeVar("T")
@@ -85,11 +85,12 @@ class Activations:
 
     Args:
         model: with its vocabulary.
+        documents: as `data.documents`.
         fused: sliding attention by a fused kernel, as on a GPU; otherwise as this machine computes it.
     """
 
-    def __init__(self, model: ModelConfig, bf16: bool, isolated: bool = False, fused: bool = True) -> None:
-        self.model, self.bf16, self.isolated, self.fused = model, bf16, isolated, fused
+    def __init__(self, model: ModelConfig, bf16: bool, documents: str = "joined", fused: bool = True) -> None:
+        self.model, self.bf16, self.documents, self.fused = model, bf16, documents, fused
         self._known: dict[Any, Any] = {}
 
     def layer(self, mixer: str, checkpointing: ActivationCheckpointingConfig, slice_: Slice, zero3: bool) -> Part:
@@ -158,8 +159,8 @@ class Activations:
         one = {"depth": 1, "mixer": mixer, "placement": "all", "vocab_size": 1}
         with self._stage(zero3) as live:
             layer = LanguageModel(self.model.model_copy(update=one)).layers[0]
-            starts = torch.zeros(slice_.rows, slice_.length // self.model.block, dtype=torch.bool)
-            inputs = (self._past(layer, slice_), starts if self.isolated else None)
+            starts = no_borders(self.documents, slice_.rows, slice_.length, self.model.block)
+            inputs = (self._past(layer, slice_), starts)
             checkpoint = policy(checkpointing, [layer])
             call = (lambda x: layer(x, *inputs)) if checkpoint is None else (lambda x: checkpoint(layer, x, *inputs))
             host = getattr(checkpoint, "host", None)
@@ -198,7 +199,7 @@ class Activations:
     def _messages(self, mixer: str, slice_: Slice) -> dict[str, int]:
         one = self.model.model_copy(update={"depth": 1, "mixer": mixer, "placement": "all"})
         with self._fused():
-            return rehearse(one, slice_.sp, slice_.rows, slice_.length, self.bf16, self.isolated,
+            return rehearse(one, slice_.sp, slice_.rows, slice_.length, self.bf16, self.documents,
                             stream=slice_.stream)  # fmt: skip
 
     def _head(self, tokens: int) -> Part:

@@ -126,7 +126,7 @@ def _reading(recipe: Recipe) -> str:
 
 
 def _longest(args: argparse.Namespace, recipe: Recipe, device: Accelerator) -> dict[str, Any]:
-    activations = Activations(recipe.model, recipe.train.precision == "bf16", recipe.data.documents == "isolated")
+    activations = Activations(recipe.model, recipe.train.precision == "bf16", recipe.data.documents)
 
     def longest(count: int) -> slices.Longest:
         nodes = -(-count // args.gpus_per_node)

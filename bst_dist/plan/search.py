@@ -89,8 +89,8 @@ class Planner:
 
     def __init__(self, recipe: Recipe, cluster: Cluster, activations: Activations | None = None) -> None:
         self.recipe, self.cluster, self.model = recipe, cluster, recipe.model
-        self.bf16, self.isolated = recipe.train.precision == "bf16", recipe.data.documents == "isolated"
-        self.activations = activations or Activations(self.model, self.bf16, self.isolated)
+        self.bf16 = recipe.train.precision == "bf16"
+        self.activations = activations or Activations(self.model, self.bf16, recipe.data.documents)
         self.strategies = _strategies(recipe)
 
     @cached_property

@@ -103,7 +103,7 @@ def probes_of(start: Start, trainer: Trainer, evaluate: Evaluate) -> Probes:
     if tokenizer is not None and evaluate.batches:
         first = slices_of(evaluate.batches[0])[0]
         ids, counts = first.input_ids[0], first.loss_mask[0]
-        prompt = ids[: max(1, int(counts.cumprod().sum()))].tolist()  # where documents are isolated, of the first alone
+        prompt = ids[: max(1, int(counts.cumprod().sum()))].tolist()  # unless joined, of the first alone
     ranks = trainer.ranks
     evaluated = evaluate.config.every, evaluate.steps
     return Probes(start.recipe.log, trainer.engine, ranks, evaluate.writers, tokenizer, prompt, evaluated, ranks.say)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from bst_dist.faults.config import GuardConfig
 from bst_dist.faults.guard import Guard, RollBack
 from bst_dist.faults.ledger import Ledger
 from bst_dist.faults.signals import Stop
+from bst_dist.model.borders import Borders, places_of
 from bst_dist.parallel.neighbour import past_of_slice
 from bst_dist.parallel.slices import go_backward
 from bst_dist.report.metrics import MixedReport, SkippedReport, StepReport, bits_per_byte
@@ -246,9 +248,9 @@ class _MicroBatch:
         """
         trainer, part = self.trainer, self.slices[s]
         trainer.ranks.phases.enter("forward", self.gradients.step + 1)
-        inputs = on_device(part, trainer.ranks.device)
         if s == 0 and past is not None and past.position and not part.continues.all():
-            inputs["starts"] = _with_starts(inputs, part, trainer.engine.module.config.block)
+            part = replace(part, starts=_with_starts(part, trainer.engine.module.config.block))
+        inputs = on_device(part, trainer.ranks.device)
         return {**inputs, "past": past_of_slice(trainer.sharing, part.input_ids.shape[1], past)}
 
     def _begin_documents(self) -> list[bool]:
@@ -269,10 +271,15 @@ class _MicroBatch:
 
 
 def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """What the model is called with, from one micro-batch: (b, l) ids, labels and mask, (b, l / W) starts."""
-    names = ("input_ids", "labels", "loss_mask", "starts")
-    arrays = {name: getattr(batch, name) for name in names}
-    return {name: None if array is None else to_device(array, device) for name, array in arrays.items()}
+    """What the model is called with, from one micro-batch: (b, l) ids, labels and mask, and where documents begin,
+    which the batch says by block, or by token where they may begin at any."""
+    inputs = {name: to_device(getattr(batch, name), device) for name in ("input_ids", "labels", "loss_mask")}
+    starts = batch.starts
+    if starts is None:
+        return {**inputs, "starts": None}
+    if starts.shape == batch.input_ids.shape:
+        return {**inputs, "starts": Borders(*(to_device(x, device) for x in (starts, places_of(starts))))}
+    return {**inputs, "starts": to_device(starts, device)}
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -289,14 +296,12 @@ def sum_of_batch(losses: Any, inputs: dict[str, Any], token_bytes: Tensor) -> Te
     return torch.stack((losses.nats.double(), text_bytes.double()))
 
 
-def _with_starts(inputs: dict[str, Any], batch: Batch, block: int) -> Tensor:
-    """(b, l / W) bool: the starts given, and the first block of every row that does not continue where it stopped.
+def _with_starts(batch: Batch, block: int) -> np.ndarray:
+    """The batch's starts, or of blocks, and the begin of every row that does not continue where it stopped.
 
     All ranks that share the rows must have starts, though only the first of them holds their first blocks.
     """
     rows, length = batch.input_ids.shape
-    starts = inputs["starts"]
-    if starts is None:
-        starts = torch.zeros(rows, length // block, dtype=torch.bool, device=inputs["input_ids"].device)
-    first = to_device(~batch.continues & (batch.begin == 0), starts.device)
-    return torch.cat((starts[:, :1] | first[:, None], starts[:, 1:]), dim=1)
+    starts = np.zeros((rows, length // block), bool) if batch.starts is None else batch.starts.copy()
+    starts[:, 0] |= ~batch.continues & (batch.begin == 0)
+    return starts

@@ -16,29 +16,36 @@ from data_pipeline.serve.slices import MicroBatch
 
 def batches(recipe: Recipe, step: int, mesh: Mesh, micro_rows: int) -> list[MicroBatch]:
     """The micro-batches of one rank of `mesh` in step 0, 1, ..., as a loader would give them."""
-    length, rows, block = recipe.train.sequence_length, recipe.train.sequences, recipe.model.block
+    length, rows = recipe.train.sequence_length, recipe.train.sequences
     generator = np.random.default_rng((recipe.seed, step))
     ids = generator.integers(0, recipe.model.vocab_size, (rows, length + 1))
     mask = generator.random((rows, length)) < np.linspace(0.1, 0.9, rows)[:, None]
-    starts = generator.random((rows, length // block)) < 0.3
-    starts = starts if recipe.data.documents == "isolated" else None
+    starts, unit = _starts(recipe, generator)
     span, dp_share = recipe.train.slice_tokens or length, rows // mesh.dp
     share = span // mesh.sp
     found = []
     for first in range(mesh.dp_rank * dp_share, (mesh.dp_rank + 1) * dp_share, micro_rows):
         slices = [
-            _batch(ids, mask, starts, range(first, first + micro_rows), range(begin, begin + share), block)
+            _batch(ids, mask, starts, range(first, first + micro_rows), range(begin, begin + share), unit)
             for begin in range(mesh.sp_rank * share, length, span)
         ]
         found.append(slices if recipe.train.slice_tokens else slices[0])
     return found
 
 
+def _starts(recipe: Recipe, generator: np.random.Generator) -> tuple[np.ndarray | None, int]:
+    """Where documents begin, (rows, length / unit) bool, and the unit: blocks, or tokens where they are masked."""
+    unit = 1 if recipe.data.documents == "masked" else recipe.model.block
+    places = recipe.train.sequence_length // unit
+    starts = generator.random((recipe.train.sequences, places)) < 0.3
+    return None if recipe.data.documents == "joined" else starts, unit
+
+
 def _batch(ids: np.ndarray, mask: np.ndarray, starts: np.ndarray | None, rows: range, tokens: range,
-           block: int) -> Batch:  # fmt: skip
+           unit: int) -> Batch:  # fmt: skip
     """Some rows and tokens of the global batch."""
     own, count = slice(rows.start, rows.stop), len(rows)
-    at, blocks = slice(tokens.start, tokens.stop), slice(tokens.start // block, tokens.stop // block)
+    at, blocks = slice(tokens.start, tokens.stop), slice(tokens.start // unit, tokens.stop // unit)
     return Batch(
         input_ids=ids[own, :-1][:, at],
         labels=ids[own, 1:][:, at],

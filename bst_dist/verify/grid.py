@@ -131,12 +131,12 @@ def build(recipe: Recipe, args: argparse.Namespace) -> Grid:
 
 def require_slices(grid: Grid) -> None:
     """Raise SequenceParallelError, with the reason, when a layer cannot be computed in slices."""
-    isolated = grid.small.data.documents == "isolated"
+    documents = grid.small.data.documents
     for combination in {(how.model, how.sp, how.slices): how for how in grid.combinations}.values():
         if combination.sp > 1:
             recipe = combination.apply(grid.small, grid.world)
             share = recipe.train.sequence_length // (combination.slices * combination.sp)
-            rehearse(recipe.model, combination.sp, recipe.train.micro_sequences, share, isolated=isolated,
+            rehearse(recipe.model, combination.sp, recipe.train.micro_sequences, share, documents=documents,
                      stream=combination.slices > 1)  # fmt: skip
 
 

@@ -144,7 +144,7 @@ def _print(console: Console, report: dict[str, Any]) -> None:
         bar = "█" * round(_BAR * count / most) or ("▏" if count else "")
         console.print(f"  ≥ {edge:>11,}  {count:>9,}  {bar}", highlight=False)
     shares = ", ".join(f"{share:.1%} of {block}" for block, share in report["padding_isolated"].items())
-    console.print(f"padding of isolated documents, by the block: {shares}", soft_wrap=True)
+    console.print(f"padding of isolated documents, by the block (masked ones have none): {shares}", soft_wrap=True)
     if counts := report.get("cut_by_sequences"):
         shares = ", ".join(
             f"{counts[packing]:,} ({counts[packing] / max(counts['documents'], 1):.1%}) with packing {packing}"

@@ -16,7 +16,8 @@ class Batch:
     input_ids: np.ndarray  # (b, l) int64
     labels: np.ndarray  # (b, l) int64: the token after each input, over the slice's end too; padding where masked
     loss_mask: np.ndarray  # (b, l) bool: false where the input or the label is padding, or they are of two documents
-    starts: np.ndarray | None  # (b, l // W) bool: the block begins a document; None where documents are joined
+    starts: np.ndarray | None  # where a document begins: (b, l // W) bool by block where documents are isolated, (b, l)
+    # by token where they are masked; None where they are joined
     continues: np.ndarray  # (b,) bool: the row's first token follows the last one the row was fed the step before
     rows: np.ndarray  # (b,) int64: global row numbers; -1 for masked rows, which fill a micro-batch (`spread`)
     corpora: np.ndarray  # (b,) int64: which corpus of the mixture the row reads
@@ -61,17 +62,17 @@ class Cuts:
         return cls(pieces.row, pieces.slot + begin, count, pieces.document, pieces.offset)
 
 
-def label_mask(real: np.ndarray | None, shape: tuple[int, int], pieces: Pieces, block: int | None) -> np.ndarray:
+def label_mask(real: np.ndarray | None, shape: tuple[int, int], pieces: Pieces, apart: bool) -> np.ndarray:
     """(b, l) bool: which inputs have a label to learn.
 
     Args:
         real: (b, l + 1) which tokens are text; None when all are.
         shape: (b, l).
         pieces: the runs of the rows.
-        block: W where documents are isolated, so that none predicts the next one's first token; None where joined.
+        apart: whether documents do not see each other, so that none predicts the next one's first token.
     """
     mask = np.ones(shape, bool) if real is None else real[:, :-1] & real[:, 1:]
-    if block is not None:
+    if apart:
         first = pieces.select((pieces.offset == 0) & (pieces.slot > 0))
         mask[first.row, first.slot - 1] = False
     return mask
@@ -83,3 +84,8 @@ def block_starts(shape: tuple[int, int], pieces: Pieces, block: int) -> np.ndarr
     first = pieces.select((pieces.offset == 0) & (pieces.slot < shape[1]))
     starts[first.row, first.slot // block] = True
     return starts
+
+
+def token_starts(shape: tuple[int, int], pieces: Pieces) -> np.ndarray:
+    """(b, l) bool: which tokens are their document's first."""
+    return block_starts(shape, pieces, block=1)

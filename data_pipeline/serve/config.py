@@ -45,8 +45,9 @@ class DataConfig(Config):
     """Where the weights of a mixture change, in increasing steps."""
     mode: Literal["shuffled", "streaming"] = "shuffled"
     """`shuffled`: sequences in random order; `streaming`: each row reads on where it stopped the step before."""
-    documents: Literal["joined", "isolated"] = "joined"
-    """`joined`: one stream, as in the paper; `isolated`: padded to the block, with exact resets between documents."""
+    documents: Literal["joined", "isolated", "masked"] = "joined"
+    """`joined`: one stream, as in the paper; `masked`: the same stream without padding, but no token sees another
+    document's (intra-document masking), exactly; `isolated`: the same, with each document padded to the block."""
     packing: Literal["stream", "best_fit"] = "stream"
     """`stream`: sequences are cut from the stream of the documents wherever their ends fall; `best_fit`: documents are
     taken in an order in which few are cut that a sequence could hold whole. Neither pads anything for it."""
@@ -75,6 +76,11 @@ class DataConfig(Config):
             if min(weights) < 0 or not 0 < sum(weights) < float("inf"):
                 raise ValueError(f"weights {list(weights)}: they must be finite, none negative, and one positive")
         return self
+
+    @property
+    def apart(self) -> bool:
+        """Whether no token sees another document's, nor predicts its first."""
+        return self.documents != "joined"
 
     def urls(self) -> list[str]:
         """Where the corpora lie, in the order of their weights."""

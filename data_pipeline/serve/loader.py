@@ -17,12 +17,12 @@ import numpy as np
 
 from bst_base.errors import UserError
 from bst_base.stopping import TOLD
-from data_pipeline.serve.batch import Batch, block_starts, label_mask
+from data_pipeline.serve.batch import Batch, block_starts, label_mask, token_starts
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.order.mixture import whole_weights
 from data_pipeline.serve.order.plan import ORDER_VERSION
 from data_pipeline.serve.order.sizes import BatchSizes
-from data_pipeline.serve.order.stream import inputs
+from data_pipeline.serve.order.stream import Pieces, inputs
 from data_pipeline.serve.order.versions import ORDER_VERSIONS, Order, make_order
 from data_pipeline.serve.prefetch import Prefetcher
 from data_pipeline.serve.reader import Corpus
@@ -261,15 +261,15 @@ class Loader:
         numbers, begin, rows, tokens, real = stored
         ids = tokens.astype(np.int64)
         shape = ids[:, :-1].shape
-        mask = label_mask(real, shape, rows.pieces, self._block)
+        mask = label_mask(real, shape, rows.pieces, self.config.apart)
         labels = ids[:, 1:]
-        if real is not None or self._block is not None:
+        if real is not None or self.config.apart:
             labels = np.where(mask, labels, self._corpora[0].manifest.tokenizer.pad_id)
         return Batch(
             input_ids=ids[:, :-1],
             labels=labels,
             loss_mask=mask,
-            starts=None if self._block is None else block_starts(shape, rows.pieces, self._block),
+            starts=self._starts(shape, rows.pieces),
             continues=rows.continues if begin < self._share.tokens * self._share.sp else np.ones_like(rows.continues),
             rows=numbers,
             corpora=rows.corpora,
@@ -277,6 +277,11 @@ class Loader:
             pieces=rows.pieces,
             begin=begin,
         )
+
+    def _starts(self, shape: tuple[int, int], pieces: Pieces) -> np.ndarray | None:
+        if self.config.documents == "masked":
+            return token_starts(shape, pieces)
+        return None if self._block is None else block_starts(shape, pieces, self._block)
 
 
 class _Part(NamedTuple):

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
+from bst_dist.model.borders import Borders
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.group import SequenceGroup
@@ -51,7 +52,13 @@ def data(length: int, seed: int = 0) -> dict[str, torch.Tensor]:
 
 def part(batch: dict, rank: int, size: int) -> dict:
     """The slice of `batch` that a rank holds."""
-    return {name: x.chunk(size, dim=1)[rank] for name, x in batch.items()}
+    return {name: own(x, rank, size) for name, x in batch.items()}
+
+
+def own(x: torch.Tensor | Borders, rank: int, size: int) -> torch.Tensor | Borders:
+    if isinstance(x, Borders):
+        return Borders.of(own(x.begins, rank, size))
+    return x.chunk(size, dim=1)[rank]
 
 
 def run_again(layer, *inputs):
@@ -238,11 +245,14 @@ def test_messages_travel_in_the_tensors_own_dtype_and_one_sequence_does_not_hear
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("isolated", [False, True])
-def test_what_is_sent_is_known_beforehand(on_ranks, bf16, isolated):
+@pytest.mark.parametrize("documents", ["joined", "isolated", "masked"])
+def test_what_is_sent_is_known_beforehand(on_ranks, bf16, documents):
     """The middle one of three ranks, with every layer run again in the backward pass."""
-    sp, length, built = 3, 6 * BLOCK, [model(**settings).float() for settings in MODELS]
-    begins = {"starts": starts(length)} if isolated else {}
+    sp, length = 3, 6 * BLOCK
+    kinds = [settings for settings in MODELS if documents != "masked" or settings.get("attend") != "previous"]
+    built = [model(**settings).float() for settings in kinds]
+    begins = {"joined": None, "isolated": starts(length), "masked": Borders.of(torch.rand(ROWS, length) < 0.2)}
+    begins = {} if documents == "joined" else {"starts": begins[documents]}
 
     def sent() -> list[dict[str, int]]:
         group, found = Mesh(sp, dist.get_rank(), sp).sp_group(), []
@@ -255,14 +265,14 @@ def test_what_is_sent_is_known_beforehand(on_ranks, bf16, isolated):
         return found
 
     assert on_ranks(sp, sent)[1] == [
-        rehearse(of.config, sp, ROWS, length // sp, bf16, isolated, run_again=True) for of in built
+        rehearse(of.config, sp, ROWS, length // sp, bf16, documents, run_again=True) for of in built
     ]
 
 
-def refusal(slice_length: int, isolated: bool = False, **settings) -> str:
+def refusal(slice_length: int, documents: str = "joined", **settings) -> str:
     config = ModelConfig(width=16, heads=2, ffn=24, block=BLOCK, depth=2, vocab_size=8, **({"mixer": "bst"} | settings))
     try:
-        rehearse(config, 2, 1, slice_length, isolated=isolated)
+        rehearse(config, 2, 1, slice_length, documents=documents)
     except SequenceParallelError as error:
         return str(error)
     return ""
@@ -285,4 +295,5 @@ def test_what_cannot_be_spread_over_ranks_is_refused_with_the_reason():
     segments = {"mixer": "transformer-xl", "transformer_xl": {"window": 2 * BLOCK}}
     assert "cuts a segment of 16" in refusal(3 * BLOCK, **segments)
     assert refusal(4 * BLOCK, **segments) == ""
-    assert "which documents begin there" in refusal(4 * BLOCK, isolated=True, **segments)
+    assert "which documents begin there" in refusal(4 * BLOCK, "isolated", **segments)
+    assert "which documents begin there" in refusal(4 * BLOCK, "masked", **segments)

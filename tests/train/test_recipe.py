@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bst_base.settings import dump, fields
+from bst_base.settings import ConfigError, dump, fields, parse
 from bst_dist.config import Recipe, differing, digest, load_recipe
 from bst_dist.describe import markdown
 
@@ -44,3 +44,11 @@ def test_identity_is_all_but_logging_checkpoints_and_ranks(recipe_file):
     assert digest(same) == digest(recipe) != digest(other)
     assert differing(recipe, same) == []
     assert differing(recipe, other) == ["seed: 3, 4", "optimizer.beta2: 0.95, 0.9"]
+
+
+def test_masked_documents_are_refused_in_one_line_where_a_model_cannot_tell_them_apart(settings):
+    settings["data"]["documents"] = "masked"
+    assert parse(Recipe, settings).data.apart
+    settings["model"]["ssm"] = {"kernel": "hyena", "length": 32}
+    with pytest.raises(ConfigError, match=r"data.documents masked: ssm.kernel hyena \(bst\) keeps its last inputs"):
+        parse(Recipe, settings)

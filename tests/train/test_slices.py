@@ -48,6 +48,8 @@ def differences(run: list[dict[str, Any]], other: list[dict[str, Any]]) -> list[
     ("train.edges=host",),
     ("data.documents=isolated", "train.edges=disk", "train.edges_every=2"),
     ("data.mode=streaming", "train.carry=true"),
+    ("data.documents=masked", "data.mode=streaming", "train.carry=true"),
+    ("data.documents=masked", "model.context.variant=MF", "train.edges_every=2"),
     ("model.mixer=block-recurrent", "model.block_recurrent.states=4"),
 ])  # fmt: skip
 def test_a_run_in_slices_is_the_run_at_once(go, changes):
@@ -57,24 +59,25 @@ def test_a_run_in_slices_is_the_run_at_once(go, changes):
 
 
 @pytest.mark.ranks
-def test_a_run_in_slices_on_a_mesh_is_the_run_of_one_rank(go):
-    """Two ranks to a sequence and two sequences side by side, ZeRO-3, layers that run again, isolated documents."""
+@pytest.mark.parametrize(("documents", "variant"), [("isolated", "SH"), ("masked", "MF")])
+def test_a_run_in_slices_on_a_mesh_is_the_run_of_one_rank(go, documents, variant):
+    """Two ranks to a sequence and two sequences side by side, ZeRO-3, layers that run again."""
     spread = ("parallel.sp=2", "deepspeed=ds_configs/zero3.json", "activation_checkpointing.policy=every-layer")
-    documents = "data.documents=isolated"
+    changes = (f"data.documents={documents}", f"model.context.variant={variant}")
     slices = ("train.slice_tokens=16", "train.edges_every=3")
-    assert differences(go("mesh", *slices, documents, *spread, world=4), go("one", documents)) == []
+    assert differences(go("mesh", *slices, *changes, *spread, world=4), go("one", *changes)) == []
 
 
 @pytest.mark.ranks
 def test_a_stopped_run_goes_on_to_the_bit_and_may_go_on_at_once(go, tmp_path, assert_same_run):
-    carried = ("data.mode=streaming", "train.carry=true", "train.slice_tokens=16")
+    carried = ("data.mode=streaming", "data.documents=masked", "train.carry=true", "train.slice_tokens=16")
     go("whole", *carried)
     go("parts", *carried, until=3)
     go("parts", *carried, resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     whole = go("other", *carried)
     go("changed", *carried, until=4)
-    assert differences(go("changed", *carried[:2], resume=True), whole) == []
+    assert differences(go("changed", *carried[:3], resume=True), whole) == []
 
 
 @pytest.mark.ranks

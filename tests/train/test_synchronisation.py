@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from bst_dist.model import attention, flex
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
+from bst_dist.model.masking import masking_problem
 from bst_dist.parallel.phases import Phases
 from bst_dist.plan.activations import _fused_attention, _fused_share
 from bst_dist.report.utilisation import Speed
@@ -104,12 +105,12 @@ class FakeEngine:
         raise StopIteration  # what follows reads the step's sums
 
 
-def batch(isolated: bool) -> Batch:
+def batch(documents: str) -> Batch:
     ids = np.ones((ROWS, LENGTH), np.int64)
-    starts = np.zeros((ROWS, LENGTH // BLOCK), bool)
+    starts = np.zeros((ROWS, LENGTH // (BLOCK if documents == "isolated" else 1)), bool)
     rows = {"rows": np.arange(ROWS), "epochs": np.zeros(ROWS, np.int64), "continues": np.zeros(ROWS, bool)}
-    return Batch(ids, ids, ids > 0, starts=starts if isolated else None, corpora=rows["rows"], pieces=None, begin=0,
-                 **rows)  # fmt: skip
+    return Batch(ids, ids, ids > 0, starts=None if documents == "joined" else starts, corpora=rows["rows"],
+                 pieces=None, begin=0, **rows)  # fmt: skip
 
 
 @pytest.fixture
@@ -125,13 +126,15 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("on_meta")
-@pytest.mark.parametrize("isolated", [False, True], ids=["joined", "isolated"])
+@pytest.mark.parametrize("documents", ["joined", "isolated", "masked"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_step_on_a_gpu_waits_for_nothing_and_has_an_order_before_the_update(name: str, isolated: bool) -> None:
-    if isolated and ("hyena" in name or "explicit" in name):
+def test_a_step_on_a_gpu_waits_for_nothing_and_has_an_order_before_the_update(name: str, documents: str) -> None:
+    if documents == "isolated" and ("hyena" in name or "explicit" in name):
         pytest.skip("filters refuse isolated documents")
     settings = {"width": 16, "heads": 2, "ffn": 16, "block": BLOCK, "depth": 1, "vocab_size": VOCABULARY}
     model = LanguageModel(ModelConfig(**settings | MODELS[name]))
+    if documents == "masked" and masking_problem(model.config):
+        pytest.skip("refuses masked documents")
     with torch.device("meta"), Waits() as waits:
         engine = FakeEngine(model.to("meta"), waits)
         ranks = SimpleNamespace(device=torch.device("meta"), world=1, phases=Phases(), add_up=lambda x: x)
@@ -140,7 +143,7 @@ def test_a_step_on_a_gpu_waits_for_nothing_and_has_an_order_before_the_update(na
         trainer = Trainer(config, ScheduleConfig(), engine, ranks, token_bytes, Speed(1.0, 1.0))
         waits.found.clear()
         with pytest.raises(StopIteration):
-            trainer.step(0, [batch(isolated)] * 2, time.perf_counter())
+            trainer.step(0, [batch(documents)] * 2, time.perf_counter())
         assert all(p.grad is not None for p in engine.module.parameters() if p.requires_grad) or "cross" in name
         assert engine.before_update == {}
 

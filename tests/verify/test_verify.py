@@ -69,8 +69,9 @@ def test_sequences_in_slices_are_verified_against_whole_ones(recipe):
     assert [line["slices"] for line in report["combinations"]] == [1, 4, 1, 4]
 
 
-def test_a_carried_past_and_isolated_documents_are_verified_too(recipe, tmp_path):
-    streaming = ["train.carry=true", "data.mode=streaming", "data.documents=isolated"]
+@pytest.mark.parametrize("documents", ["isolated", "masked"])
+def test_a_carried_past_and_documents_apart_are_verified_too(recipe, tmp_path, documents):
+    streaming = ["train.carry=true", "data.mode=streaming", f"data.documents={documents}"]
     options = ["--sp", "1", "2", "--checkpointing", "every-kth-layer", "offload", "--zero", "2"]
     status, report = certificate(recipe, *streaming, *options, "--run-dir", str(tmp_path / "run"))
     assert status == 0

@@ -45,7 +45,7 @@ class TokenAttention(SlidingAttention):
         k = unit(k)
         near, values = k[:, -self.window - u.shape[1] :], v[:, -self.window - u.shape[1] :]
         q, near = self.rotated(q, near, past)
-        documents = None if starts is None else past.once(*self._documents(starts, q.shape[1], near.shape[1]))
+        documents = None if starts is None else past.once(*self._documents(starts, past, q.shape[1], near.shape[1]))
         out = self.attend(q, near, values, past, documents, self.tiles(q, near, past, documents))
         return out.flatten(-2), for_heads(k, self.heads), for_heads(v, self.heads)
 

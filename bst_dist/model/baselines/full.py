@@ -20,6 +20,7 @@ from bst_dist.model.attention import (
     separate_documents,
     sliding_attention,
 )
+from bst_dist.model.borders import Starts
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.roles import Linear
 from bst_dist.model.tiles import HIDDEN, QUERY_TILE, Tile, tiled_attention
@@ -35,10 +36,10 @@ class FullAttention(SlidingAttention):
 
     On CUDA it is the kernel of sliding attention, with a window as wide as the longest sequence. Elsewhere, with RoPE,
     it is one fused attention call. T5's bias is learned, which that does not differentiate; there, and where documents
-    are isolated, attention runs in tiles, with memory linear in the length as well.
+    do not see each other, attention runs in tiles, with memory linear in the length as well.
     """
 
-    def forward(self, u: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
+    def forward(self, u: Tensor, past: Past, starts: Starts | None = None) -> Tensor:
         """Raises LongerThanAllowedError past the configured length, which is the window."""
         if past.position + u.shape[1] > self.window:
             raise LongerThanAllowedError(
@@ -112,5 +113,5 @@ class FullMixer(nn.Module):
         self.attention = FullAttention(config, config.full.longest)
         self.out = Linear(config.inner, config.width, into_stream=True)
 
-    def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+    def forward(self, u: Tensor, past: Past, starts: Starts | None) -> Tensor:
         return self.out(self.attention(u, past, starts))

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import LayerConfig, within_block
 from bst_dist.model.roles import Linear
-from bst_dist.model.ssm.selective import CausalConvolution, Decays, running_sum
+from bst_dist.model.ssm.selective import CausalConvolution, Decays, Reach
 from bst_dist.parallel.past import Past
 
 
@@ -28,11 +29,11 @@ class DeltaRule(Decays):
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, past: Past, starts: Starts | None) -> Tensor:
         """(B, l, H, K) queries and keys of length one, (B, l, H, V) values -> (B, l, H, V).
 
-        `gates` (B, l, 2, H): what decay and strength are made of; `starts` (B, l / block) marks blocks before which the
-        state is zero.
+        `gates` (B, l, 2, H): what decay and strength are made of; `starts`: where documents begin, before which
+        the state is zero.
         """
         q, k, v, gates = (one.to(self.step.dtype) for one in (q, k, v, gates))
         chunk = self.chunk if q.shape[1] % self.chunk == 0 else q.shape[1]  # within a block a slice is one chunk
@@ -40,18 +41,16 @@ class DeltaRule(Decays):
         q, k, v, log_a, b = (
             one.unflatten(1, (-1, chunk)).transpose(2, 3) for one in (q, k, v, log_a, gates[:, :, 1].sigmoid())
         )  # (B, m, H, T, *)
-        sums = running_sum(log_a)
-        later = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1)
-        decays = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()  # (B, m, H, T, T)
-        b, kept = b.unsqueeze(-1), sums.exp().unsqueeze(-1)
-        system = torch.eye(chunk, dtype=q.dtype, device=q.device) + (b * (k @ k.mT) * decays).tril(-1)
+        decays = Reach.of(log_a, starts)
+        b, kept = b.unsqueeze(-1), decays.from_begin.unsqueeze(-1)
+        system = torch.eye(chunk, dtype=q.dtype, device=q.device) + (b * (k @ k.mT) * decays.inside).tril(-1)
         known = torch.cat((b * v, b * k * kept), dim=-1)
         fresh, of_state = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True).split(
             (v.shape[-1], k.shape[-1]), dim=-1
         )
-        into = k * (sums[..., -1:] - sums).exp().unsqueeze(-1)
-        parts = (fresh, of_state, into, q * kept, (q @ k.mT) * decays, kept[..., -1:, :])
-        return self._through(parts, past, starts).transpose(2, 3).flatten(1, 2)
+        into = k * decays.to_end.unsqueeze(-1)
+        parts = (fresh, of_state, into, q * kept, (q @ k.mT) * decays.inside, kept[..., -1:, :])
+        return self._through(parts, past, None if isinstance(starts, Borders) else starts).transpose(2, 3).flatten(1, 2)
 
     def _through(self, parts: tuple[Tensor, ...], past: Past, starts: Tensor | None) -> Tensor:
         """From chunk to chunk, (B, m, H, T, V): what each reads of the state and of itself, and leaves behind."""
@@ -92,7 +91,7 @@ class GatedDeltaNetMixer(nn.Module):
         self.norm = nn.RMSNorm(values // config.heads, eps=1e-6)
         self.out = Linear(values, width, into_stream=True)
 
-    def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+    def forward(self, u: Tensor, past: Past, starts: Starts | None) -> Tensor:
         mixed = F.silu(self.convolution(self.into(u), past.child("convolution"), starts))
         sizes = self.keys, self.keys, mixed.shape[-1] - 2 * self.keys
         q, k, v = (one.unflatten(-1, (self.heads, -1)) for one in mixed.to(self.rule.step.dtype).split(sizes, dim=-1))

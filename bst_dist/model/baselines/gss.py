@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bst_dist.model.borders import Starts
 from bst_dist.model.config import LayerConfig, SSMConfig, within_block
 from bst_dist.model.roles import Linear
 from bst_dist.model.ssm.s4d import S4D
@@ -31,6 +32,6 @@ class GSSMixer(nn.Module):
         self.up = Linear(narrow, wide)
         self.out = Linear(wide, width, into_stream=True)
 
-    def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+    def forward(self, u: Tensor, past: Past, starts: Starts | None) -> Tensor:
         y = self.ssm(F.gelu(self.down(u)), past, starts).squeeze(2)  # (B, l, D/4)
         return self.out(F.gelu(self.gate(u)) * self.up(y.to(u.dtype)))

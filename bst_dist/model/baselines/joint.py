@@ -18,9 +18,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from bst_dist.model import attention
 from bst_dist.model.attention import Share, SlidingAttention, attention_path, one_softmax
+from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import LayerConfig
-from bst_dist.model.context import build_context
+from bst_dist.model.context import FIRST_AND_ENDS, build_context, documents_in_blocks_asked
 from bst_dist.model.flex import flex_sliding_attention
 from bst_dist.model.roles import Linear
 from bst_dist.parallel.past import Past
@@ -38,7 +40,7 @@ class JointMixer(nn.Module):
         self.cross = StateShare(config)
         self.out = Linear(config.inner, config.width, into_stream=True)
 
-    def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+    def forward(self, u: Tensor, past: Past, starts: Starts | None) -> Tensor:
         q, window = self.attention.share(u, past.child("self"), starts)
         states = self.cross(q, self.down(u), past.child("context"), starts)
         return self.out(one_softmax(window, states).flatten(-2))
@@ -52,9 +54,20 @@ class StateShare(nn.Module):
         self.block, self.filters = config.block, config.context.variant == "MF"
         self.context = build_context(config)
 
-    def forward(self, q: Tensor, z: Tensor, past: Past, starts: Tensor | None) -> Share:
+    def forward(self, q: Tensor, z: Tensor, past: Past, starts: Starts | None) -> Share:
         k, v = (x.to(q.dtype) for x in self.context(z, past, starts))
+        if isinstance(starts, Borders):
+            return self._of_documents(q, k, v, past, starts)
         return of_whole_blocks(q, k, v) if self.filters else within_blocks(q, k, v, self.block)
+
+    def _of_documents(self, q: Tensor, k: Tensor, v: Tensor, past: Past, starts: Borders) -> Share:
+        """Each token to the states of its block that are its own document's."""
+        if not self.filters:
+            documents = past.once(*documents_in_blocks_asked(starts, self.block))
+            return attention.sliding_share(q, k, v, self.block, None, True, documents, None, None)
+        begun = starts.cut_off(self.block).unsqueeze(-1)  # since the end that the block's first tokens see
+        first, ends = (of_whole_blocks(q, k[:, own], v[:, own]) for own in FIRST_AND_ENDS)
+        return Share(torch.where(begun.unsqueeze(-1), first.out, ends.out), torch.where(begun, first.sums, ends.sums))
 
 
 def of_whole_blocks(q: Tensor, k: Tensor, v: Tensor) -> Share:

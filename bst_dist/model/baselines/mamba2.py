@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bst_dist.model.borders import Starts
 from bst_dist.model.config import LayerConfig, within_block
 from bst_dist.model.roles import Linear
 from bst_dist.model.ssm.selective import CausalConvolution, Selective
@@ -40,7 +41,7 @@ class Mamba2Mixer(nn.Module):
         self.norm = nn.RMSNorm(inner, eps=1e-6)
         self.out = Linear(inner, config.width, into_stream=True)
 
-    def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+    def forward(self, u: Tensor, past: Past, starts: Starts | None) -> Tensor:
         gate, mixed, dt = self.into(u).split(self.sizes, dim=-1)
         mixed = F.silu(self.convolution(mixed, past.child("convolution"), starts))
         x, b, c = mixed.split((self.inner, self.state, self.state), dim=-1)

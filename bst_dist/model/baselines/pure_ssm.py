@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bst_dist.model.borders import Starts
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.roles import Linear
 from bst_dist.model.ssm.kernels import build_kernel
@@ -19,6 +20,6 @@ class PureSSMMixer(nn.Module):
         self.ssm = build_kernel(config.width, 1, config.ssm, config.block)
         self.out = Linear(config.width, 2 * config.width, into_stream=True, parts=(config.width, config.width))
 
-    def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+    def forward(self, u: Tensor, past: Past, starts: Starts | None) -> Tensor:
         y = F.gelu(self.ssm(u, past, starts).squeeze(2))
         return F.glu(self.out(y.to(u.dtype)), dim=-1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bst_dist.model.attention import SlidingAttention, documents_by, documents_further_back
+from bst_dist.model.borders import Starts
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.roles import Linear
 from bst_dist.parallel.past import Past
@@ -21,7 +22,7 @@ from bst_dist.parallel.past import Past
 class SegmentAttention(SlidingAttention):
     """Sliding attention in which no gradient crosses from one segment to the one before: (B, l, D) -> (B, l, H dh)."""
 
-    def forward(self, u: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
+    def forward(self, u: Tensor, past: Past, starts: Starts | None = None) -> Tensor:
         """`starts` (B, l / W) marks blocks that see nothing before them."""
         q, k, v = self.project(u, past)
         before, out = k.shape[1] - q.shape[1], []
@@ -63,5 +64,5 @@ class TransformerXLMixer(nn.Module):
         self.attention = SegmentAttention(config, window)
         self.out = Linear(config.inner, config.width, into_stream=True)
 
-    def forward(self, u: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+    def forward(self, u: Tensor, past: Past, starts: Starts | None) -> Tensor:
         return self.out(self.attention(u, past, starts))

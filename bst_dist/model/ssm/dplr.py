@@ -20,6 +20,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from bst_dist.model.borders import Borders, Starts, columns, columns_asked
 from bst_dist.model.config import DPLRConfig
 from bst_dist.model.roles import Role
 from bst_dist.model.ssm.convolution import causal_matrix
@@ -53,7 +54,7 @@ class S4DPLR(nn.Module):
         super().__init__()
         sets, modes = maps if own_dynamics else 1, config.state // 2
         diagonal, low_rank, into = (x.to(torch.complex64).expand(sets, width, modes) for x in hippo_modes(config.state))
-        self.chunk = config.chunk
+        self.chunk, self.own_dynamics = config.chunk, own_dynamics
         self.log_dt = nn.Parameter(torch.empty(sets, width).uniform_(math.log(config.dt_min), math.log(config.dt_max)))
         self.log_decay = nn.Parameter(torch.log(-diagonal.real))
         self.frequency = nn.Parameter(diagonal.imag.clone())
@@ -84,10 +85,10 @@ class S4DPLR(nn.Module):
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
-    def forward(self, z: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
+    def forward(self, z: Tensor, past: Past, starts: Starts | None = None) -> Tensor:
         """Outputs of every token, (B, L, Ds) -> (B, L, C, Ds); for maps that share their dynamics.
 
-        `starts` (B, L / block) marks blocks that begin a document: the state before them is zero.
+        `starts`: where documents begin; the state before them is zero.
         """
         u = self._chunks(z)
         chunk = u.shape[2]
@@ -96,19 +97,26 @@ class S4DPLR(nn.Module):
         kernel = self._cauchy_kernel(over_chunk, read_out, chunk).to(u.dtype)
         kernel = torch.cat((kernel[..., :1] + self.skip.unsqueeze(-1), kernel[..., 1:]), dim=-1)
         out_of_state = _krylov(a.mT, (read_out.unsqueeze(-2) @ a).squeeze(-2), chunk)  # read_out Ā^(t+1): (C, Ds, N, T)
-        incoming, _ = self._states(u, a, b, over_chunk, starts, past)
-        y = torch.einsum("bmjd,cdtj->bmtcd", u, causal_matrix(kernel))
-        y = y + torch.einsum("bmdn,cdnt->bmtcd", incoming.squeeze(2), out_of_state.to(u.dtype))
-        return y.flatten(1, 2)
+        begins, last = _of_chunks(starts, u)
+        incoming, _ = self._states(last, a, b, over_chunk, begins, past, inside=isinstance(starts, Borders))
+        of_state = torch.einsum("bmdn,cdnt->bmtcd", incoming.squeeze(2), out_of_state.to(u.dtype))
+        if not isinstance(starts, Borders):
+            return (torch.einsum("bmjd,cdtj->bmtcd", u, causal_matrix(kernel)) + of_state).flatten(1, 2)
+        by_document = columns(starts, chunk, past)
+        own = torch.einsum("njd,cdtj->ntcd", by_document.spread(u.flatten(0, 1)), causal_matrix(kernel))
+        own = by_document.collected(own).view_as(of_state)
+        seen = ~starts.cut_off(chunk).view(*u.shape[:3], 1, 1)  # tokens before their chunk's first border
+        return (own + of_state * seen).flatten(1, 2)
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
-    def block_ends(self, z: Tensor, block: int, past: Past, starts: Tensor | None = None) -> Tensor:
+    def block_ends(self, z: Tensor, block: int, past: Past, starts: Starts | None = None) -> Tensor:
         """Outputs of each block's last token only, (B, L, Ds) -> (B, nb, C, Ds), nb blocks ending in this slice."""
         u = self._chunks(z)
         a, b, read_out = self.recurrence()
         over_chunk = torch.linalg.matrix_power(a, u.shape[2])
-        incoming, ends = self._states(u, a, b, over_chunk, starts, past)
+        begins, last_document = _of_chunks(starts, u)
+        incoming, ends = self._states(last_document, a, b, over_chunk, begins, past)
         if not past.blocks_ended(block, z.shape[1]):
             return z.new_empty(len(z), 0, *self.skip.shape, dtype=u.dtype)
         span = min(block, z.shape[1])
@@ -120,8 +128,19 @@ class S4DPLR(nn.Module):
         """(B, L, Ds) -> (B, m, T, Ds)."""
         return z.to(self.skip.dtype).unflatten(1, (-1, math.gcd(self.chunk, z.shape[1])))
 
-    def _states(self, u: Tensor, a: Tensor, b: Tensor, over_chunk: Tensor, starts: Tensor | None, past: Past) -> tuple:
-        """The state before each chunk, and what each chunk alone leaves behind: (B, m, F, Ds, N) each."""
+    def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> dict[str, object]:
+        """As of `SlidingAttention.prepare`."""
+        if self.own_dynamics or not isinstance(starts, Borders):
+            return {}
+        name, make = columns_asked(starts, math.gcd(self.chunk, like.shape[1]))
+        return {name: past.once(name, make)}
+
+    def _states(self, u: Tensor, a: Tensor, b: Tensor, over_chunk: Tensor, starts: Tensor | None, past: Past,
+                inside: bool = False) -> tuple:  # fmt: skip
+        """The state before each chunk, and what each chunk alone leaves behind: (B, m, F, Ds, N) each.
+
+        `starts` (B, m or fewer) marks runs of chunks that begin a document; `inside`: as of `scan`.
+        """
         into_state = _krylov(a, b, u.shape[2]).flip(-1)  # Ā^(T-1-j) B̄: (F, Ds, N, T)
         ends = torch.einsum("bmjd,fdnj->bmfdn", u, into_state.to(u.dtype))
         before = past.serial_state("ssm")
@@ -132,7 +151,7 @@ class S4DPLR(nn.Module):
             documents = nn.functional.pad(documents, (1, 0))  # the state before belongs to the slice's first document
         after = _dense_scan(torch.cat((first.unsqueeze(1), ends), dim=1), over_chunk, documents)
         past.leave_serial_state("ssm", after[:, -1])
-        return _where_connected(after[:, :-1], documents, 1), ends
+        return after[:, :-1] if inside else _where_connected(after[:, :-1], documents, 1), ends
 
     def _cauchy_kernel(self, over_length: Tensor, read_out: Tensor, length: int) -> Tensor:
         """K[0 ... length) from its generating function, truncated by the read-out C (1 - Ā^length): (C, Ds, length).
@@ -155,6 +174,14 @@ class S4DPLR(nn.Module):
 
         woodbury = (1 + z) / (1 + (1 + z) * k(p.conj(), p))
         return torch.fft.irfft(2 * (k(c, b) - k(c, p) * woodbury * k(p.conj(), b)), n=length)
+
+
+def _of_chunks(starts: Starts | None, u: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Which chunks (B, m) or blocks begin a document, and the tokens (B, m, T, Ds) of each chunk's last one."""
+    if not isinstance(starts, Borders):
+        return starts, u
+    last = starts.last(u.shape[2]).view(*u.shape[:3], 1)
+    return starts.within(u.shape[2]), u.masked_fill(~last, 0)
 
 
 def _parts(pair: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from bst_dist.model.borders import Borders, Starts, columns, columns_asked
 from bst_dist.model.config import SSMConfig
 from bst_dist.model.roles import Role
 from bst_dist.model.ssm.convolution import causal_matrix
@@ -52,7 +53,7 @@ class S4D(nn.Module):
         modes, channels = config.state // 2, 1 if shared_modes else width
         sets = maps if own_dynamics else 1
         log_range = math.log(config.dt_min), math.log(config.dt_max)
-        self.chunk = config.chunk
+        self.chunk, self.own_dynamics = config.chunk, own_dynamics
         self.log_dt = nn.Parameter(torch.empty(sets, width).uniform_(*log_range))
         self.log_decay = nn.Parameter(torch.full((sets, channels, modes), math.log(0.5)))
         frequencies = initial_frequencies(config.init, modes).float()
@@ -82,11 +83,13 @@ class S4D(nn.Module):
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
-    def forward(self, z: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
+    def forward(self, z: Tensor, past: Past, starts: Starts | None = None) -> Tensor:
         """Outputs of every token, (B, L, Ds) -> (B, L, C, Ds); for maps that share their dynamics.
 
-        `starts` (B, L / block) marks blocks that begin a document: the state before them is zero.
+        `starts`: where documents begin; the state before them is zero.
         """
+        if isinstance(starts, Borders):
+            return self._with_borders(z, past, starts)
         batch, length, width = z.shape
         u, chunk, m = self._chunks(z)
         log_a, b = self.log_transition()
@@ -98,14 +101,39 @@ class S4D(nn.Module):
         y = torch.baddbmm(y, self._out_of_state(powers), _from_states(incoming()))
         return y.view(width, -1, chunk, batch, m).permute(3, 4, 2, 1, 0).reshape(batch, length, -1, width)
 
+    def _with_borders(self, z: Tensor, past: Past, starts: Borders) -> Tensor:
+        """The same where documents begin at any token (`borders`)."""
+        batch, length, width = z.shape
+        z = z.to(self.skip.dtype)
+        u, chunk, m = self._chunks(z.masked_fill(~starts.last(min(self.chunk, length)).unsqueeze(-1), 0))
+        log_a, b = self.log_transition()
+        powers = _powers(log_a, chunk, u.dtype)
+        ends = _to_states(_into_state(powers, b) @ u, batch, m, len(log_a.real))
+        incoming = start_incoming_states(ends, log_a.scaled(chunk), starts.within(chunk), past, inside=True)
+        by_document = columns(starts, chunk, past)
+        u = by_document.spread(z.reshape(-1, chunk, width)).permute(2, 1, 0).contiguous()  # (Ds, T, B m + E)
+        y = self._within_chunk(powers, b) @ u
+        entering = nn.functional.pad(_from_states(incoming()), (0, u.shape[-1] - batch * m))
+        y = torch.baddbmm(y, self._out_of_state(powers), entering).view(width, -1, chunk, u.shape[-1])
+        return by_document.collected(y.permute(3, 2, 1, 0)).view(batch, length, -1, width)
+
+    def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> dict[str, object]:
+        """As of `SlidingAttention.prepare`."""
+        if self.own_dynamics or not isinstance(starts, Borders):
+            return {}
+        name, make = columns_asked(starts, min(self.chunk, like.shape[1]))
+        return {name: past.once(name, make)}
+
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
-    def block_ends(self, z: Tensor, block: int, past: Past, starts: Tensor | None = None) -> Tensor:
+    def block_ends(self, z: Tensor, block: int, past: Past, starts: Starts | None = None) -> Tensor:
         """Outputs of each block's last token only, (B, L, Ds) -> (B, nb, C, Ds), nb blocks ending in this slice.
 
         Outputs of other tokens are never computed: the tokens go into the state, and the state is read at the ends.
         A slice is whole blocks, or lies within one block (then nb is 1 if it ends the block, else 0).
         """
+        if isinstance(starts, Borders):  # only a block's last document reaches its end
+            z, starts = z.masked_fill(~starts.last(block).unsqueeze(-1), 0), starts.within(block)
         batch, length, _ = z.shape
         u, chunk, m = self._chunks(z)
         span = min(block, length)

@@ -19,7 +19,7 @@ from bst_dist.parallel.past import Past
 
 
 def start_incoming_states(
-    ends: Pair, log_a: Pair, starts: Tensor | None, past: Past, name: str = "ssm"
+    ends: Pair, log_a: Pair, starts: Tensor | None, past: Past, name: str = "ssm", inside: bool = False
 ) -> Callable[[], Pair]:
     """Ask for the state before each chunk (B, m, *), from what each chunk alone leaves behind.
 
@@ -31,6 +31,7 @@ def start_incoming_states(
         log_a: (*) float64, log of the transition over one chunk.
         starts: (B, m) bool, chunk begins a document; None when no chunk does.
         past: asked for the state before the first chunk.
+        inside: documents begin anywhere in those chunks: the state before such a chunk is given, and goes no further.
     """
     m, dtype = ends.real.shape[1], ends.real.dtype
     documents = None if starts is None else starts.cumsum(1)  # (B, m): which document of the slice a chunk is in
@@ -43,14 +44,15 @@ def start_incoming_states(
     def finish() -> Pair:
         before = arrive()
         incoming = running.each(lambda x: torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1))
-        if starts is not None:
+        if starts is not None and not inside:
             incoming = incoming.scaled(_like(~starts, incoming.real))
         if before is None:
             return incoming
         steps = torch.arange(m, device=last.real.device).view(m, *[1] * log_a.real.dim())
         reach = log_a.power(steps, dtype).times(pair_of(before.unsqueeze(1)))  # (B, m, *)
         if documents is not None:
-            reach = reach.scaled(_like(documents == 0, reach.real))
+            before_it = documents - starts.to(documents.dtype) if inside else documents
+            reach = reach.scaled(_like(before_it == 0, reach.real))
         return incoming.plus(reach)
 
     return finish

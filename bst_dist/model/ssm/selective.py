@@ -15,11 +15,13 @@ Shapes: B rows, l tokens, m = l / T chunks, H heads, P channels of one, N state,
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import SSDConfig
 from bst_dist.model.roles import Linear, Role
 from bst_dist.parallel.past import Past
@@ -50,10 +52,10 @@ class Selective(Decays):
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
-    def forward(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, past: Past, starts: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, past: Past, starts: Starts | None) -> Tensor:
         """(B, l, H, P) inputs, (B, l, H) steps before their softplus, (B, l, N), (B, l, C, N) -> (B, l, C, H, P).
 
-        `starts` (B, l / block) marks blocks that begin a document: the state before them is zero.
+        `starts`: where documents begin; the state before them is zero.
         """
         x, dt, b, c = (one.to(self.step.dtype) for one in (x, dt, b, c))
         dt = F.softplus(dt + self.step)
@@ -63,17 +65,18 @@ class Selective(Decays):
             one.unflatten(1, (-1, chunk)) for one in (x * dt.unsqueeze(-1), -dt * self.log_decay.exp(), b, c)
         )
         x, log_a, c = x.transpose(2, 3), log_a.transpose(2, 3), c.transpose(2, 3)  # (B, m, H, T, P), (B, m, H, T), ...
-        sums = running_sum(log_a)  # of the logarithms of all decays of the chunk so far
-        to_end = (sums[..., -1:] - sums).exp().unsqueeze(-1)  # (B, m, H, T, 1)
-        ends = b.transpose(2, 3).unsqueeze(2) @ (x * to_end)  # (B, m, H, N, P): what a chunk alone leaves behind
-        entering = self._entering(ends, sums[..., -1].exp()[..., None, None], past, starts)
+        decays = Reach.of(log_a, starts)
+        ends = b.transpose(2, 3).unsqueeze(2) @ (x * decays.to_end.unsqueeze(-1))  # (B, m, H, N, P): of a chunk alone
+        entering = self._entering(ends, decays.from_begin[..., -1, None, None], past, starts)
         scores = c @ b.transpose(2, 3).unsqueeze(2)  # (B, m, C, T, T)
-        y = (scores.unsqueeze(3) * _decays(sums).unsqueeze(2)) @ x.unsqueeze(2)  # (B, m, C, H, T, P)
-        y = y + (c.unsqueeze(3) @ entering.unsqueeze(2)) * sums.exp()[:, :, None, ..., None]
+        y = (scores.unsqueeze(3) * decays.inside.unsqueeze(2)) @ x.unsqueeze(2)  # (B, m, C, H, T, P)
+        y = y + (c.unsqueeze(3) @ entering.unsqueeze(2)) * decays.from_begin[:, :, None, ..., None]
         return y.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
 
-    def _entering(self, ends: Tensor, kept: Tensor, past: Past, starts: Tensor | None) -> Tensor:
-        """The state before each chunk, (B, m, H, N, P); `kept` (B, m, H, 1, 1): the share that a chunk keeps."""
+    def _entering(self, ends: Tensor, kept: Tensor, past: Past, starts: Starts | None) -> Tensor:
+        """The state before each chunk, (B, m, H, N, P); `kept` (B, m, H, 1, 1): the share that a chunk keeps, zero
+        where a document begins inside it."""
+        starts = None if isinstance(starts, Borders) else starts
         begins = torch.zeros(ends.shape[:2], dtype=torch.bool, device=ends.device)
         if starts is not None:
             begins.view(*starts.shape, -1)[:, :, 0] = starts
@@ -91,11 +94,32 @@ class Selective(Decays):
         return entering if before is None else entering + torch.stack(shares, 1) * before.unsqueeze(1)
 
 
-def _decays(sums: Tensor) -> Tensor:
-    """What is left of token j at token t of a chunk, (..., T) -> (..., T, T); 0 for later ones."""
-    difference = sums.unsqueeze(-1) - sums.unsqueeze(-2)
-    later = torch.ones(difference.shape[-2:], dtype=torch.bool, device=sums.device).triu(1)
-    return difference.masked_fill(later, -torch.inf).exp()
+class Reach(NamedTuple):
+    """What is left of something further on in its chunk; nothing where a document begins in between."""
+
+    inside: Tensor
+    """(B, m, H, T, T): of token j at token t; 0 for later ones."""
+    to_end: Tensor
+    """(B, m, H, T): of each token at the chunk's end."""
+    from_begin: Tensor
+    """(B, m, H, T): of the state before the chunk at each token."""
+
+    @staticmethod
+    def of(log_a: Tensor, starts: Starts | None) -> Reach:
+        """`log_a` (B, m, H, T): the logarithms of the decays."""
+        chunk = log_a.shape[-1]
+        hidden = torch.ones(chunk, chunk, dtype=torch.bool, device=log_a.device).triu(1)  # later ones
+        if isinstance(starts, Borders):
+            count = starts.count(chunk).unsqueeze(2)  # (B, m, 1, T)
+            hidden = hidden | (count.unsqueeze(-1) != count.unsqueeze(-2))
+            sums = (log_a.unsqueeze(-2) @ (~hidden).to(log_a.dtype).mT).squeeze(-2)  # since the document's begin
+            to_end = (sums[..., -1:] - sums).masked_fill(count != count[..., -1:], -torch.inf)
+            from_begin = sums.masked_fill(count > 0, -torch.inf)
+        else:
+            sums = running_sum(log_a)
+            to_end, from_begin = sums[..., -1:] - sums, sums
+        inside = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).masked_fill(hidden, -torch.inf)
+        return Reach(inside.exp(), to_end.exp(), from_begin.exp())
 
 
 class SSD(nn.Module):
@@ -113,7 +137,7 @@ class SSD(nn.Module):
         self.scan = Selective(heads, config.chunk, config.dt_min, config.dt_max)
         self.skip = nn.Parameter(torch.randn(maps, width))
 
-    def forward(self, z: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
+    def forward(self, z: Tensor, past: Past, starts: Starts | None = None) -> Tensor:
         dt, b, c = self.select(z).split(self.sizes, dim=-1)
         x = z.unflatten(-1, (len(self.scan.step), -1))
         y = self.scan(x, dt, b, c.unflatten(-1, (len(self.skip), -1)), past, starts).flatten(-2)
@@ -128,16 +152,25 @@ class CausalConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, taps).uniform_(-1, 1) / math.sqrt(taps))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor, past: Past, starts: Tensor | None) -> Tensor:
-        """`starts` (B, l / block): blocks whose tokens see none before them; the block is no shorter than K - 1."""
+    def forward(self, x: Tensor, past: Past, starts: Starts | None) -> Tensor:
+        """`starts`: where documents begin, whose tokens see none before them; a block is no shorter than K - 1."""
         length, taps = x.shape[1], self.weight.shape[1]
         x = past.extend("taps", x, before=taps - 1)
         x = F.pad(x, (0, 0, length + taps - 1 - x.shape[1], 0)).unfold(1, taps, 1)  # (B, l, C, K), own token last
         weight = self.weight.to(x.dtype)
         if starts is not None:
-            place = torch.arange(length, device=x.device) % (length // starts.shape[1])
-            back = torch.arange(taps - 1, -1, -1, device=x.device)
-            begins = starts.repeat_interleave(length // starts.shape[1], dim=1)  # (B, l)
-            hidden = begins.unsqueeze(-1) & (back > place.unsqueeze(-1))  # (B, l, K)
+            hidden = _before_document(starts, length, taps, past)
             x = x.masked_fill(hidden.unsqueeze(2), 0)
         return (x * weight).sum(-1) + self.bias.to(x.dtype)
+
+
+def _before_document(starts: Starts, length: int, taps: int, past: Past) -> Tensor:
+    """(B, l, K) bool: which of a token's last K tokens, its own last, are before its document's first."""
+    if isinstance(starts, Borders):  # which may have begun among the last tokens before the slice
+        begins = past.once(f"begins: {taps}", lambda: past.extend("begins", starts.begins.int(), before=taps - 1))
+        begun = F.pad(begins, (length + taps - 1 - begins.shape[1], 0)).cumsum(1).unfold(1, taps, 1)  # (B, l, K)
+        return begun != begun[..., -1:]
+    place = torch.arange(length, device=starts.device) % (length // starts.shape[1])
+    back = torch.arange(taps - 1, -1, -1, device=starts.device)
+    begins = starts.repeat_interleave(length // starts.shape[1], dim=1)  # (B, l)
+    return begins.unsqueeze(-1) & (back > place.unsqueeze(-1))

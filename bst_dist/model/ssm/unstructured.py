@@ -6,7 +6,7 @@ parameters, `hyena` computes them by a small network with sines over an embeddin
 
 - Beyond its trained length K it is a finite impulse response: a token sees the K last inputs, its own among them, and
   nothing before them. A stream is carried by keeping K - 1 inputs, exactly.
-- A document boundary cannot be made by multiplying a state with zero: isolated documents are refused.
+- A document boundary cannot be made by multiplying a state with zero: isolated and masked documents are refused.
 - Spread over ranks in slices shorter than the filter, it needs more than the left neighbour has: all-to-alls give each
   rank all tokens of some channels instead (`Past.within_reach`).
 

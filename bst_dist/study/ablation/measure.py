@@ -31,7 +31,7 @@ class Text:
     token_bytes: np.ndarray
     """(V,)"""
     begin: int | None
-    """The token before a document's first; None when the first is not predicted (isolated documents)."""
+    """The token before a document's first; None when the first is not predicted (isolated or masked documents)."""
 
     @property
     def tokens(self) -> int:

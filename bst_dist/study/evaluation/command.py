@@ -11,7 +11,7 @@ tokens). The end of a document is predicted too, and its cost counted. Errors ar
 the delta method for a ratio of sums. Perplexity depends on the tokenizer; bits per byte of text does not.
 
 --lengths L,L measures the same text in sequences of each length, beside the trained one: joined as in training, or the
-documents that are that long where the model was trained on isolated ones.
+documents that are that long where the model was trained on isolated or masked ones.
 
 --needle puts a pass key into the validation text and asks for it at the end: by the length of the text and by where in
 it the key stands; --rows says how many texts. --needle L,L: of these lengths, else of the trained one.

@@ -43,15 +43,16 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def begin_token(recipe: Recipe, tokenizer: Tokenizer) -> list[int]:
-    """What stands before a document's first token: the end of another one, unless documents were isolated."""
-    return [] if recipe.data.documents == "isolated" else [tokenizer.eos_id]
+    """What stands before a document's first token: the end of another one, unless documents did not see each other."""
+    return [] if recipe.data.documents != "joined" else [tokenizer.eos_id]
 
 
 def encode(recipe: Recipe, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """The tokens of a document that begins with the prompt; raises UserError when there are none."""
     begin = begin_token(recipe, tokenizer)
     if not prompt.text and not begin:
-        raise UserError(f"{prompt.where} is empty: this model was trained on isolated documents and needs a beginning")
+        kind = recipe.data.documents
+        raise UserError(f"{prompt.where} is empty: this model was trained on {kind} documents and needs a beginning")
     try:
         prompt.text.encode()
     except UnicodeEncodeError as error:  # bytes of the command line that are not UTF-8 arrive as lone surrogates

@@ -107,7 +107,7 @@ def score(
         lengths: (n,) tokens of each document, the end symbol included.
         token_bytes: (V,) bytes of text of each id.
         begin: the token that stands before a document's first, the end of another one. None for a model of isolated
-            documents, which never sees one there: the first token is charged ``ln V``, a uniform guess.
+            or masked documents, which never sees one there: the first token is charged ``ln V``, a uniform guess.
         context: tokens after which the model forgets, a multiple of the block; None: the whole document is seen.
         slice_length: tokens of a forward pass in one row, a multiple of the block.
         precision: fp32, or bf16 for autocast.

@@ -45,8 +45,8 @@ class Trained:
     model: LanguageModel
 
     def begin(self, corpus: Corpus) -> int | None:
-        """The token that stands before a document's first: the end of another; None for isolated documents."""
-        return None if self.recipe.data.documents == "isolated" else corpus.manifest.tokenizer.eos_id
+        """The token that stands before a document's first: the end of another; None if documents see none."""
+        return None if self.recipe.data.documents != "joined" else corpus.manifest.tokenizer.eos_id
 
 
 def open_run(run_dir: Path, step: int | None = None, precision: str | None = None, averaged: bool = False) -> Trained:

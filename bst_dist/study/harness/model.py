@@ -5,8 +5,8 @@ the whole blocks of a context, after which all its continuations start from the 
 the same place in their blocks, so they are one batch however long their contexts were; and as nothing is read after a
 continuation, they are padded behind it.
 
-As in training, a document follows the end of another one, unless documents were isolated. Then nothing stands before
-the first token, which is charged a uniform guess, as `bst eval` does.
+As in training, a document follows the end of another one, unless documents were isolated or masked. Then nothing stands
+before the first token, which is charged a uniform guess, as `bst eval` does.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class HarnessModel(TemplateLM):
         """What the model writes after each context, greedily unless the task says otherwise."""
         prompts = {number: self.tok_encode(request.args[0]) for number, request in enumerate(requests)}
         if not all(prompts.values()):
-            raise UserError("a task has an empty context: a model of isolated documents needs a beginning to write on")
+            raise UserError("a task has an empty context: a model of documents that are not joined needs a beginning")
         alike: dict[str, list[int]] = {}
         for number in sorted(prompts, key=lambda number: len(prompts[number])):
             alike.setdefault(json.dumps(requests[number].args[1], sort_keys=True), []).append(number)

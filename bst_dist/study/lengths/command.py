@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def with_trained(trained: Trained, corpus: Corpus, lengths: list[int]) -> list[int]:
     """The lengths in order and, where the corpus has text for it, the trained one that they are compared with."""
     own = trained.recipe.train.sequence_length
-    fits = own <= longest(corpus, trained.recipe.data.documents == "isolated")
+    fits = own <= longest(corpus, trained.recipe.data.documents != "joined")
     return sorted({*lengths, own} if fits else {*lengths})
 
 

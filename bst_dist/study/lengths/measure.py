@@ -112,7 +112,7 @@ def measure(
     """
     recipe, own = trained.recipe, trained.recipe.train.sequence_length
     hows = {length: how(recipe.model, length) for length in lengths}
-    text = open_stretches(corpus, max(lengths), recipe.data.documents == "isolated", tokens)
+    text = open_stretches(corpus, max(lengths), recipe.data.documents != "joined", tokens)
     costs = np.zeros((text.count, text.length), np.float32) if own in hows else None
     tallies, peaks, total = {}, {}, text.count * text.length
     reference_first = sorted(hows, key=lambda length: length != own)

@@ -137,9 +137,9 @@ def _require_slices(recipe: Recipe, spread: Spread) -> None:
     """Raise SequenceParallelError, with the reason, when a layer cannot be computed in slices of this length."""
     sp, train = recipe.parallel.sp, recipe.train
     if sp > 1:
-        isolated = recipe.data.documents == "isolated"
+        documents = recipe.data.documents
         share = (train.slice_tokens or train.sequence_length) // sp
-        rehearse(recipe.model, sp, spread.micro_rows, share, isolated=isolated, stream=train.slices > 1)
+        rehearse(recipe.model, sp, spread.micro_rows, share, documents=documents, stream=train.slices > 1)
 
 
 def _complete(recipe: Recipe, world: int, spread: Spread) -> dict[str, Any]:

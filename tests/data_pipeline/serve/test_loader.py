@@ -24,7 +24,7 @@ from tests.data_pipeline.serve.memory import Memory, loader
 
 LENGTHS = [37, 1, 5, 150, 64, 2, 90, 33, 16, 71, 3, 48]
 MODES = st.sampled_from(["shuffled", "streaming"])
-DOCUMENTS = st.sampled_from(["joined", "isolated"])
+DOCUMENTS = st.sampled_from(["joined", "isolated", "masked"])
 PACKINGS = st.sampled_from(["stream", "best_fit"])
 
 
@@ -70,13 +70,13 @@ def test_every_token_is_served_exactly_once_in_a_pass(
         own = {token: count for (e, token), count in labels.items() if e == epoch}
         assert set(own.values()) == {1}
         missing = set(range(1, total + 1)) - set(own)
-        if documents == "isolated":
+        if documents != "joined":
             assert missing == firsts  # a document's first token is context only
         else:
             assert len(missing) == 1 and missing <= firsts  # so is the first of the pass
         seen = {token: count for (e, token), count in contexts.items() if e == epoch}
         assert set(seen.values()) == {1}
-        # The last token of a joined pass may be a label only.
+        # The last token of a pass without padding may be a label only.
         assert total - len(seen) in ((0,) if documents == "isolated" else (0, 1))
 
 
@@ -144,6 +144,25 @@ def test_isolated_documents_begin_at_blocks_and_are_marked(mode: str, lengths: l
         last = np.isin(batch.input_ids, corpus.begins + corpus.lengths - 1)
         assert np.array_equal(mask, (documents >= 0) & ~last)
         assert np.array_equal(batch.labels, np.where(mask, batch.input_ids + 1, 0))
+
+
+@given(mode=MODES, packing=PACKINGS, lengths=st.lists(st.integers(1, 60), min_size=10, max_size=20),
+       sp=st.sampled_from([1, 2]), step=st.integers(0, 20))  # fmt: skip
+def test_masked_documents_are_the_joined_stream_with_every_begin_marked(
+    mode: str, packing: str, lengths: list[int], sp: int, step: int
+) -> None:
+    """The same tokens at the same places; labels but for those that are another document's first token."""
+    corpus = Memory([*lengths, 100])
+    for rank in range(sp):
+        joined, masked = (
+            loader(corpus, mode, documents, packing=packing, sp=sp, sp_rank=rank) for documents in ("joined", "masked")
+        )
+        assert joined.state(step) == masked.state(step)
+        for plain, batch in zip(joined.batches(step), masked.batches(step), strict=True):
+            assert np.array_equal(plain.input_ids, batch.input_ids)
+            assert np.array_equal(batch.starts, np.isin(batch.input_ids, corpus.begins))
+            assert np.array_equal(batch.loss_mask, plain.loss_mask & ~np.isin(plain.labels, corpus.begins))
+            assert np.array_equal(batch.labels, np.where(batch.loss_mask, batch.input_ids + 1, 0))
 
 
 def test_joined_batches_have_no_starts() -> None:

@@ -1,0 +1,26 @@
+"""Which models can tell documents apart at any token; settings alone, without the layers (`borders`)."""
+
+from __future__ import annotations
+
+from bst_dist.model.config import MIXER_SECTIONS, FilterConfig, ModelConfig
+
+
+def masking_problem(model: ModelConfig) -> str | None:
+    """Why `data.documents: masked` cannot be had with this model, in a line; None if it can."""
+    used = {section: mixer for mixer in model.mixers() for section in MIXER_SECTIONS[mixer]}
+    if "block_recurrent" in used:
+        return (
+            "data.documents masked: block-recurrent changes its state once a block, so it cannot tell apart documents "
+            "that meet within one; set data.documents to isolated or joined"
+        )
+    if "ssm" in used and isinstance(model.ssm, FilterConfig):
+        return (
+            f"data.documents masked: ssm.kernel {model.ssm.kernel} ({used['ssm']}) keeps its last inputs, not a state "
+            "that could be reset between documents; set ssm.kernel to s4d, s4-dplr or ssd, or data.documents to joined"
+        )
+    if "context" in used and model.context.attend == "previous":
+        return (
+            "data.documents masked: with context.attend previous a token attends to all of the block before, in which "
+            "its document may begin; set context.attend to current, or data.documents to isolated or joined"
+        )
+    return None
