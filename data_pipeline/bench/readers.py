@@ -157,8 +157,7 @@ def names(rows: Rows) -> list[int]:
 
 
 def speed(reader: type, directory: Path, sequences: int) -> dict[str, Any]:
-    """Tokens, seconds and CPU seconds of one pass, from the second batch on; bytes that the disk gave for all of it."""
-    given = disk_bytes()
+    """Tokens, seconds and CPU seconds of one pass, from the second batch on."""
     batches = iter(reader(directory, sequences, 0, 1, None))
     next(batches)
     start, cpu, sequences = time.perf_counter(), time.process_time(), 0
@@ -168,14 +167,7 @@ def speed(reader: type, directory: Path, sequences: int) -> dict[str, Any]:
         "tokens": sequences * LENGTH,
         "time_s": time.perf_counter() - start,
         "cpu_s": time.process_time() - cpu,
-        "disk_bytes": disk_bytes() - given,
     }
-
-
-def disk_bytes() -> int:
-    """Bytes that this process has had read from a disk, what the kernel read ahead for it included."""
-    said = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(said["read_bytes"])
 
 
 def leave_page_cache(directory: Path) -> None:

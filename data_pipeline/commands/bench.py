@@ -174,13 +174,11 @@ def _summary(found: dict[str, Any]) -> dict[str, Any]:
     """Medians and ranges of one reader's measurements."""
     speeds = [each["tokens"] / each["time_s"] for each in found["speed"]]
     per_cpu = [each["tokens"] / each["cpu_s"] for each in found["speed"]]
-    amplification = [each["disk_bytes"] / (2 * each["tokens"]) for each in found["speed"]]  # tokens of two bytes
     resumes = [each["time_s"] for each in found["resume"] if "time_s" in each]
     return {
         "tokens_per_s": statistics.median(speeds),
         "tokens_per_cpu_s": statistics.median(per_cpu),
         "tokens_per_cpu_s_range": [min(per_cpu), max(per_cpu)],
-        "disk_bytes_per_byte_served": statistics.median(amplification),
         "resume_s": statistics.median(resumes) if resumes else None,
         "resume_s_range": [min(resumes), max(resumes)] if resumes else None,
         "resume_exact": all(each.get("exact", False) for each in found["resume"]),
@@ -194,19 +192,15 @@ def _print(report: dict[str, Any]) -> None:
     for name, each in report["readers"].items():
         low, high = each["tokens_per_cpu_s_range"]
         resume = each["resume_s"]
-        from_disk = [f"{each['disk_bytes_per_byte_served']:.2f}"] if report["cold"] else []
         rows.append([
             READERS[name], f"{each['tokens_per_s'] / 1e6:.0f}",
             f"{each['tokens_per_cpu_s'] / 1e6:.0f} ({low / 1e6:.0f}-{high / 1e6:.0f})",
             f"{each['tokens_per_cpu_s'] / litdata:.2f}" if litdata else "-",
-            *from_disk,
             f"{resume * 1e3:,.0f} ms" if resume is not None else "-",
             "yes" if each["resume_exact"] else "no", _verdict(each["elastic"]),
         ])  # fmt: skip
-    cold = ["bytes of disk a byte served"] if report["cold"] else []
-    columns = ("reader", "Mtok/s", "Mtok per CPU-s", "of litdata's", *cold, "resume", "right", "one rank to two")
     print_table(
-        Sheet(columns, rows),
+        Sheet(("reader", "Mtok/s", "Mtok per CPU-s", "of litdata's", "resume", "right", "one rank to two"), rows),
         f"{report['sequences']:,} sequences of 4,097 tokens, batches of 8, no workers; documents of "
         f"{report['mean_document']:,} tokens on average, {'from the disk' if report['cold'] else 'in the page cache'}",
         f"{report['machine']['cpu']}, {report['machine']['cpus']} CPUs; median of {report['repeats']} (range)",

@@ -10,7 +10,6 @@ import logging
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePath
 from typing import Any
@@ -20,11 +19,9 @@ import numpy as np
 from bst_base.errors import UserError
 from data_pipeline.format.extents import extents, from_bytes
 from data_pipeline.format.manifest import MANIFEST, Manifest
-from data_pipeline.format.shards import ShardError
 from data_pipeline.format.tokenizer import Tokenizer, parse_tokenizer
 from data_pipeline.serve.order.windows import ShardSizes
 from data_pipeline.serve.shard_reader import ShardReader
-from data_pipeline.serve.spots import Spots
 from data_pipeline.store.base import Storage, StorageConfig
 from data_pipeline.store.cache import CachedStorage
 from data_pipeline.store.storage import open_storage
@@ -186,24 +183,6 @@ class Corpus:
         """
         shard = bisect_right(self._firsts, number) - 1
         self._reader(shard).read_into(number - self._firsts[shard], start, buffer)
-
-    def spots(self, documents: np.ndarray) -> Spots:
-        """Where these documents, (m,), lie; files are numbered as shards are. None is short where an index is bad: to
-        read the document says so."""
-        shards = np.searchsorted(self.first_documents, documents, side="right") - 1
-        found = Spots.nowhere(len(documents))
-        for shard in np.unique(shards).tolist():
-            own = shards == shard
-            with suppress(ShardError):
-                parts = self._reader(shard).spots(documents[own] - self._firsts[shard])
-                for column, part in zip(found[1:], parts[1:], strict=True):
-                    column[own] = part
-        found.file[:] = shards
-        return found
-
-    def shard_map(self, shard: int) -> memoryview:
-        """A shard's file, mapped for the kernel to read (`spots`); not of a corpus that is remote."""
-        return self.storage.map(self._table.column("file")[shard].decode())
 
     def document_info(self, number: int) -> dict[str, Any]:
         """The document's JSON: id, path, source, licence and what else `prepare` recorded."""

@@ -14,13 +14,10 @@ from data_pipeline.format.shards import CRC_BLOCK, ShardError
 from data_pipeline.serve.order.stream import Pieces
 from data_pipeline.serve.order.versions import Order
 from data_pipeline.serve.reader import Corpus
-from data_pipeline.serve.spots import AVAILABLE, ShortRuns, Spots
 from data_pipeline.store.base import REQUESTS
 
 _log = logging.getLogger(__name__)
-_SHARDS = 1 << 32  # more than any corpus has: a file is counted by its corpus and its shard
 _WINDOW = 64  # rows located together: a search for many costs little more than a search for one
-_WINDOW_TOKENS = 1 << 21  # and no more than these: each run in a short document takes up half a kilobyte
 
 
 class Rows(NamedTuple):
@@ -31,9 +28,6 @@ class Rows(NamedTuple):
     continues: np.ndarray  # (rows,) bool
     pieces: Pieces
     bounds: list[int]  # (rows + 1,): each row's first run in `pieces`
-    short: ShortRuns | None = None  # those of the runs that lie in short documents; None where there are none
-    left: np.ndarray | None = None  # which of the runs those are not
-    begin: int = 0  # the first row's place among the rows of `short`
 
     def part(self, start: int, stop: int) -> Rows:
         """The rows ``start..stop`` of these."""
@@ -41,13 +35,10 @@ class Rows(NamedTuple):
         row, *others = (values[low:high] for values in self.pieces)
         bounds = [bound - low for bound in self.bounds[start : stop + 1]]
         own = (values[start:stop] for values in self[:3])
-        left = None if self.left is None else self.left[low:high]
-        return Rows(*own, Pieces(row - start, *others), bounds, self.short, left, self.begin + start)
+        return Rows(*own, Pieces(row - start, *others), bounds)
 
     def masked(self, count: int) -> Rows:
         """These rows, and so many more that read nothing."""
-        if not count:
-            return self
         nothing, continues = np.zeros(count, np.int64), np.ones(count, bool)
         columns = zip(self[:3], (nothing, nothing, continues), strict=True)
         return Rows(*map(np.concatenate, columns), self.pieces, self.bounds + self.bounds[-1:] * count)
@@ -97,7 +88,7 @@ class RowReader:
         # Over a network the reads of several steps go out together: each waits much longer than it works.
         self._pool = ThreadPoolExecutor(REQUESTS) if any(corpus.remote for corpus in corpora) else None
         self._since, self._until = since, until
-        self._window_steps = max(1, min(_WINDOW, _WINDOW_TOKENS // length) // max(1, count))
+        self._window_steps = max(1, _WINDOW // max(1, count))
         self._window = lru_cache(maxsize=2 * len(begins))(self._locate)
         self._stream = order.stream
 
@@ -116,17 +107,15 @@ class RowReader:
 
     def read(self, rows: Rows) -> tuple[np.ndarray, np.ndarray | None]:
         """Tokens (b, l + 1) in the corpus's dtype, and which of them are text: (b, l + 1) bool, None when all are."""
-        shape = len(rows.corpora), self._length + 1
-        tokens = np.empty(shape, self._dtype)
+        tokens = np.empty((len(rows.corpora), self._length + 1), self._dtype)
         if not len(tokens):
             return tokens, None
         whole = rows.pieces.length.sum() == tokens.size
         if not whole:
             tokens.fill(self._pad_id)
         data = memoryview(tokens).cast("B")
+        runs = self._runs(rows)
         try:
-            left = self._left(rows, data)
-            runs = self._runs(rows, left) if len(left.row) else ()
             if self._pool is None:
                 for corpus, document, offset, begin, stop in runs:
                     corpus.read_into(document, offset, data[begin:stop])
@@ -136,38 +125,11 @@ class RowReader:
             if not self._skip:
                 raise
             return tokens, self._read_what_is_good(rows, tokens)
-        return tokens, None if whole else self._covered(rows, shape)
+        return tokens, None if whole else self._covered(rows, tokens.shape)
 
-    def _left(self, rows: Rows, data: memoryview) -> Pieces:
-        """Fill `data`, the rows' bytes, with the short documents; returns the runs that are left to be read."""
-        if rows.short is None or not rows.short.read(rows.begin, rows.begin + len(rows.corpora), data):
-            return rows.pieces
-        return rows.pieces.select(rows.left) if rows.left.any() else Rows.none().pieces
-
-    def _short(self, corpora: np.ndarray, pieces: Pieces) -> ShortRuns | None:
-        """The runs in short documents; None where there are none, or they come over a network."""
-        if self._pool is not None or not AVAILABLE:
-            return None
-        spots, of_run = Spots.nowhere(len(pieces.row)), corpora[pieces.row]
-        maps = {}
-        try:
-            for corpus in np.unique(of_run).tolist():
-                own, reader = of_run == corpus, self._corpora[corpus]
-                for column, part in zip(spots, reader.spots(pieces.document[own]), strict=True):
-                    column[own] = part
-                shards = np.unique(spots.file[own & (spots.size > 0)]).tolist()
-                maps |= {corpus * _SHARDS + shard: reader.shard_map(shard) for shard in shards}
-                spots.file[own] += corpus * _SHARDS
-        except ShardError:  # reading it says so again, where the policy for bad shards is
-            return None
-        if not maps:
-            return None
-        size = self._dtype.itemsize
-        return ShortRuns(spots, pieces, len(corpora), (self._length + 1) * size, size, maps)
-
-    def _runs(self, rows: Rows, pieces: Pieces) -> Iterator[tuple[Corpus, int, int, int, int]]:
-        """(corpus, document, offset in it, first and last byte in the rows' tokens) of each of these runs of theirs."""
-        row, slot, length, document, offset = pieces
+    def _runs(self, rows: Rows) -> Iterator[tuple[Corpus, int, int, int, int]]:
+        """(corpus, document, offset in it, first and last byte in the rows' tokens) of each run."""
+        row, slot, length, document, offset = rows.pieces
         corpora = [self._corpora[corpus] for corpus in rows.corpora[row].tolist()]
         begin = (row * (self._length + 1) + slot) * self._dtype.itemsize
         stop = begin + length * self._dtype.itemsize
@@ -175,9 +137,10 @@ class RowReader:
 
     def _covered(self, rows: Rows, shape: tuple[int, int]) -> np.ndarray:
         """(b, l + 1) bool: which tokens a run covers."""
-        counts = np.zeros((len(rows.pieces.row) + 1, 2), np.int64)
-        counts[:, 0], counts[:-1, 1] = _gaps(rows.pieces, shape), rows.pieces.length
-        return np.repeat(np.resize([False, True], counts.size), counts.reshape(-1)).reshape(shape)
+        real = np.zeros(shape, bool)
+        for row, slot, length in zip(*(column.tolist() for column in rows.pieces[:3]), strict=True):
+            real[row, slot : slot + length] = True
+        return real
 
     def _locate(self, window: int, part: int) -> Rows:
         """One part of all of the rank's rows in a window of steps."""
@@ -195,8 +158,7 @@ class RowReader:
             # What begins at the last input's label is another document: no label, so not worth reading.
             pieces = pieces.select((pieces.slot < self._length) | (pieces.offset > 0))
         bounds = np.searchsorted(pieces.row, np.arange(len(starts) + 1)).tolist()
-        short = self._short(corpora, pieces)
-        return Rows(corpora, epochs, continues, pieces, bounds, short, None if short is None else short.left)
+        return Rows(corpora, epochs, continues, pieces, bounds)
 
     def _read_what_is_good(self, rows: Rows, tokens: np.ndarray) -> np.ndarray:
         """Fill `tokens` with what can be read and padding elsewhere; returns which are text, (b, l + 1) bool.
@@ -205,7 +167,7 @@ class RowReader:
         """
         real = self._covered(rows, tokens.shape)
         flat, good = tokens.reshape(-1), real.reshape(-1)
-        for corpus, document, offset, begin, stop in self._runs(rows, rows.pieces):
+        for corpus, document, offset, begin, stop in self._runs(rows):
             begin, stop = begin // tokens.itemsize, stop // tokens.itemsize
             while begin < stop:
                 end = min(stop, begin + CRC_BLOCK - offset % CRC_BLOCK)
@@ -221,10 +183,3 @@ class RowReader:
         if message not in self.bad:
             self.bad.append(message)
             _log.warning("left out of the loss: %s", message)
-
-
-def _gaps(pieces: Pieces, shape: tuple[int, int]) -> np.ndarray:
-    """(m + 1,) tokens that no run covers before each of the m runs of rows of this shape, and after the last."""
-    begin = pieces.row * shape[1] + pieces.slot
-    ends = begin + pieces.length
-    return np.append(begin, shape[0] * shape[1]) - np.append(0, ends)

@@ -22,7 +22,6 @@ from isal import isal_zlib
 from data_pipeline.format.damage import locate_changed_byte
 from data_pipeline.format.shard_table import ShardInfo
 from data_pipeline.format.shards import CRC_BLOCK, ShardError, ShardIndex
-from data_pipeline.serve.spots import Spots
 from data_pipeline.store.base import Storage
 
 _log = logging.getLogger(__name__)
@@ -97,17 +96,6 @@ class ShardReader:
             data = self._read_blocks(document, first, last)
         skipped = (start - first * CRC_BLOCK) * size
         buffer[:] = data[skipped : skipped + len(buffer)]
-
-    def spots(self, documents: np.ndarray) -> Spots:
-        """Where these documents, (m,), lie, as far as each is one block; the number of the file is left at 0."""
-        layout = self._layout
-        lengths = self.lengths[documents].astype(np.int64)
-        short = (lengths > 0) & (lengths <= CRC_BLOCK)
-        found = Spots.nowhere(len(documents))
-        found.begin[:] = np.asarray(layout.offsets)[documents]
-        found.size[short] = lengths[short] * self._itemsize
-        found.crc[short] = np.asarray(layout.crc)[np.asarray(layout.crc_starts)[documents[short]]]
-        return found
 
     def document_info(self, document: int) -> dict[str, Any]:
         """The document's JSON."""

@@ -96,10 +96,6 @@ class Storage(Protocol):
     def local_path(self, name: str) -> Path | None:
         """The file's path where it belongs on this machine's disk."""
 
-    def map(self, name: str) -> memoryview:
-        """The file, mapped: for the kernel to read, not for the process (`spots`). Only where `remote` is false; raises
-        UserError as `read_into` does."""
-
     def fetch_ahead(self, now: Sequence[str], soon: Sequence[str]) -> None:
         """Told of the files that are read from now on, and of those after them: a cache fetches them."""
 

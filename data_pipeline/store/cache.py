@@ -83,10 +83,6 @@ class CachedStorage:
             self.renew(name)
             self._local.read_into(self._copy(name), offset, buffer)
 
-    def map(self, name: str) -> memoryview:
-        """See `Storage`: a copy that is not there yet is fetched."""
-        return self._local.map(self._copy(name))
-
     def local_path(self, name: str) -> Path | None:
         """See `Storage`: a copy that is not there yet is not a missing file."""
         return None

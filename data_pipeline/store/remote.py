@@ -114,10 +114,6 @@ class RemoteStorage:
         """See `Storage`."""
         return None
 
-    def map(self, name: str) -> memoryview:
-        """See `Storage`: never called, for these files are elsewhere."""
-        raise NotImplementedError
-
     def fetch_ahead(self, now: Sequence[str], soon: Sequence[str]) -> None:
         """See `Storage`: nothing is kept here."""
 
@@ -287,10 +283,6 @@ class PipeStorage:
     def local_path(self, name: str) -> Path | None:
         """See `Storage`."""
         return None
-
-    def map(self, name: str) -> memoryview:
-        """See `Storage`: never called, for these files are elsewhere."""
-        raise NotImplementedError
 
     def fetch_ahead(self, now: Sequence[str], soon: Sequence[str]) -> None:
         """See `Storage`: nothing is kept here."""

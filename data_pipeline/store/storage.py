@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 from collections.abc import Sequence
 from functools import lru_cache
@@ -47,8 +46,8 @@ def open_storage(url: str, config: StorageConfig) -> Storage:
 class LocalStorage:
     """A directory, read with `preadv`.
 
-    Not from maps: a page that cannot be read from a map kills the process, where a read that fails is an error that the
-    recipe's policy for bad shards is for. What is mapped is for the kernel to copy from.
+    Not mapped: a page that cannot be read from a map kills the process, where a read that fails is an error that the
+    recipe's policy for bad shards is for.
     """
 
     remote = False
@@ -58,7 +57,6 @@ class LocalStorage:
         self._directory = Path(directory)
         # An evicted file closes when its last reader ends.
         self._open = lru_cache(maxsize=_OPEN_FILES)(self._open_file)
-        self._map = lru_cache(maxsize=_OPEN_FILES)(self._map_file)
 
     def whole(self, name: str) -> bytes:
         """See `Storage`."""
@@ -84,10 +82,6 @@ class LocalStorage:
         """See `Storage`."""
         return self._directory / name
 
-    def map(self, name: str) -> memoryview:
-        """See `Storage`."""
-        return self._map(name)
-
     def renew(self, name: str) -> bool:
         """See `Storage`: there is but this copy."""
         return False
@@ -95,20 +89,12 @@ class LocalStorage:
     def forget(self) -> None:
         """Open the files anew at their next use: one has been replaced."""
         self._open.cache_clear()
-        self._map.cache_clear()
 
     def fetch_ahead(self, now: Sequence[str], soon: Sequence[str]) -> None:
         """See `Storage`: nothing is kept here."""
 
     def interrupt(self, stop: bool) -> None:
         """See `Storage`: reads of a local file are not waited for."""
-
-    def _map_file(self, name: str) -> memoryview:
-        with self._open_file(name) as file:
-            try:
-                return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            except (OSError, ValueError) as error:  # a file system without maps, an empty file
-                raise ShardError(f"{self._directory / name}: cannot be mapped: {error}") from None
 
     def _open_file(self, name: str) -> BinaryIO:
         path = self._directory / name

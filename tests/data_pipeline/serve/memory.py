@@ -10,7 +10,6 @@ from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import Loader
 from data_pipeline.serve.order.windows import ShardSizes
 from data_pipeline.serve.share import Share
-from data_pipeline.serve.spots import Spots
 
 
 class Memory:
@@ -42,9 +41,6 @@ class Memory:
 
     def interrupt(self, stop: bool) -> None:
         """Nothing waits here."""
-
-    def spots(self, documents: np.ndarray) -> Spots:
-        return Spots.nowhere(len(documents))
 
     def read_into(self, number: int, start: int, buffer: memoryview) -> None:
         out = np.frombuffer(buffer, "<u4")
