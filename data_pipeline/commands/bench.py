@@ -9,7 +9,7 @@ The other packages are installed at their first use into an environment of their
 never imports them. Every measurement is a process of its own; repeats of all readers take turns, so that load on the
 machine affects all of them. Columns: tokens per second and per CPU second over one pass; from a saved state to the
 first batch in the middle of a pass, and whether it is the right one; what was lost or served twice when one rank's
-state, half a pass in, is taken over by two.
+state, half a pass in, is taken over by two; with --cold, what a pass reads from the disk, over the bytes of its tokens.
 """
 
 from __future__ import annotations
@@ -181,6 +181,7 @@ def _summary(found: dict[str, Any]) -> dict[str, Any]:
         "tokens_per_cpu_s_range": [min(per_cpu), max(per_cpu)],
         "resume_s": statistics.median(resumes) if resumes else None,
         "resume_s_range": [min(resumes), max(resumes)] if resumes else None,
+        "disk_bytes_per_byte": statistics.median(each["disk_bytes"] / each["tokens"] / 2 for each in found["speed"]),
         "resume_exact": all(each.get("exact", False) for each in found["resume"]),
         "elastic": found["elastic"],
     }
@@ -198,9 +199,11 @@ def _print(report: dict[str, Any]) -> None:
             f"{each['tokens_per_cpu_s'] / litdata:.2f}" if litdata else "-",
             f"{resume * 1e3:,.0f} ms" if resume is not None else "-",
             "yes" if each["resume_exact"] else "no", _verdict(each["elastic"]),
+            *([f"{each['disk_bytes_per_byte']:.2f}"] if report["cold"] else []),
         ])  # fmt: skip
+    columns = ["reader", "Mtok/s", "Mtok per CPU-s", "of litdata's", "resume", "right", "one rank to two"]
     print_table(
-        Sheet(("reader", "Mtok/s", "Mtok per CPU-s", "of litdata's", "resume", "right", "one rank to two"), rows),
+        Sheet((*columns, *(["bytes read per byte served"] if report["cold"] else [])), rows),
         f"{report['sequences']:,} sequences of 4,097 tokens, batches of 8, no workers; documents of "
         f"{report['mean_document']:,} tokens on average, {'from the disk' if report['cold'] else 'in the page cache'}",
         f"{report['machine']['cpu']}, {report['machine']['cpus']} CPUs; median of {report['repeats']} (range)",

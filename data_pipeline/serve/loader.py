@@ -238,23 +238,26 @@ class Loader:
     def _read_all(self, step: int, blank: bool = False) -> Iterator[list[Stored]]:
         """Every slice of every micro-batch; `blank`: without what they hold."""
         serving = [each for each in self._parts if each.start <= step][-1]
-        for numbers in serving.share.micro_batches():
+        for numbers in serving.share.micro_batches:
             yield [self._read(serving, step, numbers, part, blank) for part in range(len(self._share.begins))]
 
     def _read(self, serving: _Part, step: int, numbers: np.ndarray, part: int, blank: bool) -> Stored:
         """One slice of a micro-batch; its masked rows, which are the last, are padding as beyond the end of a pass."""
-        own = numbers[numbers != MASKED]
-        located, masked = Rows.none(), len(numbers) - len(own)
-        if len(own):
-            place = int(own[0]) - serving.share.own.start  # rows are located by their place among the rank's own
-            reader = serving.reader
-            located = (reader.unread if blank else reader.locate)(step, place, place + len(own), part)
-        tokens, real = serving.reader.read(located)
+        reader, masked = serving.reader, int((numbers == MASKED).sum())
+        own = range(len(numbers) - masked)
+        if not own:
+            located, (tokens, real) = Rows.none(), reader.none(0)
+        else:
+            place = int(numbers[0]) - serving.share.own.start  # rows are located by their place among the rank's own
+            if blank:
+                located, (tokens, real) = reader.unread(step, place, place + len(own)), reader.none(len(own))
+            else:
+                located, tokens, real = reader.read(step, place, place + len(own), part)
         if masked:
-            below = ((0, masked), (0, 0))
-            real = np.pad(np.ones(tokens.shape, bool) if real is None else real, below)
-            tokens = np.pad(tokens, below, constant_values=self._corpora[0].manifest.tokenizer.pad_id)
-        return Stored(numbers, self._share.begins[part], located.masked(masked), tokens, real)
+            nothing, unreal = reader.none(masked)
+            real = np.concatenate([np.ones(tokens.shape, bool) if real is None else real, unreal])
+            tokens, located = np.concatenate([tokens, nothing]), located.masked(masked)
+        return Stored(numbers, self._share.begins[part], located, tokens, real)
 
     def _batch(self, stored: Stored) -> Batch:
         """What was read, laid out for a trainer."""

@@ -10,6 +10,7 @@ import logging
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePath
 from typing import Any
@@ -20,10 +21,13 @@ from bst_base.errors import UserError
 from data_pipeline.format.extents import extents, from_bytes
 from data_pipeline.format.manifest import MANIFEST, Manifest
 from data_pipeline.format.tokenizer import Tokenizer, parse_tokenizer
+from data_pipeline.serve.layout import Found, Layout, OpenShards
 from data_pipeline.serve.order.windows import ShardSizes
 from data_pipeline.serve.shard_reader import ShardReader
 from data_pipeline.store.base import Storage, StorageConfig
 from data_pipeline.store.cache import CachedStorage
+from data_pipeline.store.heap import give_back
+from data_pipeline.store.mapped import MappedFile
 from data_pipeline.store.storage import open_storage
 
 _log = logging.getLogger(__name__)
@@ -51,10 +55,14 @@ class Corpus:
         self.sha256 = sha256 or manifest.sha256
         """SHA-256 of the manifest: the corpus's identity."""
         self._table = manifest.shards(split)
-        self._readers: dict[int, ShardReader] = {}  # of the shards that are open
         self.first_documents = np.append(0, np.cumsum(self._table.column("documents")))
         """(shards + 1,) int64: the number of each shard's first document, and of all."""
         self._firsts = memoryview(self.first_documents)
+        self._open = OpenShards(len(self._table), self.first_documents)
+        self._readers: dict[int, ShardReader] = {}  # of open shards
+        self._maps: dict[
+            int, MappedFile
+        ] = {}  # of open shards: a copy that a cache has removed takes room while mapped
         self._sizes = lru_cache(maxsize=4)(self._measure)
         if not len(self):
             raise UserError(f"{self.where}: the split is empty; prepare it from more text, or choose another")
@@ -77,7 +85,9 @@ class Corpus:
             ) from None
         sha256 = hashlib.sha256(data).hexdigest()
         manifest = Manifest.from_bytes(data, f"{url}/{MANIFEST}")
+        size = len(data)
         del data  # forty megabytes for a hundred thousand shards
+        give_back(size)
         files = KnownFiles(manifest, split, f"{url}/{MANIFEST}")
         if source.remote and config.cache_dir:
             source = CachedStorage(source, config.cache_dir, files, config.cache_bytes)
@@ -105,11 +115,14 @@ class Corpus:
 
         Reads every index: what serves version 3 of the order does not ask for it.
         """
+        every = np.arange(len(self._table))
+        if len(self) <= _KEPT:
+            return self._opened(every).lengths
         lengths = np.empty(len(self), np.uint32)
-        for shard, found in self._each_lengths(range(len(self._table)), keep=len(self) <= _KEPT):
-            if found.dtype != np.uint32:
+        for shard, found in zip(every.tolist(), self._each_layout(every), strict=True):
+            if found.lengths.dtype != np.uint32:
                 lengths = lengths.astype(np.uint64)
-            lengths[self._firsts[shard] : self._firsts[shard + 1]] = found
+            lengths[self._firsts[shard] : self._firsts[shard + 1]] = found.lengths
         return lengths
 
     def tokenizer(self) -> Tokenizer:
@@ -141,14 +154,35 @@ class Corpus:
         """What the order needs of the shards; `block` is W where documents are isolated, None where they are joined."""
         return self._sizes(block)
 
-    def shard_lengths(self, shards: Sequence[int]) -> list[np.ndarray]:
-        """(documents,) tokens of each document, of each of these shards, which stay open until they are released."""
-        return [lengths for _, lengths in self._each_lengths(shards, keep=True)]
+    def shard_lengths(self, shards: np.ndarray) -> np.ndarray:
+        """(n,) tokens of each document of these shards, in increasing order; they stay open until they are released."""
+        return self._opened(shards).lengths
 
     @property
     def open_shards(self) -> int:
         """How many shards have their index in memory."""
-        return len(self._readers)
+        return len(self._open)
+
+    def find(self, documents: np.ndarray) -> list[Found]:
+        """Where documents (m,) lie, in parts: one for each set of shards that were opened together."""
+        shards = np.searchsorted(self.first_documents, documents, side="right") - 1
+        while not isinstance(found := self._open.find(documents, shards), list):
+            self._opened(found)
+        return found
+
+    def mapped(self, shard: int) -> MappedFile | None:
+        """A shard in memory, until it is released; None where it cannot be mapped, which reading it will explain."""
+        file = self._maps.get(shard)
+        if file is None:
+            with suppress(UserError):
+                file = self.storage.mapped(self._table.column("file")[shard].decode())
+            if file is not None:
+                self._maps[shard] = file
+        return file
+
+    def unmap(self) -> None:
+        """Map shards anew when they are next read from: something was wrong, and a store may have mended it."""
+        self._maps.clear()
 
     def fetch_ahead(self, now: Sequence[int], soon: Sequence[int]) -> None:
         """Told of the shards that are read from now on, and of those after them."""
@@ -160,8 +194,11 @@ class Corpus:
 
     def release(self, shards: Iterable[int]) -> None:
         """Forget the indexes of these shards until they are read from again."""
-        for shard in shards:
+        released = np.fromiter(shards, np.int64)
+        self._open.release(released)
+        for shard in released.tolist():
             self._readers.pop(shard, None)
+            self._maps.pop(shard, None)
 
     def document(self, number: int) -> np.ndarray:
         """All tokens of a document, (n,)."""
@@ -204,27 +241,35 @@ class Corpus:
     def _reader(self, shard: int) -> ShardReader:
         reader = self._readers.get(shard)
         if reader is None:
-            reader = self._readers.setdefault(shard, ShardReader(self.storage, self._table[shard], self.dtype))
+            reader = ShardReader(self.storage, self._table[shard], self.dtype)
+            reader.layout = self._open.part(shard) or self._opened(np.array([shard]))
+            reader = self._readers.setdefault(shard, reader)
         return reader
 
     def _length(self, number: int) -> int:
         shard = bisect_right(self._firsts, number) - 1
-        return int(self._reader(shard).lengths[number - self._firsts[shard]])
+        return int(self._reader(shard).layout.lengths[number - self._firsts[shard]])
 
-    def _each_lengths(self, shards: Sequence[int], keep: bool) -> Iterator[tuple[int, np.ndarray]]:
-        """(shard, its documents' lengths); many are fetched at a time where they are not on this machine's disk."""
+    def _opened(self, shards: np.ndarray) -> Layout:
+        """The layout of these shards, which are opened unless they are open together."""
+        layout = self._open.together(shards)
+        if layout is None:
+            layout = self._open.add(shards, Layout.join(list(self._each_layout(shards))))
+            for shard in shards.tolist():
+                self._readers.pop(shard, None)
+        return layout
 
-        def lengths(shard: int) -> np.ndarray:
-            found = self._reader(shard).lengths
-            if not keep:
-                self.release([shard])
-            return found
+    def _each_layout(self, shards: np.ndarray) -> Iterator[Layout]:
+        """Read the indexes of shards; many are fetched at a time where they are not on this machine's disk."""
+
+        def read(shard: int) -> Layout:
+            return ShardReader(self.storage, self._table[shard], self.dtype).layout
 
         if self.storage.local_path(MANIFEST) is not None:
-            yield from ((shard, lengths(shard)) for shard in shards)
+            yield from map(read, shards.tolist())
             return
-        with ThreadPoolExecutor(min(_INDEXES_AT_ONCE, max(len(shards), 1))) as pool:
-            yield from zip(shards, pool.map(lengths, shards), strict=True)
+        with ThreadPoolExecutor(min(_INDEXES_AT_ONCE, len(shards))) as pool:
+            yield from pool.map(read, shards.tolist())
 
     def _measure(self, block: int | None) -> ShardSizes:
         documents, tokens = self._table.column("documents"), self._table.column("tokens")
@@ -232,8 +277,12 @@ class Corpus:
             return ShardSizes(documents, tokens, tokens)
         found = self._stored_extents(block)
         if found is None:
-            every = self._each_lengths(range(len(self._table)), keep=len(self) <= _KEPT)
-            found = np.array([extents(lengths, block).sum() for _, lengths in every])
+            every = np.arange(len(self._table))
+            if len(self) <= _KEPT:
+                lengths = np.split(self._opened(every).lengths, self.first_documents[1:-1])
+            else:
+                lengths = (layout.lengths for layout in self._each_layout(every))
+            found = np.array([extents(each, block).sum() for each in lengths])
         return ShardSizes(documents, tokens, found)
 
     def _stored_extents(self, block: int) -> np.ndarray | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -14,10 +15,14 @@ from data_pipeline.format.shards import CRC_BLOCK, ShardError
 from data_pipeline.serve.order.stream import Pieces
 from data_pipeline.serve.order.versions import Order
 from data_pipeline.serve.reader import Corpus
+from data_pipeline.serve.runs import MappedRuns
 from data_pipeline.store.base import REQUESTS
+from data_pipeline.store.heap import share_arenas
+from data_pipeline.store.mapped import Collector
 
 _log = logging.getLogger(__name__)
-_WINDOW = 64  # rows located together: a search for many costs little more than a search for one
+_TOGETHER = 64  # rows located and read together, at most: many cost little more than one ...
+_TOGETHER_BYTES = 9 << 17  # ... of so many bytes, or one step: they stay in the processor's cache
 
 
 class Rows(NamedTuple):
@@ -87,32 +92,73 @@ class RowReader:
         self._pad_id = corpora[0].manifest.tokenizer.pad_id
         # Over a network the reads of several steps go out together: each waits much longer than it works.
         self._pool = ThreadPoolExecutor(REQUESTS) if any(corpus.remote for corpus in corpora) else None
+        if self._pool:
+            share_arenas()
         self._since, self._until = since, until
-        self._window_steps = max(1, _WINDOW // max(1, count))
-        self._window = lru_cache(maxsize=2 * len(begins))(self._locate)
+        self._rows_together = max(1, min(_TOGETHER, _TOGETHER_BYTES // ((length + 1) * self._dtype.itemsize)))
+        self._group_steps = max(1, self._rows_together // max(1, count))
+        self._collector, self._collecting = Collector(), threading.Lock()
+        self._group = lru_cache(maxsize=2 * len(begins))(self._locate)
+        self._tokens = lru_cache(maxsize=len(begins))(self._read_group)
         self._stream = order.stream
 
-    def locate(self, step: int, start: int, stop: int, part: int = 0) -> Rows:
-        """One part of the rank's rows ``start..stop``, counted from its first, in a step."""
+    def read(self, step: int, start: int, stop: int, part: int = 0) -> tuple[Rows, np.ndarray, np.ndarray | None]:
+        """One part of the rank's rows ``start..stop``, counted from its first, in a step.
+
+        Returns what they read, their tokens (b, l + 1) in the corpus's dtype, not to be changed, and which of them are
+        text: (b, l + 1) bool, None when all are.
+        """
         if step < self._since:
             raise ValueError(f"step {step}: before step {self._since} steps had another number of rows")
-        window, inside = divmod(step - self._since, self._window_steps)
-        return self._window(window, part).part(inside * self._count + start, inside * self._count + stop)
+        group, inside = divmod(step - self._since, self._group_steps)
+        own = slice(inside * self._count + start, inside * self._count + stop)
+        rows = self._group(group, part).part(own.start, own.stop)
+        found = None if self._pool else self._tokens(group, part)
+        if found is None:
+            return rows, *self._read_by_runs(rows)
+        whole = rows.pieces.length.sum() == found[own].size
+        return rows, found[own], None if whole else _covered(rows, found[own].shape)
 
-    def unread(self, step: int, start: int, stop: int, part: int = 0) -> Rows:
+    def unread(self, step: int, start: int, stop: int) -> Rows:
         """The same rows without what they read, which takes no index to tell."""
         rows = range(self._first + start, self._first + stop)
         corpora, epochs, _, continues = self._plan.assign(range(step, step + 1), rows)
         return Rows(corpora, epochs, continues, Rows.none().pieces, [0] * (len(rows) + 1))
 
-    def read(self, rows: Rows) -> tuple[np.ndarray, np.ndarray | None]:
-        """Tokens (b, l + 1) in the corpus's dtype, and which of them are text: (b, l + 1) bool, None when all are."""
+    def none(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows that read nothing: their tokens, and that none is text."""
+        shape = (count, self._length + 1)
+        return np.full(shape, self._pad_id, self._dtype), np.zeros(shape, bool)
+
+    def _read_group(self, group: int, part: int) -> np.ndarray | None:
+        """The tokens of a group of steps, (rows, l + 1), out of mapped shards; None where anything is wrong there, or
+        they cannot be mapped."""
+        rows = self._group(group, part)
         tokens = np.empty((len(rows.corpora), self._length + 1), self._dtype)
-        if not len(tokens):
-            return tokens, None
-        whole = rows.pieces.length.sum() == tokens.size
+        for start in range(0, len(tokens), self._rows_together):
+            stop = min(start + self._rows_together, len(tokens))
+            some = rows.part(start, stop)
+            runs = MappedRuns(self._corpora, some.corpora[some.pieces.row], some.pieces, self._dtype)
+            with self._collecting:
+                whole = runs.read(tokens[start:stop], self._pad_id, self._collector)
+            if not whole:
+                for corpus in self._corpora:
+                    corpus.unmap()
+                return None
+        return tokens
+
+    def _empty(self, rows: Rows) -> tuple[np.ndarray, bool]:
+        """What tokens (b, l + 1) of rows are read into, padding where no run comes; and whether runs fill all of it."""
+        tokens = np.empty((len(rows.corpora), self._length + 1), self._dtype)
+        whole = bool(rows.pieces.length.sum() == tokens.size)
         if not whole:
             tokens.fill(self._pad_id)
+        return tokens, whole
+
+    def _read_by_runs(self, rows: Rows) -> tuple[np.ndarray, np.ndarray | None]:
+        """Tokens (b, l + 1), and which of them are text, each run by itself: over a network many at a time, and where
+        data is damaged, to name it or to leave it out."""
+        tokens, whole = self._empty(rows)
         data = memoryview(tokens).cast("B")
         runs = self._runs(rows)
         try:
@@ -125,7 +171,7 @@ class RowReader:
             if not self._skip:
                 raise
             return tokens, self._read_what_is_good(rows, tokens)
-        return tokens, None if whole else self._covered(rows, tokens.shape)
+        return tokens, None if whole else _covered(rows, tokens.shape)
 
     def _runs(self, rows: Rows) -> Iterator[tuple[Corpus, int, int, int, int]]:
         """(corpus, document, offset in it, first and last byte in the rows' tokens) of each run."""
@@ -135,17 +181,10 @@ class RowReader:
         stop = begin + length * self._dtype.itemsize
         return zip(corpora, document.tolist(), offset.tolist(), begin.tolist(), stop.tolist(), strict=True)
 
-    def _covered(self, rows: Rows, shape: tuple[int, int]) -> np.ndarray:
-        """(b, l + 1) bool: which tokens a run covers."""
-        real = np.zeros(shape, bool)
-        for row, slot, length in zip(*(column.tolist() for column in rows.pieces[:3]), strict=True):
-            real[row, slot : slot + length] = True
-        return real
-
-    def _locate(self, window: int, part: int) -> Rows:
-        """One part of all of the rank's rows in a window of steps."""
-        first = self._since + window * self._window_steps
-        last = first + self._window_steps
+    def _locate(self, group: int, part: int) -> Rows:
+        """One part of all of the rank's rows in a group of steps."""
+        first = self._since + group * self._group_steps
+        last = first + self._group_steps
         steps = range(first, last if self._until is None else min(last, self._until))
         corpora, epochs, sequences, continues = self._plan.assign(steps, range(self._first, self._first + self._count))
         starts = sequences * self._sequence_length + self._begins[part]
@@ -165,7 +204,7 @@ class RowReader:
 
         Reading goes block by block here, so what is left out does not depend on how the rows were cut.
         """
-        real = self._covered(rows, tokens.shape)
+        real = _covered(rows, tokens.shape)
         flat, good = tokens.reshape(-1), real.reshape(-1)
         for corpus, document, offset, begin, stop in self._runs(rows):
             begin, stop = begin // tokens.itemsize, stop // tokens.itemsize
@@ -183,3 +222,13 @@ class RowReader:
         if message not in self.bad:
             self.bad.append(message)
             _log.warning("left out of the loss: %s", message)
+
+
+def _covered(rows: Rows, shape: tuple[int, int]) -> np.ndarray:
+    """(b, l + 1) bool: which tokens a run covers."""
+    row, slot, length, _, _ = rows.pieces
+    change = np.zeros(shape[0] * shape[1] + 1, np.int8)
+    begin = row * shape[1] + slot
+    change[begin] += 1
+    change[begin + length] -= 1  # no two runs begin, or end, at the same place
+    return np.cumsum(change[:-1], dtype=np.int8).astype(bool).reshape(shape)

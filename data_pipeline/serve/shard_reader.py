@@ -1,7 +1,8 @@
-"""Random access to one shard: runs of a document's tokens, compared with their CRCs before they are used.
+"""Random access to one shard: one run of a document's tokens, compared with their CRCs before they are used.
 
 Every block of 8192 tokens is checked once while the shard is open where it is a local file, a few neighbours together,
-and at every read where its bytes come over a network. The index is read when the shard is first touched.
+and at every read where its bytes come over a network. The index is read when the shard is first touched. Many runs of
+many shards at a time are for `runs`, which leaves to this what it finds wrong.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from isal import isal_zlib
 from data_pipeline.format.damage import locate_changed_byte
 from data_pipeline.format.shard_table import ShardInfo
 from data_pipeline.format.shards import CRC_BLOCK, ShardError, ShardIndex
+from data_pipeline.serve.layout import Layout
 from data_pipeline.store.base import Storage
 
 _log = logging.getLogger(__name__)
@@ -31,22 +33,6 @@ _CHECKED_TOGETHER = 8  # blocks: about what the kernel reads ahead of a first re
 
 class _ChangedError(ShardError):
     """Bytes that are not what was written."""
-
-
-class _Layout:
-    """What reading needs of a shard's index, as memory views: they give Python integers, at no conversion's cost."""
-
-    def __init__(self, index: ShardIndex) -> None:
-        self.offsets = memoryview(_narrow(index.offsets))  # (documents,) byte of the first token
-        self.lengths = memoryview(_narrow(index.lengths))  # (documents,) tokens
-        self.crc = memoryview(index.crc.astype(np.uint32))  # (blocks,)
-        self.crc_starts = memoryview(_narrow(index.crc_starts))  # (documents,) each document's first place in `crc`
-        self.verified = bytearray(len(index.crc))  # (blocks,) 1: found whole since the shard was opened
-
-
-def _narrow(values: np.ndarray) -> np.ndarray:
-    """In 32 bits where that holds them."""
-    return values.astype(np.uint32 if values.max(initial=0) < 1 << 32 else np.uint64)
 
 
 class ShardReader:
@@ -59,10 +45,10 @@ class ShardReader:
         self._dtype = dtype
         self._itemsize = dtype.itemsize
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """(documents,) tokens of each document: uint32, or uint64 where one has 2^32 or more."""
-        return np.asarray(self._layout.lengths)
+    @cached_property
+    def layout(self) -> Layout:
+        """Where its documents lie; read when it is first asked for, unless it was set."""
+        return Layout.of(self.read_index())
 
     def read_index(self) -> ShardIndex:
         """The shard's index; raises ShardError when it is damaged or belongs to another shard."""
@@ -78,14 +64,14 @@ class ShardReader:
 
         Raises ShardError naming the shard, the member and the byte when they are missing or not what was written.
         """
-        layout, size = self._layout, self._itemsize
+        layout, size = self.layout, self._itemsize
         first, last = start // CRC_BLOCK, (start + len(buffer) // size - 1) // CRC_BLOCK
-        block = layout.crc_starts[document] + first
-        end = block + last - first + 1
-        if not self._storage.remote and layout.verified.find(0, block, end) >= 0:
+        block = int(layout.crc_starts[document]) + first
+        verified = layout.verified[block : block + last - first + 1]
+        if not self._storage.remote and not verified.all():
             self._check_around(document, first, last)
-        if layout.verified.find(0, block, end) < 0:
-            offset = layout.offsets[document] + start * size
+        if verified.all():
+            offset = int(layout.offsets[document]) + start * size
             self._storage.read_into(self.info.file, offset, buffer)
             return
         try:
@@ -110,10 +96,6 @@ class ShardReader:
             raise ShardError(f"{path}: the shard is missing; copy it again, or prepare the corpus again")
         if (size := path.stat().st_size) != self.info.bytes:
             raise ShardError(f"{path}: {size} bytes, expected {self.info.bytes}: cut short or replaced; copy it again")
-
-    @cached_property
-    def _layout(self) -> _Layout:
-        return _Layout(self.read_index())
 
     def _index_from_file(self, where: str) -> ShardIndex:
         try:
@@ -156,7 +138,7 @@ class ShardReader:
             data = memoryview(np.empty(size, np.uint8))
             self._storage.read_into(self.info.file, begin, data)
             for number, found in self._numbered(document, first, data):
-                self._layout.verified[number] = isal_zlib.crc32(found) == self._layout.crc[number]
+                self.layout.verified[number] = isal_zlib.crc32(found) == self.layout.crc[number]
 
     def _read_blocks(self, document: int, first: int, last: int) -> memoryview:
         """The bytes of these blocks of a document, compared with their CRCs."""
@@ -164,7 +146,7 @@ class ShardReader:
         data = memoryview(np.empty(size, np.uint8))
         self._storage.read_into(self.info.file, begin, data)
         for number, found in self._numbered(document, first, data):
-            expected = self._layout.crc[number]
+            expected = int(self.layout.crc[number])
             if isal_zlib.crc32(found) != expected:
                 what = _describe(found, expected, begin)
                 raise _ChangedError(f"{self.where}: {self._member_name(document)}: {what}; copy the shard again")
@@ -173,13 +155,13 @@ class ShardReader:
 
     def _span(self, document: int, first: int, last: int) -> tuple[int, int]:
         """(byte of the shard, bytes) of these blocks of a document, as far as it goes."""
-        begin, stop = first * CRC_BLOCK, min((last + 1) * CRC_BLOCK, self._layout.lengths[document])
-        return self._layout.offsets[document] + begin * self._itemsize, (stop - begin) * self._itemsize
+        begin, stop = first * CRC_BLOCK, min((last + 1) * CRC_BLOCK, int(self.layout.lengths[document]))
+        return int(self.layout.offsets[document]) + begin * self._itemsize, (stop - begin) * self._itemsize
 
     def _numbered(self, document: int, first: int, data: memoryview) -> Iterator[tuple[int, memoryview]]:
         """The blocks in `data`, from a document's `first` on, each with its number in the shard."""
         step = CRC_BLOCK * self._itemsize
-        number = self._layout.crc_starts[document] + first
+        number = int(self.layout.crc_starts[document]) + first
         for place in range(0, len(data), step):
             yield number, data[place : place + step]
             number += 1
@@ -193,12 +175,11 @@ class ShardReader:
 
     def _members(self, document: int) -> tuple[str, dict[str, Any]]:
         """(name of the tokens' member, the JSON that stands before it): read from the end of the document before."""
-        layout = self._layout
-        begin = 0
+        offsets, begin = self.layout.offsets, 0
         if document:
-            end = layout.offsets[document - 1] + layout.lengths[document - 1] * self._itemsize
+            end = int(offsets[document - 1]) + int(self.layout.lengths[document - 1]) * self._itemsize
             begin = -(-end // _TAR_BLOCK) * _TAR_BLOCK
-        region = bytearray(layout.offsets[document] - begin)
+        region = bytearray(int(offsets[document]) - begin)
         self._storage.read_into(self.info.file, begin, memoryview(region))
         with tarfile.open(fileobj=io.BytesIO(region), mode="r|") as tar:
             header = tar.next()

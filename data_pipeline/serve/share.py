@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,7 +32,7 @@ class Share:
     slice_tokens: int | None = None
     """Tokens of a slice, over all ranks that share it; None: a row is one slice."""
 
-    @property
+    @cached_property
     def own(self) -> range:
         """The global numbers of this rank's rows; none where there are more ranks than rows."""
         return self._spread.own(self.dp_rank)
@@ -41,13 +42,14 @@ class Share:
         """Tokens of a slice that this rank holds."""
         return (self.slice_tokens or self.length) // self.sp
 
-    @property
+    @cached_property
     def begins(self) -> range:
         """Where this rank's part of each slice begins in a row."""
         return range(self.sp_rank * self.tokens, self.length, self.slice_tokens or self.length)
 
+    @cached_property
     def micro_batches(self) -> list[np.ndarray]:
-        """(b,) int64 each: the rows of every micro-batch, masked ones as `spread.MASKED`."""
+        """(b,) int64 each: the rows of every micro-batch, masked ones as `spread.MASKED`; not to be changed."""
         return self._spread.of_micro_batches(self.dp_rank)
 
     def laid_out(self, parts: Sequence[T], lay_out: Callable[[T], Any]) -> MicroBatch:

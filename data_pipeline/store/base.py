@@ -12,6 +12,7 @@ from bst_base.addresses import SECRET
 from bst_base.errors import UserError
 from bst_base.places import LocalPath
 from bst_base.settings import Config
+from data_pipeline.store.mapped import MappedFile
 
 _NO_SECRETS = ("", "anon", "cloud", "google_default", "cache", "browser")  # ways of fetching a token, not tokens
 
@@ -92,6 +93,9 @@ class Storage(Protocol):
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from byte `offset` on; raises ShardError when the file is missing or too short."""
+
+    def mapped(self, name: str) -> MappedFile | None:
+        """The file in memory, mapped anew, where it lies on this machine's disk; None where it cannot be mapped."""
 
     def local_path(self, name: str) -> Path | None:
         """The file's path where it belongs on this machine's disk."""

@@ -16,6 +16,7 @@ from bst_base.files import atomic_file
 from bst_base.stopping import TOLD, Stopped
 from data_pipeline.format.shards import ShardError
 from data_pipeline.store.base import Storage
+from data_pipeline.store.mapped import MappedFile
 from data_pipeline.store.room import Room
 from data_pipeline.store.storage import LocalStorage
 
@@ -82,6 +83,10 @@ class CachedStorage:
         except ShardError:
             self.renew(name)
             self._local.read_into(self._copy(name), offset, buffer)
+
+    def mapped(self, name: str) -> MappedFile | None:
+        """See `Storage`: of the copy, which is fetched if it is not there."""
+        return self._local.mapped(self._copy(name))
 
     def local_path(self, name: str) -> Path | None:
         """See `Storage`: a copy that is not there yet is not a missing file."""

@@ -110,6 +110,9 @@ class RemoteStorage:
                 return
             yield part
 
+    def mapped(self, name: str) -> None:
+        """See `Storage`."""
+
     def local_path(self, name: str) -> Path | None:
         """See `Storage`."""
         return None
@@ -279,6 +282,9 @@ class PipeStorage:
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """See `Storage`: never called, for these files are always cached."""
         raise NotImplementedError
+
+    def mapped(self, name: str) -> None:
+        """See `Storage`."""
 
     def local_path(self, name: str) -> Path | None:
         """See `Storage`."""

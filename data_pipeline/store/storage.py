@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 from data_pipeline.format.shards import ShardError
 from data_pipeline.store.base import Storage, StorageConfig, StorageError
+from data_pipeline.store.mapped import MappedFile
 
 _OPEN_FILES = 256  # shards kept open; the usual limit of a process is 1024 descriptors
 
@@ -44,10 +45,10 @@ def open_storage(url: str, config: StorageConfig) -> Storage:
 
 
 class LocalStorage:
-    """A directory, read with `preadv`.
+    """A directory, read with `preadv`, or mapped for the kernel to copy from (`mapped`).
 
-    Not mapped: a page that cannot be read from a map kills the process, where a read that fails is an error that the
-    recipe's policy for bad shards is for.
+    Nothing of this process touches a map: a page that cannot be read would kill it, where a read that fails is an error
+    that the recipe's policy for bad shards is for.
     """
 
     remote = False
@@ -77,6 +78,13 @@ class LocalStorage:
                     f"where {len(buffer) - done} more are expected; copy it again"
                 )
             done += got
+
+    def mapped(self, name: str) -> MappedFile | None:
+        """See `Storage`."""
+        try:
+            return MappedFile(self._directory / name)
+        except OSError:
+            return None
 
     def local_path(self, name: str) -> Path:
         """See `Storage`."""

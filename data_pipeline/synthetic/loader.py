@@ -77,7 +77,7 @@ class SyntheticLoader:
 
     def batches(self, step: int) -> list[SyntheticBatch | Slices]:
         """This rank's micro-batches of a step; calls have no effect on each other."""
-        return [self._batch(step, rows) for rows in self._share.micro_batches()]
+        return [self._batch(step, rows) for rows in self._share.micro_batches]
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps after `step` steps were trained on."""

@@ -33,19 +33,21 @@ def make_corpus(tmp_path: Path, tokenizer_model: bytes) -> MakeCorpus:
     token comes from.
     """
 
-    def make(lengths: Sequence[int], name: str = "corpus", shards: int = 2, start: int = 0) -> Path:
+    def make(
+        lengths: Sequence[int], name: str = "corpus", shards: int = 2, start: int = 0, dtype: str = "uint16"
+    ) -> Path:
         directory = tmp_path / name
         directory.mkdir()
         tokenizer = parse_tokenizer(tokenizer_model)
         (directory / "tokenizer.model").write_bytes(tokenizer_model)
         infos = [
-            write_shard(directory, number, part.tolist(), lengths, start, tokenizer.eos_id)
+            write_shard(directory, number, part.tolist(), lengths, start, tokenizer.eos_id, dtype)
             for number, part in enumerate(np.array_split(np.arange(len(lengths)), shards))
         ]
         keys = ("vocab_size", "bos_id", "eos_id", "pad_id", "sha256")
         Manifest(
             tokenizer=TokenizerInfo(file=tokenizer.file, **{key: getattr(tokenizer, key) for key in keys}),
-            dtype="uint16",
+            dtype=dtype,
             splits={"train": tuple(infos), "validation": ()},
             provenance={"name": name},
             licences={"none": len(lengths)},
@@ -63,14 +65,20 @@ def tokens_of(document: int, length: int, eos: int) -> np.ndarray:
 
 
 def write_shard(
-    directory: Path, number: int, documents: list[int], lengths: Sequence[int], start: int, eos: int
+    directory: Path,
+    number: int,
+    documents: list[int],
+    lengths: Sequence[int],
+    start: int,
+    eos: int,
+    dtype: str = "uint16",
 ) -> ShardInfo:
     """Write one tar and its index; `start` is added to document numbers before their tokens are made."""
     tar, idx = directory / f"train-{number:06d}.tar", directory / f"train-{number:06d}.idx"
     with tar.open("wb") as file:
         writer = ShardWriter(file)
         for document in documents:
-            tokens = tokens_of(start + document, lengths[document], eos)
+            tokens = tokens_of(start + document, lengths[document], eos).astype(np.dtype(dtype).newbyteorder("<"))
             writer.add(f"{document:08d}", {"id": document, "n_tokens": len(tokens), "path": f"d{document}"}, tokens)
         writer.close()
     index = ShardIndex.build(tar)

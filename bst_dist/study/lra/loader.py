@@ -66,7 +66,7 @@ class LabelledLoader:
 
     def batches(self, step: int) -> list[Labelled]:
         """This rank's micro-batches of a step."""
-        return [self._batch(step, rows) for rows in self._share.micro_batches()]
+        return [self._batch(step, rows) for rows in self._share.micro_batches]
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps after `step` steps were trained on."""

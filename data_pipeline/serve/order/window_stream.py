@@ -14,6 +14,9 @@ from data_pipeline.serve.order.fitting import cut
 from data_pipeline.serve.order.stream import Pieces, TokenStream
 from data_pipeline.serve.order.windows import Windows
 from data_pipeline.serve.reader import Corpus
+from data_pipeline.store.heap import give_back
+
+_INDEX_ENTRY = 28  # bytes that the file of an index has for a document
 
 
 class OpenWindow:
@@ -36,11 +39,12 @@ class OpenWindow:
         fit: tuple[int, int] | None = None,
     ) -> None:
         self.shards = shards
-        lengths = corpus.shard_lengths(shards.tolist())
-        counts = np.array([len(each) for each in lengths])
+        lengths = corpus.shard_lengths(shards)
+        counts = corpus.first_documents[shards + 1] - corpus.first_documents[shards]
+        self.documents = len(lengths)
         self._begins = np.cumsum(counts) - counts  # each shard's first document, counted in the window
         self._shift = corpus.first_documents[shards] - self._begins  # from there to the number in the corpus
-        self._stream = TokenStream(np.concatenate(lengths), block, key, fit)
+        self._stream = TokenStream(lengths, block, key, fit)
         self.total = self._stream.total
 
     def cut(self, length: int, room: int) -> tuple[int, int]:
@@ -158,6 +162,7 @@ class WindowCache:
                 f"{self._corpus.where}: by their indexes, {len(shards)} shards take up {window.total} tokens, by the "
                 f"manifest {expected}; prepare the corpus again"
             )
+        give_back(window.documents * _INDEX_ENTRY)
         return window
 
     def _close_all_but(self, count: int) -> None:

@@ -30,8 +30,16 @@ class Memory:
         padded = [sum(-(-n // (block or 1)) * (block or 1) for n in each.tolist()) for each in per_shard]
         return ShardSizes(np.diff(self.first_documents), np.array([each.sum() for each in per_shard]), np.array(padded))
 
-    def shard_lengths(self, shards: list[int]) -> list[np.ndarray]:
-        return [self.lengths[self.first_documents[shard] : self.first_documents[shard + 1]] for shard in shards]
+    def shard_lengths(self, shards: np.ndarray) -> np.ndarray:
+        first = self.first_documents
+        return np.concatenate([self.lengths[first[shard] : first[shard + 1]] for shard in shards.tolist()])
+
+    def find(self, documents: np.ndarray) -> list[Any]:
+        """Nothing lies in files."""
+        return []
+
+    def unmap(self) -> None:
+        """Nothing is mapped."""
 
     def fetch_ahead(self, now: list[int], soon: list[int]) -> None:
         """Nothing is fetched."""

@@ -1,0 +1,118 @@
+"""Rows read together out of mapped shards, against the same rows read run by run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipeline.format.shards import ShardError, ShardIndex
+from data_pipeline.serve.config import DataConfig
+from data_pipeline.serve.loader import Loader, open_corpora
+from data_pipeline.serve.rows import RowReader
+from data_pipeline.serve.share import Share
+from data_pipeline.serve.slices import slices_of
+from data_pipeline.store.mapped import Collector, MappedFile
+from data_pipeline.store.storage import LocalStorage
+
+TAR = "train-000000.tar"
+
+
+def drawn(seed: int) -> list[int]:
+    """Lengths of documents: of a few tokens, of a block of 8192 and about that, of several blocks."""
+    rng = np.random.default_rng(seed)
+    kinds = [rng.integers(1, 300, 40), rng.integers(8190, 8195, 3), rng.integers(1, 40_000, 2), [8192, 16_384]]
+    return rng.permutation(np.concatenate(kinds)).tolist()
+
+
+def served(config: DataConfig, since: int = 0, **sizes: int) -> tuple[list[Any], list[str]]:
+    """Everything that is in the batches of twelve steps, and what was left out."""
+    share = Share(**{"length": 2048, "rows": 6, "micro_rows": 2} | sizes)
+    loader = Loader(config, open_corpora(config), share, block=64, seed=3)
+    micro_batches = [batch for step in range(since, since + 12) for batch in loader.batches(step)]
+    batches = [batch for each in micro_batches for batch in slices_of(each)]
+    found = [(b.input_ids, b.labels, b.loss_mask, b.documents, b.continues, b.epochs) for b in batches]
+    return found, loader.bad
+
+
+def by_runs(config: DataConfig, since: int = 0, **sizes: int) -> tuple[list[Any], list[str]]:
+    """The same where nothing can be mapped."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalStorage, "mapped", lambda *_: None)
+        return served(config, since, **sizes)
+
+
+def same(one: tuple[list[Any], list[str]], other: tuple[list[Any], list[str]]) -> bool:
+    pairs = [pair for each in zip(one[0], other[0], strict=True) for pair in zip(*each, strict=True)]
+    return one[1] == other[1] and all(np.array_equal(*pair) for pair in pairs)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+@pytest.mark.parametrize("settings", [{}, {"documents": "isolated"}, {"mode": "streaming"}, {"packing": "best_fit"}])
+def test_rows_read_together_are_those_read_run_by_run(
+    make_corpus: Any, monkeypatch: pytest.MonkeyPatch, dtype: str, settings: dict[str, str]
+) -> None:
+    one, other = (str(make_corpus(drawn(seed), name=f"c{seed}", shards=3, dtype=dtype)) for seed in range(2))
+    mixed = [{"corpus": one, "weight": 0.7}, {"corpus": other, "weight": 0.3}]
+    for corpus, since, sizes in (
+        (one, 0, {}),
+        (one, 5, {"slice_tokens": 512, "dp": 4}),
+        (mixed, 11, {"sp": 2, "sp_rank": 1}),
+    ):
+        config = DataConfig(corpus=corpus, prefetch=0, **settings)
+        expected = by_runs(config, since, **sizes)
+        with monkeypatch.context() as patch:
+            patch.setattr(RowReader, "_read_by_runs", lambda *_: pytest.fail("not read together"))
+            assert same(served(config, since, **sizes), expected)
+
+
+@pytest.mark.parametrize("document, byte", [(0, 0), (2, 1799), (1, 17_000), (5, 9_999)])
+def test_damage_is_found_and_left_out_as_run_by_run(make_corpus: Any, document: int, byte: int) -> None:
+    """Of documents that rows hold whole, and of those that they cut, one of them of several blocks."""
+    directory = make_corpus([300, 20_000, 900, 150, 40, 5000] * 2)
+    config = DataConfig(corpus=str(directory), on_bad_shard="skip", prefetch=0)
+    good = served(config)
+    index = ShardIndex.read(directory / "train-000000.idx")
+    place = int(index.offsets[document]) + byte
+    data = bytearray((directory / TAR).read_bytes())
+    data[place] ^= 4
+    (directory / TAR).write_bytes(data)
+    found = served(config)
+    assert len(found[1]) == 1 and f"byte {place} " in found[1][0]
+    assert not same(found, good)
+    assert same(found, by_runs(config))
+    with pytest.raises(ShardError, match=f"byte {place} "):
+        served(config.model_copy(update={"on_bad_shard": "stop"}))
+
+
+def test_a_tar_cut_while_it_is_mapped_is_an_error_not_a_crash(make_corpus: Any) -> None:
+    """The pages beyond its end kill a process that touches them."""
+    directory = make_corpus([3000] * 300)
+    config = DataConfig(corpus=str(directory), on_bad_shard="skip", prefetch=0)
+    loader = Loader(config, open_corpora(config), Share(length=2048, rows=128, micro_rows=128), block=64, seed=3)
+    (whole,) = loader.batches(0)  # the rows of one step are read together
+    assert not loader.bad
+    os.truncate(directory / TAR, 8192)
+    (cut,) = loader.batches(1)
+    assert whole.loss_mask.sum() > 127 * 2048 and cut.loss_mask.any() and not cut.loss_mask.all()
+    assert loader.bad and all("cut short: it ends before" in message for message in loader.bad)
+
+
+def test_runs_are_collected_and_pages_that_cannot_be_read_are_noticed(tmp_path: Path) -> None:
+    path, size, collector = tmp_path / "file", 3 << 20, Collector()
+    data = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    path.write_bytes(data.tobytes())
+    file = MappedFile(path)
+    starts = np.random.default_rng(1).integers(0, size - 900, 3000)  # more than one call takes
+    sizes = np.random.default_rng(2).integers(0, 900, 3000)
+    found = collector.collect(file.address + starts, sizes)
+    assert np.array_equal(found, np.concatenate([data[a : a + n] for a, n in zip(starts, sizes, strict=True)]))
+    os.truncate(path, 4096)
+    assert np.array_equal(collector.collect(np.array([file.address]), np.array([4096])), data[:4096])
+    for start in (4095, 5000, size - 10):
+        assert collector.collect(np.array([file.address, file.address + start]), np.array([10, 10])) is None
+    with pytest.raises(OSError, match="cannot be mapped"):
+        MappedFile(Path("/dev/null"))
