@@ -87,9 +87,10 @@ class Case(NamedTuple):
 
 
 def one_process(of: LanguageModel, calls: list[dict], carry: bool) -> Case:
-    expected, state = [], None
+    expected, state, position = [], None, 0
     for batch in calls:
-        past = of.carry(state) if carry else Past()
+        past = of.carry(state, position) if carry else Past()
+        position += batch["labels"].shape[1]
         of.zero_grad()
         out = of(**batch, past=past)
         out.total.backward()
@@ -100,9 +101,10 @@ def one_process(of: LanguageModel, calls: list[dict], carry: bool) -> Case:
 
 def compare(group: SequenceGroup, of: LanguageModel, case: Case) -> float:
     """The largest relative error of the group against one process, over everything in `case.expected`."""
-    state, worst = None, 0.0
+    state, worst, position = None, 0.0, 0
     for batch, (loss, per_token, grads, leftovers) in zip(case.calls, case.expected, strict=True):
-        earlier = EarlierCall(state) if case.carry else None
+        earlier = EarlierCall(state, position) if case.carry else None
+        position += batch["labels"].shape[1]
         of.zero_grad()
         past = LeftNeighbour(group, batch["labels"].shape[1] // group.size, earlier)
         out = of(**part(batch, group.rank, group.size), past=past)
@@ -117,7 +119,7 @@ def compare(group: SequenceGroup, of: LanguageModel, case: Case) -> float:
             state = earlier.after
             leftovers = {name: x for name, x in leftovers.items() if x.numel() and group.rank == 0}
             assert set(state) == set(leftovers)
-            errors += [relative(state[name], leftovers[name]) for name in state]
+            errors += [relative(1.0 * state[name], 1.0 * leftovers[name]) for name in state]  # some are integers
         worst = max(worst, *errors)
     return worst
 
@@ -179,6 +181,28 @@ def test_loss_gradients_and_leftovers_are_one_process_s(on_ranks, sp):
 
     for found in on_ranks(sp, errors):
         assert {way: error for way, error in found.items() if not error <= RELATIVE_ERROR} == {}
+
+
+@pytest.mark.ranks
+def test_documents_that_begin_at_any_token_are_told_apart_over_ranks(on_ranks):
+    """In two calls that continue, with layers run again. Documents lie over several ranks, and begin at a rank's last
+    token, at its first, and within its blocks and chunks."""
+    sp, length = 4, 2 * 4 * BLOCK
+    begins = torch.zeros(ROWS, length, dtype=torch.bool)
+    begins[0, [3, 2 * BLOCK, 4 * BLOCK - 1, length - 3]] = True
+    begins[1, [5 * BLOCK + 1, 5 * BLOCK + 2]] = True
+    built = [model(**settings) for settings in MODELS if settings.get("attend") != "previous"]
+    calls = [data(length, seed) | {"starts": Borders.of(begins.roll(seed, 1))} for seed in range(2)]
+    expected = [one_process(of, calls, carry=True) for of in built]
+
+    def errors() -> list[float]:
+        group = Mesh(sp, dist.get_rank(), sp).sp_group()
+        for of in built:
+            of.checkpoint = run_again
+        return [compare(group, of, case) for of, case in zip(built, expected, strict=True)]
+
+    for found in on_ranks(sp, errors):
+        assert max(found) <= RELATIVE_ERROR, found
 
 
 @pytest.mark.ranks
