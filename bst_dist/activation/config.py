@@ -21,6 +21,11 @@ class ActivationCheckpointingConfig(Config):
         """Whether layer `index`, counted from 0, is run again in the backward pass."""
         return self.policy != "none" and (self.policy != "every-kth-layer" or index % self.every == 0)
 
+    @property
+    def names_what_is_kept(self) -> bool:
+        """Whether every layer keeps its input and what the policy names, and nothing else."""
+        return self.policy in ("every-layer", "offload", "selective")
+
     def describe(self) -> str:
         """The policy in words, with its number where it has one."""
         return f"one layer in {self.every}" if self.policy == "every-kth-layer" else self.policy

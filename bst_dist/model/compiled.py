@@ -34,16 +34,20 @@ logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 """It warns of operations in place in a checkpointed graph; torch has made copies of them before, see the tests."""
 
 
-def hindrance(zero3: bool, sp: int, past: bool) -> str:
+def hindrance(gathered: bool, sp: int, past: bool) -> str:
     """What speaks against compiled layers in training; empty when nothing does.
 
     Args:
-        zero3: parameters are gathered from ranks within a layer.
+        gathered: ZeRO-3 gathers the parameters from ranks, and some layers are not run again in the backward pass. What
+            such a layer keeps for that, the compiler chooses: copies of parameters too, which are then never given up.
         sp: ranks that share a sequence.
         past: a layer has one, from an earlier step or slice.
     """
-    if zero3:
-        return "ZeRO-3 gathers the parameters of each part of a layer, from within it"
+    if gathered:
+        return (
+            "under ZeRO-3 a graph may keep copies of the weights it was given, unless "
+            "activation_checkpointing.policy is every-layer, selective or offload"
+        )
     if sp > 1:
         return "with parallel.sp > 1 a layer waits for other ranks from within it"
     if past:

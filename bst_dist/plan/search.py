@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bst_base.errors import UserError
 from bst_base.places import written
+from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.config import Recipe, deepspeed_file
 from bst_dist.model.compiled import hindrance
 from bst_dist.model.lm import LanguageModel
@@ -147,23 +148,29 @@ class Planner:
         checkpointing = self.recipe.activation_checkpointing.model_copy(update={"policy": policy})
         spread = Spread(train.sequences, cluster.world // sp, rows)
         part = Slice(rows, train.sequence_length // (sp * slices), sp, stream=slices > 1)
+        compiled = self._compiles(self.strategies[stage].stage, checkpointing, sp, slices)
         work = Work(
             self.strategies[stage], cluster.world, part, spread.micro_batches * slices, checkpointing,
             self.model.depth, slices, edges, every, averaged=train.average is not None,
         )  # fmt: skip
+        sizes = self.sizes.by_layer if compiled else self.sizes
         between = sequence_traffic(self.model, work, self.messages(sp, slices))
-        traffic = zero_traffic(self.sizes, work)
-        needs = memory(self.sizes, self.model.mixers(), self.activations, work)
+        traffic = zero_traffic(sizes, work)
+        needs = memory(sizes, self.model.mixers(), self.activations, work)
         touched = self.activations.whole(part)
         updated = self.sizes.total / (cluster.world if stage else 1)
-        hindered = hindrance(work.strategy.stage == 3, sp, train.carry or slices > 1)
-        compiled = self.recipe.compile is not False and not hindered
         host = host_seconds(self.activations, self.model.mixers(), work, compiled)
         edges_bytes = work.spacing.waiting * self.activations.edge(rows) if slices > 1 and edges == "host" else 0
         orthogonalising = muon_share(self.sizes, work.strategy.stage, cluster.world).flops if self.sizes.muon else 0.0
         moved = Moved(touched, needs.host - edges_bytes + edges_bytes // slices, updated, host, orthogonalising)
         seconds = speed(self.flops, work, moved, traffic, between, cluster, self.bf16)
         return Candidate(work, needs, traffic, between, seconds, 1e9 * cluster.accelerator.memory_gb, spread)
+
+    def _compiles(self, stage: int, checkpointing: ActivationCheckpointingConfig, sp: int, slices: int) -> bool:
+        """Whether the run's layers would be compiled."""
+        past = self.recipe.train.carry or slices > 1
+        gathered = stage == 3 and not checkpointing.names_what_is_kept
+        return self.recipe.compile is not False and not hindrance(gathered, sp, past)
 
     def as_written(self) -> Candidate:
         """The recipe's own way: its ZeRO stage, sp, micro-batch and activation checkpointing."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
@@ -106,6 +107,16 @@ class Sizes:
             tuple(groups), tuple(layers), model.embedding.weight.numel(), model.norm.weight.numel(), own,
             frozenset(half), tuple(work),
         )  # fmt: skip
+
+    @cached_property
+    def by_layer(self) -> Sizes:
+        """As ZeRO-3 sees a model whose layers are compiled: it gathers each of them as one module."""
+        layers, half = [], {place for place in self.sent_in_half if place[0] == len(self.layers)}
+        for layer, modules in enumerate(self.layers):
+            places = [(layer, module, index) for module, own in enumerate(modules) for index in range(len(own))]
+            half |= {(layer, 0, number) for number, place in enumerate(places) if place in self.sent_in_half}
+            layers.append((tuple(elements for own in modules for elements in own),))
+        return replace(self, layers=tuple(layers), sent_in_half=frozenset(half))
 
     def gathered_bytes(self, place: Place) -> int:
         """What is sent to gather a parameter, by all ranks together."""

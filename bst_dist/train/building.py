@@ -83,7 +83,8 @@ def compiles(recipe: Recipe, device: str, stage: int) -> tuple[bool, str]:
     if recipe.compile is False:
         return False, "no, compile: false"
     past = recipe.train.carry or recipe.train.slice_tokens is not None
-    reason = hindrance(stage == 3, recipe.parallel.sp, past)
+    gathered = stage == 3 and not recipe.activation_checkpointing.names_what_is_kept
+    reason = hindrance(gathered, recipe.parallel.sp, past)
     if device != "cuda":
         reason = f"layers are compiled for CUDA, and this is {device}"
     if reason and recipe.compile:

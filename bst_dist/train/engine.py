@@ -38,6 +38,10 @@ class Engine:
         _require_real(model)
         client = build_for(model, optimizer)
         self.groups = Groups(client)
+        if compiled := {type(module) for module in model.modules() if getattr(module, "compiled", False)}:
+            # ZeRO-3 then gathers what such a module needs before it runs, and nothing from within it. No other stage
+            # reads this.
+            deepspeed.utils.set_z3_leaf_modules(model, list(compiled))
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=client, config=completed)
         if found := deepspeed_json.differences(completed, self.deepspeed._config):
             raise deepspeed_json.DeepSpeedConfigError("\n".join(f"DeepSpeed did not take {line}" for line in found))

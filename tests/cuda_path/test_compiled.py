@@ -208,7 +208,8 @@ def test_a_step_of_training_under_deepspeed_has_the_gradients_of_uncompiled_laye
     ("change", "device", "stage", "reason"),
     [
         ({}, "cpu", 1, "this is cpu"),
-        ({}, "cuda", 3, "ZeRO-3"),
+        ({}, "cuda", 3, "ZeRO-3 .* every-layer, selective or offload"),
+        ({"activation_checkpointing": {"policy": "every-kth-layer"}}, "cuda", 3, "ZeRO-3"),
         ({"parallel": {"sp": 2}}, "cuda", 1, "parallel.sp"),
         ({"train": {"slice_tokens": 32}}, "cuda", 1, "train.slice_tokens"),
     ],
@@ -221,10 +222,11 @@ def test_what_cannot_be_compiled_is_refused_with_the_reason(settings, change, de
 
 def test_layers_are_compiled_on_cuda_wherever_they_can_be(settings):
     assert compiles(parse(Recipe, settings), "cuda", 2) == (True, "")
-    assert compiles(parse(Recipe, settings), "cuda", 3)[0] is False
     assert compiles(parse(Recipe, settings), "cpu", 2)[0] is False
     for policy in get_args(ActivationCheckpointingConfig.model_fields["policy"].annotation):
         recipe = parse(Recipe, settings | {"activation_checkpointing": {"policy": policy}})
         assert compiles(recipe, "cuda", 2) == (True, "")
+        assert compiles(recipe, "cuda", 3)[0] is (policy in ("every-layer", "selective", "offload"))
     assert compiles(parse(Recipe, settings | {"compile": True}), "cuda", 2) == (True, "")
     assert compiles(parse(Recipe, settings | {"compile": False}), "cuda", 2) == (False, "no, compile: false")
+    assert compiles(load_recipe("launch/recipes/bst-7b.yaml"), "cuda", 3) == (True, "")

@@ -6,9 +6,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bst_base.settings import parse
 from bst_dist.config import Recipe
+from bst_dist.plan import search
 from bst_dist.plan.accelerators import accelerator
 from bst_dist.plan.launches import COMPILED_FEWER, LAUNCH_S, operations
 from bst_dist.plan.live import LiveBytes
+from bst_dist.plan.memory import memory
 from bst_dist.plan.search import Planner
 from bst_dist.plan.speed import Cluster
 from tests.plan.test_search import SETTINGS
@@ -52,6 +54,18 @@ def test_what_a_run_would_not_compile_the_plan_does_not_either():
     planner, way = plan(parse(Recipe, carried))
     layers, around = operations(planner.activations, planner.model.mixers(), way.work)
     assert way.speed.total == pytest.approx(LAUNCH_S * (layers + around), rel=0.01)
+
+
+@pytest.mark.parametrize(("policy", "compiled"), [("none", False), ("selective", True), ("every-layer", True)])
+def test_zero3_gathers_a_layer_as_a_whole_where_a_run_would_compile_it(policy, compiled, monkeypatch):
+    monkeypatch.setattr(search, "memory", lambda sizes, *others: given.append(sizes) or memory(sizes, *others))
+    given = []
+    planner = Planner(parse(Recipe, SETTINGS), Cluster(1, 2, accelerator("h100-80gb")))
+    way = planner.candidate(3, 1, 8, policy)
+    assert given == [planner.sizes.by_layer if compiled else planner.sizes]
+    layers, around = operations(planner.activations, planner.model.mixers(), way.work)
+    fewer = COMPILED_FEWER if compiled else 1  # some of it is hidden behind the computation
+    assert way.speed.launches == pytest.approx(LAUNCH_S * (layers / fewer + around), rel=0.05)
 
 
 def test_a_layer_that_is_run_again_launches_its_forward_pass_twice():

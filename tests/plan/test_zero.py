@@ -91,6 +91,18 @@ def test_matrices_under_autocast_are_gathered_in_half_the_bytes():
     assert found.forward == single.forward  # they lie there in single precision
 
 
+def test_compiled_layers_are_gathered_whole():
+    """Of the second layer's matrices one is sent in half the bytes, wherever it stands."""
+    sizes = Sizes(
+        SIZES.groups, SIZES.layers, 320_000, rest=0, head=320_000, sent_in_half=frozenset({(1, 3, 0), (2, 0, 0)})
+    )
+    strategy = work(3, stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0).strategy
+    parts, whole = (gather(one, strategy, rerun=[False, False]) for one in (sizes, sizes.by_layer))
+    assert parts.received == whole.received == 4 * (4 * 320_000 + 4 * 320_000) - 2 * (2 * 64_000 + 2 * 320_000)
+    assert parts.forward == parts.backward == (4 * 64_000,) * 2
+    assert whole.forward == whole.backward == (4 * 320_000,) * 2
+
+
 def test_layers_near_the_top_stay_gathered():
     strategy = work(3, stage3_max_reuse_distance=300_000, stage3_prefetch_bucket_size=0).strategy
     found = gather(SIZES, strategy, rerun=[False, False])
