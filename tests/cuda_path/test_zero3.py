@@ -222,7 +222,7 @@ def test_a_run_compiles_in_its_first_step_alone_and_resumes_to_the_bit(
     parts = [on_ranks(2, go, "parts", True, until)[0] for until in (3, None)]
     whole, plain = (on_ranks(2, go, run, compiled)[0] for run, compiled in (("whole", True), ("plain", False)))
     assert whole == ([1, 1, 2, 2, 2], 2, plain[2])  # of the layers, and of the evaluation's FlexAttention
-    assert [one[0] for one in parts] == [[1, 1, 2], [1, 1]]
+    assert [one[0] for one in parts] == [[1, 1, 2], [1, 2]]  # the evaluation is after step 2, and after step 4
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     losses = [[line["loss_nats"] for line in read_lines(tmp_path / run / FILE)] for run in ("whole", "plain")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
