@@ -92,7 +92,7 @@ def rows_of_passes(served: Loader, passes: int) -> Iterator[tuple[int, Any, int]
             return
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(mode=MODES, documents=DOCUMENTS, packing=PACKINGS, dp=st.sampled_from([1, 2, 3, 4, 5, 8, 11]),
        sp=st.sampled_from([1, 2, 4]), micro=st.sampled_from([1, 2, 3]), start=st.integers(0, 50))  # fmt: skip
 def test_rows_are_identical_for_every_number_of_ranks(
