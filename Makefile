@@ -44,7 +44,7 @@ test-unit: setup
 
 # Tests that start several processes, which often wait: a few at a time. Those on several hosts take turns, for there is
 # one network of hosts; those that measure run when nothing else does.
-BESIDE := -n logical --maxprocesses 4 --dist loadgroup
+BESIDE := -n logical --maxprocesses 4 --dist loadfile
 KINDS  := ranks or cluster
 
 test-processes: setup

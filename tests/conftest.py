@@ -25,6 +25,8 @@ from hypothesis import settings as hypothesis_settings
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from safetensors.torch import save_file
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from bst_base.host import free_port
 from bst_base.settings import dump, parse
@@ -68,13 +70,17 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True))
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What one worker takes as a whole where several share the tests (`--dist loadgroup`): a file, whose tests share
-    fixtures, and all that run on the hosts of the one network."""
-    for item in items:
-        hosts = item.get_closest_marker("cluster") is not None
-        item.add_marker(pytest.mark.xdist_group("hosts" if hosts else item.path.stem))
+class ByFile(LoadFileScheduling):
+    """What one worker takes as a whole (`--dist loadfile`): a file, whose tests share fixtures, and all that run on the
+    hosts of the one network."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "tests/cluster" if file.startswith("tests/cluster/") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile | None:
+    return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture
