@@ -33,8 +33,11 @@ TILE = 128
 SHORT = 1024
 """Slices up to this long that are no whole tiles, or one tile, go without FlexAttention: their scores are few."""
 
-GRAPHS = 8
-"""Graphs of one kind, training or without gradients, after which one more is an error."""
+GRAPHS = 16
+"""Graphs of one kind, training or without gradients, after which one more is an error.
+
+Compiled layers need the most: two kinds of layers, micro-batches of two sizes, and of those with an SSM four each where
+documents are masked (`borders.SHARES`) make ten."""
 
 BACKEND = "inductor"
 """What compiles FlexAttention; tests on a CPU put another in its place."""
