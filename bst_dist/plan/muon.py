@@ -1,6 +1,6 @@
 """What Muon asks of the rank that has most to do: its share, what it orthogonalises, what it sends.
 
-Which rank owns a matrix is decided by the training's own rule (`parallel.matrices.owners`), on the layouts that ZeRO
+Which rank owns a matrix is decided by the training's own rule (`parallel.matrices`), on the layouts that ZeRO
 makes: one flat tensor in equal parts in stages 1 and 2, equal parts of every matrix in stage 3. Without ZeRO every rank
 orthogonalises all of them. Exchanged are numbers in bf16, as on every accelerator.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from bst_dist.parallel.matrices import Matrix, owners
+from bst_dist.parallel.matrices.owners import Matrix, owners
 
 EXCHANGED = 2
 """Bytes of a number that is exchanged, or orthogonalised."""

@@ -21,7 +21,7 @@ from typing import TypeAlias
 
 from bst_dist.model.lm import LanguageModel
 from bst_dist.model.roles import products_only
-from bst_dist.parallel.orthogonal import flops
+from bst_dist.parallel.matrices.orthogonal import flops
 from bst_dist.plan.muon import Share, busiest
 
 WORD = 4

@@ -12,7 +12,7 @@ weight that holds several maps is treated map by map (`model.roles.Stack`).
 DeepSpeed calls `step` once the gradients are reduced, their norm is known and they are clipped, on the part of each
 group that this rank updates: a flat tensor with runs of many matrices. The momentum is as long, and lies as Adam's
 first moment does, so checkpoints treat it as one. A matrix that lies on one rank is orthogonalised there; those that
-lie on several are put together on one (`parallel.assembly`), in two exchanges for all of a group.
+lie on several are put together on one (`parallel.matrices`), in two exchanges for all of a group.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from bst_dist.checkpoint.fragments import Placed
 from bst_dist.model.roles import Stack
-from bst_dist.parallel.assembly import Exchange
-from bst_dist.parallel.matrices import Matrix
-from bst_dist.parallel.orthogonal import flops, orthogonalised
+from bst_dist.parallel.matrices.exchange import Exchange
+from bst_dist.parallel.matrices.orthogonal import flops, orthogonalised
+from bst_dist.parallel.matrices.owners import Matrix
 
 SIZE = 0.2
 """Root mean square of an update, at a rate of 1."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bst_dist.parallel.assembly import Exchange
 from bst_dist.parallel.loading import deepspeed
-from bst_dist.parallel.matrices import Matrix, owners
-from bst_dist.parallel.orthogonal import flops, orthogonalised
+from bst_dist.parallel.matrices.exchange import Exchange
+from bst_dist.parallel.matrices.orthogonal import flops, orthogonalised
+from bst_dist.parallel.matrices.owners import Matrix, owners
 from bst_dist.parallel.ranks import Ranks
 
 

@@ -1,4 +1,4 @@
-"""Cut matrices (`matrices`) put together on their owners and sent back: two exchanges for all of them.
+"""Cut matrices (`owners`) put together on their owners and sent back: two exchanges for all of them.
 
 Of a cut matrix all elements but the owner's own are sent, once to it and once back.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bst_dist.parallel.matrices import Matrix, owners
+from bst_dist.parallel.matrices.owners import Matrix, owners
 
 
 class Exchange:
