@@ -83,6 +83,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile 
     return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts what takes longest first, file by file, so that no worker is left with it at the end: all on several hosts,
+    which run one after the other, then files with a test marked long."""
+    order = {mark: {item.path for item in items if item.get_closest_marker(mark)} for mark in ("cluster", "long")}
+    items.sort(key=lambda item: (item.path not in order["cluster"], item.path not in order["long"]))
+
+
 @pytest.fixture
 def make_model():
     """A small model in double precision whose every part has something to say."""

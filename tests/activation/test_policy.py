@@ -115,6 +115,7 @@ def test_memory_is_given_back_after_the_step():
             assert model.checkpoint.host.bytes == 0
 
 
+@pytest.mark.long
 def test_96_layers_train_alike_under_every_policy_in_the_memory_planned():
     def train(policy: str) -> tuple[list[float], int]:
         model = build(policy, 96)

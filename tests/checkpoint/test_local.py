@@ -383,6 +383,7 @@ def test_what_was_reported_is_synced_before_a_copy_is_there(tmp_path, monkeypatc
 
 
 @pytest.mark.ranks
+@pytest.mark.long
 def test_a_rank_that_is_killed_costs_no_step_and_no_checkpoint_is_read(tmp_path, settings):
     """There is no checkpoint before the end, so all that the run goes on from are its local copies."""
     memory = tmp_path / "memory"

@@ -271,6 +271,7 @@ def go_on(run_dir: Path, count: int, said: int) -> None:
     run._saver._thread.shutdown()
 
 
+@pytest.mark.long
 def test_killed_at_any_change_to_the_disk_it_resumes_right(tmp_path):
     count, survived, told = 0, 0, 0
     while survived < 2:  # no more changes than that, whatever stands there at the start

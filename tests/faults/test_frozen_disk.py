@@ -77,6 +77,7 @@ def recipe(recipe_file) -> Path:
     return recipe_file(train={"steps": 100_000}, checkpoint={"every": 5, "keep_last": 2}, watchdog={"limit_s": 20})
 
 
+@pytest.mark.long
 def test_the_watchdog_names_the_file_system_and_ends_a_run_that_goes_on_later(recipe, disk):
     trainer = Trainer(recipe, disk)
     trainer.until_it_has_a_checkpoint()

@@ -40,6 +40,7 @@ def fill(disk: Path) -> None:
             file.write(bytes(free))
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_while_it_trains(bst, disk):
     command = [Path(sys.executable).with_name("bst"), *LONG]
     run = disk / "run"

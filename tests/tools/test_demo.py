@@ -149,6 +149,7 @@ def test_every_command_is_one_that_the_real_parsers_accept(demo, monkeypatch):
 
 
 @pytest.mark.ranks
+@pytest.mark.long
 def test_the_whole_demo_runs_and_then_uses_everything_again(tmp_path, monkeypatch, capfd):
     """As a user types it, with a small recipe: a command or a report that has changed ends it."""
     monkeypatch.chdir(tmp_path)

@@ -92,6 +92,7 @@ def rows_of_passes(served: Loader, passes: int) -> Iterator[tuple[int, Any, int]
             return
 
 
+@pytest.mark.long
 @settings(max_examples=20)
 @given(mode=MODES, documents=DOCUMENTS, packing=PACKINGS, dp=st.sampled_from([1, 2, 3, 4, 5, 8, 11]),
        sp=st.sampled_from([1, 2, 4]), micro=st.sampled_from([1, 2, 3]), start=st.integers(0, 50))  # fmt: skip

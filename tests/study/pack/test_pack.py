@@ -307,6 +307,7 @@ def until(process: subprocess.Popen[str], word: str, times: int) -> list[str]:
 
 
 @pytest.mark.ranks
+@pytest.mark.long
 def test_from_the_folder_alone_in_an_empty_environment_killed_in_the_middle(sweep, corpus, tmp_path):
     """As a user does it: pack, train where nothing is installed, kill, continue, stop, collect."""
     bst = Path(sys.executable).with_name("bst")

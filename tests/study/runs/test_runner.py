@@ -221,6 +221,7 @@ def test_the_report_stands_alone_and_names_every_run(sweep, tmp_path):
 
 
 @pytest.mark.ranks
+@pytest.mark.long
 def test_killed_at_any_moment_a_sweep_ends_with_the_same_table(tmp_path):
     """Real training: once undisturbed, once with the command killed again and again."""
     books = tmp_path / "text"
