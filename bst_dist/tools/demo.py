@@ -162,7 +162,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     demo = Demo(load_recipe(RECIPE))
-    demo.suit(1.0 if torch.accelerator.is_available() else bf16_slowdown(torch.device("cpu")))
+    demo.suit(1.0 if torch.accelerator.is_available() else bf16_slowdown())
     demo.require_same_recipe()
     steps = demo.steps()
     for number, (title, action) in enumerate(steps, 1):

@@ -38,9 +38,9 @@ print(json.dumps(found))
 
 
 _BF16 = """
-import json, torch
+import json
 from bst_dist.plan.hardware import SLOW_BF16, bf16_slowdown
-print(json.dumps([bf16_slowdown(torch.device("cpu")), SLOW_BF16]))
+print(json.dumps([bf16_slowdown(), SLOW_BF16]))
 """
 
 

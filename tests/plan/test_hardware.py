@@ -1,0 +1,35 @@
+"""Whether bf16 pays on this CPU is a property of the CPU, not of what else it does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bst_dist.plan.hardware import bf16_slowdown
+
+
+@pytest.fixture
+def busy_cores():
+    """Several programs for each core, which compute all the time."""
+    programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8)]
+    yield
+    for program in programs:
+        program.kill()
+        program.wait()
+
+
+def test_other_programs_do_not_hide_that_bf16_is_slow(busy_cores, monkeypatch):
+    """As on a CPU that computes a product in bf16 as twenty in fp32."""
+    single = torch.randn(128, 128)
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> None:
+        for _ in range(20 if a.dtype == torch.bfloat16 else 1):
+            torch.mm(single, single)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    threads = torch.get_num_threads()
+    assert 5 < bf16_slowdown() < 80
+    assert torch.get_num_threads() == threads
