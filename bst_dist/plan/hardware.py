@@ -44,8 +44,8 @@ def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, f
 
 
 def bf16_slowdown(size: int = 128, rounds: int = 5) -> float:
-    """How many times as long the CPU takes for a matrix product in bf16 as in fp32; well above 1 without instructions for
-    bf16. Takes less than 0.1 s.
+    """How many times as long the CPU takes for a matrix product in bf16 as in fp32; well above 1 on one without
+    instructions for bf16. Takes less than 0.1 s.
 
     Timed on one thread, in the time that this thread has computed: other programs on the same cores, and the wait for
     threads that they hold up, would hide the difference.
