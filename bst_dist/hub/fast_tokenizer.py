@@ -7,15 +7,18 @@ scores, which is how SentencePiece applies them.
 
 from __future__ import annotations
 
+import re
+
 from sentencepiece import sentencepiece_model_pb2 as proto
-from tokenizers import Regex, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from data_pipeline.format.tokenizer import MAX_LINE, HuggingFaceTokenizer, Tokenizer
 
-NORMAL, BPE = 1, 2
-"""In SentencePiece's own numbering: a piece that is text, and the algorithm."""
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+BPE = 2
+"""In SentencePiece's own numbering: kinds of pieces, and the algorithm."""
 
 
 def is_bpe(tokenizer: Tokenizer) -> bool:
@@ -52,11 +55,21 @@ def _published(tokenizer: HuggingFaceTokenizer) -> Backend:
 
 
 def _sentencepiece(tokenizer: Tokenizer) -> Backend:
-    backend = Backend(_bpe(proto.ModelProto.FromString(tokenizer.model)))
+    model = proto.ModelProto.FromString(tokenizer.model)
+    backend = Backend(_bpe(model))
+    backend.add_special_tokens([AddedToken(name, normalized=False) for name in _named(model, CONTROL)])
+    backend.add_tokens([AddedToken(name, normalized=False) for name in _named(model, USER_DEFINED)])
     lines = pre_tokenizers.Split(Regex(rf"\n|[^\n]{{1,{MAX_LINE}}}"), "isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence([lines, pre_tokenizers.Split("\u2581", "isolated")])
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return backend
+
+
+def _named(model: proto.ModelProto, kind: int) -> list[str]:
+    """The symbols of a kind, but for those that are looked for in each line: a character, or what holds spaces."""
+    return [
+        p.piece for p in model.pieces if p.type == kind and len(p.piece) > 1 and not re.search(r"\s|\u2581", p.piece)
+    ]
 
 
 def _bpe(model: proto.ModelProto) -> models.BPE:

@@ -66,7 +66,7 @@ class BSTTokenizer(PreTrainedTokenizer):
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
         if skip_special_tokens:
             return self._text.decode(ids)
-        special = set(self.all_special_ids)
+        special = {token for token in ids if not self._text.bytes_of(token)}
         runs = ((named, list(run)) for named, run in groupby(ids, key=special.__contains__))
         return "".join("".join(map(self._text.piece, run)) if named else self._text.decode(run) for named, run in runs)
 

@@ -23,6 +23,7 @@ from bst_base.shipped import CORPORA, find
 from bst_base.terminal import Sheet, print_table
 from data_pipeline.commands.progress import stages
 from data_pipeline.format.manifest import Manifest
+from data_pipeline.format.tokenizer import read_tokenizer
 from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.corpus import SKIPPED, prepare
 from data_pipeline.prepare.parallel import open_workers
@@ -53,6 +54,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         time_s = time.monotonic() - start
     cpu_s = sum(getrusage(who).ru_utime + getrusage(who).ru_stime for who in (RUSAGE_SELF, RUSAGE_CHILDREN))
     report = {"corpus": str(config.output), **found, "workers": workers.count, **summary(manifest)}
+    if config.tokenizer.added:
+        report |= {"added_tokens": _added(config, manifest)}
     report |= {"time_s": round(time_s, 3), "stage_time_s": progress.seconds()}
     report |= {"cpu_s": round(cpu_s, 3), "stage_cpu_s": progress.cpu_seconds()}
     _print(console, config, manifest, report)
@@ -72,6 +75,13 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         for split, shards in manifest.splits.items()
     }
     return {"manifest_sha256": manifest.sha256, "vocab_size": manifest.tokenizer.vocab_size, "splits": splits}
+
+
+def _added(config: PrepareConfig, manifest: Manifest) -> dict[str, int]:
+    """The ids of the tokens that the settings add."""
+    tokenizer = read_tokenizer(config.output.expanduser() / manifest.tokenizer.file)
+    ids = {tokenizer.piece(token): token for token in range(tokenizer.vocab_size)}
+    return {name: ids[name] for name in config.tokenizer.added}
 
 
 def split_table(splits: dict[str, dict[str, Any]]) -> Sheet:
@@ -97,6 +107,8 @@ def _print(console: Console, config: PrepareConfig, manifest: Manifest, report: 
             )
         console.print(f"{config.output} prepared in {report['time_s']:.1f} s{again}.", soft_wrap=True)
     print_table(split_table(report["splits"]))
+    if added := report.get("added_tokens"):
+        console.print(f"added tokens: {', '.join(f'{name} {token}' for name, token in added.items())}", markup=False)
     left_out, duplicates = manifest.provenance["left_out"], manifest.provenance["duplicates"]
     if left_out:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())

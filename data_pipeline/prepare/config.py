@@ -65,6 +65,16 @@ class PrepareConfig(Config):
                 f"the source {self.source.kind} holds token ids: give their tokenizer (tokenizer.reuse), or else "
                 "source.vocab_size and source.eos_id"
             )
+        if self.tokenizer.added and self.tokenizer.reuse is None:
+            raise ValueError(
+                f"tokenizer.special_tokens, text_tokens: the source {self.source.kind} holds token ids, whose number "
+                "source.vocab_size says: raise that instead"
+            )
+        if self.tokenizer.text_tokens:
+            raise ValueError(
+                f"tokenizer.text_tokens: the source {self.source.kind} holds token ids, so no text is turned into any; "
+                "name them as special_tokens"
+            )
         if self.tokenizer.reuse is not None and self.source.vocab_size is not None:
             raise ValueError("source.vocab_size: the tokenizer of tokenizer.reuse says it already; leave it out")
         return self

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from bst_base.errors import UserError
 from data_pipeline.format.manifest import MANIFEST, Manifest, sha256_file
-from data_pipeline.format.tokenizer import IdsOnly, Tokenizer, adopt_tokenizer, read_tokenizer
+from data_pipeline.format.tokenizer import IdsOnly, Tokenizer, adopt_tokenizer, extended, read_tokenizer
 from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.filters import identity as filter_identity
 from data_pipeline.prepare.parallel import Workers
@@ -45,6 +45,9 @@ def identity(
     settings = config.model_dump(mode="json", exclude=_MACHINE)
     if config.tokenizer.reuse is not None:
         settings["tokenizer"] = {"reuse": given_tokenizer(config).sha256}
+    for name in ("special_tokens", "text_tokens"):  # not there where there are none: as in corpora of older versions
+        if not settings["tokenizer"].get(name, True):
+            del settings["tokenizer"][name]
     del settings["text"]["filters"]  # not there where there are none: as in corpora of older versions
     if config.text.filters:
         settings["text"]["filters"] = [filter_identity(name) for name in config.text.filters]
@@ -84,7 +87,8 @@ def _hash(path: Path) -> str:
 
 
 def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
-    """The tokenizer that is not trained here: the one of a prepared corpus as it is, anyone's, adopted, or ids alone.
+    """The tokenizer that is not trained here: the one of a prepared corpus as it is, anyone's, adopted, or ids alone;
+    with the tokens that the settings add.
 
     None where one is trained. Raises UserError for one that cannot encode a source of text.
     """
@@ -97,7 +101,7 @@ def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
         tokenizer = adopt_tokenizer(path, config.tokenizer)
     if not (tokenizer.has_text or config.source.tokenized):
         raise UserError(f"{path}: ids without a tokenizer, which cannot encode text (tokenizer.reuse)")
-    return tokenizer
+    return extended(tokenizer, config.tokenizer, str(path))
 
 
 def name_of(identity: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bst_base.errors import UserError
+from data_pipeline.format.tokenizer.added import extended
 from data_pipeline.format.tokenizer.base import Tokenizer
 from data_pipeline.format.tokenizer.config import TokenizerConfig
 from data_pipeline.format.tokenizer.huggingface import HuggingFaceTokenizer, adopted
@@ -24,6 +25,7 @@ __all__ = [
     "Tokenizer",
     "TokenizerConfig",
     "adopt_tokenizer",
+    "extended",
     "parse_tokenizer",
     "read_tokenizer",
     "train_tokenizer",

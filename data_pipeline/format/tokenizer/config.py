@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from bst_base.places import LocalPath
 from bst_base.settings import Config
+
+_UNFIT = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u2581\ud800-\udfff]")  # many models write a space as U+2581
+_OF_TRAINED = re.compile(r"<pad>|<unk>|<s>|</s>|<0x[0-9A-F]{2}>")
 
 
 class TokenizerConfig(Config):
@@ -30,9 +34,33 @@ class TokenizerConfig(Config):
     pad: str | None = None
     """Likewise: the token that fills up what holds no text."""
 
+    special_tokens: tuple[str, ...] = ()
+    """Tokens of your own that no text turns into, however it is spelt: ids for a later training of yours."""
+    text_tokens: tuple[str, ...] = ()
+    """Tokens of your own that a text turns into wherever it spells them. With `reuse`, also special tokens that the
+    tokenizer has: text turns into those as well then."""
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """The tokens of both kinds."""
+        return (*self.special_tokens, *self.text_tokens)
+
     @model_validator(mode="after")
     def _check(self) -> TokenizerConfig:
         named = [name for name in ("bos", "eos", "pad") if getattr(self, name) is not None]
         if named and self.reuse is None:
             raise ValueError(f"{', '.join(named)}: meant for a tokenizer.json; give it with reuse")
+        for kind in ("special_tokens", "text_tokens"):
+            for name in getattr(self, kind):
+                self._check_added(kind, name)
         return self
+
+    def _check_added(self, kind: str, name: str) -> None:
+        if not name:
+            raise ValueError(f"{kind}: an empty token")
+        if _UNFIT.search(name):
+            raise ValueError(f"{kind}: {name!r} holds a space or a control character: write a token without")
+        if self.added.count(name) > 1:
+            raise ValueError(f"{kind}: {name!r} is named twice (special_tokens, text_tokens)")
+        if self.reuse is None and _OF_TRAINED.fullmatch(name):
+            raise ValueError(f"{kind}: {name!r} is a token of every tokenizer that is trained here: leave it out")

@@ -9,6 +9,7 @@ those of a word do not either (`words`: BPE), each distinct word is encoded once
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -27,6 +28,7 @@ MAX_LINE = 16_384
 _BATCH = 1 << 18  # characters handed to SentencePiece at a time: bounds the lists of Python ints it returns
 _TRAIN_THREADS = 8  # fixed: a unigram model's floating-point sums depend on it
 _SPACE = "\u2581"  # SentencePiece writes a space as this character
+_SPACES = re.compile(rf"\s|{_SPACE}")
 _NEWLINE = "\n"
 
 
@@ -51,9 +53,19 @@ class SentencePieceTokenizer(Tokenizer):
         self._space_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         fixed = {_NEWLINE: [self.newline_id], _SPACE: self._space_ids}
         self._words = WordIds(self._encoded, self.dtype, fixed) if words_are_independent(model) else None
+        self._whole = _text_tokens(model)
         self.require_exact(where, "byte fallback, identity normalisation, no dummy prefix, and spaces kept")
 
     def encode(self, text: str) -> np.ndarray:
+        if self._whole is None:
+            return self._between(text)
+        parts = self._whole.split(text)  # text and tokens in turn
+        ids = [np.array([self._processor.piece_to_id(part)], self.dtype) if i % 2 else self._between(part)
+               for i, part in enumerate(parts)]  # fmt: skip
+        return np.concatenate(ids)
+
+    def _between(self, text: str) -> np.ndarray:
+        """The ids of text that holds none of those symbols."""
         if self._words is not None:
             return np.frombuffer(bytearray().join(map(self._words.ids, _word_batches(text))), self.dtype)
         parts = [np.empty(0, self.dtype)]
@@ -90,6 +102,15 @@ class SentencePieceTokenizer(Tokenizer):
         if processor.is_control(i) or processor.is_unknown(i):
             return b""
         return piece.replace(_SPACE, " ").encode()
+
+
+def _text_tokens(model: bytes) -> re.Pattern[str] | None:
+    """Finds the symbols that a text turns into; they are taken out first, so no long line is cut inside of one."""
+    pieces = proto.ModelProto.FromString(model).pieces
+    symbols = [piece.piece for piece in pieces if piece.type == proto.ModelProto.SentencePiece.USER_DEFINED]
+    whole = [symbol for symbol in symbols if len(symbol) > 1 and not _SPACES.search(symbol)]
+    longest_first = sorted(whole, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if whole else None
 
 
 def without_changes(model: bytes, where: str) -> bytes:
@@ -131,7 +152,8 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:
             split_by_unicode_script=False,
             allow_whitespace_only_pieces=True,
             max_sentence_length=4 * MAX_LINE,  # in bytes; longer ones would be left out silently
-            user_defined_symbols=[_NEWLINE],
+            control_symbols=list(config.special_tokens),
+            user_defined_symbols=[_NEWLINE, *config.text_tokens],
             pad_id=0,
             unk_id=1,
             bos_id=2,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from bst_dist.cli import main
+from data_pipeline.format.manifest import Manifest
 
 
 @pytest.fixture
@@ -50,6 +54,35 @@ def test_an_override_replaces_a_setting_and_a_bad_one_is_refused(config: Path, t
     assert json.loads((tmp_path / "o/manifest.json").read_text())["tokenizer"]["vocab_size"] == 500
     assert main(["data", "prepare", str(config), "tokenizer.vocab=500"]) == 2
     assert "unknown key 'tokenizer.vocab': did you mean 'tokenizer.vocab_size'?" in capsys.readouterr().err
+
+
+def test_tokens_of_ones_own_are_told_and_are_in_the_corpus(
+    config: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "text/a/00.txt").write_text("<|user|> w1 w2 [TOOL] w3")
+    tokens = ["tokenizer.special_tokens=['<|user|>']", "tokenizer.text_tokens=['[TOOL]']"]
+    out = ["--json", str(tmp_path / "r.json")]
+    for name, more in (("trained", []), ("reused", [f"tokenizer.reuse={corpus}"])):
+        assert main(["data", "prepare", str(config), f"output={tmp_path / name}", *tokens, *more, *out]) == 0
+        added = report(tmp_path / "r.json")["added_tokens"]
+        assert f"added tokens: <|user|> {added['<|user|>']}, [TOOL] {added['[TOOL]']}" in capsys.readouterr().out
+        manifest = Manifest.read(tmp_path / name)
+        assert manifest.tokenizer.vocab_size == 600 + 2 * (name == "reused")
+        found = [np.load(io.BytesIO(bytes_)) for bytes_ in token_members(tmp_path / name)]
+        assert sum(int((ids == added["[TOOL]"]).sum()) for ids in found) == 1
+        assert not any((ids == added["<|user|>"]).any() for ids in found)
+        assert main(["data", "verify", str(tmp_path / name), "--workers", "1"]) == 0
+    assert main(["data", "prepare", str(config), "tokenizer.special_tokens=['<|user|>', '']"]) == 2
+    assert "tokenizer: special_tokens: an empty token" in capsys.readouterr().err
+
+
+def token_members(corpus: Path) -> list[bytes]:
+    """What the shards of a corpus hold for its documents, as stored."""
+    found = []
+    for path in sorted(corpus.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            found += [tar.extractfile(member).read() for member in tar if member.name.endswith(".tok.npy")]
+    return found
 
 
 def test_verify_passes_a_whole_corpus_and_fails_a_damaged_one(corpus: Path, tmp_path: Path, capsys) -> None:

@@ -55,6 +55,16 @@ def test_neither_the_tasks_nor_the_machine_count(identify, tmp_path: Path) -> No
     check_same(same[0], before, tmp_path)
 
 
+def test_added_tokens_count_and_without_any_a_corpus_is_what_it_was(identify) -> None:
+    before = identify()
+    assert list(before["settings"]["tokenizer"]) == [
+        "vocab_size", "model_type", "sample_bytes", "reuse", "bos", "eos", "pad"]  # fmt: skip
+    for kind in ("special_tokens", "text_tokens"):
+        more = identify(tokenizer={kind: ["<|user|>"]})
+        assert more["settings"]["tokenizer"] == before["settings"]["tokenizer"] | {kind: ["<|user|>"]}
+        assert name_of(more) != name_of(before)
+
+
 @pytest.mark.parametrize(
     ("found", "wanted", "told"),
     [
