@@ -109,15 +109,11 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
-        length, unit = self.train.sequence_length, self.model.block * self.parallel.sp
-        if length % unit:
-            near = max(unit, round(length / unit) * unit)
-            raise ValueError(
-                f"train.sequence_length {length} is not a multiple of model.block x parallel.sp = "
-                f"{self.model.block} x {self.parallel.sp}: the nearest is {near}"
-            )
+        for step, length in self.train.lengths:
+            self._length_fits(step, length)
         if self.train.slice_tokens is not None:
-            self._slices_fit(self.train.slice_tokens)
+            for _, length in self.train.lengths:
+                self._slices_fit(self.train.slice_tokens, length)
         elif self.train.edges != "device" or self.train.edges_every != 1:
             field = "edges" if self.train.edges != "device" else "edges_every"
             raise ValueError(
@@ -182,8 +178,40 @@ class Recipe(Config):
             return self
         return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": task.vocabulary})})
 
-    def _slices_fit(self, tokens: int) -> None:
-        length, unit = self.train.sequence_length, self.model.block * self.parallel.sp
+    def _length_fits(self, step: int, length: int) -> None:
+        unit = self.model.block * self.parallel.sp
+        if length % unit:
+            near = max(unit, round(length / unit) * unit)
+            field = f"train.length_changes: step {step}: sequence_length" if step else "train.sequence_length"
+            raise ValueError(
+                f"{field} {length} is not a multiple of model.block x parallel.sp = "
+                f"{self.model.block} x {self.parallel.sp}: the nearest is {near}"
+            )
+        if not step:
+            return
+        if not isinstance(self.data, DataConfig):
+            raise ValueError("train.length_changes: only the sequences of a text can change in length")
+        if "full" in self.model.mixers() and length > self.model.full.longest:
+            raise ValueError(
+                f"train.length_changes: step {step}: sequence_length {length} is more than full attention is "
+                f"configured for: raise model.full.longest ({self.model.full.longest})"
+            )
+        lengths = {length for _, length in self.train.lengths}
+        most = _MOST_LENGTHS["masked" if self.data.documents == "masked" else "others"]
+        if len(lengths) > most and self.train.slice_tokens is None:
+            raise ValueError(
+                f"train.length_changes: {len(lengths)} lengths with {self.data.documents} documents; at most {most}, "
+                "since on a GPU each is compiled anew and the compiler stops at a number of graphs: take fewer, or set "
+                "train.slice_tokens"
+            )
+
+    def of_one_length(self, length: int) -> Recipe:
+        """The recipe as if all sequences had this length."""
+        train = self.train.model_copy(update={"sequence_length": length, "length_changes": ()})
+        return self.model_copy(update={"train": train})
+
+    def _slices_fit(self, tokens: int, length: int) -> None:
+        unit = self.model.block * self.parallel.sp
         if tokens % unit or length % tokens:
             fitting = [size for size in range(unit, length + 1, unit) if length % size == 0]
             near = min(fitting, key=lambda size: abs(size - tokens))
@@ -213,6 +241,9 @@ class Recipe(Config):
             )
 
 
+_MOST_LENGTHS = {"masked": 3, "others": 8}
+"""Lengths of sequences in a run: masked documents take up to four graphs a length, others one, of the 16 that a kind
+may have (`model.flex.GRAPHS`), and evaluations and samples take some more."""
 NUMBERS = ("seed", "model", "data", "train", "optimizer", "schedule", "branch", "initial_weights")
 """Sections of a recipe that decide what a run computes, but for rounding. All others are free to change from one start
 to the next: what is written, and how the run lies over its ranks."""

@@ -110,9 +110,10 @@ def _training(one: Held, recipe: Recipe, averaged: bool) -> str:
     read = "" if tokens is None else f" on {tokens:,} tokens"
     names = ", ".join(Path(url).name for url in recipe.data.urls())
     batch = ", then ".join(str(sequences) for _, sequences in train.batches)
+    lengths = ", then ".join(f"{length:,}" for _, length in train.lengths)
     return (
         f"{one.step:,} of {train.steps:,} steps{read} of {names}, {batch} sequences of "
-        f"{train.sequence_length:,} tokens per step, {recipe.data.documents} documents, {train.precision}."
+        f"{lengths} tokens per step, {recipe.data.documents} documents, {train.precision}."
         + (f" The weights are an exponential average with decay {train.average.decay}." if averaged else "")
     )
 

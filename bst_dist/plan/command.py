@@ -75,9 +75,10 @@ def _numbers(text: str) -> list[int]:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print the plan, or the table of plans; fails when a single plan does not fit."""
-    recipe = load_recipe(args.recipe, args.overrides)
-    if recipe.model.vocab_size is None:
-        recipe = with_vocabulary(recipe, open_corpora(recipe.data))
+    whole = load_recipe(args.recipe, args.overrides)
+    if whole.model.vocab_size is None:
+        whole = with_vocabulary(whole, open_corpora(whole.data))
+    recipe = whole.of_one_length(whole.train.longest)  # which needs the most memory, and time per token
     device = accelerator(args.gpu, args.accelerators)
     if args.gpus_per_node < 1:
         raise PlanError(f"--gpus-per-node {args.gpus_per_node}: at least 1")
@@ -98,8 +99,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             found = slices.sizes(planner)
             show_sizes(Console(), planner, found)
             return {"recipe": recipe.name, "sizes": [slices.describe(size) for size in found]}
-        best, reading = planner.best(), _reading(recipe)
-        show(Console(), args, planner, best, reading)
+        best, reading = planner.best(), _reading(whole)
+        show(Console(), args, planner, best, reading, _lengths(whole))
         if found := slices.where_they_help(planner, best):
             show_sizes(Console(), planner, found)
         report = {"passed": best.fits, "fits": best.fits, "recipe": recipe.name, **describe(planner, best)}
@@ -109,6 +110,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"recipe": recipe.name, "plans": [_entry(*row) for row in rows], **ended}
 
 
+def _lengths(recipe: Recipe) -> str:
+    """Which lengths sequences have, for people; empty where they have one."""
+    if not recipe.train.length_changes:
+        return ""
+    changes = ", ".join(f"{length:,} from step {step:,}" for step, length in recipe.train.lengths[1:])
+    return f"{recipe.train.sequence_length:,} tokens, {changes}; planned as if all were {recipe.train.longest:,}"
+
+
 def _reading(recipe: Recipe) -> str:
     """The passes that the run makes over its corpora, for people; raises UserError for more than data.max_passes."""
     if not isinstance(recipe.data, DataConfig):
@@ -116,7 +125,8 @@ def _reading(recipe: Recipe) -> str:
     once = recipe.data.storage.model_copy(update={"attempts": 1})  # where it is planned the store may be out of reach
     train = recipe.train
     share = Share(length=train.sequence_length, rows=train.sequences, micro_rows=1)
-    sizes = {"block": recipe.model.block, "seed": recipe.seed, "changes": train.batches[1:]}
+    sizes = {"block": recipe.model.block, "seed": recipe.seed}
+    sizes |= {"changes": train.batches[1:], "lengths": train.lengths[1:]}
     try:
         corpora = open_corpora(recipe.data.model_copy(update={"storage": once}))
         loader = Loader(recipe.data, corpora, share, **sizes)

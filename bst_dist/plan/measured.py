@@ -73,8 +73,9 @@ def measure(run: Path, device: Accelerator) -> Measured:
 
 
 def _times(lines: Sequence[dict], recipe: Recipe, begin: int, end: int | None) -> list[float]:
-    """Seconds of the steps of one start that had the recipe's first batch, without those that warm up."""
-    ends = [step for step in (end, *(change.step for change in recipe.train.sequence_changes)) if step is not None]
+    """Seconds of the steps of one start that had the recipe's first batch and length, without those that warm up."""
+    changes = (*recipe.train.sequence_changes, *recipe.train.length_changes)
+    ends = [step for step in (end, *(change.step for change in changes)) if step is not None]
     own = [line["step_time_s"] for line in lines if begin < line["step"] <= min(ends, default=line["step"])]
     return own[WARM_UP_STEPS:]
 

@@ -26,8 +26,15 @@ GB = 1e9
 INDENT = (0, 0, 0, 2)
 
 
-def show(console: Console, args: argparse.Namespace, planner: Planner, best: Candidate, reading: str = "") -> None:
-    """One plan, in full; `reading`: what the run reads of its data."""
+def show(
+    console: Console,
+    args: argparse.Namespace,
+    planner: Planner,
+    best: Candidate,
+    reading: str = "",
+    lengths: str = "",
+) -> None:
+    """One plan, in full; `reading`: what the run reads of its data, `lengths`: of its sequences, if they change."""
     console.width = max(console.width, 100)
     cluster = planner.cluster
     console.print(f"[bold]{planner.recipe.name}[/] on {_cluster(cluster)}\n", highlight=False)
@@ -37,6 +44,7 @@ def show(console: Console, args: argparse.Namespace, planner: Planner, best: Can
         **verdict,
         "expect": _rate(planner, best),
         **({"data": reading} if reading else {}),
+        **({"lengths": lengths} if lengths else {}),
         "assumed": f"{MATMUL_EFFICIENCY:.0%} of peak in matrix products, {MEMORY_EFFICIENCY:.0%} of the memory's and "
         f"{LINK_EFFICIENCY:.0%} of the links' rates; measured on no GPU (docs/plan.md)",
     }

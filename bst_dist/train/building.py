@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from bst_base.settings import ConfigError
@@ -47,15 +49,22 @@ def build_engine(start: Start, compiled: bool = False) -> Engine:
 
 def build_trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceGroup | None, stop: Stop) -> Trainer:
     """What takes the run's steps, with the device's speed measured for MFU and HFU."""
-    recipe, length = start.recipe, start.recipe.train.sequence_length
+    recipe = start.recipe
     token_bytes, tokens = start.objective.token_bytes().to(ranks.device), start.objective.tokens_per_label
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     ranks.barrier()  # ranks that share a device measure its peak together
     (peak,) = ranks.sum([peak_flops(ranks.device, dtype)])
-    again = recomputed_flops_per_token(
-        recipe.model, length, recipe.activation_checkpointing, engine.module.layers, attention_path(ranks.device)
-    ) + edge_flops_per_token(recipe.model, length, recipe.train.slices, recipe.train.edges_every)
-    speed = Speed(tokens * train_flops_per_token(recipe.model, length), peak, tokens * again)
+
+    @cache
+    def speed(length: int) -> Speed:
+        train = recipe.of_one_length(length).train
+        again = recomputed_flops_per_token(
+            recipe.model, length, recipe.activation_checkpointing, engine.module.layers, attention_path(ranks.device)
+        ) + edge_flops_per_token(recipe.model, length, train.slices, train.edges_every)
+        return Speed(tokens * train_flops_per_token(recipe.model, length), peak, tokens * again)
+
+    for _, length in recipe.train.lengths:
+        speed(length)  # counted here, so that no step waits for it
     trainer = Trainer(recipe.train, recipe.schedule, engine, ranks, token_bytes, speed, sharing, stop)
     trainer.corpora = start.objective.mixed
     return trainer

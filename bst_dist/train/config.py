@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -30,11 +31,23 @@ class BatchChange(Config):
     """Sequences of a step."""
 
 
+class LengthChange(Config):
+    """Another length of sequences from a step on."""
+
+    step: int = Field(gt=0, le=2**40)
+    """First step with this length."""
+    sequence_length: int = Field(ge=1, le=2**40)
+    """Tokens of a sequence."""
+
+
 class TrainConfig(Config):
     steps: int = Field(ge=1, le=2**40)
     """Steps of the whole run: the schedule ends here."""
     sequence_length: int = Field(ge=1, le=2**40)
     """Tokens L of a sequence; a multiple of the block."""
+    length_changes: tuple[LengthChange, ...] = ()
+    """Where the length of sequences changes, in increasing steps: `[{step: 2000, sequence_length: 4096}]`. Text alone;
+    no token is read twice or left out for it, and `sequences` and learning rates stay as they are."""
     sequences: int = Field(ge=1, le=2**40)
     """Sequences of a step over all ranks (the global batch); any number of data-parallel ranks up to it will do."""
     sequence_changes: tuple[BatchChange, ...] = ()
@@ -71,6 +84,9 @@ class TrainConfig(Config):
         steps = [change.step for change in self.sequence_changes]
         if steps != sorted(set(steps)):
             raise ValueError(f"sequence_changes: their steps must increase, found {steps}")
+        steps = [change.step for change in self.length_changes]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"length_changes: their steps must increase, found {steps}")
         return self
 
     @property
@@ -88,24 +104,39 @@ class TrainConfig(Config):
         return min(sequences for _, sequences in self.batches)
 
     @property
+    def lengths(self) -> list[tuple[int, int]]:
+        """(first step, tokens of a sequence from there on) pairs, from step 0 on."""
+        changes = ((change.step, change.sequence_length) for change in self.length_changes)
+        return [(0, self.sequence_length), *changes]
+
+    def length_at(self, step: int) -> int:
+        """Tokens of a sequence of a step."""
+        return [length for start, length in self.lengths if start <= step][-1]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(length for _, length in self.lengths)
+
+    @property
     def tokens(self) -> int:
         """Of all steps together."""
-        ends = [start for start, _ in self.batches[1:]] + [self.steps]
-        sequences = sum(max(0, min(end, self.steps) - start) * count
-                        for (start, count), end in zip(self.batches, ends, strict=True))  # fmt: skip
-        return sequences * self.sequence_length
+        starts = sorted({start for start, _ in self.batches + self.lengths if start < self.steps})
+        return sum((end - start) * self.sequences_at(start) * self.length_at(start)
+                   for start, end in pairwise([*starts, self.steps]))  # fmt: skip
 
     @property
     def slices(self) -> int:
-        """Slices of a sequence."""
-        return self.sequence_length // (self.slice_tokens or self.sequence_length)
+        """Slices of a sequence, of the longest."""
+        return self.longest // (self.slice_tokens or self.longest)
 
 
 class EvaluationConfig(Config):
     every: int = Field(500, ge=0, le=2**40)
     """Steps between two evaluations; the run's last step always has one; 0: only that one."""
     sequences: int = Field(64, ge=1, le=2**40)
-    """Validation sequences, of the training length, to evaluate on: each once, the same ones on any number of ranks."""
+    """Validation sequences, of the training length (its last, if it changes), to evaluate on: each once, the same ones
+    on any number of ranks."""
     corpora: dict[SetName, CorpusAddress] = Field({})
     """Further prepared corpora, by a name of your own: as many sequences of the validation split of each are evaluated
     at the same steps, with the standard error over sequences. They need the run's tokenizer."""

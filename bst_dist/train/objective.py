@@ -153,7 +153,7 @@ class LanguageModelling:
     def loader(self, mesh: Mesh, start_step: int = 0) -> Loader:
         train = self.recipe.train
         return self._loader(self.recipe.data, self.corpora, mesh, train.sequences, train.micro_sequences, start_step,
-                            train.batches[1:])  # fmt: skip
+                            train.batches[1:], train.lengths)  # fmt: skip
 
     def evaluation(self, trainer: Trainer, writers: Sequence[Writer]) -> Evaluate:
         """On the first sequences of the validation split, each once: step 0 of its loader; on the further corpora
@@ -188,16 +188,19 @@ class LanguageModelling:
                 trainer.stop, trainer.sharing)  # fmt: skip
 
     def _loader(self, data: DataConfig, corpora: Sequence[Corpus], mesh: Mesh, rows: int, micro_rows: int,
-                start_step: int = 0, changes: Sequence[tuple[int, int]] = ()) -> Loader:  # fmt: skip
+                start_step: int = 0, changes: Sequence[tuple[int, int]] = (),
+                lengths: Sequence[tuple[int, int]] = ()) -> Loader:  # fmt: skip
         recipe, training = self.recipe, corpora is self.corpora
+        length = recipe.train.sequence_length if lengths else recipe.train.lengths[-1][1]
         return Loader(
             data,
             corpora,
-            share_of(recipe, mesh, rows, micro_rows),
+            share_of(recipe.of_one_length(length), mesh, rows, micro_rows),
             block=recipe.model.block,
             seed=recipe.seed if training else 0,
             start_step=start_step,
             changes=changes,
+            lengths=lengths[1:],
         )
 
 

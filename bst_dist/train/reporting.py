@@ -51,10 +51,13 @@ def header(start: Start, engine: Engine, ranks: Ranks, compiled: str, local: str
         lines["eval"] = "none: no corpus has a validation split (prepare one with validation_fraction above 0)"
     if recipe.train.sequence_changes:
         lines["batch"] = ", ".join(f"{count} sequences from step {step:,}" for step, count in recipe.train.batches[1:])
+    if recipe.train.length_changes:
+        changes = [f"{length:,} tokens from step {step:,}" for step, length in recipe.train.lengths[1:]]
+        lines["length"] = f"{', '.join(changes)}; evaluated with {recipe.train.lengths[-1][1]:,}"
     if unequal := start.spread.unequal(recipe.parallel.sp):
         lines["masked"] = unequal
     if recipe.train.slice_tokens:
-        slices = recipe.train.sequence_length // recipe.train.slice_tokens
+        slices = recipe.train.slices
         every = f", one in {recipe.train.edges_every}" if recipe.train.edges_every > 1 else ""
         lines["slices"] = f"{slices:,} of {recipe.train.slice_tokens:,} tokens, edges: {recipe.train.edges}{every}"
     if ranks.device.type != "cpu":

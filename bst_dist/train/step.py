@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,9 +44,10 @@ class Trainer:
     """Takes a run's steps, and knows how far it is."""
 
     def __init__(self, config: TrainConfig, schedule: ScheduleConfig, engine: Engine, ranks: Ranks,
-                 token_bytes: Tensor, speed: Speed, sharing: SequenceGroup | None = None,
+                 token_bytes: Tensor, speed: Callable[[int], Speed], sharing: SequenceGroup | None = None,
                  stop: Stop | None = None, guard: Guard | None = None) -> None:  # fmt: skip
-        """`token_bytes`: (V,) bytes of text each id stands for, on the rank's device; `sharing`: the ranks that hold
+        """`token_bytes`: (V,) bytes of text each id stands for, on the rank's device; `speed`: what the duration of a
+        step with sequences of a length is judged by; `sharing`: the ranks that hold
         the other slices of this rank's sequences, None when it holds whole ones."""
         self.config, self.schedule, self.engine, self.ranks = config, schedule, engine, ranks
         self.token_bytes, self.speed, self.sharing = token_bytes, speed, sharing
@@ -88,6 +89,7 @@ class Trainer:
         else:
             self.carried.clear()  # as bad as the step: the rows begin anew
         seconds = time.perf_counter() - start
+        speed = self.speed(self.config.length_at(step + self.skipped))
         report = StepReport(
             step=step + 1,
             tokens=self.tokens,
@@ -98,8 +100,8 @@ class Trainer:
             ssm_learning_rate=rates.get("ssm", 0.0),
             step_time_s=seconds,
             tokens_per_s=tokens / seconds,
-            mfu=self.speed.mfu(tokens / seconds),
-            hfu=self.speed.hfu(tokens / seconds),
+            mfu=speed.mfu(tokens / seconds),
+            hfu=speed.hfu(tokens / seconds),
             z_loss=self.config.z_loss * found.squares / max(1.0, tokens),
         )
         if held:
@@ -115,7 +117,7 @@ class Trainer:
             run = _MicroBatch(gradients, slices, last=index == len(batches) - 1)
             left = go_backward(run, self.edges, earlier, self.config.edges_every)
             if earlier is not None:
-                position = earlier.position + self.config.sequence_length
+                position = earlier.position + self.config.length_at(step + self.skipped)
                 self.carried[index] = {"rows": slices[0].rows.tolist(), "position": position, "state": left}
         return gradients
 

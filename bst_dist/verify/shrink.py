@@ -27,7 +27,7 @@ def shrink(recipe: Recipe, unit: int, rows: int) -> Recipe:
     data["model"] |= _model(recipe.model)
     blocks = min(max(recipe.train.sequence_length // recipe.model.block, unit), max(MOST_BLOCKS, unit))
     data["train"] |= {"sequence_length": -(-blocks // unit) * unit * BLOCK, "sequences": rows, "micro_sequences": 1}
-    data["train"] |= {"slice_tokens": None, "edges": "device", "edges_every": 1}
+    data["train"] |= {"length_changes": [], "slice_tokens": None, "edges": "device", "edges_every": 1}
     data["parallel"] |= {"sp": 1}
     return parse(Recipe, data)
 

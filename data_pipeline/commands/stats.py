@@ -119,8 +119,8 @@ def cut_by_packing(corpus: Path, length: int) -> dict[str, Any]:
     opened = Corpus.open(str(corpus))
     windows = Windows(opened.shard_sizes(None), (0, 0, 0))
     counts: dict[str, Any] = {}
-    for packing, fitted in (("stream", None), ("best_fit", length)):
-        cache = WindowCache(opened, None, fitted)
+    for packing, fit in (("stream", None), ("best_fit", lambda _, begin: (length, length - begin % length))):
+        cache = WindowCache(opened, None, fit)
         found = [cache.get(0, windows, each, 1).cut(length, windows.room(each, length)) for each in range(len(windows))]
         counts["documents"], counts[packing] = (sum(column) for column in zip(*found, strict=True))
     return counts

@@ -6,10 +6,10 @@ at any step without reading anything that came before, and the global batch is t
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -60,6 +60,7 @@ class Loader:
         seed: keys the order.
         start_step: where iteration begins; what a checkpoint's state gives.
         changes: (first step, rows from there on) pairs, where the rows of a step are not always those of `share`.
+        lengths: likewise (first step, tokens of a row from there on), where these change.
 
     Raises UserError for sizes that do not fit each other or the corpora.
     """
@@ -74,13 +75,16 @@ class Loader:
         seed: int,
         start_step: int = 0,
         changes: Sequence[tuple[int, int]] = (),
+        lengths: Sequence[tuple[int, int]] = (),
     ) -> None:
-        _check_sizes(share, block)
+        self._lengths = self._planned_lengths = BatchSizes(((0, share.length), *lengths))
+        for _, length in self._lengths.changes:
+            _check_sizes(replace(share, length=length), block)
         self.config, self._corpora, self._share = config, list(corpora), share
         self._seed, self._start_step = seed, start_step
         self._block = block if config.documents == "isolated" else None
         self.sequences = self._sequences_of_a_pass()
-        """Sequences in one pass over each corpus; the last one may be padded."""
+        """Sequences of the first length in one pass over each corpus; the last one may be padded."""
         self._prefetcher: Prefetcher | None = None
         self._planned = BatchSizes(((0, share.rows), *changes))
         self._use_order(ORDER_VERSION, self._planned)
@@ -112,27 +116,38 @@ class Loader:
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps after `step` steps were trained on: under 300 bytes of JSON, and 12 for each change
-        of the number of rows."""
-        return self._order_at(step) | self._sizes.until(step).state()
+        of the number of rows, or of the length, which also takes some for each corpus."""
+        lengths = {}
+        if self._lengths.since:
+            changes = list(map(list, self._lengths.until(step).changes))
+            lengths = {"lengths": changes, "begun": self._phases.at(step).plan.begun(step)}
+        return self._order_at(step) | self._sizes.until(step).state() | lengths
 
     def check(self, state: dict[str, Any]) -> None:
         """Go on as the run that `state` is of: in the version of the order that it began with.
 
         Raises UserError, naming what differs, when its corpora or settings are not this loader's. Weights from its step
-        on may differ, and so may corpora that had no weight before it, and in shuffled mode the number of rows.
+        on may differ, and so may corpora that had no weight before it, the length, and in shuffled mode the number of
+        rows.
         """
         version = state["order"] if state.get("order") in ORDER_VERSIONS else self._order
-        sizes, step = BatchSizes.kept(state), state.get("step", 0)
+        sizes, step, begun = BatchSizes.kept(state), state.get("step", 0), state.get("begun")
+        kept = BatchSizes(tuple(map(tuple, state.get("lengths", [(0, self._planned_lengths.at(0))]))))
+        self._lengths = kept.planned(step, self._planned_lengths)
         self._use_order(version, sizes.planned(step, self._planned))
-        check_state(self._order_at(step) | sizes.state(), state)
+        others = {name: value for name, value in state.items() if name not in ("lengths", "begun")}
+        check_state(self._order_at(step) | sizes.state(), others)
+        if self._lengths.since or begun is not None:
+            before = self._make_order(version, self._sizes, kept)
+            self._phases.require_laid_out(before.phases, begun, step)
 
     def consumed(self, step: int) -> np.ndarray:
         """(corpora,) int64: sequences of each corpus that all ranks together have read before a step."""
-        return self._plan.consumed(step)
+        return self._phases.consumed(step)
 
     def passes(self, step: int) -> list[float]:
         """Passes over each corpus that are made before a step."""
-        return [int(read) / count for read, count in zip(self.consumed(step), self.sequences, strict=True)]
+        return self._phases.passes(step)
 
     def padding(self) -> list[float]:
         """The share of each corpus's stream that is padding between documents; 0 where they are joined."""
@@ -162,34 +177,36 @@ class Loader:
         sequences = []
         for corpus in self._corpora:
             total = int(corpus.shard_sizes(self._block).extents.sum())
-            if inputs(total, self._block) < self._share.length:
+            if inputs(total, self._block) < (longest := max(length for _, length in self._lengths.changes)):
                 raise UserError(
-                    f"{corpus.where}: {total} tokens do not fill one sequence of {self._share.length}; "
+                    f"{corpus.where}: {total} tokens do not fill one sequence of {longest}; "
                     "prepare more text, or shorten the sequence"
                 )
             sequences.append(-(-inputs(total, self._block) // self._share.length))
         return sequences
 
-    def _use_order(self, version: int, sizes: BatchSizes) -> None:
-        self.close()
-        self._order, self._sizes, share = version, sizes, self._share
-        order = make_order(
+    def _make_order(self, version: int, sizes: BatchSizes, lengths: BatchSizes) -> Order:
+        return make_order(
             version,
             self.config,
             self._corpora,
-            sequences=self.sequences,
             sizes=sizes,
+            lengths=lengths,
             seed=self._seed,
             block=self._block,
-            length=share.length,
         )
-        self._plan = order.plan
-        # One more than there are corpora, where two passes meet; kept through changes of the number of rows.
+
+    def _use_order(self, version: int, sizes: BatchSizes) -> None:
+        self.close()
+        self._order, self._sizes, lengths = version, sizes, self._lengths
+        order = self._make_order(version, sizes, lengths)
+        self._phases = order.phases
+        # One more than there are corpora, where two passes meet; kept through changes of rows and length.
         order = order._replace(stream=lru_cache(maxsize=len(self._corpora) + 1)(order.stream))
-        ends = [start for start, _ in sizes.changes[1:]] + [None]
+        starts = sorted({start for changes in (sizes.changes, lengths.changes) for start, _ in changes})
         self._parts = [
-            self._part(order, start, end, dataclasses.replace(share, rows=rows))
-            for (start, rows), end in zip(sizes.changes, ends, strict=True)
+            self._part(order, start, end, replace(self._share, rows=sizes.at(start), length=lengths.at(start)))
+            for start, end in zip(starts, [*starts[1:], None], strict=True)
         ]
 
     def _part(self, order: Order, start: int, end: int | None, share: Share) -> _Part:
@@ -220,7 +237,7 @@ class Loader:
             "mode": self.config.mode,
             "block": self._block or 0,
             **({} if self.config.packing == "stream" else {"packing": self.config.packing}),
-            "length": self._share.length,
+            "length": self._lengths.at(0),
             "seed": self._seed,
             "step": step,
         }
@@ -239,7 +256,7 @@ class Loader:
         """Every slice of every micro-batch; `blank`: without what they hold."""
         serving = [each for each in self._parts if each.start <= step][-1]
         for numbers in serving.share.micro_batches:
-            yield [self._read(serving, step, numbers, part, blank) for part in range(len(self._share.begins))]
+            yield [self._read(serving, step, numbers, part, blank) for part in range(len(serving.share.begins))]
 
     def _read(self, serving: _Part, step: int, numbers: np.ndarray, part: int, blank: bool) -> Stored:
         """One slice of a micro-batch; its masked rows, which are the last, are padding as beyond the end of a pass."""
@@ -257,7 +274,9 @@ class Loader:
             nothing, unreal = reader.none(masked)
             real = np.concatenate([np.ones(tokens.shape, bool) if real is None else real, unreal])
             tokens, located = np.concatenate([tokens, nothing]), located.masked(masked)
-        return Stored(numbers, self._share.begins[part], located, tokens, real)
+        if part:  # what comes before it in its row is the slice before
+            located = located._replace(continues=np.ones_like(located.continues))
+        return Stored(numbers, serving.share.begins[part], located, tokens, real)
 
     def _batch(self, stored: Stored) -> Batch:
         """What was read, laid out for a trainer."""
@@ -273,7 +292,7 @@ class Loader:
             labels=labels,
             loss_mask=mask,
             starts=self._starts(shape, rows.pieces),
-            continues=rows.continues if begin < self._share.tokens * self._share.sp else np.ones_like(rows.continues),
+            continues=rows.continues,
             rows=numbers,
             corpora=rows.corpora,
             epochs=rows.epochs,
@@ -288,7 +307,7 @@ class Loader:
 
 
 class _Part(NamedTuple):
-    """What serves the steps between two changes of the number of rows."""
+    """What serves the steps between two changes of the number of rows, or of their length."""
 
     start: int
     share: Share

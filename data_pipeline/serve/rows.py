@@ -85,7 +85,7 @@ class RowReader:
     ) -> None:
         self.bad: list[str] = []
         """What was left out because it is damaged or missing, a message each."""
-        self._corpora, self._plan, self._block = corpora, order.plan, block
+        self._corpora, self._plan, self._block = corpora, order.phases, block
         self._sequence_length, self._begins, self._length = sequence_length, begins, length
         self._first, self._count, self._skip = first, count, on_bad_shard == "skip"
         self._dtype = corpora[0].manifest.token_dtype
@@ -109,7 +109,7 @@ class RowReader:
         text: (b, l + 1) bool, None when all are.
         """
         if step < self._since:
-            raise ValueError(f"step {step}: before step {self._since} steps had another number of rows")
+            raise ValueError(f"step {step}: before step {self._since} steps had other rows")
         group, inside = divmod(step - self._since, self._group_steps)
         own = slice(inside * self._count + start, inside * self._count + stop)
         rows = self._group(group, part).part(own.start, own.stop)
@@ -187,11 +187,11 @@ class RowReader:
         last = first + self._group_steps
         steps = range(first, last if self._until is None else min(last, self._until))
         corpora, epochs, sequences, continues = self._plan.assign(steps, range(self._first, self._first + self._count))
-        starts = sequences * self._sequence_length + self._begins[part]
+        starts, cuts = sequences * self._sequence_length + self._begins[part], self._plan.at(first).cuts
         parts = []
         for corpus, epoch in sorted(set(zip(corpora.tolist(), epochs.tolist(), strict=True))):
-            rows = np.flatnonzero((corpora == corpus) & (epochs == epoch))
-            parts.append((rows, self._stream(corpus, epoch).pieces(starts[rows], self._length + 1)))
+            rows, base = np.flatnonzero((corpora == corpus) & (epochs == epoch)), cuts.base(corpus, epoch)
+            parts.append((rows, self._stream(corpus, epoch).pieces(base + starts[rows], self._length + 1)))
         pieces = Pieces.join(parts)
         if self._block is not None:
             # What begins at the last input's label is another document: no label, so not worth reading.

@@ -172,6 +172,8 @@ class Designer:
     def _runs_of(self, cell: Cell) -> Iterator[Run]:
         sweep, data = self.sweep, self.base_of(cell)
         length = data["train"]["sequence_length"]
+        if named := [name for name in ("length_changes", "sequence_changes") if data["train"].get(name)]:
+            raise ConfigError(f"train.{named[0]}: a sweep counts its steps by one number of tokens each: leave it out")
         model = self._shape(cell).config(data["model"], sweep.shape, cell.depth)
         counts = self._counted(model, length)
         data["model"] = model.model_dump(mode="json", exclude_unset=True)

@@ -138,8 +138,8 @@ def _require_slices(recipe: Recipe, spread: Spread) -> None:
     sp, train = recipe.parallel.sp, recipe.train
     if sp > 1:
         documents = recipe.data.documents
-        share = (train.slice_tokens or train.sequence_length) // sp
-        rehearse(recipe.model, sp, spread.micro_rows, share, documents=documents, stream=train.slices > 1)
+        for length in sorted({train.slice_tokens or length for _, length in train.lengths}):
+            rehearse(recipe.model, sp, spread.micro_rows, length // sp, documents=documents, stream=train.slices > 1)
 
 
 def _complete(recipe: Recipe, world: int, spread: Spread) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -78,6 +78,7 @@ class Shuffled:
 
     def __init__(self, sequences: Sequence[int], mixture: Positions, sizes: BatchSizes, seed: int) -> None:
         self._sequences = np.array(sequences)
+        self._shift = np.zeros_like(self._sequences)  # from what the mixture counts to numbers of sequences
         self._sizes = sizes
         self._seed = seed
         self._mixture = mixture
@@ -87,7 +88,7 @@ class Shuffled:
         """See `Plan`."""
         positions = (self._sizes.firsts(steps)[:, None] + np.array(rows)).reshape(-1)
         corpus, index = self._mixture.locate(positions)
-        epoch, place = np.divmod(index, self._sequences[corpus])
+        epoch, place = np.divmod(index + self._shift[corpus], self._sequences[corpus])
         block, inside = np.divmod(place, _BLOCK)
         sequence = np.empty_like(place)
         for key in set(zip(corpus.tolist(), epoch.tolist(), block.tolist(), strict=True)):
@@ -100,13 +101,46 @@ class Shuffled:
         return self._mixture.counts(self._sizes.first(step))
 
     def _permuted_block(self, corpus: int, epoch: int, block: int) -> np.ndarray:
-        places = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, int(self._sequences[corpus])))
-        return self._permuted(corpus, epoch, places)
+        low, stop = self._range(corpus, epoch)
+        places = np.arange(max(block * _BLOCK, low), min((block + 1) * _BLOCK, stop))
+        sequences = np.full(_BLOCK, -1, np.int64)
+        sequences[places - block * _BLOCK] = self._permuted(corpus, epoch, places)
+        return sequences
+
+    def _range(self, corpus: int, epoch: int) -> tuple[int, int]:
+        """The places of a pass that are read: from the first, up to the second."""
+        return 0, int(self._sequences[corpus])
 
     def _permuted(self, corpus: int, epoch: int, places: np.ndarray) -> np.ndarray:
         """The sequences (n,) int64 that are read at these places (n,) int64 of a pass, in increasing order."""
         permutation = Permutation(int(self._sequences[corpus]), "sequences", self._seed, corpus, epoch)
         return permutation(places).astype(np.int64)
+
+
+class Part(NamedTuple):
+    """Steps in which sequences have one length (`phases`)."""
+
+    number: int
+    start: int
+    until: int | None
+    before: np.ndarray  # (corpora,) sequences of each corpus, of whatever length, read before it
+    shift: np.ndarray  # (corpora,) from the count of those read to the number of the next
+
+    @classmethod
+    def whole(cls, corpora: int) -> Part:
+        """All steps."""
+        return cls(0, 0, None, np.zeros(corpora, np.int64), np.zeros(corpora, np.int64))
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """What later parts add to a key."""
+        return (self.number,) if self.number else ()
+
+    def own(self, segments: Segments) -> Segments:
+        """The weights it begins with, and their changes in it."""
+        first = [weights for step, weights in segments if step <= self.start][-1]
+        last = self.until if self.until is not None else math.inf
+        return [(self.start, first), *(each for each in segments if self.start < each[0] < last)]
 
 
 @dataclass(frozen=True)
@@ -117,10 +151,16 @@ class _Segment:
     stretch: int
     dealer: Dealer  # of the rows of the stretches, one after the other
     before: np.ndarray  # (corpora,) sequences read of each corpus before the segment
+    until: int | None = None  # where the length changes: the last stretch ends there
 
     def end(self, asked: int) -> int:
         """The first end of a stretch that is not before a step; the segment's start, if that is later already."""
         return self.start + max(0, -(-(asked - self.start) // self.stretch)) * self.stretch
+
+    def size(self, number: int) -> int:
+        """Steps of a stretch."""
+        rest = self.stretch if self.until is None else self.until - self.start - number * self.stretch
+        return min(self.stretch, rest)
 
     def consumed(self, steps: int, rows: int) -> np.ndarray:
         """(corpora,) sequences read before `steps` steps of the segment were taken."""
@@ -140,19 +180,28 @@ class Streaming:
         sequences, rows: as for `Shuffled`.
         segments: weights of the corpora, and the steps where they change.
         seed: keys the dealing of rows to corpora; nothing is permuted here, for the documents of each pass already are.
+        part: steps of one length, and what comes before them; None: all steps have the same.
     """
 
-    def __init__(self, sequences: Sequence[int], segments: Segments, rows: int, seed: int) -> None:
-        self._sequences, self._rows = np.array(sequences), rows
+    streams = True
+
+    def __init__(
+        self, sequences: Sequence[int], segments: Segments, rows: int, seed: int, part: Part | None = None
+    ) -> None:
+        part = part or Part.whole(len(sequences))
+        self._sequences, self._rows, self._shift = np.array(sequences), rows, part.shift
         self._segments: list[_Segment] = []
-        start, before = 0, np.zeros(len(sequences), np.int64)
-        for number, (asked, weights) in enumerate(segments):
+        start, before = part.start, part.before
+        for number, (asked, weights) in enumerate(part.own(segments)):
             if number:
                 last = self._segments[-1]
+                if part.until is not None and last.end(asked) >= part.until:
+                    break
                 start = last.end(asked)
                 before = last.consumed(start - last.start, rows)
-            dealer = Dealer(weights, "streaming2", seed, number)
+            dealer = Dealer(weights, "streaming2", seed, number, *part.key)
             self._segments.append(_Segment(start, _stretch(sequences, weights, rows), dealer, before))
+        self._segments[-1] = replace(self._segments[-1], until=part.until)
         self._starts = [segment.start for segment in self._segments]
 
     def assign(self, steps: range, rows: range) -> Assignments:
@@ -172,9 +221,16 @@ class Streaming:
         segment = self._segment(step)
         number, inside = divmod(step - segment.start, segment.stretch)
         corpus, run = segment.dealer.locate(number * self._rows + rows)
-        index = segment.before[corpus] + run * segment.stretch + inside
-        epoch, sequence = np.divmod(index, self._sequences[corpus])
+        full = segment.dealer.counts(number * self._rows)[corpus]  # runs of the stretches before, which are whole
+        index = segment.before[corpus] + full * segment.stretch + (run - full) * segment.size(number) + inside
+        epoch, sequence = np.divmod(index + self._shift[corpus], self._sequences[corpus])
         return Assignments(corpus, epoch, sequence, (sequence > 0) & (inside > 0))
+
+    def begun(self, step: int) -> list[list[int] | None]:
+        """The stretch that is partly read before a step, as its first step and its steps."""
+        segment = self._segment(step)
+        number, inside = divmod(step - segment.start, segment.stretch)
+        return [[segment.start + number * segment.stretch, segment.size(number)] if inside else None]
 
 
 def _stretch(sequences: Sequence[int], weights: Sequence[float], rows: int) -> int:

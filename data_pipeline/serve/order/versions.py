@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -11,9 +11,10 @@ import numpy as np
 from bst_base.errors import UserError
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.order.first_order import LaneStreaming, QuotaMixture
-from data_pipeline.serve.order.plan import ORDER_VERSION, Plan, Shuffled, Streaming, dealt, shuffled
+from data_pipeline.serve.order.phases import Cuts, Phase, PhasePlan, Phases, Place
+from data_pipeline.serve.order.plan import ORDER_VERSION, Part, Plan, Shuffled, Streaming, dealt, shuffled
 from data_pipeline.serve.order.sizes import STREAMED, BatchSizes
-from data_pipeline.serve.order.stream import Pieces, TokenStream
+from data_pipeline.serve.order.stream import Pieces, TokenStream, inputs
 from data_pipeline.serve.order.window_stream import WindowCache, WindowStream
 from data_pipeline.serve.order.windows import Windows, WindowShuffled
 from data_pipeline.serve.reader import Corpus
@@ -31,8 +32,8 @@ class Stream(Protocol):
 class Order(NamedTuple):
     """What a run reads."""
 
-    plan: Plan
-    """Which sequence each row of each step reads."""
+    phases: Phases
+    """Which sequence each row of each step reads, and how the corpora are cut into them."""
     stream: Callable[[int, int], Stream]
     """Which tokens the sequences hold, by corpus and pass."""
 
@@ -42,65 +43,104 @@ def make_order(
     config: DataConfig,
     corpora: Sequence[Corpus],
     *,
-    sequences: Sequence[int],
     sizes: BatchSizes,
+    lengths: BatchSizes,
     seed: int,
     block: int | None,
-    length: int,
 ) -> Order:
     """The order of a version.
 
     Args:
-        sequences: those of a pass over each corpus.
         sizes: rows of each step.
+        lengths: L, tokens of a sequence, in each step.
         block: W where documents are isolated; None where they are joined.
-        length: L, tokens of a sequence.
 
-    Raises UserError where rows are streamed and their number has changed.
+    Raises UserError where rows are streamed and their number has changed, and where the length changes in an order of
+    an older version.
     """
-    segments, rows = config.segments(), sizes.rows
+    rows = sizes.rows
     if config.mode == "streaming" and sizes.since:
         raise UserError(f"{rows} rows per step from step {sizes.since} on: {STREAMED}")
     if version == ORDER_VERSION:
-        return _in_windows(config, corpora, sequences, sizes, seed, block, length)
-    if version == 1 and config.mode == "streaming":
-        plan: Plan = LaneStreaming(sequences, segments, rows)
-    elif version == 1:
-        mixture = QuotaMixture([(sizes.first(step), weights) for step, weights in segments], seed)
-        plan = Shuffled(sequences, mixture, sizes, seed)
-    elif config.mode == "streaming":
-        plan = Streaming(sequences, segments, rows, seed)
-    else:
-        plan = shuffled(sequences, segments, sizes, seed)
+        return _in_windows(config, corpora, sizes, lengths, seed, block)
+    if lengths.since:
+        raise UserError(
+            f"train.length_changes: this run was begun with an older version of the order ({version}), in which the "
+            "length of sequences cannot change; take a new run from the weights (initial_weights.run)"
+        )
 
     def stream(corpus: int, epoch: int) -> TokenStream:
         return TokenStream(corpora[corpus].lengths, block, ("documents", seed, corpus, epoch))
 
-    return Order(plan, stream)
+    cuts = _first_cuts(corpora, lengths.rows, block)
+    plan = _older(version, config, cuts.sequences.tolist(), sizes, seed)
+    return Order(Phases([Phase(0, cuts, np.zeros(len(corpora), np.int64), plan)]), stream)
+
+
+def _older(version: int, config: DataConfig, sequences: Sequence[int], sizes: BatchSizes, seed: int) -> Plan:
+    """Versions 1 and 2."""
+    segments, streams = config.segments(), config.mode == "streaming"
+    if version == 1 and streams:
+        return LaneStreaming(sequences, segments, sizes.rows)
+    if version == 1:
+        mixture = QuotaMixture([(sizes.first(step), weights) for step, weights in segments], seed)
+        return Shuffled(sequences, mixture, sizes, seed)
+    if streams:
+        return Streaming(sequences, segments, sizes.rows, seed)
+    return shuffled(sequences, segments, sizes, seed)
 
 
 def _in_windows(
     config: DataConfig,
     corpora: Sequence[Corpus],
-    sequences: Sequence[int],
     sizes: BatchSizes,
+    lengths: BatchSizes,
     seed: int,
     block: int | None,
-    length: int,
 ) -> Order:
     """Version 3."""
     shards = [corpus.shard_sizes(block) for corpus in corpora]
-    opened = [WindowCache(corpus, block, length if config.packing == "best_fit" else None) for corpus in corpora]
 
     @lru_cache(maxsize=2 * len(corpora))
     def passes(corpus: int, epoch: int) -> Windows:
         return Windows(shards[corpus], (seed, corpus, epoch))
 
+    phases = _phases(config, _first_cuts(corpora, lengths.at(0), block), sizes, lengths, seed, passes)
+    fits = [partial(phases.fit, corpus) if config.packing == "best_fit" else None for corpus in range(len(corpora))]
+    opened = [WindowCache(corpus, block, fit) for corpus, fit in zip(corpora, fits, strict=True)]
+
     def stream(corpus: int, epoch: int) -> WindowStream:
         return WindowStream(passes(corpus, epoch), opened[corpus], epoch)
 
-    segments = config.segments()
-    if config.mode == "streaming":
-        return Order(Streaming(sequences, segments, sizes.rows, seed), stream)
-    mixture = dealt(segments, sizes, seed)
-    return Order(WindowShuffled(sequences, mixture, sizes, seed, passes, length), stream)
+    return Order(phases, stream)
+
+
+def _first_cuts(corpora: Sequence[Corpus], length: int, block: int | None) -> Cuts:
+    totals = [int(corpus.shard_sizes(block).extents.sum()) for corpus in corpora]
+    return Cuts(length, np.array([inputs(total, block) for total in totals]), (Place(0, 0),) * len(corpora))
+
+
+def _phases(
+    config: DataConfig,
+    cuts: Cuts,
+    sizes: BatchSizes,
+    lengths: BatchSizes,
+    seed: int,
+    passes: Callable[[int, int], Windows],
+) -> Phases:
+    """One phase after the other: where each begins follows from those before it."""
+    segments, before, found = config.segments(), np.zeros(len(cuts.inputs), np.int64), []
+    mixture = None if config.mode == "streaming" else dealt(segments, sizes, seed)
+    ends = [start for start, _ in lengths.changes[1:]] + [None]
+    for number, ((start, length), until) in enumerate(zip(lengths.changes, ends, strict=True)):
+        if number:
+            cuts = Cuts(length, cuts.inputs, tuple(found[-1].places(start)))
+            before = found[-1].plan.consumed(start)
+        if mixture is None:
+            part = Part(number, start, until, before, cuts.offsets - before)
+            plan: PhasePlan = Streaming(cuts.sequences.tolist(), segments, sizes.rows, seed, part)
+        else:
+            read = None if until is None else mixture.counts(sizes.first(until)) - before
+            plan = WindowShuffled(mixture, sizes, seed, passes, cuts, before, read)
+        found.append(Phase(start, cuts, before, plan))
+    return Phases(found)

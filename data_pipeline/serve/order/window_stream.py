@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 
@@ -123,12 +124,14 @@ def _in_order_of_rows(parts: list[Pieces]) -> Pieces:
 class WindowCache:
     """The open windows of one corpus: those in use and the next one, by pass and number; opened once each.
 
-    Calls may be made from several threads. `length`: of the sequences that documents are fitted into; None: they are
-    not.
+    Calls may be made from several threads. `fit`: gives, for the pass and the position where a window begins, what its
+    documents are fitted into (as for `TokenStream`); None: they are not.
     """
 
-    def __init__(self, corpus: Corpus, block: int | None, length: int | None = None) -> None:
-        self._corpus, self._block, self._length = corpus, block, length
+    def __init__(
+        self, corpus: Corpus, block: int | None, fit: Callable[[int, int], tuple[int, int]] | None = None
+    ) -> None:
+        self._corpus, self._block, self._fit = corpus, block, fit
         self._lock = threading.Lock()
         self._open: dict[tuple[int, int], Future[OpenWindow]] = {}  # the one used last is the last
 
@@ -142,7 +145,7 @@ class WindowCache:
             self._close_all_but(together + 1)
         if new:
             try:
-                opened.set_result(self._opened(windows, number))
+                opened.set_result(self._opened(epoch, windows, number))
             except BaseException as error:
                 with self._lock:
                     self._open.pop((epoch, number), None)
@@ -153,9 +156,9 @@ class WindowCache:
         """Told of the shards of the windows that are read from now on, and of those after them."""
         self._corpus.fetch_ahead(*([shard for each in shards for shard in each.tolist()] for shards in (now, soon)))
 
-    def _opened(self, windows: Windows, number: int) -> OpenWindow:
+    def _opened(self, epoch: int, windows: Windows, number: int) -> OpenWindow:
         shards, key = windows.shards(number), ("documents", *windows.key(number))
-        fit = self._length and (self._length, windows.room(number, self._length))
+        fit = self._fit and self._fit(epoch, int(windows.begins[number]))
         window, expected = OpenWindow(self._corpus, shards, self._block, key, fit), windows.extent(number)
         if window.total != expected:
             raise ShardError(

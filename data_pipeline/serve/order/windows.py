@@ -10,12 +10,13 @@ All of this follows from the sizes of the shards in the manifest and from the ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from data_pipeline.serve.order.permutation import Permutation
+from data_pipeline.serve.order.phases import Cuts
 from data_pipeline.serve.order.plan import Positions, Shuffled
 from data_pipeline.serve.order.sizes import BatchSizes
 
@@ -74,38 +75,75 @@ class Windows:
         """What keys the permutations of a window; a pass of one window is that of version 2, document for document."""
         return self._key if len(self) == 1 else (*self._key, window)
 
-    def sequences(self, length: int, count: int) -> np.ndarray:
-        """(windows + 1,): the first sequence of `length` that begins in each window, and `count`, that of the pass.
+    def sequences(self, length: int, base: int, numbers: tuple[int, int]) -> np.ndarray:
+        """(windows + 1,): the first sequence of `length` that begins in each window, and the end of the last; of the
+        numbers from the first up to the second, where sequence 0 begins at `base`.
 
         A window that is shorter than a sequence may have none.
         """
-        return np.minimum(-(-self.begins // length), count)
+        return np.clip(-(-(self.begins - base) // length), *numbers)
 
 
 class WindowShuffled(Shuffled):
     """Every sequence of a pass once, window after window, permuted within each.
 
     Args:
-        sequences, mixture, sizes, seed: as for `Shuffled`.
+        mixture, sizes, seed: as for `Shuffled`.
         passes: gives the windows of a corpus in a pass.
-        length: L, tokens of a sequence.
+        cuts: how the corpora are cut into sequences.
+        before: (corpora,) sequences of each corpus, of whatever length, read before those of this length.
+        read: (corpora,) sequences of this length that will be read; None: without end.
     """
+
+    streams = False
 
     def __init__(
         self,
-        sequences: Sequence[int],
         mixture: Positions,
         sizes: BatchSizes,
         seed: int,
         passes: Callable[[int, int], Windows],
-        length: int,
+        cuts: Cuts,
+        before: np.ndarray,
+        read: np.ndarray | None = None,
     ) -> None:
-        super().__init__(sequences, mixture, sizes, seed)
-        self._passes, self._length = passes, length
+        super().__init__(cuts.sequences.tolist(), mixture, sizes, seed)
+        self._passes, self._cuts, self._before = passes, cuts, before
+        self._skipped = cuts.skipped.tolist()
+        self._stops = None if read is None else [cuts.number(*each) for each in enumerate(read.tolist())]
+        self._shift = cuts.offsets - before
+
+    def begun(self, step: int) -> list[list[int] | None]:
+        """Of each corpus where what is shuffled together ends, as pass and position; None where none of it is read."""
+        counts = self.consumed(step) - self._before
+        return [self._begun(corpus, int(count)) for corpus, count in enumerate(counts)]
+
+    def _begun(self, corpus: int, count: int) -> list[int] | None:
+        epoch, place = self._cuts.number(corpus, count)
+        low, stop = self._range(corpus, epoch)
+        if not low < place < stop:
+            return None
+        firsts = self._firsts(corpus, epoch, self._passes(corpus, epoch))
+        window = int(np.searchsorted(firsts, place, side="right"))
+        if firsts[window - 1] == place:
+            return None
+        return [epoch, int(firsts[window]) * self._cuts.length + self._cuts.base(corpus, epoch)]
+
+    def _range(self, corpus: int, epoch: int) -> tuple[int, int]:
+        low, stop = super()._range(corpus, epoch)
+        if epoch == self._cuts.begins[corpus].epoch:
+            low = self._skipped[corpus]
+        if self._stops and epoch == self._stops[corpus][0]:
+            stop = self._stops[corpus][1]
+        return low, stop
+
+    def _firsts(self, corpus: int, epoch: int, windows: Windows) -> np.ndarray:
+        """(windows + 1,): the first sequence of each window that is read, and the end of the last."""
+        return windows.sequences(self._cuts.length, self._cuts.base(corpus, epoch), self._range(corpus, epoch))
 
     def _permuted(self, corpus: int, epoch: int, places: np.ndarray) -> np.ndarray:
         windows = self._passes(corpus, epoch)
-        firsts = windows.sequences(self._length, int(self._sequences[corpus]))
+        firsts = self._firsts(corpus, epoch, windows)
         sequences = np.empty_like(places)
         found = np.searchsorted(firsts, places, side="right") - 1
         for window in np.unique(found).tolist():

@@ -73,6 +73,6 @@ def loader(corpora: Any, mode: str = "shuffled", documents: str = "joined", **si
     config = DataConfig(
         corpus=urls, mode=mode, documents=documents, packing=packing, weight_changes=changes, prefetch=0
     )
-    others = {name: sizes.pop(name) for name in ("block", "seed", "start_step", "changes") if name in sizes}
+    others = {name: sizes.pop(name) for name in ("block", "seed", "start_step", "changes", "lengths") if name in sizes}
     share = Share(length=sizes.pop("sequence_length"), **sizes)
     return Loader(config, corpora if isinstance(corpora, list) else [corpora], share, **others)

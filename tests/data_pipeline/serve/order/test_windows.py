@@ -90,7 +90,7 @@ def test_what_is_read_is_the_whole_pass_spelled_out(drawn: Any, mode: str, joine
     taken: Counter[int] = Counter()
     for step in range(2 * served.sequences[0] // rows + 1):
         order = np.concatenate([batch.epochs for batch in served.batches(step)])
-        assigned = served._plan.assign(range(step, step + 1), range(rows))
+        assigned = served._phases.assign(range(step, step + 1), range(rows))
         for batch, epoch, sequence in zip(
             served.batches(step), order.tolist(), assigned.sequence.tolist(), strict=True
         ):
