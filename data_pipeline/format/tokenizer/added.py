@@ -63,7 +63,7 @@ def _of_json(model: bytes, config: TokenizerConfig) -> bytes:
     settings: dict[str, Any] = json.loads(model)
     for token in settings["added_tokens"]:
         if token["content"] in config.text_tokens:
-            token.update(special=False, normalized=False)
+            token.update(special=False, normalized=False, lstrip=False, rstrip=False, single_word=False)
     backend = Backend.from_str(json.dumps(settings))
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in config.special_tokens])
     backend.add_tokens([AddedToken(name, special=False, normalized=False) for name in config.text_tokens])

@@ -67,6 +67,9 @@ def adopted(path: Path, config: TokenizerConfig) -> bytes:
     settings = json.loads(_backend(path.read_bytes(), str(path)).to_str())
     settings["truncation"] = None
     settings["normalizer"] = next((part for part in _parts(settings["normalizer"]) if _writes_spaces(part)), None)
+    for token in settings["added_tokens"]:
+        if not token["special"]:  # text turns into it, and the spaces beside it must not go with it
+            token.update(lstrip=False, rstrip=False)
     _set_everywhere(settings["pre_tokenizer"], {"add_prefix_space": False, "prepend_scheme": "never"})
     _set_everywhere(settings["decoder"], {"add_prefix_space": False, "prepend_scheme": "never"})
     backend = _backend(json.dumps(settings).encode(), str(path))

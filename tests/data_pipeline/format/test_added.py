@@ -52,6 +52,8 @@ def published(folder: Path) -> Path:
         vocab_size=400, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
     found.train_from_iterator([WORDS], trainer)
+    found.add_special_tokens([AddedToken("<|stripping|>", special=True, lstrip=True, rstrip=True)])
+    found.add_tokens([AddedToken("<own>", special=False, lstrip=True, rstrip=True)])
     found.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
 
@@ -134,6 +136,10 @@ def test_a_special_token_of_the_model_becomes_a_text_token_when_asked(tmp_path: 
     assert asked.encode("<|im_start|>user")[0] == own
     assert asked.vocab_size == plain.vocab_size
     assert asked.decode([own]) == "<|im_start|>"
+    for name in ("<|stripping|>", "<own>"):  # what it takes off the text in the library
+        asked = extended(plain, TokenizerConfig(reuse=path, text_tokens=("<|stripping|>",)), "it")
+        assert asked.backend.token_to_id(name) in asked.encode(f"a  {name}  b")
+        assert asked.decode(asked.encode(f"a  {name}  b")) == f"a  {name}  b"
     with_control = trained("bpe", TokenizerConfig(vocab_size=400, special_tokens=("<x>",)))
     own = ids_of(with_control)["<x>"]
     asked = extended(with_control, TokenizerConfig(text_tokens=("<x>",)), "it")
