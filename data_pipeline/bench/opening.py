@@ -1,6 +1,9 @@
 """One rank that opens a corpus and is served from it, in a process of its own: prints a JSON line.
 
 python -m data_pipeline.bench.opening ADDRESS --documents joined --tokens-per-s 500000 --seconds 30
+
+Ranks of one machine meet before the corpus is opened and before memory is measured at the end: each prints `here` and
+waits for a line, so that all of them read at the same time.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ import argparse
 import gc
 import json
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,8 @@ from data_pipeline.serve.share import Share
 from data_pipeline.store.base import StorageConfig
 
 LENGTH, ROWS, BLOCK = 4096, 8, 512
+MEETINGS = 2
+"""How often the ranks meet."""
 
 
 def private_mb() -> float:
@@ -28,12 +34,21 @@ def private_mb() -> float:
     return int(re.search(r"Private_Dirty: +(\d+) kB", text)[1]) / 1e3
 
 
-def measure(config: DataConfig, tokens_per_s: float, seconds: float) -> dict[str, Any]:
+def meet() -> None:
+    """Wait until all ranks are here."""
+    print("here", flush=True)
+    sys.stdin.readline()
+
+
+def measure(config: DataConfig, tokens_per_s: float, seconds: float, rank: int, ranks: int) -> dict[str, Any]:
     """Seconds to the first batch, memory, open shards; then the share of time that a trainer of this speed waits."""
-    before, begin = private_mb(), time.perf_counter()
+    meet()
+    before = private_mb()
+    begin = time.perf_counter()
     (corpus,) = open_corpora(config)
     opened_s = time.perf_counter() - begin
-    loader = Loader(config, [corpus], Share(length=LENGTH, rows=ROWS, micro_rows=ROWS), block=BLOCK, seed=0)
+    share = Share(length=LENGTH, rows=ROWS * ranks, micro_rows=ROWS, dp_rank=rank, dp=ranks)
+    loader = Loader(config, [corpus], share, block=BLOCK, seed=0)
     steps = iter(loader)
     next(steps)
     found: dict[str, Any] = {
@@ -54,7 +69,9 @@ def measure(config: DataConfig, tokens_per_s: float, seconds: float) -> dict[str
     if served:
         elapsed = time.perf_counter() - begin
         found |= {"steps": served, "tokens_per_s": served * LENGTH * ROWS / elapsed}
-        found |= {"waited": waited_s / elapsed, "private_mb_at_end": private_mb() - before}
+        found |= {"waited": waited_s / elapsed}
+    meet()
+    found |= {"private_mb_at_end": private_mb() - before}
     loader.close()
     return found
 
@@ -67,10 +84,12 @@ def main() -> None:
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--tokens-per-s", type=float, required=True)
     parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=1)
     args = parser.parse_args()
     storage = StorageConfig(cache_dir=args.cache)
     config = DataConfig(corpus=args.address, documents=args.documents, storage=storage)
-    print(json.dumps(measure(config, args.tokens_per_s, args.seconds)), flush=True)
+    print(json.dumps(measure(config, args.tokens_per_s, args.seconds, args.rank, args.ranks)), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@
     bst bench index --documents 1e9 --isolated       # every document padded to the block
     bst bench index --documents 1e9 --latency-ms 40  # from a server on the loopback that takes 40 ms to answer
     bst bench index --documents 1e9 --latency-ms 40 --cache
+    bst bench index --documents 1e9 --ranks 4        # on one machine, each with rows of its own
 
 The corpora have one shard's bytes under the names of all, so that a thousand million documents need no disk; what reads
-them is what reads any corpus, in a process of its own. Memory is that of the process alone, beyond what it had before
-the corpus was opened; it shares none with other ranks. After the first batch it takes steps of 32,768 tokens at the
-asked speed, and the share of the time that it waits for data is given.
+them is what reads any corpus, in a process of its own for each rank. Memory is that of a process alone, beyond what it
+had before the corpus was opened; it shares none with other ranks. After the first batch a rank takes steps of 32,768
+tokens at the asked speed, and the share of the time that it waits for data is given. Of several ranks the largest
+figure counts.
 """
 
 from __future__ import annotations
@@ -20,15 +22,16 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from rich.console import Console
 
 from bst_base.errors import UserError
 from bst_base.terminal import Sheet, print_table, say
 from data_pipeline.bench.endless import make_endless
+from data_pipeline.bench.opening import MEETINGS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--isolated", action="store_true", help="serve isolated documents; else they are joined")
     parser.add_argument("--latency-ms", metavar="MS", type=float, help="read over HTTP, each answer so late")
     parser.add_argument("--cache", action="store_true", help="with --latency-ms: whole shards into a cache")
+    parser.add_argument("--ranks", metavar="N", type=_count, default=1, help="ranks of this machine (default 1)")
     parser.add_argument("--tokens-per-s", metavar="N", type=_count, default=500_000, help="speed of the trainer")
     parser.add_argument("--seconds", metavar="S", type=float, default=20.0, help="how long it trains")
 
@@ -73,9 +77,9 @@ def _measured(args: argparse.Namespace, corpus: Path, cache: Path) -> dict[str, 
     options = ["--documents", "isolated" if args.isolated else "joined"]
     options += ["--tokens-per-s", str(args.tokens_per_s), "--seconds", str(args.seconds)]
     if args.latency_ms is None:
-        return _result("opening", str(corpus), *options)
+        return _of_ranks(args.ranks, str(corpus), *options)
     with _server(corpus, args.latency_ms) as url:
-        found = _result("opening", url, *options, *(["--cache", str(cache)] if args.cache else []))
+        found = _of_ranks(args.ranks, url, *options, *(["--cache", str(cache)] if args.cache else []))
         with urllib.request.urlopen(f"{url}/requests") as answer:
             return found | {"requests": json.load(answer)}
 
@@ -90,19 +94,51 @@ def _server(corpus: Path, latency_ms: float) -> Iterator[str]:
             server.stdin.close()
 
 
-def _result(module: str, *arguments: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", f"data_pipeline.bench.{module}", *arguments], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise UserError(f"measuring failed:\n{done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def _of_ranks(count: int, *arguments: str) -> dict[str, Any]:
+    """What `count` ranks found at the same time: of each figure the largest."""
+    command = [sys.executable, "-m", "data_pipeline.bench.opening", *arguments, "--ranks", str(count)]
+    with ExitStack() as stack:
+        ranks = [stack.enter_context(_started([*command, "--rank", str(rank)])) for rank in range(count)]
+        for _ in range(MEETINGS):
+            for rank in ranks:
+                rank.line()
+            for rank in ranks:
+                rank.process.stdin.write("\n")
+                rank.process.stdin.flush()
+        found = [json.loads(rank.line()) for rank in ranks]
+    return {name: max(each[name] for each in found) for name in found[0]} | {"ranks": count}
+
+
+class _Rank(NamedTuple):
+    process: subprocess.Popen[str]
+    errors: IO[str]
+
+    def line(self) -> str:
+        """Its next line; raises UserError with what it said when it has ended."""
+        if line := self.process.stdout.readline():
+            return line
+        self.errors.seek(0)
+        raise UserError(f"measuring failed:\n{self.errors.read().strip()[-2000:]}")
+
+
+@contextmanager
+def _started(command: list[str]) -> Iterator[_Rank]:
+    """A rank that ends with the measurement, however that ends."""
+    pipe = subprocess.PIPE
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True) as process,
+    ):
+        try:
+            yield _Rank(process, errors)
+        finally:
+            process.kill()
 
 
 def _print(found: list[dict[str, Any]]) -> None:
     rows = []
     for each in found:
-        memory = max(each["private_mb"], each.get("private_mb_at_end", 0))
+        memory = max(each["private_mb"], each["private_mb_at_end"])
         rows.append([
             f"{each['documents']:,}", f"{each['shards']:,}", f"{each['tokens']:.1e}", f"{each['manifest_mb']:.1f}",
             f"{each['first_batch_s']:.1f}", f"{memory:.0f}", f"{each['waited']:.1%}" if "waited" in each else "-",

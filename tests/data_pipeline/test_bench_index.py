@@ -41,6 +41,16 @@ def test_sizes_are_measured_in_processes_of_their_own() -> None:
     assert all(each["steps"] >= 1 and each["first_batch_s"] > 0 and 0 <= each["waited"] <= 1 for each in found)
 
 
+def test_several_ranks_are_measured_together_and_failures_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    (found,) = bench_index.run(arguments("--documents", "4e3", "--per-shard", "500", "--ranks", "2"))["sizes"]
+    assert (found["ranks"], found["open_shards"]) == (2, 8)
+    assert found["private_mb_at_end"] > 0
+    monkeypatch.setattr(bench_index, "make_endless", lambda folder, *_, **__: folder.mkdir() or (
+        folder / "manifest.json").write_text("{}"))  # fmt: skip
+    with pytest.raises(UserError, match="measuring failed:"):
+        bench_index.run(arguments("--documents", "4e3", "--ranks", "2"))
+
+
 def test_a_server_is_asked_once_for_each_index_and_shard() -> None:
     (found,) = bench_index.run(
         arguments("--documents", "4000", "--per-shard", "500", "--latency-ms", "1", "--cache")
