@@ -10,7 +10,7 @@ self-attention, dh head width, W block.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import AttentionConfig, LayerConfig
 from bst_dist.model.flex import Band, flex_sliding_attention, in_tiles, visited_tiles
 from bst_dist.model.fused_tiles import fused_sliding_attention, fused_tile
+from bst_dist.model.products import together
 from bst_dist.model.roles import Linear
 from bst_dist.model.tiles import HIDDEN, QUERY_TILE, sliding_tiles, tiled_attention_and_sums
 from bst_dist.parallel.past import Past
@@ -40,10 +41,12 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 class Angles(NamedTuple):
-    """Cosines and sines of RoPE's angles, (l, 1, dh / 2)."""
+    """Of RoPE, for the two halves of a head's channels."""
 
     cos: Tensor
+    """(l, 1, 1, dh / 2)."""
     sin: Tensor
+    """(l, 1, 2, dh / 2): negative for the first half."""
 
     def last(self, count: int) -> Angles:
         """Those of the last positions."""
@@ -53,14 +56,17 @@ class Angles(NamedTuple):
 def angles(base: float, half: int, first: int, count: int, like: Tensor) -> Angles:
     """Of `count` positions from `first` on, in the dtype of `like`; computed in double precision."""
     rates = base ** (-torch.arange(half, device=like.device, dtype=torch.float64) / half)
-    angle = torch.arange(first, first + count, device=like.device).outer(rates).unsqueeze(1)
-    return Angles(angle.cos().to(like.dtype), angle.sin().to(like.dtype))
+    angle = torch.arange(first, first + count, device=like.device).outer(rates)[:, None, None]
+    return Angles(angle.cos().to(like.dtype), torch.cat((-angle.sin(), angle.sin()), dim=2).to(like.dtype))
 
 
 def rotate(x: Tensor, by: Angles) -> Tensor:
-    """Rotary embedding of (B, l, H, dh) (RoFormer, arXiv 2104.09864)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * by.cos - b * by.sin, b * by.cos + a * by.sin), dim=-1)
+    """Rotary embedding of (B, l, H, dh) (RoFormer, arXiv 2104.09864).
+
+    Without a concatenation, whose gradient a compiled layer would write before it goes on to that of `unit`.
+    """
+    halves = x.unflatten(-1, (2, -1))
+    return (halves * by.cos + halves.flip(-2) * by.sin).flatten(-2)
 
 
 class DistanceBias(nn.Module):
@@ -105,17 +111,20 @@ class SlidingAttention(nn.Module):
         self.half = config.head // 2
         self.bias = DistanceBias(self.heads, self.config) if self.config.position == "t5" else None
 
-    def forward(self, u: Tensor, past: Past, starts: Starts | None = None) -> Tensor:
-        """`starts`: where documents begin, which see nothing before them."""
-        q, k, v = self.project(u, past)
+    def forward(
+        self, u: Tensor, past: Past, starts: Starts | None = None, qkv: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """`starts`: where documents begin, which see nothing before them; `qkv`: the parts that `maps` makes of `u`,
+        made here if None."""
+        q, k, v = self.project(u, past, qkv)
         documents = None if starts is None else past.once(*self._documents(starts, past, q.shape[1], k.shape[1]))
         return self.attend(q, k, v, past, documents, self.tiles(q, k, past, documents)).flatten(-2)
 
-    def share(self, u: Tensor, past: Past, starts: Starts | None) -> tuple[Tensor, Share]:
+    def share(self, qkv: Sequence[Tensor], past: Past, starts: Starts | None) -> tuple[Tensor, Share]:
         """Queries without positions, (B, l, H, dh), and the window's share of a softmax over more keys."""
-        plain, kv = self.split(u)
+        plain, k, v = self.by_heads(qkv)
         plain = unit(plain, self.scale)
-        q, k, v = self.with_window(plain, kv, past)
+        q, k, v = self.with_window(plain, k, v, past)
         documents = None if starts is None else past.once(*self._documents(starts, past, q.shape[1], k.shape[1]))
         tiles = self.tiles(q, k, past, documents)
         return plain, sliding_share(*self._arguments(q, k, v, past, documents, tiles))
@@ -137,22 +146,26 @@ class SlidingAttention(nn.Module):
             asked.append(self._tiles(length, length, like.device, documents))
         return {name: past.once(name, make) for name, make in asked}
 
-    def project(self, u: Tensor, past: Past) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, u: Tensor, past: Past, qkv: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, l, H, dh), and keys and values (B, p + l, G, dh) with what the past has of the window."""
-        q, kv = self.split(u)
-        return self.with_window(unit(q, self.scale), kv, past)
+        q, k, v = self.by_heads(together(u, self.maps) if qkv is None else qkv)
+        return self.with_window(unit(q, self.scale), k, v, past)
 
-    def with_window(self, q: Tensor, kv: Tensor, past: Past) -> tuple[Tensor, Tensor, Tensor]:
+    def with_window(self, q: Tensor, k: Tensor, v: Tensor, past: Past) -> tuple[Tensor, Tensor, Tensor]:
         """The same of normalised queries, and keys and values of the slice's own tokens."""
-        k, v = past.extend("kv", kv, before=self.window).unbind(2)
-        k = unit(k)
-        return *self.rotated(q, k, past), v
+        k, v = past.as_one(k, v, 2, lambda kv: past.extend("kv", kv, before=self.window))
+        return *self.rotated(q, unit(k), past), v
 
-    def split(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries (B, l, H, dh), keys and values of these tokens (B, l, 2, G, dh)."""
-        projected = self.qkv(u).unflatten(-1, (self.heads + 2 * self.kv_heads, -1))
-        q, kv = projected.split((self.heads, 2 * self.kv_heads), dim=2)
-        return q, kv.unflatten(2, (2, self.kv_heads))
+    @property
+    def maps(self) -> tuple[Linear, list[int]]:
+        """What makes queries, keys and values of tokens, and how many rows are of each."""
+        width = self.qkv.out_features // (self.heads + 2 * self.kv_heads)
+        return self.qkv, [self.heads * width, self.kv_heads * width, self.kv_heads * width]
+
+    def by_heads(self, qkv: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, l, H, dh), keys and values (B, l, G, dh) of these tokens."""
+        q, k, v = (x.unflatten(-1, (n, -1)) for x, n in zip(qkv, (self.heads, *[self.kv_heads] * 2), strict=True))
+        return q, k, v
 
     def rotated(self, q: Tensor, k: Tensor, past: Past) -> tuple[Tensor, Tensor]:
         """Queries and keys with their positions, where those are RoPE's."""

@@ -23,8 +23,9 @@ from bst_dist.model import flex
 from bst_dist.model.borders import Borders, Starts
 from bst_dist.parallel.past import Past
 
-OPTIONS = {"combo_kernels": True}
-"""Of Inductor: small kernels that do not wait for each other, such as casts of weights, are one launch."""
+OPTIONS = {"combo_kernels": True, "epilogue_fusion": False}
+"""Of Inductor: small kernels that do not wait for each other, such as casts of weights, are one launch; and nothing is
+put into FlexAttention's kernels, which would read once more what another kernel reads anyway."""
 
 
 Keeps: TypeAlias = Callable[[Any, tuple[Any, ...]], bool]

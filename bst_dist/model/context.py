@@ -53,27 +53,30 @@ class StreamContext(nn.Module):
 
     def forward(self, z: Tensor, past: Past, starts: Starts | None) -> tuple[Tensor, Tensor]:
         y = self.passage(self.ssm(z, past, starts), past)  # (B, l, C, Ds): one stream, or one a head
-        kv = self._project(y.to(product_dtype(y))).unflatten(-1, (2, -1))  # (B, l, H, 2, dh)
-        kv = past.extend_to_blocks("kv", kv, self.block, whole=0 if self.attend == "current" else 1)
+        whole = 0 if self.attend == "current" else 1
+        # In two products: in one they would lie between each other, and so would their gradients have to.
+        y = y.to(product_dtype(y))
+        k, v = (_of_heads(y, weight) for weight in self.key_value.chunk(2, dim=-1))  # (B, l, H, dh)
+        k, v = past.as_one(k, v, 3, lambda kv: past.extend_to_blocks("kv", kv, self.block, whole))
         if self.attend == "previous":
-            kv = self._previous(kv, past.offset(self.block) + z.shape[1], starts)
-        k, v = kv.unbind(-2)
+            k, v = (self._previous(x, past.offset(self.block) + z.shape[1], starts) for x in (k, v))
         return unit(k), v
 
-    def _project(self, y: Tensor) -> Tensor:
-        """(B, l, C, Ds) -> (B, l, H, 2 dh): all heads from one stream, or each from its own."""
-        weight = self.key_value.to(y.dtype)
-        if y.shape[2] == 1:
-            return (y.squeeze(2) @ weight.transpose(0, 1).flatten(1)).unflatten(-1, (len(weight), -1))
-        return torch.einsum("blhs,hsd->blhd", y, weight)
-
-    def _previous(self, kv: Tensor, length: int, starts: Tensor | None) -> Tensor:
+    def _previous(self, x: Tensor, length: int, starts: Tensor | None) -> Tensor:
         """The block before each of those that `length` tokens lie in; zeros, whose attention adds nothing, where there
         is none."""
-        kv = F.pad(kv, (0, 0, 0, 0, 0, 0, self.block + length - kv.shape[1], 0))
+        x = F.pad(x, (0, 0, 0, 0, self.block + length - x.shape[1], 0))
         blocks = -(-length // self.block)
-        kv = kv[:, : blocks * self.block].unflatten(1, (blocks, self.block))
-        return kv if starts is None else kv * ~starts.view(*starts.shape, 1, 1, 1, 1)
+        x = x[:, : blocks * self.block].unflatten(1, (blocks, self.block))
+        return x if starts is None else x * ~starts.view(*starts.shape, 1, 1, 1)
+
+
+def _of_heads(y: Tensor, weight: Tensor) -> Tensor:
+    """(B, l, C, Ds), (H, Ds, dh) -> (B, l, H, dh): all heads from one stream, or each from its own."""
+    weight = weight.to(y.dtype)
+    if y.shape[2] == 1:
+        return (y.squeeze(2) @ weight.transpose(0, 1).flatten(1)).unflatten(-1, (len(weight), -1))
+    return torch.einsum("blhs,hsd->blhd", y, weight)
 
 
 class FilterContext(nn.Module):
@@ -119,7 +122,7 @@ def build_context(config: LayerConfig) -> StreamContext | FilterContext:
 
 
 class CrossAttention(nn.Module):
-    """Attention of each block's tokens to its context states: (B, l, D), (B, l, Ds) -> (B, l, H dh)."""
+    """Attention of each block's tokens to its context states: (B, l, H dh), (B, l, Ds) -> (B, l, H dh)."""
 
     def __init__(self, config: LayerConfig):
         super().__init__()
@@ -129,14 +132,15 @@ class CrossAttention(nn.Module):
         self.causal = config.context.variant != "MF" and config.context.attend == "current"
         self.context = build_context(config)
 
-    def forward(self, u: Tensor, z: Tensor, past: Past, starts: Starts | None) -> Tensor:
-        q = unit(self.query(u).unflatten(-1, (self.heads, -1)), self.scale)  # (B, l, H, dh)
+    def forward(self, query: Tensor, z: Tensor, past: Past, starts: Starts | None) -> Tensor:
+        """`query`: what the map of that name makes of the layer's input."""
+        q = unit(query.unflatten(-1, (self.heads, -1)), self.scale)  # (B, l, H, dh)
         k, v = self.context(z, past, starts)
         if isinstance(starts, Borders):
             out = self._of_documents(q, k, v, past, starts)
         else:
             out = self._causal(q, k, v) if self.causal else _whole_blocks(q, k, v)
-        return out.reshape(*u.shape[:2], -1)
+        return out.reshape(query.shape)
 
     def _of_documents(self, q: Tensor, k: Tensor, v: Tensor, past: Past, starts: Borders) -> Tensor:
         """Each token to the states of its block that are its own document's."""

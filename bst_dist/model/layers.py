@@ -25,6 +25,7 @@ from bst_dist.model.baselines.transformer_xl import TransformerXLMixer
 from bst_dist.model.borders import Starts
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.context import CrossAttention
+from bst_dist.model.products import relu_of, together, whole
 from bst_dist.model.roles import Linear
 from bst_dist.parallel.past import Past
 
@@ -52,8 +53,9 @@ class BSTMixer(nn.Module):
         self.out = Linear(2 * config.inner, config.width, into_stream=True)
 
     def forward(self, u: Tensor, past: Past, starts: Starts | None) -> Tensor:
-        own = self.attention(u, past.child("self"), starts)
-        cross = self.cross(u, self.down(u), past.child("context"), starts)
+        *qkv, z, query = together(u, self.attention.maps, whole(self.down), whole(self.cross.query))
+        own = self.attention(u, past.child("self"), starts, qkv=qkv)
+        cross = self.cross(query, z, past.child("context"), starts)
         return self.out(torch.cat((own, cross), dim=-1))
 
 
@@ -107,9 +109,12 @@ class FeedForward(nn.Module):
         self.out = Linear(config.ffn, config.width, into_stream=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.activation is torch.relu:
+            return self.out(relu_of(x, self.up))
         if self.gate is None:
             return self.out(self.activation(self.up(x)))
-        return self.out(self.activation(self.gate(x)) * self.up(x))
+        gate, up = together(x, whole(self.gate), whole(self.up))
+        return self.out(self.activation(gate) * up)
 
 
 class Layer(nn.Module):
@@ -139,8 +144,9 @@ class Layer(nn.Module):
 
     def compute(self, x: Tensor, past: Past, starts: Starts | None) -> Tensor:
         """The layer itself, operation by operation."""
-        x = torch.add(x, self.mixer(self.mixer_norm(x), past, starts), alpha=self.branch)
-        return torch.add(x, self.ffn(self.ffn_norm(x)), alpha=self.branch)
+        h = torch.add(x, self.mixer(self.mixer_norm(x), past, starts), alpha=self.branch)
+        h = h.flatten(0, 1)  # as products take it: a compiled layer then casts its gradient as it computes it
+        return torch.add(h, self.ffn(self.ffn_norm(h)), alpha=self.branch).view(x.shape)
 
     def prepare(self, x: Tensor, past: Past, starts: Starts | None) -> dict[str, object]:
         """What the layer asks `past` for once (`Past.once`), if it is given a whole sequence."""

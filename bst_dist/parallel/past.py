@@ -69,6 +69,13 @@ class Past:
         """
         return x
 
+    def as_one(self, x: Tensor, y: Tensor, dim: int, extend: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """What `extend`, a call of one of the methods around this one, makes of two tensors stacked in `dim`.
+
+        Where nothing came before, they are not stacked: that would copy both, and their gradients.
+        """
+        return (x, y) if type(self) is Past else extend(torch.stack((x, y), dim)).unbind(dim)
+
     def extend_to_blocks(self, name: str, x: Tensor, block: int, whole: int = 0) -> Tensor:
         """`extend` with what belongs to the block that the slice begins in, and `whole` blocks before that.
 

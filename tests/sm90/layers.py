@@ -1,7 +1,8 @@
 """Layers lowered and compiled for sm_90: `python -m tests.sm90.layers [NAME ...]` prints what is counted.
 
-A line of JSON for each: launches of both passes by kind, and Triton kernels compiled with the shared memory they ask
-for. `counts.json` beside this file keeps the lines that the test and the table in docs/gpu.md hold.
+A line of JSON for each: launches of both passes by kind, bytes that they read and write, and Triton kernels compiled
+with the shared memory they ask for. `counts.json` beside this file keeps the lines that the test and the table in
+docs/gpu.md hold.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from bst_dist.activation.selective import keeps
 from bst_dist.model import compiled, flex
+from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.layers import Layer
 from bst_dist.parallel.past import Past
@@ -25,6 +27,7 @@ from tests.sm90.lowering import Launches, compile_kernels, launches, lower, pret
 COUNTS = Path(__file__).with_name("counts.json")
 ROPE: dict[str, Any] = {"attention": {"position": "rope"}}
 LENGTH = 512
+PASSES = "forward", "backward"
 FEW = 4
 """Kinds of operators that the table names."""
 
@@ -35,7 +38,8 @@ class Case:
 
     mixer: str
     settings: dict[str, Any]
-    documents: bool = False
+    documents: Literal["", "isolated", "masked"] = ""
+    """Begin with a block, or at any token."""
     selective: bool = False
     """Whether its graph has selective checkpointing."""
     width: int = 256
@@ -50,8 +54,15 @@ class Case:
         sizes = {"width": self.width, "heads": self.heads, "ffn": 4 * self.width, "block": self.block}
         layer = Layer(self.mixer, LayerConfig(**sizes, **self.settings))
         x = torch.randn(self.rows, self.length, self.width, requires_grad=True)
-        starts = torch.zeros(self.rows, self.length // self.block, dtype=torch.bool) if self.documents else None
-        return compiled.run(layer, x, Past(), starts, keeps if self.selective else None)
+        return compiled.run(layer, x, Past(), self._starts(), keeps if self.selective else None)
+
+    def _starts(self) -> Starts | None:
+        """Where documents begin. A program does not depend on it, but for the room that masked ones take."""
+        if self.documents == "masked":
+            begins = torch.zeros(self.rows, self.length, dtype=torch.bool)
+            begins[:, 100::700] = True
+            return Borders.of(begins)
+        return torch.zeros(self.rows, self.length // self.block, dtype=torch.bool) if self.documents else None
 
 
 @dataclass(frozen=True)
@@ -61,20 +72,26 @@ class Attention:
 
     gradients: bool = True
     """Otherwise as in evaluation and generation: any number of rows, queries and keys."""
+    past: bool = True
+    """Whether there are keys before its tokens; not for context states, which are causal sliding attention where
+    documents begin at any token."""
+    sums: bool = False
+    """Whether the sums of the exponentials are wanted, for one softmax over more keys."""
     bias: bool = False
     """T5's."""
     documents: bool = False
 
     def compute(self) -> Tensor:
         rows, block, heads, head = 2, 128, 2, 128
-        shapes = (LENGTH, block + LENGTH, block + LENGTH)
+        keys = LENGTH + (block if self.past else 0)
+        shapes = (LENGTH, keys, keys)
         q, k, v = (
             torch.randn(rows, n, heads, head, dtype=torch.bfloat16, requires_grad=self.gradients) for n in shapes
         )
         bias = torch.zeros(heads, block + 1, requires_grad=self.gradients) if self.bias else None
         begin = torch.zeros(rows, LENGTH, dtype=torch.int32) if self.documents else None
         with torch.set_grad_enabled(self.gradients):
-            return flex.flex_sliding_attention(q, k, v, block, bias, True, begin)[0]
+            return flex.flex_sliding_attention(q, k, v, block, bias, True, begin, sums=self.sums)[0]
 
 
 LARGE: dict[str, Any] = {"width": 1024, "heads": 8, "block": 512, "rows": 8, "length": 4096}
@@ -83,8 +100,9 @@ LARGE: dict[str, Any] = {"width": 1024, "heads": 8, "block": 512, "rows": 8, "le
 LAYERS: dict[str, Case | Attention] = {
     "sliding": Case("sliding", ROPE),
     "sliding, T5": Case("sliding", {}),
-    "sliding, documents": Case("sliding", ROPE, documents=True),
-    "sliding, T5, documents": Case("sliding", {}, documents=True),
+    "sliding, documents": Case("sliding", ROPE, documents="isolated"),
+    "sliding, masked documents": Case("sliding", ROPE, documents="masked"),
+    "sliding, T5, documents": Case("sliding", {}, documents="isolated"),
     "sliding, shared keys, SwiGLU": Case(
         "sliding", {"attention": {"position": "rope", "kv_heads": 1}, "activation": "swiglu"}
     ),
@@ -92,32 +110,51 @@ LAYERS: dict[str, Case | Attention] = {
     "sliding, large": Case("sliding", ROPE, **LARGE),
     "BST-SH": Case("bst", ROPE),
     "BST-SH, T5": Case("bst", {}),
-    "BST-SH, documents": Case("bst", ROPE, documents=True),
+    "BST-SH, documents": Case("bst", ROPE, documents="isolated"),
+    "BST-SH, masked documents": Case("bst", ROPE, documents="masked"),
+    "BST-SH, T5, masked documents": Case("bst", {}, documents="masked"),
     "BST-SH, previous block": Case("bst", ROPE | {"context": {"attend": "previous"}}),
     "BST-SH, selective": Case("bst", ROPE, selective=True),
     "BST-SH, large": Case("bst", ROPE, **LARGE),
+    "BST-SH, large, masked documents": Case("bst", ROPE, documents="masked", **LARGE),
     "BST-SH, large, selective": Case("bst", ROPE, **LARGE, selective=True),
     "BST-MH": Case("bst", ROPE | {"context": {"variant": "MH"}}),
     "BST-MF": Case("bst", ROPE | {"context": {"variant": "MF"}}),
-    "BST-MF, documents": Case("bst", ROPE | {"context": {"variant": "MF"}}, documents=True),
+    "BST-MF, documents": Case("bst", ROPE | {"context": {"variant": "MF"}}, documents="isolated"),
+    "BST-MF, masked documents": Case("bst", ROPE | {"context": {"variant": "MF"}}, documents="masked"),
     "BST-MF, large": Case("bst", ROPE | {"context": {"variant": "MF"}}, **LARGE),
     "BST-SH, SSD": Case("bst", ROPE | {"ssm": {"kernel": "ssd"}}),
     "BST-SH, explicit": Case("bst", ROPE | {"ssm": {"kernel": "explicit", "length": LENGTH}}),
     "BST-SH, hyena": Case("bst", ROPE | {"ssm": {"kernel": "hyena", "length": LENGTH}}),
     "BST-SH, S4": Case("bst", ROPE | {"ssm": {"kernel": "s4-dplr"}}),
+    "joint": Case("bst-joint", ROPE),
+    "joint, documents": Case("bst-joint", ROPE, documents="isolated"),
+    "joint, masked documents": Case("bst-joint", ROPE, documents="masked"),
+    "joint, MF": Case("bst-joint", ROPE | {"context": {"variant": "MF"}}),
     "BST without cross-attention": Case("bst-no-cross", ROPE),
     "full": Case("full", ROPE | {"full": {"longest": LENGTH}}),
+    "full, documents": Case("full", ROPE | {"full": {"longest": LENGTH}}, documents="isolated"),
     "full, T5": Case("full", {"full": {"longest": LENGTH}}),
     "Transformer-XL": Case("transformer-xl", ROPE | {"transformer_xl": {"window": 256}}),
+    "Transformer-XL, documents": Case(
+        "transformer-xl", ROPE | {"transformer_xl": {"window": 256}}, documents="isolated"
+    ),
     "Block-Recurrent": Case("block-recurrent", ROPE | {"block_recurrent": {"states": 128}}),
     "pure SSM": Case("ssm", {}),
+    "pure SSM, documents": Case("ssm", {}, documents="isolated"),
+    "pure SSM, masked documents": Case("ssm", {}, documents="masked"),
     "GSS": Case("gss", {}),
     "Mamba-2": Case("mamba2", {}),
-    "Mamba-2, documents": Case("mamba2", {}, documents=True),
+    "Mamba-2, documents": Case("mamba2", {}, documents="isolated"),
+    "Mamba-2, masked documents": Case("mamba2", {}, documents="masked"),
     "Gated DeltaNet": Case("gated-deltanet", {}),
     "attention, past": Attention(),
+    "attention, past, documents": Attention(documents=True),
+    "attention, past, sums, documents": Attention(sums=True, documents=True),
+    "attention to states, documents": Attention(past=False, documents=True),
     "attention, past, T5, documents": Attention(bias=True, documents=True),
     "attention, no gradients": Attention(gradients=False),
+    "attention, no gradients, documents": Attention(gradients=False, documents=True),
     "attention, no gradients, T5": Attention(gradients=False, bias=True),
 }
 """Every kind of layer; RoPE where nothing else is said and the layer has a window."""
@@ -125,14 +162,16 @@ LAYERS: dict[str, Case | Attention] = {
 
 def count(name: str) -> dict[str, Any]:
     """All passes of one layer."""
-    graphs, passes, kernels = trace(LAYERS[name].compute), [], []
+    graphs, passes, kernels, moved = trace(LAYERS[name].compute), [], [], []
     with pretended_h100():
         for graph in graphs:
-            code = lower(graph)
-            passes.append(launches(code))
-            kernels += compile_kernels(code)
+            program = lower(graph)
+            moved.append(program.bytes)
+            passes.append(launches(program.code))
+            kernels += compile_kernels(program.code)
     return {
-        "launches": dict(zip(("forward", "backward"), (one.total for one in passes), strict=False)),
+        "launches": dict(zip(PASSES, (one.total for one in passes), strict=False)),
+        "bytes": dict(zip(PASSES, moved, strict=False)),
         "kinds": {kind: sum(getattr(one, kind) for one in passes) for kind in ("fused", "products", "flex", "flash")},
         "fallbacks": fallbacks(passes),
         "compiled": len(kernels),
@@ -156,8 +195,8 @@ def table(counts: dict[str, dict[str, Any]]) -> str:
         kinds, own = found["kinds"], _named(found["fallbacks"])
         lines.append(
             f"| {name} | {found['launches']['forward']} | {found['launches'].get('backward', '')} | {kinds['fused']} | "
-            f"{kinds['products']} | {kinds['flex'] + kinds['flash']} | {own} | {found['compiled']} | "
-            f"{found['shared_bytes']:,} |"
+            f"{kinds['products']} | {kinds['flex'] + kinds['flash']} | {own} | "
+            f"{sum(found['bytes'].values()) / 1e6:,.0f} | {found['compiled']} | {found['shared_bytes']:,} |"
         )
     return "\n".join(lines)
 

@@ -8,7 +8,9 @@ takes) is said here.
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from bst_dist.model import attention, compiled, flex
 
@@ -149,8 +152,18 @@ def pretended_h100() -> Iterator[None]:
         yield
 
 
-def lower(graph: Graph) -> str:
-    """The program that Inductor writes for the pass, in Python with its Triton kernels."""
+@dataclass
+class Program:
+    """What Inductor writes for a pass."""
+
+    code: str
+    """In Python, with its Triton kernels."""
+    bytes: int
+    """That its kernels read and write, a buffer once a kernel."""
+
+
+def lower(graph: Graph) -> Program:
+    """The pass as Inductor would have it run."""
     from torch._inductor.compile_fx import _recursive_post_grad_passes
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
@@ -177,11 +190,41 @@ def lower(graph: Graph) -> str:
     with mode, DebugContext(), V.set_graph_handler(lowering), V.set_fake_mode(mode):
         lowering.run(*inputs)
         code, _ = lowering.codegen()
-    return code.value
+        return Program(code.value, sum(_moved(node) for node in lowering.scheduler.nodes))
+
+
+def _moved(node: Any) -> int:
+    """Bytes that a kernel reads and writes: Inductor's own count, but of a buffer only the part that is used.
+
+    Inductor counts all of a buffer that a fused kernel or an operator of torch reads a slice of, and what only passes
+    from one part of a combined kernel to the next.
+    """
+    from torch._inductor.dependencies import MemoryDep
+    from torch._inductor.ir import MultiOutputLayout, NoneLayout
+    from torch._inductor.scheduler import ExternKernelSchedulerNode
+    from torch._inductor.virtualized import V
+
+    if isinstance(node, ExternKernelSchedulerNode):  # views of buffers in, a new buffer out
+        made = [] if isinstance(node.node.layout, MultiOutputLayout | NoneLayout) else [node.node]
+        given = [] if type(node.node).__name__ == "MultiOutput" else node.node.inputs
+        views = {(x.get_name(), str(x.get_layout())): x for x in pytree.tree_leaves([*given, *made])}
+        return sum(_view_bytes(x.get_layout()) for x in views.values())
+    parts: dict[str, int] = {}
+    for dependency in node.read_writes.reads | node.read_writes.writes:
+        numbers = dependency.get_numel() if isinstance(dependency, MemoryDep) else sys.maxsize
+        size = V.graph.sizevars.optimization_hint(numbers) * V.graph.get_dtype(dependency.name).itemsize
+        parts[dependency.name] = parts.get(dependency.name, 0) + size
+    whole = node.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
+    return sum(min(size, parts[name]) for name, size in whole.items() if name not in V.graph.removed_buffers)
+
+
+def _view_bytes(layout: Any) -> int:
+    sizes = [int(size) for size, stride in zip(layout.size, layout.stride, strict=True) if stride != 0]
+    return math.prod(sizes) * layout.dtype.itemsize
 
 
 def _on_cuda(value: Any) -> Any:
-    return torch.utils._pytree.tree_map(lambda one: CUDA if isinstance(one, torch.device) else one, value)
+    return pytree.tree_map(lambda one: CUDA if isinstance(one, torch.device) else one, value)
 
 
 def _fake(mode: FakeTensorMode, x: Tensor) -> FakeTensor:
@@ -195,7 +238,7 @@ class Launches:
     fused: int
     """Of Triton kernels that Inductor wrote."""
     products: int
-    """Of cuBLAS."""
+    """Of cuBLAS, with or without ReLU."""
     flex: int
     """Of FlexAttention's kernels."""
     flash: int
@@ -212,12 +255,13 @@ def launches(code: str) -> Launches:
     """Counted in the part of the program that calls them."""
     called = re.findall(r"(?m)^\s+(triton_\w+)\.run\(", code)
     operators = re.findall(r"(?m)= (torch\.ops\.[\w.]+)\(", code)
-    flash = sum("flash_attention" in name for name in operators)
-    own = [name for name in operators if "flash_attention" not in name and not _operator(name).is_view]
+    flash, relu = (sum(kind in name for name in operators) for kind in ("flash_attention", "addmm_activation"))
+    own = [name for name in operators if not re.search("flash_attention|addmm_activation", name)]
+    own = [name for name in own if not _operator(name).is_view]
     in_flex = sum("flex" in name for name in called)
     return Launches(
         fused=len(called) - in_flex,
-        products=len(re.findall(r"extern_kernels\.\w+\(", code)),
+        products=len(re.findall(r"extern_kernels\.\w+\(", code)) + relu,
         flex=in_flex,
         flash=flash,
         fallbacks=tuple(own),

@@ -15,7 +15,9 @@ from tests.sm90.lowering import SHARED_MEMORY
 
 COMMITTED = json.loads(COUNTS.read_text())
 MOST = 100
-"""Launches of a BST-SH layer, both passes together."""
+"""Launches of a layer of window and context states, both passes together."""
+MOST_BYTES = 12e9
+"""That one reads and writes, with D 1024 and eight rows of 4,096 tokens."""
 
 
 @pytest.mark.parametrize("name", COMMITTED)
@@ -25,15 +27,37 @@ def test_a_layer_becomes_machine_code_for_sm_90_with_the_launches_that_are_writt
     assert found == COMMITTED[name], "after a change that is meant, put what is found into tests/sm90/counts.json"
 
 
-@pytest.mark.parametrize("name", ["BST-SH", "BST-SH, T5", "BST-SH, documents", "BST-SH, large"])
-def test_an_sh_layer_has_few_launches(name):
+WITHIN = [
+    "BST-SH", "BST-SH, T5", "BST-SH, documents", "BST-SH, masked documents", "BST-SH, T5, masked documents",
+    "BST-SH, large", "BST-SH, large, masked documents", "BST-MF, masked documents", "joint", "joint, masked documents",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_a_layer_of_window_and_states_has_few_launches(name):
     found = COMMITTED[name]
     assert sum(found["launches"].values()) <= MOST
-    assert found["kinds"]["flex"] == 2  # FlexAttention's own kernel in each pass
-    assert found["kinds"]["flash"] == 2  # torch's, of cross-attention
+    assert not found["fallbacks"]
+
+
+@pytest.mark.parametrize("name", ["BST-SH", "BST-SH, T5", "BST-SH, documents", "BST-SH, large"])
+def test_an_sh_layer_has_a_kernel_for_each_of_its_attentions(name):
+    kinds = COMMITTED[name]["kinds"]
+    assert kinds["flex"] == 2  # FlexAttention's own kernel in each pass
+    assert kinds["flash"] == 2  # torch's, of cross-attention
+
+
+def test_where_documents_begin_at_any_token_states_are_attended_by_flex_attention_as_well():
+    kinds = COMMITTED["BST-SH, masked documents"]["kinds"]
+    assert (kinds["flex"], kinds["flash"]) == (4, 0)
+
+
+def test_a_large_sh_layer_moves_few_bytes():
+    assert sum(COMMITTED["BST-SH, large"]["bytes"].values()) <= MOST_BYTES
 
 
 def test_few_layers_need_operators_of_torch_beside_products_and_attention():
-    """FFTs, complex numbers and triangular systems have no kernels of Inductor's."""
+    """FFTs, complex numbers, triangular systems and running maxima have no kernels of Inductor's."""
     needing = {name for name, found in COMMITTED.items() if found["fallbacks"]}
-    assert needing == {"BST-SH, hyena", "BST-SH, explicit", "BST-SH, S4", "Gated DeltaNet"}
+    kernels = {"BST-SH, hyena", "BST-SH, explicit", "BST-SH, S4", "Gated DeltaNet"}
+    assert needing == kernels | {"full, documents", "Transformer-XL, documents"}

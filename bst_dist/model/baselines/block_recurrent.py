@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from bst_dist.model.attention import SlidingAttention, for_heads, unit
 from bst_dist.model.config import LayerConfig
+from bst_dist.model.products import together
 from bst_dist.model.roles import Linear
 from bst_dist.parallel.past import Past
 
@@ -39,10 +40,9 @@ class TokenAttention(SlidingAttention):
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Heads concatenated (B, l, H dh); normalised keys and values (B, p + l, H, dh) from the block before on."""
-        q, kv = self.split(u)
-        q = unit(q, self.scale)
-        k, v = past.extend_to_blocks("kv", kv, self.window, whole=1).unbind(2)
-        k = unit(k)
+        q, k, v = self.by_heads(together(u, self.maps))
+        k, v = past.as_one(k, v, 2, lambda kv: past.extend_to_blocks("kv", kv, self.window, whole=1))
+        q, k = unit(q, self.scale), unit(k)
         near, values = k[:, -self.window - u.shape[1] :], v[:, -self.window - u.shape[1] :]
         q, near = self.rotated(q, near, past)
         documents = None if starts is None else past.once(*self._documents(starts, past, q.shape[1], near.shape[1]))

@@ -72,7 +72,8 @@ def with_context_by_hand(model, intervention, layers):
         def stream(z, past, starts, context=context, layer=layer):
             y = context.ssm(z, Past(), None)
             y = changed_by_hand(y.unflatten(1, (-1, BLOCK)), intervention, layer, 0.0).flatten(1, 2)
-            kv = context._project(y).unflatten(-1, (2, -1))
+            weight = context.key_value  # (H, Ds, 2 dh): all heads see one stream, or each its own
+            kv = torch.einsum("blhs,hsd->blhd", y.expand(-1, -1, len(weight), -1), weight).unflatten(-1, (2, -1))
             if context.attend == "previous":
                 kv = torch.cat((torch.zeros_like(kv[:, :BLOCK]), kv[:, :-BLOCK]), dim=1).unflatten(1, (-1, BLOCK))
             k, v = kv.unbind(-2)
@@ -132,7 +133,7 @@ def test_the_window_is_cut_to_the_own_block(make_model, mixer):
     by_hand = copy.deepcopy(model)
     for layer in by_hand.layers:
         own = layer.mixer.attention
-        own.forward = lambda u, past, starts=None, own=own: attention_by_hand(own, u, block_only=True)
+        own.forward = lambda u, past, starts=None, own=own, **_: attention_by_hand(own, u, block_only=True)
     with intervened(model, Intervention("own-block"), range(3)):
         torch.testing.assert_close(whole(model), whole(by_hand), rtol=1e-9, atol=1e-10)
         torch.testing.assert_close(streamed(model, BLOCK), whole(by_hand), rtol=1e-9, atol=1e-10)

@@ -1,0 +1,64 @@
+"""Matrix products of a compiled layer that read and write less than the maps one by one.
+
+On a GPU a layer is bound by the memory as much as by its products, and torch's compiler does not change products. So a
+compiled layer has its maps of one input as one product, and ReLU in the product before it. Elsewhere each map is called
+by itself: ZeRO-3 gathers its parameters then, probes look at it, and a CPU gains nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.nn import functional as F
+
+from bst_dist.model.roles import Linear
+
+
+def together(x: Tensor, *maps: tuple[nn.Linear, Sequence[int]]) -> tuple[Tensor, ...]:
+    """The outputs of linear maps without bias, each in parts of so many rows: (..., D) -> (..., rows) for each part.
+
+    As one product `x` is read once instead of once a map, in both passes, and its gradient is not summed up from parts:
+    in bfloat16 it is rounded once, where the parts and their sums are each.
+    All parts are cut at once: the gradient of a cut within a cut would be written twice.
+    """
+    if len(maps) == 1 or not is_compiling():
+        return tuple(part for one, rows in maps for part in one(x).split(rows, dim=-1))
+    product = F.linear(x, torch.cat([one.weight for one, _ in maps]))
+    return product.split([n for _, rows in maps for n in rows], dim=-1)
+
+
+def whole(one: nn.Linear) -> tuple[nn.Linear, list[int]]:
+    """A map whose output is one part."""
+    return one, [one.out_features]
+
+
+def relu_of(x: Tensor, into: Linear) -> Tensor:
+    """max(W x, 0) elementwise, (..., D) -> (..., rows of W).
+
+    cuBLAS applies ReLU before it writes the product, where the compiler's kernel would read and write it once more.
+    """
+    if not is_compiling():
+        return torch.relu(into(x))
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return _ReluOfProduct.apply(x.flatten(0, -2).to(dtype), into.weight.to(dtype)).unflatten(0, x.shape[:-1])
+
+
+class _ReluOfProduct(torch.autograd.Function):
+    """relu(x w') of (n, D) and (rows, D); torch has this operator without a derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        out = torch._addmm_activation(x.new_zeros(len(weight)), x, weight.t())
+        ctx.save_for_backward(x, weight, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, out = ctx.saved_tensors
+        d_out = torch.where(out > 0, d_out, 0)
+        return d_out @ weight, d_out.t() @ x

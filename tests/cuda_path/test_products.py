@@ -1,0 +1,92 @@
+"""Products that a compiled layer has in place of its maps one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bst_dist.model.attention import Angles, angles, rotate
+from bst_dist.model.products import relu_of, together, whole
+from bst_dist.model.roles import Linear
+
+
+def compiled(function: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], list[object]]:
+    """`function` as one graph, and what it calls."""
+    called: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Tensor]:
+        called.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    return torch.compile(function, fullgraph=True, backend=backend), called
+
+
+def gradients(call: Callable[[Tensor], Tensor], x: Tensor, *maps: Linear) -> list[Tensor]:
+    """What comes out, and gradients of the input and the weights, with another weight for each number."""
+    out = call(x)
+    factors = torch.arange(out.numel(), dtype=out.dtype).view(out.shape).cos()
+    return [out, *torch.autograd.grad((out * factors).sum(), [x, *(one.weight for one in maps)])]
+
+
+def test_maps_of_one_input_are_one_product_with_their_gradients():
+    torch.manual_seed(0)
+    first, second = Linear(5, 6).double(), Linear(5, 3).double()
+    x = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+
+    def parts(x: Tensor) -> Tensor:
+        a, b, c = together(x, (first, [2, 4]), whole(second))
+        return torch.cat((c.sin(), b, a.square()), dim=-1)
+
+    def one_by_one(x: Tensor) -> Tensor:
+        a, b = first(x).split([2, 4], dim=-1)
+        return torch.cat((second(x).sin(), b, a.square()), dim=-1)
+
+    call, called = compiled(parts)
+    found = gradients(call, x, first, second)
+    assert called.count(F.linear) == 1
+    for other in (parts, one_by_one):
+        torch.testing.assert_close(found, gradients(other, x, first, second), rtol=1e-13, atol=1e-13)
+
+
+def test_relu_in_a_product_has_the_gradient_of_relu_after_it():
+    torch.manual_seed(0)
+    into = Linear(5, 7).double()
+    with torch.no_grad():
+        into.weight[0] = 0  # products of exactly zero, where ReLU's derivative is taken to be zero
+    x = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    call, called = compiled(lambda x: relu_of(x, into))
+    found = gradients(call, x, into)
+    assert F.linear not in called
+    torch.testing.assert_close(found, gradients(lambda x: torch.relu(into(x)), x, into), rtol=1e-13, atol=1e-13)
+    assert not found[2][0].any()
+
+
+def test_relu_in_a_product_is_computed_in_autocasts_type():
+    torch.manual_seed(0)
+    into, x = Linear(32, 64), torch.randn(2, 8, 32, requires_grad=True)
+    call, _ = compiled(lambda x: relu_of(x, into))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, usual = call(x), torch.relu(into(x))
+    assert found.dtype == usual.dtype == torch.bfloat16
+    torch.testing.assert_close(found, usual, rtol=2**-8, atol=0)
+    found.sum().backward()
+    assert into.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("head", [2, 8])
+def test_a_rotation_turns_each_pair_of_channels_by_its_angle(head):
+    torch.manual_seed(0)
+    x = torch.randn(1, 5, 3, head, dtype=torch.float64)
+    half = head // 2
+    by: Angles = angles(100.0, half, 7, 5, x)
+    place = torch.arange(7, 12, dtype=torch.float64)
+    turn = torch.polar(
+        torch.ones(5, half, dtype=torch.float64),
+        place.outer(100.0 ** (-torch.arange(half, dtype=torch.float64) / half)),
+    )
+    turned = torch.complex(x[..., :half], x[..., half:]) * turn.unsqueeze(1)
+    torch.testing.assert_close(rotate(x, by), torch.cat((turned.real, turned.imag), dim=-1), rtol=1e-12, atol=1e-12)
