@@ -19,6 +19,7 @@ from bst_dist.train.engine import Engine
 from bst_dist.train.evaluation import Evaluate
 from bst_dist.train.start.request import Start
 from bst_dist.train.step import Trainer
+from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.slices import slices_of
 
 
@@ -45,6 +46,8 @@ def header(start: Start, engine: Engine, ranks: Ranks, compiled: str, local: str
     }
     if recipe.optimizer.kind == "muon":
         lines["muon"] = f"for the {len(engine.module.hidden_matrices())} matrices inside the layers; AdamW for the rest"
+    if isinstance(recipe.data, DataConfig):
+        lines["docs"] = f"{recipe.data.documents}, packing: {recipe.data.packing}"
     if reading:
         lines["data"] = reading
     if not start.objective.evaluates:

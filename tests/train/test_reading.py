@@ -50,12 +50,14 @@ def passes_of(corpus: Path, steps: int, rows: int, length: int) -> float:
 def test_a_run_without_a_validation_split_says_so_and_finishes(
     recipe_file, tmp_path, on_ranks, unmeasured, unsplit, capfd
 ):
-    recipe = recipe_file(data={"corpus": str(unsplit), "prefetch": 0}, log={"tensorboard": True})
+    data = {"corpus": str(unsplit), "prefetch": 0, "documents": "masked", "packing": "best_fit"}
+    recipe = recipe_file(data=data, log={"tensorboard": True})
     run = tmp_path / "run"
     assert on_ranks(2, lambda ranks: train(Request(recipe, [], run, False, None), ranks)) == [0, 0]
     said = capfd.readouterr().out
     assert said.count("no corpus has a validation split (prepare one with validation_fraction above 0)") == 1
     assert f"passes by step 6: {passes_of(unsplit, 6, 4, 32):.2f} of {unsplit}" in said
+    assert said.count("\ndocs   masked, packing: best_fit\n") == 1
     lines = read_lines(run / FILE)
     assert {line["kind"] for line in lines} & {"eval", "corpus", "averaged"} == set()
     assert json.loads((run / "outcome.json").read_text())["finished"] is True

@@ -55,21 +55,20 @@ def test_reported_figures_are_those_of_whole_documents(make_run, corpus, tmp_pat
     assert 0 < report["bits_per_byte_standard_error"] < report["bits_per_byte"]
 
 
-def test_the_first_token_of_an_isolated_document_is_a_uniform_guess(make_run, corpus, tmp_path):
-    run_dir, path = make_run(documents="isolated"), tmp_path / "report.json"
+@pytest.mark.parametrize("documents", ["isolated", "masked"])
+def test_documents_that_see_no_other_are_scored_alone(make_run, corpus, tmp_path, documents):
+    """The oracle has each document in a row of its own, in double precision; the first token is a uniform guess."""
+    run_dir, path = make_run(documents=documents), tmp_path / "report.json"
     assert main(["eval", str(run_dir), "--json", str(path)]) == 0
     (report,) = json.loads(path.read_text())["corpora"]
-    trained, opened = open_run(run_dir), Corpus.open(str(corpus), "validation")
-    nats = 0.0
+    model, opened, nats = open_run(run_dir).model.double(), Corpus.open(str(corpus), "validation"), 0.0
     for i in range(len(opened)):
         tokens = opened.document(i).astype(np.int64)
         inputs, labels = tokens[:-1], tokens[1:]
         padding = -len(inputs) % 8
         mask = torch.tensor([[True] * len(inputs) + [False] * padding])
         inputs, labels = (torch.from_numpy(np.pad(x, (0, padding)))[None] for x in (inputs, labels))
-        starts = torch.zeros(1, inputs.shape[1] // 8, dtype=torch.bool)
-        starts[0, 0] = True
-        nats += math.log(320) + float(trained.model(inputs, labels, mask, starts).total.detach())
+        nats += math.log(320) + float(model(inputs, labels, mask).total.detach())
     assert report["loss_nats_per_token"] == pytest.approx(nats / report["tokens"], rel=1e-5)
 
 
