@@ -110,6 +110,20 @@ def test_rows_take_what_they_carry_to_other_ranks(go, tmp_path):
     assert torch.allclose(losses(tmp_path / "hops"), losses(tmp_path / "whole"), rtol=2e-6)
 
 
+def test_masked_documents_are_the_same_under_any_layout(go, tmp_path, capfd):
+    longer = ("train.sequence_length=256",)  # documents begin in it
+    masked = (*longer, "data.documents=masked", "data.packing=best_fit")
+    go("whole", (1, 1, 1), 3, *masked)
+    for done, layout in enumerate([(2, 1, 1), (1, 1, 1), (2, 2, 1)]):
+        go("hops", layout, done + 1, *masked)
+    assert torch.allclose(losses(tmp_path / "hops"), losses(tmp_path / "whole"), rtol=2e-6)
+    go("joined", (1, 1, 1), 1, *longer)
+    assert not torch.equal(losses(tmp_path / "joined")[:1], losses(tmp_path / "whole")[:1])
+    said = capfd.readouterr().out
+    assert said.count("\ndocs   masked, packing: best_fit\n") == 4
+    assert said.count("\ndocs   joined, packing: stream\n") == 1
+
+
 def test_muon_s_momentum_goes_along_and_nothing_else_is_stored_of_a_matrix(go, tmp_path):
     muon = ("optimizer.kind=muon", "optimizer.learning_rate=3e-3", "schedule.warmup_steps=0")
     go("whole", (1, 1, 1), len(HOPS), *muon)
