@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +30,7 @@ from data_pipeline.sources import Source
 
 PLAN = np.dtype([*((name, TABLE[name]) for name in TABLE.names), ("key", "<u8"), ("cluster", "<u8"), ("shard", "<u4")])
 """A kept document: its row of the table, its key in the corpus, its cluster, and its shard within its split."""
+_TOGETHER = 4 << 20  # bytes of text that are encoded together
 TOKENIZER = "tokenizer"
 """The tokenizer's file among unfinished work, of whatever kind it is."""
 
@@ -185,8 +186,7 @@ def write_shard(task: EncodeTask) -> ShardDone:
     token_bytes, text_bytes = tokenizer.token_bytes, 0
     with atomic_file(tar) as file:
         writer = ShardWriter(file)
-        for row, names, data in read_documents(task.work / "spool", rows):
-            ids = _ids(data, tokenizer, task.tokenized)
+        for row, names, data, ids in _encoded(read_documents(task.work / "spool", rows), tokenizer, task.tokenized):
             size = int(token_bytes[ids].sum()) if task.tokenized else len(data)
             tokens = np.append(ids, tokenizer.dtype.type(tokenizer.eos_id))
             writer.add(f"{row['key']:09d}", _document_info(row, names, task.source, len(tokens), size), tokens)
@@ -212,9 +212,25 @@ def write_shard(task: EncodeTask) -> ShardDone:
     return done
 
 
-def _ids(data: bytes, tokenizer: Tokenizer, tokenized: bool) -> np.ndarray:
-    """The ids of a document, (n,), of its text or of what the source held already."""
-    return np.frombuffer(data, TOKEN).astype(tokenizer.dtype) if tokenized else tokenizer.encode(data.decode())
+def _encoded(
+    documents: Iterator[tuple[np.void, dict[str, Any], bytes]], tokenizer: Tokenizer, tokenized: bool
+) -> Iterator[tuple[np.void, dict[str, Any], bytes, np.ndarray]]:
+    """The documents with their ids, (n,), of their texts or of what the source held already."""
+    if tokenized:
+        yield from ((*document, np.frombuffer(document[2], TOKEN).astype(tokenizer.dtype)) for document in documents)
+        return
+    while some := list(_take(documents, _TOGETHER)):
+        ids = tokenizer.encode_all([data.decode() for _, _, data in some])
+        yield from ((*document, own) for document, own in zip(some, ids, strict=True))
+
+
+def _take(
+    documents: Iterator[tuple[np.void, dict[str, Any], bytes]], size: int
+) -> Iterator[tuple[np.void, dict[str, Any], bytes]]:
+    """The next documents, of about `size` bytes."""
+    while size > 0 and (document := next(documents, None)):
+        yield document
+        size -= len(document[2])
 
 
 def _document_info(row: np.void, names: dict[str, Any], source: str, tokens: int, size: int) -> dict[str, Any]:

@@ -43,6 +43,10 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> np.ndarray:
         """The text's ids, (n,) in `dtype`, without begin or end symbols."""
 
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The same ids of each of many texts, which some tokenizers find faster together; for one thread at a time."""
+        return list(map(self.encode, texts))
+
     @abstractmethod
     def piece(self, token: int) -> str:
         """The name of an id in the model; no other id has it."""

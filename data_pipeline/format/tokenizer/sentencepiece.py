@@ -3,14 +3,15 @@
 The canonical form of a text is the concatenation of its encoded lines with the newline symbol between them. A line
 longer than `MAX_LINE` characters is encoded in pieces of that length, so time and memory stay linear for any text.
 The ids of a line never depend on its neighbours: they are the same for any chunking, worker or thread count. Where
-those of a word do not either (`words`: BPE), each distinct word is encoded once.
+those of a word do not either (`words`: BPE), many texts are encoded word by word, each distinct one once.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import sentencepiece
@@ -20,12 +21,13 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 from bst_base.errors import UserError
 from data_pipeline.format.tokenizer.base import Tokenizer
 from data_pipeline.format.tokenizer.config import TokenizerConfig
-from data_pipeline.format.tokenizer.words import WORD, WordIds, words_are_independent
+from data_pipeline.format.tokenizer.words import WordIds, words_are_independent
 
 MAX_LINE = 16_384
 """Characters of a line that are encoded together; part of the corpus format."""
 
 _BATCH = 1 << 18  # characters handed to SentencePiece at a time: bounds the lists of Python ints it returns
+_BATCH_ALL = 1 << 21  # characters of a text that are encoded word by word together
 _TRAIN_THREADS = 8  # fixed: a unigram model's floating-point sums depend on it
 _SPACE = "\u2581"  # SentencePiece writes a space as this character
 _SPACES = re.compile(rf"\s|{_SPACE}")
@@ -51,8 +53,6 @@ class SentencePieceTokenizer(Tokenizer):
         self.pad_id = _or(self._processor.pad_id(), self.eos_id)
         self.newline_id = self._newline()
         self._space_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
-        fixed = {_NEWLINE: [self.newline_id], _SPACE: self._space_ids}
-        self._words = WordIds(self._encoded, self.dtype, fixed) if words_are_independent(model) else None
         self._whole = _text_tokens(model)
         self.require_exact(where, "byte fallback, identity normalisation, no dummy prefix, and spaces kept")
 
@@ -60,14 +60,14 @@ class SentencePieceTokenizer(Tokenizer):
         if self._whole is None:
             return self._between(text)
         parts = self._whole.split(text)  # text and tokens in turn
-        ids = [np.array([self._processor.piece_to_id(part)], self.dtype) if i % 2 else self._between(part)
-               for i, part in enumerate(parts)]  # fmt: skip
+        ids = [self._of_token(part) if i % 2 else self._between(part) for i, part in enumerate(parts)]
         return np.concatenate(ids)
+
+    def _of_token(self, token: str) -> np.ndarray:
+        return np.array([self._processor.piece_to_id(token)], self.dtype)
 
     def _between(self, text: str) -> np.ndarray:
         """The ids of text that holds none of those symbols."""
-        if self._words is not None:
-            return np.frombuffer(bytearray().join(map(self._words.ids, _word_batches(text))), self.dtype)
         parts = [np.empty(0, self.dtype)]
         for lines in _batches(text):
             ids: list[int] = []
@@ -75,6 +75,30 @@ class SentencePieceTokenizer(Tokenizer):
                 ids += self._newline_or_space(line) or line_ids
             parts.append(np.array(ids, self.dtype))
         return np.concatenate(parts)
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self._words is None:
+            return super().encode_all(texts)
+        cut = [list(self._cut(text)) for text in texts]
+        found = iter(self._words.ids([part for each in cut for part in each if isinstance(part, str)]))
+        ids = [[next(found) if isinstance(part, str) else part for part in each] for each in cut]
+        return [each[0] if len(each) == 1 else np.concatenate(each) for each in ids]
+
+    def _cut(self, text: str) -> Iterator[str | np.ndarray]:
+        """A text cut where no word goes on: what is made of words, and the ids of what stands between; one part at
+        least."""
+        space = np.array(self._space_ids, self.dtype)
+        for i, between in enumerate([text] if self._whole is None else self._whole.split(text)):
+            if i % 2:
+                yield self._of_token(between)
+            else:
+                yield from (space if part == _SPACE else part for part in _parts(between))
+
+    @cached_property
+    def _words(self) -> WordIds | None:
+        """The ids of words; None where those of a line are not those of its words."""
+        independent = words_are_independent(self.model)
+        return WordIds(self.model, self._encoded, self.dtype, self.newline_id) if independent else None
 
     def _encoded(self, texts: list[str]) -> list[list[int]]:
         """What SentencePiece itself gives for each of these."""
@@ -175,18 +199,19 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
             yield from (line for line in lines if line not in (_NEWLINE, _SPACE))
 
 
-def _word_batches(text: str) -> Iterator[list[str]]:
-    """The words of what `_batches` gives, without its work for each line where no line is cut."""
-    start = 0
-    while start < len(text):
-        end = text.find(_NEWLINE, start + _BATCH) + 1 or len(text)
-        part = text[start:end]
-        if _SPACE in part or max(map(len, part.split(_NEWLINE))) > MAX_LINE:
-            for lines in _batches(part):
-                yield [word for line in lines for word in WORD.findall(line)]
-        else:
-            yield WORD.findall(part)
-        start = end
+def _parts(text: str) -> list[str]:
+    """A text cut where neither a word nor a line that is encoded whole goes on; U+2581 apart."""
+    if len(text) <= _BATCH_ALL and _SPACE not in text and max(map(len, text.split(_NEWLINE))) <= MAX_LINE:
+        return [text]
+    parts = []
+    for lines in _batches(text):
+        part: list[str] = []
+        for line, following in zip(lines, [*lines[1:], _SPACE], strict=True):
+            part.append(line)
+            if line == _SPACE or following == _SPACE or _NEWLINE not in (line, following):
+                parts.append("".join(part))
+                part = []
+    return parts
 
 
 def _batches(text: str) -> Iterator[list[str]]:

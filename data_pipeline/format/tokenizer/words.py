@@ -1,4 +1,4 @@
-"""A text's ids word by word, each distinct word encoded once: the same ids as line by line, where that is provable.
+"""Many texts' ids word by word, each distinct word encoded once: the same ids as line by line, where that is provable.
 
 A *word* here is a run of spaces with what follows up to the next space. BPE joins the pair of neighbouring pieces that
 ranks first, again and again, until no two neighbours together are a piece. If no piece of the vocabulary goes on behind
@@ -6,24 +6,34 @@ a space that follows something else, no pair across two words is ever joined, an
 nothing in another. So the ids of a line are those of its words, one after the other: by this argument, not by rounding.
 A unigram model sums the scores of a whole line, where rounding can decide between two ways to cut a word; its lines
 are encoded whole.
+
+All words of a text are found, looked up and replaced by their ids together, so that none becomes an object of Python.
+They are looked up by a hash, and then compared byte by byte with the word that was kept.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate, chain
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2 as proto
 
-WORD = re.compile(r"\n| *[^ \n]+| +")
-"""The words of a text; a newline is one of its own."""
+from data_pipeline.format.tokenizer.bpe import Merges, ranges
+from data_pipeline.format.tokenizer.table import Table
 
-_ROOM = 64 << 20  # bytes of the words that a process keeps, about
-_EACH = 200  # bytes of a word besides its letters: two objects and their place in the dictionary
+_TOGETHER = 1 << 21  # characters, about
+_MANY = 1 << 8  # new words, from which it pays to join pieces in all of them together
+_WORDS, _BYTES = 1 << 19, 1 << 24  # that are kept, about; as many ids as bytes
+_EXACT = 7  # bytes of a word that fit into its hash
+_HASHED = 64  # bytes of a word; what is behind them is only compared
+_AFTER = 8  # bytes behind a text that are read with it
+_NEWLINE, _SPACE = 10, 32
 _WRITTEN_SPACE = "\u2581"
 _ACROSS = re.compile(r"[^ ] ")
+_MULTIPLIER = np.uint64(0xD6E8FEB86659FD93)
+_MASKS = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # the first n bytes of eight
 
 
 def words_are_independent(model: bytes) -> bool:
@@ -39,40 +49,188 @@ def words_are_independent(model: bytes) -> bool:
 
 
 class WordIds:
-    """Words to the bytes of their ids; the distinct ones are kept, up to about `_ROOM` bytes.
+    """Gives texts their ids; distinct words are kept, up to about 60 MB with their ids. For one thread at a time.
 
     Args:
-        encode: gives the ids of each of several words.
+        model: a SentencePiece model for which `words_are_independent`.
+        encode: what SentencePiece itself gives for each of several words.
         dtype: of the ids.
-        fixed: words whose ids `encode` would not give.
+        newline: the id of a newline.
     """
 
     def __init__(
-        self, encode: Callable[[list[str]], list[list[int]]], dtype: np.dtype, fixed: Mapping[str, Sequence[int]]
+        self, model: bytes, encode: Callable[[list[str]], list[list[int]]], dtype: np.dtype, newline: int
     ) -> None:
-        self._encode, self._dtype = encode, dtype
-        self._fixed = {word: np.array(ids, dtype).tobytes() for word, ids in fixed.items()}
-        self._forget()
+        self._merges = Merges.of(proto.ModelProto.FromString(model))
+        self._encode, self._dtype, self._newline = encode, dtype, newline
+        self._kept = _Kept(dtype)
 
-    def ids(self, words: list[str]) -> bytes:
-        """The ids of these words, one after the other."""
-        known = self._known
-        missing = list(set(words).difference(known))
-        if missing:
-            known.update(self._new(missing))
-        ids = b"".join(map(known.__getitem__, words))
-        self._room -= sum(map(len, missing)) + _EACH * len(missing)
-        if self._room < 0:  # begin anew: the frequent ones are soon there again
-            self._forget()
-        return ids
+    def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text, (n,); no text holds U+2581 or a line that is not encoded whole."""
+        found, start, size = [], 0, 0
+        for number, text in enumerate(texts, start=1):
+            size += len(text)
+            if size >= _TOGETHER or number == len(texts):
+                found += self._ids_of(texts[start:number])
+                start, size = number, 0
+        return found
 
-    def _forget(self) -> None:
-        """Another dictionary, for another thread may be reading the old one."""
-        self._known, self._room = dict(self._fixed), _ROOM
+    def _ids_of(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = [text.encode() for text in texts]
+        data = np.frombuffer(b"\n".join([*encoded, bytes(_AFTER)]), np.uint8)  # a newline after each, to part them
+        starts = _starts(data[:-_AFTER])
+        words = self._numbers(data, starts, np.diff(starts, append=len(data) - _AFTER))
+        counts = self._kept.counts[words]
+        ids = self._kept.ids[ranges(self._kept.firsts[words], counts)]
+        before = np.append(0, np.cumsum(counts))
+        after = np.cumsum([len(each) + 1 for each in encoded])  # behind the newline that follows
+        first, last = np.searchsorted(starts, np.append(0, after[:-1])), np.searchsorted(starts, after - 1)
+        return [ids[begin:end] for begin, end in zip(before[first].tolist(), before[last].tolist(), strict=True)]
 
-    def _new(self, words: list[str]) -> Iterator[tuple[str, bytes]]:
-        """Each word and the bytes of its ids."""
-        found = self._encode(words)
-        ids, size = np.fromiter(chain.from_iterable(found), self._dtype).tobytes(), self._dtype.itemsize
-        ends = list(accumulate(len(each) * size for each in found))
-        return zip(words, map(ids.__getitem__, map(slice, [0, *ends], ends)), strict=False)
+    def _numbers(self, data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The number of each of these words among the kept ones, where those that were not there are from now on."""
+        if self._kept.full:  # begin anew: the frequent ones are soon there again
+            self._kept = _Kept(self._dtype)
+        kept, keys = self._kept, _hashes(data, starts, lengths)
+        numbers = kept.table.find(keys).astype(np.int64)
+        new = np.flatnonzero(numbers < 0)
+        if len(new):
+            distinct, first, which = np.unique(keys[new], return_index=True, return_inverse=True)
+            own = self._keep(data, starts[new[first]], lengths[new[first]])
+            kept.table.add(distinct, own.astype(np.int32))
+            numbers[new] = own[which]
+        longer = np.flatnonzero(lengths > _EXACT)
+        unlike = longer[kept.unlike(numbers[longer], data, starts[longer], lengths[longer])]
+        if len(unlike):  # their hash is another word's: each is encoded where it stands
+            numbers[unlike] = self._keep(data, starts[unlike], lengths[unlike])
+        return numbers
+
+    def _keep(self, data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Encode words; the numbers that they are kept by."""
+        text = data[ranges(starts, lengths)]
+        ends = np.cumsum(lengths)
+        known, counts, ids = np.zeros(len(lengths), bool), np.zeros(len(lengths), np.int64), np.empty(0, np.int32)
+        if self._merges is not None and len(lengths) >= _MANY:
+            characters = np.frombuffer(text.tobytes().decode().encode("utf-32-le"), "<u4")
+            sizes = np.add.reduceat(text & 0xC0 != 0x80, ends - lengths, dtype=np.int64)
+            known, counts, ids = self._merges.encode(characters, sizes)
+        left = np.flatnonzero(~known)
+        spelt, bounds = text.tobytes(), zip((ends - lengths)[left].tolist(), ends[left].tolist(), strict=True)
+        words = [spelt[begin:end].decode() for begin, end in bounds]
+        found = [[self._newline] if word == "\n" else own for word, own in zip(words, self._encode(words), strict=True)]
+        return self._kept.add(text, lengths, *_merged(counts, ids, left, found))
+
+
+class _Kept:
+    """The words that are kept, by number, and their ids."""
+
+    def __init__(self, dtype: np.dtype) -> None:
+        self.table = Table(1 << 10)
+        """From the hash of a word to its number."""
+        self.counts, self.firsts = _Growing(np.int32), _Growing(np.int32)
+        """Of each word: how many ids it has, and which of `ids` is the first."""
+        self.ids = _Growing(dtype)
+        self._lengths, self._begins, self._text = _Growing(np.int32), _Growing(np.int32), _Growing(np.uint8)
+
+    @property
+    def full(self) -> bool:
+        """Whether no more should be kept."""
+        return self.counts.size > _WORDS or self._text.size > _BYTES or self.ids.size > _BYTES
+
+    def add(self, text: np.ndarray, lengths: np.ndarray, counts: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Keep words, whose bytes and ids lie one after the other; their numbers."""
+        first = self.counts.size
+        self._begins.append(self._text.size + np.cumsum(lengths) - lengths)
+        self.firsts.append(self.ids.size + np.cumsum(counts) - counts)
+        self._lengths.append(lengths)
+        self.counts.append(counts)
+        self._text.append(text)
+        self.ids.append(ids)
+        return np.arange(first, first + len(lengths))
+
+    def unlike(self, numbers: np.ndarray, data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Which of some words, that begin at `starts` of `data`, are not the kept ones of these numbers."""
+        same = self._lengths[numbers] == lengths
+        begins, text = self._begins[numbers], self._text.with_room(_AFTER)
+        for which, mask, place in _eights(np.where(same, lengths, 0)):
+            there, here = _lanes(text)[begins[which] + place], _lanes(data)[starts[which] + place]
+            same[which] &= (there ^ here) & mask == 0
+        for i in np.flatnonzero(same & (lengths > _HASHED)).tolist():
+            there, here = text[begins[i] : begins[i] + lengths[i]], data[starts[i] : starts[i] + lengths[i]]
+            same[i] = np.array_equal(there, here)
+        return np.flatnonzero(~same)
+
+
+class _Growing:
+    """An array that values are appended to."""
+
+    def __init__(self, dtype: np.dtype | type) -> None:
+        self._values, self.size = np.zeros(1 << 10, dtype), 0
+
+    def append(self, values: np.ndarray) -> None:
+        """Put values at the end."""
+        self.with_room(len(values))
+        self._values[self.size : self.size + len(values)] = values
+        self.size += len(values)
+
+    def with_room(self, count: int) -> np.ndarray:
+        """The values, and so many more places behind them."""
+        if self.size + count > len(self._values):
+            self._values = np.append(self._values, np.zeros(self.size + count, self._values.dtype))
+        return self._values
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        return self._values.take(places)
+
+
+def _starts(text: np.ndarray) -> np.ndarray:
+    """Where the words of a text begin; a newline is one of its own."""
+    newline, space = text == _NEWLINE, text == _SPACE
+    start = newline.copy()
+    start[0] = True
+    start[1:] |= newline[:-1] | (space[1:] & ~space[:-1])
+    return np.flatnonzero(start)
+
+
+def _hashes(data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """(n,) uint64: a number for each word, not 0: for up to `_EXACT` bytes the word itself, for more a hash of its
+    length and begin, which other words may have as well."""
+    lanes, sizes = _lanes(data), lengths.astype(np.uint64)
+    hashes = lanes[starts] & _MASKS.take(np.minimum(lengths, _EXACT)) | sizes << np.uint64(8 * _EXACT)
+    longer = np.flatnonzero(lengths > _EXACT)
+    starts, mixed = starts[longer], sizes[longer]
+    for which, mask, place in _eights(lengths[longer]):
+        mixed[which] = _mixed(mixed[which] ^ lanes[starts[which] + place] & mask)
+    hashes[longer] = mixed | np.uint64(1 << 63)
+    return hashes
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    values = values * _MULTIPLIER
+    return values ^ values >> np.uint64(32)
+
+
+def _eights(lengths: np.ndarray) -> Iterator[tuple[np.ndarray | slice, np.ndarray, int]]:
+    """Eight bytes of each word at a time: (which words have any there, which of the bytes, the place of the first)."""
+    which: np.ndarray | slice = slice(None)
+    rest, place = np.minimum(lengths, _HASHED), 0
+    while len(rest):
+        yield which, _MASKS.take(np.minimum(rest, 8)), place
+        more = (rest > 8).nonzero()[0]
+        which, rest, place = more if isinstance(which, slice) else which[more], rest[more] - 8, place + 8
+
+
+def _lanes(data: np.ndarray) -> np.ndarray:
+    """The eight bytes from each byte on."""
+    return np.ndarray(len(data) - 7, "<u8", data, strides=(1,))
+
+
+def _merged(
+    counts: np.ndarray, ids: np.ndarray, left: np.ndarray, found: list[list[int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The counts and ids of words, with those of the words `left`, whose counts are 0, put in."""
+    own = np.array([len(each) for each in found], np.int64)
+    places = np.repeat((np.cumsum(counts) - counts)[left], own)
+    counts = counts.copy()
+    counts[left] = own
+    return counts, np.insert(ids, places, np.fromiter(chain.from_iterable(found), np.int32, int(own.sum())))

@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as proto
 
 from data_pipeline.format.tokenizer import MAX_LINE, TokenizerConfig, parse_tokenizer, train_tokenizer, words
+from data_pipeline.format.tokenizer import sentencepiece as sentencepiece_module
+from data_pipeline.format.tokenizer.bpe import Merges
 from data_pipeline.format.tokenizer.sentencepiece import SentencePieceTokenizer
+from data_pipeline.format.tokenizer.table import Table
 from data_pipeline.format.tokenizer.words import words_are_independent
 
 LANGUAGES = [
@@ -56,7 +59,18 @@ def tokenizer(request: pytest.FixtureRequest) -> SentencePieceTokenizer:
         model = foreign(user_defined_symbols=["\n", "<|chat|>", "  ", "self"], split_by_unicode_script=True)
     tokenizer = parse_tokenizer(model)
     assert isinstance(tokenizer, SentencePieceTokenizer) and tokenizer._words is not None
+    assert tokenizer._words._merges is not None
     return tokenizer
+
+
+@pytest.fixture(params=[1, 1 << 30], ids=["joined together", "by SentencePiece"])
+def new_words(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From how many new words on their pieces are joined together."""
+    monkeypatch.setattr(words, "_MANY", request.param)
+
+
+def in_bulk(tokenizer: SentencePieceTokenizer, *texts: str) -> list[list[int]]:
+    return [ids.tolist() for ids in tokenizer.encode_all(texts)]
 
 
 def foreign(**changes: object) -> bytes:
@@ -71,33 +85,82 @@ def foreign(**changes: object) -> bytes:
     return model.getvalue()
 
 
-@settings(max_examples=300, deadline=None)
-@given(text=encodable)
-def test_the_ids_are_those_of_whole_lines(tokenizer: SentencePieceTokenizer, text: str) -> None:
-    assert tokenizer.encode(text).tolist() == by_lines(tokenizer, text)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(some=st.lists(encodable, max_size=4))
+def test_the_ids_are_those_of_whole_lines(tokenizer: SentencePieceTokenizer, new_words: None, some: list[str]) -> None:
+    expected = [by_lines(tokenizer, text) for text in some]
+    assert in_bulk(tokenizer, *some) == expected
+    assert [tokenizer.encode(text).tolist() for text in some] == expected
 
 
 LONG = ("word é " * MAX_LINE)[: 2 * MAX_LINE + 5] + "\nx "
+REAL = [*SOURCES, "\n".join(LANGUAGES * 3), LONG, LONG.replace("\n", "\u2581"), "x" * 40_000]
 
 
-@pytest.mark.parametrize("text", [*SOURCES, "\n".join(LANGUAGES * 3), LONG])
 def test_real_text_has_the_ids_of_whole_lines(
-    tokenizer: SentencePieceTokenizer, text: str, monkeypatch: pytest.MonkeyPatch
+    tokenizer: SentencePieceTokenizer, new_words: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = by_lines(tokenizer, text)
-    assert tokenizer.encode(text).tolist() == expected
-    monkeypatch.setattr(words, "_ROOM", 3000)  # so that what is kept is forgotten again and again
+    expected = [by_lines(tokenizer, text) for text in REAL]
+    assert in_bulk(tokenizer, *REAL) == expected
+    monkeypatch.setattr(words, "_TOGETHER", 3000)
+    monkeypatch.setattr(sentencepiece_module, "_BATCH_ALL", 2000)
+    monkeypatch.setattr(sentencepiece_module, "_BATCH", 500)
+    assert in_bulk(tokenizer, *REAL) == expected
+
+
+def test_words_of_one_hash_are_told_apart(tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words that differ behind what is hashed, and a hash of few bits, so that many words have that of another one."""
+    some = [*SOURCES, *("x" * n + end for n in (63, 64, 65, 200) for end in ("", "a", "b"))]
+    expected = [by_lines(tokenizer, text) for text in some]
+    assert in_bulk(tokenizer, " ".join(some[2:])) == [by_lines(tokenizer, " ".join(some[2:]))]
+    monkeypatch.setattr(words, "_mixed", lambda values: values & np.uint64(7))
+    monkeypatch.setattr(tokenizer._words, "_kept", words._Kept(tokenizer.dtype))
     for _ in range(2):
-        assert tokenizer.encode(text).tolist() == expected
+        assert in_bulk(tokenizer, *some) == expected
 
 
-def test_kept_words_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(words, "_ROOM", 10_000)
-    kept = words.WordIds(lambda each: [[len(word)] for word in each], np.dtype("<u2"), {})
-    for start in range(0, 10_000, 7):
-        own = [f"w{i}" for i in range(start, start + 7)]
-        assert np.frombuffer(kept.ids(own), "<u2").tolist() == [len(word) for word in own]
-        assert sum(len(word) + 200 for word in kept._known) <= 10_000
+def test_kept_words_are_bounded(tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words, "_WORDS", 100)
+    for start in range(0, 3000, 7):
+        own = " ".join(f"w{i}" for i in range(start, start + 7))
+        assert in_bulk(tokenizer, own) == [by_lines(tokenizer, own)]
+        assert tokenizer._words._kept.counts.size <= 100 + 8
+
+
+def test_pieces_are_joined_as_sentencepiece_joins_them(tokenizer: SentencePieceTokenizer) -> None:
+    """Every word of some text, and words of which several pairs are the best: what is left out is little."""
+    some = sorted({word for text in SOURCES for word in text.split()} | {"a" * n for n in range(1, 65)})
+    characters = np.array([ord(character) for word in some for character in word])
+    known, counts, ids = tokenizer._words._merges.encode(characters, np.array(list(map(len, some))))
+    assert known.mean() > (0.95 if tokenizer.vocab_size > 1400 else 0.3)  # the other has symbols that begin with s, <
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    expected = [processor.encode(word) for word, own in zip(some, known, strict=True) if own]
+    assert [own.tolist() for own in np.split(ids, np.cumsum(counts[known]))[:-1]] == expected
+
+
+@pytest.mark.parametrize("change", ["scores", "unused", "characters"])
+def test_a_model_that_joins_by_other_rules_is_left_to_sentencepiece(change: str) -> None:
+    model = proto.ModelProto.FromString(foreign())
+    assert Merges.of(model) is not None
+    longer = [piece for piece in model.pieces if piece.type == piece.NORMAL and len(piece.piece) > 2]
+    if change == "scores":
+        longer[0].score = longer[1].score
+    elif change == "unused":
+        longer[0].type = longer[0].UNUSED
+    else:
+        model.pieces.add(piece="\u0df4\u0df4", score=-9999.0, type=longer[0].NORMAL)  # no piece for one of them
+    assert Merges.of(model) is None
+    tokenizer = parse_tokenizer(model.SerializeToString())
+    assert in_bulk(tokenizer, *SOURCES) == [by_lines(tokenizer, text) for text in SOURCES]
+
+
+def test_a_table_finds_what_was_added_and_grows() -> None:
+    keys = np.random.default_rng(0).permutation(np.arange(1, 20_001)).astype(np.uint64)
+    table = Table(10)
+    for start in range(0, 10_000, 500):
+        table.add(keys[start : start + 500], np.arange(start, start + 500, dtype=np.int32))
+        found = table.find(keys)
+        assert (found[: start + 500] == np.arange(start + 500)).all() and (found[start + 500 :] == -1).all()
 
 
 @pytest.mark.parametrize(
@@ -115,7 +178,7 @@ def test_a_model_whose_words_depend_on_each_other_encodes_whole_lines(changes: d
     tokenizer = parse_tokenizer(foreign(**changes))
     assert isinstance(tokenizer, SentencePieceTokenizer) and tokenizer._words is None
     for text in (*SOURCES, "a b x = a b"):
-        assert tokenizer.encode(text).tolist() == by_lines(tokenizer, text)
+        assert in_bulk(tokenizer, text) == [by_lines(tokenizer, text)]
 
 
 @pytest.mark.parametrize("rule", ["add_dummy_prefix", "remove_extra_whitespaces", "charsmap"])

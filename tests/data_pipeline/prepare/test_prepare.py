@@ -18,6 +18,7 @@ from data_pipeline.format.manifest import Manifest, sha256_file
 from data_pipeline.format.shards import ShardIndex
 from data_pipeline.format.tokenizer import read_tokenizer
 from data_pipeline.format.verify import verify_tokenizer
+from data_pipeline.prepare import assemble
 from data_pipeline.prepare.config import PrepareConfig
 
 
@@ -32,11 +33,16 @@ def stored(corpus: Path, split: str) -> dict[str, str]:
         assert tokens[-1] == tokenizer.eos_id
         assert info["n_tokens"] == len(tokens)
         texts[info["path"]] = tokenizer.decode(tokens[:-1])
+        assert tokens[:-1].tolist() == tokenizer.encode(texts[info["path"]]).tolist()
         assert info["n_bytes"] == len(texts[info["path"]].encode())
     return texts
 
 
-def test_every_text_comes_back_from_the_shards(run, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("together", [1, 1000, 1 << 22])
+def test_every_text_comes_back_from_the_shards(
+    run, folder: Path, tmp_path: Path, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assemble, "_TOGETHER", together)
     run()
     train, validation = stored(tmp_path / "corpus", "train"), stored(tmp_path / "corpus", "validation")
     assert validation

@@ -20,7 +20,7 @@ WORD = re.compile(rf"[{ALONE}]|[^\W{ALONE}]+|[^\w\s{ALONE}]+")
 SAMPLES = [
     "word", "Word_1", "x", "...", "!=", " ", "\n", "\t", "\x00", "\x1c", "\x85", "\u00a0", "\u2028", "é", "e\u0301",
     "ß", "İ", "Σας", "漢字", "ひらがな", "ไทย", "한국어", "русский", "\U0001f600", "\U00020000", "w" * 31, "w" * 32,
-    "w" * 33, "w" * 300, "-" * 47,
+    "w" * 33, "w" * 64, "w" * 65, "w" * 300, "-" * 47,
 ]  # fmt: skip
 texts = st.lists(st.one_of(st.sampled_from(SAMPLES), st.text(max_size=12)), max_size=60).map("".join)
 
