@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, TypeVar
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_iter
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.activation.policy import policy
 from bst_dist.model import attention, loss
-from bst_dist.model.baselines import joint
+from bst_dist.model.baselines import full, joint
 from bst_dist.model.config import FilterConfig, ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.model.loss import GPU_TILE_LOGITS, TILE_LOGITS
@@ -31,53 +32,21 @@ from bst_dist.parallel.past import EarlierCall, Past
 from bst_dist.parallel.ranks import choose_accelerator
 from bst_dist.parallel.rehearsal import Rehearsal
 from bst_dist.parallel.slices import Edge
+from bst_dist.plan.fused import fused_attention, fused_share
 from bst_dist.plan.live import LiveBytes
+from bst_dist.plan.parts import Part, Slice
 from bst_dist.plan.rehearse import MOST_BLOCKS, no_borders, rehearse
-from bst_dist.plan.zero import Sizes
+from bst_dist.plan.zero import WORD, Sizes
+
+if TYPE_CHECKING:
+    from bst_dist.plan.graphs import Joint
 
 T = TypeVar("T")
+_RUN_AGAIN = ActivationCheckpointingConfig(policy="every-layer")
+_ON_A_GPU = SimpleNamespace(attention_path=lambda _: "flex")
+"""What full attention asks which kernel it is to call."""
 REHEARSED_TILES = 64
 """Tiles of logits that are rehearsed one by one; more follow from these."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Bytes of one part of the model, a layer or what stands around the layers, for one micro-batch; and operations."""
-
-    kept: int
-    """Between the passes, its input included and its output not."""
-    casts: int
-    """Copies of weights in the autocast's type beyond those, kept to the end of the forward pass."""
-    forward: int
-    """Most at once in the forward pass, of this part alone, its input and output included."""
-    backward: int
-    """Most at once in the backward pass, beyond `kept`; gradients of parameters leave as soon as they are whole."""
-    host: int = 0
-    """Of `kept`, in the host's memory."""
-    launches: int = 0
-    """Operations of both passes that compute something; not bytes."""
-
-    def __add__(self, other: Part) -> Part:
-        return self._with(other, lambda a, b: a + b)
-
-    def scaled(self, factor: int) -> Part:
-        """Every figure times `factor`."""
-        return self._with(self, lambda a, _: factor * a)
-
-    def _with(self, other: Part, combine: Callable[[int, int], int]) -> Part:
-        return Part(**{name: combine(value, getattr(other, name)) for name, value in vars(self).items()})
-
-
-@dataclass(frozen=True)
-class Slice:
-    """What one rank computes at once."""
-
-    rows: int
-    length: int
-    """Tokens of a rank's share: of the sequence, or of one of its slices."""
-    sp: int = 1
-    stream: bool = False
-    """Whether something comes before it in an earlier call: the sequence is trained in slices."""
 
 
 class Activations:
@@ -93,22 +62,36 @@ class Activations:
         self.model, self.bf16, self.documents, self.fused = model, bf16, documents, fused
         self._known: dict[Any, Any] = {}
 
-    def layer(self, mixer: str, checkpointing: ActivationCheckpointingConfig, slice_: Slice, zero3: bool) -> Part:
+    def layer(
+        self, mixer: str, checkpointing: ActivationCheckpointingConfig, slice_: Slice, zero3: bool,
+        compiled: bool = False,
+    ) -> Part:  # fmt: skip
         """One layer; all policies of the checkpointing that rerun it alike are rehearsed once. Memory is affine in the
         rows (its peak nearly: few rows may have it at another moment), so larger micro-batches follow from those of
-        one and two; and two ranks stand for all that share a
-        sequence, for what more of them send is a state each."""
+        one and two; and two ranks stand for all that share a sequence, for what more of them send is a state each.
+
+        `compiled`: as one graph for a GPU, of a whole sequence; where that is too long to divide, as uncompiled.
+        """
         if slice_.rows > 2:
-            one, two = (self.layer(mixer, checkpointing, self._of(slice_, rows), zero3) for rows in (1, 2))
+            one, two = (self.layer(mixer, checkpointing, self._of(slice_, rows), zero3, compiled) for rows in (1, 2))
             return two.scaled(slice_.rows - 1) + one.scaled(-(slice_.rows - 2))
         slice_ = replace(slice_, sp=min(slice_.sp, 2))
         alike = checkpointing.policy.replace("every-kth-layer", "every-layer")
+        if compiled and (joint := self._once(("graph", mixer, slice_), lambda: self._graph(mixer, slice_))):
+            return self._once(("graph", mixer, slice_, alike), lambda: joint.part(alike))
+        if alike == "offload":
+            return self._offloaded(self.layer(mixer, _RUN_AGAIN, slice_, zero3), slice_)
         return self._once((mixer, alike, slice_, zero3), lambda: self._layer(mixer, checkpointing, slice_, zero3))
 
-    def whole(self, slice_: Slice) -> int:
+    def _offloaded(self, again: Part, slice_: Slice) -> Part:
+        """A layer that is run again, from an input in the host's memory: beside it the copy, one operation more."""
+        host = WORD * slice_.rows * slice_.length * self.model.width
+        return replace(again, forward=again.forward + host, host=host, launches=again.launches + 1)
+
+    def whole(self, slice_: Slice, compiled: bool = False) -> int:
         """Bytes of one micro-batch that all layers make for the backward pass, when nothing is run again."""
         nothing = ActivationCheckpointingConfig()
-        return sum(self.layer(mixer, nothing, slice_, zero3=False).kept for mixer in self.model.mixers())
+        return sum(self.layer(mixer, nothing, slice_, False, compiled).kept for mixer in self.model.mixers())
 
     def edge(self, rows: int) -> int:
         """Bytes that a slice of so many rows leaves to the next one, of all layers."""
@@ -155,10 +138,22 @@ class Activations:
             self._known[key] = find()
         return self._known[key]
 
-    def _layer(self, mixer: str, checkpointing: ActivationCheckpointingConfig, slice_: Slice, zero3: bool) -> Part:
+    def _graph(self, mixer: str, slice_: Slice) -> Joint | None:
+        from bst_dist.plan.graphs import joint_graph  # loads torch's compiler, which takes a second: only to plan
+
+        with self._fused(), FakeTensorMode():
+            layer = self._alone(mixer)
+            starts = no_borders(self.documents, slice_.rows, slice_.length, self.model.block)
+            x = torch.empty(slice_.rows, slice_.length, self.model.width, requires_grad=True)
+            return joint_graph(layer, x, starts, self._autocast())
+
+    def _alone(self, mixer: str) -> nn.Module:
         one = {"depth": 1, "mixer": mixer, "placement": "all", "vocab_size": 1}
+        return LanguageModel(self.model.model_copy(update=one)).layers[0]
+
+    def _layer(self, mixer: str, checkpointing: ActivationCheckpointingConfig, slice_: Slice, zero3: bool) -> Part:
         with self._stage(zero3) as live:
-            layer = LanguageModel(self.model.model_copy(update=one)).layers[0]
+            layer = self._alone(mixer)
             starts = no_borders(self.documents, slice_.rows, slice_.length, self.model.block)
             inputs = (self._past(layer, slice_), starts)
             checkpoint = policy(checkpointing, [layer])
@@ -190,9 +185,8 @@ class Activations:
         if mixer == "transformer-xl":
             reach = max(reach, self.model.transformer_xl.window)
         length = -(-reach // self.model.block) * self.model.block
-        one = {"depth": 1, "mixer": mixer, "placement": "all", "vocab_size": 1}
         with self._stage(zero3=False), torch.no_grad(), self._autocast():
-            layer, left = LanguageModel(self.model.model_copy(update=one)).layers[0], EarlierCall()
+            layer, left = self._alone(mixer), EarlierCall()
             layer(torch.zeros(1, length, self.model.width), left, None)
             return sum(x.nbytes for x in left.after.values())
 
@@ -223,9 +217,11 @@ class Activations:
     def _fused(self) -> AbstractContextManager:
         stack = ExitStack()
         if self.fused:
-            stack.enter_context(patch.object(attention, "sliding_attention", _fused_attention))
-            stack.enter_context(patch.object(attention, "sliding_share", _fused_share))
-            stack.enter_context(patch.object(joint, "within_blocks", lambda *x: _fused_share(*x, None)))
+            stack.enter_context(patch.object(attention, "sliding_attention", fused_attention))
+            stack.enter_context(patch.object(attention, "sliding_share", fused_share))
+            stack.enter_context(patch.object(full, "attention", _ON_A_GPU))
+            stack.enter_context(patch.object(full, "sliding_attention", fused_attention))
+            stack.enter_context(patch.object(joint, "within_blocks", lambda *x: fused_share(*x, None)))
             stack.enter_context(patch.object(loss, "TILE_LOGITS", GPU_TILE_LOGITS))
         return stack
 
@@ -298,27 +294,3 @@ class _StandIn(nn.Module):
     def forward(self, *_: Any) -> Tensor:
         output, self.output = self.output, None
         return output
-
-
-class _FusedAttention(torch.autograd.Function):
-    """What a fused kernel keeps and makes: inputs, output and a sum a query; gradients of the three inputs."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, sums = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, out, sums, bias)
-        ctx.set_materialize_grads(False)
-        return out, sums
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor | None) -> tuple:
-        q, k, v, _, _, bias = ctx.saved_tensors
-        return *(torch.empty_like(x) for x in (q, k, v)), None if bias is None else torch.empty_like(bias)
-
-
-def _fused_share(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, *_: Any) -> attention.Share:
-    return attention.Share(*_FusedAttention.apply(q, k.to(q.dtype), v.to(q.dtype), bias))
-
-
-def _fused_attention(*arguments: Any) -> Tensor:
-    return _fused_share(*arguments).out

@@ -23,11 +23,11 @@ def operations(activations: Activations, mixers: Sequence[str], work: Work) -> t
     layers = 0
     for mixer, again in zip(mixers, work.rerun(), strict=True):
         checkpointing = work.checkpointing if again else ActivationCheckpointingConfig()
-        layers += activations.layer(mixer, checkpointing, work.slice, zero3=work.strategy.stage == 3).launches
+        layers += activations.layer(mixer, checkpointing, work.slice, work.strategy.stage == 3, work.compiled).launches
     return layers, activations.head(work.slice).launches
 
 
-def host_seconds(activations: Activations, mixers: Sequence[str], work: Work, compiled: bool) -> float:
+def host_seconds(activations: Activations, mixers: Sequence[str], work: Work) -> float:
     """Of one step; the optimizer's few launches are left out."""
     layers, around = operations(activations, mixers, work)
-    return LAUNCH_S * work.accumulation * (layers / (COMPILED_FEWER if compiled else 1) + around)
+    return LAUNCH_S * work.accumulation * (layers / (COMPILED_FEWER if work.compiled else 1) + around)

@@ -8,12 +8,13 @@ before it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.parallel.slices import Spacing
-from bst_dist.plan.activations import Activations, Part, Slice
+from bst_dist.plan.activations import Activations
 from bst_dist.plan.gathering import Gathered, gather
+from bst_dist.plan.parts import Part, Slice
 from bst_dist.plan.zero import WORD, Sizes, States, Strategy, states
 
 INPUT_BYTES = 17
@@ -38,6 +39,8 @@ class Work:
     """Where their edges wait: device, host or disk."""
     edges_every: int = 1
     """One in so many of them does."""
+    compiled: bool = False
+    """Whether each layer is one compiled graph, forward and backward."""
     averaged: bool = False
     """Whether an average of the weights is kept beside the moments (train.average)."""
 
@@ -136,8 +139,10 @@ class _Step:
         for index in reversed(range(len(self.layers))):
             part = self.layers[index]
             produced += self.sizes.of_layer(index)
+            # Where there are no gradients yet, those of a compiled layer stay where they are: counted once.
+            stay = part.gradients if self.work.strategy.stage < 2 and not self._earlier()[0] else 0
             buffers = self.state.buckets + self._flush(produced) + self.gathered.backward[index]
-            gradients = self._gradients(produced) + self.tied
+            gradients = self._gradients(produced) - stay + self.tied
             yield self._phase(f"backward of layer {index}", gradients, kept + part.backward, buffers=buffers)
             kept -= part.kept
         gradients = self._gradients(produced) + self.tied + self.embedding
@@ -191,8 +196,8 @@ def _edges(activations: Activations, work: Work) -> tuple[int, int]:
 
 def _layer(activations: Activations, mixer: str, again: bool, work: Work) -> Part:
     checkpointing = work.checkpointing if again else ActivationCheckpointingConfig()
-    part = activations.layer(mixer, checkpointing, work.slice, zero3=work.strategy.stage == 3)
+    part = activations.layer(mixer, checkpointing, work.slice, zero3=work.strategy.stage == 3, compiled=work.compiled)
     if not (activations.fused and part.host):
         return part
     # On an accelerator what lies in the host's memory is not on the device; the one needed next is on its way back.
-    return Part(part.kept - part.host, part.casts, part.forward, part.backward + part.host, part.host)
+    return replace(part, kept=part.kept - part.host, backward=part.backward + part.host)

@@ -21,10 +21,11 @@ from bst_dist.config import Recipe, deepspeed_file
 from bst_dist.model.compiled import hindrance
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.neighbour import SequenceParallelError
-from bst_dist.plan.activations import Activations, Slice
+from bst_dist.plan.activations import Activations
 from bst_dist.plan.flops import forward_flops
 from bst_dist.plan.launches import host_seconds
 from bst_dist.plan.memory import Memory, Work, memory
+from bst_dist.plan.parts import Slice
 from bst_dist.plan.speed import Cluster, Moved, Speed, share_rerun, speed
 from bst_dist.plan.traffic import sequence_traffic, zero_traffic
 from bst_dist.plan.zero import Sizes, Strategy, muon_share
@@ -151,15 +152,15 @@ class Planner:
         compiled = self._compiles(self.strategies[stage].stage, checkpointing, sp, slices)
         work = Work(
             self.strategies[stage], cluster.world, part, spread.micro_batches * slices, checkpointing,
-            self.model.depth, slices, edges, every, averaged=train.average is not None,
+            self.model.depth, slices, edges, every, compiled, averaged=train.average is not None,
         )  # fmt: skip
         sizes = self.sizes.by_layer if compiled else self.sizes
         between = sequence_traffic(self.model, work, self.messages(sp, slices))
         traffic = zero_traffic(sizes, work)
         needs = memory(sizes, self.model.mixers(), self.activations, work)
-        touched = self.activations.whole(part)
+        touched = self.activations.whole(part, self._compiles(0, checkpointing, sp, slices))
         updated = self.sizes.total / (cluster.world if stage else 1)
-        host = host_seconds(self.activations, self.model.mixers(), work, compiled)
+        host = host_seconds(self.activations, self.model.mixers(), work)
         edges_bytes = work.spacing.waiting * self.activations.edge(rows) if slices > 1 and edges == "host" else 0
         orthogonalising = muon_share(self.sizes, work.strategy.stage, cluster.world).flops if self.sizes.muon else 0.0
         moved = Moved(touched, needs.host - edges_bytes + edges_bytes // slices, updated, host, orthogonalising)
@@ -212,6 +213,9 @@ class Planner:
 
     def _fewest(self, policy: str) -> int | None:
         """The smallest degree with which something fits; memory only falls with the degree."""
+        degrees = self.degrees()[:1]
+        if any(way.fits for way in self._with(degrees[0], policy)):
+            return degrees[0]
         degrees = self.supported()
         at = bisect_left(degrees, True, key=lambda sp: any(way.fits for way in self._with(sp, policy)))
         return degrees[at] if at < len(degrees) else None
@@ -230,7 +234,7 @@ class Planner:
 
     def _settled(self, best: Candidate, policy: str) -> bool:
         """Whether no way under `policy`, or one that runs more again, can be faster."""
-        if best.work.strategy.stage < 3 and best.work.slice.sp == self.supported()[0]:
+        if best.work.strategy.stage < 3 and best.work.slice.sp == self.degrees()[0]:
             return True
         checkpointing = best.work.checkpointing.model_copy(update={"policy": policy})
         again = share_rerun(checkpointing, self.model.depth) * best.speed.compute / 3

@@ -10,7 +10,8 @@ from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.past import Past
-from bst_dist.plan.activations import Activations, Slice
+from bst_dist.plan.activations import Activations
+from bst_dist.plan.parts import Slice
 
 ROWS, LENGTH, WIDTH = 2, 64, 32
 

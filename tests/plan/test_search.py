@@ -48,7 +48,7 @@ def test_with_less_memory_the_plan_gives_up_speed_and_still_fits(monkeypatch):
     best = Planner(planner.recipe, Cluster(1, 1, device(between)), planner.activations).best()
     assert best.fits
     assert best.work.checkpointing.policy != "none"
-    assert best.speed.total > roomy.speed.total
+    assert best.speed.total > planner.best().speed.total  # with all the memory
 
 
 def test_more_ranks_than_sequences_share_them():

@@ -3,9 +3,9 @@
 import pytest
 
 from bst_dist.activation.config import ActivationCheckpointingConfig
-from bst_dist.plan.activations import Slice
 from bst_dist.plan.gathering import gather
 from bst_dist.plan.memory import Work
+from bst_dist.plan.parts import Slice
 from bst_dist.plan.traffic import GATHER, REDUCE, SCATTER, zero_traffic
 from bst_dist.plan.zero import Sizes, Strategy, states
 

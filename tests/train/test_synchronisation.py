@@ -26,7 +26,7 @@ from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.model.masking import masking_problem
 from bst_dist.parallel.phases import Phases
-from bst_dist.plan.activations import _fused_attention, _fused_share
+from bst_dist.plan.fused import fused_attention, fused_share
 from bst_dist.report.utilisation import Speed
 from bst_dist.train import step
 from bst_dist.train.config import ScheduleConfig, TrainConfig
@@ -120,8 +120,8 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)  # torch knows none on the meta device
     monkeypatch.setattr(torch, "autocast", lambda *device, **settings: nullcontext())
-    monkeypatch.setattr(attention, "sliding_attention", _fused_attention)
-    monkeypatch.setattr(attention, "sliding_share", _fused_share)
+    monkeypatch.setattr(attention, "sliding_attention", fused_attention)
+    monkeypatch.setattr(attention, "sliding_share", fused_share)
     monkeypatch.setattr(step, "to_device", fresh)
 
 

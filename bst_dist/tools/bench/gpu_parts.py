@@ -25,11 +25,12 @@ from bst_dist.model.config import ModelConfig
 from bst_dist.model.layers import Layer
 from bst_dist.model.lm import LanguageModel
 from bst_dist.plan.accelerators import accelerator, of_device
-from bst_dist.plan.activations import Activations, Slice
+from bst_dist.plan.activations import Activations
 from bst_dist.plan.flops import forward_flops, train_flops_per_token
 from bst_dist.plan.hardware import peak_flops
 from bst_dist.plan.launches import host_seconds
 from bst_dist.plan.memory import Work
+from bst_dist.plan.parts import Slice
 from bst_dist.plan.speed import Cluster, Moved
 from bst_dist.plan.speed import speed as step_speed
 from bst_dist.plan.zero import Strategy
@@ -166,9 +167,9 @@ def planned(config: ModelConfig, sizes: Sizes, device: torch.device) -> Planned:
     if card is None:
         return Planned(float("nan"), float("nan"))
     part, activations = Slice(sizes.rows, sizes.length), Activations(config, bf16=True)
-    work = Work(Strategy("zero0", 0), 1, part, 1, ActivationCheckpointingConfig(), config.depth)
-    host_s = host_seconds(activations, config.mixers(), work, compiled=True)
-    moved = Moved(activations.whole(part), host=0, updated=0, host_s=host_s)
+    work = Work(Strategy("zero0", 0), 1, part, 1, ActivationCheckpointingConfig(), config.depth, compiled=True)
+    host_s = host_seconds(activations, config.mixers(), work)
+    moved = Moved(activations.whole(part, compiled=True), host=0, updated=0, host_s=host_s)
     flops, cluster = forward_flops(config, sizes.length), Cluster(1, 1, card)
     found = step_speed(flops, work, moved, {}, {}, cluster, bf16=True)
     return Planned(found.total, found.flops / found.total / (1e12 * card.bf16_tflops))

@@ -36,8 +36,9 @@ from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.parallel.neighbour import past_of_slice
 from bst_dist.parallel.slices import EdgesHere, go_backward
-from bst_dist.plan.activations import Activations, Slice
+from bst_dist.plan.activations import Activations
 from bst_dist.plan.memory import Memory, Work, memory
+from bst_dist.plan.parts import Slice
 from bst_dist.plan.traffic import GATHER, REDUCE, SCATTER, sent, sequence_traffic, zero_traffic
 from bst_dist.plan.zero import Strategy
 

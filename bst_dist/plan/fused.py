@@ -1,0 +1,57 @@
+"""Sliding attention as a fused kernel on a GPU: what it keeps and makes, without computing anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bst_dist.model import attention
+
+
+@torch.library.custom_op("bst_plan::attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """An operator of its own, so that the compiler's partitioner sees one that is not computed again."""
+    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("bst_plan::attention_backward", mutates_args=())
+def _attention_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, bias: Tensor | None
+) -> list[Tensor]:
+    return [torch.empty_like(x) for x in (q, k, v, bias) if x is not None]
+
+
+_attention.register_fake(_attention._init_fn)
+_attention_backward.register_fake(_attention_backward._init_fn)
+
+OPERATOR = torch.ops.bst_plan.attention.default
+"""The forward pass, in a graph."""
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What a fused kernel keeps and makes: inputs, output and a sum a query; gradients of the three inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, sums = _attention(q, k, v, bias)
+        ctx.save_for_backward(q, k, v, out, sums, bias)
+        ctx.set_materialize_grads(False)
+        return out, sums
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, sums: Tensor | None) -> tuple:
+        q, k, v, out, lse, bias = ctx.saved_tensors
+        gradients = _attention_backward(gradient, q, k, v, out, lse, bias)
+        return tuple(gradients) if bias is not None else (*gradients, None)
+
+
+def fused_share(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, *_: Any) -> attention.Share:
+    """In the place of `attention.sliding_share`."""
+    return attention.Share(*_FusedAttention.apply(q, k.to(q.dtype), v.to(q.dtype), bias))
+
+
+def fused_attention(*arguments: Any) -> Tensor:
+    """In the place of `attention.sliding_attention`."""
+    return fused_share(*arguments).out

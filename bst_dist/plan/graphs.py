@@ -1,0 +1,195 @@
+"""What a compiled layer keeps and makes: the two graphs that torch's compiler would be given, without compiling them.
+
+AOTAutograd traces the layer forward and backward on fake tensors, and the partitioner that Inductor uses divides the
+trace into two graphs; what the first hands to the second is what is kept. Most bytes at once are of the graphs' own
+operations, one after the other: Inductor fuses some and so makes fewer tensors than are counted here.
+"""
+
+from __future__ import annotations
+
+import operator
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, fx, nn
+from torch._functorch.aot_autograd import aot_function
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import CheckpointPolicy
+
+from bst_dist.activation import selective
+from bst_dist.model import products
+from bst_dist.model.borders import Borders, Starts
+from bst_dist.parallel.past import Past
+from bst_dist.plan.fused import OPERATOR
+from bst_dist.plan.live import computes
+from bst_dist.plan.parts import Part
+
+MOST_NODES = 20_000
+"""Operations of a trace that is divided: of a loop over very many blocks the partitioner would take minutes."""
+
+
+class _Traced(Exception):
+    """There is a trace, and no more is wanted."""
+
+
+def joint_graph(layer: nn.Module, x: Tensor, starts: Starts | None, autocast: AbstractContextManager) -> Joint | None:
+    """The trace of a layer for an input of this shape; None if it is longer than MOST_NODES. Under a FakeTensorMode."""
+    with autocast:
+        given = (x, dict(layer.named_parameters()), layer.prepare(x, Past(), starts), _opened(starts))
+        leaves, form = tree_flatten(given)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        found: list[Joint] = []
+
+        def call(*traced: Tensor) -> Tensor:
+            following = iter(traced)
+            x, parameters, shared, opened = tree_unflatten(
+                [next(following) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form
+            )
+            past = Past()
+            past.shared = shared
+            return torch.func.functional_call(layer, parameters, (x, past, _closed(opened)))
+
+        def take(module: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **options: Any) -> None:
+            found.append(Joint(module, inputs, num_fwd_outputs, options))
+            raise _Traced
+
+        as_compiled = torch._functorch.config.patch(backward_pass_autocast="off")  # `flex.limited`
+        products_as_compiled = patch.object(products, "is_compiling", lambda: True)  # for Dynamo alone it is true
+        with as_compiled, products_as_compiled, suppress(_Traced):
+            aot_function(call, fw_compiler=lambda graph, _: graph, partition_fn=take)(*tensors)
+    return found[0] if len(found[0].module.graph.nodes) <= MOST_NODES else None
+
+
+def _opened(starts: Starts | None) -> Any:
+    """Where documents begin, as the compiled layer is given it, in tensors."""
+    return tuple(vars(starts.without_places()).values()) if isinstance(starts, Borders) else starts
+
+
+def _closed(opened: Any) -> Starts | None:
+    return Borders(*opened) if isinstance(opened, tuple) else opened
+
+
+@dataclass(frozen=True, eq=False)
+class Joint:
+    """Both passes of a layer in one trace. The first input is the layer's, all others are not counted: parameters, and
+    what all layers share."""
+
+    module: fx.GraphModule
+    inputs: Any
+    outputs: int
+    """Of the forward pass, without what is kept."""
+    options: dict[str, Any]
+    """Of the partitioner."""
+
+    def part(self, policy: str) -> Part:
+        """The layer's bytes under a policy of activation checkpointing."""
+        if policy == "selective":
+            return _part(*self._divided(selectively=True), self.outputs)
+        forward, backward = self._whole
+        whole = _part(forward, backward, self.outputs)
+        if policy == "none":
+            return whole
+        # The graph as a whole is run again, beside the gradient of its output, which is as large as its input.
+        size = sum(_storages(next(iter(forward.graph.nodes))).values())
+        again = max(whole.forward + size, whole.kept + whole.backward)
+        host = size if policy == "offload" else 0
+        launches = whole.launches + _launches(forward) + (1 if host else 0)
+        return replace(
+            whole, kept=size, forward=whole.forward + host, backward=again - size, host=host, launches=launches
+        )
+
+    @cached_property
+    def _whole(self) -> tuple[fx.GraphModule, fx.GraphModule]:
+        return self._divided(selectively=False)
+
+    def _divided(self, selectively: bool) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """The graphs of the two passes."""
+        module = _copy(self.module)
+        if selectively:
+            _mark(module)
+        return min_cut_rematerialization_partition(
+            module, self.inputs, compiler="inductor", num_fwd_outputs=self.outputs, **self.options
+        )
+
+
+def _copy(module: fx.GraphModule) -> fx.GraphModule:
+    """The partitioner changes what it is given."""
+    graph, known = fx.Graph(), {}
+    for node in module.graph.nodes:
+        known[node] = graph.node_copy(node, known.__getitem__)
+    return fx.GraphModule(module, graph)
+
+
+def _mark(module: fx.GraphModule) -> None:
+    """Say of each operation of the forward pass whether it is kept, in the form in which torch does so for a region
+    with selective checkpointing."""
+    for node in module.graph.nodes:
+        if node.op != "call_function" or node.meta.get("partitioner_tag") == "is_backward":
+            continue
+        if node.target is operator.getitem:  # one output of the operation before it
+            kept = node.args[0].meta["recompute"] is CheckpointPolicy.MUST_SAVE
+        else:
+            kept = node.target is OPERATOR or selective.keeps(node.target, [_value(one) for one in node.args])
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+        node.meta["ac_graph_id"] = 1
+
+
+def _value(argument: Any) -> Any:
+    return argument.meta["val"] if isinstance(argument, fx.Node) else argument
+
+
+def _part(forward: fx.GraphModule, backward: fx.GraphModule, outputs: int) -> Part:
+    x, *others = (node for node in forward.graph.nodes if node.op == "placeholder")
+    elsewhere = {key for node in others for key in _storages(node)}
+    handed_over = [node for node in forward.graph.output_node().args[0][outputs:] if isinstance(node, fx.Node)]
+    kept = sum(_counted(handed_over, elsewhere).values())
+    given = [node for node in backward.graph.nodes if node.op == "placeholder"]
+    _, *gradients = backward.graph.output_node().args[0]  # the first is the input's
+    return Part(
+        kept=kept, casts=0, forward=_most(forward, [x], elsewhere), backward=_most(backward, given, elsewhere) - kept,
+        gradients=sum(_counted([one for one in gradients if one is not None], elsewhere).values()),
+        launches=_launches(forward) + _launches(backward),
+    )  # fmt: skip
+
+
+def _counted(nodes: list[fx.Node], elsewhere: set[int]) -> dict[int, int]:
+    """Bytes by storage, each once, of those that are not counted elsewhere."""
+    found = {key: size for node in nodes for key, size in _storages(node).items()}
+    return {key: size for key, size in found.items() if key not in elsewhere}
+
+
+def _storages(node: fx.Node) -> dict[int, int]:
+    values, _ = tree_flatten(node.meta.get("val"))
+    return {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in values if isinstance(x, Tensor)}
+
+
+def _most(module: fx.GraphModule, given: list[fx.Node], elsewhere: set[int]) -> int:
+    """Most bytes at once when the operations run one by one, each storage from the operation that makes it to the last
+    one that reads it; outputs to the end."""
+    nodes = list(module.graph.nodes)
+    last = {key: place for place, node in enumerate(nodes) for one in (node, *node.all_input_nodes)
+            for key in _storages(one)}  # fmt: skip
+    ending: dict[int, list[int]] = {}
+    for key, place in last.items():
+        ending.setdefault(place, []).append(key)
+    alive = _counted(given, elsewhere)
+    now = most = sum(alive.values())
+    for place, node in enumerate(nodes):
+        if node.op == "call_function":
+            made = {key: size for key, size in _counted([node], elsewhere).items() if key not in alive}
+            alive |= made
+            now += sum(made.values())
+            most = max(most, now)
+        now -= sum(alive.pop(key, 0) for key in ending.get(place, ()))
+    return most
+
+
+def _launches(module: fx.GraphModule) -> int:
+    """Operations that compute something."""
+    called = (node.target for node in module.graph.nodes if node.op == "call_function")
+    return sum(computes(target) for target in called if isinstance(target, torch._ops.OpOverload))

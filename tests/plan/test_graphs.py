@@ -1,0 +1,75 @@
+"""What a compiled layer keeps by the plan, against what the compiler's own front end keeps of a compiled layer."""
+
+from __future__ import annotations
+
+from bst_dist.activation.config import ActivationCheckpointingConfig
+from bst_dist.model.config import ModelConfig
+from bst_dist.model.lm import LanguageModel
+from bst_dist.plan import graphs
+from bst_dist.plan.activations import Activations
+from bst_dist.plan.memory import Work, _Step
+from bst_dist.plan.parts import Slice
+from bst_dist.plan.zero import Strategy
+
+ROWS, LENGTH, WIDTH = 2, 256, 64
+SLICE = Slice(ROWS, LENGTH)
+
+
+def model(mixer: str = "bst", **settings) -> ModelConfig:
+    return ModelConfig(
+        width=WIDTH, heads=2, ffn=256, block=64, depth=1, vocab_size=2, mixer=mixer,
+        **{"placement": "all", "ssm": {"state": 8, "chunk": 32}} | settings,
+    )  # fmt: skip
+
+
+def part(config: ModelConfig, policy: str, compiled: bool = True, documents: str = "joined"):
+    checkpointing = ActivationCheckpointingConfig(policy=policy)
+    activations = Activations(config, bf16=True, documents=documents)
+    return activations.layer(config.mixers()[0], checkpointing, SLICE, zero3=False, compiled=compiled)
+
+
+INPUT = 4 * ROWS * LENGTH * WIDTH
+
+
+def test_a_graph_that_is_run_again_keeps_its_input_and_makes_all_else_twice():
+    whole, again, offloaded = (part(model("sliding"), policy) for policy in ("none", "every-layer", "offload"))
+    assert again.kept == offloaded.kept == offloaded.host == INPUT
+    assert again.kept + again.backward >= whole.kept + whole.backward
+    assert again.kept + again.backward >= whole.forward + INPUT  # beside the gradient of its output
+    assert offloaded.forward == again.forward + INPUT
+    assert whole.launches < again.launches < 2 * whole.launches
+
+
+def test_all_gradients_of_a_layer_are_there_at_once():
+    """Of a layer whose weights are much larger than all else."""
+    config = ModelConfig(width=512, heads=2, ffn=2048, block=64, depth=1, vocab_size=2, mixer="sliding", ssm={})
+    weights = 4 * (4 * 512 * 512 + 2 * 512 * 2048)
+    parameters = sum(p.numel() for p in LanguageModel(config).layers[0].parameters())
+    checkpointing, short = ActivationCheckpointingConfig(policy="every-layer"), Slice(1, 64)
+    activations = Activations(config, bf16=False)
+    compiled, uncompiled = (activations.layer("sliding", checkpointing, short, False, way) for way in (True, False))
+    assert (uncompiled.gradients, compiled.gradients) == (0, 4 * parameters)
+    assert uncompiled.backward < weights < compiled.backward < 1.5 * weights
+
+
+def test_a_trace_that_is_too_long_to_divide_counts_as_uncompiled(monkeypatch):
+    monkeypatch.setattr(graphs, "MOST_NODES", 10)
+    assert part(model(), "none") == part(model(), "none", compiled=False)
+
+
+def test_gradients_that_stay_where_they_are_are_counted_once():
+    """Of the last layer's backward phase: what ZeRO-0 has more with a micro-batch before are all older gradients."""
+    config = ModelConfig(width=512, heads=2, ffn=2048, block=64, depth=1, vocab_size=2, mixer="sliding", ssm={})
+    activations, found = Activations(config, bf16=False), []
+    for accumulation in (1, 2):
+        work = Work(
+            Strategy("zero0", 0), 1, Slice(1, 64), accumulation, ActivationCheckpointingConfig(policy="every-layer"), 1,
+            compiled=True,
+        )  # fmt: skip
+        step = _Step(activations.sizes, config.mixers(), activations, work)
+        found.append(next(phase for phase in step.phases() if phase.phase == "backward of layer 0"))
+    once, again = found
+    part = activations.layer("sliding", work.checkpointing, work.slice, False, compiled=True)
+    sizes = activations.sizes
+    assert once.gradients + part.gradients == 4 * (sizes.rest + sizes.head + sizes.of_layer(0)) + 4 * sizes.embedding
+    assert again.gradients - once.gradients >= part.gradients
