@@ -42,9 +42,10 @@ test: test-unit test-cuda-path
 test-unit: setup
 	$(UNIT)
 
-# Tests that start several processes, which often wait: a few at a time. Those on several hosts take turns, for there is
-# one network of hosts; those that measure run when nothing else does. What takes longest starts first (tests/conftest.py).
-BESIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Tests that start several processes, which often wait: three at a time, on two cores too. Those on several hosts take
+# turns, for there is one network of hosts; those that measure run when nothing else does. What takes longest starts first
+# (tests/conftest.py).
+BESIDE := -n 3 --dist loadfile --no-loadscope-reorder
 KINDS  := ranks or cluster
 
 test-processes: setup
