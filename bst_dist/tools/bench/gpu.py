@@ -4,11 +4,13 @@
     bst bench gpu --only layers stack
     bst bench gpu --small
 
-Parts, each a process of its own with a time limit, independent of the others: layers (forward and
-backward of one layer of every model, against the sliding layer), stack (tokens per second and MFU of whole models),
-longest (the longest sequence that trains), generation (tokens per second), resume (whether a run that was stopped
-and resumed equals one that was not, to the last bit). A part's figures are written when it ends: DIR/layers.json and so
-on, with the card, its clock and the versions in DIR/machine.json.
+Parts, each a process of its own with a time limit, independent of the others: layers (forward and backward of one layer
+of every model, against the sliding layer), kernels (where the time of a layer goes), stack (tokens per second and MFU
+of whole models), longest (the longest sequence that trains), generation (tokens per second), resume (whether a run that
+was stopped and resumed equals one that was not, to the last bit). A part's figures are written when it ends:
+DIR/layers.json and so on, with the card, its clock and the versions in DIR/machine.json.
+
+Before them all layers are compiled side by side, on all cores; the parts then read them from torch's cache.
 
 Without a GPU it only rehearses, in small sizes (--small): that shows that the parts run; the figures mean nothing.
 """
@@ -27,10 +29,14 @@ import torch
 
 from bst_base.files import write_json
 from bst_base.terminal import Sheet, print_table, say
-from bst_dist.tools.bench.gpu_parts import PARTS
+from bst_dist.tools.bench.gpu_parts import AHEAD, PARTS, compile_ahead
 
-LIMITS_S = {"layers": 240, "stack": 120, "longest": 60, "generation": 40, "resume": 70}
-"""Seconds of each part, together less than nine minutes; a part is told of its own and leaves out what does not fit."""
+AHEAD_S = 150
+"""Seconds for compiling; what is not compiled by then, its part compiles."""
+
+LIMITS_S = {"layers": 100, "kernels": 30, "stack": 90, "longest": 50, "generation": 40, "resume": 70}
+"""Seconds of each part, with AHEAD_S less than nine minutes; a part is told of its own and leaves out what does not
+fit."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +52,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"machine": machine(small)}
     write_json(args.output / "machine.json", found["machine"])
     say(f"{found['machine']['device']}, torch {torch.__version__}" + (", small: a rehearsal" * small))
+    if not small and {"layers", "kernels", "stack"} & set(args.only or PARTS):
+        found["ahead"] = _compile_ahead()
+        write_json(args.output / "ahead.json", found["ahead"])
     for name in args.only or PARTS:
         found[name] = _in_a_process(name, small)
         write_json(args.output / f"{name}.json", found[name])
@@ -66,6 +75,28 @@ def machine(small: bool) -> dict[str, Any]:
         except (OSError, subprocess.SubprocessError, IndexError, ValueError) as error:
             about["nvidia-smi"] = f"did not answer: {error}"
     return about
+
+
+def _compile_ahead() -> dict[str, Any]:
+    """Seconds after which each kind of layer was compiled, all side by side; None: it failed, or was not in time."""
+    begin = time.monotonic()
+    command = [sys.executable, "-m", "bst_dist.tools.bench.gpu", "ahead"]
+    started = {
+        f"{name}, D {width}": subprocess.Popen([*command, name, str(width)], stdout=subprocess.DEVNULL)
+        for name, width in AHEAD
+    }
+    took: dict[str, float | None] = dict.fromkeys(started)
+    while started and time.monotonic() < begin + AHEAD_S:
+        time.sleep(0.2)
+        for name in [name for name, process in started.items() if process.poll() is not None]:
+            if started.pop(name).returncode == 0:
+                took[name] = time.monotonic() - begin
+    for process in started.values():
+        process.kill()
+        process.wait()
+    say(f"compiled {sum(s is not None for s in took.values())} of {len(took)} kinds of layers in "
+        f"{time.monotonic() - begin:.0f} s")  # fmt: skip
+    return took
 
 
 def _in_a_process(name: str, small: bool) -> dict[str, Any]:
@@ -89,7 +120,8 @@ def _print(name: str, found: dict[str, Any]) -> None:
         return
     rows = found["rows"]
     columns = [key for key in rows[0] if not isinstance(rows[0][key], dict)]
-    print_table(Sheet(columns, [[_shown(row.get(column)) for column in columns] for row in rows]), name)
+    shown = [row for row in rows if row.get("share", 1) > 0.02]
+    print_table(Sheet(columns, [[_shown(row.get(column)) for column in columns] for row in shown]), name)
 
 
 def _shown(value: Any) -> str:
@@ -97,5 +129,8 @@ def _shown(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    part, in_small, seconds = sys.argv[1:]
-    print(json.dumps(PARTS[part](bool(int(in_small)), time.monotonic() + 0.85 * float(seconds))))
+    part, first, second = sys.argv[1:]
+    if part == "ahead":
+        compile_ahead(first, int(second))
+        sys.exit()
+    print(json.dumps(PARTS[part](bool(int(first)), time.monotonic() + 0.85 * float(second))))

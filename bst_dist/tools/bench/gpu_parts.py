@@ -73,6 +73,14 @@ class Sizes:
         return ModelConfig(**sizes, **own | {"depth": self.depth} | settings, vocab_size=self.vocabulary)
 
 
+WIDTHS = (1024, 2048)
+
+
+def stack_sizes(width: int) -> Sizes:
+    """Of whole models, whose passes have 2^25 numbers in the residual stream."""
+    return Sizes(width=width, heads=width // 128, rows=8 * 1024 // width)
+
+
 SMALL = Sizes(width=32, heads=2, block=16, length=64, rows=1, depth=2, vocabulary=64, rounds=1)
 BST = {"mixer": "bst", "context": {"variant": "SH"}}
 
@@ -81,25 +89,20 @@ def layers(small: bool, until: float) -> dict[str, Any]:
     """One layer of each model, forward and backward in bf16, uncompiled and as one compiled graph, in turn."""
     sizes, device = _sizes(small), on_device()
     compile_until = until - 0.4 * (until - time.monotonic())
-    x = torch.randn(sizes.rows, sizes.length, sizes.width, device=device, requires_grad=True)
     cases: dict[tuple[str, bool], Callable[[], None]] = {}
     rows, left_out = [], []
     for compiled in (False, True) if device.type == "cuda" else (False,):
-        for name, settings in LAYERS.items():
+        for name in LAYERS:
             if time.monotonic() > (compile_until if compiled else until):
                 left_out.append(f"{name}, compiled: {compiled}: time was over")
                 continue
-            config = sizes.config(**settings, depth=1)
-            layer = Layer(config.mixer, config).to(device)
-            layer.initialize(1)
-            layer.compiled = compiled
-            case = training_pass(layer, x, torch.bfloat16)
+            case = layer_pass(name, sizes, device, compiled)
             try:
                 first = seconds_of(case)
             except Exception as error:  # one that does not compile must not cost the others
                 left_out.append(f"{name}, compiled: {compiled}: {type(error).__name__}: {error}"[:400])
                 continue
-            terms = forward_flops(config, sizes.length)
+            terms = forward_flops(sizes.config(**LAYERS[name], depth=1), sizes.length)
             cases[name, compiled] = case
             rows.append({"layer": name, "compiled": compiled, "first_s": first,
                          "flops": 3 * (sum(terms.values()) - terms["head"])})  # fmt: skip
@@ -127,11 +130,58 @@ def _in_turn(cases: dict[tuple[str, bool], Callable[[], None]], rounds: int, unt
     return seconds
 
 
+def layer_pass(name: str, sizes: Sizes, device: torch.device, compiled: bool) -> Callable[[], None]:
+    """Both passes of one layer in bf16, on random inputs and gradients."""
+    config = sizes.config(**LAYERS[name], depth=1)
+    layer = Layer(config.mixer, config).to(device)
+    layer.initialize(1)
+    layer.compiled = compiled
+    x = torch.randn(sizes.rows, sizes.length, sizes.width, device=device, requires_grad=True)
+    return training_pass(layer, x, torch.bfloat16)
+
+
+def compile_ahead(name: str, width: int) -> None:
+    """Compile one kind of layer, for torch's cache on this disk: a process each, so that all cores compile."""
+    layer_pass(name, stack_sizes(width), on_device(), compiled=True)()
+
+
+AHEAD = [*((name, 1024) for name in LAYERS), ("sliding", 2048), ("BST SH", 2048)]
+"""What is compiled before anything is measured: the layers, and those of the stacks."""
+
+
+def kernels(small: bool, until: float) -> dict[str, Any]:
+    """Where the time of a compiled layer goes: every kernel of both passes, with its launches and its time."""
+    sizes, device, rows = _sizes(small), on_device(), []
+    for name in ("sliding", "BST SH", "BST MF"):
+        if time.monotonic() > until:
+            return {"rows": rows, "left_out": [f"{name}: time was over"]}
+        case = layer_pass(name, sizes, device, compiled=device.type == "cuda")
+        for _ in range(3):
+            seconds_of(case)
+        found = _kernels_of(case, device)
+        whole = sum(us for _, us, _ in found)
+        rows += [{"layer": name, "us": us, "share": us / whole, "launches": launches, "kernel": kernel}
+                 for kernel, us, launches in found]  # fmt: skip
+    return {"rows": rows}
+
+
+def _kernels_of(case: Callable[[], None], device: torch.device) -> list[tuple[str, float, int]]:
+    """Name, microseconds and launches of all kernels of a call, the longest first; of operators on a CPU."""
+    on_gpu = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
+        seconds_of(case)
+    kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    found = [one for one in profile.key_averages() if one.device_type == kind]
+    times = [(one.key, one.self_device_time_total if on_gpu else one.self_cpu_time_total, one.count) for one in found]
+    return sorted(times, key=lambda kernel: -kernel[1])
+
+
 def stack(small: bool, until: float) -> dict[str, Any]:
     """Whole models, forward and backward with the loss, layers compiled on a GPU: tokens per second and MFU."""
     device, rows = on_device(), []
-    for width, batch in ((1024, 8), (2048, 4)):
-        sizes = SMALL if small else Sizes(width=width, heads=width // 128, rows=batch)
+    for width in WIDTHS:
+        sizes = SMALL if small else stack_sizes(width)
         for name in ("sliding", "BST SH"):
             places = {"placement": [1, 7, 9]} if name == "BST SH" and not small else {}
             model = LanguageModel(sizes.config(**LAYERS[name], **places)).to(device)
@@ -180,7 +230,7 @@ def longest(small: bool, until: float) -> dict[str, Any]:
     sizes, device, rows = _sizes(small), on_device(), []
     model = LanguageModel(sizes.config(**BST)).to(device)
     model.checkpoint = policy(ActivationCheckpointingConfig(policy="every-layer"), model.layers)
-    length, most = 4 * sizes.length, 16 * sizes.length if small else 2**30
+    length, most = 8 * sizes.length, 16 * sizes.length if small else 2**30
     while length <= most and time.monotonic() < until:
         ids = torch.randint(sizes.vocabulary, (1, length + 1), device=device)
         try:
@@ -240,7 +290,7 @@ def resume(small: bool, until: float) -> dict[str, Any]:
 
 def _train(recipe: Path, folder: Path, arguments: list[str], until: float) -> None:
     run_dir, *more = arguments
-    command = [str(Path(sys.executable).with_name("bst")), "train", str(recipe), "--run-dir", str(folder / run_dir)]
+    command = [sys.executable, "-m", "bst_dist", "train", str(recipe), "--run-dir", str(folder / run_dir)]
     left = max(1.0, until - time.monotonic())
     done = subprocess.run([*command, *more], check=False, capture_output=True, text=True, timeout=left)
     if done.returncode:
@@ -275,5 +325,6 @@ def _peak(device: torch.device) -> int:
 
 
 PARTS: dict[str, Callable[[bool, float], dict[str, Any]]] = {
-    "layers": layers, "stack": stack, "longest": longest, "generation": generation, "resume": resume,
+    "layers": layers, "kernels": kernels, "stack": stack, "longest": longest, "generation": generation,
+    "resume": resume,
 }  # fmt: skip

@@ -47,5 +47,5 @@ def test_figures_are_written_part_by_part_and_a_failure_costs_no_other(
 
 
 def test_all_parts_together_take_less_than_nine_minutes() -> None:
-    assert sum(gpu.LIMITS_S.values()) < 9 * 60
+    assert gpu.AHEAD_S + sum(gpu.LIMITS_S.values()) < 9 * 60
     assert gpu.LIMITS_S.keys() == PARTS.keys()

@@ -1,0 +1,8 @@
+"""`python -m bst_dist`: the command `bst`, also where the project is on the path and not installed."""
+
+import sys
+
+from bst_dist.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
