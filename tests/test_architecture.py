@@ -17,7 +17,7 @@ PACKAGES = ("bst_base", "bst_dist", "data_pipeline")
 # From the top down: a module imports from its own line and from lines below. A line names modules or packages, and the
 # longest name that fits a module is its own.
 LAYERS = (
-    "bst_dist.cli bst_dist.usage",
+    "bst_dist.__main__ bst_dist.cli bst_dist.usage",
     "bst_dist.tools",
     "bst_dist.verify bst_dist.hub",
     "bst_dist.study",
