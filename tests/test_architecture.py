@@ -34,6 +34,7 @@ LAYERS = (
     "bst_dist.checkpoint bst_dist.faults",
     "bst_dist.report",
     "bst_dist.plan",
+    "bst_dist.plan.memory bst_dist.plan.muon bst_dist.plan.rehearse",
     "bst_dist.generation bst_dist.activation bst_dist.describe bst_dist.config",
     "bst_dist.model",
     "bst_dist.parallel bst_dist.version bst_dist.extras",

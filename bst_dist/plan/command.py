@@ -32,9 +32,9 @@ from bst_base.stopping import STATUS, heeding
 from bst_dist.config import Recipe, load_recipe, with_vocabulary
 from bst_dist.plan import slices
 from bst_dist.plan.accelerators import Accelerator, accelerator
-from bst_dist.plan.activations import Activations
 from bst_dist.plan.figures import describe
 from bst_dist.plan.measured import measure
+from bst_dist.plan.memory.activations import Activations
 from bst_dist.plan.report import show, show_longest, show_sizes, show_table
 from bst_dist.plan.search import Candidate, PlanError, Planner
 from bst_dist.plan.speed import Cluster

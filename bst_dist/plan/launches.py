@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bst_dist.activation.config import ActivationCheckpointingConfig
-from bst_dist.plan.activations import Activations
-from bst_dist.plan.memory import Work
+from bst_dist.plan.memory.activations import Activations
+from bst_dist.plan.memory.peak import Work
 
 LAUNCH_S = 6e-6
 """Of the host, for one operation: Python, autograd and the driver's launch. Assumed, and measured on no GPU."""

@@ -21,14 +21,14 @@ from bst_dist.config import Recipe, deepspeed_file
 from bst_dist.model.compiled import hindrance
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.neighbour import SequenceParallelError
-from bst_dist.plan.activations import Activations
 from bst_dist.plan.flops import forward_flops
 from bst_dist.plan.launches import host_seconds
-from bst_dist.plan.memory import Memory, Work, memory
-from bst_dist.plan.parts import Slice
+from bst_dist.plan.memory.activations import Activations
+from bst_dist.plan.memory.parts import Slice
+from bst_dist.plan.memory.peak import Memory, Work, memory
+from bst_dist.plan.memory.zero import Sizes, Strategy, muon_share
 from bst_dist.plan.speed import Cluster, Moved, Speed, share_rerun, speed
 from bst_dist.plan.traffic import sequence_traffic, zero_traffic
-from bst_dist.plan.zero import Sizes, Strategy, muon_share
 from data_pipeline.serve.spread import Spread
 
 RESERVED_BYTES = 3e9

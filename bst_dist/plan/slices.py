@@ -12,7 +12,7 @@ from typing import Any
 
 from bst_base.settings import parse
 from bst_dist.config import Recipe
-from bst_dist.plan.activations import Activations
+from bst_dist.plan.memory.activations import Activations
 from bst_dist.plan.search import GATHERED_ONCE, STAGES, Candidate, Planner
 from bst_dist.plan.speed import Cluster
 

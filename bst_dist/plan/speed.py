@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.plan.accelerators import Accelerator
-from bst_dist.plan.memory import Work
+from bst_dist.plan.memory.peak import Work
 from bst_dist.plan.traffic import GATHER, MOMENTUM
 
 MATMUL_EFFICIENCY = 0.5

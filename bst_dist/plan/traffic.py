@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import Counter
 
 from bst_dist.model.config import ModelConfig
-from bst_dist.plan.gathering import gather
-from bst_dist.plan.memory import Work
-from bst_dist.plan.zero import ALIGNMENT, WORD, Sizes, muon_share
+from bst_dist.plan.memory.gathering import gather
+from bst_dist.plan.memory.peak import Work
+from bst_dist.plan.memory.zero import ALIGNMENT, WORD, Sizes, muon_share
 
 REDUCE, GATHER, SCATTER = "gradients: all-reduce", "weights: all-gather", "gradients: reduce-scatter"
 MOMENTUM = "momentum: all-to-all"

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_iter
 
 from bst_dist.model import loss
 from bst_dist.model.loss import linear_cross_entropy
-from bst_dist.plan.live import computes
+from bst_dist.plan.memory.live import computes
 
 
 @pytest.fixture(params=[1, 3, 10_000], ids=lambda rows: f"tiles of {rows}")

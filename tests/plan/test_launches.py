@@ -9,8 +9,8 @@ from bst_dist.config import Recipe
 from bst_dist.plan import search
 from bst_dist.plan.accelerators import accelerator
 from bst_dist.plan.launches import COMPILED_FEWER, LAUNCH_S, operations
-from bst_dist.plan.live import LiveBytes
-from bst_dist.plan.memory import memory
+from bst_dist.plan.memory.live import LiveBytes
+from bst_dist.plan.memory.peak import memory
 from bst_dist.plan.search import Planner
 from bst_dist.plan.speed import Cluster
 from tests.plan.test_search import SETTINGS

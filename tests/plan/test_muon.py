@@ -10,11 +10,11 @@ from bst_dist.config import Recipe
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.plan.accelerators import accelerator
+from bst_dist.plan.memory.zero import Sizes, Strategy, states
 from bst_dist.plan.muon import busiest
 from bst_dist.plan.search import Planner
 from bst_dist.plan.speed import Cluster
 from bst_dist.plan.traffic import MOMENTUM
-from bst_dist.plan.zero import Sizes, Strategy, states
 
 SMALL = {"width": 64, "heads": 2, "ffn": 96, "block": 8, "depth": 2, "vocab_size": 29, "mixer": "bst"}
 

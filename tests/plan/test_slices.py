@@ -15,7 +15,7 @@ from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.plan import slices
 from bst_dist.plan.accelerators import accelerator
-from bst_dist.plan.activations import Activations
+from bst_dist.plan.memory.activations import Activations
 from bst_dist.plan.search import GATHERED_ONCE, HEADROOM, Planner
 from bst_dist.plan.slices import Size, best, sizes
 from bst_dist.plan.speed import Cluster

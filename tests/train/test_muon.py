@@ -16,7 +16,7 @@ from bst_dist.model.config import ModelConfig
 from bst_dist.model.layers import MIXERS
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.ranks import Ranks
-from bst_dist.plan.zero import Sizes, muon_share
+from bst_dist.plan.memory.zero import Sizes, muon_share
 from bst_dist.train.config import OptimizerConfig
 from bst_dist.train.deepspeed_json import DeepSpeedConfigError, Intent, complete
 from bst_dist.train.engine import Engine

@@ -26,7 +26,7 @@ from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.model.masking import masking_problem
 from bst_dist.parallel.phases import Phases
-from bst_dist.plan.fused import fused_attention, fused_share
+from bst_dist.plan.memory.fused import fused_attention, fused_share
 from bst_dist.report.utilisation import Speed
 from bst_dist.train import step
 from bst_dist.train.config import ScheduleConfig, TrainConfig

@@ -23,7 +23,7 @@ from bst_dist.activation import policy as activation
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.config import Recipe, load_recipe
 from bst_dist.model.lm import LanguageModel
-from bst_dist.plan.live import LiveBytes
+from bst_dist.plan.memory.live import LiveBytes
 from bst_dist.tools.bench.timing import Spread
 
 DEPTHS = (4, 8)

@@ -25,15 +25,15 @@ from bst_dist.model.config import ModelConfig
 from bst_dist.model.layers import Layer
 from bst_dist.model.lm import LanguageModel
 from bst_dist.plan.accelerators import accelerator, of_device
-from bst_dist.plan.activations import Activations
 from bst_dist.plan.flops import forward_flops, train_flops_per_token
 from bst_dist.plan.hardware import peak_flops
 from bst_dist.plan.launches import host_seconds
-from bst_dist.plan.memory import Work
-from bst_dist.plan.parts import Slice
+from bst_dist.plan.memory.activations import Activations
+from bst_dist.plan.memory.parts import Slice
+from bst_dist.plan.memory.peak import Work
+from bst_dist.plan.memory.zero import Strategy
 from bst_dist.plan.speed import Cluster, Moved
 from bst_dist.plan.speed import speed as step_speed
-from bst_dist.plan.zero import Strategy
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.tools.bench.layers import training_pass
 from bst_dist.tools.bench.timing import device as on_device

@@ -36,11 +36,11 @@ from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.parallel.neighbour import past_of_slice
 from bst_dist.parallel.slices import EdgesHere, go_backward
-from bst_dist.plan.activations import Activations
-from bst_dist.plan.memory import Memory, Work, memory
-from bst_dist.plan.parts import Slice
+from bst_dist.plan.memory.activations import Activations
+from bst_dist.plan.memory.parts import Slice
+from bst_dist.plan.memory.peak import Memory, Work, memory
+from bst_dist.plan.memory.zero import Strategy
 from bst_dist.plan.traffic import GATHER, REDUCE, SCATTER, sent, sequence_traffic, zero_traffic
-from bst_dist.plan.zero import Strategy
 
 if TYPE_CHECKING:
     from bst_dist.parallel.group import SequenceGroup

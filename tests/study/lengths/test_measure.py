@@ -7,7 +7,7 @@ import torch
 from bst_base.settings import parse
 from bst_dist.config import Recipe
 from bst_dist.model.config import ModelConfig
-from bst_dist.plan.live import LiveBytes
+from bst_dist.plan.memory.live import LiveBytes
 from bst_dist.study.evaluation import scoring
 from bst_dist.study.evaluation.trained import Trained
 from bst_dist.study.lengths.measure import LengthError, how, measure, position_bins

@@ -25,9 +25,9 @@ from bst_dist.activation import selective
 from bst_dist.model import products
 from bst_dist.model.borders import Borders, Starts
 from bst_dist.parallel.past import Past
-from bst_dist.plan.fused import OPERATOR
-from bst_dist.plan.live import computes
-from bst_dist.plan.parts import Part
+from bst_dist.plan.memory.fused import OPERATOR
+from bst_dist.plan.memory.live import computes
+from bst_dist.plan.memory.parts import Part
 
 MOST_NODES = 20_000
 """Operations of a trace that is divided: of a loop over very many blocks the partitioner would take minutes."""

@@ -3,7 +3,7 @@
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bst_dist.plan.live import LiveBytes
+from bst_dist.plan.memory.live import LiveBytes
 
 
 def test_storages_are_counted_once_and_until_nothing_refers_to_them():

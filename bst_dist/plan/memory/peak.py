@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.parallel.slices import Spacing
-from bst_dist.plan.activations import Activations
-from bst_dist.plan.gathering import Gathered, gather
-from bst_dist.plan.parts import Part, Slice
-from bst_dist.plan.zero import WORD, Sizes, States, Strategy, states
+from bst_dist.plan.memory.activations import Activations
+from bst_dist.plan.memory.gathering import Gathered, gather
+from bst_dist.plan.memory.parts import Part, Slice
+from bst_dist.plan.memory.zero import WORD, Sizes, States, Strategy, states
 
 INPUT_BYTES = 17
 """Of a token: its id and its label in 64 bits, and its mask."""

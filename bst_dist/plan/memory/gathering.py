@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from bst_dist.plan.zero import WORD, Place, Sizes, Strategy
+from bst_dist.plan.memory.zero import WORD, Place, Sizes, Strategy
 
 
 @dataclass(frozen=True)

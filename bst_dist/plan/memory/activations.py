@@ -32,14 +32,14 @@ from bst_dist.parallel.past import EarlierCall, Past
 from bst_dist.parallel.ranks import choose_accelerator
 from bst_dist.parallel.rehearsal import Rehearsal
 from bst_dist.parallel.slices import Edge
-from bst_dist.plan.fused import fused_attention, fused_share
-from bst_dist.plan.live import LiveBytes
-from bst_dist.plan.parts import Part, Slice
+from bst_dist.plan.memory.fused import fused_attention, fused_share
+from bst_dist.plan.memory.live import LiveBytes
+from bst_dist.plan.memory.parts import Part, Slice
+from bst_dist.plan.memory.zero import WORD, Sizes
 from bst_dist.plan.rehearse import MOST_BLOCKS, no_borders, rehearse
-from bst_dist.plan.zero import WORD, Sizes
 
 if TYPE_CHECKING:
-    from bst_dist.plan.graphs import Joint
+    from bst_dist.plan.memory.graphs import Joint
 
 T = TypeVar("T")
 _RUN_AGAIN = ActivationCheckpointingConfig(policy="every-layer")
@@ -139,7 +139,8 @@ class Activations:
         return self._known[key]
 
     def _graph(self, mixer: str, slice_: Slice) -> Joint | None:
-        from bst_dist.plan.graphs import joint_graph  # loads torch's compiler, which takes a second: only to plan
+        # Loads torch's compiler, which takes a second: only to plan.
+        from bst_dist.plan.memory.graphs import joint_graph
 
         with self._fused(), FakeTensorMode():
             layer = self._alone(mixer)

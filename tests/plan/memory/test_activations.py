@@ -10,8 +10,8 @@ from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.past import Past
-from bst_dist.plan.activations import Activations
-from bst_dist.plan.parts import Slice
+from bst_dist.plan.memory.activations import Activations
+from bst_dist.plan.memory.parts import Slice
 
 ROWS, LENGTH, WIDTH = 2, 64, 32
 
@@ -74,15 +74,15 @@ def test_offloaded_inputs_lie_in_the_host_s_memory():
 
 
 def test_many_rows_and_many_tokens_follow_from_few(monkeypatch):
-    monkeypatch.setattr("bst_dist.plan.activations.GPU_TILE_LOGITS", 50 * 16)  # sixteen tokens a tile
+    monkeypatch.setattr("bst_dist.plan.memory.activations.GPU_TILE_LOGITS", 50 * 16)  # sixteen tokens a tile
     activations = Activations(model(), bf16=True)
     direct = activations._layer("bst", keeping("selective"), Slice(5, LENGTH), zero3=False)
     follows = activations.layer("bst", keeping("selective"), Slice(5, LENGTH), zero3=False)
     assert replace(follows, backward=direct.backward) == direct
     assert follows.backward == pytest.approx(direct.backward, rel=0.05)  # few rows may peak at another moment
-    monkeypatch.setattr("bst_dist.plan.activations.REHEARSED_TILES", 12)
+    monkeypatch.setattr("bst_dist.plan.memory.activations.REHEARSED_TILES", 12)
     assert activations.head(Slice(5, LENGTH)) == activations._head(5 * LENGTH)
-    monkeypatch.setattr("bst_dist.plan.activations.GPU_TILE_LOGITS", 50 * 20)  # tiles that are no whole blocks
+    monkeypatch.setattr("bst_dist.plan.memory.activations.GPU_TILE_LOGITS", 50 * 20)  # tiles that are no whole blocks
     assert activations.head(Slice(5, LENGTH)) == activations._head(5 * LENGTH)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
-from bst_dist.plan import graphs
-from bst_dist.plan.activations import Activations
-from bst_dist.plan.memory import Work, _Step
-from bst_dist.plan.parts import Slice
-from bst_dist.plan.zero import Strategy
+from bst_dist.plan.memory import graphs
+from bst_dist.plan.memory.activations import Activations
+from bst_dist.plan.memory.parts import Slice
+from bst_dist.plan.memory.peak import Work, _Step
+from bst_dist.plan.memory.zero import Strategy
 
 ROWS, LENGTH, WIDTH = 2, 256, 64
 SLICE = Slice(ROWS, LENGTH)

@@ -3,11 +3,11 @@
 import pytest
 
 from bst_dist.activation.config import ActivationCheckpointingConfig
-from bst_dist.plan.gathering import gather
-from bst_dist.plan.memory import Work
-from bst_dist.plan.parts import Slice
+from bst_dist.plan.memory.gathering import gather
+from bst_dist.plan.memory.parts import Slice
+from bst_dist.plan.memory.peak import Work
+from bst_dist.plan.memory.zero import Sizes, Strategy, states
 from bst_dist.plan.traffic import GATHER, REDUCE, SCATTER, zero_traffic
-from bst_dist.plan.zero import Sizes, Strategy, states
 
 WORLD = 8
 SIZES = Sizes(groups=((64_000,) * 10, (320_000,)), layers=(((64_000,),) * 5,) * 2, embedding=320_000, rest=0)
