@@ -38,6 +38,7 @@ LAYERS = (
     "bst_dist.generation bst_dist.activation bst_dist.describe bst_dist.config",
     "bst_dist.model",
     "bst_dist.parallel bst_dist.version bst_dist.extras",
+    "bst_dist.parallel.sequence bst_dist.parallel.matrices",
     "data_pipeline",
     "bst_base",
 )

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from bst_base.errors import UserError
 from bst_dist.activation.offload import HostCopies
-from bst_dist.parallel.past import State
-from bst_dist.parallel.slices import Edges, EdgesHere
+from bst_dist.parallel.sequence.past import State
+from bst_dist.parallel.sequence.slices import Edges, EdgesHere
 
 Place = Literal["device", "host", "disk"]
 

@@ -51,7 +51,7 @@ def redistribute(rows: Rows, saved: Layout, load: Callable[[int], Carried]) -> C
     """The past carried by this rank's rows, from what the ranks of another layout carried.
 
     `load` gives what one of those ranks carried. The first rank of those that shared a sequence holds the state of
-    its rows, whatever their number; the others hold none (`bst_dist.parallel.neighbour`).
+    its rows, whatever their number; the others hold none (`bst_dist.parallel.sequence.neighbour`).
     """
     wanted, spread = rows.of_micro_batches(), Spread(rows.sequences, saved.ranks // saved.sp, 1)
     sources = {spread.owner(row) * saved.sp for batch in wanted for row in batch if row != MASKED}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bst_dist.model.config import within_block
 from bst_dist.model.lm import LanguageModel
-from bst_dist.parallel.past import State
+from bst_dist.parallel.sequence.past import State
 
 BLOCKS_AT_ONCE = 16
 """Blocks of a row in one forward pass, so that a long prompt needs no more memory than that."""

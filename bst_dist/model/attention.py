@@ -24,7 +24,7 @@ from bst_dist.model.fused_tiles import fused_sliding_attention, fused_tile
 from bst_dist.model.products import together
 from bst_dist.model.roles import Linear
 from bst_dist.model.tiles import HIDDEN, QUERY_TILE, sliding_tiles, tiled_attention_and_sums
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 
 
 def unit(x: Tensor, scale: Tensor | None = None) -> Tensor:

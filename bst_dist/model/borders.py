@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 
 SHARES = (512, 128, 32)
 """One border in so many tokens of a micro-batch is the room there is for them: the first that holds them all, else one

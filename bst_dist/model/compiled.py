@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from bst_dist.model import flex
 from bst_dist.model.borders import Borders, Starts
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 
 OPTIONS = {"combo_kernels": True, "epilogue_fusion": False}
 """Of Inductor: small kernels that do not wait for each other, such as casts of weights, are one launch; and nothing is

@@ -21,7 +21,7 @@ from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.roles import Linear, Role, Stack
 from bst_dist.model.ssm.kernels import build_kernel
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 
 
 class Passage(nn.Module):

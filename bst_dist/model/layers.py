@@ -27,7 +27,7 @@ from bst_dist.model.config import LayerConfig
 from bst_dist.model.context import CrossAttention
 from bst_dist.model.products import relu_of, together, whole
 from bst_dist.model.roles import Linear
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 
 
 class SlidingMixer(nn.Module):

@@ -10,7 +10,7 @@ from bst_dist.model.borders import Starts
 from bst_dist.model.config import LayerConfig, ModelConfig
 from bst_dist.model.layers import Layer
 from bst_dist.model.lm import LanguageModel
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 
 
 class BlockStateTransformer(LanguageModel):

@@ -18,7 +18,7 @@ from bst_dist.model.loss import OutputHead, linear_cross_entropy
 from bst_dist.model.masking import masking_problem
 from bst_dist.model.parametrisation import Scale
 from bst_dist.model.roles import Role, Stack, matrices_of, roles_of
-from bst_dist.parallel.past import EarlierCall, Past, State
+from bst_dist.parallel.sequence.past import EarlierCall, Past, State
 
 LAST_GAIN = 0.5
 """Size of the last norm's gains at first; their signs are drawn. The stream begins as little more than the token's own

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 from torch import distributed as dist
 
-from bst_dist.parallel.group import SequenceGroup
 from bst_dist.parallel.phases import Phases
+from bst_dist.parallel.sequence.group import SequenceGroup
 
 
 class WatchedGroup(SequenceGroup):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from bst_dist.parallel.config import data_parallel
-from bst_dist.parallel.group import SequenceGroup
+from bst_dist.parallel.sequence.group import SequenceGroup
 
 
 @dataclass(frozen=True)

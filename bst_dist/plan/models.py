@@ -30,7 +30,7 @@ from bst_dist.config import load_recipe, with_vocabulary
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.layers import FeedForward, Layer
 from bst_dist.model.ssm.kernels import KERNELS
-from bst_dist.parallel.past import EarlierCall
+from bst_dist.parallel.sequence.past import EarlierCall
 from bst_dist.plan.flops import forward_flops
 from data_pipeline.serve.loader import open_corpora
 

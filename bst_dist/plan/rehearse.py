@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import FilterConfig, ModelConfig
 from bst_dist.model.lm import LanguageModel
-from bst_dist.parallel.neighbour import LeftNeighbour, SequenceParallelError
-from bst_dist.parallel.past import EarlierCall
-from bst_dist.parallel.rehearsal import Rehearsal
+from bst_dist.parallel.sequence.neighbour import LeftNeighbour, SequenceParallelError
+from bst_dist.parallel.sequence.past import EarlierCall
+from bst_dist.parallel.sequence.rehearsal import Rehearsal
 
 ONCE = ("documents", "begins")
 """What is sent once a call for all layers, by whichever asks first: where masked documents begin."""

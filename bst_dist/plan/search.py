@@ -20,7 +20,7 @@ from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.config import Recipe, deepspeed_file
 from bst_dist.model.compiled import hindrance
 from bst_dist.model.lm import LanguageModel
-from bst_dist.parallel.neighbour import SequenceParallelError
+from bst_dist.parallel.sequence.neighbour import SequenceParallelError
 from bst_dist.plan.flops import forward_flops
 from bst_dist.plan.launches import host_seconds
 from bst_dist.plan.memory.activations import Activations

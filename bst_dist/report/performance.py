@@ -18,8 +18,8 @@ from torch import Tensor
 from bst_dist.report.metrics import Callback, PerformanceReport, StepReport, Writer
 
 if TYPE_CHECKING:
-    from bst_dist.parallel.group import SequenceGroup
     from bst_dist.parallel.ranks import Ranks
+    from bst_dist.parallel.sequence.group import SequenceGroup
 
 OWN_WORK = ("data", "forward", "backward", "optimizer")
 """Phases in which a rank works by itself; what it waits for the others in them goes down as communication."""

@@ -14,7 +14,7 @@ from torch import nn
 
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.model.config import ModelConfig
-from bst_dist.parallel.slices import Spacing
+from bst_dist.parallel.sequence.slices import Spacing
 from bst_dist.plan.flops import forward_flops, layer_flops
 
 FUSED = "fused-tiles"

@@ -16,8 +16,8 @@ from bst_dist.faults.signals import Stop
 from bst_dist.model.attention import attention_path
 from bst_dist.model.compiled import hindrance
 from bst_dist.parallel.communication import WatchedGroup
-from bst_dist.parallel.group import SequenceGroup
 from bst_dist.parallel.ranks import Ranks
+from bst_dist.parallel.sequence.group import SequenceGroup
 from bst_dist.plan.flops import train_flops_per_token
 from bst_dist.plan.hardware import peak_flops
 from bst_dist.report.utilisation import Speed, edge_flops_per_token, recomputed_flops_per_token

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bst_dist.parallel.neighbour import past_of_slice
-from bst_dist.parallel.past import EarlierCall, Past
+from bst_dist.parallel.sequence.neighbour import past_of_slice
+from bst_dist.parallel.sequence.past import EarlierCall, Past
 from bst_dist.report.metrics import Callback, EvalReport, StepReport, Writer, bits_per_byte, of_average
 from bst_dist.train.config import EvaluationConfig
 from bst_dist.train.step import on_device, sum_of_batch
@@ -19,8 +19,8 @@ from data_pipeline.serve.slices import slices_of
 
 if TYPE_CHECKING:
     from bst_dist.faults.signals import Stop
-    from bst_dist.parallel.group import SequenceGroup
     from bst_dist.parallel.ranks import Ranks
+    from bst_dist.parallel.sequence.group import SequenceGroup
     from bst_dist.report.probes import Probes
     from bst_dist.train.average import Average
     from bst_dist.train.engine import Engine

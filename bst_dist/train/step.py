@@ -23,8 +23,8 @@ from bst_dist.faults.guard import Guard, RollBack
 from bst_dist.faults.ledger import Ledger
 from bst_dist.faults.signals import Stop
 from bst_dist.model.borders import Borders, places_of
-from bst_dist.parallel.neighbour import past_of_slice
-from bst_dist.parallel.slices import go_backward
+from bst_dist.parallel.sequence.neighbour import past_of_slice
+from bst_dist.parallel.sequence.slices import go_backward
 from bst_dist.report.metrics import MixedReport, SkippedReport, StepReport, bits_per_byte
 from bst_dist.report.utilisation import Speed
 from bst_dist.train.config import ScheduleConfig, TrainConfig
@@ -32,9 +32,9 @@ from bst_dist.train.schedule import factor
 from data_pipeline.serve.slices import Blank, slices_of
 
 if TYPE_CHECKING:
-    from bst_dist.parallel.group import SequenceGroup
-    from bst_dist.parallel.past import EarlierCall
     from bst_dist.parallel.ranks import Ranks
+    from bst_dist.parallel.sequence.group import SequenceGroup
+    from bst_dist.parallel.sequence.past import EarlierCall
     from bst_dist.train.engine import Engine
     from data_pipeline.serve.batch import Batch
     from data_pipeline.serve.slices import MicroBatch

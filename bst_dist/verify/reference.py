@@ -11,7 +11,7 @@ from torch import Tensor
 from bst_dist.config import Recipe
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 from bst_dist.train.step import on_device
 from bst_dist.verify.batches import batches
 from data_pipeline.serve.batch import Batch

@@ -9,9 +9,9 @@ import torch
 
 from bst_dist.activation import policy as activation
 from bst_dist.config import Recipe, deepspeed_file
-from bst_dist.parallel.group import SequenceGroup
 from bst_dist.parallel.mesh import Mesh
 from bst_dist.parallel.ranks import Ranks
+from bst_dist.parallel.sequence.group import SequenceGroup
 from bst_dist.train import deepspeed_json
 from bst_dist.train.config import OptimizerConfig
 from bst_dist.train.engine import Engine

@@ -14,7 +14,7 @@ from bst_dist.activation import selective
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
-from bst_dist.parallel.past import EarlierCall
+from bst_dist.parallel.sequence.past import EarlierCall
 from bst_dist.plan.memory.live import LiveBytes
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 2, 32, 16, 29

@@ -23,7 +23,7 @@ from bst_dist.model import attention, flex
 from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 from bst_dist.plan.memory.activations import Activations
 from bst_dist.plan.memory.parts import Slice
 from bst_dist.plan.rehearse import no_borders

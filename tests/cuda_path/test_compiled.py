@@ -23,7 +23,7 @@ from bst_dist.activation import selective
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.config import Recipe, load_recipe
 from bst_dist.model import attention, flex, products
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 from bst_dist.train.building import compiles
 from bst_dist.verify.batches import _batch
 from bst_dist.verify.judge import Yardstick, judge, whole_error

@@ -19,8 +19,8 @@ from bst_dist.activation import selective
 from bst_dist.config import Recipe, load_recipe
 from bst_dist.model import flex
 from bst_dist.model.layers import Layer
-from bst_dist.parallel.past import Past
 from bst_dist.parallel.ranks import Ranks
+from bst_dist.parallel.sequence.past import Past
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.train import run as runs
 from bst_dist.train.start.request import Request

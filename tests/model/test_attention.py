@@ -21,7 +21,7 @@ from bst_dist.model.attention import (
 )
 from bst_dist.model.config import AttentionConfig, LayerConfig
 from bst_dist.model.tiles import QUERY_TILE, sliding_tiles
-from bst_dist.parallel.past import EarlierCall, Past
+from bst_dist.parallel.sequence.past import EarlierCall, Past
 
 
 def query_by_query(q, k, v, window, bias, include_self, documents=None):

@@ -10,7 +10,7 @@ import torch
 from bst_base.settings import parse
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.layers import MIXERS
-from bst_dist.parallel.past import EarlierCall, Past
+from bst_dist.parallel.sequence.past import EarlierCall, Past
 
 WIDTH, HEADS, BLOCK, LENGTH = 8, 2, 4, 20
 HEAD = WIDTH // HEADS

@@ -12,7 +12,7 @@ from bst_dist.model.borders import Borders, room
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.model.masking import masking_problem
-from bst_dist.parallel.past import EarlierCall
+from bst_dist.parallel.sequence.past import EarlierCall
 
 BLOCK, VOCABULARY = 8, 13
 S4D = {"state": 4, "chunk": 4}

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from bst_dist.model.config import ContextConfig, LayerConfig
 from bst_dist.model.layers import BSTMixer
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 
 WIDTH, HEADS, BLOCK, LENGTH = 16, 2, 8, 24
 

@@ -9,7 +9,7 @@ import torch
 
 from bst_dist.model.config import DPLRConfig
 from bst_dist.model.ssm.dplr import S4DPLR, hippo_legs, hippo_modes
-from bst_dist.parallel.past import EarlierCall, Past
+from bst_dist.parallel.sequence.past import EarlierCall, Past
 
 CONFIG = DPLRConfig(kernel="s4-dplr", state=6, chunk=8)
 BLOCK = 16

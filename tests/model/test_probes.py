@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from bst_dist.model.probes import ContextProbe, kernels, relative_entropy, time_scales
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 
 BLOCK = 8
 IDS = torch.randint(19, (2, 5 * BLOCK), generator=torch.Generator().manual_seed(1))

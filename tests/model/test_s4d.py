@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bst_dist.model.config import SSMConfig
 from bst_dist.model.ssm.s4d import S4D, initial_frequencies
-from bst_dist.parallel.past import EarlierCall, Past
+from bst_dist.parallel.sequence.past import EarlierCall, Past
 
 NOTHING = Past()
 

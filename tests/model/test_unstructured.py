@@ -9,7 +9,7 @@ import torch
 
 from bst_dist.model.config import ExplicitConfig, HyenaConfig
 from bst_dist.model.ssm.unstructured import DocumentResetError, ExplicitFilter, HyenaFilter
-from bst_dist.parallel.past import EarlierCall, Past
+from bst_dist.parallel.sequence.past import EarlierCall, Past
 
 BLOCK, WIDTH, MAPS = 8, 3, 4
 KINDS = ["explicit", "hyena"]

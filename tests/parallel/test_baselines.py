@@ -9,7 +9,7 @@ import torch.distributed as dist
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
-from bst_dist.parallel.neighbour import LeftNeighbour, SequenceParallelError
+from bst_dist.parallel.sequence.neighbour import LeftNeighbour, SequenceParallelError
 
 BLOCK, LENGTH, VOCABULARY = 8, 64, 23
 PASSED_ON = {

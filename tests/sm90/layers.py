@@ -21,7 +21,7 @@ from bst_dist.model import compiled, flex
 from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.layers import Layer
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 from tests.sm90.lowering import Launches, compile_kernels, launches, lower, pretended_h100, trace
 
 COUNTS = Path(__file__).with_name("counts.json")

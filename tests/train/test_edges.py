@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bst_dist.activation.edges import EdgeFileError, EdgesOnDisk, edges_in
-from bst_dist.parallel.past import State
+from bst_dist.parallel.sequence.past import State
 
 PLACES = ("device", "host", "disk")
 

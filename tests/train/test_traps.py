@@ -14,9 +14,9 @@ from bst_dist.model.layers import MIXERS
 from bst_dist.model.lm import LanguageModel
 from bst_dist.model.roles import products_only
 from bst_dist.model.ssm.s4d import S4D
-from bst_dist.parallel.neighbour import LeftNeighbour
 from bst_dist.parallel.ranks import Ranks
-from bst_dist.parallel.rehearsal import Rehearsal
+from bst_dist.parallel.sequence.neighbour import LeftNeighbour
+from bst_dist.parallel.sequence.rehearsal import Rehearsal
 from bst_dist.train import building
 from bst_dist.train.config import OptimizerConfig
 from bst_dist.train.deepspeed_json import DeepSpeedConfigError, Intent, complete, read

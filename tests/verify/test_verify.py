@@ -100,7 +100,7 @@ def test_a_gradient_summed_over_the_ranks_of_a_sequence_fails_even_in_bf16(recip
 
 def test_a_gradient_lost_between_slices_fails_and_names_where(recipe, broken, capfd):
     broken("""
-        from bst_dist.parallel import neighbour
+        from bst_dist.parallel.sequence import neighbour
         right = neighbour._Extend.backward
         def lost(ctx, gradient, around):
             own, *rest = right(ctx, gradient, around)

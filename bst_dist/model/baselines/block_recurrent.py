@@ -24,7 +24,7 @@ from bst_dist.model.attention import SlidingAttention, for_heads, unit
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.products import together
 from bst_dist.model.roles import Linear
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 
 
 class Window(NamedTuple):

@@ -24,7 +24,7 @@ from bst_dist.model.borders import Starts
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.roles import Linear
 from bst_dist.model.tiles import HIDDEN, QUERY_TILE, Tile, tiled_attention
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 
 
 class LongerThanAllowedError(UserError):

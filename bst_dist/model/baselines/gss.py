@@ -15,7 +15,7 @@ from bst_dist.model.borders import Starts
 from bst_dist.model.config import LayerConfig, SSMConfig, within_block
 from bst_dist.model.roles import Linear
 from bst_dist.model.ssm.s4d import S4D
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 
 
 class GSSMixer(nn.Module):

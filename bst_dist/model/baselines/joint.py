@@ -26,7 +26,7 @@ from bst_dist.model.context import FIRST_AND_ENDS, build_context, documents_in_b
 from bst_dist.model.flex import flex_sliding_attention
 from bst_dist.model.products import together, whole
 from bst_dist.model.roles import Linear
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 
 
 class JointMixer(nn.Module):

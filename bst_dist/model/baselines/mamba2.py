@@ -16,7 +16,7 @@ from bst_dist.model.borders import Starts
 from bst_dist.model.config import LayerConfig, within_block
 from bst_dist.model.roles import Linear
 from bst_dist.model.ssm.selective import CausalConvolution, Selective
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 
 
 class Mamba2Mixer(nn.Module):

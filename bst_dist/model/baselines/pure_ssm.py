@@ -9,7 +9,7 @@ from bst_dist.model.borders import Starts
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.roles import Linear
 from bst_dist.model.ssm.kernels import build_kernel
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 
 
 class PureSSMMixer(nn.Module):

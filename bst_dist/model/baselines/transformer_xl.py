@@ -16,7 +16,7 @@ from bst_dist.model.attention import SlidingAttention, documents_by, documents_f
 from bst_dist.model.borders import Starts
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.roles import Linear
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 
 
 class SegmentAttention(SlidingAttention):

@@ -24,7 +24,7 @@ from bst_dist.model.borders import Borders, Starts, columns, columns_asked
 from bst_dist.model.config import DPLRConfig
 from bst_dist.model.roles import Role
 from bst_dist.model.ssm.convolution import causal_matrix
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 
 
 def hippo_legs(state: int) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from bst_dist.model.ssm.dplr import S4DPLR
 from bst_dist.model.ssm.s4d import S4D
 from bst_dist.model.ssm.selective import SSD
 from bst_dist.model.ssm.unstructured import ExplicitFilter, HyenaFilter
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 
 
 class NoConvolution(nn.Module):

@@ -24,7 +24,7 @@ from bst_dist.model.roles import Role
 from bst_dist.model.ssm.convolution import causal_matrix
 from bst_dist.model.ssm.pairs import Pair
 from bst_dist.model.ssm.scan import start_incoming_states
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 
 
 def initial_frequencies(init: str, modes: int) -> Tensor:

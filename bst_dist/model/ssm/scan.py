@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bst_dist.model.ssm.pairs import Pair, pair_of
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 
 
 def start_incoming_states(

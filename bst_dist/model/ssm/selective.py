@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import SSDConfig
 from bst_dist.model.roles import Linear, Role
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 
 
 def running_sum(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from bst_base.errors import UserError
 from bst_dist.model.config import ExplicitConfig, FilterConfig, HyenaConfig
 from bst_dist.model.roles import Linear, Role
 from bst_dist.model.ssm.convolution import causal_convolution
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 
 
 class DocumentResetError(UserError):

@@ -27,11 +27,11 @@ from bst_dist.model.baselines import full, joint
 from bst_dist.model.config import FilterConfig, ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.model.loss import GPU_TILE_LOGITS, TILE_LOGITS
-from bst_dist.parallel.neighbour import LeftNeighbour
-from bst_dist.parallel.past import EarlierCall, Past
 from bst_dist.parallel.ranks import choose_accelerator
-from bst_dist.parallel.rehearsal import Rehearsal
-from bst_dist.parallel.slices import Edge
+from bst_dist.parallel.sequence.neighbour import LeftNeighbour
+from bst_dist.parallel.sequence.past import EarlierCall, Past
+from bst_dist.parallel.sequence.rehearsal import Rehearsal
+from bst_dist.parallel.sequence.slices import Edge
 from bst_dist.plan.memory.fused import fused_attention, fused_share
 from bst_dist.plan.memory.live import LiveBytes
 from bst_dist.plan.memory.parts import Part, Slice

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from bst_dist.activation import selective
 from bst_dist.model import products
 from bst_dist.model.borders import Borders, Starts
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 from bst_dist.plan.memory.fused import OPERATOR
 from bst_dist.plan.memory.live import computes
 from bst_dist.plan.memory.parts import Part

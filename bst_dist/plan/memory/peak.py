@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from bst_dist.activation.config import ActivationCheckpointingConfig
-from bst_dist.parallel.slices import Spacing
+from bst_dist.parallel.sequence.slices import Spacing
 from bst_dist.plan.memory.activations import Activations
 from bst_dist.plan.memory.gathering import Gathered, gather
 from bst_dist.plan.memory.parts import Part, Slice

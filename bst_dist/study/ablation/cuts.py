@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 
 Undo = Callable[[], None]
 

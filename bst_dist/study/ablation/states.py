@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bst_dist.model.baselines.block_recurrent import BlockRecurrentMixer
 from bst_dist.model.context import FilterContext, StreamContext
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 from bst_dist.study.ablation.cuts import Undo
 
 

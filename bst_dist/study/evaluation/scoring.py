@@ -15,7 +15,7 @@ import torch
 
 from bst_dist.model.config import MIXER_SECTIONS, FilterConfig, ModelConfig
 from bst_dist.model.lm import LanguageModel
-from bst_dist.parallel.past import EarlierCall, State
+from bst_dist.parallel.sequence.past import EarlierCall, State
 
 TOKENS_AT_ONCE = 16_384
 """Tokens of one forward pass, over all rows of its batch."""

@@ -12,7 +12,7 @@ import torch
 from bst_base.errors import UserError
 from bst_base.terminal import Sheet, print_table
 from bst_dist.model.lm import LanguageModel
-from bst_dist.parallel.past import State
+from bst_dist.parallel.sequence.past import State
 from bst_dist.study.evaluation.scoring import TOKENS_AT_ONCE
 from bst_dist.study.evaluation.trained import open_run
 from bst_dist.study.statistics import Estimate, ratio

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.model.roles import Linear
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 from bst_dist.study.lra.config import LongRangeConfig
 from bst_dist.study.lra.tasks import TASKS
 

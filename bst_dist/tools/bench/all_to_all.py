@@ -14,9 +14,9 @@ from torch.func import functional_call
 from bst_dist.model.attention import SlidingAttention, angles, documents_of, rotate, sliding_attention, unit
 from bst_dist.model.layers import Layer
 from bst_dist.model.ssm.s4d import S4D
-from bst_dist.parallel.group import SequenceGroup
-from bst_dist.parallel.past import Past
-from bst_dist.parallel.transpose import to_channels, to_tokens
+from bst_dist.parallel.sequence.group import SequenceGroup
+from bst_dist.parallel.sequence.past import Past
+from bst_dist.parallel.sequence.transpose import to_channels, to_tokens
 
 
 def all_to_all_form(layer: Layer, group: SequenceGroup) -> Layer:

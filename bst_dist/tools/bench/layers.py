@@ -24,7 +24,7 @@ from bst_base.errors import UserError
 from bst_base.terminal import Sheet, print_table, say
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.layers import Layer
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 from bst_dist.plan.flops import forward_flops
 from bst_dist.tools.bench import peers, timing
 from bst_dist.tools.bench.timing import Spread, interleaved, matmul_flops_per_s, ratios

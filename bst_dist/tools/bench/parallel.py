@@ -26,11 +26,11 @@ from torch import Tensor
 from bst_base.terminal import Sheet, print_table
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.layers import Layer
-from bst_dist.parallel.group import SequenceGroup
 from bst_dist.parallel.mesh import Mesh
-from bst_dist.parallel.neighbour import LeftNeighbour
-from bst_dist.parallel.past import Past
-from bst_dist.parallel.traffic import Traffic
+from bst_dist.parallel.sequence.group import SequenceGroup
+from bst_dist.parallel.sequence.neighbour import LeftNeighbour
+from bst_dist.parallel.sequence.past import Past
+from bst_dist.parallel.sequence.traffic import Traffic
 from bst_dist.tools.bench.all_to_all import all_to_all_form
 
 LAYERS = ("sliding", "SH", "MH", "MF")

@@ -34,8 +34,8 @@ from bst_dist.activation.policy import policy
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
-from bst_dist.parallel.neighbour import past_of_slice
-from bst_dist.parallel.slices import EdgesHere, go_backward
+from bst_dist.parallel.sequence.neighbour import past_of_slice
+from bst_dist.parallel.sequence.slices import EdgesHere, go_backward
 from bst_dist.plan.memory.activations import Activations
 from bst_dist.plan.memory.parts import Slice
 from bst_dist.plan.memory.peak import Memory, Work, memory
@@ -43,8 +43,8 @@ from bst_dist.plan.memory.zero import Strategy
 from bst_dist.plan.traffic import GATHER, REDUCE, SCATTER, sent, sequence_traffic, zero_traffic
 
 if TYPE_CHECKING:
-    from bst_dist.parallel.group import SequenceGroup
-    from bst_dist.parallel.past import EarlierCall
+    from bst_dist.parallel.sequence.group import SequenceGroup
+    from bst_dist.parallel.sequence.past import EarlierCall
     from bst_dist.train.engine import Engine
 
 MEMORY_TOLERANCE, TRAFFIC_TOLERANCE = 0.10, 0.02

@@ -29,8 +29,8 @@ from bst_dist.activation import policy as activation
 from bst_dist.activation.edges import Place, edges_in
 from bst_dist.activation.policy import ActivationCheckpointingConfig
 from bst_dist.model.lm import LanguageModel, ModelConfig
-from bst_dist.parallel.past import EarlierCall
-from bst_dist.parallel.slices import Spacing, go_backward
+from bst_dist.parallel.sequence.past import EarlierCall
+from bst_dist.parallel.sequence.slices import Spacing, go_backward
 from bst_dist.tools.bench.timing import device as on_device
 
 LENGTHS = (16384, 65536, 262144, 1048576)

@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 from bst_dist.plan.memory.activations import Activations
 from bst_dist.plan.memory.parts import Slice
 

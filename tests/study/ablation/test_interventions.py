@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from bst_base.errors import UserError
 from bst_dist.model.layers import MIXERS
 from bst_dist.model.ssm.s4d import S4D
-from bst_dist.parallel.past import Past
+from bst_dist.parallel.sequence.past import Past
 from bst_dist.study.ablation import interventions
 from bst_dist.study.ablation.interventions import Intervention, defaults, intervened, obstacle, parse
 from bst_dist.study.ablation.states import Draws

@@ -1,8 +1,8 @@
 """The past that the left neighbour's rank holds: sequence parallelism by passing states.
 
 A sequence lies over the ranks of a group in slices of whole blocks. What crosses a boundary is asked for through the
-contract of `bst_dist.parallel.past` and is the same few tensors at any length: the recurrent state, one block of keys
-and values, MF's last block end.
+contract of `bst_dist.parallel.sequence.past` and is the same few tensors at any length: the recurrent state, one block
+of keys and values, MF's last block end.
 
 Every exchange is made by every rank, forward and backward, in the same order, whether or not the rank needs what it
 gets: a rank whose slice begins the sequence, or begins a document, answers like all others. An exchange is one
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from bst_base.errors import UserError
-from bst_dist.parallel.group import SequenceGroup
-from bst_dist.parallel.past import EarlierCall, Past, Reached
-from bst_dist.parallel.scan import start_exclusive_scan
-from bst_dist.parallel.transpose import to_channels, to_tokens
+from bst_dist.parallel.sequence.group import SequenceGroup
+from bst_dist.parallel.sequence.past import EarlierCall, Past, Reached
+from bst_dist.parallel.sequence.scan import start_exclusive_scan
+from bst_dist.parallel.sequence.transpose import to_channels, to_tokens
 
 
 class SequenceParallelError(UserError):
@@ -35,7 +35,7 @@ class LeftNeighbour(Past):
 
     In streaming, the last rank's end is what the first rank needs in the next call. It gets there in this call: the
     states in the all-gather that is made anyway, the rest by closing the line of ranks to a ring. Where the next call
-    sends a gradient back (`bst_dist.parallel.slices`), it goes the same way to the last rank.
+    sends a gradient back (`bst_dist.parallel.sequence.slices`), it goes the same way to the last rank.
 
     Args:
         group: the ranks that share this sequence.

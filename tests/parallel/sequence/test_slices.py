@@ -13,11 +13,11 @@ from torch import Tensor
 
 from bst_dist.activation.policy import ActivationCheckpointingConfig, policy
 from bst_dist.model.lm import LanguageModel, ModelConfig
-from bst_dist.parallel.group import SequenceGroup
 from bst_dist.parallel.mesh import Mesh
-from bst_dist.parallel.neighbour import past_of_slice
-from bst_dist.parallel.past import EarlierCall
-from bst_dist.parallel.slices import EdgesHere, Spacing, go_backward
+from bst_dist.parallel.sequence.group import SequenceGroup
+from bst_dist.parallel.sequence.neighbour import past_of_slice
+from bst_dist.parallel.sequence.past import EarlierCall
+from bst_dist.parallel.sequence.slices import EdgesHere, Spacing, go_backward
 
 BLOCK, VOCABULARY = 4, 23
 TOLERANCE = 1e-10

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bst_dist.parallel.traffic import Traffic
+from bst_dist.parallel.sequence.traffic import Traffic
 
 
 class SequenceGroup:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bst_dist.parallel.group import SequenceGroup
+from bst_dist.parallel.sequence.group import SequenceGroup
 
 
 def start_exclusive_scan(

@@ -7,8 +7,8 @@ Three sources answer them behind one interface, and a layer does not know which 
 - `Past` itself: nothing came before;
 - `EarlierCall`: what an earlier call left behind (a document streamed over training steps, a token generated at a
   time). It carries values, not gradients: the paper's non-differentiable sequence cache. Its kin `Edge`
-  (`bst_dist.parallel.slices`) stands between two slices of one sequence, and sends gradients back;
-- `LeftNeighbour`: the left neighbour's rank, under sequence parallelism (`bst_dist.parallel.neighbour`).
+  (`bst_dist.parallel.sequence.slices`) stands between two slices of one sequence, and sends gradients back;
+- `LeftNeighbour`: the left neighbour's rank, under sequence parallelism (`bst_dist.parallel.sequence.neighbour`).
 
 What is there to be found is told by shape: `extend` returns at most as many positions as were asked for, and fewer
 (or none) when fewer exist, so no layer needs a flag or a mask for the start of a stream.
@@ -137,7 +137,7 @@ class EarlierCall(Past):
     """
 
     differentiable = False
-    """Whether a gradient may come back to what is left (`bst_dist.parallel.slices`)."""
+    """Whether a gradient may come back to what is left (`bst_dist.parallel.sequence.slices`)."""
 
     def __init__(self, before: State | None = None, position: int = 0):
         super().__init__()

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bst_dist.parallel.group import SequenceGroup
-from bst_dist.parallel.traffic import Traffic
+from bst_dist.parallel.sequence.group import SequenceGroup
+from bst_dist.parallel.sequence.traffic import Traffic
 
 
 class Rehearsal(SequenceGroup):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bst_dist.parallel.mesh import Mesh
-from bst_dist.parallel.scan import start_exclusive_scan
+from bst_dist.parallel.sequence.scan import start_exclusive_scan
 
 
 class Recorded:

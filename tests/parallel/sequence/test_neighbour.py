@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from bst_dist.model.borders import Borders
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
-from bst_dist.parallel.group import SequenceGroup
 from bst_dist.parallel.mesh import Mesh
-from bst_dist.parallel.neighbour import LeftNeighbour, SequenceParallelError
-from bst_dist.parallel.past import EarlierCall, Past
+from bst_dist.parallel.sequence.group import SequenceGroup
+from bst_dist.parallel.sequence.neighbour import LeftNeighbour, SequenceParallelError
+from bst_dist.parallel.sequence.past import EarlierCall, Past
 from bst_dist.plan.rehearse import rehearse
 
 BLOCK, ROWS, VOCABULARY = 8, 2, 29

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bst_dist.parallel.group import SequenceGroup
+from bst_dist.parallel.sequence.group import SequenceGroup
 
 
 def to_channels(x: Tensor, dim: int, group: SequenceGroup, kind: str) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bst_dist.parallel.past import EarlierCall, Past
+from bst_dist.parallel.sequence.past import EarlierCall, Past
 
 BLOCK = 4
 

@@ -30,7 +30,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bst_dist.parallel.past import EarlierCall, State
+from bst_dist.parallel.sequence.past import EarlierCall, State
 
 
 class Edge(EarlierCall):
