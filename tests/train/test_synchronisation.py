@@ -63,7 +63,9 @@ MODELS: dict[str, dict[str, Any]] = {
 class Waits(TorchDispatchMode):
     """Counts operations for which a host waits for its device, and those without a fixed order of sums."""
 
-    READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive")
+    READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "equal")
+    CHECKED = ("_linalg_check_errors", "_linalg_eigh", "linalg_eig", "_linalg_eigvals", "_linalg_svd", "linalg_lstsq")
+    """Whether they succeeded is read: by the first for all that have a form without, such as `linalg.solve_ex`."""
     UNORDERED = ("histc", "put_", "kthvalue", "median", "nll_loss_forward", "scatter_reduce", "bincount")
     """Of `torch.use_deterministic_algorithms`'s list, what a model could come to use; and sums of floats so far."""
 
@@ -74,9 +76,12 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name in (*self.READS, *self.UNORDERED) or (name == "cumsum" and args[0].is_floating_point()):
+        if name in (*self.READS, *self.CHECKED, *self.UNORDERED) or (name == "cumsum" and args[0].is_floating_point()):
             self.found[name] += 1
-        if name in ("_to_copy", "copy_"):
+        indexed = name in ("index", "index_put", "index_put_")
+        if indexed and any(x is not None and x.dtype == torch.bool for x in args[1]):
+            self.found["indexed by a mask"] += 1  # asks how many it selects
+        if indexed or name in ("_to_copy", "copy_"):
             devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
             if len(devices) > 1:
                 self.found[f"copy between {' and '.join(sorted(devices))}"] += 1
@@ -157,13 +162,26 @@ def test_what_flex_attention_is_told_and_the_bias_gradient_wait_for_nothing() ->
         assert waits.found == {}
 
 
-def test_a_wait_is_seen() -> None:
-    with torch.device("meta"), Waits() as waits:
-        torch.zeros(3, device="cpu").to("meta")
-        assert waits.found == {"copy between cpu and meta": 1}
+@pytest.mark.parametrize(
+    ("device", "operation", "name"),
+    [
+        ("meta", lambda x: torch.ones(3, device="cpu").to(x.device), "copy between cpu and meta"),
+        ("meta", lambda x: x[torch.tensor([0, 2], device="cpu")], "copy between cpu and meta"),
+        ("meta", lambda x: torch.linalg.solve(x, x), "_linalg_check_errors"),
+        ("meta", torch.linalg.inv, "_linalg_check_errors"),
+        ("meta", torch.linalg.eigvalsh, "_linalg_eigh"),
+        ("cpu", lambda x: float(x[0, 0]), "_local_scalar_dense"),
+        ("cpu", lambda x: x[x > 0], "indexed by a mask"),
+        ("cpu", lambda x: torch.equal(x, x), "equal"),
+        ("meta", lambda x: torch.linalg.solve_ex(x, x), None),
+        ("meta", lambda x: x[torch.tensor([0, 2], device="meta"), None, :2], None),
+    ],
+)
+def test_a_wait_is_seen_and_nothing_else_is(device: str, operation: Callable[[Tensor], Any], name: str | None) -> None:
+    x = torch.ones(3, 3, device=device)
     with Waits() as waits:
-        float(torch.ones(()) + 1)
-        assert waits.found == {"_local_scalar_dense": 1}
+        operation(x)
+    assert waits.found == ({name: 1} if name else {})
 
 
 @pytest.mark.ranks
