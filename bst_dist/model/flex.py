@@ -88,15 +88,21 @@ class Settings(NamedTuple):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, begin: Tensor | None, settings: Settings,
-            tiles: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """One FlexAttention call, and the bias's gradient beside it; `tiles` as of `visited_tiles`, None: made here."""
+            tiles: tuple[Tensor, ...] | None = None, before: Tensor | None = None,
+            ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """One FlexAttention call, and the bias's gradient beside it.
+
+    Args:
+        tiles: as of `visited_tiles`; None: made here.
+        before: the band's, as a tensor; None: a constant of the graph.
+    """
     band = Band(q.shape[1], k.shape[1], settings.window, settings.include_self)
-    constant = None if bias is None else bias.detach()
+    constant, before = None if bias is None else bias.detach(), band.before if before is None else before
 
     def add_bias(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return score + constant[h, (query + band.before - key).clamp(0, constant.shape[1] - 1)]
+        return score + constant[h, (query + before - key).clamp(0, constant.shape[1] - 1)]
 
-    mask = block_mask(band, begin, visited_tiles(band, q.device, begin) if tiles is None else tiles)
+    mask = block_mask(band, begin, visited_tiles(band, q.device, begin) if tiles is None else tiles, before)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out, aux = flex_attention(
         q, k, v, None if bias is None else add_bias, mask, scale=1.0, enable_gqa=k.shape[1] < q.shape[1],
@@ -114,7 +120,8 @@ def _without_gradients(
     """The same in graphs that serve every batch and length.
 
     A stream that has just begun gets hidden keys in front, so that it differs from a later slice in numbers alone:
-    torch compiles equal and unequal lengths of queries and keys apart, as it does one row and several.
+    torch compiles equal and unequal lengths of queries and keys apart, as it does one row and several. How many keys
+    come before the first query is a tensor: Inductor of torch 2.11 takes no difference of dynamic lengths in a mask.
     """
     missing = max(0, min(settings.window, TILE) - (k.shape[1] - q.shape[1]))
     q, k, v = (F.pad(x, (0, 0, 0, 0, more, 0)).contiguous() for x, more in ((q, 0), (k, missing), (v, missing)))
@@ -122,6 +129,7 @@ def _without_gradients(
     begin = (begin + missing).expand(len(q), -1).contiguous()
     band = Band(q.shape[1], k.shape[1], settings.window, settings.include_self)
     tiles = visited_tiles(band, q.device, begin)
+    before = q.new_full((), band.before, dtype=torch.int32)
     for x in (q, k, v, begin, *tiles):
         torch._dynamo.maybe_mark_dynamic(x, 0)
         torch._dynamo.maybe_mark_dynamic(x, 1)
@@ -130,7 +138,7 @@ def _without_gradients(
             torch._dynamo.maybe_mark_dynamic(x, dimension)
     with torch.no_grad():
         bias = None if bias is None else bias.detach()
-        return limited(_compiled(_attend, BACKEND, dynamic=None), q, k, v, bias, begin, settings, tiles)
+        return limited(_compiled(_attend, BACKEND, dynamic=None), q, k, v, bias, begin, settings, tiles, before)
 
 
 @cache
@@ -175,9 +183,9 @@ class Band:
         """The smallest distance seen."""
         return 0 if self.include_self else 1
 
-    def mask(self, begin: Tensor | None = None) -> Mask:
-        """The same in FlexAttention's form, which must be a plain function."""
-        before, nearest, window = self.before, self.nearest, self.window
+    def mask(self, begin: Tensor | None = None, before: Tensor | int | None = None) -> Mask:
+        """The same in FlexAttention's form, which must be a plain function; `before` in place of this band's."""
+        before, nearest, window = self.before if before is None else before, self.nearest, self.window
 
         def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
             distance = query + before - key
@@ -189,9 +197,11 @@ class Band:
         return seen if begin is None else seen_in_document
 
 
-def block_mask(band: Band, begin: Tensor | None, tiles: tuple[Tensor, ...]) -> BlockMask:
-    """Band and documents as FlexAttention takes them, with the tiles to visit."""
-    return BlockMask((band.length, band.keys), *tiles, BLOCK_SIZE=(TILE, TILE), mask_mod=band.mask(begin))
+def block_mask(
+    band: Band, begin: Tensor | None, tiles: tuple[Tensor, ...], before: Tensor | int | None = None
+) -> BlockMask:
+    """Band and documents as FlexAttention takes them, with the tiles to visit; `before` as of `Band.mask`."""
+    return BlockMask((band.length, band.keys), *tiles, BLOCK_SIZE=(TILE, TILE), mask_mod=band.mask(begin, before))
 
 
 def visited_tiles(band: Band, device: torch.device | str, begin: Tensor | None = None) -> tuple[Tensor, ...]:

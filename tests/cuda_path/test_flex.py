@@ -113,6 +113,24 @@ def test_slices_without_gradients_equal_the_tiles(length, include_self, monkeypa
             torch.testing.assert_close(found, sliding_attention(q, k, v, WINDOW, bias, include_self))
 
 
+@pytest.mark.parametrize("before", [0, 128])
+def test_without_gradients_no_mask_or_bias_is_given_what_is_computed_from_dynamic_lengths(before, monkeypatch):
+    """Inductor of torch 2.11 fails on it; tensors and the lengths themselves it takes."""
+    given = []
+
+    def backend(graph, inputs):
+        calls = [node for node in graph.graph.nodes if "flex_attention" in str(node.target)]
+        given.extend(one.meta["example_value"] for call in calls for one in (*call.args[-2], *call.args[-1]))
+        return graph
+
+    monkeypatch.setattr(flex, "BACKEND", backend)
+    for length in (256, 384):
+        q, k, v, bias = (x.detach() for x in inputs(before, length=length))
+        sliding_attention(q, k, v, WINDOW, bias, True)
+    assert sum(isinstance(one, torch.Tensor) for one in given) == 4  # bias, begin, and keys before, for each of both
+    assert all(isinstance(one, torch.Tensor) or one.node.expr.is_Symbol for one in given)
+
+
 @pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize(("before", "window", "length"), [(0, 128, 512), (128, 200, 384), (96, 96, 480), (7, 129, 300)])
 def test_the_visited_tiles_are_those_that_torch_finds_from_the_whole_mask(before, window, length, include_self):

@@ -116,6 +116,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_
 def pretended_h100() -> Iterator[None]:
     """An H100 for torch, Inductor and Triton to ask about."""
     import torch._inductor.scheduler as scheduler
+    import torch._subclasses.fake_tensor as fake_tensor
     import torch.utils._triton as has
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor.runtime import triton_helpers
@@ -147,6 +148,7 @@ def pretended_h100() -> Iterator[None]:
                 if hasattr(module, name):
                     stack.enter_context(patch.object(module, name, lambda *_: True))
         stack.enter_context(patch.object(triton_helpers, "set_driver_to_gpu", lambda: None))
+        stack.enter_context(patch.object(fake_tensor, "init_gpu_context", lambda device: None))
         stack.enter_context(patch.multiple("torch._inductor.config", fx_graph_cache=False, compile_threads=1,
                                            **compiled.OPTIONS))  # fmt: skip
         yield
