@@ -4,24 +4,41 @@ from __future__ import annotations
 
 import platform
 import subprocess
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
+DISTRIBUTION = "bst-dist"
 PACKAGES = ("torch", "deepspeed", "webdataset", "sentencepiece", "numpy")
 
 
 def versions() -> dict[str, str]:
     """Versions of Python, of the packages that decide a run's numbers, and of this code."""
-    found = {"bst_dist": metadata.version("bst-dist"), "python": platform.python_version()}
+    found = {"bst_dist": own_version(), "python": platform.python_version()}
     installed = {distribution.name for distribution in metadata.distributions()}
     found |= {name: metadata.version(name) for name in PACKAGES if name in installed}
     commit = _commit()
     return found | ({"commit": commit} if commit else {})
 
 
+def own_version() -> str:
+    """That of the installed project; where it is only on the path, what pyproject.toml says, if that is there."""
+    try:
+        return metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        path = _root() / "pyproject.toml"
+        said = tomllib.loads(path.read_text(encoding="utf-8"))["project"] if path.is_file() else {}
+        own = said.get("name") == DISTRIBUTION  # beside packages copied elsewhere stands that of another project
+        return f"{said['version']} (not installed)" if own else "not installed"
+
+
+def _root() -> Path:
+    return Path(__file__).resolve().parent.parent
+
+
 def _commit() -> str | None:
     """The checkout's commit, with ``-dirty`` when the work tree differs; None for an installed package."""
-    root = Path(__file__).resolve().parent.parent
+    root = _root()
     if not (root / ".git").exists():
         return None
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]

@@ -151,7 +151,7 @@ class Demo:
         """Run one command, shown as it would be typed; raises UserError for an exit status that is not accepted."""
         words = [str(word) for word in command]
         self.console.print(f"$ bst {shlex.join(words)}", style="bold", markup=False, highlight=False, soft_wrap=True)
-        done = subprocess.run([Path(sys.executable).with_name("bst"), *words], check=False)
+        done = subprocess.run([sys.executable, "-m", "bst_dist", *words], check=False)
         if done.returncode not in accept:
             raise UserError(f"stopped: `bst {shlex.join(words)}` ended with status {done.returncode}")
 

@@ -31,7 +31,7 @@ from bst_dist.parallel.ranks import own_device
 LIMIT = timedelta(days=7)
 """How long one may wait for the slowest; that all still live is the launcher's to see."""
 NOTICE = "bst eval: told to stop ({}): the ranks report what they have read; Ctrl-C again ends them at once"
-PROGRAM = (sys.executable, "-c", "import sys; from bst_dist.cli import main; sys.exit(main())", "eval")
+PROGRAM = (sys.executable, "-m", "bst_dist", "eval")
 """What every reader runs."""
 INSTEAD = (
     "use --ranks N, `torchrun --no-python bst eval ...`, or give each process RANK, WORLD_SIZE, LOCAL_RANK, "

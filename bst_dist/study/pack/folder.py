@@ -49,9 +49,9 @@ def make(sweep: SweepConfig, runs: Sequence[Run], folder: Path, minutes: float, 
 
     ordered = in_order_of_value(runs, price_s, sweep.noise, sweep.baseline)
     with atomic_directory(folder) as new:
+        gather(new / "wheels", pythons)  # first, for it says when the project itself is not installed
         (new / "code").mkdir()
         _copy_code(new / "code")
-        gather(new / "wheels", pythons)
         recipes, corpora, strategies = _moved([run.recipe for run in ordered])
         _compress(corpora, strategies, new / start.DATA)
         pack = Pack(sweep.name, versions(), sweep.retries, minutes, _reached(ordered, price_s, minutes),

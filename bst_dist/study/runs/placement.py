@@ -103,7 +103,7 @@ def submit(script: str, root: Path) -> str:
 
 
 def _bst(words: Sequence[str]) -> list[str]:
-    return [str(Path(sys.executable).with_name("bst")), *words]
+    return [sys.executable, "-m", "bst_dist", *words]
 
 
 def _tell(name: str, process: subprocess.Popen[bytes], say: Callable[[str], None]) -> None:

@@ -129,9 +129,7 @@ class Runner:
     def _command(self, run: Job, micro: int) -> list[str]:
         several = (run.recipe.ranks or 1) > 1
         # One rank needs no launcher, and starts in a third of the time without.
-        program = [sys.executable, "-m", "bst_dist.train"]
-        if several:
-            program = [str(Path(sys.executable).with_name("bst")), "train"]
+        program = [sys.executable, "-m", *(("bst_dist", "train") if several else ("bst_dist.train",))]
         recipe = [str(self.state.path("recipes", run.name)), f"train.micro_sequences={micro}"]
         return [*program, *recipe, "--run-dir", str(self.state.directory(run.name)), "--resume"]
 

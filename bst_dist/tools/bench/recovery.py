@@ -107,7 +107,7 @@ class Launched:
         self.run_dir = run_dir
         self.lines: list[tuple[float, str]] = []
         """What it has printed, and when."""
-        command = [sys.executable, "-c", "import sys; from bst_dist.cli import main; sys.exit(main())", "launch"]
+        command = [sys.executable, "-m", "bst_dist", "launch"]
         words = [str(recipe), f"ranks={ranks}", "--run-dir", str(run_dir), "--launcher", "local"]
         self.process = subprocess.Popen([*command, *words, "--max-restarts", str(restarts)], stdout=subprocess.PIPE,
                                         stderr=subprocess.STDOUT, text=True)  # fmt: skip

@@ -11,6 +11,7 @@ from importlib import metadata
 
 from bst_base import shipped
 from bst_dist.tools.doctor.finding import Finding, ask, ask_python, broken, good, lacking
+from bst_dist.version import DISTRIBUTION, versions
 
 OLDEST_PYTHON = (3, 11)
 # What no run can do without; the others are for some corpora, launchers and reports.
@@ -63,7 +64,12 @@ def packages() -> Iterator[Finding]:
 
 def extras() -> Iterator[Finding]:
     """What some commands need beyond that, by the name of the extra that brings it."""
-    for requirement in metadata.requires("bst-dist") or []:
+    try:
+        requires = metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        yield lacking("the project is on the path and not installed: what its extras need is not known", "make setup")
+        return
+    for requirement in requires:
         name, extra = _name(requirement), re.search(r"extra == ['\"]([\w-]+)", requirement)
         if not extra or name in requirements():
             continue
@@ -75,8 +81,6 @@ def extras() -> Iterator[Finding]:
 
 def project() -> Iterator[Finding]:
     """This code, and where the files are that come with it."""
-    from bst_dist.version import versions
-
     found = versions()
     text = f"bst_dist {found['bst_dist']}" + (f", commit {found['commit']}" if "commit" in found else "")
     yield good(f"{text}; recipes and DeepSpeed strategies in {shipped.root()}")

@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -44,8 +45,8 @@ def test_every_host_runs_the_command_in_the_directory_with_a_worker_for_each_sha
     for name, workers in (("one", 1), ("two", 2)):
         line = next(line for line in said if line.startswith(f"{name}: {name} "))
         words = shlex.split(line)
-        assert words[2:5] == ["cd", str(tmp_path / "a b"), "&&"]
-        assert words[7:] == [*WORDS, "--workers", str(workers)]
+        assert words[2:6] == ["cd", str(tmp_path / "a b"), "&&", "exec"]
+        assert words[6:] == [sys.executable, "-m", "bst_dist", *WORDS, "--workers", str(workers)]
 
 
 def test_the_status_and_the_lines_of_each_host_are_told(program):

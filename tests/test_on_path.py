@@ -1,0 +1,80 @@
+"""The project on the path and not installed, as on a machine where it is only copied: it trains, resumes, reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from bst_dist import version
+from bst_dist.tools.doctor import software
+from bst_dist.tools.doctor.finding import LACKING
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("bst_base", "bst_dist", "data_pipeline", "ds_configs", "launch")
+
+
+@pytest.fixture
+def bst(tmp_path, link_packages):
+    """``bst(*arguments)`` runs the command of a copy of the project, under a Python that knows no installed one."""
+    copy, packages = tmp_path / "copy", tmp_path / "packages"
+    for name in PARTS:
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    packages.mkdir()
+    needed = [Requirement(line) for line in metadata.requires(version.DISTRIBUTION)]
+    link_packages(packages, [one.name for one in needed
+                             if one.marker is None or one.marker.evaluate({"extra": "train"})])  # fmt: skip
+    base = Path(sys.base_prefix) / "bin" / Path(sys.executable).name  # not that of the virtual environment
+    environment = {**os.environ, "PYTHONPATH": f"{copy}:{packages}", "OMP_NUM_THREADS": "1"}
+
+    def run(*arguments: object) -> str:
+        done = subprocess.run([base, "-s", "-m", "bst_dist", *map(str, arguments)], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True, timeout=300)  # fmt: skip
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.ranks
+def test_it_trains_with_checkpoints_on_two_ranks_resumes_and_says_that_it_is_not_installed(bst, recipe_file, tmp_path):
+    words = ["train", recipe_file(ranks=2, deepspeed="zero1"), "--run-dir", tmp_path / "run"]
+    bst(*words, "--until", 2)
+    assert "resumed from step 2" in bst(*words, "--resume")
+    bst("eval", tmp_path / "run", "--json", tmp_path / "eval.json")
+    starts = json.loads((tmp_path / "run" / "environment.json").read_text())["starts"]
+    reports = [*starts, json.loads((tmp_path / "eval.json").read_text())]
+    assert [one["versions"]["bst_dist"] for one in reports] == ["not installed"] * 3
+
+
+@pytest.fixture
+def not_installed(monkeypatch):
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    for name in ("version", "requires"):
+        monkeypatch.setattr(metadata, name, absent)
+
+
+@pytest.mark.usefixtures("not_installed")
+def test_a_checkout_on_the_path_has_the_version_of_its_own_pyproject_file_alone(monkeypatch, tmp_path):
+    stated = re.search('^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert version.own_version() == f"{stated} (not installed)"
+    monkeypatch.setattr(version, "_root", lambda: tmp_path)
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "other"\nversion = "7"\n')
+    assert version.own_version() == "not installed"
+
+
+@pytest.mark.usefixtures("not_installed")
+def test_the_doctor_says_that_it_does_not_know_what_extras_need():
+    (found,) = software.extras()
+    assert found.mark == LACKING
+    assert "not installed" in found.text
