@@ -36,6 +36,18 @@ def whole(one: nn.Linear) -> tuple[nn.Linear, list[int]]:
     return one, [one.out_features]
 
 
+def by_channel(x: Tensor, one: nn.Linear) -> Tensor:
+    """The output of a linear map for a state space model, (B, L, D) -> (B, L, Ds). Compiled, a channel's tokens
+    lie one after the other in memory, as its products over tokens take them.
+
+    Else each of these products, forward and backward, would copy its input: cuBLAS has none in which neither tokens nor
+    chunks are neighbours in memory.
+    """
+    if not is_compiling():
+        return one(x)
+    return torch.mm(one.weight, x.flatten(0, 1).t()).unflatten(1, x.shape[:2]).permute(1, 2, 0)
+
+
 def relu_of(x: Tensor, into: Linear) -> Tensor:
     """max(W x, 0) elementwise, (..., D) -> (..., rows of W).
 

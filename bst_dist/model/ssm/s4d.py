@@ -26,6 +26,10 @@ from bst_dist.model.ssm.pairs import Pair
 from bst_dist.model.ssm.scan import start_incoming_states
 from bst_dist.parallel.sequence.past import Past
 
+WIDER = 4
+"""How many times as wide chunks are in `block_ends`: it needs the states at the ends of blocks alone, and wider chunks
+leave fewer in between."""
+
 
 def initial_frequencies(init: str, modes: int) -> Tensor:
     """Im A of the n = N/2 modes, (n,) float64 (arXiv 2206.11893, equations 8 and 9; LegS by eigenvalues)."""
@@ -94,12 +98,12 @@ class S4D(nn.Module):
         u, chunk, m = self._chunks(z)
         log_a, b = self.log_transition()
         powers = _powers(log_a, chunk, u.dtype)  # (1, Ds, n, T + 1)
-        ends = _to_states(_into_state(powers, b) @ u, batch, m, len(log_a.real))  # (B, m, 1, Ds, n)
+        ends = _to_states(u @ _into_state(powers, b).mT, batch, m, len(log_a.real))  # (B, m, 1, Ds, n)
         begins = None if starts is None else _chunk_starts(starts, m)
         incoming = start_incoming_states(ends, log_a.scaled(chunk), begins, past)
-        y = self._within_chunk(powers, b) @ u  # (Ds, C T, B m): while the past is under way
-        y = torch.baddbmm(y, self._out_of_state(powers), _from_states(incoming()))
-        return y.view(width, -1, chunk, batch, m).permute(3, 4, 2, 1, 0).reshape(batch, length, -1, width)
+        y = u @ self._within_chunk(powers, b).mT  # (Ds, B m, C T): while the past is under way
+        y = y + _from_states(incoming()) @ self._out_of_state(powers).mT
+        return y.view(width, batch, m, -1, chunk).permute(1, 2, 4, 3, 0).reshape(batch, length, -1, width)
 
     def _with_borders(self, z: Tensor, past: Past, starts: Borders) -> Tensor:
         """The same where documents begin at any token (`borders`)."""
@@ -108,14 +112,14 @@ class S4D(nn.Module):
         u, chunk, m = self._chunks(z.masked_fill(~starts.last(min(self.chunk, length)).unsqueeze(-1), 0))
         log_a, b = self.log_transition()
         powers = _powers(log_a, chunk, u.dtype)
-        ends = _to_states(_into_state(powers, b) @ u, batch, m, len(log_a.real))
+        ends = _to_states(u @ _into_state(powers, b).mT, batch, m, len(log_a.real))
         incoming = start_incoming_states(ends, log_a.scaled(chunk), starts.within(chunk), past, inside=True)
         by_document = columns(starts, chunk, past)
-        u = by_document.spread(z.reshape(-1, chunk, width)).permute(2, 1, 0).contiguous()  # (Ds, T, B m + E)
-        y = self._within_chunk(powers, b) @ u
-        entering = nn.functional.pad(_from_states(incoming()), (0, u.shape[-1] - batch * m))
-        y = torch.baddbmm(y, self._out_of_state(powers), entering).view(width, -1, chunk, u.shape[-1])
-        return by_document.collected(y.permute(3, 2, 1, 0)).view(batch, length, -1, width)
+        u = by_document.spread(z.reshape(-1, chunk, width)).permute(2, 0, 1).contiguous()  # (Ds, B m + E, T)
+        y = u @ self._within_chunk(powers, b).mT
+        entering = nn.functional.pad(_from_states(incoming()), (0, 0, 0, u.shape[1] - batch * m))
+        y = (y + entering @ self._out_of_state(powers).mT).view(*u.shape[:2], -1, chunk)
+        return by_document.collected(y.permute(1, 3, 2, 0)).view(batch, length, -1, width)
 
     def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> dict[str, object]:
         """As of `SlidingAttention.prepare`."""
@@ -135,11 +139,11 @@ class S4D(nn.Module):
         if isinstance(starts, Borders):  # only a block's last document reaches its end
             z, starts = z.masked_fill(~starts.last(block).unsqueeze(-1), 0), starts.within(block)
         batch, length, _ = z.shape
-        u, chunk, m = self._chunks(z)
         span = min(block, length)
+        u, chunk, m = self._chunks(z, WIDER * self.chunk if span % (WIDER * self.chunk) == 0 else self.chunk)
         log_a, b = self.log_transition()
         into_state = _into_state(_powers(log_a, chunk, u.dtype), b)
-        ends = _to_states(into_state @ u, batch, m, len(log_a.real))  # (B, m, F, Ds, n)
+        ends = _to_states(u @ into_state.mT, batch, m, len(log_a.real))  # (B, m, F, Ds, n)
         ends = _join_chunks(ends, log_a.scaled(chunk), span // chunk)  # (B, nb, F, Ds, n)
         incoming = start_incoming_states(ends, log_a.scaled(span), starts, past)()
         after = ends.plus(log_a.power(span, u.dtype).times(incoming))
@@ -149,15 +153,18 @@ class S4D(nn.Module):
         y = 2 * (real * after.real - imag * after.imag).sum(-1)  # (B, nb, C, Ds)
         return y + self.skip * z[:, span - 1 :: span].to(u.dtype).unsqueeze(2)
 
-    def _chunks(self, z: Tensor) -> tuple[Tensor, int, int]:
-        """(B, L, Ds) -> (Ds, T, B m), with T and m; the channels become the batch of a matmul over tokens."""
+    def _chunks(self, z: Tensor, chunk: int | None = None) -> tuple[Tensor, int, int]:
+        """(B, L, Ds) -> (Ds, B m, T), with T and m; the channels become the batch of a matmul over tokens.
+
+        Nothing is copied where each channel's tokens already lie one after the other in memory.
+        """
         batch, length, width = z.shape
-        chunk = min(self.chunk, length)
+        chunk = min(chunk or self.chunk, length)
         if length % chunk:
             raise ValueError(f"S4D: {length} tokens are neither a multiple of the chunk ({chunk}) nor shorter than it")
         m = length // chunk
-        u = z.to(self.skip.dtype).view(batch, m, chunk, width).permute(3, 2, 0, 1)
-        return u.reshape(width, chunk, batch * m), chunk, m
+        u = z.view(batch, m, chunk, width).permute(3, 0, 1, 2).reshape(width, batch * m, chunk)
+        return u.to(self.skip.dtype), chunk, m
 
     def _within_chunk(self, powers: Pair, b: Pair) -> Tensor:
         """Tokens to outputs inside a chunk, the causal matrices of K and the skip: (Ds, C T, T)."""
@@ -207,14 +214,14 @@ def _powers(log_a: Pair, chunk: int, dtype: torch.dtype) -> Pair:
 
 
 def _to_states(x: Tensor, batch: int, m: int, sets: int) -> Pair:
-    """(Ds, 2 F n, B m) -> (B, m, F, Ds, n)."""
-    return Pair(*x.view(len(x), 2, sets, -1, batch, m).permute(1, 4, 5, 2, 0, 3).contiguous())
+    """(Ds, B m, 2 F n) -> (B, m, F, Ds, n)."""
+    return Pair(*x.view(len(x), batch, m, 2, sets, -1).permute(3, 1, 2, 4, 0, 5).contiguous())
 
 
 def _from_states(x: Pair) -> Tensor:
-    """(B, m, F, Ds, n) -> (Ds, 2 F n, B m)."""
+    """(B, m, F, Ds, n) -> (Ds, B m, 2 F n)."""
     both = torch.stack(x)  # (2, B, m, F, Ds, n)
-    return both.permute(4, 0, 3, 5, 1, 2).reshape(both.shape[4], -1, both.shape[1] * both.shape[2])
+    return both.permute(4, 1, 2, 0, 3, 5).reshape(both.shape[4], both.shape[1] * both.shape[2], -1)
 
 
 def _chunk_starts(starts: Tensor, chunks: int) -> Tensor:

@@ -130,6 +130,7 @@ def _shown(value: Any) -> str:
 
 if __name__ == "__main__":
     part, first, second = sys.argv[1:]
+    torch.backends.cuda.matmul.allow_tf32 = True  # as in training
     if part == "ahead":
         compile_ahead(first, int(second))
         sys.exit()
