@@ -241,7 +241,8 @@ def _queries_of_key_tiles(band: Band, device: torch.device | str, begin: Tensor 
     end = (last + band.window + band.nearest - 1 - band.before).clamp(max=band.length - 1).unsqueeze(0)
     inner = (first + band.window + band.nearest - 1 - band.before).unsqueeze(0)  # what still sees the first key
     if begin is not None:  # queries whose document begins at a key or before it
-        keys = torch.stack((last, first)).expand(len(begin), -1, -1)  # (B, 2, tiles)
+        # No `last`, which is clamped: Inductor (torch 2.11) fails on it here. Past the last key the answer is the same.
+        keys = torch.stack((first + TILE - 1, first)).expand(len(begin), -1, -1)  # (B, 2, tiles)
         ends = torch.searchsorted(begin.contiguous(), keys.flatten(1).contiguous(), right=True, out_int32=True) - 1
         end = torch.minimum(end, ends[:, : len(column)])
         inner = torch.minimum(inner, ends[:, len(column) :])
