@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # One process a core, one thread a process: many small tests on small tensors.
 UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical -m "not ranks and not gpu and not cluster" --ignore tests/cuda_path --ignore tests/sm90
 
-.PHONY: help setup demo test test-unit test-processes test-alone test-ranks test-cluster test-cuda-path test-sm90 test-gpu test-mutation lint format
+.PHONY: help setup demo test test-unit test-processes test-alone test-ranks test-cluster test-cuda-path test-sm90 test-gpu wheels-gpu test-mutation lint format
 
 help:
 	@echo "make setup         install the pinned requirements and this project into $(VENV)"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-cuda-path  the path that CUDA takes, compiled and run on a CPU"
 	@echo "make test-sm90     every layer compiled for an H100, without one: downloads 3 GB, needs Python 3.12 or later"
 	@echo "make test-gpu      what needs a GPU"
+	@echo "make wheels-gpu    packages for tests/gpu/bare.sh, which tests a GPU of a machine without network"
 	@echo "make test-mutation  change the program in many places, one at a time: do its tests notice? hours"
 	@echo "make lint          linter and formatter, changing nothing"
 	@echo "make format        format the code"
@@ -81,9 +82,19 @@ $(SM90)/.installed: tests/sm90/requirements.txt
 	@$(SM90)/bin/python -c 'import sys, torch; sys.exit(None if torch.version.cuda else f"torch {torch.__version__} is not built with CUDA: no layer can be compiled for sm_90")'
 	@touch $@
 
-# On a machine without a GPU, BST_REHEARSE_GPU=1 runs what a CPU can of it.
+# Mostly it compiles, so several processes share the GPU. On a machine without one, BST_REHEARSE_GPU=1 runs what a CPU can.
+GPU_ENVIRONMENT := CUBLAS_WORKSPACE_CONFIG=:4096:8 TORCHINDUCTOR_COMPILE_THREADS=2 OMP_NUM_THREADS=1
+
 test-gpu: setup
-	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/python -m pytest -m gpu tests/gpu
+	$(GPU_ENVIRONMENT) $(BIN)/python -m pytest -n logical --maxprocesses 8 -m gpu tests/gpu
+
+# For tests/gpu/bare.sh, on a machine without network. Compiled packages are fetched where its Python is another one.
+PYTHONS_GPU ?= 3.12
+WHEELS_GPU := build/wheels-gpu
+
+wheels-gpu: setup
+	rm -rf $(WHEELS_GPU)
+	$(BIN)/python tests/gpu/wheels.py $(WHEELS_GPU) $(PYTHONS_GPU)
 
 # docs/testing.md says what it does, and what it found.
 test-mutation: setup

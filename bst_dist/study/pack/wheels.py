@@ -25,17 +25,18 @@ from bst_base.errors import UserError
 PROJECT, EXTRA = "bst-dist", "train"
 PRESENT = {"torch", "numpy"}
 """Expected on the other machine."""
-UNUSED = {"scipy", "matplotlib", "tensorboard", "huggingface-hub"}
-"""Needed for fits, figures and downloads, which are not made there."""
+UNUSED = {"scipy", "matplotlib", "pillow", "tensorboard", "huggingface-hub"}
+"""Needed for fits, figures, images and downloads, which are not made there."""
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64",
              "manylinux_2_12_x86_64", "manylinux2010_x86_64")  # fmt: skip
 
 
-def gather(folder: Path, pythons: Sequence[str]) -> list[str]:
-    """Write the wheels for these Pythons into `folder`; returns the names of the packages, sorted."""
+def gather(folder: Path, pythons: Sequence[str], also: Sequence[str] = ()) -> list[str]:
+    """Write the wheels for these Pythons into `folder`, for training and of the packages `also` and what those need;
+    returns the names of the packages, sorted."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = needed(pythons)
+    names = needed(pythons, also)
     for name in names:
         distribution = metadata.distribution(name)
         if _is_pure(distribution):
@@ -49,9 +50,10 @@ def gather(folder: Path, pythons: Sequence[str]) -> list[str]:
     return names
 
 
-def needed(pythons: Sequence[str]) -> list[str]:
-    """The packages that training needs, their own needs included, but for those that are expected or unused there."""
-    found, waiting = set(), _requirements(PROJECT, pythons, EXTRA)
+def needed(pythons: Sequence[str], also: Sequence[str] = ()) -> list[str]:
+    """The packages that training needs, and those of `also`, their own needs included, but for those that are expected
+    or unused there."""
+    found, waiting = set(), [*_requirements(PROJECT, pythons, EXTRA), *also]
     while waiting:
         name = canonicalize_name(waiting.pop())
         if name not in found | PRESENT | UNUSED:
@@ -63,9 +65,8 @@ def needed(pythons: Sequence[str]) -> list[str]:
 def rebuild(distribution: metadata.Distribution, folder: Path) -> Path:
     """A wheel of an installed package, from its files; raises UserError when they are not all there."""
     name = f"{distribution.metadata['Name'].replace('-', '_')}-{distribution.version}"
-    tags = _tags(distribution)
-    python, abi, _ = tags[0].split("-")
-    path = folder / f"{name}-{python}-{abi}-{'.'.join(tag.split('-')[2] for tag in tags)}.whl"
+    parts = zip(*(tag.split("-") for tag in _tags(distribution)), strict=True)  # Pythons, ABIs, platforms
+    path = folder / ("-".join([name, *(".".join(dict.fromkeys(part)) for part in parts)]) + ".whl")
     records = io.StringIO()
     listing = csv.writer(records, lineterminator="\n")
     record = ""

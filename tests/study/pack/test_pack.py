@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ import numpy as np
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.tags import parse_tag
 from packaging.utils import parse_wheel_filename
 
 from bst_base.errors import UserError
@@ -143,10 +145,12 @@ def test_what_cannot_be_packed_is_refused_and_leaves_nothing(sweep, tmp_path, mo
 
 
 def test_a_wheel_made_of_an_installed_package_is_what_is_installed(tmp_path):
-    for name in ("hjson", "pyyaml"):
+    for name in ("hjson", "pyyaml", "braceexpand"):
         distribution = metadata.distribution(name)
         path = wheels.rebuild(distribution, tmp_path)
         assert parse_wheel_filename(path.name)[1].public == distribution.version
+        stated = re.findall("^Tag: (.*)$", distribution.read_text("WHEEL"), re.MULTILINE)
+        assert parse_wheel_filename(path.name)[3] == frozenset().union(*map(parse_tag, stated))
         with zipfile.ZipFile(path) as wheel:
             (record,) = (inside for inside in wheel.namelist() if inside.endswith(".dist-info/RECORD"))
             listed = {row[0]: row[1] for row in csv.reader(io.StringIO(wheel.read(record).decode()))}
