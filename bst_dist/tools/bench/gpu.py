@@ -18,6 +18,7 @@ Without a GPU it only rehearses, in small sizes (--small): that shows that the p
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import subprocess
 import sys
@@ -31,12 +32,14 @@ from bst_base.files import write_json
 from bst_base.terminal import Sheet, print_table, say
 from bst_dist.tools.bench.gpu_parts import AHEAD, PARTS, compile_ahead
 
-AHEAD_S = 150
+AHEAD_S = 145
 """Seconds for compiling; what is not compiled by then, its part compiles."""
 
-LIMITS_S = {"layers": 100, "kernels": 30, "stack": 90, "longest": 50, "generation": 40, "resume": 70}
-"""Seconds of each part, with AHEAD_S less than nine minutes; a part is told of its own and leaves out what does not
-fit."""
+LIMITS_S = {"layers": 85, "kernels": 30, "stack": 80, "longest": 50, "generation": 60, "resume": 85}
+"""Seconds of each part, with AHEAD_S less than nine minutes; it also has what those before it have left. A part knows
+its time and leaves out what does not fit. Generation compiles attention without gradients, resume starts three runs."""
+TOLD_S = 2
+"""Seconds before the end of its time at which a part says where it is."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,11 +55,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"machine": machine(small)}
     write_json(args.output / "machine.json", found["machine"])
     say(f"{found['machine']['device']}, torch {torch.__version__}" + (", small: a rehearsal" * small))
+    end = time.monotonic()
     if not small and {"layers", "kernels", "stack"} & set(args.only or PARTS):
+        end += AHEAD_S
         found["ahead"] = _compile_ahead()
         write_json(args.output / "ahead.json", found["ahead"])
     for name in args.only or PARTS:
-        found[name] = _in_a_process(name, small)
+        end = max(end, time.monotonic()) + LIMITS_S[name] * (2 if small else 1)  # a rehearsal may share its processor
+        found[name] = _in_a_process(name, small, end - time.monotonic())
         write_json(args.output / f"{name}.json", found[name])
         _print(name, found[name])
     return found | {"passed": not any("failed" in found[name] for name in args.only or PARTS)}
@@ -99,19 +105,29 @@ def _compile_ahead() -> dict[str, Any]:
     return took
 
 
-def _in_a_process(name: str, small: bool) -> dict[str, Any]:
-    """One part in a process of its own; what it printed last when it fails, or that its time was over."""
-    limit = LIMITS_S[name] * (2 if small else 1)  # a rehearsal may share its processor
-    command = [sys.executable, "-m", "bst_dist.tools.bench.gpu", name, str(int(small)), str(limit)]
+def _in_a_process(name: str, small: bool, limit: float) -> dict[str, Any]:
+    return _ended([sys.executable, "-m", "bst_dist.tools.bench.gpu", name, str(int(small)), str(limit)], limit)
+
+
+def _ended(command: list[str], limit: float) -> dict[str, Any]:
+    """What a part printed; when it failed, what it said last, or where it was when its time was over."""
     begin = time.monotonic()
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done after {limit} s"}
+    except subprocess.TimeoutExpired as error:
+        said = (error.stderr or b"").decode(errors="replace").splitlines()  # as bytes, here alone
+        return {"failed": "\n".join([*_last(said), f"not done after {limit:.0f} s"])}
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
-        return {"failed": "\n".join(done.stderr.splitlines()[-20:]) or f"ended with status {done.returncode}"}
+        said = "\n".join(_last(done.stderr.splitlines()))
+        return {"failed": said or f"ended with status {done.returncode}"}
     return json.loads(lines[-1]) | {"part_s": time.monotonic() - begin}
+
+
+def _last(lines: list[str]) -> list[str]:
+    """The end of what was said; of a main thread's calls the last ones, which faulthandler prints first."""
+    begin = max((i for i, line in enumerate(lines) if line.endswith("(most recent call first):")), default=None)
+    return lines[-20:] if begin is None else lines[begin : begin + 20]
 
 
 def _print(name: str, found: dict[str, Any]) -> None:
@@ -134,4 +150,5 @@ if __name__ == "__main__":
     if part == "ahead":
         compile_ahead(first, int(second))
         sys.exit()
+    faulthandler.dump_traceback_later(float(second) - TOLD_S)
     print(json.dumps(PARTS[part](bool(int(first)), time.monotonic() + 0.85 * float(second))))

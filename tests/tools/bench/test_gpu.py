@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bst_dist.cli import main
@@ -34,7 +36,10 @@ def test_a_resumed_run_equals_a_whole_one() -> None:
 def test_figures_are_written_part_by_part_and_a_failure_costs_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    def part(name: str, small: bool) -> dict[str, Any]:
+    limits = []
+
+    def part(name: str, small: bool, limit: float) -> dict[str, Any]:
+        limits.append(limit)
         return {"failed": "Traceback\nout of memory"} if name == "stack" else {"rows": [{"of": name, "s": 1.25}]}
 
     monkeypatch.setattr(gpu, "_in_a_process", part)
@@ -44,6 +49,25 @@ def test_figures_are_written_part_by_part_and_a_failure_costs_no_other(
     assert json.loads((folder / "longest.json").read_text())["rows"] == [{"of": "longest", "s": 1.25}]
     assert "stack: failed: out of memory" in capsys.readouterr().out
     assert json.loads((folder / "machine.json").read_text())["small"] is True
+    assert limits == pytest.approx(np.cumsum([2 * gpu.LIMITS_S[name] for name in PARTS]), abs=20)  # each took no time
+
+
+@pytest.mark.parametrize(
+    ("program", "where", "last"),
+    [
+        ("def inner(): raise ValueError('odd')\ninner()", "in inner", "ValueError: odd"),
+        ("import sys; sys.exit(3)", "", "ended with status 3"),
+        ("import faulthandler, threading, time\nfaulthandler.dump_traceback_later(2)\n"
+         "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+         "def inner(depth): inner(depth - 1) if depth else time.sleep(60)\ninner(50)", "in inner",
+         "not done after 8 s"),
+    ],
+)  # fmt: skip
+def test_a_part_that_fails_says_why_and_where(program: str, where: str, last: str) -> None:
+    said = gpu._ended([sys.executable, "-c", program], 8)["failed"].splitlines()
+    assert said[-1] == last
+    assert len(said) <= 21
+    assert any(where in line for line in said)
 
 
 def test_all_parts_together_take_less_than_nine_minutes() -> None:
