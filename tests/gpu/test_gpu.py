@@ -23,6 +23,7 @@ import torch.nn.attention.flex_attention as torch_flex
 from bst_dist.model import attention as attention_module
 from bst_dist.model import flex
 from bst_dist.model.attention import documents_of, sliding_attention
+from bst_dist.model.borders import Borders
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.flex import flex_sliding_attention
 from bst_dist.model.lm import LanguageModel
@@ -82,9 +83,11 @@ def build(name: str) -> tuple[LanguageModel, torch.Tensor, torch.Tensor]:
     return model, drawn[:, :-1], drawn[:, 1:]
 
 
-def gradients(model: LanguageModel, ids: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
+def gradients(
+    model: LanguageModel, ids: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | Borders | None = None
+) -> list[torch.Tensor]:
     """The loss and every gradient, in double precision on the CPU."""
-    losses = model(ids, labels)
+    losses = model(ids, labels, starts=starts)
     losses.total.backward()
     return [losses.total.detach().double().cpu(), *(p.grad.double().cpu() for p in model.parameters())]
 
@@ -105,6 +108,7 @@ def test_fp32_on_the_gpu_equals_fp64_on_the_cpu(name):
 def test_bf16_on_the_gpu_is_near(name):
     model, ids, labels = build(name)
     exact = gradients(copy.deepcopy(model).double(), ids, labels)
+    torch.backends.cuda.matmul.allow_tf32 = True  # as in training
     with torch.autocast(DEVICE, torch.bfloat16):
         found = gradients(model.to(DEVICE), ids.to(DEVICE), labels.to(DEVICE))
     errors = relative_errors(found, exact)
@@ -130,6 +134,45 @@ def test_the_fused_path_equals_the_tiles(before, with_documents, monkeypatch):
     found = torch.autograd.grad((fused * weight).sum(), (*inputs, bias))
     exact = torch.autograd.grad((tiled * weight).sum(), (*inputs, bias))
     assert max(relative_errors([g.cpu().double() for g in found], [g.cpu().double() for g in exact])) < 1e-3
+
+
+def starting(kind: str, device: str) -> torch.Tensor | Borders:
+    """Where documents begin: with a block, or at any token."""
+    begins = torch.zeros(2, LENGTH, dtype=torch.bool)
+    begins[0, [128, 384]] = begins[1, 256] = True
+    if kind == "isolated":
+        return begins[:, ::BLOCK].to(device)
+    begins[0, 200] = begins[1, 261] = True
+    found = Borders.of(begins)
+    return Borders(found.begins.to(device), found.places.to(device))
+
+
+@pytest.mark.parametrize("kind", ["isolated", "masked"])
+@pytest.mark.parametrize("name", ["sliding T5", "SH", "MF", "full attention", "Transformer-XL"])
+def test_documents_on_the_gpu_equal_fp64_on_the_cpu(name, kind):
+    model, ids, labels = build(name)
+    exact = gradients(copy.deepcopy(model).double(), ids, labels, starting(kind, "cpu"))
+    model.to(DEVICE)
+    for layer in model.layers:
+        layer.compiled = True
+    found = gradients(model, ids.to(DEVICE), labels.to(DEVICE), starting(kind, DEVICE))
+    assert max(relative_errors(found, exact)) < 5e-3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_gradients_whole_and_in_slices(name):
+    model, ids, labels = build(name)
+    with torch.no_grad():
+        exact = model.double()(ids, labels).total
+        model, ids, labels = model.float().to(DEVICE), ids.to(DEVICE), labels.to(DEVICE)
+        whole = model(ids, labels).total
+        state, total, position = None, 0.0, 0
+        for end in (256, 320, 321, 384, LENGTH):  # tiles of FlexAttention, and slices that are none
+            past = model.carry(state, position)
+            total += model(ids[:, position:end], labels[:, position:end], past=past).total
+            state, position = past.after, end
+    assert abs(float(whole.cpu() / exact) - 1) < 1e-4
+    assert abs(float(total.cpu() / exact) - 1) < 1e-4
 
 
 @pytest.mark.usefixtures("_deterministic")
