@@ -38,8 +38,9 @@ def make_endless(directory: Path, documents: int, per_shard: int, mean: int, lin
     names = [f"train-{number:06d}" for number in range(count)]
     if linked:
         for name in names[1:]:
-            for ending in (".tar", ".idx"):
-                (directory / f"{name}{ending}").symlink_to(f"{names[0]}{ending}")
+            for ending in (".tar", ".idx", ".tokens"):
+                if (directory / f"{names[0]}{ending}").exists():
+                    (directory / f"{name}{ending}").symlink_to(f"{names[0]}{ending}")
     columns = {name: np.array([value.encode() if isinstance(value, str) else value] * count)
                for name, value in info.model_dump().items()}  # fmt: skip
     columns |= {field: np.array([f"{name}{ending}".encode() for name in names])

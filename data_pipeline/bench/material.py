@@ -17,6 +17,7 @@ import numpy as np
 
 from bst_base.files import atomic_directory
 from data_pipeline.format.manifest import Manifest, TokenizerInfo
+from data_pipeline.format.packed import write_packed
 from data_pipeline.format.shard_table import ShardInfo
 from data_pipeline.format.shards import ShardIndex, ShardWriter
 from data_pipeline.format.tokenizer import Tokenizer, TokenizerConfig, parse_tokenizer, train_tokenizer
@@ -118,7 +119,7 @@ def bench_tokenizer() -> Tokenizer:
 
 
 def write_shard(directory: Path, number: int, lengths: list[int], rng: np.random.Generator) -> ShardInfo:
-    """Write a shard of random tokens and its index."""
+    """Write a shard of random tokens as `prepare` does: with its index, and a packed file if it has short documents."""
     tar, idx = directory / f"train-{number:06d}.tar", directory / f"train-{number:06d}.idx"
     with tar.open("wb") as file:
         writer = ShardWriter(file)
@@ -128,6 +129,7 @@ def write_shard(directory: Path, number: int, lengths: list[int], rng: np.random
         writer.close()
     index = ShardIndex.build(tar)
     index.write(idx)
+    write_packed(tar, index)
     return ShardInfo(
         file=tar.name,
         bytes=index.tar_bytes,

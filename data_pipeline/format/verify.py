@@ -16,6 +16,7 @@ from bst_base.errors import UserError
 from data_pipeline.format.damage import locate_changed_byte
 from data_pipeline.format.extents import shard_extents, to_bytes
 from data_pipeline.format.manifest import Manifest, sha256_file
+from data_pipeline.format.packed import packed_damage, packed_name
 from data_pipeline.format.shard_table import ShardInfo
 from data_pipeline.format.shards import CRC_BLOCK, ShardError, ShardIndex, token_crcs
 from data_pipeline.format.tokenizer import read_tokenizer
@@ -76,7 +77,7 @@ def _extents_of(corpus: Path, manifest: Manifest, split: str) -> bytes:
 
 
 def verify_shard(task: VerifyTask) -> list[Problem]:
-    """Problems of one shard; empty when tar, index, manifest and stock webdataset agree on every document."""
+    """Problems of one shard; empty when tar, index, manifest, stock webdataset and packed file agree on all of it."""
     tar, index_path = task.corpus / task.shard.file, task.corpus / task.shard.index
     try:
         index = ShardIndex.read(index_path)
@@ -93,7 +94,9 @@ def verify_shard(task: VerifyTask) -> list[Problem]:
             ]
         if sha256_file(tar) != task.shard.sha256:
             return [Problem(tar.name, f"SHA-256 differs from the manifest's{_first_bad(tar, index)}")]
-        return [Problem(tar.name, what) for what in _compare_with_webdataset(tar, index, task)]
+        problems = [Problem(tar.name, what) for what in _compare_with_webdataset(tar, index, task)]
+        packed = packed_damage(tar, index) if tar.with_name(packed_name(tar.name)).exists() else None
+        return [*problems, *([Problem(packed_name(tar.name), packed)] if packed else [])]
     except ShardError as error:
         return [Problem(tar.name, str(error))]
 

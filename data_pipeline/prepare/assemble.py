@@ -20,6 +20,7 @@ import numpy as np
 from bst_base.files import atomic_file
 from data_pipeline.format.extents import shard_extents
 from data_pipeline.format.manifest import sha256_file
+from data_pipeline.format.packed import packed_damage, write_packed
 from data_pipeline.format.shard_table import ShardInfo
 from data_pipeline.format.shards import ShardIndex, ShardWriter
 from data_pipeline.format.tokenizer import Tokenizer, read_tokenizer
@@ -175,7 +176,7 @@ def shard_tasks(plan: np.ndarray, output: Path, work: Path, source: Source) -> l
 
 
 def write_shard(task: EncodeTask) -> ShardDone:
-    """Write one shard, its index, and last the record that it is done; a recorded shard is only checked."""
+    """Write a shard, its index and packed file, and last the record that it is done; a recorded one is only checked."""
     record = task.work / f"{task.split}-{task.number:06d}.json"
     if done := _finished(record, task):
         return done
@@ -195,6 +196,7 @@ def write_shard(task: EncodeTask) -> ShardDone:
         writer.close()
     index = ShardIndex.build(tar)
     index.write(tar.with_suffix(".idx"))
+    write_packed(tar, index)
     info = ShardInfo(
         file=tar.name,
         bytes=index.tar_bytes,
@@ -258,7 +260,10 @@ def _finished(record: Path, task: EncodeTask) -> ShardDone | None:
         return None
     if sha256_file(tar) != info.sha256 or sha256_file(index) != info.index_sha256:
         return None
-    extents = shard_extents(ShardIndex.read(index).lengths)
+    read = ShardIndex.read(index)
+    if packed_damage(tar, read):
+        write_packed(tar, read)
+    extents = shard_extents(read.lengths)
     return ShardDone(task.split, task.number, info, found["licences"], extents, was_there=True)
 
 

@@ -24,6 +24,7 @@ from bst_base.errors import UserError
 from bst_base.files import atomic_file, full_disk_explained, remove_partials
 from data_pipeline.format.extents import file_of, to_bytes
 from data_pipeline.format.manifest import MANIFEST, ExtentsInfo, Manifest, TokenizerInfo
+from data_pipeline.format.packed import packed_name
 from data_pipeline.format.shard_table import ShardTable
 from data_pipeline.format.tokenizer import Tokenizer, parse_tokenizer, read_tokenizer, train_tokenizer
 from data_pipeline.prepare.assemble import TOKENIZER, ShardDone, assign, deduplicate, shard_tasks, write_shard
@@ -50,7 +51,7 @@ WORK = "preparing"
 """Directory of unfinished work, below the output: a directory for each set of settings that was begun."""
 
 _CHUNK_BYTES = 8 << 20  # source bytes extracted by one task
-_SHARD_NAME = re.compile(r"(train|validation|test)(-\d{6}\.(tar|idx)|\.extents)")
+_SHARD_NAME = re.compile(r"(train|validation|test)(-\d{6}\.(tar|idx|tokens)|\.extents)")
 _WINDOW = 1 << 16  # bytes of a document sampled together for the tokenizer
 
 Progress = Callable[[str, int, int], None]
@@ -120,7 +121,8 @@ def _finish(manifest: Manifest, output: Path, work: Path) -> None:
     shutil.copyfile(work / TOKENIZER, work / f"{TOKENIZER}.copy")
     (work / f"{TOKENIZER}.copy").replace(output / manifest.tokenizer.file)
     shutil.move(work / SKIPPED, output / SKIPPED)
-    own = {name for infos in manifest.splits.values() for info in infos for name in (info.file, info.index)}
+    shards = [info for infos in manifest.splits.values() for info in infos]
+    own = {name for info in shards for name in (info.file, info.index, packed_name(info.file))}
     own |= {info.file for info in (manifest.extents or {}).values()}
     for path in output.iterdir():
         if _SHARD_NAME.fullmatch(path.name) and path.name not in own:  # of an attempt with other settings

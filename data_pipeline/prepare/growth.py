@@ -21,6 +21,7 @@ from bst_base.errors import UserError
 from bst_base.files import atomic_file
 from data_pipeline.format.extents import shard_extents
 from data_pipeline.format.manifest import Manifest, sha256_file
+from data_pipeline.format.packed import packed_name
 from data_pipeline.format.shard_table import ShardInfo
 from data_pipeline.format.shards import ShardIndex
 from data_pipeline.format.tokenizer import Tokenizer, read_tokenizer
@@ -93,10 +94,12 @@ class Earlier:
         return splits
 
     def take_over(self, output: Path) -> None:
-        """Put its shards and their indexes into `output`: by hard links, or copies where that is another disk."""
+        """Put its shards, with indexes and packed files, into `output`: by hard links, or copies on another disk."""
         for _, shard in self._shards():
-            for name in (shard.file, shard.index):
-                _link(self.directory / name, output / name)
+            for name in (shard.file, shard.index, packed_name(shard.file)):
+                (output / name).unlink(missing_ok=True)
+                if (self.directory / name).exists():
+                    _link(self.directory / name, output / name)
 
     def _shards(self) -> Iterator[tuple[str, ShardInfo]]:
         return ((split, shard) for split, shards in self.manifest.splits.items() for shard in shards)
@@ -112,7 +115,6 @@ class Earlier:
 
 
 def _link(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
     with suppress(OSError):
         os.link(source, target)
         return

@@ -13,19 +13,34 @@ from data_pipeline.format.shards import ShardIndex
 
 
 class Layout(NamedTuple):
-    """The n documents of one shard, or of some that were opened together; 17 bytes a document of one block."""
+    """The n documents of one shard, or of some that were opened together; 18 bytes a document of one block in a tar, 13
+    in a packed file."""
 
-    offsets: np.ndarray  # (n,) byte of its shard where the document's first token lies
+    offsets: np.ndarray  # (n,) byte of its file, a tar or a packed one, where the document's first token lies
     lengths: np.ndarray  # (n,) its tokens: uint32, or uint64 where a document has 2^32 or more
-    crc_starts: np.ndarray  # (n,) its first place in `crc`
+    crc_starts: np.ndarray  # (n,) the place in `crc` of its first block; where it is packed, of its shard's first
+    packed: np.ndarray  # (n,) bool: which lie in packed files, where blocks are counted from the beginning of the file
     crc: np.ndarray  # (blocks,) uint32
     verified: np.ndarray  # (blocks,) bool: found whole since the shards were opened
 
     @classmethod
     def of(cls, index: ShardIndex) -> Layout:
         """What the index of a shard says."""
-        columns = map(_narrow, (index.offsets, index.lengths, index.crc_starts))
-        return cls(*columns, index.crc.astype(np.uint32), np.zeros(len(index.crc), bool))
+        return cls._made(index.offsets, index.lengths, index.crc_starts, False, index.crc)
+
+    @classmethod
+    def of_packed(cls, index: ShardIndex, crc: np.ndarray) -> Layout:
+        """Where the documents lie in a shard's packed file, whose blocks have these CRCs."""
+        lengths = index.lengths.astype(np.int64)
+        begins = (np.cumsum(lengths) - lengths) * index.dtype.itemsize
+        return cls._made(begins, lengths, np.zeros_like(lengths), True, crc)
+
+    @classmethod
+    def _made(
+        cls, offsets: np.ndarray, lengths: np.ndarray, crc_starts: np.ndarray, packed: bool, crc: np.ndarray
+    ) -> Layout:
+        columns = map(_narrow, (offsets, lengths, crc_starts))
+        return cls(*columns, np.full(len(offsets), packed), crc.astype(np.uint32), np.zeros(len(crc), bool))
 
     @classmethod
     def join(cls, parts: Sequence[Layout]) -> Layout:
@@ -35,12 +50,13 @@ class Layout(NamedTuple):
         blocks = [len(part.crc) for part in parts]
         before = np.cumsum([0, *blocks[:-1]])
         starts = [part.crc_starts + int(first) for part, first in zip(parts, before, strict=True)]
-        offsets, lengths, crc = (np.concatenate([part[column] for part in parts]) for column in (0, 1, 3))
-        return cls(offsets, lengths, _narrow(np.concatenate(starts)), crc, np.zeros(sum(blocks), bool))
+        offsets, lengths, _, packed, crc, verified = map(np.concatenate, zip(*parts, strict=True))
+        return cls(offsets, lengths, _narrow(np.concatenate(starts)), packed, crc, np.zeros_like(verified))
 
     def part(self, start: int, stop: int) -> Layout:
         """The documents ``start..stop``, over the same memory; blocks keep their places."""
-        return self._replace(**{name: getattr(self, name)[start:stop] for name in ("offsets", "lengths", "crc_starts")})
+        own = ("offsets", "lengths", "crc_starts", "packed")
+        return self._replace(**{name: getattr(self, name)[start:stop] for name in own})
 
 
 def _narrow(values: np.ndarray) -> np.ndarray:
@@ -118,7 +134,9 @@ class OpenShards:
             places = documents - self._firsts[shards] + self._begins[shards]
         if (closed := number < 0).any():
             return np.unique(shards[closed])
-        own = [(each, np.flatnonzero(number == each)) for each in np.unique(number).tolist()]
+        if len(together := np.unique(number).tolist()) == 1:
+            return [Found(np.arange(len(documents)), shards, places, layouts[together[0]])]
+        own = [(each, np.flatnonzero(number == each)) for each in together]
         return [Found(which, shards[which], places[which], layouts[each]) for each, which in own]
 
     def _forget(self, shards: np.ndarray) -> None:

@@ -260,7 +260,9 @@ class Loader:
 
     def _read(self, serving: _Part, step: int, numbers: np.ndarray, part: int, blank: bool) -> Stored:
         """One slice of a micro-batch; its masked rows, which are the last, are padding as beyond the end of a pass."""
-        reader, masked = serving.reader, int((numbers == MASKED).sum())
+        reader, masked = serving.reader, 0
+        if numbers[-1] == MASKED:  # the last rows are
+            masked = int((numbers == MASKED).sum())
         own = range(len(numbers) - masked)
         if not own:
             located, (tokens, real) = Rows.none(), reader.none(0)

@@ -20,6 +20,8 @@ import numpy as np
 from bst_base.errors import UserError
 from data_pipeline.format.extents import extents, from_bytes
 from data_pipeline.format.manifest import MANIFEST, Manifest
+from data_pipeline.format.packed import packed_name
+from data_pipeline.format.shards import ShardError
 from data_pipeline.format.tokenizer import Tokenizer, parse_tokenizer
 from data_pipeline.serve.layout import Found, Layout, OpenShards
 from data_pipeline.serve.order.windows import ShardSizes
@@ -61,8 +63,9 @@ class Corpus:
         self._open = OpenShards(len(self._table), self.first_documents)
         self._readers: dict[int, ShardReader] = {}  # of open shards
         self._maps: dict[
-            int, MappedFile
+            tuple[int, bool], MappedFile
         ] = {}  # of open shards: a copy that a cache has removed takes room while mapped
+        self._unpacked: set[int] = set()  # shards whose packed files are not used, since something is wrong with them
         self._sizes = lru_cache(maxsize=4)(self._measure)
         if not len(self):
             raise UserError(f"{self.where}: the split is empty; prepare it from more text, or choose another")
@@ -170,15 +173,29 @@ class Corpus:
             self._opened(found)
         return found
 
-    def mapped(self, shard: int) -> MappedFile | None:
-        """A shard in memory, until it is released; None where it cannot be mapped, which reading it will explain."""
-        file = self._maps.get(shard)
+    def mapped(self, shard: int, packed: bool) -> MappedFile | None:
+        """The tar or the packed file of a shard in memory, until the shard is released; None where it cannot be mapped,
+        which reading it will explain."""
+        file = self._maps.get((shard, packed))
         if file is None:
+            name = self._table.column("file")[shard].decode()
             with suppress(UserError):
-                file = self.storage.mapped(self._table.column("file")[shard].decode())
+                file = self.storage.mapped(packed_name(name) if packed else name)
             if file is not None:
-                self._maps[shard] = file
+                self._maps[shard, packed] = file
         return file
+
+    def shard_tokens(self) -> np.ndarray:
+        """(shards,) int64: tokens of each shard."""
+        return self._table.column("tokens")
+
+    def examine_packed(self, shard: int, blocks: list[int]) -> None:
+        """Read a shard from its tar from now on, and say so, if one of these blocks of its packed file is damaged."""
+        try:
+            self._shard(shard).check_packed(blocks)
+        except ShardError as error:
+            self._leave_packed(shard, error)
+            self.release([shard])
 
     def unmap(self) -> None:
         """Map shards anew when they are next read from: something was wrong, and a store may have mended it."""
@@ -198,7 +215,8 @@ class Corpus:
         self._open.release(released)
         for shard in released.tolist():
             self._readers.pop(shard, None)
-            self._maps.pop(shard, None)
+            self._maps.pop((shard, False), None)
+            self._maps.pop((shard, True), None)
 
     def document(self, number: int) -> np.ndarray:
         """All tokens of a document, (n,)."""
@@ -236,13 +254,19 @@ class Corpus:
         Of a corpus of many shards, the first thousand: asking a file system for each would hold up the start.
         """
         for shard in range(min(len(self._table), _CHECKED_AT_START)):
-            ShardReader(self.storage, self._table[shard], self.dtype).check_size()
+            self._shard(shard).check_size()
+
+    def _shard(self, shard: int) -> ShardReader:
+        return ShardReader(self.storage, self._table[shard], self.dtype)
 
     def _reader(self, shard: int) -> ShardReader:
+        """What reads a shard's tar; it needs an index of its own where the layout is that of a packed file."""
         reader = self._readers.get(shard)
         if reader is None:
-            reader = ShardReader(self.storage, self._table[shard], self.dtype)
-            reader.layout = self._open.part(shard) or self._opened(np.array([shard]))
+            reader = self._shard(shard)
+            layout = self._open.part(shard) or self._opened(np.array([shard]))
+            if not layout.packed.any():
+                reader.layout = layout
             reader = self._readers.setdefault(shard, reader)
         return reader
 
@@ -262,14 +286,26 @@ class Corpus:
     def _each_layout(self, shards: np.ndarray) -> Iterator[Layout]:
         """Read the indexes of shards; many are fetched at a time where they are not on this machine's disk."""
 
-        def read(shard: int) -> Layout:
-            return ShardReader(self.storage, self._table[shard], self.dtype).layout
-
         if self.storage.local_path(MANIFEST) is not None:
-            yield from map(read, shards.tolist())
+            yield from map(self._layout, shards.tolist())
             return
         with ThreadPoolExecutor(min(_INDEXES_AT_ONCE, len(shards))) as pool:
-            yield from pool.map(read, shards.tolist())
+            yield from pool.map(self._layout, shards.tolist())
+
+    def _layout(self, shard: int) -> Layout:
+        """Where the documents of a shard lie: in its packed file, if there is one that is whole, else in its tar."""
+        reader, crc = self._shard(shard), None
+        if shard not in self._unpacked:
+            try:
+                crc = reader.packed_crc()
+            except ShardError as error:
+                self._leave_packed(shard, error)
+        return reader.layout if crc is None else Layout.of_packed(reader.read_index(), crc)
+
+    def _leave_packed(self, shard: int, damage: ShardError) -> None:
+        if shard not in self._unpacked:
+            self._unpacked.add(shard)
+            _log.warning("%s; its tokens are read from %s instead", damage, self._table[shard].file)
 
     def _measure(self, block: int | None) -> ShardSizes:
         documents, tokens = self._table.column("documents"), self._table.column("tokens")

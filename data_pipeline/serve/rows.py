@@ -21,8 +21,10 @@ from data_pipeline.store.heap import share_arenas
 from data_pipeline.store.mapped import Collector
 
 _log = logging.getLogger(__name__)
-_TOGETHER = 64  # rows located and read together, at most: many cost little more than one ...
-_TOGETHER_BYTES = 9 << 17  # ... of so many bytes, or one step: they stay in the processor's cache
+_FEW = 64  # rows located together where each of their runs is read by itself, or where a pass has no more
+_TOGETHER = 256  # rows located and read together, at most: many cost little more than one ...
+_TOGETHER_BYTES = 9 << 18  # ... of so many bytes, or one step ...
+_KEPT_BYTES = 32 << 20  # ... and so many of all the parts that rows are cut into
 
 
 class Rows(NamedTuple):
@@ -37,10 +39,11 @@ class Rows(NamedTuple):
     def part(self, start: int, stop: int) -> Rows:
         """The rows ``start..stop`` of these."""
         low, high = self.bounds[start], self.bounds[stop]
-        row, *others = (values[low:high] for values in self.pieces)
+        row, slot, length, document, offset = self.pieces
+        own = slice(low, high)
+        pieces = Pieces(row[own] - start, slot[own], length[own], document[own], offset[own])
         bounds = [bound - low for bound in self.bounds[start : stop + 1]]
-        own = (values[start:stop] for values in self[:3])
-        return Rows(*own, Pieces(row - start, *others), bounds)
+        return Rows(self.corpora[start:stop], self.epochs[start:stop], self.continues[start:stop], pieces, bounds)
 
     def masked(self, count: int) -> Rows:
         """These rows, and so many more that read nothing."""
@@ -95,7 +98,10 @@ class RowReader:
         if self._pool:
             share_arenas()
         self._since, self._until = since, until
-        self._rows_together = max(1, min(_TOGETHER, _TOGETHER_BYTES // ((length + 1) * self._dtype.itemsize)))
+        row_bytes = (length + 1) * self._dtype.itemsize
+        most = min(_TOGETHER_BYTES // row_bytes, _KEPT_BYTES // (row_bytes * len(begins)))
+        of_a_pass = int(order.phases.at(since).cuts.sequences.sum())
+        self._rows_together = max(1, min(_FEW if self._pool else max(_FEW, min(_TOGETHER, of_a_pass)), most))
         self._group_steps = max(1, self._rows_together // max(1, count))
         self._collector, self._collecting = Collector(), threading.Lock()
         self._group = lru_cache(maxsize=2 * len(begins))(self._locate)
@@ -111,13 +117,14 @@ class RowReader:
         if step < self._since:
             raise ValueError(f"step {step}: before step {self._since} steps had other rows")
         group, inside = divmod(step - self._since, self._group_steps)
-        own = slice(inside * self._count + start, inside * self._count + stop)
-        rows = self._group(group, part).part(own.start, own.stop)
+        begin, end = inside * self._count + start, inside * self._count + stop
+        rows = self._group(group, part).part(begin, end)
         found = None if self._pool else self._tokens(group, part)
         if found is None:
             return rows, *self._read_by_runs(rows)
-        whole = rows.pieces.length.sum() == found[own].size
-        return rows, found[own], None if whole else _covered(rows, found[own].shape)
+        tokens, whole = found
+        real = None if whole else _covered(rows, (end - begin, self._length + 1))
+        return rows, tokens[begin:end], None if real is None or real.all() else real
 
     def unread(self, step: int, start: int, stop: int) -> Rows:
         """The same rows without what they read, which takes no index to tell."""
@@ -130,22 +137,23 @@ class RowReader:
         shape = (count, self._length + 1)
         return np.full(shape, self._pad_id, self._dtype), np.zeros(shape, bool)
 
-    def _read_group(self, group: int, part: int) -> np.ndarray | None:
-        """The tokens of a group of steps, (rows, l + 1), out of mapped shards; None where anything is wrong there, or
-        they cannot be mapped."""
+    def _read_group(self, group: int, part: int) -> tuple[np.ndarray, bool] | None:
+        """The tokens of a group of steps, (rows, l + 1), out of mapped shards, and whether runs cover all of them; None
+        where anything is wrong there, or they cannot be mapped."""
         rows = self._group(group, part)
         tokens = np.empty((len(rows.corpora), self._length + 1), self._dtype)
         for start in range(0, len(tokens), self._rows_together):
             stop = min(start + self._rows_together, len(tokens))
             some = rows.part(start, stop)
-            runs = MappedRuns(self._corpora, some.corpora[some.pieces.row], some.pieces, self._dtype)
+            runs = MappedRuns(self._corpora, some.corpora, some.pieces, self._dtype)
             with self._collecting:
                 whole = runs.read(tokens[start:stop], self._pad_id, self._collector)
             if not whole:
                 for corpus in self._corpora:
                     corpus.unmap()
+                runs.examine()
                 return None
-        return tokens
+        return tokens, bool(rows.pieces.length.sum() == tokens.size)
 
     def _empty(self, rows: Rows) -> tuple[np.ndarray, bool]:
         """What tokens (b, l + 1) of rows are read into, padding where no run comes; and whether runs fill all of it."""

@@ -9,6 +9,8 @@ through `shard_reader`, which finds and names it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from isal import isal_zlib
@@ -19,100 +21,130 @@ from data_pipeline.serve.order.stream import Pieces
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.store.mapped import Collector, MappedFile
 
+_CHECKED_TOGETHER = 20  # 2^20 bytes of blocks, about: they stay in the processor's cache
+
+
+class _Blocks(NamedTuple):
+    """The blocks that m runs touch, of shards that were opened together."""
+
+    corpus: Corpus
+    layout: Layout
+    shards: np.ndarray  # (m,)
+    packed: np.ndarray  # (m,) bool
+    inside: np.ndarray  # (m,) the number of the first that each run touches, in its document or packed file
+    first: np.ndarray  # (m,) its place in the layout
+    count: np.ndarray  # (m,) how many the run touches
+    address: np.ndarray  # (m,) where the first begins in memory
+    stop: np.ndarray  # (m,) where the last of the document or packed file ends
+
+    def unchecked(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(places in the layout, addresses, bytes) of those that have not been found whole, each once."""
+        verified = self.layout.verified[self.first]
+        for more in range(1, int(self.count.max(initial=0))):
+            verified &= self.layout.verified[self.first + np.minimum(more, self.count - 1)]
+        runs = np.flatnonzero(~verified)
+        count = self.count[runs]
+        run, more = np.repeat(runs, count), _numbered(count)
+        place, once = np.unique(self.first[run] + more, return_index=True)
+        run, step = run[once], CRC_BLOCK * self.corpus.dtype.itemsize
+        begin = self.address[run] + more[once] * step
+        return place, begin, np.minimum(step, self.stop[run] - begin)
+
 
 class MappedRuns:
     """The m runs of some rows, in shards that are mapped.
 
     Args:
         corpora: of the mixture.
-        corpus: (m,) which of them each run lies in.
+        corpus: (rows,) which of them each row reads.
         pieces: the runs.
         dtype: of the tokens.
     """
 
     def __init__(self, corpora: Sequence[Corpus], corpus: np.ndarray, pieces: Pieces, dtype: np.dtype) -> None:
         self._pieces, self._dtype = pieces, dtype
-        first, last = pieces.offset // CRC_BLOCK, (pieces.offset + pieces.length - 1) // CRC_BLOCK
-        self._blocks = last - first + 1  # (m,) how many the run touches
-        self._before = pieces.offset - first * CRC_BLOCK  # (m,) tokens of the first of them that the run leaves out
-        self._block = np.empty_like(first)  # (m,) the place of the first in its layout
-        self._span = np.empty_like(first)  # (m,) tokens of all of them
-        self._source = np.zeros_like(first)  # (m,) address of the run's first token; 0 where it is not mapped
-        self._of = np.empty_like(first)  # (m,) which of the layouts that is
-        self._layouts: list[tuple[np.ndarray, Layout]] = []  # (runs, what their blocks are compared with)
-        self._files: list[MappedFile | None] = []  # which stay mapped as long as this is there
+        self._size, self._offset = pieces.length * dtype.itemsize, pieces.offset * dtype.itemsize
+        self._source = np.zeros_like(self._size)  # (m,) address of the run's first token; 0 where it is not mapped
+        self._blocks: list[_Blocks] = []
+        self._files: list[MappedFile] = []  # which stay mapped as long as this is there
         for number in np.unique(corpus).tolist():
-            own = np.flatnonzero(corpus == number)
+            own = np.flatnonzero(corpus[pieces.row] == number)
             for found in corpora[number].find(pieces.document[own]):
                 self._locate(corpora[number], found._replace(which=own[found.which]))
 
     def read(self, tokens: np.ndarray, pad_id: int, collector: Collector) -> bool:
         """Fill `tokens` (b, l + 1), with padding where no run comes; false when any run is damaged or cannot be read,
         and then they are undefined."""
-        if not self._source.all():
+        if not (self._source.all() and all(_are_whole(blocks, collector) for blocks in self._blocks)):
             return False
-        size, (row, slot, length, _, _) = self._dtype.itemsize, self._pieces
-        begin = (row * tokens.shape[1] + slot) * size
-        unchecked = self._unchecked()
-        apart = unchecked[self._span[unchecked] != length[unchecked]]  # of these, a row holds a part of a block
-        gaps = np.append(begin, tokens.nbytes) - np.append(0, begin + length * size)
-        padding = np.full(int(gaps.max()) // size, pad_id, self._dtype)
-        source, count = _alternating(gaps, padding.ctypes.data, self._source, length * size)
-        blocks = self._source[apart] - self._before[apart] * size
-        data = collector.collect(np.concatenate([source, blocks]), np.concatenate([count, self._span[apart] * size]))
+        row, slot = self._pieces[:2]
+        begin = (row * tokens.shape[1] + slot) * self._dtype.itemsize
+        gaps = np.append(begin, tokens.nbytes) - np.append(0, begin + self._size)
+        padding = np.full(int(gaps.max()) // self._dtype.itemsize, pad_id, self._dtype)
+        data = collector.collect(*_alternating(gaps, padding.ctypes.data, self._source, self._size))
         if data is None:
             return False
-        ends = np.cumsum(self._span[apart]) * size
-        begin[apart] = tokens.nbytes + ends - self._span[apart] * size  # where their blocks are whole
-        if not self._are_whole(unchecked, data, begin):
-            return False
-        tokens.reshape(-1).view(np.uint8)[:] = data[: tokens.nbytes]
+        tokens.reshape(-1).view(np.uint8)[:] = data
         return True
+
+    def examine(self) -> None:
+        """Have the packed files examined that the runs lie in, since something is wrong there or in a tar."""
+        for own in self._blocks:
+            for shard in np.unique(own.shards[own.packed]).tolist():
+                here = own.packed & (own.shards == shard)
+                touched = np.repeat(own.inside[here], own.count[here]) + _numbered(own.count[here])
+                own.corpus.examine_packed(shard, np.unique(touched).tolist())
 
     def _locate(self, corpus: Corpus, found: Found) -> None:
-        """Note where the runs of these documents lie."""
+        """Note where the runs of these documents lie, and the blocks that they touch."""
         runs, shards, places, layout = found
-        size, offset = self._dtype.itemsize, self._pieces.offset[runs]
-        begin = offset - self._before[runs]
-        self._block[runs] = layout.crc_starts[places] + begin // CRC_BLOCK
-        stop = np.minimum(begin + self._blocks[runs] * CRC_BLOCK, layout.lengths[places].astype(np.int64))
-        self._span[runs] = stop - begin
-        each, which = np.unique(shards, return_inverse=True)
-        files = [corpus.mapped(shard) for shard in each.tolist()]
-        address, end = np.array([(file.address, file.size) if file else (0, 0) for file in files]).T
-        byte = layout.offsets[places].astype(np.int64)
-        self._source[runs] = np.where(byte + stop * size <= end[which], address[which] + byte + offset * size, 0)
-        self._of[runs] = len(self._layouts)
-        self._layouts.append((runs, layout))
-        self._files += files
+        size, packed = self._dtype.itemsize, layout.packed[places]
+        begin = layout.offsets[places].astype(np.int64)
+        origin = np.where(packed, 0, begin)  # from where blocks are counted
+        counted = np.where(packed, corpus.shard_tokens()[shards], layout.lengths[places].astype(np.int64)) * size
+        byte, step = begin + self._offset[runs], CRC_BLOCK * size
+        inside, last = (byte - origin) // step, (byte - origin + self._size[runs] - 1) // step
+        address, end = self._mapped(corpus, shards * 2 + packed)
+        self._source[runs] = np.where(origin + counted <= end, address + byte, 0)
+        origin += address
+        first = layout.crc_starts[places] + inside
+        blocks = (inside, first, last - inside + 1, origin + inside * step, origin + counted)
+        self._blocks.append(_Blocks(corpus, layout, shards, packed, *blocks))
 
-    def _unchecked(self) -> np.ndarray:
-        """The runs that touch a block which has not been found whole."""
-        verified = np.ones(len(self._blocks), bool)
-        for runs, layout in self._layouts:
-            for more in range(int(self._blocks[runs].max(initial=0))):
-                verified[runs] &= layout.verified[self._block[runs] + np.minimum(more, self._blocks[runs] - 1)]
-        return np.flatnonzero(~verified)
+    def _mapped(self, corpus: Corpus, files: np.ndarray) -> np.ndarray:
+        """(2, m) address and bytes of each file, (m,): twice the shard, and one more for the packed one; 0 where it is
+        not mapped."""
+        low = int(files.min())
+        found = np.zeros((int(files.max()) - low + 1, 2), np.int64)
+        for number in np.unique(files).tolist():
+            if file := corpus.mapped(number >> 1, bool(number & 1)):
+                found[number - low] = file.address, file.size
+                self._files.append(file)
+        return found[files - low].T
 
-    def _are_whole(self, runs: np.ndarray, data: np.ndarray, begin: np.ndarray) -> bool:
-        """Compare the blocks of some runs with their CRCs; those of each lie together, from byte `begin` of `data` on.
 
-        Good ones count as verified.
-        """
-        count = self._blocks[runs]
-        inside = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
-        step, size = CRC_BLOCK * self._dtype.itemsize, self._dtype.itemsize
-        start = np.repeat(begin[runs], count) + inside * step
-        stop = np.minimum(start + step, np.repeat(begin[runs] + self._span[runs] * size, count))
-        parts = map(memoryview(data).__getitem__, map(slice, start.tolist(), stop.tolist()))
-        found = np.fromiter(map(isal_zlib.crc32, parts), np.uint32, len(start))
-        block, of = np.repeat(self._block[runs], count) + inside, np.repeat(self._of[runs], count)
-        for number, (_, layout) in enumerate(self._layouts):
-            own = slice(None) if len(self._layouts) == 1 else of == number
-            layout.verified[block[own]] = good = found[own] == layout.crc[block[own]]
-            if not good.all():
-                return False
+def _are_whole(blocks: _Blocks, collector: Collector) -> bool:
+    """Compare those blocks with their CRCs that have not been found whole before; false when any differs."""
+    place, address, size = blocks.unchecked()
+    if not len(place):
         return True
+    group = np.cumsum(size) >> _CHECKED_TOGETHER
+    for low, high in pairwise([0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(place)]):
+        data = collector.collect(address[low:high], size[low:high])
+        if data is None:
+            return False
+        edges = pairwise([0, *np.cumsum(size[low:high]).tolist()])
+        found = [isal_zlib.crc32(data[start:stop]) for start, stop in edges]
+        good = np.array(found, np.uint32) == blocks.layout.crc[place[low:high]]
+        blocks.layout.verified[place[low:high]] = good
+        if not good.all():
+            return False
+    return True
+
+
+def _numbered(counts: np.ndarray) -> np.ndarray:
+    """0, 1, … up to each of the counts (m,), one after the other."""
+    return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _alternating(

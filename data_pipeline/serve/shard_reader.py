@@ -2,7 +2,8 @@
 
 Every block of 8192 tokens is checked once while the shard is open where it is a local file, a few neighbours together,
 and at every read where its bytes come over a network. The index is read when the shard is first touched. Many runs of
-many shards at a time are for `runs`, which leaves to this what it finds wrong.
+many shards at a time are for `runs`, which leaves to this what it finds wrong. That reads packed files where there are
+any; this reads tars, and knows of packed files only what opening and blaming them takes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 from isal import isal_zlib
 
 from data_pipeline.format.damage import locate_changed_byte
+from data_pipeline.format.packed import packed_name, parse_tail, tail_bytes
 from data_pipeline.format.shard_table import ShardInfo
 from data_pipeline.format.shards import CRC_BLOCK, ShardError, ShardIndex
 from data_pipeline.serve.layout import Layout
@@ -58,6 +60,30 @@ class ShardReader:
         if not of_this_shard or len(index.lengths) != self.info.documents or index.dtype != self._dtype:
             raise ShardError(f"{where}: the index of another shard, not of {self.info.file}; copy it again")
         return index
+
+    def packed_crc(self) -> np.ndarray | None:
+        """(blocks,) the CRCs of its packed file; None where there is none, raises ShardError when that is damaged."""
+        name = packed_name(self.info.file)
+        path = self._storage.local_path(name)
+        if path is None or not path.exists():
+            return None
+        where, tail = f"{self._storage.where}/{name}", tail_bytes(self.info)
+        expected, found = self.info.tokens * self._itemsize + tail, path.stat().st_size
+        if found != expected:
+            raise ShardError(f"{where}: {found} bytes, expected {expected}")
+        data = memoryview(bytearray(tail))
+        self._storage.read_into(name, expected - tail, data)
+        return parse_tail(data, where, self.info)
+
+    def check_packed(self, blocks: list[int]) -> None:
+        """Raise ShardError, naming the byte, when one of these blocks of its packed file is damaged or not readable."""
+        name, step, crc = packed_name(self.info.file), CRC_BLOCK * self._itemsize, self.packed_crc()
+        for block in blocks if crc is not None else ():
+            begin, stop = block * step, min((block + 1) * step, self.info.tokens * self._itemsize)
+            data = memoryview(bytearray(stop - begin))
+            self._storage.read_into(name, begin, data)
+            if isal_zlib.crc32(data) != int(crc[block]):
+                raise _ChangedError(f"{self._storage.where}/{name}: {_describe(data, int(crc[block]), begin)}")
 
     def read_into(self, document: int, start: int, buffer: memoryview) -> None:
         """Fill `buffer`, bytes of at least one whole token, with tokens from `start` on of the shard's document.

@@ -19,7 +19,7 @@ import numpy as np
 
 _RUNS = 1024  # of a call: the kernel takes no more (IOV_MAX)
 _LEAST = 1 << 20  # bytes of the memory that runs are collected in
-_ANNOUNCED = 8  # calls, at first and after one for which pages were read from a disk
+_ANNOUNCED = 2  # calls, at first and after one for which pages were read from a disk
 
 _libc = ctypes.CDLL(None)
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)

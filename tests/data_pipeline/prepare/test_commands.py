@@ -98,6 +98,20 @@ def test_verify_passes_a_whole_corpus_and_fails_a_damaged_one(corpus: Path, tmp_
     assert "train-000001.tar: SHA-256 differs" in capsys.readouterr().out
 
 
+def test_verify_names_a_damaged_packed_file_and_takes_a_missing_one(corpus: Path, tmp_path: Path, capsys) -> None:
+    out = str(tmp_path / "r.json")
+    packed = corpus / "train-000001.tokens"
+    data = bytearray(packed.read_bytes())
+    data[700] ^= 1
+    packed.write_bytes(data)
+    assert main(["data", "verify", str(corpus), "--workers", "1", "--json", out]) == 1
+    (problem,) = report(tmp_path / "r.json")["problems"]
+    right = f"byte 700 is 0x{data[700]:02x}, by its tar 0x{data[700] ^ 1:02x}"
+    assert problem == {"file": packed.name, "what": right}
+    packed.unlink()
+    assert main(["data", "verify", str(corpus), "--workers", "1"]) == 0
+
+
 def test_verify_of_nothing_says_how_to_make_something(tmp_path: Path, capsys) -> None:
     assert main(["data", "verify", str(tmp_path)]) == 2
     assert (

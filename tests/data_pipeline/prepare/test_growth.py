@@ -59,7 +59,11 @@ def test_what_is_there_is_kept_and_what_is_new_is_added(run, folder: Path, files
     assert files_of(corpus) == before
     after, shards = files_of(other), [name for name in before if name.endswith((".tar", ".idx"))]
     assert all(after[name] == before[name] for name in [*shards, "tokenizer.model"])
-    assert (other / "train-000000.tar").samefile(corpus / "train-000000.tar")  # no copy on the same disk
+    for ending in ("tar", "tokens"):  # no copy on the same disk
+        assert (other / f"train-000000.{ending}").samefile(corpus / f"train-000000.{ending}")
+    assert {Path(name).stem for name in after if name.endswith(".tokens")} == {
+        Path(name).stem for name in after if name.endswith(".tar")
+    }
     new = {f"{'ab'[i % 2]}/0{i}.txt": text(i) for i in range(30, 42)}
     assert set(encoded) == {sum(len(each.encode()) for each in new.values())}
     for split in ("train", "validation"):

@@ -62,12 +62,13 @@ def test_killed_work_goes_on_to_the_same_bytes(
     assert not (corpus / "preparing").exists()
 
 
+@pytest.mark.parametrize("ending", ["tar", "tokens"])
 def test_a_finished_shard_that_was_damaged_meanwhile_is_written_again(
-    run, settings_of, files_of, tmp_path: Path
+    run, settings_of, files_of, tmp_path: Path, ending: str
 ) -> None:
     run("whole")
     kill_at(settings_of("killed"), "encode", 0.4)
-    first = tmp_path / "killed" / "train-000000.tar"
+    first = tmp_path / "killed" / f"train-000000.{ending}"
     data = bytearray(first.read_bytes())
     data[700] ^= 1
     first.write_bytes(data)

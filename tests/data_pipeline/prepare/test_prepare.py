@@ -298,6 +298,21 @@ def test_a_config_file_with_a_misspelt_source_setting_names_the_right_one(tmp_pa
         load(PrepareConfig, tmp_path / "d.yaml")
 
 
+def test_short_documents_are_packed_beside_the_tar_and_long_ones_are_not(run, folder: Path, tmp_path: Path) -> None:
+    """The manifest, and so the corpus's identity, does not tell whether there are packed files."""
+    manifest, _ = run()
+    for split, shards in manifest.splits.items():
+        for shard in shards:
+            size = (tmp_path / "corpus" / shard.file).with_suffix(".tokens").stat().st_size
+            assert 0 < size - 2 * shard.tokens < 100, split
+    assert b".tokens" not in manifest.to_bytes()
+    for file in folder.rglob("*.txt"):
+        file.write_text(" ".join(f"{file.stem}-{number}" for number in range(8000)))
+    long, _ = run("long", shard_bytes=1 << 20)
+    assert min(shard.tokens / shard.documents for shards in long.splits.values() for shard in shards) > 4000
+    assert not list((tmp_path / "long").glob("*.tokens"))
+
+
 @pytest.mark.parametrize("config", sorted(Path(__file__).parents[3].glob("launch/data/*.yaml")), ids=lambda p: p.stem)
 def test_the_configs_that_come_with_the_project_are_valid(config: Path) -> None:
     assert load(PrepareConfig, config).source.kind == config.stem

@@ -26,6 +26,7 @@ from bst_base.settings import ConfigError, dump, parse
 from bst_base.stopping import TOLD, Stopped
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.format.shards import ShardError
+from data_pipeline.serve import rows
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import Loader, open_corpora
 from data_pipeline.serve.order import windows
@@ -427,6 +428,7 @@ def test_windows_are_fetched_ahead_and_a_limit_too_small_for_one_is_refused(
     make_corpus: Any, serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(windows, "WINDOW_TOKENS", 30_000)  # six shards
+    monkeypatch.setattr(rows, "_TOGETHER", 64)
     directory = make_corpus([5000] * 24, shards=24)
     server, cache = serve(directory), tmp_path / "cache"
     config = DataConfig(corpus=server.url, prefetch=0, storage=StorageConfig(**FAST, cache_dir=cache))

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.serve import rows as rows_module
 from data_pipeline.serve.order import windows as windows_module
 from data_pipeline.serve.order.permutation import Permutation
 from data_pipeline.serve.order.window_stream import WindowCache, WindowStream
@@ -148,8 +149,9 @@ def test_a_small_corpus_is_one_window_in_the_order_of_version_2(monkeypatch: pyt
                     assert np.array_equal(found.continues, expected.continues)
 
 
-def test_reading_stays_near_and_opens_each_window_once() -> None:
+def test_reading_stays_near_and_opens_each_window_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A group of 64 sequences, located together, lies in nine windows of six documents or so; a pass has forty."""
+    monkeypatch.setattr(rows_module, "_TOGETHER", 64)
     corpus = Memory([40] * 240, [4] * 60)
     served = loader(corpus, rows=1)
     looked: list[int] = []
