@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from typing import Any
 
 import pytest
 
 from bst_base.settings import ConfigError, overridden, parse
-from bst_dist.checkpoint.directory import directory, read_manifest
+from bst_dist.checkpoint.directory import committed, directory, read_manifest
 from bst_dist.cli import main
 from bst_dist.config import Recipe, load_recipe
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.train.run import train
 from bst_dist.train.start.request import Request
+from bst_dist.train.step import Trainer
 
 CHANGES = [{"step": 3, "sequence_length": 64}, {"step": 6, "sequence_length": 16}]
 
@@ -50,6 +54,31 @@ def test_a_run_of_three_lengths_is_that_of_any_stops_and_ranks(recipe_file, tmp_
         assert [line["tokens"] for line in read_lines(tmp_path / "whole" / FILE) if line["kind"] == "train"][-1] in (
             range(counted.tokens - 64, counted.tokens + 1)  # a pass may end in between, padded
         )
+
+
+@pytest.mark.ranks
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("kept", [2, 6], ids=["as the length changes", "after it has changed"])
+def test_ranks_killed_with_a_step_that_no_checkpoint_has_go_on_to_the_same_bits(
+    recipe_file, train_in, assert_same_run, tmp_path, monkeypatch, kept
+):
+    lengths = {"steps": 8, "length_changes": CHANGES, "sequence_length": 32}
+    go = train_in(recipe_file(train=lengths, checkpoint={"every": 2, "background": False}))
+    original = Trainer.step
+
+    def killed(self: Trainer, step: int, *rest: Any) -> Any:
+        if step == kept + 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, step, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="died"):
+        patch.setattr(Trainer, "step", killed)
+        go("killed", world=2)
+    assert committed(tmp_path / "killed")[0] == directory(tmp_path / "killed", kept)
+    go("killed", world=2, resume=True)
+    go("whole", world=2)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
 @pytest.mark.ranks
