@@ -34,6 +34,10 @@ SECTIONS: dict[str, dict[str, Command]] = {
         "data stats": ("data_pipeline.commands.stats", "documents, tokens, lengths, duplicates, overlap of splits"),
         "data show": ("data_pipeline.commands.show", "list documents, find some, print one back from its tokens"),
         "data verify": ("data_pipeline.commands.verify", "check every hash and CRC of a corpus"),
+        "data pack": (
+            "data_pipeline.commands.pack",
+            "write what makes short documents of an older corpus quick to read",
+        ),
         "data push": ("data_pipeline.commands.push", "put a corpus into an object store"),
         "data export": ("data_pipeline.commands.export", "write a corpus for Megatron-LM, or as Parquet"),
     },

@@ -112,6 +112,22 @@ def test_verify_names_a_damaged_packed_file_and_takes_a_missing_one(corpus: Path
     assert main(["data", "verify", str(corpus), "--workers", "1"]) == 0
 
 
+def test_packed_files_that_are_missing_or_damaged_are_written(corpus: Path, tmp_path: Path, capsys) -> None:
+    before = {path: path.read_bytes() for path in corpus.iterdir() if path.is_file()}
+    packed = sorted(corpus.glob("*.tokens"))
+    packed[0].unlink()
+    packed[1].write_bytes(before[packed[1]][:-70] + bytes(70))
+    for written in (2, 0):
+        out = ["--workers", "1", "--json", str(tmp_path / "r.json")]
+        assert main(["data", "pack", str(corpus), *out]) == 0
+        assert report(tmp_path / "r.json")["written"] == written
+        assert {path: path.read_bytes() for path in corpus.iterdir() if path.is_file()} == before
+    packed[0].unlink()
+    packed[0].with_suffix(".tar").write_bytes(b"")
+    assert main(["data", "pack", str(corpus), "--workers", "1"]) == 2
+    assert f"{packed[0].stem}.tar: missing, cut short or of another index" in capsys.readouterr().err
+
+
 def test_verify_of_nothing_says_how_to_make_something(tmp_path: Path, capsys) -> None:
     assert main(["data", "verify", str(tmp_path)]) == 2
     assert (

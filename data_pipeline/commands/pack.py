@@ -1,0 +1,58 @@
+"""Write the packed files that a corpus lacks, so that rows of short documents are quick to read.
+
+    bst data pack corpora/stdlib
+
+A preparation writes them by itself; this is for corpora that were prepared before it did, or that came from a store.
+The corpus stays the same one: its manifest does not name them, and runs on it go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import track
+
+from bst_base.errors import UserError
+from data_pipeline.format.manifest import Manifest
+from data_pipeline.format.packed import packed_damage, write_packed
+from data_pipeline.format.shard_table import ShardInfo
+from data_pipeline.format.shards import ShardIndex
+from data_pipeline.prepare.parallel import open_workers
+
+
+class PackTask(NamedTuple):
+    """What a worker needs to write the packed file of one shard."""
+
+    corpus: Path
+    shard: ShardInfo
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
+    parser.add_argument("--workers", metavar="N", type=int, help="processes (default: one for each CPU)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Write what is missing or not what its tar says, and report how many that were."""
+    manifest, console = Manifest.read(args.corpus), Console()
+    tasks = [PackTask(args.corpus, shard) for shards in manifest.splits.values() for shard in shards]
+    with open_workers(args.workers) as workers:
+        if workers is None:
+            return None
+        results = workers.run(pack_shard, tasks)
+        written = sum(track(results, "pack", total=len(tasks), console=console, transient=True))
+    console.print(f"{args.corpus}: {written} packed files written, for {len(tasks)} shards", highlight=False)
+    return {"corpus": str(args.corpus), "shards": len(tasks), "written": written}
+
+
+def pack_shard(task: PackTask) -> bool:
+    """Whether a packed file was written; raises UserError where the shard is not the one of the manifest."""
+    tar = task.corpus / task.shard.file
+    index = ShardIndex.read(task.corpus / task.shard.index)
+    whole = tar.is_file() and tar.stat().st_size == task.shard.bytes
+    if not whole or index.tar_sha256 != task.shard.sha256:
+        raise UserError(f"{tar}: missing, cut short or of another index; see 'bst data verify {task.corpus}'")
+    return packed_damage(tar, index) is not None and write_packed(tar, index)
