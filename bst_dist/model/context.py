@@ -19,6 +19,7 @@ from bst_dist.model import attention, flex
 from bst_dist.model.attention import Documents, documents_by, product_dtype, unit
 from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import LayerConfig
+from bst_dist.model.products import cast_by_channel
 from bst_dist.model.roles import Linear, Role, Stack
 from bst_dist.model.ssm.kernels import build_kernel
 from bst_dist.parallel.sequence.past import Past
@@ -55,7 +56,7 @@ class StreamContext(nn.Module):
         y = self.passage(self.ssm(z, past, starts), past)  # (B, l, C, Ds): one stream, or one a head
         whole = 0 if self.attend == "current" else 1
         # In two products: in one they would lie between each other, and so would their gradients have to.
-        y = y.permute(3, 0, 1, 2).to(product_dtype(y)).permute(1, 2, 3, 0)  # as it lies in memory: gradients will, too
+        y = cast_by_channel(y, product_dtype(y))
         k, v = (_of_heads(y, weight) for weight in self.key_value.chunk(2, dim=-1))  # (B, l, H, dh)
         k, v = past.as_one(k, v, 3, lambda kv: past.extend_to_blocks("kv", kv, self.block, whole))
         if self.attend == "previous":

@@ -45,7 +45,18 @@ def by_channel(x: Tensor, one: nn.Linear) -> Tensor:
     """
     if not is_compiling():
         return one(x)
-    return torch.mm(one.weight, x.flatten(0, 1).t()).unflatten(1, x.shape[:2]).permute(1, 2, 0)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return torch.mm(one.weight, x.to(dtype).flatten(0, 1).t()).unflatten(1, x.shape[:2]).permute(1, 2, 0)
+
+
+def cast_by_channel(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """The outputs of a state space model, (B, L, C, Ds), in another type and in the order in which they lie in memory.
+
+    The compiler gives what it computes the order of its dimensions, so they are the memory's while it casts; gradients,
+    which are cast back, then have that order as well.
+    """
+    return y.permute(3, 0, 1, 2).to(dtype).permute(1, 2, 3, 0)
 
 
 def relu_of(x: Tensor, into: Linear) -> Tensor:
