@@ -50,6 +50,17 @@ def by_channel(x: Tensor, one: nn.Linear) -> Tensor:
     return torch.mm(one.weight, x.to(dtype).flatten(0, 1).t()).unflatten(1, x.shape[:2]).permute(1, 2, 0)
 
 
+def beside(x: Tensor, one: nn.Linear, apart: bool, *maps: tuple[nn.Linear, Sequence[int]]) -> tuple[Tensor, ...]:
+    """The output of a map to a state space model, then those of other maps of the same input (`together`).
+
+    `apart`: it is made `by_channel`, for an SSM that takes it so, and else in the product of the others.
+    """
+    if apart:
+        return by_channel(x, one), *together(x, *maps)
+    *outputs, last = together(x, *maps, whole(one))
+    return last, *outputs
+
+
 def cast_by_channel(y: Tensor, dtype: torch.dtype) -> Tensor:
     """The outputs of a state space model, (B, L, C, Ds), in another type and in the order in which they lie in memory.
 
