@@ -34,6 +34,8 @@ from bst_dist.study.runs.state import OUT_OF_MEMORY, Attempt, State
 from bst_dist.train.rundir import RECIPE
 
 POLL_S = 0.5
+SAVING_S = 30.0
+"""For all processes together, from the moment when they are told to end; one that compiles does not hear it."""
 MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "Cannot allocate memory")
 
 
@@ -193,9 +195,10 @@ class Runner:
         """End the processes that are left; what they had not saved is trained again at the next start."""
         for worker in self.workers:
             signal_session(worker.process, signal.SIGTERM)
+        latest = time.monotonic() + SAVING_S
         for worker in self.workers:
             try:
-                worker.process.wait(timeout=30)
+                worker.process.wait(timeout=max(0.0, latest - time.monotonic()))
             except subprocess.TimeoutExpired:
                 signal_session(worker.process, signal.SIGKILL)
                 worker.process.wait()

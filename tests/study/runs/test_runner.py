@@ -17,7 +17,7 @@ import yaml
 from bst_base.errors import UserError
 from bst_base.settings import parse
 from bst_dist.study.report import document
-from bst_dist.study.runs.runner import Runner
+from bst_dist.study.runs.runner import SAVING_S, Runner, Worker
 from bst_dist.study.runs.state import State
 from bst_dist.study.sweep import present, table
 from bst_dist.study.sweep.collect import collect
@@ -147,6 +147,27 @@ def test_a_run_that_was_stopped_by_a_signal_has_not_failed(sweep):
     rows, said = sweep({f"sliding-all-{ONE}-m0.1": "stop3"}, f"sliding-all-{ONE}")
     assert {row.status for row in rows} == {"done"}
     assert sum("waiting" in line for line in said) == 3
+
+
+def test_processes_that_hear_nothing_are_ended_after_one_wait_for_all(sweep, monkeypatch):
+    clock, killed = [0.0], []
+
+    class Deaf:
+        pid = 0
+
+        def wait(self, timeout=None):
+            if self not in killed:
+                clock[0] += timeout
+                raise subprocess.TimeoutExpired("train", timeout)
+
+    monkeypatch.setattr("bst_dist.study.runs.runner.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("bst_dist.study.runs.runner.signal_session",
+                        lambda process, number: killed.append(process) if number == signal.SIGKILL else None)  # fmt: skip
+    runner = Runner(sweep.runs, sweep.state, 4, print)
+    runner.workers = [Worker(sweep.runs[0], Deaf(), place) for place in range(4)]
+    runner._end()
+    assert len(killed) == 4
+    assert clock[0] == SAVING_S
 
 
 def test_workers_have_accelerators_of_their_own(sweep, monkeypatch):
