@@ -86,7 +86,7 @@ class Recipe(Config):
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     compile: bool | None = None
     """Run each layer as one compiled graph in training, on CUDA. null: wherever that can be done, which the header of a
-    run says; true: or end with the reason; false: never. It has not been run on a GPU yet: see docs/gpu.md."""
+    run says; true: or end with the reason; false: never. What was run on a GPU: docs/gpu.md."""
     deterministic: bool = False
     """Compute the same bits from start to start on a GPU, by kernels that add in a fixed order and are slower. On a CPU
     training does so anyway."""

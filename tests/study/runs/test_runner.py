@@ -161,8 +161,8 @@ def test_processes_that_hear_nothing_are_ended_after_one_wait_for_all(sweep, mon
                 raise subprocess.TimeoutExpired("train", timeout)
 
     monkeypatch.setattr("bst_dist.study.runs.runner.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("bst_dist.study.runs.runner.signal_session",
-                        lambda process, number: killed.append(process) if number == signal.SIGKILL else None)  # fmt: skip
+    hear = {signal.SIGTERM: lambda process: None, signal.SIGKILL: killed.append}
+    monkeypatch.setattr("bst_dist.study.runs.runner.signal_session", lambda process, number: hear[number](process))
     runner = Runner(sweep.runs, sweep.state, 4, print)
     runner.workers = [Worker(sweep.runs[0], Deaf(), place) for place in range(4)]
     runner._end()
