@@ -14,9 +14,9 @@ from tests.sm90.layers import COUNTS, count
 from tests.sm90.lowering import SHARED_MEMORY
 
 COMMITTED = json.loads(COUNTS.read_text())
-MOST = 100
-"""Launches of a layer of window and context states, both passes together."""
-MOST_BYTES = 12e9
+MOST = 103
+"""Launches of a layer of window and context states, both passes together; 100 but for long rows of masked documents."""
+MOST_BYTES = 12.3e9
 """That one reads and writes, with D 1024 and eight rows of 4,096 tokens."""
 
 
