@@ -303,3 +303,30 @@ def compile_kernels(code: str) -> list[Kernel]:
         binary = compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
         found.append(Kernel(name, len(binary.asm["cubin"]), binary.metadata.shared))
     return found
+
+
+PRODUCTS = re.compile(r"extern_kernels\.(?:mm|bmm|addmm|baddbmm)\((.*), out=")
+VIEW = re.compile(r"reinterpret_tensor\(\w+, \(([^()]*)\), \(([^()]*)\), \d+\)")
+MADE = re.compile(r"(?:(\w+) = empty_strided_cuda\(|assert_size_stride\((\w+), )\(([^()]*)\), \(([^()]*)\)")
+
+
+def copied_operands(code: str) -> list[str]:
+    """Operands of matrix products that torch copies before each, since neither rows nor columns are next to each other
+    in memory; no kernel of the program shows it."""
+    layouts = {one or other: (sizes, strides) for one, other, sizes, strides in MADE.findall(code)}
+    found = []
+    for operands in PRODUCTS.findall(code):
+        views = VIEW.findall(operands) + [
+            layouts[name] for name in re.findall(r"\w+", VIEW.sub("", operands)) if name in layouts
+        ]
+        found += [f"({sizes}), ({strides})" for sizes, strides in views if not _as_cublas_takes_it(sizes, strides)]
+    return found
+
+
+def _as_cublas_takes_it(sizes: str, strides: str) -> bool:
+    matrix = list(zip(_numbers(sizes), _numbers(strides), strict=True))[-2:]
+    return any(stride == 1 or size == 1 for size, stride in matrix)
+
+
+def _numbers(listed: str) -> list[int]:
+    return [int(one) for one in listed.split(",") if one.strip()]

@@ -10,8 +10,8 @@ import torch
 if torch.version.cuda is None:
     pytest.skip("needs a torch built with CUDA: make test-sm90", allow_module_level=True)
 
-from tests.sm90.layers import COUNTS, count
-from tests.sm90.lowering import SHARED_MEMORY
+from tests.sm90.layers import COUNTS, LAYERS, count
+from tests.sm90.lowering import SHARED_MEMORY, copied_operands, lower, pretended_h100, trace
 
 COMMITTED = json.loads(COUNTS.read_text())
 MOST = 103
@@ -50,6 +50,14 @@ def test_an_sh_layer_has_a_kernel_for_each_of_its_attentions(name):
 def test_where_documents_begin_at_any_token_states_are_attended_by_flex_attention_as_well():
     kinds = COMMITTED["BST-SH, masked documents"]["kinds"]
     assert (kinds["flex"], kinds["flash"]) == (4, 0)
+
+
+@pytest.mark.parametrize("name", ["BST-SH", "BST-MF", "GSS"])
+def test_products_take_their_operands_as_they_lie(name):
+    """An H200 spent 6 % of a BST-SH layer in copies that torch makes before a product."""
+    graphs = trace(LAYERS[name].compute)
+    with pretended_h100():
+        assert not [one for graph in graphs for one in copied_operands(lower(graph).code)]
 
 
 def test_a_large_sh_layer_moves_few_bytes():
