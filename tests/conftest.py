@@ -44,6 +44,7 @@ from bst_dist.config import Recipe
 from bst_dist.faults import ledger
 from bst_dist.model.config import MIXER_SECTIONS, ModelConfig
 from bst_dist.model.lm import LanguageModel
+from bst_dist.parallel.devices import device_files
 from bst_dist.parallel.ranks import Ranks, choose_accelerator
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.train.rundir import RECIPE
@@ -56,7 +57,8 @@ hypothesis_settings.register_profile("any_machine", deadline=None, suppress_heal
 hypothesis_settings.load_profile("any_machine")
 
 TIMEOUT_S = 600
-BST = Path(sys.executable).with_name("bst")
+BST = (sys.executable, "-m", "bst_dist")
+"""Also where the project is on the path and not installed."""
 OLDER = Path(__file__).parent / "checkpoint" / "data" / "format-2"
 
 
@@ -68,6 +70,19 @@ def pytest_configure(config: pytest.Config) -> None:
         # A short name: paths of sockets have a limit.
         os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="bst-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True))
+    if config.option.markexpr != "gpu":
+        if device_files():
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all tests but those of a GPU are of the CPU
+        keep_forkable()
+
+
+def keep_forkable() -> None:
+    """Let this process fork ranks after a backward pass (`on_ranks`).
+
+    The first pass starts a thread for each device that is not a CPU, and torch then refuses passes in forks. There is
+    none now; later, where torch is built for CUDA, the first fake tensor makes it count one.
+    """
+    torch.zeros((), requires_grad=True).backward()
 
 
 class ByFile(LoadFileScheduling):
@@ -339,7 +354,7 @@ def bst(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*arguments: object, under: Sequence[str] = (), **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*under, str(BST), *map(str, arguments)],
+            [*under, *BST, *map(str, arguments)],
             cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT_S,
         )  # fmt: skip

@@ -8,11 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 
 from bst_dist import version
 from bst_dist.tools.doctor import software
@@ -29,9 +29,8 @@ def bst(tmp_path, link_packages):
     for name in PARTS:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     packages.mkdir()
-    needed = [Requirement(line) for line in metadata.requires(version.DISTRIBUTION)]
-    link_packages(packages, [one.name for one in needed
-                             if one.marker is None or one.marker.evaluate({"extra": "train"})])  # fmt: skip
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    link_packages(packages, [*project["dependencies"], *project["optional-dependencies"]["train"]])
     base = Path(sys.base_prefix) / "bin" / Path(sys.executable).name  # not that of the virtual environment
     environment = {**os.environ, "PYTHONPATH": f"{copy}:{packages}", "OMP_NUM_THREADS": "1"}
 

@@ -11,12 +11,13 @@ torch's compiler is told which ones, and puts all others that the backward pass 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from bst_dist.model import flex
@@ -26,7 +27,7 @@ from bst_dist.parallel.sequence.past import Past
 OPTIONS = {"combo_kernels": True, "epilogue_fusion": False}
 """Of Inductor: small kernels that do not wait for each other, such as casts of weights, are one launch; and nothing is
 put into FlexAttention's kernels, which would read once more what another kernel reads anyway."""
-
+LINEAR = torch._C._nn.linear
 
 Keeps: TypeAlias = Callable[[Any, tuple[Any, ...]], bool]
 """Whether the outputs of an operation, called with these arguments, are kept for the backward pass."""
@@ -77,7 +78,22 @@ def run(layer: Computes, x: Tensor, past: Past, starts: Starts | None, keeps: Ke
     """
     shared = layer.prepare(x, past, starts)
     starts = starts.without_places() if isinstance(starts, Borders) else starts
-    return flex.limited(_compiled(flex.BACKEND, keeps), layer, x, starts, shared)
+    with _own_linear():
+        return flex.limited(_compiled(flex.BACKEND, keeps), layer, x, starts, shared)
+
+
+@contextmanager
+def _own_linear() -> Iterator[None]:
+    """torch's linear maps, though ZeRO-3 may have put others in their place, for weights that are gathered again later.
+
+    Those ask each weight for its number, so that with torch 2.11 no two layers would share a graph.
+    """
+    there = nn.functional.linear
+    nn.functional.linear = LINEAR
+    try:
+        yield
+    finally:
+        nn.functional.linear = there
 
 
 @cache

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 def test_what_a_gpu_is_asked_runs_by_its_path_on_a_cpu() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "-k",
                "SH and not DPLR and not hyena or fused_path or RoPE"]  # fmt: skip
-    environment = os.environ | {"BST_REHEARSE_GPU": "1", "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": ""}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"BST_REHEARSE_GPU": "1", "PYTHONPATH": path, "PYTEST_ADDOPTS": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "failed" not in done.stdout

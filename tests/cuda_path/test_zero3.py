@@ -192,6 +192,22 @@ def bytes_of(x: Tensor) -> bytes:
     return x.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
+def test_a_graph_has_linear_maps_of_torch_whatever_is_in_their_place(monkeypatch):
+    """Those of DeepSpeed make torch 2.11 compile each layer by itself; torch 2.13 does not."""
+
+    def refused(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(nn.functional, "linear", refused)
+    layer = build("sliding RoPE").layers[0]
+    x = torch.randn(2, LENGTH, 32, requires_grad=True)
+    with pytest.raises(AssertionError):
+        layer(x, Past(), None)
+    layer.compiled = True
+    layer(x, Past(), None).sum().backward()
+    assert nn.functional.linear is refused
+
+
 def test_a_graph_that_names_nothing_keeps_a_copy(monkeypatch):
     """Why layers that keep their activations are not compiled under ZeRO-3."""
     monkeypatch.setattr(nn.functional, "linear", zero3_linear_wrap)

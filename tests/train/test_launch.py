@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -18,7 +17,7 @@ from bst_dist.cli import main
 from bst_dist.report.metrics import read_lines
 from bst_dist.train.rundir import closing, read_outcome
 
-BST = Path(sys.executable).with_name("bst")
+BST = (sys.executable, "-m", "bst_dist")
 
 
 @pytest.mark.ranks
@@ -47,7 +46,7 @@ def test_bst_train_trains_resumes_by_its_directory_and_reports(recipe_file, corp
 def test_the_last_line_names_ctrl_c(recipe_file, tmp_path):
     changes = ["train.steps=5000", "evaluation.every=5000", "checkpoint.every=5000", "schedule.warmup_steps=2"]
     run_dir = tmp_path / "run"
-    command = [BST, "train", str(recipe_file()), *changes, "--run-dir", str(run_dir), "--ranks", "2"]
+    command = [*BST, "train", str(recipe_file()), *changes, "--run-dir", str(run_dir), "--ranks", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         while not read_lines(run_dir / "metrics.jsonl"):
