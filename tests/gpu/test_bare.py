@@ -52,7 +52,7 @@ def test_all_ends_in_one_folder_and_a_failed_test_is_told(bare, tmp_path):
     assert "2 passed" in (tmp_path / "good/tests.log").read_text()
     assert "2 passed" in done.stdout
     assert json.loads((tmp_path / "good/bench/generation.json").read_text())["rows"]
-    assert "not installed" in (tmp_path / "good/versions.txt").read_text()
+    assert "bst_dist" in (tmp_path / "good/versions.txt").read_text()
 
     words = ["--only", "resume", "--small"]
     failed = bare(tmp_path / "bad", *words, PYTEST_ADDOPTS="-k nothing_of_this_name", **chosen)
