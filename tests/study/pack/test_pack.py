@@ -237,7 +237,7 @@ def machine(packed, tmp_path, monkeypatch):
     monkeypatch.setattr("bst_dist.study.runs.runner.POLL_S", 0.02)
     monkeypatch.setattr("bst_dist.study.pack.machine.END_S", 0.0)
 
-    def train(what, minutes=1.0, state="state", **others):
+    def train(what, minutes=60.0, state="state", **others):  # far more than it takes, on a busy machine too
         monkeypatch.setattr(
             Runner, "_command",
             lambda self, run, micro: [sys.executable, str(tmp_path / "stand_in.py"), what,
