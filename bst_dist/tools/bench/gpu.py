@@ -38,6 +38,8 @@ AHEAD_S = 145
 LIMITS_S = {"layers": 85, "kernels": 30, "stack": 80, "longest": 50, "generation": 60, "resume": 85}
 """Seconds of each part, with AHEAD_S less than nine minutes; it also has what those before it have left. A part knows
 its time and leaves out what does not fit. Generation compiles attention without gradients, resume starts three runs."""
+REHEARSED = 10
+"""Times as long a rehearsal may take, which may share its processor."""
 TOLD_S = 2
 """Seconds before the end of its time at which a part says where it is."""
 
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         found["ahead"] = _compile_ahead()
         write_json(args.output / "ahead.json", found["ahead"])
     for name in args.only or PARTS:
-        end = max(end, time.monotonic()) + LIMITS_S[name] * (10 if small else 1)  # a rehearsal may share its processor
+        end = max(end, time.monotonic()) + LIMITS_S[name] * (REHEARSED if small else 1)
         found[name] = _in_a_process(name, small, end - time.monotonic())
         write_json(args.output / f"{name}.json", found[name])
         _print(name, found[name])
