@@ -94,14 +94,16 @@ def _compile_ahead() -> dict[str, Any]:
         for name, width in AHEAD
     }
     took: dict[str, float | None] = dict.fromkeys(started)
-    while started and time.monotonic() < begin + AHEAD_S:
-        time.sleep(0.2)
-        for name in [name for name, process in started.items() if process.poll() is not None]:
-            if started.pop(name).returncode == 0:
-                took[name] = time.monotonic() - begin
-    for process in started.values():
-        process.kill()
-        process.wait()
+    try:
+        while started and time.monotonic() < begin + AHEAD_S:
+            time.sleep(0.2)
+            for name in [name for name, process in started.items() if process.poll() is not None]:
+                if started.pop(name).returncode == 0:
+                    took[name] = time.monotonic() - begin
+    finally:  # also when it is interrupted: none of them goes on with the GPU
+        for process in started.values():
+            process.kill()
+            process.wait()
     say(f"compiled {sum(s is not None for s in took.values())} of {len(took)} kinds of layers in "
         f"{time.monotonic() - begin:.0f} s")  # fmt: skip
     return took
