@@ -2,17 +2,21 @@
 
     python docs/study/diagnostics.py                          # from the tables in docs/study/diagnostics/
     python docs/study/diagnostics.py --from runs/experiments  # first copies them from there
+    tar -xJf docs/study/diagnostics/runs.tar.xz -C runs/experiments  # what is done need not be trained again elsewhere
 
-`bst experiment report` writes each table. Only conditions of which all runs are done are shown and judged, by the rule
-of diagnostics-registered.md. What copying says about depth comes first (copying.py).
+`bst experiment report` writes each table. With --from, the finished runs are kept as well, in runs.tar.xz: recipe,
+outcome and evaluations of each, without weights. Only conditions of which all runs are done are shown and judged, by
+the rule of diagnostics-registered.md. What copying says about depth comes first (copying.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import shutil
 import sys
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +34,7 @@ sys.path.append(str(HERE))
 import copying  # noqa: E402 - it lies beside this program, which is no part of a package
 
 RECIPES, TABLES, PAGE = HERE.parents[1] / "launch/recipes/diagnostics", HERE / "diagnostics", HERE / "diagnostics.md"
+ARCHIVE = TABLES / "runs.tar.xz"
 FIGURES = HERE / "figures"
 FILES = ("small-unigram", "small-copy", "small-unigram-others", "small-copy-others", "unigram", "copy")
 BEGIN, END = "<!-- from here on: docs/study/diagnostics.py -->", "<!-- to here -->"
@@ -315,11 +320,41 @@ def copy_tables(source: Path) -> None:
             shutil.copy(table, TABLES / f"{name}.json")
 
 
+def keep_runs(source: Path, archive: Path = ARCHIVE) -> None:
+    """Keep what the finished runs under `source` have left that a table is made of, beside what the archive holds."""
+    kept = read_archive(archive)
+    for run in sorted((source / "runs").iterdir()):
+        outcome = run / "outcome.json"
+        if not (outcome.exists() and json.loads(outcome.read_text())["finished"]):
+            continue
+        for name in ("recipe.yaml", "environment.json", "outcome.json"):
+            kept[f"runs/{run.name}/{name}"] = (run / name).read_text()
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        steps = [line for line in lines if json.loads(line)["kind"] == "train"]
+        kept[f"runs/{run.name}/metrics.jsonl"] = "".join(
+            line for line in lines if json.loads(line)["kind"] == "eval" or line is steps[-1]
+        )
+    with tarfile.open(archive, "w:xz") as tar:
+        for name, text in sorted(kept.items()):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(text.encode())
+            tar.addfile(entry, io.BytesIO(text.encode()))
+
+
+def read_archive(archive: Path) -> dict[str, str]:
+    """Name -> text of what is kept; nothing before the first time."""
+    if not archive.exists():
+        return {}
+    with tarfile.open(archive) as tar:
+        return {entry.name: tar.extractfile(entry).read().decode() for entry in tar}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--from", dest="source", type=Path, help="where the experiments have written their tables")
     source = parser.parse_args().source
     if source:
         copy_tables(source)
+        keep_runs(source)
     draw_figures(load())
     PAGE.write_text(rewrite(PAGE.read_text(), build(load())))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -150,3 +151,29 @@ def test_best_in_reach_is_the_best_loss_where_everything_is_in_reach():
     task = LatentUnigram(task="latent-unigram", symbols=16, concentration=0.2)
     assert page.best_within(task, 256, 256) == pytest.approx(task.best_loss(1, 256))
     assert page.best_within(task, 31, 256) - task.best_loss(1, 256) == pytest.approx(0.086, abs=5e-4)  # registered
+
+
+def run_directory(root, name, finished=True):
+    run = root / "runs" / name
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text(f"name: {name}\n")
+    (run / "environment.json").write_text("{}")
+    (run / "outcome.json").write_text(json.dumps({"finished": finished}))
+    lines = [{"kind": kind, "step": step} for step in (1, 2) for kind in ("train", "eval", "performance")]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_finished_runs_are_kept_and_those_of_another_machine_stay(tmp_path):
+    run_directory(tmp_path / "first", "a")
+    run_directory(tmp_path / "second", "b")
+    run_directory(tmp_path / "second", "stopped", finished=False)
+    archive = tmp_path / "runs.tar.xz"
+    page.keep_runs(tmp_path / "first", archive)
+    page.keep_runs(tmp_path / "second", archive)
+    kept = page.read_archive(archive)
+    assert {name.split("/")[1] for name in kept} == {"a", "b"}
+    lines = [json.loads(line) for line in kept["runs/a/metrics.jsonl"].splitlines()]
+    assert lines == [{"kind": "eval", "step": 1}, {"kind": "train", "step": 2}, {"kind": "eval", "step": 2}]
+    before = archive.read_bytes()
+    page.keep_runs(tmp_path / "second", archive)
+    assert archive.read_bytes() == before
