@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
@@ -129,14 +130,25 @@ def _kinds(annotation: Any) -> dict[str, type[Config]]:
     return {tag.tag: section for section, *marks in tagged for tag in marks if isinstance(tag, Tag)}
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def split_override(override: str, form: str) -> tuple[str, Any]:
+    """Name and value of ``name=value``; raises ConfigError for what is not of this `form` or whose value is no YAML."""
     key, separator, text = override.partition("=")
-    if not separator or not all(key.split(".")):
-        raise ConfigError(f"override {override!r}: expected section.field=value")
+    if not separator:
+        raise ConfigError(f"override {override!r}: expected {form}")
     try:
-        value = placed(read_yaml(text), Path.cwd())
+        return key, read_yaml(text)
     except SettingsError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
+        quoted = shlex.quote(f'{key}="{text}"')
+        raise ConfigError(
+            f"override {override!r}: the value is not YAML: {error}; text like this needs quotes of its own: {quoted}"
+        ) from None
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, value = split_override(override, "section.field=value")
+    if not all(key.split(".")):
+        raise ConfigError(f"override {override!r}: expected section.field=value")
+    value = placed(value, Path.cwd())
     *parents, leaf = key.split(".")
     node = data
     for parent in parents:

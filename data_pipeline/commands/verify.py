@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     for problem in problems:
         console.print(f"[red]{problem.file}[/]: {problem.what}", highlight=False, soft_wrap=True)
     size = sum(shard.bytes for shard in shards)
-    verdict = f"[red]{len(problems)} problems[/]" if problems else "[green]whole[/]"
+    verdict = f"[red]{len(problems)} problem{'s' * (len(problems) > 1)}[/]" if problems else "[green]whole[/]"
     console.print(f"{args.corpus}: {len(shards)} shards, {size / 1e6:.1f} MB: {verdict}")
     return {
         "passed": not problems,

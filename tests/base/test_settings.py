@@ -79,6 +79,7 @@ def test_what_is_written_reads_back_equal(path, tmp_path):
         ("steps", "expected section.field=value"),
         ("name.x=1", "'name' is a value, not a section"),
         ("steps=[", "not YAML"),
+        ("name=*.py", """not YAML: .*; text like this needs quotes of its own: 'name=".X.py"'"""),
     ],
 )
 def test_errors_name_the_key(path, override, message):

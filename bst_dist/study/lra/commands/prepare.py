@@ -22,9 +22,8 @@ from typing import Any
 
 from rich.console import Console
 
-from bst_base.settings import ConfigError, fields, parse
+from bst_base.settings import ConfigError, fields, parse, split_override
 from bst_base.terminal import Sheet, print_table
-from bst_base.yaml_text import SettingsError, read_yaml
 from bst_dist.study.lra.prepare import SETTINGS, TaskConfig, prepare
 from bst_dist.study.lra.tasks import TASKS
 from data_pipeline.commands.progress import stages
@@ -61,13 +60,8 @@ def settings(task: str, overrides: list[str]) -> TaskConfig:
     """The settings of a task, with overrides ``setting=value``; raises ConfigError."""
     data: dict[str, Any] = {}
     for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator:
-            raise ConfigError(f"override {override!r}: expected setting=value")
-        try:
-            data[key] = read_yaml(text)
-        except SettingsError as error:
-            raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
+        key, value = split_override(override, "setting=value")
+        data[key] = value
     return parse(SETTINGS[task][-1 if "source" in data else 0], data, where=f"bst lra prepare {task}")
 
 
