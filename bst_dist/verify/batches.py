@@ -10,7 +10,7 @@ import numpy as np
 from bst_dist.config import Recipe
 from bst_dist.parallel.mesh import Mesh
 from data_pipeline.serve.batch import Batch
-from data_pipeline.serve.order.stream import Pieces
+from data_pipeline.serve.located import Rows
 from data_pipeline.serve.slices import MicroBatch
 
 
@@ -55,6 +55,6 @@ def _batch(ids: np.ndarray, mask: np.ndarray, starts: np.ndarray | None, rows: r
         rows=np.arange(rows.start, rows.stop),
         corpora=np.zeros(count, np.int64),
         epochs=np.zeros(count, np.int64),
-        pieces=Pieces(*(np.zeros(0, np.int64) for _ in Pieces._fields)),
+        located=Rows.none(count),
         begin=tokens.start,
     )

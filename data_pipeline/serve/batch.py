@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipeline.serve.located import Rows
 from data_pipeline.serve.order.stream import Pieces
 
 
@@ -22,8 +23,13 @@ class Batch:
     rows: np.ndarray  # (b,) int64: global row numbers; -1 for masked rows, which fill a micro-batch (`spread`)
     corpora: np.ndarray  # (b,) int64: which corpus of the mixture the row reads
     epochs: np.ndarray  # (b,) int64: which pass over that corpus
-    pieces: Pieces  # where the tokens were read, the label of the last input included
+    located: Rows  # where the tokens were read, the label of the last input included
     begin: int  # the slice's first token in its row
+
+    @property
+    def pieces(self) -> Pieces:
+        """The runs of tokens that were read."""
+        return self.located.pieces
 
     @property
     def cuts(self) -> Cuts:
@@ -62,17 +68,18 @@ class Cuts:
         return cls(pieces.row, pieces.slot + begin, count, pieces.document, pieces.offset)
 
 
-def label_mask(real: np.ndarray | None, shape: tuple[int, int], pieces: Pieces, apart: bool) -> np.ndarray:
+def label_mask(real: np.ndarray | None, shape: tuple[int, int], rows: Rows, apart: bool) -> np.ndarray:
     """(b, l) bool: which inputs have a label to learn.
 
     Args:
         real: (b, l + 1) which tokens are text; None when all are.
         shape: (b, l).
-        pieces: the runs of the rows.
+        rows: what they read.
         apart: whether documents do not see each other, so that none predicts the next one's first token.
     """
     mask = np.ones(shape, bool) if real is None else real[:, :-1] & real[:, 1:]
     if apart:
+        pieces = rows.pieces
         first = pieces.select((pieces.offset == 0) & (pieces.slot > 0))
         mask[first.row, first.slot - 1] = False
     return mask

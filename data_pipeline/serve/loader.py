@@ -19,14 +19,15 @@ from bst_base.errors import UserError
 from bst_base.stopping import TOLD
 from data_pipeline.serve.batch import Batch, block_starts, label_mask, token_starts
 from data_pipeline.serve.config import DataConfig
+from data_pipeline.serve.located import Rows
 from data_pipeline.serve.order.mixture import whole_weights
 from data_pipeline.serve.order.plan import ORDER_VERSION
 from data_pipeline.serve.order.sizes import BatchSizes
-from data_pipeline.serve.order.stream import Pieces, inputs
+from data_pipeline.serve.order.stream import inputs
 from data_pipeline.serve.order.versions import ORDER_VERSIONS, Order, make_order
 from data_pipeline.serve.prefetch import Prefetcher
 from data_pipeline.serve.reader import Corpus
-from data_pipeline.serve.rows import RowReader, Rows
+from data_pipeline.serve.rows import RowReader
 from data_pipeline.serve.share import Share
 from data_pipeline.serve.slices import Blank, MicroBatch
 from data_pipeline.serve.spread import MASKED
@@ -223,6 +224,7 @@ class Loader:
             on_bad_shard=self.config.on_bad_shard,
             since=start,
             until=end,
+            start=self._start_step,
         )
         return _Part(start, share, reader)
 
@@ -285,7 +287,7 @@ class Loader:
         numbers, begin, rows, tokens, real = stored
         ids = tokens.astype(np.int64)
         shape = ids[:, :-1].shape
-        mask = label_mask(real, shape, rows.pieces, self.config.apart)
+        mask = label_mask(real, shape, rows, self.config.apart)
         labels = ids[:, 1:]
         if real is not None or self.config.apart:
             labels = np.where(mask, labels, self._corpora[0].manifest.tokenizer.pad_id)
@@ -293,19 +295,19 @@ class Loader:
             input_ids=ids[:, :-1],
             labels=labels,
             loss_mask=mask,
-            starts=self._starts(shape, rows.pieces),
+            starts=self._starts(shape, rows),
             continues=rows.continues,
             rows=numbers,
             corpora=rows.corpora,
             epochs=rows.epochs,
-            pieces=rows.pieces,
+            located=rows,
             begin=begin,
         )
 
-    def _starts(self, shape: tuple[int, int], pieces: Pieces) -> np.ndarray | None:
+    def _starts(self, shape: tuple[int, int], rows: Rows) -> np.ndarray | None:
         if self.config.documents == "masked":
-            return token_starts(shape, pieces)
-        return None if self._block is None else block_starts(shape, pieces, self._block)
+            return token_starts(shape, rows.pieces)
+        return None if self._block is None else block_starts(shape, rows.pieces, self._block)
 
 
 class _Part(NamedTuple):

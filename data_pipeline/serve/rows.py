@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
 from data_pipeline.format.shards import CRC_BLOCK, ShardError
+from data_pipeline.serve.located import Rows
 from data_pipeline.serve.order.stream import Pieces
 from data_pipeline.serve.order.versions import Order
 from data_pipeline.serve.reader import Corpus
@@ -22,40 +22,9 @@ from data_pipeline.store.mapped import Collector
 
 _log = logging.getLogger(__name__)
 _FEW = 64  # rows located together where each of their runs is read by itself, or where a pass has no more
-_TOGETHER = 256  # rows located and read together, at most: many cost little more than one ...
-_TOGETHER_BYTES = 9 << 18  # ... of so many bytes, or one step ...
+_TOGETHER = 512  # rows located and read together, at most: many cost little more than one ...
+_TOGETHER_BYTES = 9 << 19  # ... of so many bytes, or one step ...
 _KEPT_BYTES = 32 << 20  # ... and so many of all the parts that rows are cut into
-
-
-class Rows(NamedTuple):
-    """Some consecutive rows of some steps: what they read, and where it lies."""
-
-    corpora: np.ndarray  # (rows,) int64
-    epochs: np.ndarray  # (rows,) int64
-    continues: np.ndarray  # (rows,) bool
-    pieces: Pieces
-    bounds: list[int]  # (rows + 1,): each row's first run in `pieces`
-
-    def part(self, start: int, stop: int) -> Rows:
-        """The rows ``start..stop`` of these."""
-        low, high = self.bounds[start], self.bounds[stop]
-        row, slot, length, document, offset = self.pieces
-        own = slice(low, high)
-        pieces = Pieces(row[own] - start, slot[own], length[own], document[own], offset[own])
-        bounds = [bound - low for bound in self.bounds[start : stop + 1]]
-        return Rows(self.corpora[start:stop], self.epochs[start:stop], self.continues[start:stop], pieces, bounds)
-
-    def masked(self, count: int) -> Rows:
-        """These rows, and so many more that read nothing."""
-        nothing, continues = np.zeros(count, np.int64), np.ones(count, bool)
-        columns = zip(self[:3], (nothing, nothing, continues), strict=True)
-        return Rows(*map(np.concatenate, columns), self.pieces, self.bounds + self.bounds[-1:] * count)
-
-    @staticmethod
-    def none() -> Rows:
-        """No row."""
-        nothing = np.zeros(0, np.int64)
-        return Rows(nothing, nothing, nothing.astype(bool), Pieces(*[nothing] * 5), [0])
 
 
 class RowReader:
@@ -68,6 +37,7 @@ class RowReader:
         begins, length: the parts of each row: where each begins in its row, and the tokens of one.
         first, count: the rank's rows.
         since, until: the steps that will be asked for; None: without end.
+        start: the one that will be asked for first, most likely, and those after it.
         on_bad_shard: as in `loader.DataConfig`.
     """
 
@@ -85,6 +55,7 @@ class RowReader:
         on_bad_shard: Literal["stop", "skip"],
         since: int = 0,
         until: int | None = None,
+        start: int = 0,
     ) -> None:
         self.bad: list[str] = []
         """What was left out because it is damaged or missing, a message each."""
@@ -97,13 +68,13 @@ class RowReader:
         self._pool = ThreadPoolExecutor(REQUESTS) if any(corpus.remote for corpus in corpora) else None
         if self._pool:
             share_arenas()
-        self._since, self._until = since, until
+        self._since, self._until, self._start = since, until, max(since, start)
         row_bytes = (length + 1) * self._dtype.itemsize
         most = min(_TOGETHER_BYTES // row_bytes, _KEPT_BYTES // (row_bytes * len(begins)))
         of_a_pass = int(order.phases.at(since).cuts.sequences.sum())
         self._rows_together = max(1, min(_FEW if self._pool else max(_FEW, min(_TOGETHER, of_a_pass)), most))
         self._group_steps = max(1, self._rows_together // max(1, count))
-        self._collector, self._collecting = Collector(), threading.Lock()
+        self._collector = Collector()
         self._group = lru_cache(maxsize=2 * len(begins))(self._locate)
         self._tokens = lru_cache(maxsize=len(begins))(self._read_group)
         self._stream = order.stream
@@ -116,8 +87,9 @@ class RowReader:
         """
         if step < self._since:
             raise ValueError(f"step {step}: before step {self._since} steps had other rows")
-        group, inside = divmod(step - self._since, self._group_steps)
-        begin, end = inside * self._count + start, inside * self._count + stop
+        group = self._steps_with(step)
+        before = (step - group.start) * self._count
+        begin, end = before + start, before + stop
         rows = self._group(group, part).part(begin, end)
         found = None if self._pool else self._tokens(group, part)
         if found is None:
@@ -130,30 +102,40 @@ class RowReader:
         """The same rows without what they read, which takes no index to tell."""
         rows = range(self._first + start, self._first + stop)
         corpora, epochs, _, continues = self._plan.assign(range(step, step + 1), rows)
-        return Rows(corpora, epochs, continues, Rows.none().pieces, [0] * (len(rows) + 1))
+        return Rows.none(len(rows))._replace(corpora=corpora, epochs=epochs, continues=continues)
 
     def none(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows that read nothing: their tokens, and that none is text."""
         shape = (count, self._length + 1)
         return np.full(shape, self._pad_id, self._dtype), np.zeros(shape, bool)
 
-    def _read_group(self, group: int, part: int) -> tuple[np.ndarray, bool] | None:
+    def _steps_with(self, step: int) -> range:
+        """The steps that are located and read together with a step: from the first one on 1, 2, 4, … and then as many
+        as pay, so that the first is soon there."""
+        most, number = self._group_steps, step - self._start
+        growing = (1 << most.bit_length() - 1) - 1  # so many steps are in smaller groups
+        if 0 <= number < growing:
+            size = 1 << (number + 1).bit_length() - 1
+            begin = self._start + size - 1
+        else:
+            size, full = most, self._start + (growing if number >= 0 else 0)
+            begin = full + (step - full) // most * most
+        end = begin + size
+        return range(max(begin, self._since), end if self._until is None else min(end, self._until))
+
+    def _read_group(self, group: range, part: int) -> tuple[np.ndarray, bool] | None:
         """The tokens of a group of steps, (rows, l + 1), out of mapped shards, and whether runs cover all of them; None
         where anything is wrong there, or they cannot be mapped."""
         rows = self._group(group, part)
-        tokens = np.empty((len(rows.corpora), self._length + 1), self._dtype)
-        for start in range(0, len(tokens), self._rows_together):
-            stop = min(start + self._rows_together, len(tokens))
-            some = rows.part(start, stop)
-            runs = MappedRuns(self._corpora, some.corpora, some.pieces, self._dtype)
-            with self._collecting:
-                whole = runs.read(tokens[start:stop], self._pad_id, self._collector)
-            if not whole:
-                for corpus in self._corpora:
-                    corpus.unmap()
-                runs.examine()
-                return None
-        return tokens, bool(rows.pieces.length.sum() == tokens.size)
+        pieces, shape = rows.pieces, (len(rows.corpora), self._length + 1)
+        runs = MappedRuns(self._corpora, rows.corpora, pieces, self._dtype)
+        tokens = runs.read(shape, self._pad_id, self._collector)
+        if tokens is None:
+            for corpus in self._corpora:
+                corpus.unmap()
+            runs.examine()
+            return None
+        return tokens, bool(pieces.length.sum() == tokens.size)
 
     def _empty(self, rows: Rows) -> tuple[np.ndarray, bool]:
         """What tokens (b, l + 1) of rows are read into, padding where no run comes; and whether runs fill all of it."""
@@ -189,13 +171,10 @@ class RowReader:
         stop = begin + length * self._dtype.itemsize
         return zip(corpora, document.tolist(), offset.tolist(), begin.tolist(), stop.tolist(), strict=True)
 
-    def _locate(self, group: int, part: int) -> Rows:
+    def _locate(self, steps: range, part: int) -> Rows:
         """One part of all of the rank's rows in a group of steps."""
-        first = self._since + group * self._group_steps
-        last = first + self._group_steps
-        steps = range(first, last if self._until is None else min(last, self._until))
         corpora, epochs, sequences, continues = self._plan.assign(steps, range(self._first, self._first + self._count))
-        starts, cuts = sequences * self._sequence_length + self._begins[part], self._plan.at(first).cuts
+        starts, cuts = sequences * self._sequence_length + self._begins[part], self._plan.at(steps.start).cuts
         parts = []
         for corpus, epoch in sorted(set(zip(corpora.tolist(), epochs.tolist(), strict=True))):
             rows, base = np.flatnonzero((corpora == corpus) & (epochs == epoch)), cuts.base(corpus, epoch)

@@ -72,20 +72,19 @@ class MappedRuns:
             for found in corpora[number].find(pieces.document[own]):
                 self._locate(corpora[number], found._replace(which=own[found.which]))
 
-    def read(self, tokens: np.ndarray, pad_id: int, collector: Collector) -> bool:
-        """Fill `tokens` (b, l + 1), with padding where no run comes; false when any run is damaged or cannot be read,
-        and then they are undefined."""
+    def read(self, shape: tuple[int, int], pad_id: int, collector: Collector) -> np.ndarray | None:
+        """The tokens (b, l + 1), with padding where no run comes; None when any run is damaged or cannot be read."""
         if not (self._source.all() and all(_are_whole(blocks, collector) for blocks in self._blocks)):
-            return False
-        row, slot = self._pieces[:2]
-        begin = (row * tokens.shape[1] + slot) * self._dtype.itemsize
-        gaps = np.append(begin, tokens.nbytes) - np.append(0, begin + self._size)
-        padding = np.full(int(gaps.max()) // self._dtype.itemsize, pad_id, self._dtype)
-        data = collector.collect(*_alternating(gaps, padding.ctypes.data, self._source, self._size))
-        if data is None:
-            return False
-        tokens.reshape(-1).view(np.uint8)[:] = data
-        return True
+            return None
+        tokens = shape[0] * shape[1]
+        if self._pieces.length.sum() == tokens:
+            data = collector.collect(self._source, self._size)
+        else:
+            gaps = self._gaps(shape[1], tokens)
+            padding = np.full(int(gaps.max()), pad_id, self._dtype)
+            sizes = gaps * self._dtype.itemsize
+            data = collector.collect(*_alternating(sizes, padding.ctypes.data, self._source, self._size))
+        return None if data is None else data.view(self._dtype).reshape(shape)
 
     def examine(self) -> None:
         """Have the packed files examined that the runs lie in, since something is wrong there or in a tar."""
@@ -111,16 +110,22 @@ class MappedRuns:
         blocks = (inside, first, last - inside + 1, origin + inside * step, origin + counted)
         self._blocks.append(_Blocks(corpus, layout, shards, packed, *blocks))
 
+    def _gaps(self, row_tokens: int, tokens: int) -> np.ndarray:
+        """(m + 1,): how many tokens before, between and after the runs none of them covers."""
+        row, slot, length = self._pieces[:3]
+        begin = row * row_tokens + slot
+        return np.append(begin, tokens) - np.append(0, begin + length)
+
     def _mapped(self, corpus: Corpus, files: np.ndarray) -> np.ndarray:
         """(2, m) address and bytes of each file, (m,): twice the shard, and one more for the packed one; 0 where it is
         not mapped."""
         low = int(files.min())
         found = np.zeros((int(files.max()) - low + 1, 2), np.int64)
-        for number in np.unique(files).tolist():
+        for number in (np.flatnonzero(np.bincount(files - low)) + low).tolist():
             if file := corpus.mapped(number >> 1, bool(number & 1)):
                 found[number - low] = file.address, file.size
                 self._files.append(file)
-        return found[files - low].T
+        return found.take(files - low, axis=0).T
 
 
 def _are_whole(blocks: _Blocks, collector: Collector) -> bool:
@@ -130,16 +135,22 @@ def _are_whole(blocks: _Blocks, collector: Collector) -> bool:
         return True
     group = np.cumsum(size) >> _CHECKED_TOGETHER
     for low, high in pairwise([0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(place)]):
-        data = collector.collect(address[low:high], size[low:high])
-        if data is None:
+        found = _crcs(collector.collect(address[low:high], size[low:high]), size[low:high])
+        if found is None:
             return False
-        edges = pairwise([0, *np.cumsum(size[low:high]).tolist()])
-        found = [isal_zlib.crc32(data[start:stop]) for start, stop in edges]
-        good = np.array(found, np.uint32) == blocks.layout.crc[place[low:high]]
+        good = found == blocks.layout.crc[place[low:high]]
         blocks.layout.verified[place[low:high]] = good
         if not good.all():
             return False
     return True
+
+
+def _crcs(data: np.ndarray | None, size: np.ndarray) -> np.ndarray | None:
+    """The CRC of each block, one after the other in `data`."""
+    if data is None:
+        return None
+    blocks = memoryview(data)
+    return np.array([isal_zlib.crc32(blocks[begin:end]) for begin, end in pairwise([0, *np.cumsum(size).tolist()])])
 
 
 def _numbered(counts: np.ndarray) -> np.ndarray:
@@ -151,8 +162,6 @@ def _alternating(
     gaps: np.ndarray, padding: int, source: np.ndarray, sizes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """(addresses, sizes) of m runs and of the m + 1 gaps around them, which are filled from the address `padding`."""
-    if not gaps.any():
-        return source, sizes
     filled = np.empty((2, len(gaps), 2), np.int64)
     filled[0, :, 0], filled[1, :, 0] = padding, gaps
     filled[0, :-1, 1], filled[1, :-1, 1] = source, sizes

@@ -13,12 +13,14 @@ import mmap
 import os
 import resource
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 _RUNS = 1024  # of a call: the kernel takes no more (IOV_MAX)
 _LEAST = 1 << 20  # bytes of the memory that runs are collected in
+_SPARE = 2  # pieces of that memory that are kept when nothing refers to them
 _ANNOUNCED = 2  # calls, at first and after one for which pages were read from a disk
 
 _libc = ctypes.CDLL(None)
@@ -49,19 +51,15 @@ class MappedFile:
 
 
 class Collector:
-    """Memory in which runs of bytes are collected, one after the other; for one thread at a time."""
+    """Collects runs of bytes, one after the other, in memory that is used again once nothing refers to it: fresh memory
+    costs a fault for each page."""
 
     def __init__(self) -> None:
-        self._file = os.fdopen(os.memfd_create("rows"), "r+b", buffering=0)
-        self._data = np.empty(0, np.uint8)
+        self._spare: list[_Memory] = []
         self._announced = _ANNOUNCED  # calls to come of which the pages are announced
 
     def collect(self, sources: np.ndarray, sizes: np.ndarray) -> np.ndarray | None:
-        """`sizes` bytes from the addresses `sources`, (m,) each, one after the other; None when any cannot be read.
-
-        What is returned is overwritten by the next call.
-        """
-        self._hold(int(sizes.sum()))
+        """`sizes` bytes from the addresses `sources`, (m,) each, one after the other; None when any cannot be read."""
         runs = np.empty((len(sizes), 2), np.uint64)  # struct iovec
         runs[:, 0], runs[:, 1] = sources, sizes
         before = _read()
@@ -69,26 +67,46 @@ class Collector:
             self._announced -= 1
             _announce(sources, sizes)
         try:
-            return self._copied(runs)
+            return self._copied(runs, np.append(0, np.cumsum(sizes)))
         finally:
             if _read() > before:
                 self._announced = _ANNOUNCED
 
-    def _copied(self, runs: np.ndarray) -> np.ndarray | None:
-        done = 0
+    def _copied(self, runs: np.ndarray, bounds: np.ndarray) -> np.ndarray | None:
+        memory, size = self._unused(), int(bounds[-1])
+        memory.hold(size)
+        data = np.frombuffer(memory.map, np.uint8, size)  # the base of all that is made of it
+        weakref.finalize(data, self._keep, memory)
         for begin in range(0, len(runs), _RUNS):
             part = runs[begin : begin + _RUNS]
-            expected = int(part[:, 1].sum())
-            if _libc.pwritev(self._file.fileno(), part.ctypes.data, len(part), done) != expected:
+            done, end = int(bounds[begin]), int(bounds[begin + len(part)])
+            if _libc.pwritev(memory.file.fileno(), part.ctypes.data, len(part), done) != end - done:
                 return None
-            done += expected
-        return self._data[:done]
+        return data
 
-    def _hold(self, size: int) -> None:
-        if size > len(self._data):
-            size = max(_LEAST, 1 << (size - 1).bit_length())
-            os.truncate(self._file.fileno(), size)
-            self._data = np.frombuffer(mmap.mmap(self._file.fileno(), size), np.uint8)
+    def _unused(self) -> _Memory:
+        with suppress(IndexError):
+            return self._spare.pop()
+        return _Memory()
+
+    def _keep(self, memory: _Memory) -> None:
+        if len(self._spare) < _SPARE:
+            self._spare.append(memory)
+
+
+class _Memory:
+    """A file that is memory, and its map."""
+
+    def __init__(self) -> None:
+        self.file = os.fdopen(os.memfd_create("rows"), "r+b", buffering=0)
+        self._size = 0
+
+    def hold(self, size: int) -> None:
+        """Have room for so many bytes; nothing may refer to what it held."""
+        if size > self._size:
+            self._size = max(_LEAST, 1 << (size - 1).bit_length())
+            os.truncate(self.file.fileno(), self._size)
+            self.map = mmap.mmap(self.file.fileno(), self._size)
 
 
 def _announce(sources: np.ndarray, sizes: np.ndarray) -> None:

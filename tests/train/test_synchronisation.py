@@ -115,7 +115,7 @@ def batch(documents: str) -> Batch:
     starts = np.zeros((ROWS, LENGTH // (BLOCK if documents == "isolated" else 1)), bool)
     rows = {"rows": np.arange(ROWS), "epochs": np.zeros(ROWS, np.int64), "continues": np.zeros(ROWS, bool)}
     return Batch(ids, ids, ids > 0, starts=None if documents == "joined" else starts, corpora=rows["rows"],
-                 pieces=None, begin=0, **rows)  # fmt: skip
+                 located=None, begin=0, **rows)  # fmt: skip
 
 
 @pytest.fixture

@@ -84,6 +84,12 @@ class TokenStream:
         """(n,) int64: what each document takes up, in the order of the stream."""
         return np.diff(self._ends, prepend=0)
 
+    def _places(self, positions: np.ndarray) -> np.ndarray:
+        """Where in the order the documents are that cover these positions (n,)."""
+        order, found = np.argsort(positions), np.empty_like(positions)
+        found[order] = np.searchsorted(self._ends, positions[order], side="right")  # fast, since they are in order
+        return found
+
     def pieces(self, starts: np.ndarray, count: int) -> Pieces:
         """The runs that make up rows of `count` stream positions, row i from position ``starts[i]``.
 
@@ -91,8 +97,7 @@ class TokenStream:
         """
         starts = np.asarray(starts, np.int64)
         stops = np.minimum(starts + count, self.total)
-        first = np.searchsorted(self._ends, starts, side="right")
-        last = np.searchsorted(self._ends, stops - 1, side="right")
+        first, last = self._places(starts), self._places(stops - 1)
         runs = np.where(stops > starts, last - first + 1, 0)
         row = np.repeat(np.arange(len(starts)), runs)
         place = np.arange(len(row)) - np.repeat(np.cumsum(runs) - runs, runs) + first[row]  # in the permuted order

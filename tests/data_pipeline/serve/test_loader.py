@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from hypothesis import strategies as st
 
 from bst_base.errors import UserError
 from bst_base.settings import parse
+from data_pipeline.serve import rows as rows_module
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import Loader, open_corpora
 from data_pipeline.serve.reader import Corpus
+from data_pipeline.serve.rows import RowReader
 from data_pipeline.serve.spread import MASKED
 from tests.data_pipeline.serve.memory import Memory, loader
 
@@ -202,6 +205,33 @@ def test_resuming_reads_nothing_of_what_was_consumed(mode: str) -> None:
     served = loader(corpus, mode, start_step=400)
     next(iter(served))
     assert corpus.tokens_read <= 4 * (32 + 1)
+
+
+def test_the_first_step_is_located_alone_and_ever_more_with_those_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    located: list[range] = []
+    real = RowReader._locate
+
+    def noted(self: RowReader, steps: range, part: int) -> Any:
+        located.append(steps)
+        return real(self, steps, part)
+
+    monkeypatch.setattr(RowReader, "_locate", noted)
+    monkeypatch.setattr(rows_module, "_TOGETHER", 64)
+    corpus = Memory([500] * 200)
+    served = loader(corpus, start_step=21, rows=6)  # ten steps of six rows each, at most
+    for step in range(21, 60):
+        served.batches(step)
+    bounds = [21, 22, 24, 28, 38, 48, 58]
+    assert located == [range(*each) for each in pairwise([*bounds, 68])]
+    located.clear()
+    for step in range(21):  # another may be asked for, too
+        served.batches(step)
+    assert located == [range(1), range(1, 11), range(11, 21)]
+    located.clear()
+    changed = loader(corpus, start_step=21, rows=6, changes=[(25, 7)])
+    for step in range(21, 28):
+        changed.batches(step)
+    assert located == [range(*each) for each in pairwise([21, 22, 24, 25, 26, 28])]
 
 
 @example(mode="streaming", documents="joined", step=41, dp=1)

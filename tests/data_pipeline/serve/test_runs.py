@@ -116,3 +116,34 @@ def test_runs_are_collected_and_pages_that_cannot_be_read_are_noticed(tmp_path: 
         assert collector.collect(np.array([file.address, file.address + start]), np.array([10, 10])) is None
     with pytest.raises(OSError, match="cannot be mapped"):
         MappedFile(Path("/dev/null"))
+
+
+def test_what_was_collected_stays_as_long_as_anything_refers_to_it(tmp_path: Path) -> None:
+    path, collector = tmp_path / "file", Collector()
+    path.write_bytes(bytes(range(256)) * 4096)
+    file = MappedFile(path)
+
+    def collect(first: int) -> np.ndarray:
+        found = collector.collect(np.array([file.address + first]), np.array([4096]))
+        assert found is not None and found[0] == first
+        return found
+
+    rows = collect(1).view(np.uint16).reshape(16, 128)[3:5]  # what is left of the first
+    kept = rows.copy()
+    places = {collect(number).ctypes.data for number in range(2, 8)}
+    assert len(places) == 1 and rows.ctypes.data - 3 * 256 not in places  # used again, but for what is still needed
+    assert np.array_equal(rows, kept)
+    held = [collect(number) for number in range(8)]
+    assert [found[0] for found in held] == list(range(8))
+    assert np.array_equal(rows, kept)
+
+
+def test_rows_that_were_served_do_not_change(make_corpus: Any) -> None:
+    """Their memory is used again for later ones only when nobody has them any more."""
+    config = DataConfig(corpus=str(make_corpus(drawn(4), shards=3)), prefetch=0)
+    share = Share(length=256, rows=8, micro_rows=4)
+    loader = Loader(config, open_corpora(config), share, block=64, seed=3)
+    held = [tokens for step in range(200) for tokens in loader.tokens(step)]
+    alone = Loader(config, open_corpora(config), share, block=64, seed=3)
+    for number, tokens in enumerate(held):
+        assert np.array_equal(tokens, alone.tokens(number // 2)[number % 2])
