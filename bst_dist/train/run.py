@@ -11,12 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bst_dist.checkpoint import rng
 from bst_dist.checkpoint.fragments import EngineState
 from bst_dist.checkpoint.local import LocalCopies
 from bst_dist.checkpoint.snapshot import Checkpoints, Evaluated, Position, Snapshots
+from bst_dist.config import Recipe
 from bst_dist.faults.disks import Disks
 from bst_dist.faults.ending import LAST_WORD
 from bst_dist.faults.guard import DivergedError, RollBack
@@ -41,6 +40,7 @@ from bst_dist.train.schedule import constant_until
 from bst_dist.train.start.deterministic import make_deterministic
 from bst_dist.train.start.request import Request, Start, load, resolve
 from bst_dist.train.start.resuming import begin_at, changed_at, guard_of, roll_back
+from bst_dist.train.tf32 import products_in_tf32
 
 
 def train(request: Request, ranks: Ranks, notice: Notice | None = None, disks: Disks | None = None) -> int:
@@ -53,12 +53,13 @@ def train(request: Request, ranks: Ranks, notice: Notice | None = None, disks: D
     recipe = load(request)
     if recipe.deterministic:
         make_deterministic()
-    if recipe.train.precision == "bf16":
-        # The products left in single precision are those of SSMs, on what bf16 products made: TF32 has three bits more.
-        torch.backends.cuda.matmul.allow_tf32 = True
+    with products_in_tf32(recipe.train.precision == "bf16"):
+        return _train(recipe, request, ranks, notice, disks or Disks())
+
+
+def _train(recipe: Recipe, request: Request, ranks: Ranks, notice: Notice | None, disks: Disks) -> int:
     start = resolve(recipe, request, ranks.world)
     ranks.barrier()  # all have looked at the run directory before the first one writes to it
-    disks = disks or Disks()
     disks.add([start.run_dir], [Path(url) for url in start.recipe.data.urls() if "://" not in url])
     board = shared_board(ranks.world)
     with (
