@@ -34,7 +34,6 @@ from bst_dist.plan import slices
 from bst_dist.plan.accelerators import Accelerator, accelerator
 from bst_dist.plan.figures import describe
 from bst_dist.plan.measured import measure
-from bst_dist.plan.memory.activations import Activations
 from bst_dist.plan.report import show, show_longest, show_sizes, show_table
 from bst_dist.plan.search import Candidate, PlanError, Planner
 from bst_dist.plan.speed import Cluster
@@ -136,13 +135,11 @@ def _reading(recipe: Recipe) -> str:
 
 
 def _longest(args: argparse.Namespace, recipe: Recipe, device: Accelerator) -> dict[str, Any]:
-    activations = Activations(recipe.model, recipe.train.precision == "bf16", recipe.data.documents)
-
     def longest(count: int) -> slices.Longest:
         nodes = -(-count // args.gpus_per_node)
         if count % nodes:
             raise PlanError(f"--longest {count}: not a whole number of GPUs on {nodes} nodes of {args.gpus_per_node}")
-        return slices.longest(recipe, Cluster(nodes, count // nodes, device), 1e9 * args.host_gb, activations)
+        return slices.longest(recipe, Cluster(nodes, count // nodes, device), 1e9 * args.host_gb)
 
     found, ended = _until_told(args.longest, longest)
     show_longest(Console(width=120), recipe, device, args.host_gb, found)
@@ -169,13 +166,10 @@ Row = tuple[Cluster, Recipe, Planner | None, Candidate | str]
 
 def _table(recipe: Recipe, clusters: list[Cluster], lengths: list[int]) -> tuple[list[Row], dict[str, Any]]:
     """The best plan of each cluster and length, or why there is none."""
-    activations: Activations | None = None
 
     def row(of: tuple[Recipe, Cluster]) -> Row:
-        nonlocal activations
         longer, cluster = of
-        planner = Planner(longer, cluster, activations)
-        activations = planner.activations
+        planner = Planner(longer, cluster)
         try:
             return cluster, longer, planner, planner.best()
         except UserError as error:

@@ -23,7 +23,7 @@ from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.sequence.neighbour import SequenceParallelError
 from bst_dist.plan.flops import forward_flops
 from bst_dist.plan.launches import host_seconds
-from bst_dist.plan.memory.activations import Activations
+from bst_dist.plan.memory.activations import activations_of
 from bst_dist.plan.memory.parts import Slice
 from bst_dist.plan.memory.peak import Memory, Work, memory
 from bst_dist.plan.memory.zero import Sizes, Strategy, muon_share
@@ -83,16 +83,12 @@ class Candidate:
 
 
 class Planner:
-    """Ways to spread one recipe over one cluster.
+    """Ways to spread one recipe over one cluster."""
 
-    Args:
-        activations: those of another planner for the same model and precision, to rehearse nothing twice.
-    """
-
-    def __init__(self, recipe: Recipe, cluster: Cluster, activations: Activations | None = None) -> None:
+    def __init__(self, recipe: Recipe, cluster: Cluster) -> None:
         self.recipe, self.cluster, self.model = recipe, cluster, recipe.model
         self.bf16 = recipe.train.precision == "bf16"
-        self.activations = activations or Activations(self.model, self.bf16, recipe.data.documents)
+        self.activations = activations_of(self.model, self.bf16, recipe.data.documents)
         self.strategies = _strategies(recipe)
 
     @cached_property
@@ -133,9 +129,9 @@ class Planner:
         )
 
     def micro_batches(self, sp: int) -> list[int]:
-        """Sequences that a rank may take at once, from few to many."""
+        """Sequences that a rank may take at once, from many to few."""
         rows = -(-self.recipe.train.sequences * sp // self.cluster.world)
-        return [rows_at_once for rows_at_once in range(1, min(rows, MOST_ROWS) + 1) if rows % rows_at_once == 0]
+        return [rows_at_once for rows_at_once in range(min(rows, MOST_ROWS), 0, -1) if rows % rows_at_once == 0]
 
     def candidate(self, stage: int | str, sp: int, rows: int, policy: str, slices: int | None = None,
                   edges: str | None = None, every: int | None = None) -> Candidate:  # fmt: skip
@@ -221,13 +217,14 @@ class Planner:
         return degrees[at] if at < len(degrees) else None
 
     def _with(self, sp: int, policy: str) -> Iterator[Candidate]:
-        """Every micro-batch and stage; ZeRO-3 only for the smallest micro-batch, and if nothing else fits."""
+        """Every micro-batch and stage; ZeRO-3 only if nothing else fits. Smaller micro-batches than one that fits with
+        every stage are left out: they need no shorter steps, and more messages and launches."""
         fits = False
         for rows in self.micro_batches(sp):
             ways = [self.candidate(stage, sp, rows, policy) for stage in STAGES[:3]]
             fits |= any(way.fits for way in ways)
             yield from ways
-            if not any(way.fits for way in ways):
+            if all(way.fits for way in ways):
                 break
         if not fits and self.cluster.world > 1:
             yield from (self.candidate(3, sp, rows, policy) for rows in self.micro_batches(sp))

@@ -12,7 +12,6 @@ from typing import Any
 
 from bst_base.settings import parse
 from bst_dist.config import Recipe
-from bst_dist.plan.memory.activations import Activations
 from bst_dist.plan.search import GATHERED_ONCE, STAGES, Candidate, Planner
 from bst_dist.plan.speed import Cluster
 
@@ -91,18 +90,17 @@ def where_they_help(planner: Planner, plan: Candidate) -> list[Size]:
     return found if faster or plan.work.slices > 1 else []
 
 
-def longest(recipe: Recipe, cluster: Cluster, host_bytes: float, activations: Activations) -> Longest:
+def longest(recipe: Recipe, cluster: Cluster, host_bytes: float) -> Longest:
     """All devices share one sequence, under ZeRO-3 where there are several, with every layer run again.
 
     Args:
         host_bytes: what a node can hold of edges beside everything else.
-        activations: of the recipe's model; what was rehearsed for one cluster is not rehearsed for the next.
     """
     record, tokens, way = {"device": 0, "host": 0}, 0, None
-    edge = activations.edge(1)
+    edge = Planner(recipe, cluster).activations.edge(1)
     for slice_tokens in _powers(SHARE * cluster.world, 4):
         # Two slices: what memory takes beside the edges that wait.
-        found = _shared(recipe, cluster, 2 * slice_tokens, "every-layer", activations, slices=2, edges="disk")
+        found = _shared(recipe, cluster, 2 * slice_tokens, "every-layer", slices=2, edges="disk")
         if not found.fits:
             break
         for place, free in (("device", -found.excess), ("host", host_bytes)):
@@ -110,28 +108,28 @@ def longest(recipe: Recipe, cluster: Cluster, host_bytes: float, activations: Ac
             if length > record[place]:
                 record[place] = length
                 tokens, way = (slice_tokens, found) if place == "device" else (tokens, way)
-    return Longest(cluster.world, _at_once(recipe, cluster, activations), record, tokens, edge, way)
+    return Longest(cluster.world, _at_once(recipe, cluster), record, tokens, edge, way)
 
 
-def _at_once(recipe: Recipe, cluster: Cluster, activations: Activations) -> int:
+def _at_once(recipe: Recipe, cluster: Cluster) -> int:
     """The longest sequence that fits without slices, also with the layers' inputs in host memory."""
     record = 0
     for tokens in _powers(SHARE * cluster.world, 2):
-        ways = (_shared(recipe, cluster, tokens, policy, activations) for policy in ("every-layer", "offload"))
+        ways = (_shared(recipe, cluster, tokens, policy) for policy in ("every-layer", "offload"))
         if not any(way.fits for way in ways):
             break
         record = tokens
     return record
 
 
-def _shared(recipe: Recipe, cluster: Cluster, length: int, policy: str, activations: Activations, slices: int = 1,
+def _shared(recipe: Recipe, cluster: Cluster, length: int, policy: str, slices: int = 1,
             edges: str = "device") -> Candidate:  # fmt: skip
     """One sequence of that length, shared by all devices."""
     data = recipe.model_dump()
     data["train"] |= {"sequence_length": length, "sequences": 1, "micro_sequences": 1, "slice_tokens": None,
                       "edges": "device", "edges_every": 1}  # fmt: skip
     data["parallel"] = {"sp": 1}
-    planner = Planner(parse(Recipe, data, f"length {length}"), cluster, activations)
+    planner = Planner(parse(Recipe, data, f"length {length}"), cluster)
     return planner.candidate(3 if cluster.world > 1 else 0, cluster.world, 1, policy, slices, edges)
 
 

@@ -45,7 +45,7 @@ def test_with_less_memory_the_plan_gives_up_speed_and_still_fits(monkeypatch):
     planner = Planner(parse(Recipe, SETTINGS), Cluster(1, 1, device(80)))
     roomy, tight = (planner.candidate(0, 1, 1, policy) for policy in ("none", "every-layer"))
     between = (roomy.needed + tight.needed) / 2 / (1 - HEADROOM) / 1e9
-    best = Planner(planner.recipe, Cluster(1, 1, device(between)), planner.activations).best()
+    best = Planner(planner.recipe, Cluster(1, 1, device(between))).best()
     assert best.fits
     assert best.work.checkpointing.policy != "none"
     assert best.speed.total > planner.best().speed.total  # with all the memory

@@ -125,12 +125,13 @@ def test_flops_for_edges_are_those_of_the_layers_forward_but_for_the_last_slice(
 def test_the_longest_sequence_is_as_many_slices_as_edges_fit_beside_one(monkeypatch):
     """Memory of 100 bytes per token and 10,000,000 in all; an edge of 1,000 bytes; a host with 5,000,000."""
 
-    def way(recipe, cluster, length, policy, activations, slices=1, edges="device"):
+    def way(recipe, cluster, length, policy, slices=1, edges="device"):
         return SimpleNamespace(fits=length // slices <= 100_000, excess=100 * (length // slices) - 10_000_000)
 
     monkeypatch.setattr(slices, "_shared", way)
     cluster = Cluster(1, 1, accelerator("h100-80gb", None))
-    found = slices.longest(recipe(), cluster, 5_000_000, SimpleNamespace(edge=lambda rows: 1000))
+    monkeypatch.setattr(Activations, "edge", lambda self, rows: 1000)
+    found = slices.longest(recipe(), cluster, 5_000_000)
     assert found.at_once == 65_536
     assert found.slice_tokens == 65_536
     assert found.in_slices == {"device": 65_536 * (3_446_400 // 1000 + 1), "host": 65_536 * 5001}

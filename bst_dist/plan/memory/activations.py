@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 from unittest.mock import patch
@@ -72,13 +72,13 @@ class Activations:
 
         `compiled`: as one graph for a GPU, of a whole sequence; where that is too long to divide, as uncompiled.
         """
+        alike = checkpointing.policy.replace("every-kth-layer", "every-layer")
+        if compiled and (part := self._compiled(mixer, alike, slice_)):
+            return part
         if slice_.rows > 2:
-            one, two = (self.layer(mixer, checkpointing, self._of(slice_, rows), zero3, compiled) for rows in (1, 2))
+            one, two = (self.layer(mixer, checkpointing, replace(slice_, rows=rows), zero3) for rows in (1, 2))
             return two.scaled(slice_.rows - 1) + one.scaled(-(slice_.rows - 2))
         slice_ = replace(slice_, sp=min(slice_.sp, 2))
-        alike = checkpointing.policy.replace("every-kth-layer", "every-layer")
-        if compiled and (joint := self._once(("graph", mixer, slice_), lambda: self._graph(mixer, slice_))):
-            return self._once(("graph", mixer, slice_, alike), lambda: joint.part(alike))
         if alike == "offload":
             return self._offloaded(self.layer(mixer, _RUN_AGAIN, slice_, zero3), slice_)
         return self._once((mixer, alike, slice_, zero3), lambda: self._layer(mixer, checkpointing, slice_, zero3))
@@ -129,17 +129,21 @@ class Activations:
         less, more = (self._once(("head", count), lambda count=count: self._head(count)) for count in (few, many))
         return less._with(more, lambda a, b: a + (b - a) * (tokens - few) // (many - few))
 
-    @staticmethod
-    def _of(slice_: Slice, rows: int) -> Slice:
-        return replace(slice_, rows=rows)
-
     def _once(self, key: Any, find: Callable[[], T]) -> T:
         if key not in self._known:
             self._known[key] = find()
         return self._known[key]
 
-    def _graph(self, mixer: str, slice_: Slice) -> Joint | None:
+    def _compiled(self, mixer: str, policy: str, slice_: Slice) -> Part | None:
         # Loads torch's compiler, which takes a second: only to plan.
+        from bst_dist.plan.memory.graphs import MANY_ROWS
+
+        apart = slice_.rows == 1 or self.documents == "masked"  # a table of borders has steps in its size
+        traced = slice_ if apart else replace(slice_, rows=MANY_ROWS)
+        joint = self._once(("graph", mixer, traced), lambda: self._graph(mixer, traced))
+        return joint and self._once(("graph", mixer, policy, slice_), lambda: joint.part(policy, slice_.rows))
+
+    def _graph(self, mixer: str, slice_: Slice) -> Joint | None:
         from bst_dist.plan.memory.graphs import joint_graph
 
         with self._fused(), FakeTensorMode():
@@ -240,6 +244,16 @@ class Activations:
             stack.enter_context(FakeTensorMode())
             stack.enter_context(live)
             yield live
+
+
+def activations_of(model: ModelConfig, bf16: bool, documents: str) -> Activations:
+    """Of a model that is planned; a process that plans it several times rehearses nothing twice."""
+    return _known(model.model_dump_json(), bf16, documents)
+
+
+@lru_cache(maxsize=4)
+def _known(model: str, bf16: bool, documents: str) -> Activations:
+    return Activations(ModelConfig.model_validate_json(model), bf16, documents)
 
 
 def _run(live: LiveBytes, module: nn.Module, shape: tuple[int, ...], call: Callable[[Tensor], Tensor],

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import aot_function
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -31,6 +32,8 @@ from bst_dist.plan.memory.parts import Part
 
 MOST_NODES = 20_000
 """Operations of a trace that is divided: of a loop over very many blocks the partitioner would take minutes."""
+MANY_ROWS = 1009
+"""Of the trace that counts for any number of rows but one: a prime that divides no other size of a layer."""
 
 
 class _Traced(Exception):
@@ -55,7 +58,7 @@ def joint_graph(layer: nn.Module, x: Tensor, starts: Starts | None, autocast: Ab
             return torch.func.functional_call(layer, parameters, (x, past, _closed(opened)))
 
         def take(module: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **options: Any) -> None:
-            found.append(Joint(module, inputs, num_fwd_outputs, options))
+            found.append(Joint(module, inputs, num_fwd_outputs, options, len(x)))
             raise _Traced
 
         as_compiled = torch._functorch.config.patch(backward_pass_autocast="off")  # `flex.limited`
@@ -85,17 +88,21 @@ class Joint:
     """Of the forward pass, without what is kept."""
     options: dict[str, Any]
     """Of the partitioner."""
+    traced: int
+    """Rows of the trace."""
 
-    def part(self, policy: str) -> Part:
-        """The layer's bytes under a policy of activation checkpointing."""
+    def part(self, policy: str, rows: int) -> Part:
+        """The layer's bytes under a policy of activation checkpointing, for so many rows: those of the trace, or, of a
+        trace of MANY_ROWS, any but one."""
+        counted = _Bytes(self.traced, rows)
         if policy == "selective":
-            return _part(*self._divided(selectively=True), self.outputs)
+            return counted.part(*self._selective, self.outputs)
         forward, backward = self._whole
-        whole = _part(forward, backward, self.outputs)
+        whole = counted.part(forward, backward, self.outputs)
         if policy == "none":
             return whole
         # The graph as a whole is run again, beside the gradient of its output, which is as large as its input.
-        size = sum(_storages(next(iter(forward.graph.nodes))).values())
+        size = sum(counted.storages(next(iter(forward.graph.nodes))).values())
         again = max(whole.forward + size, whole.kept + whole.backward)
         host = size if policy == "offload" else 0
         launches = whole.launches + _launches(forward) + (1 if host else 0)
@@ -107,14 +114,19 @@ class Joint:
     def _whole(self) -> tuple[fx.GraphModule, fx.GraphModule]:
         return self._divided(selectively=False)
 
+    @cached_property
+    def _selective(self) -> tuple[fx.GraphModule, fx.GraphModule]:
+        return self._divided(selectively=True)
+
     def _divided(self, selectively: bool) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """The graphs of the two passes."""
-        module = _copy(self.module)
-        if selectively:
-            _mark(module)
-        return min_cut_rematerialization_partition(
-            module, self.inputs, compiler="inductor", num_fwd_outputs=self.outputs, **self.options
-        )
+        """The graphs of the two passes. No code is made of any: they are counted and never run."""
+        with _use_lazy_graph_module(True):
+            module = _copy(self.module)
+            if selectively:
+                _mark(module)
+            return min_cut_rematerialization_partition(
+                module, self.inputs, compiler="inductor", num_fwd_outputs=self.outputs, **self.options
+            )
 
 
 def _copy(module: fx.GraphModule) -> fx.GraphModule:
@@ -122,7 +134,7 @@ def _copy(module: fx.GraphModule) -> fx.GraphModule:
     graph, known = fx.Graph(), {}
     for node in module.graph.nodes:
         known[node] = graph.node_copy(node, known.__getitem__)
-    return fx.GraphModule(module, graph)
+    return _make_graph_module(module, graph)
 
 
 def _mark(module: fx.GraphModule) -> None:
@@ -143,50 +155,61 @@ def _value(argument: Any) -> Any:
     return argument.meta["val"] if isinstance(argument, fx.Node) else argument
 
 
-def _part(forward: fx.GraphModule, backward: fx.GraphModule, outputs: int) -> Part:
-    x, *others = (node for node in forward.graph.nodes if node.op == "placeholder")
-    elsewhere = {key for node in others for key in _storages(node)}
-    handed_over = [node for node in forward.graph.output_node().args[0][outputs:] if isinstance(node, fx.Node)]
-    kept = sum(_counted(handed_over, elsewhere).values())
-    given = [node for node in backward.graph.nodes if node.op == "placeholder"]
-    _, *gradients = backward.graph.output_node().args[0]  # the first is the input's
-    return Part(
-        kept=kept, casts=0, forward=_most(forward, [x], elsewhere), backward=_most(backward, given, elsewhere) - kept,
-        gradients=sum(_counted([one for one in gradients if one is not None], elsewhere).values()),
-        launches=_launches(forward) + _launches(backward),
-    )  # fmt: skip
+@dataclass(frozen=True)
+class _Bytes:
+    """Bytes of the tensors of graphs that were traced for `traced` rows, for `rows`."""
 
+    traced: int
+    rows: int
 
-def _counted(nodes: list[fx.Node], elsewhere: set[int]) -> dict[int, int]:
-    """Bytes by storage, each once, of those that are not counted elsewhere."""
-    found = {key: size for node in nodes for key, size in _storages(node).items()}
-    return {key: size for key, size in found.items() if key not in elsewhere}
+    def part(self, forward: fx.GraphModule, backward: fx.GraphModule, outputs: int) -> Part:
+        """Of a layer with these graphs."""
+        x, *others = (node for node in forward.graph.nodes if node.op == "placeholder")
+        elsewhere = {key for node in others for key in self.storages(node)}
+        handed_over = [node for node in forward.graph.output_node().args[0][outputs:] if isinstance(node, fx.Node)]
+        kept = sum(self._counted(handed_over, elsewhere).values())
+        given = [node for node in backward.graph.nodes if node.op == "placeholder"]
+        _, *gradients = backward.graph.output_node().args[0]  # the first is the input's
+        of_weights = self._counted([one for one in gradients if one is not None], elsewhere)
+        return Part(
+            kept=kept, casts=0, forward=self._most(forward, [x], elsewhere),
+            backward=self._most(backward, given, elsewhere) - kept, gradients=sum(of_weights.values()),
+            launches=_launches(forward) + _launches(backward),
+        )  # fmt: skip
 
+    def storages(self, node: fx.Node) -> dict[int, int]:
+        """Of what an operation returns, each once."""
+        values, _ = tree_flatten(node.meta.get("val"))
+        own = (x.untyped_storage() for x in values if isinstance(x, Tensor))
+        return {storage._cdata: self._of(storage.nbytes()) for storage in own}
 
-def _storages(node: fx.Node) -> dict[int, int]:
-    values, _ = tree_flatten(node.meta.get("val"))
-    return {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in values if isinstance(x, Tensor)}
+    def _of(self, size: int) -> int:
+        return size // self.traced * self.rows if size % self.traced == 0 else size
 
+    def _counted(self, nodes: list[fx.Node], elsewhere: set[int]) -> dict[int, int]:
+        """Bytes by storage, each once, of those that are not counted elsewhere."""
+        found = {key: size for node in nodes for key, size in self.storages(node).items()}
+        return {key: size for key, size in found.items() if key not in elsewhere}
 
-def _most(module: fx.GraphModule, given: list[fx.Node], elsewhere: set[int]) -> int:
-    """Most bytes at once when the operations run one by one, each storage from the operation that makes it to the last
-    one that reads it; outputs to the end."""
-    nodes = list(module.graph.nodes)
-    last = {key: place for place, node in enumerate(nodes) for one in (node, *node.all_input_nodes)
-            for key in _storages(one)}  # fmt: skip
-    ending: dict[int, list[int]] = {}
-    for key, place in last.items():
-        ending.setdefault(place, []).append(key)
-    alive = _counted(given, elsewhere)
-    now = most = sum(alive.values())
-    for place, node in enumerate(nodes):
-        if node.op == "call_function":
-            made = {key: size for key, size in _counted([node], elsewhere).items() if key not in alive}
-            alive |= made
-            now += sum(made.values())
-            most = max(most, now)
-        now -= sum(alive.pop(key, 0) for key in ending.get(place, ()))
-    return most
+    def _most(self, module: fx.GraphModule, given: list[fx.Node], elsewhere: set[int]) -> int:
+        """Most bytes at once when the operations run one by one, each storage from the operation that makes it to the
+        last one that reads it; outputs to the end."""
+        nodes = list(module.graph.nodes)
+        last = {key: place for place, node in enumerate(nodes) for one in (node, *node.all_input_nodes)
+                for key in self.storages(one)}  # fmt: skip
+        ending: dict[int, list[int]] = {}
+        for key, place in last.items():
+            ending.setdefault(place, []).append(key)
+        alive = self._counted(given, elsewhere)
+        now = most = sum(alive.values())
+        for place, node in enumerate(nodes):
+            if node.op == "call_function":
+                made = {key: size for key, size in self._counted([node], elsewhere).items() if key not in alive}
+                alive |= made
+                now += sum(made.values())
+                most = max(most, now)
+            now -= sum(alive.pop(key, 0) for key in ending.get(place, ()))
+        return most
 
 
 def _launches(module: fx.GraphModule) -> int:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
 from bst_dist.activation.config import ActivationCheckpointingConfig
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
@@ -38,6 +42,27 @@ def test_a_graph_that_is_run_again_keeps_its_input_and_makes_all_else_twice():
     assert again.kept + again.backward >= whole.forward + INPUT  # beside the gradient of its output
     assert offloaded.forward == again.forward + INPUT
     assert whole.launches < again.launches < 2 * whole.launches
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "every-layer"])
+@pytest.mark.parametrize("mixer, documents", [("sliding", "isolated"), ("bst", "joined"), ("gated-deltanet", "joined")])
+def test_one_trace_counts_for_any_number_of_rows(mixer, documents, policy):
+    """Against a trace of so many rows alone; for one row Gated DeltaNet's has other operations than for two."""
+    activations = Activations(model(mixer), bf16=True, documents=documents)
+    for rows in (1, 2, 5):
+        asked = replace(SLICE, rows=rows)
+        found = activations.layer(mixer, ActivationCheckpointingConfig(policy=policy), asked, False, compiled=True)
+        assert found == activations._graph(mixer, asked).part(policy, rows)
+    traced = [key[2].rows for key in activations._known if key[0] == "graph" and len(key) == 3]
+    assert traced == [1, graphs.MANY_ROWS]
+
+
+def test_documents_that_begin_anywhere_are_traced_for_every_number_of_rows():
+    """The room for their borders grows in steps."""
+    activations = Activations(model(), bf16=True, documents="masked")
+    asked, checkpointing = replace(SLICE, rows=3), ActivationCheckpointingConfig()
+    found = activations.layer("bst", checkpointing, asked, zero3=False, compiled=True)
+    assert found == activations._graph("bst", asked).part("none", 3)
 
 
 def test_all_gradients_of_a_layer_are_there_at_once():
