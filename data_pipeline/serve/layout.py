@@ -70,6 +70,7 @@ class Found(NamedTuple):
     which: np.ndarray  # (m,) of those that were looked for
     shards: np.ndarray  # (m,)
     places: np.ndarray  # (m,) in the layout
+    firsts: np.ndarray  # (m,) likewise, of the first document of the shard
     layout: Layout
 
 
@@ -131,13 +132,14 @@ class OpenShards:
         """Where documents (m,) of the shards (m,) lie; or those of the shards that have to be opened for it."""
         with self._lock:
             number, layouts = self._number[shards], dict(self._layouts)
-            places = documents - self._firsts[shards] + self._begins[shards]
+            firsts = self._begins[shards]
         if (closed := number < 0).any():
             return np.unique(shards[closed])
+        places = documents - self._firsts[shards] + firsts
         if len(together := np.unique(number).tolist()) == 1:
-            return [Found(np.arange(len(documents)), shards, places, layouts[together[0]])]
+            return [Found(np.arange(len(documents)), shards, places, firsts, layouts[together[0]])]
         own = [(each, np.flatnonzero(number == each)) for each in together]
-        return [Found(which, shards[which], places[which], layouts[each]) for each, which in own]
+        return [Found(which, shards[which], places[which], firsts[which], layouts[each]) for each, which in own]
 
     def _forget(self, shards: np.ndarray) -> None:
         numbers, counts = np.unique(self._number[shards], return_counts=True)

@@ -96,17 +96,18 @@ class MappedRuns:
 
     def _locate(self, corpus: Corpus, found: Found) -> None:
         """Note where the runs of these documents lie, and the blocks that they touch."""
-        runs, shards, places, layout = found
-        size, packed = self._dtype.itemsize, layout.packed[places]
+        runs, shards, places, firsts, layout = found
+        size, packed = self._dtype.itemsize, layout.packed[firsts]
         begin = layout.offsets[places].astype(np.int64)
         origin = np.where(packed, 0, begin)  # from where blocks are counted
-        counted = np.where(packed, corpus.shard_tokens()[shards], layout.lengths[places].astype(np.int64)) * size
+        counting = np.where(packed, firsts, places)  # all of a packed file are counted as its first, which is at hand
+        counted = np.where(packed, corpus.shard_tokens()[shards], layout.lengths[counting].astype(np.int64)) * size
         byte, step = begin + self._offset[runs], CRC_BLOCK * size
         inside, last = (byte - origin) // step, (byte - origin + self._size[runs] - 1) // step
         address, end = self._mapped(corpus, shards * 2 + packed)
         self._source[runs] = np.where(origin + counted <= end, address + byte, 0)
         origin += address
-        first = layout.crc_starts[places] + inside
+        first = layout.crc_starts[counting] + inside
         blocks = (inside, first, last - inside + 1, origin + inside * step, origin + counted)
         self._blocks.append(_Blocks(corpus, layout, shards, packed, *blocks))
 
