@@ -40,6 +40,12 @@ class Accelerator(Config):
     """To another node: the device's share of the node's network."""
     source: str = Field(min_length=1)
     """Where the figures are from."""
+    products: float = Field(0.5, gt=0, le=1)
+    """Share of the peak that matrix products reach in training."""
+    attention: float = Field(0.5, gt=0, le=1)
+    """The same for attention's kernels, of the FLOPs that are counted for them."""
+    shares: str = "assumed; measured on no such device"
+    """Where the two shares are from."""
 
 
 def accelerators(own: Path | None = None) -> dict[str, Accelerator]:

@@ -8,7 +8,7 @@
 
 Nothing is launched and no weight is made: layers run on tensors without storage. With several numbers of nodes, or
 with --lengths, a table of the best plan for each; a step keeps its number of tokens, so it has fewer sequences where
-they are longer. Seconds are a model's, and have been measured on no GPU; docs/plan.md says what they rest on.
+they are longer. Seconds are a model's, fitted to one H200; docs/plan.md says what they rest on.
 
 Ctrl-C ends a table, and prints the lines that are done.
 

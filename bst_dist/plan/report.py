@@ -20,7 +20,7 @@ from bst_dist.plan.models import entry
 from bst_dist.plan.search import GATHERED_ONCE, POLICIES, STAGES, Candidate, Planner
 from bst_dist.plan.slices import PLACES, Longest, Size
 from bst_dist.plan.slices import best as best_size
-from bst_dist.plan.speed import LINK_EFFICIENCY, MATMUL_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
+from bst_dist.plan.speed import LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster
 
 GB = 1e9
 INDENT = (0, 0, 0, 2)
@@ -36,7 +36,7 @@ def show(
 ) -> None:
     """One plan, in full; `reading`: what the run reads of its data, `lengths`: of its sequences, if they change."""
     console.width = max(console.width, 100)
-    cluster = planner.cluster
+    cluster, device = planner.cluster, planner.cluster.accelerator
     console.print(f"[bold]{planner.recipe.name}[/] on {_cluster(cluster)}\n", highlight=False)
     verdict = {"because": _reason(planner, best)} if best.fits else {"too large": _excess(best)}
     lines = {
@@ -45,8 +45,9 @@ def show(
         "expect": _rate(planner, best),
         **({"data": reading} if reading else {}),
         **({"lengths": lengths} if lengths else {}),
-        "assumed": f"{MATMUL_EFFICIENCY:.0%} of peak in matrix products, {MEMORY_EFFICIENCY:.0%} of the memory's and "
-        f"{LINK_EFFICIENCY:.0%} of the links' rates; measured on no GPU (docs/plan.md)",
+        "assumed": f"{device.products:.0%} of peak in matrix products and {device.attention:.0%} in attention "
+        f"({device.shares}), {MEMORY_EFFICIENCY:.0%} of the memory's and {LINK_EFFICIENCY:.0%} of the links' rates "
+        "(docs/plan.md)",
     }
     table = Table.grid(padding=(0, 3, 0, 0))
     table.add_column(no_wrap=True, style="dim")

@@ -159,7 +159,8 @@ class Planner:
         host = host_seconds(self.activations, self.model.mixers(), work)
         edges_bytes = work.spacing.waiting * self.activations.edge(rows) if slices > 1 and edges == "host" else 0
         orthogonalising = muon_share(self.sizes, work.strategy.stage, cluster.world).flops if self.sizes.muon else 0.0
-        moved = Moved(touched, needs.host - edges_bytes + edges_bytes // slices, updated, host, orthogonalising)
+        around = self.activations.head(part).moved
+        moved = Moved(touched, around, needs.host - edges_bytes + edges_bytes // slices, updated, host, orthogonalising)
         seconds = speed(self.flops, work, moved, traffic, between, cluster, self.bf16)
         return Candidate(work, needs, traffic, between, seconds, 1e9 * cluster.accelerator.memory_gb, spread)
 

@@ -1,8 +1,9 @@
-"""How long a step takes: a roofline with stated efficiencies. Nothing of it has been measured on a GPU.
+"""How long a step takes: a roofline with stated efficiencies, fitted to one H200 (docs/plan.md says which of them).
 
-Matrix products run at a fraction of their peak, the SSM in single precision at a fraction of its own, and all that is
-kept between the passes goes to memory and back a few times. What DeepSpeed reduces or gathers while the backward pass
-runs costs only what outlasts that pass; everything else that is sent is waited for.
+Matrix products and attention run at a fraction of the peak, the SSM in single precision at a fraction of its own, all
+that is kept between the passes goes to memory and back a few times, and so does what the head and the loss make. What
+DeepSpeed reduces or gathers while the backward pass runs costs only what outlasts that pass; everything else that is
+sent is waited for.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from bst_dist.plan.accelerators import Accelerator
 from bst_dist.plan.memory.peak import Work
 from bst_dist.plan.traffic import GATHER, MOMENTUM
 
-MATMUL_EFFICIENCY = 0.5
-"""Of the dense peak, that the matrix products of a well-sized layer reach."""
 SINGLE_EFFICIENCY = 0.3
 """Of the single-precision peak, that the SSM's small batched products reach."""
 MEMORY_EFFICIENCY = 0.8
@@ -32,6 +31,8 @@ SELECTIVE_RERUN = 0.5
 and what is not a product."""
 LATENCY_S = 20e-6
 """Of one message between ranks of a sequence."""
+ATTENTION = ("attention", "cross")
+"""Terms that attention's kernels compute."""
 SINGLE_PRECISION = ("ssm", "fft")
 """Terms that are not computed in bfloat16."""
 
@@ -106,6 +107,8 @@ class Moved:
 
     activations: int
     """Bytes that one micro-batch makes for its backward pass, were nothing run again."""
+    around: int
+    """Bytes that one micro-batch reads and writes around its layers, in the head and the loss."""
     host: int
     """Bytes of one micro-batch that go to the host's memory and back."""
     updated: float
@@ -131,7 +134,7 @@ def speed(flops: dict[str, float], work: Work, moved: Moved, traffic: dict[str, 
     again = share_rerun(work.checkpointing, work.depth) + work.edge_passes / work.accumulation
     rerun = layers_only * again
     passes = ACTIVATION_PASSES + again
-    to_memory = passes * moved.activations * work.accumulation + UPDATE_BYTES * moved.updated
+    to_memory = (passes * moved.activations + moved.around) * work.accumulation + UPDATE_BYTES * moved.updated
     hidden = 2 * forward + rerun if work.strategy.overlap_comm else 0.0
     waits = {kind: cluster.seconds(*cluster.split(sent)) for kind, sent in traffic.items()}
     late = sum(waits.values())
@@ -148,7 +151,7 @@ def speed(flops: dict[str, float], work: Work, moved: Moved, traffic: dict[str, 
         sequence=_sequence_seconds(between, work, cluster),
         offload=max(0.0, 2 * moved.host * work.accumulation / (HOST_GBS * 1e9) - 2 * forward - rerun),
         launches=max(0.0, moved.host_s - 3 * forward - rerun - memory),
-        muon=moved.orthogonalising / (1e12 * device.bf16_tflops * MATMUL_EFFICIENCY),
+        muon=moved.orthogonalising / (1e12 * device.bf16_tflops * device.products),
         flops=3 * sum(flops.values()) * tokens * cluster.world,
     ).times(cluster.slower)
 
@@ -161,9 +164,10 @@ def share_rerun(checkpointing: ActivationCheckpointingConfig, depth: int) -> flo
 
 def _forward_seconds(flops: dict[str, float], tokens: int, device: Accelerator, bf16: bool) -> tuple[float, float]:
     """Of one rank's forward passes in a step; and of the layers alone."""
-    fast = 1e12 * (device.bf16_tflops if bf16 else device.fp32_tflops) * MATMUL_EFFICIENCY
-    slow = 1e12 * device.fp32_tflops * SINGLE_EFFICIENCY
-    seconds = {term: tokens * count / (slow if term in SINGLE_PRECISION else fast) for term, count in flops.items()}
+    peak = 1e12 * (device.bf16_tflops if bf16 else device.fp32_tflops)
+    rates = dict.fromkeys(ATTENTION, peak * device.attention)
+    rates |= dict.fromkeys(SINGLE_PRECISION, 1e12 * device.fp32_tflops * SINGLE_EFFICIENCY)
+    seconds = {term: tokens * count / rates.get(term, peak * device.products) for term, count in flops.items()}
     return sum(seconds.values()), sum(seconds.values()) - seconds["head"]
 
 

@@ -34,6 +34,7 @@ from bst_dist.parallel.sequence.rehearsal import Rehearsal
 from bst_dist.parallel.sequence.slices import Edge
 from bst_dist.plan.memory.fused import fused_attention, fused_share
 from bst_dist.plan.memory.live import LiveBytes
+from bst_dist.plan.memory.moved import MovedBytes
 from bst_dist.plan.memory.parts import Part, Slice
 from bst_dist.plan.memory.zero import WORD, Sizes
 from bst_dist.plan.rehearse import MOST_BLOCKS, no_borders, rehearse
@@ -214,7 +215,9 @@ class Activations:
                 stand_in.output = x
                 return model(ids, ids).total
 
-            return _run(live, model, shape, call, lambda: 0, self._autocast)
+            with MovedBytes() as moved:
+                part = _run(live, model, shape, call, lambda: 0, self._autocast)
+            return replace(part, moved=moved.total)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)

@@ -25,6 +25,8 @@ class Part:
     """Of `backward`, gradients of parameters that are all there at its end: of a compiled layer its own, else none."""
     launches: int = 0
     """Operations of both passes that compute something; not bytes."""
+    moved: int = 0
+    """Read and written by operations of both passes, one by one: of what stands around the layers, else 0."""
 
     def __add__(self, other: Part) -> Part:
         return self._with(other, lambda a, b: a + b)

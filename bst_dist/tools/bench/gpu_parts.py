@@ -25,7 +25,7 @@ from bst_dist.model.config import ModelConfig
 from bst_dist.model.layers import Layer
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.sequence.past import Past
-from bst_dist.plan.accelerators import accelerator, of_device
+from bst_dist.plan.accelerators import Accelerator, accelerator, of_device
 from bst_dist.plan.flops import forward_flops, train_flops_per_token
 from bst_dist.plan.hardware import peak_flops
 from bst_dist.plan.launches import host_seconds
@@ -214,7 +214,7 @@ def stack(small: bool, until: float) -> dict[str, Any]:
                 return {"rows": rows, "left_out": [f"{name}, D {width}: time was over"]}
             speed = sizes.rows * sizes.length / median(measured)
             mfu = speed * train_flops_per_token(model.config, sizes.length) / peak_flops(device, torch.bfloat16)
-            plan = planned(model.config, sizes, device)
+            plan = planned(model.config, sizes, _card(device))
             rows.append({"model": name, "width": sizes.width, "tokens_per_s": speed, "mfu": mfu,
                          "planned_mfu": plan.mfu, "of_plan": plan.seconds / median(measured), "first_s": first,
                          "peak_bytes": _peak(device)})  # fmt: skip
@@ -228,18 +228,21 @@ class Planned(NamedTuple):
     mfu: float
 
 
-def planned(config: ModelConfig, sizes: Sizes, device: torch.device) -> Planned:
-    """Of both passes of a compiled model, without the update; nan on a card that the plan has no figures of.
+def _card(device: torch.device) -> Accelerator | None:
+    """What the plan knows of the card; on a CPU, where this is a rehearsal, an H100."""
+    return of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else accelerator("h100-80gb")
 
-    On a CPU, where this is a rehearsal, an H100 is planned for.
-    """
-    card = of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else accelerator("h100-80gb")
+
+def planned(config: ModelConfig, sizes: Sizes, card: Accelerator | None) -> Planned:
+    """Of both passes of a compiled model, without the update; nan on a card that the plan has no figures of."""
     if card is None:
         return Planned(float("nan"), float("nan"))
     part, activations = Slice(sizes.rows, sizes.length), Activations(config, bf16=True)
     work = Work(Strategy("zero0", 0), 1, part, 1, ActivationCheckpointingConfig(), config.depth, compiled=True)
     host_s = host_seconds(activations, config.mixers(), work)
-    moved = Moved(activations.whole(part, compiled=True), host=0, updated=0, host_s=host_s)
+    moved = Moved(
+        activations.whole(part, compiled=True), activations.head(part).moved, host=0, updated=0, host_s=host_s
+    )
     flops, cluster = forward_flops(config, sizes.length), Cluster(1, 1, card)
     found = step_speed(flops, work, moved, {}, {}, cluster, bf16=True)
     return Planned(found.total, found.flops / found.total / (1e12 * card.bf16_tflops))

@@ -1,0 +1,29 @@
+"""The plan's model of time against one H200: docs/gpu/h200-second.txt, which its share of products is fitted to."""
+
+from pathlib import Path
+
+import pytest
+
+from bst_dist.model.config import ModelConfig
+from bst_dist.plan.accelerators import accelerator
+from bst_dist.tools.bench.gpu_parts import LAYERS, planned, stack_sizes
+
+MEASURED = Path(__file__).parents[3] / "docs" / "gpu" / "h200-second.txt"
+
+
+def measured() -> dict[tuple[str, int], float]:
+    """Tokens per second by model and width."""
+    lines = MEASURED.read_text().split("layers\n")[0].splitlines()[3:]
+    rows = [(line[:9].strip(), *line[9:].split()) for line in lines]
+    return {(name, int(width)): float(rate) for name, width, rate, *_ in rows}
+
+
+def model(name: str, width: int) -> ModelConfig:
+    return stack_sizes(width).config(**LAYERS[name], **({"placement": [1, 7, 9]} if name == "BST SH" else {}))
+
+
+@pytest.mark.parametrize("name, width", [(name, width) for name in ("sliding", "BST SH") for width in (1024, 2048)])
+def test_whole_models_take_what_they_took_within_a_tenth(name, width):
+    sizes = stack_sizes(width)
+    seconds = planned(model(name, width), sizes, accelerator("h200-141gb")).seconds
+    assert seconds == pytest.approx(sizes.rows * sizes.length / measured()[name, width], rel=0.1)
