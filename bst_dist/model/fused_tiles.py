@@ -22,11 +22,16 @@ from torch.nn import functional as F
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-TILES_AT_ONCE = 16
-"""Tiles of one call: work for many cores, and a bound on the gradients of tiles, in which keys stand several times."""
+QUERIES_AT_ONCE = 4096
+"""Of one call: work for many cores, and a bound on the gradients of tiles, in which keys stand several times. Short rows
+go together, since a call costs as much as many small tiles do."""
 
-BAND_TILES_AT_ONCE = 4
-"""The same for the band, whose scores should stay in a core's cache."""
+BAND_SCORES_AT_ONCE = 50_000
+"""Of one call and head for the band, whose scores should stay in a core's cache."""
+
+SMALLEST = -80.0
+"""Logarithm of a weight. MKL's exponential is ten times slower where its result underflows, as that of what is masked
+does; exp(-80) is 2e-35."""
 
 
 def fused_tile(window: int) -> int:
@@ -57,25 +62,33 @@ def fused_sliding_attention(
 
 
 class _Run(NamedTuple):
-    """Tiles one after the other that meet equally many keys."""
+    """Tiles one after the other that meet equally many keys, of some rows."""
 
+    rows: slice
     first: int
     """First query of the first tile."""
     tiles: int
+    """Of each row."""
     begin: int
     """First key of the first tile."""
     keys: int
     """Keys of each."""
 
 
-def _runs(queries: int, before: int, window: int, tile: int, at_once: int) -> Iterator[_Run]:
-    """All tiles, each meeting the `window` positions before it and its own; fewer where the stream begins."""
-    first = 0
-    while first < queries:
-        begin = before + first - window
-        tiles = 1 if begin < 0 else min(at_once, (queries - first) // tile)
-        yield _Run(first, tiles, max(0, begin), window + tile + min(0, begin))
-        first += tiles * tile
+def _runs(q: Tensor, k: Tensor, window: int, tile: int, at_once: int) -> Iterator[_Run]:
+    """All tiles of (B, l, ...) and (B, p + l, ...), at most `at_once` in a run if that is at least one.
+
+    Each meets the `window` positions before it and its own; fewer where the stream begins.
+    """
+    (rows, queries), before = q.shape[:2], k.shape[1] - q.shape[1]
+    together = max(1, at_once * tile // queries)
+    for row in range(0, rows, together):
+        first = 0
+        while first < queries:
+            begin = before + first - window
+            tiles = 1 if begin < 0 else min(max(1, at_once), (queries - first) // tile)
+            yield _Run(slice(row, row + together), first, tiles, max(0, begin), window + tile + min(0, begin))
+            first += tiles * tile
 
 
 class _FusedTiles(torch.autograd.Function):
@@ -84,12 +97,11 @@ class _FusedTiles(torch.autograd.Function):
         tile, window = mask.shape[1], mask.shape[2] - mask.shape[1]
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         normalizer = q.new_empty(*q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))  # (B, l, H)
-        for row in range(len(q)):
-            for run in _runs(q.shape[1], k.shape[1] - q.shape[1], window, tile, TILES_AT_ONCE):
-                tiles = _queries(q[row], run, tile), _keys(k[row], run, tile), _keys(v[row], run, tile)
-                attended, sums = _attend(*tiles, 0.0, False, attn_mask=_last(mask, run.keys, q.dtype), scale=1.0)
-                _queries(out[row], run, tile).copy_(attended)
-                _queries(normalizer[row], run, tile).copy_(sums)
+        for run in _runs(q, k, window, tile, QUERIES_AT_ONCE // tile):
+            tiles = _queries(q, run, tile), _keys(k, run, tile), _keys(v, run, tile)
+            attended, sums = _attend(*tiles, 0.0, False, attn_mask=_last(mask, run.keys, q.dtype), scale=1.0)
+            _write(out, run, tile, attended)
+            _write(normalizer, run, tile, sums)
         ctx.save_for_backward(q, k, v, mask, out, normalizer)
         ctx.distances, ctx.varying = (None if bias is None else bias.shape[1]), varying
         ctx.set_materialize_grads(False)
@@ -104,16 +116,14 @@ class _FusedTiles(torch.autograd.Function):
         tile, window = mask.shape[1], mask.shape[2] - mask.shape[1]
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros(x.shape, dtype=normalizer.dtype, device=x.device) for x in (k, v))
-        for row in range(len(q)):
-            for run in _runs(q.shape[1], k.shape[1] - q.shape[1], window, tile, TILES_AT_ONCE):
-                tiles = [_queries(x[row], run, tile) for x in (d_out, q)]
-                tiles += [_keys(k[row], run, tile), _keys(v[row], run, tile)]
-                tiles += [_queries(x[row], run, tile) for x in (out, normalizer)]
-                mine = _attend_backward(*tiles, 0.0, False, attn_mask=_last(mask, run.keys, q.dtype), scale=1.0)
-                _queries(dq[row], run, tile).copy_(mine[0])
-                for whole, parts in ((dk[row], mine[1]), (dv[row], mine[2])):
-                    for index, part in enumerate(parts.transpose(1, 2)):  # (K, H, dh)
-                        whole[run.begin + index * tile :][: run.keys] += part
+        for run in _runs(q, k, window, tile, QUERIES_AT_ONCE // tile):
+            tiles = [_queries(x, run, tile) for x in (d_out, q)]
+            tiles += [_keys(k, run, tile), _keys(v, run, tile)]
+            tiles += [_queries(x, run, tile) for x in (out, normalizer)]
+            mine = _attend_backward(*tiles, 0.0, False, attn_mask=_last(mask, run.keys, q.dtype), scale=1.0)
+            _write(dq, run, tile, mine[0])
+            _add_keys(dk, run, tile, mine[1])
+            _add_keys(dv, run, tile, mine[2])
         d_bias = None
         if ctx.needs_input_grad[4]:
             d_bias = _bias_gradient(d_out, q, k, v, mask, out, normalizer, d_sums, ctx.distances, ctx.varying)
@@ -138,14 +148,14 @@ def _bias_gradient(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor,
     mask = mask[:, :tile, window - near + 1 : window + tile].to(wide)  # of distance near - 1 + query - key
     band = torch.zeros(q.shape[2], *mask.shape[1:], dtype=wide, device=q.device)
     inner = (d_out.to(wide) * out).sum(-1)  # (B, l, H)
-    for row in range(len(q)):
-        for run in _runs(q.shape[1], k.shape[1] - q.shape[1], near - 1, tile, BAND_TILES_AT_ONCE):
-            queries, gradient = (_queries(x[row], run, tile).to(wide) for x in (q, d_out))
-            keys, values = (_keys(x[row], run, tile).to(wide) for x in (k, v))
-            scores = (queries @ keys.mT).add_(_last(mask, run.keys, wide))  # (tiles, H, t, M)
-            weights = scores.sub_(_queries(normalizer[row], run, tile).unsqueeze(-1)).exp_()
-            d_scores = (gradient @ values.mT).sub_(_queries(inner[row], run, tile).unsqueeze(-1)).mul_(weights)
-            band[..., -run.keys :] += d_scores.sum(0)
+    for run in _runs(q, k, near - 1, tile, BAND_SCORES_AT_ONCE // mask[0].numel()):
+        queries, gradient = (_queries(x, run, tile).to(wide) for x in (q, d_out))
+        keys, values = (_keys(x, run, tile).to(wide) for x in (k, v))
+        scores = (queries @ keys.mT).add_(_last(mask, run.keys, wide))  # (tiles, H, t, M)
+        scores.sub_(_queries(normalizer, run, tile).unsqueeze(-1))
+        weights = scores.clamp_(min=SMALLEST).exp_()
+        d_scores = (gradient @ values.mT).sub_(_queries(inner, run, tile).unsqueeze(-1)).mul_(weights)
+        band[..., -run.keys :] += d_scores.sum(0)
     query, key = (torch.arange(count, device=q.device) for count in mask.shape[1:])
     # No weight lies on what is masked; what lies beyond the near distances comes out of their sum.
     distance = (near - 1 + query.unsqueeze(1) - key).clamp_(0, min(near, distances - 1))
@@ -161,14 +171,36 @@ def _band_tile(tile: int) -> int:
 
 
 def _queries(x: Tensor, run: _Run, tile: int) -> Tensor:
-    """(l, H, ...) -> (tiles, H, t, ...), without a copy."""
-    return x[run.first : run.first + run.tiles * tile].unflatten(0, (run.tiles, tile)).transpose(1, 2)
+    """(B, l, H, ...) -> (rows tiles, H, t, ...), without a copy for one row."""
+    return _of_queries(x, run, tile).flatten(0, 1).transpose(1, 2)
+
+
+def _write(x: Tensor, run: _Run, tile: int, values: Tensor) -> None:
+    """Put (rows tiles, H, t, ...) where `_queries` takes them."""
+    to = _of_queries(x, run, tile)
+    to.copy_(values.transpose(1, 2).view_as(to))
+
+
+def _of_queries(x: Tensor, run: _Run, tile: int) -> Tensor:
+    """(B, l, ...) -> (rows, tiles, t, ...), a view."""
+    return x[run.rows, run.first : run.first + run.tiles * tile].unflatten(1, (run.tiles, tile))
 
 
 def _keys(x: Tensor, run: _Run, tile: int) -> Tensor:
-    """(p + l, H, dh) -> (tiles, H, K, dh), overlapping, without a copy."""
+    """(B, p + l, H, dh) -> (rows tiles, H, K, dh), overlapping, without a copy for one row."""
     stop = run.begin + (run.tiles - 1) * tile + run.keys
-    return x[run.begin : stop].unfold(0, run.keys, tile).transpose(2, 3)
+    return x[run.rows, run.begin : stop].unfold(1, run.keys, tile).movedim(-1, 2).flatten(0, 1).transpose(1, 2)
+
+
+def _add_keys(x: Tensor, run: _Run, tile: int, values: Tensor) -> None:
+    """Add (rows tiles, H, K, dh) to where `_keys` takes them, for each key the first tile first."""
+    rows = x[run.rows]
+    values = values.transpose(1, 2).unflatten(0, (len(rows), run.tiles))  # (rows, tiles, K, H, dh)
+    step = run.keys if run.tiles == 1 else tile
+    for offset in reversed(range(0, run.keys, step)):
+        begin = run.begin + offset
+        to = rows[:, begin : begin + run.tiles * step].unflatten(1, (run.tiles, step))
+        to += values[:, :, offset : offset + step]
 
 
 def _last(mask: Tensor, keys: int, dtype: torch.dtype) -> Tensor:

@@ -195,15 +195,17 @@ def test_gradients_equal_query_by_query(include_self, heads):
 
 @pytest.mark.parametrize("before", [0, 3, 8])
 @pytest.mark.parametrize("varying", [1, 3, 9])
-def test_a_bias_that_far_distances_share_has_the_gradient_of_their_sum(before, varying, monkeypatch):
+@pytest.mark.parametrize("at_once", [1, 16, 80, 4096], ids="one tile, two tiles, two rows, all".split(", "))
+def test_a_bias_that_far_distances_share_has_the_gradient_of_their_sum(before, varying, at_once, monkeypatch):
     """The fused tiles make it from the near distances alone; several calls, and tiles at the start of the stream."""
-    monkeypatch.setattr("bst_dist.model.fused_tiles.TILES_AT_ONCE", 2)
+    monkeypatch.setattr("bst_dist.model.fused_tiles.QUERIES_AT_ONCE", at_once)
+    monkeypatch.setattr("bst_dist.model.fused_tiles.BAND_SCORES_AT_ONCE", at_once * 16)
     torch.manual_seed(before)
-    q = torch.randn(2, 40, 2, 4, dtype=torch.float64, requires_grad=True)
-    k, v = (torch.randn(2, before + 40, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    q = torch.randn(3, 40, 2, 4, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(3, before + 40, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     table = torch.randn(2, varying + 1, dtype=torch.float64, requires_grad=True)
     places = torch.arange(9).clamp(max=varying)
-    weight = torch.randn(2, 40, 2, 4, dtype=torch.float64)
+    weight = torch.randn(3, 40, 2, 4, dtype=torch.float64)
     ours = (sliding_attention(q, k, v, 8, table[:, places], True, varying=varying) * weight).sum()
     theirs = (query_by_query(q, k, v, 8, table[:, places], True) * weight).sum()
     wanted = (q, k, v, table)
