@@ -48,12 +48,15 @@ test-unit: setup
 # (tests/conftest.py).
 BESIDE := -n 3 --dist loadfile --no-loadscope-reorder
 KINDS  := ranks or cluster
+# Other files are not even imported, which would take each of these processes longer than many of its tests.
+MARKED  = $$(grep -rlE "mark\.($(1))" tests --include "test_*.py" | sort)
 
 test-processes: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(BESIDE) --durations 20 -m "($(KINDS)) and not (gpu or alone)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(BESIDE) --durations 20 -m "($(KINDS)) and not (gpu or alone)" \
+		$(call MARKED,ranks|cluster)
 
 test-alone: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "alone and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "alone and not gpu" $(call MARKED,alone)
 
 test-ranks:
 	$(MAKE) test-processes test-alone KINDS=ranks

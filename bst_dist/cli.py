@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from bst_base.errors import UserError
+from bst_base.importing import uncollected
 from bst_dist.extras import missing
 from bst_dist.report.saved import write_report
 from bst_dist.usage import Command, HelpFormatter, listing, nearest, overview, refuse_alone
@@ -177,7 +178,8 @@ def main(argv: list[str] | None = None) -> int:
     if name is None:
         return _without_command(argv)
     try:
-        module = importlib.import_module(COMMANDS[name][0])  # may want an extra that is not installed
+        with uncollected():
+            module = importlib.import_module(COMMANDS[name][0])  # may want an extra that is not installed
         parser = parser_of(name)
         args = parser.parse_intermixed_args(argv[len(name.split()) :])  # overrides may stand anywhere
         refuse_alone(parser, args)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
 from bst_base.host import free_port
+from bst_base.importing import uncollected
 from bst_base.settings import dump, parse
 from bst_dist.checkpoint.directory import (
     FORMAT,
@@ -83,6 +84,13 @@ def keep_forkable() -> None:
     none now; later, where torch is built for CUDA, the first fake tensor makes it count one.
     """
     torch.zeros((), requires_grad=True).backward()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """The garbage collector looks through neither the modules of the tests nor the thousands of tests themselves."""
+    with uncollected():
+        return (yield)
 
 
 class ByFile(LoadFileScheduling):

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from bst_base.importing import uncollected
+
 
 @contextmanager
 def _absent(name: str) -> Iterator[None]:
@@ -37,7 +39,7 @@ def _absent(name: str) -> Iterator[None]:
         del sys.modules[name]
 
 
-with _absent("mlflow"):
+with uncollected(), _absent("mlflow"):
     import deepspeed
 from deepspeed.runtime import compiler  # noqa: E402  (not before: it would import all of DeepSpeed)
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from bst_base.arguments import at_least
 from bst_base.errors import StorageError, UserError
 from bst_base.files import FULL
+from bst_base.importing import uncollected
 from bst_base.stopping import Stopped
 from bst_dist.faults import signals, status
 from bst_dist.faults.disks import Disks
@@ -75,10 +76,11 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     threading.excepthook = _tell_of_thread
     try:
-        from bst_dist.parallel.gathering import GatheringError
-        from bst_dist.parallel.ranks import Ranks
-        from bst_dist.train.run import train
-        from bst_dist.train.start.request import load
+        with uncollected():
+            from bst_dist.parallel.gathering import GatheringError
+            from bst_dist.parallel.ranks import Ranks
+            from bst_dist.train.run import train
+            from bst_dist.train.start.request import load
 
         asked, disks = request(args), Disks()
         disks.add(written=[args.run_dir] if args.run_dir else [])
