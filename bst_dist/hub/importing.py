@@ -25,6 +25,7 @@ from bst_base.errors import UserError
 from bst_base.files import atomic_directory
 from bst_base.settings import dump, overridden, parse
 from bst_dist.checkpoint.directory import FORMAT, MANIFEST, WEIGHTS, directory, shard_file
+from bst_dist.checkpoint.directory import INDEX as PLACES
 from bst_dist.checkpoint.durable import Files
 from bst_dist.checkpoint.exporting import INDEX, SINGLE
 from bst_dist.checkpoint.shards import Piece, write_header, write_values
@@ -164,4 +165,5 @@ def _write_checkpoint(path: Path, tensors: _Tensors, about: dict[str, Any]) -> N
                "layout": {"ranks": 1, "sp": 1, "zero_stage": 0}, "versions": versions(),
                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}  # fmt: skip
     records = {name: {**record, "rank": 0} for name, record in files.records.items()}
+    about = {key: value for key, value in about.items() if key != PLACES}  # of other files
     (path / MANIFEST).write_text(json.dumps({**unknown, **about, "format": FORMAT, "files": records}, indent=1))

@@ -43,6 +43,24 @@ def test_what_is_exported_comes_back_by_import(exported, tmp_path):
         assert main(["ckpt", command, str(tmp_path / "back")]) == 0
 
 
+@pytest.mark.ranks
+def test_what_two_ranks_have_trained_comes_back_and_is_evaluated_and_trained_from(recipe_file, tmp_path, capfd):
+    """Its checkpoint has an index of what lies where in two files; the imported one is a single file."""
+    recipe, there, back = str(recipe_file()), tmp_path / "there", tmp_path / "back"
+    assert main(["train", recipe, "--run-dir", str(there), "--ranks", "2", "--until", "3"]) == 0
+    assert main(["export", str(there), str(tmp_path / "model")]) == 0
+    assert main(["import", str(tmp_path / "model"), str(back)]) == 0
+    assert equal(there, back)
+    for run_dir in (there, back):
+        assert main(["eval", str(run_dir), "--json", str(run_dir / "eval.json")]) == 0
+    found = [json.loads((run_dir / "eval.json").read_text())["corpora"][0] for run_dir in (there, back)]
+    assert found[0]["document_nats"] == found[1]["document_nats"]
+    assert main(["export", str(back), str(tmp_path / "again")]) == 0
+    assert main(["ckpt", "convert", str(back), str(tmp_path / "plain")]) == 0
+    begin = [f"initial_weights.run={back}", "initial_weights.step=3", "train.steps=3"]
+    assert main(["train", recipe, *begin, "--run-dir", str(tmp_path / "next"), "--ranks", "2"]) == 0
+
+
 def test_a_published_tokenizer_goes_out_and_comes_back(make_run, tmp_path):
     """The export has transformers' form of it, in which no text ends with an end token, and the corpus's own."""
     run_dir, folder = make_run(), tmp_path / "exported"
