@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,3 +30,23 @@ def test_readers_serve_the_same_sequences_of_short_and_long_documents(tmp_path: 
         readers.leave_page_cache(tmp_path)
         found = [np.asarray(row).tobytes() for rows in reader(tmp_path, 64, 0, 1, None) for row in rows]
         assert set(found) == expected and len(found) == 64
+
+
+def pages_in_memory(path: Path) -> int:
+    """Of a file, as the kernel counts them (`fincore` of util-linux)."""
+    return int(subprocess.run(["fincore", "-nro", "pages", path], capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(not shutil.which("fincore"), reason="util-linux is not here")
+def test_a_pass_over_files_in_memory_finds_all_of_them_there(tmp_path: Path, monkeypatch, capsys) -> None:
+    copy = tmp_path / "ours"
+    readers.make("ours", tmp_path, 64, 20_000)
+    (shard,) = copy.glob("train-*.tar")
+    readers.leave_page_cache(copy)
+    before, seen = pages_in_memory(shard), []
+    monkeypatch.setattr(readers, "speed", lambda *_: seen.append(pages_in_memory(shard)) or {})
+    monkeypatch.setattr(sys, "argv", ["readers", "ours", "speed", str(tmp_path), "--sequences", "64"])
+    monkeypatch.setattr(os, "_exit", lambda _: None)
+    readers.main()
+    assert seen == [-(-shard.stat().st_size // os.sysconf("SC_PAGESIZE"))]
+    assert before < seen[0]
