@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.plot:
         save(lambda: loss_figure(observed, found), args.plot)
         say(f"drew {args.plot}")
-    return plain(found)
+    return {**plain(found), "passed": any(fit.law for of in found.architectures.values() for fit in of.fits)}
 
 
 def read(args: argparse.Namespace) -> list[Observation]:

@@ -153,3 +153,11 @@ def test_json_lines_that_cannot_be_read_are_one_message(tmp_path, capsys, text, 
 def test_what_cannot_be_read_is_one_message(table, capsys, words, message):
     assert main(["law", "fit", str(table), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_table_with_too_few_points_for_any_law_is_not_a_success(tmp_path, capsys):
+    (tmp_path / "points.csv").write_text("n,d,l\n1e6,1e8,3.5\n2e6,2e8,3.2\n")
+    assert main(["law", "fit", str(tmp_path / "points.csv"), "--n", "n", "--d", "d", "--loss", "l"]) == 1
+    said = capsys.readouterr().out
+    assert "chinchilla: not fitted: 2 points are too few" in said
+    assert "form, objective" not in said  # an empty table

@@ -26,8 +26,8 @@ def blocks(found: Laws, baseline: str | None = None) -> Iterator[Block]:
 
 
 def _architecture(laws: ArchitectureLaws) -> Iterator[Block]:
-    yield Sheet(("form, objective", *EXPONENTS, "error of a shape left out", "error of the largest size"),
-                [_fit_row(fitted) for fitted in laws.fits if fitted.law])  # fmt: skip
+    if rows := [_fit_row(fitted) for fitted in laws.fits if fitted.law]:
+        yield Sheet(("form, objective", *EXPONENTS, "error of a shape left out", "error of the largest size"), rows)
     reasons = {(f.form, f.why_not) for f in laws.fits if not f.law}
     lines = [f"{form}: not fitted: {why}" for form, why in sorted(reasons)]
     lines += [f"d ln L / d ln {name} = {e.value:+.4f} (95 % interval {e.low:+.4f} to {e.high:+.4f}), over the range of "
