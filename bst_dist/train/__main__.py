@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import socket
 import sys
@@ -75,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)
     threading.excepthook = _tell_of_thread
+    _name_the_rank()
     try:
         with uncollected():
             from bst_dist.parallel.gathering import GatheringError
@@ -109,6 +111,14 @@ def main(argv: list[str] | None = None) -> int:
     except Exception:
         _tell(traceback.format_exc())
         return status.FAILED
+
+
+def _name_the_rank() -> None:
+    """Begin what the loader warns of with the rank: several may meet one damaged block, each in rows of its own."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(f"rank {os.environ.get('RANK', 0)}: %(message)s"))
+        logging.getLogger("data_pipeline").addHandler(handler)
 
 
 def _tell_of_thread(args: threading.ExceptHookArgs) -> None:
