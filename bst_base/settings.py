@@ -61,7 +61,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected settings (key: value), found a {type(data).__name__}")
+        raise ConfigError(f"{path}: expected settings (key: value), found {type(data).__name__}")
     return data
 
 

@@ -299,9 +299,10 @@ def spread_of(recipe: Recipe, world: int) -> Spread:
     dp, train = data_parallel(world, recipe.parallel.sp), recipe.train
     if (fewest := train.fewest_sequences) < dp:
         field = "train.sequences" if fewest == train.sequences else "train.sequence_changes"
+        most = fewest * recipe.parallel.sp
         raise ConfigError(
-            f"{dp} data-parallel ranks but only {fewest} sequences per step ({field}): "
-            f"use at most {fewest * recipe.parallel.sp} ranks, or more sequences"
+            f"{dp} data-parallel ranks but only {fewest} sequence{'s' * (fewest != 1)} per step ({field}): "
+            f"use at most {most} rank{'s' * (most != 1)}, or more sequences"
         )
     return Spread(train.sequences, dp, train.micro_sequences)
 

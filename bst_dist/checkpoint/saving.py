@@ -26,6 +26,7 @@ import torch
 
 from bst_base.errors import StorageError, UserError
 from bst_base.files import sync_directory
+from bst_base.sizes import shortage
 from bst_dist.checkpoint.copying import Copied, HostCopy
 from bst_dist.checkpoint.directory import (
     CHECKPOINTS,
@@ -217,8 +218,8 @@ class Saver:
         if free < needed:
             partial.rmdir()
             return (
-                f"it needs {_gb(needed)}, {partial.parent} has {_gb(free)} free: free more space, "
-                "or keep fewer checkpoints (bst ckpt gc, checkpoint.keep_last)"
+                f"{shortage(needed, free, partial.parent)}: free more space, or keep fewer checkpoints "
+                "(bst ckpt gc, checkpoint.keep_last)"
             )
         return None
 
@@ -322,7 +323,3 @@ def _commit(pending: _Pending, final: Path) -> None:
         final.rename(final.with_name(final.name + DELETED))
     pending.partial.rename(final)
     sync_directory(final.parent)
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.2f} GB"

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from bst_base.errors import UserError
+from bst_base.sizes import readable_size
 from bst_dist.cluster import launchers
 from bst_dist.cluster.controller import Controller, Means
 from bst_dist.cluster.hosts import Host
@@ -121,8 +122,8 @@ def _problems(one: Checked, common: Mapping[str, tuple[str, str]], job: str, nee
     if answer["nonce"] != job:
         yield "shared", "does not see the run directory that the first host wrote to: is it shared?"
     elif answer["free_bytes"] is not None and answer["free_bytes"] < needed_bytes:
-        free, needed = answer["free_bytes"] / 1e9, needed_bytes / 1e9
-        yield "space", f"{free:.1f} GB free for the run directory, its checkpoints take {needed:.1f} GB"
+        free, needed = readable_size(answer["free_bytes"]), readable_size(needed_bytes)
+        yield "space", f"{free} free for the run directory, its checkpoints take {needed}"
     if answer["ranks"]:
         pids = ", ".join(map(str, answer["ranks"]))
         yield "ranks", f"ranks of an earlier start still train in this run directory (processes {pids})"
@@ -190,7 +191,7 @@ def _described(one: Checked) -> str:
     parts = [
         f"python {versions['python']}, torch {versions['torch']}, deepspeed {versions['deepspeed']}",
         f"clock {one.clock_offset_s:+.3f} s",
-        *([f"{free / 1e9:,.1f} GB free"] if free is not None else []),
+        *([f"{readable_size(free)} free"] if free is not None else []),
         *([f"{devices} accelerator{'s' * (devices > 1)}"] if devices else []),
     ]
     return ", ".join(parts)

@@ -21,7 +21,8 @@ from transformers import GenerationConfig
 
 from bst_base.errors import UserError
 from bst_base.files import atomic_directory
-from bst_dist.checkpoint.commands.common import add_run, readable_size, select
+from bst_base.sizes import readable_size
+from bst_dist.checkpoint.commands.common import add_run, select
 from bst_dist.checkpoint.commands.convert import add_export
 from bst_dist.checkpoint.directory import AVERAGED, WEIGHTS, CheckpointError, damage, open_shards
 from bst_dist.checkpoint.exporting import DTYPES, stored_dtypes, write_weights

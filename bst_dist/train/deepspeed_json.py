@@ -76,7 +76,7 @@ def read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DeepSpeedConfigError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(strategy, dict):
-        raise DeepSpeedConfigError(f"{path}: expected an object, found a {type(strategy).__name__}")
+        raise DeepSpeedConfigError(f"{path}: expected an object, found {type(strategy).__name__}")
     problems = list(_unknown(strategy, {**STRATEGY, **dict.fromkeys((*OWNED, *FIXED))}, ""))
     if problems:
         raise DeepSpeedConfigError("\n".join(f"{path}: {problem}" for problem in problems))

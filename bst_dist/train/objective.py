@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from bst_base.errors import UserError
 from bst_dist.config import OBJECTIVES, Recipe, with_vocabulary
 from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.mesh import Mesh
@@ -26,7 +27,7 @@ from data_pipeline.serve.batch import Batch
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import Loader, open_corpora
 from data_pipeline.serve.passes import passes_told
-from data_pipeline.serve.reader import Corpus
+from data_pipeline.serve.reader import Corpus, NoCorpusError
 from data_pipeline.serve.share import Share
 from data_pipeline.serve.slices import changed
 
@@ -113,7 +114,10 @@ class LanguageModelling:
     @classmethod
     def of(cls, recipe: Recipe) -> LanguageModelling:
         """Open the corpora; raises UserError when they cannot be used."""
-        corpora = open_corpora(recipe.data)
+        try:
+            corpora = open_corpora(recipe.data)
+        except NoCorpusError as error:
+            raise UserError(f"{error}; if it has moved, set data.corpus to where it is now") from None
         kept = _with_validation(corpora)
         validation = open_corpora(recipe.data.only(kept), "validation") if any(kept) else []
         return cls(with_vocabulary(recipe, corpora), corpora, validation, open_sets(recipe, corpora))

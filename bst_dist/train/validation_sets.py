@@ -22,7 +22,7 @@ from bst_dist.train.evaluation import Evaluate
 from bst_dist.train.step import sum_of_batch
 from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.loader import open_corpora
-from data_pipeline.serve.reader import Corpus
+from data_pipeline.serve.reader import Corpus, NoCorpusError
 from data_pipeline.serve.slices import slices_of
 
 if TYPE_CHECKING:
@@ -79,7 +79,10 @@ def open_sets(recipe: Recipe, corpora: Sequence[Corpus]) -> dict[str, list[Corpu
     """The validation split of each further corpus; raises UserError for one that has other tokens than `corpora`."""
     found = {}
     for name, url in recipe.evaluation.corpora.items():
-        found[name] = open_corpora(alone(recipe.data, url), "validation")
+        try:
+            found[name] = open_corpora(alone(recipe.data, url), "validation")
+        except NoCorpusError as error:
+            raise UserError(f"{error}; if it has moved, set evaluation.corpora.{name} to where it is now") from None
         (corpus,), own = found[name], corpora[0]
         if corpus.manifest.tokenizer.sha256 != own.manifest.tokenizer.sha256:
             raise UserError(

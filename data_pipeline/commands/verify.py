@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         console.print(f"[red]{problem.file}[/]: {problem.what}", highlight=False, soft_wrap=True)
     size = sum(shard.bytes for shard in shards)
     verdict = f"[red]{len(problems)} problem{'s' * (len(problems) > 1)}[/]" if problems else "[green]whole[/]"
-    console.print(f"{args.corpus}: {len(shards)} shards, {size / 1e6:.1f} MB: {verdict}")
+    console.print(f"{args.corpus}: {len(shards)} shard{'s' * (len(shards) != 1)}, {size / 1e6:.1f} MB: {verdict}")
     return {
         "passed": not problems,
         "corpus": str(args.corpus),

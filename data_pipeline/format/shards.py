@@ -42,7 +42,7 @@ class ShardWriter:
     """Writes documents into a tar whose bytes depend on the documents alone (no times, no owners)."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._tar = tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+        self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
 
     def add(self, key: str, info: dict[str, Any], tokens: np.ndarray) -> None:
         """Append one document. `key` has no dot (WebDataset splits names at the first one); `tokens` is (n,)."""

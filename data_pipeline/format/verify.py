@@ -90,10 +90,10 @@ def verify_shard(task: VerifyTask) -> list[Problem]:
             return [Problem(tar.name, "the shard is missing")]
         if tar.stat().st_size != task.shard.bytes:
             return [
-                Problem(tar.name, f"{tar.stat().st_size} bytes, expected {task.shard.bytes}{_first_bad(tar, index)}")
+                Problem(tar.name, f"{_first_bad(tar, index)}; {tar.stat().st_size} bytes, expected {task.shard.bytes}")
             ]
         if sha256_file(tar) != task.shard.sha256:
-            return [Problem(tar.name, f"SHA-256 differs from the manifest's{_first_bad(tar, index)}")]
+            return [Problem(tar.name, f"{_first_bad(tar, index)}; so its SHA-256 differs from the manifest's")]
         problems = [Problem(tar.name, what) for what in _compare_with_webdataset(tar, index, task)]
         packed = packed_damage(tar, index) if tar.with_name(packed_name(tar.name)).exists() else None
         return [*problems, *([Problem(packed_name(tar.name), packed)] if packed else [])]
@@ -109,7 +109,7 @@ def _first_bad(tar: Path, index: ShardIndex) -> str:
             file.seek(int(offset))
             data = file.read(int(length) * size)
             if len(data) < int(length) * size:
-                return f": cut short in {_member_at(tar, int(offset), i)}, at byte {tar.stat().st_size}"
+                return f"cut short in {_member_at(tar, int(offset), i)}, at byte {tar.stat().st_size}"
             crcs = token_crcs(np.frombuffer(data, index.dtype))
             bad = np.flatnonzero(crcs != index.crc[start : start + len(crcs)])
             if len(bad):
@@ -120,8 +120,8 @@ def _first_bad(tar: Path, index: ShardIndex) -> str:
                 if changed is not None:
                     place, was = changed
                     where = f"byte {int(offset) + begin + place} is 0x{block[place]:02x}, was 0x{was:02x}"
-                return f": {_member_at(tar, int(offset), i)}: token block {bad[0]} is damaged ({where})"
-    return ": the damage is outside the tokens, in a member's header or JSON"
+                return f"{_member_at(tar, int(offset), i)}: token block {bad[0]} is damaged ({where})"
+    return "the damage is outside the tokens, in a member's header or JSON"
 
 
 def _member_at(tar: Path, byte: int, document: int) -> str:

@@ -162,7 +162,8 @@ def _extract(
             left_out[skipped["reason"].partition(" (")[0]] += skipped.get("count", 1)
             file.write(json.dumps(skipped, ensure_ascii=False).encode() + b"\n")
     if not len(table):
-        found = f"{left_out.total()} left out: {dict(left_out)}" if left_out else "nothing was found"
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        found = f"left out: {reasons}" if left_out else "nothing was found"
         raise UserError(f"the source {config.source.kind} holds no text ({found}); see {work / SKIPPED}")
     return table, dict(sorted(left_out.items()))
 

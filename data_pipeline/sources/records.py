@@ -46,7 +46,7 @@ class RecordSource(FileSource):
             return self._without_text(record, where, names)
         for name, value in values.items():
             if not isinstance(value, str):
-                return Skipped(where, f"field {name!r} is a {type(value).__name__}, not text", bad=True)
+                return Skipped(where, f"field {name!r} is not text (but {type(value).__name__})", bad=True)
         if self.split_field:
             split = SPLIT_NAMES.get(str(field_of(record, self.split_field)).lower(), "")
             if not split:
@@ -69,7 +69,7 @@ class RecordSource(FileSource):
         there = (
             ", ".join(sorted(record)[:20])
             if isinstance(record, Mapping)
-            else f"the record is a {type(record).__name__}"
+            else f"no fields: the record is of type {type(record).__name__}"
         )
         return Skipped(where, f"no field {asked} (there: {there})", bad=True, remedy="set source.text_field")
 

@@ -61,5 +61,5 @@ class WebDatasetTars(FileSource):
                 what = f"no text in field {self.text_field!r} ({error})"
                 return Skipped(where, what, bad=True, remedy="set source.text_field")
             if not isinstance(text, str):
-                return Skipped(where, f"field {self.text_field!r} is a {type(text).__name__}, not text", bad=True)
+                return Skipped(where, f"field {self.text_field!r} is not text (but {type(text).__name__})", bad=True)
         return Document(where, text, licence=self.licence, split=split)

@@ -52,7 +52,7 @@ def test_nothing_is_wrong_with_sound_hosts():
         ({"files": {"/shared/corpus/manifest.json": None}}, "/shared/corpus/manifest.json is missing"),
         ({"nonce": None}, "is it shared?"),
         ({"nonce": "another"}, "is it shared?"),
-        ({"free_bytes": 10**8}, "0.1 GB free for the run directory, its checkpoints take 1.0 GB"),
+        ({"free_bytes": 10**8}, "100.0 MB free for the run directory, its checkpoints take 1.0 GB"),
         ({"devices": ["nvidia0", "nvidia1"]}, "8 slots, but 2 accelerators"),
         ({"memory_errors": {"3": 2}}, "accelerator 3 has 2 memory errors that could not be corrected"),
         ({"ranks": [4711]}, "ranks of an earlier start still train in this run directory (processes 4711)"),
@@ -129,7 +129,7 @@ def test_a_host_that_gives_no_answer_is_unfit():
 def test_every_host_has_its_line(capsys):
     show([Checked(Host("n0", 8), answer=SOUND, clock_offset_s=0.001), Checked(Host("n1", 1), ["it [burns]"])])
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == ("n0  8 slots  python 3.11.7, torch 2.13.0, deepspeed 0.19.8, clock +0.001 s, 1,000.0 GB free")
+    assert said[0] == ("n0  8 slots  python 3.11.7, torch 2.13.0, deepspeed 0.19.8, clock +0.001 s, 1.0 TB free")
     assert said[1] == "n1  1 slot  it [burns]"
 
 

@@ -30,12 +30,3 @@ def select(run_dir: Path, step: int | None) -> Held:
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}; there are: {steps}"
         raise CheckpointError(f"{run_dir}: {wanted}")
     return Held(path, read_manifest(path))
-
-
-def readable_size(count: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -17,7 +17,8 @@ from typing import Any
 
 from bst_base.errors import UserError
 from bst_base.files import atomic_directory
-from bst_dist.checkpoint.commands.common import add_run, add_step, readable_size, select
+from bst_base.sizes import readable_size
+from bst_dist.checkpoint.commands.common import add_run, add_step, select
 from bst_dist.checkpoint.directory import WEIGHTS, CheckpointError, damage, open_shards
 from bst_dist.checkpoint.exporting import DTYPES, stored_dtypes, write_weights
 from bst_dist.train.rundir import RECIPE, read_recipe

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bst_dist.checkpoint.commands.common import add_run, readable_size
+from bst_base.sizes import readable_size
+from bst_dist.checkpoint.commands.common import add_run
 from bst_dist.checkpoint.config import CheckpointConfig
 from bst_dist.checkpoint.directory import DAMAGED, DELETED, MISSING, PARTIAL, WEIGHTS, committed, examine
 from bst_dist.checkpoint.retention import Held, leavings, readable, reasons, thin

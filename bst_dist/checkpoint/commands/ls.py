@@ -15,8 +15,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from bst_base.sizes import readable_size
 from bst_base.terminal import Sheet, print_table, say
-from bst_dist.checkpoint.commands.common import add_run, readable_size
+from bst_dist.checkpoint.commands.common import add_run
 from bst_dist.checkpoint.directory import DAMAGED, DELETED, PARTIAL, committed, damage, size, step_of
 from bst_dist.checkpoint.retention import Held, leavings, readable, reasons
 from bst_dist.train.rundir import read_recipe

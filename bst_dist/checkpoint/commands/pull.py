@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bst_base.errors import UserError
-from bst_dist.checkpoint.commands.common import add_step, readable_size
+from bst_base.sizes import readable_size
+from bst_dist.checkpoint.commands.common import add_step
 from bst_dist.checkpoint.copies import RunCopy
 from bst_dist.checkpoint.directory import CheckpointError, directory, read_manifest, size
 from bst_dist.train.rundir import RECIPE

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from bst_base.errors import StorageError, UserError
-from bst_dist.checkpoint.commands.common import add_run, add_step, readable_size, select
+from bst_base.sizes import readable_size
+from bst_dist.checkpoint.commands.common import add_run, add_step, select
 from bst_dist.checkpoint.copies import RunCopy
 from bst_dist.checkpoint.directory import committed, is_full, step_of
 from bst_dist.checkpoint.retention import Held

@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from bst_base.sizes import readable_size
 from bst_base.terminal import Sheet, print_table, say
-from bst_dist.checkpoint.commands.common import add_run, add_step, readable_size, select
+from bst_dist.checkpoint.commands.common import add_run, add_step, select
 from bst_dist.checkpoint.directory import size
 from bst_dist.checkpoint.layout import Layout
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import hashlib
 import io
 import json
+import os
+import sys
 import tarfile
 import zlib
 from pathlib import Path
@@ -167,3 +171,23 @@ def test_a_document_is_found_by_key_and_by_path(tar: Path) -> None:
     assert (key, info["path"], len(tokens)) == ("000000003", "ü/3", LENGTHS[3])
     assert find_document(tar, None, "ü/5")[0] == "000000005"
     assert find_document(tar, "000000099", "") is None
+
+
+class Full(io.BytesIO):
+    """A disk that takes nothing more."""
+
+    def write(self, data) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_writer_that_a_full_disk_stops_is_silent_when_it_is_thrown_away(monkeypatch) -> None:
+    noise = []
+    monkeypatch.setattr(sys, "unraisablehook", noise.append)
+    file = Full()
+    writer = ShardWriter(file)
+    with pytest.raises(OSError, match="No space left"):
+        writer.add("0", {"id": 1}, np.zeros(100_000, "<u2"))
+    file.close()
+    del writer
+    gc.collect()
+    assert not noise

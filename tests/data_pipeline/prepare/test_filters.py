@@ -62,7 +62,7 @@ def test_without_filters_a_corpus_is_what_it_was_before_there_were_any(run) -> N
 def test_a_filter_that_fails_makes_a_bad_record(run, code: Path) -> None:
     with pytest.raises(UserError, match=r"a/00\.txt: filter broken failed \(IndexError: .*mend the filter"):
         run(text={"filters": [f"{code}:broken"]})
-    with pytest.raises(UserError, match=r"holds no text .*'filter broken failed': 29"):
+    with pytest.raises(UserError, match=r"holds no text .*29 filter broken failed"):
         run(text={"filters": [f"{code}:broken"]}, on_bad_record="skip")
 
 

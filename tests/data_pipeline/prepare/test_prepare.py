@@ -169,7 +169,7 @@ def test_bad_records_are_left_out_and_listed_up_to_a_limit(run, tmp_path: Path) 
         run(**settings)
     manifest, _ = run(**settings, on_bad_record="skip")
     assert manifest.provenance["left_out"] == {
-        "field 'text' is a int, not text": 1, "no field 'text'": 1, "not JSON": 1, "not read completely": 1,
+        "field 'text' is not text": 1, "no field 'text'": 1, "not JSON": 1, "not read completely": 1,
     }  # fmt: skip
     listed = [json.loads(line) for line in (tmp_path / "corpus/skipped.jsonl").read_text().splitlines()]
     assert [each["path"] for each in listed] == ["a.jsonl:61", "a.jsonl:62", "a.jsonl:63", "b.jsonl.gz"]

@@ -144,7 +144,7 @@ def test_a_json_line_of_40_mb_is_one_document(read_all, put) -> None:
         ("a.jsonl", lines({"text": "x"}) + b"{bad\n", r"a\.jsonl:2: not JSON"),
         ("a.jsonl", lines({"t": "x"}), r"a\.jsonl:1: no field 'text' \(there: t\); set source\.text_field"),
         ("a.jsonl", b"[1]\n", r"a\.jsonl:1: no field 'text'"),
-        ("a.jsonl", lines({"text": 3}), r"a\.jsonl:1: field 'text' is a int, not text"),
+        ("a.jsonl", lines({"text": 3}), r"a\.jsonl:1: field 'text' is not text \(but int\)"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1: not UTF-8"),
         ("a.jsonl.gz", gzip.compress(lines({"text": "x" * 999}), mtime=0)[:-9], r"a\.jsonl\.gz: damaged or cut short"),
         ("a.jsonl.gz", b"not gzip at all", r"a\.jsonl\.gz: damaged or cut short"),
@@ -191,7 +191,7 @@ def test_a_webdataset_of_json_gives_a_field(read_all, put, make_tar) -> None:
     with pytest.raises(UserError, match=r"a\.tar/0\.json: no text in field 'text'.*set source.text_field"):
         read_all("webdataset", path=root, member="json")
     root = put({"a.tar": make_tar({"0.json": b'{"text": 3}'})}, under="numbers")
-    with pytest.raises(UserError, match=r"a\.tar/0\.json: field 'text' is a int, not text"):
+    with pytest.raises(UserError, match=r"a\.tar/0\.json: field 'text' is not text \(but int\)"):
         read_all("webdataset", path=root, member="json")
 
 
