@@ -16,7 +16,7 @@ from typing import Any, Literal
 from bst_base.places import placed
 from bst_base.settings import ConfigError, parse
 from bst_dist.config import Recipe, recipe_settings
-from bst_dist.model.config import MIXER_SECTIONS, ModelConfig
+from bst_dist.model.config import MIXER_SECTIONS
 from bst_dist.model.layers import MIXERS
 from bst_dist.study.runs.config import Settings
 from bst_dist.study.runs.recipes import Job, digest, named, with_settings
@@ -102,7 +102,6 @@ class Designer:
             self.base.setdefault("model", {})["vocab_size"] = corpus.manifest.tokenizer.vocab_size
         self.architectures = dict(_with_kernels(sweep))
         self._shapes: dict[tuple[str, float, int], dict[str, Model]] = {}
-        self._counts: dict[tuple[str, int], Counts] = {}
         if sweep.rules.parametrisation is not None:
             self.base["model"]["parametrisation"] = self._parametrisation()
 
@@ -159,12 +158,6 @@ class Designer:
             self._shapes[key] = solve_together(bases, self.sweep.shape, cell.size, cell.depth)
         return self._shapes[key][cell.architecture]
 
-    def _counted(self, model: ModelConfig, length: int) -> Counts:
-        key = (model.model_dump_json(), length)
-        if key not in self._counts:
-            self._counts[key] = count(model, length)
-        return self._counts[key]
-
     def _recipe_of(self, cell: Cell) -> dict[str, Any]:
         """The base recipe with the settings of the cell's arm and architecture."""
         return with_settings(with_settings(self.base, self.sweep.arms[cell.arm]), self.architectures[cell.architecture])
@@ -175,7 +168,7 @@ class Designer:
         if named := [name for name in ("length_changes", "sequence_changes") if data["train"].get(name)]:
             raise ConfigError(f"train.{named[0]}: a sweep counts its steps by one number of tokens each: leave it out")
         model = self._shape(cell).config(data["model"], sweep.shape, cell.depth)
-        counts = self._counted(model, length)
+        counts = count(model, length)
         data["model"] = model.model_dump(mode="json", exclude_unset=True)
         step_flops = 6 * counts.parameters * data["train"]["sequences"] * length
         multiples = sorted(sweep.tokens_per_parameter)[: 1 if cell.role == "audit" else None]

@@ -138,8 +138,18 @@ def _model(base: dict[str, Any], shape: ShapeConfig, width: int, ffn: int, depth
     return parse(ModelConfig, {**base, **own, "placement": places(depth, shape.fraction)}, where="model")
 
 
+_COUNTED: dict[tuple[str, int], Counts] = {}
+
+
 def count(model: ModelConfig, length: int) -> Counts:
-    """Exact counts of a model, built on the meta device: nothing is allocated."""
+    """Exact counts of a model, built on the meta device: nothing is allocated. A model is built once in a process."""
+    key = (model.model_dump_json(), length)
+    if key not in _COUNTED:
+        _COUNTED[key] = _count(model, length)
+    return _COUNTED[key]
+
+
+def _count(model: ModelConfig, length: int) -> Counts:
     with torch.device("meta"):
         built = LanguageModel(model)
     groups = {name: sum(p.numel() for p in group) for name, group in built.parameter_groups().items()}
