@@ -36,6 +36,7 @@ from bst_dist.plan.memory.fused import fused_attention, fused_share
 from bst_dist.plan.memory.live import LiveBytes
 from bst_dist.plan.memory.moved import MovedBytes
 from bst_dist.plan.memory.parts import Part, Slice
+from bst_dist.plan.memory.rows import rows_to_trace
 from bst_dist.plan.memory.zero import WORD, Sizes
 from bst_dist.plan.rehearse import MOST_BLOCKS, no_borders, rehearse
 
@@ -136,15 +137,20 @@ class Activations:
         return self._known[key]
 
     def _compiled(self, mixer: str, policy: str, slice_: Slice) -> Part | None:
-        # Loads torch's compiler, which takes a second: only to plan.
-        from bst_dist.plan.memory.graphs import MANY_ROWS
-
         apart = slice_.rows == 1 or self.documents == "masked"  # a table of borders has steps in its size
-        traced = slice_ if apart else replace(slice_, rows=MANY_ROWS)
+        traced = slice_ if apart else replace(slice_, rows=self._rows_to_trace(mixer, slice_.length))
         joint = self._once(("graph", mixer, traced), lambda: self._graph(mixer, traced))
         return joint and self._once(("graph", mixer, policy, slice_), lambda: joint.part(policy, slice_.rows))
 
+    def _rows_to_trace(self, mixer: str, length: int) -> int:
+        def find() -> int:
+            with FakeTensorMode():
+                return rows_to_trace(self._alone(mixer), self.model, length)
+
+        return self._once(("rows", mixer, length), find)
+
     def _graph(self, mixer: str, slice_: Slice) -> Joint | None:
+        # Loads torch's compiler, which takes a second: only to plan.
         from bst_dist.plan.memory.graphs import joint_graph
 
         with self._fused(), FakeTensorMode():

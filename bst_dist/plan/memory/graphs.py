@@ -32,8 +32,6 @@ from bst_dist.plan.memory.parts import Part
 
 MOST_NODES = 20_000
 """Operations of a trace that is divided: of a loop over very many blocks the partitioner would take minutes."""
-MANY_ROWS = 1009
-"""Of the trace that counts for any number of rows but one: a prime that divides no other size of a layer."""
 
 
 class _Traced(Exception):
@@ -93,7 +91,7 @@ class Joint:
 
     def part(self, policy: str, rows: int) -> Part:
         """The layer's bytes under a policy of activation checkpointing, for so many rows: those of the trace, or, of a
-        trace of MANY_ROWS, any but one."""
+        trace of `rows_to_trace`, any but one."""
         counted = _Bytes(self.traced, rows)
         if policy == "selective":
             return counted.part(*self._selective, self.outputs)

@@ -21,8 +21,8 @@ SLICE = Slice(ROWS, LENGTH)
 
 def model(mixer: str = "bst", **settings) -> ModelConfig:
     return ModelConfig(
-        width=WIDTH, heads=2, ffn=256, block=64, depth=1, vocab_size=2, mixer=mixer,
-        **{"placement": "all", "ssm": {"state": 8, "chunk": 32}} | settings,
+        width=WIDTH, heads=2, depth=1, vocab_size=2, mixer=mixer,
+        **{"ffn": 256, "block": 64, "placement": "all", "ssm": {"state": 8, "chunk": 32}} | settings,
     )  # fmt: skip
 
 
@@ -55,7 +55,25 @@ def test_one_trace_counts_for_any_number_of_rows(mixer, documents):
             found = activations.layer(mixer, ActivationCheckpointingConfig(policy=policy), asked, False, compiled=True)
             assert found == alone.part(policy, rows)
     traced = [key[2].rows for key in activations._known if key[0] == "graph" and len(key) == 3]
-    assert traced == [1, graphs.MANY_ROWS]
+    assert traced == [1, 1009]
+
+
+@pytest.mark.parametrize(
+    "mixer, settings",
+    [
+        ("sliding", {"ffn": 2018}),
+        ("bst", {"block": 4032, "ssm": {"state": 8, "chunk": 1008}}),  # powers of the transition from 0 to 1,008
+        ("bst", {"context": {"ssm_width": 753}}),  # with 4 x 64 rows of others in one product
+    ],
+    ids=["feed-forward", "powers", "maps together"],
+)
+def test_what_does_not_grow_with_the_rows_is_told_by_its_size_from_what_does(mixer, settings):
+    """Sizes that 1,009 divides, against a trace of so many rows alone."""
+    config, policy = model(mixer, **settings), ActivationCheckpointingConfig()
+    asked = Slice(3, config.block)
+    activations = Activations(config, bf16=True)
+    found = activations.layer(mixer, policy, asked, zero3=False, compiled=True)
+    assert found == activations._graph(mixer, asked).part("none", 3)
 
 
 def test_documents_that_begin_anywhere_are_traced_for_every_number_of_rows():
