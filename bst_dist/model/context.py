@@ -22,7 +22,6 @@ from bst_dist.model.config import LayerConfig
 from bst_dist.model.products import cast_by_channel
 from bst_dist.model.roles import Linear, Role, Stack
 from bst_dist.model.ssm.kernels import build_kernel
-from bst_dist.model.ssm.s4d import S4D
 from bst_dist.parallel.sequence.past import Past
 
 
@@ -46,7 +45,6 @@ class StreamContext(nn.Module):
         heads, channels = config.heads, config.context.width(config.width)
         self.block, self.attend = config.block, config.context.attend
         self.ssm = build_kernel(channels, heads if config.context.variant == "MH" else 1, config.ssm, config.block)
-        self.by_channel = isinstance(self.ssm, S4D)
         self.passage = Passage()
         # Straight from Ds to each head: lifting to D first and projecting then is the same class of functions.
         self.key_value = nn.Parameter(torch.randn(heads, channels, 2 * config.head) / math.sqrt(channels))
@@ -91,7 +89,6 @@ class FilterContext(nn.Module):
         self.block, self.heads = config.block, config.heads
         # Each filter has dynamics of its own: S read-outs of one N-dimensional state have rank N at most.
         self.ssm = build_kernel(channels, states, config.ssm, config.block, own_dynamics=True)
-        self.by_channel = isinstance(self.ssm, S4D)
         self.passage = Passage()
         self.identity = nn.Parameter(torch.randn(states, channels) * 0.02)
         self.initial = nn.Parameter(torch.randn(states, channels) * 0.02)

@@ -36,29 +36,26 @@ def whole(one: nn.Linear) -> tuple[nn.Linear, list[int]]:
     return one, [one.out_features]
 
 
-def by_channel(x: Tensor, one: nn.Linear) -> Tensor:
-    """The output of a linear map for a state space model, (B, L, D) -> (B, L, Ds). Compiled, a channel's tokens
-    lie one after the other in memory, as its products over tokens take them.
+def in_order(x: Tensor) -> Tensor:
+    """The operand of several products, compiled with its dimensions in their order in memory.
 
-    Else each of these products, forward and backward, would copy its input: cuBLAS has none in which neither tokens nor
-    chunks are neighbours in memory.
+    Else each of these products, forward and backward, would copy it: cuBLAS has none in which neither rows nor columns
+    are neighbours in memory. Casts before it are in the one copy.
     """
-    if not is_compiling():
-        return one(x)
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return torch.mm(one.weight, x.to(dtype).flatten(0, 1).t()).unflatten(1, x.shape[:2]).permute(1, 2, 0)
+    return _InOrder.apply(x) if is_compiling() else x
 
 
-def beside(x: Tensor, one: nn.Linear, apart: bool, *maps: tuple[nn.Linear, Sequence[int]]) -> tuple[Tensor, ...]:
-    """The output of a map to a state space model, then those of other maps of the same input (`together`).
+class _InOrder(torch.autograd.Function):
+    """The identity. What is read by strides the compiler writes as it is asked to, and all else as it reads it."""
 
-    `apart`: it is made `by_channel`, for an SSM that takes it so, and else in the product of the others.
-    """
-    if apart:
-        return by_channel(x, one), *together(x, *maps)
-    *outputs, last = together(x, *maps, whole(one))
-    return last, *outputs
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        return x.as_strided(x.shape, x.stride())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 def cast_by_channel(y: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bst_dist.model.attention import Angles, angles, rotate
-from bst_dist.model.products import relu_of, together, whole
+from bst_dist.model.products import in_order, relu_of, together, whole
 from bst_dist.model.roles import Linear
 
 
@@ -50,6 +50,20 @@ def test_maps_of_one_input_are_one_product_with_their_gradients():
     assert called.count(F.linear) == 1
     for other in (parts, one_by_one):
         torch.testing.assert_close(found, gradients(other, x, first, second), rtol=1e-13, atol=1e-13)
+
+
+def test_an_operand_lies_in_order_when_it_is_compiled_alone():
+    """Its numbers and gradients are its input's."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    turned = x.permute(2, 0, 1)
+    call, _ = compiled(in_order)
+    found = call(turned)
+    assert in_order(turned) is turned
+    assert found.is_contiguous() and torch.equal(found, turned)
+    factors = torch.arange(60, dtype=torch.float64).view(5, 3, 4)
+    (gradient,) = torch.autograd.grad((found * factors).sum(), x)
+    assert torch.equal(gradient, factors.permute(1, 2, 0))
 
 
 def test_relu_in_a_product_has_the_gradient_of_relu_after_it():

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from bst_dist.model.attention import product_dtype
 from bst_dist.model.borders import Starts
 from bst_dist.model.config import LayerConfig, SSMConfig, within_block
-from bst_dist.model.products import by_channel, cast_by_channel
+from bst_dist.model.products import cast_by_channel
 from bst_dist.model.roles import Linear
 from bst_dist.model.ssm.s4d import S4D
 from bst_dist.parallel.sequence.past import Past
@@ -35,5 +35,5 @@ class GSSMixer(nn.Module):
         self.out = Linear(wide, width, into_stream=True)
 
     def forward(self, u: Tensor, past: Past, starts: Starts | None) -> Tensor:
-        y = self.ssm(F.gelu(by_channel(u, self.down)), past, starts)  # (B, l, 1, D/4)
+        y = self.ssm(F.gelu(self.down(u)), past, starts)  # (B, l, 1, D/4)
         return self.out(F.gelu(self.gate(u)) * self.up(cast_by_channel(y, product_dtype(y)).squeeze(2)))

@@ -24,7 +24,7 @@ from bst_dist.model.borders import Borders, Starts
 from bst_dist.model.config import LayerConfig
 from bst_dist.model.context import FIRST_AND_ENDS, build_context, documents_in_blocks_asked
 from bst_dist.model.flex import flex_sliding_attention
-from bst_dist.model.products import beside
+from bst_dist.model.products import together, whole
 from bst_dist.model.roles import Linear
 from bst_dist.parallel.sequence.past import Past
 
@@ -42,7 +42,7 @@ class JointMixer(nn.Module):
         self.out = Linear(config.inner, config.width, into_stream=True)
 
     def forward(self, u: Tensor, past: Past, starts: Starts | None) -> Tensor:
-        z, *qkv = beside(u, self.down, self.cross.context.by_channel, self.attention.maps)
+        z, *qkv = together(u, whole(self.down), self.attention.maps)
         q, window = self.attention.share(qkv, past.child("self"), starts)
         states = self.cross(q, z, past.child("context"), starts)
         return self.out(one_softmax(window, states).flatten(-2))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bst_dist.model.borders import Borders, Starts, columns, columns_asked
 from bst_dist.model.config import SSMConfig
+from bst_dist.model.products import in_order
 from bst_dist.model.roles import Role
 from bst_dist.model.ssm.convolution import causal_matrix
 from bst_dist.model.ssm.pairs import Pair
@@ -164,7 +165,7 @@ class S4D(nn.Module):
             raise ValueError(f"S4D: {length} tokens are neither a multiple of the chunk ({chunk}) nor shorter than it")
         m = length // chunk
         u = z.view(batch, m, chunk, width).permute(3, 0, 1, 2).reshape(width, batch * m, chunk)
-        return u.to(self.skip.dtype), chunk, m
+        return in_order(u.to(self.skip.dtype)), chunk, m
 
     def _within_chunk(self, powers: Pair, b: Pair) -> Tensor:
         """Tokens to outputs inside a chunk, the causal matrices of K and the skip: (Ds, C T, T)."""
