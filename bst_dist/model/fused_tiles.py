@@ -23,8 +23,8 @@ _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 QUERIES_AT_ONCE = 4096
-"""Of one call: work for many cores, and a bound on the gradients of tiles, in which keys stand several times. Short rows
-go together, since a call costs as much as many small tiles do."""
+"""Of one call: work for many cores, and a bound on the gradients of tiles, in which keys stand several times. Short
+rows go together, since a call costs as much as many small tiles do."""
 
 BAND_SCORES_AT_ONCE = 50_000
 """Of one call and head for the band, whose scores should stay in a core's cache."""

@@ -195,7 +195,7 @@ def test_gradients_equal_query_by_query(include_self, heads):
 
 @pytest.mark.parametrize("before", [0, 3, 8])
 @pytest.mark.parametrize("varying", [1, 3, 9])
-@pytest.mark.parametrize("at_once", [1, 16, 80, 4096], ids="one tile, two tiles, two rows, all".split(", "))
+@pytest.mark.parametrize("at_once", [1, 16, 80, 4096], ids=["one tile", "two tiles", "two rows", "all"])
 def test_a_bias_that_far_distances_share_has_the_gradient_of_their_sum(before, varying, at_once, monkeypatch):
     """The fused tiles make it from the near distances alone; several calls, and tiles at the start of the stream."""
     monkeypatch.setattr("bst_dist.model.fused_tiles.QUERIES_AT_ONCE", at_once)

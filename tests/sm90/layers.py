@@ -47,12 +47,17 @@ class Case:
     block: int = 128
     rows: int = 2
     length: int = LENGTH
+    document: int = 700
+    """Tokens of a masked one."""
 
     def compute(self) -> Tensor:
-        """As training does with `compile: true`."""
+        """As training does with `compile: true`; no parameter is zero or one, which could hide a fault."""
         torch.manual_seed(0)
         sizes = {"width": self.width, "heads": self.heads, "ffn": 4 * self.width, "block": self.block}
         layer = Layer(self.mixer, LayerConfig(**sizes, **self.settings))
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter += 0.05 * torch.randn_like(parameter)
         x = torch.randn(self.rows, self.length, self.width, requires_grad=True)
         return compiled.run(layer, x, Past(), self._starts(), keeps if self.selective else None)
 
@@ -60,9 +65,13 @@ class Case:
         """Where documents begin. A program does not depend on it, but for the room that masked ones take."""
         if self.documents == "masked":
             begins = torch.zeros(self.rows, self.length, dtype=torch.bool)
-            begins[:, 100::700] = True
+            begins[:, 100 :: self.document] = True
             return Borders.of(begins)
-        return torch.zeros(self.rows, self.length // self.block, dtype=torch.bool) if self.documents else None
+        if not self.documents:
+            return None
+        begins = torch.zeros(self.rows, self.length // self.block, dtype=torch.bool)
+        begins[:, 1::2] = True
+        return begins
 
 
 @dataclass(frozen=True)
@@ -162,19 +171,21 @@ LAYERS: dict[str, Case | Attention] = {
 
 def count(name: str) -> dict[str, Any]:
     """All passes of one layer."""
-    graphs, passes, kernels, moved = trace(LAYERS[name].compute), [], [], []
+    graphs, passes, kernels, moved, atomics = trace(LAYERS[name].compute), [], [], [], 0
     with pretended_h100():
         for graph in graphs:
             program = lower(graph)
             moved.append(program.bytes)
             passes.append(launches(program.code))
             kernels += compile_kernels(program.code)
+            atomics += program.code.count("tl.atomic_")
     return {
         "launches": dict(zip(PASSES, (one.total for one in passes), strict=False)),
         "bytes": dict(zip(PASSES, moved, strict=False)),
         "kinds": {kind: sum(getattr(one, kind) for one in passes) for kind in ("fused", "products", "flex", "flash")},
         "fallbacks": fallbacks(passes),
         "compiled": len(kernels),
+        "atomics": atomics,
         "shared_bytes": max(kernel.shared for kernel in kernels),
     }
 

@@ -62,8 +62,20 @@ class _TracedError(Exception):
     """All graphs are there, and none is to be run."""
 
 
-def trace(call: Callable[[], object]) -> list[Graph]:
-    """What is compiled in a call under bf16: a forward and a backward pass, or, without gradients, a forward pass."""
+def stopped(graph: Graph) -> Callable[..., Any]:
+    """In place of what would be compiled from the graph."""
+
+    def run(*_: Any) -> None:
+        raise _TracedError
+
+    return run
+
+
+def trace(call: Callable[[], object], compiled_as: Callable[[Graph], Callable[..., Any]] = stopped) -> list[Graph]:
+    """What is compiled in a call under bf16: a forward and a backward pass, or, without gradients, a forward pass.
+
+    `compiled_as`: what a graph becomes, called with a list of its inputs; by default nothing runs, and the call ends.
+    """
     from torch._inductor.compile_fx import _recursive_joint_graph_passes
 
     graphs: list[Graph] = []
@@ -73,10 +85,7 @@ def trace(call: Callable[[], object]) -> list[Graph]:
             if inference:
                 _recursive_joint_graph_passes(module)
             graphs.append(Graph(backward, inference, module, inputs))
-
-            def run(*_: Any) -> None:
-                raise _TracedError
-
+            run = compiled_as(graphs[-1])
             run._boxed_call = True
             return run
 

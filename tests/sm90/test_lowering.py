@@ -60,6 +60,12 @@ def test_products_take_their_operands_as_they_lie(name):
         assert not [one for graph in graphs for one in copied_operands(lower(graph).code)]
 
 
+@pytest.mark.parametrize("name", COMMITTED)
+def test_no_kernel_adds_by_atomics(name):
+    """Sums in no fixed order, of bf16 numbers, and slow where many threads add to one place."""
+    assert COMMITTED[name]["atomics"] == 0
+
+
 def test_a_large_sh_layer_moves_few_bytes():
     assert sum(COMMITTED["BST-SH, large"]["bytes"].values()) <= MOST_BYTES
 

@@ -14,6 +14,7 @@ Shapes: B rows, l tokens, nb blocks of W, S states, D width, H heads, dh head wi
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -113,14 +114,22 @@ class BlockRecurrentMixer(nn.Module):
         """What the state attends to after each block of the slice; None for a block that this slice does not end."""
         if not past.blocks_ended(self.block, length):
             return [None]
-        blocks, width = -(-length // self.block), 2 * self.block
+        blocks = -(-length // self.block)
         first = [] if k.shape[1] > blocks * self.block else [Window(k[:, : self.block], v[:, : self.block], None)]
-        # Unbound at once: indexing block by block would make the backward pass quadratic in the blocks.
         if len(first) == blocks:
             return first
-        keys, values = (x.unfold(1, width, self.block).movedim(-1, 2).unbind(1) for x in (k, v))
+        keys, values = (self._pairs(x) for x in (k, v))
         masks = [None] * len(keys) if starts is None else self._masks(starts[:, len(first) :])
         return [*first, *map(Window, keys, values, masks)]
+
+    def _pairs(self, x: Tensor) -> list[Tensor]:
+        """Each block together with the one before it, (B, n, H, dh) -> (B, 2W, H, dh) for all but the first.
+
+        Unbound at once: indexing block by block would make the backward pass quadratic in the blocks. Not by `unfold`,
+        whose gradient a compiled layer adds up by atomics, in no fixed order and in bf16.
+        """
+        blocks = x[:, : x.shape[1] // self.block * self.block].unflatten(1, (-1, self.block)).unbind(1)
+        return [torch.cat(pair, dim=1) for pair in pairwise(blocks)]
 
     def _masks(self, starts: Tensor) -> list[Tensor]:
         """Hides the block before one that begins a document: for each block (B, 1, 1, 2W)."""

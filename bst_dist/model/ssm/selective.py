@@ -156,7 +156,9 @@ class CausalConvolution(nn.Module):
         """`starts`: where documents begin, whose tokens see none before them; a block is no shorter than K - 1."""
         length, taps = x.shape[1], self.weight.shape[1]
         x = past.extend("taps", x, before=taps - 1)
-        x = F.pad(x, (0, 0, length + taps - 1 - x.shape[1], 0)).unfold(1, taps, 1)  # (B, l, C, K), own token last
+        x = F.pad(x, (0, 0, length + taps - 1 - x.shape[1], 0))
+        # As slices: a compiled layer adds up the gradient of `unfold` by atomics, in no fixed order and in bf16.
+        x = torch.stack([x[:, tap : tap + length] for tap in range(taps)], dim=-1)  # (B, l, C, K), own token last
         weight = self.weight.to(x.dtype)
         if starts is not None:
             hidden = _before_document(starts, length, taps, past)

@@ -1,0 +1,30 @@
+"""What a GPU would be given to run computes the right numbers: its programs, run by Triton's interpreter on a CPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+if torch.version.cuda is None:
+    pytest.skip("needs a torch built with CUDA: make test-sm90", allow_module_level=True)
+
+from tests.sm90.running import passes
+
+NAMES = [
+    "sliding, T5", "sliding, T5, documents", "BST-SH", "BST-SH, T5", "BST-SH, documents", "BST-SH, masked documents",
+    "BST-MF", "BST-MF, masked documents", "joint, masked documents", "full, T5", "Transformer-XL", "GSS", "Mamba-2",
+    "Block-Recurrent", "attention, no gradients", "attention, no gradients, documents", "attention, past, documents",
+]  # fmt: skip
+ROUNDING = 0.06
+"""Of bfloat16, which both sides compute with, in another order: 8 bits, and sums of a few hundred such numbers."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_programs_compute_what_their_graphs_do_in_plain_torch(name, tmp_path):
+    for one in passes(name, tmp_path):
+        errors = one.errors()
+        print(name, "backward" if one.backward else "forward", len(errors), f"{max(errors):.1e}")
+        assert not any(math.isnan(error) for error in errors)
+        assert max(errors) < ROUNDING
