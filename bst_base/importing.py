@@ -9,9 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """While it is entered nothing is collected; what is there when it is left is never looked through again.
+    """While it is entered nothing is collected; what is there when it is first left is never looked through again.
 
-    For imports alone: a cycle that is garbage by then stays.
+    For imports alone: a cycle that is garbage by then stays. So only the first time: a process that runs many commands
+    would keep the garbage of each.
     """
     if not gc.isenabled():  # entered within another, or somebody wants it so
         yield
@@ -20,5 +21,6 @@ def uncollected() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()
+        if not gc.get_freeze_count():
+            gc.freeze()
         gc.enable()

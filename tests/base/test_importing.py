@@ -17,6 +17,7 @@ class Cycle:
 
 @pytest.fixture(autouse=True)
 def thawed():
+    gc.unfreeze()
     yield
     gc.unfreeze()
     gc.enable()
@@ -31,6 +32,16 @@ def test_what_is_made_within_stays_and_what_is_made_after_it_is_collected():
     gc.collect()
     assert within() is not None
     assert after() is None
+
+
+def test_only_what_is_there_the_first_time_stays():
+    with uncollected():
+        pass
+    later = weakref.ref(Cycle())
+    with uncollected():
+        pass
+    gc.collect()
+    assert later() is None
 
 
 def test_within_another_the_outer_one_decides():
