@@ -7,11 +7,12 @@ well. And what it says on the way out it says in a thread: its standard error ma
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import threading
 from contextlib import suppress
 from typing import NoReturn
+
+from bst_dist.faults.stacks import stacks_of_threads
 
 LAST_WORD = "BST_LAST_WORD"
 """The environment variable that names the pipe's file descriptor."""
@@ -32,13 +33,17 @@ def say(message: str, stacks: bool = False) -> None:
     """Print to standard error, past Python's buffer, which another thread may hold; waits no longer than SAY_S."""
 
     def write() -> None:
-        data = message.encode() + b"\n"
         with suppress(OSError):
-            while data:
-                data = data[os.write(2, data) :]
+            _write(message + "\n")
             if stacks:
-                faulthandler.dump_traceback(2, all_threads=True)
+                _write(stacks_of_threads())
 
     thread = threading.Thread(target=write, name="last words", daemon=True)
     thread.start()
     thread.join(SAY_S)
+
+
+def _write(text: str) -> None:
+    data = text.encode(errors="backslashreplace")
+    while data:
+        data = data[os.write(2, data) :]

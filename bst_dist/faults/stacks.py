@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import faulthandler
 import socket
+import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
 STACKS, RECORDER = "stacks", "flight-recorder"
 
@@ -15,10 +17,29 @@ def write_stacks(folder: Path, rank: int) -> None:
     """Write down where all threads of this rank are, and what exchanges they have begun; raises OSError."""
     (folder / RECORDER).mkdir(parents=True, exist_ok=True)
     with (folder / f"rank-{rank:05d}.txt").open("w", encoding="utf-8") as file:
-        file.write(f"rank {rank} on {socket.gethostname()}, {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n")
-        file.flush()
-        faulthandler.dump_traceback(file, all_threads=True)
+        file.write(f"rank {rank} on {socket.gethostname()}, {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n\n")
+        file.write(stacks_of_threads())
     (folder / RECORDER / f"rank_{rank}").write_bytes(recorded())
+
+
+def stacks_of_threads() -> str:
+    """The stacks of all threads of this process, the main thread's first, in each the newest call first.
+
+    faulthandler prints the newest 100 threads only, so a rank with many readers would lose its main thread, and it
+    prints no names. No source is quoted: reading it could wait for a file system that hangs.
+    """
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    frames, main = sys._current_frames(), threading.main_thread().ident
+    return "\n".join(_stack(names.get(ident, "without a name"), ident, frames[ident])
+                     for ident in sorted(frames, key=lambda ident: ident != main))  # fmt: skip
+
+
+def _stack(name: str, ident: int, frame: FrameType | None) -> str:
+    lines = [f"thread {name} (0x{ident:x}), most recent call first:"]
+    while frame:
+        lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno} in {frame.f_code.co_qualname}')
+        frame = frame.f_back
+    return "\n".join(lines) + "\n"
 
 
 def recorded() -> bytes:
