@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 
 from bst_base.addresses import redacted
+from bst_base.documented import documentation
 from bst_base.errors import UserError
 from bst_base.places import placed
 from bst_base.shipped import base_of
@@ -26,7 +27,7 @@ from bst_base.yaml_text import SettingsError, read_yaml, write_yaml
 class Config(BaseModel):
     """Base of every settings class: immutable, and a key it does not know is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 C = TypeVar("C", bound=Config)
@@ -94,6 +95,7 @@ def fields(cls: type[Config], prefix: str = "") -> Iterator[tuple[str, str, Any,
 
     A section that is one of several kinds gives the fields of each, their documentation headed by the kind.
     """
+    texts = documentation(cls)
     for name, field in cls.model_fields.items():
         kinds = _kinds(field.annotation)
         for kind, section in kinds.items():
@@ -102,7 +104,7 @@ def fields(cls: type[Config], prefix: str = "") -> Iterator[tuple[str, str, Any,
         if not kinds:
             annotation = _type_name(field.annotation)
             default = "required" if field.is_required() else field.get_default(call_default_factory=True)
-            yield f"{prefix}{name}", annotation, default, " ".join((field.description or "").split())
+            yield f"{prefix}{name}", annotation, default, texts.get(name, "")
 
 
 def _type_name(annotation: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import tomllib
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -15,8 +16,9 @@ PACKAGES = ("torch", "deepspeed", "webdataset", "sentencepiece", "numpy")
 def versions() -> dict[str, str]:
     """Versions of Python, of the packages that decide a run's numbers, and of this code."""
     found = {"bst_dist": own_version(), "python": platform.python_version()}
-    installed = {distribution.name for distribution in metadata.distributions()}
-    found |= {name: metadata.version(name) for name in PACKAGES if name in installed}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
     commit = _commit()
     return found | ({"commit": commit} if commit else {})
 

@@ -12,6 +12,7 @@ import torch
 from bst_dist.checkpoint.shards import Piece, Shards, write_header, write_values
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
+from bst_dist.model.weightless import weightless
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AT_A_TIME = 2.0**30
@@ -21,7 +22,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 def stored_dtypes(weights: Shards, config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """How each tensor is stored in `dtype`: the dynamics of the SSMs stay in single precision, as they must."""
-    with torch.device("meta"):
+    with weightless():
         model = LanguageModel(config)
     own = {id(parameter) for parameter in model.parameter_groups()["ssm"]}
     dynamics = {name for name, parameter in model.named_parameters() if id(parameter) in own}

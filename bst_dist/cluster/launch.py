@@ -34,8 +34,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bst_base.arguments import at_least, seconds
 from bst_base.host import without_brackets
 from bst_base.shipped import RECIPES, find
@@ -53,6 +51,7 @@ from bst_dist.cluster.supervise import Job, Supervisor, say
 from bst_dist.config import Recipe, deepspeed_file, spread_of
 from bst_dist.faults.status import RESUBMIT
 from bst_dist.model.lm import LanguageModel
+from bst_dist.model.weightless import weightless
 from bst_dist.parallel.ranks import choose_accelerator
 from bst_dist.train import rundir
 from bst_dist.train.__main__ import add_arguments as add_program_arguments
@@ -142,7 +141,7 @@ def _needs(asked: Request, recipe: Recipe) -> Needs:
     """What every host must see and have room for."""
     corpora = [Path(url) / MANIFEST for url in recipe.data.urls() if "://" not in url]
     files = [find(asked.recipe, RECIPES), deepspeed_file(recipe), *corpora]
-    with torch.device("meta"):
+    with weightless():
         parameters = sum(parameter.numel() for parameter in LanguageModel(recipe.model).parameters())
     # Two checkpoints: one that stands, and one being written.
     return Needs([path.resolve() for path in files], asked.run_dir, 2 * CHECKPOINT_BYTES * parameters)

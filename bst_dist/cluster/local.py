@@ -43,6 +43,7 @@ from bst_dist.cluster.printing import unhurried_output
 from bst_dist.cluster.processes import LocalRanks, Share, told_to_stop
 from bst_dist.cluster.verdict import STOP, Ended
 from bst_dist.config import Recipe
+from bst_dist.model.weightless import weightless
 from bst_dist.parallel.ranks import choose_accelerator, require_accelerator
 from bst_dist.train import rundir
 from bst_dist.train.__main__ import add_arguments as add_program_arguments
@@ -116,7 +117,7 @@ def check(start: Start, share: Share) -> dict[str, Any]:
     """Say what would be trained; the model is built without memory for its weights, so that its layers check their
     settings too."""
     recipe = start.recipe
-    with torch.device("meta"):
+    with weightless():
         parameters = sum(parameter.numel() for parameter in start.objective.model().parameters())
     train, done = recipe.train, committed(start.run_dir)
     tokens = train.sequences * train.sequence_length

@@ -35,6 +35,7 @@ from bst_dist.hub.modeling import BSTConfig, BSTForCausalLM
 from bst_dist.hub.repository import fetched
 from bst_dist.hub.tokenization import CORPUS_FILE, FILE
 from bst_dist.model.lm import LanguageModel
+from bst_dist.model.weightless import weightless
 from bst_dist.train.rundir import RECIPE
 from bst_dist.version import versions
 from data_pipeline.format.tokenizer import Tokenizer, read_tokenizer
@@ -114,7 +115,7 @@ class _Tensors:
     """The weights in an export, checked against the recipe's model; read one at a time."""
 
     def __init__(self, model: Path, recipe: Recipe) -> None:
-        with torch.device("meta"):
+        with weightless():
             wanted = {name: tuple(p.shape) for name, p in LanguageModel(recipe.model).named_parameters()}
         self._files = {}
         self.shapes = wanted

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bst_base.documented import documentation
 from bst_base.errors import UserError
 from bst_base.settings import fields
 from bst_base.terminal import Sheet, print_table
@@ -47,7 +48,7 @@ def _describe(source: type[Source]) -> dict[str, Any]:
             settings[name]["help"] += f" {text}"
         elif name != "kind":
             settings[name] = {"default": _shown(default), "help": text}
-    return {"summary": source.model_fields["kind"].description, "settings": settings}
+    return {"summary": documentation(source)["kind"], "settings": settings}
 
 
 def _shown(default: Any) -> str:

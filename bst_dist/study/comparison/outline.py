@@ -10,13 +10,12 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import torch
-
 from bst_base.errors import UserError
 from bst_base.settings import read_settings
 from bst_dist.checkpoint.directory import WEIGHTS, committed, open_shards
 from bst_dist.config import flat
 from bst_dist.model.lm import LanguageModel
+from bst_dist.model.weightless import weightless
 from bst_dist.report.saved import REPORTS
 from bst_dist.study.comparison.standing import Standing, standing
 from bst_dist.study.runs.results import Result, read_result
@@ -139,7 +138,7 @@ def _parameters(run_dir: Path) -> int | None:
         recipe = read_recipe(run_dir)
     except UserError:
         return None
-    with torch.device("meta"):
+    with weightless():
         return sum(parameter.numel() for parameter in LanguageModel(recipe.model).parameters())
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bst_base.documented import documentation
 from bst_base.errors import UserError
 from bst_base.settings import parse
 from bst_dist.generation.decoding import Generation
@@ -50,11 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="end before this text; may be given several times")  # fmt: skip
     parser.add_argument("--stop-token", action="append", default=[], type=int, metavar="ID",
                         help="end at this token, as at the end of the document")  # fmt: skip
+    texts = documentation(SamplingConfig)
     for name, (symbol, kind) in _OPTIONS.items():
-        described = SamplingConfig.model_fields[name]
-        text = " ".join(described.description.split()).rstrip(".")
+        text, default = texts[name].rstrip("."), SamplingConfig.model_fields[name].default
         parser.add_argument("--" + name.replace("_", "-"), type=kind, metavar=symbol,
-                            help=f"{text[0].lower()}{text[1:]} (default: {described.default})")  # fmt: skip
+                            help=f"{text[0].lower()}{text[1:]} (default: {default})")  # fmt: skip
     parser.add_argument("--checkpoint", metavar="STEP", type=int, help="weights after this step (default: the newest)")
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from bst_base.documented import documentation
 from bst_base.errors import UserError
 from bst_base.settings import Config
 from data_pipeline.serve.order.permutation import Permutation
@@ -172,5 +173,5 @@ def problem(config: Config, path: Path, what: str) -> FileProblem:
 
 def expected(cls: type[Config]) -> str:
     """What `source` should be."""
-    text = " ".join((cls.model_fields["source"].description or "").split()).rstrip(".")
+    text = documentation(cls)["source"].rstrip(".")
     return f"source should be {text[0].lower()}{text[1:]}"

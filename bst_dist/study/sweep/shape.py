@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from bst_base.settings import ConfigError, parse
 from bst_dist.model.config import ModelConfig
 from bst_dist.model.lm import LanguageModel
+from bst_dist.model.weightless import weightless
 from bst_dist.plan.flops import forward_flops, train_flops_per_token
 from bst_dist.study.sweep.config import ShapeConfig
 
@@ -150,7 +150,7 @@ def count(model: ModelConfig, length: int) -> Counts:
 
 
 def _count(model: ModelConfig, length: int) -> Counts:
-    with torch.device("meta"):
+    with weightless():
         built = LanguageModel(model)
     groups = {name: sum(p.numel() for p in group) for name, group in built.parameter_groups().items()}
     total, head = sum(p.numel() for p in built.parameters()), built.head_matrix.numel()

@@ -1,0 +1,47 @@
+"""What the fields of a class say about themselves: the strings below them, read from the source when asked for.
+
+Pydantic would read them as each class is made, in every process, which takes longer than all else about the settings.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
+
+from pydantic import BaseModel
+
+
+def documentation(cls: type[BaseModel]) -> dict[str, str]:
+    """The string below each annotated field, on one line; inherited fields too, and none where there is no source."""
+    found: dict[str, str] = {}
+    for base in cls.__mro__[cls.__mro__.index(BaseModel) - 1 :: -1]:
+        for field, text in pairwise(_classes(base.__module__).get(base.__qualname__, ())):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                found.pop(field.target.id, None)  # declared anew, it is what it says now
+                if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                    found[field.target.id] = " ".join(str(text.value.value).split())
+    return found
+
+
+@cache
+def _classes(module: str) -> dict[str, list[ast.stmt]]:
+    """The bodies of all classes in a module, by their qualified names; none where it has no source."""
+    try:
+        return dict(_within(ast.parse(inspect.getsource(sys.modules[module]))))
+    except (OSError, TypeError):
+        return {}
+
+
+def _within(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, list[ast.stmt]]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef):
+            yield prefix + child.name, [*child.body, ast.Pass()]
+            yield from _within(child, f"{prefix}{child.name}.")
+        elif isinstance(child, ast.FunctionDef):
+            yield from _within(child, f"{prefix}{child.name}.<locals>.")
+        else:
+            yield from _within(child, prefix)
