@@ -81,7 +81,7 @@ def parse(cls: type[C], data: dict[str, Any], where: str = "settings") -> C:
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        problems = [_explain(cls, problem) for problem in error.errors()]
+        problems = _explained(cls, error.errors())
     raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
 
 
@@ -132,6 +132,19 @@ def _kinds(annotation: Any) -> dict[str, type[Config]]:
     return {tag.tag: section for section, *marks in tagged for tag in marks if isinstance(tag, Tag)}
 
 
+def _listed(annotation: Any) -> type[Config] | None:
+    """The class of the sections in a list; None where a value is no list of sections."""
+    listed = get_origin(annotation) in (tuple, list)
+    within = (_kinds(member).get("") if listed else _listed(member) for member in get_args(annotation))
+    return next(filter(None, within), None)
+
+
+def _of_several(annotation: Any) -> bool:
+    """Whether a value may be of more than one type, besides None."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
+    return len([member for member in members if member is not type(None)]) > 1
+
+
 def split_override(override: str, form: str) -> tuple[str, Any]:
     """Name and value of ``name=value``; raises ConfigError for what is not of this `form` or whose value is no YAML."""
     key, separator, text = override.partition("=")
@@ -162,21 +175,53 @@ def _apply(data: dict[str, Any], override: str) -> None:
     node[leaf] = value
 
 
-def _explain(cls: type[Config], problem: dict[str, Any]) -> str:
-    """One line for one pydantic problem: where, what, what to do."""
-    location, owner = _place(cls, [str(part) for part in problem["loc"]])
-    name = ".".join(location)
+def _explained(cls: type[Config], problems: Iterable[Any]) -> list[str]:
+    """A line for each field with problems. Where a value may be of several types pydantic has a problem with each of
+    them; where one of them is a list or section of which a part is wrong, that part is what is said."""
+    found: dict[str, list[Any]] = {}
+    for problem in problems:
+        location, _ = _place(cls, [str(part) for part in problem["loc"]])
+        found.setdefault(".".join(location), []).append(problem)
+    return [
+        _explain(cls, name, those)
+        for name, those in found.items()
+        if not any(other.startswith(f"{name}.") for other in found)
+    ]
+
+
+def _explain(cls: type[Config], name: str, problems: list[Any]) -> str:
+    """One line for pydantic's problems with one field: where, what, what to do."""
+    problem, *_ = problems
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {name!r}{_nearest(cls, owner, location)}"
+        return f"unknown key {name!r}{_nearest(cls, *reversed(_place(cls, [str(part) for part in problem['loc']])))}"
     if problem["type"] == "missing":
         return f"key {name!r} is required and missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
+    message = ", or ".join(_in_words(cls, each) for each in problems)
     given = problem.get("input")
     shown = (
         "" if isinstance(given, (dict, Config)) else redacted(f" (got {given!r}{_as_written(problem['type'], given)})")
     )
     return f"{name}: {message}{shown}" if name else message
+
+
+def _in_words(cls: type[Config], problem: Any) -> str:
+    """What pydantic says of one problem, in the words of a recipe where it has those of a program."""
+    kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        location, owner = _place(cls, [str(part) for part in problem["loc"]])
+        kinds = _kinds(owner.model_fields[location[-1]].annotation) if owner else {}
+        given = f", not {problem['ctx']['tag']!r}" if kind == "union_tag_invalid" else ""
+        return f"{_tagged_by(kinds)} must be one of {', '.join(kinds)}{given}"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return "input should be a section, with fields of its own"
+    message = message.replace("a valid tuple", "a list").replace("a valid list", "a list")
+    return message[0].lower() + message[1:]
+
+
+def _tagged_by(kinds: dict[str, type[Config]]) -> str:
+    """The field that tells the kinds of a section apart: in each it can only be its kind."""
+    return next(name for tag, section in kinds.items() for name, field in section.model_fields.items()
+                if tag in get_args(field.annotation))  # fmt: skip
 
 
 def _as_written(problem: str, given: Any) -> str:
@@ -204,18 +249,26 @@ def _nearest(cls: type[Config], owner: type[Config] | None, location: list[str])
 
 
 def _place(cls: type[Config], location: list[str]) -> tuple[list[str], type[Config] | None]:
-    """A location as the user wrote it, without pydantic's tags of kinds, and the class that its last key is in."""
+    """A location as the user wrote it, without pydantic's tags of kinds and types, and the class that its last key is
+    in."""
     written: list[str] = []
     owner: type[Config] | None = cls
     section: type[Config] | None = cls
     kinds: dict[str, type[Config]] = {}
+    typed = False  # whether the next part is the type, of several, that was tried
     for part in location:
         if part in kinds:
             section, kinds = kinds[part], {}
             continue
+        if typed:
+            typed = False
+            continue
         written.append(part)
+        if part.isdigit():  # in a list, whose sections are all alike
+            continue
         owner = section
         field = owner.model_fields.get(part) if owner else None
         kinds = _kinds(field.annotation) if field else {}
-        section = kinds.get("")
+        typed = field is not None and not kinds and _of_several(field.annotation)
+        section = kinds.get("") or (_listed(field.annotation) if field else None)
     return written, owner

@@ -131,6 +131,8 @@ def check(start: Start, share: Share) -> dict[str, Any]:
     }
     if unequal := start.spread.unequal(recipe.parallel.sp):
         lines["masked"] = unequal
+    if start.changed:
+        lines["change"] = f"{'; '.join(start.changed)} (before, from here on)"
     print("\n".join(f"{name:<6} {text}" for name, text in lines.items()))
     print("the recipe can be trained; nothing was started")
     return {"passed": True, "run_dir": str(start.run_dir), "ranks": share.world, "parameters": parameters}

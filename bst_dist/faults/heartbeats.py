@@ -98,13 +98,13 @@ class LocalBoard:
         return [self._texts.get(key) for key in keys]
 
 
-def shared_board(world: int, environment: Mapping[str, str] = os.environ) -> Board:
-    """The board of the ranks of this job, which have joined."""
+def shared_board(world: int, environment: Mapping[str, str] = os.environ, wait_s: float = 60) -> Board:
+    """The board of the ranks of this job, which have joined; raises DistStoreError when it does not answer in time."""
     if world == 1:
         return LocalBoard()
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     # A connection of its own: the ranks' own is locked while one of them waits for a key.
-    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60), wait_for_workers=False)
+    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=wait_s), wait_for_workers=False)
     return StoreBoard(PrefixStore(f"watchdog/{environment.get('TORCHELASTIC_RESTART_COUNT', 0)}", store))
 
 

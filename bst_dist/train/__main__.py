@@ -10,10 +10,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import socket
 import sys
 import threading
-import time
 import traceback
 import warnings
 from pathlib import Path
@@ -28,6 +26,7 @@ from bst_dist.faults import signals, status
 from bst_dist.faults.disks import Disks
 from bst_dist.faults.ending import end
 from bst_dist.faults.output import Lasting
+from bst_dist.faults.telling import lost_peer, tell
 
 if TYPE_CHECKING:
     from bst_dist.train.start.request import Request
@@ -91,25 +90,25 @@ def main(argv: list[str] | None = None) -> int:
             with notice.ending_at_once():
                 ranks = Ranks(load(asked).watchdog.exchange_limit_s)
         except GatheringError as error:
-            _tell(str(error))
+            tell(str(error), notice)
             return status.FAILED
         ended = train(asked, ranks, notice, disks)
         ranks.leave()
         return ended
     except Stopped as error:
-        _tell(f"{error} by {notice.signal.name}, before the first step; start again with --resume")
+        tell(f"{error} by {notice.signal.name}, before the first step; start again with --resume", notice)
         return error.exit_status
     except UserError as error:
-        _tell(str(error))
+        tell(str(error), notice)
         return error.exit_status
     except OSError as error:
         if error.filename is None and error.errno not in FULL:  # not a file: a socket, a process
-            _tell(traceback.format_exc())
+            tell(traceback.format_exc(), notice)
             return status.FAILED
-        _tell(str(StorageError.of(error, error.filename or "a file of the run", doing="read or write")))
+        tell(str(StorageError.of(error, error.filename or "a file of the run", doing="read or write")), notice)
         return status.UNREADABLE
-    except Exception:
-        _tell(traceback.format_exc())
+    except Exception as error:
+        tell(traceback.format_exc(), notice, lost_peer(error))
         return status.FAILED
 
 
@@ -125,18 +124,6 @@ def _tell_of_thread(args: threading.ExceptHookArgs) -> None:
     """TensorBoard writes in a thread: what the file system says there the main thread says in a line."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
-
-
-def _tell(message: str) -> None:
-    """Print an error once: rank 0 at once, another rank only if rank 0 did not have one too.
-
-    When rank 0 has failed the launcher ends the others within a second or so, before they speak.
-    """
-    rank = int(os.environ.get("RANK", 0))
-    if rank:
-        time.sleep(5)
-        message = f"rank {rank} on {socket.gethostname()}: {message}"
-    print(f"bst train: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

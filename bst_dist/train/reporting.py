@@ -35,11 +35,11 @@ def header(start: Start, engine: Engine, ranks: Ranks, compiled: str, local: str
     mesh = f"dp {world // recipe.parallel.sp} x sp {recipe.parallel.sp}"
     lines = {
         "run": f"{start.run_dir}",
-        "model": f"{layers} layers, width {model.width}, block {model.block}: {size}",
+        "model": f"layers: {layers}; width {model.width}, block {model.block}: {size}",
         "ranks": f"{world} ({mesh}), ZeRO-{engine.stage}, {recipe.train.precision}, "
         f"activation checkpointing: {recipe.activation_checkpointing.describe()}, "
         f"attention: {attention_path(ranks.device)}" + (", deterministic" if recipe.deterministic else ""),
-        "placed": f"rank 0 on {ranks.device}, {ranks.threads} threads, cores {ranks.cores} of {socket.gethostname()}"
+        "placed": f"rank 0 on {ranks.device}, threads: {ranks.threads}, cores {ranks.cores} of {socket.gethostname()}"
         + ("" if ranks.numa_node is None else f", bound to its device's NUMA node {ranks.numa_node}"),
         "step": f"{recipe.train.sequences} sequences of {recipe.train.sequence_length:,} = {tokens:,} tokens, "
         f"{micro} per rank",

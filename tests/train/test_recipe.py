@@ -52,3 +52,23 @@ def test_masked_documents_are_refused_in_one_line_where_a_model_cannot_tell_them
     settings["model"]["ssm"] = {"kernel": "hyena", "length": 32}
     with pytest.raises(ConfigError, match=r"data.documents masked: ssm.kernel hyena \(bst\) keeps its last inputs"):
         parse(Recipe, settings)
+
+
+@pytest.mark.parametrize(("override", "said"), [
+    ("model.placement=1", "model.placement: input should be a list, or input should be 'all' (got 1)"),
+    ("model.placement=[a]",
+     "model.placement.0: input should be a valid integer, unable to parse string as an integer (got 'a')"),
+    ("data.corpus=[{corpus: x, wieght: 2}]",
+     "unknown key 'data.corpus.0.wieght': did you mean 'data.corpus.0.weight'?"),
+    ("data={synthetic: {task: lag}}", "data.synthetic: task must be one of latent-unigram, copy, selective-copy, "
+     "induction, associative-recall, needle, in-context-recall, memorisation, not 'lag'"),
+    ("model.ssm.kernel=s5", "model.ssm: kernel must be one of s4d, s4-dplr, explicit, hyena, ssd, none, not 's5'"),
+    ("train=3", "train: input should be a section, with fields of its own (got 3)"),
+    ("log.profile=3", "log.profile: input should be a list (got 3)"),
+])  # fmt: skip
+def test_what_is_wrong_is_said_in_the_words_of_a_recipe(override, said):
+    """One line each, without pydantic's names of types, tags and functions."""
+    path = ROOT / "launch/recipes/demo.yaml"
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path, [override])
+    assert str(caught.value) == f"{path}: {said}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bst_base.errors import StorageError, UserError
-from bst_dist.checkpoint.directory import CHECKPOINTS, PARTIAL, committed, entries, step_of
+from bst_dist.checkpoint.directory import CHECKPOINTS, DAMAGED, PARTIAL, committed, entries, step_of
 from bst_dist.config import Recipe, load_recipe
 from bst_dist.faults.lease import LEASE
 from bst_dist.faults.stacks import STACKS
@@ -77,9 +77,10 @@ def check(
         )
     if not held and not from_zero and (shown := shown_steps(run_dir)):
         beside = ", ".join(entries(run_dir)) or "nothing"
+        advice = "restore one of them." if DAMAGED in beside else "is its file system mounted?"
         raise StorageError(
             f"{run_dir}: {shown}, but {socket.gethostname()} sees no checkpoint in {run_dir / CHECKPOINTS} ({beside} "
-            f"there): is its file system mounted? To start at step 0 anyway: {FROM_ZERO}"
+            f"there): {advice} To start at step 0 anyway: {FROM_ZERO}"
         )
     return changed
 

@@ -1,0 +1,84 @@
+"""Who says why a job ends: one rank, once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+
+import pytest
+
+from bst_dist.faults import telling
+from bst_dist.faults.heartbeats import LocalBoard
+from bst_dist.faults.signals import Notice
+from bst_dist.faults.telling import KEY, lost_peer, tell
+
+
+@pytest.fixture
+def board(monkeypatch):
+    """The job's board, in this process; who waits for it waits briefly."""
+    board = LocalBoard()
+    monkeypatch.setattr(telling, "_board", lambda: board)
+    for name, value in {"WAIT_S": 0.3, "STAYS_S": 0.0, "LOOK_S": 0.01}.items():
+        monkeypatch.setattr(telling, name, value)
+    return board
+
+
+@pytest.mark.parametrize(("rank", "first", "said"), [
+    (0, None, "bst train: no such corpus\n"),
+    (1, "no such corpus", ""),
+    (1, "no space on /a", "no such corpus\n"),
+    (1, None, "no such corpus\n"),
+])  # fmt: skip
+def test_what_rank_0_says_too_it_says_alone(board, monkeypatch, capsys, rank, first, said):
+    monkeypatch.setenv("RANK", str(rank))
+    if first:
+        board.put(KEY, first)
+    tell("no such corpus", Notice())
+    told = capsys.readouterr().err
+    assert told.endswith(said)
+    assert (": rank 1 on " in told) == bool(rank and said)
+    assert board.get([KEY]) == [first if rank else "no such corpus"]
+
+
+@pytest.mark.parametrize(("rank", "peer_gone"), [(1, False), (1, True), (0, True)])
+def test_who_is_told_to_stop_while_it_waits_is_silent(board, monkeypatch, capsys, rank, peer_gone):
+    """The launcher ends it because another rank has failed, and names that one."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(telling, "WAIT_S", 60.0)
+    notice = Notice()
+    threading.Timer(0.05, notice.take, [signal.SIGTERM]).start()
+    tell("Connection closed by peer", notice, peer_gone)
+    assert capsys.readouterr().err == ""
+
+
+def test_who_fails_after_it_was_told_to_stop_is_heard(board, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    notice = Notice()
+    notice.take(signal.SIGTERM)
+    tell("no space on /a", notice)
+    assert "no space on /a" in capsys.readouterr().err
+
+
+def test_a_board_that_is_gone_keeps_nobody_silent(board, monkeypatch, capsys):
+    def gone(keys):
+        raise RuntimeError("Connection reset by peer")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(board, "get", gone)
+    tell("no such corpus", Notice())
+    assert "no such corpus" in capsys.readouterr().err
+
+
+def test_errors_of_a_lost_rank_are_told_from_others():
+    from torch.distributed import DistBackendError
+
+    assert lost_peer(RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:2000"))
+    assert lost_peer(DistBackendError("NCCL error: remote process exited or there was a network error"))
+    assert not lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not lost_peer(ValueError("Connection closed by peer"))
+
+
+def test_before_torch_is_imported_there_is_no_board(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch.distributed")
+    assert telling._board() is None
