@@ -140,8 +140,11 @@ def _yaml(value: Any) -> str:
 
 def _show_figures(runs: Sequence[Compared]) -> None:
     lines = [(title, [cell(one) for one in runs]) for title, cell in (*ROWS, *_rows_by_corpus(runs), *SPEED)]
-    rows = [[title, *(text or "–" for text in cells)] for title, cells in lines if any(cells)]
-    print_table(_sheet(runs, rows), "what they have reached", _notes(runs))
+    shown = [(title, [text or "–" for text in cells]) for title, cells in lines if any(cells)]
+    marks = [mark for mark in MARKS if any(title.endswith(mark) for title, _ in shown)]
+    counted = str.maketrans(dict(zip(marks, MARKS, strict=False)))  # from 1 on, whichever are there
+    rows = [[title.translate(counted), *cells] for title, cells in shown]
+    print_table(_sheet(runs, rows), "what they have reached", _notes(runs).translate(counted))
     for one in runs:
         if one.standing.status != "finished":
             say(f"{one.name}: {one.standing.text}")
@@ -200,6 +203,8 @@ def _memory(count: int | None) -> str:
     return "" if count is None else f"{count / 2**30:,.2f} GiB"
 
 
+MARKS = "¹²³⁴⁵"
+"""Of the notes below the figures."""
 Row = tuple[str, Callable[[Compared], str]]
 """A title, and what stands under it for a run; empty where there is nothing to say."""
 ROWS: tuple[Row, ...] = (

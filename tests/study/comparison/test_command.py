@@ -114,13 +114,28 @@ def test_corpora_have_rows_of_their_own_and_none_is_dropped(pair, capsys):
                     "document_bytes": [10, 20], "bits_per_byte": ord(name) / 100} for name in names]  # fmt: skip
         (run_dir / "eval.json").write_text(json.dumps(report | {"step": step, "corpora": corpora}))
     assert main(["compare", *map(str, pair)]) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if "documents of" in line]
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if "documents of" in line]
     assert ["0.9700" in rows[0], "–" in rows[0]] == [True, True]
     assert rows[1].count("0.9800") == 2
     assert ["0.9900" in rows[2], "–" in rows[2]] == [True, True]
     _, second = compared(*pair)["runs"]
     assert list(second["scored_difference"]) == ["b"]
     assert second["scored_difference"]["b"]["bits_per_byte"] == pytest.approx(2 / 30 / math.log(2))
+
+
+def test_notes_are_counted_from_1_on_whichever_are_there(pair, capsys):
+    for run_dir in pair:
+        write(run_dir, [])
+        corpora = [{"corpus": "/data/a", "documents": 1, "document_nats": [3.0], "document_bytes": [10],
+                    "bits_per_byte": 0.5}]  # fmt: skip
+        report = {"command": "bst eval", "split": "validation", "context_tokens": None, "step": 0, "corpora": corpora}
+        (run_dir / "eval.json").write_text(json.dumps(report))
+    assert main(["compare", *map(str, pair)]) == 0
+    out = capsys.readouterr().out
+    assert "documents of a, bits per byte ¹" in " ".join(out.split())
+    assert "¹ `bst eval` of 1 whole documents" in out
+    assert not set("³⁴⁵") & set(out)
 
 
 def test_documents_are_paired_when_they_are_the_same(pair):
