@@ -87,7 +87,7 @@ def test_the_watchdog_names_the_file_system_and_ends_a_run_that_goes_on_later(re
     assert "bst train: no rank has moved for" in said
     assert f"the file system hangs: {trainer.run} has not answered for" in said
     assert "stacks cannot be written" in said
-    assert "Thread 0x" in said  # so they are here
+    assert "thread MainThread (0x" in said  # so they are here
     freeze(disk, thaw=True)
     reached = max(int(path.name[-8:]) for path in committed(trainer.run))
     again = Trainer(recipe, disk, "--until", str(reached + 1))
