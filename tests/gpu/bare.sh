@@ -17,7 +17,8 @@ mkdir -p "$results"
 names=$(cd "$wheels" && printf '%s\n' *.whl | sed 's/-.*//' | sort -u)
 $python -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile --no-cache-dir \
     --find-links "$wheels" --target "$packages" $names
-export PYTHONPATH=$packages:$PWD PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+# pip has compiled nothing: what one process imports it keeps compiled, for those that start later.
+export PYTHONPATH=$packages:$PWD PYTHONDONTWRITEBYTECODE='' PYTHONUNBUFFERED=1
 $python -m bst_dist --version > "$results/versions.txt"
 nvidia-smi > "$results/nvidia-smi.txt" || true
 

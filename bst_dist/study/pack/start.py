@@ -38,7 +38,8 @@ def main(argv: list[str]) -> str:
         _unpack(folder / DATA, state / "data")
     before = os.environ.get("PYTHONPATH")
     paths = [str(folder / "code"), str(state / "packages"), *([before] if before else [])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
+    # pip has compiled nothing: what a process imports it keeps compiled, for every one that starts later.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": ""}
     program = [sys.executable, "-m", "bst_dist.study.pack.machine", str(folder), *argv]
     if "--state" not in argv:
         program += ["--state", str(state)]
