@@ -94,9 +94,8 @@ class Attention:
         rows, block, heads, head = 2, 128, 2, 128
         keys = LENGTH + (block if self.past else 0)
         shapes = (LENGTH, keys, keys)
-        q, k, v = (
-            torch.randn(rows, n, heads, head, dtype=torch.bfloat16, requires_grad=self.gradients) for n in shapes
-        )
+        dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
+        q, k, v = (torch.randn(rows, n, heads, head, dtype=dtype, requires_grad=self.gradients) for n in shapes)
         bias = torch.zeros(heads, block + 1, requires_grad=self.gradients) if self.bias else None
         begin = torch.zeros(rows, LENGTH, dtype=torch.int32) if self.documents else None
         with torch.set_grad_enabled(self.gradients):

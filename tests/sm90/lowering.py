@@ -71,8 +71,10 @@ def stopped(graph: Graph) -> Callable[..., Any]:
     return run
 
 
-def trace(call: Callable[[], object], compiled_as: Callable[[Graph], Callable[..., Any]] = stopped) -> list[Graph]:
-    """What is compiled in a call under bf16: a forward and a backward pass, or, without gradients, a forward pass.
+def trace(call: Callable[[], object], compiled_as: Callable[[Graph], Callable[..., Any]] = stopped,
+          bf16: bool = True) -> list[Graph]:  # fmt: skip
+    """What is compiled in a call, under autocast to bf16 or without: a forward and a backward pass, or, without
+    gradients, a forward pass.
 
     `compiled_as`: what a graph becomes, called with a list of its inputs; by default nothing runs, and the call ends.
     """
@@ -107,7 +109,7 @@ def trace(call: Callable[[], object], compiled_as: Callable[[Graph], Callable[..
         stack.enter_context(patch.object(flex, "BACKEND", backend))
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", _flash))
         stack.enter_context(patch("torch._functorch.config.force_non_lazy_backward_lowering", True))
-        stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        stack.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=bf16))
         with suppress(_TracedError):
             call()
     return graphs

@@ -40,7 +40,8 @@ class Pass:
 
     def errors(self) -> list[float]:
         """Largest differences, each over the largest number of that output; NaN where a number is missing."""
-        pairs = [(a.double(), b.double()) for a, b in zip(self.found, self.expected, strict=True) if _counts(b)]
+        both = zip(self.found, self.expected, strict=True)
+        pairs = [(a.detach().double(), b.detach().double()) for a, b in both if _counts(b)]
         return [float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs]
 
 
@@ -56,8 +57,11 @@ class _OnCPU(fx.Interpreter):
         return super().call_function(target, args, kwargs) if own is None else own(*args, **kwargs)
 
 
-def passes(name: str, folder: Path) -> list[Pass]:
-    """Of a small layer of this name, with random parameters and gradients; `folder` is for files of its own."""
+def passes(name: str, folder: Path, bf16: bool = True) -> list[Pass]:
+    """Of a small layer of this name, with random parameters and gradients; `folder` is for files of its own.
+
+    `bf16`: as a GPU has it; otherwise in fp32 throughout, where two ways to compute the same hardly differ.
+    """
     case = LAYERS[name]
     case = replace(case, **SMALL) if isinstance(case, Case) else case
     recorded: list[tuple[Graph, list[Any], list[Any]]] = []
@@ -67,7 +71,7 @@ def passes(name: str, folder: Path) -> list[Pass]:
         if out.requires_grad:
             out.backward(torch.randn_like(out))
 
-    trace(compute, lambda graph: _recorder(graph, recorded))
+    trace(compute, lambda graph: _recorder(graph, recorded), bf16)
     with pretended_h100():
         programs = [
             {"code": (code := lower(graph).code), "inputs": inputs, "configs": _tiles(code)}
