@@ -174,7 +174,7 @@ def _tables(experiments: list[Experiment]) -> Iterator[str]:
         yield ""
         yield (f"`bst experiment report launch/recipes/diagnostics/{experiment.name}.yaml`; ± is the standard error "
                f"over seeds, differences are from `{reference}`, paired by seed, and * marks a 95 % interval "
-               "(Student's t) without zero.")  # fmt: skip
+               f"(Student's t) without zero. {experiment.table['trained_with']}")  # fmt: skip
         yield ""
         yield "| condition | arm | parameters | accuracy | loss, nats per label | difference in loss | best in reach |"
         yield "| --- | --- | --- | --- | --- | --- | --- |"

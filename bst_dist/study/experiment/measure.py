@@ -85,14 +85,16 @@ class Measured:
     """By the column's key."""
     notes: dict[str, str] = field(default_factory=dict)
     """Why there is no reading, or what it is a reading of."""
+    versions: dict[str, str | None] = field(default_factory=dict)
+    """That it was trained with."""
 
 
 def measure_run(name: str, asked: MeasureConfig, state: State, say: Callable[[str], None]) -> Measured:
     """All readings of a finished run."""
     run_dir = state.directory(name)
     recipe = read_recipe(run_dir)
-    found = Measured(count(recipe.model, recipe.train.sequence_length).total)
     result = read_result(run_dir)
+    found = Measured(count(recipe.model, recipe.train.sequence_length).total, versions=result.versions)
     if asked.validation:
         found.readings["bits_per_byte"] = Reading(result.final["bits_per_byte"])
     if asked.task:

@@ -45,6 +45,8 @@ def caption(table: Table) -> list[str]:
             "* : the 95 % interval of a difference (Student's t) leaves out zero; so does one in twenty by chance, and "
             f"there are {table.comparisons}."
         )
+    if table.trained_with:
+        lines.append(table.trained_with)
     return [*lines, *(f"† {note}" for note in table.notes), *table.unfinished]
 
 

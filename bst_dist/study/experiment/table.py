@@ -15,6 +15,7 @@ from bst_dist.study.experiment.config import ExperimentConfig
 from bst_dist.study.experiment.design import Trial
 from bst_dist.study.experiment.measure import Column, Measured, columns
 from bst_dist.study.experiment.readings import Reading, apart, difference, level
+from bst_dist.study.runs.results import trained_with
 from bst_dist.study.runs.state import Standing
 from bst_dist.study.statistics import Estimate
 
@@ -55,6 +56,8 @@ class Table:
     experiment: ExperimentConfig
     columns: list[Column]
     rows: list[Row]
+    trained_with: str = ""
+    """Versions, in words."""
 
     @property
     def over(self) -> str:
@@ -105,6 +108,7 @@ class Table:
             "standard_errors": self.over,
             "comparisons": self.comparisons,
             "runs": dict(self.statuses),
+            "trained_with": self.trained_with,
             "columns": {column.key: column.title for column in self.columns},
             "rows": [_row_report(row) for row in self.rows],
             "notes": self.notes,
@@ -123,7 +127,7 @@ def gather(experiment: ExperimentConfig, measured: Found) -> Table:
     for condition in experiment.conditions:
         of = {arm: [m for m in measured if (m[0].condition, m[0].arm) == (condition, arm)] for arm in experiment.arms}
         rows += [_row(condition, arm, of[arm], of[experiment.reference], every) for arm in experiment.arms]
-    return Table(experiment, every, rows)
+    return Table(experiment, every, rows, trained_with(m.versions for _, _, m in measured if m is not None))
 
 
 def _row(condition: str, arm: str, own: Found, reference: Found, every: list[Column]) -> Row:

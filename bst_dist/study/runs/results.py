@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -91,6 +92,30 @@ class Result:
 def read_result(directory: Path) -> Result:
     """The metrics in a run directory; none before the first step."""
     return Result(directory, read_lines(directory / FILE))
+
+
+def trained_with(versions: Iterable[Mapping[str, str | None]]) -> str:
+    """What runs were trained with, in a sentence; and a warning where they were not all trained with the same.
+
+    Args:
+        versions: of each run, by name.
+    """
+    runs = list(versions)
+    names = dict.fromkeys(name for of_run in runs for name in of_run)
+    counted = {name: Counter(of_run.get(name) or "unknown" for of_run in runs) for name in names}
+    said = [f"{name} {_each(found)}" for name, found in counted.items()]
+    several = [name for name, found in counted.items() if len(found) > 1]
+    warning = (
+        f" Not all runs were trained with the same {' and '.join(several)}: what changed between these is in the "
+        "differences too."
+    )
+    return f"Trained with {', '.join(said)}.{warning if several else ''}" if said else ""
+
+
+def _each(found: Counter[str]) -> str:
+    if len(found) == 1:
+        return next(iter(found))
+    return " and ".join(f"{version} ({count} run{'s' * (count > 1)})" for version, count in found.most_common())
 
 
 def named(directories: Sequence[Path]) -> dict[str, Path]:

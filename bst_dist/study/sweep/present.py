@@ -21,6 +21,7 @@ from bst_dist.study.report.document import Block, Heading, Items, Paragraph, Pic
 from bst_dist.study.report.figures import gap_figure, loss_figure, place_figure
 from bst_dist.study.report.style import STYLE
 from bst_dist.study.report.words import number, percent, power
+from bst_dist.study.runs.results import trained_with
 from bst_dist.study.sweep.config import SweepConfig
 from bst_dist.study.sweep.coordinates import SLOPE, Check
 from bst_dist.study.sweep.table import Row, observations
@@ -214,6 +215,5 @@ def _runs(rows: Sequence[Row]) -> Iterator[Block]:
     lines = [f"{row.run}: {row.status}: {row.reason}" for row in rows if row.reason]
     if lines:
         yield Items(lines)
-    versions = {name: version for row in rows for name, version in row.versions.items()}
-    if versions:
-        yield Paragraph("Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
+    if with_ := trained_with(row.versions for row in rows):
+        yield Paragraph(with_)

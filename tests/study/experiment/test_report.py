@@ -39,6 +39,7 @@ def made(tmp_path):
             self.experiment = load_experiment(path, [])
             self.trials = trials(self.experiment)
             self.state = State(self.experiment.directory, 1)
+            self.commit = "abc"
 
         def finish(self, trial, losses, step_times=(9.0, 0.5, 0.25, 1.0), outcome=None):
             """A run that ended with these evaluations, a step each."""
@@ -55,6 +56,8 @@ def made(tmp_path):
                 ]  # fmt: skip
             (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             (run / "outcome.json").write_text(json.dumps(outcome or {"finished": True}))
+            starts = [{"versions": {"torch": "2.13.0", "commit": self.commit}}]
+            (run / "environment.json").write_text(json.dumps({"starts": starts}))
 
         def evaluated(self, trial, bits, sizes, lengths=(16, 32)):
             """What its evaluation gave by length and document, as it is kept."""
@@ -116,7 +119,18 @@ def test_files_hold_the_same_table(made):
     assert float(cells["fir", "bits_per_byte"]["value"]) == 2.5
     assert float(cells["fir", "bits_per_byte"]["difference"]) == 0
     assert "| sliding | 2 of 2 |" in (out / "report.md").read_text()
+    assert "Trained with torch 2.13.0, commit abc." in (out / "report.md").read_text()
     assert (out / "figures" / "t.png").stat().st_size > 1000
+
+
+def test_runs_of_several_versions_of_the_code_are_counted_and_warned_of(made):
+    m = made()
+    for trial in m.trials:
+        m.commit = "def" if trial.arm == "fir" else "abc"
+        m.finish(trial, [6.0, 4.0, 2.5, 2.0])
+    said = m.report()["trained_with"]
+    assert "commit abc (2 runs) and def (2 runs)" in said
+    assert "Not all runs were trained with the same commit" in said
 
 
 def test_one_seed_has_errors_over_documents_paired_with_the_reference(made):
