@@ -133,7 +133,7 @@ def draw(cells: Sequence[Cell], chance: float) -> Figure:
             if cell.hidden:
                 axes.axvspan(cell.depth / 2**0.4, cell.depth * 2**0.4, color=GREY, alpha=0.15, linewidth=0)
         axes.axhline(chance, color=GREY, linestyle=":", linewidth=0.8)
-        axes.set(xscale="log", xlabel="layers", ylim=(0, 1), title=f"lag {lag}")
+        axes.set(xscale="log", xlabel="layers", ylim=(0, 1.04), title=f"lag {lag}")
         axes.set_xticks(depths, [str(depth) for depth in depths])
         axes.minorticks_off()
     every[0].set_ylabel("accuracy")
