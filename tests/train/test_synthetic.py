@@ -148,7 +148,7 @@ def test_vocabulary_is_the_tasks(task):
     [
         (["model.vocab_size=9"], "model.vocab_size 9: the task associative-recall has 13 tokens; leave it out"),
         (["data.synthetic.span=40"], "data.synthetic: span 40 does not fit into a row of 32 inputs"),
-        (["data.synthetic.task=recall"], "data.synthetic: .*'recall'.*'associative-recall'"),
+        (["data.synthetic.task=recall"], "data.synthetic: task must be one of .*associative-recall.*, not 'recall'"),
         (["train.carry=true"], "train.carry needs data.row_tokens"),
         (["train.carry=true", "data.row_tokens=32"], "rows of data.row_tokens 32 are read in one step"),
         (["data.row_tokens=40"], "data.row_tokens 40 is not a multiple of train.sequence_length 32"),
