@@ -41,8 +41,9 @@ def tell(message: str, notice: Notice, peer_gone: bool = False) -> None:
     where = f"rank {rank} on {socket.gethostname()}: " if rank else ""
     print(f"bst train: {where}{message}", file=sys.stderr, flush=True)
     if board and not rank:
-        board.put(KEY, message)
-        time.sleep(STAYS_S)
+        with suppress(RuntimeError):  # under torchrun the board is its agent's, which may be gone
+            board.put(KEY, message)
+            time.sleep(STAYS_S)
 
 
 def lost_peer(error: Exception) -> bool:

@@ -70,6 +70,16 @@ def test_a_board_that_is_gone_keeps_nobody_silent(board, monkeypatch, capsys):
     assert "no such corpus" in capsys.readouterr().err
 
 
+def test_rank_0_is_heard_where_it_can_leave_no_word(board, monkeypatch, capsys):
+    def gone(key, text):
+        raise RuntimeError("Broken pipe")
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(board, "put", gone)
+    tell("no such corpus", Notice())
+    assert capsys.readouterr().err == "bst train: no such corpus\n"
+
+
 def test_errors_of_a_lost_rank_are_told_from_others():
     from torch.distributed import DistBackendError
 
