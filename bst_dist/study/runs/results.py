@@ -98,9 +98,9 @@ def trained_with(versions: Iterable[Mapping[str, str | None]]) -> str:
     """What runs were trained with, in a sentence; and a warning where they were not all trained with the same.
 
     Args:
-        versions: of each run, by name.
+        versions: of each run, by name; none of one that is not trained yet.
     """
-    runs = list(versions)
+    runs = [of_run for of_run in versions if of_run]
     names = dict.fromkeys(name for of_run in runs for name in of_run)
     counted = {name: Counter(of_run.get(name) or "unknown" for of_run in runs) for name in names}
     said = [f"{name} {_each(found)}" for name, found in counted.items()]

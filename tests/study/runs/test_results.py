@@ -16,5 +16,6 @@ def test_runs_of_several_versions_are_counted_and_warned_of():
     )
 
 
-def test_of_no_run_nothing_is_said():
-    assert trained_with([]) == ""
+def test_runs_that_are_not_trained_yet_are_none_of_another_version():
+    assert trained_with([{"torch": "2.13.0"}, {}]) == "Trained with torch 2.13.0."
+    assert trained_with([{}]) == trained_with([]) == ""
