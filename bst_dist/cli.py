@@ -12,7 +12,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from bst_base.errors import UserError
+from bst_base.errors import StorageError, UserError
 from bst_base.importing import uncollected
 from bst_dist.extras import missing
 from bst_dist.report.saved import write_report
@@ -184,6 +184,8 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_intermixed_args(argv[len(name.split()) :])  # overrides may stand anywhere
         refuse_alone(parser, args)
         report = module.run(args)
+        if args.json and report is not None:
+            write_report(args.json, name, report)
     except UserError as error:
         print(f"bst {name}: {error}", file=sys.stderr)
         return error.exit_status
@@ -192,10 +194,13 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"bst {name}: {how}", file=sys.stderr)
         return UserError.exit_status
+    except OSError as error:
+        if error.filename is None:  # not a file: a socket, a process
+            raise
+        print(f"bst {name}: {StorageError.of(error, doing='read or write')}", file=sys.stderr)
+        return StorageError.exit_status
     except KeyboardInterrupt:
         return 130
-    if args.json and report is not None:
-        write_report(args.json, name, report)
     return int(report.get("exit_status", 1)) if report is not None and report.get("passed") is False else 0
 
 

@@ -52,9 +52,10 @@ _DEFAULT = Path("~/.cache/bst/bench-data")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS), help="what to measure")
-    parser.add_argument("--sequences", metavar="N", type=int, default=32_000, help="sequences of 4097 tokens in a pass")
+    parser.add_argument("--sequences", metavar="N", type=at_least(16), default=32_000,
+                        help="sequences of 4097 tokens in a pass")  # fmt: skip
     parser.add_argument(
-        "--repeats", metavar="N", type=int, default=5, help="measurements of each; the median is reported"
+        "--repeats", metavar="N", type=at_least(1), default=5, help="measurements of each; the median is reported"
     )
     parser.add_argument("--mean-document", metavar="TOKENS", type=at_least(2), default=MEAN_DOCUMENT,
                         help="mean length of our documents (default: %(default)s)")  # fmt: skip

@@ -17,12 +17,14 @@ from typing import Any
 
 from rich.console import Console
 
+from bst_base.arguments import at_least
 from bst_base.errors import UserError
 from bst_base.files import atomic_directory
 from bst_base.terminal import Sheet, print_table
 from data_pipeline.commands.progress import stages
 from data_pipeline.format.exports import ExportTask, write_megatron, write_parquet
 from data_pipeline.format.manifest import Manifest
+from data_pipeline.format.tokenizer import read_tokenizer
 from data_pipeline.prepare.parallel import Workers, open_workers
 
 
@@ -31,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
     parser.add_argument("output", metavar="FOLDER", type=Path, help="folder to write, which is not there yet")
     parser.add_argument("--format", choices=["megatron", "parquet"], required=True, help="for which program")
-    parser.add_argument("--workers", metavar="N", type=int, help="processes (default: one for each CPU)")
+    parser.add_argument("--workers", metavar="N", type=at_least(1), help="processes (default: one for each CPU)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -39,6 +41,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     manifest = Manifest.read(args.corpus)
     if args.output.exists():
         raise UserError(f"{args.output} is there already; choose another folder, or delete it first")
+    tokenizer = args.corpus / manifest.tokenizer.file
+    read_tokenizer(tokenizer, manifest.tokenizer.sha256)  # another one would give other texts
     console = Console()
     with open_workers(args.workers) as workers:
         if workers is None:
@@ -46,7 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_directory(args.output) as folder:
             splits = _write(args, manifest, folder, workers, console)
-            shutil.copyfile(args.corpus / manifest.tokenizer.file, folder / manifest.tokenizer.file)
+            shutil.copyfile(tokenizer, folder / tokenizer.name)
     rows = [[split, f"{found['documents']:,}", f"{found['tokens']:,}"] for split, found in splits.items()]
     print_table(Sheet(("split", "documents", "tokens"), rows), f"{args.output} written for {args.format} from "
                 f"{args.corpus}.")  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import track
 
+from bst_base.arguments import at_least
 from bst_base.errors import UserError
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.format.packed import packed_damage, write_packed
@@ -32,7 +33,7 @@ class PackTask(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
-    parser.add_argument("--workers", metavar="N", type=int, help="processes (default: one for each CPU)")
+    parser.add_argument("--workers", metavar="N", type=at_least(1), help="processes (default: one for each CPU)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bst_base.arguments import at_least
 from bst_base.errors import UserError
 from bst_base.terminal import Sheet, print_table
 from data_pipeline.format.manifest import Manifest
@@ -31,8 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
     parser.add_argument("document", nargs="?", help="key of a document, or its path in the source; without it, a list")
     parser.add_argument("--find", metavar="TEXT", help="list the documents whose path or title holds this, in any case")
-    parser.add_argument("--limit", metavar="N", type=int, help=f"list at most N of each split (default: {_LISTED})")
-    parser.add_argument("--tokens", type=int, metavar="N", help="print only the document's first N tokens")
+    parser.add_argument(
+        "--limit", metavar="N", type=at_least(1), help=f"most of each split to list (default: {_LISTED})"
+    )
+    parser.add_argument("--tokens", type=at_least(1), metavar="N", help="print only the document's first N tokens")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -44,11 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return _list(args.corpus, manifest, args.find, args.limit or _LISTED)
     if args.find is not None or args.limit is not None:
         raise UserError("--find and --limit are for lists: leave out the document")
-    tokenizer = read_tokenizer(args.corpus / manifest.tokenizer.file)
-    if tokenizer.sha256 != manifest.tokenizer.sha256:
-        raise UserError(
-            f"{args.corpus / manifest.tokenizer.file}: not the tokenizer of this corpus; copy the right one"
-        )
+    tokenizer = read_tokenizer(args.corpus / manifest.tokenizer.file, manifest.tokenizer.sha256)
     key = f"{int(args.document):09d}" if args.document.isdecimal() else None
     for split, shards in manifest.splits.items():
         for shard in shards:

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--length", metavar="L", type=at_least(1),
         help="count the documents of train that sequences of L tokens cut although they could hold them",
     )  # fmt: skip
-    parser.add_argument("--workers", metavar="N", type=int, help="processes (default: one for each CPU)")
+    parser.add_argument("--workers", metavar="N", type=at_least(1), help="processes (default: one for each CPU)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from bst_base.arguments import at_least
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.format.verify import Problem, VerifyTask, verify_extents, verify_shard, verify_tokenizer
 from data_pipeline.prepare.parallel import open_workers
@@ -22,7 +23,7 @@ from data_pipeline.prepare.parallel import open_workers
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
-    parser.add_argument("--workers", metavar="N", type=int, help="processes (default: one for each CPU)")
+    parser.add_argument("--workers", metavar="N", type=at_least(1), help="processes (default: one for each CPU)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:

@@ -38,6 +38,10 @@ class VerifyTask(NamedTuple):
     dtype: str
 
 
+def _unreadable(error: OSError, path: Path) -> Problem:
+    return Problem(Path(error.filename or path).name, f"cannot be read: {error.strerror or error}")
+
+
 def verify_tokenizer(corpus: Path, manifest: Manifest) -> list[Problem]:
     """Problems of the corpus's tokenizer: missing, another one, or with other symbols than the manifest says."""
     info = manifest.tokenizer
@@ -45,6 +49,8 @@ def verify_tokenizer(corpus: Path, manifest: Manifest) -> list[Problem]:
         tokenizer = read_tokenizer(corpus / info.file)
     except UserError as error:
         return [Problem(info.file, str(error))]
+    except OSError as error:
+        return [_unreadable(error, corpus / info.file)]
     if tokenizer.sha256 != info.sha256:
         return [Problem(info.file, f"wrong tokenizer: SHA-256 {tokenizer.sha256[:12]}…, expected {info.sha256[:12]}…")]
     return [
@@ -59,12 +65,15 @@ def verify_extents(corpus: Path, manifest: Manifest) -> list[Problem]:
     problems = []
     for split, info in (manifest.extents or {}).items():
         path = corpus / info.file
-        if not path.exists():
-            problems.append(Problem(info.file, "missing: isolated documents are served after reading every index"))
-        elif sha256_file(path) != info.sha256:
-            problems.append(Problem(info.file, "SHA-256 differs from the manifest's"))
-        elif path.read_bytes() != _extents_of(corpus, manifest, split):
-            problems.append(Problem(info.file, "not what the indexes say"))
+        try:
+            if not path.exists():
+                problems.append(Problem(info.file, "missing: isolated documents are served after reading every index"))
+            elif sha256_file(path) != info.sha256:
+                problems.append(Problem(info.file, "SHA-256 differs from the manifest's"))
+            elif path.read_bytes() != _extents_of(corpus, manifest, split):
+                problems.append(Problem(info.file, "not what the indexes say"))
+        except OSError as error:
+            problems.append(_unreadable(error, path))
     return problems
 
 
@@ -99,6 +108,8 @@ def verify_shard(task: VerifyTask) -> list[Problem]:
         return [*problems, *([Problem(packed_name(tar.name), packed)] if packed else [])]
     except ShardError as error:
         return [Problem(tar.name, str(error))]
+    except OSError as error:
+        return [_unreadable(error, tar)]
 
 
 def _first_bad(tar: Path, index: ShardIndex) -> str:

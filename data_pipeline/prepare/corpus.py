@@ -30,7 +30,7 @@ from data_pipeline.format.tokenizer import Tokenizer, parse_tokenizer, read_toke
 from data_pipeline.prepare.assemble import TOKENIZER, ShardDone, assign, deduplicate, shard_tasks, write_shard
 from data_pipeline.prepare.config import PrepareConfig
 from data_pipeline.prepare.growth import Earlier
-from data_pipeline.prepare.identity import check_same, given_tokenizer, identity, name_of
+from data_pipeline.prepare.identity import check_same, check_there, given_tokenizer, identity, name_of
 from data_pipeline.prepare.parallel import Workers
 from data_pipeline.prepare.spool import (
     SPLITS,
@@ -79,6 +79,7 @@ def prepare(config: PrepareConfig, workers: Workers, progress: Progress) -> tupl
         if (output / MANIFEST).exists():
             manifest = Manifest.read(output)
             check_same({key: manifest.provenance.get(key) for key in {**wanted, "continues": None}}, wanted, output)
+            check_there(manifest, output)
             shutil.rmtree(output / WORK, ignore_errors=True)
             return manifest, {"reused": True}
         if config.source.tokenized:

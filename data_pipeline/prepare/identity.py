@@ -96,7 +96,8 @@ def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
         return IdsOnly.of(config.source.vocab_size, config.source.eos_id) if config.source.tokenized else None
     path = config.tokenizer.reuse.expanduser()
     if (path / MANIFEST).is_file():
-        tokenizer = read_tokenizer(path / Manifest.read(path).tokenizer.file)
+        info = Manifest.read(path).tokenizer
+        tokenizer = read_tokenizer(path / info.file, info.sha256)
     else:
         tokenizer = adopt_tokenizer(path, config.tokenizer)
     if not (tokenizer.has_text or config.source.tokenized):
@@ -114,6 +115,22 @@ def check_same(found: dict[str, Any], wanted: dict[str, Any], output: Path) -> N
     told = [_told(*difference) for difference in differences(found, wanted)]
     if told:
         raise UserError(f"{output} holds another corpus ({'; '.join(told)}): choose another output, or delete it first")
+
+
+def check_there(manifest: Manifest, corpus: Path) -> None:
+    """Raise UserError when a file that a finished corpus needs is missing or cut short; hashes are for `verify`."""
+    info = manifest.tokenizer
+    read_tokenizer(corpus / info.file, info.sha256)
+    for shard in (shard for shards in manifest.splits.values() for shard in shards):
+        tar, index = corpus / shard.file, corpus / shard.index
+        lost = [path.name for path in (tar, index) if not path.is_file()]
+        if not lost and tar.stat().st_size != shard.bytes:
+            lost = [tar.name]
+        if lost:
+            raise UserError(
+                f"{corpus} is no longer whole ({lost[0]} is missing or cut short): copy the file there again, or "
+                f"delete {MANIFEST} there, and start again to make all of it anew"
+            )
 
 
 def _told(name: str, old: Any, new: Any) -> str:

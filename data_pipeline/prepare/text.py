@@ -14,14 +14,13 @@ from bst_base.settings import Config
 from data_pipeline.prepare.filters import check_name, filtered
 from data_pipeline.sources.base import Document, Skipped
 
-_PACKED = {
-    b"\x1f\x8b": "gzip",
-    b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"PK\x03\x04": "zip",
-    b"PAR1": "Parquet",
+_PACKED = {  # how files begin: what they hold, what to do with them
+    b"\x1f\x8b": ("gzip", "let its name end in .gz, and source.pattern match that"),
+    b"\xfd7zXZ": ("xz", "let its name end in .xz, and source.pattern match that"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "let its name end in .zst, and source.pattern match that"),
+    b"PK\x03\x04": ("zip", "unpack it"),
+    b"PAR1": ("Parquet", "read it with the source parquet"),
 }
-
 
 TOKEN = np.dtype("<u4")
 """How ids wait that came as such."""
@@ -79,7 +78,7 @@ def _decode(data: bytes, path: str, config: TextConfig) -> str | Skipped:
         problem = f"not UTF-8 (byte {error.start} is 0x{data[error.start]:02x})"
         if config.undecodable == "skip":
             return Skipped(path, problem)
-        packed = next((name for magic, name in _PACKED.items() if data.startswith(magic)), None)
-        if packed:
-            return Skipped(path, f"{packed} data, not text", bad=True, remedy=f"give its name the ending of {packed}")
+        for magic, (packed, remedy) in _PACKED.items():
+            if data.startswith(magic):
+                return Skipped(path, f"{packed} data, not text", bad=True, remedy=remedy)
     return Skipped(path, problem, bad=True, remedy="set text.undecodable to skip, replace or latin-1")

@@ -42,12 +42,15 @@ def parse_tokenizer(model: bytes, where: str = "the tokenizer") -> Tokenizer:
     return (HuggingFaceTokenizer if _is_json(model) else SentencePieceTokenizer)(model, where)
 
 
-def read_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a file; raises UserError when it is missing or unusable."""
+def read_tokenizer(path: str | Path, sha256: str | None = None) -> Tokenizer:
+    """The tokenizer in a file; raises UserError when it is missing or unusable, or has another SHA-256 than that."""
     try:
-        return parse_tokenizer(Path(path).read_bytes(), str(path))
+        tokenizer = parse_tokenizer(Path(path).read_bytes(), str(path))
     except FileNotFoundError:
         raise UserError(f"{path}: the tokenizer is missing; copy it from where the corpus was prepared") from None
+    if sha256 not in (None, tokenizer.sha256):
+        raise UserError(f"{path}: not the tokenizer that the corpus was made with; copy it from where it was prepared")
+    return tokenizer
 
 
 def adopt_tokenizer(path: Path, config: TokenizerConfig) -> Tokenizer:

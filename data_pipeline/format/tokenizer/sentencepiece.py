@@ -186,11 +186,17 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).rpartition("] ")[2] or str(error)
-        raise UserError(
-            f"the tokenizer cannot be trained with tokenizer.vocab_size={config.vocab_size} on this text: {reason}"
-        ) from None
+        raise UserError(f"tokenizer.vocab_size={config.vocab_size}{_why_not(str(error))}") from None
     return model.getvalue()
+
+
+def _why_not(told: str) -> str:
+    """What SentencePiece says of a vocabulary, which names options of its own."""
+    if least := re.search(r"required_chars\. \d+ vs (\d+)", told):
+        return f" is too low for this text: its characters alone take {least[1]} ids"
+    if most := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", told):
+        return f" is too high for this text: it gives {most[1]} ids; give more text, or take a tokenizer.reuse"
+    return f": the tokenizer cannot be trained on this text: {told.rpartition('] ')[2] or told}"
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:

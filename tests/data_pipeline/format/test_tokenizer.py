@@ -90,9 +90,12 @@ def test_training_twice_gives_the_same_bytes(model_type: str) -> None:
     assert train_tokenizer(lines, config) == train_tokenizer(iter(lines), config)
 
 
-def test_a_vocabulary_too_large_for_the_text_is_the_users_error() -> None:
-    with pytest.raises(UserError, match=r"vocab_size=8000.*too high"):
+def test_a_vocabulary_that_does_not_fit_the_text_is_the_users_error() -> None:
+    with pytest.raises(UserError, match=r"vocab_size=8000 is too high for this text: it gives 2\d\d ids;"):
         train_tokenizer(["a few words\n"], TokenizerConfig(vocab_size=8000))
+    ideographs = "".join(map(chr, range(0x4E00, 0x4E00 + 500)))
+    with pytest.raises(UserError, match=r"vocab_size=400 is too low for this text: its characters alone take 76\d ids"):
+        train_tokenizer([ideographs], TokenizerConfig(vocab_size=400))
 
 
 def test_a_large_vocabulary_takes_four_bytes_a_token(tokenizer: Tokenizer) -> None:

@@ -185,7 +185,36 @@ def test_show_lists_documents_and_finds_some(corpus: Path, tmp_path: Path, capsy
 def test_show_refuses_the_wrong_tokenizer(corpus: Path, tokenizer_model: bytes, capsys) -> None:
     (corpus / "tokenizer.model").write_bytes(tokenizer_model)
     assert main(["data", "show", str(corpus), "2"]) == 2
-    assert "not the tokenizer of this corpus" in capsys.readouterr().err
+    assert "not the tokenizer that the corpus was made with" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_read_or_written_is_one_message(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("x")
+    assert main(["data", "verify", str(corpus), "--workers", "1", "--json", str(tmp_path / "file/r.json")]) == 74
+    assert re.search(r"bst data verify: \S+ cannot read or write \S+/file: ", capsys.readouterr().err)
+    real = Path.open
+
+    def refuse(self: Path, *args, **kwargs):
+        if self.name == "train-000001.tar":
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)  # root may read everything
+    assert main(["data", "verify", str(corpus), "--workers", "1"]) == 1
+    assert "train-000001.tar: cannot be read: Permission denied" in capsys.readouterr().out
+    for command in (["stats"], ["pack"], ["export", str(tmp_path / "out"), "--format", "parquet"]):
+        assert main(["data", command[0], str(corpus), *command[1:], "--workers", "1"]) == 74
+        told = capsys.readouterr().err
+        assert re.search(rf"bst data {command[0]}: \S+ cannot read or write \S+000001.tar: Permission denied\n", told)
+
+
+@pytest.mark.parametrize("command", ["verify", "stats", "pack", "export"])
+def test_no_processes_are_too_few(command: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["data", command, "corpus", "--workers", "0"])
+    assert "argument --workers: 0 is less than 1" in capsys.readouterr().err
 
 
 def test_sources_are_listed_and_explained(capsys) -> None:

@@ -145,6 +145,15 @@ def test_a_damaged_shard_is_not_exported(flat: Path, tmp_path: Path, capsys) -> 
         assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("form", ["megatron", "parquet"])
+def test_another_tokenizer_exports_nothing(run, tmp_path: Path, tokenizer_model: bytes, capsys, form: str) -> None:
+    run()
+    (tmp_path / "corpus/tokenizer.model").write_bytes(tokenizer_model)
+    assert cli.main(["data", "export", str(tmp_path / "corpus"), str(tmp_path / "out"), "--format", form]) == 2
+    assert "tokenizer.model: not the tokenizer that the corpus was made with" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_what_ids_need_is_said_before_anything_is_read(flat: Path, tmp_path: Path, run, folder: Path) -> None:
     for settings, message in [
         ({"source": source(flat, eos_id=None)}, r"tokenizer\.reuse\), or else source\.vocab_size and source\.eos_id"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,22 @@ def test_the_same_settings_again_reuse_what_is_there(run, files_of, tmp_path: Pa
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "corpus").iterdir() if f.name != ".lock"} == before
 
 
+@pytest.mark.parametrize("lost", ["train-000001.tar", "train-000000.idx", "cut", "tokenizer.model"])
+def test_a_corpus_that_lost_a_file_is_not_called_prepared(run, files_of, tmp_path: Path, lost: str) -> None:
+    first, _ = run()
+    whole, corpus = files_of(tmp_path / "corpus"), tmp_path / "corpus"
+    if lost == "cut":
+        lost = "train-000001.tar"
+        (corpus / lost).write_bytes(whole[lost][:-512])
+    else:
+        (corpus / lost).unlink()
+    with pytest.raises(UserError, match=rf"{re.escape(lost)}.* missing"):
+        run()
+    (corpus / "manifest.json").unlink()
+    again, _ = run()
+    assert again == first and files_of(corpus) == whole
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -203,8 +220,14 @@ def test_a_file_name_that_is_not_unicode_is_prepared(run, folder: Path, tmp_path
 
 def test_packed_data_under_another_name_is_called_that(run, folder: Path) -> None:
     (folder / "z.txt").write_bytes(gzip.compress(b"text"))
-    with pytest.raises(UserError, match=r"z\.txt: gzip data, not text; give its name the ending of gzip"):
+    with pytest.raises(UserError, match=r"z\.txt: gzip data, not text; let its name end in \.gz, and source\.pattern"):
         run()
+    (folder / "z.txt").rename(folder / "z.txt.gz")
+    manifest, _ = run(source={"kind": "folder", "path": str(folder), "pattern": "**/*.txt*"})
+    assert sum(manifest.documents(split) for split in manifest.splits) == 31
+    (folder / "z.txt").write_bytes(b"PAR1\x15\xff")
+    with pytest.raises(UserError, match=r"z\.txt: Parquet data, not text; read it with the source parquet"):
+        run("other")
 
 
 def test_kept_metadata_stands_beside_the_tokens(run, tmp_path: Path) -> None:
@@ -248,6 +271,10 @@ def test_another_corpus_tokenizer_can_be_reused(run, tmp_path: Path) -> None:
     second, _ = run("second", tokenizer={"reuse": str(tmp_path / "first")}, seed=5)
     assert second.tokenizer == first.tokenizer
     assert stored(tmp_path / "second", "train")
+    run("other", tokenizer={"vocab_size": 500})
+    (tmp_path / "other/tokenizer.model").replace(tmp_path / "first/tokenizer.model")
+    with pytest.raises(UserError, match=r"first/tokenizer\.model: not the tokenizer that the corpus was made with"):
+        run("third", tokenizer={"reuse": str(tmp_path / "first")})
 
 
 def test_a_source_that_gives_splits_keeps_them(run, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bst_base.arguments import at_least
 from bst_base.settings import ConfigError, fields, parse, split_override
 from bst_base.terminal import Sheet, print_table
 from bst_dist.study.lra.prepare import SETTINGS, TaskConfig, prepare
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", metavar="TASK", help=", ".join(SETTINGS))
     parser.add_argument("overrides", nargs="*", metavar="setting=value", help="settings that differ from the defaults")
     parser.add_argument("--to", type=Path, metavar="DIR", help="where the examples go (default: corpora/lra/TASK)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that draw (default: one for each CPU)")
+    parser.add_argument("--workers", type=at_least(1), metavar="N", help="processes that draw (default: all CPUs)")
     parser.add_argument("--settings", action="store_true", help="list the task's settings, and do nothing")
 
 
