@@ -5,7 +5,8 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 # One process a core, one thread a process: many small tests on small tensors.
-UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical -m "not ranks and not gpu and not cluster" --ignore tests/cuda_path --ignore tests/sm90
+UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --durations 40 \
+	-m "not ranks and not gpu and not cluster" --ignore tests/cuda_path --ignore tests/sm90
 
 # What Python has compiled is kept, whatever the environment says: the tests start some hundred processes.
 test-unit test-processes test-alone test-cuda-path test-gpu: export PYTHONDONTWRITEBYTECODE :=

@@ -1,7 +1,7 @@
 """The recipe: one YAML file that says everything about one run.
 
-Each room declares its sections in its own config.py, which imports settings alone; this file composes them and checks
-what concerns several sections at once. Reading a recipe imports neither torch nor what the sections configure.
+Each package declares its sections in its own config.py, which imports settings alone; this file composes them and
+checks what concerns several sections at once. Reading a recipe imports neither torch nor what the sections configure.
 """
 
 from __future__ import annotations

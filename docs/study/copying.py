@@ -64,7 +64,7 @@ def _verdict(cells: Sequence[Cell], arm: str, reference: str) -> str:
     says = "Falls" if low > 0 else "Does not fall" if high < 0 else "Undecided"
     levels = "; ".join(f"of `{one}` {_level_on_both_sides(crossed, one)}" for one in (reference, arm))
     return (f"**{says}**: the {name} is {_signed(beyond)} where windows cannot tell the label and {_signed(within)} "
-            f"where they can, so {_plain(beyond - within)} less (95 % interval {low:+.2f} to {high:+.2f}). Accuracy "
+            f"where they can: a fall of {_plain(beyond - within)} (95 % interval {low:+.2f} to {high:+.2f}). Accuracy "
             f"in either place: {levels}.")  # fmt: skip
 
 

@@ -36,12 +36,12 @@ import copying  # noqa: E402 - it lies beside this program, which is no part of 
 RECIPES, TABLES, PAGE = HERE.parents[1] / "launch/recipes/diagnostics", HERE / "diagnostics", HERE / "diagnostics.md"
 ARCHIVE = TABLES / "runs.tar.xz"
 FIGURES = HERE / "figures"
-FILES = ("small-unigram", "small-copy", "seeds-unigram", "seeds-copy", "small-unigram-others", "small-copy-others",
-         "unigram", "copy")  # fmt: skip
+FILES = ("small-unigram", "small-copy", "seeds-unigram", "reach", "seeds-copy", "small-unigram-others",
+         "small-copy-others", "unigram", "copy")  # fmt: skip
 BEGIN, END = "<!-- from here on: docs/study/diagnostics.py -->", "<!-- to here -->"
-HOURS = {"small-unigram": 0.6, "small-copy": 4.4, "seeds-unigram": 1.8, "seeds-copy": 8.8, "small-unigram-others": 0.6,
-         "small-copy-others": 4.4, "unigram": 4.4, "copy": 18.0}  # fmt: skip
-"""The registered estimates, of one unshared core; with more seeds, in proportion to the runs."""
+HOURS = {"small-unigram": 0.6, "small-copy": 4.4, "seeds-unigram": 1.8, "reach": 3.0, "seeds-copy": 8.8,
+         "small-unigram-others": 0.6, "small-copy-others": 4.4, "unigram": 4.4, "copy": 18.0}  # fmt: skip
+"""The registered estimates, of one unshared core; those of the additions in proportion to their steps."""
 P1_MOST, P2_LEAST, P3_LEAST = 0.08, 0.5, 0.125
 
 
@@ -231,6 +231,7 @@ def _decisions(experiments: list[Experiment]) -> Iterator[str]:
     for size, own in sizes.items():
         lines = [*_copying(own), *_unigram(own)]
         yield from [f"- {size}, {line}" for line in lines] or [f"- {size}: no condition is whole."]
+    yield from (f"- small, {reach_verdict(e)}" for e in experiments if e.name == "reach")
     yield ""
 
 
@@ -291,6 +292,19 @@ def ratio_verdict(ratios: np.ndarray) -> str:
     each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
     return (f"{answer}. The advantage at 8 layers over that at 2 is {each} by seed, {mean:.2f} in the mean (95 % "
             f"interval {low:.1f} to {high:.1f}).")  # fmt: skip
+
+
+def reach_verdict(experiment: Experiment) -> str:
+    """P7: whether windows learn with more steps, at one of the rates, to copy what they can see."""
+    rates = experiment.settings["conditions"]
+    if not all(experiment.rows(rate) for rate in rates):
+        return "**P7**: not all runs that it is about are done."
+    found = {rate: _seeds(experiment, rate, "sliding") for rate in rates}
+    learnt = [value > P2_LEAST for values in found.values() for value in values]
+    answer = ("holds" if any(min(values) > P2_LEAST for values in found.values())
+              else "depends on the seed" if any(learnt) else "does not hold")  # fmt: skip
+    each = "; ".join(f"{rate}: {', '.join(f'{value:.3f}' for value in values)}" for rate, values in found.items())
+    return f"**P7** {answer}: accuracy of `sliding` by seed, {each}."
 
 
 def _missing(experiments: list[Experiment]) -> Iterator[str]:

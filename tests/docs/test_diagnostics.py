@@ -58,8 +58,8 @@ def test_the_page_is_what_its_program_writes():
 
 
 def test_all_registered_runs_are_counted_once():
-    """By the registered page 288 (files of either small task share those of bst-sh), and 162 with more seeds."""
-    assert "of 450 runs are done" in page.build(page.load())
+    """By the registered page 288 (files of either small task share those of bst-sh), by its additions 162 and 12."""
+    assert "of 462 runs are done" in page.build(page.load())
 
 
 def test_the_lags_that_windows_cannot_tell_are_the_registered_ones():
@@ -118,7 +118,7 @@ def test_the_fall_is_a_mean_over_lags_of_means_over_depths():
     (line,) = (x for x in page.build([copying(gain)]).splitlines() if "`bst-sh` over" in x)
     # beyond: (0.5 + (0.4 + 0.2) / 2) / 2 = 0.4, and 0.0075 more with seed 1; within: (0.2 + 0.2) / 2
     assert "is +0.404 ± 0.004 where" in line
-    assert "they can, so 0.204 ± 0.004 less (95 % interval +0.16 to +0.25)" in line
+    assert "they can: a fall of 0.204 ± 0.004 (95 % interval +0.16 to +0.25)" in line
 
 
 def test_there_is_no_answer_before_a_lag_is_done_on_both_sides():
@@ -145,6 +145,29 @@ def test_a_condition_with_a_run_that_is_not_done_is_neither_shown_nor_judged():
 )
 def test_the_ratio_is_judged_by_its_interval(ratios, answer):
     assert page.ratio_verdict(np.array(ratios)).startswith(answer)
+
+
+@pytest.mark.parametrize(
+    "accuracy, answer",
+    [
+        ({"rate 3e-3": (0.9, 0.6)}, "holds"),
+        ({"rate 3e-3": (0.9, 0.4), "rate 1e-2": (0.1, 0.9)}, "depends on the seed"),
+        ({"rate 1e-2": (0.5, 0.5)}, "does not hold"),
+    ],
+)
+def test_windows_have_learnt_if_both_seeds_have_at_one_rate(accuracy, answer):
+    found = next(e for e in page.load() if e.name == "reach")
+    rows = [
+        {"condition": rate, "arm": arm, "seeds": {"0": "done", "1": "done"},
+         "measured": {"accuracy": {"by_seed": dict(zip("01", values, strict=True))}}}
+        for rate in found.settings["conditions"]
+        for arm, values in (("sliding", accuracy.get(rate, (0.06, 0.06))), ("bst-sh", (1.0, 1.0)))
+    ]  # fmt: skip
+    assert page.reach_verdict(page.Experiment(found.name, found.settings, {"rows": rows})).startswith(
+        f"**P7** {answer}:"
+    )
+    rows[-1]["seeds"]["1"] = "missing"
+    assert "not all runs" in page.reach_verdict(page.Experiment(found.name, found.settings, {"rows": rows}))
 
 
 def test_best_in_reach_is_the_best_loss_where_everything_is_in_reach():
