@@ -4,8 +4,8 @@
     bst data export corpora/stdlib exported/parquet --format parquet
 
 Megatron-LM gets SPLIT.bin and SPLIT.idx, each document with the id that ends it; Parquet a file for each shard, a row
-for each document, with its text and what is known of it. The tokenizer is copied beside them. The folder appears when
-all of it is there.
+for each document, with its text and what is known of it. The tokenizer is copied beside them, for Parquet into the
+folder _tokenizer. The folder appears when all of it is there.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_directory(args.output) as folder:
             splits = _write(args, manifest, folder, workers, console)
-            shutil.copyfile(tokenizer, folder / tokenizer.name)
+            # Readers of a folder of Parquet take every file of it for a table, but for what is below such a name.
+            beside = folder / "_tokenizer" if args.format == "parquet" else folder
+            beside.mkdir(exist_ok=True)
+            shutil.copyfile(tokenizer, beside / tokenizer.name)
     rows = [[split, f"{found['documents']:,}", f"{found['tokens']:,}"] for split, found in splits.items()]
     print_table(Sheet(("split", "documents", "tokens"), rows), f"{args.output} written for {args.format} from "
                 f"{args.corpus}.")  # fmt: skip

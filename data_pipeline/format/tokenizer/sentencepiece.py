@@ -32,6 +32,7 @@ _TRAIN_THREADS = 8  # fixed: a unigram model's floating-point sums depend on it
 _SPACE = "\u2581"  # SentencePiece writes a space as this character
 _SPACES = re.compile(rf"\s|{_SPACE}")
 _NEWLINE = "\n"
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # the first line of its files: a piece, as base64, and its id
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -143,7 +144,10 @@ def without_changes(model: bytes, where: str) -> bytes:
     try:
         found = proto.ModelProto.FromString(model)
     except DecodeError:
-        raise UserError(f"{where}: not a SentencePiece model, and not a tokenizer.json") from None
+        other = "not a SentencePiece model, and not a tokenizer.json"
+        if _TIKTOKEN.match(model):
+            other = "a file of tiktoken's, which lacks the pattern that splits text; take the model's tokenizer.json"
+        raise UserError(f"{where}: {other}") from None
     rules = found.normalizer_spec
     if not (rules.precompiled_charsmap or rules.add_dummy_prefix or rules.remove_extra_whitespaces):
         return model
