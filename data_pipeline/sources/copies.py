@@ -55,7 +55,9 @@ def copy(address: str, options: dict[str, Any], wanted: Callable[[str], bool]) -
     missing = [
         file
         for file in chosen
-        if there.get(file.name) != [file.size, file.version] or not (folder / _FILES / file.name).is_file()
+        if not file.version
+        or there.get(file.name) != [file.size, file.version]
+        or not (folder / _FILES / file.name).is_file()
     ]
     with ThreadPoolExecutor(_AT_ONCE) as pool, (folder / _FETCHED).open("a") as log:
         for file in pool.map(lambda file: _copy_one(storage, file, folder / _FILES / file.name), missing):
@@ -80,7 +82,7 @@ def _copy_one(storage: RemoteStorage, found: FoundFile, path: Path) -> FoundFile
     path.parent.mkdir(parents=True, exist_ok=True)
     with full_disk_explained(path), atomic_file(path) as file:
         size = sum(file.write(data) for data in storage.chunks(found.name, found.size))
-        if size != found.size:
+        if found.size is not None and size != found.size:
             raise UserError(f"{storage.where}/{found.name}: {size:,} bytes came of {found.size:,}; start again")
     return found
 

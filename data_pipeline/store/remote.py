@@ -43,7 +43,8 @@ class FoundFile(NamedTuple):
 
     name: str
     """Its path from the address on."""
-    size: int
+    size: int | None
+    """Bytes; None where the store does not say."""
     version: str
     """What tells it from other content of the same size, as far as the store says: its ETag, or when it was written."""
 
@@ -79,7 +80,8 @@ class RemoteStorage:
             return self._fs.find(self._root + self._query, detail=True)
 
         try:
-            found = self._try("", find)
+            found = self._try("", find) or self._try("", self._alone)
+            found = {path: self._told(path, info) for path, info in found.items()}
         except FileNotFoundError:
             return []
         root = self._fs._strip_protocol(self._root).rstrip("/")
@@ -88,6 +90,20 @@ class RemoteStorage:
             self._root, self.where, self.file = root, self.where.rpartition("/")[0], name
             return [_found_file(name, *found.values())]
         return sorted(_found_file(path[len(root) + 1 :], info) for path, info in found.items())
+
+    def _alone(self) -> dict[str, dict[str, Any]]:
+        """The file at the address, asked for by its first byte: HTTP's listing takes any error for an absence."""
+        path = self._root + self._query
+        if "http" not in self._fs.protocol:
+            return {}
+        self._fs.cat_file(path, start=0, end=1)
+        return {path: {}}
+
+    def _told(self, path: str, info: dict[str, Any]) -> dict[str, Any]:
+        """What the store says of a file; HTTP's listings say nothing but its name."""
+        if info.get("size") is not None or "http" not in self._fs.protocol:
+            return info
+        return self._try("", lambda: self._fs.info(path + ("" if path.endswith(self._query) else self._query)))
 
     def whole(self, name: str) -> bytes:
         """See `Storage`."""
@@ -233,8 +249,9 @@ def _in_a_thread(work: Callable[[], bytes]) -> Future[bytes]:
 
 def _found_file(name: str, info: dict[str, Any]) -> FoundFile:
     said = (info.get(key) for key in ("ETag", "etag", "md5Hash", "checksum", "LastModified", "last_modified", "mtime",
-                                      "created"))  # fmt: skip
-    return FoundFile(name, int(info["size"]), str(next((each for each in said if each), "")))
+                                      "created", "Last-Modified"))  # fmt: skip
+    size = info.get("size")
+    return FoundFile(name, None if size is None else int(size), str(next((each for each in said if each), "")))
 
 
 class PipeStorage:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import threading
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +119,37 @@ def test_a_corpus_from_a_store_is_that_of_the_directory(
         manifests.append(prepare(parse(PrepareConfig, settings), Workers(None, 1), lambda *_: None)[0])
     assert manifests[0].sha256 == manifests[1].sha256
     assert (tmp_path / "near/skipped.jsonl").read_text() == (tmp_path / "far/skipped.jsonl").read_text() != ""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """The address of a server of files as people run one, without ranges: it serves the folder `www`."""
+    (tmp_path / "www/texts").mkdir(parents=True)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "www"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        thread = threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{http.server_address[1]}"
+        http.shutdown()
+        thread.join()
+
+
+def test_files_of_a_web_server_are_read(server: str, tmp_path: Path, monkeypatch) -> None:
+    line = json.dumps({"text": "x" * 100}).encode() + b"\n"
+    (tmp_path / "www/a.jsonl.gz").write_bytes(gzip.compress(line))
+    (tmp_path / "www/texts/b.txt").write_bytes(b"B")
+    (tmp_path / "www/texts/c.md").write_bytes(b"C")
+    copied, real = [], copies._copy_one
+    monkeypatch.setattr(copies, "_copy_one", lambda *args: copied.append(args[1].name) or real(*args))
+    for _ in range(2):
+        assert read("jsonl", path=f"{server}/a.jsonl.gz")[0] == {"a.jsonl.gz:1": "x" * 100}
+    assert copied == ["a.jsonl.gz"]
+    assert read("folder", path=f"{server}/texts") == ({"b.txt": b"B"}, {"*.md": "ending .md"})
+    with pytest.raises(UserError, match=r"nowhere\.jsonl: nothing is there; source\.path must be"):
+        read("jsonl", path=f"{server}/nowhere.jsonl")
+
+
+def test_a_server_that_does_not_answer_is_not_called_empty(monkeypatch) -> None:
+    monkeypatch.setattr(RemoteStorage, "_pause", lambda *_: None)
+    with pytest.raises(UserError, match=r"not read in 6 attempts; the last: Client.*Cannot connect to host"):
+        read("jsonl", path="http://127.0.0.1:1/a.jsonl")
