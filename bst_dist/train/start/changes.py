@@ -1,9 +1,10 @@
 """Which settings may change when a run is resumed, which may not, and what to do instead.
 
 Settings that do not change the numbers are free (`config.NUMBERS` lists those that do). The learning rate may change
-from the resumed step on, and so may the batch, unless rows are streamed, and the lengths of sequences that are planned;
-the number of steps and the schedule may if all steps so far would have had the same rate, or if the user says that they
-are planned anew. A change is written to the ledger and the header. Anything else would be another run.
+from the resumed step on, and so may the batch, unless rows are streamed, the lengths of sequences that are planned, and
+a mixture's corpora and weights that are still to come (the loader's `check` refuses others); the number of steps and
+the schedule may if all steps so far would have had the same rate, or if the user says that they are planned anew. A
+change is written to the ledger and the header. Anything else would be another run.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ RATES = ("optimizer.learning_rate:", "optimizer.ssm_learning_rate:")
 SCHEDULE = ("train.steps:", "schedule.")
 BATCH = ("train.sequences:", "train.sequence_changes")
 LENGTH = ("train.length_changes",)
+WEIGHTS = ("data.weights:", "data.weight_changes:")
+_CHANGING = (*RATES, *SCHEDULE, *BATCH, *LENGTH, *WEIGHTS)
 
 
 class OtherRunError(UserError):
@@ -35,7 +38,7 @@ def changes(run_dir: Path, before: Recipe, now: Recipe, replan: bool = False) ->
     those that may not, with what to do instead.
     """
     found = differing(before, now)
-    if fixed := [line for line in found if not line.startswith((*RATES, *SCHEDULE, *BATCH, *LENGTH))]:
+    if fixed := [line for line in found if not line.startswith(_CHANGING)]:
         raise OtherRunError(listed(f"{run_dir}: holds a run with other settings (there, given):", fixed))
     if now.data.mode == "streaming" and (batch := [line for line in found if line.startswith(BATCH)]):
         raise OtherRunError(
@@ -59,7 +62,7 @@ def fixed(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def may_change(name: str) -> bool:
     """Whether a setting may change in the course of a run."""
-    return f"{name}:".startswith((*RATES, *SCHEDULE, *BATCH, *LENGTH))
+    return f"{name}:".startswith(_CHANGING)
 
 
 def with_batch(changed: Sequence[str], data: Mapping[str, Any], sequences: int) -> list[str]:

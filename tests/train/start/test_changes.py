@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,34 @@ def rows_bytes(run: Path) -> list[int]:
     served = Loader(recipe.data, corpora, share, block=recipe.model.block, seed=recipe.seed)
     lengths = corpora[0].token_bytes()
     return [int((lengths[batch.labels] * batch.loss_mask).sum()) for row in range(40) for batch in served.batches(row)]
+
+
+@pytest.mark.ranks
+@pytest.mark.usefixtures("unmeasured")
+def test_a_run_goes_on_with_a_corpus_that_it_did_not_have(recipe_file, tmp_path, on_ranks, capfd):
+    """From step 4 on all rows are of the other corpus; weights of steps that were taken cannot be changed."""
+    recipe, run = recipe_file(train={"steps": 10}), tmp_path / "run"
+    first = load_recipe(recipe).data.corpus
+    shutil.copytree(first, tmp_path / "second")
+
+    def go(until: int, *changes: str) -> None:
+        on_ranks(1, lambda ranks: train(Request(recipe, changes, run, True, until), ranks))
+
+    def mixed(weight: int, other: int) -> str:
+        one, two = f"{{corpus: {first}, weight: {weight}}}", f"{{corpus: {tmp_path / 'second'}, weight: {other}}}"
+        return f"data.corpus=[{one}, {two}]"
+
+    refused = r"UserError: the checkpoint's data position belongs to another order .*weights: \w+ then, \w+ now"
+    go(4)
+    change = "data.weight_changes=[{step: 4, weights: [0, 1]}]"
+    with pytest.raises(AssertionError, match=refused):
+        go(6, mixed(1, 1), change)
+    go(6, mixed(1, 0), change)
+    assert "change data.weight_changes: [], [{'step': 4, 'weights': [0.0, 1.0]}]" in capfd.readouterr().out
+    read = [line["tokens_by_corpus"] for line in read_lines(run / FILE) if "tokens_by_corpus" in line]
+    assert [{name for name, tokens in each.items() if tokens} for each in read] == [{"second"}, {"second"}]
+    with pytest.raises(AssertionError, match=refused):
+        go(8, mixed(1, 0), change.replace("step: 4", "step: 5"))
 
 
 @pytest.mark.ranks
