@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from typing import IO, Any, NamedTuple
 
 from rich.console import Console
 
+from bst_base.arguments import at_least, seconds
 from bst_base.errors import UserError
 from bst_base.terminal import Sheet, print_table, say
 from data_pipeline.bench.endless import make_endless
@@ -38,13 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--documents", nargs="+", metavar="N", type=_count, default=[10**6, 10**7, 10**9],
                         help="documents of the corpora (default: 1e6 1e7 1e9)")  # fmt: skip
     parser.add_argument("--per-shard", metavar="N", type=_count, default=10_000, help="documents of a shard")
-    parser.add_argument("--mean", metavar="TOKENS", type=int, default=300, help="mean length of a document")
+    parser.add_argument("--mean", metavar="TOKENS", type=_count, default=300, help="mean length of a document")
     parser.add_argument("--isolated", action="store_true", help="serve isolated documents; else they are joined")
-    parser.add_argument("--latency-ms", metavar="MS", type=float, help="read over HTTP, each answer so late")
+    parser.add_argument("--latency-ms", metavar="MS", type=at_least(0), help="read over HTTP, each answer so late")
     parser.add_argument("--cache", action="store_true", help="with --latency-ms: whole shards into a cache")
     parser.add_argument("--ranks", metavar="N", type=_count, default=1, help="ranks of this machine (default 1)")
     parser.add_argument("--tokens-per-s", metavar="N", type=_count, default=500_000, help="speed of the trainer")
-    parser.add_argument("--seconds", metavar="S", type=float, default=20.0, help="how long it trains")
+    parser.add_argument("--seconds", metavar="S", type=seconds, default=20.0, help="how long it trains")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -66,8 +68,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _count(text: str) -> int:
     """A whole number, also as 1e9."""
-    value = float(text)
-    if value != int(value) or value < 1:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not math.isfinite(value) or value != int(value) or value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(value)
 

@@ -46,6 +46,9 @@ class JsonLines(RecordSource):
                     yield self._document(line, f"{part.name}:{mark}{place}", split)
 
     def _document(self, line: bytes, where: str, split: str) -> Document | Skipped:
+        if line.lstrip()[:1] == b"[":
+            remedy = "write its records a line each, as `jq -c '.[]'` does"
+            return Skipped(where, "a JSON array instead of a record", bad=True, remedy=remedy)
         try:
             return self.document(json.loads(line), where, split)
         except UnicodeDecodeError as error:

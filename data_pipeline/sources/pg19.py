@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+from bst_base.errors import UserError
 from data_pipeline.sources.base import Document, Listing, Part, Skipped
 from data_pipeline.sources.tree import FileSource, glob_pattern
 
@@ -47,5 +48,8 @@ def _titles(path: Path) -> dict[str, str]:
     """Title and year by book id."""
     if not path.exists():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {row[0]: f"{row[1]} ({row[2]})" for row in csv.reader(file) if len(row) >= 3}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return {row[0]: f"{row[1]} ({row[2]})" for row in csv.reader(file) if len(row) >= 3}
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: damaged ({error}); get the file again, or remove it: it only gives titles") from None

@@ -61,3 +61,10 @@ def test_a_server_is_asked_once_for_each_index_and_shard() -> None:
 def test_a_cache_of_local_files_is_refused() -> None:
     with pytest.raises(UserError, match="add --latency-ms"):
         bench_index.run(arguments("--cache"))
+
+
+@pytest.mark.parametrize("given", ["--documents abc", "--documents inf", "--mean 0", "--latency-ms -1", "--seconds 0"])
+def test_numbers_that_measure_nothing_are_refused(given: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        arguments(*given.split())
+    assert f"argument {given.split()[0]}: " in capsys.readouterr().err

@@ -18,6 +18,7 @@ from backports import zstd
 from bst_base.errors import UserError
 from bst_base.settings import ConfigError, parse
 from data_pipeline.sources import SOURCES, jsonl, tree
+from data_pipeline.sources.pg19 import _titles
 
 
 def test_a_folder_gives_its_files_sorted_by_path(read_all, put) -> None:
@@ -143,7 +144,8 @@ def test_a_json_line_of_40_mb_is_one_document(read_all, put) -> None:
     [
         ("a.jsonl", lines({"text": "x"}) + b"{bad\n", r"a\.jsonl:2: not JSON"),
         ("a.jsonl", lines({"t": "x"}), r"a\.jsonl:1: no field 'text' \(there: t\); set source\.text_field"),
-        ("a.jsonl", b"[1]\n", r"a\.jsonl:1: no field 'text'"),
+        ("a.jsonl", b"1\n", r"a\.jsonl:1: no field 'text'"),
+        ("a.json", b'[{"text": "x"},\n', r"a\.json:1: a JSON array instead of a record; write its records a line each"),
         ("a.jsonl", lines({"text": 3}), r"a\.jsonl:1: field 'text' is not text \(but int\)"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1: not UTF-8"),
         ("a.jsonl.gz", gzip.compress(lines({"text": "x" * 999}), mtime=0)[:-9], r"a\.jsonl\.gz: damaged or cut short"),
@@ -208,6 +210,10 @@ def test_pg19_keeps_its_splits_and_titles(read_all, put) -> None:
         ("test/5.txt", "test", "Five (1900)"),
     ]
     assert documents[0].content == b"The Bible\r\n"
+    (root / "metadata.csv").write_bytes(b"10,\xff,1611,u\n")
+    _titles.cache_clear()
+    with pytest.raises(UserError, match=r"metadata\.csv: damaged \(.*0xff.*\); get the file again, or remove it"):
+        read_all("pg19", path=root)
 
 
 def test_a_standard_library_gives_modules_and_packages(read_all, put) -> None:
