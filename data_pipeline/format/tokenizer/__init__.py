@@ -16,6 +16,7 @@ from data_pipeline.format.tokenizer.sentencepiece import (
     train_tokenizer,
     without_changes,
 )
+from data_pipeline.format.tokenizer.tiktoken_file import as_json, is_tiktoken
 
 __all__ = [
     "MAX_LINE",
@@ -69,8 +70,12 @@ def adopt_tokenizer(path: Path, config: TokenizerConfig) -> Tokenizer:
         raise UserError(f"{path}: no such tokenizer (tokenizer.reuse)") from None
     if model.startswith(IdsOnly.mark):
         return IdsOnly(model, str(path))
+    if is_tiktoken(model):
+        return HuggingFaceTokenizer(adopted(as_json(model, config.tiktoken, str(path)), path, config), str(path))
+    if config.tiktoken:
+        raise UserError(f"tokenizer.tiktoken: {path} is no file of tiktoken's: leave it out")
     if _is_json(model):
-        return HuggingFaceTokenizer(adopted(path, config), str(path))
+        return HuggingFaceTokenizer(adopted(model, path, config), str(path))
     return SentencePieceTokenizer(without_changes(model, str(path)), str(path))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,22 @@ from bst_base.settings import Config
 
 _UNFIT = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u2581\ud800-\udfff]")  # many models write a space as U+2581
 _OF_TRAINED = re.compile(r"<pad>|<unk>|<s>|</s>|<0x[0-9A-F]{2}>")
+
+
+class TiktokenConfig(Config):
+    """What a file of tiktoken's leaves out: arguments of `tiktoken.Encoding`, by the same names."""
+
+    pat_str: str
+    """The regular expression whose matches are encoded one by one."""
+    special_tokens: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
+    """Special token -> its id."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TiktokenConfig:
+        for name, token in self.special_tokens.items():
+            if list(self.special_tokens.values()).count(token) > 1:
+                raise ValueError(f"special_tokens: id {token} of {name!r} is given twice")
+        return self
 
 
 class TokenizerConfig(Config):
@@ -25,10 +41,12 @@ class TokenizerConfig(Config):
     """Bytes of training text, taken evenly over the train split, that the tokenizer is trained on."""
     reuse: LocalPath | None = None
     """A tokenizer that is used instead of training one: a prepared corpus, a SentencePiece model, a Hugging Face
-    tokenizer.json, or a directory with one of these."""
+    tokenizer.json, a file of tiktoken's, or a directory with one of these."""
+    tiktoken: TiktokenConfig | None = None
+    """With `reuse` of a file of tiktoken's: what that does not hold."""
     bos: str | None = None
-    """With `reuse` of a tokenizer.json: the token that begins a text; None: as its tokenizer_config.json says, or a
-    common name, or the end token."""
+    """With `reuse` of a tokenizer.json or a file of tiktoken's: the token that begins a text; None: as its
+    tokenizer_config.json says, or a common name, or the end token."""
     eos: str | None = None
     """Likewise: the token that ends each document."""
     pad: str | None = None
@@ -47,9 +65,9 @@ class TokenizerConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> TokenizerConfig:
-        named = [name for name in ("bos", "eos", "pad") if getattr(self, name) is not None]
+        named = [name for name in ("bos", "eos", "pad", "tiktoken") if getattr(self, name) is not None]
         if named and self.reuse is None:
-            raise ValueError(f"{', '.join(named)}: meant for a tokenizer.json; give it with reuse")
+            raise ValueError(f"{', '.join(named)}: meant for a published tokenizer; give it with reuse")
         for kind in ("special_tokens", "text_tokens"):
             for name in getattr(self, kind):
                 self._check_added(kind, name)

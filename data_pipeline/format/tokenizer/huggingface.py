@@ -62,9 +62,10 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.backend.id_to_token(token)
 
 
-def adopted(path: Path, config: TokenizerConfig) -> bytes:
-    """The tokenizer.json at `path` in the form that corpora hold; raises UserError when a role has no token."""
-    settings = json.loads(_backend(path.read_bytes(), str(path)).to_str())
+def adopted(model: bytes, path: Path, config: TokenizerConfig) -> bytes:
+    """The tokenizer.json that was read from `path` in the form that corpora hold; raises UserError when a role has no
+    token."""
+    settings = json.loads(_backend(model, str(path)).to_str())
     settings["truncation"] = None
     settings["normalizer"] = next((part for part in _parts(settings["normalizer"]) if _writes_spaces(part)), None)
     for token in settings["added_tokens"]:
@@ -146,14 +147,16 @@ def _byte_level(name: str) -> bytes:
     return bytes(_BYTES[character] for character in name)
 
 
-def _byte_characters() -> dict[str, int]:
+def _byte_characters() -> dict[int, str]:
     """The printable characters that byte-level BPE writes bytes as (GPT-2's table): themselves, or from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
 
 
-_BYTES = _byte_characters()
+CHARACTERS = _byte_characters()
+"""Byte -> the character that stands for it in a byte-level BPE."""
+_BYTES = {character: byte for byte, character in CHARACTERS.items()}
 
 
 def _parts(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:

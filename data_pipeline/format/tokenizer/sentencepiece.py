@@ -32,7 +32,6 @@ _TRAIN_THREADS = 8  # fixed: a unigram model's floating-point sums depend on it
 _SPACE = "\u2581"  # SentencePiece writes a space as this character
 _SPACES = re.compile(rf"\s|{_SPACE}")
 _NEWLINE = "\n"
-_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # the first line of its files: a piece, as base64, and its id
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -144,10 +143,7 @@ def without_changes(model: bytes, where: str) -> bytes:
     try:
         found = proto.ModelProto.FromString(model)
     except DecodeError:
-        other = "not a SentencePiece model, and not a tokenizer.json"
-        if _TIKTOKEN.match(model):
-            other = "a file of tiktoken's, which lacks the pattern that splits text; take the model's tokenizer.json"
-        raise UserError(f"{where}: {other}") from None
+        raise UserError(f"{where}: not a SentencePiece model, a tokenizer.json or a file of tiktoken's") from None
     rules = found.normalizer_spec
     if not (rules.precompiled_charsmap or rules.add_dummy_prefix or rules.remove_extra_whitespaces):
         return model
