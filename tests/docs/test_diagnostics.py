@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from data_pipeline.synthetic.unigram import LatentUnigram
 
@@ -145,6 +146,14 @@ def test_a_condition_with_a_run_that_is_not_done_is_neither_shown_nor_judged():
 )
 def test_the_ratio_is_judged_by_its_interval(ratios, answer):
     assert page.ratio_verdict(np.array(ratios)).startswith(answer)
+
+
+def test_the_difference_of_advantages_has_the_interval_of_a_paired_t_test():
+    falls = np.array([0.02, 0.05, 0.03, 0.06])
+    low, high = stats.ttest_1samp(falls, 0).confidence_interval(0.95)
+    assert f"{falls.mean():+.4f} nats per label in the mean (95 % interval {low:+.3f} to {high:+.3f})" in (
+        page.difference(falls)
+    )
 
 
 @pytest.mark.parametrize(
