@@ -17,6 +17,7 @@ from bst_base.errors import UserError
 from bst_dist.checkpoint.directory import committed, step_of
 from bst_dist.config import Recipe, differing
 from bst_dist.train.schedule import factor
+from data_pipeline.serve.config import DataConfig
 from data_pipeline.serve.order.sizes import STREAMED
 
 RATES = ("optimizer.learning_rate:", "optimizer.ssm_learning_rate:")
@@ -38,15 +39,16 @@ def changes(run_dir: Path, before: Recipe, now: Recipe, replan: bool = False) ->
     those that may not, with what to do instead.
     """
     found = differing(before, now)
+    there = committed(run_dir)
+    done = step_of(there[0]) if there else 0
     if fixed := [line for line in found if not line.startswith(_CHANGING)]:
-        raise OtherRunError(listed(f"{run_dir}: holds a run with other settings (there, given):", fixed))
+        head = f"{run_dir}: holds a run with other settings (there, given):"
+        raise OtherRunError(listed(head, fixed) + _length_from(before, now, done))
     if now.data.mode == "streaming" and (batch := [line for line in found if line.startswith(BATCH)]):
         raise OtherRunError(
             f"{run_dir}: {batch[0]} (there, given): {STREAMED}. Start a new run from the weights in another --run-dir: "
             f"initial_weights.run={run_dir} initial_weights.step=N"
         )
-    there = committed(run_dir)
-    done = step_of(there[0]) if there else 0
     if replan and now.train.steps >= done:
         return found
     first = _first_otherwise(before, now, done)
@@ -87,6 +89,19 @@ def _first_otherwise(before: Recipe, now: Recipe, done: int) -> int | None:
             if factor(before.schedule, step, before.train.steps) != factor(now.schedule, step, now.train.steps)
         ),
         None,
+    )
+
+
+def _length_from(before: Recipe, now: Recipe, done: int) -> str:
+    """How the length that is asked for is had from a step on; empty where it is the one that there was."""
+    first, length = before.train.sequence_length, now.train.sequence_length
+    if first == length or not done or not isinstance(now.data, DataConfig):
+        return ""
+    planned = [(change.step, change.sequence_length) for change in before.train.length_changes if change.step < done]
+    listing = ", ".join(f"{{step: {step}, sequence_length: {tokens}}}" for step, tokens in [*planned, (done, length)])
+    return (
+        f"\nThe steps so far keep their length. For {length} tokens from here on: train.sequence_length={first} "
+        f"'train.length_changes=[{listing}]'; where step {done} cannot have it, the first step that can is named"
     )
 
 

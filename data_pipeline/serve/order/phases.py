@@ -141,21 +141,32 @@ class Phases:
         theirs = before.at(step).plan.begun(step) if begun is None else begun
         if all(a == b for a, b in zip_longest(self.at(step).plan.begun(step), theirs)):
             return
-        low, high = step, _FOREVER
-        while low < high:  # the first step at which all that is begun has been read
-            middle = (low + high) // 2
-            low, high = (low, middle) if _done(before.at(step), theirs, middle) else (middle + 1, high)
-        when = "" if low == _FOREVER else f"let the length change at a step from {low} on, or "
         raise UserError(
             f"train.length_changes: at step {step} a part of what is shuffled together has been read, and cannot be "
             "cut otherwise without reading tokens twice or leaving them out: keep lengths, batch and weights as they "
-            f"were planned up to its end; {when}start a new run from the weights (initial_weights.run)"
+            f"were planned up to its end; {_first_legal(before.at(step), theirs, step)}, or start a new run from the "
+            "weights (initial_weights.run)"
         )
 
 
-def _done(phase: Phase, begun: Sequence[list[int] | None], step: int) -> bool:
-    """Whether all that is begun has been read before a step."""
+def _first_legal(phase: Phase, begun: Sequence[list[int] | None], step: int) -> str:
+    """The first step at which all that is begun has been read, or what must be for there to be one."""
+    low, high = step, _FOREVER
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if all(_done(phase, begun, middle)) else (middle + 1, high)
+    if low < _FOREVER:
+        return f"let the length change at a step from {low} on"
+    left = [str(number) for number, done in enumerate(_done(phase, begun, low), 1) if not done]
+    return (
+        f"no step can change the length while corpus {', '.join(left)} of data.corpus has no weight and such a part of "
+        "it is left: give it a weight again (data.weight_changes)"
+    )
+
+
+def _done(phase: Phase, begun: Sequence[list[int] | None], step: int) -> list[bool]:
+    """Of each that is begun, whether it has been read before a step."""
     if phase.plan.streams:
-        return all(each is None or step >= sum(each) for each in begun)
-    return all(each is None or place >= tuple(each)
-               for place, each in zip(phase.places(step), begun, strict=False))  # fmt: skip
+        return [each is None or step >= sum(each) for each in begun]
+    return [each is None or place >= tuple(each)
+            for place, each in zip(phase.places(step), begun, strict=False)]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 from pathlib import Path
 
@@ -51,6 +52,19 @@ def test_another_run_is_refused(run_dir, settings, change):
     before, now = pair(settings, "wsd", change)
     with pytest.raises(OtherRunError, match=f"holds a run with other settings(?s:.*){change.split('=')[0]}: "):
         changes(run_dir, before, now)
+
+
+def test_another_length_is_refused_with_how_it_is_had_from_here_on(run_dir, settings):
+    """What is said to be given is taken, and gives the length that was asked for."""
+    early = "train.length_changes=[{step: 3, sequence_length: 16}]"
+    for given, planned in (((), []), ((early,), [(3, 16)])):
+        _, before = pair(settings, "wsd", *given)
+        _, now = pair(settings, "wsd", *given, "train.sequence_length=64")
+        with pytest.raises(OtherRunError) as refusal:
+            changes(run_dir, before, now)
+        said = shlex.split(str(refusal.value).split("from here on: ")[1].split(";")[0])
+        _, now = pair(settings, "wsd", *given, *said)
+        assert len(changes(run_dir, before, now)) == 1 and now.train.lengths == [(0, 32), *planned, (4, 64)]
 
 
 def test_the_batch_may_change_but_not_that_of_streaming_rows(run_dir, settings):

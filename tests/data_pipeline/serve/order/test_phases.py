@@ -192,6 +192,21 @@ def test_a_change_is_refused_inside_of_what_is_shuffled_and_says_from_where_it_c
         served(memory, (LENGTH, [])).check(planned.state(5) | {"begun": [[0, 9999]]} | {"step": 7})
 
 
+def test_a_corpus_that_is_left_within_what_is_shuffled_is_named_as_what_forbids_a_change() -> None:
+    memories = [Memory([LENGTH] * 300, [2] * 150) for _ in range(2)]
+    ends = {"weights": [1.0, 1.0], "weight_changes": [{"step": 3, "weights": [1.0, 0.0]}]}
+    state = served(memories, (LENGTH, []), **ends).state(5)
+    with pytest.raises(UserError, match=r"no step can .* while corpus 2 of data.corpus has no weight"):
+        served(memories, (LENGTH, [(5, 64)]), **ends).check(state)
+    again = ends | {"weight_changes": [*ends["weight_changes"], {"step": 5, "weights": [1.0, 1.0]}]}
+    with pytest.raises(UserError, match=r"at a step from \d+ on, or start") as refusal:
+        served(memories, (LENGTH, [(5, 64)]), **again).check(state)
+    first = int(str(refusal.value).split("at a step from ")[1].split()[0])
+    served(memories, (LENGTH, [(first, 64)]), **again).check(state)
+    with pytest.raises(UserError, match=f"at a step from {first} on"):
+        served(memories, (LENGTH, [(first - 1, 64)]), **again).check(state)
+
+
 def test_lengths_that_do_not_fit_are_refused() -> None:
     memory = Memory([500])
     for schedule, said in (
