@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
+
+PICTURES = (".png", ".pdf", ".svg")
+"""Endings of the pictures that are drawn."""
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -22,3 +26,10 @@ def seconds(text: str) -> float:
     if not (found := float(text)) > 0:
         raise argparse.ArgumentTypeError(f"{text} is no time: give seconds above 0")
     return found
+
+
+def picture(text: str) -> Path:
+    """For argparse: a picture to draw, so that another ending is refused before the work that it would show."""
+    if (path := Path(text)).suffix not in PICTURES:
+        raise argparse.ArgumentTypeError(f"{text}: the suffix must be one of {', '.join(PICTURES)}")
+    return path

@@ -8,7 +8,11 @@ makes the exit status 1, or its ``exit_status``; a user's error is one message a
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import os
+import select
+import signal
 import sys
 from pathlib import Path
 
@@ -173,7 +177,44 @@ GROUPS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        status = _status(sys.argv[1:] if argv is None else argv)
+        error = _unwritable()
+    except (OSError, SystemExit) as raised:
+        if (error := _unwritable() or _of_output(raised)) is None:
+            raise
+    if error is None:
+        return status
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written there, at the exit
+    if isinstance(error, BrokenPipeError):  # who reads has seen enough
+        return 128 + signal.SIGPIPE
+    print(f"bst: cannot write to the standard output or a file: {error.strerror}", file=sys.stderr)
+    return StorageError.exit_status
+
+
+def _unwritable() -> OSError | None:
+    """Why what was printed cannot be written, if it cannot."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        return error
+    return None
+
+
+def _of_output(error: BaseException) -> OSError | None:
+    """The error, if the standard output can have raised it: no more room, or nobody reads."""
+    if not isinstance(error, OSError) or error.filename is not None:
+        return None
+    if isinstance(error, BrokenPipeError) and sys.stdout is not None:
+        watched = select.poll()
+        watched.register(sys.stdout.fileno(), 0)
+        return error if any(event & select.POLLERR for _, event in watched.poll(0)) else None
+    return error if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+
+
+def _status(argv: list[str]) -> int:
+    """Run a command; returns the exit status."""
     name = next((name for name in (" ".join(argv[:2]), argv[0] if argv else "") if name in COMMANDS), None)
     if name is None:
         return _without_command(argv)

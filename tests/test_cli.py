@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +72,34 @@ def test_help_says_what_everything_is(name):
     assert doc.splitlines()[0].endswith((".", "?", "xz -9."))
     for line in doc.splitlines()[1:]:
         assert not line.lstrip().startswith(f"bst {name}") or line.startswith("    "), line
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["plot run --out", "compare a b --plot", "eval run --plot", "ablate run --out", "data stats corpus --png",
+     "law fit table.csv --n n --tokens d --loss l --plot"],
+)  # fmt: skip
+def test_a_picture_of_another_ending_is_refused_before_any_work(words, capsys, monkeypatch):
+    name = next(name for name in cli.COMMANDS if words.startswith(f"{name} "))
+    monkeypatch.setattr(importlib.import_module(cli.COMMANDS[name][0]), "run", lambda _: pytest.fail("worked"))
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*words.split(), "x.foo"])
+    assert "x.foo: the suffix must be one of .png, .pdf, .svg" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["data", "sources"], ["--version"], []])
+def test_an_output_that_is_full_is_told_and_one_that_is_closed_is_not(words):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "bst_dist", *words], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 74
+    assert done.stderr == "bst: cannot write to the standard output or a file: No space left on device\n"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "bst_dist", *words], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.stderr == "" and done.returncode in (1, 141)  # 1: rich itself ends so
 
 
 def test_defaults_are_said_as_one_would_type_them():

@@ -19,7 +19,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from bst_base.arguments import at_least
+from bst_base.arguments import at_least, picture
 from bst_base.errors import UserError
 from bst_base.terminal import say
 from bst_dist.study.laws.observation import Observation
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drop-largest", type=at_least(0), default=0, metavar="K", help="leave out the K largest losses"
     )
     parser.add_argument("--draws", type=at_least(2), default=200, metavar="N", help="resamples (default: %(default)s)")
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="also draw losses and laws: a png, pdf or svg")
+    parser.add_argument("--plot", type=picture, metavar="PATH", help="also draw losses and laws: a png, pdf or svg")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

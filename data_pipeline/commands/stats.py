@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from bst_base.arguments import at_least
+from bst_base.arguments import at_least, picture
 from bst_base.stopping import STATUS
 from bst_base.terminal import Sheet, print_table
 from data_pipeline.commands.prepare import split_table, summary
@@ -46,7 +46,7 @@ _BAR = 40  # characters of the longest bar
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
-    parser.add_argument("--png", metavar="PATH", type=Path, help="draw the histogram of lengths as a picture")
+    parser.add_argument("--png", metavar="PATH", type=picture, help="draw the lengths as a png, pdf or svg")
     parser.add_argument("--quick", action="store_true", help="do not read the tokens: no duplicates, no overlap")
     parser.add_argument(
         "--length", metavar="L", type=at_least(1),

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from bst_base.arguments import picture
 from bst_base.errors import UserError
 from bst_base.stopping import STATUS, heeding
 from bst_base.terminal import Sheet, print_table, say
@@ -29,7 +30,7 @@ from bst_dist.study.ablation.interventions import KINDS, Intervention, defaults,
 from bst_dist.study.ablation.measure import Ablation, Increase, Losses, Text, ablate, summary
 from bst_dist.study.evaluation.corpora import open_text
 from bst_dist.study.evaluation.trained import Trained, open_run
-from bst_dist.study.report.style import require_picture, save
+from bst_dist.study.report.style import save
 from data_pipeline.commands.progress import stages
 from data_pipeline.serve.reader import Corpus
 
@@ -52,12 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="another prepared corpus of the same tokenizer (default: its recipe's)")  # fmt: skip
     parser.add_argument("--checkpoint", metavar="STEP", type=int, help="weights after this step (default: the newest)")
     parser.add_argument("--seed", type=int, default=0, help="of noise and shuffling (default: %(default)s)")
-    parser.add_argument("--out", metavar="PATH", type=Path, help="the figure to draw: .png, .pdf or .svg")
+    parser.add_argument("--out", metavar="PATH", type=picture, help="the figure to draw: .png, .pdf or .svg")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     out = args.out or args.run / "ablations.png"
-    require_picture(out, "--out")
     for name in ("documents", "tokens"):
         if (given := getattr(args, name)) is not None and given < 1:
             raise UserError(f"--{name} {given}: read at least one")

@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from bst_base.arguments import picture
 from bst_base.errors import UserError
 from bst_base.terminal import Sheet, print_table, say
 from bst_dist.report.metrics import duration
@@ -72,7 +73,7 @@ class Comparison:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="directories of two runs or more")
-    parser.add_argument("--plot", metavar="PATH", type=Path, help="also draw the curves, over tokens and over time: "
+    parser.add_argument("--plot", metavar="PATH", type=picture, help="also draw the curves, over tokens and over time: "
                         "a png, pdf or svg")  # fmt: skip
     parser.add_argument("--equal", action="store_true", help="check that two runs are equal to the last bit")
 

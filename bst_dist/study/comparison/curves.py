@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
+from bst_base.arguments import picture
 from bst_base.errors import UserError
 from bst_base.terminal import say
 from bst_dist.report.metrics import FILE
@@ -115,7 +116,7 @@ def read_runs(directories: list[Path]) -> dict[str, Result]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="directory of a run")
-    parser.add_argument("--out", metavar="PATH", type=Path,
+    parser.add_argument("--out", metavar="PATH", type=picture,
                         help="the file to draw (default: curves.png in the first run's directory)")  # fmt: skip
 
 

@@ -35,7 +35,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from bst_base.arguments import at_least
+from bst_base.arguments import at_least, picture
 from bst_base.errors import UserError
 from bst_dist.report.saved import REPORTS, write_report
 from bst_dist.study.evaluation import needle, perplexity, synthetic
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lengths = parser.add_argument_group("length generalisation")
     lengths.add_argument("--lengths", metavar="L,L", type=_lengths, help="lengths in tokens, multiples of the block")
     lengths.add_argument("--tokens", metavar="N", type=int, help="read at most N tokens (default: the whole split)")
-    lengths.add_argument("--plot", metavar="PATH", type=Path,
+    lengths.add_argument("--plot", metavar="PATH", type=picture,
                          help="draw the loss by position and by length: png, pdf or svg")  # fmt: skip
     keys = parser.add_argument_group("pass keys in text")
     keys.add_argument("--needle", metavar="L,L", type=_lengths, nargs="?", const=[],

@@ -14,7 +14,7 @@ from bst_dist.study.evaluation.trained import Trained, open_run
 from bst_dist.study.lengths.figure import draw
 from bst_dist.study.lengths.measure import How, LengthResult, how, measure
 from bst_dist.study.lengths.text import longest
-from bst_dist.study.report.style import require_picture, save
+from bst_dist.study.report.style import save
 from bst_dist.study.statistics import Estimate, readable
 from bst_dist.train.rundir import read_recipe
 from data_pipeline.commands.progress import stages
@@ -28,8 +28,6 @@ HOWS: dict[How, str] = {
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if args.plot:
-        require_picture(args.plot, "--plot")  # before anything is read
     require_sizes(read_recipe(args.run), rows=args.batch_size)
     trained = open_run(args.run, args.checkpoint, args.precision, args.averaged)
     for length in args.lengths:

@@ -10,8 +10,6 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bst_base.errors import UserError
-
 # Okabe and Ito's colours, which people with any colour vision tell apart, the darker ones first.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00")
 GREY = "#777777"
@@ -26,7 +24,6 @@ STYLE = {
 MARKS = "osD^vP*"
 ACROSS = 3
 """Panels beside each other; with more there are rows of them."""
-FORMATS = (".png", ".pdf", ".svg")
 INCHES = (6.75, 4.4)  # the text width of a two-column paper
 
 
@@ -52,15 +49,8 @@ def panels(number: int, height: float, **shared: Any) -> tuple[Figure, list[Axes
     return figure, found
 
 
-def require_picture(out: Path, option: str = "") -> None:
-    """Raise UserError for a file whose suffix is no picture's; `option`: by which it was given."""
-    if out.suffix not in FORMATS:
-        raise UserError(f"{option} {out}: the suffix must be one of {', '.join(FORMATS)}".lstrip())
-
-
 def save(draw: Callable[[], Figure], out: Path) -> None:
-    """Draw in the style of papers and write the file; raises UserError for a suffix that is no picture's."""
-    require_picture(out)
+    """Draw in the style of papers and write the file."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         draw().savefig(out)

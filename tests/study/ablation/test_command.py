@@ -79,7 +79,6 @@ def test_what_does_not_apply_is_left_out_with_the_reason(make_run, make_model):
     (["--layers", "2"], "--layers 2: the model has 2 layers, 0 to 1; or all"),
     (["--layers", "-1"], "--layers -1: the model has 2 layers"),
     (["--documents", "0"], "--documents 0: read at least one"),
-    (["--out", "x.docx"], "the suffix must be one of"),
     (["--checkpoint", "3"], "no checkpoint of step 3; there are: 4"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_in_one_message(make_run, capsys, arguments, said):
