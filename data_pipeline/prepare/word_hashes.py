@@ -16,8 +16,11 @@ import numpy as np
 
 _SLICE = 1 << 22  # bytes split into words at a time; part of what a word is, where a text holds ASCII's control codes
 _BREAK = re.compile(rb"\s")
-_UNSPACED = re.compile(  # Thai to Tibetan, Myanmar, Khmer, kana, CJK ideographs and their extensions
-    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+_UNSPACED = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff"  # Thai to Tibetan, Myanmar, Khmer
+    "\u1950-\u19df\u1a20-\u1aaf\u1b00-\u1b7f"  # Tai Le, New Tai Lue, Tai Tham, Balinese
+    "\u3040-\u312f\u31a0-\u31bf\u31f0-\u31ff\uff66-\uff9f"  # kana, bopomofo, their extensions, half-width kana
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"  # CJK ideographs and their extensions
 )
 _LONG = 64  # bytes; longer words are few, and hashed one by one
 _SPACE, _LETTER, _OTHER, _ALONE, _UNKNOWN = range(5)
