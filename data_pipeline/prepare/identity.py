@@ -45,7 +45,7 @@ def identity(
     settings = config.model_dump(mode="json", exclude=_MACHINE)
     if config.tokenizer.reuse is not None:
         settings["tokenizer"] = {"reuse": given_tokenizer(config).sha256}
-    for name in ("special_tokens", "text_tokens"):  # not there where there are none: as in corpora of older versions
+    for name in ("tiktoken", "special_tokens", "text_tokens"):  # not there where not used: as in older corpora
         if not settings["tokenizer"].get(name, True):
             del settings["tokenizer"][name]
     del settings["text"]["filters"]  # not there where there are none: as in corpora of older versions
