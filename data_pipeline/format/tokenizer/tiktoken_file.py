@@ -10,7 +10,6 @@ joins the left one and a tokenizer.json the one listed first.
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import Mapping
 
@@ -25,6 +24,8 @@ from data_pipeline.format.tokenizer.config import TiktokenConfig
 from data_pipeline.format.tokenizer.huggingface import CHARACTERS
 
 _LINE = re.compile(rb"[A-Za-z0-9+/=]+ \d+\s")
+MOST_UNUSED = 10_000
+"""Ids between the file's and a special token's; more is a slip of the pen, and each becomes a token."""
 _POSSESSIVE_COUNT = re.compile(r"\{\d*,?\d*\}\+")
 
 
@@ -57,7 +58,10 @@ def as_json(model: bytes, config: TiktokenConfig | None, where: str) -> bytes:
     backend.pre_tokenizer = Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
     backend.decoder = ByteLevelDecoder()
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
-    return json.dumps(json.loads(backend.to_str())).encode()
+    for name, token in config.special_tokens.items():
+        if (found := backend.token_to_id(name)) != token:
+            raise UserError(f"tokenizer.tiktoken.special_tokens: {name!r} is the token {found} of {where} already")
+    return backend.to_str().encode()
 
 
 def _ranks(model: bytes, where: str) -> dict[bytes, int]:
@@ -70,8 +74,8 @@ def _ranks(model: bytes, where: str) -> dict[bytes, int]:
         raise UserError(
             f"{where}: a file of tiktoken's without a token for byte {missing[0]}: it cannot hold all texts"
         )
-    if gap := next((i for i, rank in enumerate(sorted(ranks.values())) if i != rank), None):
-        raise UserError(f"{where}: a file of tiktoken's without an id {gap}; take the model's tokenizer.json")
+    if gaps := set(range(len(ranks))) - set(ranks.values()):
+        raise UserError(f"{where}: a file of tiktoken's without an id {min(gaps)}; take the model's tokenizer.json")
     return ranks
 
 
@@ -86,7 +90,13 @@ def _special(ranks: Mapping[bytes, int], named: Mapping[str, int]) -> list[str]:
             f"tokenizer.tiktoken.special_tokens: {by_id[taken[0]]!r}: id {taken[0]} is that of a token of the file, "
             f"which has ids up to {len(ranks) - 1}"
         )
-    return [by_id.get(i, f"<|unused-{i}|>") for i in range(len(ranks), max(by_id, default=-1) + 1)]
+    highest = max(by_id, default=-1)
+    if highest > len(ranks) + MOST_UNUSED:
+        raise UserError(
+            f"tokenizer.tiktoken.special_tokens: {by_id[highest]!r}: id {highest} is too far above those of the file, "
+            f"which has {len(ranks)}"
+        )
+    return [by_id.get(i, f"<|unused-{i}|>") for i in range(len(ranks), highest + 1)]
 
 
 def _pairs(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:

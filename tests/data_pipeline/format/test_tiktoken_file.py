@@ -103,6 +103,8 @@ def test_a_pattern_that_takes_a_special_token_whole_does_not_make_text_of_it(pat
             f"special_tokens: '{END.replace('|', '[|]')}': id 5 is that of a token of the file",
         ),
         ({"special_tokens": {}}, "which token ends a document?"),
+        ({"special_tokens": {END: 2_000_000_000}}, "id 2000000000 is too far above those of the file"),
+        ({"special_tokens": {"self": 3000, END: 3001}}, r"'self' is the token \d+ of \S+ already"),
     ],
 )
 def test_settings_that_cannot_be_are_named(path, ranks, changes, says):
@@ -131,6 +133,9 @@ def test_a_file_that_cannot_be_used_is_named(path, ranks, tmp_path):
     gap = tmp_path / "gap.tiktoken"
     gap.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-2]) + b"bm93aGVyZQ== 2999\n")
     with pytest.raises(UserError, match=r"gap\.tiktoken: .* without an id 2998"):
+        adopt_tokenizer(gap, config(ranks))
+    gap.write_bytes(path.read_bytes().replace(b"IQ== 0\n", b"IQ== 3000\n"))
+    with pytest.raises(UserError, match=r"gap\.tiktoken: .* without an id 0"):
         adopt_tokenizer(gap, config(ranks))
     (tmp_path / "tokenizer.json").write_bytes(adopt_tokenizer(path, config(ranks)).model)
     with pytest.raises(UserError, match=r"tokenizer\.tiktoken: .* is no file of tiktoken's: leave it out"):
