@@ -6,7 +6,8 @@
 
 `bst experiment report` writes each table. With --from, the finished runs are kept as well, in runs.tar.xz: recipe,
 outcome and evaluations of each, without weights. Only conditions of which all runs are done are shown and judged, by
-the rule of diagnostics-registered.md. What copying says about depth comes first (copying.py).
+the rule of diagnostics-registered.md (registered.py, decisions.py). What copying says about depth comes first
+(copying.py).
 """
 
 from __future__ import annotations
@@ -18,95 +19,27 @@ import shutil
 import sys
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
-from scipy import stats
 
 from bst_dist.study.report.style import save
 from data_pipeline.synthetic.unigram import LatentUnigram
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))
-import copying  # noqa: E402 - it lies beside this program, which is no part of a package
+import copying  # noqa: E402 - these lie beside this program, which is no part of a package
+from decisions import decisions  # noqa: E402
+from registered import HOURS, TABLES, Experiment, load  # noqa: E402
 
-RECIPES, TABLES, PAGE = HERE.parents[1] / "launch/recipes/diagnostics", HERE / "diagnostics", HERE / "diagnostics.md"
-ARCHIVE = TABLES / "runs.tar.xz"
-FIGURES = HERE / "figures"
-FILES = ("small-unigram", "small-copy", "seeds-unigram", "reach", "seeds-copy", "small-unigram-others",
-         "small-copy-others", "unigram", "copy")  # fmt: skip
+PAGE, ARCHIVE, FIGURES = HERE / "diagnostics.md", TABLES / "runs.tar.xz", HERE / "figures"
 BEGIN, END = "<!-- from here on: docs/study/diagnostics.py -->", "<!-- to here -->"
-HOURS = {"small-unigram": 0.6, "small-copy": 4.4, "seeds-unigram": 1.8, "reach": 3.0, "seeds-copy": 8.8,
-         "small-unigram-others": 0.6, "small-copy-others": 4.4, "unigram": 4.4, "copy": 18.0}  # fmt: skip
-"""The registered estimates, of one unshared core; those of the additions in proportion to their steps."""
-P1_MOST, P2_LEAST, P3_LEAST = 0.08, 0.5, 0.125
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """One file of the diagnostics, with the table of what is done of it."""
-
-    name: str
-    settings: dict[str, Any]
-    table: dict[str, Any] | None
-
-    def of(self, condition: str, setting: str) -> Any:
-        """A setting in a condition, by its dotted name."""
-        base = yaml.safe_load((RECIPES / self.settings["recipe"]).read_text())
-        for layer in (self.settings["conditions"][condition], self.settings["settings"], base):
-            found = _at(layer, setting)
-            if found is not None:
-                return found
-        raise KeyError(setting)
-
-    def rows(self, condition: str) -> dict[str, dict[str, Any]]:
-        """Arm -> its row of the table, in the order of the file; empty unless all runs of the condition are done."""
-        rows = {row["arm"]: row for row in (self.table or {"rows": []})["rows"] if row["condition"] == condition}
-        whole = set(rows) == set(self.settings["arms"]) and all(
-            set(row["seeds"]) == {str(s) for s in self.settings["seeds"]} and set(row["seeds"].values()) == {"done"}
-            for row in rows.values()
-        )
-        return {arm: rows[arm] for arm in self.settings["arms"]} if whole else {}
-
-    def runs(self) -> dict[str, bool]:
-        """What a run is of, so that shared ones are counted once -> whether it is done."""
-        done = {(row["condition"], row["arm"], int(seed)): status == "done"
-                for row in (self.table or {"rows": []})["rows"] for seed, status in row["seeds"].items()}  # fmt: skip
-        common = json.dumps(self.settings["settings"], sort_keys=True)
-        return {
-            json.dumps([common, self.settings["conditions"][condition], arm, settings, seed], sort_keys=True):
-            done.get((condition, arm, seed), False)
-            for condition in self.settings["conditions"] for arm, settings in self.settings["arms"].items()
-            for seed in self.settings["seeds"]
-        }  # fmt: skip
-
-
-def _at(layer: dict[str, Any], dotted: str) -> Any:
-    """A value in settings that may be nested, dotted, or both."""
-    if dotted in layer:
-        return layer[dotted]
-    for name, value in layer.items():
-        if dotted.startswith(f"{name}.") and isinstance(value, dict):
-            return _at(value, dotted.removeprefix(f"{name}."))
-    return None
-
-
-def load(tables: Path = TABLES) -> list[Experiment]:
-    """Every file of the diagnostics in the registered order."""
-    found = []
-    for name in FILES:
-        path = tables / f"{name}.json"
-        settings = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
-        found.append(Experiment(name, settings, json.loads(path.read_text()) if path.exists() else None))
-    return found
 
 
 def build(experiments: list[Experiment]) -> str:
     """The generated part of the page."""
-    parts = _copying_answers, _standing, _tables, _decisions, _missing
+    parts = _copying_answers, _standing, _tables, decisions, _missing
     return "\n".join(line for part in parts for line in part(experiments))
 
 
@@ -132,8 +65,8 @@ def _cells(experiment: Experiment) -> list[copying.Cell]:
     return [
         copying.Cell(
             experiment.of(condition, "data.synthetic.lag"), experiment.of(condition, "model.depth"),
-            _hidden(experiment, condition),
-            {arm: np.array(_seeds(experiment, condition, arm)) for arm in experiment.settings["arms"]},
+            experiment.hidden(condition),
+            {arm: np.array(experiment.by_seed(condition, arm)) for arm in experiment.settings["arms"]},
         )
         for condition in experiment.settings["conditions"] if experiment.rows(condition)
     ]  # fmt: skip
@@ -206,7 +139,7 @@ def _in_reach(experiment: Experiment, condition: str, arm: str) -> str:
         concentration=experiment.of(condition, "data.synthetic.concentration"),
     )  # fmt: skip
     length = experiment.of(condition, "train.sequence_length")
-    reach = _reach(experiment, condition) if arm in ("sliding", "no-ssm") else length
+    reach = experiment.reach(condition) if arm in ("sliding", "no-ssm") else length
     return f"{best_within(task, reach, length):.4f}"
 
 
@@ -215,105 +148,6 @@ def best_within(task: LatentUnigram, reach: int, length: int) -> float:
     seen = [min(before, reach) for before in range(1, length + 1)]
     cost = {n: task.best_loss(n, n) for n in set(seen)}
     return float(np.mean([cost[n] for n in seen]))
-
-
-def _reach(experiment: Experiment, condition: str) -> int:
-    """Tokens that a stack of windows sees, the current one included."""
-    return experiment.of(condition, "model.depth") * (experiment.of(condition, "model.block") - 1) + 1
-
-
-def _decisions(experiments: list[Experiment]) -> Iterator[str]:
-    yield "### By the registered rule"
-    yield ""
-    sizes = {"small": [e for e in experiments if e.name.startswith("small")],
-             "small, six more seeds": [e for e in experiments if e.name.startswith("seeds")],
-             "full size": [e for e in experiments if e.name in ("unigram", "copy")]}  # fmt: skip
-    for size, own in sizes.items():
-        lines = [*_copying(own), *_unigram(own)]
-        yield from [f"- {size}, {line}" for line in lines] or [f"- {size}: no condition is whole."]
-    yield from (f"- small, {reach_verdict(e)}" for e in experiments if e.name == "reach")
-    yield ""
-
-
-def _copying(experiments: list[Experiment]) -> Iterator[str]:
-    """P1 to P3, each over all whole conditions that it is about."""
-    cells = [(e, c) for e in experiments if e.name.endswith("copy") for c in e.settings["conditions"] if e.rows(c)]
-    if not cells:
-        return
-    hidden = [(e, c) for e, c in cells if _hidden(e, c)]
-    seen = [(e, c) for e, c in cells if not _hidden(e, c)]
-    yield _judged("P1", [(c, arm, value <= P1_MOST, value) for e, c in hidden for arm in ("sliding", "no-ssm")
-                         for value in _seeds(e, c, arm)])  # fmt: skip
-    yield _judged("P2", [(c, "sliding", v > P2_LEAST, v) for e, c in seen for v in _seeds(e, c, "sliding")])
-    yield _judged("P3", [(c, "bst-sh", v > P3_LEAST, v) for e, c in cells for v in _seeds(e, c, "bst-sh")])
-
-
-def _hidden(experiment: Experiment, condition: str) -> bool:
-    """Whether windows cannot tell the label: n (W - 1) < lag - 1."""
-    return _reach(experiment, condition) < experiment.of(condition, "data.synthetic.lag")
-
-
-def _seeds(experiment: Experiment, condition: str, arm: str, column: str = "accuracy") -> list[float]:
-    return list(experiment.rows(condition)[arm]["measured"][column]["by_seed"].values())
-
-
-def _judged(name: str, cells: list[tuple[str, str, bool, float]]) -> str:
-    if not cells:
-        return f"**{name}**: no condition that it is about is whole."
-    against = [f"{condition}, {arm}: {value:.3f}" for condition, arm, holds, value in cells if not holds]
-    verdict = "holds" if not against else "does not hold"
-    return f"**{name}** {verdict}: {len(cells) - len(against)} of {len(cells)} runs are as predicted" + (
-        f"; against it {'; '.join(against)}." if against else "."
-    )
-
-
-def _unigram(experiments: list[Experiment]) -> Iterator[str]:
-    """P4 and P5 by the ratio of the advantages at 8 and at 2 layers, a ratio a seed; P6 by means."""
-    for e in (e for e in experiments if e.name.endswith("unigram")):
-        whole = [c for c in e.settings["conditions"] if e.rows(c)]
-        gains = {c: np.subtract(_seeds(e, c, "sliding", "loss_nats"), _seeds(e, c, "bst-sh", "loss_nats"))
-                 for c in whole}  # fmt: skip
-        if {"2 layers", "8 layers"} <= set(gains):
-            ratios = gains["8 layers"] / gains["2 layers"]
-            yield f"**P4, P5**: {ratio_verdict(ratios)}"
-            yield difference(gains["2 layers"] - gains["8 layers"])
-        behind = [c for c in whole if e.rows(c)["no-ssm"]["measured"]["loss_nats"]["value"]
-                  < e.rows(c)["bst-sh"]["measured"]["loss_nats"]["value"]]  # fmt: skip
-        if whole:
-            yield (f"**P6** {'does not hold' if behind else 'holds'} in the means of {len(whole) - len(behind)} of "
-                   f"{len(whole)} depths.")  # fmt: skip
-
-
-def ratio_verdict(ratios: np.ndarray) -> str:
-    """By the interval of the mean ratio: below 1/4 for P5, above 1/2 for P4."""
-    mean = float(ratios.mean())
-    half = float(stats.t.ppf(0.975, len(ratios) - 1) * ratios.std(ddof=1) / np.sqrt(len(ratios)))
-    low, high = mean - half, mean + half
-    answer = "P5 holds" if high < 0.25 else "P4 holds" if low > 0.5 else "undecided"
-    each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-    return (f"{answer}. The advantage at 8 layers over that at 2 is {each} by seed, {mean:.2f} in the mean (95 % "
-            f"interval {low:.1f} to {high:.1f}).")  # fmt: skip
-
-
-def difference(falls: np.ndarray) -> str:
-    """Of the advantages at 2 and at 8 layers, a value a seed: it can be told apart where their ratio, which has a
-    small number below, cannot. Not part of the rule."""
-    low, high = copying.interval(falls)
-    return (f"the advantage at 2 layers minus that at 8, which the rule does not ask for, is {falls.mean():+.4f} nats "
-            f"per label in the mean (95 % interval {low:+.3f} to {high:+.3f}).")  # fmt: skip
-
-
-def reach_verdict(experiment: Experiment) -> str:
-    """P7: whether windows learn with more steps, at one of the rates, to copy what they can see."""
-    rates = experiment.settings["conditions"]
-    if not all(experiment.rows(rate) for rate in rates):
-        return "**P7**: not all runs that it is about are done."
-    found = {rate: _seeds(experiment, rate, "sliding") for rate in rates}
-    learnt = [value > P2_LEAST for values in found.values() for value in values]
-    answer = ("holds" if any(min(values) > P2_LEAST for values in found.values())
-              else "depends on the seed" if any(learnt) else "does not hold")  # fmt: skip
-    each = "; ".join(f"{rate}: {', '.join(f'{value:.3f}' for value in values)}" for rate, values in found.items())
-    return f"**P7** {answer}: accuracy of `sliding` by seed, {each}."
 
 
 def _missing(experiments: list[Experiment]) -> Iterator[str]:
@@ -339,7 +173,7 @@ def rewrite(page: str, generated: str) -> str:
 
 def copy_tables(source: Path) -> None:
     """The tables that the experiments have written under `source`."""
-    for name in FILES:
+    for name in HOURS:
         table = source / f"diagnostics-{name}" / "table.json"
         if table.exists():
             shutil.copy(table, TABLES / f"{name}.json")

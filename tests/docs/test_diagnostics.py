@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +13,9 @@ from scipy import stats
 from data_pipeline.synthetic.unigram import LatentUnigram
 
 ROOT = Path(__file__).resolve().parents[2]
-SPEC = importlib.util.spec_from_file_location("diagnostics_page", ROOT / "docs/study/diagnostics.py")
-page = importlib.util.module_from_spec(SPEC)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def program():
-    import sys
-
-    sys.modules[SPEC.name] = page  # dataclasses look their module up
-    SPEC.loader.exec_module(page)
-    yield
-    del sys.modules[SPEC.name]
+sys.path.append(str(ROOT / "docs/study"))
+import decisions  # noqa: E402 - programs of the documentation, which are no part of a package
+import diagnostics as page  # noqa: E402
 
 
 def table(experiment, accuracy, statuses=None):
@@ -59,13 +50,13 @@ def test_the_page_is_what_its_program_writes():
 
 
 def test_all_registered_runs_are_counted_once():
-    """By the registered page 288 (files of either small task share those of bst-sh), by its additions 162 and 12."""
-    assert "of 462 runs are done" in page.build(page.load())
+    """By the registered page 288 (files of a small task share those of bst-sh), by its additions 162, 12 and 72."""
+    assert "of 534 runs are done" in page.build(page.load())
 
 
 def test_the_lags_that_windows_cannot_tell_are_the_registered_ones():
     experiments = {e.name: e for e in page.load()}
-    hidden = {name: [c for c in experiments[name].settings["conditions"] if page._hidden(experiments[name], c)]
+    hidden = {name: [c for c in experiments[name].settings["conditions"] if experiments[name].hidden(c)]
               for name in ("small-copy", "copy")}  # fmt: skip
     assert hidden["small-copy"] == ["lag 32, 2 layers", "lag 64, 2 layers", "lag 64, 4 layers"]
     assert hidden["copy"] == ["lag 256, 2 layers", "lag 256, 4 layers", *(f"lag 768, {n} layers" for n in (2, 4, 8))]
@@ -145,14 +136,14 @@ def test_a_condition_with_a_run_that_is_not_done_is_neither_shown_nor_judged():
     ("ratios", "answer"), [((0.1, 0.11), "P5 holds"), ((0.9, 0.91), "P4 holds"), ((0.1, 0.9), "undecided")]
 )
 def test_the_ratio_is_judged_by_its_interval(ratios, answer):
-    assert page.ratio_verdict(np.array(ratios)).startswith(answer)
+    assert decisions.ratio_verdict(np.array(ratios)).startswith(answer)
 
 
 def test_the_difference_of_advantages_has_the_interval_of_a_paired_t_test():
     falls = np.array([0.02, 0.05, 0.03, 0.06])
     low, high = stats.ttest_1samp(falls, 0).confidence_interval(0.95)
     assert f"{falls.mean():+.4f} nats per label in the mean (95 % interval {low:+.3f} to {high:+.3f})" in (
-        page.difference(falls)
+        decisions.difference(falls)
     )
 
 
@@ -172,11 +163,51 @@ def test_windows_have_learnt_if_both_seeds_have_at_one_rate(accuracy, answer):
         for rate in found.settings["conditions"]
         for arm, values in (("sliding", accuracy.get(rate, (0.06, 0.06))), ("bst-sh", (1.0, 1.0)))
     ]  # fmt: skip
-    assert page.reach_verdict(page.Experiment(found.name, found.settings, {"rows": rows})).startswith(
+    assert decisions.reach_verdict(page.Experiment(found.name, found.settings, {"rows": rows})).startswith(
         f"**P7** {answer}:"
     )
     rows[-1]["seeds"]["1"] = "missing"
-    assert "not all runs" in page.reach_verdict(page.Experiment(found.name, found.settings, {"rows": rows}))
+    assert "not all runs" in decisions.reach_verdict(page.Experiment(found.name, found.settings, {"rows": rows}))
+
+
+def states(name, accuracy):
+    """An experiment on other states of which all runs are done; `accuracy`: of (condition, arm), a value a seed."""
+    found = next(e for e in page.load() if e.name == name)
+    rows = [
+        {"condition": condition, "arm": arm, "seeds": dict.fromkeys(map(str, found.settings["seeds"]), "done"),
+         "measured": {"accuracy": {"by_seed": dict(enumerate(accuracy(condition, arm)))}}}
+        for condition in found.settings["conditions"] for arm in found.settings["arms"]
+    ]  # fmt: skip
+    return page.Experiment(found.name, found.settings, {"rows": rows})
+
+
+def test_gated_deltanet_must_learn_the_shorter_lag_and_copy_more_at_the_longer():
+    def as_registered(condition, arm):
+        return {"gated-deltanet": (0.6, 0.4) if "lag 64" in condition else (0.51, 0.9)}.get(arm, (0.4, 0.5))
+
+    def behind(condition, arm):
+        worse = condition == "lag 64, 8 layers" and arm == "gated-deltanet"
+        return (0.2, 0.6) if worse else as_registered(condition, arm)
+
+    holds = decisions.copying_by_states(states("states-copy", as_registered))
+    assert holds == "**P8** holds: 9 of 9 runs and means are as predicted."  # three depths: two seeds, and a mean
+    against = decisions.copying_by_states(states("states-copy", behind))
+    assert against.startswith("**P8** does not hold: 8 of 9")
+    assert against.endswith("against it lag 64, 8 layers, gated-deltanet minus bst-sh: -0.050.")
+
+
+@pytest.mark.parametrize(
+    ("arms", "verdict"),
+    [
+        ({"gated-deltanet": (0.9, 0.6, 0.51), "bst-sh": (0.3, 0.5, 0.3)}, "holds: 8 of 8 runs and means"),
+        ({"gated-deltanet": (0.9, 0.9, 0.5), "bst-sh": (0.3, 0.3, 0.3)}, "does not hold: 6 of 8"),
+        ({"gated-deltanet": (0.9, 0.9, 0.9), "bst-sh": (0.3, 0.6, 0.4)}, "does not hold: 6 of 8"),
+    ],
+)  # fmt: skip
+def test_recall_is_predicted_of_gated_deltanet_and_not_of_bst_sh(arms, verdict):
+    """Windows: 0.3, so 0.4 and more than it in the mean speaks against the prediction."""
+    found = states("states-recall", lambda condition, arm: arms.get(arm, (0.3, 0.3, 0.3)))
+    assert decisions.recall(found).startswith(f"**P9** {verdict}")
 
 
 def test_best_in_reach_is_the_best_loss_where_everything_is_in_reach():

@@ -1,0 +1,122 @@
+"""What the registered rule says of the diagnostics: each prediction holds or does not. Used by diagnostics.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import copying
+import numpy as np
+from registered import Experiment
+from scipy import stats
+
+P1_MOST, LEARNT, P3_LEAST, P9_MOST = 0.08, 0.5, 0.125, 0.1
+
+
+def decisions(experiments: list[Experiment]) -> Iterator[str]:
+    yield "### By the registered rule"
+    yield ""
+    sizes = {"small": [e for e in experiments if e.name.startswith("small")],
+             "small, six more seeds": [e for e in experiments if e.name.startswith("seeds")],
+             "full size": [e for e in experiments if e.name in ("unigram", "copy")]}  # fmt: skip
+    for size, own in sizes.items():
+        lines = [*_copying(own), *_unigram(own)]
+        yield from [f"- {size}, {line}" for line in lines] or [f"- {size}: no condition is whole."]
+    for judge, name in ((reach_verdict, "reach"), (copying_by_states, "states-copy"), (recall, "states-recall")):
+        yield from (f"- small, {judge(e)}" for e in experiments if e.name == name)
+    yield ""
+
+
+def _copying(experiments: list[Experiment]) -> Iterator[str]:
+    """P1 to P3, each over all whole conditions that it is about."""
+    cells = [(e, c) for e in experiments if e.name.endswith("copy") for c in e.settings["conditions"] if e.rows(c)]
+    if not cells:
+        return
+    hidden = [(e, c) for e, c in cells if e.hidden(c)]
+    seen = [(e, c) for e, c in cells if not e.hidden(c)]
+    yield _judged("P1", [(c, arm, value <= P1_MOST, value) for e, c in hidden for arm in ("sliding", "no-ssm")
+                         for value in e.by_seed(c, arm)])  # fmt: skip
+    yield _judged("P2", [(c, "sliding", v > LEARNT, v) for e, c in seen for v in e.by_seed(c, "sliding")])
+    yield _judged("P3", [(c, "bst-sh", v > P3_LEAST, v) for e, c in cells for v in e.by_seed(c, "bst-sh")])
+
+
+def _judged(name: str, cells: list[tuple[str, str, bool, float]], what: str = "runs") -> str:
+    if not cells:
+        return f"**{name}**: no condition that it is about is whole."
+    against = [f"{condition}, {arm}: {value:.3f}" for condition, arm, holds, value in cells if not holds]
+    verdict = "holds" if not against else "does not hold"
+    return f"**{name}** {verdict}: {len(cells) - len(against)} of {len(cells)} {what} are as predicted" + (
+        f"; against it {'; '.join(against)}." if against else "."
+    )
+
+
+def _unigram(experiments: list[Experiment]) -> Iterator[str]:
+    """P4 and P5 by the ratio of the advantages at 8 and at 2 layers, a ratio a seed; P6 by means."""
+    for e in (e for e in experiments if e.name.endswith("unigram")):
+        whole = [c for c in e.settings["conditions"] if e.rows(c)]
+        gains = {c: np.subtract(e.by_seed(c, "sliding", "loss_nats"), e.by_seed(c, "bst-sh", "loss_nats"))
+                 for c in whole}  # fmt: skip
+        if {"2 layers", "8 layers"} <= set(gains):
+            ratios = gains["8 layers"] / gains["2 layers"]
+            yield f"**P4, P5**: {ratio_verdict(ratios)}"
+            yield difference(gains["2 layers"] - gains["8 layers"])
+        behind = [c for c in whole if e.rows(c)["no-ssm"]["measured"]["loss_nats"]["value"]
+                  < e.rows(c)["bst-sh"]["measured"]["loss_nats"]["value"]]  # fmt: skip
+        if whole:
+            yield (f"**P6** {'does not hold' if behind else 'holds'} in the means of {len(whole) - len(behind)} of "
+                   f"{len(whole)} depths.")  # fmt: skip
+
+
+def ratio_verdict(ratios: np.ndarray) -> str:
+    """By the interval of the mean ratio: below 1/4 for P5, above 1/2 for P4."""
+    mean = float(ratios.mean())
+    half = float(stats.t.ppf(0.975, len(ratios) - 1) * ratios.std(ddof=1) / np.sqrt(len(ratios)))
+    low, high = mean - half, mean + half
+    answer = "P5 holds" if high < 0.25 else "P4 holds" if low > 0.5 else "undecided"
+    each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    return (f"{answer}. The advantage at 8 layers over that at 2 is {each} by seed, {mean:.2f} in the mean (95 % "
+            f"interval {low:.1f} to {high:.1f}).")  # fmt: skip
+
+
+def difference(falls: np.ndarray) -> str:
+    """Of the advantages at 2 and at 8 layers, a value a seed: it can be told apart where their ratio, which has a
+    small number below, cannot. Not part of the rule."""
+    low, high = copying.interval(falls)
+    return (f"the advantage at 2 layers minus that at 8, which the rule does not ask for, is {falls.mean():+.4f} nats "
+            f"per label in the mean (95 % interval {low:+.3f} to {high:+.3f}).")  # fmt: skip
+
+
+def reach_verdict(experiment: Experiment) -> str:
+    """P7: whether windows learn with more steps, at one of the rates, to copy what they can see."""
+    rates = experiment.settings["conditions"]
+    if not all(experiment.rows(rate) for rate in rates):
+        return "**P7**: not all runs that it is about are done."
+    found = {rate: experiment.by_seed(rate, "sliding") for rate in rates}
+    learnt = [value > LEARNT for values in found.values() for value in values]
+    answer = ("holds" if any(min(values) > LEARNT for values in found.values())
+              else "depends on the seed" if any(learnt) else "does not hold")  # fmt: skip
+    each = "; ".join(f"{rate}: {', '.join(f'{value:.3f}' for value in values)}" for rate, values in found.items())
+    return f"**P7** {answer}: accuracy of `sliding` by seed, {each}."
+
+
+def copying_by_states(experiment: Experiment) -> str:
+    """P8: Gated DeltaNet learns lag 32 in each run, and copies more than BST-SH at lag 64, in the means."""
+    cells = []
+    for condition in (c for c in experiment.settings["conditions"] if experiment.rows(c)):
+        found = experiment.by_seed(condition, "gated-deltanet")
+        if experiment.of(condition, "data.synthetic.lag") == 32:
+            cells += [(condition, "gated-deltanet", value > LEARNT, value) for value in found]
+        else:
+            ahead = float(np.mean(found) - np.mean(experiment.by_seed(condition, "bst-sh")))
+            cells.append((condition, "gated-deltanet minus bst-sh", ahead > 0, ahead))
+    return _judged("P8", cells, "runs and means")
+
+
+def recall(experiment: Experiment) -> str:
+    """P9: Gated DeltaNet learns recall in each run, and BST-SH is no better than windows, in the means."""
+    cells = []
+    for condition in (c for c in experiment.settings["conditions"] if experiment.rows(c)):
+        learnt = experiment.by_seed(condition, "gated-deltanet")
+        cells += [(condition, "gated-deltanet", value > LEARNT, value) for value in learnt]
+        ahead = float(np.mean(np.subtract(*(experiment.by_seed(condition, arm) for arm in ("bst-sh", "sliding")))))
+        cells.append((condition, "bst-sh minus sliding", ahead <= P9_MOST, ahead))
+    return _judged("P9", cells, "runs and means")
