@@ -15,6 +15,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from data_pipeline.prepare.spool import (
     refusal,
     skipped_record,
 )
-from data_pipeline.sources import Part, Skipped
+from data_pipeline.sources import Fields, Part, RecordSource, Skipped
 
 SKIPPED = "skipped.jsonl"
 WORK = "preparing"
@@ -151,11 +152,15 @@ def _extract(
     settings = (config.text, signatures, config.on_bad_record)
     tasks = (ChunkTask(spool, number, config.source, group, *settings) for number, group in enumerate(groups))
     done, total = 0, sum(part.size for group in groups for part in group)
+    known: list[Fields | None] = []
     progress("extract", 0, total)
     for chunk in workers.run(extract_chunk, tasks):
         done, bad = done + chunk.size, bad + chunk.bad
+        known.append(chunk.fields)
         _check_limit(bad, spool, config)
         progress("extract", done, total)
+    if isinstance(config.source, RecordSource) and known and None not in known:
+        config.source.require(reduce(Fields.and_of, known))
     table = load_tables(spool, len(groups))
     left_out: Counter[str] = Counter()
     with atomic_file(work / SKIPPED) as file:

@@ -2,9 +2,9 @@
 
 A chunk is a directory that one worker writes from a run of consecutive parts: `text` (the documents' UTF-8, or their
 ids where the source holds such, one after the other), `table` (one row per document: what deduplication and planning
-need), `names.jsonl` (one line per document: what only the shards need), `skipped.jsonl`, and `signatures` (MinHash, if
-asked for). Memory is bounded by one document here, and by one table row per document where the tables of all chunks are
-put together.
+need), `names.jsonl` (one line per document: what only the shards need), `skipped.jsonl`, `signatures` (MinHash, if
+asked for), and `fields.json` (which fields the records have, of sources of records). Memory is bounded by one document
+here, and by one table row per document where the tables of all chunks are put together.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bst_base.errors import UserError
 from bst_base.files import atomic_directory, atomic_file
 from data_pipeline.prepare.dedup import PERMUTATIONS, signature, signature_of
 from data_pipeline.prepare.text import TOKEN, TextConfig, stored_text
-from data_pipeline.sources import Document, Part, Skipped, Source
+from data_pipeline.sources import Document, Fields, Part, Skipped, Source
 from data_pipeline.sources.base import printable
 
 TABLE = np.dtype(
@@ -58,6 +58,8 @@ class ChunkDone(NamedTuple):
     """Bytes of its parts."""
     bad: int
     """Records of it that were left out because something is wrong with them."""
+    fields: Fields | None
+    """Which fields its records have; None where they have none, or it is not known."""
 
 
 def group_parts(parts: list[Part], size: int) -> list[tuple[Part, ...]]:
@@ -79,7 +81,7 @@ def extract_chunk(task: ChunkTask) -> ChunkDone:
         with atomic_directory(path) as partial:
             _write_chunk(partial, task)
     bad = sum(skipped.get("bad", False) for skipped in _skipped_in(path))
-    return ChunkDone(sum(part.size for part in task.parts), bad)
+    return ChunkDone(sum(part.size for part in task.parts), bad, _fields_in(path))
 
 
 def chunk_path(spool: Path, number: int) -> Path:
@@ -156,11 +158,27 @@ def _skipped_in(chunk: Path) -> Iterator[dict[str, Any]]:
         yield json.loads(line)
 
 
+def _fields_in(chunk: Path) -> Fields | None:
+    path = chunk / "fields.json"
+    if not path.exists():
+        return None
+    return Fields(**{name: set(fields) for name, fields in json.loads(path.read_bytes()).items()})
+
+
+def _write_fields(chunk: Path, fields: Fields) -> None:
+    record = {"missing": sorted(fields.missing), "there": sorted(fields.there)}
+    (chunk / "fields.json").write_text(json.dumps(record))
+
+
 def _write_chunk(path: Path, task: ChunkTask) -> None:
+    fields = None
     with ExitStack() as stack:
         files = ("text", "table", "names.jsonl", "skipped.jsonl", "signatures")
         texts, table, names, skips, signatures = (stack.enter_context((path / name).open("wb")) for name in files)
         for found in _documents(task):
+            if isinstance(found, Fields):
+                fields = found if fields is None else fields.and_of(found)
+                continue
             if isinstance(found, Skipped):
                 _write_line(skips, skipped_record(found))
                 continue
@@ -171,18 +189,23 @@ def _write_chunk(path: Path, task: ChunkTask) -> None:
             if task.signatures:
                 ids = np.frombuffer(text, TOKEN).astype(np.uint64) if task.source.tokenized else None
                 signatures.write((signature(text) if ids is None else signature_of(ids)).tobytes())
+    if fields is not None:
+        _write_fields(path, fields)
 
 
-def _documents(task: ChunkTask) -> Iterator[tuple[Document, bytes] | Skipped]:
+def _documents(task: ChunkTask) -> Iterator[tuple[Document, bytes] | Skipped | Fields]:
     for part in task.parts:
         for found in _read(task, part):
+            if isinstance(found, Fields):
+                yield found
+                continue
             stored = stored_text(found, task.text)
             if isinstance(stored, Skipped) and stored.bad and task.on_bad_record == "stop":
                 raise refusal(stored)
             yield stored
 
 
-def _read(task: ChunkTask, part: Part) -> Iterator[Document | Skipped]:
+def _read(task: ChunkTask, part: Part) -> Iterator[Document | Skipped | Fields]:
     """The documents of a part; what keeps the rest of it from being read counts as one bad record."""
     try:
         yield from task.source.read(part)

@@ -20,11 +20,12 @@ from data_pipeline.sources.packaged.linux import Linux
 from data_pipeline.sources.packaged.mathematics import Mathematics
 from data_pipeline.sources.parquet import Tables
 from data_pipeline.sources.pg19 import Pg19
+from data_pipeline.sources.records import Fields, RecordSource
 from data_pipeline.sources.stdlib import StandardLibrary
 from data_pipeline.sources.synthetic import SyntheticText
 from data_pipeline.sources.webdataset import WebDatasetTars
 
-__all__ = ["SOURCES", "AnySource", "Document", "Listing", "Part", "Skipped", "Source"]
+__all__ = ["SOURCES", "AnySource", "Document", "Fields", "Listing", "Part", "RecordSource", "Skipped", "Source"]
 
 _CLASSES = (
     StandardLibrary,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from data_pipeline.sources.archive import open_stream
-from data_pipeline.sources.base import Document, Part, Skipped
+from data_pipeline.sources.base import Part, Skipped
 from data_pipeline.sources.records import RecordSource
 
 _SUFFIXES = tuple(f".{name}{packed}" for name in ("jsonl", "json", "ndjson") for packed in ("", ".gz", ".xz", ".zst"))
@@ -36,25 +36,28 @@ class JsonLines(RecordSource):
             return [Part(name, size)]
         return [Part(name, min(_RANGE, size - start), start) for start in range(0, size, _RANGE)]
 
-    def read(self, part: Part) -> Iterator[Document | Skipped]:
-        split = self.split_of(part)
+    def records(self, part: Part) -> Iterator[tuple[str, Any, Iterable[str]]]:
         with open_stream(self.root / part.name) as file:
             lines = enumerate(file, start=1) if part.start < 0 else _lines_in(file, part.start, part.start + part.size)
             mark = "" if part.start < 0 else "byte "
             for place, line in lines:
                 if line.strip():
-                    yield self._document(line, f"{part.name}:{mark}{place}", split)
+                    where = f"{part.name}:{mark}{place}"
+                    record = _record(line, where)
+                    yield where, record, record if isinstance(record, dict) else ()
 
-    def _document(self, line: bytes, where: str, split: str) -> Document | Skipped:
-        if line.lstrip()[:1] == b"[":
-            remedy = "write its records a line each, as `jq -c '.[]'` does"
-            return Skipped(where, "a JSON array instead of a record", bad=True, remedy=remedy)
-        try:
-            return self.document(json.loads(line), where, split)
-        except UnicodeDecodeError as error:
-            return Skipped(where, f"not UTF-8 (byte {error.start} of the line)", bad=True)
-        except (ValueError, RecursionError) as error:
-            return Skipped(where, f"not JSON ({error})", bad=True)
+
+def _record(line: bytes, where: str) -> Any:
+    """What a line says, or why it cannot be told."""
+    if line.lstrip()[:1] == b"[":
+        remedy = "write its records a line each, as `jq -c '.[]'` does"
+        return Skipped(where, "a JSON array instead of a record", bad=True, remedy=remedy)
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError as error:
+        return Skipped(where, f"not UTF-8 (byte {error.start} of the line)", bad=True)
+    except (ValueError, RecursionError) as error:
+        return Skipped(where, f"not JSON ({error})", bad=True)
 
 
 def _lines_in(file: BinaryIO, start: int, stop: int) -> Iterator[tuple[int, bytes]]:

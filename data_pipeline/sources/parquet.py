@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bst_base.errors import UserError
-from data_pipeline.sources.base import Document, Part, Skipped
+from data_pipeline.sources.base import Part
 from data_pipeline.sources.records import RecordSource
 
 if TYPE_CHECKING:
@@ -41,40 +41,37 @@ class Tables(RecordSource):
             return super().parts_of(name, path)
         return [Part(name, table.row_group(i).total_byte_size, i) for i in range(table.num_row_groups)]
 
-    def read(self, part: Part) -> Iterator[Document | Skipped]:
-        split = self.split_of(part)
+    def records(self, part: Part) -> Iterator[tuple[str, Any, Iterable[str]]]:
         try:
-            for row, record in self._records(part):
-                yield self.document(record, f"{part.name}:{row}", split)
-        except ValueError as error:  # pyarrow's own errors are ValueErrors; those of this project come as they are
-            if isinstance(error, UserError):
-                raise
+            for row, record, names in self._rows(part):
+                yield f"{part.name}:{row}", record, names
+        except ValueError as error:  # pyarrow's own errors are ValueErrors
             raise UserError(f"{part.name}: damaged or cut short ({error}); get the file again") from None
 
-    def _records(self, part: Part) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(number in the file, row) of the rows of a part."""
+    def _rows(self, part: Part) -> Iterator[tuple[int, dict[str, Any], list[str]]]:
+        """(number in the file, row, names of all columns) of the rows of a part."""
         import pyarrow.parquet
 
         path = self.root / part.name
         if part.name.endswith(_ARROW):
             number = 0
             for batch in _arrow_batches(path):
-                yield from enumerate(batch.select(self._columns(batch.schema.names)).to_pylist(), start=number)
+                names = batch.schema.names
+                rows = batch.select(self._columns(names)).to_pylist()
+                yield from ((number + i, row, names) for i, row in enumerate(rows))
                 number += batch.num_rows
             return
         with pyarrow.parquet.ParquetFile(path) as table:
             number = sum(table.metadata.row_group(i).num_rows for i in range(part.start))
-            columns = self._columns(table.schema_arrow.names)
-            for batch in table.iter_batches(_ROWS, row_groups=[max(part.start, 0)], columns=columns):
-                yield from enumerate(batch.to_pylist(), start=number)
+            names = table.schema_arrow.names
+            for batch in table.iter_batches(_ROWS, row_groups=[max(part.start, 0)], columns=self._columns(names)):
+                yield from ((number + i, row, names) for i, row in enumerate(batch.to_pylist()))
                 number += batch.num_rows
 
     def _columns(self, there: list[str]) -> list[str]:
         """Which columns are read; all of them when none holds the text, so that the message can name them."""
-        texts = (self.text_field,) if isinstance(self.text_field, str) else self.text_field
-        others = (self.licence_field, self.group_field, self.split_field, self.title_field, *self.keep, *self.where)
-        asked = {part for name in (*texts, *others) for part in (name, name.partition(".")[0])}
-        held = {part for name in texts for part in (name, name.partition(".")[0])}
+        asked = {part: setting for name, setting in self.asked().items() for part in (name, name.partition(".")[0])}
+        held = {part for part, setting in asked.items() if setting == "text_field"}
         return [name for name in there if name in asked] if held.intersection(there) else there
 
 

@@ -4,15 +4,43 @@ out."""
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import Field
 
-from data_pipeline.sources.base import Document, Skipped
+from bst_base.errors import UserError
+from data_pipeline.sources.base import Document, Part, Skipped
 from data_pipeline.sources.tree import SPLIT_NAMES, FileSource
 
 _MISSING = object()
+_SHOWN = 20  # names of fields in a message
+
+
+@dataclass
+class Fields:
+    """Which fields some records have."""
+
+    missing: set[str]
+    """Those that the settings ask for, and that no record had so far."""
+    there: set[str] = field(default_factory=set)
+    """Those of the records: looked for only while any is missing."""
+
+    def note(self, record: Any, names: Iterable[str]) -> None:
+        """Look at a record, which has fields of these names."""
+        if not self.missing or not isinstance(record, Mapping):
+            return
+        self.missing = {name for name in self.missing if field_of(record, name) is _MISSING}
+        self.there.update(names)
+        for name, value in record.items():
+            if isinstance(value, Mapping):
+                self.there.update(f"{name}.{inner}" for inner in value)
+
+    def and_of(self, other: Fields) -> Fields:
+        """Which fields these records and others have."""
+        return Fields(self.missing & other.missing, self.there | other.there)
 
 
 class RecordSource(FileSource):
@@ -32,6 +60,40 @@ class RecordSource(FileSource):
     """Fields that are stored with the document, as `meta`."""
     where: dict[str, str | int | float | bool | tuple[str | int | float | bool, ...]] = Field(default_factory=dict)
     """Take only records whose field equals the value, or one of several: `{meta.language: [en, de], quality: good}`."""
+
+    def records(self, part: Part) -> Iterator[tuple[str, Any, Iterable[str]]]:
+        """(where it stands, record or why there is none, names of its fields) of each record of a part, in order; may
+        raise OSError or UserError when the rest of it cannot be read."""
+        raise NotImplementedError
+
+    def read(self, part: Part) -> Iterator[Document | Skipped | Fields]:
+        split, fields, cause = self.split_of(part), Fields(set(self.asked())), None
+        try:
+            for where, record, names in self.records(part):
+                fields.note(record, names)
+                yield record if isinstance(record, Skipped) else self.document(record, where, split)
+        except (OSError, UserError) as error:
+            cause = error
+        yield fields
+        if cause is not None:
+            raise cause
+
+    def asked(self) -> dict[str, str]:
+        """Each field that the settings name -> the setting that names it."""
+        single = ("licence_field", "group_field", "split_field", "title_field")
+        names = {name: setting for setting in single if (name := getattr(self, setting))}
+        texts = (self.text_field,) if isinstance(self.text_field, str) else self.text_field
+        several = {"where": self.where, "keep": self.keep, "text_field": texts}
+        return names | {name: setting for setting, asked in several.items() for name in asked}
+
+    def require(self, fields: Fields) -> None:
+        """Raises UserError for a field that the settings name and no record has, if there are any records."""
+        for name, setting in self.asked().items():
+            if name in fields.missing and fields.there:
+                near = difflib.get_close_matches(name, fields.there, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "correct or remove it"
+                there = ", ".join(sorted(fields.there)[:_SHOWN])
+                raise UserError(f"source.{setting}: no record has the field {name!r}; {hint} (fields there: {there})")
 
     def document(self, record: Any, where: str, split: str) -> Document | Skipped:
         """The document of a record, or why there is none. `split` is what the record's file says."""
@@ -67,7 +129,7 @@ class RecordSource(FileSource):
         if isinstance(record, Mapping) and any(name in record for name in names):
             return Skipped(where, "empty")
         there = (
-            ", ".join(sorted(record)[:20])
+            ", ".join(sorted(record)[:_SHOWN])
             if isinstance(record, Mapping)
             else f"no fields: the record is of type {type(record).__name__}"
         )

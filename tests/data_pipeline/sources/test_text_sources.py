@@ -17,7 +17,7 @@ from backports import zstd
 
 from bst_base.errors import UserError
 from bst_base.settings import ConfigError, parse
-from data_pipeline.sources import SOURCES, jsonl, tree
+from data_pipeline.sources import SOURCES, Document, jsonl, tree
 from data_pipeline.sources.pg19 import _titles
 
 
@@ -266,7 +266,7 @@ def test_a_large_json_file_is_many_parts_whose_lines_are_read_once(put, monkeypa
         root = put({"a.jsonl": lines(*rows).removesuffix(b"\n") + ending})
         source = SOURCES["jsonl"](path=root)
         parts = source.listing().parts
-        found = [document for part in parts for document in source.read(part)]
+        found = [item for part in parts for item in source.read(part) if isinstance(item, Document)]
         assert len(parts) > 100
         assert [d.content for d in found] == [row["text"] for row in rows]
         assert len({d.path for d in found}) == 200

@@ -1,0 +1,88 @@
+"""A field that the settings name and no record has is an error: a misspelt one would leave out every record, or do
+nothing."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from bst_base.errors import UserError
+from data_pipeline.prepare import corpus as preparing
+from tests.data_pipeline.prepare.conftest import text
+
+ROWS = [{"text": text(i), "language": "en", "meta": {"url": f"u{i}"}} for i in range(60)]
+ROWS[-1]["rare"] = "x"
+
+
+@pytest.fixture(params=["jsonl", "many chunks", "gzip", "parquet"])
+def source(request, tmp_path: Path, monkeypatch) -> dict[str, Any]:
+    """The same records in files of several kinds, with a field that only the last one has."""
+    monkeypatch.setattr(preparing, "_CHUNK_BYTES", 2000 if request.param == "many chunks" else 8 << 20)
+    root = tmp_path / "records"
+    root.mkdir()
+    for half, rows in enumerate((ROWS[:30], ROWS[30:])):
+        if request.param == "parquet":
+            table = pyarrow.Table.from_pylist(rows, pyarrow.Table.from_pylist(ROWS[-1:]).schema)
+            pyarrow.parquet.write_table(table, root / f"{half}.parquet", row_group_size=7)
+            continue
+        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        packed = request.param == "gzip"
+        (root / f"{half}.jsonl{'.gz' if packed else ''}").write_bytes(gzip.compress(lines) if packed else lines)
+    return {"kind": "parquet" if request.param == "parquet" else "jsonl", "path": str(root)}
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ({"where": {"langage": "en"}}, r"source\.where: no record has the field 'langage'; did you mean 'language'\?"),
+        ({"keep": ["meta.urls"]}, r"source\.keep: no record has the field 'meta\.urls'; did you mean 'meta\.url'\?"),
+        ({"licence_field": "zzz"}, r"source\.licence_field: .* 'zzz'; correct or remove it \(fields there: language, "),
+        ({"text_field": ["title", "text"]}, r"source\.text_field: no record has the field 'title'"),
+    ],
+)
+def test_a_field_that_no_record_has_is_named_with_the_nearest(run, source, setting, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        run(source={**source, **setting}, tokenizer={"vocab_size": 300})
+
+
+def test_a_field_that_one_record_has_is_taken(run, source, tmp_path: Path) -> None:
+    named = {"keep": ["rare", "meta.url"], "where": {"language": ["en", "de"]}}
+    manifest, _ = run(source={**source, **named}, tokenizer={"vocab_size": 300})
+    assert sum(info.documents for infos in manifest.splits.values() for info in infos) == 60
+
+
+def test_it_is_named_too_where_the_rest_of_a_file_cannot_be_read(run, tmp_path: Path) -> None:
+    """What was read before the damage counts, so that a field which stands only there is not called missing."""
+    root = tmp_path / "records"
+    root.mkdir()
+    lines = ["".join(json.dumps(row) + "\n" for row in rows).encode() for rows in (ROWS[:29:-1], ROWS[:30])]
+    (root / "a.jsonl.gz").write_bytes(gzip.compress(lines[0], 0)[:-20_000])
+    (root / "b.jsonl").write_bytes(lines[1])
+    source = {"kind": "jsonl", "path": str(root)}
+    settings = {"tokenizer": {"vocab_size": 300}, "on_bad_record": "skip"}
+    with pytest.raises(UserError, match=r"source\.keep: no record has the field 'rares'; did you mean 'rare'\?"):
+        run(source={**source, "keep": ["rares"]}, **settings)
+    manifest, _ = run(source={**source, "keep": ["rare"]}, **settings)
+    assert 30 < sum(info.documents for infos in manifest.splits.values() for info in infos) < 60
+
+
+def test_an_interrupted_preparation_still_knows_the_fields_of_what_was_read(run, tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    settings = {"source": {"kind": "jsonl", "path": str(path), "keep": ["rares"]}, "tokenizer": {"vocab_size": 300}}
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(preparing, "reduce", stopped)  # all chunks are written then
+        run(**settings)
+    monkeypatch.setattr("data_pipeline.prepare.spool._write_chunk", lambda *_: pytest.fail("a chunk is read again"))
+    with pytest.raises(UserError, match=r"source\.keep: no record has the field 'rares'; did you mean 'rare'\?"):
+        run(**settings)
