@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import pytest
 import torch
@@ -73,6 +74,7 @@ def counting(model: LanguageModel, *inputs: Tensor) -> Iterator[LiveBytes]:
         yield live
 
 
+@cache
 def held(policy: str, depth: int, every: int = 2) -> tuple[int, int]:
     """Bytes that live between the passes, and those of them that the policy keeps in the host's memory."""
     model = build(policy, depth, every=every)
