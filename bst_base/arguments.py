@@ -24,7 +24,7 @@ def at_least(least: int) -> Callable[[str], int]:
 def seconds(text: str) -> float:
     """For argparse: a time above zero, in seconds."""
     if not (found := float(text)) > 0:
-        raise argparse.ArgumentTypeError(f"{text} is no time: give seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text} is not a duration: give seconds above 0")
     return found
 
 

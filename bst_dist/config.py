@@ -131,7 +131,7 @@ class Recipe(Config):
         if isinstance(self.data, LongRangeConfig):
             self.data.require_fit(self.model, self.parallel)
             if self.train.z_loss:
-                raise ValueError("train.z_loss: there is none for the classes of a task; leave it out")
+                raise ValueError("train.z_loss: not available for classification tasks; leave it out")
         if self.optimizer.kind == "muon" and self.model.parametrisation.kind != "standard":
             raise ValueError(
                 "optimizer.kind muon: CompleteP's rates are derived for AdamW; set model.parametrisation.kind to "
@@ -139,19 +139,17 @@ class Recipe(Config):
             )
         known = ["validation", *self.evaluation.corpora]
         if "validation" in self.evaluation.corpora:
-            raise ValueError("evaluation.corpora.validation: the run's own set is called so; choose another name")
+            raise ValueError("evaluation.corpora.validation: this is the name of the run's own set; choose another")
         if self.checkpoint.keep_best_on not in known:
             raise ValueError(
-                f"checkpoint.keep_best_on {self.checkpoint.keep_best_on!r}: evaluated are {', '.join(known)}"
+                f"checkpoint.keep_best_on {self.checkpoint.keep_best_on!r}: not evaluated; choose {' or '.join(known)}"
             )
         if self.evaluation.corpora and not isinstance(self.data, DataConfig):
-            raise ValueError("evaluation.corpora: this run learns no text")
+            raise ValueError("evaluation.corpora: this run does not train on text; leave it out")
         if self.branch and self.branch.step >= self.train.steps:
-            raise ValueError(
-                f"branch.step {self.branch.step} leaves none of the {self.train.steps} steps (train.steps)"
-            )
+            raise ValueError(f"branch.step {self.branch.step} must be below train.steps, {self.train.steps}")
         if self.branch and self.initial_weights:
-            raise ValueError("branch and initial_weights: a run begins at one of them, not at both")
+            raise ValueError("branch and initial_weights both say where the run starts; set only one")
         return self
 
     @model_validator(mode="after")

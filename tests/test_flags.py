@@ -58,7 +58,7 @@ def test_what_an_option_needs_is_an_option_of_the_command(name):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--workers", "2", "--hostfile", "hosts"], "--workers does not go with --hostfile"),
+        (["--workers", "2", "--hostfile", "hosts"], "--workers cannot be combined with --hostfile"),
         (["--hostfile", "hosts", "--sbatch=-p x"], "--sbatch means nothing without --slurm"),
     ],
 )

@@ -221,9 +221,9 @@ def open_shards(checkpoint: Path, kind: str, own: int | None = None, manifest: d
     manifest = manifest or read_manifest(checkpoint)
     files = {name: record for name, record in manifest["files"].items() if name.startswith(f"{kind}-")}
     if not files and kind == AVERAGED:
-        raise CheckpointError(f"{checkpoint}: without averaged weights: train.average was not set when it was written")
+        raise CheckpointError(f"{checkpoint}: has no averaged weights: train.average was not set when it was written")
     if not files:
-        raise CheckpointError(f"{checkpoint}: of the weights alone, without {kind} files")
+        raise CheckpointError(f"{checkpoint}: holds only weights, no {kind} files")
     if INDEX not in manifest:
         likely = None if own is None else checkpoint / shard_file(kind, own)
         return Shards(Headers((checkpoint / name for name in sorted(files)), likely))

@@ -63,12 +63,12 @@ def read_hostfile(path: Path) -> list[Host]:
             continue
         host, counts = _host(text, f"{path}:{number}")
         if host.name in hosts and not (counts and host.name in bare):
-            raise HostError(f"{path}:{number}: {host.name} stands there twice: give it one line with all its slots")
+            raise HostError(f"{path}:{number}: {host.name} is listed twice: give it one line with all its slots")
         before = hosts[host.name].slots if host.name in hosts else 0
         hosts[host.name] = Host(host.name, host.slots + before, host.devices)
         bare |= {host.name} if counts else set()
     if not hosts:
-        raise HostError(f"{path}: names no host: write a line `name slots=RANKS` for each")
+        raise HostError(f"{path}: no host in it: write a line `name slots=RANKS` for each")
     return list(hosts.values())
 
 
@@ -113,8 +113,8 @@ def _slurm_slots(tasks: str, nodes: int) -> Sequence[int]:
     for part in tasks.split(","):
         found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if found is None:
-            raise HostError(f"SLURM_TASKS_PER_NODE is {tasks!r}, which names no number of tasks for each node")
+            raise HostError(f"SLURM_TASKS_PER_NODE is {tasks!r}, which does not say how many tasks a node has")
         slots += [int(found[1])] * int(found[2] or 1)
     if len(slots) != nodes:
-        raise HostError(f"SLURM_TASKS_PER_NODE {tasks!r} speaks of {len(slots)} nodes, the allocation has {nodes}")
+        raise HostError(f"SLURM_TASKS_PER_NODE {tasks!r} is for {len(slots)} nodes, but the allocation has {nodes}")
     return slots

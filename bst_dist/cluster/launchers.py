@@ -143,7 +143,7 @@ def _refuse_users(hosts: Sequence[Host]) -> None:
     """MPI's launchers take no user in a host's name."""
     for host in hosts:
         if host.address != host.name:
-            raise UserError(f"{host.name}: mpirun takes no user in a host's name: give it a line `User` in "
+            raise UserError(f"{host.name}: mpirun accepts no user in a host name: set `User` in "
                             "~/.ssh/config, or use --launcher pdsh")  # fmt: skip
 
 

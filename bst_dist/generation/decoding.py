@@ -54,7 +54,7 @@ class Generation:
             never: (V,) bool, ids that are not to be drawn.
         """
         if not all(prompts.values()):
-            raise ValueError("nothing to read: the logits are those after a token")
+            raise ValueError("no token to read: the logits are those after the last token")
         self.model, self.sampling, self._never = model.eval(), sampling, never
         self._running = [
             _Row(prompt, sample, draws_of(sampling.seed, prompt, sample), list(prompts[prompt]))

@@ -83,7 +83,7 @@ def _copy_one(storage: RemoteStorage, found: FoundFile, path: Path) -> FoundFile
     with full_disk_explained(path), atomic_file(path) as file:
         size = sum(file.write(data) for data in storage.chunks(found.name, found.size))
         if found.size is not None and size != found.size:
-            raise UserError(f"{storage.where}/{found.name}: {size:,} bytes came of {found.size:,}; start again")
+            raise UserError(f"{storage.where}/{found.name}: {size:,} bytes received of {found.size:,}; start again")
     return found
 
 

@@ -73,7 +73,7 @@ class NanoGpt(TokenSource):
         found = np.dtype(dtype).newbyteorder("<")
         if version is None:
             if size % found.itemsize:
-                raise UserError(f"{path}: {size:,} bytes are no whole number of {dtype} ids; set source.dtype")
+                raise UserError(f"{path}: {size:,} bytes are not a whole number of {dtype} ids; set source.dtype")
             return _Ids(path, found, 0, size // found.itemsize)
         count = (size - 4 * _HEADER) // found.itemsize
         if words[1:] != [version, count]:

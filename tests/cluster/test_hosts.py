@@ -48,12 +48,12 @@ def test_a_host_has_a_name_for_ssh_for_the_network_and_for_slurm(name, address, 
     ("text", "said"),
     [
         ("node-01 slots\n", "hosts:1: 'node-01 slots' is not a host"),
-        ("a slots=1\na\n", "a stands there twice"),
+        ("a slots=1\na\n", "a is listed twice"),
         ("a slots=3 devices=0,1\n", "3 slots, but 2 devices"),
         ("a slots=1\nb slots=0\n", "hosts:2"),
         ("a slots=two\n", "hosts:1"),
-        ("a slots=1\na slots=1\n", "a stands there twice"),
-        ("# nothing\n", "names no host"),
+        ("a slots=1\na slots=1\n", "a is listed twice"),
+        ("# nothing\n", "no host in it"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, text, said):

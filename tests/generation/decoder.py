@@ -32,6 +32,6 @@ class Decoder:
     def read(self, ids: Sequence[int]) -> Tensor:
         """Take in `ids` after all that was read before; the logits of the token that follows, (V,)."""
         if not ids:
-            raise ValueError("nothing to read: the logits are those after a token")
+            raise ValueError("no token to read: the logits are those after the last token")
         (hidden,) = self._rows.read(self.model, [torch.tensor(ids)])
         return self.model.logits(hidden)

@@ -106,7 +106,7 @@ def test_the_run_evaluates_it_and_it_leaves_the_house(go, tmp_path, unmeasured, 
 
     without = go("without", until=1)
     assert main(["eval", str(without), "--averaged"]) == 2
-    assert "without averaged weights: train.average was not set when it was written" in capsys.readouterr().err
+    assert "has no averaged weights: train.average was not set when it was written" in capsys.readouterr().err
 
 
 def literal_loss(run: Path, model: torch.nn.Module, sequences: int) -> float:

@@ -118,7 +118,10 @@ def test_a_corpus_that_is_missing_or_has_other_tokens_is_refused_before_ranks_st
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"checkpoint": {"keep_best_on": "nubmers"}}, "keep_best_on 'nubmers': evaluated are validation, numbers"),
+        (
+            {"checkpoint": {"keep_best_on": "nubmers"}},
+            "keep_best_on 'nubmers': not evaluated; choose validation or numbers",
+        ),
         ({"evaluation": {"corpora": {"validation": "x"}}}, "evaluation.corpora"),
         ({"evaluation": {"corpora": {"a b": "x"}}}, "evaluation.corpora"),
     ],

@@ -54,7 +54,7 @@ def equality(one: Path, other: Path) -> Equality:
             metrics[name] = max(metrics.get(name, 0.0), difference)
     checkpoints = [newest_valid(run_dir) for run_dir in (one, other)]
     if checkpoints[0].name != checkpoints[1].name:
-        raise UserError(f"{checkpoints[0]} and {checkpoints[1]}: the runs have not come equally far")
+        raise UserError(f"{checkpoints[0]} and {checkpoints[1]}: the runs are at different steps")
     weights = _weights(*map(load_weights, checkpoints))
     return Equality(
         (str(one), str(other)),

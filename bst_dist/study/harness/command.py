@@ -67,7 +67,7 @@ def _manager(own_tasks: Path | None, names: list[str]) -> TaskManager:
     if own_tasks is None:
         return TaskManager()
     if not any(own_tasks.rglob("*.yaml")):
-        raise HarnessError(f"--harness-tasks {own_tasks}: no task there, that is no .yaml file")
+        raise HarnessError(f"--harness-tasks {own_tasks}: no task there (no .yaml file)")
     own = TaskManager(include_path=str(own_tasks), include_defaults=False)
     if set(names) <= set(own.all_subtasks):
         return own

@@ -55,7 +55,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
 def check_training(args: argparse.Namespace) -> None:
     """Raise UserError for options that do not go together."""
     if args.workers is not None and args.hostfile is not None:
-        raise UserError("--workers does not go with --hostfile: a host's slots say how many runs it trains at a time")
+        raise UserError("--workers cannot be combined with --hostfile: slots say how many runs a host trains")
 
 
 def train(args: argparse.Namespace, study: Study) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def planned(runs: Sequence[Run], device: Accelerator, per_node: int,
             ranks = recipe.ranks or 1
             nodes = -(-ranks // per_node)
             if ranks % nodes:
-                raise UserError(f"{run.name}: {ranks} ranks are no whole number on {nodes} nodes of {per_node}")
+                raise UserError(f"{run.name}: {ranks} ranks cannot be divided over {nodes} nodes of {per_node}")
             way = Planner(recipe, Cluster(nodes, ranks // nodes, device)).as_written()
             if not way.fits:
                 raise UserError(

@@ -73,7 +73,7 @@ def adopt_tokenizer(path: Path, config: TokenizerConfig) -> Tokenizer:
     if is_tiktoken(model):
         return HuggingFaceTokenizer(adopted(as_json(model, config.tiktoken, str(path)), path, config), str(path))
     if config.tiktoken:
-        raise UserError(f"tokenizer.tiktoken: {path} is no file of tiktoken's: leave it out")
+        raise UserError(f"tokenizer.tiktoken: {path} is not a tiktoken file: leave it out")
     if _is_json(model):
         return HuggingFaceTokenizer(adopted(model, path, config), str(path))
     return SentencePieceTokenizer(without_changes(model, str(path)), str(path))

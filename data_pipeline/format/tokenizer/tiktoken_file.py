@@ -54,7 +54,7 @@ def as_json(model: bytes, config: TiktokenConfig | None, where: str) -> bytes:
     try:
         split = Split(Regex(config.pat_str), "isolated")
     except Exception as error:  # the library raises no narrower one
-        raise UserError(f"tokenizer.tiktoken.pat_str: no regular expression: {error}") from None
+        raise UserError(f"tokenizer.tiktoken.pat_str: not a regular expression: {error}") from None
     backend.pre_tokenizer = Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
     backend.decoder = ByteLevelDecoder()
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])

@@ -43,7 +43,7 @@ def require_seats(weights: Sequence[float], seats: int, what: str) -> list[int]:
     for number, (weight, seat) in enumerate(zip(weights, seated, strict=True)):
         if weight > 0 and seat == 0:
             raise UserError(
-                f"mixture weights {list(weights)}: the weight of corpus {number} ({weight:g}) comes to none of "
+                f"mixture weights {list(weights)}: the weight of corpus {number} ({weight:g}) is too small for any of "
                 f"{seats} {what}; raise it, or set it to 0"
             )
     return seated

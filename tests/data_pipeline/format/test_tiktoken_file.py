@@ -96,7 +96,7 @@ def test_a_pattern_that_takes_a_special_token_whole_does_not_make_text_of_it(pat
 @pytest.mark.parametrize(
     "changes, says",
     [
-        ({"pat_str": "("}, "tokenizer.tiktoken.pat_str: no regular expression"),
+        ({"pat_str": "("}, "tokenizer.tiktoken.pat_str: not a regular expression"),
         ({"pat_str": r"\p{N}{1,3}+|."}, r"'\{1,3\}\+' means something else .* write '\{1,3\}'"),
         (
             {"special_tokens": {END: 5}},
@@ -138,5 +138,5 @@ def test_a_file_that_cannot_be_used_is_named(path, ranks, tmp_path):
     with pytest.raises(UserError, match=r"gap\.tiktoken: .* without an id 0"):
         adopt_tokenizer(gap, config(ranks))
     (tmp_path / "tokenizer.json").write_bytes(adopt_tokenizer(path, config(ranks)).model)
-    with pytest.raises(UserError, match=r"tokenizer\.tiktoken: .* is no file of tiktoken's: leave it out"):
+    with pytest.raises(UserError, match=r"tokenizer\.tiktoken: .* is not a tiktoken file: leave it out"):
         adopt_tokenizer(tmp_path / "tokenizer.json", config(ranks))

@@ -103,7 +103,7 @@ def test_damaged_files_of_ids_are_named(read_all, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"y\.bin: version 1 with 9 ids in its header, 4 in the file"):
         read_all("nanogpt", path=tmp_path / "y.bin", **IDS)
     (tmp_path / "z.bin").write_bytes(b"123")
-    with pytest.raises(UserError, match=r"z\.bin: 3 bytes are no whole number of uint16 ids; set source\.dtype"):
+    with pytest.raises(UserError, match=r"z\.bin: 3 bytes are not a whole number of uint16 ids; set source\.dtype"):
         read_all("nanogpt", path=tmp_path / "z.bin", **IDS)
 
 

@@ -88,7 +88,7 @@ def test_runs_of_unequal_length_are_refused(make_run):
 
 
 def test_runs_that_ended_elsewhere_are_refused(make_run):
-    with pytest.raises(UserError, match="not come equally far"):
+    with pytest.raises(UserError, match="the runs are at different steps"):
         equality(make_run("one"), make_run("other", steps=(3,)))
 
 

@@ -61,5 +61,5 @@ def test_what_does_not_fit_is_refused_by_name(runs):
 
 def test_ranks_that_do_not_share_nodes_evenly_are_refused(runs):
     five = replace(runs[0], recipe=runs[0].recipe.model_copy(update={"ranks": 5}))
-    with pytest.raises(UserError, match="5 ranks are no whole number on 2 nodes of 3"):
+    with pytest.raises(UserError, match="5 ranks cannot be divided over 2 nodes of 3"):
         planned([five], H100, 3, lambda *_: None)

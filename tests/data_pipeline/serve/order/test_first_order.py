@@ -76,7 +76,7 @@ def test_order_version_1_is_pinned() -> None:
 
 
 def test_a_weight_too_small_for_a_single_place_is_refused() -> None:
-    with pytest.raises(UserError, match=r"corpus 1 .* comes to none of 1024 positions"):
+    with pytest.raises(UserError, match=r"corpus 1 .* is too small for any of 1024 positions"):
         QuotaMixture([(0, [1.0, 0.0001])], seed=0)
 
 
