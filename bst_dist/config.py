@@ -58,15 +58,15 @@ def _data_kind(section: Any) -> str:
 
 class Recipe(Config):
     name: str = Field(pattern=r"^[\w.-]+$")
-    """What the run is called: its directory is runs/<name> unless --run-dir says otherwise."""
+    """The run's name: its directory is runs/<name> unless --run-dir says otherwise."""
     paths_from: Path | None = None
-    """Folder that relative paths in this recipe start from. Filled in by the program: the folder of the recipe's
-    file; for a file in launch/, the folder that holds launch/; for one that an installed bst brought, and where this is
-    null, the working directory."""
+    """Folder that relative paths in this recipe start from. Filled in by the program: the recipe's folder; for a file
+    in launch/, the folder that holds launch/; for a recipe that comes with an installed bst, and when this is null, the
+    working directory."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Seed of the initial weights and of the order of the data."""
+    """Seed of the initial weights and of the data order."""
     ranks: int | None = Field(None, ge=1, le=2**20)
-    """Ranks that `bst train` starts on this machine; null: one for each accelerator, or one where there is none."""
+    """Ranks that `bst train` starts on this machine; null: one per accelerator, or one if there is none."""
     model: ModelConfig
     data: Annotated[
         Annotated[DataConfig, Tag("text")]
@@ -74,27 +74,28 @@ class Recipe(Config):
         | Annotated[SyntheticConfig, Tag("synthetic")],
         Discriminator(_data_kind),
     ]
-    """What is learnt: the text of a corpus; with `synthetic` sequences that are computed (data_pipeline/synthetic); or
-    with `task` the classes of a task's examples (bst_dist/study/lra)."""
+    """What the run learns from: the text of a corpus; with `synthetic`, computed sequences (data_pipeline/synthetic);
+    with `task`, the classes of a task's examples (bst_dist/study/lra)."""
     train: TrainConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()
     deepspeed: NameOrPath = "zero1"
-    """The DeepSpeed strategy, completed from the recipe: the name of a file of ds_configs/, or the path of your own."""
+    """DeepSpeed strategy: the name of a file in ds_configs/, or the path of your own. The recipe fills in the rest."""
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     compile: bool | None = None
-    """Run each layer as one compiled graph in training, on CUDA. null: wherever that can be done, which the header of a
-    run says; true: or end with the reason; false: never. What was run on a GPU: docs/gpu.md."""
+    """Compile each layer into one graph for training on CUDA. null: where possible (the run's header says); true:
+    required, so where it is impossible the run ends with the reason; false: never. What was run on a GPU:
+    docs/gpu.md."""
     deterministic: bool = False
-    """Compute the same bits from start to start on a GPU, by kernels that add in a fixed order and are slower. On a CPU
-    training does so anyway."""
+    """On a GPU, compute the same bits at every start, with slower kernels that add in a fixed order. CPU training
+    always does."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     branch: BranchConfig | None = None
-    """The checkpoint of another run from which this one continues, with its optimizer and data; null: none."""
+    """Continue from another run's checkpoint, with its optimizer state and its place in the data; null: no."""
     initial_weights: InitialWeightsConfig | None = None
-    """Another run's weights to start from, for fine-tuning; null: random ones."""
+    """Start from another run's weights, for fine-tuning; null: from random weights."""
     guard: GuardConfig = GuardConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     log: LogConfig = LogConfig()

@@ -11,11 +11,12 @@ from bst_base.settings import Config
 
 class ActivationCheckpointingConfig(Config):
     policy: Literal["none", "every-layer", "every-kth-layer", "selective", "offload"] = "none"
-    """none: keep all activations; every-layer: keep each layer's input and run the layer again in the backward pass;
-    every-kth-layer: do so with one layer in `every`; selective: run each layer again but for attention and the
-    matrix products at least as deep as wide, which are kept; offload: every-layer, the inputs in the host's memory."""
+    """none: keep all activations; every-layer: keep only each layer's input and recompute the layer in the backward
+    pass; every-kth-layer: do so for one layer in `every`; selective: recompute each layer except attention and the
+    matrix products whose inner dimension is at least their output width; offload: as every-layer, with the inputs in
+    host memory."""
     every: int = Field(2, ge=2, le=10_000)
-    """every-kth-layer: one layer in this many is run again, the first being layer 0."""
+    """For every-kth-layer: recompute one layer in this many, starting with layer 0."""
 
     def runs_again(self, index: int) -> bool:
         """Whether layer `index`, counted from 0, is run again in the backward pass."""

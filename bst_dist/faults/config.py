@@ -11,27 +11,27 @@ from bst_base.settings import Config
 
 class GuardConfig(Config):
     non_finite: Literal["stop", "skip", "roll-back"] = "stop"
-    """When the loss or the gradient is infinite or NaN: stop: end the run; skip: skip the step and its data; roll-back:
-    reload the last scheduled checkpoint and skip the data from there to this step."""
+    """What to do when the loss or the gradient is infinite or NaN. stop: end the run; skip: skip the step and its data;
+    roll-back: reload the last scheduled checkpoint and skip the data from there to this step."""
     spike: Literal["ignore", "stop", "skip", "roll-back"] = "ignore"
-    """What to do when the loss jumps; as above."""
+    """What to do when the loss jumps: ignore, or one of the same actions."""
     spike_deviations: float = Field(10.0, gt=0, le=1e9, allow_inf_nan=False)
-    """A loss is a spike when it is this many standard deviations above the median of the steps before it (estimated
-    from the median absolute deviation)."""
+    """A loss is a spike when it is this many standard deviations (estimated from the median absolute deviation) above
+    the median of the steps before it."""
     spike_window: int = Field(128, ge=8, le=2**20)
-    """Steps that this median is taken over; with fewer, no spike is detected."""
+    """Number of steps that the median is taken over; before there are so many, no spike is detected."""
     most: int = Field(3, ge=0, le=2**40)
-    """How many skips and rollbacks are allowed within ..."""
+    """Skips and rollbacks allowed within `within` steps' worth of data; the next one ends the run."""
     within: int = Field(1000, ge=1, le=2**40)
-    """... this many steps' worth of data; the next one ends the run."""
+    """Length of that window, in steps' worth of data."""
 
 
 class WatchdogConfig(Config):
     limit_s: float = Field(480.0, ge=0, le=1e9, allow_inf_nan=False)
-    """Seconds that a rank may stay in one phase of a step without communicating; the first step compiles, and a
-    checkpoint that is not written in the background is one phase. Then the job ends with status 70 and names the rank
-    that blocks it; 0: no watchdog. The default is below the 600 s after which NCCL and DeepSpeed end a job without
-    naming anybody; their limit follows this one."""
+    """Seconds that a rank may spend in one phase of a step without communicating; after that the job ends with status
+    70 and names the rank that blocks it. 0: no watchdog. Allow for compilation in the first step, and for a checkpoint
+    that is not written in the background: that is one phase. NCCL and DeepSpeed would end a job after 600 s without
+    naming a rank; their limit follows this one."""
 
     @property
     def exchange_limit_s(self) -> float | None:

@@ -18,18 +18,18 @@ class AttentionConfig(Config):
     """Self-attention inside the sliding window."""
 
     position: Literal["t5", "rope"] = "t5"
-    """Relative position: T5's learned bias by distance, or rotary embedding, which fused kernels support."""
+    """Relative position: T5's learned bias per distance, or rotary embedding, which fused kernels support."""
     buckets: int = Field(32, ge=2, le=4096)
     """T5: learned biases per head."""
     max_distance: int = Field(128, ge=2, le=2**20)
-    """T5: distance from which all tokens share the last bucket."""
+    """T5: from this distance on, all tokens share the last bucket."""
     rope_base: float = Field(10_000.0, gt=1, le=1e12, allow_inf_nan=False)
     """RoPE: base of the wavelengths."""
     kv_heads: int | None = Field(None, ge=1, le=2**16)
-    """Heads of keys and values, each shared by as many heads of queries (GQA, arXiv 2305.13245); must divide the heads;
-    None: as many as heads. The past and what ranks of a sequence send shrink with it; cross-attention has all heads."""
+    """Key and value heads for grouped-query attention (arXiv 2305.13245); must divide the heads. null: as many as
+    heads. Fewer of them shrink the cache and what sequence-parallel ranks send. Cross-attention keeps all heads."""
     include_self: bool = True
-    """Whether a token attends to itself. meliad's mask leaves it out: the W strictly previous tokens."""
+    """Whether a token attends to itself. false: only to the W tokens before it, as in meliad."""
 
     @model_validator(mode="after")
     def _check(self) -> AttentionConfig:
@@ -47,12 +47,12 @@ class ContextConfig(Config):
     variant: Literal["SH", "MH", "MF"] = "SH"
     """Single-head, multi-head or multi-filter."""
     states: int = Field(32, ge=1, le=65536)
-    """MF: number of filters S, hence of context states per block."""
+    """MF: number of filters S, which is also the number of context states per block."""
     ssm_width: int | None = Field(None, ge=1, le=2**20)
-    """Channels of the SSM, Ds; None: a quarter of the model's width, an eighth for MF."""
+    """SSM channels Ds; null: a quarter of the model's width, or an eighth for MF."""
     attend: Literal["current", "previous"] = "current"
-    """SH and MH: the states of the current block, causally, or all of the previous block's (the other reading of the
-    paper's text)."""
+    """SH and MH: attend to the current block's states, causally, or to all of the previous block's (another reading of
+    the paper's text)."""
 
     @model_validator(mode="after")
     def _check(self) -> ContextConfig:
@@ -71,9 +71,9 @@ class SSMConfig(Config):
     """The state space model inside a layer."""
 
     kernel: Literal["s4d"] = "s4d"
-    """Diagonal state space; the other kernels have sections of their own (kernels.py)."""
+    """Diagonal state space. Each other kernel has its own settings (kernels.py)."""
     state: int = Field(16, ge=2, le=65536, multiple_of=2)
-    """Real state size N a channel: N/2 complex modes."""
+    """Real state size N per channel: N/2 complex modes."""
     init: Literal["lin", "inv", "legs"] = "lin"
     """Initial frequencies Im A (arXiv 2206.11893, section 4): S4D-Lin, S4D-Inv, or the normal part of HiPPO-LegS."""
     dt_min: float = Field(1e-3, gt=0, le=1e3, allow_inf_nan=False)
@@ -94,9 +94,9 @@ class DPLRConfig(Config):
     """S4's structured kernel."""
 
     kernel: Literal["s4-dplr"]
-    """Diagonal plus low rank, by Cauchy kernel and Woodbury's identity."""
+    """Diagonal plus low rank, computed by a Cauchy kernel and Woodbury's identity."""
     state: int = Field(16, ge=2, le=4096, multiple_of=2)
-    """Real state size N a channel: N/2 complex modes."""
+    """Real state size N per channel: N/2 complex modes."""
     dt_min: float = Field(1e-3, gt=0, le=1e3, allow_inf_nan=False)
     """Smallest initial step; steps are log-uniform per channel. 1/dt is the time scale in tokens."""
     dt_max: float = Field(1e-1, gt=0, le=1e3, allow_inf_nan=False)
@@ -116,40 +116,40 @@ class FilterConfig(Config):
 
     chunk: ClassVar[int] = 1  # nothing is aligned to chunks: any number of tokens can be computed at once
     length: int = Field(ge=1, le=2**30)
-    """Trained length K in tokens: the taps of the filter. In longer sequences a token sees the K last inputs."""
+    """Filter length K in tokens, as trained. In longer sequences a token sees only the last K inputs."""
     fast_decay: float = Field(0.3, gt=0, le=1e6, allow_inf_nan=False)
-    """The window of the fastest channel is down to 1/100 at this fraction of the trained length."""
+    """The window of the fastest channel falls to 1/100 at this fraction of the trained length."""
     slow_decay: float = Field(1.5, gt=0, le=1e6, allow_inf_nan=False)
-    """The same of the slowest channel; the others lie between, evenly in their rates (as in Hyena)."""
+    """The same for the slowest channel; the rates of the others are evenly spaced between the two (as in Hyena)."""
 
 
 class ExplicitConfig(FilterConfig):
     """A filter whose values are parameters."""
 
     kernel: Literal["explicit"] = "explicit"
-    """Free values under a decaying window."""
+    """The filter's values are free parameters, under a decaying window."""
 
 
 class HyenaConfig(FilterConfig):
     """A filter computed from its positions by a small network."""
 
     kernel: Literal["hyena"] = "hyena"
-    """Implicit values: a network with sines over an embedding of the position, under a decaying window."""
+    """The filter's values come from a network with sines on a position embedding, under a decaying window."""
     hidden: int = Field(64, ge=1, le=65536)
     """Width of the network."""
     hidden_layers: int = Field(3, ge=1, le=100)
-    """Layers with sines before the linear one."""
+    """Number of sine layers before the linear one."""
     bands: int = Field(16, ge=1, le=65536)
-    """Frequencies of the position's embedding: 1 + 2 bands features."""
+    """Frequencies in the position embedding: it has 1 + 2 bands features."""
     sine: float = Field(10.0, gt=0, le=1e6, allow_inf_nan=False)
-    """Initial frequency of the sines: higher makes rougher filters."""
+    """Initial frequency of the sines; higher values give rougher filters."""
 
 
 class SelectiveConfig(Config):
     """What selective state spaces share."""
 
     state: int = Field(64, ge=1, le=65536)
-    """State N of each channel."""
+    """State size N of each channel."""
     dt_min: float = Field(1e-3, gt=0, le=1e3, allow_inf_nan=False)
     """Smallest initial step; steps are log-uniform per head."""
     dt_max: float = Field(1e-1, gt=0, le=1e3, allow_inf_nan=False)
@@ -170,7 +170,7 @@ class SSDConfig(SelectiveConfig):
     kernel: Literal["ssd"]
     """Mamba-2's state space: decay, input and read-out depend on the token."""
     head: int = Field(16, ge=1, le=65536)
-    """Channels with one decay; must divide the SSM's width."""
+    """Channels that share one decay; must divide the SSM's width."""
 
 
 class NoConvolutionConfig(Config):
@@ -201,7 +201,7 @@ class TransformerXLConfig(Config):
     """The segments of Transformer-XL."""
 
     window: int = Field(2048, ge=1, le=2**24)
-    """Tokens of a segment, and keys that each token sees; a multiple of the block."""
+    """Segment length in tokens, and the number of keys that each token sees; a multiple of the block."""
 
 
 class BlockRecurrentConfig(Config):
@@ -215,18 +215,18 @@ class GSSConfig(Config):
     """The widths of a gated state space layer; its SSM is the section `ssm` (state: 512 as published)."""
 
     gate: int = Field(4, ge=1, le=1024)
-    """The gated path is this many times as wide as the model."""
+    """Width of the gated path, as a multiple of the model's width."""
     reduce: int = Field(4, ge=1, le=1024)
-    """The SSM is this many times narrower than the model; must divide its width."""
+    """The SSM's width is the model's width divided by this; must divide it."""
 
 
 class Mamba2Config(SelectiveConfig):
     """A Mamba-2 layer."""
 
     expand: int = Field(2, ge=1, le=1024)
-    """The SSM is this many times as wide as the model."""
+    """Width of the SSM, as a multiple of the model's width."""
     head: int = Field(64, ge=1, le=65536)
-    """Channels with one decay; must divide the SSM's width."""
+    """Channels that share one decay; must divide the SSM's width."""
     convolution: int = Field(4, ge=1, le=1024)
     """Taps of the convolution before the SSM."""
 
@@ -235,7 +235,7 @@ class GatedDeltaNetConfig(Config):
     """A Gated DeltaNet layer; its heads are the model's."""
 
     expand: int = Field(2, ge=1, le=1024)
-    """A head's values are this many times as wide as its keys."""
+    """Width of a head's values, as a multiple of the width of its keys."""
     dt_min: float = Field(1e-3, gt=0, le=1e3, allow_inf_nan=False)
     """Smallest initial step of the decay; steps are log-uniform per head."""
     dt_max: float = Field(1e-1, gt=0, le=1e3, allow_inf_nan=False)
@@ -256,7 +256,7 @@ class FullAttentionConfig(Config):
     """Full causal attention."""
 
     longest: int = Field(16384, ge=1, le=2**30)
-    """The longest sequence or stream in tokens; a longer one is refused: time is quadratic in it, a cache linear."""
+    """Longest sequence or stream allowed, in tokens. Time grows with its square, the cache linearly."""
 
 
 MIXER_SECTIONS: dict[str, tuple[str, ...]] = {
@@ -289,17 +289,17 @@ class LayerConfig(Config):
     width: int = Field(ge=1, le=2**20)
     """Model width D."""
     heads: int = Field(ge=1, le=2**16)
-    """Attention heads H; must divide the width, unless head_width is given."""
+    """Attention heads H; must divide the width unless head_width is set."""
     head_width: int | None = Field(None, ge=1, le=2**20)
-    """Width of a head, dh; None: width / heads. Given, heads x head_width need not be the width: the paper's large
-    model has 16 heads of 128 at a width of 1024."""
+    """Width of a head, dh; null: width / heads. heads x head_width may differ from the width: the paper's large model
+    has 16 heads of 128 at width 1024."""
     ffn: int = Field(ge=1, le=2**22)
     """Width M of the feed-forward network."""
     activation: Literal["relu", "relu2", "gelu", "swiglu"] = "relu"
-    """Between the maps of the feed-forward network: relu; relu2, its square; gelu; swiglu: SiLU times a second map of
-    the input, so a third matrix: at two thirds of the width M it has as many parameters."""
+    """Activation of the feed-forward network: relu, relu2 (its square), gelu, or swiglu (SiLU times a second projection
+    of the input). swiglu has a third matrix: two thirds of the width M give the same number of parameters."""
     block: int = Field(ge=1, le=2**20)
-    """The attention window and the unit everything is aligned to, in tokens (W)."""
+    """Block length W in tokens: the attention window, and the unit that everything is aligned to."""
     attention: AttentionConfig = AttentionConfig()
     context: ContextConfig = ContextConfig()
     ssm: KernelConfig = SSMConfig()
@@ -368,17 +368,17 @@ class ModelConfig(LayerConfig):
     """A stack of layers: `mixer` at the places named, `filler` everywhere else."""
 
     vocab_size: int | None = Field(None, ge=2, le=2**24)
-    """Vocabulary V; None: the corpus's."""
+    """Vocabulary size V; null: the corpus's."""
     depth: int = Field(ge=1, le=10_000)
     """Number of layers."""
     mixer: Literal[tuple(MIXER_SECTIONS)]  # type: ignore[valid-type]
-    """The layer under study."""
+    """The mixer of the layers under study."""
     placement: list[int] | Literal["all"] = "all"
-    """Where `mixer` stands, counted from 0: [1, 7, 9] are the 2nd, 8th and 10th layer."""
+    """Layers that use `mixer`, counted from 0: [1, 7, 9] are the 2nd, 8th and 10th."""
     filler: Literal[tuple(MIXER_SECTIONS)] = "sliding"  # type: ignore[valid-type]
-    """The layer everywhere else."""
+    """The mixer of all other layers."""
     tied: bool = True
-    """Whether the embedding is the output head's matrix as well; otherwise the head has one of its own."""
+    """Use the embedding as the output head's matrix too; false: the head has its own."""
     parametrisation: ParametrisationConfig = StandardConfig()
 
     @model_validator(mode="after")

@@ -43,7 +43,7 @@ class StandardConfig(Config):
     """The usual parametrisation."""
 
     kind: Literal["standard"] = "standard"
-    """One learning rate for all shapes: the best one falls with the width and the depth."""
+    """One learning rate for all shapes. The best value falls as width and depth grow."""
 
     def branch(self, depth: int) -> float:
         """What the output of a residual branch is multiplied by."""
@@ -70,11 +70,11 @@ class CompletePConfig(Config):
     """CompleteP: what is tuned at the base shape holds at every width and depth."""
 
     kind: Literal["completep"]
-    """The learning rate is that of the base shape, whatever the width and depth."""
+    """The learning rate is given for the base shape and holds for every width and depth."""
     base_width: int = Field(ge=1, le=2**20)
-    """Width at which the rates, the decay and eps hold as they are given."""
+    """Width at which the learning rates, the weight decay and eps apply as given."""
     base_depth: int = Field(ge=1, le=10_000)
-    """Number of layers at which they do."""
+    """Number of layers at which they apply as given."""
 
     def branch(self, depth: int) -> float:
         return self.base_depth / depth

@@ -12,7 +12,7 @@ class ParallelConfig(Config):
     """How a global batch is spread over the ranks; what sp leaves is data-parallel."""
 
     sp: int = Field(1, ge=1, le=2**20)
-    """Ranks that share one sequence, each holding a slice of L / sp tokens."""
+    """Sequence-parallel ranks: they share one sequence, each with a slice of L / sp tokens."""
 
 
 class MeshError(UserError):

@@ -14,8 +14,8 @@ from bst_base.settings import Config
 
 class AverageConfig(Config):
     decay: float = Field(0.999, gt=0, lt=1, allow_inf_nan=False)
-    """Share of the average that stays in a step; at first less, (1 + step) / (10 + step), so that the random weights of
-    the beginning are soon forgotten."""
+    """Decay of the average per step: the share of the old average that is kept. Early steps use less, (1 + step) / (10
+    + step), so that the random initial weights are soon forgotten."""
 
 
 SetName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
@@ -26,9 +26,9 @@ class BatchChange(Config):
     """Another number of sequences from a step on."""
 
     step: int = Field(gt=0, le=2**40)
-    """First step with so many."""
+    """First step with this batch size."""
     sequences: int = Field(ge=1, le=2**40)
-    """Sequences of a step."""
+    """Sequences per step."""
 
 
 class LengthChange(Config):
@@ -37,47 +37,53 @@ class LengthChange(Config):
     step: int = Field(gt=0, le=2**40)
     """First step with this length."""
     sequence_length: int = Field(ge=1, le=2**40)
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
 
 
 class TrainConfig(Config):
     steps: int = Field(ge=1, le=2**40)
-    """Steps of the whole run: the schedule ends here."""
+    """Steps of the whole run; the schedule ends here."""
     sequence_length: int = Field(ge=1, le=2**40)
-    """Tokens L of a sequence; a multiple of the block."""
+    """Context length L in tokens; a multiple of the block."""
     length_changes: tuple[LengthChange, ...] = ()
-    """Where the length of sequences changes, in increasing steps: `[{step: 2000, sequence_length: 4096}]`. Text alone;
-    no token is read twice or left out for it, and `sequences` and learning rates stay as they are."""
+    """Steps at which the sequence length changes, in increasing order: `[{step: 2000, sequence_length: 4096}]`. For
+    text only. No token is read twice or skipped; `sequences` and learning rates stay the same."""
     sequences: int = Field(ge=1, le=2**40)
-    """Sequences of a step over all ranks (the global batch); any number of data-parallel ranks up to it will do."""
+    """Global batch: sequences per step over all ranks. It works with any number of data-parallel ranks up to this
+    number."""
     sequence_changes: tuple[BatchChange, ...] = ()
-    """Where the number of sequences changes, in increasing steps: `[{step: 1000, sequences: 512}]` warms the batch up.
-    In shuffled mode alone; learning rates stay as they are."""
+    """Steps at which the global batch changes, in increasing order: `[{step: 1000, sequences: 512}]` is a batch
+    warm-up. For shuffled mode only. Learning rates stay the same."""
     micro_sequences: int = Field(1, ge=1, le=2**40)
-    """Most sequences that a rank processes at once; the rest of its share follows, accumulated into one step."""
+    """Micro-batch: the most sequences that a rank processes at once. It gets through its share of the batch by gradient
+    accumulation."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16: matrix products in bfloat16 under autocast; parameters, SSM dynamics and reductions in fp32."""
+    """bf16: matrix products in bfloat16 under autocast, and parameters, SSM dynamics and reductions in fp32; fp32: all
+    in fp32."""
     gradient_clipping: float = Field(1.0, ge=0, le=1e9, allow_inf_nan=False)
-    """Largest global gradient norm; 0: no clipping."""
+    """Maximum global gradient norm; 0: no clipping."""
     z_loss: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
-    """Weight of a second loss, the mean over tokens of log^2 Z, where Z is the sum of the exponentials of a token's
-    logits: it keeps them from drifting (PaLM, arXiv 2204.02311, section 5, has 1e-4). In no loss that is reported."""
+    """Weight of the z-loss: the mean of log^2 Z over tokens, where Z is the sum of the exponentials of a token's
+    logits. It keeps the logits from drifting (PaLM uses 1e-4: arXiv 2204.02311, section 5). Reported losses do not
+    include it."""
     carry: bool = False
-    """Carry the past of each row to the next step (data.mode streaming); values only, no gradient goes back."""
+    """Carry each row's state over to the next step (data.mode streaming). No gradient flows back across steps."""
     slice_tokens: int | None = Field(None, ge=1, le=2**40)
-    """Tokens of a slice, a multiple of model.block x parallel.sp that divides the sequence: forward and backward go
-    slice by slice, with the gradients of the whole sequence, in the memory of one slice. None: a sequence at once."""
+    """Process each sequence slice by slice, forward and backward, in the memory of one slice; gradients are those of
+    the whole sequence. Tokens per slice: a multiple of model.block x parallel.sp that divides the sequence. null: no
+    slices."""
     edges: Literal["device", "host", "disk"] = "device"
-    """Where the state between slices is kept until the backward pass: device; host: in host memory; disk: in a file in
-    the folder for temporary files (TMPDIR), so that memory does not grow with the length."""
+    """Where the states between slices wait for the backward pass: device: on the device; host: in host memory; disk: in
+    a temporary file (in TMPDIR), so that memory does not grow with the length."""
     edges_every: int = Field(1, ge=1)
-    """Keep the state before every k-th slice only, and run the slices between once more for theirs: about slices / k
-    states are kept, for nearly one forward pass more. Fewest at the square root of the slices."""
+    """Keep only the state before every k-th slice, and recompute the others in the backward pass: about slices / k
+    states are kept, for nearly one more forward pass. Memory is lowest with k at the square root of the number of
+    slices."""
     average: AverageConfig | None = None
-    """Keep an exponential average of the weights, of which `train.average.decay` (0.999) stays in a step: evaluated
-    beside the weights, in checkpoints, exported by `bst export --averaged`. A rank averages what it updates: 4 bytes
-    per parameter, divided by the ranks under ZeRO. It changes nothing in the training, and may be set or left out when
-    a run is resumed. null: none."""
+    """Keep an exponential moving average of the weights, with decay `train.average.decay` (0.999). It is evaluated next
+    to the weights, saved in checkpoints and exported by `bst export --averaged`. Each rank averages what it updates: 4
+    bytes per parameter, divided by the ranks under ZeRO. Training itself does not change, so you may add or remove it
+    when you resume. null: no average."""
 
     @model_validator(mode="after")
     def _changes_follow_each_other(self) -> TrainConfig:
@@ -133,23 +139,25 @@ class TrainConfig(Config):
 
 class EvaluationConfig(Config):
     every: int = Field(500, ge=0, le=2**40)
-    """Steps between two evaluations; the run's last step always has one; 0: only that one."""
+    """Steps between evaluations; the last step always has one. 0: evaluate only at the last step."""
     sequences: int = Field(64, ge=1, le=2**40)
-    """Validation sequences, of the training length (its last, if it changes), to evaluate on: each once, the same ones
-    on any number of ranks."""
+    """Number of validation sequences, each evaluated once; the same ones on any number of ranks. They have the training
+    length (the last one, if it changes)."""
     corpora: dict[SetName, CorpusAddress] = Field({})
-    """Further prepared corpora, by a name of your own: as many sequences of the validation split of each are evaluated
+    """More prepared corpora to evaluate, under names of your own: `sequences` sequences of each one's validation split,
     at the same steps, with the standard error over sequences. They need the run's tokenizer."""
 
 
 class OptimizerConfig(Config):
     kind: Literal["adamw", "muon"] = "adamw"
-    """adamw; muon: the matrices inside the layers by Muon, all else by AdamW, at the same rates. An update of Muon is
-    the momentum's nearest orthogonal matrix, as large in root mean square as AdamW's (arXiv 2502.16982)."""
+    """adamw; or muon: Muon for the matrices inside the layers and AdamW for all else, at the same learning rates.
+    Muon's update is the orthogonal matrix nearest to the momentum, scaled to AdamW's root mean square (arXiv
+    2502.16982)."""
     learning_rate: float = Field(1e-3, gt=0, le=1e3, allow_inf_nan=False)
-    """Peak rate of matrices and vectors; under CompleteP that of the base shape, and wide matrices have less."""
+    """Peak learning rate of matrices and vectors. Under CompleteP it is that of the base shape; wider matrices get
+    less."""
     ssm_learning_rate: float = Field(1e-3, gt=0, le=1e-3, allow_inf_nan=False)
-    """Peak rate of the SSM dynamics, which are trained at 1e-3 or less whatever the rest uses."""
+    """Peak learning rate of the SSM dynamics; at most 1e-3, whatever the other rate is."""
     weight_decay: float = Field(0.1, ge=0, le=1e3, allow_inf_nan=False)
     """Decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101), on matrices only."""
     beta1: float = Field(0.9, ge=0, lt=1, allow_inf_nan=False)
@@ -159,7 +167,7 @@ class OptimizerConfig(Config):
     eps: float = Field(1e-8, gt=0, le=1, allow_inf_nan=False)
     """Added to the root of the second moment."""
     momentum: float = Field(0.95, ge=0, lt=1, allow_inf_nan=False)
-    """Decay of Muon's momentum, which looks ahead as Nesterov's does; beta1, beta2 and eps are AdamW's."""
+    """Decay of Muon's Nesterov momentum; beta1, beta2 and eps are AdamW's."""
 
     @model_validator(mode="after")
     def _momentum_is_muon_s(self) -> OptimizerConfig:
@@ -170,27 +178,27 @@ class OptimizerConfig(Config):
 
 class ScheduleConfig(Config):
     kind: Literal["wsd", "cosine"] = "wsd"
-    """wsd: constant after the warm-up, then a decay over the last steps, so that runs of several lengths can branch off
-    one constant part; cosine: half a period from the end of the warm-up to the last step."""
+    """wsd: constant after warm-up, then a decay over the last steps, so that runs of several lengths can branch off the
+    constant part; cosine: half a cosine period from the end of warm-up to the last step."""
     warmup_steps: int = Field(100, ge=0, le=2**40)
-    """Steps over which the rate rises linearly from 0; step 0 already moves."""
+    """Steps of linear warm-up. The rate rises from 0, and is above 0 already in step 0."""
     decay_fraction: float = Field(0.2, ge=0, le=1, allow_inf_nan=False)
-    """Share of all steps that wsd's decay takes."""
+    """Fraction of all steps that wsd's decay takes."""
     decay_shape: Literal["1-sqrt", "linear"] = "1-sqrt"
-    """How wsd's decay falls."""
+    """Shape of wsd's decay."""
     final_fraction: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
-    """Rate at the last step as a fraction of the peak."""
+    """Learning rate at the last step, as a fraction of the peak."""
 
 
 class BranchConfig(Config):
     run: str
-    """The trunk's run directory, from this run's own directory: ../trunk."""
+    """Run directory of the trunk (the run to branch from), relative to this run's directory: ../trunk."""
     step: int = Field(ge=1, le=2**40)
-    """The trunk's step to continue from; checkpoint.at in the trunk's recipe keeps that checkpoint."""
+    """Step of the trunk to continue from; checkpoint.at in the trunk's recipe keeps that checkpoint."""
 
 
 class InitialWeightsConfig(Config):
     run: LocalPath
     """The other run's directory; `bst import` makes one of an exported model."""
     step: int = Field(ge=1, le=2**40)
-    """Its weights after this step."""
+    """Use its weights after this step."""

@@ -28,31 +28,31 @@ class PrepareConfig(Config):
     """One corpus: what it is made from, and how. One YAML file is one of these."""
 
     source: AnySource
-    """Where the text comes from: `kind` and the settings of that kind (see `bst data sources`)."""
+    """Where the text comes from: `kind`, and the settings of that kind (see `bst data sources`)."""
     output: Annotated[places.LocalPath, BeforeValidator(_made_here)]
     """Directory of the prepared corpus."""
     continues: LocalPath | None = None
-    """A corpus made with these settings when the source had fewer documents: its shards and its tokenizer are kept, and
-    what is new in the source is added in further shards. The corpus there stays as it is."""
+    """A corpus made with the same settings when the source had fewer documents. Its shards and its tokenizer are kept,
+    and what is new in the source is added in further shards. That corpus itself does not change."""
     text: TextConfig = TextConfig()
-    """What is done to the text first."""
+    """What to do to the text first."""
     deduplicate: DedupConfig = DedupConfig()
     """What counts as a duplicate."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """How the tokenizer is made."""
     validation_fraction: float = Field(0.05, ge=0.0, lt=1.0)
-    """Share of the clusters of documents that go to validation, unless the source says which do."""
+    """Share of the document clusters that go to validation, unless the source decides."""
     shard_bytes: int = Field(64 << 20, ge=1)
-    """Bytes of text in a shard: the unit of parallel work, and of what is done again after an interruption."""
+    """Bytes of text per shard: the unit of parallel work, and of what is repeated after an interruption."""
     seed: int = 0
     """Decides which clusters go to validation."""
     on_bad_record: Literal["stop", "skip"] = "stop"
-    """A record, file or directory that cannot be read, or is not what it should be: stop at the first, or leave it out
-    and list it in skipped.jsonl."""
+    """When a record, file or directory cannot be read or is malformed: `stop` at the first; `skip` it and list it in
+    skipped.jsonl."""
     bad_record_limit: int = Field(1000, ge=0)
-    """How many may be left out before the preparation stops after all."""
+    """Maximum number of skipped records; one more stops the preparation."""
     workers: int | None = Field(None, ge=1)
-    """Processes; by default one for each CPU. Under `mpirun -n N`: N - 1 ranks work, whatever is said here."""
+    """Number of processes; by default one per CPU. Under `mpirun -n N`, N - 1 ranks work, whatever this says."""
 
     @model_validator(mode="after")
     def _tokens_have_a_vocabulary(self) -> PrepareConfig:

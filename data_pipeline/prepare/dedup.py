@@ -36,7 +36,7 @@ class DedupConfig(Config):
     method: Literal["none", "exact", "minhash"] = "minhash"
     """`exact`: equal text; `minhash`: also texts whose word 5-grams mostly agree."""
     similarity: float = Field(0.8, gt=0.0, lt=1.0)
-    """Estimated Jaccard similarity from which `minhash` takes two texts for the same."""
+    """`minhash` treats two texts as duplicates from this estimated Jaccard similarity on."""
 
 
 class Clusters:

@@ -30,13 +30,13 @@ class TextConfig(Config):
     """What is done to a document's text before it is stored; by default nothing."""
 
     undecodable: Literal["stop", "skip", "replace", "latin-1"] = "stop"
-    """A document that is not UTF-8: do as `on_bad_record` says, skip and record it, put U+FFFD for each bad byte, or
-    read it as Latin-1."""
+    """What to do with a document that is not UTF-8: follow `on_bad_record`, skip and record it, replace each bad byte
+    by U+FFFD, or read it as Latin-1."""
     normalise: tuple[Literal["newlines", "nfc"], ...] = ()
     """Steps, in order: `newlines` writes CR LF and CR as LF, `nfc` composes Unicode characters."""
     filters: tuple[Annotated[NameOrPath, AfterValidator(check_name)], ...] = ()
-    """Functions of yours that change texts or leave documents out, after that, in order: path/to/file.py:function. They
-    run with your rights: only those that you trust."""
+    """Then your own functions, in this order, which change texts or drop documents: path/to/file.py:function. They run
+    with your rights: use only those that you trust."""
 
 
 def stored_text(found: Document | Skipped, config: TextConfig) -> tuple[Document, bytes] | Skipped:

@@ -28,7 +28,7 @@ class WeightChange(Config):
     step: int = Field(gt=0, le=2**40)
     """First step with these weights."""
     weights: tuple[float, ...]
-    """One for each corpus, in their order."""
+    """One weight per corpus, in the same order."""
 
 
 def _checked(corpus: Any) -> Any:
@@ -40,27 +40,29 @@ class DataConfig(Config):
 
     # Checked before the union, which shows what it was given when no branch fits.
     corpus: Annotated[Address | tuple[MixedCorpus, ...], BeforeValidator(_checked)]
-    """Directory or address of a prepared corpus; or a list of them with weights."""
+    """Directory or address of a prepared corpus; or a list of corpora with weights."""
     weight_changes: tuple[WeightChange, ...] = ()
-    """Where the weights of a mixture change, in increasing steps."""
+    """Steps at which the mixture's weights change, in increasing order."""
     mode: Literal["shuffled", "streaming"] = "shuffled"
-    """`shuffled`: sequences in random order; `streaming`: each row reads on where it stopped the step before."""
+    """`shuffled`: sequences in random order; `streaming`: each row continues where it stopped in the step before."""
     documents: Literal["joined", "isolated", "masked"] = "joined"
-    """`joined`: one stream, as in the paper; `masked`: the same stream without padding, but no token sees another
-    document's (intra-document masking), exactly; `isolated`: the same, with each document padded to the block."""
+    """`joined`: documents form one stream, as in the paper; `masked`: the same stream, without padding, but no token
+    sees another document's (intra-document masking, exact); `isolated`: the same masking, with each document padded to
+    the block."""
     packing: Literal["stream", "best_fit"] = "stream"
-    """`stream`: sequences are cut from the stream of the documents wherever their ends fall; `best_fit`: documents are
-    taken in an order in which few are cut that a sequence could hold whole. Neither pads anything for it."""
+    """`stream`: the stream of documents is cut into sequences wherever their ends fall; `best_fit`: documents are
+    reordered so that few are cut that would fit into one sequence. Neither adds padding."""
     prefetch: int | None = Field(None, ge=0, le=2**16)
-    """Steps read ahead; 0 reads in the caller's thread. By default 2, and 8 where a corpus is read over a network, four
-    of them at a time."""
+    """Steps to read ahead; 0: read in the caller's thread. null: 2, or 8 when a corpus is read over a network, four of
+    them in parallel."""
     max_passes: float | None = Field(None, gt=0, le=1e9, allow_inf_nan=False)
-    """Most passes over any corpus by the last step of a run; a run that would make more does not start."""
+    """Maximum number of passes (epochs) over any corpus in the whole run; a run that would exceed it does not start."""
     on_bad_shard: Literal["stop", "skip"] = "stop"
-    """`skip` leaves damaged or missing tokens out of the loss, and records them, where `stop` raises an error."""
+    """When tokens are damaged or missing: `stop`: raise an error; `skip`: leave them out of the loss and record
+    them."""
 
     storage: StorageConfig = StorageConfig()
-    """How corpora that are not on this machine's disk are read."""
+    """How to read corpora that are not on this machine's disk."""
 
     @model_validator(mode="after")
     def _weights_fit(self) -> DataConfig:

@@ -30,9 +30,10 @@ class Arxiv(FileSource):
     kind: Literal["arxiv"] = "arxiv"
     """TeX sources of arXiv papers, as distributed."""
     comments: Literal["keep", "strip"] = "strip"
-    """TeX comments, text after the end of the document included: authors did not mean to publish them."""
+    """What to do with TeX comments, and with text after the end of the document: authors did not mean to publish
+    them."""
     licence: str = "arXiv, by paper"
-    """Licence recorded for every document."""
+    """Licence to record for every document."""
 
     def wanted(self, name: str) -> bool:
         return name.endswith((".tar", ".gz", *_TEX))

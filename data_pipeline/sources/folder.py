@@ -20,9 +20,9 @@ class Folder(FileSource):
     kind: Literal["folder"] = "folder"
     """A folder of text files."""
     pattern: str = "**/*.txt"
-    """Which files, as a glob relative to the folder."""
+    """Files to take, as a glob relative to the folder."""
     licence: str = "unknown"
-    """Licence recorded for every document."""
+    """Licence to record for every document."""
 
     def wanted(self, name: str) -> bool:
         return _pattern(self.pattern).fullmatch(name) is not None

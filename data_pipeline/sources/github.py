@@ -24,7 +24,7 @@ class Github(Source):
     kind: Literal["github"] = "github"
     """Repositories: a checkout, a tarball or a zip each."""
     path: LocalPath
-    """The directory of the repositories; or one checkout (it has a `.git`), tarball or zip."""
+    """Directory of the repositories; or one checkout (with a `.git`), tarball or zip."""
 
     def listing(self) -> Listing:
         path = self.path.expanduser()

@@ -22,7 +22,7 @@ class Pg19(FileSource):
     kind: Literal["pg19"] = "pg19"
     """PG-19 as released: train/, validation/, test/ and metadata.csv."""
     own_splits: Literal[True] = True
-    """Always: the release has its splits."""
+    """Always true: the release has its own splits."""
 
     def wanted(self, name: str) -> bool:
         return name.partition("/")[0] in _SPLITS and _BOOK.fullmatch(name) is not None

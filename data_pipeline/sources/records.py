@@ -47,19 +47,19 @@ class RecordSource(FileSource):
     """Base of sources whose files hold records. Fields may be nested: `meta.language` is `language` inside `meta`."""
 
     text_field: str | tuple[str, ...] = "text"
-    """Which field holds the text; of several, those that a record has are joined with a blank line between them."""
+    """Field that holds the text. With several, those that a record has are joined with a blank line between them."""
     licence_field: str = ""
-    """Which field holds the licence, if any does."""
+    """Field that holds the licence, if any."""
     group_field: str = ""
-    """Which field names what must not be split between train and validation (a work, a repository), if any does."""
+    """Field that names what must not be split between train and validation (a work, a repository), if any."""
     split_field: str = ""
-    """Which field says train, validation (valid, val, dev) or test, if any does."""
+    """Field that says train, validation (valid, val, dev) or test, if any."""
     title_field: str = ""
-    """Which field holds what people call the document, if any does."""
+    """Field that holds the document's title, if any."""
     keep: tuple[str, ...] = ()
-    """Fields that are stored with the document, as `meta`."""
+    """Fields to store with the document, as `meta`."""
     where: dict[str, str | int | float | bool | tuple[str | int | float | bool, ...]] = Field(default_factory=dict)
-    """Take only records whose field equals the value, or one of several: `{meta.language: [en, de], quality: good}`."""
+    """Take only records whose field has this value, or one of several: `{meta.language: [en, de], quality: good}`."""
 
     def records(self, part: Part) -> Iterator[tuple[str, Any, Iterable[str]]]:
         """(where it stands, record or why there is none, names of its fields) of each record of a part, in order; may

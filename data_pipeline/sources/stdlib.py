@@ -37,7 +37,7 @@ class StandardLibrary(Source):
     kind: Literal["stdlib"] = "stdlib"
     """Python's standard library."""
     path: LocalPath = Field(default_factory=lambda: Path(sysconfig.get_path("stdlib")))
-    """The library's directory; by default the running interpreter's (in a virtual environment: its base's)."""
+    """Directory of the library; by default the running interpreter's (in a virtual environment, its base's)."""
 
     def listing(self) -> Listing:
         root = existing_directory(self.path, "a Python standard library")

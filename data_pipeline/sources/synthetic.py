@@ -19,22 +19,22 @@ ROWS = 1000
 
 
 class SyntheticText(Source):
-    """A synthetic task as text: a document is one row, a token of the task is a word of letters.
+    """A synthetic task as text: a document is one row, and each token of the task is a word of letters.
 
-    Word i is i in base 26 with the digits a to z. A tokenizer may cut a word into several pieces, so distances are in
-    words and not in tokens; the loss is over all tokens, those that cannot be told included.
+    Word i is i in base 26 with the digits a to z. A tokenizer may split a word into several pieces, so distances count
+    words, not tokens. The loss is over all tokens, including those that cannot be predicted.
     """
 
     kind: Literal["synthetic"] = "synthetic"
     """Rows of a synthetic task as words."""
     task: Task
-    """What the rows are, as in data.synthetic of a recipe."""
+    """Which task, as in data.synthetic of a recipe."""
     words: int = Field(512, ge=2, le=2**24)
-    """Words of a document."""
+    """Words per document."""
     documents: int = Field(1000, ge=1, le=2**40)
-    """How many there are."""
+    """Number of documents."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Other seeds draw other documents."""
+    """Another seed draws other documents."""
 
     @model_validator(mode="after")
     def _possible(self) -> SyntheticText:

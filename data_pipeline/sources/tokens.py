@@ -22,11 +22,11 @@ class TokenSource(FileSource):
     tokenized: ClassVar[bool] = True
 
     vocab_size: int | None = Field(None, ge=2, le=2**31)
-    """How many ids there are, where no tokenizer says it (tokenizer.reuse)."""
+    """Number of ids, if no tokenizer (tokenizer.reuse) gives it."""
     eos_id: int | None = Field(None, ge=0, lt=2**31)
-    """The id between documents in the files; by default that of the tokenizer."""
+    """The id between documents in the files; by default the tokenizer's."""
     licence: str = "unknown"
-    """Licence recorded for every document."""
+    """Licence to record for every document."""
 
     def told(self, tokenizer: Tokenizer) -> Self:
         """The same source, with what it does not say itself taken from the tokenizer."""

@@ -95,13 +95,13 @@ class FileSource(Source):
     """Base of sources that are a directory of files, or one file, each read on its own."""
 
     path: Annotated[CorpusAddress, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
-    """The directory of the files, or one file; or an address (s3://, gs://, https://), whose files are copied first."""
+    """A directory of files, or one file; or an address (s3://, gs://, https://), whose files are copied first."""
     storage_options: StoreOptions = Field(default_factory=dict)
-    """With an address: passed to the fsspec file system (an endpoint, a profile); `$NAME` is read from the environment,
-    and keys and passwords can only be given so."""
+    """For an address: passed to the fsspec file system (an endpoint, a profile). `$NAME` is read from the environment;
+    keys and passwords must be given this way."""
     own_splits: bool = False
-    """Keep the splits that the data comes with: the top directory is, or the file's name begins with or holds, one of
-    the words train, validation (valid, val, dev) and test."""
+    """Keep the data's own splits: the top directory's name is, or the file's name begins with or contains, train,
+    validation (valid, val, dev) or test."""
 
     def wanted(self, name: str) -> bool:
         """Whether a file, by its path below the root, is read."""

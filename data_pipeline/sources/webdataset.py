@@ -23,12 +23,12 @@ class WebDatasetTars(FileSource):
     kind: Literal["webdataset"] = "webdataset"
     """An existing WebDataset of text."""
     member: str = "txt"
-    """Which members hold text, by the ending of their names; members with `.gz`, `.xz` or `.zst` after it are
+    """Ending of the names of the members that hold text; members with a further `.gz`, `.xz` or `.zst` are
     decompressed."""
     text_field: str = "text"
-    """Which field holds the text when the member is JSON."""
+    """Field that holds the text when the member is JSON."""
     licence: str = "unknown"
-    """Licence recorded for every document."""
+    """Licence to record for every document."""
 
     def wanted(self, name: str) -> bool:
         return name.endswith(TAR_SUFFIXES)

@@ -54,24 +54,24 @@ class StorageConfig(Config):
     """How files that are not on this machine's disk are fetched."""
 
     cache_dir: LocalPath | None = None
-    """Directory for verified copies of whole shards, shared by all processes of a machine; the shards of this window of
-    the order and of the next are fetched ahead. Without one, ranges are read from the store at every use."""
+    """Cache for verified copies of whole shards, shared by all processes of a machine. Shards of the current and the
+    next shuffle window are fetched ahead. null: no cache; every use reads byte ranges from the store."""
     cache_bytes: int | None = Field(None, ge=1, le=2**62)
-    """Bytes that the copies may take up; those used longest ago are removed. None: they may grow to the size of the
+    """Maximum size of the cache; the least recently used copies are removed. null: it may grow to the size of the
     corpora."""
     attempts: int = Field(6, ge=1, le=1000)
-    """How often one read is tried before it is an error."""
+    """How often to try a read before it is an error."""
     backoff_s: float = Field(0.5, ge=0, le=1e9, allow_inf_nan=False)
     """Seconds before the second attempt; doubled for each further one, up to 30."""
     timeout_s: float = Field(30.0, gt=0, le=1e9, allow_inf_nan=False)
-    """Seconds without a byte after which an attempt is given up."""
+    """Give up an attempt after this many seconds without a byte."""
     deadline_s: float = Field(300.0, gt=0, le=1e9, allow_inf_nan=False)
-    """Seconds after which an attempt is given up, however steadily its bytes trickle."""
+    """Give up an attempt after this many seconds, even if bytes still arrive."""
     options: StoreOptions = Field(default_factory=dict)
-    """Passed to the fsspec file system: an endpoint, a profile, a project. `$NAME` is read from the environment;
-    keys, tokens and passwords can only be given so, since a recipe is written into its run directory."""
+    """Passed to the fsspec file system: an endpoint, a profile, a project. `$NAME` is read from the environment. Keys,
+    tokens and passwords must be given this way, because the recipe is written into the run directory."""
     allow_pipe: bool = False
-    """Run the shell commands of `pipe:` addresses; only for recipes whose author you trust."""
+    """Run the shell commands in `pipe:` addresses. Only for recipes whose author you trust."""
 
     @model_validator(mode="after")
     def _limit_has_a_cache(self) -> StorageConfig:

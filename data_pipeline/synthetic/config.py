@@ -36,12 +36,12 @@ class SyntheticConfig(Config):
     documents: ClassVar[str] = "joined"  # a row holds one sequence, or episodes that have nothing to do with each other
 
     synthetic: Task
-    """What is drawn, and how hard it is."""
+    """Which task, and how hard it is."""
     row_tokens: int | None = Field(None, ge=1, le=2**40)
-    """Tokens of a row, a multiple of train.sequence_length: a row is read over several steps, a sequence in each, and
-    train.carry can take its past along; evaluations read whole rows. Null: a row is one sequence."""
+    """Tokens per row, a multiple of train.sequence_length. Each step reads one sequence of the row, and train.carry can
+    carry the row's state along; evaluations read whole rows. null: a row is one sequence."""
     prefetch: int = Field(2, ge=0, le=2**16)
-    """Steps computed ahead by a thread; 0 computes in the caller's thread."""
+    """Steps to compute ahead in a thread; 0: compute in the caller's thread."""
 
     @property
     def mode(self) -> str:

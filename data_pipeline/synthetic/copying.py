@@ -19,11 +19,11 @@ class Copy(TaskConfig):
     """
 
     task: Literal["copy"]
-    """Repeat what stood `lag` tokens before."""
+    """Repeat the token that came `lag` tokens before."""
     lag: int = Field(ge=1, le=2**40)
-    """Tokens of the word."""
+    """Length of the word in tokens."""
     symbols: int = Field(16, ge=2, le=2**16)
-    """Different tokens."""
+    """Number of different tokens."""
 
     @property
     def vocabulary(self) -> int:
@@ -51,9 +51,9 @@ class SelectiveCopy(EpisodicConfig):
     task: Literal["selective-copy"]
     """Repeat the items of an episode without the blanks between them."""
     items: int = Field(16, ge=1, le=2**40)
-    """Items of an episode."""
+    """Items per episode."""
     symbols: int = Field(16, ge=2, le=2**16)
-    """Different items."""
+    """Number of different items."""
 
     @property
     def vocabulary(self) -> int:

@@ -22,17 +22,17 @@ class InContextRecall(EpisodicConfig):
     """
 
     task: Literal["in-context-recall"]
-    """Say what went with a key whenever it comes again."""
+    """Predict the value of a key that occurred before."""
     keys: int = Field(16, ge=1, le=2**16)
-    """Different keys of an episode, and tokens that they are made of."""
+    """Different keys per episode, and number of tokens that they are made of."""
     symbols: int = Field(16, ge=2, le=2**16)
-    """Different tokens that values are made of."""
+    """Number of tokens that values are made of."""
     longest: int = Field(1, ge=1, le=64)
-    """Tokens of the longest key and the longest value: more than 1 makes recall fuzzy."""
+    """Maximum length of keys and values in tokens; above 1, this is fuzzy recall."""
     noise: float = Field(0.0, ge=0, lt=1)
-    """Share of places between the pairs that hold a token of noise."""
+    """Share of places between the pairs that hold a noise token."""
     noises: int = Field(16, ge=1, le=2**16)
-    """Different tokens of noise."""
+    """Number of different noise tokens."""
 
     @property
     def vocabulary(self) -> int:
@@ -80,11 +80,11 @@ class Memorisation(EpisodicConfig):
     """
 
     task: Literal["memorisation"]
-    """Say the value that goes with a key in every row."""
+    """Predict the value of a key; it is the same in every row."""
     keys: int = Field(256, ge=1, le=2**16)
-    """Different keys, each with a fixed value."""
+    """Number of different keys, each with a fixed value."""
     symbols: int = Field(16, ge=2, le=2**16)
-    """Different values."""
+    """Number of different values."""
 
     @model_validator(mode="after")
     def _keys_differ(self) -> Memorisation:

@@ -18,9 +18,9 @@ class Induction(EpisodicConfig):
     """
 
     task: Literal["induction"]
-    """Say what followed the trigger when it last stood there."""
+    """Predict what followed the trigger the last time."""
     symbols: int = Field(16, ge=2, le=2**16)
-    """Different tokens beside the trigger."""
+    """Number of different tokens besides the trigger."""
 
     @property
     def vocabulary(self) -> int:
@@ -51,17 +51,17 @@ class AssociativeRecall(EpisodicConfig):
     """
 
     task: Literal["associative-recall"]
-    """Say the value that stood behind a key."""
+    """Predict the value that followed a key."""
     pairs: int = Field(8, ge=1, le=2**40)
-    """Pairs of an episode."""
+    """Pairs per episode."""
     queries: int | None = Field(None, ge=1, le=2**40)
-    """Keys that are asked for; null: all of them."""
+    """Number of keys to ask for; null: all of them."""
     keys: int = Field(32, ge=1, le=2**16)
-    """Different keys."""
+    """Number of different keys."""
     symbols: int = Field(32, ge=2, le=2**16)
-    """Different values."""
+    """Number of different values."""
     fillers: int = Field(1, ge=1, le=2**16)
-    """Different tokens that stand between the questions, drawn at random: more than 1 makes noise."""
+    """Number of different filler tokens between the questions, drawn at random; more than 1 makes noise."""
 
     @model_validator(mode="after")
     def _enough_keys(self) -> AssociativeRecall:
@@ -104,16 +104,16 @@ class Needle(TaskConfig):
     """
 
     task: Literal["needle"]
-    """Say the pass key that stood somewhere before."""
+    """Repeat the pass key that came somewhere before."""
     digits: int = Field(4, ge=1, le=2**40)
     """Digits of the key."""
     symbols: int = Field(10, ge=2, le=2**16)
-    """Different digits."""
+    """Number of different digits."""
     hay: int = Field(16, ge=1, le=2**16)
-    """Different tokens around the key."""
+    """Number of different tokens around the key."""
     distance: int | None = Field(None, ge=1, le=2**40)
-    """Tokens from a digit to its repetition, the question then standing wherever it fits; null: the question ends the
-    row, and the key stands at a random place before it."""
+    """Tokens from each digit to its repetition, with the question at any place where it fits. null: the question ends
+    the row, and the key is at a random place before it."""
 
     @model_validator(mode="after")
     def _apart(self) -> Needle:

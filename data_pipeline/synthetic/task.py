@@ -63,7 +63,7 @@ class EpisodicConfig(TaskConfig):
     """A task whose row is a series of independent episodes of equal length."""
 
     span: int | None = None
-    """Tokens of an episode; null: one episode fills the row. What is left at the end of a row does not count."""
+    """Tokens per episode; null: one episode fills the row. What is left over at the end of a row does not count."""
 
     @property
     @abstractmethod

@@ -20,11 +20,11 @@ class LatentUnigram(TaskConfig):
     """
 
     task: Literal["latent-unigram"]
-    """Learn the distribution of each sequence from the sequence."""
+    """Learn each sequence's token distribution from the sequence itself."""
     symbols: int = Field(64, ge=2, le=2**16)
-    """Different tokens, V."""
+    """Number of different tokens, V."""
     concentration: float = Field(1.0, gt=0, allow_inf_nan=False, le=1e9)
-    """Of the Dirichlet, for each symbol: the smaller, the fewer symbols a sequence uses."""
+    """Concentration of the Dirichlet prior, per symbol: a smaller one makes sequences use fewer symbols."""
 
     @property
     def vocabulary(self) -> int:

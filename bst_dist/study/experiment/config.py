@@ -12,23 +12,24 @@ from bst_dist.study.runs.config import Settings, StudyConfig, load_study, requir
 
 
 class MeasureConfig(Config):
-    """What is looked at once a run is done; each entry is a column of the table."""
+    """What to measure when a run is done; each entry is a column of the table."""
 
     validation: bool = True
     """Bits per byte of the run's last evaluation, on sequences of the training length."""
     task: bool = False
-    """Of a synthetic task: accuracy and nats per label of the run's last evaluation. Set `validation` to false."""
+    """For synthetic tasks: accuracy and nats per label of the run's last evaluation. Set `validation` to false."""
     task_beyond: int | None = Field(None, ge=1)
-    """With `task`: the same of the labels alone whose answer stands so many tokens back or more, a power of two."""
+    """With `task`: the same, but only for labels whose answer is at least this many tokens back (a power of two)."""
     lengths: list[int] = Field(default_factory=list)
-    """Bits per byte when the model forgets after so many tokens, for each of these lengths (multiples of model.block).
-    All lengths predict the same tokens of the validation documents."""
+    """Bits per byte of a model that forgets after this many tokens, for each of these lengths (multiples of
+    model.block). All lengths predict the same tokens of the validation documents."""
     tokens: int | None = Field(None, ge=1)
-    """Most tokens that `lengths` reads; null: all validation documents."""
+    """Maximum number of tokens that `lengths` reads; null: all validation documents."""
     speed: bool = False
-    """Tokens per second (of the median step, and of the fastest tenth of the steps) and peak memory of a rank."""
+    """Throughput in tokens per second (of the median step, and of the fastest tenth of the steps) and peak memory per
+    rank."""
     time_to: float | None = Field(None, gt=0)
-    """A loss in bits per byte: measure the tokens and the time until the run's evaluations reach it."""
+    """Target loss in bits per byte: measure the tokens and the time until the run's evaluations reach it."""
 
     @model_validator(mode="after")
     def _lengths_are_usable(self) -> MeasureConfig:
@@ -46,11 +47,11 @@ class MeasureConfig(Config):
 
 class ExperimentConfig(StudyConfig):
     question: str
-    """The question that it answers, in one line: the title of its table."""
+    """The question to answer, in one line: the title of the table."""
     conditions: dict[str, Settings] = Field(default_factory=lambda: {"": {}}, min_length=1)
-    """Settings under which all arms are trained again (windows, lengths). Arms are compared within a condition."""
+    """Settings under which all arms are trained once more (windows, lengths). Arms are compared within a condition."""
     arms: dict[str, Settings] = Field(min_length=1)
-    """What is compared: names with settings of the recipe. All arms of a condition train on equally many tokens."""
+    """What to compare: names with recipe settings. All arms of a condition train on equally many tokens."""
     reference: str
     """The arm that the others are compared with."""
     measure: MeasureConfig = MeasureConfig()

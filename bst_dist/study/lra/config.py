@@ -18,11 +18,11 @@ class LongRangeConfig(Config):
     mode: ClassVar[str] = "shuffled"
 
     task: Literal[tuple(TASKS)]  # type: ignore[valid-type]
-    """What is classified."""
+    """The classification task."""
     examples: Address
     """Directory of the task's examples, made by `bst lra prepare`."""
     pooling: Literal["mean", "last"] = "mean"
-    """What the class is read from: the mean over the positions of a sequence, or its last position."""
+    """Where the class is read from: the mean over all positions of a sequence, or its last position."""
 
     def require_fit(self, model: ModelConfig, parallel: ParallelConfig) -> None:
         """Raise ValueError unless a recipe's other sections are such that this task can be learnt with them."""

@@ -18,16 +18,16 @@ Settings = dict[str, Any]
 
 class StudyConfig(Config):
     name: str = Field(pattern=r"^[\w.-]+$")
-    """What the study is called."""
+    """Name of the study."""
     recipe: str
-    """The base recipe: a YAML file, from the folder of this file."""
+    """The base recipe: a YAML file, relative to the folder of this file."""
     settings: Settings = Field(default_factory=dict)
-    """Settings of the base recipe for all runs, by dotted names: {train.steps: 200}."""
+    """Changes to the base recipe for all runs, by dotted name: {train.steps: 200}."""
     seeds: list[int] = Field(min_length=1)
-    """Seeds of the initial weights and of the order of the data. Runs are compared in pairs of one seed."""
+    """Seeds of the initial weights and of the data order. Runs with the same seed are compared in pairs."""
     retries: int = Field(1, ge=0)
-    """How often a run that failed is started again. A run that diverged is not started again; running out of memory is
-    no failure."""
+    """How often to restart a run that failed. A run that diverged is not restarted; one that ran out of memory restarts
+    with half the micro-batch, which does not count."""
 
     @model_validator(mode="after")
     def _seeds_differ(self) -> StudyConfig:

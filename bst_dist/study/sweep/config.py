@@ -16,30 +16,31 @@ class ShapeConfig(Config):
     """What stays in proportion when width and depth change."""
 
     head_width: int = Field(64, ge=1)
-    """Width of a head; every width is a multiple of it."""
+    """Width of a head; every model width is a multiple of it."""
     ffn_ratio: float = Field(4.0, gt=0)
-    """Width of the feed-forward network divided by the model's; two thirds of that with model.activation swiglu, which
-    has a third matrix. The exact value is chosen so that sizes are equal."""
+    """Width of the feed-forward network divided by the model's width; swiglu has a third matrix, so it gets two thirds
+    of that. The exact value is adjusted so that sizes are equal."""
     fraction: float = Field(0.5, gt=0, le=1)
     """Share of the layers that use the architecture's mixer, spread evenly; the others use model.filler."""
     tolerance: float = Field(0.01, gt=0, le=0.02)
-    """Largest relative difference between the sizes of the models that are compared."""
+    """Largest relative size difference between models that are compared."""
 
 
 class RulesConfig(Config):
     """Hyperparameters as functions of the size N alone, so that no depth is favoured; N0 is the smallest size."""
 
     parametrisation: Literal["standard", "completep"] | None = None
-    """completep: the recipe's rates hold at the baseline's shape of the smallest size and depth, and are carried to all
-    others by CompleteP; standard: one rate for all; null: what the recipe says (model.parametrisation)."""
+    """completep: the recipe's learning rates hold at the baseline's shape of the smallest size and depth, and CompleteP
+    carries them to all other shapes; standard: one learning rate for all; null: what the recipe says
+    (model.parametrisation)."""
     rate_exponent: float = Field(0.0, ge=0)
-    """The learning rate is the base recipe's times (N / N0)^-rate_exponent; N0 is the smallest size."""
+    """The learning rate is the base recipe's times (N / N0)^-rate_exponent, where N0 is the smallest size."""
     batch_exponent: float = Field(0.0, ge=0)
-    """Sequences per step are the base recipe's times (N / N0)^batch_exponent."""
+    """The global batch is the base recipe's times (N / N0)^batch_exponent."""
     warmup_fraction: float = Field(0.1, ge=0, lt=0.5)
-    """Warm-up steps as a share of the steps of the shortest run."""
+    """Warm-up steps, as a fraction of the shortest run's steps."""
     decay_fraction: float = Field(0.2, gt=0, lt=1)
-    """Share of the steps of each run during which the learning rate decays."""
+    """Fraction of each run's steps during which the learning rate decays."""
 
     @model_validator(mode="after")
     def _one_rule_for_the_rate(self) -> RulesConfig:
@@ -49,18 +50,19 @@ class RulesConfig(Config):
 
 
 class BudgetConfig(Config):
-    """What may be spent; one of the three units, or none for a sweep without a limit."""
+    """How much the sweep may spend, in one of the three units; without any there is no limit."""
 
     flops: float | None = Field(None, gt=0)
     """Limit in training FLOPs."""
     gpu_hours: float | None = Field(None, gt=0)
-    """Limit in hours of one accelerator."""
+    """Limit in accelerator hours."""
     cpu_minutes: float | None = Field(None, gt=0)
     """Limit in minutes of one CPU core."""
     flops_per_s: float | None = Field(None, gt=0)
-    """Training FLOP/s of a device (peak times utilisation), where `bst sweep plan --measure` has measured nothing."""
+    """Training FLOP/s of a device (peak times utilisation), used where `bst sweep plan --measure` has measured
+    nothing."""
     start_s: float = Field(8.0, ge=0)
-    """Seconds that a run takes in addition to its steps: start, checkpoint, evaluation."""
+    """Seconds per run in addition to its steps: start, checkpoint, evaluation."""
 
     @model_validator(mode="after")
     def _one_unit(self) -> BudgetConfig:
@@ -71,52 +73,52 @@ class BudgetConfig(Config):
 
 
 class NoiseConfig(Config):
-    """What is expected of the noise in ln of the loss, to predict standard errors before anything is spent."""
+    """Expected noise in ln(loss), to predict standard errors before anything is spent."""
 
     seed: float = Field(0.007, gt=0, le=1)
-    """Standard deviation of ln of the loss between runs that differ only in their seed; about 0.007 in small models."""
+    """Standard deviation of ln(loss) between runs that differ only in their seed; about 0.007 in small models."""
     within: float = Field(0.3, ge=0, le=1)
-    """Share of that variance that differs between runs which share a trunk."""
+    """Share of that variance that remains between runs with a common trunk."""
 
 
 class AuditConfig(Config):
-    """Is the learning rate right in the corners of the grid? Without that, a claim about depth is confounded by it."""
+    """Checks the learning rate in the corners of the grid: a wrong one would bias every comparison between depths."""
 
     factors: tuple[float, ...] = ()
-    """Other learning rates to try in the corners of the grid, as multiples of the rule's: [0.5, 2]; empty: no audit."""
+    """Learning rates to try in the corners of the grid, as multiples of the rule's: [0.5, 2]; empty: no audit."""
     seeds: int = Field(2, ge=2)
-    """How many of the sweep's seeds the audit uses."""
+    """Number of the sweep's seeds that the audit uses."""
     arms: tuple[str, ...] = ()
-    """The arms in which it is made; empty: all."""
+    """Arms to audit; empty: all."""
 
 
 class SweepConfig(StudyConfig):
     directory: Path | None = None
-    """Where everything is written; null: runs/sweeps/<name>."""
+    """Where to write everything; null: runs/sweeps/<name>."""
     architectures: dict[str, Settings]
-    """What is compared: names, each with settings of the recipe; model.mixer must be among them."""
+    """What to compare: names, each with recipe settings that include model.mixer."""
     baseline: str
     """The architecture that the others are compared with."""
     kernels: dict[str, Settings] = Field(default_factory=dict)
-    """Kernels of state space models, each combined with every architecture that has one; empty: the recipe's own."""
+    """SSM kernels, each combined with every architecture that has an SSM; empty: the recipe's own."""
     arms: dict[str, Settings] = Field(min_length=1)
-    """Settings under which the whole grid is run again: lengths, windows. The verdict is within the first arm; others
-    are shown in contrast. Where depths differ there must be one in which a stack of windows sees the whole sequence at
-    every depth, and one in which it never sees more than a quarter."""
+    """Settings (lengths, windows) under which the whole grid is run again. The verdict comes from the first arm; the
+    others are contrasted with it. If depths differ, one arm must let the stack of windows see the whole sequence at
+    every depth, and one must never let it see more than a quarter."""
     sizes: list[float] = Field(min_length=1)
     """Sizes N, as training FLOPs per token / 6."""
     depths: list[int] = Field(min_length=1)
-    """Numbers of layers. Every size is trained at every depth; the width follows."""
+    """Numbers of layers. Every size is trained at every depth; the width follows from the two."""
     only: list[tuple[float, int]] = Field(default_factory=list)
-    """Pairs of size and depth to run instead of all combinations. A grid in which size and depth vary together is
-    refused."""
+    """Pairs of size and depth to run instead of all combinations. A grid in which size and depth vary together is an
+    error."""
     tokens_per_parameter: list[float] = Field(min_length=1)
-    """Lengths of the runs, in tokens per parameter: a run's compute is 6 N^2 times this."""
+    """Run lengths in tokens per parameter: the compute of a run is 6 N^2 times this."""
     order: Literal["largest", "cheapest"] = "largest"
-    """Which blocks are trained first: the largest, so that all workers are busy to the end; or the smallest and the
-    least deep, for a machine whose time may end before the sweep does. It may be changed at any time."""
+    """Which blocks to train first. largest: keeps all workers busy to the end; cheapest: the smallest and shallowest
+    first, for a machine that may be taken away before the sweep ends. You may change it at any time."""
     hold_out: list[float] = Field(default_factory=list)
-    """Sizes that are trained but left out of fits and comparisons. The report compares them with their prediction."""
+    """Sizes to train but leave out of fits and comparisons. The report compares them with their prediction."""
     shape: ShapeConfig = ShapeConfig()
     rules: RulesConfig = RulesConfig()
     budget: BudgetConfig = BudgetConfig()

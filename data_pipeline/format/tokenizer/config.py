@@ -18,7 +18,7 @@ class TiktokenConfig(Config):
     """What a file of tiktoken's leaves out: arguments of `tiktoken.Encoding`, by the same names."""
 
     pat_str: str
-    """The regular expression whose matches are encoded one by one."""
+    """Regular expression that splits the text; each match is encoded by itself."""
     special_tokens: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
     """Special token -> its id."""
 
@@ -34,29 +34,29 @@ class TokenizerConfig(Config):
     """How the corpus's tokenizer is made."""
 
     vocab_size: int = Field(32_000, ge=300)
-    """Number of ids, the 256 bytes, the newline and the four control symbols included."""
+    """Number of ids, including the 256 bytes, the newline and the four control symbols."""
     model_type: Literal["bpe", "unigram"] = "bpe"
     """SentencePiece's algorithm; bpe trains an order of magnitude faster."""
     sample_bytes: int = Field(64 << 20, ge=1024)
-    """Bytes of training text, taken evenly over the train split, that the tokenizer is trained on."""
+    """Bytes of text to train the tokenizer on, taken evenly from the train split."""
     reuse: LocalPath | None = None
-    """A tokenizer that is used instead of training one: a prepared corpus, a SentencePiece model, a Hugging Face
-    tokenizer.json, a file of tiktoken's, or a directory with one of these."""
+    """Use this tokenizer instead of training one: a prepared corpus, a SentencePiece model, a Hugging Face
+    tokenizer.json, a tiktoken file, or a directory with one of these."""
     tiktoken: TiktokenConfig | None = None
-    """With `reuse` of a file of tiktoken's: what that does not hold."""
+    """When `reuse` is a tiktoken file: what the file does not contain."""
     bos: str | None = None
-    """With `reuse` of a tokenizer.json or a file of tiktoken's: the token that begins a text; None: as its
-    tokenizer_config.json says, or a common name, or the end token."""
+    """When `reuse` is a tokenizer.json or a tiktoken file: the token that begins a text. null: from its
+    tokenizer_config.json, or a common name, or the end token."""
     eos: str | None = None
     """Likewise: the token that ends each document."""
     pad: str | None = None
-    """Likewise: the token that fills up what holds no text."""
+    """Likewise: the padding token."""
 
     special_tokens: tuple[str, ...] = ()
-    """Tokens of your own that no text turns into, however it is spelt: ids for a later training of yours."""
+    """Your own tokens that no text is ever encoded into, even if it spells them: ids for later training."""
     text_tokens: tuple[str, ...] = ()
-    """Tokens of your own that a text turns into wherever it spells them. With `reuse`, also special tokens that the
-    tokenizer has: text turns into those as well then."""
+    """Your own tokens that a text is encoded into wherever it spells them. With `reuse`, you may also name special
+    tokens of that tokenizer; then text is encoded into those too."""
 
     @property
     def added(self) -> tuple[str, ...]:

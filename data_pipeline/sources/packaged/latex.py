@@ -14,7 +14,7 @@ from data_pipeline.sources.tex import decode_tex
 
 
 class Latex(PackagedSource):
-    """The documentation of TeX Live in LaTeX source: manuals, examples and articles, a document a file."""
+    """The documentation of TeX Live in LaTeX source: manuals, examples and articles, one document per file."""
 
     kind: Literal["latex"] = "latex"
     """LaTeX: the sources of TeX Live's documentation, from Debian packages."""

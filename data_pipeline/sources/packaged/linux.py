@@ -17,7 +17,7 @@ from data_pipeline.sources.packaged.registries import cache_directory, fetch_deb
 
 
 class Linux(PackagedSource):
-    """The source of the Linux kernel, a document a directory: its files joined with their paths."""
+    """The source of the Linux kernel, one document per directory: its files joined with their paths."""
 
     kind: Literal["linux"] = "linux"
     """The Linux source, from a Debian package."""
