@@ -16,7 +16,7 @@ from data_pipeline.sources.base import Document, Part, Skipped
 from data_pipeline.sources.tree import SPLIT_NAMES, FileSource
 
 _MISSING = object()
-_SHOWN = 20  # names of fields in a message
+_SHOWN, _REMEMBERED = 20, 1000  # names of fields in a message, and to look for the nearest among
 
 
 @dataclass
@@ -26,13 +26,15 @@ class Fields:
     missing: set[str]
     """Those that the settings ask for, and that no record had so far."""
     there: set[str] = field(default_factory=set)
-    """Those of the records: looked for only while any is missing."""
+    """Those of the records, about a thousand at most: looked for only while any is missing."""
 
     def note(self, record: Any, names: Iterable[str]) -> None:
         """Look at a record, which has fields of these names."""
         if not self.missing or not isinstance(record, Mapping):
             return
         self.missing = {name for name in self.missing if field_of(record, name) is _MISSING}
+        if len(self.there) >= _REMEMBERED:
+            return
         self.there.update(names)
         for name, value in record.items():
             if isinstance(value, Mapping):
@@ -40,7 +42,8 @@ class Fields:
 
     def and_of(self, other: Fields) -> Fields:
         """Which fields these records and others have."""
-        return Fields(self.missing & other.missing, self.there | other.there)
+        there = self.there if len(self.there) >= _REMEMBERED else self.there | other.there
+        return Fields(self.missing & other.missing, there)
 
 
 class RecordSource(FileSource):

@@ -14,6 +14,7 @@ import pytest
 
 from bst_base.errors import UserError
 from data_pipeline.prepare import corpus as preparing
+from data_pipeline.sources import Fields
 from tests.data_pipeline.prepare.conftest import text
 
 ROWS = [{"text": text(i), "language": "en", "meta": {"url": f"u{i}"}} for i in range(60)]
@@ -70,6 +71,15 @@ def test_it_is_named_too_where_the_rest_of_a_file_cannot_be_read(run, tmp_path: 
         run(source={**source, "keep": ["rares"]}, **settings)
     manifest, _ = run(source={**source, "keep": ["rare"]}, **settings)
     assert 30 < sum(info.documents for infos in manifest.splits.values() for info in infos) < 60
+
+
+def test_records_with_names_of_their_own_do_not_fill_the_memory() -> None:
+    found = [Fields({"rares"}), Fields({"rares"})]
+    for part, fields in enumerate(found):
+        for i in range(2000):
+            fields.note({"rare": 1, "meta": {f"{part}-{i}": 0}}, ["rare", "meta"])
+    both = found[0].and_of(found[1])
+    assert len(both.there) < 2100 and {"rare", "meta.0-1"} < both.there and both.missing == {"rares"}
 
 
 def test_an_interrupted_preparation_still_knows_the_fields_of_what_was_read(run, tmp_path: Path, monkeypatch) -> None:
