@@ -33,11 +33,15 @@ class Cell:
     """Of each arm, a value a seed."""
 
 
-def answer(cells: Sequence[Cell], reference: str) -> Iterator[str]:
-    """Does the advantage fall, an arm a line; then by how much at each lag and depth."""
+def answer(cells: Sequence[Cell], reference: str, unfinished: Sequence[int] = ()) -> Iterator[str]:
+    """Does the advantage fall, an arm a line; then by how much at each lag and depth.
+
+    `unfinished`: lags of which some condition is not done. Until there are none, no question is answered, so that no
+    verdict is read while it can still change.
+    """
     arms = [arm for arm in cells[0].accuracy if arm != reference]
     for arm in arms:
-        yield f"- {_verdict(cells, arm, reference)}"
+        yield f"- {_verdict(cells, arm, reference, unfinished)}"
     yield ""
     depths = sorted({cell.depth for cell in cells})
     yield f"| accuracy at lag | arm | {' | '.join(f'{depth} layers' for depth in depths)} |"
@@ -54,11 +58,12 @@ def answer(cells: Sequence[Cell], reference: str) -> Iterator[str]:
     yield "± is the standard error over seeds; † where a stack of windows cannot tell the label."
 
 
-def _verdict(cells: Sequence[Cell], arm: str, reference: str) -> str:
+def _verdict(cells: Sequence[Cell], arm: str, reference: str, unfinished: Sequence[int]) -> str:
     name = f"advantage of `{arm}` over `{reference}`"
+    if unfinished:
+        missing = " and ".join(f"lag {lag}" for lag in unfinished)
+        return f"**No answer yet** about the {name}: runs of {missing} are missing."
     crossed = _crossed(cells)
-    if not crossed:
-        return f"**No answer yet** about the {name}: no lag is done both within reach of windows and beyond it."
     beyond, within = (_over(crossed, hidden, lambda cell: _gain(cell, arm, reference)) for hidden in (True, False))
     low, high = interval(beyond - within)
     says = "Falls" if low > 0 else "Does not fall" if high < 0 else "Undecided"

@@ -50,7 +50,7 @@ def _copying_answers(experiments: list[Experiment]) -> Iterator[str]:
             continue
         yield f"### {experiment.settings['question']}: does the advantage fall where windows reach the lag?"
         yield ""
-        yield from copying.answer(cells, experiment.settings["reference"])
+        yield from copying.answer(cells, experiment.settings["reference"], _unfinished(experiment))
         yield ""
         yield f"![accuracy against depth, a panel a lag](figures/diagnostics-{experiment.name}.png)"
         yield ""
@@ -70,6 +70,12 @@ def _cells(experiment: Experiment) -> list[copying.Cell]:
         )
         for condition in experiment.settings["conditions"] if experiment.rows(condition)
     ]  # fmt: skip
+
+
+def _unfinished(experiment: Experiment) -> list[int]:
+    """Lags of which some condition is not done."""
+    missing = (c for c in experiment.settings["conditions"] if not experiment.rows(c))
+    return sorted({experiment.of(condition, "data.synthetic.lag") for condition in missing})
 
 
 def draw_figures(experiments: list[Experiment]) -> None:
