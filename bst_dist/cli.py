@@ -29,43 +29,43 @@ SECTIONS: dict[str, dict[str, Command]] = {
     "Begin": {
         "doctor": (
             "bst_dist.tools.doctor.command",
-            "what this machine has for training, what is missing, how to get it",
+            "check this machine: what training needs, what is missing, how to get it",
         ),
-        "demo": ("bst_dist.tools.demo", "the whole way in minutes, from text to a trained and evaluated model"),
+        "demo": ("bst_dist.tools.demo", "from text to a trained and evaluated model, in minutes"),
     },
     "Data": {
         "data sources": ("data_pipeline.commands.sources", "list the sources of text and their settings"),
         "data prepare": ("data_pipeline.commands.prepare", "prepare a corpus: text to tokens in shards"),
         "data stats": ("data_pipeline.commands.stats", "documents, tokens, lengths, duplicates, overlap of splits"),
-        "data show": ("data_pipeline.commands.show", "list documents, find some, print one back from its tokens"),
+        "data show": ("data_pipeline.commands.show", "list or find documents, print one decoded from its tokens"),
         "data verify": ("data_pipeline.commands.verify", "check every hash and CRC of a corpus"),
         "data pack": (
             "data_pipeline.commands.pack",
-            "write what makes short documents of an older corpus quick to read",
+            "add packed files to an older corpus: faster reads of short documents",
         ),
-        "data push": ("data_pipeline.commands.push", "put a corpus into an object store"),
+        "data push": ("data_pipeline.commands.push", "upload a corpus to an object store"),
         "data export": ("data_pipeline.commands.export", "write a corpus for Megatron-LM, or as Parquet"),
     },
     "Before a run": {
         "recipe": ("bst_dist.describe", "every setting of a recipe: type, default, meaning"),
         "models": ("bst_dist.plan.models", "every model at a recipe's sizes: parameters, FLOPs, carried state"),
         "plan": ("bst_dist.plan.command", "memory, traffic, time and the best layout on a cluster, before a launch"),
-        "verify": ("bst_dist.verify.command", "check that a recipe's gradients are one process's, however spread"),
+        "verify": ("bst_dist.verify.command", "check that gradients are the same for every parallel layout"),
     },
     "Train": {
         "train": ("bst_dist.cluster.local", "train a recipe on this machine's ranks"),
         "launch": ("bst_dist.cluster.launch", "train a recipe on many hosts: preflight, start, watch, restart"),
         "ckpt ls": (
             "bst_dist.checkpoint.commands.ls",
-            "list a run's checkpoints: worth, size, state, why each is kept",
+            "list a run's checkpoints: loss, size, state, why each is kept",
         ),
         "ckpt show": ("bst_dist.checkpoint.commands.show", "print what a checkpoint's manifest says"),
         "ckpt verify": ("bst_dist.checkpoint.commands.verify", "read every file and compare it with its digest"),
-        "ckpt pin": ("bst_dist.checkpoint.commands.pin", "keep a checkpoint for good, or no longer"),
-        "ckpt gc": ("bst_dist.checkpoint.commands.gc", "remove what a run's settings do not keep; says what, first"),
+        "ckpt pin": ("bst_dist.checkpoint.commands.pin", "keep a checkpoint for good, or undo that"),
+        "ckpt gc": ("bst_dist.checkpoint.commands.gc", "remove checkpoints that a run's settings do not keep"),
         "ckpt convert": ("bst_dist.checkpoint.commands.convert", "write weights as safetensors for other programs"),
         "ckpt push": ("bst_dist.checkpoint.commands.push", "copy a run and its newest checkpoint to an object store"),
-        "ckpt pull": ("bst_dist.checkpoint.commands.pull", "bring such a copy back"),
+        "ckpt pull": ("bst_dist.checkpoint.commands.pull", "download such a copy"),
     },
     "Look at runs": {
         "plot": ("bst_dist.study.comparison.curves", "draw the training curves of runs"),
@@ -81,9 +81,9 @@ SECTIONS: dict[str, dict[str, Command]] = {
         ),
         "ablate": (
             "bst_dist.study.ablation.command",
-            "what each part of a model carries: what cutting or changing it costs",
+            "what each part of a model contributes: the loss without it",
         ),
-        "baselines": ("bst_dist.study.evaluation.baselines", "what an order-2 byte model and xz -9 make of a corpus"),
+        "baselines": ("bst_dist.study.evaluation.baselines", "bits per byte of an order-2 byte model and of xz -9"),
         "generate": ("bst_dist.study.evaluation.generate", "write text with a run's model"),
     },
     "Study": {
@@ -93,9 +93,9 @@ SECTIONS: dict[str, dict[str, Command]] = {
         ),
         "experiment run": (
             "bst_dist.study.experiment.commands.run",
-            "train, evaluate and compare the arms of a small experiment; continues after any stop",
+            "train, evaluate and compare the arms of a small experiment; can be resumed",
         ),
-        "experiment status": ("bst_dist.study.experiment.commands.status", "where an experiment's runs stand"),
+        "experiment status": ("bst_dist.study.experiment.commands.status", "progress of an experiment's runs"),
         "experiment report": (
             "bst_dist.study.experiment.commands.report",
             "an experiment's table and figure, from its runs",
@@ -107,7 +107,7 @@ SECTIONS: dict[str, dict[str, Command]] = {
         ),
         "sweep design": (
             "bst_dist.study.sweep.commands.design",
-            "what a sweep would run and could see; refuses confounded grids",
+            "runs and statistical power of a sweep; rejects confounded grids",
         ),
         "sweep coordinates": (
             "bst_dist.study.sweep.commands.coordinates",
@@ -116,10 +116,10 @@ SECTIONS: dict[str, dict[str, Command]] = {
         "sweep plan": ("bst_dist.study.sweep.commands.plan", "price a sweep and fit it into its budget"),
         "sweep pack": (
             "bst_dist.study.sweep.commands.pack",
-            "put a sweep into one folder for a machine without network",
+            "pack a sweep into one folder, for a machine without network",
         ),
-        "sweep run": ("bst_dist.study.sweep.commands.run", "train a sweep's runs; continues after any stop"),
-        "sweep status": ("bst_dist.study.sweep.commands.status", "where a sweep's runs stand"),
+        "sweep run": ("bst_dist.study.sweep.commands.run", "train a sweep's runs; can be resumed"),
+        "sweep status": ("bst_dist.study.sweep.commands.status", "progress of a sweep's runs"),
         "sweep collect": ("bst_dist.study.sweep.commands.collect", "gather a sweep's results into one table"),
         "sweep fit": ("bst_dist.study.sweep.commands.fit", "fit scaling laws to a sweep's table"),
         "sweep compare": (
@@ -129,49 +129,49 @@ SECTIONS: dict[str, dict[str, Command]] = {
         "sweep report": ("bst_dist.study.sweep.commands.report", "write a sweep's report, with its figures"),
     },
     "Long Range Arena": {
-        "lra prepare": ("bst_dist.study.lra.commands.prepare", "draw a task's examples, or read its published files"),
+        "lra prepare": ("bst_dist.study.lra.commands.prepare", "generate a task's examples, or read published ones"),
         "lra eval": ("bst_dist.study.lra.commands.eval", "a run's accuracy on the test split, with its uncertainty"),
         "lra table": ("bst_dist.study.lra.commands.table", "runs of one task side by side, and means over seeds"),
     },
     "Share": {
         "export": ("bst_dist.hub.export", "write a run as a Hugging Face model, with its tokenizer and a model card"),
-        "import": ("bst_dist.hub.importing", "make a run of an exported model, to evaluate or to train from"),
+        "import": ("bst_dist.hub.importing", "make a run directory from an exported model, to evaluate or fine-tune"),
     },
     "Measure": {
-        "bench data": ("data_pipeline.commands.bench", "read tokens beside webdataset, litdata and mosaicml-streaming"),
-        "bench gpu": ("bst_dist.tools.bench.gpu", "all that is promised on one GPU, in nine minutes"),
+        "bench data": ("data_pipeline.commands.bench", "compare reading speed with that of other packages"),
+        "bench gpu": ("bst_dist.tools.bench.gpu", "measure every claim about one GPU, in nine minutes"),
         "bench index": (
             "data_pipeline.commands.bench_index",
-            "what a corpus costs by its size alone",
+            "memory and start time by the size of a corpus",
         ),
-        "bench layers": ("bst_dist.tools.bench.layers", "time a layer of every model beside other people's"),
+        "bench layers": ("bst_dist.tools.bench.layers", "time a layer of every model and of other packages"),
         "bench checkpointing": (
             "bst_dist.tools.bench.checkpointing",
-            "what each policy keeps between the passes, and costs",
+            "memory and time of each activation checkpointing policy",
         ),
         "bench parallel": ("bst_dist.tools.bench.parallel", "sequence parallelism against all-to-alls: bytes and time"),
-        "bench plan": ("bst_dist.tools.bench.plan", "plans against measured memory and traffic"),
+        "bench plan": ("bst_dist.tools.bench.plan", "compare plans with measured memory and traffic"),
         "bench recovery": (
             "bst_dist.tools.bench.recovery",
-            "from a killed rank to the next step, by phase; the share of time that trains",
+            "time from a killed rank to the next step, by phase; goodput",
         ),
         "bench scale": (
             "bst_dist.tools.bench.scale",
-            "what each of thousands of ranks opens, reads and computes, counted",
+            "count what each of thousands of ranks opens, reads and computes",
         ),
         "bench slices": ("bst_dist.tools.bench.slices", "one long sequence slice by slice: time and memory"),
-        "bench saving": ("bst_dist.tools.bench.saving", "what a checkpoint costs the training, beside plain DeepSpeed"),
+        "bench saving": ("bst_dist.tools.bench.saving", "what a checkpoint costs, compared with DeepSpeed's own"),
     },
 }
 COMMANDS: dict[str, Command] = {name: command for section in SECTIONS.values() for name, command in section.items()}
 GROUPS = {
     "data": "prepare and inspect corpora",
-    "ckpt": "look after the checkpoints of a run",
-    "experiment": "small controlled comparisons, a file and a table each",
-    "law": "scaling laws of any table",
+    "ckpt": "manage the checkpoints of a run",
+    "experiment": "small controlled comparisons: one file, one table",
+    "law": "fit scaling laws to any table",
     "sweep": "design, run and judge scaling sweeps",
-    "lra": "classification tasks of long sequences",
-    "bench": "measure side by side with peers",
+    "lra": "classification tasks with long sequences",
+    "bench": "benchmarks, with other packages for comparison",
 }
 
 

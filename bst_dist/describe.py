@@ -4,7 +4,7 @@
     bst recipe schedule
     bst recipe --markdown > docs/recipes.md
 
-Any of them may be given on the command line of `bst train` as section.field=value.
+Every setting can be changed on the command line of `bst train` as section.field=value.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ what follows, and `bst recipe --markdown` printed this file."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of every command that explains the settings of a file."""
     parser.add_argument(
-        "section", nargs="?", default="", metavar="SECTION", help="only the settings whose name begins with this"
+        "section", nargs="?", default="", metavar="SECTION", help="show only settings whose names begin with this"
     )
-    parser.add_argument("--markdown", action="store_true", help="print a document rather than a table")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown instead of a table")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

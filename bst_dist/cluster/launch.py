@@ -6,18 +6,18 @@
     bst launch my-recipe.yaml --launcher slurm            # inside sbatch
     bst launch my-recipe.yaml --launcher local --max-restarts 3
 
-Start it where the recipe, the corpus and the run directory are visible, as on the hosts; this directory and its Python
-must have the same path everywhere. All hosts are checked before a rank is started. Then one agent on each host starts
-its ranks and watches them: when a rank fails or a host is lost, all ranks are ended, and with --max-restarts the run is
-restarted from its newest checkpoint on the hosts that are left. Slots that the batch cannot be shared by stay
-idle and take the place of what is lost.
+Start it on a machine that sees the recipe, the corpus and the run directory as the hosts do. This directory and its
+Python must have the same path everywhere. All hosts are checked before any rank starts. Then one agent on each host
+starts its ranks and watches them. When a rank fails or a host is lost, all ranks are ended; with --max-restarts the run
+restarts from its newest checkpoint on the remaining hosts. Slots that the batch does not divide over stay idle and
+replace lost ones.
 
-A signal (Ctrl-C, SIGTERM, SIGUSR1, a closed terminal) makes all ranks write a checkpoint and stop. A further Ctrl-C
-ends them at once, and what was trained since the last checkpoint is lost; other signals may come as often as they like.
+A signal (Ctrl-C, SIGTERM, SIGUSR1, a closed terminal) makes all ranks write a checkpoint and stop. A second Ctrl-C ends
+them at once and loses what was trained since the last checkpoint. Repeating any other signal changes nothing.
 
-Variables whose names begin like those of NCCL, gloo, torch, DeepSpeed, CUDA, OpenMP or AWS are passed to the ranks,
-and so are LD_LIBRARY_PATH and those in a file .deepspeed_env, here or in the home directory. CUDA_VISIBLE_DEVICES is
-not: `devices=0,1` after the slots in the hostfile chooses a host's devices.
+The ranks get the environment variables of NCCL, gloo, torch, DeepSpeed, CUDA, OpenMP and AWS (known by their prefix),
+LD_LIBRARY_PATH, and those in a file .deepspeed_env, here or in the home directory. They do not get
+CUDA_VISIBLE_DEVICES: choose a host's devices with `devices=0,1` after the slots in the hostfile.
 
 Exit status: 0 the steps asked for are done; 2 something given is wrong, or a host is unfit; 75 stopped by a signal,
 with a checkpoint: start it again with --resume; 70 the ranks hung; otherwise the failed rank's own, 128 + N after
@@ -68,24 +68,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hostfile", type=Path, metavar="FILE", help="lines `name slots=RANKS`; rank 0 is on the first"
     )
-    parser.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="what starts a process on each host")
-    parser.add_argument("--dry-run", action="store_true", help="show what would be run and read, and stop")
-    parser.add_argument("--check", action="store_true", help="look at all hosts, and stop")
-    parser.add_argument("--accept", action="append", default=[], choices=CHECKS, metavar="CHECK", help="start in spite "
-                        f"of what this check finds; may be given several times: {', '.join(CHECKS)}")  # fmt: skip
-    parser.add_argument("--max-restarts", type=at_least(0), default=0, metavar="N", help="restart after a failure, "
-                        "on the hosts that are left, so many times without a new checkpoint (default: 0)")  # fmt: skip
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="how to start a process on each host")
+    parser.add_argument("--dry-run", action="store_true", help="only show what would be run and read")
+    parser.add_argument("--check", action="store_true", help="only check all hosts")
+    parser.add_argument("--accept", action="append", default=[], choices=CHECKS, metavar="CHECK", help=(
+        f"start even if this check fails; may be given several times: {', '.join(CHECKS)}"
+    ))  # fmt: skip
+    parser.add_argument("--max-restarts", type=at_least(0), default=0, metavar="N", help=(
+        "restarts allowed after failures, on the remaining hosts, without a new checkpoint in between (default: 0)"
+    ))  # fmt: skip
     add_grace(parser)
-    parser.add_argument("--lost-after", type=seconds, default=30.0, metavar="SECONDS", help="a host that is not "
-                        "heard of for so long is lost (default: 30)")  # fmt: skip
-    parser.add_argument("--port", type=at_least(1), default=0, metavar="PORT", help="that the hosts call this machine "
-                        "on (default: any that is free)")  # fmt: skip
-    parser.add_argument("--address", type=without_brackets, metavar="ADDRESS", help="that they call "
-                        "it by (default: whichever of its addresses answers)")  # fmt: skip
-    parser.add_argument("--ssh-port", type=at_least(1), metavar="PORT", help="of the hosts' ssh, where it is not 22 "
-                        "or in ~/.ssh/config")  # fmt: skip
-    parser.add_argument("--master-port", type=at_least(1), default=0, metavar="PORT", help="of rank 0's host, where "
-                        "all ranks meet (default: any that is free)")  # fmt: skip
+    parser.add_argument("--lost-after", type=seconds, default=30.0, metavar="SECONDS", help=(
+        "a host that does not answer for this long is lost (default: 30)"
+    ))  # fmt: skip
+    parser.add_argument("--port", type=at_least(1), default=0, metavar="PORT", help=(
+        "port on which the hosts call this machine (default: any free one)"
+    ))  # fmt: skip
+    parser.add_argument("--address", type=without_brackets, metavar="ADDRESS", help=(
+        "address by which they call it (default: whichever of its addresses answers)"
+    ))  # fmt: skip
+    parser.add_argument("--ssh-port", type=at_least(1), metavar="PORT", help=(
+        "ssh port of the hosts, if it is not 22 or in ~/.ssh/config"
+    ))  # fmt: skip
+    parser.add_argument("--master-port", type=at_least(1), default=0, metavar="PORT", help=(
+        "port on rank 0's host where all ranks meet (default: any free one)"
+    ))  # fmt: skip
 
 
 @unhurried_output()

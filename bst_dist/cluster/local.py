@@ -7,14 +7,14 @@
     bst train my-recipe.yaml --check
     bst train my-recipe.yaml --ranks 8 --nodes 4 --node 2 --master node-00:29500
 
-The recipe is checked first, against the corpus, the DeepSpeed file, the run directory and the number of ranks; then
-one process is started for each rank. --check stops before that. A run's directory in place of the recipe continues
-that run with the settings it was started with. Several hosts are driven by `bst launch`; where nothing can start a
-process on another host, as in Kubernetes, each runs this command with its own --node.
+First the recipe is checked against the corpus, the DeepSpeed file, the run directory and the number of ranks; --check
+stops there. Then one process is started per rank. Give a run's directory in place of the recipe to continue that run
+with the same settings. For several hosts use `bst launch`; where no host can start a process on another, as in
+Kubernetes, run this command on each with its own --node.
 
-A signal (Ctrl-C, SIGTERM, SIGUSR1, a closed terminal) makes all ranks write a checkpoint and stop. A further Ctrl-C
-ends them at once, and what was trained since the last checkpoint is lost; other signals may come as often as they like,
-and end the ranks only where a file system of the run hangs, so that no checkpoint can be written.
+A signal (Ctrl-C, SIGTERM, SIGUSR1, a closed terminal) makes all ranks write a checkpoint and stop. A second Ctrl-C ends
+them at once and loses what was trained since the last checkpoint. Repeating any other signal changes nothing, unless a
+file system of the run hangs so that no checkpoint can be written: then it ends the ranks.
 
 Exit status: 0 the steps asked for are done; 2 something given is wrong; 75 stopped by a signal, with a checkpoint:
 start it again with --resume; 74 a host could not read or write a file, or a file system hangs: likewise; 70 the ranks
@@ -53,15 +53,17 @@ from bst_dist.train.start.request import Request, Start, load, resolve
 
 def add_grace(parser: argparse.ArgumentParser) -> None:
     """How long a stop may take; whoever sends the signal has a limit of his own, and may tell it."""
-    parser.add_argument("--grace", type=seconds, default=math.inf, metavar="SECONDS", help="after a signal, kill the "
-                        "ranks when their checkpoint has taken so long (default: as long as it takes; Ctrl-C again "
-                        "ends them at once)")  # fmt: skip
+    parser.add_argument("--grace", type=seconds, default=math.inf, metavar="SECONDS", help=(
+        "after a signal, kill the ranks if their checkpoint takes longer than this (default: no limit; a second "
+        "Ctrl-C ends them at once)"
+    ))  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_program_arguments(parser)
-    parser.add_argument("--ranks", type=at_least(1), metavar="N", help="processes to start (default: the recipe's, or "
-                        "one for each accelerator, or one)")  # fmt: skip
+    parser.add_argument("--ranks", type=at_least(1), metavar="N", help=(
+        "processes to start (default: the recipe's number, or one per accelerator, or one)"
+    ))  # fmt: skip
     parser.add_argument(
         "--nodes", type=at_least(1), default=1, metavar="N", help="hosts that run this command (default: 1)"
     )
@@ -70,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=at_least(0),
         default=0,
         metavar="I",
-        help="with --nodes: which of them, from 0 (default: 0)",
+        help="with --nodes: which of them this is, from 0 (default: 0)",
     )
     parser.add_argument("--master", metavar="ADDRESS:PORT", help="with --nodes: where node 0 is; an IPv6 "
                         "address in brackets")  # fmt: skip

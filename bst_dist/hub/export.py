@@ -4,9 +4,10 @@
     bst export runs/demo demo-model
     bst export runs/demo demo-model --push me/demo-model     # and upload it
 
-transformers loads the directory with trust_remote_code=True, whether or not bst_dist is installed. The model card has
-the figures of `bst eval` with their standard errors, when its report is in the run directory. `bst import` makes a run
-of the export again. SHA256SUMS lists the digests of all files. data.storage, which may hold keys, is left out.
+transformers loads the directory with trust_remote_code=True, whether or not bst_dist is installed. If a report of `bst
+eval` is in the run directory, the model card shows its results with their standard errors. `bst import` turns the
+export into a run directory again. SHA256SUMS lists the digests of all files. data.storage is left out, because it may
+hold keys.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ DIGESTS, CARD = "SHA256SUMS", "README.md"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     add_export(parser)
-    parser.add_argument("--push", metavar="OWNER/NAME", help="upload it as well, as this repository of the hub")
-    parser.add_argument("--private", action="store_true", help="with --push: make a repository that others cannot see")
-    parser.add_argument("--averaged", action="store_true", help="the averaged weights (train.average)")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="also upload it, to this repository on the hub")
+    parser.add_argument("--private", action="store_true", help="with --push: create a private repository")
+    parser.add_argument("--averaged", action="store_true", help="export the averaged weights (train.average)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,12 +1,12 @@
-"""Make a run directory of an exported model: to evaluate, to generate from, to train others from its weights.
+"""Make a run directory from an exported model: to evaluate it, generate with it, or start other runs from its weights.
 
     bst import demo-model runs/imported
     bst import demo-model runs/imported data.corpus=/data/stdlib
     bst import me/demo-model runs/imported                   # from the Hugging Face hub
 
-Also reads what transformers' save_pretrained has written of such a model, after fine-tuning there. The recipe is the
-exported one with the overrides; an optimizer's states are not exported, so the run itself cannot be resumed: another
-one begins at its weights with `initial_weights`.
+It also reads what transformers' save_pretrained wrote after fine-tuning there. The recipe is the exported one, with the
+overrides. Optimizer states are not exported, so the run cannot be resumed: start another one from its weights with
+`initial_weights`.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class ExportError(UserError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="an exported model: its directory, or OWNER/NAME on the hub")
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory to write; must not exist")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes of its recipe")
-    parser.add_argument("--revision", metavar="REVISION", help="of the repository: a branch, tag or commit")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change in its recipe")
+    parser.add_argument("--revision", metavar="REVISION", help="branch, tag or commit of the repository")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Plan a recipe on a cluster: what fits, what is best, how long it takes and what goes over which link.
+"""Plan a recipe on a cluster: what fits, the best layout, time per step, and traffic per link.
 
     bst plan launch/recipes/paper/small-bst-sh.yaml --nodes 1 --gpus-per-node 8 --gpu h100-80gb
     bst plan launch/recipes/bst-7b.yaml --nodes 1,8,64 --lengths 4096,65536,1048576
@@ -6,14 +6,14 @@
     bst plan launch/recipes/bst-1.3b.yaml --longest 1,8,64
     bst plan my-recipe.yaml --nodes 1,8 --from-run runs/first
 
-Nothing is launched and no weight is made: layers run on tensors without storage. With several numbers of nodes, or
-with --lengths, a table of the best plan for each; a step keeps its number of tokens, so it has fewer sequences where
-they are longer. Seconds are a model's, fitted to one H200; docs/plan.md says what they rest on.
+Nothing is launched and no weights are allocated: layers run on tensors without storage. Several numbers of nodes, or
+--lengths, give a table with the best plan for each; the tokens per step stay the same, so longer sequences mean fewer
+of them. Times come from a model fitted to one H200 (see docs/plan.md).
 
-Ctrl-C ends a table, and prints the lines that are done.
+Ctrl-C ends a table and prints the finished lines.
 
-`--from-run RUN` multiplies all seconds by what a run took on such devices, divided by what is planned for it.
-`--accelerators FILE` adds devices of your own, in the form of bst_dist/plan/accelerators.yaml.
+`--from-run RUN` calibrates all times: they are multiplied by a run's measured time over its planned time, on such
+devices. `--accelerators FILE` adds devices of your own, in the form of bst_dist/plan/accelerators.yaml.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe, YAML, or the name of one of launch/recipes/")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")
     parser.add_argument("--nodes", type=_numbers, default=[1], metavar="N,...", help="nodes (default 1)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="accelerators of a node (default 8)")
-    parser.add_argument("--gpu", default="h100-80gb", metavar="NAME", help="what they are (default h100-80gb)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="accelerators per node (default 8)")
+    parser.add_argument("--gpu", default="h100-80gb", metavar="NAME", help="type of accelerator (default h100-80gb)")
     parser.add_argument("--lengths", type=_numbers, metavar="L,...", help="sequence lengths in tokens, for a table")
     parser.add_argument("--slices", action="store_true", help="memory and time by train.slice_tokens, and the best one")
     parser.add_argument("--longest", type=_numbers, metavar="GPUS,...",
-                        help="the longest sequence that so many GPUs hold, in slices and at once")  # fmt: skip
+                        help="the longest sequence that fits on this many GPUs, in slices and whole")  # fmt: skip
     parser.add_argument("--host-gb", type=float, default=1000, metavar="GB",
-                        help="with --longest: memory of a node that edges may take (default 1000)")  # fmt: skip
+                        help="with --longest: host memory per node that edges may use (default 1000)")  # fmt: skip
     parser.add_argument("--from-run", type=Path, metavar="RUN",
-                        help="the directory of a run on such devices: seconds as it took them")  # fmt: skip
-    parser.add_argument("--accelerators", type=Path, metavar="FILE", help="accelerators of your own, YAML")
+                        help="calibrate times with this run's directory, on such devices")  # fmt: skip
+    parser.add_argument("--accelerators", type=Path, metavar="FILE", help="YAML file with your own accelerators")
 
 
 def _numbers(text: str) -> list[int]:

@@ -3,12 +3,12 @@
     bst models launch/recipes/paper/small-bst-sh.yaml
     bst models launch/recipes/paper/small-bst-sh.yaml model.width=512 model.heads=4
 
-The first row is the recipe's own model; the others have its width, heads, feed-forward network, block, depth,
-vocabulary and places. Nothing is trained and no weight is made: shapes are enough. Without model.vocab_size, the
-recipe's corpus must be there to give it.
+The first row is the recipe's own model; the others have the same width, heads, feed-forward network, block, depth,
+vocabulary and placement. Nothing is trained and no weights are allocated. Without model.vocab_size, the recipe's corpus
+must exist, to give it.
 
-FLOPs are those of a forward pass for one token, averaged over the recipe's sequence length; training takes three times
-as many. The state is what one sequence carries to the next one, in the recipe's precision.
+FLOPs are per token of a forward pass, averaged over the recipe's sequence length; training takes three times as many.
+The state is what one sequence carries to the next, in the recipe's precision.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Fit scaling laws to a table of your own: a CSV, or JSON Lines, with a row a measurement.
+"""Fit scaling laws to your own table: CSV or JSON Lines, with one row per measurement.
 
     bst law fit points.csv --n parameters --d tokens --loss loss
     bst law fit points.csv --n params --flops flops --loss nll --width d_model --depth layers --run run --plot laws.png
     bst law fit docs/study/table.csv --n parameters --d tokens --loss loss_nats --width width --depth depth \
         --run trunk --group architecture --where role=grid
 
-Three forms under two objectives (docs/sweeps.md); aspect and additive need width and depth. Intervals are by
-resampling runs, so points of one run, or of one trunk and its branches, should name it (--run). Rows of --held-out are
-predicted and not fitted; with --group every group has laws of its own. Losses are in nats.
+Fits three forms under two objectives (docs/sweeps.md); aspect and additive need width and depth. Intervals come from
+resampling runs, so points of one run, or of one trunk and its branches, should name it (--run). --held-out rows are
+predicted, not fitted; with --group every group gets its own laws. Losses are in nats.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loss", required=True, metavar="COLUMN", help="loss in nats per token")
     parser.add_argument("--width", metavar="COLUMN", help="width of the model")
     parser.add_argument("--depth", metavar="COLUMN", help="number of layers")
-    parser.add_argument("--run", metavar="COLUMN", help="which run a point belongs to (default: each to its own)")
-    parser.add_argument("--group", metavar="COLUMN", help="what has a law of its own, as an architecture")
-    parser.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE", help="take these rows alone")
-    parser.add_argument("--held-out", metavar="COLUMN=VALUE", help="rows to predict and not to fit")
+    parser.add_argument("--run", metavar="COLUMN", help="run that a point belongs to (default: each to its own)")
+    parser.add_argument("--group", metavar="COLUMN", help="fit a law for each value of this, such as an architecture")
+    parser.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE", help="use only these rows")
+    parser.add_argument("--held-out", metavar="COLUMN=VALUE", help="rows to predict instead of fitting")
     parser.add_argument(
         "--drop-largest", type=at_least(0), default=0, metavar="K", help="leave out the K largest losses"
     )

@@ -1,9 +1,9 @@
-"""The whole way on this machine, from text to a trained and evaluated model, in minutes.
+"""Go from text to a trained and evaluated model on this machine, in minutes.
 
-Prepares Python's own standard library as a corpus; trains a small Block-State Transformer on two ranks, stops half-way
-and resumes; trains its twin without a stop and checks that both are equal to the last bit; evaluates before and after
-training, with an order-2 byte model and xz for comparison; writes a sample and draws the curves. Each step is a command
-shown as you would type it. Finished steps are reused: remove runs/ to start again.
+Prepares Python's standard library as a corpus; trains a small Block-State Transformer on two ranks, stops halfway and
+resumes; trains the same model without a stop and checks that both are bitwise equal; evaluates before and after
+training, with an order-2 byte model and xz for comparison; generates a sample and draws the curves. Each step is shown
+as the command that you would type. Finished steps are reused: remove runs/ to start over.
 """
 
 from __future__ import annotations

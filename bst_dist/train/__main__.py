@@ -40,17 +40,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RECIPE",
         help="the run's YAML file, the name of one of launch/recipes/, or the directory of a run, with --resume",
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that differ from it")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run writes (default: runs/<name>)")
     parser.add_argument("--resume", action="store_true", help="continue from the newest valid checkpoint, if there is "
                         "one")  # fmt: skip
-    parser.add_argument("--from-zero", action="store_true", help="start at step 0 although the run directory shows "
-                        "steps and no checkpoint; its metrics are kept in metrics.dropped.jsonl")  # fmt: skip
-    parser.add_argument("--replan-schedule", action="store_true", help="with --resume: follow another train.steps or "
-                        "schedule.* from the newest checkpoint on, although the steps before it had other learning "
-                        "rates than that gives them")  # fmt: skip
+    parser.add_argument("--from-zero", action="store_true", help=(
+        "start at step 0 even if the run directory has steps but no checkpoint; its metrics move to "
+        "metrics.dropped.jsonl"
+    ))  # fmt: skip
+    parser.add_argument("--replan-schedule", action="store_true", help=(
+        "with --resume: follow a changed train.steps or schedule.* from the newest checkpoint on, although the "
+        "earlier steps used other learning rates than it would give"
+    ))  # fmt: skip
     parser.add_argument(
-        "--until", type=at_least(1), metavar="STEP", help="stop after STEP steps in all, with a checkpoint"
+        "--until", type=at_least(1), metavar="STEP", help="stop with a checkpoint after STEP steps in total"
     )
 
 

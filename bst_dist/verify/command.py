@@ -1,16 +1,16 @@
-"""Verify that a recipe's step has the gradients of one process, however it is spread.
+"""Verify that a recipe's step gives the gradients of one process, in every parallel layout.
 
     bst verify launch/recipes/demo.yaml
     bst verify launch/recipes/demo.yaml data.documents=isolated --sp 1 2 --zero 2 3 --precision fp32
     bst verify launch/recipes/demo.yaml --zero 0 1 2 3 --sp 1 2 4 --checkpointing none every-layer \\
         --variants SH MH MF --precision fp32 bf16
 
-A small copy of the recipe takes one step on made-up tokens, so no corpus is needed, on this machine's ranks as
-`bst train` starts them. Its loss, its global gradient norm and every parameter's gradient are compared with those of
-one process of plain torch in double precision. The limit is four times the error of one process in the same precision,
-and at most a quarter. Recipes that carry a past take two steps, and the second is compared.
+A small copy of the recipe takes one step on made-up tokens (no corpus needed), on this machine's ranks as `bst train`
+starts them. Its loss, its global gradient norm and every parameter's gradient are compared with those of one plain
+torch process in double precision. The limit is four times the error of one process in the same precision, and at most a
+quarter. Recipes that carry state between steps take two steps, and the second is compared.
 
-Exit status: 0 all combinations pass; 1 one does not; 2 something given is wrong.
+Exit status: 0 all combinations pass; 1 one fails; 2 wrong input.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe", type=Path, metavar="RECIPE", help="the run's YAML file, or the name of one of launch/recipes/"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that differ from it")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help=f"keep the certificate there, as {FILE}")
     grid.add_arguments(parser)
 

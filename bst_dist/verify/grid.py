@@ -85,13 +85,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "axes", "one or more values each; default: the recipe's own; overrides come before"
     )
     axes.add_argument("--variants", nargs="+", choices=_variants(), help="context states of the Block-State layers")
-    axes.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), help="of the step")
+    axes.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), help="precision of the step")
     axes.add_argument("--zero", nargs="+", type=int, choices=range(4), metavar="{0,1,2,3}",
                       help="ZeRO stages, as in ds_configs/")  # fmt: skip
     axes.add_argument("--sp", nargs="+", type=int, metavar="N", help="sequence-parallel degrees")
     axes.add_argument("--checkpointing", nargs="+", choices=policies, metavar="POLICY", help=", ".join(policies))
-    axes.add_argument("--accumulation", nargs="+", type=int, metavar="N", help="micro-batches of a rank")
-    axes.add_argument("--slices", nargs="+", type=int, metavar="N", help="slices of a sequence (train.slice_tokens)")
+    axes.add_argument("--accumulation", nargs="+", type=int, metavar="N", help="micro-batches per rank")
+    axes.add_argument("--slices", nargs="+", type=int, metavar="N", help="slices per sequence (train.slice_tokens)")
     parser.add_argument("--ranks", type=int, metavar="N", help="processes to start (default: the recipe's, at least 2, "
                         "and as many as the degrees need)")  # fmt: skip
 

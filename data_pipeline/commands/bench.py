@@ -5,11 +5,11 @@
     bst bench data --mean-document 300   # documents as short as pages of the web: more places to read for a row
     bst bench data --cold                # each pass from the disk, its files out of the page cache
 
-The other packages are installed at their first use into an environment of their own, below --directory; the library
-never imports them. Every measurement is a process of its own; repeats of all readers take turns, so that load on the
-machine affects all of them. Columns: tokens per second and per CPU second over one pass; from a saved state to the
-first batch in the middle of a pass, and whether it is the right one; what was lost or served twice when one rank's
-state, half a pass in, is taken over by two; with --cold, what a pass reads from the disk, over the bytes of its tokens.
+On first use the other packages are installed into their own environment, below --directory; the library never imports
+them. Every measurement is a separate process, and the readers take turns, so that load on the machine affects all of
+them. Columns: tokens per second and per CPU second over one pass; time from a saved state to the first batch in the
+middle of a pass, and whether that batch is right; sequences lost or served twice when two ranks take over the state of
+one, half a pass in; with --cold, bytes read from the disk per byte of tokens.
 """
 
 from __future__ import annotations
@@ -51,17 +51,21 @@ _DEFAULT = Path("~/.cache/bst/bench-data")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS), help="what to measure")
+    parser.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS), help="readers to measure")
     parser.add_argument("--sequences", metavar="N", type=at_least(16), default=32_000,
                         help="sequences of 4097 tokens in a pass")  # fmt: skip
     parser.add_argument(
-        "--repeats", metavar="N", type=at_least(1), default=5, help="measurements of each; the median is reported"
+        "--repeats", metavar="N", type=at_least(1), default=5, help="measurements per reader; the median is reported"
     )
     parser.add_argument("--mean-document", metavar="TOKENS", type=at_least(2), default=MEAN_DOCUMENT,
                         help="mean length of our documents (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--cold", action="store_true", help="have the kernel forget the files before each pass")
+    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each pass")
     parser.add_argument(
-        "--directory", metavar="DIR", type=Path, default=_DEFAULT, help="where the sequences and the peers lie"
+        "--directory",
+        metavar="DIR",
+        type=Path,
+        default=_DEFAULT,
+        help="where to keep the sequences and the other packages",
     )
 
 

@@ -1,4 +1,4 @@
-"""Measure what a corpus costs by its size alone: memory of a rank, and seconds to the first batch.
+"""Measure how memory per rank and time to the first batch grow with the size of a corpus.
 
     bst bench index                                  # 10^6, 10^7 and 10^9 documents on this machine's disk
     bst bench index --documents 1e9 --isolated       # every document padded to the block
@@ -6,11 +6,10 @@
     bst bench index --documents 1e9 --latency-ms 40 --cache
     bst bench index --documents 1e9 --ranks 4        # on one machine, each with rows of its own
 
-The corpora have one shard's bytes under the names of all, so that a thousand million documents need no disk; what reads
-them is what reads any corpus, in a process of its own for each rank. Memory is that of a process alone, beyond what it
-had before the corpus was opened; it shares none with other ranks. After the first batch a rank takes steps of 32,768
-tokens at the asked speed, and the share of the time that it waits for data is given. Of several ranks the largest
-figure counts.
+All shards of these corpora share one shard's bytes, so a billion documents need no disk. They are read by the usual
+code, in one process per rank. Memory is what a process needs beyond its size before the corpus was opened; ranks share
+none of it. After the first batch a rank takes steps of 32,768 tokens at the given speed, and the share of time that it
+waits for data is shown. With several ranks the largest figure counts.
 """
 
 from __future__ import annotations
@@ -42,11 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--per-shard", metavar="N", type=_count, default=10_000, help="documents of a shard")
     parser.add_argument("--mean", metavar="TOKENS", type=_count, default=300, help="mean length of a document")
     parser.add_argument("--isolated", action="store_true", help="serve isolated documents; else they are joined")
-    parser.add_argument("--latency-ms", metavar="MS", type=at_least(0), help="read over HTTP, each answer so late")
-    parser.add_argument("--cache", action="store_true", help="with --latency-ms: whole shards into a cache")
+    parser.add_argument(
+        "--latency-ms", metavar="MS", type=at_least(0), help="read over HTTP, with this delay per answer"
+    )
+    parser.add_argument("--cache", action="store_true", help="with --latency-ms: fetch whole shards into a cache")
     parser.add_argument("--ranks", metavar="N", type=_count, default=1, help="ranks of this machine (default 1)")
     parser.add_argument("--tokens-per-s", metavar="N", type=_count, default=500_000, help="speed of the trainer")
-    parser.add_argument("--seconds", metavar="S", type=seconds, default=20.0, help="how long it trains")
+    parser.add_argument("--seconds", metavar="S", type=seconds, default=20.0, help="how long it reads")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

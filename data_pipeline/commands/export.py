@@ -1,11 +1,11 @@
-"""Write a prepared corpus in the form of another program: Megatron-LM's .bin and .idx, or Parquet.
+"""Write a prepared corpus in another format: Megatron-LM's .bin and .idx, or Parquet.
 
     bst data export corpora/stdlib exported/megatron --format megatron
     bst data export corpora/stdlib exported/parquet --format parquet
 
-Megatron-LM gets SPLIT.bin and SPLIT.idx, each document with the id that ends it; Parquet a file for each shard, a row
-for each document, with its text and what is known of it. The tokenizer is copied beside them, for Parquet into the
-folder _tokenizer. The folder appears when all of it is there.
+For Megatron-LM it writes SPLIT.bin and SPLIT.idx, each document with its end token; for Parquet, one file per shard
+with one row per document: its text and metadata. The tokenizer is copied beside them (for Parquet, into the folder
+_tokenizer). The output folder appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from data_pipeline.prepare.parallel import Workers, open_workers
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
-    parser.add_argument("output", metavar="FOLDER", type=Path, help="folder to write, which is not there yet")
-    parser.add_argument("--format", choices=["megatron", "parquet"], required=True, help="for which program")
+    parser.add_argument("output", metavar="FOLDER", type=Path, help="folder to write; must not exist")
+    parser.add_argument("--format", choices=["megatron", "parquet"], required=True, help="format to write")
     parser.add_argument("--workers", metavar="N", type=at_least(1), help="processes (default: one for each CPU)")
 
 

@@ -1,9 +1,9 @@
-"""Write the packed files that a corpus lacks, so that rows of short documents are quick to read.
+"""Write the packed files that a corpus lacks, so that rows of short documents can be read fast.
 
     bst data pack corpora/stdlib
 
-A preparation writes them by itself; this is for corpora that were prepared before it did, or that came from a store.
-The corpus stays the same one: its manifest does not name them, and runs on it go on.
+`bst data prepare` writes them itself; use this for corpora from before it did, or from a store. The corpus stays the
+same: its manifest does not name these files, and runs on it can continue.
 """
 
 from __future__ import annotations

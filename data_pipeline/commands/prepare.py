@@ -4,7 +4,7 @@
     bst data prepare CONFIG output=/data/mine tokenizer.vocab_size=16000 workers=8
     mpirun -n 65 bst data prepare CONFIG        # over nodes: one rank leads, the others work
 
-When started again, interrupted work continues where it stopped; a finished corpus is reused.
+When started again, it continues interrupted work; a finished corpus is reused.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", metavar="CONFIG", type=Path, help="the corpus's YAML file, or the name of one of launch/data/"
     )
-    parser.add_argument("override", nargs="*", metavar="section.field=value", help="settings that differ from it")
+    parser.add_argument("override", nargs="*", metavar="section.field=value", help="settings to change")
     settings = (f"  {name} ({default})\n{fill(text, **_INDENT)}" for name, _, default, text in fields(PrepareConfig))
     parser.epilog = "settings and their defaults:\n" + "\n".join(settings)
 

@@ -1,11 +1,11 @@
-"""Put a prepared corpus into an object store.
+"""Upload a prepared corpus to an object store.
 
     bst data push corpora/stdlib s3://bucket/stdlib
     bst data push corpora/stdlib-2 s3://bucket/stdlib --grow      # the new files alone of a corpus that continues it
 
-Runs and all commands that read corpora then take the address in place of the directory. Every file is compared with its
-SHA-256 before it is sent, and the manifest is sent last: a push that broke off has made no corpus, and the next one
-sends what is missing. Credentials are found where the store's client looks for them (for S3: AWS_…).
+Then runs, and all commands that read corpora, accept the address in place of the directory. Every file is checked
+against its SHA-256 before it is sent, and the manifest is sent last: an interrupted push leaves no corpus there, and
+the next one sends what is missing. Credentials come from where the store's client looks for them (for S3: AWS_…).
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
     parser.add_argument("url", metavar="URL", help="where to: s3://bucket/corpus, gs://…, file:///path")
-    parser.add_argument("--grow", action="store_true", help="replace a corpus there that this one continues; what both "
-                        "have is not sent")  # fmt: skip
+    parser.add_argument("--grow", action="store_true", help=(
+        "replace a corpus there that this one continues; files that both have are not sent again"
+    ))  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

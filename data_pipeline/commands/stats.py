@@ -5,8 +5,8 @@
     bst data stats corpora/large --quick                # only what manifest and indexes tell
     bst data stats corpora/stdlib --quick --length 4096 # what sequences of 4,096 tokens cut, by data.packing
 
-Overlap is the share of runs of 32 validation tokens that the training split has too. Ctrl-C ends the reading of the
-tokens, and prints what --quick does.
+Overlap is the share of 32-token runs of the validation split that also occur in the training split. Ctrl-C stops
+reading tokens and prints what --quick prints.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ _BAR = 40  # characters of the longest bar
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("corpus", type=Path, help="directory of a prepared corpus")
-    parser.add_argument("--png", metavar="PATH", type=picture, help="draw the lengths as a png, pdf or svg")
+    parser.add_argument("--png", metavar="PATH", type=picture, help="draw a histogram of lengths: png, pdf or svg")
     parser.add_argument("--quick", action="store_true", help="do not read the tokens: no duplicates, no overlap")
     parser.add_argument(
         "--length", metavar="L", type=at_least(1),
-        help="count the documents of train that sequences of L tokens cut although they could hold them",
+        help="count training documents that sequences of L tokens cut although they would fit into one",
     )  # fmt: skip
     parser.add_argument("--workers", metavar="N", type=at_least(1), help="processes (default: one for each CPU)")
 

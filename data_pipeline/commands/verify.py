@@ -1,8 +1,8 @@
-"""Verify a prepared corpus: every hash and CRC, the tokenizer, and that stock webdataset reads every document.
+"""Verify a prepared corpus: every hash and CRC, the tokenizer, and that unmodified webdataset reads every document.
 
     bst data verify corpora/stdlib
 
-Exit status 1 when anything is wrong; each line names the file, the document and the byte.
+Exit status: 1 if anything is wrong; each line names the file, the document and the byte.
 """
 
 from __future__ import annotations

@@ -16,9 +16,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 def add_step(parser: argparse.ArgumentParser, default: str) -> None:
     """One checkpoint of it."""
-    parser.add_argument(
-        "--step", type=int, metavar="N", help=f"the checkpoint taken after N steps (default: {default})"
-    )
+    parser.add_argument("--step", type=int, metavar="N", help=f"the checkpoint after N steps (default: {default})")
 
 
 def select(run_dir: Path, step: int | None) -> Held:

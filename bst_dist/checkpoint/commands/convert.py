@@ -1,10 +1,10 @@
-"""Write a checkpoint's weights as safetensors, in one file or several, for any program that reads them.
+"""Write a checkpoint's weights as safetensors, in one file or several, for other programs.
 
     bst ckpt convert runs/demo exported
     bst ckpt convert runs/demo exported --dtype bf16 --file-size 5e9
 
-The names are the model's own; the recipe goes with them. About 1 GiB is in memory at a time, so a small machine can
-convert a large model. In bf16 or fp16 the dynamics of the SSMs stay in single precision, as they must.
+Tensors keep the model's names, and the recipe is written beside them. About 1 GiB is in memory at a time, so a small
+machine can convert a large model. In bf16 or fp16 the SSM dynamics stay in fp32, which they need.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     """Where and how weights are written."""
     parser.add_argument("output", type=Path, metavar="DIR", help="where to write; must not exist")
     add_step(parser, "the newest")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: fp32)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="precision of the weights (default: fp32)")
     parser.add_argument("--file-size", type=float, default=math.inf, metavar="BYTES",
-                        help="begin another file when one would get larger (default: one file)")  # fmt: skip
+                        help="maximum size of a file in bytes (default: one file for everything)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """Remove the checkpoints that a run's settings do not keep, and the leftovers of interrupted writes.
 
-    bst ckpt gc runs/demo                                    # says what would go
+    bst ckpt gc runs/demo                                    # lists what would be removed
     bst ckpt gc runs/demo checkpoint.keep_last=1 --delete
 
-Every file is read first: a damaged checkpoint does not count as one that is kept, and while a run has no valid
-checkpoint to resume from, nothing is removed. A damaged checkpoint is removed only when its bytes were read and are
-wrong: one with a missing file may be complete as another host sees it, and stays. When something cannot be read,
-nothing is removed. Files that a run may be writing at this moment are left alone.
+Every file is read first. A damaged checkpoint does not count as kept, and as long as a run has no valid checkpoint to
+resume from, nothing is removed. A damaged checkpoint is removed only when its bytes were read and are wrong: one with a
+missing file stays, because another host may see it complete. If anything cannot be read, nothing is removed. Files that
+a run may be writing right now are left alone.
 """
 
 from __future__ import annotations
@@ -45,10 +45,8 @@ class Removal:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="checkpoint.field=value", help="settings that differ from its own"
-    )
-    parser.add_argument("--delete", action="store_true", help="remove it (default: only list it)")
+    parser.add_argument("overrides", nargs="*", metavar="checkpoint.field=value", help="settings to change")
+    parser.add_argument("--delete", action="store_true", help="remove them (default: only list them)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

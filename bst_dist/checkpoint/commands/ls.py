@@ -1,9 +1,9 @@
-"""List a run's checkpoints, newest first: what each is worth, how it was written, and why it is kept.
+"""List a run's checkpoints, newest first: loss, how each was written, and why it is kept.
 
     bst ckpt ls runs/demo
 
-The loss is that of an evaluation at the checkpoint's step, in nats per token. Nothing is read but the manifests:
-`bst ckpt verify` reads the files too.
+The loss comes from an evaluation at the checkpoint's step, in nats per token. Only manifests are read; `bst ckpt
+verify` reads the files too.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Keep a checkpoint for good, whatever the run's settings say; or leave it to them again.
+"""Keep a checkpoint for good, whatever the run's settings say; or undo that.
 
     bst ckpt pin runs/demo --step 240
     bst ckpt pin runs/demo --step 240 --remove
 
-`bst ckpt ls` says which are pinned.
+`bst ckpt ls` shows which are pinned.
 """
 
 from __future__ import annotations

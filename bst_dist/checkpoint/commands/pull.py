@@ -1,10 +1,10 @@
-"""Bring a run back that `bst ckpt push` has copied to an object store, with its newest checkpoint.
+"""Download a run that `bst ckpt push` has copied to an object store, with its newest checkpoint.
 
     bst ckpt pull s3://bucket/demo runs/demo
     bst ckpt pull s3://bucket/demo runs/demo --step 240
     bst train runs/demo --resume
 
-Every file is compared with its digest before the checkpoint gets its name. A run directory that is there must be the
+Every file is compared with its digest before the checkpoint gets its name. An existing run directory must be of the
 same run; it keeps its own files and gets the checkpoint.
 """
 

@@ -3,9 +3,10 @@
     bst ckpt push runs/demo s3://bucket/demo
     bst ckpt push runs/demo s3://bucket/demo --watch --keep 3     # each new one, until the run has finished
 
-`bst ckpt pull` brings it back. Runs beside the training, on any host that sees the run directory, and never makes it
-wait. A checkpoint's manifest is sent last, so what was broken off is never taken for a checkpoint; the next push sends
-it again. Damaged files are not sent. Credentials are found where the store's client looks for them (for S3: AWS_…).
+`bst ckpt pull` downloads the copy. A push can run during training, on any host that sees the run directory; training
+never waits for it. A checkpoint's manifest is sent last, so an interrupted push leaves no checkpoint there; the next
+push sends it again. Damaged files are not sent. Credentials come from where the store's client looks for them (for S3:
+AWS_…).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_step(parser, "the newest")
     parser.add_argument(
         "--keep", type=int, default=2, metavar="N",
-        help="how many of the newest to keep there, beside those pinned in RUN (default: 2)",
+        help="how many of the newest to keep there, besides those pinned in RUN (default: 2)",
     )  # fmt: skip
     parser.add_argument("--watch", action="store_true", help="send each new checkpoint until the run has finished")
 

@@ -1,4 +1,4 @@
-"""Read every file of a run's checkpoints, and compare its size and digest with the manifest's.
+"""Read every file of a run's checkpoints and check its size and digest against the manifest.
 
     bst ckpt verify runs/demo
     bst ckpt verify runs/demo --step 240

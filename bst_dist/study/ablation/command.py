@@ -3,11 +3,10 @@
     bst ablate runs/demo
     bst ablate runs/demo --interventions zero noise:0.1 delay:2 --layers 3 --documents 16
 
-Every intervention is applied to each layer alone and to all layers together, and scored on the same beginnings of
-validation documents as the unchanged model, streamed as in `bst eval`. The increase of the loss is paired, so its
-standard error over documents is far below those of the two losses. It is also reported by position in the document and
-in the block. The figure --out (default: ablations.png in the run's directory) shows all of it. Ctrl-C stops the reading
-and reports the interventions that are done.
+Every intervention is applied to each layer alone and to all layers together, and scored on the same document beginnings
+as the unchanged model, streamed as in `bst eval`. The increase in loss is paired, so its standard error over documents
+is far below that of either loss. It is also reported by position in the document and in the block. The figure --out
+(default: ablations.png in the run's directory) shows all of it. Ctrl-C stops and reports the finished interventions.
 """
 
 from __future__ import annotations
@@ -41,18 +40,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = "; ".join(f"{name}{':STRENGTH' if kind.strengths else ''} ({kind.text})" for name, kind in KINDS.items())
     parser.add_argument("run", metavar="RUN", type=Path, help="directory of a run")
     parser.add_argument("--interventions", metavar="KIND[:STRENGTH]", nargs="+",
-                        help=f"default: all that apply, at several strengths. {kinds}")  # fmt: skip
+                        help=f"which to apply (default: all, at several strengths). {kinds}")  # fmt: skip
     parser.add_argument("--layers", metavar="LAYER", nargs="+",
-                        help="numbers from 0 on, or all for all at once (default: each, and all)")  # fmt: skip
+                        help=(
+                            "layer numbers from 0, or `all` for all at once (default: each alone, and all)"
+                        ))  # fmt: skip
     parser.add_argument("--documents", metavar="N", type=int, default=64,
-                        help="read so many documents, evenly spread over the split (default: %(default)s)")  # fmt: skip
+                        help=(
+                            "number of documents to read, evenly spread over the split (default: %(default)s)"
+                        ))  # fmt: skip
     parser.add_argument("--tokens", metavar="T", type=int,
-                        help="read so many tokens of each from its beginning (default: 8 sequences)")  # fmt: skip
+                        help="tokens to read from the beginning of each (default: 8 sequences)")  # fmt: skip
     parser.add_argument("--split", default="validation", help="the documents to read (default: %(default)s)")
     parser.add_argument("--corpus", metavar="CORPUS",
                         help="another prepared corpus of the same tokenizer (default: its recipe's)")  # fmt: skip
     parser.add_argument("--checkpoint", metavar="STEP", type=int, help="weights after this step (default: the newest)")
-    parser.add_argument("--seed", type=int, default=0, help="of noise and shuffling (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of noise and shuffling (default: %(default)s)")
     parser.add_argument("--out", metavar="PATH", type=picture, help="the figure to draw: .png, .pdf or .svg")
 
 

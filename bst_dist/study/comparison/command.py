@@ -1,16 +1,16 @@
-"""Compare runs: what differs in their recipes, what they have reached, and by how much they differ on the same text.
+"""Compare runs: their recipes, their results, and how their losses differ on the same text.
 
     bst compare runs/demo runs/sliding
     bst compare runs/demo runs/sliding runs/longer --plot compared.png
     bst compare runs/demo runs/demo-uninterrupted --equal
 
-Differences are from the first run, paired on the same text: over the last training steps that both runs took (± the
-standard error over these steps), on the sequences that both were evaluated on (without an error, because the metrics
-have no loss per sequence), and over whole documents of each corpus (± over documents), if `bst eval` has scored them
-after each run's last step.
+Each run is compared with the first one, paired on the same text: over the last training steps that both took (±
+standard error over these steps); on the sequences that both evaluated (without an error, because the metrics have no
+loss per sequence); and over whole documents of each corpus (± over documents), if `bst eval` has scored them after each
+run's last step.
 
---equal checks that two runs are equal to the last bit, at every step and in every weight: a run that was stopped and
-resumed must equal one that never stopped. Exit status: 1 when they are not.
+--equal checks that two runs are bitwise equal, at every step and in every weight: a run that was stopped and resumed
+must equal one that never stopped. Exit status: 1 if they are not.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="directories of two runs or more")
     parser.add_argument("--plot", metavar="PATH", type=picture, help="also draw the curves, over tokens and over time: "
                         "a png, pdf or svg")  # fmt: skip
-    parser.add_argument("--equal", action="store_true", help="check that two runs are equal to the last bit")
+    parser.add_argument("--equal", action="store_true", help="check that two runs are bitwise equal")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

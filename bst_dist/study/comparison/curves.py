@@ -3,9 +3,9 @@
     bst plot runs/demo
     bst plot runs/demo runs/sliding --out curves.pdf
 
-Bits per byte in training and in evaluation (nats a label of classifiers), learning rate, gradient norm and speed. The
-suffix of --out decides the format: png, pdf or svg. `bst compare --plot` draws them over time as well, and the
-differences.
+Draws bits per byte in training and evaluation (nats per label for classifiers), learning rate, gradient norm and
+throughput. The suffix of --out decides the format: png, pdf or svg. `bst compare --plot` also draws them over time, and
+their differences.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def read_runs(directories: list[Path]) -> dict[str, Result]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="directory of a run")
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories")
     parser.add_argument("--out", metavar="PATH", type=picture,
                         help="the file to draw (default: curves.png in the first run's directory)")  # fmt: skip
 

@@ -2,9 +2,9 @@
 
     bst baselines corpora/stdlib
 
-The byte model is trained on the corpus's training text and codes the validation text document by document, with the end
-of each, as a language model does: their bits per byte are comparable. xz sees only the validation text, as one stream:
-it has learnt nothing in advance, but may look back over all text before.
+The byte model is trained on the training text and codes the validation text document by document, including the end of
+each, so its bits per byte are comparable with a language model's. xz sees only the validation text, as one stream: it
+has learnt nothing in advance but can look back over all earlier text.
 """
 
 from __future__ import annotations

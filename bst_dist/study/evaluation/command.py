@@ -5,27 +5,28 @@
     bst eval runs/demo --needle 1024,4096
     bst eval runs/demo --harness lambada_openai --limit 100
 
-Without options, every document of the split is read from its beginning through the carried state, so each token is
-predicted from all that came before it in its document, however long (--context L makes the model forget after every L
-tokens). The end of a document is predicted too, and its cost counted. Errors are standard errors over documents, by
-the delta method for a ratio of sums. Perplexity depends on the tokenizer; bits per byte of text does not.
+Without options, every document of the split is read from its beginning with carried state, so each token is predicted
+from everything before it in its document, however long (--context L makes the model forget after every L tokens). The
+end of a document is predicted and counted too. Errors are standard errors over documents, by the delta method for a
+ratio of sums. Perplexity depends on the tokenizer; bits per byte of text does not.
 
---lengths L,L measures the same text in sequences of each length, beside the trained one: joined as in training, or the
-documents that are that long where the model was trained on isolated or masked ones.
+--lengths L,L measures the same text in sequences of each length, and of the trained one: joined as in training, or, if
+the model was trained on isolated or masked documents, on the documents that are that long.
 
---needle puts a pass key into the validation text and asks for it at the end: by the length of the text and by where in
-it the key stands; --rows says how many texts. --needle L,L: of these lengths, else of the trained one.
+--needle hides a pass key in validation text and asks for it at the end. Results are by length of the text and by
+position of the key; --rows sets the number of texts. --needle L,L: texts of these lengths (default: the trained one).
 
-A run that learns a synthetic task (data.synthetic) reads rows that it has not seen: accuracy and loss by how far back
-the answer stands, with the best loss that is possible; errors are over rows. --length L takes rows of another length.
+A run that learns a synthetic task (data.synthetic) is evaluated on unseen rows: accuracy and loss by distance of the
+answer, with the best possible loss; errors are over rows. --length L takes rows of another length.
 
-Several processes share whole documents: --ranks N on this machine, or `torchrun --no-python bst eval RUN`. Ctrl-C ends
-the reading and reports the documents that were read to their ends, the longest first.
+Several processes can share the documents: --ranks N on this machine, or `torchrun --no-python bst eval RUN`. Documents
+are read longest first; Ctrl-C stops and reports those that are finished.
 
-The report is kept in the run's reports/, where `bst compare` and `bst export` find it; --json PATH writes it there too.
+The report is saved in the run's reports/, where `bst compare` and `bst export` find it; --json PATH also writes it to
+PATH.
 
---harness TASK,TASK asks the model what tasks of EleutherAI's lm-evaluation-harness ask. The harness is an optional
-package: pip install 'bst-dist[harness]'.
+--harness TASK,TASK runs tasks of EleutherAI's lm-evaluation-harness, an optional package: pip install
+'bst-dist[harness]'.
 """
 
 from __future__ import annotations
@@ -63,14 +64,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus", metavar="CORPUS",
                         help="another prepared corpus of the same tokenizer (default: its recipe's)")  # fmt: skip
     parser.add_argument("--checkpoint", metavar="STEP", type=int, help="weights after this step (default: the newest)")
-    parser.add_argument("--averaged", action="store_true", help="the averaged weights (train.average)")
+    parser.add_argument("--averaged", action="store_true", help="evaluate the averaged weights (train.average)")
     parser.add_argument("--context", metavar="L", type=int,
                         help="tokens after which the model forgets (default: whole documents)")  # fmt: skip
-    parser.add_argument("--precision", choices=["fp32", "bf16"], help="of matrix products (default: as trained)")
-    parser.add_argument("--batch-size", metavar="N", type=int, help="sequences of a forward pass at most (default: "
-                        f"as many as make {TOKENS_AT_ONCE:,} tokens)")  # fmt: skip
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16"], help="precision of matrix products (default: as trained)"
+    )
+    parser.add_argument("--batch-size", metavar="N", type=int, help="most sequences per forward pass "
+                        f"(default: as many as make {TOKENS_AT_ONCE:,} tokens)")  # fmt: skip
     parser.add_argument("--ranks", metavar="N", type=at_least(1),
-                        help="processes of this machine that share the documents, each with a device")  # fmt: skip
+                        help=(
+                            "processes on this machine that share the documents, each with its own device"
+                        ))  # fmt: skip
     lengths = parser.add_argument_group("length generalisation")
     lengths.add_argument("--lengths", metavar="L,L", type=_lengths, help="lengths in tokens, multiples of the block")
     lengths.add_argument("--tokens", metavar="N", type=int, help="read at most N tokens (default: the whole split)")
@@ -83,12 +88,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tasks.add_argument("--rows", metavar="N", type=int,
                        help=f"rows to read (default: {synthetic.ROWS}; --needle: {needle.ROWS} a line)")  # fmt: skip
     tasks.add_argument("--length", metavar="L", type=int,
-                       help="tokens of a row, a multiple of the block (default: as trained)")  # fmt: skip
+                       help="tokens per row, a multiple of the block (default: as trained)")  # fmt: skip
     harness = parser.add_argument_group("lm-evaluation-harness")
     harness.add_argument("--harness", metavar="TASK,TASK", type=lambda names: names.split(","), help="tasks by name")
-    harness.add_argument("--harness-tasks", metavar="DIR", type=Path, help="tasks of your own: YAML files in DIR")
+    harness.add_argument("--harness-tasks", metavar="DIR", type=Path, help="your own tasks: YAML files in DIR")
     harness.add_argument("--limit", metavar="N", type=int, help="only the first N examples of each task")
-    harness.add_argument("--fewshot", metavar="N", type=int, help="examples before each (default: as the task says)")
+    harness.add_argument("--fewshot", metavar="N", type=int, help="few-shot examples (default: as the task says)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:

@@ -1,14 +1,14 @@
-"""Write text with a run's model, from its carried state, one token at a time.
+"""Generate text with a run's model, one token at a time, with carried state.
 
     bst generate runs/demo --prompt "class Cache:"
     bst generate runs/demo --prompts prompts.jsonl --samples 4 > written.jsonl
     echo "import os" | bst generate runs/demo --prompts -
     bst generate runs/demo --interactive
 
-A prompt is read as the beginning of a document. One sample of one prompt is printed while it is generated, control
-characters shown as symbols. Several are printed as lines of JSON, in order; they are generated in batches. A text ends
-after --tokens tokens, at the end of the document, or before a --stop. The same seed gives the same text.
---interactive loads the model once and continues every line that you type; an empty line or Ctrl-D ends it.
+A prompt is read as the beginning of a document. A single sample is printed while it is generated, with control
+characters as symbols. Several are generated in batches and printed as JSON lines, in order. A text ends after --tokens
+tokens, at the end of the document, or before a --stop. The same seed gives the same text. --interactive loads the model
+once and continues every line that you type; an empty line or Ctrl-D ends it.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                             'with a "prompt" per line')  # fmt: skip
     given.add_argument("--interactive", action="store_true", help="load the model once, and continue each line typed")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="continuations of each prompt (default: 1)")
-    parser.add_argument("--batch", type=int, default=32, metavar="ROWS", help="most rows drawn together (default: 32)")
-    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="most tokens to draw (default: 200)")
+    parser.add_argument(
+        "--batch", type=int, default=32, metavar="ROWS", help="most samples generated at a time (default: 32)"
+    )
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="most tokens to generate (default: 200)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
                         help="end before this text; may be given several times")  # fmt: skip
     parser.add_argument("--stop-token", action="append", default=[], type=int, metavar="ID",

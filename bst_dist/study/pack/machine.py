@@ -1,7 +1,7 @@
-"""The program of a packed folder, on the machine that trains it; run.py starts it.
+"""Train the runs of a packed folder on this machine; run.py starts it.
 
-Takes the runs in the order of the folder, several side by side on each GPU, until the minutes are over; then the runs
-under way take a checkpoint and end. What is known so far is written every minute and at the end.
+Takes the runs in the folder's order, several side by side on each GPU, until the minutes are over; then the active runs
+write a checkpoint and stop. Results so far are written every minute and at the end.
 """
 
 from __future__ import annotations
@@ -36,13 +36,15 @@ def main(argv: list[str] | None = None) -> int:
     """Train for as long as it was given; returns the exit status."""
     parser = argparse.ArgumentParser(prog="run.sh", description=__doc__)
     parser.add_argument("folder", type=Path, help=argparse.SUPPRESS)  # run.py gives it
-    parser.add_argument("--minutes", type=float, default=9.0, metavar="N", help="for how long (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, metavar="N", help="how long to train (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the results go (default: results/)")
     parser.add_argument("--results", type=Path, metavar="DIR",
-                        help="results of another machine, to leave out what it has done")  # fmt: skip
-    parser.add_argument("--state", type=Path, metavar="DIR", help="where runs and packages lie (default: state/)")
+                        help="results of another machine: skip the runs that it has finished")  # fmt: skip
+    parser.add_argument("--state", type=Path, metavar="DIR", help="where to keep runs and packages (default: state/)")
     parser.add_argument("--side-by-side", type=at_least(1), default=SIDE_BY_SIDE, metavar="N",
-                        help="runs at a time on each GPU, or on the CPU (default: %(default)s)")  # fmt: skip
+                        help="parallel runs per GPU, or on the CPU (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
     try:
         return Machine(read_pack(args.folder), args).train()

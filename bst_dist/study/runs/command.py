@@ -34,22 +34,22 @@ def add_file(parser: argparse.ArgumentParser, kind: str, folder: str) -> None:
     """The study's file and settings that differ from it; `folder`: where those of the program lie."""
     parser.add_argument("file", type=Path, metavar=kind.upper(),
                         help=f"the {kind}'s YAML file, or the name of one of {folder}/")  # fmt: skip
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that differ from it")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
     """Where the runs are trained."""
     where = parser.add_mutually_exclusive_group()
     parser.add_argument(
-        "--workers", type=at_least(1), metavar="N", help="runs to train at a time on a host (default: 1)"
+        "--workers", type=at_least(1), metavar="N", help="runs to train in parallel per host (default: 1)"
     )
     where.add_argument("--hostfile", type=Path, metavar="FILE",
-                       help="train on these hosts, as many runs at a time as their slots suffice for")  # fmt: skip
+                       help="train on these hosts, as many runs in parallel as their slots allow")  # fmt: skip
     where.add_argument("--slurm", type=at_least(1), metavar="N", help="submit an array of N tasks")
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="with --slurm: an option for sbatch"
     )
-    parser.add_argument("--dry-run", action="store_true", help="only show what would be trained, or the commands")
+    parser.add_argument("--dry-run", action="store_true", help="only show the runs or commands that would start")
 
 
 def check_training(args: argparse.Namespace) -> None:

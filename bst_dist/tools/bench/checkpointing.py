@@ -1,10 +1,10 @@
-"""What each policy of activation checkpointing keeps between the passes, and what it costs in time.
+"""Measure what each activation checkpointing policy keeps between the passes, and what it costs in time.
 
     bst bench checkpointing launch/recipes/demo.yaml --rounds 3
 
-One process, synthetic tokens, the recipe's own layers without its depth: what a layer adds is the difference between
-two depths, so the embedding and the loss do not count. Memory is counted from the tensors themselves. On a CPU,
-offload's inputs are in the same memory as everything else; a column of their own shows them.
+Runs in one process, on synthetic tokens, with the recipe's layers at two depths: their difference is what one layer
+adds, without the embedding and the loss. Memory is counted from the tensors themselves. On a CPU, offloaded inputs are
+in the same memory as everything else; they have their own column.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ POLICIES: tuple[str, ...] = get_args(ActivationCheckpointingConfig.model_fields[
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="whose layers, lengths and precision")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that differ from it")
-    parser.add_argument("--rounds", metavar="N", type=int, default=5, help="counted rounds of every policy in turn")
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="recipe that gives layers, lengths and precision")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")
+    parser.add_argument(
+        "--rounds", metavar="N", type=int, default=5, help="timed rounds; each takes every policy in turn"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Measure what the project promises on one GPU, in one command of nine minutes; all figures go to one folder.
+"""Measure what the project promises on one GPU, in nine minutes; all figures go to one folder.
 
     bst bench gpu --output bench-gpu
     bst bench gpu --only layers stack
@@ -45,8 +45,8 @@ TOLD_S = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", metavar="DIR", type=Path, default=Path("bench-gpu"), help="folder of all figures")
-    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of: {', '.join(PARTS)}")
+    parser.add_argument("--output", metavar="DIR", type=Path, default=Path("bench-gpu"), help="folder for all figures")
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"parts to run: {', '.join(PARTS)}")
     parser.add_argument("--small", action="store_true", help="small sizes, as always without a GPU: a rehearsal")
 
 

@@ -1,4 +1,4 @@
-"""Time one layer of every model and of two other packages: one table, measured in one run.
+"""Time one layer of every model and of two other packages, in one run and one table.
 
     bst bench layers --lengths 4096 --dtypes fp32 --rounds 3 --only "BST SH"
     bst bench layers --no-peers
@@ -67,9 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384], metavar="L",
                         help="tokens of a sequence")  # fmt: skip
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="precisions")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"ours to measure, of: {', '.join(OURS)}")
-    parser.add_argument("--no-peers", action="store_true", help="leave out (and do not install) other people's layers")
-    parser.add_argument("--rounds", metavar="N", type=int, default=5, help="counted rounds")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"which of our layers to measure: {', '.join(OURS)}")
+    parser.add_argument("--no-peers", action="store_true", help="leave out (and do not install) the other packages")
+    parser.add_argument("--rounds", metavar="N", type=int, default=5, help="timed rounds")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""Sequence parallelism by passing states against the same layer with all-to-alls: bytes and time.
+"""Compare sequence parallelism by passing states with the same layer by all-to-alls: bytes and time.
 
     bst bench parallel --layers SH sliding --lengths 4096 --sp 1 2 --width 256
 
-One layer, forward and backward, its sequence over `sp` ranks of this machine (gloo on CPUs with one thread a rank,
-NCCL on GPUs). Bytes are those sent in one pass by the rank that sends most. Times are the slowest rank's: the median of
-the repeats, with the fastest and the slowest; "CPU ms" is the processor time of the busiest rank, which depends less on
-other programs on the machine. Both forms share weights and must give the same numbers.
+Runs one layer, forward and backward, with its sequence over `sp` ranks of this machine (gloo on CPUs with one thread
+per rank, NCCL on GPUs). Bytes are those that the busiest rank sends in one pass. Times are the slowest rank's: the
+median of the repeats, with the fastest and the slowest; "CPU ms" is the processor time of the busiest rank, which
+depends less on other programs on the machine. Both forms share weights and must give the same numbers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=512, help="model width D (default 512); the FFN has 4 D")
     parser.add_argument("--heads", type=int, default=8, help="attention heads H (default 8); sp must divide them")
     parser.add_argument("--block", type=int, default=512, help="block W (default 512)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed passes, after one that is not (default 5)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed passes, after one untimed (default 5)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

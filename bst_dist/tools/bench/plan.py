@@ -141,7 +141,7 @@ CASES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", metavar="WORD", default="", help="only configurations whose name has this in it")
+    parser.add_argument("--only", metavar="WORD", default="", help="only configurations whose name contains this")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -68,15 +68,18 @@ class Recovery:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kills", type=at_least(1), default=5, metavar="N", help="recoveries to time (default: 5)")
-    parser.add_argument("--ranks", type=at_least(1), default=2, metavar="N", help="of the run (default: 2)")
+    parser.add_argument("--ranks", type=at_least(1), default=2, metavar="N", help="ranks of the run (default: 2)")
     parser.add_argument("--local-every", type=at_least(0), default=0, metavar="K", help="steps between local copies, "
                         "from which the run then resumes (checkpoint.local_every; default: 0, none)")  # fmt: skip
-    parser.add_argument("--cost", type=seconds, default=1.0, metavar="SECONDS", help="the model's: how long training "
-                        "waits for a checkpoint (default: 1; `bst bench saving` measures it)")  # fmt: skip
-    parser.add_argument("--interval", type=seconds, metavar="SECONDS", help="the model's: between two checkpoints "
-                        "(default: the best for its cost)")  # fmt: skip
-    parser.add_argument("--recovery", type=seconds, metavar="SECONDS", help="the model's: from a failure to the next "
-                        "step (default: the median measured here)")  # fmt: skip
+    parser.add_argument("--cost", type=seconds, default=1.0, metavar="SECONDS", help=(
+        "for the goodput model: how long training waits for a checkpoint (default: 1; `bst bench saving` measures it)"
+    ))  # fmt: skip
+    parser.add_argument("--interval", type=seconds, metavar="SECONDS", help=(
+        "for the goodput model: time between checkpoints (default: the best for that cost)"
+    ))  # fmt: skip
+    parser.add_argument("--recovery", type=seconds, metavar="SECONDS", help=(
+        "for the goodput model: time from a failure to the next step (default: the median measured here)"
+    ))  # fmt: skip
     parser.add_argument("--directory", type=Path, metavar="DIR", help="where to write (default: a temporary directory)")
 
 

@@ -1,4 +1,4 @@
-"""Time what a checkpoint costs training, compared with DeepSpeed's `save_checkpoint`, in one run.
+"""Time what a checkpoint costs training, compared with DeepSpeed's `save_checkpoint`.
 
     bst bench saving
     bst bench saving --ranks 2 --zero 3 --width 512 --depth 8
@@ -46,10 +46,10 @@ WAYS = ("DeepSpeed", "ours, waiting", "ours, background")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes to start")
     parser.add_argument("--zero", type=int, default=1, choices=range(4), help="ZeRO stage (default: 1)")
-    parser.add_argument("--width", type=int, default=512, metavar="D", help="of the model")
+    parser.add_argument("--width", type=int, default=512, metavar="D", help="width of the model")
     parser.add_argument("--depth", type=int, default=8, metavar="N", help="layers of the model")
-    parser.add_argument("--steps", type=int, default=6, metavar="N", help="least steps of a turn (default: 6)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of every way of saving")
+    parser.add_argument("--steps", type=int, default=6, metavar="N", help="minimum steps per turn (default: 6)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns for every way of saving")
     parser.add_argument("--directory", type=Path, metavar="DIR", help="where to write (default: a temporary directory)")
 
 

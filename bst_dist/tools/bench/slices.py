@@ -1,4 +1,4 @@
-"""One long sequence forward and backward, slice by slice and at once: time, memory and the bytes of edges.
+"""Run one long sequence forward and backward, in slices and whole: time, memory and bytes of edges.
 
     bst bench slices
     bst bench slices --lengths 1048576 --slice-tokens 4096 --edges disk
@@ -44,13 +44,13 @@ REPORTS = 32
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="L", help="tokens of the sequence")
     parser.add_argument("--slice-tokens", nargs="+", type=int, default=SLICES, metavar="N", help="tokens of a slice")
-    parser.add_argument("--edges", nargs="+", choices=get_args(Place), default=["device"], help="where edges wait")
+    parser.add_argument("--edges", nargs="+", choices=get_args(Place), default=["device"], help="where to keep edges")
     parser.add_argument("--edges-every", nargs="+", type=int, default=[1], metavar="K",
-                        help="let one edge in K wait, and run the slices between again (default 1)")  # fmt: skip
+                        help="keep one edge in K, and recompute the slices between (default 1)")  # fmt: skip
     parser.add_argument("--at-once", type=int, default=AT_ONCE, metavar="L",
-                        help=f"also take sequences up to this length at once (default {AT_ONCE}; 0: none)")  # fmt: skip
+                        help=f"also run sequences up to this length whole (default {AT_ONCE}; 0: none)")  # fmt: skip
     parser.add_argument("--checkpointing", default="every-layer", metavar="POLICY",
-                        help="activation checkpointing of what is taken at once; in slices there is none")  # fmt: skip
+                        help="activation checkpointing policy for whole sequences; slices use none")  # fmt: skip
     parser.add_argument("--mixer", default="bst", help="model.mixer (default bst)")
     parser.add_argument("--variant", default="SH", help="model.context.variant of bst (default SH)")
     sizes = {"width": 256, "heads": 4, "depth": 12, "block": 512, "vocabulary": 4096}

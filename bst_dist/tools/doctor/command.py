@@ -1,12 +1,12 @@
-"""Look at this machine: what it has for training, what is missing, and how to get it.
+"""Check this machine: what training needs, what is missing, and how to get it.
 
     bst doctor
     bst doctor --json doctor.json
 
-A line each: ✓ is there; ! some runs would miss it, or it is odd; ✗ every run needs it. Hosts of a cluster are compared
-with each other by `bst launch --check`.
+Marks: ✓ present; ! some runs would miss it, or something is unusual; ✗ missing, and every run needs it. `bst launch
+--check` compares the hosts of a cluster with each other.
 
-Exit status: 1 when something that every run needs is missing.
+Exit status: 1 if something that every run needs is missing.
 """
 
 from __future__ import annotations

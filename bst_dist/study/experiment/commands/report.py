@@ -3,7 +3,7 @@
     bst experiment report launch/recipes/ablations/ssm.yaml
 
 Earlier evaluations are reused. The table is written into the experiment's directory as table.json, table.csv, report.md
-and report.html, with the figure as PNG and PDF. Runs that are not done are listed.
+and report.html, with the figure as PNG and PDF. Unfinished runs are listed.
 """
 
 from __future__ import annotations

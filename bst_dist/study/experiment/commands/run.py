@@ -1,8 +1,8 @@
-"""Train what is missing of an experiment, evaluate, and print its table.
+"""Train the missing runs of an experiment, evaluate them, and print its table.
 
     bst experiment run launch/recipes/ablations/ssm.yaml
 
-An experiment is a file: a base recipe beside it, arms by name with their settings, and what is measured:
+An experiment is a file that names a base recipe beside it, arms with their settings, and what to measure:
 
     name: window
     question: Is a window of 64 better than one of 32?
@@ -12,9 +12,9 @@ An experiment is a file: a base recipe beside it, arms by name with their settin
     seeds: [0, 1, 2]
     measure: {lengths: [256, 4096], tokens: 131072}
 
-The command may be stopped or killed at any moment and given again: it continues from the run directories. Runs that
-several experiments have in common are trained once. `bst experiment settings` explains every setting of the file. With
---hostfile or --slurm the runs are trained on several hosts, as in `bst sweep run`; with --dry-run nothing is started.
+You can stop or kill the command at any time and start it again: it continues from the run directories. Runs that
+several experiments share are trained once. `bst experiment settings` explains every setting of the file. --hostfile and
+--slurm train the runs on several hosts, as in `bst sweep run`; --dry-run starts nothing.
 """
 
 from __future__ import annotations

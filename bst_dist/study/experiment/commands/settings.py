@@ -4,7 +4,7 @@
     bst experiment settings measure
     bst experiment settings --markdown > docs/experiment-settings.md
 
-Any of them may be given on the command line, directly after the file, as section.field=value.
+Every setting can be changed on the command line, directly after the file, as section.field=value.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Show where the runs of an experiment stand.
+"""Show the progress of an experiment's runs.
 
     bst experiment status launch/recipes/ablations/ssm.yaml
 
-Failed and diverged runs are listed with their reason; they stay in the table.
+Failed and diverged runs are listed with the reason; they stay in the table.
 """
 
 from __future__ import annotations

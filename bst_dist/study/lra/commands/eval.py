@@ -1,4 +1,4 @@
-"""The accuracy of a Long Range Arena run on its test split, with its uncertainty.
+"""Measure the accuracy of a Long Range Arena run on its test split, with its uncertainty.
 
     bst lra eval runs/lra-listops
     bst lra eval runs/lra-listops --split validation --step 4000
@@ -20,7 +20,7 @@ from bst_dist.study.lra.tasks import SPLITS
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="directory of a run")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="what to evaluate on (default: test)")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="the split to evaluate on (default: test)")
     parser.add_argument("--step", type=int, metavar="N", help="the checkpoint after N steps (default: the newest)")
     parser.add_argument("--rows", type=int, default=64, metavar="N", help="examples at a time (default: 64)")
 

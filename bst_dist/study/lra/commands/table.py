@@ -1,9 +1,9 @@
-"""A table of Long Range Arena runs of one task: accuracy, its standard error and 95 % interval, means over seeds.
+"""Compare Long Range Arena runs of one task: accuracy, standard error, 95 % interval, means over seeds.
 
     bst lra table runs/lra-listops runs/lra-listops-full
 
-Runs must have been evaluated: `bst lra eval RUN`. The standard error of a run is that of its test examples; of a mean
-over seeds, that of the seeds.
+Evaluate the runs first: `bst lra eval RUN`. A run's standard error is over its test examples, that of a mean over seeds
+is over the seeds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from bst_dist.study.statistics import entries
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="directories of runs")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="what they were evaluated on (default: test)")
+    parser.add_argument(
+        "--split", choices=SPLITS, default="test", help="the split they were evaluated on (default: test)"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
     bst sweep collect launch/sweeps/mini.yaml
 
-Writes table.json and table.csv into the sweep's directory, with one row per measurement, whether it is finished,
-waiting, failed or diverged. With --documents TOKENS every finished run is also evaluated on the first TOKENS of each
-validation document. With --from DIR the results of a folder of `bst sweep pack` are unpacked into the sweep's directory
-first: DIR is what its run.sh wrote.
+Writes table.json and table.csv into the sweep's directory, with one row per measurement, whether finished, waiting,
+failed or diverged. --documents TOKENS also evaluates every finished run on the first TOKENS of each validation
+document. --from DIR first unpacks the results of a `bst sweep pack` folder into the sweep's directory: DIR is what its
+run.sh wrote.
 """
 
 from __future__ import annotations

@@ -21,7 +21,9 @@ from bst_dist.study.sweep.table import observations
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sweep(parser)
-    parser.add_argument("--at", choices=("flops", "time_s"), default="flops", help="what is equal in a comparison")
+    parser.add_argument(
+        "--at", choices=("flops", "time_s"), default="flops", help="quantity at which models are compared"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

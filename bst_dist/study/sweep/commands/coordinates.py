@@ -1,8 +1,8 @@
-"""The coordinate check of a sweep's architectures, in width and in depth, SSM dynamics included.
+"""Coordinate check of a sweep's architectures, in width and depth, including SSM dynamics.
 
     bst sweep coordinates launch/sweeps/mini.yaml --widths 32 64 128 --depths 2 4 8
 
-Models of several widths and depths take a few steps. One learning rate suits all of them when the change of the
+Models of several widths and depths train for a few steps. One learning rate suits them all if the change of their
 activations depends on neither width nor depth. Passed: both one-sided tests put every slope within ±0.2. Undecided:
 more seeds are needed. The rate is a tenth of the peak rate, as during warm-up, because activations that have changed
 completely show nothing. Under the standard parametrisation the change depends on the width and the check fails
@@ -35,8 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--depths", type=at_least(1), nargs="+", required=True, metavar="N", help="numbers of layers")
     parser.add_argument("--rate", type=float, default=0.1, metavar="X",
-                        help="share of the peak rate to train at (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--seeds", type=at_least(1), default=6, metavar="K", help="of weights (default: %(default)s)")
+                        help="learning rate as a share of the peak (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--seeds", type=at_least(1), default=6, metavar="K", help="seeds of the weights (default: %(default)s)"
+    )
     parser.add_argument(
         "--steps", type=at_least(1), default=4, metavar="K", help="steps to train (default: %(default)s)"
     )

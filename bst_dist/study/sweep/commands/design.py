@@ -2,9 +2,9 @@
 
     bst sweep design launch/sweeps/mini.yaml
 
-Printed are shapes of equal size with exact parameters and training FLOPs per token, and the power of the verdict's rule
-in simulated studies. The whole analysis is first made with simulated losses: a grid that cannot separate its factors,
-or that gives no verdict or no law, is refused with the reason.
+Prints shapes of equal size, with exact parameters and training FLOPs per token, and the power of the verdict's rule in
+simulated studies. The whole analysis first runs on simulated losses: a grid that cannot separate its factors, or gives
+no verdict or no law, is rejected with the reason.
 """
 
 from __future__ import annotations

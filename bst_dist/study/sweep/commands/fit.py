@@ -2,9 +2,9 @@
 
     bst sweep fit launch/sweeps/mini.yaml
 
-Three forms are fitted with two objectives. Printed are intervals by resampling runs, errors on shapes and sizes that
-were left out, the prediction of the held-out size, the best model for a budget, and one E for architectures that are
-shown to share it; local slopes where the data do not identify a law. `bst law fit` does the same for your own table.
+Fits three forms with two objectives. Prints intervals from resampling runs, errors on left-out shapes and sizes, the
+prediction of the held-out size, the best model for a budget, and one E for architectures that are shown to share it;
+local slopes where the data do not identify a law. `bst law fit` does the same for your own table.
 """
 
 from __future__ import annotations

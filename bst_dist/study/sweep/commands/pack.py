@@ -1,14 +1,14 @@
-"""Put a sweep into one folder that a machine with torch, without network and without this program, can train.
+"""Pack a sweep into one folder, to train on a machine that has torch but neither a network nor this program.
 
     bst sweep pack launch/sweeps/gpu.yaml --minutes 20
     cd packs/gpu && ./run.sh --minutes 9 --out results
     bst sweep collect launch/sweeps/gpu.yaml --from packs/gpu/results
 
-In the folder are the code, the corpora and, as wheels, what training needs beside torch and numpy. The runs stand in
-the order of their value: each next block of the grid is the one that narrows the two changes of the verdict most for
-its time, so whatever time there is is used well. run.sh trains for the minutes that it is given, several runs side by
-side on each GPU, continues when it is given again, and leaves a table, the metrics and a log in at most eight files of
-at most 16 MB. `--minutes` says how long that will be in all, from which the command says how far it will come.
+The folder holds the code, the corpora and, as wheels, what training needs besides torch and numpy. Runs are ordered by
+value: each next block of the grid is the one that narrows the two changes of the verdict most for its time, so any
+amount of time is used well. run.sh trains for the given minutes, several runs side by side on each GPU; when started
+again, it continues. It leaves a table, the metrics and a log in at most eight files of at most 16 MB. From `--minutes`,
+the total time, this command predicts how far the sweep will get.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from bst_dist.study.sweep.rehearsal import rehearse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sweep(parser)
     parser.add_argument("--minutes", type=float, default=20.0, metavar="N",
-                        help="that the machine will train, in all (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--output", type=Path, metavar="DIR", help="the folder (default: packs/<name>)")
-    parser.add_argument("--python", nargs="+", default=[HERE], metavar="X.Y", help="Pythons of the machine")
-    parser.add_argument("--most-mb", type=float, default=60.0, metavar="MB", help="largest size of the folder")
+                        help="total training time on that machine (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write (default: packs/<name>)")
+    parser.add_argument("--python", nargs="+", default=[HERE], metavar="X.Y", help="Python versions of that machine")
+    parser.add_argument("--most-mb", type=float, default=60.0, metavar="MB", help="maximum size of the folder")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,12 +1,11 @@
-"""Price a sweep, fit it into its budget, and fix what will be run.
+"""Estimate a sweep's cost, fit it into the budget, and fix which runs to train.
 
     bst sweep plan launch/sweeps/mini.yaml --measure 2
     bst sweep plan launch/sweeps/cluster.yaml --gpu h100-80gb
 
-With --measure every shape is first timed on this machine for so many seconds; with --gpu its speed is that which
-`bst plan` expects on such devices, launches of small kernels included. Either is kept for later commands; without them
-the price is computed from budget.flops_per_s. Blocks are dropped, with all their architectures, until the budget
-suffices.
+--measure first times every shape on this machine for this many seconds; --gpu takes the speed that `bst plan` expects
+on such devices, including launches of small kernels. Either result is kept for later commands; without both, the cost
+is computed from budget.flops_per_s. Blocks are dropped, with all their architectures, until the sweep fits the budget.
 """
 
 from __future__ import annotations
@@ -32,10 +31,12 @@ from bst_dist.study.sweep.speed import measure, planned
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sweep(parser)
     speeds = parser.add_mutually_exclusive_group()
-    speeds.add_argument("--measure", type=seconds, metavar="SECONDS", help="time every shape here for so long first")
-    speeds.add_argument("--gpu", metavar="NAME", help="take speeds from the model of bst plan for these devices")
+    speeds.add_argument("--measure", type=seconds, metavar="SECONDS", help="first time every shape here for this long")
+    speeds.add_argument("--gpu", metavar="NAME", help="take the speeds that bst plan expects of these devices")
     parser.add_argument("--gpus-per-node", type=at_least(1), default=8, metavar="G", help="with --gpu (default 8)")
-    parser.add_argument("--accelerators", type=Path, metavar="FILE", help="with --gpu: devices of your own, YAML")
+    parser.add_argument(
+        "--accelerators", type=Path, metavar="FILE", help="with --gpu: YAML file with your own accelerators"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

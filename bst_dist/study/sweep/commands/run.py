@@ -2,14 +2,13 @@
 
     bst sweep run launch/sweeps/smoke.yaml --workers 2
 
-The command may be stopped or killed at any moment and given again: it continues from the run directories. Several of
-these commands on one shared file system, on several hosts or as tasks of a Slurm array, share the runs:
+You can stop or kill the command at any time and start it again: it continues from the run directories. Several such
+commands on a shared file system, on several hosts or as tasks of a Slurm array, share the runs:
 
     bst sweep run launch/sweeps/cluster.yaml --hostfile hosts           # lines `name slots=8`, reached by ssh
     bst sweep run launch/sweeps/cluster.yaml --slurm 64 --sbatch=--gres=gpu:1 --sbatch=--time=24:00:00
 
-With --dry-run the runs that would be trained, the commands or the batch script are printed; nothing is started or
-written.
+--dry-run prints the runs, the commands or the batch script; nothing is started or written.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     bst sweep settings rules
     bst sweep settings --markdown > docs/sweep-settings.md
 
-Any of them may be given on the command line, directly after the file, as section.field=value.
+Every setting can be changed on the command line, directly after the file, as section.field=value.
 """
 
 from __future__ import annotations

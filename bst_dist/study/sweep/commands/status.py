@@ -1,8 +1,8 @@
-"""Show where the runs of a sweep stand.
+"""Show the progress of a sweep's runs.
 
     bst sweep status launch/sweeps/mini.yaml
 
-Failed and diverged runs are listed with their reason; they stay in the table.
+Failed and diverged runs are listed with the reason; they stay in the table.
 """
 
 from __future__ import annotations
