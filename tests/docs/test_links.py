@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+EXAMPLES = [path for path in sorted((ROOT / "launch").rglob("*")) if path.is_file() and path.suffix != ".pyc"]
 
 
 def links(page: Path) -> list[tuple[Path, str]]:
@@ -28,7 +29,7 @@ def test_links_lead_somewhere(page):
             assert part in anchors, f"{page}: {target} has no heading #{part}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*PAGES, *EXAMPLES], ids=lambda page: str(page.relative_to(ROOT)))
 def test_tests_and_programs_that_a_page_names_exist(page):
     named = re.findall(
         r"\b((?:tests|launch|ds_configs|bst_base|bst_dist|data_pipeline)/[\w/.-]+\w)(?:::(\w+))?", page.read_text()
