@@ -118,17 +118,15 @@ class Recipe(Config):
         elif self.train.edges != "device" or self.train.edges_every != 1:
             field = "edges" if self.train.edges != "device" else "edges_every"
             raise ValueError(
-                f"train.{field} {getattr(self.train, field)}: only slices leave edges; set train.slice_tokens too"
+                f"train.{field} {getattr(self.train, field)}: only slices have edges; set train.slice_tokens too"
             )
         if self.train.carry and self.data.mode != "streaming":
             needed = "data.row_tokens" if isinstance(self.data, SyntheticConfig) else "data.mode streaming"
-            raise ValueError(f"train.carry needs {needed}: only there do a row's steps follow each other")
+            raise ValueError(f"train.carry needs {needed}: only there does a row continue from step to step")
         if self.data.documents == "masked" and (problem := masking_problem(self.model)):
             raise ValueError(problem)
         if self.train.sequence_changes and not (isinstance(self.data, DataConfig) and self.data.mode == "shuffled"):
-            raise ValueError(
-                "train.sequence_changes: only the sequences of a text in shuffled mode can change in number"
-            )
+            raise ValueError("train.sequence_changes: only for text in shuffled mode")
         if isinstance(self.data, LongRangeConfig):
             self.data.require_fit(self.model, self.parallel)
             if self.train.z_loss:
@@ -150,7 +148,7 @@ class Recipe(Config):
         if self.branch and self.branch.step >= self.train.steps:
             raise ValueError(f"branch.step {self.branch.step} must be below train.steps, {self.train.steps}")
         if self.branch and self.initial_weights:
-            raise ValueError("branch and initial_weights both say where the run starts; set only one")
+            raise ValueError("branch and initial_weights exclude each other: both set where the run starts")
         return self
 
     @model_validator(mode="after")
@@ -189,7 +187,7 @@ class Recipe(Config):
         if not step:
             return
         if not isinstance(self.data, DataConfig):
-            raise ValueError("train.length_changes: only the sequences of a text can change in length")
+            raise ValueError("train.length_changes: only for text")
         if "full" in self.model.mixers() and length > self.model.full.longest:
             raise ValueError(
                 f"train.length_changes: step {step}: sequence_length {length} is more than full attention is "
@@ -200,8 +198,8 @@ class Recipe(Config):
         if len(lengths) > most and self.train.slice_tokens is None:
             raise ValueError(
                 f"train.length_changes: {len(lengths)} lengths with {self.data.documents} documents; at most {most}, "
-                "since on a GPU each is compiled anew and the compiler stops at a number of graphs: take fewer, or set "
-                "train.slice_tokens"
+                "because a GPU compiles each one separately and the compiler limits the number of graphs: use fewer, "
+                "or set train.slice_tokens"
             )
 
     def of_one_length(self, length: int) -> Recipe:
@@ -221,21 +219,21 @@ class Recipe(Config):
         slices, every = self.train.slices, self.train.edges_every
         if every >= max(2, slices):
             raise ValueError(
-                f"train.edges_every {every} is not below the {slices} slices of a sequence: fewest edges wait at "
-                f"{max(1, round(slices**0.5))}"
+                f"train.edges_every {every} is not below the {slices} slices of a sequence: the fewest edges are kept "
+                f"with {max(1, round(slices**0.5))}"
             )
         if isinstance(self.data, LongRangeConfig):
-            raise ValueError("train.slice_tokens: the examples of a task are pooled as a whole and have no slices")
+            raise ValueError("train.slice_tokens: a task pools each example as a whole, so it has no slices")
         if "full" in self.model.mixers():
             raise ValueError(
-                "train.slice_tokens: full attention sees all keys before a slice, so its edges would grow with the "
-                "length and memory with its square; choose another model.mixer, or share the sequence among more ranks"
+                "train.slice_tokens: full attention sees all keys before a slice, so edges would grow with the "
+                "length and memory with its square; choose another model.mixer, or a larger parallel.sp"
             )
         segment = self.model.transformer_xl.window
         if "transformer-xl" in self.model.mixers() and (tokens // self.parallel.sp) % segment:
             raise ValueError(
                 f"train.slice_tokens {tokens} cuts a segment of Transformer-XL, {segment} tokens "
-                "(model.transformer_xl.window), inside of which gradients flow: make it a multiple of "
+                "(model.transformer_xl.window), within which gradients flow: make it a multiple of "
                 f"{segment * self.parallel.sp}"
             )
 

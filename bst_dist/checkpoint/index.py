@@ -185,7 +185,9 @@ def _cut(name: str, shape: tuple[int, ...], ranks: int, runs: Sequence[tuple[int
     for rank, begin, count in runs:
         cuts += [cuts[-1]] * (rank - runs[0][0] - len(cuts) + 1)  # ranks between that hold none of it
         if begin != cuts[-1]:
-            raise RuntimeError(f"{name}: rank {rank} holds its elements from {begin} on, those before it to {cuts[-1]}")
+            raise RuntimeError(
+                f"{name}: rank {rank} holds its elements from {begin} on, the ranks before it only up to {cuts[-1]}"
+            )
         cuts.append(begin + count)
     if cuts[-1] != math.prod(shape):
         raise RuntimeError(f"{name}: the ranks hold {cuts[-1]} of its {math.prod(shape)} elements")

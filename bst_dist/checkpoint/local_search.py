@@ -31,7 +31,7 @@ class Found:
             return f"they are of {self.layout}, and this is {own}"
         lost = [rank for rank in range(own.ranks) if rank not in self.holders]
         more = f", nor of {len(lost) - 1} more" if lost[1:] else ""
-        return f"no node has that of rank {lost[0]}{more}" if lost else None
+        return f"no node has the copy of rank {lost[0]}{more}" if lost else None
 
 
 def gathered(ranks: Ranks, root: Path, heads: Sequence[int]) -> dict[Key, Found]:

@@ -290,7 +290,7 @@ def _write_and_read(path: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     if path.read_bytes() != content:
-        raise StorageError(f"{socket.gethostname()} reads something else from {path} than it has just written")
+        raise StorageError(f"{socket.gethostname()} reads other bytes from {path} than it has just written")
 
 
 def _outcome(written: Future[dict[str, FileRecord]]) -> tuple[dict[str, FileRecord], str | None]:

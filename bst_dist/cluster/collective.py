@@ -67,8 +67,8 @@ def slowness(seconds: Sequence[float], rank: int) -> str | None:
     times = seconds[rank] / statistics.median(seconds)
     if times <= SLOW:
         return None
-    return (f"takes {times:.1f} times as long for a product of matrices as the median of all ranks: is another program "
-            "using it, or is it throttled by heat or a limit of power?")  # fmt: skip
+    return (f"takes {times:.1f} times as long as the median rank for a matrix product: is another program using it, "
+            "or is it throttled by heat or a power limit?")  # fmt: skip
 
 
 def main() -> int:
@@ -82,7 +82,7 @@ def main() -> int:
         print(f"rank {rank} on {socket.gethostname()}: {refusal}", file=sys.stderr)
         return USER_ERROR
     if not multiplies(device):
-        print(f"rank {rank} on {socket.gethostname()}: {device} multiplies two matrices wrongly", file=sys.stderr)
+        print(f"rank {rank} on {socket.gethostname()}: {device} computes a wrong matrix product", file=sys.stderr)
         return 1
     try:
         distributed.init_process_group(timeout=TIMEOUT, device_id=None if accelerator is None else device)

@@ -234,7 +234,7 @@ class Controller:
             try:
                 self._take(host, message.pop("kind"), message)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
-                self._drop(host, f"its agent said what this program does not understand ({error!r})")
+                self._drop(host, f"its agent sent an invalid message ({error!r})")
                 return
 
     def _take(self, host: str, kind: str, message: Message) -> None:
@@ -247,7 +247,7 @@ class Controller:
         elif kind == "cut short":
             self.ended.cut_short |= {int(rank) for rank in message["ranks"]}
         elif kind == "failed":
-            self._drop(host, f"its agent could not do what it was asked ({message['duty']}): {message['why']}")
+            self._drop(host, f"its agent failed at its task ({message['duty']}): {message['why']}")
         elif kind == "beat":
             self.hearing.beat(host, float(message["at"]))
         else:

@@ -64,8 +64,8 @@ def _variables(path: Path, environment: Mapping[str, str]) -> Iterator[tuple[str
 def kept_back(environment: Mapping[str, str]) -> list[str]:
     """One line for each variable that might be expected on the hosts and is not handed on."""
     return [
-        f"{name}={environment[name]} holds for this machine alone: it is not handed on; "
-        "write devices=0,1 after a host's slots to choose its devices"
+        f"{name}={environment[name]} applies to this machine only and is not passed on; write devices=0,1 after a "
+        "host's slots to choose its devices"
         for name in OF_ONE_HOST
         if name in environment
     ]

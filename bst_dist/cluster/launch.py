@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 raise
             status = 128 + told[0]
     if status:
-        say(f"status {status}, restarts: {restarts.total}; what was reached is in {asked.run_dir}")
+        say(f"status {status}, restarts: {restarts.total}; results so far: {asked.run_dir}")
     outcome = rundir.read_outcome(asked.run_dir) or {}
     if status == RESUBMIT:
         outcome = told_apart(asked.run_dir, outcome, told[0] if told else None, recipe.train.steps)

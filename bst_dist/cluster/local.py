@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     before = rundir.read_outcome(start.run_dir)  # of the start before: it stays when the ranks refuse to begin
     ended = launch(program(asked), share, args.grace)
     if why := ended.explain({}):
-        print(f"bst train: {why}; what was reached is in {start.run_dir}", file=sys.stderr)
+        print(f"bst train: {why}; results so far: {start.run_dir}", file=sys.stderr)
     outcome = rundir.read_outcome(start.run_dir)
     outcome = {} if outcome is None or outcome == before else outcome
     if share.first == 0:

@@ -105,7 +105,7 @@ def judge(checked: Sequence[Checked], job: str, needed_bytes: int, accepted: Col
     common = _common([one.answer for one in checked if one.answer])
     for one in checked:
         if not one.answer:
-            one.problems += [] if one.problems else ["no answer: a file system that hangs?"]
+            one.problems += [] if one.problems else ["no answer: does a file system hang?"]
             continue
         for check, problem in _problems(one, common, job, needed_bytes):
             if check in accepted:
@@ -133,7 +133,7 @@ def _problems(one: Checked, common: Mapping[str, tuple[str, str]], job: str, nee
     for device, errors in answer["memory_errors"].items():
         yield (
             "memory",
-            f"accelerator {device} has {errors} memory errors that could not be corrected: reset or replace it",
+            f"accelerator {device} has {errors} uncorrected memory errors: reset or replace it",
         )
 
 
@@ -144,7 +144,7 @@ def _warnings(one: Checked) -> list[str]:
         found.append(f"its clock is {abs(one.clock_offset_s):.1f} s {ahead}: is a time server running?")
     devices, slots = len(one.answer["devices"]), one.host.slots
     if devices > slots and one.host.devices is None:
-        found.append(f"{devices} accelerators, but {slots} slot{'s' * (slots > 1)}: the others stay unused")
+        found.append(f"{devices} accelerators, but {slots} slot{'s' * (slots > 1)}: the others are not used")
     return found
 
 

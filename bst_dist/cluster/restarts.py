@@ -48,7 +48,7 @@ class Restarts:
         outside = ended.lost or ended.left_alone or self._storage_failed or not started
         step = None if outside else self._step()
         if step is not None and step == self._failed_after:
-            return f"failed twice after step {step}: starting again would end the same way"
+            return f"failed twice after step {step}: another restart would fail the same way"
         self._failed_after = step
         if self.used >= self.most:
             return f"{self.used} restarts without a new checkpoint (--max-restarts)"

@@ -93,7 +93,7 @@ class Supervisor:
         if shape.unequal:
             say(shape.unequal)
         if unused := idle(controller.hosts, placed):
-            say(f"idle, to take the place of what is lost: {unused}")
+            say(f"idle, as spares: {unused}")
         command = program(_laid_out(asked, self.job.recipe, shape))
         ended = controller.run(command, self.job.environment, placed)
         if why := ended.explain(_host_of(placed)):
@@ -112,7 +112,7 @@ class Supervisor:
             fit = self._without(fit, unfit)
         if self.told:
             return replace(ended, told=self.told[0])
-        say("no host is left to restart on")
+        say("no host left to restart on")
         return None
 
     def _left(self, ended: Ended) -> list[Host]:

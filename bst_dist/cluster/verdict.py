@@ -127,13 +127,13 @@ class Ended:
         if self.neglected and self.status != DONE:
             host, alone = self.neglected
             then = ("the ranks wrote a checkpoint and stopped" if self.status == RESUBMIT else
-                    "the ranks were to stop with a checkpoint, and not all did so in time")  # fmt: skip
-            return f"{host} heard nothing of this process for {alone.silent_s:.0f} s (was it stopped?): {then}"
+                    "not all ranks stopped with a checkpoint in time")  # fmt: skip
+            return f"{host} got no sign of life from this process for {alone.silent_s:.0f} s (was it stopped?): {then}"
         if not self.over or self.cut_short:
             return (
                 "a second signal: the ranks were killed"
                 if self.at_once
-                else "not all ranks stopped within the grace: killed"
+                else "not all ranks stopped within the grace period: killed"
             )
         return ""
 
@@ -149,7 +149,7 @@ def lease_s(lost_after_s: float, grace_s: float) -> float:
 
 def _failure(rank: int, status: int, host: str) -> str:
     if status == HUNG:
-        return f"no rank moved any more: watchdogs ended the job, the first on {host} (rank {rank}); see what they name"
+        return f"all ranks hung: watchdogs ended the job, the first on {host} (rank {rank}); see what they name"
     how = "refused" if status == USER_ERROR else f"ended with status {status}"
     if status < 0:
         how = f"was killed by {signal.Signals(-status).name}" + (" (out of memory?)" if status == -9 else "")

@@ -85,7 +85,8 @@ class Guard:
             self.ledger.add(entry)
         if entry.action != "stop":
             return entry
-        limit = f", and {before} such steps within {self.config.within} were skipped (guard.most)" if exhausted else ""
+        many = f", and {before} such steps were already skipped within {self.config.within} (guard.most)"
+        limit = many if exhausted else ""
         raise DivergedError(
             f"{entry.cause} (learning rate {rate:.3g}){limit}: that step was not taken, and the last checkpoint is "
             "from before it; start a new run with a lower optimizer.learning_rate, a longer schedule.warmup_steps or a "

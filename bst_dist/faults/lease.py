@@ -233,13 +233,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _holder(about: Mapping[str, Any]) -> str:
     if not about:
-        return "a start that is only beginning"
+        return "a start that has just begun"
     job = f"{about['job']}, " if about.get("job") else ""
     return f"process {about['pid']} on {about['host']} ({job}since {about['time']})"
 
 
 def _in_use(run_dir: Path, epoch: int, about: Mapping[str, Any]) -> str:
     return (
-        f"{run_dir}: {_holder(about)} trains there (epoch {epoch}): wait for its end, stop it, or choose another "
+        f"{run_dir}: {_holder(about)} trains there (epoch {epoch}): wait until it ends, stop it, or choose another "
         "--run-dir"
     )

@@ -120,7 +120,7 @@ class Watchdog:
         self._closed.wait(self.silence_s)
         after = self._read_anew()
         if before is None or after is None:
-            return "the store in which the ranks met does not answer: is the process or the host that keeps it frozen?"
+            return "the ranks' rendezvous store does not answer: is the process or the host that holds it frozen?"
         lines = judge(before.beats, after.beats)
         if lines is None:
             return None
@@ -175,7 +175,7 @@ class Watchdog:
 
     def _where_stacks_are(self) -> str:
         if not self._dumped.wait(FILES_S):
-            return f"stacks cannot be written to {self.stacks}, which does not answer; those of this rank follow"
+            return f"cannot write stacks to {self.stacks}, which does not answer; this rank's stacks follow"
         return (f"stacks of all ranks that could write them: {self.stacks}; their exchanges as torch recorded them: "
                 f"torchfrtrace --allow-incomplete-ranks {self.stacks / RECORDER}")  # fmt: skip
 

@@ -89,7 +89,7 @@ def _require_digests(model: Path) -> None:
         with (model / name).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                 raise ExportError(
-                    f"{model / name}: is not as it was exported: copy the model again, or, if the change is meant, "
+                    f"{model / name}: changed since the export: copy the model again, or, if the change is intended, "
                     f"remove {DIGESTS}"
                 )
 

@@ -216,7 +216,7 @@ class _Runs:
             column = torch.arange(self.columns, device=ids.device)
             whole = (column >= self.first[:, None]) & (column < (self.first + self.counts)[:, None])
             if not torch.equal(seen, whole):
-                raise ValueError("attention_mask hides tokens between others: only a row's ends can be padding")
+                raise ValueError("attention_mask hides tokens between others: padding must be at the ends of a row")
             if not self.counts.all():
                 raise ValueError("attention_mask hides all tokens of a row: each needs one to begin with")
 

@@ -35,8 +35,8 @@ class AttentionConfig(Config):
     def _check(self) -> AttentionConfig:
         if self.max_distance <= self.buckets // 2:
             raise ValueError(
-                f"max_distance ({self.max_distance}) must be more than half the buckets ({self.buckets}): that half is "
-                "one distance a bucket, the other half reaches from there to max_distance"
+                f"max_distance ({self.max_distance}) must be more than half the buckets ({self.buckets}): half of the "
+                "buckets hold one distance each, the others reach from there to max_distance"
             )
         return self
 
@@ -57,9 +57,7 @@ class ContextConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> ContextConfig:
         if self.variant == "MF" and self.attend == "previous":
-            raise ValueError(
-                "attend: MF states are the end of the previous block as they are; 'previous' is for SH, MH"
-            )
+            raise ValueError("attend: 'previous' is for SH and MH; MF always attends to the end of the previous block")
         return self
 
     def width(self, model_width: int) -> int:
@@ -390,7 +388,7 @@ class ModelConfig(LayerConfig):
             if outside:
                 raise ValueError(f"placement {outside} is outside the {self.depth} layers (0 to {self.depth - 1})")
         if self.parametrisation.kind == "completep" and self.context.ssm_width is not None:
-            raise ValueError("under completep context.ssm_width must stay in proportion to the width: leave it out")
+            raise ValueError("under completep, context.ssm_width must be proportional to the width: leave it out")
         return self
 
     def mixers(self) -> list[str]:

@@ -10,8 +10,8 @@ def masking_problem(model: ModelConfig) -> str | None:
     used = {section: mixer for mixer in model.mixers() for section in MIXER_SECTIONS[mixer]}
     if "block_recurrent" in used:
         return (
-            "data.documents masked: block-recurrent changes its state once a block, so it cannot tell apart documents "
-            "that meet within one; set data.documents to isolated or joined"
+            "data.documents masked: block-recurrent updates its state once per block, so it cannot separate "
+            "documents within a block; set data.documents to isolated or joined"
         )
     if "ssm" in used and isinstance(model.ssm, FilterConfig):
         return (

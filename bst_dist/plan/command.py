@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.gpus_per_node < 1:
         raise PlanError(f"--gpus-per-node {args.gpus_per_node}: at least 1")
     if args.longest and args.from_run:
-        raise PlanError("--longest plans memory only, and --from-run is about time: leave out one of them")
+        raise PlanError("--longest plans only memory and --from-run only time: leave one of them out")
     if args.longest:
         return _longest(args, recipe, device)
     measured = measure(args.from_run, device) if args.from_run else None

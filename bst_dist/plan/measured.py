@@ -63,8 +63,8 @@ def measure(run: Path, device: Accelerator) -> Measured:
         if len(times) >= FEWEST_STEPS:
             break
     else:
-        raise UserError(f"{run}: no start of it took {FEWEST_STEPS} steps after its first {WARM_UP_STEPS}: too few to "
-                        "say how long a step takes")  # fmt: skip
+        raise UserError(f"{run}: no start took {FEWEST_STEPS} steps after its first {WARM_UP_STEPS}: too few to "
+                        "measure the time of a step")  # fmt: skip
     _require(run, start.get("device"), device)
     nodes = len(start["hosts"])
     cluster = Cluster(nodes, start["ranks"] // nodes, device)

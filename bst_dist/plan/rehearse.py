@@ -66,12 +66,12 @@ def _require_segments(model: ModelConfig, slice_length: int, documents: str) -> 
         return
     if slice_length % segment:
         raise SequenceParallelError(
-            f"a slice of {slice_length} tokens cuts a segment of {segment} (model.transformer_xl.window), across which "
-            "no gradient would go: lower parallel.sp or lengthen train.sequence_length"
+            f"a slice of {slice_length} tokens cuts a segment of {segment} (model.transformer_xl.window), through "
+            "which no gradient would flow: lower parallel.sp or lengthen train.sequence_length"
         )
     if documents != "joined":
         raise SequenceParallelError(
-            f"transformer-xl sees {segment} tokens before a slice, and a rank does not know which documents begin "
+            f"transformer-xl sees {segment} tokens before a slice, but a rank does not know which documents begin "
             "there: set data.documents to joined, or parallel.sp to 1"
         )
 

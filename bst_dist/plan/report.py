@@ -115,7 +115,7 @@ def show_longest(console: Console, recipe: Recipe, device: Accelerator, host_gb:
     """The longest sequence on each number of devices."""
     console.print(
         f"[bold]{recipe.name}[/]: the longest sequence, shared by all GPUs, on {device.title}; ZeRO-3 on several, "
-        "every layer run again\n", highlight=False, soft_wrap=True,
+        "every layer recomputed\n", highlight=False, soft_wrap=True,
     )  # fmt: skip
     lines = []
     for row in rows:
@@ -161,7 +161,7 @@ def _reason(planner: Planner, best: Candidate) -> str:
     work = best.work
     why = []
     if work.checkpointing.policy == "none":
-        why.append("all activations fit, so nothing is computed twice")
+        why.append("all activations fit, so nothing is recomputed")
     else:
         why.append(f"the shortest step of what fits: keeping all activations takes {_everything(planner, best)}")
     if work.slice.sp > planner.degrees()[0]:

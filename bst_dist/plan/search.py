@@ -118,9 +118,9 @@ class Planner:
         blocks = train.sequences * train.sequence_length // block
         if blocks < world:
             raise PlanError(
-                f"{world} ranks, and a step has {blocks} blocks of {block} tokens (train.sequences {train.sequences} x "
-                f"train.sequence_length {train.sequence_length}): a rank needs one at least. Use at most {blocks} "
-                f"ranks, or {-(-world * block // train.sequence_length)} sequences or more"
+                f"{world} ranks, but a step has only {blocks} blocks of {block} tokens (train.sequences "
+                f"{train.sequences} x train.sequence_length {train.sequence_length}): each rank needs at least one. "
+                f"Use at most {blocks} ranks, or {-(-world * block // train.sequence_length)} sequences or more"
             )
         raise PlanError(
             f"no sp divides {world} ranks and {train.sequence_length // block} blocks of a sequence and leaves at most "

@@ -41,6 +41,6 @@ def _snapshot(path: Path) -> str:
     except Exception as error:  # the run has failed already: this must not hide why
         return f"no snapshot of the memory was written: {error}"
     return (
-        f"what the memory held: {path} (open it at {VIEWER}; with log.memory_history=true it says which line allocated "
-        "what). What needs less memory: docs/troubleshooting.md, out of memory"
+        f"memory snapshot: {path} (open it at {VIEWER}; with log.memory_history=true it shows which line allocated "
+        "what). How to use less memory: docs/troubleshooting.md, out of memory"
     )

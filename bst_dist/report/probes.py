@@ -60,7 +60,7 @@ class Probes:
         self.sampling = bool(config.sample_tokens) and tokenizer is not None and tokenizer.has_text
         if self.sampling and engine.stage == 3:
             self.sampling = False
-            say("no text samples under ZeRO-3 (log.sample_tokens): every token would gather all weights again")
+            say("no text samples under ZeRO-3 (log.sample_tokens): each token would gather all weights again")
         self._every, self._steps = evaluated
         self._context = ContextProbe(engine.module)
 

@@ -101,7 +101,7 @@ class Background(Writer):
             self._waiting.put(None, timeout=self._close_s)
         self._thread.join(self._close_s)
         if self._thread.is_alive():
-            self._tell(f"has not written all within {self._close_s:.0f} s; the run ends without the rest")
+            self._tell(f"did not write everything within {self._close_s:.0f} s; the run ends without the rest")
         elif self._lost:
             self._tell(f"was too slow: {self._lost:,} reports were dropped")
 
@@ -122,7 +122,7 @@ class Background(Writer):
         except BaseException as error:  # a library may call sys.exit: that must not end the run either
             self._failed.set()
             text = " ".join(str(error).split()) or type(error).__name__
-            self._tell(f"failed, and gets nothing more in this start; metrics.jsonl has all: {text}")
+            self._tell(f"failed and is off until the next start; metrics.jsonl has everything: {text}")
             with contextlib.suppress(queue.Empty):
                 while True:  # the end may be waiting for room
                     self._waiting.get_nowait()

@@ -81,7 +81,7 @@ class Demo:
             ("Prepare a corpus from Python's standard library", self.prepare),
             (f"Train on {self.recipe.ranks} ranks, and stop after {self.half} of {self._steps} steps", self.train_half),
             ("Resume, to the end", self.resume),
-            ("Train its twin without a stop", self.train_twin),
+            ("Train the same model without a stop", self.train_twin),
             ("Are the two runs equal?", self.compare),
             ("Baselines on the same validation text", self.baselines),
             ("Evaluate before training (random weights) and after", self.evaluate),

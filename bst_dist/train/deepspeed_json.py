@@ -103,8 +103,8 @@ def complete(strategy: dict[str, Any], intent: Intent, where: str) -> dict[str, 
     offloads = [section for section in ("offload_optimizer", "offload_param") if _offloads(getattr(zero, section))]
     if offloads and intent.optimizer == "muon":
         raise DeepSpeedConfigError(
-            f"{where}: zero_optimization.{offloads[0]}: optimizer.kind muon puts matrices together on the accelerator "
-            "and cannot be offloaded; choose another strategy, or adamw"
+            f"{where}: zero_optimization.{offloads[0]}: optimizer.kind muon assembles matrices on the accelerator and "
+            "cannot be offloaded; choose another strategy, or adamw"
         )
     rest = {key: value for key, value in strategy.items() if key != "zero_optimization"}
     # DeepSpeed would have an offloaded optimizer be its own, compiled at the start. torch's fused AdamW, which every

@@ -75,7 +75,7 @@ def header(start: Start, engine: Engine, ranks: Ranks, compiled: str, local: str
     if start.changed:
         lines["change"] = f"{'; '.join(start.changed)} (before, from here on)"
     if unused := model.unused_sections():
-        lines["unused"] = f"no layer reads {', '.join(f'model.{section}' for section in unused)}, which is set"
+        lines["unused"] = f"no layer uses {', '.join(f'model.{section}' for section in unused)}, although it is set"
     columns = Console.header(start.objective.labels, _has_peak(ranks))
     return "\n".join([*(f"{name:<6} {text}" for name, text in lines.items()), columns])
 

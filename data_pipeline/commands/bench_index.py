@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure each size, print the table."""
     if args.cache and args.latency_ms is None:
-        raise UserError("--cache: only what is read over a network is cached; add --latency-ms")
+        raise UserError("--cache is only for reads over a network; add --latency-ms")
     console = Console()
     found = []
     for documents in args.documents:

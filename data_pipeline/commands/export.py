@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """Write the export and report what is in it."""
     manifest = Manifest.read(args.corpus)
     if args.output.exists():
-        raise UserError(f"{args.output} is there already; choose another folder, or delete it first")
+        raise UserError(f"{args.output} already exists; choose another folder, or delete it first")
     tokenizer = args.corpus / manifest.tokenizer.file
     read_tokenizer(tokenizer, manifest.tokenizer.sha256)  # another one would give other texts
     console = Console()

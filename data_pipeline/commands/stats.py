@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
                     return None
                 report |= _scan(args.corpus, manifest, workers, console)
         except KeyboardInterrupt:
-            console.print("stopped: duplicates and overlap were not counted to the end, so they are left out")
+            console.print("stopped: duplicates and overlap are left out, because counting did not finish")
             report |= {"passed": False, "exit_status": STATUS}
     _print(console, report)
     if args.png:

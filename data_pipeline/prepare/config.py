@@ -59,7 +59,9 @@ class PrepareConfig(Config):
         if not self.source.tokenized:
             return self
         if self.text != TextConfig():
-            raise ValueError(f"text: the source {self.source.kind} holds tokens, which nothing is done to")
+            raise ValueError(
+                f"text: the source {self.source.kind} holds tokens, so these settings have no effect; leave them out"
+            )
         if self.tokenizer.reuse is None and None in (self.source.vocab_size, self.source.eos_id):
             raise ValueError(
                 f"the source {self.source.kind} holds token ids: give their tokenizer (tokenizer.reuse), or else "
@@ -67,14 +69,14 @@ class PrepareConfig(Config):
             )
         if self.tokenizer.added and self.tokenizer.reuse is None:
             raise ValueError(
-                f"tokenizer.special_tokens, text_tokens: the source {self.source.kind} holds token ids, whose number "
-                "source.vocab_size says: raise that instead"
+                f"tokenizer.special_tokens, text_tokens: the source {self.source.kind} holds token ids, and "
+                "source.vocab_size gives their number: raise that instead"
             )
         if self.tokenizer.text_tokens:
             raise ValueError(
-                f"tokenizer.text_tokens: the source {self.source.kind} holds token ids, so no text is turned into any; "
-                "name them as special_tokens"
+                f"tokenizer.text_tokens: the source {self.source.kind} holds token ids, so no text is encoded; use "
+                "special_tokens instead"
             )
         if self.tokenizer.reuse is not None and self.source.vocab_size is not None:
-            raise ValueError("source.vocab_size: the tokenizer of tokenizer.reuse says it already; leave it out")
+            raise ValueError("source.vocab_size: tokenizer.reuse already sets it; leave it out")
         return self

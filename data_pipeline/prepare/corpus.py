@@ -112,8 +112,8 @@ def _earlier(config: PrepareConfig) -> Earlier | None:
     directory = config.continues.expanduser()
     if directory.resolve() == config.output.expanduser().resolve():
         raise UserError(
-            f"{directory}: a corpus continues another one, and runs on that one go on reading it: give another output "
-            "(shards are linked, not copied, on the same disk)"
+            f"{directory}: output must differ from the corpus that it continues, because runs on that one still read "
+            "it: give another output (on the same disk, shards are linked, not copied)"
         )
     return Earlier(directory)
 

@@ -74,6 +74,6 @@ def filtered(text: str, document: Document, name: str) -> str | Skipped:
     if found is None:
         return Skipped(document.path, f"filter {function}")
     if not isinstance(found, str):
-        problem = f"filter {function} returned something else than a text or None ({type(found).__name__})"
+        problem = f"filter {function} returned neither text nor None ({type(found).__name__})"
         return Skipped(document.path, problem, bad=True, remedy="mend the filter")
     return found

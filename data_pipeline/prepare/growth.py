@@ -65,8 +65,8 @@ class Earlier:
         found = [name for name in found if name not in {f"source.{each}" for each in _OF_CONTENT}]
         if found:
             raise UserError(
-                f"continues: {self.directory} was prepared otherwise ({', '.join(found)}): a corpus continues one of "
-                "the same settings"
+                f"continues: {self.directory} was prepared with other settings ({', '.join(found)}); only a corpus "
+                "with the same settings can be continued"
             )
 
     def found_in(self, ids: np.ndarray) -> np.ndarray:
@@ -82,9 +82,9 @@ class Earlier:
         here = place < last - first
         if missing := len(self.ids) - int(here.sum()):
             raise UserError(
-                f"continues: {missing:,} of the {len(self.ids):,} documents of {self.directory} are not in the source "
-                "any more, or were changed there: add documents and leave those that were prepared as they are, or "
-                "prepare the corpus anew, without continues"
+                f"continues: {missing:,} of the {len(self.ids):,} documents of {self.directory} were removed from the "
+                "source or changed: only add documents and keep the earlier ones, or prepare the corpus again "
+                "without continues"
             )
         splits = np.zeros(len(ids), np.uint8)
         splits[order[here]] = self.splits[own][(first + place)[here]]

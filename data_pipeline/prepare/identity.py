@@ -101,7 +101,7 @@ def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
     else:
         tokenizer = adopt_tokenizer(path, config.tokenizer)
     if not (tokenizer.has_text or config.source.tokenized):
-        raise UserError(f"{path}: ids without a tokenizer, which cannot encode text (tokenizer.reuse)")
+        raise UserError(f"{path}: token ids without a tokenizer cannot encode text (tokenizer.reuse)")
     return extended(tokenizer, config.tokenizer, str(path))
 
 
@@ -128,8 +128,8 @@ def check_there(manifest: Manifest, corpus: Path) -> None:
             lost = [tar.name]
         if lost:
             raise UserError(
-                f"{corpus} is no longer whole ({lost[0]} is missing or cut short): copy the file there again, or "
-                f"delete {MANIFEST} there, and start again to make all of it anew"
+                f"{corpus} is incomplete ({lost[0]} is missing or cut short): copy the file there again; or, to "
+                f"prepare all of it again, delete {MANIFEST} there and restart"
             )
 
 

@@ -46,7 +46,9 @@ class Workers:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
         except BrokenProcessPool:
-            message = "a worker process was killed, perhaps out of memory; start again with fewer workers to continue"
+            message = (
+                "a worker process was killed, perhaps for lack of memory; start again with fewer workers to continue"
+            )
             raise UserError(message) from None
         finally:
             for future in pending:

@@ -180,8 +180,8 @@ class Loader:
             total = int(corpus.shard_sizes(self._block).extents.sum())
             if inputs(total, self._block) < (longest := max(length for _, length in self._lengths.changes)):
                 raise UserError(
-                    f"{corpus.where}: {total} tokens do not fill one sequence of {longest}; "
-                    "prepare more text, or shorten the sequence"
+                    f"{corpus.where}: {total} tokens are fewer than one sequence of {longest}; prepare more text, or "
+                    "shorten the sequence"
                 )
             sequences.append(-(-inputs(total, self._block) // self._share.length))
         return sequences

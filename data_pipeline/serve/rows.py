@@ -86,7 +86,7 @@ class RowReader:
         text: (b, l + 1) bool, None when all are.
         """
         if step < self._since:
-            raise ValueError(f"step {step}: before step {self._since} steps had other rows")
+            raise ValueError(f"step {step}: steps before {self._since} had other rows")
         group = self._steps_with(step)
         before = (step - group.start) * self._count
         begin, end = before + start, before + stop

@@ -163,7 +163,7 @@ class FileSource(Source):
         if not parts:
             seen = ", ".join(f"{s.count} {s.reason}" for s in [*skipped, *endings.skipped("")])
             why = f"left out: {seen}" if seen else "it is empty"
-            raise UserError(f"{self.path}: no file there is wanted ({why}); source.path must be {self.expected()}")
+            raise UserError(f"{self.path}: no usable file there ({why}); source.path must be {self.expected()}")
         return Listing(sorted(parts, key=lambda part: (part.name, part.start)), skipped + endings.skipped(""))
 
     def _left_out(self) -> Endings:

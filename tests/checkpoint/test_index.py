@@ -190,7 +190,7 @@ def pieces(shapes: dict[str, tuple[int, ...]], rank: int, ranks: int, stage: int
 
 def test_runs_that_do_not_make_up_a_parameter_are_refused():
     runs = [Piece("a", (10,), 0, 4), Piece("a", (10,), 5, 5)]
-    with pytest.raises(RuntimeError, match="a: rank 1 holds its elements from 5 on, those before it to 4"):
+    with pytest.raises(RuntimeError, match="a: rank 1 holds its elements from 5 on, the ranks before it only up to 4"):
         World(2).run(lambda ranks: agreed(ranks, {"a": (10,)}, [runs[ranks.rank]]))
     with pytest.raises(RuntimeError, match="a: the ranks hold 4 of its 10 elements"):
         World(2).run(lambda ranks: agreed(ranks, {"a": (10,)}, runs[:1] if ranks.first else []))

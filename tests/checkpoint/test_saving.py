@@ -417,7 +417,7 @@ def test_a_rank_that_cannot_write_is_found_before_the_first_step(tmp_path, monke
     assert list((tmp_path / "checkpoints").iterdir()) == []
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read(path)[:-1])
-    with pytest.raises(StorageError, match=r"rank 0: .* reads something else from"):
+    with pytest.raises(StorageError, match=r"rank 0: .* reads other bytes from"):
         run.rehearse()
 
 

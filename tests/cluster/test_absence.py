@@ -126,7 +126,7 @@ def test_every_order_of_what_happened_meanwhile_is_understood(stop):
         stage.meanwhile = lambda stage=stage, order=order: happenings(stage, order, 0.5)
         ended = stage.run()
         assert (ended.status, ended.lost, ended.worth_a_restart) == (RESUBMIT, {}, True), order
-        assert "heard nothing of this process for 5 s" in ended.explain({}), order
+        assert "got no sign of life from this process for 5 s" in ended.explain({}), order
 
 
 @pytest.mark.parametrize("stop", STOPS)
@@ -199,8 +199,8 @@ def test_what_came_first_is_the_cause_though_all_is_read_at_once_and_the_clocks_
         assert (ended.status, ended.explain({1: "b"})) == (3, "rank 1 on b ended with status 3")
     else:
         assert ended.status == FAILED
-        assert ended.explain({}).startswith("b heard nothing of this process for 5 s (was it stopped?)")
-        assert "not all did so in time" in ended.explain({})
+        assert ended.explain({}).startswith("b got no sign of life from this process for 5 s (was it stopped?)")
+        assert "not all ranks stopped with a checkpoint in time" in ended.explain({})
 
 
 def test_a_host_that_falls_silent_is_lost_after_as_long_as_this_process_has_listened():

@@ -18,7 +18,7 @@ def test_what_concerns_the_ranks_is_handed_on(tmp_path):
     other = {"HOME": "/root", "CUDA_VISIBLE_DEVICES": "0", "RANK": "3", "SLURM_PROCID": "1"}
     assert handed_on(concerns | other, [tmp_path]) == concerns
     (line,) = kept_back(concerns | other)
-    assert "CUDA_VISIBLE_DEVICES=0 holds for this machine alone" in line
+    assert "CUDA_VISIBLE_DEVICES=0 applies to this machine only" in line
     assert kept_back(concerns) == []
 
 

@@ -200,7 +200,7 @@ def test_a_launcher_that_is_stopped_for_long_finds_a_checkpoint_and_goes_on(
     assert read_outcome(tmp_path / "run").get("stopped") == "SIGTERM", started.said
     started.process.send_signal(signal.SIGCONT)
     assert started.status(timeout_s=600) == 0, started.said
-    assert "heard nothing of this process for" in started.said, started.said
+    assert "got no sign of life from this process for" in started.said, started.said
     assert "the ranks wrote a checkpoint and stopped" in started.said
     assert "lost" not in started.said
     assert "restart 1 of 1" in started.said

@@ -19,7 +19,7 @@ def test_a_dry_run_says_what_would_be_run_and_writes_nothing(recipe, tmp_path, c
     command = ["launch", str(recipe(6)), "train.steps=7", "--hostfile", str(tmp_path / "hosts"), "--dry-run"]
     assert main([*command, "--run-dir", str(tmp_path / "run")]) == 0
     said, warned = capsys.readouterr()
-    assert "CUDA_VISIBLE_DEVICES=3 holds for this machine alone" in warned
+    assert "CUDA_VISIBLE_DEVICES=3 applies to this machine only" in warned
     assert "CUDA_VISIBLE_DEVICES" not in said
     assert "node-02      ranks 2 to 5 of 6" in said
     assert "pdsh -R ssh" in said

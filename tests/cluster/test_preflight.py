@@ -54,7 +54,7 @@ def test_nothing_is_wrong_with_sound_hosts():
         ({"nonce": "another"}, "is it shared?"),
         ({"free_bytes": 10**8}, "100.0 MB free for the run directory, its checkpoints take 1.0 GB"),
         ({"devices": ["nvidia0", "nvidia1"]}, "8 slots, but 2 accelerators"),
-        ({"memory_errors": {"3": 2}}, "accelerator 3 has 2 memory errors that could not be corrected"),
+        ({"memory_errors": {"3": 2}}, "accelerator 3 has 2 uncorrected memory errors"),
         ({"ranks": [4711]}, "ranks of an earlier start still train in this run directory (processes 4711)"),
     ],
 )
@@ -97,7 +97,7 @@ def test_a_clock_that_is_wrong_is_a_warning(clock, said):
 def test_accelerators_that_no_slot_uses_are_a_warning():
     """As of a Slurm job of one task on a node with many: it would train on one and say nothing."""
     (first, *_) = checked_hosts({"devices": [f"nvidia{i}" for i in range(16)]})
-    assert first.warnings == ["16 accelerators, but 8 slots: the others stay unused"]
+    assert first.warnings == ["16 accelerators, but 8 slots: the others are not used"]
 
 
 @pytest.mark.parametrize(

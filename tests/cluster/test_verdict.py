@@ -73,7 +73,7 @@ def test_one_rank_or_host_that_fails_fails_the_job(ended, failed):
 def test_ranks_that_stopped_because_nobody_watched_them_are_worth_a_restart():
     ended = Ended(2, {0: 75, 1: 75}, left_alone={"node-02": LeftAlone(31.0, 5.0)})
     assert (ended.status, ended.worth_a_restart) == (RESUBMIT, True)
-    assert "node-02 heard nothing of this process for 31 s" in ended.explain({})
+    assert "node-02 got no sign of life from this process for 31 s" in ended.explain({})
     assert not Ended(2, {0: 75, 1: 75}, left_alone={"node-02": LeftAlone(31.0, 5.0)}, told=15).worth_a_restart
 
 
@@ -95,7 +95,7 @@ def test_nothing_is_started_again_that_was_told_to_stop():
     [
         ({1: -9}, "rank 1 on node-02 was killed by SIGKILL (out of memory?)"),
         ({1: -11}, "rank 1 on node-02 was killed by SIGSEGV"),
-        ({1: 70}, "no rank moved any more: watchdogs ended the job, the first on node-02 (rank 1); see what they name"),
+        ({1: 70}, "all ranks hung: watchdogs ended the job, the first on node-02 (rank 1); see what they name"),
         ({0: 1}, "rank 0 on node-01 ended with status 1"),
     ],
 )

@@ -56,7 +56,7 @@ def test_only_so_many_steps_within_so_much_data_are_passed_over():
     judge = guard(non_finite="skip", most=2, within=10)
     for step in (0, 5, 11):  # the first is too long ago when the third comes
         assert judge.loss(math.nan, step, 0, 1.0).action == "skip"
-    with pytest.raises(DivergedError, match="2 such steps within 10"):
+    with pytest.raises(DivergedError, match="2 such steps were already skipped within 10"):
         judge.loss(math.nan, 12, 0, 1.0)
     assert judge.ledger.entries[-1].action == "stop"
     entry = guard(non_finite="roll-back").loss(math.nan, 3, 0, 1.0)

@@ -199,7 +199,7 @@ def test_a_damaged_export_is_refused_in_one_message(exported, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize(("damage", "said"), [
-    (flip, "is not as it was exported"),
+    (flip, "changed since the export"),
     (lambda folder: (folder / "hub_modeling.py").unlink(), "hub_modeling.py is missing"),
 ])  # fmt: skip
 def test_a_file_that_is_not_as_exported_is_named(exported, tmp_path, capsys, damage, said):

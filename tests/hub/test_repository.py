@@ -162,7 +162,7 @@ def test_a_run_goes_to_a_repository_and_comes_back_from_it(hub, make_run, tmp_pa
     there["model.safetensors"] = there["model.safetensors"][:-1] + b"x"
     done = bst(hub, tmp_path / "third", "import", "me/model", tmp_path / "damaged")
     assert done.returncode == 2
-    assert "model.safetensors: is not as it was exported" in done.stderr
+    assert "model.safetensors: changed since the export" in done.stderr
     assert not (tmp_path / "damaged").exists()
 
 

@@ -173,7 +173,7 @@ def test_the_room_for_borders_has_few_sizes_and_holds_a_document_a_token() -> No
 
 
 @pytest.mark.parametrize(("settings", "reason"), [
-    ({"mixer": "block-recurrent"}, "block-recurrent changes its state once a block"),
+    ({"mixer": "block-recurrent"}, "block-recurrent updates its state once per block"),
     ({"mixer": "bst", "ssm": {"kernel": "hyena", "length": 8}}, "ssm.kernel hyena \\(bst\\) keeps its last inputs"),
     ({"mixer": "bst", "context": {"attend": "previous"}}, "context.attend previous"),
 ])  # fmt: skip

@@ -102,5 +102,5 @@ def test_branches_logits_and_initial_values_by_closed_form():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValidationError, match="base_depth"):
         make(parametrisation={"kind": "completep", "base_width": 16})
-    with pytest.raises(ValidationError, match=r"context\.ssm_width must stay in proportion"):
+    with pytest.raises(ValidationError, match=r"context\.ssm_width must be proportional"):
         make(parametrisation=BASE, context={"ssm_width": 4})

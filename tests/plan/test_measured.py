@@ -82,7 +82,7 @@ def test_a_run_on_another_device_is_refused_where_that_is_known(run, device, gpu
 
 
 def test_a_run_of_few_steps_is_refused(run):
-    with pytest.raises(Exception, match="no start of it took 10 steps after its first 2"):
+    with pytest.raises(Exception, match="no start took 10 steps after its first 2"):
         measure(run((0, 1, 1, 11 * [1.0])), H100)
 
 

@@ -110,7 +110,7 @@ def test_a_table_keeps_the_tokens_of_a_step(recipe_file, tmp_path):
     ("arguments", "said"),
     [
         (["--gpu", "h100"], "did you mean h100-80gb?"),
-        (["--nodes", "1000"], "a rank needs one at least. Use at most 128 ranks"),
+        (["--nodes", "1000"], "each rank needs at least one. Use at most 128 ranks"),
         (["--gpus-per-node", "17"], "no sp divides 17 ranks"),
         (["--lengths", "100"], "nearest is 96"),
         (["--accelerators", "missing.yaml"], "missing.yaml: no such file"),

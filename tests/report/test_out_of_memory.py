@@ -18,7 +18,7 @@ def test_a_snapshot_is_written_and_named_in_the_error(tmp_path, monkeypatch):
     path = tmp_path / "memory-rank-00003.pickle"
     assert pickle.loads(path.read_bytes()) == {"segments": [1, 2]}
     (note,) = raised.value.__notes__
-    assert f"what the memory held: {path}" in note
+    assert f"memory snapshot: {path}" in note
 
 
 def test_why_there_is_none_does_not_hide_the_error(tmp_path, monkeypatch):
@@ -60,5 +60,5 @@ def test_a_run_that_runs_out_of_memory_names_its_snapshot(recipe_file, tmp_path)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB" in done.stderr
-    assert f"what the memory held: {run_dir}/memory-rank-00000.pickle" in done.stderr
+    assert f"memory snapshot: {run_dir}/memory-rank-00000.pickle" in done.stderr
     assert pickle.loads((run_dir / "memory-rank-00000.pickle").read_bytes()) == {"segments": []}

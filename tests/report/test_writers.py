@@ -110,7 +110,7 @@ def test_a_writer_that_fails_is_told_of_once_and_left_alone(capsys):
     writer.close()
     assert kept.steps == [1]
     assert capsys.readouterr().out == (
-        "log.writers: kept failed, and gets nothing more in this start; metrics.jsonl has all: no space left at the "
+        "log.writers: kept failed and is off until the next start; metrics.jsonl has everything: no space left at the "
         "service\n"
     )
 
@@ -122,7 +122,7 @@ def test_a_writer_that_hangs_neither_holds_up_a_step_nor_the_end(capsys, monkeyp
     for step in range(1, 9):
         writer.write(report(step))
     writer.close()
-    assert "kept has not written all within 0 s; the run ends without the rest" in capsys.readouterr().out
+    assert "kept did not write everything within 0 s; the run ends without the rest" in capsys.readouterr().out
     free.set()
 
 

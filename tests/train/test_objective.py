@@ -71,7 +71,7 @@ def test_evaluation_of_a_run_finds_the_accuracy_that_training_reported(go, capsy
     assert (kept["step"], kept["examples"], kept["accuracy"]) == (6, 12, outcome["validation_accuracy"])
     assert "of 12 examples of listops (validation)" in capsys.readouterr().out
     assert main(["eval", str(run)]) == 2
-    assert "no language model, but a classifier of the task listops: bst lra eval" in capsys.readouterr().err
+    assert "not a language model but a classifier for the task listops: use bst lra eval" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -171,8 +171,8 @@ def test_commands_for_text_say_that_there_is_none(go, capsys, tmp_path):
         ["ablate", run],
     ):
         assert main([str(word) for word in command]) == 2
-        assert "learns the synthetic task associative-recall, so its tokens are no text" in capsys.readouterr().err
+        assert "learns the synthetic task associative-recall, so it has no text" in capsys.readouterr().err
     assert main(["eval", str(run), "--length", "12"]) == 2
     assert "--length 12 is not a multiple of the model's block, 8" in capsys.readouterr().err
     assert main(["eval", str(run), "--context", "8"]) == 2
-    assert "--context does not belong to this evaluation" in capsys.readouterr().err
+    assert "--context does not apply to this evaluation" in capsys.readouterr().err

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not removals:
         print("nothing to remove")
     else:
-        print(f"{readable_size(freed)} {'freed' if args.delete else 'would be freed; --delete removes it'}")
+        print(f"{readable_size(freed)} {'freed' if args.delete else 'would be freed; --delete removes them'}")
     return {"deleted": args.delete, "bytes": freed, "removals": {r.path.name: r.why for r in removals}}
 
 

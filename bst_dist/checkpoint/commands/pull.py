@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     _take_files(copy, args.run)
     final = directory(args.run, step)
     if final.exists():
-        print(f"{final} is there already")
+        print(f"{final} already exists")
     else:
         copy.get_checkpoint(args.run, step)
         print(f"checkpoint {step} written to {args.run}, {readable_size(size(read_manifest(final)))}")

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.watch and args.step is not None:
-        raise UserError("--watch sends each new checkpoint: it takes no --step")
+        raise UserError("--watch sends each new checkpoint: leave out --step")
     if args.keep < 1:
         raise UserError(f"--keep {args.keep}: at least 1")
     read_recipe(args.run)

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     lines = {
         "checkpoint": one.path,
         "written": manifest["time"],
-        "kind": "full: a run can resume from it" if one.full else "weights alone: to evaluate and export",
+        "kind": "full: a run can resume from it" if one.full else "weights only: to evaluate and export",
         "pinned": "yes" if one.pinned else "no",
         "step": f"{manifest['step']:,}, {manifest['tokens']:,} tokens",
         "optimizer": f"{manifest['updates']:,} updates",

@@ -55,9 +55,9 @@ class LeftNeighbour(Past):
             return x
         if x.shape[1] < before or after not in (None, before):
             raise SequenceParallelError(
-                f"a layer needs {before} positions ({name}) before its slice of the sequence, and a slice has "
-                f"{x.shape[1]}: only the left neighbour is asked. Lower parallel.sp, lengthen train.sequence_length, "
-                "or shorten the layer's reach (a window, ssm.length)"
+                f"a layer needs {before} positions ({name}) before its slice of the sequence, but a slice has only "
+                f"{x.shape[1]}, and it gets them from its left neighbour alone. Lower parallel.sp, lengthen "
+                "train.sequence_length, or shorten the layer's reach (a window, ssm.length)"
             )
         ring = self.earlier is not None
         extended, around = _Extend.apply(x, before, self.group, name, ring, ring and self.earlier.differentiable)
@@ -78,14 +78,14 @@ class LeftNeighbour(Past):
         if channels % size:
             raise SequenceParallelError(
                 f"a layer looks {positions} positions back ({name}), further than its slice of {self.slice_length}, "
-                f"and its {channels} channels cannot be shared out evenly to {size} ranks instead: choose a "
+                f"and its {channels} channels cannot be divided evenly over {size} ranks instead: choose a "
                 "parallel.sp that divides them, or another model.context.ssm_width"
             )
         if self.earlier is not None:
             raise SequenceParallelError(
-                f"a layer looks {positions} positions back ({name}), further than its slice of {self.slice_length}; so "
-                "each rank would hold the stream's last inputs for some channels only, which is not done: set "
-                "train.carry to false and train.slice_tokens to null, lower parallel.sp, or shorten ssm.length"
+                f"a layer looks {positions} positions back ({name}), further than its slice of {self.slice_length}; "
+                "so each rank would hold the stream's last inputs for only some channels, which is not supported: "
+                "set train.carry to false and train.slice_tokens to null, lower parallel.sp, or shorten ssm.length"
             )
         share, first = channels // size, self.group.rank * (channels // size)
         return Reached(
@@ -117,10 +117,9 @@ class LeftNeighbour(Past):
     def serial_state(self, name: str) -> NoReturn:
         """Raises SequenceParallelError: the ranks would have to take turns."""
         raise SequenceParallelError(
-            f"a layer's state ({name}) follows from the one before by more than a factor for each of its numbers "
-            "(Block-Recurrent, Gated DeltaNet, ssm.kernel s4-dplr), so ranks that share a sequence would wait for each "
-            "other in line: "
-            "set parallel.sp to 1"
+            f"a layer's state ({name}) depends on the state before it by more than elementwise factors "
+            "(Block-Recurrent, Gated DeltaNet, ssm.kernel s4-dplr), so sequence-parallel ranks would run one after "
+            "the other: set parallel.sp to 1"
         )
 
     def child(self, name: str) -> Past:

@@ -129,10 +129,10 @@ def show(found: Comparison) -> None:
 
 def _show_recipes(fields: dict[str, list[Any]], runs: Sequence[Compared]) -> None:
     if not fields:
-        say("the recipes are the same but for their names\n")
+        say("the recipes are the same except for their names\n")
         return
     rows = [[name, *("–" if value is None else _yaml(value) for value in values)] for name, values in fields.items()]
-    print_table(_sheet(runs, rows), "what differs in the recipes")
+    print_table(_sheet(runs, rows), "differences between the recipes")
 
 
 def _yaml(value: Any) -> str:
@@ -145,7 +145,7 @@ def _show_figures(runs: Sequence[Compared]) -> None:
     marks = [mark for mark in MARKS if any(title.endswith(mark) for title, _ in shown)]
     counted = str.maketrans(dict(zip(marks, MARKS, strict=False)))  # from 1 on, whichever are there
     rows = [[title.translate(counted), *cells] for title, cells in shown]
-    print_table(_sheet(runs, rows), "what they have reached", _notes(runs).translate(counted))
+    print_table(_sheet(runs, rows), "results of the runs", _notes(runs).translate(counted))
     for one in runs:
         if one.standing.status != "finished":
             say(f"{one.name}: {one.standing.text}")

@@ -30,7 +30,7 @@ def standing(run_dir: Path, step: int, steps: int | None) -> Standing:
     if outcome is None:  # the start under way has not come to its end, or never will
         if _beats(run_dir):
             return Standing("running", f"running, {reached}")
-        return Standing("broken off", f"broken off after {reached}: killed or failed" if step else "no step taken yet")
+        return Standing("broken off", f"interrupted after {reached}: killed or failed" if step else "no step yet")
     if outcome.get("finished"):
         return Standing("finished", f"finished, {reached}")
     if diverged := outcome.get("diverged"):

@@ -146,14 +146,14 @@ def _form(args: argparse.Namespace) -> str:
     asked = {LENGTHS: args.lengths, HARNESS: args.harness, NEEDLE: args.needle is not None}
     forms = [form for form, given in asked.items() if given] or [DOCUMENTS]
     if len(forms) > 1:
-        raise UserError(f"{' and '.join(forms)} are two evaluations: ask for one at a time")
+        raise UserError(f"{' and '.join(forms)} are separate evaluations: run one at a time")
     form = forms[0]
     if form == DOCUMENTS and isinstance(read_recipe(args.run).data, SyntheticConfig):
         form = SYNTHETIC
     for option, owners in OPTIONS.items():
         if getattr(args, option) is not None and form not in owners:
             raise UserError(
-                f"--{option.replace('_', '-')} does not belong to this evaluation but to {' and '.join(owners)}"
+                f"--{option.replace('_', '-')} does not apply to this evaluation, only to {' and '.join(owners)}"
             )
     return form
 

@@ -190,5 +190,5 @@ def _show(args: argparse.Namespace, trained: Trained, places: Sequence[Place]) -
               rows),
         f"{args.run} after {trained.step:,} steps: pass keys in {args.split} text",
         f"{places[0].rows} rows per line, keys of {DIGITS} digits; ± standard error over rows; trained on "
-        f"{trained.recipe.train.sequence_length:,} tokens; 'no key': what a guess is worth",
+        f"{trained.recipe.train.sequence_length:,} tokens; 'no key': result of guessing",
     )  # fmt: skip

@@ -145,7 +145,7 @@ def _read(args: argparse.Namespace, readers: Readers) -> dict[str, Any] | None:
                 found.append(OfCorpus.of(where, scored.of(whole), words, len(corpus), time_s))
                 _show(args, trained, found[-1])
             elif readers.first:
-                print(f"{corpus.storage.where}: stopped before a document was read to its end")
+                print(f"{corpus.storage.where}: stopped before any document was finished")
             if stopped := not whole.all():
                 break
     return _report(args, trained, readers.world, found, stopped) if readers.first else None

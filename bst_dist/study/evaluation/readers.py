@@ -30,7 +30,7 @@ from bst_dist.parallel.ranks import own_device
 
 LIMIT = timedelta(days=7)
 """How long one may wait for the slowest; that all still live is the launcher's to see."""
-NOTICE = "bst eval: told to stop ({}): the ranks report what they have read; Ctrl-C again ends them at once"
+NOTICE = "bst eval: told to stop ({}): the ranks report what they have read; a second Ctrl-C ends them at once"
 PROGRAM = (sys.executable, "-m", "bst_dist", "eval")
 """What every reader runs."""
 INSTEAD = (

@@ -131,8 +131,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print_table(
         Sheet(("distance", "labels", "accuracy", "loss, nats per label", "best possible"), _lines(figures)),
         f"{args.run} after {trained.step:,} steps: {task.task}",
-        f"{rows:,} rows of {length:,} tokens ({args.split}); ± standard error over rows; "
-        f"a guess costs {task.chance_loss:.4f} and is right {1 / task.choices:.2%} of the time",
+        f"{rows:,} rows of {length:,} tokens ({args.split}); ± standard error over rows; guessing gives loss "
+        f"{task.chance_loss:.4f} and accuracy {1 / task.choices:.2%}",
     )
     return {"run": str(args.run), "step": trained.step, "split": args.split, "rows": rows, "length_tokens": length,
             "task": task.model_dump(mode="json"), "chance_loss_nats": task.chance_loss, **figures.report()}  # fmt: skip

@@ -79,8 +79,8 @@ def restore(model: nn.Module, run_dir: Path, step: int | None = None, kind: str 
     else:
         if step is None and not committed(run_dir):
             raise CheckpointError(
-                f"{run_dir}: no valid checkpoint: the run has not come to its first one; --checkpoint 0 takes the "
-                "weights it began with"
+                f"{run_dir}: no valid checkpoint: the run has not reached its first one; --checkpoint 0 takes the "
+                "initial weights"
             )
         checkpoint = newest_valid(run_dir, kind) if step is None else _checkpoint(run_dir, step, kind)
         model.load_state_dict(load_weights(checkpoint, kind))
@@ -91,15 +91,17 @@ def restore(model: nn.Module, run_dir: Path, step: int | None = None, kind: str 
 def require_language_model(run_dir: Path, recipe: Recipe) -> None:
     """Raise UserError for a run that learns something else."""
     if isinstance(recipe.data, LongRangeConfig):
-        raise UserError(f"{run_dir}: no language model, but a classifier of the task {recipe.data.task}: bst lra eval")
+        raise UserError(
+            f"{run_dir}: not a language model but a classifier for the task {recipe.data.task}: use bst lra eval"
+        )
 
 
 def require_text(run_dir: Path, recipe: Recipe) -> None:
     """Raise UserError for a run whose tokens are no text."""
     if isinstance(recipe.data, SyntheticConfig):
         raise UserError(
-            f"{run_dir}: it learns the synthetic task {recipe.data.synthetic.task}, so its tokens are no text and it "
-            "has no corpus; `bst eval` without further options measures it"
+            f"{run_dir}: it learns the synthetic task {recipe.data.synthetic.task}, so it has no text and no corpus; "
+            "evaluate it with `bst eval` without further options"
         )
 
 

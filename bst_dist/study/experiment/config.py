@@ -37,7 +37,7 @@ class MeasureConfig(Config):
         if any(length < 1 for length in self.lengths):
             raise ValueError("lengths must be positive")
         if self.task_beyond is not None and not self.task:
-            raise ValueError("task_beyond is of a synthetic task: set task too")
+            raise ValueError("task_beyond is for synthetic tasks: set task too")
         if self.task_beyond is not None and self.task_beyond & (self.task_beyond - 1):
             raise ValueError(f"task_beyond {self.task_beyond} is not a power of two: distances are counted by octaves")
         if not (self.validation or self.task or self.lengths or self.speed or self.time_to):

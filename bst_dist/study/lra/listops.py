@@ -71,7 +71,7 @@ def example(config: ListOpsConfig, split: str, index: int, attempt: int = 0) -> 
             return [np.array(symbols, np.uint8)], value
     raise UserError(
         f"listops: of {DRAWS:,} expressions of at most {config.max_depth} levels and {config.max_args} arguments none "
-        f"has {config.min_length} to {config.max_length} symbols: widen that, or let trees be larger"
+        f"has {config.min_length} to {config.max_length} symbols: widen that range, or allow larger trees"
     )
 
 

@@ -86,8 +86,8 @@ def _unique(config: Drawn, split: str, workers: Workers, seen: set[bytes]) -> It
             attempt += 1
             if attempt > ATTEMPTS:
                 raise UserError(
-                    f"{config.task}: after {len(seen):,} examples, {ATTEMPTS} in a row have been there before: ask for "
-                    "fewer, or let them be longer"
+                    f"{config.task}: after {len(seen):,} examples, {ATTEMPTS} in a row were duplicates: ask for "
+                    "fewer, or for longer ones"
                 )
             sequences, label = GENERATORS[config.task](config, split, index, attempt)
         seen.add(digest)

@@ -32,7 +32,8 @@ def rows(run_dirs: Sequence[Path], split: str) -> list[Row]:
     for other in found[1:]:
         if other.report.examples_sha256 != found[0].report.examples_sha256:
             raise UserError(
-                f"{found[0].run} and {other.run}: of different examples, so their accuracies do not compare"
+                f"{found[0].run} and {other.run}: evaluated on different examples, so their accuracies cannot be "
+                "compared"
             )
     return found
 

@@ -113,7 +113,7 @@ class Machine:
         failed = [name for name in self.seen if self.state.attempts(name)]
         if len(failed) >= 2 * self.workers and not any(results.finished(self.state.directory(n)) for n in self.seen):
             last = self.state.attempts(failed[-1])[-1].reason
-            raise UserError(f"the first {len(failed)} runs have all failed, so the rest is not tried: {last}")
+            raise UserError(f"the first {len(failed)} runs all failed, so the others are not tried: {last}")
 
     def _write(self) -> None:
         """The results so far, and no weights of runs that nothing is left to do for."""

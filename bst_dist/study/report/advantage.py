@@ -94,8 +94,8 @@ def tables(found: Comparison) -> Iterator[Block]:
         for name, one in found.variants.items() for arm, parts in one.contrasts.items() for what, e in parts.items()
     ]  # fmt: skip
     if rows:
-        yield Paragraph(f"Other arms in contrast to arm {found.arm}: how much larger the advantage, and its changes, "
-                        "are there. No verdict is given about them.")  # fmt: skip
+        yield Paragraph(f"Other arms compared with arm {found.arm}: how much larger the advantage and its changes are "
+                        "there. There is no verdict about them.")  # fmt: skip
         yield Sheet(("variant", "arm", "of", "difference", "95 % interval"), rows)
 
 

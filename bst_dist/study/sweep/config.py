@@ -45,7 +45,7 @@ class RulesConfig(Config):
     @model_validator(mode="after")
     def _one_rule_for_the_rate(self) -> RulesConfig:
         if self.parametrisation == "completep" and self.rate_exponent:
-            raise ValueError("under completep one rate holds for all sizes: leave out rate_exponent")
+            raise ValueError("under completep, one learning rate holds for all sizes: leave out rate_exponent")
         return self
 
 

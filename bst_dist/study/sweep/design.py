@@ -166,7 +166,7 @@ class Designer:
         sweep, data = self.sweep, self.base_of(cell)
         length = data["train"]["sequence_length"]
         if named := [name for name in ("length_changes", "sequence_changes") if data["train"].get(name)]:
-            raise ConfigError(f"train.{named[0]}: a sweep counts its steps by one number of tokens each: leave it out")
+            raise ConfigError(f"train.{named[0]}: a sweep needs the same number of tokens in every step: leave it out")
         model = self._shape(cell).config(data["model"], sweep.shape, cell.depth)
         counts = count(model, length)
         data["model"] = model.model_dump(mode="json", exclude_unset=True)

@@ -81,9 +81,9 @@ def solve_together(bases: Mapping[str, tuple[dict[str, Any], int]], shape: Shape
             return {name: model for name, model in chosen.items() if model}
     aim = min(misses, key=lambda n: misses[n])
     raise ConfigError(
-        f"no shapes of {depth} layers are equally large near N = {size:.3g}: at best they lie {misses[aim]:.2%} to "
-        f"each side of {aim:.3g}, and {shape.tolerance / 2:.2%} is allowed (shape.tolerance); choose a larger size, "
-        "fewer layers or a smaller shape.head_width"
+        f"no shapes of {depth} layers have equal size near N = {size:.3g}: at best they lie within {misses[aim]:.2%} "
+        f"of {aim:.3g}, and {shape.tolerance / 2:.2%} is allowed (shape.tolerance); choose a larger size, fewer "
+        "layers or a smaller shape.head_width"
     )
 
 
@@ -131,8 +131,8 @@ def ffn_ratio(base: dict[str, Any], shape: ShapeConfig) -> float:
 def _model(base: dict[str, Any], shape: ShapeConfig, width: int, ffn: int, depth: int) -> ModelConfig:
     if base.get("head_width") not in (None, shape.head_width):
         raise ConfigError(
-            f"model.head_width is {base['head_width']} and shape.head_width {shape.head_width}: leave the first out, "
-            "for a sweep makes wider models of more heads"
+            f"model.head_width is {base['head_width']} and shape.head_width {shape.head_width}: leave the first one "
+            "out: a sweep makes models wider by adding heads"
         )
     own = {"width": width, "heads": width // shape.head_width, "ffn": ffn, "depth": depth}
     return parse(ModelConfig, {**base, **own, "placement": places(depth, shape.fraction)}, where="model")

@@ -48,7 +48,7 @@ def planned(runs: Sequence[Run], device: Accelerator, per_node: int,
             way = Planner(recipe, Cluster(nodes, ranks // nodes, device)).as_written()
             if not way.fits:
                 raise UserError(
-                    f"{run.name} does not fit: {way.excess / 1e9:.1f} GB of {device.title} are missing with "
+                    f"{run.name} does not fit: it needs {way.excess / 1e9:.1f} GB more than {device.title} has, with "
                     f"micro-batches of {way.work.slice.rows} sequences (train.micro_sequences)"
                 )
             tokens = recipe.train.sequences * recipe.train.sequence_length

@@ -53,6 +53,6 @@ def origin(run_dir: Path, recipe: Recipe) -> Origin:
         if there != factor(recipe.schedule, shared, recipe.train.steps):
             raise CheckpointError(
                 f"{run_dir}: branches off step {step} of {trunk_dir}, but their learning rates differ from step "
-                f"{shared} on: neither may decay before step {step} (the trunk: schedule.decay_fraction 0)"
+                f"{shared} on: neither run may decay before step {step} (the trunk: schedule.decay_fraction 0)"
             )
     return Origin(checkpoint, trunk)

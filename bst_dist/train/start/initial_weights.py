@@ -39,7 +39,7 @@ def load_initial(model: nn.Module, config: InitialWeightsConfig, tokenizer_sha25
     for name in sorted(weights.keys() | own.keys()):
         there, here = (tuple(found[name].shape) if name in found else "missing" for found in (weights, own))
         if there != here:
-            raise CheckpointError(f"initial_weights: {checkpoint}: of another model: {name} is {there}, here {here}")
+            raise CheckpointError(f"initial_weights: {checkpoint} is of another model: {name} is {there}, here {here}")
     model.load_state_dict(weights)
 
 

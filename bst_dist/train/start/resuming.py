@@ -72,7 +72,7 @@ def roll_back(
     Raises DivergedError when there is none yet.
     """
     ranks = trainer.ranks
-    ranks.say(f"{entry.cause}: rolling back to the last checkpoint, and skipping the data up to that step")
+    ranks.say(f"{entry.cause}: rolling back to the last checkpoint and skipping the data up to that step")
     before = _newest(start, snapshots, ranks, scheduled=True)
     if before is None:
         trainer.guard.ledger.add(replace(entry, action="stop"))

@@ -32,14 +32,14 @@ def extended(tokenizer: Tokenizer, config: TokenizerConfig, where: str) -> Token
     if not config.added:
         return tokenizer
     if isinstance(tokenizer, IdsOnly):
-        raise UserError(f"{where}: ids without a tokenizer, to which no tokens can be added: raise source.vocab_size")
+        raise UserError(f"{where}: has ids but no tokenizer, so no tokens can be added: raise source.vocab_size")
     roles = {"begins": tokenizer.bos_id, "ends": tokenizer.eos_id, "fills up": tokenizer.pad_id}
     known = {tokenizer.piece(token): token for token in range(tokenizer.vocab_size)}
     for name in config.added:
         role = next((role for role, token in roles.items() if known.get(name) == token), None)
         if name in config.text_tokens and role:
             raise UserError(
-                f"tokenizer.text_tokens: {name!r} {role} the documents of {where}, so no text may turn into it"
+                f"tokenizer.text_tokens: {name!r} {role} the documents of {where}, so no text may be encoded into it"
             )
         if name in known and (name in config.special_tokens or not _is_special(tokenizer, known[name])):
             raise UserError(

@@ -114,8 +114,8 @@ def _roles(settings: Mapping[str, Any], where: str) -> tuple[int, int, int]:
     tokens = [part["SpecialToken"]["id"] for part in template.get("single", ()) if "SpecialToken" in part]
     if template.get("type") != "TemplateProcessing" or len(tokens) != 2 or "pad_id" not in padding:
         raise UserError(
-            f"{where}: not the tokenizer.json of a corpus (it does not say which tokens begin, end and fill up a "
-            "text): prepare a corpus with it (tokenizer.reuse)"
+            f"{where}: not the tokenizer.json of a corpus (it does not name the begin, end and padding tokens): "
+            "prepare a corpus with it (tokenizer.reuse)"
         )
     begin, end = (template["special_tokens"][token]["ids"][0] for token in tokens)
     return begin, end, padding["pad_id"]

@@ -143,7 +143,7 @@ def without_changes(model: bytes, where: str) -> bytes:
     try:
         found = proto.ModelProto.FromString(model)
     except DecodeError:
-        raise UserError(f"{where}: not a SentencePiece model, a tokenizer.json or a file of tiktoken's") from None
+        raise UserError(f"{where}: not a SentencePiece model, a tokenizer.json or a tiktoken file") from None
     rules = found.normalizer_spec
     if not (rules.precompiled_charsmap or rules.add_dummy_prefix or rules.remove_extra_whitespaces):
         return model

@@ -37,7 +37,7 @@ def as_json(model: bytes, config: TiktokenConfig | None, where: str) -> bytes:
     """The same tokens with the same ids; raises UserError where the file or a setting does not allow that."""
     if config is None:
         raise UserError(
-            f"{where}: a file of tiktoken's does not say how text is split: set tokenizer.tiktoken.pat_str (and "
+            f"{where}: a tiktoken file does not say how to split text: set tokenizer.tiktoken.pat_str (and "
             "special_tokens) as they are given to tiktoken.Encoding, or take the model's tokenizer.json"
         )
     if count := _POSSESSIVE_COUNT.search(config.pat_str):
@@ -69,13 +69,11 @@ def _ranks(model: bytes, where: str) -> dict[bytes, int]:
         pairs = (line.split() for line in model.splitlines() if line)
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except ValueError as error:
-        raise UserError(f"{where}: a damaged file of tiktoken's: {error}") from None
+        raise UserError(f"{where}: a damaged tiktoken file: {error}") from None
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise UserError(
-            f"{where}: a file of tiktoken's without a token for byte {missing[0]}: it cannot hold all texts"
-        )
+        raise UserError(f"{where}: a tiktoken file without a token for byte {missing[0]}: it cannot encode all texts")
     if gaps := set(range(len(ranks))) - set(ranks.values()):
-        raise UserError(f"{where}: a file of tiktoken's without an id {min(gaps)}; take the model's tokenizer.json")
+        raise UserError(f"{where}: a tiktoken file without an id {min(gaps)}; take the model's tokenizer.json")
     return ranks
 
 

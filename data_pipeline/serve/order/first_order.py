@@ -171,8 +171,8 @@ class Lanes:
     def __init__(self, lanes: int, sequences: int, backlog: Backlog) -> None:
         if lanes > sequences:
             raise UserError(
-                f"streaming mode: {lanes} rows would divide {sequences} sequences: every row needs one of its own; "
-                "take fewer rows or shorter sequences, prepare more text, or use shuffled mode"
+                f"streaming mode: {lanes} rows, but only {sequences} sequences: every row needs at least one; use "
+                "fewer rows or shorter sequences, prepare more text, or use shuffled mode"
             )
         self._count = lanes
         self._sequences = sequences

@@ -142,10 +142,9 @@ class Phases:
         if all(a == b for a, b in zip_longest(self.at(step).plan.begun(step), theirs)):
             return
         raise UserError(
-            f"train.length_changes: at step {step} a part of what is shuffled together has been read, and cannot be "
-            "cut otherwise without reading tokens twice or leaving them out: keep lengths, batch and weights as they "
-            f"were planned up to its end; {_first_legal(before.at(step), theirs, step)}, or start a new run from the "
-            "weights (initial_weights.run)"
+            f"train.length_changes: at step {step} a shuffle window is partly read, and it cannot be cut differently "
+            "without repeating or losing tokens: keep the planned lengths, batch and weights up to its end; "
+            f"{_first_legal(before.at(step), theirs, step)}, or start a new run from the weights (initial_weights.run)"
         )
 
 
@@ -159,8 +158,8 @@ def _first_legal(phase: Phase, begun: Sequence[list[int] | None], step: int) -> 
         return f"let the length change at a step from {low} on"
     left = [str(number) for number, done in enumerate(_done(phase, begun, low), 1) if not done]
     return (
-        f"no step can change the length while corpus {', '.join(left)} of data.corpus has no weight and such a part of "
-        "it is left: give it a weight again (data.weight_changes)"
+        f"no step can change the length while corpus {', '.join(left)} of data.corpus has no weight and a partly read "
+        "window: give it a weight again (data.weight_changes)"
     )
 
 

@@ -241,8 +241,8 @@ def _stretch(sequences: Sequence[int], weights: Sequence[float], rows: int) -> i
         own = math.ceil(rows * units / sum(whole))
         if own > count:
             raise UserError(
-                f"streaming mode: {own} rows would divide {count} sequences: every row needs one of its own; "
-                "take fewer rows or shorter sequences, prepare more text, or use shuffled mode"
+                f"streaming mode: {own} rows, but only {count} sequences: every row needs at least one; use fewer "
+                "rows or shorter sequences, prepare more text, or use shuffled mode"
             )
         if units:
             longest.append(count // own)

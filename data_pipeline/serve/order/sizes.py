@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-STREAMED = "streaming rows read on where they stopped, each in a part of its corpus, so their number cannot change"
+STREAMED = "each streaming row reads its own part of the corpus, so their number cannot change"
 
 
 @dataclass(frozen=True)

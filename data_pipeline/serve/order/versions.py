@@ -65,8 +65,8 @@ def make_order(
         return _in_windows(config, corpora, sizes, lengths, seed, block)
     if lengths.since:
         raise UserError(
-            f"train.length_changes: this run was begun with an older version of the order ({version}), in which the "
-            "length of sequences cannot change; take a new run from the weights (initial_weights.run)"
+            f"train.length_changes: this run was started with an older version of the data order ({version}), which "
+            "cannot change the sequence length; start a new run from the weights (initial_weights.run)"
         )
 
     def stream(corpus: int, epoch: int) -> TokenStream:

@@ -188,7 +188,7 @@ def test_tokens_that_the_tokenizer_has_are_refused(tmp_path: Path) -> None:
             ({"special_tokens": [eos]}, rf"special_tokens: it has a token .* already \(id {found.eos_id}\)"),
             ({"special_tokens": [piece]}, r"special_tokens: it has a token .* already"),
             ({"text_tokens": [piece]}, r"text_tokens: it has a token .* already"),
-            ({"text_tokens": [eos]}, r"text_tokens: .* the documents of it, so no text may turn into it"),
+            ({"text_tokens": [eos]}, r"text_tokens: .* the documents of it, so no text may be encoded into it"),
         ):
             with pytest.raises(UserError, match=told):
                 extended(found, TokenizerConfig(reuse=path, **asked), "it")

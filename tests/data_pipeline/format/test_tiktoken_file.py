@@ -118,13 +118,11 @@ def test_an_id_is_given_once():
 
 
 def test_a_file_that_cannot_be_used_is_named(path, ranks, tmp_path):
-    with pytest.raises(
-        UserError, match=r"code\.tiktoken: a file of tiktoken's does not say how text is split: set tok"
-    ):
+    with pytest.raises(UserError, match=r"code\.tiktoken: a tiktoken file does not say how to split text: set tok"):
         adopt_tokenizer(path, TokenizerConfig(reuse="x"))
     damaged = tmp_path / "damaged.tiktoken"
     damaged.write_bytes(path.read_bytes() + b"no base64\n")
-    with pytest.raises(UserError, match=r"damaged\.tiktoken: a damaged file"):
+    with pytest.raises(UserError, match=r"damaged\.tiktoken: a damaged tiktoken file"):
         adopt_tokenizer(damaged, config(ranks))
     few = tmp_path / "few.tiktoken"
     few.write_bytes(b"IQ== 0\nIg== 1\n")

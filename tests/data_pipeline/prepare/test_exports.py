@@ -88,7 +88,7 @@ def test_ids_become_a_corpus_and_go_back(flat: Path, tmp_path: Path, capsys) -> 
     for split, name in [("train", "train"), ("validation", "val")]:
         assert megatron_documents(tmp_path / "out" / split) == [each.tolist() for each in wanted[name]]
     assert cli.main(command) == 2
-    assert "out is there already; choose another folder" in capsys.readouterr().err
+    assert "out already exists; choose another folder" in capsys.readouterr().err
 
     back = source(tmp_path / "out") | {"kind": "megatron"}
     prepared(tmp_path / "back", source=back)
@@ -163,7 +163,7 @@ def test_what_ids_need_is_said_before_anything_is_read(flat: Path, tmp_path: Pat
     with pytest.raises(UserError, match=r"train\.bin:\d+: an id outside the vocabulary"):
         prepared(tmp_path / "corpus", source=source(flat, vocab_size=90, eos_id=89))
     prepared(tmp_path / "ids", source=source(flat))
-    with pytest.raises(UserError, match="ids without a tokenizer, which cannot encode text"):
+    with pytest.raises(UserError, match="ids without a tokenizer cannot encode text"):
         run("text", tokenizer={"reuse": str(tmp_path / "ids")})
 
 

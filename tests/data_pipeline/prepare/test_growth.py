@@ -125,12 +125,12 @@ def test_what_cannot_be_continued_is_refused_and_says_why(run, folder: Path, tmp
     with pytest.raises(UserError, match="give another output"):
         run(continues=str(corpus))
     grow(folder)
-    with pytest.raises(UserError, match=r"prepared otherwise \(settings\.seed\)"):
+    with pytest.raises(UserError, match=r"prepared with other settings \(settings\.seed\)"):
         run("grown", continues=str(corpus), seed=1)
     with pytest.raises(UserError, match="no prepared corpus"):
         run("grown", continues=str(tmp_path / "nowhere"))
     (folder / "a" / "00.txt").write_text("another text")
-    with pytest.raises(UserError, match=r"1 of the 30 documents of .* were changed there"):
+    with pytest.raises(UserError, match=r"1 of the 30 documents of .* were removed from the source or changed"):
         run("grown", continues=str(corpus))
     index = corpus / "train-000000.idx"
     index.write_bytes(index.read_bytes()[:-1])

@@ -408,7 +408,7 @@ def test_planned_batches_are_those_of_any_stops_and_ranks(
 
 def test_streaming_rows_keep_their_number() -> None:
     state = loader(Memory(LENGTHS), "streaming").state(5)
-    with pytest.raises(UserError, match="6 rows per step from step 5 on: streaming rows read on where they stopped"):
+    with pytest.raises(UserError, match="6 rows per step from step 5 on: each streaming row reads its own part"):
         loader(Memory(LENGTHS), "streaming", rows=6).check(state)
 
 
@@ -430,8 +430,8 @@ def test_state_does_not_depend_on_the_number_of_ranks(dp: int, sp: int) -> None:
     [
         ({"sequence_length": 36}, "36 is not a multiple of block x sp = 8 x 1"),
         ({"sp": 3}, "32 is not a multiple of block x sp = 8 x 3"),
-        ({"sequence_length": 4096}, "do not fill one sequence of 4096"),
-        ({"mode": "streaming", "rows": 64}, "64 rows would divide"),
+        ({"sequence_length": 4096}, "are fewer than one sequence of 4096"),
+        ({"mode": "streaming", "rows": 64}, "64 rows, but only"),
     ],
 )
 def test_sizes_that_do_not_fit_are_one_clear_message(settings: dict[str, Any], message: str) -> None:

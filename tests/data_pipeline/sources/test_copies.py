@@ -91,7 +91,7 @@ def test_one_file_and_files_that_belong_together(store, tmp_path: Path) -> None:
 def test_what_is_not_there_or_would_lie_elsewhere_is_one_message(store, tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(UserError, match=r"memory://nowhere: nothing is there; source\.path must be"):
         read("folder", path="memory://nowhere")
-    with pytest.raises(UserError, match=r"no file there is wanted \(left out: 1 ending \.csv, 1 ending \.md\)"):
+    with pytest.raises(UserError, match=r"no usable file there \(left out: 1 ending \.csv, 1 ending \.md\)"):
         read("folder", path=store({"a.md": b"", "b.csv": b""}))
     monkeypatch.setattr(RemoteStorage, "files", lambda self: [FoundFile("../x.txt", 1, ""), FoundFile("y.txt", 1, "")])
     with pytest.raises(UserError, match=r"'\.\./x\.txt' would lie outside the folder of copies"):

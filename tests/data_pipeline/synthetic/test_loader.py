@@ -49,7 +49,7 @@ def test_another_batch_goes_on_with_the_next_row():
     other = loader(rows=8)
     other.check(resumed.state(4))
     assert (joined(other.batches(4), "input_ids")[0] == joined(singles[5], "input_ids")[0]).all()
-    with pytest.raises(UserError, match="streaming rows read on"):
+    with pytest.raises(UserError, match="each streaming row reads its own part"):
         loader(rows=5, row_tokens=128).check(loader(rows=8, row_tokens=128).state(3))
 
 

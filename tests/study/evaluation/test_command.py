@@ -11,11 +11,11 @@ from bst_dist.study.comparison.outline import eval_report
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--lengths", "8", "--harness", "x"], "--lengths and --harness are two evaluations"),
-        (["--plot", "x.png"], "--plot does not belong to this evaluation but to --lengths"),
-        (["--lengths", "8", "--context", "8"], "--context does not belong to this evaluation but to whole documents"),
-        (["--harness", "x", "--tokens", "9"], "--tokens does not belong to this evaluation but to --lengths"),
-        (["--harness-tasks", "x"], "--harness-tasks does not belong to this evaluation but to --harness"),
+        (["--lengths", "8", "--harness", "x"], "--lengths and --harness are separate evaluations"),
+        (["--plot", "x.png"], "--plot does not apply to this evaluation, only to --lengths"),
+        (["--lengths", "8", "--context", "8"], "--context does not apply to this evaluation, only to whole documents"),
+        (["--harness", "x", "--tokens", "9"], "--tokens does not apply to this evaluation, only to --lengths"),
+        (["--harness-tasks", "x"], "--harness-tasks does not apply to this evaluation, only to --harness"),
     ],
 )
 def test_options_of_another_evaluation_are_refused(make_run, capsys, options, reason):

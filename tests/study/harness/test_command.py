@@ -114,7 +114,7 @@ def test_what_is_not_there_is_said_in_one_message(make_run, tasks, tmp_path, cap
     assert "no task there" in refused("--harness", "which", "--harness-tasks", str(tmp_path / "empty"))
     (tmp_path / "tasks" / "which.jsonl").unlink()
     assert "the harness could not do which: " in refused("--harness", "which", "--harness-tasks", folder)
-    assert "--corpus does not belong to this evaluation" in refused("--harness", "which", "--corpus", "x")
+    assert "--corpus does not apply to this evaluation" in refused("--harness", "which", "--corpus", "x")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "lm_eval is not installed: pip install 'bst-dist[harness]'" in refused("--harness", "which")
 

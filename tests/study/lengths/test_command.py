@@ -51,4 +51,4 @@ def test_what_cannot_be_is_said_before_anything_is_read(make_run, capsys, monkey
 
 def test_a_run_without_a_checkpoint_is_refused(make_run, capsys):
     assert main(["eval", str(make_run(steps=())), "--lengths", "16"]) == 2
-    assert "no valid checkpoint: the run has not come to its first one" in capsys.readouterr().err
+    assert "no valid checkpoint: the run has not reached its first one" in capsys.readouterr().err

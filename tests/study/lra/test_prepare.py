@@ -59,7 +59,7 @@ def test_what_is_read_back_is_what_was_drawn(listops):
 
 def test_more_examples_than_there_are_is_an_error(tmp_path):
     config = FEW.model_copy(update={"train": 1000})
-    with open_workers(1) as workers, pytest.raises(UserError, match="have been there before: ask for fewer"):
+    with open_workers(1) as workers, pytest.raises(UserError, match="were duplicates: ask for fewer"):
         prepare(config, tmp_path / "listops", workers, lambda *_: None)
     assert not list(tmp_path.iterdir())  # nothing half-written stays
 

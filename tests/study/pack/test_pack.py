@@ -255,7 +255,7 @@ def machine(packed, tmp_path, monkeypatch):
 
 
 def test_a_machine_where_nothing_trains_stops_early_and_says_why(machine, tmp_path):
-    with pytest.raises(UserError, match="have all failed, so the rest is not tried: RuntimeError: no kernel image"):
+    with pytest.raises(UserError, match="all failed, so the others are not tried: RuntimeError: no kernel image"):
         machine("fail")
     assert "no kernel image" in (tmp_path / "back" / "log.txt").read_text()
     rows = table.read(tmp_path / "back" / "table.json")

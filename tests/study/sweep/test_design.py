@@ -115,7 +115,7 @@ def test_a_network_with_a_gate_is_as_large_at_two_thirds_of_the_width():
 
 def test_a_size_that_no_shapes_share_is_refused_with_what_there_is():
     bases = {"sliding": ({"mixer": "sliding", "block": 32, "vocab_size": 300}, 64)}
-    with pytest.raises(ConfigError, match=r"no shapes of 8 layers are equally large near N = 1e\+05"):
+    with pytest.raises(ConfigError, match=r"no shapes of 8 layers have equal size near N = 1e\+05"):
         solve_together(bases, ShapeConfig(head_width=64), 1e5, 8)
 
 

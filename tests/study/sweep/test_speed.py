@@ -55,7 +55,7 @@ def test_a_small_model_is_held_up_by_launches_and_a_large_one_is_not(runs):
 def test_what_does_not_fit_is_refused_by_name(runs):
     tiny = H100.model_copy(update={"memory_gb": 4.0})
     large = [run for run in runs if run.cell.size == 1e8]
-    with pytest.raises(UserError, match=r"sliding-near-n1e08-d2-s0-.* does not fit: .* GB of .* are missing"):
+    with pytest.raises(UserError, match=r"sliding-near-n1e08-d2-s0-.* does not fit: it needs .* GB more than .* has"):
         planned(large, tiny, 8, lambda *_: None)
 
 

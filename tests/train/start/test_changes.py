@@ -72,7 +72,9 @@ def test_the_batch_may_change_but_not_that_of_streaming_rows(run_dir, settings):
     assert changes(run_dir, before, now) == ["train.sequences: 4, 6"]
     before, now = (recipe.model_copy(update={"data": recipe.data.model_copy(update={"mode": "streaming"})})
                    for recipe in (before, now))  # fmt: skip
-    with pytest.raises(OtherRunError, match=r"sequences: 4, 6(?s:.*)streaming rows read on(?s:.*)initial_weights"):
+    with pytest.raises(
+        OtherRunError, match=r"sequences: 4, 6(?s:.*)each streaming row reads its own part(?s:.*)initial_weights"
+    ):
         changes(run_dir, before, now)
 
 
@@ -229,7 +231,7 @@ def test_a_planned_batch_is_that_of_any_stops_and_ranks(recipe_file, tmp_path, o
             ["train.sequence_changes=[{step: 5, sequences: 2}, {step: 5, sequences: 3}]"],
             r"must increase, found \[5, 5\]",
         ),
-        (["train.sequence_changes=[{step: 5, sequences: 2}]", "data.mode=streaming"], "in shuffled mode can change"),
+        (["train.sequence_changes=[{step: 5, sequences: 2}]", "data.mode=streaming"], "only for text in shuffled mode"),
     ],
 )
 def test_planned_batches_that_cannot_be_are_refused(settings, changes, said):

@@ -38,10 +38,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.packed is not None:
         names = {run.name for run in plan.runs}
         found = restore(args.packed, study.state, names.__contains__)
-        say(f"{args.packed}: {len(found)} runs that were not here yet")
+        say(f"{args.packed}: {len(found)} new runs")
         if not any(study.state.directory(name).exists() for name in names):
             raise UserError(
-                f"{args.packed}: none of its runs is of this sweep: give the settings that it was packed with"
+                f"{args.packed}: none of its runs belongs to this sweep: give the settings that it was packed with"
             )
     rows = collect(plan.runs, study.state, plan.sweep.baseline, args.documents)
     path = plan.sweep.root / TABLE

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print_table(Sheet(names, rows), title)
     power = show_power(plan)
     for block in plan.dropped:
-        say(f"dropped, because the budget does not suffice: {block}")
+        say(f"dropped to fit the budget: {block}")
     return {"runs": len(plan.runs), "measurements": len(plan.measured), "dropped": plan.dropped,
             "shapes": [asdict(shape) for shape in shapes], **power}  # fmt: skip
 

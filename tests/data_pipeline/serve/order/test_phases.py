@@ -211,10 +211,10 @@ def test_lengths_that_do_not_fit_are_refused() -> None:
     memory = Memory([500])
     for schedule, said in (
         ((32, [(3, 36)]), "sequence length 36 is not a multiple of block x sp"),
-        ((32, [(3, 512)]), "do not fill one sequence of 512"),
+        ((32, [(3, 512)]), "are fewer than one sequence of 512"),
     ):
         with pytest.raises(UserError, match=said):
             served(memory, schedule)
     state = served(memory, (32, [])).state(3)
-    with pytest.raises(UserError, match="older version of the order"):
+    with pytest.raises(UserError, match="older version of the data order"):
         served(memory, (32, [(9, 64)])).check(state | {"order": 2})

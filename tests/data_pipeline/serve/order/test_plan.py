@@ -201,9 +201,9 @@ def test_some_rows_of_some_steps_are_those_of_all() -> None:
 
 
 def test_streaming_refuses_what_would_leave_rows_or_corpora_without_text() -> None:
-    with pytest.raises(UserError, match="8 rows would divide 7 sequences"):
+    with pytest.raises(UserError, match="8 rows, but only 7 sequences"):
         Streaming([7], [(0, [1.0])], 8, 0)
-    with pytest.raises(UserError, match="8 rows would divide 7 sequences"):
+    with pytest.raises(UserError, match="8 rows, but only 7 sequences"):
         LaneStreaming([7], [(0, [1.0])], 8)
     with pytest.raises(UserError, match="is too small for any of 4 rows"):
         LaneStreaming([50, 50], [(0, [0.99, 0.01])], 4)
