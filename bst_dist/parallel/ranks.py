@@ -60,8 +60,9 @@ class Ranks:
             os.environ |= {**alone, "MASTER_PORT": str(free_port())}
         # Before DeepSpeed joins the ranks: under mpirun it learns LOCAL_RANK only from MPI, when every process would
         # have taken the first device already.
-        if accelerator.device_name() != "cpu":
-            accelerator.set_device(own_device(accelerator.device_count()))
+        device = None if accelerator.device_name() == "cpu" else own_device(accelerator.device_count())
+        if device is not None:
+            accelerator.set_device(device)
         self.numa_node = bind_near(pci_of_device() if accelerator.device_name() == "cuda" else None)
         """Whose cores this process was bound to, because its device belongs to it; None when it was not."""
         options: dict[str, Any] = {}
@@ -74,6 +75,10 @@ class Ranks:
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         if "RANK" not in os.environ:  # DeepSpeed will ask MPI
             options["distributed_port"] = agreed_port()
+        if device is not None and device != (local_rank(os.environ) or 0):
+            if "RANK" not in os.environ:  # or its answer would take the place of what is said here
+                deepspeed.comm.comm.mpi_discovery(options["distributed_port"], verbose=False)
+            number_by_device(device)
         with gathered():
             deepspeed.init_distributed(verbose=False, **options)
         self.rank = distributed.get_rank()
@@ -178,6 +183,13 @@ def own_device(count: int) -> int:
     if number >= count:
         raise UserError(f"process {number} of this host has no accelerator of its own: {count} are visible to it")
     return number
+
+
+def number_by_device(device: int) -> None:
+    """Let DeepSpeed take this device: it takes LOCAL_RANK for a device's number, and Open MPI's word must agree."""
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
+        if name in os.environ:
+            os.environ[name] = str(device)
 
 
 def pci_of_device() -> str | None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bst_base.errors import UserError
 from bst_dist.parallel import ranks
@@ -35,6 +41,84 @@ def test_a_process_takes_the_device_of_its_number(monkeypatch, environment, coun
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert ranks.own_device(count) == device
+
+
+class _OneDevice:
+    """DeepSpeed's accelerator where CUDA shows a process one device; records which are taken."""
+
+    def __init__(self) -> None:
+        self.taken: list[torch.device] = []
+
+    def device_name(self, index: int | None = None) -> str:
+        return "cuda" if index is None else f"cuda:{index}"
+
+    def device_count(self) -> int:
+        return 1
+
+    def device(self, index: int) -> torch.device:
+        return torch.device("cuda", index)
+
+    def set_device(self, index: int) -> None:
+        self.taken.append(self.device(index))
+
+
+class _JoinedError(Exception):
+    """The ranks would be joined here."""
+
+
+def _as_process(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    """`environment` is all that launchers say to this process; restored afterwards, whatever is put there."""
+    said = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_RANK", *LOCAL_RANKS}
+    monkeypatch.setattr(os, "environ", {key: value for key, value in os.environ.items() if key not in said})
+    os.environ |= environment
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},  # srun
+        {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "3"},  # mpirun
+    ],
+)
+def test_deepspeed_takes_the_one_device_that_a_process_sees(monkeypatch, environment):
+    """It takes LOCAL_RANK for the number of a device, in the process group and in its engine."""
+    from bst_dist.parallel.loading import deepspeed
+
+    accelerator, comm, engine = _OneDevice(), deepspeed.comm.comm, deepspeed.runtime.engine
+    backend = importlib.import_module("deepspeed.comm.torch")  # the package's attribute of that name is torch itself
+
+    def join(**named: object) -> None:
+        if "RANK" not in os.environ:
+            comm.mpi_discovery(named["distributed_port"])
+        backend.TorchBackend.init_process_group(SimpleNamespace(), "nccl", timedelta(1), "env://", -1, -1)
+
+    def init_process_group(backend: str, device_id: torch.device, **_: object) -> None:
+        assert device_id == torch.device("cuda", 0)
+        raise _JoinedError
+
+    def mpi_discovery(distributed_port: int, verbose: bool = True) -> None:
+        os.environ |= {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = str(distributed_port)
+
+    _as_process(monkeypatch, environment)
+    for module in (deepspeed.accelerator, backend, engine):
+        monkeypatch.setattr(module, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(deepspeed, "init_distributed", join)
+    monkeypatch.setattr(comm, "mpi_discovery", mpi_discovery)
+    monkeypatch.setattr(torch.distributed, "init_process_group", init_process_group)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(ranks, "pci_of_device", lambda: None)
+    monkeypatch.setattr(ranks, "gathered", nullcontext)
+    monkeypatch.setattr(ranks, "agreed_port", lambda: 2)
+    with pytest.raises(_JoinedError):
+        ranks.Ranks()
+    built = SimpleNamespace()
+    engine.DeepSpeedEngine._configure_with_arguments(built, None, None)
+    monkeypatch.setattr(engine.dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(engine.dist, "get_rank", lambda: 3)
+    engine.DeepSpeedEngine._set_distributed_vars(built, None)
+    assert built.device == torch.device("cuda", 0)
+    assert set(accelerator.taken) == {torch.device("cuda", 0)}
 
 
 def test_more_processes_than_devices_are_refused(monkeypatch):
