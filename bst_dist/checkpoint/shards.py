@@ -69,10 +69,10 @@ def write_header(file: Any, pieces: Sequence[Piece], dtypes: Sequence[torch.dtyp
 
 
 def write_values(file: Any, values: Tensor) -> None:
-    """Write the next piece's values, which lie in the host's memory."""
+    """Write the next piece's values, by way of the host's memory where they lie on an accelerator."""
     import torch
 
-    file.write(values.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    file.write(values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def write(file: Any, pieces: Sequence[Piece], values: Sequence[Sequence[Tensor]]) -> int:

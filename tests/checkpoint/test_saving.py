@@ -127,6 +127,25 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path, background):
     assert resume(tmp_path) == 5
 
 
+class OnDevice(Tensor):
+    """As one on an accelerator, whose values NumPy has only after a copy to the host."""
+
+    def numpy(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def cpu(self, *_: Any) -> Tensor:
+        return self.as_subclass(Tensor)
+
+
+def test_without_a_copy_an_accelerators_tensors_are_written_all_the_same(tmp_path):
+    state = Tensors()
+    for values in state.values.values():
+        values |= {kind: tensor.as_subclass(OnDevice) for kind, tensor in values.items()}
+    saved = save(snapshots(tmp_path, state, background=False), state, 3)
+    assert isinstance(saved, Saved), saved
+    assert resume(tmp_path) == 3
+
+
 def test_nothing_is_committed_before_all_is_written(tmp_path, monkeypatch):
     state, held_up = Tensors(), []
     run = snapshots(tmp_path, state)
