@@ -103,7 +103,7 @@ class EvaluateAccuracy(Evaluate):
     def evaluate(self, step: int) -> AccuracyReport | None:
         """The loss and accuracy of the model as it is, or None when the ranks were told to stop."""
         start = time.perf_counter()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
+        sums, examples = torch.zeros(2, dtype=torch.float64, device=self.ranks.device), 0
         self.engine.module.eval()
         with torch.no_grad():
             for batch in self.batches:
@@ -111,12 +111,12 @@ class EvaluateAccuracy(Evaluate):
                 if self.stop.poll():
                     break
                 found = self.engine.forward(**on_device(batch, self.ranks.device))
-                counts = found.correct.sum(), torch.tensor(int(batch.loss_mask.sum()))
-                sums += torch.stack([one.double() for one in (found.total, *counts)]).to(sums.device)
+                sums += torch.stack((found.total.double(), found.correct.sum().double()))
+                examples += int(batch.loss_mask.sum())
         self.engine.module.train()
         if self.stop.agreed:
             return None
-        nats, correct, examples = self.ranks.sum(sums.tolist())
+        nats, correct, examples = self.ranks.sum([*sums.tolist(), examples])
         count = max(1.0, examples)
         return AccuracyReport(step, "validation", int(examples), nats / count, nan, [], time.perf_counter() - start,
                               accuracy=correct / count)  # fmt: skip
