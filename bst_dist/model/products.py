@@ -46,16 +46,38 @@ def in_order(x: Tensor) -> Tensor:
 
 
 class _InOrder(torch.autograd.Function):
-    """The identity. What is read by strides the compiler writes as it is asked to, and all else as it reads it."""
+    """The identity."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        return x.as_strided(x.shape, x.stride())
+        return _written_in_order(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
+
+
+def gradient_in_order(x: Tensor) -> Tensor:
+    """The output of products, whose gradient, compiled, has its dimensions in their order in memory (`in_order`)."""
+    return _GradientInOrder.apply(x) if is_compiling() else x
+
+
+class _GradientInOrder(torch.autograd.Function):
+    """The identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _written_in_order(gradient)
+
+
+def _written_in_order(x: Tensor) -> Tensor:
+    """What is read by strides the compiler writes as it is asked to, and all else as it reads it."""
+    x = x.contiguous()
+    return x.as_strided(x.shape, x.stride())
 
 
 def cast_by_channel(y: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bst_dist.model.attention import Angles, angles, rotate
-from bst_dist.model.products import in_order, relu_of, together, whole
+from bst_dist.model.products import gradient_in_order, in_order, relu_of, together, whole
 from bst_dist.model.roles import Linear
 
 
@@ -64,6 +64,20 @@ def test_an_operand_lies_in_order_when_it_is_compiled_alone():
     factors = torch.arange(60, dtype=torch.float64).view(5, 3, 4)
     (gradient,) = torch.autograd.grad((found * factors).sum(), x)
     assert torch.equal(gradient, factors.permute(1, 2, 0))
+
+
+def test_a_gradient_comes_in_order_when_it_is_compiled_alone():
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
+    factors = torch.arange(60, dtype=torch.float64).view(3, 4, 5)
+    call, _ = compiled(gradient_in_order)
+    found = {}
+    for name, function in (("compiled", call), ("not", gradient_in_order)):
+        out = function(x)
+        assert torch.equal(out, x)
+        (found[name],) = torch.autograd.grad((out.permute(1, 2, 0) * factors).sum(), x)
+    assert torch.equal(found["compiled"], factors.permute(2, 0, 1)) and torch.equal(found["not"], found["compiled"])
+    assert found["compiled"].is_contiguous() and not found["not"].is_contiguous()
 
 
 def test_relu_in_a_product_has_the_gradient_of_relu_after_it():
