@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that `bst train` shares with this program."""
+    """Add the arguments that `bst train` shares with this program."""
     parser.add_argument(
         "recipe",
         type=Path,
@@ -58,8 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def request(args: argparse.Namespace) -> Request:
-    """What the parsed arguments ask for; raises UserError for the directory of a run that is not to be resumed."""
-    from bst_dist.train.start.request import Request, of_run  # imports torch: seconds in which no signal would be heard
+    """Return the parsed arguments as a Request.
+
+    Raises UserError when the recipe is a run's directory and --resume is missing.
+    """
+    # Imported here: importing torch takes seconds, in which no signal would be handled.
+    from bst_dist.train.start.request import Request, of_run
 
     asked = Request(
         args.recipe, args.overrides, args.run_dir, args.resume, args.until, args.from_zero, args.replan_schedule
@@ -68,13 +72,13 @@ def request(args: argparse.Namespace) -> Request:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of one rank; returns its exit status."""
+    """Run one rank and return its exit status."""
     notice = signals.listen()
     sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)  # a closed terminal must not cost the checkpoint
     parser = argparse.ArgumentParser(prog="bst_dist.train", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add_arguments(parser)
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; LOCAL_RANK says the same
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # added by the launcher; LOCAL_RANK has the same value
     args = parser.parse_intermixed_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)
     threading.excepthook = _tell_of_thread
@@ -105,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         tell(str(error), notice)
         return error.exit_status
     except OSError as error:
-        if error.filename is None and error.errno not in FULL:  # not a file: a socket, a process
+        if error.filename is None and error.errno not in FULL:  # no file is involved, but a socket or a process
             tell(traceback.format_exc(), notice)
             return status.FAILED
         tell(str(StorageError.of(error, error.filename or "a file of the run", doing="read or write")), notice)
@@ -116,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _name_the_rank() -> None:
-    """Begin what the loader warns of with the rank: several may meet one damaged block, each in rows of its own."""
+    """Put the rank before the loader's warnings: several ranks may find the same damaged block, in different rows."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter(f"rank {os.environ.get('RANK', 0)}: %(message)s"))
@@ -124,7 +128,7 @@ def _name_the_rank() -> None:
 
 
 def _tell_of_thread(args: threading.ExceptHookArgs) -> None:
-    """TensorBoard writes in a thread: what the file system says there the main thread says in a line."""
+    """Print a thread's traceback, except for an OSError of TensorBoard's thread: the main thread reports that."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
 
@@ -132,5 +136,5 @@ def _tell_of_thread(args: threading.ExceptHookArgs) -> None:
 if __name__ == "__main__":
     exit_status = main()
     sys.stdout.flush()
-    # Not sys.exit: after an error the other ranks may be waiting in a collective, and tearing the group down would too.
+    # Not sys.exit: after an error other ranks may be waiting in a collective, and destroying the group would wait too.
     end(exit_status)

@@ -1,7 +1,7 @@
-"""An exponential average of the weights (train.average), updated after each step and evaluated beside the weights.
+"""An exponential moving average of the weights (train.average), updated after each step and evaluated beside them.
 
-After step t, counted from 1, ``average = d average + (1 - d) weights`` with ``d = min(decay, (1 + t) / (10 + t))``; it
-begins as the initial weights. Every rank does so for what its optimizer updates, so nothing is exchanged.
+After step t, counted from 1, ``average = d average + (1 - d) weights`` with ``d = min(decay, (1 + t) / (10 + t))``. It
+starts as the initial weights. Each rank averages the weights that its optimizer updates, without communication.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ class Average(Callback):
         self.config, self.state = config, state
 
     def after_step(self, report: StepReport, last: bool) -> None:
-        """Take in the weights after a step; a step that was skipped has not changed them."""
+        """Update the average after a step, unless the step was skipped and changed no weight."""
         if not isinstance(report, SkippedReport):
             averages, weights = self._tensors()
             torch._foreach_lerp_(averages, weights, 1 - decay(self.config, report.step))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """While it is entered the model computes with the average; every rank must enter it.
+        """Compute with the averaged weights inside the context; every rank must enter it.
 
-        The two change places, so it takes the memory of one fragment. Afterwards the weights are as before, to the bit.
+        Weights and average are swapped, so this needs extra memory for one fragment only. Afterwards the weights are
+        bitwise the same as before.
         """
         self._exchange()
         try:
@@ -56,5 +57,5 @@ class Average(Callback):
 
 
 def decay(config: AverageConfig, step: int) -> float:
-    """Share of the average that stays in step `step`, counted from 1."""
+    """Return the share of the old average that is kept in step `step`, counted from 1."""
     return min(config.decay, (1 + step) / (10 + step))

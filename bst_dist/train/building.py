@@ -1,4 +1,4 @@
-"""The parts of a run, built from its recipe: the engine, what takes its steps, what its checkpoints are known by."""
+"""Builds the parts of a run from its recipe: the engine, the trainer and the identity of its checkpoints."""
 
 from __future__ import annotations
 
@@ -29,13 +29,16 @@ from bst_dist.train.step import Trainer
 
 
 def watched_group(start: Start, ranks: Ranks) -> SequenceGroup | None:
-    """The ranks that share this rank's sequences, its exchanges noted in the phases; None when it holds whole ones."""
+    """Return the ranks that share this rank's sequences; None when it holds whole sequences.
+
+    Their exchanges are recorded in `ranks.phases`, so that the watchdog can name them.
+    """
     group = start.mesh(ranks).sp_group()
     return group and WatchedGroup(group.process_group, ranks.phases)
 
 
 def build_engine(start: Start, compiled: bool = False) -> Engine:
-    """The model, equal on all ranks, in DeepSpeed's hands; its layers compiled or not."""
+    """Build the model, with equal weights on all ranks, and wrap it with DeepSpeed; `compiled`: compile its layers."""
     torch.manual_seed(start.recipe.seed)
     model = start.objective.model()
     if start.recipe.initial_weights and not committed(start.run_dir):
@@ -48,11 +51,11 @@ def build_engine(start: Start, compiled: bool = False) -> Engine:
 
 
 def build_trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceGroup | None, stop: Stop) -> Trainer:
-    """What takes the run's steps, with the device's speed measured for MFU and HFU."""
+    """Build the trainer, and measure or look up the device's peak FLOPS for MFU and HFU."""
     recipe = start.recipe
     token_bytes, tokens = start.objective.token_bytes().to(ranks.device), start.objective.tokens_per_label
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    ranks.barrier()  # ranks that share a device measure its peak together
+    ranks.barrier()  # ranks that share a device must measure its peak at the same time
     (peak,) = ranks.sum([peak_flops(ranks.device, dtype)])
 
     @cache
@@ -64,14 +67,15 @@ def build_trainer(start: Start, engine: Engine, ranks: Ranks, sharing: SequenceG
         return Speed(tokens * train_flops_per_token(recipe.model, length), peak, tokens * again)
 
     for _, length in recipe.train.lengths:
-        speed(length)  # counted here, so that no step waits for it
+        speed(length)  # computed and cached here, so that no step waits for it
     trainer = Trainer(recipe.train, recipe.schedule, engine, ranks, token_bytes, speed, sharing, stop)
     trainer.corpora = start.objective.mixed
     return trainer
 
 
 def identity_of(start: Start, engine: Engine, ranks: Ranks) -> Identity:
-    """What a checkpoint must have in common with the run that resumes from it, and the layout, which may be another."""
+    """Return the settings that a checkpoint and the run that resumes from it must share, and the layout, which may
+    differ."""
     recipe = start.recipe
     return Identity(
         recipe=digest(recipe),
@@ -85,9 +89,9 @@ def identity_of(start: Start, engine: Engine, ranks: Ranks) -> Identity:
 
 
 def compiles(recipe: Recipe, device: str, stage: int) -> tuple[bool, str]:
-    """Whether layers are compiled on such a device under this ZeRO stage, and the reason where they are not.
+    """Return whether layers are compiled on this type of device under this ZeRO stage, and the reason if not.
 
-    Raises ConfigError when the recipe asks for what cannot be done.
+    Raises ConfigError when the recipe requires compilation and it is not possible.
     """
     if recipe.compile is False:
         return False, "no, compile: false"

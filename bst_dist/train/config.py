@@ -19,11 +19,11 @@ class AverageConfig(Config):
 
 
 SetName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
-"""What a validation set is called in metrics."""
+"""The name of a validation set in the metrics."""
 
 
 class BatchChange(Config):
-    """Another number of sequences from a step on."""
+    """A change of the number of sequences per step, from a step on."""
 
     step: int = Field(gt=0, le=2**40)
     """First step with this batch size."""
@@ -32,7 +32,7 @@ class BatchChange(Config):
 
 
 class LengthChange(Config):
-    """Another length of sequences from a step on."""
+    """A change of the sequence length, from a step on."""
 
     step: int = Field(gt=0, le=2**40)
     """First step with this length."""
@@ -97,43 +97,43 @@ class TrainConfig(Config):
 
     @property
     def batches(self) -> list[tuple[int, int]]:
-        """(first step, sequences of a step from there on) pairs, from step 0 on."""
+        """Pairs (first step, sequences per step from there on); the first pair is for step 0."""
         return [(0, self.sequences), *((change.step, change.sequences) for change in self.sequence_changes)]
 
     def sequences_at(self, step: int) -> int:
-        """Sequences of a step."""
+        """Return the number of sequences of `step`."""
         return [sequences for start, sequences in self.batches if start <= step][-1]
 
     @property
     def fewest_sequences(self) -> int:
-        """Of all steps."""
+        """The smallest number of sequences per step in the run."""
         return min(sequences for _, sequences in self.batches)
 
     @property
     def lengths(self) -> list[tuple[int, int]]:
-        """(first step, tokens of a sequence from there on) pairs, from step 0 on."""
+        """Pairs (first step, tokens per sequence from there on); the first pair is for step 0."""
         changes = ((change.step, change.sequence_length) for change in self.length_changes)
         return [(0, self.sequence_length), *changes]
 
     def length_at(self, step: int) -> int:
-        """Tokens of a sequence of a step."""
+        """Return the number of tokens per sequence in `step`."""
         return [length for start, length in self.lengths if start <= step][-1]
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
+        """Tokens of the longest sequence in the run."""
         return max(length for _, length in self.lengths)
 
     @property
     def tokens(self) -> int:
-        """Of all steps together."""
+        """Tokens of all steps together."""
         starts = sorted({start for start, _ in self.batches + self.lengths if start < self.steps})
         return sum((end - start) * self.sequences_at(start) * self.length_at(start)
                    for start, end in pairwise([*starts, self.steps]))  # fmt: skip
 
     @property
     def slices(self) -> int:
-        """Slices of a sequence, of the longest."""
+        """Number of slices of the longest sequence."""
         return self.longest // (self.slice_tokens or self.longest)
 
 

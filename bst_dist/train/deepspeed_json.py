@@ -1,8 +1,8 @@
-"""DeepSpeed's JSON: read from `ds_configs/`, checked, and completed from the recipe until nothing is left to a default.
+"""DeepSpeed's JSON: read from `ds_configs/`, checked, and completed from the recipe so that no value is a default.
 
-DeepSpeed ignores top-level keys that it does not know and changes defaults between versions (`gradient_clipping`
-became 1.0). So a file may hold only what a strategy is about, every key in it must be one the installed version knows,
-and the completed JSON names every value.
+DeepSpeed ignores unknown top-level keys, and its defaults change between versions (`gradient_clipping` became 1.0). So
+a file may only hold the keys of a ZeRO strategy, the installed version must know every key, and the completed JSON
+sets every value.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from bst_dist.parallel.loading import deepspeed
 
 DeepSpeedZeroConfig = deepspeed.runtime.zero.config.DeepSpeedZeroConfig
 
-# What a file in ds_configs/ may hold: section -> the class or keys that the installed DeepSpeed knows there.
+# Keys that a file in ds_configs/ may have: section -> the class or keys that the installed DeepSpeed knows there.
 STRATEGY: dict[str, Any] = {
     "zero_optimization": DeepSpeedZeroConfig,
     "aio": deepspeed.runtime.swap_tensor.aio_config.get_aio_config({}),
     "comms_logger": deepspeed.comm.config.CommsLoggerConfig,
     "wall_clock_breakdown": None,
 }
-# What the recipe says instead, by DeepSpeed's key.
+# DeepSpeed's keys that the recipe sets -> the recipe's field.
 OWNED = {
     "train_batch_size": "train.sequences",
     "train_micro_batch_size_per_gpu": "train.micro_sequences",
@@ -45,17 +45,17 @@ OWNED = {
     "steps_per_print": "log.every",
 }
 
-# What has one value here, whatever a file says.
+# Keys with one allowed value -> (value, reason).
 FIXED = {"communication_data_type": ("fp32", "gradients are reduced in fp32 in every stage")}
 
 
 class DeepSpeedConfigError(UserError):
-    """A DeepSpeed file that cannot be used, or an engine that did not do what it was told."""
+    """A DeepSpeed file that cannot be used, or an engine whose configuration differs from the completed JSON."""
 
 
 @dataclass(frozen=True)
 class Intent:
-    """What the recipe and the number of ranks ask of the engine."""
+    """The engine settings that follow from the recipe and the number of ranks."""
 
     world: int
     micro_sequences: int
@@ -68,7 +68,7 @@ class Intent:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The strategy in `path`, every key of it known to the installed DeepSpeed; raises DeepSpeedConfigError."""
+    """Read the strategy in `path`; raises DeepSpeedConfigError for a bad file or a key that DeepSpeed does not know."""
     try:
         strategy = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except FileNotFoundError:
@@ -84,9 +84,9 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def complete(strategy: dict[str, Any], intent: Intent, where: str) -> dict[str, Any]:
-    """`strategy` with every value that decides the run's numbers written out.
+    """Return `strategy` with every value set that affects the run's numbers.
 
-    Raises DeepSpeedConfigError, starting with `where`, when the strategy contradicts the recipe or has bad values.
+    Raises DeepSpeedConfigError, beginning with `where`, when the strategy contradicts the recipe or has bad values.
     """
     try:
         zero = DeepSpeedZeroConfig(**strategy.get("zero_optimization", {}))
@@ -107,8 +107,8 @@ def complete(strategy: dict[str, Any], intent: Intent, where: str) -> dict[str, 
             "cannot be offloaded; choose another strategy, or adamw"
         )
     rest = {key: value for key, value in strategy.items() if key != "zero_optimization"}
-    # DeepSpeed would have an offloaded optimizer be its own, compiled at the start. torch's fused AdamW, which every
-    # other stage uses, is as vectorised on a CPU.
+    # For an offloaded optimizer DeepSpeed would require its own CPU Adam, which it compiles at the start. torch's fused
+    # AdamW, used in every other case, is vectorised on a CPU as well.
     client = {"zero_force_ds_cpu_optimizer": False} if zero.offload_optimizer is not None else {}
     return {"wall_clock_breakdown": False, **rest, **owned, **client, "zero_optimization": _every_key(zero)}
 
@@ -118,7 +118,7 @@ def _offloads(section: Any) -> bool:
 
 
 def require_nvme(completed: dict[str, Any]) -> None:
-    """Raise DeepSpeedConfigError, naming the host, when a directory to offload to is not there; for every rank."""
+    """Raise DeepSpeedConfigError, naming the host, when an offload directory is missing; each rank checks its host."""
     for section in ("offload_optimizer", "offload_param"):
         offload = completed["zero_optimization"].get(section) or {}
         if offload.get("device") == "nvme" and not Path(offload["nvme_path"] or "").is_dir():
@@ -129,7 +129,7 @@ def require_nvme(completed: dict[str, Any]) -> None:
 
 
 def differences(completed: dict[str, Any], parsed: Any) -> list[str]:
-    """Where the engine's parsed configuration differs from the completed JSON: one line a key, wanted and got."""
+    """Return where the engine's parsed configuration differs from the completed JSON: one line per key."""
     values = {key: getattr(parsed, key) for key in completed if hasattr(parsed, key)}
     values["torch_autocast"] = {
         "enabled": parsed.torch_autocast_enabled,
@@ -149,15 +149,18 @@ def differences(completed: dict[str, Any], parsed: Any) -> list[str]:
 
 
 def _owned(intent: Intent) -> dict[str, Any]:
-    """The keys that follow from the recipe. A rank of a sequence-parallel group counts as one more data-parallel
-    rank for DeepSpeed, so its global batch counts every slice of a sequence as a sequence of its own."""
+    """Return the keys that follow from the recipe.
+
+    DeepSpeed treats each sequence-parallel rank as a data-parallel rank, so its global batch counts every slice of a
+    sequence as one sequence.
+    """
     return {
         "train_batch_size": intent.micro_sequences * intent.accumulation * intent.world,
         "train_micro_batch_size_per_gpu": intent.micro_sequences,
         "gradient_accumulation_steps": intent.accumulation,
         "gradient_clipping": intent.gradient_clipping,
-        # Parameters stay fp32 and only matrix products run in bf16. DeepSpeed would also *reduce* the gradients of the
-        # modules listed here in bf16 (Linear and Conv by default): none, so that every stage reduces in fp32.
+        # Parameters stay fp32 and only matrix products run in bf16. DeepSpeed would also *reduce* the gradients of
+        # listed modules in bf16 (Linear and Conv by default). The list is empty, so every stage reduces in fp32.
         "torch_autocast": {
             "enabled": intent.precision == "bf16",
             "dtype": "bfloat16",
@@ -177,7 +180,7 @@ def _owned(intent: Intent) -> dict[str, Any]:
 
 
 def _every_key(zero: DeepSpeedZeroConfig) -> dict[str, Any]:
-    """Every live key of the ZeRO section with its value, under the names that DeepSpeed's JSON uses."""
+    """Return every key of the ZeRO section that is not deprecated, with its value, under its name in the JSON."""
     dead = {
         name for name, field in type(zero).model_fields.items() if (field.json_schema_extra or {}).get("deprecated")
     }
@@ -187,7 +190,7 @@ def _every_key(zero: DeepSpeedZeroConfig) -> dict[str, Any]:
 
 
 def _unknown(found: dict[str, Any], known: dict[str, Any], prefix: str) -> Iterator[str]:
-    """Keys of `found` that DeepSpeed does not know, each with the nearest one that it does."""
+    """Yield a message for each key of `found` that DeepSpeed does not know, with the nearest known key."""
     for key, value in found.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
@@ -198,7 +201,7 @@ def _unknown(found: dict[str, Any], known: dict[str, Any], prefix: str) -> Itera
 
 
 def _keys(section: Any) -> dict[str, Any]:
-    """Key -> nested section, of a pydantic class (both a field's name and its alias are accepted) or a plain dict."""
+    """Return key -> nested section of a pydantic class (by a field's name and its alias) or of a plain dict."""
     if isinstance(section, dict):
         return section
     if not (isinstance(section, type) and issubclass(section, BaseModel)):

@@ -1,6 +1,6 @@
-"""The DeepSpeed engine: built from the recipe, held to it, and asked for one update at a time.
+"""The DeepSpeed engine: built from the completed JSON, checked against it, and called for one update at a time.
 
-Everything that is peculiar to a ZeRO stage is in this file, in `weights` and in `snapshot`.
+All code that depends on the ZeRO stage is in this file and in `checkpoint.fragments`, except for a few checks.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from bst_dist.train.config import OptimizerConfig
 from bst_dist.train.muon import Muon
 from bst_dist.train.optimizer import Groups, build_for
 
-deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS.append(Muon)  # else DeepSpeed refuses it, or warns of it
+deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS.append(Muon)  # else DeepSpeed rejects it or warns
 
 
 class Engine:
-    """A model in DeepSpeed's hands, with its optimizer and the parameter groups it must keep."""
+    """A model wrapped by DeepSpeed, with its optimizer and the hyperparameters of each parameter group."""
 
     def __init__(self, model: nn.Module, optimizer: OptimizerConfig, completed: dict[str, Any]) -> None:
-        """Hand `model` to DeepSpeed under the completed JSON.
+        """Initialize DeepSpeed with `model` and the completed JSON.
 
-        ZeRO runs over the whole world, with no model-parallel unit: sequence-parallel ranks are ordinary data-parallel
-        ranks for it, because the loss is normalised by the tokens of the whole step. Raises DeepSpeedConfigError,
-        naming the key, when the engine's parsed configuration is not what was asked for.
+        ZeRO runs over the whole world, without a model-parallel unit: sequence-parallel ranks are ordinary
+        data-parallel ranks for it, because the loss is normalised by the tokens of the whole step. Raises
+        DeepSpeedConfigError, naming the key, when the engine's parsed configuration differs from `completed`.
         """
         deepspeed_json.require_nvme(completed)
         _require_real(model)
         client = build_for(model, optimizer)
         self.groups = Groups(client)
         if compiled := {type(module) for module in model.modules() if getattr(module, "compiled", False)}:
-            # ZeRO-3 then gathers what such a module needs before it runs, and nothing from within it. No other stage
-            # reads this.
+            # ZeRO-3 then gathers all parameters of a compiled module before it runs, and none inside it. Other stages
+            # ignore this.
             deepspeed.utils.set_z3_leaf_modules(model, list(compiled))
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=client, config=completed)
         if found := deepspeed_json.differences(completed, self.deepspeed._config):
             raise deepspeed_json.DeepSpeedConfigError("\n".join(f"DeepSpeed did not take {line}" for line in found))
         if isinstance(client, Muon):
-            # By DeepSpeed's backend, where what is sent is noted (`parallel/communication.py`).
+            # Through DeepSpeed's backend, where the bytes sent are counted (`parallel/communication.py`).
             lying = placed(self.deepspeed) if self.stage else ()
             client.place(lying, torch.distributed.get_rank(), deepspeed.comm.all_to_all_single)
         if self.stage == 3 and completed["torch_autocast"]["enabled"]:
@@ -59,29 +59,29 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
-        """The model itself; under ZeRO-3 its parameters are empty outside of a pass."""
+        """The unwrapped model; under ZeRO-3 its parameters are empty outside of a forward or backward pass."""
         return self.deepspeed.module
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """The model's forward pass, under autocast when the precision is bf16."""
+        """Run the model's forward pass, under autocast when the precision is bf16."""
         return self.deepspeed(*inputs, **named)
 
     @contextmanager
     def gathered(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-        """While it is entered, these parameters are whole on every rank, under ZeRO-3 too; every rank must enter it."""
+        """Keep these parameters whole on every rank inside the context, also under ZeRO-3; every rank must enter it."""
         with deepspeed.zero.GatheredParameters(parameters):
             yield
 
     def set_rates(self, factor: float) -> dict[str, float]:
-        """Put every group's hyperparameters in place, rates scaled by `factor`; returns the rates by group."""
+        """Set every group's hyperparameters, learning rates scaled by `factor`; return the rates by group name."""
         return self.groups.apply(self.deepspeed.optimizer, factor)
 
     def accumulate(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of one micro-batch; after the `last` of a step they are reduced over ranks.
+        """Run the backward pass of one micro-batch; after the `last` one of a step, reduce the gradients over ranks.
 
-        `loss` is already scaled so that the mean over ranks of the sum over micro-batches is the gradient wanted, so
-        DeepSpeed must not divide by the number of micro-batches. Nor may it count them to find the last one: their
-        number changes where a batch grows.
+        `loss` is already scaled: the gradient of the step is the mean over ranks of the sum over micro-batches. So
+        DeepSpeed must not divide by the number of micro-batches. It must not count them to find the last one either:
+        their number changes when the batch size changes.
         """
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss, scale_wrt_gas=False)
@@ -89,14 +89,15 @@ class Engine:
             self.deepspeed.step()  # no update here: it only counts the micro-batch
 
     def update(self) -> float:
-        """Clip and take the optimizer's step after the last micro-batch; returns the global norm before clipping.
+        """Clip the gradients and take the optimizer step; return the global gradient norm before clipping.
 
-        With a non-finite norm no weight is changed, and the norm returned is inf or nan.
+        Call it after the last micro-batch. With a non-finite norm no weight changes, and inf or nan is returned.
         """
         if self.deepspeed.zero_optimization():
-            self.deepspeed.step()  # an invalid norm makes ZeRO skip the update, and say inf
+            self.deepspeed.step()  # with an invalid norm ZeRO skips the update and reports inf
             return float(self.deepspeed.get_global_grad_norm())
-        # Stage 0 keeps no norm, and would apply a non-finite one. Its gradients are reduced, and equal on all ranks.
+        # Stage 0 does not store the norm and would apply a non-finite update. Its gradients are already reduced, so
+        # they are equal on all ranks.
         norm = float(nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))
         if math.isfinite(norm):
             self.deepspeed.step()
@@ -107,11 +108,11 @@ class Engine:
 
 
 def _gather_in_bf16(engine: Any) -> None:
-    """Let ZeRO-3 gather in bf16 what autocast rounds to bf16 before any use: half the bytes, and the same results.
+    """Make ZeRO-3 gather in bf16 the parameters that autocast casts to bf16 anyway: half the bytes, same results.
 
-    The shares that are gathered from, and that the optimizer updates, stay in single precision. DeepSpeed reads a
-    parameter's `comm_dtype` where it gathers for a module; for the reduction of gradients it would read it as well,
-    hence the second line.
+    The shards, which the optimizer updates, stay in single precision. DeepSpeed reads a parameter's `comm_dtype` when
+    it gathers for a module. It would also read it to reduce gradients, so `get_param_comm_dtype` is replaced to keep
+    that in fp32.
     """
     for module in engine.module.modules():
         for parameter in products_only(module):
@@ -120,7 +121,7 @@ def _gather_in_bf16(engine: Any) -> None:
 
 
 def _require_real(model: nn.Module) -> None:
-    """ZeRO flattens parameters into real buffers, and drops imaginary parts with no more than a warning."""
+    """Raise DeepSpeedConfigError for a complex parameter: ZeRO would drop its imaginary part with only a warning."""
     for name, parameter in model.named_parameters():
         if parameter.is_complex():
             raise deepspeed_json.DeepSpeedConfigError(

@@ -1,4 +1,4 @@
-"""The loss on a bounded, fixed part of the validation split, during training."""
+"""Evaluation during training: the loss on a fixed number of sequences of the validation split."""
 
 from __future__ import annotations
 
@@ -29,32 +29,36 @@ if TYPE_CHECKING:
 
 
 class Evaluate(Callback):
-    """Evaluates every so many steps, and after the last of the run: where a start ends leaves no trace."""
+    """Evaluates every `evaluation.every` steps and after the last step of the run.
+
+    The last step of a start that was stopped early is not evaluated: so a resumed run reports what an uninterrupted
+    one reports.
+    """
 
     phase = "evaluate"
 
     def __init__(self, config: EvaluationConfig, batches: Sequence[MicroBatch], engine: Engine, ranks: Ranks,
                  token_bytes: Tensor, writers: Sequence[Writer], steps: int, stop: Stop,
                  sharing: SequenceGroup | None = None) -> None:  # fmt: skip
-        """`batches`: this rank's share of the validation sequences, none where there is no such split; `steps`: of the
-        whole run; `sharing`: the ranks that have the other slices."""
+        """`batches`: this rank's share of the validation sequences, empty without a validation split. `steps`: of the
+        whole run. `sharing`: the ranks that have the other slices."""
         self.config, self.batches, self.engine, self.ranks = config, batches, engine, ranks
         self.token_bytes, self.writers, self.steps, self.stop, self.sharing = token_bytes, writers, steps, stop, sharing
         self.probes: Probes | None = None
-        """What looks into the model while it is evaluated."""
+        """Measurements inside the model during an evaluation; None: none."""
         self.further: Sequence[Evaluate] = ()
-        """Evaluations on other corpora, at the same steps."""
+        """Evaluations on additional corpora, at the same steps."""
         self.average: Average | None = None
-        """The averaged weights, which are evaluated too."""
+        """The averaged weights, which are evaluated too; None: none."""
 
     def due(self, step: int) -> bool:
-        """Whether the run is evaluated after so many steps; never where there is nothing to evaluate on."""
+        """Whether the run is evaluated after `step` steps; always False without validation data."""
         if not self.batches and not self.further:
             return False
         return step == self.steps or bool(self.config.every and step % self.config.every == 0)
 
     def owed(self, lines: Sequence[dict[str, Any]], step: int) -> bool:
-        """Whether a signal kept an earlier start from evaluating after its last step, as its `lines` say."""
+        """Whether an earlier start was stopped before its evaluation after `step`; `lines`: its metrics."""
         kinds = {line["kind"] for line in lines if line["step"] == step}
         wanted = "eval" if self.batches else "corpus"
         return self.due(step) and bool(kinds & {"train", "skipped"}) and wanted not in kinds
@@ -64,7 +68,7 @@ class Evaluate(Callback):
             self.make(report.step)
 
     def make(self, step: int) -> None:
-        """Evaluate, and write down what comes of it; given up when the ranks are told to stop."""
+        """Evaluate and report the losses; stop early when the ranks agree to stop."""
         if self.batches and not self._make_own(step):
             return
         for other in self.further:
@@ -75,7 +79,7 @@ class Evaluate(Callback):
             self._write(found and of_average(found))
 
     def _make_own(self, step: int) -> bool:
-        """Evaluate on the run's own validation split; returns whether that was done to the end."""
+        """Evaluate on the run's own validation split; return whether the evaluation was completed."""
         with self.probes.watching() if self.probes else nullcontext():
             found = self.evaluate(step)
         self._write(found)
@@ -88,14 +92,14 @@ class Evaluate(Callback):
             writer.write(found)
 
     def forward(self, step: int) -> Iterator[tuple[Any, dict[str, Any], Any]]:
-        """(batch, its inputs on the device, what the model makes of them) of each batch, without gradients.
+        """Run the model without gradients, and yield (batch, inputs on the device, losses) of each slice.
 
-        Sequences in slices are gone through slice by slice: each takes up what the one before has left. Fewer when the
-        ranks were told to stop (`stop.agreed`).
+        Slices of a sequence are computed in order, each with the state that the one before left. Yields fewer when the
+        ranks agree to stop (`stop.agreed`).
         """
         self.engine.module.eval()
         for batch, past in self._slices():
-            self.ranks.phases.enter(self.phase, step)  # the watchdog sees that it moves
+            self.ranks.phases.enter(self.phase, step)  # reports progress to the watchdog
             if self.stop.poll():
                 break
             inputs = on_device(batch, self.ranks.device)
@@ -105,7 +109,7 @@ class Evaluate(Callback):
         self.engine.module.train()
 
     def evaluate(self, step: int) -> EvalReport | None:
-        """The loss of the model as it is, or None when the ranks were told to stop; every rank must call it."""
+        """Return the loss of the current weights, or None when the ranks agree to stop; every rank must call it."""
         start = time.perf_counter()
         block = self.engine.module.config.block
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
@@ -133,7 +137,7 @@ class Evaluate(Callback):
         )
 
     def _slices(self) -> Iterator[tuple[Batch, Past]]:
-        """Every slice of every micro-batch, with its past."""
+        """Yield every slice of every micro-batch with its past."""
         for micro_batch in self.batches:
             slices, position, state = slices_of(micro_batch), 0, {}
             for part in slices:
@@ -145,6 +149,6 @@ class Evaluate(Callback):
 
 
 def _by_block(per_token: Tensor, mask: Tensor, block: int) -> Tensor:
-    """(l / W, 2) float64: nats and valid tokens of each block of a slice, (b, l) each, over its rows."""
+    """Return (l / W, 2) float64: nats and valid tokens of each block, summed over rows; inputs are (b, l)."""
     both = torch.stack((per_token.double(), mask.double()), dim=-1)
     return both.unflatten(1, (-1, block)).sum((0, 2))

@@ -1,18 +1,18 @@
-"""Muon for the matrices inside the layers, AdamW for all the rest, in one optimizer that ZeRO steps on flat shares.
+"""Muon for the matrices inside the layers and AdamW for the rest, in one optimizer that works on ZeRO's flat shards.
 
-Of a matrix W with gradient G (Jordan, https://kellerjordan.github.io/posts/muon/; the size of a step is that of Liu et
-al., "Muon is Scalable for LLM Training", arXiv 2502.16982, section 2.2):
+The update of a matrix W with gradient G (Jordan, https://kellerjordan.github.io/posts/muon/; step size of Liu et al.,
+"Muon is Scalable for LLM Training", arXiv 2502.16982, section 2.2):
 
     M <- mu M + (1 - mu) G,   D = (1 - mu) G + mu M,   W <- (1 - eta lambda) W - eta 0.2 sqrt(max(rows, columns)) O(D)
 
-where O(D) has D's singular vectors and singular values near 1. An orthogonal matrix has entries of root mean square
-1 / sqrt(max(rows, columns)), so those of an update are 0.2 eta, about as large as AdamW's: rates keep their meaning. A
-weight that holds several maps is treated map by map (`model.roles.Stack`).
+where O(D) has D's singular vectors, and singular values near 1. The entries of an orthogonal matrix have root mean
+square 1 / sqrt(max(rows, columns)), so those of an update have 0.2 eta. AdamW's updates are about as large, so the same
+learning rates apply. A weight that holds several maps is orthogonalised map by map (`model.roles.Stack`).
 
-DeepSpeed calls `step` once the gradients are reduced, their norm is known and they are clipped, on the part of each
-group that this rank updates: a flat tensor with runs of many matrices. The momentum is as long, and lies as Adam's
-first moment does, so checkpoints treat it as one. A matrix that lies on one rank is orthogonalised there; those that
-lie on several are put together on one (`parallel.matrices`), in two exchanges for all of a group.
+DeepSpeed calls `step` after the gradients are reduced and clipped. It passes the part of each group that this rank
+updates: a flat tensor with runs of many matrices. The momentum has the same shape and the same key as Adam's first
+moment, so checkpoints treat both alike. A matrix that lies on one rank is orthogonalised there. Matrices that lie on
+several ranks are each collected on one (`parallel.matrices`), in two exchanges for all matrices of a group.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from bst_dist.parallel.matrices.orthogonal import flops, orthogonalised
 from bst_dist.parallel.matrices.owners import Matrix
 
 SIZE = 0.2
-"""Root mean square of an update, at a rate of 1."""
+"""Root mean square of an update at a learning rate of 1."""
 MOMENTUM = "momentum"
-"""Key of the groups that Muon updates."""
+"""Hyperparameter of the groups that Muon updates; AdamW's groups do not have it."""
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but for the groups that have a momentum."""
+    """AdamW, with Muon for the parameter groups that have a MOMENTUM."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], stacks: Mapping[nn.Parameter, Stack], **defaults: Any) -> None:
-        """`stacks`: the maps in each parameter of those groups; `defaults`: AdamW's."""
+        """`stacks`: the maps in each parameter of Muon's groups; `defaults`: of AdamW."""
         super().__init__(groups, **defaults)
         self._stacks = dict(stacks)
         self._shares: dict[Tensor, _Share] = {}
@@ -50,8 +50,11 @@ class Muon(torch.optim.AdamW):
                 self._shares[parameter] = _Share.whole(parameter, self._stacks[parameter])
 
     def place(self, placed: Iterable[Placed], rank: int, all_to_all: Callable[..., Any]) -> None:
-        """Work on flat tensors from now on, in which the parameters lie as is said, in the same order on every rank;
-        none: on the parameters as before. States are made. `all_to_all`: see `Exchange`."""
+        """Update flat tensors from now on, and allocate their states.
+
+        `placed`: where each parameter lies in them, in the same order on every rank. If it is empty, the parameters
+        themselves are updated, as before. `all_to_all`: see `Exchange`.
+        """
         by_tensor: dict[Tensor, list[Placed]] = {}
         for one in placed:
             if one.parameter in self._stacks:
@@ -69,7 +72,7 @@ class Muon(torch.optim.AdamW):
         return state
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of all groups that are there; under ZeRO those of one."""
+        """Update the parameter groups once; ZeRO calls this with one group at a time."""
         groups = self.param_groups
         self.param_groups = [group for group in groups if MOMENTUM not in group]
         try:
@@ -87,14 +90,14 @@ class Muon(torch.optim.AdamW):
         state, momentum = self._state_of(tensor), group[MOMENTUM]
         state["step"] += 1
         state["exp_avg"].lerp_(tensor.grad, 1 - momentum)
-        direction = tensor.grad.lerp_(state["exp_avg"], momentum)  # in the gradient's place: nothing reads it after
+        direction = tensor.grad.lerp_(state["exp_avg"], momentum)  # in place: nothing reads the gradient afterwards
         tensor.mul_(1 - group["lr"] * group["weight_decay"])
         self._shares[tensor].subtract(tensor.view(-1), direction.view(-1), group["lr"])
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What a rank holds of one matrix, in the tensor that it updates."""
+    """The elements of one matrix that a rank holds, as a range of the flat tensor that it updates."""
 
     offset: int
     count: int
@@ -105,24 +108,24 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Share:
-    """The matrices of one tensor, over all ranks."""
+    """The matrices in one flat tensor, over all ranks."""
 
     shapes: Sequence[tuple[int, ...]]
     stacks: Sequence[Stack]
     exchange: Exchange
     runs: Mapping[int, _Run]
-    """By matrix; those that lie on other ranks alone have none."""
+    """This rank's run of each matrix, by its number; matrices that lie only on other ranks are missing."""
 
     @classmethod
     def whole(cls, parameter: nn.Parameter, stack: Stack) -> _Share:
-        """A parameter that every rank updates by itself."""
+        """Return the share of one parameter that every rank updates alone."""
         matrix = Matrix({0: (0, parameter.numel())}, 0.0)
         return cls([tuple(parameter.shape)], [stack], Exchange([matrix], 0), {0: _Run(0, parameter.numel())})
 
     @classmethod
     def of(cls, members: Sequence[Placed], stacks: Mapping[nn.Parameter, Stack], rank: int,
            all_to_all: Callable[..., Any]) -> _Share:  # fmt: skip
-        """Parameters of which each rank updates some runs."""
+        """Return the share of parameters of which each rank updates some runs."""
         own = [stacks[member.parameter] for member in members]
         shapes = [member.division.shape for member in members]
         work = [sum(flops(*map_) for map_ in stack.shapes(shape)) for stack, shape in zip(own, shapes, strict=True)]
@@ -137,13 +140,13 @@ class _Share:
         return cls(shapes, own, Exchange(matrices, rank, all_to_all), runs)
 
     def subtract(self, weights: Tensor, direction: Tensor, rate: float) -> None:
-        """Take the orthogonalised `direction` off the weights, both (elements,), at this rate; all ranks call it."""
+        """Subtract `rate` times the orthogonalised `direction` from `weights`, both (elements,); all ranks call it."""
         like = direction.new_empty(0, dtype=torch.float32 if direction.device.type == "cpu" else torch.bfloat16)
         exchange, cut = self.exchange, {}
         if exchange.any:
             cut = {place: run.of(direction) for place, run in self.runs.items() if exchange.is_cut(place)}
             finish = exchange.gather(cut, like)
-        for place, run in self.runs.items():  # while the others are on their way
+        for place, run in self.runs.items():  # overlaps with the exchange
             if place not in cut:
                 run.of(weights).sub_(self._orthogonal(place, run.of(direction).to(like.dtype)), alpha=rate)
         if exchange.any:
@@ -152,7 +155,7 @@ class _Share:
                 self.runs[place].of(weights).sub_(part, alpha=rate)
 
     def _orthogonal(self, place: int, flat: Tensor) -> Tensor:
-        """Of a whole matrix (elements,): each of its maps orthogonalised, and scaled to the size of an update."""
+        """Orthogonalise each map of a whole matrix (elements,), and scale it to the size of an update."""
         result = torch.empty_like(flat)
         stack, shape = self.stacks[place], self.shapes[place]
         for given, into in zip(stack.maps(flat.view(shape)), stack.maps(result.view(shape)), strict=True):

@@ -1,8 +1,8 @@
-"""What a run learns: its model, its batches, and how its progress is judged.
+"""The training objective of a run: its model, its batches and its evaluation.
 
-The program, the trainer and the checkpoints are the same for every objective: an optimizer's step on the mean of the
-negative log-likelihood over the labels of a batch. Which objective a run has, its data section says
-(`config.OBJECTIVES`): language modelling, here, or one of the study's tasks.
+The program, the trainer and the checkpoints are the same for every objective: an optimizer step on the mean negative
+log-likelihood over the labels of a batch. The type of the recipe's data section selects the objective
+(`config.OBJECTIVES`): language modelling, in this file, or one of the study's tasks.
 """
 
 from __future__ import annotations
@@ -37,79 +37,80 @@ if TYPE_CHECKING:
 
 
 class Batches(Protocol):
-    """Serves one rank its micro-batches, as a pure function of the step."""
+    """The training batches of one rank, a pure function of the step."""
 
     def __iter__(self) -> Iterator[tuple[int, Sequence[Any]]]:
-        """(step, this rank's micro-batches in order), without end."""
+        """Yield (step, this rank's micro-batches in order) without end."""
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint keeps after `step` steps were trained on."""
+        """Return the loader's state for a checkpoint, after `step` steps of training."""
 
     def check(self, state: dict[str, Any]) -> None:
-        """Raise UserError unless `state` is of the same order."""
+        """Raise UserError unless `state` belongs to the same data order."""
 
     def close(self) -> None:
-        """Nothing more is wanted."""
+        """Stop loading and free the resources."""
 
 
 class Objective(Protocol):
-    """What the program asks of what a run learns."""
+    """The interface between the training program and the objective of a run."""
 
     recipe: Recipe
-    """With everything filled in that follows from the data."""
+    """The recipe, with the values filled in that follow from the data (the vocabulary size)."""
     labels: str
-    """What is learnt and counted, for people; `tokens` in the metrics are these."""
+    """What the labels are called in printed output; `tokens` in the metrics counts them."""
     tokens_per_label: int
-    """Tokens that go through the model for one of them."""
+    """Number of tokens that the model processes per label."""
     evaluates: bool
-    """Whether there is anything to evaluate on."""
+    """Whether there is any data to evaluate on."""
     mixed: Sequence[str]
-    """Names of the corpora of a mixture; none where there is but one, or none."""
+    """Names of the corpora of a mixture; empty with one corpus or none."""
 
     def model(self) -> LanguageModel:
-        """The model, with random weights."""
+        """Return the model with random weights."""
 
     def token_bytes(self) -> Tensor:
-        """(V,) bytes of text that each label stands for; zeros where labels are no text."""
+        """Return (V,) bytes of text that each label stands for; zeros where labels are not text."""
 
     def tokenizer(self) -> Tokenizer | None:
-        """What turns tokens into text; None where they are none."""
+        """Return the tokenizer; None where tokens are not text."""
 
     def loader(self, mesh: Mesh, start_step: int = 0) -> Batches:
-        """The training batches of a rank."""
+        """Return the training batches of the rank at `mesh`, from `start_step` on."""
 
     def evaluation(self, trainer: Trainer, writers: Sequence[Writer]) -> Evaluate:
-        """What evaluates the trainer's model on a fixed part of the validation split."""
+        """Return the callback that evaluates the trainer's model on a fixed part of the validation split."""
 
     def reading(self, mesh: Mesh, state: Mapping[str, Any], steps: int) -> str:
-        """What the run will have read of its data after so many steps, for people; `state`: of a checkpoint, or empty.
+        """Return as text how much of its data the run will have read after `steps` steps.
 
-        Raises UserError where that is more than the recipe allows.
+        `state`: the loader's state in a checkpoint, or empty. Raises UserError where that is more than the recipe
+        allows.
         """
 
     def about(self) -> dict[str, Any]:
-        """What is written down at each start of the run."""
+        """Return what environment.json records about the data at each start of the run."""
 
 
 def open_objective(recipe: Recipe) -> Objective:
-    """What the recipe's data section lets a run learn, its data opened; raises UserError when it cannot be used."""
+    """Open the data of the recipe and return its objective; raises UserError when the data cannot be used."""
     return pkgutil.resolve_name(OBJECTIVES[type(recipe.data)]).of(recipe)
 
 
 @dataclass(frozen=True)
 class LanguageModelling:
-    """Predicting each token of a corpus from those before it."""
+    """The objective of predicting each token of a corpus from the tokens before it."""
 
     labels: ClassVar[str] = "tokens"
     tokens_per_label: ClassVar[int] = 1
 
     recipe: Recipe
     corpora: Sequence[Corpus]
-    """The training split."""
+    """The training splits."""
     validation: Sequence[Corpus]
-    """That of the corpora which have one."""
+    """The validation splits of those corpora that have one."""
     further: Mapping[str, Sequence[Corpus]]
-    """The validation splits of other corpora, by their names (evaluation.corpora)."""
+    """The validation splits of the additional corpora, by name (evaluation.corpora)."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> LanguageModelling:
@@ -160,8 +161,8 @@ class LanguageModelling:
                             train.batches[1:], train.lengths)  # fmt: skip
 
     def evaluation(self, trainer: Trainer, writers: Sequence[Writer]) -> Evaluate:
-        """On the first sequences of the validation split, each once: step 0 of its loader; on the further corpora
-        likewise."""
+        """Evaluate on the first sequences of the validation split, each once (step 0 of its loader), and on those of
+        each additional corpus."""
         data = self.recipe.data.model_copy(update={"mode": "shuffled"})
         own = data.only(_with_validation(self.corpora))
         evaluate = Evaluate(*self._parts(own, self.validation, trainer, writers))
@@ -173,7 +174,7 @@ class LanguageModelling:
 
     def _parts(self, data: DataConfig, corpora: Sequence[Corpus], trainer: Trainer, writers: Sequence[Writer],
                whose: str = "") -> tuple[Any, ...]:  # fmt: skip
-        """What an evaluation is made of; `whose`: the validation split is, for people."""
+        """Return the arguments of `Evaluate`; `whose`: names the validation split in a printed message."""
         recipe, ranks = self.recipe, trainer.ranks
         asked, mesh = recipe.evaluation.sequences, Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
         if not corpora:
@@ -209,12 +210,12 @@ class LanguageModelling:
 
 
 def _with_validation(corpora: Sequence[Corpus]) -> list[bool]:
-    """Which of the corpora have a validation split."""
+    """Return for each corpus whether it has a validation split."""
     return [bool(corpus.manifest.splits.get("validation")) for corpus in corpora]
 
 
 def share_of(recipe: Recipe, mesh: Mesh, rows: int, micro_rows: int) -> Share:
-    """What a rank is served of steps of `rows` sequences."""
+    """Return the share of this rank in steps of `rows` sequences."""
     train = recipe.train
     return Share(
         length=train.sequence_length, rows=rows, micro_rows=micro_rows, dp_rank=mesh.dp_rank, dp=mesh.dp,
@@ -223,5 +224,5 @@ def share_of(recipe: Recipe, mesh: Mesh, rows: int, micro_rows: int) -> Share:
 
 
 def _counted_once(batch: Batch) -> Batch:
-    """The batch without labels in rows that read a part of the split for a second time."""
+    """Return the batch with all labels masked in rows that would read a part of the split a second time."""
     return replace(batch, loss_mask=batch.loss_mask & (batch.epochs == 0)[:, None])

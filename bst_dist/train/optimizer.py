@@ -1,8 +1,9 @@
-"""AdamW, or Muon and AdamW, over the model's parameter groups: matrices, vectors, the dynamics of the state space
-models, and by CompleteP two more (bst_dist/model/parametrisation.py), whose hyperparameters depend on width and depth.
+"""AdamW, or Muon with AdamW, over the model's parameter groups: matrices, vectors and the dynamics of the SSMs.
 
-Weight decay acts on matrices only. The dynamics (log_dt, A) have a rate of their own and no decay, which is the
-practice of the S4 family (Gu et al., arXiv 2206.11893): decay would pull every channel towards one time scale.
+CompleteP adds two more groups (bst_dist/model/parametrisation.py), whose hyperparameters depend on width and depth.
+
+Weight decay acts on matrices only. The dynamics (log_dt, A) have a separate learning rate and no decay, as is usual in
+the S4 family (Gu et al., arXiv 2206.11893): decay would pull every channel towards one time scale.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from bst_dist.model.roles import Stack
 from bst_dist.train.config import OptimizerConfig
 from bst_dist.train.muon import MOMENTUM, Muon
 
-# What a group's update depends on beside its gradients. The learning rate is among them only through `peak_rate`.
+# The keys of a parameter group that are set before every step. "lr" is the peak rate; `Groups.apply` scales it.
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", MOMENTUM)
 DECAYED = ("matrices", "filters", "other matrices")
 
@@ -27,11 +28,11 @@ DECAYED = ("matrices", "filters", "other matrices")
 def build(config: OptimizerConfig, groups: Mapping[str, Sequence[nn.Parameter]],
           scales: Mapping[str, Scale] | None = None,
           hidden: Sequence[tuple[nn.Parameter, Stack]] = ()) -> torch.optim.AdamW:  # fmt: skip
-    """The optimizer over the model's groups ``{"matrices", "vectors", "ssm", ...}``; empty groups are left out.
+    """Build the optimizer over the model's groups ``{"matrices", "vectors", "ssm", ...}``; empty groups are left out.
 
-    `scales`: what a group's rate, decay and eps are multiplied by, where it is not 1; `hidden`: the matrices that Muon
-    updates, all of the group "matrices", with the maps in them. AdamW alone is torch's own and not a subclass: ZeRO
-    accepts it untested-flag free and nothing is compiled at start.
+    `scales`: factors of a group's rate, decay and eps; 1 if missing. `hidden`: the matrices that Muon updates (the
+    whole group "matrices"), with the maps in them. Without Muon this is torch's AdamW itself, not a subclass: ZeRO
+    accepts it without its flag for untested optimizers, and nothing is compiled at the start.
     """
     described = []
     for name, parameters in groups.items():
@@ -51,17 +52,17 @@ def build(config: OptimizerConfig, groups: Mapping[str, Sequence[nn.Parameter]],
 
 
 def build_for(model: LanguageModel, config: OptimizerConfig) -> torch.optim.AdamW:
-    """The optimizer of a model's parameters."""
+    """Build the optimizer of a model's parameters."""
     muon = config.kind == "muon"
     hidden = model.hidden_matrices() if muon else ()
     return build(config, model.parameter_groups(hidden_apart=muon), model.group_scales(), hidden)
 
 
 class Groups:
-    """The hyperparameters the run wants in each parameter group, put there before every step.
+    """The hyperparameters of each parameter group, set again before every step.
 
-    The engine's checkpoint loading may leave other values in the groups (ZeRO-3's universal loading copies those of
-    group 0 to all), so the recipe and never the loaded optimizer is their source.
+    They always come from the recipe, never from a loaded optimizer: DeepSpeed's checkpoint loading may leave other
+    values in the groups (ZeRO-3's universal loading copies those of group 0 to all).
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -69,9 +70,9 @@ class Groups:
         self.wanted = [{key: group[key] for key in HYPERPARAMETERS if key in group} for group in optimizer.param_groups]
 
     def apply(self, optimizer: Any, factor: float) -> dict[str, float]:
-        """Set every group's hyperparameters, its rate scaled by `factor`; returns the rates by group name.
+        """Set every group's hyperparameters, its rate scaled by `factor`; return the rates by group name.
 
-        `optimizer` is whatever the engine made of the one the groups were read from: the same groups in the same order.
+        `optimizer`: the engine's wrapper of the original optimizer, with the same groups in the same order.
         """
         rates = {}
         for name, wanted, group in zip(self.names, self.wanted, optimizer.param_groups, strict=True):
@@ -80,5 +81,5 @@ class Groups:
         return rates
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Group name -> its hyperparameters at the peak rate, for the checkpoint's manifest."""
+        """Return group name -> hyperparameters at the peak rate, for the checkpoint manifest."""
         return dict(zip(self.names, self.wanted, strict=True))

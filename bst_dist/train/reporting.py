@@ -1,4 +1,4 @@
-"""What a run says of itself: the header of a start, the writers of its reports, how it ended."""
+"""The output of a run: the header of a start, the writers of its metrics, and its outcome."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ from data_pipeline.serve.slices import slices_of
 
 
 def header(start: Start, engine: Engine, ranks: Ranks, compiled: str, local: str = "", reading: str = "") -> str:
-    """What is printed before the first line of a start; `compiled`: whether its layers are, and why not; `local`: where
-    its local copies are; `reading`: what will have been read of the data."""
+    """Return the text printed before the first step of a start.
+
+    `compiled`: whether its layers are compiled, or why not. `local`: where its local copies are. `reading`: how much
+    of the data the run will have read.
+    """
     recipe, model, world = start.recipe, start.recipe.model, ranks.world
     layers = ", ".join(f"{count} {mixer}" for mixer, count in Counter(model.mixers()).items())
     tokens = recipe.train.sequences * recipe.train.sequence_length
@@ -81,7 +84,7 @@ def header(start: Start, engine: Engine, ranks: Ranks, compiled: str, local: str
 
 
 def writers_of(start: Start, engine: Engine, ranks: Ranks, done: int) -> list[Writer]:
-    """Where rank 0 reports to, after `done` steps."""
+    """Open the writers of rank 0, for a run that continues after `done` steps."""
     log = start.recipe.log
     writers: list[Writer] = [MetricsFile(start.run_dir, done)]
     writers.append(Console(log.every, start.recipe.train.steps, log.straggler, _has_peak(ranks)))
@@ -94,7 +97,7 @@ def writers_of(start: Start, engine: Engine, ranks: Ranks, done: int) -> list[Wr
 
 
 def _has_peak(ranks: Ranks) -> bool:
-    """Whether the device has a speed that is its most: MFU is a share of it."""
+    """Whether the device has a known peak speed, so that MFU can be computed."""
     return ranks.device.type != "cpu"
 
 
@@ -103,21 +106,24 @@ def _writer(name: str, start: Start, about: dict[str, Any]) -> Writer:
 
 
 def probes_of(start: Start, trainer: Trainer, evaluate: Evaluate) -> Probes:
-    """What looks into the model at evaluations; samples of text continue from the first validation sequence."""
+    """Return the measurements inside the model at evaluations; text samples continue the first validation sequence."""
     tokenizer = start.objective.tokenizer()
     prompt: list[int] = []
     if tokenizer is not None and evaluate.batches:
         first = slices_of(evaluate.batches[0])[0]
         ids, counts = first.input_ids[0], first.loss_mask[0]
-        prompt = ids[: max(1, int(counts.cumprod().sum()))].tolist()  # unless joined, of the first alone
+        prompt = ids[: max(1, int(counts.cumprod().sum()))].tolist()  # stops at the first token without a label
     ranks = trainer.ranks
     evaluated = evaluate.config.every, evaluate.steps
     return Probes(start.recipe.log, trainer.engine, ranks, evaluate.writers, tokenizer, prompt, evaluated, ranks.say)
 
 
 def outcome_of(lines: Sequence[dict[str, Any]], steps: int, evaluates: bool = True) -> dict[str, Any]:
-    """How far a run of `steps` steps has come: the last that was taken, and the evaluation after the last if any;
-    `evaluates`: whether there is one to wait for."""
+    """Return the last step of a run of `steps` steps, its losses, and whether the run is finished.
+
+    `lines`: the run's metrics. `evaluates`: whether the run has validation data; then it is finished only after the
+    evaluation of its last step.
+    """
     done = max((line["step"] for line in lines if line["kind"] in ("train", "skipped")), default=0)
     trained = [line for line in lines if line["kind"] == "train"]
     evaluated = [line for line in lines if line["kind"] == "eval" and line["step"] == done]
@@ -131,5 +137,5 @@ def outcome_of(lines: Sequence[dict[str, Any]], steps: int, evaluates: bool = Tr
 
 
 def _parameters(engine: Engine) -> int:
-    """Of the model, also where ZeRO-3 has spread them."""
+    """Return the number of parameters of the whole model, also under ZeRO-3."""
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())

@@ -1,4 +1,4 @@
-"""What every rank does: one run, from its start to its end. `Run` tells it in the order in which it happens."""
+"""One run from start to end, as every rank executes it. The methods of `Run` are in the order in which they run."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ from bst_dist.train.tf32 import products_in_tf32
 
 
 def train(request: Request, ranks: Ranks, notice: Notice | None = None, disks: Disks | None = None) -> int:
-    """Train from the newest valid checkpoint, or from the beginning, to the end asked for; returns the exit status.
+    """Train from the newest valid checkpoint, or from step 0, to the requested step; return the exit status.
 
-    `notice`: what this process has been told; a signal to any rank ends the training of all with a checkpoint, and
-    the status is RESUBMIT. `disks`: is told of the run's directories. Raises UserError on every rank when the run
-    cannot start, and when it diverges.
+    `notice`: holds the signal that this process received, if any. A signal to any rank ends the training of all ranks
+    with a checkpoint, and the status is RESUBMIT. `disks`: receives the run's directories. Raises UserError on every
+    rank when the run cannot start, and when it diverges.
     """
     recipe = load(request)
     if recipe.deterministic:
@@ -59,7 +59,7 @@ def train(request: Request, ranks: Ranks, notice: Notice | None = None, disks: D
 
 def _train(recipe: Recipe, request: Request, ranks: Ranks, notice: Notice | None, disks: Disks) -> int:
     start = resolve(recipe, request, ranks.world)
-    ranks.barrier()  # all have looked at the run directory before the first one writes to it
+    ranks.barrier()  # every rank checks the run directory before rank 0 writes to it
     disks.add([start.run_dir], [Path(url) for url in start.recipe.data.urls() if "://" not in url])
     board = shared_board(ranks.world)
     with (
@@ -76,7 +76,7 @@ class Run:
     """One run on one rank. Every rank makes every call, in the same order."""
 
     def __init__(self, start: Start, request: Request, ranks: Ranks, stop: Stop, lease: SharedLease) -> None:
-        """Build the model in DeepSpeed's hands, and what takes steps and checkpoints of it."""
+        """Build the DeepSpeed engine, the trainer, and the objects that save checkpoints and local copies."""
         self.start, self.request, self.ranks, self.stop, self.recipe = start, request, ranks, stop, start.recipe
         compiled, self.uncompiled_since = compiles(
             start.recipe, ranks.device.type, start.completed["zero_optimization"]["stage"]
@@ -91,15 +91,16 @@ class Run:
                                    constant_until(self.recipe.schedule, self.recipe.train.steps))  # fmt: skip
         self.copies = LocalCopies(start.run_dir, self.snapshots, ranks, lease.epoch, request.resume)
         self.reading = ""
-        """What the run will have read of its data at its end, for people."""
+        """How much of its data the run will have read at its end, as text for the header."""
         self.local: str | None = None
-        """The local copies that the run was resumed from; None: a checkpoint, or nothing."""
+        """The local copies that the run was resumed from, as text; None for a checkpoint or a new run."""
         self.trainer = build_trainer(start, self.engine, ranks, watched_group(start, ranks), stop)
         ranks.limit_exchanges(self.recipe.watchdog.exchange_limit_s)
-        rng.seed_all(self.recipe.seed, ranks.rank)  # all ranks have built the same model; a checkpoint sets them again
+        # After all ranks have built the same model. Loading a checkpoint sets the generators again.
+        rng.seed_all(self.recipe.seed, ranks.rank)
 
     def train(self) -> int:
-        """Take all steps, again from an earlier one after each roll-back; returns the exit status."""
+        """Take all steps, continuing from an earlier checkpoint after each roll-back; return the exit status."""
         position, self.local = begin_at(self.request, self.start, self.snapshots, self.copies, self.ranks)
         self.snapshots.rehearse()
         position = self.copies.begin(position, self.start.until)
@@ -110,17 +111,17 @@ class Run:
             while position is not None:
                 position = self._train_from(position)
         except DivergedError as error:
-            self.snapshots.finish()  # what was under way is from before
+            self.snapshots.finish()  # the checkpoint being written is from before the divergence
             self.copies.drop()
             self.copies.remove()
             if self.ranks.first:
                 rundir.finish(self.start.run_dir, {"finished": False, "diverged": str(error)})
-            self.ranks.barrier()  # all diverge alike, and when the first is gone the others may be ended
+            self.ranks.barrier()  # all ranks diverge together; the launcher may kill the others once rank 0 has exited
             raise
         return self._end()
 
     def _announce(self, position: Position) -> None:
-        """Write down what this start is made of, and print the header."""
+        """Write the recipe, the DeepSpeed JSON and the environment of this start, and print the header."""
         hosts = sorted(set(self.ranks.gather(socket.gethostname())))
         if self.ranks.first:
             objective = self.start.objective
@@ -134,16 +135,16 @@ class Run:
                   flush=True)  # fmt: skip
 
     def _train_from(self, position: Position) -> Position | None:
-        """Take steps from `position` to the end; returns where to continue when the run was rolled back, else None."""
+        """Take steps from `position` on. Return None at the end, or the position to continue from after a roll-back."""
         start, trainer, ranks = self.start, self.trainer, self.ranks
         trainer.tokens, trainer.carried, trainer.skipped = position.tokens, position.carried, position.skipped
         evaluated = Evaluated(self.recipe.checkpoint.keep_best_on)
         writers = [*writers_of(start, self.engine, ranks, position.step), evaluated] if ranks.first else []
-        # After the writers, which drop the lines of later steps.
+        # After the writers: they drop metrics of later steps, and the guard reads the losses from what is left.
         trainer.guard, self.local = guard_of(start, ranks, position, self.local), None
         loader = start.objective.loader(start.mesh(ranks), position.step + position.skipped)
         if position.data:
-            loader.check(position.data)  # and keeps to the version of the order that the run began with
+            loader.check(position.data)  # also makes the loader keep the order version that the run began with
         evaluate = start.objective.evaluation(trainer, writers)
         evaluate.average = self.average
         if self.recipe.log.tensorboard or self.recipe.log.writers:
@@ -159,37 +160,37 @@ class Run:
             return roll_back(start, self.snapshots, self.copies, trainer, back.entry)
         finally:
             loader.close()
-            with suppress(OSError):  # when the disk is full that was said before
+            with suppress(OSError):  # a full disk was already reported
                 for writer in writers:
                     writer.close()
 
     def _callbacks(self, position: Position, loader: Batches, writers: Sequence[Writer], evaluate: Evaluate,
                    evaluated: Evaluated) -> list[Callback]:  # fmt: skip
-        """What follows each step, in this order."""
+        """Return the callbacks that run after each step, in this order."""
         recipe, ranks = self.recipe, self.ranks
 
         def data_state(step: int) -> dict[str, Any]:
             return loader.state(step + position.skipped)
 
-        # After the evaluation, whose loss `evaluated` holds for it: checkpoint.keep_best goes by it.
+        # Checkpoints come after the evaluation: they store its loss (from `evaluated`) for checkpoint.keep_best.
         checkpoints = Checkpoints(recipe.checkpoint, self.snapshots, self.trainer, evaluated, data_state, ranks.say)
         settle, take = self.copies.callbacks(checkpoints.position, evaluated)
         callbacks: list[Callback] = [
-            *([self.average] if self.average else []),  # before all that reads it
-            *settle,  # the copy of the step before is there before this step is reported
-            Log(writers),  # first: a step that an evaluation or a checkpoint fails after has been reported
+            *([self.average] if self.average else []),  # before every callback that reads the average
+            *settle,  # the local copy of an earlier step must be complete before this step is reported
+            Log(writers),  # before evaluation and checkpoint: when they fail, the step has been reported
             evaluate,
             *take,
             checkpoints,
-            Performance(recipe.log.every, ranks, writers, self.trainer.sharing),  # counts what the others took
+            Performance(recipe.log.every, ranks, writers, self.trainer.sharing),  # measures the time of the others
         ]
         if recipe.log.profile:
             profile = Profile(recipe.log.profile, self.start.run_dir, ranks.rank, position.step, ranks.say)
-            callbacks.append(profile)  # last: a profiled step ends here, with all that belongs to it
+            callbacks.append(profile)  # last: so a profiled step includes all other callbacks
         return callbacks
 
     def _take_steps(self, loader: Batches, callbacks: Sequence[Callback]) -> None:
-        """The training loop: until `start.until` steps are done in all, or the ranks are told to stop."""
+        """Run the training loop until `start.until` steps are done in total, or the ranks have agreed to stop."""
         phases, until, began = self.ranks.phases, self.start.until, time.perf_counter()
         phases.enter("data")
         for data_step, batches in loader:
@@ -203,7 +204,7 @@ class Run:
             report = replace(report, data_wait_s=waited)
             for callback in callbacks:
                 phases.enter(callback.phase)
-                # Asked anew for each: the ranks may agree to stop while a callback is at work.
+                # Evaluated for each callback: the ranks may agree to stop while a callback runs.
                 callback.after_step(report, last=self.stop.agreed or report.step == until)
             if self.stop.agreed or report.step == until:
                 return
@@ -211,7 +212,7 @@ class Run:
             phases.enter("data", report.step + 1)
 
     def _end(self) -> int:
-        """Write down how this start ended; returns the exit status, which all ranks have in common."""
+        """Write outcome.json and return the exit status, which is the same on all ranks."""
         ranks = self.ranks
         outcome = ranks.from_first(
             outcome_of(self.start.reported(), self.recipe.train.steps, self.start.objective.evaluates)
@@ -222,10 +223,10 @@ class Run:
         stopped = self.stop.agreed and not outcome["finished"]
         if stopped:
             outcome |= {"stopped": told[0].name}
-        if not (stopped and LAST_WORD in os.environ):  # whoever launched this knows which signal it was, and says so
+        if not (stopped and LAST_WORD in os.environ):  # else the launcher reports the signal
             ranks.say(rundir.closing(outcome, self.recipe.train.steps, f"--until {self.start.until}"))
         if ranks.first:
             rundir.finish(self.start.run_dir, outcome)
         self.copies.remove()
-        ranks.barrier()  # when the first rank is gone its launcher may end the others
+        ranks.barrier()  # once rank 0 has exited, its launcher may kill the others
         return RESUBMIT if stopped else DONE

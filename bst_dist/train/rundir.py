@@ -1,16 +1,16 @@
-"""The run directory: everything one run has written; enough to resume, compare and cite it.
+"""The run directory: all files that one run writes. They are enough to resume, compare and cite the run.
 
 recipe.yaml       the resolved recipe
 ds_config.json    the completed DeepSpeed configuration
-environment.json  versions, hosts and ranks, one entry a start
-metrics.jsonl     one JSON object a line; metrics.dropped.jsonl: those of steps that were taken again after a resume
-tensorboard/      the same as events, and what was seen inside the model
-ledger.jsonl      steps that the guard has not taken
-profile/, stacks/ traces of steps, and where the ranks stood when they hung
+environment.json  versions, hosts and ranks, one entry per start
+metrics.jsonl     one JSON object per line; metrics.dropped.jsonl: lines of steps that were taken again after a resume
+tensorboard/      the same metrics as events, and measurements inside the model
+ledger.jsonl      steps that the guard rejected, changes of settings, resumes from local copies
+profile/, stacks/ traces of profiled steps, and the stacks of ranks that hung
 checkpoints/      step-00000100/ and so on
-lease/            which start trains there now, and what its local copies are named by
-outcome.json      how the last start ended; absent while it runs or when it was cut short
-tokenizer.*       of the corpus, so that the run can be moved, and generates and exports without the corpus
+lease/            which start trains in this directory now, and the token in the name of its local copies
+outcome.json      how the last start ended; absent while it runs or when it was killed
+tokenizer.*       the tokenizer of the corpus: the run can be moved, and generates and exports without the corpus
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from data_pipeline.format.tokenizer import Tokenizer
 
 RECIPE, DS_CONFIG, ENVIRONMENT, OUTCOME = "recipe.yaml", "ds_config.json", "environment.json", "outcome.json"
 FROM_COPIES = "from_local_copies"
-"""In a start's entry: the local copies that it resumed from, where it was no checkpoint."""
+"""Key in a start's entry of environment.json: the local copies that it resumed from, if not from a checkpoint."""
 
 
 def read_recipe(run_dir: Path) -> Recipe:
-    """The resolved recipe of a run; raises UserError when the directory holds none."""
+    """Return the resolved recipe of a run; raises UserError when the directory has none."""
     if not (run_dir / RECIPE).is_file():
         near = nearest(run_dir)
         hint = f"did you mean {near}?" if near else "by default a run is in runs/<name>"
         raise UserError(f"{run_dir}: no run there ({RECIPE} is missing); {hint}")
-    return load_recipe(run_dir / RECIPE, base=Path.cwd())  # what those that do not say meant, before they said it
+    return load_recipe(run_dir / RECIPE, base=Path.cwd())  # base: for old recipes without `paths_from`
 
 
 def nearest(given: Path) -> Path | None:
-    """The run beside `given` whose name is most like it."""
+    """Return the run beside `given` with the most similar name; None if no name is similar."""
     runs = [path.name for path in sorted(given.parent.glob("*")) if path != given and (path / RECIPE).is_file()]
     return next((given.parent / name for name in difflib.get_close_matches(given.name, runs, n=1)), None)
 
@@ -54,10 +54,10 @@ def nearest(given: Path) -> Path | None:
 def prepare(
     run_dir: Path, recipe: Recipe, completed: dict[str, Any], start: dict[str, Any], tokenizer: Tokenizer | None = None
 ) -> None:
-    """Write what the run is made of, before its first step; rank 0 only.
+    """Write the recipe, the DeepSpeed configuration, the environment and the tokenizer; rank 0, before the first step.
 
-    `start` describes this start (ranks, hosts, the step it begins at) and is added to environment.json; `tokenizer` is
-    that of its text.
+    `start` describes this start (ranks, hosts, first step); it is appended to environment.json. `tokenizer`: the one
+    of the run's text, if it has text.
     """
     (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     (run_dir / OUTCOME).unlink(missing_ok=True)
@@ -73,19 +73,21 @@ def prepare(
 
 
 def finish(run_dir: Path, outcome: dict[str, Any]) -> None:
-    """Record that this start came to its end."""
+    """Write outcome.json: how this start ended."""
     _write(run_dir / OUTCOME, json.dumps({"time": _now(), **outcome}, indent=2) + "\n")
 
 
 def read_outcome(run_dir: Path) -> dict[str, Any] | None:
-    """What `finish` wrote, or None when the last start did not come to its end."""
+    """Return what `finish` wrote, or None when the last start is still running or was killed."""
     path = run_dir / OUTCOME
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def closing(outcome: dict[str, Any], steps: int, asked: str = "") -> str:
-    """The last line of a start of a run of `steps` steps: why it ended. `asked`: what asked for an end before all of
-    them, where no signal did."""
+    """Return the last printed line of a start: why it ended.
+
+    `steps`: of the whole run. `asked`: the option that stopped the run early, if no signal did.
+    """
     if "stopped" in outcome:
         asked = "Ctrl-C, SIGINT" if outcome["stopped"] == "SIGINT" else outcome["stopped"]
     elif outcome["step"] >= steps:
@@ -94,12 +96,12 @@ def closing(outcome: dict[str, Any], steps: int, asked: str = "") -> str:
 
 
 def own_tokenizer(run_dir: Path) -> Path | None:
-    """The tokenizer's file in a run directory; None when the run has only its corpus's."""
+    """Return the tokenizer file in a run directory; None when there is none and only the corpus has it."""
     return next((run_dir / name for name in TOKENIZERS if (run_dir / name).is_file()), None)
 
 
 def tokenizer_of(run_dir: Path) -> str | None:
-    """SHA-256 of the tokenizer that a run's text was made into tokens with; None when it has not written that down."""
+    """Return the SHA-256 of the tokenizer that a run was trained with; None when the run did not record it."""
     if own := own_tokenizer(run_dir):
         return hashlib.sha256(own.read_bytes()).hexdigest()
     environment = run_dir / ENVIRONMENT

@@ -1,7 +1,7 @@
-"""Learning rate as a pure function of the step.
+"""The learning rate as a pure function of the step.
 
-No scheduler object and no scheduler state: the trainer asks for the factor of the step it is about to take, so a
-resumed run cannot disagree with the uninterrupted one.
+There is no scheduler object and no scheduler state. The trainer computes the factor of each step before it takes it, so
+a resumed run has the same rates as an uninterrupted one.
 
 Sources: warm-up, stable, decay (WSD): Hu et al., MiniCPM, arXiv 2404.06395; the ``1-sqrt`` decay: Hägele et al.,
 arXiv 2405.18392; cosine: Loshchilov and Hutter, arXiv 1608.03983, eq. 5, without restarts.
@@ -15,10 +15,10 @@ from bst_dist.train.config import ScheduleConfig
 
 
 def factor(schedule: ScheduleConfig, step: int, steps: int) -> float:
-    """The factor on every group's peak rate for `step` (counted from 0) of a run of `steps`.
+    """Return the factor on every group's peak rate for `step` (counted from 0) of a run of `steps` steps.
 
-    Rises to 1 at the end of the warm-up and reaches `final_fraction` just after the last step, so that no step of a
-    run whose final fraction is 0 is wasted on a rate of 0.
+    It rises to 1 at the end of the warm-up. It reaches `final_fraction` just after the last step, so that no step has
+    a rate of 0 when the final fraction is 0.
     """
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
@@ -31,8 +31,10 @@ def factor(schedule: ScheduleConfig, step: int, steps: int) -> float:
 
 
 def constant_until(schedule: ScheduleConfig, steps: int) -> int | None:
-    """Steps that have been taken when the decay of a run of `steps` begins: from a checkpoint of at most so many it can
-    be trained for longer. None where no decay follows a constant part."""
+    """Return the number of steps before the decay begins; None when no decay follows a constant part.
+
+    A run of `steps` steps can be trained for longer from a checkpoint of at most that many steps.
+    """
     start = _decay_start(schedule, steps)
     return start if schedule.kind == "wsd" and start < steps else None
 
@@ -42,5 +44,5 @@ def _decay_start(schedule: ScheduleConfig, steps: int) -> int:
 
 
 def _progress(step: int, start: int, end: int) -> float:
-    """Share of the steps from `start` to `end` that lie behind `step`, within 0 and 1."""
+    """Return the fraction of the steps from `start` to `end` that are done before `step`, clipped to [0, 1]."""
     return min(1.0, max(0.0, (step - start) / max(1, end - start)))

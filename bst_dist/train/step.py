@@ -1,8 +1,7 @@
-"""Taking a step: gradients of all micro-batches, slice by slice, and one update, over whatever ranks there are.
+"""One training step: the gradients of all micro-batches, slice by slice, and one optimizer update.
 
-The trainer knows no parallelism beyond this: sums over all ranks of tokens, nats and bytes. Which rows and slices a
-rank has is the loader's affair, what crosses between ranks inside the model is the past's, and where weights and
-gradients lie is the engine's.
+The only parallelism in the trainer is the sum of tokens, nats and bytes over all ranks. The loader decides which rows
+and slices a rank has, the `Past` does the communication inside the model, and the engine shards weights and gradients.
 """
 
 from __future__ import annotations
@@ -41,33 +40,34 @@ if TYPE_CHECKING:
 
 
 class Trainer:
-    """Takes a run's steps, and knows how far it is."""
+    """Takes the steps of a run and keeps its progress: tokens, carried states, skipped data."""
 
     def __init__(self, config: TrainConfig, schedule: ScheduleConfig, engine: Engine, ranks: Ranks,
                  token_bytes: Tensor, speed: Callable[[int], Speed], sharing: SequenceGroup | None = None,
                  stop: Stop | None = None, guard: Guard | None = None) -> None:  # fmt: skip
-        """`token_bytes`: (V,) bytes of text each id stands for, on the rank's device; `speed`: what the duration of a
-        step with sequences of a length is judged by; `sharing`: the ranks that hold
-        the other slices of this rank's sequences, None when it holds whole ones."""
+        """`token_bytes`: (V,) bytes of text per token id, on the rank's device. `speed`: returns, for a sequence
+        length, the FLOPs per token and the peak of all ranks, for MFU and HFU. `sharing`: the ranks that hold the
+        other slices of this rank's sequences, None when it holds whole sequences."""
         self.config, self.schedule, self.engine, self.ranks = config, schedule, engine, ranks
         self.token_bytes, self.speed, self.sharing = token_bytes, speed, sharing
         self.stop = stop or Stop(ranks)
         self.guard = guard or Guard(GuardConfig(), Ledger())
         self.tokens = 0
         self.skipped = 0
-        """Steps' worth of data skipped by rollbacks: step s has the data of step s + skipped."""
+        """Number of steps whose data was skipped by roll-backs: step s trains on the data of step s + skipped."""
         self.corpora: Sequence[str] = ()
-        """Names of the corpora of a mixture, whose losses are told apart; none where there is but one."""
+        """Names of the corpora of a mixture, whose losses are reported separately; empty for a single corpus."""
         self.edges = edges_in(config.edges)
         self.carried: list[dict[str, Any]] = []
-        """The past left by each micro-batch of the last step, in order; empty when nothing is carried."""
+        """Rows, position and state after the last step, one entry per micro-batch; empty when nothing is carried."""
 
     def step(self, step: int, batches: Sequence[MicroBatch], start: float) -> StepReport | None:
-        """One update of the weights with the mean loss over all valid tokens of the step; `start`: when it began.
+        """Update the weights once, with the mean loss over all valid tokens of the step; return the step's report.
 
-        None when a rank had no data, because it was told to stop while it waited (`Blank`): nothing has changed then,
-        and the ranks have agreed to stop. The guard may hold the step back: then the report is a SkippedReport. Raises
-        RollBack, or DivergedError, when the run cannot continue from here; no weight has changed then.
+        `start`: the time at which the step began. Returns None when a rank had no data because it received a signal
+        while it waited for data (`Blank`): nothing has changed then, and the ranks have agreed to stop. Returns a
+        SkippedReport when the guard rejected the step. Raises RollBack or DivergedError when the run cannot continue
+        from here; no weight has changed then.
         """
         carried = list(self.carried)
         rates = self.engine.set_rates(factor(self.schedule, step, self.config.steps))
@@ -75,7 +75,7 @@ class Trainer:
         gradients = self._accumulate(step, batches)
         self.ranks.phases.enter("optimizer")
         norm = self.engine.update()
-        found = gradients.read()  # here the host waits for the device, as the engine did for the norm
+        found = gradients.read()  # the host waits for the device here, and above for the norm
         if found.missing:
             self.carried[:] = carried
             return None
@@ -87,7 +87,7 @@ class Trainer:
         elif held.action == "roll-back":
             raise RollBack(held)
         else:
-            self.carried.clear()  # as bad as the step: the rows begin anew
+            self.carried.clear()  # the rejected step computed these states, so the rows start without a past
         seconds = time.perf_counter() - start
         speed = self.speed(self.config.length_at(step + self.skipped))
         report = StepReport(
@@ -109,7 +109,7 @@ class Trainer:
         return MixedReport(**vars(report), **found.by_corpus(self.corpora)) if self.corpora else report
 
     def _accumulate(self, step: int, batches: Sequence[MicroBatch]) -> _Gradients:
-        """Gradients of all micro-batches; nothing here waits for the device."""
+        """Accumulate the gradients of all micro-batches, without waiting for the device."""
         gradients = _Gradients(self, step, batches)
         for index, batch in enumerate(batches):
             slices = slices_of(batch)
@@ -122,7 +122,7 @@ class Trainer:
         return gradients
 
     def _earlier(self, index: int) -> EarlierCall | None:
-        """What the same rows as this step's micro-batch `index` left in the step before; None if nothing is carried."""
+        """Return the past that the rows of micro-batch `index` left in the previous step; None without carrying."""
         if not self.config.carry:
             return None
         if index == len(self.carried):
@@ -133,37 +133,37 @@ class Trainer:
 
 
 class _Found(NamedTuple):
-    """Sums of a step over all ranks."""
+    """Sums of one step over all ranks."""
 
     nats: float
-    """Of all labels that count."""
+    """Negative log-likelihood in nats, summed over the valid labels."""
     text_bytes: float
-    """That these labels stand for."""
+    """Bytes of text that the valid labels stand for."""
     squares: float
-    """Of log Z of these labels; 0 without a z-loss."""
+    """Sum of (log Z)^2 over the valid labels; 0 without a z-loss."""
     wishes: float
-    """Ranks that were told to stop."""
+    """Number of ranks that want to stop."""
     tokens: float
-    """Labels that count."""
+    """Number of valid labels."""
     missing: float
-    """Ranks that had no data."""
+    """Number of ranks that had no data."""
     parts: list[float]
-    """Nats and labels of each corpus of a mixture."""
+    """Nats and valid labels of each corpus of a mixture, alternating."""
 
     def by_corpus(self, names: Sequence[str]) -> dict[str, Any]:
-        """The fields of `MixedReport`."""
+        """Return the fields that `MixedReport` adds."""
         both = list(zip(names, self.parts[::2], self.parts[1::2], strict=True))
         losses = {name: nats / tokens for name, nats, tokens in both if tokens}
         return {"tokens_by_corpus": {name: int(tokens) for name, _, tokens in both}, "loss_by_corpus": losses}
 
 
 class _Gradients:
-    """The gradients of one step as they come together, slice by slice and micro-batch by micro-batch.
+    """The gradients of one step, accumulated slice by slice and micro-batch by micro-batch.
 
-    DeepSpeed averages over ranks: with a factor of world / tokens the gradient is that of the mean over all tokens.
-    A step that is held back goes backward as infinite: what DeepSpeed does with an infinite gradient in any stage,
-    with whatever it has accumulated, is to drop it. Whether it is held back is decided on the device, by the guard's
-    limit, so that the host can queue the backward pass while the forward pass runs.
+    DeepSpeed averages over ranks. With the loss scaled by world / tokens, the gradient is that of the mean over all
+    tokens. To reject a step, its last loss is multiplied by infinity: in every ZeRO stage, DeepSpeed drops the
+    accumulated gradients when one is infinite. The device compares the loss with the guard's limit, so the host can
+    queue the backward pass while the forward pass runs.
     """
 
     def __init__(self, trainer: Trainer, step: int, batches: Sequence[MicroBatch]) -> None:
@@ -171,7 +171,7 @@ class _Gradients:
         count = sum(int(part.loss_mask.sum()) for batch in batches for part in slices_of(batch))
         own = (self._number(count), self._number(isinstance(batches, Blank)))
         self.counts = trainer.ranks.add_up(torch.cat(own))
-        """Labels that count, and ranks without data."""
+        """(2,): valid labels, and ranks without data; over all ranks."""
         self.tokens, self.missing = self.counts.split(1)
         self.sums = torch.zeros(2, dtype=torch.float64, device=trainer.ranks.device)
         """This rank's nats and bytes of text."""
@@ -182,7 +182,7 @@ class _Gradients:
         self._found: Tensor | None = None
 
     def judge(self) -> None:
-        """All losses of the step are there: sum them over ranks, and hold the step back if the loss is bad."""
+        """Sum all losses of the step over ranks; make the scale infinite when the loss is bad or data is missing."""
         trainer = self.trainer
         own = (self.sums, self.squares, self._number(trainer.stop.wish), self.parts.flatten())
         sums = trainer.ranks.add_up(torch.cat(own))
@@ -192,26 +192,26 @@ class _Gradients:
         self.scale = self.scale.masked_fill(~good, math.inf)
 
     def scaled(self, total: Tensor) -> Tensor:
-        """A slice's loss, summed over its labels, as it goes backward."""
+        """Return the loss to backpropagate for a slice; `total`: its loss, summed over labels."""
         return total * self.scale.squeeze(0).to(total.dtype)
 
     def read(self) -> _Found:
-        """The step's sums, once the device has them; the ranks learn whether one of them was told to stop."""
+        """Wait for the step's sums and return them; also let this rank learn whether the ranks stop."""
         nats, text_bytes, squares, wishes, *parts, tokens, missing = self._found.tolist()
         found = _Found(nats, text_bytes, squares, wishes, tokens, missing, parts)
         self.trainer.stop.learn(found.wishes + found.missing)
         return found
 
     def _number(self, value: float) -> Tensor:
-        """(1,) float64 on the device, by a kernel's argument: a copy from the host would wait for the device."""
+        """Return a (1,) float64 tensor on the device, filled by a kernel: a copy from the host would synchronize."""
         return torch.full((1,), float(value), dtype=torch.float64, device=self.trainer.ranks.device)
 
 
 class _MicroBatch:
-    """One micro-batch of a step, run slice by slice by the engine."""
+    """One micro-batch of a step, run slice by slice; a `SlicedSequence` for `go_backward`."""
 
     def __init__(self, gradients: _Gradients, slices: Sequence[Batch], last: bool) -> None:
-        """`last`: of the step."""
+        """`last`: whether it is the last micro-batch of the step."""
         self.gradients, self.trainer = gradients, gradients.trainer
         self.slices, self.last = slices, last
         sharing = self.trainer.sharing
@@ -243,9 +243,9 @@ class _MicroBatch:
         self.trainer.engine.accumulate(loss, self.last and s == 0)
 
     def _inputs(self, s: int, past: EarlierCall | None) -> dict[str, Any]:
-        """What the model is called with; each slice is a sign of life to the watchdog.
+        """Return the model's arguments for slice `s`, and report progress to the watchdog.
 
-        A row that does not continue where it stopped the step before (a new pass over the corpus) begins like a new
+        A row that does not continue where the previous step stopped (a new pass over the corpus) begins like a new
         document.
         """
         trainer, part = self.trainer, self.slices[s]
@@ -256,15 +256,15 @@ class _MicroBatch:
         return {**inputs, "past": past_of_slice(trainer.sharing, part.input_ids.shape[1], past)}
 
     def _begin_documents(self) -> list[bool]:
-        """Of each slice, whether all rows begin a document there: what comes before it need not be run for its edge.
+        """Return for each slice whether all its rows begin a document: then no earlier slice must be run for its edge.
 
-        Where ranks exchange something in that pass (sp, ZeRO-3), they must agree.
+        Where ranks communicate in that pass (sp, ZeRO-3), they must agree, so the answer is a sum over ranks.
         """
         trainer = self.trainer
         if len(self.slices) == 1 or self.slices[0].starts is None:
             return [False] * len(self.slices)
         own = [
-            part.begin % length or part.starts[:, 0].all()  # of ranks of one sequence the first alone can tell
+            part.begin % length or part.starts[:, 0].all()  # only the first rank of a sequence knows
             for part, length in zip(self.slices, self.lengths, strict=True)
         ]
         if trainer.sharing or trainer.engine.stage == 3:
@@ -273,8 +273,10 @@ class _MicroBatch:
 
 
 def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """What the model is called with, from one micro-batch: (b, l) ids, labels and mask, and where documents begin,
-    which the batch says by block, or by token where they may begin at any."""
+    """Return the model's arguments for one slice: (b, l) ids, labels and mask, and the starts of documents.
+
+    The starts are per block, or per token (then as `Borders`) where a document may begin at any token.
+    """
     inputs = {name: to_device(getattr(batch, name), device) for name in ("input_ids", "labels", "loss_mask")}
     starts = batch.starts
     if starts is None:
@@ -285,7 +287,7 @@ def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array on the device; to a GPU through pinned memory, since any other copy waits for what the GPU does."""
+    """Copy the array to the device; to a GPU from pinned memory, because any other copy waits for the GPU's work."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
         tensor = tensor.pin_memory()
@@ -293,15 +295,15 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def sum_of_batch(losses: Any, inputs: dict[str, Any], token_bytes: Tensor) -> Tensor:
-    """(2,) float64: nats of a micro-batch's valid labels, and the bytes of text they stand for."""
+    """Return (2,) float64: the nats of the valid labels in `inputs`, and the bytes of text that they stand for."""
     text_bytes = (token_bytes[inputs["labels"]] * inputs["loss_mask"]).sum()
     return torch.stack((losses.nats.double(), text_bytes.double()))
 
 
 def _with_starts(batch: Batch, block: int) -> np.ndarray:
-    """The batch's starts, or of blocks, and the begin of every row that does not continue where it stopped.
+    """Return the batch's document starts (per block if it has none) plus a start for each row that does not continue.
 
-    All ranks that share the rows must have starts, though only the first of them holds their first blocks.
+    All ranks that share the rows must have starts, although only the first of them holds the rows' first blocks.
     """
     rows, length = batch.input_ids.shape
     starts = np.zeros((rows, length // block), bool) if batch.starts is None else batch.starts.copy()

@@ -1,4 +1,4 @@
-"""Products of single-precision matrices on CUDA: in TF32 in bf16 training, and nowhere else."""
+"""TF32 for products of single-precision matrices on CUDA, switched on in bf16 training only."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 
 @contextmanager
 def products_in_tf32(wanted: bool) -> Iterator[None]:
-    """Where wanted, CUDA makes products of single-precision matrices in TF32; else as it was told before.
+    """Inside the context, compute single-precision matrix products on CUDA in TF32 if `wanted`; else change nothing.
 
-    In bf16 training the only ones are those of SSMs, on what bf16 products made: TF32 has three bits more.
+    In bf16 training only the SSMs have such products. Their inputs are results of bf16 products, and TF32 has three
+    mantissa bits more than bf16.
     """
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = wanted or before

@@ -1,9 +1,9 @@
-"""Validation on further corpora, each by itself (evaluation.corpora), beside that on the run's own.
+"""Evaluation on additional corpora (evaluation.corpora), each reported separately, beside the run's own corpora.
 
-The first sequences of each corpus's validation split, each once, as in the run's own evaluation. The standard error is
-over sequences: losses of one sequence's tokens are not independent. It is that of a ratio of sums (delta method),
-``sqrt(m / (m - 1) sum (n_i - r t_i)^2) / sum t_i``, with n_i nats and t_i tokens of each of m sequences, and
-``r = sum n_i / sum t_i``.
+As in the run's own evaluation, the first sequences of each corpus's validation split are read once. The standard error
+is over sequences, because the losses of the tokens of one sequence are not independent. It is that of a ratio of sums
+(delta method), ``sqrt(m / (m - 1) sum (n_i - r t_i)^2) / sum t_i``, for m sequences with n_i nats and t_i tokens each,
+and ``r = sum n_i / sum t_i``.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 
 class EvaluateCorpus(Evaluate):
-    """The loss on one more corpus, with its standard error over sequences."""
+    """Evaluates the loss on one additional corpus, with its standard error over sequences."""
 
     def __init__(self, name: str, *args: Any) -> None:
         super().__init__(*args)
         self.name = name
 
     def evaluate(self, step: int) -> CorpusReport | None:
-        """The loss of the model as it is, or None when the ranks were told to stop; every rank must call it."""
+        """Return the loss of the current weights, or None when the ranks agree to stop; every rank must call it."""
         start, device = time.perf_counter(), self.ranks.device
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         highest = max(int(slices_of(batch)[0].rows.max()) for batch in self.batches)
@@ -46,7 +46,7 @@ class EvaluateCorpus(Evaluate):
         for part, inputs, losses in self.forward(step):
             sums += sum_of_batch(losses, inputs, self.token_bytes)
             both = torch.stack((losses.per_token.double(), inputs["loss_mask"].double()), dim=-1).sum(1)
-            row = torch.from_numpy(part.rows).clamp(min=0)  # nothing counts in masked rows, which have no number
+            row = torch.from_numpy(part.rows).clamp(min=0)  # masked rows have a negative number and no valid token
             of_rows.index_add_(0, row.to(device), both)
         if self.stop.agreed:
             return None
@@ -66,7 +66,10 @@ class EvaluateCorpus(Evaluate):
 
 
 def standard_error(sequences: Tensor) -> float:
-    """Of nats per token, from (m, 2) nats and tokens of each sequence; nan for fewer than two with any token."""
+    """Return the standard error of nats per token, from (m, 2) nats and tokens of each sequence.
+
+    nan when fewer than two sequences have a token.
+    """
     nats, tokens = sequences[sequences[:, 1] > 0].unbind(1)
     count = len(tokens)
     if count < 2:
@@ -76,7 +79,7 @@ def standard_error(sequences: Tensor) -> float:
 
 
 def open_sets(recipe: Recipe, corpora: Sequence[Corpus]) -> dict[str, list[Corpus]]:
-    """The validation split of each further corpus; raises UserError for one that has other tokens than `corpora`."""
+    """Open the validation split of each additional corpus; raises UserError for another tokenizer than `corpora`'s."""
     found = {}
     for name, url in recipe.evaluation.corpora.items():
         try:
@@ -93,5 +96,5 @@ def open_sets(recipe: Recipe, corpora: Sequence[Corpus]) -> dict[str, list[Corpu
 
 
 def alone(data: DataConfig, url: str) -> DataConfig:
-    """The settings of another corpus in place of a run's own."""
+    """Return the data settings `data` with the corpus at `url` in place of the run's own."""
     return data.model_copy(update={"corpus": url, "weight_changes": ()})

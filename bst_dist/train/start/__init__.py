@@ -1,1 +1,1 @@
-"""Before the first step: what must be right, what a run may continue from and with which changes, where it begins."""
+"""Before the first step: checks of the request, allowed changes of settings, and the state that the run starts from."""

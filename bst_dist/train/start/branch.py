@@ -1,8 +1,8 @@
-"""Branches: runs that take their first steps from a checkpoint of another run, the trunk.
+"""Branches: runs that start from a checkpoint of another run, the trunk, instead of computing those steps again.
 
 Under the wsd schedule the rate is constant between warm-up and decay, so runs of several lengths share all steps before
-their decays: one trunk without a decay, and a branch for each length that decays from one of the trunk's checkpoints.
-A branch is the run its own recipe describes, to the last bit: taking the first steps from the trunk only saves them.
+their decays: one trunk without a decay, and for each length a branch that decays from one of the trunk's checkpoints.
+A branch is bitwise equal to the run that its own recipe describes: the trunk only saves the first steps.
 
 Source: Hägele et al., arXiv 2405.18392.
 """
@@ -18,24 +18,24 @@ from bst_dist.config import Recipe, differing, load_recipe
 from bst_dist.train.rundir import RECIPE
 from bst_dist.train.schedule import factor
 
-# Settings in which a branch may differ from its trunk; the schedules must still agree on every step that is shared.
+# Settings in which a branch may differ from its trunk. The schedules must still agree on every shared step.
 OWN = ("name:", "branch", "train.steps:", "schedule.", "evaluation.")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a branch begins."""
+    """The checkpoint that a branch begins at, and the recipe of its trunk."""
 
     checkpoint: Path
     trunk: Recipe
 
 
 def origin(run_dir: Path, recipe: Recipe) -> Origin:
-    """The checkpoint that `recipe` branches off; raises CheckpointError unless its steps so far are the trunk's.
+    """Return the checkpoint that `recipe` branches off; raises CheckpointError unless the trunk took the same steps.
 
-    Shared must be the model, the data and the seed, and the learning rate of every step before the branch.
+    The model, the data, the seed and the learning rate of every step before the branch must be equal.
     """
-    # Not resolved by the file system: the branch's own directory may not exist yet.
+    # normpath and not resolve: the branch's own directory may not exist yet.
     trunk_dir, step = Path(os.path.normpath(run_dir / recipe.branch.run)), recipe.branch.step
     checkpoint = directory(trunk_dir, step)
     if not checkpoint.is_dir():

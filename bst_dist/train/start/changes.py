@@ -1,10 +1,15 @@
 """Which settings may change when a run is resumed, which may not, and what to do instead.
 
-Settings that do not change the numbers are free (`config.NUMBERS` lists those that do). The learning rate may change
-from the resumed step on, and so may the batch, unless rows are streamed, the lengths of sequences that are planned, and
-a mixture's corpora and weights that are still to come (the loader's `check` refuses others); the number of steps and
-the schedule may if all steps so far would have had the same rate, or if the user says that they are planned anew. A
-change is written to the ledger and the header. Anything else would be another run.
+Settings that do not affect the numbers may change freely (`config.NUMBERS` lists those that do). From the resumed step
+on these may change as well:
+
+- the learning rate;
+- the batch size, unless rows are streamed;
+- length changes at later steps, and a mixture's corpora and weights at later steps (the loader's `check` rejects
+  changes of the past);
+- the number of steps and the schedule, if all steps so far would have had the same rate, or with --replan-schedule.
+
+A change is recorded in the ledger and the header. Any other change would make it a different run.
 """
 
 from __future__ import annotations
@@ -29,14 +34,14 @@ _CHANGING = (*RATES, *SCHEDULE, *BATCH, *LENGTH, *WEIGHTS)
 
 
 class OtherRunError(UserError):
-    """A run directory that holds another run than the one to resume."""
+    """A run directory whose run has other settings than the one to resume."""
 
 
 def changes(run_dir: Path, before: Recipe, now: Recipe, replan: bool = False) -> list[str]:
-    """The settings that change when the run in `run_dir` is resumed, as ``field: before, now``.
+    """Return the settings that change when the run in `run_dir` is resumed, as ``field: before, now``.
 
-    `replan`: steps already taken may have had another rate than the schedule now gives them. Raises OtherRunError for
-    those that may not, with what to do instead.
+    `replan`: accept that steps already taken had other rates than the new schedule gives them. Raises OtherRunError,
+    with what to do instead, for settings that may not change.
     """
     found = differing(before, now)
     there = committed(run_dir)
@@ -58,19 +63,20 @@ def changes(run_dir: Path, before: Recipe, now: Recipe, replan: bool = False) ->
 
 
 def fixed(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of an identity that is the same in all checkpoints of a run."""
+    """Return the settings of an identity that are the same in all checkpoints of a run."""
     return {name: value for name, value in identity.items() if not may_change(name)}
 
 
 def may_change(name: str) -> bool:
-    """Whether a setting may change in the course of a run."""
+    """Whether a setting may change during a run."""
     return f"{name}:".startswith(_CHANGING)
 
 
 def with_batch(changed: Sequence[str], data: Mapping[str, Any], sequences: int) -> list[str]:
-    """What changes where a checkpoint with the loader's state `data` continues with so many sequences per step.
+    """Add to `changed` the change of the batch size, when a checkpoint continues with `sequences` per step.
 
-    A batch that changed at a later checkpoint, which is damaged or was rolled back, changes at this one.
+    `data`: the loader's state in that checkpoint. This is needed when the batch had changed at a later checkpoint that
+    is damaged or was rolled back: the change then happens at this one.
     """
     before = data.get("rows", sequences)
     if before == sequences or any(line.startswith(BATCH) for line in changed):
@@ -79,7 +85,7 @@ def with_batch(changed: Sequence[str], data: Mapping[str, Any], sequences: int) 
 
 
 def _first_otherwise(before: Recipe, now: Recipe, done: int) -> int | None:
-    """The first step taken so far that would have had another learning rate."""
+    """Return the first of the `done` steps that would have had another learning rate; None if there is none."""
     if now.train.steps < done:
         return now.train.steps
     return next(
@@ -93,7 +99,7 @@ def _first_otherwise(before: Recipe, now: Recipe, done: int) -> int | None:
 
 
 def _length_from(before: Recipe, now: Recipe, done: int) -> str:
-    """How the length that is asked for is had from a step on; empty where it is the one that there was."""
+    """Return advice on how to change the sequence length from step `done` on; empty if the length did not change."""
     first, length = before.train.sequence_length, now.train.sequence_length
     if first == length or not done or not isinstance(now.data, DataConfig):
         return ""
@@ -106,7 +112,10 @@ def _length_from(before: Recipe, now: Recipe, done: int) -> str:
 
 
 def _way_out(run_dir: Path, found: list[str], first: int, steps: list[int], wanted: int) -> str:
-    """What to do instead; `steps`: of the checkpoints, `wanted`: `train.steps`."""
+    """Return the error message with what to do instead.
+
+    `first`: the first step with another rate; `steps`: those of the checkpoints; `wanted`: the new `train.steps`.
+    """
     fitting = ", ".join(str(step) for step in sorted(steps) if step <= first) or "none"
     here = "To follow the new schedule from the newest checkpoint on, add --replan-schedule. Or: "
     return (
@@ -119,6 +128,6 @@ def _way_out(run_dir: Path, found: list[str], first: int, steps: list[int], want
 
 
 def listed(head: str, lines: list[str], most: int = 8) -> str:
-    """A message of one line, and below it the first few of the settings that it is about."""
+    """Return the message `head` followed by the first `most` lines, one setting each."""
     more = [f"  and {len(lines) - most} more"] if len(lines) > most else []
     return "\n".join([head, *(f"  {line}" for line in lines[:most]), *more])

@@ -1,8 +1,8 @@
-"""Equal bits from equal runs on a GPU: kernels that add in a fixed order, at a price in speed.
+"""Bitwise reproducible training on a GPU: kernels that add in a fixed order, which are slower.
 
-Where torch has both, it takes the fixed order: the query gradients of flash attention, indexed sums such as the
-gradients of the embedding and of T5's bias. Where it has none it raises an error, so that nothing passes for what it is
-not. Inductor then chooses kernels without timing them, which would choose differently from start to start.
+torch uses the deterministic kernel where it has one: for the query gradients of flash attention, and for indexed sums
+such as the gradients of the embedding and of T5's bias. Where it has none it raises an error. Inductor chooses kernels
+without timing them, because timings could choose differently at every start.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from bst_base.settings import ConfigError
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 FIXED = (":4096:8", ":16:8")
-"""Workspaces with which cuBLAS computes the same bits every time (its manual, section 2.1.4)."""
+"""Workspace settings that make cuBLAS deterministic (its manual, section 2.1.4)."""
 
 
 def make_deterministic(environ: MutableMapping[str, str] = os.environ) -> None:
-    """From now on, in this process; called before the first matrix product, when cuBLAS reads its workspace.
+    """Make this process deterministic; call it before the first matrix product, when cuBLAS reads the variable.
 
-    Raises ConfigError where the environment asks cuBLAS for what is not deterministic.
+    Raises ConfigError when the environment sets a workspace that is not deterministic.
     """
     asked = environ.setdefault(WORKSPACE, FIXED[0])
     if asked not in FIXED:
@@ -31,5 +31,5 @@ def make_deterministic(environ: MutableMapping[str, str] = os.environ) -> None:
             "unset it, or set deterministic to false"
         )
     torch.use_deterministic_algorithms(True)
-    # It would write NaN into every buffer that is made without values: traffic, and no help to an order of sums.
+    # torch would also fill every uninitialized buffer with NaN: that costs memory traffic and does not fix any order.
     torch.utils.deterministic.fill_uninitialized_memory = False

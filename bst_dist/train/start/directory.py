@@ -1,4 +1,4 @@
-"""Whether a run may start in a directory, or continue in it: by what the directory shows of the run that it holds."""
+"""Checks whether a run may start or continue in a directory, from the files that the directory holds."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from bst_dist.train.rundir import DS_CONFIG, ENVIRONMENT, FROM_COPIES, OUTCOME, 
 from bst_dist.train.start.changes import changes, listed
 
 EARLY = (CHECKPOINTS, "heartbeats", LEASE, STACKS)
-"""What a start makes before it writes the recipe; heartbeats/ older versions made."""
+"""Entries that a start creates before it writes the recipe; older versions created heartbeats/."""
 BESIDE = (".out", ".err", ".log", ".partial")
-"""Ends of names of what may lie in a new run's directory: a scheduler's logs, a file whose write was broken off."""
+"""Suffixes of files that may be in a new run's directory: a scheduler's logs, files of an interrupted write."""
 FROM_ZERO = "--from-zero (its metrics are kept in metrics.dropped.jsonl)"
 
-# What of the DeepSpeed configuration decides the run's numbers: how it computes, and what ZeRO rounds on the way. The
-# rest follows from the ranks, or says where ZeRO keeps and sends things, and may change from one start to the next.
+# DeepSpeed settings that affect the run's numbers: how it computes, and what ZeRO quantizes. The other settings follow
+# from the ranks, or say where ZeRO stores and how it sends tensors; they may change from start to start.
 COMPUTING = (
     "gradient_clipping",
     "torch_autocast",
@@ -50,12 +50,12 @@ def check(
     from_zero: bool = False,
     replan: bool = False,
 ) -> list[str]:
-    """Raise unless the run may start, or continue, in `run_dir`; returns the settings that change from here on.
+    """Raise unless the run may start or continue in `run_dir`; return the settings that change from here on.
 
-    Nothing is written. Refused are another recipe (`changes.OtherRunError`), and by RunDirectoryError a DeepSpeed
-    configuration that computes something else, checkpoints without `resume`, and a directory of something else. The
-    layout may be another. Raises StorageError when the directory shows steps but this host sees no checkpoint of them,
-    unless `from_zero` says to begin anew. `replan`: as in `changes`.
+    Nothing is written. Raises `changes.OtherRunError` for another recipe. Raises RunDirectoryError for a DeepSpeed
+    configuration with other numerics, for checkpoints without `resume`, and for a directory that is not a run. Another
+    layout is allowed. Raises StorageError when the directory shows that checkpoints existed but this host sees none,
+    unless `from_zero` is set. `replan`: as in `changes`.
     """
     if not (run_dir / RECIPE).exists():
         _require_free(run_dir)
@@ -86,8 +86,7 @@ def check(
 
 
 def _require_free(run_dir: Path) -> None:
-    """Raise RunDirectoryError when a directory without a recipe holds more than logs, and what a start that broke off
-    early leaves."""
+    """Raise RunDirectoryError if a directory without a recipe has more than logs and files of an interrupted start."""
     if held := committed(run_dir):
         raise RunDirectoryError(
             f"{run_dir}: has checkpoints, up to {held[0].name}, but no {RECIPE}: restore it, or "
@@ -103,10 +102,10 @@ def _require_free(run_dir: Path) -> None:
 
 
 def shown_steps(run_dir: Path) -> str | None:
-    """What in a run directory says that there was a checkpoint once; None when nothing does.
+    """Return the evidence, as text, that the run in a directory once had a checkpoint; None if there is none.
 
-    A run that was cut short before its first checkpoint was due has left none; what a branch has before its own first
-    one lies with its trunk.
+    A run that was killed before its first checkpoint was due never had one. Steps that a branch shares with its trunk
+    do not count: their checkpoint is in the trunk's directory.
     """
     if not (run_dir / RECIPE).exists():
         return None
@@ -121,20 +120,20 @@ def shown_steps(run_dir: Path) -> str | None:
         return f"{OUTCOME} says that step {reached} was reached"
     done = max((line["step"] for line in read_lines(run_dir / FILE) if line["kind"] == "train"), default=0)
     if any(name.endswith(PARTIAL) for name in entries(run_dir)):
-        return None  # cut short while it wrote its first one
+        return None  # killed while it wrote its first checkpoint
     due = next((step for step in range(first + 1, done) if recipe.checkpoint.scheduled(step)), None)
     return f"{FILE} has {done} steps and a checkpoint was due at step {due}" if due else None
 
 
 def _changed(stored: dict[str, Any], completed: dict[str, Any]) -> list[str]:
-    """What two DeepSpeed configurations make otherwise of the same run, as ``key: there, given``."""
+    """Return the settings with other numerics in two DeepSpeed configurations, as ``key: there, given``."""
     there, given = _arithmetic(stored), _arithmetic(completed)
     return [f"{key}: {there.get(key)!r}, {given.get(key)!r}" for key in {**there, **given}
             if there.get(key) != given.get(key)]  # fmt: skip
 
 
 def _arithmetic(completed: dict[str, Any]) -> dict[str, Any]:
-    """What of a DeepSpeed configuration decides the run's numbers."""
+    """Return the settings of a DeepSpeed configuration that affect the run's numbers."""
     zero = completed.get("zero_optimization", {})
     rounding = {f"zero_optimization.{key}": zero.get(key, False) for key in ROUNDING}
     return {key: completed.get(key) for key in COMPUTING} | rounding

@@ -1,7 +1,7 @@
-"""Initial weights taken from another run: fine-tuning, on other text, under another schedule, with a new optimizer.
+"""Initial weights from another run: fine-tuning on other text, under another schedule, with a new optimizer state.
 
-A branch continues with its trunk's steps and must be the same run so far; this one begins at step 0 and shares nothing
-with the other but the model's shape and the tokenizer.
+Unlike a branch, which continues its trunk's steps, such a run begins at step 0. Only the model's shape and the
+tokenizer must be those of the other run.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from bst_dist.train.rundir import tokenizer_of
 
 
 def load_initial(model: nn.Module, config: InitialWeightsConfig, tokenizer_sha256: str | None = None) -> None:
-    """Put the other run's weights into the model.
+    """Load the other run's weights into the model.
 
-    `tokenizer_sha256`: of the text that this run reads. Raises CheckpointError when there are no such weights, when
-    they are of a model of another shape, and when their run is known to have had another tokenizer.
+    `tokenizer_sha256`: of the tokenizer of this run's corpus. Raises CheckpointError when the weights are missing or
+    damaged, when they belong to a model of another shape, and when their run is known to have another tokenizer.
     """
     checkpoint = _checkpoint(config)
     if tokenizer_sha256 and tokenizer_of(config.run) not in (None, tokenizer_sha256):

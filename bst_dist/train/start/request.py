@@ -1,4 +1,4 @@
-"""What must be right before a rank is started: checked by `bst train` on its own, and by every rank again."""
+"""The checks before training: `bst train` runs them before it starts ranks, and every rank runs them again."""
 
 from __future__ import annotations
 
@@ -26,48 +26,49 @@ from data_pipeline.serve.spread import Spread
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for."""
+    """The user's request: the arguments of `bst train`."""
 
     recipe: Path
     overrides: Sequence[str]
     run_dir: Path | None
     resume: bool
     until: int | None
-    """Stop after this many steps in all, with a checkpoint, as if killed politely; None: the recipe's steps."""
+    """Stop with a checkpoint after this many steps in total; None: after the recipe's steps."""
     from_zero: bool = False
-    """Begin at step 0 although the run directory shows steps and no checkpoint is there."""
+    """Begin at step 0 even if the run directory shows steps but has no checkpoint."""
     replan: bool = False
-    """Follow another schedule from the resumed step on, although the steps before had other rates than it gives."""
+    """Follow a changed schedule from the resumed step on, although it gives the earlier steps other rates."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """A run that may begin: everything resolved, nothing written yet."""
+    """A run that passed all checks. Everything is resolved; nothing is written yet."""
 
     recipe: Recipe
     run_dir: Path
     objective: Objective
     completed: dict[str, Any]
-    """DeepSpeed's configuration."""
+    """The completed DeepSpeed JSON."""
     spread: Spread
-    """The sequences of a step over the ranks."""
+    """How the sequences of a step are divided over the ranks."""
     until: int
+    """The step after which this start ends."""
     changed: Sequence[str] = ()
-    """Settings that differ from those of the start before, as ``field: before, now``."""
+    """Settings that differ from those of the previous start, as ``field: before, now``."""
 
     def mesh(self, ranks: Ranks) -> Mesh:
-        """Where this rank stands among the data-parallel and the sequence-parallel ranks."""
+        """Return this rank's place in the dp × sp mesh."""
         return Mesh(ranks.world, ranks.rank, self.recipe.parallel.sp)
 
     def reported(self) -> list[dict[str, Any]]:
-        """What the run has reported so far."""
+        """Return the lines of the run's metrics so far."""
         return read_lines(self.run_dir / FILE)
 
 
 def of_run(request: Request) -> Request:
-    """The request to resume a run, given by its directory: its own recipe, with the overrides of its start.
+    """Return the request for a run given by its directory: with the resolved recipe in it as the recipe.
 
-    Raises UserError when the directory holds no run, or is not to be resumed.
+    Raises UserError when the directory holds no run, or without --resume.
     """
     run_dir = request.recipe
     if not (run_dir / rundir.RECIPE).is_file():
@@ -83,7 +84,7 @@ def of_run(request: Request) -> Request:
 
 
 def load(request: Request) -> Recipe:
-    """The recipe with its overrides, valid in itself; raises UserError."""
+    """Read the recipe with its overrides and validate it on its own; raises UserError."""
     _require_there(request)
     recipe = load_recipe(request.recipe, request.overrides)
     _require_reached(recipe, str(request.recipe), given=request.recipe.name != rundir.RECIPE)
@@ -91,7 +92,7 @@ def load(request: Request) -> Recipe:
 
 
 def _require_there(request: Request) -> None:
-    """Raise UserError for what can only have been meant as the directory of a run, and is none."""
+    """Raise UserError for a recipe argument that looks like a run directory or a recipe's name and does not exist."""
     given = request.recipe
     if given.exists() or given.suffix or (given.parent == Path() and not request.resume):
         return
@@ -103,10 +104,10 @@ def _require_there(request: Request) -> None:
 
 
 def _require_reached(recipe: Recipe, where: str, given: bool) -> None:
-    """Raise ConfigError for steps that the run never comes to.
+    """Raise ConfigError for settings at steps that the run never reaches.
 
-    `given`: by a user, so its warm-up counts too; in a run's own recipe it was accepted before. The default warm-up is
-    not refused: nobody asked for it, and recipes that programs write have it filled in.
+    `given`: the user wrote the recipe, so its warm-up is checked too; in a run's own recipe it was accepted before. The
+    default warm-up is always accepted: the user did not set it, and recipes written by programs have it filled in.
     """
     steps, schedule = recipe.train.steps, recipe.schedule
     if given and schedule.warmup_steps > steps and schedule.warmup_steps != ScheduleConfig().warmup_steps:
@@ -119,7 +120,10 @@ def _require_reached(recipe: Recipe, where: str, given: bool) -> None:
 
 
 def resolve(recipe: Recipe, request: Request, world: int) -> Start:
-    """Check `recipe` against the ranks, the corpus, the DeepSpeed file and the run directory; raises UserError."""
+    """Check `recipe` against the ranks, the corpus, the DeepSpeed file and the run directory, and return the Start.
+
+    Raises UserError.
+    """
     spread = spread_of(recipe, world)
     objective = open_objective(recipe)
     recipe = objective.recipe
@@ -134,7 +138,7 @@ def resolve(recipe: Recipe, request: Request, world: int) -> Start:
 
 
 def _require_slices(recipe: Recipe, spread: Spread) -> None:
-    """Raise SequenceParallelError, with the reason, when a layer cannot be computed in slices of this length."""
+    """Raise SequenceParallelError, with the reason, when a layer cannot be computed on a rank's slices."""
     sp, train = recipe.parallel.sp, recipe.train
     if sp > 1:
         documents = recipe.data.documents
@@ -143,11 +147,11 @@ def _require_slices(recipe: Recipe, spread: Spread) -> None:
 
 
 def _complete(recipe: Recipe, world: int, spread: Spread) -> dict[str, Any]:
-    from bst_dist.train import deepspeed_json  # imports DeepSpeed, which takes longer than all other checks together
+    from bst_dist.train import deepspeed_json  # here, since importing DeepSpeed takes longer than all other checks
 
     path = deepspeed_file(recipe)
     train = recipe.train
-    backward_passes = spread.micro_batches * train.slices  # DeepSpeed knows of no slices: each is a micro-batch to it
+    backward_passes = spread.micro_batches * train.slices  # for DeepSpeed each slice is a micro-batch
     intent = deepspeed_json.Intent(
         world, spread.micro_rows, backward_passes, train.gradient_clipping, train.precision, recipe.optimizer.kind
     )

@@ -1,4 +1,4 @@
-"""Where a run begins, and begins again: at its newest valid checkpoint, at its trunk's, at other weights, at step 0."""
+"""What a run starts or continues from: local copies, its newest valid checkpoint, its trunk's checkpoint, or step 0."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from bst_dist.train.step import Trainer
 def begin_at(
     request: Request, start: Start, snapshots: Snapshots, copies: LocalCopies, ranks: Ranks
 ) -> tuple[Position, str | None]:
-    """Load what the run starts from: when asked to resume the newest of its local copies and checkpoints, else its
-    trunk's checkpoint, else nothing. Returns the local copies as well, if it was they.
+    """Load the state that the run starts from, and return its position.
 
-    Raises CheckpointError on all ranks when steps were taken and none of their checkpoints is valid.
+    With --resume this is the newest of the run's local copies and checkpoints. Otherwise, or if there is none, it is
+    the trunk's checkpoint for a branch, else nothing. Also returns a description of the local copies, if they were
+    loaded. Raises CheckpointError on all ranks when steps were taken and none of their checkpoints is valid.
     """
     position, local = _from_copies(start, copies, ranks) if request.resume else (None, None)
     if position is None:
@@ -49,13 +50,16 @@ def begin_at(
 
 
 def _from_copies(start: Start, copies: LocalCopies, ranks: Ranks) -> tuple[Position | None, str | None]:
-    """Load the newest local copies, if they are as new as the newest checkpoint; returns what they were as well."""
+    """Load the newest local copies, if they are at least as new as the newest checkpoint.
+
+    Returns the position and a description of the copies; (None, None) if no copies are loaded.
+    """
 
     @cache
     def shown() -> set[int]:
         return {line["step"] for line in start.reported() if line["kind"] in ("train", "skipped")}
 
-    # Whether a setting may change from a step on was decided by the checkpoints that there are.
+    # Local copies are refused when settings change: the allowed changes were decided from the checkpoints.
     refusal = f"{'; '.join(start.changed)} (before, from here on)" if start.changed else None
     found = copies.find(lambda step: step in shown(), refusal)
     if found is None:
@@ -67,9 +71,9 @@ def _from_copies(start: Start, copies: LocalCopies, ranks: Ranks) -> tuple[Posit
 def roll_back(
     start: Start, snapshots: Snapshots, copies: LocalCopies, trainer: Trainer, entry: ledger.Entry
 ) -> Position:
-    """Load the last scheduled checkpoint, to continue from there with the data after the step in question.
+    """Load the last scheduled checkpoint, to continue from it with the data after the rejected step.
 
-    Raises DivergedError when there is none yet.
+    Raises DivergedError when there is no scheduled checkpoint yet.
     """
     ranks = trainer.ranks
     ranks.say(f"{entry.cause}: rolling back to the last checkpoint and skipping the data up to that step")
@@ -81,14 +85,14 @@ def roll_back(
     copies.drop()
     if ranks.first:
         abandon(start.run_dir, before.step)
-    # The past of the rows is of data that does not come before what they read now.
+    # The carried states are dropped: they belong to data that does not precede what the rows read now.
     return replace(before, skipped=entry.data_step - before.step, carried=[])
 
 
 def guard_of(start: Start, ranks: Ranks, position: Position, local: str | None = None) -> Guard:
-    """The guard of a run that continues from `position`; what it has seen before is in the run's files.
+    """Return the guard of a run that continues from `position`, with the losses and ledger from the run's files.
 
-    `local`: the local copies that the run was resumed from, for the ledger.
+    `local`: a description of the local copies that the run was resumed from, for the ledger.
     """
     seen = None
     if ranks.first:
@@ -105,7 +109,7 @@ def guard_of(start: Start, ranks: Ranks, position: Position, local: str | None =
 
 
 def changed_at(start: Start, position: Position) -> list[str]:
-    """Settings that change from this position on, as ``field: before, now``."""
+    """Return the settings that change from this position on, as ``field: before, now``."""
     sequences = start.recipe.train.sequences_at(position.step + position.skipped)
     return with_batch(start.changed, position.data, sequences)
 
@@ -113,7 +117,10 @@ def changed_at(start: Start, position: Position) -> list[str]:
 def _newest(
     start: Start, snapshots: Snapshots, ranks: Ranks, own: bool = True, scheduled: bool = False
 ) -> Position | None:
-    """Load the run's own newest valid checkpoint, or else the one that it branches off, or else nothing."""
+    """Load the run's newest valid checkpoint (if `own`), else the trunk's for a branch, else nothing (None).
+
+    `scheduled`: consider only checkpoints of the run at scheduled steps.
+    """
     checkpoint, damaged = snapshots.newest(scheduled) if own else (None, [])
     for reason in damaged:
         then = f"resuming from {step_of(checkpoint)}" if checkpoint else "no older checkpoint is valid"
