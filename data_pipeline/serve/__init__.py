@@ -1,1 +1,1 @@
-"""From a corpus to batches: the order, the rows, the loader."""
+"""Training batches from a prepared corpus: the data order, the rows of a rank, and the loader."""

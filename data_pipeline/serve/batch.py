@@ -1,4 +1,4 @@
-"""Micro-batches: the tokens of some rows, laid out for a trainer."""
+"""Micro-batches: the tokens of some rows, in the layout that a trainer needs."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from data_pipeline.serve.order.stream import Pieces
 
 @dataclass(frozen=True)
 class Batch:
-    """b rows, of each the slice of l = L / sp tokens that one rank holds."""
+    """The slices of b rows that one rank holds, each of l = L / sp tokens."""
 
     input_ids: np.ndarray  # (b, l) int64
-    labels: np.ndarray  # (b, l) int64: the token after each input, over the slice's end too; padding where masked
-    loss_mask: np.ndarray  # (b, l) bool: false where the input or the label is padding, or they are of two documents
-    starts: np.ndarray | None  # where a document begins: (b, l // W) bool by block where documents are isolated, (b, l)
-    # by token where they are masked; None where they are joined
-    continues: np.ndarray  # (b,) bool: the row's first token follows the last one the row was fed the step before
-    rows: np.ndarray  # (b,) int64: global row numbers; -1 for masked rows, which fill a micro-batch (`spread`)
+    labels: np.ndarray  # (b, l) int64: the token after each input, also for the slice's last one; padding where masked
+    loss_mask: np.ndarray  # (b, l) bool: false where input or label is padding, or they belong to different documents,
+    # unless documents are joined
+    starts: np.ndarray | None  # where documents begin: (b, l // W) bool per block for isolated documents, (b, l) bool
+    # per token for masked ones, None for joined ones
+    continues: np.ndarray  # (b,) bool: the row's first token follows the last token of the row in the step before
+    rows: np.ndarray  # (b,) int64: global row numbers; -1 for masked rows, which fill up a micro-batch (`spread`)
     corpora: np.ndarray  # (b,) int64: which corpus of the mixture the row reads
     epochs: np.ndarray  # (b,) int64: which pass over that corpus
-    located: Rows  # where the tokens were read, the label of the last input included
-    begin: int  # the slice's first token in its row
+    located: Rows  # where the tokens were read from, including the label of the last input
+    begin: int  # the position of the slice's first token in its row
 
     @property
     def pieces(self) -> Pieces:
@@ -50,32 +51,33 @@ class Batch:
 class Cuts:
     """Which document lies where: m runs of inputs of one document each, ordered by row and place.
 
-    Places count from the begin of the whole row, of whatever slice the batch holds: a run's document begins at
-    ``place - offset``, which is negative where that is in an earlier sequence.
+    Places count from the begin of the whole row, whichever slice the batch holds. A run's document begins at ``place -
+    offset``, which is negative when the document began in an earlier sequence.
     """
 
     row: np.ndarray  # (m,) int64: which row of the batch
-    place: np.ndarray  # (m,) int64: the run's first token in the row, in 0..L-1
+    place: np.ndarray  # (m,) int64: the position of the run's first token in the row, in 0..L-1
     count: np.ndarray  # (m,) int64: tokens
     document: np.ndarray  # (m,) int64: the document's number in the corpus
-    offset: np.ndarray  # (m,) int64: the run's first token in the document
+    offset: np.ndarray  # (m,) int64: the position of the run's first token in the document
 
     @classmethod
     def of(cls, pieces: Pieces, length: int, begin: int) -> Cuts:
-        """The cuts of a slice of `length` inputs; the runs also cover the label of the last."""
+        """Return the cuts of a slice of `length` inputs. `pieces` also cover the label of the last input, which is left
+        out."""
         pieces = pieces.select(pieces.slot < length)
         count = np.minimum(pieces.length, length - pieces.slot)
         return cls(pieces.row, pieces.slot + begin, count, pieces.document, pieces.offset)
 
 
 def label_mask(real: np.ndarray | None, shape: tuple[int, int], rows: Rows, apart: bool) -> np.ndarray:
-    """(b, l) bool: which inputs have a label to learn.
+    """Return (b, l) bool: which inputs have a label that counts in the loss.
 
     Args:
-        real: (b, l + 1) which tokens are text; None when all are.
+        real: (b, l + 1) bool, which tokens are text; None when all are.
         shape: (b, l).
-        rows: what they read.
-        apart: whether documents do not see each other, so that none predicts the next one's first token.
+        rows: what the rows read.
+        apart: whether documents are separate, so that the last token of one does not predict the first of the next.
     """
     mask = np.ones(shape, bool) if real is None else real[:, :-1] & real[:, 1:]
     if apart:
@@ -86,7 +88,7 @@ def label_mask(real: np.ndarray | None, shape: tuple[int, int], rows: Rows, apar
 
 
 def block_starts(shape: tuple[int, int], pieces: Pieces, block: int) -> np.ndarray:
-    """(b, l // W) bool: which blocks begin a document; isolated documents begin at multiples of W."""
+    """Return (b, l // W) bool: which blocks begin a document. Isolated documents begin at multiples of W."""
     starts = np.zeros((shape[0], shape[1] // block), bool)
     first = pieces.select((pieces.offset == 0) & (pieces.slot < shape[1]))
     starts[first.row, first.slot // block] = True
@@ -94,5 +96,5 @@ def block_starts(shape: tuple[int, int], pieces: Pieces, block: int) -> np.ndarr
 
 
 def token_starts(shape: tuple[int, int], pieces: Pieces) -> np.ndarray:
-    """(b, l) bool: which tokens are their document's first."""
+    """Return (b, l) bool: which tokens are the first of their document."""
     return block_starts(shape, pieces, block=1)

@@ -1,4 +1,4 @@
-"""The settings of the loader: which corpora, in which order, read how."""
+"""The settings of the loader: which corpora, in which order, and how they are read."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _checked(corpus: Any) -> Any:
 class DataConfig(Config):
     """What is served, and how."""
 
-    # Checked before the union, which shows what it was given when no branch fits.
+    # Checked before the union: its error message shows the given value, which may hold a secret.
     corpus: Annotated[Address | tuple[MixedCorpus, ...], BeforeValidator(_checked)]
     """Directory or address of a prepared corpus; or a list of corpora with weights."""
     weight_changes: tuple[WeightChange, ...] = ()
@@ -81,15 +81,16 @@ class DataConfig(Config):
 
     @property
     def apart(self) -> bool:
-        """Whether no token sees another document's, nor predicts its first."""
+        """Whether documents are separate: no token sees another document, nor predicts the first token of another."""
         return self.documents != "joined"
 
     def urls(self) -> list[str]:
-        """Where the corpora lie, in the order of their weights."""
+        """Return the addresses of the corpora, in the order of their weights."""
         return [self.corpus] if isinstance(self.corpus, str) else [each.corpus for each in self.corpus]
 
     def only(self, kept: Sequence[bool]) -> DataConfig:
-        """The settings of some of the corpora, with the first weights they have; equal ones where these are all 0."""
+        """Return settings with the kept corpora only, with their first weights. If these are all 0, the weights become
+        equal."""
         if isinstance(self.corpus, str) or all(kept):
             return self
         mixed = tuple(each for each, keep in zip(self.corpus, kept, strict=True) if keep)
@@ -98,6 +99,6 @@ class DataConfig(Config):
         return self.model_copy(update={"corpus": mixed, "weight_changes": ()})
 
     def segments(self) -> list[tuple[int, tuple[float, ...]]]:
-        """(first step, weights) pairs, from step 0 on."""
+        """Return (first step, weights) pairs, from step 0 on."""
         first = (1.0,) if isinstance(self.corpus, str) else tuple(each.weight for each in self.corpus)
         return [(0, first), *((change.step, change.weights) for change in self.weight_changes)]

@@ -1,4 +1,4 @@
-"""Where documents lie in their shards, in columns: what is kept of the indexes of shards that are open."""
+"""Where the documents of the open shards lie, in columns: the part of their indexes that stays in memory."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from data_pipeline.format.shards import ShardIndex
 
 
 class Layout(NamedTuple):
-    """The n documents of one shard, or of some that were opened together; 18 bytes a document of one block in a tar, 13
-    in a packed file."""
+    """The n documents of one shard, or of several that were opened together.
 
-    offsets: np.ndarray  # (n,) byte of its file, a tar or a packed one, where the document's first token lies
-    lengths: np.ndarray  # (n,) its tokens: uint32, or uint64 where a document has 2^32 or more
-    crc_starts: np.ndarray  # (n,) the place in `crc` of its first block; where it is packed, of its shard's first
-    packed: np.ndarray  # (n,) bool: which lie in packed files, where blocks are counted from the beginning of the file
+    A document of one block takes 18 bytes of memory in a tar, and 13 in a packed file.
+    """
+
+    offsets: np.ndarray  # (n,) byte offset of the document's first token in its file, a tar or a packed file
+    lengths: np.ndarray  # (n,) tokens: uint32, or uint64 if a document has 2^32 or more
+    crc_starts: np.ndarray  # (n,) the place in `crc` of the document's first block; if packed, of its shard's
+    packed: np.ndarray  # (n,) bool: which lie in packed files, where blocks are counted from the begin of the file
     crc: np.ndarray  # (blocks,) uint32
-    verified: np.ndarray  # (blocks,) bool: found whole since the shards were opened
+    verified: np.ndarray  # (blocks,) bool: which blocks matched their CRC since the shards were opened
 
     @classmethod
     def of(cls, index: ShardIndex) -> Layout:
-        """What the index of a shard says."""
+        """Return the layout of a shard's tar, from its index."""
         return cls._made(index.offsets, index.lengths, index.crc_starts, False, index.crc)
 
     @classmethod
     def of_packed(cls, index: ShardIndex, crc: np.ndarray) -> Layout:
-        """Where the documents lie in a shard's packed file, whose blocks have these CRCs."""
+        """Return the layout of a shard's packed file, whose blocks have these CRCs."""
         lengths = index.lengths.astype(np.int64)
         begins = (np.cumsum(lengths) - lengths) * index.dtype.itemsize
         return cls._made(begins, lengths, np.zeros_like(lengths), True, crc)
@@ -44,7 +46,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def join(cls, parts: Sequence[Layout]) -> Layout:
-        """Those of several shards as one, in their order."""
+        """Return the layouts of several shards as one, in their order."""
         if len(parts) == 1:
             return parts[0]
         blocks = [len(part.crc) for part in parts]
@@ -54,42 +56,42 @@ class Layout(NamedTuple):
         return cls(offsets, lengths, _narrow(np.concatenate(starts)), packed, crc, np.zeros_like(verified))
 
     def part(self, start: int, stop: int) -> Layout:
-        """The documents ``start..stop``, over the same memory; blocks keep their places."""
+        """Return the documents ``start..stop``, over the same memory. Blocks keep their places."""
         own = ("offsets", "lengths", "crc_starts", "packed")
         return self._replace(**{name: getattr(self, name)[start:stop] for name in own})
 
 
 def _narrow(values: np.ndarray) -> np.ndarray:
-    """In 32 bits where that holds them."""
+    """Return the values as uint32 if they fit, else as uint64."""
     return values.astype(np.uint32 if values.max(initial=0) < 1 << 32 else np.uint64)
 
 
 class Found(NamedTuple):
-    """Where some of the documents lie that were looked for: m of them, of shards that were opened together."""
+    """The places of m of the documents that were asked for, in shards that were opened together."""
 
-    which: np.ndarray  # (m,) of those that were looked for
-    shards: np.ndarray  # (m,)
-    places: np.ndarray  # (m,) in the layout
-    firsts: np.ndarray  # (m,) likewise, of the first document of the shard
+    which: np.ndarray  # (m,) their indices among the documents that were asked for
+    shards: np.ndarray  # (m,) the shard of each
+    places: np.ndarray  # (m,) the place of each in the layout
+    firsts: np.ndarray  # (m,) the place in the layout of the first document of its shard
     layout: Layout
 
 
 class OpenShards:
-    """The layouts of the shards of a split that are open, by the shards that were opened together.
+    """The layouts of the open shards of a split, grouped by the shards that were opened together.
 
-    Calls may be made from several threads. A shard that is opened again, with others, counts to the last ones.
+    Several threads may call it. A shard that is opened again, together with others, belongs to the new group.
 
     Args:
-        shards: of the split.
-        first_documents: (shards + 1,) the number of each shard's first document, and of all.
+        shards: number of shards of the split.
+        first_documents: (shards + 1,) the number of each shard's first document, then the number of all documents.
     """
 
     def __init__(self, shards: int, first_documents: np.ndarray) -> None:
         self._firsts = first_documents
-        self._number = np.full(shards, -1, np.int32)  # of what each shard was opened with; -1 where it is not open
+        self._number = np.full(shards, -1, np.int32)  # the number of each shard's group; -1 for a closed shard
         self._begins = np.zeros(shards, np.int64)  # the place of each shard's first document in its layout
         self._layouts: dict[int, Layout] = {}
-        self._users: dict[int, int] = {}  # how many shards are left of those that were opened together
+        self._users: dict[int, int] = {}  # how many shards of each group are still open
         self._numbers = count()
         self._lock = threading.Lock()
 
@@ -97,14 +99,14 @@ class OpenShards:
         return int((self._number >= 0).sum())
 
     def together(self, shards: np.ndarray) -> Layout | None:
-        """The layout of shards that were opened together and alone; None where they were not."""
+        """Return the layout of shards that form one whole group; None if they do not."""
         with self._lock:
             numbers = np.unique(self._number[shards]).tolist()
             same = len(numbers) == 1 and self._users.get(numbers[0]) == len(shards)
             return self._layouts[numbers[0]] if same else None
 
     def add(self, shards: np.ndarray, layout: Layout) -> Layout:
-        """Open shards; returns their layout."""
+        """Add shards as one group; return their layout."""
         documents = self._firsts[shards + 1] - self._firsts[shards]
         with self._lock:
             self._forget(shards)
@@ -115,12 +117,12 @@ class OpenShards:
         return layout
 
     def release(self, shards: np.ndarray) -> None:
-        """Close shards, as far as they are open."""
+        """Close those of the shards that are open."""
         with self._lock:
             self._forget(shards)
 
     def part(self, shard: int) -> Layout | None:
-        """The layout of one shard; None where it is not open."""
+        """Return the layout of one shard; None if it is closed."""
         with self._lock:
             if self._number[shard] < 0:
                 return None
@@ -129,7 +131,8 @@ class OpenShards:
             return self._layouts[int(self._number[shard])].part(begin, stop)
 
     def find(self, documents: np.ndarray, shards: np.ndarray) -> list[Found] | np.ndarray:
-        """Where documents (m,) of the shards (m,) lie; or those of the shards that have to be opened for it."""
+        """Locate documents (m,) in their shards (m,). If some of these shards are closed, return the closed shards
+        instead."""
         with self._lock:
             number, layouts = self._number[shards], dict(self._layouts)
             firsts = self._begins[shards]

@@ -1,7 +1,7 @@
 """The loader: the batch of any step, as a pure function of the corpora, the settings and the step.
 
-What a rank is given follows by arithmetic from (corpora, settings, seed, step, rank), without history. So a run resumes
-at any step without reading anything that came before, and the global batch is the same for every dp x sp.
+A rank's batch is computed from (corpora, settings, seed, step, rank), without any history. So a run resumes at any step
+without reading earlier data, and the global batch is the same for every dp x sp.
 """
 
 from __future__ import annotations
@@ -32,11 +32,14 @@ from data_pipeline.serve.share import Share
 from data_pipeline.serve.slices import Blank, MicroBatch
 from data_pipeline.serve.spread import MASKED
 
-_STEPS_AT_ONCE = 4  # read over a network, so that requests are under way while one of them waits for its last
+_STEPS_AT_ONCE = 4  # steps read in parallel over a network: other requests run while a step waits for its last one
 
 
 def open_corpora(config: DataConfig, split: str = "train") -> list[Corpus]:
-    """Open every corpus of the settings; raises UserError when one is unusable or they differ in their tokenizer."""
+    """Open every corpus of the settings.
+
+    Raises UserError when a corpus is unusable, or when the corpora have different tokenizers.
+    """
     corpora = [Corpus.open(url, split, config.storage) for url in config.urls()]
     for other in corpora[1:]:
         if other.manifest.tokenizer.sha256 != corpora[0].manifest.tokenizer.sha256:
@@ -51,19 +54,19 @@ def open_corpora(config: DataConfig, split: str = "train") -> list[Corpus]:
 
 
 class Loader:
-    """Serves one rank its slices, step after step.
+    """Serves the slices of one rank, step after step.
 
     Args:
-        config: what is served.
-        corpora: as `open_corpora` gives them.
-        share: what this rank is served of each step.
-        block: W; a rank's share of a slice is a multiple of it, and so is the begin of an isolated document.
+        config: the data settings.
+        corpora: the result of `open_corpora`.
+        share: the part of each step that this rank reads.
+        block: W. A rank's part of a slice is a multiple of it, and isolated documents begin at multiples of it.
         seed: keys the order.
-        start_step: where iteration begins; what a checkpoint's state gives.
-        changes: (first step, rows from there on) pairs, where the rows of a step are not always those of `share`.
-        lengths: likewise (first step, tokens of a row from there on), where these change.
+        start_step: the step at which iteration begins. A resumed run takes it from its checkpoint.
+        changes: (first step, rows from that step on) pairs, for runs in which the rows of a step change.
+        lengths: (first step, tokens of a row from that step on) pairs, for runs in which the sequence length changes.
 
-    Raises UserError for sizes that do not fit each other or the corpora.
+    Raises UserError when the sizes do not fit each other or the corpora.
     """
 
     def __init__(
@@ -85,15 +88,16 @@ class Loader:
         self._seed, self._start_step = seed, start_step
         self._block = block if config.documents == "isolated" else None
         self.sequences = self._sequences_of_a_pass()
-        """Sequences of the first length in one pass over each corpus; the last one may be padded."""
+        """Sequences of the first length in one pass over each corpus. The last sequence of a pass may be padded."""
         self._prefetcher: Prefetcher | None = None
         self._planned = BatchSizes(((0, share.rows), *changes))
         self._use_order(ORDER_VERSION, self._planned)
 
     def __iter__(self) -> Iterator[tuple[int, list[MicroBatch]]]:
-        """(step, this rank's micro-batches in order), from `start_step` on and without end.
+        """Yield (step, the micro-batches of this rank in order), from `start_step` on, without end.
 
-        Once the process is told to stop nothing is waited for: a step that is not there yet is `Blank`, and the last.
+        Once the process is asked to stop, the iterator waits for nothing: it yields `Blank` for the next step that is
+        not ready, and ends.
         """
         self.close()
         far = any(corpus.remote for corpus in self._corpora)
@@ -103,21 +107,24 @@ class Loader:
         return self._served(self._prefetcher)
 
     def batches(self, step: int) -> list[MicroBatch]:
-        """This rank's micro-batches of a step; calls have no effect on each other."""
+        """Return this rank's micro-batches of a step. Calls are independent of each other."""
         return [self._share.laid_out(stored, self._batch) for stored in self._read_all(step)]
 
     def blank(self, step: int) -> Blank:
-        """What stands in for the micro-batches of a step; reads nothing."""
+        """Return the placeholder for the micro-batches of a step. Nothing is read."""
         return Blank(self._share.laid_out(stored, self._batch) for stored in self._read_all(step, blank=True))
 
     def tokens(self, step: int) -> list[np.ndarray]:
-        """The same micro-batches as stored: (b, l + 1) in the corpus's dtype, the label of the last input included;
-        slice after slice."""
+        """Return the same micro-batches as stored, slice after slice: (b, l + 1) in the corpus's dtype, including the
+        label of the last input."""
         return [part.tokens for stored in self._read_all(step) for part in stored]
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint keeps after `step` steps were trained on: under 300 bytes of JSON, and 12 for each change
-        of the number of rows, or of the length, which also takes some for each corpus."""
+        """Return what a checkpoint stores after `step` training steps.
+
+        It is under 300 bytes of JSON, plus 12 for each change of the number of rows or of the length. A change of the
+        length also adds a few bytes for each corpus.
+        """
         lengths = {}
         if self._lengths.since:
             changes = list(map(list, self._lengths.until(step).changes))
@@ -125,11 +132,11 @@ class Loader:
         return self._order_at(step) | self._sizes.until(step).state() | lengths
 
     def check(self, state: dict[str, Any]) -> None:
-        """Go on as the run that `state` is of: in the version of the order that it began with.
+        """Check a checkpoint's `state`, and continue in the version of the order that its run began with.
 
-        Raises UserError, naming what differs, when its corpora or settings are not this loader's. Weights from its step
-        on may differ, and so may corpora that had no weight before it, the length, and in shuffled mode the number of
-        rows.
+        Raises UserError, naming the differences, when its corpora or settings are not those of this loader. The
+        following may differ: the weights from its step on, corpora that had no weight before that step, the length, and
+        in shuffled mode the number of rows.
         """
         version = state["order"] if state.get("order") in ORDER_VERSIONS else self._order
         sizes, step, begun = BatchSizes.kept(state), state.get("step", 0), state.get("begun")
@@ -143,25 +150,25 @@ class Loader:
             self._phases.require_laid_out(before.phases, begun, step)
 
     def consumed(self, step: int) -> np.ndarray:
-        """(corpora,) int64: sequences of each corpus that all ranks together have read before a step."""
+        """Return (corpora,) int64: the sequences of each corpus that all ranks together have read before a step."""
         return self._phases.consumed(step)
 
     def passes(self, step: int) -> list[float]:
-        """Passes over each corpus that are made before a step."""
+        """Return the number of passes over each corpus before a step."""
         return self._phases.passes(step)
 
     def padding(self) -> list[float]:
-        """The share of each corpus's stream that is padding between documents; 0 where they are joined."""
+        """Return the fraction of each corpus's stream that is padding between documents; 0 for joined documents."""
         sizes = [corpus.shard_sizes(self._block) for corpus in self._corpora]
         return [1 - int(each.tokens.sum()) / int(each.extents.sum()) for each in sizes]
 
     @property
     def bad(self) -> list[str]:
-        """What `on_bad_shard: skip` has left out so far, a message each."""
+        """Messages about the data that `on_bad_shard: skip` has left out so far, one for each place."""
         return list(dict.fromkeys(message for part in self._parts for message in part.reader.bad))
 
     def close(self) -> None:
-        """Stop the prefetch thread, which may be waiting for a network; a second call does nothing."""
+        """Stop the prefetch threads, which may be waiting for a network. A second call does nothing."""
         if self._prefetcher is None:
             return
         for corpus in self._corpora:
@@ -202,7 +209,7 @@ class Loader:
         self._order, self._sizes, lengths = version, sizes, self._lengths
         order = self._make_order(version, sizes, lengths)
         self._phases = order.phases
-        # One more than there are corpora, where two passes meet; kept through changes of rows and length.
+        # One stream per corpus, and one more where two passes meet. Changes of rows or length keep them.
         order = order._replace(stream=lru_cache(maxsize=len(self._corpora) + 1)(order.stream))
         starts = sorted({start for changes in (sizes.changes, lengths.changes) for start, _ in changes})
         self._parts = [
@@ -211,7 +218,7 @@ class Loader:
         ]
 
     def _part(self, order: Order, start: int, end: int | None, share: Share) -> _Part:
-        """What serves the steps ``start..end``."""
+        """Return the reader and the share for the steps ``start..end``."""
         reader = RowReader(
             self._corpora,
             order,
@@ -229,7 +236,7 @@ class Loader:
         return _Part(start, share, reader)
 
     def _order_at(self, step: int) -> dict[str, Any]:
-        """What the order has been up to a step, but for the number of rows."""
+        """Return what a checkpoint stores about the order up to a step, except the number of rows."""
         corpora, weights = self._mixed_until(step)
         return {
             "order": self._order,
@@ -245,9 +252,9 @@ class Loader:
         }
 
     def _mixed_until(self, step: int) -> tuple[str, str]:
-        """What says which corpora were read, and with which weights, before a step."""
+        """Return strings that identify the corpora read before a step, and their weights."""
         segments = self.config.segments()
-        if self._order == 1:  # where all corpora and weights counted, the later ones too
+        if self._order == 1:  # version 1 compares all corpora and all weights, those of later steps too
             return "".join(corpus.sha256 for corpus in self._corpora), json.dumps(segments)
         used = [(start, whole_weights(weights)) for start, weights in segments if start < max(step, 1)]
         read = [number for number in range(len(self._corpora)) if any(weights[number] for _, weights in used)]
@@ -255,21 +262,22 @@ class Loader:
         return "".join(f"{number}:{self._corpora[number].sha256}" for number in read), json.dumps(shares)
 
     def _read_all(self, step: int, blank: bool = False) -> Iterator[list[Stored]]:
-        """Every slice of every micro-batch; `blank`: without what they hold."""
+        """Yield all slices of each micro-batch; with `blank`, padding in place of their tokens."""
         serving = [each for each in self._parts if each.start <= step][-1]
         for numbers in serving.share.micro_batches:
             yield [self._read(serving, step, numbers, part, blank) for part in range(len(serving.share.begins))]
 
     def _read(self, serving: _Part, step: int, numbers: np.ndarray, part: int, blank: bool) -> Stored:
-        """One slice of a micro-batch; its masked rows, which are the last, are padding as beyond the end of a pass."""
+        """Read one slice of a micro-batch. The last rows may be masked; they hold padding, like rows beyond the end of
+        a pass."""
         reader, masked = serving.reader, 0
-        if numbers[-1] == MASKED:  # the last rows are
+        if numbers[-1] == MASKED:  # masked rows are always the last ones
             masked = int((numbers == MASKED).sum())
         own = range(len(numbers) - masked)
         if not own:
             located, (tokens, real) = Rows.none(), reader.none(0)
         else:
-            place = int(numbers[0]) - serving.share.own.start  # rows are located by their place among the rank's own
+            place = int(numbers[0]) - serving.share.own.start  # the reader counts rows from the rank's first row
             if blank:
                 located, (tokens, real) = reader.unread(step, place, place + len(own)), reader.none(len(own))
             else:
@@ -278,12 +286,12 @@ class Loader:
             nothing, unreal = reader.none(masked)
             real = np.concatenate([np.ones(tokens.shape, bool) if real is None else real, unreal])
             tokens, located = np.concatenate([tokens, nothing]), located.masked(masked)
-        if part:  # what comes before it in its row is the slice before
+        if part:  # it follows the slice before it in its row
             located = located._replace(continues=np.ones_like(located.continues))
         return Stored(numbers, serving.share.begins[part], located, tokens, real)
 
     def _batch(self, stored: Stored) -> Batch:
-        """What was read, laid out for a trainer."""
+        """Build the trainer's batch from a stored slice."""
         numbers, begin, rows, tokens, real = stored
         ids = tokens.astype(np.int64)
         shape = ids[:, :-1].shape
@@ -311,7 +319,7 @@ class Loader:
 
 
 class _Part(NamedTuple):
-    """What serves the steps between two changes of the number of rows, or of their length."""
+    """The share and the reader for the steps between two changes of the number of rows, or of their length."""
 
     start: int
     share: Share
@@ -319,21 +327,21 @@ class _Part(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """One slice of a micro-batch as it lies in the corpus."""
+    """One slice of a micro-batch, with its tokens as they are stored in the corpus."""
 
     numbers: np.ndarray
-    """(b,) int64: the rows' global numbers, `MASKED` of those that only fill the micro-batch."""
+    """(b,) int64: the rows' global numbers; `MASKED` for rows that only fill the micro-batch."""
     begin: int
-    """Its first token in its row."""
+    """The position of the slice's first token in its row."""
     rows: Rows
     tokens: np.ndarray
-    """(b, l + 1) in the corpus's dtype, the label of the last input included."""
+    """(b, l + 1) in the corpus's dtype, including the label of the last input."""
     real: np.ndarray | None
-    """(b, l + 1) bool: which of them are text; None when all are."""
+    """(b, l + 1) bool: which tokens are text; None when all are."""
 
 
 def check_state(own: dict[str, Any], state: dict[str, Any]) -> None:
-    """Raise UserError, naming what differs, unless a checkpoint's `state` of a loader is this one's `own`."""
+    """Raise UserError, naming the differences, unless the loader's state in a checkpoint equals this loader's own."""
     differing = [name for name in own | state if own.get(name) != state.get(name)]
     if differing:
         listed = "; ".join(f"{name}: {state.get(name)} then, {own.get(name)} now" for name in differing)

@@ -1,4 +1,4 @@
-"""How often a run goes through its corpora: counted before it starts, told, and limited if asked."""
+"""The number of passes over each corpus: reported before a run starts, and limited by `max_passes`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from data_pipeline.serve.loader import Loader
 
 
 def passes_told(loader: Loader, steps: int) -> str:
-    """The passes over each corpus before a step, for people; raises UserError for more than `max_passes` allows."""
+    """Return a message with the passes over each corpus before a step.
+
+    Raises UserError when they are more than `max_passes` allows.
+    """
     passes = dict(zip(loader.config.urls(), loader.passes(steps), strict=True))
     most, limit = max(passes, key=lambda url: passes[url]), loader.config.max_passes
     if limit is not None and passes[most] > limit:

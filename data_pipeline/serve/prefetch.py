@@ -1,4 +1,4 @@
-"""Results of consecutive calls, computed a few ahead by threads."""
+"""Prefetching: threads compute the results of the next calls in advance."""
 
 from __future__ import annotations
 
@@ -7,29 +7,30 @@ from collections.abc import Callable, Iterator
 from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
-_LOOK_S = 0.2  # how often a caller that waits looks whether to leave
-_END_S = 5.0  # how long threads are waited for when their work may hang
+_LOOK_S = 0.2  # how often a waiting caller checks whether to leave
+_END_S = 5.0  # how long `close` waits for threads whose work may hang
 
 
 class _Found(NamedTuple, Generic[T]):
-    """What computing a number came to."""
+    """The outcome of one call: a result or an error."""
 
     result: T | None = None
     error: BaseException | None = None
 
 
 class Prefetcher(Generic[T]):
-    """Yields ``(i, compute(i))`` for i = start, start + 1, …; `ahead` results wait ready, 0 computes in the caller.
+    """Yields ``(i, compute(i))`` for i = start, start + 1, …, with `ahead` results ready; 0 computes in the caller's
+    thread.
 
-    Threads, no processes: the work is reads and copies that release the GIL, and a process would have to send every
-    result through a pipe. An error in a thread is raised where its result would have come.
+    It uses threads, not processes: the work is reads and copies that release the GIL, and a process would have to send
+    every result through a pipe. An error in a thread is raised in place of its result.
 
     Args:
-        compute: gives a result; several threads may call it at a time.
+        compute: returns a result. Several threads may call it at the same time.
         start: the first number.
-        ahead: results that wait ready.
-        threads: how many results are computed at a time; more than one pays where computing is waiting.
-        leave: once it is set nothing is waited for: the next result that is not there is None, and the last.
+        ahead: how many results are kept ready.
+        threads: how many results are computed in parallel. More than one helps when `compute` waits.
+        leave: once it is set, the iterator waits for nothing. If the next result is not ready, it yields None and ends.
     """
 
     def __init__(
@@ -41,8 +42,8 @@ class Prefetcher(Generic[T]):
         leave: threading.Event | None = None,
     ) -> None:
         self._compute, self._start, self._ahead, self._leave = compute, start, ahead, leave or threading.Event()
-        self._changed = threading.Condition()  # guards what follows
-        self._begun, self._taken = start, start  # the next number to compute, and to hand out
+        self._changed = threading.Condition()  # guards the attributes below
+        self._begun, self._taken = start, start  # the next number to compute, and the next one to yield
         self._ready: dict[int, tuple[T | None, BaseException | None]] = {}
         self._stopped = False
         count = min(threads, ahead)
@@ -51,7 +52,7 @@ class Prefetcher(Generic[T]):
             thread.start()
 
     def __iter__(self) -> Iterator[tuple[int, T | None]]:
-        """See the class."""
+        """Yield the results in order; see the class."""
         number = self._start
         while not self._stopped:
             found = self._next(number) if self._threads else self._computed(number)
@@ -66,7 +67,8 @@ class Prefetcher(Generic[T]):
             number += 1
 
     def close(self) -> None:
-        """Stop the threads and wait for them to end; not without end for what may have been left."""
+        """Stop the threads and wait for them to end. Once `leave` is set it waits at most 5 s, since their work may
+        hang."""
         with self._changed:
             self._stopped = True
             self._ready.clear()
@@ -75,7 +77,8 @@ class Prefetcher(Generic[T]):
             thread.join(_END_S if self._leave.is_set() else None)
 
     def _next(self, number: int) -> _Found[T] | None:
-        """The result of `number`; None when the prefetcher is closed meanwhile, or nothing is waited for any more."""
+        """Return the result of `number`; None when the prefetcher is closed, or `leave` is set and there is no result
+        yet."""
         with self._changed:
             while not (number in self._ready or self._stopped or self._leave.is_set()):
                 self._changed.wait(_LOOK_S)
@@ -100,7 +103,7 @@ class Prefetcher(Generic[T]):
             return _Found(error=error)
 
     def _claim(self) -> int | None:
-        """The next number to compute, once it is wanted; None when no more are."""
+        """Return the next number to compute, once it is needed; None when the prefetcher is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._begun <= self._taken + self._ahead)
             if self._stopped:

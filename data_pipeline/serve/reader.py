@@ -1,6 +1,6 @@
-"""Random access to a prepared corpus: any run of any document's tokens, checked against what was written.
+"""Random access to a prepared corpus: any run of tokens of any document, checked against its CRCs.
 
-Opening a corpus reads its manifest and its tokenizer, and no index: a shard is opened when it is first read from.
+Opening a corpus reads its manifest and its tokenizer, but no index. A shard is opened when it is first read.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from data_pipeline.store.mapped import MappedFile
 from data_pipeline.store.storage import open_storage
 
 _log = logging.getLogger(__name__)
-_KEPT = 1 << 20  # documents of a corpus of which all indexes stay open once they were read: 30 MB
-_INDEXES_AT_ONCE = 32  # fetched over a network: each is waited for much longer than it takes
-_CHECKED_AT_START = 1000  # shards
+_KEPT = 1 << 20  # a corpus of at most so many documents keeps all its indexes open once they are read: 30 MB
+_INDEXES_AT_ONCE = 32  # indexes fetched in parallel over a network: latency takes much longer than the transfer
+_CHECKED_AT_START = 1000  # shards whose size is checked at the start
 
 
 class NoCorpusError(UserError):
-    """There is no corpus where one was looked for."""
+    """There is no prepared corpus at the given place."""
 
 
 class Corpus:
-    """One split of a prepared corpus; documents are numbered in the order of the manifest's shards.
+    """One split of a prepared corpus. Documents are numbered in the order of the manifest's shards.
 
-    Reads may be made from several threads.
+    Several threads may read at the same time.
     """
 
     def __init__(self, storage: Storage, manifest: Manifest, split: str, sha256: str | None = None) -> None:
@@ -55,17 +55,17 @@ class Corpus:
         self.where = f"{storage.where} ({split})"
         self.dtype = manifest.token_dtype
         self.sha256 = sha256 or manifest.sha256
-        """SHA-256 of the manifest: the corpus's identity."""
+        """SHA-256 of the manifest. It identifies the corpus."""
         self._table = manifest.shards(split)
         self.first_documents = np.append(0, np.cumsum(self._table.column("documents")))
-        """(shards + 1,) int64: the number of each shard's first document, and of all."""
+        """(shards + 1,) int64: the number of each shard's first document, then the number of all documents."""
         self._firsts = memoryview(self.first_documents)
         self._open = OpenShards(len(self._table), self.first_documents)
         self._readers: dict[int, ShardReader] = {}  # of open shards
         self._maps: dict[
             tuple[int, bool], MappedFile
-        ] = {}  # of open shards: a copy that a cache has removed takes room while mapped
-        self._unpacked: set[int] = set()  # shards whose packed files are not used, since something is wrong with them
+        ] = {}  # of open shards only: a copy that a cache has removed takes disk space as long as it is mapped
+        self._unpacked: set[int] = set()  # shards whose packed files are damaged and not used
         self._sizes = lru_cache(maxsize=4)(self._measure)
         if not len(self):
             raise UserError(f"{self.where}: the split is empty; prepare it from more text, or choose another")
@@ -74,8 +74,8 @@ class Corpus:
     def open(cls, url: str, split: str = "train", storage: StorageConfig | None = None) -> Corpus:
         """Open a split of the corpus in a directory or at an address (`storage.open_storage`).
 
-        Raises NoCorpusError when there is none, UserError when the split is missing or empty, the tokenizer is missing
-        or another one, an index does not belong to its shard, or the store cannot be reached.
+        Raises NoCorpusError when there is no corpus. Raises UserError when the split is missing or empty, when the
+        tokenizer is missing or a different one, or when the store cannot be reached.
         """
         config = storage or StorageConfig()
         source = open_storage(url, config)
@@ -89,7 +89,7 @@ class Corpus:
         sha256 = hashlib.sha256(data).hexdigest()
         manifest = Manifest.from_bytes(data, f"{url}/{MANIFEST}")
         size = len(data)
-        del data  # forty megabytes for a hundred thousand shards
+        del data  # 40 MB for 100,000 shards
         give_back(size)
         files = KnownFiles(manifest, split, f"{url}/{MANIFEST}")
         if source.remote and config.cache_dir:
@@ -100,23 +100,24 @@ class Corpus:
 
     @property
     def remote(self) -> bool:
-        """Whether tokens come over a network, so that many reads had better go out at a time."""
+        """Whether tokens come over a network, so that many reads in parallel are faster."""
         return self.storage.remote
 
     @property
     def tokens_total(self) -> int:
-        """Tokens of the split."""
+        """Number of tokens of the split."""
         return self.manifest.tokens(self.split)
 
     def __len__(self) -> int:
-        """Documents of the split."""
+        """Return the number of documents of the split."""
         return int(self.first_documents[-1])
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """(n,) tokens of each document, the end-of-document token included; uint64 where one has 2^32 or more.
+        """(n,) tokens of each document, including its end-of-document token; uint64 when a document has 2^32 or more,
+        else uint32.
 
-        Reads every index: what serves version 3 of the order does not ask for it.
+        It reads every index. Serving version 3 of the order does not need it.
         """
         every = np.arange(len(self._table))
         if len(self) <= _KEPT:
@@ -129,7 +130,10 @@ class Corpus:
         return lengths
 
     def tokenizer(self) -> Tokenizer:
-        """The corpus's tokenizer; raises UserError when it is missing or not the one the corpus was made with."""
+        """Return the corpus's tokenizer.
+
+        Raises UserError when it is missing, or not the tokenizer that the corpus was made with.
+        """
         info = self.manifest.tokenizer
         where = f"{self.storage.where}/{info.file}"
         try:
@@ -141,11 +145,11 @@ class Corpus:
         return tokenizer
 
     def token_bytes(self) -> np.ndarray:
-        """(V,) int64: bytes of text that each id stands for; 0 for begin, end and padding."""
+        """Return (V,) int64: the bytes of text of each id; 0 for begin, end and padding."""
         return self.tokenizer().token_bytes
 
     def require_vocabulary(self, size: int) -> None:
-        """Raise UserError unless a model of `size` ids can read every token of this corpus."""
+        """Raise UserError unless a model with `size` ids can read every token of this corpus."""
         own = self.manifest.tokenizer.vocab_size
         if own > size:
             raise UserError(
@@ -154,11 +158,12 @@ class Corpus:
             )
 
     def shard_sizes(self, block: int | None) -> ShardSizes:
-        """What the order needs of the shards; `block` is W where documents are isolated, None where they are joined."""
+        """Return the shard sizes that the order needs. `block` is W for isolated documents, None for joined ones."""
         return self._sizes(block)
 
     def shard_lengths(self, shards: np.ndarray) -> np.ndarray:
-        """(n,) tokens of each document of these shards, in increasing order; they stay open until they are released."""
+        """Return (n,) tokens of each document of these shards, given in increasing order. The shards stay open until
+        released."""
         return self._opened(shards).lengths
 
     @property
@@ -167,15 +172,20 @@ class Corpus:
         return len(self._open)
 
     def find(self, documents: np.ndarray) -> list[Found]:
-        """Where documents (m,) lie, in parts: one for each set of shards that were opened together."""
+        """Locate documents (m,); opens their shards if necessary.
+
+        Returns one `Found` for each set of shards that were opened together.
+        """
         shards = np.searchsorted(self.first_documents, documents, side="right") - 1
         while not isinstance(found := self._open.find(documents, shards), list):
             self._opened(found)
         return found
 
     def mapped(self, shard: int, packed: bool) -> MappedFile | None:
-        """The tar or the packed file of a shard in memory, until the shard is released; None where it cannot be mapped,
-        which reading it will explain."""
+        """Return the memory-mapped tar or packed file of a shard. It stays mapped until the shard is released.
+
+        Returns None when it cannot be mapped; a normal read then raises the error that says why.
+        """
         file = self._maps.get((shard, packed))
         if file is None:
             name = self._table.column("file")[shard].decode()
@@ -186,11 +196,12 @@ class Corpus:
         return file
 
     def shard_tokens(self) -> np.ndarray:
-        """(shards,) int64: tokens of each shard."""
+        """Return (shards,) int64: the tokens of each shard."""
         return self._table.column("tokens")
 
     def examine_packed(self, shard: int, blocks: list[int]) -> None:
-        """Read a shard from its tar from now on, and say so, if one of these blocks of its packed file is damaged."""
+        """Check these blocks of a shard's packed file. If one is damaged, log it and read the shard from its tar from
+        now on."""
         try:
             self._shard(shard).check_packed(blocks)
         except ShardError as error:
@@ -198,11 +209,14 @@ class Corpus:
             self.release([shard])
 
     def unmap(self) -> None:
-        """Map shards anew when they are next read from: something was wrong, and a store may have mended it."""
+        """Drop all mappings, so that shards are mapped again at their next read.
+
+        It is called after a failed check: a store may have replaced the damaged file.
+        """
         self._maps.clear()
 
     def fetch_ahead(self, now: Sequence[int], soon: Sequence[int]) -> None:
-        """Told of the shards that are read from now on, and of those after them."""
+        """Tell the storage which shards are read from now on, and which come after them."""
 
         def files(shards: Sequence[int]) -> list[str]:
             return [name for shard in shards for info in [self._table[shard]] for name in (info.index, info.file)]
@@ -210,7 +224,7 @@ class Corpus:
         self.storage.fetch_ahead(files(now), files(soon))
 
     def release(self, shards: Iterable[int]) -> None:
-        """Forget the indexes of these shards until they are read from again."""
+        """Drop the indexes and mappings of these shards. They are opened again at the next read."""
         released = np.fromiter(shards, np.int64)
         self._open.release(released)
         for shard in released.tolist():
@@ -219,11 +233,14 @@ class Corpus:
             self._maps.pop((shard, True), None)
 
     def document(self, number: int) -> np.ndarray:
-        """All tokens of a document, (n,)."""
+        """Return all tokens of a document, (n,)."""
         return self.tokens(number, 0, self._length(number))
 
     def tokens(self, number: int, start: int, stop: int) -> np.ndarray:
-        """Tokens ``start..stop`` of a document, in the corpus's dtype; raises ShardError when they are damaged."""
+        """Return the tokens ``start..stop`` of a document, in the corpus's dtype.
+
+        Raises ShardError when they are damaged.
+        """
         if not 0 <= start <= stop <= (length := self._length(number)):
             raise IndexError(f"{self.where}: document {number} has {length} tokens, not {start}..{stop}")
         out = np.empty(stop - start, self.dtype)
@@ -232,26 +249,26 @@ class Corpus:
         return out
 
     def read_into(self, number: int, start: int, buffer: memoryview) -> None:
-        """Fill `buffer`, bytes of at least one whole token, with a document's tokens from `start` on.
+        """Fill `buffer`, the bytes of at least one whole token, with a document's tokens from `start` on.
 
-        The caller sees to it that the document has them; raises ShardError when they are damaged.
+        The caller must not ask for more tokens than the document has. Raises ShardError when they are damaged.
         """
         shard = bisect_right(self._firsts, number) - 1
         self._reader(shard).read_into(number - self._firsts[shard], start, buffer)
 
     def document_info(self, number: int) -> dict[str, Any]:
-        """The document's JSON: id, path, source, licence and what else `prepare` recorded."""
+        """Return the document's JSON: id, path, source, licence and all else that `prepare` recorded."""
         shard = bisect_right(self._firsts, number) - 1
         return self._reader(shard).document_info(number - self._firsts[shard])
 
     def interrupt(self, stop: bool) -> None:
-        """While `stop` is true, reads that wait for a network end with a StorageError."""
+        """Interrupt reads: while `stop` is true, reads that wait for a network raise StorageError."""
         self.storage.interrupt(stop)
 
     def check_shards(self) -> None:
-        """Raise ShardError for the first shard that is missing or of another size; local files only.
+        """Raise ShardError for the first shard that is missing or has the wrong size. Only local files are checked.
 
-        Of a corpus of many shards, the first thousand: asking a file system for each would hold up the start.
+        Only the first 1000 shards are checked: asking a file system about each of many would delay the start.
         """
         for shard in range(min(len(self._table), _CHECKED_AT_START)):
             self._shard(shard).check_size()
@@ -260,7 +277,8 @@ class Corpus:
         return ShardReader(self.storage, self._table[shard], self.dtype)
 
     def _reader(self, shard: int) -> ShardReader:
-        """What reads a shard's tar; it needs an index of its own where the layout is that of a packed file."""
+        """Return the reader of a shard's tar. It needs its own layout where the open layout is that of the packed
+        file."""
         reader = self._readers.get(shard)
         if reader is None:
             reader = self._shard(shard)
@@ -275,7 +293,7 @@ class Corpus:
         return int(self._reader(shard).layout.lengths[number - self._firsts[shard]])
 
     def _opened(self, shards: np.ndarray) -> Layout:
-        """The layout of these shards, which are opened unless they are open together."""
+        """Return the layout of these shards; open them unless they are open together already."""
         layout = self._open.together(shards)
         if layout is None:
             layout = self._open.add(shards, Layout.join(list(self._each_layout(shards))))
@@ -284,7 +302,7 @@ class Corpus:
         return layout
 
     def _each_layout(self, shards: np.ndarray) -> Iterator[Layout]:
-        """Read the indexes of shards; many are fetched at a time where they are not on this machine's disk."""
+        """Yield the layout of each shard from its index. Indexes on another machine are fetched in parallel."""
 
         if self.storage.local_path(MANIFEST) is not None:
             yield from map(self._layout, shards.tolist())
@@ -293,7 +311,7 @@ class Corpus:
             yield from pool.map(self._layout, shards.tolist())
 
     def _layout(self, shard: int) -> Layout:
-        """Where the documents of a shard lie: in its packed file, if there is one that is whole, else in its tar."""
+        """Return where a shard's documents lie: in its packed file if there is an intact one, otherwise in its tar."""
         reader, crc = self._shard(shard), None
         if shard not in self._unpacked:
             try:
@@ -322,7 +340,7 @@ class Corpus:
         return ShardSizes(documents, tokens, found)
 
     def _stored_extents(self, block: int) -> np.ndarray | None:
-        """(shards,) what the corpus's file of extents says; None where there is none that is right."""
+        """Return (shards,) extents from the corpus's extents file; None when there is no valid file."""
         info = (self.manifest.extents or {}).get(self.split)
         if info is None:
             return None
@@ -337,14 +355,15 @@ class Corpus:
 
 
 def _absolute(where: str) -> str:
-    """A directory by its whole path; an address as it is."""
+    """Return the absolute path of a directory; an address as it is."""
     return where if "://" in where or where.startswith("pipe:") else str(Path(where).absolute())
 
 
 class KnownFiles:
     """The files that serving a split needs, as the manifest names them.
 
-    Raises UserError where one lies elsewhere: a manifest from afar must not name files outside the corpus or the cache.
+    Raises UserError for a name that is not a plain file name: a downloaded manifest must not name files outside the
+    corpus or the cache.
     """
 
     def __init__(self, manifest: Manifest, split: str, where: str) -> None:
@@ -364,7 +383,7 @@ class KnownFiles:
                 raise _untrusted(where, names[bad][0].decode())
 
     def __getitem__(self, name: str) -> tuple[int | None, str]:
-        """(bytes where known, SHA-256) of a file."""
+        """Return (size in bytes or None if unknown, SHA-256) of a file."""
         if name in self._files:
             return self._files[name]
         for kind, order in self._sorted.items():

@@ -1,4 +1,4 @@
-"""One rank's rows: where the tokens of its slices lie, and their bytes."""
+"""The rows of one rank: where the tokens of its slices lie, and their bytes."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from data_pipeline.store.heap import share_arenas
 from data_pipeline.store.mapped import Collector
 
 _log = logging.getLogger(__name__)
-_FEW = 64  # rows located together where each of their runs is read by itself, or where a pass has no more
-_TOGETHER = 512  # rows located and read together, at most: many cost little more than one ...
-_TOGETHER_BYTES = 9 << 19  # ... of so many bytes, or one step ...
-_KEPT_BYTES = 32 << 20  # ... and so many of all the parts that rows are cut into
+_FEW = 64  # rows located together when their runs are read one by one, or when a pass has fewer rows than this
+_TOGETHER = 512  # maximum rows located and read together: many cost little more than one
+_TOGETHER_BYTES = 9 << 19  # maximum bytes of these rows in one slice, but at least one step is read
+_KEPT_BYTES = 32 << 20  # maximum bytes of these rows over all slices that the rows are cut into
 
 
 class RowReader:
-    """Locates and reads the slices of the rows ``first..first + count`` of every step; from several threads, if asked.
+    """Locates and reads the slices of the rows ``first..first + count`` of every step. Several threads may use it.
 
     Args:
         corpora, order: what is read.
-        block: W where documents are isolated; None where they are joined.
+        block: W for isolated documents; None otherwise.
         sequence_length: L, tokens of a row.
-        begins, length: the parts of each row: where each begins in its row, and the tokens of one.
+        begins, length: the parts of each row: where each part begins in its row, and the tokens of one part.
         first, count: the rank's rows.
-        since, until: the steps that will be asked for; None: without end.
-        start: the one that will be asked for first, most likely, and those after it.
-        on_bad_shard: as in `loader.DataConfig`.
+        since, until: the steps that may be asked for; until None: without end.
+        start: the step that is probably asked for first. The steps after it come next.
+        on_bad_shard: as in `config.DataConfig`.
     """
 
     def __init__(
@@ -58,13 +58,13 @@ class RowReader:
         start: int = 0,
     ) -> None:
         self.bad: list[str] = []
-        """What was left out because it is damaged or missing, a message each."""
+        """Messages about the data that was left out because it is damaged or missing, one for each place."""
         self._corpora, self._plan, self._block = corpora, order.phases, block
         self._sequence_length, self._begins, self._length = sequence_length, begins, length
         self._first, self._count, self._skip = first, count, on_bad_shard == "skip"
         self._dtype = corpora[0].manifest.token_dtype
         self._pad_id = corpora[0].manifest.tokenizer.pad_id
-        # Over a network the reads of several steps go out together: each waits much longer than it works.
+        # Over a network the reads of several steps are sent together: latency takes much longer than the transfer.
         self._pool = ThreadPoolExecutor(REQUESTS) if any(corpus.remote for corpus in corpora) else None
         if self._pool:
             share_arenas()
@@ -80,10 +80,10 @@ class RowReader:
         self._stream = order.stream
 
     def read(self, step: int, start: int, stop: int, part: int = 0) -> tuple[Rows, np.ndarray, np.ndarray | None]:
-        """One part of the rank's rows ``start..stop``, counted from its first, in a step.
+        """Read one part of the rank's rows ``start..stop`` in a step, counted from the rank's first row.
 
-        Returns what they read, their tokens (b, l + 1) in the corpus's dtype, not to be changed, and which of them are
-        text: (b, l + 1) bool, None when all are.
+        Returns the located rows, their tokens (b, l + 1) in the corpus's dtype, and which of them are text: (b, l + 1)
+        bool, None when all are. The caller must not change the tokens.
         """
         if step < self._since:
             raise ValueError(f"step {step}: steps before {self._since} had other rows")
@@ -99,21 +99,23 @@ class RowReader:
         return rows, tokens[begin:end], None if real is None or real.all() else real
 
     def unread(self, step: int, start: int, stop: int) -> Rows:
-        """The same rows without what they read, which takes no index to tell."""
+        """Return the same rows without their runs of tokens. No index is read for it."""
         rows = range(self._first + start, self._first + stop)
         corpora, epochs, _, continues = self._plan.assign(range(step, step + 1), rows)
         return Rows.none(len(rows))._replace(corpora=corpora, epochs=epochs, continues=continues)
 
     def none(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows that read nothing: their tokens, and that none is text."""
+        """Return the tokens of rows that read nothing, and a mask which says that none of them is text."""
         shape = (count, self._length + 1)
         return np.full(shape, self._pad_id, self._dtype), np.zeros(shape, bool)
 
     def _steps_with(self, step: int) -> range:
-        """The steps that are located and read together with a step: from the first one on 1, 2, 4, … and then as many
-        as pay, so that the first is soon there."""
+        """Return the steps that are located and read together with a step.
+
+        The first groups have 1, 2, 4, … steps, so that the first step is ready soon. Later groups have the best size.
+        """
         most, number = self._group_steps, step - self._start
-        growing = (1 << most.bit_length() - 1) - 1  # so many steps are in smaller groups
+        growing = (1 << most.bit_length() - 1) - 1  # number of steps in the smaller groups
         if 0 <= number < growing:
             size = 1 << (number + 1).bit_length() - 1
             begin = self._start + size - 1
@@ -124,8 +126,10 @@ class RowReader:
         return range(max(begin, self._since), end if self._until is None else min(end, self._until))
 
     def _read_group(self, group: range, part: int) -> tuple[np.ndarray, bool] | None:
-        """The tokens of a group of steps, (rows, l + 1), out of mapped shards, and whether runs cover all of them; None
-        where anything is wrong there, or they cannot be mapped."""
+        """Read a group of steps out of mapped shards: its tokens (rows, l + 1), and whether runs cover all of them.
+
+        Returns None when data is damaged or cannot be mapped.
+        """
         rows = self._group(group, part)
         pieces, shape = rows.pieces, (len(rows.corpora), self._length + 1)
         runs = MappedRuns(self._corpora, rows.corpora, pieces, self._dtype)
@@ -138,7 +142,8 @@ class RowReader:
         return tokens, bool(pieces.length.sum() == tokens.size)
 
     def _empty(self, rows: Rows) -> tuple[np.ndarray, bool]:
-        """What tokens (b, l + 1) of rows are read into, padding where no run comes; and whether runs fill all of it."""
+        """Return an array for the tokens (b, l + 1) of rows, and whether runs fill all of it. If not, it is filled with
+        padding."""
         tokens = np.empty((len(rows.corpora), self._length + 1), self._dtype)
         whole = bool(rows.pieces.length.sum() == tokens.size)
         if not whole:
@@ -146,8 +151,10 @@ class RowReader:
         return tokens, whole
 
     def _read_by_runs(self, rows: Rows) -> tuple[np.ndarray, np.ndarray | None]:
-        """Tokens (b, l + 1), and which of them are text, each run by itself: over a network many at a time, and where
-        data is damaged, to name it or to leave it out."""
+        """Read each run on its own; return tokens (b, l + 1), and which of them are text.
+
+        It is used over a network, with many reads in parallel, and for damaged data, which it names or leaves out.
+        """
         tokens, whole = self._empty(rows)
         data = memoryview(tokens).cast("B")
         runs = self._runs(rows)
@@ -164,7 +171,7 @@ class RowReader:
         return tokens, None if whole else _covered(rows, tokens.shape)
 
     def _runs(self, rows: Rows) -> Iterator[tuple[Corpus, int, int, int, int]]:
-        """(corpus, document, offset in it, first and last byte in the rows' tokens) of each run."""
+        """Yield (corpus, document, offset in the document, first byte, end byte in the rows' tokens) of each run."""
         row, slot, length, document, offset = rows.pieces
         corpora = [self._corpora[corpus] for corpus in rows.corpora[row].tolist()]
         begin = (row * (self._length + 1) + slot) * self._dtype.itemsize
@@ -172,7 +179,7 @@ class RowReader:
         return zip(corpora, document.tolist(), offset.tolist(), begin.tolist(), stop.tolist(), strict=True)
 
     def _locate(self, steps: range, part: int) -> Rows:
-        """One part of all of the rank's rows in a group of steps."""
+        """Locate one part of all of the rank's rows in a group of steps."""
         corpora, epochs, sequences, continues = self._plan.assign(steps, range(self._first, self._first + self._count))
         starts, cuts = sequences * self._sequence_length + self._begins[part], self._plan.at(steps.start).cuts
         parts = []
@@ -181,15 +188,15 @@ class RowReader:
             parts.append((rows, self._stream(corpus, epoch).pieces(base + starts[rows], self._length + 1)))
         pieces = Pieces.join(parts)
         if self._block is not None:
-            # What begins at the last input's label is another document: no label, so not worth reading.
+            # A run that begins at the label of the last input is another document, so it is no label and is not read.
             pieces = pieces.select((pieces.slot < self._length) | (pieces.offset > 0))
         bounds = np.searchsorted(pieces.row, np.arange(len(starts) + 1)).tolist()
         return Rows(corpora, epochs, continues, pieces, bounds)
 
     def _read_what_is_good(self, rows: Rows, tokens: np.ndarray) -> np.ndarray:
-        """Fill `tokens` with what can be read and padding elsewhere; returns which are text, (b, l + 1) bool.
+        """Fill `tokens` with the readable tokens, and with padding elsewhere; return which are text, (b, l + 1) bool.
 
-        Reading goes block by block here, so what is left out does not depend on how the rows were cut.
+        It reads block by block, so the tokens that are left out do not depend on how the rows were cut.
         """
         real = _covered(rows, tokens.shape)
         flat, good = tokens.reshape(-1), real.reshape(-1)
@@ -212,10 +219,10 @@ class RowReader:
 
 
 def _covered(rows: Rows, shape: tuple[int, int]) -> np.ndarray:
-    """(b, l + 1) bool: which tokens a run covers."""
+    """Return (b, l + 1) bool: which tokens are covered by a run."""
     row, slot, length, _, _ = rows.pieces
     change = np.zeros(shape[0] * shape[1] + 1, np.int8)
     begin = row * shape[1] + slot
     change[begin] += 1
-    change[begin + length] -= 1  # no two runs begin, or end, at the same place
+    change[begin + length] -= 1  # indexing is enough here: no two runs begin, or end, at the same place
     return np.cumsum(change[:-1], dtype=np.int8).astype(bool).reshape(shape)

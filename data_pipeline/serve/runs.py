@@ -1,9 +1,9 @@
-"""Many runs of tokens at a time, copied out of mapped shards and compared with their CRCs.
+"""Copies many runs of tokens at once out of mapped shards, and compares them with their CRCs.
 
-Rows of short documents are made of a dozen runs each. What Python does for one of them takes longer than its copy, so
-all is done for many rows together: where the runs lie, which of their blocks have not been checked yet, and one call to
-the kernel for the bytes. Anything that is not as it should be is only noticed here: `rows` then reads run by run,
-through `shard_reader`, which finds and names it.
+A row of short documents consists of a dozen runs. The Python overhead of one run is larger than its copy. So all is
+done for many rows together: locating the runs, finding the blocks that are still unchecked, and one call to the kernel
+for the bytes. This module only detects that something is wrong. `rows` then reads run by run through `shard_reader`,
+which finds the damage and names it.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ from data_pipeline.serve.order.stream import Pieces
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.store.mapped import Collector, MappedFile
 
-_CHECKED_TOGETHER = 20  # 2^20 bytes of blocks, about: they stay in the processor's cache
+_CHECKED_TOGETHER = 20  # log2 of the bytes that are checked at once, about: 1 MiB stays in the processor's cache
 
 
 class _Blocks(NamedTuple):
-    """The blocks that m runs touch, of shards that were opened together."""
+    """The blocks that m runs touch, in shards that were opened together."""
 
     corpus: Corpus
     layout: Layout
     shards: np.ndarray  # (m,)
     packed: np.ndarray  # (m,) bool
-    inside: np.ndarray  # (m,) the number of the first that each run touches, in its document or packed file
-    first: np.ndarray  # (m,) its place in the layout
-    count: np.ndarray  # (m,) how many the run touches
-    address: np.ndarray  # (m,) where the first begins in memory
-    stop: np.ndarray  # (m,) where the last of the document or packed file ends
+    inside: np.ndarray  # (m,) the number of the run's first block within its document or packed file
+    first: np.ndarray  # (m,) the place of that block in the layout
+    count: np.ndarray  # (m,) how many blocks the run touches
+    address: np.ndarray  # (m,) the memory address where the first block begins
+    stop: np.ndarray  # (m,) the memory address where the document or packed file ends
 
     def unchecked(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(places in the layout, addresses, bytes) of those that have not been found whole, each once."""
+        """Return (places in the layout, addresses, sizes in bytes) of the blocks that are not verified yet, each block
+        once."""
         verified = self.layout.verified[self.first]
         for more in range(1, int(self.count.max(initial=0))):
             verified &= self.layout.verified[self.first + np.minimum(more, self.count - 1)]
@@ -52,11 +53,11 @@ class _Blocks(NamedTuple):
 
 
 class MappedRuns:
-    """The m runs of some rows, in shards that are mapped.
+    """The m runs of some rows, in mapped shards.
 
     Args:
         corpora: of the mixture.
-        corpus: (rows,) which of them each row reads.
+        corpus: (rows,) which corpus each row reads.
         pieces: the runs.
         dtype: of the tokens.
     """
@@ -64,16 +65,17 @@ class MappedRuns:
     def __init__(self, corpora: Sequence[Corpus], corpus: np.ndarray, pieces: Pieces, dtype: np.dtype) -> None:
         self._pieces, self._dtype = pieces, dtype
         self._size, self._offset = pieces.length * dtype.itemsize, pieces.offset * dtype.itemsize
-        self._source = np.zeros_like(self._size)  # (m,) address of the run's first token; 0 where it is not mapped
+        self._source = np.zeros_like(self._size)  # (m,) address of the run's first token; 0 if it is not mapped
         self._blocks: list[_Blocks] = []
-        self._files: list[MappedFile] = []  # which stay mapped as long as this is there
+        self._files: list[MappedFile] = []  # references that keep the files mapped as long as this object lives
         for number in np.unique(corpus).tolist():
             own = np.flatnonzero(corpus[pieces.row] == number)
             for found in corpora[number].find(pieces.document[own]):
                 self._locate(corpora[number], found._replace(which=own[found.which]))
 
     def read(self, shape: tuple[int, int], pad_id: int, collector: Collector) -> np.ndarray | None:
-        """The tokens (b, l + 1), with padding where no run comes; None when any run is damaged or cannot be read."""
+        """Return the tokens (b, l + 1), with padding where there is no run; None when a run is damaged or cannot be
+        read."""
         if not (self._source.all() and all(_are_whole(blocks, collector) for blocks in self._blocks)):
             return None
         tokens = shape[0] * shape[1]
@@ -87,7 +89,8 @@ class MappedRuns:
         return None if data is None else data.view(self._dtype).reshape(shape)
 
     def examine(self) -> None:
-        """Have the packed files examined that the runs lie in, since something is wrong there or in a tar."""
+        """Check the packed files that the runs lie in. It is called after `read` failed because of a packed file or a
+        tar."""
         for own in self._blocks:
             for shard in np.unique(own.shards[own.packed]).tolist():
                 here = own.packed & (own.shards == shard)
@@ -95,12 +98,12 @@ class MappedRuns:
                 own.corpus.examine_packed(shard, np.unique(touched).tolist())
 
     def _locate(self, corpus: Corpus, found: Found) -> None:
-        """Note where the runs of these documents lie, and the blocks that they touch."""
+        """Record where the runs of these documents lie, and which blocks they touch."""
         runs, shards, places, firsts, layout = found
         size, packed = self._dtype.itemsize, layout.packed[firsts]
         begin = layout.offsets[places].astype(np.int64)
-        origin = np.where(packed, 0, begin)  # from where blocks are counted
-        counting = np.where(packed, firsts, places)  # all of a packed file are counted as its first, which is at hand
+        origin = np.where(packed, 0, begin)  # the byte from which blocks are counted
+        counting = np.where(packed, firsts, places)  # in a packed file, all documents have `crc_starts` of the first
         counted = np.where(packed, corpus.shard_tokens()[shards], layout.lengths[counting].astype(np.int64)) * size
         byte, step = begin + self._offset[runs], CRC_BLOCK * size
         inside, last = (byte - origin) // step, (byte - origin + self._size[runs] - 1) // step
@@ -112,14 +115,16 @@ class MappedRuns:
         self._blocks.append(_Blocks(corpus, layout, shards, packed, *blocks))
 
     def _gaps(self, row_tokens: int, tokens: int) -> np.ndarray:
-        """(m + 1,): how many tokens before, between and after the runs none of them covers."""
+        """Return (m + 1,): the number of tokens that no run covers before, between and after the runs."""
         row, slot, length = self._pieces[:3]
         begin = row * row_tokens + slot
         return np.append(begin, tokens) - np.append(0, begin + length)
 
     def _mapped(self, corpus: Corpus, files: np.ndarray) -> np.ndarray:
-        """(2, m) address and bytes of each file, (m,): twice the shard, and one more for the packed one; 0 where it is
-        not mapped."""
+        """Return (2, m): the address and the size in bytes of each file (m,); 0 for a file that is not mapped.
+
+        A file's number is twice its shard's, plus one for the packed file.
+        """
         low = int(files.min())
         found = np.zeros((int(files.max()) - low + 1, 2), np.int64)
         for number in (np.flatnonzero(np.bincount(files - low)) + low).tolist():
@@ -130,7 +135,7 @@ class MappedRuns:
 
 
 def _are_whole(blocks: _Blocks, collector: Collector) -> bool:
-    """Compare those blocks with their CRCs that have not been found whole before; false when any differs."""
+    """Compare the unverified blocks with their CRCs; return whether all of them are intact."""
     place, address, size = blocks.unchecked()
     if not len(place):
         return True
@@ -147,7 +152,7 @@ def _are_whole(blocks: _Blocks, collector: Collector) -> bool:
 
 
 def _crcs(data: np.ndarray | None, size: np.ndarray) -> np.ndarray | None:
-    """The CRC of each block, one after the other in `data`."""
+    """Return the CRC of each block; `data` holds the blocks one after the other."""
     if data is None:
         return None
     blocks = memoryview(data)
@@ -155,14 +160,15 @@ def _crcs(data: np.ndarray | None, size: np.ndarray) -> np.ndarray | None:
 
 
 def _numbered(counts: np.ndarray) -> np.ndarray:
-    """0, 1, … up to each of the counts (m,), one after the other."""
+    """Return 0, 1, …, count - 1 for each of the counts (m,), one after the other."""
     return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _alternating(
     gaps: np.ndarray, padding: int, source: np.ndarray, sizes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(addresses, sizes) of m runs and of the m + 1 gaps around them, which are filled from the address `padding`."""
+    """Return (addresses, sizes) of m runs and of the m + 1 gaps around them. Gaps are filled from the address
+    `padding`."""
     filled = np.empty((2, len(gaps), 2), np.int64)
     filled[0, :, 0], filled[1, :, 0] = padding, gaps
     filled[0, :-1, 1], filled[1, :-1, 1] = source, sizes

@@ -1,9 +1,9 @@
-"""Random access to one shard: one run of a document's tokens, compared with their CRCs before they are used.
+"""Random access to one shard: reads a run of a document's tokens, compared with their CRCs before they are used.
 
-Every block of 8192 tokens is checked once while the shard is open where it is a local file, a few neighbours together,
-and at every read where its bytes come over a network. The index is read when the shard is first touched. Many runs of
-many shards at a time are for `runs`, which leaves to this what it finds wrong. That reads packed files where there are
-any; this reads tars, and knows of packed files only what opening and blaming them takes.
+In a local file, every block of 8192 tokens is checked once while the shard is open, together with a few neighbours.
+Over a network, blocks are checked at every read. The index is read when the shard is first used. `runs` reads many runs
+of many shards at once, from packed files if there are any, and leaves to this module all that it finds wrong. This
+module reads tars. Of packed files it only reads the CRCs, and names their damaged blocks.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from data_pipeline.store.base import Storage
 
 _log = logging.getLogger(__name__)
 _TAR_BLOCK = 512  # members of a tar begin at multiples of it
-_CHECKED_TOGETHER = 8  # blocks: about what the kernel reads ahead of a first read anyway
+_CHECKED_TOGETHER = 8  # blocks: about as much as the kernel reads ahead anyway
 
 
 class _ChangedError(ShardError):
-    """Bytes that are not what was written."""
+    """Bytes that differ from what was written."""
 
 
 class ShardReader:
-    """One shard and its index, in a storage."""
+    """Reads one shard and its index from a storage."""
 
     def __init__(self, storage: Storage, info: ShardInfo, dtype: np.dtype) -> None:
         self.info = info
@@ -49,11 +49,11 @@ class ShardReader:
 
     @cached_property
     def layout(self) -> Layout:
-        """Where its documents lie; read when it is first asked for, unless it was set."""
+        """Where the shard's documents lie. The index is read at the first use, unless the layout was set."""
         return Layout.of(self.read_index())
 
     def read_index(self) -> ShardIndex:
-        """The shard's index; raises ShardError when it is damaged or belongs to another shard."""
+        """Return the shard's index. Raises ShardError when it is damaged or belongs to another shard."""
         where = f"{self._storage.where}/{self.info.index}"
         index = self._index_from_file(where)
         of_this_shard = index.tar_sha256 == self.info.sha256 and index.tar_bytes == self.info.bytes
@@ -62,7 +62,10 @@ class ShardReader:
         return index
 
     def packed_crc(self) -> np.ndarray | None:
-        """(blocks,) the CRCs of its packed file; None where there is none, raises ShardError when that is damaged."""
+        """Return (blocks,) CRCs of the shard's packed file; None if there is no such file.
+
+        Raises ShardError when the file is damaged.
+        """
         name = packed_name(self.info.file)
         path = self._storage.local_path(name)
         if path is None or not path.exists():
@@ -76,7 +79,8 @@ class ShardReader:
         return parse_tail(data, where, self.info)
 
     def check_packed(self, blocks: list[int]) -> None:
-        """Raise ShardError, naming the byte, when one of these blocks of its packed file is damaged or not readable."""
+        """Raise ShardError, naming the byte, when one of these blocks of the packed file is damaged or cannot be
+        read."""
         name, step, crc = packed_name(self.info.file), CRC_BLOCK * self._itemsize, self.packed_crc()
         for block in blocks if crc is not None else ():
             begin, stop = block * step, min((block + 1) * step, self.info.tokens * self._itemsize)
@@ -86,9 +90,10 @@ class ShardReader:
                 raise _ChangedError(f"{self._storage.where}/{name}: {_describe(data, int(crc[block]), begin)}")
 
     def read_into(self, document: int, start: int, buffer: memoryview) -> None:
-        """Fill `buffer`, bytes of at least one whole token, with tokens from `start` on of the shard's document.
+        """Fill `buffer`, the bytes of at least one whole token, with tokens of the shard's document from `start` on.
 
-        Raises ShardError naming the shard, the member and the byte when they are missing or not what was written.
+        Raises ShardError, naming the shard, the member and the byte, when they are missing or differ from what was
+        written.
         """
         layout, size = self.layout, self._itemsize
         first, last = start // CRC_BLOCK, (start + len(buffer) // size - 1) // CRC_BLOCK
@@ -110,11 +115,11 @@ class ShardReader:
         buffer[:] = data[skipped : skipped + len(buffer)]
 
     def document_info(self, document: int) -> dict[str, Any]:
-        """The document's JSON."""
+        """Return the document's JSON."""
         return self._members(document)[1]
 
     def check_size(self) -> None:
-        """Raise ShardError when the shard is a local file that is missing or of another size than it was."""
+        """Raise ShardError when the shard should be a local file, but is missing or has the wrong size."""
         path = self._storage.local_path(self.info.file)
         if path is None:
             return
@@ -141,7 +146,8 @@ class ShardReader:
         return index
 
     def _made_again(self, damage: ShardError) -> ShardIndex:
-        """The index in place of a damaged one: made from the tar, and right by its hash; else raises `damage`."""
+        """Return an index built from the tar, in place of a damaged one. Raises `damage` if its hash is not the right
+        one."""
         path = self._storage.local_path(self.info.file)
         if path is None or not path.exists():
             raise damage
@@ -153,9 +159,10 @@ class ShardReader:
         raise damage
 
     def _check_around(self, document: int, first: int, last: int) -> None:
-        """Check these blocks of a document and their neighbours; the good ones need no check for the process's life.
+        """Check these blocks of a document and their neighbours. Good blocks are not checked again while the shard is
+        open.
 
-        What is bad or missing is left to be found, and named, when it is wanted.
+        Bad or missing blocks are ignored here. They are found, and named, when they are read.
         """
         first -= first % _CHECKED_TOGETHER
         last += _CHECKED_TOGETHER - 1 - last % _CHECKED_TOGETHER
@@ -167,7 +174,7 @@ class ShardReader:
                 self.layout.verified[number] = isal_zlib.crc32(found) == self.layout.crc[number]
 
     def _read_blocks(self, document: int, first: int, last: int) -> memoryview:
-        """The bytes of these blocks of a document, compared with their CRCs."""
+        """Return the bytes of these blocks of a document, compared with their CRCs."""
         begin, size = self._span(document, first, last)
         data = memoryview(np.empty(size, np.uint8))
         self._storage.read_into(self.info.file, begin, data)
@@ -180,12 +187,12 @@ class ShardReader:
         return data
 
     def _span(self, document: int, first: int, last: int) -> tuple[int, int]:
-        """(byte of the shard, bytes) of these blocks of a document, as far as it goes."""
+        """Return (offset in the shard, size in bytes) of these blocks of a document, up to its end."""
         begin, stop = first * CRC_BLOCK, min((last + 1) * CRC_BLOCK, int(self.layout.lengths[document]))
         return int(self.layout.offsets[document]) + begin * self._itemsize, (stop - begin) * self._itemsize
 
     def _numbered(self, document: int, first: int, data: memoryview) -> Iterator[tuple[int, memoryview]]:
-        """The blocks in `data`, from a document's `first` on, each with its number in the shard."""
+        """Yield the blocks in `data`, from a document's block `first` on, each with its place among the CRCs."""
         step = CRC_BLOCK * self._itemsize
         number = int(self.layout.crc_starts[document]) + first
         for place in range(0, len(data), step):
@@ -193,14 +200,15 @@ class ShardReader:
             number += 1
 
     def _member_name(self, document: int) -> str:
-        """The name of the document's tokens in the tar, as far as the tar still says it."""
+        """Return the name of the document's tokens in the tar, if it is still readable."""
         try:
             return self._members(document)[0]
         except (ShardError, tarfile.TarError, ValueError, OSError):
             return f"document {document} of the shard"
 
     def _members(self, document: int) -> tuple[str, dict[str, Any]]:
-        """(name of the tokens' member, the JSON that stands before it): read from the end of the document before."""
+        """Return (name of the tokens' member, the JSON before it). The tar is read from the end of the previous
+        document."""
         offsets, begin = self.layout.offsets, 0
         if document:
             end = int(offsets[document - 1]) + int(self.layout.lengths[document - 1]) * self._itemsize
@@ -216,7 +224,7 @@ class ShardReader:
 
 
 def _describe(found: memoryview, expected: int, begin: int) -> str:
-    """What is wrong with the bytes of a block that begins at byte `begin` of the shard."""
+    """Describe what is wrong with the bytes of a block that begins at byte `begin` of the shard."""
     changed = locate_changed_byte(found, expected)
     if changed is None:
         return f"bytes {begin} to {begin + len(found) - 1} are not what was written"

@@ -1,4 +1,4 @@
-"""One rank's share of every step: which rows, and which part of each slice of them."""
+"""The share of one rank in every step: which rows, and which part of each slice of them."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What all loaders are told of a step's size and of the rank that they serve."""
+    """The sizes of a step, and the rank that a loader serves. All kinds of loaders take it."""
 
     length: int
     """L, tokens of a row."""
     rows: int
     """G, rows of a step over all ranks."""
     micro_rows: int
-    """Most rows of a micro-batch of one rank."""
+    """Maximum number of rows in a micro-batch of one rank."""
     dp_rank: int = 0
     dp: int = 1
     sp_rank: int = 0
     sp: int = 1
     slice_tokens: int | None = None
-    """Tokens of a slice, over all ranks that share it; None: a row is one slice."""
+    """Tokens of a slice, over all ranks that share it. None: a row is one slice."""
 
     @cached_property
     def own(self) -> range:
-        """The global numbers of this rank's rows; none where there are more ranks than rows."""
+        """The global numbers of this rank's rows; empty for some ranks when there are more ranks than rows."""
         return self._spread.own(self.dp_rank)
 
     @property
@@ -44,16 +44,18 @@ class Share:
 
     @cached_property
     def begins(self) -> range:
-        """Where this rank's part of each slice begins in a row."""
+        """The positions in a row where this rank's part of each slice begins."""
         return range(self.sp_rank * self.tokens, self.length, self.slice_tokens or self.length)
 
     @cached_property
     def micro_batches(self) -> list[np.ndarray]:
-        """(b,) int64 each: the rows of every micro-batch, masked ones as `spread.MASKED`; not to be changed."""
+        """The rows of each micro-batch, (b,) int64 each; `spread.MASKED` for masked rows. The caller must not change
+        them."""
         return self._spread.of_micro_batches(self.dp_rank)
 
     def laid_out(self, parts: Sequence[T], lay_out: Callable[[T], Any]) -> MicroBatch:
-        """A micro-batch of what is stored for each slice: in slices if the rows are cut into some, else whole."""
+        """Return a micro-batch from the stored part of each slice: as slices if rows are cut into slices, else
+        whole."""
         return Slices(parts, lay_out) if self.slice_tokens is not None else lay_out(parts[0])
 
     @property

@@ -1,4 +1,4 @@
-"""Micro-batches whose sequences are handed over slice by slice."""
+"""Micro-batches whose sequences are delivered slice by slice."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ T = TypeVar("T")
 
 
 class Slices(Sequence[Batch], Generic[T]):
-    """A micro-batch in slices, from the first to the last.
+    """The slices of a micro-batch, from the first to the last.
 
-    The tokens are held once, as they are stored (two bytes each, or four); a slice is laid out when it is asked for.
+    The tokens are held once, as they are stored (two or four bytes each). A slice gets its trainer layout when it is
+    asked for.
     """
 
     def __init__(self, stored: Sequence[T], lay_out: Callable[[T], Batch]) -> None:
@@ -27,21 +28,21 @@ class Slices(Sequence[Batch], Generic[T]):
 
 
 MicroBatch: TypeAlias = Batch | Sequence[Batch]
-"""Some rows of a step: whole, or in slices."""
+"""Some rows of a step, whole or in slices."""
 
 
 class Blank(list[MicroBatch]):
-    """Micro-batches that stand in for those of a step which are not there: the same rows and shapes, all padding.
+    """Placeholders for micro-batches of a step that could not be read: the same rows and shapes, all padding.
 
-    With them a rank takes part in the exchanges of a step that comes to nothing.
+    With them a rank takes part in the collectives of a step that has no effect.
     """
 
 
 def slices_of(micro_batch: MicroBatch) -> Sequence[Batch]:
-    """The slices of a micro-batch, in order; of one that is whole, itself."""
+    """Return the slices of a micro-batch, in order. A whole micro-batch is its only slice."""
     return micro_batch if isinstance(micro_batch, Sequence) else (micro_batch,)
 
 
 def changed(micro_batch: MicroBatch, change: Callable[[Batch], Batch]) -> MicroBatch:
-    """The micro-batch with every slice changed, when it is asked for."""
+    """Return the micro-batch with `change` applied to every slice, when that slice is asked for."""
     return Slices(micro_batch, change) if isinstance(micro_batch, Sequence) else change(micro_batch)

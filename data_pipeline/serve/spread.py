@@ -1,8 +1,8 @@
-"""How the rows of a step are spread over data-parallel ranks, also over a number that does not divide them.
+"""How the rows of a step are distributed over data-parallel ranks. Their number need not divide the rows.
 
-Every rank takes as many micro-batches, each of as many rows, so that the collectives inside a model match. Ranks have
-neighbouring rows, and their numbers of rows differ by one at most. What a rank lacks is filled with masked rows: they
-are computed, and none of their labels counts.
+Every rank takes the same number of micro-batches with the same number of rows each, so that the collectives inside a
+model match. A rank holds consecutive rows, and the numbers of rows of two ranks differ by at most one. Missing rows are
+filled with masked rows: they are computed, but their labels do not count.
 """
 
 from __future__ import annotations
@@ -12,40 +12,41 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 MASKED = -1
-"""The number of a masked row."""
+"""The row number of a masked row."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The rows of a step over all ranks."""
+    """The distribution of the rows of a step over all ranks."""
 
     rows: int
-    """G, rows of a step."""
+    """G, the rows of a step."""
     dp: int
-    """Data-parallel ranks; beyond G, some have masked rows alone."""
+    """Data-parallel ranks. With more ranks than rows, some have masked rows only."""
     most: int
-    """Rows that a rank may take at once."""
+    """Maximum number of rows of a micro-batch."""
 
     @property
     def micro_batches(self) -> int:
-        """Of a rank, one after the other."""
+        """Micro-batches of each rank, computed one after the other."""
         return -(-self._most_of_a_rank // self.most)
 
     @property
     def micro_rows(self) -> int:
-        """Rows of a micro-batch, the masked ones included: no more than are needed."""
+        """Rows of a micro-batch, masked ones included: the smallest number that suffices."""
         return -(-self._most_of_a_rank // self.micro_batches)
 
     def own(self, dp_rank: int) -> range:
-        """The rows of a rank."""
+        """Return the rows of a rank."""
         return range(-(-dp_rank * self.rows // self.dp), -(-(dp_rank + 1) * self.rows // self.dp))
 
     def owner(self, row: int) -> int:
-        """The rank that has a row."""
+        """Return the rank that holds a row."""
         return row * self.dp // self.rows
 
     def of_micro_batches(self, dp_rank: int) -> list[np.ndarray]:
-        """(micro_rows,) int64 each: the rows of every micro-batch of a rank, `MASKED` where it has none left."""
+        """Return the rows of each micro-batch of a rank, (micro_rows,) int64 each; `MASKED` where the rank has no row
+        left."""
         own, filled = self.own(dp_rank), np.full(self.micro_batches * self.micro_rows, MASKED, np.int64)
         filled[: len(own)] = own
         return list(filled.reshape(self.micro_batches, self.micro_rows))
@@ -56,7 +57,7 @@ class Spread:
         return self.dp * self.micro_batches * self.micro_rows - self.rows
 
     def unequal(self, sp: int = 1) -> str:
-        """How the rows differ from rank to rank and what is computed in vain, for people; empty when nothing is.
+        """Return a message about the uneven rows per rank and the wasted computation; empty when nothing is wasted.
 
         `sp`: ranks that share a row.
         """
@@ -74,8 +75,10 @@ class Spread:
         return f"{', '.join(parts)}: {self._vain:.0%} of what is computed does not count{self._advice()}"
 
     def sparing(self) -> list[int]:
-        """The nearest values of `most`, at most one below and one above, with which as little is computed in vain as
-        the ranks allow; empty when that is so already."""
+        """Return the nearest values of `most` with the fewest masked rows, at most one below and one above.
+
+        The list is empty when `most` has that number already.
+        """
         others = [replace(self, most=most) for most in range(1, self._most_of_a_rank + 1)]
         least = min(other.masked for other in others)
         if self.masked == least:
@@ -92,7 +95,7 @@ class Spread:
 
     @property
     def _vain(self) -> float:
-        """The share of the rows of a step that is masked."""
+        """The fraction of the rows of a step that is masked."""
         return self.masked / (self.dp * self.micro_batches * self.micro_rows)
 
     @property

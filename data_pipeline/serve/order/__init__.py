@@ -1,1 +1,1 @@
-"""Which tokens each row of a step reads: pure functions of the sizes of a corpus, the seed and the step."""
+"""The data order: which tokens each row of a step reads, a pure function of the corpus sizes, the seed and the step."""

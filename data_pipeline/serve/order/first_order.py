@@ -1,8 +1,8 @@
-"""Version 1 of the order, for runs that were begun with it: which corpus a position or a row draws from.
+"""Version 1 of the order, kept for runs that began with it: which corpus a position or a row reads from.
 
-Positions are dealt in blocks of 1024 and the rows of streaming mode once and for all, both by largest remainder
-(Hamilton's method). The same rounding in every block makes small shares wrong for ever (0.0015 becomes 0.00195), which
-is why there is a version 2. Nothing here may change: it is what those runs were promised.
+Positions are dealt in blocks of 1024, and the rows of streaming mode once for each set of weights, both by largest
+remainder (Hamilton's method). Every block is rounded in the same way, so small shares stay wrong for the whole run
+(0.0015 becomes 0.00195). Version 2 fixes that. Nothing here may change, so that those runs can be resumed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from bst_base.errors import UserError
 from data_pipeline.serve.order.permutation import key_words
 from data_pipeline.serve.order.plan import Assignments, Segments
 
-BLOCK = 1024  # positions in which the quotas are exact
+BLOCK = 1024  # number of positions in which every corpus gets exactly its quota
 
 
 def quotas(weights: Sequence[float], seats: int) -> list[int]:
-    """`seats` divided in proportion to `weights` by largest remainder, ties to the earlier; sums to `seats`.
+    """Divide `seats` in proportion to `weights` by largest remainder. Ties go to the earlier corpus; the sum is
+    `seats`.
 
     Weights count as the decimal numbers they are written as, so the division is exact on every machine.
     """
@@ -38,7 +39,7 @@ def quotas(weights: Sequence[float], seats: int) -> list[int]:
 
 
 def require_seats(weights: Sequence[float], seats: int, what: str) -> list[int]:
-    """`quotas`, refusing weights of which one is positive and yet gets nothing."""
+    """Return `quotas`. Raises UserError when a positive weight gets no seat."""
     seated = quotas(weights, seats)
     for number, (weight, seat) in enumerate(zip(weights, seated, strict=True)):
         if weight > 0 and seat == 0:
@@ -50,10 +51,10 @@ def require_seats(weights: Sequence[float], seats: int, what: str) -> list[int]:
 
 
 class QuotaMixture:
-    """Positions 0, 1, 2, … of an order dealt to corpora.
+    """Deals the positions 0, 1, 2, … of an order to corpora.
 
     Args:
-        segments: (first position, weights) pairs; the first begins at 0 and the starts increase.
+        segments: (first position, weights) pairs. The first begins at 0 and the starts increase.
         seed: keys the order inside the blocks.
     """
 
@@ -71,7 +72,8 @@ class QuotaMixture:
             self._before.append(used)
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For increasing positions (n,): the corpus of each, and the index among all sequences drawn from it."""
+        """Return, for increasing positions (n,), the corpus of each, and its index among all sequences drawn from that
+        corpus."""
         segments = np.searchsorted(self._starts, positions, side="right") - 1
         blocks, places = np.divmod(positions - self._starts[segments], BLOCK)
         corpora, indices = np.empty_like(positions), np.empty_like(positions)
@@ -86,16 +88,17 @@ class QuotaMixture:
         return corpora, indices
 
     def counts(self, position: int) -> np.ndarray:
-        """(corpora,) int64: sequences drawn from each corpus before a position."""
+        """Return (corpora,) int64: the sequences drawn from each corpus before a position."""
         segment = int(np.searchsorted(self._starts, position, side="right")) - 1
         whole, rest = divmod(position - int(self._starts[segment]), BLOCK)
         used = self._before[segment] + whole * self._quotas[segment]
         return used + np.bincount(self._dealt(segment, whole)[0][:rest], minlength=len(used))
 
     def _deal(self, segment: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """One block's corpora (1024,) and, for each place, how many earlier places of the block have the same."""
+        """Return one block's corpora (1024,), and for each place the number of earlier places in the block with its
+        corpus."""
         quota = self._quotas[segment]
-        # Raw Philox words are fixed for ever; Generator.permutation may change between numpy versions.
+        # Raw Philox words never change; Generator.permutation may change between numpy versions.
         words = np.random.Philox(key=key_words("mixture", self._seed, segment, count=2), counter=[0, block, 0, 0])
         corpora = np.repeat(np.arange(len(quota)), quota)[np.argsort(words.random_raw(BLOCK), kind="stable")]
         ranks = np.empty(BLOCK, np.int64)
@@ -104,12 +107,13 @@ class QuotaMixture:
 
 
 class LaneStreaming:
-    """Every row reads on where it stopped.
+    """Every row continues where it stopped.
 
-    Where the weights change, the rows are dealt anew: each corpus's rows divide what is left of its unfinished passes
-    before they begin a new one, so nothing is skipped or repeated; `Assignments.continues` is false at those cuts.
+    Where the weights change, the rows are dealt anew. The rows of a corpus first divide the unread rest of its begun
+    passes, then begin a new pass. So nothing is skipped or repeated. `Assignments.continues` is false where a row is
+    cut like that.
 
-    Args: as for `plan.Shuffled`; nothing is permuted here, for the documents of each pass already are.
+    Args: as for `plan.Shuffled`. Sequences are not permuted here, since the documents of each pass already are.
     """
 
     def __init__(self, sequences: Sequence[int], segments: Segments, rows: int) -> None:
@@ -147,25 +151,27 @@ class LaneStreaming:
 
 @dataclass(frozen=True)
 class Backlog:
-    """What earlier segments have left of a corpus: runs of sequences of begun passes, and the next pass to begin."""
+    """The unread rest of a corpus from earlier segments: runs of sequences of begun passes, and the next pass to
+    begin."""
 
-    epoch: np.ndarray  # (k,) of each run
-    first: np.ndarray  # (k,) its first sequence
-    count: np.ndarray  # (k,) its sequences, at least 1
+    epoch: np.ndarray  # (k,) the pass of each run
+    first: np.ndarray  # (k,) the first sequence of each run
+    count: np.ndarray  # (k,) the number of sequences of each run, at least 1
     next_epoch: int
 
     @classmethod
     def none(cls) -> Backlog:
-        """Nothing read yet."""
+        """Return the backlog of a corpus that nothing has been read from."""
         empty = np.empty(0, np.int64)
         return cls(empty, empty, empty, 0)
 
 
 class Lanes:
-    """The rows that read one corpus during one segment: first their shares of a backlog, then pass after pass.
+    """The rows (*lanes*) that read one corpus during one segment: first their shares of a backlog, then pass after
+    pass.
 
-    Lane j of R reads sequences ``[(j+e) N div R - d, (j+e+1) N div R - d)`` of the e-th pass, d being ``e N div R``:
-    an even division that shifts from pass to pass, so that lanes never get more than a step apart.
+    Lane j of R reads sequences ``[(j+e) N div R - d, (j+e+1) N div R - d)`` of the e-th pass, with d = ``e N div R``.
+    It is an even division that shifts from pass to pass, so that lanes are never more than one step apart.
     """
 
     def __init__(self, lanes: int, sequences: int, backlog: Backlog) -> None:
@@ -182,7 +188,8 @@ class Lanes:
         self._shares = [lane * total // lanes for lane in range(lanes + 1)] if lanes else [0]
 
     def locate(self, lane: int, steps: int) -> tuple[int, int, bool]:
-        """(epoch, sequence, whether it continues the lane's last) for a lane, `steps` after the segment's begin."""
+        """Return (epoch, sequence, whether it continues the lane's last sequence) of a lane, `steps` after the
+        segment's begin."""
         begin, stop = self._shares[lane : lane + 2]
         if steps < stop - begin:
             run = int(np.searchsorted(self._ends, begin + steps, side="right"))
@@ -193,7 +200,7 @@ class Lanes:
         return self._backlog.next_epoch + passes, first + inside, inside > 0
 
     def left_over(self, steps: int) -> Backlog:
-        """What is unread of all begun passes after `steps`."""
+        """Return the unread rest of all begun passes after `steps`."""
         if not self._count:
             return self._backlog
         runs: list[tuple[int, int, int]] = []
@@ -213,15 +220,16 @@ class Lanes:
         return Backlog(*columns, next_epoch=self._backlog.next_epoch + begun)
 
     def _in_pass(self, lane: int, steps: int) -> tuple[int, int, int, int]:
-        """Where a lane is `steps` into its fresh passes: (pass, its first sequence there, steps inside, sequences)."""
+        """Return where a lane is after `steps` in its new passes: (pass, its first sequence there, steps inside,
+        sequences)."""
         n, lanes = self._sequences, self._count
         place = lane * n // lanes + steps
-        part = ((place + 1) * lanes - 1) // n  # the last whose begin, part n div lanes, is not after `place`
+        part = ((place + 1) * lanes - 1) // n  # the last part whose begin, part * n // lanes, is not after `place`
         passes, begin = part - lane, part * n // lanes
         return passes, begin - passes * n // lanes, place - begin, (part + 1) * n // lanes - begin
 
     def _backlog_between(self, begin: int, stop: int) -> list[tuple[int, int, int]]:
-        """The runs of the backlog's places ``begin..stop``, as (epoch, first sequence, count)."""
+        """Return the runs of the backlog's places ``begin..stop``, as (epoch, first sequence, count)."""
         runs = []
         while begin < stop:
             run = int(np.searchsorted(self._ends, begin, side="right"))
@@ -233,7 +241,7 @@ class Lanes:
 
 
 def _merged(runs: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """The same sequences in the same order, with runs that continue each other made one."""
+    """Return the same sequences in the same order, with adjacent runs merged."""
     merged: list[tuple[int, int, int]] = []
     for epoch, first, count in runs:
         if merged and merged[-1][0] == epoch and sum(merged[-1][1:]) == first:

@@ -1,10 +1,11 @@
-"""Best fit: an order of documents in which sequences cut few of those that they could hold whole.
+"""Best fit: reorders documents so that sequences cut few of the documents that they could hold whole.
 
-Documents are taken in the order of the permutation, as long as what is left of the sequence then can be filled to its
-end by one or two of those that wait. Where it cannot, one is taken before the next in turn that fills the sequence, or
-two that do, or the largest that fits; only where none fits is the next one cut. With thousands of documents to choose
-from that is rare. So nothing is padded for it, a pass has the same number of sequences, and the stream is still that of
-all documents, one after the other. (Best-fit packing by Ding et al., arXiv 2404.10830, pads what it cannot fill.)
+Documents are taken in the order of the permutation, as long as the rest of the sequence after the next document can be
+filled exactly by none, one or two of the waiting documents. Otherwise the choice is, in this order: a waiting document
+that fills the sequence exactly; two that do; the next document, if it fits; the largest one that fits. Only if none
+fits is the next document cut. With thousands of documents to choose from that is rare. So no padding is added, a pass
+keeps its number of sequences, and the stream is still that of all documents, one after the other. (Best-fit packing by
+Ding et al., arXiv 2404.10830, pads the rest that it cannot fill.)
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import numpy as np
 
 
 def best_fit(sizes: np.ndarray, length: int, room: int) -> np.ndarray:
-    """(n,) int64: in which order to take documents that take up `sizes`, (n,).
+    """Return (n,) int64: the order in which to take documents of the given `sizes`, (n,).
 
-    Sequences are `length` long, and the first has `room` left. A longer document is cut in any case, so it is taken
-    when its turn comes. What is taken depends on `sizes`, which are in the order of the permutation, and on nothing
-    else. Linear in n, with a few operations on `length` bits for each document.
+    Sequences are `length` long, and the first has `room` left. A document longer than that is cut in any case, so it is
+    taken when its turn comes. The result depends only on `sizes`, which are in the order of the permutation, `length`
+    and `room`. The time is linear in n, with a few operations on `length` bits for each document.
     """
     order, taken, waiting = np.empty(len(sizes), np.int64), bytearray(len(sizes)), _Waiting(length)
     values = sizes.tolist()
@@ -38,12 +39,12 @@ def best_fit(sizes: np.ndarray, length: int, room: int) -> np.ndarray:
 
 
 class _Waiting:
-    """The documents that are not taken yet, by their size; of equal ones the first comes first."""
+    """The documents that are not taken yet, by size. Among equal sizes the first document comes first."""
 
     def __init__(self, length: int) -> None:
         self._length, self._places = length, [deque[int]() for _ in range(length + 1)]
         self._present = 0  # bit s: a document of size s is waiting
-        self._mirrored = 0  # bit length - s: the same
+        self._mirrored = 0  # bit length - s: a document of size s is waiting
 
     def add(self, size: int, place: int) -> None:
         self._places[size].append(place)
@@ -57,7 +58,7 @@ class _Waiting:
         return place
 
     def choose(self, size: int, room: int) -> int:
-        """The size of the document to take where the one whose turn it is has `size`, and `room` is left."""
+        """Return the size of the document to take. The next document in order has `size`, and `room` is left."""
         if size <= room and self._fills(room - size, without=size):
             return size
         if self._present >> room & 1:
@@ -70,7 +71,7 @@ class _Waiting:
         return fitting.bit_length() - 1 if fitting else size
 
     def _fills(self, room: int, without: int) -> bool:
-        """Whether none, one or two of those that wait fill this exactly, but for one of size `without`."""
+        """Whether none, one or two waiting documents fill `room` exactly, without one document of size `without`."""
         alone = len(self._places[without]) == 1
         if alone:
             self._flip(without)
@@ -80,7 +81,7 @@ class _Waiting:
         return found
 
     def _pairs(self, room: int, without: int | None = None) -> int:
-        """Bit s: a document of size s and another of size ``room - s`` are waiting, which are not the same."""
+        """Return the sizes s for which a document of size s and another of size ``room - s`` are waiting, as bits."""
         pairs = self._present & (self._mirrored >> (self._length - room)) & ((2 << room) - 1)
         half = room // 2
         if room % 2 == 0 and len(self._places[half]) - (half == without) < 2:
@@ -93,6 +94,6 @@ class _Waiting:
 
 
 def cut(sizes: np.ndarray, length: int, room: int) -> np.ndarray:
-    """(n,) bool: which of the documents that a sequence could hold lie in two, when they are taken in this order."""
+    """Return (n,) bool: which of the documents that fit into a sequence are cut in two, if taken in this order."""
     ends = np.cumsum(sizes, dtype=np.int64) + length - room
     return (sizes <= length) & ((ends - sizes) // length != (ends - 1) // length) & (sizes > 0)

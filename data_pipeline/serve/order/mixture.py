@@ -1,10 +1,10 @@
-"""Which corpus each position of a mixed order draws from, and which of that corpus's sequences: by arithmetic alone.
+"""Which corpus each position of a mixed order reads from, and which of that corpus's sequences, by arithmetic alone.
 
-Shares are kept by error diffusion: after any number of positions, what a corpus has been given differs from its
-weight's share by a few positions, however small the weight and however long the run. Of two corpora the first has been
-given ``floor(m p + phase)`` of the first m positions, p being its share; of more, a balanced tree of such divisions
-decides. So the corpus of a position, and how many positions a corpus was given before it, are found without looking at
-any other position. Weights may change at given positions: a segment begins there, with its own divisions.
+Shares are kept by error diffusion: after any number of positions, the count of a corpus differs from its weight's share
+by a few positions only, however small the weight and however long the run. Of two corpora, the first gets ``floor(m p +
+phase)`` of the first m positions, where p is its share. With more corpora, a balanced tree of such divisions decides.
+So the corpus of a position, and how many positions a corpus got before it, are found without looking at any other
+position. Weights may change at given positions. A segment with its own divisions begins there.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import numpy as np
 from bst_base.errors import UserError
 from data_pipeline.serve.order.permutation import key_words
 
-_FINEST = 1 << 30  # units in which weights of many digits are rounded: products of two fit into 64 bits
+_FINEST = 1 << 30  # units to which weights with many digits are rounded, so that a product of two fits into 64 bits
 
 
 def whole_weights(weights: Sequence[float]) -> list[int]:
-    """Weights as whole numbers in the same proportion, without a common divisor: 7 and 3 are 0.7 and 0.3.
+    """Return the weights as integers in the same proportion, without a common divisor: 0.7 and 0.3 become 7 and 3.
 
-    They count as the decimal numbers they are written as. Raises UserError for one that is positive but less than a
-    billionth of the sum.
+    Weights count as the decimal numbers they are written as. Raises UserError for a weight that is positive but less
+    than a billionth of the sum.
     """
     exact = [Fraction(repr(weight)) for weight in weights]
     scale = math.lcm(*(each.denominator for each in exact))
@@ -44,24 +44,24 @@ def whole_weights(weights: Sequence[float]) -> list[int]:
 
 
 class _Division(NamedTuple):
-    """A place of the tree: of every `total` positions that come here, `left` go to the corpora on the left."""
+    """A node of the tree: of every `total` positions that reach it, `left` go to the corpora on the left."""
 
     left: int
     total: int
-    phase: int  # in range(total): where in the first `total` positions the division begins
-    sides: tuple[_Division | int, _Division | int]  # what stands on each side: another division, or a corpus
+    phase: int  # in range(total): the offset at which the division begins
+    sides: tuple[_Division | int, _Division | int]  # the left and right child: another division, or a corpus
 
     def left_of(self, m: np.ndarray) -> np.ndarray:
-        """How many of the first `m` positions go to the left."""
+        """Return how many of the first `m` positions go to the left."""
         whole, rest = np.divmod(m, self.total)
         return whole * self.left + (rest * self.left + self.phase) // self.total
 
 
 class Dealer:
-    """Positions 0, 1, 2, … dealt to corpora in proportion to their weights.
+    """Deals the positions 0, 1, 2, … to corpora in proportion to their weights.
 
     Args:
-        weights: of each corpus; those of weight 0 have no part in it, so that adding one changes nothing.
+        weights: of each corpus. A corpus of weight 0 is left out, so adding one changes nothing.
         key: purpose and numbers that key the phases (`permutation.key_words`).
     """
 
@@ -82,7 +82,7 @@ class Dealer:
         self._tree = tree(drawn)
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(corpus, how many earlier positions it was given) of each position (n,) int64."""
+        """Return (corpus, how many earlier positions that corpus got) of each position (n,) int64."""
         corpus, index = np.empty_like(positions), np.empty_like(positions)
         pending = [(self._tree, np.arange(len(positions)), positions)]
         while pending:
@@ -98,7 +98,7 @@ class Dealer:
         return corpus, index
 
     def counts(self, positions: int) -> np.ndarray:
-        """(corpora,) int64: how many of the first `positions` each corpus is given."""
+        """Return (corpora,) int64: how many of the first `positions` each corpus gets."""
         found = np.zeros(self._corpora, np.int64)
         pending = [(self._tree, np.int64(positions))]
         while pending:
@@ -112,11 +112,11 @@ class Dealer:
 
 
 class Mixture:
-    """Positions of an order dealt to corpora, through every change of weights.
+    """Deals the positions of an order to corpora, through every change of weights.
 
     Args:
-        segments: (first position, weights) pairs; the first begins at 0 and the starts increase.
-        seed: keys where in each division the order begins.
+        segments: (first position, weights) pairs. The first begins at 0 and the starts increase.
+        seed: keys the offset of each division.
     """
 
     def __init__(self, segments: Sequence[tuple[int, Sequence[float]]], seed: int) -> None:
@@ -127,7 +127,7 @@ class Mixture:
             self._before.append(self._before[-1] + self._dealers[number].counts(length))
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For positions (n,): the corpus of each, and the index among all sequences drawn from it."""
+        """Return, for positions (n,), the corpus of each, and its index among all sequences drawn from that corpus."""
         segments = np.searchsorted(self._starts, positions, side="right") - 1
         corpora, indices = np.empty_like(positions), np.empty_like(positions)
         for segment in np.unique(segments).tolist():
@@ -137,6 +137,6 @@ class Mixture:
         return corpora, indices
 
     def counts(self, position: int) -> np.ndarray:
-        """(corpora,) int64: sequences drawn from each corpus before a position."""
+        """Return (corpora,) int64: the sequences drawn from each corpus before a position."""
         segment = int(np.searchsorted(self._starts, position, side="right")) - 1
         return self._before[segment] + self._dealers[segment].counts(position - int(self._starts[segment]))

@@ -1,10 +1,11 @@
-"""The order in which documents and sequences are served: keyed permutations that need no memory.
+"""Keyed permutations that need no memory: the order in which documents and sequences are served.
 
-`Permutation` is a bijection of ``range(n)`` that is evaluated at any position by arithmetic, so nothing is stored and
-nothing is replayed when a run resumes. It is an alternating Feistel network (Luby and Rackoff 1988) over the smallest
-power of two that holds n, restricted to ``range(n)`` by cycle walking (Black and Rogaway 2002).
+`Permutation` is a bijection of ``range(n)`` that is evaluated at any position by arithmetic. Nothing is stored, and
+nothing is replayed when a run resumes. It is an alternating Feistel network (Luby and Rackoff 1988) over a power of two
+that is at least n and at least 64, restricted to ``range(n)`` by cycle walking (Black and Rogaway 2002).
 
-Every constant here is part of every order that a run has been promised (`plan.ORDER_VERSION`) and may not change.
+Every version of the order (`plan.ORDER_VERSION`) depends on every constant here. They must not change, or runs could
+not be resumed in their order.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ import hashlib
 import numpy as np
 
 KEY_VERSION = 1
-"""Part of every key, so that other permutations could one day stand beside these."""
+"""Part of every key. Another value would give a second, unrelated set of permutations."""
 
-ROUNDS = 6  # three rounds leave visible stripes when neighbouring positions are plotted
-_MIN_BITS = 6  # a few spare bits keep the permutations of tiny ranges from being nearly linear
-_BLOCK = 1 << 14  # values worked on at a time: the temporaries stay in the cache
+ROUNDS = 6  # after three rounds, a plot of neighbouring positions still shows stripes
+_MIN_BITS = 6  # with fewer bits, the permutations of tiny ranges would be nearly linear
+_BLOCK = 1 << 14  # values computed at a time: the temporaries stay in the cache
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, 2^64 divided by the golden ratio
 _HIGH = np.uint64(32)
 
 
 def key_words(purpose: str, *numbers: int, count: int) -> np.ndarray:
-    """`count` uint64 words that are a pure function of the version of keys, a purpose and integers.
+    """Return `count` uint64 words, a pure function of the key version, a purpose and integers.
 
-    The same on every machine, Python and numpy; different purposes give unrelated words.
+    They are the same on every machine and with every version of Python and numpy. Different purposes give unrelated
+    words.
     """
     name = "/".join([f"order{KEY_VERSION}", purpose, *map(str, numbers)])
     digest = hashlib.shake_256(name.encode()).digest(8 * count)
@@ -34,7 +36,7 @@ def key_words(purpose: str, *numbers: int, count: int) -> np.ndarray:
 
 
 class Permutation:
-    """A keyed bijection of ``range(n)``: ``permutation(positions)`` gives the values at those positions.
+    """A keyed bijection of ``range(n)``: ``permutation(positions)`` returns the values at those positions.
 
     Args:
         n: size of the range, at least 1.
@@ -53,7 +55,7 @@ class Permutation:
         self._keys = key_words(purpose, *numbers, count=ROUNDS)
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """Values (uint64) at an array of positions in ``range(n)``."""
+        """Return the values (uint64) at an array of positions in ``range(n)``."""
         positions = np.asarray(positions)
         values = positions.astype(np.uint64).reshape(-1)
         for begin in range(0, len(values), _BLOCK):
@@ -62,7 +64,7 @@ class Permutation:
         return values.reshape(positions.shape)
 
     def all(self, dtype: np.dtype | type = np.int64) -> np.ndarray:
-        """The whole permutation (n,), built block by block: no temporary of its size."""
+        """Return the whole permutation (n,). It is built block by block, so that no temporary has its size."""
         values = np.empty(self.n, dtype)
         for begin in range(0, self.n, _BLOCK):
             stop = min(begin + _BLOCK, self.n)
@@ -70,7 +72,10 @@ class Permutation:
         return values
 
     def _walk(self, values: np.ndarray) -> np.ndarray:
-        """Apply the network until every value is back in ``range(n)``; at most a few times, as 2n covers its range."""
+        """Apply the network until every value is back in ``range(n)``.
+
+        From n = 33 on, the network's range is less than 2n, so a value needs fewer than two applications on average.
+        """
         values = self._network(values)
         outside = np.flatnonzero(values >= self.n)
         while len(outside):
@@ -91,7 +96,7 @@ class Permutation:
 
 
 def _scramble(half: np.ndarray, key: np.uint64) -> np.ndarray:
-    """The round function: any function will do for a bijection; this one spreads every bit of `half` and `key`."""
+    """Compute the round function. Any function gives a bijection; this one spreads every bit of `half` and `key`."""
     mixed = (half + key) * _MULTIPLIER
     mixed ^= mixed >> _HIGH
     mixed *= _MULTIPLIER

@@ -1,11 +1,12 @@
-"""Phases of a run in which sequences have one length each: where every corpus is when the length changes.
+"""Phases of a run, each with one sequence length: how the data order continues when the length changes.
 
-A phase reads the stream of each corpus from where the one before it stopped, and cuts it into its own length from
-there on. So no token is read twice and none is left out, whatever the two lengths are. That needs a phase to end with
-everything read before a place of the stream, and nothing after it: how many sequences it reads is known from the plan
-of the run, and the shuffled order of its last window is one of these sequences alone.
+A phase reads the stream of each corpus from where the previous phase stopped, and cuts it into its own length. So no
+token is read twice and none is left out, for any two lengths. That requires that a phase ends at one place of each
+stream, with everything before it read and nothing after it. So the number of sequences that a phase reads is taken from
+the plan of the run, and in its last window only these sequences are shuffled.
 
-What is shuffled together, and begun, is fixed: a change that would lay it out otherwise is refused (`Phase.begun`).
+A window or stretch that is partly read must stay as it is. A change that would lay it out differently is refused
+(`PhasePlan.begun`).
 """
 
 from __future__ import annotations
@@ -21,87 +22,88 @@ import numpy as np
 from bst_base.errors import UserError
 from data_pipeline.serve.order.plan import Assignments, Plan
 
-_FOREVER = 1 << 40  # as many steps as a run may have
+_FOREVER = 1 << 40  # maximum number of steps of a run
 
 
 class Place(NamedTuple):
-    """Where reading a corpus goes on."""
+    """The place where reading a corpus continues."""
 
     epoch: int
     position: int
-    """In the stream of the pass."""
+    """The position in the stream of the pass."""
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """How the corpora are cut in a phase.
+    """How the corpora are cut into sequences in a phase.
 
-    The sequences of the pass that is begun are numbered as if the ones before it had this length too: they end with the
-    last of the pass, and begin with the first that is left.
+    In the pass where the phase begins, sequences get the numbers that they would have if the whole pass had this
+    length, counted from its end. So the last number is that of any pass, and the first ones are not used.
     """
 
     length: int
-    inputs: np.ndarray  # (corpora,) int64: positions of a pass that are an input
-    begins: tuple[Place, ...]  # of each corpus
+    inputs: np.ndarray  # (corpora,) int64: positions of a pass that are inputs
+    begins: tuple[Place, ...]  # where the phase begins in each corpus
 
     @property
     def sequences(self) -> np.ndarray:
-        """(corpora,) int64: of a whole pass; the last one may be padded."""
+        """(corpora,) int64: sequences of a whole pass. The last one may be padded."""
         return -(-self.inputs // self.length)
 
     @property
     def skipped(self) -> np.ndarray:
-        """(corpora,) int64: numbers of the pass that is begun which no sequence has, the first ones."""
+        """(corpora,) int64: how many of the first numbers are not used in the pass where the phase begins."""
         places = np.array([place.position for place in self.begins], np.int64)
         return self.sequences - -(-(self.inputs - places) // self.length)
 
     @property
     def offsets(self) -> np.ndarray:
-        """(corpora,) int64: the number of the first sequence, counted from the beginning of the first pass."""
+        """(corpora,) int64: the number of the phase's first sequence, counted from the beginning of the first pass."""
         return np.array([place.epoch for place in self.begins], np.int64) * self.sequences + self.skipped
 
     def base(self, corpus: int, epoch: int) -> int:
-        """The stream position of sequence 0 of a pass, which may lie before its beginning."""
+        """Return the stream position of sequence 0 of a pass. It may lie before the beginning of the stream."""
         begin = self.begins[corpus]
         return begin.position - int(self.skipped[corpus]) * self.length if epoch == begin.epoch else 0
 
     def number(self, corpus: int, count: int) -> tuple[int, int]:
-        """The pass and the number of the next sequence, after so many of the phase."""
+        """Return the pass and the number of the next sequence, after `count` sequences of the phase."""
         return divmod(int(self.offsets[corpus]) + count, int(self.sequences[corpus]))
 
     def place(self, corpus: int, count: int) -> Place:
-        """Where a corpus is after so many sequences of the phase."""
+        """Return where a corpus is after `count` sequences of the phase."""
         epoch, sequence = self.number(corpus, count)
         return Place(epoch, sequence * self.length + self.base(corpus, epoch))
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps of one length."""
+    """The steps with one sequence length."""
 
     start: int
     cuts: Cuts
-    before: np.ndarray  # (corpora,) int64: sequences of each corpus, of whatever length, read before it
+    before: np.ndarray  # (corpora,) int64: sequences of each corpus, of any length, read before the phase
     plan: PhasePlan
 
     def places(self, step: int) -> list[Place]:
-        """Where each corpus is before a step."""
+        """Return where each corpus is before a step."""
         counts = self.plan.consumed(step) - self.before
         return [self.cuts.place(corpus, int(count)) for corpus, count in enumerate(counts)]
 
 
 class PhasePlan(Plan, Protocol):
-    """What deals the sequences of a phase to rows."""
+    """Deals the sequences of a phase to rows."""
 
     streams: bool
-    """Whether rows read on where they stopped."""
+    """Whether rows continue where they stopped (streaming mode)."""
 
     def begun(self, step: int) -> list[list[int] | None]:
-        """What is laid out and partly read before a step, of each corpus or of all rows; None where nothing is."""
+        """Return what is partly read before a step: a window of each corpus, or the one stretch of all rows; None where
+        none is."""
 
 
 class Phases:
-    """All phases of a run; a `Plan`, for steps that lie in one phase together."""
+    """All phases of a run. It is a `Plan` for steps that lie in one phase."""
 
     def __init__(self, phases: Sequence[Phase]) -> None:
         self._phases, self._starts = phases, [phase.start for phase in phases]
@@ -111,22 +113,25 @@ class Phases:
         return self.at(steps.start).plan.assign(steps, rows)
 
     def consumed(self, step: int) -> np.ndarray:
-        """See `Plan`; sequences of whatever length."""
+        """See `Plan`; counts sequences of any length."""
         return self.at(step).plan.consumed(step)
 
     def at(self, step: int) -> Phase:
-        """The phase of a step."""
+        """Return the phase of a step."""
         return self._phases[bisect.bisect_right(self._starts, step) - 1]
 
     def passes(self, step: int) -> list[float]:
-        """Passes over each corpus that are made before a step."""
+        """Return the number of passes over each corpus before a step."""
         phase = self.at(step)
         numbers = phase.cuts.offsets + phase.plan.consumed(step) - phase.before
         return [int(number) / int(count) for number, count in zip(numbers, phase.cuts.sequences, strict=True)]
 
     def fit(self, corpus: int, epoch: int, begin: int) -> tuple[int, int]:
-        """For a window that begins at a position of a pass: the length of the sequences that its documents are fitted
-        into, which is that of the phase that reads its first token, and what is left there of the one before."""
+        """Return the arguments for best fit in a window that begins at a position of a pass.
+
+        They are the length of the sequences, in the phase that reads the window's first token, and the rest of the
+        sequence that contains the window's begin, from that begin on.
+        """
         window = (epoch, begin)
         cuts = self._phases[0].cuts
         for phase in self._phases[1:]:
@@ -136,8 +141,11 @@ class Phases:
         return cuts.length, cuts.length - (begin - cuts.base(corpus, epoch)) % cuts.length
 
     def require_laid_out(self, before: Phases, begun: Sequence[list[int] | None] | None, step: int) -> None:
-        """Raise UserError unless what is begun before a step stays as it is; `before`: the order up to there, in which
-        the length changes no more, `begun`: what a checkpoint says of it."""
+        """Raise UserError unless everything that is partly read before a step keeps its layout.
+
+        `before`: the order up to that step, without later changes of the length. `begun`: the partly read windows or
+        stretches from the checkpoint; None: they are computed from `before`.
+        """
         theirs = before.at(step).plan.begun(step) if begun is None else begun
         if all(a == b for a, b in zip_longest(self.at(step).plan.begun(step), theirs)):
             return
@@ -149,7 +157,8 @@ class Phases:
 
 
 def _first_legal(phase: Phase, begun: Sequence[list[int] | None], step: int) -> str:
-    """The first step at which all that is begun has been read, or what must be for there to be one."""
+    """Return advice: the first step at which all that is partly read has been read, or what must change so that there
+    is one."""
     low, high = step, _FOREVER
     while low < high:
         middle = (low + high) // 2
@@ -164,7 +173,7 @@ def _first_legal(phase: Phase, begun: Sequence[list[int] | None], step: int) -> 
 
 
 def _done(phase: Phase, begun: Sequence[list[int] | None], step: int) -> list[bool]:
-    """Of each that is begun, whether it has been read before a step."""
+    """Return, for each partly read window or stretch, whether it has been read completely before a step."""
     if phase.plan.streams:
         return [each is None or step >= sum(each) for each in begun]
     return [each is None or place >= tuple(each)

@@ -1,16 +1,16 @@
 """Which sequence each row of each step reads: a pure function of the corpora's sizes, the weights, the seed, the step.
 
-A *sequence* is a number in ``range(N)`` of one pass (*epoch*) over one corpus; `stream.TokenStream` says which tokens
-it holds. Rows are global, 0 to G-1: how many ranks share them is of no concern here, which is what makes a run elastic.
+A *sequence* is a number in ``range(N)`` of one pass (*epoch*) over one corpus. `stream.TokenStream` knows its tokens.
+Rows are numbered globally, 0 to G-1. The order does not depend on how many ranks share them, so the number of ranks may
+change during a run.
 
-*Shuffled*: the rows of all steps form one line of positions, ``step * G + row`` (`sizes`, where G has changed). The
-mixture deals positions to corpora; the i-th one of a corpus reads sequence ``i mod N``, permuted, of pass ``i div N``.
-A step may straddle passes.
-Version 2 permutes over the whole pass, version 3 within its windows (`windows`).
+*Shuffled*: the rows of all steps form one series of positions, ``step * G + row`` (`sizes`, if G changes). The mixture
+deals positions to corpora. The i-th position of a corpus reads sequence ``i mod N``, permuted, of pass ``i div N``. So
+a step may lie in two passes. Version 2 permutes over the whole pass, version 3 within its windows (`windows`).
 
-*Streaming*: a row goes through neighbouring sequences step after step, so what a model carried over from the last
-sequence is the true past of the next. It does so for a *stretch* of steps; then the rows are dealt to the corpora anew,
-which keeps the shares of a mixture that no division of G rows could keep.
+*Streaming*: a row reads consecutive sequences step after step, so the state that a model carries over from the last
+sequence is the true past of the next one. It does so for a *stretch* of steps. Then the rows are dealt to the corpora
+anew: this keeps mixture shares that no fixed division of G rows could give.
 """
 
 from __future__ import annotations
@@ -30,55 +30,56 @@ from data_pipeline.serve.order.permutation import Permutation
 from data_pipeline.serve.order.sizes import BatchSizes
 
 ORDER_VERSION = 3
-"""The order that new runs get; a run keeps the one it began with (`orders.make_order`)."""
+"""The order of new runs. A run keeps the version it began with (`versions.make_order`)."""
 
 Segments = Sequence[tuple[int, Sequence[float]]]  # (first step, weights of the corpora from there on)
-_BLOCK = 1024  # neighbouring positions are permuted together: one call to numpy for many
-_STRETCH = 256  # steps that a row stays with its corpus: the carried state is dropped once in so many
+_BLOCK = 1024  # so many neighbouring positions are permuted with one call to numpy
+_STRETCH = 256  # steps that a row stays with its corpus; the carried state is dropped after each stretch
 
 
 class Assignments(NamedTuple):
-    """What some rows of some steps read: step by step, within a step row by row."""
+    """What some rows of some steps read, ordered by step, then by row."""
 
     corpus: np.ndarray  # (n,) int64
     epoch: np.ndarray  # (n,) int64
     sequence: np.ndarray  # (n,) int64, in range(N)
-    continues: np.ndarray  # (n,) bool: the first token follows the last one the row was fed the step before
+    continues: np.ndarray  # (n,) bool: the first token follows the last token of the row in the step before
 
 
 class Plan(Protocol):
-    """A way to deal sequences to rows."""
+    """Deals sequences to rows."""
 
     def assign(self, steps: range, rows: range) -> Assignments:
-        """What these global rows read in these steps, both consecutive."""
+        """Return what these global rows read in these steps. Both ranges are consecutive."""
 
     def consumed(self, step: int) -> np.ndarray:
-        """(corpora,) int64: sequences of each corpus that are read before a step."""
+        """Return (corpora,) int64: the sequences of each corpus that are read before a step."""
 
 
 class Positions(Protocol):
-    """A mixture: what deals the positions of the shuffled order to corpora."""
+    """A mixture: deals the positions of the shuffled order to corpora."""
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For increasing positions (n,): the corpus of each, and the index among all sequences drawn from it."""
+        """Return, for increasing positions (n,), the corpus of each, and its index among all sequences drawn from that
+        corpus."""
 
     def counts(self, position: int) -> np.ndarray:
-        """(corpora,) int64: sequences drawn from each corpus before a position."""
+        """Return (corpora,) int64: the sequences drawn from each corpus before a position."""
 
 
 class Shuffled:
-    """Every sequence of a pass once, in permuted order.
+    """Reads every sequence of a pass once, in permuted order.
 
     Args:
         sequences: N of each corpus.
         mixture: deals positions to corpora.
-        sizes: G, sequences in each step.
+        sizes: G, the sequences of each step.
         seed: keys the permutations.
     """
 
     def __init__(self, sequences: Sequence[int], mixture: Positions, sizes: BatchSizes, seed: int) -> None:
         self._sequences = np.array(sequences)
-        self._shift = np.zeros_like(self._sequences)  # from what the mixture counts to numbers of sequences
+        self._shift = np.zeros_like(self._sequences)  # added to the mixture's index to give the number of a sequence
         self._sizes = sizes
         self._seed = seed
         self._mixture = mixture
@@ -108,36 +109,36 @@ class Shuffled:
         return sequences
 
     def _range(self, corpus: int, epoch: int) -> tuple[int, int]:
-        """The places of a pass that are read: from the first, up to the second."""
+        """Return the range (start, stop) of the places of a pass that are read."""
         return 0, int(self._sequences[corpus])
 
     def _permuted(self, corpus: int, epoch: int, places: np.ndarray) -> np.ndarray:
-        """The sequences (n,) int64 that are read at these places (n,) int64 of a pass, in increasing order."""
+        """Return the sequences (n,) int64 at these places (n,) int64 of a pass; the places increase."""
         permutation = Permutation(int(self._sequences[corpus]), "sequences", self._seed, corpus, epoch)
         return permutation(places).astype(np.int64)
 
 
 class Part(NamedTuple):
-    """Steps in which sequences have one length (`phases`)."""
+    """Steps with the same sequence length (`phases`)."""
 
     number: int
     start: int
     until: int | None
-    before: np.ndarray  # (corpora,) sequences of each corpus, of whatever length, read before it
-    shift: np.ndarray  # (corpora,) from the count of those read to the number of the next
+    before: np.ndarray  # (corpora,) sequences of each corpus, of any length, read before this part
+    shift: np.ndarray  # (corpora,) added to the count of sequences read to give the number of the next one
 
     @classmethod
     def whole(cls, corpora: int) -> Part:
-        """All steps."""
+        """Return the part with all steps."""
         return cls(0, 0, None, np.zeros(corpora, np.int64), np.zeros(corpora, np.int64))
 
     @property
     def key(self) -> tuple[int, ...]:
-        """What later parts add to a key."""
+        """The numbers that later parts add to a key; empty for the first part."""
         return (self.number,) if self.number else ()
 
     def own(self, segments: Segments) -> Segments:
-        """The weights it begins with, and their changes in it."""
+        """Return the weights with which the part begins, and their changes within it."""
         first = [weights for step, weights in segments if step <= self.start][-1]
         last = self.until if self.until is not None else math.inf
         return [(self.start, first), *(each for each in segments if self.start < each[0] < last)]
@@ -145,42 +146,43 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class _Segment:
-    """Steps between two changes of the weights: whole stretches of `stretch` steps."""
+    """The steps between two changes of the weights, in whole stretches of `stretch` steps."""
 
     start: int  # first step
     stretch: int
-    dealer: Dealer  # of the rows of the stretches, one after the other
-    before: np.ndarray  # (corpora,) sequences read of each corpus before the segment
-    until: int | None = None  # where the length changes: the last stretch ends there
+    dealer: Dealer  # deals the rows of all stretches, one after the other, to corpora
+    before: np.ndarray  # (corpora,) sequences of each corpus read before the segment
+    until: int | None = None  # the step at which the length changes; the last stretch ends there
 
     def end(self, asked: int) -> int:
-        """The first end of a stretch that is not before a step; the segment's start, if that is later already."""
+        """Return the first end of a stretch at or after step `asked`; the segment's start, if that is later."""
         return self.start + max(0, -(-(asked - self.start) // self.stretch)) * self.stretch
 
     def size(self, number: int) -> int:
-        """Steps of a stretch."""
+        """Return the number of steps of a stretch."""
         rest = self.stretch if self.until is None else self.until - self.start - number * self.stretch
         return min(self.stretch, rest)
 
     def consumed(self, steps: int, rows: int) -> np.ndarray:
-        """(corpora,) sequences read before `steps` steps of the segment were taken."""
+        """Return (corpora,) sequences of each corpus read up to `steps` steps after the segment's start."""
         whole, rest = divmod(steps, self.stretch)
         first, last = (self.dealer.counts((whole + more) * rows) for more in (0, 1))
         return self.before + first * self.stretch + (last - first) * rest
 
 
 class Streaming:
-    """Every row reads on where it stopped, for a stretch of steps at a time.
+    """Every row continues where it stopped, for a stretch of steps at a time.
 
-    In a stretch of T steps a row reads T neighbouring sequences of one corpus, its *run*. The runs of a corpus follow
-    each other without a gap, through the end of a pass into the next one, so nothing is skipped or repeated. Weights
-    change at the end of the stretch that their step lies in.
+    In a stretch of T steps a row reads T consecutive sequences of one corpus, its *run*. The runs of a corpus follow
+    each other without gaps, across the end of a pass into the next one. So nothing is skipped or repeated. A change of
+    weights takes effect at the end of the stretch that its step lies in.
 
     Args:
-        sequences, rows: as for `Shuffled`.
-        segments: weights of the corpora, and the steps where they change.
-        seed: keys the dealing of rows to corpora; nothing is permuted here, for the documents of each pass already are.
-        part: steps of one length, and what comes before them; None: all steps have the same.
+        sequences, rows: N of each corpus, and G.
+        segments: weights of the corpora, and the steps at which they change.
+        seed: keys the dealing of rows to corpora. Sequences are not permuted, since the documents of each pass already
+            are.
+        part: the steps with one length, and the state before them; None: all steps have the same length.
     """
 
     streams = True
@@ -221,20 +223,24 @@ class Streaming:
         segment = self._segment(step)
         number, inside = divmod(step - segment.start, segment.stretch)
         corpus, run = segment.dealer.locate(number * self._rows + rows)
-        full = segment.dealer.counts(number * self._rows)[corpus]  # runs of the stretches before, which are whole
+        full = segment.dealer.counts(number * self._rows)[corpus]  # runs of earlier stretches, all of full length
         index = segment.before[corpus] + full * segment.stretch + (run - full) * segment.size(number) + inside
         epoch, sequence = np.divmod(index + self._shift[corpus], self._sequences[corpus])
         return Assignments(corpus, epoch, sequence, (sequence > 0) & (inside > 0))
 
     def begun(self, step: int) -> list[list[int] | None]:
-        """The stretch that is partly read before a step, as its first step and its steps."""
+        """Return the stretch that is partly read before a step, as [[its first step, its number of steps]]; [None] if
+        none is."""
         segment = self._segment(step)
         number, inside = divmod(step - segment.start, segment.stretch)
         return [[segment.start + number * segment.stretch, segment.size(number)] if inside else None]
 
 
 def _stretch(sequences: Sequence[int], weights: Sequence[float], rows: int) -> int:
-    """Steps of a stretch: `_STRETCH`, or so many that the rows of no corpus read more than a pass of it in one."""
+    """Return the steps of a stretch: `_STRETCH`, or fewer, so that no corpus is read more than one pass in a stretch.
+
+    Raises UserError when a corpus has fewer sequences than rows that read it.
+    """
     whole = whole_weights(weights)
     longest = [_STRETCH]
     for count, units in zip(sequences, whole, strict=True):
@@ -250,10 +256,10 @@ def _stretch(sequences: Sequence[int], weights: Sequence[float], rows: int) -> i
 
 
 def dealt(segments: Segments, sizes: BatchSizes, seed: int) -> Mixture:
-    """What deals the positions of the shuffled order to corpora, since version 2."""
+    """Return the mixture that deals the positions of the shuffled order to corpora, since version 2."""
     return Mixture([(sizes.first(step), weights) for step, weights in segments], seed)
 
 
 def shuffled(sequences: Sequence[int], segments: Segments, sizes: BatchSizes, seed: int) -> Shuffled:
-    """The shuffled order of version 2."""
+    """Return the shuffled order of version 2."""
     return Shuffled(sequences, dealt(segments, sizes, seed), sizes, seed)

@@ -1,8 +1,8 @@
-"""Rows of a step in the course of a run: where each step begins in the endless series of rows.
+"""The rows of each step over a run: where each step begins in the endless series of rows.
 
-The number of rows may change where a run is resumed, and where that is planned. The steps before keep what they had, so
-that no row is read twice and none left out, and the order stays a pure function of the step and the changes, which
-every checkpoint keeps.
+The number of rows may change when a run is resumed, and at planned steps. Earlier steps keep their number, so that no
+row is read twice and none is left out. The order stays a pure function of the step and of these changes, which every
+checkpoint stores.
 """
 
 from __future__ import annotations
@@ -20,61 +20,62 @@ STREAMED = "each streaming row reads its own part of the corpus, so their number
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """G of every step."""
+    """G of every step. `Loader` uses the same class for the sequence length of every step."""
 
     changes: tuple[tuple[int, int], ...]
-    """(first step, rows from there on), the first at step 0."""
+    """(first step, rows from that step on); the first entry is for step 0."""
 
     @classmethod
     def of(cls, rows: int) -> BatchSizes:
-        """The same number of rows in every step."""
+        """Return the same number of rows for every step."""
         return cls(((0, rows),))
 
     @classmethod
     def kept(cls, state: Mapping[str, Any]) -> BatchSizes:
-        """What `state` has kept in a checkpoint."""
+        """Return the sizes that `state` has stored in a checkpoint."""
         return cls(tuple((step, rows) for step, rows in state.get("batches") or [(0, state.get("rows", 0))]))
 
     def then(self, step: int, rows: int) -> BatchSizes:
-        """The same, with so many rows from a step on that is not before the last change."""
+        """Return these sizes with `rows` from `step` on. The step must not be before the last change."""
         before = self.changes[:-1] if self.changes[-1][0] == step else self.changes
         if before and before[-1][1] == rows:
             return BatchSizes(before)
         return BatchSizes((*before, (step, rows)))
 
     def until(self, step: int) -> BatchSizes:
-        """What there is up to a step: without what changes after it."""
+        """Return these sizes without the changes after a step."""
         return BatchSizes(tuple(change for change in self.changes if change[0] <= step))
 
     def planned(self, step: int, plan: BatchSizes) -> BatchSizes:
-        """The same up to a step that is not before the last change, and from there on what is planned."""
+        """Return these sizes up to a step, and those of `plan` from there on. The step must not be before the last
+        change."""
         sizes = self.then(step, plan.at(step))
         for start, rows in plan.changes:
             sizes = sizes.then(start, rows) if start > step else sizes
         return sizes
 
     def at(self, step: int) -> int:
-        """The rows of a step."""
+        """Return the rows of a step."""
         return self.changes[bisect.bisect_right(self.changes, step, key=lambda change: change[0]) - 1][1]
 
     @property
     def rows(self) -> int:
-        """From the last change on."""
+        """The rows of a step from the last change on."""
         return self.changes[-1][1]
 
     @property
     def since(self) -> int:
-        """The step of the last change; 0 when there was none."""
+        """The step of the last change; 0 if there was none."""
         return self.changes[-1][0]
 
     def first(self, step: int) -> int:
-        """The place of a step's first row in the series of all rows."""
+        """Return the position of a step's first row in the series of all rows."""
         last = bisect.bisect_right(self.changes, step, key=lambda change: change[0])
         ends = [start for start, _ in self.changes[1:last]] + [step]
         return sum((end - start) * rows for (start, rows), end in zip(self.changes[:last], ends, strict=True))
 
     def firsts(self, steps: range) -> np.ndarray:
-        """The same of several, int64."""
+        """Return `first` of several steps, int64."""
         number = np.array(steps, np.int64)
         found = number * self.changes[0][1]
         for (_, before), (start, rows) in pairwise(self.changes):
@@ -82,6 +83,6 @@ class BatchSizes:
         return found
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return what a checkpoint stores."""
         changed = {"batches": [list(change) for change in self.changes]} if len(self.changes) > 1 else {}
         return {"rows": self.rows} | changed

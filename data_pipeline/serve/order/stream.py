@@ -1,11 +1,11 @@
-"""One pass over a corpus as a virtual stream of tokens: where every position's token lies, by arithmetic.
+"""One pass over a corpus as a virtual stream of tokens: the token at any position is found by arithmetic.
 
-The documents of a pass are put in the order of a keyed permutation and laid end to end; sequences are cut from that
-stream at multiples of L. Nothing of it exists but two arrays, the order and the running sum of lengths, so a position
-is found by one binary search.
+The documents of a pass are put in the order of a keyed permutation and laid end to end. Sequences are cut from that
+stream at multiples of L. Only two arrays exist in memory, the order and the running sum of lengths. A binary search
+finds a position.
 
 *Joined* documents follow each other token by token, as in the paper. *Isolated* ones are padded to a multiple of the
-block, so that each begins on a block's boundary and a model can reset there exactly. With *best fit* the order is
+block, so that each begins at a block boundary, where a model can reset its state exactly. With *best fit* the order is
 changed so that sequences cut few documents (`fitting`).
 """
 
@@ -19,25 +19,25 @@ from data_pipeline.format.extents import extents
 from data_pipeline.serve.order.fitting import best_fit
 from data_pipeline.serve.order.permutation import Permutation
 
-_BLOCK = 1 << 18  # documents summed at a time, so that a start on ten million needs no temporary of their number
+_BLOCK = 1 << 18  # documents summed at a time, so that ten million documents need no temporary array of that size
 
 
 class Pieces(NamedTuple):
-    """Runs of tokens of one document each that together make up some rows; m runs, ordered by row and slot."""
+    """The m runs of tokens that make up some rows, ordered by row and slot. Each run belongs to one document."""
 
-    row: np.ndarray  # (m,) which row
-    slot: np.ndarray  # (m,) where in the row the run goes
-    length: np.ndarray  # (m,) tokens in it, at least 1; padding is what no run covers
+    row: np.ndarray  # (m,) the row of the run
+    slot: np.ndarray  # (m,) the position of the run in its row
+    length: np.ndarray  # (m,) tokens of the run, at least 1; positions that no run covers are padding
     document: np.ndarray  # (m,) the document's number in the corpus
-    offset: np.ndarray  # (m,) the first token's place in its document
+    offset: np.ndarray  # (m,) the position of the run's first token in its document
 
     def select(self, which: np.ndarray) -> Pieces:
-        """The runs that a mask (m,) or an order of indices picks."""
+        """Return the runs that a mask (m,) or an array of indices selects, in the order of the indices."""
         return Pieces(*(values[which] for values in self))
 
     @staticmethod
     def join(parts: list[tuple[np.ndarray, Pieces]]) -> Pieces:
-        """One set of runs out of several, each of which has some of the rows: (their numbers, the runs)."""
+        """Join sets of runs, each of which covers some of the rows: (the numbers of these rows, the runs)."""
         if len(parts) == 1:
             return parts[0][1]
         rows = [numbers[pieces.row] for numbers, pieces in parts]
@@ -47,7 +47,10 @@ class Pieces(NamedTuple):
 
 
 def inputs(total: int, block: int | None) -> int:
-    """Positions of a stream of `total` that are an input: all, but for the last of a joined one, which only labels."""
+    """Return how many positions of a stream are inputs.
+
+    All are, except the last position of a joined stream, which is only a label.
+    """
     return total if block is not None else total - 1
 
 
@@ -56,9 +59,9 @@ class TokenStream:
 
     Args:
         lengths: (n,) tokens of each document of the corpus.
-        block: W where documents are isolated; None where they are joined.
+        block: W for isolated documents; None otherwise.
         key: purpose and numbers that key the permutation of documents (`permutation.key_words`).
-        fit: the length of a sequence, and what the first has left; None: documents stay as they are permuted.
+        fit: the length of a sequence, and the rest of the first one; None: documents stay in permuted order.
     """
 
     def __init__(
@@ -81,19 +84,19 @@ class TokenStream:
 
     @property
     def sizes(self) -> np.ndarray:
-        """(n,) int64: what each document takes up, in the order of the stream."""
+        """(n,) int64: the stream positions of each document, in the order of the stream."""
         return np.diff(self._ends, prepend=0)
 
     def _places(self, positions: np.ndarray) -> np.ndarray:
-        """Where in the order the documents are that cover these positions (n,)."""
+        """Return the places, in the permuted order, of the documents that cover these positions (n,)."""
         order, found = np.argsort(positions), np.empty_like(positions)
-        found[order] = np.searchsorted(self._ends, positions[order], side="right")  # fast, since they are in order
+        found[order] = np.searchsorted(self._ends, positions[order], side="right")  # fast for sorted positions
         return found
 
     def pieces(self, starts: np.ndarray, count: int) -> Pieces:
-        """The runs that make up rows of `count` stream positions, row i from position ``starts[i]``.
+        """Return the runs that make up rows of `count` stream positions; row i begins at position ``starts[i]``.
 
-        Positions past the end of the stream are covered by no run, nor is the padding of isolated documents.
+        No run covers the positions past the end of the stream, nor the padding of isolated documents.
         """
         starts = np.asarray(starts, np.int64)
         stops = np.minimum(starts + count, self.total)
@@ -107,5 +110,5 @@ class TokenStream:
         low = np.maximum(starts[row], begin)
         high = np.minimum(stops[row], begin + lengths)
         pieces = Pieces(row, low - starts[row], high - low, document, low - begin)
-        real = pieces.length > 0  # all of them, but where a row begins in a document's padding or a document is empty
+        real = pieces.length > 0  # false where a row begins in a document's padding, and for an empty document
         return pieces if real.all() else pieces.select(real)

@@ -1,4 +1,4 @@
-"""Every version of the order that a run may have been promised."""
+"""All versions of the order. A run keeps the version that it began with."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ ORDER_VERSIONS = (1, 2, ORDER_VERSION)
 
 
 class Stream(Protocol):
-    """The tokens of a pass in a row; see `stream.TokenStream`."""
+    """The token stream of one pass; see `stream.TokenStream`."""
 
     def pieces(self, starts: np.ndarray, count: int) -> Pieces:
-        """The runs that make up rows of `count` stream positions, row i from position ``starts[i]``."""
+        """Return the runs that make up rows of `count` stream positions; row i begins at position ``starts[i]``."""
 
 
 class Order(NamedTuple):
-    """What a run reads."""
+    """The order of a run: which sequences its rows read, and which tokens these hold."""
 
     phases: Phases
-    """Which sequence each row of each step reads, and how the corpora are cut into them."""
+    """Which sequence each row of each step reads, and how the corpora are cut into sequences."""
     stream: Callable[[int, int], Stream]
-    """Which tokens the sequences hold, by corpus and pass."""
+    """Returns the token stream of a corpus in a pass."""
 
 
 def make_order(
@@ -48,15 +48,15 @@ def make_order(
     seed: int,
     block: int | None,
 ) -> Order:
-    """The order of a version.
+    """Return the order of a version.
 
     Args:
         sizes: rows of each step.
         lengths: L, tokens of a sequence, in each step.
-        block: W where documents are isolated; None where they are joined.
+        block: W for isolated documents; None otherwise.
 
-    Raises UserError where rows are streamed and their number has changed, and where the length changes in an order of
-    an older version.
+    Raises UserError in streaming mode when the number of rows changes, and in an older version of the order when the
+    length changes.
     """
     rows = sizes.rows
     if config.mode == "streaming" and sizes.since:
@@ -78,7 +78,7 @@ def make_order(
 
 
 def _older(version: int, config: DataConfig, sequences: Sequence[int], sizes: BatchSizes, seed: int) -> Plan:
-    """Versions 1 and 2."""
+    """Return the plan of version 1 or 2."""
     segments, streams = config.segments(), config.mode == "streaming"
     if version == 1 and streams:
         return LaneStreaming(sequences, segments, sizes.rows)
@@ -98,7 +98,7 @@ def _in_windows(
     seed: int,
     block: int | None,
 ) -> Order:
-    """Version 3."""
+    """Return the order of version 3."""
     shards = [corpus.shard_sizes(block) for corpus in corpora]
 
     @lru_cache(maxsize=2 * len(corpora))
@@ -128,7 +128,7 @@ def _phases(
     seed: int,
     passes: Callable[[int, int], Windows],
 ) -> Phases:
-    """One phase after the other: where each begins follows from those before it."""
+    """Build one phase after the other: where each begins follows from those before it."""
     segments, before, found = config.segments(), np.zeros(len(cuts.inputs), np.int64), []
     mixture = None if config.mode == "streaming" else dealt(segments, sizes, seed)
     ends = [start for start, _ in lengths.changes[1:]] + [None]

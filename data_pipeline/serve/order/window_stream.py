@@ -1,4 +1,4 @@
-"""The stream of a pass in windows (`windows`): the documents of a window are looked up when it is first read from."""
+"""The token stream of a pass in windows (`windows`). A window's documents are looked up when it is first read."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from data_pipeline.serve.order.windows import Windows
 from data_pipeline.serve.reader import Corpus
 from data_pipeline.store.heap import give_back
 
-_INDEX_ENTRY = 28  # bytes that the file of an index has for a document
+_INDEX_ENTRY = 28  # bytes per document in an index file
 
 
 class OpenWindow:
-    """One window: its documents' order and ends, in their own stream.
+    """One window: the order and the ends of its documents, in its own stream.
 
     Args:
-        corpus: where the lengths of the documents are read.
+        corpus: the corpus that the document lengths are read from.
         shards: (k,) of the window.
-        block: W where documents are isolated; None where they are joined.
+        block: W for isolated documents; None otherwise.
         key: purpose and numbers that key the permutation of documents.
         fit: as for `TokenStream`.
     """
@@ -43,19 +43,21 @@ class OpenWindow:
         lengths = corpus.shard_lengths(shards)
         counts = corpus.first_documents[shards + 1] - corpus.first_documents[shards]
         self.documents = len(lengths)
-        self._begins = np.cumsum(counts) - counts  # each shard's first document, counted in the window
-        self._shift = corpus.first_documents[shards] - self._begins  # from there to the number in the corpus
+        self._begins = np.cumsum(counts) - counts  # the number of each shard's first document within the window
+        self._shift = corpus.first_documents[shards] - self._begins  # from a number in the window to one in the corpus
         self._stream = TokenStream(lengths, block, key, fit)
         self.total = self._stream.total
 
     def cut(self, length: int, room: int) -> tuple[int, int]:
-        """How many documents sequences of this length could hold, and how many of those they cut; `room`: as for
-        `fitting.best_fit`."""
+        """Return how many documents would fit into a sequence of this length, and how many of them are cut.
+
+        `room`: as for `fitting.best_fit`.
+        """
         sizes = self._stream.sizes
         return int((sizes <= length).sum()), int(cut(sizes, length, room).sum())
 
     def pieces(self, starts: np.ndarray, count: int) -> Pieces:
-        """As `TokenStream.pieces`, with positions counted from the window's begin; they may be before it."""
+        """Like `TokenStream.pieces`. Positions count from the window's begin, and may be negative."""
         found = self._stream.pieces(starts, count)
         shard = np.searchsorted(self._begins, found.document, side="right") - 1
         return found._replace(document=found.document + self._shift[shard])
@@ -64,21 +66,21 @@ class OpenWindow:
 class WindowStream:
     """The stream of one pass over a corpus; see `stream.TokenStream`.
 
-    The window after those that are read is opened in the background, so that reading does not stop where they meet.
+    The next window is opened in the background, so that reading does not stop where two windows meet.
 
     Args:
         windows: of the pass.
         cache: the open windows of the corpus.
-        epoch: which pass.
+        epoch: the number of the pass.
     """
 
     def __init__(self, windows: Windows, cache: WindowCache, epoch: int) -> None:
         self._windows, self._cache, self._epoch = windows, cache, epoch
-        self._last = -1  # the furthest window that was read
+        self._last = -1  # the furthest window that was read so far
         self.total = int(windows.begins[-1])
 
     def pieces(self, starts: np.ndarray, count: int) -> Pieces:
-        """As `TokenStream.pieces`."""
+        """Like `TokenStream.pieces`."""
         starts = np.asarray(starts, np.int64)
         begins = self._windows.begins
         first = np.searchsorted(begins, starts, side="right") - 1
@@ -96,7 +98,7 @@ class WindowStream:
         return _in_order_of_rows(parts)
 
     def _look_ahead(self, wanted: list[int]) -> None:
-        """When a window is read for the first time, tell the store of it, and open the one after it."""
+        """When a window is read for the first time, announce it to the storage and open the next window."""
         last, following = wanted[-1], wanted[-1] + 1
         if last <= self._last:
             return
@@ -107,12 +109,12 @@ class WindowStream:
             threading.Thread(target=self._try_to_open, args=(number, len(wanted)), daemon=True).start()
 
     def _try_to_open(self, window: int, together: int) -> None:
-        with suppress(UserError):  # it comes again when the window is read
+        with suppress(UserError):  # the error is raised again when the window is read
             self._cache.get(self._epoch, self._windows, window, together)
 
 
 def _in_order_of_rows(parts: list[Pieces]) -> Pieces:
-    """The runs of several windows together; a row's runs stay in the order of the windows."""
+    """Join the runs of several windows. The runs of a row stay in the order of the windows."""
     if not parts:  # all rows lie past the end of the pass
         return Pieces(*(np.empty(0, np.int64) for _ in Pieces._fields))
     if len(parts) == 1:
@@ -122,10 +124,10 @@ def _in_order_of_rows(parts: list[Pieces]) -> Pieces:
 
 
 class WindowCache:
-    """The open windows of one corpus: those in use and the next one, by pass and number; opened once each.
+    """The open windows of one corpus, by pass and number: those in use and the next one. Each is opened once.
 
-    Calls may be made from several threads. `fit`: gives, for the pass and the position where a window begins, what its
-    documents are fitted into (as for `TokenStream`); None: they are not.
+    Several threads may call it. `fit` returns the `fit` argument of `TokenStream` for the pass and the position where a
+    window begins; None: documents are not fitted.
     """
 
     def __init__(
@@ -133,10 +135,10 @@ class WindowCache:
     ) -> None:
         self._corpus, self._block, self._fit = corpus, block, fit
         self._lock = threading.Lock()
-        self._open: dict[tuple[int, int], Future[OpenWindow]] = {}  # the one used last is the last
+        self._open: dict[tuple[int, int], Future[OpenWindow]] = {}  # in order of use, the most recent last
 
     def get(self, epoch: int, windows: Windows, number: int, together: int) -> OpenWindow:
-        """A window of a pass, of which `together` are in use at a time."""
+        """Return a window of a pass. `together`: how many windows are in use at the same time."""
         with self._lock:
             opened = self._open.pop((epoch, number), None)
             if new := opened is None:
@@ -153,7 +155,7 @@ class WindowCache:
         return opened.result()
 
     def fetch_ahead(self, now: list[np.ndarray], soon: list[np.ndarray]) -> None:
-        """Told of the shards of the windows that are read from now on, and of those after them."""
+        """Tell the corpus which shards are read from now on, and which come after them; one array per window."""
         self._corpus.fetch_ahead(*([shard for each in shards for shard in each.tolist()] for shards in (now, soon)))
 
     def _opened(self, epoch: int, windows: Windows, number: int) -> OpenWindow:
@@ -169,7 +171,7 @@ class WindowCache:
         return window
 
     def _close_all_but(self, count: int) -> None:
-        """Forget the windows that were used before the last `count`, and the shards that none of those needs."""
+        """Drop all windows but the `count` used last, and release the shards that none of these needs."""
         oldest = [key for key in list(self._open)[:-count] if self._open[key].done()]
         closed = [self._open.pop(key) for key in oldest]
         shards = {shard for each in closed if not each.exception() for shard in each.result().shards.tolist()}

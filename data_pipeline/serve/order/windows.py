@@ -1,11 +1,12 @@
-"""Windows: the runs of shards within which version 3 of the order shuffles, so that reading stays near.
+"""Windows: groups of shards. Version 3 of the order shuffles within a window, so that reads stay close together.
 
-A pass puts the shards of a corpus in the order of a keyed permutation and cuts that order into windows of about
-`WINDOW_TOKENS` tokens. The documents of a window are permuted, its stream is theirs, and the stream of the pass is that
-of its windows, one after the other, with nothing between them. Sequences are shuffled within the window they begin in.
-So at any time a run reads one window, or two where they meet, and needs to know the documents of no other.
+A pass puts the shards of a corpus in the order of a keyed permutation, and cuts that order into windows of about
+`WINDOW_TOKENS` tokens. The documents of a window are permuted; laid end to end, they are the stream of the window. The
+stream of a pass is that of its windows, one after the other, without gaps. Sequences are shuffled within the window in
+which they begin. So a run reads from one window at a time, or from two where they meet, and needs the documents of no
+other.
 
-All of this follows from the sizes of the shards in the manifest and from the key: no index is read for it.
+All of this follows from the shard sizes in the manifest and from the key. No index is read for it.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ from data_pipeline.serve.order.plan import Positions, Shuffled
 from data_pipeline.serve.order.sizes import BatchSizes
 
 WINDOW_TOKENS = 1 << 30
-"""Tokens of a window, about; a document counts as at least `_DOCUMENT` of them, since it costs memory however short."""
-_DOCUMENT = 1 << 11  # so a window has about half a million documents at most: 8 MB of order and ends of each rank
+"""Approximate tokens of a window. A document counts as at least `_DOCUMENT` tokens, since even a short one costs
+memory."""
+_DOCUMENT = 1 << 11  # limits a window to about half a million documents: 8 MB of order and ends on each rank
 
 
 class ShardSizes(NamedTuple):
-    """What the order needs to know of the shards of a split; S shards."""
+    """The sizes of the S shards of a split, as the order needs them."""
 
     documents: np.ndarray  # (S,) int64
     tokens: np.ndarray  # (S,) int64
-    extents: np.ndarray  # (S,) int64: what they take up of the stream; more than the tokens where documents are padded
+    extents: np.ndarray  # (S,) int64: stream positions they take up; more than the tokens if documents are padded
 
 
 class Windows:
@@ -48,51 +50,53 @@ class Windows:
         total = int(weight.sum())
         count = max(1, round(total / WINDOW_TOKENS))
         window = (np.cumsum(weight) - weight) // -(-total // count)
-        shards = shards[np.lexsort((shards, window))]  # inside a window the documents' permutation decides
+        shards = shards[np.lexsort((shards, window))]  # sorted in a window: the permutation of documents shuffles them
         starts = np.flatnonzero(np.diff(window, prepend=-1))
         self._shards, self._bounds = shards, np.append(starts, len(shards))
         self._key = key
         ends = np.cumsum(sizes.extents[shards])
         self.begins = np.append(0, ends[self._bounds[1:] - 1])
-        """(windows + 1,) int64: the stream position where each window begins, and where the last one ends."""
+        """(windows + 1,) int64: the stream position where each window begins, then the end of the last one."""
 
     def __len__(self) -> int:
         return len(self.begins) - 1
 
     def shards(self, window: int) -> np.ndarray:
-        """The shards of a window, in increasing order."""
+        """Return the shards of a window, in increasing order."""
         return self._shards[self._bounds[window] : self._bounds[window + 1]]
 
     def extent(self, window: int) -> int:
-        """Stream positions of a window."""
+        """Return the number of stream positions of a window."""
         return int(self.begins[window + 1] - self.begins[window])
 
     def room(self, window: int, length: int) -> int:
-        """What is left, where a window begins, of the sequence of `length` that lies there."""
+        """Return the rest of the sequence of `length` that contains the window's begin, from that begin on."""
         return length - int(self.begins[window]) % length
 
     def key(self, window: int) -> tuple[int, ...]:
-        """What keys the permutations of a window; a pass of one window is that of version 2, document for document."""
+        """Return the key of a window's permutations. A pass of one window has the same key as in version 2, so the same
+        order."""
         return self._key if len(self) == 1 else (*self._key, window)
 
     def sequences(self, length: int, base: int, numbers: tuple[int, int]) -> np.ndarray:
-        """(windows + 1,): the first sequence of `length` that begins in each window, and the end of the last; of the
-        numbers from the first up to the second, where sequence 0 begins at `base`.
+        """Return (windows + 1,): the first sequence that begins in each window, and the end of the last window's
+        sequences.
 
-        A window that is shorter than a sequence may have none.
+        Sequences have `length` tokens, and sequence 0 begins at `base`. Only the numbers ``numbers[0]`` up to
+        ``numbers[1]`` count. A window shorter than a sequence may have none.
         """
         return np.clip(-(-(self.begins - base) // length), *numbers)
 
 
 class WindowShuffled(Shuffled):
-    """Every sequence of a pass once, window after window, permuted within each.
+    """Reads every sequence of a pass once, window after window, permuted within each window.
 
     Args:
         mixture, sizes, seed: as for `Shuffled`.
-        passes: gives the windows of a corpus in a pass.
+        passes: returns the windows of a corpus in a pass.
         cuts: how the corpora are cut into sequences.
-        before: (corpora,) sequences of each corpus, of whatever length, read before those of this length.
-        read: (corpora,) sequences of this length that will be read; None: without end.
+        before: (corpora,) sequences of each corpus, of any length, read before this phase.
+        read: (corpora,) sequences of each corpus that this phase will read; None: without end.
     """
 
     streams = False
@@ -114,7 +118,8 @@ class WindowShuffled(Shuffled):
         self._shift = cuts.offsets - before
 
     def begun(self, step: int) -> list[list[int] | None]:
-        """Of each corpus where what is shuffled together ends, as pass and position; None where none of it is read."""
+        """Return, for each corpus, the end of its partly read window as [pass, position]; None if no window is partly
+        read."""
         counts = self.consumed(step) - self._before
         return [self._begun(corpus, int(count)) for corpus, count in enumerate(counts)]
 
@@ -138,7 +143,8 @@ class WindowShuffled(Shuffled):
         return low, stop
 
     def _firsts(self, corpus: int, epoch: int, windows: Windows) -> np.ndarray:
-        """(windows + 1,): the first sequence of each window that is read, and the end of the last."""
+        """Return (windows + 1,): the first sequence of each window that is read, and the end of the last window's
+        sequences."""
         return windows.sequences(self._cuts.length, self._cuts.base(corpus, epoch), self._range(corpus, epoch))
 
     def _permuted(self, corpus: int, epoch: int, places: np.ndarray) -> np.ndarray:
