@@ -1,7 +1,7 @@
-"""From the spool to shards: which document is kept, in which split and in which shard, and the writing of a shard.
+"""From the spool to shards: decides which documents are kept, in which split and shard, and writes the shards.
 
-Everything is decided from the table before any token exists, so each shard is a task of its own whose bytes depend on
-the settings alone; a shard that is finished stays finished when the work is interrupted.
+All of this is decided from the table before any text is encoded. So each shard is an independent task whose bytes
+depend only on the settings, and a finished shard stays finished when the work is interrupted.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from data_pipeline.sources import Source
 
 PLAN = np.dtype([*((name, TABLE[name]) for name in TABLE.names), ("key", "<u8"), ("cluster", "<u8"), ("shard", "<u4")])
 """A kept document: its row of the table, its key in the corpus, its cluster, and its shard within its split."""
-_TOGETHER = 4 << 20  # bytes of text that are encoded together
+_TOGETHER = 4 << 20  # bytes of text that are encoded with one call
 TOKENIZER = "tokenizer"
-"""The tokenizer's file among unfinished work, of whatever kind it is."""
+"""The file name of the tokenizer in the working directory, whatever its kind."""
 
 
 class Kept(NamedTuple):
-    """What deduplication decided for each document of the table."""
+    """The decision of deduplication for each document of the table."""
 
     keep: np.ndarray  # (documents,) bool
-    cluster: np.ndarray  # (documents,) uint64: a name that stays the same when documents are added
+    cluster: np.ndarray  # (documents,) uint64: the cluster's name, which stays the same when documents are added
     exact_duplicates: int
     near_duplicates: int
 
@@ -48,15 +48,15 @@ class Kept(NamedTuple):
 def deduplicate(
     table: np.ndarray, signatures: np.ndarray | None, config: DedupConfig, earlier: np.ndarray | None = None
 ) -> Kept:
-    """Find the duplicates of `table`, (documents,) of TABLE; `signatures` are None unless the method is minhash.
+    """Find the duplicates in `table`, (documents,) of TABLE. `signatures` are None unless the method is minhash.
 
-    Of a cluster of duplicates the first document stays, one that its source put in test or validation before others,
-    so that nothing of those splits is repeated in train. Documents of one group share a cluster, but all stay.
-    `earlier`, (documents,): the split of documents that are in the corpus which is continued, 0 of others; they come
-    before all others, since they cannot be taken out of it.
+    The first document of a cluster of duplicates is kept. Documents that the source put in test or validation come
+    first, so that nothing of these splits is repeated in train. Documents of one group share a cluster, but all are
+    kept. `earlier`, (documents,), is the split of documents that are in the corpus which is continued, 0 for other
+    documents. They come before all others, since they cannot be removed from that corpus.
     """
     stays = np.zeros(len(table), bool) if earlier is None else earlier > 0
-    order = np.lexsort((-table["split"].astype(np.int8), ~stays))  # test, validation, train, undecided
+    order = np.lexsort((-table["split"].astype(np.int8), ~stays))  # by split: test, validation, train, undecided
     table = table[order]
     clusters = Clusters(len(table))
     if config.method != "none":
@@ -76,7 +76,8 @@ def deduplicate(
 
 
 def _cluster_names(roots: np.ndarray, digests: np.ndarray) -> np.ndarray:
-    """A cluster is called by the smallest hash of its texts: no other document changes that, short of joining it."""
+    """Name each cluster by the smallest hash of its texts. Adding a document changes the name only if it joins the
+    cluster."""
     smallest = np.full(len(roots), np.iinfo(np.uint64).max, np.uint64)
     np.minimum.at(smallest, roots, digests)
     return smallest[roots]
@@ -92,13 +93,13 @@ def assign(
     earlier: np.ndarray | None = None,
     shards: Mapping[int, int] = MappingProxyType({}),
 ) -> np.ndarray:
-    """The plan, (kept documents,) of PLAN, sorted by split and then in the order of the corpus.
+    """Return the plan, (kept documents,) of PLAN, sorted by split and then in the order of the corpus.
 
-    A document without a split of its source's goes where the hash of its cluster says. When that leaves validation
-    empty, the cluster with the smallest hash goes there, so that small corpora have one too.
+    If the source gives a document no split, the hash of its cluster decides. If that leaves validation empty, the
+    cluster with the smallest hash goes there, so that small corpora have a validation split too.
 
-    `earlier`, as for `deduplicate`: those documents are not planned, and others of their clusters go to their split;
-    `shards`: how many there are already, by split.
+    `earlier`, as for `deduplicate`: these documents are not planned again, and others of their clusters go to their
+    split. `shards`: the number of existing shards, by split.
     """
     earlier = np.zeros(len(table), np.uint8) if earlier is None else earlier
     stays = earlier > 0
@@ -127,7 +128,8 @@ def assign(
 
 
 def _join_earlier(plan: np.ndarray, clusters: np.ndarray, splits: np.ndarray) -> None:
-    """Put undecided documents of these clusters, (n,), into the split, (n,), of the first document of each."""
+    """Put undecided documents of these clusters, (n,), into the split, (n,), of the first earlier document of the
+    cluster."""
     names, first = np.unique(clusters, return_index=True)
     if not len(names):
         return
@@ -141,7 +143,7 @@ def _uniform(seed: int, cluster: int) -> float:
 
 
 class EncodeTask(NamedTuple):
-    """What a worker needs to write one shard."""
+    """The data that a worker needs to write one shard."""
 
     output: Path
     work: Path
@@ -154,7 +156,7 @@ class EncodeTask(NamedTuple):
 
 
 class ShardDone(NamedTuple):
-    """A finished shard: its line in the manifest, its documents by licence, and what they take up (`extents`)."""
+    """A finished shard: its manifest entry, its documents by licence, and its extents (`extents`)."""
 
     split: str
     number: int
@@ -165,7 +167,7 @@ class ShardDone(NamedTuple):
 
 
 def shard_tasks(plan: np.ndarray, output: Path, work: Path, source: Source) -> list[EncodeTask]:
-    """One task a shard, in the order of the plan."""
+    """Return one task per shard, in the order of the plan."""
     edges = np.flatnonzero((np.diff(plan["split"]) != 0) | (np.diff(plan["shard"]) != 0)) + 1
     starts, stops = [0, *edges.tolist()], [*edges.tolist(), len(plan)]
     of = (source.kind, source.tokenized)
@@ -176,7 +178,8 @@ def shard_tasks(plan: np.ndarray, output: Path, work: Path, source: Source) -> l
 
 
 def write_shard(task: EncodeTask) -> ShardDone:
-    """Write a shard, its index and packed file, and last the record that it is done; a recorded one is only checked."""
+    """Write a shard, its index and its packed file, and at the end a record that it is done. A recorded shard is only
+    checked."""
     record = task.work / f"{task.split}-{task.number:06d}.json"
     if done := _finished(record, task):
         return done
@@ -217,7 +220,7 @@ def write_shard(task: EncodeTask) -> ShardDone:
 def _encoded(
     documents: Iterator[tuple[np.void, dict[str, Any], bytes]], tokenizer: Tokenizer, tokenized: bool
 ) -> Iterator[tuple[np.void, dict[str, Any], bytes, np.ndarray]]:
-    """The documents with their ids, (n,), of their texts or of what the source held already."""
+    """Yield the documents with their ids, (n,): the encoded text, or the ids that the source holds."""
     if tokenized:
         yield from ((*document, np.frombuffer(document[2], TOKEN).astype(tokenizer.dtype)) for document in documents)
         return
@@ -229,7 +232,7 @@ def _encoded(
 def _take(
     documents: Iterator[tuple[np.void, dict[str, Any], bytes]], size: int
 ) -> Iterator[tuple[np.void, dict[str, Any], bytes]]:
-    """The next documents, of about `size` bytes."""
+    """Yield the next documents, of about `size` bytes together."""
     while size > 0 and (document := next(documents, None)):
         yield document
         size -= len(document[2])
@@ -250,7 +253,8 @@ def _document_info(row: np.void, names: dict[str, Any], source: str, tokens: int
 
 
 def _finished(record: Path, task: EncodeTask) -> ShardDone | None:
-    """The shard that an earlier run finished, if its files are still what that run wrote."""
+    """Return the shard if an earlier run finished it and its files are unchanged; a damaged packed file is written
+    again."""
     if not record.exists():
         return None
     found = json.loads(record.read_bytes())

@@ -1,4 +1,4 @@
-"""The settings of a preparation: one YAML file of these is one corpus."""
+"""The settings of a preparation. One YAML file of them describes one corpus."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _made_here(value: Any) -> Any:
 
 
 class PrepareConfig(Config):
-    """One corpus: what it is made from, and how. One YAML file is one of these."""
+    """One corpus: its source, and how it is made. One YAML file holds one of these."""
 
     source: AnySource
     """Where the text comes from: `kind`, and the settings of that kind (see `bst data sources`)."""

@@ -1,8 +1,8 @@
 """Prepare a corpus: extract, deduplicate, split, train the tokenizer, encode, write shards and manifest.
 
-The output depends on the source and the settings alone: the same bytes for any number of workers, in processes or over
-MPI ranks. Every step leaves whole files only, so work that was interrupted continues where it stopped; the manifest
-comes last, and a directory with a manifest is complete.
+The output depends only on the source and the settings: it has the same bytes for any number of workers, in processes or
+over MPI ranks. Every stage leaves complete files only, so interrupted work continues where it stopped. The manifest is
+written last: a directory with a manifest is complete.
 """
 
 from __future__ import annotations
@@ -49,20 +49,21 @@ from data_pipeline.sources import Fields, Part, RecordSource, Skipped
 
 SKIPPED = "skipped.jsonl"
 WORK = "preparing"
-"""Directory of unfinished work, below the output: a directory for each set of settings that was begun."""
+"""Directory of unfinished work, in the output directory. It has one subdirectory for each set of settings."""
 
 _CHUNK_BYTES = 8 << 20  # source bytes extracted by one task
 _SHARD_NAME = re.compile(r"(train|validation|test)(-\d{6}\.(tar|idx|tokens)|\.extents)")
-_WINDOW = 1 << 16  # bytes of a document sampled together for the tokenizer
+_WINDOW = 1 << 16  # bytes per window: the tokenizer is trained on a sample of such windows of the documents
 
 Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, how much of it is done, how much there is), in a unit of the stage's own."""
+"""Called with (the stage, the amount done, the total amount). The unit depends on the stage."""
 
 
 def prepare(config: PrepareConfig, workers: Workers, progress: Progress) -> tuple[Manifest, dict[str, Any]]:
-    """Prepare the corpus, or find it prepared; returns its manifest and what was found there already.
+    """Prepare the corpus, or find that it is complete; return its manifest and which parts were there already.
 
-    Raises UserError when the directory holds a corpus made from anything else, and for anything wrong with the source.
+    Raises UserError when the directory holds a corpus made from a different source or with different settings, and for
+    every problem with the source.
     """
     earlier = _earlier(config)
     progress("fetch", 0, 1)
@@ -106,7 +107,7 @@ def prepare(config: PrepareConfig, workers: Workers, progress: Progress) -> tupl
 
 
 def _earlier(config: PrepareConfig) -> Earlier | None:
-    """The corpus that is continued; raises UserError when it would be written over."""
+    """Return the corpus that is continued; raises UserError when the output would overwrite it."""
     if config.continues is None:
         return None
     directory = config.continues.expanduser()
@@ -119,7 +120,7 @@ def _earlier(config: PrepareConfig) -> Earlier | None:
 
 
 def _finish(manifest: Manifest, output: Path, work: Path) -> None:
-    """Put everything in its place, the manifest last, and remove what else a preparation has made there."""
+    """Move everything to its place, the manifest last. Remove other files that a preparation has left there."""
     shutil.copyfile(work / TOKENIZER, work / f"{TOKENIZER}.copy")
     (work / f"{TOKENIZER}.copy").replace(output / manifest.tokenizer.file)
     shutil.move(work / SKIPPED, output / SKIPPED)
@@ -141,9 +142,9 @@ def _extract(
     workers: Workers,
     progress: Progress,
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """All documents into the spool: their table, and how many were left out for which reason.
+    """Extract all documents into the spool; return their table, and how many were left out for each reason.
 
-    `beside` is what the source lists without reading it.
+    `beside`: the files and records that the source skips without reading them.
     """
     spool = work / "spool"
     spool.mkdir(exist_ok=True)
@@ -175,7 +176,8 @@ def _extract(
 
 
 def _check_listed(beside: list[Skipped], config: PrepareConfig) -> int:
-    """How many of what the source lists is bad; raises UserError for the first where the policy is to stop."""
+    """Return how many of the records in `beside` are bad; raises UserError for the first one if the policy is to
+    stop."""
     bad = [skipped for skipped in beside if skipped.bad]
     if bad and config.on_bad_record == "stop":
         raise refusal(bad[0])
@@ -193,7 +195,8 @@ def _check_limit(bad: int, spool: Path, config: PrepareConfig) -> None:
 def _plan(
     config: PrepareConfig, table: np.ndarray, earlier: Earlier | None, work: Path, progress: Progress
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Which document goes where, also written to work/plan.npy for the workers; and how many were duplicates."""
+    """Decide where each document goes, and write it to work/plan.npy for the workers; return the plan and the
+    duplicates."""
     progress("deduplicate", 0, len(table))
     signatures = None
     if config.deduplicate.method == "minhash":
@@ -222,7 +225,8 @@ def _plan(
 def _make_tokenizer(
     config: PrepareConfig, given: Tokenizer | None, plan: np.ndarray, work: Path, progress: Progress
 ) -> Tokenizer:
-    """The tokenizer, in the working directory: one that lies in the output may be of other settings."""
+    """Return the tokenizer, made in the working directory: the one in the output directory may belong to other
+    settings."""
     path = work / TOKENIZER
     if path.exists():
         return read_tokenizer(path)
@@ -257,7 +261,7 @@ def _write_shards(
 
 
 def _write_extents(shards: list[ShardDone], earlier: Earlier | None, output: Path) -> dict[str, ExtentsInfo]:
-    """What the shards of each split take up of the stream, beside them."""
+    """Write the extents of each split's shards next to the shards."""
     extents = {} if earlier is None else {split: list(before) for split, before in earlier.extents.items()}
     for shard in shards:
         extents.setdefault(shard.split, []).append(shard.extents)
@@ -304,7 +308,7 @@ def _manifest(
 
 @contextmanager
 def _exclusive(output: Path) -> Iterator[None]:
-    """One preparation of a directory at a time."""
+    """Lock the directory: only one preparation writes to it at a time."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = (output / ".lock").open("w")

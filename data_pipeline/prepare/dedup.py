@@ -1,10 +1,10 @@
-"""Which documents say the same, exactly or nearly: what is kept, and which documents must share a split.
+"""Exact and near duplicates: which documents are kept, and which documents must be in the same split.
 
-Near duplicates are found by MinHash (Broder 1997) with banding: documents whose signatures agree in any whole band are
-compared, and count as the same when the share of equal signature entries, an unbiased estimate of the Jaccard
-similarity of their sets of 5-grams, reaches the threshold. The 5-grams are of words; in scripts that write no spaces
-between words (Chinese, Japanese, Thai and their like) of characters. Signatures are made by rensa; the bands are
-compared one at a time over a file of signatures, so memory is a few numbers per document.
+Near duplicates are found by MinHash (Broder 1997) with banding. Documents whose signatures agree in a whole band are
+compared. They count as duplicates when the fraction of equal signature entries reaches the threshold. This fraction is
+an unbiased estimate of the Jaccard similarity of their sets of 5-grams. The 5-grams consist of words, or of characters
+in scripts without spaces between words (Chinese, Japanese, Thai and similar ones). rensa computes the signatures. Bands
+are compared one at a time over a file of signatures, so memory is a few numbers per document.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from bst_base.settings import Config
 from data_pipeline.prepare.word_hashes import word_hashes
 
 PERMUTATIONS = 128
-"""Entries of a signature: a standard error of at most 0.044 on the similarity."""
+"""Entries of a signature: the standard error of the similarity is at most 0.044."""
 
 _SHINGLE = 5  # words
 _SEED = 1  # of the permutations
-_LEADERS = 64  # documents of a bucket that another one is compared with: the last ones that resemble none before them
+_LEADERS = 64  # maximum number of leaders of a bucket that a document is compared with (`_join_similar`)
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 class DedupConfig(Config):
-    """What counts as a duplicate; of the documents that say the same the first is kept."""
+    """When documents count as duplicates. The first of several duplicates is kept."""
 
     method: Literal["none", "exact", "minhash"] = "minhash"
     """`exact`: equal text; `minhash`: also texts whose word 5-grams mostly agree."""
     similarity: float = Field(0.8, gt=0.0, lt=1.0)
-    """`minhash` treats two texts as duplicates from this estimated Jaccard similarity on."""
+    """`minhash` treats two texts as duplicates when their estimated Jaccard similarity is at least this."""
 
 
 class Clusters:
-    """A union-find over documents 0..n-1; the root of a cluster is its first document."""
+    """A union-find structure over the documents 0..n-1. The root of a cluster is its first document."""
 
     def __init__(self, n: int) -> None:
         self._parent = np.arange(n)
 
     def root(self, i: int) -> int:
-        """The first document of the cluster that `i` is in."""
+        """Return the first document of the cluster of `i`."""
         parent = self._parent
         while parent[i] != i:
             parent[i] = parent[parent[i]]
@@ -54,29 +54,31 @@ class Clusters:
         return int(i)
 
     def join(self, i: int, j: int) -> None:
-        """Put the clusters of `i` and `j` together."""
+        """Merge the clusters of `i` and `j`."""
         i, j = self.root(i), self.root(j)
         self._parent[max(i, j)] = min(i, j)
 
     def join_equal(self, values: np.ndarray, documents: np.ndarray | None = None) -> None:
-        """Put documents with equal `values`, (k,), into one cluster; `documents`, (k,), says whose they are."""
+        """Merge the clusters of documents with equal `values`, (k,). `documents`, (k,): the document of each value."""
         for run in _equal_runs(values):
             members = run if documents is None else documents[run]
             for other in members[1:]:
                 self.join(members[0], other)
 
     def roots(self) -> np.ndarray:
-        """(n,) int64: every document's root."""
+        """Return (n,) int64: the root of every document."""
         return np.array([self.root(i) for i in range(len(self._parent))], np.int64)
 
 
 def signature(text: bytes) -> np.ndarray:
-    """The MinHash signature of a text's 5-grams, (PERMUTATIONS,) uint32; a shorter text is one shingle."""
+    """Return the MinHash signature of a text's 5-grams, (PERMUTATIONS,) uint32. A text of fewer than 5 words is one
+    shingle."""
     return signature_of(np.concatenate([np.empty(0, np.uint64), *word_hashes(text)]))
 
 
 def signature_of(words: np.ndarray) -> np.ndarray:
-    """The same of words given by numbers, (n,) uint64: their hashes, or the ids of a text that came as such."""
+    """Return the signature of words given as numbers, (n,) uint64: word hashes, or the token ids of a tokenized
+    source."""
     width = min(_SHINGLE, max(len(words), 1))
     shingles = np.zeros(max(len(words) - width + 1, 1), np.uint64)
     for k in range(width if len(words) else 0):
@@ -87,9 +89,9 @@ def signature_of(words: np.ndarray) -> np.ndarray:
 
 
 def near_duplicates(signatures: np.ndarray, order: np.ndarray, config: DedupConfig, clusters: Clusters) -> None:
-    """Join the documents whose `signatures`, (n, PERMUTATIONS) uint32, say they are near duplicates.
+    """Join the documents whose `signatures`, (n, PERMUTATIONS) uint32, show that they are near duplicates.
 
-    `clusters` counts documents in `order`, (n,): its document i has the signature `order[i]`.
+    `clusters` numbers the documents in `order`, (n,): its document i has the signature `order[i]`.
     """
     bands, rows = banding(config.similarity)
     for band in range(bands):
@@ -100,10 +102,10 @@ def near_duplicates(signatures: np.ndarray, order: np.ndarray, config: DedupConf
 
 @lru_cache
 def banding(similarity: float) -> tuple[int, int]:
-    """(bands, rows of each) of a signature that best tell pairs above `similarity` from those below.
+    """Return (bands, rows per band): the banding that best separates pairs above `similarity` from pairs below.
 
-    A pair of similarity s shares one of b bands of r rows with probability 1 - (1 - s^r)^b; the mean of it below the
-    threshold (compared in vain) and of its complement above (never compared) is the least possible.
+    A pair of similarity s shares one of b bands of r rows with probability 1 - (1 - s^r)^b. The banding minimises the
+    sum of this probability below the threshold (compared in vain) and of its complement above (never compared).
     """
     s = np.linspace(0, 1, 2001)
     costs = {}
@@ -117,14 +119,14 @@ def banding(similarity: float) -> tuple[int, int]:
 def _join_similar(
     run: np.ndarray, signatures: np.ndarray, order: np.ndarray, similarity: float, clusters: Clusters
 ) -> None:
-    """Join each document of a bucket to the first of its leaders that it resembles.
+    """Join each document of a bucket to the first leader that it resembles.
 
-    Leaders are those that resemble none before them. Only the last `_LEADERS` are compared with: a bucket of a million
-    pages made from one template would need as many comparisons as it has pairs. A pair that is missed here for that has
-    its other bands to meet in.
+    Leaders are documents that resemble no leader before them. Documents are compared with the last `_LEADERS` leaders
+    only: otherwise a bucket of a million pages from one template would need a comparison for every pair. A pair that is
+    missed here may still meet in its other bands.
     """
     leaders: deque[int] = deque(maxlen=_LEADERS)
-    rows = np.empty((_LEADERS, PERMUTATIONS), np.uint32)  # their signatures, the oldest replaced by the next
+    rows = np.empty((_LEADERS, PERMUTATIONS), np.uint32)  # the leaders' signatures; a new one replaces the oldest
     count = 0
     for i in run.tolist():
         own = signatures[order[i]]
@@ -140,12 +142,12 @@ def _join_similar(
 
 
 def _alike(own: np.ndarray, others: np.ndarray, similarity: float) -> np.ndarray:
-    """(k,) bool: which of `others`, (k, PERMUTATIONS), a signature resembles."""
+    """Return (k,) bool: which of `others`, (k, PERMUTATIONS), resemble the signature `own`."""
     return (others == own).mean(axis=1) >= similarity
 
 
 def _equal_runs(values: np.ndarray) -> Iterator[np.ndarray]:
-    """The places of each value that occurs more than once, ascending."""
+    """Yield the places, ascending, of each value that occurs more than once."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     edges = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1

@@ -1,10 +1,10 @@
-"""Filters of the user's own: functions that see each document's text, and change it or leave the document out.
+"""User filters: functions that see the text of each document, and change it or leave the document out.
 
     text:
       filters: [my_filters.py:english, my_filters.py:without_addresses]
 
-Each is called as ``function(text, document)`` with a `sources.Document`, and returns the text to store, or None to
-leave the document out. What language, quality or personal data is, and by which model, is theirs to say.
+Each is called as ``function(text, document)`` with a `sources.Document`. It returns the text to store, or None to leave
+the document out. Filters for language, quality or personal data are the user's own; none is built in.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Filter = Callable[[str, Document], str | None]
 
 
 def parts(name: str) -> tuple[Path, str]:
-    """The file and the function of ``path/to/file.py:function``."""
+    """Return the file and the function of ``path/to/file.py:function``."""
     file, _, function = name.rpartition(":")
     return Path(file).expanduser(), function
 
 
 def check_name(name: str) -> str:
-    """Raise ValueError unless it is the name of a filter."""
+    """Raise ValueError unless `name` is a valid name of a filter; return it."""
     file, function = parts(name)
     if file.suffix != ".py" or not function.isidentifier():
         raise ValueError(f"{name!r}: not a filter; write path/to/file.py:function")
@@ -37,7 +37,7 @@ def check_name(name: str) -> str:
 
 @cache
 def load(name: str) -> Filter:
-    """The function; raises UserError when there is none."""
+    """Return the function; raises UserError when it cannot be loaded."""
     file, function = parts(name)
     if not file.is_file():
         raise UserError(f"text.filters: {file}: there is no such file")
@@ -54,15 +54,18 @@ def load(name: str) -> Filter:
 
 
 def identity(name: str) -> str:
-    """What a filter does, as far as can be told: its function and the content of its file."""
+    """Return a string that identifies a filter: its function and the hash of its file. Files that it imports do not
+    count."""
     file, function = parts(name)
     load(name)
     return f"{function} of {sha256_file(file)}"
 
 
 def filtered(text: str, document: Document, name: str) -> str | Skipped:
-    """What a filter makes of a text, or why it is left out; a filter that fails, or returns something else, makes the
-    document a bad record."""
+    """Return the text from a filter, or the reason to leave the document out.
+
+    A filter that fails, or returns a wrong type, makes the document a bad record.
+    """
     _, function = parts(name)
     try:
         found = load(name)(text, document)

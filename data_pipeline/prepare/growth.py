@@ -1,9 +1,9 @@
-"""A corpus that continues an earlier one: its shards are kept, and documents that it lacks are added after them.
+"""A corpus that continues an earlier one: it keeps the earlier shards, and adds new documents in shards after them.
 
-The documents of the earlier corpus are known by their ids, which its indexes hold: an id is a hash of a document's path
-and text. So nothing has to be remembered beside a corpus, any corpus can be continued, and a file that has grown is as
-good as a new one. The source is read as a whole, to compare what is new with what is there; nothing that is there is
-tokenized or written again.
+The documents of the earlier corpus are identified by their ids, which its indexes hold: an id is a hash of a document's
+path and text. So nothing has to be stored in addition to a corpus, any corpus can be continued, and a file to which
+documents were appended is handled like a new file. The whole source is read, to find the new documents. Documents that
+are already there are not tokenized or written again.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from data_pipeline.format.tokenizer import Tokenizer, read_tokenizer
 from data_pipeline.prepare.identity import differences
 from data_pipeline.prepare.spool import SPLITS
 
-_OF_CONTENT = ("content_sha256", "parts")  # what may differ of a source that has grown
+_OF_CONTENT = ("content_sha256", "parts")  # the fields that may differ after a source has grown
 
 
 class Earlier:
     """The corpus that is continued."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises UserError where there is none, or its indexes are not those of its manifest."""
+        """Read the corpus. Raises UserError when there is none, or its indexes are not those of its manifest."""
         self.directory, self.manifest = directory, Manifest.read(directory)
         self.extents: dict[str, list[list[int]]] = {}
-        """Of each shard of each split, what its documents take up (`format.extents`)."""
+        """The extents of each shard, by split (`format.extents`)."""
         ids, splits = [np.empty(0, np.uint64)], [np.empty(0, np.uint8)]
         for split, shard in self._shards():
             index = self._index(shard)
@@ -46,20 +46,20 @@ class Earlier:
             ids.append(index.ids)
             splits.append(np.full(len(index.ids), SPLITS.index(split), np.uint8))
         self.ids, self.splits = np.concatenate(ids), np.concatenate(splits)
-        """(documents,) of each document."""
+        """(documents,) the split of each document. `ids`, (documents,), holds their ids."""
 
     @property
     def history(self) -> list[str]:
-        """The SHA-256 of the manifests of this corpus and of those that it continues, the last first."""
+        """The SHA-256 of the manifests of this corpus and of those that it continues, the most recent first."""
         return [self.manifest.sha256, *self.manifest.provenance.get("continues", [])]
 
     def tokenizer(self) -> Tokenizer:
-        """That of its shards; raises UserError when it is another than the manifest's."""
+        """Return the tokenizer of its shards; raises UserError when it is not the one that the manifest names."""
         info = self.manifest.tokenizer
         return read_tokenizer(self.directory / info.file, info.sha256)
 
     def require_same(self, wanted: dict[str, Any]) -> None:
-        """Raise UserError unless it was made with the settings, and from the kind of source, of `wanted`."""
+        """Raise UserError unless it was made with the settings and from the kind of source in `wanted`."""
         own = {key: self.manifest.provenance.get(key) for key in ("settings", "source")}
         found = [name for name, *_ in differences(own, {key: wanted[key] for key in own})]
         found = [name for name in found if name not in {f"source.{each}" for each in _OF_CONTENT}]
@@ -70,13 +70,13 @@ class Earlier:
             )
 
     def found_in(self, ids: np.ndarray) -> np.ndarray:
-        """(n,) uint8: of documents with these ids, (n,), the split that each has here; 0 for those that are not here.
+        """Return (n,) uint8: the split, in this corpus, of the documents with these ids, (n,); 0 for other documents.
 
-        Raises UserError when some that are here are not among them: they would stay in the corpus.
+        Raises UserError when a document of this corpus is not among them: it would stay in the new corpus.
         """
         order, own = np.argsort(ids, kind="stable"), np.argsort(self.ids, kind="stable")
         ordered, there = ids[order], self.ids[own]
-        # Equal ids count as often as they are here: the k-th of them is the k-th here.
+        # An id may occur several times. Its k-th occurrence in `ids` is matched with the k-th in this corpus.
         place = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)
         first, last = np.searchsorted(there, ordered), np.searchsorted(there, ordered, side="right")
         here = place < last - first
@@ -91,7 +91,7 @@ class Earlier:
         return splits
 
     def take_over(self, output: Path) -> None:
-        """Put its shards, with indexes and packed files, into `output`: by hard links, or copies on another disk."""
+        """Put its shards, with indexes and packed files, into `output`: as hard links, or as copies on another disk."""
         for _, shard in self._shards():
             for name in (shard.file, shard.index, packed_name(shard.file)):
                 (output / name).unlink(missing_ok=True)

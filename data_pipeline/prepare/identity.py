@@ -1,7 +1,8 @@
-"""What decides the bytes of a corpus: its settings, the content of its source, the versions of what makes it.
+"""The identity of a corpus, which decides its bytes: its settings, the content of its source, the versions of the
+tools.
 
-Nothing is reused, neither a finished corpus nor unfinished work, unless all of this is the same. Names and sizes are
-not enough: a file that was edited to the same size is another source.
+Finished corpora and unfinished work are reused only if all of this is the same. Names and sizes are not enough: a file
+may be edited without a change of its size.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _MACHINE = {
 
 
 class HashTask(NamedTuple):
-    """What a worker needs to hash some of a source's files."""
+    """The data that a worker needs to hash some of a source's files."""
 
     source: Source
     parts: tuple[Part, ...]
@@ -41,14 +42,15 @@ class HashTask(NamedTuple):
 def identity(
     config: PrepareConfig, groups: list[tuple[Part, ...]], workers: Workers, progress: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
-    """What decides the corpus, without anything that names a machine or its directories. Reads all of the source."""
+    """Return the identity of the corpus, without anything that names a machine or its directories. Reads the whole
+    source."""
     settings = config.model_dump(mode="json", exclude=_MACHINE)
     if config.tokenizer.reuse is not None:
         settings["tokenizer"] = {"reuse": given_tokenizer(config).sha256}
-    for name in ("tiktoken", "special_tokens", "text_tokens"):  # not there where not used: as in older corpora
+    for name in ("tiktoken", "special_tokens", "text_tokens"):  # left out if not used, as older versions did
         if not settings["tokenizer"].get(name, True):
             del settings["tokenizer"][name]
-    del settings["text"]["filters"]  # not there where there are none: as in corpora of older versions
+    del settings["text"]["filters"]  # left out if there are none, as older versions did
     if config.text.filters:
         settings["text"]["filters"] = [filter_identity(name) for name in config.text.filters]
     done, total = 0, sum(part.size for group in groups for part in group)
@@ -70,7 +72,7 @@ class _Hashed(NamedTuple):
 
 
 def _hash_parts(task: HashTask) -> _Hashed:
-    """A hash of the files of each part; a file that is cut into several parts counts with the first."""
+    """Hash the files of each part. A file that is cut into several parts is hashed with the first one."""
     hashes = {}
     for part in task.parts:
         if part.start <= 0:
@@ -82,15 +84,15 @@ def _hash_parts(task: HashTask) -> _Hashed:
 def _hash(path: Path) -> str:
     try:
         return sha256_file(path)
-    except OSError as error:  # reading it will say so, and the policy for bad records what to do
+    except OSError as error:  # extraction meets the same error, and handles it by the policy for bad records
         return f"unreadable {error.errno}"
 
 
 def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
-    """The tokenizer that is not trained here: the one of a prepared corpus as it is, anyone's, adopted, or ids alone;
-    with the tokens that the settings add.
+    """Return the tokenizer if it is not trained here, with the tokens that the settings add; None if it is trained.
 
-    None where one is trained. Raises UserError for one that cannot encode a source of text.
+    It is the tokenizer of a prepared corpus, an adopted one from elsewhere, or one that knows only ids. Raises
+    UserError when it cannot encode the text of the source.
     """
     if config.tokenizer.reuse is None:
         return IdsOnly.of(config.source.vocab_size, config.source.eos_id) if config.source.tokenized else None
@@ -106,19 +108,20 @@ def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
 
 
 def name_of(identity: dict[str, Any]) -> str:
-    """A short name for unfinished work: that of other settings or of another source has another one."""
+    """Return a short name for unfinished work. Other settings or another source give another name."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_same(found: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
-    """Raise UserError, saying what differs, unless a finished corpus is the one that is wanted."""
+    """Raise UserError, naming the differences, unless a finished corpus is the wanted one."""
     told = [_told(*difference) for difference in differences(found, wanted)]
     if told:
         raise UserError(f"{output} holds another corpus ({'; '.join(told)}): choose another output, or delete it first")
 
 
 def check_there(manifest: Manifest, corpus: Path) -> None:
-    """Raise UserError when a file that a finished corpus needs is missing or cut short; hashes are for `verify`."""
+    """Raise UserError when a file of a finished corpus is missing or cut short. Only `verify` checks the hashes of
+    shards."""
     info = manifest.tokenizer
     read_tokenizer(corpus / info.file, info.sha256)
     for shard in (shard for shards in manifest.splits.values() for shard in shards):
@@ -146,10 +149,10 @@ def _told(name: str, old: Any, new: Any) -> str:
 
 
 def differences(found: Any, wanted: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, there, wanted) of what differs between two identities."""
+    """Yield (dotted name, found value, wanted value) of each difference between two identities."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in sorted({*found, *wanted}):
-            if (name, key) != ("source", "listing_sha256"):  # names and sizes, kept by versions that hashed no content
+            if (name, key) != ("source", "listing_sha256"):  # names and sizes, in corpora of older versions
                 yield from differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
     elif found != wanted:
         yield name, found, wanted

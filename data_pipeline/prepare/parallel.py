@@ -1,4 +1,4 @@
-"""Independent tasks in this process, in a pool of processes, or over the ranks of `mpirun`: one interface for all."""
+"""Runs independent tasks in this process, in a pool of processes, or on the ranks of `mpirun`, with one interface."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ BY_MPI = "start it once, or with the mpirun of mpi4py's MPI"
 
 
 class Workers:
-    """Where tasks run: `count` of them at a time."""
+    """The workers that run tasks, `count` at a time."""
 
     def __init__(self, executor: Executor | None, count: int) -> None:
         self._executor = executor
         self.count = count
 
     def run(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
-        """Yield the results as they come, in any order; tasks are drawn as there is room for them.
+        """Yield the results as they are ready, in any order. Tasks are drawn only as workers become free.
 
         The first error ends it. Raises UserError when a worker process was killed.
         """
@@ -39,7 +39,7 @@ class Workers:
         try:
             for task in tasks:
                 pending.add(self._executor.submit(function, task))
-                if len(pending) >= 2 * self.count:  # one running and one waiting for each worker
+                if len(pending) >= 2 * self.count:  # one running and one waiting task for each worker
                     done, pending = wait(pending, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in done)
             while pending:
@@ -56,23 +56,24 @@ class Workers:
 
 
 def mpi_ranks() -> int:
-    """Ranks that `mpirun` started this program on; 1 without it."""
+    """Return the number of ranks that `mpirun` started this program on; 1 without it."""
     return int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1)
 
 
 @contextmanager
 def open_workers(count: int | None) -> Iterator[Workers | None]:
-    """Workers for the tasks of this program; None on the MPI ranks that serve as workers, once they are done serving.
+    """Yield workers for the tasks of this program. On the MPI ranks that serve as workers, yield None after they have
+    served.
 
-    Under `mpirun -n N`, rank 0 runs the program and the other N - 1 ranks its tasks; `count` is then not used.
-    Otherwise `count` processes do (None: one for each CPU this process may use; 1: no process but this one).
+    Under `mpirun -n N`, rank 0 runs the program and the other N - 1 ranks run its tasks; `count` is ignored. Otherwise
+    `count` processes run them (None: one for each CPU that this process may use; 1: this process only).
     """
     ranks = mpi_ranks()
     if ranks > 1:
         from mpi4py import MPI  # only under mpirun: importing it initialises MPI
         from mpi4py.futures import MPICommExecutor
 
-        if MPI.COMM_WORLD.Get_size() == 1:  # the launcher speaks to another MPI than mpi4py's
+        if MPI.COMM_WORLD.Get_size() == 1:  # the launcher belongs to another MPI than mpi4py
             require_alone("prepare all of the corpus", BY_MPI)
         with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
             yield None if executor is None else Workers(executor, ranks - 1)
@@ -89,7 +90,8 @@ def open_workers(count: int | None) -> Iterator[Workers | None]:
 
 
 def _end_with(parent: int) -> None:
-    """Let this worker end soon after its parent: a pool whose parent was killed would wait for work for ever."""
+    """Make this worker end soon after its parent. Otherwise a pool whose parent was killed would wait for work
+    forever."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,10 +1,11 @@
-"""How a source's text waits between extraction and encoding: chunks of whole documents, on disk.
+"""The spool: chunks of whole documents on disk, between extraction and encoding.
 
-A chunk is a directory that one worker writes from a run of consecutive parts: `text` (the documents' UTF-8, or their
-ids where the source holds such, one after the other), `table` (one row per document: what deduplication and planning
-need), `names.jsonl` (one line per document: what only the shards need), `skipped.jsonl`, `signatures` (MinHash, if
-asked for), and `fields.json` (which fields the records have, of sources of records). Memory is bounded by one document
-here, and by one table row per document where the tables of all chunks are put together.
+A chunk is a directory that one worker writes from consecutive parts. It holds `text` (the documents' UTF-8, or their
+ids if the source is tokenized, one after the other), `table` (one row per document with the data for deduplication and
+planning), `names.jsonl` (one line per document with the data for the shards only), `skipped.jsonl`, `signatures`
+(MinHash, if asked for), and `fields.json` (which fields the records have, for sources of records). A worker needs
+memory for one document at a time. The main process needs one table row per document when it joins the tables of all
+chunks.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ TABLE = np.dtype(
     [("chunk", "<u4"), ("names", "<u8"), ("offset", "<u8"), ("bytes", "<u8"), ("digest", "<u8", 2), ("group", "<u8"),
      ("id", "<u8"), ("split", "u1")]
 )  # fmt: skip
-"""A document: its chunk, the bytes of the chunk's names and text where its own begin, its text's size, hashes of its
-text and of its group (0: none), its id, the split its source gives."""
+"""A document: its chunk; the byte offsets of its names and its text in the chunk's files; the size of its text; the
+hashes of its text and of its group (0: none); its id; the split that its source gives."""
 
 SPLITS = ("", "train", "validation", "test")
-"""What the column `split` counts: the split that the source itself gives, or none."""
+"""The values of the column `split`: none, or the split that the source gives."""
 
 
 class ChunkTask(NamedTuple):
-    """What a worker needs to extract one chunk."""
+    """The data that a worker needs to extract one chunk."""
 
     spool: Path
     number: int
@@ -57,13 +58,15 @@ class ChunkDone(NamedTuple):
     size: int
     """Bytes of its parts."""
     bad: int
-    """Records of it that were left out because something is wrong with them."""
+    """Number of bad records that were left out."""
     fields: Fields | None
-    """Which fields its records have; None where they have none, or it is not known."""
+    """Which fields its records have; None if its source has no records, or the chunk has none of which this is
+    known."""
 
 
 def group_parts(parts: list[Part], size: int) -> list[tuple[Part, ...]]:
-    """Consecutive parts together, about `size` bytes each: the same chunks whatever the number of workers."""
+    """Return groups of consecutive parts, about `size` bytes each. The chunks do not depend on the number of
+    workers."""
     before = accumulate((part.size for part in parts[:-1]), initial=0)
     groups: dict[int, list[Part]] = {}
     for part, start in zip(parts, before, strict=True):
@@ -72,9 +75,9 @@ def group_parts(parts: list[Part], size: int) -> list[tuple[Part, ...]]:
 
 
 def extract_chunk(task: ChunkTask) -> ChunkDone:
-    """Read the parts of one chunk into the spool, unless it is there already.
+    """Read the parts of one chunk into the spool, unless the chunk is already there.
 
-    Raises UserError for the first bad record where the policy is to stop.
+    Raises UserError for the first bad record if the policy is to stop.
     """
     path = chunk_path(task.spool, task.number)
     if not path.is_dir():
@@ -85,18 +88,18 @@ def extract_chunk(task: ChunkTask) -> ChunkDone:
 
 
 def chunk_path(spool: Path, number: int) -> Path:
-    """The directory of a chunk."""
+    """Return the directory of a chunk."""
     return spool / f"chunk-{number:06d}"
 
 
 def load_tables(spool: Path, chunks: int) -> np.ndarray:
-    """The rows of all chunks, (documents,) of TABLE, in the order of the corpus."""
+    """Return the rows of all chunks, (documents,) of TABLE, in the order of the corpus."""
     tables = [np.fromfile(chunk_path(spool, number) / "table", TABLE) for number in range(chunks)]
     return np.concatenate([*tables, np.empty(0, TABLE)])
 
 
 def merge_signatures(spool: Path, chunks: int) -> np.ndarray:
-    """All chunks' signatures as one file, mapped: (documents, PERMUTATIONS) uint32."""
+    """Join the signatures of all chunks in one memory-mapped file: (documents, PERMUTATIONS) uint32."""
     path = spool / "signatures"
     with atomic_file(path) as file:
         for number in range(chunks):
@@ -106,7 +109,8 @@ def merge_signatures(spool: Path, chunks: int) -> np.ndarray:
 
 
 def read_documents(spool: Path, rows: np.ndarray) -> Iterator[tuple[np.void, dict[str, Any], bytes]]:
-    """(row, names, text or ids) of each of `rows`, (n,) with TABLE's columns, a chunk's rows together."""
+    """Yield (row, names, text or ids) of each of `rows`, (n,) with TABLE's columns. The rows of a chunk must be
+    consecutive."""
     edges = np.flatnonzero(np.diff(rows["chunk"])) + 1
     for run in np.split(rows, edges) if len(rows) else []:
         path = chunk_path(spool, int(run["chunk"][0]))
@@ -118,7 +122,7 @@ def read_documents(spool: Path, rows: np.ndarray) -> Iterator[tuple[np.void, dic
 
 
 def read_windows(spool: Path, rows: np.ndarray, window: int, share: float) -> Iterator[str]:
-    """About `share` of the text of `rows`, taken evenly: the first `window` bytes and every 1/share-th window after."""
+    """Yield a `share` of the text of `rows`, in evenly spaced windows: the first one, then every 1/share-th one."""
     position = 0
     for row in rows:
         size = int(row["bytes"])
@@ -131,13 +135,14 @@ def read_windows(spool: Path, rows: np.ndarray, window: int, share: float) -> It
 
 
 def read_skipped(spool: Path, chunks: int) -> Iterator[dict[str, Any]]:
-    """Everything that was left out, as `skipped_record` gives it, in the order of the corpus."""
+    """Yield everything that was left out, in the format of `skipped_record`, in the order of the corpus."""
     for number in range(chunks):
         yield from _skipped_in(chunk_path(spool, number))
 
 
 def skipped_record(skipped: Skipped) -> dict[str, Any]:
-    """A line of `skipped.jsonl`: {path, reason}, with {bad: true} and {count} where they say something."""
+    """Return a line of `skipped.jsonl`: {path, reason}, with {bad: true} for a bad record and {count} if it is not
+    1."""
     record: dict[str, Any] = {"path": printable(skipped.path), "reason": skipped.reason}
     if skipped.bad:
         record["bad"] = True
@@ -145,7 +150,7 @@ def skipped_record(skipped: Skipped) -> dict[str, Any]:
 
 
 def refusal(skipped: Skipped) -> UserError:
-    """What a bad record is called where the policy is to stop."""
+    """Return the error for a bad record if the policy is to stop."""
     remedy = skipped.remedy or "mend it"
     return UserError(
         f"{printable(skipped.path)}: {skipped.reason}; {remedy}, or set on_bad_record to skip to list and leave out "
@@ -206,7 +211,7 @@ def _documents(task: ChunkTask) -> Iterator[tuple[Document, bytes] | Skipped | F
 
 
 def _read(task: ChunkTask, part: Part) -> Iterator[Document | Skipped | Fields]:
-    """The documents of a part; what keeps the rest of it from being read counts as one bad record."""
+    """Yield the documents of a part. An error that ends the reading of the part counts as one bad record."""
     try:
         yield from task.source.read(part)
     except OSError as error:

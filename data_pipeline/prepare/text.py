@@ -1,4 +1,4 @@
-"""From a source's bytes to the text that is stored: decoded and, only if asked, normalised."""
+"""From a source's bytes to the stored text: decoding and, if asked for, normalisation and filters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bst_base.settings import Config
 from data_pipeline.prepare.filters import check_name, filtered
 from data_pipeline.sources.base import Document, Skipped
 
-_PACKED = {  # how files begin: what they hold, what to do with them
+_PACKED = {  # first bytes of a file: its format, and what to do with it
     b"\x1f\x8b": ("gzip", "let its name end in .gz, and source.pattern match that"),
     b"\xfd7zXZ": ("xz", "let its name end in .xz, and source.pattern match that"),
     b"\x28\xb5\x2f\xfd": ("zstd", "let its name end in .zst, and source.pattern match that"),
@@ -23,11 +23,11 @@ _PACKED = {  # how files begin: what they hold, what to do with them
 }
 
 TOKEN = np.dtype("<u4")
-"""How ids wait that came as such."""
+"""The dtype in which the token ids of a tokenized source are kept in the spool."""
 
 
 class TextConfig(Config):
-    """What is done to a document's text before it is stored; by default nothing."""
+    """Processing of a document's text before it is stored. By default the text does not change."""
 
     undecodable: Literal["stop", "skip", "replace", "latin-1"] = "stop"
     """What to do with a document that is not UTF-8: follow `on_bad_record`, skip and record it, replace each bad byte
@@ -40,7 +40,7 @@ class TextConfig(Config):
 
 
 def stored_text(found: Document | Skipped, config: TextConfig) -> tuple[Document, bytes] | Skipped:
-    """The document and its final text as UTF-8, or its ids as TOKEN; or why it is skipped."""
+    """Return the document and its final text as UTF-8, or its ids as TOKEN; or the reason why it is skipped."""
     if isinstance(found, Skipped):
         return found
     text = found.content
@@ -63,7 +63,7 @@ def stored_text(found: Document | Skipped, config: TextConfig) -> tuple[Document
         return Skipped(found.path, "empty")
     try:
         return dataclasses.replace(found, content=""), text.encode()
-    except UnicodeEncodeError as error:  # a lone surrogate, which JSON can spell
+    except UnicodeEncodeError as error:  # a lone surrogate, which JSON can contain
         return Skipped(found.path, f"not Unicode text: {error.reason} (character {error.start})")
 
 
