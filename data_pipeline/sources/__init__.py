@@ -1,4 +1,4 @@
-"""Where text comes from: one small module a source."""
+"""The sources of text, one module for each."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ _CLASSES = (
 )
 
 SOURCES: dict[str, type[Source]] = {cls.model_fields["kind"].default: cls for cls in _CLASSES}
-"""Every source by its `kind`."""
+"""Every source class by its `kind`."""
 
 
 def _source(value: Any) -> Any:
-    """Settings of the kind that `kind` names; a plain string is a kind with its defaults."""
+    """Parse the settings of the source that `kind` names. A plain string is a kind with default settings."""
     if isinstance(value, str):
         value = {"kind": value}
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Compressed files and archives, read as streams: nothing is ever unpacked to the places an archive names."""
+"""Compressed files and archives, read as streams. Nothing is ever unpacked to a path that an archive names."""
 
 from __future__ import annotations
 
@@ -40,14 +40,15 @@ class Member(NamedTuple):
 
 @contextmanager
 def open_stream(path: Path) -> Iterator[BinaryIO]:
-    """A file's bytes, decompressed when its name ends in .gz, .tgz, .xz or .zst; UserError when they are damaged."""
+    """Open a file for reading, decompressed if its name ends in .gz, .tgz, .xz or .zst; raises UserError for damaged
+    data."""
     opener = _OPENERS.get(path.suffix, Path.open)
     with damage_explained(str(path)), opener(path, "rb") as file:
         yield cast(BinaryIO, file)
 
 
 def tar_members(file: BinaryIO, where: str) -> Iterator[Member | Skipped]:
-    """Every regular file of a tar stream, in its order; links and names that lead out of the archive are skipped.
+    """Yield every regular file of a tar stream, in its order. Links and names that lead out of the archive are skipped.
 
     Raises UserError for an archive that is damaged or cut short.
     """
@@ -66,7 +67,7 @@ def tar_members(file: BinaryIO, where: str) -> Iterator[Member | Skipped]:
 
 
 def zip_members(path: Path) -> Iterator[Member | Skipped]:
-    """Every regular file of a zip, by name; names that lead out of the archive are skipped."""
+    """Yield every regular file of a zip, sorted by name. Links and names that lead out of the archive are skipped."""
     with damage_explained(str(path)), zipfile.ZipFile(path) as archive:
         for info in sorted(archive.infolist(), key=lambda info: info.filename):
             if info.is_dir():
@@ -81,7 +82,7 @@ def zip_members(path: Path) -> Iterator[Member | Skipped]:
 
 @contextmanager
 def damage_explained(where: str) -> Iterator[None]:
-    """Turn what a decompressor says about damaged bytes into a UserError that names the file."""
+    """Turn a decompressor's error about damaged bytes into a UserError that names the file."""
     try:
         yield
     except _DAMAGED as error:

@@ -1,4 +1,4 @@
-"""arXiv: the TeX source of papers, from bulk archives or single submissions, a document a paper."""
+"""arXiv: the TeX source of papers, from bulk archives or single submissions, one document per paper."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from data_pipeline.sources.tex import decode_tex, find_main_file, paper_text, st
 from data_pipeline.sources.tree import FileSource
 
 _TEX = (".tex", ".ltx", ".latex")
-_LARGEST_PAPER = 1 << 29  # bytes unpacked: more is no paper, and would not fit into a worker's memory
+_LARGEST_PAPER = 1 << 29  # unpacked bytes: more is not a paper, and would not fit into a worker's memory
 
 
 class Arxiv(FileSource):
     """Papers from `arXiv_src_*.tar` (many submissions in one archive) or single `<id>.tar.gz`, `<id>.gz`, `<id>.tex`.
 
-    A submission is a gzipped tar or one gzipped TeX file. Its main file is found, and what that inputs is put in its
-    place; a submission without a main file is all its TeX files joined. One without TeX source is skipped.
+    A submission is a gzipped tar or one gzipped TeX file. Its main file is found, and its inputs are inserted in their
+    places. If there is no main file, all TeX files are joined. A submission without TeX source is skipped.
     """
 
     kind: Literal["arxiv"] = "arxiv"
@@ -56,14 +56,14 @@ class Arxiv(FileSource):
                     yield Skipped(f"{part.name}/{member.name}", "no TeX source")
 
     def _member(self, part: Part, member: Member, split: str) -> Iterator[Document | Skipped]:
-        """A submission inside a bulk archive: what is wrong with it does not concern the others."""
+        """Yield the document of a submission in a bulk archive. If it is damaged, the others are still read."""
         try:
             yield from self._paper(member.name, member.data, split)
         except UserError as error:
             yield Skipped(f"{part.name}/{member.name}", str(error).removeprefix(f"{member.name}: "), bad=True)
 
     def _paper(self, name: str, data: bytes, split: str) -> Iterator[Document | Skipped]:
-        """The one document of a submission, and what of it was skipped."""
+        """Yield the document of a submission, and what was skipped of it."""
         number = re.sub(r"(\.tar)?\.gz$|\.tex$", "", name)
         data = _gunzip(data, name)
         if data is None:
@@ -94,7 +94,7 @@ class Arxiv(FileSource):
 
 
 def _gunzip(data: bytes, where: str) -> bytes | None:
-    """The bytes of a submission; None when they are more than a paper has."""
+    """Return the bytes of a submission; None when they are too many for a paper."""
     if data[:2] != b"\x1f\x8b":
         return data
     with damage_explained(where):
@@ -103,7 +103,7 @@ def _gunzip(data: bytes, where: str) -> bytes | None:
 
 
 def _submission(data: bytes, stem: str, where: str) -> Iterator[Member | Skipped]:
-    """The files of a submission: those of a tar, or the single TeX file that it is."""
+    """Yield the files of a submission: the members of a tar, or a single TeX file."""
     if tarfile.is_tarfile(io.BytesIO(data)):
         yield from tar_members(io.BytesIO(data), where)
     elif not data.startswith(b"%PDF") and b"\\" in data:

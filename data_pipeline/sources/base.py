@@ -1,10 +1,10 @@
-"""What a source of text is: a list of parts, each of which yields documents.
+"""The interface of a source of text: a list of parts, each of which yields documents.
 
-Parts are the unit of parallel work and are read independently; their order, and the order of documents in them, is the
-order of the corpus. So both must be the same on every machine: sort by name, never by time or by directory order.
+Parts are the unit of parallel work, and each is read on its own. Their order, and the order of documents in them, is
+the order of the corpus. So both must be the same on every machine: sort by name, never by time or by directory order.
 
-A source never leaves anything out silently, and never decides what to do about data that is wrong: it yields `Skipped`
-for both, and the preparation lists it, counts it, or stops (`prepare.records`).
+A source reports everything that it leaves out, and does not decide what happens to bad data. It yields `Skipped` for
+both, and the preparation lists it, counts it, or stops (`prepare.spool`, `prepare.corpus`).
 """
 
 from __future__ import annotations
@@ -24,65 +24,68 @@ from bst_base.settings import Config
 
 
 class Part(NamedTuple):
-    """A piece of a source that is read on its own."""
+    """A piece of a source that can be read on its own."""
 
     name: str
-    """What `Source.read` needs to find it; relative to the source, so that it is the same on every machine."""
+    """The name by which `Source.read` finds it. It is relative to the source, so it is the same on every machine."""
     size: int
-    """Bytes to read: parts are grouped into tasks of about equal work by it."""
+    """Bytes to read. Parts are grouped by it into tasks of about equal work."""
     start: int = -1
-    """Where the part begins in a file that is cut into several, in units of the source's own; -1: the part is whole."""
+    """Where the part begins in a file that is cut into several parts, in a unit of the source's choice. -1: the part is
+    whole."""
     stop: int = -1
-    """Where it ends, likewise, for sources that cannot tell from `size`."""
+    """Where it ends, in the same unit; for sources that cannot compute it from `size`."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text as it stands in the source."""
+    """One text as the source holds it."""
 
     path: str
-    """Where it is in the source; unique there."""
+    """Its place in the source; unique there."""
     content: str | bytes | np.ndarray
-    """The text; bytes are decoded as UTF-8, and what happens when they are not is the preparation's policy. Of sources
-    of tokens: the ids, (n,) of any integer type, without the one that ends the document."""
+    """The text. Bytes are decoded as UTF-8; the preparation's settings decide what happens if that fails. From sources
+    of tokens: the ids, (n,) of any integer type, without the id that ends the document."""
     licence: str = "unknown"
-    """SPDX identifier where there is one."""
+    """SPDX identifier if there is one."""
     group: str = ""
-    """Documents of one group (a work, a repository) never end up in different splits; empty: a group of its own."""
+    """Documents of one group (a work, a repository) are never put in different splits. Empty: the document is its own
+    group."""
     split: str = ""
-    """The split the source itself puts the document in; empty: decided by the preparation."""
+    """The split that the source assigns. Empty: the preparation decides."""
     title: str = ""
-    """What people call it, if the source says."""
+    """The title, if the source gives one."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """Further facts, in JSON's types, that are stored beside the document's tokens."""
+    """Further data of JSON types, stored with the document's tokens."""
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """Something in the source that is not taken, and why; recorded in the corpus."""
+    """Something in the source that is left out, and the reason; recorded in the corpus."""
 
     path: str
     reason: str
-    """Short, and the same for all of its kind: they are counted by it, up to a first ` (`."""
+    """A short text. Reasons are counted by the part before the first ` (`, so that part should be the same for all of a
+    kind."""
     bad: bool = False
-    """Something is wrong with it (as opposed to: it is not wanted), so `on_bad_record` says what happens."""
+    """True if something is wrong with it: `on_bad_record` decides what happens. False if it is only unwanted."""
     remedy: str = ""
-    """For what is bad: what else the user can do about it, as "set text_field to …"."""
+    """For bad records: what else the user can do, such as "set text_field to …"."""
     count: int = 1
-    """How many things this stands for."""
+    """How many files or records this entry stands for."""
 
 
 class Listing(NamedTuple):
-    """What is in a source."""
+    """The contents of a source."""
 
     parts: list[Part]
-    """In the order of the corpus."""
+    """The parts, in the order of the corpus."""
     skipped: list[Skipped]
-    """What is there beside them and is not read."""
+    """Everything else in the source, which is not read."""
 
 
 class Source(Config):
-    """Base of every source: its settings, and how it is read. Sent to worker processes as it is."""
+    """Base of all sources: the settings, and how the source is read. It is pickled and sent to worker processes."""
 
     tokenized: ClassVar[bool] = False
     """Whether its documents are token ids instead of text."""
@@ -90,22 +93,23 @@ class Source(Config):
     """Which source it is; its other settings are those of the kind (`bst data sources KIND`)."""
 
     def fetch(self) -> None:
-        """Bring what is needed onto this machine; called once, before anything else."""
+        """Copy or download what is needed to this machine. Called once, before everything else."""
 
     def listing(self) -> Listing:
-        """What there is to read; raises UserError when the source is not there or is empty."""
+        """Return the contents of the source; raises UserError when the source is missing or empty."""
         raise NotImplementedError
 
     def files(self, part: Part) -> Iterable[Path]:
-        """The files that a part is read from: their bytes identify the source."""
+        """Return the files that a part is read from. A hash of their bytes identifies the source."""
         raise NotImplementedError
 
     def read(self, part: Part) -> Iterator[Document | Skipped]:
-        """The documents of one part, in order; may raise OSError or UserError when the rest of it cannot be read."""
+        """Yield the documents of one part, in order. It may raise OSError or UserError when the rest of the part cannot
+        be read."""
         raise NotImplementedError
 
     def provenance(self) -> dict[str, Any]:
-        """Versions of what is read, for the manifest; nothing that differs between two equal sources."""
+        """Return version information for the manifest. It must be the same for equal sources."""
         return {}
 
 
@@ -118,18 +122,20 @@ def _on_this_machine(value: Any) -> Any:
 
 
 LocalPath = Annotated[places.LocalPath, BeforeValidator(_on_this_machine)]
-"""A path that is no address: `Path` would make a directory `s3:` of one; relative, from the folder of its file."""
+"""A path that is not an address; relative paths count from the folder of the settings file. (`Path` would read `s3://`
+as a directory `s3:`.)"""
 
 
 class Endings(Counter[str]):
-    """Counts what a filter leaves out by the ending of its name, and reports it as one `Skipped` an ending."""
+    """Counts the files that a filter leaves out by the ending of their names, and reports one `Skipped` for each
+    ending."""
 
     def leave_out(self, name: str) -> None:
-        """Count a file or member."""
+        """Count a file or archive member."""
         self[PurePosixPath(name).suffix or "no ending"] += 1
 
     def skipped(self, where: str) -> list[Skipped]:
-        """What was left out below `where`."""
+        """Return what was left out below `where`."""
         prefix = f"{where}/" if where else ""
         return [
             Skipped(f"{prefix}*{'' if ending == 'no ending' else ending}", f"ending {ending}", count=count)
@@ -138,7 +144,7 @@ class Endings(Counter[str]):
 
 
 def existing_directory(path: Path, what: str) -> Path:
-    """`path`, if it is a directory; raises UserError saying what was expected there."""
+    """Return `path` if it is a directory; raises UserError, naming what was expected, if it is not."""
     path = path.expanduser()
     if not path.is_dir():
         found = "not a directory" if path.exists() else "no such directory"
@@ -147,10 +153,10 @@ def existing_directory(path: Path, what: str) -> Path:
 
 
 def join_files(files: Iterable[tuple[str, str]]) -> str:
-    """Several files as one text, each under a line with its path, in the form `head` and `tail` use."""
+    """Join several files to one text, each below a line with its path, in the format of `head` and `tail`."""
     return "\n".join(f"==> {printable(path)} <==\n{text}" for path, text in files)
 
 
 def printable(path: str) -> str:
-    r"""A file's name as Unicode text: bytes that are not UTF-8 are written as ``\xff``."""
+    r"""Return a file's name as Unicode text. Bytes that are not UTF-8 become ``\xff`` escapes."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

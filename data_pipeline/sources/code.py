@@ -1,4 +1,4 @@
-"""Source code: which files of a tree are text that people wrote, and how they become one document."""
+"""Source code: which files of a tree are text written by people, and how they become one document."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from data_pipeline.sources.base import Skipped, join_files
 from data_pipeline.sources.tree import walk
 
 LARGEST_FILE = 1_000_000
-"""Bytes above which a source file is taken for data or generated."""
+"""A source file with more bytes than this counts as data or generated."""
 
 _VENDORED = {
     "node_modules", "bower_components", "vendor", "vendored", "third_party", "third-party", "thirdparty", "_vendor",
@@ -26,10 +26,10 @@ _GENERATED_MARK = re.compile(
     r"|\bgenerated (automatically|by the protocol buffer)\b",
     re.IGNORECASE,
 )
-_HEAD = 1000  # characters at the top of a file where a generator leaves its mark
+_HEAD = 1000  # characters at the top of a file that are searched for a generator's mark
 _LONGEST_MEAN_LINE = 200  # characters: longer is minified or data
 _LICENCE_FILE = re.compile(r"^(licen[cs]e|copying|unlicense)([.-].*)?$", re.IGNORECASE)
-_LICENCES = (  # the first whose words all stand in the file's head; the more particular before the more general
+_LICENCES = (  # the first entry whose phrases all occur in the file's head; specific licences before general ones
     ("AGPL-3.0", ("gnu affero general public license", "version 3")),
     ("LGPL-3.0", ("gnu lesser general public license", "version 3")),
     ("LGPL-2.1", ("gnu lesser general public license", "version 2.1")),
@@ -46,7 +46,7 @@ _LICENCES = (  # the first whose words all stand in the file's head; the more pa
 
 
 def source_text(path: str, data: bytes) -> str | Skipped:
-    """The text of one source file of a tree, or why it is left out: vendored, binary, generated, too large."""
+    """Return the text of one source file of a tree, or why it is left out: vendored, binary, generated, too large."""
     name = PurePosixPath(path)
     reason = ""
     if _VENDORED.intersection(name.parts[:-1]) or _HIDDEN.search(path):
@@ -69,7 +69,7 @@ def source_text(path: str, data: bytes) -> str | Skipped:
 
 
 def repository_text(files: Iterable[tuple[str, bytes]], where: str) -> Iterator[str | Skipped]:
-    """What is left out of a repository, named under `where`, and last its one text: the files by path, joined."""
+    """Yield what is left out of a repository, named under `where`, then its text: the files joined in path order."""
     texts = []
     for path, data in sorted(files):
         text = source_text(path, data)
@@ -81,7 +81,7 @@ def repository_text(files: Iterable[tuple[str, bytes]], where: str) -> Iterator[
 
 
 def repository_licence(files: Iterable[tuple[str, bytes]]) -> str:
-    """SPDX identifier of the licence file at the top of a repository; unknown when there is none to be recognised."""
+    """Return the SPDX identifier of the licence file at the top of a repository; "unknown" when none is recognised."""
     for path, data in sorted(files):
         if _LICENCE_FILE.match(path):
             words = " ".join(data[:4000].decode(errors="replace").lower().split())
@@ -92,7 +92,7 @@ def repository_licence(files: Iterable[tuple[str, bytes]]) -> str:
 
 
 def source_paths(root: Path) -> Iterator[tuple[str, Path] | Skipped]:
-    """(path, file) of every regular file under a directory that could be source, and what else is there."""
+    """Yield (path, file) for every regular file under a directory that could be source, and `Skipped` for all else."""
     for found in walk(
         root, enter=lambda name: not (_VENDORED & {PurePosixPath(name).name} or _HIDDEN.search(f"{name}/"))
     ):
@@ -105,7 +105,7 @@ def source_paths(root: Path) -> Iterator[tuple[str, Path] | Skipped]:
 
 
 def tree_files(root: Path) -> Iterator[tuple[str, bytes] | Skipped]:
-    """(path, bytes) of every regular file under a directory that could be source; and what else is there."""
+    """Yield (path, bytes) for every regular file under a directory that could be source, and `Skipped` for all else."""
     for found in source_paths(root):
         if isinstance(found, Skipped):
             yield found

@@ -1,8 +1,9 @@
-"""Sources that lie in an object store or on a server: their files are copied to this machine before they are read.
+"""Sources in an object store or on a server: their files are copied to this machine before they are read.
 
-A folder of copies belongs to one address. `fetched.jsonl` in it says what each file was when it was copied (its size
-and what the store calls its version), so a second preparation copies what is new or has changed, and an interrupted one
-continues. Files that have gone from the store are removed. What is not wanted is counted by its ending, not copied.
+Each address has its own folder of copies. Its `fetched.jsonl` records the size and the store's version of each file
+when it was copied. So a second preparation copies only new and changed files, and an interrupted one continues. Copies
+of files that the store has removed are deleted. Unwanted files are not copied, but counted by the ending of their
+names.
 """
 
 from __future__ import annotations
@@ -22,21 +23,23 @@ from data_pipeline.store.base import StorageConfig
 from data_pipeline.store.remote import FoundFile, RemoteStorage
 
 _FILES, _FETCHED, _FOUND = "files", "fetched.jsonl", "found.json"
-_AT_ONCE = 8  # files
+_AT_ONCE = 8  # files copied in parallel
 
 
 def folder_of(address: str) -> Path:
-    """Where the copies of an address lie, in the cache of packages."""
+    """Return the folder for the copies of an address, in the cache directory of packages."""
     return cache_directory().expanduser() / "addresses" / hashlib.sha256(address.encode()).hexdigest()[:16]
 
 
 def copied(address: str) -> Path:
-    """The directory of the copies, or the one copy where the address is a file's; it need not be there yet."""
+    """Return the directory of the copies, or the copy itself if the address is that of one file. It may not exist
+    yet."""
     return folder_of(address) / _FILES / _found(address)["file"]
 
 
 def copy(address: str, options: dict[str, Any], wanted: Callable[[str], bool]) -> None:
-    """Copy the files at an address that are `wanted`, by their path below it; raises UserError when there are none."""
+    """Copy the files at an address that are `wanted`, given by their path below it; raises UserError when there are
+    none."""
     storage, folder = RemoteStorage(address, StorageConfig(options=options)), folder_of(address)
     found = storage.files()
     if not found:
@@ -68,12 +71,13 @@ def copy(address: str, options: dict[str, Any], wanted: Callable[[str], bool]) -
 
 
 def left_out(address: str) -> Endings:
-    """What was not copied, by the ending of its name."""
+    """Return the counts of the files that were not copied, by ending."""
     return Endings(_found(address)["left_out"])
 
 
 def _found(address: str) -> dict[str, Any]:
-    """The name of the one file at an address, empty for a directory; and what was not copied, by its ending."""
+    """Return the file name if the address is that of one file, else ""; and the counts of files not copied, by
+    ending."""
     path = folder_of(address) / _FOUND
     return json.loads(path.read_bytes()) if path.exists() else {"file": "", "left_out": {}}
 
@@ -88,7 +92,7 @@ def _copy_one(storage: RemoteStorage, found: FoundFile, path: Path) -> FoundFile
 
 
 def _fetched(folder: Path) -> dict[str, list[Any]]:
-    """[size, version] of each file when it was copied; a line that a kill has cut short is of none."""
+    """Return [size, version] of each file when it was copied. A line that was cut short by a kill is ignored."""
     found: dict[str, list[Any]] = {}
     if (folder / _FETCHED).exists():
         for line in (folder / _FETCHED).read_text().splitlines():

@@ -1,4 +1,4 @@
-"""A folder of text files, a document a file."""
+"""A folder of text files, one document per file."""
 
 from __future__ import annotations
 

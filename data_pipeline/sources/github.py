@@ -1,4 +1,4 @@
-"""GitHub: repositories as checkouts or as the tarballs and zips GitHub hands out, a document a repository."""
+"""GitHub: repositories as checkouts, tarballs or zips from GitHub, one document per repository."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _ARCHIVES = (*TAR_SUFFIXES, ".zip")
 
 
 class Github(Source):
-    """A directory whose entries are repositories, or one repository; vendored, generated and binary files are left out.
+    """A directory whose entries are repositories, or one repository. Vendored, generated and binary files are left out.
 
-    The files of a repository are joined in the order of their paths, each under a line with its path.
+    The files of a repository are joined in path order, each below a line with its path.
     """
 
     kind: Literal["github"] = "github"
@@ -69,13 +69,13 @@ class Github(Source):
                 yield Document(part.name, text, licence=repository_licence(files), group=_repository(part.name))
 
     def _locate(self, part: Part) -> Path:
-        """A repository of the directory, or the one that `path` itself is."""
+        """Return the path of a repository in the directory, or `path` itself if that is the one repository."""
         path = self.path.expanduser()
         return path if not path.is_dir() or (path / ".git").exists() else path / part.name
 
 
 def _archive_files(path: Path) -> Iterator[tuple[str, bytes] | Skipped]:
-    """The files of an archive without its one top directory, `<name>-<commit>/`."""
+    """Yield the files of an archive without its single top directory, `<name>-<commit>/`."""
     if path.suffix == ".zip":
         members = list(zip_members(path))
     else:
@@ -92,7 +92,8 @@ def _archive_files(path: Path) -> Iterator[tuple[str, bytes] | Skipped]:
 
 
 def _repository(name: str) -> str:
-    """The repository's name without the archive's suffix: its checkout and its tarball are one."""
+    """Return the repository's name without the archive's suffix, so that its checkout and its tarball have the same
+    name."""
     return next((name.removesuffix(suffix) for suffix in _ARCHIVES if name.endswith(suffix)), name)
 
 

@@ -1,4 +1,4 @@
-"""JSON Lines, plain or compressed with gzip, xz or zstd: a document a line."""
+"""JSON Lines, plain or compressed with gzip, xz or zstd: one document per line."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from data_pipeline.sources.records import RecordSource
 
 _SUFFIXES = tuple(f".{name}{packed}" for name in ("jsonl", "json", "ndjson") for packed in ("", ".gz", ".xz", ".zst"))
 _RANGE = 32 << 20
-"""Bytes of a plain file that are one part: a large file is the work of many workers. Part of the order of documents'
-names: lines of a file with several parts are named by their first byte, not by their number."""
+"""Bytes of a plain file that make up one part, so that several workers share a large file. The value must not change:
+in a file with several parts, the documents are named by the first byte of their line, in other files by its number."""
 
 
 class JsonLines(RecordSource):
@@ -48,7 +48,7 @@ class JsonLines(RecordSource):
 
 
 def _record(line: bytes, where: str) -> Any:
-    """What a line says, or why it cannot be told."""
+    """Parse a line; return the record, or why it cannot be read."""
     if line.lstrip()[:1] == b"[":
         remedy = "write its records a line each, as `jq -c '.[]'` does"
         return Skipped(where, "a JSON array instead of a record", bad=True, remedy=remedy)
@@ -61,10 +61,10 @@ def _record(line: bytes, where: str) -> Any:
 
 
 def _lines_in(file: BinaryIO, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
-    """(first byte, line) of the lines that begin in ``start..stop``."""
+    """Yield (first byte, line) for the lines that begin in ``start..stop``."""
     if start:
         file.seek(start - 1)
-        start += len(file.readline()) - 1  # the rest of a line that belongs to the part before
+        start += len(file.readline()) - 1  # skips the rest of a line that belongs to the part before
     while start < stop:
         line = file.readline()
         if not line:

@@ -1,4 +1,4 @@
-"""Megatron-LM's tokenized data sets, a document a document."""
+"""Megatron-LM's tokenized data sets, one document per document of theirs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from data_pipeline.format.megatron import read_index
 from data_pipeline.sources.base import Document, Part, Skipped
 from data_pipeline.sources.tokens import RANGE, TokenSource, read_tokens
 
-_index = lru_cache(maxsize=1)(read_index)  # of the file whose parts a worker is reading
+_index = lru_cache(maxsize=1)(read_index)  # cached for the file whose parts a worker is reading
 
 
 class Megatron(TokenSource):
     """Every pair of `.bin` and `.idx` under a directory (or one pair, by its `.idx`), sorted by path. The id that ends
-    a document may be there or not; sequences of one document are joined."""
+    a document may be present or not. Sequences of one document are joined."""
 
     kind: Literal["megatron"] = "megatron"
     """Megatron-LM's token ids, .bin and .idx."""
@@ -45,7 +45,7 @@ class Megatron(TokenSource):
     def parts_of(self, name: str, path: Path) -> list[Part]:
         try:
             index = _index(path)
-        except (OSError, UserError):  # said where the part is read, under the policy for what is bad
+        except (OSError, UserError):  # reported when the part is read, by the policy for bad records
             return super().parts_of(name, path)
         if not len(index.lengths):
             return []

@@ -1,4 +1,4 @@
-"""Flat files of token ids, a document between two end ids: nanoGPT's, those of llm.c and modded-nanogpt, NumPy's."""
+"""Flat files of token ids with an end id between documents, as written by nanoGPT, llm.c, modded-nanogpt and NumPy."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from bst_base.errors import UserError
 from data_pipeline.sources.base import Document, Part, Skipped
 from data_pipeline.sources.tokens import RANGE, TokenSource, read_tokens
 
-_LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic number: (version, type of the ids), of GPT-2 and Llama 3
-_HEADER = 256  # numbers of 32 bits before the ids of llm.c: magic, version, how many ids, and zeros
-_AT_ONCE = 1 << 22  # ids read together
+_LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic number: (version, id type), for GPT-2 and Llama 3
+_HEADER = 256  # 32-bit numbers in the header of llm.c: magic, version, number of ids, and zeros
+_AT_ONCE = 1 << 22  # ids read at a time
 
 
 class _Ids(NamedTuple):
@@ -23,18 +23,18 @@ class _Ids(NamedTuple):
 
     path: Path
     dtype: np.dtype
-    begin: int  # byte of the first
+    begin: int  # byte offset of the first id
     count: int
 
     def read(self, place: int, count: int) -> np.ndarray:
-        """(count,) ids from the `place`-th on; fewer at the end."""
+        """Return (count,) ids from number `place` on; fewer at the end."""
         count = min(count, self.count - place)
         return read_tokens(self.path, self.dtype, self.begin + place * self.dtype.itemsize, count)
 
 
 class NanoGpt(TokenSource):
-    """Every `.bin` and `.npy` under a directory (or one such file), sorted by path. A file of llm.c and modded-nanogpt
-    is known by its header, one of NumPy likewise; any other is read as bare ids of `dtype`, as nanoGPT and OLMo write
+    """Every `.bin` and `.npy` under a directory (or one such file), sorted by path. Files of llm.c, modded-nanogpt and
+    NumPy are recognised by their headers. Any other file is read as bare ids of `dtype`, as nanoGPT and OLMo write
     them. `eos_id` stands between documents, before or after each. A document that continues in the next file becomes
     two."""
 
@@ -52,7 +52,7 @@ class NanoGpt(TokenSource):
     def parts_of(self, name: str, path: Path) -> list[Part]:
         try:
             ids = self._open(path)
-        except (OSError, UserError):  # said where the part is read, under the policy for what is bad
+        except (OSError, UserError):  # reported when the part is read, by the policy for bad records
             return super().parts_of(name, path)
         size, step = ids.dtype.itemsize, RANGE // ids.dtype.itemsize
         bounds = [*range(0, ids.count, step), ids.count]
@@ -64,7 +64,7 @@ class NanoGpt(TokenSource):
             yield self.document_of(tokens, f"{part.name}:{place}", split)
 
     def _open(self, path: Path) -> _Ids:
-        """Where the ids of a file lie; raises UserError for a file that does not hold what its header says."""
+        """Return where the ids of a file lie; raises UserError for a file that does not match its header."""
         size = path.stat().st_size
         if np.fromfile(path, "u1", 6).tobytes() == b"\x93NUMPY":
             return _numpy_ids(path)
@@ -85,9 +85,9 @@ class NanoGpt(TokenSource):
 
 
 def _numpy_ids(path: Path) -> _Ids:
-    """The ids of an array that NumPy has saved."""
+    """Return the ids of an array that NumPy has saved."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)  # only its header is looked at
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # reads only the header
     except ValueError as error:
         raise UserError(f"{path}: not readable: {error}") from None
     if array.ndim != 1 or array.dtype.kind not in "iu":
@@ -96,9 +96,10 @@ def _numpy_ids(path: Path) -> _Ids:
 
 
 def _between(ids: _Ids, end: int, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(place of the first id, ids) of the documents that begin in ``start..stop``: what lies between two `end`."""
-    place = max(start - 1, 0)  # the id before says whether a document begins
-    begin = None if start else 0  # None: in a document that began before
+    """Yield (number of the first id, ids) for the documents that begin in ``start..stop``. Documents end at an `end`
+    id."""
+    place = max(start - 1, 0)  # the id before `start` shows whether a document begins at `start`
+    begin = None if start else 0  # None: inside a document that began before `start`
     pieces: list[np.ndarray] = []
     while len(part := ids.read(place, _AT_ONCE)):
         low = 0

@@ -1,4 +1,4 @@
-"""Tables: Parquet and Arrow files, as Hugging Face data sets are stored and published, a document a row."""
+"""Tables: Parquet and Arrow files, the format of Hugging Face data sets, one document per row."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     import pyarrow
 
 _ARROW = (".arrow", ".feather")
-_ROWS = 1024  # turned into Python objects at a time
+_ROWS = 1024  # rows converted to Python objects at a time
 
 
 class Tables(RecordSource):
-    """Every `.parquet` file under a directory (or one such file), sorted by path; also Arrow's `.arrow` and `.feather`,
-    as `datasets` saves them. A Parquet file is read by many workers, a row group each."""
+    """Every `.parquet` file under a directory (or one such file), sorted by path; also `.arrow` and `.feather` files,
+    as `datasets` saves them. A Parquet file is read by several workers, one row group each."""
 
     kind: Literal["parquet"] = "parquet"
     """Parquet and Arrow tables."""
@@ -33,11 +33,11 @@ class Tables(RecordSource):
     def parts_of(self, name: str, path: Path) -> list[Part]:
         if name.endswith(_ARROW):
             return super().parts_of(name, path)
-        import pyarrow.parquet  # takes as long to import as all the other sources together
+        import pyarrow.parquet  # imported late: it takes as long as all other sources together
 
         try:
             table = pyarrow.parquet.read_metadata(path)
-        except (OSError, ValueError):  # said where the part is read, under the policy for what is bad
+        except (OSError, ValueError):  # reported when the part is read, by the policy for bad records
             return super().parts_of(name, path)
         return [Part(name, table.row_group(i).total_byte_size, i) for i in range(table.num_row_groups)]
 
@@ -49,7 +49,7 @@ class Tables(RecordSource):
             raise UserError(f"{part.name}: damaged or cut short ({error}); get the file again") from None
 
     def _rows(self, part: Part) -> Iterator[tuple[int, dict[str, Any], list[str]]]:
-        """(number in the file, row, names of all columns) of the rows of a part."""
+        """Yield (number in the file, row, names of all columns) for the rows of a part."""
         import pyarrow.parquet
 
         path = self.root / part.name
@@ -69,17 +69,17 @@ class Tables(RecordSource):
                 number += batch.num_rows
 
     def _columns(self, there: list[str]) -> list[str]:
-        """Which columns are read; all of them when none holds the text, so that the message can name them."""
+        """Return the columns to read. If none holds the text, all are read, so that the error message can name them."""
         asked = {part: setting for name, setting in self.asked().items() for part in (name, name.partition(".")[0])}
         held = {part for part, setting in asked.items() if setting == "text_field"}
         return [name for name in there if name in asked] if held.intersection(there) else there
 
 
 def _arrow_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
-    """The batches of an Arrow file, in either of its forms."""
+    """Yield the batches of an Arrow file, in the file or the stream format."""
     import pyarrow
 
-    with pyarrow.OSFile(str(path)) as file:  # not mapped: a page that cannot be read would kill the worker
+    with pyarrow.OSFile(str(path)) as file:  # not memory-mapped: an unreadable page would kill the worker
         try:
             reader = pyarrow.ipc.open_file(file)
         except pyarrow.ArrowInvalid:

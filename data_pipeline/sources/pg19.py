@@ -17,7 +17,8 @@ _BOOK = glob_pattern("*/*.txt")
 
 
 class Pg19(FileSource):
-    """A book a file, `<split>/<id>.txt`, with `metadata.csv` (id, title, year, address); its own splits are kept."""
+    """One document per book, `<split>/<id>.txt`, with `metadata.csv` (id, title, year, address). Its own splits are
+    kept."""
 
     kind: Literal["pg19"] = "pg19"
     """PG-19 as released: train/, validation/, test/ and metadata.csv."""
@@ -45,7 +46,7 @@ class Pg19(FileSource):
 
 @lru_cache(maxsize=1)
 def _titles(path: Path) -> dict[str, str]:
-    """Title and year by book id."""
+    """Return the title and year of each book, by book id."""
     if not path.exists():
         return {}
     try:

@@ -1,5 +1,4 @@
-"""Records with fields (a line of JSON, a row of a table) as documents: which field is what, what is kept, what is left
-out."""
+"""Records with fields (a line of JSON, a row of a table) as documents: the meaning of each field, and filters."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from data_pipeline.sources.base import Document, Part, Skipped
 from data_pipeline.sources.tree import SPLIT_NAMES, FileSource
 
 _MISSING = object()
-_SHOWN, _REMEMBERED = 20, 1000  # names of fields in a message, and to look for the nearest among
+_SHOWN, _REMEMBERED = 20, 1000  # maximum field names shown in a message, and kept to suggest the nearest one
 
 
 @dataclass
@@ -24,12 +23,12 @@ class Fields:
     """Which fields some records have."""
 
     missing: set[str]
-    """Those that the settings ask for, and that no record had so far."""
+    """The fields that the settings name, and that no record had so far."""
     there: set[str] = field(default_factory=set)
-    """Those of the records, about a thousand at most: looked for only while any is missing."""
+    """The fields of the records, about a thousand at most. They are collected only while a field is missing."""
 
     def note(self, record: Any, names: Iterable[str]) -> None:
-        """Look at a record, which has fields of these names."""
+        """Update from one record, which has fields with these names."""
         if not self.missing or not isinstance(record, Mapping):
             return
         self.missing = {name for name in self.missing if field_of(record, name) is _MISSING}
@@ -41,7 +40,7 @@ class Fields:
                 self.there.update(f"{name}.{inner}" for inner in value)
 
     def and_of(self, other: Fields) -> Fields:
-        """Which fields these records and others have."""
+        """Return the fields of these records and others together."""
         there = self.there if len(self.there) >= _REMEMBERED else self.there | other.there
         return Fields(self.missing & other.missing, there)
 
@@ -65,8 +64,10 @@ class RecordSource(FileSource):
     """Take only records whose field has this value, or one of several: `{meta.language: [en, de], quality: good}`."""
 
     def records(self, part: Part) -> Iterator[tuple[str, Any, Iterable[str]]]:
-        """(where it stands, record or why there is none, names of its fields) of each record of a part, in order; may
-        raise OSError or UserError when the rest of it cannot be read."""
+        """Yield (place, record or `Skipped`, names of its fields) for each record of a part, in order.
+
+        It may raise OSError or UserError when the rest of the part cannot be read.
+        """
         raise NotImplementedError
 
     def read(self, part: Part) -> Iterator[Document | Skipped | Fields]:
@@ -82,7 +83,7 @@ class RecordSource(FileSource):
             raise cause
 
     def asked(self) -> dict[str, str]:
-        """Each field that the settings name -> the setting that names it."""
+        """Return a dict: each field that the settings name -> the setting that names it."""
         single = ("licence_field", "group_field", "split_field", "title_field")
         names = {name: setting for setting in single if (name := getattr(self, setting))}
         texts = (self.text_field,) if isinstance(self.text_field, str) else self.text_field
@@ -90,7 +91,7 @@ class RecordSource(FileSource):
         return names | {name: setting for setting, asked in several.items() for name in asked}
 
     def require(self, fields: Fields) -> None:
-        """Raises UserError for a field that the settings name and no record has, if there are any records."""
+        """Raise UserError for a field that the settings name and no record has, if any record's fields are known."""
         for name, setting in self.asked().items():
             if name in fields.missing and fields.there:
                 near = difflib.get_close_matches(name, fields.there, n=1)
@@ -99,7 +100,7 @@ class RecordSource(FileSource):
                 raise UserError(f"source.{setting}: no record has the field {name!r}; {hint} (fields there: {there})")
 
     def document(self, record: Any, where: str, split: str) -> Document | Skipped:
-        """The document of a record, or why there is none. `split` is what the record's file says."""
+        """Return the document of a record, or why there is none. `split` is the split of the record's file."""
         for name, wanted in self.where.items():
             if field_of(record, name) not in (wanted if isinstance(wanted, tuple) else (wanted,)):
                 return Skipped(where, f"filter {name}")
@@ -140,7 +141,7 @@ class RecordSource(FileSource):
 
 
 def field_of(record: Any, name: str) -> Any:
-    """The value of a field, inside others where its name has dots; `_MISSING` when it is not there."""
+    """Return the value of a field; dots in its name mean nested fields. `_MISSING` when the record does not have it."""
     if isinstance(record, Mapping) and name in record:
         return record[name]
     for part in name.split("."):
@@ -156,7 +157,7 @@ def _text(record: Any, name: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value in JSON's types: tables also hold times and bytes."""
+    """Convert a value to JSON types. Tables also hold times and bytes."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

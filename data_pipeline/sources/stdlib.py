@@ -1,4 +1,4 @@
-"""Python's own standard library: real code on every machine, a document a module or package."""
+"""Python's standard library: real code that is on every machine, one document per module or package."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "lib-dynload"}
 class StandardLibrary(Source):
     """The `.py` files of the running interpreter's standard library.
 
-    A document is a top-level module or a whole package, its files joined with their paths. The package `test` holds
-    half of the library: there every module and package is a document of its own.
+    A document is a top-level module or a whole package: its files joined, each with its path. The package `test` is
+    half of the library, so each module or package in it is its own document.
     """
 
     kind: Literal["stdlib"] = "stdlib"
@@ -72,7 +72,7 @@ class StandardLibrary(Source):
 
 
 def _modules(root: Path) -> Iterator[tuple[str, Path] | Skipped]:
-    """Every module's file below a directory; only what cannot be read is reported besides."""
+    """Yield the file of every module below a directory. Of other entries, only unreadable ones are reported."""
     for found in walk(root, enter=lambda name: not _LEFT_OUT.intersection(name.split("/"))):
         if isinstance(found, Skipped):
             if found.bad:
@@ -82,7 +82,7 @@ def _modules(root: Path) -> Iterator[tuple[str, Path] | Skipped]:
 
 
 def _module_of(name: str) -> str:
-    """The top-level module or package of a file; inside `test`, the one below it."""
+    """Return the top-level module or package of a file; inside `test`, the one below it."""
     parts = name.split("/")
     return "/".join(parts[: 2 if parts[0] == "test" else 1])
 

@@ -1,4 +1,4 @@
-"""Rows of a synthetic task written as text, so that they can be mixed with other text by the weights of a mixture."""
+"""Rows of a synthetic task as text, so that a mixture can combine them with other text by weight."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data_pipeline.synthetic.draws import Draws
 from data_pipeline.synthetic.task import TASK_VERSION
 
 ROWS = 1000
-"""Documents of a part."""
+"""Documents of one part."""
 
 
 class SyntheticText(Source):
@@ -63,6 +63,6 @@ class SyntheticText(Source):
 
 
 def word(number: int) -> str:
-    """A number in base 26, in the digits a to z."""
+    """Return a number in base 26, with the digits a to z."""
     higher, digit = divmod(number, 26)
     return (word(higher) if higher else "") + chr(ord("a") + digit)

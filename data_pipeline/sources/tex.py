@@ -1,9 +1,9 @@
-"""What must be understood of TeX to read a paper: its main file, what it inputs, its comments, its encoding.
+r"""A small TeX reader: finds a paper's main file, resolves its inputs, and handles its comments and its encoding.
 
-A file is cut into tokens in one pass, and everything else works on those: whether a `%`, an `\\input` or an
-`\\end{document}` means something depends on what stands before it (a comment, verbatim text, an address). Cutting is
-linear in the text, whatever it holds. pylatexenc parses more than is wanted here (arguments, modes), in pure Python a
-character at a time, and takes a `%` in the address of a `\\url` for a comment.
+A file is split into tokens in one pass, and all else works on the tokens. The meaning of a `%`, an `\input` or an
+`\end{document}` depends on the text before it (a comment, verbatim text, an address). Tokenizing takes linear time for
+any input. pylatexenc parses more than is needed here (arguments, modes), in pure Python, one character at a time. It
+also treats a `%` in the address of a `\url` as a comment.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ class Token(NamedTuple):
     """A piece of a file."""
 
     kind: Literal["text", "line", "comment", "class", "input", "end"]
-    """`line`: a line of nothing but comment, or a comment environment; `comment`: from a `%` to the line's end."""
+    """`line`: a line with only a comment, or a comment environment; `comment`: from a `%` to the end of the line."""
     text: str
     target: str = ""
-    """What an input names."""
+    """The file that an input names."""
 
 
 def tokens(text: str) -> Iterator[Token]:
-    """The file in pieces that together are all of it; verbatim text and addresses are text."""
+    """Yield the pieces of the file; joined, they are the whole file. Verbatim text and addresses count as text."""
     start = place = 0
     missing: set[str] = set()
     while match := _SIGN.search(text, place):
         kind, place = match.lastgroup, match.end()
         if kind in ("verbatim", "note", "mark", "braces"):
             end = _end_of_raw(text, match, missing)
-            if kind != "note" or end == place:  # one that does not end is text up to here
+            if kind != "note" or end == place:  # an unclosed comment environment counts as text
                 place = end
                 continue
             place, kind = end, "line"
@@ -69,7 +69,8 @@ def tokens(text: str) -> Iterator[Token]:
 
 
 def _end_of_raw(text: str, match: re.Match[str], missing: set[str]) -> int:
-    """Where text that TeX does not read as TeX ends; the end of `match` when it does not end."""
+    """Return the end of text that TeX does not interpret (verbatim, addresses). If it is not closed, the end of
+    `match`."""
     begin = match.end()
     if match["mark"] or match["braces"]:
         line_end = text.find("\n", begin)
@@ -79,17 +80,17 @@ def _end_of_raw(text: str, match: re.Match[str], missing: set[str]) -> int:
     close = f"\\end{{{match['verbatim'] or 'comment'}}}"
     end = -1 if close in missing else text.find(close, begin)
     if end < 0:
-        missing.add(close)  # looked for once: a file of a thousand unclosed ones is still read in one pass
+        missing.add(close)  # searched only once, so that a file with a thousand unclosed ones is still read in one pass
         return begin
     end += len(close)
-    if match["note"]:  # the rest of its line goes with it when there is nothing else on it
+    if match["note"]:  # it includes the rest of its last line if that is blank
         rest = re.compile(r"[ \t]*\n").match(text, end)
         end = rest.end() if rest else end
     return end
 
 
 def _closing_brace(text: str, begin: int, stop: int) -> int:
-    """The place after the brace that closes the one before `begin`; 0 when it is not closed on its line."""
+    """Return the position after the brace that closes the one before `begin`; 0 when it is not closed on its line."""
     depth, place = 1, begin
     while place < stop:
         depth += {"{": 1, "}": -1}.get(text[place], 0)
@@ -100,10 +101,10 @@ def _closing_brace(text: str, begin: int, stop: int) -> int:
 
 
 def find_main_file(files: dict[str, str]) -> str | None:
-    """The name of the file that TeX is run on; None when no file declares a document class.
+    """Return the name of the file that TeX is run on; None when no file declares a document class.
 
-    Of several that do, one that no other inputs; then one with a usual name; then the nearest to the top; then the
-    longest.
+    If several do, the order of preference is: a file that no other file inputs; one with a usual name; the one nearest
+    to the top directory; the longest one.
     """
     cut = {name: list(tokens(text)) for name, text in files.items()}
     candidates = [name for name, pieces in cut.items() if any(piece.kind == "class" for piece in pieces)]
@@ -124,10 +125,10 @@ def find_main_file(files: dict[str, str]) -> str | None:
 
 
 def paper_text(main: str, files: dict[str, str], comments: Literal["keep", "strip"]) -> str:
-    """The main file with what it inputs in its place, in depth.
+    r"""Return the main file with its inputs in their places, at any depth.
 
-    A file is put in at its first \\input and later ones stay as they are written: its text is in the paper once, so the
-    paper is never longer than its files, however they name each other.
+    A file is inserted at its first \input; later ones stay as they are written. So each file's text occurs once, and
+    the paper is never longer than its files, even if they input each other.
     """
     found: list[str] = []
     used = {main}
@@ -147,9 +148,10 @@ def paper_text(main: str, files: dict[str, str], comments: Literal["keep", "stri
 
 
 def strip_comments(text: str) -> str:
-    """The text without comments: whole comment lines, what follows a `%`, comment environments, what follows the end.
+    """Remove comment lines, the text after a `%`, comment environments, and all text after the end of the document.
 
-    The `%` itself stays where text stands before it, since it also swallows the line's end. Verbatim text is kept.
+    The `%` itself stays if text stands before it on its line, since it also hides the line break. Verbatim text is
+    kept.
     """
     return "".join(piece.text for piece in _without_comments(tokens(text)))
 
@@ -170,7 +172,8 @@ def _without_comments(pieces: Iterable[Token]) -> Iterator[Token]:
 
 
 def decode_tex(data: bytes) -> str | bytes:
-    """A TeX file's text; its bytes as they are when they are neither UTF-8 nor in the encoding that it declares."""
+    """Return a TeX file's text. If it is neither UTF-8 nor in an encoding that it declares, return its bytes
+    unchanged."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
@@ -181,6 +184,7 @@ def decode_tex(data: bytes) -> str | bytes:
 
 
 def _resolve(argument: str, main: str, files: dict[str, str]) -> str | None:
-    """The file that an input's argument means: TeX looks from the main file's directory, with and without `.tex`."""
+    """Return the file that an input's argument names. TeX looks in the main file's directory, with and without
+    `.tex`."""
     base = PurePosixPath(main).parent / argument.strip().strip('"').removeprefix("./")
     return next((name for name in (f"{base}.tex", str(base)) if name in files), None)

@@ -1,4 +1,4 @@
-"""What sources of token ids have in common: which ids there may be, and which one ends a document."""
+"""The common base of sources of token ids: the range of valid ids, and the id that ends a document."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from data_pipeline.sources.base import Document, Skipped
 from data_pipeline.sources.tree import FileSource
 
 RANGE = 64 << 20
-"""Bytes of a file that are one part: a large file is the work of many workers."""
+"""Bytes of a file that make up one part, so that several workers share a large file."""
 
 
 class TokenSource(FileSource):
-    """Base of sources of files that hold token ids."""
+    """Base of sources whose files hold token ids."""
 
     tokenized: ClassVar[bool] = True
 
@@ -29,12 +29,12 @@ class TokenSource(FileSource):
     """Licence to record for every document."""
 
     def told(self, tokenizer: Tokenizer) -> Self:
-        """The same source, with what it does not say itself taken from the tokenizer."""
+        """Return the same source, with missing settings taken from the tokenizer."""
         end = tokenizer.eos_id if self.eos_id is None else self.eos_id
         return self.model_copy(update={"vocab_size": tokenizer.vocab_size, "eos_id": end})
 
     def document_of(self, tokens: np.ndarray, where: str, split: str) -> Document | Skipped:
-        """A document of these ids, (n,), the one between documents apart; or what is wrong with them."""
+        """Return a document of these ids, (n,), without the end id; or the reason why they are not valid."""
         if not len(tokens):
             return Skipped(where, "empty")
         low, high = int(tokens.min()), int(tokens.max())
@@ -46,5 +46,5 @@ class TokenSource(FileSource):
 
 
 def read_tokens(path: Path, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
-    """(count,) ids from byte `offset` on; fewer where the file ends."""
+    """Return (count,) ids from byte `offset` on; fewer at the end of the file."""
     return np.fromfile(path, dtype, count, offset=offset)

@@ -1,7 +1,7 @@
-"""Walking directories: every file is found or reported, nothing vanishes.
+"""Walking directories: every file is either found or reported.
 
-`Path.glob` and `os.walk` say nothing of directories that cannot be read, and files are opened through links to wherever
-they lead: a corpus made so can be smaller, or larger, than anyone knows.
+`Path.glob` and `os.walk` silently pass over directories that cannot be read. Opening a file follows links to any place.
+Without this module, a corpus could silently be smaller or larger than expected.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ SPLIT_NAMES = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
     "dev": "validation", "test": "test",
 }  # fmt: skip
-"""How published data sets call their splits."""
+"""The split names of published data sets -> the names used here."""
 
 _WILD = r"(\*\*/|\*\*|\*|\?|\[!?[^\]]+\])"
 _WILD_MEANING = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 
 
 def walk(root: Path, enter: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Path] | Skipped]:
-    """(path below `root`, file) of every regular file, sorted within each directory; and what is not one.
+    """Yield (path below `root`, file) for every regular file, sorted within each directory, and `Skipped` for all else.
 
-    Links to files inside `root` count as files. A directory that `enter` refuses, by its path, is reported as one.
+    Links to files inside `root` count as files. If `enter` refuses a directory, by its path, it is reported as one
+    entry.
     """
     real_root = root.resolve()
     pending = [root]
@@ -67,7 +68,7 @@ def _below(root: Path, path: Path) -> str:
 
 
 def _not_taken(entry: os.DirEntry[str], path: Path, root: Path) -> str:
-    """Why a directory's entry is not read as a file; empty when it is."""
+    """Return why an entry of a directory is not read as a file; empty when it is read."""
     if entry.is_symlink():
         if not path.exists():
             return "broken link"
@@ -79,7 +80,8 @@ def _not_taken(entry: os.DirEntry[str], path: Path, root: Path) -> str:
 
 
 def glob_pattern(pattern: str) -> re.Pattern[str]:
-    """A glob as a regular expression for whole paths: ``**/`` is any directories, ``*`` and ``?`` stay within one."""
+    """Return a glob as a regular expression for whole paths: ``**/`` matches any directories, ``*`` and ``?`` no
+    slash."""
     return re.compile("".join(map(_translated, re.split(_WILD, pattern))), re.DOTALL)
 
 
@@ -92,7 +94,7 @@ def _translated(piece: str) -> str:
 
 
 class FileSource(Source):
-    """Base of sources that are a directory of files, or one file, each read on its own."""
+    """Base of sources that consist of one file or a directory of files, each read on its own."""
 
     path: Annotated[CorpusAddress, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
     """A directory of files, or one file; or an address (s3://, gs://, https://), whose files are copied first."""
@@ -104,7 +106,7 @@ class FileSource(Source):
     validation (valid, val, dev) or test."""
 
     def wanted(self, name: str) -> bool:
-        """Whether a file, by its path below the root, is read."""
+        """Whether a file, given by its path below the root, is read."""
         raise NotImplementedError
 
     def beside(self, name: str) -> bool:
@@ -112,18 +114,18 @@ class FileSource(Source):
         return False
 
     def expected(self) -> str:
-        """What files there should be, for the message when there are none."""
+        """Return a description of the expected files, for the error message when there are none."""
         raise NotImplementedError
 
     def fetch(self) -> None:
         """See `Source`."""
         if self._is_far:
-            from data_pipeline.sources import copies  # fsspec takes long to import; most sources are local
+            from data_pipeline.sources import copies  # late: fsspec is slow to import, most sources are local
 
             copies.copy(self.path, self.storage_options, self.copied)
 
     def copied(self, name: str) -> bool:
-        """Whether a file at an address, by its path below it, is copied."""
+        """Whether a file at an address, given by its path below it, is copied to this machine."""
         return self.wanted(name)
 
     @property
@@ -167,7 +169,7 @@ class FileSource(Source):
         return Listing(sorted(parts, key=lambda part: (part.name, part.start)), skipped + endings.skipped(""))
 
     def _left_out(self) -> Endings:
-        """What was left out before, where the files were copied."""
+        """Return the counts of the files that were not copied from an address."""
         if not self._is_far:
             return Endings()
         from data_pipeline.sources import copies
@@ -175,7 +177,7 @@ class FileSource(Source):
         return copies.left_out(self.path)
 
     def parts_of(self, name: str, path: Path) -> list[Part]:
-        """A file as parts: one, unless the source can read it from several places."""
+        """Return the parts of a file: one, unless the source can begin to read at several places."""
         return [Part(name, path.stat().st_size)]
 
     def files(self, part: Part) -> list[Path]:
@@ -183,7 +185,10 @@ class FileSource(Source):
         return [self.root / part.name]
 
     def split_of(self, part: Part) -> str:
-        """The split that a part's path names; empty unless `own_splits`. Raises UserError when it names none."""
+        """Return the split that a part's path names; empty unless `own_splits`.
+
+        Raises UserError when the path names no split, or several.
+        """
         if not self.own_splits:
             return ""
         top, _, rest = part.name.partition("/")

@@ -1,4 +1,4 @@
-"""An existing WebDataset: the text members of its tars, a document a member."""
+"""An existing WebDataset: the text members of its tars, one document per member."""
 
 from __future__ import annotations
 

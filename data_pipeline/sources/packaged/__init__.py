@@ -1,2 +1,2 @@
-"""Named corpora of real text that package registries carry, for demonstrations where the large public ones are out of
-reach: books, LaTeX, formal mathematics, the Linux source."""
+"""Corpora of real text from package registries (books, LaTeX, formal mathematics, the Linux source), for demonstrations
+where the large public data sets cannot be reached."""

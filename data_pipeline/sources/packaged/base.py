@@ -1,4 +1,4 @@
-"""What the named corpora share: some packages, and the files in them that hold documents."""
+"""The common base of the packaged corpora: some packages, and the files in them that hold documents."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from data_pipeline.sources.tree import glob_pattern, walk
 
 
 class PackagedSource(Source):
-    """Base: parts are named `<package>//<path in it>`."""
+    """Base of packaged sources. Parts are named `<package>//<path in it>`."""
 
     @abstractmethod
     def roots(self) -> dict[str, Path]:
-        """The directory of each package, fetched if need be."""
+        """Return the directory of each package, which is fetched if necessary."""
 
     def fetch(self) -> None:
         self.roots()
@@ -28,12 +28,12 @@ class PackagedSource(Source):
         return [self.locate(part)]
 
     def locate(self, part: Part) -> Path:
-        """The file or directory of a part."""
+        """Return the file or directory of a part."""
         package, _, path = part.name.partition("//")
         return self.roots()[package] / path
 
     def matching(self, package: str, pattern: str) -> list[Part]:
-        """The regular files of a package that match, as parts, sorted."""
+        """Return the regular files of a package that match the pattern, as sorted parts."""
         wanted, parts = glob_pattern(pattern), []
         for found in walk(self.roots()[package]):
             if isinstance(found, Skipped):

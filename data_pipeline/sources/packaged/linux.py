@@ -59,7 +59,8 @@ class Linux(PackagedSource):
 
 
 def _unpacked(package: Path) -> Path:
-    """The regular files of the tarball inside a `linux-source` package, unpacked once into the cache."""
+    """Return the directory with the files of a `linux-source` package's tarball; unpacked into the cache at the first
+    use."""
     target = cache_directory() / "unpacked" / package.name
     if target.is_dir():
         return target

@@ -12,7 +12,7 @@ from data_pipeline.sources.packaged.registries import fetch_debian
 
 
 class Mathematics(PackagedSource):
-    """Formal mathematics: Metamath databases (set.mm is one document of 41 MB) and HOL Light, a document a file."""
+    """Formal mathematics: Metamath databases (set.mm is one document of 41 MB) and HOL Light, one document per file."""
 
     kind: Literal["mathematics"] = "mathematics"
     """Formal mathematics: Metamath and HOL Light, from Debian packages."""

@@ -1,4 +1,4 @@
-"""R's lazy-load databases of text: the form in which a package of R carries data."""
+"""Text in R's lazy-load databases, the format in which an R package stores data."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from bst_base.errors import UserError
 
 
 def r_character_vectors(path: Path) -> Iterator[list[str]]:
-    """The character vectors of an R lazy-load database: chunks of [length, big-endian u32][zlib data], each one value
-    in R's XDR serialisation, version 2 or 3 ("R Internals", Serialization Formats).
+    """Yield the character vectors of an R lazy-load database.
+
+    Its chunks are [length, big-endian u32][zlib data]. Each holds one value in R's XDR serialisation, version 2 or 3
+    ("R Internals", Serialization Formats). Raises UserError for a value of another type.
     """
     data = path.read_bytes()
     position = 0

