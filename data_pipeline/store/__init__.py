@@ -1,1 +1,1 @@
-"""Where shards lie: local files, HTTP, object stores, and a cache of them."""
+"""Access to a corpus's files: local files, HTTP, object stores, and a cache of them."""

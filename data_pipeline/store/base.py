@@ -1,4 +1,4 @@
-"""What every store of a corpus's files offers, and how those that are not on this machine's disk are read."""
+"""The interface of every store of a corpus's files, and the settings for files that are not on a local disk."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from bst_base.places import LocalPath
 from bst_base.settings import Config
 from data_pipeline.store.mapped import MappedFile
 
-_NO_SECRETS = ("", "anon", "cloud", "google_default", "cache", "browser")  # ways of fetching a token, not tokens
+_NO_SECRETS = ("", "anon", "cloud", "google_default", "cache", "browser")  # ways of getting a token, not secrets
 
 
 REQUESTS = 256
-"""Reads of one rank that may be under way at a time, over a network. Where each takes T seconds and brings n tokens, a
-rank that trains on R tokens a second needs R T / n of them: 67 at 40 ms, 500,000 a second and documents of 300."""
+"""Maximum number of reads of one rank that run in parallel over a network. If each takes T seconds and returns n
+tokens, a rank that trains on R tokens per second needs R T / n of them: 67 for 40 ms, 500,000 tokens/s and documents of
+300 tokens."""
 
 
 class StorageError(UserError):
-    """A store that cannot be reached, or does not do what is needed of it; never skipped as a bad shard is."""
+    """The store cannot be reached, or lacks a needed feature. `on_bad_shard: skip` does not skip it."""
 
 
 def _no_secrets(options: dict[str, Any]) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def _no_secrets(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _secrets(options: dict[str, Any], prefix: str) -> list[str]:
-    """The dotted names of options that hold a secret in plain text."""
+    """Return the dotted names of options that hold a secret in plain text."""
     found = []
     for name, value in options.items():
         if isinstance(value, dict):
@@ -47,11 +48,11 @@ def _secrets(options: dict[str, Any], prefix: str) -> list[str]:
 
 
 StoreOptions = Annotated[dict[str, Any], AfterValidator(_no_secrets)]
-"""What a store's client is told, without secrets in plain text."""
+"""Options for a store's client, without secrets in plain text."""
 
 
 class StorageConfig(Config):
-    """How files that are not on this machine's disk are fetched."""
+    """How files that are not on a local disk are fetched."""
 
     cache_dir: LocalPath | None = None
     """Cache for verified copies of whole shards, shared by all processes of a machine. Shards of the current and the
@@ -81,30 +82,30 @@ class StorageConfig(Config):
 
 
 class Storage(Protocol):
-    """The files of one corpus, by name; every method may be called from several threads."""
+    """The files of one corpus, by name. Several threads may call every method."""
 
     where: str
     """The corpus's directory or address, for messages."""
     remote: bool
-    """Reads go over a network: slow each, many at a time, and good bytes may arrive damaged the next time."""
+    """Whether reads go over a network: slow each, so many run in parallel, and any read may return damaged bytes."""
 
     def whole(self, name: str) -> bytes:
-        """A file's bytes; raises FileNotFoundError when it does not exist."""
+        """Return a file's bytes; raises FileNotFoundError when it does not exist."""
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from byte `offset` on; raises ShardError when the file is missing or too short."""
 
     def mapped(self, name: str) -> MappedFile | None:
-        """The file in memory, mapped anew, where it lies on this machine's disk; None where it cannot be mapped."""
+        """Return a new memory map of the file if it is on a local disk; None if it cannot be mapped."""
 
     def local_path(self, name: str) -> Path | None:
-        """The file's path where it belongs on this machine's disk."""
+        """Return the file's path if its place is on a local disk, else None. The file may be missing."""
 
     def fetch_ahead(self, now: Sequence[str], soon: Sequence[str]) -> None:
-        """Told of the files that are read from now on, and of those after them: a cache fetches them."""
+        """Announce the files that are read from now on, and those after them. A cache fetches them in advance."""
 
     def interrupt(self, stop: bool) -> None:
-        """While `stop` is true, reads that wait for a network, or for another process, raise Stopped."""
+        """Interrupt reads: while `stop` is true, reads that wait for a network or for another process raise Stopped."""
 
     def renew(self, name: str) -> bool:
-        """Called on a file that was found damaged: true when another copy was fetched, so that reading may succeed."""
+        """Handle a file that was found damaged: return True if another read may give good bytes, False if not."""

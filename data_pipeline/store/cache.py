@@ -1,4 +1,4 @@
-"""Verified copies, on this machine's disk, of files that lie elsewhere."""
+"""A cache on a local disk: verified copies of files from another store."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from data_pipeline.store.mapped import MappedFile
 from data_pipeline.store.room import Room
 from data_pipeline.store.storage import LocalStorage
 
-_FETCHED_AT_ONCE = 8  # files of a corpus that are fetched ahead at a time
-_LOOK_S = 0.05  # how often a wait for another process, which fetches the same file, looks whether that is there
+_FETCHED_AT_ONCE = 8  # files of a corpus that are fetched ahead in parallel
+_LOOK_S = 0.05  # how often a process checks whether another one has finished to fetch the same file
 
 
 class KnownFiles(Protocol):
-    """What is known of the files of a corpus."""
+    """The size and hash of each file of a corpus."""
 
     def __getitem__(self, name: str) -> tuple[int | None, str]:
-        """(bytes where known, SHA-256) of a file."""
+        """Return (size in bytes or None if unknown, SHA-256) of a file."""
 
 
 class WholeFiles(Storage, Protocol):
-    """A storage that gives whole files piece by piece."""
+    """A storage that can stream whole files."""
 
     def chunks(self, name: str, size: int | None) -> Iterator[bytes]:
-        """The bytes of a file, in order; `size` is how many, where that is known."""
+        """Yield the bytes of a file, in order. `size`: its number of bytes, if known."""
 
 
 class CachedStorage:
-    """A storage whose files are copied whole at their first use, and read from the copies; see `storage.Storage`.
+    """A storage that copies each file at its first use, and reads from the copy; see `base.Storage`.
 
-    A copy takes its name only after its SHA-256 was found right, and the name holds that hash, so corpora may share a
-    directory and a changed corpus never meets an old file. Processes take turns: each file is fetched once per machine.
+    A copy gets its final name only after its SHA-256 was checked. The name contains that hash, so corpora may share a
+    directory, and a changed corpus never reads an old file. A lock per file lets each file be fetched once per machine.
 
     Args:
-        source: where the files are.
-        directory: where the copies go.
-        files: (bytes, SHA-256) of each file by its name; bytes None where that is not known.
-        limit: bytes of all copies in the directory; None: no limit.
+        source: the storage of the files.
+        directory: the directory of the copies.
+        files: (size in bytes or None if unknown, SHA-256) of each file by its name.
+        limit: maximum bytes of all copies in the directory; None: no limit.
     """
 
     remote = False
@@ -62,14 +62,14 @@ class CachedStorage:
         self._files = files
         self._room = Room(self._directory, limit)
         self._present: set[str] = set()
-        self._wanted: deque[str] = deque()  # files to be fetched ahead
+        self._wanted: deque[str] = deque()  # files to fetch ahead
         self._stop = threading.Event()
         self._fetchers = 0
         self._counting = threading.Lock()  # guards `_fetchers`
 
     def whole(self, name: str) -> bytes:
-        """See `Storage`; a copy that was damaged is fetched again."""
-        with suppress(FileNotFoundError):  # a cleaner may remove a copy at any time
+        """See `Storage`. A damaged copy is fetched again."""
+        with suppress(FileNotFoundError):  # another process may remove a copy at any time
             data = self._local.whole(self._copy(name))
             if hashlib.sha256(data).hexdigest() == self._files[name][1]:
                 return data
@@ -77,7 +77,7 @@ class CachedStorage:
         return self._local.whole(self._copy(name))
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """See `Storage`; a copy that was removed or cut short is fetched again."""
+        """See `Storage`. A copy that was removed or cut short is fetched again."""
         try:
             self._local.read_into(self._copy(name), offset, buffer)
         except ShardError:
@@ -85,11 +85,11 @@ class CachedStorage:
             self._local.read_into(self._copy(name), offset, buffer)
 
     def mapped(self, name: str) -> MappedFile | None:
-        """See `Storage`: of the copy, which is fetched if it is not there."""
+        """See `Storage`. It maps the copy, which is fetched if it does not exist."""
         return self._local.mapped(self._copy(name))
 
     def local_path(self, name: str) -> Path | None:
-        """See `Storage`: a copy that is not there yet is not a missing file."""
+        """See `Storage`. It is None, since a file without a copy is not a missing file."""
         return None
 
     def interrupt(self, stop: bool) -> None:
@@ -102,7 +102,7 @@ class CachedStorage:
         self._source.interrupt(stop)
 
     def fetch_ahead(self, now: Sequence[str], soon: Sequence[str]) -> None:
-        """See `Storage`. Raises UserError when the limit has no room for the files of now."""
+        """See `Storage`. Raises UserError when the files of `now` do not fit into the limit."""
         sizes = [sum(self._files[name][0] or 0 for name in names) for names in (now, soon)]
         if not self._room.fits(sizes[0]):
             raise UserError(
@@ -119,7 +119,7 @@ class CachedStorage:
             threading.Thread(target=self._fetch_wanted, name="data-cache", daemon=True).start()
 
     def _is_here(self, name: str) -> bool:
-        """Whether there is a copy of a file, which is then in use; a limit or a cleaner may have removed it."""
+        """Whether there is a copy of a file; marks it as used. Another process may have removed it."""
         copy = self._copy_name(name)
         if (self._directory / copy).exists():
             self._room.used(copy)
@@ -128,7 +128,7 @@ class CachedStorage:
         return False
 
     def _fetch_wanted(self) -> None:
-        """Fetch what is wanted until nothing is; what fails is asked for again when it is read."""
+        """Fetch the wanted files until none is left. Errors are ignored here: the read of the file tries again."""
         try:
             while True:
                 with suppress(UserError):
@@ -152,7 +152,7 @@ class CachedStorage:
         return f"{self._files[name][1][:16]}-{name}"
 
     def _copy(self, name: str) -> str:
-        """The name of a file's copy, which is there when this returns."""
+        """Return the name of a file's copy, which is fetched if it does not exist."""
         copy = self._copy_name(name)
         if copy in self._present:
             return copy
@@ -175,7 +175,7 @@ class CachedStorage:
         self._room.take(done - size)
 
     def _write(self, name: str, copy: str) -> int:
-        """Write the copy; returns its bytes."""
+        """Write the copy; return its number of bytes. Raises ShardError when its SHA-256 is wrong."""
         size, sha256 = self._files[name]
         digest, done = hashlib.sha256(), 0
         with atomic_file(self._directory / copy) as file:
@@ -192,7 +192,7 @@ class CachedStorage:
 
     @contextmanager
     def _locked(self, copy: str) -> Iterator[None]:
-        """Keep the machine's other processes from fetching or dropping the same file."""
+        """Lock a copy, so that no other process on this machine fetches or removes it."""
         with (self._directory / f"{copy}.lock").open("w") as lock:
             while not _taken(lock):
                 if self._stop.wait(_LOOK_S) or TOLD.is_set():

@@ -1,6 +1,6 @@
-"""What the C library keeps of memory that was freed; measured with `bst bench index`.
+"""Returns freed memory from the C library to the system. The savings were measured with `bst bench index`.
 
-Only glibc has these two calls; elsewhere they do nothing.
+Only glibc has these two calls. With other C libraries, nothing happens.
 """
 
 from __future__ import annotations
@@ -8,23 +8,23 @@ from __future__ import annotations
 import ctypes
 
 _ARENA_MAX = -8  # M_ARENA_MAX of malloc.h
-_WORTH_IT = 4 << 20
+_WORTH_IT = 4 << 20  # bytes; freeing less is not worth the call
 _libc = ctypes.CDLL(None)
 
 
 def share_arenas() -> None:
     """Let all threads allocate from two arenas.
 
-    Else hundreds of threads that wait for a network spread what they free over eight arenas for each processor: 30 MB.
+    Otherwise, hundreds of threads that wait for a network spread their freed memory over eight arenas per CPU: 30 MB.
     """
     if hasattr(_libc, "mallopt"):
         _libc.mallopt(_ARENA_MAX, 2)
 
 
 def give_back(freed: int) -> None:
-    """Give back to the system what was freed, `freed` bytes or so: 18 MB after a manifest of 100,000 shards was parsed.
+    """Return about `freed` bytes of freed memory to the system: 18 MB after a manifest of 100,000 shards was parsed.
 
-    A few megabytes are not worth the call, which walks through all that the process has.
+    For less than 4 MiB nothing is done: the call walks through the whole heap of the process.
     """
     if freed >= _WORTH_IT and hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)

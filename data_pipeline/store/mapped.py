@@ -1,9 +1,9 @@
-"""Files mapped into memory, out of which the kernel copies many runs of bytes in one call.
+"""Memory-mapped files, out of which the kernel copies many runs of bytes in one call.
 
-A page of a map that cannot be read kills the process that touches it (SIGBUS). No code of this process touches these:
-they are written, with ``pwritev``, into a file that is memory (a memfd), so the kernel does the copying, and where a
-page cannot be read the call comes to an end there. It takes a quarter of the CPU time of a ``preadv`` for each run (0.6
-and 2.2 µs for runs of 300 tokens), which matters where rows are made of many short documents.
+A page of a map that cannot be read kills a process that touches it (SIGBUS). So this process never touches the maps.
+Instead, ``pwritev`` writes runs from them into a memory file (memfd): the kernel does the copy, and stops at a page
+that cannot be read. This takes a quarter of the CPU time of a ``preadv`` for each run (0.6 instead of 2.2 µs for runs
+of 300 tokens). That matters when rows consist of many short documents.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-_RUNS = 1024  # of a call: the kernel takes no more (IOV_MAX)
-_LEAST = 1 << 20  # bytes of the memory that runs are collected in
-_SPARE = 2  # pieces of that memory that are kept when nothing refers to them
-_ANNOUNCED = 2  # calls, at first and after one for which pages were read from a disk
+_RUNS = 1024  # maximum runs of one call (the kernel's IOV_MAX)
+_LEAST = 1 << 20  # minimum bytes of a memory file that runs are collected in
+_SPARE = 2  # unused memory files that are kept for reuse
+_ANNOUNCED = 2  # number of calls with announced pages, at the start and after a call that read from a disk
 
 _libc = ctypes.CDLL(None)
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
@@ -34,9 +34,9 @@ _FAILED = ctypes.c_void_p(-1).value
 
 
 class MappedFile:
-    """A file in the address space of this process, until nothing refers to this any more. It holds no descriptor.
+    """A file mapped into memory, as long as this object lives. It holds no file descriptor.
 
-    Raises OSError when it cannot be mapped, as an empty one cannot.
+    Raises OSError when the file cannot be mapped, for example because it is empty.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,19 +47,20 @@ class MappedFile:
             raise OSError(f"{path}: cannot be mapped")
         self.address: int = address
         weakref.finalize(self, _libc.munmap, address, self.size)
-        _libc.madvise(address, self.size, mmap.MADV_RANDOM)  # read the pages that are asked for, and none around them
+        _libc.madvise(address, self.size, mmap.MADV_RANDOM)  # no read-ahead: read only the pages that are asked for
 
 
 class Collector:
-    """Collects runs of bytes, one after the other, in memory that is used again once nothing refers to it: fresh memory
-    costs a fault for each page."""
+    """Collects runs of bytes, one after the other, in memory that is reused once nothing refers to it. (New memory
+    costs a page fault for each page.)"""
 
     def __init__(self) -> None:
         self._spare: list[_Memory] = []
-        self._announced = _ANNOUNCED  # calls to come of which the pages are announced
+        self._announced = _ANNOUNCED  # number of next calls whose pages are announced to the kernel
 
     def collect(self, sources: np.ndarray, sizes: np.ndarray) -> np.ndarray | None:
-        """`sizes` bytes from the addresses `sources`, (m,) each, one after the other; None when any cannot be read."""
+        """Return the `sizes` bytes at the addresses `sources`, (m,) each, one after the other; None if any cannot be
+        read."""
         runs = np.empty((len(sizes), 2), np.uint64)  # struct iovec
         runs[:, 0], runs[:, 1] = sources, sizes
         before = _read()
@@ -75,7 +76,7 @@ class Collector:
     def _copied(self, runs: np.ndarray, bounds: np.ndarray) -> np.ndarray | None:
         memory, size = self._unused(), int(bounds[-1])
         memory.hold(size)
-        data = np.frombuffer(memory.map, np.uint8, size)  # the base of all that is made of it
+        data = np.frombuffer(memory.map, np.uint8, size)  # all views keep this array alive, and with it the memory
         weakref.finalize(data, self._keep, memory)
         for begin in range(0, len(runs), _RUNS):
             part = runs[begin : begin + _RUNS]
@@ -95,14 +96,14 @@ class Collector:
 
 
 class _Memory:
-    """A file that is memory, and its map."""
+    """A memory file and its map."""
 
     def __init__(self) -> None:
         self.file = os.fdopen(os.memfd_create("rows"), "r+b", buffering=0)
         self._size = 0
 
     def hold(self, size: int) -> None:
-        """Have room for so many bytes; nothing may refer to what it held."""
+        """Make room for `size` bytes. Nothing may refer to the earlier content any more."""
         if size > self._size:
             self._size = max(_LEAST, 1 << (size - 1).bit_length())
             os.truncate(self.file.fileno(), self._size)
@@ -110,7 +111,7 @@ class _Memory:
 
 
 def _announce(sources: np.ndarray, sizes: np.ndarray) -> None:
-    """Have the kernel begin to read the pages of all runs: else each is read, and waited for, when it is copied."""
+    """Let the kernel start to read the pages of all runs. Otherwise each page is only read when its run is copied."""
     order = np.argsort(sources)
     begins = sources[order] & -mmap.PAGESIZE
     lengths = sources[order] + sizes[order] - begins
@@ -119,6 +120,6 @@ def _announce(sources: np.ndarray, sizes: np.ndarray) -> None:
 
 
 def _read() -> int:
-    """Grows with what this thread has had read from a disk."""
+    """Return a counter that grows when this thread causes a read from a disk."""
     used = resource.getrusage(resource.RUSAGE_THREAD)
-    return used.ru_inblock + used.ru_majflt  # not every file system counts the first
+    return used.ru_inblock + used.ru_majflt  # some file systems do not count ru_inblock

@@ -1,7 +1,7 @@
-"""A prepared corpus put into an object store: its files first, each compared with its SHA-256, its manifest last.
+"""Uploads a prepared corpus to an object store: its files first, each compared with its SHA-256, the manifest last.
 
-A store has no rename. So what has no manifest is no corpus, and a push that broke off goes on where it stopped: while
-one is under way, `pushing.json` there says which corpus the files are of.
+A store has no atomic rename. So files without a manifest are not a corpus, and an interrupted push continues where it
+stopped. During a push, `pushing.json` in the store names the corpus that the files belong to.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from data_pipeline.store.base import StorageError
 
 UNDER_WAY = "pushing.json"
 SKIPPED = "skipped.jsonl"
-_TRANSFERS = 8  # files under way at a time
+_TRANSFERS = 8  # files uploaded in parallel
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
-"""Called with how many bytes are done, and how many there are."""
+"""Called with (bytes done, total bytes)."""
 
 
 class File(NamedTuple):
@@ -33,23 +33,23 @@ class File(NamedTuple):
 
     name: str
     sha256: str | None
-    """None: the manifest does not say."""
+    """None: the manifest does not contain it."""
 
 
 class Sent(NamedTuple):
-    """What a push has done."""
+    """The result of a push."""
 
     files: int
     bytes: int
     already_there: int
-    """Files that were not sent, because they are there."""
+    """Files that were not sent because they are there already."""
 
 
 def push(corpus: Path, url: str, grow: bool, progress: Progress) -> Sent:
-    """Put a corpus at an address that fsspec knows; what is there of it already is not sent again.
+    """Upload a corpus to an address that fsspec knows. Files that are already there are not sent again.
 
-    `grow`: replace a corpus there that this one continues, of which the new files alone are sent. Raises UserError when
-    another corpus is there or a file is not what the manifest says, and StorageError for what the store refuses.
+    `grow`: replace a corpus there that this one continues; only the new files are sent. Raises UserError when another
+    corpus is there or a file does not match the manifest, and StorageError when the store reports an error.
     """
     manifest, target = Manifest.read(corpus), _Target(url)
     there = target.manifest()
@@ -96,7 +96,7 @@ def _require_free(target: _Target, there: Manifest | None, manifest: Manifest, g
 
 
 def _files(corpus: Path, manifest: Manifest) -> Iterator[File]:
-    """All files of a corpus but its manifest; shards first, since they take longest."""
+    """Yield all files of a corpus except its manifest; shards first, since they take longest."""
     for shards in manifest.splits.values():
         for shard in shards:
             yield File(shard.file, shard.sha256)
@@ -116,7 +116,7 @@ def _size(path: Path) -> int:
 
 
 class _Target:
-    """Where a corpus is put."""
+    """The address that a corpus is uploaded to."""
 
     def __init__(self, url: str) -> None:
         if "://" not in url:
@@ -130,26 +130,27 @@ class _Target:
             raise UserError(f"{self.where}: {error}") from None
 
     def manifest(self) -> Manifest | None:
-        """That of the corpus there; None where there is none."""
+        """Return the manifest of the corpus there; None if there is none."""
         data = self._read(MANIFEST)
         return None if data is None else Manifest.from_bytes(data, f"{self.where}/{MANIFEST}")
 
     def under_way(self) -> str | None:
-        """The SHA-256 of the manifest whose files were being put there."""
+        """Return the manifest's SHA-256 of the interrupted push there; None if there is none."""
         data = self._read(UNDER_WAY)
         return None if data is None else json.loads(data)["manifest_sha256"]
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None where it is not there."""
+        """Return a file's size in bytes; None if it is not there."""
         try:
             return int(self._fs.info(self._at(name))["size"])
         except FileNotFoundError:
             return None
-        except Exception as error:  # every client has its own
+        except Exception as error:  # every client has its own exception types
             raise self._error(name, "look for", error) from None
 
     def put(self, corpus: Path, file: File) -> None:
-        """Send a file; raises UserError for one that is not what the manifest says: damage is not spread."""
+        """Upload a file. Raises UserError for a file that does not match the manifest, so that damage does not
+        spread."""
         path = corpus / file.name
         if file.sha256 is not None and sha256_file(path) != file.sha256:
             raise UserError(f"{path}: not what the manifest says; nothing more is sent; see 'bst data verify {corpus}'")

@@ -1,4 +1,4 @@
-"""Files on a server, in an object store, or behind a command: fetched whole or in ranges, and tried again."""
+"""Files on a server, in an object store, or from a command: fetched whole or in ranges, with retries."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from data_pipeline.format.shards import ShardError
 from data_pipeline.store.base import REQUESTS, StorageConfig, StorageError
 
 _log = logging.getLogger(__name__)
-_CHUNK = 8 << 20  # bytes of a whole file fetched in one request: what a dropped connection costs
+_CHUNK = 8 << 20  # bytes of a whole file fetched in one request; a dropped connection loses at most this much
 _LONGEST_WAIT_S = 30.0
-_POLL_S = 0.2  # how often a read that waits looks whether it was interrupted
-_NO_CREDENTIALS = {  # what clients raise when there is nothing to sign with: the next attempt would be no better
+_POLL_S = 0.2  # how often a waiting read checks whether it was interrupted
+_NO_CREDENTIALS = {  # the clients' exceptions for missing credentials: a retry would fail too
     "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound",
     "DefaultCredentialsError", "TokenRetrievalError",
 }  # fmt: skip
@@ -42,38 +42,41 @@ class FoundFile(NamedTuple):
     """A file below an address."""
 
     name: str
-    """Its path from the address on."""
+    """Its path relative to the address."""
     size: int | None
-    """Bytes; None where the store does not say."""
+    """Bytes; None if the store does not tell."""
     version: str
-    """What tells it from other content of the same size, as far as the store says: its ETag, or when it was written."""
+    """A version string from the store, such as its ETag or the time of the last change; empty if the store has none."""
 
 
 class NoRangesError(StorageError):
-    """The server sends whole files where a range was asked for."""
+    """The server sends whole files when a byte range is asked for."""
 
 
 class RemoteStorage:
-    """The files under an fsspec address; see `storage.Storage`."""
+    """The files under an fsspec address; see `base.Storage`."""
 
     remote = True
 
     def __init__(self, url: str, config: StorageConfig) -> None:
         self.where = redacted(url).partition("?")[0].rstrip("/")
         self.file = ""
-        """The name of the one file, where `files` has found that the address is a file's."""
+        """The name of the file, if `files` has found that the address is that of one file; else empty."""
         self._config = config
         self._stop = threading.Event()
         full, self._hidden = filled(url)
         full, mark, query = full.partition("?")
-        self._query = mark + query  # what signs the address signs each file of it
+        self._query = mark + query  # the signature of the address is sent with each file
         try:
             self._fs, self._root = fsspec.url_to_fs(full.rstrip("/"), **_options(url.partition("://")[0], config))
         except (ImportError, ValueError, TypeError) as error:
             raise StorageError(f"{self.where}: cannot be opened: {self._said(error)}") from None
 
     def files(self) -> list[FoundFile]:
-        """The files below the address, sorted by name; the one file where it is a file's, none where nothing is."""
+        """Return the files below the address, sorted by name. If the address is that of one file, return it.
+
+        The list is empty if nothing is there.
+        """
 
         def find() -> dict[str, dict[str, Any]]:
             self._fs.invalidate_cache()
@@ -92,7 +95,8 @@ class RemoteStorage:
         return sorted(_found_file(path[len(root) + 1 :], info) for path, info in found.items())
 
     def _alone(self) -> dict[str, dict[str, Any]]:
-        """The file at the address, asked for by its first byte: HTTP's listing takes any error for an absence."""
+        """Return the file at the address, found by reading its first byte: a listing over HTTP reports any error as
+        absence."""
         path = self._root + self._query
         if "http" not in self._fs.protocol:
             return {}
@@ -100,7 +104,7 @@ class RemoteStorage:
         return {path: {}}
 
     def _told(self, path: str, info: dict[str, Any]) -> dict[str, Any]:
-        """What the store says of a file; HTTP's listings say nothing but its name."""
+        """Return the store's information on a file. HTTP listings only contain names, so HTTP needs another request."""
         if info.get("size") is not None or "http" not in self._fs.protocol:
             return info
         return self._try("", lambda: self._fs.info(path + ("" if path.endswith(self._query) else self._query)))
@@ -114,7 +118,7 @@ class RemoteStorage:
         buffer[:] = self._range(name, offset, offset + len(buffer))
 
     def chunks(self, name: str, size: int | None) -> Iterator[bytes]:
-        """The bytes of a file, in order; `size` is how many, where that is known."""
+        """Yield the bytes of a file, in order. `size`: its number of bytes, if known."""
         if size is None:
             yield self.whole(name)
             return
@@ -134,7 +138,7 @@ class RemoteStorage:
         return None
 
     def fetch_ahead(self, now: Sequence[str], soon: Sequence[str]) -> None:
-        """See `Storage`: nothing is kept here."""
+        """See `Storage`. Nothing is cached here."""
 
     def interrupt(self, stop: bool) -> None:
         """See `Storage`."""
@@ -154,7 +158,7 @@ class RemoteStorage:
             raise Stopped(f"{self.where}/{name}: reading was interrupted")
 
     def renew(self, name: str) -> bool:
-        """See `Storage`: every read fetches anew, so one more may arrive whole."""
+        """See `Storage`. Every read fetches the bytes again, so the next one may be good."""
         return True
 
     def _range(self, name: str, start: int, stop: int) -> bytes:
@@ -175,18 +179,19 @@ class RemoteStorage:
             raise ShardError(f"{self.where}/{name}: missing; copy it there again") from None
 
     def _cat(self, name: str, **span: int) -> bytes:
-        """One attempt at the bytes of a file or of a part of it, that ends in time and when reads are interrupted."""
+        """Make one attempt to read a file or a part of it. It ends after the deadline, or when reads are
+        interrupted."""
         path = f"{self._root}/{name}{self._query}"
         begin, fs = time.monotonic(), self._fs
         if fs.async_impl:
             fetching = asyncio.run_coroutine_threadsafe(fs._cat_file(path, **span), fs.loop)
-        else:  # a call that nothing but its own thread could wait for
+        else:  # a blocking call, so it runs in its own thread
             fetching = _in_a_thread(partial(fs.cat_file, path, **span))
         while True:
             try:
                 return fetching.result(timeout=_POLL_S)
             except TimeoutError:
-                if fetching.done():  # the attempt's own
+                if fetching.done():  # the TimeoutError comes from the request, not from this wait
                     raise
             try:
                 self._check_interrupted(name)
@@ -197,9 +202,10 @@ class RemoteStorage:
                 raise
 
     def _try(self, name: str, fetch: Callable[[], T]) -> T:
-        """Call `fetch` until it succeeds; FileNotFoundError passes, and the last failure is a StorageError.
+        """Call `fetch` until it succeeds. FileNotFoundError is passed on; the last failure becomes a StorageError.
 
-        A file that stays too short is damage (ShardError) rather than a store out of order.
+        If the file is still too short at the last attempt, it counts as damaged (ShardError), not as an error of the
+        store.
         """
         for attempt in range(1, self._config.attempts + 1):
             try:
@@ -210,7 +216,7 @@ class RemoteStorage:
                 raise StorageError(
                     f"{self.where}/{name}: not allowed: {self._said(error)}; check the credentials"
                 ) from None
-            except Exception as error:  # every file system has its own: timeouts, resets, 5xx, half an answer
+            except Exception as error:  # each client has its own exceptions: timeouts, resets, 5xx, short answers
                 reason = f"{type(error).__name__}: {self._said(error)}".rstrip(": ")
                 if _NO_CREDENTIALS & {each.__name__ for each in type(error).__mro__}:
                     raise StorageError(
@@ -225,7 +231,7 @@ class RemoteStorage:
         raise AssertionError("unreachable")
 
     def _said(self, error: Exception) -> str:
-        """What an error says, without the secrets of the address."""
+        """Return an error's message without the secrets of the address."""
         text = str(error)
         for secret, name in self._hidden.items():
             text = text.replace(secret, name)
@@ -233,7 +239,7 @@ class RemoteStorage:
 
 
 def _in_a_thread(work: Callable[[], bytes]) -> Future[bytes]:
-    """Begin some work that may hang: not even the end of the program waits for it."""
+    """Run work that may hang in a daemon thread, so that not even the end of the program waits for it."""
     future: Future[bytes] = Future()
 
     def run() -> None:
@@ -255,9 +261,10 @@ def _found_file(name: str, info: dict[str, Any]) -> FoundFile:
 
 
 class PipeStorage:
-    """Files that a shell command writes to its output, its ``{}`` replaced by their name; retries are the command's.
+    """Files from the output of a shell command, in which ``{}`` is replaced by the file's name. The command does the
+    retries.
 
-    A command that writes nothing for `timeout_s` is given up, with all that it has started.
+    A command that writes nothing for `timeout_s` is killed, with all its child processes.
     """
 
     remote = True
@@ -271,7 +278,7 @@ class PipeStorage:
         return b"".join(self.chunks(name, None))
 
     def chunks(self, name: str, size: int | None) -> Iterator[bytes]:
-        """The bytes of a file, in order."""
+        """Yield the bytes of a file, in order."""
         command = self._command.replace("{}", shlex.quote(name))
         with subprocess.Popen(
             command, shell=True, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
@@ -287,7 +294,7 @@ class PipeStorage:
             raise StorageError(f"pipe:{command}: exit status {process.returncode}")
 
     def _output(self, descriptor: int, command: str) -> bytes:
-        """What the command writes next; nothing at its end."""
+        """Return the next output of the command; empty at its end."""
         end = time.monotonic() + self._timeout_s
         while not select.select([descriptor], [], [], _POLL_S)[0]:
             if self._stop.is_set() or TOLD.is_set():
@@ -297,7 +304,7 @@ class PipeStorage:
         return os.read(descriptor, _CHUNK)
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """See `Storage`: never called, for these files are always cached."""
+        """See `Storage`. It is never called, since these files are always cached."""
         raise NotImplementedError
 
     def mapped(self, name: str) -> None:
@@ -308,7 +315,7 @@ class PipeStorage:
         return None
 
     def fetch_ahead(self, now: Sequence[str], soon: Sequence[str]) -> None:
-        """See `Storage`: nothing is kept here."""
+        """See `Storage`. Nothing is cached here."""
 
     def interrupt(self, stop: bool) -> None:
         """See `Storage`."""
@@ -323,7 +330,8 @@ class PipeStorage:
 
 
 def _options(scheme: str, config: StorageConfig) -> dict[str, Any]:
-    """The file system's options with this project's timeouts; retries are made here, visibly, not in the libraries."""
+    """Return the file system's options, with this project's timeouts. Retries are made and logged here, not in the
+    libraries."""
     options = {name: _from_environment(name, value) for name, value in config.options.items()}
     if scheme in ("http", "https"):
         import aiohttp
@@ -339,14 +347,14 @@ def _options(scheme: str, config: StorageConfig) -> dict[str, Any]:
 
 
 async def _http_client(**options: Any) -> Any:
-    """A client without a limit of connections, which is 100 otherwise: what reads has its own (REQUESTS)."""
-    import aiohttp  # takes long to import; most corpora are local
+    """Return a client without its default limit of 100 connections; the reader has its own limit (REQUESTS)."""
+    import aiohttp  # imported late: it is slow to import, and most corpora are local
 
     return aiohttp.ClientSession(**({"connector": aiohttp.TCPConnector(limit=0)} | options))
 
 
 def _from_environment(name: str, value: Any) -> Any:
-    """An option's value; one that is written $NAME stands in the environment."""
+    """Return an option's value; a value written as $NAME is read from the environment."""
     if isinstance(value, dict):
         return {inner: _from_environment(f"{name}.{inner}", each) for inner, each in value.items()}
     if not isinstance(value, str) or not value.startswith("$"):

@@ -1,4 +1,4 @@
-"""The room that copies take up in a directory, kept below a limit by all processes of a machine together."""
+"""The disk space of the copies in a directory, kept below a limit by all processes of a machine together."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _COPY = re.compile(r"[0-9a-f]{16}-.*(?<!\.lock)(?<!\.partial)")
-_KEPT = 0.9  # of the limit: what is left after copies were removed, so that it is not done for every one
+_KEPT = 0.9  # fraction of the limit down to which copies are removed, so that not every new copy removes some
 
 
 class Room:
-    """Keeps the copies in a directory below a number of bytes, by removing those used longest ago.
+    """Keeps the size of the copies in a directory below a limit, by removing the least recently used ones.
 
-    A process that has a removed copy open reads on in it; one that has not fetches it again. What is taken up is
-    counted in a file, and counted anew from the directory when copies are removed.
+    A process that has a removed copy open continues to read it. Others fetch it again. The total size is stored in a
+    file, and counted again from the directory whenever copies are removed.
 
     Args:
-        directory: where the copies are.
+        directory: the directory of the copies.
         limit: bytes; None: no limit.
     """
 
@@ -29,13 +29,13 @@ class Room:
         self._directory = directory
 
     def used(self, copy: str) -> None:
-        """Note that a copy is in use."""
+        """Mark a copy as used now."""
         if self.limit is not None:
             with suppress(FileNotFoundError):
                 os.utime(self._directory / copy)
 
     def take(self, size: int) -> None:
-        """Count `size` bytes more (or fewer), after removing copies until they fit."""
+        """Add `size` bytes (may be negative) to the total, after removing copies until they fit."""
         if self.limit is None:
             return
         with self._counted() as (taken, write):
@@ -44,11 +44,11 @@ class Room:
             write(taken + size)
 
     def fits(self, size: int) -> bool:
-        """Whether so many bytes can stay at a time."""
+        """Whether files of `size` bytes can be kept at the same time."""
         return self.limit is None or size <= self.limit * _KEPT
 
     def _remove(self, wanted: int) -> int:
-        """Remove the copies used longest ago until all take up `wanted` bytes or fewer; returns what they do."""
+        """Remove the least recently used copies until the total is at most `wanted` bytes; return the new total."""
         copies, taken = [], 0
         for entry in os.scandir(self._directory):
             with suppress(FileNotFoundError):
@@ -66,7 +66,7 @@ class Room:
 
     @contextmanager
     def _counted(self) -> Iterator[tuple[int | None, object]]:
-        """(bytes taken up as far as is known, what writes another number), while no other process counts."""
+        """Yield (the stored total or None if unknown, a function that stores a new total), under a lock."""
         with (self._directory / ".taken").open("a+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)

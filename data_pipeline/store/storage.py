@@ -1,10 +1,10 @@
-"""Where a corpus's files lie, and how their bytes are fetched: a local directory, a server or object store, a cache.
+"""Opens the store of a corpus: a local directory, a server or object store, or a command.
 
 `open_storage` chooses by the address:
 
 - ``/data/books`` or ``file:///data/books``: a directory, read in place;
-- ``https://…``, ``s3://…``, ``gs://…`` and what else fsspec knows: ranges of the files, or whole files into a cache;
-- ``pipe:COMMAND``: a shell command that writes the file named in place of ``{}`` to its output; only into a cache.
+- ``https://…``, ``s3://…``, ``gs://…`` and all else that fsspec knows: ranges of files, or whole files into a cache;
+- ``pipe:COMMAND``: a shell command that writes the file, named in place of ``{}``, to its output; only with a cache.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from data_pipeline.format.shards import ShardError
 from data_pipeline.store.base import Storage, StorageConfig, StorageError
 from data_pipeline.store.mapped import MappedFile
 
-_OPEN_FILES = 256  # shards kept open; the usual limit of a process is 1024 descriptors
+_OPEN_FILES = 256  # shards kept open; a process may usually have 1024 descriptors
 
 
 def open_storage(url: str, config: StorageConfig) -> Storage:
-    """The storage at an address, not yet cached; raises UserError for one that may not or cannot be used."""
-    from data_pipeline.store.remote import (  # fsspec takes long to import; most corpora are local
+    """Return the storage at an address, without a cache; raises UserError if it is not allowed or cannot be used."""
+    from data_pipeline.store.remote import (  # imported late: fsspec is slow to import, and most corpora are local
         PipeStorage,
         RemoteStorage,
     )
@@ -45,10 +45,10 @@ def open_storage(url: str, config: StorageConfig) -> Storage:
 
 
 class LocalStorage:
-    """A directory, read with `preadv`, or mapped for the kernel to copy from (`mapped`).
+    """A directory, read with `preadv`, or memory-mapped so that the kernel can copy from it (`mapped`).
 
-    Nothing of this process touches a map: a page that cannot be read would kill it, where a read that fails is an error
-    that the recipe's policy for bad shards is for.
+    This process never touches a map itself: a page that cannot be read would kill it. A failed `preadv` is an ordinary
+    error, which `on_bad_shard` handles.
     """
 
     remote = False
@@ -56,7 +56,7 @@ class LocalStorage:
     def __init__(self, directory: str | Path) -> None:
         self.where = str(directory)
         self._directory = Path(directory)
-        # An evicted file closes when its last reader ends.
+        # A file that the cache evicts is closed when its last reader ends.
         self._open = lru_cache(maxsize=_OPEN_FILES)(self._open_file)
 
     def whole(self, name: str) -> bytes:
@@ -91,18 +91,18 @@ class LocalStorage:
         return self._directory / name
 
     def renew(self, name: str) -> bool:
-        """See `Storage`: there is but this copy."""
+        """See `Storage`. There is only this copy."""
         return False
 
     def forget(self) -> None:
-        """Open the files anew at their next use: one has been replaced."""
+        """Open the files again at their next use, because one was replaced."""
         self._open.cache_clear()
 
     def fetch_ahead(self, now: Sequence[str], soon: Sequence[str]) -> None:
-        """See `Storage`: nothing is kept here."""
+        """See `Storage`. Nothing is cached here."""
 
     def interrupt(self, stop: bool) -> None:
-        """See `Storage`: reads of a local file are not waited for."""
+        """See `Storage`. Local reads are not interrupted."""
 
     def _open_file(self, name: str) -> BinaryIO:
         path = self._directory / name
@@ -113,4 +113,4 @@ class LocalStorage:
         except OSError as error:
             if error.errno in (errno.EIO, errno.ESTALE):
                 raise ShardError(f"{path}: cannot be opened: {error.strerror}") from None
-            raise StorageError(f"{path}: cannot be opened: {error.strerror}") from None  # nothing is known of its bytes
+            raise StorageError(f"{path}: cannot be opened: {error.strerror}") from None  # the bytes may be good
