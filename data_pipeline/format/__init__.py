@@ -1,1 +1,1 @@
-"""What a corpus is on disk: shards, index, manifest, tokenizer; and how it is verified."""
+"""The format of a corpus on disk (shards, index, manifest, tokenizer), and how it is verified."""

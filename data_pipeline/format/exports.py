@@ -1,4 +1,4 @@
-"""A corpus in the forms of others: Megatron-LM's indexed data sets, and Parquet."""
+"""Exports a corpus in other formats: Megatron-LM's indexed data sets, and Parquet."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from data_pipeline.format.shard_table import ShardInfo
 from data_pipeline.format.shards import ShardError, read_shard
 from data_pipeline.format.tokenizer import read_tokenizer
 
-_ROWS_BYTES = 32 << 20  # tokens of a row group of Parquet, so that it is read in pieces
+_ROWS_BYTES = 32 << 20  # bytes of tokens in a Parquet row group, so that readers can read the file in pieces
 _FACTS = ("path", "title", "source", "licence", "dedup_cluster")
 
 
 class ExportTask(NamedTuple):
-    """What a worker needs to write its part of an export."""
+    """The data that a worker needs to write its part of an export."""
 
     corpus: Path
     output: Path
     split: str
     number: int
-    """Of the shard in its split; Parquet has a file a shard."""
+    """The shard's number in its split. The Parquet export writes one file per shard."""
 
 
 class Exported(NamedTuple):
-    """What was written."""
+    """The result of an export task."""
 
     split: str
     documents: int
@@ -40,12 +40,12 @@ class Exported(NamedTuple):
 
 
 def write_megatron(task: ExportTask) -> Exported:
-    """A split as `<split>.bin` and `<split>.idx`: a document a sequence, with the id that ends it.
+    """Write a split as `<split>.bin` and `<split>.idx`. Each document is one sequence, including the id that ends it.
 
-    Raises UserError for a document of 2^31 tokens or more, whose length the format does not hold.
+    Raises UserError for a document of 2^31 tokens or more, whose length does not fit into the format.
     """
     manifest = Manifest.read(task.corpus)
-    # Its readers know no unsigned type of 32 bits; ids are below 2^31.
+    # Megatron has no unsigned 32-bit type. Ids are below 2^31, so a signed one holds them.
     dtype = np.dtype("<u2") if manifest.token_dtype.itemsize == 2 else np.dtype("<i4")
     lengths: list[int] = []
     with atomic_file(task.output / f"{task.split}.bin") as file:
@@ -60,8 +60,8 @@ def write_megatron(task: ExportTask) -> Exported:
 
 
 def write_parquet(task: ExportTask) -> Exported:
-    """A shard as a Parquet file, a document a row: its text, or its ids where there is no text, and what it is."""
-    import pyarrow  # takes as long to import as everything else here together
+    """Write a shard as a Parquet file, one document per row: its text and metadata. If it has no text, its ids."""
+    import pyarrow  # imported late: it takes as long as all other imports together
     import pyarrow.parquet
 
     manifest = Manifest.read(task.corpus)
@@ -75,7 +75,7 @@ def write_parquet(task: ExportTask) -> Exported:
     name = f"{task.split}-{task.number:05d}-of-{len(shards):05d}.parquet"
     with atomic_file(task.output / name) as file, pyarrow.parquet.ParquetWriter(file, schema) as table:
         for info, tokens in _documents(task.corpus, shards[task.number]):
-            own = tokens[:-1]  # without the end
+            own = tokens[:-1]  # without the end-of-document token
             rows.append(_row(info) | {content[0]: tokenizer.decode(own) if tokenizer.has_text else own})
             documents, total, size = documents + 1, total + len(tokens), size + tokens.nbytes
             if size >= _ROWS_BYTES:
@@ -91,7 +91,7 @@ def _row(info: dict[str, Any]) -> dict[str, Any]:
 
 
 def _documents(corpus: Path, shard: ShardInfo) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """(JSON, tokens) of the documents of a shard, which is first compared with its hash."""
+    """Yield (JSON, tokens) of each document of a shard. The shard is first compared with its hash."""
     path = corpus / shard.file
     if not path.exists():
         raise ShardError(f"{path}: the shard is missing; copy it again, or prepare the corpus again")

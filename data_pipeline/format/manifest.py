@@ -1,6 +1,6 @@
-"""`manifest.json`: what a prepared corpus is made of, and the hashes that prove it is still that.
+"""`manifest.json`: the files of a prepared corpus, how it was made, and the hashes that show whether it is unchanged.
 
-The manifest is written last, so a directory that has one is complete. Its own SHA-256 names the corpus.
+The manifest is written last, so a directory with a manifest is complete. Its own SHA-256 identifies the corpus.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FORMAT_VERSION = 1
 
 
 class TokenizerInfo(Config):
-    """The corpus's tokenizer and the ids a trainer needs to know."""
+    """The corpus's tokenizer, and the ids that a trainer needs."""
 
     file: str
     """Name of the model inside the corpus directory."""
@@ -31,15 +31,15 @@ class TokenizerInfo(Config):
     vocab_size: int
     """Number of ids."""
     bos_id: int
-    """Begins a text; not stored in shards."""
+    """The id that begins a text; not stored in shards."""
     eos_id: int
-    """Ends every stored document."""
+    """The id that ends every stored document."""
     pad_id: int
-    """Fills up what holds no text; not stored in shards."""
+    """The padding id; not stored in shards."""
 
 
 class ExtentsInfo(Config):
-    """A file that says how much of the stream each shard takes up where documents are isolated (`extents`)."""
+    """A file with the stream positions that each shard takes up when documents are isolated (`extents`)."""
 
     file: str
     """Name inside the corpus directory."""
@@ -51,19 +51,19 @@ class Manifest(Config):
     """A prepared corpus: its tokenizer, its shards by split, and where it came from."""
 
     format_version: Literal[1] = FORMAT_VERSION
-    """Layout of the directory; a reader refuses one that it does not know."""
+    """Version of the directory's layout. A reader refuses an unknown version."""
     tokenizer: TokenizerInfo
-    """The tokenizer every shard was encoded with."""
+    """The tokenizer that every shard was encoded with."""
     dtype: Literal["uint16", "uint32"]
     """Type of the stored tokens, little-endian."""
     splits: dict[str, ShardTable]
-    """Shards in order, by split; `train` and `validation` are always there, an empty split has no shards."""
+    """The shards of each split, in order. `train` and `validation` always exist; an empty split has no shards."""
     extents: dict[str, ExtentsInfo] | None = None
-    """By split; corpora of older versions have none, and their indexes are read instead."""
+    """Files of extents by split. Corpora of older versions have none; their indexes are read instead."""
     provenance: dict[str, Any]
     """Settings and versions the corpus was made with, and what was left out."""
     licences: dict[str, int]
-    """Documents by licence, over all splits."""
+    """Number of documents by licence, over all splits."""
 
     @property
     def token_dtype(self) -> np.dtype:
@@ -71,39 +71,40 @@ class Manifest(Config):
         return np.dtype(self.dtype).newbyteorder("<")
 
     def shards(self, split: str) -> ShardTable:
-        """The shards of a split; raises UserError for a split that the corpus does not have."""
+        """Return the shards of a split; raises UserError for a split that the corpus does not have."""
         if split not in self.splits:
             raise UserError(f"the corpus has no split {split!r}, only {', '.join(self.splits)}")
         return self.splits[split]
 
     def documents(self, split: str) -> int:
-        """Documents in a split."""
+        """Return the number of documents in a split."""
         return int(self.shards(split).column("documents").sum())
 
     def tokens(self, split: str) -> int:
-        """Tokens in a split."""
+        """Return the number of tokens in a split."""
         return int(self.shards(split).column("tokens").sum())
 
     def text_bytes(self, split: str) -> int:
-        """UTF-8 bytes of text in a split."""
+        """Return the UTF-8 bytes of text in a split."""
         return int(self.shards(split).column("text_bytes").sum())
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the manifest file: the identity of the whole corpus, since it holds the hashes of all the rest."""
+        """SHA-256 of the manifest file. It identifies the whole corpus, since the file contains the hashes of all other
+        files."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def to_bytes(self) -> bytes:
-        """The one canonical form of the file."""
+        """Return the canonical content of the file."""
         fields = self.model_dump(mode="json")
         if self.extents is None:
-            del fields["extents"]  # so that the manifests of older versions keep their bytes
+            del fields["extents"]  # so that manifests of older versions stay the same, byte for byte
         text = json.dumps(fields, indent=1, sort_keys=True, ensure_ascii=False)
         return text.encode() + b"\n"
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Manifest:
-        """Parse a manifest that came from `where`; raises UserError saying what is wrong with it."""
+        """Parse a manifest read from `where`; raises UserError, naming the problem, when it is not valid."""
         parser = ShardParser()
         try:
             raw = json.loads(data, object_hook=parser.hook)
@@ -118,7 +119,7 @@ class Manifest(Config):
 
     @classmethod
     def read(cls, corpus: str | Path) -> Manifest:
-        """The manifest of a corpus directory; raises UserError when there is none."""
+        """Read the manifest of a corpus directory; raises UserError when there is none."""
         path = Path(corpus) / MANIFEST
         try:
             data = path.read_bytes()
@@ -129,12 +130,12 @@ class Manifest(Config):
         return cls.from_bytes(data, str(path))
 
     def write(self, corpus: Path) -> None:
-        """Write the file into a corpus directory, whole or not at all."""
+        """Write the file into a corpus directory atomically."""
         with atomic_file(corpus / MANIFEST) as file:
             file.write(self.to_bytes())
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

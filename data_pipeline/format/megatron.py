@@ -1,9 +1,9 @@
-"""Megatron-LM's indexed data sets: `<name>.bin`, the tokens of all sequences, and `<name>.idx`, where each one lies.
+"""Megatron-LM's indexed data sets: `<name>.bin` with the tokens of all sequences, `<name>.idx` with their places.
 
-The index, all of it little-endian (Megatron-LM, megatron/core/datasets/indexed_dataset.py): nine bytes of magic, a u64
-version, a u8 code of the tokens' type, the number S of sequences and D of document bounds as u64; then S lengths in
-tokens as i32, S first bytes in the `.bin` as i64, and D bounds as i64, of which the first is 0 and each says before
-which sequence a document ends.
+The index is little-endian (Megatron-LM, megatron/core/datasets/indexed_dataset.py): nine bytes of magic, a u64 version,
+a u8 code for the type of the tokens, then as u64 the number S of sequences and the number D of document bounds. It goes
+on with S lengths in tokens as i32, S byte offsets in the `.bin` as i64, and D bounds as i64. The first bound is 0; each
+other bound is the number of sequences up to the end of a document.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from bst_base.files import atomic_file
 _MAGIC = b"MMIDIDX\0\0"
 _VERSION = 1
 _HEADER = np.dtype([("magic", "V9"), ("version", "<u8"), ("code", "u1"), ("sequences", "<u8"), ("bounds", "<u8")])
-_CODES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # those of integers
+_CODES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # code of each integer type
 
 
 class MegatronIndex(NamedTuple):
-    """Where the documents of a `.bin` lie."""
+    """The places of the documents in a `.bin`."""
 
     dtype: np.dtype
-    """Of the tokens."""
+    """The type of the tokens."""
     offsets: np.ndarray
-    """(documents,) int64: the byte where each begins."""
+    """(documents,) int64: the byte offset where each document begins."""
     lengths: np.ndarray
-    """(documents,) int64: its tokens."""
+    """(documents,) int64: the tokens of each document."""
 
 
 def read_index(path: Path) -> MegatronIndex:
-    """The index of the `.bin` beside it; raises UserError for one that is damaged, or does not fit the `.bin`.
+    """Read the index of the `.bin` next to it; raises UserError when it is damaged or does not fit the `.bin`.
 
-    A document's sequences must lie one after the other, as Megatron writes them.
+    The sequences must lie one after the other without gaps, as Megatron writes them.
     """
     data = path.read_bytes()
     if len(data) < _HEADER.itemsize or not data.startswith(_MAGIC):
@@ -57,7 +57,7 @@ def read_index(path: Path) -> MegatronIndex:
         raise UserError(f"{path}: its documents are not made of its sequences: damaged; make it again")
     if (begins != np.cumsum(lengths * dtype.itemsize) - lengths * dtype.itemsize).any():
         raise UserError(f"{path}: its sequences do not lie one after the other; write the data set again with Megatron")
-    tokens = np.append(0, np.cumsum(lengths))[ends]  # before each bound
+    tokens = np.append(0, np.cumsum(lengths))[ends]  # number of tokens before each bound
     size = path.with_suffix(".bin").stat().st_size
     if size != tokens[-1] * dtype.itemsize:
         raise UserError(
@@ -68,7 +68,8 @@ def read_index(path: Path) -> MegatronIndex:
 
 
 def write_index(path: Path, lengths: Sequence[int], dtype: np.dtype) -> None:
-    """The index of a `.bin` of documents of these lengths, each a sequence, one after the other in `dtype`."""
+    """Write the index of a `.bin` that holds documents of these lengths, one after the other in `dtype`, one sequence
+    each."""
     header = np.zeros((), _HEADER)
     header["magic"], header["version"] = np.void(_MAGIC), _VERSION
     header["code"] = next(code for code, name in _CODES.items() if np.dtype(name) == dtype)

@@ -1,9 +1,9 @@
-"""The tokens of a shard once more, without the tar around them: what makes rows of short documents quick to read.
+"""Packed files: the tokens of a shard without the tar around them, for fast reads of rows of short documents.
 
-A tar spends about 1,900 bytes on a document besides its tokens. Where that is more than a quarter of them, a file
-beside the tar holds the tokens of all its documents, back to back, then a CRC-32 of every `CRC_BLOCK` of them, and
-which tar that is. All of it follows from the tar, so no manifest names it: a corpus is the same with and without it,
-and where it is missing or damaged the tar is read.
+A tar needs about 1,900 bytes per document in addition to its tokens. If that is more than a quarter of the tokens, a
+packed file next to the tar holds the tokens of all its documents, back to back. A CRC-32 of every `CRC_BLOCK` tokens
+follows, then the hash of the tar. The file can be made from the tar, so the manifest does not list it: a corpus is the
+same with or without it. If it is missing or damaged, the tar is read.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from bst_base.files import atomic_file
 from data_pipeline.format.shard_table import ShardInfo
 from data_pipeline.format.shards import CRC_BLOCK, ShardError, ShardIndex
 
-_WORTH_IT = 1.25  # bytes of the tar for each byte of tokens
+_WORTH_IT = 1.25  # minimum bytes of the tar per byte of tokens for which a packed file is made
 _MAGIC = b"BSTTOKEN"
 _FOOTER = np.dtype([("magic", "S8"), ("version", "<u4"), ("crc_block", "<u4"), ("tar_sha256", "V32"), ("crc", "<u4")])
 _VERSION = 1
 
 
 def packed_name(tar: str) -> str:
-    """The name of the file beside a tar."""
+    """Return the name of the packed file of a tar."""
     return f"{tar.removesuffix('.tar')}.tokens"
 
 
@@ -36,7 +36,8 @@ def is_worth_it(index: ShardIndex) -> bool:
 
 
 def write_packed(tar: Path, index: ShardIndex) -> bool:
-    """Make the file of a shard if that is worth it, else remove what has its name; returns whether there is one."""
+    """Write the packed file of a shard if that is worth it, else remove an existing one; return whether there is one
+    now."""
     path = tar.with_name(packed_name(tar.name))
     if not is_worth_it(index):
         path.unlink(missing_ok=True)
@@ -47,7 +48,10 @@ def write_packed(tar: Path, index: ShardIndex) -> bool:
 
 
 def packed_damage(tar: Path, index: ShardIndex) -> str | None:
-    """What is wrong with the file of a whole tar: missing where it should be, or a byte that the tar says otherwise."""
+    """Compare a packed file with its intact tar; return what is wrong, or None.
+
+    It may be missing although it should exist, or differ from the tar at a byte.
+    """
     path, place = tar.with_name(packed_name(tar.name)), 0
     if not path.exists():
         return "missing" if is_worth_it(index) else None
@@ -68,14 +72,14 @@ def _first_difference(found: bytes, expected: bytes, begin: int) -> str:
 
 
 def tail_bytes(info: ShardInfo) -> int:
-    """How many bytes of the file of a shard come after its tokens."""
+    """Return the number of bytes after the tokens in a shard's packed file."""
     return -(-info.tokens // CRC_BLOCK) * 4 + _FOOTER.itemsize
 
 
 def parse_tail(data: bytes | memoryview, where: str, info: ShardInfo) -> np.ndarray:
-    """(blocks,) uint32: the CRCs, from what comes after the tokens; raises ShardError when it is damaged or another's.
+    """Return (blocks,) uint32: the CRCs, from the bytes after the tokens.
 
-    `where`: the file, for messages.
+    Raises ShardError when these are damaged or belong to another shard. `where`: the file, for messages.
     """
     footer = np.frombuffer(data, _FOOTER, count=1, offset=len(data) - _FOOTER.itemsize)[0]
     if footer["magic"] != _MAGIC or zlib.crc32(data[:-4]) != footer["crc"]:
@@ -88,7 +92,7 @@ def parse_tail(data: bytes | memoryview, where: str, info: ShardInfo) -> np.ndar
 
 
 def _content(tar: BinaryIO, index: ShardIndex) -> Iterator[bytes]:
-    """The file's bytes: a block of tokens at a time, then the rest."""
+    """Yield the file's bytes: one block of tokens at a time, then the tail."""
     crcs = []
     for block in _blocks(tar, index):
         crcs.append(zlib.crc32(block))
@@ -101,7 +105,7 @@ def _content(tar: BinaryIO, index: ShardIndex) -> Iterator[bytes]:
 
 
 def _blocks(tar: BinaryIO, index: ShardIndex) -> Iterator[bytes]:
-    """The tokens of all documents, back to back, `CRC_BLOCK` at a time; of the last block what there is."""
+    """Yield the tokens of all documents, back to back, in blocks of `CRC_BLOCK`. The last block may be shorter."""
     size, pending = CRC_BLOCK * index.dtype.itemsize, bytearray()
     lengths = index.lengths.astype(np.int64) * index.dtype.itemsize
     for offset, length in zip(index.offsets.tolist(), lengths.tolist(), strict=True):

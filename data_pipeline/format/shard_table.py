@@ -1,4 +1,4 @@
-"""The shards of a split in columns: a hundred thousand of them take 20 MB where objects would take 100."""
+"""The shards of a split in columns. 100,000 shards take 20 MB; as Python objects they would take 100 MB."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from bst_base.settings import Config
 
-_CHUNK = 1 << 12  # shards held as Python objects while a manifest is parsed
+_CHUNK = 1 << 12  # maximum shards that are Python objects at a time while a manifest is parsed
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 
 
@@ -25,11 +25,11 @@ class ShardInfo(Config):
     sha256: str
     """SHA-256 of the tar."""
     documents: Count
-    """Documents in it."""
+    """Number of documents."""
     tokens: Count
-    """Tokens in it, the end-of-document tokens included."""
+    """Number of tokens, including the end-of-document tokens."""
     text_bytes: Count
-    """UTF-8 bytes of text its tokens stand for."""
+    """UTF-8 bytes of text that its tokens stand for."""
     index: str
     """Name of the index file inside the corpus directory."""
     index_sha256: str
@@ -42,7 +42,7 @@ _FIELDS = {**dict.fromkeys(_NUMBERS, int), **dict.fromkeys(_TEXTS, str)}
 
 
 class ShardTable(Sequence[ShardInfo]):
-    """The shards of a split, in order; each is made when it is asked for."""
+    """The shards of a split, in order. A `ShardInfo` is created when it is asked for."""
 
     def __init__(self, shards: Iterable[ShardInfo | dict[str, Any]] = ()) -> None:
         rows = Rows()
@@ -52,13 +52,13 @@ class ShardTable(Sequence[ShardInfo]):
 
     @classmethod
     def of(cls, columns: dict[str, np.ndarray]) -> ShardTable:
-        """A table of these columns, by the names of `ShardInfo`: int64, and bytes of UTF-8."""
+        """Return a table of these columns, named like the fields of `ShardInfo`: int64, or bytes of UTF-8."""
         table = cls.__new__(cls)
         table._columns = columns
         return table
 
     def column(self, name: str) -> np.ndarray:
-        """(shards,) what `ShardInfo` calls so: int64, or bytes of UTF-8."""
+        """Return (shards,) values of a field of `ShardInfo`: int64, or bytes of UTF-8."""
         return self._columns[name]
 
     def __len__(self) -> int:
@@ -81,7 +81,7 @@ class ShardTable(Sequence[ShardInfo]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(ShardInfo.__eq__, self, other))
 
-    __hash__ = None  # type: ignore[assignment]  # as a list, which it replaces
+    __hash__ = None  # type: ignore[assignment]  # not hashable, like the list that it replaces
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -99,7 +99,7 @@ class ShardTable(Sequence[ShardInfo]):
 
 
 class Rows:
-    """Gathers shards into columns, few at a time as Python objects."""
+    """Collects shards into columns, so that few are Python objects at a time."""
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
@@ -107,7 +107,7 @@ class Rows:
         self._count = 0
 
     def add(self, row: dict[str, Any]) -> int:
-        """Append a shard with the fields of `ShardInfo`; returns its number."""
+        """Append a shard with the fields of `ShardInfo`; return its number."""
         self._rows.append(row)
         self._count += 1
         if len(self._rows) == _CHUNK:
@@ -115,7 +115,7 @@ class Rows:
         return self._count - 1
 
     def columns(self) -> dict[str, np.ndarray]:
-        """All that was added, by field."""
+        """Return all shards that were added, as columns by field."""
         self._flush()
         return {name: np.concatenate([chunk[name] for chunk in self._chunks]) for name in _FIELDS}
 
@@ -131,14 +131,15 @@ class _Row(int):
 
 
 class ShardParser:
-    """Takes the shards out of a JSON while it is parsed, so that they are never all Python objects."""
+    """Takes the shards out of a JSON document while it is parsed, so that they never all exist as Python objects."""
 
     def __init__(self) -> None:
         self._rows = Rows()
         self._columns: dict[str, np.ndarray] | None = None
 
     def hook(self, value: dict[str, Any]) -> dict[str, Any] | _Row:
-        """For `json.loads(object_hook=…)`: a row in place of a well-formed shard, anything else as it is."""
+        """Replace a well-formed shard by its row number; return anything else unchanged. For
+        `json.loads(object_hook=…)`."""
         if value.keys() != _FIELDS.keys() or any(type(value[name]) is not kind for name, kind in _FIELDS.items()):
             return value
         if any(value[name] < 0 or value[name] >> 62 for name in _NUMBERS):
@@ -146,7 +147,8 @@ class ShardParser:
         return _Row(self._rows.add(value))
 
     def table(self, shards: Any) -> Any:
-        """The table of a list of rows; what is not one is given back as it was in the JSON."""
+        """Return the table of a list of rows. If it holds anything else, return the value as it was in the JSON
+        document."""
         if self._columns is None:
             self._columns = self._rows.columns()
         if not isinstance(shards, list):

@@ -1,8 +1,8 @@
-"""Shards: WebDataset tars of tokenized documents, byte-reproducible, and the index that makes them random-access.
+"""Shards: byte-reproducible WebDataset tars of tokenized documents, and the index that allows random access.
 
-A tar holds, for each document, ``<key>.json`` (what it is) then ``<key>.tok.npy`` (its tokens). The index says where
-each document's tokens begin and holds a CRC-32 of every `CRC_BLOCK` tokens, so that a reader fetches any run of tokens
-with one ranged read and knows that what it got is what was written.
+For each document, a tar holds ``<key>.json`` (its metadata), then ``<key>.tok.npy`` (its tokens). The index holds the
+offset of each document's tokens, and a CRC-32 of every `CRC_BLOCK` tokens. So a reader gets any run of tokens with one
+ranged read, and can check that the bytes are those that were written.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bst_base.errors import UserError
 from bst_base.files import atomic_file
 
 CRC_BLOCK = 8192
-"""Tokens that share one CRC; blocks start anew at each document."""
+"""Tokens that share one CRC. Blocks start anew at each document."""
 
 _MAGIC = b"BSTINDEX"
 _VERSION = 1
@@ -35,17 +35,18 @@ _ENTRY = np.dtype([("offset", "<u8"), ("tokens", "<u8"), ("id", "<u8")])
 
 
 class ShardError(UserError):
-    """A shard or an index that is not what it should be; the message names the file, the member and the byte."""
+    """A shard or an index is damaged or the wrong one. The message names the file, the member and the byte."""
 
 
 class ShardWriter:
-    """Writes documents into a tar whose bytes depend on the documents alone (no times, no owners)."""
+    """Writes documents into a tar whose bytes depend only on the documents (no times, no owners)."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
 
     def add(self, key: str, info: dict[str, Any], tokens: np.ndarray) -> None:
-        """Append one document. `key` has no dot (WebDataset splits names at the first one); `tokens` is (n,)."""
+        """Append one document. `key` must not contain a dot (WebDataset splits names at the first one); `tokens` is
+        (n,)."""
         header = json.dumps(info, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
         payload = io.BytesIO()
         np.lib.format.write_array(payload, np.ascontiguousarray(tokens), version=(1, 0))
@@ -64,13 +65,13 @@ class ShardWriter:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where a shard's documents lie: document i has `lengths[i]` tokens from byte `offsets[i]` of the tar."""
+    """The places of a shard's documents: document i has `lengths[i]` tokens, from byte `offsets[i]` of the tar on."""
 
-    offsets: np.ndarray  # (documents,) uint64: byte of the tar where the document's first token lies
+    offsets: np.ndarray  # (documents,) uint64: byte offset in the tar of the document's first token
     lengths: np.ndarray  # (documents,) uint64: tokens
     ids: np.ndarray  # (documents,) uint64: the `id` of the document's JSON
-    crc: np.ndarray  # (blocks,) uint32: all documents' blocks, one document after the other
-    dtype: np.dtype  # of the tokens
+    crc: np.ndarray  # (blocks,) uint32: CRCs of all documents' blocks, one document after the other
+    dtype: np.dtype  # type of the tokens
     tar_bytes: int
     tar_sha256: str
 
@@ -81,7 +82,7 @@ class ShardIndex:
         return np.cumsum(blocks) - blocks
 
     def to_bytes(self) -> bytes:
-        """The file's bytes: header, one entry a document, the CRCs, and a CRC-32 of all that."""
+        """Return the file's bytes: header, one entry per document, the CRCs, and a CRC-32 of all these bytes."""
         header = np.zeros((), _HEADER)
         header["magic"], header["version"], header["itemsize"] = _MAGIC, _VERSION, self.dtype.itemsize
         header["crc_block"], header["documents"], header["crcs"] = CRC_BLOCK, len(self.offsets), len(self.crc)
@@ -93,7 +94,7 @@ class ShardIndex:
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> ShardIndex:
-        """Parse an index that came from `where`; raises ShardError when it is damaged or of another kind."""
+        """Parse an index read from `where`; raises ShardError when it is damaged or of another version."""
         if len(data) < _HEADER.itemsize + 4 or data[:8] != _MAGIC:
             raise ShardError(f"{where}: not a shard index (too short, or its first 8 bytes are not {_MAGIC.decode()})")
         header = np.frombuffer(data, _HEADER, count=1)[0]
@@ -126,13 +127,13 @@ class ShardIndex:
             raise ShardError(f"{path}: the index is missing") from None
 
     def write(self, path: Path) -> None:
-        """Write the index file, whole or not at all."""
+        """Write the index file atomically."""
         with atomic_file(path) as file:
             file.write(self.to_bytes())
 
     @classmethod
     def build(cls, tar_path: str | Path) -> ShardIndex:
-        """Make the index of a tar in one sequential pass; raises ShardError naming what is wrong with the tar."""
+        """Make the index of a tar in one sequential pass; raises ShardError, naming the problem, for a damaged tar."""
         offsets, lengths, ids, crcs, dtype = [], [], [], [], None
         with _HashingFile(Path(tar_path)) as file:
             for member, info, tokens in read_shard(file, str(tar_path)):
@@ -156,16 +157,16 @@ class ShardIndex:
 
 
 def token_crcs(tokens: np.ndarray) -> np.ndarray:
-    """CRC-32 of each run of CRC_BLOCK tokens of one document, (ceil(n / CRC_BLOCK),) uint32."""
+    """Return (ceil(n / CRC_BLOCK),) uint32: the CRC-32 of each run of CRC_BLOCK tokens of one document."""
     data = memoryview(np.ascontiguousarray(tokens)).cast("B")
     step = CRC_BLOCK * tokens.dtype.itemsize
     return np.array([zlib.crc32(data[start : start + step]) for start in range(0, len(data), step)], np.uint32)
 
 
 def read_shard(file: BinaryIO, where: str) -> Iterator[tuple[tarfile.TarInfo, dict[str, Any], np.ndarray]]:
-    """Stream a shard's documents as (the tokens' tar member, the document's JSON, tokens (n,)), in order.
+    """Yield a shard's documents in order, as (the tar member of the tokens, the document's JSON, tokens (n,)).
 
-    Raises ShardError for a truncated tar, a member that does not belong there, or tokens that are not an array.
+    Raises ShardError for a truncated tar, an unexpected member, or tokens that are not an array.
     """
     name = "the first member"
     try:
@@ -199,9 +200,10 @@ def read_shard(file: BinaryIO, where: str) -> Iterator[tuple[tarfile.TarInfo, di
 
 
 def find_document(tar_path: Path, key: str | None, path: str) -> tuple[str, dict[str, Any], np.ndarray] | None:
-    """(key, JSON, tokens) of the document with this key or, when that is None, this path; None when it is not there.
+    """Return (key, JSON, tokens) of the document with this key or, if the key is None, this path; None when it is not
+    there.
 
-    Reads the headers of the tar, not the tokens of other documents.
+    It reads the headers of the tar, but not the tokens of other documents.
     """
     try:
         with tarfile.open(tar_path, mode="r:") as tar:
@@ -221,7 +223,7 @@ def find_document(tar_path: Path, key: str | None, path: str) -> tuple[str, dict
 
 
 def list_documents(tar_path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(key, JSON) of every document of a shard, in order; the tokens are not read."""
+    """Yield (key, JSON) of every document of a shard, in order. The tokens are not read."""
     try:
         with tarfile.open(tar_path, mode="r:") as tar:
             for member in tar:
@@ -250,7 +252,7 @@ def _blocks(lengths: np.ndarray) -> np.ndarray:
 
 
 class _HashingFile:
-    """A tar opened for one sequential pass that also gives its SHA-256 and checks that its end is there."""
+    """A tar opened for one sequential pass, which also computes its SHA-256 and checks that it is not cut short."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -276,9 +278,9 @@ class _HashingFile:
         return data
 
     def finish(self) -> tuple[str, int]:
-        """(SHA-256, bytes) of the whole file; raises ShardError when the end-of-archive blocks are not there.
+        """Return (SHA-256, bytes) of the whole file; raises ShardError when the end-of-archive blocks are missing.
 
-        tarfile takes the end of a file for the end of an archive, so a tar cut between two members looks whole to it.
+        tarfile accepts the end of a file as the end of an archive, so it does not notice a tar cut between two members.
         """
         while self.read(1 << 20):
             pass

@@ -1,7 +1,8 @@
-"""What is in a prepared corpus: lengths of documents, and how much of one split is repeated in another.
+"""Statistics of a prepared corpus: document lengths, and how much of a held-out split is repeated in train.
 
-Overlap is measured in runs of `NGRAM` tokens. Of the runs in validation (and test) a sample is kept, chosen by hash so
-that it is the same wherever a run stands; train is then scanned once for them. Memory is bounded by the sample.
+Overlap is measured in runs of `NGRAM` tokens. A sample of the runs in validation (and test) is kept. It is chosen by
+hash, so the choice does not depend on where a run occurs. Then train is scanned once for these runs. The size of the
+sample limits the memory.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from data_pipeline.format.shard_table import ShardInfo
 from data_pipeline.format.shards import ShardIndex, read_shard
 
 NGRAM = 32
-"""Tokens of a run: about 100 characters of English or code; runs that long seldom recur by chance."""
+"""Tokens of a run: about 100 characters of English or code. Runs of this length rarely repeat by chance."""
 
-_SAMPLE = 1 << 21  # hashes of runs kept of each held-out split: 16 MB
+_SAMPLE = 1 << 21  # hashes of runs kept for each held-out split: 16 MB
 _BASE = 0x9E3779B97F4A7C15  # odd: multiplication by it is a bijection modulo 2**64
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
 
@@ -27,34 +28,34 @@ _MIX = np.uint64(0xBF58476D1CE4E5B9)
 class Overlap(NamedTuple):
     """How much of a held-out split is repeated in train."""
 
-    runs: int  # distinct runs of NGRAM tokens that were looked for
-    found: int  # of these, in train
+    runs: int  # distinct runs of NGRAM tokens that were searched for
+    found: int  # how many of these runs occur in train
     documents: int  # documents long enough to hold a run
-    mostly_found: int  # of these, with more than half of their runs in train
+    mostly_found: int  # how many of these documents have more than half of their runs in train
 
 
 class ScanTask(NamedTuple):
-    """What a worker needs to scan one shard for runs."""
+    """The data that a worker needs to scan one shard for runs."""
 
     tar: Path
     wanted: np.ndarray  # (runs,) uint64, sorted
 
 
 class Scan(NamedTuple):
-    """What one shard holds."""
+    """The result of scanning one shard."""
 
-    found: np.ndarray  # (hits,) uint64: which of the wanted runs
+    found: np.ndarray  # (hits,) uint64: the wanted runs that occur in it
     documents: np.ndarray  # (documents,) uint64: a hash of each document's tokens
 
 
 def document_lengths(corpus: Path, shards: Iterable[ShardInfo]) -> np.ndarray:
-    """(documents,) int64: tokens of every document of the shards, from their indexes."""
+    """Return (documents,) int64: the tokens of every document of the shards, from their indexes."""
     lengths = [ShardIndex.read(corpus / shard.index).lengths.astype(np.int64) for shard in shards]
     return np.concatenate([*lengths, np.empty(0, np.int64)])
 
 
 def length_histogram(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Counts of documents by powers of two: (edges (k+1,), counts (k,)) with edges[i] <= length < edges[i+1]."""
+    """Return the counts of documents by powers of two: (edges (k+1,), counts (k,)), edges[i] <= length < edges[i+1]."""
     top = int(lengths.max()).bit_length()
     bottom = int(lengths.min()).bit_length() - 1
     edges = 2 ** np.arange(bottom, top + 1, dtype=np.int64)
@@ -62,9 +63,9 @@ def length_histogram(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run_hashes(tokens: np.ndarray, n: int = NGRAM) -> np.ndarray:
-    """(len(tokens) - n + 1,) uint64: a hash of every run of `n` tokens, `n` a power of two.
+    """Return (len(tokens) - n + 1,) uint64: a hash of every run of `n` tokens; `n` is a power of two.
 
-    The polynomial hash of a run is put together from those of its halves, in log2(n) passes over the tokens.
+    The polynomial hash of a run is computed from those of its halves, in log2(n) passes over the tokens.
     """
     hashes = tokens.astype(np.uint64) + np.uint64(1)
     width, power = 1, _BASE
@@ -78,7 +79,8 @@ def run_hashes(tokens: np.ndarray, n: int = NGRAM) -> np.ndarray:
 
 
 def sample_runs(corpus: Path, shards: Iterable[ShardInfo]) -> np.ndarray:
-    """Sorted distinct hashes of runs in the shards, (runs,) uint64: all of them, or those below a bound if too many."""
+    """Return the sorted distinct hashes of runs in the shards, (runs,) uint64; the smallest ones if there are too
+    many."""
     kept, bound = np.empty(0, np.uint64), np.uint64(2**64 - 1)
     waiting: list[np.ndarray] = []
     size = 0
@@ -86,19 +88,19 @@ def sample_runs(corpus: Path, shards: Iterable[ShardInfo]) -> np.ndarray:
         hashes = run_hashes(tokens)
         waiting.append(hashes[hashes <= bound])
         size += len(waiting[-1])
-        if size > _SAMPLE:  # merging costs as much as the sample is large, so not for every document
+        if size > _SAMPLE:  # a merge takes time in proportion to the sample, so it is not done for every document
             kept, waiting, size = _merged(kept, waiting), [], 0
             bound = kept[-1] if len(kept) == _SAMPLE else bound
     return _merged(kept, waiting)
 
 
 def _merged(kept: np.ndarray, more: list[np.ndarray]) -> np.ndarray:
-    """The `_SAMPLE` smallest of all these hashes, sorted."""
+    """Return the `_SAMPLE` smallest of all these hashes, sorted."""
     return np.unique(np.concatenate([kept, *more]))[:_SAMPLE]
 
 
 def scan_shard(task: ScanTask) -> Scan:
-    """Look for the wanted runs in one shard."""
+    """Search one shard for the wanted runs."""
     found, documents = [np.empty(0, np.uint64)], []
     for tokens in _documents([task.tar]):
         found.append(np.unique(_among(run_hashes(tokens), task.wanted)))
@@ -107,7 +109,7 @@ def scan_shard(task: ScanTask) -> Scan:
 
 
 def overlap(corpus: Path, shards: Iterable[ShardInfo], wanted: np.ndarray, found: np.ndarray) -> Overlap:
-    """What `found` of the runs `wanted`, both sorted, means for the documents of the held-out shards."""
+    """Return the overlap of the held-out shards, given the runs `wanted` and those `found` in train, both sorted."""
     documents = mostly = 0
     for tokens in _documents(corpus / shard.file for shard in shards):
         runs = _among(run_hashes(tokens), wanted)
@@ -118,12 +120,12 @@ def overlap(corpus: Path, shards: Iterable[ShardInfo], wanted: np.ndarray, found
 
 
 def held_out(manifest: Manifest) -> list[str]:
-    """The splits that train must not repeat."""
+    """Return the splits that train must not repeat."""
     return [split for split, shards in manifest.splits.items() if split != "train" and shards]
 
 
 def _among(hashes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Those of `hashes` that are in `wanted`, sorted."""
+    """Return those of `hashes` that are in `wanted`, which is sorted. The order of `hashes` is kept."""
     if not len(wanted):
         return np.empty(0, np.uint64)
     places = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)

@@ -1,4 +1,4 @@
-"""Check a prepared corpus against its manifest: every hash, every CRC, every document."""
+"""Checks a prepared corpus against its manifest: every hash, every CRC, every document."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from data_pipeline.format.tokenizer import read_tokenizer
 
 
 class Problem(NamedTuple):
-    """Something that is not as the manifest says."""
+    """A difference from the manifest."""
 
     file: str
     what: str
 
 
 class VerifyTask(NamedTuple):
-    """What a worker needs to verify one shard."""
+    """The data that a worker needs to verify one shard."""
 
     corpus: Path
     shard: ShardInfo
@@ -43,7 +43,8 @@ def _unreadable(error: OSError, path: Path) -> Problem:
 
 
 def verify_tokenizer(corpus: Path, manifest: Manifest) -> list[Problem]:
-    """Problems of the corpus's tokenizer: missing, another one, or with other symbols than the manifest says."""
+    """Return problems of the corpus's tokenizer: missing, a different one, or special ids that differ from the
+    manifest."""
     info = manifest.tokenizer
     try:
         tokenizer = read_tokenizer(corpus / info.file)
@@ -61,7 +62,7 @@ def verify_tokenizer(corpus: Path, manifest: Manifest) -> list[Problem]:
 
 
 def verify_extents(corpus: Path, manifest: Manifest) -> list[Problem]:
-    """Problems of the files that say what the shards take up of the stream; their indexes tell what is right."""
+    """Return problems of the extents files. They are compared with the indexes."""
     problems = []
     for split, info in (manifest.extents or {}).items():
         path = corpus / info.file
@@ -78,7 +79,8 @@ def verify_extents(corpus: Path, manifest: Manifest) -> list[Problem]:
 
 
 def _extents_of(corpus: Path, manifest: Manifest, split: str) -> bytes:
-    """The file as it should be; as it is where an index is not readable, which is a problem of its shard's."""
+    """Return the correct content of the file. If an index is unreadable, return the file itself: the shard is the
+    problem."""
     with contextlib.suppress(ShardError):
         indexes = (ShardIndex.read(corpus / shard.index) for shard in manifest.shards(split))
         return to_bytes([shard_extents(index.lengths) for index in indexes])
@@ -86,7 +88,7 @@ def _extents_of(corpus: Path, manifest: Manifest, split: str) -> bytes:
 
 
 def verify_shard(task: VerifyTask) -> list[Problem]:
-    """Problems of one shard; empty when tar, index, manifest, stock webdataset and packed file agree on all of it."""
+    """Return the problems of one shard; empty if tar, index, manifest, stock webdataset and packed file all agree."""
     tar, index_path = task.corpus / task.shard.file, task.corpus / task.shard.index
     try:
         index = ShardIndex.read(index_path)
@@ -113,7 +115,8 @@ def verify_shard(task: VerifyTask) -> list[Problem]:
 
 
 def _first_bad(tar: Path, index: ShardIndex) -> str:
-    """Where a damaged tar first differs: the member, the token block and the bytes, as far as the index can tell."""
+    """Return where a damaged tar first differs: the member, the token block and the bytes, as far as the index can
+    tell."""
     size = index.dtype.itemsize
     with tar.open("rb") as file:
         for i, (offset, length, start) in enumerate(zip(index.offsets, index.lengths, index.crc_starts, strict=True)):
@@ -136,7 +139,7 @@ def _first_bad(tar: Path, index: ShardIndex) -> str:
 
 
 def _member_at(tar: Path, byte: int, document: int) -> str:
-    """The name of the member that holds a byte, if the tar can still be read that far."""
+    """Return the name of the member that holds a byte, if the tar can still be read that far."""
     try:
         with tarfile.open(tar, mode="r:") as members:
             for member in members:

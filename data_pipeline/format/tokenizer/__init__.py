@@ -1,4 +1,4 @@
-"""Text to tokens and back, exactly: tokenizers trained here, and published ones."""
+"""Exact conversion of text to tokens and back: tokenizers trained here, and published ones."""
 
 from __future__ import annotations
 
@@ -33,18 +33,21 @@ __all__ = [
 ]
 
 FILES = (SentencePieceTokenizer.file, HuggingFaceTokenizer.file, IdsOnly.file)
-"""Names of a tokenizer's file, in a corpus, a run directory or a published model."""
+"""File names of a tokenizer in a corpus, a run directory or a published model."""
 
 
 def parse_tokenizer(model: bytes, where: str = "the tokenizer") -> Tokenizer:
-    """The tokenizer whose file holds `model`; raises UserError when it cannot be used exactly."""
+    """Return the tokenizer from the content of its file; raises UserError when it does not give text back exactly."""
     if model.startswith(IdsOnly.mark):
         return IdsOnly(model, where)
     return (HuggingFaceTokenizer if _is_json(model) else SentencePieceTokenizer)(model, where)
 
 
 def read_tokenizer(path: str | Path, sha256: str | None = None) -> Tokenizer:
-    """The tokenizer in a file; raises UserError when it is missing or unusable, or has another SHA-256 than that."""
+    """Read the tokenizer in a file.
+
+    Raises UserError when it is missing, cannot be used, or has a SHA-256 other than `sha256`.
+    """
     try:
         tokenizer = parse_tokenizer(Path(path).read_bytes(), str(path))
     except FileNotFoundError:
@@ -55,9 +58,9 @@ def read_tokenizer(path: str | Path, sha256: str | None = None) -> Tokenizer:
 
 
 def adopt_tokenizer(path: Path, config: TokenizerConfig) -> Tokenizer:
-    """Anyone's tokenizer for a corpus of ours: a file, or a directory with one.
+    """Return any tokenizer, adapted for use in a corpus. `path` is its file, or a directory with one.
 
-    What changes text before it is encoded is switched off: normalisation, and a space put in front.
+    Everything that changes text before it is encoded is switched off: normalisation, and a space added in front.
     """
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).is_file()]

@@ -1,8 +1,8 @@
-"""Tokens of one's own beside those of a tokenizer: ids after its own, which no other id changes for.
+"""Adds the user's own tokens to a tokenizer, with ids after the existing ones. No existing id changes.
 
-A *special* token stands for no text: no document turns into it, however it is spelt. A *text* token stands for its
-letters, and a document that spells it turns into it. SentencePiece calls them control and user-defined symbols, a
-tokenizer.json calls them added tokens that are special and that are not.
+A *special* token stands for no text: no document is encoded into it, even if it contains its letters. A *text* token
+stands for its letters: a document that contains them is encoded into it. SentencePiece calls them control and
+user-defined symbols. In a tokenizer.json, both are added tokens, with the flag `special` true or false.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ _PIECE = proto.ModelProto.SentencePiece
 
 
 def extended(tokenizer: Tokenizer, config: TokenizerConfig, where: str) -> Tokenizer:
-    """The tokenizer with `special_tokens` and `text_tokens`; raises UserError for one that it has already.
+    """Return the tokenizer with `special_tokens` and `text_tokens` added; raises UserError for a token that it has
+    already.
 
-    A special token of its own may be named as a text token: it keeps its id, and text turns into it from then on.
+    An existing special token may be named as a text token. It keeps its id, and text is then encoded into it.
     """
     if not config.added:
         return tokenizer
@@ -52,7 +53,7 @@ def extended(tokenizer: Tokenizer, config: TokenizerConfig, where: str) -> Token
 
 
 def _is_special(tokenizer: Tokenizer, token: int) -> bool:
-    """Whether an id is a special token: one that a tokenizer.json lists as such, or a control symbol."""
+    """Whether an id is a special token: marked as such in a tokenizer.json, or a control symbol of SentencePiece."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         added = tokenizer.backend.get_added_tokens_decoder().get(token)
         return added is not None and added.special

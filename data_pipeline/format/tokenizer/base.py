@@ -1,4 +1,4 @@
-"""What every tokenizer of a corpus offers: text to ids and back, exactly."""
+"""The interface of every tokenizer of a corpus: exact conversion of text to ids and back."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import numpy as np
 from bst_base.errors import UserError
 
 PROBE = "  Two  spaces,\ttab, A \u00e9\u0301 e\u0301 \ufb01 \U0001f600 \x00 \u2581\r\nend \n\n"
-"""Text that a tokenizer must give back exactly to be used."""
+"""Test text. A tokenizer is only used if it gives this back exactly."""
 
 
 class Tokenizer(ABC):
-    """Text to ids and back; `decode(encode(text)) == text` for every text."""
+    """Converts text to ids and back; `decode(encode(text)) == text` for every text."""
 
     file: ClassVar[str]
     """Name of the model's file in a corpus or a run directory."""
     has_text: ClassVar[bool] = True
-    """Whether ids stand for text; where they do not, `encode` raises UserError and `decode` gives the ids."""
+    """Whether ids stand for text. If not, `encode` raises UserError and `decode` returns the ids."""
     bos_id: int
     eos_id: int
     pad_id: int
 
     def __init__(self, model: bytes, pieces: Sequence[bytes]) -> None:
-        """`model`: the file's bytes; `pieces`: for each id the UTF-8 bytes of text it stands for, b"" for none."""
+        """`model`: the file's bytes. `pieces`: for each id the UTF-8 bytes of its text, b"" if it has none."""
         self.model = model
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size = len(pieces)
@@ -36,32 +36,33 @@ class Tokenizer(ABC):
 
     @property
     def token_bytes(self) -> np.ndarray:
-        """(V,) int64: bytes of UTF-8 text that each id stands for; 0 for the control symbols."""
+        """(V,) int64: bytes of UTF-8 text that each id stands for; 0 for control symbols."""
         return np.array([len(piece) for piece in self._pieces], np.int64)
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
-        """The text's ids, (n,) in `dtype`, without begin or end symbols."""
+        """Return the text's ids, (n,) in `dtype`, without begin or end symbols."""
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The same ids of each of many texts, which some tokenizers find faster together; for one thread at a time."""
+        """Return the ids of each of many texts; some tokenizers encode them faster together. Not thread-safe."""
         return list(map(self.encode, texts))
 
     @abstractmethod
     def piece(self, token: int) -> str:
-        """The name of an id in the model; no other id has it."""
+        """Return the name of an id in the model. Names are unique."""
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """The text of any run of ids; a character cut by the run's ends becomes U+FFFD."""
+        """Return the text of any run of ids. A character that is cut at the ends of the run becomes U+FFFD."""
         pieces = self._pieces
         return b"".join(pieces[i] for i in np.asarray(ids).tolist()).decode("utf-8", errors="replace")
 
     def bytes_of(self, token: int) -> bytes:
-        """The bytes of text that one id stands for; a character may be spread over several ids."""
+        """Return the bytes of text that one id stands for. A character may consist of several ids."""
         return self._pieces[token]
 
     def require_exact(self, where: str, needs: str) -> None:
-        """Raise UserError unless awkward text comes back exactly; `needs`: what a model must have for it."""
+        """Raise UserError unless a difficult text is given back exactly. `needs`: what a model needs for that, for the
+        message."""
         if self.decode(self.encode(PROBE)) != PROBE:
             raise UserError(f"{where}: the model does not give text back exactly (it needs {needs}); train one with "
                             "'bst data prepare'")  # fmt: skip

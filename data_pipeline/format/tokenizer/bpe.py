@@ -1,9 +1,10 @@
-"""Byte-pair encoding of many words at a time: the ids that SentencePiece gives them, in a third of the time.
+"""Byte-pair encoding of many words at a time. It gives the same ids as SentencePiece, in a third of the time.
 
-SentencePiece joins, again and again, the two neighbours that together are the piece of the highest score, of several
-such places the leftmost. Here a step is made in all words at once: each joins its own best pair. What is joined in one
-word does not depend on another, so the result is the same. Words for which more is needed than joining (a character
-that is no piece, or one with which a symbol begins that is cut out first) are left to SentencePiece.
+SentencePiece repeatedly joins two neighbours that form the piece with the highest score, the leftmost ones if there are
+several such places. Here one step is done in all words at once: each word joins its own best pair. Joins in one word do
+not depend on other words, so the result is the same. Some words need more than joins: those with a character that is no
+piece, or with the first character of a user-defined symbol, which SentencePiece cuts out first. They are left to
+SentencePiece.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 from data_pipeline.format.tokenizer.table import Table
 
 _LENGTHS = (4, 8, 12, 16, 24, 32, 64)
-"""Characters of the words that are worked on together; longer ones are few."""
-_TOGETHER = 1 << 13  # words: what is known of their characters stays in the processor's cache
-_PLACE = 6  # bits of a character's place in its word
+"""Maximum characters of each group of words that are encoded together. Longer words are rare and left to
+SentencePiece."""
+_TOGETHER = 1 << 13  # words encoded at a time: their arrays stay in the processor's cache
+_PLACE = 6  # bits for the position of a character in its word
 _NONE = np.uint32(0xFFFFFFFF << _PLACE & 0xFFFFFFFF)
 _WRITTEN_SPACE = "\u2581"
 
@@ -26,14 +28,17 @@ _WRITTEN_SPACE = "\u2581"
 class Encoded(NamedTuple):
     """The ids of n words."""
 
-    known: np.ndarray  # (n,) bool: false for the words that are left to SentencePiece, of which there is nothing here
+    known: np.ndarray  # (n,) bool: false for the words left to SentencePiece, which have no ids here
     counts: np.ndarray  # (n,) int64
     ids: np.ndarray  # (counts.sum(),) int32, one word after the other
 
 
 class Merges:
-    """What is joined to what. Symbols have numbers of their own: pieces that are made by joining by descending score,
-    so that the better one of two is the smaller, and then those of one character."""
+    """The table of joins: which piece each pair of pieces becomes.
+
+    Symbols are numbered. Pieces that are made by joins come first, by descending score, so that a smaller number is
+    better. Pieces of one character follow.
+    """
 
     def __init__(self, model: proto.ModelProto) -> None:
         kind = proto.ModelProto.SentencePiece
@@ -43,7 +48,7 @@ class Merges:
         single = [text for text in normal if len(text) == 1]
         numbers = {text: number for number, text in enumerate([*joined, *single])}
         self._ids = np.array([normal[text] for text in numbers], np.int32)
-        self._character = np.full(0x110000, -1, np.int32)  # the number of each; -1: for SentencePiece
+        self._character = np.full(0x110000, -1, np.int32)  # number of each character; -1: left to SentencePiece
         for text in single:
             self._character[ord(text)] = numbers[text]
         for piece in model.pieces:
@@ -61,7 +66,8 @@ class Merges:
 
     @classmethod
     def of(cls, model: proto.ModelProto) -> Merges | None:
-        """Those of a BPE model; None where its pieces are joined by other rules than these, or scores are equal."""
+        """Return the table of a BPE model; None if scores are equal or its pieces are joined by other rules than
+        these."""
         kind = proto.ModelProto.SentencePiece
         normal = [piece for piece in model.pieces if piece.type == kind.NORMAL]
         scores = [piece.score for piece in normal if len(piece.piece) > 1]
@@ -71,7 +77,8 @@ class Merges:
         return None if unlike or not characters <= texts or len(texts) >= 1 << 32 - _PLACE else cls(model)
 
     def encode(self, characters: np.ndarray, lengths: np.ndarray) -> Encoded:
-        """Words of `lengths` (n,), at least 1, whose characters (sum of them,) lie one after the other."""
+        """Encode n words of `lengths` (n,), at least 1 each. Their characters (sum of lengths,) lie one after the
+        other."""
         symbols = self._character.take(characters)
         begins = np.cumsum(lengths) - lengths
         known = (np.minimum.reduceat(symbols, begins) >= 0) & (lengths <= _LENGTHS[-1]) if len(lengths) else begins > 0
@@ -89,19 +96,20 @@ class Merges:
         return Encoded(known, counts, ids)
 
     def _joined(self, symbols: np.ndarray) -> np.ndarray:
-        """What is left of words, (L + 1, n) with -1 after their last characters, when nothing can be joined: (n, L)."""
+        """Join pairs until none is left. `symbols` is (L + 1, n), with -1 after a word's last character; returns (n,
+        L)."""
         rows, count = symbols.shape[0] - 1, symbols.shape[1]
         done, words = np.empty((count, rows), np.int32), np.arange(count)
         place = np.arange(rows + 1, dtype=np.uint8)[:, None]
         following = np.repeat(place + np.uint8(1), count, axis=1)
         before = np.repeat(place - np.uint8(1), count, axis=1)
-        before[0] = rows  # the last row, which holds nothing, is on both sides
+        before[0] = rows  # the empty last row is the neighbour at both ends
         best = np.empty(symbols.shape, np.uint32)
         best[:-1] = _rank(self._pairs.find(_keys(symbols[:-1], symbols[1:]).reshape(-1)).reshape(rows, -1), place[:-1])
         while True:
             least = best[:-1].min(axis=0)
             active = (least < _NONE).nonzero()[0]
-            if 2 * len(active) < len(words):  # put aside those that are done
+            if 2 * len(active) < len(words):  # remove the finished words from the arrays
                 over = least >= _NONE
                 done[words[over]] = symbols[:-1, over].T
                 words, least = words[active], least[active]
@@ -122,7 +130,8 @@ class Merges:
         before: np.ndarray,
         best: np.ndarray,
     ) -> None:
-        """Join the best pair of each of `words`: `least` is its number and its place."""
+        """Join the best pair of each of `words`. `least` encodes the number of the new piece and the position of the
+        pair."""
         width = symbols.shape[1]
         symbols, following, before, best = (each.reshape(-1) for each in (symbols, following, before, best))
         place, number = (least & np.uint32((1 << _PLACE) - 1)).astype(np.int64), (least >> _PLACE).view(np.int32)
@@ -138,24 +147,27 @@ class Merges:
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The numbers ``starts[i] .. starts[i] + lengths[i]`` of all i, one after the other."""
+    """Return the numbers ``starts[i] .. starts[i] + lengths[i]`` of all i, one after the other."""
     ends = np.cumsum(lengths)
     return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
 
 
 def _columns(symbols: np.ndarray, begins: np.ndarray, lengths: np.ndarray, length: int) -> np.ndarray:
-    """(length + 1, n): a word a column, -1 behind its end."""
+    """Return (length + 1, n): one word per column, -1 after its end."""
     place = np.arange(length + 1)[:, None]
     return np.where(place < lengths, symbols.take(begins + place, mode="clip"), np.int32(-1))
 
 
 def _keys(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Of pairs of symbols; where one is -1, of none."""
+    """Return the keys of pairs of symbols. A key with a -1 matches no pair."""
     return (left.astype(np.int64) + 1 << 32 | right.astype(np.int64) + 1).view(np.uint64)
 
 
 def _rank(pairs: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """The smaller the better: by what the pair becomes, then the leftmost; at least _NONE for a pair of none, -1."""
+    """Return the rank of pairs, smaller is better: first by the piece that it becomes, then by position.
+
+    A pair of -1, which cannot be joined, has a rank of at least _NONE.
+    """
     return pairs.view(np.uint32) << _PLACE | place.astype(np.uint32)
 
 

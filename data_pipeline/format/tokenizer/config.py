@@ -10,12 +10,12 @@ from pydantic import Field, model_validator
 from bst_base.places import LocalPath
 from bst_base.settings import Config
 
-_UNFIT = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u2581\ud800-\udfff]")  # many models write a space as U+2581
+_UNFIT = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u2581\ud800-\udfff]")  # U+2581: many models write a space like this
 _OF_TRAINED = re.compile(r"<pad>|<unk>|<s>|</s>|<0x[0-9A-F]{2}>")
 
 
 class TiktokenConfig(Config):
-    """What a file of tiktoken's leaves out: arguments of `tiktoken.Encoding`, by the same names."""
+    """Data that a tiktoken file does not contain: arguments of `tiktoken.Encoding` with the same names."""
 
     pat_str: str
     """Regular expression that splits the text; each match is encoded by itself."""

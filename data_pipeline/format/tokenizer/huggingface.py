@@ -1,8 +1,8 @@
 """A tokenizer.json of the `tokenizers` library (Llama 3, GPT-2, Qwen, Mistral and most published models).
 
-Text is encoded a document at a time, as the library does. What is stored in a corpus is the model in a form of its own
-right, which `tokenizers` and transformers read as well: nothing is added in front of a text or normalised, padding says
-which token fills up, and the post-processor which tokens begin and end a text.
+Text is encoded one document at a time, like in the library. A corpus stores an adapted form of the model, which
+`tokenizers` and transformers can read too. It does not normalise text or add anything in front. Its padding entry names
+the padding token, and its post-processor names the tokens that begin and end a text.
 """
 
 from __future__ import annotations
@@ -26,27 +26,28 @@ COMMON = {
     "bos": ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>"),
     "pad": ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>"),
 }
-"""What published models call these tokens, the most common first."""
+"""Names of these tokens in published models, the most common first."""
 NEEDS = "a byte-level or byte-fallback BPE without a normaliser that changes text"
 _SPACE = "\u2581"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer.json that `adopted` has made."""
+    """A tokenizer.json that was made by `adopted`."""
 
     file = "tokenizer.json"
 
     def __init__(self, model: bytes, where: str = "the tokenizer") -> None:
-        """`model`: the bytes of the file; raises UserError when it cannot be used exactly, or was not adopted."""
+        """`model`: the bytes of the file. Raises UserError when it does not give text back exactly, or was not
+        adopted."""
         self.backend = _backend(model, where)
         settings = json.loads(model)
         self.backend.no_padding()
         self.backend.no_truncation()
-        self.backend.encode_special_tokens = True  # text never becomes a special token, however it is spelt
+        self.backend.encode_special_tokens = True  # text is never encoded into a special token
         super().__init__(model, _pieces(self.backend, settings, where))
         self.bos_id, self.eos_id, self.pad_id = _roles(settings, where)
-        # Where a space is written as U+2581, one of the text goes by its bytes, or it would come back as a space.
+        # If the model writes a space as U+2581, a U+2581 in the text is encoded as bytes: else it would become a space.
         self._space_ids = [self.backend.token_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self.require_exact(where, NEEDS)
 
@@ -63,13 +64,15 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def adopted(model: bytes, path: Path, config: TokenizerConfig) -> bytes:
-    """The tokenizer.json that was read from `path` in the form that corpora hold; raises UserError when a role has no
-    token."""
+    """Return the tokenizer.json read from `path` in the form that corpora store.
+
+    Raises UserError when no token ends a document, or a token named in the settings does not exist.
+    """
     settings = json.loads(_backend(model, str(path)).to_str())
     settings["truncation"] = None
     settings["normalizer"] = next((part for part in _parts(settings["normalizer"]) if _writes_spaces(part)), None)
     for token in settings["added_tokens"]:
-        if not token["special"]:  # text turns into it, and the spaces beside it must not go with it
+        if not token["special"]:  # text is encoded into it, and must keep the spaces next to it
             token.update(lstrip=False, rstrip=False)
     _set_everywhere(settings["pre_tokenizer"], {"add_prefix_space": False, "prepend_scheme": "never"})
     _set_everywhere(settings["decoder"], {"add_prefix_space": False, "prepend_scheme": "never"})
@@ -93,12 +96,13 @@ def adopted(model: bytes, path: Path, config: TokenizerConfig) -> bytes:
 def _backend(model: bytes, where: str) -> Backend:
     try:
         return Backend.from_buffer(model)
-    except Exception as error:  # the library raises no narrower one
+    except Exception as error:  # the library raises nothing more specific
         raise UserError(f"{where}: not a tokenizer.json: {error}") from None
 
 
 def _token(backend: Backend, role: str, config: TokenizerConfig, said: Mapping[str, Any], path: Path) -> str | None:
-    """The token with a role: the setting's, that of tokenizer_config.json, or the first common name there is."""
+    """Return the token for a role: from the settings, from tokenizer_config.json, or the first common name that
+    exists."""
     named = getattr(config, role)
     if named is not None and backend.token_to_id(named) is None:
         raise UserError(f"{path}: tokenizer.{role}: it has no token {named!r}")
@@ -109,7 +113,7 @@ def _token(backend: Backend, role: str, config: TokenizerConfig, said: Mapping[s
 
 
 def _roles(settings: Mapping[str, Any], where: str) -> tuple[int, int, int]:
-    """Ids of begin, end and padding, where `adopted` has put them."""
+    """Return the ids of begin, end and padding, from where `adopted` put them."""
     template, padding = settings.get("post_processor") or {}, settings.get("padding") or {}
     tokens = [part["SpecialToken"]["id"] for part in template.get("single", ()) if "SpecialToken" in part]
     if template.get("type") != "TemplateProcessing" or len(tokens) != 2 or "pad_id" not in padding:
@@ -122,7 +126,7 @@ def _roles(settings: Mapping[str, Any], where: str) -> tuple[int, int, int]:
 
 
 def _pieces(backend: Backend, settings: Mapping[str, Any], where: str) -> list[bytes]:
-    """The bytes of text that each id stands for; none for special tokens and for ids without a token."""
+    """Return the bytes of text that each id stands for; b"" for special tokens and for ids without a token."""
     kinds = {part["type"] for part in _parts(settings.get("decoder"))}
     if not kinds & {"ByteLevel", "ByteFallback"}:
         raise UserError(f"{where}: the model does not give text back exactly (it needs {NEEDS})")
@@ -148,19 +152,22 @@ def _byte_level(name: str) -> bytes:
 
 
 def _byte_characters() -> dict[int, str]:
-    """The printable characters that byte-level BPE writes bytes as (GPT-2's table): themselves, or from U+0100 on."""
+    """Return the printable character that byte-level BPE uses for each byte: the byte's own, or one from U+0100 on.
+
+    This is GPT-2's table.
+    """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
 
 
 CHARACTERS = _byte_characters()
-"""Byte -> the character that stands for it in a byte-level BPE."""
+"""Byte -> its character in a byte-level BPE."""
 _BYTES = {character: byte for byte, character in CHARACTERS.items()}
 
 
 def _parts(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """A component's parts: itself, or those of a sequence."""
+    """Return a component's parts: itself, or those of a sequence."""
     if part is None:
         return []
     inner = part.get("decoders") or part.get("pretokenizers") or part.get("normalizers")
@@ -168,12 +175,12 @@ def _parts(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 
 
 def _writes_spaces(normalizer: Mapping[str, Any]) -> bool:
-    """Whether a normalizer only writes a space as U+2581, which its decoder takes back."""
+    """Whether a normalizer only writes a space as U+2581, which the decoder reverses."""
     return normalizer["type"] == "Replace" and normalizer["content"] == _SPACE
 
 
 def _set_everywhere(component: dict[str, Any] | None, values: Mapping[str, Any]) -> None:
-    """Set what a component, or a part of it, has of `values`; and take away what strips the first space again."""
+    """Set those of `values` that a component, or a part of it, has. Also remove decoders that strip the first space."""
     if component is None:
         return
     for part in _parts(component):

@@ -1,4 +1,4 @@
-"""A vocabulary of which only the ids are known: that of tokens which came without their tokenizer."""
+"""A vocabulary without text: for token ids that came without their tokenizer."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from data_pipeline.format.tokenizer.base import Tokenizer
 
 
 class IdsOnly(Tokenizer):
-    """How many ids there are, and which of them ends a document; no id stands for any text."""
+    """The number of ids, and the id that ends a document. No id stands for any text."""
 
     file = "vocabulary.json"
     mark = b'{"ids_only": true,'
-    """How the file begins, which tells it from a tokenizer.json."""
+    """The first bytes of the file, by which it differs from a tokenizer.json."""
     has_text = False
 
     def __init__(self, model: bytes, where: str = "the vocabulary") -> None:
-        """`model`: the bytes of the file, as `of` writes them; raises UserError for any other."""
+        """`model`: the bytes of the file, as `of` writes them. Raises UserError for any other content."""
         try:
             said = json.loads(model)
             size, end = int(said["vocab_size"]), int(said["eos_id"])
@@ -32,7 +32,7 @@ class IdsOnly(Tokenizer):
 
     @classmethod
     def of(cls, vocab_size: int, eos_id: int) -> IdsOnly:
-        """A vocabulary of `vocab_size` ids; `eos_id` ends each document, begins a text and fills up."""
+        """Return a vocabulary of `vocab_size` ids. `eos_id` is also the begin and the padding id."""
         return cls(cls.mark + f' "vocab_size": {vocab_size}, "eos_id": {eos_id}}}\n'.encode())
 
     def encode(self, text: str) -> NoReturn:
@@ -45,5 +45,5 @@ class IdsOnly(Tokenizer):
         return f"<{token}>"
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """The ids themselves, with a space between them."""
+        """Return the ids as text, separated by spaces."""
         return " ".join(map(str, np.asarray(ids).tolist()))

@@ -1,9 +1,9 @@
-"""SentencePiece with byte fallback, applied one line at a time.
+"""SentencePiece with byte fallback, applied to one line at a time.
 
-The canonical form of a text is the concatenation of its encoded lines with the newline symbol between them. A line
-longer than `MAX_LINE` characters is encoded in pieces of that length, so time and memory stay linear for any text.
-The ids of a line never depend on its neighbours: they are the same for any chunking, worker or thread count. Where
-those of a word do not either (`words`: BPE), many texts are encoded word by word, each distinct one once.
+A text is encoded as its lines, with the newline symbol between them. A line longer than `MAX_LINE` characters is
+encoded in pieces of that length, so time and memory stay linear for any text. The ids of a line do not depend on other
+lines: they are the same for any chunk size, worker or thread count. In a BPE model, the ids of a word do not depend on
+other words either (`words`). Then many texts are encoded word by word, each distinct word once.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from data_pipeline.format.tokenizer.config import TokenizerConfig
 from data_pipeline.format.tokenizer.words import WordIds, words_are_independent
 
 MAX_LINE = 16_384
-"""Characters of a line that are encoded together; part of the corpus format."""
+"""Maximum characters of a line that are encoded together. Part of the corpus format, so it must not change."""
 
-_BATCH = 1 << 18  # characters handed to SentencePiece at a time: bounds the lists of Python ints it returns
-_BATCH_ALL = 1 << 21  # characters of a text that are encoded word by word together
-_TRAIN_THREADS = 8  # fixed: a unigram model's floating-point sums depend on it
+_BATCH = 1 << 18  # characters passed to SentencePiece at a time: limits the lists of Python ints that it returns
+_BATCH_ALL = 1 << 21  # maximum characters of a text that are encoded word by word in one part
+_TRAIN_THREADS = 8  # fixed, since the floating-point sums of a unigram model depend on it
 _SPACE = "\u2581"  # SentencePiece writes a space as this character
 _SPACES = re.compile(rf"\s|{_SPACE}")
 _NEWLINE = "\n"
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model with the canonical form above."""
+    """A SentencePiece model that encodes text line by line, as described above."""
 
     file = "tokenizer.model"
 
     def __init__(self, model: bytes, where: str = "the tokenizer") -> None:
-        """`model`: the bytes of a SentencePiece model; raises UserError when it cannot be used exactly."""
+        """`model`: the bytes of a SentencePiece model. Raises UserError when it does not give text back exactly."""
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
@@ -59,7 +59,7 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         if self._whole is None:
             return self._between(text)
-        parts = self._whole.split(text)  # text and tokens in turn
+        parts = self._whole.split(text)  # alternates between text and text tokens
         ids = [self._of_token(part) if i % 2 else self._between(part) for i, part in enumerate(parts)]
         return np.concatenate(ids)
 
@@ -67,7 +67,7 @@ class SentencePieceTokenizer(Tokenizer):
         return np.array([self._processor.piece_to_id(token)], self.dtype)
 
     def _between(self, text: str) -> np.ndarray:
-        """The ids of text that holds none of those symbols."""
+        """Return the ids of text that contains no text tokens."""
         parts = [np.empty(0, self.dtype)]
         for lines in _batches(text):
             ids: list[int] = []
@@ -85,8 +85,8 @@ class SentencePieceTokenizer(Tokenizer):
         return [each[0] if len(each) == 1 else np.concatenate(each) for each in ids]
 
     def _cut(self, text: str) -> Iterator[str | np.ndarray]:
-        """A text cut where no word goes on: what is made of words, and the ids of what stands between; one part at
-        least."""
+        """Yield at least one part of a text, cut between words: strings made of words, and the ids of what is between
+        them."""
         space = np.array(self._space_ids, self.dtype)
         for i, between in enumerate([text] if self._whole is None else self._whole.split(text)):
             if i % 2:
@@ -96,24 +96,24 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def _words(self) -> WordIds | None:
-        """The ids of words; None where those of a line are not those of its words."""
+        """The encoder of single words; None if the ids of a line are not those of its words."""
         independent = words_are_independent(self.model)
         return WordIds(self.model, self._encoded, self.dtype, self.newline_id) if independent else None
 
     def _encoded(self, texts: list[str]) -> list[list[int]]:
-        """What SentencePiece itself gives for each of these."""
+        """Return SentencePiece's own ids for each of the texts."""
         return self._processor.encode(texts, num_threads=1)
 
     def piece(self, token: int) -> str:
         return self._processor.id_to_piece(token)
 
     def _newline(self) -> int:
-        """The id of a newline: a symbol of its own where there is one, else its byte."""
+        """Return the id of a newline: its own symbol if there is one, else its byte."""
         own = self._processor.piece_to_id(_NEWLINE)
         return own if self._pieces[own] == b"\n" else self._processor.piece_to_id("<0x0A>")
 
     def _newline_or_space(self, line: str) -> list[int] | None:
-        """Ids of the two characters that SentencePiece itself would not give back."""
+        """Return the ids of a newline or a U+2581, which SentencePiece itself would not give back."""
         if line == _NEWLINE:
             return [self.newline_id]
         return self._space_ids if line == _SPACE else None
@@ -129,7 +129,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _text_tokens(model: bytes) -> re.Pattern[str] | None:
-    """Finds the symbols that a text turns into; they are taken out first, so no long line is cut inside of one."""
+    """Return a pattern that finds the text tokens. They are cut out first, so that no long line is cut inside one."""
     pieces = proto.ModelProto.FromString(model).pieces
     symbols = [piece.piece for piece in pieces if piece.type == proto.ModelProto.SentencePiece.USER_DEFINED]
     whole = [symbol for symbol in symbols if len(symbol) > 1 and not _SPACES.search(symbol)]
@@ -138,8 +138,11 @@ def _text_tokens(model: bytes) -> re.Pattern[str] | None:
 
 
 def without_changes(model: bytes, where: str) -> bytes:
-    """The same pieces and merges without what changes text before it is encoded: normalisation, a space put in front,
-    spaces removed. A model that does none of this is returned as it is. Raises UserError when it is no model."""
+    """Return the model without the steps that change text before it is encoded.
+
+    These are normalisation, a space added in front, and the removal of spaces. A model without them is returned
+    unchanged. Raises UserError when it is not a model.
+    """
     try:
         found = proto.ModelProto.FromString(model)
     except DecodeError:
@@ -157,9 +160,9 @@ def _or(found: int, other: int) -> int:
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:
-    """Train a SentencePiece model on `texts` (the caller bounds them); the bytes depend on texts and config alone.
+    """Train a SentencePiece model on `texts`; the caller limits their size. The bytes depend only on texts and config.
 
-    Raises UserError when the texts are too small for the vocabulary.
+    Raises UserError when the vocabulary size does not fit the texts.
     """
     model = io.BytesIO()
     try:
@@ -175,7 +178,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:
             remove_extra_whitespaces=False,
             split_by_unicode_script=False,
             allow_whitespace_only_pieces=True,
-            max_sentence_length=4 * MAX_LINE,  # in bytes; longer ones would be left out silently
+            max_sentence_length=4 * MAX_LINE,  # in bytes; longer lines would be left out silently
             control_symbols=list(config.special_tokens),
             user_defined_symbols=[_NEWLINE, *config.text_tokens],
             pad_id=0,
@@ -191,7 +194,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:
 
 
 def _why_not(told: str) -> str:
-    """What SentencePiece says of a vocabulary, which names options of its own."""
+    """Turn SentencePiece's message about a vocabulary into one that names this project's options."""
     if least := re.search(r"required_chars\. \d+ vs (\d+)", told):
         return f" is too low for this text: its characters alone take {least[1]} ids"
     if most := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", told):
@@ -206,7 +209,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _parts(text: str) -> list[str]:
-    """A text cut where neither a word nor a line that is encoded whole goes on; U+2581 apart."""
+    """Return parts of a text, cut where neither a word nor an encoded line continues. A U+2581 is a part of its own."""
     if len(text) <= _BATCH_ALL and _SPACE not in text and max(map(len, text.split(_NEWLINE))) <= MAX_LINE:
         return [text]
     parts = []
@@ -221,7 +224,8 @@ def _parts(text: str) -> list[str]:
 
 
 def _batches(text: str) -> Iterator[list[str]]:
-    """The text cut into what is encoded at a time, newlines and U+2581 apart, in lists of about _BATCH characters."""
+    """Yield lists of about _BATCH characters of the pieces that are encoded together. Newlines and U+2581 stand
+    alone."""
     batch: list[str] = []
     size = start = 0
     while start < len(text):

@@ -1,4 +1,4 @@
-"""A hash table of numbers that is asked for many keys at a time: open addressing, in arrays."""
+"""A hash table of numbers for lookups of many keys at a time: open addressing in numpy arrays."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _EMPTY = np.uint64(0)
 
 
 class Table:
-    """Maps keys, uint64 and not 0, to values, int32 and not negative.
+    """Maps keys (uint64, not 0) to values (int32, not negative).
 
     Args:
-        room: the keys that it is made for; it grows where it gets more.
+        room: the expected number of keys. The table grows when there are more.
     """
 
     def __init__(self, room: int) -> None:
@@ -20,7 +20,7 @@ class Table:
         self._make(room)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """(n,) int32: the value of each key; -1 where it is not there."""
+        """Return (n,) int32: the value of each key; -1 if it is not in the table."""
         slots = self._slots(keys)
         there = self._keys.take(slots)
         other = there != keys
@@ -35,7 +35,7 @@ class Table:
         return found
 
     def add(self, keys: np.ndarray, values: np.ndarray) -> None:
-        """Add keys, (n,), all different and none of them there."""
+        """Add keys, (n,). They must be distinct, and not yet in the table."""
         self._count += len(keys)
         if self._count > self._room:
             there = np.flatnonzero(self._keys)
@@ -44,7 +44,7 @@ class Table:
         slots = self._slots(keys)
         while len(keys):
             free = np.flatnonzero(self._keys[slots] == _EMPTY)
-            self._keys[slots[free]] = keys[free]  # of several keys for a slot the last one stays
+            self._keys[slots[free]] = keys[free]  # if several keys share a slot, the last one stays
             own = free[self._keys[slots[free]] == keys[free]]
             self._values[slots[own]] = values[own]
             left = np.ones(len(keys), bool)
@@ -52,7 +52,7 @@ class Table:
             keys, values, slots = keys[left], values[left], slots[left] + 1 & self._last
 
     def _make(self, room: int) -> None:
-        bits = room.bit_length() + 1  # so half of the slots are free at least
+        bits = room.bit_length() + 1  # so at least half of the slots are free
         self._room = room
         self._keys = np.zeros(1 << bits, np.uint64)
         self._values = np.full(1 << bits, -1, np.int32)

@@ -1,10 +1,10 @@
-"""A file of tiktoken's (Llama 3's tokenizer.model, cl100k_base, o200k_base) as a tokenizer.json.
+"""Converts a tiktoken file (Llama 3's tokenizer.model, cl100k_base, o200k_base) to a tokenizer.json.
 
-Such a file lists each token's bytes, in base64, and its rank, which is its id: of two neighbours the pair with the
-lowest rank is joined first. How text is split before, and the special tokens, are in tiktoken's code and are settings
-here. A tokenizer.json names pairs and not tokens, so each way to cut a token into two others becomes a pair, in the
-order of `TikTokenConverter` of transformers. Where one text offers two cuts of the same token that overlap, tiktoken
-joins the left one and a tokenizer.json the one listed first.
+Such a file lists each token's bytes, in base64, and its rank, which is its id. Of two neighbouring pairs, the one with
+the lower rank is joined first. The pattern that splits text and the special tokens are part of tiktoken's code, so they
+are settings here. A tokenizer.json lists pairs, not tokens. So each way to split a token into two tokens becomes a
+pair, in the order of `TikTokenConverter` of transformers. If two overlapping places in a text can be joined to the same
+token, tiktoken joins the left one, and a tokenizer.json the pair that is listed first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from data_pipeline.format.tokenizer.huggingface import CHARACTERS
 
 _LINE = re.compile(rb"[A-Za-z0-9+/=]+ \d+\s")
 MOST_UNUSED = 10_000
-"""Ids between the file's and a special token's; more is a slip of the pen, and each becomes a token."""
+"""Maximum number of unused ids between the file's ids and a special token's. More is probably a typing error; each
+unused id becomes a token."""
 _POSSESSIVE_COUNT = re.compile(r"\{\d*,?\d*\}\+")
 
 
@@ -34,7 +35,8 @@ def is_tiktoken(model: bytes) -> bool:
 
 
 def as_json(model: bytes, config: TiktokenConfig | None, where: str) -> bytes:
-    """The same tokens with the same ids; raises UserError where the file or a setting does not allow that."""
+    """Return a tokenizer.json with the same tokens and ids; raises UserError when the file or a setting does not allow
+    it."""
     if config is None:
         raise UserError(
             f"{where}: a tiktoken file does not say how to split text: set tokenizer.tiktoken.pat_str (and "
@@ -53,7 +55,7 @@ def as_json(model: bytes, config: TiktokenConfig | None, where: str) -> bytes:
     backend = Backend(BPE(vocab=vocabulary, merges=pairs, ignore_merges=True))
     try:
         split = Split(Regex(config.pat_str), "isolated")
-    except Exception as error:  # the library raises no narrower one
+    except Exception as error:  # the library raises nothing more specific
         raise UserError(f"tokenizer.tiktoken.pat_str: not a regular expression: {error}") from None
     backend.pre_tokenizer = Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
     backend.decoder = ByteLevelDecoder()
@@ -78,9 +80,10 @@ def _ranks(model: bytes, where: str) -> dict[bytes, int]:
 
 
 def _special(ranks: Mapping[bytes, int], named: Mapping[str, int]) -> list[str]:
-    """The special tokens by id, with one for each id that has none: those of a tokenizer.json follow each other.
+    """Return the special tokens in order of id, with a filler for each unused id: a tokenizer.json has no gaps.
 
-    They are no tokens of the model, which would take text for one where the pattern leaves its letters together.
+    They are not tokens of the BPE model. Otherwise text would be encoded into them if the pattern keeps their letters
+    together.
     """
     by_id = {token: name for name, token in named.items()}
     if taken := sorted(token for token in by_id if token < len(ranks)):
@@ -98,7 +101,7 @@ def _special(ranks: Mapping[bytes, int], named: Mapping[str, int]) -> list[str]:
 
 
 def _pairs(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Each way to cut a token into two, by the rank of the token."""
+    """Return each way to split a token into two, in the order of the tokens' ranks."""
     pairs = []
     for token in sorted(ranks, key=ranks.__getitem__):
         cuts = ((token[:place], token[place:]) for place in range(1, len(token)))

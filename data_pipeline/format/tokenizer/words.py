@@ -1,14 +1,13 @@
-"""Many texts' ids word by word, each distinct word encoded once: the same ids as line by line, where that is provable.
+"""Encodes many texts word by word, each distinct word once. The ids are provably the same as line by line.
 
-A *word* here is a run of spaces with what follows up to the next space. BPE joins the pair of neighbouring pieces that
-ranks first, again and again, until no two neighbours together are a piece. If no piece of the vocabulary goes on behind
-a space that follows something else, no pair across two words is ever joined, and what happens in one word changes
-nothing in another. So the ids of a line are those of its words, one after the other: by this argument, not by rounding.
-A unigram model sums the scores of a whole line, where rounding can decide between two ways to cut a word; its lines
-are encoded whole.
+A *word* is a run of spaces with the text after it, up to the next space. BPE repeatedly joins the neighbouring pieces
+that rank first, until no two neighbours form a piece. If no piece of the vocabulary continues after a space that
+follows other characters, no pair across two words is ever joined, and the joins in one word change nothing in another.
+So the ids of a line are exactly those of its words, one after the other. In a unigram model this does not hold: it sums
+the scores of a whole line, and rounding can decide between two ways to split a word. Its lines are encoded whole.
 
-All words of a text are found, looked up and replaced by their ids together, so that none becomes an object of Python.
-They are looked up by a hash, and then compared byte by byte with the word that was kept.
+All words of a text are found, looked up and replaced by their ids together, without a Python object for each. They are
+looked up by a hash, then compared byte by byte with the stored word.
 """
 
 from __future__ import annotations
@@ -23,21 +22,21 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 from data_pipeline.format.tokenizer.bpe import Merges, ranges
 from data_pipeline.format.tokenizer.table import Table
 
-_TOGETHER = 1 << 21  # characters, about
-_MANY = 1 << 8  # new words, from which it pays to join pieces in all of them together
-_WORDS, _BYTES = 1 << 19, 1 << 24  # that are kept, about; as many ids as bytes
+_TOGETHER = 1 << 21  # characters encoded together, about
+_MANY = 1 << 8  # minimum number of new words for which `Merges` is faster than SentencePiece
+_WORDS, _BYTES = 1 << 19, 1 << 24  # maximum words, and bytes (or ids) of words, in the cache, about
 _EXACT = 7  # bytes of a word that fit into its hash
-_HASHED = 64  # bytes of a word; what is behind them is only compared
-_AFTER = 8  # bytes behind a text that are read with it
+_HASHED = 64  # bytes of a word that are hashed; later bytes are only compared
+_AFTER = 8  # bytes of padding after a text, since eight bytes are read at a time
 _NEWLINE, _SPACE = 10, 32
 _WRITTEN_SPACE = "\u2581"
 _ACROSS = re.compile(r"[^ ] ")
 _MULTIPLIER = np.uint64(0xD6E8FEB86659FD93)
-_MASKS = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # the first n bytes of eight
+_MASKS = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # selects the first n bytes of eight
 
 
 def words_are_independent(model: bytes) -> bool:
-    """Whether a SentencePiece model gives each word the same ids wherever it stands; see the module."""
+    """Whether a SentencePiece model gives a word the same ids wherever it occurs; see the module."""
     found = proto.ModelProto.FromString(model)
     trained, rules = found.trainer_spec, found.normalizer_spec
     changed = rules.precompiled_charsmap or rules.add_dummy_prefix or rules.remove_extra_whitespaces
@@ -49,11 +48,11 @@ def words_are_independent(model: bytes) -> bool:
 
 
 class WordIds:
-    """Gives texts their ids; distinct words are kept, up to about 60 MB with their ids. For one thread at a time.
+    """Encodes texts, with a cache of distinct words of up to about 60 MB. Not thread-safe.
 
     Args:
         model: a SentencePiece model for which `words_are_independent`.
-        encode: what SentencePiece itself gives for each of several words.
+        encode: returns SentencePiece's own ids for each of several words.
         dtype: of the ids.
         newline: the id of a newline.
     """
@@ -66,7 +65,7 @@ class WordIds:
         self._kept = _Kept(dtype)
 
     def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, (n,); no text holds U+2581 or a line that is not encoded whole."""
+        """Return the ids of each text, (n,). Texts must not contain U+2581, nor lines longer than `MAX_LINE`."""
         found, start, size = [], 0, 0
         for number, text in enumerate(texts, start=1):
             size += len(text)
@@ -77,19 +76,19 @@ class WordIds:
 
     def _ids_of(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = [text.encode() for text in texts]
-        data = np.frombuffer(b"\n".join([*encoded, bytes(_AFTER)]), np.uint8)  # a newline after each, to part them
+        data = np.frombuffer(b"\n".join([*encoded, bytes(_AFTER)]), np.uint8)  # separated by newlines
         starts = _starts(data[:-_AFTER])
         words = self._numbers(data, starts, np.diff(starts, append=len(data) - _AFTER))
         counts = self._kept.counts[words]
         ids = self._kept.ids[ranges(self._kept.firsts[words], counts)]
         before = np.append(0, np.cumsum(counts))
-        after = np.cumsum([len(each) + 1 for each in encoded])  # behind the newline that follows
+        after = np.cumsum([len(each) + 1 for each in encoded])  # position after the newline that follows each text
         first, last = np.searchsorted(starts, np.append(0, after[:-1])), np.searchsorted(starts, after - 1)
         return [ids[begin:end] for begin, end in zip(before[first].tolist(), before[last].tolist(), strict=True)]
 
     def _numbers(self, data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """The number of each of these words among the kept ones, where those that were not there are from now on."""
-        if self._kept.full:  # begin anew: the frequent ones are soon there again
+        """Return the number of each word in the cache. New words are added."""
+        if self._kept.full:  # empty the cache; frequent words are soon in it again
             self._kept = _Kept(self._dtype)
         kept, keys = self._kept, _hashes(data, starts, lengths)
         numbers = kept.table.find(keys).astype(np.int64)
@@ -101,12 +100,12 @@ class WordIds:
             numbers[new] = own[which]
         longer = np.flatnonzero(lengths > _EXACT)
         unlike = longer[kept.unlike(numbers[longer], data, starts[longer], lengths[longer])]
-        if len(unlike):  # their hash is another word's: each is encoded where it stands
+        if len(unlike):  # hash collisions: each occurrence is encoded on its own
             numbers[unlike] = self._keep(data, starts[unlike], lengths[unlike])
         return numbers
 
     def _keep(self, data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Encode words; the numbers that they are kept by."""
+        """Encode words and add them to the cache; return their numbers."""
         text = data[ranges(starts, lengths)]
         ends = np.cumsum(lengths)
         known, counts, ids = np.zeros(len(lengths), bool), np.zeros(len(lengths), np.int64), np.empty(0, np.int32)
@@ -122,23 +121,23 @@ class WordIds:
 
 
 class _Kept:
-    """The words that are kept, by number, and their ids."""
+    """The cache of words, by number, and their ids."""
 
     def __init__(self, dtype: np.dtype) -> None:
         self.table = Table(1 << 10)
-        """From the hash of a word to its number."""
+        """Maps the hash of a word to its number."""
         self.counts, self.firsts = _Growing(np.int32), _Growing(np.int32)
-        """Of each word: how many ids it has, and which of `ids` is the first."""
+        """For each word: the number of its ids (`counts`), and the place of the first one in `ids` (`firsts`)."""
         self.ids = _Growing(dtype)
         self._lengths, self._begins, self._text = _Growing(np.int32), _Growing(np.int32), _Growing(np.uint8)
 
     @property
     def full(self) -> bool:
-        """Whether no more should be kept."""
+        """Whether the cache has reached its maximum size."""
         return self.counts.size > _WORDS or self._text.size > _BYTES or self.ids.size > _BYTES
 
     def add(self, text: np.ndarray, lengths: np.ndarray, counts: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Keep words, whose bytes and ids lie one after the other; their numbers."""
+        """Add words, whose bytes and ids lie one after the other; return their numbers."""
         first = self.counts.size
         self._begins.append(self._text.size + np.cumsum(lengths) - lengths)
         self.firsts.append(self.ids.size + np.cumsum(counts) - counts)
@@ -149,7 +148,8 @@ class _Kept:
         return np.arange(first, first + len(lengths))
 
     def unlike(self, numbers: np.ndarray, data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Which of some words, that begin at `starts` of `data`, are not the kept ones of these numbers."""
+        """Return which of the words that begin at `starts` of `data` differ from the cached words with these
+        numbers."""
         same = self._lengths[numbers] == lengths
         begins, text = self._begins[numbers], self._text.with_room(_AFTER)
         for which, mask, place in _eights(np.where(same, lengths, 0)):
@@ -162,19 +162,19 @@ class _Kept:
 
 
 class _Growing:
-    """An array that values are appended to."""
+    """An array that grows when values are appended."""
 
     def __init__(self, dtype: np.dtype | type) -> None:
         self._values, self.size = np.zeros(1 << 10, dtype), 0
 
     def append(self, values: np.ndarray) -> None:
-        """Put values at the end."""
+        """Append values."""
         self.with_room(len(values))
         self._values[self.size : self.size + len(values)] = values
         self.size += len(values)
 
     def with_room(self, count: int) -> np.ndarray:
-        """The values, and so many more places behind them."""
+        """Return the array with room for `count` more values after the existing ones."""
         if self.size + count > len(self._values):
             self._values = np.append(self._values, np.zeros(self.size + count, self._values.dtype))
         return self._values
@@ -184,7 +184,7 @@ class _Growing:
 
 
 def _starts(text: np.ndarray) -> np.ndarray:
-    """Where the words of a text begin; a newline is one of its own."""
+    """Return the positions where the words of a text begin. A newline is a word of its own."""
     newline, space = text == _NEWLINE, text == _SPACE
     start = newline.copy()
     start[0] = True
@@ -193,8 +193,11 @@ def _starts(text: np.ndarray) -> np.ndarray:
 
 
 def _hashes(data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """(n,) uint64: a number for each word, not 0: for up to `_EXACT` bytes the word itself, for more a hash of its
-    length and begin, which other words may have as well."""
+    """Return (n,) uint64: a number, not 0, for each word.
+
+    Up to `_EXACT` bytes, it is the word itself. For longer words, it is a hash of the length and the first `_HASHED`
+    bytes, so different words can share it.
+    """
     lanes, sizes = _lanes(data), lengths.astype(np.uint64)
     hashes = lanes[starts] & _MASKS.take(np.minimum(lengths, _EXACT)) | sizes << np.uint64(8 * _EXACT)
     longer = np.flatnonzero(lengths > _EXACT)
@@ -211,7 +214,8 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 
 
 def _eights(lengths: np.ndarray) -> Iterator[tuple[np.ndarray | slice, np.ndarray, int]]:
-    """Eight bytes of each word at a time: (which words have any there, which of the bytes, the place of the first)."""
+    """Yield eight bytes of each word at a time: (which words have any, a mask of their bytes, the position of the
+    first)."""
     which: np.ndarray | slice = slice(None)
     rest, place = np.minimum(lengths, _HASHED), 0
     while len(rest):
@@ -221,14 +225,14 @@ def _eights(lengths: np.ndarray) -> Iterator[tuple[np.ndarray | slice, np.ndarra
 
 
 def _lanes(data: np.ndarray) -> np.ndarray:
-    """The eight bytes from each byte on."""
+    """Return the eight bytes that begin at each byte."""
     return np.ndarray(len(data) - 7, "<u8", data, strides=(1,))
 
 
 def _merged(
     counts: np.ndarray, ids: np.ndarray, left: np.ndarray, found: list[list[int]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The counts and ids of words, with those of the words `left`, whose counts are 0, put in."""
+    """Return the counts and ids of all words, after inserting those of the words `left`, whose counts were 0."""
     own = np.array([len(each) for each in found], np.int64)
     places = np.repeat((np.cumsum(counts) - counts)[left], own)
     counts = counts.copy()
