@@ -5,9 +5,10 @@
     bst law fit docs/study/table.csv --n parameters --d tokens --loss loss_nats --width width --depth depth \
         --run trunk --group architecture --where role=grid
 
-Fits three forms under two objectives (docs/sweeps.md); aspect and additive need width and depth. Intervals come from
-resampling runs, so points of one run, or of one trunk and its branches, should name it (--run). --held-out rows are
-predicted, not fitted; with --group every group gets its own laws. Losses are in nats.
+Fits three forms under two objectives (docs/sweeps.md). The forms aspect and additive need width and depth. Intervals
+come from resampling runs, so --run should name a column with the same value for all points of a run, or of a trunk and
+its branches. Rows that match --held-out are predicted, not fitted. With --group every group gets its own laws. Losses
+are in nats.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def read(args: argparse.Namespace) -> list[Observation]:
-    """The points of the table; raises UserError for a column that is not there, or a cell that is no number above 0."""
+    """Return the points of the table. Raises UserError for a missing column or a cell that is not a number above 0."""
     rows, names = _rows(args.table)
     asked = {key: getattr(args, key) for key in (*NUMBERS, "run", "group")}
     conditions = [_condition(text, args.table) for text in args.where]
@@ -86,14 +87,14 @@ def read(args: argparse.Namespace) -> list[Observation]:
 
 
 def _rows(table: Path) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:
-    """The rows with their lines' numbers, and the names of the columns: CSV, or an object a line in a .jsonl."""
+    """Return the rows with their line numbers, and the column names. A .jsonl has one JSON object per line."""
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             if table.suffix != ".jsonl":
                 reader = csv.DictReader(file)
                 return list(enumerate(reader, 2)), list(reader.fieldnames or [])
             objects = [(line, json.loads(text)) for line, text in enumerate(file, 1) if text.strip()]
-    except (OSError, ValueError, csv.Error) as error:  # a text that is no UTF-8 or no JSON is a ValueError
+    except (OSError, ValueError, csv.Error) as error:  # ValueError: not UTF-8 or not JSON
         raise UserError(
             f"{table}: not readable as {'JSON Lines' if table.suffix == '.jsonl' else 'CSV'}: {error}"
         ) from None
@@ -101,7 +102,7 @@ def _rows(table: Path) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:
         if not isinstance(one, dict):
             raise UserError(f"{table}: line {line} is not a JSON object")
     names = list(dict.fromkeys(name for _, one in objects for name in one))
-    # As text, so that conditions and numbers are read in one way; a name that a line lacks is an empty cell.
+    # As text, so that conditions and numbers are read as from a CSV. A name missing on a line becomes an empty cell.
     return [
         (line, {name: "" if one.get(name) is None else str(one[name]) for name in names}) for line, one in objects
     ], names

@@ -1,8 +1,8 @@
-"""Estimates with their uncertainty: means over runs, ratios over documents, and what may be concluded from either.
+"""Estimates with their uncertainty: means over runs, ratios over documents, and tests of equality.
 
-Tokens of one document are not independent, so a standard error over tokens would be far too small: a loss is a ratio of
-two sums over documents, and its error that of the ratio estimator. Runs that differ in their seed are what an
-architecture is compared by.
+Tokens of one document are not independent, so a standard error over tokens would be far too small. Therefore a loss is
+a ratio of two sums over documents, with the error of the ratio estimator. Architectures are compared over runs with
+different seeds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Over = Literal["seeds", "documents"]
 Equality = Literal["equal", "different", "undecided"]
 LEVEL = 0.05
 HUGE = 1e7
-"""From here on a number is printed by its power of ten, as 3.2e+10: nobody reads eleven digits."""
+"""From this absolute value on a number is printed in scientific notation, as 3.2e+10."""
 
 
 class Estimate(NamedTuple):
@@ -27,20 +27,20 @@ class Estimate(NamedTuple):
 
     value: float
     standard_error: float | None
-    """None where one observation says nothing about the spread."""
+    """None for a single observation, which has no spread."""
     degrees: float = math.inf
-    """Degrees of freedom of Student's t for intervals: of a mean, observations less one."""
+    """Degrees of freedom of Student's t for intervals. For a mean: observations - 1."""
     over: Over | None = None
-    """What was sampled, where that is not plain."""
+    """What was sampled; None if it is clear from the context."""
 
     @property
     def half_width(self) -> float | None:
-        """Half the 95 % interval."""
+        """Half the width of the 95 % interval; None without a standard error."""
         return None if self.standard_error is None else self.standard_error * quantile(1 - LEVEL / 2, self.degrees)
 
     @property
     def low(self) -> float:
-        """Of the 95 % interval; minus infinity where there is no error."""
+        """Lower end of the 95 % interval; minus infinity without a standard error."""
         return self.value - (math.inf if self.half_width is None else self.half_width)
 
     @property
@@ -49,12 +49,12 @@ class Estimate(NamedTuple):
 
     @property
     def observations(self) -> float:
-        """How many the error is from; 1 without one."""
+        """Number of observations behind the standard error; 1 without one."""
         return 1 if self.standard_error is None else self.degrees + 1
 
     @property
     def p_value(self) -> float:
-        """Two-sided, of the value being 0; 1 without an error."""
+        """Two-sided p value of the hypothesis that the value is 0; 1 without a standard error."""
         if self.standard_error is None:
             return 1.0
         if not self.standard_error:
@@ -62,11 +62,11 @@ class Estimate(NamedTuple):
         return float(2 * stats.t.sf(abs(self.value) / self.standard_error, self.degrees))
 
     def report(self, name: str) -> dict[str, float | None]:
-        """As entries of a machine-readable report: `name` and `name`_standard_error."""
+        """Return entries for a machine-readable report: `name` and `name`_standard_error."""
         return {name: self.value, f"{name}_standard_error": self.standard_error}
 
     def text(self, digits: int, sign: bool = False) -> str:
-        """The value with so many decimals, and with `sign` a plus where it is positive, and its error."""
+        """Return "value ± error" with `digits` decimals; with `sign`, a positive value has a plus sign."""
         value = readable(self.value, digits, sign)
         return value if self.standard_error is None else f"{value} ± {readable(self.standard_error, digits)}"
 
@@ -75,14 +75,15 @@ class Estimate(NamedTuple):
 
 
 def readable(value: float, digits: int, sign: bool = False) -> str:
-    """A number with so many decimals, or where it is huge, as a perplexity of random weights, by its power of ten."""
+    """Format a number with `digits` decimals; huge numbers (a perplexity of random weights) in scientific notation."""
     return f"{value:{'+' if sign else ''}{f',.{digits}f' if abs(value) < HUGE else '.1e'}}"
 
 
 def entries(found: Any) -> Any:
-    """A dataclass as entries of a machine-readable report, under the names of its fields; in lists and dicts too.
+    """Convert a dataclass, also inside lists and dicts, to a dictionary for a machine-readable report.
 
-    An estimate becomes two entries (`Estimate.report`). What is None or not a number is left out.
+    The keys are the names of the fields. An estimate becomes two entries (`Estimate.report`). Fields that are None or
+    NaN are left out.
     """
     if isinstance(found, dict):
         return {key: entries(value) for key, value in found.items()}
@@ -101,7 +102,7 @@ def entries(found: Any) -> Any:
 
 
 def mean(values: Sequence[float] | np.ndarray, over: Over | None = None) -> Estimate:
-    """The mean of independent observations with the standard error that their spread says; one has none."""
+    """Return the mean of independent observations and its standard error, which is None for a single observation."""
     n = len(values)
     if n < 2:
         return Estimate(float(np.mean(values)), None)
@@ -109,14 +110,14 @@ def mean(values: Sequence[float] | np.ndarray, over: Over | None = None) -> Esti
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
-    """The ratio of two sums over n sampled documents, with its standard error by the delta method.
+    """Return the ratio of two sums over n sampled documents, with its standard error by the delta method.
 
     ``R = sum a / sum b``; ``Var R = n / (n - 1) sum (a - R b)^2 / (sum b)^2`` (Cochran, Sampling Techniques, 1977,
-    chapter 6, without a finite-population correction: the documents stand for all that could have been drawn).
+    chapter 6, without a finite-population correction, because the documents are a sample of all possible documents).
 
     Args:
         numerator: (n,) a of each document.
-        denominator: (n,) b of each document; their sum must be positive.
+        denominator: (n,) b of each document. The sum must be positive.
     """
     a, b = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
     value = a.sum() / b.sum()
@@ -128,7 +129,7 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
 
 
 def exponential(log: Estimate) -> Estimate:
-    """``exp`` of an estimate, its error by the delta method: a perplexity from nats."""
+    """Return ``exp`` of an estimate (a perplexity from nats), with its error by the delta method."""
     try:
         value = math.exp(log.value)
     except OverflowError:
@@ -137,10 +138,10 @@ def exponential(log: Estimate) -> Estimate:
 
 
 def equality(difference: Estimate, margin: float) -> Equality:
-    """Whether a difference is shown to be smaller than the margin, shown not to be zero, or neither.
+    """Return whether a difference is shown to be below the margin ("equal"), shown to be nonzero, or neither.
 
-    Equal: both one-sided t tests reject a difference as large as the margin (Schuirmann 1987). That a test does not
-    reject equality is no evidence for it.
+    "equal": both one-sided t tests reject a difference as large as the margin (Schuirmann 1987). A test that merely
+    does not reject equality is no evidence for equality.
     """
     if difference.standard_error is None:
         return "undecided"
@@ -151,5 +152,5 @@ def equality(difference: Estimate, margin: float) -> Equality:
 
 
 def quantile(share: float, degrees: float) -> float:
-    """Of Student's t."""
+    """Return the quantile of Student's t distribution."""
     return float(stats.t.ppf(share, degrees))

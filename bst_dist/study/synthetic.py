@@ -1,4 +1,4 @@
-"""A synthetic task as what a run learns: next tokens, of which only those that can be told count."""
+"""The training objective of synthetic tasks: next tokens, where only the predictable labels count."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DistanceReport(EvalReport):
-    """An evaluation of a synthetic task: `tokens` are the labels that count, and there is no text."""
+    """An evaluation of a synthetic task. `tokens` is the number of labels that count. There is no text."""
 
     accuracy: float
-    """Share of them that have the highest logit."""
+    """Share of the counted labels that have the highest logit."""
     best_loss_nats: float
-    """The least loss that any model could have on these labels, in the mean over all rows that could be drawn."""
+    """The least loss that any model can have on these labels, as the mean over all rows that can be drawn."""
     labels_by_distance: dict[str, int]
-    """Labels that count, by how far back their answer stands: "64-127"."""
+    """Number of counted labels by their distance to the answer earlier in the row; keys like "64-127"."""
     accuracy_by_distance: dict[str, float]
     loss_by_distance: dict[str, float]
 
@@ -43,19 +43,19 @@ class DistanceReport(EvalReport):
 
 
 class ByDistance:
-    """Labels, correct ones and nats by octaves of distance: the bin k holds distances 2^k to 2^(k + 1) - 1."""
+    """Sums of labels, correct labels and nats, by octave of distance: bin k holds distances 2^k to 2^(k + 1) - 1."""
 
     def __init__(self, longest: int, device: torch.device | None = None):
         self.sums = torch.zeros(longest.bit_length(), 3, dtype=torch.float64, device=device)
 
     def add(self, distance: Tensor, counts: Tensor, correct: Tensor, nats: Tensor) -> None:
-        """Take in labels (b, l): their distances, which of them count, which are correct, and what they cost."""
+        """Add labels (b, l): their distances, whether each counts, whether each is correct, and their losses."""
         place = octave(distance[counts])
         found = torch.stack((torch.ones_like(place), correct[counts], nats[counts]), dim=-1)
         self.sums.index_add_(0, place, found.double())
 
     def report(self, task: TaskConfig, longest: int, sums: Sequence[float]) -> dict[str, Any]:
-        """Fields of a `DistanceReport` from all ranks' sums, in the order of `self.sums`."""
+        """Return fields of a `DistanceReport`; `sums` is `self.sums` flattened and summed over the ranks."""
         bins = [Bin(1 << k, min((2 << k) - 1, longest), *sums[3 * k : 3 * k + 3]) for k in range(len(sums) // 3)]
         found = [each for each in bins if each.labels]
         labels = max(1.0, sum(each.labels for each in found))
@@ -71,7 +71,7 @@ class ByDistance:
 
 
 class Bin(NamedTuple):
-    """What was found of the labels with distances `first` to `last`."""
+    """Sums over the labels with distances `first` to `last`."""
 
     first: int
     last: int
@@ -85,18 +85,18 @@ class Bin(NamedTuple):
 
 
 def octave(distance: Tensor) -> Tensor:
-    """k for distances 2^k to 2^(k + 1) - 1, int64; -1 for 0."""
+    """Return k (int64) for distances 2^k to 2^(k + 1) - 1, and -1 for distance 0."""
     return torch.frexp(distance.double()).exponent.long() - 1
 
 
 def octave_name(first: int, last: int) -> str:
-    """What an octave of distances is called."""
+    """Return the name of an octave of distances, like "64-127"."""
     return f"{first}-{last}"
 
 
 @dataclass(frozen=True)
 class SyntheticTask:
-    """Learning a task whose rows are computed."""
+    """The objective of a run that learns a synthetic task; its rows are computed, not read."""
 
     labels: ClassVar[str] = "labels"
     tokens_per_label: ClassVar[int] = 1
@@ -131,7 +131,7 @@ class SyntheticTask:
                                row_tokens=self._row)  # fmt: skip
 
     def evaluation(self, trainer: Trainer, writers: Sequence[Writer]) -> EvaluateByDistance:
-        """On the first rows of the validation split, the same for every seed."""
+        """Return the evaluation on the first rows of the validation split, which are the same for every run seed."""
         recipe, ranks = self.recipe, trainer.ranks
         mesh = Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
         batches = self._validation(mesh, recipe.evaluation.sequences, recipe.train.micro_sequences).batches(0)
@@ -144,7 +144,10 @@ class SyntheticTask:
         return self.recipe.data.row(self.recipe.train.sequence_length)
 
     def _validation(self, mesh: Mesh, rows: int, micro_rows: int) -> SyntheticLoader:
-        """Whole rows; of those that training reads over several steps, a sequence is a slice."""
+        """Return a loader of whole validation rows. Rows that training reads over several steps are cut into slices.
+
+        The slices have the length of a training sequence.
+        """
         share, row = share_of(self.recipe, mesh, rows, micro_rows), self._row
         if row > share.length:
             share = replace(share, length=row, slice_tokens=share.slice_tokens or share.length)
@@ -152,7 +155,7 @@ class SyntheticTask:
 
 
 class EvaluateByDistance(Evaluate):
-    """Evaluates loss and accuracy, also by distance, every so many steps and after the last of the run."""
+    """Evaluates loss and accuracy, also by distance, at the steps of `Evaluate`: regularly and after the last step."""
 
     def __init__(self, *args: Any, task: TaskConfig, longest: int):
         super().__init__(*args)

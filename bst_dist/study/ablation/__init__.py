@@ -1,1 +1,1 @@
-"""What each part of a trained model carries."""
+"""Ablations: the loss of a trained model when a part is removed or changed."""

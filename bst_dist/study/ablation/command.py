@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _ablate(
     args: argparse.Namespace, trained: Trained, corpus: Corpus, planned: Plan, stopped: Callable[[], bool], path: Path
 ) -> dict[str, Any]:
-    """Measure, show and draw one corpus: all interventions, or those done before a stop; returns the figures."""
+    """Measure, print and draw the interventions on one corpus (after a stop, the finished ones); return the results."""
     started = time.perf_counter()
     text = beginnings(trained, corpus, args.documents, args.tokens)
     untouched, increases = measure(trained, text, planned, args.seed, stopped)
@@ -102,9 +102,9 @@ def _ablate(
 
 
 def plan(trained: Trained, asked: Sequence[str] | None, where: Sequence[str] | None) -> tuple[Plan, list[str]]:
-    """Every intervention with the layers it is made in; and what does not apply where, in words.
+    """Return every intervention with its layers, and sentences about the interventions that do not apply.
 
-    Raises UserError for what is not known or not there, and when nothing that was asked for applies.
+    Raises UserError for an unknown intervention or layer, and if no requested intervention applies.
     """
     layers = _layers(trained, where)
     mixers = trained.recipe.model.mixers()
@@ -139,7 +139,7 @@ def _layers(trained: Trained, where: Sequence[str] | None) -> set[int | str] | N
 
 
 def _left_out(reasons: dict[tuple[str, str], list[int]]) -> list[str]:
-    """A line for all interventions that do not apply to the same layers for the same reason."""
+    """Return one line for all interventions that do not apply to the same layers for the same reason."""
     grouped: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for (kind, reason), indices in reasons.items():
         kinds = grouped.setdefault((reason, tuple(dict.fromkeys(indices))), [])
@@ -152,7 +152,7 @@ def _named(layers: Sequence[int]) -> str:
 
 
 def beginnings(trained: Trained, corpus: Corpus, documents: int, tokens: int | None) -> Text:
-    """The documents to read, evenly spread over the split, and how far."""
+    """Return the text: the beginnings of `documents` documents, evenly spread over the split."""
     chosen = np.unique(np.linspace(0, len(corpus) - 1, min(documents, len(corpus))).round().astype(int))
     lengths = np.zeros(len(corpus), np.int64)
     lengths[chosen] = np.minimum(corpus.lengths[chosen], tokens or 8 * trained.recipe.train.sequence_length)
@@ -165,7 +165,7 @@ def beginnings(trained: Trained, corpus: Corpus, documents: int, tokens: int | N
 def measure(
     trained: Trained, text: Text, planned: Plan, seed: int, stopped: Callable[[], bool]
 ) -> tuple[Losses, list[Increase]]:
-    """Score the text with the unchanged model and with every intervention, showing progress."""
+    """Score the text with the unchanged model and with every intervention, with a progress display."""
     recipe = trained.recipe
     with stages(Console()) as report:
         return ablate(

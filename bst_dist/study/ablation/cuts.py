@@ -1,6 +1,6 @@
-"""Parts of a layer cut off by hooks: attention's output or window, the memory of the SSM between blocks.
+"""Hooks that remove a part of a layer: the output or the window of attention, or the SSM's memory between blocks.
 
-Each function changes one module and returns what undoes it.
+Each function changes one module and returns a function that undoes the change.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Undo = Callable[[], None]
 
 
 def without_output(attention: nn.Module) -> Undo:
-    """Zero instead of the attention's output; what it gives beside (keys and values, Block-Recurrent) stays."""
+    """Replace the output of attention by zeros. Its other results (keys and values of Block-Recurrent) stay."""
 
     def zero(module: nn.Module, args: tuple, output: Any) -> Any:
         if isinstance(output, tuple):
@@ -28,7 +28,7 @@ def without_output(attention: nn.Module) -> Undo:
 
 
 def without_cross(mixer: nn.Module) -> Undo:
-    """Zero instead of cross-attention's output, the second half of what a mixer's last map is given."""
+    """Replace the output of cross-attention by zeros. It is the second half of the input of the mixer's last map."""
 
     def zero(module: nn.Module, args: tuple) -> tuple[Tensor]:
         own, cross = args[0].chunk(2, dim=-1)
@@ -38,7 +38,7 @@ def without_cross(mixer: nn.Module) -> Undo:
 
 
 def own_block(attention: nn.Module, block: int) -> Undo:
-    """Self-attention sees nothing before its own block: each block is said to begin a document."""
+    """Limit self-attention to its own block, by declaring that each block begins a document."""
 
     def all_begin(module: nn.Module, args: tuple) -> tuple:
         u, past, _ = args
@@ -48,7 +48,7 @@ def own_block(attention: nn.Module, block: int) -> Undo:
 
 
 def forget(ssm: nn.Module, block: int) -> Undo:
-    """The SSM starts from zero at each block, because each block is a row of its own."""
+    """Make the SSM start from a zero state at each block, by passing each block as a separate row."""
     forward, block_ends = ssm.forward, ssm.block_ends
 
     def apart(z: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
@@ -60,11 +60,11 @@ def forget(ssm: nn.Module, block: int) -> Undo:
     ssm.forward, ssm.block_ends = apart, ends_apart
 
     def undo() -> None:
-        del ssm.forward, ssm.block_ends  # the class's own come to light again
+        del ssm.forward, ssm.block_ends  # the methods of the class apply again
 
     return undo
 
 
 def _fold(z: Tensor, block: int) -> Tensor:
-    """(B, nb W, Ds) -> (B nb, W, Ds)."""
+    """Reshape (B, nb W, Ds) to (B nb, W, Ds)."""
     return z.unflatten(1, (-1, block)).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""The figure of `bst ablate`: what each intervention costs, and where in the document and in the block."""
+"""The figure of `bst ablate`: the loss increase of each intervention, and its dependence on the position."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from bst_dist.study.report.style import COLOURS, GREY, INCHES
 from bst_dist.study.statistics import Estimate
 
 CURVES = ("zero", "no-self", "forget", "own-block", "shuffle", "delay", "replace", "noise", "no-cross")
-"""Kinds by how much their curves say; the first so many of those that are there are drawn, to stay legible."""
+"""Kinds of intervention in the order of importance of their curves. Only the first MOST_CURVES present are drawn."""
 MOST_CURVES = 5
 THRESHOLD = 0.01
-"""Nats per token up to which the scales are linear; beyond, logarithmic."""
+"""Nats per token up to which the symlog scales are linear."""
 
 
 def draw(found: Ablation, trained_length: int) -> Figure:
-    """Left a row an intervention, a mark for each layer and for all; right, by place, in all layers they apply to."""
+    """Return the figure. Left: one row per intervention, with a mark for each layer and for all layers together.
+
+    Right: the increase by position, with the intervention in all layers.
+    """
     names = list(dict.fromkeys(str(increase.intervention) for increase in found.increases))
     figure = Figure(figsize=(INCHES[0], max(4.2, 1.2 + 0.3 * len(names))), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.15))
@@ -39,13 +42,13 @@ def draw(found: Ablation, trained_length: int) -> Figure:
 
 
 def _telling(found: Sequence[Increase]) -> list[Increase]:
-    """One increase a kind, the first of it, which is that in all layers."""
+    """Return the first increase of each kind, which is the one in all layers if there is one."""
     first = {increase.intervention.kind: increase for increase in reversed(found)}
     return [first[kind] for kind in CURVES if kind in first][:MOST_CURVES]
 
 
 def _costs(axes: Axes, found: Sequence[Increase], names: list[str]) -> None:
-    """Increase with twice its standard error, by intervention (down) and layers (marks)."""
+    """Draw the increases with two standard errors, with one row per intervention and one mark per layer."""
     groups = ["all", *sorted({increase.layers[0] for increase in found if len(increase.layers) == 1})]
     for number, group in enumerate(groups):
         chosen = [i for i in found if (len(i.layers) > 1 if group == "all" else tuple(i.layers) == (group,))]
@@ -70,7 +73,7 @@ def _costs(axes: Axes, found: Sequence[Increase], names: list[str]) -> None:
 
 
 def _by_place(axes: Axes, edges: list[int], values: list[Estimate], colour: str, name: str) -> None:
-    """A step a bin, with a band of one standard error."""
+    """Draw one step per bin, with a band of one standard error."""
     heights = [value.value for value in values]
     errors = [value.standard_error or 0.0 for value in values]
     axes.stairs(heights, edges, baseline=None, label=name, linewidth=1.1, color=colour)

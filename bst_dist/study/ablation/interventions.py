@@ -1,9 +1,9 @@
-"""Interventions in a trained model: a part of it is cut or its contents are changed, from outside, by hooks.
+"""Interventions in a trained model: hooks remove a part of it or change its contents.
 
-The model's code knows nothing of them, and outside of `intervened` it is what it was to the last bit. Each intervention
-is causal: whatever stands in the place of a block's context states is made of that block's and of earlier ones. None
-depends on how a document is cut into slices or batches: what an earlier slice had is asked of the past, as the layers
-themselves do, and random draws are keyed by their place in the document.
+The code of the model does not know of them, and outside of `intervened` its results are bitwise unchanged. Each
+intervention is causal: replacements of a block's context states use only states of this block and of earlier ones. No
+intervention depends on how a document is cut into slices or batches: states of earlier slices come from the past, as in
+the layers themselves, and random numbers are keyed by their position in the document.
 
 Shapes: B rows, nb blocks of a slice, n states per block (W with SH and MH, S with MF), W tokens per block.
 """
@@ -32,12 +32,12 @@ class Kind(NamedTuple):
     """A kind of intervention."""
 
     part: str
-    """What it changes: context states, the SSM's memory, cross-attention's output, or self-attention."""
+    """The part that it changes: "context" (states), "memory" (of the SSM), "cross" or "self" (attention)."""
     text: str
     strengths: tuple[float, ...] = ()
-    """The strengths tried unless others are asked for; none where it has no strength."""
+    """Default strengths; empty if the kind has no strength."""
     whole: bool = False
-    """Whether a strength is a number of blocks."""
+    """Whether the strength is a number of blocks, thus an integer."""
 
 
 KINDS: dict[str, Kind] = {
@@ -56,7 +56,7 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Intervention:
-    """A kind, with its strength where it has one."""
+    """A kind of intervention, with its strength if the kind has one."""
 
     kind: str
     strength: float | None = None
@@ -66,12 +66,12 @@ class Intervention:
 
 
 def defaults() -> list[Intervention]:
-    """Every kind at the strengths it is tried at by default."""
+    """Return every kind at its default strengths."""
     return [Intervention(name, strength) for name, kind in KINDS.items() for strength in kind.strengths or (None,)]
 
 
 def parse(text: str) -> list[Intervention]:
-    """What is meant by ``zero``, ``noise:0.5``, or ``noise`` at its default strengths; raises UserError."""
+    """Parse ``zero``, ``noise:0.5``, or ``noise`` (at its default strengths); raises UserError for any other text."""
     name, colon, given = text.partition(":")
     if name not in KINDS:
         raise UserError(f"no intervention {name!r}; there are: {', '.join(KINDS)}")
@@ -91,7 +91,7 @@ def parse(text: str) -> list[Intervention]:
 
 
 def obstacle(mixer: nn.Module, kind: str) -> str | None:
-    """Why a kind of intervention does not apply to a layer's mixer; None when it does."""
+    """Return why a kind of intervention does not apply to a layer's mixer; None if it applies."""
     part = KINDS[kind].part
     kinds = BSTMixer, JointMixer, BlockRecurrentMixer
     has_context = isinstance(mixer, kinds) and not isinstance(mixer, NoCrossMixer)
@@ -112,7 +112,10 @@ def obstacle(mixer: nn.Module, kind: str) -> str | None:
 
 
 def same_as_zero(mixer: nn.Module) -> bool:
-    """Whether cross-attention to zero states gives zero: SH and MH; elsewhere an identity is added to each state."""
+    """Whether cross-attention to zero states has the output zero.
+
+    This holds for SH and MH. In the other variants an identity vector is added to each state.
+    """
     return isinstance(mixer, BSTMixer) and isinstance(mixer.cross.context, StreamContext)
 
 
@@ -120,10 +123,10 @@ def same_as_zero(mixer: nn.Module) -> bool:
 def intervened(
     model: LanguageModel, intervention: Intervention, layers: Sequence[int], seed: int = 0
 ) -> Iterator[LanguageModel]:
-    """The model with an intervention in some layers, to which it must apply; undone at the end.
+    """Apply an intervention to some layers of the model, which it must fit, and undo it at the end.
 
-    It must be given whole blocks, from a document's beginning on; one who takes its states from slice to slice by
-    `LanguageModel.carry` takes along what the intervention remembers. Not for use under autograd.
+    The model must get whole blocks, from the beginning of a document on. The state carried from slice to slice by
+    `LanguageModel.carry` includes the memory of the intervention. Not for use under autograd.
     """
     with ExitStack() as stack:
         for index in layers:
@@ -132,7 +135,7 @@ def intervened(
 
 
 def _install(model: LanguageModel, intervention: Intervention, index: int, seed: int) -> Callable[[], None]:
-    """Change one layer; returns what undoes it."""
+    """Change one layer; return a function that undoes the change."""
     mixer, block = model.layers[index].mixer, model.config.block
     match intervention.kind:
         case "forget":

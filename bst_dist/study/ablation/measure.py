@@ -1,6 +1,6 @@
-"""What an intervention costs: losses with it and without it on the same documents, by place.
+"""The loss increase of an intervention: losses with and without it on the same documents, by position.
 
-Shapes: n documents, P bins by the place in the document, Q bins by the place in the block.
+Shapes: n documents, P bins of the position in the document, Q bins of the position in the block.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bst_dist.study.evaluation.scoring import Documents, score_slices, streams
 from bst_dist.study.statistics import Estimate, ratio
 
 IN_BLOCK = 16
-"""Bins of the place in a block, or one a token where a block has fewer."""
+"""Number of bins of the position in a block; smaller blocks have one bin per token."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Text:
 
     corpus: Documents
     lengths: np.ndarray
-    """(n,) tokens to read of each of the corpus's documents, from its beginning; 0 to leave it out."""
+    """(n,) number of tokens to read from the beginning of each document of the corpus; 0 leaves a document out."""
     token_bytes: np.ndarray
-    """(V,)"""
+    """(V,) bytes of text of each id."""
     begin: int | None
-    """The token before a document's first; None when the first is not predicted (isolated or masked documents)."""
+    """The token before a document's first token; None if the first is not predicted (isolated or masked documents)."""
 
     @property
     def tokens(self) -> int:
-        """Tokens to predict."""
+        """Number of tokens to predict."""
         return int(np.maximum(self.lengths.astype(np.int64) - (self.begin is None), 0).sum())
 
 
@@ -57,7 +57,10 @@ class Losses:
 
 @dataclass(frozen=True)
 class Increase:
-    """What an intervention in some layers costs: nats per token more than untouched, but for `bits_per_byte`."""
+    """The loss increase of an intervention in some layers over the unchanged model.
+
+    In nats per token, except `bits_per_byte`.
+    """
 
     intervention: Intervention
     layers: Sequence[int]
@@ -69,7 +72,7 @@ class Increase:
     """(Q,)"""
 
     def report(self) -> dict[str, Any]:
-        """For machines."""
+        """Return the machine-readable report."""
         return {
             "intervention": str(self.intervention),
             "layers": list(self.layers),
@@ -82,20 +85,20 @@ class Increase:
 
 @dataclass(frozen=True)
 class Ablation:
-    """What all interventions cost on one text, beside the unchanged model's loss."""
+    """The loss of the unchanged model on one text, and the increases of all interventions."""
 
     documents: int
     tokens: int
     bytes: int
     loss: Estimate
-    """Of the unchanged model, nats per token."""
+    """Loss of the unchanged model in nats per token."""
     bits_per_byte: Estimate
     document_edges: list[int]
     """(P + 1,) tokens"""
     tokens_in_document: list[int]
     """(P,)"""
     in_document: list[Estimate]
-    """(P,) the unchanged model's nats per token."""
+    """(P,) nats per token of the unchanged model."""
     block_edges: list[int]
     """(Q + 1,) tokens"""
     in_block: list[Estimate]
@@ -104,7 +107,7 @@ class Ablation:
     time_s: float
 
     def report(self) -> dict[str, Any]:
-        """For machines."""
+        """Return the machine-readable report."""
         return {
             "documents": self.documents,
             "tokens": self.tokens,
@@ -122,7 +125,7 @@ class Ablation:
 
 
 def document_bins(longest: int, block: int) -> np.ndarray:
-    """(P + 1,) tokens at which bins of the place in a document begin, and the end: block 0, 1, 2-3, 4-7, ..."""
+    """Return (P + 1,) bin edges of the position in a document, in tokens: block 0, 1, 2-3, 4-7, ..."""
     edges = [0, block]
     while edges[-1] < longest:
         edges.append(2 * edges[-1])
@@ -130,7 +133,7 @@ def document_bins(longest: int, block: int) -> np.ndarray:
 
 
 def block_bins(block: int) -> np.ndarray:
-    """(Q + 1,) the same within a block."""
+    """Return (Q + 1,) bin edges of the position in a block, in tokens."""
     bins = min(IN_BLOCK, block)
     return np.arange(bins + 1) * block // bins
 
@@ -139,7 +142,7 @@ def losses(
     model: LanguageModel, text: Text, slice_length: int, precision: str, progress: Callable[[int], None],
     stopped: Callable[[], bool] = lambda: False,
 ) -> Losses | None:  # fmt: skip
-    """Read all of a text with the model as it is; `progress` is told how many tokens are done. None once `stopped`."""
+    """Score the text with the model as it is; return None once `stopped` is true. `progress` gets the tokens done."""
     block, done = model.config.block, 0
     edges, edges_in_block = document_bins(int(text.lengths.max()), block), block_bins(block)
     shapes = (len(text.lengths), len(edges) - 1), (len(text.lengths), len(edges_in_block) - 1)
@@ -152,7 +155,7 @@ def losses(
     ):
         documents = [stream.document for stream in part.streams]
         there = part.labels >= 0
-        at = part.offset + np.arange(part.labels.shape[1])  # tokens read before, but for the one at hand
+        at = part.offset + np.arange(part.labels.shape[1])  # index of each predicted token in its stream
         for place, bins, nats, tokens in (
             (at, edges, found.nats, found.tokens),
             (at % block, edges_in_block, found.nats_in_block, found.tokens_in_block),
@@ -169,13 +172,13 @@ def losses(
 
 
 def _membership(place: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """(l, bins) one where a token lies in a bin."""
+    """Return an indicator (l, bins) of the bin of each token."""
     bins = np.searchsorted(edges, place, side="right") - 1
     return (bins[:, None] == np.arange(len(edges) - 1)).astype(np.int64)
 
 
 def increase(intervention: Intervention, layers: Sequence[int], with_it: Losses, without: Losses) -> Increase:
-    """The cost of an intervention from the losses with it and without it, paired document by document."""
+    """Return the increase from the losses with and without an intervention, paired by document."""
     read = without.tokens.sum(1) > 0
     more, tokens = (with_it.nats - without.nats).sum(1)[read], without.tokens.sum(1)[read]
     return Increase(
@@ -189,13 +192,13 @@ def increase(intervention: Intervention, layers: Sequence[int], with_it: Losses,
 
 
 def by_place(nats: np.ndarray, tokens: np.ndarray) -> list[Estimate]:
-    """Nats per token in each bin, (n, bins) both; a document without a token there is no sample of it."""
+    """Return nats per token of each bin, from sums (n, bins). Documents without a token in a bin are left out there."""
     there = tokens > 0
     return [ratio(nats[there[:, i], i], tokens[there[:, i], i]) for i in range(tokens.shape[1])]
 
 
 def summary(untouched: Losses, increases: list[Increase], block: int, time_s: float) -> Ablation:
-    """All figures of a text, whose blocks have `block` tokens."""
+    """Return all results on a text; `block` is the number of tokens per block."""
     tokens, nats = untouched.tokens.sum(1), untouched.nats.sum(1)
     read = tokens > 0
     return Ablation(
@@ -219,16 +222,16 @@ def ablate(
     progress: Callable[[int], None] = lambda tokens: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[Losses, list[Increase]]:
-    """The untouched losses, and what each intervention in its layers adds.
+    """Return the losses of the unchanged model, and the increase by each intervention.
 
     Args:
-        model: on the device where it is to run.
-        planned: interventions, each with the layers it is made in.
-        slice_length: tokens of a forward pass in one row, a multiple of the block.
-        seed: of the noise and the shuffling.
-        progress: told how many tokens are done, over all passes.
-        stopped: asked after each forward pass of an intervention; when it says so, that one and those after it are left
-            out.
+        model: the model, on the device where it is to run.
+        planned: interventions, each with its layers.
+        slice_length: tokens per row and forward pass, a multiple of the block.
+        seed: seed of the noise and the shuffling.
+        progress: called with the number of tokens done, over all passes.
+        stopped: called after each forward pass of an intervention. If it returns True, this and all later interventions
+            are left out.
     """
     model.eval()
     untouched = losses(model, text, slice_length, precision, progress)

@@ -1,8 +1,8 @@
-"""Context states changed on their way to the attention: zero, noise, those of another block.
+"""Changes of the context states before attention reads them: zeros, noise, or the states of another block.
 
-A change is given what the blocks of a slice see, (B, nb, n, *), and where that is in the document, and returns what
-they shall see instead. It draws by place, so that a document's figures do not depend on slices and batches; the draws
-are the same in all documents.
+A change gets the states that the blocks of a slice see, (B, nb, n, *), and their position in the document. It returns
+the states that the blocks see instead. Random numbers depend only on the block's index in the document, so the results
+do not depend on slices and batches. All documents have the same random numbers.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from bst_dist.study.ablation.cuts import Undo
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers of one layer."""
+    """The random numbers of one layer."""
 
     seed: int
     layer: int
 
     def at(self, block: int) -> torch.Generator:
-        """The numbers of one block of a document."""
+        """Return the generator for one block of a document."""
         word = np.random.SeedSequence([self.seed, self.layer, block]).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(word) % 2**63)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a document the states of a slice are."""
+    """The position of a slice's states in the document, and the data that a change needs there."""
 
     first: int
-    """Blocks of the document before the slice."""
+    """Number of blocks of the document before the slice."""
     past: Past
     draws: Draws
     nothing: Tensor | float
-    """What a block sees when there is nothing yet: zero, or MF's initial states (S, Ds)."""
+    """The states that the first block of a document sees: zero, or the initial states of MF (S, Ds)."""
 
 
 Change = Callable[[Tensor, Place], Tensor]
@@ -53,12 +53,12 @@ def zero(seen: Tensor, place: Place, strength: None) -> Tensor:
 
 
 def noise(seen: Tensor, place: Place, strength: float) -> Tensor:
-    """States with Gaussian noise, `strength` times their own root mean square over the channels."""
+    """Add Gaussian noise of `strength` times each state's root mean square over the channels."""
     return seen + replace(seen, place, strength)
 
 
 def replace(seen: Tensor, place: Place, strength: float) -> Tensor:
-    """Gaussian noise of `strength` times each state's root mean square over the channels."""
+    """Return Gaussian noise of `strength` times each state's root mean square over the channels."""
     size = seen.square().mean(-1, keepdim=True).sqrt()
     shape = seen.shape[2:]
     drawn = [torch.randn(shape, generator=place.draws.at(place.first + i)) for i in range(seen.shape[1])]
@@ -66,7 +66,7 @@ def replace(seen: Tensor, place: Place, strength: float) -> Tensor:
 
 
 def delay(seen: Tensor, place: Place, strength: int) -> Tensor:
-    """What was seen `strength` blocks earlier; nothing in as many blocks from the beginning."""
+    """Return the states seen `strength` blocks earlier; the first `strength` blocks get `place.nothing`."""
     known = place.past.extend("earlier", seen, before=strength)
     missing = strength + seen.shape[1] - known.shape[1]
     nothing = torch.as_tensor(place.nothing).to(seen).expand(len(seen), missing, *seen.shape[2:])
@@ -74,10 +74,10 @@ def delay(seen: Tensor, place: Place, strength: int) -> Tensor:
 
 
 def shuffle(seen: Tensor, place: Place, strength: int) -> Tensor:
-    """What one of the `strength` blocks before has seen, drawn evenly for each block; the first block sees its own.
+    """Return for each block the states of a random one of the `strength` blocks before it. The first keeps its own.
 
-    Blocks of the same document, so that what is lost is what the states say of their time and not of their document;
-    earlier ones, because a later one would tell the tokens to predict; of bounded reach, to need constant memory.
+    The blocks are of the same document, so that only information about time is lost, not about the document. They are
+    earlier ones, because later states contain the tokens to predict. The reach is bounded for constant memory.
     """
     known = place.past.extend("earlier", seen, before=strength)
     before = known.shape[1] - seen.shape[1]
@@ -99,7 +99,7 @@ CHANGES: dict[str, Callable[..., Tensor]] = {
 
 
 def change_context(context: StreamContext | FilterContext, block: int, draws: Draws, change: Change) -> Undo:
-    """Change what the blocks of a BST layer attend to."""
+    """Change the states that the blocks of a BST layer attend to."""
     filters = isinstance(context, FilterContext)
 
     def hook(module: nn.Module, args: tuple, states: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def change_context(context: StreamContext | FilterContext, block: int, draws: Dr
 
 
 def change_recurrent(mixer: BlockRecurrentMixer, block: int, draws: Draws, change: Change) -> Undo:
-    """Change what the blocks of a Block-Recurrent layer attend to, and not the state that is handed on."""
+    """Change the states that the blocks of a Block-Recurrent layer attend to, but not the recurrent state."""
     at = 0
 
     def begin(module: nn.Module, args: tuple) -> None:

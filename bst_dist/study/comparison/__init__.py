@@ -1,1 +1,1 @@
-"""Runs side by side."""
+"""Comparison of runs: recipes, results and losses on the same text."""

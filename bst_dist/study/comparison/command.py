@@ -37,22 +37,22 @@ from bst_dist.study.runs.results import named
 from bst_dist.study.statistics import Estimate, entries
 
 ABREAST = 4
-"""Runs side by side in a table; with more of them there are several, each beginning with the first run."""
+"""Maximum number of runs per table. More runs need several tables, each of which begins with the first run."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One of the runs."""
+    """One run of a comparison."""
 
     name: str
     run_dir: Path
     standing: Standing
     figures: Figures
     differences: Differences | None
-    """From the first run; of that one None."""
+    """Differences from the first run; None for the first run."""
 
     def report(self) -> dict[str, Any]:
-        """For machines: units in the names, only what there is."""
+        """Return the machine-readable report. Its names contain the units; unknown values are left out."""
         place = {"name": self.name, "run": str(self.run_dir), "status": self.standing.status,
                  "standing": self.standing.text}  # fmt: skip
         return place | entries(self.figures) | (entries(self.differences) if self.differences else {})
@@ -60,14 +60,14 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs side by side, the first of which the others are compared with."""
+    """The first run and the runs that are compared with it."""
 
     recipe_differences: dict[str, list[Any]]
-    """Fields that are not the same in all runs, a value a run; None where a run has no such field."""
+    """Field that differs between recipes -> its value in each run, or None in a run without this field."""
     runs: list[Compared]
 
     def report(self) -> dict[str, Any]:
-        """For machines."""
+        """Return the machine-readable report."""
         return {"recipe_differences": self.recipe_differences, "runs": [one.report() for one in self.runs]}
 
 
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(runs: dict[str, Outline]) -> Comparison:
-    """All that is compared, of runs by name."""
+    """Compare the runs, given by name, with the first one."""
     first, *others = runs.values()
     return Comparison(
         _recipe_differences(runs),
@@ -109,7 +109,7 @@ def compare(runs: dict[str, Outline]) -> Comparison:
 
 
 def _recipe_differences(runs: dict[str, Outline]) -> dict[str, list[Any]]:
-    """Fields that are not the same in all runs, a value a run; None where a run has no such field."""
+    """Return the fields that differ between recipes, except the name, with one value per run (None: no such field)."""
     recipes = [one.recipe for one in runs.values()]
     found = {field: [recipe.get(field) for recipe in recipes] for recipe in recipes for field in recipe}
     return {field: values for field, values in found.items()
@@ -117,7 +117,7 @@ def _recipe_differences(runs: dict[str, Outline]) -> dict[str, list[Any]]:
 
 
 def show(found: Comparison) -> None:
-    """Tables of at most ABREAST runs."""
+    """Print tables of at most ABREAST runs."""
     first, *others = range(len(found.runs))
     for begin in range(0, len(others), ABREAST - 1):
         shown = [first, *others[begin : begin + ABREAST - 1]]
@@ -143,7 +143,7 @@ def _show_figures(runs: Sequence[Compared]) -> None:
     lines = [(title, [cell(one) for one in runs]) for title, cell in (*ROWS, *_rows_by_corpus(runs), *SPEED)]
     shown = [(title, [text or "–" for text in cells]) for title, cells in lines if any(cells)]
     marks = [mark for mark in MARKS if any(title.endswith(mark) for title, _ in shown)]
-    counted = str.maketrans(dict(zip(marks, MARKS, strict=False)))  # from 1 on, whichever are there
+    counted = str.maketrans(dict(zip(marks, MARKS, strict=False)))  # renumber the marks in use from 1
     rows = [[title.translate(counted), *cells] for title, cells in shown]
     print_table(_sheet(runs, rows), "results of the runs", _notes(runs).translate(counted))
     for one in runs:
@@ -152,12 +152,12 @@ def _show_figures(runs: Sequence[Compared]) -> None:
 
 
 def _sheet(runs: Sequence[Compared], rows: Sequence[Sequence[str]]) -> Sheet:
-    """A column for each run."""
+    """Return a table with one column per run."""
     return Sheet(("", *(one.name for one in runs)), rows, flush_right=True)
 
 
 def _notes(runs: Sequence[Compared]) -> str:
-    """What the figures are of, and what their errors are over."""
+    """Return the footnotes: the meaning of the numbers and of their errors."""
     documents = sorted({of.documents for one in runs for of in (one.figures.scored or {}).values() if of.documents})
     differences = [one.differences for one in runs if one.differences]
     notes = (
@@ -182,7 +182,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _difference(value: Estimate | float | None, step: int | None, one: Compared) -> str:
-    """With its sign, and the step that it is of where the run has gone further."""
+    """Format a difference with its sign, and with its step if the run has gone further."""
     if value is None:
         return ""
     estimate = value if isinstance(value, Estimate) else Estimate(value, None)
@@ -205,9 +205,9 @@ def _memory(count: int | None) -> str:
 
 
 MARKS = "¹²³⁴⁵"
-"""Of the notes below the figures."""
+"""Marks of the footnotes below the table of results."""
 Row = tuple[str, Callable[[Compared], str]]
-"""A title, and what stands under it for a run; empty where there is nothing to say."""
+"""The title of a row and the function that returns its text for a run, empty if unknown."""
 ROWS: tuple[Row, ...] = (
     ("", lambda one: one.standing.status),
     ("parameters", lambda one: _number(one.figures.parameters, ",")),
@@ -230,7 +230,7 @@ SPEED: tuple[Row, ...] = (
 
 
 def _rows_by_corpus(runs: Sequence[Compared]) -> list[Row]:
-    """Two rows for each corpus whose documents were scored: runs scored on other text never share one."""
+    """Return two rows for each scored corpus. Results on different corpora never share a row."""
     rows: list[Row] = []
     for name in dict.fromkeys(name for one in runs for name in one.figures.scored or {}):
         rows += [

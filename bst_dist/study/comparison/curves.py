@@ -36,9 +36,9 @@ SMALL = {
 
 
 def draw(runs: dict[str, Result]) -> Figure:
-    """The figure for runs by name, each of which has trained at least one step.
+    """Return the figure for runs by name, each with at least one training step.
 
-    Colour tells runs apart, the mark training from validation.
+    Runs have different colours. Lines are training, dots are validation.
     """
     figure = Figure(figsize=INCHES, layout="constrained")
     grid = figure.add_gridspec(2, 3, height_ratios=(1.8, 1))
@@ -60,30 +60,33 @@ def draw(runs: dict[str, Result]) -> Figure:
 
 
 def legend(axes: Axes, names: Collection[str]) -> None:
-    """Whose the curves are, and that dots are evaluations."""
+    """Add a legend with the names of the runs, and with the line and the dot for training and validation."""
     handles = [Line2D([], [], **look) for look in looks(len(names))]
     handles += [Line2D([], [], color=GREY), Line2D([], [], color=GREY, marker="o", linestyle="")]
     axes.legend(handles, [*names, "training", "validation"], loc="upper right", ncols=1 + len(names) // 5)
 
 
 def series(lines: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens seen at each line, and a quantity there."""
+    """Return the tokens seen and the value of `key`, for each line of metrics."""
     return np.array([line["tokens"] for line in lines]), np.array([line[key] for line in lines], float)
 
 
 def smoothed(axes: Axes, where: np.ndarray, values: np.ndarray, look: dict[str, str]) -> None:
-    """Each step faintly, and the mean of the steps around it over a twenty-fifth of the run."""
+    """Draw each step as a faint line, and a running mean over a twenty-fifth of the run."""
     reach = len(values) // 50
     axes.plot(where, values, color=look["color"], alpha=0.25, linewidth=0.5)
     sums = np.concatenate(([0.0], np.cumsum(values)))
     index = np.arange(len(values) - reach)
-    around = np.minimum(index, reach)  # centred: narrower at the beginning, where the curve is steep
+    around = np.minimum(index, reach)  # a centred window, narrower at the beginning, where the curve is steep
     axes.plot(where[index], (sums[index + around + 1] - sums[index - around]) / (2 * around + 1), **look)
 
 
 def evaluations(axes: Axes, lines: list[dict[str, Any]], where: Mapping[int, float], look: dict[str, str],
                 quantity: str = "bits_per_byte") -> None:  # fmt: skip
-    """A dot for each evaluation, `where` its step stands (an evaluation's own tokens are those it read)."""
+    """Draw a dot for each evaluation. `where` maps a step to its position on the x axis.
+
+    The `tokens` of an evaluation line are not the position: they count the tokens that the evaluation read.
+    """
     seen = {0: 0.0, **where}
     dots = [(seen[line["step"]], line[quantity]) for line in lines if line["step"] in seen and quantity in line]
     if dots:
@@ -92,7 +95,7 @@ def evaluations(axes: Axes, lines: list[dict[str, Any]], where: Mapping[int, flo
 
 
 def _finish(loss: Axes, small: dict[str, Axes]) -> None:
-    """Titles and scales."""
+    """Set titles and scales."""
     small["learning_rate"].yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
     for key, axes in small.items():
         axes.set_title(SMALL[key])
@@ -106,7 +109,7 @@ def _finish(loss: Axes, small: dict[str, Axes]) -> None:
 
 
 def read_runs(directories: list[Path]) -> dict[str, Result]:
-    """Metrics of runs by name; raises UserError where there are none."""
+    """Read the metrics of runs, by name; raises UserError for a run without training steps."""
     found = {name: read_result(path) for name, path in named(directories).items()}
     for run in found.values():
         if not run.train:

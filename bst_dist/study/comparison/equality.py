@@ -1,6 +1,6 @@
-"""Whether two runs are the same: equal losses at every step and equal weights at the end, to the last bit.
+"""A check that two runs are bitwise equal: the recipes, the losses at every step and the final weights.
 
-A run that was stopped and resumed, once or often, must equal one that never stopped.
+A run that was stopped and resumed, any number of times, must equal one that never stopped.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from bst_dist.config import differing
 from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.train.rundir import read_recipe
 
-# What is computed from the weights and the data, and so must be equal; times are not.
+# The metrics that depend only on the weights and the data, so they must be equal. Times may differ.
 COMPUTED = ("tokens", "loss_nats", "bits_per_byte", "gradient_norm", "learning_rate")
 
 
 @dataclass(frozen=True)
 class Equality:
-    """How two runs differ, under the names of the report."""
+    """The result of the check. The field names are those of the machine-readable report."""
 
     runs: tuple[str, str]
     passed: bool
@@ -32,22 +32,22 @@ class Equality:
     steps: int
     evaluations: int
     checkpoint: str
-    """Whose weights are compared."""
+    """The checkpoint whose weights are compared."""
     largest_difference: dict[str, float]
-    """Of each reported quantity over all steps, and of the weights."""
+    """Quantity -> largest difference over all steps; "weights" -> largest difference of any weight."""
 
 
 def equality(one: Path, other: Path) -> Equality:
     """Compare every step and the final weights of two runs.
 
-    Raises UserError when they have not taken the same steps, or have not ended in the same model.
+    Raises UserError if they have not taken the same steps, or if their newest checkpoints are at different steps.
     """
     recipe = differing(read_recipe(one), read_recipe(other))
     metrics: dict[str, float] = {}
     first, second = _lines(one), _lines(other)
     if odd := sorted(step for kind, step in first.keys() ^ second.keys() if kind == "train"):
         raise UserError(f"{one} and {other} have not taken the same steps: only one of them has step {odd[0]}")
-    common = first.keys() & second.keys()  # where a run was stopped there may be one evaluation more
+    common = first.keys() & second.keys()  # a run that was stopped may have an additional evaluation there
     for key in sorted(common):
         for name in (name for name in COMPUTED if name in first[key] or name in second[key]):
             difference = _distance(first[key].get(name, float("nan")), second[key].get(name, float("nan")))
@@ -68,7 +68,7 @@ def equality(one: Path, other: Path) -> Equality:
 
 
 def _lines(run_dir: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """Reports of a run by their kind (and split) and step."""
+    """Return the metrics lines of a run by (kind and split, step); raises UserError if there are none."""
     lines = read_lines(run_dir / FILE)
     if not lines:
         raise UserError(f"{run_dir}: no {FILE}, or nothing in it; has the run taken a step?")
@@ -76,7 +76,7 @@ def _lines(run_dir: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def _weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """Largest difference of any weight; infinite when they are not of the same model."""
+    """Return the largest difference of any weight; infinity if names or shapes differ."""
     shapes = [{name: tensor.shape for name, tensor in weights.items()} for weights in (one, other)]
     if shapes[0] != shapes[1]:
         return float("inf")
@@ -84,7 +84,7 @@ def _weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 
 def _distance(a: Any, b: Any) -> float:
-    """Largest absolute difference; infinite where only one is a number, zero where both are the same non-number."""
+    """Return the largest absolute difference. It is infinity if only one is NaN, and 0 for equal values and two NaN."""
     a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
     same = (a == b) | (a.isnan() & b.isnan())
     return float(torch.where(same, 0.0, (a - b).abs().nan_to_num(nan=torch.inf)).max())

@@ -1,6 +1,6 @@
-"""The figure of `bst compare --plot`: runs over the tokens they have seen and over the time they took.
+"""The figure of `bst compare --plot`: the losses of runs over tokens and over time.
 
-Below, how much each differs from the first in training on the same batches, and how fast it was.
+Below them are the difference of each run from the first one in training on the same batches, and the throughput.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INCHES = (6.75, 4.8)
 
 
 def draw(runs: Mapping[str, Outline]) -> Figure:
-    """The figure for runs by name; raises UserError when one has no training step with bits per byte."""
+    """Return the figure for runs by name; raises UserError for a run without training steps with bits per byte."""
     for one in runs.values():
         if not any(math.isfinite(line.get("bits_per_byte", math.nan)) for line in one.result.train):
             raise UserError(
@@ -54,14 +54,14 @@ def _loss(axes: Axes, one: Outline, where: np.ndarray, look: dict[str, str]) -> 
 
 
 def _unit(runs: Mapping[str, Outline]) -> tuple[str, float]:
-    """What the longest run's time is best told in."""
+    """Return the name and the seconds of a suitable time unit for the longest run."""
     longest = max(sum(line["step_time_s"] for line in one.result.train) for one in runs.values())
     return next((name, size) for name, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("s", 1.0))
                 if longest > 2 * size or size == 1.0)  # fmt: skip
 
 
 def _finish(tokens: Axes, time: Axes, difference: Axes, speed: Axes, unit: str) -> None:
-    """Labels and scales."""
+    """Set labels and scales."""
     tokens.set_ylabel("bits per byte")
     time.sharey(tokens)
     time.set_xlabel(f"time in training steps, {unit}")

@@ -1,4 +1,4 @@
-"""What a run directory says of its run, of whatever kind and length, without opening its model."""
+"""A summary of a run from the files in its directory, without loading its model. It works for any kind of run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bst_dist.study.statistics import Estimate
 from bst_dist.train.rundir import ENVIRONMENT, RECIPE, read_recipe
 
 LAST_STEPS = 20
-"""A run's training loss is the mean over so many of its last steps: one step's is mostly noise."""
+"""The training loss of a run is the mean over this many of its last steps, because a single step is mostly noise."""
 
 
 @dataclass(frozen=True)
@@ -36,57 +36,57 @@ class Scored:
 
 @dataclass(frozen=True)
 class Documents:
-    """What `bst eval` has made of a corpus's documents."""
+    """The results of `bst eval` on the documents of a corpus."""
 
     scored: Scored
     nats: list[float]
-    """Of each document; empty in reports that do not say."""
+    """Nats of each document; empty if the report does not contain them."""
     bytes: list[int]
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What a run has reached. None: its files do not say."""
+    """The results of a run. A value is None if the run's files do not contain it."""
 
     parameters: int | None
     ranks: int | None
     step: int
     tokens: int | None
     train_mean_of_last_steps: int | None
-    """How many steps the training figures are the mean of."""
+    """Number of steps that the training values are the mean of."""
     train_loss_nats: float | None
     train_bits_per_byte: float | None
     train_accuracy: float | None
     tokens_per_s: float | None
-    """The median step's."""
+    """Median over steps."""
     validation_step: int | None
     validation_loss_nats: float | None
     validation_bits_per_byte: float | None
     validation_accuracy: float | None
     peak_memory_bytes: int | None
     time_s: float | None
-    """In steps and evaluations."""
+    """Total time of steps and evaluations."""
     scored: dict[str, Scored] | None
-    """Whole documents, by corpus."""
+    """Corpus -> loss over whole documents."""
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What can be said of a run from its files; what they do not say is None."""
+    """The contents of a run's files. A value is None if the files do not contain it."""
 
     result: Result
     recipe: dict[str, Any]
-    """Every field by its dotted name, as the run has stored it."""
+    """Dotted name -> value of each field, as the run has stored it."""
     standing: Standing
     parameters: int | None
     ranks: int | None
-    """Of its last start."""
+    """Number of ranks at its last start."""
     documents: dict[str, Documents]
-    """What `bst eval` made of whole documents with its newest weights, by corpus; empty when no report lies in the run
-    directory."""
+    """Corpus -> results of `bst eval` on whole documents at the last step; empty if the run directory has no such
+    report."""
 
     def figures(self) -> Figures:
-        """What it has reached."""
+        """Return the results of the run."""
         result, last = self.result, self.result.train[-LAST_STEPS:]
         evaluated = result.evaluations[-1] if result.evaluations else {}
         return Figures(
@@ -101,10 +101,10 @@ class Outline:
 
 
 def outline(run_dir: Path) -> Outline:
-    """Read a run directory; raises UserError when it holds no run."""
+    """Read a run directory; raises UserError if it holds no run."""
     path = run_dir / RECIPE
     if not path.is_file():
-        read_recipe(run_dir)  # says so
+        read_recipe(run_dir)  # raises the UserError
     recipe, result = flat(read_settings(path)), read_result(run_dir)
     starts = json.loads((run_dir / ENVIRONMENT).read_text())["starts"] if (run_dir / ENVIRONMENT).exists() else [{}]
     where = standing(run_dir, result.step, recipe.get("train.steps"))
@@ -114,7 +114,7 @@ def outline(run_dir: Path) -> Outline:
 
 
 def _by_name(corpora: list[dict[str, Any]]) -> dict[str, Documents]:
-    """Entries of a report by the name of their corpus; by its whole path where two of them have one name."""
+    """Return the entries of a report by the name of their corpus, or by its path if two corpora have the same name."""
     names = [Path(str(of.get("corpus", "documents"))).name for of in corpora]
     return {
         name if names.count(name) == 1 else str(of.get("corpus")): _documents(of)
@@ -130,7 +130,10 @@ def _documents(of: dict[str, Any]) -> Documents:
 
 
 def _parameters(run_dir: Path) -> int | None:
-    """Those of the newest checkpoint; before there is one, of a language model's recipe, on tensors without storage."""
+    """Return the number of parameters: of the newest readable checkpoint, else of the recipe's language model.
+
+    The model is built on tensors without storage. None if the recipe cannot be read.
+    """
     for checkpoint in committed(run_dir):
         with suppress(UserError):
             return sum(map(math.prod, open_shards(checkpoint, WEIGHTS).shapes.values()))
@@ -143,9 +146,9 @@ def _parameters(run_dir: Path) -> int | None:
 
 
 def eval_report(run_dir: Path, step: int, averaged: bool = False) -> dict[str, Any] | None:
-    """The report of `bst eval` on the validation documents after `step` steps, the newest if there are several.
+    """Return the newest complete report of `bst eval` on the whole validation documents after `step` steps, or None.
 
-    Reports are looked for in the run directory and in its reports/. `averaged`: of the averaged weights.
+    Reports are searched in the run directory and in its reports/. `averaged`: a report on the averaged weights.
     """
     found: list[tuple[float, dict[str, Any]]] = []
     for path in (*run_dir.glob("*.json"), *(run_dir / REPORTS).glob("*.json")):
@@ -154,7 +157,7 @@ def eval_report(run_dir: Path, step: int, averaged: bool = False) -> dict[str, A
         except (OSError, ValueError):
             continue
         asked = {"command": "bst eval", "step": step, "split": "validation", "context_tokens": None}
-        whole = isinstance(report, dict) and report.get("passed") is not False  # not of an evaluation that was stopped
+        whole = isinstance(report, dict) and report.get("passed") is not False  # False: the evaluation was stopped
         alike = whole and asked.items() <= report.items() and bool(report.get("averaged")) == averaged
         if alike and report.get("corpora"):
             found.append((path.stat().st_mtime, report))
@@ -162,11 +165,11 @@ def eval_report(run_dir: Path, step: int, averaged: bool = False) -> dict[str, A
 
 
 def _of(middle: Any, lines: list[dict[str, Any]], key: str) -> float | None:
-    """A mean or median over the lines that have a value."""
+    """Return the mean or median over the lines that have a value; None if there is none."""
     values = [line[key] for line in lines if line.get(key) is not None]
     return _known(middle(values)) if values else None
 
 
 def _known(value: Any) -> Any:
-    """A value, or None where it is not a number."""
+    """Return the value, or None for NaN."""
     return value if value == value else None

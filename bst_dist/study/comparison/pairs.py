@@ -1,7 +1,7 @@
-"""Differences between two runs on the same text, whose own difficulty cancels in a difference.
+"""Differences between two runs on the same text. The difficulty of the text cancels in a difference.
 
-Two reports are of the same text when they are of as many tokens and of as many bytes: a step's loss in nats over its
-bits per byte is the bytes of its text, so no recipe needs to be believed.
+Two reports count as being about the same text if they have the same number of tokens and of bytes. The bytes follow
+from the report: loss in nats / bits per byte is proportional to the bytes per token. So the recipes are not needed.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from bst_dist.study.statistics import Estimate, mean, ratio
 
 @dataclass(frozen=True)
 class Differences:
-    """How much one run's losses are above another's on the same text. None: there is no text that both have read."""
+    """One run's losses minus another's on the same text. A value is None if the two have not read the same text."""
 
     train_difference_steps: tuple[int, int] | None
     """The first and the last step compared."""
     train_difference_nats: Estimate | None
-    """Per token, over the last steps that both took."""
+    """Nats per token, mean over the last steps that both took."""
     validation_difference_step: int | None
     """The last step after which both were evaluated."""
     validation_difference_nats: float | None
-    """Per token; without an error, since the metrics hold sums over sequences and not what each of them gave."""
+    """Nats per token. It has no error, because the metrics hold sums over sequences and no values per sequence."""
     scored_difference: dict[str, Scored] | None
-    """Whole documents, by corpus."""
+    """Corpus -> difference over whole documents."""
 
 
 def by_step(first: Outline, other: Outline) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The training steps at which both runs read the same text, in order; none when the order of their data differs.
+    """Return the training steps at which both runs read the same text, in order; none if their data orders differ.
 
-    Then some steps have as many bytes by chance, but never most of them.
+    With different orders some steps have the same number of bytes by chance, but never most of them.
     """
     lines = {line["step"]: line for line in first.result.train}
     both = [(lines[line["step"]], line) for line in other.result.train if line["step"] in lines]
@@ -44,7 +44,7 @@ def by_step(first: Outline, other: Outline) -> list[tuple[dict[str, Any], dict[s
 
 
 def differences(first: Outline, other: Outline) -> Differences:
-    """How much `other`'s loss is above the first's."""
+    """Return the losses of `other` minus those of `first`."""
     steps = by_step(first, other)[-LAST_STEPS:]
     found = {
         name: _by_document(first.documents[name], of) for name, of in other.documents.items() if name in first.documents
@@ -58,7 +58,7 @@ def differences(first: Outline, other: Outline) -> Differences:
 
 
 def _validation(first: Outline, other: Outline) -> tuple[int, float] | tuple[None, None]:
-    """The last step after which both were evaluated on the same text, and the difference there in nats per token."""
+    """Return the last step after which both were evaluated on the same text, and the difference in nats per token."""
     lines = {line["step"]: line for line in first.result.evaluations}
     for line in reversed(other.result.evaluations):
         before = lines.get(line["step"])
@@ -68,19 +68,19 @@ def _validation(first: Outline, other: Outline) -> tuple[int, float] | tuple[Non
 
 
 def _by_document(one: Documents, other: Documents) -> Estimate | None:
-    """The difference on the same documents in bits per byte, which are of the text, whatever the tokens are."""
+    """Return the difference in bits per byte on the same documents, valid for different tokenizers too; else None."""
     if not one.bytes or one.bytes != other.bytes:
         return None
     return ratio((np.array(other.nats) - np.array(one.nats)) / math.log(2), np.array(one.bytes))
 
 
 def same_text(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two reports are of the same number of tokens and of bytes."""
+    """Whether two reports have the same number of tokens and of bytes per token."""
     bytes_ = [_bytes(line) for line in (one, other)]
     return one.get("tokens") == other.get("tokens") and math.isclose(*bytes_, rel_tol=1e-9)
 
 
 def _bytes(line: dict[str, Any]) -> float:
-    """Bytes per token of a report's text, but for a factor; nan where the report does not say."""
+    """Return a number proportional to the bytes per token of a report's text; NaN if the report lacks the values."""
     nats, bits = line.get("loss_nats"), line.get("bits_per_byte")
     return nats / bits if nats and bits else math.nan

@@ -1,4 +1,4 @@
-"""Where a run stands, as its directory says."""
+"""The status of a run, from the files in its directory."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from bst_dist.faults.lease import BEAT_S, LEASE
 from bst_dist.train.rundir import read_outcome
 
 ALIVE_S = 6 * BEAT_S
-"""A start that has written its lease within so long is taken to live."""
+"""A run counts as alive if its lease was written within this time."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """One word for machines and a line for people."""
+    """The status of a run as a keyword, and as a line for the terminal."""
 
     status: str
-    """finished, running, stopped, diverged, or broken off."""
+    """"finished", "running", "stopped", "diverged" or "broken off"."""
     text: str
 
 
 def standing(run_dir: Path, step: int, steps: int | None) -> Standing:
-    """Where a run stands that has taken `step` of `steps` steps (None: its recipe does not say how many)."""
+    """Return the status of a run that has taken `step` of `steps` steps (None: not known from its recipe)."""
     reached = f"step {step:,}" + ("" if steps is None else f" of {steps:,}")
     outcome = read_outcome(run_dir)
-    if outcome is None:  # the start under way has not come to its end, or never will
+    if outcome is None:  # the last start is still running, or was killed
         if _beats(run_dir):
             return Standing("running", f"running, {reached}")
         return Standing("broken off", f"interrupted after {reached}: killed or failed" if step else "no step yet")
@@ -39,8 +39,10 @@ def standing(run_dir: Path, step: int, steps: int | None) -> Standing:
 
 
 def _beats(run_dir: Path) -> bool:
-    """Whether a start has said lately that it trains here, in a file that is opened, because a network file system may
-    tell an old time otherwise."""
+    """Whether a lease file of the run was written recently and is not released.
+
+    The file is opened before its time is read, because a network file system may otherwise return a cached time.
+    """
     for path in (run_dir / LEASE).glob("epoch-*.json"):
         try:
             with path.open() as file:

@@ -1,1 +1,1 @@
-"""Questions to one trained run: its loss on documents, text from its model."""
+"""Evaluation of one trained run: loss on documents, synthetic tasks, pass keys, and generated text."""

@@ -2,9 +2,9 @@
 
     bst baselines corpora/stdlib
 
-The byte model is trained on the training text and codes the validation text document by document, including the end of
-each, so its bits per byte are comparable with a language model's. xz sees only the validation text, as one stream: it
-has learnt nothing in advance but can look back over all earlier text.
+The byte model is trained on the training text. It codes the validation text document by document and includes the end
+of each document, so its bits per byte are comparable with those of a language model. xz sees only the validation text,
+as one stream: it is not trained in advance but can refer to all earlier text.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from bst_dist.study.statistics import Estimate, ratio
 from data_pipeline.serve.reader import Corpus
 
 END = 256
-"""The symbol after a document's last byte, and what stands before its first."""
+"""The symbol after the last byte of a document and before its first byte."""
 SYMBOLS = 257
 _BATCH = 1 << 22  # symbols counted or coded at a time
 
 
 class Order2:
-    """Bytes predicted from the two before each, smoothed by interpolation with shorter contexts.
+    """A model that predicts each byte from the two bytes before it, smoothed by interpolation with shorter contexts.
 
-    Witten and Bell 1991 (method C of PPM): ``p(b | c) = (n(c, b) + t(c) p(b | shorter c)) / (n(c) + t(c))``, n counts
-    and t the number of different symbols seen after c; below order 0 stands the uniform distribution.
+    Witten and Bell 1991 (method C of PPM): ``p(b | c) = (n(c, b) + t(c) p(b | shorter c)) / (n(c) + t(c))``. n are
+    counts, t is the number of different symbols seen after c. Order 0 is interpolated with the uniform distribution.
     """
 
     def __init__(self, documents: Iterable[bytes]):
-        """Count the symbols of training documents; holds 257^3 counts, about 140 MB."""
+        """Count the symbols of the training documents. The 257^3 counts take about 140 MB."""
         self.counts = np.zeros((SYMBOLS, SYMBOLS, SYMBOLS), np.int64)
         for codes in _batched(_codes(text) for text in documents):
             self.counts += np.bincount(codes, minlength=SYMBOLS**3).reshape(self.counts.shape)
@@ -48,7 +48,7 @@ class Order2:
         self._kinds = (self.counts > 0).sum(-1)
 
     def bits(self, text: bytes) -> float:
-        """Bits of one document and its end."""
+        """Return the code length of one document and its end symbol in bits."""
         c2, c1, b = np.unravel_index(_codes(text), self.counts.shape)
         seen, kinds = self._seen[c2, c1], self._kinds[c2, c1]
         mixed = (self.counts[c2, c1, b] + kinds * self._order1[c1, b]) / np.maximum(seen + kinds, 1)
@@ -56,20 +56,20 @@ class Order2:
 
 
 def _interpolate(counts: np.ndarray, shorter: np.ndarray) -> np.ndarray:
-    """Probabilities (c, b) from counts (c, b) and those of the shorter context, (1 or c, b)."""
+    """Return probabilities (c, b) from counts (c, b) and the probabilities of the shorter context, (1 or c, b)."""
     seen, kinds = counts.sum(-1, keepdims=True), (counts > 0).sum(-1, keepdims=True)
     return np.where(seen > 0, (counts + kinds * shorter) / np.maximum(seen + kinds, 1), shorter)
 
 
 def _codes(text: bytes) -> np.ndarray:
-    """Each symbol of a document with the two before it, as one number; (n + 1,)."""
+    """Return, for each symbol of a document of n bytes, one number for it and the two symbols before it; (n + 1,)."""
     symbols = np.full(len(text) + 3, END, np.int64)
     symbols[2:-1] = np.frombuffer(text, np.uint8)
     return (symbols[:-2] * SYMBOLS + symbols[1:-1]) * SYMBOLS + symbols[2:]
 
 
 def _batched(arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Arrays joined until they hold _BATCH numbers: counting has a fixed cost a call."""
+    """Yield the arrays concatenated into batches of about _BATCH numbers, because each count has a fixed cost."""
     held, size = [], 0
     for array in arrays:
         held.append(array)
@@ -82,20 +82,20 @@ def _batched(arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def xz_bytes(documents: Iterable[bytes]) -> int:
-    """Size of `xz -9` of the documents one after another (preset 9, not extreme; needs 674 MiB)."""
+    """Return the size of the concatenated documents compressed by `xz -9` (not extreme; needs 674 MiB of memory)."""
     compressor = lzma.LZMACompressor(preset=9)
     return sum(len(compressor.compress(text)) for text in documents) + len(compressor.flush())
 
 
 def texts(corpus: Corpus) -> Iterator[bytes]:
-    """The UTF-8 text of every document of an open corpus's split, got back exactly from its tokens."""
+    """Yield the UTF-8 text of every document of a corpus split, decoded without loss from its tokens."""
     tokenizer = corpus.tokenizer()
     for document in range(len(corpus)):
         yield tokenizer.decode(corpus.document(document)).encode()
 
 
 def order2_bits_per_byte(training: Iterable[bytes], held_out: list[bytes]) -> Estimate:
-    """Bits per byte of held-out documents under the byte model of the training documents."""
+    """Return bits per byte of held-out documents under the byte model of the training documents."""
     model = Order2(training)
     return ratio(np.array([model.bits(text) for text in held_out]), np.array([len(text) for text in held_out]))
 

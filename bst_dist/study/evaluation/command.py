@@ -53,9 +53,9 @@ OPTIONS = {
     "harness_tasks": (HARNESS,), "limit": (HARNESS,), "fewshot": (HARNESS,),
     "rows": (SYNTHETIC, NEEDLE), "length": (SYNTHETIC,), "batch_size": (DOCUMENTS, LENGTHS), "ranks": (DOCUMENTS,),
 }  # fmt: skip
-"""Which evaluations an option belongs to."""
+"""Option -> the evaluations that it applies to."""
 FILES = {DOCUMENTS: "documents", LENGTHS: "lengths", HARNESS: "harness", SYNTHETIC: "synthetic", NEEDLE: "needle"}
-"""What the report of each is called in the run directory."""
+"""Evaluation -> its part of the report's file name in the run directory."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     form = _form(args)
     report = _evaluate(args, form)
-    if report is None or args.ranks:  # the first of several processes keeps it
+    if report is None or args.ranks:  # of several processes, the first one saves it
         return report
     path = args.run / REPORTS / _file_name(args, form, report)
     try:
@@ -110,7 +110,10 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _file_name(args: argparse.Namespace, form: str, report: dict[str, Any]) -> str:
-    """One name for one question: asked again, it replaces its report; another one does not, nor a part of an answer."""
+    """Return the file name of the report, which contains the options.
+
+    A repeated evaluation replaces its report. Another evaluation, or one that was stopped, has another name.
+    """
     asked = [
         args.split,
         FILES[form],
@@ -142,7 +145,7 @@ def _evaluate(args: argparse.Namespace, form: str) -> dict[str, Any] | None:
 
 
 def _form(args: argparse.Namespace) -> str:
-    """Which evaluation is asked for; raises UserError for two at once, or an option of another one."""
+    """Return the requested evaluation; raises UserError for two evaluations, or an option that does not apply."""
     asked = {LENGTHS: args.lengths, HARNESS: args.harness, NEEDLE: args.needle is not None}
     forms = [form for form, given in asked.items() if given] or [DOCUMENTS]
     if len(forms) > 1:

@@ -1,4 +1,4 @@
-"""The text that a run is evaluated on: the corpora of its recipe or another one, in the tokens it was trained on."""
+"""The text that a run is evaluated on: the corpora of its recipe or another one, with the run's tokenizer."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from data_pipeline.serve.reader import Corpus, NoCorpusError
 
 
 def open_text(trained: Trained, split: str, corpus: str | None = None) -> list[Corpus]:
-    """A split of the corpus given, or of those that the run was trained on.
+    """Open a split of the given corpus, or by default of the corpora that the run was trained on.
 
-    Raises OtherTokenizerError when their tokens are not the run's, UserError when they cannot be read.
+    Raises OtherTokenizerError if a corpus has another tokenizer, UserError if it cannot be read.
     """
     return text_of(trained.run_dir, trained.recipe, split, corpus)
 
 
 def text_of(run_dir: Path, recipe: Recipe, split: str, corpus: str | None = None) -> list[Corpus]:
-    """The same, before the run's model is made."""
+    """Do the same as `open_text`, without the run's model."""
     require_text(run_dir, recipe)
     data = recipe.data
     if corpus is not None:

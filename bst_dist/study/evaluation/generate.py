@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _typed() -> Iterator[Prompt]:
-    """The lines that a person types, up to an empty one or the end of the input."""
+    """Yield the lines typed, until an empty line or the end of the input."""
     while True:
         try:
             line = input("prompt> " if sys.stdin.isatty() else "")
@@ -96,7 +96,7 @@ def _typed() -> Iterator[Prompt]:
 
 
 def _say_how(texts: Sequence[_Text], seconds: float) -> None:
-    """How many tokens were generated, what ended the text, and the speed, where it disturbs no output."""
+    """Print the number of tokens, what ended the text, and the speed, on stderr so that stdout has only the texts."""
     drawn = sum(text.tokens for text in texts)
     how = f"ended by: {texts[0].ended_by}" if len(texts) == 1 else f"{len(texts)} texts"
     print(f"[{drawn} tokens; {how}; {drawn / seconds:,.0f} tokens/s]", file=sys.stderr)
@@ -104,7 +104,7 @@ def _say_how(texts: Sequence[_Text], seconds: float) -> None:
 
 @dataclass
 class _Text:
-    """One continuation."""
+    """One continuation of a prompt."""
 
     prompt: str
     sample: int
@@ -120,7 +120,7 @@ class _Text:
 
 @dataclass(frozen=True)
 class _Writer:
-    """Continues prompts until something ends each text."""
+    """Continues prompts until each text ends."""
 
     trained: Trained
     tokenizer: Tokenizer
@@ -130,7 +130,7 @@ class _Writer:
     args: argparse.Namespace
 
     def write(self, samples: Sequence[tuple[int, int]], show: Callable[[str], object] | None = None) -> list[_Text]:
-        """Samples (number of the prompt, number of the sample), drawn together; `show` is told of text as it comes."""
+        """Generate the `samples` (prompt index, sample index) in one batch; `show` gets each piece of text at once."""
         texts = {(prompt, sample): self._begun(prompt, sample, show) for prompt, sample in samples}
         prompts = {prompt: self.ids[prompt] for prompt, _ in samples}
         never = without_text(self.trained.model.config.vocab_size, self.tokenizer)
@@ -153,7 +153,7 @@ class _Writer:
         return _Text(self.prompts[prompt].text, sample, TextStream(write, self.args.stop), pieces)
 
     def _take(self, text: _Text, token: int) -> None:
-        """One more token of a text; what ended it, if that did."""
+        """Add a token to a text, and set `ended_by` if it ends the text."""
         text.tokens += 1
         if token == self.tokenizer.eos_id:
             text.ended_by = "end of the document"
@@ -170,7 +170,7 @@ class _Writer:
 
 
 def _stream(writer: _Writer) -> list[_Text]:
-    """One continuation, shown as it comes."""
+    """Generate one continuation and print it while it is generated."""
     _show(writer.prompts[0].text)
     texts = writer.write([(0, 0)], _show)
     _show("\n")
@@ -178,7 +178,7 @@ def _stream(writer: _Writer) -> list[_Text]:
 
 
 def _lines(writer: _Writer) -> list[_Text]:
-    """All continuations of all prompts, written as JSON in the order of the prompts."""
+    """Generate all continuations of all prompts and print them as JSON lines, in the order of the prompts."""
     args, texts = writer.args, []
     samples = [(prompt, sample) for prompt in range(len(writer.prompts)) for sample in range(args.samples)]
     for first in range(0, len(samples), args.batch):

@@ -1,4 +1,4 @@
-"""The most memory that something has held while it ran."""
+"""Peak memory of a piece of code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _RESET_PEAK = "5"
 
 
 class PeakMemory:
-    """Counts from its making on: the accelerator's allocations, or the resident memory of the whole process."""
+    """Peak since its creation: of the accelerator's allocations, or on a CPU of the process's resident memory."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -22,14 +22,14 @@ class PeakMemory:
             torch.accelerator.reset_peak_memory_stats(device)
 
     def bytes(self) -> int | None:
-        """The most so far; None where the system does not tell."""
+        """Return the peak so far; None if the system does not provide it."""
         if self._device.type != "cpu":
             return torch.accelerator.max_memory_allocated(self._device)
         return _resident_peak() if self._known else None
 
 
 def _reset_resident() -> bool:
-    """Begin to count anew (Linux, proc(5)); whether that could be done."""
+    """Reset the peak of the resident memory (Linux, proc(5)); return whether this was possible."""
     try:
         _CLEAR.write_text(_RESET_PEAK)
     except OSError:

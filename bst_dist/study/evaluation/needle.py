@@ -1,9 +1,9 @@
-"""`bst eval --needle`: does a model of text find a pass key again that stood far back in a text?
+"""`bst eval --needle`: whether a language model retrieves a pass key that appeared far back in a text.
 
-As in Landmark Attention (arXiv 2305.16300, section 4.2), but in the text that the model knows: a row is a piece of the
-validation text with a sentence in it that names a pass key of random digits, and at its end the same words again, whose
-next tokens are the key. No text is generated: the key counts as found when each of its tokens has the highest logit,
-given the tokens before it. Rows without the sentence say what a guess is worth.
+The task is that of Landmark Attention (arXiv 2305.16300, section 4.2), but with validation text as the filler. A row is
+a piece of this text with a sentence in it that gives a pass key of random digits. A question at the end of the row asks
+for the key. No text is generated: the key counts as found if each of its tokens has the highest logit, given the tokens
+before it. Rows without the sentence show the result of guessing.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from data_pipeline.format.tokenizer import Tokenizer
 from data_pipeline.serve.reader import Corpus
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Where the sentence stands: 0 at the beginning of the row, 1 directly before the question."""
+"""Positions of the sentence: 0 at the beginning of the row, 1 directly before the question."""
 ROWS, DIGITS = 32, 5
 SENTENCE = "\nThe pass key is {key}. Remember it.\n"
 QUESTION = "\nWhat is the pass key? The pass key is {key}"
 
 
 class Needle(NamedTuple):
-    """One row: tokens, and which of them are the key that is asked for."""
+    """One row: its tokens, and the position of the answer."""
 
     tokens: np.ndarray
     """(L,)"""
     first: int
-    """Where the key that is asked for begins; it goes to the end."""
+    """Index of the first token of the answer, the key. The answer ends with the row."""
     distance: int
-    """Tokens from there back to the key in the sentence; 0 in a row without it."""
+    """Number of tokens from the key in the sentence to the answer; 0 in a row without the sentence."""
 
 
 class Batch(NamedTuple):
-    """Rows as `read_rows` takes them; (b, l) each."""
+    """Rows for `read_rows`; each array is (b, l)."""
 
     input_ids: np.ndarray
     labels: np.ndarray
@@ -52,14 +52,17 @@ class Batch(NamedTuple):
 
 
 class Texts:
-    """Where the rows come from: a corpus joined to one text, and the tokenizer."""
+    """Makes the rows from the corpora and their tokenizer."""
 
     def __init__(self, corpora: Sequence[Corpus], tokenizer: Tokenizer, seed: int = 0) -> None:
         self.corpora, self.tokenizer, self.seed = corpora, tokenizer, seed
 
     def row(self, number: int, length: int, depth: float | None) -> Needle:
-        """Row `number` of `length` tokens; `depth` None: without the sentence. The key and the text around it depend on
-        the number and the length alone. Raises UserError when sentence and question do not fit."""
+        """Return row `number` of `length` tokens, with the sentence at `depth`, or without it if `depth` is None.
+
+        The key and the start of the text depend only on the seed, the number and the length. Raises UserError if the
+        sentence and the question do not fit.
+        """
         draws = np.random.default_rng([self.seed, number, length])
         key = "".join(map(str, draws.integers(0, 10, DIGITS)))
         question, asked = self._with_key(QUESTION, key)
@@ -75,7 +78,7 @@ class Texts:
         return Needle(tokens, first, 0 if depth is None else first - before - told)
 
     def _with_key(self, template: str, key: str) -> tuple[np.ndarray, int]:
-        """The tokens, and the place of the first one that the key has a part in."""
+        """Return the tokens of the template with the key, and the index of the first token with part of the key."""
         whole = self.tokenizer.encode(template.format(key=key))
         without = self.tokenizer.encode(template.partition("{key}")[0])
         same = min(len(whole), len(without))
@@ -83,7 +86,7 @@ class Texts:
         return whole, int(differing[0]) if len(differing) else same
 
     def _hay(self, draws: np.random.Generator, tokens: int) -> np.ndarray:
-        """A run of text from a random place, continuing with the next documents; the corpus over again at its end."""
+        """Return text from a random position, continued with the next documents; the first follows after the last."""
         corpus = self.corpora[int(draws.integers(len(self.corpora)))]
         document = int(draws.choice(len(corpus), p=corpus.lengths / corpus.lengths.sum()))
         start, parts, left = int(draws.integers(corpus.lengths[document])), [], tokens
@@ -96,7 +99,7 @@ class Texts:
 
 
 def batches(rows: Sequence[Needle], begin: int | None, block: int) -> Iterator[Batch]:
-    """Rows of one length in batches for one forward pass each, padded to whole blocks; `begin` stands before them."""
+    """Yield rows of one length in batches for one forward pass each, padded to whole blocks, each after `begin`."""
     length = len(rows[0].tokens)
     padded = -(-length // block) * block
     for at in range(0, len(rows), max(1, TOKENS_AT_ONCE // padded)):
@@ -114,23 +117,23 @@ def batches(rows: Sequence[Needle], begin: int | None, block: int) -> Iterator[B
 
 @dataclass(frozen=True)
 class Place:
-    """What a model makes of rows of one length with the sentence at one depth; errors are over rows."""
+    """Results on rows of one length with the sentence at one depth; errors are over rows."""
 
     length: int
     depth: float | None
     """None: rows without the sentence."""
     rows: int
     distance: float
-    """Mean of the rows, in tokens."""
+    """Mean over the rows, in tokens."""
     keys: Estimate
-    """Share of the keys that are found, each of their tokens with the highest logit."""
+    """Share of the keys of which every token has the highest logit."""
     tokens: Estimate
-    """Share of the keys' tokens that have it."""
+    """Share of the keys' tokens that have the highest logit."""
     loss: Estimate
     """Nats per token of the keys."""
 
     def report(self) -> dict[str, Any]:
-        """For machines."""
+        """Return the machine-readable report."""
         return {
             "length_tokens": self.length, "depth": self.depth, "rows": self.rows, "distance_tokens": self.distance,
             **self.keys.report("keys"), **self.tokens.report("tokens"), **self.loss.report("loss_nats"),
@@ -140,7 +143,7 @@ class Place:
 def read(
     model: Any, rows: Sequence[Needle], begin: int | None, slice_length: int, precision: str, depth: float | None
 ) -> Place:
-    """Read rows of one length, all with the sentence at `depth`."""
+    """Evaluate rows of one length, all with the sentence at `depth`."""
     tokens, correct, nats = [], [], []
     for batch in batches(rows, begin, model.config.block):
         right, cost = read_rows(model, batch, slice_length, precision)

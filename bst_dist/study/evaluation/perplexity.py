@@ -1,4 +1,4 @@
-"""`bst eval` without another form: loss, perplexity and bits per byte of a run's model on whole documents."""
+"""The default evaluation of `bst eval`: loss, perplexity and bits per byte of a run's model on whole documents."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def evaluate(
     trained: Trained, corpus: Corpus, context: int | None, rows: int | None, readers: Readers,
     stopped: Callable[[], bool],
 ) -> tuple[Score, np.ndarray]:  # fmt: skip
-    """Score a split, saying how far it is; returns what all readers have found, and (n,) which documents are whole."""
+    """Score a split with a progress display. Return all readers' scores, and a mask (n,) of finished documents."""
     recipe = trained.recipe
     length, share = recipe.train.sequence_length, corpus.tokens_total / readers.world
     with stages(Console(quiet=not readers.first)) as report:
@@ -47,7 +47,7 @@ def evaluate(
 
 
 def require_sizes(recipe: Recipe, context: int | None = None, rows: int | None = None) -> None:
-    """Raise UserError for a context that is no whole blocks, or no row at all."""
+    """Raise UserError for a context that is not a multiple of the block, or a batch size below 1."""
     block = recipe.model.block
     if context is not None and (context < 1 or context % block):
         raise UserError(f"--context {context} is not a multiple of the model's block, {block}")
@@ -56,14 +56,14 @@ def require_sizes(recipe: Recipe, context: int | None = None, rows: int | None =
 
 
 def words_of(corpus: Corpus, documents: np.ndarray) -> np.ndarray:
-    """(n,) words of documents' text, as PG-19 counts them: what white space separates (arXiv 1911.05507)."""
+    """Return the number of words (n,) of each document, separated by white space as in PG-19 (arXiv 1911.05507)."""
     tokenizer = corpus.tokenizer()
     return np.array([len(tokenizer.decode(corpus.document(number)).split()) for number in documents.tolist()])
 
 
 @dataclass(frozen=True)
 class OfCorpus:
-    """What the model makes of those documents of one corpus that were read to their end; errors are over documents."""
+    """Results on the documents of one corpus that were read to their end; errors are over documents."""
 
     corpus: str
     scored: Score
@@ -75,12 +75,12 @@ class OfCorpus:
     word_perplexity: Estimate
     bits_per_byte: Estimate
     held: int
-    """Documents of the split."""
+    """Number of documents in the split."""
     time_s: float
 
     @classmethod
     def of(cls, corpus: str, scored: Score, words: np.ndarray, held: int, time_s: float) -> OfCorpus:
-        """`words` (n,) of the text of each document that is in `scored`."""
+        """Compute the results; `words` (n,) is the number of words of each document in `scored`."""
         loss = ratio(scored.nats, scored.tokens)
         by_word = exponential(ratio(scored.nats, words)) if words.sum() else Estimate(math.nan, None)
         bits = ratio(scored.nats / np.log(2), scored.bytes)
@@ -99,7 +99,7 @@ class OfCorpus:
         return int(self.scored.bytes.sum())
 
     def report(self) -> dict[str, Any]:
-        """For machines; the last two entries are for `bst compare`, which pairs runs by document."""
+        """Return the machine-readable report. `bst compare` pairs runs by document with the last two entries."""
         return {
             "corpus": self.corpus,
             "documents": self.documents,
@@ -118,12 +118,12 @@ class OfCorpus:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Evaluate; None in all processes but the first of several."""
+    """Run the evaluation. Return the report; None in all processes except the first."""
     recipe = read_recipe(args.run)
     require_sizes(recipe, args.context, args.batch_size)
     if args.ranks:
         require_language_model(args.run, recipe)
-        text_of(args.run, recipe, args.split, args.corpus)  # so that what is wrong is said once
+        text_of(args.run, recipe, args.split, args.corpus)  # so that an error is reported once, not by every process
         if "RANK" in os.environ:
             raise UserError("--ranks starts processes of its own, and a launcher has started this one (RANK is set)")
         return start(_options(args), args.ranks)
@@ -162,7 +162,7 @@ def _report(
 
 
 def _options(args: argparse.Namespace) -> list[str]:
-    """What the processes of --ranks are given, as on the command line."""
+    """Return the command-line arguments for the processes of --ranks."""
     names = ("corpus", "checkpoint", "context", "batch_size", "precision")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     options = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -170,7 +170,7 @@ def _options(args: argparse.Namespace) -> list[str]:
 
 
 def _context(model: ModelConfig, tokens: int | None) -> str:
-    """What each token is predicted from: `tokens` at most, None for all before it in its document."""
+    """Describe the context of each prediction: at most `tokens` tokens, or for None the whole document before it."""
     seen = f"context {tokens:,} tokens" if tokens else "context the whole document"
     filtered = filter_length(model)
     if filtered and (tokens is None or tokens > filtered):
@@ -179,7 +179,7 @@ def _context(model: ModelConfig, tokens: int | None) -> str:
 
 
 def _documents(found: OfCorpus) -> str:
-    """How many were read; when not all, which."""
+    """Describe how many documents were read, and after a stop which ones."""
     read, held = found.documents, found.held
     return f"{read:,} documents" if read == held else f"stopped: only {read:,} of {held:,} documents, the longest first"
 

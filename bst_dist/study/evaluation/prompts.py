@@ -1,4 +1,4 @@
-"""Prompts as a model is given them: from a file, and as tokens."""
+"""Prompts: reading them from a file, and encoding them as tokens."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from data_pipeline.format.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and where it came from."""
+    """A prompt and its origin, for error messages."""
 
     text: str
     where: str
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file (-: of standard input), one per line; in .jsonl a JSON string or an object with a "prompt".
+    """Read prompts from a file (-: standard input), one per line. A .jsonl has a string or an object with "prompt".
 
-    Raises UserError for a file that cannot be read, a line that is neither, and a file without prompts.
+    Raises UserError for a file that cannot be read, a .jsonl line that is neither, and a file without prompts.
     """
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
@@ -43,12 +43,15 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def begin_token(recipe: Recipe, tokenizer: Tokenizer) -> list[int]:
-    """What stands before a document's first token: the end of another one, unless documents did not see each other."""
+    """Return the token before a document's first token: the end of another document; none if these were not visible."""
     return [] if recipe.data.documents != "joined" else [tokenizer.eos_id]
 
 
 def encode(recipe: Recipe, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """The tokens of a document that begins with the prompt; raises UserError when there are none."""
+    """Return the tokens of a document that begins with the prompt.
+
+    Raises UserError if there are no tokens, or if the prompt is not Unicode text.
+    """
     begin = begin_token(recipe, tokenizer)
     if not prompt.text and not begin:
         kind = recipe.data.documents

@@ -1,7 +1,7 @@
-"""The processes that share one evaluation: each reads some of the documents with a model of its own.
+"""The processes that share one evaluation. Each reads some of the documents with its own copy of the model.
 
-A launcher that tells its processes who they are starts them (`torchrun --no-python bst eval RUN`), or `bst eval
---ranks N` does on this machine. Nothing crosses between them but the sums of each document, at the end, over gloo.
+A launcher that sets RANK and the related variables starts them (`torchrun --no-python bst eval RUN`), or `bst eval
+--ranks N` on this machine. They communicate only at the end: an all-reduce of the sums by document, over gloo.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from bst_dist.cluster.processes import Share
 from bst_dist.parallel.ranks import own_device
 
 LIMIT = timedelta(days=7)
-"""How long one may wait for the slowest; that all still live is the launcher's to see."""
+"""Timeout of the process group, long enough for the slowest reader. The launcher detects processes that died."""
 NOTICE = "bst eval: told to stop ({}): the ranks report what they have read; a second Ctrl-C ends them at once"
 PROGRAM = (sys.executable, "-m", "bst_dist", "eval")
-"""What every reader runs."""
+"""The command of every reader."""
 INSTEAD = (
     "use --ranks N, `torchrun --no-python bst eval ...`, or give each process RANK, WORLD_SIZE, LOCAL_RANK, "
     "MASTER_ADDR and MASTER_PORT"
@@ -45,18 +45,18 @@ class ReadersError(UserError):
 
 @dataclass(frozen=True)
 class Readers:
-    """This process among those that share the evaluation."""
+    """The rank of this process among the readers of an evaluation, and their number."""
 
     rank: int = 0
     world: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that prints and writes for all."""
+        """Whether this is the process that prints and writes the results."""
         return self.rank == 0
 
     def sums(self, *arrays: np.ndarray) -> list[np.ndarray]:
-        """Element by element over all readers, in float64: counts stay exact."""
+        """Return the elementwise sums over all readers. They are computed in float64, so that counts stay exact."""
         if self.world == 1:
             return list(arrays)
         totals = torch.from_numpy(np.stack([array.astype(np.float64) for array in arrays]))
@@ -66,11 +66,11 @@ class Readers:
 
 @contextmanager
 def joined() -> Iterator[Readers]:
-    """This process among those that its launcher has started, on a device of its own; alone where there is none.
+    """Join the process group of the launcher, each process with its own device; without a launcher, read alone.
 
-    The process group is left at the end, after an error too: one of gloo's threads that still holds a tensor when the
-    interpreter ends aborts the process. Raises UserError for several copies that were not told who they are: each
-    would read all of the text.
+    The process group is destroyed at the end, also after an error: a gloo thread that still holds a tensor when the
+    interpreter ends aborts the process. Raises UserError if several copies run without RANK, because each would read
+    all of the text.
     """
     if "RANK" not in os.environ:
         require_alone("evaluate all of the text", INSTEAD)
@@ -86,9 +86,9 @@ def joined() -> Iterator[Readers]:
 
 
 def start(options: Sequence[str], ranks: int) -> dict[str, Any]:
-    """What `bst eval` with these options reports, read by so many processes of this machine.
+    """Run `bst eval` with these options in `ranks` processes on this machine, and return its report.
 
-    A Ctrl-C is passed on to them. Raises ReadersError when one has failed.
+    A Ctrl-C is passed on to the processes. Raises ReadersError if there is no report because a process failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "report.json"

@@ -1,7 +1,7 @@
 """The loss of whole documents, streamed through a model slice by slice with its carried state.
 
-Memory does not grow with a document's length: what crosses from slice to slice is the model's own state. Documents
-of similar length share a batch; a row that has come to its end leaves it.
+Memory does not grow with the length of a document: only the model's state passes from slice to slice. Documents of
+similar length share a batch, and a finished row leaves its batch.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.sequence.past import EarlierCall, State
 
 TOKENS_AT_ONCE = 16_384
-"""Tokens of one forward pass, over all rows of its batch."""
+"""Maximum number of tokens per forward pass, over all rows of its batch, unless `rows` is given."""
 
 
 def filter_length(model: ModelConfig) -> int | None:
-    """Inputs that an unstructured kernel of the model sees at most; None where no layer has one, so nothing is cut."""
+    """Return the length of the model's unstructured kernel, in inputs; None if no layer has one."""
     reads_ssm = any("ssm" in MIXER_SECTIONS[mixer] for mixer in model.mixers())
     return model.ssm.length if reads_ssm and isinstance(model.ssm, FilterConfig) else None
 
 
 class Documents(Protocol):
-    """What is read of a corpus: `data_pipeline.serve.reader.Corpus` is one."""
+    """The part of a corpus that is used here. `data_pipeline.serve.reader.Corpus` implements it."""
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Tokens ``start..stop`` of a document."""
+        """Return tokens ``start:stop`` of a document."""
 
 
 class Stream(NamedTuple):
-    """A run of tokens to predict in turn; the first of them is predicted with nothing before its input token."""
+    """Consecutive tokens to predict. For the first of them the context is only the one token before it."""
 
     document: int
     start: int
@@ -46,36 +46,36 @@ class Stream(NamedTuple):
 
 
 class ScoredSlice(NamedTuple):
-    """What one forward pass has found: b streams that run in step, l tokens of each from `offset` on."""
+    """The result of one forward pass over l tokens from `offset` on of each of b streams."""
 
     streams: list[Stream]
     """(b,)"""
     offset: int
-    """Tokens of each stream before the slice."""
+    """Number of tokens of each stream before the slice."""
     labels: np.ndarray
-    """(b, l) int64, the tokens predicted; -1 where a stream has come to its end."""
+    """(b, l) int64, the predicted tokens; -1 after the end of a stream."""
     nats: np.ndarray
-    """(b, l) float64, what each cost; 0 there."""
+    """(b, l) float64, the loss of each token; 0 after the end of a stream."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What each document costs under a model; all (n,)."""
+    """Sums for each document under a model; all (n,)."""
 
     nats: np.ndarray
-    """Negative log-likelihood."""
+    """Negative log-likelihood in nats."""
     tokens: np.ndarray
-    """Tokens predicted, the end of the document among them."""
+    """Number of predicted tokens, including the end of the document."""
     bytes: np.ndarray
-    """UTF-8 bytes of the text that these tokens stand for."""
+    """Number of UTF-8 bytes of the text of these tokens."""
 
     def of(self, documents: np.ndarray) -> Score:
-        """Some of the documents: (n,) bool."""
+        """Return the scores of the documents selected by a mask (n,) bool."""
         return Score(self.nats[documents], self.tokens[documents], self.bytes[documents])
 
 
 def streams(lengths: np.ndarray, context: int | None, first: int) -> list[Stream]:
-    """Every document from token `first` on, whole, or in pieces of `context` tokens that forget what came before."""
+    """Return each document from token `first` on as one stream, or as independent streams of `context` tokens."""
     found = []
     for document, length in enumerate(np.asarray(lengths).tolist()):
         step = context or max(1, length)
@@ -99,27 +99,29 @@ def score(
     progress: Callable[[int], None] = lambda tokens: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Score:
-    """Score documents 0 to n-1, or this reader's share of them: the sums of all `parts` readers are the whole.
+    """Score documents 0 to n-1, or one reader's share of them. Documents of other readers have sums of 0.
 
     Args:
-        model: on the device where it is to run.
-        corpus: gives the documents' tokens.
-        lengths: (n,) tokens of each document, the end symbol included.
+        model: the model, on the device where it is to run.
+        corpus: the source of the documents' tokens.
+        lengths: (n,) tokens of each document to score, from its beginning.
         token_bytes: (V,) bytes of text of each id.
-        begin: the token that stands before a document's first, the end of another one. None for a model of isolated
-            or masked documents, which never sees one there: the first token is charged ``ln V``, a uniform guess.
-        context: tokens after which the model forgets, a multiple of the block; None: the whole document is seen.
-        slice_length: tokens of a forward pass in one row, a multiple of the block.
+        begin: the token before a document's first token, which is the end of another document. None for a model of
+            isolated or masked documents, which has never seen such a token: the first token then costs ``ln V``, a
+            uniform guess.
+        context: number of tokens after which the model forgets, a multiple of the block; None: no limit.
+        slice_length: tokens per row and forward pass, a multiple of the block.
         precision: fp32, or bf16 for autocast.
-        rows: documents of a forward pass at most; None: as many as TOKENS_AT_ONCE allow.
-        part: which of the `parts` readers this is; a document is read by one of them.
-        progress: told how many tokens this reader has done.
-        stopped: asked after each forward pass; when it says so the rest is not read, and `Score.tokens` of a document
-            is less than its length.
+        rows: maximum number of rows per forward pass; None: as many as TOKENS_AT_ONCE allows.
+        part: index of this reader.
+        parts: number of readers. Each document is read by one of them.
+        progress: called with the number of tokens that this reader has scored so far.
+        stopped: called after each forward pass. If it returns True, the rest is not read, and `Score.tokens` of
+            unfinished documents is less than their length.
     """
     model.eval()
     own = np.zeros(len(lengths), bool)
-    own[np.argsort(-np.asarray(lengths, np.int64), kind="stable")[part::parts]] = True  # lengths are alike in all parts
+    own[np.argsort(-np.asarray(lengths, np.int64), kind="stable")[part::parts]] = True  # all parts get similar lengths
     nats, tokens, sizes = np.zeros(len(lengths)), np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
     if begin is None:
         nats[own] = np.log(len(token_bytes))
@@ -143,10 +145,10 @@ def score_slices(
     model: LanguageModel, corpus: Documents, found: list[Stream], *, begin: int | None, slice_length: int,
     precision: str = "fp32", rows: int | None = None,
 ) -> Iterator[ScoredSlice]:  # fmt: skip
-    """Every token of the streams once, slice by slice; arguments as for `score`.
+    """Yield the scores of every token of the streams, slice by slice; arguments as for `score`.
 
-    What is held at a time is a slice of each row of a batch (TOKENS_AT_ONCE tokens, unless `rows` says how many rows)
-    and what the model carries from one slice to the next.
+    Memory holds one slice of each row of a batch (TOKENS_AT_ONCE tokens, unless `rows` is given) and the state that the
+    model carries from one slice to the next.
     """
     block = model.config.block
     for batch in _batches(found, slice_length, block, rows):
@@ -161,7 +163,7 @@ def score_slices(
 def _forward(
     model: LanguageModel, ids: np.ndarray, labels: np.ndarray, past: EarlierCall, precision: str
 ) -> np.ndarray:
-    """Nats of each label, (b, l)."""
+    """Return the nats of each label, (b, l)."""
     device = next(model.parameters()).device
     inputs, targets = torch.from_numpy(ids).to(device), torch.from_numpy(labels).to(device)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -170,7 +172,7 @@ def _forward(
 
 
 def _batches(found: list[Stream], slice_length: int, block: int, rows: int | None) -> Iterator[list[Stream]]:
-    """Streams in groups of `rows` for one forward pass, longest first."""
+    """Yield the streams, longest first, in groups of `rows` or of TOKENS_AT_ONCE tokens per forward pass."""
     found = sorted(found, key=len, reverse=True)
     at = 0
     while at < len(found):
@@ -183,9 +185,9 @@ def _batches(found: list[Stream], slice_length: int, block: int, rows: int | Non
 def _slices(
     corpus: Documents, batch: list[Stream], begin: int | None, slice_length: int, block: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(offset, input ids, labels) of each slice of a batch, the arrays (b, l); labels are -1 where nothing is left.
+    """Yield (offset, input ids, labels) of each slice of a batch; the arrays are (b, l), with label -1 after an end.
 
-    The batch is ordered longest first, so the rows that are still running are the first b.
+    The batch is ordered longest first, so the unfinished rows are the first b.
     """
     for offset in range(0, len(batch[0]), slice_length):
         running = [stream for stream in batch if len(stream) > offset]

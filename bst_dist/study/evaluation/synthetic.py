@@ -1,4 +1,4 @@
-"""`bst eval` of a run that learns a synthetic task: accuracy and loss on rows it has not seen, by distance."""
+"""`bst eval` of a run that learns a synthetic task: accuracy and loss on unseen rows, by distance of the answer."""
 
 from __future__ import annotations
 
@@ -22,58 +22,58 @@ from data_pipeline.synthetic.loader import SyntheticBatch, SyntheticLoader
 from data_pipeline.synthetic.task import TaskConfig
 
 ROWS = 256
-"""Rows that are read unless --rows says otherwise."""
+"""Default of --rows."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model makes of n rows, by octaves of the distance; all (n, octaves)."""
+    """Sums for n rows by octave of distance; all (n, octaves)."""
 
     labels: np.ndarray
-    """Labels that count."""
+    """Number of labels that count."""
     correct: np.ndarray
-    """Of them, those with the highest logit."""
+    """Number of these labels that have the highest logit."""
     nats: np.ndarray
-    """What they cost."""
+    """Sum of the losses of these labels."""
 
     def among(self, kinds: slice, best: float) -> Part:
-        """The labels in some octaves; `best`: the least loss that any model could have on them."""
+        """Return the results for some octaves; `best` is the least loss that any model can have on their labels."""
         labels, correct, nats = (values[:, kinds].sum(1) for values in (self.labels, self.correct, self.nats))
         return Part(int(labels.sum()), ratio(correct, labels), ratio(nats, labels), best)
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a model makes of some labels; errors are over rows."""
+    """Results on a set of labels; errors are over rows."""
 
     labels: int
     accuracy: Estimate
     loss: Estimate
-    """Nats a label."""
+    """Nats per label."""
     best_loss: float
-    """The least that any model could have, in the mean over all rows that could be drawn."""
+    """The least loss that any model can have, as the mean over all rows that can be drawn."""
 
     def report(self) -> dict[str, Any]:
-        """For machines."""
+        """Return the machine-readable report."""
         return {"labels": self.labels, **self.accuracy.report("accuracy"), **self.loss.report("loss_nats"),
                 "best_loss_nats": self.best_loss}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Figures:
-    """All labels, and those of each octave of distances that has any, by its first and last distance."""
+    """Results on all labels, and by octave of distance: (first distance, last distance) -> results."""
 
     every: Part
     by_distance: dict[tuple[int, int], Part]
 
     def report(self) -> dict[str, Any]:
-        """For machines."""
+        """Return the machine-readable report."""
         lines = [{"from": first, "to": last, **part.report()} for (first, last), part in self.by_distance.items()]
         return {**self.every.report(), "by_distance": lines}
 
 
 def answers(model: LanguageModel, batches: list[SyntheticBatch], slice_length: int, precision: str) -> Answers:
-    """Read rows slice by slice through the model's carried state, so that memory does not grow with their length."""
+    """Evaluate rows slice by slice with the model's carried state, so that memory does not grow with their length."""
     found = []
     for batch in batches:
         octaves = octave(torch.from_numpy(batch.distance)).numpy()
@@ -87,7 +87,7 @@ def answers(model: LanguageModel, batches: list[SyntheticBatch], slice_length: i
 
 
 class Rows(Protocol):
-    """Rows to read; (b, l) each."""
+    """Rows to evaluate; each array is (b, l)."""
 
     input_ids: np.ndarray
     labels: np.ndarray
@@ -95,7 +95,7 @@ class Rows(Protocol):
 
 
 def read_rows(model: LanguageModel, batch: Rows, slice_length: int, precision: str) -> tuple[np.ndarray, np.ndarray]:
-    """Of each label that counts, whether it has the highest logit, and what it costs in nats; (b, l) each."""
+    """Return for each label that counts whether it has the highest logit, and its loss in nats; (b, l) each."""
     device, state = next(model.parameters()).device, State()
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for begin in range(0, batch.input_ids.shape[1], slice_length):
@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def summary(task: TaskConfig, found: Answers, length: int) -> Figures:
-    """The figures of all labels and of each octave of distances."""
+    """Return the results on all labels and for each octave of distance with labels."""
     by_distance = {}
     for place in np.flatnonzero(found.labels.sum(0)).tolist():
         first, last = 1 << place, min((2 << place) - 1, length)

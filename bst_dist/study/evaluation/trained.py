@@ -1,4 +1,4 @@
-"""A run's model, put together from its directory alone."""
+"""A run's model, restored from its run directory alone."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from data_pipeline.synthetic.config import SyntheticConfig
 
 
 class OtherTokenizerError(UserError):
-    """A corpus whose ids are not those that a run was trained on."""
+    """The corpus has another tokenizer than the run."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with the weights it had after some step of its run."""
+    """A model with its weights after some step of its run."""
 
     run_dir: Path
     recipe: Recipe
@@ -45,19 +45,19 @@ class Trained:
     model: LanguageModel
 
     def begin(self, corpus: Corpus) -> int | None:
-        """The token that stands before a document's first: the end of another; None if documents see none."""
+        """Return the token before a document's first token: the end of another document; None if it was not visible."""
         return None if self.recipe.data.documents != "joined" else corpus.manifest.tokenizer.eos_id
 
 
 def open_run(run_dir: Path, step: int | None = None, precision: str | None = None, averaged: bool = False) -> Trained:
-    """The model of a run after `step`, on the accelerator if there is one; None: of its newest valid checkpoint.
+    """Load the model of a run after `step`, or from its newest valid checkpoint, onto the accelerator if there is one.
 
-    `precision`: fp32 or bf16, not the one it was trained in; `averaged`: take the averaged weights. Step 0, where
-    no checkpoint is kept, is made again from the recipe's seed or initial weights. Raises UserError when the directory
-    holds no run of a language model, or the checkpoint is missing or damaged.
+    `precision`: fp32 or bf16, in place of the precision of training; `averaged`: load the averaged weights. Step 0 has
+    no checkpoint, so it is made again from the recipe's seed or initial weights. Raises UserError if the directory
+    holds no run of a language model, or if the checkpoint is missing or damaged.
     """
     recipe = read_recipe(run_dir)
-    recipe = recipe.of_one_length(recipe.train.lengths[-1][1])  # that of its end, as its own evaluations have it
+    recipe = recipe.of_one_length(recipe.train.lengths[-1][1])  # the last length, as in the run's own evaluations
     if precision is not None:
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
     require_language_model(run_dir, recipe)
@@ -69,10 +69,10 @@ def open_run(run_dir: Path, step: int | None = None, precision: str | None = Non
 
 
 def restore(model: nn.Module, run_dir: Path, step: int | None = None, kind: str = WEIGHTS) -> int:
-    """Load a run's WEIGHTS after `step`, or its AVERAGED ones, into its model, ready for evaluation on the accelerator;
-    returns the step.
+    """Load a run's weights (`kind`) into its model, ready for evaluation on the accelerator, and return the step.
 
-    None: of its newest valid checkpoint; 0: the model keeps the weights it has. Raises CheckpointError.
+    `step` None: from the newest valid checkpoint; 0: the model keeps its present weights. Raises CheckpointError if the
+    checkpoint is missing or damaged.
     """
     if step == 0:
         checkpoint = directory(run_dir, 0)
@@ -89,7 +89,7 @@ def restore(model: nn.Module, run_dir: Path, step: int | None = None, kind: str 
 
 
 def require_language_model(run_dir: Path, recipe: Recipe) -> None:
-    """Raise UserError for a run that learns something else."""
+    """Raise UserError if the run is a classifier (Long Range Arena) instead of a language model."""
     if isinstance(recipe.data, LongRangeConfig):
         raise UserError(
             f"{run_dir}: not a language model but a classifier for the task {recipe.data.task}: use bst lra eval"
@@ -97,7 +97,7 @@ def require_language_model(run_dir: Path, recipe: Recipe) -> None:
 
 
 def require_text(run_dir: Path, recipe: Recipe) -> None:
-    """Raise UserError for a run whose tokens are no text."""
+    """Raise UserError if the run's tokens are not text but a synthetic task."""
     if isinstance(recipe.data, SyntheticConfig):
         raise UserError(
             f"{run_dir}: it learns the synthetic task {recipe.data.synthetic.task}, so it has no text and no corpus; "
@@ -106,8 +106,10 @@ def require_text(run_dir: Path, recipe: Recipe) -> None:
 
 
 def tokenizer_of(run_dir: Path, recipe: Recipe) -> Tokenizer:
-    """What makes a run's tokens of text: its own tokenizer, or else its corpus's; raises UserError without either, and
-    OtherTokenizerError when the corpus has another one by now."""
+    """Return the run's tokenizer: its own copy, or else that of its corpus.
+
+    Raises UserError if there is neither, and OtherTokenizerError if the corpus now has another tokenizer.
+    """
     require_text(run_dir, recipe)
     own, data = rundir.own_tokenizer(run_dir), recipe.data
     if own is not None:
@@ -118,7 +120,7 @@ def tokenizer_of(run_dir: Path, recipe: Recipe) -> Tokenizer:
 
 
 def require_tokenizer(run_dir: Path, corpus: Corpus, sha256: str | None) -> None:
-    """Raise OtherTokenizerError unless a corpus has the run's tokenizer, of that `sha256`; None: that is not known."""
+    """Raise OtherTokenizerError unless the corpus has the run's tokenizer, given by `sha256` (None: not known)."""
     found = corpus.manifest.tokenizer.sha256
     if sha256 not in (None, found):
         raise OtherTokenizerError(

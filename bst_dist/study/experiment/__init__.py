@@ -1,1 +1,1 @@
-"""Small controlled experiments: a base recipe, named arms, seeds, what is measured afterwards, one table."""
+"""Small controlled experiments: a base recipe, named arms, seeds, measurements and one table."""

@@ -1,4 +1,4 @@
-"""What an experiment is: a base recipe, arms that differ from it, seeds, and what is measured afterwards."""
+"""Settings of an experiment: the base recipe, arms that change it, seeds, and the measurements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bst_dist.study.runs.config import Settings, StudyConfig, load_study, requir
 
 
 class MeasureConfig(Config):
-    """What to measure when a run is done; each entry is a column of the table."""
+    """Measurements of finished runs. Each entry adds one or more columns to the table."""
 
     validation: bool = True
     """Bits per byte of the run's last evaluation, on sequences of the training length."""
@@ -71,5 +71,5 @@ class ExperimentConfig(StudyConfig):
 
 
 def load_experiment(path: Path, overrides: list[str]) -> ExperimentConfig:
-    """Read an experiment's file; raises ConfigError for whatever is wrong."""
+    """Read an experiment's file and apply the overrides; raises ConfigError for any error in them."""
     return load_study(ExperimentConfig, path, RECIPES, overrides)

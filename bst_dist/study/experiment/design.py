@@ -1,4 +1,4 @@
-"""From an experiment to its runs: every arm under every condition with every seed, each a complete recipe."""
+"""The runs of an experiment: every arm under every condition with every seed, each a complete recipe."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Trial(Job):
 
 
 def trials(experiment: ExperimentConfig) -> list[Trial]:
-    """All runs, a condition after the other, so that what is done first is whole; in it a seed after the other, so that
-    what slows the machine for a while slows all arms alike.
+    """Return all runs in training order.
 
-    Raises ConfigError for settings that make no recipe, arms that are one and the same, and arms of a condition that
-    would train on different numbers of tokens; UserError when there is no such corpus.
+    Conditions come one after the other, so that the first is complete early. Within a condition, seeds come one after
+    the other, so that a temporarily slow machine slows all arms equally. Raises ConfigError for settings that make no
+    valid recipe, for arms with the same recipe, and for arms of one condition with different numbers of tokens.
     """
     base = with_settings(recipe_settings(experiment.recipe), experiment.settings)
     found = [
@@ -47,7 +47,7 @@ def trials(experiment: ExperimentConfig) -> list[Trial]:
 
 
 def require_corpora(found: list[Trial]) -> None:
-    """Raise UserError when a corpus of the runs cannot be read; synthetic tasks have none."""
+    """Raise UserError if a corpus of the runs cannot be read. Synthetic tasks have no corpus."""
     for data in {trial.recipe.data.model_dump_json(): trial.recipe.data for trial in found}.values():
         for split in ("train", "validation") if data.urls() else ():
             open_corpora(data, split)
@@ -65,7 +65,7 @@ def _trial(base: dict[str, Any], experiment: ExperimentConfig, condition: str, a
 
 
 def _require_comparable(found: list[Trial], experiment: ExperimentConfig) -> None:
-    """Raise ConfigError unless the arms differ, and train on the same number of tokens."""
+    """Raise ConfigError unless the arms have different recipes and train on the same number of tokens."""
     tokens = {trial.arm: trial.tokens for trial in found}
     if len(set(tokens.values())) > 1:
         listed = ", ".join(f"{arm} {number:,}" for arm, number in tokens.items())
@@ -83,7 +83,7 @@ def _require_comparable(found: list[Trial], experiment: ExperimentConfig) -> Non
 
 
 def _require_measurable(found: list[Trial], experiment: ExperimentConfig) -> None:
-    """Raise ConfigError for measurements that the runs could not give."""
+    """Raise ConfigError for measurements that are not possible with these runs."""
     measure = experiment.measure
     for trial in found:
         block, recipe = trial.recipe.model.block, trial.recipe

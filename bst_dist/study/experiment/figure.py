@@ -1,4 +1,4 @@
-"""The figure of an experiment: against the evaluation length where there are several, a panel for every other unit."""
+"""The figure of an experiment: one panel per unit, and one over the evaluation length if there are several lengths."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEIGHT = 2.6
 
 
 def draw(table: Table) -> Figure | None:
-    """The figure, or None as long as nothing is measured."""
+    """Return the figure, or None if nothing is measured yet."""
     with matplotlib.rc_context(STYLE):
         return _draw(table)
 
@@ -74,7 +74,7 @@ def _by_condition(axes: Axes, column: Column, rows: Sequence[Row], conditions: l
 
 
 def _by_arm(axes: Axes, column: Column, rows: Sequence[Row], table: Table) -> None:
-    """An arm below the other: the mean with its error, and the runs of each seed, which are pairs, joined faintly."""
+    """Draw one line per arm: the mean with its error. Runs with the same seed are pairs, so thin lines join them."""
     shown = [row for row in rows if column.key in row.levels]
     for seed in table.experiment.seeds:
         runs = [(row.values[column.key][seed], place) for place, row in enumerate(shown)
@@ -96,7 +96,10 @@ def _line(axes: Axes, points: list[tuple[int, Estimate]], arm: str, table: Table
 
 
 def _bar(found: Estimate) -> float:
-    """What is drawn around a value: an error over seeds. What documents differ by, all arms have in common."""
+    """Return the length of the error bar: the standard error over seeds, else 0.
+
+    Errors over documents are not drawn, because the difficulty of the documents affects all arms alike.
+    """
     return found.standard_error or 0.0 if found.over == "seeds" else 0.0
 
 

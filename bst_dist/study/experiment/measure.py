@@ -1,6 +1,7 @@
-"""What one finished run gives for each column of the table.
+"""The measurements of one finished run, for each column of the table.
 
-What its metrics say is read anew each time; what takes an evaluation is kept beside the runs and made once.
+Values from the run's metrics are read again each time. Results of extra evaluations are stored beside the runs, so each
+evaluation runs once.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ class Column(NamedTuple):
     key: str
     title: str
     digits: int
-    """After the point."""
+    """Number of decimals."""
     family: str
-    """Columns of one family have one unit, and share a panel."""
+    """Columns of one family have the same unit and share a panel of the figure."""
     relative: bool = False
-    """Whether a difference is shown as a share of the reference's value."""
+    """Whether a difference is shown as a percentage of the reference's value."""
 
 
 def columns(measure: MeasureConfig) -> list[Column]:
-    """The columns that an experiment asks for, in the order they are shown."""
+    """Return the columns that an experiment asks for, in the order of the table."""
     found = []
     if measure.validation:
         found.append(Column("bits_per_byte", "validation, bits/byte", 4, "bits/byte"))
@@ -78,19 +79,19 @@ def _relative(key: str, title: str, digits: int = 0) -> Column:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one run gave."""
+    """The measurements of one run."""
 
     parameters: int
     readings: dict[str, Reading] = field(default_factory=dict)
-    """By the column's key."""
+    """Column key -> value."""
     notes: dict[str, str] = field(default_factory=dict)
-    """Why there is no reading, or what it is a reading of."""
+    """Column key -> why there is no value, or a remark about how it was measured."""
     versions: dict[str, str | None] = field(default_factory=dict)
-    """That it was trained with."""
+    """Versions of the software and hardware it was trained with."""
 
 
 def measure_run(name: str, asked: MeasureConfig, state: State, say: Callable[[str], None]) -> Measured:
-    """All readings of a finished run."""
+    """Return all measurements of a finished run."""
     run_dir = state.directory(name)
     recipe = read_recipe(run_dir)
     result = read_result(run_dir)
@@ -113,7 +114,7 @@ def measure_run(name: str, asked: MeasureConfig, state: State, say: Callable[[st
 
 
 def _beyond(distance: int, final: dict[str, Any], found: Measured) -> None:
-    """Accuracy and nats over the octaves of an evaluation that begin at the distance or behind it."""
+    """Add accuracy and nats over the octaves of distance that begin at `distance` or later."""
     labels = {name: n for name, n in final["labels_by_distance"].items() if int(name.split("-")[0]) >= distance}
     if not labels:
         missing = f"no label has its answer {distance:,} tokens back or more"
@@ -125,9 +126,9 @@ def _beyond(distance: int, final: dict[str, Any], found: Measured) -> None:
 
 
 def _time_to(target: float, result: Result, found: Measured) -> None:
-    """Tokens and time until the evaluations reach the target, interpolated between two of them.
+    """Add the tokens and the time until the evaluations reach the target, interpolated between two evaluations.
 
-    The time is that of as many median steps: evaluations and checkpoints take no part in it.
+    The time is the number of steps times the median step time, so it excludes evaluations and checkpoints.
     """
     evaluations = [(line["step"], line["bits_per_byte"]) for line in result.evaluations]
     step = reached(target, evaluations)
@@ -140,7 +141,7 @@ def _time_to(target: float, result: Result, found: Measured) -> None:
 
 
 def reached(target: float, evaluations: list[tuple[int, float]]) -> float | None:
-    """The step at which a loss is first at or below the target, linear between evaluations; None: at none of them."""
+    """Return the step at which the loss first reaches the target, linear between evaluations; None if it never does."""
     for index, (step, loss) in enumerate(evaluations):
         if loss <= target:
             if index == 0:
@@ -153,7 +154,7 @@ def reached(target: float, evaluations: list[tuple[int, float]]) -> float | None
 def _lengths(
     run_dir: Path, recipe: Recipe, asked: MeasureConfig, state: State, found: Measured, say: Callable[[str], None]
 ) -> None:
-    """The loss at each length that the model can do; of the others why not."""
+    """Add the loss at each length that the model supports, and a note for each other length."""
     possible = []
     for length in asked.lengths:
         try:
@@ -176,12 +177,12 @@ def _lengths(
 
 @dataclass(frozen=True)
 class AtLength:
-    """A loss at one length, as it is kept beside the runs."""
+    """The loss at one length, as stored beside the runs."""
 
     length: int
     how: How
     bits: list[float]
-    """Of each document, over all corpora of the validation split."""
+    """Bits of each document, over all corpora of the validation split."""
     bytes: list[int]
 
 

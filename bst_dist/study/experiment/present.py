@@ -1,4 +1,4 @@
-"""An experiment's table for people: on the terminal, and as a report with its figure."""
+"""Presentation of an experiment's table: on the terminal, and as a report with a figure."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from bst_dist.study.report.document import Block, Heading, Items, Paragraph, Pic
 
 
 def blocks(table: Table) -> list[Block]:
-    """The question, the table, and what must be known to read it."""
+    """Return the question, the table, and the notes for reading it."""
     return [Heading(1, table.experiment.question), sheet(table), Items(caption(table))]
 
 
 def sheet(table: Table) -> Sheet:
-    """Levels, and below them the differences from the reference arm."""
+    """Return the table: the levels, and below them the differences from the reference arm."""
     named = any(row.condition for row in table.rows)
     head = [*(["condition"] if named else []), "arm", "runs", "parameters", *(c.title for c in table.columns)]
     lines = []
@@ -37,7 +37,7 @@ def sheet(table: Table) -> Sheet:
 
 
 def caption(table: Table) -> list[str]:
-    """What must be known to read the table: tokens, errors, stars, and what there is to say of single cells."""
+    """Return the notes for reading the table: tokens, errors, the meaning of stars, and notes on single cells."""
     tokens = ", ".join(f"{number:,}" for number in sorted({row.tokens for row in table.rows}))
     lines = [f"Each run trained on {tokens} tokens. Standard errors are {table.over}."]
     if table.comparisons:
@@ -51,7 +51,7 @@ def caption(table: Table) -> list[str]:
 
 
 def write_report(table: Table, directory: Path) -> list[Path]:
-    """Write report.md, report.html and the figure (where there is something to draw); returns the files."""
+    """Write report.md, report.html and, if anything is measured, the figure. Return the files."""
     if (figure := draw(table)) is not None:
         bars = "Bars are standard errors over seeds; with one seed there are none."
         drawn: Block = Picture(table.experiment.name, figure, bars)

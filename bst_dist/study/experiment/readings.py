@@ -1,7 +1,7 @@
-"""What the runs of an experiment gave, as estimates: over seeds where there are several, else over documents.
+"""Estimates from the runs of an experiment: over seeds if there are several, else over documents.
 
-A difference is paired with the reference: by seed, both runs having read the same tokens in the same order, or by
-document. With two or three seeds its interval is wide, and rightly so.
+Differences from the reference are paired by seed (both runs have read the same tokens in the same order) or, with one
+seed, by document. With only two or three seeds the interval is wide, as it should be.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ class ByDocument(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What one run gave for one column."""
+    """The value of one run in one column."""
 
     value: float
     documents: ByDocument | None = None
-    """Where the value is a ratio over documents: its parts."""
+    """The parts of the value by document, if it is a ratio over documents."""
 
 
 def level(readings: Mapping[int, Reading]) -> Estimate:
-    """The mean over seeds, keyed by seed; at least one."""
+    """Return the mean over seeds. `readings` is seed -> value, with at least one seed."""
     if len(readings) > 1:
         return mean([reading.value for reading in readings.values()], "seeds")
     (reading,) = readings.values()
@@ -40,7 +40,7 @@ def level(readings: Mapping[int, Reading]) -> Estimate:
 
 
 def difference(readings: Mapping[int, Reading], reference: Mapping[int, Reading]) -> Estimate | None:
-    """An arm minus the reference, paired; None when they have no seed in common."""
+    """Return the paired difference of an arm minus the reference; None if they have no seed in common."""
     shared = [seed for seed in readings if seed in reference]
     if not shared:
         return None
@@ -55,9 +55,9 @@ def difference(readings: Mapping[int, Reading], reference: Mapping[int, Reading]
 
 
 def apart(difference: Estimate) -> bool:
-    """Whether the 95 % interval of a difference over seeds leaves out zero.
+    """Whether the 95 % interval of a difference over seeds excludes zero.
 
-    An interval over documents tells two trained models apart, and never the arms that they are one draw of.
+    False for an interval over documents: it compares two trained models, not the arms, of which each model is one draw.
     """
     return difference.over == "seeds" and not difference.low <= 0 <= difference.high
 

@@ -1,4 +1,4 @@
-"""The table of an experiment: a row for each arm under each condition, a column for each measurement."""
+"""The table of an experiment: one row per arm and condition, one column per measurement."""
 
 from __future__ import annotations
 
@@ -22,46 +22,46 @@ from bst_dist.study.statistics import Estimate
 
 @dataclass(frozen=True)
 class Row:
-    """One arm under one condition, over the seeds that are done."""
+    """One arm under one condition, over its finished seeds."""
 
     condition: str
     arm: str
     label: str
-    """The arm with its condition."""
+    """Arm and condition, for messages."""
     standings: dict[int, Standing]
-    """Where the run of each seed stands."""
+    """Seed -> status of its run."""
     parameters: int | None
     """None until a run is done."""
     tokens: int
-    """That each run trains on."""
+    """Number of tokens that each run trains on."""
     levels: dict[str, Estimate] = field(default_factory=dict)
-    """By the column's key; none where nothing could be measured."""
+    """Column key -> mean over seeds. Columns without a measurement are missing."""
     differences: dict[str, Estimate] = field(default_factory=dict)
-    """From the reference arm under the same condition, paired; of the reference none."""
+    """Column key -> paired difference from the reference arm under the same condition. Empty for the reference."""
     notes: dict[str, str] = field(default_factory=dict)
-    """Why there is no value in a column, or what it is a value of."""
+    """Column key -> why there is no value, or a remark about how it was measured."""
     values: dict[str, dict[int, float]] = field(default_factory=dict)
-    """What each seed gave, by column."""
+    """Column key -> seed -> value."""
 
     @property
     def done(self) -> int:
-        """Seeds whose run is done."""
+        """Number of seeds whose run is done."""
         return sum(standing.status == "done" for standing in self.standings.values())
 
 
 @dataclass(frozen=True)
 class Table:
-    """What an experiment has found so far."""
+    """The results of an experiment so far."""
 
     experiment: ExperimentConfig
     columns: list[Column]
     rows: list[Row]
     trained_with: str = ""
-    """Versions, in words."""
+    """A sentence with the versions."""
 
     @property
     def over(self) -> str:
-        """What the errors of this table are over, in words."""
+        """A phrase that says what the standard errors of this table are over."""
         kinds = {level.over for row in self.rows for level in row.levels.values()} - {None}
         said = {
             "seeds": "over seeds, as many as there are runs; differences are paired by seed",
@@ -71,17 +71,17 @@ class Table:
 
     @property
     def comparisons(self) -> int:
-        """Differences with an interval over seeds: about one in twenty leaves out zero by chance."""
+        """Number of differences with an interval over seeds. About one in twenty excludes zero by chance."""
         return sum(found.over == "seeds" for row in self.rows for found in row.differences.values())
 
     @property
     def statuses(self) -> Counter[str]:
-        """How many runs stand where."""
+        """Status -> number of runs."""
         return Counter(standing.status for row in self.rows for standing in row.standings.values())
 
     @property
     def notes(self) -> list[str]:
-        """What must be said of single cells, each once."""
+        """The notes on single cells, without repetitions."""
         found: dict[str, list[str]] = {}
         for row in self.rows:
             for column in self.columns:
@@ -91,7 +91,7 @@ class Table:
 
     @property
     def unfinished(self) -> list[str]:
-        """The runs that are not done, and why: a line an arm."""
+        """One line per arm and reason, with the seeds of the runs that are not done."""
         found: dict[str, list[str]] = {}
         for row in self.rows:
             for seed, standing in row.standings.items():
@@ -100,7 +100,7 @@ class Table:
         return [f"{text} (seed {', '.join(seeds)})" for text, seeds in found.items()]
 
     def report(self) -> dict[str, Any]:
-        """For machines: every level and difference with its error, and what each seed gave."""
+        """Return the machine-readable report: every level and difference with its error, and the values by seed."""
         return {
             "experiment": self.experiment.name,
             "question": self.experiment.question,
@@ -117,11 +117,11 @@ class Table:
 
 
 Found = list[tuple[Trial, Standing, Measured | None]]
-"""Runs with where they stand; one that is not done has no measurements."""
+"""Runs with their status and measurements; measurements are None for a run that is not done."""
 
 
 def gather(experiment: ExperimentConfig, measured: Found) -> Table:
-    """The table of what the runs gave."""
+    """Make the table from the measurements of the runs."""
     every = columns(experiment.measure)
     rows = []
     for condition in experiment.conditions:
@@ -155,7 +155,7 @@ def _by_seed(found: Found, key: str) -> dict[int, Reading]:
 
 
 def write(table: Table, directory: Path) -> list[Path]:
-    """Write table.json and table.csv (a line a cell); each appears whole or not at all."""
+    """Write table.json and table.csv (one line per cell). Each write is atomic."""
     paths = [directory / "table.json", directory / "table.csv"]
     write_text(paths[0], json.dumps(table.report(), indent=1) + "\n")
     write_text(paths[1], _csv(table))

@@ -1,1 +1,1 @@
-"""Tasks of the lm-evaluation-harness on a run's model."""
+"""Evaluation of a run's model on tasks of the lm-evaluation-harness."""

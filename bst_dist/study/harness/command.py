@@ -1,7 +1,7 @@
 """`bst eval --harness`: tasks of EleutherAI's lm-evaluation-harness on a run's model.
 
-The model is asked directly (`harness_model`), with the run's own tokenizer. The harness is optional: it brings some
-thirty packages along.
+The harness calls the model directly (`harness/model.py`), with the run's own tokenizer. It is an optional dependency,
+because it requires about thirty further packages.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class HarnessError(UserError):
-    """The harness is missing, or cannot do what is asked of it."""
+    """The harness is not installed, or a task failed."""
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -35,11 +35,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise HarnessError(missing("lm_eval"))
     trained = open_run(args.run, args.checkpoint, args.precision, args.averaged)
     tokenizer = tokenizer_of(args.run, trained.recipe)
-    import lm_eval  # what it brings along takes a second to import
+    import lm_eval  # its dependencies take a second to import
 
     from bst_dist.study.harness.model import HarnessModel
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells each metric of each task that has its defaults
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about every metric that uses default settings
     started = time.perf_counter()
     manager = _manager(args.harness_tasks, args.harness)
     require_known(manager.all_tasks, args.harness)
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
     except UserError:
         raise
-    except Exception as error:  # of any kind: a task's data, its template, its own code
+    except Exception as error:  # any type: it may come from a task's data, template or code
         raise HarnessError(f"the harness could not do {', '.join(args.harness)}: {_first_line(error)}") from error
     tasks, version, time_s = tasks_of(found), lm_eval.__version__, time.perf_counter() - started
     _show(tasks, f"{args.run} after {trained.step:,} steps; lm-evaluation-harness {version}")
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _manager(own_tasks: Path | None, names: list[str]) -> TaskManager:
-    """What knows the tasks of a directory and, unless these are all that is asked for, every task of the harness."""
+    """Return a manager of the tasks in a directory and, if `names` has others, of all tasks of the harness."""
     from lm_eval.tasks import TaskManager
 
     if own_tasks is None:
@@ -75,7 +75,7 @@ def _manager(own_tasks: Path | None, names: list[str]) -> TaskManager:
 
 
 def require_known(known: Sequence[str], names: Sequence[str]) -> None:
-    """Raise HarnessError for the first name that is no task's."""
+    """Raise HarnessError for the first unknown name, with similar names."""
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3)
@@ -92,7 +92,7 @@ def _first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """A task or group of the harness, and its metrics by name, with their errors where the harness knows them."""
+    """A task or task group of the harness, and its metrics by name, with standard errors if the harness gives them."""
 
     name: str
     fewshot: int | None
@@ -100,13 +100,13 @@ class Task:
     metrics: dict[str, Estimate]
 
     def report(self) -> dict[str, Any]:
-        """For machines."""
+        """Return the machine-readable report."""
         metrics = {key: value for name, found in self.metrics.items() for key, value in found.report(name).items()}
         return {"task": self.name, "fewshot": self.fewshot, "examples": self.examples, "metrics": metrics}
 
 
 def tasks_of(found: dict[str, Any]) -> list[Task]:
-    """What the harness has found."""
+    """Convert the results of the harness."""
     tasks = []
     for name, values in found["results"].items():
         metrics = {}

@@ -1,12 +1,11 @@
-"""A run's model as EleutherAI's lm-evaluation-harness asks for one; needs the package `lm_eval`.
+"""A run's model behind the interface of EleutherAI's lm-evaluation-harness; needs the package `lm_eval`.
 
-The model has no longest input: a context is read through the carried state. What requests have in common is read once:
-the whole blocks of a context, after which all its continuations start from the same state. From there all rows stand at
-the same place in their blocks, so they are one batch however long their contexts were; and as nothing is read after a
-continuation, they are padded behind it.
+The model has no maximum input length, because a context is read with carried state. The whole blocks of a context are
+read once, and all its continuations start from the same state. From there on all rows are at a block boundary, so rows
+with contexts of different lengths form one batch. Padding follows the continuation, where it has no effect.
 
-As in training, a document follows the end of another one, unless documents were isolated or masked. Then nothing stands
-before the first token, which is charged a uniform guess, as `bst eval` does.
+As in training, a document follows the end of another document, unless documents were isolated or masked. In that case
+no token precedes the first one, which is scored as a uniform guess, as in `bst eval`.
 """
 
 from __future__ import annotations
@@ -36,26 +35,26 @@ from bst_dist.study.evaluation.trained import Trained
 from data_pipeline.format.tokenizer import Tokenizer
 
 ROWS = 32
-"""Texts written together."""
+"""Number of texts generated in one batch."""
 LOGITS_AT_ONCE = 1024
-"""Tokens of a continuation whose logits are held together."""
+"""Number of tokens of a continuation whose logits are in memory at once."""
 OF_GENERATION = ("until", "max_gen_toks", "do_sample")
-"""Settings of a task's generation beside those of the sampling."""
+"""Generation settings of a task that are not settings of `SamplingConfig`."""
 
 
 class Request(NamedTuple):
-    """A continuation to score; `head` and `tail` are the inputs, cut after the context's last whole block."""
+    """A continuation to score. `head` and `tail` are the inputs before and after the context's last block boundary."""
 
     number: int
     head: tuple[int, ...]
     tail: list[int]
     first: int
-    """Where in the tail the input stands after which the continuation begins; -1: before it, with nothing read."""
+    """Index in `tail` of the last input before the continuation; -1 if there is none (empty context)."""
     continuation: list[int]
 
 
 class HarnessModel(TemplateLM):
-    """Log-likelihoods, rolling log-likelihoods and generation of a run's model."""
+    """The harness's interface to a run's model: log-likelihoods, rolling log-likelihoods and generation."""
 
     def __init__(self, trained: Trained, tokenizer: Tokenizer):
         super().__init__()
@@ -67,19 +66,19 @@ class HarnessModel(TemplateLM):
         return self.text.eos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The tokens of a text that begins a document, or with `add_special_tokens` false of one that continues."""
+        """Return the tokens of a text at the start of a document; with `add_special_tokens` False, inside of one."""
         return ([] if add_special_tokens is False else self._begin) + self.text.encode(string).tolist()
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether greedy decoding would write it) of each continuation of a context.
+        """Return (log-likelihood, whether greedy decoding would write it) of each continuation of a context.
 
-        A continuation may change the tokens at the end of its context: "for" + "est" may be one token, "forest". What
-        is scored is then ``ln p(tokens of both) - ln p(tokens of the context)``, given the tokens that both share, so
-        choices are ranked as their whole texts are. The harness's own cut would leave such a continuation fewer tokens
-        than it has, or none, and no tokens are certain.
+        A continuation may change the last tokens of its context: "for" + "est" may be one token, "forest". The score is
+        then ``ln p(tokens of both) - ln p(tokens of the context)``, given the tokens that both share. So choices are
+        ranked like their whole texts. The harness's own split would leave too few tokens for such a continuation, or
+        none at all, which would then count as certain.
         """
         scored: list[tuple[tuple[str, str], list[int], list[int]]] = []
-        of_context: dict[int, int] = {}  # request -> the score of its context's tokens that the continuation changes
+        of_context: dict[int, int] = {}  # request -> index in `found` of the score of the changed tokens of its context
         for number, (context, continuation) in enumerate(request.args for request in requests):
             kept = context.rstrip()
             alone, both = self.tok_encode(kept) if context else self._begin, self.tok_encode(context + continuation)
@@ -100,7 +99,7 @@ class HarnessModel(TemplateLM):
         return values
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, each token predicted from all before it in its text."""
+        """Return the log-likelihoods of whole texts; each token is predicted from all tokens before it."""
         texts = _Texts([self.text.encode(request.args[0]) for request in requests])
         if not texts.lengths.all():
             raise UserError("a task has an empty text: there is nothing to predict in it")
@@ -120,7 +119,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether it is what greedy decoding would write) of each continuation."""
+        """Return (log-likelihood, whether greedy decoding would write it) of each continuation."""
         cut = [self._cut(number, *tokens) for number, (_, *tokens) in enumerate(requests)]
         found: dict[int, tuple[float, bool]] = {}
         cut.sort(key=lambda request: (len(request.head), request.head, len(request.tail)))
@@ -151,7 +150,7 @@ class HarnessModel(TemplateLM):
         return [self._of_continuation(request, states) for request, states in zip(batch, hidden, strict=True)]
 
     def _of_continuation(self, request: Request, states: Tensor) -> tuple[float, bool]:
-        """From the hidden states (width, D) of a request's tail."""
+        """Return the result of a request from the hidden states (width, D) of its tail."""
         targets = torch.tensor(request.continuation, dtype=torch.long, device=states.device)
         guessed = request.first < 0 and len(targets) > 0
         if guessed:
@@ -165,7 +164,7 @@ class HarnessModel(TemplateLM):
         return value, greedy
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each context, greedily unless the task says otherwise."""
+        """Return the text generated after each context; decoding is greedy unless the task sets sampling options."""
         prompts = {number: self.tok_encode(request.args[0]) for number, request in enumerate(requests)}
         if not all(prompts.values()):
             raise UserError("a task has an empty context: a model of documents that are not joined needs a beginning")
@@ -187,7 +186,7 @@ class HarnessModel(TemplateLM):
     def _write(
         self, prompts: dict[int, list[int]], sampling: SamplingConfig, stops: list[str], most: int
     ) -> dict[int, str]:
-        """At most so many tokens after each prompt, up to the end of the document or the first of the stops."""
+        """Generate at most `most` tokens after each prompt, until the end of the document or a stop text."""
         never = without_text(self.model.config.vocab_size, self.text)
         generation = Generation(self.model, prompts, [(number, 0) for number in prompts], sampling, never)
         pieces: dict[int, list[str]] = {number: [] for number in prompts}
@@ -205,7 +204,7 @@ class HarnessModel(TemplateLM):
 
 
 class _Texts:
-    """Documents in memory."""
+    """Documents in memory, for `score`."""
 
     def __init__(self, texts: list[np.ndarray]):
         self._texts = texts
@@ -216,12 +215,12 @@ class _Texts:
 
 
 def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences begin with in common."""
+    """Return the length of the longest common prefix of two token sequences."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _batches(requests: Sequence[Request], block: int) -> Iterator[list[Request]]:
-    """Requests to score together: those of one context are neighbours, and no forward pass is larger than allowed."""
+    """Yield batches of sorted requests, so that a context's requests are together, within TOKENS_AT_ONCE per pass."""
     batch: list[Request] = []
     heads: set[tuple[int, ...]] = set()
     width = 0
@@ -239,7 +238,10 @@ def _batches(requests: Sequence[Request], block: int) -> Iterator[list[Request]]
 
 
 def _settings(of_task: dict[str, Any]) -> tuple[SamplingConfig, list[str], int]:
-    """How to draw, where to stop, and after how many tokens; raises UserError for a setting that is not known here."""
+    """Return the sampling settings, the stop texts and the maximum number of tokens of a task.
+
+    Raises UserError for an unknown setting.
+    """
     settings = normalize_gen_kwargs(of_task)
     stops = [stop for stop in settings["until"] if stop]
     most = int(settings["max_gen_toks"])

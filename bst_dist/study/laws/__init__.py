@@ -1,1 +1,1 @@
-"""Numbers in, judgement out: forms, fits, intervals, gaps and the verdict; nothing here knows a run."""
+"""Scaling laws, fits, intervals, gaps and the verdict: functions of numbers, independent of run directories."""

@@ -1,4 +1,4 @@
-"""The advantage of architectures over a baseline: its mean, how it changes, the verdicts, and what they rest on."""
+"""The advantage of architectures over a baseline: its mean, its changes, the verdicts, and the evidence for them."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from bst_dist.study.laws.zones import Zone, zones
 from bst_dist.study.statistics import Estimate, mean
 
 QUIET = 0.1
-"""How much longer than its fastest tenth a median step of any run may take where times are compared."""
+"""At equal time, the largest `Observation.slowed` of any run that still allows a verdict."""
 
 
 class HeldOutGap(NamedTuple):
-    """A pair that was held out: its gap, and what the other pairs predict."""
+    """A held-out pair: its measured gap, and the gap that the other pairs predict."""
 
     block: str
     depth: float
@@ -45,7 +45,7 @@ class HeldOutGap(NamedTuple):
 
 @dataclass(frozen=True)
 class Advantage:
-    """One variant against the baseline, within the arm of the verdict."""
+    """The advantage of one variant over the baseline, within the arm of the verdict."""
 
     gaps: Gaps
     mean: Estimate
@@ -54,37 +54,37 @@ class Advantage:
     """ln of the compute-equivalent gain."""
     changes: list[Change]
     more_pairs: dict[str, int]
-    """Factor -> further pairs that are needed, where undecided."""
+    """Factor -> number of further pairs needed, if the answer is undecided."""
     adjusted: dict[str, Estimate]
-    """Factor -> the change adjusted for the difference of sizes, where that confounds it."""
+    """Factor -> the change adjusted for the difference of sizes, if the answer is confounded."""
     interaction: Estimate | None
     crossing: Crossing | None
     by_block: list[Estimate]
     """Mean gap by block of the sequence."""
     zones: list[Zone]
-    """The advantage by what a stack of windows sees, in all arms whose sequences go beyond it."""
+    """The advantage by part of the sequence (`laws/zones.py`), in each arm with sequences beyond a stack's reach."""
     by_document: Estimate | None
     better_documents: int
     documents: int
     held_out: list[HeldOutGap]
     contrasts: dict[str, dict[str, Estimate]]
-    """Other arms: how much the mean and the changes differ there. No verdict."""
+    """Other arm -> the differences of the mean and of the changes from this arm. They have no verdict."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All variants against the baseline."""
+    """The advantages of all variants over the baseline."""
 
     baseline: str
     axis: Axis
     arm: str
     variants: dict[str, Advantage]
     missing: dict[str, str]
-    """Variants without a comparison, or without a test, and why."""
+    """Variants without a comparison or without a test -> the reason."""
 
 
 def compare(observed: Sequence[Observation], baseline: str, arm: str, axis: Axis = "flops") -> Comparison:
-    """The advantage of every other architecture over the baseline within `arm`, and the verdicts, at equal `axis`."""
+    """Return the advantage of every other architecture over the baseline in `arm` at equal `axis`, and the verdicts."""
     at_rate = [o for o in observed if o.rate_factor == 1]
     ours = [o for o in at_rate if not o.held_out]
     every, missing = _pairs(ours, baseline, arm, axis)
@@ -106,7 +106,7 @@ def compare(observed: Sequence[Observation], baseline: str, arm: str, axis: Axis
 
 
 def disturbed(observed: Sequence[Observation]) -> str:
-    """Why times of these runs decide nothing; empty where the machine did nothing else."""
+    """Return why times of these runs allow no verdict; an empty string if the machine was quiet during all of them."""
     worst = max(observed, key=lambda o: o.slowed if math.isfinite(o.slowed) else math.inf)
     if not math.isfinite(worst.slowed):
         return f"whether the machine was quiet is not known of {worst.name}"
@@ -117,7 +117,7 @@ def disturbed(observed: Sequence[Observation]) -> str:
 
 
 def _pairs(observed: Sequence[Observation], baseline: str, arm: str, axis: Axis) -> tuple[list[Gaps], dict[str, str]]:
-    """The gaps of every variant that has a pair, and why the others have none."""
+    """Return the gaps of every variant that has a pair, and for each other variant the reason."""
     found, missing = [], {}
     for name in dict.fromkeys(o.architecture for o in observed if o.architecture != baseline):
         try:
@@ -158,10 +158,10 @@ def _held_out(observed: Sequence[Observation], gaps: Gaps, baseline: str, axis: 
 
 
 def adjusted(observed: Sequence[Observation], gaps: Gaps, baseline: str, factor: str) -> Estimate:
-    """The change over a factor, adjusted for the difference of sizes, per unit of the factor.
+    """Return the change per unit of a factor, adjusted for the difference of sizes.
 
-    One regression of ln L on compute, size, depth, architecture, and architecture x both factors: how the loss depends
-    on N at equal compute is read off all runs, and not assumed.
+    It comes from one regression of ln L on compute, size, depth, architecture, and architecture x both factors. So the
+    dependence of the loss on N at equal compute is estimated from all runs, not assumed.
     """
     own = [o for o in observed if o.arm == gaps.arm and o.usable and o.block in set(gaps.block)
            and o.architecture in (gaps.variant, baseline)]  # fmt: skip

@@ -1,7 +1,8 @@
-"""Is the rule's learning rate right in the corners of the grid? If not, an effect of depth may be one of the rate.
+"""Check the learning rate of the sweep's rule in the corners of the grid.
 
-In each corner ln L is fitted by a parabola in ln of the rate, with a level for each seed. The noise is estimated from
-all corners together, because a single corner has too few runs.
+If the rate is wrong there, an effect of depth may in truth be an effect of the rate. In each corner a parabola in ln of
+the rate is fitted to ln L, with one intercept per seed. The noise is estimated from all corners together, because a
+single corner has too few runs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from bst_dist.study.laws.observation import Observation
 from bst_dist.study.statistics import Estimate, quantile
 
 MARGIN = 0.005
-"""As a share of the loss: the rule's rate passes if it is shown to cost less than this."""
+"""Share of the loss. The rule's rate passes if it is shown to cost less than this."""
 Suits = Literal["passed", "failed", "undecided"]
 
 
@@ -27,17 +28,17 @@ class Corner:
     architecture: str
     corner: str
     losses: dict[float, float]
-    """Rate divided by the rule's -> loss, geometric mean over seeds."""
+    """Rate divided by the rule's rate -> geometric mean of the loss over seeds."""
     seeds: int
     best: float | None
-    """The best rate divided by the rule's; None where the parabola has no minimum among the rates tried."""
+    """The best rate divided by the rule's rate; None if the parabola has no minimum among the rates tried."""
     lost: Estimate | None
-    """What the rule's rate costs, compared with the best in the range tried, in ln of the loss; None without a fit."""
+    """ln of the loss at the rule's rate minus that at the best rate in the range tried; None without a fit."""
     answer: Suits
 
 
 def audit(observed: Sequence[Observation]) -> list[Corner]:
-    """All corners where several rates were tried; one with a single seed, or fewer than three rates, is undecided."""
+    """Return all corners where several rates were tried. With one seed or fewer than three rates they are undecided."""
     corners: dict[tuple[str, str], list[Observation]] = {}
     for o in (o for o in observed if o.usable and not o.held_out):
         corners.setdefault((o.architecture, o.block.rpartition("-s")[0]), []).append(o)
@@ -51,7 +52,7 @@ def audit(observed: Sequence[Observation]) -> list[Corner]:
 
 
 def _at_the_audited_length(own: list[Observation]) -> list[Observation]:
-    """The runs that differ only in their rate: those of the lengths and seeds at which other rates were tried."""
+    """Return the runs that differ only in their rate: those of lengths and seeds at which other rates were tried."""
     tried = {(o.seed, o.length) for o in own if o.rate_factor != 1}
     return [o for o in own if (o.seed, o.length) in tried]
 
@@ -60,7 +61,10 @@ Parabola = tuple[np.ndarray, np.ndarray, float, int]
 
 
 def _parabola(own: list[Observation]) -> Parabola | None:
-    """(b, c) of ln L = a_seed + b x + c x^2, x = ln of the factor; their (X'X)^-1; squares left and their degrees."""
+    """Fit ln L = a_seed + b x + c x^2, where x is ln of the rate factor.
+
+    Return (b, c), their part of (X'X)^-1, the residual sum of squares and its degrees of freedom; None if undetermined.
+    """
     seeds = sorted({o.seed for o in own})
     x = np.log([o.rate_factor for o in own])
     columns = np.column_stack([[o.seed == seed for o in own] for seed in seeds] + [x, x**2]).astype(float)
@@ -79,7 +83,7 @@ def _corner(architecture: str, corner: str, own: list[Observation], fitted: Para
     if fitted is None or scale is None:
         return Corner(architecture, corner, losses, seeds, None, None, "undecided")
     (b, c), covariance, *_ = fitted
-    # What a rate gains over the rule's is linear in b and c, so its error is exact; all rates tried must gain little.
+    # The gain of a rate over the rule's is linear in b and c, so its error is exact. Passed: no rate tried gains much.
     where = np.linspace(np.log(factors[0]), np.log(factors[-1]), 101)
     basis = np.column_stack((where, where**2))
     gains = -basis @ np.array([b, c])

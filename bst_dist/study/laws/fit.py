@@ -1,12 +1,12 @@
-"""Fitting a scaling law: variable projection over a grid of exponents, then one polish.
+"""Fit a scaling law: variable projection over a grid of exponents, then a local search ("polish").
 
-Given the exponents a law is linear in what is left, so the best start is found without a random search: exponents on a
-grid, the rest by non-negative least squares, and the polish begins in the right basin. The polish minimises
+With given exponents a law is linear in its other unknowns. So the start of the local search is found without random
+restarts: the exponents on a grid, the other unknowns by non-negative least squares. The local search minimises
 
-    (1 / delta) sum Huber_delta(ln L - ln L_hat),
+    (1 / delta) sum Huber_delta(ln L - ln L_hat).
 
-summed and not averaged, and divided by delta: otherwise the objective is so small that default tolerances stop the
-search early. Its limit for delta -> 0 is least absolute deviation, which is finished by a sequence of linear programs.
+The sum is not averaged and is divided by delta, because a smaller objective makes default tolerances stop the search
+early. Its limit for delta -> 0 is least absolute deviation, which a sequence of linear programs then solves exactly.
 """
 
 from __future__ import annotations
@@ -23,48 +23,48 @@ from bst_dist.study.laws.law import Centre, FormName, Law, Points, Vector, as_la
 
 EXPONENTS = np.linspace(0.05, 1.25, 25)
 COARSE = np.linspace(0.1, 1.2, 12)
-"""For forms of four terms, whose grid has three exponents."""
+"""Exponents for forms with four terms, whose grid has three exponents."""
 BENDS = [(linear, curved) for linear in (-0.2, 0.0, 0.2) for curved in (0.0, 0.1, 0.3)]
 FLOOR = 1e-6
-"""The least a term may be, as a share of the least loss: a logarithm cannot be that of zero."""
+"""Lower bound of a term, as a share of the lowest loss. It keeps the term's logarithm finite."""
 
 
 class FitError(UserError):
-    """Points that no law can be fitted to."""
+    """The points do not determine the law."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted law with what a refit on other points of the same sweep needs."""
+    """A fitted law, with the unknowns and the centre that a refit on other points of the same sweep starts from."""
 
     form: FormName
     law: Law
     value: float
-    """The objective: the sum of Huber losses of the log residuals, or of their absolute values."""
+    """Value of the objective: the sum of Huber losses of the log residuals, or of their absolute values."""
     delta: float
     theta: Vector
     centre: Centre
 
     def predict(self, points: Points) -> Vector:
-        """Predicted loss of each point in nats."""
+        """Return the predicted loss of each point in nats."""
         return np.exp(log_loss(terms(self.form, points, self.centre), self.theta)[0])
 
 
 def log_loss(matrices: list[Vector], theta: Vector) -> tuple[Vector, Vector]:
-    """ln L_hat (n,) and its Jacobian (n, p) in all unknowns."""
+    """Return ln L_hat (n,) and its Jacobian (n, p) with respect to all unknowns."""
     parts = np.split(theta, np.cumsum([matrix.shape[1] for matrix in matrices])[:-1])
     logs = np.stack([matrix @ part for matrix, part in zip(matrices, parts, strict=True)])
     largest = logs.max(axis=0)
     shares = np.exp(logs - largest)
     total = shares.sum(axis=0)
-    shares /= total  # of each term in the loss
+    shares /= total  # share of each term in the loss
     return largest + np.log(total), np.hstack(
         [share[:, None] * matrix for share, matrix in zip(shares, matrices, strict=True)]
     )
 
 
 def objective(residuals: Vector, delta: float) -> float:
-    """Sum of Huber losses; of absolute values for delta 0."""
+    """Return the sum of the Huber losses; with delta 0, the sum of the absolute values."""
     size = np.abs(residuals)
     if not delta:
         return float(size.sum())
@@ -74,8 +74,8 @@ def objective(residuals: Vector, delta: float) -> float:
 def fit(points: Points, form: FormName = "chinchilla", delta: float = 1e-3, start: Fit | None = None) -> Fit:
     """Fit `form` to `points`; `delta` is Huber's threshold on log losses, 0 for least absolute deviation.
 
-    With `start`, a fit to points of the same sweep, its centre is kept and the search begins there: for resamples.
-    Raises FitError when the points do not determine the form.
+    With `start`, a fit to points of the same sweep, the search keeps its centre and begins at its unknowns. Resampling
+    uses this. Raises FitError if the points do not determine the form.
     """
     _require_enough(points, form)
     centre = start.centre if start else Centre.of(points)
@@ -88,8 +88,8 @@ def fit(points: Points, form: FormName = "chinchilla", delta: float = 1e-3, star
 
 def polish(matrices: list[Vector], target: Vector, theta: Vector, delta: float, bounds: Vector,
            rounds: int = 2) -> Vector:  # fmt: skip
-    """The local optimum near `theta` within `bounds` (p, 2); a further round begins with the curvature forgotten."""
-    width = delta or 1e-5  # least absolute deviation: near enough for the linear programs to take over
+    """Return the local optimum near `theta` within `bounds` (p, 2). Each round of L-BFGS begins with a new Hessian."""
+    width = delta or 1e-5  # for least absolute deviation: close enough for the linear programs to continue
 
     def scaled(unknowns: Vector) -> tuple[float, Vector]:
         predicted, jacobian = log_loss(matrices, unknowns)
@@ -97,7 +97,7 @@ def polish(matrices: list[Vector], target: Vector, theta: Vector, delta: float, 
         return objective(residuals, width) / width, -jacobian.T @ np.clip(residuals / width, -1, 1)
 
     theta = np.clip(theta, bounds[:, 0], bounds[:, 1])
-    fine = rounds > 1  # a resample begins near its optimum and needs no more digits than its own scatter
+    fine = rounds > 1  # a resample (1 round) begins near its optimum, and its scatter is larger than these tolerances
     options = {"ftol": 1e-14 if fine else 1e-9, "gtol": 1e-9, "maxcor": 30, "maxiter": 2000 if fine else 200,
                "maxfun": 4000}  # fmt: skip
     for _ in range(rounds):
@@ -106,7 +106,10 @@ def polish(matrices: list[Vector], target: Vector, theta: Vector, delta: float, 
 
 
 def _linear_programs(matrices: list[Vector], target: Vector, theta: Vector, bounds: Vector) -> Vector:
-    """Least absolute deviation by linearisation in a shrinking box: min sum |r - J step|, as u - v with u, v >= 0."""
+    """Minimise the sum of absolute residuals: linear programs min sum |r - J step| in a shrinking box around theta.
+
+    Each residual is written as u - v with u, v >= 0.
+    """
     radius = 0.05
     predicted, jacobian = log_loss(matrices, theta)
     best = float(np.abs(target - predicted).sum())
@@ -135,7 +138,7 @@ def _linear_programs(matrices: list[Vector], target: Vector, theta: Vector, boun
 
 
 def _best_start(points: Points, form: FormName, centre: Centre, delta: float) -> Vector:
-    """The grid's best by the objective itself, among its twenty best by relative least squares."""
+    """Return the best start by the objective, among the twenty grid points with the least relative squared error."""
     weight = 1 / points.loss
     columns = slopes(form, points, centre)
     grids = [_exponents(matrix.shape[1], len(columns)) for matrix in columns]  # a list of (g, p)
@@ -153,16 +156,16 @@ def _best_start(points: Points, form: FormName, centre: Centre, delta: float) ->
 
 
 def _exponents(unknowns: int, number: int) -> Vector:
-    """The grid of one term: exponents, each with every bend where the term has one: (g, unknowns)."""
+    """Return the grid of one term (g, unknowns): all exponents, combined with all BENDS if the term has a bend."""
     bends = BENDS if unknowns == 3 else [()]
     return np.array([(exponent, *bend) for exponent in (EXPONENTS if number < 3 else COARSE) for bend in bends])
 
 
 def _nonnegative(bases: list[Vector], places: Vector) -> tuple[Vector, Vector]:
-    """Non-negative least squares of 1 on one column of each basis, for all combinations at once.
+    """Solve the non-negative least squares of 1 on one row of each basis, for all combinations at once.
 
-    With a few columns the active set is found by trying all. Takes bases (g_k, n) and which of their rows make a
-    combination (m, k); returns the coefficients (m, k) and the squared misfits (m,).
+    There are so few columns that all active sets are tried. `bases` are (g_k, n); `places` (m, k) holds the row indices
+    of each combination. Return the coefficients (m, k) and the squared errors (m,).
     """
     m, k = places.shape
     gram, moment = np.empty((m, k, k)), np.empty((m, k))
@@ -184,7 +187,7 @@ def _nonnegative(bases: list[Vector], places: Vector) -> tuple[Vector, Vector]:
 
 
 def bounds_of(form: FormName, target: Vector) -> Vector:
-    """Terms between a millionth of the least loss and well above the largest; exponents positive, no hill in aspect."""
+    """Return (p, 2) bounds of the unknowns: each term at least FLOOR, exponents positive, and kappa not negative."""
     low, high = target.min() + np.log(FLOOR), target.max() + 5
     every = [(low, target.max())]
     for width in widths(form)[1:]:

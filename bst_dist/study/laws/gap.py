@@ -1,8 +1,8 @@
-"""The advantage of an architecture over the baseline, run by run, at equal compute or at equal time.
+"""The advantage of an architecture over the baseline for each pair of runs, at equal compute or at equal time.
 
-A pair is a variant's run and the baseline's of the same block: arm, size, depth, seed, hence the same order of data.
-The baseline's loss at exactly the variant's compute is read off its own curve, by interpolation in logarithms between
-its lengths; a sweep is designed so that the points coincide and the interpolation moves nothing.
+A pair is a run of the variant and a run of the baseline in the same block: same arm, size, depth and seed, so the same
+order of data. The baseline's loss at the variant's compute is interpolated, in logarithms, between the lengths of the
+baseline's curve. A sweep is designed so that the points coincide and the interpolation changes nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from bst_dist.study.laws.observation import Observation
 Vector = np.ndarray
 Axis = Literal["flops", "time_s"]
 BEYOND = 0.02
-"""How far, in ln of the axis, a baseline's curve may be continued past its ends: the rounding of steps and no more.
-For time, whose points cannot be made to coincide, points beyond it are left out."""
+"""How far, in ln of the axis, a baseline's curve may be extrapolated. It only allows for the rounding of steps. Points
+further out are left out, which happens at equal time, where the points cannot be made to coincide."""
 
 
 @dataclass(frozen=True)
@@ -32,34 +32,35 @@ class Gaps:
     gap: Vector
     """g = ln L_baseline - ln L_variant at equal cost: above 0 the variant is better."""
     log_gain: Vector
-    """ln of the compute-equivalent gain: how many times the cost the baseline needs for the variant's loss, along its
-    own curve at this size. Along one size, and not along the frontier: it is what more tokens would have to make up."""
+    """ln of the compute-equivalent gain: the cost at which the baseline reaches the variant's loss, divided by the
+    variant's cost. It is read from the baseline's curve at this size, not from the compute-optimal frontier, so the
+    extra cost is more tokens for the same model."""
     mismatch: Vector
-    """ln N_variant - ln N_baseline: at equal compute a larger model has seen fewer tokens, which moves the gap."""
+    """ln N_variant - ln N_baseline. At equal compute a larger model has seen fewer tokens, which changes the gap."""
     flops: Vector
     depth: Vector
     tokens_per_parameter: Vector
     block: Vector
-    """The pair of runs a gap belongs to: gaps of one pair are not independent."""
+    """The pair of runs that each gap belongs to. Gaps of one pair are not independent."""
     left_out: tuple[str, ...] = ()
-    """Measurements without a partner, and why."""
+    """Measurements without a partner, each with the reason."""
 
     def __len__(self) -> int:
         return len(self.gap)
 
     @property
     def pairs(self) -> int:
-        """Independent pairs of runs."""
+        """Number of independent pairs of runs."""
         return len(np.unique(self.block))
 
     def take(self, index: Vector) -> Gaps:
-        """Some of the pairs, by a mask or by positions."""
+        """Return the gaps selected by a mask or by indices."""
         arrays = {name: value[index] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         return replace(self, **arrays)
 
 
 def pair(observed: Sequence[Observation], variant: str, baseline: str, arm: str, axis: Axis = "flops") -> Gaps:
-    """The gaps of `variant` within an arm; raises UserError when there is no pair."""
+    """Return the gaps of `variant` within an arm; raises UserError if there is no pair."""
     own = [o for o in observed if o.arm == arm]
     curves: dict[str, list[Observation]] = {}
     for o in own:
@@ -94,9 +95,9 @@ def pair(observed: Sequence[Observation], variant: str, baseline: str, arm: str,
 
 def gaps_by(observed: Sequence[Observation], variant: str, baseline: str, arm: str,
             part: Literal["by_block", "by_document"]) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Gaps by position or by document, a pair of runs of the same length asked for a row, and their blocks.
+    """Return gaps by position or document, one row per pair of runs with the same planned length, and the rows' blocks.
 
-    Empty where pairs are not of the same parts.
+    Both are empty if the pairs differ in their number of positions or documents.
     """
     own = [o for o in observed if o.arm == arm and o.usable and getattr(o, part)]
     base = {(o.block, o.length): getattr(o, part) for o in own if o.architecture == baseline}
@@ -112,14 +113,14 @@ def gaps_by(observed: Sequence[Observation], variant: str, baseline: str, arm: s
 
 
 def _read_off(curve: list[Observation], axis: Axis, point: Observation) -> tuple[float, float] | None:
-    """The gap and ln of the gain of a point against the baseline's curve; None when the curve does not reach it."""
+    """Return the gap and ln of the gain of a point against the baseline's curve; None beyond the ends of the curve."""
     costs = np.log([getattr(o, axis) for o in curve])
     losses = np.log([o.loss for o in curve])
     cost, loss = float(np.log(getattr(point, axis))), float(np.log(point.loss))
     if not costs[0] - BEYOND <= cost <= costs[-1] + BEYOND:
         return None
     gap = float(_along(costs, losses, cost)) - loss
-    # Losses fall along the curve; noise may make them rise for a moment, which the running minimum takes out.
+    # The inverse needs losses that fall along the curve. The running minimum removes rises, which are noise.
     falling = np.minimum.accumulate(losses)
     kept = np.concatenate(([True], np.diff(falling) < 0))
     if kept.sum() < 2:
@@ -128,7 +129,7 @@ def _read_off(curve: list[Observation], axis: Axis, point: Observation) -> tuple
 
 
 def _along(x: Vector, y: Vector, at: float) -> float:
-    """Linear interpolation, continued with the slope of the first or the last piece."""
+    """Interpolate linearly; outside of `x`, extrapolate with the slope of the first or last segment."""
     if len(x) == 1:
         return y[0]
     left = int(np.clip(np.searchsorted(x, at) - 1, 0, len(x) - 2))

@@ -1,7 +1,7 @@
-"""The optimal size by isoFLOP profiles: a cross-check of the fitted law that knows nothing of its form.
+"""The optimal size by isoFLOP profiles: a cross-check of the fitted law that does not depend on the law's form.
 
-At one budget of compute the loss is a valley in the size; a parabola in ln N finds its floor (Hoffmann et al.,
-arXiv 2203.15556, section 3.2). Budgets lie inside the range of each size's own curve, so nothing is extrapolated.
+At one compute budget, the loss as a function of size has a minimum. A parabola in ln N finds it (Hoffmann et al.,
+arXiv 2203.15556, section 3.2). Only sizes whose curve includes the budget are used, so nothing is extrapolated.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from bst_dist.study.laws.law import Points, Vector
 
 @dataclass(frozen=True)
 class Profile:
-    """The valley at one budget."""
+    """Losses by size at one compute budget, and the optimal size."""
 
     flops: float
     parameters: Vector
     loss: Vector
     optimum: float | None
-    """N at the floor; None where the parabola opens downwards or its floor is outside of the sizes."""
+    """N at the minimum; None if the parabola opens downwards or its minimum is outside of the sizes."""
 
 
 def profiles(points: Points, budgets: int = 5) -> list[Profile]:
-    """Profiles at budgets spread over those that three sizes share; C = 6 N D. Empty when no three sizes overlap."""
+    """Return profiles at budgets C = 6 N D, spread over the range that three sizes share; empty if there is none."""
     curves = _curves(points)
     if len(curves) < 3:
         return []
@@ -37,7 +37,10 @@ def profiles(points: Points, budgets: int = 5) -> list[Profile]:
 
 
 def exponent(found: list[Profile]) -> float | None:
-    """d ln N_opt / d ln C over the profiles with a floor; to be compared with beta / (alpha + beta)."""
+    """Return d ln N_opt / d ln C over the profiles with an optimum, to compare with beta / (alpha + beta) of a law.
+
+    None if fewer than three profiles have an optimum.
+    """
     floors = [(np.log(p.flops), np.log(p.optimum)) for p in found if p.optimum is not None]
     if len(floors) < 3:
         return None
@@ -45,7 +48,7 @@ def exponent(found: list[Profile]) -> float | None:
 
 
 def _curves(points: Points) -> dict[float, tuple[Vector, Vector]]:
-    """Size -> ln C (ascending) and mean ln L there; sizes of two points or more."""
+    """Return size -> (ln C ascending, mean ln L at each), for sizes with at least two budgets."""
     curves = {}
     size = np.round(np.log(points.parameters), 2)
     for value in np.unique(size):

@@ -1,8 +1,8 @@
-"""One irreducible loss for several architectures: whether theirs are equal, and then a joint fit.
+"""Test whether several architectures have the same irreducible loss E, and fit them jointly with one E.
 
-Architectures that see the same text through the same receptive field can only differ in how fast they approach its
-entropy. Where E is shared, differences in A, alpha, B and beta are better determined. That two values of E were not
-found to differ is no reason to share one: their difference must be shown to be small.
+Architectures with the same data and the same receptive field can only differ in how fast they approach its entropy. A
+shared E determines the differences in A, alpha, B and beta better. E is shared only if the difference is shown to be
+small: a difference that is merely not significant is no reason to share it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bst_dist.study.laws.uncertainty import bootstrap
 from bst_dist.study.statistics import Estimate
 
 MARGIN = 0.01
-"""How far two values of E may lie apart to count as one, as a share of the least loss."""
+"""The margin within which two values of E count as equal, as a share of the lowest loss."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class JointFit:
 
     laws: dict[str, Law]
     value: float
-    """The objective over all groups."""
+    """Value of the objective over all groups."""
     separate: float
-    """The same objective when each group has an E of its own: never larger."""
+    """Value of the same objective if each group has its own E. It is never larger."""
 
 
 def e_difference(points: Points, first: str, second: str, draws: int = 100) -> Estimate:
-    """E of the second group less that of the first, as a share of the least loss; runs are drawn again."""
+    """Return E of the second group minus E of the first, as a share of the lowest loss; the error is by bootstrap."""
     found = []
     for seed, group in enumerate((first, second)):
         own = points.take(points.group == group)
@@ -47,9 +47,9 @@ def e_difference(points: Points, first: str, second: str, draws: int = 100) -> E
 
 
 def fit_shared(points: Points, form: FormName = "chinchilla", delta: float = 1e-3, rounds: int = 2) -> JointFit:
-    """Fit every group at once with one E, each keeping the rest of its law to itself.
+    """Fit all groups together with one E; all other unknowns are separate for each group.
 
-    Starts from several values of E between those the groups have on their own.
+    The search starts from several values of E between those of the separate fits.
     """
     groups = [str(group) for group in np.unique(points.group)]
     if len(groups) < 2:
@@ -71,7 +71,7 @@ def fit_shared(points: Points, form: FormName = "chinchilla", delta: float = 1e-
 
 
 def _centred(fitted: Fit, centre: Centre) -> Vector:
-    """A fit's unknowns, moved to another centre."""
+    """Return the unknowns of a fit, converted to another centre."""
     moved, begin = fitted.theta.copy(), 1
     names = ["width", "depth", "tokens"] if fitted.form == "additive" else ["parameters", "tokens"]
     shift = np.log(centre.width / centre.depth) - np.log(fitted.centre.width / fitted.centre.depth)
@@ -86,14 +86,14 @@ def _centred(fitted: Fit, centre: Centre) -> Vector:
 
 
 def _stack(form: FormName, alone: list[Vector]) -> Vector:
-    """Unknowns (or bounds) of the groups as those of the joint fit: the first once, then term by term."""
+    """Return the groups' unknowns (or bounds) in the order of the joint fit: E once, then each term group by group."""
     cut = np.cumsum(widths(form))[:-1]
     parts = [np.split(theta, cut) for theta in alone]
     return np.concatenate([parts[0][0], *(part[k] for k in range(1, len(cut) + 1) for part in parts)])
 
 
 def _split(form: FormName, theta: Vector, groups: int) -> list[Vector]:
-    """The other way: each group's own unknowns."""
+    """Return the unknowns of each group: the inverse of `_stack`."""
     own, begin = [[theta[:1]] for _ in range(groups)], 1
     for width in widths(form)[1:]:
         for parts in own:

@@ -1,16 +1,16 @@
-"""Scaling laws of the loss, all of them a sum of powers, fitted in one way.
+"""Scaling laws of the loss. All forms are sums of powers and are fitted in the same way.
 
-Every form is a sum of terms whose logarithms are linear in the unknowns,
+Every form is a sum of terms whose logarithms are linear in the unknowns:
 
-    ln L = ln sum_k exp(X_k theta_k),
+    ln L = ln sum_k exp(X_k theta_k).
 
-so one gradient, one grid of starting points and one polish serve them all, and a joint fit of several architectures
-is the same with wider matrices. The first term is the irreducible loss E. The others, by form:
+So all forms share one gradient, one grid of starting points and one local search, and a joint fit of several
+architectures only has wider matrices. The first term is the irreducible loss E. The other terms, by form:
 
 - chinchilla: A N^-alpha + B D^-beta (Hoffmann et al., arXiv 2203.15556, section 3.3);
-- aspect: the same with exp(kappa (r - r*)^2) on the second term, r = ln(width / depth), kappa >= 0: a best aspect
-  ratio, the same at every size;
-- additive: A width^-alpha + G depth^-gamma + B D^-beta: width and depth are resources of their own.
+- aspect: the same with the term in N times exp(kappa (r - r*)^2), r = ln(width / depth), kappa >= 0: one aspect ratio
+  is best at every size;
+- additive: A width^-alpha + G depth^-gamma + B D^-beta: width and depth reduce the loss separately.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ FormName = Literal["chinchilla", "aspect", "additive"]
 FORMS: tuple[FormName, ...] = ("chinchilla", "aspect", "additive")
 Vector = np.ndarray
 FAR = 10.0
-"""In ln of the aspect ratio: a best ratio further away than this is none."""
+"""Distance in ln(width / depth) from the centre of the points, beyond which the law is said to have no best ratio."""
 
 
 @dataclass(frozen=True)
 class Points:
-    """Losses to fit, one entry a measurement; every array is (n,)."""
+    """Losses to fit; every array is (n,), with one entry per measurement."""
 
     loss: Vector
     """Nats per token."""
     parameters: Vector
-    """N, however it is counted."""
+    """N, as parameters or as non-embedding parameters."""
     tokens: Vector
     """D, tokens trained on."""
     width: Vector
-    """Ones where only the Chinchilla form is fitted; depth likewise."""
+    """All ones if widths and depths are not known; then only the chinchilla form can be fitted."""
     depth: Vector
     run: Vector
-    """The run a measurement belongs to: points of one run, or of one trunk and its branches, are not independent."""
+    """The run of each measurement. Points of one run, or of one trunk and its branches, are not independent."""
     group: Vector
-    """What has a law of its own: the architecture."""
+    """The architecture of each measurement. Each architecture has its own law."""
 
     @property
     def shape(self) -> Vector:
-        """(n,) width x depth, for leaving one out; the size where these are not known."""
+        """Labels (n,) for leaving out one shape: width x depth, or the size N if all widths are 1 (not known)."""
         if (self.width == 1).all():
             return np.array([f"N {n:.2g}" for n in self.parameters])
         return np.array([f"{w:g} x {d:g}" for w, d in zip(self.width, self.depth, strict=True)])
 
     def take(self, index: Vector) -> Points:
-        """Some of the points, by a mask or by positions (which may repeat)."""
+        """Return the points selected by a mask or by indices, which may repeat."""
         return replace(self, **{name: getattr(self, name)[index] for name in self.__dataclass_fields__})
 
     def __len__(self) -> int:
@@ -62,7 +62,7 @@ class Points:
 
 @dataclass(frozen=True)
 class Centre:
-    """Where the logarithms are centred: without this the intercepts and the exponents are all but collinear."""
+    """The values at which the logarithms are centred. Without it, intercepts and exponents are nearly collinear."""
 
     parameters: float
     tokens: float
@@ -71,14 +71,14 @@ class Centre:
 
     @classmethod
     def of(cls, points: Points) -> Centre:
-        """Geometric means."""
+        """Return the geometric means of the points."""
         columns = (points.parameters, points.tokens, points.width, points.depth)
         return cls(*(float(np.exp(np.log(x).mean())) for x in columns))
 
 
 @dataclass(frozen=True)
 class Law:
-    """One law, in the terms in which it is published."""
+    """One law, in the parametrisation of the literature."""
 
     E: float
     A: float
@@ -88,21 +88,21 @@ class Law:
     kappa: float = 0.0
     """aspect: curvature of the penalty on the aspect ratio, never negative."""
     log_aspect: float = 0.0
-    """aspect: r*, the logarithm of the best width / depth; without a valley, where `tilt` is measured from."""
+    """aspect: r*, the logarithm of the best width / depth; without a best one, the origin of the slope `tilt`."""
     tilt: float = 0.0
-    """aspect: slope of the penalty where it has no valley; else 0."""
+    """aspect: slope of the penalty if no aspect ratio is best; else 0."""
     G: float | None = None
-    """additive: scale and exponent of the depth; A and alpha are then those of the width."""
+    """additive: scale of the term in depth, with exponent gamma. A and alpha then belong to the term in width."""
     gamma: float | None = None
 
     @property
     def has_valley(self) -> bool:
-        """Whether some aspect ratio is the best one."""
+        """Whether the law has a best aspect ratio."""
         return self.kappa > 0 and self.tilt == 0
 
     def loss(self, parameters: Vector, tokens: Vector, width: Vector | float = 1.0,
              depth: Vector | float = 1.0) -> Vector:  # fmt: skip
-        """Loss in nats."""
+        """Return the loss in nats."""
         rest = self.E + self.B * tokens**-self.beta
         if self.G is not None and self.gamma is not None:
             return rest + self.A * np.power(width, -self.alpha) + self.G * np.power(depth, -self.gamma)
@@ -110,10 +110,10 @@ class Law:
         return rest + self.A * parameters**-self.alpha * np.exp(self.kappa * off**2 + self.tilt * off)
 
     def optimum(self, flops: float, ratio: float = 12.0) -> tuple[float, float]:
-        """N and D of least loss for C = 6 N D at the best shape of each N (Hoffmann et al., equation 4).
+        """Return N and D of least loss for C = 6 N D, with the best shape for each N (Hoffmann et al., equation 4).
 
         Args:
-            ratio: N / (width^2 depth), which the additive form needs.
+            ratio: N / (width^2 depth); only the additive form uses it.
         """
         if self.G is None:
             gain = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
@@ -125,7 +125,7 @@ class Law:
         return float(sizes[best]), float(flops / 6 / sizes[best])
 
     def shape_of(self, parameters: Vector, ratio: float) -> tuple[Vector, Vector]:
-        """Width and depth of least loss for N = ratio width^2 depth, as real numbers; NaN where none is best."""
+        """Return the real-valued width and depth of least loss for N = ratio width^2 depth; NaN if no shape is best."""
         size = np.asarray(parameters, float) / ratio
         if self.G is not None and self.gamma is not None:  # A w^-a + G d^-g at w^2 d fixed: a A w^-a = 2 g G d^-g
             power = self.alpha + 2 * self.gamma
@@ -138,7 +138,7 @@ class Law:
 
 
 def slopes(form: FormName, points: Points, centre: Centre) -> list[Vector]:
-    """The columns beside the intercept of each term after the first: a list of (n, p)."""
+    """Return the columns (n, p) of each term after the first, without the intercept."""
 
     def falling(name: str) -> Vector:
         return -np.log(getattr(points, name) / getattr(centre, name))[:, None]
@@ -153,7 +153,7 @@ def slopes(form: FormName, points: Points, centre: Centre) -> list[Vector]:
 
 
 def terms(form: FormName, points: Points, centre: Centre, groups: list[str] | None = None) -> list[Vector]:
-    """The matrices X_k of the terms; with `groups`, all but the first once a group, the first shared."""
+    """Return the matrices X_k of the terms. With `groups`, all but the first have separate columns for each group."""
     one = np.ones((len(points), 1))
     own = [np.hstack((one, columns)) for columns in slopes(form, points, centre)]
     if groups is None:
@@ -163,12 +163,12 @@ def terms(form: FormName, points: Points, centre: Centre, groups: list[str] | No
 
 
 def widths(form: FormName) -> list[int]:
-    """How many unknowns each term has, the first included."""
+    """Return the number of unknowns of each term, including the first."""
     return {"chinchilla": [1, 2, 2], "aspect": [1, 4, 2], "additive": [1, 2, 2, 2]}[form]
 
 
 def as_law(form: FormName, theta: Vector, centre: Centre) -> Law:
-    """The law of centred unknowns, a term after the other."""
+    """Convert centred unknowns, in the order of the terms, to a law."""
     e, *parts = np.split(theta, np.cumsum(widths(form))[:-1])
 
     def scale(part: Vector, name: str) -> float:
@@ -187,7 +187,11 @@ def as_law(form: FormName, theta: Vector, centre: Centre) -> Law:
 
 
 def _bend(part: Vector, middle: float) -> tuple[Vector, dict[str, float]]:
-    """The penalty about its best ratio, where it has one that is not far away; else about the middle of the points."""
+    """Return the term's scale and exponent, and the penalty relative to its best ratio.
+
+    Without a best ratio, or with one further than FAR from `middle` (the centre of the points), the penalty is a slope
+    and a curvature at `middle`.
+    """
     linear, kappa = float(part[2]), float(part[3])
     off = -linear / (2 * kappa) if kappa > 0 else np.inf
     if abs(off) > FAR:

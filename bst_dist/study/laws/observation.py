@@ -1,4 +1,4 @@
-"""Measured losses: what laws are fitted to, and what verdicts are made from."""
+"""Measured losses: the input of the law fits and of the verdicts."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ class Observation:
     name: str
     architecture: str
     arm: str
-    """The settings under which the grid was run; verdicts are within one."""
+    """Name of the settings under which the grid was run. A verdict uses the runs of one arm."""
     block: str
-    """What a pair shares: arm, size, depth, seed."""
+    """Arm, size, depth and seed: the two runs of a pair have the same block."""
     run: str
-    """Observations of one run, or of a trunk and its branches, have the same value: they are not independent."""
+    """Observations of one run, or of a trunk and its branches, have the same value because they are not independent."""
     seed: int
     width: float
     depth: float
     parameters: float
     """N, training FLOPs per token / 6."""
     non_embedding: float
-    """N, matrices without embedding and head."""
+    """N, parameters in matrices, without embedding and head."""
     tokens: float
     length: float
     """Tokens per parameter, as planned."""
@@ -39,14 +39,15 @@ class Observation:
     loss: float
     """Nats per token."""
     by_block: tuple[float, ...] = ()
-    """The loss by position in the sequence, a value a block of W tokens."""
+    """The loss by position in the sequence, one value per block of W tokens."""
     by_document: tuple[float, ...] = ()
     held_out: bool = False
-    """Only predicted; neither fitted nor compared."""
+    """Whether it is only predicted, neither fitted nor compared."""
     rate_factor: float = 1.0
-    """The learning rate divided by the rule's; only the audit uses values other than 1."""
+    """The learning rate divided by the rate of the sweep's rule. Only the audit uses values other than 1."""
     slowed: float = math.nan
-    """How much longer a median step took than the fastest tenth: what else ran on the machine. nan: not known."""
+    """Median step time / 10 % quantile of the step times - 1. It is large if other programs used the machine. NaN if
+    unknown."""
 
     @property
     def usable(self) -> bool:
@@ -55,12 +56,15 @@ class Observation:
 
 
 def grid(observed: Sequence[Observation]) -> list[Observation]:
-    """The observations that are fitted and compared."""
+    """Return the observations that are fitted and compared: usable, not held out, at the rule's learning rate."""
     return [o for o in observed if o.usable and not o.held_out and o.rate_factor == 1]
 
 
 def points(observed: Sequence[Observation], count: str = "parameters") -> Points:
-    """As points to fit; `count`: parameters or non_embedding. Raises UserError when there are none."""
+    """Return the observations as points to fit; `count`, the source of N, is "parameters" or "non_embedding".
+
+    Raises UserError if there are none.
+    """
     if not observed:
         raise UserError("no run has finished: there is nothing to fit")
 

@@ -1,7 +1,7 @@
-"""What the verdict's rule will be able to detect in a sweep: the rule itself, applied to simulated studies.
+"""Predict the changes that the verdict's rule can detect in a sweep, by applying the rule to simulated studies.
 
-A plain t test would promise far more power: the rule adjusts for all variants and factors, and needs a permutation test
-too.
+The power of a plain t test would be far too optimistic: the rule adjusts for all variants and factors, and requires a
+permutation test too.
 """
 
 from __future__ import annotations
@@ -17,39 +17,39 @@ from bst_dist.study.laws.verdict import ANSWERS, MARGIN, POWER, Measured, Rule, 
 
 STUDIES = 400
 MANY_PAIRS = 48
-"""With more pairs than these, errors and detectable changes fall as one over the root of the pairs."""
+"""From this number of pairs on, errors and detectable changes are proportional to 1 / sqrt(pairs)."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Of ln of the loss, between runs that differ only in their seed."""
+    """The noise of ln of the loss between runs that differ only in their seed."""
 
     seed: float
     """Standard deviation."""
     within: float
-    """Share of the variance that points of one run do not share."""
+    """Share of the variance that is independent between points of one run."""
 
 
 @dataclass(frozen=True)
 class Power:
-    """What to expect of the verdict about one variant over one factor."""
+    """The expected verdict about one variant over one factor."""
 
     factor: str
     pairs: int
     standard_error: float
-    """Of the change, in ln of the loss per doubling of depth or tenfold of compute."""
+    """Standard error of the change, in ln of the loss per doubling of depth or tenfold of compute."""
     at_margin: float
-    """The chance that a true change as large as the margin is called grown."""
+    """Probability of the answer "grows" for a true change as large as the margin."""
     smallest_seen: float
-    """The smallest true change that is called grown with power 0.8; infinite where none is."""
+    """Smallest true change with a probability of 0.8 of the answer "grows"; infinite if none was found."""
     equivalent: float
-    """The chance that no change at all is called equivalent."""
+    """Probability of the answer "equivalent" for a true change of zero."""
     false: float
-    """The chance that anything is called grown or shrunk, of any variant, when nothing changes."""
+    """Probability of at least one answer "grows" or "shrinks", over all variants and factors, when nothing changes."""
 
 
 class Simulation:
-    """Many studies with the pairs of one design, each with its own noise."""
+    """Many simulated studies with the pairs of one design, each with its own noise."""
 
     def __init__(self, every: Sequence[Gaps], noise: Noise, studies: int = STUDIES, seed: int = 0,
                  margin: float = MARGIN) -> None:  # fmt: skip
@@ -65,7 +65,7 @@ class Simulation:
             columns_ = []
             for block, length in zip(gaps.block, gaps.tokens_per_parameter, strict=True):
                 key = (str(block), round(math.log(length), 1))
-                # The baseline's run is one and the same for all variants.
+                # All variants of a block are compared with the same run of the baseline, so they share its noise.
                 if block not in level:
                     level[block] = generator.normal(0, common, studies)
                 if key not in base:
@@ -78,20 +78,20 @@ class Simulation:
         self.nothing = [self.rule.measure(case, self.noise[case.place]) for case in self.rule.cases]
 
     def answers(self, test: int | None = None, change: float = 0.0) -> np.ndarray:
-        """(tests, studies) places in ANSWERS, when the test's variant changes by `change` per unit of its factor."""
+        """Return indices into ANSWERS (tests, studies), for a true change of `change` in `test`, or of 0 without it."""
         return self.rule.decide(self.nothing if test is None else self._measured(test, change)).answer
 
     def seen(self, test: int, change: float) -> float:
-        """The chance that this change is called grown."""
+        """Return the probability of the answer "grows" for a true change of `change`."""
         return float((self.answers(test, change)[test] == ANSWERS.index("grows")).mean())
 
     def false(self) -> float:
-        """The chance of a verdict grows or shrinks although nothing changes."""
+        """Return the probability of at least one answer "grows" or "shrinks" when nothing changes."""
         wrong = [ANSWERS.index("grows"), ANSWERS.index("shrinks")]
         return float(np.isin(self.answers(), wrong).any(0).mean())
 
     def smallest_seen(self, test: int) -> float:
-        """The smallest change called grown with power 0.8: first by the t tests alone, then by the whole rule."""
+        """Return the smallest change with power 0.8, found by t tests alone and raised until the whole rule agrees."""
         error = float(np.std(self.nothing[test].change))
         low, high = error, 40 * error
         while high / low > 1.02:
@@ -110,7 +110,7 @@ class Simulation:
                 for own, nothing in zip(self.rule.cases, self.nothing, strict=True)]  # fmt: skip
 
     def _seen_by_t(self, test: int, change: float) -> float:
-        """As `seen`, without the permutation test: a change moves the estimate and leaves its error as it is."""
+        """Like `seen` but without the permutation test, so cheap: a change shifts the estimate, and its error stays."""
         own = self.nothing[test]
         value = own.change + change
         degrees = self.rule.cases[test].test.degrees
@@ -122,7 +122,7 @@ class Simulation:
 
 
 def predict(every: Sequence[Gaps], noise: Noise, studies: int = STUDIES, margin: float = MARGIN) -> list[Power]:
-    """What the rule would see in the first variant, over each factor; the others are tested beside it."""
+    """Return the power for the first variant, over each factor. The other variants count in Holm's adjustment."""
     simulation = Simulation(every, noise, studies, margin=margin)
     nothing, false = simulation.answers(), simulation.false()
     return [
@@ -135,13 +135,13 @@ def predict(every: Sequence[Gaps], noise: Noise, studies: int = STUDIES, margin:
 
 
 def visible(every: Sequence[Gaps], studies: int = 200) -> dict[str, float]:
-    """By factor: the smallest change that the rule sees with power 0.8, in standard errors of the change.
+    """Return for each factor the smallest change detected with power 0.8, in standard errors of the change.
 
-    Simulated are studies like these with seeds enough for MANY_PAIRS.
+    The simulated studies have the same pairs, with the seeds repeated up to about MANY_PAIRS.
     """
     found: dict[str, float] = {}
     enlarged = [repeated(gaps, max(1, round(MANY_PAIRS / gaps.pairs))) for gaps in every]
-    # With much noise what is seen lies far above the margin, where no change is called equivalent.
+    # With much noise, detected changes are far above the margin, so none of them is called equivalent.
     simulation = Simulation(enlarged, Noise(0.05, 0.3), studies)
     for test, case in enumerate(simulation.rule.cases):
         if case.factor not in found:
@@ -150,15 +150,15 @@ def visible(every: Sequence[Gaps], studies: int = 200) -> dict[str, float]:
 
 
 def pairs_needed(pairs: int, standard_error: float, errors: float, margin: float = MARGIN) -> int:
-    """Pairs like these after which a change as large as the margin is `errors` standard errors large.
+    """Return the number of pairs with which a change as large as the margin equals `errors` standard errors.
 
-    `standard_error`: of the change, with `pairs` pairs; it falls as one over the root of the pairs.
+    `standard_error` is the error of the change with `pairs` pairs. It is proportional to 1 / sqrt(pairs).
     """
     return math.ceil(pairs * (errors * standard_error / margin) ** 2)
 
 
 def repeated(gaps: Gaps, times: int) -> Gaps:
-    """The same design with so many times the seeds."""
+    """Return the same design with `times` times as many seeds."""
     arrays = {name: np.concatenate([value] * times) for name, value in vars(gaps).items()
               if isinstance(value, np.ndarray)}  # fmt: skip
     arrays["block"] = np.concatenate([np.char.add(gaps.block.astype(str), f" #{k}") for k in range(times)])

@@ -1,7 +1,7 @@
-"""Do two architectures see equally far? Asked before they are given one irreducible loss.
+"""Test whether two architectures have an equally long receptive field, before they may share one irreducible loss.
 
-What lies beyond a receptive field cannot be predicted from, however large the model: architectures that see less far
-approach a higher loss. If one sees further, its advantage is larger late in the sequence, where more lies behind.
+No model size makes up for text outside of the receptive field: an architecture with a shorter one approaches a higher
+loss. If one has a longer receptive field, its advantage is larger late in the sequence, where there is more past text.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ MARGIN = 0.005
 
 @dataclass(frozen=True)
 class Reach:
-    """Whether an architecture sees as far as the baseline."""
+    """Whether an architecture has as long a receptive field as the baseline."""
 
     difference: Estimate
-    """The advantage in a sequence's last block less that in its first, where nobody has more than a block behind: in ln
-    of the loss, errors clustered by pair of runs. Above 0 the architecture sees, or uses, more than the baseline."""
+    """The advantage in the last block of the sequence minus the advantage in the first block, where no model has more
+    than one block of past. In ln of the loss, errors clustered by pair of runs. Above 0 the architecture uses more of
+    the past than the baseline."""
     answer: Equality
-    """equal: shown to differ by less than the margin, 0.5 % of the loss."""
+    """"equal": the difference is shown to be less than the margin, 0.5 % of the loss."""
 
 
 def compare_reach(observed: Sequence[Observation], variant: str, baseline: str, arm: str) -> Reach | None:
-    """Over all pairs of runs of one block and length; None when too few have losses by position."""
+    """Compare over all pairs of runs of one block and length; return None if too few have losses by position."""
     gaps, blocks = gaps_by(observed, variant, baseline, arm, "by_block")
     if gaps.shape[1] < 2:
         return None

@@ -1,7 +1,7 @@
-"""Least squares with errors that hold for few, unequal and correlated points, and permutation tests.
+"""Least squares with standard errors that are valid for few, heteroscedastic and correlated points; permutation tests.
 
-Sources: HC3, MacKinnon and White, J. Econometrics 29 (1985); its form for clusters, the jackknife CR3, MacKinnon,
-Nielsen and Webb, J. Applied Econometrics 38 (2023); permutation of the residuals of the reduced model, Freedman and
+Sources: HC3: MacKinnon and White, J. Econometrics 29 (1985). Its form for clusters, the jackknife CR3: MacKinnon,
+Nielsen and Webb, J. Applied Econometrics 38 (2023). Permutation of the residuals of the reduced model: Freedman and
 Lane, J. Business & Economic Statistics 1 (1983).
 """
 
@@ -18,19 +18,19 @@ Vector = np.ndarray
 
 
 class RegressionError(UserError):
-    """Observations that do not determine the coefficients."""
+    """The observations do not determine the coefficients."""
 
 
 @dataclass(frozen=True)
 class Regression:
-    """Coefficients (p,), their covariance, and the degrees of freedom of the t distribution they are judged by."""
+    """Coefficients (p,), their covariance (p, p), and the degrees of freedom of the t distribution for their tests."""
 
     values: Vector
     covariance: Vector
     degrees: int
 
     def estimate(self, weights: Vector | int) -> Estimate:
-        """One coefficient, by its place, or a weighted sum of all."""
+        """Return one coefficient, by its index, or a weighted sum of all coefficients."""
         weights = np.eye(len(self.values))[weights] if isinstance(weights, int) else np.asarray(weights)
         variance = max(0.0, float(weights @ self.covariance @ weights))
         return Estimate(float(weights @ self.values), float(np.sqrt(variance)), self.degrees)
@@ -40,20 +40,20 @@ class Regression:
 class Estimator:
     """Least squares on fixed columns, with errors robust to any correlation inside a cluster.
 
-    The coefficients and the parts of their errors are linear in the target, so many targets cost no more than one. When
-    every point is its own cluster the errors are HC3. The degrees of freedom are clusters minus columns: further points
-    of a cluster are no further evidence.
+    Coefficients and the clusters' parts of the errors are linear in the target. So one matrix product computes them for
+    many targets. If every point is its own cluster, the errors are HC3. The degrees of freedom are clusters minus
+    columns: more points in the same cluster are no independent evidence.
     """
 
     coefficients: Vector
-    """(p, n): from the target to the values."""
+    """(p, n): maps the target to the coefficients."""
     scores: Vector
-    """(G, p, n): from the target to each cluster's part in the errors."""
+    """(G, p, n): maps the target to each cluster's part of the errors."""
     degrees: int
 
     @classmethod
     def of(cls, columns: Vector, clusters: Vector) -> Estimator:
-        """For `columns` (n, p); raises RegressionError when there are too few clusters or collinear columns."""
+        """Prepare for `columns` (n, p). Raises RegressionError for too few clusters or collinear columns."""
         names, number = np.unique(clusters, return_inverse=True)
         n, p = columns.shape
         if len(names) <= p:
@@ -66,7 +66,7 @@ class Estimator:
         scores = np.empty((len(names), p, n))
         for index in range(len(names)):
             own = np.flatnonzero(number == index)
-            left = residual_maker[np.ix_(own, own)]  # I - H of the cluster, singular where it alone settles something
+            left = residual_maker[np.ix_(own, own)]  # I - H of the cluster; singular if it alone determines a column
             scores[index] = coefficients[:, own] @ np.linalg.pinv(left, hermitian=True) @ residual_maker[own]
         if len(names) < n:
             scores *= np.sqrt((len(names) - 1) / len(names))
@@ -74,21 +74,21 @@ class Estimator:
 
 
 def regress(columns: Vector, target: Vector, clusters: Vector) -> Regression:
-    """Least squares of `target` (n,) on `columns` (n, p); see Estimator for the errors."""
+    """Regress `target` (n,) on `columns` (n, p) by least squares. `Estimator` describes the errors."""
     estimator = Estimator.of(columns, clusters)
     scores = estimator.scores @ target  # (G, p)
     return Regression(estimator.coefficients @ target, scores.T @ scores, estimator.degrees)
 
 
 class CoefficientTest:
-    """The tests of one coefficient, prepared once for any number of targets.
+    """The t test and the permutation test of one coefficient, prepared once for any number of targets.
 
-    By permutation: the residuals of the fit without the coefficient's column are permuted among clusters of equal size.
-    Whole clusters move, so correlated points stay together; the statistic is the coefficient divided by its error.
+    The permutation test fits without the coefficient's column and permutes the residuals among clusters of equal size.
+    Whole clusters move, so correlated points stay together. The statistic is the coefficient divided by its error.
     """
 
     def __init__(self, columns: Vector, clusters: Vector, index: int, draws: int, seed: int = 0) -> None:
-        """Raises RegressionError when the columns cannot be told apart or the clusters are too few."""
+        """Raise RegressionError if the columns are collinear or there are too few clusters."""
         estimator = Estimator.of(columns, clusters)
         self.degrees = estimator.degrees
         self.weights, self.scores = estimator.coefficients[index], estimator.scores[:, index]  # (n,), (G, n)
@@ -97,14 +97,14 @@ class CoefficientTest:
         self.places = _dealt(clusters, draws, seed)
 
     def estimates(self, targets: Vector) -> tuple[Vector, Vector]:
-        """The coefficient and its standard error for each of many targets: (m, n) to (m,) and (m,)."""
+        """Return the coefficient (m,) and its standard error (m,) for each of the targets (m, n)."""
         return targets @ self.weights, np.sqrt(((targets @ self.scores.T) ** 2).sum(-1))
 
     def permutation_p(self, targets: Vector) -> Vector:
-        """Two-sided p for each target: (m, n) to (m,).
+        """Return the two-sided p (m,) for each of the targets (m, n).
 
-        The fit without the column has a statistic of 0, so only residuals need to be permuted; permuting them is
-        permuting the weights in the opposite direction.
+        The part of the target that the other columns fit does not change the statistic, so only residuals are needed.
+        Instead of the residuals, the weights are permuted in the opposite direction: this has the same result.
         """
         residuals = targets @ self.residual_maker.T
         observed = _ratio(*self.estimates(residuals)) * (1 - 1e-9)
@@ -117,13 +117,13 @@ class CoefficientTest:
         return (1 + more) / (1 + len(self.places))
 
     def _at_once(self, targets: int) -> int:
-        """Draws whose numbers fit into a few tens of megabytes."""
+        """Return the number of draws to compute at once, so that arrays take a few tens of megabytes."""
         groups, n = self.scores.shape
         return max(1, 4_000_000 // (groups * max(n, targets)))
 
 
 def _dealt(clusters: Vector, draws: int, seed: int) -> Vector:
-    """(draws, n): the place that each point moves to."""
+    """Return random permutations (draws, n) of the points that exchange whole clusters of equal size."""
     generator = np.random.default_rng(seed)
     members = [np.flatnonzero(clusters == name) for name in np.unique(clusters)]
     places = np.empty((draws, len(clusters)), int)
@@ -135,15 +135,15 @@ def _dealt(clusters: Vector, draws: int, seed: int) -> Vector:
 
 
 def _ratio(value: Vector, error: Vector) -> Vector:
-    """|value| / error; 0 / 0 counts as 0."""
+    """Return |value| / error, with 0 / 0 = 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.nan_to_num(np.abs(value) / error, nan=0.0, posinf=np.inf)
 
 
 def holm(p_values: Vector) -> Vector:
-    """Adjusted p values that keep the chance of any false finding among all below the level (Holm 1979).
+    """Return p values adjusted so that the probability of any false rejection stays below the level (Holm 1979).
 
-    Of (k,) tests, or of k tests in many studies at once (k, m), each study by itself.
+    `p_values` is (k,) for k tests, or (k, m) for k tests in each of m studies, which are adjusted separately.
     """
     p = np.asarray(p_values, float)
     order = np.argsort(p, axis=0)

@@ -1,4 +1,4 @@
-"""Everything that is fitted to a set of losses: a law for each architecture, its uncertainty, its predictions."""
+"""All fits to a set of losses: a law for each architecture, its uncertainty and its predictions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bst_dist.study.statistics import Equality, Estimate, equality, quantile
 T = TypeVar("T")
 OBJECTIVES = {"huber": 1e-3, "lad": 0.0}
 BUDGETS = (1.0, 10.0, 100.0)
-"""As multiples of the points' largest compute; optima beyond it are given only where the law is identified."""
+"""Multiples of the largest compute of the points. Optima above it are reported only if the law is identified."""
 
 
 @dataclass(frozen=True)
@@ -32,35 +32,35 @@ class Fitted:
     objective: str
     law: Law | None
     value: float = float("nan")
-    """Of the objective."""
+    """Value of the objective."""
     why_not: str = ""
     shape_error: float | None = None
     """Mean absolute relative error in predicting a shape that was left out."""
     largest_error: float | None = None
-    """The same for the largest size, from all smaller ones."""
+    """Mean absolute relative error in predicting the largest size from all smaller sizes."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One observation that was held out."""
+    """The prediction of one held-out observation."""
 
     name: str
     parameters: float
     tokens: float
     observed: float
     predicted: Interval
-    """95 %, from the bootstrap of the law, widened by the scatter of single runs."""
+    """95 % interval from the bootstrap of the law, widened by the scatter of single runs."""
 
 
 @dataclass(frozen=True)
 class Optimum:
-    """The best model for a budget."""
+    """The model with the least loss for a compute budget."""
 
     flops: float
     parameters: Interval
     tokens: Interval
     width: Interval | None
-    """None where the form has no best shape, or none was found."""
+    """None if the form has no best shape, or none within the shapes tried."""
     depth: Interval | None
     extrapolated: bool
 
@@ -72,13 +72,14 @@ class ArchitectureLaws:
     fits: list[Fitted]
     slopes: dict[str, Estimate]
     chosen: FormName | None = None
-    """The form that predicts shapes left out best, under Huber's objective."""
+    """The form with the least `shape_error`, under Huber's objective."""
     intervals: dict[str, Interval] = field(default_factory=dict)
     non_embedding_alpha: Interval | None = None
-    """The chosen form's alpha where N counts the matrices without embedding and head."""
+    """alpha of the chosen form if N counts only matrices other than embedding and head."""
     not_identified: list[str] = field(default_factory=list)
+    """Reasons not to extrapolate the law; see `uncertainty.unidentified`."""
     no_valley: bool = False
-    """Not chinchilla: no best width / depth within the shapes tried."""
+    """Whether a form other than chinchilla has no best width / depth within the shapes tried."""
     lack_of_fit: LackOfFit | None = None
     predictions: list[Prediction] = field(default_factory=list)
     optima: list[Optimum] = field(default_factory=list)
@@ -86,7 +87,7 @@ class ArchitectureLaws:
 
     @property
     def law(self) -> Law | None:
-        """The chosen one."""
+        """The law of the chosen form under Huber's objective."""
         return next((f.law for f in self.fits if f.form == self.chosen and f.objective == "huber"), None)
 
 
@@ -95,10 +96,10 @@ class SharedE:
     """Whether architectures have the same irreducible loss."""
 
     differences: dict[str, Estimate]
-    """E of each that sees as far as the baseline, less the baseline's, as a share of the least loss."""
+    """Architecture -> its E minus the baseline's, as a share of the lowest loss. Only for those with an equal reach."""
     answers: dict[str, Equality]
     laws: dict[str, Law]
-    """Fitted with one E, for those shown to have the same."""
+    """Laws with one E, for the architectures shown to have the same E."""
     why_not: str = ""
 
 
@@ -112,7 +113,7 @@ class Laws:
 
 
 def fit_laws(observed: Sequence[Observation], baseline: str | None, arm: str, draws: int = 200) -> Laws:
-    """Laws of every architecture within an arm; one E for those shown to have the same."""
+    """Fit the laws of every architecture within an arm, with one E for those shown to have the same E."""
     at_rate = [o for o in observed if o.rate_factor == 1 and o.arm == arm]
     ours = grid(at_rate)
     every = points(ours)
@@ -127,7 +128,7 @@ def fit_laws(observed: Sequence[Observation], baseline: str | None, arm: str, dr
 
 
 def _shared(every: Points, baseline: str | None, names: list[str], draws: int) -> SharedE:
-    """One irreducible loss for the baseline and the architectures shown to see as far and to have the same E."""
+    """Fit one E for the baseline and those of `names` whose E is shown to be equal; all `names` have an equal reach."""
     if not names or baseline is None:
         return SharedE({}, {}, {}, "no architecture was shown to see as far as the baseline and no further")
     try:
@@ -143,7 +144,7 @@ def _shared(every: Points, baseline: str | None, names: list[str], draws: int) -
 
 
 def _laws_of(observed: Sequence[Observation], draws: int) -> ArchitectureLaws:
-    """All forms under both objectives; uncertainty and cross-checks of the form that predicts best."""
+    """Fit all forms under both objectives, and compute uncertainty and cross-checks of the form that predicts best."""
     ours = grid(observed)
     own = points(ours)
     slopes = _or_none(lambda: uncertainty.local_slopes(own)) or {}
@@ -191,7 +192,7 @@ def _trusted(laws: ArchitectureLaws, chosen: Fit, ours: Sequence[Observation], o
 
 
 def _other_count(chosen: Fit, ours: Sequence[Observation], draws: int) -> Interval | None:
-    """alpha where N is without embedding and head; None where the table does not say, or N is not in the form."""
+    """Return alpha with N counted without embedding and head; None if this count is unknown or N is not in the form."""
     counted = points(ours, "non_embedding")
     if chosen.form == "additive" or not (np.isfinite(counted.parameters).all() and (counted.parameters > 0).all()):
         return None
@@ -200,7 +201,7 @@ def _other_count(chosen: Fit, ours: Sequence[Observation], draws: int) -> Interv
 
 
 def _has_best_shape(form: FormName, law: Law, own: Points) -> bool:
-    """Whether the law has a best width / depth, and within the shapes tried."""
+    """Whether the law has a best width / depth within the shapes tried."""
     if form == "chinchilla":
         return False
     aspect = np.log(own.width / own.depth)
@@ -211,7 +212,7 @@ def _has_best_shape(form: FormName, law: Law, own: Points) -> bool:
 
 
 def _ratio(own: Points) -> float:
-    """N / (width^2 depth) of the points, about 12 and more for the vocabulary and the windows."""
+    """Return N / (width^2 depth) of the points: about 12, plus the share of the vocabulary and the windows."""
     return float(np.exp(np.log(own.parameters / (own.width**2 * own.depth)).mean()))
 
 
@@ -232,7 +233,7 @@ def _prediction(o: Observation, chosen: Fit, own: Points, drawn: Sequence[Law]) 
 
 
 def _optimum(times: float, chosen: Fit, own: Points, drawn: Sequence[Law]) -> Optimum | None:
-    """The optimum of N, and of the shape, for a budget; None where the form knows no size without a best shape."""
+    """Return the optimal N, D and shape for a budget; None for the additive form if it has no best shape."""
     flops, ratio = times * float((6 * own.parameters * own.tokens).max()), _ratio(own)
     shaped = _has_best_shape(chosen.form, chosen.law, own)
     if chosen.form == "additive" and not shaped:

@@ -1,7 +1,7 @@
-"""How far a fitted law can be trusted: resampled runs, left-out shapes and sizes, and what the points determine.
+"""The uncertainty of a fitted law: bootstrap over runs, left-out shapes and sizes, and which unknowns are determined.
 
-Points of one run lie on one curve and share its seed, so runs are resampled and never points: on a public
-width x depth data set the standard error of alpha was four times larger by shape than by point.
+Points of one run lie on one curve and share its seed, so the bootstrap resamples runs, never single points. On a public
+width x depth data set, resampling shapes gave a standard error of alpha four times as large as resampling points.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MOST_SHAPES = 24
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with the standard error and the 95 % percentile interval of its bootstrap."""
+    """An estimate with its standard error and 95 % percentile interval from the bootstrap."""
 
     value: float
     standard_error: float
@@ -36,15 +36,18 @@ class Interval:
 
 @dataclass(frozen=True)
 class LackOfFit:
-    """Whether the form misses the shapes by more than seeds scatter."""
+    """An F test of whether the residuals of the shapes are larger than the scatter of seeds explains."""
 
     statistic: float
-    """F: mean square of the shapes' mean residuals over that of seeds within a shape."""
+    """F: mean square of the shapes' mean residuals / mean square of the seeds within a shape."""
     p_value: float
 
 
 def bootstrap(fitted: Fit, points: Points, draws: int = 200, seed: int = 0) -> list[Law]:
-    """Laws refitted to runs drawn with replacement, each search starting at the full fit's optimum."""
+    """Return laws fitted to runs drawn with replacement; each search starts at the optimum of `fitted`.
+
+    Raises FitError if fewer than two of 20 x `draws` resamples can be fitted.
+    """
     generator = np.random.default_rng(seed)
     runs, number = np.unique(points.run, return_inverse=True)
     members = [np.flatnonzero(number == index) for index in range(len(runs))]
@@ -55,7 +58,7 @@ def bootstrap(fitted: Fit, points: Points, draws: int = 200, seed: int = 0) -> l
         drawn = np.concatenate([members[index] for index in generator.integers(len(runs), size=len(runs))])
         try:
             laws.append(fit(points.take(drawn), fitted.form, fitted.delta, start=fitted).law)
-        except FitError:  # a draw of one shape alone
+        except FitError:  # for example, all runs drawn have the same shape
             continue
     if len(laws) < 2:
         raise FitError("too few runs to resample")
@@ -63,7 +66,10 @@ def bootstrap(fitted: Fit, points: Points, draws: int = 200, seed: int = 0) -> l
 
 
 def interval(of: Callable[[Law], float], law: Law, laws: Sequence[Law]) -> Interval:
-    """A quantity computed from a law, with its interval over resampled runs."""
+    """Return the quantity `of(law)` with its interval over `laws`, fits of resampled runs.
+
+    The interval is infinite if more than half of the resampled values are not finite.
+    """
     draws = np.array([of(one) for one in laws], float)
     draws = draws[np.isfinite(draws)]
     if len(draws) < len(laws) / 2:
@@ -73,7 +79,7 @@ def interval(of: Callable[[Law], float], law: Law, laws: Sequence[Law]) -> Inter
 
 
 def intervals(fitted: Fit, laws: Sequence[Law]) -> dict[str, Interval]:
-    """An interval for each unknown of the form, and for the exponent of the optimal N in C where it is a power."""
+    """Return an interval for each unknown and, except for additive, for the exponent of the optimal N in C."""
     found = {name: interval(lambda law, name=name: getattr(law, name), fitted.law, laws)
              for name in UNKNOWNS[fitted.form]}  # fmt: skip
     if fitted.form != "additive":
@@ -82,10 +88,11 @@ def intervals(fitted: Fit, laws: Sequence[Law]) -> dict[str, Interval]:
 
 
 def unidentified(found: dict[str, Interval], points: Points) -> list[str]:
-    """Why the law must not be extrapolated; empty when it may.
+    """Return the reasons why the law must not be extrapolated; empty if it may be.
 
-    An exponent must be known to within half of its value (half the 95 % interval) and E to within a tenth of the lowest
-    loss observed; N and D must each span a factor of four, with three values at least. The rule is fixed, not tuned.
+    Half the 95 % interval of each exponent must be at most half of its value, and that of E at most a tenth of the
+    lowest observed loss. E must not be at its bound of zero. N and D must each span a factor of four and have at least
+    three values. These limits were fixed in advance, not tuned.
     """
     reasons = []
     for name, values in (("parameters", points.parameters), ("tokens", points.tokens)):
@@ -109,9 +116,9 @@ def unidentified(found: dict[str, Interval], points: Points) -> list[str]:
 
 
 def leave_one_shape_out(points: Points, fitted: Fit) -> dict[str, float]:
-    """Shape -> mean absolute relative error of its losses under a law fitted to all other shapes.
+    """Return shape -> mean absolute relative error of its losses under a law fitted to all other shapes.
 
-    Of many shapes only MOST_SHAPES are left out in turn, spread over all of them.
+    If there are more shapes than MOST_SHAPES, only this many of them, evenly spread, are left out in turn.
     """
     shapes = np.unique(points.shape)
     shapes = shapes[np.unique(np.linspace(0, len(shapes) - 1, MOST_SHAPES).round().astype(int))]
@@ -119,17 +126,17 @@ def leave_one_shape_out(points: Points, fitted: Fit) -> dict[str, float]:
 
 
 def hold_out_largest(points: Points, fitted: Fit) -> float:
-    """Mean absolute relative error at the largest size under a law fitted to all smaller ones.
+    """Return the mean absolute relative error at the largest size under a law fitted to all smaller sizes.
 
-    Sizes within a tenth of the largest N are the largest size: shapes of one size differ a little.
+    Every N above the largest N / 1.1 counts as the largest size, because shapes of one size differ a little in N.
     """
     return _error_of(points, points.parameters > points.parameters.max() / 1.1, fitted)
 
 
 def local_slopes(points: Points) -> dict[str, Estimate]:
-    """d ln L / d ln of N, D and depth (those that vary) over the range of the points, errors clustered by run.
+    """Return d ln L / d ln x for each x of N, D and depth that varies, by regression with errors clustered by run.
 
-    N at fixed D, D at fixed N; not for extrapolation.
+    Each slope holds the other variables fixed. The slopes describe the range of the points, not what lies beyond it.
     """
     names = [n for n in ("parameters", "tokens", "depth") if np.ptp(np.log(getattr(points, n))) > 0.05]
     columns = np.column_stack([np.ones(len(points)), *(np.log(getattr(points, name)) for name in names)])
@@ -138,7 +145,10 @@ def local_slopes(points: Points) -> dict[str, Estimate]:
 
 
 def lack_of_fit(points: Points, fitted: Fit) -> LackOfFit | None:
-    """From the mean residuals of runs, whose points are not independent; None where no shape has two seeds."""
+    """Return the F test on the mean residual of each run (points of a run are not independent).
+
+    None if no shape has two seeds, or if there are too few shapes for the unknowns.
+    """
     residuals = np.log(points.loss) - np.log(fitted.predict(points))
     runs, number = np.unique(points.run, return_inverse=True)
     level = np.array([residuals[number == index].mean() for index in range(len(runs))])

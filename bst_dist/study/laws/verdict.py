@@ -1,18 +1,20 @@
-"""Does the advantage grow or shrink with depth and with compute? Answered by a rule fixed before the data.
+"""Decide whether the advantage grows or shrinks with depth and with compute, by a rule fixed before the data.
 
-The rule. For each variant, within one arm, the paired gap is regressed on the logarithms of compute, depth and tokens
-per parameter, errors clustered by pair of runs. The *change* is the coefficient per doubling of depth and per tenfold
-of compute: how much of the loss, in per cent, the advantage gains by that. Then, with p values adjusted by Holm over
-all variants and both factors, at level 0.05:
+For each variant, within one arm, the paired gap is regressed on the logarithms of compute, depth and tokens per
+parameter. Errors are clustered by pair of runs. The *change* is the coefficient per doubling of depth or per tenfold of
+compute, as a share of the loss. The p values are adjusted by Holm over all variants and both factors. At level 0.05 the
+answer is the first that holds:
 
-1. confounded: the sizes of the pairs differ, and by how much changes over the factor's range by more than 2 % of N.
+1. confounded: the models of a pair differ in size, and this difference changes by more than 2 % of N over the range of
+   the factor.
 2. equivalent: both one-sided tests reject a change as large as the margin, 0.5 % of the loss per doubling of depth or
-   per tenfold of compute. A change that is real and smaller than that is equivalent too: nobody would choose an
-   architecture by it.
-3. grows or shrinks: the change differs from 0 both by its t test and by permutation (the larger p counts).
-4. undecided otherwise, with the number of pairs that would be needed to see a change as large as the margin.
+   per tenfold of compute. A real change below the margin is equivalent too: it is too small to choose an architecture
+   by.
+3. grows or shrinks: the change differs from 0 both in its t test and in a permutation test (the larger p counts).
+4. undecided: none of these. The report then gives the number of pairs needed to detect a change as large as the margin.
 
-A variant that cannot be tested counts among the tests with p = 1: it does not make the adjustment of the others milder.
+A variant that cannot be tested is included in Holm's adjustment with p = 1, so that the adjustment of the others does
+not become weaker.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from bst_dist.study.statistics import Estimate
 
 LEVEL, POWER, MARGIN = 0.05, 0.8, 0.005
 MISMATCH = 0.02
-"""How much ln N_variant - ln N_baseline may change over the range of a factor."""
+"""The largest change of ln N_variant - ln N_baseline over the range of a factor that is not called confounded."""
 DRAWS = 999
 FACTORS = ("flops", "depth", "tokens_per_parameter")
 Answer = Literal["grows", "shrinks", "equivalent", "undecided", "confounded"]
@@ -38,7 +40,7 @@ ANSWERS: tuple[Answer, ...] = ("grows", "shrinks", "equivalent", "undecided", "c
 
 
 class Unit(NamedTuple):
-    """What a change is expressed per."""
+    """The unit of a factor: its change is given per multiplication of the factor by `factor`."""
 
     name: str
     per: str
@@ -46,7 +48,8 @@ class Unit(NamedTuple):
 
 
 UNITS = {"flops": Unit("compute", "tenfold of compute", 10.0), "depth": Unit("depth", "doubling of depth", 2.0)}
-"""The factors with a verdict. Tokens per parameter is in the regression so that compute does not absorb its effect."""
+"""The factors with a verdict. Tokens per parameter is only in the regression, so that compute does not absorb its
+effect."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,13 @@ class Change:
     from_value: float
     to_value: float
     p_difference: float
-    """Holm-adjusted, the larger of the t test's and the permutation's."""
+    """The larger of the p values of the t test and the permutation test, adjusted by Holm."""
     p_robust: float
     p_permutation: float
     p_equivalence: float
-    """Holm-adjusted."""
+    """Adjusted by Holm."""
     mismatch: float
-    """How much ln N_variant - ln N_baseline changes over the factor's range."""
+    """Change of ln N_variant - ln N_baseline over the range of the factor."""
     answer: Answer
     pairs: int
 
@@ -77,7 +80,7 @@ class Change:
 
 
 def columns(gaps: Gaps) -> tuple[np.ndarray, list[str]]:
-    """Intercept and centred logarithms of the factors that vary: (n, p) and their names."""
+    """Return columns (n, p), an intercept and the centred ln of each varying factor, and the factors' names."""
     logs = {name: np.log(getattr(gaps, name)) for name in FACTORS}
     varying = [name for name in FACTORS if np.ptp(logs[name]) > 0.05]
     centred = [logs[name] - logs[name].mean() for name in varying]
@@ -85,11 +88,11 @@ def columns(gaps: Gaps) -> tuple[np.ndarray, list[str]]:
 
 
 class Case(NamedTuple):
-    """One variant and factor, with the prepared test."""
+    """The prepared test of one factor of one variant."""
 
     gaps: Gaps
     place: int
-    """Among the variants."""
+    """Index of the variant."""
     factor: str
     test: CoefficientTest
     per_unit: float
@@ -97,7 +100,7 @@ class Case(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """One test in many studies; every array is (studies,)."""
+    """Results of one test in many studies; every array is (studies,)."""
 
     change: np.ndarray
     error: np.ndarray
@@ -108,16 +111,16 @@ class Measured(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The rule's result for all tests; every array is (tests, studies)."""
+    """Results of the rule for all tests; every array is (tests, studies)."""
 
     p_difference: np.ndarray
     p_equivalence: np.ndarray
     answer: np.ndarray
-    """Places in ANSWERS."""
+    """Indices into ANSWERS."""
 
 
 class Rule:
-    """The rule for a set of pairs, whatever their gaps turn out to be: applied to data, and to simulated studies."""
+    """The rule, prepared for a set of pairs. It is applied to their measured gaps and to gaps of simulated studies."""
 
     def __init__(self, every: Sequence[Gaps], draws: int = DRAWS, margin: float = MARGIN) -> None:
         self.margin, self.cases, self.untested = margin, [], {}  # type: float, list[Case], dict[str, str]
@@ -134,7 +137,7 @@ class Rule:
                 self.untested[gaps.variant] = str(error)
 
     def measure(self, case: Case, targets: np.ndarray) -> Measured:
-        """One test in many studies; `targets`: the gaps of the case's variant, (studies, n)."""
+        """Run one test in many studies; `targets` (studies, n) are the gaps of the case's variant."""
         value, error = (x * case.per_unit for x in case.test.estimates(targets))
         return Measured(
             value, error, 2 * tail(np.abs(value), error, case.test.degrees), case.test.permutation_p(targets),
@@ -142,7 +145,7 @@ class Rule:
         )  # fmt: skip
 
     def decide(self, measured: Sequence[Measured]) -> Outcome:
-        """Judge many studies from their tests, in the order of the cases."""
+        """Return the answers of many studies; `measured` holds one entry per case, in the order of `cases`."""
         studies, tests = len(measured[0].change), len(self.cases)
         missing = [np.ones(studies)] * (self.tests - tests)
         larger = [np.maximum(m.p_robust, m.p_permutation) for m in measured]
@@ -158,7 +161,7 @@ class Rule:
 
 
 def judge(every: Sequence[Gaps], draws: int = DRAWS, margin: float = MARGIN) -> tuple[list[Change], dict[str, str]]:
-    """The rule, over all variants at once; and the variants that cannot be tested, with the reason."""
+    """Apply the rule to all variants together. Return the changes, and for each untestable variant the reason."""
     rule = Rule(every, draws, margin)
     if not rule.cases:
         return [], rule.untested
@@ -178,33 +181,33 @@ def judge(every: Sequence[Gaps], draws: int = DRAWS, margin: float = MARGIN) -> 
 
 
 def mismatch_over(gaps: Gaps, factor: str) -> float:
-    """How much the difference of the pairs' sizes changes from the least to the largest value of a factor."""
+    """Return by how much ln N_variant - ln N_baseline changes from the smallest to the largest value of a factor."""
     matrix, names = columns(gaps)
     slopes = np.linalg.lstsq(matrix, gaps.mismatch, rcond=None)[0]
     return float(slopes[1 + names.index(factor)] * np.ptp(np.log(getattr(gaps, factor))))
 
 
 def tail(value: np.ndarray, error: np.ndarray, degrees: float) -> np.ndarray:
-    """P(T > value / error); with an error of 0 it is 0 for a positive value, 1 for a negative one, and 1/2 for 0."""
+    """Return P(T > value / error). With error 0 it is 0 for a positive value, 1 for a negative value, and 1/2 for 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return stats.t.sf(np.nan_to_num(value / error, nan=0.0), degrees)
 
 
 def mean_gap(gaps: Gaps) -> Estimate:
-    """The advantage in the middle of the sweep, in ln of the loss; without an error where there is one pair."""
+    """Return the mean advantage over all pairs, in ln of the loss; one pair alone has no standard error."""
     if gaps.pairs < 2:
         return Estimate(float(gaps.gap.mean()), None)
     return regress(np.ones((len(gaps), 1)), gaps.gap, gaps.block).estimate(0)
 
 
 def mean_gain(gaps: Gaps) -> Estimate:
-    """ln of the compute-equivalent gain, on average; NaN without a curve to read it off."""
+    """Return the mean ln of the compute-equivalent gain; NaN if no pair has a baseline curve to read it from."""
     kept = gaps.take(np.isfinite(gaps.log_gain))
     return mean_gap(Gaps(**{**vars(kept), "gap": kept.log_gain})) if len(kept) else Estimate(float("nan"), None)
 
 
 def interaction(gaps: Gaps) -> Estimate | None:
-    """How the change per doubling of depth itself changes per tenfold of compute; None where it is not determined."""
+    """Return how much the change per doubling of depth varies per tenfold of compute; None if it is not determined."""
     matrix, names = columns(gaps)
     if not {"flops", "depth"} <= set(names):
         return None
@@ -219,7 +222,7 @@ def interaction(gaps: Gaps) -> Estimate | None:
 
 
 class Crossing(NamedTuple):
-    """The compute at which the advantage vanishes at the sweep's mean depth, with its 95 % interval (Fieller)."""
+    """The compute at which the advantage is zero, at the mean depth of the sweep, with its 95 % interval (Fieller)."""
 
     flops: float
     low: float
@@ -227,7 +230,7 @@ class Crossing(NamedTuple):
 
 
 def crossing(gaps: Gaps) -> Crossing | None:
-    """None unless the interval is bounded, that is, unless the slope in compute differs from 0."""
+    """Return the crossing; None unless its interval is bounded, that is, unless the slope in compute differs from 0."""
     matrix, names = columns(gaps)
     if "flops" not in names:
         return None
@@ -250,7 +253,7 @@ def crossing(gaps: Gaps) -> Crossing | None:
 
 
 def predict_gap(gaps: Gaps, at: Gaps) -> list[Estimate]:
-    """The gaps that the regression predicts at other places; errors include the scatter of single pairs."""
+    """Return the gaps that the regression on `gaps` predicts for `at`; errors include the scatter of single pairs."""
     matrix, names = columns(gaps)
     found = regress(matrix, gaps.gap, gaps.block)
     scatter = np.std(gaps.gap - matrix @ found.values, ddof=matrix.shape[1])
@@ -264,7 +267,7 @@ def predict_gap(gaps: Gaps, at: Gaps) -> list[Estimate]:
 
 
 def contrast(gaps: Gaps, other: Gaps) -> dict[str, Estimate]:
-    """How the advantage in another arm differs: its mean, and its change per unit of each factor they both vary."""
+    """Return how the advantage differs in another arm: its mean, and its change per unit of each factor both vary."""
     found = {"mean": _difference(mean_gap(gaps), mean_gap(other))}
     parts = []
     for one in (gaps, other):
@@ -279,7 +282,7 @@ def contrast(gaps: Gaps, other: Gaps) -> dict[str, Estimate]:
 
 
 def _difference(one: Estimate, other: Estimate) -> Estimate:
-    """Of two independent estimates: other less one."""
+    """Return `other` minus `one`, for independent estimates."""
     if one.standard_error is None or other.standard_error is None:
         return Estimate(other.value - one.value, None)
     error = float(np.hypot(one.standard_error, other.standard_error))

@@ -1,8 +1,8 @@
-"""Where in a sequence an advantage lies: in the first window, as far as a stack of windows sees, or beyond.
+"""The advantage by part ("zone") of the sequence: the first window, the reach of a stack of windows, and beyond it.
 
-A stack of `depth` layers with windows of W tokens sees depth x W tokens. What is ahead in the first window is better
-without any reach; what is ahead only beyond the stack's reach remembers. Zones follow the depth of each pair, so the
-last one begins later in deeper models.
+A stack of `depth` layers with windows of W tokens sees depth x W tokens. An advantage in the first window does not come
+from long-range memory; an advantage only beyond the stack's reach does. Zones depend on the depth of each pair, so the
+last zone begins later in deeper models.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ ZONES = ("first window", "within reach", "beyond reach")
 
 @dataclass(frozen=True)
 class Zone:
-    """The advantage of one variant in one part of the sequence, within an arm."""
+    """The advantage of one variant in one zone of the sequence, within an arm."""
 
     arm: str
     zone: str
     pairs: int
     mean: Estimate
-    """In ln of the loss of this part; above 0 the variant is better."""
+    """In ln of the loss of this zone; above 0 the variant is better."""
     change: Estimate | None
-    """Per doubling of depth; None where the pairs do not determine it."""
+    """Per doubling of depth; None if the pairs do not determine it."""
     answer: Answer | None
-    """By the rule, applied to this part alone; None in the arms without a verdict."""
+    """The rule's answer about depth, from this zone alone; None in the arms without a verdict."""
 
 
 def zones(observed: Sequence[Observation], baseline: str, arm: str, others: Sequence[str],
           axis: Axis = "flops") -> dict[str, list[Zone]]:  # fmt: skip
-    """By variant: every zone of every arm in which sequences go beyond the reach; a verdict only in `arm`."""
+    """Return for each variant all zones of every arm with sequences longer than the reach; only `arm` has a verdict."""
     found: dict[str, list[Zone]] = {}
     for name in (arm, *others):
         for zone in ZONES:
@@ -54,20 +54,20 @@ def zones(observed: Sequence[Observation], baseline: str, arm: str, others: Sequ
 
 
 def _gaps(observed: Sequence[Observation], zone: str, baseline: str, arm: str, axis: Axis) -> list[Gaps]:
-    """The gaps of every variant, with the mean loss of the zone in the place of the loss."""
+    """Return the gaps of every variant, with the mean loss of the zone in place of the whole loss."""
     parts = [replace(o, loss=float(np.mean(o.by_block[_part(o, zone)]))) for o in observed
              if o.usable and len(o.by_block) > o.depth]  # fmt: skip
     found = []
     for variant in dict.fromkeys(o.architecture for o in parts if o.architecture != baseline):
         try:
             found.append(pair(parts, variant, baseline, arm, axis))
-        except UserError:  # no pair: said with the whole loss
+        except UserError:  # no pair: the comparison of the whole loss reports the reason
             continue
     return found
 
 
 def _part(o: Observation, zone: str) -> slice:
-    """Which blocks of the sequence the zone is."""
+    """Return the blocks of the sequence that the zone consists of."""
     reach = round(o.depth)
     return {"first window": slice(0, 1), "within reach": slice(1, reach), "beyond reach": slice(reach, None)}[zone]
 

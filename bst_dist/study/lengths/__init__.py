@@ -1,1 +1,1 @@
-"""Perplexity by length and by position."""
+"""Length generalisation: loss by sequence length and by position."""

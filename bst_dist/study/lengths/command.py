@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def with_trained(trained: Trained, corpus: Corpus, lengths: list[int]) -> list[int]:
-    """The lengths in order and, where the corpus has text for it, the trained one that they are compared with."""
+    """Return the lengths in order, with the trained length for comparison if the corpus has enough text for it."""
     own = trained.recipe.train.sequence_length
     fits = own <= longest(corpus, trained.recipe.data.documents != "joined")
     return sorted({*lengths, own} if fits else {*lengths})

@@ -1,4 +1,4 @@
-"""The picture of a length generalisation: the loss by position in the sequence, and by its length."""
+"""The figure of length generalisation: the loss by position in the sequence and by sequence length."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from bst_dist.study.report.style import GREY, INCHES, looks
 from bst_dist.study.statistics import Estimate
 
 LINEAR = 0.01
-"""Differences by position, in nats, up to which the scale is linear: they are large only at a sequence's begin."""
+"""Difference in nats up to which the symlog scale is linear. Only the beginning of a sequence has larger ones."""
 
 _Point = TypeVar("_Point", LengthResult, Position)
 
 
 def draw(found: Mapping[str, Sequence[LengthResult]], trained_length: int) -> Figure:
-    """Four axes for each corpus by its name: the loss by position in a sequence and by its length, and both as the
-    difference to what the same tokens cost at the trained length. Bands and bars are standard errors over documents."""
+    """Return the figure, with four axes per corpus: the loss by position and by length, and below both the difference
+    from the loss of the same tokens at the trained length. Bands and bars are standard errors over documents."""
     figure = Figure(figsize=(INCHES[0], INCHES[1] * len(found)), layout="constrained")
     parts = figure.subfigures(len(found), 1, squeeze=False)[:, 0]
     for part, (name, results) in zip(parts, found.items(), strict=True):
@@ -81,7 +81,7 @@ def _scale(axes: Axes) -> None:
 def _columns(
     points: Sequence[_Point], of: Callable[[_Point], Estimate | None], where: Callable[[_Point], float]
 ) -> tuple[np.ndarray, ...]:
-    """Where the points stand that have an estimate, its value, and its standard error; one not known is drawn as 0."""
+    """Return positions, values and standard errors of the points with an estimate; an unknown error becomes 0."""
     known = [(where(point), estimate) for point in points if (estimate := of(point)) is not None]
     columns = [(x, estimate.value, estimate.standard_error or 0.0) for x, estimate in known]
     return tuple(np.array(columns, float).reshape(-1, 3).T)

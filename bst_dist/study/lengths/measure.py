@@ -1,11 +1,11 @@
-"""Length generalisation: what a token costs when the model may look back over sequences of another length.
+"""Length generalisation: the loss of a model on sequences of other lengths than its training length.
 
-At a length L the model reads L tokens from nothing, then forgets and reads the next L: the same text at every length,
-each of its tokens predicted once (`lengths_text`). So lengths are compared in pairs: the tokens' own difficulty cancels
+At a length L the model reads L tokens, forgets, and reads the next L tokens. The text is the same at every length, and
+each token is predicted once (`lengths/text.py`). So lengths are compared in pairs: the difficulty of the tokens cancels
 in a difference, whose standard error is far smaller than those of the two losses.
 
-Memory does not grow with L: a sequence is streamed slice by slice through the state that the model carries. The
-exceptions are said in `LengthResult.how`.
+Memory does not grow with L, because a sequence is streamed slice by slice with carried state. `LengthResult.how` names
+the exceptions.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from bst_dist.study.statistics import Estimate, exponential, ratio
 from data_pipeline.serve.reader import Corpus
 
 How = Literal["carried", "fir", "cache"]
-"""What a token knows of those before its slice: `carried`, a state of a size that does not depend on L; `fir`, for a
-filter without a state and L beyond its trained length, the filter as a FIR over that many inputs; `cache`, all keys and
-values (full attention), growing with L."""
+"""What the model keeps of the tokens before a slice. `carried`: a state whose size does not depend on L. `fir`: an
+unstructured filter has no state, so beyond its trained length it acts as a FIR filter over that many inputs. `cache`:
+all keys and values (full attention), so memory grows with L."""
 
 
 class LengthError(UserError):
-    """A length that a model cannot be measured at."""
+    """The model cannot be evaluated at this length."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """The loss of the tokens at some distance from the begin of their sequence."""
+    """The loss of the tokens in a range of positions in their sequence."""
 
     first: int
-    """Tokens read before the prediction, from this many on (1: only one), ..."""
+    """Minimum number of tokens read before the prediction, including the input token (at least 1)."""
     last: int
-    """... to this many."""
+    """Maximum number of tokens read before the prediction."""
     tokens: int
     nats_per_token: Estimate
     versus_trained: Estimate | None
-    """Nats per token more than the same tokens cost at the trained length; None when that was not measured."""
+    """Nats per token minus those of the same tokens at the trained length; None if that was not measured."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,15 @@ class LengthResult:
     score: Score
     """Nats, tokens and bytes of each document, (n,); the tokens and bytes are the same at every length."""
     numbers: np.ndarray
-    """(n,) the documents' numbers in their corpus."""
+    """(n,) indices of the documents in their corpus."""
     that_long: int
-    """How many of the documents have at least `length` tokens."""
+    """Number of the documents with at least `length` tokens."""
     sequences: int
     positions: list[Position]
     versus_trained: Estimate | None
-    """Nats per token more than at the trained length, paired; None when that was not measured."""
+    """Nats per token minus those at the trained length, paired; None if that was not measured."""
     peak_bytes: int | None
-    """The most memory held: allocated on an accelerator, or resident in the process; None if not known."""
+    """Peak memory: allocated on the accelerator, or resident in the process; None if not known."""
 
     @property
     def documents(self) -> int:
@@ -98,17 +98,17 @@ def measure(
     rows: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[LengthResult]:
-    """The loss at each length, in their order, on the same tokens of an open corpus's split.
+    """Measure the loss at each length on the same tokens of a corpus split. Results are in the order of `lengths`.
 
     Args:
-        trained: whose recipe says how its documents were served, and its trained length.
-        corpus: of the model's tokenizer.
-        lengths: in tokens, multiples of the block. What is read are whole sequences of the longest of them.
-        tokens: read no more than that many; None: the whole split.
-        rows: sequences of a forward pass at most; None: see `score`.
-        progress: told how many tokens of how many are done, over all lengths.
+        trained: the model. Its recipe gives the kind of documents (joined or separate) and the trained length.
+        corpus: the text, with the model's tokenizer.
+        lengths: lengths in tokens, multiples of the block. The text consists of whole sequences of the longest one.
+        tokens: maximum number of tokens to read; None: the whole split.
+        rows: maximum number of sequences per forward pass; None: see `score`.
+        progress: called with the tokens done and the total, over all lengths.
 
-    Raises LengthError for a length that the model cannot do, TooShortError for one that the corpus has no text for.
+    Raises LengthError for a length that the model does not support, TooShortError if the corpus has too little text.
     """
     recipe, own = trained.recipe, trained.recipe.train.sequence_length
     hows = {length: how(recipe.model, length) for length in lengths}
@@ -126,7 +126,7 @@ def measure(
 
 
 def how(model: ModelConfig, length: int) -> How:
-    """How a model does sequences of a length; raises LengthError when it cannot."""
+    """Return how the model processes sequences of a length; raises LengthError if it does not support the length."""
     if length < 1 or length % model.block:
         near = max(1, round(length / model.block)) * model.block
         raise LengthError(f"length {length:,} is not a multiple of the model's block, {model.block}: try {near:,}")
@@ -142,25 +142,26 @@ def how(model: ModelConfig, length: int) -> How:
 
 
 class Tally:
-    """Sums over tokens by document and by position, as slices come in."""
+    """Sums over tokens by document and by position, to which slices are added."""
 
     def __init__(self, text: Stretches, last: np.ndarray, costs: np.ndarray | None = None, is_reference: bool = False):
         """
         Args:
             last: (bins,) the last position of each bin.
-            costs: (count, text.length) nats of each token at the trained length, which the reference itself writes.
+            costs: (count, text.length) nats of each token at the trained length. The reference tally writes it.
+            is_reference: whether this tally is for the trained length.
         """
         documents, self.last = len(text.numbers), last
         self.nats = np.zeros((documents, len(self.last)))
         self.more = np.zeros((documents, len(self.last)))
-        """Nats more than at the trained length."""
+        """Nats minus those at the trained length."""
         self.tokens = np.zeros((documents, len(self.last)), np.int64)
         self.bytes = np.zeros(documents, np.int64)
         self._text, self._token_bytes = text, text.corpus.token_bytes()
         self._costs, self._is_reference = costs, is_reference
 
     def add(self, stretch: int, start: int, position: int, labels: np.ndarray, nats: np.ndarray) -> None:
-        """Tokens `labels` (l,) of a stretch, from `start` on, at `position` in their sequence, and their cost (l,)."""
+        """Add the tokens `labels` (l,) of a stretch, from `start` on, at `position` in their sequence; `nats` (l,)."""
         document = self._text.documents(stretch, start, start + len(labels))
         bins = np.searchsorted(self.last, np.arange(position, position + len(labels)))
         np.add.at(self.nats, (document, bins), nats)
@@ -174,11 +175,11 @@ class Tally:
                 np.add.at(self.more, (document, bins), nats - there)
 
     def score(self) -> Score:
-        """The sums of each document."""
+        """Return the sums of each document."""
         return Score(self.nats.sum(1), self.tokens.sum(1), self.bytes)
 
     def positions(self) -> list[Position]:
-        """The loss by position; a document that has no token there is no sample of it."""
+        """Return the loss by position. A document without a token in a bin is no sample of this bin."""
         found = []
         for index, last in enumerate(self.last.tolist()):
             there = self.tokens[:, index] > 0
@@ -190,8 +191,11 @@ class Tally:
 
 
 def position_bins(length: int, trained: int) -> np.ndarray:
-    """Last positions of bins up to `length`: by sqrt(2) up to the trained length, 1, 2, 3, 4, 6, 8, 11, 16, ..., and
-    then by 2, so that a bin holds the begins and the ends of the sequences that it is compared with alike."""
+    """Return the last positions of the bins up to `length`.
+
+    Up to the trained length they grow by sqrt(2): 1, 2, 3, 4, 6, 8, 11, 16, ... Beyond it they grow by 2, so that a bin
+    covers whole sequences of the trained length, with their beginnings and their ends.
+    """
     lasts = np.rint(np.sqrt(2) ** np.arange(2 * int(trained).bit_length())).astype(np.int64)
     beyond = trained * 2 ** np.arange(int(length).bit_length())
     lasts = np.concatenate((lasts[lasts < trained], beyond))
@@ -199,7 +203,7 @@ def position_bins(length: int, trained: int) -> np.ndarray:
 
 
 def _read(trained: Trained, text: Stretches, length: int, tally: Tally, rows: int | None) -> Iterator[int]:
-    """Read the whole text in sequences of `length`; yields how many tokens are done."""
+    """Read the whole text in sequences of `length`; yield the number of tokens done."""
     recipe, done = trained.recipe, 0
     pieces = streams(
         np.full(text.count, text.length + 1), length, first=1

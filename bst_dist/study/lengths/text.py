@@ -1,10 +1,10 @@
-"""The text on which all lengths are measured: stretches of one length, read in any portions.
+"""The text on which all lengths are measured: stretches of equal length.
 
-Every length is measured on the same tokens, so that two of them differ in nothing but how far back the model sees: a
-stretch has as many tokens as the longest length asked for, and shorter lengths are the pieces of it.
+Every length is measured on the same tokens, so that lengths differ only in how far back the model sees. A stretch has
+as many tokens as the longest requested length, and sequences of shorter lengths are pieces of it.
 
-*Joined* documents are one stream, as in training: a stretch is a run of it, whatever documents it holds. *Isolated*
-ones are read each by itself: only documents of at least one stretch count.
+*Joined* documents form one stream, as in training, and a stretch is any part of this stream. *Isolated* documents are
+read separately, and only documents with at least one stretch are used.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from data_pipeline.serve.order.stream import TokenStream
 from data_pipeline.serve.reader import Corpus
 
 ORDER = ("documents", 0, 0, 0)
-"""Key of the order in which documents are read: that of the evaluation in training."""
+"""Key of the order in which documents are read, the same as for evaluation in training."""
 
 
 class TooShortError(UserError):
-    """A length for which the corpus has no text."""
+    """The corpus has too little text for the length."""
 
 
 class Stretches(ABC):
-    """Runs of `length` + 1 tokens each: the first is input only, each of the others is predicted once."""
+    """Stretches of `length` + 1 tokens. The first token is only input, each other token is predicted once."""
 
     def __init__(self, corpus: Corpus, length: int, count: int, numbers: np.ndarray):
         self.corpus, self.length, self.count = corpus, length, count
         self.numbers = numbers
-        """(n,) documents of the corpus that are read, in increasing order."""
+        """(n,) indices of the documents that are read, in increasing order."""
 
     @abstractmethod
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Tokens ``start..stop`` of a stretch, in the corpus's dtype."""
+        """Return tokens ``start:stop`` of a stretch (here called `document`), in the corpus's dtype."""
 
     @abstractmethod
     def documents(self, stretch: int, start: int, stop: int) -> np.ndarray:
-        """The documents that those tokens belong to, as indices into `numbers`: (stop - start,)."""
+        """Return the documents of tokens ``start:stop`` of a stretch, as indices into `numbers`: (stop - start,)."""
 
 
 class JoinedStretches(Stretches):
     """Stretch k begins at token k `length` of the stream of all documents."""
 
     def __init__(self, corpus: Corpus, length: int, most: int | None):
-        """`most`: stretches at most. Raises TooShortError when the stream does not fill one."""
+        """Prepare at most `most` stretches; raises TooShortError if the stream does not fill one."""
         self._stream = TokenStream(corpus.lengths, None, ORDER)
         count = (self._stream.total - 1) // length
         if not count:
@@ -73,10 +73,10 @@ class JoinedStretches(Stretches):
 
 
 class IsolatedStretches(Stretches):
-    """The stretches of each document that has one, from its beginning; what is left over is not read."""
+    """The whole stretches of each document, from its beginning. The rest of a document is not read."""
 
     def __init__(self, corpus: Corpus, length: int, most: int | None):
-        """`most`: stretches at most. Raises TooShortError when no document fills one."""
+        """Prepare at most `most` stretches; raises TooShortError if no document fills one."""
         whole = (corpus.lengths.astype(np.int64) - 1) // length  # (documents,)
         if not whole.any():
             raise TooShortError(
@@ -98,12 +98,12 @@ class IsolatedStretches(Stretches):
 
 
 def open_stretches(corpus: Corpus, length: int, isolated: bool, tokens: int | None = None) -> Stretches:
-    """The text for lengths up to `length`, at most `tokens` of it; raises TooShortError when there is none."""
+    """Return at most `tokens` tokens of text for lengths up to `length`; raises TooShortError if the text is short."""
     if tokens is not None and tokens < length:
         raise TooShortError(f"{tokens:,} tokens to read are fewer than the longest length, {length:,}: read more")
     return (IsolatedStretches if isolated else JoinedStretches)(corpus, length, tokens and tokens // length)
 
 
 def longest(corpus: Corpus, isolated: bool) -> int:
-    """The longest length that the corpus has text for."""
+    """Return the longest length that the corpus has enough text for."""
     return int(corpus.lengths.max() if isolated else corpus.tokens_total) - 1

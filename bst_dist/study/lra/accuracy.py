@@ -1,4 +1,4 @@
-"""An accuracy with its uncertainty: the examples of a test split are a sample of all that could have been drawn."""
+"""An accuracy with its uncertainty: the examples of a test split are a sample of all possible examples."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 
 Z95 = 1.959963984540054
-"""Standard deviations of a normal distribution on either side that hold 95 % of it."""
+"""Number of standard deviations on either side of the mean that contain 95 % of a normal distribution."""
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """So many of so many examples were right."""
+    """The number of correct answers among a number of examples."""
 
     correct: int
     examples: int
@@ -23,17 +23,17 @@ class Accuracy:
 
     @property
     def standard_error(self) -> float:
-        """Of the share, the examples being independent."""
+        """Standard error of the share, for independent examples."""
         return math.sqrt(self.value * (1 - self.value) / self.examples)
 
     def interval(self, z: float = Z95) -> tuple[float, float]:
-        """Wilson's score interval (1927), 95 % by default: good also near 0 and 1, unlike value ± z standard errors."""
+        """Return Wilson's score interval (1927), by default 95 %. Unlike value ± z errors it is valid near 0 and 1."""
         n, p = self.examples, self.value
         centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
 
     def report(self) -> dict[str, float]:
-        """Entries of a machine-readable report."""
+        """Return entries for a machine-readable report."""
         low, high = self.interval()
         return {"accuracy": self.value, "accuracy_standard_error": self.standard_error, "accuracy_low_95": low,
                 "accuracy_high_95": high, "correct": self.correct, "examples": self.examples}  # fmt: skip

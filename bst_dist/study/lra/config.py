@@ -1,4 +1,4 @@
-"""The data section of a recipe that trains a classifier."""
+"""The data section of a recipe that trains a classifier on a Long Range Arena task."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LongRangeConfig(Config):
     """Where the class is read from: the mean over all positions of a sequence, or its last position."""
 
     def require_fit(self, model: ModelConfig, parallel: ParallelConfig) -> None:
-        """Raise ValueError unless a recipe's other sections are such that this task can be learnt with them."""
+        """Raise ValueError unless the other sections of the recipe fit this task."""
         ids = TASKS[self.task].vocab_size
         if model.vocab_size != ids:
             raise ValueError(f"model.vocab_size must be {ids} for the task {self.task}: its symbols, and padding")
@@ -35,5 +35,5 @@ class LongRangeConfig(Config):
             raise ValueError("parallel.sp must be 1 for a task: a sequence is pooled on one rank")
 
     def urls(self) -> list[str]:
-        """Where the data lies."""
+        """Return the locations of the data."""
         return [self.examples]

@@ -1,4 +1,4 @@
-"""What a trained classifier is worth: its accuracy on a whole split, kept in the run directory."""
+"""Evaluation of a trained classifier: its accuracy on a whole split, stored in the run directory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from data_pipeline.serve.share import Share
 
 @dataclass(frozen=True)
 class TrainedClassifier:
-    """A classifier with the weights it had after some step of its run."""
+    """A classifier with its weights after some step of its run."""
 
     run_dir: Path
     recipe: Recipe
@@ -35,9 +35,9 @@ class TrainedClassifier:
 
 
 def open_classifier(run_dir: Path, step: int | None = None) -> TrainedClassifier:
-    """The classifier of a run after `step`, on the accelerator if there is one; None: of its newest valid checkpoint.
+    """Load the classifier of a run after `step`, or from its newest valid checkpoint, onto the accelerator if any.
 
-    Raises UserError when the directory holds no run of a task, or the checkpoint is missing or damaged.
+    Raises UserError if the directory holds no run of a task, or if the checkpoint is missing or damaged.
     """
     recipe = read_recipe(run_dir)
     if not isinstance(recipe.data, LongRangeConfig):
@@ -49,7 +49,7 @@ def open_classifier(run_dir: Path, step: int | None = None) -> TrainedClassifier
 
 @dataclass(frozen=True)
 class Report:
-    """The accuracy of a run on a whole split, as it is kept in its directory."""
+    """The accuracy of a run on a whole split, as stored in its directory."""
 
     task: str
     split: str
@@ -64,12 +64,12 @@ class Report:
     majority_class: int
     """The most frequent class of the training split."""
     majority_accuracy: float
-    """Of always answering it."""
+    """Accuracy on the split if the answer is always the majority class."""
     examples_sha256: str
 
 
 def evaluate(trained: TrainedClassifier, split: str, rows: int = 64) -> Report:
-    """Accuracy over all examples of a split, `rows` at a time, beside the most frequent class of the training split."""
+    """Measure the accuracy over all examples of a split, `rows` at a time, and that of the majority class."""
     data, task = trained.recipe.data, TASKS[trained.recipe.data.task]
     examples = open_split(Path(data.examples), split, task)
     counts = np.bincount(open_split(Path(data.examples), "train", task).classes, minlength=task.classes)
@@ -87,7 +87,7 @@ def evaluate(trained: TrainedClassifier, split: str, rows: int = 64) -> Report:
 
 
 def measure(model: Classifier, examples: Examples, recipe: Recipe, rows: int) -> Accuracy:
-    """How many of all examples the model gets right."""
+    """Return the accuracy of the model over all examples."""
     share = Share(length=recipe.train.sequence_length, rows=rows, micro_rows=rows)
     batches = LabelledLoader(examples, share, seed=None)
     device = next(model.parameters()).device
@@ -101,7 +101,7 @@ def measure(model: Classifier, examples: Examples, recipe: Recipe, rows: int) ->
 
 
 def kept_in(run_dir: Path, split: str) -> Path:
-    """Where a run's accuracy on a split is kept."""
+    """Return the file of a run's accuracy on a split."""
     return run_dir / f"accuracy-{split}.json"
 
 
@@ -111,9 +111,9 @@ def keep(run_dir: Path, report: Report) -> None:
 
 
 def read_kept(run_dir: Path, split: str) -> Report:
-    """The report that was kept; raises UserError when there is none."""
+    """Read the report that `keep` has written; raises UserError if there is none."""
     path = kept_in(run_dir, split)
     if not path.is_file():
-        read_recipe(run_dir)  # no run there at all is another message
+        read_recipe(run_dir)  # raises another error if the directory holds no run at all
         raise UserError(f"{run_dir}: not evaluated on the {split} split yet: bst lra eval {run_dir} --split {split}")
     return Report(**json.loads(path.read_text(encoding="utf-8")))

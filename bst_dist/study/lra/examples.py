@@ -1,9 +1,9 @@
-"""The examples of a task on disk: written once by `bst lra prepare`, read at random in training.
+"""The examples of a task on disk: written once by `bst lra prepare`, read in random order by training.
 
-manifest.json      the task, the settings it was made with, and of each split what it holds and the digests of its files
-<split>.symbols    the symbols of all sequences, one after the other, a byte each
-<split>.ends.npy   (n, sequences of an example) int64: where each sequence ends
-<split>.classes.npy  (n,) uint8
+manifest.json        the task, its settings, and for each split the counts and the digests of its files
+<split>.symbols      the symbols of all sequences, concatenated, one byte each
+<split>.ends.npy     (n, sequences per example) int64: the end of each sequence in the symbols
+<split>.classes.npy  (n,) uint8: the class of each example
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ FORMAT = "long-range-arena-1"
 
 
 class ExamplesError(UserError):
-    """Prepared examples that are missing, damaged, or of another task."""
+    """The prepared examples are missing, damaged, or of another task; or the directory to write exists."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """One split, open for reading."""
+    """One split of a task, open for reading."""
 
     task: Task
     where: str
@@ -40,13 +40,13 @@ class Examples:
     ends: np.ndarray
     classes: np.ndarray
     sha256: str
-    """Of the manifest, and so of everything prepared with the split."""
+    """Digest of the manifest. It identifies all splits, because the manifest contains the digests of their files."""
 
     def __len__(self) -> int:
         return len(self.classes)
 
     def sequences(self, index: int) -> list[np.ndarray]:
-        """The sequences of an example, each (n,) uint8."""
+        """Return the sequences of an example, each (n,) uint8."""
         count = self.task.sequences
         begin = int(self.ends[index - 1, -1]) if index else 0
         places = [begin, *self.ends[index].tolist()]
@@ -54,14 +54,14 @@ class Examples:
 
     @property
     def longest(self) -> int:
-        """Symbols of the longest sequence."""
+        """Number of symbols of the longest sequence."""
         return int(np.diff(self.ends.reshape(-1), prepend=0).max())
 
 
 def write(directory: Path, task: Task, settings: dict[str, Any], splits: Mapping[str, Iterable[Example]]) -> dict:
-    """Write the examples of every split into a new directory; returns its manifest.
+    """Write the examples of every split into a new directory and return its manifest.
 
-    The directory appears when all is written, or not at all. Raises ExamplesError when it exists.
+    The write is atomic: the directory appears when everything is written. Raises ExamplesError if it exists.
     """
     if directory.exists():
         raise ExamplesError(f"{directory}: exists already; remove it, or choose another with --to")
@@ -95,7 +95,7 @@ def _write_split(directory: Path, split: str, task: Task, examples: Iterable[Exa
 
 
 def read_manifest(directory: Path) -> tuple[dict[str, Any], str]:
-    """The manifest of prepared examples, and its digest; raises ExamplesError when there is none."""
+    """Read the manifest of prepared examples; return it and its digest. Raises ExamplesError if there is none."""
     path = directory / MANIFEST
     try:
         content = path.read_bytes()
@@ -108,7 +108,7 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], str]:
 
 
 def open_split(directory: Path, split: str, task: Task) -> Examples:
-    """Open a split of prepared examples; raises ExamplesError when they are of another task, missing or cut off."""
+    """Open a split of prepared examples; raises ExamplesError if they are of another task, missing or truncated."""
     manifest, sha256 = read_manifest(directory)
     if manifest["task"] != task.name:
         raise ExamplesError(f"{directory}: examples of {manifest['task']}, not of {task.name}")

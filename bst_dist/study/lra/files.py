@@ -1,8 +1,7 @@
-"""Readers of the published files: Text (IMDb), Retrieval (AAN), Image (CIFAR-10); for the others see `released`.
+"""Readers of the published files: Text (IMDb), Retrieval (AAN), Image (CIFAR-10). `released.py` has the others.
 
-Each gives the examples of a split, one after the other, as ``(sequences, class)``: sequences of symbols 0..255, bytes
-of text or grey values. Whatever is missing or damaged is a FileProblem that says what was looked for and where it is
-to be had.
+Each reader yields the examples of a split as ``(sequences, class)``. Symbols are 0..255: bytes of text or grey values.
+A missing or damaged file raises FileProblem, with the expected file and its source.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ from data_pipeline.serve.order.permutation import Permutation
 Example: TypeAlias = tuple[list[np.ndarray], int]
 
 GREY = np.array([299, 587, 114])
-"""Thousandths of red, green and blue in a grey value (ITU-R BT.601, as the Long Range Arena has it)."""
+"""Weights of red, green and blue in a grey value, in thousandths (ITU-R BT.601, as in the Long Range Arena)."""
 SIDE = 32
-"""Pixels of a side of a CIFAR-10 image."""
+"""Width and height of a CIFAR-10 image in pixels."""
 
 
 class FileProblem(UserError):
-    """A published file that is missing, or not what it should be."""
+    """A published file is missing, or has unexpected contents."""
 
 
 class TextConfig(Config):
-    """Reviews of films, and whether they are good (Maas et al. 2011): 25,000 for training, 25,000 as the test."""
+    """Film reviews, positive or negative (Maas et al. 2011): 25,000 for training and validation, 25,000 to test."""
 
     task: Literal["text"] = "text"
     source: Path
@@ -40,7 +39,7 @@ class TextConfig(Config):
 
 
 class RetrievalConfig(Config):
-    """Pairs of papers, and whether one cites the other (ACL Anthology Network, Radev et al. 2009)."""
+    """Pairs of papers of which one cites the other or not (ACL Anthology Network, Radev et al. 2009)."""
 
     task: Literal["retrieval"] = "retrieval"
     source: Path
@@ -49,7 +48,7 @@ class RetrievalConfig(Config):
 
 
 class ImageConfig(Config):
-    """Grey CIFAR-10, pixel by pixel (Krizhevsky 2009): 45,000 images for training, 5,000 for validation, 10,000."""
+    """Grey CIFAR-10 pixels (Krizhevsky 2009): 45,000 images for training, 5,000 for validation, 10,000 for the test."""
 
     task: Literal["image"] = "image"
     source: Path
@@ -57,7 +56,7 @@ class ImageConfig(Config):
 
 
 def text(config: TextConfig, split: str) -> Iterator[Example]:
-    """Reviews as bytes; class 1 is positive. A tenth of the training reviews, drawn once for all, is for validation.
+    """Yield reviews as bytes; class 1 is positive. A fixed random tenth of the training reviews is for validation.
 
     (The Long Range Arena itself validates on the test split.)
     """
@@ -75,7 +74,7 @@ def text(config: TextConfig, split: str) -> Iterator[Example]:
 
 
 def _reviews(source: Path, part: str) -> list[tuple[Path, int]]:
-    """Files and classes of one of IMDb's two parts, in an order that does not depend on the file system's."""
+    """Return files and classes of IMDb's train or test part, in a fixed random order independent of the file system."""
     found = []
     for name, label in (("neg", 0), ("pos", 1)):
         files = sorted((source / part / name).glob("*.txt"))
@@ -87,7 +86,7 @@ def _reviews(source: Path, part: str) -> list[tuple[Path, int]]:
 
 
 def retrieval(config: RetrievalConfig, split: str) -> Iterator[Example]:
-    """Two papers as bytes; class 1 is a citation. A line of the file is ``label, id, id, text, text`` between tabs."""
+    """Yield two papers as bytes; class 1 is a citation. File lines are tab-separated ``label, id, id, text, text``."""
     path = config.source / f"new_aan_pairs.{'eval' if split == 'validation' else split}.tsv"
     if not path.is_file():
         raise problem(config, path, "no such file")
@@ -100,7 +99,7 @@ def retrieval(config: RetrievalConfig, split: str) -> Iterator[Example]:
 
 
 def image(config: ImageConfig, split: str) -> Iterator[Example]:
-    """Grey values row by row, (1024,). The last tenth of the training images, in their order, is for validation."""
+    """Yield grey values row by row, (1024,). The last tenth of the training images, as ordered, is for validation."""
     names = ["test_batch"] if split == "test" else [f"data_batch_{number}" for number in range(1, 6)]
     batches = [_batch(config, name) for name in names]
     pixels = np.concatenate([pixels for pixels, _ in batches])
@@ -112,7 +111,7 @@ def image(config: ImageConfig, split: str) -> Iterator[Example]:
 
 
 def _batch(config: ImageConfig, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (n, 3072), all red before all green before all blue, and classes (n,) of a batch in either form."""
+    """Return pixels (n, 3072), first all red, then all green, then all blue, and classes (n,) of a batch file."""
     binary, pickled = config.source / f"{name}.bin", config.source / name
     path = binary if binary.is_file() else pickled
     if not path.is_file():
@@ -128,19 +127,19 @@ def _batch(config: ImageConfig, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _binary_batch(content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """An image is a byte for its class, then its pixels."""
+    """Read the binary format: for each image one byte with its class, then its pixels."""
     rows = np.frombuffer(content, np.uint8).reshape(-1, 1 + 3 * SIDE * SIDE)
     return rows[:, 1:], rows[:, 0]
 
 
 def _pickled_batch(content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """A dict of byte strings, pickled by Python 2."""
+    """Read the Python format: a dict of byte strings, pickled by Python 2."""
     batch = _ArraysOnly(content).load()
     return np.asarray(batch[b"data"], np.uint8), np.asarray(batch[b"labels"], np.int64)
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads pickles of plain values and arrays: a pickle from the net could otherwise run anything."""
+    """An unpickler of plain values and arrays only, because a downloaded pickle could otherwise run any code."""
 
     ALLOWED = frozenset(
         [("_codecs", "encode")]
@@ -167,11 +166,11 @@ def _read(path: Path, config: Config) -> bytes:
 
 
 def problem(config: Config, path: Path, what: str) -> FileProblem:
-    """What is wrong with a file, and what `source` should be."""
+    """Return an error about a file, with a description of the expected `source`."""
     return FileProblem(f"{path}: {what}; {expected(type(config))}")
 
 
 def expected(cls: type[Config]) -> str:
-    """What `source` should be."""
+    """Return a description of the expected `source`, from its docstring."""
     text = documentation(cls)["source"].rstrip(".")
     return f"source should be {text[0].lower()}{text[1:]}"

@@ -1,8 +1,8 @@
-"""ListOps: nested operations on lists of digits, whose value is one of ten classes.
+"""ListOps: nested operations on lists of digits. The class is the value of the expression, a digit.
 
-Nangia and Bowman 2018 (arXiv 1804.06028), in the Long Range Arena's version: operators MIN, MAX, MED (the median,
-rounded down) and SM (the sum modulo 10) of 2 to `max_args` arguments; a node is an operator with probability 1/4 and
-else a digit, at `max_depth` always a digit; expressions of other lengths than asked for are drawn again.
+Nangia and Bowman 2018 (arXiv 1804.06028), in the version of the Long Range Arena. The operators MIN, MAX, MED (the
+median, rounded down) and SM (the sum modulo 10) have 2 to `max_args` arguments. A node is an operator with probability
+1/4, else a digit; at `max_depth` it is always a digit. Expressions outside of the length range are drawn again.
 
     [MAX 4 3 [MIN 2 3 ] 1 0 [MED 1 5 8 9 2 ] ]   is 5
 
@@ -23,15 +23,15 @@ from bst_base.settings import Config
 DIGITS = range(10)
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
 SYMBOLS = (*map(str, DIGITS), *OPERATORS, "]")
-"""What a position holds, by number: a digit is its own."""
+"""Symbol number -> text. The number of a digit is the digit itself."""
 OPERATOR_SHARE = 0.25
 MIN, MAX, MED, SM, CLOSE = range(len(DIGITS), len(SYMBOLS))
 DRAWS = 1_000_000
-"""Expressions drawn for one example before the settings are given up."""
+"""Number of expressions drawn for one example before it fails."""
 
 
 class ListOpsConfig(Config):
-    """Expressions to draw; the defaults are those of the Long Range Arena."""
+    """Settings of generated expressions. The defaults are those of the Long Range Arena."""
 
     task: Literal["listops"] = "listops"
     train: int = Field(96_000, ge=1)
@@ -41,13 +41,13 @@ class ListOpsConfig(Config):
     test: int = Field(2_000, ge=1)
     """Examples of the test split."""
     max_depth: int = Field(10, ge=2)
-    """Levels of a tree, a lone digit being one."""
+    """Maximum number of levels of a tree. A single digit has one level."""
     max_args: int = Field(10, ge=2)
-    """Most arguments of an operator."""
+    """Maximum number of arguments of an operator."""
     min_length: int = Field(501, ge=1)
-    """Fewest symbols of an expression (the original asks for more than 500)."""
+    """Minimum number of symbols of an expression (the original asks for more than 500)."""
     max_length: int = Field(1_999, ge=4)
-    """Most symbols of an expression (the original asks for less than 2000)."""
+    """Maximum number of symbols of an expression (the original asks for less than 2000)."""
     seed: int = 0
     """Other seeds give other examples."""
 
@@ -59,9 +59,9 @@ class ListOpsConfig(Config):
 
 
 def example(config: ListOpsConfig, split: str, index: int, attempt: int = 0) -> tuple[list[np.ndarray], int]:
-    """One example: its only sequence, symbols (n,) uint8, and its class.
+    """Return one example: a list with its only sequence, symbols (n,) uint8, and its class.
 
-    Raises UserError when no expression of such a length comes up.
+    Raises UserError if DRAWS expressions have no allowed length.
     """
     random = Random(f"listops/{config.seed}/{split}/{index}/{attempt}")
     for _ in range(DRAWS):
@@ -76,7 +76,7 @@ def example(config: ListOpsConfig, split: str, index: int, attempt: int = 0) -> 
 
 
 def _draw(random: Random, config: ListOpsConfig, depth: int, symbols: list[int]) -> int | None:
-    """Append a random tree to `symbols`; returns its value, or None as soon as it is too long."""
+    """Append a random tree to `symbols`; return its value, or None as soon as it is too long."""
     if len(symbols) >= config.max_length:
         return None
     if depth == config.max_depth or random.random() >= OPERATOR_SHARE:
@@ -96,7 +96,7 @@ def _draw(random: Random, config: ListOpsConfig, depth: int, symbols: list[int])
 
 
 def apply(operator: int, arguments: list[int]) -> int:
-    """The value of an operator, given by its symbol, for the values of its arguments."""
+    """Return the value of an operator, given by its symbol number, for the values of its arguments."""
     if operator == MIN:
         return min(arguments)
     if operator == MAX:
@@ -108,5 +108,5 @@ def apply(operator: int, arguments: list[int]) -> int:
 
 
 def text(symbols: np.ndarray) -> str:
-    """An expression as people write it."""
+    """Return an expression as text."""
     return " ".join(SYMBOLS[symbol] for symbol in symbols)

@@ -1,7 +1,7 @@
 """The batches of a classifier's run, as a pure function of the examples, the seed and the step.
 
-Row r of step t is example number t G + r of an endless series of passes, each a keyed permutation of all examples. So a
-run resumes at any step, and the global batch does not depend on the ranks.
+Row r of step t is example t G + r of an endless series of epochs, where G is the global batch size. Each epoch is a
+keyed permutation of all examples. So a run resumes at any step, and the global batch does not depend on the ranks.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from data_pipeline.serve.spread import MASKED
 
 
 class LengthError(UserError):
-    """Examples that are longer than the rows they should go into."""
+    """The examples are longer than the rows of a batch."""
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """b examples of s sequences of at most l symbols."""
+    """A batch of b examples of s sequences with at most l symbols each."""
 
-    input_ids: np.ndarray  # (b, s l) int64: each sequence padded at its end by zeros; a symbol's id is one more
+    input_ids: np.ndarray  # (b, s l) int64: symbol + 1, each sequence padded at its end by zeros
     labels: np.ndarray  # (b,) int64
-    loss_mask: np.ndarray  # (b,) bool: False for rows beyond the last example, and for masked ones
+    loss_mask: np.ndarray  # (b,) bool: False for rows beyond the last example, and for masked rows
     rows: np.ndarray  # (b,) int64: global row numbers; -1 for masked rows (`serve.spread`)
     starts: None = None
 
 
 class LabelledLoader:
-    """Serves one rank its examples, step after step.
+    """Iterates over the micro-batches of one rank.
 
     Args:
-        examples: of one split.
-        share: which examples of each step this rank is served; its length is the most that a row holds of one sequence.
-        seed: keys the order; None: one pass in the examples' own order, for evaluation.
-        start_step: where iteration begins.
+        examples: the examples of one split.
+        share: selects the rank's rows of each step. Its length is the maximum number of symbols per sequence.
+        seed: key of the order; None: one pass in the stored order, for evaluation.
+        start_step: first step of the iteration.
 
-    Raises LengthError when a sequence does not fit and the task does not crop.
+    Raises LengthError if a sequence does not fit and the task does not crop sequences.
     """
 
     def __init__(self, examples: Examples, share: Share, *, seed: int | None, start_step: int = 0) -> None:
@@ -58,23 +58,25 @@ class LabelledLoader:
         self._sizes = BatchSizes.of(share.rows)
 
     def __iter__(self) -> Iterator[tuple[int, list[Labelled]]]:
-        """(step, this rank's micro-batches in order), from `start_step` on and without end."""
+        """Yield (step, this rank's micro-batches in order), from `start_step` on, without end."""
         step = self._start_step
         while True:
             yield step, self.batches(step)
             step += 1
 
     def batches(self, step: int) -> list[Labelled]:
-        """This rank's micro-batches of a step."""
+        """Return this rank's micro-batches of a step."""
         return [self._batch(step, rows) for rows in self._share.micro_batches]
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint keeps after `step` steps were trained on."""
+        """Return the state for a checkpoint after `step` steps."""
         return self._order_at(step) | self._sizes.state()
 
     def check(self, state: dict[str, Any]) -> None:
-        """Raise UserError, naming what differs, unless `state` is of the same order as this loader's; the number of
-        rows may be another from its step on."""
+        """Raise UserError, with the difference, unless `state` has the same order of examples as this loader.
+
+        The number of rows per step may change: from the step of `state` on it is that of this loader.
+        """
         sizes, step = BatchSizes.kept(state), state.get("step", 0)
         check_state(self._order_at(step) | sizes.state(), state)
         self._sizes = sizes.then(step, self._share.rows)
@@ -84,7 +86,7 @@ class LabelledLoader:
                 "seed": self._seed, "step": step}  # fmt: skip
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: the loader holds no resources."""
 
     def _batch(self, step: int, rows: np.ndarray) -> Labelled:
         numbers = self._numbers(self._sizes.first(step) + rows)
@@ -98,7 +100,7 @@ class LabelledLoader:
         return Labelled(ids.reshape(len(rows), -1), labels, there, rows)
 
     def _numbers(self, positions: np.ndarray) -> np.ndarray:
-        """Examples at positions of the endless series; beyond the last one when there is but one pass."""
+        """Return the examples at positions of the endless series; without a seed, the positions themselves."""
         if self._seed is None:
             return positions
         total = len(self.examples)

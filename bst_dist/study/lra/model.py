@@ -1,10 +1,10 @@
-"""The stack of layers as a classifier of one sequence, or of two that are compared.
+"""The stack of layers as a classifier of one sequence, or of two sequences that are compared.
 
-The layers are causal, as they are in a language model; the published encoders are not. With mean pooling the class is
-read from all positions, the last of which have seen everything. Padding stands behind a sequence, so no position of it
-can see any, and pooling leaves it out: what stands there changes nothing.
+The layers are causal, as in a language model, unlike the published encoders. With mean pooling the class is read from
+all positions, of which the last ones have seen the whole sequence. Padding follows a sequence, so causal layers do not
+see it, and pooling excludes it: padding has no effect.
 
-Shapes: B examples, s sequences of each (2 where they are compared), l tokens, D width, C classes.
+Shapes: B examples, s sequences per example (2 if they are compared), l tokens, D width, C classes.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ PADDING = 0
 
 
 class Classified(NamedTuple):
-    """What a forward pass with labels returns."""
+    """The result of a forward pass with labels."""
 
     total: Tensor
-    """Sum of the negative log-likelihood over examples that count, in nats, with gradient."""
+    """Sum of the negative log-likelihood over the unmasked examples, in nats, with gradient."""
     per_example: Tensor
-    """(B,), without gradient; zero where an example does not count."""
+    """(B,) negative log-likelihood in nats, without gradient; zero for masked examples."""
     correct: Tensor
-    """(B,) bool: whether the likeliest class is the right one; False where an example does not count."""
+    """(B,) bool: whether the most likely class is the right one; False for masked examples."""
 
     @property
     def nats(self) -> Tensor:
@@ -43,7 +43,7 @@ class Classified(NamedTuple):
 
 
 class Classifier(LanguageModel):
-    """A language model's layers with a head of classes; the embedding has no second use."""
+    """The layers of a language model with a classification head. The head does not share the embedding."""
 
     def __init__(self, config: ModelConfig, data: LongRangeConfig):
         super().__init__(config)
@@ -51,7 +51,7 @@ class Classifier(LanguageModel):
         width = config.width
         if self.task.sequences == 1:
             self.head: nn.Module = Linear(width, self.task.classes, bias=True)
-        else:  # both, their product and difference (arXiv 2011.04006, section 2.2.3)
+        else:  # input: both vectors, their product and their difference (arXiv 2011.04006, section 2.2.3)
             self.head = nn.Sequential(Linear(4 * width, config.ffn, bias=True), nn.ReLU(),
                                       Linear(config.ffn, self.task.classes, bias=True))  # fmt: skip
         for module in self.head.modules():
@@ -67,14 +67,14 @@ class Classifier(LanguageModel):
         starts: Tensor | None = None,
         past: Past | None = None,
     ) -> Classified | Tensor:
-        """Losses of the labels; without labels, the logits, (B, C).
+        """Return the losses of the labels; without labels, the logits, (B, C).
 
         Args:
-            input_ids: (B, s l) int64, the sequences of an example side by side, each padded at its end by zeros.
+            input_ids: (B, s l) int64, the sequences of an example one after the other, each padded at its end by zeros.
             labels: (B,) int64.
-            loss_mask: (B,) bool, False where an example does not count; None: all count.
-            starts: None: each row is one example.
-            past: what came before: nothing.
+            loss_mask: (B,) bool, False for masked examples; None: no example is masked.
+            starts: None, because each row is one example.
+            past: the past of the sequences, which is empty.
         """
         ids = input_ids.view(len(input_ids) * self.task.sequences, -1)  # (B s, l)
         pooled = self._pool(self.norm(self.hidden(ids, starts, past)), ids != PADDING)
@@ -86,14 +86,14 @@ class Classifier(LanguageModel):
         return Classified(per_example.sum(), per_example.detach(), (logits.argmax(-1) == labels) & mask)
 
     def _pool(self, x: Tensor, valid: Tensor) -> Tensor:
-        """(B s, l, D), (B s, l) bool -> (B s, D)."""
+        """Pool the valid positions: (B s, l, D), (B s, l) bool -> (B s, D)."""
         count = valid.sum(1, keepdim=True).clamp(min=1)
         if self.pooling == "last":
             return x.gather(1, (count - 1).unsqueeze(-1).expand(-1, -1, x.shape[-1])).squeeze(1)
         return torch.where(valid.unsqueeze(-1), _wide(x), 0.0).sum(1) / count
 
     def _combine(self, pooled: Tensor) -> Tensor:
-        """(B, s, D) -> (B, D), or (B, 4 D) where two sequences are compared."""
+        """Combine the sequences of an example: (B, s, D) -> (B, D), or (B, 4 D) for two sequences."""
         if self.task.sequences == 1:
             return pooled.squeeze(1)
         one, other = pooled.unbind(1)
@@ -101,5 +101,5 @@ class Classifier(LanguageModel):
 
 
 def _wide(x: Tensor) -> Tensor:
-    """At least single precision, whatever the autocast."""
+    """Return `x` in at least single precision, also under autocast."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Classification of a task's examples, as what a run learns."""
+"""The training objective of a Long Range Arena run: classification of examples."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AccuracyReport(EvalReport):
-    """An evaluation of a classifier: `tokens` are examples, and there is no text whose bytes could be counted."""
+    """An evaluation of a classifier. `tokens` is the number of examples. Bits per byte are NaN: there is no text."""
 
     accuracy: float
 
@@ -40,7 +40,7 @@ class AccuracyReport(EvalReport):
 
 @dataclass(frozen=True)
 class Classification:
-    """Telling the class of each example from its symbols."""
+    """The objective of a run that learns the class of each example."""
 
     labels: ClassVar[str] = "labels"
     evaluates: ClassVar[bool] = True
@@ -52,7 +52,7 @@ class Classification:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Classification:
-        """Open the examples; raises UserError when they cannot be used, or are too long for the recipe."""
+        """Open the examples; raises UserError if they cannot be read or are too long for the recipe."""
         task, directory = TASKS[recipe.data.task], Path(recipe.data.examples)
         found = cls(recipe, *(open_split(directory, split, task) for split in ("train", "validation")))
         for examples in (found.training, found.validation):
@@ -83,7 +83,7 @@ class Classification:
         return self._loader(self.training, mesh, train.sequences, train.micro_sequences, self.recipe.seed, start_step)
 
     def evaluation(self, trainer: Trainer, writers: Sequence[Writer]) -> EvaluateAccuracy:
-        """On the first examples of the validation split."""
+        """Return the evaluation on the first examples of the validation split."""
         recipe, ranks = self.recipe, trainer.ranks
         asked = min(recipe.evaluation.sequences, len(self.validation))
         mesh, at_once = Mesh(ranks.world, ranks.rank), recipe.train.micro_sequences
@@ -98,10 +98,10 @@ class Classification:
 
 
 class EvaluateAccuracy(Evaluate):
-    """Evaluates loss and accuracy every so many steps, and after the last of the run."""
+    """Evaluates loss and accuracy at the steps of `Evaluate`: regularly and after the last step."""
 
     def evaluate(self, step: int) -> AccuracyReport | None:
-        """The loss and accuracy of the model as it is, or None when the ranks were told to stop."""
+        """Return the present loss and accuracy of the model, or None if the ranks agreed to stop."""
         start = time.perf_counter()
         sums, examples = torch.zeros(2, dtype=torch.float64, device=self.ranks.device), 0
         self.engine.module.eval()

@@ -1,15 +1,15 @@
-"""Pathfinder: do two dots lie on the ends of one dashed path, or on ends of two?
+"""Pathfinder: whether two dots are at the ends of the same dashed path, or at ends of two different paths.
 
 Linsley et al. 2018 (arXiv 1805.08315), Kim et al. 2020 (arXiv 1906.01558). An image has two long paths and some short
 ones, all dashed and smooth, which never meet or cross. Two dots mark the two ends of one long path (class 1), or one
 end of each (class 0). Classes alternate with the index.
 
-Lengths, thickness, dots and numbers are those that the Long Range Arena names for its images of 32 x 32 and, for
-Pathfinder-X, of 128 x 128. How a path turns and how paths keep their distance is this generator's own: paths are
-further from each other than two dashes of one path, so the picture has one reading.
+Lengths, thickness, dots and numbers of paths are those of the Long Range Arena for its images of 32 x 32 and, for
+Pathfinder-X, of 128 x 128. The curvature and the distance of paths are this generator's own: paths are further from
+each other than two dashes of one path, so that an image is unambiguous.
 
-An image is a pure function of the settings, the split, its index and the attempt. Coordinates are (x, y) in pixels;
-while paths are laid out, complex numbers x + iy.
+An image is a pure function of the settings, the split, its index and the attempt. Coordinates are (x, y) in pixels.
+During the layout of paths they are complex numbers x + iy.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from pydantic import Field
 from bst_base.settings import Config
 
 LONG = 14
-"""Dashes of a long path, in the hardest of the published sets."""
+"""Number of dashes of a long path, as in the hardest of the published sets."""
 TURN = math.radians(40)
-"""The most that a path turns from dash to dash."""
+"""Maximum angle between consecutive dashes."""
 TRIES = 8
-"""Directions tried for a dash before the path is begun anew."""
+"""Number of directions tried for a dash before the path is started again."""
 STARTS = 60
-"""Beginnings tried for a path before the image is begun anew."""
+"""Number of starts tried for a path before the image is started again."""
 CIRCLE = np.exp(2j * np.pi * np.arange(16) / 16)
 
 
@@ -43,14 +43,14 @@ class Geometry:
     gap: float
     thickness: float
     dot: float
-    """Radius."""
+    """Radius of a dot."""
     short: int
-    """Dashes of a distracting path."""
+    """Number of dashes of a distractor path."""
     distractors: int
 
     @property
     def clearance(self) -> float:
-        """Least distance of two paths' middle lines: it shows as more than a gap."""
+        """Minimum distance between the centre lines of two paths, visibly larger than a gap between dashes."""
         return 1.5 * self.gap + self.thickness
 
 
@@ -61,7 +61,7 @@ GEOMETRY = {
 
 
 class PathfinderConfig(Config):
-    """Images to draw; the defaults are the Long Range Arena's numbers."""
+    """Settings of generated images. The default numbers of examples are those of the Long Range Arena."""
 
     task: Literal["pathfinder"] = "pathfinder"
     train: int = Field(160_000, ge=1)
@@ -71,30 +71,30 @@ class PathfinderConfig(Config):
     test: int = Field(20_000, ge=1)
     """Examples of the test split."""
     size: Literal[32, 128] = 32
-    """Pixels of a side: 128 is Pathfinder-X."""
+    """Width and height in pixels; 128 is Pathfinder-X."""
     seed: int = 0
     """Other seeds give other images."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """What an image shows."""
+    """The contents of an image."""
 
     paths: list[np.ndarray]
-    """Dashes of each path, (n, 2, 2): begin and end; the two long ones first."""
+    """Dashes of each path, (n, 2, 2): begin and end of each dash. The two long paths come first."""
     dots: np.ndarray
-    """(2, 2)"""
+    """(2, 2) centres of the dots."""
     label: int
 
 
 def example(config: PathfinderConfig, split: str, index: int, attempt: int = 0) -> tuple[list[np.ndarray], int]:
-    """One example: its only sequence, the pixels row by row (size²,) uint8, and its class."""
+    """Return one example: a list with its only sequence, the pixels row by row (size²,) uint8, and its class."""
     drawing = draw(config, split, index, attempt)
     return [render(drawing, config.size).reshape(-1)], drawing.label
 
 
 def draw(config: PathfinderConfig, split: str, index: int, attempt: int = 0) -> Drawing:
-    """The paths and dots of an example."""
+    """Return the paths and dots of an example."""
     random = Random(f"pathfinder/{config.size}/{config.seed}/{split}/{index}/{attempt}")
     label = index % 2
     while (drawing := _draw(random, GEOMETRY[config.size], config.size, label)) is None:
@@ -103,7 +103,7 @@ def draw(config: PathfinderConfig, split: str, index: int, attempt: int = 0) -> 
 
 
 def _draw(random: Random, geometry: Geometry, size: int, label: int) -> Drawing | None:
-    """Paths that keep clear of each other, and dots on them; None when there is no room for one."""
+    """Return paths at a distance from each other, with dots; None if there is no room for a path."""
     dotted = [(0, 1), ()] if label else [(_coin(random),), (_coin(random),)]  # which ends of the long paths
     paths: list[np.ndarray] = []
     dots: list[complex] = []
@@ -115,7 +115,8 @@ def _draw(random: Random, geometry: Geometry, size: int, label: int) -> Drawing 
         paths.append(path)
         own = [path[0, 0], path[-1, 1]] if number < 2 else []
         dots += [own[end] for end in (dotted[number] if own else ())]
-        around = [end + geometry.dot * CIRCLE for end in own]  # with or without a dot: it must not tell by itself
+        # The ends keep this distance with or without a dot, so that the free space does not reveal the class.
+        around = [end + geometry.dot * CIRCLE for end in own]
         taken = np.concatenate([taken, *map(_points, path), *around])
     return Drawing([_pairs(path) for path in paths], _pairs(np.array(dots)), label)
 
@@ -125,18 +126,18 @@ def _coin(random: Random) -> int:
 
 
 def _room_for(random: Random, geometry: Geometry, size: int, dashes: int, taken: np.ndarray) -> np.ndarray | None:
-    """A path of so many dashes that found room in so many starts; or None."""
+    """Return a path of `dashes` dashes, or None if STARTS starts find no room."""
     paths = (_path(random, geometry, size, dashes, taken) for _ in range(STARTS))
     return next((path for path in paths if path is not None), None)
 
 
 def _path(random: Random, geometry: Geometry, size: int, dashes: int, taken: np.ndarray) -> np.ndarray | None:
-    """A path of so many dashes (n, 2) complex that stays inside, clear of what is taken and of itself; or None."""
+    """Return a path (dashes, 2) complex inside the image, at a distance from `taken` and itself; None if it fails."""
     inside = size - 2 * geometry.dot
     place = complex(geometry.dot + random.random() * inside, geometry.dot + random.random() * inside)
     heading = random.random() * 2 * math.pi
     path: list[np.ndarray] = []
-    behind = taken  # what the next dash must keep clear of: all but the dash that it continues from
+    behind = taken  # the points that the next dash must keep away from: all except the dash that it continues
     for _ in range(dashes):
         for _ in range(TRIES):
             turned = heading + (2 * random.random() - 1) * TURN
@@ -161,23 +162,23 @@ def _inside(point: complex, margin: float, size: int) -> bool:
 
 
 def _points(dash: np.ndarray) -> np.ndarray:
-    """Points along a dash, at most half a pixel apart."""
+    """Return points along a dash, at most half a pixel apart."""
     count = 1 + math.ceil(2 * abs(dash[1] - dash[0]))
     return dash[0] + (dash[1] - dash[0]) * (np.arange(count) / (count - 1))
 
 
 def _clear(points: np.ndarray, taken: np.ndarray, distance: float) -> bool:
-    """Whether all points are at least so far from all that are taken."""
+    """Whether all points are at least `distance` away from all points in `taken`."""
     return not len(taken) or np.abs(points[:, None] - taken).min() >= distance
 
 
 def _pairs(points: np.ndarray) -> np.ndarray:
-    """(...) complex -> (..., 2) real."""
+    """Convert (...) complex to (..., 2) real."""
     return np.stack((points.real, points.imag), axis=-1)
 
 
 def render(drawing: Drawing, size: int) -> np.ndarray:
-    """The picture, (size, size) uint8, white on black: what share of each pixel is covered, from distances."""
+    """Return the image (size, size) uint8, white on black, with grey values by the estimated coverage of each pixel."""
     picture = np.zeros((size, size))
     thickness = GEOMETRY[size].thickness
     for dash in np.concatenate(drawing.paths):
@@ -188,10 +189,10 @@ def render(drawing: Drawing, size: int) -> np.ndarray:
 
 
 def _brush(picture: np.ndarray, line: np.ndarray, radius: float) -> None:
-    """Draw all that is within `radius` of a line (2, 2), with an edge of one pixel, over what is there."""
+    """Draw the area within `radius` of a line (2, 2) into `picture`, with a soft edge of one pixel."""
     low = np.maximum(np.floor(line.min(0) - radius - 1), 0).astype(int)
     high = np.minimum(np.ceil(line.max(0) + radius + 1), len(picture)).astype(int)
-    x, y = np.arange(low[0], high[0]) + 0.5, np.arange(low[1], high[1])[:, None] + 0.5  # the middles of pixels
+    x, y = np.arange(low[0], high[0]) + 0.5, np.arange(low[1], high[1])[:, None] + 0.5  # pixel centres
     along = line[1] - line[0]
     square = along @ along
     place = np.clip(((x - line[0, 0]) * along[0] + (y - line[0, 1]) * along[1]) / square, 0, 1) if square else 0.0

@@ -1,7 +1,7 @@
-"""Prepare a task: draw its examples, or read the published files, and write them for training.
+"""Prepare a task: generate its examples or read the published files, and write them for training.
 
-Drawn examples are a pure function of (settings, split, index), so workers draw runs of them in any order. No sequence
-occurs twice: an example that has been drawn before, in any split, is drawn again with another attempt.
+Generated examples are a pure function of (settings, split, index, attempt), so workers generate them in any order. No
+sequence occurs twice: an example that occurred before, in any split, is generated again with another attempt.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SETTINGS: dict[str, tuple[type[TaskConfig], ...]] = {
     "image": (ImageConfig,),
     "pathfinder": (PathfinderConfig, ReleasedPathfinderConfig),
 }
-"""What each task is prepared from; the last class where `source` names files."""
+"""Task -> its settings classes. The last one applies if the setting `source` is given."""
 
 GENERATORS: dict[str, Callable[..., Example]] = {"listops": listops.example, "pathfinder": pathfinder.example}
 READERS: dict[type[TaskConfig], Callable[[Any, str], Iterable[Example]]] = {
@@ -45,13 +45,13 @@ READERS: dict[type[TaskConfig], Callable[[Any, str], Iterable[Example]]] = {
     ReleasedPathfinderConfig: released.pathfinder,
 }
 RUN = 64
-"""Examples that a worker draws at a time."""
+"""Number of examples that a worker generates at a time."""
 ATTEMPTS = 200
-"""How often an example is drawn that has always been there before."""
+"""Maximum number of new attempts for an example that is a duplicate each time."""
 
 
 class Run(NamedTuple):
-    """Neighbouring examples, for a worker to draw."""
+    """Consecutive examples for a worker to generate."""
 
     config: Drawn
     split: str
@@ -62,10 +62,10 @@ class Run(NamedTuple):
 def prepare(
     config: TaskConfig, directory: Path, workers: Workers, progress: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
-    """Write all splits of a task into `directory`; returns the manifest.
+    """Write all splits of a task into `directory`; return the manifest.
 
-    `progress` is told a split, the examples done and the examples in all (0 where that is not known before). Raises
-    UserError when files are missing or damaged, the settings allow too few examples, or the directory exists.
+    `progress` gets the split, the examples done and the total (0 if not known in advance). Raises UserError if files
+    are missing or damaged, if the settings allow too few different examples, or if the directory exists.
     """
     if isinstance(config, Drawn):
         seen: set[bytes] = set()
@@ -79,7 +79,7 @@ def prepare(
 
 
 def _unique(config: Drawn, split: str, workers: Workers, seen: set[bytes]) -> Iterator[Example]:
-    """The split's examples by index, none of which is among those `seen`."""
+    """Yield the split's examples by index, without duplicates of those in `seen`, and add them to `seen`."""
     for index, (sequences, label) in enumerate(_in_order(config, split, workers)):
         attempt = 0
         while (digest := blake2b(sequences[0].tobytes(), digest_size=16).digest()) in seen:
@@ -95,7 +95,7 @@ def _unique(config: Drawn, split: str, workers: Workers, seen: set[bytes]) -> It
 
 
 def _in_order(config: Drawn, split: str, workers: Workers) -> Iterator[Example]:
-    """The split's examples by index, however the workers come to finish them."""
+    """Yield the split's examples by index, in whatever order the workers finish."""
     total = getattr(config, split)
     runs = (Run(config, split, first, min(first + RUN, total)) for first in range(0, total, RUN))
     waiting: dict[int, list[Example]] = {}

@@ -1,7 +1,7 @@
-"""Readers of what the Long Range Arena has released of ListOps and Pathfinder (lra_release.gz).
+"""Readers of the Long Range Arena's released files of ListOps and Pathfinder (lra_release.gz).
 
-github.com/google-research/long-range-arena: ListOps as tables (lra_benchmarks/data/listops.py writes them), Pathfinder
-as PNG images beside lists of them (lra_benchmarks/data/pathfinder.py reads them). Examples as in `files`.
+github.com/google-research/long-range-arena: ListOps are tables (lra_benchmarks/data/listops.py writes them), Pathfinder
+are PNG images with lists of them (lra_benchmarks/data/pathfinder.py reads them). Examples are as in `files.py`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from bst_dist.study.lra.listops import SYMBOLS
 from data_pipeline.serve.order.permutation import Permutation
 
 LEVELS = {"easy": "curv_baseline", "intermediate": "curv_contour_length_9", "hard": "curv_contour_length_14"}
-"""Folders of Pathfinder images by how long their paths are; published accuracies are those of `hard`."""
+"""Level -> folder of Pathfinder images with paths of this length. Published accuracies are those of `hard`."""
 
 
 class ReleasedListOpsConfig(Config):
-    """The released expressions: 96,000 for training, 2,000 for validation, 2,000 as the test."""
+    """The released expressions: 96,000 for training, 2,000 for validation, 2,000 for the test."""
 
     task: Literal["listops"] = "listops"
     source: Path
@@ -32,7 +32,7 @@ class ReleasedListOpsConfig(Config):
 
 
 class ReleasedPathfinderConfig(Config):
-    """The released images: eight tenths for training, one for validation, one as the test."""
+    """The released images: eight tenths for training, one tenth for validation, one tenth for the test."""
 
     task: Literal["pathfinder"] = "pathfinder"
     source: Path
@@ -43,8 +43,8 @@ class ReleasedPathfinderConfig(Config):
 
 
 def listops(config: ReleasedListOpsConfig, split: str) -> Iterator[Example]:
-    """Expressions as symbols of `listops.SYMBOLS`, without the parentheses that only mark the tree, as the benchmark's
-    tokenizer leaves them out."""
+    """Yield expressions as symbols of `listops.SYMBOLS`. Parentheses only mark the tree and are left out, as by the
+    benchmark's tokenizer."""
     path = config.source / f"basic_{'val' if split == 'validation' else split}.tsv"
     if not path.is_file():
         raise problem(config, path, "no such file")
@@ -61,10 +61,10 @@ def listops(config: ReleasedListOpsConfig, split: str) -> Iterator[Example]:
 
 
 def pathfinder(config: ReleasedPathfinderConfig, split: str) -> Iterator[Example]:
-    """Grey values row by row; class 1: the two dots lie on one path.
+    """Yield grey values row by row; class 1: the two dots are on the same path.
 
-    The release has no split: all images, in an order drawn once, are cut at eight and nine tenths. Empty files, of
-    which the release has one or more, are left out, as the benchmark itself does.
+    The release has no splits: all images, in a fixed random order, are split at eight and nine tenths. Empty files, of
+    which the release has at least one, are left out, as in the benchmark itself.
     """
     images = _listed(config)
     order = Permutation(len(images), "lra-pathfinder", 0)(np.arange(len(images)))
@@ -81,8 +81,8 @@ def pathfinder(config: ReleasedPathfinderConfig, split: str) -> Iterator[Example
 
 
 def _listed(config: ReleasedPathfinderConfig) -> list[tuple[Path, int]]:
-    """Images and classes of a level, by the names of its lists. A line of metadata/N.npy, which is text whatever its
-    name says, begins with the image's folder, its file, its number and its class."""
+    """Return images and classes of a level, in the order of its lists. metadata/N.npy is a text file despite its name.
+    Its lines begin with an image's folder, file, number and class."""
     folder = config.source / LEVELS[config.level]
     lists = sorted((folder / "metadata").glob("*.npy"), key=lambda path: (len(path.stem), path.stem))
     if not lists:
@@ -102,9 +102,9 @@ def _listed(config: ReleasedPathfinderConfig) -> list[tuple[Path, int]]:
 
 
 def _pixels(config: ReleasedPathfinderConfig, path: Path) -> np.ndarray:
-    """(height, width) uint8."""
+    """Read an image as grey values (height, width) uint8."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             return np.asarray(image.convert("L"))
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:  # what Pillow raises for a damaged file
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:  # Pillow raises these for a damaged file
         raise problem(config, path, f"is no PNG image: {error}") from None

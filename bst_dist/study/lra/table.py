@@ -1,4 +1,4 @@
-"""Runs of one task side by side: accuracies, and means over the seeds of a recipe."""
+"""Comparison of runs of one task: accuracies, and means over the seeds of a recipe."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Row:
     seed: int
     report: Report
     recipe: str
-    """What runs have in common that differ in their seed alone."""
+    """The recipe without its seed, which is equal for runs that differ only in the seed."""
 
 
 def rows(run_dirs: Sequence[Path], split: str) -> list[Row]:
-    """The kept accuracies of runs; raises UserError when one is missing, or they are of different examples."""
+    """Read the stored accuracies of runs; raises UserError if one is missing, or if their examples differ."""
     found = [_row(run_dir, split) for run_dir in run_dirs]
     for other in found[1:]:
         if other.report.examples_sha256 != found[0].report.examples_sha256:
@@ -44,7 +44,7 @@ def _row(run_dir: Path, split: str) -> Row:
 
 
 def describe(recipe: Recipe) -> str:
-    """A model in a few words."""
+    """Return a short description of a model."""
     model = recipe.model
     found = dict.fromkeys(f"{name}-{model.context.variant}" if name == "bst" else name for name in model.mixers())
     return f"{' + '.join(found)}, {model.depth} x {model.width}"
@@ -57,17 +57,17 @@ def _without_seed(recipe: Recipe) -> str:
 
 @dataclass(frozen=True)
 class Mean:
-    """The runs of one recipe that differ only in their seed."""
+    """The mean over runs of one recipe that differ only in their seed."""
 
     model: str
     parameters: int
     seeds: int
     accuracy_mean: Estimate
-    """Its error is over seeds."""
+    """Mean accuracy, with its standard error over seeds."""
 
 
 def means(found: Sequence[Row]) -> list[Mean]:
-    """Of each recipe: the mean accuracy over its seeds, and the standard error of that mean over seeds."""
+    """Return for each recipe the mean accuracy over its seeds, with the standard error over seeds."""
     groups: dict[str, list[Row]] = {}
     for row in found:
         groups.setdefault(row.recipe, []).append(row)

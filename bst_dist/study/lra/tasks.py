@@ -1,7 +1,7 @@
-"""The tasks of the Long Range Arena: what an example of each is (arXiv 2011.04006, section 2.2).
+"""The tasks of the Long Range Arena (arXiv 2011.04006, section 2.2).
 
-All are classification of sequences of small numbers: a position holds one of `symbols` values, and an example has one
-sequence, or two that are compared (Retrieval). To the model a symbol s is the id s + 1; id 0 is padding.
+All tasks are classification of sequences. A position has one of `symbols` values, and an example has one sequence, or
+two that are compared (Retrieval). In the model a symbol s has the id s + 1, and id 0 is padding.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Task:
-    """What all examples of a task have in common."""
+    """The properties of a task's examples."""
 
     name: str
     classes: int
     symbols: int
     sequences: int = 1
-    """Sequences of an example."""
+    """Number of sequences per example."""
     cropped: bool = False
-    """Whether a sequence that a model has no room for loses its end, as published; otherwise it is an error."""
+    """Whether a sequence that is too long for the model is truncated, as published. Otherwise it is an error."""
 
     @property
     def vocab_size(self) -> int:
-        """Ids of a model: the symbols and padding."""
+        """Vocabulary size of a model: the symbols and padding."""
         return self.symbols + 1
 
 
@@ -39,4 +39,4 @@ TASKS = {
         Task("pathfinder", classes=2, symbols=256),
     )
 }
-"""By name. Pathfinder-X is `pathfinder` at 128 x 128."""
+"""Name -> task. Pathfinder-X is `pathfinder` with images of 128 x 128."""

@@ -1,1 +1,1 @@
-"""A sweep in one folder, for a machine that has torch and neither network nor this program."""
+"""A sweep packed into one folder, for a machine that has torch but neither a network nor this program."""

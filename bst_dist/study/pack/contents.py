@@ -1,4 +1,4 @@
-"""What a packed folder says of itself, written where it is made and read where it is trained: pack.json."""
+"""pack.json, the description of a packed folder. Packing writes it, and the training machine reads it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from bst_dist.study.sweep.design import Run
 
 PACK = "pack.json"
 SIDE_BY_SIDE = 6
-"""Runs at a time on one GPU: small models leave most of it idle between their kernels."""
+"""Number of parallel runs on one GPU. A single small model leaves it mostly idle between kernels."""
 
 
 @dataclass(frozen=True)
 class Packed(Job):
-    """One run of a folder."""
+    """One run of a packed folder."""
 
     known: dict[str, Any] | None
-    """The columns of its row that are known before it is trained; None for a trunk, which is no measurement."""
+    """The columns of its row that are known before training; None for a trunk, which is not a measurement."""
     own_flops: float
     architecture: str
 
@@ -40,16 +40,16 @@ class Packed(Job):
 
 @dataclass(frozen=True)
 class Pack:
-    """What is trained, in the order of its value."""
+    """The contents of pack.json."""
 
     name: str
     versions: dict[str, str]
-    """Of what made the folder."""
+    """Versions of the software that made the folder."""
     retries: int
     minutes: float
-    """For how long it is meant to be trained, all pieces together."""
+    """Planned training time in minutes, as the sum of all calls of run.sh."""
     expected: int
-    """Runs that are expected to be done in that time."""
+    """Number of runs that are expected to finish in this time."""
     runs: list[dict[str, Any]]
 
     def write(self, folder: Path) -> None:
@@ -57,7 +57,7 @@ class Pack:
         write_text(folder / PACK, json.dumps(asdict(self)) + "\n")
 
     def jobs(self, paths_from: Path) -> list[Packed]:
-        """The runs as they are trained, their corpora and DeepSpeed files meant from `paths_from`."""
+        """Return the runs to train. The paths of corpora and DeepSpeed files are relative to `paths_from`."""
         return [
             Packed(
                 parse(Recipe, {**run["recipe"], "paths_from": str(paths_from)}, where=run["recipe"]["name"]),
@@ -68,12 +68,12 @@ class Pack:
 
 
 def read_pack(folder: Path) -> Pack:
-    """The pack.json of a folder."""
+    """Read the pack.json of a folder."""
     return Pack(**json.loads((folder / PACK).read_text(encoding="utf-8")))
 
 
 def described(runs: Sequence[Run], recipes: dict[str, dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
-    """The entries of `runs`, in their order; `recipes`: by name, as they are to be trained on the other machine."""
+    """Return the entries of `Pack.runs`; `recipes` is run name -> the recipe for the other machine."""
     base = {run.cell.block: run.counts.parameters for run in runs if run.cell.architecture == baseline}
     return [
         {

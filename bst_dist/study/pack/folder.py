@@ -1,4 +1,4 @@
-"""Making the folder: code, wheels, corpora, DeepSpeed files, the runs in order of value, and the command."""
+"""Making a packed folder: code, wheels, corpora, DeepSpeed files, the runs in order of value, and the command."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NOT_CARRIED = shutil.ignore_patterns("__pycache__", ".lock", "skipped.jsonl")
 
 def make(sweep: SweepConfig, runs: Sequence[Run], folder: Path, minutes: float, pythons: Sequence[str],
          most_bytes: int) -> Pack:  # fmt: skip
-    """Write the folder whole, or nothing; raises UserError for what cannot be packed, and when it is too large."""
+    """Write the folder atomically; raises UserError if the sweep cannot be packed or the folder would be too large."""
     if folder.exists():
         raise UserError(f"{folder} exists: remove it, or give another --output")
     if sweep.budget.flops_per_s is None:
@@ -44,12 +44,12 @@ def make(sweep: SweepConfig, runs: Sequence[Run], folder: Path, minutes: float, 
     if several:
         raise UserError(f"runs of {several.recipe.ranks} ranks are not packed: give ranks: 1 in the base recipe")
 
-    def price_s(run: Run) -> float:  # starts overlap where several runs share the device
+    def price_s(run: Run) -> float:  # start times overlap, because several runs share the device
         return run.own_flops / sweep.budget.flops_per_s + sweep.budget.start_s / SIDE_BY_SIDE
 
     ordered = in_order_of_value(runs, price_s, sweep.noise, sweep.baseline)
     with atomic_directory(folder) as new:
-        gather(new / "wheels", pythons)  # first, for it says when the project itself is not installed
+        gather(new / "wheels", pythons)  # first, because it raises the error if the project is not installed
         (new / "code").mkdir()
         _copy_code(new / "code")
         recipes, corpora, strategies = _moved([run.recipe for run in ordered])
@@ -68,16 +68,16 @@ def make(sweep: SweepConfig, runs: Sequence[Run], folder: Path, minutes: float, 
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files below it."""
+    """Return the total size of all files in a folder in bytes."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _copy_code(target: Path) -> None:
-    """The program as it is here, importable without being installed."""
+    """Copy this program so that it can be imported without installation."""
     source = Path(bst_dist.__file__).parents[1]
     for name in PACKAGES:
         shutil.copytree(source / name, target / name, ignore=NOT_CARRIED)
-    if root() == source:  # a checkout; in an installed program the packages hold them
+    if root() == source:  # a checkout; in an installed program the packages contain these files
         shutil.copytree(source / STRATEGIES, target / STRATEGIES)
         shutil.copytree(source / "launch", target / "launch")
     about = target / f"{PROJECT.replace('-', '_')}-{metadata.version(PROJECT)}.dist-info"
@@ -86,7 +86,7 @@ def _copy_code(target: Path) -> None:
 
 
 def _moved(recipes: Sequence[Recipe]) -> tuple[dict[str, dict[str, Any]], dict[str, str], dict[Path, str]]:
-    """The recipes as they are to be trained from the folder, and what goes where: corpora and DeepSpeed files."""
+    """Return the recipes with paths inside the folder, and for corpora and DeepSpeed files: source -> path there."""
     corpora: dict[str, str] = {}
     strategies: dict[Path, str] = {}
     found = {}
@@ -101,18 +101,18 @@ def _moved(recipes: Sequence[Recipe]) -> tuple[dict[str, dict[str, Any]], dict[s
                     corpus["corpus"] = place
         file = deepspeed_file(recipe)
         data["deepspeed"] = strategies.setdefault(file, f"deepspeed/{len(strategies)}-{file.name}")
-        data["log"]["tensorboard"] = False  # not carried; the metrics are in metrics.jsonl
+        data["log"]["tensorboard"] = False  # tensorboard is not packed; the metrics are in metrics.jsonl
         found[recipe.name] = data
         if any("://" in url for url in corpora):
             raise UserError(f"{next(iter(corpora))}: only corpora on this machine's disk are packed")
-    if corpora:  # raises UserError where one is missing
+    if corpora:  # raises UserError for a missing corpus
         for url in corpora:
             open_corpora(DataConfig(corpus=url), "train")
     return found, corpora, strategies
 
 
 def _compress(corpora: dict[str, str], strategies: dict[Path, str], path: Path) -> None:
-    """One archive of both: its model is made for tokens of two bytes."""
+    """Write corpora and DeepSpeed files into one archive. The LZMA parameters suit tokens of two bytes."""
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 26, "lc": 1, "lp": 1, "pb": 1}]
     with lzma.open(path, "w", filters=filters) as packed, tarfile.open(fileobj=packed, mode="w|") as tar:
         for url, place in corpora.items():

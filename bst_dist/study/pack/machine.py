@@ -29,11 +29,11 @@ from bst_dist.version import versions
 
 WRITE_EVERY_S = 60.0
 END_S = 40.0
-"""Of the time given, left for the last checkpoints and the results."""
+"""Seconds of the given time that are reserved for the last checkpoints and the results."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train for as long as it was given; returns the exit status."""
+    """Train for the given time; return the exit status."""
     parser = argparse.ArgumentParser(prog="run.sh", description=__doc__)
     parser.add_argument("folder", type=Path, help=argparse.SUPPRESS)  # run.py gives it
     parser.add_argument(
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Machine:
-    """One piece of the training of a folder."""
+    """One call of run.sh: it trains the runs of a folder for some minutes."""
 
     def __init__(self, pack: Pack, args: argparse.Namespace) -> None:
         self.began, self.pack = time.monotonic(), pack
@@ -72,7 +72,10 @@ class Machine:
             self._tell(f"{self._take_over(args.results)} runs were done elsewhere")
 
     def train(self) -> int:
-        """Train until the time is over or nothing is left; 1 when nothing can be trained here."""
+        """Train until the time is over or no run is left; return exit status 0.
+
+        Raises UserError if the first runs all fail (`_watch`).
+        """
         before = self.state.counts(self.jobs)["done"]
         runner = Runner(self.jobs, self.state, self.workers * max(1, torch.cuda.device_count()), self._tell,
                         per_device=self.workers, until=self.until)  # fmt: skip
@@ -86,8 +89,10 @@ class Machine:
         return 0
 
     def _take_over(self, folder: Path) -> int:
-        """Put in the runs of earlier results, as far as nothing would be trained from their weights, which did not come
-        along: trunks with all their branches. Returns how many."""
+        """Take over finished runs from earlier results; return their number.
+
+        Results do not contain weights, so a trunk is taken over only if all its branches are finished too.
+        """
         there = State(self.state.root / "elsewhere", 0)
         shutil.rmtree(there.root, ignore_errors=True)
         results.restore(folder, there, {job.name for job in self.jobs}.__contains__)
@@ -106,7 +111,7 @@ class Machine:
         return taken
 
     def _watch(self, workers: Sequence[Worker]) -> None:
-        """Between two looks at the processes: results, room on the disk, and whether anything trains at all."""
+        """Write the results every WRITE_EVERY_S seconds; raise UserError if the first runs have all failed."""
         self.seen |= {worker.run.name for worker in workers}
         if time.monotonic() - self.written > WRITE_EVERY_S:
             self._write()
@@ -116,7 +121,7 @@ class Machine:
             raise UserError(f"the first {len(failed)} runs all failed, so the others are not tried: {last}")
 
     def _write(self) -> None:
-        """The results so far, and no weights of runs that nothing is left to do for."""
+        """Write the results so far, and delete the checkpoints of finished runs that no other run needs."""
         self.written = time.monotonic()
         needless = self._needless()
         rows = [row_of(job.known, job, self.state) for job in self.jobs if job.known is not None]
@@ -127,12 +132,12 @@ class Machine:
         results.write(self.out, rows, self.state, [job.name for job in self.jobs], self._summary(), log)
 
     def _needless(self) -> Any:
-        """Whether a run's weights are of no further use: it ended, and so did all that branches off it."""
+        """Return a predicate: whether no unfinished run branches from the run of this name."""
         waiting = {job.trunk for job in self.jobs if job.trunk and not results.finished(self.state.directory(job.name))}
         return lambda name: name not in waiting
 
     def _failures(self) -> list[str]:
-        """The ends of the logs of runs that failed."""
+        """Return the ends of the logs of runs that failed."""
         found = []
         for job in self.jobs:
             path = self.state.path("logs", job.name)

@@ -1,9 +1,9 @@
-"""In which order the blocks of a sweep are trained where time may end at any moment: most knowledge per second first.
+"""The training order of a sweep's blocks if time may end at any moment: the most information per second first.
 
-The knowledge of some blocks is how far they narrow the two changes that the verdict is about, the advantage over a
-doubling of depth and over a tenfold of compute, in all arms together. A weak prior says that no change is larger than a
-few per cent, so that it is defined from the first block on. Each next block is the one that lowers the sum of the
-variances most for its price. What the losses turn out to be plays no part: the order is known before any data.
+The information of a set of blocks is the reduction in the variances of the verdict's two changes: of the advantage per
+doubling of depth and per tenfold of compute, summed over all arms. A weak prior, that a change is at most a few per
+cent, makes the variances finite from the first block on. The next block is always the one that lowers the sum of the
+variances most for its price. The order does not depend on the losses, so it is known before any data.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from bst_dist.study.sweep.design import Run
 from bst_dist.study.sweep.soundness import planned_gaps
 
 UNKNOWN, PRIOR = 1.0, 0.05
-"""Standard deviations before any data: of the advantage itself, of which nothing is known, and of what a factor e of
-compute, depth or tokens per parameter adds to it."""
+"""Prior standard deviations: of the advantage itself (uninformative), and of its change per factor e of compute, depth
+or tokens per parameter."""
 
 
 def in_order_of_value(runs: Sequence[Run], price_s: Callable[[Run], float], noise: NoiseConfig,
                       baseline: str) -> list[Run]:  # fmt: skip
-    """The same runs: whole blocks, most valuable first; an audit of a size after the last block of that size."""
+    """Return the runs in order of value, by whole blocks. The audit of a size follows the last block of this size."""
     grid = [run for run in runs if run.cell.role != "audit"]
     prices: dict[str, float] = {}
     for run in grid:
@@ -46,7 +46,7 @@ def in_order_of_value(runs: Sequence[Run], price_s: Callable[[Run], float], nois
 
 
 def _ordered(arms: Sequence[_Arm], prices: Mapping[str, float]) -> list[str]:
-    """The blocks, each the best for its price after those before it; of equals the cheaper, then the first named."""
+    """Return the blocks in greedy order of gain per price. Ties go to the cheaper block, then to the earlier one."""
     chosen: list[str] = []
     left = list(prices)
     while left:
@@ -59,21 +59,21 @@ def _ordered(arms: Sequence[_Arm], prices: Mapping[str, float]) -> list[str]:
 
 
 class _Arm:
-    """The pairs of one variant in one arm; those of all variants are the same ones."""
+    """The pairs of one variant in one arm. All variants have the same pairs."""
 
     def __init__(self, gaps: Gaps, noise: NoiseConfig) -> None:
         self.matrix, names = columns(gaps)
         self.blocks, self.noise = gaps.block, noise
         unit = [math.log(UNITS[name].factor) if name in UNITS else 0.0 for name in names]
         self.weights = np.array([0.0, *unit]) ** 2
-        """Of the variances of the coefficients: those of the two changes, each over its unit."""
+        """Weights of the coefficients' variances: they select the two changes, each per unit of its factor."""
 
     def variance(self, chosen: Sequence[str]) -> float:
-        """What is not known of the two changes, after these blocks."""
+        """Return the summed posterior variance of the two changes, given the blocks in `chosen`."""
         precision = np.diag([UNKNOWN**-2, *[PRIOR**-2] * (self.matrix.shape[1] - 1)])
         for block in chosen:
             rows = self.matrix[self.blocks == block]
-            if len(rows):  # of another arm otherwise
+            if len(rows):  # empty for a block of another arm
                 own = np.full((len(rows), len(rows)), 1 - self.noise.within) + np.eye(len(rows)) * self.noise.within
                 precision = precision + rows.T @ np.linalg.solve(2 * self.noise.seed**2 * own, rows)
         return float(self.weights @ np.diag(np.linalg.inv(precision)))

@@ -1,4 +1,4 @@
-"""What a machine gives back: a table, and what the run directories say without their weights, in a few small files."""
+"""The results of a packed sweep: a table, and the run directories without weights, in a few small files."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ from bst_dist.train.rundir import DS_CONFIG, ENVIRONMENT, OUTCOME, RECIPE, read_
 
 MOST_BYTES = 15_000_000
 PARTS = 4
-"""Archives of run directories; with table.json, table.csv, summary.json and log.txt there are eight files."""
+"""Maximum number of archives of run directories. With table.json, table.csv, summary.json, log.txt: eight files."""
 KEPT = (RECIPE, DS_CONFIG, ENVIRONMENT, FILE, OUTCOME)
 LOG_BYTES = 2_000_000
 
 
 def write(out: Path, rows: list[Row], state: State, names: Iterable[str], summary: dict[str, Any], log: str) -> None:
-    """Write all files; each appears whole. `names`: the runs, most valuable first; those that did not fit are named."""
+    """Write all result files, each atomically. `names` are the runs in order of value.
+
+    Runs that do not fit into the archives are left out, and summary.json lists them.
+    """
     out.mkdir(parents=True, exist_ok=True)
     table.write(rows, out / "table.json")
     table.write_csv(rows, out / "table.csv")
@@ -45,9 +48,9 @@ def write(out: Path, rows: list[Row], state: State, names: Iterable[str], summar
 
 
 def restore(folder: Path, state: State, wanted: Callable[[str], bool]) -> list[str]:
-    """Unpack run directories that are wanted, have ended, and are not there yet; returns their names.
+    """Unpack the wanted run directories that are finished and not yet present; return their names.
 
-    Raises UserError when the folder holds no results, or damaged ones.
+    Raises UserError if the folder holds no results, or damaged ones.
     """
     archives = sorted(folder.glob("runs-*.tar.xz"))
     if not archives:
@@ -62,13 +65,13 @@ def restore(folder: Path, state: State, wanted: Callable[[str], bool]) -> list[s
 
 
 def finished(directory: Path) -> bool:
-    """Whether a run has ended for good."""
+    """Whether a run is done or has diverged."""
     outcome = read_outcome(directory) or {}
     return bool(outcome.get("finished") or outcome.get("diverged"))
 
 
 def _parts(names: Sequence[str], state: State) -> tuple[list[bytes], list[str]]:
-    """Archives of at most so many bytes, and the names of runs that have no place in them."""
+    """Return at most PARTS archives of at most MOST_BYTES bytes, and the names of runs that do not fit."""
     parts: list[bytes] = []
     waiting = list(names)
     while waiting and len(parts) < PARTS:
@@ -89,7 +92,7 @@ def _archive(names: Iterable[str], state: State) -> bytes:
             files = [state.directory(name) / file for file in KEPT] + [state.path("attempts", name)]
             for file in files:
                 if file.exists():
-                    data = file.read_bytes()  # whole, though the run may be writing to it
+                    data = file.read_bytes()  # read first: the run may still append, and the archive needs the size
                     member = tarfile.TarInfo(file.relative_to(state.root).as_posix())
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
@@ -110,7 +113,7 @@ def _unpack(archive: Path, state: State, wanted: Callable[[str], bool]) -> list[
 
 
 def _put_in(tar: tarfile.TarFile, members: list[tarfile.TarInfo], name: str, state: State) -> list[str]:
-    """One run, if it has ended there; how starts of it ended that did not finish, in any case."""
+    """Put in the run directory if the run is finished there; put in its file of attempts in any case."""
     partial, kept = State(state.root / "partial", 0), []
     shutil.rmtree(partial.root, ignore_errors=True)
     tar.extractall(partial.root, members, filter="data")

@@ -1,8 +1,8 @@
-"""Train the runs of this folder: installs what is missing into a folder of its own, then starts the program.
+"""Train the runs of this folder: install the packed wheels into a separate folder, then start the program.
 
     ./run.sh --minutes 9 --out results
 
-Needs Python, torch, numpy and pip; no network. Given again, it continues. `--help` has the other options.
+Needs Python, torch, numpy and pip, but no network. A second call continues. `--help` lists the other options.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DATA = "data.tar.xz"
 
 
 def main(argv: list[str]) -> str:
-    """Unpack once, then become the program; returns why that could not be."""
+    """Unpack and install at the first call, then replace this process by the program; return an error message."""
     folder = Path(__file__).resolve().parent
     state = Path(argv[argv.index("--state") + 1]).resolve() if "--state" in argv[:-1] else folder / "state"
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> str:
         _unpack(folder / DATA, state / "data")
     before = os.environ.get("PYTHONPATH")
     paths = [str(folder / "code"), str(state / "packages"), *([before] if before else [])]
-    # pip has compiled nothing: what a process imports it keeps compiled, for every one that starts later.
+    # pip has compiled nothing, so bytecode is written at import, and processes that start later reuse it.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": ""}
     program = [sys.executable, "-m", "bst_dist.study.pack.machine", str(folder), *argv]
     if "--state" not in argv:
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> str:
 
 
 def _install(wheels: Path, target: Path) -> str:
-    """Install all wheels into a folder, whole or not at all; returns what went wrong."""
+    """Install all wheels into a folder atomically; return an error message, empty on success."""
     names = sorted({wheel.name.split("-")[0] for wheel in wheels.glob("*.whl")})
     partial = target.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""What training needs beside torch and numpy, as wheels that pip installs without network.
+"""The packages that training needs besides torch and numpy, as wheels that pip installs without a network.
 
-Wheels are made of what is installed here, which is what was tested, where that runs on the other Python too; compiled
-packages for another Python are fetched with pip.
+Wheels are rebuilt from the packages installed here, which are the tested ones, if they run on the other Python too.
+Compiled packages for another Python version are downloaded with pip.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ from bst_base.errors import UserError
 
 PROJECT, EXTRA = "bst-dist", "train"
 PRESENT = {"torch", "numpy"}
-"""Expected on the other machine."""
+"""Packages that must be installed on the other machine."""
 UNUSED = {"scipy", "matplotlib", "pillow", "tensorboard", "huggingface-hub"}
-"""Needed for fits, figures, images and downloads, which are not made there."""
+"""Packages for fits, figures, images and downloads, which training on the other machine does not use."""
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64",
              "manylinux_2_12_x86_64", "manylinux2010_x86_64")  # fmt: skip
 
 
 def gather(folder: Path, pythons: Sequence[str], also: Sequence[str] = ()) -> list[str]:
-    """Write the wheels for these Pythons into `folder`, for training and of the packages `also` and what those need;
-    returns the names of the packages, sorted."""
+    """Write wheels into `folder` for these Python versions, of the packages that training and `also` need.
+
+    Return the sorted names of the packages.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     names = needed(pythons, also)
     for name in names:
@@ -51,8 +53,10 @@ def gather(folder: Path, pythons: Sequence[str], also: Sequence[str] = ()) -> li
 
 
 def needed(pythons: Sequence[str], also: Sequence[str] = ()) -> list[str]:
-    """The packages that training needs, and those of `also`, their own needs included, but for those that are expected
-    or unused there."""
+    """Return the sorted names of the packages that training and `also` need, with all dependencies.
+
+    Packages in PRESENT and UNUSED are left out.
+    """
     found, waiting = set(), [*_requirements(PROJECT, pythons, EXTRA), *also]
     while waiting:
         name = canonicalize_name(waiting.pop())
@@ -63,7 +67,7 @@ def needed(pythons: Sequence[str], also: Sequence[str] = ()) -> list[str]:
 
 
 def rebuild(distribution: metadata.Distribution, folder: Path) -> Path:
-    """A wheel of an installed package, from its files; raises UserError when they are not all there."""
+    """Build a wheel of an installed package from its files; raises UserError if a file is missing."""
     name = f"{distribution.metadata['Name'].replace('-', '_')}-{distribution.version}"
     parts = zip(*(tag.split("-") for tag in _tags(distribution)), strict=True)  # Pythons, ABIs, platforms
     path = folder / ("-".join([name, *(".".join(dict.fromkeys(part)) for part in parts)]) + ".whl")
@@ -74,7 +78,7 @@ def rebuild(distribution: metadata.Distribution, folder: Path) -> Path:
         for file in distribution.files or ():
             inside = file.as_posix()
             if inside.startswith("..") or inside.endswith(".pyc"):
-                continue  # commands, which pip makes anew, and what Python compiles
+                continue  # scripts, which pip creates again, and bytecode
             if file.name == "RECORD":
                 record = inside
                 continue
@@ -92,7 +96,7 @@ def rebuild(distribution: metadata.Distribution, folder: Path) -> Path:
 
 
 def _requirements(name: str, pythons: Sequence[str], extra: str = "") -> list[str]:
-    """What a package says it needs, under any of these Pythons."""
+    """Return the names of the packages that a package requires under any of these Python versions."""
     try:
         lines = metadata.distribution(name).requires or []
     except metadata.PackageNotFoundError:
@@ -113,7 +117,7 @@ def _tags(distribution: metadata.Distribution) -> list[str]:
 
 
 def _is_pure(distribution: metadata.Distribution) -> bool:
-    """Whether it runs on any Python; raises UserError for a DeepSpeed whose operators were compiled."""
+    """Whether the package runs on any Python version; raises UserError for a DeepSpeed with compiled operators."""
     compiled = [file.name for file in distribution.files or () if file.suffix == ".so"]
     if distribution.metadata["Name"] == "deepspeed" and compiled:
         raise UserError(

@@ -1,1 +1,1 @@
-"""Documents and figures of a study, in one style."""
+"""Documents and figures of studies, in one style."""

@@ -1,4 +1,4 @@
-"""A comparison in words and tables: who is ahead, how that changes, and how sure it is."""
+"""Sentences and tables about a comparison: which architecture is ahead, the changes, and their uncertainty."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VERBS = {
 
 
 def answer(found: Comparison) -> Iterator[Block]:
-    """The first lines of a report: who is ahead, and the verdicts."""
+    """Yield the first lines of a report: which architecture is ahead, and the verdicts."""
     lines = []
     for name, one in found.variants.items():
         lines.append(ahead(name, found, one))
@@ -30,7 +30,7 @@ def answer(found: Comparison) -> Iterator[Block]:
 
 
 def ahead(name: str, found: Comparison, one: Advantage) -> str:
-    """Who is ahead of whom, without a sign that could be misread."""
+    """Return a sentence about which architecture is ahead, in words, because a sign could be misread."""
     mean, equal = one.mean, EQUAL[found.axis]
     size = percent(abs(mean.value), sign=False)
     where = f"at equal {equal}, on average over {one.gaps.pairs} pairs of runs in arm {found.arm}"
@@ -50,7 +50,7 @@ def _better(value: float) -> str:
 
 
 def sentence(change: Change, one: Advantage) -> str:
-    """One verdict, with its size and what it is of."""
+    """Return a sentence about one verdict, with the size of the change and its range."""
     unit = change.unit
     text = (f"The advantage of {change.variant} {VERBS[change.answer]} {unit.name}: "
             f"{percent_interval(change.change)} of the loss per "
@@ -66,7 +66,7 @@ def sentence(change: Change, one: Advantage) -> str:
 
 
 def tables(found: Comparison) -> Iterator[Block]:
-    """All numbers of a comparison."""
+    """Yield the tables with all numbers of a comparison."""
     yield Sheet(
         (
             "variant",
@@ -100,7 +100,7 @@ def tables(found: Comparison) -> Iterator[Block]:
 
 
 def _zones(found: Comparison) -> Iterator[Block]:
-    """The advantage by what a stack of windows sees of the sequence."""
+    """Yield the table of the advantage by zone of the sequence (`laws/zones.py`)."""
     rows = [
         [name, z.arm, z.zone, str(z.pairs), percent(z.mean.value), _interval(z.mean),
          percent(z.change.value) if z.change else "", _interval(z.change), z.answer or ""]
@@ -119,7 +119,7 @@ def _interval(one: Estimate | None) -> str:
 
 
 def held_out(found: Comparison) -> Iterator[Block]:
-    """The pairs of the size that was held out, beside what the others predict."""
+    """Yield the table of held-out pairs, with the predictions from the other sizes."""
     rows = [
         [name, out.block, power(out.flops), percent(out.observed), percent(out.expected.value),
          f"{percent(out.expected.low)} to {percent(out.expected.high)}",
@@ -132,7 +132,7 @@ def held_out(found: Comparison) -> Iterator[Block]:
 
 
 def _more(name: str, found: Comparison, one: Advantage) -> Iterator[str]:
-    """What stands in no table."""
+    """Yield lines with the results that are in no table."""
     if one.interaction is not None:
         yield (f"{name}, size × depth: per tenfold of compute the change per doubling of depth itself changes by "
                f"{percent_interval(one.interaction)}")  # fmt: skip

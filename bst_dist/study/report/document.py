@@ -43,7 +43,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure; `name` is its file's, without a suffix."""
+    """A figure; `name` is the name of its file without the suffix."""
 
     name: str
     figure: Figure
@@ -54,14 +54,14 @@ Block = Heading | Paragraph | Items | Sheet | Picture
 
 
 def write(blocks: Sequence[Block], directory: Path, title: str) -> list[Path]:
-    """Write report.md, report.html and figures/*.png and *.pdf; returns the files, the report's first."""
+    """Write report.md, report.html and figures/*.png and *.pdf. Return the files, the two reports first."""
     (directory / "figures").mkdir(parents=True, exist_ok=True)
     files = [directory / "report.md", directory / "report.html"]
     with matplotlib.rc_context(STYLE):
         for block in blocks:
             if isinstance(block, Picture):
                 for kind in ("png", "pdf"):
-                    # Without its date and producer the same data give the same file.
+                    # Without the date and the program's name, equal data give equal files.
                     metadata = {"CreationDate": None} if kind == "pdf" else {"Software": None}
                     files.append(directory / "figures" / f"{block.name}.{kind}")
                     with atomic_file(files[-1]) as file:

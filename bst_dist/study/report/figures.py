@@ -1,4 +1,4 @@
-"""The figures of a study's report, at the width of a paper's text; colour and mark tell curves apart."""
+"""The figures of a sweep's report, at the text width of a paper. Curves differ in colour and mark."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ LABELS: dict[str, tuple[Callable[[Gaps], np.ndarray], str]] = {
 
 
 def gap_figure(found: Comparison) -> Figure:
-    """The advantage against compute, a panel a variant, a line with its 95 % band a depth.
+    """Return the figure of the advantage over compute: one panel per variant, one line with its 95 % band per depth.
 
-    Small marks are measurements, the lengths of one pair of runs joined; hollow ones were held out. The grey band is
-    the margin of equivalence.
+    Small marks are measurements, with lines between the lengths of one pair of runs. Hollow marks were held out. The
+    grey band is the margin of equivalence.
     """
     values, label = LABELS[found.axis]
     depths = sorted({float(d) for one in found.variants.values() for d in one.gaps.depth})
@@ -54,9 +54,9 @@ def gap_figure(found: Comparison) -> Figure:
 
 
 def loss_figure(observed: Sequence[Observation], laws: Laws | None) -> Figure:
-    """Loss against compute, a panel a depth; lengths of one run joined, the chosen law of each size dashed.
+    """Return the figure of the loss over compute, one panel per depth.
 
-    Hollow marks were held out.
+    Lines join the lengths of one run, and dashed lines are the chosen law at each size. Hollow marks were held out.
     """
     names = list(dict.fromkeys(o.architecture for o in grid(observed)))
     usable = [o for o in observed if o.usable and o.rate_factor == 1 and o.architecture in names]
@@ -84,7 +84,7 @@ def loss_figure(observed: Sequence[Observation], laws: Laws | None) -> Figure:
 
 
 def place_figure(found: Comparison) -> Figure | None:
-    """The advantage by position in the sequence, with 95 % intervals; None when no run has losses by position."""
+    """Return the figure of the advantage by position, with 95 % intervals; None if no run has losses by position."""
     curves = {name: one.by_block for name, one in found.variants.items() if len(one.by_block) > 1}
     if not curves:
         return None
@@ -111,7 +111,7 @@ def _measured(axes: Axes, gaps: Gaps, depth: float, values: np.ndarray, look: di
 
 
 def _band(axes: Axes, one: Advantage, depth: float, colour: str) -> None:
-    """What the rule's regression makes of one depth, along compute, with its 95 % interval; means where it cannot."""
+    """Draw the rule's regression at one depth over compute, with its 95 % band; without a regression, the mean gap."""
     gaps = one.gaps
     matrix, names = columns(gaps)
     own = gaps.depth == depth
@@ -144,7 +144,7 @@ def _law_lines(axes: Axes, own: Sequence[Observation], law: Law, colour: str) ->
 
 
 def _logarithmic(axes: Axes, label: str) -> None:
-    """Powers of ten as 10¹¹; where there is less than a decade, 2 and 5 of it too."""
+    """Set a logarithmic x axis with ticks like 10¹¹; below two decades also at 2 and 5 times powers of ten."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     few = high / low < 100

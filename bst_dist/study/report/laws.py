@@ -1,4 +1,4 @@
-"""Fitted laws in words and tables: the fits, what they predict, how far to trust them."""
+"""Sentences and tables about fitted laws: the fits, their predictions and their uncertainty."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXPONENTS = ("E", "A", "alpha", "G", "gamma", "B", "beta", "kappa")
 
 
 def blocks(found: Laws, baseline: str | None = None) -> Iterator[Block]:
-    """Everything that was fitted."""
+    """Yield the blocks about all fits."""
     for name, laws in found.architectures.items():
         if name:
             yield Heading(3, name)
@@ -45,7 +45,7 @@ def _architecture(laws: ArchitectureLaws) -> Iterator[Block]:
 
 
 def _trust(laws: ArchitectureLaws) -> Iterator[str]:
-    """The chosen form: its unknowns, and what speaks against it."""
+    """Yield lines about the chosen form: its unknowns, and the evidence against it."""
     yield f"chosen: the {laws.chosen} form, which predicts shapes left out best"
     for name in (*UNKNOWNS[laws.chosen or "chinchilla"], "optimal_N_exponent"):
         if (one := laws.intervals.get(name)) is not None and name != "log_aspect":

@@ -1,4 +1,4 @@
-"""The look of every figure, and how one is written: at the text width of a two-column paper, legible without colour."""
+"""The style of all figures, and saving them: at the text width of a two-column paper, legible without colour."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which people with any colour vision tell apart, the darker ones first.
+# The colours of Okabe and Ito, which people with any colour vision can distinguish, the darker ones first.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00")
 GREY = "#777777"
-"""Of what helps the reader: zero lines, the training length, what all series have in common."""
-DASHES = ("-", "--", ":", "-.")  # once the colours are used up
+"""Colour of aids to the reader: zero lines, the training length, elements common to all series."""
+DASHES = ("-", "--", ":", "-.")  # the next style when all colours are used
 STYLE = {
     "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7.5, "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.axisbelow": True,
@@ -23,23 +23,23 @@ STYLE = {
 }  # fmt: skip
 MARKS = "osD^vP*"
 ACROSS = 3
-"""Panels beside each other; with more there are rows of them."""
+"""Maximum number of panels per row of a figure."""
 INCHES = (6.75, 4.4)  # the text width of a two-column paper
 
 
 def looks(count: int) -> list[dict[str, str]]:
-    """Colour and dashes of so many runs, no two alike."""
+    """Return colours and dashes for `count` runs; up to 28 runs look different."""
     return [{"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
             for number in range(count)]  # fmt: skip
 
 
 def marked(number: int) -> dict[str, Any]:
-    """Colour and mark of the series of a number, thin lines between its points."""
+    """Return the colour and mark of series `number`, with thin lines between its points."""
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKS[number % len(MARKS)], "linewidth": 0.7}
 
 
 def panels(number: int, height: float, **shared: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels, of so many inches each; in the last row those too many are not drawn."""
+    """Return a figure with `number` panels, each `height` inches high, and its axes. Unused axes are switched off."""
     across = min(ACROSS, number)
     down = -(-number // across)
     figure = Figure(figsize=(INCHES[0], height * down + 0.3), layout="constrained")
@@ -50,7 +50,7 @@ def panels(number: int, height: float, **shared: Any) -> tuple[Figure, list[Axes
 
 
 def save(draw: Callable[[], Figure], out: Path) -> None:
-    """Draw in the style of papers and write the file."""
+    """Draw the figure in STYLE and write the file."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         draw().savefig(out)

@@ -1,4 +1,4 @@
-"""Blocks of a document on the terminal: what a report says and what a command prints is made once."""
+"""Printing blocks of a document on the terminal, so that reports and commands share their texts and tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers as the study's reports and commands write them; one style for all."""
+"""Formatting of numbers for reports and commands."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def percent(log: float, digits: int = 2, sign: bool = True) -> str:
-    """A difference of logarithms, as per cent of the loss: +1.23 %."""
+    """Format a difference of logarithms of losses as per cent of the loss: +1.23 %."""
     return f"{100 * log:{'+' if sign else ''}.{digits}f} %".replace("-", "−")
 
 
 def percent_interval(estimate: Estimate, digits: int = 2) -> str:
-    """+1.23 % (95 % interval +0.20 % to +2.26 %); without an interval where nothing is known of the spread."""
+    """Format as "+1.23 % (95 % interval +0.20 % to +2.26 %)"; without an interval if there is no standard error."""
     if estimate.standard_error is None:
         return f"{percent(estimate.value, digits)} (from one pair, without an interval)"
     return (f"{percent(estimate.value, digits)} (95 % interval {percent(estimate.low, digits)} to "
@@ -27,7 +27,7 @@ def percent_interval(estimate: Estimate, digits: int = 2) -> str:
 
 
 def power(value: float, digits: int = 2) -> str:
-    """6.2·10¹⁰; small numbers as they are."""
+    """Format as 6.2·10¹⁰; numbers from 0.001 to a million without a power of ten."""
     if not math.isfinite(value) or value == 0 or 1e-3 <= abs(value) < 1e6:
         return f"{value:,.{digits + 1}g}" if abs(value) < 1000 else f"{value:,.0f}"
     exponent = math.floor(math.log10(abs(value)))
@@ -35,17 +35,17 @@ def power(value: float, digits: int = 2) -> str:
 
 
 def span(low: float, high: float) -> str:
-    """Of an interval of numbers that may be large."""
+    """Format an interval as "LOW to HIGH", each number like `power`."""
     return f"{power(low)} to {power(high)}"
 
 
 def number(value: float | None, form: str) -> str:
-    """A number, or nothing where there is none."""
+    """Format a number; return an empty string for None, NaN and infinity."""
     return "" if value is None or not math.isfinite(value) else f"{value:{form}}"
 
 
 def plain(found: Any) -> Any:
-    """Dataclasses, named tuples and arrays as what JSON knows; a number that is none as null."""
+    """Convert dataclasses, named tuples and arrays to JSON types; NaN and infinity become None."""
     if dataclasses.is_dataclass(found) and not isinstance(found, type):
         return {f.name: plain(getattr(found, f.name)) for f in dataclasses.fields(found)}
     if isinstance(found, tuple) and hasattr(found, "_asdict"):

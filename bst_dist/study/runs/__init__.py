@@ -1,1 +1,1 @@
-"""Training the runs of a study: what they are, where they stand, who trains them, what they gave."""
+"""The runs of a study: their recipes, status, training and results."""

@@ -1,4 +1,4 @@
-"""What `bst sweep` and `bst experiment` share: the file they are given, and the commands `run` and `status`."""
+"""Code shared by `bst sweep` and `bst experiment`: their file arguments, and the commands `run` and `status`."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from bst_dist.study.runs.state import STATUSES, State
 
 @dataclass(frozen=True)
 class Study:
-    """A sweep or an experiment, as far as training its runs goes."""
+    """The runs of a sweep or an experiment, for training them."""
 
     kind: str
-    """sweep or experiment"""
+    """"sweep" or "experiment"."""
     name: str
     jobs: Sequence[Job]
     state: State
 
 
 def add_file(parser: argparse.ArgumentParser, kind: str, folder: str) -> None:
-    """The study's file and settings that differ from it; `folder`: where those of the program lie."""
+    """Add arguments for the study's file and for settings that override it; `folder` holds the shipped files."""
     parser.add_argument("file", type=Path, metavar=kind.upper(),
                         help=f"the {kind}'s YAML file, or the name of one of {folder}/")  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
-    """Where the runs are trained."""
+    """Add the arguments that say where the runs are trained."""
     where = parser.add_mutually_exclusive_group()
     parser.add_argument(
         "--workers", type=at_least(1), metavar="N", help="runs to train in parallel per host (default: 1)"
@@ -53,13 +53,16 @@ def add_training(parser: argparse.ArgumentParser) -> None:
 
 
 def check_training(args: argparse.Namespace) -> None:
-    """Raise UserError for options that do not go together."""
+    """Raise UserError for options that cannot be combined."""
     if args.workers is not None and args.hostfile is not None:
         raise UserError("--workers cannot be combined with --hostfile: slots say how many runs a host trains")
 
 
 def train(args: argparse.Namespace, study: Study) -> dict[str, Any]:
-    """Train what is missing; returns how many runs stand where, without `passed` where nothing was trained here."""
+    """Train the missing runs and return the number of runs by status.
+
+    With --dry-run or --slurm nothing is trained here, so the result has no `passed`.
+    """
     words = [study.kind, "run", str(args.file), *args.overrides]
     jobs, state = study.jobs, study.state
     if args.slurm is not None:
@@ -84,7 +87,7 @@ def train(args: argparse.Namespace, study: Study) -> dict[str, Any]:
 
 
 def _submit(args: argparse.Namespace, study: Study, words: list[str]) -> dict[str, Any]:
-    """Give Slurm an array whose tasks train the study."""
+    """Submit a Slurm array whose tasks train the study."""
     root = study.state.root.resolve()
     words = [*words, "--workers", str(args.workers or 1)]
     script = placement.slurm_script(study.name, root, args.slurm, Path.cwd(), words, args.sbatch)
@@ -93,7 +96,7 @@ def _submit(args: argparse.Namespace, study: Study, words: list[str]) -> dict[st
 
 
 def show_status(study: Study) -> dict[str, Any]:
-    """Print where the runs stand, how far those under way are, and why others have failed."""
+    """Print the number of runs by status, the progress of running ones, and the reasons of failed ones."""
     standings = [(job, study.state.standing(job)) for job in study.jobs]
     rows = []
     for group in dict.fromkeys(job.group for job in study.jobs):

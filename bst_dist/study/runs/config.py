@@ -1,4 +1,4 @@
-"""The settings that sweeps and experiments have in common, and how a file of either is read."""
+"""The settings that sweeps and experiments share, and the reading of their files."""
 
 from __future__ import annotations
 
@@ -36,15 +36,16 @@ class StudyConfig(Config):
 
 
 def require_distinct(name: str, values: Sequence[Any]) -> None:
-    """Raise ValueError when a list of settings holds a value twice."""
+    """Raise ValueError if a list of settings contains a value twice."""
     if len(set(values)) < len(values):
         raise ValueError(f"{name} holds a value twice")
 
 
 def load_study(cls: type[T], path: Path, folder: str, overrides: Iterable[str]) -> T:
-    """Read a study's file, given by its path or by its name in a shipped folder, with the path of its base recipe.
+    """Read a study's file, given by its path or by its name in the shipped `folder`.
 
-    Raises ConfigError for whatever is wrong.
+    `recipe` becomes the path of the base recipe. Raises ConfigError for any error in the file or the overrides, and if
+    the base recipe does not exist.
     """
     path = find(path, folder)
     config = load(cls, path, overrides)

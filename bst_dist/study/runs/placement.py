@@ -1,7 +1,7 @@
-"""Where the runs of a study are trained: the same `bst sweep run` on each host, or in each task of a Slurm array.
+"""Training a study on several hosts: the same `bst sweep run` on each host, or in each task of a Slurm array.
 
-The commands share the runs by their locks, so nothing is divided beforehand: a fast host takes more of them, those of
-a host that is lost are taken up by the others, and a task more or less only changes how long it takes.
+Locks on the runs coordinate these commands, so the runs are not divided in advance. A fast host takes more runs, and
+the other hosts take over the runs of a lost host. The number of tasks only changes the total time.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from bst_dist.cluster.hosts import Host
 from bst_dist.cluster.launchers import SSH
 
 NOTICE_S = 120
-"""Seconds between Slurm's signal and the end of a task: for a checkpoint."""
+"""Seconds between Slurm's signal and the end of a task, in which the run writes a checkpoint."""
 
 
 class PlacementError(UserError):
-    """Hosts or a scheduler that a sweep cannot be given to."""
+    """The runs cannot be trained on these hosts or submitted to Slurm."""
 
 
 def workers_on(host: Host, ranks: int) -> int:
-    """Runs that a host trains at a time; raises PlacementError when not even one fits."""
+    """Return the number of runs that a host trains in parallel; raises PlacementError if not even one fits."""
     if host.slots < ranks:
         raise PlacementError(f"{host.name} has {host.slots} slots and a run needs {ranks} (ranks of the base recipe)")
     return host.slots // ranks
 
 
 def on_host(host: Host, ranks: int, directory: Path, words: Sequence[str]) -> list[str]:
-    """The command that runs `bst` with some words on a host, in `directory`, until its ssh is gone.
+    """Return the ssh command that runs `bst` with the arguments `words` on a host, in `directory`.
 
-    With a terminal, though nobody sees it: when the connection ends, by a kill on this side or by the network, the
-    command over there gets a SIGHUP, ends its runs and gives their locks back.
+    ssh allocates a terminal (-tt) only for its SIGHUP: when the connection ends, by a kill here or by the network, the
+    remote command gets a SIGHUP, ends its runs and releases their locks.
     """
     remote = [*_bst(words), "--workers", str(workers_on(host, ranks))]
     return [*SSH, "-tt", host.name, f"cd {shlex.quote(str(directory))} && exec {shlex.join(remote)}"]
 
 
 def run_on_hosts(commands: Mapping[str, list[str]], say: Callable[[str], None]) -> dict[str, int]:
-    """Run a command for each host at the same time, its lines told under the host's name; returns their statuses."""
+    """Run the commands of all hosts in parallel, print their output with the host's name, return exit statuses."""
     running = {
         name: subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for name, command in commands.items()
@@ -63,9 +63,9 @@ def run_on_hosts(commands: Mapping[str, list[str]], say: Callable[[str], None]) 
 
 def slurm_script(name: str, root: Path, tasks: int, directory: Path, words: Sequence[str],
                  options: Sequence[str]) -> str:  # fmt: skip
-    """A batch script of an array of `tasks`, each of which trains runs until none is left.
+    """Return the batch script of an array of `tasks`. Each task trains runs until none is left.
 
-    Before its time is over a task is told to stop, its run takes a checkpoint, and the task is queued again.
+    NOTICE_S before its time limit a task gets a signal. Its run then writes a checkpoint, and the task is requeued.
     """
     lines = [
         f"#SBATCH --job-name={name}", f"#SBATCH --array=0-{tasks - 1}", "#SBATCH --nodes=1",
@@ -89,7 +89,7 @@ exit $status
 
 
 def submit(script: str, root: Path) -> str:
-    """Write the script into the sweep's directory and give it to Slurm; returns what sbatch says."""
+    """Write the script into the study's directory and submit it to Slurm; return the output of sbatch."""
     path = root / "slurm.sh"
     (root / "slurm").mkdir(parents=True, exist_ok=True)
     write_text(path, script)

@@ -1,7 +1,7 @@
-"""Recipes of a study's runs: a base recipe with settings put in, named by its own hash.
+"""Recipes of a study's runs: a base recipe with changed settings, named by its hash.
 
-A run's directory ends in the hash of its recipe, so studies that have a run in common train it once, and a run that
-was trained otherwise is never taken for it.
+The name of a run directory ends in the hash of its recipe. So a run that several studies share is trained once, and a
+run with other settings is never mistaken for it.
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ class Job:
 
     recipe: Recipe
     trunk: str | None
-    """The run it branches off, which must be done before; None: it starts by itself."""
+    """The run that it branches from, which must be done first; None if it starts from initial weights."""
 
     @property
     def name(self) -> str:
-        """Its directory: what it is, and the hash of its recipe."""
+        """Name of the run directory: a label and the hash of the recipe."""
         return self.recipe.name
 
     @property
     def group(self) -> str:
-        """What it is a run of: `status` counts by it."""
+        """Group in which the command `status` counts the run."""
         raise NotImplementedError
 
     @property
     def work(self) -> float:
-        """How much there is to compute, in any unit that the runs of a study have in common."""
+        """Amount of computation, in a unit that is the same for all runs of a study."""
         return self.tokens
 
     @property
     def steps(self) -> int:
-        """That it takes itself."""
+        """Number of steps without those of its trunk."""
         return self.recipe.train.steps - (self.recipe.branch.step if self.recipe.branch else 0)
 
     @property
     def tokens(self) -> int:
-        """That it has trained on in the end, those of its trunk included."""
+        """Number of training tokens, including those of its trunk."""
         return self.recipe.train.tokens
 
 
 def with_settings(data: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """A copy of `data` with dotted settings put in; a section given as a mapping is merged.
+    """Return a copy of `data` with dotted settings applied. A section given as a mapping is merged.
 
-    Raises ConfigError when a key goes through what is a value and no section.
+    Raises ConfigError if a parent in a dotted key is a value instead of a section.
     """
     data = copy.deepcopy(data)
     for key, value in settings.items():
@@ -70,15 +70,15 @@ def with_settings(data: dict[str, Any], settings: Settings) -> dict[str, Any]:
 
 
 def named(label: str, data: dict[str, Any], where: str | None = None) -> Recipe:
-    """The recipe under its label and the hash of everything else in it.
+    """Return the recipe, named by the label and its hash.
 
-    Raises ConfigError for what is wrong in it, beginning with `where` (by default the label).
+    Raises ConfigError for any error in it. The message begins with `where` (default: the label).
     """
     recipe = parse(Recipe, {**data, "name": "unnamed"}, where=where or label)
     return recipe.model_copy(update={"name": f"{label}-{digest(recipe)}"})
 
 
 def digest(recipe: Recipe) -> str:
-    """Of everything in a recipe but its name, its number of ranks and what it logs."""
+    """Return the hash of a recipe without its name, `paths_from`, number of ranks and `log` section."""
     text = json.dumps(recipe.model_dump(mode="json", exclude={"name", "paths_from", "ranks", "log"}), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]

@@ -1,4 +1,4 @@
-"""What a run's own files say of it."""
+"""Results of a run, read from the files in its run directory."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ class Result:
 
     directory: Path
     lines: list[dict[str, Any]]
-    """All that it has reported, in order."""
+    """All lines of its metrics file, in order."""
 
     @cached_property
     def train(self) -> list[dict[str, Any]]:
-        """A line for each step that was taken."""
+        """One line per training step. Skipped steps are not included."""
         return self._of("train")
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """A line for each evaluation during training."""
+        """One line per evaluation during training."""
         return self._of("eval")
 
     @cached_property
     def performance(self) -> list[dict[str, Any]]:
-        """A line for each report of where the time of a step goes."""
+        """One line per performance report (time by phase of a step, memory)."""
         return self._of("performance")
 
     @property
     def step(self) -> int:
-        """The last step, whether its update was taken or skipped; 0 before the first."""
+        """The last step, whether its update was applied or skipped; 0 before the first step."""
         return max((line["step"] for line in [*self.train, *self._of("skipped")]), default=0)
 
     @property
     def warm(self) -> list[dict[str, Any]]:
-        """The steps without the first, whose time is that of a start."""
+        """The lines of all steps after the first, which includes start-up time; the first if there is no other."""
         return self.train[1:] or self.train
 
     def _of(self, kind: str) -> list[dict[str, Any]]:
@@ -60,45 +60,45 @@ class Result:
 
     @property
     def tokens(self) -> int:
-        """Trained on until the last step, those of a trunk included."""
+        """Number of tokens trained on, including those of the trunk."""
         return self.train[-1]["tokens"]
 
     @property
     def step_s(self) -> float:
-        """Median time of a step."""
+        """Median step time in seconds."""
         return median(line["step_time_s"] for line in self.warm)
 
     @property
     def speeds(self) -> tuple[float, float]:
-        """Tokens per second: the median step, and the fastest tenth, since other work can only slow a step."""
+        """Tokens per second: the median over steps and the 90 % quantile. Other programs can only slow a step down."""
         speeds = [line["tokens_per_s"] for line in self.warm]
         return median(speeds), float(np.quantile(speeds, 0.9))
 
     @property
     def memory_bytes(self) -> int:
-        """The most that a rank has held."""
+        """Largest `memory_bytes` of the performance reports."""
         return max(line["memory_bytes"] for line in self.performance)
 
     def time_s(self, until: int | None = None) -> float:
-        """Time of the steps, up to and with step `until`, without starts, checkpoints and evaluations."""
+        """Return the total step time up to and including step `until`, without starts, checkpoints and evaluations."""
         return sum(line["step_time_s"] for line in self.train if until is None or line["step"] <= until)
 
     @property
     def versions(self) -> dict[str, str | None]:
-        """Of what its last start ran on."""
+        """Versions recorded at its last start."""
         return json.loads((self.directory / ENVIRONMENT).read_text(encoding="utf-8"))["starts"][-1]["versions"]
 
 
 def read_result(directory: Path) -> Result:
-    """The metrics in a run directory; none before the first step."""
+    """Read the metrics in a run directory; before the first step there are none."""
     return Result(directory, read_lines(directory / FILE))
 
 
 def trained_with(versions: Iterable[Mapping[str, str | None]]) -> str:
-    """What runs were trained with, in a sentence; and a warning where they were not all trained with the same.
+    """Return a sentence with the versions that runs were trained with, and a warning if these differ between runs.
 
     Args:
-        versions: of each run, by name; none of one that is not trained yet.
+        versions: for each run, name -> version; empty for a run that is not trained yet.
     """
     runs = [of_run for of_run in versions if of_run]
     names = dict.fromkeys(name for of_run in runs for name in of_run)
@@ -119,7 +119,7 @@ def _each(found: Counter[str]) -> str:
 
 
 def named(directories: Sequence[Path]) -> dict[str, Path]:
-    """Directories, each once, by the shortest end of their path that tells them apart."""
+    """Return name -> directory, without duplicates. The name is the shortest path suffix that is unique."""
     paths = {path.resolve(): path for path in reversed(directories)}
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):

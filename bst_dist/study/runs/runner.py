@@ -1,8 +1,8 @@
-"""Running a study: some workers on this host, each a training process, until nothing is left to start.
+"""The runner of a study: parallel training processes on this host, until no run is left to start.
 
-What there is to do is read from the run directories before each start, and a run that is being trained is locked. So
-the command may be killed at any moment and given again, and several of them on one shared file system, a task of a
-Slurm array each or one a host, take runs from the same sweep without being told of each other.
+Before each start the runner reads the status of the runs from their directories, and a run that is being trained is
+locked. So the command may be killed at any time and started again. Several commands on a shared file system, as tasks
+of a Slurm array or one per host, take runs from the same study without knowing of each other.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from bst_dist.train.rundir import RECIPE
 
 POLL_S = 0.5
 SAVING_S = 30.0
-"""For all processes together, from the moment when they are told to end; one that compiles does not hear it."""
+"""Time for all processes together to end after SIGTERM. A process that compiles does not react to the signal."""
 MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "Cannot allocate memory")
 
 
@@ -46,23 +46,26 @@ class Worker:
     run: Job
     process: subprocess.Popen[bytes]
     place: int
-    """Which of the runner's workers it is, from 0: it has a share of the host's accelerators of its own."""
+    """Index of the worker, from 0. It selects the worker's share of the host's accelerators."""
     started: float = field(default_factory=time.monotonic)
 
 
 class Runner:
-    """Takes the runs of a study to their ends."""
+    """Trains the runs of a study until each is done, failed or diverged."""
 
     def __init__(self, runs: Sequence[Job], state: State, workers: int, say: Callable[[str], None],
                  per_device: int = 1, until: float = math.inf) -> None:  # fmt: skip
-        """`per_device`: workers that share a GPU; `until`: when to stop, on the clock of `time.monotonic`."""
+        """Prepare; `per_device`: workers that share a GPU; `until`: when to stop, in the time of `time.monotonic`."""
         self.runs, self.state, self.limit, self.say = runs, state, workers, say
         self.per_device, self.until = per_device, until
         self.workers: list[Worker] = []
         self.ended: set[str] = set()
 
     def run(self, watch: Callable[[list[Worker]], None]) -> None:
-        """Start runs until none is left, calling `watch` while they train; ends them when told to stop, or in time."""
+        """Start runs until none is left, and call `watch` regularly. End them on a signal or when `until` is reached.
+
+        Raises KeyboardInterrupt after a signal.
+        """
         with told_to_stop() as told:
             try:
                 while not told and time.monotonic() < self.until:
@@ -78,7 +81,7 @@ class Runner:
             raise KeyboardInterrupt
 
     def _fill(self) -> None:
-        """Start what can be started, in the order of the plan, as long as workers are free."""
+        """Start the runs that are ready, in the order of the plan, while workers are free."""
         for run in self._open():
             if len(self.workers) == self.limit:
                 return
@@ -90,7 +93,7 @@ class Runner:
         if lock is None:
             return
         try:
-            if self.state.standing(run).status == "done":  # finished elsewhere between the look and the lock
+            if self.state.standing(run).status == "done":  # another command finished it before the lock was taken
                 return
             micro = self._prepare(run)
             place = min(set(range(self.limit)) - {worker.place for worker in self.workers})
@@ -104,20 +107,20 @@ class Runner:
                 )  # fmt: skip
             self.workers.append(Worker(run, process, place))
         finally:
-            os.close(lock)  # the process has its own
+            os.close(lock)  # the process has inherited the descriptor and holds the lock
 
     def _prepare(self, run: Job) -> int:
-        """Write the recipe and remove a directory that a run cannot continue in; returns the micro-batch."""
+        """Write the recipe, remove a run directory that cannot be resumed, and return the micro-batch size."""
         write_text(self.state.path("recipes", run.name), dump(run.recipe))
         directory = self.state.directory(run.name)
         directory.parent.mkdir(parents=True, exist_ok=True)
         micro = self._micro(run)
         if directory.exists() and not committed(directory) and not self._same_micro(directory, micro):
-            shutil.rmtree(directory)  # killed before its recipe was written, or out of memory
+            shutil.rmtree(directory)  # it was killed before its recipe was written, or ran out of memory
         return micro
 
     def _micro(self, run: Job) -> int:
-        """The recipe's micro-batch, halved each time memory ran out, and no larger than its trunk's."""
+        """Return the recipe's micro-batch size, halved each time memory ran out, and at most that of its trunk."""
         micro = run.recipe.train.micro_sequences
         if run.trunk is not None:
             micro = load_recipe(self.state.directory(run.trunk) / RECIPE).train.micro_sequences
@@ -130,13 +133,16 @@ class Runner:
 
     def _command(self, run: Job, micro: int) -> list[str]:
         several = (run.recipe.ranks or 1) > 1
-        # One rank needs no launcher, and starts in a third of the time without.
+        # One rank needs no launcher, and without it starts in a third of the time.
         program = [sys.executable, "-m", *(("bst_dist", "train") if several else ("bst_dist.train",))]
         recipe = [str(self.state.path("recipes", run.name)), f"train.micro_sequences={micro}"]
         return [*program, *recipe, "--run-dir", str(self.state.directory(run.name)), "--resume"]
 
     def _environment(self, run: Job, place: int) -> dict[str, str]:
-        """This process's, with a share of the cores, and of the accelerators where there are several workers."""
+        """Return this process's environment with the worker's share of the cores and, for several workers, of the GPUs.
+
+        A given OMP_NUM_THREADS is kept. Raises UserError if there are too few GPUs.
+        """
         threads = str(max(1, len(os.sched_getaffinity(0)) // self.limit))
         found = {"OMP_NUM_THREADS": threads, **os.environ}
         devices = torch.cuda.device_count()
@@ -151,24 +157,24 @@ class Runner:
         return found
 
     def _collect(self) -> None:
-        """Take note of the processes that have ended."""
+        """Record and print how processes have ended since the last call."""
         for worker in [worker for worker in self.workers if worker.process.poll() is not None]:
             self.workers.remove(worker)
             name, seconds = worker.run.name, time.monotonic() - worker.started
             standing = self.state.standing(worker.run)
-            stopped = worker.process.returncode == RESUBMIT  # by a signal from elsewhere, with a checkpoint
+            stopped = worker.process.returncode == RESUBMIT  # another process's signal ended it, with a checkpoint
             if standing.status not in ("done", "diverged") and not stopped:
                 self.state.record(name, self._attempt(worker, seconds))
                 standing = self.state.standing(worker.run)
             self.say(f"{standing.status:>9} {name} after {seconds:.0f} s {standing.reason}")
 
     def _attempt(self, worker: Worker, seconds: float) -> Attempt:
-        """How a start ended that did not finish."""
+        """Return the record of a start that did not finish its run."""
         name, status = worker.run.name, worker.process.returncode
         lines = _tail(self.state.path("logs", name))
         micro = self._micro(worker.run)
         ran_out = any(sign in line for line in lines for sign in MEMORY)
-        # With checkpoints behind it the memory did suffice, and at one sequence there is nothing to halve.
+        # A run with a checkpoint did have enough memory, and a micro-batch of one sequence cannot be halved.
         smaller = ran_out and micro > 1 and not committed(self.state.directory(name))
         return Attempt(
             status=OUT_OF_MEMORY if smaller else "failed",
@@ -179,11 +185,14 @@ class Runner:
         )
 
     def _elsewhere(self) -> bool:
-        """Whether runs are still being trained by another command, or wait for one that is."""
+        """Whether another command is still training runs, or runs wait for one of these."""
         return any(self.state.standing(run).status in ("running", "waiting") for run in self._open())
 
     def _open(self) -> list[Job]:
-        """The runs that have not ended for good; those that have are not looked at again."""
+        """Return the runs of which this command trains none and which are not done, failed or diverged.
+
+        The status of ended runs is not read again.
+        """
         running = {worker.run.name for worker in self.workers}
         left = [run for run in self.runs if run.name not in self.ended]
         for run in left:
@@ -192,7 +201,7 @@ class Runner:
         return [run for run in left if run.name not in self.ended | running]
 
     def _end(self) -> None:
-        """End the processes that are left; what they had not saved is trained again at the next start."""
+        """End the remaining processes. Steps after their last checkpoint are repeated at the next start."""
         for worker in self.workers:
             signal_session(worker.process, signal.SIGTERM)
         latest = time.monotonic() + SAVING_S
@@ -205,7 +214,7 @@ class Runner:
 
 
 def _tail(path: Path, most: int = 40) -> list[str]:
-    """The last lines of a log that say something."""
+    """Return the last non-empty lines of a log."""
     if not path.exists():
         return []
     lines = path.read_bytes()[-20_000:].decode(errors="replace").splitlines()

@@ -1,12 +1,12 @@
-"""Where each run of a study stands, as its directory says; nothing else is kept.
+"""The status of each run of a study, read from the study's directory. There is no other state.
 
-<root>/plan.json            what the budget has dropped
-<root>/recipes/<run>.yaml   the recipe a run is started with
-<root>/runs/<run>/          the run directory
-<root>/attempts/<run>.jsonl how each start ended that did not finish: one JSON object a line
-<root>/logs/<run>.log       what the run printed
-<root>/documents/, lengths/ what evaluations of it gave, once they were asked for
-<root>/locks/<run>          held by the process that is running it, on whatever host
+<root>/plan.json            blocks that were dropped to fit the budget
+<root>/recipes/<run>.yaml   recipe that the run is started with
+<root>/runs/<run>/          run directory
+<root>/attempts/<run>.jsonl starts that did not finish the run, one JSON object per line
+<root>/logs/<run>.log       output of the run
+<root>/documents/, lengths/ results of evaluations of the run, if any were requested
+<root>/locks/<run>          lock file, held by the process that trains the run, on any host
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 
 @dataclass(frozen=True)
 class Standing:
-    """Where one run stands."""
+    """The status of one run, with the reason of a failure."""
 
     status: Status
     reason: str = ""
@@ -46,11 +46,11 @@ def _now() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """How a start ended that did not finish."""
+    """A start that did not finish its run."""
 
     time: str = field(default_factory=_now)
     status: str
-    """failed, or out of memory"""
+    """"failed" or "out of memory"."""
     reason: str
     exit_status: int
     micro_sequences: int
@@ -58,22 +58,22 @@ class Attempt:
 
 
 class State:
-    """The directory of a study."""
+    """The directory of a study and the status of its runs."""
 
     def __init__(self, root: Path, retries: int) -> None:
         self.root, self.retries = root, retries
 
     def directory(self, name: str) -> Path:
-        """The run's directory."""
+        """Return the run directory."""
         return self.root / RUNS / name
 
     def path(self, kind: str, name: str) -> Path:
-        """A file about a run: recipes, attempts, logs, locks, or an evaluation that is kept."""
+        """Return the path of a file about a run; `kind` is recipes, attempts, logs, locks or a kind of evaluation."""
         suffix = {"recipes": ".yaml", "attempts": ".jsonl", "logs": ".log", "locks": ""}.get(kind, ".json")
         return self.root / kind / f"{name}{suffix}"
 
     def standing(self, run: Job) -> Standing:
-        """Where the run stands; a branch whose trunk cannot be had stands where the trunk does."""
+        """Return the status of the run. A waiting branch has the status of its trunk if that failed or diverged."""
         own = self._own(run.name)
         if own.status == "waiting" and run.trunk is not None:
             trunk = self._own(run.trunk)
@@ -82,28 +82,29 @@ class State:
         return own
 
     def counts(self, runs: Iterable[Job]) -> Counter[str]:
-        """How many runs stand where."""
+        """Return the number of runs by status."""
         return Counter(self.standing(run).status for run in runs)
 
     def ready(self, run: Job) -> bool:
-        """Whether what the run branches off is there."""
+        """Whether the run's trunk, if it has one, is done."""
         return run.trunk is None or self._own(run.trunk).status == "done"
 
     def attempts(self, name: str) -> list[Attempt]:
-        """How starts ended that did not finish, oldest first."""
+        """Return the starts that did not finish the run, oldest first."""
         return [Attempt(**line) for line in read_lines(self.path("attempts", name))]
 
     def record(self, name: str, attempt: Attempt) -> None:
-        """Add how a start ended."""
+        """Append a start that did not finish to the run's file of attempts."""
         path = self.path("attempts", name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(attempt)) + "\n")
 
     def lock(self, name: str) -> int | None:
-        """The run's lock as a file descriptor, or None when another process holds it.
+        """Take the run's lock. Return its file descriptor, or None if another process holds the lock.
 
-        Held until every process that has the descriptor is gone, so a run outlives no sweep unseen.
+        The lock is held until every process with the descriptor has ended. So a training process that survives its
+        sweep command still holds it.
         """
         path = self.path("locks", name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,12 +117,12 @@ class State:
         return handle
 
     def progress(self, name: str) -> dict[str, Any] | None:
-        """The last training step a run has reported."""
+        """Return the metrics of the last training step that the run has reported; None before the first."""
         lines = [line for line in read_lines(self.directory(name) / FILE) if line["kind"] == "train"]
         return lines[-1] if lines else None
 
     def kept(self, kind: str, name: str, make: Callable[[], Any]) -> Any:
-        """What an evaluation of a finished run gave: made once, and read again after."""
+        """Return the result of an evaluation: read from its file, or made with `make` and stored."""
         path = self.path(kind, name)
         if not path.exists():
             write_text(path, json.dumps(make()) + "\n")
@@ -141,7 +142,7 @@ class State:
         return Standing("waiting")
 
     def _locked(self, name: str) -> bool:
-        """Whether a process holds the run's lock; looking at a run that was never started writes nothing."""
+        """Whether a process holds the run's lock. Creates no lock file for a run that was never started."""
         if not self.path("locks", name).exists():
             return False
         handle = self.lock(name)

@@ -1,4 +1,4 @@
-"""Training what is missing of a study, telling how many runs are done and how long the rest will take."""
+"""Training the missing runs of a study, with a progress display: runs done and the estimated remaining time."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ REFRESH_S = 2.0
 
 
 class Progress:
-    """How much is done of some runs, by the work each of them is."""
+    """The share of a study's work that is done, and the remaining time."""
 
     def __init__(self, jobs: Sequence[Job], state: State) -> None:
         self.jobs, self.state = jobs, state
         self.started, self.before = time.monotonic(), self._done()
 
     def line(self) -> str:
-        """For people: k of n, and the time left at the speed of this command so far."""
+        """Return a line for the terminal: k of n runs, and the time left at the average speed since the start."""
         done = sum(self.state.standing(job).status == "done" for job in self.jobs)
         text = f"{done} of {len(self.jobs)} runs done"
         work, elapsed = self._done(), time.monotonic() - self.started
@@ -37,7 +37,7 @@ class Progress:
         return text
 
     def _done(self) -> float:
-        """The work of the runs that are done, and of the steps that others have taken."""
+        """Return the work of the finished runs and of the steps that running ones have taken."""
         total = 0.0
         for job in self.jobs:
             status = self.state.standing(job).status
@@ -49,7 +49,7 @@ class Progress:
 
 
 def train(name: str, jobs: Sequence[Job], state: State, workers: int) -> Counter[str]:
-    """Train until nothing is left to start; returns how many runs stand where."""
+    """Train until no run is left to start; return the number of runs by status."""
     console, started, shown = Console(), time.monotonic(), 0.0
     progress = Progress(jobs, state)
     say(f"{name}: {state.counts(jobs)['done']} of {len(jobs)} runs are done")
@@ -72,7 +72,7 @@ def train(name: str, jobs: Sequence[Job], state: State, workers: int) -> Counter
 
 
 def missing(jobs: Sequence[Job], state: State) -> list[str]:
-    """What `train` would do, one line per run: nothing is started."""
+    """Return one line per run that `train` would train, without starting it."""
     found = []
     for job in jobs:
         standing = state.standing(job)
@@ -83,7 +83,7 @@ def missing(jobs: Sequence[Job], state: State) -> list[str]:
 
 
 def running_table(title: str, running: Sequence[Worker], state: State) -> Table:
-    """What is being trained now."""
+    """Return a table of the running workers."""
     rows = []
     for worker in running:
         line = state.progress(worker.run.name) or {"step": 0, "loss_nats": float("nan"), "tokens_per_s": 0.0}

@@ -1,1 +1,1 @@
-"""The scaling study: its design, its table, its report."""
+"""Scaling sweeps: design, budget, power, table and report."""

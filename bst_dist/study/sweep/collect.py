@@ -1,4 +1,4 @@
-"""The table of a sweep, from its run directories: every run that was planned has a row, whatever became of it."""
+"""The table of a sweep, from its run directories. Every planned measurement has a row, finished or not."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from data_pipeline.serve.loader import open_corpora
 
 
 def collect(runs: list[Run], state: State, baseline: str, documents: int = 0) -> list[Row]:
-    """Rows of the measurements among `runs`, in the order of the plan.
+    """Return the rows of the measurements among `runs`, in the order of the plan.
 
-    `documents`: score finished runs on so many tokens of each validation document as well; 0: do not.
+    If `documents` > 0, finished runs are also scored on this many first tokens of each validation document.
     """
     base = {run.cell.block: run.counts.parameters for run in runs if run.cell.architecture == baseline}
     return [row_of(known_columns(run, base.get(run.cell.block, math.nan)), run, state, documents)
@@ -31,7 +31,7 @@ def collect(runs: list[Run], state: State, baseline: str, documents: int = 0) ->
 
 
 def known_columns(run: Run, base: float = math.nan) -> dict[str, Any]:
-    """The columns of a run that are known before it is trained; `base`: N of the baseline in its block."""
+    """Return the columns that are known before the run is trained; `base` is N of the baseline in its block."""
     counts, cell = run.counts, run.cell
     return {
         "run": run.name,
@@ -52,7 +52,7 @@ def known_columns(run: Run, base: float = math.nan) -> dict[str, Any]:
 
 
 def row_of(known: dict[str, Any], run: Job, state: State, documents: int = 0) -> Row:
-    """The row of one measurement; `known`: its columns that are known before."""
+    """Return the row of one measurement; `known` are its columns from `known_columns`."""
     standing = state.standing(run)
     known = {**known, "status": standing.status, "reason": standing.reason}
     if standing.status != "done":
@@ -68,7 +68,7 @@ def row_of(known: dict[str, Any], run: Job, state: State, documents: int = 0) ->
 
 
 def _measured(run: Job, parameters: float, state: State) -> dict[str, Any]:
-    """What a finished run's directory says, and its trunk's of the steps they share."""
+    """Return the measured columns of a finished run. The time includes the steps shared with its trunk."""
     directory = state.directory(run.name)
     result = read_result(directory)
     shared = read_result(state.directory(run.trunk)).time_s(run.recipe.branch.step) if run.trunk else 0.0
@@ -90,10 +90,10 @@ def _slowed(step_s: list[float]) -> float:
 
 
 def _by_document(run_dir: Path, at_most: int) -> list[float]:
-    """Nats per token of the first tokens of each validation document, forgetting after a training length.
+    """Return nats per token on the first `at_most` tokens of each validation document, with a context of one sequence.
 
-    Two runs are compared on the same documents, so how hard a document is cancels; what is left says how much of an
-    advantage depends on which documents were held out. Raises UserError when checkpoint or corpus cannot be read.
+    Two runs are compared on the same documents, so the difficulty of a document cancels. The rest shows how much an
+    advantage depends on the choice of documents. Raises UserError if the checkpoint or the corpus cannot be read.
     """
     trained = open_run(run_dir)
     length, losses = trained.recipe.train.sequence_length, []

@@ -1,4 +1,4 @@
-"""What a sweep is: a base recipe, the axes it is varied along, the rules by size, and a budget."""
+"""Settings of a sweep: the base recipe, the axes of variation, rules that depend on the size, and the budget."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bst_dist.study.runs.config import Settings, StudyConfig, load_study, requir
 
 
 class ShapeConfig(Config):
-    """What stays in proportion when width and depth change."""
+    """Proportions of the model that stay fixed when width and depth change."""
 
     head_width: int = Field(64, ge=1)
     """Width of a head; every model width is a multiple of it."""
@@ -142,7 +142,7 @@ class SweepConfig(StudyConfig):
 
     @property
     def arm(self) -> str:
-        """Within which the verdict is given."""
+        """The first arm, within which the verdict is given."""
         return next(iter(self.arms))
 
     @property
@@ -152,5 +152,5 @@ class SweepConfig(StudyConfig):
 
 
 def load_sweep(path: Path, overrides: list[str]) -> SweepConfig:
-    """Read a sweep's file; raises ConfigError for whatever is wrong."""
+    """Read a sweep's file and apply the overrides; raises ConfigError for any error in them."""
     return load_study(SweepConfig, path, SWEEPS, overrides)

@@ -1,8 +1,8 @@
-"""The coordinate check: do activations move by as much in a wide or deep model as in a small one?
+"""The coordinate check: whether activations change equally much in wide or deep models as in small ones.
 
-A learning rate transfers across width and depth only where a few steps change every coordinate by an amount that does
-not depend on them (Yang et al., arXiv 2203.03466, appendix D.1; in depth: Dey et al., CompleteP, arXiv 2505.01618).
-Works on any LanguageModel: what is watched is found by its place in the module tree.
+A learning rate transfers across width and depth only if the change of each coordinate in a few steps does not depend on
+width and depth (Yang et al., arXiv 2203.03466, appendix D.1; in depth: Dey et al., CompleteP, arXiv 2505.01618). The
+check works on any LanguageModel: it finds the activations by their names in the module tree.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bst_dist.train.optimizer import build_for
 
 FILE = "coordinates.json"
 SLOPE = 0.2
-"""The largest slope, in ln of the change over ln of width or depth, that counts as none: 2^0.2 is 15 % a doubling."""
+"""The slope of ln(change) over ln(width or depth) below which there is no dependence: 2^0.2 is 15 % per doubling."""
 
 
 @dataclass(frozen=True)
@@ -38,38 +38,38 @@ class Coordinate:
 
     watched: str
     along: str
-    """width or depth"""
+    """"width" or "depth"."""
     changes: dict[int, float]
     """Width or depth -> root mean square of the change after the steps, geometric mean over seeds."""
     slope: Estimate
-    """Over seeds."""
+    """Slope of ln(change) over ln(width or depth), mean over seeds."""
 
     @property
     def answer(self) -> Equality:
-        """equal: shown not to depend on it, by an equivalence test; that no slope is seen is not enough."""
+        """ "equal" if an equivalence test shows that the slope is within ±SLOPE. A slope not seen is not enough."""
         return equality(self.slope, SLOPE)
 
 
 @dataclass(frozen=True)
 class Check:
-    """The coordinate check of a sweep's architectures, as it is kept in the sweep's directory."""
+    """The result of the coordinate check of a sweep's architectures, as stored in the sweep's directory."""
 
     parametrisation: str
     widths: list[int]
     depths: list[int]
     steps: int
     rate: float
-    """Share of the peak rate."""
+    """Learning rate as a share of the peak rate."""
     architectures: dict[str, list[Coordinate]]
 
     @property
     def answer(self) -> str:
-        """passed: no change depends on the width or the depth; failed: one does; undecided: more seeds would tell."""
+        """ "passed": no change depends on width or depth; "failed": at least one does; "undecided": use more seeds."""
         answers = {one.answer for found in self.architectures.values() for one in found}
         return "failed" if "different" in answers else "undecided" if "undecided" in answers else "passed"
 
     def report(self) -> dict[str, Any]:
-        """For machines."""
+        """Return the check for a machine-readable report, with the answers."""
         found = plain(self)
         for name, every in self.architectures.items():
             for one, entry in zip(every, found["architectures"][name], strict=True):
@@ -77,12 +77,12 @@ class Check:
         return {"passed": self.answer == "passed", "answer": self.answer, **found}
 
     def write(self, root: Path) -> None:
-        """Keep it in a sweep's directory."""
+        """Write the check into the sweep's directory."""
         write_json(root / FILE, self.report())
 
 
 def read_check(root: Path) -> Check | None:
-    """The check that was made, if there was one."""
+    """Read the check from the sweep's directory; None if none was made."""
     path = root / FILE
     return TypeAdapter(Check).validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
 
@@ -93,11 +93,12 @@ def coordinates(make: Callable[[int, int], LanguageModel], widths: Sequence[int]
     """Train models of all `widths` at the first depth, and of all `depths` at the first width, for a few steps.
 
     Args:
-        make: the model of a width and a depth.
-        widths: multiples of the first.
-        ids: (B, l + 1) int64, what every step trains on and the changes are measured on.
-        seeds: of the initial weights. A seed's slopes are of its own models, whose kernels are the same, and the
-            slopes are averaged: a few channels of high gain make the change of one seed many times that of another.
+        make: builds the model from a width and a depth.
+        widths: the first width and multiples of it.
+        ids: (B, l + 1) int64 tokens. Every step trains on them, and the changes are measured on them.
+        seeds: seeds of the initial weights. Each seed has its own slope, over models with the same kernels, and the
+            slopes are averaged. Seeds are not pooled, because a few channels of high gain make the change of one seed
+            many times that of another.
     """
     found = []
     for along, values in (("width", widths), ("depth", depths)):
@@ -114,7 +115,7 @@ def coordinates(make: Callable[[int, int], LanguageModel], widths: Sequence[int]
 def _changes(make: Callable[[int, int], LanguageModel], shape: tuple[int, int], narrow: int,
              optimizer: OptimizerConfig, ids: Tensor, steps: int,
              seeds: Sequence[int]) -> dict[str, list[float]]:  # fmt: skip
-    """Root mean squares of the changes of everything watched in one shape, one a seed."""
+    """Return, for one shape, the root mean square of the change of each watched quantity, one value per seed."""
     every = []
     for seed in seeds:
         torch.manual_seed(seed)
@@ -127,10 +128,10 @@ def _changes(make: Callable[[int, int], LanguageModel], shape: tuple[int, int], 
 
 
 def repeat_kernels(wide: LanguageModel, narrow: LanguageModel) -> None:
-    """Give the channels of the wide model's kernels the initial values of the narrow one's, over and over.
+    """Fill the kernels of the wide model with repetitions of the narrow model's kernels, channel by channel.
 
-    The gains of channels differ so widely that a few draws say little: a root mean square over the eight channels of
-    one model and the sixty-four of another would differ by more than what is looked for.
+    The gains of channels vary widely. With independent draws, the root mean square over 8 channels of one model and
+    over 64 of another would differ by more than the effect that the check looks for.
     """
     kernels = ([module for module in model.modules() if _is_kernel(module)] for model in (wide, narrow))
     with torch.no_grad():
@@ -144,7 +145,7 @@ def _is_kernel(module: nn.Module) -> bool:
 
 
 def changes_of(model: LanguageModel, optimizer: OptimizerConfig, ids: Tensor, steps: int) -> dict[str, float]:
-    """Root mean square of the change of everything watched after `steps` steps on the same tokens."""
+    """Return the root mean square of the change of each watched quantity after `steps` steps on the same tokens."""
     inputs, labels = ids[:, :-1], ids[:, 1:]
     dynamics = model.parameter_groups()["ssm"]
     before, parameters = _activations(model, inputs, labels), [p.detach().clone() for p in dynamics]
@@ -161,10 +162,10 @@ def changes_of(model: LanguageModel, optimizer: OptimizerConfig, ids: Tensor, st
 
 
 def _activations(model: LanguageModel, inputs: Tensor, labels: Tensor) -> dict[str, list[Tensor]]:
-    """Outputs by kind: mixers, feed-forward networks, SSMs, the stream after the last layer, the labels' mean logit.
+    """Return outputs by kind: mixers, FFNs, SSMs, the residual stream after the last layer, the labels' mean logit.
 
-    The labels' logits are what the gradient moves all one way. Of each single logit a part is by chance, at first and
-    in its change, and falls with the width wherever the sum of all does not grow with it: the mean leaves it out.
+    The mean over the labels' logits is taken because the gradient moves all of them in the same direction. Single
+    logits also have a random part, at first and in their change, which depends on the width. The mean removes it.
     """
     seen: dict[str, list[Tensor]] = {}
     with torch.no_grad(), _watched(model, seen):

@@ -1,8 +1,8 @@
-"""From a sweep to its runs: each a complete recipe, in a directory whose name ends in the recipe's hash.
+"""The design of a sweep: its runs. Each is a complete recipe, in a directory whose name ends in the recipe's hash.
 
-Every architecture is run on every block (arm, size, depth, seed), with the same order of the data, for the same
-compute C = 6 N^2 m at each length m: fewer tokens where a token costs more. A block's lengths share one trunk at a
-constant learning rate, from which a branch decays for each.
+Every architecture is run on every block (arm, size, depth, seed), with the same order of the data, for the same compute
+C = 6 N^2 m at each length m. So an architecture that needs more FLOPs per token trains on fewer tokens. The lengths of
+a block share one trunk with a constant learning rate. For each length a branch leaves the trunk and decays the rate.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Role = Literal["grid", "hold-out", "audit"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One place of the grid: what a trunk and its branches have in common."""
+    """One point of the grid. A trunk and its branches have the same cell."""
 
     architecture: str
     arm: str
@@ -42,12 +42,12 @@ class Cell:
 
     @property
     def block(self) -> str:
-        """What a pair shares: everything but the architecture."""
+        """Arm, size, depth and seed. The runs of a pair have the same block and differ in the architecture."""
         return f"{self.arm}-n{self.size:.3g}-d{self.depth}-s{self.seed}"
 
     @property
     def label(self) -> str:
-        """The beginning of its runs' names."""
+        """The first part of the names of its runs."""
         audit = f"-lr{self.rate_factor:g}" if self.role == "audit" else ""
         return f"{self.architecture}-{self.block}{audit}".replace("+", "")
 
@@ -59,7 +59,7 @@ class Run(Job):
     cell: Cell
     counts: Counts
     multiple: float | None
-    """Tokens per parameter asked for; None for a trunk, which is no measurement."""
+    """Tokens per parameter of the design; None for a trunk, which is not a measurement."""
 
     @property
     def group(self) -> str:
@@ -71,17 +71,17 @@ class Run(Job):
 
     @property
     def flops(self) -> float:
-        """C: training FLOPs of all its steps, the trunk's included."""
+        """C: training FLOPs of all its steps, including those of the trunk."""
         return 6 * self.counts.parameters * self.tokens
 
     @property
     def own_flops(self) -> float:
-        """Training FLOPs of the steps it takes itself."""
+        """Training FLOPs without the steps of the trunk."""
         return self.flops * self.steps / self.recipe.train.steps
 
 
 def of_grid(runs: list[Run]) -> list[Run]:
-    """The measurements that are fitted and compared."""
+    """Return the runs that are fitted and compared: measurements of the grid, without hold-outs and audits."""
     return [run for run in runs if run.cell.role == "grid" and run.multiple is not None]
 
 
@@ -89,7 +89,7 @@ class Designer:
     """Makes the runs of a sweep."""
 
     def __init__(self, sweep: SweepConfig) -> None:
-        """Reads the base recipe and the vocabulary of its corpus; raises UserError when either is wrong."""
+        """Read the base recipe and the vocabulary size of its corpus; raises UserError if either is wrong."""
         self.sweep = sweep
         self.base: dict[str, Any] = with_settings(recipe_settings(sweep.recipe), sweep.settings)
         if self.base.get("model", {}).get("vocab_size") is None:
@@ -106,7 +106,7 @@ class Designer:
             self.base["model"]["parametrisation"] = self._parametrisation()
 
     def cells(self) -> list[Cell]:
-        """The whole grid in the order in which it is trained, then the audit of the learning rate in its corners."""
+        """Return the whole grid in training order, then the cells of the learning-rate audit in its corners."""
         sweep = self.sweep
         cells = [
             Cell(name, arm, size, depth, seed, "hold-out" if size in sweep.hold_out else "grid")
@@ -126,13 +126,13 @@ class Designer:
         ]
 
     def runs(self, cells: list[Cell]) -> list[Run]:
-        """The runs of these cells: a trunk before its branches; an audit takes the shortest length only."""
+        """Return the runs of these cells, each trunk before its branches. An audit has only the shortest length."""
         return [run for cell in cells for run in self._runs_of(cell)]
 
     def _parametrisation(self) -> dict[str, Any]:
-        """The recipe's section by the rule; a CompleteP's base is the least width and the least depth of the grid.
+        """Return `model.parametrisation` by the sweep's rule. The base of CompleteP is the least width and depth.
 
-        So every model is as wide and as deep as the base or more, which is the way a rate is known to carry over.
+        So every model is at least as wide and as deep as the base. Transfer of the rate is known in this direction.
         """
         sweep = self.sweep
         if sweep.rules.parametrisation == "standard":
@@ -142,13 +142,13 @@ class Designer:
         return {"kind": "completep", "base_width": min(widths), "base_depth": min(d for _, d in self._pairs())}
 
     def _pairs(self) -> list[tuple[float, int]]:
-        """Every size and depth that is run."""
+        """Return all pairs of size and depth of the sweep."""
         sweep = self.sweep
         pairs = sweep.only or [(size, depth) for size in (*sweep.sizes, *sweep.hold_out) for depth in sweep.depths]
         return list(dict.fromkeys(map(tuple, pairs)))
 
     def _shape(self, cell: Cell) -> Model:
-        """The shape of a cell; those of all architectures are solved together, to be equally large."""
+        """Return the shape of a cell. The shapes of all architectures are solved together, so that sizes are equal."""
         key = (cell.arm, cell.size, cell.depth)
         if key not in self._shapes:
             bases = {}
@@ -159,7 +159,7 @@ class Designer:
         return self._shapes[key][cell.architecture]
 
     def _recipe_of(self, cell: Cell) -> dict[str, Any]:
-        """The base recipe with the settings of the cell's arm and architecture."""
+        """Return the base recipe with the settings of the cell's arm and architecture."""
         return with_settings(with_settings(self.base, self.sweep.arms[cell.arm]), self.architectures[cell.architecture])
 
     def _runs_of(self, cell: Cell) -> Iterator[Run]:
@@ -196,20 +196,21 @@ class Designer:
                   trunk: str | None) -> Run:  # fmt: skip
         data = copy.deepcopy(data)
         data["train"]["steps"] = steps
-        # Exactly the steps after the branch, whatever rounding a fraction would bring.
+        # The fraction is computed from the steps, so that the decay begins exactly at the branch.
         left = steps - data["branch"]["step"] if trunk else max(1, round(self.sweep.rules.decay_fraction * steps))
         data["schedule"]["decay_fraction"] = left / steps
         data["checkpoint"] = {**data.get("checkpoint", {}), "keep_last": 1}
         return Run(named(f"{cell.label}-m{multiple:g}", data), trunk, cell, counts, multiple)
 
     def base_of(self, cell: Cell) -> dict[str, Any]:
-        """The base recipe with the cell's settings and the rules of its size."""
+        """Return the base recipe with the cell's settings and the rules for its size."""
         sweep, smallest = self.sweep, min(self.sweep.sizes)
         data = self._recipe_of(cell)
         data["seed"] = cell.seed
         growth = cell.size / smallest
         train, optimizer = data["train"], data.setdefault("optimizer", {})
-        # Ranks that had equally many sequences still do: with 181 for 8 ranks, 3 of 184 rows would be computed in vain.
+        # If the ranks divide the base batch, they divide this one too. With 181 sequences on 8 ranks, 3 of 184 rows
+        # would only be padding.
         whole = ranks if train["sequences"] % (ranks := data.get("ranks") or 1) == 0 else 1
         wanted = train["sequences"] * growth**sweep.rules.batch_exponent
         train.setdefault("micro_sequences", train["sequences"])
@@ -220,7 +221,7 @@ class Designer:
 
 
 def _with_kernels(sweep: SweepConfig) -> Iterator[tuple[str, Settings]]:
-    """Architectures, those with a state space model once for each kernel."""
+    """Yield the architectures; those with an SSM once per kernel."""
     for name, settings in sweep.architectures.items():
         mixer = settings.get("model.mixer")
         if mixer not in MIXERS:
@@ -233,16 +234,16 @@ def _with_kernels(sweep: SweepConfig) -> Iterator[tuple[str, Settings]]:
 
 
 def require_different(runs: list[Run]) -> None:
-    """Raise ConfigError when two architectures are one and the same: their gap would be nothing but 0."""
+    """Raise ConfigError if two architectures have the same recipe, because their gap would always be 0."""
     seen: dict[str, str] = {}
     for run in runs:
-        # The trunk that a branch names differs even where all else is the same.
+        # The name of a branch's trunk is left out: it differs even between equal recipes.
         name = seen.setdefault(digest(run.recipe.model_copy(update={"branch": None})), run.cell.architecture)
         if name != run.cell.architecture:
             raise ConfigError(f"architectures {name} and {run.cell.architecture} are the same recipe")
 
 
 def _complete(data: dict[str, Any]) -> dict[str, Any]:
-    """`data` with a stand-in for what the design decides, so that the rest can be checked."""
+    """Return `data` with placeholders for the settings that the design decides, so that the others can be checked."""
     model = {"width": 64, "heads": 1, "ffn": 64, "depth": 1, **data["model"], "placement": "all"}
     return {**data, "name": "unnamed", "model": model, "train": {**data["train"], "steps": 1}}

@@ -1,4 +1,4 @@
-"""The runs of a sweep, decided once: the grid, what its budget pays for, what was measured of its speed."""
+"""The plan of a sweep: which runs of the grid fit the budget, at which measured speed. It is fixed when written."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ PLAN, RATES = "plan.json", "speed.json"
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be run, and what it will cost and show."""
+    """The runs of a sweep, their cost and the power of the comparison."""
 
     sweep: SweepConfig
     runs: list[Run]
-    """In the order in which they are trained; each trunk before its branches."""
+    """In training order; each trunk before its branches."""
     dropped: list[str]
-    """Blocks the budget does not pay for."""
+    """Blocks dropped to fit the budget."""
     spent: float
     limit: float
     unit: str
 
     @property
     def measured(self) -> list[Run]:
-        """The runs that are measurements: all but the trunks."""
+        """The runs that are measurements: all except the trunks."""
         return [run for run in self.runs if run.multiple is not None]
 
     def power(self) -> list[Power]:
-        """What the rule would see of one variant, over each factor: the rule itself, applied to simulated studies."""
+        """Return the power of the rule for one variant, over each factor, from simulated studies."""
         noise = Noise(self.sweep.noise.seed, self.sweep.noise.within)
         return predict(planned_gaps(self.runs, self.sweep.baseline, self.sweep.arm), noise)
 
     def pairs_needed(self, power: Sequence[Power]) -> dict[str, int]:
-        """By factor: the pairs of runs of a variant with which a change as large as the margin is seen 4 times in 5."""
+        """Return for each factor the number of pairs with 80 % power to detect a change as large as the margin."""
         errors = visible(planned_gaps(self.runs, self.sweep.baseline, self.sweep.arm))
         return {p.factor: pairs_needed(p.pairs, p.standard_error, errors[p.factor]) for p in power}
 
 
 def make_plan(sweep: SweepConfig) -> Plan:
-    """Design the grid, refuse it when it cannot answer, and fit it into the budget.
+    """Design the grid, refuse it if it is unsound, and fit it into the budget.
 
-    Once written, what was dropped stays: a speed measured later does not change a sweep that has begun.
+    A written plan keeps its dropped blocks: a speed measured later does not change a sweep that has begun.
     """
     designer = Designer(sweep)
     runs = designer.runs(designer.cells())
@@ -68,18 +68,18 @@ def make_plan(sweep: SweepConfig) -> Plan:
 
 
 def write_plan(plan: Plan) -> None:
-    """Fix what was dropped, for as long as the sweep's settings stay the same."""
+    """Write the dropped blocks. They stay fixed as long as the sweep's settings stay the same."""
     write_json(plan.sweep.root / PLAN, {"settings": _identity(plan.sweep), "dropped": plan.dropped})
 
 
 def read_rates(sweep: SweepConfig) -> dict[str, float]:
-    """Measured training FLOP/s by shape; empty when nothing was measured."""
+    """Read the training FLOP/s by shape; empty if nothing was measured."""
     path = sweep.root / RATES
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def write_rates(sweep: SweepConfig, rates: dict[str, float]) -> None:
-    """Keep measured speeds for this and later plans."""
+    """Write the speeds for this and later plans."""
     write_json(sweep.root / RATES, rates)
 
 

@@ -1,4 +1,4 @@
-"""The report of a sweep: the answer first, then what it rests on, down to every run."""
+"""The report of a sweep: first the answer, then the evidence for it, down to every run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from bst_dist.study.sweep.table import Row, observations
 
 @dataclass(frozen=True)
 class Findings:
-    """All that is found in a table; for machines as well."""
+    """All results from a sweep's table. They are also the machine-readable report."""
 
     flops: Comparison
     time_s: Comparison
@@ -40,7 +40,7 @@ class Findings:
 
 
 def find(sweep: SweepConfig, rows: Sequence[Row], draws: int, coordinates: Check | None = None) -> Findings:
-    """The statistics of a sweep's table; `coordinates`: what `bst sweep coordinates` found, if it was run."""
+    """Compute the statistics of a sweep's table; `coordinates` is the result of `bst sweep coordinates`, if any."""
     observed = observations(list(rows))
     fitted, why = None, ""
     try:
@@ -54,7 +54,7 @@ def find(sweep: SweepConfig, rows: Sequence[Row], draws: int, coordinates: Check
 
 
 def blocks(sweep: SweepConfig, rows: Sequence[Row], found: Findings) -> list[Block]:
-    """The document's blocks."""
+    """Return the blocks of the document."""
     with matplotlib.rc_context(STYLE):
         return [
             Heading(1, f"Sweep {sweep.name}"),
@@ -79,7 +79,7 @@ def _answer(sweep: SweepConfig, rows: Sequence[Row], found: Findings) -> Iterato
 
 
 def _reservations(counts: Counter[str], found: Findings) -> Iterator[Block]:
-    """What the reader of a verdict must know with it."""
+    """Yield the caveats of the verdict: unfinished runs, and a learning rate that was not shown to be right."""
     if unfinished := counts["waiting"] + counts["running"]:
         yield Paragraph(f"{unfinished} measurements have not finished: a verdict read before the end is wrong more "
                         "often than its p value says.")  # fmt: skip
@@ -135,7 +135,7 @@ def _laws(sweep: SweepConfig, rows: Sequence[Row], found: Findings) -> Iterator[
 
 
 def _transfer(found: Findings) -> Iterator[Block]:
-    """Whether one learning rate suits all shapes: by how far activations move, and by trying other rates."""
+    """Yield the evidence that one learning rate suits all shapes: the coordinate check and the audit."""
     yield Heading(2, "Does one learning rate hold for all shapes?")
     yield Heading(3, "Coordinate check")
     if found.coordinates is None:
@@ -147,7 +147,7 @@ def _transfer(found: Findings) -> Iterator[Block]:
 
 
 def coordinate_blocks(check: Check) -> Iterator[Block]:
-    """The coordinate check."""
+    """Yield the blocks about the coordinate check."""
     every = [(name, one) for name, found in check.architectures.items() for one in found]
     equal = sum(one.answer == "equal" for _, one in every)
     widths, depths = (", ".join(map(str, values)) for values in (check.widths, check.depths))
@@ -165,7 +165,7 @@ def coordinate_blocks(check: Check) -> Iterator[Block]:
 
 
 def audit_blocks(corners: Sequence[Corner]) -> Iterator[Block]:
-    """The audit of the learning rate."""
+    """Yield the blocks about the audit of the learning rate."""
     if not corners:
         yield Paragraph("None was made: a claim about depth is confounded by the learning rate as far as one rate does "
                         "not suit all depths.")  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a grid costs, before anything is spent, and which part of it a budget pays for."""
+"""The predicted cost of a grid, and the part of the grid that fits a budget."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from bst_dist.study.sweep.soundness import UnsoundError, planned_gaps, require_s
 
 
 def standard_errors(runs: Sequence[Run], noise: NoiseConfig, baseline: str, arm: str) -> dict[str, float]:
-    """Predicted standard error of a variant's change over each factor, in ln of the loss a unit.
+    """Predict the standard error of a variant's change over each factor, in ln of the loss per unit of the factor.
 
-    The difference of a pair has twice a run's variance; points of one pair share all of it but `noise.within`.
+    The difference of a pair has twice the variance of a run. Points of one pair share all of it except `noise.within`.
     """
     gaps = planned_gaps(runs, baseline, arm)[0]
     matrix, names = columns(gaps)
@@ -35,9 +35,10 @@ Cost = Callable[[Run], float]
 
 
 def cost(budget: BudgetConfig, rates: dict[str, float]) -> tuple[Cost, float, str]:
-    """What a run costs in the budget's unit, the limit, and the unit; `rates`: label of a cell -> measured FLOP/s.
+    """Return a function from a run to its cost in the budget's unit, the limit, and the name of the unit.
 
-    Raises UserError when a budget in time has neither a measurement nor a rate.
+    `rates` is shape key -> measured FLOP/s. The returned function raises UserError if a budget in time has neither a
+    measurement nor `budget.flops_per_s`.
     """
     if budget.gpu_hours is None and budget.cpu_minutes is None:
         return (lambda run: run.own_flops), budget.flops or math.inf, "FLOPs"
@@ -58,26 +59,26 @@ def cost(budget: BudgetConfig, rates: dict[str, float]) -> tuple[Cost, float, st
 
 
 def shape_key(cell: Cell) -> str:
-    """What a measured speed holds for: an architecture in one shape."""
+    """Return the key of a measured speed: the architecture, arm, size and depth of a cell."""
     return f"{cell.architecture}-{cell.arm}-n{cell.size:.3g}-d{cell.depth}"
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """The part of a grid that its budget pays for."""
+    """The part of a grid that fits its budget."""
 
     runs: list[Run]
     dropped: list[str]
-    """Blocks that were dropped, in order."""
+    """Dropped blocks, in the order in which they were dropped."""
     spent: float
 
 
 def fit_budget(runs: list[Run], spent: Cost, limit: float, noise: NoiseConfig, baseline: str,
                arm: str) -> Fitted:  # fmt: skip
-    """Drop blocks, with all their architectures, until the rest is paid for.
+    """Drop blocks, with all their architectures, until the rest fits the budget.
 
-    Greedily: the block whose loss adds least to the standard errors of the changes, for what it saves; never one
-    without which the grid would be unsound. Raises UserError when nothing more can be dropped.
+    The choice is greedy: the block that adds least to the standard errors of the changes, relative to its cost. A block
+    without which the grid would be unsound stays. Raises UserError if no further block can be dropped.
     """
     dropped: list[str] = []
     prices: dict[str, float] = {}
@@ -101,7 +102,7 @@ def fit_budget(runs: list[Run], spent: Cost, limit: float, noise: NoiseConfig, b
 
 
 def _blindness(runs: Sequence[Run], rest: Sequence[Run], noise: NoiseConfig, baseline: str, arm: str) -> float | None:
-    """What the standard errors of the changes grow by when only `rest` is run; None when that cannot answer."""
+    """Return the growth of the summed standard errors of the changes with only `rest`; None if `rest` is unsound."""
     if not of_grid(list(rest)) or {r.cell.arm for r in rest} != {r.cell.arm for r in runs}:
         return None
     try:

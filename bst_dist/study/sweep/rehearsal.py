@@ -1,4 +1,4 @@
-"""The whole analysis on simulated rows, before anything is trained: what fails there would fail after the GPU hours."""
+"""The whole analysis on simulated rows, before training: a failure shows before the GPU hours are spent."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from bst_dist.study.sweep.design import Run
 from bst_dist.study.sweep.table import Row, observations
 
 LAW = Law(E=1.0, A=30.0, alpha=0.25, B=30.0, beta=0.25)
-"""Some losses that fall with size and length; which they are does not matter."""
+"""A law of the simulated losses. Its values do not matter, only that losses fall with size and length."""
 
 
 class RehearsalError(UserError):
-    """An analysis that could not be made of the runs of a plan."""
+    """The analysis of the runs of a plan would fail."""
 
 
 def rehearse(sweep: SweepConfig, runs: Sequence[Run]) -> None:
-    """Raise RehearsalError where the comparison or a law could not be made of the table that these runs will give."""
+    """Raise RehearsalError if the comparison or the law fit would fail on the table of these runs."""
     observed = observations(simulate(sweep, runs))
     comparison = compare(observed, sweep.baseline, sweep.arm)
     if comparison.missing:
         told = "\n".join(f"  {name}: {why}" for name, why in comparison.missing.items())
         raise RehearsalError(f"the plan was analysed with simulated losses; no verdict could be given:\n{told}")
-    # One architecture stands for all: the points of the others are the same ones.
+    # The baseline alone is enough: the other architectures have points at the same sizes and lengths.
     for name, laws in fit_laws([o for o in observed if o.architecture == sweep.baseline], None, sweep.arm, 2
                                ).architectures.items():  # fmt: skip
         if not any(fitted.law for fitted in laws.fits):
@@ -39,9 +39,9 @@ def rehearse(sweep: SweepConfig, runs: Sequence[Run]) -> None:
 
 
 def simulate(sweep: SweepConfig, runs: Sequence[Run], seed: int = 0, gaps: dict[str, float] | None = None) -> list[Row]:
-    """Rows as `collect` would make them, all done, with losses of one law and the noise that the sweep expects.
+    """Return rows like those of `collect`, all done, with losses from LAW and the noise of the sweep's settings.
 
-    `gaps`: how much better a variant is, in ln of the loss.
+    `gaps`: architecture -> its advantage, in ln of the loss.
     """
     generator, level = np.random.default_rng(seed), {}
     common = sweep.noise.seed * np.sqrt(1 - sweep.noise.within)

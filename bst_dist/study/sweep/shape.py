@@ -1,8 +1,9 @@
-"""Shapes of equal size: width and ffn that give a depth its training FLOPs per token, and exact counts of the result.
+"""Shapes of equal size: the width and ffn with which a given depth reaches a size, and exact counts of the result.
 
-A size is N = training FLOPs per token / 6, which is what 6 N D charges. Half the width and four times the depth keep
-12 width^2 depth; heads, windows, states and the vocabulary move the exact N, so shapes are searched for. Models that
-are compared must be equally large: at equal compute a larger one has seen fewer tokens, which moves their difference.
+The size is N = training FLOPs per token / 6, so that the compute is exactly 6 N D. Half the width and four times the
+depth keep 12 width^2 depth constant, but heads, windows, states and the vocabulary change the exact N. So shapes are
+found by search. Models that are compared must have equal size: at equal compute a larger model has seen fewer tokens,
+which biases the difference.
 """
 
 from __future__ import annotations
@@ -23,54 +24,55 @@ from bst_dist.study.sweep.config import ShapeConfig
 
 WIDEST = 2**17
 OFF = 0.1
-"""How far the common size may lie from the one asked for."""
+"""Largest relative difference between the common size and the requested size."""
 RATIO = 1.5
-"""How far ffn / width may lie from the ratio that is asked for, as a factor."""
+"""Largest factor between ffn / width and the requested ratio, in either direction."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What a model costs, exactly."""
+    """Exact counts of a model's parameters and FLOPs."""
 
     parameters: float
     """N, training FLOPs per token / 6."""
     total: int
     non_embedding: int
     matrices: int
-    """Matrices and the head."""
+    """Parameters in matrices, including the head."""
     kernel: int
+    """Parameters of the SSM dynamics."""
     flops_per_token: dict[str, float]
-    """Of the forward pass, by term."""
+    """FLOPs of the forward pass per token, by term."""
 
 
 def places(depth: int, fraction: float) -> list[int]:
-    """Which layers are under study: round(fraction depth) of them, in the middle of as many equal parts."""
+    """Return the layers with the architecture's mixer: round(fraction x depth) of them, evenly spread."""
     number = max(1, round(fraction * depth))
     return [int((index + 0.5) * depth / number) for index in range(number)]
 
 
 @dataclass(frozen=True)
 class Model:
-    """One way to reach a size."""
+    """A width and ffn that reach a size."""
 
     width: int
     ffn: int
     parameters: float
     off: float
-    """ffn / width as a multiple of the ratio that is asked for."""
+    """(ffn / width) / the requested ratio."""
 
     def config(self, base: dict[str, Any], shape: ShapeConfig, depth: int) -> ModelConfig:
-        """The model section of the recipe; `base` is what it says otherwise."""
+        """Return the model section of the recipe; `base` holds its other settings."""
         return _model(base, shape, self.width, self.ffn, depth)
 
 
 def solve_together(bases: Mapping[str, tuple[dict[str, Any], int]], shape: ShapeConfig, size: float,
                    depth: int) -> dict[str, Model]:  # fmt: skip
-    """Models of `depth` layers that are equally large; `bases`: name -> (model section, sequence length).
+    """Return models of `depth` layers with equal size; `bases` is name -> (model section, sequence length).
 
-    Width in steps of a head and ffn in steps of 8 are chosen together: all within half the tolerance of one N, which is
-    the size asked for where possible and else as near to it as possible; of these the ffn / width nearest to
-    `ffn_ratio`. Raises ConfigError when no N serves all.
+    Width is chosen in steps of a head, and ffn in steps of 8. All models are within half the tolerance of a common N.
+    This N is as close to the requested size as possible. Among the models within this range, the one with ffn / width
+    closest to `ffn_ratio` is taken. Raises ConfigError if no common N exists.
     """
     found = {name: _models(base, shape, size, depth, length) for name, (base, length) in bases.items()}
     misses = {}
@@ -88,7 +90,7 @@ def solve_together(bases: Mapping[str, tuple[dict[str, Any], int]], shape: Shape
 
 
 def _models(base: dict[str, Any], shape: ShapeConfig, size: float, depth: int, length: int) -> list[Model]:
-    """All models near a size: for each width the ffns about it; N is linear in the ffn."""
+    """Return all models near a size: for each width, the range of ffn that reaches it. N is linear in the ffn."""
     found, ratio = [], ffn_ratio(base, shape)
     for heads in range(1, WIDEST // shape.head_width):
         if heads % ((base.get("attention") or {}).get("kv_heads") or 1):
@@ -108,7 +110,7 @@ def _models(base: dict[str, Any], shape: ShapeConfig, size: float, depth: int, l
 
 
 def _nearest(models: Sequence[Model], aim: float, shape: ShapeConfig) -> Model | None:
-    """Of the models within half the tolerance the one nearest to the ratio; else the one nearest to the size."""
+    """Return the model closest to the ratio among those within half the tolerance; else the one closest in size."""
     near = [m for m in models if abs(m.parameters / aim - 1) <= shape.tolerance / 2]
     if near:
         return min(near, key=lambda m: (abs(math.log(m.off)), m.width))
@@ -116,15 +118,15 @@ def _nearest(models: Sequence[Model], aim: float, shape: ShapeConfig) -> Model |
 
 
 def at_width(base: dict[str, Any], shape: ShapeConfig, width: int, depth: int) -> ModelConfig:
-    """The model of a width, a multiple of the head width, with everything else in proportion."""
+    """Return the model with this width, a multiple of the head width, and everything else in proportion."""
     if width % shape.head_width:
         raise ConfigError(f"width {width} is not a multiple of shape.head_width {shape.head_width}")
     return _model(base, shape, width, round(ffn_ratio(base, shape) * width), depth)
 
 
 def ffn_ratio(base: dict[str, Any], shape: ShapeConfig) -> float:
-    """Width of the feed-forward network divided by the model's; one of three matrices has as many parameters at two
-    thirds of the width that one of two has."""
+    """Return the requested ffn / width. With swiglu, which has three matrices instead of two, it is two thirds of
+    `shape.ffn_ratio`, so that the number of parameters is the same."""
     return shape.ffn_ratio * (2 / 3 if base.get("activation") == "swiglu" else 1)
 
 
@@ -142,7 +144,7 @@ _COUNTED: dict[tuple[str, int], Counts] = {}
 
 
 def count(model: ModelConfig, length: int) -> Counts:
-    """Exact counts of a model, built on the meta device: nothing is allocated. A model is built once in a process."""
+    """Return the exact counts of a model, built on the meta device without memory. The process caches the results."""
     key = (model.model_dump_json(), length)
     if key not in _COUNTED:
         _COUNTED[key] = _count(model, length)

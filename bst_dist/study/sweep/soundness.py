@@ -1,7 +1,7 @@
-"""Whether a grid can answer the question: which columns of its design move together, and what drifts with depth.
+"""Checks that a grid can answer the question: no factors that vary together, no proportions that drift with depth.
 
-A grid whose depth is tied to its width cannot tell one from the other, however many runs it has; and an advantage may
-fall with depth only because the baseline sees further with every layer, or because its models are not equally large.
+If depth and width vary together, no number of runs can separate their effects. An advantage may also shrink with depth
+only because each layer extends the receptive field of the baseline, or because the models differ in size.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from bst_dist.study.laws.verdict import MISMATCH, UNITS, Rule, columns, mismatch
 from bst_dist.study.sweep.design import Run, of_grid, require_different
 
 INFLATION = 10.0
-"""The largest variance inflation factor: a column of which nine tenths follow from the others is not settled."""
+"""The largest allowed variance inflation factor: the other columns may explain at most nine tenths of a column."""
 BEYOND = 4
-"""How many times what a stack of windows sees a sequence must be for a layer with a state to have something to add."""
+"""How many times the reach of a stack of windows a sequence must be, so that a layer with a state can help."""
 
 
 class UnsoundError(UserError):
-    """A grid that cannot answer what it is asked."""
+    """The grid cannot answer the question of the sweep."""
 
 
 def require_sound(runs: Sequence[Run], baseline: str, arm: str) -> None:
-    """Raise UnsoundError, saying what is wrong and what to do, unless the grid can separate its factors."""
+    """Raise UnsoundError, with the reason and a remedy, unless the grid can separate its factors."""
     measured = of_grid(list(runs))
     require_different(measured)
     found = [*collinear(measured), *drifting(measured), *missing_arms(measured), *unequal(measured, baseline)]
@@ -38,7 +38,7 @@ def require_sound(runs: Sequence[Run], baseline: str, arm: str) -> None:
 
 
 def planned_gaps(runs: Sequence[Run], baseline: str, arm: str) -> list[Gaps]:
-    """The pairs that a grid will have, with gaps of 0, a variant an entry: what the rule will be applied to."""
+    """Return the pairs that a grid will have, one entry per variant, with gaps of 0."""
     own = [run for run in of_grid(list(runs)) if run.cell.arm == arm]
     base = {(run.cell.block, run.multiple): run for run in own if run.cell.architecture == baseline}
     found = []
@@ -57,9 +57,10 @@ def planned_gaps(runs: Sequence[Run], baseline: str, arm: str) -> list[Gaps]:
 
 
 def collinear(runs: Sequence[Run]) -> list[str]:
-    """Columns that nine tenths of the variance of another follow from, and which those are.
+    """Return a message for each factor of which the others explain more than nine tenths of the variance.
 
-    Looked at are size, depth and length, which decide everything else; with width and depth tied, size and depth are.
+    The factors are size, depth and length, which determine everything else. If width and depth vary together, so do
+    size and depth.
     """
     logs = {
         "size": np.log([run.cell.size for run in runs]),
@@ -83,7 +84,7 @@ def collinear(runs: Sequence[Run]) -> list[str]:
 
 
 def drifting(runs: Sequence[Run]) -> list[str]:
-    """Proportions that are not the same at every depth, by architecture."""
+    """Return a message for each proportion of an architecture that is not the same at every depth."""
     found = []
     for name in dict.fromkeys(run.cell.architecture for run in runs):
         own = [run for run in runs if run.cell.architecture == name]
@@ -96,10 +97,11 @@ def drifting(runs: Sequence[Run]) -> list[str]:
 
 
 def missing_arms(runs: Sequence[Run]) -> list[str]:
-    """Which of the two arms that a comparison of depths needs are missing.
+    """Return a message for each missing arm of the two that a comparison of depths needs.
 
-    A stack of windows sees depth x W tokens. In one arm that must be all of the sequence at the smallest depth, so that
-    depth extends the reach of no model; in another at most a quarter at the largest, where a state can help.
+    A stack of windows sees depth x W tokens. In one arm this must be the whole sequence at the smallest depth, so that
+    depth extends the reach of no model. In another arm it must be at most a quarter of the sequence at the largest
+    depth, so that a state can help.
     """
     depths = sorted({run.cell.depth for run in runs})
     if len(depths) < 2:
@@ -119,7 +121,7 @@ def missing_arms(runs: Sequence[Run]) -> list[str]:
 
 
 def unequal(runs: Sequence[Run], baseline: str) -> list[str]:
-    """Variants whose size differs from the baseline's by an amount that changes with a factor."""
+    """Return a message for each variant whose size relative to the baseline changes with a factor."""
     found = []
     for arm in dict.fromkeys(run.cell.arm for run in runs):
         for gaps in planned_gaps(runs, baseline, arm):
@@ -132,7 +134,7 @@ def unequal(runs: Sequence[Run], baseline: str) -> list[str]:
 
 
 def unanswerable(runs: Sequence[Run], baseline: str, arm: str) -> list[str]:
-    """What the analysis could not be made of, found before anything is trained."""
+    """Return a message for each reason why the analysis would fail: too few values, variants or pairs."""
     for what, values in (("tokens_per_parameter", {run.multiple for run in runs}),
                          ("sizes", {run.cell.size for run in runs})):  # fmt: skip
         if len(values) < 2:

@@ -1,4 +1,4 @@
-"""How fast each shape trains: by a few steps of every distinct model in this process, or by the plan's model."""
+"""The training speed of each shape: measured in a few steps of every distinct model, or predicted as by `bst plan`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from bst_dist.study.sweep.price import shape_key
 
 
 def measure(runs: Sequence[Run], for_s: float, say: Callable[[str, float], None]) -> dict[str, float]:
-    """Training FLOP/s of every shape among `runs` by its key, as the median of steps over `for_s` seconds each.
+    """Measure the training FLOP/s of every shape among `runs`, as the median of the steps in `for_s` seconds.
 
-    A step is a micro-batch forward and backward; the optimizer's part is not in it. Threads are those of this process.
+    A step is the forward and backward pass of one micro-batch, without the optimizer. It uses the threads of this
+    process. Returns shape key -> FLOP/s.
     """
     rates: dict[str, float] = {}
     for run in runs:
@@ -33,9 +34,10 @@ def measure(runs: Sequence[Run], for_s: float, say: Callable[[str, float], None]
 
 def planned(runs: Sequence[Run], device: Accelerator, per_node: int,
             say: Callable[[str, float], None]) -> dict[str, float]:  # fmt: skip
-    """Training FLOP/s of a device for every shape among `runs` by its key, as `bst plan` expects it.
+    """Predict the training FLOP/s of a device for every shape among `runs`, as `bst plan` does.
 
-    With the ranks, the micro-batch and the ZeRO stage of the run's recipe. Raises UserError for one that does not fit.
+    The ranks, the micro-batch and the ZeRO stage are those of the run's recipe. Returns shape key -> FLOP/s. Raises
+    UserError for a run that does not fit.
     """
     rates: dict[str, float] = {}
     for run in runs:

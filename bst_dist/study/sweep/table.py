@@ -1,4 +1,4 @@
-"""The table of a sweep: one row a measurement, the same columns whatever was swept, and what the laws take of it."""
+"""The table of a sweep: one row per measurement, with the same columns in every sweep; conversion to observations."""
 
 from __future__ import annotations
 
@@ -17,67 +17,67 @@ from bst_base.settings import Config
 from bst_dist.study.laws.observation import Observation
 from bst_dist.study.runs.state import Status
 
-# Not a number until the run is done; JSON says null.
+# NaN until the run is done; null in JSON.
 Measured = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
 class Row(Config):
-    """One run: a trunk's branch, or a run of its own."""
+    """One measurement: a branch of a trunk, or a run without a trunk."""
 
     run: str
-    """Its directory, relative to the sweep's; ends in the hash of its recipe."""
+    """Run directory, relative to the sweep's directory. The name ends in the hash of the recipe."""
     trunk: str
-    """The run whose constant-rate steps it shares; its own name when it shares none."""
+    """The run whose constant-rate steps it shares, or its own name if it has no trunk."""
     status: Status
     reason: str = ""
     """Why it failed or diverged."""
     architecture: str
     arm: str
     role: Literal["grid", "hold-out", "audit"] = "grid"
-    """grid: compared and fitted; hold-out: predicted; audit: at another learning rate."""
+    """grid: compared and fitted; hold-out: only predicted; audit: trained at another learning rate."""
     size: float
-    """The size asked for: training FLOPs per token / 6."""
+    """The requested size: training FLOPs per token / 6."""
     depth: int
     width: int
     seed: int
     learning_rate: Measured = math.nan
     rate_factor: float = 1.0
-    """The learning rate over the rule's."""
+    """The learning rate divided by the rate of the sweep's rule."""
     tokens_per_parameter: float
-    """As asked for; the compute it stands for is 6 size^2 times this."""
+    """The requested length; the compute of the run is 6 size^2 times this."""
     block: str
-    """What a pair shares: arm, size, depth and seed."""
+    """Arm, size, depth and seed; the runs of a pair have the same block."""
     parameters: float
-    """N, the headline count: exact training FLOPs per token / 6."""
+    """N of the laws and comparisons: exact training FLOPs per token / 6."""
     ln_n_over_baseline: Measured = math.nan
     """ln N - ln N of the baseline in the same block; 0 for the baseline itself."""
     parameters_total: int
     parameters_non_embedding: int
     parameters_matrices: int
-    """Matrices and the head, which is what multiplies."""
+    """Parameters in matrices, including the head."""
     parameters_kernel: int
-    """Dynamics of the state space models."""
+    """Parameters of the SSM dynamics."""
     flops_per_token: dict[str, float] = Field(default_factory=dict)
-    """Of the forward pass, by term."""
+    """FLOPs of the forward pass per token, by term."""
     tokens: int = 0
     flops: float = 0.0
-    """C, training FLOPs of all tokens, those of the shared trunk included."""
+    """C, training FLOPs of all tokens, including those of the shared trunk."""
     loss_nats: Measured = math.nan
-    """On the validation sequences, after the last step."""
+    """Loss on the validation sequences after the last step, in nats per token."""
     bits_per_byte: Measured = math.nan
     loss_by_block: tuple[float, ...] = ()
-    """The same loss by the position in the sequence, a value a block of W tokens."""
+    """The same loss by position in the sequence, one value per block of W tokens."""
     loss_by_document: tuple[float, ...] = ()
-    """By validation document, of its first tokens, in nats per token; empty unless `bst sweep collect --documents`."""
+    """Nats per token of the first tokens of each validation document; empty without `bst sweep collect --documents`."""
     time_s: Measured = math.nan
-    """Time of all steps, those of the shared trunk included, without starts, checkpoints and evaluations."""
+    """Time of all steps, including those of the shared trunk, without starts, checkpoints and evaluations."""
     slowed: Measured = math.nan
-    """How much longer a median step took than the fastest tenth: above 0.1 the machine had other work, and there is no
+    """Median step time / 10 % quantile of the step times - 1. Above 0.1 the machine had other work, and there is no
     verdict at equal time."""
     micro_sequences: int = 0
-    """As it ran; less than the recipe's where memory ran out."""
+    """Micro-batch size of the run, which is less than the recipe's if memory ran out."""
     versions: dict[str, str | None] = Field(default_factory=dict)
-    """Of what it ran on."""
+    """Versions of the software and hardware that it ran on."""
 
 
 ROWS = TypeAdapter(list[Row])
@@ -85,17 +85,17 @@ OPTIONAL = {name for name, column in Row.model_fields.items() if not column.is_r
 
 
 class TableError(UserError):
-    """A table that does not have the columns it must have."""
+    """The table is missing, unreadable, or lacks required columns."""
 
 
 def write(rows: list[Row], path: Path) -> None:
-    """Write a table as JSON, a row a line; the file appears whole or not at all."""
+    """Write a table as JSON, one row per line. The write is atomic."""
     lines = ",\n".join(row.model_dump_json() for row in rows)
     write_text(path, f"[\n{lines}\n]\n")
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
-    """The same table for a spreadsheet, without the columns that hold several values."""
+    """Write the table as CSV for a spreadsheet, without the columns that hold several values."""
     nested = ("flops_per_token", "loss_by_block", "loss_by_document", "versions")
     data = [row.model_dump(mode="json", exclude=set(nested)) for row in rows]
     text = io.StringIO()
@@ -106,7 +106,7 @@ def write_csv(rows: list[Row], path: Path) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """Read a table as JSON or CSV, every column checked; raises TableError naming the row and the column."""
+    """Read a table as JSON or CSV and check every column; raises TableError with the row and the column."""
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".csv":
@@ -123,7 +123,7 @@ def read(path: Path) -> list[Row]:
 
 
 def observations(rows: list[Row]) -> list[Observation]:
-    """The finished measurements, as the laws and the verdict take them."""
+    """Return the finished measurements as observations for the laws and the verdict."""
     return [
         Observation(
             name=row.run, architecture=row.architecture, arm=row.arm, block=row.block, run=row.trunk, seed=row.seed,

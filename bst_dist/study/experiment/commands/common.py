@@ -1,4 +1,4 @@
-"""What the commands about an experiment have in common."""
+"""Arguments and inputs shared by the `bst experiment` commands."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from bst_dist.study.runs.state import State
 
 
 def add_experiment(parser: argparse.ArgumentParser) -> None:
-    """The experiment's file and settings that differ from it."""
+    """Add the arguments for the experiment's file and for settings that override it."""
     add_file(parser, "experiment", RECIPES)
 
 
 def open_experiment(args: argparse.Namespace) -> tuple[ExperimentConfig, list[Trial], Study]:
-    """The experiment that the arguments name, its runs, and these as they are trained."""
+    """Load the experiment that the arguments name; return it, its runs, and the study that trains them."""
     experiment = load_experiment(args.file, args.overrides)
     found = trials(experiment)
     state = State(experiment.directory, experiment.retries)

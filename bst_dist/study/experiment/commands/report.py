@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(experiment: ExperimentConfig, found: list[Trial], state: State) -> dict[str, Any]:
-    """Measure, print and write; returns the table for machines."""
+    """Measure the finished runs, print and write the table, and return the machine-readable report."""
     measured = []
     for trial in found:
         standing = state.standing(trial)

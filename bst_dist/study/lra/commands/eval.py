@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Evaluate, print a line, keep the report."""
+    """Evaluate the run, print the accuracy and store the report in the run directory."""
     report = evaluate(open_classifier(args.run, args.step), args.split, args.rows)
     keep(args.run, report)
     accuracy = f"{report.accuracy:.2%} ± {report.accuracy_standard_error:.2%}"

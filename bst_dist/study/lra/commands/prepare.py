@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Prepare; the report is the manifest."""
+    """Prepare the task; return the directory and the manifest."""
     console = Console()
     if args.task not in SETTINGS:
         raise ConfigError(f"unknown task {args.task!r}; the tasks are {', '.join(SETTINGS)}")
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def settings(task: str, overrides: list[str]) -> TaskConfig:
-    """The settings of a task, with overrides ``setting=value``; raises ConfigError."""
+    """Return the settings of a task with overrides ``setting=value``; raises ConfigError for an invalid one."""
     data: dict[str, Any] = {}
     for override in overrides:
         key, value = split_override(override, "setting=value")

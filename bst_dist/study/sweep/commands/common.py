@@ -1,4 +1,4 @@
-"""What the commands about a sweep have in common."""
+"""Arguments and inputs shared by the `bst sweep` commands."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ TABLE = "table.json"
 
 
 def add_sweep(parser: argparse.ArgumentParser) -> None:
-    """The sweep's file and settings that differ from it."""
+    """Add the arguments for the sweep's file and for settings that override it."""
     add_file(parser, "sweep", SWEEPS)
 
 
 def open_sweep(args: argparse.Namespace) -> SweepConfig:
-    """The sweep that the arguments name."""
+    """Load the sweep that the arguments name."""
     return load_sweep(args.file, args.overrides)
 
 
 def open_plan(args: argparse.Namespace) -> tuple[Plan, Study]:
-    """Its plan, and its runs as they are trained."""
+    """Make the plan of the sweep that the arguments name, and the study that trains its runs."""
     sweep = open_sweep(args)
     plan = make_plan(sweep)
     return plan, Study("sweep", sweep.name, plan.runs, State(sweep.root, sweep.retries))
 
 
 def open_table(args: argparse.Namespace) -> tuple[SweepConfig, list[Row]]:
-    """The sweep with the table that `collect` wrote."""
+    """Load the sweep and the table that `bst sweep collect` wrote."""
     sweep = open_sweep(args)
     return sweep, read(sweep.root / TABLE)

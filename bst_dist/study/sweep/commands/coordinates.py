@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _check(sweep: SweepConfig, designer: Designer, cell: Cell,
            args: argparse.Namespace) -> tuple[list[Coordinate], str]:  # fmt: skip
-    """The coordinates of one architecture at the rates of a cell, and its parametrisation."""
+    """Return the coordinates of one architecture at the learning rates of a cell, and the kind of parametrisation."""
     recipe, base = designer.runs([cell])[0].recipe, designer.base_of(cell)["model"]
 
     def make(width: int, depth: int) -> LanguageModel:

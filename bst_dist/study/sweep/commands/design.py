@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model of a plan, under the names of the report."""
+    """One model shape of a plan. The field names are those of the machine-readable report."""
 
     architecture: str
     arm: str
@@ -60,7 +60,7 @@ class Shape:
     ffn: int
     heads: int
     places: str
-    """How many of its layers are under study."""
+    """How many layers use the architecture's mixer: "2 of 4"."""
     parameters: float
     """N, training FLOPs per token / 6."""
     parameters_total: int
@@ -69,7 +69,7 @@ class Shape:
 
 
 def shapes_of(plan: Plan) -> list[Shape]:
-    """Every distinct shape of a plan, once."""
+    """Return the distinct shapes of a plan."""
     found = {}
     for run in plan.runs:
         model, cell, counts = run.recipe.model, run.cell, run.counts
@@ -82,7 +82,7 @@ def shapes_of(plan: Plan) -> list[Shape]:
 
 
 def show_power(plan: Plan) -> dict[str, Any]:
-    """Print the power of the rule for each variant, and the pairs that the margin needs; the same for machines."""
+    """Print the power of the rule for each variant and the pairs needed to detect the margin; return both."""
     noise, every = plan.sweep.noise, plan.power()
     needed = plan.pairs_needed(every)
     title = (f"power of the rule for each variant in arm {plan.sweep.arm}, from {every[0].pairs} pairs of runs, with a "

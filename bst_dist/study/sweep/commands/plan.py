@@ -73,7 +73,7 @@ def _told(key: str, rate: float) -> None:
 
 @dataclass
 class Price:
-    """Runs of an architecture at a size and depth, and what they cost in the budget's unit."""
+    """The number of runs of an architecture at a size and depth, and their cost in the unit of the budget."""
 
     architecture: str
     size: float
@@ -82,12 +82,12 @@ class Price:
     cost: float = 0.0
 
     def at(self, keys: Sequence[str]) -> tuple[Any, ...]:
-        """Its values of some fields."""
+        """Return the values of the fields `keys`."""
         return tuple(getattr(self, key) for key in keys)
 
 
 def prices_of(plan: Plan) -> list[Price]:
-    """Runs and cost by architecture, size and depth."""
+    """Return the runs and their cost by architecture, size and depth."""
     spent, _, _ = cost(plan.sweep.budget, read_rates(plan.sweep))
     found: dict[tuple[str, float, int], Price] = {}
     for run in plan.runs:
