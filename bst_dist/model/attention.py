@@ -1,4 +1,4 @@
-"""Block-local attention: the sliding window over this block and the previous one, and the cross-attention to context.
+"""Block-local attention: a sliding window over this block and the previous one. Cross-attention is in `context`.
 
 Queries and keys are L2-normalised, with a learned scale per head in place of 1/sqrt(dh) (Block-Recurrent
 Transformers, arXiv 2203.07852). A query sees the W positions up to and including its own (-W < k - q <= 0).
@@ -28,20 +28,20 @@ from bst_dist.parallel.sequence.past import Past
 
 
 def unit(x: Tensor, scale: Tensor | None = None) -> Tensor:
-    """(..., H, dh) L2-normalised over dh, times a scale per head (H,)."""
+    """Return (..., H, dh) L2-normalised over dh, times a scale per head (H,)."""
     inverse = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).clamp_min(1e-6)
     inverse = inverse.reciprocal() if scale is None else scale / inverse
     return x * inverse.unsqueeze(-1).to(x.dtype)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype a linear layer would compute in here: autocast's where it is on."""
+    """Return the dtype in which a linear layer computes here: autocast's if it is on, else that of `x`."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class Angles(NamedTuple):
-    """Of RoPE, for the two halves of a head's channels."""
+    """RoPE's tables for the two halves of a head's channels."""
 
     cos: Tensor
     """(l, 1, 1, dh / 2)."""
@@ -49,28 +49,29 @@ class Angles(NamedTuple):
     """(l, 1, 2, dh / 2): negative for the first half."""
 
     def last(self, count: int) -> Angles:
-        """Those of the last positions."""
+        """Return the tables of the last positions."""
         return Angles(*(table[len(table) - count :] for table in self))
 
 
 def angles(base: float, half: int, first: int, count: int, like: Tensor) -> Angles:
-    """Of `count` positions from `first` on, in the dtype of `like`; computed in double precision."""
+    """Return the tables of `count` positions from `first` on, computed in double precision, in the dtype of `like`."""
     rates = base ** (-torch.arange(half, device=like.device, dtype=torch.float64) / half)
     angle = torch.arange(first, first + count, device=like.device).outer(rates)[:, None, None]
     return Angles(angle.cos().to(like.dtype), torch.cat((-angle.sin(), angle.sin()), dim=2).to(like.dtype))
 
 
 def rotate(x: Tensor, by: Angles) -> Tensor:
-    """Rotary embedding of (B, l, H, dh) (RoFormer, arXiv 2104.09864).
+    """Apply the rotary embedding to (B, l, H, dh) (RoFormer, arXiv 2104.09864).
 
-    Without a concatenation, whose gradient a compiled layer would write before it goes on to that of `unit`.
+    It does not concatenate: a compiled layer would write the gradient of a concatenation to memory before it computes
+    the gradient of `unit`.
     """
     halves = x.unflatten(-1, (2, -1))
     return (halves * by.cos + halves.flip(-2) * by.sin).flatten(-2)
 
 
 class DistanceBias(nn.Module):
-    """T5's relative position bias: one learned number a head and bucket of distance (arXiv 1910.10683, section 2.1)."""
+    """T5's relative position bias: one learned number per head and distance bucket (arXiv 1910.10683, section 2.1)."""
 
     def __init__(self, heads: int, config: AttentionConfig):
         super().__init__()
@@ -78,16 +79,16 @@ class DistanceBias(nn.Module):
         self.max_distance = config.max_distance
 
     def forward(self, buckets: Tensor) -> Tensor:
-        """Bias by distance, (H, distances), from the table of `buckets`.
+        """Return the bias by distance, (H, distances), from the table of `buckets`.
 
-        As a sum and not by indices, whose gradient is a sum by atomics on a GPU, in no fixed order.
+        It is a sum and not a look-up by index, whose gradient on a GPU is a sum by atomics, in no fixed order.
         """
         return (self.weight.unsqueeze(-1) * buckets).sum(1)
 
     def buckets(self, distances: int) -> Tensor:
-        """Which bucket each distance lies in, as ones among zeros, (buckets, distances).
+        """Return the bucket of each distance as a one-hot table, (buckets, distances).
 
-        Exact up to half the buckets, then logarithmic up to the largest distance.
+        The first half of the buckets hold one distance each; the others are logarithmic up to the largest distance.
         """
         distance = torch.arange(distances, device=self.weight.device)
         buckets = self.weight.shape[1]
@@ -114,14 +115,14 @@ class SlidingAttention(nn.Module):
     def forward(
         self, u: Tensor, past: Past, starts: Starts | None = None, qkv: Sequence[Tensor] | None = None
     ) -> Tensor:
-        """`starts`: where documents begin, which see nothing before them; `qkv`: the parts that `maps` makes of `u`,
-        made here if None."""
+        """`starts`: where documents begin; a document sees nothing before it. `qkv`: the parts that `maps` makes of
+        `u`; None: made here."""
         q, k, v = self.project(u, past, qkv)
         documents = None if starts is None else past.once(*self._documents(starts, past, q.shape[1], k.shape[1]))
         return self.attend(q, k, v, past, documents, self.tiles(q, k, past, documents)).flatten(-2)
 
     def share(self, qkv: Sequence[Tensor], past: Past, starts: Starts | None) -> tuple[Tensor, Share]:
-        """Queries without positions, (B, l, H, dh), and the window's share of a softmax over more keys."""
+        """Return queries without positions, (B, l, H, dh), and the window's share of a softmax over more keys."""
         plain, k, v = self.by_heads(qkv)
         plain = unit(plain, self.scale)
         q, k, v = self.with_window(plain, k, v, past)
@@ -130,9 +131,9 @@ class SlidingAttention(nn.Module):
         return plain, sliding_share(*self._arguments(q, k, v, past, documents, tiles))
 
     def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> dict[str, object]:
-        """What `forward` asks `past` for once, of a whole sequence: a compiled layer takes it from outside its graph.
+        """Return what `forward` asks `past` for with `Past.once`, for a whole sequence.
 
-        `like`: (B, l, D), of the dtype that products are computed in.
+        A compiled layer gets it as an input of its graph. `like`: (B, l, D), in the dtype of the products.
         """
         length, documents, asked = like.shape[1], None, []
         if starts is not None:
@@ -147,28 +148,28 @@ class SlidingAttention(nn.Module):
         return {name: past.once(name, make) for name, make in asked}
 
     def project(self, u: Tensor, past: Past, qkv: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, l, H, dh), and keys and values (B, p + l, G, dh) with what the past has of the window."""
+        """Return queries (B, l, H, dh), and keys and values (B, p + l, G, dh), including those of the window's past."""
         q, k, v = self.by_heads(together(u, self.maps) if qkv is None else qkv)
         return self.with_window(unit(q, self.scale), k, v, past)
 
     def with_window(self, q: Tensor, k: Tensor, v: Tensor, past: Past) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of normalised queries, and keys and values of the slice's own tokens."""
+        """Return the same as `project`, from normalised queries and the keys and values of the slice's own tokens."""
         k, v = past.as_one(k, v, 2, lambda kv: past.extend("kv", kv, before=self.window))
         return *self.rotated(q, unit(k), past), v
 
     @property
     def maps(self) -> tuple[Linear, list[int]]:
-        """What makes queries, keys and values of tokens, and how many rows are of each."""
+        """The map from tokens to queries, keys and values, and the number of rows of each."""
         width = self.qkv.out_features // (self.heads + 2 * self.kv_heads)
         return self.qkv, [self.heads * width, self.kv_heads * width, self.kv_heads * width]
 
     def by_heads(self, qkv: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, l, H, dh), keys and values (B, l, G, dh) of these tokens."""
+        """Return the slice's queries (B, l, H, dh), keys and values (B, l, G, dh), split into heads."""
         q, k, v = (x.unflatten(-1, (n, -1)) for x, n in zip(qkv, (self.heads, *[self.kv_heads] * 2), strict=True))
         return q, k, v
 
     def rotated(self, q: Tensor, k: Tensor, past: Past) -> tuple[Tensor, Tensor]:
-        """Queries and keys with their positions, where those are RoPE's."""
+        """Return queries and keys with RoPE applied; unchanged if the layer does not use RoPE."""
         if self.config.position != "rope":
             return q, k
         by = past.once(*self._angles(k.shape[1], k))  # only differences matter, so any common origin will do
@@ -176,34 +177,35 @@ class SlidingAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, past: Past, documents: Documents | None = None,
                tiles: tuple[Tensor, ...] | None = None) -> Tensor:  # fmt: skip
-        """(B, l, H, dh), (B, p + l, G, dh) twice -> (B, l, H, dh); `tiles`: see `tiles`, made here if None."""
+        """Attend: (B, l, H, dh), (B, p + l, G, dh) twice -> (B, l, H, dh). `tiles`: the result of the method `tiles`;
+        None: made when needed."""
         return sliding_attention(*self._arguments(q, k, v, past, documents, tiles))
 
     def _arguments(self, q: Tensor, k: Tensor, v: Tensor, past: Past, documents: Documents | None,
                    tiles: tuple[Tensor, ...] | None) -> tuple[object, ...]:  # fmt: skip
-        """Of `sliding_attention`."""
+        """Return the arguments of `sliding_attention`."""
         bias = self.by_distance(self.distances, past)
         varying, include_self = min(self.config.max_distance, self.window + 1), self.config.include_self
         return q, k, v, self.window, bias, include_self, documents, varying, tiles
 
     @property
     def distances(self) -> int:
-        """How many T5's bias is made for."""
+        """Number of distances for which T5's bias is computed."""
         return self.window + 1
 
     def by_distance(self, distances: int, past: Past) -> Tensor | None:
-        """T5's bias, (H, distances), if there is one."""
+        """Return T5's bias, (H, distances); None if the layer uses RoPE."""
         return None if self.bias is None else self.bias(past.once(*self._buckets(distances)))
 
     def tiles(self, q: Tensor, k: Tensor, past: Past, documents: Documents | None) -> tuple[Tensor, ...] | None:
-        """The tiles that FlexAttention visits, the same in all layers with one window; None where it has none."""
+        """Return the tiles that FlexAttention visits, equal in all layers with one window; None if it is not used."""
         return past.once(*self._tiles(q.shape[1], k.shape[1], q.device, documents)) if by_tiles(q) else None
 
-    # What is asked for once: by which name, and how it is made.
+    # The arguments of `Past.once`: each method returns a name and a function that makes the value.
 
     def _documents(self, starts: Starts, past: Past, length: int, keys: int) -> tuple[str, Callable[[], Documents]]:
         name = f"documents: {length}, {keys}, {self.window}"
-        if isinstance(starts, Borders):  # several of which may lie in the window before the slice
+        if isinstance(starts, Borders):  # several documents may begin in the window before the slice
             return name, lambda: documents_further_back(starts, past, length, keys, self.window)
         return name, lambda: documents_of(starts, length, keys, self.window)
 
@@ -223,38 +225,38 @@ class SlidingAttention(nn.Module):
 
 
 def by_tiles(q: Tensor) -> bool:
-    """Whether these queries (B, l, ...) go through FlexAttention with gradients."""
+    """Whether FlexAttention computes these queries (B, l, ...), with gradients."""
     return attention_path(q.device) == "flex" and in_tiles(q.shape[1]) and torch.is_grad_enabled()
 
 
 def for_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, n, G, dh) -> (B, n, H, dh): keys or values, once for each head of queries that shares them."""
+    """Repeat keys or values for each query head that shares them: (B, n, G, dh) -> (B, n, H, dh)."""
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
 class Documents(NamedTuple):
-    """Which document each key belongs to."""
+    """The document that each key belongs to."""
 
     number: Tensor
-    """(B, p + l) int32, growing along a row."""
+    """(B, p + l) int32: the number of the key's document, never decreasing along a row."""
     kinds: int
-    """Documents that can meet in one window, at most: as many binary digits of their numbers tell them apart."""
+    """Upper bound on the documents in one window. Sets how many binary digits of the numbers are compared."""
     begin: Tensor
     """(B, l) int32: the first key of each query's document."""
 
 
 def documents_by(number: Tensor, kinds: int, length: int) -> Documents:
-    """Of keys numbered by document (B, p + l), of which the last `length` have queries."""
+    """Return the `Documents` of keys with these document numbers (B, p + l). The last `length` keys have queries."""
     number = number.contiguous()
     begin = torch.searchsorted(number, number[:, number.shape[1] - length :].contiguous(), out_int32=True)
     return Documents(number, kinds, begin)
 
 
 def documents_of(starts: Tensor, length: int, keys: int, window: int) -> Documents:
-    """The document of each of p + l keys, from the blocks of the slice that begin one, (B, l / W).
+    """Return the document of each of p + l keys, from the blocks of the slice that begin one, (B, l / W).
 
-    For windows of one block: all positions before the slice belong to the document that the slice begins in, unless its
-    first block begins one.
+    Only for windows of one block: all positions before the slice belong to the document that the slice begins in,
+    unless its first block begins one.
     """
     block = length // starts.shape[1]
     number = F.pad(starts.cumsum(1, dtype=torch.int32).repeat_interleave(block, dim=1), (keys - length, 0))
@@ -262,15 +264,16 @@ def documents_of(starts: Tensor, length: int, keys: int, window: int) -> Documen
 
 
 def documents_further_back(starts: Starts, past: Past, length: int, keys: int, window: int) -> Documents:
-    """`documents_of` where documents may also meet in the window before the slice: windows of several blocks, or
-    documents that begin at any token.
+    """Return the same as `documents_of`, when documents may also begin in the window before the slice.
 
-    Where each document begins in the stream is left to the next call beside the keys.
+    This is so for windows of several blocks, and for documents that begin at any token.
+
+    The position in the stream where each token's document begins is left to the next call, like the keys.
     """
     starts = starts.begins if isinstance(starts, Borders) else starts
     block = length // starts.shape[1]
     places = past.position + block * torch.arange(starts.shape[1], device=starts.device)
-    begin = torch.where(starts, places, -1).repeat_interleave(block, dim=1)  # -1: where the block before it does
+    begin = torch.where(starts, places, -1).repeat_interleave(block, dim=1)  # -1: no document begins here
     begin = past.extend("documents", begin, before=window)
     begin = F.pad(begin, (keys - begin.shape[1], 0), value=-1).cummax(dim=1).values
     number = F.pad(begin.diff(dim=1) > 0, (1, 0)).cumsum(1, dtype=torch.int32)
@@ -278,22 +281,25 @@ def documents_further_back(starts: Starts, past: Past, length: int, keys: int, w
 
 
 def attention_path(device: torch.device) -> str:
-    """What computes sliding attention on this device: "flex" (FlexAttention), "fused-tiles" (torch's CPU kernel; what
-    that cannot do goes in plain tiles), or "tiles"."""
+    """Return what computes sliding attention on this device: "flex" (FlexAttention), "fused-tiles" (torch's CPU kernel,
+    or plain tiles for cases that it does not support), or "tiles"."""
     return {"cuda": "flex", "cpu": "fused-tiles"}.get(device.type, "tiles")
 
 
 class Share(NamedTuple):
-    """What some of the keys give to a softmax over all of them."""
+    """The contribution of some of the keys to a softmax over all of them."""
 
     out: Tensor
     """(B, l, H, dh): attention to these keys alone."""
     sums: Tensor
-    """(B, l, H): the logarithm of the sum of their exponentials."""
+    """(B, l, H): the logarithm of the sum of the exponentials of their scores."""
 
 
 def one_softmax(a: Share, b: Share) -> Tensor:
-    """Attention to the keys of both under one softmax, (B, l, H, dh): each weighs as much as its exponentials do."""
+    """Return attention to the keys of both shares under one softmax, (B, l, H, dh).
+
+    The weight of each share is proportional to the sum of its exponentials.
+    """
     weight = torch.sigmoid(a.sums - b.sums).unsqueeze(-1)
     return (weight * a.out + (1 - weight) * b.out).to(a.out.dtype)
 
@@ -309,21 +315,21 @@ def sliding_attention(
     varying: int | None = None,
     tiles: tuple[Tensor, ...] | None = None,
 ) -> Tensor:
-    """Attention of each query to the `window` keys up to its own: (B, l, H, dh), (B, p + l, G, *) -> (B, l, H, dh).
+    """Attend from each query to the `window` keys up to its own: (B, l, H, dh), (B, p + l, G, *) -> (B, l, H, dh).
 
     Args:
-        bias: (H, window + 1), added by distance q - k; None for none. FlexAttention takes fewer columns as well: larger
-            distances have the last one.
-        include_self: whether distance 0 is seen; otherwise distance `window` is.
-        documents: which document each key belongs to; keys of another one are not seen.
-        varying: from which distance on the bias is the same; None: nowhere.
-        tiles: what `flex.visited_tiles` found for these queries and keys; None: it is asked where it is needed.
+        bias: (H, window + 1), added by distance q - k; None: no bias. FlexAttention also accepts fewer columns: larger
+            distances use the last one.
+        include_self: whether distance 0 is seen; otherwise distance `window` is seen instead.
+        documents: the document of each key; keys of other documents are hidden.
+        varying: the distance from which on the bias is constant; None: it varies everywhere.
+        tiles: the result of `flex.visited_tiles` for these queries and keys; None: computed when needed.
     """
     return _sliding(q, k, v, window, bias, include_self, documents, varying, tiles, sums=False)[0]
 
 
 def sliding_share(q: Tensor, k: Tensor, v: Tensor, *settings: object) -> Share:
-    """The same, with the sums that one softmax over these and other keys needs; gradients flow through both."""
+    """Do the same, and return also the sums that one softmax over more keys needs. Gradients flow through both."""
     return Share(*_sliding(q, k, v, *settings, sums=True))
 
 
@@ -348,7 +354,7 @@ def _sliding(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, 
 
 
 def band_mask(tile: int, window: int, bias: Tensor | None, include_self: bool, device: torch.device) -> Tensor:
-    """What is added to the scores of a tile of queries against the window before it and itself, (H or 1, t, W + t)."""
+    """Return what is added to a tile's scores for the window before it and its own keys, (H or 1, t, W + t)."""
     distance = torch.arange(window, window + tile, device=device).unsqueeze(1)
     distance = distance - torch.arange(window + tile, device=device)
     nearest = 0 if include_self else 1
@@ -358,10 +364,10 @@ def band_mask(tile: int, window: int, bias: Tensor | None, include_self: bool, d
 
 
 def separate_documents(q: Tensor, k: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
-    """More channels that hide keys of another document from each query, exactly and without a mask a row.
+    """Add channels that hide keys of other documents from each query, exactly and without a mask for each row.
 
-    Two for each binary digit of a document's number: a query's one for its own digit meets 0 in keys with that digit,
-    and -HIDDEN in all others.
+    Two channels for each binary digit of a document's number. The query has a 1 in the channel of its own digit. There
+    a key has 0 if its digit is the same, else -HIDDEN.
     """
     digits = torch.arange(max(1, (documents.kinds - 1).bit_length()), device=q.device)
     digit = (documents.number.unsqueeze(-1) >> digits) & 1  # (B, p + l, digits)

@@ -1,16 +1,16 @@
-"""Documents that begin at any token: intra-document masking of a stream that nothing is padded in.
+"""Documents that begin at any token: intra-document masking of a stream without padding.
 
-No token sees another document's tokens, exactly, though borders fall anywhere in a block or a chunk of the SSM.
-Attention hides keys by the number of their document. A structured SSM works chunk by chunk, and three things make it
+No token sees another document's tokens, exactly, although borders may be anywhere in a block or in a chunk of the SSM.
+Attention hides keys by the number of their document. A structured SSM works chunk by chunk, and three rules make it
 exact (Q tokens in a chunk):
 
-- the state behind a chunk is made of the chunk's last document alone, and the state before the chunk goes no further
-  where a document begins in it: one elementwise mask, and the same scan;
-- the state before a chunk is read by the tokens before its first border alone;
-- inside a chunk the causal Q x Q product is made once a document: each border adds one *column*, the chunk with all
-  other documents' tokens zero. Every token takes its output from its own document's column.
+- the state after a chunk comes from the chunk's last document only, and the state before a chunk is not passed on if a
+  document begins in the chunk: one elementwise mask, and the same scan;
+- only the tokens before a chunk's first border read the state before the chunk;
+- inside a chunk the causal Q x Q product is computed once per document: each border adds one *column*, the chunk with
+  the tokens of all other documents set to zero. Each token takes its output from the column of its own document.
 
-So a border costs as much of those products as a chunk does, wherever in the chunk it falls.
+So a border costs as much of these products as a chunk does, wherever in the chunk it is.
 
 Shapes: B rows, l tokens, J = B l / Q chunks of all rows, E columns for borders.
 """
@@ -27,8 +27,8 @@ from torch import Tensor
 from bst_dist.parallel.sequence.past import Past
 
 SHARES = (512, 128, 32)
-"""One border in so many tokens of a micro-batch is the room there is for them: the first that holds them all, else one
-for each token. Few sizes, because a compiled layer has a graph for each."""
+"""A micro-batch has one column for borders per this many tokens: the first number here that gives enough columns, else
+one column per token. The sizes are few, because a compiled layer has one graph for each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,47 +36,50 @@ class Borders:
     """Where documents begin in a slice of whole blocks."""
 
     begins: Tensor
-    """(B, l) bool: the token is its document's first."""
+    """(B, l) bool: the token is the first of its document."""
     places: Tensor
-    """(E,) int64, growing: which tokens of all rows, row after row, are; B l where there is no more. E is a size that
-    the host chooses, so that nothing waits for the device."""
+    """(E,) int64, ascending: the indices of these tokens in all rows, row after row; unused entries are B l. The host
+    chooses the size E, so that nothing waits for the device."""
 
     @staticmethod
     def of(begins: Tensor) -> Borders:
-        """From (B, l) bool on the host."""
+        """Return the borders of (B, l) bool on the host."""
         return Borders(begins, torch.from_numpy(places_of(begins.numpy())))
 
     @staticmethod
     def none(rows: int, length: int) -> Borders:
-        """No border in so many tokens."""
+        """Return the borders of a micro-batch in which no document begins."""
         begins = torch.zeros(rows, length, dtype=torch.bool)
         return Borders(begins, torch.full((room(0, begins.numel()),), begins.numel()))
 
     def without_places(self) -> Borders:
-        """For a compiled layer that is given its columns, so that its graph does not depend on their number."""
+        """Return the borders without places, for a compiled layer that gets its columns as input.
+
+        The layer's graph then does not depend on the number of places.
+        """
         return Borders(self.begins, self.places[:0])
 
     def count(self, unit: int) -> Tensor:
-        """(B, l / unit, unit) int32: documents that begin in the token's unit, up to the token."""
+        """Return how many documents begin in the token's unit up to the token, (B, l / unit, unit) int32."""
         return self.begins.unflatten(1, (-1, unit)).cumsum(2, dtype=torch.int32)
 
     def within(self, unit: int) -> Tensor:
-        """(B, l / unit) bool: whether a document begins in the unit."""
+        """Return whether a document begins in each unit, (B, l / unit) bool."""
         return self.begins.unflatten(1, (-1, unit)).any(2)
 
     def last(self, unit: int) -> Tensor:
-        """(B, l) bool: whether the token belongs to the last document of its unit."""
+        """Return whether each token belongs to the last document of its unit, (B, l) bool."""
         count = self.count(unit)
         return (count == count[..., -1:]).flatten(1)
 
     def cut_off(self, unit: int) -> Tensor:
-        """(B, l) bool: whether a document begins between the unit's begin and the token, or at one of both."""
+        """Return whether a document begins between the unit's first token and the token, inclusive, (B, l) bool."""
         return (self.count(unit) > 0).flatten(1)
 
     def columns(self, chunk: int) -> Columns:
-        """The columns of chunks of so many tokens."""
+        """Return the columns of chunks of `chunk` tokens."""
         begins = self.begins.reshape(-1, chunk)
-        number = begins.flatten().cumsum(0).view(-1, chunk)  # (J, Q): documents begun in all rows so far
+        number = begins.flatten().cumsum(0).view(-1, chunk)  # (J, Q): documents begun so far, over all rows
         first = (number[:, :1] - begins[:, :1].long()).expand_as(number)
         chunks, borders = len(number), len(self.places)
         here = torch.arange(chunks, device=number.device)
@@ -87,40 +90,40 @@ class Borders:
 
 
 Starts: TypeAlias = Tensor | Borders
-"""Where documents begin: the blocks that begin one, (B, l / W) bool; or any tokens."""
+"""Where documents begin: (B, l / W) bool for blocks that begin one, or `Borders` for documents that begin anywhere."""
 
 
 class Columns(NamedTuple):
-    """J chunks with one document at a time: the first of each chunk, then E later ones."""
+    """J chunks with one document at a time: first the first document of each chunk, then E later ones."""
 
     source: Tensor
-    """(J + E,) int64: which chunk."""
+    """(J + E,) int64: the chunk of each column."""
     kept: Tensor
-    """(J + E, Q) bool: which of its tokens are of that document."""
+    """(J + E, Q) bool: which tokens of the chunk belong to the column's document."""
     of_token: Tensor
     """(J, Q) int64: the column of each token."""
 
     def spread(self, x: Tensor) -> Tensor:
-        """Tokens to columns, zero where they are of another document: (J, Q, *) -> (J + E, Q, *)."""
+        """Copy tokens to columns, with zeros for tokens of other documents: (J, Q, *) -> (J + E, Q, *)."""
         return _Spread.apply(x, *self)
 
     def collected(self, x: Tensor) -> Tensor:
-        """Each token from its own column: (J + E, Q, *) -> (J, Q, *)."""
+        """Take each token from its own column: (J + E, Q, *) -> (J, Q, *)."""
         return _Collect.apply(x, *self)
 
 
 def columns(starts: Borders, chunk: int, past: Past) -> Columns:
-    """Made once a call for all layers with such chunks."""
+    """Return the columns, made once per call for all layers with this chunk."""
     return past.once(*columns_asked(starts, chunk))
 
 
 def columns_asked(starts: Borders, chunk: int) -> tuple:
-    """By which name, and how they are made (`Past.once`)."""
+    """Return the arguments of `Past.once` for the columns: a name and a function."""
     return f"columns: {chunk}", lambda: starts.columns(chunk)
 
 
 def places_of(begins: np.ndarray) -> np.ndarray:
-    """`Borders.places` of (B, l) bool: (E,) int64."""
+    """Return `Borders.places` of (B, l) bool: (E,) int64."""
     found = np.flatnonzero(begins)
     places = np.full(room(len(found), begins.size), begins.size, np.int64)
     places[: len(found)] = found
@@ -128,7 +131,7 @@ def places_of(begins: np.ndarray) -> np.ndarray:
 
 
 def room(borders: int, tokens: int) -> int:
-    """How many columns a micro-batch of so many tokens has for so many borders."""
+    """Return the number of columns for this many borders in a micro-batch of this many tokens."""
     return next((size for share in SHARES if (size := -(-tokens // share)) >= borders), tokens)
 
 
@@ -141,7 +144,10 @@ def _collect(x: Tensor, of_token: Tensor) -> Tensor:
 
 
 class _Spread(torch.autograd.Function):
-    """Every token is kept in one column, so the gradient is a look-up as well: no sum by atomics, in no fixed order."""
+    """Tokens to columns. Each token is kept in one column only, so the gradient is a look-up too.
+
+    It needs no sum by atomics, whose order is not fixed.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, source: Tensor, kept: Tensor, of_token: Tensor) -> Tensor:
@@ -154,7 +160,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Collect(torch.autograd.Function):
-    """The transposed map of `_Spread`."""
+    """Columns to tokens, the transpose of `_Spread`."""
 
     @staticmethod
     def forward(ctx, x: Tensor, source: Tensor, kept: Tensor, of_token: Tensor) -> Tensor:

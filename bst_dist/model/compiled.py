@@ -1,11 +1,11 @@
-"""A whole layer as one compiled graph, forward and backward: on a GPU a layer is some hundreds of kernels otherwise.
+"""A whole layer as one compiled graph, forward and backward. Uncompiled, a layer is some hundreds of kernels on a GPU.
 
-One graph serves all layers of a kind; what they share beside it, masks and tables of positions, is made outside, once a
-call of the model. A graph is made for training on whole sequences, in one shape: a layer that has a past
-(a stream, a neighbour's slice), or that makes no gradients, runs uncompiled, with FlexAttention compiled by itself.
+One graph serves all layers of a kind. Masks and tables of positions, which these layers share, are made outside of the
+graph, once per call of the model. A graph is made for training on whole sequences, in one shape. A layer with a past
+(a stream, a neighbour's slice), or without gradients, runs uncompiled; FlexAttention is then compiled by itself.
 
-Checkpointing that keeps nothing of a layer runs around its graph. One that keeps some operations is part of the graph:
-torch's compiler is told which ones, and puts all others that the backward pass needs into it once more.
+Activation checkpointing that keeps nothing of a layer wraps its graph. Checkpointing that keeps some operations is part
+of the graph: torch's compiler is told which ones, and recomputes all others that the backward pass needs.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from bst_dist.model.borders import Borders, Starts
 from bst_dist.parallel.sequence.past import Past
 
 OPTIONS = {"combo_kernels": True, "epilogue_fusion": False}
-"""Of Inductor: small kernels that do not wait for each other, such as casts of weights, are one launch; and nothing is
-put into FlexAttention's kernels, which would read once more what another kernel reads anyway."""
+"""Options of Inductor. Small independent kernels, such as casts of weights, are combined into one launch. Nothing is
+fused into FlexAttention's kernels, which would read again what another kernel reads anyway."""
 LINEAR = torch._C._nn.linear
 
 Keeps: TypeAlias = Callable[[Any, tuple[Any, ...]], bool]
-"""Whether the outputs of an operation, called with these arguments, are kept for the backward pass."""
+"""Predicate: whether the outputs of an operation, called with these arguments, are kept for the backward pass."""
 
 logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-"""It warns of operations in place in a checkpointed graph; torch has made copies of them before, see the tests."""
+"""Hides a warning about in-place operations in a checkpointed graph: torch has made copies before (see the tests)."""
 
 
 def hindrance(gathered: bool, sp: int, past: bool) -> str:
-    """What speaks against compiled layers in training; empty when nothing does.
+    """Return why layers cannot be compiled in training; an empty string if they can.
 
     Args:
-        gathered: ZeRO-3 gathers the parameters from ranks, and some layers are not run again in the backward pass. What
-            such a layer keeps for that, the compiler chooses: copies of parameters too, which are then never given up.
-        sp: ranks that share a sequence.
-        past: a layer has one, from an earlier step or slice.
+        gathered: ZeRO-3 gathers the parameters from ranks, and some layers are not recomputed in the backward pass. For
+            such a layer the compiler chooses what to keep. It may keep copies of parameters, which are never released.
+        sp: number of ranks that share a sequence.
+        past: whether layers have a past, from an earlier step or slice.
     """
     if gathered:
         return (
@@ -58,7 +58,7 @@ def hindrance(gathered: bool, sp: int, past: bool) -> str:
 
 
 class Computes(Protocol):
-    """A layer."""
+    """The interface of a layer."""
 
     def compute(self, x: Tensor, past: Past, starts: Starts | None) -> Tensor: ...
 
@@ -66,15 +66,15 @@ class Computes(Protocol):
 
 
 def fits(past: Past) -> bool:
-    """Whether a call is one that the compiled graph is made for."""
+    """Whether the compiled graph can serve a call: it has no past, and gradients are enabled."""
     return type(past) is Past and torch.is_grad_enabled()
 
 
 def run(layer: Computes, x: Tensor, past: Past, starts: Starts | None, keeps: Keeps | None = None) -> Tensor:
-    """The layer's output; raises torch's FailOnRecompileLimitHit for one graph more than `flex.GRAPHS`.
+    """Return the layer's output. Raise torch's FailOnRecompileLimitHit if it needs more than `flex.GRAPHS` graphs.
 
-    `keeps`: what is kept for the backward pass beside the input. None: as the compiler chooses, which computes little
-    again.
+    `keeps`: which outputs are kept for the backward pass besides the input. None: the compiler chooses, and recomputes
+    little.
     """
     shared = layer.prepare(x, past, starts)
     starts = starts.without_places() if isinstance(starts, Borders) else starts
@@ -84,9 +84,9 @@ def run(layer: Computes, x: Tensor, past: Past, starts: Starts | None, keeps: Ke
 
 @contextmanager
 def _own_linear() -> Iterator[None]:
-    """torch's linear maps, though ZeRO-3 may have put others in their place, for weights that are gathered again later.
+    """Use torch's own linear function. ZeRO-3 may have replaced it, for weights that are gathered again later.
 
-    Those ask each weight for its number, so that with torch 2.11 no two layers would share a graph.
+    ZeRO-3's function reads an id of each weight, so that with torch 2.11 no two layers would share a graph.
     """
     there = nn.functional.linear
     nn.functional.linear = LINEAR
@@ -114,5 +114,5 @@ def _compiled(backend: object, keeps: Keeps | None) -> Callable[..., Tensor]:
 
 
 def _decide(keeps: Keeps, context: object, operation: Any, *args: Any, **_: Any) -> bool:
-    """In the form that torch asks in."""
+    """Call `keeps` with the signature that torch requires."""
     return keeps(operation, args)

@@ -1,7 +1,7 @@
 """The model's settings: the section `model` of a recipe.
 
-Settings alone, without the layers they configure: whatever reads a recipe needs no torch for it. Which class a mixer
-or a kernel is, `layers.MIXERS` and `ssm.kernels.KERNELS` say.
+This module imports no torch, so a recipe can be read without it. The classes of mixers and kernels are listed in
+`layers.MIXERS` and `ssm.kernels.KERNELS`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ContextConfig(Config):
         return self
 
     def width(self, model_width: int) -> int:
-        """Ds for a model of width D."""
+        """Return the SSM width Ds of a model of width D."""
         return self.ssm_width or model_width // (8 if self.variant == "MF" else 4)
 
 
@@ -110,9 +110,9 @@ class DPLRConfig(Config):
 
 
 class FilterConfig(Config):
-    """What the unstructured kernels share."""
+    """Settings common to the unstructured kernels."""
 
-    chunk: ClassVar[int] = 1  # nothing is aligned to chunks: any number of tokens can be computed at once
+    chunk: ClassVar[int] = 1  # no chunks: any number of tokens can be computed at once
     length: int = Field(ge=1, le=2**30)
     """Filter length K in tokens, as trained. In longer sequences a token sees only the last K inputs."""
     fast_decay: float = Field(0.3, gt=0, le=1e6, allow_inf_nan=False)
@@ -144,7 +144,7 @@ class HyenaConfig(FilterConfig):
 
 
 class SelectiveConfig(Config):
-    """What selective state spaces share."""
+    """Settings common to the selective state space models."""
 
     state: int = Field(64, ge=1, le=65536)
     """State size N of each channel."""
@@ -192,7 +192,7 @@ KernelConfig: TypeAlias = Annotated[
     | Annotated[NoConvolutionConfig, Tag("none")],
     Discriminator(_kernel_name),
 ]
-"""The section of one kernel, told by its `kernel`; a field of another kernel is an error."""
+"""The settings of one kernel, selected by the field `kernel`. A field of another kernel is an error."""
 
 
 class TransformerXLConfig(Config):
@@ -270,19 +270,19 @@ MIXER_SECTIONS: dict[str, tuple[str, ...]] = {
     "gated-deltanet": ("gated_deltanet",),
     "full": ("attention", "full"),
 }
-"""The sections of the settings that each mixer reads; `layers.MIXERS` has their classes, under the same names."""
+"""The settings sections that each mixer reads. `layers.MIXERS` has the classes under the same names."""
 
 
 Chunked = TypeVar("Chunked", bound=Config)
 
 
 def within_block(settings: Chunked, block: int) -> Chunked:
-    """The settings of a recurrence, with chunks no longer than a block, so that blocks end between two chunks."""
+    """Return the settings of a recurrence with chunks no longer than a block, so that chunks end at block ends."""
     return settings.model_copy(update={"chunk": block}) if settings.chunk > block else settings
 
 
 class LayerConfig(Config):
-    """What all layers of a model share."""
+    """Settings common to all layers of a model."""
 
     width: int = Field(ge=1, le=2**20)
     """Model width D."""
@@ -334,27 +334,28 @@ class LayerConfig(Config):
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values in self-attention."""
+        """Number of key and value heads in self-attention."""
         return self.attention.kv_heads or self.heads
 
     @property
     def kv_inner(self) -> int:
-        """Width of their keys together."""
+        """Width of the keys of all these heads together."""
         return self.kv_heads * self.head
 
     @property
     def ffn_matrices(self) -> int:
-        """Matrices of D x M in the feed-forward network."""
+        """Number of D x M matrices in the feed-forward network."""
         return 3 if self.activation == "swiglu" else 2
 
     def mixers(self) -> list[str]:
-        """The mixer of each layer; which ones is said by the model."""
+        """Return the mixers whose sections count as used: here all. `ModelConfig` returns the mixer of each layer."""
         return list(MIXER_SECTIONS)
 
     def unused_sections(self) -> list[str]:
-        """Sections that are set and that no layer reads.
+        """Return the sections that differ from their defaults although no layer reads them.
 
-        No error, so that one recipe compares mixers by an override of `mixer` alone; a run says so at its start.
+        This is not an error: one recipe can compare mixers by an override of `mixer` alone. A run reports these
+        sections at its start.
         """
         used = {section for mixer in self.mixers() for section in MIXER_SECTIONS[mixer]}
         known = {section for read in MIXER_SECTIONS.values() for section in read}
@@ -363,7 +364,7 @@ class LayerConfig(Config):
 
 
 class ModelConfig(LayerConfig):
-    """A stack of layers: `mixer` at the places named, `filler` everywhere else."""
+    """A stack of layers: `mixer` in the layers named by `placement`, `filler` in all others."""
 
     vocab_size: int | None = Field(None, ge=2, le=2**24)
     """Vocabulary size V; null: the corpus's."""
@@ -392,7 +393,7 @@ class ModelConfig(LayerConfig):
         return self
 
     def mixers(self) -> list[str]:
-        """The mixer of each layer."""
+        """Return the mixer of each layer."""
         if self.placement == "all":
             return [self.mixer] * self.depth
         return [self.mixer if place in self.placement else self.filler for place in range(self.depth)]

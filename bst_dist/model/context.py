@@ -1,8 +1,8 @@
-"""Context states: what a block attends to beside its window, made from the SSM's outputs.
+"""Context states: vectors made from SSM outputs, which a block attends to besides its window.
 
 The three variants of the paper (arXiv 2306.09539, section 3.3): single-head (SH) and multi-head (MH) states are the
-outputs of the current block, one stream or one a head, attended causally; multi-filter (MF) states are the outputs of
-S filters at the end of the previous block, one state a filter.
+outputs of the current block, one stream or one per head, attended causally; multi-filter (MF) states are the outputs of
+S filters at the end of the previous block, one state per filter.
 
 Shapes: B rows, l tokens, Ds SSM width, C output maps, S states, H heads, W block.
 """
@@ -26,18 +26,18 @@ from bst_dist.parallel.sequence.past import Past
 
 
 class Passage(nn.Module):
-    """Where context states pass on their way to the attention, unchanged: a hook here can read or replace them."""
+    """The identity, applied to context states before attention, so that a hook can read or replace them."""
 
     def forward(self, states: Tensor, past: Past) -> Tensor:
-        """SH and MH: a state a token, (B, l, C, Ds); MF: what each block sees, (B, nb, S, Ds)."""
+        """SH and MH: one state per token, (B, l, C, Ds); MF: the states that each block sees, (B, nb, S, Ds)."""
         return states
 
 
 class StreamContext(nn.Module):
-    """SH and MH: keys and values of SSM outputs, a state a token, (B, l, Ds) -> (B, p + l, H, dh) each.
+    """SH and MH: keys and values of SSM outputs, one state per token, (B, l, Ds) -> (B, p + l, H, dh) each.
 
-    In front are the p states of the slice's first block that came before it; or, attending to the previous block,
-    the states are grouped by the block that sees them, (B, nb, W, H, dh).
+    The first p states are those of the slice's first block that came before the slice. When blocks attend to the
+    previous block, the states are grouped by the block that sees them instead, (B, nb, W, H, dh).
     """
 
     def __init__(self, config: LayerConfig):
@@ -46,7 +46,7 @@ class StreamContext(nn.Module):
         self.block, self.attend = config.block, config.context.attend
         self.ssm = build_kernel(channels, heads if config.context.variant == "MH" else 1, config.ssm, config.block)
         self.passage = Passage()
-        # Straight from Ds to each head: lifting to D first and projecting then is the same class of functions.
+        # Directly from Ds to each head: a map to D and then a projection would give the same class of functions.
         self.key_value = nn.Parameter(torch.randn(heads, channels, 2 * config.head) / math.sqrt(channels))
         self.roles = {"key_value": Role.MATRIX}
         self.stacks = {"key_value": Stack(-1, (config.head, config.head))}
@@ -55,7 +55,7 @@ class StreamContext(nn.Module):
     def forward(self, z: Tensor, past: Past, starts: Starts | None) -> tuple[Tensor, Tensor]:
         y = self.passage(self.ssm(z, past, starts), past)  # (B, l, C, Ds): one stream, or one a head
         whole = 0 if self.attend == "current" else 1
-        # In two products: in one they would lie between each other, and so would their gradients have to.
+        # Two products: in one product, keys and values would be interleaved in memory, and so would their gradients.
         y = cast_by_channel(y, product_dtype(y))
         k, v = (_of_heads(y, weight) for weight in self.key_value.chunk(2, dim=-1))  # (B, l, H, dh)
         k, v = past.as_one(k, v, 3, lambda kv: past.extend_to_blocks("kv", kv, self.block, whole))
@@ -64,8 +64,8 @@ class StreamContext(nn.Module):
         return unit(k), v
 
     def _previous(self, x: Tensor, length: int, starts: Tensor | None) -> Tensor:
-        """The block before each of those that `length` tokens lie in; zeros, whose attention adds nothing, where there
-        is none."""
+        """Return the block before each block that the `length` tokens lie in. Where there is none, return zeros: the
+        output of attention to them is zero."""
         x = F.pad(x, (0, 0, 0, 0, self.block + length - x.shape[1], 0))
         blocks = -(-length // self.block)
         x = x[:, : blocks * self.block].unflatten(1, (blocks, self.block))
@@ -73,7 +73,7 @@ class StreamContext(nn.Module):
 
 
 def _of_heads(y: Tensor, weight: Tensor) -> Tensor:
-    """(B, l, C, Ds), (H, Ds, dh) -> (B, l, H, dh): all heads from one stream, or each from its own."""
+    """Project to heads, all from one stream or each from its own: (B, l, C, Ds), (H, Ds, dh) -> (B, l, H, dh)."""
     weight = weight.to(y.dtype)
     if y.shape[2] == 1:
         return (y.squeeze(2) @ weight.transpose(0, 1).flatten(1)).unflatten(-1, (len(weight), -1))
@@ -81,13 +81,13 @@ def _of_heads(y: Tensor, weight: Tensor) -> Tensor:
 
 
 class FilterContext(nn.Module):
-    """MF: keys and values of S filters' outputs at the end of the block before; -> (B, nb, S, H, dh) each."""
+    """MF: keys and values of the outputs of S filters at the end of the previous block; -> (B, nb, S, H, dh) each."""
 
     def __init__(self, config: LayerConfig):
         super().__init__()
         channels, states = config.context.width(config.width), config.context.states
         self.block, self.heads = config.block, config.heads
-        # Each filter has dynamics of its own: S read-outs of one N-dimensional state have rank N at most.
+        # Each filter has its own dynamics: S read-outs of one N-dimensional state have rank N at most.
         self.ssm = build_kernel(channels, states, config.ssm, config.block, own_dynamics=True)
         self.passage = Passage()
         self.identity = nn.Parameter(torch.randn(states, channels) * 0.02)
@@ -95,12 +95,12 @@ class FilterContext(nn.Module):
         self.key_value = Linear(channels, 2 * config.inner, parts=(config.inner, config.inner))
 
     def forward(self, z: Tensor, past: Past, starts: Starts | None) -> tuple[Tensor, Tensor]:
-        """Where documents begin at any token, with one more in front, -> (B, 1 + nb, S, H, dh): what the tokens of a
-        document see that has begun in their block, and not a block's end."""
+        """When documents begin at any token, return one more entry in front, -> (B, 1 + nb, S, H, dh): the learned
+        initial states, for tokens whose document began in their block."""
         ends = self.ssm.block_ends(z, self.block, past, starts)  # (B, nb, S, Ds)
         states = past.extend("ends", ends, before=1)
-        # One where nothing came before the first block, else none; in the graph on all ranks alike, so that every rank
-        # of a sequence has a gradient for it and the buckets of ZeRO agree.
+        # 1 when nothing came before the first block, else 0. `initial` is in the graph on all ranks, so that every rank
+        # of a sequence has a gradient for it and ZeRO's buckets agree.
         missing = ends.shape[1] + 1 - states.shape[1]
         states = torch.cat((self.initial.expand(len(z), missing, -1, -1), states), dim=1)
         states = states[:, : -(-z.shape[1] // self.block)]
@@ -114,11 +114,11 @@ class FilterContext(nn.Module):
 
 
 FIRST_AND_ENDS = slice(0, 1), slice(1, None)
-"""The parts of MF's states where documents begin at any token."""
+"""The two parts of MF's states when documents begin at any token: the initial states, and those at block ends."""
 
 
 def build_context(config: LayerConfig) -> StreamContext | FilterContext:
-    """The context states of the configured variant."""
+    """Return the module that makes the context states of the configured variant."""
     return (FilterContext if config.context.variant == "MF" else StreamContext)(config)
 
 
@@ -134,7 +134,7 @@ class CrossAttention(nn.Module):
         self.context = build_context(config)
 
     def forward(self, query: Tensor, z: Tensor, past: Past, starts: Starts | None) -> Tensor:
-        """`query`: what the map of that name makes of the layer's input."""
+        """`query`: the output of the map `query` for the layer's input."""
         q = unit(query.unflatten(-1, (self.heads, -1)), self.scale)  # (B, l, H, dh)
         k, v = self.context(z, past, starts)
         if isinstance(starts, Borders):
@@ -144,17 +144,17 @@ class CrossAttention(nn.Module):
         return out.reshape(query.shape)
 
     def _of_documents(self, q: Tensor, k: Tensor, v: Tensor, past: Past, starts: Borders) -> Tensor:
-        """Each token to the states of its block that are its own document's."""
+        """Attend from each token to the states of its block that belong to its own document."""
         if self.causal:
             documents = past.once(*documents_in_blocks_asked(starts, self.block))
             tiles = past.once(*self._tiles(q, documents)) if attention.by_tiles(q) else None
             return attention.sliding_attention(q, k, v, self.block, None, True, documents, None, tiles)
-        begun = starts.cut_off(self.block)[..., None, None]  # since the end that the block's first tokens see
+        begun = starts.cut_off(self.block)[..., None, None]  # a document began in this block
         first, ends = (_whole_blocks(q, k[:, own], v[:, own]).reshape(q.shape) for own in FIRST_AND_ENDS)
         return torch.where(begun, first, ends)
 
     def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> dict[str, object]:
-        """As of `SlidingAttention.prepare`."""
+        """See `SlidingAttention.prepare`."""
         if not self.causal or not isinstance(starts, Borders):
             return {}
         asked = [documents_in_blocks_asked(starts, self.block)]
@@ -163,13 +163,13 @@ class CrossAttention(nn.Module):
         return {name: past.once(name, make) for name, make in asked}
 
     def _tiles(self, like: Tensor, documents: Documents) -> tuple:
-        """The tiles that FlexAttention visits: by which name, and how they are made."""
+        """Return the arguments of `Past.once` for the tiles that FlexAttention visits: a name and a function."""
         length, device = like.shape[1], like.device
         band = flex.Band(length, length, self.block, include_self=True)
         return f"tiles in blocks: {length}, {self.block}", lambda: flex.visited_tiles(band, device, documents.begin)
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Each token to the states of its block up to its own; k and v (B, p + l, H, dh), p within the block."""
+        """Attend from each token to its block's states up to its own; k, v (B, p + l, H, dh), p within the block."""
         k, v = k.to(q.dtype), v.to(q.dtype)
         if q.shape[1] == k.shape[1]:  # a block is a batch entry of one fused call
             span = min(self.block, q.shape[1])
@@ -181,8 +181,8 @@ class CrossAttention(nn.Module):
 
 
 def documents_in_blocks_asked(starts: Borders, block: int) -> tuple:
-    """Documents that end with their block, by which context states are causal sliding attention: by which name, and how
-    they are made (`Past.once`)."""
+    """Return the arguments of `Past.once` for documents cut at block ends: a name and a function. With these documents,
+    causal attention to context states is sliding attention."""
 
     def make() -> Documents:
         begins = starts.begins.unflatten(1, (-1, block)).clone()
@@ -194,7 +194,8 @@ def documents_in_blocks_asked(starts: Borders, block: int) -> tuple:
 
 
 def _whole_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each block's tokens to all its states, a block a batch entry: (B, l, H, dh), (B, nb, S, H, dh) twice."""
+    """Attend from each block's tokens to all its states, with blocks as batch entries: (B, l, H, dh),
+    (B, nb, S, H, dh) twice."""
     queries = q.unflatten(1, (k.shape[1], -1))
     folded = (x.to(q.dtype).flatten(0, 1).transpose(1, 2) for x in (queries, k, v))
     return F.scaled_dot_product_attention(*folded, scale=1.0).transpose(1, 2)

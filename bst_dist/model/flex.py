@@ -1,13 +1,13 @@
 """Sliding attention on a GPU: FlexAttention, compiled to one fused kernel with its mask and bias (arXiv 2412.05496).
 
-It skips whole tiles outside the band and keeps no scores. The learned bias enters the kernel as a constant: a kernel
-that differentiates it adds to one small table from all scores by atomics, in no fixed order. Its gradient comes from
-the near diagonals alone (`bias_gradient`), in plain torch and in a fixed order, so the whole is deterministic.
+The kernel skips whole tiles outside the band and stores no scores. The learned bias is a constant of the kernel: a
+kernel that differentiates it adds all scores to one small table by atomics, in no fixed order. Instead `bias_gradient`
+computes the gradient from the near diagonals, in plain torch and in a fixed order. So the result is deterministic.
 
-What is compiled, and how often: inside a compiled layer, flex is part of that graph. Else training has one graph for
-its one shape, and everything without gradients shares graphs whose batch, queries and keys are dynamic. Slices that are
-no whole tiles (a token at a time, the rest of a prompt) compile nothing. More than GRAPHS graphs are an error: torch
-would continue with an uncompiled form that holds all scores.
+What is compiled: in a compiled layer, FlexAttention is part of the layer's graph. Otherwise training has one graph for
+its one shape, and calls without gradients share graphs with dynamic numbers of rows, queries and keys. Slices that are
+not whole tiles (one token at a time, the rest of a prompt) are not compiled. More than GRAPHS graphs are an error,
+because torch would continue with an uncompiled form that stores all scores.
 
 Shapes: B rows, l queries, p positions before them, H heads of queries, G of keys and values (H where not said), dh head
 width, W window, t queries or keys of a tile.
@@ -28,19 +28,19 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 TILE = 128
-"""Queries, and keys, of a tile: FlexAttention's own default."""
+"""Queries per tile, and keys per tile: FlexAttention's default."""
 
 SHORT = 1024
-"""Slices up to this long that are no whole tiles, or one tile, go without FlexAttention: their scores are few."""
+"""Slices up to this length that are not whole tiles, or are one tile, do not use FlexAttention: they are short."""
 
 GRAPHS = 16
-"""Graphs of one kind, training or without gradients, after which one more is an error.
+"""Limit on the graphs of one kind, training or without gradients; one more is an error.
 
-Compiled layers need the most: two kinds of layers, micro-batches of two sizes, and of those with an SSM four each where
-documents are masked (`borders.SHARES`) make ten."""
+Compiled layers need the most, ten: two kinds of layers, each with micro-batches of two sizes; with masked documents,
+the kind with an SSM has four graphs for each size (`borders.SHARES`)."""
 
 BACKEND = "inductor"
-"""What compiles FlexAttention; tests on a CPU put another in its place."""
+"""The compiler backend for FlexAttention. Tests on a CPU replace it."""
 
 
 def flex_sliding_attention(
@@ -55,9 +55,9 @@ def flex_sliding_attention(
     tiles: tuple[Tensor, ...] | None = None,
     sums: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `attention.sliding_attention`, with documents as `begin` (B, l) int32: the first key each query may see.
+    """Compute `attention.sliding_attention`, with documents as `begin` (B, l) int32: the first key each query may see.
 
-    Returns also the logarithm of the sum of each query's exponentials, (B, l, H), if `sums`.
+    Return also the logarithm of the sum of each query's exponentials, (B, l, H), if `sums`, else None.
     """
     if not in_tiles(q.shape[1]):
         out, logarithm = short_attention(q, k, v, window, bias, include_self, begin)
@@ -72,29 +72,29 @@ def flex_sliding_attention(
 
 
 def in_tiles(length: int) -> bool:
-    """Whether so many queries go through FlexAttention."""
+    """Whether FlexAttention computes a slice of this many queries."""
     return length >= 2 * TILE and (length % TILE == 0 or length > SHORT)
 
 
 class Settings(NamedTuple):
-    """What one layer's attention is, whatever the slice."""
+    """The settings of one layer's attention that do not depend on the slice."""
 
     window: int
     include_self: bool
     varying: int
-    """From which distance on the bias is the same."""
+    """The bias is constant from this distance on."""
     sums: bool = False
-    """Whether the sums of the exponentials are wanted as well."""
+    """Whether to return the sums of the exponentials too."""
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, begin: Tensor | None, settings: Settings,
             tiles: tuple[Tensor, ...] | None = None, before: Tensor | None = None,
             ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """One FlexAttention call, and the bias's gradient beside it.
+    """Call FlexAttention, and attach the computation of the bias's gradient.
 
     Args:
-        tiles: as of `visited_tiles`; None: made here.
-        before: the band's, as a tensor; None: a constant of the graph.
+        tiles: the result of `visited_tiles`; None: computed here.
+        before: `Band.before` as a tensor; None: it is a constant of the graph.
     """
     band = Band(q.shape[1], k.shape[1], settings.window, settings.include_self)
     constant, before = None if bias is None else bias.detach(), band.before if before is None else before
@@ -117,11 +117,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, begin: Tensor 
 def _without_gradients(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, begin: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Tensor | None]:
-    """The same in graphs that serve every batch and length.
+    """Do the same in graphs that serve every batch size and length.
 
-    A stream that has just begun gets hidden keys in front, so that it differs from a later slice in numbers alone:
-    torch compiles equal and unequal lengths of queries and keys apart, as it does one row and several. How many keys
-    come before the first query is a tensor: Inductor of torch 2.11 takes no difference of dynamic lengths in a mask.
+    torch compiles equal and unequal lengths of queries and keys separately, as it does one row and several rows. So a
+    stream that has just begun gets hidden keys in front, and has unequal lengths like a later slice. The number of keys
+    before the first query is a tensor: Inductor of torch 2.11 supports no difference of dynamic lengths in a mask.
     """
     missing = max(0, min(settings.window, TILE) - (k.shape[1] - q.shape[1]))
     q, k, v = (F.pad(x, (0, 0, 0, 0, more, 0)).contiguous() for x, more in ((q, 0), (k, missing), (v, missing)))
@@ -150,10 +150,10 @@ def _compiled(function: Callable[..., Tensor], backend: object, dynamic: bool | 
 
 
 def limited(compiled: Callable[..., Tensor], *arguments: object) -> Tensor:
-    """A call of a compiled function, of which there may be GRAPHS graphs.
+    """Call a compiled function, which may have at most GRAPHS graphs.
 
-    The backward pass is compiled as it is run, outside of autocast. By default torch would trace it under the autocast
-    of the forward pass, whatever the forward pass says within, and cast what the SSM computes in single precision.
+    The backward pass is compiled as it runs, outside of autocast. By default torch would trace it under the autocast of
+    the forward pass, even where the forward pass disables autocast. This would cast the SSM's single precision.
     """
     with (
         torch._dynamo.config.patch(recompile_limit=GRAPHS),
@@ -164,12 +164,12 @@ def limited(compiled: Callable[..., Tensor], *arguments: object) -> Tensor:
 
 @dataclass(frozen=True)
 class Band:
-    """Which keys each query sees: the last ones up to its own."""
+    """The keys that each query sees: the last ones up to its own position."""
 
     length: int
-    """Queries l."""
+    """Number of queries l."""
     keys: int
-    """p + l, of which the last l are at the queries' own positions."""
+    """Number of keys, p + l. The last l are at the queries' own positions."""
     window: int
     include_self: bool
 
@@ -184,7 +184,7 @@ class Band:
         return 0 if self.include_self else 1
 
     def mask(self, begin: Tensor | None = None, before: Tensor | int | None = None) -> Mask:
-        """The same in FlexAttention's form, which must be a plain function; `before` in place of this band's."""
+        """Return FlexAttention's mask function, which must be a plain function. `before` replaces this band's."""
         before, nearest, window = self.before if before is None else before, self.nearest, self.window
 
         def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -200,18 +200,18 @@ class Band:
 def block_mask(
     band: Band, begin: Tensor | None, tiles: tuple[Tensor, ...], before: Tensor | int | None = None
 ) -> BlockMask:
-    """Band and documents as FlexAttention takes them, with the tiles to visit; `before` as of `Band.mask`."""
+    """Return band and documents as FlexAttention's mask, with the tiles to visit; `before`: see `Band.mask`."""
     return BlockMask((band.length, band.keys), *tiles, BLOCK_SIZE=(TILE, TILE), mask_mod=band.mask(begin, before))
 
 
 def visited_tiles(band: Band, device: torch.device | str, begin: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Which tiles FlexAttention visits, from arithmetic alone: those that a row of tiles visits are one run.
+    """Return the tiles that FlexAttention visits, by arithmetic: in each row of tiles they are one contiguous run.
 
-    torch's `create_block_mask` would make the whole (l, p + l) mask first: 16 GB for a slice of 128k tokens; and its
-    constructors sort, which is no fused kernel.
+    torch's `create_block_mask` would first make the whole (l, p + l) mask, 16 GB for a slice of 128k tokens. Its
+    constructors sort, which is not a fused kernel.
 
     Args:
-        begin: (B, l) int32, growing along a row: the first key each query may see.
+        begin: (B, l) int32, never decreasing along a row: the first key each query may see.
     """
     by_query = _in_runs(*_keys_of_query_tiles(band, device, begin), -(-band.keys // TILE))
     by_key = _in_runs(*_queries_of_key_tiles(band, device, begin), -(-band.length // TILE))
@@ -219,12 +219,12 @@ def visited_tiles(band: Band, device: torch.device | str, begin: Tensor | None =
 
 
 def _keys_of_query_tiles(band: Band, device: torch.device | str, begin: Tensor | None) -> tuple[Tensor, ...]:
-    """Runs of tiles of keys for each tile of queries, (1 or B, tiles): visited first and last, seen whole ones."""
+    """Return a run of key tiles per query tile, (1 or B, tiles) each: first and last visited, first and last whole."""
     row = torch.arange(-(-band.length // TILE), device=device, dtype=torch.int32)
     first = row * TILE + band.before
     last = (first + TILE - 1).clamp(max=band.keys - 1)
     low = (first - band.window - band.nearest + 1).clamp(min=0).unsqueeze(0)
-    high = (last - band.window - band.nearest + 1).clamp(min=0).unsqueeze(0)  # what the last query sees first
+    high = (last - band.window - band.nearest + 1).clamp(min=0).unsqueeze(0)  # the first key that the last query sees
     if begin is not None:
         low = torch.maximum(low, begin.index_select(1, row * TILE))
         high = torch.maximum(high, begin.index_select(1, last - band.before))
@@ -234,14 +234,14 @@ def _keys_of_query_tiles(band: Band, device: torch.device | str, begin: Tensor |
 
 
 def _queries_of_key_tiles(band: Band, device: torch.device | str, begin: Tensor | None) -> tuple[Tensor, ...]:
-    """Runs of tiles of queries for each tile of keys, as above; what the backward pass goes by."""
+    """Return a run of query tiles per key tile, in the same form. The backward pass uses it."""
     column = torch.arange(-(-band.keys // TILE), device=device, dtype=torch.int32)
     first = column * TILE
     last = (first + TILE - 1).clamp(max=band.keys - 1)
     end = (last + band.window + band.nearest - 1 - band.before).clamp(max=band.length - 1).unsqueeze(0)
-    inner = (first + band.window + band.nearest - 1 - band.before).unsqueeze(0)  # what still sees the first key
+    inner = (first + band.window + band.nearest - 1 - band.before).unsqueeze(0)  # last to see the first key
     if begin is not None:  # queries whose document begins at a key or before it
-        # No `last`, which is clamped: Inductor (torch 2.11) fails on it here. Past the last key the answer is the same.
+        # Not `last`, because Inductor (torch 2.11) fails on its clamp here. Beyond the last key the result is the same.
         keys = torch.stack((first + TILE - 1, first)).expand(len(begin), -1, -1)  # (B, 2, tiles)
         ends = torch.searchsorted(begin.contiguous(), keys.flatten(1).contiguous(), right=True, out_int32=True) - 1
         end = torch.minimum(end, ends[:, : len(column)])
@@ -253,7 +253,7 @@ def _queries_of_key_tiles(band: Band, device: torch.device | str, begin: Tensor 
 
 
 def _down(position: Tensor) -> Tensor:
-    """Division by TILE, rounded down; by a shift, since Inductor (torch 2.13) fails on quotients of such ranges."""
+    """Divide by TILE, rounding down; by a shift, because Inductor (torch 2.13) fails on quotients of such ranges."""
     return position >> (TILE.bit_length() - 1)
 
 
@@ -262,9 +262,9 @@ def _up(position: Tensor) -> Tensor:
 
 
 def _in_runs(first: Tensor, last: Tensor, whole_first: Tensor, whole_last: Tensor, columns: int) -> tuple[Tensor, ...]:
-    """FlexAttention's form of runs: how many tiles need the mask and which, how many are whole and which.
+    """Return runs in FlexAttention's form: how many tiles need the mask and which, how many are whole and which.
 
-    Of the visited run, the whole tiles are a run in its middle; (1 or B, rows) each -> (B, 1, rows[, columns]).
+    The whole tiles are a run in the middle of the visited run; (1 or B, rows) each -> (B, 1, rows[, columns]).
     """
     visited = (last - first + 1).clamp(min=0)
     whole = torch.minimum((whole_last - whole_first + 1).clamp(min=0), visited)
@@ -281,7 +281,7 @@ def _in_runs(first: Tensor, last: Tensor, whole_first: Tensor, whole_last: Tenso
 
 
 class _BiasGradient(torch.autograd.Function):
-    """The identity on the attention's output and its sums, whose backward pass gives the bias its gradient."""
+    """The identity on the attention's output and its sums. Its backward pass computes the gradient of the bias."""
 
     @staticmethod
     def forward(ctx, out, lse, bias, q, k, v, begin, settings):
@@ -301,12 +301,12 @@ def bias_gradient(
     d_out: Tensor, out: Tensor, bias: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, begin: Tensor | None,
     settings: Settings, d_lse: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """(H, distances): the gradient of the scores, summed over all pairs of a distance, near ones one by one.
+    """Return the gradient of the bias, (H, distances): the gradient of the scores, summed over all pairs of a distance.
 
-    From `varying` on all distances share one bias, and a softmax gives back a gradient that sums to zero over the keys
-    of a query, so the far ones together have minus what the near ones have; with a gradient of `lse` they sum to that.
-    Products are in the dtype of the inputs, sums in single precision at least; diagonals are summed by a reshape, with
-    no atomics.
+    Distances below `varying` (near) are computed one by one; from `varying` on (far) all share one bias. Softmax gives
+    a gradient that sums to zero over the keys of a query, so the far distances together have minus the sum of the near
+    ones. With a gradient of `lse`, near and far sum to that gradient instead. Products are in the dtype of the inputs,
+    sums in single precision at least. Diagonals are summed by a reshape, without atomics.
 
     Shapes: q, out (B, H, l, dh), k, v (B, G, p + l, dh), lse (B, H, l).
     """
@@ -320,10 +320,10 @@ def bias_gradient(
     inner, lse = (F.pad(x.to(wide), (0, more)).unflatten(2, (-1, TILE)).unsqueeze(-1) for x in (inner, lse))
     begin = None if begin is None else F.pad(begin, (0, more)).view(len(begin), 1, -1, TILE, 1)
     place = torch.arange(TILE, device=q.device)
-    query = (before + torch.arange(length + more, device=q.device)).view(-1, TILE, 1)  # among the keys
+    query = (before + torch.arange(length + more, device=q.device)).view(-1, TILE, 1)  # positions among the keys
     d_near = bias.new_zeros(len(bias), 0, dtype=wide)
     for shift in range(-(-near // TILE) + 1):
-        first = before - shift * TILE  # the tile of keys that meets the first tile of queries
+        first = before - shift * TILE  # where the key tile of the first query tile begins
         keys, values = (_tiles(_shifted(x, first, length + more)) for x in (k, v))
         distance = shift * TILE + place.unsqueeze(1) - place
         key = query - distance
@@ -333,7 +333,7 @@ def bias_gradient(
         scores = (q @ keys.mT).to(wide) + bias.to(wide)[:, distance.clamp(0, bias.shape[1] - 1)].unsqueeze(1)
         weights = torch.where(seen, torch.exp(scores - lse), 0.0)
         d_scores = ((d_out @ values.mT).to(wide) - inner) * weights
-        sums = _by_distance(d_scores.sum((0, 2)))  # (H, 2 t - 1): distances shift t - (t - 1) and on
+        sums = _by_distance(d_scores.sum((0, 2)))  # (H, 2 t - 1): distances from shift t - (t - 1) on
         d_near = sums[:, TILE - 1 :] if shift == 0 else _add_overlapping(d_near, sums)
     d_near = d_near[:, :near]
     if near < bias.shape[1]:
@@ -349,19 +349,19 @@ def _tiles(x: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, first: int, length: int) -> Tensor:
-    """Positions first ... first + length - 1 of (B, H, keys, dh), zeros where there are none."""
+    """Return positions first ... first + length - 1 of (B, H, keys, dh), zeros outside of the keys."""
     return F.pad(x, (0, 0, -first, first + length - x.shape[2]))
 
 
 def _by_distance(x: Tensor) -> Tensor:
-    """Sums of a tile's diagonals, by query - key from 1 - t to t - 1: (H, t, t) -> (H, 2 t - 1)."""
+    """Return the sums of a tile's diagonals, by query - key from 1 - t to t - 1: (H, t, t) -> (H, 2 t - 1)."""
     side = x.shape[1]
-    skewed = F.pad(x.flip(2), (0, side)).flatten(1)[:, : side * (2 * side - 1)]  # a row moves by one place
+    skewed = F.pad(x.flip(2), (0, side)).flatten(1)[:, : side * (2 * side - 1)]  # shifts each row by one more place
     return skewed.view(len(x), side, 2 * side - 1).sum(1)
 
 
 def _add_overlapping(sums: Tensor, following: Tensor) -> Tensor:
-    """Sums by distance of one more tile back, whose first t - 1 distances the tile before it had as well."""
+    """Add the sums by distance of the next tile further back. Its first t - 1 distances overlap with the last sums."""
     shared = following.shape[1] // 2
     return torch.cat((sums[:, :-shared], sums[:, -shared:] + following[:, :shared], following[:, shared:]), dim=1)
 
@@ -369,7 +369,7 @@ def _add_overlapping(sums: Tensor, following: Tensor) -> Tensor:
 def short_attention(
     q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, include_self: bool, begin: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The same for few queries, with their scores: (B, l, H, dh), (B, p + l, G, dh) twice -> (B, l, H, dh), sums."""
+    """Do the same for few queries and store all scores: (B, l, H, dh), (B, p + l, G, dh) twice -> output and sums."""
     band = Band(q.shape[1], k.shape[1], window, include_self)
     query = torch.arange(band.length, device=q.device).unsqueeze(1)
     key = torch.arange(band.keys, device=q.device)

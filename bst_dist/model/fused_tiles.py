@@ -1,10 +1,10 @@
-"""Sliding attention on a CPU: torch's fused attention kernel, a tile of queries at a time, with a learned bias.
+"""Sliding attention on a CPU: torch's fused attention kernel on one tile of queries at a time, with a learned bias.
 
-As in `tiles`, a tile of t queries meets the window before it and its own keys, and scores never leave the kernel. The
-kernel has no gradient for what is added to the scores. That of a bias by distance is made here, from a narrow band:
-beyond `varying` positions all distances share one bias, and a softmax gives back a gradient that sums to zero over the
-keys of a query, so the far ones together have minus what the near ones have. Where the sums of the exponentials are
-asked for as well, a query's gradients sum to the gradient of its sum instead.
+As in `tiles`, a tile of t queries meets the window before it and its own keys. Scores stay inside the kernel. The
+kernel has no gradient for the tensor added to the scores, so this module computes the gradient of a bias by distance,
+from a narrow band. From distance `varying` on (far) all distances share one bias. Softmax gives a gradient that sums to
+zero over the keys of a query, so the far distances together have minus the sum of the near ones. If the sums of the
+exponentials are returned too, a query's gradients sum to the gradient of its sum instead.
 
 Shapes: B rows, l queries, p positions before them, H heads, dh head width, W window, t queries of a tile, K keys a tile
 meets, M keys in the band.
@@ -23,62 +23,61 @@ _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 QUERIES_AT_ONCE = 4096
-"""Of one call: work for many cores, and a bound on the gradients of tiles, in which keys stand several times. Short
-rows go together, since a call costs as much as many small tiles do."""
+"""Queries per kernel call: work for many cores, and a bound on the memory of the gradients of tiles, which hold keys
+several times. Short rows share a call, because one call costs as much as many small tiles."""
 
 BAND_SCORES_AT_ONCE = 50_000
-"""Of one call and head for the band, whose scores should stay in a core's cache."""
+"""Scores of the band per call and head: few enough to stay in a core's cache."""
 
 SMALLEST = -80.0
-"""Logarithm of a weight. MKL's exponential is ten times slower where its result underflows, as that of what is masked
-does; exp(-80) is 2e-35."""
+"""Lower bound on the logarithm of a weight; exp(-80) is 2e-35. MKL's exponential is ten times slower when its result
+underflows, as it would for masked scores."""
 
 
 def fused_tile(window: int) -> int:
-    """Queries of a tile: 256 waste few keys on the mask and keep the kernel busy; a divisor of the window."""
+    """Return the queries per tile, a divisor of the window. 256 waste few keys on the mask and keep the kernel busy."""
     return next((tile for tile in (256, 128) if window % tile == 0), window)
 
 
 def fused_sliding_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, varying: int, sums: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention, scores not scaled: (B, l, H, dh), (B, p + l, H, dh), (B, p + l, H, <= dh) -> (B, l, H, <= dh).
+    """Unscaled softmax attention: (B, l, H, dh), (B, p + l, H, dh), (B, p + l, H, <= dh) -> (B, l, H, <= dh).
 
-    Returns also the logarithm of the sum of each query's exponentials, (B, l, H), if asked for.
+    Return also the logarithm of the sum of each query's exponentials, (B, l, H), if `sums`, else None.
 
     Args:
-        mask: (H or 1, t, W + t), added to the scores of a tile, the bias included; l is a multiple of t, and t of it or
-            less than W.
-        bias: (H, W + 1) by distance, for its gradient; None when there is none.
-        varying: from which distance on the bias is the same.
-        sums: whether the sums are wanted.
+        mask: (H or 1, t, W + t), added to the scores of a tile; includes the bias. l and W are multiples of t.
+        bias: (H, W + 1) by distance, used only for its gradient; None: no bias.
+        varying: the bias is constant from this distance on.
+        sums: whether to return the sums.
     """
     width = v.shape[-1]
-    if sums:  # one more channel, of zeros: the gradient of the sums goes to the kernel in it
+    if sums:  # one more channel of zeros; it carries the gradient of the sums to the kernel
         q, k = F.pad(q, (0, 1)), F.pad(k, (0, 1))
-    v = F.pad(v, (0, q.shape[-1] - width))  # the kernel wants one width
+    v = F.pad(v, (0, q.shape[-1] - width))  # the kernel requires equal widths
     out, normalizer = _FusedTiles.apply(q, k, v, mask, bias, varying)
     return out[..., :width], normalizer if sums else None
 
 
 class _Run(NamedTuple):
-    """Tiles one after the other that meet equally many keys, of some rows."""
+    """Consecutive tiles, of some rows, that meet equally many keys."""
 
     rows: slice
     first: int
     """First query of the first tile."""
     tiles: int
-    """Of each row."""
+    """Tiles per row."""
     begin: int
     """First key of the first tile."""
     keys: int
-    """Keys of each."""
+    """Keys per tile."""
 
 
 def _runs(q: Tensor, k: Tensor, window: int, tile: int, at_once: int) -> Iterator[_Run]:
-    """All tiles of (B, l, ...) and (B, p + l, ...), at most `at_once` in a run if that is at least one.
+    """Yield all tiles of (B, l, ...) and (B, p + l, ...) in runs of at most `at_once` tiles, but at least one.
 
-    Each meets the `window` positions before it and its own; fewer where the stream begins.
+    Each tile meets the `window` positions before it and its own; fewer at the beginning of the stream.
     """
     (rows, queries), before = q.shape[:2], k.shape[1] - q.shape[1]
     together = max(1, at_once * tile // queries)
@@ -131,10 +130,10 @@ class _FusedTiles(torch.autograd.Function):
 
 
 def _with_gradient_of_sums(d_out: Tensor, out: Tensor, d_sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and its gradient with the gradient of the sums in their last channel, (B, l, H, dh) each.
+    """Return the output's gradient and the output, with the sums' gradient in the last channel, (B, l, H, dh) each.
 
-    The gradient of a score is its weight times (d_out . v - d_out . out + d_sums). The kernel makes d_out . out of what
-    it is given, over all channels; the last one of v is zero.
+    The gradient of a score is its weight times (d_out . v - d_out . out + d_sums). The kernel computes d_out . out from
+    its inputs, over all channels; the last channel of v is zero.
     """
     d_sums = d_sums.unsqueeze(-1).to(d_out.dtype)
     return torch.cat((d_out[..., :-1], -d_sums), dim=-1), torch.cat((out[..., :-1], torch.ones_like(d_sums)), dim=-1)
@@ -142,7 +141,7 @@ def _with_gradient_of_sums(d_out: Tensor, out: Tensor, d_sums: Tensor) -> tuple[
 
 def _bias_gradient(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, out: Tensor, normalizer: Tensor,
                    d_sums: Tensor | None, distances: int, varying: int) -> Tensor:  # fmt: skip
-    """(H, W + 1): the gradient of the scores, summed over all pairs of a distance, near ones one by one."""
+    """Return the gradient of the bias, (H, W + 1): the gradient of the scores, summed over all pairs of a distance."""
     tile, near, wide = _band_tile(mask.shape[1]), min(varying, distances), normalizer.dtype
     window = mask.shape[2] - mask.shape[1]
     mask = mask[:, :tile, window - near + 1 : window + tile].to(wide)  # of distance near - 1 + query - key
@@ -157,7 +156,7 @@ def _bias_gradient(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor,
         d_scores = (gradient @ values.mT).sub_(_queries(inner, run, tile).unsqueeze(-1)).mul_(weights)
         band[..., -run.keys :] += d_scores.sum(0)
     query, key = (torch.arange(count, device=q.device) for count in mask.shape[1:])
-    # No weight lies on what is masked; what lies beyond the near distances comes out of their sum.
+    # Masked scores have weight zero. The gradient beyond the near distances follows from the sum of the near ones.
     distance = (near - 1 + query.unsqueeze(1) - key).clamp_(0, min(near, distances - 1))
     d_bias = band.new_zeros(len(band), distances).index_add_(1, distance.flatten(), band.flatten(1))
     if near < distances:
@@ -166,34 +165,34 @@ def _bias_gradient(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor,
 
 
 def _band_tile(tile: int) -> int:
-    """Queries of a tile where only the keys nearest to them count: fewer, since no window is to be shared."""
+    """Return the queries per tile of the band. They are fewer, because there is no whole window to share."""
     return 64 if tile % 64 == 0 else tile
 
 
 def _queries(x: Tensor, run: _Run, tile: int) -> Tensor:
-    """(B, l, H, ...) -> (rows tiles, H, t, ...), without a copy for one row."""
+    """Return a run's queries, (B, l, H, ...) -> (rows tiles, H, t, ...), without a copy for one row."""
     return _of_queries(x, run, tile).flatten(0, 1).transpose(1, 2)
 
 
 def _write(x: Tensor, run: _Run, tile: int, values: Tensor) -> None:
-    """Put (rows tiles, H, t, ...) where `_queries` takes them."""
+    """Write (rows tiles, H, t, ...) to the place that `_queries` reads."""
     to = _of_queries(x, run, tile)
     to.copy_(values.transpose(1, 2).view_as(to))
 
 
 def _of_queries(x: Tensor, run: _Run, tile: int) -> Tensor:
-    """(B, l, ...) -> (rows, tiles, t, ...), a view."""
+    """Return a view of a run's queries, (B, l, ...) -> (rows, tiles, t, ...)."""
     return x[run.rows, run.first : run.first + run.tiles * tile].unflatten(1, (run.tiles, tile))
 
 
 def _keys(x: Tensor, run: _Run, tile: int) -> Tensor:
-    """(B, p + l, H, dh) -> (rows tiles, H, K, dh), overlapping, without a copy for one row."""
+    """Return the overlapping keys of a run, (B, p + l, H, dh) -> (rows tiles, H, K, dh), without a copy for one row."""
     stop = run.begin + (run.tiles - 1) * tile + run.keys
     return x[run.rows, run.begin : stop].unfold(1, run.keys, tile).movedim(-1, 2).flatten(0, 1).transpose(1, 2)
 
 
 def _add_keys(x: Tensor, run: _Run, tile: int, values: Tensor) -> None:
-    """Add (rows tiles, H, K, dh) to where `_keys` takes them, for each key the first tile first."""
+    """Add (rows tiles, H, K, dh) to the place that `_keys` reads; for each key, the first tile is added first."""
     rows = x[run.rows]
     values = values.transpose(1, 2).unflatten(0, (len(rows), run.tiles))  # (rows, tiles, K, H, dh)
     step = run.keys if run.tiles == 1 else tile
@@ -204,5 +203,5 @@ def _add_keys(x: Tensor, run: _Run, tile: int, values: Tensor) -> None:
 
 
 def _last(mask: Tensor, keys: int, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores of a tile's last keys, (1, H or 1, t, keys)."""
+    """Return the mask's columns for a tile's last keys, (1, H or 1, t, keys)."""
     return mask[None, ..., mask.shape[2] - keys :].to(dtype)

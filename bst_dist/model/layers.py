@@ -43,7 +43,7 @@ class SlidingMixer(nn.Module):
 
 
 class BSTMixer(nn.Module):
-    """Block-State Transformer: sliding self-attention beside cross-attention to context states of an SSM."""
+    """Block-State Transformer: sliding self-attention, in parallel with cross-attention to context states of an SSM."""
 
     def __init__(self, config: LayerConfig):
         super().__init__()
@@ -60,7 +60,7 @@ class BSTMixer(nn.Module):
 
 
 class NoCrossMixer(BSTMixer):
-    """Ablation: cross-attention put to zero. Its parameters stay, so a trained BST can be loaded and tried without."""
+    """Ablation: the output of cross-attention is zero. Its parameters remain, so a trained BST can be loaded."""
 
     def forward(self, u: Tensor, past: Past, starts: Starts | None) -> Tensor:
         own = self.attention(u, past.child("self"), starts)
@@ -80,11 +80,11 @@ MIXERS: dict[str, type[nn.Module]] = {
     "gated-deltanet": GatedDeltaNetMixer,
     "full": FullMixer,
 }
-"""The class of each mixer; which sections of the settings it reads, `config.MIXER_SECTIONS` says."""
+"""The class of each mixer. `config.MIXER_SECTIONS` lists the settings sections that it reads."""
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """max(x, 0)^2 (Primer, So et al., arXiv 2109.08668)."""
+    """Return max(x, 0)^2 (Primer, So et al., arXiv 2109.08668)."""
     return torch.relu(x).square()
 
 
@@ -94,7 +94,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "swiglu": F.silu,
 }
-"""What the feed-forward network has between its maps, by the settings' name."""
+"""The activation function of the feed-forward network, by its name in the settings."""
 
 
 class FeedForward(nn.Module):
@@ -118,7 +118,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm residual layer: h = x + b mixer(norm(x)); h + b ffn(norm(h)), with a multiplier b of its branches."""
+    """Pre-norm residual layer: h = x + b mixer(norm(x)); h + b ffn(norm(h)), where b multiplies both branches."""
 
     def __init__(self, mixer: str, config: LayerConfig, branch: float = 1.0):
         super().__init__()
@@ -133,7 +133,7 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, past: Past, starts: Starts | None = None, keeps: compiled.Keeps | None = None
     ) -> Tensor:
-        """`keeps`: of a call that is one graph, what is kept for the backward pass (`compiled.run`)."""
+        """`keeps`: for a call that runs as one graph, the outputs kept for the backward pass (`compiled.run`)."""
         if self.is_one_graph(past):
             return compiled.run(self, x, past, starts, keeps)
         return self.compute(x, past, starts)
@@ -143,13 +143,13 @@ class Layer(nn.Module):
         return self.compiled and compiled.fits(past)
 
     def compute(self, x: Tensor, past: Past, starts: Starts | None) -> Tensor:
-        """The layer itself, operation by operation."""
+        """Compute the layer operation by operation."""
         h = torch.add(x, self.mixer(self.mixer_norm(x), past, starts), alpha=self.branch)
-        h = h.flatten(0, 1)  # as products take it: a compiled layer then casts its gradient as it computes it
+        h = h.flatten(0, 1)  # the shape that products use: a compiled layer then casts its gradient while computing it
         return torch.add(h, self.ffn(self.ffn_norm(h)), alpha=self.branch).view(x.shape)
 
     def prepare(self, x: Tensor, past: Past, starts: Starts | None) -> dict[str, object]:
-        """What the layer asks `past` for once (`Past.once`), if it is given a whole sequence."""
+        """Return the values that the layer asks `past` for with `Past.once`, for a slice that is a whole sequence."""
         like, found = x[..., :0].to(product_dtype(x)), {}
         for module in self.mixer.modules():
             if hasattr(module, "prepare"):
@@ -157,7 +157,7 @@ class Layer(nn.Module):
         return found
 
     def initialize(self, depth: int) -> None:
-        """Linear maps N(0, 1/fan-in); those that write to the residual stream smaller by sqrt(2 depth)."""
+        """Draw linear maps from N(0, 1/fan-in); maps into the residual stream are smaller by a factor sqrt(2 depth)."""
         for module in self.modules():
             if isinstance(module, Linear):
                 gain = 1 / math.sqrt(2 * depth) if module.into_stream else 1.0

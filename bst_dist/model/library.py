@@ -1,4 +1,4 @@
-"""The model and the layer for a training loop of one's own: built from plain arguments, used like any torch module."""
+"""The model and the layer for your own training loop: built from plain arguments, used like any torch module."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from bst_dist.parallel.sequence.past import Past
 class BlockStateTransformer(LanguageModel):
     """A Block-State Transformer as a language model (arXiv 2306.09539), or one of its baselines by `mixer`.
 
-    Called with `labels` it returns `Losses`, without them the logits of the last token; `LanguageModel.forward` says
-    what it takes, `ModelConfig` what `settings` there are.
+    Called with `labels` it returns `Losses`, without them the logits of the last token. `LanguageModel.forward`
+    documents the arguments, `ModelConfig` the `settings`.
     """
 
     def __init__(self, vocab_size: int, width: int = 512, depth: int = 12, heads: int = 8, block: int = 512,
@@ -30,18 +30,19 @@ class BlockStateTransformer(LanguageModel):
 class BSTLayer(Layer):
     """One Block-State layer (B, l, D) -> (B, l, D): norm, mixer, norm, feed-forward network, both residual.
 
-    Causal; l is a multiple of `block`, or the whole of the call lies within one block.
+    Causal. l is a multiple of `block`, or the slice lies within one block.
     """
 
     def __init__(self, width: int, heads: int, block: int = 512, ffn: int | None = None, depth: int = 1,
                  **settings: Any) -> None:  # fmt: skip
-        """`depth`: of the stack that the layer stands in, for its initial values; `settings`: see `LayerConfig`."""
+        """`depth`: layers in the stack, which scales the initial values; `settings`: see `LayerConfig`."""
         super().__init__("bst", LayerConfig(width=width, heads=heads, block=block, ffn=ffn or 4 * width, **settings))
         self.initialize(depth)
 
     def forward(self, x: Tensor, past: Past | None = None, starts: Starts | None = None) -> Tensor:
-        """`past`: what came before the slice, None: nothing.
+        """`past`: the past of the slice; None: nothing came before it.
 
-        `starts`: (B, l / block) bool, blocks that begin a document; or `Borders`, for any tokens; None: none does.
+        `starts`: (B, l / block) bool, blocks that begin a document; or `Borders`, for documents that begin at any
+        token; None: no document begins.
         """
         return super().forward(x, past or Past(), starts)

@@ -21,25 +21,26 @@ from bst_dist.model.roles import Role, Stack, matrices_of, roles_of
 from bst_dist.parallel.sequence.past import EarlierCall, Past, State
 
 LAST_GAIN = 0.5
-"""Size of the last norm's gains at first; their signs are drawn. The stream begins as little more than the token's own
-embedding, N(0, 1), whose product with itself is the logit √D: with one sign the model would begin by predicting that
-each token repeats itself. With drawn signs that product is a sum of terms of both signs, of order one at any width, and
-the first loss is ln V and an eighth of a nat. With a head of its own the first loss is the same, whatever the signs."""
+"""Initial size of the last norm's gains; their signs are random. At initialisation the residual stream is close to the
+token's own embedding, N(0, 1), whose product with itself is the logit √D. If all gains had one sign, the model would
+therefore begin by predicting that each token repeats itself. With random signs this product is a sum of terms of both
+signs, of order one at any width, and the initial loss is ln V plus an eighth of a nat. With a separate head matrix the
+initial loss is the same for any signs."""
 
 
 class Losses(NamedTuple):
-    """What a forward pass with labels returns."""
+    """The result of a forward pass with labels."""
 
     total: Tensor
-    """What is minimised, with gradient: the sum of the negative log-likelihood over unmasked tokens, in nats, and the
+    """The training loss, with gradient: the sum of the negative log-likelihood over unmasked tokens, in nats, plus the
     model's `z_loss` times `squares`."""
     per_token: Tensor
-    """(B, l), without gradient; zero where masked out."""
+    """(B, l): the negative log-likelihood of each token, without gradient; zero for masked tokens."""
     correct: Tensor | None = None
-    """(B, l) bool: the label counts and has the highest logit; None where a gradient is wanted."""
+    """(B, l) bool: the label is unmasked and has the highest logit. None when gradients are computed."""
     squares: Tensor | None = None
-    """Sum over unmasked tokens of log^2 Z, Z the sum of the exponentials of a token's logits, without gradient; None
-    where the model's `z_loss` is 0 or no gradient is wanted."""
+    """Sum of log^2 Z over unmasked tokens, without gradient. Z is the sum of the exponentials of a token's logits. None
+    when the model's `z_loss` is 0 or no gradients are computed."""
 
     @property
     def nats(self) -> Tensor:
@@ -62,7 +63,7 @@ class LanguageModel(nn.Module):
         self.checkpoint: Callable[..., Tensor] | None = None
         """Activation checkpointing: called as ``checkpoint(layer, *inputs)`` in place of ``layer(*inputs)``."""
         self.z_loss = 0.0
-        """In training, what the square of log Z is weighted by in `Losses.total` (`train.z_loss`)."""
+        """Weight of the squared log Z in `Losses.total` during training (`train.z_loss`)."""
         for layer in self.layers:
             layer.initialize(config.parametrisation.initial_depth(config.depth))
         with torch.no_grad():
@@ -77,15 +78,15 @@ class LanguageModel(nn.Module):
         starts: Starts | None = None,
         past: Past | None = None,
     ) -> Losses | Tensor:
-        """Losses of the labels; without labels, the logits of the last token, (B, V).
+        """Return the losses of the labels, or without labels the logits of the last token, (B, V).
 
         Args:
             input_ids: (B, l) int64. A slice is a whole number of blocks, or lies within one block.
-            labels: (B, l) int64, the token after each.
-            loss_mask: (B, l) bool, False where a label does not count; None: all count.
-            starts: (B, l / W) bool, blocks that begin a document and see nothing before; or `Borders`, documents that
-                begin at any token, for slices of whole blocks; None: none does.
-            past: what came before the slice; None: nothing.
+            labels: (B, l) int64, the token after each input token.
+            loss_mask: (B, l) bool, False for labels that are left out of the loss; None: all are included.
+            starts: (B, l / W) bool, blocks that begin a document and see nothing before it; or `Borders`, for slices of
+                whole blocks in which documents begin at any token; None: no document begins.
+            past: the past of the slice; None: nothing came before it.
         """
         x = self.hidden(input_ids, starts, past)
         if labels is None:
@@ -97,7 +98,7 @@ class LanguageModel(nn.Module):
         return Losses(*linear_cross_entropy(self.norm(x), self.embedding.weight, labels, mask, scale, self.z_loss))
 
     def hidden(self, input_ids: Tensor, starts: Starts | None = None, past: Past | None = None) -> Tensor:
-        """The residual stream after the last layer, (B, l) -> (B, l, D); arguments as of `forward`."""
+        """Return the residual stream after the last layer, (B, l) -> (B, l, D); arguments as in `forward`."""
         past = past or Past()
         self._check_slice(input_ids.shape[1], past.position)
         if isinstance(starts, Borders):
@@ -109,7 +110,7 @@ class LanguageModel(nn.Module):
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Of the token after each, (..., D) -> (..., V); for few positions at a time, losses need none."""
+        """Return the logits of the next token, (..., D) -> (..., V), for few positions; losses do not use it."""
         scale = self.config.parametrisation.logit_scale(self.config.width)
         if self.output is not None:
             return self.output(self.norm(hidden), scale)
@@ -117,23 +118,25 @@ class LanguageModel(nn.Module):
 
     @property
     def head_matrix(self) -> Tensor:
-        """What the normalised stream is multiplied by for the logits, (V, D): the embedding, or the head's own."""
+        """The matrix (V, D) that maps the normalised stream to logits: the embedding, or the head's own matrix."""
         return self.embedding.weight if self.output is None else self.output.weight
 
     def carry(self, state: State | None = None, position: int = 0) -> EarlierCall:
-        """A past that takes up what an earlier call left, and collects in ``.after`` what the next call leaves."""
+        """Return a past that reads `state`, left by an earlier call, and collects the next state in ``.after``."""
         return EarlierCall(state, position)
 
     def parameter_groups(self, hidden_apart: bool = False) -> dict[str, list[nn.Parameter]]:
-        """Parameters by how they are trained: matrices (with weight decay), SSM dynamics (a rate of their own, no
-        decay), and all the rest, called vectors (no decay): scales, biases, tables, read-outs, embedding, head. Which a
-        parameter is, its module says (`bst_dist.model.roles`).
+        """Return the parameters by optimizer group. The role of each parameter is set in its module
+        (`bst_dist.model.roles`).
 
-        CompleteP tells two more apart: filters, the matrices of a kernel, whose fan-in does not grow with the width,
-        and embedding, the parameters outside of the layers.
+        - matrices: with weight decay;
+        - ssm: the dynamics of SSMs, with a separate learning rate and no decay;
+        - vectors: all others (scales, biases, tables, read-outs, embedding, head), without decay.
 
-        `hidden_apart`: only `hidden_matrices` are in the group of matrices, and all others in one called other
-        matrices."""
+        CompleteP has two more groups: filters, the matrices that compute a kernel, whose fan-in does not grow with the
+        width; and embedding, the parameters outside the layers.
+
+        `hidden_apart`: keep only `hidden_matrices` in "matrices" and put all other matrices into "other matrices"."""
         groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "ssm": []}
         in_layers = {id(p) for p in self.layers.parameters()}
         for module in self.modules():
@@ -150,12 +153,12 @@ class LanguageModel(nn.Module):
         return groups
 
     def hidden_matrices(self) -> list[tuple[nn.Parameter, Stack]]:
-        """The matrices inside the layers, which map one activation to another, with the maps that each holds. Not among
-        them: embedding and head, and the small networks that compute a kernel."""
+        """Return the matrices in the layers that map one activation to another, each with the linear maps it holds.
+        Embedding, head, and the small networks that compute a kernel are not included."""
         return list(matrices_of(self.layers))
 
     def group_scales(self) -> dict[str, Scale]:
-        """What the optimizer's hyperparameters are multiplied by, by group; all others are as the recipe says."""
+        """Return the multipliers of the optimizer's hyperparameters by group. Other groups use the recipe's values."""
         return self.config.parametrisation.scales(self.config.width, self.config.depth)
 
     def _check_slice(self, length: int, position: int) -> None:

@@ -6,18 +6,18 @@ import torch
 from torch import Tensor, nn
 
 TILE_LOGITS = 2**23
-"""Logits held at a time on a CPU, 32 MiB in single precision: about what its caches hold."""
+"""Logits per tile on a CPU: 32 MiB in single precision, about the size of its caches."""
 
 GPU_TILE_LOGITS = 2**27
-"""The same on a GPU, 512 MiB: in tiles of a CPU's size 32k tokens of 32k ids are 126 tiles and 2,500 kernels, and the
-gradient of the embedding is read and written with each."""
+"""Logits per tile on a GPU: 512 MiB. In tiles of the CPU's size, 32k tokens of 32k ids would be 126 tiles and 2,500
+kernels, and each tile would read and write the gradient of the embedding."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum over tokens of -log softmax(scale * h W^T)[label] + z log^2 Z, Z the softmax's denominator; gradients are
-    made tile by tile in the forward pass.
+    """Sum over tokens of -log softmax(scale * h W^T)[label] + z log^2 Z, where Z is the softmax's denominator.
 
-    The backward pass then only multiplies by the incoming scalar, and the weight is not needed again.
+    The forward pass computes the gradients, tile by tile. The backward pass only multiplies them by the incoming
+    scalar, and does not need the weight again.
     """
 
     @staticmethod
@@ -30,7 +30,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-        correct = None if needs_hidden or needs_weight else torch.zeros_like(mask)  # training does not ask for it
+        correct = None if needs_hidden or needs_weight else torch.zeros_like(mask)  # training does not need it
         squares = per_token.new_zeros(()) if z else None
         rows = max(1, (TILE_LOGITS if device == "cpu" else GPU_TILE_LOGITS) // len(weight))
         with torch.autocast(device, enabled=False):
@@ -71,22 +71,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, scale: float,
                          z_loss: float = 0.0) -> tuple:  # fmt: skip
-    """Negative log-likelihood in nats of `labels` under the logits ``scale * hidden @ weight.T``.
+    """Return the negative log-likelihood in nats of `labels` under the logits ``scale * hidden @ weight.T``.
 
     Args:
         hidden: (B, l, D).
         weight: (V, D).
         labels: (B, l) int64.
-        mask: (B, l) bool; a token that is masked out has loss and gradient zero.
-        z_loss: what log^2 Z is weighted by, with Z the sum of the exponentials of a token's logits; left out where no
-            gradient is wanted.
+        mask: (B, l) bool; where it is False, loss and gradient are zero.
+        z_loss: weight of log^2 Z, where Z is the sum of the exponentials of a token's logits; taken as 0 when gradients
+            are disabled.
 
     Returns:
-        Their sum, and `z_loss` times that of log^2 Z, a scalar with gradient; the loss of each token, (B, l) without;
-        (B, l) bool, whether each label that counts has the highest logit, None where a gradient is wanted; and the sum
-        of log^2 Z, None where it is left out.
+        The sum over tokens plus `z_loss` times the sum of log^2 Z, a scalar with gradient; the negative log-likelihood
+        of each token, (B, l), without gradient; whether each unmasked label has the highest logit, (B, l) bool, or None
+        when gradients are computed; the sum of log^2 Z, or None when `z_loss` is 0.
     """
-    if not torch.is_grad_enabled():  # inside a Function, inputs seem to need gradients whether or not anyone asks
+    if not torch.is_grad_enabled():  # a Function's needs_input_grad ignores no_grad
         hidden, weight, z_loss = hidden.detach(), weight.detach(), 0.0
     flat = hidden.flatten(0, 1), weight, labels.flatten(), mask.flatten()
     total, per_token, correct, squares = _LinearCrossEntropy.apply(*flat, scale, z_loss)
@@ -94,8 +94,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, mask: T
 
 
 class OutputHead(nn.Module):
-    """A head with a matrix of its own, N(0, 1) as the embedding's; a module, so that ZeRO-3 gathers it where it is
-    called and not for the whole pass."""
+    """An output head with its own matrix, initialised N(0, 1) like the embedding. It is a module so that ZeRO-3 gathers
+    the matrix for this call only and not for the whole pass."""
 
     def __init__(self, vocabulary: int, width: int):
         super().__init__()
@@ -104,7 +104,7 @@ class OutputHead(nn.Module):
 
     def forward(self, hidden: Tensor, scale: float, labels: Tensor | None = None, mask: Tensor | None = None,
                 z_loss: float = 0.0) -> Tensor | tuple:  # fmt: skip
-        """What `linear_cross_entropy` returns; without labels the logits, (..., D) -> (..., V)."""
+        """Return the result of `linear_cross_entropy`; without labels the logits, (..., D) -> (..., V)."""
         if labels is None:
             return hidden @ self.weight.T * scale
         return linear_cross_entropy(hidden, self.weight, labels, mask, scale, z_loss)

@@ -1,4 +1,4 @@
-"""Which models can tell documents apart at any token; settings alone, without the layers (`borders`)."""
+"""Which models can separate documents that begin at any token (`borders`). It uses the settings, not the layers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from bst_dist.model.config import MIXER_SECTIONS, FilterConfig, ModelConfig
 
 
 def masking_problem(model: ModelConfig) -> str | None:
-    """Why `data.documents: masked` cannot be had with this model, in a line; None if it can."""
+    """Return why this model does not support `data.documents: masked`, in one line; None if it does."""
     used = {section: mixer for mixer in model.mixers() for section in MIXER_SECTIONS[mixer]}
     if "block_recurrent" in used:
         return (

@@ -1,4 +1,4 @@
-"""How initial values, rates and multipliers depend on a model's width and depth: in the standard way, or by CompleteP.
+"""How initial values, learning rates and multipliers depend on width and depth: the standard way, or CompleteP.
 
 Under CompleteP (Dey et al. 2025, arXiv 2505.01618, table 1 with α = 1; in width it is μP, Yang et al., arXiv
 2203.03466) a few steps change every activation by an amount that depends neither on the width nor on the depth, so a
@@ -7,18 +7,18 @@ base_depth, and standard deviations for the initial values:
 
 |                                             | standard         | CompleteP                                 |
 | ------------------------------------------- | ---------------- | ----------------------------------------- |
-| what a branch adds to the stream            | x + f(x)         | x + f(x) / m_depth                        |
-| matrices at first                           | 1 / √fan-in      | 1 / √fan-in                               |
-| those that write to the stream, further     | / √(2 depth)     | / √(2 base_depth)                         |
+| residual branch with output f(x)            | x + f(x)         | x + f(x) / m_depth                        |
+| initial matrices                            | 1 / √fan-in      | 1 / √fan-in                               |
+| those that write to the stream, in addition | / √(2 depth)     | / √(2 base_depth)                         |
 | logits                                      | h·w / √width     | h·w / (√base_width m_width)               |
 | matrices: rate, decay, eps                  | η, λ, ε          | η/m_width, λ m_width, ε/(m_width m_depth) |
 | filters, matrices with a fixed fan-in       | η, λ, ε          | η, λ, ε/(m_width m_depth)                 |
 | vectors and SSM dynamics inside the layers  | η or η_ssm, 0, ε | η or η_ssm, 0, ε/(m_width m_depth)        |
 | the embedding, the head and the last norm   | η, 0, ε          | η, 0, ε/m_width                           |
 
-At the base shape the two are the same model, to the last bit. A state space model works on each channel by itself: its
-dynamics, read-outs and skips meet no sum over the width and count as vectors, and the matrices of a filter network have
-a fan-in that is fixed. Heads must keep their width: a wider model has more of them.
+At the base shape both give the same model, to the last bit. A state space model works on each channel separately: its
+dynamics, read-outs and skips are not summed over the width, so they count as vectors. The matrices of a filter network
+have a fixed fan-in. Heads must keep their width: a wider model has more heads.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from bst_base.settings import Config
 
 
 class Scale(NamedTuple):
-    """What the hyperparameters of a parameter group are multiplied by."""
+    """Multipliers of the hyperparameters of a parameter group."""
 
     rate: float = 1.0
     decay: float = 1.0
@@ -46,23 +46,23 @@ class StandardConfig(Config):
     """One learning rate for all shapes. The best value falls as width and depth grow."""
 
     def branch(self, depth: int) -> float:
-        """What the output of a residual branch is multiplied by."""
+        """Return the multiplier of a residual branch's output."""
         return 1.0
 
     def initial_depth(self, depth: int) -> int:
-        """The depth by which maps into the residual stream begin smaller."""
+        """Return the depth that reduces the initial values of maps into the residual stream."""
         return depth
 
     def logit_scale(self, width: int) -> float:
-        """What the product of last activation and embedding is multiplied by."""
+        """Return the multiplier of the product of last activation and embedding."""
         return 1 / math.sqrt(width)
 
     def group(self, kind: str) -> str:
-        """The parameter group of a kind of parameters; filters train like matrices, the embedding like vectors."""
+        """Return the group of a kind of parameters. Filters train like matrices, the embedding like vectors."""
         return {"filters": "matrices", "embedding": "vectors"}.get(kind, kind)
 
     def scales(self, width: int, depth: int) -> dict[str, Scale]:
-        """Of the groups that differ from the recipe's optimizer section."""
+        """Return the multipliers of the groups that differ from the recipe's optimizer section."""
         return {}
 
 
@@ -108,4 +108,4 @@ ParametrisationConfig: TypeAlias = Annotated[
     Annotated[StandardConfig, Tag("standard")] | Annotated[CompletePConfig, Tag("completep")],
     Discriminator(_kind),
 ]
-"""The section of one parametrisation, told by its `kind`."""
+"""The settings of one parametrisation, selected by the field `kind`."""

@@ -1,6 +1,6 @@
-"""Looks inside a model: the time scales of its SSMs, and what its layers make of their context states.
+"""Measurements inside a model: the time scales of its SSMs, and how much its layers use their context states.
 
-Only the model is known here, so training can look too (`bst_dist.report.probes`).
+This module depends on the model only, so training can use it too (`bst_dist.report.probes`).
 
 Shapes: B rows, l tokens, H heads, dh head width, nb blocks of n context states, W block.
 """
@@ -28,23 +28,23 @@ from bst_dist.model.ssm.selective import Selective
 from bst_dist.model.ssm.unstructured import LongFilter
 
 BLOCKS_LOOKED_AT = 4
-"""The entropy is that of one row's last so many blocks: scores are never held for more."""
+"""The entropy is measured on this many last blocks of one row, so scores are never stored for more."""
 
 
 def kernel_of(mixer: nn.Module) -> nn.Module | None:
-    """A layer's SSM, if it has one that remembers anything."""
+    """Return the SSM of a layer: its first module with parameters of a recurrence, or None."""
     return next((module for module in mixer.modules() if Role.DYNAMICS in roles_of(module).values()), None)
 
 
 def kernels(model: LanguageModel) -> dict[int, nn.Module]:
-    """The SSMs of a model that remember anything, by layer."""
+    """Return the SSMs of a model by layer index, without layers that have none."""
     found = {index: kernel_of(layer.mixer) for index, layer in enumerate(model.layers)}
     return {index: kernel for index, kernel in found.items() if kernel is not None}
 
 
 @singledispatch
 def time_scales(kernel: nn.Module) -> Tensor:
-    """Tokens after which what a mode of the SSM remembers is down to 1/e, flat; raises TypeError for other modules."""
+    """Return the tokens after which each mode of an SSM has decayed to 1/e, flat. Raise TypeError for other modules."""
     raise TypeError(f"no time scales are known of a {type(kernel).__name__}")
 
 
@@ -57,7 +57,7 @@ def _(kernel: S4D) -> Tensor:
 
 @time_scales.register
 def _(kernel: S4DPLR) -> Tensor:
-    """Of the eigenvalues of the discrete recurrence: the low-rank part mixes the modes."""
+    """From the eigenvalues of the discrete recurrence, because the low-rank part mixes the modes."""
     transition, _, _ = kernel.recurrence()
     return (-1 / torch.linalg.eigvals(transition.detach()).abs().log()).flatten()
 
@@ -65,22 +65,22 @@ def _(kernel: S4DPLR) -> Tensor:
 @time_scales.register(DeltaRule)
 @time_scales.register(Selective)
 def _(kernel: Selective | DeltaRule) -> Tensor:
-    """1 / (dt A) of each head, at the step of a token that asks for no other."""
+    """1 / (dt A) of each head, at the default step: that of a token whose projection adds zero to it."""
     return (1 / (nn.functional.softplus(kernel.step) * kernel.log_decay.exp())).detach()
 
 
 @time_scales.register
 def _(kernel: LongFilter) -> Tensor:
-    """Of the windows exp(-α t / K) of the channels' filters: K / α."""
+    """K / α, for the windows exp(-α t / K) of the channels' filters."""
     return (kernel.length / kernel.log_decay.double().exp()).detach().flatten()
 
 
 class ContextProbe:
-    """While it is entered, looks at the first forward pass: how much the context states say in each layer.
+    """Context manager that measures, in the first forward pass within it, how much each layer uses its context states.
 
-    Afterwards `sums` has for each layer with context states (4,) float64, to be added up over ranks: the squares of
-    what self-attention and of what cross-attention contribute to the mixer's output, and the entropies of
-    cross-attention (0: all on one state; 1: all alike) with how many they are.
+    Afterwards `sums` has (4,) float64 for each layer with context states, to be summed over ranks: the sums of squares
+    of the contributions of self-attention and of cross-attention to the mixer's output, the sum of the relative
+    entropies of cross-attention (0: all weight on one state; 1: uniform), and the number of these entropies.
     """
 
     def __init__(self, model: LanguageModel):
@@ -107,7 +107,7 @@ class ContextProbe:
             self._handles.pop().remove()
 
     def _first(self, index: int, what: str) -> bool:
-        """Whether this has not been looked at before."""
+        """Return whether `what` is measured for the first time in this layer, and mark it as measured."""
         new = (index, what) not in self._looked
         self._looked.add((index, what))
         return new
@@ -115,7 +115,7 @@ class ContextProbe:
     def _shares(self, index: int):
         @torch.no_grad()
         def look(out: nn.Linear, args: tuple) -> None:
-            if self._first(index, "share"):  # the weight is there: under ZeRO-3 it has been gathered by now
+            if self._first(index, "share"):  # under ZeRO-3 the weight has been gathered by now
                 halves = zip(args[0].chunk(2, dim=-1), out.weight.chunk(2, dim=1), strict=True)
                 self.sums[index][:2] = torch.stack([F.linear(x, w).double().square().sum() for x, w in halves])
 
@@ -138,13 +138,16 @@ class ContextProbe:
 
 
 def relative_entropy(q: Tensor, k: Tensor, block: int) -> Tensor:
-    """Sum over tokens and heads of the entropies of attention to context by those of even attention, and their number.
+    """Return the sum over tokens and heads of the relative entropies of attention to context, and their number.
+
+    A relative entropy is divided by the entropy of uniform attention. The result is (2,) float64.
 
     Args:
-        q: (1, l, H, dh), whole blocks, or less than one.
-        k: (1, l, H, dh), a state a token, seen causally within a block; or (1, nb, n, H, dh), all seen by their block.
+        q: (1, l, H, dh), whole blocks, or a part of one.
+        k: (1, l, H, dh), one state per token, seen causally within a block; or (1, nb, n, H, dh), all seen by their
+            block.
 
-    Tokens that see one state alone have no entropy and do not count. (2,) float64.
+    Tokens that see only one state have no entropy and are not counted.
     """
     causal, span = k.dim() == 4, min(block, q.shape[1])
     q = q[0].unflatten(0, (-1, span))[-BLOCKS_LOOKED_AT:].float()  # (nb, W, H, dh)

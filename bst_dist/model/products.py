@@ -1,8 +1,8 @@
-"""Matrix products of a compiled layer that read and write less than the maps one by one.
+"""Matrix products of a compiled layer that read and write less memory than separate linear maps.
 
-On a GPU a layer is bound by the memory as much as by its products, and torch's compiler does not change products. So a
-compiled layer has its maps of one input as one product, and ReLU in the product before it. Elsewhere each map is called
-by itself: ZeRO-3 gathers its parameters then, probes look at it, and a CPU gains nothing.
+On a GPU a layer is bound by memory as much as by its products, and torch's compiler does not change products. So a
+compiled layer computes its maps of one input as one product, and applies ReLU within the product before it. Elsewhere
+each map is called as a module: ZeRO-3 then gathers its parameters, probes hook it, and a CPU would gain nothing.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from bst_dist.model.roles import Linear
 
 
 def together(x: Tensor, *maps: tuple[nn.Linear, Sequence[int]]) -> tuple[Tensor, ...]:
-    """The outputs of linear maps without bias, each in parts of so many rows: (..., D) -> (..., rows) for each part.
+    """Return the outputs of linear maps without bias, cut into parts of `rows`: (..., D) -> (..., rows) for each part.
 
-    As one product `x` is read once instead of once a map, in both passes, and its gradient is not summed up from parts:
-    in bfloat16 it is rounded once, where the parts and their sums are each.
-    All parts are cut at once: the gradient of a cut within a cut would be written twice.
+    In one product, both passes read `x` once and not once per map. The gradient of `x` is not a sum of parts: in
+    bfloat16 it is rounded once, whereas each part and each sum would be rounded.
+    All parts are cut at once, because the gradient of a cut within a cut would be written twice.
     """
     if len(maps) == 1 or not is_compiling():
         return tuple(part for one, rows in maps for part in one(x).split(rows, dim=-1))
@@ -32,21 +32,21 @@ def together(x: Tensor, *maps: tuple[nn.Linear, Sequence[int]]) -> tuple[Tensor,
 
 
 def whole(one: nn.Linear) -> tuple[nn.Linear, list[int]]:
-    """A map whose output is one part."""
+    """Return the argument of `together` for a map whose output is one part."""
     return one, [one.out_features]
 
 
 def in_order(x: Tensor) -> Tensor:
-    """The operand of several products, compiled with its dimensions in their order in memory.
+    """Return `x`, the operand of several products; a compiled layer writes it contiguously in memory.
 
-    Else each of these products, forward and backward, would copy it: cuBLAS has none in which neither rows nor columns
-    are neighbours in memory. Casts before it are in the one copy.
+    Otherwise each of these products, forward and backward, would copy it: cuBLAS accepts no matrix in which neither
+    rows nor columns are contiguous. Casts before it are part of the one copy.
     """
     return _InOrder.apply(x) if is_compiling() else x
 
 
 class _InOrder(torch.autograd.Function):
-    """The identity."""
+    """The identity; the output is contiguous in memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -58,12 +58,12 @@ class _InOrder(torch.autograd.Function):
 
 
 def gradient_in_order(x: Tensor) -> Tensor:
-    """The output of products, whose gradient, compiled, has its dimensions in their order in memory (`in_order`)."""
+    """Return `x`, the output of products; a compiled layer writes its gradient contiguously (see `in_order`)."""
     return _GradientInOrder.apply(x) if is_compiling() else x
 
 
 class _GradientInOrder(torch.autograd.Function):
-    """The identity."""
+    """The identity; the gradient is contiguous in memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -75,24 +75,24 @@ class _GradientInOrder(torch.autograd.Function):
 
 
 def _written_in_order(x: Tensor) -> Tensor:
-    """What is read by strides the compiler writes as it is asked to, and all else as it reads it."""
+    """Return a contiguous `x` read by strides; otherwise the compiler chooses the layout by how `x` is read later."""
     x = x.contiguous()
     return x.as_strided(x.shape, x.stride())
 
 
 def cast_by_channel(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """The outputs of a state space model, (B, L, C, Ds), in another type and in the order in which they lie in memory.
+    """Cast the outputs of a state space model, (B, L, C, Ds), and keep their order in memory.
 
-    The compiler gives what it computes the order of its dimensions, so they are the memory's while it casts; gradients,
-    which are cast back, then have that order as well.
+    The compiler writes a result in the order of its dimensions. So the cast runs with the dimensions in memory order;
+    the gradients, which are cast back, then have the same order.
     """
     return y.permute(3, 0, 1, 2).to(dtype).permute(1, 2, 3, 0)
 
 
 def relu_of(x: Tensor, into: Linear) -> Tensor:
-    """max(W x, 0) elementwise, (..., D) -> (..., rows of W).
+    """Return max(W x, 0) elementwise, (..., D) -> (..., rows of W).
 
-    cuBLAS applies ReLU before it writes the product, where the compiler's kernel would read and write it once more.
+    cuBLAS applies ReLU before it writes the product. A kernel of the compiler would read and write the product again.
     """
     if not is_compiling():
         return torch.relu(into(x))
@@ -102,7 +102,7 @@ def relu_of(x: Tensor, into: Linear) -> Tensor:
 
 
 class _ReluOfProduct(torch.autograd.Function):
-    """relu(x w') of (n, D) and (rows, D); torch has this operator without a derivative."""
+    """relu(x w') of (n, D) and (rows, D). torch's operator has no derivative, so it is defined here."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""What a parameter is for, said where it is made: initial values and optimizer groups follow from it, not from names.
+"""The role of each parameter, stated by its module. Initial values and optimizer groups follow from it, not from names.
 
-A module says it in its `roles`, by the names of its own parameters; what is not named there is a VECTOR. Where a matrix
-holds several linear maps, its `stacks` say where each ends. Both stand in the module and not on the parameter, because
-copying a model, or moving it off the meta device, makes new parameters.
+A module's attribute `roles` gives the roles by the names of its own parameters; a parameter not named there is a
+VECTOR. When a matrix holds several linear maps, the attribute `stacks` says where each map ends. Both are attributes of
+the module and not of the parameter, because copying a model, or moving it off the meta device, makes new parameters.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Role(Enum):
     FILTER = "filters"
     """A matrix of a network that computes a kernel: its fan-in does not grow with the width."""
     DYNAMICS = "ssm"
-    """Of a state space model's recurrence: a learning rate of its own and no decay."""
+    """A parameter of a state space model's recurrence. Has a separate learning rate and no decay."""
     VECTOR = "vectors"
-    """All the rest: scales, biases, tables, read-outs. No decay."""
+    """All others: scales, biases, tables, read-outs. No decay."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,15 @@ class Stack:
 
     dim: int = 0
     sizes: tuple[int, ...] = ()
-    """Of the maps, in order; empty: it is one map."""
+    """Sizes of the maps along `dim`, in order; empty: the weight is not cut."""
 
     def maps(self, weight: Tensor) -> list[Tensor]:
-        """A view of each, (rows, columns)."""
+        """Return a view of each map, (rows, columns)."""
         parts = weight.split(self.sizes, self.dim) if self.sizes else (weight,)
         return [one for part in parts for one in (part.unbind(0) if part.ndim == 3 else (part,))]
 
     def shapes(self, shape: Sequence[int]) -> list[tuple[int, int]]:
-        """Of the maps in a weight of this shape."""
+        """Return the shapes of the maps in a weight of this shape."""
         return [tuple(one.shape) for one in self.maps(torch.empty(shape, device="meta"))]
 
 
@@ -50,10 +50,11 @@ class Linear(nn.Linear):
     """A linear map; `Layer.initialize` draws its weight.
 
     Args:
-        parts: outputs of the maps that the weight holds one below the other, where they are several, as queries, keys
-            and values.
-        into_stream: its output is added to the residual stream, so it begins smaller in deeper models.
-        bias: none in the layers of the stack.
+        parts: output sizes of the maps, when the weight holds several maps below each other, such as queries, keys and
+            values.
+        into_stream: whether the output is added to the residual stream. If so, initial weights are smaller in deeper
+            models.
+        bias: whether there is a bias; only networks that compute a kernel have one.
     """
 
     def __init__(self, fan_in: int, fan_out: int, role: Role = Role.MATRIX, into_stream: bool = False,
@@ -65,19 +66,19 @@ class Linear(nn.Linear):
 
 
 def products_only(module: nn.Module) -> list[nn.Parameter]:
-    """A module's own parameters that enter matrix products under autocast and nothing else, so that they may as well
-    come in autocast's type; those of networks that compute a kernel are used in single precision."""
+    """Return a module's own parameters that are used only in matrix products under autocast, so that they can be given
+    in autocast's dtype. Networks that compute a kernel have none: they run in single precision."""
     return [getattr(module, name) for name in getattr(module, "products_only", ())]
 
 
 def roles_of(module: nn.Module) -> dict[str, Role]:
-    """The role of each parameter that a module holds itself, by name."""
+    """Return the role of each of a module's own parameters, by name."""
     said = getattr(module, "roles", {})
     return {name: said.get(name, Role.VECTOR) for name, _ in module.named_parameters(recurse=False)}
 
 
 def matrices_of(module: nn.Module) -> Iterator[tuple[nn.Parameter, Stack]]:
-    """The matrices in a module and those below it, with the maps that each holds."""
+    """Yield the matrices of a module and its submodules, each with the linear maps it holds."""
     for each in module.modules():
         stacks = getattr(each, "stacks", {})
         for name, role in roles_of(each).items():

@@ -1,8 +1,8 @@
-"""Causal attention in tiles of queries, with its gradients made in a second pass over the same tiles.
+"""Causal attention in tiles of queries. The backward pass recomputes the same tiles.
 
-A tile of t queries meets only the keys that some of them may see: the window before them and their own. Scores live
-for one tile at a time, so memory is linear in the length, and they stay in the cache of a CPU core, where this takes
-half the time of attention over whole blocks. What fused kernels do on a GPU, this does on any device.
+A tile of t queries meets only the keys that some of its queries may see: the window before them and their own. Scores
+exist for one tile at a time, so memory is linear in the length. They stay in the cache of a CPU core, where this takes
+half the time of attention over whole blocks. It works like the fused kernels of a GPU, on any device.
 
 Shapes: B rows, l queries, p positions before them, H heads, dh head width, t queries of a tile, K keys it meets.
 """
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 QUERY_TILE = 128
-"""Queries of a tile: few enough to waste little on masked keys, many enough for an efficient matmul."""
+"""Queries per tile: few enough to waste little on masked keys, many enough for an efficient matmul."""
 
-# Far below any sum of normalised scores and biases, so that exp underflows to an exact zero; finite, so that a row
-# with nothing to see gives numbers; a power of two, so that it is exact in bfloat16.
+# Subtracted from hidden scores. Far above any sum of normalised scores and biases, so that exp underflows to an exact
+# zero; finite, so that a row without visible keys gives no NaN; a power of two, so that it is exact in bfloat16.
 HIDDEN = 16384.0
 
 
@@ -33,20 +33,20 @@ class Tile(NamedTuple):
 
 
 def sliding_tiles(queries: int, before: int, window: int) -> Iterator[Tile]:
-    """Tiles that meet the `window` positions before their first query, and their own."""
+    """Yield the tiles. Each meets the `window` positions before its first query, and its own positions."""
     for first in range(0, queries, QUERY_TILE):
         last = min(first + QUERY_TILE, queries)
         yield Tile(first, last, max(0, before + first - window), before + last)
 
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, tiles: Iterable[Tile], empty_rows: bool = False):
-    """Softmax attention, scores not scaled: (B, l, H, dh), (B, p + l, H, dh) twice -> (B, l, H, dh).
+    """Softmax attention without scaling of the scores: (B, l, H, dh), (B, p + l, H, dh) twice -> (B, l, H, dh).
 
     Args:
         mask: (H or 1, t, M), added to the scores of the last M keys up to a tile's own end: column M - t + i meets
             the key at query i's own position. Keys before those M are seen by all queries of the tile.
-        tiles: which keys each run of queries meets; runs of t queries, the last may be shorter.
-        empty_rows: whether the mask can hide every key of a query, which then attends to nothing.
+        tiles: the keys that each run of t queries meets; the last run may be shorter.
+        empty_rows: whether the mask can hide every key of a query; the output of such a query is zero.
     """
     return tiled_attention_and_sums(q, k, v, mask, tiles, empty_rows)[0]
 
@@ -54,7 +54,7 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, tiles: Iterab
 def tiled_attention_and_sums(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, tiles: Iterable[Tile], empty_rows: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The same, and the logarithm of the sum of each query's exponentials, (B, l, H)."""
+    """Return the same, and the logarithm of the sum of each query's exponentials, (B, l, H)."""
     return _TiledAttention.apply(q, k, v, mask, tuple(tiles), empty_rows)
 
 
@@ -105,7 +105,7 @@ class _TiledAttention(torch.autograd.Function):
 
 
 class _Heads(NamedTuple):
-    """One row's part of a tile, heads first."""
+    """One row's part of a tile, with heads as the first dimension."""
 
     q: Tensor  # (H, t, dh)
     k: Tensor  # (H, K, dh)
@@ -119,12 +119,15 @@ def _heads(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> _Heads:
 
 
 def _by_head(x: Tensor, begin: int, end: int) -> Tensor:
-    """Positions of (l, H, dh) as (H, positions, dh), without a copy."""
+    """Return positions of (l, H, dh) as (H, positions, dh), without a copy."""
     return x[begin:end].transpose(0, 1)
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor, tile: Tile, before: int, empty_rows: bool) -> tuple[Tensor, Tensor]:
-    """Attention weights of a tile, (H, t, K), in single precision at least, and the logarithm of their sum, (H, t)."""
+    """Return a tile's attention weights, (H, t, K), and the logarithm of each query's sum of exponentials, (H, t).
+
+    Both are in single precision at least.
+    """
     scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
     covered, columns = _covered(mask, tile, before)
     scores[..., covered:] += mask[:, : scores.shape[1], columns]
@@ -135,7 +138,7 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor, tile: Tile, before: int, empty_
 
 
 def _covered(mask: Tensor, tile: Tile, before: int) -> tuple[int, slice]:
-    """The first of the tile's keys that the mask covers, and the mask's columns from there to the tile's end."""
+    """Return the index of the tile's first key that the mask covers, and the mask's columns from there on."""
     origin = before + tile.first - (mask.shape[2] - mask.shape[1])  # position of the mask's first column
     begin = max(tile.begin, origin)
     return begin - tile.begin, slice(begin - origin, tile.end - origin)

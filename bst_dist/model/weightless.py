@@ -1,8 +1,9 @@
-"""Models without memory for their weights, for what can be told from shapes: torch's meta device.
+"""Models without memory for their weights, for questions that shapes can answer: torch's meta device.
 
-On that device torch computes by functions of Python that its compiler is to leave out. When one is first called torch
-loads the compiler, to tell it so: a second, where a model is built in some ten milliseconds. Here such functions are
-called as they are. Where a later version of torch does this otherwise, it takes longer and nothing else changes.
+On this device torch computes with Python functions that its compiler must skip. At the first call of such a function
+torch imports the compiler to tell it so. This takes a second; building a model takes some ten milliseconds. Here these
+functions are called without the compiler. If a later version of torch works differently, building takes longer and
+nothing else changes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ COMPILER = "torch._dynamo"
 
 @contextmanager
 def weightless() -> Iterator[None]:
-    """Tensors that are made while it is entered have a shape and no memory."""
+    """Context manager: tensors that are made within it have a shape and no memory."""
     absent = _Absent(COMPILER)
     sys.modules.setdefault(COMPILER, absent)
     try:
@@ -32,7 +33,7 @@ def weightless() -> Iterator[None]:
 
 
 class _Absent(ModuleType):
-    """In place of the compiler that nobody has imported yet: lets functions be called, and brings it for all else."""
+    """A stand-in for the compiler while it is not imported. Any use except `disable` imports the compiler."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -43,14 +44,14 @@ class _Absent(ModuleType):
         return function
 
     def leave(self) -> None:
-        """From now on the compiler is the compiler, also to the functions that were called without it."""
+        """Remove the stand-in, also for the functions that were called without the compiler."""
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]
         for function in self._called:
-            vars(function).pop("__dynamo_disable", None)  # where torch notes how to call it
+            vars(function).pop("__dynamo_disable", None)  # torch caches there how to call it
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name != "__path__":  # asked for before a module of the package is imported
+        if name.startswith("__") and name != "__path__":  # `__path__` is read to import a submodule
             raise AttributeError(name)
         self.leave()
         return getattr(importlib.import_module(self.__name__), name)

@@ -1,12 +1,12 @@
 """Block-Recurrent Transformer, fixed gate, skip configuration (Hutchins et al. 2022, arXiv 2203.07852, section 3).
 
-Beside its window a token attends to S state vectors, and once per block these attend to themselves and to the tokens of
-the block and of the one before. Keys and values are shared by the two directions, queries are not. "Skip" leaves out
+Besides its window, a token attends to S state vectors. Once per block these vectors attend to themselves and to the
+tokens of the block and the previous block. The two directions share keys and values, but not queries. "Skip" leaves out
 the state's feed-forward network, "fixed" makes the gate a learned constant:
 
     c' = g c + (1 - g) W [self(c); cross(c, tokens)],   g = sigmoid(b)
 
-Only this state path is sequential; everything of the tokens runs once over the slice.
+Only the state path is sequential; the token path runs once over the slice.
 
 Shapes: B rows, l tokens, nb blocks of W, S states, D width, H heads, dh head width.
 """
@@ -29,7 +29,7 @@ from bst_dist.parallel.sequence.past import Past
 
 
 class Window(NamedTuple):
-    """Tokens that the state attends to after a block: the block before, where there is one, and the block."""
+    """The tokens that the state attends to after a block: the previous block, if there is one, and the block."""
 
     k: Tensor  # (B, W or 2W, H, dh)
     v: Tensor
@@ -37,10 +37,13 @@ class Window(NamedTuple):
 
 
 class TokenAttention(SlidingAttention):
-    """Sliding attention that also gives the keys and values it used, for the state to attend to."""
+    """Sliding attention that also returns its keys and values, so that the state can attend to them."""
 
     def forward(self, u: Tensor, past: Past, starts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Heads concatenated (B, l, H dh); normalised keys and values (B, p + l, H, dh) from the block before on."""
+        """Return concatenated heads (B, l, H dh), and normalised keys and values (B, p + l, H, dh).
+
+        Keys and values begin with the previous block.
+        """
         q, k, v = self.by_heads(together(u, self.maps))
         k, v = past.as_one(k, v, 2, lambda kv: past.extend_to_blocks("kv", kv, self.window, whole=1))
         q, k = unit(q, self.scale), unit(k)
@@ -52,7 +55,7 @@ class TokenAttention(SlidingAttention):
 
 
 class StateCell(nn.Module):
-    """The recurrent direction: what a block's tokens attend to in a state, and the state after the block."""
+    """The recurrent direction: the keys and values of a state for a block's tokens, and the state after the block."""
 
     def __init__(self, config: LayerConfig):
         super().__init__()
@@ -64,10 +67,13 @@ class StateCell(nn.Module):
         self.self_scale = nn.Parameter(torch.full((config.heads,), math.sqrt(config.head)))
         self.token_scale = nn.Parameter(torch.full((config.heads,), math.sqrt(config.head)))
         self.update = Linear(2 * config.inner, width)
-        self.gate = nn.Parameter(torch.ones(width))  # b: at first 0.73 of the state stays
+        self.gate = nn.Parameter(torch.ones(width))  # b: initially 0.73 of the state is kept
 
     def forward(self, state: Tensor, tokens: Window | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values of `state` (B, S, H, dh), and the state after a block of `tokens`; as it is if None."""
+        """Return keys and values of `state` (B, S, H, dh), and the state after a block of `tokens`.
+
+        The state is unchanged if `tokens` is None.
+        """
         projected = self.project(self.norm(state) + self.identity).unflatten(-1, (4, self.heads, -1))
         q_self, q_tokens, k, v = projected.unbind(2)  # (B, S, H, dh)
         k = unit(k)
@@ -80,7 +86,7 @@ class StateCell(nn.Module):
 
 
 class BlockRecurrentMixer(nn.Module):
-    """Sliding attention beside cross-attention to a state that is updated after each block."""
+    """Sliding attention, in parallel with cross-attention to a state that is updated after each block."""
 
     def __init__(self, config: LayerConfig):
         super().__init__()
@@ -111,7 +117,7 @@ class BlockRecurrentMixer(nn.Module):
         return self.out(torch.cat((own, cross.view(own.shape)), dim=-1))
 
     def _windows(self, k: Tensor, v: Tensor, length: int, past: Past, starts: Tensor | None) -> list[Window | None]:
-        """What the state attends to after each block of the slice; None for a block that this slice does not end."""
+        """Return what the state attends to after each block of the slice; None for a block ending after it."""
         if not past.blocks_ended(self.block, length):
             return [None]
         blocks = -(-length // self.block)
@@ -123,16 +129,16 @@ class BlockRecurrentMixer(nn.Module):
         return [*first, *map(Window, keys, values, masks)]
 
     def _pairs(self, x: Tensor) -> list[Tensor]:
-        """Each block together with the one before it, (B, n, H, dh) -> (B, 2W, H, dh) for all but the first.
+        """Return each block together with the one before it, (B, n, H, dh) -> (B, 2W, H, dh) for all but the first.
 
-        Unbound at once: indexing block by block would make the backward pass quadratic in the blocks. Not by `unfold`,
-        whose gradient a compiled layer adds up by atomics, in no fixed order and in bf16.
+        Blocks are unbound at once: indexing them one by one would make the backward pass quadratic in their number.
+        `unfold` is not used, because a compiled layer adds up its gradient by atomics, in no fixed order and in bf16.
         """
         blocks = x[:, : x.shape[1] // self.block * self.block].unflatten(1, (-1, self.block)).unbind(1)
         return [torch.cat(pair, dim=1) for pair in pairwise(blocks)]
 
     def _masks(self, starts: Tensor) -> list[Tensor]:
-        """Hides the block before one that begins a document: for each block (B, 1, 1, 2W)."""
+        """Return masks that hide the block before one that begins a document: (B, 1, 1, 2W) for each block."""
         seen = torch.stack((~starts, torch.ones_like(starts)), dim=-1).repeat_interleave(self.block, dim=-1)
         return list(seen[:, :, None, None].unbind(1))
 

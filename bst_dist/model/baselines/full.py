@@ -1,4 +1,4 @@
-"""Full causal attention: each token sees all before it, at a cost that grows with the square of the length.
+"""Full causal attention: each token sees all tokens before it. The cost grows with the square of the length.
 
 Shapes: B rows, l tokens, p positions before them, H heads, dh head width.
 """
@@ -32,15 +32,15 @@ class LongerThanAllowedError(UserError):
 
 
 class FullAttention(SlidingAttention):
-    """Causal self-attention over everything: (B, l, D) -> (B, l, H dh).
+    """Causal self-attention over all earlier tokens: (B, l, D) -> (B, l, H dh).
 
-    On CUDA it is the kernel of sliding attention, with a window as wide as the longest sequence. Elsewhere, with RoPE,
-    it is one fused attention call. T5's bias is learned, which that does not differentiate; there, and where documents
-    do not see each other, attention runs in tiles, with memory linear in the length as well.
+    On CUDA it uses the kernel of sliding attention, with a window as long as the longest sequence. On other devices, it
+    is one fused attention call with RoPE. This call has no gradient for T5's learned bias and no masks of documents. In
+    these cases attention runs in tiles; their memory is linear in the length too.
     """
 
     def forward(self, u: Tensor, past: Past, starts: Starts | None = None) -> Tensor:
-        """Raises LongerThanAllowedError past the configured length, which is the window."""
+        """Raise LongerThanAllowedError if the stream is longer than the window, which is the configured length."""
         if past.position + u.shape[1] > self.window:
             raise LongerThanAllowedError(
                 f"full attention is configured for {self.window} tokens and got {past.position + u.shape[1]}: raise "
@@ -69,13 +69,14 @@ class FullAttention(SlidingAttention):
 
     @property
     def distances(self) -> int:
-        """How many T5's bias is made for: it is the same from the last one on, and the window is long."""
+        """Number of distances for which T5's bias is computed. It is constant from the last one on."""
         return self.config.max_distance + 1
 
     def _mask(self, tile: int, past: Past) -> Tensor:
-        """Causality and bias of a tile's last keys, (H or 1, t, far + t).
+        """Return the causal mask and the bias of a tile's last keys, (H or 1, t, far + t).
 
-        All keys further away than `far` share T5's last bucket, whose bias softmax lets us take from every score.
+        All keys further away than `far` share T5's last bucket. Its bias is subtracted from every score, which does not
+        change the softmax.
         """
         far = 0 if self.bias is None else self.bias.max_distance
         distance = torch.arange(far, far + tile, device=self.scale.device).unsqueeze(1)
@@ -88,14 +89,14 @@ class FullAttention(SlidingAttention):
 
 
 def causal_tiles(queries: int, before: int) -> Iterator[Tile]:
-    """Tiles that meet everything up to themselves."""
+    """Yield tiles that meet all positions up to their own end."""
     for first in range(0, queries, QUERY_TILE):
         last = min(first + QUERY_TILE, queries)
         yield Tile(first, last, 0, before + last)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One attention call, (B, l, H, dh) -> (B, l, H, dh)."""
+    """Attend in one fused call, (B, l, H, dh) -> (B, l, H, dh)."""
     length, keys = q.shape[1], k.shape[1]
     seen = None
     if keys > length:

@@ -1,12 +1,12 @@
-"""Gated DeltaNet (Yang, Kautz and Hatamizadeh 2024, arXiv 2412.06464, section 3): a state written by correction.
+"""Gated DeltaNet (Yang, Kautz and Hatamizadeh 2024, arXiv 2412.06464, section 3): a state updated by the delta rule.
 
     S_t = a_t (S_{t-1} - b_t k_t (k_t' S_{t-1})) + b_t k_t v_t',   y_t = S_t' q_t
 
-A head's state S (K x V) is a memory from keys to values: a token takes out what the state held for its key, in part
-b_t, and puts in its own value, after all has decayed by a_t. q, k, v go through a short convolution and SiLU, q and k
-are L2-normalised, and the output is normalised and gated. Inside a chunk of T tokens the corrections are one triangular
-system (the WY form), between chunks the state: linear in the length, exactly causal. The state after a
-slice is a matrix times the one before, more than the scan over ranks can send, so parallel.sp must be 1.
+A head's state S (K x V) is a memory from keys to values. The state decays by a_t; then a token removes the fraction b_t
+of the value that the state holds for its key, and adds its own value. q, k, v go through a short convolution and SiLU,
+q and k are L2-normalised, and the output is normalised and gated. Inside a chunk of T tokens the corrections are one
+triangular system (the WY form); between chunks the state passes. Time is linear in the length, and causality is exact.
+The transition of a slice is a matrix, more than the scan over ranks can send, so parallel.sp must be 1.
 
 Shapes: B rows, l tokens, H heads, T tokens of a chunk, K and V the widths of a head's keys and values.
 """
@@ -25,18 +25,18 @@ from bst_dist.parallel.sequence.past import Past
 
 
 class DeltaRule(Decays):
-    """The decays of H heads, and the recurrence."""
+    """The gated delta rule with H heads."""
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
     def forward(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, past: Past, starts: Starts | None) -> Tensor:
-        """(B, l, H, K) queries and keys of length one, (B, l, H, V) values -> (B, l, H, V).
+        """Map (B, l, H, K) queries and keys of unit length, and (B, l, H, V) values, to outputs (B, l, H, V).
 
-        `gates` (B, l, 2, H): what decay and strength are made of; `starts`: where documents begin, before which
-        the state is zero.
+        `gates` (B, l, 2, H): decay and strength before their activations. `starts`: where documents begin; the state
+        before them is zero.
         """
         q, k, v, gates = (one.to(self.step.dtype) for one in (q, k, v, gates))
-        chunk = self.chunk if q.shape[1] % self.chunk == 0 else q.shape[1]  # within a block a slice is one chunk
+        chunk = self.chunk if q.shape[1] % self.chunk == 0 else q.shape[1]  # a slice within a block is one chunk
         log_a = -self.log_decay.exp() * F.softplus(gates[:, :, 0] + self.step)  # (B, l, H)
         q, k, v, log_a, b = (
             one.unflatten(1, (-1, chunk)).transpose(2, 3) for one in (q, k, v, log_a, gates[:, :, 1].sigmoid())
@@ -53,7 +53,7 @@ class DeltaRule(Decays):
         return self._through(parts, past, None if isinstance(starts, Borders) else starts).transpose(2, 3).flatten(1, 2)
 
     def _through(self, parts: tuple[Tensor, ...], past: Past, starts: Tensor | None) -> Tensor:
-        """From chunk to chunk, (B, m, H, T, V): what each reads of the state and of itself, and leaves behind."""
+        """Pass the state from chunk to chunk and return the outputs, (B, m, H, T, V)."""
         state = past.serial_state("state")
         chunks = parts[0].shape[1]
         outputs = []

@@ -2,8 +2,8 @@
 
     mixer(u) = W_o (GELU(W_g u) ⊙ W_up ssm(GELU(W_down u)))
 
-The SSM is narrow (D/4), has one set of many modes for all channels (N = 512) and works on the whole sequence, where
-attention layers see a window each. The paper's layer has no feed-forward network of its own; here it keeps the stack's.
+The SSM is narrow (D/4), has one set of many modes for all channels (N = 512) and runs over the whole sequence, whereas
+attention layers see one window. The paper's layer has no feed-forward network; here the layer keeps the stack's.
 """
 
 from __future__ import annotations

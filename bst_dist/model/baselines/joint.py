@@ -1,12 +1,12 @@
-"""Window and context states under one softmax; not the paper's, whose states have a query and a softmax of their own.
+"""Attention to window and context states under one softmax. In the paper, states have a separate query and softmax.
 
 A query attends to the keys of its window and to the states of its block at once, so that every token and head divides
 its attention between both. There is no second query and no wider output. Native Hybrid Attention (arXiv 2510.07019)
-does so with the slots of a linear recurrence where the states of BST's SSM stand here.
+does this with the slots of a linear recurrence; here they are the states of BST's SSM.
 
 One softmax over two sets of keys is the softmax over each, weighted by the sums of their exponentials (`one_softmax`).
 So the window's part is sliding attention with its fused kernels, and neither set of keys is copied. States have no
-position: nothing is added to their scores, and under RoPE they meet the query that is not rotated.
+position: nothing is added to their scores, and with RoPE they are compared with the query before rotation.
 
 Shapes: B rows, l tokens, Ds SSM width, S states, nb blocks of W tokens, H heads, dh head width.
 """
@@ -49,7 +49,7 @@ class JointMixer(nn.Module):
 
 
 class StateShare(nn.Module):
-    """What the context states give to the softmax: (B, l, H, dh), (B, l, Ds) -> (B, l, H, dh), (B, l, H)."""
+    """The contribution of the context states to the softmax: (B, l, H, dh), (B, l, Ds) -> (B, l, H, dh), (B, l, H)."""
 
     def __init__(self, config: LayerConfig):
         super().__init__()
@@ -63,27 +63,27 @@ class StateShare(nn.Module):
         return of_whole_blocks(q, k, v) if self.filters else within_blocks(q, k, v, self.block)
 
     def _of_documents(self, q: Tensor, k: Tensor, v: Tensor, past: Past, starts: Borders) -> Share:
-        """Each token to the states of its block that are its own document's."""
+        """Attend from each token to the states of its block that belong to its own document."""
         if not self.filters:
             documents = past.once(*documents_in_blocks_asked(starts, self.block))
             return attention.sliding_share(q, k, v, self.block, None, True, documents, None, None)
-        begun = starts.cut_off(self.block).unsqueeze(-1)  # since the end that the block's first tokens see
+        begun = starts.cut_off(self.block).unsqueeze(-1)  # a document began in this block
         first, ends = (of_whole_blocks(q, k[:, own], v[:, own]) for own in FIRST_AND_ENDS)
         return Share(torch.where(begun.unsqueeze(-1), first.out, ends.out), torch.where(begun, first.sums, ends.sums))
 
 
 def of_whole_blocks(q: Tensor, k: Tensor, v: Tensor) -> Share:
-    """Each block's tokens to all its states: (B, l, H, dh), (B, nb, S, H, dh) twice."""
+    """Attend from each block's tokens to all its states: (B, l, H, dh), (B, nb, S, H, dh) twice."""
     found = _with_scores(q.unflatten(1, (k.shape[1], -1)).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
     return Share(*(x.unflatten(0, (len(q), -1)).flatten(1, 2) for x in found))
 
 
 def within_blocks(q: Tensor, k: Tensor, v: Tensor, block: int) -> Share:
-    """Each token to the states of its block up to its own; k and v (B, p + l, H, dh), p within the first block."""
+    """Attend from each token to its block's states up to its own; k, v (B, p + l, H, dh), p within the first block."""
     length, keys = q.shape[1], k.shape[1]
     place = torch.arange(keys, device=q.device, dtype=torch.int32)
     begin = place - place % block
-    if attention_path(q.device) == "flex":  # as sliding attention in which each block is a document
+    if attention_path(q.device) == "flex":  # sliding attention in which each block is a document
         begin = begin[keys - length :].expand(len(q), -1).contiguous()
         return Share(*flex_sliding_attention(q, k, v, block, None, True, begin, sums=True))
     if length == keys:  # a block is a batch entry
@@ -95,7 +95,7 @@ def within_blocks(q: Tensor, k: Tensor, v: Tensor, block: int) -> Share:
 
 
 def _with_scores(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Share:
-    """(N, t, H, dh), (N, K, H, dh) twice, (t, K) -> (N, t, H, dh), (N, t, H); all scores are kept."""
+    """Attend and store all scores: (N, t, H, dh), (N, K, H, dh) twice, (t, K) -> (N, t, H, dh), (N, t, H)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
     if seen is not None:

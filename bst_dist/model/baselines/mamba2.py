@@ -2,8 +2,8 @@
 
     [g, x, b, c, dt] = W u;   x, b, c = SiLU(conv(x, b, c));   y = ssd(x, dt, b, c) + d x;   W_o norm(y SiLU(g))
 
-One group: b and c are shared by all heads. The paper's layer has no feed-forward network of its own; here it keeps the
-stack's, as a replacement of attention layers does (the hybrids of the paper's section 9.2.3).
+One group: b and c are shared by all heads. The paper's layer has no feed-forward network. Here the layer keeps the
+stack's, because it replaces an attention layer (the hybrids of the paper's section 9.2.3).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from bst_dist.parallel.sequence.past import Past
 
 
 class PureSSMMixer(nn.Module):
-    """One SSM a channel at the model's width, mixed by a gated linear unit: (B, l, D) -> (B, l, D)."""
+    """One SSM per channel at the model's width, mixed by a gated linear unit: (B, l, D) -> (B, l, D)."""
 
     def __init__(self, config: LayerConfig):
         super().__init__()

@@ -1,7 +1,7 @@
-"""Transformer-XL: a wide window over segments, with the segment before as a cache without gradient.
+"""Transformer-XL: a long window over segments, with the previous segment as a cache without gradient.
 
 As a baseline of Block-Recurrent Transformers (arXiv 2203.07852, section 4) it is a sliding window of 2048 tokens over
-segments of 2048: what a token sees is the same as in sliding attention; what it learns from ends with its segment
+segments of 2048. A token sees the same as in sliding attention, but gradients stop at the beginning of its segment
 (Dai et al. 2019, arXiv 1901.02860, section 3.2).
 
 Shapes: B rows, l tokens, p positions before them, H heads, dh head width, W block.
@@ -23,7 +23,7 @@ class SegmentAttention(SlidingAttention):
     """Sliding attention in which no gradient crosses from one segment to the one before: (B, l, D) -> (B, l, H dh)."""
 
     def forward(self, u: Tensor, past: Past, starts: Starts | None = None) -> Tensor:
-        """`starts` (B, l / W) marks blocks that see nothing before them."""
+        """`starts`: where documents begin; a document sees nothing before it."""
         q, k, v = self.project(u, past)
         before, out = k.shape[1] - q.shape[1], []
         documents = None
@@ -39,7 +39,10 @@ class SegmentAttention(SlidingAttention):
         return torch.cat(out, dim=1).flatten(-2)
 
     def _segments(self, k: Tensor, v: Tensor, length: int, position: int):
-        """Each segment's tokens first ... last - 1 with the keys and values they see, cached ones without gradient."""
+        """Yield each segment's tokens first ... last - 1, and the keys and values that they see.
+
+        Keys and values of earlier segments have no gradient.
+        """
         before = k.shape[1] - length
         first = 0
         while first < length:
@@ -54,7 +57,7 @@ class SegmentAttention(SlidingAttention):
 
 
 class TransformerXLMixer(nn.Module):
-    """Self-attention over a segment and the cached one before it."""
+    """Self-attention over a segment and the cached previous segment."""
 
     def __init__(self, config: LayerConfig):
         super().__init__()

@@ -1,7 +1,7 @@
-"""Full-length causal convolution by FFT: the reference for the chunked kernels, and the path of the unstructured ones.
+"""Full-length causal convolution by FFT: the reference for the chunked kernels, and used by the unstructured ones.
 
 An FFT mixes all positions and cancels the future only up to rounding: outputs depend on later tokens by about 1e-7 of
-their size in single precision. The chunked kernels do not.
+their size in single precision. Outputs of the chunked kernels do not depend on later tokens.
 
 Shapes: B rows, p + l tokens of which outputs of the last l are wanted, Ds channels, C output maps, K taps.
 """
@@ -13,10 +13,12 @@ from torch import Tensor
 
 
 def causal_convolution(u: Tensor, kernel: Tensor, outputs: int | None = None) -> Tensor:
-    """``y_t = sum_{j <= t} kernel[t - j] u_j``: (B, p + l, Ds), (C, Ds, K) -> (B, l, C, Ds), single precision at least.
+    """Return ``y_t = sum_{j <= t} kernel[t - j] u_j``: (B, p + l, Ds), (C, Ds, K) -> (B, l, C, Ds).
+
+    It is in single precision at least.
 
     Args:
-        outputs: how many of the last positions are wanted (l); None: all.
+        outputs: number of last positions to compute (l); None: all.
     """
     length, taps = u.shape[1], kernel.shape[-1]
     outputs = length if outputs is None else outputs
@@ -33,10 +35,10 @@ def causal_convolution(u: Tensor, kernel: Tensor, outputs: int | None = None) ->
 
 
 def causal_matrix(kernel: Tensor) -> Tensor:
-    """The causal convolution over T tokens as a matrix, K[t - j] at (t, j): (C, Ds, T) -> (C, Ds, T, T).
+    """Return the causal convolution over T tokens as a matrix, K[t - j] at (t, j): (C, Ds, T) -> (C, Ds, T, T).
 
-    By shapes alone: rows of 2 T numbers read in rows of 2 T - 1 move by one place each. Indices would do as well, but
-    their gradient is a sum by atomics on a GPU, in no fixed order.
+    It only reshapes: rows of 2 T numbers, read as rows of 2 T - 1, each shift by one more place. Indexing would work
+    too, but its gradient on a GPU is a sum by atomics, in no fixed order.
     """
     length = kernel.shape[-1]
     rows = torch.nn.functional.pad(kernel, (0, length)).unsqueeze(-2).expand(*kernel.shape[:-1], length, 2 * length)
@@ -45,9 +47,9 @@ def causal_matrix(kernel: Tensor) -> Tensor:
 
 
 def padded_size(length: int, outputs: int, taps: int) -> int:
-    """Size of the FFT for the last `outputs` of `length` tokens: 2^a or 3 · 2^a, which every library is fast at.
+    """Return the FFT size for the last `outputs` of `length` tokens: 2^a or 3 · 2^a, which are fast in every library.
 
-    What wraps around the circle falls on the first positions, so the unwanted ones serve as padding.
+    The circular convolution wraps around into the first positions, so positions that are not needed serve as padding.
     """
     least = outputs + max(length - outputs, taps - 1)
     power = 1 << (least - 1).bit_length()

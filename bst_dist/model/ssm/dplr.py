@@ -5,10 +5,10 @@ bilinear discretisation (equation 3): ``x_t = Ā x_{t-1} + B̄ z_t``, ``y_t = 2 
 HiPPO-LegS. λ has a negative real part and p p* is subtracted with one vector on both sides, so A stays stable.
 
 The kernel of a chunk of T tokens comes from its generating function at the roots of unity, by a Cauchy matrix and
-Woodbury's identity (section 3.2, appendix C). Between chunks goes the state, under the recurrence as a dense real
-N x N matrix: HiPPO-LegS is too far from normal to be diagonalised in safety, so a slice's transition is no
-elementwise map, and the state is handed from slice to slice as a serial state. This kernel is mostly an oracle for
-the diagonal one and a baseline; everything that is small is in double precision.
+Woodbury's identity (section 3.2, appendix C). Between chunks the state passes, multiplied by a dense real N x N matrix:
+HiPPO-LegS is too far from normal to be diagonalised safely. So the transition of a slice is not elementwise, and the
+state passes from slice to slice as a serial state. This kernel is mainly a reference for the diagonal one and a
+baseline. All small tensors are in double precision.
 
 Shapes: B rows, L tokens, m = L/T chunks, Ds channels, C output maps, F sets of dynamics (1 or C).
 """
@@ -28,14 +28,14 @@ from bst_dist.parallel.sequence.past import Past
 
 
 def hippo_legs(state: int) -> tuple[Tensor, Tensor]:
-    """HiPPO-LegS, A (N, N) and B (N,) float64 (arXiv 2111.00396, equation 2)."""
+    """Return HiPPO-LegS, A (N, N) and B (N,) float64 (arXiv 2111.00396, equation 2)."""
     root = torch.sqrt(2 * torch.arange(state, dtype=torch.float64) + 1)
     a = -torch.tril(torch.outer(root, root), -1) - torch.diag(torch.arange(1.0, state + 1, dtype=torch.float64))
     return a, root
 
 
 def hippo_modes(state: int) -> tuple[Tensor, Tensor, Tensor]:
-    """HiPPO-LegS as λ, p, b in its normal part's basis, (n,) complex128 each; conjugates left out (appendix C.1)."""
+    """Return HiPPO-LegS as λ, p, b in its normal part's basis, (n,) complex128, without conjugates (appendix C.1)."""
     a, b = hippo_legs(state)
     p = torch.sqrt(torch.arange(state, dtype=torch.float64) + 0.5)
     skew = a + torch.outer(p, p) + 0.5 * torch.eye(state, dtype=torch.float64)
@@ -47,7 +47,7 @@ def hippo_modes(state: int) -> tuple[Tensor, Tensor, Tensor]:
 class S4DPLR(nn.Module):
     """DPLR SSM from Ds channels to C output maps each: (B, L, Ds) -> (B, L, C, Ds).
 
-    With `own_dynamics` each output map is an SSM of its own (F = C); otherwise the maps are C read-outs of one state.
+    With `own_dynamics` each output map has its own SSM (F = C); otherwise the maps are C read-outs of one state.
     """
 
     def __init__(self, width: int, maps: int, config: DPLRConfig, own_dynamics: bool = False):
@@ -58,7 +58,7 @@ class S4DPLR(nn.Module):
         self.log_dt = nn.Parameter(torch.empty(sets, width).uniform_(math.log(config.dt_min), math.log(config.dt_max)))
         self.log_decay = nn.Parameter(torch.log(-diagonal.real))
         self.frequency = nn.Parameter(diagonal.imag.clone())
-        # Complex parameters are real pairs, because ZeRO drops the imaginary part with no more than a warning.
+        # Complex parameters are pairs of real numbers, because ZeRO drops the imaginary part with only a warning.
         self.low_rank = nn.Parameter(torch.view_as_real(low_rank).clone())
         self.into = nn.Parameter(torch.view_as_real(into).clone())
         self.read_out = nn.Parameter(torch.randn(maps, width, modes, 2) * math.sqrt(0.5))
@@ -66,7 +66,7 @@ class S4DPLR(nn.Module):
         self.roles = dict.fromkeys(("log_dt", "log_decay", "frequency", "low_rank", "into"), Role.DYNAMICS)
 
     def recurrence(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Ā (F, Ds, N, N), B̄ (F, Ds, N) and the read-out (C, Ds, N) on real and imaginary parts, float64."""
+        """Return Ā (F, Ds, N, N), B̄ (F, Ds, N) and the read-out (C, Ds, N) on real and imaginary parts, float64."""
         real, imag = (torch.diag_embed(x) for x in (-torch.exp(self.log_decay.double()), self.frequency.double()))
         diagonal = torch.cat((torch.cat((real, -imag), -1), torch.cat((imag, real), -1)), -2)
         low_rank, into, read_out = (_parts(x) for x in (self.low_rank, self.into, self.read_out))
@@ -76,18 +76,18 @@ class S4DPLR(nn.Module):
         dt = torch.exp(self.log_dt.double())[..., None, None]
         one = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
         right = torch.cat((one + dt / 2 * a, dt * into.unsqueeze(-1)), -1)
-        both = torch.linalg.solve_ex(one - dt / 2 * a, right).result  # A is stable: never singular, nothing to wait for
+        both = torch.linalg.solve_ex(one - dt / 2 * a, right).result  # A is stable, so it is never singular: no check
         return both[..., :-1], both[..., -1], 2 * sign * read_out
 
     def kernel(self, length: int) -> Tensor:
-        """The convolution kernel K without the skip term, (C, Ds, length) float64."""
+        """Return the convolution kernel K without the skip term, (C, Ds, length) float64."""
         a, _, read_out = self.recurrence()
         return self._cauchy_kernel(torch.linalg.matrix_power(a, length), read_out, length)
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
     def forward(self, z: Tensor, past: Past, starts: Starts | None = None) -> Tensor:
-        """Outputs of every token, (B, L, Ds) -> (B, L, C, Ds); for maps that share their dynamics.
+        """Return the outputs of every token, (B, L, Ds) -> (B, L, C, Ds); only for maps that share their dynamics.
 
         `starts`: where documents begin; the state before them is zero.
         """
@@ -112,7 +112,7 @@ class S4DPLR(nn.Module):
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
     def block_ends(self, z: Tensor, block: int, past: Past, starts: Starts | None = None) -> Tensor:
-        """Outputs of each block's last token only, (B, L, Ds) -> (B, nb, C, Ds), nb blocks ending in this slice."""
+        """Return the outputs of each block's last token, (B, L, Ds) -> (B, nb, C, Ds), for nb blocks that end here."""
         u = self._chunks(z)
         a, b, read_out = self.recurrence()
         over_chunk = torch.linalg.matrix_power(a, u.shape[2])
@@ -130,7 +130,7 @@ class S4DPLR(nn.Module):
         return z.to(self.skip.dtype).unflatten(1, (-1, math.gcd(self.chunk, z.shape[1])))
 
     def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> dict[str, object]:
-        """As of `SlidingAttention.prepare`."""
+        """See `SlidingAttention.prepare`."""
         if self.own_dynamics or not isinstance(starts, Borders):
             return {}
         name, make = columns_asked(starts, math.gcd(self.chunk, like.shape[1]))
@@ -138,9 +138,9 @@ class S4DPLR(nn.Module):
 
     def _states(self, u: Tensor, a: Tensor, b: Tensor, over_chunk: Tensor, starts: Tensor | None, past: Past,
                 inside: bool = False) -> tuple:  # fmt: skip
-        """The state before each chunk, and what each chunk alone leaves behind: (B, m, F, Ds, N) each.
+        """Return the state before each chunk, and the state that each chunk alone leaves: (B, m, F, Ds, N) each.
 
-        `starts` (B, m or fewer) marks runs of chunks that begin a document; `inside`: as of `scan`.
+        `starts` (B, m or fewer): which runs of chunks begin a document. `inside`: see `scan.start_incoming_states`.
         """
         into_state = _krylov(a, b, u.shape[2]).flip(-1)  # Ā^(T-1-j) B̄: (F, Ds, N, T)
         ends = torch.einsum("bmjd,fdnj->bmfdn", u, into_state.to(u.dtype))
@@ -149,13 +149,13 @@ class S4DPLR(nn.Module):
         documents = None
         if starts is not None:
             documents = starts.cumsum(1).repeat_interleave(u.shape[1] // starts.shape[1], dim=1)  # (B, m)
-            documents = nn.functional.pad(documents, (1, 0))  # the state before belongs to the slice's first document
+            documents = nn.functional.pad(documents, (1, 0))  # the state before the slice is document 0's
         after = _dense_scan(torch.cat((first.unsqueeze(1), ends), dim=1), over_chunk, documents)
         past.leave_serial_state("ssm", after[:, -1])
         return after[:, :-1] if inside else _where_connected(after[:, :-1], documents, 1), ends
 
     def _cauchy_kernel(self, over_length: Tensor, read_out: Tensor, length: int) -> Tensor:
-        """K[0 ... length) from its generating function, truncated by the read-out C (1 - Ā^length): (C, Ds, length).
+        """Return K[0 ... length), (C, Ds, length), from its generating function, truncated by C (1 - Ā^length).
 
         At a root of unity z, C (1 - Ā z)^-1 B̄ = 2 [k_cb - k_cp (1+z) / (1 + (1+z) k_pp) k_pb], where k_xy is the sum
         over modes of x y / ((1-z) 2/Δ - (1+z) λ): S4's formula with 1 + z multiplied through, finite at z = -1.
@@ -178,7 +178,8 @@ class S4DPLR(nn.Module):
 
 
 def _of_chunks(starts: Starts | None, u: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Which chunks (B, m) or blocks begin a document, and the tokens (B, m, T, Ds) of each chunk's last one."""
+    """Return which chunks (B, m) or blocks begin a document, and the tokens (B, m, T, Ds), with zeros for all but each
+    chunk's last document."""
     if not isinstance(starts, Borders):
         return starts, u
     last = starts.last(u.shape[2]).view(*u.shape[:3], 1)
@@ -186,17 +187,17 @@ def _of_chunks(starts: Starts | None, u: Tensor) -> tuple[Tensor | None, Tensor]
 
 
 def _parts(pair: Tensor) -> Tensor:
-    """Real parts, then imaginary parts: (*, n, 2) -> (*, 2n) float64."""
+    """Return the real parts, then the imaginary parts: (*, n, 2) -> (*, 2n) float64."""
     return pair.double().mT.flatten(-2)
 
 
 def _with_conjugates(x: Tensor) -> Tensor:
-    """(*, n) -> (*, 2n)."""
+    """Append the conjugates: (*, n) -> (*, 2n)."""
     return torch.cat((x, x.conj()), dim=-1)
 
 
 def _krylov(a: Tensor, v: Tensor, count: int) -> Tensor:
-    """v, a v, ..., a^(count-1) v by doubling: (*, N, N), (*, N) -> (*, N, count)."""
+    """Return v, a v, ..., a^(count-1) v, computed by doubling: (*, N, N), (*, N) -> (*, N, count)."""
     columns, step = v.unsqueeze(-1), a
     while columns.shape[-1] < count:
         columns = torch.cat((columns, step @ columns), dim=-1)
@@ -205,7 +206,7 @@ def _krylov(a: Tensor, v: Tensor, count: int) -> Tensor:
 
 
 def _dense_scan(x: Tensor, a: Tensor, documents: Tensor | None) -> Tensor:
-    """s_i = a s_{i-1} + x_i by doubling, connected only inside a document: (B, m, F, Ds, N) -> the same."""
+    """Compute s_i = a s_{i-1} + x_i by doubling, connected only within a document: (B, m, F, Ds, N) -> the same."""
     step, count = 1, x.shape[1]
     while step < count:
         reach = torch.einsum("fdij,bmfdj->bmfdi", a.to(x.dtype), x[:, :-step])
@@ -215,7 +216,7 @@ def _dense_scan(x: Tensor, a: Tensor, documents: Tensor | None) -> Tensor:
 
 
 def _where_connected(x: Tensor, documents: Tensor | None, step: int) -> Tensor:
-    """`x` (B, m - step, ...), zero where a document begins between an entry and the one `step` after it."""
+    """Return `x` (B, m - step, ...), zero where a document begins between an entry and the one `step` after it."""
     if documents is None:
         return x
     same = documents[:, step:] == documents[:, :-step]

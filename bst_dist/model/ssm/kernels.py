@@ -1,10 +1,11 @@
-"""The kernels a layer's state space model can have, behind one interface.
+"""The kernels that a layer's state space model can have, with one interface.
 
-A kernel is built by `build_kernel` for Ds channels and C output maps, and offers
+`build_kernel` builds a kernel for Ds channels and C output maps. It has these methods (SSD, which is no convolution and
+not used by MF, has only the first):
 
 - ``forward(z, past, starts)``: outputs of every token, (B, l, Ds) -> (B, l, C, Ds);
 - ``block_ends(z, block, past, starts)``: outputs of each block's last token only, (B, l, Ds) -> (B, nb, C, Ds);
-- ``kernel(length)``: the convolution without its skip term, (C, Ds, length): what the tests compare with.
+- ``kernel(length)``: the convolution without its skip term, (C, Ds, length), a reference for the tests.
 
 Its `roles` (`bst_dist.model.roles`) say which parameters are dynamics.
 """
@@ -33,7 +34,7 @@ from bst_dist.parallel.sequence.past import Past
 
 
 class NoConvolution(nn.Module):
-    """Only the skip term, y_c = d_c ⊙ z: what is left of a layer when its SSM is taken out."""
+    """Only the skip term, y_c = d_c ⊙ z: a layer without its SSM."""
 
     def __init__(self, width: int, maps: int, config: NoConvolutionConfig, own_dynamics: bool = False):
         super().__init__()
@@ -61,10 +62,10 @@ KERNELS: dict[type[Config], type[nn.Module]] = {
 
 
 def build_kernel(width: int, maps: int, config: KernelConfig, block: int, own_dynamics: bool = False) -> nn.Module:
-    """The kernel that `config` asks for.
+    """Return the kernel that `config` selects.
 
     Args:
-        block: W; a chunk is no longer than it.
-        own_dynamics: gives each output map a state of its own, if there is any.
+        block: block length W; chunks are at most this long.
+        own_dynamics: whether each output map has its own state, for kernels that have a state.
     """
     return KERNELS[type(config)](width, maps, within_block(config, block), own_dynamics)

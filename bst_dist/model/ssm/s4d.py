@@ -4,9 +4,9 @@ Per channel, with n = N/2 complex modes, step dt and A = -exp(a) + i w (zero-ord
 would only rescale C): ``x_t = Ā x_{t-1} + B̄ z_t``, ``y_t = 2 Re(C x_t) + d z_t``, ``Ā = exp(dt A)``,
 ``B̄ = (Ā - 1)/A``.
 
-Inside a chunk of T tokens the map is a causal T x T matrix, between chunks the state. Both are matmuls, so time and
-memory are linear in the length, no kernel longer than T exists, and causality is exact rather than up to the rounding
-of an FFT. Everything here is single precision whatever the autocast, with small tables of powers in double.
+Inside a chunk of T tokens the map is a causal T x T matrix; between chunks the state passes. Both are matmuls. So time
+and memory are linear in the length, no kernel is longer than T, and causality is exact, not only up to the rounding of
+an FFT. All computations are in single precision, also under autocast; small tables of powers are in double.
 
 Shapes: B rows, L tokens, m = L/T chunks, Ds channels, n modes, C output maps, F sets of dynamics (1 or C).
 """
@@ -28,12 +28,12 @@ from bst_dist.model.ssm.scan import start_incoming_states
 from bst_dist.parallel.sequence.past import Past
 
 WIDER = 4
-"""How many times as wide chunks are in `block_ends`: it needs the states at the ends of blocks alone, and wider chunks
-leave fewer in between."""
+"""Factor by which chunks are longer in `block_ends`. It needs states only at the ends of blocks, and longer chunks have
+fewer states in between."""
 
 
 def initial_frequencies(init: str, modes: int) -> Tensor:
-    """Im A of the n = N/2 modes, (n,) float64 (arXiv 2206.11893, equations 8 and 9; LegS by eigenvalues)."""
+    """Return Im A of the n = N/2 modes, (n,) float64 (arXiv 2206.11893, equations 8 and 9; LegS by eigenvalues)."""
     k = torch.arange(modes, dtype=torch.float64)
     if init == "lin":
         return math.pi * k
@@ -48,8 +48,8 @@ def initial_frequencies(init: str, modes: int) -> Tensor:
 class S4D(nn.Module):
     """Diagonal SSM from Ds channels to C output maps each: (B, L, Ds) -> (B, L, C, Ds).
 
-    With `own_dynamics` each output map is an SSM of its own (F = C); otherwise the maps are C read-outs of one state.
-    With `shared_modes` all channels have one set of modes, and each its own step and read-out (as in DSS).
+    With `own_dynamics` each output map has its own SSM (F = C); otherwise the maps are C read-outs of one state.
+    With `shared_modes` all channels share one set of modes; each has its own step and read-out (as in DSS).
     """
 
     def __init__(self, width: int, maps: int, config: SSMConfig, own_dynamics: bool = False,
@@ -63,13 +63,13 @@ class S4D(nn.Module):
         self.log_decay = nn.Parameter(torch.full((sets, channels, modes), math.log(0.5)))
         frequencies = initial_frequencies(config.init, modes).float()
         self.frequency = nn.Parameter(frequencies.expand(sets, channels, modes).clone())
-        # Real pairs, because ZeRO drops the imaginary part of a complex parameter with no more than a warning.
+        # Pairs of real numbers, because ZeRO drops the imaginary part of a complex parameter with only a warning.
         self.read_out = nn.Parameter(torch.randn(maps, width, modes, 2) * math.sqrt(0.5))
         self.skip = nn.Parameter(torch.randn(maps, width))
         self.roles = dict.fromkeys(("log_dt", "log_decay", "frequency"), Role.DYNAMICS)
 
     def log_transition(self) -> tuple[Pair, Pair]:
-        """``log Ā`` and B̄, (F, Ds, n) float64 pairs."""
+        """Return ``log Ā`` and B̄, (F, Ds, n) float64 pairs."""
         step = torch.exp(self.log_dt.double()).unsqueeze(-1)
         a = Pair(-torch.exp(self.log_decay.double()), self.frequency.double())
         log_a = a.scaled(step)
@@ -80,7 +80,7 @@ class S4D(nn.Module):
         return log_a, grown.times(inverse)
 
     def kernel(self, length: int) -> Tensor:
-        """The convolution kernel K without the skip term, (C, Ds, length): the reference the tests compare with."""
+        """Return the convolution kernel K without the skip term, (C, Ds, length), a reference for the tests."""
         log_a, b = (x.joined() for x in self.log_transition())
         powers = torch.exp(log_a.unsqueeze(-1) * torch.arange(length, device=log_a.device))  # (F, Ds, n, length)
         weights = torch.complex(*self.read_out.double().unbind(-1)) * b
@@ -89,7 +89,7 @@ class S4D(nn.Module):
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
     def forward(self, z: Tensor, past: Past, starts: Starts | None = None) -> Tensor:
-        """Outputs of every token, (B, L, Ds) -> (B, L, C, Ds); for maps that share their dynamics.
+        """Return the outputs of every token, (B, L, Ds) -> (B, L, C, Ds); only for maps that share their dynamics.
 
         `starts`: where documents begin; the state before them is zero.
         """
@@ -102,12 +102,12 @@ class S4D(nn.Module):
         ends = _to_states(u @ _into_state(powers, b).mT, batch, m, len(log_a.real))  # (B, m, 1, Ds, n)
         begins = None if starts is None else _chunk_starts(starts, m)
         incoming = start_incoming_states(ends, log_a.scaled(chunk), begins, past)
-        y = u @ self._within_chunk(powers, b).mT  # (Ds, B m, C T): while the past is under way
+        y = u @ self._within_chunk(powers, b).mT  # (Ds, B m, C T), while the past arrives
         y = gradient_in_order(y + _from_states(incoming()) @ self._out_of_state(powers).mT)
         return y.view(width, batch, m, -1, chunk).permute(1, 2, 4, 3, 0).reshape(batch, length, -1, width)
 
     def _with_borders(self, z: Tensor, past: Past, starts: Borders) -> Tensor:
-        """The same where documents begin at any token (`borders`)."""
+        """Do the same when documents begin at any token (`borders`)."""
         batch, length, width = z.shape
         z = z.to(self.skip.dtype)
         u, chunk, m = self._chunks(z.masked_fill(~starts.last(min(self.chunk, length)).unsqueeze(-1), 0))
@@ -123,7 +123,7 @@ class S4D(nn.Module):
         return by_document.collected(y.permute(1, 3, 2, 0)).view(batch, length, -1, width)
 
     def prepare(self, like: Tensor, past: Past, starts: Starts | None) -> dict[str, object]:
-        """As of `SlidingAttention.prepare`."""
+        """See `SlidingAttention.prepare`."""
         if self.own_dynamics or not isinstance(starts, Borders):
             return {}
         name, make = columns_asked(starts, min(self.chunk, like.shape[1]))
@@ -132,10 +132,10 @@ class S4D(nn.Module):
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
     def block_ends(self, z: Tensor, block: int, past: Past, starts: Starts | None = None) -> Tensor:
-        """Outputs of each block's last token only, (B, L, Ds) -> (B, nb, C, Ds), nb blocks ending in this slice.
+        """Return the outputs of each block's last token, (B, L, Ds) -> (B, nb, C, Ds), for the nb blocks ending here.
 
-        Outputs of other tokens are never computed: the tokens go into the state, and the state is read at the ends.
-        A slice is whole blocks, or lies within one block (then nb is 1 if it ends the block, else 0).
+        Outputs of other tokens are not computed: all tokens update the state, and only the state at block ends is read.
+        A slice is whole blocks, or lies within one block. Then nb is 1 if it ends the block, else 0.
         """
         if isinstance(starts, Borders):  # only a block's last document reaches its end
             z, starts = z.masked_fill(~starts.last(block).unsqueeze(-1), 0), starts.within(block)
@@ -155,9 +155,9 @@ class S4D(nn.Module):
         return y + self.skip * z[:, span - 1 :: span].to(u.dtype).unsqueeze(2)
 
     def _chunks(self, z: Tensor, chunk: int | None = None) -> tuple[Tensor, int, int]:
-        """(B, L, Ds) -> (Ds, B m, T), with T and m; the channels become the batch of a matmul over tokens.
+        """Return chunks and their sizes: (B, L, Ds) -> (Ds, B m, T), T, m.
 
-        Nothing is copied where each channel's tokens already lie one after the other in memory.
+        Channels are the batch of a matmul over tokens. Nothing is copied if each channel's tokens are contiguous.
         """
         batch, length, width = z.shape
         chunk = min(chunk or self.chunk, length)
@@ -168,7 +168,7 @@ class S4D(nn.Module):
         return in_order(u.to(self.skip.dtype)), chunk, m
 
     def _within_chunk(self, powers: Pair, b: Pair) -> Tensor:
-        """Tokens to outputs inside a chunk, the causal matrices of K and the skip: (Ds, C T, T)."""
+        """Return the map from tokens to outputs in a chunk, the causal matrices of K with the skip: (Ds, C T, T)."""
         weights = Pair(*self.read_out.unbind(-1)).times(_narrow(b, powers))  # (C, Ds, n)
         terms = powers.each(lambda x: x[..., :-1])
         kernel = weights.real.unsqueeze(-2) @ terms.real - weights.imag.unsqueeze(-2) @ terms.imag
@@ -177,7 +177,10 @@ class S4D(nn.Module):
         return causal_matrix(kernel).transpose(0, 1).reshape(kernel.shape[1], -1, kernel.shape[-1])
 
     def _out_of_state(self, powers: Pair) -> Tensor:
-        """State before a chunk to its outputs, 2 Re(C Ā^(t+1) x): (Ds, C T, 2n) on real and imaginary parts."""
+        """Return the map from the state before a chunk to its outputs, 2 Re(C Ā^(t+1) x): (Ds, C T, 2n).
+
+        It acts on the real, then the imaginary parts of the state.
+        """
         later = powers.each(lambda x: x[..., 1:])
         out = Pair(*(2 * self.read_out).unbind(-1)).each(lambda x: x.unsqueeze(-1)).times(later)  # (C, Ds, n, T)
         both = torch.cat((out.real, -out.imag), dim=2)  # (C, Ds, 2n, T)
@@ -189,7 +192,10 @@ def _narrow(x: Pair, like: Pair) -> Pair:
 
 
 def _into_state(powers: Pair, b: Pair) -> Tensor:
-    """Tokens to the state at the chunk's end, B̄ Ā^(T-1-j): (Ds, 2 F n, T), all real parts before the imaginary."""
+    """Return the map from tokens to the state at the chunk's end, B̄ Ā^(T-1-j): (Ds, 2 F n, T).
+
+    All real parts come before the imaginary parts.
+    """
     backwards = powers.each(lambda x: x[..., :-1].flip(-1))
     into = _narrow(b, powers).each(lambda x: x.unsqueeze(-1)).times(backwards)  # (F, Ds, n, T)
     both = torch.stack(into)  # (2, F, Ds, n, T)
@@ -197,7 +203,7 @@ def _into_state(powers: Pair, b: Pair) -> Tensor:
 
 
 def _join_chunks(ends: Pair, log_a: Pair, count: int) -> Pair:
-    """End states of runs of `count` chunks from those of single ones: (B, m, *) -> (B, m / count, *)."""
+    """Return the end states of runs of `count` chunks, from those of single chunks: (B, m, *) -> (B, m / count, *)."""
     if count == 1:
         return ends
     remaining = torch.arange(count - 1, -1, -1, device=ends.real.device).view(count, *[1] * log_a.real.dim())
@@ -206,7 +212,10 @@ def _join_chunks(ends: Pair, log_a: Pair, count: int) -> Pair:
 
 
 def _powers(log_a: Pair, chunk: int, dtype: torch.dtype) -> Pair:
-    """Ā^l for l = 0 ... T, (*, T + 1), by two short tables: l = 16 q + r. Exponentials would dominate the layer."""
+    """Return Ā^l for l = 0 ... T, (*, T + 1), from two short tables: l = 16 q + r.
+
+    One exponential for each l would dominate the time of the layer.
+    """
     log_a = log_a.each(lambda x: x.unsqueeze(-1))
     low = log_a.power(torch.arange(16, device=log_a.real.device), dtype)
     high = log_a.power(torch.arange(0, chunk + 1, 16, device=log_a.real.device), dtype)
@@ -226,7 +235,7 @@ def _from_states(x: Pair) -> Tensor:
 
 
 def _chunk_starts(starts: Tensor, chunks: int) -> Tensor:
-    """Block starts (B, nb) as chunk starts (B, m): a block's first chunk begins the document."""
+    """Return block starts (B, nb) as chunk starts (B, m): a block's first chunk begins the document."""
     batch, blocks = starts.shape
     spread = starts.new_zeros(batch, blocks, chunks // blocks)
     spread[:, :, 0] = starts

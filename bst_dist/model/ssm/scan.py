@@ -1,8 +1,8 @@
 """Scans of diagonal linear recurrences over chunks of a sequence.
 
-Between two chunks only the state crosses, multiplied by the chunk's transition; an associative scan by doubling takes
-log2(chunks) steps, each over all chunks at once. A document start multiplies the state by zero: two chunks are
-connected only when no start lies between them, which is an equality of running counts of starts.
+Only the state passes from chunk to chunk, multiplied by the chunk's transition. An associative scan by doubling takes
+log2(chunks) steps, each over all chunks at once. A document start multiplies the state by zero. So two chunks are
+connected only when no start lies between them: when their running counts of starts are equal.
 
 Shapes: B rows, m chunks, * any state dimensions.
 """
@@ -21,17 +21,18 @@ from bst_dist.parallel.sequence.past import Past
 def start_incoming_states(
     ends: Pair, log_a: Pair, starts: Tensor | None, past: Past, name: str = "ssm", inside: bool = False
 ) -> Callable[[], Pair]:
-    """Ask for the state before each chunk (B, m, *), from what each chunk alone leaves behind.
+    """Start computing the state before each chunk (B, m, *), and return a function that gives it.
 
-    What is returned gives it. The state before the slice may be under way between ranks until then: a layer computes
-    what does not wait for it in between.
+    Until that function is called, the state before the slice may still be on its way from another rank. Meanwhile a
+    layer can compute what does not depend on it.
 
     Args:
-        ends: (B, m, *), the state each chunk leaves, started from zero.
+        ends: (B, m, *), the state after each chunk when started from zero.
         log_a: (*) float64, log of the transition over one chunk.
-        starts: (B, m) bool, chunk begins a document; None when no chunk does.
-        past: asked for the state before the first chunk.
-        inside: documents begin anywhere in those chunks: the state before such a chunk is given, and goes no further.
+        starts: (B, m) bool, whether the chunk begins a document; None: none does.
+        past: gives the state before the first chunk.
+        inside: documents begin anywhere in the marked chunks. The state before such a chunk is returned, but it is not
+            passed on to later chunks.
     """
     m, dtype = ends.real.shape[1], ends.real.dtype
     documents = None if starts is None else starts.cumsum(1)  # (B, m): which document of the slice a chunk is in
@@ -59,7 +60,7 @@ def start_incoming_states(
 
 
 def _inclusive_scan(x: Pair, log_a: Pair, documents: Tensor | None) -> Pair:
-    """State after each chunk, started from zero before the first: (B, m, *) -> (B, m, *)."""
+    """Return the state after each chunk, started from zero before the first: (B, m, *) -> (B, m, *)."""
     step, m = 1, x.real.shape[1]
     while step < m:
         reach = x.each(lambda y: y[:, :-step]).times(log_a.power(step, x.real.dtype))  # noqa: B023
@@ -71,5 +72,5 @@ def _inclusive_scan(x: Pair, log_a: Pair, documents: Tensor | None) -> Pair:
 
 
 def _like(condition: Tensor, x: Tensor) -> Tensor:
-    """`condition` with trailing dimensions of size one, so that it broadcasts against `x`."""
+    """Return `condition` with trailing dimensions of size one, so that it broadcasts against `x`."""
     return condition.view(*condition.shape, *[1] * (x.dim() - condition.dim()))

@@ -1,13 +1,13 @@
 """Selective state spaces by matrix products: Mamba-2's SSD (Dao and Gu 2024, arXiv 2405.21060, sections 6 and 7).
 
-What is kept and what is written depend on the token. A head of P channels has an N x P state with one decay a token:
+Decay and input of the state depend on the token. A head of P channels has an N x P state with one decay per token:
 
     h_t = a_t h_{t-1} + b_t (x) x_t,   y_t = c_t h_t,   a_t = exp(-dt_t exp(log_decay))
 
-b_t and c_t (N) are shared by the heads, the step dt_t is the head's own and part of x_t. Inside a chunk of T tokens the
-map is a causal T x T matrix, between chunks the state: time and memory are linear in the length, and causality is
-exact. The state after a slice is an affine map of the one before, with one number a head, so the ranks of a sequence
-need not wait for each other. Single precision whatever the autocast.
+b_t and c_t (N) are shared by the heads; each head has its own step dt_t, which is also a factor of x_t. Inside a chunk
+of T tokens the map is a causal T x T matrix; between chunks the state passes. So time and memory are linear in the
+length, and causality is exact. The state after a slice is an affine map of the state before it, with one factor per
+head, so the ranks of a sequence need not wait for each other. All is in single precision, also under autocast.
 
 Shapes: B rows, l tokens, m = l / T chunks, H heads, P channels of one, N state, C read-outs.
 """
@@ -28,32 +28,32 @@ from bst_dist.parallel.sequence.past import Past
 
 
 def running_sum(x: Tensor) -> Tensor:
-    """Of the entries up to each, over the last dimension: (..., T) -> (..., T).
+    """Return the sums of the entries up to each one, over the last dimension: (..., T) -> (..., T).
 
-    As a product with a triangle of ones, for torch's cumsum adds in no fixed order on CUDA.
+    It is a product with a triangle of ones, because torch's cumsum adds in no fixed order on CUDA.
     """
     return x @ x.new_ones(x.shape[-1], x.shape[-1]).triu()
 
 
 class Decays(nn.Module):
-    """The dynamics of H heads whose decay depends on the token."""
+    """The parameters of H heads whose decay depends on the token."""
 
     def __init__(self, heads: int, chunk: int, dt_min: float, dt_max: float):
         super().__init__()
         self.chunk = chunk
         self.log_decay = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())  # as published
         dt = torch.empty(heads).uniform_(math.log(dt_min), math.log(dt_max)).exp()
-        self.step = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # what softplus makes dt of
+        self.step = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(step) = dt
         self.roles = dict.fromkeys(("log_decay", "step"), Role.DYNAMICS)
 
 
 class Selective(Decays):
-    """The dynamics of H heads, and the scan."""
+    """A selective scan with H heads."""
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
     def forward(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, past: Past, starts: Starts | None) -> Tensor:
-        """(B, l, H, P) inputs, (B, l, H) steps before their softplus, (B, l, N), (B, l, C, N) -> (B, l, C, H, P).
+        """Scan (B, l, H, P) inputs, (B, l, H) steps before softplus, (B, l, N), (B, l, C, N) -> (B, l, C, H, P).
 
         `starts`: where documents begin; the state before them is zero.
         """
@@ -66,7 +66,7 @@ class Selective(Decays):
         )
         x, log_a, c = x.transpose(2, 3), log_a.transpose(2, 3), c.transpose(2, 3)  # (B, m, H, T, P), (B, m, H, T), ...
         decays = Reach.of(log_a, starts)
-        ends = b.transpose(2, 3).unsqueeze(2) @ (x * decays.to_end.unsqueeze(-1))  # (B, m, H, N, P): of a chunk alone
+        ends = b.transpose(2, 3).unsqueeze(2) @ (x * decays.to_end.unsqueeze(-1))  # (B, m, H, N, P)
         entering = self._entering(ends, decays.from_begin[..., -1, None, None], past, starts)
         scores = c @ b.transpose(2, 3).unsqueeze(2)  # (B, m, C, T, T)
         y = (scores.unsqueeze(3) * decays.inside.unsqueeze(2)) @ x.unsqueeze(2)  # (B, m, C, H, T, P)
@@ -74,8 +74,10 @@ class Selective(Decays):
         return y.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
 
     def _entering(self, ends: Tensor, kept: Tensor, past: Past, starts: Starts | None) -> Tensor:
-        """The state before each chunk, (B, m, H, N, P); `kept` (B, m, H, 1, 1): the share that a chunk keeps, zero
-        where a document begins inside it."""
+        """Return the state before each chunk, (B, m, H, N, P), from `ends`, the state that each chunk alone leaves.
+
+        `kept` (B, m, H, 1, 1): the share of the state before it that a chunk keeps; zero if a document begins inside.
+        """
         starts = None if isinstance(starts, Borders) else starts
         begins = torch.zeros(ends.shape[:2], dtype=torch.bool, device=ends.device)
         if starts is not None:
@@ -95,24 +97,24 @@ class Selective(Decays):
 
 
 class Reach(NamedTuple):
-    """What is left of something further on in its chunk; nothing where a document begins in between."""
+    """Products of decays within a chunk; zero if a document begins in between."""
 
     inside: Tensor
-    """(B, m, H, T, T): of token j at token t; 0 for later ones."""
+    """(B, m, H, T, T): from token j to token t; 0 for later tokens j."""
     to_end: Tensor
-    """(B, m, H, T): of each token at the chunk's end."""
+    """(B, m, H, T): from each token to the chunk's end."""
     from_begin: Tensor
-    """(B, m, H, T): of the state before the chunk at each token."""
+    """(B, m, H, T): from the state before the chunk to each token."""
 
     @staticmethod
     def of(log_a: Tensor, starts: Starts | None) -> Reach:
-        """`log_a` (B, m, H, T): the logarithms of the decays."""
+        """Return the products from `log_a` (B, m, H, T), the logarithms of the decays."""
         chunk = log_a.shape[-1]
-        hidden = torch.ones(chunk, chunk, dtype=torch.bool, device=log_a.device).triu(1)  # later ones
+        hidden = torch.ones(chunk, chunk, dtype=torch.bool, device=log_a.device).triu(1)  # later tokens
         if isinstance(starts, Borders):
             count = starts.count(chunk).unsqueeze(2)  # (B, m, 1, T)
             hidden = hidden | (count.unsqueeze(-1) != count.unsqueeze(-2))
-            sums = (log_a.unsqueeze(-2) @ (~hidden).to(log_a.dtype).mT).squeeze(-2)  # since the document's begin
+            sums = (log_a.unsqueeze(-2) @ (~hidden).to(log_a.dtype).mT).squeeze(-2)  # since the document began
             to_end = (sums[..., -1:] - sums).masked_fill(count != count[..., -1:], -torch.inf)
             from_begin = sums.masked_fill(count > 0, -torch.inf)
         else:
@@ -145,7 +147,7 @@ class SSD(nn.Module):
 
 
 class CausalConvolution(nn.Module):
-    """A short convolution of each channel over its last K tokens, its own included: (B, l, C) -> (B, l, C)."""
+    """A short convolution of each channel over the last K tokens, including the current: (B, l, C) -> (B, l, C)."""
 
     def __init__(self, channels: int, taps: int):
         super().__init__()
@@ -153,11 +155,11 @@ class CausalConvolution(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, past: Past, starts: Starts | None) -> Tensor:
-        """`starts`: where documents begin, whose tokens see none before them; a block is no shorter than K - 1."""
+        """`starts`: where documents begin; a document's tokens see none before it. A block has K - 1 tokens or more."""
         length, taps = x.shape[1], self.weight.shape[1]
         x = past.extend("taps", x, before=taps - 1)
         x = F.pad(x, (0, 0, length + taps - 1 - x.shape[1], 0))
-        # As slices: a compiled layer adds up the gradient of `unfold` by atomics, in no fixed order and in bf16.
+        # Slices and not `unfold`, whose gradient a compiled layer adds up by atomics, in no fixed order and in bf16.
         x = torch.stack([x[:, tap : tap + length] for tap in range(taps)], dim=-1)  # (B, l, C, K), own token last
         weight = self.weight.to(x.dtype)
         if starts is not None:
@@ -167,8 +169,8 @@ class CausalConvolution(nn.Module):
 
 
 def _before_document(starts: Starts, length: int, taps: int, past: Past) -> Tensor:
-    """(B, l, K) bool: which of a token's last K tokens, its own last, are before its document's first."""
-    if isinstance(starts, Borders):  # which may have begun among the last tokens before the slice
+    """Return which of a token's last K tokens (itself last) are before its document, (B, l, K) bool."""
+    if isinstance(starts, Borders):  # documents may begin in the last tokens before the slice
         begins = past.once(f"begins: {taps}", lambda: past.extend("begins", starts.begins.int(), before=taps - 1))
         begun = F.pad(begins, (length + taps - 1 - begins.shape[1], 0)).cumsum(1).unfold(1, taps, 1)  # (B, l, K)
         return begun != begun[..., -1:]

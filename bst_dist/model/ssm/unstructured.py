@@ -2,13 +2,13 @@
 
 The filter is h[t] = values[t] · window[t], with a window exp(-α t/K) per channel; `explicit` has the K values as
 parameters, `hyena` computes them by a small network with sines over an embedding of the position (Hyena, arXiv
-2302.10866, section 3.3). There is no recurrent state behind it. Hence what it cannot do:
+2302.10866, section 3.3). It has no recurrent state. The consequences:
 
-- Beyond its trained length K it is a finite impulse response: a token sees the K last inputs, its own among them, and
-  nothing before them. A stream is carried by keeping K - 1 inputs, exactly.
-- A document boundary cannot be made by multiplying a state with zero: isolated and masked documents are refused.
-- Spread over ranks in slices shorter than the filter, it needs more than the left neighbour has: all-to-alls give each
-  rank all tokens of some channels instead (`Past.within_reach`).
+- It is a finite impulse response of K taps, the trained length: a token sees the last K inputs, including its own, and
+  nothing before them. A stream is continued exactly by keeping K - 1 inputs.
+- A document boundary cannot be made by multiplying a state by zero: isolated and masked documents are refused.
+- When the slices on ranks are shorter than the filter, a slice needs more than its left neighbour has. All-to-alls then
+  give each rank all tokens of some channels (`Past.within_reach`).
 
 Shapes: B rows, l tokens, Ds channels, C output maps (each with a filter of its own), K taps, W block, nb blocks.
 """
@@ -29,13 +29,13 @@ from bst_dist.parallel.sequence.past import Past
 
 
 class DocumentResetError(UserError):
-    """Isolated documents with a filter that cannot be reset."""
+    """Documents are isolated or masked, but the filter has no state to reset."""
 
 
 class LongFilter(nn.Module):
     """Causal FIR filters, C for each of Ds channels: (B, l, Ds) -> (B, l, C, Ds). Subclasses give their `values`.
 
-    `own_dynamics` changes nothing: each map has a filter of its own, and all share the windows.
+    `own_dynamics` has no effect: each map has its own filter, and all maps share the windows.
     """
 
     def __init__(self, width: int, maps: int, config: FilterConfig, own_dynamics: bool = False):
@@ -47,12 +47,14 @@ class LongFilter(nn.Module):
         self.roles = {"log_decay": Role.DYNAMICS}
 
     def values(self, taps: int, channels: slice) -> Tensor:
-        """The first `taps` values of some channels' filters before the window, (C, channels, taps), of unit variance
-        at the start."""
+        """Return the first `taps` values of some channels' filters, without the window, (C, channels, taps).
+
+        They have unit variance at initialisation.
+        """
         raise NotImplementedError
 
     def kernel(self, length: int, channels: slice = slice(None)) -> Tensor:
-        """The filters without the skip term, (C, channels, length); zero from the trained length on."""
+        """Return the filters without the skip term, (C, channels, length); zero from the trained length on."""
         taps = min(length, self.length)
         window = _unit_window(self.log_decay[channels], self.length, taps)
         return nn.functional.pad(self.values(taps, channels) * window, (0, length - taps))
@@ -60,7 +62,7 @@ class LongFilter(nn.Module):
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
     def forward(self, z: Tensor, past: Past, starts: Tensor | None = None) -> Tensor:
-        """Outputs of every token, (B, l, Ds) -> (B, l, C, Ds). Raises DocumentResetError if `starts` is given."""
+        """Return the outputs of every token, (B, l, Ds) -> (B, l, C, Ds). Raise DocumentResetError on `starts`."""
         _refuse(starts)
         here = past.within_reach("inputs", z, self.length - 1)
         u = here.past.extend("inputs", here.x, before=self.length - 1).to(self.skip.dtype)  # (B, p + l, Ds)
@@ -71,11 +73,11 @@ class LongFilter(nn.Module):
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
     def block_ends(self, z: Tensor, block: int, past: Past, starts: Tensor | None = None) -> Tensor:
-        """Outputs of each block's last token only, (B, l, Ds) -> (B, nb, C, Ds), nb blocks ending in this slice.
+        """Return the outputs of each block's last token, (B, l, Ds) -> (B, nb, C, Ds), for the nb blocks ending here.
 
-        The output at a block's end is a sum over whole blocks of inputs, so it is a matmul for each block of lag and
+        The output at a block's end is a sum over whole blocks of inputs. So it is one matmul for each block of lag and
         no convolution: y_i = sum_q Z_{i-q} H_q, with H_q the taps q W ... (q+1) W - 1 in the order of the inputs.
-        Raises DocumentResetError if `starts` is given.
+        Raise DocumentResetError if `starts` is given.
         """
         _refuse(starts)
         here = past.within_reach("inputs", z, self.length - 1)
@@ -97,7 +99,7 @@ class LongFilter(nn.Module):
 
 
 class ExplicitFilter(LongFilter):
-    """Free values: C Ds K parameters."""
+    """A filter whose values are free parameters: C Ds K of them."""
 
     def __init__(self, width: int, maps: int, config: ExplicitConfig, own_dynamics: bool = False):
         super().__init__(width, maps, config)
@@ -108,7 +110,7 @@ class ExplicitFilter(LongFilter):
 
 
 class HyenaFilter(LongFilter):
-    """Implicit values: a network of the position, whose size does not depend on the trained length."""
+    """A filter whose values a network computes from the position. Its size does not depend on the trained length."""
 
     def __init__(self, width: int, maps: int, config: HyenaConfig, own_dynamics: bool = False):
         super().__init__(width, maps, config)
@@ -126,14 +128,14 @@ class HyenaFilter(LongFilter):
         return math.sqrt(2) * self.last[:, channels] @ x.T  # a sine's mean square is 1/2
 
     def _embedding(self, taps: int) -> Tensor:
-        """Position in [0, 1) and its cosines and sines at the bands' frequencies, (taps, 1 + 2 bands)."""
+        """Return the position in [0, 1) and its cosines and sines at the bands' frequencies, (taps, 1 + 2 bands)."""
         t = torch.arange(taps, device=self.skip.device, dtype=torch.float64).unsqueeze(1) / self.length
         angle = 2 * math.pi * t * torch.arange(1, self.bands + 1, device=t.device)
         return torch.cat((t, angle.cos(), angle.sin()), dim=1).to(self.skip.dtype)
 
 
 def _unit_window(log_decay: Tensor, length: int, taps: int) -> Tensor:
-    """exp(-α t / K) scaled to unit energy over the K taps, (Ds, taps): a filter's gain is then about 1 at any K."""
+    """Return exp(-α t / K) scaled to unit energy over the K taps, (Ds, taps): a filter's gain is about 1 at any K."""
     rate = torch.exp(log_decay.double()) / length
     energy = torch.expm1(-2 * rate * length) / torch.expm1(-2 * rate)  # the geometric sum of the window's squares
     t = torch.arange(taps, device=rate.device)
@@ -142,13 +144,13 @@ def _unit_window(log_decay: Tensor, length: int, taps: int) -> Tensor:
 
 
 def _into_blocks(u: Tensor, block: int) -> Tensor:
-    """Whole blocks counted from the end, zeros before the first token: (B, n, Ds) -> (Ds, blocks, B, W)."""
+    """Cut into whole blocks from the end, with zeros before the first token: (B, n, Ds) -> (Ds, blocks, B, W)."""
     u = nn.functional.pad(u, (0, 0, -u.shape[1] % block, 0))
     return u.unflatten(1, (-1, block)).permute(3, 1, 0, 2)
 
 
 def _into_lags(kernel: Tensor, block: int) -> Tensor:
-    """Taps by whole blocks of lag, each in the order of the inputs they meet: (C, Ds, lags W) -> (lags, Ds, W, C)."""
+    """Cut taps into blocks of lag, each in the order of the inputs they meet: (C, Ds, lags W) -> (lags, Ds, W, C)."""
     return kernel.unflatten(-1, (-1, block)).flip(-1).permute(2, 1, 3, 0)
 
 
