@@ -1,8 +1,9 @@
-"""What goes between ranks, noted where it goes: which exchange is under way, how long it takes, how much is sent.
+"""Recording the exchanges between ranks: which one is running, how long it takes, how many bytes are sent.
 
-Two roads lead from a rank to the others while it trains: DeepSpeed's communication backend, for gradients and weights,
-and the sequence-parallel group. Each gets a cover that looks like it. What a rank *sends* is counted as a ring of the
-ranks sends it: an all-reduce passes every byte on twice, a gather and a reduce-scatter once, less the own share.
+During training a rank communicates in two ways: by DeepSpeed's communication backend, for gradients and weights, and by
+the sequence-parallel group. Each is wrapped in an object with the same interface. The bytes that a rank *sends* are
+counted as in a ring of ranks: an all-reduce passes every byte on twice, a gather and a reduce-scatter once, without the
+rank's own share.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from bst_dist.parallel.sequence.group import SequenceGroup
 
 
 class WatchedGroup(SequenceGroup):
-    """A sequence-parallel group whose exchanges are noted."""
+    """A sequence-parallel group whose exchanges are recorded."""
 
     def __init__(self, process_group: dist.ProcessGroup, phases: Phases) -> None:
         super().__init__(process_group)
@@ -45,7 +46,7 @@ class WatchedGroup(SequenceGroup):
 
 
 class WatchedBackend:
-    """DeepSpeed's communication backend, with its collectives noted; everything else is the backend's own."""
+    """DeepSpeed's communication backend with its collectives recorded. All other attributes are the backend's own."""
 
     def __init__(self, backend: Any, phases: Phases) -> None:
         self._backend, self._phases = backend, phases
@@ -61,12 +62,12 @@ class WatchedBackend:
                 work = own(*args, **named)
             return None if work is None else _Work(work, kind, self._phases)
 
-        self.__dict__[name] = watched  # found there the next time
+        self.__dict__[name] = watched  # the next access finds it there
         return watched
 
 
 class _Work:
-    """A collective under way, whose wait is noted."""
+    """A running collective; the time spent in its `wait` is recorded."""
 
     def __init__(self, work: Any, kind: str, phases: Phases) -> None:
         self._work, self._kind, self._phases = work, kind, phases
@@ -80,14 +81,15 @@ class _Work:
 
 
 def watch_deepspeed(phases: Phases) -> None:
-    """Have all that DeepSpeed sends from now on noted in `phases`; called after the process group is there."""
+    """Record all that DeepSpeed sends from now on in `phases`. Call it after the process group is initialised."""
     from deepspeed.comm import comm
 
     comm.cdb = WatchedBackend(getattr(comm.cdb, "_backend", comm.cdb), phases)
 
 
 def _counted(name: str, position: int, rounds: float) -> Callable[..., float]:
-    """Bytes sent by a collective over the tensor, or tensors, that is the argument `name`, or stands at `position`."""
+    """Return a function for the bytes sent by a collective. Its tensor or tensors are the argument `name`, or the one
+    at `position`."""
 
     def sent(args: Sequence[Any], named: dict[str, Any]) -> float:
         tensors = named[name] if name in named else args[position]
@@ -100,7 +102,7 @@ def _counted(name: str, position: int, rounds: float) -> Callable[..., float]:
 
 
 def _given(args: Sequence[Any], named: dict[str, Any]) -> float:
-    """Bytes sent by an all-to-all, whose parts may be unequal: all but what stays."""
+    """Return the bytes sent by an all-to-all, whose parts may be unequal: all but the part that stays."""
     tensor, sizes, group = named["input"], named.get("input_split_sizes"), named.get("group")
     ranks = dist.get_world_size(group)
     kept = tensor.numel() // ranks if sizes is None else sizes[dist.get_rank(group)]
@@ -119,4 +121,4 @@ SENT: dict[str, tuple[str, Callable[..., float]]] = {
     "reduce_scatter_tensor": ("reduce-scatter", _counted("input_tensor", 1, 1)),
     "all_to_all_single": ("all-to-all", _given),
 }
-"""Of each collective of the backend: what it is called in reports, and the bytes that one rank sends."""
+"""For each collective of the backend: its name in reports, and the bytes that one rank sends."""

@@ -9,18 +9,19 @@ from bst_base.settings import Config
 
 
 class ParallelConfig(Config):
-    """How a global batch is spread over the ranks; what sp leaves is data-parallel."""
+    """How a global batch is spread over the ranks. The ranks form groups of sp; the groups are data-parallel."""
 
     sp: int = Field(1, ge=1, le=2**20)
     """Sequence-parallel ranks: they share one sequence, each with a slice of L / sp tokens."""
 
 
 class MeshError(UserError):
-    """A world that the recipe cannot be spread over."""
+    """The recipe cannot be spread over this number of ranks."""
 
 
 def data_parallel(world: int, sp: int) -> int:
-    """The data-parallel degree of `world` ranks, `sp` to a sequence; raises MeshError when sp does not divide them."""
+    """Return the data-parallel degree of `world` ranks with `sp` ranks per sequence. Raise MeshError if sp does not
+    divide them."""
     if world % sp:
         raise MeshError(f"parallel.sp: {sp} does not divide the {world} ranks")
     return world // sp

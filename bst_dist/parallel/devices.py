@@ -1,6 +1,7 @@
-"""Which accelerator a process uses, found out before torch is imported.
+"""Which accelerator a process uses, determined without torch.
 
-Launchers number the processes of one host by a variable of their own; each takes the device of its number.
+Each launcher numbers the processes of one host in its own environment variable. A process uses the device with its
+number.
 """
 
 from __future__ import annotations
@@ -16,26 +17,26 @@ LOCAL_RANKS = (
     "PALS_LOCAL_RANKID",  # HPE's launcher
     "SLURM_LOCALID",  # srun
 )
-"""Variables that hold the number of a process on its host, in the order in which they are believed."""
+"""Environment variables that hold the local rank of a process, in the order in which they are tried."""
 CPU_ASKED_FOR = ("", "-1")
-"""Values of CUDA_VISIBLE_DEVICES by which people ask for the CPU."""
+"""Values of CUDA_VISIBLE_DEVICES that select the CPU."""
 
 
 def local_rank(environment: Mapping[str, str]) -> int | None:
-    """The number of this process on its host; None when no launcher has given it one."""
+    """Return the local rank of this process on its host; None if no launcher has set one."""
     found = [environment[name] for name in LOCAL_RANKS if environment.get(name, "").isdigit()]
     return int(found[0]) if found else None
 
 
 def device_files(root: Path = Path("/dev")) -> list[str]:
-    """The accelerators whose device files this process sees: NVIDIA's, or AMD's compute device."""
+    """Return the accelerators whose device files this process sees: NVIDIA's or AMD's."""
     nvidia = [path.name for path in root.glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()]
     amd = [path.name for path in root.glob("dri/renderD*")] if (root / "kfd").exists() else []
     return sorted([*nvidia, *amd])
 
 
 def cpu_refusal(environment: Mapping[str, str], root: Path = Path("/dev")) -> str | None:
-    """Why a process for which torch finds no accelerator must not compute on the CPU; None when it may."""
+    """Return why a process must not compute on the CPU although torch finds no accelerator; None if it may."""
     if "DS_ACCELERATOR" in environment or environment.get("CUDA_VISIBLE_DEVICES") in CPU_ASKED_FOR:
         return None
     if not (found := device_files(root)):

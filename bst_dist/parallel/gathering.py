@@ -1,6 +1,6 @@
-"""Waiting until every rank of a job is there, with the missing ones named.
+"""Waiting until all ranks of a job have started, and naming the missing ones.
 
-torch waits for them too, in silence and for ten minutes or more; and a signal that comes meanwhile is not obeyed.
+torch waits for them too, but silently and for ten minutes or more, and it does not react to signals meanwhile.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from torch.distributed import DistStoreError, TCPStore
 from bst_base.host import free_port, with_port
 
 LIMIT_S = 300.0
-"""How long all ranks may take to come together."""
+"""Timeout for all ranks to start."""
 FIRST_WORD_S, NEXT_WORD_S = 10.0, 30.0
-"""After how long it is said who is missing, and then how often."""
+"""Time until the first message about missing ranks, and the interval of later messages."""
 POLL_S = 0.1
 
 
 class GatheringError(RuntimeError):
-    """Some ranks did not come."""
+    """Some ranks did not start in time, or rank 0's port is taken."""
 
 
 @contextmanager
 def gathered(environment: Mapping[str, str] = os.environ, limit_s: float = LIMIT_S) -> Iterator[None]:
-    """Wait for all ranks that `environment` speaks of; the store in which they meet stays open while the block runs.
+    """Wait for all ranks described by `environment`. The store in which they meet stays open while the block runs.
 
-    Nothing happens where the variables of `torch.distributed` are not set: MPI brings its processes together itself.
-    Raises GatheringError after `limit_s`, naming who is missing, and at once when rank 0's port is taken.
+    If the variables of `torch.distributed` are not set, do nothing: MPI connects its processes itself. Raise
+    GatheringError after `limit_s`, naming the missing ranks, or at once if rank 0's port is taken.
     """
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if any(name not in environment for name in needed) or environment["WORLD_SIZE"] == "1":
@@ -45,12 +45,12 @@ def gathered(environment: Mapping[str, str] = os.environ, limit_s: float = LIMIT
     rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     where, deadline = with_port(address, port), time.monotonic() + limit_s
-    # torchrun's agent holds the store of its ranks, which outlives a restart of theirs.
+    # torchrun's agent hosts the store of its ranks, so the store survives a restart of the ranks.
     agent_holds_it = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     prefix = f"gathered/{environment.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     with _saying(f"waiting for rank 0 at {where}", rank):
         try:
-            # multi_tenant: torch's own store, which follows on the same port, is then this one.
+            # multi_tenant: torch's own store, opened later on the same port, then shares this one.
             store = TCPStore(address, port, world, rank == 0 and not agent_holds_it, timedelta(seconds=limit_s),
                              wait_for_workers=False, multi_tenant=True)  # fmt: skip
             store.set(f"{prefix}/{rank}", socket.gethostname())
@@ -68,7 +68,7 @@ def gathered(environment: Mapping[str, str] = os.environ, limit_s: float = LIMIT
 
 
 def _await_others(store: TCPStore, prefix: str, world: int, where: str, deadline: float) -> None:
-    """Rank 0: until all have come; says who has not."""
+    """On rank 0: wait until all ranks have come, and print the missing ones."""
     missing, next_word = list(range(1, world)), time.monotonic() + FIRST_WORD_S
     while missing := [rank for rank in missing if not store.check([f"{prefix}/{rank}"])]:
         now = time.monotonic()
@@ -81,7 +81,7 @@ def _await_others(store: TCPStore, prefix: str, world: int, where: str, deadline
 
 
 def _await_first(store: TCPStore, prefix: str, where: str, deadline: float) -> None:
-    """Another rank: until rank 0 says that all have come, or is gone."""
+    """On other ranks: wait until rank 0 reports that all have come. Raise GatheringError if it does not."""
     left_s = deadline - time.monotonic() + 5.0  # rank 0 gives up first, and names the missing
     try:
         store.wait([f"{prefix}/all"], timedelta(seconds=max(1.0, left_s)))
@@ -91,7 +91,7 @@ def _await_first(store: TCPStore, prefix: str, where: str, deadline: float) -> N
 
 
 def _taken(port: int) -> str:
-    """That another process listens where rank 0 should, and what to do."""
+    """Return the error message for a port on which another process listens, with what to do."""
     return (
         f"port {port} of {socket.gethostname()}, where all ranks are to meet, is taken by {_listener(port)}: does "
         "another run train here? Choose another port: --master-port (bst launch, torchrun), --master_port (deepspeed), "
@@ -100,7 +100,7 @@ def _taken(port: int) -> str:
 
 
 def _listener(port: int) -> str:
-    """The process that listens on a port of this host, as far as this user may know it."""
+    """Describe the process that listens on a port of this host, as far as this user may see it."""
     try:
         listening = [one for one in psutil.net_connections("tcp")
                      if one.status == psutil.CONN_LISTEN and one.laddr.port == port and one.pid]  # fmt: skip
@@ -111,11 +111,11 @@ def _listener(port: int) -> str:
 
 
 def agreed_port() -> int:
-    """Under mpirun, the port where all ranks meet: MASTER_PORT of rank 0, or one that is free on its host.
+    """Return the port where all ranks meet under mpirun: MASTER_PORT of rank 0, or a free port of its host.
 
-    Every process calls it. Without it DeepSpeed would have every start on a host meet at port 29500.
+    Every process must call it. Without it, DeepSpeed would use port 29500 for every start on a host.
     """
-    from mpi4py import MPI  # importing it starts MPI, which only processes of mpirun may
+    from mpi4py import MPI  # its import initialises MPI, which only processes of mpirun may do
 
     own = int(os.environ.get("MASTER_PORT") or free_port()) if MPI.COMM_WORLD.Get_rank() == 0 else 0
     return MPI.COMM_WORLD.bcast(own)
@@ -126,7 +126,7 @@ def _waiting(missing: Sequence[int], where: str) -> str:
 
 
 def spans(numbers: Sequence[int]) -> str:
-    """Ascending numbers as ``1 to 3, 7``."""
+    """Format ascending numbers as ``1 to 3, 7``."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and parts[-1][1] == number - 1:
@@ -138,7 +138,7 @@ def spans(numbers: Sequence[int]) -> str:
 
 @contextmanager
 def _saying(text: str, rank: int) -> Iterator[None]:
-    """Say what the block waits for when it takes long; one rank a host would do, but none knows the others yet."""
+    """Print what the block waits for if it takes long. Every rank prints: they do not know each other yet."""
     done = threading.Event()
 
     def say() -> None:

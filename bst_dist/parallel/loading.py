@@ -1,16 +1,16 @@
-"""DeepSpeed, imported without what no run here uses and what takes longer to load than all the rest.
+"""DeepSpeed, imported without parts that no run here uses and that take longer to load than all others.
 
-`from bst_dist.parallel.loading import deepspeed` in place of `import deepspeed`. Left out are, with DeepSpeed 0.19.8
-and torch 2.13:
+Use `from bst_dist.parallel.loading import deepspeed` instead of `import deepspeed`. With DeepSpeed 0.19.8 and torch
+2.13, it does not load:
 
-- MLflow, where it is installed, and with it pandas, scipy and a web server: DeepSpeed's autotuner imports it, and
-  `import deepspeed` imports the autotuner.
-- torch's compiler and its code generator, for DeepSpeed's Muon, whose functions are given to the compiler when they are
-  imported; every ZeRO optimizer imports Muon, to ask whether it is one.
-- torch's compiler, which an optimizer loads to be left out of what is compiled.
+- MLflow, if it is installed, and with it pandas, scipy and a web server. `import deepspeed` imports DeepSpeed's
+  autotuner, which imports MLflow.
+- torch's compiler and its code generator, for DeepSpeed's Muon, whose functions are passed to the compiler at import.
+  Every ZeRO optimizer imports Muon to check whether it is one.
+- torch's compiler, which an optimizer loads only to exclude itself from compilation.
 
-What needs them loads them still: compiled layers, recomputed ones, ZeRO-3's hooks, the writer to MLflow. Where a later
-version of either library does these things otherwise, a start takes longer and nothing else changes.
+Code that needs these still loads them: compiled layers, recomputed layers, ZeRO-3's hooks, the MLflow writer. If a
+later version of either library works differently, a start takes longer and nothing else changes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bst_base.importing import uncollected
 
 @contextmanager
 def _absent(name: str) -> Iterator[None]:
-    """While it is entered, a package that nobody has imported yet is as if it were not installed."""
+    """Context manager in which a package that is not imported yet seems not to be installed."""
     if name in sys.modules:
         yield
         return
@@ -41,7 +41,7 @@ def _absent(name: str) -> Iterator[None]:
 
 with uncollected(), _absent("mlflow"):
     import deepspeed
-from deepspeed.runtime import compiler  # noqa: E402  (not before: it would import all of DeepSpeed)
+from deepspeed.runtime import compiler  # noqa: E402  (not earlier: it imports all of DeepSpeed)
 
 
 def _import_muon() -> None:
@@ -55,10 +55,10 @@ def _import_muon() -> None:
 
 
 def _call_without_compiler(uncompiled: Callable[..., Any]) -> None:
-    """Let a function that torch leaves out of what it compiles be called as it is while the compiler is not loaded.
+    """Let a function that torch excludes from compilation be called directly while the compiler is not loaded.
 
-    `uncompiled` is what `torch._disable_dynamo` made of the function: it looks for a way past the compiler in an
-    attribute of the function, and loads the compiler to make one where there is none.
+    `uncompiled` is the wrapper that `torch._disable_dynamo` made of the function. It looks for a version that bypasses
+    the compiler in an attribute of the function. If there is none, it loads the compiler to make one.
     """
     function: Any = uncompiled.__wrapped__  # type: ignore[attr-defined]
 
@@ -74,7 +74,7 @@ def _call_without_compiler(uncompiled: Callable[..., Any]) -> None:
 
 
 def _step_without_compiler(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Adam's step as torch wraps it, without gradients, but for the compiler's two breaks around it."""
+    """Return Adam's step as torch wraps it (without gradients), but without the compiler's two graph breaks."""
 
     @functools.wraps(step)
     def take(optimizer: torch.optim.Optimizer, *args: Any, **named: Any) -> Any:
@@ -90,7 +90,7 @@ _import_muon()
 for _method in vars(torch.optim.Optimizer).values():
     if getattr(getattr(_method, "__code__", None), "co_filename", None) == torch._compile.__file__:
         _call_without_compiler(_method)
-# `hooked`: an Adam was made before, and its step has torch's hooks around it by now.
+# `hooked`: an Adam was made before, and torch has already wrapped its step with hooks.
 if hasattr(torch.optim.Adam.step, "__wrapped__") and not hasattr(torch.optim.Adam.step, "hooked"):
     torch.optim.Adam.step = _step_without_compiler(torch.optim.Adam.step)  # type: ignore[method-assign]
 

@@ -1,7 +1,7 @@
-"""The dp x sp mesh: which rows and which slice of them a rank holds.
+"""The dp x sp mesh: which rows of a batch, and which slice of them, a rank holds.
 
-Ranks of one sequence are neighbours (rank = dp_rank * sp + sp_rank), so what crosses a slice boundary stays inside a
-node where it can. ZeRO shards over the whole world: for it, every rank is data-parallel.
+Ranks of one sequence are neighbours (rank = dp_rank * sp + sp_rank), so exchanges between slices stay within a node
+when possible. ZeRO shards over the whole world: for ZeRO, every rank is data-parallel.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bst_dist.parallel.sequence.group import SequenceGroup
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place."""
+    """This rank's position in the mesh."""
 
     world: int
     rank: int
@@ -32,18 +32,18 @@ class Mesh:
 
     @property
     def dp_rank(self) -> int:
-        """Which rows."""
+        """Index of this rank's group of rows."""
         return self.rank // self.sp
 
     @property
     def sp_rank(self) -> int:
-        """Which slice of them."""
+        """Index of this rank's slice of the rows."""
         return self.rank % self.sp
 
     def sp_group(self) -> SequenceGroup | None:
-        """The ranks that share this rank's sequence; None when it shares it with nobody.
+        """Return the group of ranks that share this rank's sequence; None if sp is 1.
 
-        Makes process groups, so every rank of the world calls it, once.
+        It creates process groups, so every rank of the world must call it once.
         """
         if self.sp == 1:
             return None

@@ -1,8 +1,8 @@
-"""The cores near a rank's device.
+"""Binding a process to the CPU cores near its device.
 
-A host with several processors is several NUMA nodes: memory, cores and devices that are near each other. Copies between
-a device and the memory of another node are slower, and the host's threads had better run where the copies begin. Linux
-says in /sys which node a device and a core belong to; where it does not, nothing is bound.
+A host with several processors has several NUMA nodes: groups of memory, cores and devices that are near each other.
+Copies between a device and the memory of another node are slower, so the threads of a process should run on the node of
+its device. Linux gives the node of a device and of a core in /sys. If it does not, nothing is bound.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SYSTEM = Path("/sys")
 
 
 def pci_address(properties: Any) -> str | None:
-    """Where a device is, as /sys writes it, from what torch knows of it; None where torch does not say."""
+    """Return a device's PCI address as written in /sys, from torch's device properties; None if torch has none."""
     places = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
     if None in places:
         return None
@@ -25,29 +25,29 @@ def pci_address(properties: Any) -> str | None:
 
 
 def bind_near(pci: str | None, system: Path = SYSTEM) -> int | None:
-    """Let all threads of this process run on the cores of a device's node alone; returns the node.
+    """Bind all threads of this process to the cores of a device's node, and return the node.
 
-    None, and nothing is changed, where the node is not known, where the process has none of its cores, and where it has
-    no others: a launcher's or scheduler's binding is made narrower, never wider.
+    Return None and change nothing if the node is not known, or if the process may use none of the node's cores, or no
+    others. A binding by a launcher or scheduler is made narrower, never wider.
     """
     if pci is None:
         return None
     try:
         node = int((system / "bus" / "pci" / "devices" / pci / "numa_node").read_text())
         near = cores((system / "devices" / "system" / "node" / f"node{node}" / "cpulist").read_text())
-    except (OSError, ValueError):  # no such file; node -1, which means unknown, has none either
+    except (OSError, ValueError):  # no such file; node -1 (unknown) has no cpulist
         return None
     allowed = os.sched_getaffinity(0)
     if not near & allowed or allowed <= near:
         return None
     for thread in Path("/proc/self/task").iterdir():
-        with suppress(OSError):  # it has ended
+        with suppress(OSError):  # the thread has ended
             os.sched_setaffinity(int(thread.name), near & allowed)
     return node
 
 
 def cores(text: str) -> set[int]:
-    """The numbers in a list of the kernel: ``0-3,8``."""
+    """Return the numbers in a list as Linux writes it: ``0-3,8``."""
     found: set[int] = set()
     for part in filter(None, text.strip().split(",")):
         first, _, last = part.partition("-")

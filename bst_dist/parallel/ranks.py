@@ -1,4 +1,4 @@
-"""This process among all: its rank, its device, and the few small collectives that are not the model's or ZeRO's."""
+"""The process group of all ranks: this process's rank and device, and the small collectives outside model and ZeRO."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from bst_dist.parallel.phases import Phases
 
 T = TypeVar("T")
 
-# Any of these says that a launcher started this process as one of several.
+# If any of these is set, a launcher started this process as one of several.
 _LAUNCHED = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 
 
@@ -36,47 +36,47 @@ RANKS_OF_ITS_OWN = (
 
 
 class Ranks:
-    """The process group of all ranks, joined by whichever launcher started this process.
+    """The process group of all ranks, for any launcher that started this process.
 
-    Started by none, the process is a group of its own.
+    Without a launcher, the group consists of this process.
     """
 
     def __init__(self, exchange_limit_s: float | None = None) -> None:
-        """`exchange_limit_s`: after so long in one exchange torch ends the process; None: as torch and DeepSpeed have
-        it."""
+        """`exchange_limit_s`: torch ends the process after this time in one exchange; None: the default of torch and
+        DeepSpeed."""
         require_accelerator()
-        # The accelerator must be known before DeepSpeed is imported: it looks for one at import.
+        # The accelerator must be chosen before DeepSpeed is imported, because it looks for one at import.
         choose_accelerator()
         from bst_dist.parallel.loading import deepspeed
 
         accelerator = deepspeed.accelerator.get_accelerator()
         if accelerator.device_name() == "cpu":
-            # DeepSpeed would try its C++ extensions one by one, and compile an all-reduce that only its inference uses:
-            # minutes at the first start, and a start killed meanwhile leaves a lock that the next one waits for.
+            # Otherwise DeepSpeed tries its C++ extensions one by one and compiles an all-reduce that only its inference
+            # uses. This takes minutes at the first start. If it is killed, its lock blocks the next start.
             deepspeed.ops.__compatible_ops__ = {}
         if not any(name in os.environ for name in _LAUNCHED):
             require_alone("train all of the run", RANKS_OF_ITS_OWN)
             alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
             os.environ |= {**alone, "MASTER_PORT": str(free_port())}
-        # Before DeepSpeed joins the ranks: under mpirun it learns LOCAL_RANK only from MPI, when every process would
-        # have taken the first device already.
+        # Set the device before DeepSpeed initialises the group: under mpirun it learns LOCAL_RANK only from MPI, and by
+        # then every process would have taken the first device.
         device = None if accelerator.device_name() == "cpu" else own_device(accelerator.device_count())
         if device is not None:
             accelerator.set_device(device)
         self.numa_node = bind_near(pci_of_device() if accelerator.device_name() == "cuda" else None)
-        """Whose cores this process was bound to, because its device belongs to it; None when it was not."""
+        """The NUMA node of the device, to whose cores this process is bound; None if it is not bound."""
         options: dict[str, Any] = {}
         if exchange_limit_s is not None:
             options = {"timeout": timedelta(seconds=exchange_limit_s)}
-            # NCCL's own watch over its thread, which does not follow from the time limit of exchanges.
+            # The timeout of NCCL's heartbeat monitor, which does not follow from the timeout of exchanges.
             os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{exchange_limit_s:.0f}")
-        # torch's flight recorder is there to be read when a job hangs, and is written when NCCL gives up by itself.
+        # Keep torch's flight recorder for jobs that hang, and write it when NCCL times out.
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"))
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         if "RANK" not in os.environ:  # DeepSpeed will ask MPI
             options["distributed_port"] = agreed_port()
         if device is not None and device != (local_rank(os.environ) or 0):
-            if "RANK" not in os.environ:  # or its answer would take the place of what is said here
+            if "RANK" not in os.environ:  # first, because it would overwrite the values set below
                 deepspeed.comm.comm.mpi_discovery(options["distributed_port"], verbose=False)
             number_by_device(device)
         with gathered():
@@ -87,11 +87,11 @@ class Ranks:
         on_cpu = accelerator.device_name() == "cpu"
         self._allocated = None if on_cpu else accelerator.max_memory_allocated
         self.phases = Phases(None if on_cpu else accelerator.synchronize)
-        """Where this rank is, what its time goes to and what it sends."""
+        """The current phase of this rank, the time of each phase, and the bytes sent."""
         watch_deepspeed(self.phases)
 
     def limit_exchanges(self, seconds: float | None) -> None:
-        """Let torch wait so long for an exchange in any group of ranks made so far; None changes nothing."""
+        """Set the timeout of exchanges in all process groups made so far; None changes nothing."""
         for group in distributed.distributed_c10d._world.pg_map if seconds is not None else ():
             distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
@@ -101,37 +101,37 @@ class Ranks:
         return self.rank == 0
 
     def say(self, text: str) -> None:
-        """Print a line, once for all ranks."""
+        """Print a line on rank 0."""
         if self.first:
             print(text, flush=True)
 
     @property
     def cores(self) -> str:
-        """The processor cores that this process may use, as the launcher or scheduler has bound it."""
+        """The CPU cores that this process may use, as bound by the launcher or scheduler."""
         return spans(sorted(os.sched_getaffinity(0)))
 
     @property
     def threads(self) -> int:
-        """That torch computes with on them."""
+        """Number of threads that torch computes with."""
         return torch.get_num_threads()
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums over all ranks, in float64: counts of tokens and bytes stay exact."""
+        """Return the sums over all ranks, in float64, so that counts of tokens and bytes stay exact."""
         totals = torch.tensor(values, dtype=torch.float64, device=self.device)
         with self.phases.exchanging("sum of numbers"):
             distributed.all_reduce(totals)
             return totals.tolist()
 
     def add_up(self, values: Tensor) -> Tensor:
-        """The same of a tensor, in place and without waiting for the device to have the sums."""
+        """Sum a tensor over all ranks, in place and without waiting for the device."""
         with self.phases.exchanging("sum of numbers"):
             distributed.all_reduce(values)
         return values
 
     def table(self, values: Sequence[float]) -> Tensor:
-        """(ranks, n) float64 on the host: every rank's `values`, on every rank; all ranks give as many.
+        """Return every rank's `values` on every rank, (ranks, n) float64 on the host. All ranks give equally many.
 
-        One collective of numbers: where they are enough it is far cheaper than `gather`, which pickles.
+        It is one collective of numbers, far cheaper than `gather`, which pickles.
         """
         own = torch.tensor(values, dtype=torch.float64, device=self.device)
         found = torch.empty(self.world * len(values), dtype=torch.float64, device=self.device)
@@ -140,14 +140,14 @@ class Ranks:
             return found.view(self.world, -1).cpu()
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, by rank, on every rank."""
+        """Return every rank's value, ordered by rank, on every rank."""
         values: list[Any] = [None] * self.world
         with self.phases.exchanging("gather of objects"):
             distributed.all_gather_object(values, value)
         return values
 
     def from_first(self, value: T) -> T:
-        """Rank 0's value."""
+        """Return rank 0's value on every rank."""
         values = [value]
         with self.phases.exchanging("broadcast of an object"):
             distributed.broadcast_object_list(values, src=0)
@@ -159,23 +159,23 @@ class Ranks:
             distributed.barrier()
 
     def memory_high_water(self) -> int:
-        """Most bytes that this rank has held: on its accelerator, or of the machine's memory where there is none."""
+        """Return the peak memory of this rank in bytes: on its accelerator, or in host memory if there is none."""
         if self._allocated is not None:
             return self._allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def leave(self) -> None:
-        """Leave the process group; without this the exit of one rank may look like a fault to the others."""
+        """Leave the process group. Without this, the exit of one rank may look like a failure to the others."""
         distributed.destroy_process_group()
-        # DeepSpeed has found the ranks by MPI, and mpirun takes an exit without this for a fault.
+        # DeepSpeed found the ranks by MPI, and mpirun treats an exit without Finalize as a failure.
         if "mpi4py.MPI" in sys.modules:
             sys.modules["mpi4py.MPI"].Finalize()
 
 
 def own_device(count: int) -> int:
-    """The device of this process among the `count` that it sees; raises UserError when there are too few.
+    """Return the device index of this process among the `count` that it sees. Raise UserError if there are too few.
 
-    Where a launcher shows each process one device of its own (Slurm's --gpus-per-task=1), that is device 0.
+    If the launcher shows each process only its own device (Slurm's --gpus-per-task=1), the index is 0.
     """
     number = local_rank(os.environ) or 0
     if count == 1 and number > 0:
@@ -186,19 +186,19 @@ def own_device(count: int) -> int:
 
 
 def number_by_device(device: int) -> None:
-    """Let DeepSpeed take this device: it takes LOCAL_RANK for a device's number, and Open MPI's word must agree."""
+    """Make DeepSpeed use this device. It reads LOCAL_RANK as the device index, and Open MPI's variable must agree."""
     for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
         if name in os.environ:
             os.environ[name] = str(device)
 
 
 def pci_of_device() -> str | None:
-    """Where this process's CUDA device is; None where torch does not say."""
+    """Return the PCI address of this process's CUDA device; None if torch does not give it."""
     return pci_address(torch.cuda.get_device_properties(torch.cuda.current_device()))
 
 
 def require_accelerator() -> None:
-    """Raise UserError where torch finds no accelerator though this host has some, and nobody asked for the CPU."""
+    """Raise UserError if torch finds no accelerator although this host has some, and the CPU was not requested."""
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is None and (refusal := cpu_refusal(os.environ)) is not None:
         raise UserError(f"{socket.gethostname()}: {refusal}")

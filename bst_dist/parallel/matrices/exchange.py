@@ -1,6 +1,6 @@
-"""Cut matrices (`owners`) put together on their owners and sent back: two exchanges for all of them.
+"""Assembling sharded matrices (`owners`) on their owners, and sending them back: two exchanges for all matrices.
 
-Of a cut matrix all elements but the owner's own are sent, once to it and once back.
+All elements of a sharded matrix except the owner's own are sent, once to the owner and once back.
 """
 
 from __future__ import annotations
@@ -15,36 +15,37 @@ from bst_dist.parallel.matrices.owners import Matrix, owners
 
 
 class Exchange:
-    """Puts cut matrices together on their owners, and sends back what these make of them. Every rank makes every call.
+    """Assembles sharded matrices on their owners, and sends the results back. Every rank must make every call.
 
-    A rank hands over, and gets back, its own runs: flat tensors, one for each matrix that it holds some of.
+    A rank passes in, and gets back, its own runs: flat tensors, one for each matrix of which it holds a part.
     """
 
     def __init__(self, matrices: Sequence[Matrix], rank: int, all_to_all: Callable[..., Any] | None = None) -> None:
-        """`all_to_all`: `all_to_all_single` of a communication backend; needed where a matrix is cut."""
+        """`all_to_all`: `all_to_all_single` of a communication backend; needed if any matrix is sharded."""
         self.matrices, self.rank, self._all_to_all = matrices, rank, all_to_all
         self.owners = owners(matrices)
         cut = [place for place, matrix in enumerate(matrices) if len(matrix.runs) > 1]
         self.any = bool(cut)
-        """Whether something is sent, by any rank."""
+        """Whether any rank sends anything."""
         self.put_together = [place for place in cut if self.owners[place] == rank]
-        """Matrices of several ranks that this one owns."""
+        """Sharded matrices that this rank owns."""
         given = [place for place in cut if rank in matrices[place].runs and self.owners[place] != rank]
         self._out = sorted(given, key=lambda place: (self.owners[place], place))
-        """Which of its runs this rank sends away, in the order in which they are sent."""
+        """Matrices whose runs this rank sends to their owners, in the order of sending."""
         self._into = sorted(
             (other, place) for place in self.put_together for other in matrices[place].runs if other != rank
         )
-        """Whose run of which matrix it is sent, in the order in which they come."""
+        """(Sending rank, matrix) of the runs that this rank receives, in the order of receiving."""
 
     def is_cut(self, place: int) -> bool:
-        """Whether a matrix lies on several ranks."""
+        """Whether a matrix is sharded over several ranks."""
         return len(self.matrices[place].runs) > 1
 
     def gather(self, runs: dict[int, Tensor], like: Tensor) -> Callable[[], dict[int, Tensor]]:
-        """Begin to send this rank's runs to their owners; what is returned waits, and gives the matrices to own, flat.
+        """Begin to send this rank's runs to their owners. Return a function that waits for the exchange and returns the
+        matrices that this rank owns, flat.
 
-        `runs`: by matrix, at least those that are cut. `like`: of the type and device to exchange in.
+        `runs`: by matrix, at least those that are sharded. `like`: a tensor with the dtype and device of the exchange.
         """
         sent = _joined([runs[place] for place in self._out], like)
         came = like.new_empty(sum(self.matrices[place].runs[other][1] for other, place in self._into))
@@ -66,7 +67,7 @@ class Exchange:
         return finish
 
     def scatter(self, whole: dict[int, Tensor], like: Tensor) -> dict[int, Tensor]:
-        """Of every cut matrix this rank's run, as its owner has made it; `whole`: those that this rank owns."""
+        """Return this rank's run of every sharded matrix, as computed by its owner. `whole`: those this rank owns."""
         sent = _joined([self._run(whole[place], place, other) for other, place in self._into], like)
         came = like.new_empty(sum(self.matrices[place].runs[self.rank][1] for place in self._out))
         self._send(came, sent, self._by_owner(), self._by_sender())()
@@ -79,14 +80,14 @@ class Exchange:
         return whole[begin : begin + count]
 
     def _by_owner(self) -> list[int]:
-        """Elements that this rank gives to each rank, to be put together."""
+        """Return how many elements this rank sends to each owner."""
         counts = [0] * torch.distributed.get_world_size()
         for place in self._out:
             counts[self.owners[place]] += self.matrices[place].runs[self.rank][1]
         return counts
 
     def _by_sender(self) -> list[int]:
-        """Elements that each rank gives to this one."""
+        """Return how many elements each rank sends to this one."""
         counts = [0] * torch.distributed.get_world_size()
         for other, place in self._into:
             counts[other] += self.matrices[place].runs[other][1]

@@ -1,4 +1,4 @@
-"""The orthogonal factor of a matrix, nearly, by Newton–Schulz iterations."""
+"""The approximate orthogonal factor of a matrix, by Newton–Schulz iterations."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of x -> a x + b x^3 + c x^5, chosen by Keller Jordan (https://kellerjordan.github.io/posts/muon/) to grow small
-singular values fastest; it does not converge to 1 but leaves them between about 0.7 and 1.2."""
+"""a, b, c of x -> a x + b x^3 + c x^5, chosen by Keller Jordan (https://kellerjordan.github.io/posts/muon/) so that
+small singular values grow fastest. They do not converge to 1, but end between about 0.7 and 1.2."""
 STEPS = 5
 EPS = 1e-7
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """(rows, columns) -> the same: U S' V^T for U S V^T, with all singular values S' near 1; a zero matrix stays one.
+    """Return U S' V^T for U S V^T, with all singular values S' near 1: (rows, columns) -> the same; zero stays zero.
 
-    Products are of the matrix's type: bf16 is enough, for its rounding is small beside the spread of S'.
+    Products are in the matrix's dtype. bf16 is enough, because its rounding is small compared with the spread of S'.
     """
     a, b, c = COEFFICIENTS
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
@@ -27,6 +27,6 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 
 
 def flops(rows: int, columns: int) -> float:
-    """Of `orthogonalised`: two products with the matrix and one of its Gram matrix with itself, a step."""
+    """Return the FLOPs of `orthogonalised`: per step, two products with the matrix, one of its Gram matrix squared."""
     short, long = sorted((rows, columns))
     return STEPS * (4 * short**2 * long + 2 * short**3)

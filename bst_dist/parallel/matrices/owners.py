@@ -1,9 +1,9 @@
-"""Matrices whose elements lie on several ranks, and which rank works on which.
+"""Matrices whose elements are sharded over several ranks, and which rank works on each.
 
-Some optimizers work on whole matrices, and ZeRO gives each rank a flat share: under stages 1 and 2 the borders between
-ranks cut a few matrices, under stage 3 every one lies on all ranks in equal parts. Each cut matrix gets an owner among
-the ranks that hold some of it, so that the work is spread evenly. All ranks derive the same owners from the same
-layout, without asking each other.
+Some optimizers need whole matrices, but ZeRO gives each rank a flat shard. Under stages 1 and 2 the borders between
+ranks cut a few matrices; under stage 3 every matrix is sharded over all ranks in equal parts. Each cut matrix gets an
+owner among the ranks that hold a part of it, so that the work is spread evenly. All ranks compute the same owners from
+the same layout, without communication.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Matrix:
-    """How one matrix lies over the ranks."""
+    """How one matrix is sharded over the ranks."""
 
     runs: dict[int, tuple[int, int]]
-    """Rank -> first element that it holds, and how many; in the order of the elements."""
+    """Rank -> (first element, number of elements) that it holds, in the order of the elements."""
     work: float
-    """What it costs its owner, in any unit."""
+    """Cost for the owner, in any unit."""
 
 
 def owners(matrices: Sequence[Matrix]) -> list[int]:
-    """The rank that each matrix is put together on: its only holder, or the one of its holders that has least to do.
+    """Return the owner of each matrix: its only holder, or the holder with the least work so far.
 
-    Cut ones are given out from the largest to the smallest; of equal ranks the lower one takes it.
+    Cut matrices are assigned from the most to the least work. Of ranks with equal work, the lower one is the owner.
     """
     load: dict[int, float] = {}
     found = [next(iter(matrix.runs)) for matrix in matrices]

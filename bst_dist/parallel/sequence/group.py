@@ -1,8 +1,8 @@
-"""The ranks that share a sequence, in the order of its slices, and the ways they talk.
+"""The ranks that share a sequence, in the order of its slices, and their exchanges.
 
-A gather and a shift are started and finished apart, so that a layer can compute while they are under way. Every rank
-of the group must make the same calls in the same order. Messages travel in the tensor's own dtype, complex numbers
-as real pairs, which every backend knows.
+A gather and a shift are started and finished separately, so that a layer can compute while they run. Every rank of the
+group must make the same calls in the same order. Messages have the tensor's own dtype. Complex numbers are sent as
+pairs of real numbers, which every backend supports.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ class SequenceGroup:
         self.traffic = Traffic()
 
     def gather(self, x: Tensor, kind: str) -> Callable[[], list[Tensor]]:
-        """Start an all-gather; the function returned waits for it and gives every rank's `x`, in rank order."""
+        """Start an all-gather. Return a function that waits for it and returns every rank's `x`, in rank order."""
         message = _on_the_wire(x)
         self.traffic.count(kind, message, copies=self.size - 1)
         arrive = self._all_gather(message)
         return lambda: [torch.view_as_complex(part) if x.is_complex() else part for part in arrive()]
 
     def shift(self, x: Tensor, kind: str, to_left: bool = False, around: bool = False) -> Callable[[], Tensor | None]:
-        """Start sending `x` to the right neighbour (or the left); the function returned waits and gives what came.
+        """Start sending `x` to the right neighbour (or the left). Return a function that waits and returns what came.
 
-        Slices stand in a line: the rank at its far end sends nothing, the one at its near end gets None. With
-        `around` the line is closed to a ring. `x` must be real and have the same shape on all ranks.
+        The ranks form a line: the last one sends nothing, the first one gets None. With `around` the line is closed to
+        a ring. `x` must be real and have the same shape on all ranks.
         """
         step, first, last = (-1, self.size - 1, 0) if to_left else (1, 0, self.size - 1)
         message = _on_the_wire(x) if around or self.rank != last else None
@@ -52,7 +52,7 @@ class SequenceGroup:
         return finish
 
     def exchange(self, parts: Tensor, kind: str) -> Tensor:
-        """All-to-all of (size, ...) real: part r goes to rank r; returns what each rank sent to this one."""
+        """Exchange (size, ...) real by an all-to-all: part r goes to rank r. Return what each rank sent to this one."""
         message = _on_the_wire(parts)
         self.traffic.count(kind, message[0], copies=self.size - 1)
         return self._all_to_all(message)
@@ -68,7 +68,7 @@ class SequenceGroup:
         return finish
 
     def _send_receive(self, message: Tensor | None, received: Tensor | None, step: int) -> Callable[[], None]:
-        """Send to the rank `step` further, receive from the one as far on the other side; None: nothing there."""
+        """Start sending to rank + `step` and receiving from rank - `step`; a tensor that is None is left out."""
         pairs = ((dist.isend, message, step), (dist.irecv, received, -step))
         works = dist.batch_isend_irecv(
             [

@@ -1,14 +1,13 @@
 """The past that the left neighbour's rank holds: sequence parallelism by passing states.
 
-A sequence lies over the ranks of a group in slices of whole blocks. What crosses a boundary is asked for through the
-contract of `bst_dist.parallel.sequence.past` and is the same few tensors at any length: the recurrent state, one block
-of keys and values, MF's last block end.
+A sequence is sharded over the ranks of a group in slices of whole blocks. The tensors that cross a boundary are those
+of the interface in `bst_dist.parallel.sequence.past`, and are the same few at any length: the recurrent state, one
+block of keys and values, MF's last block end.
 
-Every exchange is made by every rank, forward and backward, in the same order, whether or not the rank needs what it
-gets: a rank whose slice begins the sequence, or begins a document, answers like all others. An exchange is one
-`autograd.Function` (a state's is a pair of them that always run together) and its output is always used, so no rank
-can leave the others waiting in the backward pass. Run again under activation checkpointing, the exchanges happen
-again, on all ranks alike.
+Every rank takes part in every exchange, forward and backward, in the same order, even if it does not need the result:
+also a rank whose slice begins the sequence or a document. An exchange is one `autograd.Function` (for a state, two that
+always run together), and its output is always used. So no rank leaves the others waiting in the backward pass. When
+activation checkpointing recomputes a layer, all ranks repeat its exchanges.
 """
 
 from __future__ import annotations
@@ -27,21 +26,22 @@ from bst_dist.parallel.sequence.transpose import to_channels, to_tokens
 
 
 class SequenceParallelError(UserError):
-    """Something that cannot be computed with the sequence spread over ranks."""
+    """A layer cannot be computed with the sequence sharded over ranks."""
 
 
 class LeftNeighbour(Past):
-    """What the ranks to the left hold; on the first rank, what an earlier call left behind.
+    """The past held by the ranks to the left; on the first rank, what an earlier call left.
 
-    In streaming, the last rank's end is what the first rank needs in the next call. It gets there in this call: the
-    states in the all-gather that is made anyway, the rest by closing the line of ranks to a ring. Where the next call
-    sends a gradient back (`bst_dist.parallel.sequence.slices`), it goes the same way to the last rank.
+    When a stream continues in the next call, the first rank then needs what the last rank has at its end. It receives
+    this within the current call: the states in the all-gather that is made anyway, the rest by closing the line of
+    ranks to a ring. If the next call sends a gradient back (`bst_dist.parallel.sequence.slices`), the gradient goes the
+    same way to the last rank.
 
     Args:
         group: the ranks that share this sequence.
         slice_length: tokens of a slice, the same on all ranks.
-        earlier: given, on all ranks alike, when the sequence continues from call to call; read and left only on the
-            first rank, and empty on the others.
+        earlier: given on all ranks when the sequence continues from call to call. Only the first rank reads it and
+            leaves values in it; on the others it is empty.
     """
 
     def __init__(self, group: SequenceGroup, slice_length: int, earlier: EarlierCall | None = None):
@@ -50,7 +50,7 @@ class LeftNeighbour(Past):
         self.position = group.rank * slice_length + (earlier.position if earlier else 0)
 
     def extend(self, name: str, x: Tensor, before: int, after: int | None = None) -> Tensor:
-        """Raises SequenceParallelError when more is asked for than one slice holds."""
+        """Raise SequenceParallelError if more positions are asked for than one slice holds."""
         if before == 0 and not after:
             return x
         if x.shape[1] < before or after not in (None, before):
@@ -68,9 +68,9 @@ class LeftNeighbour(Past):
         return extended if held is None else torch.cat((held[:, -before:].to(x.dtype), extended), dim=1)
 
     def within_reach(self, name: str, x: Tensor, positions: int) -> Reached:
-        """Where a slice is shorter than that, two all-to-alls: all tokens of a share of the channels, and back.
+        """If a slice is shorter than `positions`, use two all-to-alls: to all tokens of some channels, and back.
 
-        Raises SequenceParallelError when the channels cannot be shared out, or when the sequence is a stream.
+        Raise SequenceParallelError if the ranks do not divide the channels, or if the sequence is a stream.
         """
         if positions <= self.slice_length:
             return super().within_reach(name, x, positions)
@@ -96,7 +96,7 @@ class LeftNeighbour(Past):
         )
 
     def start_state(self, name: str, end: Tensor, transition: Tensor) -> Callable[[], Tensor]:
-        """The state is never None: on the first rank, with nothing before, it is zero."""
+        """Return a function that gives the state. It is never None: with nothing before the first rank, it is zero."""
         streaming = self.earlier is not None and self.group.rank == 0
         held = self.earlier.held(name) if streaming else None
         if held is not None:
@@ -115,7 +115,7 @@ class LeftNeighbour(Past):
         return self.start_state(name, end, transition)()
 
     def serial_state(self, name: str) -> NoReturn:
-        """Raises SequenceParallelError: the ranks would have to take turns."""
+        """Raise SequenceParallelError: the ranks would have to run one after the other."""
         raise SequenceParallelError(
             f"a layer's state ({name}) depends on the state before it by more than elementwise factors "
             "(Block-Recurrent, Gated DeltaNet, ssm.kernel s4-dplr), so sequence-parallel ranks would run one after "
@@ -129,16 +129,16 @@ class LeftNeighbour(Past):
 
 
 def past_of_slice(group: SequenceGroup | None, length: int, earlier: EarlierCall | None = None) -> Past:
-    """What came before this rank's slice of `length` tokens: in the ranks it shares the sequence with, if there are
-    any, and in an earlier call, if the stream continues from one."""
+    """Return the past of this rank's slice of `length` tokens: of the ranks that share the sequence, if there are any,
+    and of an earlier call, if the stream continues from one."""
     return LeftNeighbour(group, length, earlier) if group else earlier or Past()
 
 
 class _Extend(torch.autograd.Function):
-    """The left neighbour's last `count` positions before x; backward, their gradient goes back to where they are from.
+    """Puts the left neighbour's last `count` positions in front of x. Backward, their gradient goes back to it.
 
-    (B, l, ...) -> (B, count + l, ...), on the first rank (B, l, ...); and on the first rank of a ring the last
-    rank's positions, with gradient if the ring is `returning`.
+    (B, l, ...) -> (B, count + l, ...), on the first rank (B, l, ...). The second output, on the first rank of a ring,
+    is the last rank's positions, with gradient if `returning`; else it is empty.
     """
 
     @staticmethod
@@ -156,7 +156,7 @@ class _Extend(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor, of_around: Tensor) -> tuple:
         first = ctx.group.rank == 0
-        # To the left goes the gradient of what came from there; from the first rank of a line nothing goes.
+        # The gradient of what came from the left goes back there. The first rank of a line sends nothing.
         front = of_around if first and ctx.returning else gradient[:, : ctx.count]
         came = ctx.group.shift(front, f"{ctx.kind} gradient", to_left=True, around=ctx.returning)()
         own = gradient if first else gradient[:, ctx.count :]

@@ -1,17 +1,17 @@
-"""The contract for the past: what a layer may know of the tokens before its slice.
+"""The interface of the past: what a layer may read of the tokens before its slice.
 
-Every mixing layer computes ``y = f(x, past)`` on a slice of B rows and l tokens, and asks its past two questions: the
+Every mixing layer computes ``y = f(x, past)`` on a slice of B rows and l tokens. It asks its past for two things: the
 last positions before the slice (keys and values, MF's block-end states), and the recurrent state before the slice.
-Three sources answer them behind one interface, and a layer does not know which one it has:
+Three sources have this interface, and a layer does not know which one it has:
 
 - `Past` itself: nothing came before;
-- `EarlierCall`: what an earlier call left behind (a document streamed over training steps, a token generated at a
-  time). It carries values, not gradients: the paper's non-differentiable sequence cache. Its kin `Edge`
-  (`bst_dist.parallel.sequence.slices`) stands between two slices of one sequence, and sends gradients back;
-- `LeftNeighbour`: the left neighbour's rank, under sequence parallelism (`bst_dist.parallel.sequence.neighbour`).
+- `EarlierCall`: what an earlier call left (a document streamed over training steps, generation token by token). It
+  holds values without gradients: the paper's non-differentiable sequence cache. Its subclass `Edge`
+  (`bst_dist.parallel.sequence.slices`) connects two slices of one sequence, and sends gradients back;
+- `LeftNeighbour`: what the ranks to the left hold, under sequence parallelism (`bst_dist.parallel.sequence.neighbour`).
 
-What is there to be found is told by shape: `extend` returns at most as many positions as were asked for, and fewer
-(or none) when fewer exist, so no layer needs a flag or a mask for the start of a stream.
+The shape of the answer tells how much exists: `extend` adds at most as many positions as were asked for, and fewer or
+none when fewer exist. So no layer needs a flag or a mask for the start of a stream.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 State: TypeAlias = dict[str, Tensor]
-"""What a call leaves behind for the next one: names to tensors with the batch as first dimension, detached."""
+"""What a call leaves for the next call: detached tensors by name, with the batch as first dimension."""
 
 
 T = TypeVar("T")
 
 
 class Reached(NamedTuple):
-    """Some channels of a slice, or of all slices of a sequence, and the past of what is there."""
+    """All channels of a slice, or some channels of the whole sequence, with the past of these tokens."""
 
     x: Tensor
     """(B, l, Ds), or (B, L, Ds / sp): all tokens of the sequence and this rank's share of the channels."""
@@ -39,24 +39,25 @@ class Reached(NamedTuple):
     channels: slice
     """Which of the Ds channels these are."""
     back: Callable[[Tensor], Tensor]
-    """From what was computed for them, channels last, to all channels of the slice: (B, L', .., Ds / sp) ->
+    """Maps results for these channels, channels last, to all channels of the slice: (B, L', .., Ds / sp) ->
     (B, l', .., Ds)."""
 
 
 class Past:
-    """Nothing came before this slice; also the interface of every other source."""
+    """An empty past: nothing came before this slice. Also the base class of all other sources."""
 
     position: int = 0
     """Tokens of the stream before this slice."""
 
     def __init__(self) -> None:
         self.shared: dict[str, object] = {}
-        """What `once` was asked for; all parts of the model have one."""
+        """The results of `once`; all parts of the model share this dictionary."""
 
     def once(self, name: str, make: Callable[[], T]) -> T:
-        """What follows from shapes and document starts alone, so that it is the same in all layers of a call.
+        """Return a value that all layers of a call share, because it depends only on shapes and document starts.
 
-        Masks and tables of positions: the first layer that asks makes them. `name` says all that they depend on.
+        Examples are masks and tables of positions. The first layer that asks makes the value. `name` must contain all
+        that it depends on.
         """
         if name not in self.shared:
             self.shared[name] = make()
@@ -65,79 +66,79 @@ class Past:
     def extend(self, name: str, x: Tensor, before: int, after: int | None = None) -> Tensor:
         """Put the last positions before the slice in front of `x`: (B, l, ...) -> (B, p + l, ...), p <= `before`.
 
-        `after` is how many positions the next slice will ask for, when that is not `before`.
+        `after`: how many positions the next slice will ask for, if not `before`.
         """
         return x
 
     def as_one(self, x: Tensor, y: Tensor, dim: int, extend: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """What `extend`, a call of one of the methods around this one, makes of two tensors stacked in `dim`.
+        """Return the result of `extend`, a call of `extend` or `extend_to_blocks`, for two tensors stacked in `dim`.
 
-        Where nothing came before, they are not stacked: that would copy both, and their gradients.
+        If nothing came before, they are not stacked, because stacking would copy both and their gradients.
         """
         return (x, y) if type(self) is Past else extend(torch.stack((x, y), dim)).unbind(dim)
 
     def extend_to_blocks(self, name: str, x: Tensor, block: int, whole: int = 0) -> Tensor:
-        """`extend` with what belongs to the block that the slice begins in, and `whole` blocks before that.
+        """Extend by the positions of the block that the slice begins in, and of `whole` blocks before that.
 
-        Between blocks of W tokens that is `whole` W positions at most; for a slice that begins p tokens into a block,
-        p more.
+        For a slice that begins at a block of W tokens, these are at most `whole` W positions; for a slice that begins
+        p tokens into a block, p more.
         """
         offset = self.offset(block)
         following = (offset + x.shape[1]) % block
         return self.extend(name, x, before=offset + whole * block, after=following + whole * block)
 
     def offset(self, block: int) -> int:
-        """Tokens of the block that the slice begins in, before the slice: 0 unless it lies within a block."""
+        """Return how many tokens into its block the slice begins: 0 unless the slice lies within a block."""
         return self.position % block
 
     def blocks_ended(self, block: int, length: int) -> int:
-        """Blocks whose last token is in the slice of `length` tokens."""
+        """Return how many blocks have their last token in the slice of `length` tokens."""
         return (self.offset(block) + length) // block
 
     def within_reach(self, name: str, x: Tensor, positions: int) -> Reached:
-        """Where `extend` can be asked for that many `positions`: here, or with (B, l, Ds) spread in another way.
+        """Return `x` in a form for which `extend` can give that many `positions`: unchanged, or sharded by channels.
 
-        For what has no state that could be passed on and looks back further than a slice: each channel by itself.
+        For layers that have no state to pass on, look back further than a slice, and treat channels separately.
         """
         return Reached(x, self, slice(None), lambda y: y)
 
     def state(self, name: str, end: Tensor, transition: Tensor) -> Tensor | None:
-        """The state before the slice (B, ...), or None when there is none.
+        """Return the state before the slice (B, ...), or None when there is none.
 
-        `end` (B, ...) is the state that the slice alone leaves behind, from zero; `transition` is what the slice
-        multiplies an incoming state with: (...) when it is the same for all rows and slices, else (B, ...), with as
-        many dimensions as `end`. The state after the slice is their affine map.
+        The state after the slice is ``transition * state + end``. `end` (B, ...) is the state that the slice alone
+        leaves, starting from zero. `transition` is (...) when it is the same for all rows and slices, else (B, ...),
+        with as many dimensions as `end`.
         """
         return None
 
     def start_state(self, name: str, end: Tensor, transition: Tensor) -> Callable[[], Tensor | None]:
-        """Like `state`, but the state is had by calling what is returned, and may be under way until then.
+        """Begin to get the state, and return a function that gives it, as `state` does.
 
-        A layer computes what does not need it in between.
+        The state may be on its way from another rank until then. Meanwhile a layer computes what does not need it.
         """
         state = self.state(name, end, transition)
         return lambda: state
 
     def serial_state(self, name: str) -> Tensor | None:
-        """The state before the slice when it is no affine map of the one before (Block-Recurrent)."""
+        """Return the state before the slice, for states that are not elementwise affine maps (Block-Recurrent)."""
         return None
 
     def leave_serial_state(self, name: str, value: Tensor) -> None:
-        """Leave the state after the slice to whoever asks `serial_state` next."""
+        """Leave the state after the slice for the next call of `serial_state`."""
 
     def child(self, name: str) -> Past:
-        """The same past for one part of the model, with names of its own."""
+        """Return the same past for one part of the model, whose names are separate."""
         return self
 
 
 class EarlierCall(Past):
-    """What an earlier call left behind, without gradient; collects in `after` what this call leaves.
+    """What an earlier call left, without gradient. Collects in `after` what this call leaves.
 
-    Reading and writing are apart, so that a layer run twice (recomputed in the backward pass) sees the same past.
+    Reading and writing are separate, so that a layer that is recomputed in the backward pass sees the same past.
     """
 
     differentiable = False
-    """Whether a gradient may come back to what is left (`bst_dist.parallel.sequence.slices`)."""
+    """Whether gradients may flow back to what this call leaves (`bst_dist.parallel.sequence.slices`)."""
 
     def __init__(self, before: State | None = None, position: int = 0):
         super().__init__()
@@ -147,11 +148,11 @@ class EarlierCall(Past):
         self._prefix = ""
 
     def held(self, name: str) -> Tensor | None:
-        """What the earlier call left under this name."""
+        """Return what the earlier call left under this name; None if nothing."""
         return self.before.get(self._prefix + name)
 
     def leave(self, name: str, value: Tensor) -> None:
-        """Leave `value` to the next call."""
+        """Leave `value` for the next call."""
         self.after[self._prefix + name] = value.detach()
 
     def extend(self, name: str, x: Tensor, before: int, after: int | None = None) -> Tensor:
@@ -173,6 +174,6 @@ class EarlierCall(Past):
         self.leave(name, value)
 
     def child(self, name: str) -> EarlierCall:
-        part = copy(self)  # sharing what was left and what is being left
+        part = copy(self)  # shares `before` and `after`
         part._prefix = f"{self._prefix}{name}."
         return part

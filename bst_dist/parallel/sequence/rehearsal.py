@@ -1,7 +1,7 @@
-"""A sequence-parallel group without any other rank: what a model would send, and what would be refused, beforehand.
+"""A sequence-parallel group without other ranks, to find out beforehand what a model would send or refuse.
 
-With fake tensors nothing is computed either, so the bytes of a step are known before anything is launched, from the
-same code that will send them.
+With fake tensors nothing is computed either. So the bytes of a step are known before a launch, from the same code that
+will send them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bst_dist.parallel.sequence.traffic import Traffic
 
 
 class Rehearsal(SequenceGroup):
-    """Rank `rank` of `size`: counts what it would send, and receives anything of the right shape."""
+    """Rank `rank` of `size`. It counts what it would send, and receives arbitrary values of the right shape."""
 
     def __init__(self, rank: int, size: int):
         self.rank, self.size, self.traffic = rank, size, Traffic()

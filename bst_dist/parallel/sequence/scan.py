@@ -1,8 +1,9 @@
-"""The scan over ranks: the recurrent state before a slice, from what each slice alone leaves behind.
+"""The scan over ranks: computes the recurrent state before a slice from the state that each slice alone leaves.
 
-For an affine recurrence ``x_out = T x_in + e`` every rank knows its own (T, e) at once, so nobody waits in line: one
-all-gather of the e, and each rank folds those to its left. The gradient runs the mirrored scan, from the right, after
-one all-gather of the gradients of the x_in. What is sent is the size of a state and does not depend on the length.
+For an affine recurrence ``x_out = T x_in + e`` every rank knows its own (T, e) at once, so ranks do not wait for each
+other in turn. After one all-gather of the e, each rank combines those to its left. The backward pass is the mirrored
+scan, from the right, after one all-gather of the gradients of the x_in. A message has the size of a state, at any
+length.
 
 The idea is LASP's (Sun et al. 2024, arXiv 2404.02882) and that of Mamba-2's section 8.2 (arXiv 2405.21060).
 """
@@ -20,18 +21,19 @@ from bst_dist.parallel.sequence.group import SequenceGroup
 def start_exclusive_scan(
     end: Tensor, transition: Tensor, group: SequenceGroup, kind: str
 ) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Send this slice's affine map on its way; the function returned waits for those of the other slices.
+    """Start to send this slice's affine map. Return a function that waits for the maps of the other slices.
 
-    It must be called on every rank, and its first result used, for gradients to find their way back.
+    Every rank must call both functions and use the first result, so that gradients flow back.
 
     Args:
-        end: (B, *), the state that the slice leaves behind from zero.
-        transition: (*) when all slices and rows have the same, which is then not sent; (B, *) otherwise.
-        kind: what the bytes are counted as.
+        end: (B, *), the state that the slice leaves when it starts from zero.
+        transition: (*) if it is the same for all slices and rows, and then it is not sent; otherwise (B, *).
+        kind: the name under which the bytes are counted.
 
     Returns:
-        The state before this slice (B, *), zero on the first rank; and the state after the last slice (B, *), whose
-        gradient is taken from the first rank alone: it is the one that hands it on. Both with gradient.
+        Of the returned function: the state before this slice (B, *), zero on the first rank; and the state after the
+        last slice (B, *). Both have gradients. That of the last state is taken from the first rank only, which leaves
+        this state for the next call.
     """
     pending = _Pending(group, kind, own_transition=transition.dim() == end.dim())
     ticket = _Start.apply(pending, end, transition)
@@ -39,7 +41,7 @@ def start_exclusive_scan(
 
 
 class _Pending:
-    """What is under way between the two halves of the scan, forward or backward; empty otherwise."""
+    """The pending exchange between the two halves of the scan, forward or backward; empty otherwise."""
 
     def __init__(self, group: SequenceGroup, kind: str, own_transition: bool):
         self.group, self.kind, self.own_transition = group, kind, own_transition
@@ -50,14 +52,14 @@ class _Pending:
         self.arrive, self.kept = self.group.gather(message, kind), keep
 
     def take(self) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        """Wait for the messages, in rank order; returns them with what was kept."""
+        """Wait for the messages. Return them in rank order, with the tensors that were kept."""
         messages, kept = self.arrive(), self.kept
         self.arrive, self.kept = None, ()
         return messages, kept
 
 
 class _Start(torch.autograd.Function):
-    """First half forward, second half backward. Its output only ties the two halves together in the graph."""
+    """First half of the forward pass, second half of the backward pass. The output only connects it with `_Finish`."""
 
     @staticmethod
     def forward(ctx, pending: _Pending, end: Tensor, transition: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ class _Start(torch.autograd.Function):
     def backward(ctx, _: Tensor) -> tuple:
         pending, rank = ctx.pending, ctx.pending.group.rank
         gradients, (before, transitions) = pending.take()
-        after = gradients[0]  # of the state after the last slice; then of the state after this one
+        after = gradients[0]  # of the state after the last slice, then after slice q, then after this slice
         for q in range(pending.group.size - 1, rank, -1):
             t = transitions[q - rank - 1] if pending.own_transition else transitions
             after = gradients[q] + t.conj() * after
@@ -78,7 +80,7 @@ class _Start(torch.autograd.Function):
 
 
 class _Finish(torch.autograd.Function):
-    """Second half forward, first half backward."""
+    """Second half of the forward pass, first half of the backward pass."""
 
     @staticmethod
     def forward(ctx, pending: _Pending, ticket: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +100,7 @@ class _Finish(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor, of_last: Tensor) -> tuple:
-        # Nobody asks for the gradient of the zero before the first slice: its place takes that of the last state.
+        # The zero before the first slice needs no gradient: the first rank sends that of the last state instead.
         message = of_last if ctx.pending.group.rank == 0 else gradient
         ctx.pending.send(message, f"{ctx.pending.kind} gradient", *ctx.saved_tensors)
         return None, gradient.new_zeros(())

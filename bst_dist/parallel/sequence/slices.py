@@ -1,21 +1,21 @@
-"""Sequences without end: exact gradients slice by slice, in the memory of one slice.
+"""Sequences of any length: exact gradients slice by slice, in the memory of one slice.
 
-A sequence is a run of slices. All that a slice needs of the tokens before it is its *edge*: what the contract for the
-past carries, for each layer the state of its SSM, one window of keys and values, MF's last block ends. An edge is
-small and does not grow with the sequence, so a sequence of any length trains in the memory of one slice and the edges:
+A sequence is a series of slices. All that a slice needs of the tokens before it is its *edge*: for each layer the state
+of its SSM, one window of keys and values, MF's last block ends (see `past`). An edge is small and does not grow with
+the sequence, so a sequence of any length trains in the memory of one slice and the edges:
 
     forward    for s = 0 ... n-2, without a graph:
                    edge[s+1] = what slice s leaves, given edge[s]
     backward   for s = n-1 ... 0:
-                   e = edge[s], as leaves that want gradients
+                   e = edge[s], as leaves that require gradients
                    loss, left = slice s, run again on e, with a graph
-                   go backward from the loss, and from left with the gradient g[s+1] that slice s+1 found for it
+                   backward from the loss, and from left with the gradient g[s+1] that slice s+1 computed for it
                    g[s] = e.grad
 
-The chain rule, cut at the edges: parameters collect from every slice what one pass over the whole sequence would give
-them, and no more than one slice has a graph at any time. The price is a second forward pass, as with a checkpoint
-after every layer. For about one more only every k-th edge waits: the slices between two of them are run once more, for
-their own edges, when the backward pass comes to them (`Spacing`).
+This is the chain rule, cut at the edges. Parameters accumulate the gradient that one pass over the whole sequence would
+give, and only one slice has a graph at any time. The cost is a second forward pass, as with activation checkpointing of
+every layer. With about one more forward pass, only every k-th edge is kept: the slices between two kept edges are run
+again, for their edges, when the backward pass reaches them (`Spacing`).
 
 Shapes: B rows, n slices of any lengths l_s; an edge holds tensors with the batch as first dimension (`past.State`).
 """
@@ -34,19 +34,19 @@ from bst_dist.parallel.sequence.past import EarlierCall, State
 
 
 class Edge(EarlierCall):
-    """The past of a slice whose gradient continues to the slice before: what is held are leaves, what is left keeps its
+    """The past of a slice whose gradient flows on to the slice before. Held tensors are leaves; what is left keeps its
     graph.
 
     Args:
         before: what the slice before left.
         position: tokens of the stream before this slice.
-        wanted: whether anybody wants the gradient of `before`; nobody does of what an earlier step left.
+        wanted: whether `before` needs a gradient; not if an earlier step left it.
     """
 
     differentiable = True
 
     def __init__(self, before: State, position: int, wanted: bool = True):
-        # Integers (where documents begin) are handed on, and have no gradient.
+        # Integers (where documents begin) are passed on, and have no gradient.
         leaves = {
             name: x.detach().requires_grad_(wanted and (x.is_floating_point() or x.is_complex()))
             for name, x in before.items()
@@ -58,20 +58,20 @@ class Edge(EarlierCall):
         self.after[self._prefix + name] = value
 
     def take(self) -> State:
-        """What the slice has left, with its graph. From now on nothing is left any more: layers that activation
-        checkpointing runs again in the backward pass would leave a second graph that nobody frees."""
+        """Return what the slice has left, with its graph, and ignore what is left later. Otherwise layers that are
+        recomputed in the backward pass would leave a second graph that nothing frees."""
         left = dict(self.after)
         self.after.clear()
         self.after.sealed = True
         return left
 
     def gradients(self) -> State:
-        """After the backward pass, of everything that was held and used."""
+        """Return the gradients, after the backward pass, of all held tensors that were used."""
         return {name: x.grad for name, x in self.before.items() if x.grad is not None}
 
 
 class _Left(dict):
-    """What a slice leaves, shared by the pasts of all its layers."""
+    """What a slice leaves; the pasts of all its layers share it. Ignores new items once it is `sealed`."""
 
     sealed = False
 
@@ -81,81 +81,81 @@ class _Left(dict):
 
 
 class Edges(Protocol):
-    """Where edges wait between the passes. They come back in the opposite order: a stack."""
+    """A stack that keeps edges between the passes; they are read in the opposite order."""
 
     def push(self, edge: State) -> None:
         """Keep an edge."""
 
     def pop(self) -> State:
-        """The edge that was kept last, on the device it came from."""
+        """Return the edge that was kept last, on the device it came from."""
 
 
 class EdgesHere(list[State]):
-    """Edges that stay on the device."""
+    """A stack of edges that stay on the device."""
 
     push = list.append
 
 
 class SlicedSequence(Protocol):
-    """The sequences of one micro-batch, as their slices are run; `s` counts them from 0."""
+    """Runs the slices of one micro-batch of sequences; `s` is the index of a slice, from 0."""
 
     lengths: Sequence[int]
     """Tokens of each slice, over all ranks that share it."""
 
     def fresh(self, s: int) -> bool:
-        """Whether every row of slice `s` begins a document that sees nothing before it, so that no edge is needed."""
+        """Whether every row of slice `s` begins with a new document, so that no edge is needed."""
 
     def leave(self, s: int, past: EarlierCall) -> None:
-        """Run the layers on slice `s` for what it leaves in `past.after`; no gradient is asked for."""
+        """Run the layers on slice `s` without gradients, only for what it leaves in `past.after`."""
 
     def loss(self, s: int, past: EarlierCall | None) -> Tensor:
-        """The loss of slice `s`, a scalar with its graph; `past` is None where nothing is before it or after it."""
+        """Return the loss of slice `s`, a scalar with its graph. `past` is None if nothing comes before or after it."""
 
     def backward(self, s: int, loss: Tensor) -> None:
-        """Go backward from `loss`, adding to the gradients of the parameters."""
+        """Run the backward pass from `loss`, adding to the gradients of the parameters."""
 
 
 @dataclass(frozen=True)
 class Spacing:
-    """Which edges of a sequence wait, and what that takes where no slice begins a document."""
+    """Which edges of a sequence are kept between the passes, and the cost when no slice begins a document."""
 
     slices: int
     every: int = 1
-    """k: the edges before the slices 0, k, 2k, ... wait from one pass to the other."""
+    """k: the edges before the slices 0, k, 2k, ... are kept from the forward to the backward pass."""
 
     def groups(self) -> list[range]:
-        """The slices between one edge that waits and the next."""
+        """Return the groups of slices between one kept edge and the next."""
         return [range(s, min(s + self.every, self.slices)) for s in range(0, self.slices, self.every)]
 
     @property
     def passes(self) -> int:
-        """Slices that are run without a graph: all groups but the last as a whole, then all slices of each but its
-        last."""
+        """Number of slices run without a graph: first all groups except the last, then each group without its last
+        slice."""
         *before, last = map(len, self.groups())
         return sum(before) + sum(length - 1 for length in (*before, last))
 
     @property
     def waiting(self) -> int:
-        """Edges that wait between the passes at most; the first slice has none before it."""
+        """Maximum number of edges kept between the passes; the first slice has none."""
         return len(self.groups()) - 1
 
     @property
     def between(self) -> int:
-        """Edges that are on the device beside those, when the backward pass is at a group's last slice."""
+        """Number of further edges on the device when the backward pass is at the last slice of a group."""
         return max(map(len, self.groups())) - 1
 
 
 def go_backward(sequence: SlicedSequence, edges: Edges, carried: EarlierCall | None = None, every: int = 1) -> State:
-    """Add the gradients of the summed loss of all slices, as one pass over the whole sequence would.
+    """Accumulate the gradients of the summed loss of all slices, as one pass over the whole sequence would.
 
     Args:
         sequence: runs the slices.
-        edges: keeps the edges between the passes; empty, and empty again afterwards.
-        carried: what came before the sequence in an earlier step: values, to which no gradient goes.
-        every: k, to keep every k-th edge in `edges`, and those between on the device while they are needed.
+        edges: keeps the edges between the passes; empty before and after.
+        carried: the past of the sequence from an earlier step: values without gradients.
+        every: k. Every k-th edge is kept in `edges`; those between are on the device while they are needed.
 
     Returns:
-        What the last slice leaves for a later step, without gradient; nothing where nothing is carried.
+        What the last slice leaves for a later step, without gradient; empty if `carried` is None.
     """
     count = len(sequence.lengths)
     if count == 1:
@@ -188,7 +188,7 @@ def go_backward(sequence: SlicedSequence, edges: Edges, carried: EarlierCall | N
 
 
 def _leave(sequence: SlicedSequence, positions: Sequence[int], slices: Sequence[int], edge: State) -> State:
-    """Run slices that follow each other without a graph, from the edge before the first; the edge after the last."""
+    """Run consecutive slices without a graph, from the edge before the first. Return the edge after the last."""
     for s in slices:
         past = EarlierCall(edge, positions[s])
         if not sequence.fresh(s + 1):
@@ -199,17 +199,17 @@ def _leave(sequence: SlicedSequence, positions: Sequence[int], slices: Sequence[
 
 
 def _edge_after(sequence: SlicedSequence, positions: Sequence[int], group: range, edge: State) -> State:
-    """The edge after a group, given the one before it: what comes before a slice that needs no edge is not run."""
+    """Return the edge after a group, given the edge before it. Slices before one that needs no edge are not run."""
     fresh = [s for s in range(group.start, group.stop + 1) if sequence.fresh(s)]
     begin, edge = (fresh[-1], {}) if fresh else (group.start, edge)
     return _leave(sequence, positions, range(begin, group.stop), edge)
 
 
 class _Received(torch.autograd.Function):
-    """`loss` as it is; backward, what the slice left gets the gradient that the next slice has `received` for it.
+    """The identity on `loss`. Its backward pass gives `left` the gradients `received` from the next slice.
 
-    A scalar, because an engine goes backward from one. Whatever factor it puts before the loss (a loss scale) is in
-    the received gradients already.
+    The output is a scalar, because an engine starts its backward pass from one. A factor that the engine applies to the
+    loss (a loss scale) is already in the received gradients.
     """
 
     @staticmethod
