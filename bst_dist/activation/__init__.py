@@ -1,1 +1,1 @@
-"""Activation checkpointing: which layers are run again, and what is kept or offloaded instead."""
+"""Activation checkpointing: which layers are recomputed, and what is kept or offloaded."""

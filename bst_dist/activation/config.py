@@ -19,14 +19,14 @@ class ActivationCheckpointingConfig(Config):
     """For every-kth-layer: recompute one layer in this many, starting with layer 0."""
 
     def runs_again(self, index: int) -> bool:
-        """Whether layer `index`, counted from 0, is run again in the backward pass."""
+        """Whether layer `index`, counted from 0, is recomputed in the backward pass."""
         return self.policy != "none" and (self.policy != "every-kth-layer" or index % self.every == 0)
 
     @property
     def names_what_is_kept(self) -> bool:
-        """Whether every layer keeps its input and what the policy names, and nothing else."""
+        """Whether every layer keeps only its input and what the policy selects."""
         return self.policy in ("every-layer", "offload", "selective")
 
     def describe(self) -> str:
-        """The policy in words, with its number where it has one."""
+        """Return the policy in words, with its number if it has one."""
         return f"one layer in {self.every}" if self.policy == "every-kth-layer" else self.policy

@@ -1,7 +1,7 @@
-"""Where the edges of slices wait between the two passes of a step: on the device, in host memory, or on disk.
+"""Storage for the edges of slices between the two passes of a step: on the device, in host memory, or on disk.
 
-Edges go in from the first slice to the last and come back from the last to the first, so each place is a stack, and
-the one that is needed next is always known: it is sent for while the slice before it in time is still at work.
+Edges are written from the first slice to the last and read from the last to the first. So each storage is a stack, and
+the next edge is always known: it is prefetched while the current slice is computed.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ class EdgeFileError(UserError):
 
 
 def edges_in(place: Place) -> Edges:
-    """An empty stack of edges in that place."""
+    """Return an empty stack of edges in that place."""
     return {"device": EdgesHere, "host": EdgesInHostMemory, "disk": EdgesOnDisk}[place]()
 
 
 class EdgesInHostMemory:
-    """Edges in the host's memory, pinned where there is CUDA, copied both ways beside the computation."""
+    """A stack of edges in host memory, pinned if there is CUDA. Copies in both directions overlap with computation."""
 
     def __init__(self) -> None:
         self._copies = HostCopies()
         self._stack: list[dict[str, tuple[object, bool]]] = []
 
     def push(self, edge: State) -> None:
-        """Begin to copy an edge to the host."""
+        """Start copying an edge to the host."""
         self._stack.append({name: (self._copies.pack(_real(x)), x.is_complex()) for name, x in edge.items()})
 
     def pop(self) -> State:
-        """The edge pushed last, on its device; the one below it is sent for."""
+        """Return the edge pushed last, on its device, and prefetch the one below it."""
         edge = {name: _as_it_was(self._copies.unpack(kept), pairs) for name, (kept, pairs) in self._stack.pop().items()}
         for kept, _ in self._stack[-1].values() if self._stack else ():
             if not isinstance(kept, Tensor):
@@ -52,32 +52,32 @@ class EdgesInHostMemory:
 
     @property
     def bytes(self) -> int:
-        """What lies in the host's memory now."""
+        """Bytes in host memory now."""
         return self._copies.bytes
 
 
 class _Kept(NamedTuple):
-    """Where one tensor of an edge lies in the file."""
+    """Where one tensor of an edge is in the file."""
 
     offset: int
     bytes: int
     shape: torch.Size
     dtype: torch.dtype
-    """Of the real numbers in the file."""
+    """Dtype of the real numbers in the file."""
     pairs: bool
-    """Whether they are complex numbers' parts."""
+    """Whether they are the parts of complex numbers."""
     device: torch.device
 
 
 class EdgesOnDisk:
-    """Edges in one file, written and read ahead by a thread: at most two are in memory.
+    """A stack of edges in one file, written and prefetched by a thread: at most two are in memory.
 
-    The file lies in the system's folder for temporary files (the environment's TMPDIR) and has no name, so nothing is
-    left of it when the process ends, however it ends. A folder in memory (tmpfs) would save none.
+    The file is in the system's folder for temporary files (the environment's TMPDIR) and has no name, so it disappears
+    when the process ends, for any reason. If this folder is in memory (tmpfs), no memory is saved.
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(prefix="bst-edges-")  # noqa: SIM115 (it lives as long as this)
+        self._file = tempfile.TemporaryFile(prefix="bst-edges-")  # noqa: SIM115 (it lives as long as this object)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="edges")
         self._stack: list[dict[str, _Kept]] = []
         self._end = 0
@@ -85,8 +85,8 @@ class EdgesOnDisk:
         self._ahead: Future[dict[str, Tensor]] | None = None
 
     def push(self, edge: State) -> None:
-        """Begin to write an edge. Raises EdgeFileError when an earlier one could not be written."""
-        self._ahead = None  # of a stack that has grown again
+        """Start writing an edge. Raise EdgeFileError if an earlier edge could not be written."""
+        self._ahead = None  # the prefetched edge is no longer the next one
         kept, data = {}, []
         for name, x in edge.items():
             numbers = _real(x).detach().contiguous().cpu()
@@ -98,7 +98,7 @@ class EdgesOnDisk:
         self._stack.append(kept)
 
     def pop(self) -> State:
-        """The edge pushed last, on its device; the one below it is read meanwhile."""
+        """Return the edge pushed last, on its device, and prefetch the one below it."""
         self._wait()
         kept = self._stack.pop()
         data = self._ahead.result() if self._ahead else self._read(kept)
@@ -108,7 +108,7 @@ class EdgesOnDisk:
 
     @property
     def bytes(self) -> int:
-        """What lies in the file now."""
+        """Bytes in the file now."""
         return self._end
 
     def _wait(self) -> None:
@@ -145,7 +145,7 @@ class EdgesOnDisk:
 
 
 def _real(x: Tensor) -> Tensor:
-    """Complex numbers as pairs, which files and hooks know."""
+    """Return complex numbers as pairs of real numbers, which files and hooks support."""
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 

@@ -1,8 +1,8 @@
-"""Tensors that autograd keeps between the passes, in the host's memory instead of the accelerator's.
+"""Offloading to host memory of tensors that autograd keeps between the passes.
 
-On CUDA the copies run on a stream of their own, beside the computation: out while the next layers run forward, and
-back one tensor ahead of where the backward pass is. torch's own `save_on_cpu` copies on the computation's stream,
-which waits for every byte.
+On CUDA the copies run on a separate stream and overlap with computation: to the host while the next layers run forward,
+and back one tensor ahead of the backward pass. torch's own `save_on_cpu` copies on the computation's stream, which
+waits for every byte.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 class HostCopies:
     """The pair of hooks ``(pack, unpack)`` for `torch.autograd.graph.saved_tensors_hooks`.
 
-    On a CPU accelerator the tensors are copied all the same, which saves nothing and lets everything else be tried.
+    When DeepSpeed's accelerator is the CPU, tensors are copied too. This saves no memory, but the code can be tested.
     """
 
     def __init__(self) -> None:
@@ -27,11 +27,11 @@ class HostCopies:
 
     @property
     def bytes(self) -> int:
-        """What lies in the host's memory now."""
+        """Bytes in host memory now."""
         return sum(copy.host.nbytes for copy in self._live)
 
     def pack(self, x: Tensor) -> _Copy | Tensor:
-        """Called with what autograd would keep; only activations leave, not small tables of integers and bools."""
+        """Copy a tensor that autograd would keep. Integers and bools are small tables, and are not copied."""
         if not x.is_floating_point():
             return x
         if x.is_cuda and self._stream is None:
@@ -42,7 +42,7 @@ class HostCopies:
         return copy
 
     def unpack(self, packed: _Copy | Tensor) -> Tensor:
-        """The tensor again, on its device; the one packed before it, which is needed next, is sent for."""
+        """Return the tensor on its device, and prefetch the one packed before it, which is needed next."""
         if not isinstance(packed, _Copy):
             return packed
         x = packed.arrive()
@@ -62,19 +62,19 @@ class _Copy:
         if stream is None:
             self.host.copy_(x)
             return
-        stream.wait_stream(torch.cuda.current_stream(x.device))  # whatever makes x is queued there
+        stream.wait_stream(torch.cuda.current_stream(x.device))  # x is computed on that stream
         with torch.cuda.stream(stream):
             self.host.copy_(x, non_blocking=True)
-        x.record_stream(stream)  # its memory is not given to others before the copy is made
+        x.record_stream(stream)  # its memory is not reused before the copy ends
 
     def send(self) -> None:
-        """Begin to copy it back, behind what its stream still has to do."""
+        """Start copying it back, on its stream."""
         if self.stream is not None and self.returning is None:
             with torch.cuda.stream(self.stream):
                 self.returning = self.host.to(self.device, non_blocking=True)
 
     def arrive(self) -> Tensor:
-        """The tensor on its device, for the current stream to use."""
+        """Return the tensor on its device, ready for the current stream."""
         if self.stream is None:
             return self.host
         self.send()

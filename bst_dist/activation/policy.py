@@ -1,4 +1,4 @@
-"""Activation checkpointing: which layers give up their activations, what of them is kept, and where it is kept."""
+"""Activation checkpointing: which layers are recomputed, what they keep, and where it is kept."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ from bst_dist.model.layers import Layer
 
 
 class Checkpointing:
-    """What the model calls its layers through: ``checkpointing(layer, *args)`` for ``layer(*args)``."""
+    """Calls layers with activation checkpointing: ``checkpointing(layer, *args)`` in place of ``layer(*args)``."""
 
     def __init__(self, config: ActivationCheckpointingConfig, layers: Sequence[Layer]) -> None:
         self.chosen = {layer for index, layer in enumerate(layers) if config.runs_again(index)}
         self.selective = config.policy == "selective"
         self.contexts = selective.contexts if self.selective else noop_context_fn
         self.host = HostCopies() if config.policy == "offload" else None
-        """The inputs kept in the host's memory; None when they stay where they are."""
+        """The inputs of layers, offloaded to host memory; None if they stay on the device."""
 
     def __call__(self, layer: Layer, *args: Any) -> Tensor:
         if layer not in self.chosen:
             return layer(*args)
-        if self.selective and layer.is_one_graph(args[1]):  # what is kept is decided within the graph
+        if self.selective and layer.is_one_graph(args[1]):  # the graph decides what is kept
             return layer(*args, keeps=selective.keeps)
         if self.host is None or not torch.is_grad_enabled():
             return _run_again(layer, self.contexts, *args)
-        with saved_tensors_hooks(self.host.pack, self.host.unpack):  # they see the inputs alone: inside, others apply
+        with saved_tensors_hooks(self.host.pack, self.host.unpack):  # inputs only: checkpoint sets its own hooks
             return _run_again(layer, self.contexts, *args)
 
 
 def policy(config: ActivationCheckpointingConfig, layers: Sequence[Layer]) -> Checkpointing | None:
-    """What a model with these layers calls them through; None to keep all activations."""
+    """Return the checkpointing of a model with these layers; None to keep all activations."""
     return None if config.policy == "none" else Checkpointing(config, layers)
 
 
 def _run_again(layer: Callable[..., Tensor], contexts: Callable[[], tuple], *args: Any) -> Tensor:
-    """Run `layer`, keeping only its inputs, and what `contexts` keeps beside them.
+    """Run `layer` and keep only its inputs, and what `contexts` keeps in addition.
 
-    This is torch's non-reentrant form: the reentrant one makes a backward pass of its own out of each layer, after
-    each of which ZeRO reduces what gradients it has, in many small messages. It is made safe for ZeRO-3, whose hooks
-    gather a module's parameters before it runs and give them back after, in the forward and in the backward pass:
+    This is torch's non-reentrant form. The reentrant form runs a separate backward pass for each layer, after which
+    ZeRO reduces the gradients it has, in many small messages. Two changes make it safe for ZeRO-3, whose hooks gather a
+    module's parameters before it runs and release them after, in the forward and the backward pass:
 
-    - by default the second run ends, by an exception, as soon as the last needed tensor is there; the modules it
-      passes through would never give their parameters back. So it runs to its end.
-    - the second run would be set off from within the backward pass of the layer's last module, and give back the
-      parameters that were just gathered for that. So it is set off before any module's backward pass begins.
+    - By default the recomputation ends, by an exception, as soon as the last needed tensor exists. The modules it is in
+      would never release their parameters. So it runs to the end.
+    - By default the recomputation starts within the backward pass of the layer's last module, and would release the
+      parameters that were just gathered for it. So it starts before the backward pass of any module.
 
-    The random generators are left alone: no layer draws from them.
+    The states of random generators are not restored, because no layer uses them.
     """
     with set_checkpoint_early_stop(False):
         return checkpoint(
@@ -67,7 +67,7 @@ def _set_off_first(layer: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 class _NeedsSavedTensor(torch.autograd.Function):
-    """The identity, whose backward pass asks for a saved tensor and so brings about the second run."""
+    """The identity. Its backward pass reads a saved tensor, which starts the recomputation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

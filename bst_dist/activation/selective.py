@@ -1,11 +1,12 @@
-"""Selective activation checkpointing: a layer is run again but for the operations whose outputs were kept.
+"""Selective activation checkpointing: a layer is recomputed, except for the operations whose outputs were kept.
 
-Kept is what costs much to compute again for each byte it takes: attention, and matrix products at least as deep as
-they are wide (the maps back to the model's width). The wide ones, the normalisations and the state space model are
-computed again. In a compiled layer torch's compiler does so by the same rule, `keeps` (`bst_dist.model.compiled`).
+Outputs are kept if their recomputation is expensive for the memory they take: attention, and matrix products whose
+inner dimension is at least their output width (the maps back to the model's width). Other products, the normalisations
+and the state space model are recomputed. In a compiled layer torch's compiler uses the same rule, `keeps`
+(`bst_dist.model.compiled`).
 
-Elsewhere torch's `create_selective_checkpoint_contexts` would do, were it not for ZeRO-3: it counts every operation of
-both runs, and the second gathers other parameters ahead than the first did. Here only the kept ones are counted.
+Uncompiled layers cannot use torch's `create_selective_checkpoint_contexts` because of ZeRO-3: it counts every operation
+of both runs, but the two runs prefetch different parameters. The code here counts only the kept operations.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ def keeps(operation: Any, args: tuple[Any, ...]) -> bool:
 
 
 def contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    """For one call of one layer: what its first run is in, and what its second."""
+    """Return the context managers of the first run and of the recomputation, for one call of one layer."""
     outputs: deque[tuple[Any, Any]] = deque()
     return _Keep(outputs), _Give(outputs)
 
 
 class _Mode(TorchDispatchMode):
-    """Sees FlexAttention, an operator of operators, and does not keep the compiler from what runs inside it."""
+    """A dispatch mode that sees FlexAttention, a higher-order operator, and lets the compiler work inside it."""
 
     supports_higher_order_operators = True
 
@@ -57,17 +58,17 @@ class _Mode(TorchDispatchMode):
 
 
 class _Keep(_Mode):
-    """The first run: lets everything happen, and keeps what is to be kept."""
+    """The first run: runs all operations, and keeps the outputs selected by `keeps`."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if keeps(func, args):
-            self.outputs.append((func, _alias(result)))  # autograd puts the node on the tensor it is given
+            self.outputs.append((func, _alias(result)))  # an alias, because autograd sets grad_fn on the tensor itself
         return result
 
 
 class _Give(_Mode):
-    """The second run: gives what was kept instead of computing it again."""
+    """The recomputation: returns the kept outputs instead of computing them again."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not keeps(func, args):
