@@ -1,1 +1,1 @@
-"""Text from a trained model, a token at a time."""
+"""Text generation from a trained model, token by token."""

@@ -1,7 +1,7 @@
-"""Tokens from a model's carried state, one at a time for each of several rows.
+"""Autoregressive generation from a model's state, one token at a time for each of several rows.
 
-What a token costs does not depend on how many came before it: the state is one window of keys and values and the
-SSM's state for each layer.
+The cost of a token does not depend on the number of tokens before it: each layer's state is one window of keys and
+values and the state of its SSM.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class _Row:
     sample: int
     draws: torch.Generator
     unread: list[int]
-    """What is left of the prompt, or the token drawn last."""
+    """The rest of the prompt, or the token drawn last."""
 
 
 class Generation:
-    """Several samples of several prompts, continued together until `end` is called for each.
+    """Several samples of several prompts, generated together until `end` is called for each.
 
-    Whole blocks of each prompt are read at once. The rest, less than a block and a token, is read by all rows together:
-    one that has come to the end of its prompt continues with what it draws, while others still read theirs. So all rows
-    stand at the same place in their blocks, and a step is one forward pass; rows still in their first block, whose
-    states are shorter, are another one.
+    Whole blocks of each prompt are read at once. All rows read the rest, at most one block, together: a row at the end
+    of its prompt continues with the tokens it draws, while others still read theirs. So all rows are at the same place
+    in their blocks, and a step is one forward pass. Rows still in their first block have shorter states and need a
+    second forward pass.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class Generation:
     ) -> None:
         """
         Args:
-            prompts: by their numbers, each at least one token.
-            samples: what is continued, (number of the prompt, number of the sample) each. What is drawn depends on
-                these and the seed, and not on what else is.
+            prompts: token ids by prompt number; at least one token each.
+            samples: the samples to generate, (prompt number, sample number) each. The draws of a sample depend on these
+                numbers and the seed only, not on other samples.
             sampling: how tokens are drawn.
-            never: (V,) bool, ids that are not to be drawn.
+            never: (V,) bool, ids that are never drawn.
         """
         if not all(prompts.values()):
             raise ValueError("no token to read: the logits are those after the last token")
@@ -67,18 +67,18 @@ class Generation:
 
     @property
     def running(self) -> bool:
-        """Whether any row is still being continued."""
+        """Whether any row is still generating."""
         return bool(self._running)
 
     @property
     def state_bytes(self) -> int:
-        """What all rows carry from one token to the next."""
+        """Bytes of state that all rows carry from one token to the next."""
         return self._rows.state_bytes
 
     def step(self) -> list[tuple[int, int, int]]:
-        """Read on, and draw a token for every row whose prompt is read: (prompt, sample, token) each.
+        """Read on, and draw a token for every row at the end of its prompt. Return (prompt, sample, token) for each.
 
-        Empty while none has come to the end of its prompt.
+        The list is empty while no row has reached the end of its prompt.
         """
         count = min(len(row.unread) for row in self._running)
         logits = self._read([row.unread[:count] for row in self._running])
@@ -93,7 +93,7 @@ class Generation:
         return [(row.prompt, row.sample, token) for row, token in zip(rows, tokens, strict=True)]
 
     def end(self, prompt: int, sample: int) -> None:
-        """Continue this row no further."""
+        """End this row."""
         kept = [place for place, row in enumerate(self._running) if (row.prompt, row.sample) != (prompt, sample)]
         self._running = [self._running[place] for place in kept]
         self._rows.select(kept)
@@ -102,7 +102,7 @@ class Generation:
 
     @torch.no_grad()
     def _read_whole_blocks(self, prompts: Mapping[int, Sequence[int]]) -> Rows:
-        """All whole blocks that leave each prompt a token at least, once for all samples of it."""
+        """Read the whole blocks of each prompt, once for all its samples, and leave at least one token unread."""
         block, order = self.model.config.block, list(prompts)
         heads = [list(prompts[number][: (len(prompts[number]) - 1) // block * block]) for number in order]
         rows = Rows(len(order))
@@ -117,7 +117,7 @@ class Generation:
 
     @torch.no_grad()
     def _read(self, tokens: list[list[int]]) -> Tensor:
-        """Equally many tokens of each row; the logits of those that follow, (B, V) in the host's memory."""
+        """Read equally many tokens of each row. Return the logits of the next tokens, (B, V) in host memory."""
         ids = torch.tensor(tokens)
         if self._seen is not None:
             self._seen.scatter_(1, ids, True)

@@ -1,8 +1,8 @@
-"""Rows of tokens that a model reads on from places of their own, in as few forward passes as the layers allow.
+"""Rows of tokens at different positions, which a model reads in as few forward passes as the layers allow.
 
-A layer asks two things of a row's past: where in its block the row stands, and what was left behind. Rows that agree in
-the first, and in the shapes of the second, are one batch, however many tokens each has read; they form a group. Groups
-split where rows read different numbers of tokens, and join again where their states have come to the same shape.
+A layer needs two things of a row's past: the row's position within its block, and the state it has left. Rows with the
+same position and the same shapes of state form a group and are one batch, however many tokens each has read. Groups
+split when rows read different numbers of tokens, and join again when their states have the same shapes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bst_dist.model.lm import LanguageModel
 from bst_dist.parallel.sequence.past import State
 
 BLOCKS_AT_ONCE = 16
-"""Blocks of a row in one forward pass, so that a long prompt needs no more memory than that."""
+"""Maximum number of blocks of a row in one forward pass; it bounds the memory of a long prompt."""
 
 
 @dataclass
@@ -27,11 +27,11 @@ class _Group:
 
     rows: list[int]
     positions: list[int]
-    """Tokens that each has read; all the same modulo the block."""
+    """Number of tokens that each row has read; all are equal modulo the block."""
     state: State
 
     def part(self, members: list[int]) -> _Group:
-        """Some of its rows, by their places in the batch."""
+        """Return a group of some of the rows, given by their indices in the batch."""
         if members == list(range(len(self.rows))):
             return self
         return _Group(
@@ -41,33 +41,33 @@ class _Group:
         )
 
     def kind(self, block: int) -> Hashable:
-        """Groups of one kind can be one batch."""
+        """Return a key; groups with equal keys can be one batch."""
         shapes = tuple(sorted((name, tensor.shape[1:], tensor.dtype) for name, tensor in self.state.items()))
         return self.positions[0] % block, shapes
 
 
 class Rows:
-    """The state after each row; reading continues from there."""
+    """The states of rows. Reading continues from them."""
 
     def __init__(self, count: int) -> None:
-        """`count` rows that have read nothing."""
+        """Make `count` rows that have read nothing."""
         self._groups = [_Group(list(range(count)), [0] * count, {})] if count else []
 
     @property
     def positions(self) -> list[int]:
-        """Tokens that each row has read."""
+        """Number of tokens that each row has read."""
         found = {row: at for group in self._groups for row, at in zip(group.rows, group.positions, strict=True)}
         return [found[row] for row in sorted(found)]
 
     @property
     def state_bytes(self) -> int:
-        """What all rows carry."""
+        """Bytes of the states of all rows."""
         return sum(tensor.nbytes for group in self._groups for tensor in group.state.values())
 
     def read(self, model: LanguageModel, tokens: Sequence[Tensor], every: bool = False) -> list[Tensor]:
-        """Take in (n,) more tokens of each row; the hidden state after the last of them, (D,), or after each, (n, D).
+        """Read (n,) more tokens of each row. Return the hidden state of the last, (D,), or of all if `every`, (n, D).
 
-        A row of no tokens stays where it is; its hidden states are none, (0, D).
+        A row without new tokens does not change; its result is empty, (0, D).
         """
         hidden = [model.embedding.weight.new_empty(0, model.config.width)] * len(tokens)
         groups = []
@@ -82,7 +82,7 @@ class Rows:
         return hidden
 
     def select(self, origins: Sequence[int]) -> None:
-        """Row i continues from the state of row origins[i]: rows are reordered, repeated, or dropped."""
+        """Let row i continue from the state of row origins[i]. So rows are reordered, repeated, or dropped."""
         groups = []
         for group in self._groups:
             members = {row: place for place, row in enumerate(group.rows)}
@@ -94,10 +94,10 @@ class Rows:
 
 
 def portions(position: int, count: int, block: int, chunk: int) -> Iterator[int]:
-    """Lengths of the slices in which `count` tokens from `position` on can be given to a model.
+    """Yield the lengths of slices in which a model can read `count` tokens from `position` on.
 
-    A slice is whole blocks from a block's boundary, or lies within one block; there it is a multiple of the SSM's
-    chunk or shorter than one. `chunk`: no longer than a block.
+    A slice is whole blocks that begin at a block's boundary, or lies within one block. Within a block, it is a multiple
+    of the SSM's chunk or shorter than a chunk. `chunk`: at most a block.
     """
     while count:
         left = block - position % block
@@ -112,7 +112,7 @@ def portions(position: int, count: int, block: int, chunk: int) -> Iterator[int]
 
 
 def _advance(model: LanguageModel, group: _Group, ids: Tensor, every: bool) -> Tensor:
-    """Hidden states of `ids` (b, n), read after what the group has read: (b, D) of the last token or (b, n, D)."""
+    """Read the next `ids` (b, n) of a group. Return the hidden states, (b, n, D) if `every`, else the last, (b, D)."""
     ids = ids.to(model.embedding.weight.device)
     config, read, at = model.config, [], 0
     chunk = within_block(config.ssm, config.block).chunk
@@ -126,13 +126,13 @@ def _advance(model: LanguageModel, group: _Group, ids: Tensor, every: bool) -> T
 
 
 def _split(group: _Group, counts: list[int]) -> Iterator[_Group]:
-    """The group's rows by the number of tokens that they read."""
+    """Yield the group's rows, grouped by the number of tokens that they read."""
     for count in sorted(set(counts)):
         yield group.part([place for place, own in enumerate(counts) if own == count])
 
 
 def _joined(groups: list[_Group], block: int) -> list[_Group]:
-    """As few groups as there are kinds."""
+    """Join all groups of the same kind."""
     if len(groups) < 2:
         return groups
     kinds: dict[Hashable, list[_Group]] = {}

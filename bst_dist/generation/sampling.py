@@ -1,7 +1,7 @@
-"""How the next token is drawn from a model's logits.
+"""Sampling of the next token from a model's logits.
 
-The filters work one after the other in the order that Hugging Face transformers applies them in: repetition penalty,
-temperature, top-k, top-p, min-p. Each looks at what the ones before it have left.
+The filters are applied one after the other, in the order of Hugging Face transformers: repetition penalty, temperature,
+top-k, top-p, min-p. Each filter sees only the tokens that the filters before it have kept.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ class SamplingConfig(Config):
     """How the next token is drawn."""
 
     temperature: float = Field(0.8, ge=0, allow_inf_nan=False)
-    """Divides the logits; 0 takes the likeliest token."""
+    """Divides the logits; 0: always take the most likely token."""
     top_k: int = Field(0, ge=0)
-    """Only so many of the likeliest tokens are drawn from; 0: all."""
+    """Draw only from this many most likely tokens; 0: from all."""
     top_p: float = Field(0.95, gt=0, le=1)
-    """Only the likeliest tokens whose probabilities together reach this are drawn from (nucleus sampling, Holtzman et
-    al. 2020, arXiv 1904.09751); 1: all."""
+    """Draw only from the most likely tokens whose probabilities sum to at least this (nucleus sampling, Holtzman et al.
+    2020, arXiv 1904.09751); 1: from all."""
     min_p: float = Field(0.0, ge=0, le=1)
-    """Only tokens at least this many times as likely as the likeliest are drawn from (Nguyen et al. 2024, arXiv
-    2407.01082); 0: all."""
+    """Draw only from tokens whose probability is at least this fraction of the highest one (Nguyen et al. 2024, arXiv
+    2407.01082); 0: from all."""
     repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """Logits of tokens read before, the prompt's too, are divided by this where positive and multiplied where negative
-    (Keskar et al. 2019, arXiv 1909.05858); 1: none."""
+    """Logits of tokens that occurred before, also in the prompt, are divided by this if positive and multiplied if
+    negative (Keskar et al. 2019, arXiv 1909.05858); 1: no penalty."""
     seed: int = Field(0, ge=0)
     """Seed of the draws; each prompt and sample has its own."""
 
 
 def draws_of(seed: int, prompt: int, sample: int) -> torch.Generator:
-    """The random numbers of one row: they depend on nothing else than these three."""
+    """Return the random generator of one row. It depends only on these three numbers."""
     (state,) = np.random.SeedSequence((seed, prompt, sample)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state))
 
 
 def draw(logits: Tensor, sampling: SamplingConfig, draws: Sequence[torch.Generator], seen: Tensor | None) -> Tensor:
-    """One id a row from (B, V) logits in the host's memory, (B,).
+    """Draw one id per row, (B,), from (B, V) logits in host memory.
 
     Args:
-        draws: the random numbers of each row.
-        seen: (B, V) bool, ids that a row has read; None when the sampling does not ask for them.
+        draws: the random generator of each row.
+        seen: (B, V) bool, ids that a row has read; None if there is no repetition penalty.
     """
     scores = filtered(logits.float(), sampling, seen)
     if sampling.temperature == 0:
@@ -58,7 +58,7 @@ def draw(logits: Tensor, sampling: SamplingConfig, draws: Sequence[torch.Generat
 
 
 def filtered(logits: Tensor, sampling: SamplingConfig, seen: Tensor | None = None) -> Tensor:
-    """Logits after penalty and temperature, -inf for what is not to be drawn: (B, V) -> (B, V)."""
+    """Return the logits after penalty and temperature, -inf for tokens that are filtered out: (B, V) -> (B, V)."""
     if sampling.repetition_penalty != 1:
         penalty = sampling.repetition_penalty
         logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
@@ -78,17 +78,19 @@ def filtered(logits: Tensor, sampling: SamplingConfig, seen: Tensor | None = Non
 
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """Ties with the least likely token that is kept are kept, too."""
+    """Apply top-p. Tokens as likely as the least likely token that is kept are kept too."""
     probabilities = torch.softmax(logits, dim=-1)
-    ordered = torch.from_numpy(np.sort(probabilities.numpy(), axis=-1)).flip(-1)  # many times as fast as torch's sort
-    before = ordered.cumsum(-1) - ordered  # 0 for the likeliest, which is always kept
+    ordered = torch.from_numpy(np.sort(probabilities.numpy(), axis=-1)).flip(-1)  # many times faster than torch's sort
+    before = ordered.cumsum(-1) - ordered  # 0 for the most likely, which is always kept
     last = (before < top_p).sum(-1, keepdim=True) - 1
     return logits.masked_fill(probabilities < ordered.gather(-1, last), -torch.inf)
 
 
 def without_text(vocab_size: int, tokenizer: Tokenizer) -> Tensor:
-    """(V,) bool, ids that stand for nothing in a document: all without text, but its end; where no id is known to
-    stand for text, those that the corpus does not have."""
+    """Return the ids that cannot occur in a document, (V,) bool: all ids without text, except the end of a document.
+
+    If the tokenizer has no text, they are the ids that the corpus does not have.
+    """
     never = torch.ones(vocab_size, dtype=torch.bool)
     never[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.token_bytes == 0) & tokenizer.has_text
     never[tokenizer.eos_id] = False

@@ -1,4 +1,4 @@
-"""Text as it is being written: whole characters, up to a stop string, and nothing that could command a terminal."""
+"""Streaming text output: whole characters, up to a stop string, without control characters for a terminal."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Callable, Sequence
 
 
 class TextStream:
-    """Text from bytes as they arrive; a character spread over several tokens is written once it is whole.
+    """Writes text from bytes as they arrive. A character that spans several tokens is written when it is complete.
 
-    The text ends before the first of the `stops` that is complete; what may be the beginning of one is held back.
+    The text ends before the stop string that is complete first. Text that may be the beginning of one is held back.
     """
 
     def __init__(self, write: Callable[[str], object], stops: Sequence[str] = ()):
-        """`stops`: none of them empty."""
+        """`stops`: stop strings, none of them empty."""
         self.stopped = False
         self._write, self._stops, self._held = write, stops, ""
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, piece: bytes) -> None:
-        """Write what `piece` completes."""
+        """Write the text that `piece` completes."""
         self._add(self._decoder.decode(piece))
 
     def close(self) -> None:
-        """Write what was held back, with U+FFFD for a character that was left unfinished."""
+        """Write the text that was held back, with U+FFFD for an incomplete character."""
         self._add(self._decoder.decode(b"", final=True))
         self._release(self._held)
 
@@ -39,7 +39,7 @@ class TextStream:
             self._release(self._held[: len(self._held) - self._beginning()])
 
     def _beginning(self) -> int:
-        """Characters at the end that may be the beginning of a stop string."""
+        """Return how many characters at the end may be the beginning of a stop string."""
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         for length in range(min(longest, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-length:]) for stop in self._stops):
@@ -53,7 +53,7 @@ class TextStream:
 
 
 def printable(text: str) -> str:
-    """The text with control characters shown as symbols, so that a model cannot command the terminal."""
+    """Return the text with control characters replaced by symbols, so that a model cannot control the terminal."""
     return text.translate(_VISIBLE)
 
 
