@@ -1,6 +1,7 @@
-"""Models outside of this project: runs as Hugging Face models, and back.
+"""Export of runs as Hugging Face models, and import.
 
-Importing this package makes the `Auto` classes of transformers know exported models, without `trust_remote_code`.
+Importing this package registers exported models with the `Auto` classes of transformers, so that they load without
+`trust_remote_code`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The model's own code as files beside an export, so that transformers loads it with nothing of this project installed.
+"""The model's code as files in an export, so that transformers can load it without this project installed.
 
-Each module that the model is made of becomes one flat file, its imports made relative, which is what transformers
-follows under ``trust_remote_code``. The files need torch, transformers, and what those require themselves (pydantic and
-PyYAML among it).
+Each module that the model needs becomes one flat file with relative imports, which transformers follows under
+``trust_remote_code``. The files require torch, transformers, and the packages that these require (among them pydantic
+and PyYAML).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 ROOTS = ("bst_dist", "bst_base")
 CLASSES = {"AutoConfig": "BSTConfig", "AutoModelForCausalLM": "BSTForCausalLM"}
 ENTRY = "bst_dist.hub.modeling"
-"""Both classes are taken from this one: transformers gives each entry, with its files, a package of its own."""
+"""The module of both classes. One module, because transformers makes a separate package for each entry."""
 
 
 def write_code(folder: Path) -> dict[str, str]:
-    """Write the modules of `ENTRY` and of all it imports into `folder`; returns the `auto_map` of config.json."""
+    """Write `ENTRY` and all modules that it imports into `folder`. Return the `auto_map` of config.json."""
     waiting, done = [ENTRY], set()
     while waiting:
         module = waiting.pop()
@@ -33,7 +33,7 @@ def write_code(folder: Path) -> dict[str, str]:
 
 
 def flat(module: str) -> str:
-    """The name of a module's file in an export, without its ending."""
+    """Return the name of a module's file in an export, without its suffix."""
     return module.removeprefix("bst_dist.").replace(".", "_")
 
 
@@ -43,12 +43,12 @@ def _source(module: str) -> str:
 
 
 def _standing_alone(source: str, module: str) -> tuple[str, list[str]]:
-    """A module's source with relative imports of flat names, and the modules that it imports."""
+    """Return a module's source with relative imports of flat names, and the modules that it imports."""
     lines, imported, tree = source.splitlines(), [], ast.parse(source)
     for_checkers = [node for node in ast.walk(tree) if isinstance(node, ast.If) and _is_for_checkers(node)]
     inside = {id(child) for node in for_checkers for child in ast.walk(node)}
     for node in for_checkers:
-        _replace(lines, node, ["pass"])  # transformers would take what is imported here for more files
+        _replace(lines, node, ["pass"])  # transformers would treat imports in it as further files
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and id(node) not in inside and node.module.partition(".")[0] in ROOTS:
             found = [_flat_import(node.module, alias) for alias in node.names]
@@ -61,9 +61,9 @@ def _standing_alone(source: str, module: str) -> tuple[str, list[str]]:
 
 
 def _flat_import(package: str, alias: ast.alias) -> tuple[str, str]:
-    """The module that an imported name is in, or is, and the statement that imports it in an export.
+    """Return the module that an imported name is in, or is, and the statement that imports it in an export.
 
-    A file is only copied by transformers when a line imports a name from it, so a module is imported with one of its.
+    transformers copies a file only if a line imports a name from it. So for a module, `__name__` is imported too.
     """
     name = alias.asname or alias.name
     module = f"{package}.{alias.name}"
@@ -78,7 +78,7 @@ def _is_for_checkers(node: ast.If) -> bool:
 
 
 def _replace(lines: list[str], node: ast.stmt, by: list[str]) -> None:
-    """Put other lines, of the same indentation, in a statement's place; as many as before, so positions stay."""
+    """Replace a statement by other lines with its indentation. The number of lines stays the same."""
     indent = " " * node.col_offset
     count = node.end_lineno - node.lineno + 1
     lines[node.lineno - 1 : node.end_lineno] = [indent + line for line in by] + [""] * (count - len(by))

@@ -1,4 +1,4 @@
-"""The model card: what a reader wants to know of a model before using it, from what the run has written down."""
+"""The model card of an export, filled from the files of the run."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def model_card(
     run_dir: Path, one: Held, recipe: Recipe, shapes: dict[str, tuple[int, ...]], averaged: bool = False,
     repository: str | None = None,
 ) -> str:  # fmt: skip
-    """The card of a checkpoint with tensors of these shapes, Markdown; `averaged`: of its averaged weights;
-    `repository`: of the hub, that it is for."""
+    """Return the card of a checkpoint with tensors of these shapes, as Markdown. `averaged`: it is for the averaged
+    weights. `repository`: the repository on the hub where it will be uploaded."""
     versions = one.manifest.get("versions", {})
     return _TEMPLATE.format(
         name=recipe.name,
@@ -91,7 +91,7 @@ def model_card(
 
 
 def without_place(recipe: Recipe) -> Recipe:
-    """The recipe without the folder on this machine that its paths are meant from: nobody else has it."""
+    """Return the recipe without `paths_from`, the folder on this machine to which its paths are relative."""
     return recipe.model_copy(update={"paths_from": None})
 
 
@@ -119,7 +119,7 @@ def _training(one: Held, recipe: Recipe, averaged: bool) -> str:
 
 
 def _evaluations(run_dir: Path, step: int, averaged: bool) -> dict[str, dict[str, Any]]:
-    """What `bst eval` has measured on whole documents; else what the run itself reports of a part of them."""
+    """Return the results of `bst eval` on whole documents; else the run's own evaluation on a part of them."""
     if report := eval_report(run_dir, step, averaged):
         split = report["split"]
         return {f"{split} of {Path(of['corpus']).name}, {of['documents']:,} documents": of for of in report["corpora"]}

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         require_id(args.push)
     one, recipe = _source(args)
     tokenizer = tokenizer_of(args.run, recipe)
-    data = recipe.data.model_copy(update={"storage": StorageConfig()})  # may hold secrets; is this machine's anyway
+    data = recipe.data.model_copy(update={"storage": StorageConfig()})  # may hold secrets; for this machine only
     recipe = recipe.model_copy(update={"data": data})
     weights = open_shards(one.path, _kind(args))
     dtypes = stored_dtypes(weights, recipe.model, DTYPES[args.dtype])
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _source(args: argparse.Namespace) -> tuple[Held, Recipe]:
-    """The checkpoint to export, whole, and its recipe."""
+    """Return the checkpoint to export, checked for damage, and its recipe."""
     if args.output.exists():
         raise UserError(f"{args.output}: already exists; choose another directory")
     recipe, one = read_recipe(args.run), select(args.run, args.step)
@@ -94,7 +94,7 @@ def _kind(args: argparse.Namespace) -> str:
 
 
 def _write_configuration(folder: Path, one: Held, recipe: Recipe, tokenizer: Tokenizer) -> None:
-    """config.json, generation_config.json, the tokenizer's files."""
+    """Write config.json, generation_config.json and the tokenizer's files."""
     begin = begin_token(recipe, tokenizer)
     named = {"bos_token_id": begin[0] if begin else None, "eos_token_id": tokenizer.eos_id,
              "pad_token_id": tokenizer.pad_id}  # fmt: skip
@@ -122,7 +122,7 @@ def _write_configuration(folder: Path, one: Held, recipe: Recipe, tokenizer: Tok
 
 
 def _write_digests(folder: Path) -> None:
-    """The digests of all files, in the form that `sha256sum --check` reads."""
+    """Write the digests of all files, in the format of `sha256sum --check`."""
     lines = []
     for path in sorted(folder.iterdir()):
         with path.open("rb") as file:

@@ -1,8 +1,8 @@
-"""The corpus's BPE tokenizer for the `tokenizers` library: the same ids for every text, with nothing of ours installed.
+"""The corpus's BPE tokenizer for the `tokenizers` library: the same ids for every text, without this project installed.
 
-SentencePiece writes a space as U+2581; here pieces hold the space itself, so a U+2581 of the text stays one and falls
-to its three bytes, as in the corpus. Merges are every split of a piece into two pieces, in the order of the pieces'
-scores, which is how SentencePiece applies them.
+SentencePiece writes a space as U+2581. Here pieces contain the space itself, so a U+2581 in the text stays U+2581 and
+is encoded as its three bytes, as in the corpus. The merges are all splits of a piece into two pieces, in the order of
+the pieces' scores. SentencePiece applies them in this order.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from data_pipeline.format.tokenizer import MAX_LINE, HuggingFaceTokenizer, Token
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 BPE = 2
-"""In SentencePiece's own numbering: kinds of pieces, and the algorithm."""
+"""SentencePiece's numbers of the BPE algorithm and, above, of the kinds of pieces."""
 
 
 def is_bpe(tokenizer: Tokenizer) -> bool:
-    """Whether the ids of `fast_tokenizer` are ours: unigram models break ties between segmentations differently."""
+    """Whether `fast_tokenizer` gives the corpus's ids. A unigram model would break ties differently."""
     return proto.ModelProto.FromString(tokenizer.model).trainer_spec.model_type == BPE
 
 
 def fast_tokenizer(tokenizer: Tokenizer, begin: int | None) -> PreTrainedTokenizerFast:
-    """As transformers loads it; `begin`: the id that stands in front of every text, None for none."""
+    """Return the tokenizer as transformers loads it. `begin`: an id added in front of every text; None: none."""
     backend = _published(tokenizer) if isinstance(tokenizer, HuggingFaceTokenizer) else _sentencepiece(tokenizer)
     named = {"eos_token": tokenizer.piece(tokenizer.eos_id), "pad_token": tokenizer.piece(tokenizer.pad_id)}
     if begin is not None:
@@ -40,14 +40,14 @@ def fast_tokenizer(tokenizer: Tokenizer, begin: int | None) -> PreTrainedTokeniz
         tokenizer_object=backend,
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
-        split_special_tokens=True,  # text never becomes a special token, however it is spelt
+        split_special_tokens=True,  # text is never parsed as a special token
         clean_up_tokenization_spaces=False,
         **named,
     )
 
 
 def _published(tokenizer: HuggingFaceTokenizer) -> Backend:
-    """The tokenizer.json without what only the corpus needs: the end of a document, and padding."""
+    """Return the tokenizer.json without the parts that only the corpus needs: the end of a document, and padding."""
     backend = Backend.from_buffer(tokenizer.model)
     backend.no_padding()
     backend.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
@@ -66,14 +66,17 @@ def _sentencepiece(tokenizer: Tokenizer) -> Backend:
 
 
 def _named(model: proto.ModelProto, kind: int) -> list[str]:
-    """The symbols of a kind, but for those that are looked for in each line: a character, or what holds spaces."""
+    """Return the symbols of a kind that have several characters and no space.
+
+    The others are not added to the tokenizer; they are matched within each line.
+    """
     return [
         p.piece for p in model.pieces if p.type == kind and len(p.piece) > 1 and not re.search(r"\s|\u2581", p.piece)
     ]
 
 
 def _bpe(model: proto.ModelProto) -> models.BPE:
-    """The pieces with their ids, and the merges that make each from two others."""
+    """Return the BPE model: the pieces with their ids, and the merges that make a piece from two others."""
     text = {id_ for id_, piece in enumerate(model.pieces) if piece.type == NORMAL}
     names = [p.piece.replace("\u2581", " ") if i in text else p.piece for i, p in enumerate(model.pieces)]
     parts = {names[id_] for id_ in text}

@@ -44,7 +44,7 @@ CONFIG = "config.json"
 
 
 class ExportError(UserError):
-    """An exported model that is damaged, or none."""
+    """The input is damaged, or is not an exported model."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,13 +73,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _tokenizer(model: Path) -> Tokenizer:
-    """The corpus's tokenizer, byte for byte."""
+    """Return the corpus's tokenizer, byte for byte."""
     own = model / CORPUS_FILE
     return read_tokenizer(own if own.is_file() else model / FILE)
 
 
 def _require_digests(model: Path) -> None:
-    """Raise ExportError unless all files are as they were exported; what was saved otherwise has no digests."""
+    """Raise ExportError unless all files are as exported. Models saved by transformers have no digests to check."""
     if not (model / DIGESTS).is_file():
         return
     for line in (model / DIGESTS).read_text().splitlines():
@@ -95,7 +95,7 @@ def _require_digests(model: Path) -> None:
 
 
 def _configuration(model: Path, overrides: list[str]) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe with its overrides, and what the checkpoint said of itself."""
+    """Return the recipe with its overrides, and the manifest of the exported checkpoint."""
     path = model / CONFIG
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -112,7 +112,7 @@ def _configuration(model: Path, overrides: list[str]) -> tuple[Recipe, dict[str,
 
 
 class _Tensors:
-    """The weights in an export, checked against the recipe's model; read one at a time."""
+    """The weights in an export, checked against the recipe's model. They are read one at a time."""
 
     def __init__(self, model: Path, recipe: Recipe) -> None:
         with weightless():
@@ -130,7 +130,7 @@ class _Tensors:
         self._require(model, {self._prefix + name: shape for name, shape in wanted.items()}, there)
 
     def read(self, name: str) -> torch.Tensor:
-        """In single precision."""
+        """Return one tensor in single precision."""
         return self._files[self._prefix + name].get_tensor(self._prefix + name).float()
 
     @staticmethod
@@ -154,7 +154,7 @@ def _weight_files(model: Path) -> list[Path]:
 
 
 def _write_checkpoint(path: Path, tensors: _Tensors, about: dict[str, Any]) -> None:
-    """A checkpoint of the weights alone, as a run of one rank writes it."""
+    """Write a checkpoint of the weights only, as a run with one rank does."""
     path.mkdir(parents=True)
     files = Files(path)
     pieces = [Piece(name, shape, 0, torch.Size(shape).numel()) for name, shape in tensors.shapes.items()]
@@ -166,5 +166,5 @@ def _write_checkpoint(path: Path, tensors: _Tensors, about: dict[str, Any]) -> N
                "layout": {"ranks": 1, "sp": 1, "zero_stage": 0}, "versions": versions(),
                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}  # fmt: skip
     records = {name: {**record, "rank": 0} for name, record in files.records.items()}
-    about = {key: value for key, value in about.items() if key != PLACES}  # of other files
+    about = {key: value for key, value in about.items() if key != PLACES}  # it describes other files
     (path / MANIFEST).write_text(json.dumps({**unknown, **about, "format": FORMAT, "files": records}, indent=1))

@@ -1,6 +1,6 @@
-"""The language model as a Hugging Face model: logits of every token, generation from the carried state.
+"""The language model as a Hugging Face model: logits of every token, and generation from the carried state.
 
-A row of a batch begins where its attention mask does. Padding is never read, on whichever side it lies: rows of unequal
+A row of a batch begins where its attention mask begins. Padding on either side is never read, so rows of unequal
 lengths are read as if each were alone.
 
 Shapes: B rows, T columns of this call, n tokens of a row in it, D width, V vocabulary.
@@ -27,19 +27,19 @@ from bst_dist.model.lm import LanguageModel
 
 
 class BSTConfig(PreTrainedConfig):
-    """config.json: the whole recipe of a run, and what its checkpoint says of itself."""
+    """config.json: the recipe of a run, and the manifest of its checkpoint."""
 
     model_type = "bst"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers' own form)
 
     write_code: ClassVar[Callable[[Path], dict[str, str]] | None] = None
-    """Writes the model's code beside a configuration, and returns its `auto_map`; None where the code itself is such a
-    copy, which transformers copies on."""
+    """Writes the model's code next to config.json, and returns its `auto_map`. None if this code is itself such a copy;
+    transformers then copies it."""
 
     recipe: dict[str, Any] | None = None
     """The resolved recipe, as in a run directory."""
     checkpoint: dict[str, Any] | None = None
-    """The manifest of the checkpoint, but for its files: step, tokens, validation loss, versions."""
+    """The manifest of the checkpoint without its files: step, tokens, validation loss, versions."""
     use_cache: bool = True
     tie_word_embeddings: bool = True
     bos_token_id: int | None = None
@@ -47,7 +47,7 @@ class BSTConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def settings(self) -> ModelConfig:
-        """The recipe's model section; raises ConfigError for what is wrong in it."""
+        """Return the recipe's model section. Raise ConfigError if it is invalid."""
         section = (self.recipe or {}).get("model", {})
         return parse(ModelConfig, section, where="config.json: recipe.model")
 
@@ -68,7 +68,7 @@ class BSTConfig(PreTrainedConfig):
         return self.settings().heads
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """As transformers does, with the code that loads the model where nothing of this project is installed."""
+        """Save as transformers does, together with the code that loads the model without this project installed."""
         if write_code := type(self).write_code:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             self.auto_map = write_code(Path(save_directory))
@@ -76,35 +76,35 @@ class BSTConfig(PreTrainedConfig):
 
 
 class BSTCache:
-    """What each row has left behind: a window of keys and values and the SSM's state for each layer."""
+    """The state of each row: for each layer a window of keys and values, and the state of its SSM."""
 
     is_compileable = False
 
     def __init__(self, rows: int) -> None:
-        """Of `rows` rows that have read nothing."""
+        """Make the cache of `rows` rows that have read nothing."""
         self.rows = Rows(rows)
         self.columns = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of the input read so far, padding included."""
+        """Return the number of columns read so far, including padding."""
         return self.columns
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i continues from the state of row beam_idx[i]."""
+        """Let row i continue from the state of row beam_idx[i]."""
         self.rows.select(beam_idx.tolist())
 
     batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
+        """Repeat each row `repeats` times."""
         self.rows.select([row for row in range(len(self.rows.positions)) for _ in range(repeats)])
 
 
 class BSTForCausalLM(PreTrainedModel, GenerationMixin):
-    """A trained language model of this project, whichever its mixers.
+    """A trained language model of this project, with any mixers.
 
-    Parameters are single precision whatever `dtype` says, as in training: SSM dynamics do not survive less. Under
-    ``dtype=torch.bfloat16`` matrix products are computed in it, by autocast, as a run of train.precision bf16 does.
+    Parameters are in single precision for any `dtype`, as in training, because SSM dynamics need it. With
+    ``dtype=torch.bfloat16`` matrix products are computed in bfloat16, by autocast, as in a run of train.precision bf16.
     """
 
     config_class = BSTConfig
@@ -121,7 +121,7 @@ class BSTForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As transformers does, but raises UserError for weights that are missing, unknown, or of another shape."""
+        """Load as transformers does, but raise UserError if weights are missing, unknown, or of another shape."""
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = super().from_pretrained(*args, **kwargs)
         for wrong, keys in (("missing", "missing_keys"), ("of another shape", "mismatched_keys"),
@@ -131,7 +131,7 @@ class BSTForCausalLM(PreTrainedModel, GenerationMixin):
         return (model, info) if output_loading_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The language model has initialised itself."""
+        """Do nothing: the language model initialises itself."""
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -151,16 +151,16 @@ class BSTForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of the token after each, (B, T, V), and the mean loss of the labels, if there are any.
+        """Return the logits of the next tokens, (B, T, V), and the mean loss of the labels, if they are given.
 
         Args:
             input_ids: (B, T).
             attention_mask: (B, at least T), zero for padding before or after a row's tokens; columns of earlier calls
                 come first.
-            past_key_values: what an earlier call with `use_cache` returned; it is read on from, and changed.
-            labels: (B, T), the inputs themselves; -100 where they do not count.
-            logits_to_keep: logits of so many last columns only, or of these columns; 0: of all. In a column of padding
-                they are those of the nearest token of the row.
+            past_key_values: the cache that an earlier call with `use_cache` returned; it is updated in place.
+            labels: (B, T), the inputs themselves; -100 for tokens that are left out of the loss.
+            logits_to_keep: return logits of this many last columns, or of these columns; 0: of all columns. A column of
+                padding has the logits of the nearest token of its row.
         """
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -184,7 +184,7 @@ class BSTForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.autocast(self.device.type, self.config.dtype) if low else nullcontext()
 
     def _read(self, runs: _Runs, cache: BSTCache, last: bool) -> Tensor:
-        """Read on from where each row stands; hidden states of every column (B, T, D), or of the last one (B, 1, D)."""
+        """Read the next tokens of each row. Return hidden states of all columns (B, T, D), or of the last (B, 1, D)."""
         cache.columns += runs.columns
         tokens = runs.tokens()
         hidden = cache.rows.read(self.model, tokens, every=not last)
@@ -194,7 +194,7 @@ class BSTForCausalLM(PreTrainedModel, GenerationMixin):
         return runs.spread(torch.stack([nn.functional.pad(x, (0, 0, 0, longest - len(x))) for x in hidden]))
 
     def _at_once(self, runs: _Runs) -> Tensor:
-        """All rows in one pass from their beginnings, padded behind to whole blocks: (B, T, D)."""
+        """Read all rows from their beginning in one pass, right-padded to whole blocks: (B, T, D)."""
         tokens = runs.tokens()
         length = max(len(row) for row in tokens)
         length += -length % self.model.config.block
@@ -203,7 +203,7 @@ class BSTForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 class _Runs:
-    """Which columns each row's tokens are in."""
+    """The columns of each row's tokens."""
 
     def __init__(self, ids: Tensor, mask: Tensor | None) -> None:
         self.ids, self.columns = ids, ids.shape[1]
@@ -221,12 +221,15 @@ class _Runs:
                 raise ValueError("attention_mask hides all tokens of a row: each needs one to begin with")
 
     def tokens(self) -> list[Tensor]:
-        """Each row's own, (n,)."""
+        """Return the tokens of each row, (n,)."""
         places = zip(self.ids, self.first.tolist(), self.counts.tolist(), strict=True)
         return [row[first : first + count] for row, first, count in places]
 
     def spread(self, hidden: Tensor) -> Tensor:
-        """(B, l, D) of each row's tokens from the front -> (B, T, D) in its columns, padding like the nearest token."""
+        """Move hidden states of left-aligned rows to their columns: (B, l, D) -> (B, T, D).
+
+        A column of padding gets the hidden state of the nearest token.
+        """
         column = torch.arange(self.columns, device=hidden.device) - self.first[:, None]
         place = torch.minimum(column.clamp(min=0), self.counts[:, None] - 1)  # (B, T)
         return hidden.gather(1, place.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))

@@ -1,6 +1,6 @@
-"""Models in repositories of the Hugging Face hub, or of a server that speaks its language (HF_ENDPOINT).
+"""Models in repositories of the Hugging Face hub, or of a server with the same API (HF_ENDPOINT).
 
-The token is huggingface_hub's affair: HF_TOKEN, or what `hf auth login` has kept.
+huggingface_hub reads the access token: from HF_TOKEN, or as stored by `hf auth login`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _FAILURES = (
     HTTPError,
     HFValidationError,
     OSError,
-)  # what the hub answers, a bad name, no network, no token, a full disk
+)  # an error from the hub, a bad name, no network, no token, a full disk
 
 
 class RepositoryError(UserError):
-    """A repository that cannot be named, reached, read or written."""
+    """A repository has no valid name, or cannot be reached, read or written."""
 
 
 def require_id(repository: str) -> None:
-    """Raise RepositoryError unless `repository` is OWNER/NAME as the hub takes it."""
+    """Raise RepositoryError unless `repository` is OWNER/NAME in the form that the hub accepts."""
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
@@ -37,13 +37,13 @@ def require_id(repository: str) -> None:
 
 
 def push(folder: Path, repository: str, private: bool) -> str:
-    """Upload all files of a folder as one commit, making the repository where there is none; returns its address.
+    """Upload all files of a folder as one commit, and create the repository if it does not exist. Return its address.
 
-    Raises RepositoryError.
+    Raise RepositoryError if it fails.
     """
     api = HfApi()
     try:
-        api.create_repo(repository, private=private or None, exist_ok=True)  # None: as the owner has it
+        api.create_repo(repository, private=private or None, exist_ok=True)  # None: the owner's default
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload {folder.name}")
     except _FAILURES as error:
         raise RepositoryError(
@@ -54,9 +54,9 @@ def push(folder: Path, repository: str, private: bool) -> str:
 
 
 def fetched(model: str, revision: str | None = None) -> Path:
-    """The directory of a model: a directory as it is; else that of a repository, downloaded into the hub's cache.
+    """Return the directory of a model: `model` if it is a directory, else the repository's, downloaded into the cache.
 
-    Raises RepositoryError.
+    Raise RepositoryError if it fails.
     """
     folder = Path(model)
     if folder.is_dir():
@@ -74,5 +74,5 @@ def fetched(model: str, revision: str | None = None) -> Path:
 
 
 def _line(error: Exception) -> str:
-    """What went wrong, without the advice on several lines that the library adds."""
+    """Return the first line of an error, without the advice that the library adds."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

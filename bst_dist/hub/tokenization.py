@@ -1,8 +1,7 @@
 """A unigram tokenizer as a Hugging Face tokenizer, which transformers finds after `import bst_dist.hub`.
 
-It is SentencePiece itself, for `tokenizers` breaks ties between segmentations of a unigram model differently.
-
-BPE, the default, is exported for the `tokenizers` library (`fast_tokenizer.py`).
+It uses SentencePiece, because `tokenizers` breaks ties between segmentations of a unigram model differently. BPE, the
+default, is exported for the `tokenizers` library (`fast_tokenizer.py`).
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from data_pipeline.format.tokenizer import read_tokenizer
 
 FILE = "tokenizer.model"
 CORPUS_FILE = "corpus-tokenizer.json"
-"""Beside transformers' tokenizer.json, which lacks what ends a document: the corpus's, where it is of that kind."""
+"""The corpus's tokenizer, if it is a tokenizer.json. transformers' own file lacks the token that ends a document."""
 
 
 class BSTTokenizer(PreTrainedTokenizer):
     """SentencePiece with the corpus's canonical form.
 
-    Text never becomes a special token, however it is spelt. In front of a text stands the begin token, if there is one:
-    for models of joined documents the end of the document before.
+    Text is never parsed as a special token. The begin token is added in front of a text, if there is one: for models of
+    joined documents it is the end of the previous document.
     """
 
     vocab_files_names = {"vocab_file": FILE}  # noqa: RUF012 (transformers' own form)
@@ -49,7 +48,7 @@ class BSTTokenizer(PreTrainedTokenizer):
         return dict(self._ids)
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        """The pieces of a text, as names of ids."""
+        """Return the pieces of a text."""
         return [self._text.piece(token) for token in self._text.encode(text).tolist()]
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
@@ -62,7 +61,7 @@ class BSTTokenizer(PreTrainedTokenizer):
         return self._text.piece(index)
 
     def _decode(self, token_ids: int | Sequence[int], skip_special_tokens: bool = False, **kwargs: Any) -> str:
-        """The text of the ids, with the names of special ones in it unless they are skipped."""
+        """Return the text of the ids, including the names of special tokens unless they are skipped."""
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
         if skip_special_tokens:
             return self._text.decode(ids)
