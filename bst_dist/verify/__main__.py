@@ -1,4 +1,4 @@
-"""The program of every rank: ``python -m bst_dist.verify JOB FOUND``; `bst verify` starts it."""
+"""The program of each rank, started by `bst verify`: ``python -m bst_dist.verify JOB FOUND``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def main(job: Path, found: Path) -> int:
-    """Verify what `job` asks for; rank 0 prints the table and writes the certificate to `found`."""
+    """Verify the grid that `job` describes. Rank 0 prints the table and writes the certificate to `found`."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     began = time.perf_counter()
     from bst_dist.parallel.ranks import Ranks
@@ -53,4 +53,4 @@ if __name__ == "__main__":
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # after an error the others may wait in a collective, and tearing the group down would too
+    os._exit(status)  # after an error other ranks may wait in a collective, and destroying the group would hang

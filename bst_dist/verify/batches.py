@@ -1,6 +1,6 @@
-"""Made-up tokens of one step, the same global batch whatever the ranks it is spread over.
+"""Random tokens of one step: the same global batch for any number of ranks.
 
-Many labels do not count, and fewer in some rows than in others, so that a mean over ranks of means is not the mean.
+Many labels are masked, with different fractions in different rows, so that a mean of the ranks' means would be wrong.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from data_pipeline.serve.slices import MicroBatch
 
 
 def batches(recipe: Recipe, step: int, mesh: Mesh, micro_rows: int) -> list[MicroBatch]:
-    """The micro-batches of one rank of `mesh` in step 0, 1, ..., as a loader would give them."""
+    """Return the micro-batches of one rank of `mesh` in step 0, 1, ..., as a loader would."""
     length, rows = recipe.train.sequence_length, recipe.train.sequences
     generator = np.random.default_rng((recipe.seed, step))
     ids = generator.integers(0, recipe.model.vocab_size, (rows, length + 1))
@@ -34,7 +34,7 @@ def batches(recipe: Recipe, step: int, mesh: Mesh, micro_rows: int) -> list[Micr
 
 
 def _starts(recipe: Recipe, generator: np.random.Generator) -> tuple[np.ndarray | None, int]:
-    """Where documents begin, (rows, length / unit) bool, and the unit: blocks, or tokens where they are masked."""
+    """Return where documents begin, (rows, length / unit) bool, and the unit: a block, or a token for masked ones."""
     unit = 1 if recipe.data.documents == "masked" else recipe.model.block
     places = recipe.train.sequence_length // unit
     starts = generator.random((recipe.train.sequences, places)) < 0.3
@@ -43,7 +43,7 @@ def _starts(recipe: Recipe, generator: np.random.Generator) -> tuple[np.ndarray 
 
 def _batch(ids: np.ndarray, mask: np.ndarray, starts: np.ndarray | None, rows: range, tokens: range,
            unit: int) -> Batch:  # fmt: skip
-    """Some rows and tokens of the global batch."""
+    """Return some rows and tokens of the global batch."""
     own, count = slice(rows.start, rows.stop), len(rows)
     at, blocks = slice(tokens.start, tokens.stop), slice(tokens.start // unit, tokens.stop // unit)
     return Batch(

@@ -1,4 +1,4 @@
-"""What most likely went wrong, from what the wrong gradients have in common."""
+"""The likely cause of wrong gradients, derived from what they have in common."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from bst_dist.verify.grid import Combination
 from bst_dist.verify.judge import Finding
 
 NEAR = 0.03
-"""Two factors this near to each other, relatively, are the same."""
+"""Factors whose relative difference is below this are considered equal."""
 
 
 def likely_cause(combination: Combination, world: int, finding: Finding, ranks_agree: bool) -> str:
-    """One sentence for the person who has to find it."""
+    """Return one sentence that tells where to look for the error."""
     if finding.error != finding.error or finding.loss_error != finding.loss_error:
         return "not a number: an overflow, or memory read before it was written"
     if not ranks_agree:
@@ -33,7 +33,7 @@ def likely_cause(combination: Combination, world: int, finding: Finding, ranks_a
 
 
 def _factors(combination: Combination, world: int, scale: float) -> Iterator[tuple[str, float]]:
-    """The quantities that the scale, or its inverse, is."""
+    """Yield the known quantities (sp, dp, ...), or their inverses, that equal the scale."""
     known = {"sp": combination.sp, "dp": world // combination.sp, "ranks": world,
              "micro-batches": combination.accumulation, "slices": combination.slices}  # fmt: skip
     for name, value in known.items():

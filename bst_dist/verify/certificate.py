@@ -1,4 +1,4 @@
-"""What the ranks found for every combination, as lines of a table and as JSON."""
+"""The results of the ranks for every combination, as lines of a table and as JSON."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Line:
-    """One combination's verdict."""
+    """The verdict on one combination."""
 
     combination: Combination
     world: int
     finding: Finding
-    """Of the rank that is furthest off."""
+    """The finding of the rank with the largest error."""
     rank: int
     cause: str
-    """What most likely went wrong; empty when all is well."""
+    """The likely cause of the error; empty if the combination passes."""
 
     def __str__(self) -> str:
         how, found = self.combination, self.finding
@@ -42,14 +42,14 @@ class Line:
         )
 
     def report(self) -> dict[str, Any]:
-        """Everything of it, for a file; errors are relative."""
+        """Return all values as a dictionary for a file; errors are relative."""
         found = asdict(self.finding)
         return {**self.combination.describe(), "passed": self.finding.passed, "cause": self.cause, "rank": self.rank,
                 **found}  # fmt: skip
 
 
 def certify(grid: Grid, ranks: Ranks) -> Iterator[Line]:
-    """Each combination's line in turn, the same on all ranks, which all take part."""
+    """Yield the line of each combination, the same on all ranks. All ranks must call it."""
     groups = {sp: Mesh(ranks.world, ranks.rank, sp).sp_group() for sp in sorted({c.sp for c in grid.combinations})}
     yardsticks: dict[tuple[str, str], Yardstick] = {}
     for combination in grid.combinations:
@@ -65,7 +65,7 @@ def certify(grid: Grid, ranks: Ranks) -> Iterator[Line]:
 
 
 def explain(lines: Sequence[Line]) -> str:
-    """The failures in words: the combination, the parameter, the likely cause, and what the failures share."""
+    """Describe the failures: the combination, the parameter, the likely cause, and what the failures share."""
     failed = [line for line in lines if not line.finding.passed]
     first, found = failed[0], failed[0].finding
     how = first.combination

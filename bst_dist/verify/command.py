@@ -35,11 +35,11 @@ from bst_dist.verify import grid
 FILE = "verified.json"
 """The certificate in a run directory."""
 PROGRAM = (sys.executable, "-m", "bst_dist.verify")
-"""What every rank runs."""
+"""The command that every rank runs."""
 
 
 class VerifyError(UserError):
-    """The ranks ended without a verdict."""
+    """The ranks ended without writing a certificate."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Start the ranks, which print the table; the report is the certificate."""
+    """Start the ranks, which print the table. Return the certificate."""
     choose_accelerator()
     asked = grid_of(args)
     grid.require_slices(asked)
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def grid_of(args: argparse.Namespace) -> grid.Grid:
-    """What the arguments ask for; raises UserError."""
+    """Return the grid that the arguments describe. Raise UserError if they are invalid."""
     return grid.build(load_recipe(args.recipe, args.overrides), args)
 
 

@@ -1,4 +1,4 @@
-"""The combinations to verify: everything that may change how a step is computed and must not change what it is."""
+"""The combinations to verify: all settings that may change how a step is computed, but must not change its result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bst_dist.study.lra.config import LongRangeConfig
 from bst_dist.verify.shrink import shrink
 
 MOST_SLICES = 4
-"""Slices of the small copy where the recipe has as many or more."""
+"""Maximum number of slices per sequence in the small copy."""
 
 
 @dataclass(frozen=True)
@@ -29,23 +29,23 @@ class Combination:
     """One way to compute a step."""
 
     model: str
-    """The context variant, SH, MH or MF; of other models the mixer."""
+    """The context variant, SH, MH or MF; for other models the mixer."""
     precision: str
     deepspeed: str
-    """The strategy's file."""
+    """Path of the strategy's file."""
     sp: int
     checkpointing: str
     accumulation: int
-    """Micro-batches of a rank."""
+    """Micro-batches per rank."""
     slices: int = 1
-    """Slices of a sequence."""
+    """Slices per sequence."""
     edges: str = "device"
-    """Where they wait, if there are several."""
+    """Where the edges of slices are kept, if there are several slices (`train.edges`)."""
     edges_every: int = 1
-    """One in so many of them does."""
+    """Keep one edge in this many (`train.edges_every`)."""
 
     def apply(self, small: Recipe, world: int) -> Recipe:
-        """The small recipe, computed this way on `world` ranks."""
+        """Return the small recipe with the settings of this combination, for `world` ranks."""
         data = small.model_dump(mode="json")
         if self.model in _variants():
             data["model"]["context"]["variant"] = self.model
@@ -60,18 +60,18 @@ class Combination:
         return parse(Recipe, data)
 
     def describe(self) -> dict[str, Any]:
-        """Its values by axis."""
+        """Return the values by axis."""
         return {**asdict(self), "deepspeed": self.strategy}
 
     @property
     def strategy(self) -> str:
-        """The strategy's name."""
+        """Name of the strategy."""
         return Path(self.deepspeed).stem
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A small recipe, the ranks, and the ways to compute its step on them."""
+    """A small recipe, the number of ranks, and the combinations in which its step is computed."""
 
     small: Recipe
     world: int
@@ -79,7 +79,7 @@ class Grid:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that open an axis of the grid; without them it is the recipe's own value."""
+    """Add the options that give the values of an axis. The default of an axis is the recipe's own value."""
     policies = get_args(ActivationCheckpointingConfig.model_fields["policy"].annotation)
     axes = parser.add_argument_group(
         "axes", "one or more values each; default: the recipe's own; overrides come before"
@@ -97,8 +97,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def build(recipe: Recipe, args: argparse.Namespace) -> Grid:
-    """The grid that the arguments ask for; raises UserError, before anything is started, for what cannot be."""
-    from bst_dist.train import deepspeed_json  # imports DeepSpeed, which looks for an accelerator at once
+    """Return the grid that the arguments describe. Raise UserError for impossible ones before anything is started."""
+    from bst_dist.train import deepspeed_json  # it imports DeepSpeed, which looks for an accelerator at import
 
     if isinstance(recipe.data, LongRangeConfig):
         raise ConfigError(f"{recipe.name} learns the task {recipe.data.task}: only language models can be verified")
@@ -130,7 +130,7 @@ def build(recipe: Recipe, args: argparse.Namespace) -> Grid:
 
 
 def require_slices(grid: Grid) -> None:
-    """Raise SequenceParallelError, with the reason, when a layer cannot be computed in slices."""
+    """Raise SequenceParallelError, with the reason, if a layer cannot be computed with the sequence in slices."""
     documents = grid.small.data.documents
     for combination in {(how.model, how.sp, how.slices): how for how in grid.combinations}.values():
         if combination.sp > 1:
@@ -149,7 +149,7 @@ def _models(recipe: Recipe, variants: Sequence[str] | None) -> list[str]:
 
 
 def _accumulation(recipe: Recipe) -> int:
-    """1, or 2 for whatever is more: from the second micro-batch on all are alike."""
+    """Return the recipe's micro-batches per rank, at most 2: later micro-batches are computed like the second."""
     world = default_ranks(recipe)
     dp = world // math.gcd(world, recipe.parallel.sp)
     return min(2, max(1, recipe.train.sequences // (dp * recipe.train.micro_sequences)))
@@ -164,7 +164,7 @@ def _once(values: Sequence[Any]) -> list[Any]:
 
 
 def axes_in_common(failed: Sequence[Combination], passed: Sequence[Combination]) -> Iterator[tuple[str, Any]]:
-    """(axis, value) pairs that all failures share and no pass has: what the failures most likely come from."""
+    """Yield the (axis, value) pairs that all failures share and no pass has: the most likely cause of the failures."""
     for axis in Combination.__dataclass_fields__:
         values = {combination.describe()[axis] for combination in failed}
         if len(values) == 1 and not values & {combination.describe()[axis] for combination in passed}:

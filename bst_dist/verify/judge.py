@@ -1,8 +1,9 @@
-"""Whether a step is the one it should be.
+"""Comparison of a step with the reference step.
 
-The yardstick is one process in the same precision: with rounding alone to blame, a step on many ranks may be a few
-times as far from double precision as that, and no more. A factor in front of a gradient is never mistaken for
-rounding, because nothing may be off by a quarter, and half of a gradient is off by a half.
+The error limit comes from one process in the same precision. If rounding is the only difference, the error of a step on
+many ranks, against double precision, is at most a few times as large as that of one process. A wrong factor in front of
+a gradient is never mistaken for rounding: an error of a quarter is never allowed, and half a gradient has an error of a
+half.
 """
 
 from __future__ import annotations
@@ -16,72 +17,74 @@ import torch
 from bst_dist.verify.reference import Step
 
 TIMES = 4.0
-"""How many times one process's error is allowed. Sums in another order, over as many terms, differ by less."""
+"""Allowed multiple of one process's error. Sums of equally many terms in another order differ by less."""
 FEW = 32
-"""A gradient of fewer numbers is also measured by the same parameter of the other layers: its own error, one draw of so
-few numbers, may be small by chance. A second draw of two numbers is over four times as large in 1 of 17 cases."""
+"""The limit of a gradient with fewer numbers than this also uses the same parameter of the other layers, because its
+own error, one draw of so few numbers, may be small by chance. A second draw of two numbers is over four times as large
+in 1 of 17 cases."""
 NEVER = 0.25
-"""The relative error that is never allowed."""
+"""Upper bound of every limit: a larger relative error is never allowed."""
 NEGLIGIBLE = 1e-6
-"""Gradients this much smaller than the whole one count as this large: zero but for rounding has no direction."""
+"""Lower bound of a gradient's norm in its relative error, as a fraction of the global norm: a gradient that is zero up
+to rounding has no direction."""
 
 
 @dataclass(frozen=True)
 class Yardstick:
-    """The step in double precision, and how near to it one process comes in the precision of training."""
+    """The step in double precision, and the error of one process in the precision of training."""
 
     exact: Step
     errors: dict[str, float]
-    """By parameter: the relative error of its gradient, the largest of several ways to split the rows, and of all
-    layers where it has fewer than FEW numbers."""
+    """Relative error of each parameter's gradient: the largest for several ways to split the rows and, if it has fewer
+    than FEW numbers, of all layers."""
     whole: float
-    """Of all gradients as one vector."""
+    """Relative error of all gradients as one vector."""
 
     @classmethod
     def of(cls, exact: Step, rounded: Sequence[Step]) -> Yardstick:
-        """The yardstick that several steps of one process give."""
+        """Return the yardstick from several steps of one process."""
         found = [parameter_errors(step, exact) for step in rounded]
         errors = {name: max(each[name] for each in found) for name in exact.gradients}
         return cls(exact, _of_all_layers(errors, exact), max(whole_error(step, exact) for step in rounded))
 
     def allowed(self, name: str) -> float:
-        """The relative error that a parameter's gradient may have. A few numbers may be near the truth by luck, so
-        the allowance is never less than that of the whole gradient."""
+        """Return the relative error allowed for a parameter's gradient. It is at least that of the whole gradient,
+        because a few numbers may be accurate by chance."""
         return min(NEVER, TIMES * max(self.errors[name], self.whole))
 
     @property
     def allowed_whole(self) -> float:
-        """The same of the loss, and of the global norm, which is off by no more than the whole gradient is."""
+        """The relative error allowed for the loss and the global norm. The norm's is at most the whole gradient's."""
         return min(NEVER, TIMES * self.whole)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """How far a step on one rank is from the exact one."""
+    """The errors of a step on one rank, relative to the exact step."""
 
     loss_error: float
     norm_error: float
     parameter: str
-    """The one nearest to what it is allowed, or furthest beyond."""
+    """The parameter with the largest ratio of error to allowed error."""
     error: float
     allowed: float
     allowed_whole: float
     scale: float
-    """The factor that brings the exact gradient nearest to the whole gradient found; 1 when all is well."""
+    """The factor that brings the exact gradient nearest to the whole gradient found; 1 if the step is correct."""
     rest: float
-    """What is left of the relative error after that factor."""
+    """The relative error that remains after that factor."""
     wrong: tuple[str, ...]
-    """Every parameter beyond what it is allowed."""
+    """All parameters whose error is larger than allowed, or NaN."""
 
     @property
     def passed(self) -> bool:
-        """Whether loss, norm and every gradient are as they should be; what is not a number is not."""
+        """Whether loss, norm and every gradient are within their limits; NaN is not."""
         within = self.loss_error <= self.allowed_whole and self.norm_error <= self.allowed_whole
         return bool(within and not self.wrong)
 
     @property
     def severity(self) -> float:
-        """The largest error in units of what it is allowed."""
+        """The largest ratio of error to allowed error."""
         ratios = (self.error / self.allowed, self.loss_error / self.allowed_whole, self.norm_error / self.allowed_whole)
         return max(float("inf") if ratio != ratio else ratio for ratio in ratios)
 
@@ -109,7 +112,7 @@ def judge(step: Step, yardstick: Yardstick) -> Finding:
 
 
 def parameter_errors(step: Step, exact: Step) -> dict[str, float]:
-    """Relative error of each parameter's gradient."""
+    """Return the relative error of each parameter's gradient."""
     least = NEGLIGIBLE * exact.norm
     return {
         name: float((step.gradients[name] - wanted).norm() / max(float(wanted.norm()), least))
@@ -118,7 +121,7 @@ def parameter_errors(step: Step, exact: Step) -> dict[str, float]:
 
 
 def _of_all_layers(errors: Mapping[str, float], exact: Step) -> dict[str, float]:
-    """The errors, of gradients of few numbers the largest that the parameter has in any layer."""
+    """Return the errors; for gradients of few numbers, the largest error of the same parameter in any layer."""
     largest: dict[str, float] = {}
     for name, error in errors.items():
         largest[_in_any_layer(name)] = max(error, largest.get(_in_any_layer(name), 0.0))
@@ -131,7 +134,7 @@ def _in_any_layer(name: str) -> str:
 
 
 def whole_error(step: Step, exact: Step) -> float:
-    """Relative error of all gradients as one vector."""
+    """Return the relative error of all gradients as one vector."""
     return float((_flat(step, exact) - _flat(exact, exact)).norm() / exact.norm)
 
 

@@ -1,4 +1,4 @@
-"""One process, plain torch, no DeepSpeed: what a step of the recipe is, in double precision or in any other."""
+"""The reference: a step of the recipe in one process with plain torch, without DeepSpeed, in any precision."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from data_pipeline.serve.batch import Batch
 
 @dataclass(frozen=True)
 class Step:
-    """What one step found."""
+    """The result of one step."""
 
     loss: float
-    """Mean over the step's valid tokens, in nats."""
+    """Mean loss over the step's unmasked tokens, in nats."""
     norm: float
     """Global norm of the gradient."""
     gradients: dict[str, Tensor]
-    """Every parameter's whole gradient of that mean, in double precision."""
+    """The full gradient of every parameter, in double precision."""
 
 
 def seeded_model(recipe: Recipe) -> LanguageModel:
-    """The model with the recipe's initial weights, and what it minimises."""
+    """Return the model with the recipe's initial weights and its z-loss."""
     torch.manual_seed(recipe.seed)
     model = LanguageModel(recipe.model)
     model.z_loss = recipe.train.z_loss
@@ -38,9 +38,10 @@ def seeded_model(recipe: Recipe) -> LanguageModel:
 
 
 def one_process(recipe: Recipe, precision: str, micro_rows: int) -> Step:
-    """The step in one process, `micro_rows` rows at a time; `precision`: fp64, fp32 or bf16 (autocast, as in training).
+    """Compute the step in one process, `micro_rows` rows at a time; `precision`: fp64, fp32 or bf16 (autocast, as in
+    training).
 
-    When the recipe carries a past, it is the step after one whose weights did not change.
+    If the recipe carries a past, compute the second of two steps with the same weights.
     """
     model = seeded_model(recipe)
     model = model.double() if precision == "fp64" else model

@@ -1,7 +1,7 @@
-"""A small copy of a recipe: the same architecture, kernel, placement and documents, in shapes that run in a moment.
+"""A small copy of a recipe: the same architecture, kernel, placement and documents, in small shapes.
 
-What the copy keeps is what gradients could go wrong by: which layers there are and in what order, how many blocks a
-slice has, whether segments and filters fit into it. What it gives up is size.
+The copy keeps all that could make gradients wrong: the layers and their order, the number of blocks in a slice, whether
+segments and filters fit into a slice. Only the sizes are reduced.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ VOCABULARY, STATES, SSM_STATE = 61, 4, 4
 
 
 def shrink(recipe: Recipe, unit: int, rows: int) -> Recipe:
-    """The small copy, with `rows` sequences per step whose blocks divide into `unit` equal parts: one for every
-    sequence-parallel rank and slice.
+    """Return the small copy, with `rows` sequences per step. The blocks of a sequence can be divided into `unit` equal
+    parts: one for every sequence-parallel rank and slice.
 
-    Lengths in tokens keep their ratio to the block, up to 16 blocks; layers their places, up to 4 of them.
+    Lengths in tokens keep their ratio to the block, up to 16 blocks. The order of layers is kept, up to 4 layers.
     """
     data = recipe.model_dump(mode="json")
     data["model"] |= _model(recipe.model)
@@ -33,7 +33,7 @@ def shrink(recipe: Recipe, unit: int, rows: int) -> Recipe:
 
 
 def small_buckets(strategy: dict[str, Any]) -> dict[str, Any]:
-    """A DeepSpeed strategy in which the small model fills several buckets, and ZeRO-3 spreads its small parameters."""
+    """Return a DeepSpeed strategy in which the small model fills several buckets, and ZeRO-3 shards all parameters."""
     sizes = {"reduce_bucket_size": 8192, "allgather_bucket_size": 8192, "stage3_prefetch_bucket_size": 4096,
              "stage3_param_persistence_threshold": 0}  # fmt: skip
     return {**strategy, "zero_optimization": {**strategy.get("zero_optimization", {}), **sizes}}
@@ -61,7 +61,7 @@ def _model(model: ModelConfig) -> dict[str, Any]:
 
 
 def _attention(model: ModelConfig, heads: int) -> dict[str, Any]:
-    """With heads of keys and values shared by about as many heads as in the model."""
+    """Return the attention section. About as many query heads share a key and value head as in the full model."""
     shared = math.gcd(heads, model.heads // model.kv_heads)
     return model.attention.model_dump(mode="json") | (
         {} if model.attention.kv_heads is None else {"kv_heads": heads // shared}
@@ -69,7 +69,7 @@ def _attention(model: ModelConfig, heads: int) -> dict[str, Any]:
 
 
 def _baselines(model: ModelConfig) -> dict[str, Any]:
-    """The sections that a layer of the model reads; to set another would be told as having no effect."""
+    """Return the sections that a layer of the model reads. Others would be reported as having no effect."""
     sizes = {
         "transformer_xl": {"window": max(1, model.transformer_xl.window // model.block) * BLOCK},
         "block_recurrent": {"states": max(1, model.block_recurrent.states * BLOCK // model.block)},
@@ -79,7 +79,7 @@ def _baselines(model: ModelConfig) -> dict[str, Any]:
 
 
 def _placement(model: ModelConfig, depth: int) -> list[int] | str:
-    """The places at the same fractions of the depth, with a layer of the other kind left if there was one."""
+    """Return the places at the same fractions of the depth, and keep a filler layer if there was one."""
     if model.placement == "all":
         return "all"
     places = sorted({place * depth // model.depth for place in model.placement})
@@ -90,9 +90,9 @@ def _kernel(ssm: KernelConfig, block: int) -> dict[str, Any]:
     data = ssm.model_dump(mode="json")
     if "state" in data:
         data["state"] = min(data["state"], SSM_STATE)
-    if "chunk" in data:  # a power of two, so that it divides the block, and more than a token
+    if "chunk" in data:  # a power of two, so that it divides the block; at least 2 tokens
         data["chunk"] = 2 ** max(1, int(math.log2(min(BLOCK, max(1, data["chunk"] * BLOCK // block)))))
-    for step in {"dt_min", "dt_max"} & data.keys():  # time scales in blocks, so that what is carried on matters
+    for step in {"dt_min", "dt_max"} & data.keys():  # keep the time scales in blocks, so that the carried state matters
         data[step] = min(1.0, data[step] * block / BLOCK)
     if "length" in data:
         data["length"] = max(1, data["length"] * BLOCK // block)

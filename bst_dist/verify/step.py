@@ -1,4 +1,4 @@
-"""A step of the trainer on all ranks, with the gradients as they are before the update."""
+"""A step of the trainer on all ranks, with its gradients before the update."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from bst_dist.verify.reference import Step, seeded_model
 from bst_dist.verify.shrink import small_buckets
 
 STILL = OptimizerConfig(learning_rate=1e-30, ssm_learning_rate=1e-30, weight_decay=0)
-"""Rates at which no weight moves, so that the step after one that left a past behind starts from the same weights."""
+"""Learning rates too small to change a weight. So with a carried past, the second step starts from the same weights."""
 
 
 class Recorded(Engine):
-    """The engine of training, which also keeps the whole gradients of its last step."""
+    """The training engine, which also keeps the full gradients of its last step."""
 
     gradients: dict[str, torch.Tensor]
 
@@ -41,7 +41,10 @@ class Recorded(Engine):
 
 
 def distributed_step(recipe: Recipe, ranks: Ranks, group: SequenceGroup | None) -> Step:
-    """The recipe's step on these ranks, by the trainer and the engine of `bst train`; `group`: of the mesh's ranks."""
+    """Compute the recipe's step on these ranks, with the trainer and the engine of `bst train`.
+
+    `group`: the ranks that share this rank's sequence; None if sp is 1.
+    """
     mesh = Mesh(ranks.world, ranks.rank, recipe.parallel.sp)
     engine = _engine(recipe, mesh)
     token_bytes = torch.ones(recipe.model.vocab_size, dtype=torch.long, device=ranks.device)
