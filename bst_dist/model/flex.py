@@ -143,7 +143,7 @@ def _without_gradients(
 
 @cache
 def _compiled(function: Callable[..., Tensor], backend: object, dynamic: bool | None) -> Callable[..., Tensor]:
-    def attend(*arguments: object) -> Tensor:  # a code object of its own: torch counts graphs by code
+    def attend(*arguments: object) -> Tensor:  # a wrapper, because torch counts graphs by code object
         return function(*arguments)
 
     return torch.compile(attend, fullgraph=True, dynamic=dynamic, backend=backend)
