@@ -17,7 +17,7 @@ from torch import Tensor
 class HostCopies:
     """The pair of hooks ``(pack, unpack)`` for `torch.autograd.graph.saved_tensors_hooks`.
 
-    When DeepSpeed's accelerator is the CPU, tensors are copied too. This saves no memory, but the code can be tested.
+    On a CPU the tensors are copied too. This saves no memory, but lets everything else be tested.
     """
 
     def __init__(self) -> None:

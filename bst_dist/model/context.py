@@ -53,7 +53,7 @@ class StreamContext(nn.Module):
         self.products_only = ("key_value",)
 
     def forward(self, z: Tensor, past: Past, starts: Starts | None) -> tuple[Tensor, Tensor]:
-        y = self.passage(self.ssm(z, past, starts), past)  # (B, l, C, Ds): one stream, or one a head
+        y = self.passage(self.ssm(z, past, starts), past)  # (B, l, C, Ds): one stream, or one per head
         whole = 0 if self.attend == "current" else 1
         # Two products: in one product, keys and values would be interleaved in memory, and so would their gradients.
         y = cast_by_channel(y, product_dtype(y))

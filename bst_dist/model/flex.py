@@ -34,7 +34,7 @@ SHORT = 1024
 """Slices up to this length that are not whole tiles, or are one tile, do not use FlexAttention: they are short."""
 
 GRAPHS = 16
-"""Limit on the graphs of one kind, training or without gradients; one more is an error.
+"""Limit on the graphs of FlexAttention, with and without gradients, and separately on those of layers; one more fails.
 
 Compiled layers need the most, ten: two kinds of layers, each with micro-batches of two sizes; with masked documents,
 the kind with an SSM has four graphs for each size (`borders.SHARES`)."""
@@ -143,7 +143,7 @@ def _without_gradients(
 
 @cache
 def _compiled(function: Callable[..., Tensor], backend: object, dynamic: bool | None) -> Callable[..., Tensor]:
-    def attend(*arguments: object) -> Tensor:  # a wrapper, because torch counts graphs by code object
+    def attend(*arguments: object) -> Tensor:  # torch counts graphs by code object; all calls share this one
         return function(*arguments)
 
     return torch.compile(attend, fullgraph=True, dynamic=dynamic, backend=backend)

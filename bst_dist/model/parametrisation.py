@@ -67,7 +67,7 @@ class StandardConfig(Config):
 
 
 class CompletePConfig(Config):
-    """CompleteP: what is tuned at the base shape holds at every width and depth."""
+    """CompleteP: hyperparameters tuned at the base shape hold at every width and depth."""
 
     kind: Literal["completep"]
     """The learning rate is given for the base shape and holds for every width and depth."""

@@ -32,7 +32,7 @@ BLOCKS_LOOKED_AT = 4
 
 
 def kernel_of(mixer: nn.Module) -> nn.Module | None:
-    """Return the SSM of a layer: its first module with parameters of a recurrence, or None."""
+    """Return the SSM of a layer: its first module with parameters of the role DYNAMICS, or None."""
     return next((module for module in mixer.modules() if Role.DYNAMICS in roles_of(module).values()), None)
 
 

@@ -27,8 +27,8 @@ def pci_address(properties: Any) -> str | None:
 def bind_near(pci: str | None, system: Path = SYSTEM) -> int | None:
     """Bind all threads of this process to the cores of a device's node, and return the node.
 
-    Return None and change nothing if the node is not known, or if the process may use none of the node's cores, or no
-    others. A binding by a launcher or scheduler is made narrower, never wider.
+    Return None and change nothing if the node is not known, if the process may use none of the node's cores, or if it
+    is already bound to them. A binding by a launcher or scheduler is made narrower, never wider.
     """
     if pci is None:
         return None

@@ -2,11 +2,11 @@
 
     S_t = a_t (S_{t-1} - b_t k_t (k_t' S_{t-1})) + b_t k_t v_t',   y_t = S_t' q_t
 
-A head's state S (K x V) is a memory from keys to values. The state decays by a_t; then a token removes the fraction b_t
-of the value that the state holds for its key, and adds its own value. q, k, v go through a short convolution and SiLU,
-q and k are L2-normalised, and the output is normalised and gated. Inside a chunk of T tokens the corrections are one
-triangular system (the WY form); between chunks the state passes. Time is linear in the length, and causality is exact.
-The transition of a slice is a matrix, more than the scan over ranks can send, so parallel.sp must be 1.
+A head's state S (K x V) is a memory from keys to values. The state decays by a_t; then a token replaces the fraction
+b_t of the value held for its key by its own value. q, k, v go through a short convolution and SiLU, q and k are
+L2-normalised, and the output is normalised and gated. Inside a chunk of T tokens the corrections are one triangular
+system (the WY form); between chunks the state passes. Time is linear in the length, and causality is exact. The
+transition of a slice is a matrix, more than the scan over ranks can send, so parallel.sp must be 1.
 
 Shapes: B rows, l tokens, H heads, T tokens of a chunk, K and V the widths of a head's keys and values.
 """

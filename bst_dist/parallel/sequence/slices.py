@@ -109,7 +109,7 @@ class SlicedSequence(Protocol):
         """Run the layers on slice `s` without gradients, only for what it leaves in `past.after`."""
 
     def loss(self, s: int, past: EarlierCall | None) -> Tensor:
-        """Return the loss of slice `s`, a scalar with its graph. `past` is None if nothing comes before or after it."""
+        """Return the loss of slice `s`, a scalar with its graph. `past` is None if it is the only slice."""
 
     def backward(self, s: int, loss: Tensor) -> None:
         """Run the backward pass from `loss`, adding to the gradients of the parameters."""
