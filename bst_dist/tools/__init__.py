@@ -1,1 +1,1 @@
-"""Around the core: benchmarks, `bst doctor` and `bst demo`."""
+"""Tools around the core: benchmarks, `bst doctor` and `bst demo`."""

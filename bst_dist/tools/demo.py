@@ -36,12 +36,12 @@ PROMPT = "def read_"
 
 @dataclass
 class Demo:
-    """The steps of the demo, each a command of its own, and how long each took."""
+    """The steps of the demo. Each step runs one or more `bst` commands; `seconds` holds how long each step took."""
 
     recipe: Recipe
     console: Console = field(default_factory=Console)
     overrides: list[str] = field(default_factory=list)
-    """Settings that differ from the recipe's."""
+    """Settings that override the recipe, as `section.field=value`."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -51,7 +51,10 @@ class Demo:
         self.half = self.recipe.train.steps // 2
 
     def suit(self, slowdown: float) -> None:
-        """Train in fp32 where a product in bf16 takes so many times as long; runs that are there keep their own."""
+        """Choose the precision: fp32 if a bf16 product is at least SLOW_BF16 times as slow, else bf16.
+
+        Existing runs keep their precision.
+        """
         stored = [read_recipe(run_dir) for run_dir in (self.run_dir, self.twin) if (run_dir / STORED_RECIPE).exists()]
         precision = stored[0].train.precision if stored else "fp32" if slowdown >= SLOW_BF16 else "bf16"
         if precision == self.recipe.train.precision:
@@ -64,7 +67,7 @@ class Demo:
         self.console.print(f"Training in {precision}: {why}.", markup=False, highlight=False, soft_wrap=True)
 
     def require_same_recipe(self) -> None:
-        """Raise UserError when there are runs of another recipe already."""
+        """Raise UserError if the run directories hold runs of another recipe."""
         for run_dir in (self.run_dir, self.twin):
             if (run_dir / STORED_RECIPE).exists():
                 there = read_recipe(run_dir)
@@ -76,7 +79,7 @@ class Demo:
                     )
 
     def steps(self) -> list[tuple[str, Callable[[], None]]]:
-        """Title and action of each step, in order."""
+        """Return the title and the action of each step, in order."""
         return [
             ("Prepare a corpus from Python's standard library", self.prepare),
             (f"Train on {self.recipe.ranks} ranks, and stop after {self.half} of {self._steps} steps", self.train_half),
@@ -136,7 +139,7 @@ class Demo:
         return bool(outcome and outcome["finished"]) and directory(run_dir, self._steps).is_dir()
 
     def _report(self, name: str, *command: Any) -> None:
-        """Run a command that reports, unless its report is there and newer than the models it is about."""
+        """Run a command that writes a report, unless a report exists that is newer than the final checkpoints."""
         path = self.reports / f"{name}.json"
         made = [directory(run_dir, self._steps).stat().st_mtime for run_dir in (self.run_dir, self.twin)]
         if path.exists() and path.stat().st_mtime > max(made):
@@ -148,7 +151,10 @@ class Demo:
         self.console.print(f"reused: {why}", markup=False, highlight=False)
 
     def _bst(self, *command: Any, accept: tuple[int, ...] = (0,)) -> None:
-        """Run one command, shown as it would be typed; raises UserError for an exit status that is not accepted."""
+        """Print one `bst` command as a user would type it, and run it.
+
+        Raise UserError if its exit status is not in `accept`.
+        """
         words = [str(word) for word in command]
         self.console.print(f"$ bst {shlex.join(words)}", style="bold", markup=False, highlight=False, soft_wrap=True)
         done = subprocess.run([sys.executable, "-m", "bst_dist", *words], check=False)
@@ -176,7 +182,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def collect(demo: Demo) -> dict[str, Any]:
-    """What the commands have reported, in one place."""
+    """Return the results that the commands have reported, in one dictionary."""
     found = {name: _read(demo, name) for name in ("before", "after", "baselines", "compare", "sample")}
     before, after = (found[name]["corpora"][0] for name in ("before", "after"))
     keys = ("bits_per_byte", "bits_per_byte_standard_error")
@@ -198,7 +204,7 @@ def _read(demo: Demo, name: str) -> dict[str, Any]:
 
 
 def show(demo: Demo, report: dict[str, Any]) -> None:
-    """The last screen: results, files, what to try next."""
+    """Print the last screen: results, files, and what to try next."""
     console, validation = demo.console, report["validation"]
     console.rule(f"[bold]Done in {sum(report['time_s'].values()) / 60:.1f} minutes", align="left")
     title = f"The validation text: {validation['bytes']:,} bytes in {validation['documents']} documents"
@@ -223,7 +229,7 @@ def show(demo: Demo, report: dict[str, Any]) -> None:
 
 
 def _verdict(report: dict[str, Any]) -> str:
-    """Who needs the fewest bits, whoever it is."""
+    """Return one line that ranks the trained model, the byte model and xz by bits per byte."""
     names = {"after": "the trained model", "order2": "the order-2 byte model", "xz9": "xz -9"}
     ranking = sorted(names, key=lambda key: report[key]["bits_per_byte"])
     first, second, third = (f"{names[key]} ({report[key]['bits_per_byte']:.2f})" for key in ranking)

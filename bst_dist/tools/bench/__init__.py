@@ -1,1 +1,1 @@
-"""Benchmarks, each against a peer or an exact count."""
+"""Benchmarks. Each compares with another implementation or with an exact count."""

@@ -1,7 +1,8 @@
-"""The same layer with its sequence redistributed by all-to-alls (DeepSpeed-Ulysses, arXiv 2309.14509): a peer.
+"""A layer under sequence parallelism by all-to-all (DeepSpeed-Ulysses, arXiv 2309.14509), for comparison.
 
-Attention sees all tokens of some heads, the SSM all tokens of some channels; what follows sees some tokens of all
-again. Weights are shared with the layer it is made from, so both forms must give the same numbers.
+Each rank computes attention for its share of the heads over all tokens, and the SSM for its share of the channels over
+all tokens. The rest of the layer again works on the rank's own tokens. The weights are shared with the original layer,
+so both forms must give the same numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from bst_dist.parallel.sequence.transpose import to_channels, to_tokens
 
 
 def all_to_all_form(layer: Layer, group: SequenceGroup) -> Layer:
-    """`layer` with its self-attention and its SSM computed on whole sequences; heads and channels divide by sp."""
+    """Return `layer` with self-attention and SSM computed on whole sequences.
+
+    sp must divide the number of heads and of channels.
+    """
     form = _shallow(layer)
     form.mixer = _shallow(layer.mixer)
     form.mixer.attention = WholeSequenceAttention(layer.mixer.attention, group)
@@ -32,7 +36,7 @@ def all_to_all_form(layer: Layer, group: SequenceGroup) -> Layer:
 
 
 class WholeSequenceAttention(nn.Module):
-    """Sliding attention of this rank's share of the heads over the whole sequence: (B, l, D) -> (B, l, D)."""
+    """Sliding attention over the whole sequence, for this rank's share of the heads: (B, l, D) -> (B, l, D)."""
 
     def __init__(self, inner: SlidingAttention, group: SequenceGroup):
         super().__init__()
@@ -54,7 +58,7 @@ class WholeSequenceAttention(nn.Module):
 
 
 class WholeSequenceSSM(nn.Module):
-    """An S4D of this rank's share of the channels over the whole sequence."""
+    """S4D over the whole sequence, for this rank's share of the channels."""
 
     def __init__(self, inner: S4D, group: SequenceGroup):
         super().__init__()
@@ -77,7 +81,7 @@ class WholeSequenceSSM(nn.Module):
 
 
 class _Method(nn.Module):
-    """One method of a module as a module's forward."""
+    """A module whose forward is the given method of `inner`; `functional_call` needs a module."""
 
     def __init__(self, inner: nn.Module, method: str):
         super().__init__()
@@ -88,7 +92,7 @@ class _Method(nn.Module):
 
 
 def _shallow(module: nn.Module) -> nn.Module:
-    """A copy whose submodules may be replaced without touching the original; parameters are shared."""
+    """Return a copy whose submodules can be replaced without changing the original; parameters are shared."""
     twin = copy(module)
     twin._modules = dict(module._modules)
     return twin

@@ -60,7 +60,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _model(recipe: Recipe, policy: str, depth: int) -> LanguageModel:
-    """The smaller depth's layers have the recipe's kinds at the same fractions of the depth; deeper, they repeat."""
+    """Build a model of `depth` layers.
+
+    The first DEPTHS[0] layers have the mixers that the recipe has at the same fractions of its depth. Deeper layers
+    repeat this pattern.
+    """
     own = recipe.model
     pattern = [own.mixers()[place * own.depth // DEPTHS[0]] for place in range(DEPTHS[0])]
     places = [place for place in range(depth) if pattern[place % DEPTHS[0]] == own.mixer]
@@ -84,7 +88,10 @@ def _forward(recipe: Recipe, model: LanguageModel, inputs: Sequence[Tensor]) -> 
 
 
 def _held(recipe: Recipe, policy: str, depth: int) -> tuple[int, int]:
-    """Bytes that live between the passes beside the model and its inputs, and those of them on the host."""
+    """Return the bytes that stay allocated between forward and backward, and the bytes offloaded to the host.
+
+    The model's parameters and the inputs are not counted.
+    """
     model, inputs = _model(recipe, policy, depth), _tokens(recipe)
     with LiveBytes() as live:
         for tensor in (*model.parameters(), *inputs):
@@ -98,7 +105,10 @@ def _held(recipe: Recipe, policy: str, depth: int) -> tuple[int, int]:
 
 
 def _processor_seconds(recipe: Recipe, rounds: int) -> dict[str, list[float]]:
-    """Of a pass forward and backward, in each round; the processor's, because machines are shared."""
+    """Return the CPU seconds of forward plus backward, by policy and round.
+
+    CPU time and not wall-clock time, because machines are shared. A first round warms up and is not counted.
+    """
     models, inputs = {policy: _model(recipe, policy, DEPTHS[0]) for policy in POLICIES}, _tokens(recipe)
     seconds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
     for round_ in range(rounds + 1):

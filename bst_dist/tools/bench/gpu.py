@@ -4,15 +4,15 @@
     bst bench gpu --only layers stack
     bst bench gpu --small
 
-Parts, each a process of its own with a time limit, independent of the others: layers (forward and backward of one layer
-of every model, against the sliding layer), kernels (where the time of a layer goes), stack (tokens per second and MFU
-of whole models), longest (the longest sequence that trains), generation (tokens per second), resume (whether a run that
-was stopped and resumed equals one that was not, to the last bit). A part's figures are written when it ends:
-DIR/layers.json and so on, with the card, its clock and the versions in DIR/machine.json.
+Each part is a separate process with a time limit and does not depend on the others: layers (forward and backward of one
+layer of every model, compared with the sliding layer), kernels (where the time of a layer goes), stack (tokens per
+second and MFU of whole models), longest (the longest sequence that trains), generation (tokens per second), resume
+(whether a run that was stopped and resumed is bitwise equal to one that was not). Each part writes its figures when it
+ends: DIR/layers.json and so on. The card, its clock and the versions are in DIR/machine.json.
 
-Before them all layers are compiled side by side, on all cores; the parts then read them from torch's cache.
+Before the parts run, all layers are compiled in parallel, on all cores; the parts then read them from torch's cache.
 
-Without a GPU it only rehearses, in small sizes (--small): that shows that the parts run; the figures mean nothing.
+Without a GPU, small sizes are used (--small). This only shows that the parts run; the figures mean nothing.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ from bst_base.terminal import Sheet, print_table, say
 from bst_dist.tools.bench.gpu_parts import AHEAD, PARTS, compile_ahead
 
 AHEAD_S = 145
-"""Seconds for compiling; what is not compiled by then, its part compiles."""
+"""Seconds for compiling ahead. A layer that is not compiled by then is compiled by the part that uses it."""
 
 LIMITS_S = {"layers": 85, "kernels": 30, "stack": 80, "longest": 50, "generation": 60, "resume": 85}
-"""Seconds of each part, with AHEAD_S less than nine minutes; it also has what those before it have left. A part knows
-its time and leaves out what does not fit. Generation compiles attention without gradients, resume starts three runs."""
+"""Time limit of each part in seconds; with AHEAD_S less than nine minutes in all. A part may also use the time that
+earlier parts left over. A part knows its limit and leaves out cases that do not fit. Generation needs its time to
+compile attention without gradients, resume to start three runs."""
 REHEARSED = 10
-"""Times as long a rehearsal may take, which may share its processor."""
+"""Factor on the time limits in a rehearsal (small sizes), because its CPU may be shared."""
 TOLD_S = 2
-"""Seconds before the end of its time at which a part says where it is."""
+"""A part prints its stack trace this many seconds before its time limit."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def machine(small: bool) -> dict[str, Any]:
-    """What was measured on; the clock is that of the moment, in MHz."""
+    """Return the device and the versions that the figures were measured with. Clocks are the current ones, in MHz."""
     about: dict[str, Any] = {"device": "CPU", "torch": torch.__version__, "cuda": torch.version.cuda, "small": small}
     if torch.cuda.is_available():
         about |= {"device": torch.cuda.get_device_name(), "memory_bytes": torch.cuda.mem_get_info()[1]}
@@ -86,7 +87,7 @@ def machine(small: bool) -> dict[str, Any]:
 
 
 def _compile_ahead() -> dict[str, Any]:
-    """Seconds after which each kind of layer was compiled, all side by side; None: it failed, or was not in time."""
+    """Compile all kinds of layers in parallel; return the seconds each took, None if it failed or was too late."""
     begin = time.monotonic()
     command = [sys.executable, "-m", "bst_dist.tools.bench.gpu", "ahead"]
     started = {
@@ -100,7 +101,7 @@ def _compile_ahead() -> dict[str, Any]:
             for name in [name for name, process in started.items() if process.poll() is not None]:
                 if started.pop(name).returncode == 0:
                     took[name] = time.monotonic() - begin
-    finally:  # also when it is interrupted: none of them goes on with the GPU
+    finally:  # also on an interrupt: no process may keep using the GPU
         for process in started.values():
             process.kill()
             process.wait()
@@ -114,12 +115,15 @@ def _in_a_process(name: str, small: bool, limit: float) -> dict[str, Any]:
 
 
 def _ended(command: list[str], limit: float) -> dict[str, Any]:
-    """What a part printed; when it failed, what it said last, or where it was when its time was over."""
+    """Run a part's command and return the JSON object of its last line.
+
+    If it failed or timed out, return {"failed": the end of its stderr}.
+    """
     begin = time.monotonic()
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired as error:
-        said = (error.stderr or b"").decode(errors="replace").splitlines()  # as bytes, here alone
+        said = (error.stderr or b"").decode(errors="replace").splitlines()  # bytes here, in spite of text=True
         return {"failed": "\n".join([*_last(said), f"not done after {limit:.0f} s"])}
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
@@ -129,7 +133,7 @@ def _ended(command: list[str], limit: float) -> dict[str, Any]:
 
 
 def _last(lines: list[str]) -> list[str]:
-    """The end of what was said; of a main thread's calls the last ones, which faulthandler prints first."""
+    """Return the last 20 lines, or the first 20 of the last stack trace: faulthandler prints recent calls first."""
     begin = max((i for i, line in enumerate(lines) if line.endswith("(most recent call first):")), default=None)
     return lines[-20:] if begin is None else lines[begin : begin + 20]
 

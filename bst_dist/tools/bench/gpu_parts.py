@@ -1,4 +1,8 @@
-"""The parts of `bst bench gpu`: each takes its sizes and the moment by which it must be done, and returns its rows."""
+"""The parts of `bst bench gpu`.
+
+Each part is a function of `small` (use small sizes) and `until` (its deadline on time.monotonic()) and returns a
+dictionary with its table rows.
+"""
 
 from __future__ import annotations
 
@@ -49,12 +53,12 @@ LAYERS: dict[str, dict[str, Any]] = {
     "full": {"mixer": "full"},
     "GSS": {"mixer": "gss", "ssm": {"state": 512, "chunk": 128}},
 }
-"""In the order in which they are compiled, while there is time."""
+"""Settings of each kind of layer, in the order in which they are compiled while there is time."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model: by default those that the goals speak of."""
+    """Sizes of a model and its batch. The defaults are those of the project's performance goals."""
 
     width: int = 1024
     heads: int = 8
@@ -66,7 +70,10 @@ class Sizes:
     rounds: int = 10
 
     def config(self, **settings: Any) -> ModelConfig:
-        """RoPE throughout; as many recurrent states as a block has tokens, a Transformer-XL window of four blocks."""
+        """Return the model settings, with RoPE in every layer.
+
+        Block-Recurrent has as many states as a block has tokens; Transformer-XL has a window of four blocks.
+        """
         sizes = {"width": self.width, "heads": self.heads, "ffn": 4 * self.width, "block": self.block}
         own = {"attention": {"position": "rope"}, "block_recurrent": {"states": self.block},
                "transformer_xl": {"window": 4 * self.block}}  # fmt: skip
@@ -77,22 +84,22 @@ WIDTHS = (1024, 2048)
 
 
 def stack_sizes(width: int) -> Sizes:
-    """Of whole models, whose passes have 2^25 numbers in the residual stream."""
+    """Return the sizes of whole models: the residual stream of one pass has 2^25 numbers."""
     return Sizes(width=width, heads=width // 128, rows=8 * 1024 // width)
 
 
 SMALL = Sizes(width=32, heads=2, block=16, length=64, rows=1, depth=2, vocabulary=64, rounds=1)
 DEEP = 4
-"""Layers that are timed together."""
+"""Number of layers that are timed together."""
 
 BST = {"mixer": "bst", "context": {"variant": "SH"}}
 
 
 def layers(small: bool, until: float) -> dict[str, Any]:
-    """Layers of each model, forward and backward in bf16, uncompiled and each as one compiled graph, in turn.
+    """Time forward plus backward of each kind of layer in bf16, uncompiled and compiled to one graph, interleaved.
 
-    Times are those of DEEP layers one after another, divided by DEEP: as in a model, the host queues a layer while the
-    device is at the one before, and what layers share is made once.
+    DEEP layers run one after another and the time is divided by DEEP. So, as in a model, the host queues a layer while
+    the device computes the previous one, and data that layers share (masks) is made once.
     """
     sizes, device = _sizes(small), on_device()
     compile_until = until - 0.4 * (until - time.monotonic())
@@ -106,7 +113,7 @@ def layers(small: bool, until: float) -> dict[str, Any]:
             case = layer_pass(name, sizes, device, compiled, DEEP)
             try:
                 first = seconds_of(case)
-            except Exception as error:  # one that does not compile must not cost the others
+            except Exception as error:  # a layer that does not compile must not stop the others
                 left_out.append(f"{name}, compiled: {compiled}: {type(error).__name__}: {error}"[:400])
                 continue
             terms = forward_flops(sizes.config(**LAYERS[name], depth=1), sizes.length)
@@ -127,7 +134,7 @@ def layers(small: bool, until: float) -> dict[str, Any]:
 
 
 def _in_turn(cases: dict[tuple[str, bool], Callable[[], None]], rounds: int, until: float) -> dict[Any, list[float]]:
-    """Seconds of each case in each round, one round at least and no further one when time is over."""
+    """Return the seconds of each case in each round. At least one round runs; no round begins after `until`."""
     seconds: dict[Any, list[float]] = {key: [] for key in cases}
     for done in range(rounds):
         if done and time.monotonic() > until:
@@ -138,7 +145,10 @@ def _in_turn(cases: dict[tuple[str, bool], Callable[[], None]], rounds: int, unt
 
 
 def layer_pass(name: str, sizes: Sizes, device: torch.device, compiled: bool, depth: int = 1) -> Callable[[], None]:
-    """Both passes of `depth` layers of a kind in bf16, on random inputs and gradients; masks are made once for all."""
+    """Return a function that runs forward and backward of `depth` layers of one kind in bf16.
+
+    Inputs and incoming gradients are random. The layers share their masks, as in a model.
+    """
     config = sizes.config(**LAYERS[name], depth=depth)
     layers = [Layer(config.mixer, config).to(device) for _ in range(depth)]
     for layer in layers:
@@ -161,16 +171,16 @@ def layer_pass(name: str, sizes: Sizes, device: torch.device, compiled: bool, de
 
 
 def compile_ahead(name: str, width: int) -> None:
-    """Compile one kind of layer, for torch's cache on this disk: a process each, so that all cores compile."""
+    """Compile one kind of layer into torch's cache on disk. Runs in one process per kind, so that all cores compile."""
     layer_pass(name, stack_sizes(width), on_device(), compiled=True)()
 
 
 AHEAD = [*((name, 1024) for name in LAYERS), ("sliding", 2048), ("BST SH", 2048)]
-"""What is compiled before anything is measured: the layers, and those of the stacks."""
+"""Kinds and widths compiled before anything is measured: those of the layers and stack parts."""
 
 
 def kernels(small: bool, until: float) -> dict[str, Any]:
-    """Where the time of a compiled layer goes: every kernel of both passes, with its launches and its time."""
+    """Measure where the time of a compiled layer goes: launches and time of every kernel of both passes."""
     sizes, device, rows = _sizes(small), on_device(), []
     for name in ("sliding", "BST SH", "BST MF"):
         if time.monotonic() > until:
@@ -186,7 +196,7 @@ def kernels(small: bool, until: float) -> dict[str, Any]:
 
 
 def _kernels_of(case: Callable[[], None], device: torch.device) -> list[tuple[str, float, int]]:
-    """Name, microseconds and launches of all kernels of a call, the longest first; of operators on a CPU."""
+    """Return name, microseconds and launches of all kernels of a call, the longest first; on a CPU, of operators."""
     on_gpu = device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profile:
@@ -198,7 +208,7 @@ def _kernels_of(case: Callable[[], None], device: torch.device) -> list[tuple[st
 
 
 def stack(small: bool, until: float) -> dict[str, Any]:
-    """Whole models, forward and backward with the loss, layers compiled on a GPU: tokens per second and MFU."""
+    """Measure tokens per second and MFU of whole models: forward, loss and backward, layers compiled on a GPU."""
     device, rows = on_device(), []
     for width in WIDTHS:
         sizes = SMALL if small else stack_sizes(width)
@@ -222,19 +232,19 @@ def stack(small: bool, until: float) -> dict[str, Any]:
 
 
 class Planned(NamedTuple):
-    """What `bst plan` expects."""
+    """Time and MFU that `bst plan` predicts."""
 
     seconds: float
     mfu: float
 
 
 def _card(device: torch.device) -> Accelerator | None:
-    """What the plan knows of the card; on a CPU, where this is a rehearsal, an H100."""
+    """Return the plan's figures for this card, None if it has none. On a CPU (a rehearsal), return those of an H100."""
     return of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else accelerator("h100-80gb")
 
 
 def planned(config: ModelConfig, sizes: Sizes, card: Accelerator | None) -> Planned:
-    """Of both passes of a compiled model, without the update; nan on a card that the plan has no figures of."""
+    """Return the plan for both passes of a compiled model, without the update; NaN if the card is unknown."""
     if card is None:
         return Planned(float("nan"), float("nan"))
     part, activations = Slice(sizes.rows, sizes.length), Activations(config, bf16=True)
@@ -249,7 +259,10 @@ def planned(config: ModelConfig, sizes: Sizes, card: Accelerator | None) -> Plan
 
 
 def longest(small: bool, until: float) -> dict[str, Any]:
-    """The longest sequence, doubled each time, that an SH model of 12 layers makes gradients of, every layer rerun."""
+    """Find the longest sequence, doubling each time, for which a BST SH model of 12 layers can compute gradients.
+
+    Every layer is checkpointed (policy every-layer).
+    """
     sizes, device, rows = _sizes(small), on_device(), []
     model = LanguageModel(sizes.config(**BST)).to(device)
     model.checkpoint = policy(ActivationCheckpointingConfig(policy="every-layer"), model.layers)
@@ -267,7 +280,7 @@ def longest(small: bool, until: float) -> dict[str, Any]:
 
 
 def generation(small: bool, until: float) -> dict[str, Any]:
-    """Tokens per second of one SH model of 12 layers, after a prompt of two blocks, for one row and for several."""
+    """Measure generated tokens per second of a BST SH model of 12 layers, after two blocks of prompt, 1 and 16 rows."""
     sizes, device, rows = _sizes(small), on_device(), []
     model = LanguageModel(sizes.config(**BST)).to(device)
     count = 8 if small else 128
@@ -288,7 +301,7 @@ def generation(small: bool, until: float) -> dict[str, Any]:
 
 
 def resume(small: bool, until: float) -> dict[str, Any]:
-    """A deterministic run of six steps, whole, and stopped after three and resumed: losses and weights, bit for bit."""
+    """Train six deterministic steps twice, once stopped after three and resumed; compare losses and weights bitwise."""
     sizes = SMALL if small else Sizes(depth=4, length=2048, rows=2, vocabulary=64)
     model = {name: getattr(sizes, name) for name in ("width", "heads", "block", "depth")}
     recipe = {
@@ -339,7 +352,7 @@ def _sizes(small: bool) -> Sizes:
 
 
 def _peak(device: torch.device) -> int:
-    """The most bytes that torch has held on the device since it was asked before; 0 on a CPU."""
+    """Return the most bytes that torch has allocated on the device since the previous call; 0 on a CPU."""
     if device.type != "cuda":
         return 0
     peak = torch.cuda.max_memory_allocated(device)

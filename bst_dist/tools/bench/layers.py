@@ -1,11 +1,11 @@
-"""Time one layer of every model and of two other packages, in one run and one table.
+"""Time one layer of every model and of two other packages, in one run.
 
     bst bench layers --lengths 4096 --dtypes fp32 --rounds 3 --only "BST SH"
     bst bench layers --no-peers
 
-Each layer has its feed-forward network, batch 1, random input. Times are medians over interleaved rounds with their
-range; "speed" is against our sliding-window layer, paired by round; "of peak" is the model's FLOPs against a matrix
-product of 2048 x 2048 measured in the same rounds.
+Each layer includes its feed-forward network; batch 1, random input. Times are medians over interleaved rounds, with
+their range. "speed" is relative to our sliding-window layer, paired by round. "of peak" is the layer's FLOP/s divided
+by those of a 2048 x 2048 matrix product measured in the same rounds.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from bst_dist.tools.bench.timing import Spread, interleaved, matmul_flops_per_s,
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FULL_ATTENTION_LIMIT = 16_384
-"""Full attention is quadratic: longer sequences are left out."""
+"""Longest sequence that full attention is measured at, because its cost is quadratic."""
 
-# Ours by the name in the table: the mixer and the sections that differ from the defaults.
+# Our layers by their name in the table: the mixer, and the settings that differ from the defaults.
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "sliding": ("sliding", {}),
     "BST SH": ("bst", {"context": {"variant": "SH"}}),
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print a table a length, and return every figure."""
+    """Measure, print one table per length and precision, and return every figure."""
     unknown = set(args.only or ()) - set(OURS)
     if unknown:
         raise UserError(f"no layer named {', '.join(sorted(unknown))}; there are: {', '.join(OURS)}")
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _layers(shape: Shape, length: int, args: argparse.Namespace) -> dict[str, tuple[nn.Module, float | None]]:
-    """Modules by name with their forward FLOPs per token (None: not counted for other people's)."""
+    """Return the modules by name, with their forward FLOPs per token (None for those of other packages)."""
     layers: dict[str, tuple[nn.Module, float | None]] = {}
     for name, (mixer, sections) in OURS.items():
         wanted = args.only is None or name in args.only or name == "sliding"
@@ -100,7 +100,7 @@ def _layers(shape: Shape, length: int, args: argparse.Namespace) -> dict[str, tu
             continue
         if sections.get("ssm", {}).get("kernel") in ("hyena", "explicit"):
             sections = sections | {"ssm": sections["ssm"] | {"length": length}}
-        if mixer == "block-recurrent":  # as many states as a block has tokens, as the peer has
+        if mixer == "block-recurrent":  # as many states as a block has tokens, like the layer of the other package
             sections = {"block_recurrent": {"states": shape.block}}
         config = ModelConfig(width=shape.width, heads=shape.heads, ffn=4 * shape.width, block=shape.block, depth=1,
                              mixer=mixer, vocab_size=2, **sections)  # fmt: skip
@@ -132,7 +132,7 @@ def _measure(shape: Shape, length: int, dtype: str, device: torch.device, args: 
 
 
 def _row(name: str, flops: float | None, seconds: dict[str, list[float]], peaks: list[float], length: int) -> dict:
-    """Every figure of one layer; `flops` are those of a token's forward pass."""
+    """Return every figure of one layer; `flops` are those of one token's forward pass."""
     training = seconds[f"{name}/training"]
     reached = [3 * (flops or 0) * length / s / peak for s, peak in zip(training, peaks, strict=True)]
     return {
@@ -154,9 +154,9 @@ def _forward(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Callable[
 
 
 def training_pass(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Callable[[], None]:
-    """Forward and backward of a layer on `x` (B, L, D), under autocast unless `dtype` is fp32.
+    """Return a function that runs forward and backward of a layer on `x` (B, L, D), under autocast unless fp32.
 
-    The gradient that comes in is random: matrix products of equal numbers take less power, and so less time.
+    The incoming gradient is random: matrix products of equal numbers take less power, and so less time.
     """
     gradient = torch.randn_like(x)
 

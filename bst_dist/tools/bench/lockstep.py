@@ -1,8 +1,8 @@
-"""Many ranks in one process: what every rank of a large run opens, reads and computes outside its step, counted.
+"""Simulate many ranks in one process, and count what every rank opens, reads and computes outside its training steps.
 
-Each simulated rank is a thread that does what a rank of a real run does, with the run's own code; one is at work at a
-time, and all meet at every collective, as real ranks do. What a rank opens and reads is told by the interpreter and the
-kernel for its thread alone, so the counts are exact.
+Each simulated rank is a thread that runs the same code as a rank of a real run. One thread runs at a time, and all
+ranks wait for each other at every collective. The interpreter (audit hook) and the kernel (/proc) report file opens and
+bytes read per thread, so the counts are exact.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ T = TypeVar("T")
 
 @dataclass
 class Counts:
-    """What one rank has done."""
+    """Files, bytes, collectives and CPU time of one rank."""
 
     opens: list[str] = field(default_factory=list)
     """Files opened, by path."""
     read_bytes: int = 0
     received_bytes: int = 0
-    """From other ranks, in collectives of objects: each rank has room for the largest object of all."""
+    """Received in collectives. In a gather of objects, each rank receives world size times the largest object."""
     collectives: int = 0
     cpu_s: float = 0.0
 
 
 class Abandoned(Exception):
-    """Another rank has failed."""
+    """Raised in waiting ranks when another rank has failed."""
 
 
 class World:
-    """So many ranks, all of them at work or some.
+    """`size` simulated ranks, of which all or only some really run.
 
-    In work that is alike on all ranks the others need not do it too: a rank that is not at work says in collectives,
-    and returns, what the next rank at work does. What every rank does grows with their number, so that all together
-    would take the square of it.
+    If the work is alike on all ranks, it is enough that some run. A rank that does not run contributes to collectives,
+    and returns, the same values as the next rank that runs. This saves time: the work of each rank grows with the
+    number of ranks, so all ranks together take time quadratic in it.
     """
 
     def __init__(self, size: int, at_work: int | None = None) -> None:
-        """`at_work`: so many ranks, from the first to the last at equal distances; None: all."""
+        """`at_work`: number of ranks that run, evenly spaced from the first to the last; None for all."""
         self.size = size
         count = size if at_work is None else max(2, min(at_work, size))
         self.at_work = [round(place * (size - 1) / max(1, count - 1)) for place in range(count)]
@@ -65,8 +65,10 @@ class World:
         self._failed = False
 
     def run(self, work: Callable[[SimulatedRank], T]) -> tuple[list[T], list[SimulatedRank]]:
-        """What `work` returns on each rank, and the ranks at work with their counts; raises what the first to fail
-        did."""
+        """Run `work` on each rank; return its result for every rank, and the ranks that ran, with their counts.
+
+        If ranks fail, raise the exception of the first.
+        """
         ranks = [SimulatedRank(rank, self) for rank in self.at_work]
         results: dict[int, Any] = {}
         errors: list[BaseException] = []
@@ -92,7 +94,7 @@ class World:
         return [results[self.at_work[place]] for place in self._stands_for], ranks
 
     def meet(self, rank: int, value: Any, combine: Callable[[list[Any]], Any]) -> Any:
-        """Wait for all ranks to come with their values; returns what `combine` makes of them, by rank."""
+        """Wait until all ranks have given their values; return `combine` of the list of values, ordered by rank."""
         here = self._round
         here.values[rank] = value
         if len(here.values) == len(self.at_work):
@@ -109,7 +111,7 @@ class World:
 
 
 class _Round:
-    """One collective."""
+    """State of one collective: values given so far, result, and the event that ends it."""
 
     def __init__(self) -> None:
         self.values: dict[int, Any] = {}
@@ -118,10 +120,10 @@ class _Round:
 
 
 class SimulatedRank:
-    """One of them, in place of `parallel.ranks.Ranks`.
+    """One rank of a World, used in place of `parallel.ranks.Ranks`.
 
-    Objects go through pickle, as they do between processes. What is heard is unpickled again on the first and the last
-    rank alone, as all others would do the same; the CPU-seconds of the others are too low by that.
+    Objects are pickled, as between processes. Only the first and the last rank unpickle what they receive, because all
+    others would do the same. So the CPU-seconds of the others are too low by that time.
     """
 
     device = torch.device("cpu")
@@ -132,7 +134,7 @@ class SimulatedRank:
         self.counts = Counts()
         self.phases = Phases()
         self.heard: list[bytes | list[bytes]] = []
-        """What the last rank has heard in collectives, to let it go through the same once more, alone (`Again`)."""
+        """Pickled results of the last rank's collectives, which `Again` replays to repeat its work alone."""
 
     def sum(self, values: Sequence[float]) -> list[float]:
         self.counts.collectives += 1
@@ -173,7 +175,7 @@ class SimulatedRank:
 
 
 class Again:
-    """A rank that goes through what it did before, without the others: they say what they said then."""
+    """A rank that repeats its work without the other ranks: its collectives return the recorded results."""
 
     device = torch.device("cpu")
 
@@ -196,7 +198,7 @@ class Again:
 
 
 def unpickled(what: bytes | list[bytes]) -> Any:
-    """One object, or a list of them."""
+    """Unpickle one object or a list of objects."""
     return pickle.loads(what) if isinstance(what, bytes) else list(map(pickle.loads, what))
 
 
@@ -206,13 +208,13 @@ _hooked = False
 
 
 class Counting:
-    """A context: what this thread does inside is counted in `counts`, and in none around it."""
+    """Context manager that counts what this thread does in `counts`. If nested, file opens count in the innermost."""
 
     def __init__(self, counts: Counts) -> None:
         global _hooked
         self.counts = counts
         if not _hooked:
-            sys.addaudithook(_heard_of)  # there is no way to remove it
+            sys.addaudithook(_heard_of)  # an audit hook cannot be removed, so install it only once
             _hooked = True
 
     def __enter__(self) -> Counts:
@@ -236,19 +238,19 @@ def _heard_of(event: str, args: tuple[Any, ...]) -> None:
 
 
 def _read_so_far() -> int:
-    """Bytes that this thread has had read, from whatever file."""
+    """Return the number of bytes that this thread has read so far, from any file."""
     text = Path(OWN_READING).read_text(encoding="ascii")
     return int(text.split("rchar: ")[1].split()[0]) - len(text)
 
 
 class SyntheticState:
-    """Weights and moments of made-up parameters, over ranks as a ZeRO stage lays them (`checkpoint.snapshot.State`).
+    """Weights and moments of synthetic parameters, sharded as a ZeRO stage does (a `checkpoint.snapshot.State`).
 
-    Every value follows from its parameter, kind and place, so any rank can tell whether what it reads is right.
+    Every value is a function of its parameter, kind and position, so any rank can check what it has loaded.
     """
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], rank: int, ranks: int, stage: int, filled: bool) -> None:
-        """`stage`: 1 or 3; `filled`: with the right values, else with none."""
+        """`stage`: 1 or 3. `filled`: start with the right values, else with -1."""
         self._shapes, self.steps = shapes, 0
         runs = spread(shapes, rank, ranks) if stage == 3 else flat(shapes, rank, ranks)
         self._fragments = []
@@ -267,7 +269,7 @@ class SyntheticState:
         return torch.arange(begin, begin + count, dtype=torch.float32) + 1000 * number + len(kind) / 16
 
     def is_right(self) -> bool:
-        """Whether all values are what they should be."""
+        """Whether all values are right."""
         return all(
             torch.equal(tensor, self._right(self._number[one.piece.name], kind, one.piece.begin, one.piece.count))
             for one in self._fragments for kind, tensor in one.values.items()
@@ -279,7 +281,7 @@ class SyntheticState:
     owned = held
 
     def moments(self) -> dict[str, int]:
-        """All parameters have both moments."""
+        """Return an empty dictionary: all parameters have both moments."""
         return {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -293,12 +295,12 @@ class SyntheticState:
 
 
 def spread(shapes: dict[str, tuple[int, ...]], rank: int, ranks: int) -> dict[str, tuple[int, int]]:
-    """First element and count of a rank's part of every parameter, as ZeRO-3 cuts them."""
+    """Return the first element and the count of this rank's part of every parameter, sharded as in ZeRO-3."""
     return {name: equal_part(torch.Size(shape).numel(), rank, ranks) for name, shape in shapes.items()}
 
 
 def flat(shapes: dict[str, tuple[int, ...]], rank: int, ranks: int) -> dict[str, tuple[int, int]]:
-    """The same of parameters laid end to end and cut into equal parts, as ZeRO-1 and 2 do."""
+    """Return the same as `spread` for ZeRO-1 and 2: one flat buffer of all parameters, cut into equal parts."""
     sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     size = -(-sum(sizes.values()) // ranks)
     runs, position = {}, 0

@@ -1,4 +1,4 @@
-"""Compare sequence parallelism by passing states with the same layer by all-to-alls: bytes and time.
+"""Compare two kinds of sequence parallelism of the same layer, by passing states and by all-to-alls: bytes and time.
 
     bst bench parallel --layers SH sliding --lengths 4096 --sp 1 2 --width 256
 
@@ -35,7 +35,7 @@ from bst_dist.tools.bench.all_to_all import all_to_all_form
 
 LAYERS = ("sliding", "SH", "MH", "MF")
 TOLERANCE = 1e-4
-"""Relative error, in single precision, above which two forms are not the same layer."""
+"""Largest relative error, in fp32, at which two forms count as the same layer."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _rank(rank: int, sp: int, directory: Path, args: argparse.Namespace) -> None:
-    """One rank: measures all layers at all lengths and leaves the figures in a file."""
+    """Measure all layers at all lengths on one rank, and save the figures to a file."""
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -85,7 +85,7 @@ def _rank(rank: int, sp: int, directory: Path, args: argparse.Namespace) -> None
 
 
 def build_layer(name: str, width: int, heads: int, block: int) -> Layer:
-    """The layer under its name in the table."""
+    """Return the layer with this name in the table, initialized."""
     settings: dict[str, Any] = {"width": width, "heads": heads, "ffn": 4 * width, "block": block}
     if name == "sliding":
         layer = Layer("sliding", LayerConfig(**settings))
@@ -96,7 +96,7 @@ def build_layer(name: str, width: int, heads: int, block: int) -> Layer:
 
 
 def measure(layer: Layer, x: Tensor, group: SequenceGroup | None, repeats: int) -> Iterator[dict[str, Any]]:
-    """Bytes, times and difference of each form of `layer` on this rank's slices `x` (B, l, D)."""
+    """Yield bytes, times and difference of each form of `layer` on this rank's slices `x` (B, l, D)."""
     forms: dict[str, Callable[[Tensor], Tensor]] = {"one rank": lambda u: layer(u, Past())}
     if group is not None:
         redistributed = all_to_all_form(layer, group)
@@ -106,13 +106,13 @@ def measure(layer: Layer, x: Tensor, group: SequenceGroup | None, repeats: int) 
         }
     values, sent = {}, {}
     traffic = Traffic() if group is None else group.traffic
-    for name, form in forms.items():  # not timed: also warms up
+    for name, form in forms.items():  # not timed; this also warms up
         traffic.take()
         values[name] = _forward_backward(form, x)
         sent[name] = traffic.take()
     times: dict[str, list[float]] = {name: [] for name in forms}
     busy: dict[str, list[float]] = {name: [] for name in forms}
-    for _ in range(repeats):  # in turns, so that what else the machine does falls on both alike
+    for _ in range(repeats):  # interleaved, so that other load on the machine affects both forms equally
         for name, form in forms.items():
             elapsed, cpu = _seconds(form, x)
             times[name].append(elapsed)
@@ -129,7 +129,7 @@ def measure(layer: Layer, x: Tensor, group: SequenceGroup | None, repeats: int) 
 
 
 def _forward_backward(form: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Output and the gradient of its sum of squares with respect to the input: (2, B, l, D)."""
+    """Return the output, and the gradient of its sum of squares with respect to the input, as (2, B, l, D)."""
     x = x.clone().requires_grad_()
     out = form(x)
     out.square().sum().backward()
@@ -137,8 +137,10 @@ def _forward_backward(form: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _difference(values: Tensor, wanted: Tensor) -> float:
-    """Relative error of the outputs, and of the gradients at half of the tokens: rounding may turn a ReLU on or off,
-    which changes the gradient of its token, and of no other, by per cents."""
+    """Return the larger of two relative errors: of the outputs, and the median over tokens of the gradients' errors.
+
+    The median, because rounding can turn a ReLU on or off, which changes the gradient of this one token by per cents.
+    """
     out, gradient = (values - wanted).unbind()
     outputs = out.norm() / wanted[0].norm()
     gradients = (gradient.norm(dim=-1) / wanted[1].norm(dim=-1)).median()
@@ -146,7 +148,7 @@ def _difference(values: Tensor, wanted: Tensor) -> float:
 
 
 def _seconds(form: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, float]:
-    """Time of one pass, and the processor time that this rank spent in it."""
+    """Return the wall-clock seconds of one pass, and the CPU seconds that this rank spent in it."""
     dist.barrier()
     start, cpu = time.perf_counter(), time.process_time()
     _forward_backward(form, x)[0, 0, 0, 0].item()  # waits for the device
@@ -154,7 +156,7 @@ def _seconds(form: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, float]
 
 
 def _over_ranks(measured: tuple[dict[str, Any], ...]) -> dict[str, Any]:
-    """One row of the table from those of all ranks: the slowest time of each repeat, the most bytes."""
+    """Merge the rows of all ranks into one: the slowest time of each repeat, the bytes of the rank that sends most."""
     busiest = max((row["sent_bytes"] for row in measured), key=lambda sent: sum(sent.values()))
     times, busy = (
         [max(repeat) for repeat in zip(*(row[key] for row in measured), strict=True)] for key in ("times_s", "cpu_s")

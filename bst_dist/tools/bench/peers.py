@@ -1,7 +1,7 @@
-"""Other people's layers, to measure beside ours: an optional extra that nothing else imports.
+"""Layers of other packages, to measure beside ours. Only `bst bench layers` uses them.
 
-They are installed on first use into a directory of their own, without their dependencies (which would bring another
-torch), so that the project's environment stays as its requirements say.
+They are installed at first use into a separate directory, without their dependencies (which would bring another torch).
+So the project's environment stays as pinned.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class PeerError(UserError):
 
 
 def install(directory: Path | None = None) -> None:
-    """Make the peers importable, installing what is missing."""
+    """Make the other packages importable; install them if missing. Raise PeerError if pip fails."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     directory = directory or cache / "bst-dist" / "peers"
     stamp = directory / "installed.txt"
@@ -42,7 +42,7 @@ def install(directory: Path | None = None) -> None:
 
 
 class BlockRecurrentPeer(nn.Module):
-    """One recurrent layer of block-recurrent-transformer-pytorch with SDPA; its 16-token head costs next to nothing."""
+    """One recurrent layer of block-recurrent-transformer-pytorch with SDPA. Its head of 16 tokens costs little."""
 
     def __init__(self, width: int, heads: int, block: int, length: int):
         super().__init__()
@@ -59,7 +59,7 @@ class BlockRecurrentPeer(nn.Module):
 
 
 class LocalAttentionPeer(nn.Module):
-    """One layer of local-attention: windows that look back one window, and its own feed-forward network."""
+    """One layer of local-attention: each window also attends to the previous one; with its own feed-forward network."""
 
     def __init__(self, width: int, heads: int, block: int):
         super().__init__()

@@ -3,9 +3,9 @@
     bst bench plan
     bst bench plan --only sp2
 
-Every configuration trains a few steps with the real engine, on gloo ranks on the CPU. Memory is the high-water mark of
-the last step, of everything since the model was made, from the events of torch's own allocator. Bytes sent are counted
-at torch.distributed, below DeepSpeed.
+Every configuration trains a few steps with the real engine, on gloo ranks on the CPU. Memory is the peak during the
+last step of all tensors allocated since the model was built, from the events of torch's allocator. Bytes sent are
+counted in torch.distributed, below DeepSpeed.
 """
 
 from __future__ import annotations
@@ -48,42 +48,43 @@ if TYPE_CHECKING:
     from bst_dist.train.engine import Engine
 
 MEMORY_TOLERANCE, TRAFFIC_TOLERANCE = 0.10, 0.02
-"""Relative errors up to which a plan holds."""
+"""Largest relative errors at which a plan counts as correct."""
 STEPS = 4
-"""The last one is measured: by then moments exist, and ZeRO-3 has learnt the order of the modules."""
+"""Number of steps; the last is measured. By then moments exist, and ZeRO-3 has recorded the order of the modules."""
 SETTLING_S = 0.01
-"""Gloo's thread lets go of a collective's tensors a moment after it is done. Were it the last to do so, the profiler,
-which sees the thread it was started in, would not see them go; so collectives are waited for, and a moment longer."""
+"""Seconds to wait after each collective. Gloo's thread releases the tensors of a collective a moment after it is done.
+The profiler sees only the thread that started it. If gloo's thread were the last owner, the profiler would miss the
+release."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration."""
+    """One configuration to plan and measure."""
 
     name: str
     stage: int = 1
     world: int = 2
     sp: int = 1
     rows: int = 2
-    """Sequences of a micro-batch."""
+    """Sequences per micro-batch."""
     micro_batches: int = 1
     mixer: str = "bst"
     variant: str = "SH"
     policy: str = "none"
     precision: str = "bf16"
     slices: int = 1
-    """Of a sequence; their edges wait on the device."""
+    """Slices per sequence. Their edges stay on the device."""
     edges_every: int = 1
-    """One in so many does."""
+    """One in this many edges is kept."""
     tied: bool = True
-    """Whether the embedding is the head as well."""
+    """Whether the embedding is also the output head."""
     zero: dict[str, int] = field(default_factory=dict)
-    """Settings of the strategy beyond small buckets."""
+    """Further settings of `zero_optimization`, besides the small buckets."""
 
     LENGTH, VOCABULARY = 512, 2000
 
     def model(self) -> ModelConfig:
-        """Small enough for a CPU, with more in activations than in states."""
+        """Return the model: small enough for a CPU, with more memory in activations than in model states."""
         context = {"context": {"variant": self.variant, "states": 8}, "ssm": {"state": 8, "chunk": 16}}
         return ModelConfig(
             width=256, heads=4, ffn=1024, block=64, depth=4, vocab_size=self.VOCABULARY, mixer=self.mixer,
@@ -91,12 +92,12 @@ class Case:
         )  # fmt: skip
 
     def section(self) -> dict[str, Any]:
-        """DeepSpeed's `zero_optimization`; buckets small, for a large one would hide every error."""
+        """Return DeepSpeed's `zero_optimization`. Buckets are small, because a large one would hide every error."""
         sizes = {"reduce_bucket_size": 500_000, "stage3_prefetch_bucket_size": 200_000}
         return {"stage": self.stage, **sizes, "stage3_param_persistence_threshold": 1000, **self.zero}
 
     def work(self) -> Work:
-        """The same as the plan has it."""
+        """Return the same configuration in the plan's terms."""
         return Work(
             strategy=Strategy.of(self.section(), self.name), world=self.world,
             slice=Slice(self.rows, self.share, self.sp, stream=self.slices > 1), accumulation=self.backward_passes,
@@ -106,12 +107,12 @@ class Case:
 
     @property
     def share(self) -> int:
-        """Tokens of one rank's share of a slice."""
+        """Tokens of one rank's part of a slice."""
         return self.LENGTH // (self.sp * self.slices)
 
     @property
     def backward_passes(self) -> int:
-        """Of a step."""
+        """Backward passes per step."""
         return self.micro_batches * self.slices
 
 
@@ -145,7 +146,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Plan and measure every configuration; fails when a plan is off by more than it may be."""
+    """Plan and measure every configuration. `passed` is False if an error exceeds its tolerance."""
     rows = [compare(case) for case in CASES if args.only in case.name]
     _print(rows)
     passed = all(
@@ -155,7 +156,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(case: Case) -> dict[str, Any]:
-    """Planned and measured, of the rank that has or sends most."""
+    """Return planned and measured figures: memory of the rank that holds most, bytes of the rank that sends most."""
     planned, planned_traffic = plan(case)
     ranks = measure(case)
     highest = max(rank["memory_bytes"] for rank in ranks)
@@ -173,7 +174,7 @@ def compare(case: Case) -> dict[str, Any]:
 
 
 def plan(case: Case) -> tuple[Memory, dict[str, float]]:
-    """Memory at the peak, and bytes sent by kind."""
+    """Return the planned peak memory, and the planned bytes sent by kind."""
     model, work = case.model(), case.work()
     activations = Activations(model, case.precision == "bf16", fused=False)
     traffic = zero_traffic(activations.sizes, work)
@@ -184,7 +185,7 @@ def plan(case: Case) -> tuple[Memory, dict[str, float]]:
 
 
 def measure(case: Case) -> list[dict[str, Any]]:
-    """What every rank of a real run found."""
+    """Train with real ranks, and return what each rank measured."""
     from bst_base.host import free_port
     from bst_dist.parallel.ranks import choose_accelerator
 
@@ -219,7 +220,7 @@ def _rank(rank: int, case: Case, port: int, directory: Path) -> None:
 
 
 def _trainer(case: Case, mesh: Mesh) -> Callable[[], None]:
-    """A model in DeepSpeed's hands, and one step of it on random tokens."""
+    """Build a model with a DeepSpeed engine, and return a function that trains one step on random tokens."""
     from bst_dist.train.config import OptimizerConfig
     from bst_dist.train.deepspeed_json import Intent, complete
     from bst_dist.train.engine import Engine
@@ -242,14 +243,14 @@ def _trainer(case: Case, mesh: Mesh) -> Callable[[], None]:
 
 @dataclass
 class _Sequence:
-    """A rank's share of one micro-batch, run by the engine."""
+    """This rank's part of one micro-batch, for `go_backward`: runs its slices through the engine."""
 
     case: Case
     engine: Engine
     group: SequenceGroup | None
     ids: Tensor
     last: bool
-    """Of the step."""
+    """Whether this is the last micro-batch of the step."""
 
     @property
     def lengths(self) -> list[int]:
@@ -273,7 +274,7 @@ class _Sequence:
 
 
 class Wire(TorchDispatchMode):
-    """Counts what is handed to torch.distributed, by whomever, as bytes that this rank sends."""
+    """Counts the bytes that this rank sends through torch.distributed, whoever calls it."""
 
     def __init__(self, world: int) -> None:
         super().__init__()
@@ -285,25 +286,25 @@ class Wire(TorchDispatchMode):
             for kind, count in self._count(func.__name__.partition(".")[0], args):
                 self.sent[kind] += count
         out = func(*args, **(kwargs or {}))
-        if func.namespace == "c10d" and isinstance(out, tuple):  # and not a message to a neighbour
+        if func.namespace == "c10d" and isinstance(out, tuple):  # a collective, not a point-to-point message
             out[-1].wait()
             time.sleep(SETTLING_S)
         return out
 
     def take(self) -> dict[str, float]:
-        """Bytes by kind since the last call."""
+        """Return the bytes sent since the last call, by kind."""
         taken, self.sent = dict(self.sent), Counter()
         return taken
 
     def _count(self, name: str, args: tuple) -> Iterator[tuple[str, float]]:
         first, second = (_nbytes(arg) for arg in (*args, None, None)[:2])
-        if name == "allreduce_" and first > 16:  # norms and flags are not planned
+        if name == "allreduce_" and first > 16:  # the plan leaves out norms and flags
             yield REDUCE, sent(REDUCE, first, self.world)
         elif name == "_allgather_base_":
             yield GATHER, sent(GATHER, first, self.world)
         elif name == "_reduce_scatter_base_":
             yield SCATTER, sent(SCATTER, second, self.world)
-        elif name == "allgather_":  # one process's ranks that share a sequence
+        elif name == "allgather_":  # between the ranks that share a sequence
             yield "sequence", first - second
         elif name == "send":
             yield "sequence", first
@@ -314,7 +315,7 @@ def _nbytes(value: Any) -> int:
 
 
 def high_water(profiled: profile, during: str) -> int:
-    """Most bytes that the allocator had given out at once during a recorded part, since the profile began."""
+    """Return the peak of allocated bytes during the range `during`, counted from the start of the profile."""
     events = profiled.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     (part,) = (event for event in events if event.name() == during)

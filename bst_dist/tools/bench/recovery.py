@@ -2,19 +2,19 @@
 
     bst bench recovery
     bst bench recovery --kills 10 --ranks 2 --json recovery.json
-    bst bench recovery --local-every 1                        # with local copies: hardly a step is lost
+    bst bench recovery --local-every 1                        # with local copies: almost no step is lost
 
-A small model trains under `bst launch --launcher local`, with restarts; each time it has made some steps beyond its
-last checkpoint, one of its ranks is killed. What the launching process prints, and when, gives the phases:
+A small model trains under `bst launch --launcher local`, with restarts. Each time it has taken some steps after its
+last checkpoint, one of its ranks is killed. The phases follow from what the launching process prints, and when:
 
     detect      from the kill to the line that names the rank: its agent saw it end, the others reported their errors
     restart     to the line that lists the ranks of the restart: old agents and ranks ended, hosts checked again
-    start       to the line that says which step it resumes from: Python, imports, ranks connected, checkpoint loaded
+    start       to the line with the step that it resumes from: Python, imports, ranks connected, checkpoint loaded
     first step  to the first step after that
     catch up    to the first step that had not been taken before
 
-Then the share of time that trains (goodput) by a model, for mean times between failures that others report; its
-assumptions are printed with it. Times are those of this machine and of whatever else runs on it.
+Then a model gives the share of time that trains (goodput), for published mean times between failures. Its assumptions
+are printed too. The times depend on this machine and on its other load.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from bst_dist.tools.bench.timing import Spread
 
 PATIENCE_S = 600.0
 REPORTED = r"^ *(\d+)/\d+ "
-"""How the console's line of a step begins."""
+"""Pattern of the beginning of a step's line on the console."""
 EVERY, BEYOND = 5, 3
-"""Steps between checkpoints, and how many beyond one a rank is killed."""
+"""Steps between checkpoints, and steps after a checkpoint at which a rank is killed."""
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """Seconds of one recovery, by phase, and the steps that it cost."""
+    """Seconds of one recovery by phase, and the number of steps lost."""
 
     detect_s: float
     restart_s: float
@@ -62,7 +62,7 @@ class Recovery:
 
     @property
     def to_step_s(self) -> float:
-        """From the kill to the next step."""
+        """Seconds from the kill to the next step."""
         return self.detect_s + self.restart_s + self.start_s + self.first_step_s
 
 
@@ -104,12 +104,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class Launched:
-    """A run under `bst launch`; a context, at whose end nothing of it is left."""
+    """A run under `bst launch`, as a context manager that ends all its processes on exit."""
 
     def __init__(self, recipe: Path, run_dir: Path, ranks: int, restarts: int) -> None:
         self.run_dir = run_dir
         self.lines: list[tuple[float, str]] = []
-        """What it has printed, and when."""
+        """Time and text of each line printed so far."""
         command = [sys.executable, "-m", "bst_dist", "launch"]
         words = [str(recipe), f"ranks={ranks}", "--run-dir", str(run_dir), "--launcher", "local"]
         self.process = subprocess.Popen([*command, *words, "--max-restarts", str(restarts)], stdout=subprocess.PIPE,
@@ -124,7 +124,7 @@ class Launched:
         try:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
-            self.process.kill()  # the kernel ends its agent with it, and that one's ranks
+            self.process.kill()  # the kernel then also ends its agent, and the agent's ranks
             self.process.wait()
 
     def _read(self) -> None:
@@ -132,7 +132,10 @@ class Launched:
             self.lines.append((time.monotonic(), line.rstrip()))
 
     def until(self, pattern: str, since: float) -> tuple[float, re.Match[str]]:
-        """When a line came after `since` that holds `pattern`, and what it held; raises UserError when none comes."""
+        """Wait for a line after `since` that matches `pattern`; return its time and the match.
+
+        Raise UserError if the run ends, or PATIENCE_S seconds pass, without such a line.
+        """
         deadline, looked = time.monotonic() + PATIENCE_S, 0
         while time.monotonic() < deadline:
             for when, line in self.lines[looked:]:
@@ -146,7 +149,7 @@ class Launched:
         raise UserError(f"the run never said {pattern!r}; its last lines:\n{said}")
 
     def steps(self, step: int, since: float) -> tuple[float, int]:
-        """When the first step from `step` on was reported after `since`, and which it was."""
+        """Wait for the report, after `since`, of a step that is at least `step`; return its time and number."""
         while True:
             when, found = self.until(REPORTED, since)
             if int(found[1]) >= step:
@@ -154,13 +157,13 @@ class Launched:
             since = when
 
     def ranks(self) -> list[psutil.Process]:
-        """Its training processes."""
+        """Return the training processes of the run."""
         children = psutil.Process(self.process.pid).children(recursive=True)
         return [one for one in children if "bst_dist.train" in one.cmdline()]
 
 
 def recover(launched: Launched, chance: random.Random) -> Recovery:
-    """Kill one rank some steps after a checkpoint, and time what follows."""
+    """Kill one rank some steps after a checkpoint, and time the phases of the recovery."""
     _, step = launched.steps(1, launched.lines[-1][0] if launched.lines else 0.0)
     goal = (step // EVERY + 2) * EVERY + BEYOND
     launched.steps(goal, 0.0)
@@ -183,7 +186,7 @@ def _step(line: str) -> int:
 
 
 def _recipe(folder: Path, local_every: int) -> Path:
-    """A small model on made-up text, which reports every step."""
+    """Write the recipe of a small model on random words that reports every step; return its path."""
     from bst_base.settings import dump, parse
     from bst_dist.config import Recipe
     from data_pipeline.prepare.corpus import PrepareConfig, prepare

@@ -4,10 +4,10 @@
     bst bench saving --ranks 2 --zero 3 --width 512 --depth 8
 
 A model trains on random tokens. In each round every way of saving is used once, between equal numbers of steps without
-saving. "waits" is how long training stands still; "costs" is how much longer the steps take until the checkpoint is
-complete, which includes the background's use of processors and disk; "ratio" is to DeepSpeed's, paired by round.
-DeepSpeed's files are neither synced to the disk nor digested when its call returns; ours are both when a checkpoint is
-committed.
+saving. "waits" is how long training stands still. "costs" is how much longer the steps take until the checkpoint is
+complete; this includes CPU and disk use in the background. "ratio" is relative to DeepSpeed, paired by round. When
+DeepSpeed's call returns, its files are neither synced to disk nor have digests; our files have both when a checkpoint
+is committed.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Bench:
         self.step = 0
 
     def measure(self) -> dict[str, Any]:
-        """Seconds of each round, by way of saving; bytes of a checkpoint."""
+        """Return the seconds of each round by way of saving, and the bytes of a checkpoint."""
         turns: dict[str, tuple[Callable[[], None], Snapshots | None]] = {
             "DeepSpeed": (self._deepspeed, None),
             "ours, waiting": (lambda: self._start(False), self.snapshots[False]),
@@ -120,7 +120,7 @@ class Bench:
         waits: dict[str, list[float]] = {way: [] for way in WAYS}
         costs: dict[str, list[float]] = {way: [] for way in WAYS}
         steps: list[float] = []
-        for round_ in range(self.args.rounds + 1):  # the first, which finds memory and disk untouched, does not count
+        for round_ in range(self.args.rounds + 1):  # the first warms up memory and disk and is not counted
             for way, (save, snapshots) in turns.items():
                 alone = median(self._timed(self._take_step) for _ in range(self.args.steps))
                 waited, taken, count = self._turn(save, snapshots)
@@ -132,7 +132,7 @@ class Bench:
         return {"parameters": self.parameters, "step_s": steps, "waits_s": waits, "costs_s": costs, "bytes": sizes}
 
     def _turn(self, save: Callable[[], None], snapshots: Snapshots | None) -> tuple[float, float, int]:
-        """Save, and train on until that is done; returns how long training stood still, seconds and steps in all."""
+        """Save, and train until the checkpoint is complete; return seconds training waited, all seconds, and steps."""
         begin, count = time.perf_counter(), 0
         waited, done = self._timed(save), snapshots is None
         while not done or count < self.args.steps:
@@ -145,7 +145,7 @@ class Bench:
         return waited, time.perf_counter() - begin, count
 
     def _timed(self, work: Callable[[], object]) -> float:
-        """Seconds until all ranks have done their work."""
+        """Run `work`, and return the seconds until all ranks have done it."""
         self.ranks.barrier()
         start = time.perf_counter()
         work()

@@ -3,12 +3,12 @@
     bst bench scale
     bst bench scale --ranks 512 --parameters 100 --json scale.json
 
-Saving, loading, reports, the preflight's checks and the ranks' output go through the run's own code. In place of a
-model there are made-up parameters of a few values per rank, distributed as ZeRO does, and in place of a network ranks
-that take turns in one process (`lockstep`). So the files opened and the bytes read and received are exact for that
-number of parameters and ranks; a real model has more values and nothing else. Beyond 512 ranks, 64 of them load and
-report, and each of the others counts as the next of these does. CPU-seconds depend on this machine and its load. The
-run directory is written to --directory: three small files per rank.
+Saving, loading, reports, the preflight's checks and the ranks' output use the same code as a real run. Instead of a
+model there are synthetic parameters with a few values per rank, sharded as ZeRO does. Instead of a network, ranks take
+turns in one process (`lockstep`). So the numbers of opened files and of bytes read and received are exact for that
+number of parameters and ranks; a real model only has more values. With more than 512 ranks, only 64 of them load and
+report; each other rank counts like the next of these. CPU-seconds depend on this machine and its load. The run
+directory is written to --directory: three small files per rank.
 """
 
 from __future__ import annotations
@@ -44,27 +44,28 @@ from bst_dist.report.performance import Performance
 from bst_dist.tools.bench.lockstep import Again, Counting, Counts, SimulatedRank, SyntheticState, World
 
 STEP, A_HOST = 100, 8
-"""Of the checkpoint, and ranks of one host."""
+"""Step of the checkpoint, and ranks per host."""
 VALUES = 4
-"""Of a parameter on every rank, on average."""
+"""Average number of values of one parameter on one rank."""
 ALL_LOAD, SOME = 512, 64
-"""Up to how many ranks all of them load and report, and how many do of more."""
+"""Up to ALL_LOAD ranks, every rank loads and reports; with more, only SOME of them do."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one kind of work takes, of the rank that takes most of each, and of all ranks together."""
+    """Cost of one kind of work. Each field is that of the rank with the highest value, except where stated."""
 
     work: str
     opens: int
     all_opens: int
+    """Files opened by all ranks together."""
     read_bytes: int
     received_bytes: int
     collectives: int
     cpu_s: float
-    """Of the first or the last rank, whichever takes more."""
+    """CPU-seconds of the first or the last rank, whichever takes more; for "save", the average over ranks."""
     memory_bytes: int | None = None
-    """The most that the last rank holds at a time, beside what it holds anyway."""
+    """Peak memory that the work adds on the last rank."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,9 +89,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(folder: Path, ranks: int, parameters: int) -> dict[str, Any]:
-    """All costs of a run of so many ranks."""
+    """Return all costs of a run with `ranks` ranks."""
     shapes = _shapes(parameters, ranks)
-    _save(folder / "warm", 2, _shapes(1, 2))  # modules that are imported at the first use are nobody's cost
+    _save(folder / "warm", 2, _shapes(1, 2))  # warm up: imports at first use must not count
     _load(folder / "warm", 2, 1, _shapes(1, 2), "")
     saved = _save(folder, ranks, shapes)
     path = directory(folder, STEP)
@@ -116,7 +117,7 @@ def measure(folder: Path, ranks: int, parameters: int) -> dict[str, Any]:
 
 
 def _shapes(parameters: int, ranks: int) -> dict[str, tuple[int, ...]]:
-    """Matrices and vectors in turn: of the elements of a parameter every rank has VALUES, on average."""
+    """Return the shapes of the parameters: vectors and matrices in turn, on average VALUES elements per rank."""
     return {f"layers.{number:04}.weight": (ranks, VALUES) if number % 2 else (ranks * VALUES,)
             for number in range(parameters)}  # fmt: skip
 
@@ -142,13 +143,14 @@ def _save(folder: Path, ranks: int, shapes: dict[str, tuple[int, ...]]) -> Cost:
     counts, simulated = World(ranks).run(on_rank)
     cost = _cost("save", counts, simulated, folder)
     written = [name for name in read_manifest(directory(folder, STEP))["files"] if f"-{ranks - 1:05d}." in name]
-    # A thread of its own writes each rank's files: what it opens is known by name, its time as a share of the whole.
+    # A separate thread writes each rank's files, so Counting does not see it: opens are counted from the file names,
+    # CPU time is the total divided by the number of ranks.
     return replace(cost, opens=len(written) + 1, all_opens=sum(1 for _ in directory(folder, STEP).iterdir()),
                    cpu_s=(time.process_time() - begin) / ranks)  # fmt: skip
 
 
 def _load(folder: Path, ranks: int, stage: int, shapes: dict[str, tuple[int, ...]], work: str) -> Cost:
-    """Find the newest checkpoint, compare its digests, and read what each rank is to hold of it."""
+    """Measure finding the newest checkpoint, checking its digests, and reading the part that each rank holds."""
 
     def load(rank: Any) -> Counts:
         snapshots, state = _snapshots(folder, rank, stage, shapes, filled=False)
@@ -165,14 +167,14 @@ def _load(folder: Path, ranks: int, stage: int, shapes: dict[str, tuple[int, ...
 
 
 def _world(ranks: int) -> World:
-    """For work that is alike on all ranks."""
+    """Return the World for work that is alike on all ranks."""
     return World(ranks, None if ranks <= ALL_LOAD else SOME)
 
 
 def _alone(folder: Path, ranks: int, stage: int, shapes: dict[str, tuple[int, ...]], work: str, but: str = "") -> Cost:
-    """What the last of so many ranks does to read its weights and moments; `but`: a part that the manifest lacks.
+    """Measure how the last rank reads its weights and moments; `but` names an entry to remove from the manifest.
 
-    Without the index, as in checkpoints of before, a rank opens every file for its header.
+    Without the index, as in older checkpoints, a rank opens every file to read its header.
     """
     path = directory(folder, STEP)
     manifest = {name: value for name, value in read_manifest(path).items() if name != but}
@@ -186,7 +188,7 @@ def _alone(folder: Path, ranks: int, stage: int, shapes: dict[str, tuple[int, ..
 
 
 class _Alone:
-    """The last of so many ranks, where nothing is exchanged."""
+    """The last rank of a world, for work without communication."""
 
     first, device = False, SimulatedRank.device
 
@@ -195,7 +197,7 @@ class _Alone:
 
 
 def _reports(ranks: int) -> Cost:
-    """One performance report, once the ranks know the names of their numbers."""
+    """Measure one performance report: the second, when the ranks already know the names of their numbers."""
     phases = ("data", "forward", "backward", "optimizer", "communication", "evaluate", "checkpoint", "report")
     kinds = ("all-reduce", "all-gather", "reduce-scatter", "ssm states", "keys and values", "edges")
 
@@ -228,7 +230,7 @@ def _cost(work: str, counts: list[Counts], simulated: list[SimulatedRank], folde
 
 
 def _memory(work: Callable[[], object]) -> int:
-    """The most that Python and numpy hold at a time beyond what they held before."""
+    """Return the peak of the memory that Python and numpy allocate during `work`."""
     tracemalloc.start()
     work()
     _, most = tracemalloc.get_traced_memory()
@@ -237,7 +239,7 @@ def _memory(work: Callable[[], object]) -> int:
 
 
 def _preflight(hosts: int) -> float:
-    """CPU-seconds to judge and show the answers of so many hosts."""
+    """Return the CPU-seconds to judge and show the answers of that many hosts."""
     versions = dict.fromkeys(("python", "torch", "deepspeed", "numpy", "webdataset", "safetensors"), "1.0")
     answer = {"versions": versions, "code": "0" * 64, "files": {"recipe.yaml": "1" * 64}, "nonce": "job",
               "free_bytes": 10**12, "ranks": [], "devices": ["nvidia0"] * A_HOST, "memory_errors": {}}  # fmt: skip
@@ -250,7 +252,7 @@ def _preflight(hosts: int) -> float:
 
 
 def _output(ranks: int) -> float:
-    """CPU-seconds to pass on a line of every rank: what an agent sends, and what the launching process takes in."""
+    """Return the CPU-seconds to forward a line of output per rank: sent by an agent, read by the launching process."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         agent = Channel.connect(*listening.getsockname())
         launching = Channel(listening.accept()[0])

@@ -1,7 +1,7 @@
-"""Times that can be compared: every case in turn, again and again, in one process.
+"""Comparable times: all cases run in turn, for several rounds, in one process.
 
-Machines are shared and drift. Cases are therefore interleaved (A B C, A B C, ...), figures are medians with their
-range, and ratios are taken within each round before the median.
+Machines are shared, and their speed drifts. Therefore cases are interleaved (A B C, A B C, ...), figures are medians
+with their range, and ratios are taken within each round before the median.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ class Spread:
 def interleaved(
     cases: dict[str, Callable[[], object]], rounds: int, tick: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Seconds of each case in each of `rounds` rounds, after one that is not counted; `tick` after every call."""
+    """Return the seconds of each case in each of `rounds` rounds, after one that is not counted.
+
+    `tick` is called after every call.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for round_ in range(rounds + 1):
         for name, run in cases.items():
@@ -45,7 +48,7 @@ def interleaved(
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """Of one call, until the device is done with it."""
+    """Return the seconds of one call, until the device has finished it."""
     _synchronize()
     begin = time.perf_counter()
     call()
@@ -54,18 +57,18 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def ratios(base: list[float], other: list[float]) -> Spread:
-    """How many times as fast as `base` the other is, paired by round."""
+    """Return how many times as fast as `base` the other is (base / other, paired by round)."""
     return Spread.of([a / b for a, b in zip(base, other, strict=True)])
 
 
 def matmul_flops_per_s(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
-    """What one square matrix product reaches: the peak that fractions are taken of."""
+    """Measure the FLOP/s of one square matrix product, used as the peak in "of peak"."""
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     return 2 * size**3 / seconds_of(lambda: a @ b)
 
 
 def device() -> torch.device:
-    """The GPU, or the CPU where there is none."""
+    """Return the GPU, or the CPU if there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -1,5 +1,5 @@
 """`bst doctor`: what this machine has for training, what is missing, and how to get it.
 
-Nothing here is imported that may be missing, and nothing is waited for without a limit: what is heavy, or talks to a
-driver, is asked of a process of its own.
+No module is imported here that may be missing, and every wait has a time limit. Checks that are heavy or talk to a
+driver run in a separate process.
 """

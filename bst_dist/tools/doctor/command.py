@@ -40,15 +40,15 @@ CHECKS: dict[str, Check] = {
     "ranks": ranks.collective,
 }
 LIMIT_S = 180.0
-"""Time limit of all checks together, which run at the same time; each has shorter limits for what it waits for."""
+"""Time limit for all checks together. They run in parallel, and each has shorter limits of its own."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It has no arguments."""
+    """Add nothing: the command has no arguments."""
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Make all checks at the same time, and print each when those before it are through."""
+    """Run all checks in parallel, and print their results in order, each as soon as those before it are done."""
     waiting = {name: _Waiting(name, check) for name, check in CHECKS.items()}
     deadline, found = time.monotonic() + LIMIT_S, {}
     for name, check in waiting.items():
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class _Waiting:
-    """One running check, in its own thread: a system call may never return if a file system is gone."""
+    """One running check, in its own thread, because a system call may never return if a file system is gone."""
 
     def __init__(self, name: str, check: Check) -> None:
         self._check, self._found = check, []
@@ -74,7 +74,7 @@ class _Waiting:
         self._thread.start()
 
     def findings(self, deadline: float) -> list[Finding]:
-        """What has been found when it is through, or at the deadline."""
+        """Return the findings when the check is done, or at the deadline."""
         self._thread.join(max(0.0, deadline - time.monotonic()))
         late = [lacking("did not finish in time")] if self._thread.is_alive() else []
         return [*self._found, *late]
@@ -83,5 +83,5 @@ class _Waiting:
         try:
             for finding in self._check():
                 self._found.append(finding)
-        except Exception as error:  # a machine may be odd in ways that nobody has thought of
+        except Exception as error:  # one failed check must not end the report
             self._found.append(lacking(f"could not be checked: {type(error).__name__}: {error}"))

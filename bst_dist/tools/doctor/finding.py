@@ -1,4 +1,4 @@
-"""What a check finds, and ways to find it out that always come back."""
+"""The findings of a check, and functions that run a program with a time limit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 GOOD, LACKING, BROKEN = "✓", "!", "✗"
 PATIENCE_S = 60.0
-"""For a process that has to import torch or DeepSpeed."""
+"""Time limit for a process that imports torch or DeepSpeed."""
 
 
 @dataclass(frozen=True)
@@ -24,33 +24,33 @@ class Finding:
     """One line of the report."""
 
     mark: str
-    """GOOD; LACKING: something that some runs need, or that is odd; BROKEN: something that every run needs."""
+    """GOOD; LACKING: some runs need it, or it is unusual; BROKEN: every run needs it."""
     text: str
     remedy: str = ""
     """How to get what is missing."""
 
 
 def good(text: str) -> Finding:
-    """All is well."""
+    """Return a finding that needs no action."""
     return Finding(GOOD, text)
 
 
 def lacking(text: str, remedy: str = "") -> Finding:
-    """Some runs would want it otherwise."""
+    """Return a finding about something that only some runs need, or that is unusual."""
     return Finding(LACKING, text, remedy)
 
 
 def broken(text: str, remedy: str = "") -> Finding:
-    """No run can do without it."""
+    """Return a finding about something missing that every run needs."""
     return Finding(BROKEN, text, remedy)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a process said before it ended, or before it was given up."""
+    """Exit status and output (stdout and stderr) of a process that ended or timed out."""
 
     status: int | None
-    """None: it did not end in time, or could not be started."""
+    """Exit status; None if the process did not end in time, or could not be started."""
     said: str
 
     @property
@@ -60,18 +60,21 @@ class Answer:
 
     @property
     def last_line(self) -> str:
-        """The last line that is not empty: of a traceback, what was wrong."""
+        """The last line that is not empty: the error message, if the output is a traceback."""
         return next((line.strip() for line in reversed(self.said.splitlines()) if line.strip()), "")
 
     @property
     def version(self) -> str:
-        """The first thing in it that looks like a version."""
+        """The first text in the output that looks like a version."""
         found = re.search(r"\d+(\.\d+)+\w*", self.said)
         return found[0] if found else ""
 
 
 def ask(command: Sequence[str], patience_s: float = 10.0, environment: dict[str, str] | None = None) -> Answer:
-    """Run a command and read what it says; a process that even SIGKILL does not end is left to itself."""
+    """Run a command and return its output.
+
+    After `patience_s` seconds the process group is killed. If even SIGKILL does not end it, it is not waited for.
+    """
     with tempfile.TemporaryFile() as said:
         try:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
@@ -91,7 +94,10 @@ def ask(command: Sequence[str], patience_s: float = 10.0, environment: dict[str,
 
 
 def ask_python(program: str, patience_s: float = PATIENCE_S, environment: dict[str, str] | None = None) -> Any:
-    """What a small program prints as JSON in its last line; raises RuntimeError when it fails, or says nothing."""
+    """Run a small Python program, and return the JSON value that it prints in its last line.
+
+    Raise RuntimeError if it fails or does not end in time.
+    """
     answer = ask([sys.executable, "-c", program], patience_s, environment)
     if answer.status is None:
         raise RuntimeError(f"no answer within {patience_s:.0f} s")

@@ -14,7 +14,7 @@ from bst_dist.tools.doctor.finding import Finding, ask, ask_python, good, lackin
 
 GIB = 2**30
 OPEN_FILES = 4096
-"""Shards, sockets between ranks and DataLoader pipes of a host with 8 GPUs stay well below."""
+"""Open files that are enough: shards, sockets and DataLoader pipes of a host with 8 GPUs need far fewer."""
 SHARED_MEMORY = 1 * GIB
 ROOM = 10 * GIB
 _TIME_ERROR = 5  # adjtimex: the clock is not synchronised
@@ -45,7 +45,7 @@ print(json.dumps([bf16_slowdown(), SLOW_BF16]))
 
 
 def accelerators() -> Iterator[Finding]:
-    """What torch can train on."""
+    """Check which accelerators torch can use."""
     found, driver = ask_python(_ACCELERATORS), _driver()
     if not found["devices"]:
         if driver:
@@ -67,7 +67,7 @@ def accelerators() -> Iterator[Finding]:
 
 
 def _bf16_on_cpu() -> Iterator[Finding]:
-    """A CPU without instructions for bf16 computes in it many times as slowly as in fp32."""
+    """Check the CPU's speed in bf16: without bf16 instructions it is many times as slow as in fp32."""
     slowdown, limit = ask_python(_BF16)
     if slowdown >= limit:
         yield lacking(
@@ -76,13 +76,13 @@ def _bf16_on_cpu() -> Iterator[Finding]:
 
 
 def _driver() -> str:
-    """Version of the NVIDIA driver, empty where there is none that works."""
+    """Return the version of the NVIDIA driver, an empty string if no driver works."""
     answer = ask(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], 20.0)
     return answer.first_line if answer.status == 0 else ""
 
 
 def processors() -> Iterator[Finding]:
-    """Cores and memory."""
+    """Report cores and memory."""
     import psutil
 
     usable, cores = len(os.sched_getaffinity(0)), os.cpu_count()
@@ -92,7 +92,7 @@ def processors() -> Iterator[Finding]:
 
 
 def shared_memory() -> Iterator[Finding]:
-    """/dev/shm, through which NCCL's ranks of a host talk, and gloo's."""
+    """Check the free space of /dev/shm, which NCCL and gloo use between the ranks of a host."""
     usage = shutil.disk_usage("/dev/shm")
     if usage.free < SHARED_MEMORY:
         yield lacking(f"/dev/shm has {usage.free / 2**20:,.0f} MiB free: NCCL fails when it is full",
@@ -102,7 +102,7 @@ def shared_memory() -> Iterator[Finding]:
 
 
 def limits() -> Iterator[Finding]:
-    """What `ulimit` allows."""
+    """Check the `ulimit` of open files and, with InfiniBand, of locked memory."""
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= files < OPEN_FILES:
         yield lacking(f"{files} open files (ulimit -n)", f"ulimit -n {most if most > files else OPEN_FILES}")
@@ -115,7 +115,7 @@ def limits() -> Iterator[Finding]:
 
 
 def clock() -> Iterator[Finding]:
-    """Whether somebody keeps it right; hosts of a launch are compared with each other by its preflight."""
+    """Check that a time service synchronises the clock. The preflight of a launch compares the hosts' clocks."""
     now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     if time.time() < Path(__file__).stat().st_mtime - 1:
         yield lacking(f"{now} is before this code was written", "start a time service, such as chrony")
@@ -127,7 +127,7 @@ def clock() -> Iterator[Finding]:
 
 
 def disk() -> Iterator[Finding]:
-    """Room for checkpoints, of 12 bytes per parameter."""
+    """Check the free disk space for checkpoints, which have 12 bytes per parameter."""
     where = Path("runs") if Path("runs").is_dir() else Path.cwd()
     free = shutil.disk_usage(where).free
     said = f"{free / GIB:,.1f} GiB free in {where.resolve()}"
@@ -140,7 +140,7 @@ def disk() -> Iterator[Finding]:
 
 
 def launchers() -> Iterator[Finding]:
-    """What `bst launch` starts hosts by: any one will do."""
+    """Check for the programs that `bst launch` can start hosts with. One of them is enough."""
     found = {name: version for name, version in (("pdsh", _pdsh()), ("openmpi", _mpirun("Open MPI")),
              ("mpich", ask(["mpiexec.hydra", "--version"]).version if shutil.which("mpiexec.hydra") else ""),
              ("slurm", _srun())) if version}  # fmt: skip
@@ -158,20 +158,21 @@ def _pdsh() -> str:
 
 
 def _mpirun(family: str) -> str:
-    """The version of `mpirun` when it is of that family: both have a command of this name."""
+    """Return the name and version of `mpirun` if it belongs to `family`, because several MPIs have this command."""
     answer = ask(["mpirun", "--version"]) if shutil.which("mpirun") else None
     return f"{family} {answer.version}" if answer and family in answer.said else ""
 
 
 def _srun() -> str:
-    """Without a controller `srun` tells no more than that it is there."""
+    """Return where `srun` can be used, an empty string if it is missing. Its version is not asked for: that needs a
+    Slurm controller."""
     if not shutil.which("srun"):
         return ""
     return "inside an allocation" if "SLURM_JOB_ID" in os.environ else "inside sbatch or salloc"
 
 
 def mpi() -> Iterator[Finding]:
-    """mpi4py and the library that it has found: corpora are prepared over its ranks, and `mpirun` may start ours."""
+    """Check mpi4py and its MPI library: corpora can be prepared on MPI ranks, and `mpirun` can start training ranks."""
     program = "import json; from mpi4py import MPI; print(json.dumps(MPI.Get_library_version()))"
     try:
         library = ask_python(program, 30.0).partition(",")[0].strip().rstrip("\x00")

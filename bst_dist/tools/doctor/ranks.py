@@ -1,4 +1,4 @@
-"""Whether ranks of this machine can talk: a sum over two of them, as in the preflight of `bst launch`."""
+"""Check that ranks on this machine can communicate: an all-reduce over two ranks, as in `bst launch`'s preflight."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HIDDEN = dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFI
 
 
 def collective() -> Iterator[Finding]:
-    """Over gloo on the CPU, and over the accelerators where there are any."""
+    """Run the collective over gloo on the CPU, and over the accelerators if there are any."""
     yield _sum(RANKS, "on the CPU", _HIDDEN)
     if devices := ask_python(_COUNT):
         yield _sum(min(RANKS, devices), "on the accelerators", {})

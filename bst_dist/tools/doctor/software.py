@@ -1,4 +1,4 @@
-"""Python, the packages, this project, what DeepSpeed could compile."""
+"""Checks of the software: Python, packages, this project, compilers, and the kernels that DeepSpeed can compile."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bst_dist.tools.doctor.finding import Finding, ask, ask_python, broken, good
 from bst_dist.version import DISTRIBUTION, versions
 
 OLDEST_PYTHON = (3, 11)
-# What no run can do without; the others are for some corpora, launchers and reports.
+# Packages that every run needs. The others are for some corpora, launchers and reports.
 NEEDED = ("torch", "deepspeed", "numpy", "pydantic", "pyyaml", "rich", "safetensors", "sentencepiece", "fsspec",
           "webdataset", "tensorboard", "psutil", "isal")  # fmt: skip
 NAMED = ("torch", "deepspeed", "webdataset", "sentencepiece", "mpi4py")
@@ -36,7 +36,7 @@ print(json.dumps(found))
 
 
 def python() -> Iterator[Finding]:
-    """The interpreter."""
+    """Check the version of Python."""
     text = f"{platform.python_version()} in {sys.prefix}"
     if sys.version_info < OLDEST_PYTHON:
         oldest = ".".join(map(str, OLDEST_PYTHON))
@@ -46,7 +46,7 @@ def python() -> Iterator[Finding]:
 
 
 def packages() -> Iterator[Finding]:
-    """The pinned packages: which are missing, which are of another version."""
+    """Check the pinned packages: which are missing, and which have another version."""
     pinned, found = requirements(), {}
     for name in pinned:
         try:
@@ -63,7 +63,7 @@ def packages() -> Iterator[Finding]:
 
 
 def extras() -> Iterator[Finding]:
-    """What some commands need beyond that, by the name of the extra that brings it."""
+    """Check the packages that only some commands need, with the extra that installs each."""
     try:
         requires = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
@@ -80,14 +80,14 @@ def extras() -> Iterator[Finding]:
 
 
 def project() -> Iterator[Finding]:
-    """This code, and where the files are that come with it."""
+    """Report the version of this code, and where its recipes and strategies are."""
     found = versions()
     text = f"bst_dist {found['bst_dist']}" + (f", commit {found['commit']}" if "commit" in found else "")
     yield good(f"{text}; recipes and DeepSpeed strategies in {shipped.root()}")
 
 
 def compilers() -> Iterator[Finding]:
-    """What compiles kernels: DeepSpeed's when one is first used, torch's where it compiles attention for a GPU."""
+    """Check the compilers: DeepSpeed compiles a kernel at its first use, torch compiles attention for a GPU."""
     tools = {"g++": ("g++", "--version"), "ninja": ("ninja", "--version"), "nvcc": ("nvcc", "--version")}
     said = {name: ask(command).said for name, command in tools.items() if shutil.which(name)}
     there = [f"{name} {_release(text)}" for name, text in said.items()]
@@ -101,7 +101,7 @@ def compilers() -> Iterator[Finding]:
 
 
 def operators() -> Iterator[Finding]:
-    """DeepSpeed's own kernels, of which the strategies of ds_configs/ use one: reading from NVMe."""
+    """Check DeepSpeed's kernels. The strategies in ds_configs/ use only one: async_io, for offload to NVMe."""
     compatible = ask_python(_OPERATORS)
     names = ", ".join(name for name, well in compatible.items() if well and name != "deepspeed_not_implemented")
     if compatible.get("async_io"):
@@ -112,18 +112,18 @@ def operators() -> Iterator[Finding]:
 
 
 def requirements() -> dict[str, str]:
-    """Versions by package, as pinned: what is tested."""
+    """Return the pinned (tested) version of each package."""
     lines = (shipped.root() / "requirements.txt").read_text().splitlines()
     pairs = [line.partition("#")[0].partition("==") for line in lines]
     return {_name(name): version.strip() for name, _, version in pairs if version}
 
 
 def _name(requirement: str) -> str:
-    """The package that a requirement is about."""
+    """Return the package name of a requirement."""
     return re.split(r"[\[<>~!=; ]", requirement.strip())[0]
 
 
 def _release(text: str) -> str:
-    """The version in what a compiler says about itself: nvcc names its release in a later line than its copyright."""
+    """Return the version from a compiler's `--version` output. nvcc prints its release after its copyright years."""
     found = re.search(r"release (\d+\.\d+)", text) or re.search(r"(\d+(?:\.\d+)+)", text)
     return found[1] if found else ""
