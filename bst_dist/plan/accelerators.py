@@ -1,4 +1,4 @@
-"""Accelerators and what connects them: the figures a plan rests on, from a file that users may add to."""
+"""Accelerators and their links: the figures that a plan uses, from accelerators.yaml and a file of the user's."""
 
 from __future__ import annotations
 
@@ -16,46 +16,49 @@ FILE = Path(__file__).with_name("accelerators.yaml")
 
 
 class UnknownAcceleratorError(UserError):
-    """A name that no file has."""
+    """The name of an accelerator is in no file."""
 
 
 class Accelerator(Config):
-    """One device; rates are per device and direction."""
+    """One type of device; rates are per device and direction."""
 
     title: str
-    """What it is called in full."""
+    """Full name."""
     device: str = ""
-    """Part of the name by which the driver calls it; empty: it is never looked for by that name."""
+    """Part of the device name that the driver reports; empty: never matched by that name."""
     memory_gb: float = Field(gt=0)
     """Memory in 10^9 bytes."""
     bf16_tflops: float = Field(gt=0)
-    """Dense peak of matrix products in bfloat16, 10^12 per second."""
+    """Dense peak of matrix products in bfloat16, in TFLOP/s."""
     fp32_tflops: float = Field(gt=0)
-    """Peak in single precision, outside of tensor cores."""
+    """Peak in fp32 without tensor cores, in TFLOP/s."""
     memory_gbs: float = Field(gt=0)
-    """To and from its memory, 10^9 bytes per second."""
+    """Bandwidth of its memory, 10^9 bytes per second."""
     in_node_gbs: float = Field(gt=0)
-    """Between two devices of a node."""
+    """Bandwidth between two devices of a node, 10^9 bytes per second."""
     between_nodes_gbs: float = Field(gt=0)
-    """To another node: the device's share of the node's network."""
+    """Bandwidth to another node, the device's share of the node's network, 10^9 bytes per second."""
     source: str = Field(min_length=1)
-    """Where the figures are from."""
+    """Source of the figures."""
     products: float = Field(0.5, gt=0, le=1)
     """Share of the peak that matrix products reach in training."""
     attention: float = Field(0.5, gt=0, le=1)
-    """The same for attention's kernels, of the FLOPs that are counted for them."""
+    """Share of the peak that attention kernels reach, relative to the FLOPs counted for them."""
     shares: str = "assumed; measured on no such device"
-    """Where the two shares are from."""
+    """Source of the two shares `products` and `attention`."""
 
 
 def accelerators(own: Path | None = None) -> dict[str, Accelerator]:
-    """By name; those of the user's own file first. Raises ConfigError naming the file, the device and the field."""
+    """Return all accelerators by name. Entries of the user's file `own` come first and override shipped ones.
+
+    Raise ConfigError, naming the file, the device and the field, for an invalid entry.
+    """
     added = _read(own) if own else {}
     return added | {name: found for name, found in _shipped().items() if name not in added}
 
 
 def accelerator(name: str, own: Path | None = None) -> Accelerator:
-    """The one of that name; raises UnknownAcceleratorError with the nearest name."""
+    """Return the accelerator of that name. Raise UnknownAcceleratorError, with the nearest name, if there is none."""
     known = accelerators(own)
     if name in known:
         return known[name]
@@ -67,7 +70,7 @@ def accelerator(name: str, own: Path | None = None) -> Accelerator:
 
 
 def of_device(name: str) -> Accelerator | None:
-    """The accelerator that a driver calls by this name, if it is known."""
+    """Return the accelerator for a device name reported by the driver, or None."""
     return next((found for found in _shipped().values() if found.device and found.device in name), None)
 
 

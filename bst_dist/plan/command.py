@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _numbers(text: str) -> list[int]:
-    """Positive whole numbers between commas."""
+    """Parse positive whole numbers separated by commas."""
     numbers = [int(part) for part in text.split(",")]
     if min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected positive numbers")
@@ -73,11 +73,11 @@ def _numbers(text: str) -> list[int]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Print the plan, or the table of plans; fails when a single plan does not fit."""
+    """Print the plan, or the table of plans. `passed` is False if a single plan does not fit."""
     whole = load_recipe(args.recipe, args.overrides)
     if whole.model.vocab_size is None:
         whole = with_vocabulary(whole, open_corpora(whole.data))
-    recipe = whole.of_one_length(whole.train.longest)  # which needs the most memory, and time per token
+    recipe = whole.of_one_length(whole.train.longest)  # the longest needs the most memory and time per token
     device = accelerator(args.gpu, args.accelerators)
     if args.gpus_per_node < 1:
         raise PlanError(f"--gpus-per-node {args.gpus_per_node}: at least 1")
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _lengths(recipe: Recipe) -> str:
-    """Which lengths sequences have, for people; empty where they have one."""
+    """Return text that lists the sequence lengths of a run, empty if there is only one length."""
     if not recipe.train.length_changes:
         return ""
     changes = ", ".join(f"{length:,} from step {step:,}" for step, length in recipe.train.lengths[1:])
@@ -118,10 +118,10 @@ def _lengths(recipe: Recipe) -> str:
 
 
 def _reading(recipe: Recipe) -> str:
-    """The passes that the run makes over its corpora, for people; raises UserError for more than data.max_passes."""
+    """Return text with the number of passes over each corpus. Raise UserError for more than data.max_passes."""
     if not isinstance(recipe.data, DataConfig):
         return ""
-    once = recipe.data.storage.model_copy(update={"attempts": 1})  # where it is planned the store may be out of reach
+    once = recipe.data.storage.model_copy(update={"attempts": 1})  # this machine may not reach the store
     train = recipe.train
     share = Share(length=train.sequence_length, rows=train.sequences, micro_rows=1)
     sizes = {"block": recipe.model.block, "seed": recipe.seed}
@@ -148,8 +148,10 @@ def _longest(args: argparse.Namespace, recipe: Recipe, device: Accelerator) -> d
 
 
 def _until_told(items: Sequence[T], made: Callable[[T], R]) -> tuple[list[R], dict[str, Any]]:
-    """What is made of each item, telling how far it is; after Ctrl-C of those until then, and what the report says of
-    it."""
+    """Apply `made` to each item and show the progress, until Ctrl-C.
+
+    Return the results so far, and entries for the report: empty, or those of a stopped command.
+    """
     found: list[R] = []
     with heeding() as told, stages(Console(stderr=True)) as report:
         for item in items:
@@ -165,7 +167,7 @@ Row = tuple[Cluster, Recipe, Planner | None, Candidate | str]
 
 
 def _table(recipe: Recipe, clusters: list[Cluster], lengths: list[int]) -> tuple[list[Row], dict[str, Any]]:
-    """The best plan of each cluster and length, or why there is none."""
+    """Return the best plan for each cluster and length, or the error message if there is none."""
 
     def row(of: tuple[Recipe, Cluster]) -> Row:
         longer, cluster = of
@@ -180,7 +182,10 @@ def _table(recipe: Recipe, clusters: list[Cluster], lengths: list[int]) -> tuple
 
 
 def _of_length(recipe: Recipe, length: int) -> Recipe:
-    """The recipe with sequences of that length and as many tokens per step, or one sequence if that is more."""
+    """Return the recipe with sequences of that length and the same tokens per step, but at least one sequence.
+
+    Raise ConfigError if the length is not a multiple of the block.
+    """
     tokens = recipe.train.sequences * recipe.train.sequence_length
     data = recipe.model_dump()
     data["train"] |= {"sequence_length": length, "sequences": max(1, round(tokens / length)), "micro_sequences": 1}

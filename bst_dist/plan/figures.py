@@ -1,4 +1,4 @@
-"""What follows from a plan: rates, shares of links, settings; and the whole plan for machines."""
+"""Figures derived from a plan: tokens per day, MFU, bytes per link, overrides; and the plan as plain data."""
 
 from __future__ import annotations
 
@@ -12,31 +12,37 @@ DAY_S = 86_400
 
 
 def tokens_a_step(best: Candidate) -> int:
-    """Over all ranks, without what is masked."""
+    """Return the tokens of one step over all ranks, without masked ones."""
     part = best.work.slice
     return best.spread.rows * part.length * part.sp * best.work.slices
 
 
 def tokens_a_day(best: Candidate) -> float:
-    """At the plan's speed."""
+    """Return the tokens per day at the planned speed."""
     return tokens_a_step(best) / best.speed.total * DAY_S
 
 
 def mfu(best: Candidate, cluster: Cluster) -> float:
-    """Model FLOPs utilisation: of the bf16 peak of all devices; what is run again or masked does not count."""
+    """Return the model FLOPs utilisation: model FLOP/s divided by the bf16 peak of all devices.
+
+    Recomputation and masked sequences do not count.
+    """
     counts = best.spread.rows / (best.spread.rows + best.spread.masked)
     return counts * best.speed.flops / best.speed.total / (1e12 * cluster.accelerator.bf16_tflops * cluster.world)
 
 
 def by_link(best: Candidate, cluster: Cluster) -> tuple[float, float]:
-    """Bytes per step inside a node and to another one, of the rank that sends most to another."""
+    """Return the bytes that a rank sends per step inside its node and to another node.
+
+    It is the rank that sends most to another node.
+    """
     inside, between = cluster.split(sum(best.traffic.values()))
     shared = sum(best.between.values())
     return (inside, between + shared) if best.work.slice.sp > cluster.per_node else (inside + shared, between)
 
 
 def overrides(best: Candidate) -> list[str]:
-    """What makes the recipe run that way."""
+    """Return the overrides, as `section.field=value`, that make the recipe run as planned."""
     work = best.work
     slices = [
         f"train.slice_tokens={work.slice.length * work.slice.sp}",
@@ -53,7 +59,7 @@ def overrides(best: Candidate) -> list[str]:
 
 
 def describe(planner: Planner, best: Candidate) -> dict[str, Any]:
-    """The plan as plain data, units in the names."""
+    """Return the plan as plain data, with units in the names."""
     work, cluster = best.work, planner.cluster
     inside, between = by_link(best, cluster)
     return {

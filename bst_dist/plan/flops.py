@@ -1,9 +1,9 @@
-"""Exact counts of floating-point operations per token, by term, before anything is built.
+"""Exact counts of floating-point operations per token, by term, without building the model.
 
-A multiply-add is two operations. Counted is what the model does: scores over every key that a tile of queries
-materialises, chunk matrices of the SSM, and the tables they are made from are left out (they are amortised over the
-batch). Training costs three times the forward pass; recomputation under activation checkpointing is *hardware* work
-and not counted here: model and hardware utilisation (MFU, HFU) are two numbers.
+A multiply-add is two operations. The counts are of what the model computes: attention scores for all keys in a query
+tile, masked ones included, and products with the SSM's chunk matrices. Computing the tables of these matrices is left
+out, because it is amortised over the batch. Training costs three times the forward pass. Recomputation under activation
+checkpointing is *hardware* work and is not counted here: MFU and HFU are two numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bst_dist.model.tiles import Tile, sliding_tiles
 
 
 def forward_flops(config: ModelConfig, sequence_length: int) -> dict[str, float]:
-    """FLOPs of one token's forward pass by term, averaged over a sequence of that length."""
+    """Return the FLOPs of one token's forward pass by term, averaged over a sequence of that length."""
     terms: dict[str, float] = {}
     for mixer in config.mixers():
         for term, flops in layer_flops(config, mixer, sequence_length).items():
@@ -27,13 +27,13 @@ def forward_flops(config: ModelConfig, sequence_length: int) -> dict[str, float]
 
 
 def layer_flops(config: ModelConfig, mixer: str, sequence_length: int) -> dict[str, float]:
-    """The same of one layer with that mixer."""
+    """Return the same for one layer with that mixer."""
     network = 2 * config.ffn_matrices * config.width * config.ffn
     return MIXER_TERMS[mixer](config, sequence_length) | {"ffn": network}
 
 
 def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """FLOPs of one token's forward and backward pass."""
+    """Return the FLOPs of one token's forward and backward pass."""
     return 3 * sum(forward_flops(config, sequence_length).values())
 
 
@@ -43,7 +43,7 @@ def _sliding(config: ModelConfig, length: int) -> dict[str, float]:
 
 
 def _projections(config: ModelConfig) -> float:
-    """Of self-attention: queries, keys and values, output."""
+    """Return the FLOPs of the projections of self-attention: queries, keys, values, output."""
     return 4 * config.width * (config.inner + config.kv_inner)
 
 
@@ -94,7 +94,7 @@ def _block_recurrent(config: ModelConfig, length: int) -> dict[str, float]:
     terms = _sliding(config, length)
     terms["projections"] += 4 * d * inner  # second query, wider output
     terms["cross"] = 4 * inner * states
-    token_keys = 2 * block - block * block / length  # the first block has none before it
+    token_keys = 2 * block - block * block / length  # no block precedes the first
     terms["state"] = states / block * (12 * d * inner + 4 * inner * (states + token_keys))
     return terms
 
@@ -112,8 +112,11 @@ def _mamba2(config: ModelConfig, length: int) -> dict[str, float]:
 
 
 def _selective(channels: int, heads: int, state: int, maps: int, chunk: int) -> float:
-    """Of the scan of a selective SSM: the chunk's matrix and its product with the inputs, into the state, out of it,
-    and the sums of the heads' decays."""
+    """Return the FLOPs of the scan of a selective SSM, per token.
+
+    They are the chunk's matrix and its product with the inputs, products into and out of the state, and the sums of the
+    heads' decays.
+    """
     return 2 * chunk * heads + 2 * maps * chunk * (state + channels) + 2 * channels * state * (1 + maps)
 
 
@@ -121,7 +124,7 @@ def _gated_deltanet(config: ModelConfig, length: int) -> dict[str, float]:
     d, own = config.width, within_block(config.gated_deltanet, config.block)
     keys, values, chunk = config.inner, own.expand * config.inner, own.chunk
     projections = 2 * d * (2 * keys + 2 * values + 2 * config.heads) + 2 * values * d
-    within = 4 * chunk * keys + 2 * chunk * values  # keys and queries with keys, and what was written
+    within = 4 * chunk * keys + 2 * chunk * values  # keys and queries times keys, and the written values
     within += 2 * chunk * config.heads  # the sums of the decays
     return {
         "projections": projections,
@@ -134,7 +137,10 @@ def _pure_ssm(config: ModelConfig, length: int) -> dict[str, float]:
 
 
 def kernel_flops(config: ModelConfig, channels: int, maps: int, length: int) -> dict[str, float]:
-    """Of a kernel's outputs for every token; of a filter, the FFTs of the sequence at 2.5 n log2 n each."""
+    """Return the FLOPs per token of an SSM kernel with outputs for every token.
+
+    For a filter they are the FFTs of the sequence, 2.5 n log2 n each, and the products between them.
+    """
     ssm = within_block(config.ssm, config.block)
     chunk = ssm.chunk
     if ssm.kernel == "ssd":
@@ -153,7 +159,7 @@ def kernel_flops(config: ModelConfig, channels: int, maps: int, length: int) -> 
 
 
 def kernel_ends_flops(config: ModelConfig, channels: int, maps: int, length: int) -> dict[str, float]:
-    """Of a kernel's outputs at block ends only, each map with dynamics of its own."""
+    """Return the FLOPs per token of an SSM kernel with outputs at block ends only; each map has its own dynamics."""
     block = config.block
     ssm = within_block(config.ssm, block)
     if ssm.kernel == "s4d":
@@ -169,18 +175,18 @@ def kernel_ends_flops(config: ModelConfig, channels: int, maps: int, length: int
 
 
 def _dense_scan(state: int, chunks: int) -> int:
-    """Of the scan over a sequence's chunks by doubling, for one channel."""
+    """Return the FLOPs of the scan over a sequence's chunks by doubling, for one channel."""
     steps = (2**k for k in range(chunks.bit_length()))
     return 2 * state**2 * sum(max(0, chunks + 1 - step) for step in steps)
 
 
 def _mean_keys(window: int, length: int) -> float:
-    """Keys scored per query, over the tiles of a sequence: fewer in the first window, which has nothing before it."""
+    """Return the mean number of keys scored per query. The first window has fewer, because nothing precedes it."""
     return _scored(sliding_tiles(length, 0, window)) / length
 
 
 def _scored(tiles: Iterable[Tile]) -> int:
-    """Pairs of a query and a key in all tiles."""
+    """Return the number of query-key pairs in all tiles."""
     return sum((tile.last - tile.first) * (tile.end - tile.begin) for tile in tiles)
 
 
@@ -197,4 +203,4 @@ MIXER_TERMS: dict[str, Callable[[ModelConfig, int], dict[str, float]]] = {
     "gated-deltanet": _gated_deltanet,
     "full": _full,
 }
-"""FLOPs per token of each mixer's forward pass, by term."""
+"""For each mixer, the function that returns its FLOPs per token of a forward pass, by term."""

@@ -1,7 +1,7 @@
-"""How fast a rank's device multiplies matrices: its peak, against which a run is measured, and whether bf16 pays.
+"""Speed of a device in matrix products: the peak used for MFU, and whether bf16 is faster than fp32.
 
-Listed accelerators have their vendor's dense figure (no structured sparsity); other accelerators are measured with one
-large matrix product at start. A CPU has no figure: what it reaches depends on what else runs on its cores.
+Known accelerators have their vendor's dense figure (no structured sparsity). Other accelerators are measured with one
+large matrix product at start. A CPU has no peak, because its speed depends on what else runs on its cores.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch import Tensor
 from bst_dist.plan.accelerators import of_device
 
 SLOW_BF16 = 2.0
-"""Times as long as in fp32 from which on bf16 is called slow."""
+"""bf16 counts as slow if a product takes at least this many times as long as in fp32."""
 
 
 def device_name(device: torch.device) -> str:
-    """What the driver calls it; `cpu` for a CPU."""
+    """Return the driver's name of a CUDA device, else the device type, such as `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Peak FLOP/s of one rank's device in matrix products of `dtype` (bfloat16 or float32); nan on a CPU."""
+    """Return the peak FLOP/s of one rank's device in matrix products of `dtype` (bfloat16 or float32); NaN on a CPU."""
     if device.type == "cpu":
         return float("nan")
     if device.type == "cuda":
@@ -34,7 +34,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, for_s: float = 0.3) -> float:
-    """The best of several products of square matrices, in FLOP/s; takes about `for_s` seconds."""
+    """Return the best FLOP/s of several products of square matrices; takes about `for_s` seconds."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
     _product_s(a, b)  # the first product also sets up the library
     best, end = _product_s(a, b), time.perf_counter() + for_s
@@ -44,11 +44,10 @@ def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, f
 
 
 def bf16_slowdown(size: int = 128, rounds: int = 5) -> float:
-    """How many times as long the CPU takes for a matrix product in bf16 as in fp32; well above 1 on one without
-    instructions for bf16. Takes less than 0.1 s.
+    """Return how many times as long the CPU takes for a matrix product in bf16 as in fp32.
 
-    Timed on one thread, in the time that this thread has computed: other programs on the same cores, and the wait for
-    threads that they hold up, would hide the difference.
+    It is well above 1 on a CPU without bf16 instructions. Takes less than 0.1 s. Measures the CPU time of one thread,
+    because other programs on the same cores would hide the difference in wall-clock time or with several threads.
     """
     single = torch.randn(size, size)
     cases = {torch.float32: single, torch.bfloat16: single.to(torch.bfloat16)}

@@ -1,6 +1,6 @@
-"""How long the host takes to launch a step's kernels: no step is shorter, however small the model.
+"""The time in which the host launches a step's kernels: a lower bound of the step time, however small the model.
 
-Operations are counted in the layers themselves, on fake tensors (`LiveBytes.launched`), so that they follow the code.
+Operations are counted by running the layers on fake tensors (`LiveBytes.launched`), so the counts follow the code.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from bst_dist.plan.memory.activations import Activations
 from bst_dist.plan.memory.peak import Work
 
 LAUNCH_S = 6e-6
-"""Of the host, for one operation: Python, autograd and the driver's launch. Assumed, and measured on no GPU."""
+"""Host time for one operation: Python, autograd and the driver's launch. Assumed, not measured on a GPU."""
 COMPILED_FEWER = 4
-"""Times fewer launches of a compiled layer. Assumed: the small SH layer that docs/gpu.md counts has 85 launches when
-Inductor has compiled it, but nobody has timed them."""
+"""Factor by which a compiled layer has fewer launches. Assumed: the small SH layer of docs/gpu.md has 85 launches when
+compiled by Inductor, but their time was not measured."""
 
 
 def operations(activations: Activations, mixers: Sequence[str], work: Work) -> tuple[int, int]:
-    """Of one micro-batch, forward and backward: in the layers, and in what stands around them."""
+    """Return the operations of one micro-batch, forward and backward: in the layers, and in head and loss."""
     layers = 0
     for mixer, again in zip(mixers, work.rerun(), strict=True):
         checkpointing = work.checkpointing if again else ActivationCheckpointingConfig()
@@ -28,6 +28,6 @@ def operations(activations: Activations, mixers: Sequence[str], work: Work) -> t
 
 
 def host_seconds(activations: Activations, mixers: Sequence[str], work: Work) -> float:
-    """Of one step; the optimizer's few launches are left out."""
+    """Return the launch time of one step in seconds, without the few launches of the optimizer."""
     layers, around = operations(activations, mixers, work)
     return LAUNCH_S * work.accumulation * (layers / (COMPILED_FEWER if work.compiled else 1) + around)

@@ -1,4 +1,4 @@
-"""How far from the model of time a machine is: the steps of a run on it, beside the plan of that run."""
+"""Calibration of the time model: measured step times of a run, compared with the plan of that run."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from bst_dist.report.metrics import FILE, read_lines
 from bst_dist.train.rundir import ENVIRONMENT, read_recipe
 
 FEWEST_STEPS = 10
-"""Steps that say how long a step takes."""
+"""Fewest measured steps that give a reliable step time."""
 WARM_UP_STEPS = 2
-"""Steps of a start that compile, allocate and connect."""
+"""First steps of a start, not counted because they compile, allocate and connect."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Steps of one start of a run."""
+    """Measured step times of one start of a run."""
 
     run: Path
     seconds: tuple[float, float, float]
-    """Of a step: the median, and what a tenth of the steps was faster and slower than."""
+    """Step time: median, 10th and 90th percentile."""
     steps: int
     cluster: Cluster
-    """That they ran on."""
+    """The cluster that they ran on."""
     planned_s: float
-    """Seconds of such a step, by the model of time."""
+    """Step time in seconds by the time model."""
 
     @property
     def slower(self) -> float:
-        """Times as long as planned."""
+        """Measured over planned step time."""
         return self.seconds[0] / self.planned_s
 
     def __str__(self) -> str:
@@ -51,9 +51,9 @@ class Measured:
 
 
 def measure(run: Path, device: Accelerator) -> Measured:
-    """The latest start of a run that took enough steps; `device` is what it ran on.
+    """Return the step times of the latest start of a run that took enough steps; `device` is what it ran on.
 
-    Raises UserError when there is no run, when it ran on another device, or when no start took enough steps.
+    Raise UserError if there is no run, if it ran on another device, or if no start took enough steps.
     """
     recipe = read_recipe(run)
     starts = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))["starts"]
@@ -73,7 +73,7 @@ def measure(run: Path, device: Accelerator) -> Measured:
 
 
 def _times(lines: Sequence[dict], recipe: Recipe, begin: int, end: int | None) -> list[float]:
-    """Seconds of the steps of one start that had the recipe's first batch and length, without those that warm up."""
+    """Return the step times of one start, up to the first change of batch size or length, without warm-up steps."""
     changes = (*recipe.train.sequence_changes, *recipe.train.length_changes)
     ends = [step for step in (end, *(change.step for change in changes)) if step is not None]
     own = [line["step_time_s"] for line in lines if begin < line["step"] <= min(ends, default=line["step"])]
@@ -81,7 +81,7 @@ def _times(lines: Sequence[dict], recipe: Recipe, begin: int, end: int | None) -
 
 
 def _require(run: Path, ran_on: str | None, device: Accelerator) -> None:
-    """Refuse a run on another device, where that is known: its steps would say nothing of this one."""
+    """Raise UserError if the run is known to have run on another device."""
     if ran_on is not None and device.device and device.device not in ran_on:
         raise UserError(
             f"{run} ran on {ran_on}, not on {device.title}: --gpu names what it ran on; devices of your own are added "

@@ -36,26 +36,26 @@ from data_pipeline.serve.loader import open_corpora
 
 SHARED = ("width", "heads", "head_width", "ffn", "activation", "block", "depth", "vocab_size",
           "tied", "attention")  # fmt: skip
-"""Settings that every model of the list takes from the recipe."""
+"""Settings that every listed model takes from the recipe."""
 KINDS = ("embedding", "attention", "ssm", "ffn", "norm")
 SHOWN = ("attention", "ssm")
-"""Kinds with a column; the others are the same in all models."""
+"""Kinds of parameters with a column; the other counts are the same in all models."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One model of the list."""
+    """Counts of one listed model."""
 
     name: str
     parameters: dict[str, int]
-    """By kind; `attention` is all of a mixer but its SSM: projections, biases, scales, a recurrent state; `embedding`
-    has the head as well."""
+    """Number of parameters by kind. `attention` is everything in a mixer except its SSM: projections, biases, scales, a
+    recurrent state. `embedding` includes the head."""
     total_parameters: int
     forward_flops_per_token: dict[str, float]
-    """By term."""
+    """FLOPs by term."""
     total_forward_flops_per_token: float
     state_bytes: int
-    """Carried per sequence."""
+    """Bytes that one sequence carries to the next."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Print the list; returns every count."""
+    """Print the list, and return every count."""
     recipe = load_recipe(args.recipe, args.overrides)
     if recipe.model.vocab_size is None:
         recipe = with_vocabulary(recipe, open_corpora(recipe.data))
@@ -77,13 +77,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def catalogue(config: ModelConfig, length: int) -> dict[str, ModelConfig]:
-    """Every model at the sizes of `config`, by name; filters have `length` taps."""
+    """Return every model at the sizes of `config`, by name; filters have `length` taps."""
     shared = config.model_dump(include=set(SHARED))
     return {name: parse(ModelConfig, {**shared, **rest}, name) for name, rest in _models(config, length)}
 
 
 def _models(config: ModelConfig, length: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and the settings beyond the shared ones."""
+    """Yield the name of each model and its settings beyond the shared ones."""
     s4d = config.ssm.model_dump() if config.ssm.kernel == "s4d" else {"kernel": "s4d"}
     dplr = {"kernel": "s4-dplr"} | {key: s4d[key] for key in ("state", "dt_min", "dt_max", "chunk") if key in s4d}
     filters = [{"kernel": kernel, "length": length} for kernel in ("explicit", "hyena")]
@@ -117,12 +117,12 @@ def _models(config: ModelConfig, length: int) -> Iterator[tuple[str, dict[str, A
 
 
 def entry(name: str, config: ModelConfig, length: int, half: bool = False) -> Entry:
-    """Counts of one model for sequences of `length` tokens; `half` for training in bf16."""
+    """Return the counts of one model for sequences of `length` tokens; `half`: trained in bf16."""
     table = config.width * (config.vocab_size or 0)
     parameters = Counter({"embedding": table if config.tied else 2 * table, "norm": config.width})
     state = 0
     for mixer, layers in Counter(config.mixers()).items():
-        with FakeTensorMode():  # tensors without storage: a layer of any size takes no memory and no arithmetic
+        with FakeTensorMode():  # tensors without storage: a layer of any size takes no memory and computes nothing
             layer = Layer(mixer, config)
             state += layers * carried_bytes(layer, config.width, length, half)
         parameters.update({kind: layers * count for kind, count in parameters_by_kind(layer).items()})
@@ -132,7 +132,7 @@ def entry(name: str, config: ModelConfig, length: int, half: bool = False) -> En
 
 
 def parameters_by_kind(layer: Layer) -> Counter[str]:
-    """Numbers of a layer's parameters."""
+    """Return the number of a layer's parameters by kind."""
     counts: Counter[str] = Counter()
 
     def walk(module: nn.Module, kind: str) -> None:
@@ -146,14 +146,14 @@ def parameters_by_kind(layer: Layer) -> Counter[str]:
 
 
 def _kind(module: nn.Module) -> str | None:
-    """What begins with this module; None: it is part of what it stands in."""
+    """Return the kind of this module's parameters; None: the same kind as its parent."""
     if isinstance(module, tuple(KERNELS.values())):
         return "ssm"
     return {FeedForward: "ffn", nn.RMSNorm: "norm"}.get(type(module))
 
 
 def carried_bytes(layer: Layer, width: int, length: int, half: bool) -> int:
-    """Bytes that one sequence of `length` tokens leaves in a layer for the next one."""
+    """Return the bytes that one sequence of `length` tokens leaves in a layer for the next sequence."""
     past = EarlierCall()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
         layer(torch.zeros(1, length, width), past)

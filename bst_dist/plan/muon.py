@@ -1,8 +1,8 @@
-"""What Muon asks of the rank that has most to do: its share, what it orthogonalises, what it sends.
+"""Muon's cost on the busiest rank: elements updated, FLOPs to orthogonalise, bytes sent, buffers.
 
-Which rank owns a matrix is decided by the training's own rule (`parallel.matrices`), on the layouts that ZeRO
-makes: one flat tensor in equal parts in stages 1 and 2, equal parts of every matrix in stage 3. Without ZeRO every rank
-orthogonalises all of them. Exchanged are numbers in bf16, as on every accelerator.
+The owner of each matrix is chosen by the same rule as in training (`parallel.matrices`), on ZeRO's layouts: one flat
+tensor in equal parts in stages 1 and 2, equal parts of every matrix in stage 3. Without ZeRO every rank orthogonalises
+all matrices. Exchanged numbers are in bf16, as on every accelerator.
 """
 
 from __future__ import annotations
@@ -13,28 +13,34 @@ from functools import lru_cache
 from bst_dist.parallel.matrices.owners import Matrix, owners
 
 EXCHANGED = 2
-"""Bytes of a number that is exchanged, or orthogonalised."""
+"""Bytes per number exchanged or orthogonalised."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """Of several ranks each number is that of the rank where it is largest."""
+    """Muon's cost on one rank. With several ranks, each field is the largest over the ranks."""
 
     updated: int
     """Elements of matrices that a rank updates."""
     flops: float
-    """To orthogonalise the matrices that it owns."""
+    """FLOPs to orthogonalise the matrices that the rank owns."""
     sent: int
-    """Bytes that it sends: runs to their owners, and to others their runs of what it owns."""
+    """Bytes that the rank sends: its runs of other ranks' matrices to their owners, and, of its own matrices, the
+    orthogonalised runs back to the other ranks."""
     buffers: int
-    """Bytes beside momentum and gradients while it works."""
+    """Bytes of buffers during the update, besides momentum and gradients."""
 
 
 @lru_cache(maxsize=256)
 def busiest(elements: tuple[int, ...], work: tuple[float, ...], stage: int, world: int, alignment: int = 1) -> Share:
-    """Of matrices with so many elements each, and FLOPs to orthogonalise them; `alignment`: elements that a rank's part
-    of the flat tensor is a multiple of (stages 1 and 2)."""
-    largest = 4 * EXCHANGED * max(elements)  # a matrix in bf16, what becomes of it, and its products
+    """Return the largest costs over the ranks.
+
+    Args:
+        elements: of each matrix.
+        work: FLOPs to orthogonalise each matrix.
+        alignment: in stages 1 and 2, a rank's part of the flat tensor is a multiple of this many elements.
+    """
+    largest = 4 * EXCHANGED * max(elements)  # a bf16 matrix, its result, two products
     if stage == 0 or world == 1:
         return Share(sum(elements), sum(work), 0, largest)
     flat = -(-sum(elements) // (alignment * world)) * alignment
@@ -49,7 +55,7 @@ def busiest(elements: tuple[int, ...], work: tuple[float, ...], stage: int, worl
         for rank, (_, count) in matrix.runs.items():
             out[rank] += count if rank != owner else 0
     updated = sum(-(-size // world) for size in elements) if stage == 3 else flat
-    # Sent and received one way, whole matrices and what becomes of them, sent and received the other way.
+    # Buffers: runs sent and received before, whole matrices and their results, runs sent and received after.
     held = max(2 * (a + b) + 2 * whole for a, b, whole in zip(out, back, owned, strict=True))
     sent = max(a + b for a, b in zip(out, back, strict=True))
     return Share(updated, max(flops), EXCHANGED * sent, EXCHANGED * held + largest)
@@ -65,7 +71,7 @@ def _in_equal_parts(elements: tuple[int, ...], work: tuple[float, ...], world: i
 
 
 def _flat(elements: tuple[int, ...], work: tuple[float, ...], share: int) -> list[Matrix]:
-    """One matrix after the other; `share`: elements of a rank."""
+    """Return the matrices laid end to end in one flat tensor; `share`: elements per rank."""
     begin, found = 0, []
     for size, cost in zip(elements, work, strict=True):
         runs = {}

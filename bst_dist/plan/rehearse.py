@@ -1,7 +1,6 @@
-"""Sequence parallelism before the launch: what a rank will send, and what cannot be computed with slices.
+"""Dry run of sequence parallelism: the bytes that a rank will send, and errors for layers that cannot be sliced.
 
-The layers themselves run, on fake tensors and with nobody to talk to, so what is told here cannot differ from what
-happens later.
+The real layers run on fake tensors, with a group that only counts messages. So the counts always match the code.
 """
 
 from __future__ import annotations
@@ -19,28 +18,28 @@ from bst_dist.parallel.sequence.past import EarlierCall
 from bst_dist.parallel.sequence.rehearsal import Rehearsal
 
 ONCE = ("documents", "begins")
-"""What is sent once a call for all layers, by whichever asks first: where masked documents begin."""
+"""Kinds of messages sent once per forward call for all layers: where masked documents begin."""
 
 MOST_BLOCKS = 16
-"""Blocks of a slice that are rehearsed at first: what is sent does not depend on the length."""
+"""Longest slice of the dry run, in blocks, tried first: the bytes sent do not depend on the length."""
 
 
 def rehearse(model: ModelConfig, sp: int, rows: int, slice_length: int, bf16: bool = False, documents: str = "joined",
              run_again: bool = False, stream: bool = False) -> dict[str, int]:  # fmt: skip
-    """Bytes by kind that a rank with neighbours on both sides sends for one micro-batch, forward and backward.
+    """Return the bytes, by kind, that a rank with two neighbours sends for one micro-batch, forward and backward.
 
     Args:
         rows: sequences of the micro-batch.
         slice_length: tokens of a slice, l = L / sp.
-        documents: as `data.documents`; those that are isolated or masked give each row transitions of its own.
-        run_again: whether every layer is run again in the backward pass.
-        stream: whether the sequence continues from what came before: in an earlier step, or in an earlier slice.
+        documents: as `data.documents`; with isolated or masked documents, each row has its own transitions.
+        run_again: whether every layer is recomputed in the backward pass.
+        stream: whether the sequence continues an earlier step or slice.
 
     Raises:
         SequenceParallelError: a layer needs more than its left neighbour has, or a state that cannot be passed on.
     """
     _require_segments(model, slice_length, documents)
-    # A filter longer than its slice is computed by all-to-alls, whose bytes do grow with the length.
+    # A filter longer than its slice uses all-to-alls, whose bytes grow with the length; other bytes do not.
     grows = isinstance(model.ssm, FilterConfig)
     short = slice_length if grows else min(slice_length, MOST_BLOCKS * model.block)
     sent: Counter[str] = Counter()
@@ -48,7 +47,7 @@ def rehearse(model: ModelConfig, sp: int, rows: int, slice_length: int, bf16: bo
         one = model.model_copy(update={"depth": 1, "mixer": mixer, "placement": "all", "vocab_size": 1})
         try:
             kinds = _one_layer(one, sp, rows, short, bf16, documents, stream)
-        except SequenceParallelError:  # it may be able to with longer slices
+        except SequenceParallelError:  # it may work with the real, longer slices
             kinds = _one_layer(one, sp, rows, slice_length, bf16, documents, stream)
         for kind, count in kinds.items():
             passes = 2 if run_again and not kind.endswith(" gradient") else 1
@@ -60,7 +59,11 @@ def rehearse(model: ModelConfig, sp: int, rows: int, slice_length: int, bf16: bo
 
 
 def _require_segments(model: ModelConfig, slice_length: int, documents: str) -> None:
-    """Transformer-XL stops gradients between segments and sees several blocks back: slices must not cut either."""
+    """Raise SequenceParallelError if slices do not fit Transformer-XL.
+
+    It stops gradients between segments, so slices must not cut a segment. It also attends several blocks back, so it
+    supports only joined documents.
+    """
     segment = model.transformer_xl.window
     if "transformer-xl" not in model.mixers() or segment == model.block:
         return
@@ -77,7 +80,7 @@ def _require_segments(model: ModelConfig, slice_length: int, documents: str) -> 
 
 
 def no_borders(documents: str, rows: int, length: int, block: int) -> Starts | None:
-    """What a layer is told of where documents begin, for rows in which none does; `documents`: as `data.documents`."""
+    """Return a layer's `starts` argument for rows in which no document begins; `documents`: as `data.documents`."""
     if documents == "masked":
         return Borders.none(rows, length)
     return torch.zeros(rows, length // block, dtype=torch.bool) if documents == "isolated" else None

@@ -1,4 +1,4 @@
-"""A plan for people: the recommendation first, with the command that takes it, then what it rests on."""
+"""Print a plan on the terminal: first the recommendation and its command, then the counts behind it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,11 @@ def show(
     reading: str = "",
     lengths: str = "",
 ) -> None:
-    """One plan, in full; `reading`: what the run reads of its data, `lengths`: of its sequences, if they change."""
+    """Print one plan in full.
+
+    `reading`: text about the passes over the data; `lengths`: text about the sequence lengths, empty if they do not
+    change.
+    """
     console.width = max(console.width, 100)
     cluster, device = planner.cluster, planner.cluster.accelerator
     console.print(f"[bold]{planner.recipe.name}[/] on {_cluster(cluster)}\n", highlight=False)
@@ -65,7 +69,7 @@ def show(
 
 
 def show_table(console: Console, recipe: Recipe, device: Accelerator, rows: list) -> None:
-    """The best plan of each cluster and length, a row each."""
+    """Print a table with the best plan of each cluster and length."""
     tokens = recipe.train.sequences * recipe.train.sequence_length
     console.print(f"[bold]{recipe.name}[/], {tokens:,} tokens per step, on nodes of {device.title}", highlight=False,
                   soft_wrap=True)  # fmt: skip
@@ -79,7 +83,7 @@ def show_table(console: Console, recipe: Recipe, device: Accelerator, rows: list
 
 
 def show_sizes(console: Console, planner: Planner, found: list[Size]) -> None:
-    """Memory and time by the size of a slice, and the best one."""
+    """Print memory and time by slice size, and the best size."""
     length, chosen = planner.recipe.train.sequence_length, best_size(found)
     console.print(
         f"[bold]{planner.recipe.name}[/], sequences of {length:,} tokens in slices, on {_cluster(planner.cluster)}, "
@@ -112,7 +116,7 @@ def _stage(way: Candidate) -> str:
 
 
 def show_longest(console: Console, recipe: Recipe, device: Accelerator, host_gb: float, rows: list[Longest]) -> None:
-    """The longest sequence on each number of devices."""
+    """Print the longest sequence for each number of devices."""
     console.print(
         f"[bold]{recipe.name}[/]: the longest sequence, shared by all GPUs, on {device.title}; ZeRO-3 on several, "
         "every layer recomputed\n", highlight=False, soft_wrap=True,
@@ -131,7 +135,7 @@ def show_longest(console: Console, recipe: Recipe, device: Accelerator, host_gb:
 
 
 def way(best: Candidate, cluster: Cluster) -> str:
-    """The choices in one line."""
+    """Return the plan's choices in one line."""
     work = best.work
     micro_batches = work.accumulation // work.slices
     times = f"{micro_batches} micro-batches" if micro_batches > 1 else "one micro-batch"
@@ -145,7 +149,7 @@ def way(best: Candidate, cluster: Cluster) -> str:
 
 
 def command(args: argparse.Namespace, best: Candidate, cluster: Cluster) -> str:
-    """The command line, to be pasted."""
+    """Return the command line that trains as planned."""
     settings = " ".join([args.recipe, *args.overrides, *overrides(best)])
     if cluster.nodes == 1:
         return f"bst train {settings} --ranks {cluster.world}"
@@ -179,14 +183,14 @@ def _reason(planner: Planner, best: Candidate) -> str:
 
 
 def _everything(planner: Planner, best: Candidate) -> str:
-    """What the policy that keeps all would need."""
+    """Return the memory needed without activation checkpointing, as text."""
     part = best.work.slice
     kept = planner.candidate(best.work.strategy.stage, part.sp, 1, "none")
     return f"{kept.needed / GB:,.0f} of {best.limit / GB:.0f} GB, even one sequence at a time"
 
 
 def _excess(best: Candidate) -> str:
-    """By how much, and what would help."""
+    """Return text that says by how much the plan does not fit, and what would help."""
     memory = best.memory
     excess = f"by {best.excess / GB:,.1f} GB ({best.needed / GB:,.1f} of {best.limit / GB:.0f})"
     states = memory.weights + memory.optimizer + memory.gradients
@@ -208,7 +212,7 @@ def _rate(planner: Planner, best: Candidate) -> str:
 
 
 def _counts(planner: Planner, best: Candidate) -> list[Table]:
-    """What the plan counts, a small table each."""
+    """Return the plan's counts, one small table for each kind."""
     recipe = planner.recipe
     parameters = entry(recipe.name, recipe.model, 2 * recipe.model.block).parameters
     flops = forward_flops(recipe.model, recipe.train.sequence_length)
@@ -230,7 +234,7 @@ def _counts(planner: Planner, best: Candidate) -> list[Table]:
 
 
 def _count(title: str, amounts: Mapping[str, float], unit: float, digits: int) -> Table:
-    """The amounts that show, largest first, and their sum."""
+    """Return a table of the amounts that do not round to zero, largest first, and the sum of all."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
@@ -244,7 +248,7 @@ def _count(title: str, amounts: Mapping[str, float], unit: float, digits: int) -
 
 
 def _alternatives(planner: Planner, best: Candidate) -> Sheet:
-    """Memory of every stage and policy, all else as in the plan."""
+    """Return a table of the memory of every ZeRO stage and checkpointing policy, all else as in the plan."""
     part, rows = best.work.slice, []
     for policy in POLICIES:
         ways = [planner.candidate(stage, part.sp, part.rows, policy) for stage in STAGES]

@@ -1,8 +1,8 @@
-"""The best way to spread a recipe over a cluster: ZeRO stage, sp, micro-batch and activation checkpointing.
+"""Search for the best layout of a recipe on a cluster: ZeRO stage, sp, micro-batch and activation checkpointing.
 
-Best is the shortest step among what fits. Checkpointing policies are tried from the one that computes least again; a
-sequence is spread over more ranks only where fewer do not do, and ZeRO-3 taken only where no lower stage fits: both add
-messages, many of them small, which the model of time takes too lightly.
+The best layout is the one with the shortest step among those that fit. Checkpointing policies are tried in order of
+increasing recomputation. A larger sp is used only if a smaller one does not fit, and ZeRO-3 only if no lower stage
+fits: both add many small messages, whose cost the time model underestimates.
 """
 
 from __future__ import annotations
@@ -32,58 +32,59 @@ from bst_dist.plan.traffic import sequence_traffic, zero_traffic
 from data_pipeline.serve.spread import Spread
 
 RESERVED_BYTES = 3e9
-"""Of a device's memory, for the driver's context, the communication library and the matrix library's workspace."""
+"""Device memory for the driver's context, the communication library and the matrix library's workspace."""
 FRAGMENTATION = 0.08
-"""Of activations and buffers, what the caching allocator loses in holes."""
+"""Share of activations and buffers that the caching allocator loses to fragmentation."""
 HEADROOM = 0.05
-"""Of a device's memory, left free because the plan itself may be off."""
+"""Share of a device's memory left free, because the plan may be inexact."""
 POLICIES = ("none", "selective", "every-kth-layer", "every-layer", "offload")
 MOST_ROWS = 16
-"""Sequences of a micro-batch that are tried at most: beyond, nothing is gained."""
+"""Largest micro-batch that is tried, in sequences: larger ones gain nothing."""
 STAGES = (0, 1, 2, 3)
 GATHERED_ONCE = "zero3_gathered_once"
-"""ZeRO-3 that keeps weights whole from one update to the next: for slices, each of which would gather them again."""
+"""A ZeRO-3 strategy that keeps weights gathered from one update to the next. It helps with slices, because otherwise
+every slice gathers them again."""
 
 
 class PlanError(UserError):
-    """A recipe that cannot be spread over so many ranks in any way."""
+    """The recipe cannot run on this number of ranks, or the options of the command do not fit together."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way, with what it takes."""
+    """One layout, with its memory, traffic and time."""
 
     work: Work
     memory: Memory
     traffic: dict[str, float]
-    """Bytes of gradients and weights that a rank sends in a step, by kind."""
+    """Bytes of gradients and weights that a rank sends per step, by kind."""
     between: dict[str, int]
-    """The same between the ranks of a sequence, by what is sent."""
+    """Bytes that a rank sends per step to the ranks that share its sequence, by kind."""
     speed: Speed
     limit: float
-    """Bytes that a device has."""
+    """Bytes of a device's memory."""
     spread: Spread
     """The sequences of a step over the data-parallel ranks."""
 
     @property
     def needed(self) -> float:
-        """Bytes of a device that it takes, what is lost to the allocator and to libraries included."""
+        """Bytes needed on a device, including fragmentation and libraries."""
         moving = self.memory.activations + self.memory.loss + self.memory.buffers
         return self.memory.total + FRAGMENTATION * moving + RESERVED_BYTES
 
     @property
     def fits(self) -> bool:
-        """Whether a device has as much."""
+        """Whether it fits in a device's memory with HEADROOM to spare."""
         return self.needed <= (1 - HEADROOM) * self.limit
 
     @property
     def excess(self) -> float:
-        """Bytes by which it does not fit."""
+        """Bytes by which it does not fit; negative if it fits."""
         return self.needed - (1 - HEADROOM) * self.limit
 
 
 class Planner:
-    """Ways to spread one recipe over one cluster."""
+    """Evaluates layouts of one recipe on one cluster."""
 
     def __init__(self, recipe: Recipe, cluster: Cluster) -> None:
         self.recipe, self.cluster, self.model = recipe, cluster, recipe.model
@@ -93,20 +94,23 @@ class Planner:
 
     @cached_property
     def flops(self) -> dict[str, float]:
-        """Of a token's forward pass, by term."""
+        """FLOPs of one token's forward pass, by term."""
         return forward_flops(self.model, self.recipe.train.sequence_length)
 
     @cached_property
     def sizes(self) -> Sizes:
-        """Of the model's parameters."""
+        """Sizes of the model's parameters."""
         if self.recipe.optimizer.kind != "muon":
             return self.activations.sizes
         with FakeTensorMode():
             return Sizes.of(LanguageModel(self.model), self.bf16, muon=True)
 
     def degrees(self) -> list[int]:
-        """Every sp that divides the ranks and the sequence and leaves no rank without one; raises PlanError if there is
-        none. Where some leave dp that divides the step's sequences, so that nothing is masked, those alone."""
+        """Return every possible sp: it divides the ranks and a sequence's blocks, and no rank is without a sequence.
+
+        If for some of these dp divides the step's sequences, so that nothing is masked, return only those. Raise
+        PlanError if there is none.
+        """
         train, world, block = self.recipe.train, self.cluster.world, self.model.block
         found = [
             sp for sp in range(1, world + 1)
@@ -129,16 +133,20 @@ class Planner:
         )
 
     def micro_batches(self, sp: int) -> list[int]:
-        """Sequences that a rank may take at once, from many to few."""
+        """Return the possible micro-batch sizes in sequences, largest first."""
         rows = -(-self.recipe.train.sequences * sp // self.cluster.world)
         return [rows_at_once for rows_at_once in range(min(rows, MOST_ROWS), 0, -1) if rows % rows_at_once == 0]
 
     def candidate(self, stage: int | str, sp: int, rows: int, policy: str, slices: int | None = None,
                   edges: str | None = None, every: int | None = None) -> Candidate:  # fmt: skip
-        """One way; raises SequenceParallelError if a layer cannot be spread over sp ranks.
+        """Evaluate one layout. Raise SequenceParallelError if a layer cannot be computed with this sp.
 
-        `stage` of ZeRO, or GATHERED_ONCE. Slices of a sequence, where their edges wait and one in how many does are the
-        recipe's unless they are given.
+        Args:
+            stage: ZeRO stage, or GATHERED_ONCE.
+            rows: sequences per micro-batch.
+            slices: slices per sequence; default: the recipe's.
+            edges: place of the slices' edges, device, host or disk; default: the recipe's.
+            every: one in this many edges is kept; default: the recipe's.
         """
         train, cluster = self.recipe.train, self.cluster
         slices, edges, every = slices or train.slices, edges or train.edges, every or train.edges_every
@@ -165,20 +173,20 @@ class Planner:
         return Candidate(work, needs, traffic, between, seconds, 1e9 * cluster.accelerator.memory_gb, spread)
 
     def _compiles(self, stage: int, checkpointing: ActivationCheckpointingConfig, sp: int, slices: int) -> bool:
-        """Whether the run's layers would be compiled."""
+        """Whether the run would compile its layers."""
         past = self.recipe.train.carry or slices > 1
         gathered = stage == 3 and not checkpointing.names_what_is_kept
         return self.recipe.compile is not False and not hindrance(gathered, sp, past)
 
     def as_written(self) -> Candidate:
-        """The recipe's own way: its ZeRO stage, sp, micro-batch and activation checkpointing."""
+        """Return the recipe's own layout: its ZeRO stage, sp, micro-batch and activation checkpointing."""
         train, sp = self.recipe.train, self.recipe.parallel.sp
         stage = Strategy.read(deepspeed_file(self.recipe), written(self.recipe.deepspeed)).stage
         rows = Spread(train.sequences, self.cluster.world // sp, train.micro_sequences).micro_rows
         return self.candidate(stage, sp, rows, self.recipe.activation_checkpointing.policy)
 
     def best(self) -> Candidate:
-        """The fastest way that fits; if none does, the one that is least too large."""
+        """Return the fastest layout that fits; if none fits, the one that needs least memory."""
         best: Candidate | None = None
         for policy in POLICIES:
             if best is not None and self._settled(best, policy):
@@ -189,7 +197,7 @@ class Planner:
         return best or self.closest()
 
     def closest(self) -> Candidate:
-        """The way that takes least memory."""
+        """Return the layout that needs least memory."""
         sp, stages = self.supported()[-1], STAGES if self.cluster.world > 1 else STAGES[:1]
         return min(
             (self.candidate(stage, sp, 1, policy) for policy in POLICIES for stage in stages),
@@ -197,19 +205,19 @@ class Planner:
         )
 
     def supported(self) -> list[int]:
-        """The degrees that the layers can be spread over; raises SequenceParallelError if there is none."""
+        """Return the values of sp that the layers support. Raise SequenceParallelError if there is none."""
         degrees = self.degrees()
         while True:
             try:
                 self.messages(degrees[-1])
                 return degrees
-            except SequenceParallelError:  # slices become too short for a layer's reach
+            except SequenceParallelError:  # the slices are too short for a layer's reach
                 if len(degrees) == 1:
                     raise
                 degrees = degrees[:-1]
 
     def _fewest(self, policy: str) -> int | None:
-        """The smallest degree with which something fits; memory only falls with the degree."""
+        """Return the smallest sp with a layout that fits, or None. Uses bisection: memory falls as sp grows."""
         degrees = self.degrees()[:1]
         if any(way.fits for way in self._with(degrees[0], policy)):
             return degrees[0]
@@ -218,8 +226,11 @@ class Planner:
         return degrees[at] if at < len(degrees) else None
 
     def _with(self, sp: int, policy: str) -> Iterator[Candidate]:
-        """Every micro-batch and stage; ZeRO-3 only if nothing else fits. Smaller micro-batches than one that fits with
-        every stage are left out: they need no shorter steps, and more messages and launches."""
+        """Yield the layouts of every micro-batch and stage; ZeRO-3 only if nothing else fits.
+
+        Once a micro-batch fits with every stage, smaller ones are left out: their steps are not shorter, and they need
+        more messages and launches.
+        """
         fits = False
         for rows in self.micro_batches(sp):
             ways = [self.candidate(stage, sp, rows, policy) for stage in STAGES[:3]]
@@ -231,27 +242,31 @@ class Planner:
             yield from (self.candidate(3, sp, rows, policy) for rows in self.micro_batches(sp))
 
     def _settled(self, best: Candidate, policy: str) -> bool:
-        """Whether no way under `policy`, or one that runs more again, can be faster."""
+        """Whether no layout with `policy`, or with a policy that recomputes more, can be faster than `best`."""
         if best.work.strategy.stage < 3 and best.work.slice.sp == self.degrees()[0]:
             return True
         checkpointing = best.work.checkpointing.model_copy(update={"policy": policy})
         again = share_rerun(checkpointing, self.model.depth) * best.speed.compute / 3
-        return best.speed.compute + 0.9 * again >= best.speed.total  # a ninth or less of the forward pass is the head
+        return best.speed.compute + 0.9 * again >= best.speed.total  # the head is at most a ninth of the forward pass
 
     def messages(self, sp: int, slices: int | None = None) -> dict[str, dict[str, int]]:
-        """By mixer, what one layer sends to the ranks that share a sequence, for one row; by kind."""
+        """Return, by mixer and kind, the bytes that one layer sends per row to the ranks that share its sequence."""
         slices = slices or self.recipe.train.slices
         share = self.recipe.train.sequence_length // (sp * slices)
         return self.activations.messages(Slice(1, share, sp, stream=slices > 1))
 
 
 def _preference(way: Candidate) -> tuple[float, int, int]:
-    """Time first, to a hundredth; then the larger micro-batch, for the kernels; then the lower stage."""
+    """Sort key: time to two significant digits, then the larger micro-batch (larger kernels), then the lower stage."""
     return (float(f"{way.speed.total:.2g}"), -way.work.slice.rows, way.work.strategy.stage)
 
 
 def _strategies(recipe: Recipe) -> dict[int | str, Strategy]:
-    """One a stage: the recipe's own file for its stage, the shipped ones for the others; and GATHERED_ONCE."""
+    """Return the strategy of each stage, and GATHERED_ONCE.
+
+    The recipe's DeepSpeed file is used for its own stage, the shipped files for the others. Raise PlanError if the
+    recipe's file offloads parameters or the optimizer.
+    """
     found: dict[int | str, Strategy] = {}
     for key, name in {**{stage: f"zero{stage}" for stage in STAGES}, GATHERED_ONCE: GATHERED_ONCE}.items():
         path = deepspeed_file(recipe.model_copy(update={"deepspeed": name}))

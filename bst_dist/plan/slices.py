@@ -1,7 +1,7 @@
-"""Sequences in slices, planned: memory and time by the size of a slice, and the longest sequence that a cluster holds.
+"""Plan training in slices: memory and time by slice size, and the longest sequence that fits on a cluster.
 
-All figures come from the same counts as the plan: one layer of each kind run on tensors without storage, in a slice
-that continues from an edge, and the bytes that it leaves.
+All figures come from the same counts as the plan: one layer of each kind runs on fake tensors, in a slice that
+continues from an edge, and the bytes of the edge that it leaves are counted.
 """
 
 from __future__ import annotations
@@ -17,45 +17,45 @@ from bst_dist.plan.speed import Cluster
 
 PLACES = ("device", "host", "disk")
 FEWEST_BLOCKS = 2
-"""Blocks of a rank's share in the smallest slice that is tried: in less, kernels are too small to be worth it."""
+"""Blocks of the smallest slice that is tried. In smaller slices, kernels are too small to be worth it."""
 SHARE = 4096
-"""Tokens that a device has of the smallest slice in the search for the longest sequence."""
+"""Tokens per device of the smallest slice in the search for the longest sequence."""
 LONGEST = 2**34
-"""Tokens at which that search ends."""
+"""Largest number of tokens in that search."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """One size of slices of the recipe's sequences."""
+    """Plans for one slice size of the recipe's sequences."""
 
     tokens: int
-    """Of a slice; the sequence's when it is not cut."""
+    """Tokens of a slice; of the whole sequence if it is not cut."""
     slices: int
     edges_bytes: int
-    """Of all edges of a micro-batch, on the rank that has them: the first of a sequence."""
+    """Bytes of all edges of a micro-batch, on the rank that holds them (the first rank of a sequence)."""
     by_place: dict[str, Candidate]
-    """The fastest way that fits, else the one that is least too large, with the edges in each place."""
+    """For each place of the edges, the fastest layout that fits, else the one that needs least memory."""
 
 
 @dataclass(frozen=True)
 class Longest:
-    """The longest sequence that a number of devices holds."""
+    """The longest sequences that fit on a number of devices."""
 
     devices: int
     at_once: int
-    """Tokens without slices, a power of two for each device; 0 if not even the shortest fits."""
+    """Tokens without slices, per device a power of two; 0 if not even the shortest fits."""
     in_slices: dict[str, int]
     """Tokens in slices, by the place of the edges; on disk there is no limit."""
     slice_tokens: int
-    """Of the slices of the longest one with edges on the device."""
+    """Slice size of the longest sequence with edges on the device."""
     edge_bytes: int
-    """Of one edge."""
+    """Bytes of one edge."""
     way: Candidate | None
-    """How the longest one with edges on the device is computed."""
+    """Layout of the longest sequence with edges on the device; None if no slice fits."""
 
 
 def sizes(planner: Planner) -> list[Size]:
-    """Every size from the whole sequence down by powers of two, for one sequence a rank at a time."""
+    """Return plans for every slice size, halving from the whole sequence, with micro-batches of one sequence."""
     length, unit, found = planner.recipe.train.sequence_length, planner.model.block, []
     for sp in planner.degrees()[:1]:
         count = 1
@@ -68,7 +68,10 @@ def sizes(planner: Planner) -> list[Size]:
 
 
 def best(found: Sequence[Size]) -> tuple[Size, str] | None:
-    """The fastest size and place that fit; of equal ones (to a hundredth) the larger, with edges the nearest."""
+    """Return the fastest slice size and place of edges that fit, or None.
+
+    If times are equal to two significant digits, prefer larger slices, then the nearer place.
+    """
     fitting = [(size, place) for size in found for place, way in size.by_place.items() if way.fits]
     order = {place: index for index, place in enumerate(PLACES)}
     return min(
@@ -79,7 +82,7 @@ def best(found: Sequence[Size]) -> tuple[Size, str] | None:
 
 
 def where_they_help(planner: Planner, plan: Candidate) -> list[Size]:
-    """All sizes where slices would make a plan fit, or its step shorter; and where it has slices itself. Else none."""
+    """Return all slice sizes if slices make the plan fit or its step shorter, or if it already uses slices; else []."""
     if plan.work.slices == 1 and plan.fits and plan.work.checkpointing.policy == "none":
         return []
     found = sizes(planner)
@@ -91,15 +94,17 @@ def where_they_help(planner: Planner, plan: Candidate) -> list[Size]:
 
 
 def longest(recipe: Recipe, cluster: Cluster, host_bytes: float) -> Longest:
-    """All devices share one sequence, under ZeRO-3 where there are several, with every layer run again.
+    """Find the longest sequence that all devices can share.
+
+    Uses ZeRO-3 if there are several devices, and recomputes every layer.
 
     Args:
-        host_bytes: what a node can hold of edges beside everything else.
+        host_bytes: host memory that may be used for edges.
     """
     record, tokens, way = {"device": 0, "host": 0}, 0, None
     edge = Planner(recipe, cluster).activations.edge(1)
     for slice_tokens in _powers(SHARE * cluster.world, 4):
-        # Two slices: what memory takes beside the edges that wait.
+        # Two slices with edges on disk give the memory needed besides the waiting edges.
         found = _shared(recipe, cluster, 2 * slice_tokens, "every-layer", slices=2, edges="disk")
         if not found.fits:
             break
@@ -112,7 +117,7 @@ def longest(recipe: Recipe, cluster: Cluster, host_bytes: float) -> Longest:
 
 
 def _at_once(recipe: Recipe, cluster: Cluster) -> int:
-    """The longest sequence that fits without slices, also with the layers' inputs in host memory."""
+    """Return the longest sequence that fits without slices, with layers' inputs on the device or in host memory."""
     record = 0
     for tokens in _powers(SHARE * cluster.world, 2):
         ways = (_shared(recipe, cluster, tokens, policy) for policy in ("every-layer", "offload"))
@@ -124,7 +129,7 @@ def _at_once(recipe: Recipe, cluster: Cluster) -> int:
 
 def _shared(recipe: Recipe, cluster: Cluster, length: int, policy: str, slices: int = 1,
             edges: str = "device") -> Candidate:  # fmt: skip
-    """One sequence of that length, shared by all devices."""
+    """Evaluate the layout in which all devices share one sequence of that length."""
     data = recipe.model_dump()
     data["train"] |= {"sequence_length": length, "sequences": 1, "micro_sequences": 1, "slice_tokens": None,
                       "edges": "device", "edges_every": 1}  # fmt: skip
@@ -140,7 +145,7 @@ def _powers(first: int, factor: int) -> Iterator[int]:
 
 
 def describe(found: Size) -> dict[str, Any]:
-    """As plain data, units in the names."""
+    """Return a size as plain data, with units in the names."""
     return {
         "slice_tokens": found.tokens,
         "slices": found.slices,
@@ -158,7 +163,10 @@ def describe(found: Size) -> dict[str, Any]:
 
 
 def _best(planner: Planner, sp: int, slices: int, edges: str) -> Candidate:
-    """The fastest way that fits with so many slices, else the one that is least too large; a row at a time."""
+    """Return the fastest layout that fits with that many slices, else the one that needs least memory.
+
+    Micro-batches have one row. A policy that recomputes is tried only if nothing fits without.
+    """
     stages = (*STAGES, *([GATHERED_ONCE] if slices > 1 else [])) if planner.cluster.world > 1 else STAGES[:1]
     ways = []
     for policy in ("none", "every-layer"):

@@ -1,9 +1,9 @@
-"""How long a step takes: a roofline with stated efficiencies, fitted to one H200 (docs/plan.md says which of them).
+"""Time model of a step: a roofline with stated efficiencies, fitted to one H200 (docs/plan.md says which of them).
 
-Matrix products and attention run at a fraction of the peak, the SSM in single precision at a fraction of its own, all
-that is kept between the passes goes to memory and back a few times, and so does what the head and the loss make. What
-DeepSpeed reduces or gathers while the backward pass runs costs only what outlasts that pass; everything else that is
-sent is waited for.
+Matrix products and attention run at a fraction of the bf16 peak, the SSM at a fraction of the fp32 peak. Activations
+kept for the backward pass, and those of head and loss, are written to and read from memory a few times. Communication
+that DeepSpeed overlaps with the backward pass costs only the time by which it outlasts this pass. All other
+communication adds to the step time.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from bst_dist.plan.memory.peak import Work
 from bst_dist.plan.traffic import GATHER, MOMENTUM
 
 SINGLE_EFFICIENCY = 0.3
-"""Of the single-precision peak, that the SSM's small batched products reach."""
+"""Share of the fp32 peak that the SSM's small batched products reach."""
 MEMORY_EFFICIENCY = 0.8
 LINK_EFFICIENCY = 0.8
-"""Of a link's rate, that large messages reach."""
+"""Share of a link's rate that large messages reach."""
 ACTIVATION_PASSES = 4
-"""Times that a byte made for the backward pass is written or read: made, read once more forward, twice backward."""
+"""Times that a byte kept for the backward pass is written or read: written, read once in forward, twice in backward."""
 UPDATE_BYTES = 44
-"""Of a parameter of a rank's share in the update: gradient, moments, copy and weight, read and written."""
+"""Bytes read and written per parameter of a rank's share in the update: gradient, moments, copy and weight."""
 HOST_GBS = 25.0
-"""To the host's memory and back, 10^9 bytes per second: PCIe 4 x16 or better."""
+"""Bandwidth between device and host memory, 10^9 bytes per second: PCIe 4 x16 or better."""
 SELECTIVE_RERUN = 0.5
-"""Of a layer's forward pass, what the selective policy computes again: the wide products of its feed-forward network
-and what is not a product."""
+"""Share of a layer's forward pass that the selective policy recomputes: the wide products of its feed-forward network,
+and everything that is not a product."""
 LATENCY_S = 20e-6
-"""Of one message between ranks of a sequence."""
+"""Latency of one message between the ranks that share a sequence."""
 ATTENTION = ("attention", "cross")
-"""Terms that attention's kernels compute."""
+"""Terms of the FLOP counts that attention kernels compute."""
 SINGLE_PRECISION = ("ssm", "fft")
-"""Terms that are not computed in bfloat16."""
+"""Terms that are computed in fp32."""
 
 
 @dataclass(frozen=True)
@@ -45,88 +45,91 @@ class Cluster:
     per_node: int
     accelerator: Accelerator
     slower: float = 1.0
-    """Times as long as the model of time says, that a step takes here; a run has measured it (`plan/measured.py`)."""
+    """Measured over modelled step time, by which all times are multiplied (`plan/measured.py`)."""
 
     @property
     def world(self) -> int:
-        """Ranks."""
+        """Number of ranks."""
         return self.nodes * self.per_node
 
     def split(self, sent: float) -> tuple[float, float]:
-        """What a rank sends in collectives of all ranks: inside its node, and to another one. Rings go through every
-        device of a node before they leave it, each by another device's network port."""
+        """Split the bytes that a rank sends in collectives of all ranks into those inside its node and to another node.
+
+        Rings go through every device of a node before they leave it, and each ring leaves by another device's network
+        port.
+        """
         if self.nodes == 1:
             return sent, 0.0
         return sent * (self.per_node - 1) / self.per_node, sent / self.per_node
 
     def seconds(self, inside: float, between: float) -> float:
-        """For bytes that go over both kinds of link at once."""
+        """Return the seconds to send these bytes over both kinds of link at the same time."""
         rates = (self.accelerator.in_node_gbs, self.accelerator.between_nodes_gbs)
         return max(sent / (rate * 1e9 * LINK_EFFICIENCY) for sent, rate in zip((inside, between), rates, strict=True))
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of one step, by what they go to."""
+    """Seconds of one step, by cause."""
 
     compute: float
     rerun: float
-    """Running layers again, under activation checkpointing and for the edges of slices."""
+    """Recomputing layers, under activation checkpointing and for the edges of slices."""
     memory: float
-    """Beyond the arithmetic: activations to memory and back, and the update."""
+    """Memory traffic besides the arithmetic: activations, and the update."""
     exposed: float
-    """Waiting for gradients and weights that did not hide behind the backward pass."""
+    """Communication of gradients and weights that does not overlap with the backward pass."""
     sequence: float
-    """Waiting for messages between the ranks of a sequence."""
+    """Waiting for messages between the ranks that share a sequence."""
     offload: float
-    """Waiting for activations from the host's memory."""
+    """Waiting for activations from host memory."""
     launches: float
-    """Waiting for the host, which launches kernels more slowly than small layers compute."""
+    """Waiting for the host, if it launches kernels more slowly than the device computes them."""
     muon: float
-    """Orthogonalising Muon's momentum, on the rank that has most of it."""
+    """Orthogonalising Muon's momentum, on the rank with the most work."""
     flops: float
-    """Of the model, of all ranks in a step: forward and backward, without rerunning."""
+    """Model FLOPs of all ranks per step: forward and backward, without recomputation. Not seconds."""
 
     @property
     def total(self) -> float:
-        """Of the step."""
+        """Seconds of the whole step."""
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, float]:
-        """Seconds by name."""
+        """Return the seconds by name."""
         return {name: value for name, value in vars(self).items() if name != "flops"}
 
     def times(self, factor: float) -> Speed:
-        """All seconds times a factor."""
+        """Return a copy with all seconds multiplied by a factor."""
         return replace(self, **{name: factor * value for name, value in self.parts().items()})
 
 
 @dataclass(frozen=True)
 class Moved:
-    """What a rank moves to and from memory, and launches."""
+    """Memory traffic, launches and Muon's work of one rank."""
 
     activations: int
-    """Bytes that one micro-batch makes for its backward pass, were nothing run again."""
+    """Bytes that one micro-batch keeps for its backward pass without recomputation."""
     around: int
-    """Bytes that one micro-batch reads and writes around its layers, in the head and the loss."""
+    """Bytes that one micro-batch reads and writes in the head and the loss."""
     host: int
-    """Bytes of one micro-batch that go to the host's memory and back."""
+    """Bytes of one micro-batch that go to host memory and back."""
     updated: float
     """Parameters that the rank updates."""
     host_s: float = 0.0
-    """Seconds in which the host launches a step's kernels."""
+    """Seconds that the host takes to launch a step's kernels."""
     orthogonalising: float = 0.0
-    """FLOPs of the rank that orthogonalises most."""
+    """FLOPs to orthogonalise momentum, of the rank with most."""
 
 
 def speed(flops: dict[str, float], work: Work, moved: Moved, traffic: dict[str, float], between: dict[str, int],
           cluster: Cluster, bf16: bool) -> Speed:  # fmt: skip
-    """Of one step.
+    """Return the modelled seconds of one step.
 
     Args:
-        flops: of a token's forward pass, by term.
-        traffic: bytes of gradients and weights that a rank sends in a step.
-        between: the same for messages between the ranks of a sequence.
+        flops: FLOPs of one token's forward pass, by term.
+        traffic: bytes of gradients and weights that a rank sends per step.
+        between: the same for messages between the ranks that share a sequence.
     """
     device, part = cluster.accelerator, work.slice
     tokens = part.rows * part.length * work.accumulation
@@ -139,7 +142,7 @@ def speed(flops: dict[str, float], work: Work, moved: Moved, traffic: dict[str, 
     waits = {kind: cluster.seconds(*cluster.split(sent)) for kind, sent in traffic.items()}
     late = sum(waits.values())
     if work.strategy.overlap_comm:
-        after = (MOMENTUM,) if work.strategy.stage == 3 else (MOMENTUM, GATHER)  # in the update, behind nothing
+        after = (MOMENTUM,) if work.strategy.stage == 3 else (MOMENTUM, GATHER)  # in the update: no overlap
         hideable = late - sum(waits.get(kind, 0.0) for kind in after)
         late = max(hideable - hidden, 0.0) + late - hideable
     memory = to_memory / (device.memory_gbs * 1e9 * MEMORY_EFFICIENCY)
@@ -157,13 +160,13 @@ def speed(flops: dict[str, float], work: Work, moved: Moved, traffic: dict[str, 
 
 
 def share_rerun(checkpointing: ActivationCheckpointingConfig, depth: int) -> float:
-    """Of the layers' forward pass, what is computed again in the backward pass."""
+    """Return the share of the layers' forward pass that is recomputed in the backward pass."""
     again = sum(checkpointing.runs_again(index) for index in range(depth)) / depth
     return again * (SELECTIVE_RERUN if checkpointing.policy == "selective" else 1.0)
 
 
 def _forward_seconds(flops: dict[str, float], tokens: int, device: Accelerator, bf16: bool) -> tuple[float, float]:
-    """Of one rank's forward passes in a step; and of the layers alone."""
+    """Return the seconds of one rank's forward passes per step, of the whole model and of the layers alone."""
     peak = 1e12 * (device.bf16_tflops if bf16 else device.fp32_tflops)
     rates = dict.fromkeys(ATTENTION, peak * device.attention)
     rates |= dict.fromkeys(SINGLE_PRECISION, 1e12 * device.fp32_tflops * SINGLE_EFFICIENCY)
@@ -172,7 +175,10 @@ def _forward_seconds(flops: dict[str, float], tokens: int, device: Accelerator, 
 
 
 def _sequence_seconds(between: dict[str, int], work: Work, cluster: Cluster) -> float:
-    """The rank that waits longest has its neighbour on another node, when a sequence lies on several."""
+    """Return the seconds per step that a rank waits for messages between the ranks that share a sequence.
+
+    If a sequence spans several nodes, the slowest rank has its neighbour on another node.
+    """
     if not between:
         return 0.0
     spans = work.slice.sp > cluster.per_node

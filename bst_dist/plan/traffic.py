@@ -1,8 +1,7 @@
-"""What one rank sends in a step, by kind.
+"""Bytes that one rank sends per step, by kind.
 
-A ring is assumed for the collectives of all ranks, as backends do it for large messages: an all-reduce passes every
-byte on twice, a gather and a reduce-scatter once. `sent` says so for a call, planned or observed, so both are counted
-alike.
+Collectives of all ranks are assumed to be rings, as in backends for large messages: an all-reduce sends every byte
+twice, an all-gather and a reduce-scatter once. Planned and measured collectives are both counted with `sent`.
 """
 
 from __future__ import annotations
@@ -19,13 +18,16 @@ MOMENTUM = "momentum: all-to-all"
 
 
 def sent(kind: str, whole: float, ranks: int) -> float:
-    """Bytes that one of `ranks` sends in a collective over `whole` bytes: all that is reduced, or gathered."""
+    """Return the bytes that one of `ranks` sends in a collective; `whole`: bytes of the reduced or gathered tensor."""
     rounds = {REDUCE: 2, GATHER: 1, SCATTER: 1}[kind]
     return rounds * whole * (ranks - 1) / ranks
 
 
 def zero_traffic(sizes: Sizes, work: Work) -> dict[str, float]:
-    """Of one step, for gradients, weights and Muon's momentum; norms and flags, a few bytes per step, are left out."""
+    """Return the bytes sent per step for gradients, weights and Muon's momentum.
+
+    Norms and flags, a few bytes per step, are left out.
+    """
     if work.world == 1:
         return {}
     found = _gradients_and_weights(sizes, work)
@@ -54,9 +56,12 @@ def _gradients_and_weights(sizes: Sizes, work: Work) -> dict[str, float]:
 
 
 def _gathered_in_slices(sizes: Sizes, work: Work) -> int:
-    """Bytes gathered in a step, but for what stays whole. Passes without gradients between the others keep DeepSpeed
-    from learning the order of modules, so it gives up every weight after each use: forward, backward, where a layer is
-    run again and, if it is the head as well, the embedding once more."""
+    """Return the bytes gathered per step when training in slices, without parameters that stay gathered.
+
+    The passes without gradients prevent DeepSpeed from recording the order of modules, so it releases every weight
+    after each use: in forward, in backward, when a layer is recomputed and, for an embedding that is also the head,
+    once more.
+    """
     threshold = work.strategy.param_persistence_threshold
     layers = [
         sum(
@@ -77,9 +82,10 @@ def _gathered_in_slices(sizes: Sizes, work: Work) -> int:
 
 
 def sequence_traffic(model: ModelConfig, work: Work, messages: dict[str, dict[str, int]]) -> dict[str, int]:
-    """Of one step, between the ranks of a sequence, for a rank with neighbours on both sides, by what is sent.
+    """Return the bytes that a rank with two neighbours sends per step to the ranks that share its sequence, by kind.
 
-    `messages` has, by mixer, what a layer sends for one row; a layer that is run again sends all but gradients twice.
+    `messages`: by mixer, the bytes that a layer sends for one row. A recomputed layer sends everything but gradients
+    twice.
     """
     total: Counter[str] = Counter()
     for mixer, again in zip(model.mixers(), work.rerun(), strict=True):

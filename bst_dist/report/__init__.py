@@ -1,1 +1,1 @@
-"""What a run reports: metrics, performance, TensorBoard, profiles, looks into the model."""
+"""Reports of a run: metrics, performance, TensorBoard and other writers, profiles, probes of the model."""

@@ -1,4 +1,4 @@
-"""What a run reports: lines on the console and in `metrics.jsonl`; for TensorBoard see `tensorboard.py`."""
+"""Reports of a run, and two of their writers: the console and `metrics.jsonl`. For TensorBoard see `tensorboard.py`."""
 
 from __future__ import annotations
 
@@ -36,38 +36,38 @@ class StepReport:
     loss_nats: float
     """Mean negative log-likelihood of the step's valid tokens."""
     bits_per_byte: float
-    """The same loss by the bytes of text that the labels stand for."""
+    """The same loss per byte of the text that the labels encode, in bits; NaN if labels are no text."""
     gradient_norm: float
     """Global norm before clipping."""
     learning_rate: float
-    """Rate of the matrices and vectors in this step."""
+    """Learning rate of the matrices and vectors in this step."""
     ssm_learning_rate: float
-    """Rate of the SSM dynamics in this step."""
+    """Learning rate of the SSM dynamics in this step."""
     step_time_s: float
     tokens_per_s: float
     mfu: float
-    """Model FLOPs utilisation: the model's own arithmetic as a share of the ranks' peak; nan where none is known."""
+    """Model FLOPs utilisation: the model's FLOP/s divided by the ranks' peak; NaN if no peak is known."""
     hfu: float = 0.0
-    """Hardware FLOPs utilisation: recomputation in the backward pass included."""
+    """Hardware FLOPs utilisation: like MFU, with recomputation in the backward pass."""
     data_wait_s: float = 0.0
-    """What the first rank waited for its batches, as a part of the step's time."""
+    """Seconds of the step that the first rank waited for its batches."""
     z_loss: float = 0.0
-    """What was minimised beside the loss: train.z_loss times the mean of log^2 Z; 0 without."""
+    """Auxiliary loss, minimised in addition: train.z_loss times the mean of log^2 Z; 0 if not used."""
 
 
 @dataclass(frozen=True)
 class MixedReport(StepReport):
-    """The same of a step on several corpora, by their names."""
+    """A training step on several corpora, with figures by their names."""
 
     tokens_by_corpus: dict[str, int] = field(default_factory=dict)
-    """Valid tokens of the step."""
+    """Valid tokens of the step, by corpus."""
     loss_by_corpus: dict[str, float] = field(default_factory=dict)
-    """Their mean negative log-likelihood, of the corpora that have any in the step."""
+    """Mean negative log-likelihood of these tokens, of each corpus with tokens in the step."""
 
 
 @dataclass(frozen=True)
 class SkippedReport(StepReport):
-    """A step that the guard held back: no weight has changed, and nothing was trained on."""
+    """A step that the guard refused: no weight has changed, and its tokens do not count as trained on."""
 
     kind: ClassVar[str] = "skipped"
 
@@ -88,18 +88,18 @@ class EvalReport:
     time_s: float
 
     def about(self) -> str:
-        """What was evaluated, for people."""
+        """Return text that says what was evaluated."""
         return f"{self.split}, {self.tokens:,} tokens"
 
 
 @dataclass(frozen=True)
 class CorpusReport(EvalReport):
-    """The same on one of the further corpora (evaluation.corpora), whose name is the split's."""
+    """The same on one of the additional corpora (evaluation.corpora); `split` is the corpus's name."""
 
     kind: ClassVar[str] = "corpus"
 
     loss_nats_standard_error: float
-    """Over sequences; nan for fewer than two."""
+    """Standard error over sequences; NaN for fewer than two."""
 
     def about(self) -> str:
         return f"{self.split} (± {self.loss_nats_standard_error:.4f}), {self.tokens:,} tokens"
@@ -117,13 +117,15 @@ def _averaged(of: type[EvalReport]) -> type[EvalReport]:
 
 
 def of_average(report: EvalReport) -> EvalReport:
-    """The same report, of whatever kind of evaluation, about the averaged weights (train.average): other readers of
-    metrics.jsonl do not take it for one about the weights."""
+    """Return the same evaluation report with kind "averaged", for the averaged weights (train.average).
+
+    With another kind, readers of metrics.jsonl do not mistake it for a report of the weights.
+    """
     return _averaged(type(report))(**vars(report))
 
 
 def curve_group(line: dict[str, Any]) -> str:
-    """What the names of a report's curves begin with, in TensorBoard and other writers; `line` is that of FILE."""
+    """Return the prefix of the names of a report's curves, in TensorBoard and other writers; `line`: a line of FILE."""
     if "split" not in line:
         return line["kind"]
     further = "loss_nats_standard_error" in line  # a CorpusReport, or one of averaged weights
@@ -133,72 +135,72 @@ def curve_group(line: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class PerformanceReport:
-    """Where the time of a step goes, over all ranks, since the report before."""
+    """Time, communication and memory of a step, over all ranks, since the previous report."""
 
     kind: ClassVar[str] = "performance"
 
     step: int
     seconds: dict[str, float]
-    """Of a step by phase, the mean over the ranks; evaluations and checkpoints spread over the steps between."""
+    """Seconds per step by phase, mean over the ranks; evaluations and checkpoints are divided among the steps."""
     sent_bytes: dict[str, float]
-    """In a step by kind of exchange, by the rank that sends most of it; evaluations are spread over the steps."""
+    """Bytes per step by kind of exchange, of the rank that sends most; evaluations are divided among the steps."""
     memory_bytes: int
-    """The most that any rank has held so far: on its accelerator, or in all where there is none."""
+    """Peak memory so far, of the rank that has most: of its accelerator, or of the process if it has none."""
     memory_rank: int
     work_s: float
-    """The median rank's own work in a step, without waiting for others."""
+    """Seconds of own work per step, without waiting for other ranks; median over the ranks."""
     slowest_rank: int
     slowest_host: str
     slowest_ratio: float
-    """The slowest rank's own work by the median rank's."""
+    """Own work of the slowest rank divided by that of the median rank."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the probes saw after a step."""
+    """Results of the probes after a step."""
 
     step: int
     scalars: dict[str, float]
     powers_of_ten: dict[str, Tensor]
-    """Many values each, as their decimal logarithms."""
+    """For histograms: many values each, as decimal logarithms."""
     sample: str | None
-    """Markdown."""
+    """Generated text, as Markdown."""
 
 
 Report = StepReport | EvalReport | PerformanceReport
 
 
 class Callback:
-    """A concern beside the training itself, on every rank."""
+    """Base class for code that runs on every rank after each step."""
 
     phase: ClassVar[str] = "report"
-    """What its time goes down as."""
+    """Phase that its time is reported under."""
 
     def after_step(self, report: StepReport, last: bool) -> None:
-        """Called after each step; `last` when none follows in this start."""
+        """Called after each step; `last`: no step follows in this start."""
 
     def ended(self) -> None:
-        """Called when no step follows although the one before was not the `last`: there was no data for it."""
+        """Called when training ends without a `last` step because there was no more data."""
 
 
 class Writer:
-    """Somewhere that reports go to; rank 0 has several, the others none."""
+    """Base class for a destination of reports. Only rank 0 has writers."""
 
     path = Path("standard output")
-    """Where that is."""
+    """Destination, for error messages."""
 
     def write(self, report: Report) -> None:
-        """Take in one report."""
+        """Write one report."""
 
     def see(self, seen: Seen) -> None:
-        """Take in what probes saw; most have no place for it."""
+        """Write the results of probes; by default nothing."""
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Close the writer: no report follows."""
 
 
 class Log(Callback):
-    """Hands each step's report to the writers; raises StorageError when one cannot write."""
+    """Passes each step's report to the writers. Raises StorageError if one cannot write."""
 
     def __init__(self, writers: Sequence[Writer]):
         self.writers = writers
@@ -212,10 +214,10 @@ class Log(Callback):
 
 
 class MetricsFile(Writer):
-    """`metrics.jsonl`: one JSON object a line, each naming its kind; always the lines of one run."""
+    """Writer of `metrics.jsonl`: one JSON object per line with its kind, each step once."""
 
     def __init__(self, run_dir: Path, start_step: int):
-        """Go on after `start_step`: lines of later steps, from before a resume, go to metrics.dropped.jsonl."""
+        """Continue after `start_step`. Lines of later steps, written before a resume, move to metrics.dropped.jsonl."""
         self.path = path = run_dir / FILE
         lines = read_lines(path)
         kept = [line for line in lines if line["step"] <= start_step]
@@ -232,7 +234,7 @@ class MetricsFile(Writer):
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics file; the last may have been cut by a kill, and is then left out."""
+    """Return the complete lines of a JSON Lines file. An incomplete last line, after a kill, is left out."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -240,12 +242,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def dropped(path: Path) -> Path:
-    """Where lines go that leave `path`, a file of JSON Lines."""
+    """Return the file that receives lines dropped from `path`, a JSON Lines file."""
     return path.with_suffix(f".dropped{path.suffix}")
 
 
 def keep_dropped(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Append lines that are about to leave `path`, a file of JSON Lines, to its neighbour for such lines."""
+    """Append `lines`, which are about to be removed from the JSON Lines file `path`, to its file of dropped lines."""
     if not lines:
         return
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -256,18 +258,18 @@ def keep_dropped(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 
 class Console(Writer):
-    """A line every `every` steps, with the time left; a separate line for each evaluation."""
+    """Writer that prints a line every `every` steps, with the time left, and a line for each evaluation."""
 
     def __init__(self, every: int, steps: int, straggler: float = math.inf, utilisation: bool = True):
-        """`utilisation`: show MFU; a CPU has no known peak."""
+        """`straggler`: as `log.straggler`. `utilisation`: show MFU; False on a CPU, which has no known peak."""
         self.every, self.steps, self.straggler, self.utilisation = every, steps, straggler, utilisation
         self._since: list[StepReport] = []
         self._slow: int | None = None
-        self._started = True  # the first step has a line of its own: it is slower, and shows that the run moves
+        self._started = True  # print the first step alone: it is slower, and it shows that training has begun
 
     @staticmethod
     def header(labels: str = "tokens", utilisation: bool = True) -> str:
-        """The heads of the columns; `labels`: what is counted."""
+        """Return the column headers; `labels`: name of what is counted, such as tokens."""
         mfu = f" {'MFU':>6}" if utilisation else ""
         return f"{'step':>12} {'loss':>8} {'bits/byte':>9} {'norm':>8} {'rate':>9} {labels + '/s':>9}{mfu} {'left':>8}"
 
@@ -290,7 +292,8 @@ class Console(Writer):
             self._started = False
 
     def _performance(self, report: PerformanceReport) -> None:
-        """Where the time goes, once it has settled and at the end; a rank that is slow in two reports running."""
+        """Print where the time goes, once early in the run and at the end; and a rank that is slow in two reports in a
+        row."""
         if report.step in (2 * self.every, self.steps):
             print(f"{'':>12} {_performance(report)}", flush=True)
         slow = report.slowest_rank if report.slowest_ratio > self.straggler else None
@@ -301,7 +304,7 @@ class Console(Writer):
         self._slow = slow
 
     def _line(self, last: StepReport) -> str:
-        """The mean of the speeds since the last line; the loss, norm and rate of the last step."""
+        """Return the line of a step: loss, norm and rate of this step, mean speed since the previous line."""
         left = (self.steps - last.step) * median(report.step_time_s for report in self._since)
         speed = _harmonic([report.tokens_per_s for report in self._since])
         return (
@@ -317,12 +320,12 @@ class Console(Writer):
 
 
 def _bits(report: StepReport | EvalReport) -> str:
-    """Bits per byte for people, blank where labels are no text."""
+    """Format bits per byte; blank if labels are no text."""
     return " " * 9 if math.isnan(report.bits_per_byte) else f"{report.bits_per_byte:>9.4f}"
 
 
 def _performance(report: PerformanceReport) -> str:
-    """Shares of the time, bytes and memory, in a line for people."""
+    """Format a performance report as one line: shares of the time, bytes sent, memory."""
     total = sum(report.seconds.values()) or 1.0
     spent = sorted(report.seconds.items(), key=lambda item: -item[1])
     shares = ", ".join(f"{phase} {seconds / total:.0%}" for phase, seconds in spent if seconds / total >= 0.005)
@@ -331,7 +334,7 @@ def _performance(report: PerformanceReport) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them: 42s, 3m 05s, 2h 07m, 3d 04h."""
+    """Format seconds as 42s, 3m 05s, 2h 07m or 3d 04h."""
     seconds = round(seconds)
     for unit, below, size, part in (("d", "h", 86400, 3600), ("h", "m", 3600, 60), ("m", "s", 60, 1)):
         if seconds >= size:
@@ -340,10 +343,10 @@ def duration(seconds: float) -> str:
 
 
 def _harmonic(speeds: Sequence[float]) -> float:
-    """The mean of speeds over equal amounts of work."""
+    """Return the harmonic mean: the mean speed over equal amounts of work; 0 if any speed is 0."""
     return len(speeds) / sum(1 / speed for speed in speeds) if all(speeds) else 0.0
 
 
 def bits_per_byte(nats: float, text_bytes: float) -> float:
-    """A sum of negative log-likelihoods by the bytes of text it is about; nan when there are none."""
+    """Return a sum of negative log-likelihoods in nats as bits per byte of text; NaN if there are no bytes."""
     return nats / log(2) / text_bytes if text_bytes else nan

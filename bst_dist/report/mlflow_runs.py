@@ -1,8 +1,9 @@
-"""MLflow: the same curves as TensorBoard's. https://mlflow.org/docs/latest/api_reference/python_api/mlflow.client.html
+"""Writer to MLflow: the same curves as in TensorBoard.
 
-MLflow's own variables say where they go: MLFLOW_TRACKING_URI (mlflow.db in the working directory, where it is not set),
-MLFLOW_EXPERIMENT_NAME (bst). A resumed run continues the same MLflow run. MLflow takes a metric's step twice, and can
-replace neither value.
+API: https://mlflow.org/docs/latest/api_reference/python_api/mlflow.client.html. The destination comes from MLflow's
+environment variables: MLFLOW_TRACKING_URI (default: mlflow.db in the working directory) and MLFLOW_EXPERIMENT_NAME
+(default: bst). A resumed run continues the same MLflow run. If the same step of a metric is sent twice, MLflow keeps
+both values and cannot replace them.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from bst_dist.report.services import Service, keep_name, kept_name
 
 NAME, EXPERIMENT = "mlflow", "bst"
 PARAMETERS_AT_ONCE = 100
-"""That one request takes, by MLflow's REST API."""
+"""Most parameters that one request of MLflow's REST API accepts."""
 
 
 class MLflow(Service):
-    """A run at an MLflow server, or in its local store."""
+    """Writer to a run at an MLflow server, or in MLflow's local store."""
 
     def __init__(self, run_dir: Path, recipe: Recipe, about: dict[str, Any]) -> None:
         super().__init__(run_dir, NAME)
@@ -46,7 +47,7 @@ class MLflow(Service):
         super().close()
 
     def _create(self, name: str, parameters: dict[str, Any]) -> str:
-        """A new run's id."""
+        """Create a run with these parameters; return its id."""
         wanted = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
         experiment = self._client.get_experiment_by_name(wanted)
         number = experiment.experiment_id if experiment else self._client.create_experiment(wanted)

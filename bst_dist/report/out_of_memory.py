@@ -1,4 +1,4 @@
-"""What CUDA's allocator held when memory ran out, written where the run is, to be looked at afterwards."""
+"""Snapshot of CUDA's allocator when memory runs out, written to the run directory for later inspection."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 
 VIEWER = "https://pytorch.org/memory_viz"
 ENTRIES = 100_000
-"""Allocations that are remembered with where they were made."""
+"""Number of allocations recorded with their stack traces."""
 
 
 def record_history() -> None:
-    """From now on remember who allocates what, on CUDA; elsewhere nothing."""
+    """Start to record which code allocates what. Only on CUDA; elsewhere nothing happens."""
     if torch.cuda.is_available():
         torch.cuda.memory._record_memory_history(max_entries=ENTRIES)
 
 
 @contextmanager
 def snapshot_when_out_of_memory(run_dir: Path, rank: int) -> Iterator[None]:
-    """When memory runs out in the block, write a snapshot into the run directory and name it in the error.
+    """If memory runs out in the block, write a snapshot to the run directory and name the file in the error.
 
-    It is written while the error is being handled, so what the failed pass had allocated is still there.
+    It is written while the error is handled, so the allocations of the failed pass still exist.
     """
     try:
         yield
@@ -34,11 +34,11 @@ def snapshot_when_out_of_memory(run_dir: Path, rank: int) -> Iterator[None]:
 
 
 def _snapshot(path: Path) -> str:
-    """What was written, or why nothing was."""
+    """Write the snapshot; return a message with its path, or with the reason why it could not be written."""
     try:
         with path.open("wb") as file:
             pickle.dump(torch.cuda.memory._snapshot(), file)
-    except Exception as error:  # the run has failed already: this must not hide why
+    except Exception as error:  # must not hide the out-of-memory error
         return f"no snapshot of the memory was written: {error}"
     return (
         f"memory snapshot: {path} (open it at {VIEWER}; with log.memory_history=true it shows which line allocated "

@@ -1,8 +1,8 @@
-"""Where the time goes, what is sent, how much memory it takes, and which rank the others wait for.
+"""Performance reports: time by phase, bytes sent, memory, and the slowest rank.
 
-Every `log.every` steps the ranks tell each other what each has measured of itself, as one row of numbers per rank. On
-accelerators that is the last step before alone: in it each phase and each exchange is waited for, and the others run as
-fast as they can. Such a step is a good deal longer, so after the first two reports no more than one step in RARELY is.
+Every `log.every` steps the ranks exchange their own measurements, one row of numbers per rank. On accelerators only the
+last step before a report is measured: in it the device is synchronised after each phase and each exchange. Such a step
+is much slower, so after the first two reports at most one step in RARELY is measured.
 """
 
 from __future__ import annotations
@@ -22,32 +22,34 @@ if TYPE_CHECKING:
     from bst_dist.parallel.sequence.group import SequenceGroup
 
 OWN_WORK = ("data", "forward", "backward", "optimizer")
-"""Phases in which a rank works by itself; what it waits for the others in them goes down as communication."""
+"""Phases of a rank's own work. Time that it waits for other ranks in them counts as communication."""
 
 
 RARELY = 100
-"""Steps from one report to the next, at least, where measuring makes a step longer."""
+"""Fewest steps between two reports, if measuring makes a step slower."""
 ROOM = 48
-"""Numbers that a row has room for, beside what is always in it."""
+"""Smallest number of values in a row, without the digest; unused ones are 0."""
 
 
 class Performance(Callback):
-    """Reports the ranks' performance at intervals."""
+    """Callback that reports the performance of all ranks at intervals."""
 
     def __init__(self, every: int, ranks: Ranks, writers: Sequence[Writer], sharing: SequenceGroup | None) -> None:
-        """`sharing`: the ranks that hold the other slices of this rank's sequences, None when it holds whole ones. All
-        ranks call it."""
+        """`sharing`: the group of ranks that share this rank's sequences; None if it holds whole sequences.
+
+        All ranks must call it.
+        """
         self.every, self.ranks, self.writers, self.sharing = every, ranks, writers, sharing
         self._rows = Rows(ranks)
         self._measured = self._since = 0
-        """Steps measured, and steps taken, since the last report."""
+        """Number of steps measured, and of steps taken, since the last report."""
         ranks.phases.take()
         if sharing:
             sharing.traffic.take()
         ranks.phases.measure(self.due(1))
 
     def due(self, step: int) -> bool:
-        """Whether there is a report after so many steps."""
+        """Whether there is a report after `step` steps."""
         often = -(-RARELY // self.every) * self.every if self.ranks.phases.waits else self.every
         return step % often == 0 or (step % self.every == 0 and step <= 2 * self.every)
 
@@ -77,10 +79,10 @@ MEMORY = "memory"
 
 
 class Rows:
-    """Named numbers of every rank, in one collective that carries the numbers alone.
+    """Exchanges named numbers of every rank, in one collective that carries only the numbers.
 
-    What their names are the ranks must know beforehand: each row begins with a digest of the names that its rank knows,
-    and only when these differ, because some rank has a number that it never had before, are names exchanged.
+    All ranks keep the same list of names. Each row begins with a digest of its rank's list. Only if the digests differ,
+    because a rank has a number with a new name, the names are exchanged.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -89,7 +91,7 @@ class Rows:
         self._names: list[str] = []
 
     def exchange(self, own: dict[str, float]) -> tuple[list[str], Tensor]:
-        """The names, and (ranks, names) numbers: 0 where a rank has none. All ranks call it."""
+        """Return the names, and the numbers as (ranks, names), 0 if a rank has none. All ranks must call it."""
         new = [name for name in own if name not in self._names]
         while True:
             known = self._names if not new else None
@@ -104,13 +106,16 @@ class Rows:
 
 
 def _digest(names: Sequence[str] | None) -> float:
-    """A number for a list of names; one that no list has for those that are not agreed yet."""
+    """Return a digest of a list of names as a number; -1, which no list has, if they are not agreed yet."""
     return -1.0 if names is None else float(zlib.crc32("\n".join(names).encode()))
 
 
 def summarise(report: StepReport, names: Sequence[str], table: Tensor, hosts: Sequence[str]) -> PerformanceReport:
-    """All ranks' measurements in one report, from (ranks, names) numbers: seconds by phase and bytes sent by kind, of a
-    step, and the memory; `hosts`: of each rank."""
+    """Combine the measurements of all ranks into one report.
+
+    `table` (ranks, names) holds, per step, seconds by phase and bytes sent by kind, and the memory. `hosts`: the host
+    of each rank.
+    """
     columns = dict(zip(names, table.T, strict=True))
     seconds, sent = ({name.removeprefix(kind): column for name, column in columns.items() if name.startswith(kind)}
                      for kind in ("seconds ", "sent "))  # fmt: skip

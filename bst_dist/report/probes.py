@@ -1,8 +1,8 @@
-"""Looks inside the model at evaluations, for TensorBoard: context by layer, time scales, a sample of text.
+"""Probes of the model at evaluations, for TensorBoard: use of context by layer, time scales, a sample of text.
 
-All of it is read off: nothing is drawn from the generators of the run, and no weight, gradient or state of the
-optimizer is touched, so a run is the same to the last bit with probes and without. Every rank takes part, because under
-sequence parallelism each has a part of what is looked at, and under ZeRO-3 a part of the weights.
+Probes only read: they use none of the run's random generators and change no weight, gradient or optimizer state. So a
+run is bitwise equal with and without probes. Every rank takes part, because under sequence parallelism each holds a
+part of the activations, and under ZeRO-3 a part of the weights.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ if TYPE_CHECKING:
     from data_pipeline.format.tokenizer import Tokenizer
 
 PROMPT = 32
-"""Tokens of the validation text that a sample continues."""
+"""Number of tokens of the validation text that a sample continues."""
 
 
 RANKS_A_STEP = 16
-"""Ranks that may wait for one token of a sample in every step, on average: with 512 ranks there is one token in 32
-steps, which is 0.3 % of the time when a token takes a tenth of a step."""
+"""With this many ranks, one token of a sample per step is generated, on average. With 512 ranks it is one token in 32
+steps: 0.3 % of the time if a token takes a tenth of a step."""
 
 
 class Inspected(Protocol):
-    """The engine, as far as it is looked into (`train.engine.Engine`)."""
+    """The part of the engine (`train.engine.Engine`) that probes use."""
 
     module: nn.Module
     stage: int
-    """ZeRO's."""
+    """ZeRO stage."""
 
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-        """While it is entered, these parameters are whole on every rank."""
+        """Return a context manager inside which these parameters are whole on every rank."""
 
 
 class Probes:
-    """Looks at the model while it is evaluated, and after."""
+    """Probes the model during and after an evaluation."""
 
     def __init__(self, config: LogConfig, engine: Inspected, ranks: Ranks, writers: Sequence[Writer],
                  tokenizer: Tokenizer | None, prompt: Sequence[int], evaluated: tuple[int, int],
                  say: Callable[[str], None]) -> None:  # fmt: skip
-        """`tokenizer` and `prompt`: of the samples; without a tokenizer there are none. `evaluated`: the steps between
-        two evaluations, 0 for none but the last, and the steps of the run."""
+        """`tokenizer`, `prompt`: for samples; no samples without a tokenizer. `evaluated`: the steps between two
+        evaluations (0: only the last one), and the steps of the run."""
         self.config, self.engine, self.ranks, self.writers = config, engine, ranks, writers
         self.tokenizer, self.prompt = tokenizer, list(prompt)[:PROMPT]
         self.sampling = bool(config.sample_tokens) and tokenizer is not None and tokenizer.has_text
@@ -66,13 +66,16 @@ class Probes:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """The first forward pass of what happens inside is looked at."""
+        """Context manager that probes the first forward pass inside it."""
         self._context = ContextProbe(self.engine.module)
         with self._context if self.config.probes else nullcontext():
             yield
 
     def look(self, step: int) -> None:
-        """Hand on what was seen, and what the model's weights and its own text say; every rank must call it."""
+        """Pass the results of the probed forward pass, the time scales and a sample to the writers.
+
+        Every rank must call it.
+        """
         scalars, scales = (self._contexts(), self._time_scales()) if self.config.probes else ({}, {})
         if self.ranks.first:
             seen = Seen(step, scalars, scales, self._sample() if self.samples(step) else None)
@@ -82,8 +85,9 @@ class Probes:
     def samples(self, step: int) -> bool:
         """Whether the evaluation after `step` steps has a sample of text.
 
-        The first rank writes it while all others wait, so the more ranks, the fewer samples: beside the first and the
-        last evaluation no more than one in as many steps as it has tokens, for every RANKS_A_STEP ranks.
+        The first rank generates it while all others wait, so with more ranks there are fewer samples. The first and the
+        last evaluation always have one. Otherwise there is at most one in (tokens of a sample * ranks / RANKS_A_STEP)
+        steps.
         """
         if not self.sampling:
             return False
@@ -91,7 +95,7 @@ class Probes:
         return step in (self._every, self._steps) or step // apart > (step - self._every) // apart
 
     def _contexts(self) -> dict[str, float]:
-        """By layer, over all ranks."""
+        """Return the share and the entropy of context attention by layer, over all ranks."""
         layers = list(self._context.sums)
         if not layers:
             return {}
@@ -105,7 +109,7 @@ class Probes:
         return found
 
     def _time_scales(self) -> dict[str, Tensor]:
-        """By layer, decimal logarithms of tokens."""
+        """Return the time scales of the SSMs by layer, as decimal logarithms of tokens."""
         found = {}
         for layer, kernel in kernels(self.engine.module).items():
             with self.engine.gathered(list(kernel.parameters())):
@@ -113,10 +117,10 @@ class Probes:
         return found
 
     def _sample(self) -> str:
-        """The model's continuation of the beginning of the validation text, as Markdown."""
+        """Generate a continuation of the beginning of the validation text; return it as Markdown."""
         model, tokenizer = self.engine.module, self.tokenizer
         training, checkpoint = model.training, model.checkpoint
-        model.checkpoint = None  # nothing is run again: there is no backward pass
+        model.checkpoint = None  # there is no backward pass, so nothing is recomputed
         try:
             never = without_text(model.config.vocab_size, tokenizer)
             generation = Generation(model, {0: self.prompt}, [(0, 0)], SamplingConfig(), never)
@@ -134,7 +138,7 @@ class Probes:
 
 
 def _as_code(text: str) -> str:
-    """Markdown that shows a text as it is."""
+    """Return Markdown that shows a text unchanged."""
     return "\n".join(f"    {line}" for line in text.split("\n"))
 
 

@@ -1,4 +1,4 @@
-"""A trace of some steps, for chrome://tracing or Perfetto."""
+"""Trace of some steps by torch's profiler, for chrome://tracing or Perfetto."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ DIRECTORY = "profile"
 
 
 class Profile(Callback):
-    """Traces the steps from the first to the last of a window; each rank writes a file of its own."""
+    """Callback that traces the steps of a window; each rank writes its own file."""
 
     def __init__(
         self, window: tuple[int, int], run_dir: Path, rank: int, done: int, say: Callable[[str], None]
     ) -> None:
-        """`window`: its first and last step, counted from 1; `done`: the steps taken before this start."""
+        """`window`: first and last step, counted from 1; `done`: number of steps taken before this start."""
         self.first, self.last = window
         self.path = run_dir / DIRECTORY / f"steps-{self.first}-{self.last}-rank-{rank:05d}.json.gz"
         self.say = say

@@ -1,4 +1,4 @@
-"""What a command reports, as a file for other programs."""
+"""Write the report of a command to a JSON file."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from bst_dist.version import versions
 
 REPORTS = "reports"
-"""Where a run directory keeps what commands have reported of it."""
+"""Folder in a run directory for reports of commands."""
 
 
 def write_report(path: Path, command: str, report: dict[str, Any]) -> None:
-    """Write a command's report with the versions it ran on; the file appears whole or not at all."""
+    """Write a command's report, with the versions of code and packages. The file is written atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps({"command": f"bst {command}", "versions": versions(), **report}, indent=2) + "\n")

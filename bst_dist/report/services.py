@@ -1,8 +1,9 @@
-"""What the writers to services share: what a service calls the run, and what it has been sent of it.
+"""Base of the writers to services (W&B, MLflow): the service's name for the run, and the list of reports sent.
 
-A service keeps what it is sent, so what is sent twice is shown twice. But a run may be killed while reports wait to be
-sent, and after a resume or a roll-back it takes some steps again. So a run directory keeps a list of what each service
-was sent. Each start first sends the lines of metrics.jsonl that are not in it, and nothing that is.
+A service keeps every value, so a report sent twice is shown twice. A run may be killed while reports wait to be sent,
+and after a resume or a roll-back it repeats some steps. So the run directory keeps a list of the reports sent to each
+service. Each start first sends the lines of metrics.jsonl that are not in the list; no report in the list is sent
+again.
 """
 
 from __future__ import annotations
@@ -18,35 +19,35 @@ from bst_dist.report.metrics import Report, Seen, Writer
 from bst_dist.report.writers import curves, scalars
 
 NAMES = "writers.json"
-"""In a run directory: what services call the run, by the writer's name, so that a resumed run continues there."""
+"""File in the run directory with the services' ids of the run, by writer, so that a resumed run continues there."""
 
 Key: TypeAlias = tuple[str, str | None, int]
 """Kind, split and step of a report."""
 
 
 class Service(Writer):
-    """A writer to a service, which gets each report once, over all starts of a run, a step's first values.
+    """Writer to a service that sends each report once over all starts of a run; of a repeated step, the first report.
 
-    A report is listed after the service has taken it: where the run is killed between the two, it is sent again.
+    A report is listed after the service has accepted it. If the run is killed between the two, it is sent again.
     """
 
     def __init__(self, run_dir: Path, name: str) -> None:
-        """`name`: the writer's. Made before `keep_name`."""
+        """`name`: name of the writer. Must be called before `keep_name`."""
         self._reported = metrics.read_lines(run_dir / metrics.FILE)
         path = run_dir / f"writers.{name}.jsonl"
         listed: list[Key] = [tuple(key) for key in metrics.read_lines(path)]
-        if not path.exists() and kept_name(run_dir, name):  # begun by a version without lists, which sent all it could
+        if not path.exists() and kept_name(run_dir, name):  # begun by an older version, which sent everything
             listed = [_key(line) for line in metrics.read_lines(metrics.dropped(run_dir / metrics.FILE))]
             listed += map(_key, self._reported)
-        write_text(path, "".join(_line(key) for key in listed))  # without a last line that a full disk has cut
+        write_text(path, "".join(_line(key) for key in listed))  # drops an incomplete last line
         self._sent, self._list = set(listed), path.open("a", buffering=1, encoding="utf-8")
 
     def send(self, values: dict[str, float], step: int) -> None:
-        """Return when the service has taken the values."""
+        """Send values to the service; return when it has accepted them."""
         raise NotImplementedError
 
     def catch_up(self) -> None:
-        """Send what earlier starts have reported and not sent. What probes saw then is in no file, and is lost."""
+        """Send unsent reports of earlier starts. Unsent probe results are lost, because no file has them."""
         for line in self._reported:
             self._send_once(_key(line), curves(line), line["step"])
         self._reported = []
@@ -69,7 +70,7 @@ class Service(Writer):
 
 
 def kept_name(run_dir: Path, writer: str) -> str | None:
-    """What a service calls the run, from an earlier start; None in the first."""
+    """Return the service's id of the run from an earlier start; None in the first start."""
     try:
         return json.loads((run_dir / NAMES).read_text(encoding="utf-8")).get(writer)
     except FileNotFoundError:
@@ -77,7 +78,7 @@ def kept_name(run_dir: Path, writer: str) -> str | None:
 
 
 def keep_name(run_dir: Path, writer: str, name: str) -> None:
-    """Keep what a service calls the run, for later starts."""
+    """Save the service's id of the run for later starts."""
     with _LOCK:  # several writers start at once
         path = run_dir / NAMES
         names = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

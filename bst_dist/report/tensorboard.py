@@ -1,4 +1,4 @@
-"""Event files for TensorBoard: curves, what probes see in the model, and the run's place among others (HParams)."""
+"""Writer of TensorBoard event files: curves, probe results, and the run's entry on the HParams page."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ HPARAMS = (
     "optimizer.learning_rate", "optimizer.ssm_learning_rate", "optimizer.weight_decay", "seed", "parallel.sp",
     "deepspeed",
 )  # fmt: skip
-"""Fields of the recipe that the HParams page has a column for; the same ones in every run, so that runs compare."""
+"""Fields of the recipe that are columns of the HParams page; the same in every run, so that runs can be compared."""
 SHOWN = ("model.mixer", "model.context.variant", "model.ssm.kernel", "optimizer.learning_rate", "parameters")
-"""Those that the page shows before any is ticked: of more than five TensorBoard hides the rest, by alphabet."""
+"""Columns that the page shows by default. TensorBoard shows only five, and would choose them alphabetically."""
 RESULTS = ("validation/bits_per_byte", "validation/loss_nats", "train/loss_nats", "train/tokens", "train/tokens_per_s")
-"""Curves whose last value stands beside them."""
+"""Curves whose last value is shown on the HParams page."""
 BINS = np.linspace(-1, 8, 181)
-"""Of all histograms, whose values are powers of ten: with the same bins, those of several steps compare."""
+"""Bins of all histograms, whose values are decimal logarithms. With equal bins, steps can be compared."""
 
 
 class TensorBoard(Writer):
-    """A run's events, by step; a resumed run hides what lay beyond its checkpoint."""
+    """Writer of a run's events. A resumed run hides the events after its checkpoint."""
 
     def __init__(self, run_dir: Path, start_step: int, hparams: dict[str, str | float]):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
@@ -62,7 +62,7 @@ class TensorBoard(Writer):
 
 
 def hparams(recipe: Recipe, **more: str | float) -> dict[str, str | float]:
-    """What the HParams page says of a run: fields of its recipe, and `more`; "-" where no layer reads the field."""
+    """Return a run's values for the HParams page: fields of its recipe, "-" if no layer uses the field, and `more`."""
     values: dict[str, Any] = flat(recipe.model_dump(mode="json"))
     read = {section for mixer in recipe.model.mixers() for section in MIXER_SECTIONS[mixer]}
     for section in ("context", "ssm"):
@@ -73,7 +73,7 @@ def hparams(recipe: Recipe, **more: str | float) -> dict[str, str | float]:
 
 
 def _show_first(experiment: Any, names: Sequence[str]) -> None:
-    """Mark some columns as those in which runs differ, which TensorBoard takes for the ones to show."""
+    """Mark columns as different between runs, because TensorBoard shows such columns by default."""
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     plugin = experiment.value[0].metadata.plugin_data

@@ -1,9 +1,10 @@
-"""Weights & Biases: the same curves as TensorBoard's. https://docs.wandb.ai/ref/python/
+"""Writer to Weights & Biases: the same curves as in TensorBoard. API: https://docs.wandb.ai/ref/python/
 
-W&B's own variables say where it goes: WANDB_PROJECT (bst, where it is not set), WANDB_ENTITY, WANDB_MODE=offline, which
-writes into the run directory's wandb/ for `wandb sync`, and so on. A resumed run continues the same W&B run.
+The destination comes from W&B's environment variables: WANDB_PROJECT (default: bst), WANDB_ENTITY, and so on. With
+WANDB_MODE=offline it writes into wandb/ in the run directory, for `wandb sync`. A resumed run continues the same W&B
+run.
 
-`run.log` hands the values to a process of W&B's own, which outlives a rank that is killed, and writes them to its file.
+`run.log` passes the values to a separate process of W&B, which writes them to its file and survives a killed rank.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ NAME, PROJECT = "wandb", "bst"
 
 
 class WeightsAndBiases(Service):
-    """A run at W&B."""
+    """Writer to a run at W&B."""
 
     def __init__(self, run_dir: Path, recipe: Recipe, about: dict[str, Any]) -> None:
         super().__init__(run_dir, NAME)
@@ -31,7 +32,7 @@ class WeightsAndBiases(Service):
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT), name=recipe.name, id=own, resume="allow",
             dir=str(run_dir.absolute()), config=recipe.model_dump(mode="json") | about, allow_val_change=True,
-            settings=wandb.Settings(console="off", silent=True),  # what a run prints is its launcher's to keep
+            settings=wandb.Settings(console="off", silent=True),  # the launcher keeps the output
         )  # fmt: skip
         keep_name(run_dir, NAME, own)
         self._run.define_metric("*", step_metric="step")

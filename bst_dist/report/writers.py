@@ -1,11 +1,11 @@
-"""Writers that a recipe names (`log.writers`): W&B, MLflow, or a class of your own.
+"""Writers named in a recipe (`log.writers`): W&B, MLflow, or a custom class.
 
-A name is one of WRITERS, one that an installed package registers under the entry point group GROUP, or `module:Class`.
-The class is a `metrics.Writer`, made as ``Class(run_dir, recipe, about)`` in each start on rank 0; `about` is what the
-recipe does not say: parameters, ranks. It is imported only when it was chosen.
+A name is a key of WRITERS, a name that an installed package registers in the entry point group GROUP, or
+`module:Class`. The class is a `metrics.Writer`. In each start rank 0 creates it as ``Class(run_dir, recipe, about)``;
+`about` holds values that are not in the recipe: parameters, ranks. The class is imported only if the recipe names it.
 
-Other people's services may be slow, away or full. So each writer has a thread of its own: the run does not wait for it,
-and when it fails the run says so once and continues without it.
+External services may be slow or unavailable. So each writer runs in its own thread: the run does not wait for it. If it
+fails, the run prints one message and continues without it.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ WRITERS = {
     "mlflow": "bst_dist.report.mlflow_runs:MLflow",
 }
 WAITING = 10_000
-"""Reports that wait for a writer at most; more are dropped."""
+"""Length of a writer's queue of reports; further reports are dropped."""
 CLOSE_S = 60.0
-"""How long the end of a run waits for a writer that has not written all."""
+"""Timeout in seconds for a writer to finish at the end of a run."""
 
 Maker = Callable[[Path, Recipe, dict[str, Any]], Writer]
 
 
 def require(name: str) -> None:
-    """Raise UserError unless there is such a writer, and what it needs is installed."""
+    """Raise UserError if there is no such writer, or if packages that it needs are not installed."""
     for module in EXTRAS[name] if name in WRITERS else ():
-        if importlib.util.find_spec(module) is None:  # importing it takes seconds, which one rank alone should spend
+        if importlib.util.find_spec(module) is None:  # an import takes seconds; only rank 0 does it
             raise UserError(f"log.writers: {missing(module)}")
     if name not in WRITERS:
         find(name)
 
 
 def find(name: str) -> Maker:
-    """The class that a recipe names; raises UserError when it cannot be imported."""
+    """Return the writer class with this name. Raise UserError if it cannot be imported."""
     registered = {point.name: point.value for point in importlib.metadata.entry_points(group=GROUP)} | WRITERS
     place = registered.get(name, name)
     if ":" not in place:
@@ -60,17 +60,17 @@ def find(name: str) -> Maker:
         return pkgutil.resolve_name(place)
     except ModuleNotFoundError as error:
         raise UserError(f"log.writers: {name}: {error} (is its folder in PYTHONPATH?)") from None
-    except Exception as error:  # whatever the import of somebody's module raises
+    except Exception as error:  # a user's module may raise anything
         raise UserError(f"log.writers: {name} cannot be imported: {error}") from None
 
 
 def scalars(report: Report) -> dict[str, float]:
-    """The numbers of a report by the names of their curves, as ``train/loss_nats``; none of a step that was skipped."""
+    """Return the numbers of a report by curve name, such as ``train/loss_nats``; empty for a skipped step."""
     return curves({"kind": report.kind, **asdict(report)})
 
 
 def curves(line: dict[str, Any]) -> dict[str, float]:
-    """The same of a line of metrics.jsonl."""
+    """Return the same for a line of metrics.jsonl."""
     if line["kind"] == SkippedReport.kind:
         return {}
     group = curve_group(line)
@@ -79,10 +79,10 @@ def curves(line: dict[str, Any]) -> dict[str, float]:
 
 
 class Background(Writer):
-    """A writer in a thread of its own."""
+    """Wrapper that runs a writer in its own thread."""
 
     def __init__(self, name: str, make: Callable[[], Writer], close_s: float = CLOSE_S) -> None:
-        """`make` is called in the thread, too: a service may take long to answer for the first time."""
+        """`make` is also called in the thread, because a service may take long to answer at first."""
         self.name, self._close_s = name, close_s
         self._waiting: queue.Queue[Callable[[Writer], None] | None] = queue.Queue(WAITING)
         self._failed, self._lost = threading.Event(), 0
@@ -96,7 +96,7 @@ class Background(Writer):
         self._put(lambda writer: writer.see(seen))
 
     def close(self) -> None:
-        """Wait until all is written, but not for ever."""
+        """Wait until everything is written, or until the timeout."""
         with contextlib.suppress(queue.Full):
             self._waiting.put(None, timeout=self._close_s)
         self._thread.join(self._close_s)
@@ -119,12 +119,12 @@ class Background(Writer):
             while (task := self._waiting.get()) is not None:
                 task(writer)
             writer.close()
-        except BaseException as error:  # a library may call sys.exit: that must not end the run either
+        except BaseException as error:  # also SystemExit: a library's sys.exit must not end the run
             self._failed.set()
             text = " ".join(str(error).split()) or type(error).__name__
             self._tell(f"failed and is off until the next start; metrics.jsonl has everything: {text}")
             with contextlib.suppress(queue.Empty):
-                while True:  # the end may be waiting for room
+                while True:  # empty the queue, because `close` may wait for room in it
                     self._waiting.get_nowait()
 
     def _tell(self, text: str) -> None:

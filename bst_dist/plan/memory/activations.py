@@ -1,8 +1,8 @@
-"""Bytes of activations, layer by layer, from the layers themselves.
+"""Bytes of activations, layer by layer, measured on the real layers.
 
-One layer of each kind runs forward and backward on fake tensors, called the way the training program calls it (its
-activation checkpointing, its autocast, its exchanges with a neighbour), while live tensors are counted. A stack is the
-sum of its layers, so a model of any depth and length is known from a few of them, and no formula drifts from the code.
+One layer of each kind runs forward and backward on fake tensors while the bytes of live tensors are counted. It runs as
+in training: with activation checkpointing, autocast and exchanges with a neighbour. A model is the sum of its layers,
+so a few layers give the figures of any depth and length, and no formula can differ from the code.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _RUN_AGAIN = ActivationCheckpointingConfig(policy="every-layer")
 _ON_A_GPU = SimpleNamespace(attention_path=lambda _: "flex")
-"""What full attention asks which kernel it is to call."""
+"""Stand-in for the module that full attention asks which kernel to call: always the one for a GPU."""
 REHEARSED_TILES = 64
-"""Tiles of logits that are rehearsed one by one; more follow from these."""
+"""Largest number of tiles of logits that are really run; figures for more tiles are extrapolated."""
 
 
 class Activations:
-    """The parts of one model, each rehearsed once.
+    """Activation bytes of the parts of one model. Each part is run once, and its figures are cached.
 
     Args:
-        model: with its vocabulary.
+        model: settings of the model, vocabulary included.
         documents: as `data.documents`.
-        fused: sliding attention by a fused kernel, as on a GPU; otherwise as this machine computes it.
+        fused: sliding attention uses a fused kernel, as on a GPU; otherwise as on this machine.
     """
 
     def __init__(self, model: ModelConfig, bf16: bool, documents: str = "joined", fused: bool = True) -> None:
@@ -68,11 +68,14 @@ class Activations:
         self, mixer: str, checkpointing: ActivationCheckpointingConfig, slice_: Slice, zero3: bool,
         compiled: bool = False,
     ) -> Part:  # fmt: skip
-        """One layer; all policies of the checkpointing that rerun it alike are rehearsed once. Memory is affine in the
-        rows (its peak nearly: few rows may have it at another moment), so larger micro-batches follow from those of
-        one and two; and two ranks stand for all that share a sequence, for what more of them send is a state each.
+        """Return the figures of one layer.
 
-        `compiled`: as one graph for a GPU, of a whole sequence; where that is too long to divide, as uncompiled.
+        Policies that recompute a layer in the same way share one run. Memory is affine in the rows (its peak nearly so:
+        with few rows it may be at another moment), so figures for more than two rows are extrapolated from one and two.
+        Two ranks stand for any sp > 1, because each further rank only adds one state.
+
+        `compiled`: the layer is one graph for a GPU, over a whole sequence. A graph too large for the partitioner is
+        counted as uncompiled.
         """
         alike = checkpointing.policy.replace("every-kth-layer", "every-layer")
         if compiled and (part := self._compiled(mixer, alike, slice_)):
@@ -86,34 +89,37 @@ class Activations:
         return self._once((mixer, alike, slice_, zero3), lambda: self._layer(mixer, checkpointing, slice_, zero3))
 
     def _offloaded(self, again: Part, slice_: Slice) -> Part:
-        """A layer that is run again, from an input in the host's memory: beside it the copy, one operation more."""
+        """Return the figures of a recomputed layer (`again`) with its input offloaded to host memory.
+
+        It adds the copy of the input, and one operation.
+        """
         host = WORD * slice_.rows * slice_.length * self.model.width
         return replace(again, forward=again.forward + host, host=host, launches=again.launches + 1)
 
     def whole(self, slice_: Slice, compiled: bool = False) -> int:
-        """Bytes of one micro-batch that all layers make for the backward pass, when nothing is run again."""
+        """Return the bytes that all layers keep for the backward pass of one micro-batch without recomputation."""
         nothing = ActivationCheckpointingConfig()
         return sum(self.layer(mixer, nothing, slice_, False, compiled).kept for mixer in self.model.mixers())
 
     def edge(self, rows: int) -> int:
-        """Bytes that a slice of so many rows leaves to the next one, of all layers."""
+        """Return the bytes of an edge: what all layers of a slice with that many rows leave to the next slice."""
         return rows * sum(self._once(("edge", mixer), lambda m=mixer: self._edge(m)) for mixer in self.model.mixers())
 
     @cached_property
     def sizes(self) -> Sizes:
-        """Of the model's parameters."""
+        """Sizes of the model's parameters."""
         with FakeTensorMode():
             return Sizes.of(LanguageModel(self.model), self.bf16)
 
     def messages(self, slice_: Slice) -> dict[str, dict[str, int]]:
-        """By mixer, bytes that one layer sends to the ranks that share its sequence, by kind, forward and backward.
+        """Return the bytes, by mixer and kind, that one layer sends to the ranks that share its sequence.
 
-        Raises SequenceParallelError when a layer cannot be computed in such slices.
+        Both passes are counted. Raise SequenceParallelError if a layer cannot be computed in such slices.
         """
         if slice_.sp == 1:
             return {}
         if not isinstance(self.model.ssm, FilterConfig) and "transformer-xl" not in self.model.mixers():
-            # What is sent does not depend on the length, nor does whether it can be.
+            # Neither the bytes sent nor possible errors depend on the length.
             slice_ = replace(slice_, length=min(slice_.length, MOST_BLOCKS * self.model.block))
         found = {}
         for mixer in dict.fromkeys(self.model.mixers()):
@@ -121,8 +127,11 @@ class Activations:
         return found
 
     def head(self, slice_: Slice) -> Part:
-        """Everything but the layers: the final norm, the head and the loss. Tiles of logits are of one size, so what
-        many tokens need follows from fewer of them: not from so few that the embedding's gradient decides the peak."""
+        """Return the figures of everything but the layers: final norm, head and loss.
+
+        Tiles of logits have one size, so figures for many tokens are extrapolated from fewer. With too few tokens the
+        embedding's gradient would decide the peak.
+        """
         logits = GPU_TILE_LOGITS if self.fused else TILE_LOGITS
         tile, tokens = max(1, logits // self.model.vocab_size), slice_.rows * slice_.length
         if tokens <= REHEARSED_TILES * tile:
@@ -137,7 +146,7 @@ class Activations:
         return self._known[key]
 
     def _compiled(self, mixer: str, policy: str, slice_: Slice) -> Part | None:
-        apart = slice_.rows == 1 or self.documents == "masked"  # a table of borders has steps in its size
+        apart = slice_.rows == 1 or self.documents == "masked"  # a table of borders is not linear in the rows
         traced = slice_ if apart else replace(slice_, rows=self._rows_to_trace(mixer, slice_.length))
         joint = self._once(("graph", mixer, traced), lambda: self._graph(mixer, traced))
         return joint and self._once(("graph", mixer, policy, slice_), lambda: joint.part(policy, slice_.rows))
@@ -150,7 +159,7 @@ class Activations:
         return self._once(("rows", mixer, length), find)
 
     def _graph(self, mixer: str, slice_: Slice) -> Joint | None:
-        # Loads torch's compiler, which takes a second: only to plan.
+        # Imported here because it loads torch's compiler, which takes a second.
         from bst_dist.plan.memory.graphs import joint_graph
 
         with self._fused(), FakeTensorMode():
@@ -175,12 +184,13 @@ class Activations:
             part = _run(live, layer, shape, call, lambda: host.bytes if host else 0, self._autocast)
             if checkpoint is None:
                 return part
-            # A layer that runs again keeps no tables: one set serves all layers, little beside one layer's activations.
+            # A recomputed layer keeps no tables: all layers share one set, which is small beside one layer's
+            # activations.
             shared = sum(x.nbytes for x in tree_iter(inputs[0].shared) if isinstance(x, Tensor))
             return replace(part, kept=part.kept - shared)
 
     def _past(self, layer: nn.Module, slice_: Slice) -> Past:
-        """The past of a slice with neighbours on both sides, if it has any; of a stream what is like it has left."""
+        """Return the past of a slice: of two neighbours if sp > 1, of an earlier equal slice if it is in a stream."""
         if slice_.sp > 1:
             edge = Edge({}, 0) if slice_.stream else None
             return LeftNeighbour(Rehearsal(slice_.sp // 2, slice_.sp), slice_.length, edge)
@@ -192,7 +202,7 @@ class Activations:
         return Edge(left.after, slice_.length)
 
     def _edge(self, mixer: str) -> int:
-        """Of one row, in a slice that is no shorter than what the layer looks back."""
+        """Return the bytes of one row's edge, from a slice that is at least as long as the layer's reach."""
         reach = max(2 * self.model.block, getattr(self.model.ssm, "length", 0))
         if mixer == "transformer-xl":
             reach = max(reach, self.model.transformer_xl.window)
@@ -213,7 +223,7 @@ class Activations:
             one = {"depth": 1, "mixer": "sliding", "placement": "all"}
             model = LanguageModel(self.model.model_copy(update=one))
             model.layers[0] = stand_in = _StandIn()
-            model._check_slice = lambda *_: None  # any number of tokens will do where there are no layers
+            model._check_slice = lambda *_: None  # without layers any number of tokens is allowed
             ids = torch.zeros(1, tokens, dtype=torch.long)
             shape = (1, tokens, self.model.width)
 
@@ -244,7 +254,7 @@ class Activations:
         live = LiveBytes()
         with ExitStack() as stack:
             stack.enter_context(self._fused())
-            if zero3:  # DeepSpeed puts this in the place of torch's, for the whole process
+            if zero3:  # DeepSpeed replaces torch's linear for the whole process
                 choose_accelerator()
                 from bst_dist.parallel.loading import deepspeed
 
@@ -256,7 +266,7 @@ class Activations:
 
 
 def activations_of(model: ModelConfig, bf16: bool, documents: str) -> Activations:
-    """Of a model that is planned; a process that plans it several times rehearses nothing twice."""
+    """Return the Activations of a model. They are cached, so a process that plans it again runs no part twice."""
     return _known(model.model_dump_json(), bf16, documents)
 
 
@@ -267,7 +277,10 @@ def _known(model: str, bf16: bool, documents: str) -> Activations:
 
 def _run(live: LiveBytes, module: nn.Module, shape: tuple[int, ...], call: Callable[[Tensor], Tensor],
          host: Callable[[], int], autocast: Callable[[], Any]) -> Part:  # fmt: skip
-    """`call` forward and backward. Nobody but autograd holds its input, its output and their gradients."""
+    """Run `call` forward and backward, and return its figures.
+
+    Only autograd holds references to its input, its output and their gradients.
+    """
     for parameter in module.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     anchor = torch.zeros(1, requires_grad=True)
@@ -285,7 +298,7 @@ def _run(live: LiveBytes, module: nn.Module, shape: tuple[int, ...], call: Calla
 
 
 class _Source(torch.autograd.Function):
-    """A layer's input, out of nothing."""
+    """Creates a layer's input, so that only autograd refers to it."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -297,7 +310,7 @@ class _Source(torch.autograd.Function):
 
 
 class _Sink(torch.autograd.Function):
-    """The end of a layer's output, and the beginning of its gradient."""
+    """Consumes a layer's output, and creates its gradient in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -311,7 +324,7 @@ class _Sink(torch.autograd.Function):
 
 
 class _StandIn(nn.Module):
-    """In the place of all layers: gives what it was told to."""
+    """Replaces all layers: returns `output`, once."""
 
     output: Tensor
 

@@ -1,4 +1,4 @@
-"""Sliding attention as a fused kernel on a GPU: what it keeps and makes, without computing anything."""
+"""Sliding attention as a fused GPU kernel: allocates the same tensors as the kernel, without computing anything."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bst_dist.model import attention
 
 @torch.library.custom_op("bst_plan::attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """An operator of its own, so that the compiler's partitioner sees one that is not computed again."""
+    """Forward pass as a separate operator, so that the compiler's partitioner treats it as one never recomputed."""
     return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
@@ -27,11 +27,11 @@ _attention.register_fake(_attention._init_fn)
 _attention_backward.register_fake(_attention_backward._init_fn)
 
 OPERATOR = torch.ops.bst_plan.attention.default
-"""The forward pass, in a graph."""
+"""The operator of the forward pass, as it appears in a graph."""
 
 
 class _FusedAttention(torch.autograd.Function):
-    """What a fused kernel keeps and makes: inputs, output and a sum a query; gradients of the three inputs."""
+    """Keeps what a fused kernel keeps: inputs, output and one sum per query. Makes the gradients of the inputs."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -48,10 +48,10 @@ class _FusedAttention(torch.autograd.Function):
 
 
 def fused_share(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, *_: Any) -> attention.Share:
-    """In the place of `attention.sliding_share`."""
+    """Replacement for `attention.sliding_share`."""
     return attention.Share(*_FusedAttention.apply(q, k.to(q.dtype), v.to(q.dtype), bias))
 
 
 def fused_attention(*arguments: Any) -> Tensor:
-    """In the place of `attention.sliding_attention`."""
+    """Replacement for `attention.sliding_attention`."""
     return fused_share(*arguments).out

@@ -1,10 +1,11 @@
-"""ZeRO-3's gathered weights: how many are whole at once, and how often each is gathered.
+"""ZeRO-3's gathered weights: how many bytes are gathered at once, and how often each weight is gathered.
 
-Modules are gone through in the order of a micro-batch's passes, by the rules of DeepSpeed's coordinator: what a module
-needs is gathered, and what comes next up to `prefetch_bucket_size` with it; what it had is given up, unless it is
-needed again within `max_reuse_distance` elements, or was passed over by the prefetch because it was still there. An
-embedding that is the head as well stays; a head of its own and the embedding are modules like the others, after and
-before the layers. DeepSpeed first records the order of one step; this is a step after that.
+Simulates DeepSpeed's parameter coordinator over the modules in the order of a micro-batch's passes. Before a module
+runs, its weights are gathered, and the next ones up to `prefetch_bucket_size` are prefetched. After it, its weights are
+released, unless they are needed again within `max_reuse_distance` elements, or the prefetch skipped them because they
+were still gathered. An embedding that is also the head stays gathered. An embedding and a separate head are modules
+like the others, before and after the layers. DeepSpeed records the order of modules in its first step; this simulates a
+later step.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from bst_dist.plan.memory.zero import WORD, Place, Sizes, Strategy
 
 @dataclass(frozen=True)
 class Gathered:
-    """Of one micro-batch."""
+    """Gathered weights of one micro-batch."""
 
     forward: tuple[int, ...]
-    """Most bytes of whole weights while each layer runs forward."""
+    """For each layer, the most bytes of gathered weights during its forward pass."""
     backward: tuple[int, ...]
-    """The same in the backward pass."""
+    """The same for the backward pass."""
     between: int
-    """After the last layer, where the loss is computed."""
+    """Bytes of gathered weights after the last layer, when the loss is computed."""
     received: int
-    """Bytes of everything that is gathered, as it is sent."""
+    """Total bytes gathered, in the precision in which they are sent."""
 
 
 def gather(sizes: Sizes, strategy: Strategy, rerun: Sequence[bool]) -> Gathered:
-    """Gathered weights of every layer; `rerun` says which layers run again in the backward pass."""
+    """Return the gathered weights of every layer; `rerun`: for each layer, whether it is recomputed in backward."""
     depth, threshold = len(sizes.layers), strategy.param_persistence_threshold
     always = sizes.embedding if sizes.embedding > threshold and not sizes.head else 0
     most = {way: dict.fromkeys(range(-1, depth + 1), 0) for way in ("forward", "backward")}
@@ -49,7 +50,10 @@ Module = list[Place]
 
 
 def _order(sizes: Sizes, rerun: Sequence[bool]) -> Iterator[tuple[str, int, Module]]:
-    """Pass, layer and parameters of every module in turn: forward, then backward with what runs again before it."""
+    """Yield pass, layer and parameters of every module in order: forward, then backward.
+
+    In backward, a recomputed layer's modules come before its backward.
+    """
     layers = [
         [[(layer, module, place) for place in range(len(own))] for module, own in enumerate(modules)]
         for layer, modules in enumerate(sizes.layers)
@@ -68,7 +72,7 @@ def _order(sizes: Sizes, rerun: Sequence[bool]) -> Iterator[tuple[str, int, Modu
 
 
 class _Coordinator:
-    """The rules, over one micro-batch."""
+    """Simulates DeepSpeed's coordinator over one micro-batch."""
 
     def __init__(self, sizes: Sizes, strategy: Strategy, order: list[tuple[str, int, Module]]) -> None:
         self.order, self.strategy, self.sent = order, strategy, sizes.gathered_bytes
@@ -83,10 +87,10 @@ class _Coordinator:
         self.persistent = {use for use, p in self.elements.items() if p <= strategy.param_persistence_threshold}
         self.whole: set[Place] = set(self.persistent)
         self.received = self.available = 0
-        """Bytes that were sent to gather, and that lie here, in single precision."""
+        """Bytes received in all (as sent), and bytes of weights gathered now (in fp32)."""
         self.queue = deque((step, use) for step, (_, _, module) in enumerate(order) for use in module)
         self.fetched_for = dict.fromkeys(self.elements, -1)
-        """The latest step that each has been fetched for."""
+        """For each parameter, the latest step that it has been fetched for."""
         self.uses: dict[Place, list[int]] = {}
         self.passed = [0]
         """Elements of all modules before each step."""
@@ -96,7 +100,7 @@ class _Coordinator:
                 self.uses.setdefault(use, []).append(step)
 
     def steps(self) -> Iterator[tuple[str, int, int]]:
-        """Pass, layer and bytes of what is whole, for each module."""
+        """Yield pass, layer and bytes of gathered weights for each module."""
         for step, (way, layer, module) in enumerate(self.order):
             for use in module:
                 self._fetch(use)
@@ -115,7 +119,7 @@ class _Coordinator:
             self.received += self.sent(use)
 
     def _prefetch(self) -> int:
-        """Gather what comes next; several are gathered in one flat tensor, which is there beside them for a moment."""
+        """Prefetch the next weights; return the bytes of the temporary flat tensor (0 unless several are gathered)."""
         ahead: list[Place] = []
         elements = 0
         while self.queue and elements < self.strategy.prefetch_bucket_size:

@@ -1,8 +1,9 @@
-"""What a compiled layer keeps and makes: the two graphs that torch's compiler would be given, without compiling them.
+"""Memory of a compiled layer, from the two graphs that torch's compiler would get, without compiling them.
 
-AOTAutograd traces the layer forward and backward on fake tensors, and the partitioner that Inductor uses divides the
-trace into two graphs; what the first hands to the second is what is kept. Most bytes at once are of the graphs' own
-operations, one after the other: Inductor fuses some and so makes fewer tensors than are counted here.
+AOTAutograd traces the layer forward and backward on fake tensors. The partitioner that Inductor uses divides the trace
+into two graphs, and the tensors passed from the first to the second are those kept between the passes. The peak is
+counted over the graphs' operations one by one. Inductor fuses some of them, so it makes fewer tensors than counted
+here.
 """
 
 from __future__ import annotations
@@ -31,15 +32,18 @@ from bst_dist.plan.memory.live import computes
 from bst_dist.plan.memory.parts import Part
 
 MOST_NODES = 20_000
-"""Operations of a trace that is divided: of a loop over very many blocks the partitioner would take minutes."""
+"""Largest trace, in operations, that is partitioned: with a loop over very many blocks this would take minutes."""
 
 
 class _Traced(Exception):
-    """There is a trace, and no more is wanted."""
+    """Raised to stop AOTAutograd once the trace exists."""
 
 
 def joint_graph(layer: nn.Module, x: Tensor, starts: Starts | None, autocast: AbstractContextManager) -> Joint | None:
-    """The trace of a layer for an input of this shape; None if it is longer than MOST_NODES. Under a FakeTensorMode."""
+    """Return the trace of a layer for an input of this shape; None if it has more than MOST_NODES operations.
+
+    Call it under a FakeTensorMode.
+    """
     with autocast:
         given = (x, dict(layer.named_parameters()), layer.prepare(x, Past(), starts), _opened(starts))
         leaves, form = tree_flatten(given)
@@ -60,14 +64,14 @@ def joint_graph(layer: nn.Module, x: Tensor, starts: Starts | None, autocast: Ab
             raise _Traced
 
         as_compiled = torch._functorch.config.patch(backward_pass_autocast="off")  # `flex.limited`
-        products_as_compiled = patch.object(products, "is_compiling", lambda: True)  # for Dynamo alone it is true
+        products_as_compiled = patch.object(products, "is_compiling", lambda: True)  # normally true only under Dynamo
         with as_compiled, products_as_compiled, suppress(_Traced):
             aot_function(call, fw_compiler=lambda graph, _: graph, partition_fn=take)(*tensors)
     return found[0] if len(found[0].module.graph.nodes) <= MOST_NODES else None
 
 
 def _opened(starts: Starts | None) -> Any:
-    """Where documents begin, as the compiled layer is given it, in tensors."""
+    """Return where documents begin as tensors, as the compiled layer gets it."""
     return tuple(vars(starts.without_places()).values()) if isinstance(starts, Borders) else starts
 
 
@@ -77,21 +81,26 @@ def _closed(opened: Any) -> Starts | None:
 
 @dataclass(frozen=True, eq=False)
 class Joint:
-    """Both passes of a layer in one trace. The first input is the layer's, all others are not counted: parameters, and
-    what all layers share."""
+    """Both passes of a layer in one trace.
+
+    The first input is the layer's input. The other inputs, parameters and tensors that all layers share, are not
+    counted.
+    """
 
     module: fx.GraphModule
     inputs: Any
     outputs: int
-    """Of the forward pass, without what is kept."""
+    """Number of outputs of the forward pass, without the tensors kept for backward."""
     options: dict[str, Any]
-    """Of the partitioner."""
+    """Options of the partitioner."""
     traced: int
-    """Rows of the trace."""
+    """Number of rows in the trace."""
 
     def part(self, policy: str, rows: int) -> Part:
-        """The layer's bytes under a policy of activation checkpointing, for so many rows: those of the trace, or, of a
-        trace of `rows_to_trace`, any but one."""
+        """Return the layer's figures under an activation checkpointing policy.
+
+        `rows` may be any number but 1 if the layer was traced with `rows_to_trace` rows; else it must be the trace's.
+        """
         counted = _Bytes(self.traced, rows)
         if policy == "selective":
             return counted.part(*self._selective, self.outputs)
@@ -99,7 +108,7 @@ class Joint:
         whole = counted.part(forward, backward, self.outputs)
         if policy == "none":
             return whole
-        # The graph as a whole is run again, beside the gradient of its output, which is as large as its input.
+        # The whole graph is recomputed, while the gradient of its output exists, which is as large as its input.
         size = sum(counted.storages(next(iter(forward.graph.nodes))).values())
         again = max(whole.forward + size, whole.kept + whole.backward)
         host = size if policy == "offload" else 0
@@ -117,7 +126,7 @@ class Joint:
         return self._divided(selectively=True)
 
     def _divided(self, selectively: bool) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """The graphs of the two passes. No code is made of any: they are counted and never run."""
+        """Return the graphs of the two passes. No code is generated, because they are only counted and never run."""
         with _use_lazy_graph_module(True):
             module = _copy(self.module)
             if selectively:
@@ -128,7 +137,7 @@ class Joint:
 
 
 def _copy(module: fx.GraphModule) -> fx.GraphModule:
-    """The partitioner changes what it is given."""
+    """Return a copy of a graph module, because the partitioner modifies its input."""
     graph, known = fx.Graph(), {}
     for node in module.graph.nodes:
         known[node] = graph.node_copy(node, known.__getitem__)
@@ -136,12 +145,11 @@ def _copy(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _mark(module: fx.GraphModule) -> None:
-    """Say of each operation of the forward pass whether it is kept, in the form in which torch does so for a region
-    with selective checkpointing."""
+    """Mark each operation of the forward pass as saved or recomputed, as torch does under selective checkpointing."""
     for node in module.graph.nodes:
         if node.op != "call_function" or node.meta.get("partitioner_tag") == "is_backward":
             continue
-        if node.target is operator.getitem:  # one output of the operation before it
+        if node.target is operator.getitem:  # one output of its argument, an operation
             kept = node.args[0].meta["recompute"] is CheckpointPolicy.MUST_SAVE
         else:
             kept = node.target is OPERATOR or selective.keeps(node.target, [_value(one) for one in node.args])
@@ -155,13 +163,13 @@ def _value(argument: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Bytes:
-    """Bytes of the tensors of graphs that were traced for `traced` rows, for `rows`."""
+    """Bytes of tensors in graphs traced with `traced` rows, scaled to `rows` rows."""
 
     traced: int
     rows: int
 
     def part(self, forward: fx.GraphModule, backward: fx.GraphModule, outputs: int) -> Part:
-        """Of a layer with these graphs."""
+        """Return the figures of a layer with these graphs."""
         x, *others = (node for node in forward.graph.nodes if node.op == "placeholder")
         elsewhere = {key for node in others for key in self.storages(node)}
         handed_over = [node for node in forward.graph.output_node().args[0][outputs:] if isinstance(node, fx.Node)]
@@ -176,7 +184,7 @@ class _Bytes:
         )  # fmt: skip
 
     def storages(self, node: fx.Node) -> dict[int, int]:
-        """Of what an operation returns, each once."""
+        """Return the bytes of each storage that an operation returns, by storage."""
         values, _ = tree_flatten(node.meta.get("val"))
         own = (x.untyped_storage() for x in values if isinstance(x, Tensor))
         return {storage._cdata: self._of(storage.nbytes()) for storage in own}
@@ -185,13 +193,15 @@ class _Bytes:
         return size // self.traced * self.rows if size % self.traced == 0 else size
 
     def _counted(self, nodes: list[fx.Node], elsewhere: set[int]) -> dict[int, int]:
-        """Bytes by storage, each once, of those that are not counted elsewhere."""
+        """Return the bytes by storage of these nodes, without storages counted elsewhere."""
         found = {key: size for node in nodes for key, size in self.storages(node).items()}
         return {key: size for key, size in found.items() if key not in elsewhere}
 
     def _most(self, module: fx.GraphModule, given: list[fx.Node], elsewhere: set[int]) -> int:
-        """Most bytes at once when the operations run one by one, each storage from the operation that makes it to the
-        last one that reads it; outputs to the end."""
+        """Return the peak bytes when the operations run one by one.
+
+        A storage lives from the operation that makes it to the last one that reads it; outputs live to the end.
+        """
         nodes = list(module.graph.nodes)
         last = {key: place for place, node in enumerate(nodes) for one in (node, *node.all_input_nodes)
                 for key in self.storages(one)}  # fmt: skip
@@ -211,6 +221,6 @@ class _Bytes:
 
 
 def _launches(module: fx.GraphModule) -> int:
-    """Operations that compute something."""
+    """Return the number of operations that launch a kernel."""
     called = (node.target for node in module.graph.nodes if node.op == "call_function")
     return sum(computes(target) for target in called if isinstance(target, torch._ops.OpOverload))

@@ -1,7 +1,7 @@
-"""How many bytes of tensors are alive while something runs, and how many were at most; and what a device would launch.
+"""Count the bytes of live tensors while code runs, their peak, and the number of operations that launch kernels.
 
-Counted are storages, from the operation that makes one to the moment when nothing refers to it any more. With fake
-tensors nothing is allocated, so this tells the memory of a step that no machine at hand could take.
+A storage counts from the operation that makes it until nothing refers to it. With fake tensors nothing is allocated, so
+the memory of a step can be counted that does not fit on this machine.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 _LIKE_INPUT = (torch.ops.aten.logsumexp.default,)
-"""Operations that make a tensor of their input's size and give it up before they return."""
+"""Operations that allocate a temporary tensor of their input's size."""
 _DEVICE = torch.ops.prim.device.default
-"""What autograd asks of every gradient: two thirds of all calls, so it is answered at once."""
+"""Autograd's query of a gradient's device. It is two thirds of all calls, so it has a fast path."""
 _NOTHING = ("prim::", "aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::sym_", "aten::lift_fresh")
-"""Beginnings of the names of operations that launch nothing, beside those that return a view."""
+"""Name prefixes of operations that launch no kernel, besides those that return a view."""
 
 
 class LiveBytes(TorchDispatchMode):
-    """While active, counts the bytes of the tensors that operations return. Of what an operation makes for itself only
-    that of `_LIKE_INPUT` is known.
+    """While active, counts the bytes of the tensors that operations return.
 
-    Give it the tensors that were there before with `add`, if they are to count.
+    Temporaries inside an operation are counted only for those in `_LIKE_INPUT`. Tensors that existed before count only
+    if passed to `add`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 0
         self.peak = 0
-        """The most since the beginning, or since `mark`."""
+        """Most live bytes since the beginning, or since the last `mark`."""
         self.launched = 0
-        """Operations that compute something: on a GPU, kernels launched, one each at least."""
+        """Number of operations that compute something. On a GPU each launches at least one kernel."""
         self._alive: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -63,7 +63,7 @@ class LiveBytes(TorchDispatchMode):
         self._alive[key] = weakref.ref(storage, lambda _: self._gone(key, size))
 
     def mark(self) -> int:
-        """Forget the peak so far; returns what is alive now."""
+        """Reset the peak; return the bytes alive now."""
         self.peak = self.now
         return self.now
 
@@ -73,7 +73,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def computes(func: Callable) -> bool:
-    """Whether an operation launches anything: views, allocations and questions do not."""
+    """Whether an operation launches a kernel: views, allocations and queries do not."""
     schema = func._schema
     views = any(one.alias_info is not None and not one.alias_info.is_write for one in schema.returns)
     return not views and not schema.name.startswith(_NOTHING)

@@ -1,4 +1,4 @@
-"""Bytes that operations read and write, one by one: what a device moves that runs each as a kernel of its own."""
+"""Count the bytes that operations read and write, if a device runs each operation as a separate kernel."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from bst_dist.plan.memory.live import computes
 
 _ATEN = torch.ops.aten
 _PRODUCTS = (_ATEN.mm.default, _ATEN.bmm.default, _ATEN.addmm.default)
-"""They read while they compute."""
+"""Matrix products. Their reads are not counted, because they overlap with the computation."""
 _BY_INDEX = (_ATEN.gather.default, _ATEN.scatter_add_.default)
-"""They touch one number a token."""
+"""Operations that access one number per token; not counted."""
 _LOGSUMEXP = 6
-"""Times that torch reads or writes all numbers: largest, difference and exponential each read, the latter two written,
-and the sum."""
+"""Number of passes over all numbers in torch's logsumexp: maximum, difference and exponential each read them, the last
+two also write them, and the sum reads them."""
 
 
 class MovedBytes(TorchDispatchMode):
-    """While active, counts them in `total`."""
+    """While active, counts the bytes read and written in `total`."""
 
     def __init__(self) -> None:
         super().__init__()

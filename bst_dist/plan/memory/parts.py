@@ -1,4 +1,4 @@
-"""What is counted of one part of the model, a layer or what stands around the layers, and in which slice."""
+"""Figures of one part of the model (a layer, or head and loss), and the slice that they are for."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes of one part of the model, a layer or what stands around the layers, for one micro-batch; and operations."""
+    """Bytes and operations of one part of the model (a layer, or head and loss), for one micro-batch."""
 
     kept: int
-    """Between the passes, its input included and its output not."""
+    """Bytes kept between the passes, with its input and without its output."""
     casts: int
-    """Copies of weights in the autocast's type beyond those, kept to the end of the forward pass."""
+    """Bytes of weights cast by autocast, besides `kept`; they live to the end of the forward pass."""
     forward: int
-    """Most at once in the forward pass, of this part alone, its input and output included."""
+    """Peak in the forward pass of this part alone, with its input and output."""
     backward: int
-    """Most at once in the backward pass, beyond `kept`; gradients of parameters leave as soon as they are whole, all
-    but `gradients`."""
+    """Peak in the backward pass, beyond `kept`. Gradients of parameters, except `gradients`, are released as soon as
+    they are complete."""
     host: int = 0
-    """Of `kept`, in the host's memory."""
+    """Part of `kept` that is in host memory."""
     gradients: int = 0
-    """Of `backward`, gradients of parameters that are all there at its end: of a compiled layer its own, else none."""
+    """Part of `backward`: gradients of parameters that all exist at its end. A compiled layer's own, else 0."""
     launches: int = 0
-    """Operations of both passes that compute something; not bytes."""
+    """Number of operations of both passes that launch a kernel; not bytes."""
     moved: int = 0
-    """Read and written by operations of both passes, one by one: of what stands around the layers, else 0."""
+    """Bytes read and written by the operations of both passes: of head and loss; 0 for a layer."""
 
     def __add__(self, other: Part) -> Part:
         return self._with(other, lambda a, b: a + b)
 
     def scaled(self, factor: int) -> Part:
-        """Every figure times `factor`."""
+        """Return a copy with every figure multiplied by `factor`."""
         return self._with(self, lambda a, _: factor * a)
 
     def _with(self, other: Part, combine: Callable[[int, int], int]) -> Part:
@@ -41,11 +41,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Slice:
-    """What one rank computes at once."""
+    """Shape of what one rank computes in one forward call."""
 
     rows: int
     length: int
-    """Tokens of a rank's share: of the sequence, or of one of its slices."""
+    """Tokens of a rank's part of the sequence, or of one of its slices."""
     sp: int = 1
     stream: bool = False
-    """Whether something comes before it in an earlier call: the sequence is trained in slices."""
+    """Whether it continues an earlier call, because the sequence is trained in slices."""

@@ -1,8 +1,7 @@
-"""The memory of one rank: the most of all phases of a step, by class.
+"""Peak memory of one rank: the largest of all phases of a step, by class.
 
-Phases follow the step: forward through every layer, the head and its loss, backward through every layer, the embedding,
-the reduction of the gradients, the update. The last micro-batch of a step has most, for it finds the gradients of those
-before it.
+The phases are: forward of every layer, head and loss, backward of every layer, the embedding, the reduction of
+gradients, the update. The last micro-batch of a step needs most, because gradients of the earlier ones exist.
 """
 
 from __future__ import annotations
@@ -18,44 +17,44 @@ from bst_dist.plan.memory.parts import Part, Slice
 from bst_dist.plan.memory.zero import WORD, Sizes, States, Strategy, states
 
 INPUT_BYTES = 17
-"""Of a token: its id and its label in 64 bits, and its mask."""
+"""Bytes per input token: id and label of 64 bits each, and a mask of one byte."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a rank does in a step, and under which strategy."""
+    """The work of one rank in a step, and its ZeRO strategy."""
 
     strategy: Strategy
     world: int
     slice: Slice
     accumulation: int
-    """Backward passes of a step: micro-batches, times the slices of a sequence."""
+    """Backward passes per step: micro-batches times slices per sequence."""
     checkpointing: ActivationCheckpointingConfig
     depth: int
-    """Layers of the model."""
+    """Number of layers of the model."""
     slices: int = 1
-    """Slices of a sequence; `slice` is a rank's share of one."""
+    """Slices per sequence; `slice` is a rank's part of one."""
     edges: str = "device"
-    """Where their edges wait: device, host or disk."""
+    """Where edges are kept until the backward pass: device, host or disk."""
     edges_every: int = 1
-    """One in so many of them does."""
+    """One in this many edges is kept; the others are recomputed."""
     compiled: bool = False
     """Whether each layer is one compiled graph, forward and backward."""
     averaged: bool = False
-    """Whether an average of the weights is kept beside the moments (train.average)."""
+    """Whether an average of the weights is kept besides the moments (train.average)."""
 
     @property
     def spacing(self) -> Spacing:
-        """Which edges wait."""
+        """Which edges are kept until the backward pass."""
         return Spacing(self.slices, self.edges_every)
 
     @property
     def edge_passes(self) -> int:
-        """Forward passes of a step that are made for edges alone."""
+        """Forward passes per step that only compute edges."""
         return self.accumulation // self.slices * self.spacing.passes
 
     def rerun(self) -> list[bool]:
-        """Of each layer, whether it is run again in the backward pass."""
+        """Return, for each layer, whether it is recomputed in the backward pass."""
         return [self.checkpointing.runs_again(index) for index in range(self.depth)]
 
 
@@ -64,37 +63,37 @@ class Memory:
     """Bytes at the peak of a step."""
 
     phase: str
-    """Where the peak is."""
+    """Name of the phase with the peak."""
     weights: int
     optimizer: int
     gradients: int
     activations: int
-    """Kept between the passes, and what the layer at work has beside that; copies of weights for it included."""
+    """Activations kept between the passes, and the running layer's own tensors, casts of weights included."""
     loss: int
-    """The head's part: tiles of logits, and the gradients made of them."""
+    """Head and loss: tiles of logits, and their gradients."""
     buffers: int
-    """ZeRO's: buckets, copies in them, gathered weights."""
+    """ZeRO's buffers: buckets, copies of them, gathered weights."""
     host: int = 0
-    """In the host's memory, beside all that."""
+    """Bytes in host memory, in addition."""
 
     @property
     def total(self) -> int:
-        """On the device."""
+        """Bytes on the device."""
         return sum(self.classes().values())
 
     def classes(self) -> dict[str, int]:
-        """Bytes on the device by class."""
+        """Return the bytes on the device by class."""
         names = ("weights", "optimizer", "gradients", "activations", "loss", "buffers")
         return {name: getattr(self, name) for name in names}
 
 
 def memory(sizes: Sizes, mixers: list[str], activations: Activations, work: Work) -> Memory:
-    """The peak of a step with these layers."""
+    """Return the peak memory of a step with these layers."""
     return max(_Step(sizes, mixers, activations, work).phases(), key=lambda phase: phase.total)
 
 
 class _Step:
-    """One micro-batch, the last one of a step, phase by phase."""
+    """Memory of the last micro-batch of a step, and of the update, phase by phase."""
 
     def __init__(self, sizes: Sizes, mixers: list[str], activations: Activations, work: Work) -> None:
         self.sizes, self.work = sizes, work
@@ -119,7 +118,7 @@ class _Step:
         reducing = self.state.buckets + self.state.reducing
         yield self._phase("gradient reduction", self._gradients(self.sizes.total), 0, buffers=reducing)
         stage = self.work.strategy.stage
-        gradients = self.state.gradients if stage in (0, 3) else 0  # in stages 1 and 2 `updating` has them
+        gradients = self.state.gradients if stage in (0, 3) else 0  # in stages 1 and 2 `updating` includes them
         buffers = (self.state.buckets if stage == 3 else 0) + self.state.updating
         yield self._phase("update", gradients, 0, buffers=buffers)
 
@@ -139,7 +138,7 @@ class _Step:
         for index in reversed(range(len(self.layers))):
             part = self.layers[index]
             produced += self.sizes.of_layer(index)
-            # Where there are no gradients yet, those of a compiled layer stay where they are: counted once.
+            # If no gradients exist yet, those that a compiled layer makes become the gradients: count them once.
             stay = part.gradients if self.work.strategy.stage < 2 and not self._earlier()[0] else 0
             buffers = self.state.buckets + self._flush(produced) + self.gathered.backward[index]
             gradients = self._gradients(produced) - stay + self.tied
@@ -149,7 +148,7 @@ class _Step:
         yield self._phase("embedding", gradients, self.residual, buffers=self.state.buckets + self._flush(produced))
 
     def _earlier(self) -> tuple[int, int]:
-        """Gradients and buckets that the forward pass of the last micro-batch finds."""
+        """Return the bytes of gradients and buckets that exist during forward of the last micro-batch."""
         stage, more = self.work.strategy.stage, self.work.accumulation > 1
         if stage == 3:
             return self.state.gradients, self.state.buckets
@@ -158,7 +157,7 @@ class _Step:
         return (self.state.gradients, self.state.buckets) if more else (0, 0)
 
     def _gradients(self, produced: int) -> int:
-        """Bytes of gradients in the last backward pass, when so many elements have theirs."""
+        """Return the bytes of gradients in the last backward pass, when `produced` elements have their gradient."""
         stage, earlier = self.work.strategy.stage, self._earlier()[0]
         if stage == 3:
             return earlier
@@ -167,13 +166,13 @@ class _Step:
         return earlier or WORD * produced
 
     def _flush(self, produced: int) -> int:
-        """The copy that is made of a full bucket, once one was full."""
+        """Return the bytes of the copy of a full bucket; 0 before a bucket was full, or in stages 0 and 1."""
         eager = self.work.strategy.stage >= 2 and produced > self.work.strategy.reduce_bucket_size
         return self.state.reducing if eager else 0
 
     def _phase(self, name: str, gradients: int, activations: int, loss: int = 0, buffers: int = 0) -> Memory:
         host = sum(part.host for part in self.layers) + self.edges_on_host
-        average = (self.state.master or self.state.weights) if self.work.averaged else 0  # of what is updated here
+        average = (self.state.master or self.state.weights) if self.work.averaged else 0  # of the rank's own share
         return Memory(
             phase=name, weights=self.state.weights, optimizer=self.state.master + self.state.moments + average,
             gradients=gradients, activations=activations + self.inputs + self.edges, loss=loss, buffers=buffers,
@@ -182,11 +181,12 @@ class _Step:
 
 
 AT_WORK = 4
-"""Edges on the device wherever they wait: what a slice takes up and what it leaves, and the gradients of both."""
+"""Edges on the device in any case: the one that a slice reads, the one that it leaves, and the gradients of both."""
 
 
 def _edges(activations: Activations, work: Work) -> tuple[int, int]:
-    """Bytes of edges on the device and in the host's memory, of the rank that has them: the first of a sequence."""
+    """Return the bytes of edges on the device and in host memory, on the rank that holds them (the first of a
+    sequence)."""
     if work.slices == 1:
         return 0, 0
     one, spacing = activations.edge(work.slice.rows), work.spacing
@@ -199,5 +199,5 @@ def _layer(activations: Activations, mixer: str, again: bool, work: Work) -> Par
     part = activations.layer(mixer, checkpointing, work.slice, zero3=work.strategy.stage == 3, compiled=work.compiled)
     if not (activations.fused and part.host):
         return part
-    # On an accelerator what lies in the host's memory is not on the device; the one needed next is on its way back.
+    # On an accelerator, offloaded inputs are not on the device, except the next one, which is being copied back.
     return replace(part, kept=part.kept - part.host, backward=part.backward + part.host)

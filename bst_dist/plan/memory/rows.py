@@ -1,4 +1,4 @@
-"""How many rows a layer is traced with, so that its bytes tell what grows with the rows and what does not."""
+"""Choose the number of rows to trace a layer with, so that tensors with rows can be told from others by their size."""
 
 from __future__ import annotations
 
@@ -12,19 +12,24 @@ from torch import nn
 from bst_dist.model.config import ModelConfig
 
 FEWEST = 1009
-"""Many more than a micro-batch has, so that weights weigh little beside what grows with the rows."""
+"""Smallest number of rows: far more than in a micro-batch, so that weights are small beside tensors with rows."""
 
 
 def rows_to_trace(layer: nn.Module, settings: ModelConfig, length: int) -> int:
-    """The first prime from FEWEST on that divides no size of the layer: then the bytes of a tensor are a multiple of it
-    where the tensor has the rows, and nowhere else."""
+    """Return the first prime, from FEWEST on, that divides no size in the layer.
+
+    Then the bytes of a tensor are a multiple of it exactly if the tensor has rows.
+    """
     sizes = {size for size in _sizes(layer, settings, length) if size > 0}
     return next(n for n in count(FEWEST) if _is_prime(n) and all(size % n for size in sizes))
 
 
 def _sizes(layer: nn.Module, settings: ModelConfig, length: int) -> Iterator[int]:
-    """Of all that has no rows: of parameters, of the sequence, of what the settings give a size to, as well with one
-    more (a table of distances, or of powers) or in front of the sequence; and of maps put together to one product."""
+    """Yield all sizes that are not rows.
+
+    They are the sequence length, the sizes of parameters, and all numbers n in the settings; also n + 1 (a table of
+    distances or powers), n plus the length, and the widths of linear maps fused to one product.
+    """
     yield length
     for parameter in layer.parameters():
         yield from parameter.shape
@@ -34,7 +39,7 @@ def _sizes(layer: nn.Module, settings: ModelConfig, length: int) -> Iterator[int
 
 
 def _together(layer: nn.Module) -> set[int]:
-    """Rows of any of the maps of one input."""
+    """Return the output widths of all combinations of linear maps that have the same input width."""
     rows: dict[int, list[int]] = {}
     for one in layer.modules():
         if isinstance(one, nn.Linear):
@@ -49,7 +54,7 @@ def _together(layer: nn.Module) -> set[int]:
 
 
 def _numbers(settings: Any) -> Iterator[int]:
-    """Whole numbers in nested settings."""
+    """Yield the whole numbers in nested settings."""
     if isinstance(settings, dict):
         settings = list(settings.values())
     if isinstance(settings, list | tuple):

@@ -1,13 +1,13 @@
-"""What DeepSpeed's ZeRO holds on a rank and sends, by stage, as version 0.19 does it.
+"""Memory that DeepSpeed's ZeRO needs on a rank, by stage, as implemented in version 0.19.
 
-Everything is in single precision here: parameters, the optimizer's copy of its share, moments, gradients; but what
-stage 3 gathers of matrices under autocast, which is sent in bf16 (`train/engine.py`). Read from
-`deepspeed/runtime/zero/stage_1_and_2.py`, `stage3.py` and `partitioned_param_coordinator.py`, and held against what
-those allocate and send in practice by `bst bench plan`. Three things are not as the papers say: stages 1 and 2 reduce
-gradients by all-reduces of buckets rather than by reduce-scatters, stages 1 to 3 keep a second copy of a rank's share
-of the weights, and stage 3 keeps gathered weights that are used again soon.
+Everything is in fp32: parameters, the optimizer's copy of its share, moments, gradients. Only matrices that stage 3
+gathers under autocast are sent in bf16 (`train/engine.py`). The rules come from
+`deepspeed/runtime/zero/stage_1_and_2.py`, `stage3.py` and `partitioned_param_coordinator.py`, and `bst bench plan`
+compares them with the memory and traffic of real steps. Three things differ from the papers: stages 1 and 2 reduce
+gradients by all-reduces of buckets instead of reduce-scatters, stages 1 to 3 keep a second copy of a rank's share of
+the weights, and stage 3 keeps gathered weights that are used again soon.
 
-Shapes: N parameters, W ranks, P = N / W the share of one.
+Shapes: N parameters, W ranks, P = N / W the share of one rank.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from bst_dist.parallel.matrices.orthogonal import flops
 from bst_dist.plan.muon import Share, busiest
 
 WORD = 4
-"""Bytes of a number in single precision."""
+"""Bytes of a number in fp32."""
 HALF = 2
 """Bytes of a number in bf16."""
 ALIGNMENT = 2
-"""Elements that every rank's share of a flat group of parameters is a multiple of (stages 1 and 2)."""
+"""A rank's share of a flat parameter group is a multiple of this many elements (stages 1 and 2)."""
 PLAIN_BUCKET = 500_000_000
-"""Elements that are reduced at once without ZeRO."""
+"""Elements that are reduced in one bucket without ZeRO."""
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """The part of a DeepSpeed file that decides memory and traffic; defaults are DeepSpeed's."""
+    """Settings of a DeepSpeed file that determine memory and traffic; the defaults are DeepSpeed's."""
 
     name: str
     stage: int
@@ -46,17 +46,17 @@ class Strategy:
     param_persistence_threshold: int = 100_000
     max_reuse_distance: int = 1_000_000_000
     offloads: bool = False
-    """Whether something is kept in the host's memory, which is not planned for."""
+    """Whether parameters or optimizer are offloaded; the plan does not cover this."""
 
     @staticmethod
     def read(path: Path, name: str) -> Strategy:
-        """The strategy in a file of ds_configs/, called `name` in recipes."""
+        """Read the strategy from a DeepSpeed JSON file; `name`: its name in recipes."""
         zero = json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {})
         return Strategy.of(zero, name)
 
     @staticmethod
     def of(zero: Mapping, name: str) -> Strategy:
-        """The strategy in a `zero_optimization` section."""
+        """Return the strategy of a `zero_optimization` section."""
         stage = int(zero.get("stage", 0))
         given = {key.removeprefix("stage3_"): value for key, value in zero.items()}
         sizes = ("reduce_bucket_size", "prefetch_bucket_size", "param_persistence_threshold", "max_reuse_distance")
@@ -67,32 +67,32 @@ class Strategy:
 
 
 Place: TypeAlias = tuple[int, int, int]
-"""Of a parameter: its layer, its module in the layer, and its number there. Layer -1 is the embedding, the one after
-the last the head, where they are two."""
+"""Position of a parameter: its layer, its module in the layer, and its number in the module. If embedding and head are
+separate, the embedding is layer -1 and the head the layer after the last."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Elements of a model's parameters."""
+    """Numbers of elements of a model's parameters."""
 
     groups: tuple[tuple[int, ...], ...]
-    """By optimizer group, in the order in which DeepSpeed makes them flat."""
+    """By optimizer group, in the order in which DeepSpeed flattens them."""
     layers: tuple[tuple[tuple[int, ...], ...], ...]
-    """By layer and by module, in the order of the forward pass; a module that only holds others has none."""
+    """By layer and module, in the order of the forward pass; empty for a module that only contains others."""
     embedding: int
-    """The embedding, which is the head as well unless that has its own."""
+    """The embedding, which is also the head unless `head` is set."""
     rest: int
-    """Parameters outside of all others: the final norm."""
+    """All other parameters: the final norm."""
     head: int = 0
-    """The head's own."""
+    """A separate head; 0 if tied."""
     sent_in_half: frozenset[Place] = frozenset()
-    """Those that ZeRO-3 gathers in bf16."""
+    """Positions of the parameters that ZeRO-3 gathers in bf16."""
     muon: tuple[float, ...] = ()
-    """FLOPs to orthogonalise each matrix of the first group, where Muon updates it; none under AdamW."""
+    """FLOPs to orthogonalise each matrix of the first group under Muon; empty under AdamW."""
 
     @staticmethod
     def of(model: LanguageModel, bf16: bool = False, muon: bool = False) -> Sizes:
-        """Of a model whose tensors may be fake; `bf16`: trained under autocast; `muon`: by Muon."""
+        """Return the sizes of a model, whose tensors may be fake; `bf16`: trained under autocast, `muon`: with Muon."""
         members = model.parameter_groups(hidden_apart=muon)
         groups = (tuple(p.numel() for p in group) for group in members.values() if group)
         stacks = {id(p): stack for p, stack in model.hidden_matrices()}
@@ -110,7 +110,7 @@ class Sizes:
 
     @cached_property
     def by_layer(self) -> Sizes:
-        """As ZeRO-3 sees a model whose layers are compiled: it gathers each of them as one module."""
+        """The sizes as ZeRO-3 sees them if layers are compiled: each layer is gathered as one module."""
         layers, half = [], {place for place in self.sent_in_half if place[0] == len(self.layers)}
         for layer, modules in enumerate(self.layers):
             places = [(layer, module, index) for module, own in enumerate(modules) for index in range(len(own))]
@@ -119,19 +119,19 @@ class Sizes:
         return replace(self, layers=tuple(layers), sent_in_half=frozenset(half))
 
     def gathered_bytes(self, place: Place) -> int:
-        """What is sent to gather a parameter, by all ranks together."""
+        """Return the bytes of a whole parameter in the precision in which it is gathered."""
         layer, module, number = place
         outside = {-1: self.embedding, len(self.layers): self.head}
         elements = outside[layer] if layer in outside else self.layers[layer][module][number]
         return (HALF if place in self.sent_in_half else WORD) * elements
 
     def of_layer(self, index: int) -> int:
-        """Elements of one layer."""
+        """Return the elements of one layer."""
         return sum(map(sum, self.layers[index]))
 
     @property
     def total(self) -> int:
-        """N."""
+        """Elements of all parameters, N."""
         return sum(map(sum, self.groups))
 
     @property
@@ -152,25 +152,25 @@ def _sent_in_half(model: LanguageModel) -> Iterator[Place]:
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of the model's state on the rank that has most."""
+    """Bytes of model states and ZeRO's buffers, on the rank that has most."""
 
     weights: int
-    """Parameters, or a rank's share of them, and under stage 3 those that are never spread."""
+    """Parameters; in stage 3 the rank's share, and parameters that always stay whole."""
     master: int
-    """The optimizer's own copy of the rank's share."""
+    """The optimizer's copy of the rank's share of the weights."""
     moments: int
     gradients: int
-    """Gradients that stay from one micro-batch to the next, and to the update."""
+    """Gradients kept from one micro-batch to the next, and to the update."""
     buckets: int
-    """Buffers that are there during the backward pass."""
+    """Buffers that exist during the backward pass."""
     reducing: int
-    """Copies while gradients are reduced."""
+    """Copies made while gradients are reduced."""
     updating: int
-    """Copies during the optimizer's step."""
+    """Copies made during the optimizer's step."""
 
 
 def states(sizes: Sizes, strategy: Strategy, world: int, accumulation: int) -> States:
-    """The model's state under one strategy on `world` ranks."""
+    """Return the model states under one strategy on `world` ranks."""
     by_stage = {0: _replicated, 1: _flat, 2: _flat, 3: _partitioned}
     found = by_stage[strategy.stage](sizes, strategy, world, accumulation)
     if not sizes.muon:
@@ -180,7 +180,7 @@ def states(sizes: Sizes, strategy: Strategy, world: int, accumulation: int) -> S
 
 
 def muon_share(sizes: Sizes, stage: int, world: int) -> Share:
-    """Of the rank that has most to do for Muon."""
+    """Return Muon's cost on the busiest rank."""
     return busiest(sizes.groups[0], sizes.muon, stage, world, ALIGNMENT)
 
 
@@ -191,7 +191,7 @@ def _replicated(sizes: Sizes, strategy: Strategy, world: int, accumulation: int)
 
 
 def _flat(sizes: Sizes, strategy: Strategy, world: int, accumulation: int) -> States:
-    """Parameters of a group lie in one flat tensor, of which every rank updates one part."""
+    """Return the states in stages 1 and 2: each group is one flat tensor, and every rank updates one part of it."""
     flat = [_aligned(sum(group), ALIGNMENT * world) for group in sizes.groups]
     share = [elements // world for elements in flat]
     owned, fragment = _owned(sizes.groups, share, world)
@@ -203,7 +203,7 @@ def _flat(sizes: Sizes, strategy: Strategy, world: int, accumulation: int) -> St
     else:
         gradients = owned * min(2, accumulation)
         reducing = copied
-    # The gradients of a share are made flat, group by group, while their parts are all there; norms are in float64.
+    # The gradients of a share are flattened group by group, while their parts still exist; norms are in float64.
     updating = max(max(share), 2 * fragment)
     return States(
         weights=WORD * sum(flat),
@@ -217,7 +217,7 @@ def _flat(sizes: Sizes, strategy: Strategy, world: int, accumulation: int) -> St
 
 
 def _partitioned(sizes: Sizes, strategy: Strategy, world: int, accumulation: int) -> States:
-    """Every parameter is cut into equal parts; small ones are kept whole beside that."""
+    """Return the states in stage 3: each parameter is cut into equal parts; small ones are also kept whole."""
     parameters = [p for group in sizes.groups for p in group]
     share = sum(-(-p // world) for p in parameters)
     whole = sum(p for p in parameters if p <= strategy.param_persistence_threshold)
@@ -229,7 +229,7 @@ def _partitioned(sizes: Sizes, strategy: Strategy, world: int, accumulation: int
         gradients=WORD * share,
         buckets=WORD * strategy.reduce_bucket_size,
         reducing=WORD * max(min(strategy.reduce_bucket_size, sizes.total), sizes.largest),
-        updating=WORD * max(largest_group, share + share // WORD),  # the search for infinities takes |g| and a mask
+        updating=WORD * max(largest_group, share + share // WORD),  # the check for infinities makes |g| and a mask
     )
 
 
@@ -238,8 +238,11 @@ def _aligned(elements: int, unit: int) -> int:
 
 
 def _owned(groups: Sequence[Sequence[int]], share: Sequence[int], world: int) -> tuple[int, int]:
-    """Elements of the parameters that lie in a rank's share, whole or in part, on the rank that has most; and the
-    largest parameter's part in anybody's share."""
+    """Return two numbers of elements.
+
+    The first is of all parameters that are, whole or in part, in a rank's share, on the rank that has most. The second
+    is of the largest part of one parameter in any rank's share.
+    """
     owned, fragment = [0] * world, 0
     for group, size in zip(groups, share, strict=True):
         begin = 0
